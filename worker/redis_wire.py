@@ -1,0 +1,130 @@
+"""Commands out together, replies back in order: one connection, scripts by their SHA, no retries."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from itertools import islice
+from typing import Any
+
+from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
+
+from .redis_connect import Connection, Endpoint, require_version, unavailable
+
+log = logging.getLogger(__name__)
+
+Argument = bytes | str | int | float
+Command = Sequence[Argument]
+#: A reply as the client library gives it; an error of one command stays in its place as a value.
+Reply = Any
+
+#: Scripts that act for a reader: the check of its epoch and of ownership goes before them.
+_READER_SCRIPTS = frozenset({"settle", "charge", "renew", "release", "take_over"})
+_OTHER_SCRIPTS = frozenset({"acquire", "promote", "schedule", "trim", "remove_consumers"})
+#: Commands sent before their replies are read; more only costs memory on both sides.
+_PIPELINE_COMMANDS = 1000
+
+
+def _source(name: str) -> bytes:
+    folder = files("jobworker.worker") / "scripts"
+    body = (folder / f"{name}.lua").read_bytes()
+    return (folder / "reader.lua").read_bytes() + body if name in _READER_SCRIPTS else body
+
+
+_SOURCES = {name: _source(name) for name in sorted(_READER_SCRIPTS | _OTHER_SCRIPTS)}
+_SHAS = {name: hashlib.sha1(source, usedforsecurity=False).hexdigest() for name, source in _SOURCES.items()}
+
+
+def script(name: str, keys: Sequence[str], *arguments: Argument) -> list[Argument]:
+    """The command that runs ``scripts/<name>.lua``."""
+    return ["EVALSHA", _SHAS[name], len(keys), *keys, *arguments]
+
+
+class Wire:
+    """A connection that is opened when it is needed and dropped after any trouble on the way.
+
+    After a lost reply nobody knows whether a command was carried out, so nothing is sent twice here.
+    """
+
+    def __init__(self, endpoint: Endpoint, key: str) -> None:
+        self._endpoint = endpoint
+        self._key = key
+        self._connection: Connection | None = None
+
+    def call(self, commands: Sequence[Command]) -> list[Reply]:
+        """Send the commands, return one reply for each; an error reply is a value in its place.
+
+        Raises `StoreUnavailable` when the server cannot be reached, is loading or does not answer in time,
+        `ConfigurationError` for a server that is too old.
+        """
+        try:
+            replies = self._exchange(commands)
+            missing = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+            if missing:
+                self._load_scripts()
+                again = self._exchange([commands[i] for i in missing])
+                for i, reply in zip(missing, again, strict=True):
+                    replies[i] = reply
+        except (RedisError, OSError) as error:
+            self.close()
+            self._endpoint.forget()
+            raise unavailable(error, "the job store did not answer") from error
+        return replies
+
+    def close(self) -> None:
+        """Drop the connection; the next call opens another."""
+        if self._connection is not None:
+            self._connection.disconnect()
+            self._connection = None
+
+    def _exchange(self, commands: Sequence[Command]) -> list[Reply]:
+        connection = self._ready()
+        replies: list[Reply] = []
+        rest = iter(commands)
+        while batch := list(islice(rest, _PIPELINE_COMMANDS)):
+            connection.send_packed_command(connection.pack_commands(batch))
+            replies.extend(_replies(connection, len(batch)))
+        return replies
+
+    def _ready(self) -> Connection:
+        if self._connection is not None and self._stale(self._connection):
+            self.close()
+        if self._connection is None:
+            connection = self._endpoint.connection(self._key)
+            connection.connect()
+            try:
+                _check_version(connection)
+            except BaseException:
+                connection.disconnect()
+                raise
+            self._connection = connection
+        return self._connection
+
+    @staticmethod
+    def _stale(connection: Connection) -> bool:
+        """Between calls a healthy connection is silent: anything to be read is its end."""
+        try:
+            return bool(connection.can_read(timeout=0))
+        except (RedisError, OSError):
+            return True
+
+    def _load_scripts(self) -> None:
+        for reply in self._exchange([("SCRIPT", "LOAD", source) for source in _SOURCES.values()]):
+            if isinstance(reply, Exception):
+                raise reply
+
+
+def _replies(connection: Connection, count: int) -> Iterator[Reply]:
+    for _ in range(count):
+        try:
+            yield connection.read_response(disable_decoding=True)
+        except ResponseError as error:
+            yield error
+
+
+def _check_version(connection: Connection) -> None:
+    connection.send_command("INFO", "server")
+    try:
+        require_version(connection.read_response(disable_decoding=True))
+    except NoPermissionError:
+        log.warning("the server's version is not known: this user may not ask for it")

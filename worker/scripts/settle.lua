@@ -1,0 +1,79 @@
+-- Settles entries: each is acknowledged and, in the same step, scheduled again or dead-lettered.
+-- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] retry ZSET  KEYS[4] dead-letter stream  KEYS[5] deaths hash
+-- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch
+-- ARGV[4] number of ids done   ARGV[5] number of retries   ARGV[6] number of dead
+-- ARGV[7...] the ids done, then (id, delay in s, job) for each retry, then (id, letter) for each dead
+-- Returns the ids refused because they were not pending for this consumer.
+local done, retries, dead = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local refused, at = {}, 7 + done
+
+local function acknowledge(id)
+  redis.call('XACK', KEYS[1], ARGV[1], id)
+  redis.call('HDEL', KEYS[5], id)
+  own[id] = false
+end
+
+-- Two jobs may be equal byte for byte, but a ZSET holds a member once. JSON may end in blanks, so the
+-- second one gets its entry id, which no other entry has, spelt in spaces and tabs.
+local function blanks(id)
+  return (id:gsub('.', function(char)
+    local bits, code = '', char:byte()
+    for _ = 1, 6 do
+      bits = bits .. (code % 2 == 0 and ' ' or '\t')
+      code = math.floor(code / 2)
+    end
+    return bits
+  end))
+end
+
+local function schedule(due, id, job)
+  if redis.call('ZADD', KEYS[3], 'NX', due, job) == 0 then
+    redis.call('ZADD', KEYS[3], due, job .. blanks(id))
+  end
+end
+
+-- What may be refused for want of memory comes first, and each entry is finished before the next begins:
+-- a script that fails has settled some entries wholly and left the others as they were.
+local now = 0
+if retries > 0 then
+  local time = redis.call('TIME')
+  now = tonumber(time[1]) + tonumber(time[2]) / 1e6
+end
+for _ = 1, retries do
+  local id = ARGV[at]
+  if owned(id) then
+    schedule(string.format('%.6f', now + tonumber(ARGV[at + 1])), id, ARGV[at + 2])
+    acknowledge(id)
+  else
+    refused[#refused + 1] = id
+  end
+  at = at + 3
+end
+for _ = 1, dead do
+  local id = ARGV[at]
+  if owned(id) then
+    redis.call('XADD', KEYS[4], '*', 'data', ARGV[at + 1])
+    acknowledge(id)
+  else
+    refused[#refused + 1] = id
+  end
+  at = at + 2
+end
+
+local finished = {}
+for i = 7, 6 + done do
+  local id = ARGV[i]
+  if owned(id) then
+    finished[#finished + 1] = id
+    own[id] = false
+  else
+    refused[#refused + 1] = id
+  end
+end
+if #finished > 0 then
+  redis.call('XACK', KEYS[1], ARGV[1], unpack(finished))
+  if redis.call('EXISTS', KEYS[5]) == 1 then
+    redis.call('HDEL', KEYS[5], unpack(finished))
+  end
+end
+return refused
