@@ -1,0 +1,134 @@
+"""What runs first inside a child: settings become adapters, adapters become a role, the role runs.
+
+``python -m jobworker.worker.boot FD``, where FD is the child's end of its line to the supervisor.
+"""
+
+import faulthandler
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+
+import setproctitle
+
+from . import log as logs
+from .channel import Channel
+from .errors import Exit, Fenced, JobworkerError
+from .handler import BoundHandler, load_handlers
+from .keys import consumer_name
+from .link import Failed, Link, Ready, Start
+from .settings import Settings
+from .tether import tie_to_parent
+
+log = logging.getLogger("jobworker.boot")
+
+#: How long to wait for the first message; the supervisor sends it right after the start.
+_START_WITHIN_S = 10.0
+#: Pause between tries to set a handler up while a store that it needs does not answer yet.
+_SETUP_RETRY_S = 0.5
+
+
+def main() -> int:
+    """Run one role; the exit code is 0 after a proper end, 3 or 5 where the role could not start."""
+    link = Link(socket.socket(fileno=int(sys.argv[1])))
+    start, fds = _first_message(link)
+    settings = Settings.from_json(start.settings)
+    name = start.role if start.role != "worker" else f"worker {start.slot}"
+    setproctitle.setproctitle(f"jobworker: {name} [{settings.instance}]")
+    logs.set_up(name, settings.log_level, settings.log_format)
+    # Ctrl-C reaches the whole group; only the supervisor decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable(start.blackbox_fd)
+    faulthandler.register(signal.SIGUSR2, start.blackbox_fd)
+    tie_to_parent(start.parent_pid)
+    try:
+        _run(start.role, settings, link, fds)
+    except Fenced as error:
+        return _fail(link, f"{error}: is another service running as --instance {settings.instance}?", Exit.USAGE)
+    except JobworkerError as error:
+        return _fail(link, str(error), Exit.BOOT_FAILED)
+    return 0
+
+
+def _fail(link: Link, error: str, code: Exit) -> int:
+    log.critical(error)
+    link.send(Failed(error, code))
+    return code
+
+
+def _first_message(link: Link) -> tuple[Start, list[int]]:
+    select.select([link], [], [], _START_WITHIN_S)
+    received = link.receive()
+    if received is None or not isinstance(received[0], Start):
+        raise SystemExit("started without a supervisor: run jobworker-supervise")
+    return received[0], received[1]
+
+
+def _run(role: str, settings: Settings, link: Link, fds: list[int]) -> None:
+    match role:
+        case "reader":
+            _run_reader(settings, link)
+        case "reaper":
+            _run_reaper(settings, link)
+        case _:
+            _run_worker(settings, link, Channel(*fds))
+
+
+def _run_reader(settings: Settings, link: Link) -> None:
+    from .reader import Reader
+    from .redis_store import RedisStore
+
+    store = RedisStore(settings.redis_url, consumer_name(settings.host, settings.instance))
+    Reader(store, settings, link).run()
+
+
+def _run_reaper(settings: Settings, link: Link) -> None:
+    from .reaper import Reaper
+    from .redis_store import RedisStore
+
+    Reaper(RedisStore(settings.redis_url), settings, link).run()
+
+
+def _run_worker(settings: Settings, link: Link, channel: Channel) -> None:
+    from .runner import Runner
+
+    handlers = _set_up(settings, link)
+    if handlers is None:
+        raise SystemExit(Exit.BOOT_FAILED)
+    runner = Runner(channel, link, handlers, [source.stream for source in settings.streams])
+
+    def stop(*_: object) -> None:
+        runner.stop = True
+        channel.wake_worker()
+
+    signal.signal(signal.SIGTERM, stop)
+    link.send(Ready())
+    runner.run()
+    # Not through the interpreter's shutdown: threads of torch or gRPC may hold that up or crash in it.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _set_up(settings: Settings, link: Link) -> dict[str, BoundHandler] | None:
+    """Load the handlers, waiting for stores that are still coming up; None when it was given up."""
+    give_up_at = time.monotonic() + settings.connect_timeout_s
+    while True:
+        try:
+            return load_handlers(settings)
+        except Exception as error:
+            transient = bool(getattr(error, "transient", False))
+            if transient and time.monotonic() < give_up_at:
+                time.sleep(_SETUP_RETRY_S)  # a store that does not listen yet offers no event to wait on
+                continue
+            code = Exit.STORE_UNREACHABLE if transient else Exit.BOOT_FAILED
+            text = str(error) if isinstance(error, JobworkerError) or transient else f"{type(error).__name__}: {error}"
+            log.critical("cannot start: %s", text, exc_info=None if transient else error)
+            link.send(Failed(text, code))
+            return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

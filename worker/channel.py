@@ -1,0 +1,137 @@
+"""The shared memory between the reader and one worker: a ring each way, the in-flight table, status words.
+
+It is a memfd passed by descriptor: nothing of it has a name, so nothing is left behind whatever ends the
+program, and no resource tracker unlinks it under a living process.
+"""
+
+import mmap
+import os
+import select
+from typing import Self
+
+from .inflight import TABLE_BYTES, InFlight
+from .ring import Ring
+
+_HEADER_BYTES = 4096
+#: Outcomes of failed jobs only; each is bounded (see runner), so this holds thousands.
+_OUTCOME_BYTES = 1 << 20
+#: Beside the largest job: its frame's few bytes, and room so that half the ring is enough for it.
+_FRAME_SLACK_BYTES = 64 * 1024
+
+_JOBS_HEAD, _JOBS_TAIL, _OUT_HEAD, _OUT_TAIL, _TABLE_TAIL, _TABLE_TAKEN, _PHASE, _APPETITE = range(8)
+# Floats from here on: seconds of the monotonic clock, which all processes of a host share.
+_DEADLINE, _BEAT, _SINCE = range(8, 11)
+
+STARTING, READY, STOPPING = 0, 1, 2
+
+
+class Channel:
+    """Both ends open the same three descriptors; who may write which word is said at each property."""
+
+    def __init__(self, memory_fd: int, jobs_fd: int, outcomes_fd: int) -> None:
+        self.fds = (memory_fd, jobs_fd, outcomes_fd)
+        size = os.fstat(memory_fd).st_size
+        self._map = mmap.mmap(memory_fd, size)
+        self._view = memoryview(self._map)
+        self._words = self._view[:_HEADER_BYTES].cast("Q")
+        self._times = self._view[:_HEADER_BYTES].cast("d")
+        table_end = _HEADER_BYTES + _aligned(TABLE_BYTES)
+        out_end = table_end + _OUTCOME_BYTES
+        self.table = InFlight(self._words, _TABLE_TAIL, _TABLE_TAKEN, self._view[_HEADER_BYTES:table_end])
+        self.outcomes = Ring(self._words, _OUT_HEAD, _OUT_TAIL, self._view[table_end:out_end])
+        self.jobs = Ring(self._words, _JOBS_HEAD, _JOBS_TAIL, self._view[out_end:])
+
+    @classmethod
+    def create(cls, max_payload: int) -> Self:
+        """New shared memory for one worker; pages are taken only as they are touched.
+
+        ``max_payload`` is the largest job in bytes.
+        """
+        size = _HEADER_BYTES + _aligned(TABLE_BYTES) + _OUTCOME_BYTES
+        size += _aligned(2 * (max_payload + _FRAME_SLACK_BYTES))
+        memory_fd = os.memfd_create("jobworker", os.MFD_CLOEXEC)
+        os.ftruncate(memory_fd, size)
+        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+        return cls(memory_fd, os.eventfd(0, flags), os.eventfd(0, flags))
+
+    @property
+    def phase(self) -> int:
+        """STARTING, READY or STOPPING (written by the worker)."""
+        return int(self._words[_PHASE])
+
+    @phase.setter
+    def phase(self, value: int) -> None:
+        self._words[_PHASE] = value
+
+    @property
+    def appetite(self) -> int:
+        """How many jobs the hungriest handler takes at once (written by the worker)."""
+        return int(self._words[_APPETITE])
+
+    @appetite.setter
+    def appetite(self, jobs: int) -> None:
+        self._words[_APPETITE] = jobs
+
+    @property
+    def mono_deadline_s(self) -> float:
+        """When what runs now must have ended; 0.0 while nothing runs (written by the worker)."""
+        return float(self._times[_DEADLINE])
+
+    @property
+    def mono_since_s(self) -> float:
+        """When what runs now was started; only meaningful while there is a deadline (worker)."""
+        return float(self._times[_SINCE])
+
+    def running(self, mono_since_s: float, mono_deadline_s: float) -> None:
+        """Say since when something runs and until when it may (worker); 0.0 and 0.0: nothing runs."""
+        self._times[_SINCE] = mono_since_s
+        self._times[_DEADLINE] = mono_deadline_s
+
+    @property
+    def mono_beat_s(self) -> float:
+        """When the worker last went round its loop."""
+        return float(self._times[_BEAT])
+
+    def beat(self, mono_now_s: float) -> None:
+        """Touched by the worker's loop, never by a side thread."""
+        self._times[_BEAT] = mono_now_s
+
+    def wake_worker(self) -> None:
+        """Tell the worker that there are jobs."""
+        os.eventfd_write(self.fds[1], 1)
+
+    def wake_reader(self) -> None:
+        """Tell the reader that there are outcomes, or that the phase has changed."""
+        os.eventfd_write(self.fds[2], 1)
+
+    def wait_for_jobs(self, timeout_s: float, also: int) -> bool:
+        """Sleep until woken, ``also`` is readable, or the time is over (worker). True when woken."""
+        poll = select.poll()
+        poll.register(self.fds[1], select.POLLIN)
+        poll.register(also, select.POLLIN)
+        ready = [fd for fd, _ in poll.poll(timeout_s * 1000)]
+        return self.fds[1] in ready and drained(self.fds[1])
+
+    def close(self) -> None:
+        """Unmap and close; the memory goes when the last process has done so."""
+        for fd in self.fds:
+            os.close(fd)
+        for view in (self.table, self.outcomes, self.jobs):
+            view.__dict__.clear()
+        self._words.release()
+        self._times.release()
+        self._view.release()
+        self._map.close()
+
+
+def drained(eventfd: int) -> bool:
+    """Take an eventfd's count back to zero; False where it was zero."""
+    try:
+        os.eventfd_read(eventfd)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _aligned(size: int) -> int:
+    return (size + 4095) & ~4095

@@ -1,0 +1,162 @@
+"""A job from bytes and back: what is read, what is refused, and how a retry or a dead letter is written."""
+
+import base64
+import json
+from typing import Annotated, Any
+
+import msgspec
+
+from .errors import MalformedJob
+
+#: Raw bytes kept in the dead letter of an oversized entry: enough to recognise it by.
+OVERSIZED_KEPT_BYTES = 64 * 1024
+
+
+class Envelope(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """A job as it stands on the wire. Fields that are not named here survive a retry untouched."""
+
+    id: Annotated[str, msgspec.Meta(min_length=1)]
+    type: Annotated[str, msgspec.Meta(min_length=1)]
+    tenant_id: str = ""
+    project_id: str = ""
+    payload: Any = None
+    metadata: dict[str, str] | None = None
+    created_at: str = ""
+    retry_count: Annotated[int, msgspec.Meta(ge=0)] = 0
+    timeout: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    deaths: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class DeadLetter(msgspec.Struct, omit_defaults=True):
+    """What an entry of ``dlq:<stream>`` holds. ``raw`` is base64, only where the task could not be read."""
+
+    task: msgspec.Raw
+    error: str
+    failed_at: str
+    reason: str
+    original_stream: str
+    original_id: str
+    worker: str
+    retry_count: int | None = None
+    deaths: int | None = None
+    raw: str | None = None
+    details: dict[str, Any] | None = None
+
+
+class Job(msgspec.Struct, frozen=True, gc=False):
+    """What a handler is given."""
+
+    id: str
+    type: str
+    tenant_id: str
+    project_id: str
+    payload: Any
+    metadata: dict[str, str]
+    created_at: str
+    stream: str
+    entry_id: str
+    retry_count: int
+
+
+_envelope = msgspec.json.Decoder(Envelope)
+_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_encode = msgspec.json.Encoder().encode
+
+
+def read_envelope(data: bytes) -> Envelope:
+    """Parse one job.
+
+    Raises `MalformedJob` for anything but a JSON object in UTF-8 with ``id`` and ``type`` and every
+    known field of its right kind: also for NaN, unpaired surrogates and nesting past the parser's depth.
+    """
+    try:
+        envelope = _envelope.decode(data)
+        repeated = _repeats_a_key(envelope, data)
+    except (ValueError, RecursionError) as error:  # both parsers' errors and bad UTF-8 are ValueErrors
+        raise MalformedJob(_why(error)) from None
+    if repeated:
+        raise MalformedJob("a field stands twice")
+    return envelope
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(error)
+
+
+def _repeats_a_key(envelope: Envelope, data: bytes) -> bool:
+    """Whether a key stands twice at the top level: JSON readers disagree on which copy counts.
+
+    What is as long as its own re-encoding holds nothing twice, which spares most jobs the slow look.
+    """
+    if len(_encode(envelope)) == len(data):
+        return False
+    objects: list[list[tuple[str, Any]]] = [[]]
+
+    def remember(pairs: list[tuple[str, Any]]) -> None:
+        objects[0] = pairs  # the outermost object is finished last
+
+    json.loads(data, object_pairs_hook=remember)
+    keys = [key for key, _ in objects[0]]
+    return len(set(keys)) < len(keys)
+
+
+def job_of(envelope: Envelope, stream: str, entry_id: str) -> Job:
+    """The handler's view of a job."""
+    return Job(
+        envelope.id,
+        envelope.type,
+        envelope.tenant_id,
+        envelope.project_id,
+        envelope.payload,
+        envelope.metadata or {},
+        envelope.created_at,
+        stream,
+        entry_id,
+        envelope.retry_count,
+    )
+
+
+def with_retry(data: bytes, retry_count: int, deaths: int) -> bytes:
+    """The same job with a new retry count; every other member keeps its bytes and its place."""
+    members = _members.decode(data)
+    members["retry_count"] = msgspec.Raw(b"%d" % retry_count)
+    if deaths:
+        members["deaths"] = msgspec.Raw(b"%d" % deaths)
+    return msgspec.json.encode(members)
+
+
+def dead_letter(
+    data: bytes | None,
+    *,
+    error: str,
+    reason: str,
+    failed_at: str,
+    stream: str,
+    entry_id: bytes,
+    worker: str,
+    deaths: int = 0,
+    retry_count: int | None = None,
+    details: dict[str, Any] | None = None,
+) -> bytes:
+    """The dead letter's JSON. Where ``data`` is no job that can be read, its bytes are kept as base64."""
+    readable = reason not in ("malformed", "oversized") and data is not None
+    raw = None
+    if not readable and data is not None:
+        kept = data[:OVERSIZED_KEPT_BYTES] if reason == "oversized" else data
+        raw = base64.b64encode(kept).decode()
+    letter = DeadLetter(
+        task=msgspec.Raw(data if readable and data is not None else b"null"),
+        error=error,
+        failed_at=failed_at,
+        reason=reason,
+        original_stream=stream,
+        original_id=entry_id.decode(),
+        worker=worker,
+        retry_count=retry_count or 0,
+        deaths=deaths,
+        raw=raw,
+        details=details,
+    )
+    return msgspec.json.encode(letter)

@@ -1,0 +1,37 @@
+"""The exception tree that handlers and roles share, and the exit codes of the service."""
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """What the supervisor's exit status says (documented for operators; never renumber)."""
+
+    STOPPED = 0
+    USAGE = 2
+    BOOT_FAILED = 3
+    CRASH_LOOP = 4
+    STORE_UNREACHABLE = 5
+
+
+class JobworkerError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class PermanentError(JobworkerError):
+    """Raised by a handler: this job can never succeed, so dead-letter it without a retry."""
+
+
+class ConfigurationError(JobworkerError):
+    """The service cannot start as it was told to; the message says what to change."""
+
+
+class MalformedJob(JobworkerError):
+    """An entry that is not a job: not JSON, not an object, a field missing or of the wrong kind."""
+
+
+class StoreUnavailable(JobworkerError):
+    """The job store did not answer or refused for now; the same call may work later."""
+
+
+class Fenced(JobworkerError):
+    """Another reader has taken this consumer's name over; whatever we held is no longer ours."""

@@ -1,0 +1,88 @@
+"""What a handler is, and how a type's name becomes one inside the worker process."""
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from .envelope import Job
+from .errors import ConfigurationError
+from .settings import Settings
+
+
+@runtime_checkable
+class Handler(Protocol):
+    """Runs jobs of one type inside a worker process; made without arguments, once for each process.
+
+    Everything but one of ``handle`` and ``handle_batch`` is optional:
+
+    - ``setup(settings)``: once, before the first job; raise here and the service does not start.
+    - ``handle_batch(jobs)``: several jobs at once, at most ``max_batch`` (default 32); returns one outcome
+      a job, in order: None, or the exception that this job failed with.
+    - ``timeout``: seconds a job may take (default: the service's ``--job-timeout``).
+    - ``healthy()``: raises while something that the handler needs does not answer.
+    - ``counters``: a mapping of running totals, exported as metrics.
+    """
+
+    def handle(self, job: Job) -> None:
+        """Run one job: return, or raise. `PermanentError` means that a retry is of no use."""
+
+
+class BoundHandler:
+    """A handler as the runner uses it: one batch call, a limit, and defaults for what it leaves out."""
+
+    def __init__(self, kind: str, handler: Any, default_timeout_s: float) -> None:
+        self.kind = kind
+        self.timeout_s = float(getattr(handler, "timeout", default_timeout_s))
+        batch = getattr(handler, "handle_batch", None)
+        self.max_batch = int(getattr(handler, "max_batch", 32)) if batch else 1
+        self.handle: Callable[[Job], None] = getattr(handler, "handle", None) or _alone(batch)
+        self.handle_batch: Callable[[Sequence[Job]], Sequence[BaseException | None]] | None = batch
+        self.healthy: Callable[[], None] | None = getattr(handler, "healthy", None)
+        self.counters: Mapping[str, int] = getattr(handler, "counters", {})
+
+
+def _alone(batch: Any) -> Callable[[Job], None]:
+    """``handle`` for a handler that has only ``handle_batch``."""
+
+    def handle(job: Job) -> None:
+        (outcome,) = batch([job])
+        if outcome is not None:
+            raise outcome
+
+    return handle
+
+
+def load_handlers(settings: Settings) -> dict[str, BoundHandler]:
+    """Import, make and set up the handler of every type.
+
+    Raises `ConfigurationError` where a target cannot be imported or has no ``handle``; what a handler's
+    own ``setup`` raises passes through. One class that serves several types is made once.
+    """
+    made: dict[str, Any] = {}
+    for target in settings.handlers.values():
+        if target not in made:
+            made[target] = _make(target)
+    for handler in made.values():
+        setup = getattr(handler, "setup", None)
+        if setup is not None:
+            setup(settings)
+    return {
+        kind: BoundHandler(kind, made[target], settings.job_timeout_s)
+        for kind, target in settings.handlers.items()
+    }
+
+
+def _make(target: str) -> Any:
+    module_name, _, class_name = target.partition(":")
+    # As `python -m` does: a handler beside the place where the service was started is found.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        handler = getattr(importlib.import_module(module_name), class_name)()
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"handler {target}: {error}") from error
+    if not (hasattr(handler, "handle") or hasattr(handler, "handle_batch")):
+        raise ConfigurationError(f"handler {target} has neither handle(job) nor handle_batch(jobs)")
+    return handler

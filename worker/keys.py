@@ -1,0 +1,59 @@
+"""Every stream, group, ZSET and field name, in one place."""
+
+from typing import NamedTuple
+
+#: The one field of a stream entry; producers in other languages write it.
+DATA_FIELD = b"data"
+
+
+class Source(NamedTuple):
+    """A stream and the consumer group that this service reads it by."""
+
+    stream: str
+    group: str
+
+
+DEFAULT_SOURCES = (
+    Source("stream:story:gen", "cg-gen-worker"),
+    Source("stream:memory:update", "cg-mem-writer"),
+    Source("stream:audit:log", "cg-archiver"),
+)
+
+#: Where a producer sends a type when it names no stream.
+STREAM_OF_TYPE = {
+    "embedding_batch": "stream:story:gen",
+    "index_rebuild": "stream:story:gen",
+    "summary_write_back": "stream:memory:update",
+    "memory_update": "stream:memory:update",
+    "audit": "stream:audit:log",
+}
+
+
+def _derived(prefix: str, stream: str, cluster: bool) -> str:
+    """On a cluster the stream's name becomes the hash tag, so that both keys share one slot."""
+    return f"{prefix}:{{{stream}}}" if cluster else f"{prefix}:{stream}"
+
+
+def retry_key(stream: str, *, cluster: bool = False) -> str:
+    """ZSET of jobs that wait for their next try; the score is the due time in unix seconds."""
+    return _derived("retry", stream, cluster)
+
+
+def dead_letter_key(stream: str, *, cluster: bool = False) -> str:
+    """Stream of the jobs that were given up."""
+    return _derived("dlq", stream, cluster)
+
+
+def deaths_key(stream: str, *, cluster: bool = False) -> str:
+    """Hash entry id -> how many workers have died under it; a field lives until its job is settled."""
+    return _derived("deaths", stream, cluster)
+
+
+def fence_key(stream: str, *, cluster: bool = False) -> str:
+    """Hash consumer name -> epoch of the one reader that may settle under that name."""
+    return _derived("fence", stream, cluster)
+
+
+def consumer_name(host: str, instance: str) -> str:
+    """The consumer that one service reads as; stable over restarts, so that it finds its own again."""
+    return f"{host}/{instance}"

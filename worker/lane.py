@@ -1,0 +1,108 @@
+"""One worker as the reader sees it: how many more jobs it may be given, and handing them over."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from .channel import READY, Channel
+from .frames import JobFrame
+from .inflight import ROWS
+from .link import Gone
+from .triage import Arrival
+
+#: A worker is given as many jobs as it finishes in this time: enough that it never runs dry between two
+#: turns of the reader, little enough that the last jobs of a backlog do not queue behind one worker.
+_QUEUE_S = 0.2
+#: How often the pace is measured anew.
+_MEASURE_EVERY_S = 0.05
+#: Jobs of one frame, in bytes: small frames let a worker begin while the next is being packed.
+_FRAME_BYTES = 256 * 1024
+_FRAME_JOBS = 512
+
+
+class Lane:
+    """A channel with its pace. ``gone`` is set once the worker has ended; ``retired``: give it nothing."""
+
+    def __init__(self, slot: int, generation: int, channel: Channel, mono_now_s: float) -> None:
+        self.slot = slot
+        self.generation = generation
+        self.channel = channel
+        self.table = channel.table
+        self.gone: Gone | None = None
+        self.retired = False
+        self.alone = False
+        self._finished = 0
+        self._measured_at = mono_now_s
+        self._pace = 0.0
+        self._find_head()
+        channel.wake_worker()
+
+    def _find_head(self) -> None:
+        """Frames that the worker has not taken yet were pushed by an earlier reader: their rows count."""
+        decoder = msgspec.msgpack.Decoder(JobFrame)
+        for frame, _ in self.channel.jobs.frames():
+            decoded = decoder.decode(frame)
+            self.table.head = max(self.table.head, decoded.first_row + len(decoded.jobs))
+
+    @property
+    def open(self) -> bool:
+        """Whether it may be given jobs at all."""
+        return not (self.gone or self.retired or self.alone) and self.channel.phase == READY
+
+    @property
+    def credit(self) -> int:
+        """How many jobs it may be given now."""
+        if not self.open:
+            return 0
+        window = max(2 * self.channel.appetite, int(self._pace * _QUEUE_S))
+        return max(0, min(window, ROWS) - len(self.table))
+
+    def hand(self, arrivals: Sequence[Arrival]) -> int:
+        """Give it jobs, in frames; returns how many it took (fewer where its ring is full)."""
+        given = 0
+        while given < len(arrivals):
+            frame = _one_frame(arrivals, given)
+            if not self._push(frame):
+                break
+            given += len(frame)
+        if given:
+            self.channel.wake_worker()
+        return given
+
+    def _push(self, frame: Sequence[Arrival]) -> bool:
+        """Write the rows, push the jobs, count the rows: in this order (see `inflight`)."""
+        self.table.write(
+            [arrival.source for arrival in frame],
+            [arrival.kind for arrival in frame],
+            [min(arrival.entry.deaths, 255) for arrival in frame],
+            [arrival.entry.id for arrival in frame],
+        )
+        jobs = [(arrival.source, arrival.entry.id, arrival.entry.data or b"") for arrival in frame]
+        if not self.channel.jobs.push(msgspec.msgpack.encode(JobFrame(self.table.head, jobs))):
+            return False
+        self.table.head += len(frame)
+        return True
+
+    def settled(self, rows: range) -> None:
+        """These rows are in the store now."""
+        self.table.settle(rows)
+        self._finished += len(rows)
+
+    def measure(self, mono_now_s: float) -> None:
+        """Take the pace from what was finished since the last time."""
+        elapsed = mono_now_s - self._measured_at
+        if elapsed >= _MEASURE_EVERY_S:
+            self._pace = self._finished / elapsed
+            self._finished = 0
+            self._measured_at = mono_now_s
+
+
+def _one_frame(arrivals: Sequence[Arrival], start: int) -> Sequence[Arrival]:
+    """The next arrivals that go together: at least one, then up to the limits."""
+    size, stop = 0, start
+    while stop < len(arrivals) and stop - start < _FRAME_JOBS:
+        size += len(arrivals[stop].entry.data or b"")
+        if size > _FRAME_BYTES and stop > start:
+            break
+        stop += 1
+    return arrivals[start:stop]

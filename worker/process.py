@@ -1,0 +1,93 @@
+"""A child seen from the parent: start it, hear from it, end it, and say how it ended."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .channel import Channel
+from .link import Link, Start
+from .settings import Settings
+
+#: A stack dump is cut to this before it goes into logs and dead letters.
+_STACK_BYTES = 8 * 1024
+
+
+class Ended(NamedTuple):
+    """How a process ended. ``cause``: ``exit 1``, ``SIGKILL``, …; memory in MiB; ``stack`` where it dumped one."""
+
+    cause: str
+    clean: bool
+    peak_rss_mib: int
+    stack: str
+
+
+class Process:
+    """A started command with a descriptor that becomes readable when it has ended."""
+
+    def __init__(self, name: str, command: Sequence[str], pass_fds: Sequence[int], mono_now_s: float) -> None:
+        self.name = name
+        self.mono_started_s = mono_now_s
+        self.ready = False
+        self.blackbox_fd = os.memfd_create("blackbox")
+        self._popen = subprocess.Popen(command, pass_fds=(*pass_fds, self.blackbox_fd), stdin=subprocess.DEVNULL)
+        self.pid = self._popen.pid
+        self.pidfd = os.pidfd_open(self.pid)
+
+    def kill(self, number: signal.Signals) -> None:
+        """Send a signal; nothing where it has ended."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, number)
+        except ProcessLookupError:
+            return
+
+    def collect(self) -> Ended | None:
+        """How it ended, or None while it runs. Call `close` after the end."""
+        pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+        if pid == 0:
+            return None
+        code = os.waitstatus_to_exitcode(status)
+        self._popen.returncode = code  # so that Popen does not wait for a pid that may be another's by then
+        cause = signal.Signals(-code).name if code < 0 else f"exit {code}"
+        return Ended(cause, code == 0, usage.ru_maxrss // 1024, self._stack())
+
+    def _stack(self) -> str:
+        """What faulthandler left: the Python stacks at a fatal signal, or when asked by SIGUSR2."""
+        return os.pread(self.blackbox_fd, _STACK_BYTES, 0).decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        os.close(self.pidfd)
+        os.close(self.blackbox_fd)
+
+
+class Child(Process):
+    """A role of ours, with its line to the supervisor; a worker also has a channel."""
+
+    def __init__(
+        self, role: str, slot: int, generation: int, settings: Settings, mono_now_s: float,
+        channel: Channel | None = None,
+    ) -> None:  # fmt: skip
+        self.role = role
+        self.slot = slot
+        self.generation = generation
+        self.channel = channel
+        self.trouble: str | None = None
+        self.mono_heard_s = mono_now_s
+        self.mono_killed_s: float | None = None
+        self.kill_cause = ""
+        self.stopping = False
+        self.link, theirs = Link.pair()
+        name = role if channel is None else f"{role} {slot}"
+        command = [sys.executable, "-m", "jobworker.worker.boot", str(theirs.fileno())]
+        with theirs:
+            super().__init__(name, command, [theirs.fileno()], mono_now_s)
+        start = Start(role, slot, os.getpid(), self.blackbox_fd, settings.to_json())
+        self.link.send(start, channel.fds if channel else ())
+
+    def close(self) -> None:
+        """Give everything back but the channel, which the reader may still be reading."""
+        super().close()
+        self.link.close()

@@ -1,0 +1,317 @@
+"""The reader: owns the consumer groups, hands jobs to workers, settles what came of them.
+
+One loop waits for everything at once: answers to blocking reads (one connection for each stream), the
+workers' wake-ups, the supervisor's messages. Nothing here is remembered that is not also in the store or in
+the workers' tables, so a reader that dies is replaced by one that goes on.
+"""
+
+import logging
+import random
+import selectors
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from .channel import Channel, drained
+from .errors import StoreUnavailable
+from .lane import Lane
+from .link import Attach, Drain, Forgotten, Gone, Link, Message, Ready, Report, Retire
+from .settings import Settings
+from .settler import Settler
+from .store import Entry, ReaderStore
+from .tally import Tally
+from .triage import Arrival, Refusal, Triage
+
+log = logging.getLogger("jobworker.reader")
+
+#: Entries of one read: enough to spread a round trip over, few enough that their bytes stay bounded.
+_READ_ENTRIES = 512
+#: A read asks for about so many bytes, going by the size of the entries before.
+_READ_BYTES = 4 * 1024 * 1024
+#: How long a read blocks; only bounds how soon a silently dead connection is noticed.
+_BLOCK_MS = 2000
+_REPORT_EVERY_S = 0.25
+#: Pages of the pending list, at start and when other hosts' entries are taken over.
+_PAGE = 256
+#: First and longest wait after the store refused; short enough to be back within a second or so.
+_BACKOFF_S = (0.05, 1.0)
+#: Where a listing of pending entries starts and, for take-overs, ends.
+_START = b"0-0"
+
+
+class Reader:
+    """The role. `run` returns once drained."""
+
+    def __init__(
+        self,
+        store: ReaderStore,
+        settings: Settings,
+        link: Link,
+        *,
+        mono_s: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._sources = settings.streams
+        self._link = link
+        self._mono_s = mono_s
+        self._rng = rng or random.Random()
+        self._tally = Tally()
+        kinds = {kind: number for number, kind in enumerate(settings.handlers)}
+        self._triage = Triage(kinds, settings.max_payload, settings.max_deaths)
+        self._settler = Settler(store, settings, self._tally, self._rng)
+        self._lanes: list[Lane] = []
+        self._waiting: deque[Arrival] = deque()
+        self._suspects: deque[Arrival] = deque()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(link, selectors.EVENT_READ)
+        self._entry_bytes = 1024.0
+        self._draining = False
+        self._connected = False
+        self._trouble: str | None = None
+        self._failures = 0
+        self._retry_at = 0.0
+        self._renewed_at = mono_s()
+        self._reported_at = 0.0
+
+    def run(self) -> None:
+        """Go round until drained. A store that does not answer is waited for, with the jobs in flight kept."""
+        while not (self._draining and not self._lanes):
+            now = self._mono_s()
+            if now - self._reported_at >= _REPORT_EVERY_S:
+                self._report(now)
+            if now < self._retry_at:
+                self._wait(self._retry_at - now)
+                continue
+            try:
+                self._turn(now)
+                self._failures = 0
+                self._trouble = None
+            except StoreUnavailable as error:
+                self._back_off(error)
+        self._hand_back()
+        self._report(self._mono_s())
+
+    def _turn(self, now: float) -> None:
+        if not self._connected:
+            self._connect()
+        self._settler.settle(self._lanes)
+        self._clear_the_dead()
+        for lane in self._lanes:
+            lane.measure(now)
+        if not self._draining:
+            self._hand_out()
+            self._read_more()
+        if now - self._renewed_at > self._settings.lease_s / 3:
+            self._keep_leases(now)
+        self._wait(_REPORT_EVERY_S)
+
+    # -- waiting
+
+    def _wait(self, timeout_s: float) -> None:
+        """Sleep until something happens, and take in what did."""
+        for key, _ in self._selector.select(timeout_s):
+            if key.data is None:
+                self._listen()
+            elif isinstance(key.data, Lane):
+                drained(key.fd)
+            else:
+                self._selector.unregister(key.fd)
+                self._arrive(key.data, self._store.finish_read(self._sources[key.data]))
+
+    def _listen(self) -> None:
+        try:
+            while (received := self._link.receive()) is not None:
+                self._obey(*received)
+        except EOFError:
+            raise SystemExit("the supervisor is gone") from None
+
+    def _obey(self, message: Message, fds: list[int]) -> None:
+        match message:
+            case Attach(slot, generation):
+                lane = Lane(slot, generation, Channel(*fds), self._mono_s())
+                self._lanes.append(lane)
+                self._selector.register(fds[2], selectors.EVENT_READ, lane)
+            case Gone(slot, generation):
+                for lane in self._of(slot, generation):
+                    lane.gone = message
+            case Retire(slot, generation):
+                for lane in self._of(slot, generation):
+                    lane.retired = True
+            case Drain():
+                self._draining = True
+                self._stop_reading()
+            case _:
+                log.error("message not for a reader", extra={"message": type(message).__name__})
+
+    def _of(self, slot: int, generation: int) -> Iterator[Lane]:
+        return (lane for lane in self._lanes if (lane.slot, lane.generation) == (slot, generation))
+
+    # -- the store comes and goes
+
+    def _connect(self) -> None:
+        """Take the consumer's name, then find what it was given before and what is not in flight now."""
+        self._store.acquire(self._sources)
+        self._connected = True
+        # What waits here was found under the earlier connection; the listing below finds it again.
+        self._waiting.clear()
+        self._suspects.clear()
+        known = self._in_flight()
+        for number, source in enumerate(self._sources):
+            after = _START
+            while page := self._store.own_pending(source, after, _PAGE):
+                self._arrive(number, [entry for entry in page if (number, entry.id) not in known])
+                after = page[-1].id
+        self._link.send(Ready())
+        log.info("reading", extra={"streams": len(self._sources), "pending": len(self._waiting)})
+
+    def _back_off(self, error: StoreUnavailable) -> None:
+        """Wait longer each time, with jitter, so that many hosts do not come back in the same instant."""
+        self._stop_reading()
+        self._connected = False
+        first, longest = _BACKOFF_S
+        delay = min(longest, first * 2**self._failures) * self._rng.uniform(0.5, 1.0)
+        self._failures = min(self._failures + 1, 16)
+        self._retry_at = self._mono_s() + delay
+        if self._trouble is None:
+            log.error("store unavailable", extra={"error": str(error)})
+        self._trouble = str(error)
+
+    def _stop_reading(self) -> None:
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.data, int):
+                self._selector.unregister(key.fd)
+        self._store.abandon_reads()
+
+    def _report(self, now: float) -> None:
+        self._reported_at = now
+        delta = self._tally.take()
+        self._link.send(Report(delta.counts, delta.gauges, delta.histograms, self._trouble))
+
+    # -- jobs in
+
+    def _arrive(self, source: int, entries: list[Entry]) -> None:
+        for entry in entries:
+            verdict = self._triage(source, entry)
+            if isinstance(verdict, Refusal):
+                self._settler.refuse(verdict)
+            elif verdict.alone:
+                self._suspects.append(verdict)
+            else:
+                self._waiting.append(verdict)
+        if entries:
+            mean = sum(len(entry.data or b"") for entry in entries) / len(entries)
+            # The newest read counts half, so that a run of large jobs is asked for in small numbers at once.
+            self._entry_bytes = (self._entry_bytes + mean) / 2
+
+    def _read_more(self) -> None:
+        """Ask each stream for what the workers can take beyond what waits here already."""
+        room = sum(lane.credit for lane in self._lanes) - len(self._waiting) - len(self._suspects)
+        if room <= 0:
+            return
+        count = max(1, min(room, _READ_ENTRIES, int(_READ_BYTES / max(1.0, self._entry_bytes))))
+        for number, source in enumerate(self._sources):
+            if not self._store.reading(source):
+                fd = self._store.begin_read(source, count, _BLOCK_MS)
+                self._selector.register(fd, selectors.EVENT_READ, number)
+
+    # -- jobs out
+
+    def _hand_out(self) -> None:
+        self._hand_out_suspects()
+        while self._waiting:
+            lanes = [lane for lane in self._lanes if lane.credit > 0]
+            if not lanes:
+                return
+            share = -(-len(self._waiting) // len(lanes))
+            lane = max(lanes, key=lambda lane: lane.credit)
+            count = min(share, lane.credit)
+            batch = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+            given = lane.hand(batch)
+            self._waiting.extendleft(reversed(batch[given:]))
+            if not given:
+                return
+
+    def _hand_out_suspects(self) -> None:
+        """A job that may kill its worker gets an empty one and no mates."""
+        for lane in self._lanes:
+            if lane.alone and not len(lane.table) and not lane.gone:
+                lane.alone = False
+        for lane in sorted(self._lanes, key=lambda lane: len(lane.table)):
+            if not self._suspects:
+                return
+            if lane.open and not len(lane.table) and lane.hand([self._suspects[0]]):
+                self._suspects.popleft()
+                lane.alone = True
+        # Under steady load no worker is ever empty: keep new work from the one with the least.
+        if self._suspects and not any(lane.alone for lane in self._lanes):
+            busy = [lane for lane in self._lanes if lane.open]
+            if busy:
+                min(busy, key=lambda lane: len(lane.table)).alone = True
+
+    # -- workers end
+
+    def _clear_the_dead(self) -> None:
+        for lane in [lane for lane in self._lanes if lane.gone]:
+            assert lane.gone is not None
+            remains = self._settler.clear(lane, lane.gone)
+            self._selector.unregister(lane.channel.fds[2])
+            self._lanes.remove(lane)
+            lane.channel.close()
+            self._link.send(Forgotten(lane.slot, lane.generation))
+            for source, entry in remains.suspects:
+                self._arrive(source, [entry])
+            before, self._waiting = self._waiting, deque()
+            for source, entry in remains.unstarted:
+                self._arrive(source, [entry])
+            self._waiting.extend(before)
+
+    # -- leases
+
+    def _in_flight(self) -> set[tuple[int, bytes]]:
+        """Every entry that a worker holds and that is not settled."""
+        return {(held.source, held.entry_id) for lane in self._lanes for held in lane.table.unsettled()}
+
+    def _keep_leases(self, now: float) -> None:
+        """Renew what is in flight or waits here, then take over what lost hosts left."""
+        self._renewed_at = now
+        known = self._in_flight() | {(a.source, a.entry.id) for a in (*self._waiting, *self._suspects)}
+        for number, source in enumerate(self._sources):
+            mine = [entry_id for owner, entry_id in known if owner == number]
+            lost = self._store.renew(source, mine) if mine else set()
+            if lost:
+                self._drop(number, lost)
+            if not self._draining:
+                self._take_over(number, known)
+
+    def _drop(self, source: int, lost: set[bytes]) -> None:
+        """Forget what waits here and was taken over elsewhere; what is running is refused when settled."""
+        log.warning("lease lost", extra={"entries": len(lost), "stream": self._sources[source].stream})
+        for queue in (self._waiting, self._suspects):
+            kept = [a for a in queue if not (a.source == source and a.entry.id in lost)]
+            queue.clear()
+            queue.extend(kept)
+
+    def _take_over(self, source: int, known: set[tuple[int, bytes]]) -> None:
+        cursor = _START
+        idle_ms = int(self._settings.lease_s * 1000)
+        while sum(lane.credit for lane in self._lanes) > len(self._waiting):
+            cursor, entries = self._store.take_over(self._sources[source], idle_ms, _PAGE, cursor)
+            found = [entry for entry in entries if (source, entry.id) not in known]
+            if found:
+                log.warning("took over", extra={"entries": len(found), "stream": self._sources[source].stream})
+            self._arrive(source, found)
+            if cursor == _START:
+                return
+
+    def _hand_back(self) -> None:
+        """Before ending: let any other host have at once what was read and not begun."""
+        try:
+            for number, source in enumerate(self._sources):
+                ids = [a.entry.id for a in (*self._waiting, *self._suspects) if a.source == number]
+                if ids:
+                    self._store.release(source, ids)
+        except StoreUnavailable as error:
+            log.warning("not handed back; the lease will do it", extra={"error": str(error)})
+        self._store.close()

@@ -1,0 +1,128 @@
+"""The reaper: moves due retries back into their streams, trims what is finished, counts what waits."""
+
+import logging
+import random
+import select
+import time
+from collections.abc import Callable
+
+from .errors import StoreUnavailable
+from .keys import consumer_name
+from .link import Drain, Link, Ready, Report
+from .settings import Settings
+from .store import Depths, ReaperStore
+from .tally import Tally
+
+log = logging.getLogger("jobworker.reaper")
+
+#: Longest sleep: a retry may be scheduled by another host at any moment, with a due time before ours.
+_LOOK_EVERY_S = 0.5
+#: Retries moved in one atomic step: short enough not to hold the server up.
+_PROMOTE_AT_ONCE = 200
+_COUNT_EVERY_S = 2.0
+_TRIM_EVERY_S = 10.0
+#: Leases that a foreign consumer must have been silent for before its empty name is removed.
+_CONSUMER_GONE_LEASES = 20
+_BACKOFF_S = (0.05, 1.0)
+
+
+class Reaper:
+    """The role. `run` returns when told to drain."""
+
+    def __init__(
+        self,
+        store: ReaperStore,
+        settings: Settings,
+        link: Link,
+        *,
+        mono_s: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._link = link
+        self._mono_s = mono_s
+        self._rng = rng or random.Random()
+        self._tally = Tally()
+        self._trouble: str | None = None
+        self._failures = 0
+        self._counted_at = -_COUNT_EVERY_S
+        self._trimmed_at = mono_s()
+
+    def run(self) -> None:
+        """Sleep until the next retry is due, move it, now and then count and trim."""
+        ready = False
+        while True:
+            try:
+                sleep_s = self._turn(self._mono_s())
+                self._trouble, self._failures = None, 0
+                ready = ready or self._link.send(Ready())
+            except StoreUnavailable as error:
+                sleep_s = self._back_off(error)
+            delta = self._tally.take()
+            self._link.send(Report(delta.counts, delta.gauges, delta.histograms, self._trouble))
+            if self._told_to_stop(sleep_s):
+                self._store.close()
+                return
+
+    def _turn(self, now: float) -> float:
+        """Everything that is due; returns how long to sleep (seconds)."""
+        sleep_s = min([_LOOK_EVERY_S, *(self._promote(source.stream) for source in self._settings.streams)])
+        if now - self._counted_at >= _COUNT_EVERY_S:
+            self._counted_at = now
+            self._count()
+        if now - self._trimmed_at >= _TRIM_EVERY_S:
+            self._trimmed_at = now
+            self._tidy()
+        return sleep_s
+
+    def _promote(self, stream: str) -> float:
+        """Move all that is due; returns seconds until the next."""
+        while True:
+            moved, next_due_s = self._store.promote(stream, _PROMOTE_AT_ONCE)
+            if moved < _PROMOTE_AT_ONCE:
+                return _LOOK_EVERY_S if next_due_s is None else max(0.0, next_due_s)
+
+    def _count(self) -> None:
+        for source in self._settings.streams:
+            depths = self._store.depths(source)
+            for name, labels, value in _gauges(source.stream, source.group, depths):
+                self._tally.gauge(name, labels, value)
+
+    def _tidy(self) -> None:
+        me = consumer_name(self._settings.host, self._settings.instance)
+        idle_ms = int(self._settings.lease_s * 1000 * _CONSUMER_GONE_LEASES)
+        for source in self._settings.streams:
+            trimmed = self._store.trim(source.stream)
+            removed = self._store.remove_idle_consumers(source, me, idle_ms)
+            if trimmed or removed:
+                log.debug("tidied", extra={"stream": source.stream, "trimmed": trimmed, "consumers": removed})
+
+    def _back_off(self, error: StoreUnavailable) -> float:
+        if self._trouble is None:
+            log.error("store unavailable", extra={"error": str(error)})
+        self._trouble = str(error)
+        first, longest = _BACKOFF_S
+        delay = min(longest, first * 2**self._failures) * self._rng.uniform(0.5, 1.0)
+        self._failures = min(self._failures + 1, 16)
+        return delay
+
+    def _told_to_stop(self, sleep_s: float) -> bool:
+        """Sleep, listening to the supervisor. True when it says drain, or is gone."""
+        select.select([self._link], [], [], sleep_s)
+        try:
+            while (received := self._link.receive()) is not None:
+                if isinstance(received[0], Drain):
+                    return True
+        except EOFError:
+            return True
+        return False
+
+
+def _gauges(stream: str, group: str, depths: Depths) -> list[tuple[str, tuple[str, ...], float]]:
+    return [
+        ("z_novel_jobs_queued", (stream,), depths.queued),
+        ("z_novel_redis_stream_lag", (stream, group), depths.lag),
+        ("z_novel_dlq_length", (stream,), depths.dead),
+        ("z_novel_retry_scheduled", (stream,), depths.retrying),
+    ]

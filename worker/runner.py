@@ -1,0 +1,257 @@
+"""One worker process: take jobs from the ring, run them with their handler, say what came of each."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+import msgspec
+
+from .channel import READY, STOPPING, Channel
+from .envelope import Envelope, Job, job_of, read_envelope
+from .errors import MalformedJob, PermanentError
+from .handler import BoundHandler
+from .frames import JobFrame, OutcomeFrame
+from .inflight import FAILED, STARTED, SUCCEEDED
+from .link import Link, Report
+from .outcome import failure_of
+from .tally import Tally
+
+log = logging.getLogger("jobworker.runner")
+
+#: How long finished jobs may wait before the reader is told: long enough that a stream of tiny jobs costs
+#: one wake-up for many, short against anything a handler does.
+_TELL_AFTER_S = 0.001
+#: How often counts go to the supervisor, and how long an idle worker sleeps at most.
+_REPORT_EVERY_S = 0.5
+#: How often an idle worker asks its handlers whether what they need still answers.
+_HEALTH_EVERY_S = 5.0
+#: How long to wait for room in the outcome ring: only a reader that is gone for good leaves it full.
+_ROOM_WITHIN_S = 60.0
+
+
+class Waiting(NamedTuple):
+    """A job taken from the ring and not yet started."""
+
+    row: int
+    source: int
+    entry_id: bytes
+    envelope: Envelope
+
+
+class Runner:
+    """The loop. ``stop`` may be set from a signal handler: the job under way is finished, no other begun."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        link: Link,
+        handlers: dict[str, BoundHandler],
+        streams: Sequence[str],
+        *,
+        mono_s: Callable[[], float] = time.monotonic,
+        wall_s: Callable[[], float] = time.time,
+        max_jobs: int = 0,
+    ) -> None:
+        self.stop = False
+        self._channel = channel
+        self._states = channel.table.states
+        self._rows = len(self._states)
+        self._link = link
+        self._handlers = handlers
+        self._streams = streams
+        self._mono_s = mono_s
+        self._wall_s = wall_s
+        self._jobs_left = max_jobs or -1
+        self._waiting: deque[Waiting] = deque()
+        self._lookahead = max((handler.max_batch for handler in handlers.values()), default=1)
+        self._frames = msgspec.msgpack.Decoder(JobFrame)
+        self._tally = Tally()
+        self._counted: dict[tuple[str, str], int] = {}
+        self._untold_since: float | None = None
+        self._reported_at = 0.0
+        self._checked_at = 0.0
+        self._trouble: str | None = None
+
+    def run(self) -> None:
+        """Until told to stop; what was not started then stays for the reader to hand to another."""
+        self._channel.appetite = self._lookahead
+        self._channel.phase = READY
+        self._channel.wake_reader()
+        while not self.stop and self._jobs_left:
+            now = self._mono_s()
+            self._channel.beat(now)
+            self._take()
+            if self._waiting:
+                self._run_next()
+            else:
+                self._idle(now)
+            if now - self._reported_at > _REPORT_EVERY_S:
+                self._report(now)
+        self._channel.phase = STOPPING
+        self._channel.wake_reader()
+        self._report(self._mono_s())
+
+    def _take(self) -> None:
+        """Move frames from the ring into the queue, a few ahead, giving their space back at once."""
+        if len(self._waiting) >= self._lookahead:
+            return
+        for frame, tail in self._channel.jobs.frames():
+            decoded = self._frames.decode(frame)
+            self._channel.table.taken = decoded.first_row + len(decoded.jobs)
+            self._channel.jobs.release(tail)
+            for i, (source, entry_id, data) in enumerate(decoded.jobs):
+                self._waiting.append(Waiting(decoded.first_row + i, source, entry_id, read_envelope(data)))
+            if len(self._waiting) >= self._lookahead:
+                return
+
+    def _idle(self, now: float) -> None:
+        self._tell()
+        if now - self._checked_at > _HEALTH_EVERY_S:
+            self._checked_at = now
+            self._check_health()
+        self._channel.wait_for_jobs(_REPORT_EVERY_S, self._link.fileno())
+        self._listen()
+
+    def _listen(self) -> None:
+        """The supervisor has nothing to say to a worker but its own end, which ends the worker too."""
+        try:
+            while self._link.receive():
+                pass
+        except EOFError:
+            self.stop = True
+
+    def _run_next(self) -> None:
+        """Start the oldest waiting job, with others of its type where the handler takes several."""
+        handler = self._handlers[self._waiting[0].envelope.type]
+        if handler.handle_batch is None:
+            self._run_one(handler, self._waiting.popleft())
+        else:
+            self._run_batch(handler, self._gather(handler))
+        if self._untold_since is not None and (
+            not self._waiting or self._mono_s() - self._untold_since > _TELL_AFTER_S
+        ):
+            self._tell()
+
+    def _gather(self, handler: BoundHandler) -> list[Waiting]:
+        """Up to ``max_batch`` waiting jobs of the handler's type, in order; the others keep their places."""
+        batch: list[Waiting] = []
+        others: list[Waiting] = []
+        while self._waiting and len(batch) < handler.max_batch:
+            waiting = self._waiting.popleft()
+            (batch if waiting.envelope.type == handler.kind else others).append(waiting)
+        self._waiting.extendleft(reversed(others))
+        return batch
+
+    def _limit_s(self, handler: BoundHandler, envelope: Envelope) -> float:
+        return handler.timeout_s if envelope.timeout is None else envelope.timeout
+
+    def _job(self, waiting: Waiting) -> Job:
+        return job_of(waiting.envelope, self._streams[waiting.source], waiting.entry_id.decode())
+
+    def _run_one(self, handler: BoundHandler, waiting: Waiting) -> None:
+        envelope = waiting.envelope
+        at = waiting.row % self._rows
+        started = self._mono_s()
+        self._channel.running(started, started + self._limit_s(handler, envelope))
+        self._states[at] = STARTED
+        try:
+            handler.handle(self._job(waiting))
+        except Exception as error:
+            self._fail(waiting, error)
+        else:
+            self._states[at] = SUCCEEDED
+        ended = self._mono_s()
+        self._channel.running(0.0, 0.0)
+        if self._untold_since is None:
+            self._untold_since = started
+        self._jobs_left -= 1
+        self._observe(handler.kind, [envelope], ended - started)
+
+    def _run_batch(self, handler: BoundHandler, batch: list[Waiting]) -> None:
+        assert handler.handle_batch is not None
+        jobs = [self._job(waiting) for waiting in batch]
+        started = self._mono_s()
+        limit_s = sum(self._limit_s(handler, waiting.envelope) for waiting in batch)
+        self._channel.running(started, started + limit_s)
+        self._channel.table.mark([waiting.row for waiting in batch], STARTED)
+        outcomes = self._outcomes(handler.handle_batch, jobs)
+        for waiting, outcome in zip(batch, outcomes, strict=True):
+            if outcome is None:
+                self._states[waiting.row % self._rows] = SUCCEEDED
+            else:
+                self._fail(waiting, outcome)
+        self._channel.running(0.0, 0.0)
+        if self._untold_since is None:
+            self._untold_since = started
+        self._jobs_left = max(0, self._jobs_left - len(batch)) if self._jobs_left > 0 else -1
+        self._observe(handler.kind, [waiting.envelope for waiting in batch], self._mono_s() - started)
+
+    def _outcomes(
+        self, handle_batch: Callable[[Sequence[Job]], Sequence[BaseException | None]], jobs: list[Job]
+    ) -> Sequence[BaseException | None]:
+        """One outcome a job, also where the handler raises or answers for too few."""
+        try:
+            outcomes = handle_batch(jobs)
+            if len(outcomes) == len(jobs):
+                return outcomes
+            error: Exception = PermanentError(f"handle_batch: {len(outcomes)} outcomes for {len(jobs)} jobs")
+        except Exception as raised:
+            error = raised
+        return [error] * len(jobs)
+
+    def _fail(self, waiting: Waiting, error: BaseException) -> None:
+        """Say FAILED, then push why: once the reader has seen the frame, the row is no longer ours to touch."""
+        permanent = isinstance(error, PermanentError | MalformedJob)
+        self._states[waiting.row % self._rows] = FAILED
+        frame = msgspec.msgpack.encode(OutcomeFrame(waiting.row, failure_of(error, permanent)))
+        give_up_at = self._mono_s() + _ROOM_WITHIN_S
+        while not self._channel.outcomes.push(frame):
+            self._channel.wake_reader()
+            if self._mono_s() > give_up_at:
+                raise TimeoutError("nobody takes outcomes")
+            time.sleep(0.001)  # the ring is full of failures; the reader is settling them
+
+    def _tell(self) -> None:
+        if self._untold_since is not None:
+            self._untold_since = None
+            self._channel.wake_reader()
+
+    def _observe(self, kind: str, envelopes: Sequence[Envelope], took_s: float) -> None:
+        self._tally.observe("z_novel_job_duration_seconds", (kind,), took_s, len(envelopes))
+        self._tally.observe("z_novel_batch_jobs", (), len(envelopes))
+        started_wall_s = self._wall_s() - took_s
+        for envelope in envelopes:
+            created_wall_s = _unix_s(envelope.created_at)
+            if created_wall_s is not None:
+                self._tally.observe("z_novel_job_wait_seconds", (kind,), max(0.0, started_wall_s - created_wall_s))
+
+    def _check_health(self) -> None:
+        for handler in self._handlers.values():
+            try:
+                if handler.healthy is not None:
+                    handler.healthy()
+            except Exception as error:
+                self._trouble = f"{handler.kind}: {type(error).__name__}: {error}"
+                return
+        self._trouble = None
+
+    def _report(self, now: float) -> None:
+        self._reported_at = now
+        for handler in self._handlers.values():
+            for name, total in handler.counters.items():
+                key = (handler.kind, name)
+                self._tally.count(f"z_novel_{name}_total", (), total - self._counted.get(key, 0))
+                self._counted[key] = total
+        delta = self._tally.take()
+        self._link.send(Report(delta.counts, delta.gauges, delta.histograms, self._trouble))
+
+
+def _unix_s(created_at: str) -> float | None:
+    """RFC 3339 to unix seconds; None for what is no time, which costs a metric and nothing else."""
+    try:
+        return datetime.fromisoformat(created_at).timestamp()
+    except ValueError:
+        return None

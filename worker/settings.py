@@ -1,0 +1,91 @@
+"""One frozen record of how the service was told to run; children get it as JSON over a pipe."""
+
+import os
+import socket
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import msgspec
+
+from .backoff import RetryPolicy
+from .errors import ConfigurationError
+from .keys import DEFAULT_SOURCES, Source
+
+#: Default limit of one entry; larger ones are refused before they are parsed.
+MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every option of the service. Times in seconds, sizes in bytes; urls may hold secrets."""
+
+    procs: int = 1
+    redis_url: str = ""
+    milvus_uri: str = ""
+    data_dir: str = "./jobworker-data"
+    model: str = ""
+    device: str = "auto"
+    streams: tuple[Source, ...] = DEFAULT_SOURCES
+    handlers: dict[str, str] = field(default_factory=dict)
+    metrics_addr: str = "127.0.0.1:9464"
+    lease_s: float = 30.0
+    retry: RetryPolicy = RetryPolicy()
+    max_deaths: int = 3
+    max_payload: int = MAX_PAYLOAD_BYTES
+    drain_timeout_s: float = 30.0
+    connect_timeout_s: float = 30.0
+    job_timeout_s: float = 300.0
+    instance: str = field(default_factory=socket.gethostname)
+    host: str = field(default_factory=socket.gethostname)
+    log_level: str = "info"
+    log_format: str = "json"
+    milvus_token: str = ""
+    milvus_prefix: str = "z_novel_"
+    milvus_partitions: str = "key"
+    long_text: str = "windows"
+    token_budget: int = 16384
+    threads: int = 1
+
+    def to_json(self) -> bytes:
+        """For a child of the service; it holds the secrets too, so it goes over a pipe only."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Settings":
+        """The inverse of `to_json`."""
+        return msgspec.json.decode(data, type=cls)
+
+    def public(self) -> dict[str, Any]:
+        """The options without the secrets, for the log."""
+        hidden = {"redis_url", "milvus_token", "milvus_uri"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
+
+
+def parse_source(text: str) -> Source:
+    """``NAME=GROUP`` of ``--stream``. Raises `ConfigurationError`."""
+    stream, _, group = text.rpartition("=")
+    if not stream or not group:
+        raise ConfigurationError(f"--stream {text!r}: say NAME=GROUP, for example stream:story:gen=cg-gen-worker")
+    return Source(stream, group)
+
+
+def parse_handler(text: str) -> tuple[str, str]:
+    """``TYPE=module:Class`` of ``--handler``. Raises `ConfigurationError`."""
+    kind, _, target = text.partition("=")
+    module, _, name = target.partition(":")
+    if not kind or not module or not name.isidentifier():
+        raise ConfigurationError(f"--handler {text!r}: say TYPE=module:Class, for example shout=mypkg.jobs:Shout")
+    return kind, target
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """``HOST:PORT`` of ``--metrics-addr``. Raises `ConfigurationError`."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigurationError(f"--metrics-addr {text!r}: say HOST:PORT, for example 127.0.0.1:9464")
+    return host.strip("[]"), int(port)
+
+
+def cores() -> int:
+    """Processors that this process may use, which on a shared machine are fewer than it has."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,294 @@
+"""Turns what came of jobs into settlements: acknowledged, scheduled anew, or dead-lettered."""
+
+import logging
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import msgspec
+
+from .envelope import dead_letter, read_envelope, with_retry
+from .frames import OutcomeFrame
+from .inflight import FAILED, QUEUED, SETTLED, STARTED, SUCCEEDED, Held
+from .keys import Source
+from .lane import Lane
+from .link import Gone
+from .outcome import Failure, GiveUp, Reason, after_failure
+from .settings import Settings
+from .store import Dead, Entry, ReaderStore, Retry, Settlement
+from .tally import Tally
+from .triage import Refusal
+
+log = logging.getLogger("jobworker.settle")
+
+
+class Failed(NamedTuple):
+    """A row whose try failed, and why."""
+
+    held: Held
+    failure: Failure
+    worker: str
+
+
+class Remains(NamedTuple):
+    """What a worker left behind that is still to be run: by source, oldest first."""
+
+    unstarted: list[tuple[int, Entry]]
+    suspects: list[tuple[int, Entry]]
+
+
+class Batch:
+    """One settlement for each source, being filled."""
+
+    def __init__(self) -> None:
+        self.done: dict[int, list[bytes]] = defaultdict(list)
+        self.retries: dict[int, list[Retry]] = defaultdict(list)
+        self.dead: dict[int, list[Dead]] = defaultdict(list)
+        self.counts: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
+
+    def settlements(self, sources: Sequence[Source]) -> list[Settlement]:
+        """One for each source that anything happened on."""
+        touched = sorted({*self.done, *self.retries, *self.dead})
+        return [Settlement(sources[i], self.done[i], self.retries[i], self.dead[i]) for i in touched]
+
+
+class Settler:
+    """Collects outcomes from the lanes and carries them out; a call that raises has lost nothing."""
+
+    def __init__(
+        self,
+        store: ReaderStore,
+        settings: Settings,
+        tally: Tally,
+        rng: random.Random,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._sources = settings.streams
+        self._kinds = tuple(settings.handlers)
+        self._tally = tally
+        self._rng = rng
+        self._now = now
+        self._refusals: list[Refusal] = []
+        self._outcomes = msgspec.msgpack.Decoder(OutcomeFrame)
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Remember to dead-letter this with the next settlement."""
+        self._refusals.append(refusal)
+
+    def settle(self, lanes: Iterable[Lane]) -> int:
+        """Carry out all that has ended; returns how many jobs. Raises as the store does."""
+        batch = Batch()
+        runs = [(lane, list(lane.table.succeeded())) for lane in lanes]
+        frames = [(lane, *self._failures(lane)) for lane, _ in runs]
+        for lane, rows in runs:
+            for run in rows:
+                self._acknowledge(batch, lane, run)
+        failures = [failed for _, failed_rows, _ in frames for failed in failed_rows]
+        self._decide(batch, failures)
+        refusals, self._refusals = self._refusals, []
+        try:
+            self._refuse(batch, refusals)
+            count = self._commit(batch)
+        except BaseException:
+            self._refusals = refusals + self._refusals
+            raise
+        self._release(runs, frames)
+        return count
+
+    def _failures(self, lane: Lane) -> tuple[list[Failed], int | None]:
+        """What a worker said of failed jobs, and the ring's tail once that is settled."""
+        failed, end = [], None
+        for frame, tail in lane.channel.outcomes.frames():
+            outcome = self._outcomes.decode(frame)
+            end = tail
+            if lane.table.state(outcome.row) == FAILED:  # a reader before us may have settled it
+                failed.append(Failed(lane.table.held(outcome.row), outcome.failure, self._worker(lane)))
+        return failed, end
+
+    def _acknowledge(self, batch: Batch, lane: Lane, run: range) -> None:
+        sources, kinds, ids = lane.table.columns(run)
+        for kind in set(kinds):
+            batch.counts["z_novel_jobs_completed_total", (self._kinds[kind],)] += kinds.count(kind)
+        present = set(sources)
+        for source in present:
+            mine = ids if len(present) == 1 else [one for one, s in zip(ids, sources, strict=True) if s == source]
+            batch.done[source] += mine
+
+    def _decide(self, batch: Batch, failures: Sequence[Failed]) -> None:
+        """Retry or give up; the job's own bytes are read back from the stream, for few jobs fail."""
+        bodies = self._bodies([failed.held for failed in failures])
+        for failed in failures:
+            held = failed.held
+            batch.counts["z_novel_jobs_failed_total", (self._kinds[held.kind],)] += 1
+            data = bodies.get((held.source, held.entry_id))
+            if data is None:
+                log.error("entry vanished from its stream", extra={"entry_id": held.entry_id.decode()})
+                batch.done[held.source].append(held.entry_id)
+            else:
+                self._decide_one(batch, failed, data)
+
+    def _decide_one(self, batch: Batch, failed: Failed, data: bytes) -> None:
+        held, failure = failed.held, failed.failure
+        envelope = read_envelope(data)
+        decision = after_failure(failure, envelope.retry_count, held.deaths, self._settings.retry, self._rng)
+        deaths = envelope.deaths + held.deaths
+        story = {
+            "job_id": envelope.id, "task_type": envelope.type, "tenant_id": envelope.tenant_id,
+            "project_id": envelope.project_id, "retry_count": envelope.retry_count, "error": failure.error,
+            **{k: v for k, v in (envelope.metadata or {}).items() if k in ("request_id", "trace_id")},
+        }  # fmt: skip
+        if isinstance(decision, GiveUp):
+            log.error("job given up", extra={**story, "reason": decision.reason})
+            self._bury(batch, held, data, decision.reason, failure.error, envelope.retry_count, deaths, failed.worker)
+            return
+        log.warning("job will be retried", extra={**story, "delay_s": round(decision.delay_s, 3)})
+        batch.counts["z_novel_jobs_retried_total", (envelope.type,)] += 1
+        again = with_retry(data, decision.retry_count, deaths)
+        batch.retries[held.source].append(Retry(held.entry_id, decision.delay_s, again))
+
+    def _bury(
+        self, batch: Batch, held: Held, data: bytes, reason: Reason, error: str,
+        retry_count: int, deaths: int, worker: str, details: dict[str, object] | None = None,
+    ) -> None:  # fmt: skip
+        batch.counts["z_novel_jobs_dead_total", (self._kinds[held.kind], reason)] += 1
+        letter = dead_letter(
+            data, error=error, reason=reason, failed_at=self._stamp(), entry_id=held.entry_id, worker=worker,
+            stream=self._sources[held.source].stream, deaths=deaths, retry_count=retry_count, details=details,
+        )  # fmt: skip
+        batch.dead[held.source].append(Dead(held.entry_id, letter))
+
+    def _refuse(self, batch: Batch, refusals: Sequence[Refusal]) -> None:
+        for refusal in refusals:
+            envelope = refusal.envelope
+            stream = self._sources[refusal.source].stream
+            kind = envelope.type if envelope and envelope.type in self._kinds else "unknown"
+            batch.counts["z_novel_jobs_dead_total", (kind, refusal.reason)] += 1
+            log.error("job refused", extra={
+                "stream": stream, "entry_id": refusal.entry.id.decode(), "reason": refusal.reason,
+                "error": refusal.error, "job_id": envelope.id if envelope else None,
+            })  # fmt: skip
+            letter = dead_letter(
+                refusal.entry.data, error=refusal.error, reason=refusal.reason, failed_at=self._stamp(),
+                stream=stream, entry_id=refusal.entry.id, worker=self._worker(None),
+                deaths=refusal.entry.deaths + (envelope.deaths if envelope else 0),
+                retry_count=envelope.retry_count if envelope else None,
+            )  # fmt: skip
+            batch.dead[refusal.source].append(Dead(refusal.entry.id, letter))
+
+    def _commit(self, batch: Batch) -> int:
+        """Hand the batch to the store and count what is now final."""
+        settlements = batch.settlements(self._sources)
+        if settlements and (refused := self._store.settle(settlements)):
+            log.warning("no longer ours, left alone", extra={"entries": len(refused)})
+        for (name, labels), count in batch.counts.items():
+            self._tally.count(name, labels, count)
+        return sum(len(s.done) + len(s.retries) + len(s.dead) for s in settlements)
+
+    def _release(
+        self,
+        runs: Sequence[tuple[Lane, list[range]]],
+        frames: Sequence[tuple[Lane, list[Failed], int | None]],
+    ) -> None:
+        """Give rows and frames back: marks first, so that a reader after us skips what is settled."""
+        for lane, rows in runs:
+            for run in rows:
+                lane.settled(run)
+        for lane, failed, tail in frames:
+            for one in failed:
+                lane.settled(range(one.held.row, one.held.row + 1))
+            if tail is not None:
+                lane.channel.outcomes.release(tail)
+        for lane, _ in runs:
+            lane.table.advance()
+
+    def clear(self, lane: Lane, gone: Gone) -> Remains:
+        """Deal with what a dead worker held, after `settle`: charge what it had started, free the rest.
+
+        Raises as the store does; then nothing has changed that a second call would do twice.
+        """
+        rows = lane.table.unsettled()
+        assert all(lane.table.state(held.row) != SUCCEEDED for held in rows)
+        started = [held for held in rows if lane.table.state(held.row) in (STARTED, FAILED)]
+        free = [held for held in rows if lane.table.state(held.row) == QUEUED]
+        if not gone.charge:
+            free, started = sorted(free + started), []
+        bodies = self._bodies(rows)
+        batch, suspects = Batch(), []
+        if gone.timed_out and len(started) == 1:
+            failure = Failure(f"TimeoutError: {gone.cause}", timed_out=True)
+            self._decide(batch, [Failed(started[0], failure, self._worker(lane))])
+        else:
+            suspects = self._charge(batch, lane, gone, started, bodies)
+        self._commit(batch)
+        lane.table.mark([held.row for held in rows], SETTLED)
+        lane.table.advance()
+        return Remains(_entries(free, bodies), suspects)
+
+    def _charge(
+        self, batch: Batch, lane: Lane, gone: Gone, started: Sequence[Held],
+        bodies: dict[tuple[int, bytes], bytes],
+    ) -> list[tuple[int, Entry]]:  # fmt: skip
+        """Count a death against each job under way; give up what has had too many, the others run alone."""
+        counts: dict[tuple[int, bytes], int] = {}
+        for source in {held.source for held in started}:
+            deaths = {held.entry_id: held.deaths + 1 for held in started if held.source == source}
+            charged = self._store.charge(self._sources[source], deaths)
+            counts |= {(source, entry_id): n for entry_id, n in charged.items()}
+        suspects = []
+        for held in started:
+            data = bodies.get((held.source, held.entry_id))
+            if data is None or (held.source, held.entry_id) not in counts:
+                continue  # no longer ours
+            entry = Entry(held.entry_id, data, deaths=counts[held.source, held.entry_id])
+            if not self._poisonous(batch, held, entry, gone, self._worker(lane), sole=len(started) == 1):
+                suspects.append((held.source, entry))
+        return suspects
+
+    def _poisonous(
+        self, batch: Batch, held: Held, entry: Entry, gone: Gone, worker: str, *, sole: bool
+    ) -> bool:
+        """Whether the job is given up for its deaths. A death is a failed try, but only a job that was
+        alone in its worker is proven to have caused it."""
+        data = entry.data or b""
+        envelope = read_envelope(data)
+        deaths = envelope.deaths + entry.deaths
+        batch.counts["z_novel_jobs_failed_total", (envelope.type,)] += 1
+        used_up = sole and envelope.retry_count + entry.deaths > self._settings.retry.max_retries
+        log.error("worker died under job", extra={
+            "job_id": envelope.id, "task_type": envelope.type, "tenant_id": envelope.tenant_id,
+            "deaths": deaths, "cause": gone.cause,
+        })  # fmt: skip
+        if deaths < self._settings.max_deaths and not used_up:
+            return False
+        error = f"WorkerDied: {gone.cause}"
+        self._bury(batch, held, data, Reason.POISON, error, envelope.retry_count, deaths, worker, gone.details)
+        return True
+
+    def _bodies(self, rows: Sequence[Held]) -> dict[tuple[int, bytes], bytes]:
+        found = {}
+        for source in {held.source for held in rows}:
+            ids = [held.entry_id for held in rows if held.source == source]
+            for entry_id, data in self._store.bodies(self._sources[source], ids).items():
+                if data is not None:
+                    found[source, entry_id] = data
+        return found
+
+    def _worker(self, lane: Lane | None) -> str:
+        slot = "reader" if lane is None else str(lane.slot)
+        return f"{self._settings.host}/{self._settings.instance}/{slot}"
+
+    def _stamp(self) -> str:
+        return self._now().isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _entries(rows: Sequence[Held], bodies: dict[tuple[int, bytes], bytes]) -> list[tuple[int, Entry]]:
+    """Rows with their bytes again; what vanished from its stream is nobody's any more."""
+    return [
+        (held.source, Entry(held.entry_id, data, deaths=held.deaths))
+        for held in rows
+        if (data := bodies.get((held.source, held.entry_id))) is not None
+    ]

@@ -1,0 +1,98 @@
+"""Counts and timings as the roles make them: added up here, sent to the supervisor as deltas.
+
+Names, labels and buckets of every metric stand here, without any metrics library.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import NamedTuple
+
+#: Below a second our own; from 1 on those that dashboards already know.
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 10, 30, 60, 120, 300)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metric(NamedTuple):
+    """One metric: its kind is counter, gauge or histogram (then ``buckets`` are its upper bounds)."""
+
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+METRICS = {
+    "z_novel_jobs_queued": Metric("gauge", "Jobs that no worker was given yet", ("stream",)),
+    "z_novel_jobs_completed_total": Metric("counter", "Jobs that were acknowledged", ("task_type",)),
+    "z_novel_jobs_failed_total": Metric("counter", "Tries that failed", ("task_type",)),
+    "z_novel_jobs_retried_total": Metric("counter", "Retries that were scheduled", ("task_type",)),
+    "z_novel_jobs_dead_total": Metric("counter", "Jobs that were given up", ("task_type", "reason")),
+    "z_novel_job_duration_seconds": Metric("histogram", "Time a try took", ("task_type",), SECONDS),
+    "z_novel_job_wait_seconds": Metric("histogram", "From created to started", ("task_type",), SECONDS),
+    "z_novel_batch_jobs": Metric("histogram", "Jobs that a handler was given at once", (), BATCH_SIZES),
+    "z_novel_redis_stream_lag": Metric(
+        "gauge", "Entries not yet delivered to the group", ("stream", "consumer_group")
+    ),
+    "z_novel_dlq_length": Metric("gauge", "Dead letters", ("stream",)),
+    "z_novel_retry_scheduled": Metric("gauge", "Jobs that wait for their next try", ("stream",)),
+    "z_novel_workers": Metric("gauge", "Worker processes", ("state",)),
+    "z_novel_worker_restarts_total": Metric("counter", "Processes started again", ("role", "cause")),
+    "z_novel_embedded_tokens_total": Metric("counter", "Model tokens that were embedded"),
+    "z_novel_truncated_tokens_total": Metric("counter", "Model tokens that were cut off and not embedded"),
+}
+
+Labels = tuple[str, ...]
+
+
+class Delta(NamedTuple):
+    """What happened since the last one. Histograms: counts of each bucket and above, and the sum."""
+
+    counts: list[tuple[str, Labels, float]]
+    gauges: list[tuple[str, Labels, float]]
+    histograms: list[tuple[str, Labels, list[int], float]]
+
+    def __bool__(self) -> bool:
+        return bool(self.counts or self.gauges or self.histograms)
+
+
+class Tally:
+    """Adds up until `take`; nothing is lost while the supervisor is slow, and the size is bounded."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, Labels], float] = {}
+        self._gauges: dict[tuple[str, Labels], float] = {}
+        self._histograms: dict[tuple[str, Labels], tuple[list[int], list[float]]] = {}
+
+    def count(self, name: str, labels: Labels = (), by: float = 1) -> None:
+        """Add to a counter."""
+        key = (name, labels)
+        self._counts[key] = self._counts.get(key, 0) + by
+
+    def gauge(self, name: str, labels: Labels, value: float) -> None:
+        """Set a gauge."""
+        self._gauges[name, labels] = value
+
+    def observe(self, name: str, labels: Labels, value: float, times: int = 1) -> None:
+        """Add one value (or the same value several times) to a histogram."""
+        key = (name, labels)
+        if key not in self._histograms:
+            self._histograms[key] = ([0] * (len(METRICS[name].buckets) + 1), [0.0])
+        counts, total = self._histograms[key]
+        counts[bisect_left(METRICS[name].buckets, value)] += times
+        total[0] += value * times
+
+    def take(self) -> Delta:
+        """Everything since the last call, and start from nothing again."""
+        delta = Delta(
+            [(*key, value) for key, value in self._counts.items()],
+            [(*key, value) for key, value in self._gauges.items()],
+            [(*key, counts, total[0]) for key, (counts, total) in self._histograms.items()],
+        )
+        self.__init__()  # type: ignore[misc]
+        return delta
+
+
+def merged(into: list[int], counts: Sequence[int]) -> None:
+    """Add one histogram's bucket counts to another's."""
+    for i, n in enumerate(counts):
+        into[i] += n

@@ -1,0 +1,64 @@
+"""What to do with an entry before any worker sees it: run it, run it alone, or refuse it."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from .envelope import Envelope, read_envelope
+from .errors import MalformedJob
+from .outcome import Reason
+from .store import Entry
+
+#: Deliveries without an end after which a job is run alone: hosts that took it may have died of it.
+ALONE_AFTER_DELIVERIES = 4
+#: Deliveries without an end after which it is given up: that many hosts do not fail by chance.
+MAX_DELIVERIES = 12
+
+
+class Arrival(NamedTuple):
+    """A job that may be run. ``kind`` is its type's number; ``alone``: it may have killed a worker."""
+
+    source: int
+    kind: int
+    entry: Entry
+    alone: bool
+
+
+class Refusal(NamedTuple):
+    """A job that no worker will see. ``envelope`` is None where it could not be read."""
+
+    source: int
+    entry: Entry
+    reason: Reason
+    error: str
+    envelope: Envelope | None = None
+
+
+class Triage:
+    """Decides by size, form, type and history."""
+
+    def __init__(self, kinds: Mapping[str, int], max_payload: int, max_deaths: int) -> None:
+        self._kinds = kinds
+        self._max_payload = max_payload
+        self._max_deaths = max_deaths
+
+    def __call__(self, source: int, entry: Entry) -> Arrival | Refusal:
+        """Every entry becomes one or the other; size is looked at before anything is parsed."""
+        data = entry.data
+        if data is None:
+            return Refusal(source, entry, Reason.MALFORMED, "MalformedJob: the entry has no field 'data'")
+        if len(data) > self._max_payload:
+            error = f"OversizedJob: {len(data)} bytes, at most {self._max_payload} are taken"
+            return Refusal(source, entry, Reason.OVERSIZED, error)
+        try:
+            envelope = read_envelope(data)
+        except MalformedJob as error:
+            return Refusal(source, entry, Reason.MALFORMED, f"MalformedJob: {error}")
+        kind = self._kinds.get(envelope.type)
+        if kind is None:
+            error = f"UnknownType: no handler for {envelope.type!r}; known: {', '.join(self._kinds)}"
+            return Refusal(source, entry, Reason.UNKNOWN_TYPE, error, envelope)
+        deaths = entry.deaths + envelope.deaths
+        if deaths >= self._max_deaths or entry.deliveries > MAX_DELIVERIES:
+            error = f"PoisonJob: {deaths} workers died under it, {entry.deliveries} deliveries without an end"
+            return Refusal(source, entry, Reason.POISON, error, envelope)
+        return Arrival(source, kind, entry, deaths > 0 or entry.deliveries >= ALONE_AFTER_DELIVERIES)
