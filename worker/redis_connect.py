@@ -22,6 +22,9 @@ _MANY_HOSTS = re.compile(
     r"(?P<hosts>[^/?@]+)(?:/(?P<master>[^/?]*))?(?:/(?P<db>\d+))?/?"
 )
 
+#: The library gives this class no types.
+_ClusterNode: Any = ClusterNode
+
 #: A connection of the client library; its types say too little to be of use.
 Connection = Any
 
@@ -133,7 +136,7 @@ class _Sentinel:
 
     def __init__(self, hosts: list[tuple[str, int]], master: str, options: dict[str, Any]) -> None:
         asking = {k: v for k, v in options.items() if k not in ("db", "username", "password")}
-        sentinel = Sentinel(hosts, sentinel_kwargs=asking, **options)
+        sentinel: Any = Sentinel(hosts, sentinel_kwargs=asking, **options)  # type: ignore[no-untyped-call]
         self._pool = sentinel.master_for(master).connection_pool
 
     def node(self, key: str) -> str:
@@ -154,11 +157,11 @@ class _Cluster:
     def __init__(self, hosts: list[tuple[str, int]], options: dict[str, Any]) -> None:
         self._hosts = hosts
         self._options = options
-        self._client: RedisCluster | None = None
+        self._client: Any = None
 
-    def _owner(self, key: str) -> tuple[RedisCluster, Any]:
+    def _owner(self, key: str) -> tuple[Any, Any]:
         if self._client is None:
-            nodes = [ClusterNode(host, port) for host, port in self._hosts]
+            nodes = [_ClusterNode(host, port) for host, port in self._hosts]
             self._client = RedisCluster(startup_nodes=nodes, **self._options)
         return self._client, self._client.get_node_from_key(key)
 
@@ -188,9 +191,10 @@ def _many_hosts(url: str, limits: dict[str, Any]) -> Endpoint:
         return _Cluster(_addresses(parts["hosts"], 6379), options)
     if not parts["master"]:
         raise ValueError("the master's name is missing")
-    return _Sentinel(_addresses(parts["hosts"], 26379), parts["master"], options | {"db": int(parts["db"] or 0)})
+    options["db"] = int(parts["db"] or 0)
+    return _Sentinel(_addresses(parts["hosts"], 26379), parts["master"], options)
 
 
 def _addresses(hosts: str, default_port: int) -> list[tuple[str, int]]:
-    pairs = (host.rpartition(":") if ":" in host else (host, ":", str(default_port)) for host in hosts.split(","))
-    return [(name, int(port)) for name, _, port in pairs]
+    pairs = (host.split(":", 1) if ":" in host else (host, default_port) for host in hosts.split(","))
+    return [(str(name), int(port)) for name, port in pairs]

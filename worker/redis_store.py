@@ -1,0 +1,124 @@
+"""The job store on a Redis server: every port of store.py, each state change one script."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from . import keys
+from .keys import Source
+from .redis_base import SCRIPT_BYTES, SCRIPT_IDS, Store, checked, is_no_group
+from .redis_reader import RedisReaderStore
+from .redis_wire import Reply, script
+from .store import Depths, Promotion
+
+__all__ = ["RedisProducerStore", "RedisReaderStore", "RedisReaperStore"]
+
+#: Entries dropped by one call of trim.lua; some ms of the server's time.
+_TRIM_ENTRIES = 10_000
+#: Rounds of one trim: a long backlog is dropped over several turns of the reaper.
+_TRIM_ROUNDS = 20
+
+
+class RedisReaperStore(Store):
+    """`ReaperStore` on Redis."""
+
+    def promote(self, stream: str, limit: int) -> Promotion:
+        """See `ReaperStore.promote`. Stops early, with ``next_due_s`` 0, after 8 MiB of jobs."""
+        command = script("promote", [stream, self.retry_key(stream)], limit, SCRIPT_BYTES)
+        moved, next_due_s = self.one(stream, command)
+        return Promotion(moved, None if next_due_s is None else float(next_due_s))
+
+    def trim(self, stream: str) -> int:
+        """See `ReaperStore.trim`. A long backlog is dropped over several calls."""
+        dropped = 0
+        for _ in range(_TRIM_ROUNDS):
+            some = self.one(stream, script("trim", [stream], _TRIM_ENTRIES))
+            dropped += some
+            if some < _TRIM_ENTRIES // 2:
+                break
+        return dropped
+
+    def remove_idle_consumers(self, source: Source, keep: str, idle_ms: int) -> int:
+        """See `ReaperStore.remove_idle_consumers`."""
+        two_keys = [source.stream, self.fence_key(source.stream)]
+        command = script("remove_consumers", two_keys, source.group, keep, idle_ms)
+        reply = self.call(source.stream, [command])[0]
+        return 0 if is_no_group(reply) else int(checked(reply))
+
+    def depths(self, source: Source) -> Depths:
+        """See `ReaperStore.depths`. Where the server cannot tell the lag, it is the entries of the stream
+        that are not pending: never too few."""
+        stream = source.stream
+        groups, length, retrying, dead, now = self.call(
+            stream,
+            [
+                ("XINFO", "GROUPS", stream),
+                ("XLEN", stream),
+                ("ZCARD", self.retry_key(stream)),
+                ("XLEN", self.dead_key(stream)),
+                ("TIME",),
+            ],
+        )
+        group = _group_named(source.group, groups)
+        pending = group.get(b"pending", 0)
+        last = group.get(b"last-delivered-id", b"0-0")
+        first = self.one(stream, ("XRANGE", stream, b"(" + last, "+", "COUNT", 1))
+        lag = group.get(b"lag")
+        if lag is None:
+            lag = max(checked(length) - pending, 0) if first else 0
+        return Depths(
+            queued=lag,
+            pending=pending,
+            retrying=checked(retrying),
+            dead=checked(dead),
+            oldest_age_s=_age_s(first[0][0], checked(now)) if first else 0.0,
+            lag=lag,
+        )
+
+
+class RedisProducerStore(Store):
+    """`ProducerStore` on Redis."""
+
+    def add(self, stream: str, jobs: Iterable[bytes]) -> int:
+        """See `ProducerStore.add`. When it raises, some of the jobs may stand in the stream."""
+        added = 0
+        for some in _chunks_by_size(jobs):
+            for reply in self.call(stream, [("XADD", stream, "*", keys.DATA_FIELD, job) for job in some]):
+                checked(reply)
+                added += 1
+        return added
+
+    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
+        """See `ProducerStore.schedule`."""
+        self.one(stream, script("schedule", [self.retry_key(stream)], delay_s, job))
+
+
+def _chunks_by_size(jobs: Iterable[bytes]) -> Iterator[list[bytes]]:
+    some: list[bytes] = []
+    size = 0
+    for job in jobs:
+        some.append(job)
+        size += len(job)
+        if len(some) >= SCRIPT_IDS or size >= SCRIPT_BYTES:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def _group_named(group: str, reply: Reply) -> dict[bytes, Any]:
+    """The facts of one group; empty where it or its stream is missing."""
+    if isinstance(reply, ResponseError) and "no such key" in str(reply):
+        return {}
+    for flat in checked(reply):
+        facts = dict(zip(flat[::2], flat[1::2], strict=True))
+        if facts[b"name"] == group.encode():
+            return facts
+    return {}
+
+
+def _age_s(id: bytes, now: Sequence[bytes]) -> float:
+    """How long ago an entry was added, by the server's clock; TIME gives seconds and microseconds."""
+    wall_now_s = int(now[0]) + int(now[1]) / 1e6
+    return max(0.0, wall_now_s - int(id.split(b"-")[0]) / 1000)
