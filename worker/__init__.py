@@ -1,0 +1,8 @@
+"""What a handler's author and a producer in Python use; everything else is the service's own."""
+
+from .envelope import Job
+from .errors import ConfigurationError, PermanentError
+from .handler import Handler
+from .settings import Settings
+
+__all__ = ["ConfigurationError", "Handler", "Job", "PermanentError", "Producer", "Settings"]

@@ -79,17 +79,17 @@ def _run(role: str, settings: Settings, link: Link, fds: list[int]) -> None:
 
 def _run_reader(settings: Settings, link: Link) -> None:
     from .reader import Reader
-    from .redis_store import RedisStore
+    from .redis_store import RedisReaderStore
 
-    store = RedisStore(settings.redis_url, consumer_name(settings.host, settings.instance))
+    store = RedisReaderStore(settings.redis_url, consumer_name(settings.host, settings.instance))
     Reader(store, settings, link).run()
 
 
 def _run_reaper(settings: Settings, link: Link) -> None:
     from .reaper import Reaper
-    from .redis_store import RedisStore
+    from .redis_store import RedisReaperStore
 
-    Reaper(RedisStore(settings.redis_url), settings, link).run()
+    Reaper(RedisReaperStore(settings.redis_url), settings, link).run()
 
 
 def _run_worker(settings: Settings, link: Link, channel: Channel) -> None:

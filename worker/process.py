@@ -1,14 +1,16 @@
 """A child seen from the parent: start it, hear from it, end it, and say how it ended."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from .channel import Channel
-from .link import Link, Start
+from .link import Link, Message, Start
 from .settings import Settings
 
 #: A stack dump is cut to this before it goes into logs and dead letters.
@@ -53,6 +55,11 @@ class Process:
         cause = signal.Signals(-code).name if code < 0 else f"exit {code}"
         return Ended(cause, code == 0, usage.ru_maxrss // 1024, self._stack())
 
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the end and collect it; False where it still runs after that time."""
+        select.select([self.pidfd], [], [], max(0.0, timeout_s))
+        return self.collect() is not None
+
     def _stack(self) -> str:
         """What faulthandler left: the Python stacks at a fatal signal, or when asked by SIGUSR2."""
         return os.pread(self.blackbox_fd, _STACK_BYTES, 0).decode("utf-8", "replace")
@@ -79,13 +86,24 @@ class Child(Process):
         self.mono_killed_s: float | None = None
         self.kill_cause = ""
         self.stopping = False
+        self._outbox: deque[tuple[Message, tuple[int, ...]]] = deque()
         self.link, theirs = Link.pair()
         name = role if channel is None else f"{role} {slot}"
         command = [sys.executable, "-m", "jobworker.worker.boot", str(theirs.fileno())]
         with theirs:
             super().__init__(name, command, [theirs.fileno()], mono_now_s)
         start = Start(role, slot, os.getpid(), self.blackbox_fd, settings.to_json())
-        self.link.send(start, channel.fds if channel else ())
+        self.tell(start, channel.fds if channel else ())
+
+    def tell(self, message: Message, fds: tuple[int, ...] = ()) -> None:
+        """Send, or keep for `flush` while the child is not taking messages; the order is kept."""
+        self._outbox.append((message, fds))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is waiting, as far as the child takes it."""
+        while self._outbox and self.link.send(*self._outbox[0]):
+            self._outbox.popleft()
 
     def close(self) -> None:
         """Give everything back but the channel, which the reader may still be reading."""

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -95,13 +95,14 @@ class RedisReaderStore(Store):
                 refused.update(self._recovered(source, reply, again))
         return refused
 
-    def charge(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, int]:
-        """See `ReaderStore.charge`. When it raises `StoreUnavailable` it may have been carried out."""
-        deaths: dict[bytes, int] = {}
-        for some in _chunks(ids):
-            flat = self._run(source, "charge", [self.deaths_key(source.stream)], some)
-            deaths.update(zip(flat[::2], flat[1::2], strict=True))
-        return deaths
+    def charge(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:
+        """See `ReaderStore.charge`."""
+        charged: dict[bytes, int] = {}
+        for some in _chunks(list(deaths)):
+            pairs = [value for id in some for value in (id, deaths[id])]
+            for id in self._run(source, "charge", [self.deaths_key(source.stream)], pairs):
+                charged[id] = deaths[id]
+        return charged
 
     def renew(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         """See `ReaderStore.renew`."""

@@ -4,7 +4,6 @@ Names, labels and buckets of every metric stand here, without any metrics librar
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from typing import NamedTuple
 
 #: Below a second our own; from 1 on those that dashboards already know.
@@ -90,9 +89,3 @@ class Tally:
         )
         self.__init__()  # type: ignore[misc]
         return delta
-
-
-def merged(into: list[int], counts: Sequence[int]) -> None:
-    """Add one histogram's bucket counts to another's."""
-    for i, n in enumerate(counts):
-        into[i] += n

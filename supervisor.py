@@ -1,0 +1,195 @@
+"""The parent: starts the roles and the embedded stores, watches them, starts them again, ends them in order."""
+
+import logging
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import click
+import setproctitle
+
+from jobworker.handlers import BUILTIN, NEEDS_VECTORS
+from jobworker.worker import log as logs
+from jobworker.worker.crew import Crew
+from jobworker.worker.embedded import DataDir, needed
+from jobworker.worker.errors import ConfigurationError, Exit
+from jobworker.worker.health import Health, HealthServer
+from jobworker.worker.metrics import Exposition
+from jobworker.worker.notify import notify, reloading
+from jobworker.worker.options import ENV_PREFIX, service_options, settings_from
+from jobworker.worker.settings import Settings, parse_address
+from jobworker.worker.signals import SignalQueue
+from jobworker.worker.stores import Stores
+
+log = logging.getLogger("jobworker.supervisor")
+
+#: How long a data directory's lock may still be held by the stores of a service that has just died.
+_LOCK_WITHIN_S = 5.0
+#: The loop's longest sleep: how late a job's time limit is noticed at most.
+_TICK_S = 0.1
+#: Health says "not live" when the loop has not come round for this long.
+_LIVE_WITHIN_S = 10.0
+#: What the reader and reaper may need after the last worker has ended, beyond the drain time-out.
+_SETTLE_WITHIN_S = 5.0
+
+
+class Supervisor:
+    """One loop: take signals and news in, hold the actual state to the desired one."""
+
+    def __init__(self, settings: Settings, data: DataDir | None, stores: Stores) -> None:
+        self._settings = settings
+        self._data = data
+        self._stores = stores
+        self._exposition = Exposition()
+        self._crew = Crew(settings, self._exposition)
+        self._server = HealthServer(parse_address(settings.metrics_addr), self._exposition, self.health)
+        self._mono_turned_s = time.monotonic()
+        self._mono_stop_by_s: float | None = None
+        self._said_ready = False
+
+    def run(self) -> Exit:
+        """Until told to stop or something fatal; whatever the way out, no child is left."""
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+        with SignalQueue(*signals) as queue:
+            try:
+                return self._run(queue)
+            finally:
+                self._crew.end_now()
+                self._stores.stop()
+                self._server.close()
+
+    def _run(self, queue: SignalQueue) -> Exit:
+        log.info("listening", extra={"metrics_url": self._server.url, "pid": os.getpid()})
+        while True:
+            now = self._mono_turned_s = time.monotonic()
+            for number in queue.take():
+                if (verdict := self._signalled(number)) is not None:
+                    return verdict
+            if (verdict := self._stores.turn(now)) is not None:
+                return verdict
+            if self._stores.ready:
+                if (verdict := self._turn(now)) is not None:
+                    return verdict
+            self._crew.wait(_TICK_S, queue)
+
+    def _turn(self, now: float) -> Exit | None:
+        if not self._crew.started:
+            self._announce()
+        verdict = self._crew.turn(now)
+        if verdict is None and self._mono_stop_by_s is not None:
+            return self._draining(now)
+        self._tell_systemd()
+        return verdict
+
+    def _announce(self) -> None:
+        """The stores are up: from here on tools on this machine can find them."""
+        if self._data is not None:
+            self._data.announce({
+                "redis_url": self._stores.redis_url, "milvus_uri": self._stores.milvus_uri,
+                "metrics_url": self._server.url, "pid": os.getpid(),
+            })  # fmt: skip
+        self._crew.start(
+            replace(self._settings, redis_url=self._stores.redis_url, milvus_uri=self._stores.milvus_uri)
+        )
+
+    def _signalled(self, number: signal.Signals) -> Exit | None:
+        if number == signal.SIGHUP:
+            log.info("restarting the workers one by one")
+            reloading()
+            self._said_ready = False
+            self._crew.restart_workers()
+        elif number in (signal.SIGTERM, signal.SIGINT):
+            if self._mono_stop_by_s is not None or not self._crew.started:
+                log.warning("stopping at once", extra={"signal": number.name})
+                return Exit.STOPPED
+            log.info("draining", extra={"signal": number.name, "timeout_s": self._settings.drain_timeout_s})
+            notify(STOPPING="1")
+            self._mono_stop_by_s = time.monotonic() + self._settings.drain_timeout_s
+            self._crew.drain()
+        return None
+
+    def _draining(self, now: float) -> Exit | None:
+        assert self._mono_stop_by_s is not None
+        if self._crew.drained:
+            log.info("stopped")
+            return Exit.STOPPED
+        if now > self._mono_stop_by_s:
+            self._crew.kill_workers()
+        if now > self._mono_stop_by_s + _SETTLE_WITHIN_S:
+            log.warning("stopped without settling all: the rest stays pending in the store")
+            return Exit.STOPPED
+        return None
+
+    def _tell_systemd(self) -> None:
+        health = self.health()
+        if health.ready and not self._said_ready:
+            self._said_ready = True
+            notify(READY="1")
+            log.info("ready", extra={"workers": self._settings.procs})
+        notify(STATUS="; ".join(health.reasons) or f"{self._settings.procs} workers ready")
+
+    def health(self) -> Health:
+        """Asked by the HTTP threads."""
+        silent_s = time.monotonic() - self._mono_turned_s
+        reasons = [] if self._stores.ready else ["the embedded stores are not up"]
+        if self._mono_stop_by_s is not None:
+            reasons.append("stopping")
+        reasons += self._crew.reasons()
+        if silent_s > _LIVE_WITHIN_S:
+            reasons.append(f"the supervisor's loop has not come round for {silent_s:.0f} s")
+        return Health(silent_s <= _LIVE_WITHIN_S, not reasons, reasons, {"workers": self._crew.states()})
+
+
+def _open_data_dir(settings: Settings) -> DataDir:
+    """Lock the data directory. Raises `ConfigurationError` where another service holds it."""
+    data = DataDir(settings.data_dir)
+    give_up_at = time.monotonic() + _LOCK_WITHIN_S
+    while not data.lock():
+        if time.monotonic() > give_up_at:
+            holder = data.endpoints().get("pid", "unknown")
+            raise ConfigurationError(
+                f"data directory {data.path} is held by another service (pid {holder}): "
+                "stop that one, or give this one its own --data-dir"
+            )
+        time.sleep(0.05)  # a file lock held by a dying process offers no event with a deadline
+    return data
+
+
+def _supervise(settings: Settings) -> Exit:
+    log.info("starting", extra={"settings": settings.public()})
+    needs_vectors = any(target in NEEDS_VECTORS for target in settings.handlers.values())
+    embedded = not settings.redis_url or (needs_vectors and not settings.milvus_uri)
+    data = _open_data_dir(settings) if embedded else None
+    stores = Stores(settings, data, needed(settings, data, needs_vectors) if data else [])
+    return Supervisor(settings, data, stores).run()
+
+
+@click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "max_content_width": 110})
+@service_options
+def main(**options: Any) -> None:
+    """Run background jobs from Redis Streams.
+
+    Without --redis-url and --milvus-uri it brings its own stores, kept in --data-dir. TERM or INT finishes
+    the running jobs and stops; a second one stops now; HUP restarts the workers one by one.
+
+    Exit codes: 0 stopped as asked, 2 bad usage or configuration, 3 a child could not start, 4 crash loop,
+    5 a store could not be reached.
+    """
+    try:
+        settings = settings_from(options, BUILTIN, sys.stderr.isatty())
+        setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
+        logs.set_up("supervisor", settings.log_level, settings.log_format)
+        sys.exit(_supervise(settings))
+    except ConfigurationError as error:
+        click.echo(f"jobworker-supervise: {error}", err=True)
+        sys.exit(Exit.USAGE)
+    except OSError as error:
+        click.echo(f"jobworker-supervise: {error}", err=True)
+        sys.exit(Exit.USAGE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The options of the service: command line over environment over file, and Settings made from them."""
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .backoff import RetryPolicy
+from .errors import ConfigurationError
+from .keys import DEFAULT_SOURCES
+from .settings import Settings, cores, parse_address, parse_handler, parse_source
+
+ENV_PREFIX = "JOBWORKER"
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+def _read_config(context: click.Context, _: click.Parameter, path: str | None) -> None:
+    """Make the file's values the defaults; they have the options' own names."""
+    if path is None:
+        return
+    try:
+        table = tomllib.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(str(error)) from error
+    known = {option for parameter in context.command.params for option in parameter.opts}
+    for name in table:
+        if f"--{name}" not in known:
+            raise click.BadParameter(f"{path}: no option --{name}; see --help for their names")
+    context.default_map = {_parameter(name): value for name, value in table.items()}
+
+
+def _parameter(option: str) -> str:
+    return option.replace("-", "_")
+
+
+def _option(name: str, help_text: str, **kwargs: Any) -> Callable[[Any], Any]:
+    return click.option(name, help=help_text, show_default=kwargs.pop("show_default", True), show_envvar=True, **kwargs)
+
+
+REDIS_URL = _option(
+    "--redis-url", "Redis >= 7.0 or Valkey >= 8: redis://, rediss://, unix://, redis+sentinel://, redis+cluster://. "
+    "Put passwords into the environment or the file.  [default: an embedded Valkey in --data-dir]",
+    default="", show_default=False,
+)  # fmt: skip
+DATA_DIR = _option(
+    "--data-dir", "Where the embedded stores and archives live.", default="./jobworker-data",
+    type=click.Path(file_okay=False),
+)  # fmt: skip
+CONFIG = click.option(
+    "--config", type=click.Path(exists=True, dir_okay=False), is_eager=True, expose_value=False,
+    callback=_read_config, help="TOML file with the same names as the options; both command line and "
+    "environment win over it.",
+)  # fmt: skip
+
+_OPTIONS = [
+    CONFIG,
+    _option("--procs", "Worker processes.  [default: number of cores]", type=click.IntRange(1, 512),
+            default=cores, show_default=False),
+    REDIS_URL,
+    _option("--milvus-uri", "Milvus >= 2.3, http(s)://host:port.  [default: an embedded Milvus Lite in --data-dir]",
+            default="", show_default=False),
+    _option("--milvus-token", "user:password or API key; better given by the environment.", default="",
+            show_default=False),
+    _option("--milvus-prefix", "What collection names begin with.", default="z_novel_"),
+    _option("--milvus-partitions", "A partition key, or one named partition a tenant and project.",
+            type=click.Choice(["key", "named"]), default="key"),
+    DATA_DIR,
+    _option("--model", "A sentence-transformers folder, a hub name that is in the cache, or package:<module>.  "
+            "[default: the model of the 'embedded' extra, else BAAI/bge-m3]", default="", show_default=False),
+    _option("--device", "auto, cpu, cuda, or cuda:0,cuda:1.", default="auto"),
+    _option("--long-text", "What becomes of a text longer than the model's window.",
+            type=click.Choice(["windows", "truncate", "reject"]), default="windows"),
+    _option("--token-budget", "Tokens (padding included) of one forward pass.", type=click.IntRange(512),
+            default=16384),
+    _option("--stream", "NAME=GROUP to read; repeatable, replaces the default table.", multiple=True,
+            default=[f"{s.stream}={s.group}" for s in DEFAULT_SOURCES]),
+    _option("--handler", "TYPE=module:Class to run a type by; repeatable, adds to or replaces the builtin ones.",
+            multiple=True, show_default=False),
+    _option("--builtin-handlers/--no-builtin-handlers", "Whether the builtin types are run.", default=True),
+    _option("--metrics-addr", "Where /metrics, /healthz and /readyz are served; port 0 picks one.",
+            default="127.0.0.1:9464"),
+    _option("--lease", "A lost host's jobs are taken over after so many seconds.", type=_POSITIVE, default=30.0),
+    _option("--max-retries", "Retries of a job before it is dead-lettered.", type=click.IntRange(0), default=3),
+    _option("--retry-initial", "Backoff = initial * multiplier ** retry count (seconds).", type=_POSITIVE, default=1.0),
+    _option("--retry-max", "Longest backoff (seconds).", type=_POSITIVE, default=60.0),
+    _option("--retry-multiplier", "Growth of the backoff.", type=click.FloatRange(min=1), default=2.0),
+    _option("--retry-jitter", "Share by which a backoff is spread either way.", type=click.FloatRange(0, 1),
+            default=0.1),
+    _option("--max-payload", "Largest job in bytes; larger ones are dead-lettered unread.",
+            type=click.IntRange(1024, 512 * 1024 * 1024), default=8 * 1024 * 1024),
+    _option("--job-timeout", "Limit in seconds of a job whose type and envelope name none.", type=_POSITIVE,
+            default=300.0),
+    _option("--drain-timeout", "How long TERM waits for running jobs (seconds).", type=click.FloatRange(min=0),
+            default=30.0),
+    _option("--connect-timeout", "How long to wait for the stores at start (seconds).", type=_POSITIVE, default=30.0),
+    _option("--instance", "Part of the consumer's name; two services on one host need two.  [default: host name]",
+            default=None, show_default=False),
+    _option("--log-level", "debug, info, warning or error.",
+            type=click.Choice(["debug", "info", "warning", "error"]), default="info"),
+    _option("--log-format", "json or text.  [default: text on a terminal]",
+            type=click.Choice(["json", "text"]), default=None, show_default=False),
+]  # fmt: skip
+
+
+def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a click command every option of the service."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def settings_from(
+    options: dict[str, Any], builtin: dict[str, str], on_terminal: bool
+) -> Settings:
+    """Settings from parsed options. Raises `ConfigurationError` with what to change."""
+    values = dict(options)
+    parse_address(values["metrics_addr"])
+    handlers = dict(builtin) if values.pop("builtin_handlers") else {}
+    handlers |= dict(parse_handler(text) for text in values.pop("handler"))
+    if not handlers:
+        raise ConfigurationError("no handler: give --handler TYPE=module:Class, or drop --no-builtin-handlers")
+    retry = RetryPolicy(
+        values.pop("max_retries"), values.pop("retry_initial"), values.pop("retry_max"),
+        values.pop("retry_multiplier"), values.pop("retry_jitter"),
+    )  # fmt: skip
+    seconds = {f"{name}_s": values.pop(name) for name in ("lease", "job_timeout", "drain_timeout", "connect_timeout")}
+    sources = tuple(parse_source(text) for text in values.pop("stream"))
+    values["log_format"] = values["log_format"] or ("text" if on_terminal else "json")
+    if values["instance"] is None:
+        del values["instance"]
+    values["threads"] = max(1, cores() // values["procs"])
+    return Settings(**values, **seconds, streams=sources, handlers=handlers, retry=retry)
