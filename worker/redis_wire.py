@@ -21,8 +21,8 @@ Reply = Any
 #: Scripts that act for a reader: the check of its epoch and of ownership goes before them.
 _READER_SCRIPTS = frozenset({"settle", "charge", "renew", "release", "take_over"})
 _OTHER_SCRIPTS = frozenset({"acquire", "promote", "schedule", "trim", "remove_consumers"})
-#: Commands sent before their replies are read; more only costs memory on both sides.
-_PIPELINE_COMMANDS = 1000
+#: Commands in one send: while the server works on one lot, we pack the next.
+_PIPELINE_COMMANDS = 250
 
 
 def _source(name: str) -> bytes:
@@ -81,9 +81,12 @@ class Wire:
         connection = self._ready()
         replies: list[Reply] = []
         rest = iter(commands)
+        unanswered = 0
         while batch := list(islice(rest, _PIPELINE_COMMANDS)):
             connection.send_packed_command(connection.pack_commands(batch))
-            replies.extend(_replies(connection, len(batch)))
+            replies.extend(_replies(connection, unanswered))  # the server works while we pack the next
+            unanswered = len(batch)
+        replies.extend(_replies(connection, unanswered))
         return replies
 
     def _ready(self) -> Connection:

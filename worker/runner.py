@@ -78,6 +78,7 @@ class Runner:
     def run(self) -> None:
         """Until told to stop; what was not started then stays for the reader to hand to another."""
         self._channel.appetite = self._lookahead
+        self._channel.beat(self._mono_s())
         self._channel.phase = READY
         self._channel.wake_reader()
         while not self.stop and self._jobs_left:
