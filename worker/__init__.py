@@ -3,6 +3,7 @@
 from .envelope import Job
 from .errors import ConfigurationError, PermanentError
 from .handler import Handler
+from .producer import NewJob, Producer
 from .settings import Settings
 
-__all__ = ["ConfigurationError", "Handler", "Job", "PermanentError", "Producer", "Settings"]
+__all__ = ["ConfigurationError", "Handler", "Job", "NewJob", "PermanentError", "Producer", "Settings"]

@@ -42,11 +42,11 @@ def _option(name: str, help_text: str, **kwargs: Any) -> Callable[[Any], Any]:
 REDIS_URL = _option(
     "--redis-url", "Redis >= 7.0 or Valkey >= 8: redis://, rediss://, unix://, redis+sentinel://, redis+cluster://. "
     "Put passwords into the environment or the file.  [default: an embedded Valkey in --data-dir]",
-    default="", show_default=False,
+    default="", show_default=False, envvar=f"{ENV_PREFIX}_REDIS_URL",
 )  # fmt: skip
 DATA_DIR = _option(
     "--data-dir", "Where the embedded stores and archives live.", default="./jobworker-data",
-    type=click.Path(file_okay=False),
+    type=click.Path(file_okay=False), envvar=f"{ENV_PREFIX}_DATA_DIR",
 )  # fmt: skip
 CONFIG = click.option(
     "--config", type=click.Path(exists=True, dir_okay=False), is_eager=True, expose_value=False,
