@@ -18,7 +18,7 @@ HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# No per-example deadline and no example database: a slow machine is not a bug, and tests leave nothing behind.
+# No deadline an example and no example database: a slow machine is no bug, and tests leave nothing behind.
 settings.register_profile("jobworker", deadline=None, database=None, print_blob=True)
 settings.load_profile("jobworker")
 
@@ -32,9 +32,9 @@ def living_children() -> dict[int, str]:
             command = (entry / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue  # ended while we looked
-        if int(after_name[1]) == os.getpid() and after_name[0] not in "ZX":
-            if not any(helper in command for helper in HELPERS):
-                found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace").strip()
+        runs = int(after_name[1]) == os.getpid() and after_name[0] not in "ZX"
+        if runs and not any(helper in command for helper in HELPERS):
+            found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace").strip()
     return found
 
 
