@@ -5,7 +5,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .errors import Fenced, StoreUnavailable
@@ -252,14 +252,13 @@ class MemoryStore:
                 refused.update(_id_of(one) for one in outcomes if not self._settle_one(source, one))
             return refused
 
-    def charge(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, int]:
+    def charge(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:
         """See `ReaderStore.charge`."""
         with self._server.lock:
-            deaths, group = self._held(source).deaths, self._group(source)
-            charged = [id for id in ids if self._owns(group, id)]
-            for id in charged:
-                deaths[id] = deaths.get(id, 0) + 1
-            return {id: deaths[id] for id in charged}
+            stream, group = self._held(source), self._group(source)
+            charged = {id: count for id, count in deaths.items() if self._owns(group, id)}
+            stream.deaths.update(charged)
+            return charged
 
     def renew(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         """See `ReaderStore.renew`."""

@@ -1,0 +1,442 @@
+"""What every job store promises: the suite for the one in memory and for real servers."""
+
+import select
+import threading
+
+import pytest
+
+from jobworker.worker.errors import Fenced
+from jobworker.worker.keys import Source
+from jobworker.worker.store import Dead, Entry, ReaderStore, Retry, Settlement
+from support.job_worlds import World
+
+S = Source("stream:test", "cg-test")
+OTHER = Source("stream:other", "cg-other")
+UNKNOWN = b"1-1"
+#: How long a test waits for what should come at once.
+SOON_S = 5.0
+
+
+def read(store: ReaderStore, count: int = 100, source: Source = S) -> list[Entry]:
+    store.begin_read(source, count, 0)
+    return store.finish_read(source)
+
+
+def given(
+    world: World, *jobs: bytes, consumer: str = "a", source: Source = S
+) -> tuple[ReaderStore, list[bytes]]:
+    """A reader that was delivered the jobs, and their ids."""
+    store = world.reader(consumer)
+    store.acquire([source])
+    world.producer().add(source.stream, jobs)
+    return store, [entry.id for entry in read(store, source=source)]
+
+
+def pending(store: ReaderStore, source: Source = S) -> list[bytes]:
+    return [entry.id for entry in store.own_pending(source, b"0-0", 1000)]
+
+
+def readable(fd: int, limit_s: float) -> bool:
+    return bool(select.select([fd], [], [], limit_s)[0])
+
+
+class TestReading:
+    def test_what_was_sent_before_the_group_was_made_is_read_in_order(self, world: World) -> None:
+        world.producer().add(S.stream, [b"1", b"2", b"3"])
+        store = world.reader("a")
+        store.acquire([S])
+        assert [entry.data for entry in read(store)] == [b"1", b"2", b"3"]
+
+    def test_acquiring_again_keeps_the_groups_place(self, world: World) -> None:
+        store, ids = given(world, b"1")
+        store.acquire([S])
+        assert read(store) == []
+        assert pending(store) == ids
+
+    def test_a_read_takes_no_more_than_asked_for(self, world: World) -> None:
+        store = world.reader("a")
+        store.acquire([S])
+        world.producer().add(S.stream, [b"1", b"2", b"3"])
+        assert [e.data for e in read(store, count=2)] == [b"1", b"2"]
+        assert [e.data for e in read(store, count=2)] == [b"3"]
+
+    def test_a_blocked_read_wakes_its_descriptor_when_a_job_comes(self, world: World) -> None:
+        store = world.reader("a")
+        store.acquire([S])
+        fd = store.begin_read(S, 10, 60_000)
+        assert store.reading(S)
+        assert not readable(fd, 0)
+        world.producer().add(S.stream, [b"late"])
+        assert readable(fd, SOON_S)
+        assert [e.data for e in store.finish_read(S)] == [b"late"]
+        assert not store.reading(S)
+
+    def test_a_blocked_read_ends_empty_when_its_time_is_over(self, world: World) -> None:
+        store = world.reader("a")
+        store.acquire([S])
+        fd = store.begin_read(S, 10, 50)
+        assert readable(fd, SOON_S)
+        assert store.finish_read(S) == []
+        assert store.finish_read(S) == []
+
+    def test_reads_of_two_streams_are_under_way_at_once(self, world: World) -> None:
+        store = world.reader("a")
+        store.acquire([S, OTHER])
+        first, second = store.begin_read(S, 10, 60_000), store.begin_read(OTHER, 10, 60_000)
+        world.producer().add(OTHER.stream, [b"x"])
+        assert select.select([first, second], [], [], SOON_S)[0] == [second]
+        assert [e.data for e in store.finish_read(OTHER)] == [b"x"]
+        assert store.reading(S)
+
+    def test_beginning_a_second_read_of_a_stream_is_a_bug(self, world: World) -> None:
+        store = world.reader("a")
+        store.acquire([S])
+        store.begin_read(S, 1, 1000)
+        with pytest.raises(RuntimeError):
+            store.begin_read(S, 1, 1000)
+
+    def test_what_an_abandoned_read_was_given_is_found_among_the_pending(self, world: World) -> None:
+        store = world.reader("a")
+        store.acquire([S])
+        fd = store.begin_read(S, 10, 60_000)
+        world.producer().add(S.stream, [b"1"])
+        assert readable(fd, SOON_S)
+        store.abandon_reads()
+        assert not store.reading(S)
+        assert [e.data for e in store.own_pending(S, b"0-0", 10)] == [b"1"]
+        world.producer().add(S.stream, [b"2"])
+        assert [e.data for e in read(store)] == [b"2"]
+
+    def test_an_entry_without_the_field_has_no_data(self, world: World) -> None:
+        world.add_without_data(S.stream)
+        store = world.reader("a")
+        store.acquire([S])
+        assert [e.data for e in read(store)] == [None]
+
+    def test_any_bytes_come_back_as_they_went_in(self, world: World) -> None:
+        jobs = [b"", b"\x00\xff\r\n$1\r\n", "小说".encode(), b"x" * 3_000_000]
+        world.producer().add(S.stream, jobs)
+        store = world.reader("a")
+        store.acquire([S])
+        assert [e.data for e in read(store)] == jobs
+
+    def test_a_reader_that_waits_does_not_hold_others_up(self, world: World) -> None:
+        store, ids = given(world, b"1")
+        store.begin_read(S, 10, 60_000)
+        assert store.settle([Settlement(S, done=ids)]) == set()
+        assert store.renew(S, ids) == set(ids)
+
+
+class TestSettling:
+    def test_each_outcome_goes_where_it_belongs(self, world: World) -> None:
+        store, (a, b, c, d) = given(world, b"a", b"b", b"c", b"d")
+        refused = store.settle([Settlement(S, [a], [Retry(b, 60, b"b again")], [Dead(c, b"c is dead")])])
+        assert refused == set()
+        assert pending(store) == [d]
+        assert world.waiting(S.stream) == [b"b again"]
+        assert world.dead_letters(S.stream) == [b"c is dead"]
+
+    def test_what_was_settled_is_refused_the_second_time_and_nothing_is_done(self, world: World) -> None:
+        store, (a, b, c) = given(world, b"a", b"b", b"c")
+        outcome = Settlement(S, [a], [Retry(b, 60, b"b")], [Dead(c, b"c")])
+        store.settle([outcome])
+        assert store.settle([outcome]) == {a, b, c}
+        assert len(world.waiting(S.stream)) == len(world.dead_letters(S.stream)) == 1
+
+    def test_only_the_unknown_ids_of_many_are_refused(self, world: World) -> None:
+        store, ids = given(world, *[b"%d" % i for i in range(2500)])
+        ids += [entry.id for _ in range(24) for entry in read(store)]
+        odd = [b"%s9" % id for id in ids[::100]]
+        assert store.settle([Settlement(S, done=[*odd, *ids[5:]])]) == set(odd)
+        assert pending(store) == ids[:5]
+
+    def test_ids_far_apart_and_in_any_order_are_found(self, world: World) -> None:
+        store, ids = given(world, *[b"%d" % i for i in range(100)])
+        some = [ids[77], ids[3], ids[50], ids[99], ids[0]]
+        assert store.settle([Settlement(S, done=some)]) == set()
+        assert set(pending(store)) == set(ids) - set(some)
+
+    def test_several_streams_are_settled_in_one_call(self, world: World) -> None:
+        store = world.reader("a")
+        store.acquire([S, OTHER])
+        for source in (S, OTHER):
+            world.producer().add(source.stream, [b"1"])
+        ids = {source: read(store, source=source)[0].id for source in (S, OTHER)}
+        assert store.settle([Settlement(S, [ids[S], UNKNOWN]), Settlement(OTHER, [ids[OTHER]])]) == {UNKNOWN}
+        assert pending(store) == pending(store, OTHER) == []
+
+    def test_a_job_of_another_consumer_is_refused(self, world: World) -> None:
+        mine, (a,) = given(world, b"1", consumer="a")
+        theirs = world.reader("b")
+        theirs.acquire([S])
+        assert theirs.settle([Settlement(S, [], [Retry(a, 0, b"again")])]) == {a}
+        assert world.waiting(S.stream) == []
+        assert pending(mine) == [a]
+
+    def test_two_equal_jobs_are_both_kept(self, world: World) -> None:
+        store, (a, b) = given(world, b"{}", b"{}")
+        store.settle([Settlement(S, retries=[Retry(a, 0, b"{}")])])
+        store.settle([Settlement(S, retries=[Retry(b, 0, b"{}")])])
+        assert [job.strip() for job in world.waiting(S.stream)] == [b"{}", b"{}"]
+        assert world.reaper().promote(S.stream, 10).moved == 2
+
+    def test_nothing_to_settle_is_no_trouble(self, world: World) -> None:
+        store, _ = given(world, b"1")
+        assert store.settle([]) == set()
+        assert store.settle([Settlement(S)]) == set()
+
+    def test_more_than_one_step_can_hold(self, world: World) -> None:
+        store, ids = given(world, *[b"%d" % i for i in range(40)])
+        big = b"x" * 1_000_000
+        retries = [Retry(id, 60, big + b"%d" % i) for i, id in enumerate(ids[:20])]
+        assert store.settle([Settlement(S, ids[20:], retries)]) == set()
+        assert len(world.waiting(S.stream)) == 20
+        assert pending(store) == []
+
+
+class TestFence:
+    def test_a_newer_reader_of_the_name_shuts_the_older_one_out(self, world: World) -> None:
+        old, (a,) = given(world, b"1")
+        new = world.reader("a")
+        new.acquire([S])
+        for act in (
+            lambda: old.settle([Settlement(S, [a])]),
+            lambda: old.charge(S, {a: 1}),
+            lambda: old.renew(S, [a]),
+            lambda: old.release(S, [a]),
+            lambda: old.take_over(S, 0, 10, b"0-0"),
+        ):
+            with pytest.raises(Fenced):
+                act()
+        assert pending(new) == [a]
+        assert new.settle([Settlement(S, [a])]) == set()
+
+    def test_another_name_is_another_matter(self, world: World) -> None:
+        one, (a,) = given(world, b"1")
+        other = world.reader("b")
+        other.acquire([S])
+        assert one.settle([Settlement(S, [a])]) == set()
+
+
+class TestDeaths:
+    def test_deaths_are_set_and_told_with_the_entry(self, world: World) -> None:
+        store, (a, b) = given(world, b"a", b"b")
+        assert store.charge(S, {a: 1}) == {a: 1}
+        assert store.charge(S, {a: 2, b: 1, UNKNOWN: 1}) == {a: 2, b: 1}
+        assert store.charge(S, {a: 2}) == {a: 2}
+        assert [(e.id, e.deaths) for e in store.own_pending(S, b"0-0", 10)] == [(a, 2), (b, 1)]
+
+    def test_they_outlive_the_reader_and_follow_the_job_to_another(self, world: World) -> None:
+        store, (a,) = given(world, b"a")
+        store.charge(S, {a: 1})
+        other = world.reader("b")
+        other.acquire([S])
+        _, entries = other.take_over(S, 0, 10, b"0-0")
+        assert [(e.id, e.deaths) for e in entries] == [(a, 1)]
+        assert store.charge(S, {a: 2}) == {}
+
+    def test_what_is_settled_cannot_be_charged(self, world: World) -> None:
+        store, (a,) = given(world, b"a")
+        store.charge(S, {a: 1})
+        store.settle([Settlement(S, [a])])
+        assert store.charge(S, {a: 2}) == {}
+
+
+class TestLeases:
+    def test_idle_entries_are_taken_over_and_the_delivery_is_counted(self, world: World) -> None:
+        old, ids = given(world, b"1", b"2", consumer="a")
+        new = world.reader("b")
+        new.acquire([S])
+        assert new.take_over(S, 60_000, 10, b"0-0") == (b"0-0", [])
+        _, entries = new.take_over(S, 0, 10, b"0-0")
+        assert [(e.id, e.data, e.deliveries) for e in entries] == [(ids[0], b"1", 2), (ids[1], b"2", 2)]
+        assert old.settle([Settlement(S, ids)]) == set(ids)
+        assert new.settle([Settlement(S, ids)]) == set()
+
+    def test_a_long_list_is_taken_over_page_by_page(self, world: World) -> None:
+        _, ids = given(world, *[b"%d" % i for i in range(7)], consumer="a")
+        new = world.reader("b")
+        new.acquire([S])
+        taken: list[bytes] = []
+        cursor, first = b"0-0", True
+        while first or cursor != b"0-0":
+            cursor, entries = new.take_over(S, 0, 3, cursor)
+            taken += [e.id for e in entries]
+            first = False
+        assert taken == ids
+
+    def test_renewing_keeps_others_away(self, world: World) -> None:
+        old, (a, b) = given(world, b"1", b"2", consumer="a")
+        new = world.reader("b")
+        new.acquire([S])
+        world.pass_time(0.4)
+        assert old.renew(S, [a]) == set()
+        _, entries = new.take_over(S, 300, 10, b"0-0")
+        assert [e.id for e in entries] == [b]
+        assert [e.deliveries for e in old.own_pending(S, b"0-0", 10)] == [1]
+
+    def test_renewing_tells_what_was_lost(self, world: World) -> None:
+        old, (a, b) = given(world, b"1", b"2", consumer="a")
+        old.settle([Settlement(S, [a])])
+        assert old.renew(S, [a, b, UNKNOWN]) == {a, UNKNOWN}
+
+    def test_what_was_released_can_be_had_at_once(self, world: World) -> None:
+        old, (a, b) = given(world, b"1", b"2", consumer="a")
+        new = world.reader("b")
+        new.acquire([S])
+        old.release(S, [a, UNKNOWN])
+        _, entries = new.take_over(S, 3_600_000, 10, b"0-0")
+        assert [e.id for e in entries] == [a]
+        assert pending(old) == [b]
+
+    def test_an_entry_deleted_while_pending_is_dropped(self, world: World) -> None:
+        store, (a, b, c) = given(world, b"1", b"2", b"3")
+        world.delete_entry(S.stream, a)
+        assert pending(store) == [b, c]
+        world.delete_entry(S.stream, b)
+        assert store.take_over(S, 0, 10, b"0-0")[1][0].id == c
+        assert world.reaper().depths(S).pending == 1
+
+    def test_own_pending_comes_in_pages(self, world: World) -> None:
+        store, ids = given(world, *[b"%d" % i for i in range(5)])
+        assert [e.id for e in store.own_pending(S, b"0-0", 2)] == ids[:2]
+        assert [e.id for e in store.own_pending(S, ids[1], 2)] == ids[2:4]
+        assert [e.id for e in store.own_pending(S, ids[4], 2)] == []
+
+    def test_bodies_of_what_is_left(self, world: World) -> None:
+        store, (a, b) = given(world, b"1", b"2")
+        world.delete_entry(S.stream, a)
+        assert store.bodies(S, [a, b, UNKNOWN]) == {b: b"2"}
+
+
+class TestPromotion:
+    def test_a_retry_comes_back_when_it_is_due_and_not_before(self, world: World) -> None:
+        store, (a,) = given(world, b"1")
+        store.settle([Settlement(S, retries=[Retry(a, 0.3, b"again")])])
+        reaper = world.reaper()
+        early = reaper.promote(S.stream, 10)
+        assert early.moved == 0
+        assert early.next_due_s == pytest.approx(0.3, abs=0.25)
+        assert read(store) == []
+        world.pass_time(0.31)
+        assert reaper.promote(S.stream, 10) == (1, None)
+        assert [e.data for e in read(store)] == [b"again"]
+
+    def test_the_soonest_go_first_and_no_more_than_asked_for(self, world: World) -> None:
+        producer, reaper = world.producer(), world.reaper()
+        for job, delay_s in ((b"c", 0.03), (b"a", 0.01), (b"b", 0.02), (b"later", 60)):
+            producer.schedule(S.stream, job, delay_s)
+        world.pass_time(0.1)
+        assert reaper.promote(S.stream, 2).moved == 2
+        rest = reaper.promote(S.stream, 50)
+        assert rest.moved == 1
+        assert rest.next_due_s == pytest.approx(60, abs=1)
+        store = world.reader("a")
+        store.acquire([S])
+        assert [e.data for e in read(store)] == [b"a", b"b", b"c"]
+
+    def test_nothing_waits(self, world: World) -> None:
+        assert world.reaper().promote(S.stream, 10) == (0, None)
+
+    def test_two_reapers_move_each_job_once(self, world: World) -> None:
+        producer = world.producer()
+        for i in range(50):
+            producer.schedule(S.stream, b"%d" % i, 0.0)
+        moved: list[int] = []
+        reapers = [world.reaper(), world.reaper()]
+        threads = [
+            threading.Thread(target=lambda r=r: moved.append(r.promote(S.stream, 40).moved)) for r in reapers
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SOON_S)
+        assert sum(moved) == 50
+        assert world.length(S.stream) == 50
+
+
+class TestTidying:
+    def test_what_every_group_has_finished_is_trimmed(self, world: World) -> None:
+        store, ids = given(world, b"1", b"2", b"3")
+        world.producer().add(S.stream, [b"4"])
+        reaper = world.reaper()
+        assert reaper.trim(S.stream) == 0
+        store.settle([Settlement(S, [ids[0], ids[2]])])
+        assert reaper.trim(S.stream) == 1
+        assert pending(store) == [ids[1]]
+        store.settle([Settlement(S, [ids[1]])])
+        assert reaper.trim(S.stream) == 2
+        assert [e.data for e in read(store)] == [b"4"]
+
+    def test_another_groups_work_is_not_trimmed(self, world: World) -> None:
+        store, ids = given(world, b"1")
+        second = Source(S.stream, "cg-second")
+        slow = world.reader("slow")
+        slow.acquire([second])
+        store.settle([Settlement(S, ids)])
+        assert world.reaper().trim(S.stream) == 0
+        assert [e.data for e in read(slow, source=second)] == [b"1"]
+        assert world.reaper().trim(S.stream) == 0
+        slow.settle([Settlement(second, ids)])
+        assert world.reaper().trim(S.stream) == 1
+
+    def test_a_stream_without_a_group_is_left_alone(self, world: World) -> None:
+        world.producer().add(S.stream, [b"1"])
+        assert world.reaper().trim(S.stream) == 0
+        assert world.reaper().trim("stream:missing") == 0
+        assert world.length(S.stream) == 1
+
+    def test_a_long_stream_is_trimmed_whole(self, world: World) -> None:
+        store, _ids = given(world)
+        world.producer().add(S.stream, [b"%d" % i for i in range(3456)])
+        while entries := read(store, count=1000):
+            store.settle([Settlement(S, [e.id for e in entries])])
+        reaper = world.reaper()
+        assert reaper.trim(S.stream) + reaper.trim(S.stream) == 3456
+        assert world.length(S.stream) == 0
+
+    def test_only_consumers_that_own_nothing_and_are_idle_are_removed(self, world: World) -> None:
+        owner, _ = given(world, b"1", consumer="owner")
+        for name in ("me", "gone"):
+            world.reader(name).acquire([S])
+        reaper = world.reaper()
+        assert reaper.remove_idle_consumers(S, "me", 60_000) == 0
+        world.pass_time(0.02)
+        assert reaper.remove_idle_consumers(S, "me", 10) == 1
+        assert reaper.remove_idle_consumers(S, "me", 10) == 0
+        assert len(pending(owner)) == 1
+
+    def test_depths_count_what_is_where(self, world: World) -> None:
+        store, (a, b, _c) = given(world, b"1", b"2", b"3")
+        store.settle([Settlement(S, [], [Retry(a, 60, b"r")], [Dead(b, b"d")])])
+        world.producer().add(S.stream, [b"4", b"5"])
+        world.pass_time(0.2)
+        depths = world.reaper().depths(S)
+        assert depths[:4] == (2, 1, 1, 1)
+        assert depths.lag == 2
+        assert 0.2 <= depths.oldest_age_s < 10
+
+    def test_depths_of_what_does_not_exist(self, world: World) -> None:
+        assert world.reaper().depths(S) == (0, 0, 0, 0, 0.0, 0)
+
+
+class TestProducing:
+    def test_jobs_are_counted_and_kept_in_order(self, world: World) -> None:
+        jobs = [b"%d" % i for i in range(1234)]
+        assert world.producer().add(S.stream, iter(jobs)) == 1234
+        store = world.reader("a")
+        store.acquire([S])
+        assert [e.data for e in read(store, count=5000)] == jobs
+
+    def test_equal_jobs_can_wait_side_by_side(self, world: World) -> None:
+        producer = world.producer()
+        for _ in range(3):
+            producer.schedule(S.stream, b"{}", 0.0)
+        assert world.reaper().promote(S.stream, 10).moved == 3
+
+    def test_a_deleted_stream_is_read_again_from_its_start(self, world: World) -> None:
+        store, ids = given(world, b"1")
+        world.delete_stream(S.stream)
+        world.producer().add(S.stream, [b"2"])
+        assert store.settle([Settlement(S, ids)]) == set(ids)
+        assert [e.data for e in read(store) or read(store)] == [b"2"]

@@ -1,0 +1,123 @@
+"""One face for the job store in memory and on real servers, for the suite that both must pass."""
+
+import time
+from typing import Protocol
+
+from jobworker.worker import keys
+from jobworker.worker.memory_store import MemoryServer, MemoryStore
+from jobworker.worker.redis_store import RedisProducerStore, RedisReaderStore, RedisReaperStore
+from jobworker.worker.store import ProducerStore, ReaderStore, ReaperStore
+from support.redis_servers import RedisServer
+
+
+class World(Protocol):
+    """A store that is empty at first, and what an outsider can do to it."""
+
+    def reader(self, consumer: str) -> ReaderStore: ...
+    def reaper(self) -> ReaperStore: ...
+    def producer(self) -> ProducerStore: ...
+    def pass_time(self, seconds: float) -> None: ...
+    def dead_letters(self, stream: str) -> list[bytes]: ...
+    def waiting(self, stream: str) -> list[bytes]: ...
+    def length(self, stream: str) -> int: ...
+    def add_without_data(self, stream: str) -> None: ...
+    def delete_entry(self, stream: str, id: bytes) -> None: ...
+    def delete_stream(self, stream: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class MemoryWorld:
+    """The twin in memory; its time passes only when told to."""
+
+    def __init__(self) -> None:
+        self._wall_s = 1_767_345_600.0
+        self._server = MemoryServer(lambda: self._wall_s)
+        self._stores: list[MemoryStore] = []
+
+    def _store(self, consumer: str = "") -> MemoryStore:
+        self._stores.append(MemoryStore(self._server, consumer))
+        return self._stores[-1]
+
+    def reader(self, consumer: str) -> ReaderStore:
+        return self._store(consumer)
+
+    def reaper(self) -> ReaperStore:
+        return self._store()
+
+    def producer(self) -> ProducerStore:
+        return self._store()
+
+    def pass_time(self, seconds: float) -> None:
+        self._wall_s += seconds
+
+    def dead_letters(self, stream: str) -> list[bytes]:
+        return self._server.dead_letters(stream)
+
+    def waiting(self, stream: str) -> list[bytes]:
+        return self._server.waiting(stream)
+
+    def length(self, stream: str) -> int:
+        return len(self._server.entries(stream))
+
+    def add_without_data(self, stream: str) -> None:
+        self._server.append(stream, None)
+
+    def delete_entry(self, stream: str, id: bytes) -> None:
+        self._server.delete_entry(stream, id)
+
+    def delete_stream(self, stream: str) -> None:
+        self._server.delete_stream(stream)
+
+    def close(self) -> None:
+        for store in self._stores:
+            store.close()
+
+
+class RedisWorld:
+    """A real server, emptied first."""
+
+    def __init__(self, server: RedisServer) -> None:
+        self.server = server
+        self._client = server.client
+        self._client.flushall()
+        self._stores: list[RedisReaderStore | RedisReaperStore | RedisProducerStore] = []
+
+    def reader(self, consumer: str) -> RedisReaderStore:
+        store = RedisReaderStore(self.server.url, consumer)
+        self._stores.append(store)
+        return store
+
+    def reaper(self) -> ReaperStore:
+        store = RedisReaperStore(self.server.url)
+        self._stores.append(store)
+        return store
+
+    def producer(self) -> ProducerStore:
+        store = RedisProducerStore(self.server.url)
+        self._stores.append(store)
+        return store
+
+    def pass_time(self, seconds: float) -> None:
+        time.sleep(seconds)  # idle times and due times are by the server's own clock
+
+    def dead_letters(self, stream: str) -> list[bytes]:
+        return [fields[b"data"] for _, fields in self._client.xrange(keys.dead_letter_key(stream))]
+
+    def waiting(self, stream: str) -> list[bytes]:
+        return list(self._client.zrange(keys.retry_key(stream), 0, -1))
+
+    def length(self, stream: str) -> int:
+        return int(self._client.xlen(stream))
+
+    def add_without_data(self, stream: str) -> None:
+        self._client.xadd(stream, {"other": "field"})
+
+    def delete_entry(self, stream: str, id: bytes) -> None:
+        self._client.xdel(stream, id)
+
+    def delete_stream(self, stream: str) -> None:
+        self._client.delete(stream)
+
+    def close(self) -> None:
+        for store in self._stores:
+            store.close()

