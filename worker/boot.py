@@ -4,6 +4,7 @@
 """
 
 import faulthandler
+import gc
 import logging
 import os
 import select
@@ -44,6 +45,8 @@ def main() -> int:
     faulthandler.enable(start.blackbox_fd)
     faulthandler.register(signal.SIGUSR2, start.blackbox_fd)
     tie_to_parent(start.parent_pid)
+    # The roles make many short-lived objects and no cycles: looking for cycles this rarely costs nothing.
+    gc.set_threshold(50_000, 20, 50)
     try:
         _run(start.role, settings, link, fds)
     except Fenced as error:

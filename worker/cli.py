@@ -112,8 +112,8 @@ def enqueue(
     body = _payload(payload)
     ids: list[str] = []
     with Producer(url) as producer:
-        bar = click.progressbar(length=count, label="enqueued", file=sys.stderr, hidden=count < _ENQUEUE_AT_ONCE)
-        with bar:
+        quiet = count < _ENQUEUE_AT_ONCE or not sys.stderr.isatty()
+        with click.progressbar(length=count, label="enqueued", file=sys.stderr, hidden=quiet) as bar:
             for start in range(0, count, _ENQUEUE_AT_ONCE):
                 jobs = [
                     NewJob(type, body, tenant_id=tenant, project_id=project, stream=stream, delay=delay,

@@ -225,7 +225,7 @@ class Reader:
             if not lanes:
                 return
             share = -(-len(self._waiting) // len(lanes))
-            lane = max(lanes, key=lambda lane: lane.credit)
+            lane = min(lanes, key=lambda lane: len(lane.table))
             count = min(share, lane.credit)
             batch = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
             given = lane.hand(batch)

@@ -69,6 +69,9 @@ class Runner:
         self._lookahead = max((handler.max_batch for handler in handlers.values()), default=1)
         self._frames = msgspec.msgpack.Decoder(JobFrame)
         self._tally = Tally()
+        self._durations = {kind: self._tally.histogram("z_novel_job_duration_seconds", (kind,)) for kind in handlers}
+        self._waits = {kind: self._tally.histogram("z_novel_job_wait_seconds", (kind,)) for kind in handlers}
+        self._batches = self._tally.histogram("z_novel_batch_jobs")
         self._counted: dict[tuple[str, str], int] = {}
         self._untold_since: float | None = None
         self._reported_at = 0.0
@@ -221,13 +224,13 @@ class Runner:
             self._channel.wake_reader()
 
     def _observe(self, kind: str, envelopes: Sequence[Envelope], took_s: float) -> None:
-        self._tally.observe("z_novel_job_duration_seconds", (kind,), took_s, len(envelopes))
-        self._tally.observe("z_novel_batch_jobs", (), len(envelopes))
+        self._durations[kind].add(took_s, len(envelopes))
+        self._batches.add(len(envelopes))
         started_wall_s = self._wall_s() - took_s
         for envelope in envelopes:
             created_wall_s = _unix_s(envelope.created_at)
             if created_wall_s is not None:
-                self._tally.observe("z_novel_job_wait_seconds", (kind,), max(0.0, started_wall_s - created_wall_s))
+                self._waits[kind].add(max(0.0, started_wall_s - created_wall_s))
 
     def _check_health(self) -> None:
         for handler in self._handlers.values():

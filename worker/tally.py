@@ -54,13 +54,33 @@ class Delta(NamedTuple):
         return bool(self.counts or self.gauges or self.histograms)
 
 
+class Histogram:
+    """Values since the last `Tally.take`, counted by bucket."""
+
+    def __init__(self, buckets: tuple[float, ...]) -> None:
+        self._buckets = buckets
+        self.counts = [0] * (len(buckets) + 1)
+        self.total = 0.0
+
+    def add(self, value: float, times: int = 1) -> None:
+        """Count one value, or the same value several times."""
+        self.counts[bisect_left(self._buckets, value)] += times
+        self.total += value * times
+
+    def take(self) -> tuple[list[int], float]:
+        """The counts and the sum, which start from nothing again."""
+        taken = self.counts, self.total
+        self.counts, self.total = [0] * len(self.counts), 0.0
+        return taken
+
+
 class Tally:
     """Adds up until `take`; nothing is lost while the supervisor is slow, and the size is bounded."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, Labels], float] = {}
         self._gauges: dict[tuple[str, Labels], float] = {}
-        self._histograms: dict[tuple[str, Labels], tuple[list[int], list[float]]] = {}
+        self._histograms: dict[tuple[str, Labels], Histogram] = {}
 
     def count(self, name: str, labels: Labels = (), by: float = 1) -> None:
         """Add to a counter."""
@@ -71,21 +91,18 @@ class Tally:
         """Set a gauge."""
         self._gauges[name, labels] = value
 
-    def observe(self, name: str, labels: Labels, value: float, times: int = 1) -> None:
-        """Add one value (or the same value several times) to a histogram."""
-        key = (name, labels)
-        if key not in self._histograms:
-            self._histograms[key] = ([0] * (len(METRICS[name].buckets) + 1), [0.0])
-        counts, total = self._histograms[key]
-        counts[bisect_left(METRICS[name].buckets, value)] += times
-        total[0] += value * times
+    def histogram(self, name: str, labels: Labels = ()) -> Histogram:
+        """The histogram to add to; it stays the same one over `take`."""
+        return self._histograms.setdefault((name, labels), Histogram(METRICS[name].buckets))
 
     def take(self) -> Delta:
         """Everything since the last call, and start from nothing again."""
+        histograms = [(*key, *histogram.take()) for key, histogram in self._histograms.items()]
         delta = Delta(
             [(*key, value) for key, value in self._counts.items()],
             [(*key, value) for key, value in self._gauges.items()],
-            [(*key, counts, total[0]) for key, (counts, total) in self._histograms.items()],
+            [taken for taken in histograms if any(taken[2])],
         )
-        self.__init__()  # type: ignore[misc]
+        self._counts.clear()
+        self._gauges.clear()
         return delta
