@@ -1,0 +1,212 @@
+"""The main job from end to end: starts the service, embeds the sample novel, answers one question, stops."""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from jobworker.handlers.encoder import load_encoder
+from jobworker.handlers.vector_types import Hit
+from jobworker.handlers.vectors import open_vectors
+from jobworker.worker import Producer
+
+NOVEL = Path(__file__).parent / "novel"
+TENANT, PROJECT = "sample", "novel"
+#: Few enough that the bar moves; the service puts the texts of several jobs into one batch by itself.
+PASSAGES_A_JOB = 4
+#: The first start loads the model in every worker, which on a busy machine takes a while.
+READY_WITHIN_S = 180.0
+#: Nothing finished for so long means that nothing will.
+STALLED_AFTER_S = 120.0
+#: Beyond the service's own drain time-out.
+STOP_WITHIN_S = 60.0
+#: How often the service is asked how far it is.
+LOOK_EVERY_S = 0.1
+HITS = 3
+
+
+class Passage(NamedTuple):
+    """One paragraph of the novel."""
+
+    id: str
+    chapter_id: str
+    text: str
+
+
+class Failed(Exception):
+    """The run cannot go on; the message says why."""
+
+
+def passages(folder: Path) -> list[Passage]:
+    """The paragraphs of every chapter, in order; headings are left out."""
+    found = []
+    for file in sorted(folder.glob("*/*.md")):
+        chapter = f"{file.parent.name}-{file.stem}"
+        paragraphs = re.split(r"\n\s*\n", file.read_text("utf-8").strip())
+        found += [Passage(f"{chapter}-{n:02}", chapter, text) for n, text in enumerate(paragraphs) if n]
+    return found
+
+
+@contextlib.contextmanager
+def service(data_dir: Path, procs: int) -> Iterator[dict[str, Any]]:
+    """The running, ready service; gives where it listens. It is asked to stop at the end, and must do so."""
+    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = data_dir / "service.log"
+    command = Path(sys.executable).with_name("jobworker-supervise")
+    options = ["--procs", str(procs), "--data-dir", str(data_dir), "--metrics-addr", "127.0.0.1:0"]
+    with log.open("wb") as log_file:
+        # A group of its own: Ctrl-C ends this program, which then asks the service to stop.
+        process = subprocess.Popen([command, *options], stdout=log_file, stderr=log_file, process_group=0)
+    try:
+        yield wait_ready(process, data_dir, log)
+    finally:
+        if process.poll() is None:
+            say("stopping the service")
+            process.terminate()
+        try:
+            code = process.wait(STOP_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise Failed(f"the service did not stop; its log: {log}") from None
+    if code != 0:
+        raise Failed(f"the service ended with exit code {code}; its log: {log}")
+
+
+def wait_ready(process: subprocess.Popen[bytes], data_dir: Path, log: Path) -> dict[str, Any]:
+    """Where the service listens, once ``/readyz`` says yes."""
+    give_up_at = time.monotonic() + READY_WITHIN_S
+    while time.monotonic() < give_up_at:
+        if process.poll() is not None:
+            raise Failed(f"the service did not start; the end of {log}:\n{log.read_text()[-2000:]}")
+        found = endpoints(data_dir)
+        if found.get("pid") == process.pid and is_ready(found["metrics_url"]):
+            return found
+        time.sleep(LOOK_EVERY_S)  # readiness is a page, not an event
+    raise Failed(f"the service was not ready after {READY_WITHIN_S:.0f} s; its log: {log}")
+
+
+def endpoints(data_dir: Path) -> dict[str, Any]:
+    """What the service wrote about where it listens; a file of an earlier run has another pid in it."""
+    try:
+        found = json.loads((data_dir / "endpoints.json").read_bytes())
+    except FileNotFoundError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_ready(url: str) -> bool:
+    """Whether every worker has its model and the stores answer."""
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=10):
+            return True
+    except (urllib.error.URLError, TimeoutError):
+        return False
+
+
+def counted(url: str, metric: str) -> int:
+    """A counter of embedding jobs, from the page that Prometheus reads; the labels after the type add up."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as page:
+        lines = page.read().decode()
+    return int(sum(map(float, re.findall(rf'^{metric}{{.*"embedding_batch".*}} (\S+)', lines, re.MULTILINE))))
+
+
+def enqueue(redis_url: str, novel: list[Passage]) -> int:
+    """Put the novel on the stream, a few passages a job; returns the number of jobs."""
+    jobs = [novel[start : start + PASSAGES_A_JOB] for start in range(0, len(novel), PASSAGES_A_JOB)]
+    with Producer(redis_url) as producer:
+        for job in jobs:
+            payload = {
+                "tenant_id": TENANT,
+                "project_id": PROJECT,
+                "ids": [passage.id for passage in job],
+                "texts": [passage.text for passage in job],
+                "chapter_ids": [passage.chapter_id for passage in job],
+            }
+            producer.enqueue("embedding_batch", payload, tenant_id=TENANT, project_id=PROJECT)
+    return len(jobs)
+
+
+def watch(url: str, jobs: int, done_before: int) -> None:
+    """Show a bar until all jobs are done. Raises `Failed` where one is given up or nothing moves."""
+    with tqdm(total=jobs, unit="job", desc="   embedding", file=sys.stdout) as bar:
+        mono_moved_s = time.monotonic()
+        while bar.n < jobs:
+            if counted(url, "z_novel_jobs_dead_total"):
+                raise Failed("a job was given up")
+            if moved := counted(url, "z_novel_jobs_completed_total") - done_before - bar.n:
+                bar.update(moved)
+                mono_moved_s = time.monotonic()
+            elif time.monotonic() > mono_moved_s + STALLED_AFTER_S:
+                raise Failed(f"no job was finished for {STALLED_AFTER_S:.0f} s")
+            else:
+                time.sleep(LOOK_EVERY_S)  # progress is a page, not an event
+
+
+def ask(milvus_uri: str, question: str) -> None:
+    """Embed the question by the service's own model, and print the passages nearest to it."""
+    vector = load_encoder(device="cpu", threads=os.cpu_count() or 1).encode([question], "query")[0]
+    with contextlib.closing(open_vectors(milvus_uri)) as store:
+        hits = store.search(
+            "story_segments", vector, tenant_id=TENANT, project_id=PROJECT, limit=HITS, strong=True
+        )
+    if not hits:
+        raise Failed("the search found nothing")
+    for hit in hits:
+        assert isinstance(hit, Hit), "story_segments holds segments"
+        print(f"\n   {hit.score:.3f}  {hit.id}")
+        print(textwrap.fill(hit.text_content, 100, initial_indent="   | ", subsequent_indent="   | "))
+    print(flush=True)
+
+
+def say(text: str) -> None:
+    """One step, as `make` prints its own."""
+    print(f"== {text}", flush=True)
+
+
+def main_job(data_dir: Path, procs: int, question: str) -> None:
+    """All of it. Raises `Failed` with the reason."""
+    mono_start_s = time.monotonic()
+    novel = passages(NOVEL)
+    say(f"starting the service: {procs} workers, its own Valkey and Milvus Lite in {data_dir}")
+    with service(data_dir, procs) as at:
+        say(f"ready after {time.monotonic() - mono_start_s:.1f} s; metrics: {at['metrics_url']}/metrics")
+        done_before = counted(at["metrics_url"], "z_novel_jobs_completed_total")
+        jobs = enqueue(at["redis_url"], novel)
+        say(f"enqueued the sample novel: {len(novel)} passages in {jobs} jobs")
+        watch(at["metrics_url"], jobs, done_before)
+        say(f"question: {question}")
+        ask(at["milvus_uri"], question)
+    say(f"done in {time.monotonic() - mono_start_s:.1f} s; the data and the log stay in {data_dir}")
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    questions = json.loads((NOVEL / "questions.json").read_text("utf-8"))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-dir", type=Path, default=Path("jobworker-data"))
+    parser.add_argument("--procs", type=int, default=2)
+    parser.add_argument("--question", default=questions["en"], help=f"or, for example: {questions['zh']}")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    given = options()
+    try:
+        main_job(given.data_dir.resolve(), given.procs, given.question)
+    except Failed as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
