@@ -74,6 +74,11 @@ class RedisServer:
         assert self._process is not None, "the server is not running"
         return self._process.pid
 
+    def use_sentinel(self, config: Path) -> None:
+        """Run as a sentinel with this configuration file; before `start`."""
+        binary = self._command[0]
+        self._command = [binary, str(config), "--sentinel", "--port", str(self.port), "--bind", "127.0.0.1"]
+
     def start(self) -> "RedisServer":
         """Start it and wait until it has loaded its data and answers."""
         self._process = subprocess.Popen(self._command, preexec_fn=_end_with_parent)

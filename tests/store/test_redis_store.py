@@ -1,0 +1,367 @@
+"""What only a real server can show: its errors, its restarts, its URLs, and the keys as others see them."""
+
+import logging
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import redis
+
+from jobworker.worker import keys
+from jobworker.worker.errors import ConfigurationError, StoreUnavailable
+from jobworker.worker.keys import Source
+from jobworker.worker.redis_connect import redacted, require_version
+from jobworker.worker.redis_store import RedisProducerStore, RedisReaderStore, RedisReaperStore
+from jobworker.worker.store import Dead, Entry, Retry, Settlement
+from support.job_worlds import RedisWorld
+from support.redis_servers import RedisServer, free_port, require
+
+S = Source("stream:test", "cg-test")
+SOON_S = 5.0
+
+
+def read(store: RedisReaderStore, count: int = 100) -> list[Entry]:
+    store.begin_read(S, count, 0)
+    return store.finish_read(S)
+
+
+def given(world: RedisWorld, *jobs: bytes) -> tuple[RedisReaderStore, list[bytes]]:
+    store = world.reader("a")
+    store.acquire([S])
+    world.producer().add(S.stream, jobs)
+    return store, [entry.id for entry in read(store)]
+
+
+def soon(act: Callable[[], object]) -> None:
+    """Repeat `act` while the store is unavailable, as a caller would."""
+    deadline = time.monotonic() + SOON_S
+    while True:
+        try:
+            act()
+            return
+        except StoreUnavailable:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)  # the caller's backoff
+
+
+class TestWire:
+    def test_keys_are_those_of_the_contract(self, redis_world: RedisWorld) -> None:
+        store, (a, b) = given(redis_world, b"1", b"2")
+        store.settle([Settlement(S, [], [Retry(a, 2.5, b"again")], [Dead(b, b"dead")])])
+        client = redis_world.server.client
+        (member, due), = client.zrange("retry:stream:test", 0, -1, withscores=True)  # fmt: skip
+        now, us = client.time()
+        assert member == b"again"
+        assert due == pytest.approx(now + us / 1e6 + 2.5, abs=1)
+        assert due % 1 != 0
+        assert client.xrange("dlq:stream:test")[0][1] == {b"data": b"dead"}
+
+    def test_nothing_is_left_of_what_was_settled(self, redis_world: RedisWorld) -> None:
+        store, (a, b) = given(redis_world, b"1", b"2")
+        store.charge(S, {a: 1, b: 1})
+        store.settle([Settlement(S, [a], [Retry(b, 0, b"r")])])
+        assert not redis_world.server.client.exists(keys.deaths_key(S.stream))
+
+    def test_two_equal_jobs_differ_in_blanks_only(self, redis_world: RedisWorld) -> None:
+        store, (a, b) = given(redis_world, b"1", b"2")
+        store.settle([Settlement(S, [], [Retry(a, 0, b'{"x":1}'), Retry(b, 0, b'{"x":1}')])])
+        one, other = redis_world.waiting(S.stream)
+        assert one != other
+        assert one.strip(b" \t") == other.strip(b" \t") == b'{"x":1}'
+
+    def test_an_empty_read_costs_the_server_one_command(self, redis_world: RedisWorld) -> None:
+        store, _ = given(redis_world, b"1")
+        client = redis_world.server.client
+        client.config_resetstat()
+        read(store)
+        calls = {name: stat["calls"] for name, stat in client.info("commandstats").items()}
+        assert calls.pop("cmdstat_xreadgroup") == 1
+        assert set(calls) <= {"cmdstat_config|resetstat", "cmdstat_info"}
+
+
+class TestTrouble:
+    def test_scripts_forgotten_by_the_server_are_loaded_again(self, redis_world: RedisWorld) -> None:
+        store, ids = given(redis_world, b"1")
+        redis_world.server.client.script_flush()
+        assert store.settle([Settlement(S, ids)]) == set()
+
+    def test_a_stream_deleted_under_a_blocked_read_is_made_anew_with_an_alarm(
+        self, redis_world: RedisWorld, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        store, _ = given(redis_world, b"1")
+        fd = store.begin_read(S, 10, 60_000)
+        redis_world.server.client.delete(S.stream)
+        redis_world.producer().add(S.stream, [b"2"])
+        assert select.select([fd], [], [], SOON_S)[0]
+        with caplog.at_level(logging.ERROR):
+            assert store.finish_read(S) == []
+        assert "was deleted" in caplog.text
+        assert [entry.data for entry in read(store)] == [b"2"]
+
+    def test_all_data_flushed_is_survived(self, redis_world: RedisWorld) -> None:
+        store, ids = given(redis_world, b"1")
+        redis_world.server.client.flushall()
+        assert store.settle([Settlement(S, ids)]) == set(ids)
+        redis_world.producer().add(S.stream, [b"2"])
+        (entry,) = read(store)
+        assert store.settle([Settlement(S, [entry.id])]) == set()
+
+    def test_killed_connections_are_replaced(self, redis_world: RedisWorld) -> None:
+        store, ids = given(redis_world, b"1")
+        fd = store.begin_read(S, 10, 60_000)
+        redis_world.server.client.client_kill_filter(_type="normal", skipme=True)
+        assert select.select([fd], [], [], SOON_S)[0]
+        with pytest.raises(StoreUnavailable):
+            store.finish_read(S)
+        assert not store.reading(S)
+        assert store.settle([Settlement(S, ids)]) == set()
+        redis_world.producer().add(S.stream, [b"2"])
+        assert [entry.data for entry in read(store)] == [b"2"]
+
+    def test_settled_is_settled_when_the_server_is_killed(self, redis_world: RedisWorld) -> None:
+        store, (a, b, c, d) = given(redis_world, b"1", b"2", b"3", b"4")
+        store.charge(S, {d: 2})
+        store.settle([Settlement(S, [a], [Retry(b, 60, b"b")], [Dead(c, b"c")])])
+        redis_world.server.restart()
+        soon(lambda: store.renew(S, [d]))
+        assert [(e.id, e.data, e.deaths) for e in store.own_pending(S, b"0-0", 10)] == [(d, b"4", 2)]
+        assert redis_world.waiting(S.stream) == [b"b"]
+        assert redis_world.dead_letters(S.stream) == [b"c"]
+        assert store.settle([Settlement(S, [d])]) == set()
+
+    def test_a_full_server_lets_finished_jobs_go_and_changes_nothing_else(
+        self, redis_world: RedisWorld
+    ) -> None:
+        store, (a, b) = given(redis_world, b"1", b"2")
+        client = redis_world.server.client
+        client.config_set("maxmemory", "1")
+        try:
+            with pytest.raises(StoreUnavailable, match="OutOfMemory"):
+                redis_world.producer().add(S.stream, [b"3"])
+            with pytest.raises(StoreUnavailable, match="OutOfMemory"):
+                store.settle([Settlement(S, [], [Retry(b, 0, b"r")])])
+            assert store.settle([Settlement(S, [a])]) == set()
+        finally:
+            client.config_set("maxmemory", "0")
+        assert [entry.id for entry in store.own_pending(S, b"0-0", 10)] == [b]
+
+    def test_a_replica_refuses_and_its_promotion_mends_it(self, redis_world: RedisWorld) -> None:
+        store, ids = given(redis_world, b"1")
+        client = redis_world.server.client
+        client.execute_command("REPLICAOF", "127.0.0.1", str(free_port()))
+        try:
+            with pytest.raises(StoreUnavailable, match=r"(?i)read.?only"):
+                store.settle([Settlement(S, ids)])
+        finally:
+            client.execute_command("REPLICAOF", "NO", "ONE")
+        soon(lambda: store.settle([Settlement(S, ids)]))
+        assert store.own_pending(S, b"0-0", 10) == []
+
+    def test_a_key_of_the_wrong_kind_is_named(self, redis_world: RedisWorld) -> None:
+        redis_world.server.client.set(S.stream, "a string")
+        with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
+            redis_world.reader("a").acquire([S])
+
+    def test_a_failing_settlement_leaves_each_job_settled_or_pending(self, redis_world: RedisWorld) -> None:
+        store, (a, b, c) = given(redis_world, b"1", b"2", b"3")
+        dead_key = keys.dead_letter_key(S.stream)
+        redis_world.server.client.set(dead_key, "a string")
+        outcome = Settlement(S, [c], [Retry(a, 60, b"a")], [Dead(b, b"b")])
+        with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
+            store.settle([outcome])
+        redis_world.server.client.delete(dead_key)
+        assert store.settle([outcome]) == {a}
+        assert redis_world.waiting(S.stream) == [b"a"]
+        assert redis_world.dead_letters(S.stream) == [b"b"]
+        assert store.own_pending(S, b"0-0", 10) == []
+
+
+class TestSilence:
+    """A peer that accepts and never says a word, as behind a broken firewall."""
+
+    def test_every_call_ends_in_time(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+            reader = RedisReaderStore(url, "a", timeout_s=0.2)
+            for call in (
+                lambda: reader.acquire([S]),
+                lambda: RedisReaperStore(url, timeout_s=0.2).promote(S.stream, 1),
+                lambda: RedisProducerStore(url, timeout_s=0.2).add(S.stream, [b"1"]),
+            ):
+                began = time.monotonic()
+                with pytest.raises(StoreUnavailable):
+                    call()
+                assert time.monotonic() - began < 2.0
+
+    def test_a_read_of_a_server_that_stands_still_ends_in_time(self, redis_world: RedisWorld) -> None:
+        store = RedisReaderStore(redis_world.server.url, "a", timeout_s=0.2)
+        store.acquire([S])
+        store.begin_read(S, 10, 100)
+        os.kill(redis_world.server.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        try:
+            with pytest.raises(StoreUnavailable):
+                store.finish_read(S)
+        finally:
+            os.kill(redis_world.server.pid, signal.SIGCONT)
+        assert time.monotonic() - began < 3.0
+        assert not store.reading(S)
+        soon(lambda: read(store))
+        store.close()
+
+    def test_nobody_listens(self) -> None:
+        with pytest.raises(StoreUnavailable, match="refused"):
+            RedisReaderStore(f"redis://127.0.0.1:{free_port()}/0", "a").acquire([S])
+
+
+def whole_way(url: str) -> None:
+    """One job through every store, by a URL."""
+    reader, reaper, producer = RedisReaderStore(url, "a"), RedisReaperStore(url), RedisProducerStore(url)
+    try:
+        reader.acquire([S])
+        producer.add(S.stream, [b"1"])
+        (entry,) = read(reader)
+        assert reader.settle([Settlement(S, [], [Retry(entry.id, 0, b"2")])]) == set()
+        assert reaper.promote(S.stream, 10).moved == 1
+        (again,) = read(reader)
+        assert again.data == b"2"
+        reader.charge(S, {again.id: 1})
+        assert reader.settle([Settlement(S, [], [], [Dead(again.id, b"dead")])]) == set()
+        assert reaper.depths(S)[:4] == (0, 0, 0, 1)
+        assert reaper.trim(S.stream) == 2
+    finally:
+        for store in (reader, reaper, producer):
+            store.close()
+
+
+class TestUrls:
+    def test_unix_socket(self, tmp_path: Path) -> None:
+        path = tmp_path / "redis.sock"
+        server = RedisServer(require("valkey"), tmp_path, options=["--unixsocket", str(path)]).start()
+        try:
+            whole_way(f"unix://{path}?db=1")
+        finally:
+            server.stop()
+
+    def test_cluster_keeps_derived_keys_in_the_streams_slot(self, tmp_path: Path) -> None:
+        # Its own bus port: the usual one is 10,000 higher, which no high port has room for.
+        options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
+        server = RedisServer(require("valkey"), tmp_path, options=options).start()
+        try:
+            server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+            url = f"redis+cluster://127.0.0.1:{server.port}"
+            soon(lambda: RedisProducerStore(url).add("stream:first", [b"1"]))
+            whole_way(url)
+            assert server.client.xlen("dlq:{stream:test}") == 1
+            store, two = RedisReaderStore(url, "a"), Source("stream:two", "cg")
+            store.acquire([S, two])
+            producer = RedisProducerStore(url)
+            for source in (S, two):
+                producer.add(source.stream, [b"x"])
+                store.begin_read(source, 10, 0)
+            ids = {source: [entry.id for entry in store.finish_read(source)] for source in (S, two)}
+            assert store.settle([Settlement(source, done) for source, done in ids.items()]) == set()
+            store.close()
+            producer.close()
+        finally:
+            server.stop()
+
+    def test_sentinel_leads_to_the_master(self, redis_world: RedisWorld, tmp_path: Path) -> None:
+        config = tmp_path / "sentinel.conf"
+        config.write_text(f"sentinel monitor mymaster 127.0.0.1 {redis_world.server.port} 1\n")
+        sentinel = RedisServer(require("redis7"), tmp_path, options=[])
+        sentinel.use_sentinel(config)
+        sentinel.start()
+        try:
+            whole_way(f"redis+sentinel://127.0.0.1:{sentinel.port},127.0.0.1:1/mymaster/0")
+        finally:
+            sentinel.stop()
+
+    def test_password_and_a_wrong_one(self, tmp_path: Path) -> None:
+        server = RedisServer(require("valkey"), tmp_path).start()
+        try:
+            server.client.config_set("requirepass", "s3cret/@%")
+            at = f"127.0.0.1:{server.port}/0"
+            whole_way(f"redis://:s3cret%2F%40%25@{at}")
+            with pytest.raises(StoreUnavailable) as caught:
+                RedisReaderStore(f"redis://:guess@{at}", "a").acquire([S])
+            assert "guess" not in str(caught.value)
+            with pytest.raises(StoreUnavailable, match=r"(?i)auth"):
+                RedisReaderStore(f"redis://{at}", "a").acquire([S])
+        finally:
+            server.stop()
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "http://u:hunter2@h",
+            "redis://u:hun/ter2@h:1",
+            "redis+sentinel://:hunter2@h:26379",
+            "redis+cluster://:hunter2@h:x",
+            "nonsense",
+        ],
+    )
+    def test_a_url_that_cannot_be_read_is_refused_without_its_password(self, url: str) -> None:
+        with pytest.raises(ConfigurationError) as caught:
+            RedisReaderStore(url, "a")
+        assert "ter2" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("url", "shown"),
+        [
+            ("redis://localhost:6379/0", "redis://localhost:6379/0"),
+            ("redis://user:pa@ss@localhost:6379/0", "redis://***@localhost:6379/0"),
+            ("rediss://:pw@h:1/2?password=pw", "rediss://***@h:1/2"),
+            ("redis+sentinel://:pw@h:1,h2:2/mymaster/0", "redis+sentinel://***@h:1,h2:2/mymaster/0"),
+            ("unix:///run/redis.sock?password=pw", "unix:///run/redis.sock"),
+        ],
+    )
+    def test_redacted(self, url: str, shown: str) -> None:
+        assert redacted(url) == shown
+
+
+class TestVersion:
+    @pytest.mark.parametrize(
+        "info",
+        [
+            b"redis_version:7.0.15\r\n",
+            b"redis_version:8.2.0\r\n",
+            b"redis_version:7.2.4\r\nserver_name:valkey\r\nvalkey_version:8.0.1\r\n",
+        ],
+    )
+    def test_new_enough(self, info: bytes) -> None:
+        require_version(b"# Server\r\n" + info)
+
+    @pytest.mark.parametrize(
+        "info", [b"redis_version:6.2.14\r\n", b"redis_version:7.2.4\r\nvalkey_version:7.2.5\r\n", b""]
+    )
+    def test_too_old(self, info: bytes) -> None:
+        with pytest.raises(ConfigurationError, match="too old"):
+            require_version(b"# Server\r\n" + info)
+
+    def test_a_user_who_may_not_ask_is_let_through(self, redis_world: RedisWorld) -> None:
+        client = redis_world.server.client
+        client.acl_setuser("limited", enabled=True, passwords=["+pw"], keys="*", commands=["+@all", "-info"])
+        try:
+            store = RedisReaderStore(f"redis://limited:pw@127.0.0.1:{redis_world.server.port}/0", "a")
+            store.acquire([S])
+            client.acl_setuser("limited", commands=["-evalsha"])
+            with pytest.raises(StoreUnavailable, match=r"(?i)permission"):
+                store.renew(S, [b"1-1"])
+            store.close()
+        finally:
+            client.acl_deluser("limited")
+
+
+def test_the_client_counts_no_more_connections_than_it_needs(redis_world: RedisWorld) -> None:
+    store, ids = given(redis_world, b"1")
+    store.settle([Settlement(S, ids)])
+    for _ in range(5):
+        read(store)
+    client: redis.Redis = redis_world.server.client
+    assert len([c for c in client.client_list() if c["name"] == "jobworker"]) <= 3
