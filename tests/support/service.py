@@ -1,0 +1,360 @@
+"""Run the installed service for a test: start it, talk to it, end it, and see that nothing of it is left."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import redis
+from prometheus_client.parser import text_string_to_metric_families
+
+from support.toys import FOLDER_VARIABLE, Event, read_events
+
+COMMAND = Path(sys.executable).parent / "jobworker-supervise"
+TESTS = Path(__file__).parent.parent
+
+#: Five interpreters start at once on a machine that may be busy with other suites.
+READY_WITHIN_S = 30.0
+#: What must happen soon; far above the promised times, for a busy machine makes everything late.
+SOON_S = 20.0
+#: How long the children of a supervisor that was killed may still be there.
+ORPHANS_WITHIN_S = 2.0
+
+#: The stream and group that tests use unless they say otherwise.
+STREAM, GROUP = "stream:story:gen", "cg-gen-worker"
+GROUPS = {STREAM: GROUP, "stream:memory:update": "cg-mem-writer", "stream:audit:log": "cg-archiver"}
+
+T = TypeVar("T")
+
+_TITLE = re.compile(r"jobworker: (supervisor|reader|reaper|worker \d+) \[")
+
+
+def eventually(look: Callable[[], T], within_s: float = SOON_S, saying: object = "") -> T:
+    """The first true answer of ``look``; fails with ``saying`` and the last answer when time is over."""
+    give_up_at = time.monotonic() + within_s
+    while not (answer := look()):
+        text = saying() if callable(saying) else saying
+        assert time.monotonic() < give_up_at, f"not within {within_s} s: {text} {answer!r}"
+        time.sleep(0.01)  # other processes' state, seen through /proc, HTTP or the store, sends no event
+    return answer
+
+
+class Service:
+    """One service on folders and ports of its own. ``redis_url`` empty: with its embedded Valkey."""
+
+    def __init__(
+        self, folder: Path, handlers: Mapping[str, str], *, procs: int = 2, redis_url: str = "",
+        environment: Mapping[str, str] | None = None, data_dir: Path | None = None, **options: object,
+    ) -> None:  # fmt: skip
+        self.folder = folder
+        self.data_dir = data_dir or folder / "data"
+        self.toys_dir = folder / "toys"
+        self.tmp_dir = folder / "tmp"
+        self.cwd = folder / "cwd"
+        for made in (self.toys_dir, self.tmp_dir, self.cwd):
+            made.mkdir(exist_ok=True)
+        self._log = folder / "service.log"
+        options = {"metrics_addr": "127.0.0.1:0", "data_dir": self.data_dir, "procs": procs} | options
+        options |= {"redis_url": redis_url} if redis_url else {}
+        self._arguments = ["--no-builtin-handlers", *_flags(options)]
+        self._arguments += [f"--handler={kind}={target}" for kind, target in handlers.items()]
+        self._environment = {**os.environ, "PYTHONPATH": str(TESTS), "TMPDIR": str(self.tmp_dir),
+                             FOLDER_VARIABLE: str(self.toys_dir), **(environment or {})}  # fmt: skip
+        self._redis_url = redis_url or (environment or {}).get("JOBWORKER_REDIS_URL", "")
+        self._log_start = 0
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._client: Any = None
+        self._client_url = ""
+
+    # -- start and end
+
+    def launch(self) -> None:
+        """Start it, in a session of its own and tied to this process, without waiting for anything."""
+        self._log_start = len(self._log.read_bytes()) if self._log.exists() else 0
+        tether = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid())]
+        with self._log.open("ab") as log:
+            self._popen = subprocess.Popen(
+                [*tether, str(COMMAND), *self._arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=self.cwd, env=self._environment,
+            )  # fmt: skip
+
+    def start(self) -> "Service":
+        """Start it and wait until it says that it is ready."""
+        self.launch()
+        eventually(lambda: self.exit_code is not None or self.is_ready(), READY_WITHIN_S, "ready")
+        assert self.exit_code is None, f"exit {self.exit_code} instead of ready"
+        return self
+
+    @property
+    def pid(self) -> int:
+        """The supervisor's."""
+        assert self._popen is not None
+        return self._popen.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        assert self._popen is not None
+        return self._popen.poll()
+
+    def wait(self, within_s: float = SOON_S) -> int:
+        """Wait for its end; returns the exit code."""
+        assert self._popen is not None
+        return self._popen.wait(within_s)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send the supervisor a signal."""
+        assert self._popen is not None
+        self._popen.send_signal(number)
+
+    def terminate(self, within_s: float = SOON_S) -> int:
+        """Ask it to drain and wait; returns the exit code."""
+        self.send(signal.SIGTERM)
+        return self.wait(within_s)
+
+    def kill(self) -> None:
+        """Kill the supervisor as a crash would; its children are expected to end by themselves."""
+        self.send(signal.SIGKILL)
+        self.wait()
+        eventually(lambda: not self.everyone(), ORPHANS_WITHIN_S, lambda: f"orphans: {self.everyone()}")
+
+    def destroy(self) -> None:
+        """End all there is, whatever state a failed test left it in."""
+        for pid in [self.pid, *self.everyone()] if self._popen else []:
+            with contextlib.suppress(ProcessLookupError):
+                if self._popen and (pid != self.pid or self.exit_code is None):
+                    os.kill(pid, signal.SIGKILL)
+        if self._popen:
+            self.wait()
+        self._hang_up()
+
+    def assert_nothing_left(self) -> None:
+        """No process of it, no temporary file, no socket or half-written file in its data directory."""
+        eventually(lambda: not self.everyone(), ORPHANS_WITHIN_S, lambda: f"still running: {self.everyone()}")
+        assert not list(self.tmp_dir.rglob("*"))
+        assert not list(self.cwd.rglob("*"))
+        files = list(self.folder.rglob("*"))
+        assert not [path for path in files if path.is_socket() or path.suffix in (".draft", ".pid")]
+
+    def _hang_up(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    # -- its processes
+
+    def everyone(self) -> dict[int, str]:
+        """Every living process that it started, itself included: by id, with the command line.
+
+        Whatever it starts inherits its working folder, or goes into its data directory.
+        """
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # another user's, or ended while we looked
+                if Path(os.readlink(entry / "cwd")).is_relative_to(self.folder):
+                    command = (entry / "cmdline").read_bytes()
+                    found[int(entry.name)] = command.replace(b"\0", b" ").decode().strip()
+        return found
+
+    def roles(self) -> dict[str, int]:
+        """Process ids by role: ``supervisor``, ``reader``, ``reaper``, ``worker 0``, ..., ``valkey``.
+
+        While a worker is being exchanged its role belongs to one of the two.
+        """
+        named = {}
+        for pid, command in self.everyone().items():
+            if match := _TITLE.match(command):
+                named[match[1]] = pid
+            elif "valkey-server" in command:
+                named["valkey"] = pid
+        return named
+
+    def kill_role(self, role: str, number: signal.Signals = signal.SIGKILL) -> int:
+        """Send a role's process a signal; returns its process id."""
+        pid = self.roles()[role]
+        os.kill(pid, number)
+        return pid
+
+    def wait_for_successor(self, role: str, pid: int) -> int:
+        """Wait until another process has the role; returns its process id."""
+        return eventually(lambda: (self.roles().get(role, pid) != pid) and self.roles()[role], saying=role)
+
+    # -- its log and its HTTP port
+
+    @property
+    def log_text(self) -> str:
+        """Everything that it and its children wrote, over all of its starts."""
+        return self._log.read_text(errors="replace")
+
+    def log(self) -> list[dict[str, Any]]:
+        """The events since the last start."""
+        lines = self._log.read_bytes()[self._log_start :].decode(errors="replace").splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+    def logged(self, message: str, **fields: object) -> list[dict[str, Any]]:
+        """The events since the last start with this message and these fields."""
+        return [e for e in self.log() if e["msg"] == message and fields.items() <= e.items()]
+
+    @property
+    def url(self) -> str:
+        """Of the HTTP port; it is found in the log, as a person would find it."""
+        return str(eventually(lambda: self.logged("listening"))[0]["metrics_url"])
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body of a page."""
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=SOON_S)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+        finally:
+            connection.close()
+
+    def is_ready(self) -> bool:
+        """Whether /readyz says so."""
+        return bool(self.logged("listening")) and self.exit_code is None and self._status("/readyz") == 200
+
+    def _status(self, path: str) -> int:
+        try:
+            return self.get(path)[0]
+        except OSError:
+            return 0  # it has ended since
+
+    def metrics(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        """Every sample by name and labels."""
+        return {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(self.get("/metrics")[1])
+            for sample in family.samples
+        }
+
+    def metric(self, name: str, **labels: str) -> float:
+        """One sample; 0 where it does not exist yet."""
+        return self.metrics().get((name, frozenset(labels.items())), 0.0)
+
+    # -- its store
+
+    @property
+    def redis_url(self) -> str:
+        """Of the store that it uses."""
+        return self._redis_url or json.loads((self.data_dir / "endpoints.json").read_text())["redis_url"]
+
+    @property
+    def client(self) -> Any:
+        """A ``redis.Redis`` for its store; after a restart of the service it may be a new one."""
+        if self._client is None or self._client_url != self.redis_url:
+            self._hang_up()
+            self._client_url = self.redis_url
+            self._client = redis.Redis.from_url(self._client_url, socket_timeout=SOON_S)
+        return self._client
+
+    def enqueue(self, kind: str, payload: object = None, *, stream: str = STREAM, **more: object) -> str:
+        """Put one job on a stream as a producer in another language would; returns its id."""
+        return self.enqueue_many([{"type": kind, "payload": payload, **more}], stream)[0]
+
+    def enqueue_many(self, jobs: Iterable[Mapping[str, object]], stream: str = STREAM) -> list[str]:
+        """Put jobs on a stream in one transaction, so that one read takes them all; returns their ids."""
+        ids = []
+        with self.client.pipeline(transaction=True) as pipe:
+            for job in jobs:
+                envelope = {"id": os.urandom(8).hex(), "payload": None, **job}
+                ids.append(str(envelope["id"]))
+                pipe.xadd(stream, {"data": json.dumps(envelope)})
+            pipe.execute()
+        return ids
+
+    def add_raw(self, fields: Mapping[str, bytes], stream: str = STREAM) -> str:
+        """Put any entry on a stream; returns the entry's id."""
+        return str(self.client.xadd(stream, dict(fields)).decode())
+
+    def dead_letters(self, stream: str = STREAM) -> list[dict[str, Any]]:
+        """All of a stream."""
+        entries: Any = self.client.xrange(f"dlq:{stream}")
+        assert all(set(fields) == {b"data"} for _, fields in entries)
+        return [json.loads(fields[b"data"]) for _, fields in entries]
+
+    def dead_letter(self, id: str, stream: str = STREAM, within_s: float = SOON_S) -> dict[str, Any]:
+        """Wait for the dead letter of a job (or, where that could not be read, of an entry)."""
+
+        def found() -> list[dict[str, Any]]:
+            letters = self.dead_letters(stream)
+            return [e for e in letters if (e["task"] or {}).get("id") == id or e["original_id"] == id]
+
+        (letter,) = eventually(found, within_s, f"dead letter of {id}")
+        return letter
+
+    def unfinished(self) -> dict[str, int]:
+        """What is still undelivered, pending or scheduled, by where it is; empty when all is done."""
+        counts = {}
+        for stream, group in GROUPS.items():
+            state = next(g for g in self.client.xinfo_groups(stream) if g["name"] == group.encode())
+            after = b"(" + state["last-delivered-id"]
+            counts[f"{stream} undelivered"] = len(self.client.xrange(stream, after, "+"))
+            counts[f"{stream} pending"] = state["pending"]
+            counts[f"{stream} scheduled"] = self.client.zcard(f"retry:{stream}")
+        return {where: count for where, count in counts.items() if count}
+
+    def wait_until_drained(self, within_s: float = SOON_S) -> None:
+        """Wait until no job is undelivered, pending or scheduled."""
+        eventually(lambda: not self.unfinished(), within_s, lambda: f"unfinished: {self.unfinished()}")
+
+    # -- its handlers
+
+    def events(self, what: str, id: str | None = None) -> list[Event]:
+        """What the toys wrote down: every ``start`` or ``end``, of one job or of all."""
+        return [e for e in read_events(self.toys_dir) if e.what == what and id in (None, e.id)]
+
+    def wait_for_start(self, id: str, count: int = 1) -> Event:
+        """Wait until a job has been started so many times; the last start."""
+        return eventually(lambda: self.events("start", id)[count - 1 :], saying=f"start {count} of {id}")[0]
+
+    def wait_for_end(self, id: str, within_s: float = SOON_S) -> Event:
+        """Wait until a job has succeeded."""
+        return eventually(lambda: self.events("end", id), within_s, saying=f"end of {id}")[0]
+
+    def open_gate(self, gate: str) -> None:
+        """Let the jobs that wait at a gate go on."""
+        (self.toys_dir / gate).touch()
+
+
+def _flags(options: Mapping[str, object]) -> list[str]:
+    """``retry_initial=0.1`` as ``--retry-initial=0.1``."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+@contextlib.contextmanager
+def service(tmp_path: Path, handlers: Mapping[str, str], **options: Any) -> Iterator[Service]:
+    """A ready service. At the end it must stop as asked and leave nothing; its log is shown if not."""
+    one = Service(tmp_path, handlers, **options)
+    with ending(one):
+        one.start()
+        yield one
+        if one.exit_code is None:
+            assert one.terminate() == 0
+        one.assert_nothing_left()
+
+
+@contextlib.contextmanager
+def ending(one: Service) -> Iterator[Service]:
+    """End a service on the way out, and show its log where something failed."""
+    try:
+        yield one
+    except BaseException as error:
+        error.add_note("--- the service's log\n" + "\n".join(one.log_text.splitlines()[-60:]))
+        raise
+    finally:
+        one.destroy()
+
+
+def handlers(*toys: str) -> dict[str, str]:
+    """The ``handlers`` of a service: each toy under its name in small letters."""
+    return {toy.lower(): f"support.toys:{toy}" for toy in toys}

@@ -1,0 +1,157 @@
+"""Handlers that misbehave to order and write down every start and end of a job: what process tests observe.
+
+Each appends one line at a job's start and one at its end to ``$TOYS_DIR/events``, by a single write in append
+mode, so that the lines of many processes never mix and a killed one leaves whole lines only.
+"""
+
+import ctypes
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jobworker.worker import Job, PermanentError
+
+#: The environment variable that names the folder; the service's children inherit it.
+FOLDER_VARIABLE = "TOYS_DIR"
+#: A gate that a failed test never opened must not hold its worker for ever.
+GATE_LIMIT_S = 60.0
+
+
+class Event(NamedTuple):
+    """One line: ``what`` is start or end, ``mono_s`` the machine's monotonic clock."""
+
+    what: str
+    id: str
+    retry_count: int
+    pid: int
+    mono_s: float
+
+
+def folder() -> Path:
+    """Where the events and the gates are."""
+    return Path(os.environ[FOLDER_VARIABLE])
+
+
+def record(what: str, jobs: Sequence[Job]) -> None:
+    """Append one line for each job, all in one write."""
+    now = time.monotonic()
+    lines = [json.dumps(Event(what, job.id, job.retry_count, os.getpid(), now)) + "\n" for job in jobs]
+    fd = os.open(folder() / "events", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.write(fd, "".join(lines).encode())
+    finally:
+        os.close(fd)
+
+
+def read_events(path: Path) -> list[Event]:
+    """Every event in a folder, in the order of their writes."""
+    file = path / "events"
+    return [Event(*json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+class Recorded:
+    """Base: records the start, does ``work``, records the end (only where that returned)."""
+
+    def handle(self, job: Job) -> None:
+        record("start", [job])
+        self.work(job)
+        record("end", [job])
+
+    def work(self, job: Job) -> None:
+        """What the toy does."""
+
+
+class Noop(Recorded):
+    """Succeeds."""
+
+
+class Sleep(Recorded):
+    """Sleeps ``payload.s`` seconds."""
+
+    def work(self, job: Job) -> None:
+        time.sleep(job.payload["s"])
+
+
+class Gate(Recorded):
+    """Waits until the test opens the gate ``payload.gate``."""
+
+    def work(self, job: Job) -> None:
+        give_up_at = time.monotonic() + GATE_LIMIT_S
+        while not (folder() / job.payload["gate"]).exists():
+            if time.monotonic() > give_up_at:
+                raise TimeoutError("the gate was never opened")
+            time.sleep(0.005)  # a file that another process makes has no event without inotify
+
+
+class Flaky(Recorded):
+    """Fails until it has been retried ``payload.times`` times."""
+
+    def work(self, job: Job) -> None:
+        if job.retry_count < job.payload["times"]:
+            raise ConnectionError(f"try {job.retry_count} of {job.id}")
+
+
+class Permanent(Recorded):
+    """Can never succeed."""
+
+    def work(self, job: Job) -> None:
+        raise PermanentError("no such chapter")
+
+
+def die(how: str) -> None:
+    """End this process: ``SIGKILL``, ``SIGSEGV`` (a real one), ``exit 0``, ``exit 7``; or not, for ``''``."""
+    ways: dict[str, Callable[[], object]] = {
+        "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "SIGSEGV": lambda: ctypes.string_at(0),
+        "exit 0": lambda: os._exit(0),
+        "exit 7": lambda: os._exit(7),
+    }
+    if how:
+        ways[how]()
+
+
+class Die(Recorded):
+    """Takes its worker along, as ``payload.how`` says."""
+
+    def work(self, job: Job) -> None:
+        die(job.payload["how"])
+
+
+class Hang(Recorded):
+    """Never returns: in a loop of Python, or (``payload.in`` is ``c``) in C that holds the interpreter."""
+
+    timeout = 0.5
+
+    def work(self, job: Job) -> None:
+        if job.payload["in"] == "c":
+            re.match(r"(a+)+$", "a" * 64 + "b")  # 2 ** 64 steps, none of which lets another thread run
+        while True:
+            time.sleep(0.01)
+
+
+class Batch:
+    """Takes up to 32 jobs at once; the one whose payload has ``how`` takes the worker along."""
+
+    max_batch = 32
+
+    def handle_batch(self, jobs: Sequence[Job]) -> list[BaseException | None]:
+        record("start", jobs)
+        for job in jobs:
+            die((job.payload or {}).get("how", ""))
+        record("end", jobs)
+        return [None] * len(jobs)
+
+
+class Unable:
+    """Cannot be set up."""
+
+    def setup(self, settings: object) -> None:
+        raise RuntimeError("the licence has run out")
+
+    def handle(self, job: Job) -> None:
+        """Never reached."""
