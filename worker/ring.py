@@ -49,7 +49,9 @@ class Ring:
         head, tail = self._words[self._head], self._words[self._tail]
         offset = head % self._size
         need = _padded(length)
-        if offset + need > self._size or (head == tail and offset > _REWIND_BYTES):
+        # Going back to the start takes up the rest of the ring, so the frame must fit into what is before.
+        rewinds = head == tail and offset > max(_REWIND_BYTES, need)
+        if rewinds or offset + need > self._size:
             skipped = self._size - offset
             if head + skipped + need - tail > self._size:
                 return False
