@@ -38,11 +38,15 @@ class Lane:
         channel.wake_worker()
 
     def _find_head(self) -> None:
-        """Frames that the worker has not taken yet were pushed by an earlier reader: their rows count."""
+        """Frames that the worker has not taken yet were pushed by an earlier reader: their rows count.
+
+        ``taken`` is looked at once more after the frames, for the worker may take one while we look.
+        """
         decoder = msgspec.msgpack.Decoder(JobFrame)
         for frame, _ in self.channel.jobs.frames():
             decoded = decoder.decode(frame)
             self.table.head = max(self.table.head, decoded.first_row + len(decoded.jobs))
+        self.table.head = max(self.table.head, self.table.taken)
 
     @property
     def open(self) -> bool:
