@@ -15,8 +15,8 @@ from .ring import Ring
 _HEADER_BYTES = 4096
 #: Outcomes of failed jobs only; each is bounded (see runner), so this holds thousands.
 _OUTCOME_BYTES = 1 << 20
-#: Beside the largest job: its frame's few bytes, and room so that half the ring is enough for it.
-_FRAME_SLACK_BYTES = 64 * 1024
+#: Beside the largest job: a frame of small jobs with its few bytes a job (see lane), which may be larger.
+_FRAME_SLACK_BYTES = 320 * 1024
 
 _JOBS_HEAD, _JOBS_TAIL, _OUT_HEAD, _OUT_TAIL, _TABLE_TAIL, _TABLE_TAKEN, _PHASE, _APPETITE = range(8)
 # Floats from here on: seconds of the monotonic clock, which all processes of a host share.
