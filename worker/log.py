@@ -6,8 +6,9 @@ import re
 import sys
 from datetime import UTC, datetime
 
-#: The password of any url: ``scheme://user:password@host`` or ``scheme://:password@host``.
-_SECRET = re.compile(r"(\w+://[^\s:/@]*:)[^\s@]+(@)")
+#: The password of any url: ``scheme://user:password@host`` or ``scheme://:password@host``. It ends at the
+#: last @, as clients read it: a password may hold one itself.
+_SECRET = re.compile(r"(\w+://[^\s:/@]*:)\S+(@)")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
