@@ -2,7 +2,6 @@
 
 import random
 from enum import StrEnum
-from typing import Any
 
 import msgspec
 
@@ -30,14 +29,7 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
     error: str
     permanent: bool = False
     timed_out: bool = False
-
-
-class Died(msgspec.Struct, frozen=True):
-    """How a worker ended under its jobs."""
-
-    cause: str
-    timed_out: bool = False
-    details: dict[str, Any] = msgspec.field(default_factory=dict)
+    unavailable: bool = False
 
 
 class TryAgain(msgspec.Struct, frozen=True):
@@ -54,9 +46,17 @@ class GiveUp(msgspec.Struct, frozen=True):
 
 
 def failure_of(error: BaseException, permanent: bool) -> Failure:
-    """The class and message of an exception, bounded and safe to encode."""
-    text = f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARS]
-    return Failure(text.encode("utf-8", "backslashreplace").decode(), permanent)
+    """The class and message of an exception, bounded and safe to encode.
+
+    An exception with a true attribute ``transient`` says that something the handler needs is unavailable.
+    """
+    try:
+        message = str(error)
+    except Exception as trouble:  # a handler's own exception class; it must fail its job, not the worker
+        message = f"(its message raised {type(trouble).__name__})"
+    text = f"{type(error).__name__}: {message}"[:MAX_ERROR_CHARS]
+    unavailable = not permanent and bool(getattr(error, "transient", False))
+    return Failure(text.encode("utf-8", "backslashreplace").decode(), permanent, unavailable=unavailable)
 
 
 def after_failure(
