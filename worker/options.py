@@ -36,7 +36,9 @@ def _parameter(option: str) -> str:
 
 
 def _option(name: str, help_text: str, **kwargs: Any) -> Callable[[Any], Any]:
-    return click.option(name, help=help_text, show_default=kwargs.pop("show_default", True), show_envvar=True, **kwargs)
+    return click.option(
+        name, help=help_text, show_default=kwargs.pop("show_default", True), show_envvar=True, **kwargs
+    )
 
 
 REDIS_URL = _option(
@@ -78,7 +80,8 @@ _OPTIONS = [
             default=[f"{s.stream}={s.group}" for s in DEFAULT_SOURCES]),
     _option("--handler", "TYPE=module:Class to run a type by; repeatable, adds to or replaces the builtin ones.",
             multiple=True, show_default=False),
-    _option("--builtin-handlers/--no-builtin-handlers", "Whether the builtin types are run.", default=True),
+    _option("--no-builtin-handlers", "Run only the types given by --handler.", is_flag=True, default=False,
+            show_default=False),
     _option("--metrics-addr", "Where /metrics, /healthz and /readyz are served; port 0 picks one.",
             default="127.0.0.1:9464"),
     _option("--lease", "A lost host's jobs are taken over after so many seconds.", type=_POSITIVE, default=30.0),
@@ -111,21 +114,23 @@ def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def settings_from(
-    options: dict[str, Any], builtin: dict[str, str], on_terminal: bool
-) -> Settings:
+def settings_from(options: dict[str, Any], builtin: dict[str, str], on_terminal: bool) -> Settings:
     """Settings from parsed options. Raises `ConfigurationError` with what to change."""
     values = dict(options)
     parse_address(values["metrics_addr"])
-    handlers = dict(builtin) if values.pop("builtin_handlers") else {}
+    handlers = {} if values.pop("no_builtin_handlers") else dict(builtin)
     handlers |= dict(parse_handler(text) for text in values.pop("handler"))
     if not handlers:
-        raise ConfigurationError("no handler: give --handler TYPE=module:Class, or drop --no-builtin-handlers")
+        raise ConfigurationError(
+            "no handler: give --handler TYPE=module:Class, or drop --no-builtin-handlers"
+        )
     retry = RetryPolicy(
         values.pop("max_retries"), values.pop("retry_initial"), values.pop("retry_max"),
         values.pop("retry_multiplier"), values.pop("retry_jitter"),
     )  # fmt: skip
-    seconds = {f"{name}_s": values.pop(name) for name in ("lease", "job_timeout", "drain_timeout", "connect_timeout")}
+    seconds = {
+        f"{name}_s": values.pop(name) for name in ("lease", "job_timeout", "drain_timeout", "connect_timeout")
+    }
     sources = tuple(parse_source(text) for text in values.pop("stream"))
     values["log_format"] = values["log_format"] or ("text" if on_terminal else "json")
     if values["instance"] is None:
