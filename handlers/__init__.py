@@ -1,0 +1,7 @@
+"""The builtin handlers as strings: importing this costs nothing."""
+
+#: Type -> where its handler is.
+BUILTIN = {"embedding_batch": "jobworker.handlers.embed:EmbeddingBatch"}
+
+#: Handlers that need a vector store.
+NEEDS_VECTORS = frozenset({"jobworker.handlers.embed:EmbeddingBatch"})

@@ -1,0 +1,144 @@
+"""The encoder that runs sentence-transformers models: the only import of torch, and that only on loading."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jobworker.handlers.encoder import TOKEN_BUDGET, LongText, Purpose, Tokens, Vectors, WindowedEncoder
+from jobworker.handlers.models import ModelError, ModelSource
+from jobworker.handlers.packing import pack
+
+# Rows of one forward pass: keeps the largest tensor's first dimension modest when texts are tiny.
+MAX_ROWS = 512
+# For a model that does not say how long its window is; every BERT-like model takes this much.
+FALLBACK_WINDOW = 512
+# On a CPU a pass of more tokens leaves the caches: MiniLM is slower by a sixth with eight times as many.
+CPU_TOKEN_BUDGET = 2048
+# Models that name their prompts use one of these for what is stored (sentence-transformers' order).
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
+
+class TorchEncoder(WindowedEncoder):
+    """A sentence-transformers model: its own modules, pooling and normalisation, in our batches."""
+
+    def __init__(self, model: Any, source: ModelSource, *, long_text: LongText, token_budget: int) -> None:
+        """`model` is a SentenceTransformer on its device. Raises ModelError without a fast tokenizer."""
+        super().__init__(long_text)
+        self._model = model
+        self.name, self.revision = source.name, source.revision
+        self._tokenizer = _fast_tokenizer(model, source.name)
+        self._pad_id = getattr(model.tokenizer, "pad_token_id", None) or 0
+        self._pads_left = getattr(model.tokenizer, "padding_side", "right") == "left"
+        self._wants_types = "token_type_ids" in getattr(model.tokenizer, "model_input_names", ())
+        self._normalises = any(type(module).__name__ == "Normalize" for module in model)
+        self._prefix, self._suffix = _special_tokens(self._tokenizer)
+        self.max_tokens = _window(model)
+        budget = min(token_budget, CPU_TOKEN_BUDGET) if model.device.type == "cpu" else token_budget
+        self._budget = max(budget, self.max_tokens)
+        self.dim = int(self._embed([self._prefix + self._suffix], "document").shape[1])
+
+    @classmethod
+    def load(
+        cls,
+        source: ModelSource,
+        *,
+        device: str = "auto",
+        threads: int = 1,
+        long_text: LongText = "windows",
+        token_budget: int = TOKEN_BUDGET,
+    ) -> "TorchEncoder":
+        """Read the weights and bring them to `device`: `auto`, `cpu`, `cuda`, `cuda:N` or a list.
+
+        `threads` are the CPU threads of the forward pass. Raises ModelError where the folder is no model.
+        """
+        # The tokenizer's thread pool reads its size when it is first used.
+        os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+        import torch
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        torch.set_num_threads(threads)
+        place = _pick_device(device, torch.cuda.device_count())
+        try:
+            model = SentenceTransformer(str(source.folder), device=place, local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise ModelError(f"model {source.name} in {source.folder} cannot be loaded: {error}") from error
+        return cls(model.eval(), source, long_text=long_text, token_budget=token_budget)
+
+    def _read(self, texts: Sequence[str]) -> Sequence[Tokens]:
+        read: list[Tokens] = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return read
+
+    def _prompt(self, purpose: Purpose) -> str:
+        prompts: dict[str, str] = self._model.prompts
+        names = DOCUMENT_PROMPTS if purpose == "document" else ("query",)
+        named = next((prompts[name] for name in names if prompts.get(name)), "")
+        return named or prompts.get(self._model.default_prompt_name or "", "")
+
+    def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
+        import torch
+
+        lengths = [len(window) for window in windows]
+        done: list[tuple[list[int], Vectors]] = []
+        with torch.inference_mode():
+            for batch in pack(lengths, self._budget, MAX_ROWS):
+                features = self._features([windows[index] for index in batch], purpose)
+                output = self._model(features)["sentence_embedding"]
+                done.append((batch, output.float().cpu().numpy()))
+        vectors = np.empty((len(windows), done[0][1].shape[1]), np.float32)
+        for batch, rows in done:
+            vectors[batch] = rows
+        return vectors
+
+    def _features(self, windows: Sequence[list[int]], purpose: Purpose) -> dict[str, Any]:
+        import torch
+
+        longest = max(map(len, windows))
+        ids = np.full((len(windows), longest), self._pad_id, np.int64)
+        mask = np.zeros_like(ids)
+        for row, window in enumerate(windows):
+            place = slice(longest - len(window), longest) if self._pads_left else slice(len(window))
+            ids[row, place] = window
+            mask[row, place] = 1
+        arrays = {"input_ids": ids, "attention_mask": mask}
+        if self._wants_types:
+            arrays["token_type_ids"] = np.zeros_like(ids)
+        device = self._model.device
+        features: dict[str, Any] = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
+        if prompt := self._prompt(purpose):
+            # For models whose pooling leaves the prompt out.
+            features["prompt_length"] = len(self._prefix) + len(self._read([prompt])[0].ids)
+        return features
+
+
+def _pick_device(device: str, gpus: int) -> str:
+    if device == "auto":
+        device = ",".join(f"cuda:{number}" for number in range(gpus)) or "cpu"
+    devices = device.split(",")
+    # Workers started together have neighbouring process ids, so this spreads them over the list.
+    return devices[os.getpid() % len(devices)]
+
+
+def _fast_tokenizer(model: Any, name: str) -> Any:
+    backend = getattr(getattr(model, "tokenizer", None), "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(f"model {name} has no fast tokenizer (tokenizer.json): it cannot be used here")
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the model wants before and behind every text."""
+    probe = tokenizer.encode("a", add_special_tokens=True)
+    own = [place for place, special in enumerate(probe.special_tokens_mask) if not special]
+    return list(probe.ids[: own[0]]), list(probe.ids[own[-1] + 1 :])
+
+
+def _window(model: Any) -> int:
+    stated = model.max_seq_length or FALLBACK_WINDOW
+    # A tokenizer that does not know its limit reports 10**30.
+    return int(stated) if stated < 10**9 else FALLBACK_WINDOW

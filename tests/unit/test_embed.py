@@ -1,0 +1,298 @@
+"""Jobs become rows under their ids, twice the same, and a bad job fails alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobworker.handlers.embed import EmbeddingBatch
+from jobworker.handlers.encoder import DummyEncoder, Plan, Vectors
+from jobworker.handlers.memory_vectors import MemoryVectors
+from jobworker.handlers.payload import clip
+from jobworker.handlers.vector_types import AnyRow, PermanentStoreError, Row, TransientStoreError
+from jobworker.worker import Job, PermanentError, Settings
+
+SEGMENTS = "story_segments"
+
+
+def job(payload: Any, *, id: str = "job-1", tenant: str = "t001", project: str = "p123") -> Job:
+    return Job(id, "embedding_batch", tenant, project, payload, {}, "", "stream:story:gen", "1-0", 0)
+
+
+def payload(*ids: str, **more: Any) -> dict[str, Any]:
+    return {"ids": list(ids), "texts": [f"text of {id_}" for id_ in ids], **more}
+
+
+class FailingStore(MemoryVectors):
+    """Raises what `refusal` gives for the rows of an upsert, and counts the upserts."""
+
+    def __init__(self, refusal: Any = lambda rows: None) -> None:
+        super().__init__()
+        self.refusal = refusal
+        self.upserts = 0
+
+    def upsert(self, name: str, rows: Sequence[AnyRow]) -> None:
+        self.upserts += 1
+        if (error := self.refusal(rows)) is not None:
+            raise error
+        super().upsert(name, rows)
+
+    def ping(self) -> None:
+        if (error := self.refusal([])) is not None:
+            raise error
+
+
+class FailingEncoder(DummyEncoder):
+    """Fails for any batch that holds the text `bad`, and counts the batches."""
+
+    batches = 0
+
+    def forward(self, plan: Plan) -> Vectors:
+        self.batches += 1
+        if any("".join(map(chr, window)) == "bad" for window in plan.windows):
+            raise RuntimeError("out of memory")
+        return super().forward(plan)
+
+
+def handler(encoder: Any = None, store: Any = None) -> tuple[EmbeddingBatch, Any]:
+    store = store or MemoryVectors()
+    made = EmbeddingBatch(encoder or DummyEncoder(8), store)
+    made.setup(Settings())
+    return made, store
+
+
+def rows(store: Any, *ids: str, tenant: str = "t001", project: str = "p123") -> list[Row]:
+    found: list[Row] = store.get(SEGMENTS, list(ids), tenant_id=tenant, project_id=project, strong=True)
+    return found
+
+
+def test_every_field_of_the_payload_reaches_its_row() -> None:
+    embed, store = handler()
+    given_payload = payload(
+        *("a", "b"),
+        tenant_id="t001",
+        project_id="p123",
+        chapter_ids=["c1", ""],
+        story_times=[-5, 2**63 - 1],
+        segment_types=["scene", ""],
+        version=7,
+    )
+    embed.handle(job(given_payload))
+    first, second = rows(store, "a", "b")
+    assert first[2:] == ("t001", "p123", "c1", -5, "scene", "text of a", 7)
+    assert second[2:] == ("t001", "p123", "", 2**63 - 1, "", "text of b", 7)
+    assert np.array_equal(first.vector, DummyEncoder(8).encode(["text of a"])[0])
+
+
+def test_what_the_go_producers_send_at_least_is_enough() -> None:
+    embed, store = handler()
+    embed.handle(job(payload("a", tenant_id="t001", project_id="p123", chapter_ids=None)))
+    assert rows(store, "a")[0][4:] == ("", 0, "", "text of a", 0)
+
+
+def test_running_a_job_twice_leaves_the_same_rows() -> None:
+    embed, store = handler()
+    embed.handle(job(payload("a", "b")))
+    once = rows(store, "a", "b")
+    embed.handle(job(payload("a", "b")))
+    twice = rows(store, "a", "b")
+    assert store.count(SEGMENTS) == 2
+    assert [row[2:] for row in once] == [row[2:] for row in twice]
+    assert all(np.array_equal(left.vector, right.vector) for left, right in zip(once, twice, strict=True))
+
+
+@pytest.mark.parametrize("empty", [[], None])
+def test_nothing_to_embed_is_a_success(empty: Any) -> None:
+    store = FailingStore()
+    embed, _ = handler(store=store)
+    assert embed.handle_batch([job({"ids": empty, "texts": empty})]) == [None]
+    assert store.upserts == 0
+
+
+def test_several_jobs_share_one_forward_pass_and_one_upsert() -> None:
+    store, encoder = FailingStore(), FailingEncoder(8)
+    embed, _ = handler(encoder, store)
+    jobs = [job(payload(f"a{number}", f"b{number}")) for number in range(5)]
+    assert embed.handle_batch(jobs) == [None] * 5
+    assert (encoder.batches, store.upserts) == (1, 1)
+    assert [row.text_content for row in rows(store, "b3")] == ["text of b3"]
+    assert embed.counters["embedded_tokens"] == 10 * len("text of a0")
+
+
+def test_the_later_of_two_texts_under_one_id_wins() -> None:
+    embed, store = handler()
+    first = job({"ids": ["a", "a"], "texts": ["oldest", "older"]})
+    assert embed.handle_batch([first]) == [None]
+    assert rows(store, "a")[0].text_content == "older"
+    assert embed.handle_batch([first, job({"ids": ["a"], "texts": ["new"]})]) == [None, None]
+    assert rows(store, "a")[0].text_content == "new"
+
+
+def test_a_collection_of_the_payload_is_made_on_demand() -> None:
+    embed, store = handler()
+    outcomes = embed.handle_batch([job(payload("a", collection="notes")), job(payload("b"))])
+    assert outcomes == [None, None]
+    assert (store.count("notes"), store.count(SEGMENTS)) == (1, 1)
+
+
+BAD_PAYLOADS = [
+    (None, "payload must be an object"),
+    (["ids"], "payload must be an object"),
+    ({}, "lacks ids"),
+    ({"ids": ["a"]}, "lacks texts"),
+    ({"ids": "a", "texts": ["x"]}, "ids must be a list"),
+    ({"ids": ["a"], "texts": []}, "texts has 0 entries, ids has 1"),
+    ({"ids": [1], "texts": ["x"]}, r"ids\[0\] must be"),
+    ({"ids": [""], "texts": ["x"]}, r"ids\[0\] must be"),
+    ({"ids": ["a" * 65], "texts": ["x"]}, r"ids\[0\] must be"),
+    ({"ids": ["a\n"], "texts": ["x"]}, r"ids\[0\] must be"),
+    ({"ids": ["宝"], "texts": ["x"]}, r"ids\[0\] must be"),
+    ({"ids": ["a' or id != '"], "texts": ["x"]}, r"ids\[0\] must be"),
+    ({"ids": ["a"], "texts": [None]}, r"texts\[0\] must be"),
+    ({"ids": ["a"], "texts": ["\ud83d"]}, r"texts\[0\] must be a string without unpaired surrogates"),
+    (payload("a", tenant_id="t002"), "tenant_id of the payload is 't002', of the job 't001'"),
+    (payload("a", project_id=5), "project_id of the payload"),
+    (payload("a", chapter_ids=["c", "d"]), "chapter_ids has 2 entries"),
+    (payload("a", chapter_ids=["c c"]), r"chapter_ids\[0\] must be"),
+    (payload("a", story_times=["1"]), r"story_times\[0\] must be a 64-bit integer"),
+    (payload("a", story_times=[True]), r"story_times\[0\] must be"),
+    (payload("a", story_times=[2**63]), r"story_times\[0\] must be"),
+    (payload("a", segment_types=["字" * 11]), r"segment_types\[0\] must be a string of at most 32 bytes"),
+    (payload("a", segment_types="scene"), "segment_types must be a list"),
+    (payload("a", collection="drop it"), "collection must be"),
+    (payload("a", collection=3), "collection must be"),
+    (payload("a", version="1"), "version must be"),
+    (payload("a", version=1.5), "version must be"),
+]
+
+
+@pytest.mark.parametrize(("bad", "says"), BAD_PAYLOADS)
+def test_a_bad_payload_fails_alone_and_for_good(bad: Any, says: str) -> None:
+    embed, store = handler()
+    before, wrong, after = embed.handle_batch([job(payload("x")), job(bad), job(payload("y"))])
+    assert (before, after) == (None, None)
+    assert store.count(SEGMENTS) == 2
+    with pytest.raises(PermanentError, match=says):
+        raise wrong or AssertionError("it was taken")
+
+
+@pytest.mark.parametrize(("tenant", "project"), [("", "p"), ("t", ""), ("a b", "p"), ("t", "x" * 65)])
+def test_a_job_needs_a_tenant_and_a_project(tenant: str, project: str) -> None:
+    embed, _ = handler()
+    with pytest.raises(PermanentError, match="of the job must match"):
+        embed.handle(job(payload("a"), tenant=tenant, project=project))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ["ids", "texts", "chapter_ids", "story_times", "segment_types", "collection", "version", "tenant_id"]
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON))
+def test_no_payload_brings_anything_but_a_permanent_failure(extra: dict[str, Any]) -> None:
+    embed, _ = handler()
+    (outcome,) = embed.handle_batch([job({**payload("a"), **extra})])
+    assert outcome is None or isinstance(outcome, PermanentError)
+
+
+def test_an_id_of_another_tenant_fails_its_job_only_and_keeps_the_row() -> None:
+    embed, store = handler()
+    jobs = [job(payload("a")), job(payload("a"), tenant="t002"), job(payload("b"))]
+    first, foreign, last = embed.handle_batch(jobs)
+    assert (first, last) == (None, None)
+    assert isinstance(foreign, PermanentError)
+    assert rows(store, "a") != []
+    assert rows(store, "a", tenant="t002") == []
+
+
+def test_a_row_that_the_store_refuses_fails_its_job_only() -> None:
+    store = FailingStore(
+        lambda rows: PermanentStoreError("too long", ["b"]) if "b" in [row.id for row in rows] else None
+    )
+    embed, _ = handler(store=store)
+    outcomes = embed.handle_batch([job(payload("a")), job(payload("b")), job(payload("c"))])
+    assert [type(outcome) for outcome in outcomes] == [type(None), PermanentError, type(None)]
+    assert store.count(SEGMENTS) == 2
+
+
+def test_a_store_that_is_away_fails_every_job_for_now_and_is_not_asked_job_by_job() -> None:
+    store = FailingStore(lambda rows: TransientStoreError("away"))
+    embed, _ = handler(store=store)
+    outcomes = embed.handle_batch([job(payload("a")), job({}), job(payload("b"))])
+    assert [type(outcome) for outcome in outcomes] == [
+        TransientStoreError,
+        PermanentError,
+        TransientStoreError,
+    ]
+    assert store.upserts == 1
+
+
+def test_a_failure_of_one_collection_leaves_the_other_jobs_alone() -> None:
+    store = FailingStore(lambda rows: TransientStoreError("away") if rows and rows[0].id == "a" else None)
+    embed, _ = handler(store=store)
+    outcomes = embed.handle_batch([job(payload("a", collection="notes")), job(payload("b"))])
+    assert [type(outcome) for outcome in outcomes] == [TransientStoreError, type(None)]
+
+
+def test_a_failing_forward_pass_is_tried_job_by_job() -> None:
+    embed, store = handler(FailingEncoder(8))
+    outcomes = embed.handle_batch(
+        [job(payload("a")), job({"ids": ["b"], "texts": ["bad"]}), job(payload("c"))]
+    )
+    assert [type(outcome) for outcome in outcomes] == [type(None), RuntimeError, type(None)]
+    assert store.count(SEGMENTS) == 2
+
+
+def test_an_over_long_text_fails_its_job_only_where_such_texts_are_rejected() -> None:
+    encoder = DummyEncoder(8, max_tokens=10, long_text="reject")
+    embed, store = handler(encoder)
+    long = job({"ids": ["b", "c"], "texts": ["short", "rather long text"]})
+    outcomes = embed.handle_batch([job(payload("a")), long, job(payload("d"))])
+    assert [type(outcome) for outcome in outcomes] == [type(None), PermanentError, type(None)]
+    assert [row.id for row in rows(store, "a", "b", "c", "d")] == ["a", "d"]
+
+
+def test_a_text_longer_than_its_field_is_stored_to_the_last_whole_character() -> None:
+    embed, store = handler()
+    text = "x" + "宝" * 30_000
+    embed.handle(job({"ids": ["a"], "texts": [text]}))
+    stored = rows(store, "a")[0]
+    assert stored.text_content == text[: 1 + 65_534 // 3]
+    assert np.array_equal(stored.vector, DummyEncoder(8).encode([text])[0])
+
+
+@given(st.text(), st.integers(0, 50))
+def test_clipping_keeps_whole_characters_and_the_limit(text: str, limit: int) -> None:
+    kept = clip(text, limit)
+    assert text.startswith(kept)
+    assert len(kept.encode()) <= limit
+    if kept != text:
+        assert len(text[: len(kept) + 1].encode()) > limit
+
+
+def test_a_collection_of_another_dimension_stops_the_start() -> None:
+    _, store = handler(DummyEncoder(8))
+    with pytest.raises(PermanentStoreError, match=r"8 dimensions.* 16"):
+        handler(DummyEncoder(16), store)
+
+
+def test_health_is_that_of_the_store() -> None:
+    embed, _ = handler(store=FailingStore(lambda rows: TransientStoreError("away")))
+    with pytest.raises(TransientStoreError, match="away"):
+        embed.healthy()
+    handler()[0].healthy()
+
+
+def test_a_collection_that_was_dropped_is_made_again() -> None:
+    embed, store = handler()
+    embed.handle(job(payload("a")))
+    store._rows.clear()
+    store._dims.clear()
+    assert embed.handle_batch([job(payload("b"))]) == [None]
+    assert store.count(SEGMENTS) == 1
