@@ -1,0 +1,46 @@
+"""The least that can consume a stream: XREADGROUP and XACK by the plain client, no job is looked at.
+
+    bare.py STREAM GROUP CONSUMER      with BENCH_REDIS_URL, and BENCH_STAMPS to write when each job came
+
+It is the yardstick for the service: whatever reads at least once from the same server with the same client
+pays this much. It reads until it is ended.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+from bench_handlers import Stamps
+from rig import connect
+
+#: As a plain consumer would: enough to spread the round trip over.
+_COUNT = 100
+_BLOCK_MS = 2000
+
+
+def consume(url: str, stream: str, group: str, consumer: str) -> None:
+    """Read; acknowledge what was read together with the next read."""
+    stamps = Stamps.from_environment()
+    with connect(url) as client:
+        client.ping()
+        print("ready", flush=True)
+        done: list[bytes] = []
+        while True:
+            pipe = client.pipeline(transaction=False)
+            if done:
+                pipe.xack(stream, group, *done)
+            pipe.xreadgroup(group, consumer, {stream: ">"}, count=_COUNT, block=_BLOCK_MS)
+            reply = pipe.execute()[-1]
+            mono_ns = time.monotonic_ns()
+            entries = reply[0][1] if reply else []
+            if stamps is not None:
+                for _, fields in entries:
+                    stamps.write(json.loads(fields[b"data"])["id"], mono_ns)
+            done = [entry_id for entry_id, _ in entries]
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    consume(os.environ["BENCH_REDIS_URL"], *sys.argv[1:])

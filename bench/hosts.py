@@ -1,0 +1,85 @@
+"""Facts about the host and the processor time of processes, as every benchmark reports them."""
+
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+#: Fields of /proc/<pid>/stat behind the command's name: parent, then processor time in user and kernel mode.
+_PARENT, _USER_TICKS, _KERNEL_TICKS = 1, 11, 12
+
+
+def host_facts(client: Any) -> dict[str, Any]:
+    """What a figure means nothing without; ``load_1min`` says whether others were using the processors."""
+    info = client.info("server")
+    name = "valkey" if "valkey_version" in info else "redis"
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu": _cpu_model(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "redis_py": version("redis"),
+        "hiredis": _version_or_none("hiredis"),
+        "server": f"{name} {info[f'{name}_version']}",
+        "load_1min": round(os.getloadavg()[0], 2),
+    }
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _version_or_none(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def roles_of(supervisor_pid: int) -> dict[str, list[int]]:
+    """Process ids of a service by role, from the names that its processes give themselves for ``ps``."""
+    roles: dict[str, list[int]] = {"supervisor": [supervisor_pid]}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(_stat(int(entry.name))[_PARENT]) != supervisor_pid:
+                continue
+            name = (entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # ended while we looked
+        if name.startswith("jobworker: "):
+            roles.setdefault(name.removeprefix("jobworker: ").split()[0], []).append(int(entry.name))
+    return roles
+
+
+def cpu_s(pids: Iterable[int]) -> float:
+    """Processor seconds (user and kernel, all threads) that living processes have used so far."""
+    stats = map(_stat, pids)
+    return sum(int(fields[_USER_TICKS]) + int(fields[_KERNEL_TICKS]) for fields in stats) / _TICKS_PER_S
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields after the name, which is in parentheses and may hold blanks."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Columns lined up for people: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def described(facts: dict[str, Any]) -> str:
+    """The host facts in one line."""
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
