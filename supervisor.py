@@ -1,4 +1,4 @@
-"""The parent: starts the roles and the embedded stores, watches them, starts them again, ends them in order."""
+"""The parent: starts the roles and the embedded stores, watches and restarts them, ends them in order."""
 
 import logging
 import os
@@ -70,9 +70,8 @@ class Supervisor:
                     return verdict
             if (verdict := self._stores.turn(now)) is not None:
                 return verdict
-            if self._stores.ready:
-                if (verdict := self._turn(now)) is not None:
-                    return verdict
+            if self._stores.ready and (verdict := self._turn(now)) is not None:
+                return verdict
             self._crew.wait(_TICK_S, queue)
 
     def _turn(self, now: float) -> Exit | None:

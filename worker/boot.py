@@ -50,7 +50,9 @@ def main() -> int:
     try:
         _run(start.role, settings, link, fds)
     except Fenced as error:
-        return _fail(link, f"{error}: is another service running as --instance {settings.instance}?", Exit.USAGE)
+        return _fail(
+            link, f"{error}: is another service running as --instance {settings.instance}?", Exit.USAGE
+        )
     except JobworkerError as error:
         return _fail(link, str(error), Exit.BOOT_FAILED)
     return 0
@@ -127,7 +129,11 @@ def _set_up(settings: Settings, link: Link) -> dict[str, BoundHandler] | None:
                 time.sleep(_SETUP_RETRY_S)  # a store that does not listen yet offers no event to wait on
                 continue
             code = Exit.STORE_UNREACHABLE if transient else Exit.BOOT_FAILED
-            text = str(error) if isinstance(error, JobworkerError) or transient else f"{type(error).__name__}: {error}"
+            text = (
+                str(error)
+                if isinstance(error, JobworkerError) or transient
+                else f"{type(error).__name__}: {error}"
+            )
             log.critical("cannot start: %s", text, exc_info=None if transient else error)
             link.send(Failed(text, code))
             return None

@@ -94,11 +94,15 @@ def _payload(text: str) -> Any:
 @click.option("--tenant", default="", help="Whose job it is.")
 @click.option("--project", default="", help="Which project of the tenant's.")
 @click.option("--stream", default=None, help="Stream to send it to.  [default: that of the type]")
-@click.option("--id", "job_id", default=None, help="Job id; with --count a number is added.  [default: random]")
+@click.option(
+    "--id", "job_id", default=None, help="Job id; with --count a number is added.  [default: random]"
+)
 @click.option("--delay", type=click.FloatRange(min=0), default=None, help="Run it so many seconds from now.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=None, help="Limit in seconds.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), default=None, help="Limit in seconds."
+)
 @click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Send it so many times.")
-@click.option("--json", "as_json", is_flag=True, help="Print {\"ids\": [...]}.")
+@click.option("--json", "as_json", is_flag=True, help='Print {"ids": [...]}.')
 def enqueue(
     url: str, type: str, payload: str, tenant: str, project: str, stream: str | None,
     job_id: str | None, delay: float | None, timeout: float | None, count: int, as_json: bool,
@@ -133,7 +137,9 @@ def _numbered(job_id: str | None, number: int, count: int) -> str | None:
 
 
 @_verb
-@click.option("--stream", "streams", multiple=True, help="NAME=GROUP; repeatable.  [default: the service's table]")
+@click.option(
+    "--stream", "streams", multiple=True, help="NAME=GROUP; repeatable.  [default: the service's table]"
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def stats(url: str, streams: tuple[str, ...], as_json: bool) -> None:
     """How much waits, runs, is retried and was given up, stream by stream.
@@ -150,7 +156,9 @@ def stats(url: str, streams: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"streams": rows}))
         return
-    click.echo(f"{'STREAM':28} {'GROUP':16} {'QUEUED':>8} {'PENDING':>8} {'RETRYING':>8} {'DEAD':>8} {'OLDEST':>9}")
+    click.echo(
+        f"{'STREAM':28} {'GROUP':16} {'QUEUED':>8} {'PENDING':>8} {'RETRYING':>8} {'DEAD':>8} {'OLDEST':>9}"
+    )
     for row in rows:
         click.echo(
             f"{row['stream']:28} {row['group']:16} {row['queued']:8} {row['pending']:8} {row['retrying']:8}"

@@ -30,7 +30,7 @@ _GAUGES_EVERY_S = 0.5
 
 
 class Place:
-    """A role that is to be filled; while workers are exchanged one by one, ``successor`` is the next child."""
+    """A role that is to be filled; while workers are exchanged, ``successor`` is the next child."""
 
     def __init__(self, role: str, slot: int = 0) -> None:
         self.role = role
@@ -153,11 +153,15 @@ class Crew:
     def _take_leave(self, place: Place, child: Child, ended: Ended, now: float) -> None:
         # A worker says STOPPING before it leaves; a handler that calls os._exit(0) does not.
         left = child.channel is not None and child.channel.phase == STOPPING and ended.clean
-        expected = left or (child.stopping and (child.channel is None or ended.cause in ("SIGTERM", "SIGKILL")))
+        expected = left or (
+            child.stopping and (child.channel is None or ended.cause in ("SIGTERM", "SIGKILL"))
+        )
         if not expected:
             cause = child.kill_cause or ended.cause
-            log.error("ended", extra={"child": child.name, "process_id": child.pid, "cause": cause,
-                                      "peak_rss_mib": ended.peak_rss_mib, "stack": ended.stack or None})  # fmt: skip
+            log.error("ended", extra={
+                "child": child.name, "process_id": child.pid, "cause": cause,
+                "peak_rss_mib": ended.peak_rss_mib, "stack": ended.stack or None,
+            })  # fmt: skip
             self._exposition.add([("z_novel_worker_restarts_total", (child.role, cause), 1)])
             place.respawn.ended(now, was_ready=child.ready, lived_s=now - child.mono_started_s)
         if child.channel is not None:
@@ -237,7 +241,9 @@ class Crew:
         if not self._was_complete:
             self._was_complete = all(place.child and place.child.ready for place in self._places)
             reader = self._reader.child
-            if now - self._mono_started_s > self._settings.connect_timeout_s and not (reader and reader.ready):
+            if now - self._mono_started_s > self._settings.connect_timeout_s and not (
+                reader and reader.ready
+            ):
                 trouble = reader.trouble if reader else None
                 log.critical("the job store does not answer", extra={"error": trouble})
                 self._verdict = Exit.STORE_UNREACHABLE
@@ -318,7 +324,9 @@ class Crew:
         for place in self._places:
             child = place.child
             if child is None or not child.ready:
-                found.append(f"{place.role} {place.slot} is starting" if place.role == "worker" else f"no {place.role}")
+                found.append(
+                    f"{place.role} {place.slot} is starting" if place.role == "worker" else f"no {place.role}"
+                )
             if child is not None and child.trouble:
                 found.append(f"{child.name}: {child.trouble}")
         return found

@@ -1,4 +1,4 @@
-"""The stores that a service without urls brings along: how each is started, found and asked whether it answers.
+"""The stores that a service without urls brings along: how each is started and asked whether it answers.
 
 They listen on the loopback address only, keep everything under the data directory, and hold its lock along
 with the supervisor, so that a second service cannot open the same files while one of them is still ending.
@@ -108,7 +108,7 @@ class EmbeddedMilvus:
     def __init__(self, data: DataDir) -> None:
         if find_spec("milvus_lite") is None:
             raise ConfigurationError(
-                "no --milvus-uri, and the embedded Milvus Lite is not installed: pip install 'jobworker[embedded]'"
+                "no --milvus-uri, and no embedded Milvus Lite is installed: pip install 'jobworker[embedded]'"
             )
         self._dir = data.path / "milvus"
         self._dir.mkdir(exist_ok=True, mode=0o700)
@@ -134,9 +134,12 @@ class EmbeddedMilvus:
         return self._port_file.exists()
 
 
-def needed(settings: Settings, data: DataDir, needs_vectors: bool) -> list[EmbeddedValkey | EmbeddedMilvus]:
-    """The stores to bring along for these settings. Raises `ConfigurationError` where one is not installed."""
-    stores: list[EmbeddedValkey | EmbeddedMilvus] = []
+Embedded = EmbeddedValkey | EmbeddedMilvus
+
+
+def needed(settings: Settings, data: DataDir, needs_vectors: bool) -> list[Embedded]:
+    """The stores to bring along. Raises `ConfigurationError` where one is not installed."""
+    stores: list[Embedded] = []
     if not settings.redis_url:
         stores.append(EmbeddedValkey(data))
     if not settings.milvus_uri and needs_vectors:

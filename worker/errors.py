@@ -21,6 +21,13 @@ class PermanentError(JobworkerError):
     """Raised by a handler: this job can never succeed, so dead-letter it without a retry."""
 
 
+class Unavailable(JobworkerError):
+    """Raised by a handler: something it needs does not answer. Its type is paused and tried again now and
+    then; no retry is used up. (Any exception with a true attribute ``transient`` is taken so.)"""
+
+    transient = True
+
+
 class ConfigurationError(JobworkerError):
     """The service cannot start as it was told to; the message says what to change."""
 

@@ -24,7 +24,9 @@ class Health(NamedTuple):
 class HealthServer:
     """Serves until closed. Raises OSError where the address is taken."""
 
-    def __init__(self, address: tuple[str, int], exposition: Exposition, health: Callable[[], Health]) -> None:
+    def __init__(
+        self, address: tuple[str, int], exposition: Exposition, health: Callable[[], Health]
+    ) -> None:
         handler = type("Handler", (_Handler,), {"exposition": exposition, "health": staticmethod(health)})
         self._server = ThreadingHTTPServer(address, handler)
         self._server.daemon_threads = True
@@ -50,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _CLIENT_TIMEOUT_S
     server_version = "jobworker"
 
-    def do_GET(self) -> None:  # noqa: N802 - the library's name
+    def do_GET(self) -> None:
         """Answer one of the three pages."""
         match self.path.partition("?")[0]:
             case "/metrics":

@@ -70,7 +70,9 @@ class InFlight:
         """Rows in use, seen from the reader, who alone knows the head."""
         return self.head - self.tail
 
-    def write(self, sources: Sequence[int], kinds: Sequence[int], deaths: Sequence[int], ids: Sequence[bytes]) -> None:
+    def write(
+        self, sources: Sequence[int], kinds: Sequence[int], deaths: Sequence[int], ids: Sequence[bytes]
+    ) -> None:
         """Fill the rows from the head on; they count once the head is moved over them (reader)."""
         count, at = len(ids), self.head % ROWS
         assert len(self) + count <= ROWS

@@ -60,7 +60,7 @@ class ForPeople(logging.Formatter):
 class _Unfailing(logging.StreamHandler):  # type: ignore[type-arg]
     """A full disk or a closed stderr must not break the path that settles jobs."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
+    def handleError(self, record: logging.LogRecord) -> None:
         """Drop the line."""
 
 

@@ -63,9 +63,7 @@ class Exposition(Collector):
             for name, metric in METRICS.items():
                 yield self._family(name, metric.kind, metric.help, metric.labels, metric.buckets)
 
-    def _family(
-        self, name: str, kind: str, text: str, labels: Labels, bounds: tuple[float, ...]
-    ) -> Family:
+    def _family(self, name: str, kind: str, text: str, labels: Labels, bounds: tuple[float, ...]) -> Family:
         values = self._values[name]
         if kind == "histogram":
             histogram = HistogramMetricFamily(name, text, labels=labels)

@@ -35,81 +35,89 @@ def _parameter(option: str) -> str:
     return option.replace("-", "_")
 
 
-def _option(name: str, help_text: str, **kwargs: Any) -> Callable[[Any], Any]:
+def _option(name: str, text: str, default: Any = None, kind: Any = None, **more: Any) -> Callable[[Any], Any]:
+    """An option that shows its default (where that says anything) and its environment variable."""
+    shown = default not in (None, "") and not callable(default) and default is not False
     return click.option(
-        name, help=help_text, show_default=kwargs.pop("show_default", True), show_envvar=True, **kwargs
+        name, help=text, default=default, type=kind, show_default=shown, show_envvar=True, **more
     )
 
 
 REDIS_URL = _option(
-    "--redis-url", "Redis >= 7.0 or Valkey >= 8: redis://, rediss://, unix://, redis+sentinel://, redis+cluster://. "
-    "Put passwords into the environment or the file.  [default: an embedded Valkey in --data-dir]",
-    default="", show_default=False, envvar=f"{ENV_PREFIX}_REDIS_URL",
-)  # fmt: skip
+    "--redis-url",
+    "Redis >= 7.0 or Valkey >= 8: redis://, rediss://, unix://, redis+sentinel://, redis+cluster://. Put "
+    "passwords into the environment or the file.  [default: an embedded Valkey in --data-dir]",
+    "",
+    envvar=f"{ENV_PREFIX}_REDIS_URL",
+)
 DATA_DIR = _option(
-    "--data-dir", "Where the embedded stores and archives live.", default="./jobworker-data",
-    type=click.Path(file_okay=False), envvar=f"{ENV_PREFIX}_DATA_DIR",
-)  # fmt: skip
+    "--data-dir",
+    "Where the embedded stores and archives live.",
+    "./jobworker-data",
+    click.Path(file_okay=False),
+    envvar=f"{ENV_PREFIX}_DATA_DIR",
+)
 CONFIG = click.option(
-    "--config", type=click.Path(exists=True, dir_okay=False), is_eager=True, expose_value=False,
-    callback=_read_config, help="TOML file with the same names as the options; both command line and "
-    "environment win over it.",
-)  # fmt: skip
+    "--config",
+    type=click.Path(exists=True, dir_okay=False),
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="TOML file with the same names as the options; command line and environment win over it.",
+)
 
-_OPTIONS = [
-    CONFIG,
-    _option("--procs", "Worker processes.  [default: number of cores]", type=click.IntRange(1, 512),
-            default=cores, show_default=False),
+_WORK = [
+    _option("--procs", "Worker processes.  [default: number of cores]", cores, click.IntRange(1, 512)),
+    _option("--stream", "NAME=GROUP to read; repeatable, replaces the default table.",
+            [f"{s.stream}={s.group}" for s in DEFAULT_SOURCES], multiple=True),
+    _option("--handler", "TYPE=module:Class to run a type by; repeatable, adds to or replaces the builtin.",
+            multiple=True),
+    _option("--no-builtin-handlers", "Run only the types given by --handler.", False, is_flag=True),
+    _option("--job-timeout", "Limit in seconds where neither type nor job names one.", 300.0, _POSITIVE),
+    _option("--max-payload", "Largest job in bytes; larger ones are dead-lettered unread.", 8 * 1024 * 1024,
+            click.IntRange(1024, 512 * 1024 * 1024)),
+    _option("--max-retries", "Retries of a job before it is dead-lettered.", 3, click.IntRange(0)),
+    _option("--retry-initial", "Backoff = initial * multiplier ** retry count (seconds).", 1.0, _POSITIVE),
+    _option("--retry-max", "Longest backoff (seconds).", 60.0, _POSITIVE),
+    _option("--retry-multiplier", "Growth of the backoff.", 2.0, click.FloatRange(min=1)),
+    _option("--retry-jitter", "Share by which a backoff is spread either way.", 0.1, click.FloatRange(0, 1)),
+]  # fmt: skip
+_STORES = [
     REDIS_URL,
-    _option("--milvus-uri", "Milvus >= 2.3, http(s)://host:port.  [default: an embedded Milvus Lite in --data-dir]",
-            default="", show_default=False),
-    _option("--milvus-token", "user:password or API key; better given by the environment.", default="",
-            show_default=False),
-    _option("--milvus-prefix", "What collection names begin with.", default="z_novel_"),
-    _option("--milvus-partitions", "A partition key, or one named partition a tenant and project.",
-            type=click.Choice(["key", "named"]), default="key"),
+    _option("--milvus-uri", "Milvus >= 2.3, http(s)://host:port.  [default: an embedded Milvus Lite]", ""),
+    _option("--milvus-token", "user:password or API key; better given by the environment.", ""),
+    _option("--milvus-prefix", "What collection names begin with.", "z_novel_"),
+    _option("--milvus-partitions", "A partition key, or one named partition a tenant and project.", "key",
+            click.Choice(["key", "named"])),
     DATA_DIR,
-    _option("--model", "A sentence-transformers folder, a hub name that is in the cache, or package:<module>.  "
-            "[default: the model of the 'embedded' extra, else BAAI/bge-m3]", default="", show_default=False),
-    _option("--device", "auto, cpu, cuda, or cuda:0,cuda:1.", default="auto"),
-    _option("--long-text", "What becomes of a text longer than the model's window.",
-            type=click.Choice(["windows", "truncate", "reject"]), default="windows"),
-    _option("--token-budget", "Tokens (padding included) of one forward pass.", type=click.IntRange(512),
-            default=16384),
-    _option("--stream", "NAME=GROUP to read; repeatable, replaces the default table.", multiple=True,
-            default=[f"{s.stream}={s.group}" for s in DEFAULT_SOURCES]),
-    _option("--handler", "TYPE=module:Class to run a type by; repeatable, adds to or replaces the builtin ones.",
-            multiple=True, show_default=False),
-    _option("--no-builtin-handlers", "Run only the types given by --handler.", is_flag=True, default=False,
-            show_default=False),
+    _option("--connect-timeout", "How long to wait for the stores at start (seconds).", 30.0, _POSITIVE),
+    _option("--lease", "A lost host's jobs are taken over after so many seconds.", 30.0, _POSITIVE),
+]  # fmt: skip
+_MODEL = [
+    _option("--model", "A sentence-transformers folder, a hub name that is in the cache, or "
+            "package:<module>.  [default: the model of the 'embedded' extra, else BAAI/bge-m3]", ""),
+    _option("--device", "auto, cpu, cuda, or cuda:0,cuda:1.", "auto"),
+    _option("--long-text", "What becomes of a text longer than the model's window.", "windows",
+            click.Choice(["windows", "truncate", "reject"])),
+    _option("--token-budget", "Tokens, padding included, of one forward pass.", 16384, click.IntRange(512)),
+]  # fmt: skip
+_SERVICE = [
+    CONFIG,
     _option("--metrics-addr", "Where /metrics, /healthz and /readyz are served; port 0 picks one.",
-            default="127.0.0.1:9464"),
-    _option("--lease", "A lost host's jobs are taken over after so many seconds.", type=_POSITIVE, default=30.0),
-    _option("--max-retries", "Retries of a job before it is dead-lettered.", type=click.IntRange(0), default=3),
-    _option("--retry-initial", "Backoff = initial * multiplier ** retry count (seconds).", type=_POSITIVE, default=1.0),
-    _option("--retry-max", "Longest backoff (seconds).", type=_POSITIVE, default=60.0),
-    _option("--retry-multiplier", "Growth of the backoff.", type=click.FloatRange(min=1), default=2.0),
-    _option("--retry-jitter", "Share by which a backoff is spread either way.", type=click.FloatRange(0, 1),
-            default=0.1),
-    _option("--max-payload", "Largest job in bytes; larger ones are dead-lettered unread.",
-            type=click.IntRange(1024, 512 * 1024 * 1024), default=8 * 1024 * 1024),
-    _option("--job-timeout", "Limit in seconds of a job whose type and envelope name none.", type=_POSITIVE,
-            default=300.0),
-    _option("--drain-timeout", "How long TERM waits for running jobs (seconds).", type=click.FloatRange(min=0),
-            default=30.0),
-    _option("--connect-timeout", "How long to wait for the stores at start (seconds).", type=_POSITIVE, default=30.0),
-    _option("--instance", "Part of the consumer's name; two services on one host need two.  [default: host name]",
-            default=None, show_default=False),
-    _option("--log-level", "debug, info, warning or error.",
-            type=click.Choice(["debug", "info", "warning", "error"]), default="info"),
-    _option("--log-format", "json or text.  [default: text on a terminal]",
-            type=click.Choice(["json", "text"]), default=None, show_default=False),
+            "127.0.0.1:9464"),
+    _option("--drain-timeout", "How long TERM waits for running jobs (seconds).", 30.0,
+            click.FloatRange(min=0)),
+    _option("--instance", "Part of the consumer's name; two services on a host need two.  "
+            "[default: host name]"),
+    _option("--log-level", "How much is logged.", "info",
+            click.Choice(["debug", "info", "warning", "error"])),
+    _option("--log-format", "[default: text on a terminal, else json]", None, click.Choice(["json", "text"])),
 ]  # fmt: skip
 
 
 def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a click command every option of the service."""
-    for option in reversed(_OPTIONS):
+    for option in reversed([*_WORK, *_STORES, *_MODEL, *_SERVICE]):
         command = option(command)
     return command
 

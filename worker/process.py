@@ -18,7 +18,7 @@ _STACK_BYTES = 8 * 1024
 
 
 class Ended(NamedTuple):
-    """How a process ended. ``cause``: ``exit 1``, ``SIGKILL``, …; memory in MiB; ``stack`` where it dumped one."""
+    """How a process ended. ``cause`` is ``exit 1``, ``SIGKILL`` and the like; ``stack`` is what it dumped."""
 
     cause: str
     clean: bool
@@ -34,7 +34,9 @@ class Process:
         self.mono_started_s = mono_now_s
         self.ready = False
         self.blackbox_fd = os.memfd_create("blackbox")
-        self._popen = subprocess.Popen(command, pass_fds=(*pass_fds, self.blackbox_fd), stdin=subprocess.DEVNULL)
+        self._popen = subprocess.Popen(
+            command, pass_fds=(*pass_fds, self.blackbox_fd), stdin=subprocess.DEVNULL
+        )
         self.pid = self._popen.pid
         self.pidfd = os.pidfd_open(self.pid)
 

@@ -9,9 +9,9 @@ import logging
 import random
 import selectors
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 
+from .backlog import Backlog
 from .channel import Channel, drained
 from .errors import StoreUnavailable
 from .lane import Lane
@@ -60,10 +60,9 @@ class Reader:
         self._tally = Tally()
         kinds = {kind: number for number, kind in enumerate(settings.handlers)}
         self._triage = Triage(kinds, settings.max_payload, settings.max_deaths)
-        self._settler = Settler(store, settings, self._tally, self._rng)
+        self._backlog = Backlog(list(settings.handlers))
+        self._settler = Settler(store, settings, self._tally, self._rng, self._backlog.excused)
         self._lanes: list[Lane] = []
-        self._waiting: deque[Arrival] = deque()
-        self._suspects: deque[Arrival] = deque()
         self._selector = selectors.DefaultSelector()
         self._selector.register(link, selectors.EVENT_READ)
         self._entry_bytes = 1024.0
@@ -76,7 +75,7 @@ class Reader:
         self._reported_at = 0.0
 
     def run(self) -> None:
-        """Go round until drained. A store that does not answer is waited for, with the jobs in flight kept."""
+        """Go round until drained. A store that does not answer is waited for; jobs in flight are kept."""
         while not (self._draining and not self._lanes):
             now = self._mono_s()
             if now - self._reported_at >= _REPORT_EVERY_S:
@@ -96,7 +95,11 @@ class Reader:
     def _turn(self, now: float) -> None:
         if not self._connected:
             self._connect()
-        self._settler.settle(self._lanes)
+        settled = self._settler.settle(self._lanes)
+        self._backlog.answered(settled.answered)
+        for arrival in settled.unavailable:
+            self._pause(arrival, now)
+        self._backlog.tend(now)
         self._clear_the_dead()
         for lane in self._lanes:
             lane.measure(now)
@@ -155,8 +158,7 @@ class Reader:
         self._store.acquire(self._sources)
         self._connected = True
         # What waits here was found under the earlier connection; the listing below finds it again.
-        self._waiting.clear()
-        self._suspects.clear()
+        self._backlog.clear()
         known = self._in_flight()
         for number, source in enumerate(self._sources):
             after = _START
@@ -164,14 +166,14 @@ class Reader:
                 self._arrive(number, [entry for entry in page if (number, entry.id) not in known])
                 after = page[-1].id
         self._link.send(Ready())
-        log.info("reading", extra={"streams": len(self._sources), "pending": len(self._waiting)})
+        log.info("reading", extra={"streams": len(self._sources), "pending": len(self._backlog.ready)})
 
     def _back_off(self, error: StoreUnavailable) -> None:
         """Wait longer each time, with jitter, so that many hosts do not come back in the same instant."""
         self._stop_reading()
         self._connected = False
         first, longest = _BACKOFF_S
-        delay = min(longest, first * 2**self._failures) * self._rng.uniform(0.5, 1.0)
+        delay = min(longest, first * 2.0**self._failures) * self._rng.uniform(0.5, 1.0)
         self._failures = min(self._failures + 1, 16)
         self._retry_at = self._mono_s() + delay
         if self._trouble is None:
@@ -186,6 +188,8 @@ class Reader:
 
     def _report(self, now: float) -> None:
         self._reported_at = now
+        for number, kind in enumerate(self._settings.handlers):
+            self._tally.gauge("z_novel_circuit_open", (kind,), float(self._backlog.paused(number)))
         delta = self._tally.take()
         self._link.send(Report(delta.counts, delta.gauges, delta.histograms, self._trouble))
 
@@ -196,56 +200,61 @@ class Reader:
             verdict = self._triage(source, entry)
             if isinstance(verdict, Refusal):
                 self._settler.refuse(verdict)
-            elif verdict.alone:
-                self._suspects.append(verdict)
             else:
-                self._waiting.append(verdict)
+                self._backlog.add(verdict)
         if entries:
             mean = sum(len(entry.data or b"") for entry in entries) / len(entries)
             # The newest read counts half, so that a run of large jobs is asked for in small numbers at once.
             self._entry_bytes = (self._entry_bytes + mean) / 2
 
+    def _pause(self, arrival: Arrival, now: float) -> None:
+        kind = tuple(self._settings.handlers)[arrival.kind]
+        if not self._backlog.paused(arrival.kind):
+            log.warning("type paused: what it needs does not answer", extra={"task_type": kind})
+        self._backlog.pause(arrival, now)
+
     def _read_more(self) -> None:
         """Ask each stream for what the workers can take beyond what waits here already."""
-        room = sum(lane.credit for lane in self._lanes) - len(self._waiting) - len(self._suspects)
-        if room <= 0:
-            return
-        count = max(1, min(room, _READ_ENTRIES, int(_READ_BYTES / max(1.0, self._entry_bytes))))
+        credit = sum(lane.credit for lane in self._lanes)
+        most = min(_READ_ENTRIES, max(1, int(_READ_BYTES / max(1.0, self._entry_bytes))))
         for number, source in enumerate(self._sources):
-            if not self._store.reading(source):
-                fd = self._store.begin_read(source, count, _BLOCK_MS)
+            room = credit - self._backlog.waiting(number)
+            if room > 0 and not self._store.reading(source):
+                fd = self._store.begin_read(source, min(room, most), _BLOCK_MS)
                 self._selector.register(fd, selectors.EVENT_READ, number)
 
     # -- jobs out
 
     def _hand_out(self) -> None:
         self._hand_out_suspects()
-        while self._waiting:
+        waiting = self._backlog.ready
+        while waiting:
             lanes = [lane for lane in self._lanes if lane.credit > 0]
             if not lanes:
                 return
-            share = -(-len(self._waiting) // len(lanes))
+            share = -(-len(waiting) // len(lanes))
             lane = min(lanes, key=lambda lane: len(lane.table))
             count = min(share, lane.credit)
-            batch = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+            batch = [waiting.popleft() for _ in range(min(count, len(waiting)))]
             given = lane.hand(batch)
-            self._waiting.extendleft(reversed(batch[given:]))
+            waiting.extendleft(reversed(batch[given:]))
             if not given:
                 return
 
     def _hand_out_suspects(self) -> None:
         """A job that may kill its worker gets an empty one and no mates."""
+        suspects = self._backlog.suspects
         for lane in self._lanes:
             if lane.alone and not len(lane.table) and not lane.gone:
                 lane.alone = False
         for lane in sorted(self._lanes, key=lambda lane: len(lane.table)):
-            if not self._suspects:
+            if not suspects:
                 return
-            if lane.open and not len(lane.table) and lane.hand([self._suspects[0]]):
-                self._suspects.popleft()
+            if lane.open and not len(lane.table) and lane.hand([suspects[0]]):
+                suspects.popleft()
                 lane.alone = True
         # Under steady load no worker is ever empty: keep new work from the one with the least.
-        if self._suspects and not any(lane.alone for lane in self._lanes):
+        if suspects and not any(lane.alone for lane in self._lanes):
             busy = [lane for lane in self._lanes if lane.open]
             if busy:
                 min(busy, key=lambda lane: len(lane.table)).alone = True
@@ -262,10 +271,11 @@ class Reader:
             self._link.send(Forgotten(lane.slot, lane.generation))
             for source, entry in remains.suspects:
                 self._arrive(source, [entry])
-            before, self._waiting = self._waiting, deque()
+            behind = list(self._backlog.ready)
+            self._backlog.ready.clear()
             for source, entry in remains.unstarted:
                 self._arrive(source, [entry])
-            self._waiting.extend(before)
+            self._backlog.ready.extend(behind)
 
     # -- leases
 
@@ -276,7 +286,7 @@ class Reader:
     def _keep_leases(self, now: float) -> None:
         """Renew what is in flight or waits here, then take over what lost hosts left."""
         self._renewed_at = now
-        known = self._in_flight() | {(a.source, a.entry.id) for a in (*self._waiting, *self._suspects)}
+        known = self._in_flight() | {(a.source, a.entry.id) for a in self._backlog}
         for number, source in enumerate(self._sources):
             mine = [entry_id for owner, entry_id in known if owner == number]
             lost = self._store.renew(source, mine) if mine else set()
@@ -288,19 +298,18 @@ class Reader:
     def _drop(self, source: int, lost: set[bytes]) -> None:
         """Forget what waits here and was taken over elsewhere; what is running is refused when settled."""
         log.warning("lease lost", extra={"entries": len(lost), "stream": self._sources[source].stream})
-        for queue in (self._waiting, self._suspects):
-            kept = [a for a in queue if not (a.source == source and a.entry.id in lost)]
-            queue.clear()
-            queue.extend(kept)
+        self._backlog.drop(source, lost)
 
     def _take_over(self, source: int, known: set[tuple[int, bytes]]) -> None:
         cursor = _START
         idle_ms = int(self._settings.lease_s * 1000)
-        while sum(lane.credit for lane in self._lanes) > len(self._waiting):
+        while sum(lane.credit for lane in self._lanes) > self._backlog.waiting(source):
             cursor, entries = self._store.take_over(self._sources[source], idle_ms, _PAGE, cursor)
             found = [entry for entry in entries if (source, entry.id) not in known]
             if found:
-                log.warning("took over", extra={"entries": len(found), "stream": self._sources[source].stream})
+                log.warning(
+                    "took over", extra={"entries": len(found), "stream": self._sources[source].stream}
+                )
             self._arrive(source, found)
             if cursor == _START:
                 return
@@ -309,7 +318,7 @@ class Reader:
         """Before ending: let any other host have at once what was read and not begun."""
         try:
             for number, source in enumerate(self._sources):
-                ids = [a.entry.id for a in (*self._waiting, *self._suspects) if a.source == number]
+                ids = [a.entry.id for a in self._backlog if a.source == number]
                 if ids:
                     self._store.release(source, ids)
         except StoreUnavailable as error:

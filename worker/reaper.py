@@ -103,7 +103,7 @@ class Reaper:
             log.error("store unavailable", extra={"error": str(error)})
         self._trouble = str(error)
         first, longest = _BACKOFF_S
-        delay = min(longest, first * 2**self._failures) * self._rng.uniform(0.5, 1.0)
+        delay = min(longest, first * 2.0**self._failures) * self._rng.uniform(0.5, 1.0)
         self._failures = min(self._failures + 1, 16)
         return delay
 

@@ -12,8 +12,8 @@ import msgspec
 from .channel import READY, STOPPING, Channel
 from .envelope import Envelope, Job, job_of, read_envelope
 from .errors import MalformedJob, PermanentError
-from .handler import BoundHandler
 from .frames import JobFrame, OutcomeFrame
+from .handler import BoundHandler
 from .inflight import FAILED, STARTED, SUCCEEDED
 from .link import Link, Report
 from .outcome import failure_of
@@ -69,7 +69,9 @@ class Runner:
         self._lookahead = max((handler.max_batch for handler in handlers.values()), default=1)
         self._frames = msgspec.msgpack.Decoder(JobFrame)
         self._tally = Tally()
-        self._durations = {kind: self._tally.histogram("z_novel_job_duration_seconds", (kind,)) for kind in handlers}
+        self._durations = {
+            kind: self._tally.histogram("z_novel_job_duration_seconds", (kind,)) for kind in handlers
+        }
         self._waits = {kind: self._tally.histogram("z_novel_job_wait_seconds", (kind,)) for kind in handlers}
         self._batches = self._tally.histogram("z_novel_batch_jobs")
         self._counted: dict[tuple[str, str], int] = {}
@@ -207,7 +209,7 @@ class Runner:
         return [error] * len(jobs)
 
     def _fail(self, waiting: Waiting, error: BaseException) -> None:
-        """Say FAILED, then push why: once the reader has seen the frame, the row is no longer ours to touch."""
+        """Say FAILED, then push why: once the reader has seen the frame, the row is no longer ours."""
         permanent = isinstance(error, PermanentError | MalformedJob)
         self._states[waiting.row % self._rows] = FAILED
         frame = msgspec.msgpack.encode(OutcomeFrame(waiting.row, failure_of(error, permanent)))

@@ -29,7 +29,7 @@ class Settings:
     handlers: dict[str, str] = field(default_factory=dict)
     metrics_addr: str = "127.0.0.1:9464"
     lease_s: float = 30.0
-    retry: RetryPolicy = RetryPolicy()
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
     max_deaths: int = 3
     max_payload: int = MAX_PAYLOAD_BYTES
     drain_timeout_s: float = 30.0
@@ -65,7 +65,9 @@ def parse_source(text: str) -> Source:
     """``NAME=GROUP`` of ``--stream``. Raises `ConfigurationError`."""
     stream, _, group = text.rpartition("=")
     if not stream or not group:
-        raise ConfigurationError(f"--stream {text!r}: say NAME=GROUP, for example stream:story:gen=cg-gen-worker")
+        raise ConfigurationError(
+            f"--stream {text!r}: say NAME=GROUP, for example stream:story:gen=cg-gen-worker"
+        )
     return Source(stream, group)
 
 
@@ -74,7 +76,9 @@ def parse_handler(text: str) -> tuple[str, str]:
     kind, _, target = text.partition("=")
     module, _, name = target.partition(":")
     if not kind or not module or not name.isidentifier():
-        raise ConfigurationError(f"--handler {text!r}: say TYPE=module:Class, for example shout=mypkg.jobs:Shout")
+        raise ConfigurationError(
+            f"--handler {text!r}: say TYPE=module:Class, for example shout=mypkg.jobs:Shout"
+        )
     return kind, target
 
 

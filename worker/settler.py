@@ -19,7 +19,7 @@ from .outcome import Failure, GiveUp, Reason, after_failure
 from .settings import Settings
 from .store import Dead, Entry, ReaderStore, Retry, Settlement
 from .tally import Tally
-from .triage import Refusal
+from .triage import Arrival, Refusal
 
 log = logging.getLogger("jobworker.settle")
 
@@ -39,6 +39,13 @@ class Remains(NamedTuple):
     suspects: list[tuple[int, Entry]]
 
 
+class Settled(NamedTuple):
+    """What one turn came to: the types whose jobs got through, and the jobs that could not be run now."""
+
+    answered: set[int]
+    unavailable: list[Arrival]
+
+
 class Batch:
     """One settlement for each source, being filled."""
 
@@ -47,6 +54,8 @@ class Batch:
         self.retries: dict[int, list[Retry]] = defaultdict(list)
         self.dead: dict[int, list[Dead]] = defaultdict(list)
         self.counts: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
+        self.answered: set[int] = set()
+        self.unavailable: list[Arrival] = []
 
     def settlements(self, sources: Sequence[Source]) -> list[Settlement]:
         """One for each source that anything happened on."""
@@ -63,6 +72,7 @@ class Settler:
         settings: Settings,
         tally: Tally,
         rng: random.Random,
+        excused: Callable[[int, int, bytes], bool],
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._store = store
@@ -71,6 +81,7 @@ class Settler:
         self._kinds = tuple(settings.handlers)
         self._tally = tally
         self._rng = rng
+        self._excused = excused
         self._now = now
         self._refusals: list[Refusal] = []
         self._outcomes = msgspec.msgpack.Decoder(OutcomeFrame)
@@ -79,8 +90,8 @@ class Settler:
         """Remember to dead-letter this with the next settlement."""
         self._refusals.append(refusal)
 
-    def settle(self, lanes: Iterable[Lane]) -> int:
-        """Carry out all that has ended; returns how many jobs. Raises as the store does."""
+    def settle(self, lanes: Iterable[Lane]) -> Settled:
+        """Carry out all that has ended. Raises as the store does."""
         batch = Batch()
         runs = [(lane, list(lane.table.succeeded())) for lane in lanes]
         frames = [(lane, *self._failures(lane)) for lane, _ in runs]
@@ -92,12 +103,12 @@ class Settler:
         refusals, self._refusals = self._refusals, []
         try:
             self._refuse(batch, refusals)
-            count = self._commit(batch)
+            self._commit(batch)
         except BaseException:
             self._refusals = refusals + self._refusals
             raise
         self._release(runs, frames)
-        return count
+        return Settled(batch.answered, batch.unavailable)
 
     def _failures(self, lane: Lane) -> tuple[list[Failed], int | None]:
         """What a worker said of failed jobs, and the ring's tail once that is settled."""
@@ -112,10 +123,15 @@ class Settler:
     def _acknowledge(self, batch: Batch, lane: Lane, run: range) -> None:
         sources, kinds, ids = lane.table.columns(run)
         for kind in set(kinds):
+            batch.answered.add(kind)
             batch.counts["z_novel_jobs_completed_total", (self._kinds[kind],)] += kinds.count(kind)
         present = set(sources)
         for source in present:
-            mine = ids if len(present) == 1 else [one for one, s in zip(ids, sources, strict=True) if s == source]
+            mine = (
+                ids
+                if len(present) == 1
+                else [one for one, s in zip(ids, sources, strict=True) if s == source]
+            )
             batch.done[source] += mine
 
     def _decide(self, batch: Batch, failures: Sequence[Failed]) -> None:
@@ -123,16 +139,28 @@ class Settler:
         bodies = self._bodies([failed.held for failed in failures])
         for failed in failures:
             held = failed.held
-            batch.counts["z_novel_jobs_failed_total", (self._kinds[held.kind],)] += 1
             data = bodies.get((held.source, held.entry_id))
+            if failed.failure.unavailable and data is not None and self._excuse(batch, held, data):
+                continue
+            batch.counts["z_novel_jobs_failed_total", (self._kinds[held.kind],)] += 1
             if data is None:
                 log.error("entry vanished from its stream", extra={"entry_id": held.entry_id.decode()})
                 batch.done[held.source].append(held.entry_id)
             else:
                 self._decide_one(batch, failed, data)
 
+    def _excuse(self, batch: Batch, held: Held, data: bytes) -> bool:
+        """Take a job back that found its store unavailable; it stays pending and no retry is used up."""
+        if not self._excused(held.kind, held.source, held.entry_id):
+            return False
+        entry = Entry(held.entry_id, data, deaths=held.deaths)
+        batch.unavailable.append(Arrival(held.source, held.kind, entry, held.deaths > 0))
+        return True
+
     def _decide_one(self, batch: Batch, failed: Failed, data: bytes) -> None:
         held, failure = failed.held, failed.failure
+        if not failure.timed_out and not failure.unavailable:
+            batch.answered.add(held.kind)
         envelope = read_envelope(data)
         decision = after_failure(failure, envelope.retry_count, held.deaths, self._settings.retry, self._rng)
         deaths = envelope.deaths + held.deaths
@@ -143,7 +171,9 @@ class Settler:
         }  # fmt: skip
         if isinstance(decision, GiveUp):
             log.error("job given up", extra={**story, "reason": decision.reason})
-            self._bury(batch, held, data, decision.reason, failure.error, envelope.retry_count, deaths, failed.worker)
+            self._bury(
+                batch, held, data, decision.reason, failure.error, envelope.retry_count, deaths, failed.worker
+            )
             return
         log.warning("job will be retried", extra={**story, "delay_s": round(decision.delay_s, 3)})
         batch.counts["z_novel_jobs_retried_total", (envelope.type,)] += 1
@@ -179,14 +209,13 @@ class Settler:
             )  # fmt: skip
             batch.dead[refusal.source].append(Dead(refusal.entry.id, letter))
 
-    def _commit(self, batch: Batch) -> int:
+    def _commit(self, batch: Batch) -> None:
         """Hand the batch to the store and count what is now final."""
         settlements = batch.settlements(self._sources)
         if settlements and (refused := self._store.settle(settlements)):
             log.warning("no longer ours, left alone", extra={"entries": len(refused)})
         for (name, labels), count in batch.counts.items():
             self._tally.count(name, labels, count)
-        return sum(len(s.done) + len(s.retries) + len(s.dead) for s in settlements)
 
     def _release(
         self,
@@ -265,7 +294,9 @@ class Settler:
         if deaths < self._settings.max_deaths and not used_up:
             return False
         error = f"WorkerDied: {gone.cause}"
-        self._bury(batch, held, data, Reason.POISON, error, envelope.retry_count, deaths, worker, gone.details)
+        self._bury(
+            batch, held, data, Reason.POISON, error, envelope.retry_count, deaths, worker, gone.details
+        )
         return True
 
     def _bodies(self, rows: Sequence[Held]) -> dict[tuple[int, bytes], bytes]:

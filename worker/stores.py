@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 
-from .embedded import DataDir, EmbeddedMilvus, EmbeddedValkey
+from .embedded import DataDir, Embedded, EmbeddedMilvus, EmbeddedValkey
 from .errors import Exit
 from .process import Process
 from .respawn import Respawn
@@ -21,7 +21,7 @@ _STOP_WITHIN_S = 10.0
 class _Kept:
     """One store and its process."""
 
-    def __init__(self, store: EmbeddedValkey | EmbeddedMilvus) -> None:
+    def __init__(self, store: Embedded) -> None:
         self.store = store
         self.process: Process | None = None
         self.respawn = Respawn()
@@ -31,7 +31,7 @@ class _Kept:
 class Stores:
     """All embedded stores of a service; none where both urls were given."""
 
-    def __init__(self, settings: Settings, data: DataDir | None, stores: list[EmbeddedValkey | EmbeddedMilvus]) -> None:
+    def __init__(self, settings: Settings, data: DataDir | None, stores: list[Embedded]) -> None:
         self._settings = settings
         self._data = data
         self._kept = [_Kept(store) for store in stores]
@@ -48,7 +48,7 @@ class Stores:
         """The given one, or that of the embedded store; empty where no handler needs one."""
         return self._settings.milvus_uri or self._url(EmbeddedMilvus)
 
-    def _url(self, kind: type[EmbeddedValkey | EmbeddedMilvus]) -> str:
+    def _url(self, kind: type[EmbeddedValkey] | type[EmbeddedMilvus]) -> str:
         return next((kept.store.url for kept in self._kept if isinstance(kept.store, kind)), "")
 
     @property
@@ -84,7 +84,7 @@ class Stores:
             process.ready = True
             log.info("store up", extra={"store": kept.store.name})
 
-    def _start(self, store: EmbeddedValkey | EmbeddedMilvus, now: float) -> Process:
+    def _start(self, store: Embedded, now: float) -> Process:
         tether = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid())]
         assert self._data is not None
         return Process(store.name, [*tether, *store.command()], [self._data.lock_fd], now)

@@ -1,7 +1,7 @@
 """Tie a process to its parent: it is killed when the parent dies, however the parent dies.
 
-As a program (``python -m jobworker.worker.tether PARENT_PID COMMAND ...``) it ties itself, leaves the terminal's
-process group, and becomes the command: the bond is kept over exec.
+As a program (``python -m jobworker.worker.tether PARENT_PID COMMAND ...``) it ties itself, leaves the
+terminal's process group, and becomes the command: the bond is kept over exec.
 """
 
 import ctypes

@@ -51,8 +51,8 @@ class Triage:
             return Refusal(source, entry, Reason.OVERSIZED, error)
         try:
             envelope = read_envelope(data)
-        except MalformedJob as error:
-            return Refusal(source, entry, Reason.MALFORMED, f"MalformedJob: {error}")
+        except MalformedJob as refused:
+            return Refusal(source, entry, Reason.MALFORMED, f"MalformedJob: {refused}")
         kind = self._kinds.get(envelope.type)
         if kind is None:
             error = f"UnknownType: no handler for {envelope.type!r}; known: {', '.join(self._kinds)}"
