@@ -1,0 +1,152 @@
+"""Start and stop the servers that vector-store tests need: our Milvus Lite server and a real Milvus 2.3.5."""
+
+import contextlib
+import importlib.util
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from jobworker.handlers.vectors import VectorStoreError, open_vectors
+
+# Imports of the engine take a few seconds on a busy machine of two cores.
+LITE_START_S = 40.0
+# The first start unpacks 330 MB of binaries.
+REAL_START_S = 90.0
+STOP_S = 20.0
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float, what: str) -> None:
+    """Return once `condition` holds; AssertionError naming `what` after `limit_s` seconds."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {limit_s} s: {what}"
+        time.sleep(0.02)  # files and ports of another process have no event to wait on
+
+
+class LiteServer:
+    """One `jobworker.handlers.lite_server` process on a data directory."""
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        port: int = 0,
+        files: Path | None = None,
+        env: dict[str, str] | None = None,
+        program: Sequence[str] = ("-m", "jobworker.handlers.lite_server"),
+        arguments: Sequence[str] = (),
+        parent_pid: int | None = None,
+    ) -> None:
+        """Start it, without waiting; `files` is the stem of its port file and log, else `data_dir` is."""
+        self.data_dir, stem = data_dir, files or data_dir
+        self.port_file, self.log = stem.with_name(f"{stem.name}.port"), stem.with_name(f"{stem.name}.log")
+        self.port_file.unlink(missing_ok=True)
+        command = [sys.executable, *program, "--data-dir", str(data_dir), "--port-file", str(self.port_file)]
+        command += ["--port", str(port), "--parent-pid", str(parent_pid or os.getpid()), *arguments]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stderr=log, env={**os.environ, **(env or {})})
+
+    def wait_ready(self) -> "LiteServer":
+        """Return when it answers calls."""
+        wait_until(
+            lambda: self.port_file.exists() or self.ended, LITE_START_S, "port file of the Lite server"
+        )
+        assert not self.ended, f"the Lite server ended: {self.stderr}"
+        return self
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    @property
+    def stderr(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    @property
+    def port(self) -> int:
+        return int(self.port_file.read_text())
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def kill(self) -> None:
+        """End it by SIGKILL, as a crash would."""
+        self.process.kill()
+        self.process.wait(STOP_S)
+
+    def stop(self) -> int:
+        """End it by SIGTERM; returns its exit status."""
+        self.process.terminate()
+        return self.process.wait(STOP_S)
+
+
+@contextlib.contextmanager
+def lite_server(data_dir: Path, *, port: int = 0, env: dict[str, str] | None = None) -> Iterator[LiteServer]:
+    """Run our Lite server on `data_dir` and yield it, ready; killed at the end if it still runs."""
+    server = LiteServer(data_dir, port=port, env=env)
+    try:
+        yield server.wait_ready()
+    finally:
+        server.kill()
+
+
+@contextlib.contextmanager
+def start_lite(tmp_path: Path) -> Iterator[str]:
+    """Run our Lite server below `tmp_path` and yield its uri."""
+    with lite_server(tmp_path / "lite") as server:
+        yield server.uri
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def why_no_real_milvus() -> str | None:
+    """Return why a real Milvus cannot be started here, None where it can."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "milvus 2.3.5 has a wheel for linux x86_64 only"
+    if importlib.util.find_spec("milvus") is None:
+        return "the wheel is not installed: pip install milvus==2.3.5"
+    return None
+
+
+def answers(uri: str) -> bool:
+    """Return whether a Milvus server answers at `uri`."""
+    store = open_vectors(uri, timeout_s=2)
+    try:
+        store.ping()
+    except VectorStoreError:
+        return False
+    finally:
+        store.close()
+    return True
+
+
+@contextlib.contextmanager
+def start_real(tmp_path: Path) -> Iterator[str]:
+    """Run a real Milvus 2.3.5 below `tmp_path` and yield its uri; its process group is killed."""
+    port = free_port()
+    command = [sys.executable, "-c", "from milvus import main; main()", "--data", str(tmp_path / "milvus")]
+    with (tmp_path / "milvus.log").open("ab") as log:
+        process = subprocess.Popen(
+            [*command, "--proxy-port", str(port)], stdout=log, stderr=log, start_new_session=True
+        )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: process.poll() is not None or answers(uri), REAL_START_S, "Milvus 2.3.5")
+        assert process.poll() is None, (tmp_path / "milvus.log").read_text(errors="replace")[-2000:]
+        yield uri
+    finally:
+        # The wrapper would leave its Go child behind.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(STOP_S)
