@@ -1,0 +1,553 @@
+"""One suite for every vector store: the one in memory, our Milvus Lite server, and a real Milvus 2.3.5."""
+
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobworker.handlers import scalars
+from jobworker.handlers.memory_vectors import MemoryVectors
+from jobworker.handlers.milvus_collection import Server
+from jobworker.handlers.milvus_errors import Verdict, classify
+from jobworker.handlers.vectors import (
+    EntityRow,
+    MilvusVectors,
+    PermanentStoreError,
+    Row,
+    TransientStoreError,
+    Vector,
+    VectorStore,
+    open_vectors,
+)
+from jobworker.worker import PermanentError
+from support.milvus import free_port, lite_server, start_lite, start_real, wait_until, why_no_real_milvus
+
+DIM = 8
+NAME = "story_segments"
+BACKENDS = ("memory", "lite", "milvus-2.3.5")
+SERVERS = BACKENDS[1:]
+
+
+class Backends:
+    """The servers of this session, each started by the first test that wants it, and stores on them."""
+
+    def __init__(self, base: Path) -> None:
+        self._base = base
+        self._running: dict[str, tuple[str, Any]] = {}
+        self._stores: dict[tuple[str, str], VectorStore] = {}
+
+    def uri(self, backend: str) -> str:
+        if backend not in self._running:
+            folder = self._base / backend
+            folder.mkdir()
+            manager = start_lite(folder) if backend == "lite" else start_real(folder)
+            self._running[backend] = manager.__enter__(), manager
+        return self._running[backend][0]
+
+    def open(self, backend: str, *, prefix: str, partitions: Any = "key") -> VectorStore:
+        if backend == "memory":
+            return MemoryVectors(prefix=prefix, partitions=partitions)
+        return open_vectors(self.uri(backend), prefix=prefix, partitions=partitions)
+
+    def store(self, backend: str, partitions: str) -> VectorStore:
+        """A store whose `story_segments` is there already: making one takes Milvus three seconds."""
+        if (backend, partitions) not in self._stores:
+            store = self.open(backend, prefix=f"t_{partitions}_", partitions=partitions)
+            store.ensure_collection(NAME, DIM)
+            self._stores[backend, partitions] = store
+        return self._stores[backend, partitions]
+
+    def close(self) -> None:
+        for store in self._stores.values():
+            store.close()
+        for _, manager in self._running.values():
+            manager.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def backends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backends]:
+    running = Backends(tmp_path_factory.mktemp("vectors"))
+    yield running
+    running.close()
+
+
+def choose(request: pytest.FixtureRequest) -> str:
+    backend = str(request.param)
+    if backend == "milvus-2.3.5" and (reason := why_no_real_milvus()):
+        pytest.skip(reason)
+    return backend
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return choose(request)
+
+
+@pytest.fixture(params=SERVERS)
+def server(request: pytest.FixtureRequest) -> str:
+    return choose(request)
+
+
+@pytest.fixture
+def store(backends: Backends, backend: str) -> VectorStore:
+    return backends.store(backend, "key")
+
+
+@pytest.fixture
+def tenant() -> str:
+    """A tenant of this test alone, since all tests share one collection."""
+    return f"t{uuid.uuid4().hex[:12]}"
+
+
+def vectors(count: int, seed: int = 1) -> Any:
+    """`count` unit vectors, float32, shape (count, DIM)."""
+    made = np.random.default_rng(seed).normal(size=(count, DIM)).astype(np.float32)
+    return made / np.linalg.norm(made, axis=1, keepdims=True)
+
+
+def rows_of(tenant: str, count: int, **fields: Any) -> list[Row]:
+    made = vectors(count)
+    return [
+        Row(f"{tenant}:{i}", made[i], tenant, "p", text_content=f"text {i}")._replace(**fields)
+        for i in range(count)
+    ]
+
+
+def ids_of(rows: list[Row]) -> list[str]:
+    return [row.id for row in rows]
+
+
+def plain(row: Any) -> dict[str, Any]:
+    """The row without its vector, which has no truth value."""
+    return {field: value for field, value in row._asdict().items() if field != "vector"}
+
+
+def read(store: VectorStore, ids: list[str], tenant: str, project: str = "p") -> list[Any]:
+    return store.get(NAME, ids, tenant_id=tenant, project_id=project, strong=True)
+
+
+def find(store: VectorStore, vector: Vector, tenant: str, project: str = "p", limit: int = 5) -> list[Any]:
+    return store.search(NAME, vector, tenant_id=tenant, project_id=project, limit=limit, strong=True)
+
+
+def test_what_was_upserted_is_read_back(store: VectorStore, tenant: str) -> None:
+    made = vectors(2)
+    rows = [
+        Row(f"{tenant}.a:1_-", made[0], tenant, "p-1", "ch:1", -(2**63), "dialogue", "夜色\n\t\0\"'\\🌒", 7),
+        Row(f"{tenant}.b", made[1], tenant, "p-1"),
+    ]
+    store.upsert(NAME, rows)
+    found = read(store, [rows[1].id, "absent", rows[0].id, rows[1].id], tenant, "p-1")
+    assert [plain(row) for row in found] == [plain(row) for row in reversed(rows)]
+    for row, expected in zip(found, reversed(rows), strict=True):
+        assert row.vector.dtype == np.float32
+        np.testing.assert_array_equal(row.vector, expected.vector)
+
+
+def test_search_gives_the_nearest_first(store: VectorStore, tenant: str) -> None:
+    rows = rows_of(tenant, 20, chapter_id="c1", segment_type="summary")
+    store.upsert(NAME, rows)
+    hits = find(store, rows[3].vector, tenant, limit=4)
+    cosines = {row.id: float(row.vector @ rows[3].vector) for row in rows}
+    assert [hit.id for hit in hits] == sorted(cosines, key=cosines.__getitem__, reverse=True)[:4]
+    assert [hit.score for hit in hits] == pytest.approx([cosines[hit.id] for hit in hits], abs=1e-5)
+    assert hits[0][2:] == ("text 3", "c1", "summary")
+
+
+def test_a_second_upsert_replaces(store: VectorStore, tenant: str) -> None:
+    rows = rows_of(tenant, 3)
+    store.upsert(NAME, rows)
+    store.upsert(NAME, rows)
+    store.upsert(NAME, [rows[1]._replace(text_content="new", version=2)])
+    assert [row.text_content for row in read(store, ids_of(rows), tenant)] == ["text 0", "new", "text 2"]
+    assert len(find(store, rows[0].vector, tenant, limit=100)) == 3
+
+
+def test_of_duplicate_ids_the_last_wins(store: VectorStore, tenant: str) -> None:
+    row = rows_of(tenant, 1)[0]
+    store.upsert(NAME, [row._replace(text_content=text) for text in ("first", "second", "last")])
+    assert [hit.text_content for hit in find(store, row.vector, tenant)] == ["last"]
+
+
+def test_no_rows_are_no_error(store: VectorStore, tenant: str) -> None:
+    store.upsert(NAME, [])
+    store.delete(NAME, [], tenant_id=tenant, project_id="p")
+    assert read(store, [], tenant) == []
+
+
+def test_tenants_and_projects_are_apart(store: VectorStore, tenant: str) -> None:
+    rows = rows_of(tenant, 2)
+    store.upsert(NAME, rows)
+    for other in ((f"{tenant}x", "p"), (tenant, "p2")):
+        assert read(store, ids_of(rows), *other) == []
+        assert find(store, rows[0].vector, *other) == []
+        store.delete(NAME, ids_of(rows), tenant_id=other[0], project_id=other[1])
+    assert len(read(store, ids_of(rows), tenant)) == 2
+
+
+def test_the_id_of_another_tenant_is_refused(store: VectorStore, tenant: str) -> None:
+    rows = rows_of(tenant, 2)
+    store.upsert(NAME, rows)
+    read(store, ids_of(rows), tenant)  # a Milvus server lets the check see them no later than this
+    thief = [row._replace(tenant_id=f"{tenant}x", text_content="stolen") for row in rows_of(tenant, 1)]
+    fresh = rows_of(f"{tenant}x", 1)
+    with pytest.raises(PermanentStoreError, match="another tenant") as refused:
+        store.upsert(NAME, [*fresh, *thief])
+    assert refused.value.ids == (rows[0].id,)
+    assert isinstance(refused.value, PermanentError)
+    assert tenant not in str(refused.value).replace(rows[0].id, "")
+    assert read(store, ids_of(rows), tenant)[0].text_content == "text 0"
+    assert read(store, ids_of(fresh), f"{tenant}x") == []
+
+
+def test_two_tenants_with_one_id_in_one_call_are_refused(store: VectorStore, tenant: str) -> None:
+    row = rows_of(tenant, 1)[0]
+    with pytest.raises(PermanentStoreError) as refused:
+        store.upsert(NAME, [row, row._replace(project_id="p2")])
+    assert refused.value.ids == (row.id,)
+    assert read(store, [row.id], tenant) == []
+
+
+def test_delete_takes_only_what_it_names(store: VectorStore, tenant: str) -> None:
+    rows = rows_of(tenant, 4)
+    store.upsert(NAME, rows)
+    store.delete(NAME, [rows[1].id, "absent", rows[2].id], tenant_id=tenant, project_id="p")
+    assert [row.id for row in read(store, ids_of(rows), tenant)] == [rows[0].id, rows[3].id]
+    assert rows[1].id not in [hit.id for hit in find(store, rows[1].vector, tenant)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"text_content": "夜" * 21846}, "text_content has 65538 bytes"),
+        ({"segment_type": "夜" * 11}, "segment_type has 33 bytes"),
+        ({"chapter_id": "c" * 65}, "chapter_id has 65 bytes"),
+        ({"text_content": "\ud800"}, "surrogate"),
+        ({"text_content": None}, "text_content is not text"),
+        ({"story_time": 2**63}, "story_time is not a 64-bit"),
+        ({"story_time": 1.5}, "story_time is not a 64-bit"),
+        ({"vector": np.full(DIM, np.nan, np.float32)}, "NaN"),
+        ({"vector": np.full(DIM, -np.inf, np.float32)}, "NaN or infinity"),
+        ({"vector": np.ones(DIM + 1, np.float32)}, r"shape \(9,\)"),
+        ({"vector": np.ones((1, DIM), np.float32)}, "shape"),
+        ({"id": ""}, "id '' does not match"),
+        ({"id": "x" * 65}, "does not match"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_and_nothing_written(
+    store: VectorStore, tenant: str, fault: dict[str, Any], words: str
+) -> None:
+    good, bad = rows_of(tenant, 2)
+    bad = bad._replace(**fault)
+    with pytest.raises(PermanentStoreError, match=words) as refused:
+        store.upsert(NAME, [good, bad])
+    assert refused.value.ids == (bad.id,)
+    assert "夜夜" not in str(refused.value)
+    assert find(store, good.vector, tenant) == []
+
+
+def test_the_longest_text_fits(store: VectorStore, tenant: str) -> None:
+    row = rows_of(tenant, 1, text_content="夜" * 21845, segment_type="夜" * 10 + "xy", chapter_id="c" * 64)[0]
+    store.upsert(NAME, [row])
+    assert read(store, [row.id], tenant)[0].text_content == row.text_content
+
+
+INJECTIONS = [
+    '" or id != "',
+    'x" or tenant_id != "x',
+    "x' or '1' == '1",
+    '"] or id in ["',
+    'x\\" or 1==1 or tenant_id == \\"',
+    "%",
+    "x\n",
+    "x\0",
+    "x y",
+    "{x}",
+    "x/*",
+    "x) or (1 == 1",
+    "夜",
+    "１",
+    "",
+    "x" * 65,
+]
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_no_text_gets_into_a_filter(store: VectorStore, tenant: str, text: str) -> None:
+    row = rows_of(tenant, 1)[0]
+    for bad in (row._replace(id=text), row._replace(tenant_id=text), row._replace(project_id=text)):
+        with pytest.raises(PermanentStoreError):
+            store.upsert(NAME, [bad])
+        for call in (store.get, store.delete):
+            with pytest.raises(PermanentStoreError):
+                call(NAME, [bad.id], tenant_id=bad.tenant_id, project_id=bad.project_id)
+    for scope in ((text, "p"), (tenant, text)):
+        with pytest.raises(PermanentStoreError):
+            find(store, row.vector, *scope)
+
+
+def test_hostile_texts_are_kept_as_they_are(store: VectorStore, tenant: str) -> None:
+    rows = [
+        row._replace(text_content=text) for row, text in zip(rows_of(tenant, 16), INJECTIONS, strict=True)
+    ]
+    store.upsert(NAME, rows)
+    assert [row.text_content for row in read(store, ids_of(rows), tenant)] == INJECTIONS
+
+
+def test_more_rows_than_one_request_holds(store: VectorStore, tenant: str) -> None:
+    before = store.count(NAME)
+    rows = rows_of(tenant, 1203)
+    store.upsert(NAME, rows)
+    assert store.count(NAME) - before == 1203
+    assert len(read(store, ids_of(rows), tenant)) == 1203
+    store.delete(NAME, ids_of(rows), tenant_id=tenant, project_id="p")
+    assert store.count(NAME) == before
+
+
+def test_a_limit_that_no_server_takes_is_refused(store: VectorStore, tenant: str) -> None:
+    for limit in (0, -1, 16385):
+        with pytest.raises(PermanentStoreError, match="limit"):
+            find(store, vectors(1)[0], tenant, limit=limit)
+
+
+def test_another_dimension_is_told_in_words(store: VectorStore) -> None:
+    store.ensure_collection(NAME, DIM)
+    with pytest.raises(PermanentStoreError, match=r"t_key_story_segments holds vectors of 8 dimensions.* 9"):
+        store.ensure_collection(NAME, DIM + 1)
+
+
+def test_a_collection_that_is_not_there_is_permanent(store: VectorStore, tenant: str) -> None:
+    with pytest.raises(PermanentStoreError):
+        store.upsert("nowhere", rows_of(tenant, 1))
+    with pytest.raises(PermanentStoreError):
+        store.count("nowhere")
+
+
+@pytest.mark.parametrize("name", ["a-b", "a b", "x" * 201, 'x"', "夜"])
+def test_a_name_that_is_no_collection_is_refused(store: VectorStore, name: str) -> None:
+    with pytest.raises(PermanentStoreError):
+        store.count(name)
+
+
+def test_ping_answers(store: VectorStore) -> None:
+    store.ping()
+
+
+def test_entities_have_their_own_shape_and_many_may_make_the_collection(
+    backends: Backends, backend: str, tenant: str
+) -> None:
+    prefix = f"e_{tenant}_"
+    shared = backends.open(backend, prefix=prefix)
+    stores = (
+        [shared] * 4 if backend == "memory" else [backends.open(backend, prefix=prefix) for _ in range(4)]
+    )
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda store: store.ensure_collection("entity_profiles", DIM), stores))
+    row = EntityRow("e:1", vectors(1)[0], tenant, "p", "hero", "person", "名" * 85, "a hero", 3)
+    stores[0].upsert("entity_profiles", [row])
+    scope: dict[str, Any] = {"tenant_id": tenant, "project_id": "p"}
+    found = stores[1].get("entity_profiles", ["e:1"], strong=True, **scope)
+    assert plain(found[0]) == plain(row)
+    hits = stores[2].search("entity_profiles", row.vector, strong=True, **scope)
+    assert hits[0][2:] == ("名" * 85, "a hero", "hero", "person")
+    with pytest.raises(PermanentStoreError, match="name has 258 bytes"):
+        stores[3].upsert("entity_profiles", [row._replace(name="名" * 86)])
+    for each in stores:
+        each.close()
+
+
+def test_named_partitions_keep_tenants_apart(backends: Backends, backend: str, tenant: str) -> None:
+    store = backends.store(backend, "named")
+    rows = rows_of(tenant, 3)
+    assert find(store, rows[0].vector, tenant) == []
+    store.upsert(NAME, [*rows[:2], rows[2]._replace(project_id="q")])
+    assert len(find(store, rows[0].vector, tenant)) == 2
+    assert [hit.id for hit in find(store, rows[0].vector, tenant, "q")] == [rows[2].id]
+    with pytest.raises(PermanentStoreError, match="another tenant"):
+        store.upsert(NAME, [rows[2]])
+    with pytest.raises(PermanentStoreError, match="cannot name a Milvus partition"):
+        store.upsert(NAME, rows_of(f"{tenant}-x", 1))
+
+
+# ---- on servers only
+
+
+def full(store: VectorStore, backend_prefix: str = "t_key_") -> tuple[MilvusVectors, str]:
+    assert isinstance(store, MilvusVectors)
+    return store, f"{backend_prefix}{NAME}"
+
+
+def test_a_released_collection_is_loaded_again(backends: Backends, server: str, tenant: str) -> None:
+    store, alias = full(backends.store(server, "key"))
+    rows = rows_of(tenant, 1)
+    store.upsert(NAME, rows)
+    store._link.attempt("release", lambda client: client.release_collection(alias, timeout=20))
+    assert len(find(store, rows[0].vector, tenant)) == 1
+
+
+def test_a_dropped_collection_is_made_again(backends: Backends, server: str, tenant: str) -> None:
+    store = backends.open(server, prefix=f"d_{tenant}_")
+    assert isinstance(store, MilvusVectors)
+    store.ensure_collection(NAME, DIM)
+    alias = f"d_{tenant}_{NAME}"
+    store._link.attempt("drop", lambda client: client.drop_alias(alias, timeout=20))
+    store._link.attempt("drop", lambda client: client.drop_collection(f"{alias}_v1", timeout=20))
+    store.upsert(NAME, rows_of(tenant, 2))
+    assert store.count(NAME) == 2
+    store.close()
+
+
+def make_foreign(store: MilvusVectors, name: str, *, key: bool) -> None:
+    """Make a collection as another program would: no alias, no room for further fields."""
+    from pymilvus import DataType, MilvusClient
+
+    layout = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
+    for field in scalars.SEGMENTS.fields:
+        if field.max_bytes is None:
+            layout.add_field(field.name, datatype=DataType.INT64)
+            continue
+        layout.add_field(
+            field.name,
+            datatype=DataType.VARCHAR,
+            max_length=field.max_bytes,
+            is_primary=field.name == "id",
+            is_partition_key=key and field.name == "tenant_id",
+        )
+    layout.add_field("vector", datatype=DataType.FLOAT_VECTOR, dim=DIM)
+    store._link.attempt("make", lambda client: client.create_collection(name, schema=layout, timeout=20))
+
+
+def test_a_collection_made_by_others_is_used_as_it_is(backends: Backends, server: str, tenant: str) -> None:
+    store = backends.open(server, prefix=f"f_{tenant}_")
+    assert isinstance(store, MilvusVectors)
+    make_foreign(store, f"f_{tenant}_{NAME}", key=False)
+    store.ensure_collection(NAME, DIM)
+    store.upsert(NAME, rows_of(tenant, 2, version=5))
+    assert [row.version for row in read(store, [f"{tenant}:1"], tenant)] == [0]
+    store.close()
+
+
+def test_a_partition_key_that_the_server_mistreats_is_refused(backends: Backends, tenant: str) -> None:
+    if reason := why_no_real_milvus():
+        pytest.skip(reason)
+    store = backends.open("milvus-2.3.5", prefix=f"k_{tenant}_")
+    assert isinstance(store, MilvusVectors)
+    make_foreign(store, f"k_{tenant}_{NAME}", key=True)
+    with pytest.raises(PermanentStoreError, match="misplaces rows"):
+        store.ensure_collection(NAME, DIM)
+    store.close()
+
+
+def test_names_on_a_collection_with_a_key_are_refused(backends: Backends) -> None:
+    store = backends.open("lite", prefix="t_key_", partitions="named")
+    backends.store("lite", "key")
+    with pytest.raises(PermanentStoreError, match="--milvus-partitions key"):
+        store.ensure_collection(NAME, DIM)
+    store.close()
+
+
+def answered(store: VectorStore) -> bool:
+    try:
+        store.ping()
+    except TransientStoreError:
+        return False
+    return True
+
+
+def test_a_dead_server_is_transient_and_its_restart_is_survived(tmp_path: Path, tenant: str) -> None:
+    port = free_port()
+    with lite_server(tmp_path / "lite", port=port) as first:
+        store = open_vectors(first.uri, timeout_s=3)
+        store.ensure_collection(NAME, DIM)
+        store.upsert(NAME, rows_of(tenant, 2))
+    started = time.monotonic()
+    for call in (store.ping, lambda: store.upsert(NAME, rows_of(tenant, 3)), lambda: store.count(NAME)):
+        with pytest.raises(TransientStoreError):
+            call()
+    assert time.monotonic() - started < 3 * 3 + 3
+    with lite_server(tmp_path / "lite", port=port):
+        # The client's channel tries again at its own pace, at most 1 s apart.
+        wait_until(lambda: answered(store), 5, "the store to answer after the restart")
+        assert store.count(NAME) == 2
+        store.upsert(NAME, rows_of(tenant, 3))
+        assert store.count(NAME) == 3
+        store.close()
+
+
+def test_nobody_at_the_address_is_transient_within_the_timeout() -> None:
+    store = open_vectors(f"http://127.0.0.1:{free_port()}", timeout_s=1)
+    started = time.monotonic()
+    for call in (store.ping, lambda: store.ensure_collection(NAME, DIM)):
+        with pytest.raises(TransientStoreError):
+            call()
+    assert time.monotonic() - started < 6
+
+
+def test_an_address_that_is_none_is_permanent() -> None:
+    with pytest.raises(PermanentStoreError):
+        open_vectors("ftp://nowhere").ping()
+
+
+# ---- the pure parts
+
+
+@pytest.mark.parametrize(
+    ("names", "code", "message", "lite", "verdict"),
+    [
+        (["MilvusException"], 2, "Fail connecting", False, Verdict.TRANSIENT),
+        (["MilvusException"], 101, "not loaded", False, Verdict.NOT_LOADED),
+        (["DescribeCollectionException", "MilvusException"], 100, "", False, Verdict.NO_COLLECTION),
+        (["DataNotMatchException", "MilvusException"], 1, "", False, Verdict.PERMANENT),
+        (["MilvusException"], 1, "not ready", False, Verdict.TRANSIENT),
+        (["MilvusException"], 1, "already exists", True, Verdict.PERMANENT),
+        (["MilvusException"], 1, "[Errno 28] No space left", True, Verdict.TRANSIENT),
+        (["MilvusException"], 1, "[upsert] Retry timeout: 3s", True, Verdict.TRANSIENT),
+        (["MilvusException"], 1100, "", False, Verdict.PERMANENT),
+        (["MilvusException"], 65535, "", False, Verdict.TRANSIENT),
+        (["MilvusException"], 424242, "", False, Verdict.TRANSIENT),
+        (["RpcError"], "UNAVAILABLE", "", False, Verdict.TRANSIENT),
+        (["RpcError"], "UNAUTHENTICATED", "", False, Verdict.PERMANENT),
+        (["RpcError"], "RESOURCE_EXHAUSTED", "Received message larger than max", False, Verdict.PERMANENT),
+        (["RpcError"], "RESOURCE_EXHAUSTED", "quota", False, Verdict.TRANSIENT),
+    ],
+)
+def test_errors_are_sorted(
+    names: list[str], code: int | str, message: str, lite: bool, verdict: Verdict
+) -> None:
+    assert classify(names, code, message, lite=lite) is verdict
+
+
+@pytest.mark.parametrize(
+    ("version", "keeps"),
+    [
+        ("v2.3.5-lite", False),
+        ("2.3.22", False),
+        ("v2.4.0", True),
+        ("v2.6.3", True),
+        ("3.0.1", True),
+        ("cloud", True),
+    ],
+)
+def test_old_servers_get_no_partition_key(version: str, keeps: bool) -> None:
+    assert Server(version, lite=False).keeps_partition_keys is keeps
+
+
+@given(st.lists(st.integers(0, 300), max_size=60), st.integers(1, 9), st.integers(300, 3000))
+def test_requests_keep_both_limits_and_the_order(sizes: list[int], max_rows: int, max_bytes: int) -> None:
+    vector = np.zeros(2, np.float32)
+    rows = [Row(str(i), vector, "t", "p", text_content="夜" * size) for i, size in enumerate(sizes)]
+    cut = list(scalars.batches(rows, max_rows, max_bytes))
+    assert [row.id for batch in cut for row in batch] == [row.id for row in rows]
+    for batch in cut:
+        assert 1 <= len(batch) <= max_rows
+        assert len(batch) == 1 or sum(map(scalars.row_bytes, batch)) <= max_bytes
+    for left, right in pairwise(cut):
+        assert len(left) == max_rows or sum(map(scalars.row_bytes, [*left, right[0]])) > max_bytes
