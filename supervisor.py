@@ -1,8 +1,10 @@
 """The parent: starts the roles and the embedded stores, watches and restarts them, ends them in order."""
 
+import hashlib
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -124,7 +126,7 @@ class Supervisor:
 
     def _tell_systemd(self) -> None:
         health = self.health()
-        if health.ready and not self._said_ready:
+        if health.ready and not self._said_ready and not self._crew.exchanging:
             self._said_ready = True
             notify(READY="1")
             log.info("ready", extra={"workers": self._settings.procs})
@@ -147,8 +149,8 @@ def _open_data_dir(settings: Settings) -> DataDir:
     data = DataDir(settings.data_dir)
     give_up_at = time.monotonic() + _LOCK_WITHIN_S
     while not data.lock():
-        if time.monotonic() > give_up_at:
-            holder = data.endpoints().get("pid", "unknown")
+        holder = data.endpoints().get("pid", 0)
+        if os.path.exists(f"/proc/{holder}") or time.monotonic() > give_up_at:
             raise ConfigurationError(
                 f"data directory {data.path} is held by another service (pid {holder}): "
                 "stop that one, or give this one its own --data-dir"
@@ -157,13 +159,29 @@ def _open_data_dir(settings: Settings) -> DataDir:
     return data
 
 
+def _claim_instance(settings: Settings) -> socket.socket:
+    """Hold this host's name for the service while it lives: two readers of one name would fence each other
+    off for ever. The kernel gives the name back however the service ends. Raises `ConfigurationError`."""
+    scope = hashlib.sha256(f"{settings.redis_url or settings.data_dir}\n{settings.instance}".encode())
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        sock.bind(f"\0jobworker-{scope.hexdigest()[:32]}")
+    except OSError:
+        sock.close()
+        raise ConfigurationError(
+            f"instance {settings.instance!r} runs on this host already: give this one its own --instance"
+        ) from None
+    return sock
+
+
 def _supervise(settings: Settings) -> Exit:
     log.info("starting", extra={"settings": settings.public()})
     needs_vectors = any(target in NEEDS_VECTORS for target in settings.handlers.values())
     embedded = not settings.redis_url or (needs_vectors and not settings.milvus_uri)
     data = _open_data_dir(settings) if embedded else None
     stores = Stores(settings, data, needed(settings, data, needs_vectors) if data else [])
-    return Supervisor(settings, data, stores).run()
+    with _claim_instance(settings):
+        return Supervisor(settings, data, stores).run()
 
 
 @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "max_content_width": 110})

@@ -18,9 +18,11 @@ _OUTCOME_BYTES = 1 << 20
 #: Beside the largest job: a frame of small jobs with its few bytes a job (see lane), which may be larger.
 _FRAME_SLACK_BYTES = 320 * 1024
 
-_JOBS_HEAD, _JOBS_TAIL, _OUT_HEAD, _OUT_TAIL, _TABLE_TAIL, _TABLE_TAKEN, _PHASE, _APPETITE = range(8)
+_JOBS_HEAD, _JOBS_TAIL, _OUT_HEAD, _OUT_TAIL, _TABLE_TAIL, _TABLE_TAKEN, _PHASE, _APPETITE, _FINISHED = range(
+    9
+)
 # Floats from here on: seconds of the monotonic clock, which all processes of a host share.
-_DEADLINE, _BEAT, _SINCE = range(8, 11)
+_DEADLINE, _BEAT, _SINCE = range(16, 19)
 
 STARTING, READY, STOPPING = 0, 1, 2
 
@@ -71,6 +73,15 @@ class Channel:
     @appetite.setter
     def appetite(self, jobs: int) -> None:
         self._words[_APPETITE] = jobs
+
+    @property
+    def finished(self) -> int:
+        """How many jobs the worker has run to their end (written by the worker)."""
+        return int(self._words[_FINISHED])
+
+    @finished.setter
+    def finished(self, jobs: int) -> None:
+        self._words[_FINISHED] = jobs
 
     @property
     def mono_deadline_s(self) -> float:

@@ -56,13 +56,13 @@ class Crew:
         self._workers = [Place("worker", slot) for slot in range(settings.procs)]
         self._places = [self._reader, self._reaper, *self._workers]
         self._graves: dict[tuple[int, int], tuple[Gone, Channel]] = {}
-        self._to_exchange: deque[Place] = deque()
+        # Places whose worker of this generation or before is to be exchanged.
+        self._to_exchange: deque[tuple[Place, int]] = deque()
         self._verdict: Exit | None = None
         self._was_complete = False
         self._draining = False
         self._mono_started_s = 0.0
         self._mono_gauged_s = 0.0
-        self._mono_exchange_since_s = 0.0
 
     @property
     def started(self) -> bool:
@@ -84,6 +84,7 @@ class Crew:
             for child in place.children():
                 self._enforce(child, now)
                 child.flush()
+            self._recycle(place, now)
         self._exchange(now)
         if now - self._mono_gauged_s > _GAUGES_EVERY_S:
             self._mono_gauged_s = now
@@ -219,8 +220,8 @@ class Crew:
             child.mono_killed_s = now
             child.kill_cause = overdue
             child.kill(signal.SIGUSR2)
-        elif now - child.mono_killed_s > _DUMP_S:
-            child.kill(signal.SIGKILL)
+        elif now - child.mono_killed_s > (_DUMP_S if overdue != "rss" else 0.0):
+            child.kill(signal.SIGKILL)  # what is too large already is not given time to grow
 
     def _overdue(self, child: Child, now: float) -> str:
         """Why a child has to be ended, or nothing."""
@@ -230,7 +231,9 @@ class Crew:
             return "stuck" if now - child.mono_heard_s > _STUCK_AFTER_S else ""
         deadline = child.channel.mono_deadline_s
         if deadline:
-            return "timeout" if now > deadline else ""
+            if now > deadline:
+                return "timeout"
+            return "rss" if self._too_large(child) else ""
         idle = child.channel.phase == READY and now - child.channel.mono_beat_s > _STUCK_AFTER_S
         return "stuck" if idle else ""
 
@@ -257,22 +260,42 @@ class Crew:
 
     def restart_workers(self) -> None:
         """Exchange every worker for a new one, one by one; each goes only when its successor is ready."""
-        self._to_exchange = deque(self._workers)
-        self._mono_exchange_since_s = time.monotonic()
+        self._to_exchange = deque((place, place.generation) for place in self._workers)
+
+    @property
+    def exchanging(self) -> bool:
+        """Whether workers are still to be exchanged."""
+        return bool(self._to_exchange)
 
     def _exchange(self, now: float) -> None:
         if not self._to_exchange or self._draining:
             return
-        place = self._to_exchange[0]
+        place, generation = self._to_exchange[0]
         if place.child is None:
             return
         if place.successor is None:
-            if place.child.mono_started_s >= self._mono_exchange_since_s:
+            if place.child.generation > generation:
                 self._to_exchange.popleft()
             else:
                 place.successor = self._spawn(place, now)
         elif place.successor.ready and not place.child.stopping:
             self._stop_worker(place.child)
+
+    def _recycle(self, place: Place, now: float) -> None:
+        """Exchange a worker that has run long enough or grown too large while it had nothing to do."""
+        child = place.child
+        if child is None or child.channel is None or not child.ready or child.stopping:
+            return
+        limits = self._settings
+        old = limits.max_age_s and now - child.mono_started_s > limits.max_age_s
+        tired = limits.max_jobs and child.channel.finished >= limits.max_jobs
+        large = not child.channel.mono_deadline_s and self._too_large(child)
+        if (old or tired or large) and (place, child.generation) not in self._to_exchange:
+            log.info("worker is due for exchange", extra={"child": child.name})
+            self._to_exchange.append((place, child.generation))
+
+    def _too_large(self, child: Child) -> bool:
+        return bool(self._settings.max_rss_mib) and child.rss_mib() > self._settings.max_rss_mib
 
     def _stop_worker(self, child: Child) -> None:
         self._tell_reader(Retire(child.slot, child.generation))

@@ -74,6 +74,10 @@ _WORK = [
             multiple=True),
     _option("--no-builtin-handlers", "Run only the types given by --handler.", False, is_flag=True),
     _option("--job-timeout", "Limit in seconds where neither type nor job names one.", 300.0, _POSITIVE),
+    _option("--max-rss", "MiB that a worker may hold; one that grows beyond is killed while a job runs, and "
+            "exchanged when idle; 0 for no limit.", 0, click.IntRange(0)),
+    _option("--max-jobs", "Exchange a worker after so many jobs; 0 for never.", 0, click.IntRange(0)),
+    _option("--max-age", "Exchange a worker after so many seconds; 0 for never.", 0.0, click.FloatRange(0)),
     _option("--max-payload", "Largest job in bytes; larger ones are dead-lettered unread.", 8 * 1024 * 1024,
             click.IntRange(1024, 512 * 1024 * 1024)),
     _option("--max-retries", "Retries of a job before it is dead-lettered.", 3, click.IntRange(0)),
@@ -115,6 +119,10 @@ _SERVICE = [
 ]  # fmt: skip
 
 
+#: Options whose settings carry the unit in their name.
+_SECONDS = ("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age")
+
+
 def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a click command every option of the service."""
     for option in reversed([*_WORK, *_STORES, *_MODEL, *_SERVICE]):
@@ -136,9 +144,8 @@ def settings_from(options: dict[str, Any], builtin: dict[str, str], on_terminal:
         values.pop("max_retries"), values.pop("retry_initial"), values.pop("retry_max"),
         values.pop("retry_multiplier"), values.pop("retry_jitter"),
     )  # fmt: skip
-    seconds = {
-        f"{name}_s": values.pop(name) for name in ("lease", "job_timeout", "drain_timeout", "connect_timeout")
-    }
+    values["max_rss_mib"] = values.pop("max_rss")
+    seconds = {f"{name}_s": values.pop(name) for name in _SECONDS}
     sources = tuple(parse_source(text) for text in values.pop("stream"))
     values["log_format"] = values["log_format"] or ("text" if on_terminal else "json")
     if values["instance"] is None:

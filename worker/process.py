@@ -15,6 +15,7 @@ from .settings import Settings
 
 #: A stack dump is cut to this before it goes into logs and dead letters.
 _STACK_BYTES = 8 * 1024
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Ended(NamedTuple):
@@ -65,6 +66,14 @@ class Process:
     def _stack(self) -> str:
         """What faulthandler left: the Python stacks at a fatal signal, or when asked by SIGUSR2."""
         return os.pread(self.blackbox_fd, _STACK_BYTES, 0).decode("utf-8", "replace")
+
+    def rss_mib(self) -> int:
+        """Memory that it holds now; 0 once it has ended."""
+        try:
+            with open(f"/proc/{self.pid}/statm") as statm:
+                return int(statm.read().split()[1]) * _PAGE_BYTES >> 20
+        except (OSError, IndexError):
+            return 0
 
     def close(self) -> None:
         """Give the descriptors back."""

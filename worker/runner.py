@@ -53,7 +53,6 @@ class Runner:
         *,
         mono_s: Callable[[], float] = time.monotonic,
         wall_s: Callable[[], float] = time.time,
-        max_jobs: int = 0,
     ) -> None:
         self.stop = False
         self._channel = channel
@@ -64,7 +63,6 @@ class Runner:
         self._streams = streams
         self._mono_s = mono_s
         self._wall_s = wall_s
-        self._jobs_left = max_jobs or -1
         self._waiting: deque[Waiting] = deque()
         self._lookahead = max((handler.max_batch for handler in handlers.values()), default=1)
         self._frames = msgspec.msgpack.Decoder(JobFrame)
@@ -86,7 +84,7 @@ class Runner:
         self._channel.beat(self._mono_s())
         self._channel.phase = READY
         self._channel.wake_reader()
-        while not self.stop and self._jobs_left:
+        while not self.stop:
             now = self._mono_s()
             self._channel.beat(now)
             self._take()
@@ -173,7 +171,7 @@ class Runner:
         self._channel.running(0.0, 0.0)
         if self._untold_since is None:
             self._untold_since = started
-        self._jobs_left -= 1
+        self._channel.finished += 1
         self._observe(handler.kind, [envelope], ended - started)
 
     def _run_batch(self, handler: BoundHandler, batch: list[Waiting]) -> None:
@@ -192,7 +190,7 @@ class Runner:
         self._channel.running(0.0, 0.0)
         if self._untold_since is None:
             self._untold_since = started
-        self._jobs_left = max(0, self._jobs_left - len(batch)) if self._jobs_left > 0 else -1
+        self._channel.finished += len(batch)
         self._observe(handler.kind, [waiting.envelope for waiting in batch], self._mono_s() - started)
 
     def _outcomes(

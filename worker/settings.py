@@ -35,6 +35,9 @@ class Settings:
     drain_timeout_s: float = 30.0
     connect_timeout_s: float = 30.0
     job_timeout_s: float = 300.0
+    max_rss_mib: int = 0
+    max_jobs: int = 0
+    max_age_s: float = 0.0
     instance: str = field(default_factory=socket.gethostname)
     host: str = field(default_factory=socket.gethostname)
     log_level: str = "info"

@@ -268,6 +268,7 @@ class Settler:
             charged = self._store.charge(self._sources[source], deaths)
             counts |= {(source, entry_id): n for entry_id, n in charged.items()}
         suspects = []
+        gone.details["batch"] = [held.entry_id.decode() for held in started]
         for held in started:
             data = bodies.get((held.source, held.entry_id))
             if data is None or (held.source, held.entry_id) not in counts:
