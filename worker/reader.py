@@ -94,6 +94,7 @@ class Reader:
 
     def _turn(self, now: float) -> None:
         if not self._connected:
+            self._listen()  # what the workers hold must be known before what is pending is handed out
             self._connect()
         settled = self._settler.settle(self._lanes)
         self._backlog.answered(settled.answered)
