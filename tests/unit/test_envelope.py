@@ -1,0 +1,274 @@
+"""What is read as a job and what is refused; what a retry and a dead letter keep."""
+
+import base64
+import json
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobworker.worker.envelope import (
+    OVERSIZED_KEPT_BYTES,
+    dead_letter,
+    job_of,
+    read_envelope,
+    with_retry,
+)
+from jobworker.worker.errors import MalformedJob
+
+#: What an object of a job begins with; a case is the rest of it.
+BEGUN = b'{"id":"a","type":"t"'
+
+MALFORMED = {
+    "empty": b"",
+    "white space": b" \n",
+    "null": b"null",
+    "a number": b"1",
+    "a text": b'"job"',
+    "a list": b"[]",
+    "a list of jobs": b"[" + BEGUN + b"}]",
+    "no fields": b"{}",
+    "no id": b'{"type":"t"}',
+    "no type": b'{"id":"a"}',
+    "empty id": b'{"id":"","type":"t"}',
+    "empty type": b'{"id":"a","type":""}',
+    "null id": b'{"id":null,"type":"t"}',
+    "number as id": b'{"id":1,"type":"t"}',
+    "list as type": b'{"id":"a","type":["t"]}',
+    "names in capitals": b'{"ID":"a","Type":"t"}',
+    "cut off": BEGUN,
+    "cut off in a text": b'{"id":"a","type":"t',
+    "two objects": BEGUN + b"} {}",
+    "trailing data": BEGUN + b"}x",
+    "trailing NUL": BEGUN + b"}\0",
+    "trailing comma": BEGUN + b",}",
+    "byte order mark": b"\xef\xbb\xbf" + BEGUN + b"}",
+    "UTF-16": (BEGUN + b"}").decode().encode("utf-16"),
+    "UTF-32": (BEGUN + b"}").decode().encode("utf-32-le"),
+    "pickle": b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00}\x94.",
+    "msgpack": msgspec.msgpack.encode({"id": "a", "type": "t"}),
+    "single quotes": b"{'id':'a','type':'t'}",
+    "comment": BEGUN + b"/* */}",
+    "NUL": b'{"id":"a\0","type":"t"}',
+    "raw newline in a text": b'{"id":"a\n","type":"t"}',
+    "bad UTF-8": b'{"id":"\xff","type":"t"}',
+    "overlong UTF-8": b'{"id":"\xc0\xaf","type":"t"}',
+    "surrogate in UTF-8": b'{"id":"\xed\xa0\x80","type":"t"}',
+    "bad UTF-8 in an unknown field": BEGUN + b',"x":"\xff"}',
+    "bad UTF-8 in an unknown name": BEGUN + b',"\xff":1}',
+    "surrogate in an unknown field": BEGUN + b',"x":{"y":["\xed\xa0\x80"]}}',
+    "unpaired surrogate": BEGUN + b',"payload":"\\ud800"}',
+    "unpaired surrogate before text": BEGUN + b',"payload":"\\ud800\\u0041"}',
+    "unpaired low surrogate": BEGUN + b',"x":"\\udc00 and more"}',
+    "bad escape": BEGUN + b',"x":"\\q"}',
+    "NaN": BEGUN + b',"payload":NaN}',
+    "NaN in an unknown field": BEGUN + b',"x":NaN}',
+    "Infinity": BEGUN + b',"payload":[-Infinity]}',
+    "float out of range": BEGUN + b',"payload":1e999}',
+    "integer of 5000 digits": BEGUN + b',"payload":' + b"9" * 5000 + b"}",
+    "leading zero": BEGUN + b',"payload":01}',
+    "nested deeply": BEGUN + b',"payload":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "nested deeply, never closed": BEGUN + b',"payload":' + b'{"a":' * 100_000,
+    "nested deeply in an unknown field": BEGUN + b',"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "id twice": BEGUN + b',"id":"b"}',
+    "same id twice": BEGUN + b',"id":"a"}',
+    "type twice, once escaped": BEGUN + b',"\\u0074ype":"u"}',
+    "unknown field twice": BEGUN + b',"x":1,"x":2}',
+    "unknown field twice, spaced": b'{ "id": "a", "type": "t", "x": 1, "x": 2 }',
+    "payload twice": BEGUN + b',"payload":{},"payload":{}}',
+    "number as tenant": BEGUN + b',"tenant_id":1}',
+    "null tenant": BEGUN + b',"tenant_id":null}',
+    "object as project": BEGUN + b',"project_id":{}}',
+    "number in metadata": BEGUN + b',"metadata":{"priority":5}}',
+    "list as metadata": BEGUN + b',"metadata":[]}',
+    "text as metadata": BEGUN + b',"metadata":"x"}',
+    "number as created_at": BEGUN + b',"created_at":1767348000}',
+    "negative retry_count": BEGUN + b',"retry_count":-1}',
+    "text as retry_count": BEGUN + b',"retry_count":"1"}',
+    "half a retry_count": BEGUN + b',"retry_count":0.5}',
+    "true as retry_count": BEGUN + b',"retry_count":true}',
+    "negative deaths": BEGUN + b',"deaths":-1}',
+    "no timeout": BEGUN + b',"timeout":0}',
+    "negative timeout": BEGUN + b',"timeout":-5}',
+    "text as timeout": BEGUN + b',"timeout":"60"}',
+    "true as timeout": BEGUN + b',"timeout":true}',
+}
+
+ACCEPTED: dict[str, tuple[bytes, Callable[[Any], bool]]] = {
+    "least": (
+        BEGUN + b"}",
+        lambda e: (e.payload, e.metadata, e.retry_count, e.timeout) == (None, None, 0, None),
+    ),
+    "spaced": (b' {"id" : "a" ,\r\n\t"type":"t"}\n', lambda e: e.id == "a"),
+    "metadata null": (BEGUN + b',"metadata":null}', lambda e: e.metadata is None),
+    "payload a text": (BEGUN + b',"payload":"x"}', lambda e: e.payload == "x"),
+    "payload null": (BEGUN + b',"payload":null}', lambda e: e.payload is None),
+    "payload false": (BEGUN + b',"payload":false}', lambda e: e.payload is False),
+    "keys repeated below the top": (BEGUN + b',"payload":{"a":1,"a":2}}', lambda e: e.payload == {"a": 2}),
+    "key of the top again below": (BEGUN + b',"payload":{"id":1,"type":2}}', lambda e: e.id == "a"),
+    "escaped NUL": (b'{"id":"a\\u0000","type":"t"}', lambda e: e.id == "a\0"),
+    "pair of surrogates": (BEGUN + b',"payload":"\\ud83d\\udc09"}', lambda e: e.payload == "🐉"),
+    "unknown fields": (BEGUN + b',"x":{"y":[1,{}]},"schema":"v2"}', lambda e: e.id == "a"),
+    "whole timeout": (BEGUN + b',"timeout":120}', lambda e: e.timeout == 120.0),
+    "part of a second": (BEGUN + b',"timeout":0.25}', lambda e: e.timeout == 0.25),
+    "timeout null": (BEGUN + b',"timeout":null}', lambda e: e.timeout is None),
+    "beyond 64 bits": (BEGUN + b',"payload":%d}' % 10**30, lambda e: e.payload == 10**30),
+    "nested 500 deep": (BEGUN + b',"payload":' + b"[" * 500 + b"]" * 500 + b"}", lambda e: e.payload != []),
+    "created_at no time": (BEGUN + b',"created_at":"yesterday"}', lambda e: e.created_at == "yesterday"),
+    "8 MiB of text": (BEGUN + b',"payload":"' + b"x" * 2**23 + b'"}', lambda e: len(e.payload) == 2**23),
+}
+
+
+@pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed(data: bytes) -> None:
+    with pytest.raises(MalformedJob) as caught:
+        read_envelope(data)
+    assert str(caught.value)
+
+
+@pytest.mark.parametrize(("data", "as_expected"), ACCEPTED.values(), ids=ACCEPTED.keys())
+def test_accepted(data: bytes, as_expected: Callable[[Any], bool]) -> None:
+    assert as_expected(read_envelope(data))
+
+
+@given(
+    st.one_of(st.binary(max_size=300), st.binary(max_size=100).map(lambda b: BEGUN + b',"x":"' + b + b'"}'))
+)
+def test_arbitrary_bytes_raise_nothing_but_malformed(data: bytes) -> None:
+    try:
+        read_envelope(data)
+    except MalformedJob:
+        return
+    retried = with_retry(data, 1, 0)
+    assert read_envelope(retried).retry_count == 1
+    json.loads(retried.decode())
+
+
+@given(st.data())
+def test_a_damaged_job_raises_nothing_but_malformed(data: st.DataObject) -> None:
+    whole = bytearray(
+        b'{"id":"j","type":"t","payload":{"a":[1,2.5,"\xe4\xb8\xad"]},"metadata":{"k":"v"},"x":[null]}'
+    )
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(whole) - 1))
+        whole[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=3))
+        if not whole:
+            return
+    try:
+        read_envelope(bytes(whole))
+    except MalformedJob:
+        return
+    json.loads(bytes(whole).decode())  # what is accepted is JSON to others too
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+NUMBERS = st.one_of(st.integers(-(2**63), 2**64 - 1), st.floats(allow_nan=False, allow_infinity=False))
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, TEXT),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXT, inner, max_size=4)),
+    max_leaves=10,
+)
+KNOWN = {
+    "id": TEXT.filter(bool),
+    "type": TEXT.filter(bool),
+    "tenant_id": TEXT,
+    "project_id": TEXT,
+    "payload": VALUES,
+    "metadata": st.one_of(st.none(), st.dictionaries(TEXT, TEXT, max_size=3)),
+    "created_at": TEXT,
+    "retry_count": st.integers(0, 1000),
+    "timeout": st.one_of(st.integers(1, 10**6), st.floats(0.001, 1e6)),
+    "deaths": st.integers(0, 10),
+}
+JOBS = st.builds(
+    lambda required, optional, unknown: {**unknown, **optional, **required},
+    st.fixed_dictionaries({name: KNOWN[name] for name in ("id", "type")}),
+    st.fixed_dictionaries({}, optional={k: v for k, v in KNOWN.items() if k not in ("id", "type")}),
+    st.dictionaries(TEXT.filter(lambda name: name not in KNOWN), VALUES, max_size=3),
+)
+
+
+@given(JOBS, st.sampled_from([None, 1]), st.booleans(), st.integers(0, 99), st.integers(0, 5))
+def test_round_trip(
+    job: dict[str, Any], indent: int | None, ascii_only: bool, retry_count: int, deaths: int
+) -> None:
+    """Any job that can be written as JSON is read with the same values, and keeps them over a retry."""
+    separators = (",", ":") if indent is None else None
+    data = json.dumps(job, indent=indent, ensure_ascii=ascii_only, separators=separators).encode()
+    envelope = read_envelope(data)
+    for name in job.keys() & KNOWN.keys():
+        assert getattr(envelope, name) == job[name], name
+    again = with_retry(data, retry_count, deaths)
+    expected = {**job, "retry_count": retry_count, **({"deaths": deaths} if deaths else {})}
+    assert json.loads(again) == expected
+    assert list(json.loads(again)) == list(expected), "the order changed"
+    assert read_envelope(again).retry_count == retry_count
+    assert job_of(envelope, "s", "1-1").metadata == (job.get("metadata") or {})
+
+
+def test_unknown_fields_keep_every_byte_on_retry() -> None:
+    odd = b'{"x":1.50,"id":"a","z":{ "b" :[ 1e2,"\\u00e9\\/"]},"type":"t","retry_count":0,"n":%d}' % 10**22
+    assert with_retry(odd, 3, 0) == odd.replace(b'"retry_count":0', b'"retry_count":3')
+
+
+# -- dead letters
+
+
+def letter(data: bytes | None, reason: str, **more: Any) -> dict[str, Any]:
+    made = dead_letter(
+        data,
+        error="ValueError: no",
+        reason=reason,
+        failed_at="2026-01-02T10:00:00.123Z",
+        stream="stream:story:gen",
+        entry_id=b"17-1",
+        worker="host/instance/3",
+        **more,
+    )
+    found = json.loads(made.decode())
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_dead_letters_shape() -> None:
+    assert letter(BEGUN + b"}", "exhausted", deaths=1, retry_count=3) == {
+        "task": {"id": "a", "type": "t"},
+        "error": "ValueError: no",
+        "failed_at": "2026-01-02T10:00:00.123Z",
+        "reason": "exhausted",
+        "original_stream": "stream:story:gen",
+        "original_id": "17-1",
+        "worker": "host/instance/3",
+        "retry_count": 3,
+        "deaths": 1,
+    }
+
+
+def test_counts_stand_there_even_when_nothing_was_counted() -> None:
+    found = letter(BEGUN + b"}", "unknown_type")
+    assert (found["retry_count"], found["deaths"], "raw" in found) == (0, 0, False)
+
+
+def test_details_are_kept() -> None:
+    assert letter(BEGUN + b"}", "poison", details={"stack": "…"})["details"] == {"stack": "…"}
+
+
+@pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_entry_keeps_its_raw_bytes(data: bytes) -> None:
+    found = letter(data, "malformed")
+    assert found["task"] is None
+    assert base64.b64decode(found["raw"], validate=True) == data
+
+
+def test_an_oversized_entry_keeps_its_beginning() -> None:
+    data = bytes(range(256)) * 1024
+    assert base64.b64decode(letter(data, "oversized")["raw"]) == data[:OVERSIZED_KEPT_BYTES]
+    assert OVERSIZED_KEPT_BYTES == 64 * 1024
+
+
+def test_an_entry_without_data_has_nothing_to_keep() -> None:
+    found = letter(None, "malformed")
+    assert (found["task"], "raw" in found) == (None, False)

@@ -1,0 +1,222 @@
+"""The in-flight table against a model, and what a new reader makes of it."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+
+from jobworker.worker.channel import READY, Channel
+from jobworker.worker.inflight import (
+    FAILED,
+    QUEUED,
+    ROWS,
+    SETTLED,
+    STARTED,
+    SUCCEEDED,
+    TABLE_BYTES,
+    Held,
+    InFlight,
+)
+from jobworker.worker.lane import Lane
+from jobworker.worker.link import Link
+from jobworker.worker.runner import Runner
+from jobworker.worker.store import Entry
+from jobworker.worker.triage import Arrival
+from support import programs
+
+LONGEST_ID = b"18446744073709551615-18446744073709551615"
+IDS = st.one_of(
+    st.builds(lambda a, b: b"%d-%d" % (a, b), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)),
+    st.just(LONGEST_ID),
+    st.just(b"0-1"),
+)
+ROW = st.tuples(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255), IDS)
+
+
+def table(start: int = 0) -> InFlight:
+    """An empty table whose next row is ``start``."""
+    words = memoryview(bytearray(16)).cast("Q")
+    words[0] = words[1] = start
+    return InFlight(words, 0, 1, memoryview(bytearray(TABLE_BYTES)))
+
+
+class InFlightAgainstDict(RuleBasedStateMachine):
+    """Rows are handed out, run and settled in any order that the two sides allow, over the table's end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = table(3 * ROWS - 20)
+        self.rows: dict[int, Held] = {}
+        self.states: dict[int, int] = {}
+
+    @rule(rows=st.lists(ROW, min_size=1, max_size=30))
+    def hand_out(self, rows: list[tuple[int, int, int, bytes]]) -> None:
+        first = self.table.head
+        columns = list(zip(*rows, strict=True))
+        self.table.write(*columns)
+        self.table.head += len(rows)
+        for i, (source, kind, deaths, entry_id) in enumerate(rows):
+            self.rows[first + i] = Held(first + i, source, kind, deaths, entry_id)
+            self.states[first + i] = QUEUED
+
+    @rule(data=st.data(), state=st.sampled_from([STARTED, SUCCEEDED, FAILED]))
+    def run(self, data: st.DataObject, state: int) -> None:
+        open_rows = [row for row, at in self.states.items() if at in (QUEUED, STARTED)]
+        if open_rows:
+            chosen = data.draw(st.lists(st.sampled_from(open_rows), unique=True, max_size=10))
+            self.table.mark(chosen, state)
+            self.states.update(dict.fromkeys(chosen, state))
+
+    @rule()
+    def settle_what_succeeded(self) -> None:
+        runs = list(self.table.succeeded())
+        found = [row for run in runs for row in run]
+        assert found == [row for row in sorted(self.states) if self.states[row] == SUCCEEDED]
+        for run in runs:
+            sources, kinds, ids = self.table.columns(run)
+            rows = [self.rows[row] for row in run]
+            assert (list(sources), list(kinds)) == ([r.source for r in rows], [r.kind for r in rows])
+            assert ids == [r.entry_id for r in rows]
+            self.table.settle(run)
+            self.states.update(dict.fromkeys(run, SETTLED))
+
+    @rule()
+    def settle_what_failed(self) -> None:
+        failed = [row for row, state in self.states.items() if state == FAILED]
+        self.table.mark(failed, SETTLED)
+        self.states.update(dict.fromkeys(failed, SETTLED))
+
+    @rule()
+    def forget_what_is_settled(self) -> None:
+        self.table.advance()
+        while self.states and self.states[first := min(self.states)] == SETTLED:
+            del self.states[first], self.rows[first]
+        assert self.table.tail == min(self.states, default=self.table.head)
+
+    @rule()
+    def look(self) -> None:
+        assert self.table.unsettled() == [
+            self.rows[r] for r in sorted(self.rows) if self.states[r] != SETTLED
+        ]
+        assert {row: self.table.state(row) for row in self.rows} == self.states
+        assert len(self.table) == len(self.states)
+
+
+TestInFlightAgainstDict = InFlightAgainstDict.TestCase
+TestInFlightAgainstDict.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_the_whole_table_can_be_in_use_over_its_end() -> None:
+    full = table(ROWS // 2)
+    ids = [b"%d-0" % i for i in range(ROWS)]
+    full.write([1] * ROWS, [2] * ROWS, [3] * ROWS, ids)
+    full.head += ROWS
+    rows = range(full.tail, full.head)
+    assert [one.entry_id for one in full.unsettled()] == ids
+    full.mark(rows, SUCCEEDED)
+    assert [row for run in full.succeeded() for row in run] == list(rows)
+    assert full.columns(rows) == (bytes([1]) * ROWS, bytes([2]) * ROWS, ids)
+    full.settle(rows)
+    full.advance()
+    assert (len(full), full.tail) == (0, ROWS // 2 + ROWS)
+
+
+def test_a_row_more_than_the_table_has_is_refused() -> None:
+    full = table()
+    full.write([0] * ROWS, [0] * ROWS, [0] * ROWS, [b"1-1"] * ROWS)
+    full.head += ROWS
+    with pytest.raises(AssertionError):
+        full.write([0], [0], [0], [b"1-1"])
+
+
+# -- a new reader
+
+
+@pytest.fixture
+def channel() -> Iterator[Channel]:
+    made = Channel.create(1024)
+    made.phase = READY
+    yield made
+    made.close()
+
+
+def arrivals(count: int, start: int = 0) -> list[Arrival]:
+    body = b'{"id":"a","type":"t"}'
+    return [Arrival(0, 0, Entry(b"%d-0" % i, body), False) for i in range(start, start + count)]
+
+
+@pytest.fixture
+def runner(channel: Channel) -> Iterator[Runner]:
+    link, theirs = Link.pair()
+    made = Runner(channel, Link(theirs), {}, ["s"])
+    made._lookahead = 10_000
+    yield made
+    made._states.release()  # or the channel's memory could not be given back
+    link.close()
+    theirs.close()
+
+
+def new_reader(channel: Channel) -> Lane:
+    return Lane(0, 1, Channel(*[os.dup(fd) for fd in channel.fds]), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "taken", "after"), [(0, False, 5), (5, True, 0), (5, True, 7), (700, True, 600)]
+)
+def test_a_new_reader_finds_the_head(
+    channel: Channel, runner: Runner, before: int, taken: bool, after: int
+) -> None:
+    """From frames that the worker took, from those it did not, and from both."""
+    first = Lane(0, 0, channel, 0.0)
+    assert first.hand(arrivals(before)) == before
+    if taken:
+        runner._take()
+    assert first.hand(arrivals(after, before)) == after
+    second = new_reader(channel)
+    assert second.table.head == before + after
+    assert [one.entry_id for one in second.table.unsettled()] == [b"%d-0" % i for i in range(before + after)]
+    assert second.hand(arrivals(1, before + after)) == 1
+    assert second.table.unsettled()[-1].row == before + after
+    second.channel.close()
+
+
+def test_a_new_reader_finds_the_head_though_the_worker_takes_meanwhile(
+    channel: Channel, runner: Runner
+) -> None:
+    assert Lane(0, 0, channel, 0.0).hand(arrivals(5)) == 5
+    opened = Channel(*[os.dup(fd) for fd in channel.fds])
+    runner._take()  # between the reader's opening the table and its looking into the ring
+    second = Lane(0, 1, opened, 0.0)
+    assert second.table.head == 5
+    opened.close()
+
+
+def drain(channel: Channel) -> None:
+    for _, tail in channel.jobs.frames():
+        channel.jobs.release(tail)
+
+
+@pytest.mark.parametrize("max_payload", [1024, 65536, 8 * 1024 * 1024])
+def test_jobs_of_any_allowed_size_fit_into_frames(max_payload: int) -> None:
+    made = Channel.create(max_payload)
+    made.phase = READY
+    lane = Lane(0, 0, made, 0.0)
+    for size in (1000, max_payload // 2, max_payload):
+        jobs = [
+            Arrival(0, 0, Entry(LONGEST_ID, b"x" * size), False) for _ in range(min(600, 2**20 // size + 1))
+        ]
+        given = 0
+        while given < len(jobs):
+            more = lane.hand(jobs[given:])
+            assert more, f"stuck at job {given} of {size} bytes"
+            given += more
+            drain(made)
+    made.close()
+
+
+@pytest.mark.parametrize("name", ["hand_one_frame", "hand_three_frames", "take", "settle"])
+def test_killed_at_any_instruction(name: str) -> None:
+    assert int(programs.run("kill_scenarios", name)) > 100

@@ -1,0 +1,96 @@
+"""Which entries reach a worker, and why the others do not."""
+
+import pytest
+
+from jobworker.worker.outcome import Reason
+from jobworker.worker.store import Entry
+from jobworker.worker.triage import ALONE_AFTER_DELIVERIES, MAX_DELIVERIES, Arrival, Refusal, Triage
+
+MAX_PAYLOAD = 1000
+MAX_DEATHS = 3
+KNOWN = b'{"id":"a","type":"known"}'
+
+
+@pytest.fixture
+def triage() -> Triage:
+    return Triage({"other": 0, "known": 1}, MAX_PAYLOAD, MAX_DEATHS)
+
+
+def sized(length: int) -> bytes:
+    """A good job of so many bytes."""
+    return b'{"id":"a","type":"known","payload":"%s"}' % (b"x" * (length - 38))
+
+
+def refused(verdict: Arrival | Refusal) -> Refusal:
+    assert isinstance(verdict, Refusal)
+    return verdict
+
+
+def test_a_job_of_a_known_type_arrives(triage: Triage) -> None:
+    entry = Entry(b"1-1", KNOWN)
+    assert triage(2, entry) == Arrival(2, 1, entry, alone=False)
+
+
+def test_an_entry_without_data_is_malformed(triage: Triage) -> None:
+    verdict = refused(triage(0, Entry(b"1-1", None)))
+    assert verdict.reason == Reason.MALFORMED
+    assert "data" in verdict.error
+
+
+def test_what_is_no_job_is_malformed_and_says_why(triage: Triage) -> None:
+    verdict = refused(triage(0, Entry(b"1-1", b'{"type":"known"}')))
+    assert (verdict.reason, verdict.envelope) == (Reason.MALFORMED, None)
+    assert "`id`" in verdict.error
+
+
+@pytest.mark.parametrize(("length", "fits"), [(MAX_PAYLOAD, True), (MAX_PAYLOAD + 1, False)])
+def test_the_limit_itself_still_fits(triage: Triage, length: int, fits: bool) -> None:
+    data = sized(length)
+    assert len(data) == length
+    verdict = triage(0, Entry(b"1-1", data))
+    assert isinstance(verdict, Arrival) if fits else refused(verdict).reason == Reason.OVERSIZED
+
+
+def test_size_is_looked_at_before_anything_is_parsed(triage: Triage) -> None:
+    """A huge entry that would be costly to parse is refused for its size alone."""
+    verdict = refused(triage(0, Entry(b"1-1", b"[" * 10_000_000)))
+    assert verdict.reason == Reason.OVERSIZED
+    assert "10000000 bytes" in verdict.error
+
+
+def test_an_unknown_type_names_those_that_are_known(triage: Triage) -> None:
+    verdict = refused(triage(0, Entry(b"1-1", b'{"id":"a","type":"Known"}')))
+    assert verdict.reason == Reason.UNKNOWN_TYPE
+    assert "'Known'" in verdict.error
+    assert "other, known" in verdict.error
+    assert verdict.envelope is not None
+    assert verdict.envelope.id == "a"
+
+
+@pytest.mark.parametrize(
+    ("of_this_entry", "of_earlier_tries", "becomes"),
+    [(0, 0, "run"), (1, 0, "alone"), (0, 1, "alone"), (1, 1, "alone"), (2, 0, "alone"), (3, 0, "poison"),
+     (2, 1, "poison"), (0, 3, "poison"), (5, 5, "poison")],
+)  # fmt: skip
+def test_deaths_of_all_tries_count(
+    triage: Triage, of_this_entry: int, of_earlier_tries: int, becomes: str
+) -> None:
+    data = b'{"id":"a","type":"known","deaths":%d}' % of_earlier_tries
+    verdict = triage(0, Entry(b"1-1", data, deaths=of_this_entry))
+    if isinstance(verdict, Refusal):
+        assert (verdict.reason, becomes) == (Reason.POISON, "poison")
+    else:
+        assert verdict.alone == (becomes == "alone")
+
+
+@pytest.mark.parametrize(
+    ("deliveries", "becomes"),
+    [(1, "run"), (ALONE_AFTER_DELIVERIES - 1, "run"), (ALONE_AFTER_DELIVERIES, "alone"),
+     (MAX_DELIVERIES, "alone"), (MAX_DELIVERIES + 1, "poison")],
+)  # fmt: skip
+def test_what_no_host_survives_is_given_up(triage: Triage, deliveries: int, becomes: str) -> None:
+    verdict = triage(0, Entry(b"1-1", KNOWN, deliveries=deliveries))
+    if isinstance(verdict, Refusal):
+        assert (verdict.reason, becomes) == (Reason.POISON, "poison")
+    else:
+        assert verdict.alone == (becomes == "alone")
