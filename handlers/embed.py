@@ -76,7 +76,9 @@ class EmbeddingBatch:
         works = _read_all(jobs, outcomes)
         groups: dict[str, _Group] = {}
         for place, vectors in self._embed(works, outcomes).items():
-            groups.setdefault(works[place].collection, {})[place] = works[place].rows(vectors)
+            work = works[place]
+            rows = groups.setdefault(work.collection, {})[place] = work.rows(vectors)
+            _tell_clipped(jobs[place], work, rows)
         for collection, group in groups.items():
             self._store_group(collection, group, outcomes)
         return outcomes
@@ -162,6 +164,15 @@ def _read_all(jobs: Sequence[Job], outcomes: _Outcomes) -> _Works:
             if work.ids:
                 works[place] = work
     return works
+
+
+def _tell_clipped(job: Job, work: Work, rows: Sequence[Row]) -> None:
+    for row, text in zip(rows, work.texts, strict=True):
+        if len(row.text_content) < len(text):
+            log.warning(
+                "job %s: of the text %s %d of %d characters are stored, its vector covers all",
+                *(job.id, row.id, len(row.text_content), len(text)),
+            )
 
 
 def _owners(works: _Works, texts: Iterable[int]) -> set[int]:

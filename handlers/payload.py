@@ -29,7 +29,7 @@ class Work(NamedTuple):
     version: int
 
     def rows(self, vectors: Vector) -> list[Row]:
-        """The rows for the store; `vectors` is (texts, dim). Of a text too long for its field the beginning."""
+        """Rows for the store from vectors (texts, dim); of a text too long for its field the beginning."""
         columns = zip(
             self.ids,
             vectors,

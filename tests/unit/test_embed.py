@@ -258,12 +258,15 @@ def test_an_over_long_text_fails_its_job_only_where_such_texts_are_rejected() ->
     assert [row.id for row in rows(store, "a", "b", "c", "d")] == ["a", "d"]
 
 
-def test_a_text_longer_than_its_field_is_stored_to_the_last_whole_character() -> None:
+def test_a_text_longer_than_its_field_is_stored_to_the_last_whole_character(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     embed, store = handler()
     text = "x" + "宝" * 30_000
     embed.handle(job({"ids": ["a"], "texts": [text]}))
     stored = rows(store, "a")[0]
     assert stored.text_content == text[: 1 + 65_534 // 3]
+    assert "job job-1: of the text a 21845 of 30001 characters are stored" in caplog.text
     assert np.array_equal(stored.vector, DummyEncoder(8).encode([text])[0])
 
 
