@@ -42,6 +42,9 @@ def main() -> int:
     logs.set_up(name, settings.log_level, settings.log_format)
     # Ctrl-C reaches the whole group; only the supervisor decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if start.role != "worker":
+        # So does a service manager's TERM; these two have to outlive the jobs that are running.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable(start.blackbox_fd)
     faulthandler.register(signal.SIGUSR2, start.blackbox_fd)
     tie_to_parent(start.parent_pid)

@@ -154,9 +154,8 @@ class Crew:
     def _take_leave(self, place: Place, child: Child, ended: Ended, now: float) -> None:
         # A worker says STOPPING before it leaves; a handler that calls os._exit(0) does not.
         left = child.channel is not None and child.channel.phase == STOPPING and ended.clean
-        expected = left or (
-            child.stopping and (child.channel is None or ended.cause in ("SIGTERM", "SIGKILL"))
-        )
+        stopped = ended.clean if child.channel is None else ended.cause in ("SIGTERM", "SIGKILL")
+        expected = left or (child.stopping and stopped)
         if not expected:
             cause = child.kill_cause or ended.cause
             log.error("ended", extra={
@@ -189,6 +188,7 @@ class Crew:
             self._tell_reader(Attach(child.slot, child.generation), channel.fds)
             return child
         child = Child(place.role, place.slot, place.generation, self._settings, now)
+        child.stopping = self._draining
         if place is self._reader:
             self._brief(child)
         return child
