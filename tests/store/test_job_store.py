@@ -280,6 +280,18 @@ class TestLeases:
         old.settle([Settlement(S, [a])])
         assert old.renew(S, [a, b, UNKNOWN]) == {a, UNKNOWN}
 
+    def test_renewing_does_not_take_from_others(self, world: World) -> None:
+        old, (a,) = given(world, b"1", consumer="a")
+        new = world.reader("b")
+        new.acquire([S])
+        assert new.renew(S, [a]) == {a}
+        assert pending(old) == [a]
+
+    def test_renewing_what_was_deleted_tells_that_it_is_lost(self, world: World) -> None:
+        store, (a, b) = given(world, b"1", b"2")
+        world.delete_entry(S.stream, a)
+        assert store.renew(S, [a, b]) == {a}
+
     def test_what_was_released_can_be_had_at_once(self, world: World) -> None:
         old, (a, b) = given(world, b"1", b"2", consumer="a")
         new = world.reader("b")
@@ -367,6 +379,17 @@ class TestTidying:
         store.settle([Settlement(S, [ids[1]])])
         assert reaper.trim(S.stream) == 2
         assert [e.data for e in read(store)] == [b"4"]
+
+    def test_the_entry_right_behind_the_last_delivered_stays(self, world: World) -> None:
+        store = world.reader("a")
+        store.acquire([S])
+        world.producer().add(S.stream, [b"%d" % i for i in range(200)])  # many within one millisecond
+        reaper = world.reaper()
+        for i in range(20):
+            (entry,) = read(store, count=1)
+            assert entry.data == b"%d" % i
+            store.settle([Settlement(S, [entry.id])])
+            assert reaper.trim(S.stream) == 1
 
     def test_another_groups_work_is_not_trimmed(self, world: World) -> None:
         store, ids = given(world, b"1")

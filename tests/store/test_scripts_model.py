@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from jobworker.worker import keys
 from jobworker.worker.errors import Fenced
@@ -55,6 +62,10 @@ class ScriptsMachine(RuleBasedStateMachine):
         self.later: list[bytes] = []
         self.dead: list[bytes] = []
         self.past: list[bytes] = [b"1-1"]
+        # Not from nothing: most of what may go wrong needs something pending and something new.
+        self.add([b'{"n":%d}' % (n % 5) for n in range(10)])
+        self.read("a", 3)
+        self.read("b", 3)
 
     def teardown(self) -> None:
         for store in (*self.readers.values(), self.reaper, self.producer):
@@ -63,7 +74,7 @@ class ScriptsMachine(RuleBasedStateMachine):
     def some_ids(self, data: st.DataObject) -> list[bytes]:
         """Ids that are pending for one or the other, settled long ago, or never were."""
         known = sorted(self.held) + self.past[-3:]
-        return data.draw(st.lists(st.sampled_from(known), unique=True, max_size=8), label="ids")
+        return data.draw(st.lists(st.sampled_from(known), unique=True, min_size=1, max_size=8), label="ids")
 
     def mine(self, name: str, id: bytes) -> bool:
         return id in self.held and self.held[id].owner == name
@@ -78,6 +89,7 @@ class ScriptsMachine(RuleBasedStateMachine):
         self.producer.schedule(S.stream, job[0], delay_s)
         (self.later if delay_s else self.due).append(job[0])
 
+    @precondition(lambda self: self.new)
     @rule(name=NAMES, count=st.integers(1, 6))
     def read(self, name: str, count: int) -> None:
         reader = self.readers[name]
@@ -87,6 +99,7 @@ class ScriptsMachine(RuleBasedStateMachine):
         del self.new[:count]
         self.held.update((e.id, Held(name, stripped(e))) for e in entries)
 
+    @precondition(lambda self: self.held)
     @rule(name=NAMES, delay_s=DELAYS, data=st.data())
     def settle(self, name: str, delay_s: float, data: st.DataObject) -> None:
         ids = self.some_ids(data)
@@ -111,6 +124,7 @@ class ScriptsMachine(RuleBasedStateMachine):
         (self.later if delay_s else self.due).extend(job_of[id] for id in of["R"] if id not in refused)
         self.dead += [job_of[id] for id in of["X"] if id not in refused]
 
+    @precondition(lambda self: self.held)
     @rule(name=NAMES, data=st.data())
     def charge(self, name: str, data: st.DataObject) -> None:
         deaths = {id: self.held[id].deaths + 1 if id in self.held else 1 for id in self.some_ids(data)}
@@ -119,6 +133,7 @@ class ScriptsMachine(RuleBasedStateMachine):
         for id, count in expected.items():
             self.held[id].deaths = count
 
+    @precondition(lambda self: self.held)
     @rule(name=NAMES, data=st.data())
     def renew(self, name: str, data: st.DataObject) -> None:
         ids = self.some_ids(data)
@@ -127,6 +142,7 @@ class ScriptsMachine(RuleBasedStateMachine):
             if self.mine(name, id):
                 self.held[id].released = False
 
+    @precondition(lambda self: self.held)
     @rule(name=NAMES, data=st.data())
     def release(self, name: str, data: st.DataObject) -> None:
         ids = self.some_ids(data)
@@ -135,6 +151,7 @@ class ScriptsMachine(RuleBasedStateMachine):
             if self.mine(name, id):
                 self.held[id].released = True
 
+    @precondition(lambda self: self.held)
     @rule(name=NAMES, min_idle_ms=st.sampled_from([0, HOUR_MS]), count=st.integers(1, 4))
     def take_over(self, name: str, min_idle_ms: int, count: int) -> None:
         expected = {id for id, held in self.held.items() if held.released or min_idle_ms == 0}
@@ -226,6 +243,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield server
 
 
+@pytest.mark.timeout(600)  # a failing run is made shorter first, which may take minutes
 def test_scripts_agree_with_the_model(server: RedisServer) -> None:
     class Machine(ScriptsMachine):
         pass
