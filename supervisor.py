@@ -52,16 +52,14 @@ class Supervisor:
         self._mono_stop_by_s: float | None = None
         self._said_ready = False
 
-    def run(self) -> Exit:
+    def run(self, queue: SignalQueue) -> Exit:
         """Until told to stop or something fatal; whatever the way out, no child is left."""
-        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-        with SignalQueue(*signals) as queue:
-            try:
-                return self._run(queue)
-            finally:
-                self._crew.end_now()
-                self._stores.stop()
-                self._server.close()
+        try:
+            return self._run(queue)
+        finally:
+            self._crew.end_now()
+            self._stores.stop()
+            self._server.close()
 
     def _run(self, queue: SignalQueue) -> Exit:
         log.info("listening", extra={"metrics_url": self._server.url, "pid": os.getpid()})
@@ -162,7 +160,8 @@ def _open_data_dir(settings: Settings) -> DataDir:
 def _claim_instance(settings: Settings) -> socket.socket:
     """Hold this host's name for the service while it lives: two readers of one name would fence each other
     off for ever. The kernel gives the name back however the service ends. Raises `ConfigurationError`."""
-    scope = hashlib.sha256(f"{settings.redis_url or settings.data_dir}\n{settings.instance}".encode())
+    store = settings.redis_url or os.path.abspath(settings.data_dir)
+    scope = hashlib.sha256(f"{store}\n{settings.instance}".encode())
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         sock.bind(f"\0jobworker-{scope.hexdigest()[:32]}")
@@ -174,14 +173,14 @@ def _claim_instance(settings: Settings) -> socket.socket:
     return sock
 
 
-def _supervise(settings: Settings) -> Exit:
+def _supervise(settings: Settings, queue: SignalQueue) -> Exit:
     log.info("starting", extra={"settings": settings.public()})
     needs_vectors = any(target in NEEDS_VECTORS for target in settings.handlers.values())
     embedded = not settings.redis_url or (needs_vectors and not settings.milvus_uri)
     data = _open_data_dir(settings) if embedded else None
     stores = Stores(settings, data, needed(settings, data, needs_vectors) if data else [])
     with _claim_instance(settings):
-        return Supervisor(settings, data, stores).run()
+        return Supervisor(settings, data, stores).run(queue)
 
 
 @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "max_content_width": 110})
@@ -199,7 +198,8 @@ def main(**options: Any) -> None:
         settings = settings_from(options, BUILTIN, sys.stderr.isatty())
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
         logs.set_up("supervisor", settings.log_level, settings.log_format)
-        sys.exit(_supervise(settings))
+        with SignalQueue(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD) as queue:
+            sys.exit(_supervise(settings, queue))
     except ConfigurationError as error:
         click.echo(f"jobworker-supervise: {error}", err=True)
         sys.exit(Exit.USAGE)

@@ -17,7 +17,7 @@ import setproctitle
 
 from . import log as logs
 from .channel import Channel
-from .errors import Exit, Fenced, JobworkerError
+from .errors import ConfigurationError, Exit, Fenced, JobworkerError
 from .handler import BoundHandler, load_handlers
 from .keys import consumer_name
 from .link import Failed, Link, Ready, Start
@@ -56,6 +56,8 @@ def main() -> int:
         return _fail(
             link, f"{error}: is another service running as --instance {settings.instance}?", Exit.USAGE
         )
+    except ConfigurationError as error:  # of the store; what a handler says is dealt with where it is loaded
+        return _fail(link, str(error), Exit.USAGE)
     except JobworkerError as error:
         return _fail(link, str(error), Exit.BOOT_FAILED)
     return 0

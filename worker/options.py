@@ -23,7 +23,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: str | None) -
     try:
         table = tomllib.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise click.BadParameter(str(error)) from error
+        raise click.BadParameter(f"{path}: {error}") from error
     known = {option for parameter in context.command.params for option in parameter.opts}
     for name in table:
         if f"--{name}" not in known:
