@@ -67,7 +67,8 @@ class Service:
         options |= {"redis_url": redis_url} if redis_url else {}
         self._arguments = ["--no-builtin-handlers", *_flags(options)]
         self._arguments += [f"--handler={kind}={target}" for kind, target in handlers.items()]
-        self._environment = {**os.environ, "PYTHONPATH": str(TESTS), "TMPDIR": str(self.tmp_dir),
+        python_path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._environment = {**os.environ, "PYTHONPATH": python_path, "TMPDIR": str(self.tmp_dir),
                              FOLDER_VARIABLE: str(self.toys_dir), **(environment or {})}  # fmt: skip
         self._redis_url = redis_url or (environment or {}).get("JOBWORKER_REDIS_URL", "")
         self._log_start = 0
@@ -90,9 +91,13 @@ class Service:
     def start(self) -> "Service":
         """Start it and wait until it says that it is ready."""
         self.launch()
+        self.wait_until_ready()
+        return self
+
+    def wait_until_ready(self) -> None:
+        """Wait until it says that it is ready; fails at once where it ends instead."""
         eventually(lambda: self.exit_code is not None or self.is_ready(), READY_WITHIN_S, "ready")
         assert self.exit_code is None, f"exit {self.exit_code} instead of ready"
-        return self
 
     @property
     def pid(self) -> int:

@@ -1,0 +1,124 @@
+"""TERM, INT and HUP on the running service: it stops as asked, exchanges its workers, and drops nothing."""
+
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from support.service import STREAM, Service, ending, eventually, handlers, service
+
+pytestmark = pytest.mark.process
+
+#: How soon "at once" is on a machine that may be busy with other suites.
+AT_ONCE_S = 3.0
+
+
+def started(one: Service) -> Counter[str]:
+    """How often each job was begun."""
+    return Counter(event.id for event in one.events("start"))
+
+
+def assert_run_after_restart(one: Service, *jobs: str) -> None:
+    """Start again on the same data: the jobs run unharmed, as if nothing had been."""
+    one.start()
+    for job in jobs:
+        one.open_gate("0")
+        assert one.wait_for_end(job).retry_count == 0
+    one.wait_until_drained()
+    assert one.client.hgetall(f"deaths:{STREAM}") == {}
+    assert one.dead_letters() == []
+    assert one.terminate() == 0
+    one.assert_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)],
+    ids=["TERM", "TERM to everyone", "INT to everyone"],
+)
+def test_a_stop_lets_the_running_job_end_and_keeps_the_others(
+    tmp_path: Path, number: signal.Signals, to_all: bool
+) -> None:
+    # A terminal sends INT to the whole group, and systemd by default TERM to every process of the unit.
+    with ending(Service(tmp_path, handlers("Gate", "Noop"), procs=1, drain_timeout=30)) as one:
+        one.start()
+        running = one.enqueue("gate", {"gate": "0"})
+        one.wait_for_start(running)
+        others = one.enqueue_many({"type": "noop"} for _ in range(200))
+        ours = [pid for role, pid in one.roles().items() if role != "valkey"]
+        for pid in ours if to_all else [one.pid]:
+            os.kill(pid, number)
+        eventually(lambda: one.logged("draining"))
+        assert one.get("/readyz")[0] == 503
+        assert one.get("/healthz")[0] == 200
+        assert one.exit_code is None
+        one.open_gate("0")
+        assert one.wait(within_s=10) == 0
+        one.assert_nothing_left()
+        assert [e for e in one.log() if e["level"] in ("error", "critical")] == []
+        assert len(one.events("end", running)) == 1
+        assert_run_after_restart(one, *others)
+        assert started(one) == dict.fromkeys([running, *others], 1)
+
+
+def test_a_job_too_long_for_the_drain_limit_goes_back_unharmed(tmp_path: Path) -> None:
+    with ending(Service(tmp_path, handlers("Gate"), drain_timeout=0.5)) as one:
+        one.start()
+        job = one.enqueue("gate", {"gate": "0"})
+        one.wait_for_start(job)
+        told_s = time.monotonic()
+        assert one.terminate() == 0
+        assert 0.5 <= time.monotonic() - told_s < 0.5 + AT_ONCE_S
+        one.assert_nothing_left()
+        assert_run_after_restart(one, job)
+        assert len(one.events("start", job)) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once_and_loses_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    with ending(Service(tmp_path, handlers("Gate"), drain_timeout=60)) as one:
+        one.start()
+        job = one.enqueue("gate", {"gate": "0"})
+        one.wait_for_start(job)
+        one.send(number)
+        eventually(lambda: one.logged("draining"))
+        told_s = time.monotonic()
+        one.send(number)
+        assert one.wait() == 0
+        assert time.monotonic() - told_s < AT_ONCE_S
+        one.assert_nothing_left()
+        assert_run_after_restart(one, job)
+
+
+def test_a_stop_while_it_is_still_starting_exits_0(tmp_path: Path) -> None:
+    with ending(Service(tmp_path, handlers("Noop"))) as one:
+        one.launch()
+        eventually(lambda: one.logged("listening"))
+        assert one.terminate() == 0
+        one.assert_nothing_left()
+
+
+def test_hup_exchanges_every_worker_without_dropping_or_repeating_a_job(tmp_path: Path) -> None:
+    with service(tmp_path, handlers("Sleep", "Gate")) as one:
+        running = one.enqueue("gate", {"gate": "0"})
+        one.wait_for_start(running)
+        before = one.roles()
+        jobs = one.enqueue_many({"type": "sleep", "payload": {"s": 0.004}} for _ in range(800))
+        one.send(signal.SIGHUP)
+        eventually(lambda: one.logged("restarting the workers one by one"))
+        eventually(lambda: len(one.events("end")) > 600)
+        one.open_gate("0")
+        one.wait_until_drained()
+        eventually(lambda: not {before["worker 0"], before["worker 1"]} & one.everyone().keys())
+        one.wait_until_ready()
+        after = one.roles()
+        assert {role: pid for role, pid in after.items() if "worker" not in role} == {
+            role: pid for role, pid in before.items() if "worker" not in role
+        }
+        assert started(one) == dict.fromkeys([running, *jobs], 1)
+        assert len(one.events("end")) == 801
+        assert [e for e in one.log() if e["level"] in ("error", "critical")] == []
+        assert one.client.hgetall(f"deaths:{STREAM}") == {}

@@ -1,0 +1,136 @@
+"""How a start may end: the exit code that scripts rely on, and a message that says what to change."""
+
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from support.service import COMMAND, Service, ending, eventually, handlers, service
+
+pytestmark = pytest.mark.process
+
+#: An interpreter's start and end on a machine that may be busy with other suites, beside what is waited for.
+SLACK_S = 10.0
+
+
+def refused(folder: Path, *arguments: str) -> str:
+    """Run the command with arguments that it must not take: exit code 2; returns what it says."""
+    done = subprocess.run(
+        [COMMAND, *arguments, f"--data-dir={folder / 'data'}"],
+        cwd=folder, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def end_of(one: Service, within_s: float = 30) -> int:
+    """Launch a service that cannot start; returns its exit code."""
+    with ending(one):
+        one.launch()
+        code = one.wait(within_s)
+        one.assert_nothing_left()
+        return code
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--procs", "0"], "--procs"),
+    (["--no-such-option"], "--no-such-option"),
+    (["--handler", "shout"], "TYPE=module:Class"),
+    (["--stream", "stream:story:gen"], "NAME=GROUP"),
+    (["--metrics-addr", "everywhere"], "HOST:PORT"),
+    (["--no-builtin-handlers"], "no handler"),
+    (["--config", "absent.toml"], "absent.toml"),
+])  # fmt: skip
+def test_bad_usage_exits_2_and_names_the_option(tmp_path: Path, arguments: list[str], said: str) -> None:
+    assert said in refused(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("procs = ", "bad.toml"), ("prox = 3", "prox"), ('procs = "many"', "many")]
+)
+def test_a_bad_config_file_exits_2_and_says_where(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "bad.toml").write_text(text)
+    assert said in refused(tmp_path, "--config", "bad.toml")
+
+
+def test_a_taken_metrics_port_exits_2(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        said = refused(
+            tmp_path, "--metrics-addr", address, "--handler=noop=support.toys:Noop", "--no-builtin-handlers"
+        )
+    assert "in use" in said
+
+
+def test_command_line_wins_over_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "service.toml"
+    config.write_text('lease = 11\nmax-retries = 1\nretry-max = 9\nhandler = ["noop=support.toys:Noop"]\n')
+    environment = {"JOBWORKER_MAX_RETRIES": "2", "JOBWORKER_RETRY_MAX": "8"}
+    with ending(Service(tmp_path, {}, environment=environment, config=config, retry_max=7)) as one:
+        one.launch()
+        (starting,) = eventually(lambda: one.logged("starting"))
+        assert one.terminate() == 0
+    settings = starting["settings"]
+    assert (settings["lease_s"], settings["retry"][0], settings["retry"][2]) == (11, 2, 7)
+    assert settings["handlers"] == {"noop": "support.toys:Noop"}
+
+
+@pytest.mark.parametrize(("target", "said"), [
+    ("no_such_module:Thing", "No module named 'no_such_module'"),
+    ("support.toys:NoSuchClass", "NoSuchClass"),
+    ("support.toys:Event", "Event"),
+    ("support.toys:Unable", "the licence has run out"),
+])  # fmt: skip
+def test_a_handler_that_cannot_be_set_up_exits_3_with_its_own_error(
+    tmp_path: Path, target: str, said: str
+) -> None:
+    one = Service(tmp_path, {"job": target}, procs=1)
+    assert end_of(one) == 3
+    assert said in one.log_text
+    assert any(said in str(event.get("error", "")) for event in one.logged("cannot start", role="supervisor"))
+
+
+def test_an_unreachable_store_exits_5_when_the_connect_timeout_is_over(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    url = f"redis://:wrong-horse@127.0.0.1:{port}/0"
+    one = Service(tmp_path, handlers("Noop"), procs=1, redis_url=url, connect_timeout=1)
+    launched_s = time.monotonic()
+    assert end_of(one) == 5
+    assert 1.0 <= time.monotonic() - launched_s < 1.0 + SLACK_S
+    assert "the job store does not answer" in one.log_text
+    assert "wrong-horse" not in one.log_text
+
+
+def test_a_redis_url_that_cannot_be_read_exits_2_without_showing_its_password(tmp_path: Path) -> None:
+    one = Service(tmp_path, handlers("Noop"), procs=1, redis_url="http://:wrong-horse@127.0.0.1:1/0")
+    assert end_of(one) == 2
+    assert "cannot be read as a Redis URL" in one.log_text
+    assert "wrong-horse" not in one.log_text
+
+
+def test_services_beside_each_other_need_only_folders_of_their_own(tmp_path: Path) -> None:
+    both = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        both.append(Service(tmp_path / name, handlers("Noop"), procs=1, data_dir=Path("own")))
+    with ending(both[0]), ending(both[1]):
+        for one in both:
+            one.launch()
+        for one in both:
+            one.wait_until_ready()
+        assert [one.terminate() for one in both] == [0, 0]
+
+
+def test_a_data_directory_in_use_is_refused_with_the_holders_pid(tmp_path: Path) -> None:
+    with service(tmp_path, handlers("Noop"), procs=1) as one:
+        (tmp_path / "second").mkdir()
+        second = Service(tmp_path / "second", handlers("Noop"), procs=1, data_dir=one.data_dir)
+        assert end_of(second) == 2
+        assert str(one.data_dir) in second.log_text
+        assert f"pid {one.pid}" in second.log_text
+        assert one.is_ready(), "the first one is not disturbed"
+        one.wait_for_end(one.enqueue("noop"))
