@@ -1,5 +1,6 @@
 """The totals of all roles, as Prometheus reads them. The only file that knows a metrics library."""
 
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
@@ -9,10 +10,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from .tally import METRICS, Labels
+from .tally import METRICS, Labels, Metric
 
 #: What `Exposition.page` must be served as.
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+#: What a counter of a user's handler is shown as; a name that Prometheus would not read is left out.
+_OF_A_HANDLER = Metric("counter", "Counted by a handler")
+_READABLE = re.compile("[a-zA-Z_][a-zA-Z0-9_]*")
 
 
 class Exposition(Collector):
@@ -35,7 +41,9 @@ class Exposition(Collector):
         """Add to counters."""
         with self._lock:
             for name, labels, by in counts:
-                values = self._values[name]
+                if not _READABLE.fullmatch(name):
+                    continue
+                values = self._values.setdefault(name, {})
                 values[tuple(labels)] = values.get(tuple(labels), 0.0) + by
 
     def put(self, gauges: Iterable[tuple[str, Labels, float]]) -> None:
@@ -60,7 +68,8 @@ class Exposition(Collector):
     def collect(self) -> Iterator[Family]:
         """One family a metric (the registry's protocol)."""
         with self._lock:
-            for name, metric in METRICS.items():
+            for name in self._values:
+                metric = METRICS.get(name, _OF_A_HANDLER)
                 yield self._family(name, metric.kind, metric.help, metric.labels, metric.buckets)
 
     def _family(self, name: str, kind: str, text: str, labels: Labels, bounds: tuple[float, ...]) -> Family:
