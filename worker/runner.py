@@ -72,7 +72,7 @@ class Runner:
         }
         self._waits = {kind: self._tally.histogram("z_novel_job_wait_seconds", (kind,)) for kind in handlers}
         self._batches = self._tally.histogram("z_novel_batch_jobs")
-        self._counted: dict[tuple[str, str], int] = {}
+        self._counted: dict[tuple[int, str], int] = {}
         self._untold_since: float | None = None
         self._reported_at = 0.0
         self._checked_at = 0.0
@@ -238,7 +238,7 @@ class Runner:
                 if handler.healthy is not None:
                     handler.healthy()
             except Exception as error:
-                self._trouble = f"{handler.kind}: {type(error).__name__}: {error}"
+                self._trouble = f"{handler.kind}: {failure_of(error, False).error}"
                 return
         self._trouble = None
 
@@ -246,7 +246,7 @@ class Runner:
         self._reported_at = now
         for handler in self._handlers.values():
             for name, total in handler.counters.items():
-                key = (handler.kind, name)
+                key = (id(handler.counters), name)  # one handler may serve several types
                 self._tally.count(f"z_novel_{name}_total", (), total - self._counted.get(key, 0))
                 self._counted[key] = total
         delta = self._tally.take()
