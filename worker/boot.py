@@ -21,6 +21,7 @@ from .errors import ConfigurationError, Exit, Fenced, JobworkerError
 from .handler import BoundHandler, load_handlers
 from .keys import consumer_name
 from .link import Failed, Link, Ready, Start
+from .outcome import MAX_ERROR_CHARS
 from .settings import Settings
 from .tether import tie_to_parent
 
@@ -140,7 +141,7 @@ def _set_up(settings: Settings, link: Link) -> dict[str, BoundHandler] | None:
                 else f"{type(error).__name__}: {error}"
             )
             log.critical("cannot start: %s", text, exc_info=None if transient else error)
-            link.send(Failed(text, code))
+            link.send(Failed(text[:MAX_ERROR_CHARS], code))
             return None
 
 
