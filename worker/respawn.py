@@ -2,6 +2,9 @@
 
 #: First and longest pause before a start (seconds).
 FIRST_S, LONGEST_S = 0.1, 30.0
+#: Longest pause after an end that came when the process was ready: a handful of poisonous jobs in a row must
+#: not keep the innocent ones behind them waiting for half a minute.
+LONGEST_READY_S = 1.0
 #: A process that was ready for this long was fine: its next end counts as the first.
 _FINE_AFTER_S = 5.0
 
@@ -22,7 +25,8 @@ class Respawn:
         # counting the job's deaths: only from the third quick end on is the pause worth its price.
         free_ends = 2 if was_ready else 0
         step = self._quick_ends - free_ends
-        pause_s = 0.0 if step <= 0 else min(LONGEST_S, FIRST_S * 2.0 ** (step - 1))
+        longest_s = LONGEST_READY_S if was_ready else LONGEST_S
+        pause_s = 0.0 if step <= 0 else min(longest_s, FIRST_S * 2.0 ** (step - 1))
         self._mono_not_before_s = mono_now_s + pause_s
 
     def wait_s(self, mono_now_s: float) -> float:
