@@ -1,0 +1,134 @@
+"""The shared memory of one worker: both ends see the same, it wakes who sleeps, and nothing stays behind."""
+
+import mmap
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobworker.worker.channel import READY, STARTING, STOPPING, Channel, drained
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Channel, Channel]]:
+    """The supervisor's view and a child's."""
+    one = Channel.create(4096)
+    other = Channel(*[os.dup(fd) for fd in one.fds])
+    yield one, other
+    one.close()
+    other.close()
+
+
+def test_both_ends_see_what_either_writes(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    assert (one.phase, one.appetite, one.finished, one.mono_deadline_s) == (STARTING, 0, 0, 0.0)
+    other.phase, other.appetite, other.finished = STOPPING, 32, 2**40
+    other.running(12.5, 72.5)
+    other.beat(99.25)
+    assert (one.phase, one.appetite, one.finished) == (STOPPING, 32, 2**40)
+    assert (one.mono_since_s, one.mono_deadline_s, one.mono_beat_s) == (12.5, 72.5, 99.25)
+
+
+def test_no_two_words_are_one(ends: tuple[Channel, Channel]) -> None:
+    """Each is written in turn; all the others keep what they had."""
+    one, other = ends
+    one.phase, one.appetite, one.finished = READY, 7, 11
+    one.running(1.5, 2.5)
+    one.beat(3.5)
+    one.table.taken = 0
+    assert one.jobs.push(b"job")
+    assert one.outcomes.push(b"outcome")
+    for ring, frame in ((other.jobs, b"job"), (other.outcomes, b"outcome")):
+        (seen,) = [bytes(view) for view, _ in ring.frames()]
+        assert seen == frame
+    one.table.write([1], [2], [3], [b"9-9"])
+    assert (other.phase, other.appetite, other.finished) == (READY, 7, 11)
+    assert (other.mono_since_s, other.mono_deadline_s, other.mono_beat_s) == (1.5, 2.5, 3.5)
+    assert (other.table.tail, other.table.taken) == (0, 0)
+    assert other.table.held(0) == (0, 1, 2, 3, b"9-9")
+
+
+def test_the_areas_do_not_overlap(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    for ring in (one.jobs, one.outcomes):
+        assert ring.push(b"\xff" * ring.largest)
+    one.table.write([1] * 4096, [2] * 4096, [3] * 4096, [b"18446744073709551615-18446744073709551615"] * 4096)
+    one.table.head = 4096
+    assert len(other.table.states) == 4096
+    for ring in (other.jobs, other.outcomes):
+        (frame,) = [bytes(view) for view, _ in ring.frames()]
+        assert frame == b"\xff" * ring.largest
+    assert one.table.held(4095) == (4095, 1, 2, 3, b"18446744073709551615-18446744073709551615")
+
+
+def test_the_worker_is_woken_by_jobs(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    quiet, _writing_end = os.pipe()
+    one.wake_worker()
+    one.wake_worker()
+    assert other.wait_for_jobs(5.0, quiet)
+    assert not other.wait_for_jobs(0.0, quiet), "two wakes are one"
+    os.close(quiet)
+    os.close(_writing_end)
+
+
+def test_the_worker_is_woken_by_the_supervisors_line(ends: tuple[Channel, Channel]) -> None:
+    reading, writing = os.pipe()
+    os.close(writing)
+    started = time.monotonic()
+    assert not ends[1].wait_for_jobs(30.0, reading)
+    assert time.monotonic() - started < 10
+    os.close(reading)
+
+
+def test_the_reader_is_woken_once(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    assert not drained(one.fds[2])
+    other.wake_reader()
+    other.wake_reader()
+    assert drained(one.fds[2])
+    assert not drained(one.fds[2])
+
+
+def test_the_largest_job_fits_twice_over() -> None:
+    for max_payload in (1024, 10**6):
+        channel = Channel.create(max_payload)
+        assert channel.jobs.largest > max_payload + 1024
+        channel.close()
+
+
+def test_memory_is_taken_only_as_it_is_touched() -> None:
+    """A channel for jobs of 512 MiB costs next to nothing until such a job comes."""
+    channel = Channel.create(512 * 1024 * 1024)
+    status = os.fstat(channel.fds[0])
+    assert status.st_size > 2**30
+    assert status.st_blocks * 512 < 2**20
+    channel.close()
+
+
+def test_closing_gives_memory_and_descriptors_back() -> None:
+    def open_files() -> list[str]:
+        found = [
+            os.readlink(entry)
+            for entry in Path("/proc/self/fd").iterdir()
+            if entry.exists() or entry.is_symlink()
+        ]
+        return [name for name in found if "jobworker" in name or "eventfd" in name]
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("memfd:jobworker")
+
+    before = sorted(open_files()), mapped()
+    channels = [Channel.create(4096) for _ in range(5)]
+    for channel in channels:
+        channel.jobs.push(b"x")
+        assert [tail for _, tail in channel.jobs.frames()]
+        channel.close()
+    assert (sorted(open_files()), mapped()) == before
+
+
+def test_descriptors_are_not_inherited_by_chance(ends: tuple[Channel, Channel]) -> None:
+    assert not any(os.get_inheritable(fd) for fd in ends[0].fds)
+    assert mmap.PAGESIZE <= 4096 or ends[0].jobs.largest  # the layout is in units of 4 KiB

@@ -1,0 +1,335 @@
+"""The worker's loop in one process: which jobs run, together with which, and what the reader is told."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from jobworker.worker import Job, PermanentError
+from jobworker.worker.channel import READY, STOPPING, Channel, drained
+from jobworker.worker.frames import OutcomeFrame
+from jobworker.worker.handler import BoundHandler
+from jobworker.worker.inflight import FAILED, QUEUED, STARTED, SUCCEEDED
+from jobworker.worker.lane import Lane
+from jobworker.worker.link import Link, Report
+from jobworker.worker.outcome import Failure
+from jobworker.worker.runner import Runner
+from jobworker.worker.store import Entry
+from jobworker.worker.triage import Arrival
+from support import programs
+
+WITHIN_S = 20.0
+
+
+class Desk:
+    """A worker with its channel, and what it is told and tells."""
+
+    def __init__(self, **handlers: Any) -> None:
+        self.channel = Channel.create(64 * 1024)
+        self.channel.phase = READY
+        self.lane = Lane(0, 0, self.channel, 0.0)
+        self.supervisor, theirs = Link.pair()
+        self.link = Link(theirs)
+        self.kinds = list(handlers)
+        bound = {kind: BoundHandler(kind, handler, 60.0) for kind, handler in handlers.items()}
+        self.stop_after = 0
+        self.runner = Runner(
+            self.channel, self.link, bound, ["s0", "s1"], mono_s=self.mono_s, wall_s=lambda: 1767348010.0
+        )
+        self.handed = 0
+
+    def mono_s(self) -> float:
+        """The clock; once all is done it ends the loop, as a signal would between two jobs."""
+        if self.stop_after and self.channel.finished >= self.stop_after:
+            self.runner.stop = True
+        return time.monotonic()
+
+    def hand(self, *kinds: str, **more: Any) -> None:
+        """Give it one job for each kind; their ids are 0, 1, 2, …"""
+        arrivals = []
+        for number, kind in enumerate(kinds, self.handed):
+            body = msgspec.json.encode({"id": str(number), "type": kind, **more})
+            entry = Entry(b"%d-0" % number, body)
+            arrivals.append(Arrival(number % 2, self.kinds.index(kind), entry, False))
+        assert self.lane.hand(arrivals) == len(kinds)
+        self.handed += len(kinds)
+
+    def run(self) -> None:
+        """Until every job has ended."""
+        self.stop_after = self.handed
+        self.runner.run()
+
+    def states(self) -> list[int]:
+        return [self.channel.table.state(row) for row in range(self.handed)]
+
+    def failures(self) -> dict[int, Failure]:
+        frames = [
+            msgspec.msgpack.decode(view, type=OutcomeFrame) for view, _ in self.channel.outcomes.frames()
+        ]
+        return {frame.row: frame.failure for frame in frames}
+
+    def reports(self) -> list[Report]:
+        found = []
+        while received := self.supervisor.receive():
+            assert isinstance(received[0], Report)
+            found.append(received[0])
+        return found
+
+    def close(self) -> None:
+        self.runner._states.release()  # or the channel's memory could not be given back
+        self.channel.close()
+        self.supervisor.close()
+        self.link.close()
+
+
+@pytest.fixture
+def desk() -> Iterator[Callable[..., Desk]]:
+    made: list[Desk] = []
+
+    def make(**handlers: Any) -> Desk:
+        made.append(Desk(**handlers))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+class Single:
+    """Notes what it is given; raises what the test says for an id."""
+
+    def __init__(self, log: list[Any] | None = None, **raises: BaseException) -> None:
+        self.log = [] if log is None else log
+        self.raises = raises
+
+    def handle(self, job: Job) -> None:
+        self.log.append(job.id)
+        if error := self.raises.get(f"id{job.id}"):
+            raise error
+
+
+class Batch:
+    """Notes each batch; answers as the test says."""
+
+    max_batch = 3
+
+    def __init__(
+        self, log: list[Any] | None = None, answer: Callable[[Sequence[Job]], Any] | None = None
+    ) -> None:
+        self.log = [] if log is None else log
+        self.answer = answer or (lambda jobs: [None] * len(jobs))
+
+    def handle_batch(self, jobs: Sequence[Job]) -> Any:
+        self.log.append([job.id for job in jobs])
+        return self.answer(jobs)
+
+
+def test_jobs_run_in_their_order_over_several_frames(desk: Callable[..., Desk]) -> None:
+    handler = Single()
+    worker = desk(t=handler)
+    for _ in range(5):
+        worker.hand("t", "t", "t", "t")
+    worker.run()
+    assert handler.log == [str(i) for i in range(20)]
+    assert worker.states() == [SUCCEEDED] * 20
+    assert (worker.failures(), worker.channel.finished) == ({}, 20)
+
+
+def test_a_handler_sees_the_whole_job(desk: Callable[..., Desk]) -> None:
+    seen: list[Job] = []
+    handler = Single()
+    handler.handle = seen.append  # type: ignore[method-assign]
+    worker = desk(t=handler)
+    worker.hand("t", "t", tenant_id="t1", payload={"a": [1]}, metadata=None, retry_count=2, created_at="x")
+    worker.run()
+    assert seen[1] == Job("1", "t", "t1", "", {"a": [1]}, {}, "x", "s1", "1-0", 2)
+
+
+def test_jobs_of_one_type_are_gathered_and_the_others_keep_their_places(desk: Callable[..., Desk]) -> None:
+    log: list[Any] = []
+    worker = desk(a=Batch(log), b=Single(log))
+    worker.hand("a", "b", "a", "a", "a", "b", "a", "b")
+    worker.run()
+    assert log == [["0", "2", "3"], "1", ["4", "6"], "5", "7"]
+    assert worker.states() == [SUCCEEDED] * 8
+
+
+def test_a_failure_says_why_and_fails_only_its_own_job(desk: Callable[..., Desk]) -> None:
+    worker = desk(t=Single(id1=ValueError("no"), id3=PermanentError("never"), id4=MemoryError()))
+    worker.hand(*"tttttt")
+    worker.run()
+    assert worker.states() == [SUCCEEDED, FAILED, SUCCEEDED, FAILED, FAILED, SUCCEEDED]
+    assert worker.failures() == {
+        1: Failure("ValueError: no"),
+        3: Failure("PermanentError: never", permanent=True),
+        4: Failure("MemoryError: "),
+    }
+
+
+def test_a_batch_answers_for_each_job(desk: Callable[..., Desk]) -> None:
+    worker = desk(t=Batch(answer=lambda jobs: [None, ValueError("one"), PermanentError("two")]))
+    worker.hand(*"ttt")
+    worker.run()
+    assert worker.states() == [SUCCEEDED, FAILED, FAILED]
+    assert worker.failures() == {
+        1: Failure("ValueError: one"),
+        2: Failure("PermanentError: two", permanent=True),
+    }
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("answer", "says", "permanent"),
+    [
+        (lambda jobs: [None] * (len(jobs) - 1), "2 outcomes for 3 jobs", True),
+        (lambda jobs: [None] * (len(jobs) + 1), "4 outcomes for 3 jobs", True),
+        (lambda jobs: [], "0 outcomes for 3 jobs", True),
+        (lambda jobs: None, "TypeError", False),
+        (lambda jobs: _raise(ConnectionError("away")), "ConnectionError: away", False),
+        (lambda jobs: _raise(PermanentError("bad batch")), "PermanentError: bad batch", True),
+    ],
+)
+def test_a_batch_that_fails_as_a_whole_fails_every_job(
+    desk: Callable[..., Desk], answer: Callable[[Sequence[Job]], Any], says: str, permanent: bool
+) -> None:
+    """None may be taken for done: which of them were is not known."""
+    worker = desk(t=Batch(answer=answer))
+    worker.hand(*"ttt")
+    worker.run()
+    assert worker.states() == [FAILED] * 3
+    failures = worker.failures()
+    assert sorted(failures) == [0, 1, 2]
+    assert all(says in failure.error and failure.permanent == permanent for failure in failures.values())
+
+
+def test_stopping_finishes_the_job_under_way_and_begins_no_other(desk: Callable[..., Desk]) -> None:
+    worker = desk(t=Single())
+
+    def stop_at_two(job: Job) -> None:
+        worker.runner.stop = job.id == "2"
+
+    worker.runner._handlers["t"].handle = stop_at_two
+    worker.hand(*"tttttt")
+    worker.runner.run()
+    assert worker.states() == [SUCCEEDED] * 3 + [QUEUED] * 3
+    assert worker.channel.phase == STOPPING
+    assert drained(worker.channel.fds[2]), "the reader was not woken"
+    assert [held.row for held in worker.lane.table.unsettled()] == list(range(6))
+
+
+def test_the_limit_stands_while_a_job_runs_and_only_then(desk: Callable[..., Desk]) -> None:
+    seen: list[tuple[float, int]] = []
+
+    class Watching:
+        timeout = 7.0
+
+        def handle(self, job: Job) -> None:
+            left_s = worker.channel.mono_deadline_s - time.monotonic()
+            seen.append((left_s, worker.channel.table.state(int(job.id))))
+            if job.id == "2":
+                raise ValueError
+
+    worker = desk(t=Watching())
+    worker.hand("t")
+    worker.hand("t", timeout=500)
+    worker.hand("t", timeout=0.5)
+    worker.run()
+    for (left_s, state), limit_s in zip(seen, (7.0, 500.0, 0.5), strict=True):
+        assert limit_s - 5 < left_s <= limit_s
+        assert state == STARTED
+    assert (worker.channel.mono_deadline_s, worker.channel.mono_since_s) == (0.0, 0.0)
+
+
+def test_a_batch_has_the_time_of_all_its_jobs(desk: Callable[..., Desk]) -> None:
+    seen: list[float] = []
+    worker = desk(
+        t=Batch(answer=lambda jobs: [seen.append(worker.channel.mono_deadline_s - time.monotonic())] * 3)
+    )
+    worker.hand("t", "t", timeout=100)
+    worker.hand("t")
+    worker.run()
+    assert 250 < seen[0] <= 260
+    assert worker.channel.mono_deadline_s == 0.0
+
+
+def test_an_idle_worker_is_woken_by_a_job_and_ends_with_its_supervisor(desk: Callable[..., Desk]) -> None:
+    ran = threading.Event()
+    handler = Single()
+    handler.handle = lambda job: ran.set()  # type: ignore[method-assign]
+    worker = desk(t=handler)
+    thread = threading.Thread(target=worker.runner.run)
+    thread.start()
+    try:
+        worker.hand("t")
+        assert ran.wait(WITHIN_S)
+    finally:
+        worker.supervisor.close()
+        thread.join(WITHIN_S)
+    assert not thread.is_alive(), "a worker without a supervisor must end"
+    assert worker.states() == [SUCCEEDED]
+
+
+def test_what_is_reported(desk: Callable[..., Desk]) -> None:
+    """Durations and waits by type, sizes of batches, the handlers' own counters as differences."""
+    handler = Batch()
+    handler.counters = {"embedded_tokens": 5}  # type: ignore[attr-defined]
+    worker = desk(a=handler, same=handler)
+    worker.hand("a", "a", "a", created_at="2026-01-02T10:00:07.123456789Z")
+    worker.hand("a", created_at="yesterday")
+    worker.hand("a", created_at="0001-01-01T00:00:00")
+    worker.run()
+    reports = worker.reports()
+    counts = [count for report in reports for count in report.counts]
+    assert sum(by for name, _, by in counts if name == "z_novel_embedded_tokens_total") == 5
+    values: dict[str, tuple[int, float]] = {}
+    for name, labels, buckets, total in (h for report in reports for h in report.histograms):
+        count, before = values.get(name, (0, 0.0))
+        values[name] = (count + sum(buckets), before + total)
+        assert labels == (() if name == "z_novel_batch_jobs" else ("a",))
+    assert values["z_novel_job_duration_seconds"][0] == 5
+    assert values["z_novel_batch_jobs"] == (2, 5.0)
+    waits, wait_s = values["z_novel_job_wait_seconds"]
+    assert waits == 3, "what is no time is left out"
+    assert 3 * 2.8 < wait_s <= 3 * 2.9
+
+
+def test_trouble_of_any_length_is_reported(desk: Callable[..., Desk]) -> None:
+    handler = Single()
+    handler.healthy = lambda: _raise(ConnectionError("字" * 10**6))  # type: ignore[attr-defined]
+    worker = desk(t=handler)
+    worker.hand("t")
+    worker.runner._check_health()
+    worker.run()
+    trouble = worker.reports()[-1].trouble
+    assert trouble is not None
+    assert trouble.startswith("t: ConnectionError: 字字")
+
+
+def test_many_failures_wait_for_the_reader_to_make_room(desk: Callable[..., Desk]) -> None:
+    """More failures than the ring of outcomes takes: none is lost and none is said twice."""
+    worker = desk(t=Single(**{f"id{i}": ValueError("字" * 4000) for i in range(400)}))
+    worker.hand(*["t"] * 400)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    rows: list[int] = []
+    give_up_at = time.monotonic() + WITHIN_S
+    while len(rows) < 400 and time.monotonic() < give_up_at:
+        for view, tail in worker.channel.outcomes.frames():
+            rows.append(msgspec.msgpack.decode(view, type=OutcomeFrame).row)
+            worker.channel.outcomes.release(tail)
+        os.sched_yield()
+    worker.runner.stop = True
+    thread.join(WITHIN_S)
+    assert rows == list(range(400))
+
+
+@pytest.mark.parametrize("name", ["run_succeeding", "run_failing"])
+def test_killed_at_any_instruction(name: str) -> None:
+    assert int(programs.run("kill_scenarios", name)) > 100

@@ -1,0 +1,257 @@
+"""Options: their defaults, and the command line over the environment over the file."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from jobworker.worker.backoff import RetryPolicy
+from jobworker.worker.errors import ConfigurationError
+from jobworker.worker.keys import DEFAULT_SOURCES, Source
+from jobworker.worker.options import ENV_PREFIX, service_options, settings_from
+from jobworker.worker.settings import Settings, cores, parse_address, parse_handler, parse_source
+
+BUILTIN = {
+    "embedding_batch": "jobworker.handlers.embed:EmbeddingBatch",
+    "audit": "jobworker.handlers.archive:Audit",
+}
+
+
+class Program:
+    """The service's command line, of which only the settings are wanted."""
+
+    def __init__(self) -> None:
+        self.settings: Settings | None = None
+
+        @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX})
+        @service_options
+        def command(**options: Any) -> None:
+            self.settings = settings_from(options, BUILTIN, on_terminal=False)
+
+        self.command = command
+
+    def run(self, *arguments: str, env: dict[str, str] | None = None) -> Result:
+        self.settings = None
+        clean = {name: None for name in os.environ if name.startswith(ENV_PREFIX)}
+        return CliRunner().invoke(self.command, list(arguments), env={**clean, **(env or {})})
+
+    def settings_of(self, *arguments: str, env: dict[str, str] | None = None) -> Settings:
+        result = self.run(*arguments, env=env)
+        assert result.exit_code == 0, result.output
+        assert self.settings is not None
+        return self.settings
+
+
+@pytest.fixture
+def program() -> Program:
+    return Program()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[[str], str]:
+    """Writes a file and gives the option that names it."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "jobworker.toml"
+        path.write_text(text, encoding="utf-8")
+        return f"--config={path}"
+
+    return write
+
+
+#: Option -> (a value other than the default, the setting it makes, that setting's default, the setting then).
+OPTIONS: dict[str, tuple[str, Callable[[Settings], object], object, object]] = {
+    "procs": ("3", lambda s: s.procs, cores(), 3),
+    "redis-url": ("redis://h:1/2", lambda s: s.redis_url, "", "redis://h:1/2"),
+    "milvus-uri": ("http://h:19530", lambda s: s.milvus_uri, "", "http://h:19530"),
+    "data-dir": ("elsewhere", lambda s: s.data_dir, "./jobworker-data", "elsewhere"),
+    "model": ("BAAI/bge-m3", lambda s: s.model, "", "BAAI/bge-m3"),
+    "device": ("cuda:0,cuda:1", lambda s: s.device, "auto", "cuda:0,cuda:1"),
+    "stream": ("a:b=g", lambda s: s.streams, DEFAULT_SOURCES, (Source("a:b", "g"),)),
+    "handler": ("x=m:C", lambda s: s.handlers, BUILTIN, {**BUILTIN, "x": "m:C"}),
+    "metrics-addr": ("0.0.0.0:0", lambda s: s.metrics_addr, "127.0.0.1:9464", "0.0.0.0:0"),
+    "lease": ("5", lambda s: s.lease_s, 30.0, 5.0),
+    "max-retries": ("0", lambda s: s.retry.max_retries, 3, 0),
+    "retry-initial": ("0.5", lambda s: s.retry.initial_s, 1.0, 0.5),
+    "retry-max": ("600", lambda s: s.retry.max_s, 60.0, 600.0),
+    "retry-multiplier": ("1", lambda s: s.retry.multiplier, 2.0, 1.0),
+    "retry-jitter": ("0", lambda s: s.retry.jitter, 0.1, 0.0),
+    "max-payload": ("2048", lambda s: s.max_payload, 8 * 1024 * 1024, 2048),
+    "drain-timeout": ("0", lambda s: s.drain_timeout_s, 30.0, 0.0),
+    "connect-timeout": ("1.5", lambda s: s.connect_timeout_s, 30.0, 1.5),
+    "instance": ("blue", lambda s: s.instance, socket.gethostname(), "blue"),
+    "log-level": ("debug", lambda s: s.log_level, "info", "debug"),
+    "log-format": ("text", lambda s: s.log_format, "json", "text"),
+    "milvus-prefix": ("p_", lambda s: s.milvus_prefix, "z_novel_", "p_"),
+    "milvus-partitions": ("named", lambda s: s.milvus_partitions, "key", "named"),
+}
+LISTS = {"stream", "handler"}
+
+
+def toml(name: str, value: str) -> str:
+    """A line of the file, with the value's own kind."""
+    kind = type(OPTIONS[name][3])
+    written = value if kind in (int, float) else f'"{value}"'
+    return f"{name} = [{written}]\n" if name in LISTS else f"{name} = {written}\n"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_default_command_line_environment_and_file(
+    program: Program, config: Callable[[str], str], name: str
+) -> None:
+    value, setting, default, changed = OPTIONS[name]
+    variable = f"JOBWORKER_{name.upper().replace('-', '_')}"
+    assert setting(program.settings_of()) == default
+    assert setting(program.settings_of(f"--{name}", value)) == changed
+    assert setting(program.settings_of(env={variable: value})) == changed
+    assert setting(program.settings_of(config(toml(name, value)))) == changed
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
+    program: Program, config: Callable[[str], str]
+) -> None:
+    in_file = config('lease = 1\nmax-retries = 1\ninstance = "file"\nstream = ["file=f"]\n')
+    env = {"JOBWORKER_MAX_RETRIES": "2", "JOBWORKER_INSTANCE": "env", "JOBWORKER_STREAM": "env=e other=o"}
+    found = program.settings_of(in_file, "--instance=line", env=env)
+    assert (found.lease_s, found.retry.max_retries, found.instance) == (1.0, 2, "line")
+    assert found.streams == (Source("env", "e"), Source("other", "o"))
+    assert program.settings_of(in_file, "--stream=line=l", env=env).streams == (Source("line", "l"),)
+
+
+def test_the_file_may_be_named_by_the_environment(program: Program, config: Callable[[str], str]) -> None:
+    path = config("lease = 7\n").removeprefix("--config=")
+    assert program.settings_of(env={"JOBWORKER_CONFIG": path}).lease_s == 7.0
+
+
+def test_streams_given_replace_the_table(program: Program) -> None:
+    found = program.settings_of("--stream", "a=g", "--stream", "stream:with=equals=h").streams
+    assert found == (Source("a", "g"), Source("stream:with=equals", "h"))
+
+
+def test_handlers_given_add_and_replace(program: Program) -> None:
+    found = program.settings_of("--handler", "audit=mine:Audit", "--handler", "shout=mine:Shout").handlers
+    assert found == {**BUILTIN, "audit": "mine:Audit", "shout": "mine:Shout"}
+
+
+@pytest.mark.parametrize("way", ["line", "environment", "file"])
+def test_only_the_handlers_given(program: Program, config: Callable[[str], str], way: str) -> None:
+    given = {
+        "line": (["--no-builtin-handlers"], {}),
+        "environment": ([], {"JOBWORKER_NO_BUILTIN_HANDLERS": "1"}),
+        "file": ([config("no-builtin-handlers = true\n")], {}),
+    }
+    arguments, env = given[way]
+    assert program.settings_of(*arguments, "--handler", "x=m:C", env=env).handlers == {"x": "m:C"}
+
+
+def test_no_handler_at_all_is_an_error(program: Program) -> None:
+    result = program.run("--no-builtin-handlers")
+    assert isinstance(result.exception, ConfigurationError)
+    assert "--handler" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("lease = 1\nleese = 2\n", "--leese"),
+        ("max_retries = 1\n", "--max_retries"),
+        ("[retry]\ninitial = 1\n", "--retry"),
+        ("lease = \n", "line 1"),
+        ("lease = 'soon'\n", "'soon'"),
+        ("lease = -1\n", "-1"),
+        ("log-level = 'loud'\n", "'loud'"),
+        ("stream = 'a=g'\n", "iterable"),
+    ],
+)
+def test_a_wrong_file_is_a_usage_error(
+    program: Program, config: Callable[[str], str], text: str, says: str
+) -> None:
+    result = program.run(config(text))
+    assert result.exit_code == 2, result.output
+    assert says in result.output
+
+
+def test_a_file_that_is_not_there_or_no_text_is_a_usage_error(program: Program, tmp_path: Path) -> None:
+    assert program.run(f"--config={tmp_path / 'none.toml'}").exit_code == 2
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\0")
+    assert program.run(f"--config={tmp_path / 'binary.toml'}").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--procs 0", "--lease 0", "--max-retries -1", "--retry-initial 0", "--retry-multiplier 0.5",
+     "--retry-jitter 1.1", "--max-payload 10", "--drain-timeout -1", "--log-format xml", "--no-such-option"],
+)  # fmt: skip
+def test_values_that_make_no_sense_are_usage_errors(program: Program, arguments: str) -> None:
+    assert program.run(*arguments.split()).exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["", "x", "=g", "s=", "stream"])
+def test_a_stream_without_a_group_says_what_to_write(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="NAME=GROUP"):
+        parse_source(text)
+
+
+@pytest.mark.parametrize("text", ["", "x", "x=", "x=m", "x=:C", "x=m:", "=m:C", "x=m:C()", "x=m:a.b"])
+def test_a_handler_that_names_no_class_says_what_to_write(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="TYPE=module:Class"):
+        parse_handler(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("127.0.0.1:0", ("127.0.0.1", 0)), ("[::1]:80", ("::1", 80)), ("host:65535", ("host", 65535))],
+)
+def test_addresses(text: str, address: tuple[str, int]) -> None:
+    assert parse_address(text) == address
+
+
+@pytest.mark.parametrize("text", ["", "9464", ":9464", "host", "host:", "host:65536", "host:-1", "host:http"])
+def test_what_is_no_address_says_what_to_write(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="HOST:PORT"):
+        parse_address(text)
+
+
+def test_help_names_every_option_and_its_variable(program: Program) -> None:
+    text = program.run("--help").output
+    assert [name for name in OPTIONS if f"--{name} " not in text] == []
+    variables = [f"JOBWORKER_{name.upper().replace('-', '_')}" for name in OPTIONS]
+    assert [variable for variable in variables if variable not in "".join(text.split())] == []
+
+
+def test_a_child_gets_the_same_settings() -> None:
+    settings = Settings(
+        procs=7, redis_url="redis://:pä@h", streams=(Source("a", "b"),), handlers={"t": "m:C"},
+        retry=RetryPolicy(9, 0.5, 1e6, 3.0, 0.0), instance="第一",
+    )  # fmt: skip
+    again = Settings.from_json(settings.to_json())
+    assert again == settings
+    assert again.streams[0].group == "b"
+    assert again.retry.max_retries == 9
+
+
+def test_what_goes_into_the_log_holds_no_secret() -> None:
+    secret = "s3cr3t"
+    settings = Settings(
+        redis_url=f"redis://:{secret}@h", milvus_token=secret, milvus_uri=f"http://u:{secret}@m:1"
+    )
+    assert secret not in repr(settings.public())
+    assert settings.public()["lease_s"] == 30.0
+
+
+def test_the_form_of_the_log_follows_the_terminal() -> None:
+    found = []
+
+    @click.command()
+    @service_options
+    def command(**options: Any) -> None:
+        found.extend(settings_from(options, BUILTIN, on_terminal).log_format for on_terminal in (True, False))
+
+    assert CliRunner().invoke(command, []).exit_code == 0
+    assert CliRunner().invoke(command, ["--log-format=json"]).exit_code == 0
+    assert found == ["text", "json", "json", "json"]
