@@ -15,6 +15,8 @@ pytestmark = pytest.mark.process
 
 #: Two seconds are promised for a machine that has the time; this one may be running other suites.
 RECOVERED_WITHIN_S = 5.0
+#: Five are promised between a restart and the jobs that the killed supervisor left being run again.
+RESTARTED_WITHIN_S = 10.0
 
 
 def started(one: Service) -> Counter[str]:
@@ -97,6 +99,17 @@ def test_one_poisonous_job_does_not_take_its_31_batch_mates_along(tmp_path: Path
         assert max(batches.values()) == 32, "they did share a batch at first"
 
 
+def test_a_row_of_poisonous_jobs_does_not_hold_up_what_stands_behind_it(tmp_path: Path) -> None:
+    with service(tmp_path, handlers("Die", "Noop"), procs=1) as one:
+        # Two deaths are known already, so that each job costs one worker only.
+        poison = {"type": "die", "payload": {"how": "SIGKILL"}, "deaths": 2}
+        one.enqueue_many([poison] * 9)
+        eventually(lambda: len(one.dead_letters()) == 9, within_s=40)
+        starts = [event.mono_s for event in one.events("start")]
+        assert max(after - before for before, after in pairwise(starts)) < RECOVERED_WITHIN_S
+        one.wait_for_end(one.enqueue("noop"), RECOVERED_WITHIN_S)
+
+
 def test_killing_the_reader_again_and_again_under_load_repeats_and_loses_nothing(tmp_path: Path) -> None:
     with service(tmp_path, handlers("Sleep", "Gate")) as one:
         running = one.enqueue("gate", {"gate": "0"})
@@ -155,8 +168,9 @@ def test_a_killed_supervisor_takes_all_along_and_its_successor_goes_on(tmp_path:
         wait_for_ends(one, 20)
         assert one.roles().keys() == {"supervisor", "reader", "reaper", "worker 0", "worker 1", "valkey"}
         one.kill()  # sees to it that all of them are gone within two seconds
+        restarted_s = time.monotonic()
         one.start()
-        one.wait_for_start(running, 2)
+        assert one.wait_for_start(running, 2).mono_s - restarted_s < RESTARTED_WITHIN_S
         one.open_gate("0")
         one.wait_until_drained()
         assert ended(one).keys() == {running, *jobs}
