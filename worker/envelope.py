@@ -12,6 +12,10 @@ from .errors import MalformedJob
 OVERSIZED_KEPT_BYTES = 64 * 1024
 
 
+#: No job is tried so often; a count beyond is a mistake or an attack on arithmetic.
+_MOST_TRIES = 1_000_000
+
+
 class Envelope(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """A job as it stands on the wire. Fields that are not named here survive a retry untouched."""
 
@@ -22,9 +26,9 @@ class Envelope(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     payload: Any = None
     metadata: dict[str, str] | None = None
     created_at: str = ""
-    retry_count: Annotated[int, msgspec.Meta(ge=0)] = 0
+    retry_count: Annotated[int, msgspec.Meta(ge=0, le=_MOST_TRIES)] = 0
     timeout: Annotated[float, msgspec.Meta(gt=0)] | None = None
-    deaths: Annotated[int, msgspec.Meta(ge=0)] = 0
+    deaths: Annotated[int, msgspec.Meta(ge=0, le=_MOST_TRIES)] = 0
 
 
 class DeadLetter(msgspec.Struct, omit_defaults=True):

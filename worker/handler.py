@@ -36,7 +36,7 @@ class BoundHandler:
         self.kind = kind
         self.timeout_s = float(getattr(handler, "timeout", default_timeout_s))
         batch = getattr(handler, "handle_batch", None)
-        self.max_batch = int(getattr(handler, "max_batch", 32)) if batch else 1
+        self.max_batch = max(1, int(getattr(handler, "max_batch", 32))) if batch else 1
         self.handle: Callable[[Job], None] = getattr(handler, "handle", None) or _alone(batch)
         self.handle_batch: Callable[[Sequence[Job]], Sequence[BaseException | None]] | None = batch
         self.healthy: Callable[[], None] | None = getattr(handler, "healthy", None)

@@ -1,6 +1,7 @@
 """The HTTP port of the supervisor: /metrics, /healthz and /readyz, answered from a thread of their own."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,8 +29,11 @@ class HealthServer:
         self, address: tuple[str, int], exposition: Exposition, health: Callable[[], Health]
     ) -> None:
         handler = type("Handler", (_Handler,), {"exposition": exposition, "health": staticmethod(health)})
-        self._server = ThreadingHTTPServer(address, handler)
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        server = type("Server", (ThreadingHTTPServer,), {"address_family": family})
+        self._server = server(address, handler)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # a client that hangs up is no event
         self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
         self._thread.start()
 

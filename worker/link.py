@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from .tally import Tally
+
 #: Longest message; deltas and stack dumps are cut to fit well below.
 MAX_MESSAGE_BYTES = 128 * 1024
 _MAX_FDS = 16
@@ -109,11 +111,23 @@ class Link:
         """For selectors."""
         return self._sock.fileno()
 
+    def report(self, tally: Tally, trouble: str | None) -> None:
+        """Send what was counted; it stays counted while the other side is not taking messages."""
+        delta = tally.take()
+        if not self.send(Report(delta.counts, delta.gauges, delta.histograms, trouble)):
+            tally.put_back(delta)
+
     def send(self, message: Message, fds: Sequence[int] = ()) -> bool:
-        """Send now or not at all: False where the other side is not taking messages (or is gone)."""
+        """Send now or not at all: False where the other side is not taking messages (or is gone).
+
+        Raises ValueError for a message that no receiver would take.
+        """
+        data = _encode(message)
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are taken")
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            self._sock.sendmsg([_encode(message)], rights)
+            self._sock.sendmsg([data], rights)
         except OSError:
             return False
         return True

@@ -9,12 +9,14 @@ from datetime import UTC, datetime
 #: The password of any url: ``scheme://user:password@host`` or ``scheme://:password@host``. It ends at the
 #: last @, as clients read it: a password may hold one itself.
 _SECRET = re.compile(r"(\w+://[^\s:/@]*:)\S+(@)")
+#: The same as a parameter, which Redis urls allow too.
+_SECRET_PARAMETER = re.compile(r"(password=)[^&\s]+")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
 def redacted(text: str) -> str:
     """The text with the passwords of all urls in it replaced."""
-    return _SECRET.sub(r"\1***\2", text)
+    return _SECRET_PARAMETER.sub(r"\1***", _SECRET.sub(r"\1***\2", text))
 
 
 class JsonLines(logging.Formatter):

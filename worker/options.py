@@ -119,6 +119,8 @@ _SERVICE = [
 ]  # fmt: skip
 
 
+#: A type's number and a stream's take a byte in the in-flight table.
+_MOST_KINDS = 255
 #: Options whose settings carry the unit in their name.
 _SECONDS = ("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age")
 
@@ -140,6 +142,8 @@ def settings_from(options: dict[str, Any], builtin: dict[str, str], on_terminal:
         raise ConfigurationError(
             "no handler: give --handler TYPE=module:Class, or drop --no-builtin-handlers"
         )
+    if len(handlers) > _MOST_KINDS or len(values["stream"]) > _MOST_KINDS:
+        raise ConfigurationError(f"at most {_MOST_KINDS} types and as many streams")
     retry = RetryPolicy(
         values.pop("max_retries"), values.pop("retry_initial"), values.pop("retry_max"),
         values.pop("retry_multiplier"), values.pop("retry_jitter"),

@@ -15,7 +15,7 @@ from .backlog import Backlog
 from .channel import Channel, drained
 from .errors import StoreUnavailable
 from .lane import Lane
-from .link import Attach, Drain, Forgotten, Gone, Link, Message, Ready, Report, Retire
+from .link import Attach, Drain, Forgotten, Gone, Link, Message, Ready, Retire
 from .settings import Settings
 from .settler import Settler
 from .store import Entry, ReaderStore
@@ -191,8 +191,7 @@ class Reader:
         self._reported_at = now
         for number, kind in enumerate(self._settings.handlers):
             self._tally.gauge("z_novel_circuit_open", (kind,), float(self._backlog.paused(number)))
-        delta = self._tally.take()
-        self._link.send(Report(delta.counts, delta.gauges, delta.histograms, self._trouble))
+        self._link.report(self._tally, self._trouble)
 
     # -- jobs in
 

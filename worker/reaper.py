@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from .errors import StoreUnavailable
 from .keys import consumer_name
-from .link import Drain, Link, Ready, Report
+from .link import Drain, Link, Ready
 from .settings import Settings
 from .store import Depths, ReaperStore
 from .tally import Tally
@@ -59,8 +59,7 @@ class Reaper:
                 ready = ready or self._link.send(Ready())
             except StoreUnavailable as error:
                 sleep_s = self._back_off(error)
-            delta = self._tally.take()
-            self._link.send(Report(delta.counts, delta.gauges, delta.histograms, self._trouble))
+            self._link.report(self._tally, self._trouble)
             if self._told_to_stop(sleep_s):
                 self._store.close()
                 return

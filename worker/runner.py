@@ -15,7 +15,7 @@ from .errors import MalformedJob, PermanentError
 from .frames import JobFrame, OutcomeFrame
 from .handler import BoundHandler
 from .inflight import FAILED, STARTED, SUCCEEDED
-from .link import Link, Report
+from .link import Link
 from .outcome import failure_of
 from .tally import Tally
 
@@ -163,7 +163,9 @@ class Runner:
         self._states[at] = STARTED
         try:
             handler.handle(self._job(waiting))
-        except Exception as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # asyncio's and other libraries' cancellations among them
             self._fail(waiting, error)
         else:
             self._states[at] = SUCCEEDED
@@ -201,8 +203,12 @@ class Runner:
             outcomes = handle_batch(jobs)
             if len(outcomes) == len(jobs):
                 return outcomes
-            error: Exception = PermanentError(f"handle_batch: {len(outcomes)} outcomes for {len(jobs)} jobs")
-        except Exception as raised:
+            error: BaseException = PermanentError(
+                f"handle_batch: {len(outcomes)} outcomes for {len(jobs)} jobs"
+            )
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as raised:
             error = raised
         return [error] * len(jobs)
 
@@ -249,13 +255,13 @@ class Runner:
                 key = (id(handler.counters), name)  # one handler may serve several types
                 self._tally.count(f"z_novel_{name}_total", (), total - self._counted.get(key, 0))
                 self._counted[key] = total
-        delta = self._tally.take()
-        self._link.send(Report(delta.counts, delta.gauges, delta.histograms, self._trouble))
+        self._link.report(self._tally, self._trouble)
 
 
 def _unix_s(created_at: str) -> float | None:
     """RFC 3339 to unix seconds; None for what is no time, which costs a metric and nothing else."""
     try:
-        return datetime.fromisoformat(created_at).timestamp()
-    except ValueError:
+        created_wall_s = datetime.fromisoformat(created_at).timestamp()
+    except (ValueError, OverflowError):
         return None
+    return created_wall_s if created_wall_s > 0 else None  # Go writes the year 1 for a time never set

@@ -68,6 +68,11 @@ class Histogram:
         self.counts[bisect_left(self._buckets, value)] += times
         self.total += value * times
 
+    def merge(self, counts: list[int], total: float) -> None:
+        """Add what another one counted."""
+        self.counts = [mine + theirs for mine, theirs in zip(self.counts, counts, strict=True)]
+        self.total += total
+
     def take(self) -> tuple[list[int], float]:
         """The counts and the sum, which start from nothing again."""
         taken = self.counts, self.total
@@ -76,7 +81,7 @@ class Histogram:
 
 
 class Tally:
-    """Adds up until `take`; nothing is lost while the supervisor is slow, and the size is bounded."""
+    """Adds up until `take`; the size is bounded by the number of names and labels."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, Labels], float] = {}
@@ -107,3 +112,12 @@ class Tally:
         self._counts.clear()
         self._gauges.clear()
         return delta
+
+    def put_back(self, delta: Delta) -> None:
+        """Undo `take` for what could not be sent, so that it goes with the next."""
+        for name, labels, by in delta.counts:
+            self.count(name, labels, by)
+        for name, labels, value in delta.gauges:
+            self._gauges.setdefault((name, labels), value)
+        for name, labels, counts, total in delta.histograms:
+            self.histogram(name, labels).merge(counts, total)
