@@ -14,7 +14,7 @@ from jobworker.handlers.packing import pack
 MAX_ROWS = 512
 # For a model that does not say how long its window is; every BERT-like model takes this much.
 FALLBACK_WINDOW = 512
-# On a CPU a pass of more tokens leaves the caches: MiniLM is slower by a sixth with eight times as many.
+# On a CPU a pass of more tokens leaves the caches: with eight times as many MiniLM is slower by a tenth.
 CPU_TOKEN_BUDGET = 2048
 # Models that name their prompts use one of these for what is stored (sentence-transformers' order).
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
