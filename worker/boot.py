@@ -72,7 +72,10 @@ def _fail(link: Link, error: str, code: Exit) -> int:
 
 def _first_message(link: Link) -> tuple[Start, list[int]]:
     select.select([link], [], [], _START_WITHIN_S)
-    received = link.receive()
+    try:
+        received = link.receive()
+    except EOFError:  # the supervisor was killed right after it had started us
+        raise SystemExit("the supervisor is gone") from None
     if received is None or not isinstance(received[0], Start):
         raise SystemExit("started without a supervisor: run jobworker-supervise")
     return received[0], received[1]
