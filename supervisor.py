@@ -133,7 +133,7 @@ class Supervisor:
     def health(self) -> Health:
         """Asked by the HTTP threads."""
         silent_s = time.monotonic() - self._mono_turned_s
-        reasons = [] if self._stores.ready else ["the embedded stores are not up"]
+        reasons = self._stores.reasons()
         if self._mono_stop_by_s is not None:
             reasons.append("stopping")
         reasons += self._crew.reasons()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from .channel import READY, STOPPING, Channel
 from .errors import Exit
-from .link import Attach, Drain, Failed, Forgotten, Gone, Message, Ready, Report, Retire
+from .link import Attach, Briefed, Drain, Failed, Forgotten, Gone, Message, Ready, Report, Retire
 from .metrics import Exposition
 from .process import Child, Ended
 from .respawn import Respawn
@@ -202,6 +202,7 @@ class Crew:
         for gone, channel in self._graves.values():
             reader.tell(Attach(gone.slot, gone.generation), channel.fds)
             reader.tell(gone)
+        reader.tell(Briefed())
         if self._draining:
             reader.tell(Drain())
 

@@ -63,6 +63,10 @@ class Retire(msgspec.Struct, tag=True, frozen=True):
     generation: int
 
 
+class Briefed(msgspec.Struct, tag=True, frozen=True):
+    """To a new reader: that was every worker there is. Before this it does not know what is in flight."""
+
+
 class Drain(msgspec.Struct, tag=True, frozen=True):
     """To reader and reaper: finish what is under way, take nothing new, end."""
 
@@ -87,7 +91,7 @@ class Report(msgspec.Struct, tag=True, frozen=True):
     trouble: str | None = None
 
 
-Message = Start | Attach | Gone | Forgotten | Retire | Drain | Ready | Failed | Report
+Message = Start | Attach | Briefed | Gone | Forgotten | Retire | Drain | Ready | Failed | Report
 _decoder = msgspec.msgpack.Decoder(Message)
 _encode = msgspec.msgpack.Encoder().encode
 

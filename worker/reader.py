@@ -15,7 +15,7 @@ from .backlog import Backlog
 from .channel import Channel, drained
 from .errors import StoreUnavailable
 from .lane import Lane
-from .link import Attach, Drain, Forgotten, Gone, Link, Message, Ready, Retire
+from .link import Attach, Briefed, Drain, Forgotten, Gone, Link, Message, Ready, Retire
 from .settings import Settings
 from .settler import Settler
 from .store import Entry, ReaderStore
@@ -66,6 +66,7 @@ class Reader:
         self._selector = selectors.DefaultSelector()
         self._selector.register(link, selectors.EVENT_READ)
         self._entry_bytes = 1024.0
+        self._briefed = False
         self._draining = False
         self._connected = False
         self._trouble: str | None = None
@@ -93,8 +94,9 @@ class Reader:
         self._report(self._mono_s())
 
     def _turn(self, now: float) -> None:
+        if not self._briefed:
+            return self._wait(_REPORT_EVERY_S)
         if not self._connected:
-            self._listen()  # what the workers hold must be known before what is pending is handed out
             self._connect()
         settled = self._settler.settle(self._lanes)
         self._backlog.answered(settled.answered)
@@ -143,6 +145,8 @@ class Reader:
             case Retire(slot, generation):
                 for lane in self._of(slot, generation):
                     lane.retired = True
+            case Briefed():
+                self._briefed = True
             case Drain():
                 self._draining = True
                 self._stop_reading()

@@ -53,8 +53,13 @@ class Stores:
 
     @property
     def ready(self) -> bool:
-        """Whether all have answered once since the start of the service."""
+        """Whether all have answered once since the start of the service: from then on the roles run, and
+        bear with a store that is being started again."""
         return self._was_ready
+
+    def reasons(self) -> list[str]:
+        """Which stores do not answer now."""
+        return [f"{k.store.name} is starting" for k in self._kept if not (k.process and k.process.ready)]
 
     def turn(self, mono_now_s: float) -> Exit | None:
         """Hold each store up; an exit code where one could not be brought up at the service's start."""
