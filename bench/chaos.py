@@ -1,0 +1,225 @@
+"""Kill everything, many times, and count every job at the end.
+
+Starts a server that has every answered write on its disk, and a service behind a proxy. Sends jobs in bursts
+and does one fault after another, each while a burst is being worked off, and measures from the fault to the
+next start of a job that it held up. When nothing is left to do, an oracle that knows only what the server has
+confirmed and what handlers wrote down looks for jobs that are lost, unexpected, or left their effect twice.
+
+The seed that is printed gives the same jobs and the same faults again; who runs what when is not repeated.
+Exit code 0: every promise was kept; 1: not.
+"""
+
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from chaos_diary import START, Diary
+from chaos_faults import DESTRUCTIVE, FAULTS, HOST, KINDS, Shot, World, schedule
+from chaos_load import Producer, plan
+from chaos_oracle import judge
+from chaos_proxy import Proxy
+from chaos_report import for_people, quick, recoveries, verdict_of
+from chaos_rest import (
+    await_rest,
+    descriptors,
+    leaked_descriptors,
+    left_behind,
+    rings_not_empty,
+    shared_memory,
+)  # fmt: skip
+from chaos_world import LIMIT_S, LOOK_EVERY_S, Server, Service
+from hosts import host_facts
+from tqdm import tqdm
+
+#: A recovery that takes longer is given up on; it counts as missed.
+_RECOVERY_WITHIN_S = 30.0
+
+
+class Run:
+    """One run: everything it starts ends with it."""
+
+    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+        self._options = options
+        self._folder = folder
+        for name in ("tmp", "server"):
+            (folder / name).mkdir()
+        rng = random.Random(options["seed"])
+        self._jobs = plan(options["jobs"], rng)
+        self._faults = schedule(options["faults"], options["kills"], rng)
+        self._shm = shared_memory()
+        self._server = Server(folder / "server")
+        self._server.start()
+        self._proxy = Proxy(self._server.port)
+        self._producer = Producer(self._server.url, self._jobs)
+        self._diary = Diary(folder)
+        url = f"redis://127.0.0.1:{self._proxy.port}/0"
+        procs = -(-options["procs"] // options["services"])
+        self._services = [
+            Service(folder, f"chaos-{number}", url, procs, options["lease"])
+            for number in range(options["services"])
+        ]
+        self._world = World(
+            self._server,
+            self._proxy,
+            self._services,
+            self._diary,
+            self._producer.ledger,
+            rng,
+            options["lease"],
+        )
+        self._shots: list[Shot] = []
+
+    def __call__(self) -> dict[str, Any]:
+        """The report."""
+        started = time.monotonic()
+        self._await_ready()
+        before = descriptors(self._services)
+        self._producer.start()
+        self._shoot()
+        self._producer.finish(LIMIT_S)
+        rest: dict[str, Any] = {"unfinished": await_rest(self._server.client, self._services)}
+        rest["rings not empty"] = rings_not_empty(self._services)
+        rest["descriptors leaked"] = leaked_descriptors(before, self._services)
+        kills = sum(shot.kind in ("supervisor", HOST) or "supervisor" in shot.detail for shot in self._shots)
+        verdict = judge(self._producer.ledger, self._diary, self._server.client, kills)
+        facts = host_facts(self._server.client)
+        rest |= self._end()
+        rows = recoveries(self._shots, self._options["lease"])
+        return {
+            "seed": self._options["seed"],
+            "took_s": round(time.monotonic() - started, 1),
+            "pass": verdict.safe and not any(rest.values()) and quick(rows),
+            "options": self._options,
+            "jobs": verdict_of(verdict),
+            "recovery": rows,
+            "rest": rest,
+            "refusals": self._producer.ledger.refusals,
+            "host": facts,
+        }
+
+    def _await_ready(self) -> None:
+        give_up_at = time.monotonic() + LIMIT_S
+        while not all(service.ready() for service in self._services):
+            if time.monotonic() > give_up_at:
+                raise TimeoutError("the services do not become ready")
+            time.sleep(LOOK_EVERY_S)  # a page sends no event
+
+    def _shoot(self) -> None:
+        """All faults, each in a burst of its share of the jobs; in the time that is given at least."""
+        pace_s = self._options["duration"] / len(self._faults)
+        sent = 0
+        for number, kind in enumerate(tqdm(self._faults, desc="faults", disable=None, file=sys.stderr)):
+            next_at = time.monotonic() + pace_s
+            share = len(self._jobs) * (number + 1) // len(self._faults) - sent
+            sent += share
+            self._producer.burst(share)
+            time.sleep(self._world.rng.uniform(0.0, 0.15))  # at another moment of the burst each time
+            shot = FAULTS[kind](self._world)
+            self._shots.append(shot)
+            self._await_recovery(shot)
+            time.sleep(max(0.0, next_at - time.monotonic()))  # the pace that was asked for
+
+    def _await_recovery(self, shot: Shot) -> None:
+        if not shot.awaited:
+            return
+        give_up_at = shot.mono_s + _RECOVERY_WITHIN_S
+        while time.monotonic() < give_up_at:
+            started = {}
+            for event in reversed(self._diary.read()):
+                if event.mono_s < shot.mono_s - 1.0:
+                    break
+                if event.what == START and event.id in shot.awaited and event.mono_s >= shot.mono_s:
+                    started[event.id] = event.mono_s
+            if started.keys() == shot.awaited:
+                shot.took_s = max(started.values()) - shot.mono_s
+                return
+            time.sleep(LOOK_EVERY_S)  # a file that grows has no event without inotify
+        tqdm.write(f"no recovery from {shot.kind} {shot.detail}: {sorted(shot.awaited)}", file=sys.stderr)
+
+    def _end(self) -> dict[str, Any]:
+        codes = [service.stop() for service in self._services]
+        self._proxy.close()
+        exits = [f"{s.name}: exit {e.code}" for s in self._services for e in s.exits]
+        return {
+            "exit codes": [code for code in codes if code],
+            "ends that nobody asked for": exits,
+            "orphans": [orphan for service in self._services for orphan in service.orphans],
+            "left behind": left_behind(self._folder, self._shm),
+            "tracebacks": self._tracebacks(),
+        }
+
+    def _tracebacks(self) -> list[str]:
+        return [
+            f"{service.name}: {message.get('msg', '')[:200]}"
+            for service in self._services
+            for message in service.messages()
+            if "exception" in message or str(message.get("msg", "")).startswith("Traceback")
+        ]
+
+    def close(self) -> None:
+        """End what is still there, after trouble too."""
+        for service in self._services:
+            service.stop()
+        self._server.stop()
+        self._diary.close()
+
+
+def _kinds(_: click.Context, __: click.Parameter, text: str) -> list[str]:
+    kinds = [kind for kind in text.split(",") if kind]
+    if unknown := [kind for kind in kinds if kind not in FAULTS]:
+        raise click.BadParameter(f"no fault {', '.join(unknown)}; there are: {', '.join(FAULTS)}")
+    return kinds
+
+
+@click.command(help=__doc__)
+@click.option("--jobs", default=20_000, show_default=True, type=click.IntRange(10))
+@click.option("--kills", default=260, show_default=True, type=click.IntRange(1), help="Faults of all kinds.")
+@click.option(
+    "--duration",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Seconds that the faults are spread over at least.",
+)
+@click.option("--faults", default=",".join(KINDS), callback=_kinds, show_default=True,
+              help=f"Kinds, with commas. Beside these: {HOST} (needs --services 2); and "
+              f"{', '.join(DESTRUCTIVE)}, which lose jobs or repeat them by their nature.")  # fmt: skip
+@click.option("--seed", type=int, default=None, help="Of the run to be repeated.  [default: a new one]")
+@click.option("--procs", default=8, show_default=True, type=click.IntRange(1), help="Workers in all.")
+@click.option(
+    "--services", default=1, show_default=True, type=click.IntRange(1), help="Services on this host."
+)
+@click.option("--lease", default=10.0, show_default=True, type=click.FloatRange(1), help="Seconds.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the tables.")
+@click.option("--keep", is_flag=True, help="Keep the folder with logs and events, and print its name.")
+def main(as_json: bool, keep: bool, **options: Any) -> None:
+    """See the help above."""
+    if options["seed"] is None:
+        options["seed"] = random.SystemRandom().randrange(10**6)
+    if HOST in options["faults"] and options["services"] < 2:
+        raise click.UsageError(f"{HOST} needs --services 2: nobody else could take over")
+    print(f"seed {options['seed']}", file=sys.stderr, flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="jobworker-chaos"))
+    try:
+        run = Run(folder, options)
+        try:
+            report = run()
+        finally:
+            run.close()
+    finally:
+        if keep:
+            print(f"kept {folder}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps(report) if as_json else for_people(report))
+    sys.exit(0 if report["pass"] else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""The faults: what is done to which process or connection, and which job's start shows that it is over."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from chaos_diary import Diary
+from chaos_load import GROUP, PROBE_STREAM, STREAM, Ledger, probe
+from chaos_proxy import Proxy
+from chaos_world import LIMIT_S, LOOK_EVERY_S, Server, Service, is_alive
+
+#: How often each kind comes in 260 faults, and the longest recovery that is promised (seconds).
+#: What goes over the network adds the 8 s after which a silent connection is given up.
+KINDS: dict[str, tuple[int, float]] = {
+    "worker": (150, 2.0), "reader": (20, 2.0), "reaper": (15, 2.0), "supervisor": (15, 5.0),
+    "pair": (10, 5.0), "stop": (10, 2.0), "redis": (10, 3.0), "cut": (6, 3.0), "stall": (3, 3.0),
+    "swallow": (3, 10.0), "slow": (3, 3.0), "client-kill": (5, 3.0), "script-flush": (2, 3.0),
+    "busy": (3, 3.0), "readonly": (3, 3.0), "oom": (2, 3.0),
+}  # fmt: skip
+#: Needs a second service: a host is lost for longer than the lease. What is promised is lease + 5 s.
+HOST = "host"
+HOST_MARGIN_S = 5.0
+#: These lose jobs or run them again by their nature, so they are only done when asked for by name.
+DESTRUCTIVE = {"group-delete": 10.0, "stream-delete": 10.0}
+
+
+@dataclass
+class Shot:
+    """A fault that was done. It is over when each awaited job has been started after ``mono_s``."""
+
+    kind: str
+    mono_s: float
+    awaited: frozenset[str]
+    took_s: float | None = None
+    detail: str = ""
+
+
+@dataclass
+class World:
+    """Everything that a fault may touch."""
+
+    server: Server
+    proxy: Proxy
+    services: list[Service]
+    diary: Diary
+    ledger: Ledger
+    rng: random.Random
+    lease_s: float
+    probes: int = 0
+
+    def probe(self, *, by_retry: bool = False) -> frozenset[str]:
+        """Send a job that nothing stands in the way of: on its own stream, or as a retry that is due."""
+        self.probes += 1
+        job = probe(self.probes)
+        self.ledger.planned[job.id] = job
+        give_up_at = time.monotonic() + LIMIT_S
+        while True:
+            try:
+                if by_retry:
+                    self.server.client.zadd(f"retry:{PROBE_STREAM}", {job.fields[b"data"]: time.time()})
+                    self.ledger.confirmed[job.id] = ""
+                else:
+                    self.ledger.confirmed[job.id] = self.server.client.xadd(PROBE_STREAM, job.fields).decode()
+                return frozenset({job.id})
+            except redis.ResponseError:
+                if time.monotonic() > give_up_at:
+                    raise
+                time.sleep(LOOK_EVERY_S)  # refused for now: the fault before has not quite passed
+
+    def service(self) -> Service:
+        """Any of them."""
+        return self.rng.choice(self.services)
+
+    def pids(self, role: str) -> tuple[Service, list[int]]:
+        """Processes of a role, of a service that has some; waits for one."""
+        give_up_at = time.monotonic() + LIMIT_S
+        while True:
+            service = self.service()
+            if pids := service.roles().get(role):
+                return service, pids
+            if time.monotonic() > give_up_at:
+                raise TimeoutError(f"no {role} within {LIMIT_S:.0f} s")
+            time.sleep(LOOK_EVERY_S)
+
+    def pending(self, service: Service) -> set[str]:
+        """Jobs bound to succeed that are pending for a service and were never retried."""
+        ids = {entry: id for id, entry in self.ledger.confirmed.items()}
+        found = set()
+        for consumer in self.server.client.xinfo_consumers(STREAM, GROUP):
+            if consumer["name"].decode().endswith(f"/{service.name}") and consumer["pending"]:
+                rows = self.server.client.xpending_range(STREAM, GROUP, "-", "+", 1000, consumer["name"])
+                found |= {ids.get(row["message_id"].decode(), "") for row in rows}
+        return {id for id in found if id and self.ledger.planned[id].effect}
+
+    def kill(self, role: str) -> int:
+        """SIGKILL a process of a role and wait until it is gone; returns its process id."""
+        service, pids = self.pids(role)
+        if role == "supervisor":
+            service.kill_supervisor()
+            return pids[0]
+        busy = [pid for pid in pids if pid in self.diary.running()]
+        pid = self.rng.choice(busy if busy and self.rng.random() < 0.7 else pids)
+        _send(pid, signal.SIGKILL)
+        _await_end(pid)
+        return pid
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return  # it has ended since we looked
+
+
+def _await_end(pid: int) -> None:
+    give_up_at = time.monotonic() + LIMIT_S
+    while is_alive(pid) and time.monotonic() < give_up_at:
+        time.sleep(0.001)  # another's child: no event
+
+
+def _worker(world: World) -> Shot:
+    """What it had started is awaited; jobs that kill their worker are left out: they may be at their end."""
+    mono_s = time.monotonic()
+    pid = world.kill("worker")
+    held = world.diary.running().get(pid, set())
+    awaited = {id for id in held if world.ledger.planned[id].fate != "poison"}
+    return Shot("worker", mono_s, frozenset(awaited), detail="" if awaited else "idle")
+
+
+def _role(role: str) -> Callable[[World], Shot]:
+    def fault(world: World) -> Shot:
+        mono_s = time.monotonic()
+        world.kill(role)
+        return Shot(role, mono_s, world.probe(by_retry=role == "reaper"))
+
+    return fault
+
+
+def _pair(world: World) -> Shot:
+    """Two roles within a tenth of a second."""
+    first, second = world.rng.sample(["worker", "reader", "reaper", "supervisor", "worker"], 2)
+    mono_s = time.monotonic()
+    world.kill(first)
+    time.sleep(world.rng.uniform(0, 0.1))  # the fault is the distance in time
+    world.kill(second)
+    return Shot("pair", mono_s, world.probe() | world.probe(by_retry=True), detail=f"{first}+{second}")
+
+
+def _stop(world: World) -> Shot:
+    """Stopped, then continued: a worker at times past its job's limit, so that it is killed."""
+    role = world.rng.choice(["worker", "reader", "reaper", "supervisor"])
+    _, pids = world.pids(role)
+    pid = world.rng.choice(pids)
+    _send(pid, signal.SIGSTOP)
+    time.sleep(world.rng.uniform(0.2, 4.0))  # the fault is a length of time
+    _send(pid, signal.SIGCONT)
+    return Shot("stop", time.monotonic(), world.probe() | world.probe(by_retry=True), detail=role)
+
+
+def _redis(world: World) -> Shot:
+    """Killed and started again on its data; at times a role is killed while it is away."""
+    world.server.kill()
+    away_s = world.rng.uniform(0.1, 2.0)
+    detail = ""
+    if world.rng.random() < 0.2:
+        detail = world.rng.choice(["worker", "reader", "reaper"])
+        world.kill(detail)
+    time.sleep(away_s)  # the fault is a length of time
+    world.server.start()
+    return Shot("redis", time.monotonic(), world.probe() | world.probe(by_retry=True), detail=detail)
+
+
+def _cut(world: World) -> Shot:
+    mono_s = time.monotonic()
+    world.proxy.cut()
+    return Shot("cut", mono_s, world.probe() | world.probe(by_retry=True))
+
+
+def _for_a_while(
+    kind: str, least_s: float, most_s: float, switch: Callable[[World, bool], None]
+) -> Callable[[World], Shot]:
+    def fault(world: World) -> Shot:
+        length_s = world.rng.uniform(least_s, most_s)
+        switch(world, True)
+        try:
+            time.sleep(length_s)  # the fault is a length of time
+        finally:
+            switch(world, False)
+        mono_s = time.monotonic()
+        awaited = world.probe() | world.probe(by_retry=True)
+        return Shot(kind, mono_s, awaited, detail=f"{length_s:.1f} s")
+
+    return fault
+
+
+def _readonly(world: World, on: bool) -> None:
+    # A replica of a host that is not there keeps its data and refuses writes.
+    world.server.client.replicaof(*(("127.0.0.1", 1) if on else ("NO", "ONE")))
+
+
+def _out_of_memory(world: World, on: bool) -> None:
+    world.server.client.config_set("maxmemory", "1" if on else "0")
+
+
+def _busy(world: World) -> Shot:
+    """A script of somebody else that does not end, until it is killed."""
+    connection: Any = redis.Redis.from_url(world.server.url, protocol=2).connection_pool.make_connection()
+    connection.connect()
+    connection.send_command("EVAL", "while true do end", 0)
+    time.sleep(world.rng.uniform(0.3, 1.5))  # the fault is a length of time
+    world.server.client.execute_command("SCRIPT", "KILL")
+    connection.disconnect()
+    return Shot("busy", time.monotonic(), world.probe() | world.probe(by_retry=True))
+
+
+def _command(kind: str, *command: str) -> Callable[[World], Shot]:
+    def fault(world: World) -> Shot:
+        mono_s = time.monotonic()
+        world.server.client.execute_command(*command)
+        return Shot(kind, mono_s, world.probe() | world.probe(by_retry=True))
+
+    return fault
+
+
+def _host(world: World) -> Shot:
+    """A service is gone for longer than the lease; another takes over all that it had been given."""
+    service = world.service()
+    service.hold(True)
+    mono_s = time.monotonic()
+    service.kill_supervisor()
+    awaited = world.pending(service)
+    time.sleep(world.lease_s + HOST_MARGIN_S)  # the fault is a length of time
+    service.hold(False)
+    return Shot(HOST, mono_s, frozenset(awaited), detail="" if awaited else "idle")
+
+
+FAULTS: dict[str, Callable[[World], Shot]] = {
+    "worker": _worker,
+    "reader": _role("reader"),
+    "reaper": _role("reaper"),
+    "supervisor": _role("supervisor"),
+    "pair": _pair,
+    "stop": _stop,
+    "redis": _redis,
+    "cut": _cut,
+    "stall": _for_a_while("stall", 0.5, 7.0, lambda world, on: world.proxy.stall(on)),
+    "swallow": _for_a_while("swallow", 0.5, 3.0, lambda world, on: world.proxy.swallow(on)),
+    "slow": _for_a_while("slow", 1.0, 3.0, lambda world, on: world.proxy.delay(0.2 if on else 0.0)),
+    "client-kill": _command("client-kill", "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"),
+    "script-flush": _command("script-flush", "SCRIPT", "FLUSH"),
+    "busy": _busy,
+    "readonly": _for_a_while("readonly", 0.2, 2.0, _readonly),
+    "oom": _for_a_while("oom", 0.2, 2.0, _out_of_memory),
+    HOST: _host,
+    "group-delete": _command("group-delete", "XGROUP", "DESTROY", "chaos:jobs", "chaos"),
+    "stream-delete": _command("stream-delete", "DEL", "chaos:jobs"),
+}
+
+
+def schedule(kinds: Sequence[str], total: int, rng: random.Random) -> list[str]:
+    """So many faults in random order: each kind at least once, otherwise in the shares of `KINDS`."""
+    weights = [KINDS[kind][0] if kind in KINDS else 5 for kind in kinds]
+    counts = [max(1, total * weight // sum(weights)) for weight in weights]
+    while sum(counts) > max(total, len(kinds)):
+        counts[counts.index(max(counts))] -= 1
+    while sum(counts) < total:
+        counts[weights.index(max(weights))] += 1
+    order = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
+    rng.shuffle(order)
+    return order
+
+
+def limit_s(kind: str, lease_s: float) -> float:
+    """The longest recovery that is promised."""
+    if kind == HOST:
+        return lease_s + HOST_MARGIN_S
+    return KINDS[kind][1] if kind in KINDS else DESTRUCTIVE[kind]

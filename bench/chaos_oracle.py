@@ -1,0 +1,174 @@
+"""The verdict: every job that the server confirmed against what handlers wrote and what is dead-lettered."""
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from chaos_diary import END, FAIL, START, Diary, Event
+from chaos_load import PROBE_STREAM, STREAM, Ledger, Planned
+
+#: Reasons that a dead letter may give for a fate. A job that always fails and is cut off by kills too may be
+#: given up for either.
+_REASONS = {
+    "poison": {"poison"},
+    "permanent": {"permanent"},
+    "exhausted": {"exhausted", "poison", "timeout"},
+    "malformed": {"malformed"},
+    "unknown_type": {"unknown_type"},
+}
+#: Deaths after which a job is given up, whoever caused them.
+_MAX_DEATHS = 3
+#: A backoff's lower end: initial 0.1 s, factor 2, spread by a tenth, less a little for two clocks' rounding.
+_RETRY_INITIAL_S, _RETRY_MAX_S, _EARLIEST = 0.1, 2.0, 0.9
+_ROUNDING_S = 0.005
+
+
+class Letter(NamedTuple):
+    """A dead letter, told by the id of its job; empty where no job of ours is in it."""
+
+    id: str
+    reason: str
+    deaths: int
+
+
+@dataclass
+class Verdict:
+    """Ids by what is wrong with them. ``repeated`` and ``cut_off`` are no faults: they are counted."""
+
+    confirmed: int = 0
+    unanswered: int = 0
+    lost: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    effect_duplicates: list[str] = field(default_factory=list)
+    letters_missing: list[str] = field(default_factory=list)
+    letters_unexpected: list[str] = field(default_factory=list)
+    letters_repeated: list[str] = field(default_factory=list)
+    letters_wrong_reason: list[str] = field(default_factory=list)
+    poison_starts: dict[int, int] = field(default_factory=dict)
+    poison_starts_over: list[str] = field(default_factory=list)
+    retries_early: list[str] = field(default_factory=list)
+    repeated: int = 0
+    repeated_jobs: int = 0
+    cut_off: list[str] = field(default_factory=list)
+    executions: int = 0
+    dead_letters: int = 0
+
+    @property
+    def safe(self) -> bool:
+        """Whether every promise about jobs was kept."""
+        return not (
+            self.lost or self.unexpected or self.effect_duplicates or self.letters_missing
+            or self.letters_unexpected or self.letters_repeated or self.letters_wrong_reason
+            or self.poison_starts_over or self.retries_early
+        )  # fmt: skip
+
+
+def judge(ledger: Ledger, diary: Diary, client: Any, supervisor_kills: int) -> Verdict:
+    """Look at everything once the system is at rest."""
+    verdict = Verdict(len(ledger.confirmed), len(ledger.unanswered))
+    events = diary.read()
+    letters = _letters(client, ledger)
+    _count_executions(verdict, events)
+    _check_effects(verdict, ledger, diary.effects())
+    _check_letters(verdict, ledger, letters, _cut_off(events))
+    _check_poison(verdict, ledger, events, supervisor_kills)
+    _check_backoff(verdict, events)
+    known = ledger.planned.keys()
+    verdict.unexpected += sorted({event.id for event in events} - known)
+    return verdict
+
+
+def _letters(client: Any, ledger: Ledger) -> list[Letter]:
+    by_entry = {entry: id for id, entry in ledger.confirmed.items() if entry}
+    found = []
+    for stream in (STREAM, PROBE_STREAM):
+        for _, fields in client.xrange(f"dlq:{stream}"):
+            found.append(_letter(json.loads(fields[b"data"]), by_entry, ledger.planned))
+    return found
+
+
+def _letter(letter: dict[str, Any], by_entry: dict[str, str], planned: dict[str, Planned]) -> Letter:
+    id = (letter["task"] or {}).get("id", "")
+    if not id:
+        raw = base64.b64decode(letter.get("raw") or "")
+        id = by_entry.get(letter["original_id"], "") or _named_in(raw, planned)
+    return Letter(id, letter["reason"], letter.get("deaths") or 0)
+
+
+def _named_in(raw: bytes, planned: dict[str, Planned]) -> str:
+    at = raw.find(b"job-")
+    id = raw[at : at + len("job-000000")].decode("latin-1") if at >= 0 else ""
+    return id if id in planned else ""
+
+
+def _count_executions(verdict: Verdict, events: Iterable[Event]) -> None:
+    ends = Counter(event.id for event in events if event.what == END)
+    verdict.executions = sum(ends.values())
+    verdict.repeated = sum(count - 1 for count in ends.values())
+    verdict.repeated_jobs = sum(count > 1 for count in ends.values())
+
+
+def _check_effects(verdict: Verdict, ledger: Ledger, effects: dict[str, list[str]]) -> None:
+    for id, planned in ledger.planned.items():
+        keys = effects.get(id, [])
+        if id in ledger.confirmed and planned.effect and planned.effect not in keys:
+            verdict.lost.append(id)
+        if len(keys) > 1 or (keys and keys != [planned.effect]):
+            verdict.effect_duplicates.append(id)
+    verdict.unexpected += sorted(effects.keys() - ledger.planned.keys())
+
+
+def _cut_off(events: Iterable[Event]) -> Counter[str]:
+    """How many tries of each job were started and not ended: their worker died or was killed."""
+    open_tries: Counter[str] = Counter()
+    for event in events:
+        open_tries[event.id] += 1 if event.what == START else -1
+    return open_tries
+
+
+def _check_letters(
+    verdict: Verdict, ledger: Ledger, letters: Sequence[Letter], cut_off: Counter[str]
+) -> None:
+    verdict.dead_letters = len(letters)
+    counts = Counter(letter.id for letter in letters)
+    verdict.letters_repeated = sorted(id for id, count in counts.items() if count > 1)
+    for letter in letters:
+        planned = ledger.planned.get(letter.id)
+        reasons = _REASONS.get(planned.fate, set()) if planned else set()
+        if letter.reason in reasons:
+            continue
+        if letter.reason == "poison" and cut_off[letter.id] >= _MAX_DEATHS:
+            verdict.cut_off.append(letter.id)  # killed three times by us: given up as promised
+        elif reasons:
+            verdict.letters_wrong_reason.append(f"{letter.id}: {letter.reason}")
+        else:
+            verdict.letters_unexpected.append(f"{letter.id}: {letter.reason}")
+    expected = {id for id in ledger.confirmed if not ledger.planned[id].effect}
+    verdict.letters_missing = sorted(expected - counts.keys())
+    verdict.lost = sorted(set(verdict.lost) - set(verdict.cut_off))
+
+
+def _check_poison(verdict: Verdict, ledger: Ledger, events: Iterable[Event], supervisor_kills: int) -> None:
+    starts = Counter(
+        event.id for event in events
+        if event.what == START and event.id in ledger.planned and ledger.planned[event.id].fate == "poison"
+    )  # fmt: skip
+    verdict.poison_starts = dict(sorted(Counter(starts.values()).items()))
+    most = _MAX_DEATHS + supervisor_kills
+    verdict.poison_starts_over = sorted(id for id, count in starts.items() if count > most)
+
+
+def _check_backoff(verdict: Verdict, events: Iterable[Event]) -> None:
+    """No try begins before the pause after the one before is over."""
+    failed: dict[str, Event] = {}
+    for event in events:
+        before = failed.get(event.id)
+        if event.what == FAIL:
+            failed[event.id] = event
+        elif event.what == START and before and event.retry_count > before.retry_count:
+            least_s = min(_RETRY_MAX_S, _RETRY_INITIAL_S * 2.0**event.retry_count) * _EARLIEST - _ROUNDING_S
+            if event.mono_s - before.mono_s < least_s:
+                verdict.retries_early.append(f"{event.id}: {event.mono_s - before.mono_s:.3f} s")

@@ -1,0 +1,63 @@
+"""What came of it, for machines and for people."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from chaos_faults import Shot, limit_s
+from chaos_oracle import Verdict
+from hosts import table
+
+#: Ids of each fault that are shown; the rest are counted.
+_SHOWN = 8
+
+
+def recoveries(shots: Sequence[Shot], lease_s: float) -> dict[str, dict[str, Any]]:
+    """By kind: how many, how many showed a recovery, its p50, p99 and maximum, and the promised limit."""
+    found = {}
+    for kind in sorted({shot.kind for shot in shots}):
+        of_kind = [shot for shot in shots if shot.kind == kind]
+        took = sorted(shot.took_s for shot in of_kind if shot.took_s is not None)
+        missed = sum(shot.took_s is None and bool(shot.awaited) for shot in of_kind)
+        found[kind] = {
+            "faults": len(of_kind), "measured": len(took), "missed": missed,
+            "p50_s": _percentile(took, 0.5), "p99_s": _percentile(took, 0.99),
+            "max_s": round(took[-1], 3) if took else None, "limit_s": limit_s(kind, lease_s),
+        }  # fmt: skip
+    return found
+
+
+def _percentile(ordered: Sequence[float], share: float) -> float | None:
+    """The nearest-rank percentile of ordered values."""
+    return round(ordered[max(0, math.ceil(share * len(ordered)) - 1)], 3) if ordered else None
+
+
+def quick(rows: dict[str, dict[str, Any]]) -> bool:
+    """Whether every recovery was seen and kept its limit."""
+    return all(row["missed"] == 0 and (row["max_s"] or 0) <= row["limit_s"] for row in rows.values())
+
+
+def verdict_of(verdict: Verdict) -> dict[str, Any]:
+    """Plain values."""
+    return {"safe": verdict.safe, **asdict(verdict)}
+
+
+def for_people(report: dict[str, Any]) -> str:
+    """Two tables and the verdict."""
+    rows = [("fault", "done", "measured", "missed", "p50 s", "p99 s", "max s", "limit s")]
+    for kind, row in report["recovery"].items():
+        cells = ("faults", "measured", "missed", "p50_s", "p99_s", "max_s", "limit_s")
+        rows.append((kind, *("-" if row[cell] is None else str(row[cell]) for cell in cells)))
+    counts = [("", ""), *((name, _shown(value)) for name, value in report["jobs"].items())]
+    rest = [(name, _shown(value)) for name, value in report["rest"].items()]
+    lines = [table(rows), table(counts), table([("at rest", ""), *rest])]
+    lines.append(f"seed {report['seed']}, {report['took_s']} s: {'PASS' if report['pass'] else 'FAIL'}")
+    return "\n\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        more = f" and {len(value) - _SHOWN} more" if len(value) > _SHOWN else ""
+        return f"{len(value)}" + (f": {', '.join(map(str, value[:_SHOWN]))}{more}" if value else "")
+    return str(value)
