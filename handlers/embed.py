@@ -5,16 +5,17 @@ import os
 from collections.abc import Iterable, Sequence
 
 from jobworker.handlers.encoder import Encoder, TextTooLong, Vectors, load_encoder
+from jobworker.handlers.fenced import Edition, FencedWriter
 from jobworker.handlers.payload import DEFAULT_COLLECTION, Work, read_work
 from jobworker.handlers.vector_types import Row, VectorStore, VectorStoreError
-from jobworker.worker import Job, PermanentError, Settings
+from jobworker.worker import Fence, Job, PermanentError, Settings, open_fence
 
 log = logging.getLogger("jobworker.embed")
 
 
 # Jobs go by their place in the batch, which is also where their outcome goes.
 _Works = dict[int, Work]
-_Group = dict[int, list[Row]]
+_Group = dict[int, Edition]
 _Outcomes = list[BaseException | None]
 
 
@@ -24,13 +25,16 @@ class EmbeddingBatch:
     The same job run twice leaves the same rows; of two jobs in a batch that write the same id the later wins,
     and so does the later of two texts in one job. The field `text_content` holds 65,535 bytes: a longer text
     is stored up to there, cut between characters, while its vector covers all of it. A bad job fails alone.
+    Where jobs carry a version, what a newer one wrote or removed stays so, in whatever order they come.
     """
 
     max_batch = 32
     timeout = 120.0
 
-    def __init__(self, encoder: Encoder | None = None, store: VectorStore | None = None) -> None:
-        self._given_encoder, self._given_store = encoder, store
+    def __init__(
+        self, encoder: Encoder | None = None, store: VectorStore | None = None, fence: Fence | None = None
+    ) -> None:
+        self._given_encoder, self._given_store, self._given_fence = encoder, store, fence
         self._known: set[str] = set()
         #: Running totals of the encoder, kept up to date in place once `setup` has run.
         self.counters: dict[str, int] = {}
@@ -49,6 +53,8 @@ class EmbeddingBatch:
             token_budget=settings.token_budget,
         )
         self._store = self._given_store or _open_store(settings)
+        fence = self._given_fence or open_fence(settings.redis_url)
+        self._writer = FencedWriter(self._store, fence, prefix=settings.milvus_prefix)
         self.counters = self._encoder.counters
         self._ensure(DEFAULT_COLLECTION)
         log.info(
@@ -76,9 +82,10 @@ class EmbeddingBatch:
         works = _read_all(jobs, outcomes)
         groups: dict[str, _Group] = {}
         for place, vectors in self._embed(works, outcomes).items():
-            work = works[place]
-            rows = groups.setdefault(work.collection, {})[place] = work.rows(vectors)
-            _tell_clipped(jobs[place], work, rows)
+            work, job = works[place], jobs[place]
+            rows = work.rows(vectors)
+            _tell_clipped(job, work, rows)
+            groups.setdefault(work.collection, {})[place] = Edition(job.id, rows, work.version, work.replace)
         for collection, group in groups.items():
             self._store_group(collection, group, outcomes)
         return outcomes
@@ -119,13 +126,13 @@ class EmbeddingBatch:
         clash = _ids_clash(group)
         error = None if clash else self._upsert(collection, group)
         alone = clash or isinstance(error, PermanentError)
-        for place, rows in group.items():
-            outcomes[place] = self._upsert(collection, {place: rows}) if alone else error
+        for place, edition in group.items():
+            outcomes[place] = self._upsert(collection, {place: edition}) if alone else error
 
     def _upsert(self, collection: str, group: _Group) -> Exception | None:
         try:
             self._ensure(collection)
-            self._store.upsert(collection, [row for rows in group.values() for row in rows])
+            self._writer.write(collection, list(group.values()))
         except VectorStoreError as error:
             # The next try looks whether the collection is still there.
             self._known.discard(collection)
@@ -186,6 +193,6 @@ def _ids_clash(group: _Group) -> bool:
     owner: dict[str, tuple[str, str]] = {}
     return any(
         owner.setdefault(row.id, (row.tenant_id, row.project_id)) != (row.tenant_id, row.project_id)
-        for rows in group.values()
-        for row in rows
+        for edition in group.values()
+        for row in edition.rows
     )

@@ -74,6 +74,20 @@ class MemoryVectors:
         own = {row.id: row for row in self._of(name, tenant_id, project_id)}
         return [own[row_id] for row_id in wanted if row_id in own]
 
+    def versions(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> dict[str, int]:
+        """Return the versions of rows by id; see VectorStore."""
+        return {
+            row.id: row.version for row in self.get(name, ids, tenant_id=tenant_id, project_id=project_id)
+        }
+
+    def chapter_versions(
+        self, name: str, chapter_id: str, *, tenant_id: str, project_id: str
+    ) -> dict[str, int]:
+        """Return the versions of a chapter's rows by id; see VectorStore."""
+        scalars.check_id("chapter_id", chapter_id)
+        rows = self._of(name, tenant_id, project_id)
+        return {row.id: row.version for row in rows if getattr(row, "chapter_id", None) == chapter_id}
+
     def delete(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> None:
         """Remove rows by id; see VectorStore."""
         gone = self.get(name, ids, tenant_id=tenant_id, project_id=project_id)

@@ -26,7 +26,8 @@ class Work(NamedTuple):
     chapter_ids: list[str]
     story_times: list[int]
     segment_types: list[str]
-    version: int
+    version: int | None
+    replace: bool
 
     def rows(self, vectors: Vector) -> list[Row]:
         """Rows for the store from vectors (texts, dim); of a text too long for its field the beginning."""
@@ -40,7 +41,17 @@ class Work(NamedTuple):
             strict=True,
         )
         return [
-            Row(id_, vector, self.tenant_id, self.project_id, chapter, time, kind, clip(text), self.version)
+            Row(
+                id_,
+                vector,
+                self.tenant_id,
+                self.project_id,
+                chapter,
+                time,
+                kind,
+                clip(text),
+                self.version or 0,
+            )
             for id_, vector, chapter, time, kind, text in columns
         ]
 
@@ -61,6 +72,7 @@ def read_work(job: Job) -> Work:
         _check_owner(field, owner, payload.get(field))
     ids = _column(payload, "ids", None, _id)
     texts = _column(payload, "texts", len(ids), _text)
+    version = payload.get("version")
     return Work(
         job.tenant_id,
         job.project_id,
@@ -70,8 +82,18 @@ def read_work(job: Job) -> Work:
         _optional(payload, "chapter_ids", ids, _id_or_none, ""),
         _optional(payload, "story_times", ids, _int64, 0),
         _optional(payload, "segment_types", ids, _segment_type, ""),
-        _check("version", _given(payload, "version", 0), _int64),
+        None if version is None else _check("version", version, _int64),
+        _replace(payload),
     )
+
+
+def _replace(payload: dict[str, Any]) -> bool:
+    """Whether the chapters are replaced as wholes; that needs to know which, and by which version."""
+    replace = _check("replace", _given(payload, "replace", False), _bool)
+    missing = [field for field in ("chapter_ids", "version") if payload.get(field) is None]
+    if replace and missing:
+        raise PermanentError(f"replace needs {' and '.join(missing)}")
+    return bool(replace)
 
 
 # A rule returns None for a good value, else what a good one looks like.
@@ -146,6 +168,10 @@ def _int64(value: Any) -> str | None:
     # JSON's true is no number, though Python's is.
     good = isinstance(value, int) and not isinstance(value, bool) and INT64_MIN <= value <= INT64_MAX
     return None if good else "a 64-bit integer"
+
+
+def _bool(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "true or false"
 
 
 def _is_unicode(text: str) -> bool:

@@ -138,6 +138,17 @@ class VectorStore(Protocol):
     ) -> list[AnyRow]:
         """Return those rows of one tenant and project whose id is in `ids`, in the order of `ids`."""
 
+    def versions(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> dict[str, int]:
+        """Return id -> version of those rows of one tenant and project, every finished write included.
+
+        A row that carries no version has 0.
+        """
+
+    def chapter_versions(
+        self, name: str, chapter_id: str, *, tenant_id: str, project_id: str
+    ) -> dict[str, int]:
+        """Return id -> version of all rows of a chapter, every finished write included."""
+
     def delete(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> None:
         """Remove those rows of one tenant and project whose id is in `ids`; absent ids are no error."""
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from jobworker.handlers import scalars
-from jobworker.handlers.milvus_collection import Known, known_of, refuse_unusable
+from jobworker.handlers.milvus_collection import Known, known_of
 from jobworker.handlers.milvus_errors import NoCollection, NotLoaded
+from jobworker.handlers.milvus_tables import MilvusTables, milvus_link, once
 from jobworker.handlers.vector_types import (
     AnyHit,
     AnyRow,
@@ -67,6 +68,7 @@ class MilvusVectors:
     def __init__(self, link: "MilvusLink", *, prefix: str, partitions: Partitions) -> None:
         self._link, self._timeout_s = link, link.timeout_s
         self._prefix, self._named = prefix, partitions == "named"
+        self._tables = MilvusTables(link, named=self._named)
         self._known: dict[str, Known] = {}
         self._ensured: dict[str, int] = {}
         self._partitions_seen: set[tuple[str, str]] = set()
@@ -79,17 +81,7 @@ class MilvusVectors:
 
     def ensure_collection(self, name: str, dim: int) -> None:
         """Make and load the collection; see VectorStore."""
-        alias = self._full(name)
-        described = self._describe(alias)
-        if described is None:
-            self._create(alias, scalars.schema_of(name), dim)
-            described = self._describe(alias)
-        if described is None:
-            raise TransientStoreError(f"collection {alias} was made but is not there yet")
-        server = self._link.server()
-        refuse_unusable(alias, described, dim, named=self._named, server=server)
-        self._once(lambda: self._has_index(alias), lambda: self._create_index(alias))
-        self._load(alias)
+        described = self._tables.ensure(self._full(name), scalars.schema_of(name), dim)
         self._known[name], self._ensured[name] = known_of(described), dim
 
     def upsert(self, name: str, rows: Sequence[AnyRow]) -> None:
@@ -152,6 +144,27 @@ class MilvusVectors:
             rows = (scalars.row_of(schema, row) for row in self._query(name, only, fields, strong=strong))
             found.update((row.id, row) for row in rows if scalars.owner(row) == (tenant_id, project_id))
         return [found[row_id] for row_id in wanted if row_id in found]
+
+    def versions(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> dict[str, int]:
+        """Return the versions of rows by id; see VectorStore."""
+        found: dict[str, int] = {}
+        for part in scalars.chunks(list(dict.fromkeys(ids)), MAX_REQUEST_ROWS):
+            found |= self._versions(name, scalars.ids_filter(part), tenant_id, project_id)
+        return found
+
+    def chapter_versions(
+        self, name: str, chapter_id: str, *, tenant_id: str, project_id: str
+    ) -> dict[str, int]:
+        """Return the versions of a chapter's rows by id; see VectorStore."""
+        chapter = f'chapter_id == "{scalars.check_id("chapter_id", chapter_id)}"'
+        where = f"{chapter} and {scalars.scope_filter(tenant_id, project_id)}"
+        return self._versions(name, where, tenant_id, project_id)
+
+    def _versions(self, name: str, where: str, tenant_id: str, project_id: str) -> dict[str, int]:
+        fields = ["id", "tenant_id", "project_id", *(["version"] if self._know(name).takes_version else [])]
+        rows = self._query(name, where, fields, strong=True)
+        own = (row for row in rows if (row["tenant_id"], row["project_id"]) == (tenant_id, project_id))
+        return {row["id"]: int(row.get("version", 0)) for row in own}
 
     def delete(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> None:
         """Remove rows by id; see VectorStore."""
@@ -224,7 +237,7 @@ class MilvusVectors:
         for row in rows:
             groups.setdefault(scalars.partition_name(*scalars.owner(row)), []).append(row)
         for partition, group in groups.items():
-            self._once(
+            once(
                 lambda partition=partition: self._has_partition(name, partition),  # type: ignore[misc]
                 lambda partition=partition: self._create_partition(name, partition),  # type: ignore[misc]
             )
@@ -263,7 +276,7 @@ class MilvusVectors:
         return self._known[name]
 
     def _look(self, name: str) -> Known:
-        described = self._describe(self._full(name))
+        described = self._tables.describe(self._full(name))
         if described is None:
             raise PermanentStoreError(f"collection {self._full(name)} does not exist")
         return known_of(described)
@@ -275,62 +288,6 @@ class MilvusVectors:
             self._known[name] = self._look(name)
         return self._known[name].dim
 
-    def _describe(self, full_name: str) -> dict[str, Any] | None:
-        """Return the server's description of a collection or alias, None where there is none."""
-        try:
-            described: dict[str, Any] = self._link.attempt(
-                full_name, lambda client: client.describe_collection(full_name, timeout=self._timeout_s)
-            )
-        except NoCollection:
-            return None
-        return described
-
-    def _create(self, alias: str, schema: scalars.Schema, dim: int) -> None:
-        """Make collection, index and alias, each step only if it is missing: many workers start at once."""
-        target = f"{alias}_v1"
-        self._once(
-            lambda: self._describe(target) is not None, lambda: self._create_table(target, schema, dim)
-        )
-        self._once(lambda: self._has_index(target), lambda: self._create_index(target))
-        self._once(lambda: self._describe(alias) is not None, lambda: self._create_alias(target, alias))
-
-    def _create_table(self, target: str, schema: scalars.Schema, dim: int) -> None:
-        key = not self._named and self._link.server().keeps_partition_keys
-        options = milvus_link().table(schema, dim, key=key)
-        self._link.attempt(
-            target, lambda client: client.create_collection(target, timeout=self._timeout_s, **options)
-        )
-
-    def _has_index(self, full_name: str) -> bool:
-        found = self._link.attempt(
-            full_name, lambda client: client.list_indexes(full_name, "vector", timeout=self._timeout_s)
-        )
-        return bool(found)
-
-    def _create_index(self, full_name: str) -> None:
-        params = milvus_link().index()
-        self._link.attempt(
-            full_name, lambda client: client.create_index(full_name, params, timeout=self._timeout_s)
-        )
-
-    def _create_alias(self, target: str, alias: str) -> None:
-        self._link.attempt(alias, lambda client: client.create_alias(target, alias, timeout=self._timeout_s))
-
-    def _load(self, full_name: str) -> None:
-        self._link.attempt(
-            full_name, lambda client: client.load_collection(full_name, timeout=self._timeout_s)
-        )
-
-    def _once(self, done: Callable[[], bool], do: Callable[[], None]) -> None:
-        """Do a step unless it is done; an error is none where another process did the step meanwhile."""
-        if done():
-            return
-        try:
-            do()
-        except VectorStoreError:
-            if not done():
-                raise
-
     # ---- calls and their errors
 
     def _call(self, name: str, do: Callable[[Any], T]) -> T:
@@ -338,7 +295,7 @@ class MilvusVectors:
         try:
             return self._link.attempt(name, do)
         except NotLoaded:
-            self._load(self._full(name))
+            self._tables.load(self._full(name))
         except NoCollection:
             self._forget(name)
             if name not in self._ensured:
@@ -349,13 +306,6 @@ class MilvusVectors:
     def _forget(self, name: str) -> None:
         self._known.pop(name, None)
         self._partitions_seen = {seen for seen in self._partitions_seen if seen[0] != name}
-
-
-def milvus_link() -> Any:
-    """Import the side that talks to pymilvus only where it is used: that costs 0.7 s and 130 MB."""
-    from jobworker.handlers import milvus_link
-
-    return milvus_link
 
 
 def consistency(strong: bool) -> dict[str, str]:

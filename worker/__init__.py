@@ -1,18 +1,28 @@
 """What a handler's author and a producer in Python use; everything else is the service's own."""
 
 from .envelope import Job
-from .errors import ConfigurationError, PermanentError, Unavailable
+from .errors import ConfigurationError, Fenced, PermanentError, StoreUnavailable, Unavailable
+from .fence import Admission, Fence, Intent, Rebuilds, Taken, open_fence, open_rebuilds
 from .handler import Handler
 from .producer import NewJob, Producer
 from .settings import Settings
 
 __all__ = [
+    "Admission",
     "ConfigurationError",
+    "Fence",
+    "Fenced",
     "Handler",
+    "Intent",
     "Job",
     "NewJob",
     "PermanentError",
     "Producer",
+    "Rebuilds",
     "Settings",
+    "StoreUnavailable",
+    "Taken",
     "Unavailable",
+    "open_fence",
+    "open_rebuilds",
 ]

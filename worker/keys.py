@@ -54,6 +54,27 @@ def fence_key(stream: str, *, cluster: bool = False) -> str:
     return _derived("fence", stream, cluster)
 
 
+class WritesKeys(NamedTuple):
+    """What is known of the writes to one collection; one hash tag, so that a cluster keeps them together.
+
+    `writers`: hash attempt -> end of its lease in ms. `held`: hash id or chapter -> end of the lease, owner.
+    `floors`: hash chapter -> version that replaced it last. `rebuild`: hash, the state of a rebuild.
+    `journal`, `doing`: sets of ids written while a rebuild runs.
+    """
+
+    writers: str
+    held: str
+    floors: str
+    rebuild: str
+    journal: str
+    doing: str
+
+
+def writes_keys(collection: str) -> WritesKeys:
+    """The keys of a collection by its full name."""
+    return WritesKeys(*(f"writes:{{{collection}}}:{field}" for field in WritesKeys._fields))
+
+
 def consumer_name(host: str, instance: str) -> str:
     """The consumer that one service reads as; stable over restarts, so that it finds its own again."""
     return f"{host}/{instance}"

@@ -21,6 +21,7 @@ Reply = Any
 #: Scripts that act for a reader: the check of its epoch and of ownership goes before them.
 _READER_SCRIPTS = frozenset({"settle", "charge", "renew", "release", "take_over"})
 _OTHER_SCRIPTS = frozenset({"acquire", "promote", "schedule", "trim", "remove_consumers"})
+_FENCE_SCRIPTS = frozenset({"admit", "note", "leave", "rebuild_begin", "rebuild_save", "journal"})
 #: Commands in one send: while the server works on one lot, we pack the next.
 _PIPELINE_COMMANDS = 250
 
@@ -31,7 +32,7 @@ def _source(name: str) -> bytes:
     return (folder / "reader.lua").read_bytes() + body if name in _READER_SCRIPTS else body
 
 
-_SOURCES = {name: _source(name) for name in sorted(_READER_SCRIPTS | _OTHER_SCRIPTS)}
+_SOURCES = {name: _source(name) for name in sorted(_READER_SCRIPTS | _OTHER_SCRIPTS | _FENCE_SCRIPTS)}
 _SHAS = {name: hashlib.sha1(source, usedforsecurity=False).hexdigest() for name, source in _SOURCES.items()}
 
 

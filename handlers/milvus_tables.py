@@ -1,0 +1,100 @@
+"""Collections of a Milvus server as wholes: make, load, look at, and what a name stands for."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from jobworker.handlers import scalars
+from jobworker.handlers.milvus_collection import refuse_unusable
+from jobworker.handlers.milvus_errors import NoCollection
+from jobworker.handlers.vector_types import TransientStoreError, VectorStoreError
+
+if TYPE_CHECKING:
+    from jobworker.handlers.milvus_link import MilvusLink
+
+
+def milvus_link() -> Any:
+    """Import the side that talks to pymilvus only where it is used: that costs 0.7 s and 130 MB."""
+    from jobworker.handlers import milvus_link
+
+    return milvus_link
+
+
+def once(done: Callable[[], bool], do: Callable[[], None]) -> None:
+    """Do a step unless it is done; an error is none where another process did the step meanwhile."""
+    if done():
+        return
+    try:
+        do()
+    except VectorStoreError:
+        if not done():
+            raise
+
+
+class MilvusTables:
+    """Every method raises VectorStoreError; names are full ones, of collections or aliases."""
+
+    def __init__(self, link: "MilvusLink", *, named: bool) -> None:
+        self._link, self._timeout_s, self._named = link, link.timeout_s, named
+
+    def ensure(self, alias: str, schema: scalars.Schema, dim: int) -> dict[str, Any]:
+        """Make, check and load a collection and its alias; returns the server's description."""
+        described = self.describe(alias)
+        if described is None:
+            self._create(alias, schema, dim)
+            described = self.describe(alias)
+        if described is None:
+            raise TransientStoreError(f"collection {alias} was made but is not there yet")
+        refuse_unusable(alias, described, dim, named=self._named, server=self._link.server())
+        once(lambda: self.has_index(alias), lambda: self.create_index(alias))
+        self.load(alias)
+        return described
+
+    def describe(self, name: str) -> dict[str, Any] | None:
+        """Return the server's description of a collection or alias, None where there is none."""
+        try:
+            described: dict[str, Any] = self._link.attempt(
+                name, lambda client: client.describe_collection(name, timeout=self._timeout_s)
+            )
+        except NoCollection:
+            return None
+        return described
+
+    def _create(self, alias: str, schema: scalars.Schema, dim: int) -> None:
+        """Make collection, index and alias, each step only if it is missing: many workers start at once."""
+        target = f"{alias}_v1"
+        self.create(target, schema, dim)
+        once(
+            lambda: self.describe(alias) is not None,
+            lambda: self._run(
+                alias, lambda client: client.create_alias(target, alias, timeout=self._timeout_s)
+            ),
+        )
+
+    def create(self, target: str, schema: scalars.Schema, dim: int) -> None:
+        """Make a collection and its index unless they are there."""
+        once(lambda: self.describe(target) is not None, lambda: self._create_table(target, schema, dim))
+        once(lambda: self.has_index(target), lambda: self.create_index(target))
+
+    def _create_table(self, target: str, schema: scalars.Schema, dim: int) -> None:
+        key = not self._named and self._link.server().keeps_partition_keys
+        options = milvus_link().table(schema, dim, key=key)
+        self._run(target, lambda client: client.create_collection(target, timeout=self._timeout_s, **options))
+
+    def has_index(self, name: str) -> bool:
+        """Return whether the vectors have an index."""
+        found = self._link.attempt(
+            name, lambda client: client.list_indexes(name, "vector", timeout=self._timeout_s)
+        )
+        return bool(found)
+
+    def create_index(self, name: str) -> None:
+        """Make the index of the vectors."""
+        params = milvus_link().index()
+        self._run(name, lambda client: client.create_index(name, params, timeout=self._timeout_s))
+
+    def load(self, name: str) -> None:
+        """Make a collection ready for searches."""
+        self._run(name, lambda client: client.load_collection(name, timeout=self._timeout_s))
+
+    def _run(self, name: str, do: Callable[[Any], object]) -> None:
+        self._link.attempt(name, do)
