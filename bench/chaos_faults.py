@@ -124,11 +124,11 @@ def _await_end(pid: int) -> None:
 
 
 def _worker(world: World) -> Shot:
-    """What it had started is awaited; jobs that kill their worker are left out: they may be at their end."""
+    """What it had started is awaited; jobs that are to fail are left out: this may be their last try."""
     mono_s = time.monotonic()
     pid = world.kill("worker")
     held = world.diary.running().get(pid, set())
-    awaited = {id for id in held if world.ledger.planned[id].fate != "poison"}
+    awaited = {id for id in held if world.ledger.planned[id].effect}
     return Shot("worker", mono_s, frozenset(awaited), detail="" if awaited else "idle")
 
 
