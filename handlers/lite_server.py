@@ -1,11 +1,12 @@
 """Serve Milvus Lite to several processes without losing what it acknowledged.
 
-`python -m jobworker.handlers.lite_server --data-dir D --port-file F [--port 0] [--parent-pid PID]`
+`python -m jobworker.handlers.lite_server --data-dir D --port-file F [--port 0]`
 
 The stock `milvus-lite server` loses acknowledged rows under concurrent writers and on a full disk, because
 its engine is written for one caller. Here the same engine is served with
 
 * one lock around every call that writes;
+* no write for a caller that is gone: its job may have been run again meanwhile, and newer ones after it;
 * readers kept out while a flush moves rows from memory to a segment, so that none is missed in between;
 * an end of the process on the first write that failed: only the replay of the log at the next start is safe.
 
@@ -17,7 +18,6 @@ Exit codes: 0 stopped by SIGTERM or SIGINT; 2 cannot start, one line on stderr s
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import importlib.metadata
 import logging
@@ -49,7 +49,6 @@ STOP_GRACE_S = 2.0
 CLOSE_LIMIT_S = 8.0
 EXIT_USAGE = 2
 EXIT_WRITE_FAILED = 74  # EX_IOERR of sysexits.h
-PR_SET_PDEATHSIG = 1
 
 WRITING_CALLS = (
     "CreateCollection",
@@ -165,18 +164,35 @@ def guard_calls(servicer: Any, gate: FlushGate) -> None:
     """Patch one servicer: writing calls one at a time, reading calls never during a flush."""
     write_lock = threading.Lock()
 
-    def guarded(call: Callable[[Any, Any], Any], around: Callable[[], Any]) -> Callable[[Any, Any], Any]:
-        def run(request: Any, context: Any) -> Any:
-            with around():
-                return call(request, context)
-
-        return run
-
     for name in WRITING_CALLS:
-        setattr(servicer, name, guarded(getattr(servicer, name), lambda: write_lock))
+        setattr(servicer, name, writing(getattr(servicer, name), write_lock))
     for name in READING_CALLS:
-        setattr(servicer, name, guarded(getattr(servicer, name), gate.reading))
+        setattr(servicer, name, reading(getattr(servicer, name), gate))
     guard_partition_names(servicer)
+
+
+def writing(call: Callable[[Any, Any], Any], lock: threading.Lock) -> Callable[[Any, Any], Any]:
+    """Return the call under the lock; refused where the caller has gone while it waited for its turn."""
+
+    def run(request: Any, context: Any) -> Any:
+        import grpc
+
+        with lock:
+            if not context.is_active():
+                context.abort(grpc.StatusCode.CANCELLED, "the caller is gone")
+            return call(request, context)
+
+    return run
+
+
+def reading(call: Callable[[Any, Any], Any], gate: FlushGate) -> Callable[[Any, Any], Any]:
+    """Return the call, kept out of flushes."""
+
+    def run(request: Any, context: Any) -> Any:
+        with gate.reading():
+            return call(request, context)
+
+    return run
 
 
 def guard_partition_names(servicer: Any) -> None:
@@ -288,14 +304,6 @@ def publish_port(port_file: Path, port: int) -> None:
     os.replace(temporary, port_file)
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent ends; the log makes that safe at any moment."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # The parent may have ended before the call above.
-    if os.getppid() != parent_pid:
-        leave(EXIT_USAGE, f"parent process {parent_pid} is gone")
-
-
 def close(server: Any, database: Any) -> None:
     """Stop serving, then close the engine within the limit; what is not flushed stays in the log."""
     server.stop(grace=STOP_GRACE_S).wait(STOP_GRACE_S + 1)
@@ -328,7 +336,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, required=True, help="where the rows live")
     parser.add_argument("--port-file", type=Path, required=True, help="gets the port once calls are answered")
     parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1; 0 picks a free one")
-    parser.add_argument("--parent-pid", type=int, help="end at once when this parent process ends")
     return parser.parse_args(argv)
 
 
@@ -338,8 +345,6 @@ def main(argv: list[str] | None = None) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     options = parse(argv)
-    if options.parent_pid is not None:
-        die_with_parent(options.parent_pid)
     check_version()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     serve(options.data_dir, options.port_file, options.port, stop)

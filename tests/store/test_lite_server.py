@@ -1,7 +1,6 @@
 """The server around Milvus Lite keeps every acknowledged row, whatever ends it."""
 
 import contextlib
-import os
 import random
 import signal
 import subprocess
@@ -10,11 +9,12 @@ import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from jobworker.handlers.lite_server import FlushGate
+from jobworker.handlers.lite_server import FlushGate, writing
 from jobworker.handlers.milvus_link import MilvusLink
 from jobworker.handlers.vectors import (
     MilvusVectors,
@@ -276,37 +276,31 @@ def test_another_release_of_the_engine_is_refused(tmp_path: Path) -> None:
     assert "3.2.2" in line
 
 
-def test_it_ends_with_its_parent(tmp_path: Path) -> None:
-    parent = f"""
-        import os, subprocess, sys, time
-        command = [sys.executable, "-m", "jobworker.handlers.lite_server", "--parent-pid", str(os.getpid())]
-        command += ["--data-dir", {str(tmp_path / "data")!r}, "--port-file", {str(tmp_path / "port")!r}]
-        print(subprocess.Popen(command).pid, flush=True)
-        time.sleep({WAIT_S})  # to be killed long before
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(parent)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    child = int(process.stdout.readline())
-    wait_until((tmp_path / "port").exists, LITE_START_S, "port file")
-    process.kill()
-    process.wait(WAIT_S)
-    process.stdout.close()
-    wait_until(lambda: not alive(child), 2, "the server to end with its parent")
+class Caller:
+    """As much of a gRPC context as the guard looks at; `gone` when it is asked."""
+
+    def __init__(self, *, gone: bool = False) -> None:
+        self.gone = gone
+
+    def is_active(self) -> bool:
+        return not self.gone
+
+    def abort(self, code: Any, details: str) -> None:
+        raise RuntimeError(details)
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that ended but was not waited for by its new parent does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def test_a_parent_that_is_gone_already_is_noticed(tmp_path: Path) -> None:
-    server = LiteServer(tmp_path / "data", parent_pid=os.getppid())
-    assert one_line_and_code(server)[0] == 2
+def test_a_write_whose_caller_has_died_in_the_queue_is_not_carried_out() -> None:
+    done: list[str] = []
+    lock, caller = threading.Lock(), Caller()
+    call = writing(lambda request, context: done.append(request), lock)
+    call("first", caller)
+    with ThreadPoolExecutor(1) as thread:
+        with lock:
+            late = thread.submit(call, "late", caller)
+            caller.gone = True
+    with pytest.raises(RuntimeError, match="gone"):
+        late.result(WAIT_S)
+    assert done == ["first"]
 
 
 def make_partition(link: MilvusLink, name: str) -> None:

@@ -224,6 +224,24 @@ def test_delete_takes_only_what_it_names(store: VectorStore, tenant: str) -> Non
     assert rows[1].id not in [hit.id for hit in find(store, rows[1].vector, tenant)]
 
 
+def test_versions_are_told_by_id_and_by_chapter_of_one_project_only(store: VectorStore, tenant: str) -> None:
+    rows = rows_of(tenant, 4, chapter_id="c1")
+    rows = [row._replace(version=version) for row, version in zip(rows, (0, -3, 2**63 - 1, 5), strict=True)]
+    rows[3] = rows[3]._replace(chapter_id="c2")
+    store.upsert(NAME, rows)
+    scope: dict[str, Any] = {"tenant_id": tenant, "project_id": "p"}
+    expected = {row.id: row.version for row in rows}
+    assert store.versions(NAME, [*expected, "absent"], **scope) == expected
+    assert store.versions(NAME, [], **scope) == {}
+    del expected[rows[3].id]
+    assert store.chapter_versions(NAME, "c1", **scope) == expected
+    for other in ({"tenant_id": f"{tenant}x"}, {"project_id": "q"}):
+        assert store.versions(NAME, list(expected), **scope | other) == {}
+        assert store.chapter_versions(NAME, "c1", **scope | other) == {}
+    with pytest.raises(PermanentStoreError):
+        store.chapter_versions(NAME, 'c1" or id != "', **scope)
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [

@@ -41,14 +41,14 @@ class LiteServer:
         env: dict[str, str] | None = None,
         program: Sequence[str] = ("-m", "jobworker.handlers.lite_server"),
         arguments: Sequence[str] = (),
-        parent_pid: int | None = None,
     ) -> None:
         """Start it, without waiting; `files` is the stem of its port file and log, else `data_dir` is."""
         self.data_dir, stem = data_dir, files or data_dir
         self.port_file, self.log = stem.with_name(f"{stem.name}.port"), stem.with_name(f"{stem.name}.log")
         self.port_file.unlink(missing_ok=True)
-        command = [sys.executable, *program, "--data-dir", str(data_dir), "--port-file", str(self.port_file)]
-        command += ["--port", str(port), "--parent-pid", str(parent_pid or os.getpid()), *arguments]
+        command = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid()), sys.executable]
+        command += [*program, "--data-dir", str(data_dir), "--port-file", str(self.port_file)]
+        command += ["--port", str(port), *arguments]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stderr=log, env={**os.environ, **(env or {})})
 
