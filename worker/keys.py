@@ -29,6 +29,10 @@ STREAM_OF_TYPE = {
 }
 
 
+#: Hash: type that was paused by hand -> since when and why, as JSON. One for all streams.
+PAUSED_KEY = "jobworker:paused"
+
+
 def _derived(prefix: str, stream: str, cluster: bool) -> str:
     """On a cluster the stream's name becomes the hash tag, so that both keys share one slot."""
     return f"{prefix}:{{{stream}}}" if cluster else f"{prefix}:{stream}"

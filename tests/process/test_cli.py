@@ -1,0 +1,193 @@
+"""``jobworker`` as an operator uses it: every verb on a real store, some beside a running service."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from jobworker.worker.cli import main
+from jobworker.worker.keys import DEFAULT_SOURCES
+from support.redis_servers import RedisServer, running
+from support.service import STREAM, Service, eventually
+
+pytestmark = pytest.mark.process
+
+COMMAND = Path(sys.executable).parent / "jobworker"
+DLQ = f"dlq:{STREAM}"
+#: How long a command of ours may take on a busy machine.
+COMMAND_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with running("valkey", tmp_path_factory.mktemp("store")) as one:
+        yield one
+
+
+@pytest.fixture
+def store(server: RedisServer) -> RedisServer:
+    """Empty at first; the groups are there, as after a service's first start."""
+    server.client.flushall()
+    for stream, group in DEFAULT_SOURCES:
+        server.client.xgroup_create(stream, group, "0", mkstream=True)
+    return server
+
+
+def run(store: RedisServer | Service, *arguments: str, code: int = 0, stdin: str = "") -> Result:
+    url = store.url if isinstance(store, RedisServer) else store.redis_url
+    result = CliRunner().invoke(main, [*arguments], input=stdin, env={"JOBWORKER_REDIS_URL": url})
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def asked(store: RedisServer | Service, *arguments: str, code: int = 0, stdin: str = "") -> Any:
+    """What a machine gets."""
+    return json.loads(run(store, *arguments, "--json", code=code, stdin=stdin).stdout)
+
+
+def letter(
+    store: RedisServer, id: str, reason: str = "exhausted", *, kind: str = "audit", **more: Any
+) -> str:
+    """Put a dead letter where the service would; returns its id."""
+    task = {"id": id, "type": kind, "tenant_id": more.pop("tenant", "t1"), "retry_count": 3, "payload": [id]}
+    said = {"task": task, "error": "ValueError: no such chapter", "reason": reason, "original_id": "77-0",
+            "retry_count": 3, "deaths": 0, "worker": "h/i/0", "failed_at": "2026-01-02T10:00:00Z", **more}  # fmt: skip
+    return str(store.client.xadd(DLQ, {"data": json.dumps(said)}).decode())
+
+
+def jobs(store: RedisServer, stream: str = STREAM) -> list[Any]:
+    return [json.loads(fields[b"data"]) for _, fields in store.client.xrange(stream)]
+
+
+class TestDeadLetters:
+    def test_they_are_listed_newest_first_and_by_what_they_say(self, store: RedisServer) -> None:
+        for number in range(5):
+            letter(store, f"j{number}", "poison" if number % 2 else "timeout", tenant=f"t{number}")
+        found = asked(store, "dlq", "list")
+        assert [one["job_id"] for one in found["dead_letters"]] == ["j4", "j3", "j2", "j1", "j0"]
+        assert not found["more"]
+        found = asked(store, "dlq", "list", "--reason", "poison", "--limit", "1")
+        assert ([one["job_id"] for one in found["dead_letters"]], found["more"]) == (["j3"], True)
+        assert len(asked(store, "dlq", "list", "--newer-than", "1h")["dead_letters"]) == 5
+        assert asked(store, "dlq", "list", "--older-than", "1h")["dead_letters"] == []
+        assert len(asked(store, "dlq", "list", "--tenant", "t1", "--tenant", "t2")["dead_letters"]) == 2
+        assert "ValueError: no such chapter" in run(store, "dlq", "list", "j3").stdout
+
+    def test_a_tenants_text_is_shown_only_when_asked_for(self, store: RedisServer) -> None:
+        id = letter(store, "j", payload_marker="x")
+        assert "task" not in asked(store, "dlq", "show", id)["dead_letters"][0]
+        assert asked(store, "dlq", "show", "j", "--payload")["dead_letters"][0]["task"]["payload"] == ["j"]
+        assert '"payload"' not in run(store, "dlq", "show", id).stdout
+        assert '"payload"' in run(store, "dlq", "show", "77-0", "--payload").stdout
+        run(store, "dlq", "show", "nobody", code=1)
+
+    def test_what_a_tenant_wrote_cannot_steer_the_terminal(self, store: RedisServer) -> None:
+        letter(store, "j\x1b[2J", tenant="\x9b31m", error="\x1b]0;gotcha\x07")
+        for arguments in (["dlq", "list"], ["dlq", "show", "77-0", "--payload"]):
+            printed = run(store, *arguments).stdout
+            assert not {"\x1b", "\x9b", "\x07"} & set(printed), arguments
+
+    def test_requeued_jobs_start_over_with_the_same_payload(self, store: RedisServer) -> None:
+        letter(store, "j1", "timeout")
+        kept = letter(store, "j2", "poison")
+        assert asked(store, "dlq", "requeue", "--reason", "timeout", "--dry-run")["requeued"] == 1
+        assert jobs(store) == []
+        assert asked(store, "dlq", "requeue", "--reason", "timeout")["requeued"] == 1
+        assert jobs(store) == [{"id": "j1", "type": "audit", "tenant_id": "t1", "payload": ["j1"]}]
+        assert [id.decode() for id, _ in store.client.xrange(DLQ)] == [kept]
+
+    def test_everything_needs_to_be_asked_for(self, store: RedisServer) -> None:
+        letter(store, "j")
+        assert "--all" in run(store, "dlq", "requeue", code=2).stderr
+        assert "--all" in run(store, "dlq", "purge", "--yes", code=2).stderr
+        assert "--yes" in run(store, "dlq", "purge", "--all", code=2).stderr
+        assert store.client.xlen(DLQ) == 1
+        assert asked(store, "dlq", "purge", "--all", "--yes") == {
+            "purged": 1, "gone": 0, "skipped": 0, "dry_run": False,
+        }  # fmt: skip
+        assert store.client.xlen(DLQ) == 0
+
+    def test_a_letter_without_a_job_stays_and_is_named(self, store: RedisServer) -> None:
+        id = store.client.xadd(
+            DLQ, {"data": json.dumps({"task": None, "reason": "malformed", "raw": "Pw=="})}
+        )
+        result = run(store, "dlq", "requeue", id.decode(), code=1)
+        assert id.decode() in result.stderr
+        assert store.client.xlen(DLQ) == 1
+        assert asked(store, "dlq", "requeue", "--all", "--dry-run")["skipped"] == 1
+        assert "?" in run(store, "dlq", "show", id.decode(), "--payload").stdout
+
+    def test_the_rate_is_kept(self, store: RedisServer) -> None:
+        for number in range(20):
+            letter(store, f"j{number}")
+        began = time.monotonic()
+        assert asked(store, "dlq", "requeue", "--all", "--rate", "40")["requeued"] == 20
+        assert time.monotonic() - began >= 19 / 40 - 4 / 40, "20 at 40 a second in lots of 4"
+
+    def test_killed_half_way_nothing_is_lost_or_doubled(self, store: RedisServer) -> None:
+        for number in range(400):
+            letter(store, f"j{number}")
+        arguments = [str(COMMAND), "dlq", "requeue", "--all", "--rate", "400"]
+        environment = {**os.environ, "JOBWORKER_REDIS_URL": store.url}
+        for least in (50, 150):
+            one = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            eventually(lambda least=least: store.client.xlen(STREAM) >= least)  # type: ignore[misc]
+            one.send_signal(signal.SIGKILL)
+            one.communicate(timeout=COMMAND_S)
+            assert store.client.xlen(STREAM) + store.client.xlen(DLQ) == 400
+        assert 0 < store.client.xlen(DLQ) < 400, "it was killed half-way"
+        run(store, "dlq", "requeue", "--all")
+        assert sorted(job["id"] for job in jobs(store)) == sorted(f"j{number}" for number in range(400))
+
+    def test_an_interrupted_one_says_how_far_it_came(self, store: RedisServer) -> None:
+        for number in range(100):
+            letter(store, f"j{number}")
+        arguments = [str(COMMAND), "dlq", "requeue", "--all", "--rate", "50"]
+        environment = {**os.environ, "JOBWORKER_REDIS_URL": store.url}
+        one = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        eventually(lambda: store.client.xlen(STREAM) >= 10)
+        one.send_signal(signal.SIGINT)
+        _, said = one.communicate(timeout=COMMAND_S)
+        assert one.returncode == 1
+        assert b"stopped: %d were requeued" % store.client.xlen(STREAM) in said
+
+
+class TestEnqueue:
+    def test_lines_become_jobs_in_order(self, store: RedisServer, tmp_path: Path) -> None:
+        file = tmp_path / "jobs.jsonl"
+        file.write_text("".join(f'{{"payload": {n}, "id": "j{n}"}}\n' for n in range(2500)) + "\n")
+        assert len(asked(store, "enqueue", "audit", "--lines", str(file), "--tenant", "t")["ids"]) == 2500
+        found = jobs(store, "stream:audit:log")
+        assert [job["payload"] for job in found] == list(range(2500))
+        assert {job["tenant_id"] for job in found} == {"t"}
+
+    def test_a_line_that_is_no_job_is_named_and_those_before_it_were_sent(self, store: RedisServer) -> None:
+        good = '{"type": "audit", "payload": {}}\n'
+        for bad in (
+            '{"type": 5}',
+            "no json",
+            "[]",
+            '{"kind": "x"}',
+            '{"payload": 1}',
+            '{"type":"a","id":"/"}',
+        ):
+            store.client.xtrim("stream:audit:log", maxlen=0)
+            result = run(store, "enqueue", "--lines", "-", code=2, stdin=good + good + bad + "\n" + good)
+            assert result.stderr.startswith("jobworker: line 3: "), bad
+            assert store.client.xlen("stream:audit:log") == 2, bad
+
+    def test_delayed_lines_wait(self, store: RedisServer) -> None:
+        run(store, "enqueue", "audit", "--lines", "-", "--delay", "60", stdin="{}\n{}\n")
+        assert store.client.zcard("retry:stream:audit:log") == 2
+
+    def test_it_says_what_is_missing(self, store: RedisServer) -> None:
+        assert "TYPE" in run(store, "enqueue", code=2).stderr
+        assert "--lines" in run(store, "enqueue", "--lines", "-", "--count", "2", code=2).stderr
