@@ -294,10 +294,9 @@ def test_a_write_whose_caller_has_died_in_the_queue_is_not_carried_out() -> None
     lock, caller = threading.Lock(), Caller()
     call = writing(lambda request, context: done.append(request), lock)
     call("first", caller)
-    with ThreadPoolExecutor(1) as thread:
-        with lock:
-            late = thread.submit(call, "late", caller)
-            caller.gone = True
+    with ThreadPoolExecutor(1) as thread, lock:
+        late = thread.submit(call, "late", caller)
+        caller.gone = True
     with pytest.raises(RuntimeError, match="gone"):
         late.result(WAIT_S)
     assert done == ["first"]

@@ -1,0 +1,15 @@
+"""`embedding_batch` without a model, for services of process tests."""
+
+from jobworker.handlers.embed import EmbeddingBatch
+from jobworker.handlers.encoder import DummyEncoder
+
+DIM = 8
+
+
+class Embedding(EmbeddingBatch):
+    """The real handler, vectors by the text alone; in small batches, so that a kill parts them."""
+
+    max_batch = 8
+
+    def __init__(self) -> None:
+        super().__init__(DummyEncoder(DIM))
