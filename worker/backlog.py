@@ -1,6 +1,6 @@
 """What the reader has read and not handed out: jobs that may run, suspects, and jobs whose type is paused."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from .triage import Arrival
@@ -12,6 +12,53 @@ _PAUSE_S = (1.0, 15.0)
 _EXCUSES = 5
 #: Excuses remembered at most; forgetting them only gives some jobs more patience.
 _EXCUSES_KEPT = 10_000
+#: Jobs and bytes that a type which an operator has paused may have set aside of one stream, so that the other
+#: types behind them go on; beyond that the stream waits. Bounds the reader's memory.
+_ASIDE_JOBS, _ASIDE_BYTES = 10_000, 64 * 1024 * 1024
+
+
+class Shelf:
+    """Jobs of one type that wait for a pause to end; it knows how many are of which source."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Arrival] = deque()
+        self._count: Counter[int] = Counter()
+        self._bytes: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __iter__(self) -> Iterator[Arrival]:
+        return iter(self._jobs)
+
+    def put(self, arrival: Arrival) -> None:
+        """Add one behind the others."""
+        self._jobs.append(arrival)
+        self._count[arrival.source] += 1
+        self._bytes[arrival.source] += len(arrival.entry.data or b"")
+
+    def take(self) -> Arrival:
+        """The oldest."""
+        arrival = self._jobs.popleft()
+        self._count[arrival.source] -= 1
+        self._bytes[arrival.source] -= len(arrival.entry.data or b"")
+        return arrival
+
+    def keep(self, arrivals: Iterable[Arrival]) -> None:
+        """Hold these instead of all that was there."""
+        kept = list(arrivals)
+        for held in (self._jobs, self._count, self._bytes):
+            held.clear()
+        for arrival in kept:
+            self.put(arrival)
+
+    def count(self, source: int) -> int:
+        """How many are of a source."""
+        return self._count[source]
+
+    def full(self, source: int) -> bool:
+        """Whether no more of a source should be set aside."""
+        return self._count[source] >= _ASIDE_JOBS or self._bytes[source] >= _ASIDE_BYTES
 
 
 class Breaker:
@@ -56,7 +103,9 @@ class Backlog:
     def __init__(self, kinds: Sequence[str]) -> None:
         self.ready: deque[Arrival] = deque()
         self.suspects: deque[Arrival] = deque()
-        self._held: list[deque[Arrival]] = [deque() for _ in kinds]
+        #: Types that an operator has paused.
+        self.halted: set[int] = set()
+        self._held = [Shelf() for _ in kinds]
         self._breakers = [Breaker() for _ in kinds]
         # For each job that was excused: how often, and after how many recoveries of its type the last time.
         self._excuses: dict[tuple[int, bytes], tuple[int, int]] = {}
@@ -69,16 +118,21 @@ class Backlog:
 
     def add(self, arrival: Arrival) -> None:
         """Queue a job behind those of its sort."""
-        if self._breakers[arrival.kind].open:
-            self._held[arrival.kind].append(arrival)
+        if self._breakers[arrival.kind].open or arrival.kind in self.halted:
+            self._held[arrival.kind].put(arrival)
         elif arrival.alone:
             self.suspects.append(arrival)
         else:
             self.ready.append(arrival)
 
     def waiting(self, source: int) -> int:
-        """How many jobs stand in the way of reading more from a source: its own paused ones, all others."""
-        paused = sum(arrival.source == source for held in self._held for arrival in held)
+        """How many jobs stand in the way of reading more from a source: all that may run, and its own paused
+        ones; of types that an operator has paused only when there are too many."""
+        paused = sum(
+            held.count(source)
+            for kind, held in enumerate(self._held)
+            if kind not in self.halted or held.full(source)
+        )
         return paused + len(self.ready) + len(self.suspects)
 
     def excused(self, kind: int, source: int, entry_id: bytes) -> bool:
@@ -96,42 +150,61 @@ class Backlog:
     def pause(self, arrival: Arrival, mono_now_s: float) -> None:
         """Take a job back whose store did not answer, and pause its type."""
         self._breakers[arrival.kind].failed(mono_now_s)
-        held = self._held[arrival.kind]
-        held.append(arrival)
-        held.extend(waiting for waiting in self.ready if waiting.kind == arrival.kind)
-        self.ready = deque(waiting for waiting in self.ready if waiting.kind != arrival.kind)
+        self._held[arrival.kind].put(arrival)
+        self.ready = self._set_aside(self.ready, {arrival.kind})
+
+    def halt(self, kinds: set[int]) -> None:
+        """Pause exactly these types until told otherwise; what was handed out already is not called back."""
+        ended, self.halted = self.halted - kinds, set(kinds)
+        self.ready = self._set_aside(self.ready, kinds)
+        self.suspects = self._set_aside(self.suspects, kinds)
+        for kind in ended:
+            if not self._breakers[kind].open:
+                self._resume(kind, len(self._held[kind]))
+
+    def _set_aside(self, queue: deque[Arrival], kinds: set[int]) -> deque[Arrival]:
+        """Move jobs of some types out of a queue; returns what is left of it."""
+        for arrival in queue:
+            if arrival.kind in kinds:
+                self._held[arrival.kind].put(arrival)
+        return deque(arrival for arrival in queue if arrival.kind not in kinds)
 
     def answered(self, kinds: Iterable[int]) -> None:
         """Jobs of these types got through: what was held goes on."""
         for kind in kinds:
             if self._breakers[kind].open:
                 self._breakers[kind].answered()
-                self._resume(kind, len(self._held[kind]))
+                if kind not in self.halted:
+                    self._resume(kind, len(self._held[kind]))
 
     def tend(self, mono_now_s: float) -> None:
         """Let one job of a paused type through where it is time to try."""
         for kind, breaker in enumerate(self._breakers):
-            if self._held[kind] and breaker.may_try(mono_now_s):
+            if kind not in self.halted and len(self._held[kind]) and breaker.may_try(mono_now_s):
                 self._resume(kind, 1)
 
     def paused(self, kind: int) -> bool:
-        """Whether a type is paused."""
+        """Whether a type waits for what it needs to answer."""
         return self._breakers[kind].open
 
     def drop(self, source: int, ids: set[bytes]) -> None:
         """Forget entries that are somebody else's by now."""
-        for queue in (self.ready, self.suspects, *self._held):
+        for queue in (self.ready, self.suspects):
             kept = [a for a in queue if not (a.source == source and a.entry.id in ids)]
             queue.clear()
             queue.extend(kept)
+        for held in self._held:
+            held.keep(a for a in held if not (a.source == source and a.entry.id in ids))
 
     def clear(self) -> None:
         """Forget all; types stay paused."""
-        for queue in (self.ready, self.suspects, *self._held):
-            queue.clear()
+        self.ready.clear()
+        self.suspects.clear()
+        for held in self._held:
+            held.keep(())
 
     def _resume(self, kind: int, count: int) -> None:
         """Move held jobs to where they would be if their type had not been paused."""
         for _ in range(count):
-            arrival = self._held[kind].popleft()
+            arrival = self._held[kind].take()
             (self.suspects if arrival.alone else self.ready).append(arrival)

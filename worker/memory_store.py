@@ -85,6 +85,8 @@ class MemoryServer:
     def __init__(self, wall_now_s: Callable[[], float] = time.time) -> None:
         self.wall_now_s = wall_now_s
         self.lock = threading.RLock()
+        #: Types that an operator has paused.
+        self.paused: set[str] = set()
         self._streams: dict[str, _Stream] = {}
         self._arrivals = 0
         self._last_epoch = 0
@@ -275,6 +277,10 @@ class MemoryStore:
         with self._server.lock:
             entries = self._server.stream(source.stream).entries
             return {id: entries[id] for id in ids if id in entries}
+
+    def paused(self) -> set[str]:
+        """See `ReaderStore.paused`."""
+        return set(self._server.paused)
 
     # the reaper's side
 

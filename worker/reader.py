@@ -31,6 +31,8 @@ _READ_BYTES = 4 * 1024 * 1024
 #: How long a read blocks; only bounds how soon a silently dead connection is noticed.
 _BLOCK_MS = 2000
 _REPORT_EVERY_S = 0.25
+#: How often the types that operators have paused are asked for: one short answer of the store.
+_PAUSES_EVERY_S = 0.5
 #: Pages of the pending list, at start and when other hosts' entries are taken over.
 _PAGE = 256
 #: First and longest wait after the store refused; short enough to be back within a second or so.
@@ -74,6 +76,7 @@ class Reader:
         self._retry_at = 0.0
         self._renewed_at = mono_s()
         self._reported_at = 0.0
+        self._heeded_at = 0.0
 
     def run(self) -> None:
         """Go round until drained. A store that does not answer is waited for; jobs in flight are kept."""
@@ -98,6 +101,8 @@ class Reader:
             return self._wait(_REPORT_EVERY_S)
         if not self._connected:
             self._connect()
+        elif now - self._heeded_at >= _PAUSES_EVERY_S:
+            self._heed_pauses()
         settled = self._settler.settle(self._lanes)
         self._backlog.answered(settled.answered)
         for arrival in settled.unavailable:
@@ -164,6 +169,7 @@ class Reader:
         self._connected = True
         # What waits here was found under the earlier connection; the listing below finds it again.
         self._backlog.clear()
+        self._heed_pauses()
         known = self._in_flight()
         for number, source in enumerate(self._sources):
             after = _START
@@ -172,6 +178,15 @@ class Reader:
                 after = page[-1].id
         self._link.send(Ready())
         log.info("reading", extra={"streams": len(self._sources), "pending": len(self._backlog.ready)})
+
+    def _heed_pauses(self) -> None:
+        """Set aside the types that an operator has paused, and let go on those that are paused no more."""
+        self._heeded_at = self._mono_s()
+        paused = self._store.paused()
+        numbers = {number for number, kind in enumerate(self._settings.handlers) if kind in paused}
+        if numbers != self._backlog.halted:
+            log.info("paused by an operator", extra={"task_types": sorted(paused)})
+            self._backlog.halt(numbers)
 
     def _back_off(self, error: StoreUnavailable) -> None:
         """Wait longer each time, with jitter, so that many hosts do not come back in the same instant."""
@@ -195,6 +210,7 @@ class Reader:
         self._reported_at = now
         for number, kind in enumerate(self._settings.handlers):
             self._tally.gauge("z_novel_circuit_open", (kind,), float(self._backlog.paused(number)))
+            self._tally.gauge("z_novel_paused", (kind,), float(number in self._backlog.halted))
         self._link.report(self._tally, self._trouble)
 
     # -- jobs in

@@ -8,7 +8,7 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from .keys import Source
+from .keys import PAUSED_KEY, Source
 from .redis_base import SCRIPT_BYTES, SCRIPT_IDS, Store, checked, is_no_group
 from .redis_reads import BlockingRead, GroupMissing, data_of
 from .redis_wire import Command, Reply, script
@@ -125,6 +125,10 @@ class RedisReaderStore(Store):
             for id, fields in checked(reply):
                 found[id] = data_of(fields)
         return found
+
+    def paused(self) -> set[str]:
+        """See `ReaderStore.paused`."""
+        return {kind.decode(errors="replace") for kind in self.one(PAUSED_KEY, ("HKEYS", PAUSED_KEY))}
 
     def close(self) -> None:
         """Drop every connection."""

@@ -107,6 +107,9 @@ class ReaderStore(Protocol):
     def bodies(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
         """The ``data`` of entries; an id that is gone from the stream is left out."""
 
+    def paused(self) -> set[str]:
+        """The types that an operator has paused, for every reader of the deployment."""
+
     def close(self) -> None:
         """Drop every connection."""
 

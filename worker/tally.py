@@ -36,7 +36,10 @@ METRICS = {
     "z_novel_retry_scheduled": Metric("gauge", "Jobs that wait for their next try", ("stream",)),
     "z_novel_workers": Metric("gauge", "Worker processes", ("state",)),
     "z_novel_worker_restarts_total": Metric("counter", "Processes started again", ("role", "cause")),
-    "z_novel_circuit_open": Metric("gauge", "1 while a type is paused", ("task_type",)),
+    "z_novel_circuit_open": Metric(
+        "gauge", "1 while a type waits for what it needs to answer", ("task_type",)
+    ),
+    "z_novel_paused": Metric("gauge", "1 while a type is paused by an operator", ("task_type",)),
     "z_novel_embedded_tokens_total": Metric("counter", "Model tokens that were embedded"),
     "z_novel_truncated_tokens_total": Metric("counter", "Model tokens that were cut off and not embedded"),
 }

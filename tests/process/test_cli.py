@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from jobworker.worker.cli import main
 from jobworker.worker.keys import DEFAULT_SOURCES
 from support.redis_servers import RedisServer, running
-from support.service import STREAM, Service, eventually
+from support.service import STREAM, Service, eventually, handlers, service
 
 pytestmark = pytest.mark.process
 
@@ -53,13 +53,14 @@ def asked(store: RedisServer | Service, *arguments: str, code: int = 0, stdin: s
     return json.loads(run(store, *arguments, "--json", code=code, stdin=stdin).stdout)
 
 
-def letter(
-    store: RedisServer, id: str, reason: str = "exhausted", *, kind: str = "audit", **more: Any
-) -> str:
+def letter(store: RedisServer, id: str, reason: str = "exhausted", **more: Any) -> str:
     """Put a dead letter where the service would; returns its id."""
-    task = {"id": id, "type": kind, "tenant_id": more.pop("tenant", "t1"), "retry_count": 3, "payload": [id]}
-    said = {"task": task, "error": "ValueError: no such chapter", "reason": reason, "original_id": "77-0",
-            "retry_count": 3, "deaths": 0, "worker": "h/i/0", "failed_at": "2026-01-02T10:00:00Z", **more}  # fmt: skip
+    tenant = more.pop("tenant", "t1")
+    task = {"id": id, "type": "audit", "tenant_id": tenant, "retry_count": 3, "payload": [id]}
+    said = {
+        "task": task, "error": "ValueError: no such chapter", "reason": reason, "original_id": "77-0",
+        "retry_count": 3, "deaths": 0, "worker": "h/i/0", "failed_at": "2026-01-02T10:00:00Z", **more,
+    }  # fmt: skip
     return str(store.client.xadd(DLQ, {"data": json.dumps(said)}).decode())
 
 
@@ -191,3 +192,41 @@ class TestEnqueue:
     def test_it_says_what_is_missing(self, store: RedisServer) -> None:
         assert "TYPE" in run(store, "enqueue", code=2).stderr
         assert "--lines" in run(store, "enqueue", "--lines", "-", "--count", "2", code=2).stderr
+
+
+class TestPauses:
+    def test_they_are_listed_and_taken_back(self, store: RedisServer) -> None:
+        run(store, "pause", "audit", "embedding_batch", "--note", "disk is full")
+        found = asked(store, "pause")["paused"]
+        assert [(one["type"], one["note"]) for one in found] == [
+            ("audit", "disk is full"), ("embedding_batch", "disk is full"),
+        ]  # fmt: skip
+        assert "disk is full" in run(store, "pause").stdout
+        assert asked(store, "resume", "audit") == {"resumed": {"audit": True}}
+        run(store, "resume", "audit", code=1)
+        assert [one["type"] for one in asked(store, "pause")["paused"]] == ["embedding_batch"]
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    toys = handlers("Noop", "Gate", "Flaky", "Permanent")
+    options = {"retry_initial": 60, "retry_max": 600, "max_retries": 2, "instance": "blue"}
+    with service(tmp_path_factory.mktemp("live"), toys, **options) as one:
+        yield one
+
+
+class TestBesideAService:
+    def test_a_paused_type_waits_and_others_of_its_stream_go_on(self, live: Service) -> None:
+        run(live, "pause", "noop")
+        eventually(lambda: live.metric("z_novel_paused", task_type="noop") == 1, 2.0)
+        held = live.enqueue_many([{"type": "noop"}] * 200)
+        live.open_gate("open")
+        live.wait_for_end(live.enqueue("gate", {"gate": "open"}))
+        assert not [event for event in live.events("start") if event.id in held]
+        pid = live.kill_role("reader")
+        live.wait_for_successor("reader", pid)
+        live.wait_for_end(live.enqueue("gate", {"gate": "open"}))
+        assert not [event for event in live.events("start") if event.id in held], "a new reader heeds it too"
+        run(live, "resume", "noop")
+        live.wait_until_drained()
+        assert sorted(event.id for event in live.events("end") if event.id in held) == sorted(held)

@@ -127,6 +127,15 @@ class TestReading:
         assert store.renew(S, ids) == set(ids)
 
 
+class TestPauses:
+    def test_every_reader_hears_of_the_paused_types(self, world: World) -> None:
+        a, b = world.reader("a"), world.reader("b")
+        assert a.paused() == set()
+        world.pause("audit")
+        world.pause("长篇")
+        assert a.paused() == b.paused() == {"audit", "长篇"}
+
+
 class TestSettling:
     def test_each_outcome_goes_where_it_belongs(self, world: World) -> None:
         store, (a, b, c, d) = given(world, b"a", b"b", b"c", b"d")

@@ -23,6 +23,7 @@ class World(Protocol):
     def add_without_data(self, stream: str) -> None: ...
     def delete_entry(self, stream: str, id: bytes) -> None: ...
     def delete_stream(self, stream: str) -> None: ...
+    def pause(self, kind: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -67,6 +68,9 @@ class MemoryWorld:
 
     def delete_stream(self, stream: str) -> None:
         self._server.delete_stream(stream)
+
+    def pause(self, kind: str) -> None:
+        self._server.paused.add(kind)
 
     def close(self) -> None:
         for store in self._stores:
@@ -117,6 +121,9 @@ class RedisWorld:
 
     def delete_stream(self, stream: str) -> None:
         self._client.delete(stream)
+
+    def pause(self, kind: str) -> None:
+        self._client.hset(keys.PAUSED_KEY, kind, "{}")
 
     def close(self) -> None:
         for store in self._stores:

@@ -1,0 +1,215 @@
+"""What an operator's tool relies on: dead letters move whole, pauses last, a job is found where it is."""
+
+import json
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from jobworker.worker.dead_letters import Choice, fresh_job, read_letter
+from jobworker.worker.errors import StoreUnavailable
+from jobworker.worker.keys import Source
+from jobworker.worker.operator_store import START, walk
+from jobworker.worker.redis_operator import RedisOperatorStore
+from jobworker.worker.redis_store import RedisReaderStore
+from jobworker.worker.store import Dead, Entry, Retry, Settlement
+from support.job_worlds import RedisWorld
+
+S = Source("stream:test", "cg-test")
+
+
+@pytest.fixture
+def operator(redis_world: RedisWorld) -> Iterator[RedisOperatorStore]:
+    store = RedisOperatorStore(redis_world.server.url)
+    yield store
+    store.close()
+
+
+def delivered(world: RedisWorld, *jobs: bytes) -> tuple[RedisReaderStore, list[bytes]]:
+    """A reader that holds the jobs, and their ids."""
+    reader = world.reader("host/a")
+    reader.acquire([S])
+    world.producer().add(S.stream, jobs)
+    reader.begin_read(S, len(jobs), 0)
+    return reader, [entry.id for entry in reader.finish_read(S)]
+
+
+def given_up(world: RedisWorld, *letters: bytes) -> None:
+    """Dead letters, made as the service makes them."""
+    reader, ids = delivered(world, *(b"{}" for _ in letters))
+    reader.settle([Settlement(S, dead=[Dead(*pair) for pair in zip(ids, letters, strict=True)])])
+
+
+def bodies(world: RedisWorld) -> list[bytes]:
+    return [fields[b"data"] for _, fields in world.server.client.xrange(S.stream)]
+
+
+class TestDeadLetters:
+    def test_they_are_paged_both_ways_and_counted(
+        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    ) -> None:
+        letters = [b"%d" % n for n in range(50)]
+        given_up(redis_world, *letters)
+        up = [e.data for page in walk(lambda at, n: operator.dead_after(S.stream, at, n)) for e in page]
+        down = [e.data for page in walk(lambda at, n: operator.dead_before(S.stream, at, n)) for e in page]
+        assert up == letters
+        assert down == letters[::-1]
+        assert operator.dead_count(S.stream) == 50
+        assert operator.dead_after("stream:none", START, 5) == []
+
+    def test_requeued_ones_are_jobs_again_and_letters_no_more(
+        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    ) -> None:
+        given_up(redis_world, b"a", b"b", b"c")
+        a, b, _ = [entry.id for entry in operator.dead_after(S.stream, START, 9)]
+        before = len(bodies(redis_world))
+        assert operator.requeue(S.stream, [(a, b"job a"), (b, b"job b")]) == [True, True]
+        assert bodies(redis_world)[before:] == [b"job a", b"job b"]
+        assert redis_world.dead_letters(S.stream) == [b"c"]
+
+    def test_two_operators_at_once_double_nothing(
+        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    ) -> None:
+        given_up(redis_world, *(b"%d" % n for n in range(300)))
+        jobs = [(e.id, b"job " + (e.data or b"")) for e in operator.dead_after(S.stream, START, 1000)]
+        before = len(bodies(redis_world))
+        other = RedisOperatorStore(redis_world.server.url)
+        moved: list[bool] = []
+        thread = threading.Thread(target=lambda: moved.extend(other.requeue(S.stream, jobs[::-1])))
+        thread.start()
+        mine = operator.requeue(S.stream, jobs)
+        thread.join(30)
+        other.close()
+        assert sum(mine) + sum(moved) == 300
+        assert sorted(bodies(redis_world)[before:]) == sorted(job for _, job in jobs)
+        assert operator.dead_count(S.stream) == 0
+
+    def test_a_store_that_is_full_keeps_the_letter(
+        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    ) -> None:
+        given_up(redis_world, b"a")
+        (letter,) = operator.dead_after(S.stream, START, 1)
+        client = redis_world.server.client
+        client.config_set("maxmemory", 1)
+        try:
+            with pytest.raises(StoreUnavailable, match="maxmemory"):
+                operator.requeue(S.stream, [(letter.id, b"job a")])
+        finally:
+            client.config_set("maxmemory", 0)
+        assert redis_world.dead_letters(S.stream) == [b"a"]
+
+    def test_purged_ones_are_gone_and_counted(
+        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    ) -> None:
+        given_up(redis_world, b"a", b"b")
+        a, _ = [entry.id for entry in operator.dead_after(S.stream, START, 9)]
+        assert operator.purge(S.stream, [a, b"1-1"]) == 1
+        assert operator.purge(S.stream, []) == 0
+        assert redis_world.dead_letters(S.stream) == [b"b"]
+
+
+class TestRetries:
+    def test_soonest_first_with_their_due_times(
+        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    ) -> None:
+        reader, (a, b) = delivered(redis_world, b"a", b"b")
+        reader.settle([Settlement(S, retries=[Retry(a, 90, b"late"), Retry(b, 30, b"soon")])])
+        now = operator.wall_now_s(S.stream)
+        soon, late = operator.retries(S.stream, 0, 10)
+        assert (soon.data, late.data) == (b"soon", b"late")
+        assert soon.due_wall_s == pytest.approx(now + 30, abs=5)
+        assert operator.retries(S.stream, 1, 10) == [late]
+
+    def test_made_due_now_the_reaper_moves_it(
+        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    ) -> None:
+        reader, (a, b) = delivered(redis_world, b"a", b"b")
+        reader.settle([Settlement(S, retries=[Retry(a, 90, b"one"), Retry(b, 90, b"two")])])
+        assert operator.retry_now(S.stream, [b"one", b"unknown"]) == 1
+        assert redis_world.reaper().promote(S.stream, 10).moved == 1
+        assert redis_world.waiting(S.stream) == [b"two"]
+        assert operator.retry_now(S.stream, [b"one"]) == 0, "what is moved already is not put back"
+
+
+class TestPauses:
+    def test_they_last_until_resumed_and_readers_see_them(
+        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    ) -> None:
+        operator.pause("audit", "disk full")
+        operator.pause("embedding_batch", "")
+        assert [(pause.kind, pause.note) for pause in operator.pauses()] == [
+            ("audit", "disk full"),
+            ("embedding_batch", ""),
+        ]
+        assert operator.pauses()[0].wall_since_s == pytest.approx(operator.wall_now_s(S.stream), abs=5)
+        assert redis_world.reader("host/b").paused() == {"audit", "embedding_batch"}
+        assert operator.resume("audit")
+        assert not operator.resume("audit")
+        assert redis_world.reader("host/b").paused() == {"embedding_batch"}
+
+    def test_what_a_person_wrote_by_hand_pauses_too(
+        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    ) -> None:
+        redis_world.server.client.hset("jobworker:paused", "audit", "1")
+        assert [pause.kind for pause in operator.pauses()] == ["audit"]
+        assert redis_world.reader("host/b").paused() == {"audit"}
+
+
+class TestWhereAJobIs:
+    def test_a_group_that_is_missing_is_none(
+        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    ) -> None:
+        assert operator.group(S) is None
+        redis_world.producer().add(S.stream, [b"x"])
+        assert operator.group(S) is None
+        assert operator.leases(S, START, 5) == []
+
+    def test_pending_ones_say_whose_they_are(
+        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    ) -> None:
+        reader, (a, b) = delivered(redis_world, b"a", b"b")
+        reader.charge(S, {a: 2})
+        lease = operator.lease(S, a)
+        assert lease is not None
+        assert (lease.consumer, lease.deliveries) == ("host/a", 1)
+        assert lease.idle_s < 5
+        assert operator.entry(S.stream, a) == Entry(a, b"a", deaths=2)
+        assert [one.id for one in operator.leases(S, START, 10)] == [a, b]
+        reader.settle([Settlement(S, done=[a])])
+        assert operator.lease(S, a) is None
+        group = operator.group(S)
+        assert group is not None
+        assert (group.last_delivered, group.pending) == (b, 1)
+        assert [(c.name, c.pending) for c in group.consumers] == [("host/a", 1)]
+        assert operator.entry(S.stream, b"1-1") is None
+
+
+class TestLetters:
+    def test_what_the_service_writes_is_read(self) -> None:
+        task = b'{"id":"j","type":"audit","tenant_id":"t","x":1}'
+        said = {"error": "E: e", "reason": "poison", "original_id": "5-0", "retry_count": 2, "deaths": 3}
+        data = json.dumps(said)[:-1].encode() + b',"task":' + task + b"}"
+        letter = read_letter("s", Entry(b"1500-0", data))
+        assert (letter.job_id, letter.type, letter.tenant_id, letter.task) == ("j", "audit", "t", task)
+        assert (letter.reason, letter.deaths, letter.wall_s) == ("poison", 3, 1.5)
+
+    @pytest.mark.parametrize("data", [None, b"", b"no json", b"[1]", b'{"task": 5}', b'{"retry_count": "x"}'])
+    def test_what_is_no_letter_is_shown_and_holds_no_job(self, data: bytes | None) -> None:
+        assert read_letter("s", Entry(b"1-0", data)).task is None
+
+    def test_a_fresh_job_keeps_every_other_byte(self) -> None:
+        task = b'{"id": "j", "retry_count": 3, "payload": {"n": 1.50, "s": "\\u4e00"}, "deaths": 2}'
+        assert fresh_job(task) == b'{"id":"j","payload":{"n": 1.50, "s": "\\u4e00"}}'
+        assert fresh_job(b'{"id": "j"}') == b'{"id": "j"}'
+
+    def test_a_choice_is_all_that_fits_everything(self) -> None:
+        letter = read_letter(
+            "s", Entry(b"5000-0", b'{"task":{"id":"j","type":"audit"},"reason":"poison","error":"E: no"}')
+        )
+        assert letter in Choice()
+        assert letter in Choice(ids=frozenset({"j"}), reasons=frozenset({"poison"}), error="no")
+        assert letter not in Choice(ids=frozenset({"j"}), reasons=frozenset({"exhausted"}))
+        assert letter in Choice(after_wall_s=4, before_wall_s=6)
+        assert letter not in Choice(before_wall_s=4)
+        assert Choice().everything
+        assert not Choice(before_wall_s=4).everything

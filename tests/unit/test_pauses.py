@@ -1,0 +1,92 @@
+"""Types paused by an operator: what waits in the reader is set aside, other types of the stream go on."""
+
+import pytest
+
+from jobworker.worker import backlog as module
+from jobworker.worker.backlog import Backlog
+from jobworker.worker.store import Entry
+from jobworker.worker.triage import Arrival
+
+SLOW, QUICK = 0, 1
+
+
+def job(number: int, kind: int, source: int = 0, alone: bool = False) -> Arrival:
+    return Arrival(source, kind, Entry(b"%d-0" % number, b"x" * 10), alone)
+
+
+def ready(backlog: Backlog) -> list[bytes]:
+    return [arrival.entry.id for arrival in backlog.ready]
+
+
+def full(*jobs: Arrival) -> Backlog:
+    backlog = Backlog(["slow", "quick"])
+    for one in jobs:
+        backlog.add(one)
+    return backlog
+
+
+def test_only_the_other_types_are_handed_out() -> None:
+    backlog = full(job(1, SLOW), job(2, QUICK), job(3, SLOW, alone=True))
+    backlog.halt({SLOW})
+    backlog.add(job(4, SLOW))
+    backlog.add(job(5, QUICK))
+    assert ready(backlog) == [b"2-0", b"5-0"]
+    assert not backlog.suspects
+    assert sorted(arrival.entry.id for arrival in backlog) == [b"%d-0" % n for n in range(1, 6)], "leases"
+
+
+def test_resumed_they_go_on_where_they_would_be() -> None:
+    backlog = full(job(1, SLOW), job(2, SLOW, alone=True))
+    backlog.halt({SLOW})
+    backlog.halt(set())
+    assert ready(backlog) == [b"1-0"]
+    assert [arrival.entry.id for arrival in backlog.suspects] == [b"2-0"]
+    backlog.add(job(3, SLOW))
+    assert ready(backlog) == [b"1-0", b"3-0"]
+
+
+def test_what_is_set_aside_does_not_keep_the_stream_from_being_read() -> None:
+    backlog = full(job(1, SLOW), job(2, SLOW, source=1), job(3, QUICK))
+    backlog.halt({SLOW})
+    assert (backlog.waiting(0), backlog.waiting(1)) == (1, 1), "the quick one, which any stream waits for"
+
+
+@pytest.mark.parametrize("limit", ["_ASIDE_JOBS", "_ASIDE_BYTES"])
+def test_but_only_so_many_are_set_aside(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, limit, {"_ASIDE_JOBS": 3, "_ASIDE_BYTES": 30}[limit])
+    backlog = full()
+    backlog.halt({SLOW})
+    for number in (1, 2):
+        backlog.add(job(number, SLOW))
+    assert backlog.waiting(0) == 0
+    backlog.add(job(3, SLOW))
+    assert (backlog.waiting(0), backlog.waiting(1)) == (3, 0)
+    backlog.drop(0, {b"2-0"})
+    assert backlog.waiting(0) == 0
+
+
+def test_a_pause_and_a_breaker_do_not_undo_each_other() -> None:
+    backlog = full(job(1, SLOW), job(2, SLOW))
+    backlog.pause(backlog.ready.popleft(), 0.0)
+    backlog.halt({SLOW})
+    backlog.tend(1e9)
+    assert not backlog.ready, "no try while it is paused by hand"
+    backlog.answered([SLOW])
+    assert not backlog.ready, "an answer of a job from before is no reason to go on"
+    backlog.halt(set())
+    assert sorted(ready(backlog)) == [b"1-0", b"2-0"]
+    backlog.pause(backlog.ready.popleft(), 0.0)
+    backlog.halt({SLOW})
+    backlog.halt(set())
+    assert not backlog.ready, "what it needs still does not answer"
+    backlog.tend(1e9)
+    assert len(backlog.ready) == 1
+
+
+def test_cleared_it_holds_nothing_and_stays_paused() -> None:
+    backlog = full(job(1, SLOW))
+    backlog.halt({SLOW})
+    backlog.clear()
+    assert not list(backlog)
+    backlog.add(job(2, SLOW))
+    assert not backlog.ready
