@@ -47,10 +47,11 @@ class Supervisor:
         self._stores = stores
         self._exposition = Exposition()
         self._crew = Crew(settings, self._exposition)
-        self._server = HealthServer(parse_address(settings.metrics_addr), self._exposition, self.health)
         self._mono_turned_s = time.monotonic()
         self._mono_stop_by_s: float | None = None
         self._said_ready = False
+        self._progress = 0
+        self._server = HealthServer(parse_address(settings.metrics_addr), self._exposition, self.health)
 
     def run(self, queue: SignalQueue) -> Exit:
         """Until told to stop or something fatal; whatever the way out, no child is left."""
@@ -112,6 +113,7 @@ class Supervisor:
 
     def _draining(self, now: float) -> Exit | None:
         assert self._mono_stop_by_s is not None
+        notify(WATCHDOG="1")  # nothing is read any more, and the time for this is limited anyway
         if self._crew.drained:
             log.info("stopped")
             return Exit.STOPPED
@@ -129,6 +131,9 @@ class Supervisor:
             notify(READY="1")
             log.info("ready", extra={"workers": self._settings.procs})
         notify(STATUS="; ".join(health.reasons) or f"{self._settings.procs} workers ready")
+        if self._progress != self._crew.progress:
+            self._progress = self._crew.progress
+            notify(WATCHDOG="1")
 
     def health(self) -> Health:
         """Asked by the HTTP threads."""

@@ -58,6 +58,8 @@ class Crew:
         self._graves: dict[tuple[int, int], tuple[Gone, Channel]] = {}
         # Places whose worker of this generation or before is to be exchanged.
         self._to_exchange: deque[tuple[Place, int]] = deque()
+        #: Goes up while the reader completes read cycles.
+        self.progress = 0
         self._verdict: Exit | None = None
         self._was_complete = False
         self._draining = False
@@ -119,7 +121,9 @@ class Crew:
             case Ready():
                 child.ready = True
                 log.info("up", extra={"child": child.name, "process_id": child.pid})
-            case Report(counts, gauges, histograms, trouble):
+            case Report(counts, gauges, histograms, trouble, progress):
+                self.progress += progress != child.progress
+                child.progress = progress
                 self._exposition.add(counts)
                 self._exposition.put(gauges)
                 self._exposition.merge(histograms)

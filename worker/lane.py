@@ -75,13 +75,12 @@ class Lane:
 
     def _push(self, frame: Sequence[Arrival]) -> bool:
         """Write the rows, push the jobs, count the rows: in this order (see `inflight`)."""
+        sources, kinds, entries, _ = zip(*frame, strict=True)
+        ids, bodies, _, deaths = zip(*entries, strict=True)
         self.table.write(
-            [arrival.source for arrival in frame],
-            [arrival.kind for arrival in frame],
-            [min(arrival.entry.deaths, 255) for arrival in frame],
-            [arrival.entry.id for arrival in frame],
+            sources, kinds, [min(count, 255) for count in deaths] if any(deaths) else deaths, ids
         )
-        jobs = [(arrival.source, arrival.entry.id, arrival.entry.data or b"") for arrival in frame]
+        jobs = list(zip(sources, ids, bodies, strict=True))
         if not self.channel.jobs.push(msgspec.msgpack.encode(JobFrame(self.table.head, jobs))):
             return False
         self.table.head += len(frame)

@@ -83,12 +83,14 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
 
 
 class Report(msgspec.Struct, tag=True, frozen=True):
-    """From a child: counts since the last report, and whether what it needs answers (None: it does)."""
+    """From a child: counts since the last report, whether what it needs answers (None: it does), and from
+    the reader how many read cycles it has completed."""
 
     counts: list[tuple[str, tuple[str, ...], float]] = []
     gauges: list[tuple[str, tuple[str, ...], float]] = []
     histograms: list[tuple[str, tuple[str, ...], list[int], float]] = []
     trouble: str | None = None
+    progress: int = 0
 
 
 Message = Start | Attach | Briefed | Gone | Forgotten | Retire | Drain | Ready | Failed | Report
@@ -115,10 +117,10 @@ class Link:
         """For selectors."""
         return self._sock.fileno()
 
-    def report(self, tally: Tally, trouble: str | None) -> None:
+    def report(self, tally: Tally, trouble: str | None, progress: int = 0) -> None:
         """Send what was counted; it stays counted while the other side is not taking messages."""
         delta = tally.take()
-        if not self.send(Report(delta.counts, delta.gauges, delta.histograms, trouble)):
+        if not self.send(Report(delta.counts, delta.gauges, delta.histograms, trouble, progress)):
             tally.put_back(delta)
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> bool:

@@ -93,6 +93,7 @@ class Child(Process):
         self.generation = generation
         self.channel = channel
         self.trouble: str | None = None
+        self.progress = 0
         self.mono_heard_s = mono_now_s
         self.mono_killed_s: float | None = None
         self.kill_cause = ""

@@ -30,6 +30,8 @@ _READ_ENTRIES = 512
 _READ_BYTES = 4 * 1024 * 1024
 #: How long a read blocks; only bounds how soon a silently dead connection is noticed.
 _BLOCK_MS = 2000
+#: How long an answer may take beyond the time that a read blocks.
+_ANSWER_MARGIN_S = 2.0
 _REPORT_EVERY_S = 0.25
 #: How often the types that operators have paused are asked for: one short answer of the store.
 _PAUSES_EVERY_S = 0.5
@@ -77,6 +79,9 @@ class Reader:
         self._renewed_at = mono_s()
         self._reported_at = 0.0
         self._heeded_at = 0.0
+        # When the answer to each read under way must be there: a network that swallows packets says nothing.
+        self._answer_by: dict[int, float] = {}
+        self._progress = 0
 
     def run(self) -> None:
         """Go round until drained. A store that does not answer is waited for; jobs in flight are kept."""
@@ -113,10 +118,12 @@ class Reader:
             lane.measure(now)
         if not self._draining:
             self._hand_out()
-            self._read_more()
+            self._read_more(now)
         if now - self._renewed_at > self._settings.lease_s / 3:
             self._keep_leases(now)
         self._wait(_REPORT_EVERY_S)
+        if self._answer_by and min(self._answer_by.values()) < self._mono_s():
+            raise StoreUnavailable("a blocking read was not answered in time")
 
     # -- waiting
 
@@ -129,7 +136,9 @@ class Reader:
                 drained(key.fd)
             else:
                 self._selector.unregister(key.fd)
+                del self._answer_by[key.data]
                 self._arrive(key.data, self._store.finish_read(self._sources[key.data]))
+                self._progress += 1
 
     def _listen(self) -> None:
         try:
@@ -204,6 +213,7 @@ class Reader:
         for key in list(self._selector.get_map().values()):
             if isinstance(key.data, int):
                 self._selector.unregister(key.fd)
+        self._answer_by.clear()
         self._store.abandon_reads()
 
     def _report(self, now: float) -> None:
@@ -211,19 +221,20 @@ class Reader:
         for number, kind in enumerate(self._settings.handlers):
             self._tally.gauge("z_novel_circuit_open", (kind,), float(self._backlog.paused(number)))
             self._tally.gauge("z_novel_paused", (kind,), float(number in self._backlog.halted))
-        self._link.report(self._tally, self._trouble)
+        self._link.report(self._tally, self._trouble, self._progress)
 
     # -- jobs in
 
     def _arrive(self, source: int, entries: list[Entry]) -> None:
+        triage, add = self._triage, self._backlog.add
         for entry in entries:
-            verdict = self._triage(source, entry)
+            verdict = triage(source, entry)
             if isinstance(verdict, Refusal):
                 self._settler.refuse(verdict)
             else:
-                self._backlog.add(verdict)
+                add(verdict)
         if entries:
-            mean = sum(len(entry.data or b"") for entry in entries) / len(entries)
+            mean = sum([len(entry.data or b"") for entry in entries]) / len(entries)
             # The newest read counts half, so that a run of large jobs is asked for in small numbers at once.
             self._entry_bytes = (self._entry_bytes + mean) / 2
 
@@ -233,7 +244,7 @@ class Reader:
             log.warning("type paused: what it needs does not answer", extra={"task_type": kind})
         self._backlog.pause(arrival, now)
 
-    def _read_more(self) -> None:
+    def _read_more(self, now: float) -> None:
         """Ask each stream for what the workers can take beyond what waits here already."""
         credit = sum(lane.credit for lane in self._lanes)
         most = min(_READ_ENTRIES, max(1, int(_READ_BYTES / max(1.0, self._entry_bytes))))
@@ -242,6 +253,8 @@ class Reader:
             if room > 0 and not self._store.reading(source):
                 fd = self._store.begin_read(source, min(room, most), _BLOCK_MS)
                 self._selector.register(fd, selectors.EVENT_READ, number)
+                self._answer_by[number] = now + _BLOCK_MS / 1000 + _ANSWER_MARGIN_S
+            self._progress += room <= 0  # all hands are full: nothing to be read is no standstill
 
     # -- jobs out
 

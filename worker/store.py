@@ -92,7 +92,8 @@ class ReaderStore(Protocol):
 
     def settle(self, settlements: Sequence[Settlement]) -> set[bytes]:
         """Carry out outcomes, each settlement atomically; returns the ids that were not ours any more
-        (acknowledged already, or another consumer's by now): nothing was done for those."""
+        (acknowledged already, or another consumer's by now): nothing was done for those. A done id that
+        nobody holds any more may be left out of them."""
 
     def charge(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:
         """Durably set how many workers have died under each id that is still ours; returns those set. Setting

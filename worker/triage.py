@@ -33,6 +33,9 @@ class Refusal(NamedTuple):
     envelope: Envelope | None = None
 
 
+_new = tuple.__new__  # a named tuple's own constructor takes four times as long, once per job
+
+
 class Triage:
     """Decides by size, form, type and history."""
 
@@ -61,4 +64,5 @@ class Triage:
         if deaths >= self._max_deaths or entry.deliveries > MAX_DELIVERIES:
             error = f"PoisonJob: {deaths} workers died under it, {entry.deliveries} deliveries without an end"
             return Refusal(source, entry, Reason.POISON, error, envelope)
-        return Arrival(source, kind, entry, deaths > 0 or entry.deliveries >= ALONE_AFTER_DELIVERIES)
+        alone = deaths > 0 or entry.deliveries >= ALONE_AFTER_DELIVERIES
+        return _new(Arrival, (source, kind, entry, alone))

@@ -60,6 +60,19 @@ for _ = 1, dead do
   at = at + 2
 end
 
+-- Where nobody else holds anything in this group, what is pending is ours: one look answers for all.
+local function sole_holder()
+  local holders = redis.call('XPENDING', KEYS[1], ARGV[1])[4]
+  return holders and #holders == 1 and holders[1][1] == ARGV[2]
+end
+
+if done > 0 and sole_holder() then
+  redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, 7, 6 + done))
+  if redis.call('EXISTS', KEYS[5]) == 1 then
+    redis.call('HDEL', KEYS[5], unpack(ARGV, 7, 6 + done))
+  end
+  return refused
+end
 local finished = {}
 for i = 7, 6 + done do
   local id = ARGV[i]
