@@ -5,6 +5,7 @@ from .errors import ConfigurationError, Fenced, PermanentError, StoreUnavailable
 from .fence import Admission, Fence, Intent, Rebuilds, Taken, open_fence, open_rebuilds
 from .handler import Handler
 from .producer import NewJob, Producer
+from .records import Put, Record, RecordKey, Records, open_records
 from .settings import Settings
 
 __all__ = [
@@ -18,11 +19,16 @@ __all__ = [
     "NewJob",
     "PermanentError",
     "Producer",
+    "Put",
     "Rebuilds",
+    "Record",
+    "RecordKey",
+    "Records",
     "Settings",
     "StoreUnavailable",
     "Taken",
     "Unavailable",
     "open_fence",
     "open_rebuilds",
+    "open_records",
 ]

@@ -79,6 +79,11 @@ def writes_keys(collection: str) -> WritesKeys:
     return WritesKeys(*(f"writes:{{{collection}}}:{field}" for field in WritesKeys._fields))
 
 
+def record_key(kind: str, tenant_id: str, project_id: str, id: str) -> str:
+    """Hash: what is known of a chapter (``summary``) or an entity (``entity``), with its version."""
+    return f"{kind}:{tenant_id}:{project_id}:{id}"
+
+
 def consumer_name(host: str, instance: str) -> str:
     """The consumer that one service reads as; stable over restarts, so that it finds its own again."""
     return f"{host}/{instance}"

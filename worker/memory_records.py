@@ -1,0 +1,41 @@
+"""Records in memory, for tests of handlers: the same answers as the store's, no server."""
+
+import threading
+from collections.abc import Mapping
+
+from .keys import record_key
+from .records import Put, Record, RecordKey
+
+
+class MemoryRecords:
+    """`Records` within this process; usable from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stored: dict[str, tuple[str, str, Record]] = {}
+
+    def put(self, key: RecordKey, version: int, fields: Mapping[str, str], updated_at: str) -> Put:
+        """See `Records.put`."""
+        name = record_key(*key)
+        with self._lock:
+            if name in self._stored:
+                owner, _, has = self._stored[name]
+                if owner != key.owner:
+                    return Put("foreign", None)
+                same_chapter = has.fields.get("chapter_id", "") == fields.get("chapter_id", "")
+                if same_chapter and version < has.version:
+                    return Put("older", has)
+                if has == Record(version, fields):
+                    return Put("same", has)
+            record = Record(version, dict(fields))
+            self._stored[name] = (key.owner, updated_at, record)
+            return Put("stored", record)
+
+    def get(self, key: RecordKey) -> Record | None:
+        """See `Records.get`."""
+        with self._lock:
+            owner, _, record = self._stored.get(record_key(*key), ("", "", None))
+        return record if owner == key.owner else None
+
+    def close(self) -> None:
+        """Nothing to drop."""
