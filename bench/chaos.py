@@ -79,6 +79,7 @@ class Run:
         """The report."""
         started = time.monotonic()
         self._await_ready()
+        self._warm_up()
         before = descriptors(self._services)
         self._producer.start()
         self._shoot()
@@ -109,6 +110,12 @@ class Run:
             if time.monotonic() > give_up_at:
                 raise TimeoutError("the services do not become ready")
             time.sleep(LOOK_EVERY_S)  # a page sends no event
+
+    def _warm_up(self) -> None:
+        """Have every connection opened that stays open, so that later ones can be told from leaked ones."""
+        shot = Shot("", time.monotonic(), self._world.probe() | self._world.probe(by_retry=True))
+        self._await_recovery(shot)
+        await_rest(self._server.client, self._services)
 
     def _shoot(self) -> None:
         """All faults, each in a burst of its share of the jobs; in the time that is given at least."""
