@@ -12,10 +12,11 @@ if [[ ! -x $venv/bin/python ]]; then
     echo "== making $venv with $python ($("$python" --version))"
     "$python" -m venv "$venv"
 fi
-torch_index=$(scripts/torch-index.sh "$venv")
+# Where the configured package index has no CPU build of torch, name one that has (PyTorch's own installation
+# page tells): TORCH_INDEX=... make run
 log=$venv/install.log
 echo "== installing jobworker[$extras] and what it needs (torch: CPU build; log: $log)"
-if ! "$venv/bin/pip" install --no-input ${torch_index:+"$torch_index"} -c constraints.txt -e ".[$extras]" 2>&1 |
+if ! "$venv/bin/pip" install --no-input ${TORCH_INDEX:+"--extra-index-url=$TORCH_INDEX"} -c constraints.txt -e ".[$extras]" 2>&1 |
     tee "$log" | sed -un 's/^Collecting \([^ ]*\).*/   \1/p; s/^Installing collected packages.*/   installing …/p'; then
     tail -20 "$log" >&2
     echo "error: pip could not install; its last lines are above, all of them in $log" >&2
