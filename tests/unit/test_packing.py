@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.packing import MAX_PADDING_SHARE, MIN_PADDING_TOKENS, pack, padding_share
+from jobworker.handlers.packing import (
+    MAX_PADDING_SHARE,
+    MIN_PADDING_TOKENS,
+    Ceilings,
+    lacks_memory,
+    pack,
+    padding_share,
+    run_batches,
+)
 
 LENGTHS = st.lists(st.integers(0, 600), max_size=200)
 LIMITS = st.tuples(st.integers(1, 4000), st.integers(1, 64))
@@ -55,3 +63,84 @@ def test_nothing_to_pack() -> None:
 def test_a_limit_that_lets_nothing_through_is_refused(limits: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         pack([1], *limits)
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's, which is no MemoryError."""
+
+
+class Memory:
+    """Holds `tokens` padded tokens and notes every try."""
+
+    def __init__(self, lengths: list[int], tokens: int) -> None:
+        self.lengths, self.tokens = lengths, tokens
+        self.tries: list[int] = []
+        self.failed = self.released = 0
+
+    def compute(self, batch: list[int]) -> list[int]:
+        cost = len(batch) * max(self.lengths[index] for index in batch)
+        self.tries.append(cost)
+        if cost > self.tokens:
+            self.failed += 1
+            raise OutOfMemoryError("CUDA: tried to allocate 2.00 GiB")
+        return [self.lengths[index] for index in batch]
+
+    def release(self) -> None:
+        self.released += 1
+
+
+@given(st.lists(st.integers(0, 600), min_size=1, max_size=100), st.integers(600, 5000))
+def test_however_little_memory_there_is_every_text_is_computed_once(lengths: list[int], tokens: int) -> None:
+    memory = Memory(lengths, tokens)
+    batches = pack(lengths, 16_384, 64)
+    done = list(run_batches(lengths, batches, Ceilings(), memory.compute, memory.release))
+    assert sorted(index for batch, _ in done for index in batch) == list(range(len(lengths)))
+    assert all(found == [lengths[index] for index in batch] for batch, found in done)
+    assert memory.released == memory.failed
+    assert all(len(batch) * max(lengths[index] for index in batch) <= tokens for batch, _ in done)
+
+
+def test_a_ceiling_is_remembered_for_its_length_and_longer_ones_only() -> None:
+    lengths = [100] * 64
+    memory, ceilings = Memory(lengths, 1700), Ceilings()
+    for _ in range(3):
+        list(run_batches(lengths, [list(range(64))], ceilings, memory.compute, memory.release))
+    assert memory.failed == 2, "64 and 32 rows, once"
+    assert max(memory.tries[-4:]) == 1600
+    assert (ceilings.rows(120), ceilings.rows(600), ceilings.rows(50)) == (16, 16, None)
+    ceilings.lower(600, 2)
+    assert (ceilings.rows(120), ceilings.rows(600)) == (16, 2)
+
+
+def test_a_single_text_that_does_not_fit_says_so() -> None:
+    memory = Memory([100, 900], 800)
+    with pytest.raises(OutOfMemoryError):
+        list(run_batches(memory.lengths, [[1], [0]], Ceilings(), memory.compute, memory.release))
+
+
+def test_other_failures_pass_through_at_once() -> None:
+    tries = []
+
+    def compute(batch: list[int]) -> None:
+        tries.append(batch)
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        list(run_batches([1, 1], [[0, 1]], Ceilings(), compute))
+    assert tries == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("error", "lacks"),
+    [
+        (MemoryError(), True),
+        (OutOfMemoryError("x"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("device-side assert triggered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_how_the_lack_of_memory_is_told(error: Exception, lacks: bool) -> None:
+    assert lacks_memory(error) == lacks

@@ -1,0 +1,312 @@
+"""The cache of vectors saves work and does nothing else, whatever is done to its file."""
+
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobworker.handlers.cache import LOG_BYTES, MIN_LIMIT_BYTES, PAUSE_S, Key, VectorCache, key_of
+
+DIM = 16
+
+
+def vector(number: int, dim: int = DIM) -> np.ndarray:
+    return np.random.default_rng(number).standard_normal(dim).astype(np.float32)
+
+
+def keys(*texts: str, tenant: str = "t001") -> list[Key]:
+    return [key_of(tenant, "model", text) for text in texts]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "vectors.sqlite3"
+
+
+@pytest.fixture
+def cache(path: Path, clock: Clock) -> Iterator[VectorCache]:
+    made = VectorCache(path, DIM, MIN_LIMIT_BYTES, {}, mono_s=clock)
+    yield made
+    made.close()
+
+
+def edit(path: Path, sql: str, *values: object) -> None:
+    """Change the file behind the cache's back."""
+    with sqlite3.connect(path) as db:
+        db.execute(sql, values)
+    db.close()
+
+
+def test_what_was_kept_is_found_bit_for_bit_also_by_another_process_and_counted(
+    cache: VectorCache, path: Path
+) -> None:
+    one, two, three = keys("one", "two", "three")
+    cache.keep([(one, vector(1)), (two, vector(2))])
+    counters: dict[str, int] = {"embedded_tokens": 7}
+    other = VectorCache(path, DIM, MIN_LIMIT_BYTES, counters)
+    found = other.find([one, three, two, one])
+    other.close()
+    assert set(found) == {one, two}
+    assert found[two].tobytes() == vector(2).tobytes()
+    assert counters == {"embedded_tokens": 7, "embedding_cache_hits": 3, "embedding_cache_misses": 1}
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["t1", "t2"]), st.sampled_from(["m1", "m2"]), st.text()), unique=True)
+)
+def test_no_two_of_tenant_model_and_text_share_a_key(parts: list[tuple[str, str, str]]) -> None:
+    assert len({key_of(*part) for part in parts}) == len(parts)
+
+
+def test_a_tenant_with_the_longest_name_has_keys() -> None:
+    assert key_of("t" * 64, "model", "text") != key_of("t" * 63, "model", "text")
+
+
+def test_a_later_vector_replaces_the_earlier(cache: VectorCache) -> None:
+    (one,) = keys("one")
+    cache.keep([(one, vector(1))])
+    cache.keep([(one, vector(2))])
+    assert np.array_equal(cache.find([one])[one], vector(2))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_is_no_number_is_not_kept(cache: VectorCache, number: float) -> None:
+    one, two = keys("one", "two")
+    bad = vector(1)
+    bad[3] = number
+    cache.keep([(one, bad), (two, vector(2))])
+    assert list(cache.find([one, two])) == [two]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE vectors SET value = substr(value, 1, 60) WHERE key = ?",
+        "UPDATE vectors SET value = value || x'00000000' WHERE key = ?",
+        "UPDATE vectors SET value = x'' WHERE key = ?",
+        "UPDATE vectors SET value = 'text' WHERE key = ?",
+        "UPDATE vectors SET value = 5 WHERE key = ?",
+        "UPDATE vectors SET value = zeroblob(80) WHERE key = ?",
+        "UPDATE vectors SET value = substr(value, 1, 16) || x'0000c07f' || substr(value, 21) WHERE key = ?",
+        "UPDATE vectors SET value = (SELECT value FROM vectors ORDER BY id LIMIT 1 OFFSET 1) WHERE key = ?",
+        "UPDATE vectors SET id = 9223372036854775807 WHERE key = ?",
+    ],
+)
+def test_an_entry_that_lies_is_a_miss_and_is_mended_by_the_next_one(
+    cache: VectorCache, path: Path, clock: Clock, sql: str
+) -> None:
+    one, two = keys("one", "two")
+    cache.keep([(one, vector(1)), (two, vector(2))])
+    edit(path, sql, one)
+    found = cache.find([one, two])
+    assert np.array_equal(found[two], vector(2))
+    assert one not in found or np.array_equal(found[one], vector(1))
+    clock.now += PAUSE_S
+    cache.keep([(one, vector(3))])
+    assert np.array_equal(cache.find([one])[one], vector(3))
+
+
+def test_one_dimension_never_gets_the_others_vectors(cache: VectorCache, path: Path) -> None:
+    (one,) = keys("one")
+    cache.keep([(one, vector(1))])
+    wider = VectorCache(path, 2 * DIM, MIN_LIMIT_BYTES, {})
+    assert wider.find([one]) == {}
+    wider.close()
+
+
+def _cut(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(20_000)
+
+
+def _scribble(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"no database" * 500)
+
+
+def _scribble_behind(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(16_384)
+        file.write(b"\xff" * 60_000)
+
+
+@pytest.mark.parametrize("damage", [_cut, _scribble, _scribble_behind])
+@pytest.mark.parametrize("running", [True, False])
+def test_a_damaged_file_is_begun_anew(
+    cache: VectorCache, path: Path, clock: Clock, damage: object, running: bool
+) -> None:
+    many = keys(*map(str, range(500)))
+    cache.keep([(key, vector(1)) for key in many])
+    cache.close()  # so that all is in the file and nothing in its log
+    if running:
+        cache.find(many[:1])
+    damage(path)  # type: ignore[operator]
+    for round_ in range(3):
+        cache.find(many)
+        cache.keep([(key, vector(round_)) for key in many])
+        clock.now += PAUSE_S
+    cache.keep([(many[0], vector(9))])
+    assert np.array_equal(cache.find(many[:1])[many[0]], vector(9))
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(parents=True), lambda path: path.parent.touch()])
+def test_where_no_file_can_be_made_all_is_missed_and_said_once(
+    cache: VectorCache, path: Path, clock: Clock, make: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(path)  # type: ignore[operator]
+    (one,) = keys("one")
+    for _ in range(5):
+        cache.keep([(one, vector(1))])
+        assert cache.find([one]) == {}
+    assert caplog.text.count("left alone") == 1
+    clock.now += PAUSE_S
+    cache.find([one])
+    assert caplog.text.count("left alone") == 2
+
+
+def test_a_file_of_another_layout_is_begun_anew(path: Path, cache: VectorCache) -> None:
+    path.parent.mkdir()
+    edit(path, "PRAGMA user_version = 99")
+    (one,) = keys("one")
+    cache.keep([(one, vector(1))])
+    assert one in cache.find([one])
+
+
+def test_a_file_that_somebody_else_writes_is_read_and_not_waited_for(cache: VectorCache, path: Path) -> None:
+    one, two = keys("one", "two")
+    cache.keep([(one, vector(1))])
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("BEGIN IMMEDIATE")
+    cache.keep([(two, vector(2))])
+    assert list(cache.find([one, two])) == [one]
+    db.execute("ROLLBACK")
+    db.close()
+    cache.keep([(two, vector(2))])
+    assert set(cache.find([one, two])) == {one, two}
+
+
+def size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.parent.iterdir())
+
+
+def test_it_stays_within_its_bytes_and_keeps_what_is_in_use(path: Path) -> None:
+    """Five times as much as there is room for goes through; one text is asked for all the time."""
+    dim, wide = 1024, {}
+    cache = VectorCache(path, dim, 32 * 1024 * 1024, wide)
+    used, *rest = keys("in use", *map(str, range(30_000)))
+    cache.keep([(used, vector(7, dim))])
+    some = vector(1, dim)
+    for start in range(0, len(rest), 300):
+        assert used in cache.find([used])
+        cache.keep([(key, some) for key in rest[start : start + 300]])
+        assert size(path) <= 32 * 1024 * 1024
+    kept = cache.find(rest)
+    assert set(rest[-1000:]) <= kept.keys(), "the newest are there"
+    room = 24 * 1024 * 1024 // (4 * dim)
+    assert room // 2 < len(kept) <= room
+    cache.close()
+
+
+def test_a_smaller_limit_begins_anew(path: Path) -> None:
+    large = VectorCache(path, 1024, 64 * 1024 * 1024, {})
+    many = keys(*map(str, range(10_000)))
+    large.keep([(key, vector(1, 1024)) for key in many[:5000]])
+    large.close()
+    small = VectorCache(path, 1024, MIN_LIMIT_BYTES, {})
+    small.keep([(many[0], vector(2, 1024))])
+    assert list(small.find(many)) == [many[0]]
+    small.close()
+    assert size(path) <= MIN_LIMIT_BYTES
+
+
+def test_more_at_once_than_there_is_room_for(path: Path) -> None:
+    cache = VectorCache(path, 1024, 1, {})
+    many = keys(*map(str, range(5000)))
+    cache.keep([(key, vector(1, 1024)) for key in many])
+    assert 500 < len(cache.find(many)) < 5000
+    assert size(path) <= MIN_LIMIT_BYTES
+    cache.close()
+
+
+def test_the_file_is_for_its_user_only(cache: VectorCache, path: Path) -> None:
+    cache.keep([(keys("one")[0], vector(1))])
+    files = [file for file in path.parent.iterdir() if not file.name.endswith(".lock")]
+    assert len(files) == 3, "file, log and its index"
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+
+def test_several_threads(cache: VectorCache) -> None:
+    texts = keys(*map(str, range(200)))
+    wrong: list[Key] = []
+
+    def work(first: int) -> None:
+        for start in range(first, 200, 4):
+            key = texts[start]
+            cache.keep([(key, vector(start))])
+            if not np.array_equal(cache.find([key])[key], vector(start)):
+                wrong.append(key)
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not wrong
+    assert len(cache.find(texts)) == 200
+
+
+WRITER = """
+import sys, numpy as np
+from pathlib import Path
+from jobworker.handlers.cache import VectorCache, key_of
+cache = VectorCache(Path(sys.argv[1]), 16, 2**24, {})
+for number in range(10**9):
+    cache.keep([(key_of("t", "m", f"{number}/{row}"), np.full(16, number, np.float32)) for row in range(50)])
+    if number == 5:
+        print("going", flush=True)
+"""
+
+
+def test_killed_while_writing_it_leaves_a_file_that_is_read(path: Path) -> None:
+    for _ in range(3):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, env=dict(os.environ)
+        )
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"going\n"
+        writer.send_signal(signal.SIGKILL)
+        writer.wait(20)
+        writer.stdout.close()
+        cache = VectorCache(path, DIM, MIN_LIMIT_BYTES, {})
+        written = [key_of("t", "m", f"5/{row}") for row in range(50)]
+        assert len(cache.find(written)) == 50
+        (one,) = keys("one")
+        cache.keep([(one, vector(1))])
+        assert one in cache.find([one])
+        cache.close()
+
+
+def test_the_log_is_within_the_limit() -> None:
+    assert LOG_BYTES < MIN_LIMIT_BYTES
