@@ -24,6 +24,7 @@ from jobworker.worker.notify import notify, reloading
 from jobworker.worker.options import ENV_PREFIX, service_options, settings_from
 from jobworker.worker.settings import Settings, parse_address
 from jobworker.worker.signals import SignalQueue
+from jobworker.worker.status import Desk, service_status
 from jobworker.worker.stores import Stores
 
 log = logging.getLogger("jobworker.supervisor")
@@ -51,7 +52,10 @@ class Supervisor:
         self._mono_stop_by_s: float | None = None
         self._said_ready = False
         self._progress = 0
-        self._server = HealthServer(parse_address(settings.metrics_addr), self._exposition, self.health)
+        self._desk = Desk()
+        self._server = HealthServer(
+            parse_address(settings.metrics_addr), self._exposition, self.health, self._desk.ask
+        )
 
     def run(self, queue: SignalQueue) -> Exit:
         """Until told to stop or something fatal; whatever the way out, no child is left."""
@@ -66,6 +70,7 @@ class Supervisor:
         log.info("listening", extra={"metrics_url": self._server.url, "pid": os.getpid()})
         while True:
             now = self._mono_turned_s = time.monotonic()
+            self._desk.serve(self._status)
             for number in queue.take():
                 if (verdict := self._signalled(number)) is not None:
                     return verdict
@@ -134,6 +139,16 @@ class Supervisor:
         if self._progress != self._crew.progress:
             self._progress = self._crew.progress
             notify(WATCHDOG="1")
+
+    def _status(self) -> dict[str, Any]:
+        health = self.health()
+        return {
+            **service_status(self._settings, self._stores.redis_url),
+            "ready": health.live and health.ready,
+            "reasons": health.reasons,
+            "children": self._crew.children(time.monotonic()),
+            "metrics": self._exposition.totals(),
+        }
 
     def health(self) -> Health:
         """Asked by the HTTP threads."""

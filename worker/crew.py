@@ -6,6 +6,7 @@ import signal
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from typing import Any
 
 from .channel import READY, STOPPING, Channel
 from .errors import Exit
@@ -15,6 +16,7 @@ from .process import Child, Ended
 from .respawn import Respawn
 from .settings import Settings
 from .signals import SignalQueue
+from .status import child_status
 
 log = logging.getLogger("jobworker.crew")
 
@@ -39,6 +41,8 @@ class Place:
         self.child: Child | None = None
         self.successor: Child | None = None
         self.respawn = Respawn()
+        #: Ends that nobody had asked for.
+        self.losses = 0
 
     def children(self) -> list[Child]:
         """Whoever is there."""
@@ -167,6 +171,7 @@ class Crew:
                 "peak_rss_mib": ended.peak_rss_mib, "stack": ended.stack or None,
             })  # fmt: skip
             self._exposition.add([("z_novel_worker_restarts_total", (child.role, cause), 1)])
+            place.losses += 1
             place.respawn.ended(now, was_ready=child.ready, lived_s=now - child.mono_started_s)
         if child.channel is not None:
             self._bury(child, child.channel, ended, charge=not expected)
@@ -359,6 +364,14 @@ class Crew:
                 found.append(f"{child.name}: {child.trouble}")
         return found
 
+    def children(self, now: float) -> list[dict[str, Any]]:
+        """Every child as /status shows it."""
+        return [
+            {"state": _state(child), "restarts": place.losses, **child_status(child, self._settings, now)}
+            for place in self._places
+            for child in place.children()
+        ]
+
     def states(self) -> dict[str, int]:
         """How many workers are in which state."""
         states = Counter({"starting": 0, "idle": 0, "busy": 0, "stopping": 0})
@@ -368,8 +381,10 @@ class Crew:
 
 
 def _state(child: Child | None) -> str:
-    if child is None or child.channel is None or not child.ready:
+    if child is None or not child.ready:
         return "starting"
+    if child.channel is None:
+        return "stopping" if child.stopping else "running"
     if child.stopping or child.channel.phase == STOPPING:
         return "stopping"
     return "busy" if child.channel.mono_deadline_s else "idle"

@@ -1,4 +1,4 @@
-"""The HTTP port of the supervisor: /metrics, /healthz and /readyz, answered from a thread of their own."""
+"""The HTTP port of the supervisor: /metrics, /healthz, /readyz and /status, from threads of their own."""
 
 import json
 import socket
@@ -26,9 +26,15 @@ class HealthServer:
     """Serves until closed. Raises OSError where the address is taken."""
 
     def __init__(
-        self, address: tuple[str, int], exposition: Exposition, health: Callable[[], Health]
+        self,
+        address: tuple[str, int],
+        exposition: Exposition,
+        health: Callable[[], Health],
+        status: Callable[[], dict[str, Any] | None] = lambda: None,
     ) -> None:
-        handler = type("Handler", (_Handler,), {"exposition": exposition, "health": staticmethod(health)})
+        """``status`` gives the page for tools, or None where it cannot be had now."""
+        asked = {"health": staticmethod(health), "status": staticmethod(status)}
+        handler = type("Handler", (_Handler,), {"exposition": exposition, **asked})
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         server = type("Server", (ThreadingHTTPServer,), {"address_family": family})
         self._server = server(address, handler)
@@ -53,11 +59,12 @@ class HealthServer:
 class _Handler(BaseHTTPRequestHandler):
     exposition: Exposition
     health: Callable[[], Health]
+    status: Callable[[], dict[str, Any] | None]
     timeout = _CLIENT_TIMEOUT_S
     server_version = "jobworker"
 
     def do_GET(self) -> None:
-        """Answer one of the three pages."""
+        """Answer one of the pages."""
         match self.path.partition("?")[0]:
             case "/metrics":
                 self._answer(200, CONTENT_TYPE, self.exposition.page())
@@ -67,8 +74,12 @@ class _Handler(BaseHTTPRequestHandler):
             case "/readyz":
                 health = self.health()
                 self._answer_json(health.live and health.ready, health)
+            case "/status":
+                status = self.status()
+                body = json.dumps(status or {"error": "the service is too busy to say"}).encode() + b"\n"
+                self._answer(200 if status else 503, "application/json", body)
             case _:
-                self._answer(404, "text/plain", b"try /metrics, /healthz or /readyz\n")
+                self._answer(404, "text/plain", b"try /metrics, /healthz, /readyz or /status\n")
 
     def _answer_json(self, fine: bool, health: Health) -> None:
         body = {"ok": fine, "reasons": health.reasons, **health.details}

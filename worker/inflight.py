@@ -125,6 +125,17 @@ class InFlight:
         """Every row that is still somebody's duty."""
         return [self.held(row) for row in range(self.tail, self.head) if self.state(row) != SETTLED]
 
+    def started(self) -> list[Held]:
+        """What the worker runs now, for anyone who shares the table. A row that was settled and given to
+        another job while we looked is left out: the tail has moved past its number by then."""
+        found = []
+        for row in range(self.tail, self.taken):
+            if self.state(row) == STARTED:
+                held = self.held(row)
+                if row >= self.tail:
+                    found.append(held)
+        return found
+
     def advance(self) -> None:
         """Forget the settled rows at the tail, so that they can be handed out again (reader)."""
         tail = self.tail

@@ -61,6 +61,18 @@ class Exposition(Collector):
                 for i, n in enumerate(counts):
                     into[i] += n
 
+    def totals(self) -> dict[str, list[dict[str, str | float]]]:
+        """Every counter and gauge: its samples, each its labels and its ``value``."""
+        with self._lock:
+            return {
+                name: [
+                    {**dict(zip(metric.labels, labels, strict=True)), "value": value}
+                    for labels, value in self._values[name].items()
+                ]
+                for name, metric in METRICS.items()
+                if metric.kind != "histogram"
+            }
+
     def page(self) -> bytes:
         """The text format of ``/metrics``."""
         return generate_latest(self._registry)

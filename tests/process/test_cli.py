@@ -230,3 +230,36 @@ class TestBesideAService:
         run(live, "resume", "noop")
         live.wait_until_drained()
         assert sorted(event.id for event in live.events("end") if event.id in held) == sorted(held)
+
+    def test_the_status_page_says_who_runs_what(self, live: Service) -> None:
+        id = live.enqueue("gate", {"gate": "status"})
+        live.wait_for_start(id)
+        said = json.loads(live.get("/status")[1])
+        busy = [child["running"] for child in said["children"] if child.get("running")]
+        (job,) = busy[0]["jobs"]
+        assert (len(busy), busy[0]["count"], job["stream"], job["type"]) == (1, 1, STREAM, "gate")
+        assert (
+            json.loads(live.client.xrange(STREAM, job["entry_id"], job["entry_id"])[0][1][b"data"])["id"]
+            == id
+        )
+        assert 0 <= busy[0]["for_s"] < 60 < busy[0]["limit_in_s"]
+        assert [child["role"] for child in said["children"]] == ["reader", "reaper", "worker", "worker"]
+        assert all(child["rss_mib"] > 5 and child["pid"] in live.everyone() for child in said["children"])
+        assert (said["ready"], said["instance"]) == (True, "blue")
+        assert live.redis_url.rpartition("@")[2] in said["store"]
+        assert "***" in said["store"], "the password is nobody's business"
+        live.open_gate("status")
+        live.wait_for_end(id)
+
+        def idle() -> bool:
+            children = json.loads(live.get("/status")[1])["children"]
+            return not any(child.get("running") for child in children)
+
+        eventually(idle)
+
+        def restarts() -> list[int]:
+            return [child["restarts"] for child in json.loads(live.get("/status")[1])["children"]]
+
+        before = restarts()
+        live.wait_for_successor("worker 0", live.kill_role("worker 0"))
+        assert [now - then for now, then in zip(restarts(), before, strict=True)] == [0, 0, 1, 0]

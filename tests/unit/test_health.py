@@ -33,6 +33,19 @@ class Service:
                 return error.code, error.headers["Content-Type"], error.read()
 
 
+def test_the_status_page_says_when_it_cannot_be_had() -> None:
+    answers: list[dict[str, object] | None] = [{"children": []}, None]
+    made = Service()
+    made.server.close()
+    made.server = HealthServer(("127.0.0.1", 0), Exposition(), lambda: made.health, lambda: answers.pop(0))
+    try:
+        status, kind, body = made.get("/status")
+        assert (status, kind, json.loads(body)) == (200, "application/json", {"children": []})
+        assert made.get("/status")[0] == 503
+    finally:
+        made.server.close()
+
+
 @pytest.fixture
 def service() -> Iterator[Service]:
     made = Service()
