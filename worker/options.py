@@ -10,7 +10,7 @@ import click
 from .backoff import RetryPolicy
 from .errors import ConfigurationError
 from .keys import DEFAULT_SOURCES
-from .settings import Settings, cores, parse_address, parse_handler, parse_source
+from .settings import Settings, check_llm, cores, parse_address, parse_handler, parse_source
 
 ENV_PREFIX = "JOBWORKER"
 _POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -105,6 +105,18 @@ _MODEL = [
             click.Choice(["windows", "truncate", "reject"])),
     _option("--token-budget", "Tokens, padding included, of one forward pass.", 16384, click.IntRange(512)),
 ]  # fmt: skip
+_SUMMARIES = [
+    _option("--summary-chars", "Longest summary of a chapter that is made here, in characters.", 100,
+            click.IntRange(20, 10_000)),
+    _option("--llm-url", "OpenAI-compatible endpoint that writes summaries, http(s)://host:port/v1; its key "
+            "comes from --llm-key-file or JOBWORKER_LLM_KEY.  [default: the chapter's own sentences]", ""),
+    _option("--llm-model", "The model's name there.", ""),
+    _option("--llm-key-file", "File that holds the endpoint's key.", "", click.Path(dir_okay=False)),
+    _option("--llm-timeout", "Limit of one request to it in seconds.", 60.0, _POSITIVE),
+    _option("--summary-sink", "Where else what was found in a chapter goes: postgres, or module:Class.", ""),
+    _option("--postgres-dsn", "For --summary-sink postgres; put passwords into the environment or the file.",
+            ""),
+]  # fmt: skip
 _SERVICE = [
     CONFIG,
     _option("--metrics-addr", "Where /metrics, /healthz and /readyz are served; port 0 picks one.",
@@ -122,12 +134,12 @@ _SERVICE = [
 #: A type's number and a stream's take a byte in the in-flight table.
 _MOST_KINDS = 255
 #: Options whose settings carry the unit in their name.
-_SECONDS = ("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age")
+_SECONDS = ("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "llm_timeout")
 
 
 def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a click command every option of the service."""
-    for option in reversed([*_WORK, *_STORES, *_MODEL, *_SERVICE]):
+    for option in reversed([*_WORK, *_STORES, *_MODEL, *_SUMMARIES, *_SERVICE]):
         command = option(command)
     return command
 
@@ -136,6 +148,7 @@ def settings_from(options: dict[str, Any], builtin: dict[str, str], on_terminal:
     """Settings from parsed options. Raises `ConfigurationError` with what to change."""
     values = dict(options)
     parse_address(values["metrics_addr"])
+    check_llm(values["llm_url"], values["llm_model"])
     handlers = {} if values.pop("no_builtin_handlers") else dict(builtin)
     handlers |= dict(parse_handler(text) for text in values.pop("handler"))
     if not handlers:

@@ -47,6 +47,13 @@ class Settings:
     milvus_partitions: str = "key"
     long_text: str = "windows"
     token_budget: int = 16384
+    summary_chars: int = 100
+    llm_url: str = ""
+    llm_model: str = ""
+    llm_key_file: str = ""
+    llm_timeout_s: float = 60.0
+    summary_sink: str = ""
+    postgres_dsn: str = ""
     threads: int = 1
 
     def to_json(self) -> bytes:
@@ -60,7 +67,7 @@ class Settings:
 
     def public(self) -> dict[str, Any]:
         """The options without the secrets, for the log."""
-        hidden = {"redis_url", "milvus_token", "milvus_uri"}
+        hidden = {"redis_url", "milvus_token", "milvus_uri", "llm_url", "postgres_dsn"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
 
 
@@ -83,6 +90,14 @@ def parse_handler(text: str) -> tuple[str, str]:
             f"--handler {text!r}: say TYPE=module:Class, for example shout=mypkg.jobs:Shout"
         )
     return kind, target
+
+
+def check_llm(url: str, model: str) -> None:
+    """``--llm-url`` and ``--llm-model`` belong together. Raises `ConfigurationError`."""
+    if url and not url.startswith(("http://", "https://")):
+        raise ConfigurationError("--llm-url: say http(s)://host:port/v1, as for any OpenAI-compatible client")
+    if url and not model:
+        raise ConfigurationError("--llm-url needs --llm-model: the name that the endpoint knows its model by")
 
 
 def parse_address(text: str) -> tuple[str, int]:
