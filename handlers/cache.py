@@ -13,7 +13,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NewType, TypeVar
@@ -52,6 +52,8 @@ _GONE_BAD = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 #: What a vector is found by: a keyed hash, so that no tenant finds out what another one has.
 Key = NewType("Key", bytes)
+# As it lies in the file: whether it is of the older half, key and value.
+_Entry = tuple[bool, Key, object]
 
 
 def key_of(tenant_id: str, identity: str, text: str) -> Key:
@@ -76,7 +78,7 @@ class VectorCache:
         path: Path,
         dim: int,
         limit_bytes: int,
-        counters: MutableMapping[str, int],
+        counters: dict[str, int],
         *,
         mono_s: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -92,7 +94,8 @@ class VectorCache:
     def find(self, keys: Sequence[Key]) -> dict[Key, Vector]:
         """The vectors that are there and sound; each lookup is counted."""
         found = {}
-        for old, key, value in self._attempt(lambda file: file.read(list(set(keys))), []):
+        there: list[_Entry] = self._attempt(lambda file: file.read(list(set(keys))), [])
+        for old, key, value in there:
             if (vector := _sound(key, value, self._dim)) is not None:
                 found[key] = vector
                 if old:
@@ -180,9 +183,9 @@ class _File:
         pages = self._number("PRAGMA page_count")
         return self._number("PRAGMA user_version") == LAYOUT and pages * PAGE_BYTES <= self.limit_bytes
 
-    def read(self, keys: Sequence[Key]) -> list[tuple[bool, Key, object]]:
-        """Of what is there: whether it is of the older half, key and value."""
-        found: list[tuple[bool, Key, object]] = []
+    def read(self, keys: Sequence[Key]) -> list[_Entry]:
+        """Those of the keys that are there."""
+        found: list[_Entry] = []
         old_below = self._old_below()
         for start in range(0, len(keys), KEYS_A_QUERY):
             part = keys[start : start + KEYS_A_QUERY]

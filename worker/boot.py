@@ -112,7 +112,8 @@ def _run_worker(settings: Settings, link: Link, channel: Channel) -> None:
     handlers = _set_up(settings, link)
     if handlers is None:
         raise SystemExit(Exit.BOOT_FAILED)
-    runner = Runner(channel, link, handlers, [source.stream for source in settings.streams])
+    streams = [source.stream for source in settings.streams]
+    runner = Runner(channel, link, handlers, streams, linger_s=settings.linger_s)
 
     def stop(*_: object) -> None:
         runner.stop = True

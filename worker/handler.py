@@ -1,6 +1,7 @@
 """What a handler is, and how a type's name becomes one inside the worker process."""
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ class Handler(Protocol):
     - ``setup(settings)``: once, before the first job; raise here and the service does not start.
     - ``handle_batch(jobs)``: several jobs at once, at most ``max_batch`` (default 32); returns one outcome
       a job, in order: None, or the exception that this job failed with.
+    - ``max_batch_bytes``: the most bytes (of JSON) that go together, a single larger job aside; looked at
+      before each batch, so that it may change.
     - ``timeout``: seconds a job may take (default: the service's ``--job-timeout``).
     - ``healthy()``: raises while something that the handler needs does not answer.
     - ``counters``: a mapping of running totals, exported as metrics.
@@ -34,6 +37,7 @@ class BoundHandler:
 
     def __init__(self, kind: str, handler: Any, default_timeout_s: float) -> None:
         self.kind = kind
+        self._handler = handler
         self.timeout_s = float(getattr(handler, "timeout", default_timeout_s))
         batch = getattr(handler, "handle_batch", None)
         self.max_batch = max(1, int(getattr(handler, "max_batch", 32))) if batch else 1
@@ -41,6 +45,11 @@ class BoundHandler:
         self.handle_batch: Callable[[Sequence[Job]], Sequence[BaseException | None]] | None = batch
         self.healthy: Callable[[], None] | None = getattr(handler, "healthy", None)
         self.counters: Mapping[str, int] = getattr(handler, "counters", {})
+
+    @property
+    def max_batch_bytes(self) -> float:
+        """The most bytes of jobs that go together, as the handler says now."""
+        return float(getattr(self._handler, "max_batch_bytes", math.inf))
 
 
 def _alone(batch: Any) -> Callable[[Job], None]:

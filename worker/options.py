@@ -10,7 +10,7 @@ import click
 from .backoff import RetryPolicy
 from .errors import ConfigurationError
 from .keys import DEFAULT_SOURCES
-from .settings import Settings, check_llm, cores, parse_address, parse_handler, parse_source
+from .settings import Settings, check_llm, cores, parse_address, parse_handler, parse_size, parse_source
 
 ENV_PREFIX = "JOBWORKER"
 _POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -74,6 +74,8 @@ _WORK = [
             multiple=True),
     _option("--no-builtin-handlers", "Run only the types given by --handler.", False, is_flag=True),
     _option("--job-timeout", "Limit in seconds where neither type nor job names one.", 300.0, _POSITIVE),
+    _option("--linger", "How long a worker waits for more jobs where its handler takes several at once "
+            "(seconds).", 0.002, click.FloatRange(0, 1)),
     _option("--max-rss", "MiB that a worker may hold; one that grows beyond is killed while a job runs, and "
             "exchanged when idle; 0 for no limit.", 0, click.IntRange(0)),
     _option("--max-jobs", "Exchange a worker after so many jobs; 0 for never.", 0, click.IntRange(0)),
@@ -104,6 +106,8 @@ _MODEL = [
     _option("--long-text", "What becomes of a text longer than the model's window.", "windows",
             click.Choice(["windows", "truncate", "reject"])),
     _option("--token-budget", "Tokens, padding included, of one forward pass.", 16384, click.IntRange(512)),
+    _option("--cache", "off, or the most disk that vectors of texts seen before may take, below --data-dir.",
+            "1GiB"),
 ]  # fmt: skip
 _SUMMARIES = [
     _option("--summary-chars", "Longest summary of a chapter that is made here, in characters.", 100,
@@ -134,7 +138,7 @@ _SERVICE = [
 #: A type's number and a stream's take a byte in the in-flight table.
 _MOST_KINDS = 255
 #: Options whose settings carry the unit in their name.
-_SECONDS = ("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "llm_timeout")
+_SECONDS = ("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "llm_timeout", "linger")
 
 
 def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,6 +166,7 @@ def settings_from(options: dict[str, Any], builtin: dict[str, str], on_terminal:
         values.pop("retry_multiplier"), values.pop("retry_jitter"),
     )  # fmt: skip
     values["max_rss_mib"] = values.pop("max_rss")
+    values["cache_bytes"] = parse_size(values.pop("cache"))
     seconds = {f"{name}_s": values.pop(name) for name in _SECONDS}
     sources = tuple(parse_source(text) for text in values.pop("stream"))
     values["log_format"] = values["log_format"] or ("text" if on_terminal else "json")

@@ -30,6 +30,8 @@ _REPORT_EVERY_S = 0.5
 _HEALTH_EVERY_S = 5.0
 #: How long to wait for room in the outcome ring: only a reader that is gone for good leaves it full.
 _ROOM_WITHIN_S = 60.0
+#: What a poll can wait for at the least; it rounds up, and jobs must not wait longer than they may.
+_SHORTEST_POLL_S = 0.001
 
 
 class Waiting(NamedTuple):
@@ -39,6 +41,7 @@ class Waiting(NamedTuple):
     source: int
     entry_id: bytes
     envelope: Envelope
+    size_bytes: int
 
 
 class Runner:
@@ -51,6 +54,7 @@ class Runner:
         handlers: dict[str, BoundHandler],
         streams: Sequence[str],
         *,
+        linger_s: float = 0.0,
         mono_s: Callable[[], float] = time.monotonic,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
@@ -61,6 +65,7 @@ class Runner:
         self._link = link
         self._handlers = handlers
         self._streams = streams
+        self._linger_s = linger_s
         self._mono_s = mono_s
         self._wall_s = wall_s
         self._waiting: deque[Waiting] = deque()
@@ -108,7 +113,7 @@ class Runner:
             self._channel.jobs.release(tail)
             # A named tuple's own constructor takes four times as long, once per job.
             self._waiting.extend(
-                tuple.__new__(Waiting, (row, source, entry_id, reread_envelope(data)))
+                tuple.__new__(Waiting, (row, source, entry_id, reread_envelope(data), len(data)))
                 for row, (source, entry_id, data) in enumerate(decoded.jobs, decoded.first_row)
             )
             if len(self._waiting) >= self._lookahead:
@@ -136,19 +141,51 @@ class Runner:
         if handler.handle_batch is None:
             self._run_singly(handler)
         else:
+            self._await_company(handler)
+            if self.stop:
+                return
             self._run_batch(handler, self._gather(handler))
         if self._untold_since is not None and (
             not self._waiting or self._mono_s() - self._untold_since > _TELL_AFTER_S
         ):
             self._tell()
 
+    def _await_company(self, handler: BoundHandler) -> None:
+        """Wait a moment for more jobs, where nothing but part of a batch is there."""
+        give_up_at = self._mono_s() + self._linger_s
+        while not self.stop and self._has_room(handler):
+            left_s = give_up_at - self._mono_s()
+            if left_s < _SHORTEST_POLL_S:
+                return
+            self._tell()
+            self._channel.wait_for_jobs(left_s, self._link.fileno())
+            self._listen()
+            self._take()
+
+    def _has_room(self, handler: BoundHandler) -> bool:
+        size_bytes = sum(waiting.size_bytes for waiting in self._waiting)
+        return (
+            len(self._waiting) < handler.max_batch
+            and size_bytes < handler.max_batch_bytes
+            and all(waiting.envelope.type == handler.kind for waiting in self._waiting)
+        )
+
     def _gather(self, handler: BoundHandler) -> list[Waiting]:
-        """Up to ``max_batch`` waiting jobs of the handler's type, in order; the others keep their places."""
+        """The oldest job, and waiting ones of its type up to the handler's limits, in order; the others keep
+        their places."""
         batch: list[Waiting] = []
         others: list[Waiting] = []
+        size_bytes, most_bytes = 0, handler.max_batch_bytes
         while self._waiting and len(batch) < handler.max_batch:
             waiting = self._waiting.popleft()
-            (batch if waiting.envelope.type == handler.kind else others).append(waiting)
+            if waiting.envelope.type != handler.kind:
+                others.append(waiting)
+                continue
+            size_bytes += waiting.size_bytes
+            if batch and size_bytes > most_bytes:
+                others.append(waiting)
+                break
+            batch.append(waiting)
         self._waiting.extendleft(reversed(others))
         return batch
 

@@ -1,6 +1,7 @@
 """One frozen record of how the service was told to run; children get it as JSON over a pipe."""
 
 import os
+import re
 import socket
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -13,6 +14,8 @@ from .keys import DEFAULT_SOURCES, Source
 
 #: Default limit of one entry; larger ones are refused before they are parsed.
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
+#: In less the cache's own log would not leave room for vectors.
+_LEAST_CACHE_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ class Settings:
     llm_timeout_s: float = 60.0
     summary_sink: str = ""
     postgres_dsn: str = ""
+    #: 0: no cache. In a Settings of their own, as tests make it, nothing is put on the disk.
+    cache_bytes: int = 0
+    linger_s: float = 0.002
     threads: int = 1
 
     def to_json(self) -> bytes:
@@ -106,6 +112,20 @@ def parse_address(text: str) -> tuple[str, int]:
     if not host or not port.isdigit() or int(port) > 65535:
         raise ConfigurationError(f"--metrics-addr {text!r}: say HOST:PORT, for example 127.0.0.1:9464")
     return host.strip("[]"), int(port)
+
+
+def parse_size(text: str) -> int:
+    """``off`` or a size such as ``512MiB`` or ``2G`` (always powers of 1024) in bytes, 0 for off.
+
+    Raises `ConfigurationError`.
+    """
+    if text == "off":
+        return 0
+    found = re.fullmatch(r"(\d{1,12})([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
+    size_bytes = int(found[1]) << 10 * " KMGT".index(found[2].upper() or " ") if found else 0
+    if size_bytes < _LEAST_CACHE_BYTES:
+        raise ConfigurationError(f"--cache {text!r}: say off or a size from 16MiB on, for example 512MiB")
+    return size_bytes
 
 
 def cores() -> int:

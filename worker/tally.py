@@ -42,6 +42,9 @@ METRICS = {
     "z_novel_paused": Metric("gauge", "1 while a type is paused by an operator", ("task_type",)),
     "z_novel_embedded_tokens_total": Metric("counter", "Model tokens that were embedded"),
     "z_novel_truncated_tokens_total": Metric("counter", "Model tokens that were cut off and not embedded"),
+    "z_novel_embedding_cache_hits_total": Metric("counter", "Texts whose vectors were known"),
+    "z_novel_embedding_cache_misses_total": Metric("counter", "Texts whose vectors were not known"),
+    "z_novel_forward_milliseconds_total": Metric("counter", "Time of all workers in forward passes"),
 }
 
 Labels = tuple[str, ...]

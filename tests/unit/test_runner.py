@@ -28,7 +28,7 @@ WITHIN_S = 20.0
 class Desk:
     """A worker with its channel, and what it is told and tells."""
 
-    def __init__(self, **handlers: Any) -> None:
+    def __init__(self, linger_s: float = 0.0, **handlers: Any) -> None:
         self.channel = Channel.create(64 * 1024)
         self.channel.phase = READY
         self.lane = Lane(0, 0, self.channel, 0.0)
@@ -38,7 +38,10 @@ class Desk:
         bound = {kind: BoundHandler(kind, handler, 60.0) for kind, handler in handlers.items()}
         self.stop_after = 0
         self.runner = Runner(
-            self.channel, self.link, bound, ["s0", "s1"], mono_s=self.mono_s, wall_s=lambda: 1767348010.0
+            *(self.channel, self.link, bound, ["s0", "s1"]),
+            linger_s=linger_s,
+            mono_s=self.mono_s,
+            wall_s=lambda: 1767348010.0,
         )
         self.handed = 0
 
@@ -90,8 +93,8 @@ class Desk:
 def desk() -> Iterator[Callable[..., Desk]]:
     made: list[Desk] = []
 
-    def make(**handlers: Any) -> Desk:
-        made.append(Desk(**handlers))
+    def make(linger_s: float = 0.0, **handlers: Any) -> Desk:
+        made.append(Desk(linger_s, **handlers))
         return made[-1]
 
     yield make
@@ -156,6 +159,73 @@ def test_jobs_of_one_type_are_gathered_and_the_others_keep_their_places(desk: Ca
     worker.run()
     assert log == [["0", "2", "3"], "1", ["4", "6"], "5", "7"]
     assert worker.states() == [SUCCEEDED] * 8
+
+
+def test_a_batch_is_limited_in_bytes_as_its_handler_says_at_the_time(desk: Callable[..., Desk]) -> None:
+    log: list[Any] = []
+    handler = Batch(log)
+    handler.max_batch_bytes = 1000  # type: ignore[attr-defined]
+
+    def answer(jobs: Sequence[Job]) -> Any:
+        handler.max_batch_bytes = 1500  # type: ignore[attr-defined]
+        return [None] * len(jobs)
+
+    handler.answer = answer
+    worker = desk(a=handler, b=Single(log))
+    worker.hand("a", "b", payload="x" * 400)
+    worker.hand("a", "a", payload="x" * 400)
+    worker.hand("a", payload="x" * 5000)
+    worker.hand("a", "a", payload="x" * 400)
+    worker.run()
+    assert log == [["0", "2"], "1", ["3"], ["4"], ["5", "6"]]
+    assert worker.states() == [SUCCEEDED] * 7
+
+
+def test_company_that_comes_within_the_linger_goes_along(desk: Callable[..., Desk]) -> None:
+    log: list[Any] = []
+    worker = desk(20.0, a=Batch(log))
+    worker.hand("a")
+    later = threading.Timer(0.05, worker.hand, "aa")
+    later.start()
+    began = time.monotonic()
+    worker.stop_after = 3
+    worker.runner.run()
+    later.join()
+    assert log == [["0", "1", "2"]]
+    assert time.monotonic() - began < 10, "a full batch waits for nobody"
+
+
+@pytest.mark.parametrize(("linger_s", "least_s"), [(0.0, 0.0), (0.3, 0.3)])
+def test_no_job_waits_for_company_longer_than_it_may(
+    desk: Callable[..., Desk], linger_s: float, least_s: float
+) -> None:
+    log: list[Any] = []
+    worker = desk(linger_s, a=Batch(log))
+    worker.hand("a")
+    began = time.monotonic()
+    worker.run()
+    assert log == [["0"]]
+    assert least_s <= time.monotonic() - began < least_s + 1
+
+
+def test_nobody_waits_where_another_type_is_next_or_one_job_goes_at_a_time(desk: Callable[..., Desk]) -> None:
+    log: list[Any] = []
+    worker = desk(20.0, a=Batch(log), b=Single(log))
+    worker.hand("a", "b")
+    began = time.monotonic()
+    worker.run()
+    assert log == [["0"], "1"]
+    assert time.monotonic() - began < 10
+
+
+def test_whoever_waits_for_company_ends_with_the_supervisor(desk: Callable[..., Desk]) -> None:
+    worker = desk(20.0, a=Batch())
+    worker.hand("a")
+    worker.supervisor.close()
+    began = time.monotonic()
+    worker.runner.run()
+    assert time.monotonic() - began < 10
+    assert worker.states() == [QUEUED], "no job is begun any more"
 
 
 def test_a_failure_says_why_and_fails_only_its_own_job(desk: Callable[..., Desk]) -> None:

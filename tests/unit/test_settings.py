@@ -14,7 +14,14 @@ from jobworker.worker.backoff import RetryPolicy
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.keys import DEFAULT_SOURCES, Source
 from jobworker.worker.options import ENV_PREFIX, service_options, settings_from
-from jobworker.worker.settings import Settings, cores, parse_address, parse_handler, parse_source
+from jobworker.worker.settings import (
+    Settings,
+    cores,
+    parse_address,
+    parse_handler,
+    parse_size,
+    parse_source,
+)
 
 BUILTIN = {
     "embedding_batch": "jobworker.handlers.embed:EmbeddingBatch",
@@ -88,6 +95,8 @@ OPTIONS: dict[str, tuple[str, Callable[[Settings], object], object, object]] = {
     "log-level": ("debug", lambda s: s.log_level, "info", "debug"),
     "log-format": ("text", lambda s: s.log_format, "json", "text"),
     "milvus-prefix": ("p_", lambda s: s.milvus_prefix, "z_novel_", "p_"),
+    "cache": ("512MiB", lambda s: s.cache_bytes, 1 << 30, 1 << 29),
+    "linger": ("0", lambda s: s.linger_s, 0.002, 0.0),
     "milvus-partitions": ("named", lambda s: s.milvus_partitions, "key", "named"),
 }
 LISTS = {"stream", "handler"}
@@ -96,7 +105,7 @@ LISTS = {"stream", "handler"}
 def toml(name: str, value: str) -> str:
     """A line of the file, with the value's own kind."""
     kind = type(OPTIONS[name][3])
-    written = value if kind in (int, float) else f'"{value}"'
+    written = value if kind in (int, float) and name != "cache" else f'"{value}"'
     return f"{name} = [{written}]\n" if name in LISTS else f"{name} = {written}\n"
 
 
@@ -185,7 +194,8 @@ def test_a_file_that_is_not_there_or_no_text_is_a_usage_error(program: Program, 
 @pytest.mark.parametrize(
     "arguments",
     ["--procs 0", "--lease 0", "--max-retries -1", "--retry-initial 0", "--retry-multiplier 0.5",
-     "--retry-jitter 1.1", "--max-payload 10", "--drain-timeout -1", "--log-format xml", "--no-such-option"],
+     "--retry-jitter 1.1", "--max-payload 10", "--drain-timeout -1", "--log-format xml", "--linger 2",
+     "--no-such-option"],
 )  # fmt: skip
 def test_values_that_make_no_sense_are_usage_errors(program: Program, arguments: str) -> None:
     assert program.run(*arguments.split()).exit_code == 2
@@ -209,6 +219,20 @@ def test_a_handler_that_names_no_class_says_what_to_write(text: str) -> None:
 )
 def test_addresses(text: str, address: tuple[str, int]) -> None:
     assert parse_address(text) == address
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("off", 0), ("16777216", 1 << 24), ("16M", 1 << 24), ("2GiB", 1 << 31), ("20000kb", 20_000 << 10)],
+)
+def test_sizes(text: str, size_bytes: int) -> None:
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "on", "0", "15MiB", "-5G", "1.5G", "1 GiB", "1X", "1GiBB", "9" * 20])
+def test_what_is_no_size_says_what_to_write(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="say off or a size"):
+        parse_size(text)
 
 
 @pytest.mark.parametrize("text", ["", "9464", ":9464", "host", "host:", "host:65536", "host:-1", "host:http"])
