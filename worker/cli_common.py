@@ -14,6 +14,7 @@ from .embedded import DataDir
 from .errors import ConfigurationError, Exit, StoreUnavailable
 from .keys import DEFAULT_SOURCES, Source
 from .log import redacted
+from .observe import Service, ask_all
 from .options import DATA_DIR, ENV_PREFIX, REDIS_URL
 from .settings import parse_source
 
@@ -27,10 +28,12 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u206
 
 
 class Deployment(NamedTuple):
-    """Where the job store is, and where services that use it say how they are (those that are known)."""
+    """Where the job store is, and where services that use it say how they are. ``guessed``: nobody named
+    those, so they may be of another deployment."""
 
     url: str
     metrics_urls: tuple[str, ...]
+    guessed: bool
 
 
 class Verbs(click.Group):
@@ -101,7 +104,7 @@ def verb_on_deployment(group: click.Group) -> Callable[[Callable[..., None]], cl
             known = {} if redis_url else _endpoints(data_dir)
             usual = str(known.get("metrics_url", f"http://{metrics_addr}"))
             url = _url(redis_url or str(known.get("redis_url", "")))
-            command(Deployment(url, metrics_urls or (usual,)), **options)
+            command(Deployment(url, metrics_urls or (usual,), guessed=not metrics_urls), **options)
 
         return group.command()(REDIS_URL(DATA_DIR(METRICS_URL(_METRICS_ADDR_ENV(with_both)))))
 
@@ -136,6 +139,12 @@ def sources_of(streams: Sequence[str], *, need_group: bool = True) -> list[Sourc
         return known.get(text) or (parse_source(text) if need_group or "=" in text else Source(text, ""))
 
     return [read(text) for text in streams] or list(DEFAULT_SOURCES)
+
+
+def services_of(deployment: Deployment) -> list[Service]:
+    """What the deployment's services say now, those that answer."""
+    asked = ask_all(deployment.metrics_urls, deployment.url if deployment.guessed else "")
+    return [service for service in asked if service.said]
 
 
 def say_json(value: Any) -> None:

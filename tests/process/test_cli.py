@@ -263,3 +263,82 @@ class TestBesideAService:
         before = restarts()
         live.wait_for_successor("worker 0", live.kill_role("worker 0"))
         assert [now - then for now, then in zip(restarts(), before, strict=True)] == [0, 0, 1, 0]
+
+    def test_explain_says_who_runs_it_and_what_is_queued_behind(self, live: Service) -> None:
+        at = ["--metrics-url", live.url]
+        run(live, "pause", "permanent")
+        eventually(lambda: live.metric("z_novel_paused", task_type="permanent") == 1)
+        gates = [live.enqueue("gate", {"gate": "explain"}) for _ in range(2)]
+        for gate in gates:
+            live.wait_for_start(gate)
+        (found,) = asked(live, "explain", gates[0], *at)["found"]
+        assert (found["state"], found["type"], found["stream"]) == ("running", "gate", STREAM)
+        assert found["facts"]["worker"].endswith(("blue/0", "blue/1"))
+        assert "runs it for" in run(live, "explain", found["facts"]["entry_id"], *at).stdout
+        held = live.enqueue("permanent")
+        eventually(lambda: asked(live, "explain", held, *at)["found"][0]["state"] == "pending")
+        assert "paused" in asked(live, "explain", held, *at)["found"][0]["why"]
+        failing = live.enqueue("flaky", {"times": 9})
+        live.open_gate("explain")
+        eventually(lambda: asked(live, "explain", failing, *at)["found"][0]["state"] == "retrying")
+        (found,) = asked(live, "explain", failing, *at)["found"]
+        assert 60 < found["facts"]["due_in_s"] < 200
+        assert found["facts"]["retry_count"] == 1
+        assert [one["job_id"] for one in asked(live, "retry", "list")["retries"]] == [failing]
+        run(live, "retry", "now", "nobody", code=1)
+        assert asked(live, "retry", "now", failing) == {"hastened": 1, "dry_run": False}
+        live.wait_for_start(failing, 2)
+        run(live, "resume", "permanent")
+        live.dead_letter(held)
+        (found,) = asked(live, "explain", held, *at)["found"]
+        assert (found["state"], found["facts"]["reason"]) == ("dead", "permanent")
+        assert f"dlq requeue {found['facts']['letter']}" in run(live, "explain", held, *at).stdout
+        run(live, "retry", "now", "--all")
+        live.wait_for_start(failing, 3)
+        live.dead_letter(failing)
+
+
+class TestExplainWithoutAService:
+    def test_queued_where_nobody_reads(self, store: RedisServer) -> None:
+        ids = asked(store, "enqueue", "audit", "--count", "5")["ids"]
+        (found,) = asked(store, "explain", ids[3])["found"]
+        assert (found["state"], found["facts"]["ahead"]) == ("queued", 3)
+        assert "no service reads" in found["why"]
+        store.client.xgroup_destroy("stream:audit:log", "cg-archiver")
+        assert "no group cg-archiver" in asked(store, "explain", ids[3])["found"][0]["why"]
+
+    def test_what_a_lost_host_holds(self, store: RedisServer) -> None:
+        (id,) = asked(store, "enqueue", "audit")["ids"]
+        store.client.xreadgroup("cg-archiver", "gone/1", {"stream:audit:log": ">"})
+        (found,) = asked(store, "explain", id)["found"]
+        assert (found["state"], found["facts"]["consumer"]) == ("pending", "gone/1")
+        entry = found["facts"]["entry_id"]
+        store.client.xclaim("stream:audit:log", "cg-archiver", "gone/1", 0, [entry], idle=60_000)
+        assert "longer than its lease" in asked(store, "explain", entry)["found"][0]["why"]
+        store.client.xack("stream:audit:log", "cg-archiver", entry)
+        assert asked(store, "explain", entry)["found"][0]["state"] == "finished"
+
+    def test_an_overdue_retry_has_nobody_to_move_it(self, store: RedisServer) -> None:
+        (id,) = asked(store, "enqueue", "audit", "--delay", "0.01")["ids"]
+        key = "retry:stream:audit:log"
+        store.client.zadd(key, {store.client.zrange(key, 0, 0)[0]: 1.0})
+        assert "overdue" in asked(store, "explain", id)["found"][0]["why"]
+
+    def test_it_says_when_it_gave_up_looking(self, store: RedisServer) -> None:
+        asked(store, "enqueue", "audit", "--count", "50")
+        said = asked(store, "explain", "nobody", code=1)
+        assert (said["found"], said["complete"]) == ([], True)
+        said = asked(store, "explain", "nobody", "--scan", "10", code=1)
+        assert (said["complete"], said["given_up"]) == (False, ["stream:audit:log"])
+        assert "--scan" in run(store, "explain", "nobody", "--scan", "10", code=1).stdout
+
+    def test_a_requeued_job_is_found_in_both_places(self, store: RedisServer) -> None:
+        letter(store, "twice")
+        run(store, "enqueue", "audit", "--id", "twice", "--stream", STREAM)
+        assert sorted(one["state"] for one in asked(store, "explain", "twice")["found"]) == ["dead", "queued"]
+
+    def test_ids_that_other_producers_chose_are_found_however_they_are_written(
+        self, store: RedisServer
+    ) -> None:
+        store.client.xadd(STREAM, {"data": '{"id": "\\u957f/\\u7bc7", "type": "audit"}'})
+        assert asked(store, "explain", "长/篇")["found"][0]["state"] == "queued"

@@ -1,0 +1,152 @@
+"""``jobworker retry``: jobs that wait for their next try."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import click
+
+from .cli_common import AS_JSON, BAD_NEWS, STREAMS, Verbs, clean, say_json, sources_of, span, table, verb
+from .operator_store import OperatorStore, Scheduled
+from .whereabouts import Named, read_named
+
+#: Jobs of one page: each comes with its bytes, which may be megabytes.
+_PAGE = 100
+#: Rounds through all that waits: retries that become due meanwhile shift the pages, and some are passed over.
+_ROUNDS = 10
+
+
+@click.group("retry", cls=Verbs)
+def retry() -> None:
+    """Waiting retries: list them, or have them tried now.
+
+    \b
+    jobworker retry list
+    jobworker retry now --type embedding_batch
+    """
+
+
+class _Waiting(NamedTuple):
+    stream: str
+    scheduled: Scheduled
+    job: Named
+
+
+def _choosing(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        STREAMS,
+        click.option("--tenant", "tenants", multiple=True, help="Whose job; repeatable."),
+        click.option("--type", "types", multiple=True, help="Type of job; repeatable."),
+        click.argument("ids", nargs=-1),
+    ):
+        command = option(command)
+    return command
+
+
+def _waiting(
+    store: OperatorStore, streams: Sequence[str], ids: Sequence[str], types: Sequence[str],
+    tenants: Sequence[str],
+) -> Iterator[_Waiting]:  # fmt: skip
+    """The chosen jobs of all streams, soonest first in each."""
+    for stream in (source.stream for source in sources_of(streams, need_group=False)):
+        start = 0
+        while page := store.retries(stream, start, _PAGE):
+            start += len(page)
+            for scheduled in page:
+                job = read_named(scheduled.data)
+                if (
+                    (not ids or job.id in ids)
+                    and (not types or job.type in types)
+                    and (not tenants or job.tenant_id in tenants)
+                ):
+                    yield _Waiting(stream, scheduled, job)
+
+
+@verb(retry, "list")
+@_choosing
+@click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="At most; 0 for all.")
+@AS_JSON
+def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **choice: Any) -> None:
+    """List jobs that wait for their next try, soonest first.
+
+    \b
+    jobworker retry list --tenant t001
+    """
+    from .redis_operator import RedisOperatorStore
+
+    store = RedisOperatorStore(url)
+    found = list(islice(_waiting(store, streams, **choice), limit + 1 if limit else None))
+    more = bool(limit) and len(found) > limit
+    found = found[:limit] if limit else found
+    now_s = store.wall_now_s(sources_of(streams, need_group=False)[0].stream)
+    if as_json:
+        say_json({"retries": [_shown(one, now_s) for one in found], "more": more})
+        return
+    rows = [
+        [_due(one.scheduled.due_wall_s - now_s), str(one.job.retry_count), clean(one.job.type, 20),
+         clean(one.job.id, 36), clean(one.job.tenant_id, 16), one.stream]
+        for one in found
+    ]  # fmt: skip
+    if rows:
+        table(["DUE>", "RETRY>", "TYPE", "JOB", "TENANT", "STREAM"], rows)
+    click.echo(
+        "… and more: --limit 0 lists all" if more else f"{len(rows)} wait for their next try", err=True
+    )
+
+
+def _due(in_s: float) -> str:
+    return f"in {span(in_s)}" if in_s >= 0 else f"{span(-in_s)} ago"
+
+
+def _shown(one: _Waiting, now_s: float) -> dict[str, Any]:
+    return {
+        "stream": one.stream, "job_id": one.job.id, "type": one.job.type, "tenant_id": one.job.tenant_id,
+        "retry_count": one.job.retry_count, "deaths": one.job.deaths,
+        "due_in_s": round(one.scheduled.due_wall_s - now_s, 3),
+    }  # fmt: skip
+
+
+@verb(retry)
+@_choosing
+@click.option("--all", "all_of_them", is_flag=True, help="Every job that waits.")
+@click.option("--dry-run", is_flag=True, help="Only count them.")
+@AS_JSON
+def now(
+    url: str, all_of_them: bool, dry_run: bool, as_json: bool, streams: tuple[str, ...], **choice: Any
+) -> None:
+    """Have waiting jobs tried now instead of when their backoff is over; their tries are not counted back.
+
+    \b
+    jobworker retry now job-1
+    jobworker retry now --all
+
+    Exit code 1: none of the ids given waits for a try.
+    """
+    from .redis_operator import RedisOperatorStore
+
+    if not (all_of_them or any(choice.values())):
+        raise click.UsageError("which ones? Give ids, --type or --tenant, or --all")
+    store = RedisOperatorStore(url)
+    moved = 0
+    for _ in range(1 if dry_run else _ROUNDS):
+        found = _waiting(store, streams, **choice)
+        changed = 0
+        while some := list(islice(found, _PAGE)):
+            changed += len(some) if dry_run else _hasten(store, some)
+        moved += changed
+        if not changed:
+            break
+    if as_json:
+        say_json({"hastened": moved, "dry_run": dry_run})
+    else:
+        click.echo(f"{moved} {'would be' if dry_run else 'are'} due now")
+    if choice["ids"] and not moved:
+        sys.exit(BAD_NEWS)
+
+
+def _hasten(store: OperatorStore, some: Sequence[_Waiting]) -> int:
+    streams = {one.stream for one in some}
+    return sum(
+        store.retry_now(name, [one.scheduled.data for one in some if one.stream == name]) for name in streams
+    )
