@@ -1,0 +1,193 @@
+"""A language model over real HTTP: what is asked, what counts as an answer, what becomes of trouble."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobworker.handlers.llm import MOST_ANSWER_BYTES, LanguageModel, open_model, read_findings, retry_after_s
+from jobworker.handlers.sinks import EntityUpdate, Event, Findings, RelationChange
+from jobworker.worker import ConfigurationError, PermanentError, Settings, Unavailable
+from support.llm_stub import Reply, Stub, llm_stub, says
+
+GOOD: dict[str, Any] = {
+    "summary": "他在雪夜回家。",
+    "entity_updates": [{"name": "他", "entity_type": "person", "description": "旅人"}],
+    "new_events": [{"description": "回家", "participants": ["他"]}],
+    "relation_changes": [{"source": "他", "target": "她", "relation": "重逢"}],
+}
+
+
+@contextmanager
+def asking(
+    replies: Sequence[Reply], pauses: list[float] | None = None, **more: Any
+) -> Iterator[tuple[Stub, LanguageModel]]:
+    waited = pauses if pauses is not None else []
+    with llm_stub(replies) as stub:
+        model = LanguageModel(stub.url, "small", **({"timeout_s": 5.0, "sleep": waited.append} | more))
+        try:
+            yield stub, model
+        finally:
+            model.close()
+
+
+def test_a_chapter_is_asked_about_and_the_answer_is_read() -> None:
+    with asking([says(GOOD)], key="sk-secret", summary_chars=77) as (stub, model):
+        found = model.read("第七十七章")
+    assert found == Findings(
+        "他在雪夜回家。",
+        [EntityUpdate("他", "person", "旅人")],
+        [Event("回家", ["他"])],
+        [RelationChange("他", "她", "重逢")],
+    )
+    (request,) = stub.requests
+    assert (request["model"], request["temperature"]) == ("small", 0)
+    assert request["messages"][-1] == {"role": "user", "content": "第七十七章"}
+    assert "at most 77 characters" in request["messages"][0]["content"]
+    assert stub.paths == ["/v1/chat/completions"]
+    assert stub.headers[0]["authorization"] == "Bearer sk-secret"
+
+
+def test_without_a_key_none_is_sent() -> None:
+    with asking([says(GOOD)]) as (stub, model):
+        model.read("x")
+    assert "authorization" not in stub.headers[0]
+
+
+@pytest.mark.parametrize(
+    "rubbish",
+    [
+        says("Sure! Here is the summary."),
+        says('{"summary": ""}'),
+        says('{"summary": "  "}'),
+        says({"summary": 7}),
+        says({"summary": "x", "entity_updates": [{"description": "nameless"}]}),
+        says({"summary": "x", "new_events": "none"}),
+        says({"summary": "x", "entity_updates": [{"name": "n"}] * 201}),
+        says(GOOD, finish_reason="length"),
+        says(None, refusal="I cannot help with that"),
+        says(None, finish_reason="content_filter"),
+        says('["summary"]'),
+        says("[" * 100_000),
+    ],
+    ids=range(12),
+)
+def test_rubbish_is_repaired_once_or_given_up(rubbish: Reply) -> None:
+    with asking([rubbish, says(GOOD)]) as (stub, model):
+        assert model.read("chapter").summary == GOOD["summary"]
+        assert [message["role"] for message in stub.requests[1]["messages"]] == [
+            "system", "user", "assistant", "user",
+        ]  # fmt: skip
+        assert model.counters == {"llm_requests": 2, "llm_retries": 0, "llm_repairs": 1}
+    with asking([rubbish]) as (stub, model), pytest.raises(PermanentError, match="twice"):
+        model.read("chapter")
+    assert len(stub.requests) == 2
+
+
+def test_a_markdown_fence_and_unknown_fields_are_no_fault() -> None:
+    found = read_findings('```json\n{"summary": "x", "mood": "grim"}\n```')
+    assert found == Findings("x")
+
+
+def test_an_endpoint_in_trouble_is_asked_again() -> None:
+    pauses: list[float] = []
+    replies = [
+        Reply(429, b"slow down", {"Retry-After": "7"}), Reply(503), Reply(500, b"oops"), says(GOOD),
+    ]  # fmt: skip
+    with asking(replies, pauses) as (_, model):
+        assert model.read("x").summary == GOOD["summary"]
+        assert model.counters["llm_retries"] == 3
+    assert pauses == [7.0, 2.0, 4.0]
+
+
+def test_what_never_gets_better_leaves_the_type_to_wait() -> None:
+    pauses: list[float] = []
+    with asking([Reply(502, b"bad gateway")], pauses) as (stub, model):
+        with pytest.raises(Unavailable, match="HTTP 502: 'bad gateway'"):
+            model.read("x")
+        assert len(stub.requests) == 4
+    assert pauses == [1.0, 2.0, 4.0]
+
+
+def test_one_that_asks_for_a_long_pause_is_left_alone_at_once() -> None:
+    pauses: list[float] = []
+    with asking([Reply(429, b"", {"Retry-After": "3600"})], pauses) as (stub, model):
+        with pytest.raises(Unavailable):
+            model.read("x")
+        assert (len(stub.requests), pauses) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        *((status, Unavailable) for status in (302, 401, 403, 404)),
+        (400, PermanentError),
+        (413, PermanentError),
+    ],
+)
+def test_what_is_refused_is_not_asked_again(status: int, error: type[Exception]) -> None:
+    with asking([Reply(status, b"no")]) as (stub, model):
+        with pytest.raises(error, match=f"HTTP {status}"):
+            model.read("x")
+        assert len(stub.requests) == 1
+
+
+def test_nobody_there_leaves_the_type_to_wait() -> None:
+    model = LanguageModel("http://127.0.0.1:1/v1", "m", timeout_s=5, sleep=lambda _: None)
+    with pytest.raises(Unavailable, match="ConnectError"):
+        model.read("x")
+    model.close()
+
+
+def test_an_answer_that_drips_has_an_end() -> None:
+    slow = asking([Reply(200, b"{", drip_s=0.02)], timeout_s=0.3)
+    with slow as (_, model), pytest.raises(Unavailable, match="TimeoutError: no whole answer within"):
+        model.read("x")
+
+
+def test_an_endless_answer_is_no_answer() -> None:
+    with asking([Reply(200, b"x" * (MOST_ANSWER_BYTES + 1))]) as (_, model), pytest.raises(PermanentError):
+        model.read("x")
+
+
+def test_an_endpoint_that_speaks_something_else_is_the_operators_matter() -> None:
+    for body in (b"<html>", b'{"choices": []}', b"{}"):
+        with asking([Reply(200, body)]) as (_, model), pytest.raises(Unavailable, match="protocol"):
+            model.read("x")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("5", 5.0), ("0.5", 0.5), ("Fri, 02 Jan 2026 00:01:00 GMT", 60.0), ("soon", None), ("-1", None),
+     ("Thu, 01 Jan 2026 00:00:00 GMT", 0.0), ("", None), ("9" * 400, None)],
+)  # fmt: skip
+def test_retry_after(text: str, seconds: float | None) -> None:
+    assert retry_after_s({"retry-after": text}, datetime(2026, 1, 2, tzinfo=UTC)) == seconds
+
+
+def test_the_key_comes_from_a_file_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "key"
+    file.write_text("sk-file\n")
+    monkeypatch.setenv("JOBWORKER_LLM_KEY", "sk-environment")
+    for path, key in ((str(file), "sk-file"), ("", "sk-environment")):
+        with llm_stub([says(GOOD)]) as stub:
+            settings = Settings(llm_url=stub.url, llm_model="m", llm_key_file=path)
+            model = open_model(settings)
+            model.read("x")
+            model.close()
+        assert stub.headers[0]["authorization"] == f"Bearer {key}"
+    assert "sk-" not in str(settings.public())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"two\nlines", b"\xff"])
+def test_a_key_file_that_holds_none_is_said_to(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "key"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigurationError, match="--llm-key-file"):
+        open_model(Settings(llm_url="http://x/v1", llm_model="m", llm_key_file=str(file)))
