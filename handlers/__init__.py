@@ -3,8 +3,11 @@
 #: Type -> where its handler is.
 BUILTIN = {
     "embedding_batch": "jobworker.handlers.embed:EmbeddingBatch",
+    "index_rebuild": "jobworker.handlers.reindex:IndexRebuild",
     "audit": "jobworker.handlers.archive:Archive",
 }
 
 #: Handlers that need a vector store.
-NEEDS_VECTORS = frozenset({"jobworker.handlers.embed:EmbeddingBatch"})
+NEEDS_VECTORS = frozenset(
+    {"jobworker.handlers.embed:EmbeddingBatch", "jobworker.handlers.reindex:IndexRebuild"}
+)

@@ -2,15 +2,31 @@
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
-from jobworker.handlers.encoder import Encoder, TextTooLong, Vectors, load_encoder
+from jobworker.handlers.cache import VectorCache
+from jobworker.handlers.embedder import Ask, Computed, Embedder, size_bytes
+from jobworker.handlers.encoder import Encoder, load_encoder
 from jobworker.handlers.fenced import Edition, FencedWriter
 from jobworker.handlers.payload import DEFAULT_COLLECTION, Work, read_work
+from jobworker.handlers.pipeline import flow
 from jobworker.handlers.vector_types import Row, VectorStore, VectorStoreError
 from jobworker.worker import Fence, Job, PermanentError, Settings, open_fence
 
 log = logging.getLogger("jobworker.embed")
+
+
+# What a worker takes at once is about so much work, at the pace of late: jobs are acknowledged together, and
+# a stopping service waits for them. The least is what a few forward passes need to be full.
+BATCH_S = 4.0
+BATCH_BYTES = (24 * 1024, 4 * 1024 * 1024)
+# What goes through the model at once within a batch, while the next part is tokenised and the last one is
+# written: short against the batch, so that little stands alone at its two ends, and a few passes long.
+CHUNK_S = 0.5
+CHUNKS_A_BATCH = 4
+LEAST_CHUNK_BYTES = 6 * 1024
+CACHE_FILE = "embedding-cache.sqlite3"
 
 
 # Jobs go by their place in the batch, which is also where their outcome goes.
@@ -28,14 +44,20 @@ class EmbeddingBatch:
     Where jobs carry a version, what a newer one wrote or removed stays so, in whatever order they come.
     """
 
-    max_batch = 32
+    # A worker's death is charged to all that it had started, and each of these then runs alone: so not more
+    # than some seconds of that. Fast models are limited by this, slow ones by `max_batch_bytes`.
+    max_batch = 128
     timeout = 120.0
+    # Of any number of jobs, for together they are a few seconds of work: a pass that hangs is found by then.
+    batch_timeout = 120.0
 
     def __init__(
         self, encoder: Encoder | None = None, store: VectorStore | None = None, fence: Fence | None = None
     ) -> None:
         self._given_encoder, self._given_store, self._given_fence = encoder, store, fence
         self._known: set[str] = set()
+        #: How much the runner may hand over at once; follows the pace of the model.
+        self.max_batch_bytes = BATCH_BYTES[0]
         #: Running totals of the encoder, kept up to date in place once `setup` has run.
         self.counters: dict[str, int] = {}
 
@@ -45,17 +67,16 @@ class EmbeddingBatch:
         Raises ModelError without a usable model; VectorStoreError where the store does not answer or holds
         the collection with another dimension than the model's.
         """
-        self._encoder = self._given_encoder or load_encoder(
-            settings.model,
-            settings.device,
-            threads=settings.threads,
-            long_text=settings.long_text,
-            token_budget=settings.token_budget,
-        )
-        self._store = self._given_store or _open_store(settings)
+        self._encoder = self._given_encoder or load_model(settings)
+        self._store = self._given_store or open_store(settings)
         fence = self._given_fence or open_fence(settings.redis_url)
-        self._writer = FencedWriter(self._store, fence, prefix=settings.milvus_prefix)
+        self._writer = FencedWriter(
+            self._store, fence, prefix=settings.milvus_prefix, model=self._encoder.name
+        )
         self.counters = self._encoder.counters
+        self._embedder = Embedder(
+            self._encoder, _open_cache(settings, self._encoder), long_text=settings.long_text
+        )
         self._ensure(DEFAULT_COLLECTION)
         log.info(
             "model %s revision %s, %d dimensions, windows of %d tokens, process %d",
@@ -80,43 +101,49 @@ class EmbeddingBatch:
         """Embed several jobs at once; one outcome a job, in order."""
         outcomes: _Outcomes = [None] * len(jobs)
         works = _read_all(jobs, outcomes)
-        groups: dict[str, _Group] = {}
-        for place, vectors in self._embed(works, outcomes).items():
-            work, job = works[place], jobs[place]
-            rows = work.rows(vectors)
-            _tell_clipped(job, work, rows)
-            groups.setdefault(work.collection, {})[place] = Edition(job.id, rows, work.version, work.replace)
-        for collection, group in groups.items():
-            self._store_group(collection, group, outcomes)
+        if works:
+            flow(
+                self._chunks(works),
+                self._embedder.prepare,
+                self._embedder.compute,
+                lambda computed: self._finish(jobs, works, computed, outcomes),
+            )
+            self.max_batch_bytes = int(_within(self._embedder.pace_bytes_s * BATCH_S, *BATCH_BYTES))
         return outcomes
 
-    def _embed(self, works: _Works, outcomes: _Outcomes) -> dict[int, Vectors]:
-        """Vectors for each job; those that the model cannot take get their outcome and drop out."""
-        if not works:
-            return {}
-        try:
-            return self._embed_together(works)
-        except TextTooLong as error:
-            bad = _owners(works, error.indexes)
-            for place in bad:
-                outcomes[place] = PermanentError(str(error))
-            return self._embed({place: works[place] for place in works if place not in bad}, outcomes)
-        except Exception as error:
-            if len(works) == 1:
-                outcomes[next(iter(works))] = error
-                return {}
-            log.warning("%d jobs could not be embedded together, now one by one: %s", len(works), error)
-            alone = [self._embed({place: work}, outcomes) for place, work in works.items()]
-            return {place: vectors for one in alone for place, vectors in one.items()}
+    def _chunks(self, works: _Works) -> list[dict[int, Ask]]:
+        """The jobs in order, cut where enough for some passes is together; a job is never cut."""
+        asks = {place: Ask(work.tenant_id, work.texts) for place, work in works.items()}
+        sizes = {place: size_bytes(ask) for place, ask in asks.items()}
+        most = self._embedder.pace_bytes_s * CHUNK_S
+        limit = max(LEAST_CHUNK_BYTES, min(most, sum(sizes.values()) / CHUNKS_A_BATCH))
+        chunks: list[dict[int, Ask]] = []
+        filled = limit
+        for place, ask in asks.items():
+            if filled >= limit:
+                chunks.append({})
+                filled = 0
+            chunks[-1][place] = ask
+            filled += sizes[place]
+        return chunks
 
-    def _embed_together(self, works: _Works) -> dict[int, Vectors]:
-        vectors = self._encoder.encode([text for work in works.values() for text in work.texts])
-        found = {}
-        start = 0
-        for place, work in works.items():
-            found[place] = vectors[start : start + len(work.texts)]
-            start += len(work.texts)
-        return found
+    def _finish(
+        self, jobs: Sequence[Job], works: _Works, computed: Sequence[Computed], outcomes: _Outcomes
+    ) -> None:
+        """Store what was computed; rows of several jobs go together."""
+        self._embedder.keep(computed)
+        groups: dict[str, _Group] = {}
+        for one in computed:
+            for place, error in one.failed.items():
+                outcomes[place] = error
+            for place, vectors in one.vectors.items():
+                work, job = works[place], jobs[place]
+                rows = work.rows(vectors)
+                _tell_clipped(job, work, rows)
+                edition = Edition(job.id, rows, work.version, work.replace)
+                groups.setdefault(work.collection, {})[place] = edition
+        for collection, group in groups.items():
+            self._store_group(collection, group, outcomes)
 
     def _store_group(self, collection: str, group: _Group, outcomes: _Outcomes) -> None:
         """One upsert for all; where it can never work, one a job, so that only the job at fault fails.
@@ -147,7 +174,19 @@ class EmbeddingBatch:
             self._known.add(collection)
 
 
-def _open_store(settings: Settings) -> VectorStore:
+def load_model(settings: Settings) -> Encoder:
+    """The encoder that the settings name; within one process always the same. Raises ModelError."""
+    return load_encoder(
+        settings.model,
+        settings.device,
+        threads=settings.threads,
+        long_text=settings.long_text,
+        token_budget=settings.token_budget,
+    )
+
+
+def open_store(settings: Settings) -> VectorStore:
+    """The vector store that the settings name; it connects on its first call."""
     # Only where no store was given: this imports the Milvus client.
     from jobworker.handlers.vectors import open_vectors
 
@@ -157,6 +196,17 @@ def _open_store(settings: Settings) -> VectorStore:
         prefix=settings.milvus_prefix,
         partitions="named" if settings.milvus_partitions == "named" else "key",
     )
+
+
+def _open_cache(settings: Settings, encoder: Encoder) -> VectorCache | None:
+    if not settings.cache_bytes:
+        return None
+    path = Path(settings.data_dir, CACHE_FILE)
+    return VectorCache(path, encoder.dim, settings.cache_bytes, encoder.counters)
+
+
+def _within(number: float, least: float, most: float) -> float:
+    return max(least, min(number, most))
 
 
 def _read_all(jobs: Sequence[Job], outcomes: _Outcomes) -> _Works:
@@ -180,12 +230,6 @@ def _tell_clipped(job: Job, work: Work, rows: Sequence[Row]) -> None:
                 "job %s: of the text %s %d of %d characters are stored, its vector covers all",
                 *(job.id, row.id, len(row.text_content), len(text)),
             )
-
-
-def _owners(works: _Works, texts: Iterable[int]) -> set[int]:
-    """The places of the jobs that these texts, counted through all jobs, belong to."""
-    places = [place for place, work in works.items() for _ in work.texts]
-    return {places[text] for text in texts}
 
 
 def _ids_clash(group: _Group) -> bool:

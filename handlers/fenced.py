@@ -51,7 +51,7 @@ class Edition(NamedTuple):
 
 
 class FencedWriter:
-    """Used by one thread. `sleep` and `mono_s` are for tests."""
+    """Used by one thread. `model` names what makes the vectors; `sleep` and `mono_s` are for tests."""
 
     def __init__(
         self,
@@ -59,10 +59,11 @@ class FencedWriter:
         fence: Fence,
         *,
         prefix: str,
+        model: str = "",
         mono_s: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._store, self._fence, self._prefix = store, fence, prefix
+        self._store, self._fence, self._prefix, self._model = store, fence, prefix, model
         self._mono_s, self._sleep = mono_s, sleep
 
     def write(self, collection: str, editions: Sequence[Edition]) -> None:
@@ -100,6 +101,7 @@ class FencedWriter:
                 ids,
                 held,
                 tuple(chapters) if fenced else (),
+                self._model,
             ),
         )
 
@@ -107,6 +109,11 @@ class FencedWriter:
         answers = self._told(lambda: self._fence.admit([write.intent for write in writes]))
         for write, answer in zip(writes, answers, strict=True):
             write.answer = answer
+            if answer.verdict == "model":
+                raise TransientStoreError(
+                    f"{write.intent.collection} was rebuilt with the model {answer.model}, this service "
+                    f"embeds with {self._model}: start it with --model {answer.model}"
+                )
         return [write for write in writes if write.answer.verdict == "in"]
 
     def _write(self, collection: str, writes: Sequence["_Write"]) -> None:

@@ -17,7 +17,8 @@ class Intent(NamedTuple):
     """What one job is about to write.
 
     `token` is of this attempt alone, `owner` of every attempt of the job. `held`: what nobody else may write
-    meanwhile, empty for a write without a version. `ids`: every row it touches.
+    meanwhile, empty for a write without a version. `ids`: every row it touches. `model`: what made its
+    vectors, empty where that does not matter.
     """
 
     collection: str
@@ -26,16 +27,19 @@ class Intent(NamedTuple):
     ids: tuple[str, ...]
     held: tuple[str, ...] = ()
     chapters: tuple[str, ...] = ()
+    model: str = ""
 
 
 class Admission(NamedTuple):
-    """Whether a write may begin: `in`, `held` (another has what it wants) or `closed` (for everybody).
+    """Whether a write may begin: `in`, `held` (another has what it wants), `closed` (for all), or `model`
+    (the collection was rebuilt with another one).
 
     `floors`: for each chapter that was replaced once, the version that it was last replaced by.
     """
 
-    verdict: Literal["in", "held", "closed"]
+    verdict: Literal["in", "held", "closed", "model"]
     floors: Mapping[str, int] = {}
+    model: str = ""
 
 
 class Fence(Protocol):
@@ -80,11 +84,11 @@ class Rebuilds(Protocol):
         lease_ms: int,
         shut_ms: int | None = None,
         journal: bool | None = None,
-        forget_ms: int = 0,
     ) -> None:
         """Keep fields and begin the lease anew. `shut_ms`: let no new write in for so long, 0 opens.
 
-        `journal`: write down from now on which ids are written, or forget them and stop.
+        `journal`: write down from now on which ids are written, or forget them and stop. The field
+        `live_model` names the one model whose vectors are let in, if any is named.
         """
 
     def writers(self, collection: str) -> int:

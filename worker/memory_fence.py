@@ -40,6 +40,9 @@ class MemoryFence:
         of, now = self._of(intent.collection), self._mono_s()
         if of.closed_until > now and intent.token not in of.writers:
             return Admission("closed")
+        live = of.fields.get("live_model", "")
+        if live and intent.model and live != intent.model:
+            return Admission("model", model=live)
         for item in intent.held:
             till, owner = of.held.get(item, (0.0, ""))
             if owner != intent.owner and till > now:
@@ -92,9 +95,8 @@ class MemoryFence:
         lease_ms: int,
         shut_ms: int | None = None,
         journal: bool | None = None,
-        forget_ms: int = 0,
     ) -> None:
-        """See `Rebuilds.save`; nothing is forgotten here."""
+        """See `Rebuilds.save`."""
         with self._lock:
             of, now = self._of(collection), self._mono_s()
             if of.epoch != epoch:

@@ -55,13 +55,12 @@ class RedisFence(Store):
         lease_ms: int,
         shut_ms: int | None = None,
         journal: bool | None = None,
-        forget_ms: int = 0,
     ) -> None:
         """See `Rebuilds.save`."""
         on = keys.writes_keys(collection)
         pairs = [part for pair in fields.items() for part in pair]
         shut, writing = "" if shut_ms is None else shut_ms, "" if journal is None else int(journal)
-        arguments: list[Argument] = [epoch, lease_ms, shut, writing, forget_ms, *pairs]
+        arguments: list[Argument] = [epoch, lease_ms, shut, writing, *pairs]
         command = script("rebuild_save", [on.rebuild, on.journal, on.doing], *arguments)
         if not self.one(on.rebuild, command):
             raise Fenced(f"the rebuild of {collection} was taken over by another process")
@@ -88,7 +87,7 @@ class RedisFence(Store):
 def _admit(intent: Intent) -> Command:
     on = keys.writes_keys(intent.collection)
     all_keys = [on.writers, on.held, on.floors, on.rebuild, on.journal]
-    counts = (LEASE_MS, len(intent.held), len(intent.chapters))
+    counts = (LEASE_MS, intent.model, len(intent.held), len(intent.chapters))
     lists = (*intent.held, *intent.chapters, *intent.ids)
     return script("admit", all_keys, intent.token, intent.owner, *counts, *lists)
 
@@ -100,9 +99,11 @@ def _leave(intent: Intent) -> Command:
 
 
 def _admission(intent: Intent, reply: Reply) -> Admission:
+    if reply[0] == b"model":
+        return Admission("model", model=reply[1].decode())
     if reply[0] != b"in":
         return Admission("closed" if reply[0] == b"closed" else "held")
-    floors = zip(intent.chapters, reply[2:], strict=True)
+    floors = zip(intent.chapters, reply[1:], strict=True)
     return Admission("in", {chapter: int(floor) for chapter, floor in floors if floor is not None})
 
 

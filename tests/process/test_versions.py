@@ -1,4 +1,4 @@
-"""Chapters in many versions, shuffled, delivered twice, to a service whose workers are killed: the newest stay."""
+"""Chapters in many versions, shuffled, delivered twice, while workers are killed: the newest stays."""
 
 import random
 from pathlib import Path

@@ -135,6 +135,18 @@ def test_what_is_written_during_a_rebuild_is_told_until_it_is_seen_to(fence: Any
     assert fence.changed("z_a", [], 10) == []
 
 
+def test_vectors_of_another_model_than_the_rebuilt_collections_are_not_let_in(fence: Any) -> None:
+    epoch = fence.begin("z_a", "one", 60_000).epoch
+    fence.save("z_a", epoch, {"live_model": "new"}, lease_ms=60_000)
+    old, new, any_model = (intent(name)._replace(model=name) for name in ("old", "new", ""))
+    answers = fence.admit([old, new, any_model])
+    assert [(answer.verdict, answer.model) for answer in answers] == [
+        ("model", "new"),
+        ("in", ""),
+        ("in", ""),
+    ]
+
+
 # ---- the writer
 
 

@@ -11,7 +11,6 @@ if owner and owner ~= ARGV[1] and till > now then
   return {0, owner}
 end
 local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-redis.call('PERSIST', KEYS[1])
 local reply = redis.call('HGETALL', KEYS[1])
 redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'lease_until', string.format('%d', now + tonumber(ARGV[2])))
 table.insert(reply, 1, epoch)

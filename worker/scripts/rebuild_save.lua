@@ -2,7 +2,7 @@
 -- KEYS[1] rebuild hash  KEYS[2] journal set  KEYS[3] set of changes under way
 -- ARGV[1] epoch   ARGV[2] lease in ms   ARGV[3] how long to stay shut in ms, '' to leave the door as it is
 -- ARGV[4] '1' while changes are to be written down, '0' to stop that and forget them, '' for no change
--- ARGV[5] ms after which all is forgotten, 0 for never   ARGV[6...] (field, value) for each field to keep
+-- ARGV[5...] (field, value) for each field to keep
 -- Returns 1, or 0 where another process has taken the rebuild over.
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
   return 0
@@ -21,10 +21,7 @@ elseif ARGV[4] == '0' then
   redis.call('HDEL', KEYS[1], 'active')
   redis.call('DEL', KEYS[2], KEYS[3])
 end
-for i = 6, #ARGV, 2 do
+for i = 5, #ARGV, 2 do
   redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
-end
-if tonumber(ARGV[5]) > 0 then
-  redis.call('PEXPIRE', KEYS[1], ARGV[5])
 end
 return 1

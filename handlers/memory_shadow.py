@@ -1,0 +1,104 @@
+"""Rebuilds of the vector store in memory, for tests of handlers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jobworker.handlers import scalars
+from jobworker.handlers.memory_vectors import MemoryVectors, cosine
+from jobworker.handlers.shadow import Record
+from jobworker.handlers.vector_types import AnyRow, PermanentStoreError, Vector
+
+
+class MemoryShadow:
+    """`ShadowStore` on a `MemoryVectors`; what it knows of aliases is this object's."""
+
+    def __init__(self, store: MemoryVectors) -> None:
+        self._store = store
+        self._live: dict[str, str] = {}
+        self._rows: dict[str, dict[str, AnyRow]] = {}
+        self._dims: dict[str, int] = {}
+
+    def live(self, name: str) -> str:
+        """See `ShadowStore.live`."""
+        alias = self._store._full(name)
+        if alias not in self._store._rows:
+            raise PermanentStoreError(f"collection {alias} does not exist")
+        table = self._live.setdefault(alias, f"{alias}_v1")
+        self._rows[table], self._dims[table] = self._store._rows[alias], self._store._dims[alias]
+        return table
+
+    def exists(self, table: str) -> bool:
+        """See `ShadowStore.exists`."""
+        return table in self._rows
+
+    def dim(self, table: str) -> int:
+        """See `ShadowStore.dim`."""
+        return self._dims[table]
+
+    def make(self, name: str, table: str, dim: int) -> None:
+        """See `ShadowStore.make`."""
+        self._rows.setdefault(table, {})
+        self._dims.setdefault(table, dim)
+
+    def page(self, table: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[Record]:
+        """See `ShadowStore.page`; every field is given, whatever is asked."""
+        ids = sorted(id_ for id_ in self._rows[table] if id_ > after)[:limit]
+        return self.fetch(table, ids)
+
+    def fetch(self, table: str, ids: Sequence[str]) -> list[Record]:
+        """See `ShadowStore.fetch`."""
+        rows = self._rows[table]
+        return [rows[id_]._asdict() for id_ in ids if id_ in rows]
+
+    def put(self, table: str, records: Sequence[Record]) -> None:
+        """See `ShadowStore.put`."""
+        row = scalars.schema_of("").row if "text_content" in records[0] else scalars.ENTITIES.row
+        for record in records:
+            if np.shape(record["vector"]) != (self._dims[table],):
+                raise PermanentStoreError(f"{table}: vector of shape {np.shape(record['vector'])}")
+            self._rows[table][record["id"]] = row(**record)
+
+    def remove(self, table: str, ids: Sequence[str]) -> None:
+        """See `ShadowStore.remove`."""
+        for id_ in ids:
+            self._rows[table].pop(id_, None)
+
+    def count(self, table: str) -> int:
+        """See `ShadowStore.count`."""
+        return len(self._rows[table])
+
+    def seal(self, table: str) -> None:
+        """Nothing is elsewhere."""
+
+    def unindexed(self, table: str) -> int:
+        """There is no index."""
+        return 0
+
+    def nearest(self, table: str, vectors: Sequence[Vector], limit: int) -> list[list[tuple[str, float]]]:
+        """See `ShadowStore.nearest`."""
+        return [
+            sorted(((id_, cosine(vector, row.vector)) for id_, row in self._rows[table].items()),
+                   key=lambda hit: -hit[1])[:limit]
+            for vector in vectors
+        ]  # fmt: skip
+
+    def switch(self, name: str, table: str) -> None:
+        """See `ShadowStore.switch`."""
+        alias = self._store._full(name)
+        self._live[alias] = table
+        self._store._rows[alias], self._store._dims[alias] = self._rows[table], self._dims[table]
+
+    def drop(self, table: str) -> None:
+        """See `ShadowStore.drop`."""
+        if table in self._live.values():
+            raise PermanentStoreError(f"{table} has an alias")
+        self._rows.pop(table, None)
+        self._dims.pop(table, None)
+
+    def reindex(self, name: str) -> None:
+        """There is no index."""
+        self._store.count(name)
+
+    def close(self) -> None:
+        """Keeps the rows."""

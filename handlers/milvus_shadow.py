@@ -1,0 +1,227 @@
+"""Rebuilds on a Milvus server: whole rows from one collection to another, aliases, and the index in place."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from jobworker.handlers import scalars
+from jobworker.handlers.milvus_collection import known_of
+from jobworker.handlers.milvus_errors import NoCollection, NotLoaded
+from jobworker.handlers.milvus_tables import MilvusTables, milvus_link, once
+from jobworker.handlers.shadow import Record
+from jobworker.handlers.vector_types import PermanentStoreError, Vector, VectorStoreError
+
+if TYPE_CHECKING:
+    from jobworker.handlers.milvus_link import MilvusLink
+
+T = TypeVar("T")
+
+# As the vector store's requests.
+MAX_REQUEST_ROWS = 500
+# As for searches in the vector store: what is measured is what users get.
+SEARCH_EF = 128
+STRONG = {"consistency_level": "Strong"}
+# An index of some 100,000 rows took a real server 100 s; the caller's lease is longer.
+BUILD_TIMEOUT_S = 600.0
+# Another process that searches loads the collection again, which makes the drop of its index fail.
+IN_PLACE_TRIES = 5
+
+
+class MilvusShadow:
+    """`ShadowStore` on a Milvus server."""
+
+    def __init__(self, link: "MilvusLink", *, prefix: str, named: bool) -> None:
+        self._link, self._prefix, self._named = link, prefix, named
+        self._timeout_s = link.timeout_s
+        self._tables = MilvusTables(link, named=named)
+
+    def live(self, name: str) -> str:
+        """See `ShadowStore.live`."""
+        alias = self._full(name)
+        table = str(self._described(alias)["collection_name"])
+        if table == alias:
+            raise PermanentStoreError(
+                f"{alias} is a collection and no alias, so none can take its place: use the mode in_place"
+            )
+        return table
+
+    def exists(self, table: str) -> bool:
+        """See `ShadowStore.exists`."""
+        return self._tables.describe(table) is not None
+
+    def dim(self, table: str) -> int:
+        """See `ShadowStore.dim`."""
+        return known_of(self._described(table)).dim
+
+    def make(self, name: str, table: str, dim: int) -> None:
+        """See `ShadowStore.make`."""
+        self._tables.create(table, scalars.schema_of(name), dim)
+        if self._named:
+            for partition in self._partitions(self._full(name)) - self._partitions(table):
+                self._make_partition(table, partition)
+        self._tables.load(table)
+
+    def page(self, table: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[Record]:
+        """See `ShadowStore.page`. A server gives the rows of a limited query in the order of their ids."""
+        limit = min(limit, MAX_REQUEST_ROWS)
+        # No id is empty or holds what would need an escape.
+        where = f'id > "{scalars.check_id("id", after)}"' if after else 'id > ""'
+        rows = self._query(table, where, fields, limit)
+        ids = [row["id"] for row in rows]
+        if ids != sorted(set(ids)) or (ids and ids[0] <= after):
+            raise PermanentStoreError(f"{table}: the server does not give rows in the order of their ids")
+        return rows
+
+    def fetch(self, table: str, ids: Sequence[str]) -> list[Record]:
+        """See `ShadowStore.fetch`."""
+        parts = scalars.chunks(ids, MAX_REQUEST_ROWS)
+        return [row for part in parts for row in self._query(table, scalars.ids_filter(part), ("*",), None)]
+
+    def _query(self, table: str, where: str, fields: Sequence[str], limit: int | None) -> list[Record]:
+        more: dict[str, Any] = {} if limit is None else {"limit": limit}
+        return self._loaded(
+            table,
+            lambda client: [
+                dict(row)
+                for row in client.query(
+                    table, filter=where, output_fields=list(fields), timeout=self._timeout_s, **STRONG, **more
+                )
+            ],
+        )
+
+    def put(self, table: str, records: Sequence[Record]) -> None:
+        """See `ShadowStore.put`."""
+        for partition, group in self._by_partition(table, records):
+            rows = [row | {"vector": np.asarray(row["vector"], dtype=np.float32)} for row in group]
+            self._link.attempt(
+                table,
+                lambda client, rows=rows, partition=partition: client.upsert(  # type: ignore[misc]
+                    table, rows, timeout=self._timeout_s, partition_name=partition
+                ),
+            )
+
+    def _by_partition(self, table: str, records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
+        groups: dict[str, list[Record]] = {}
+        for row in records:
+            named = scalars.partition_name(row["tenant_id"], row["project_id"]) if self._named else ""
+            groups.setdefault(named, []).append(row)
+        for partition in groups.keys() - {""}:
+            once(
+                lambda partition=partition: partition in self._partitions(table),  # type: ignore[misc]
+                lambda partition=partition: self._make_partition(table, partition),  # type: ignore[misc]
+            )
+        yield from groups.items()
+
+    def remove(self, table: str, ids: Sequence[str]) -> None:
+        """See `ShadowStore.remove`."""
+        for part in scalars.chunks(ids, MAX_REQUEST_ROWS):
+            where = scalars.ids_filter(part)
+            self._loaded(
+                table,
+                lambda client, where=where: client.delete(  # type: ignore[misc]
+                    table, filter=where, timeout=self._timeout_s
+                ),
+            )
+
+    def count(self, table: str) -> int:
+        """See `ShadowStore.count`."""
+        return int(self._query(table, "", ["count(*)"], None)[0]["count(*)"])
+
+    def seal(self, table: str) -> None:
+        """See `ShadowStore.seal`."""
+        self._link.attempt(table, lambda client: client.flush(table, timeout=BUILD_TIMEOUT_S))
+
+    def unindexed(self, table: str) -> int:
+        """See `ShadowStore.unindexed`."""
+        about = self._link.attempt(
+            table, lambda client: client.describe_index(table, "vector", timeout=self._timeout_s)
+        )
+        return int((about or {}).get("pending_index_rows", 0))
+
+    def nearest(self, table: str, vectors: Sequence[Vector], limit: int) -> list[list[tuple[str, float]]]:
+        """See `ShadowStore.nearest`."""
+        found = self._loaded(
+            table,
+            lambda client: client.search(
+                table,
+                data=[vector.tolist() for vector in vectors],
+                limit=limit,
+                search_params={"metric_type": "COSINE", "params": {"ef": max(SEARCH_EF, limit)}},
+                timeout=self._timeout_s,
+                **STRONG,
+            ),
+        )
+        return [[(hit["id"], float(hit["distance"])) for hit in hits] for hits in found]
+
+    def switch(self, name: str, table: str) -> None:
+        """See `ShadowStore.switch`."""
+        alias = self._full(name)
+        self._link.attempt(alias, lambda client: client.alter_alias(table, alias, timeout=self._timeout_s))
+
+    def drop(self, table: str) -> None:
+        """See `ShadowStore.drop`."""
+        if self.exists(table):
+            self._link.attempt(table, lambda client: client.drop_collection(table, timeout=self._timeout_s))
+
+    def reindex(self, name: str) -> None:
+        """See `ShadowStore.reindex`."""
+        table = self._full(name)
+        self._described(table)
+        for tries_left in reversed(range(IN_PLACE_TRIES)):
+            try:
+                self._take_out(table)
+                break
+            except VectorStoreError:
+                if not tries_left:
+                    raise
+        once(lambda: self._tables.has_index(table), lambda: self._build_index(table))
+        self._link.attempt(table, lambda client: client.load_collection(table, timeout=BUILD_TIMEOUT_S))
+
+    def _take_out(self, table: str) -> None:
+        self._link.attempt(table, lambda client: client.release_collection(table, timeout=self._timeout_s))
+        if self._tables.has_index(table):
+            self._link.attempt(
+                table, lambda client: client.drop_index(table, "vector", timeout=self._timeout_s)
+            )
+
+    def _build_index(self, table: str) -> None:
+        params = milvus_link().index()
+        self._link.attempt(table, lambda client: client.create_index(table, params, timeout=BUILD_TIMEOUT_S))
+
+    def close(self) -> None:
+        """See `ShadowStore.close`."""
+        self._link.close()
+
+    def _partitions(self, table: str) -> set[str]:
+        return set(
+            self._link.attempt(table, lambda client: client.list_partitions(table, timeout=self._timeout_s))
+        )
+
+    def _make_partition(self, table: str, partition: str) -> None:
+        self._link.attempt(
+            table, lambda client: client.create_partition(table, partition, timeout=self._timeout_s)
+        )
+
+    def _loaded(self, table: str, do: Callable[[Any], T]) -> T:
+        try:
+            return self._link.attempt(table, do)
+        except NotLoaded:
+            self._tables.load(table)
+        return self._link.attempt(table, do)
+
+    def _described(self, table: str) -> dict[str, Any]:
+        described = self._tables.describe(table)
+        if described is None:
+            raise NoCollection(f"collection {table} does not exist")
+        return described
+
+    def _full(self, name: str) -> str:
+        return scalars.check_collection(self._prefix + name)
+
+
+def open_shadow(
+    uri: str, *, token: str | None, prefix: str, named: bool, timeout_s: float = 30.0
+) -> MilvusShadow:
+    """Return what rebuilds the collections at `uri`; connects on the first call, not here."""
+    return MilvusShadow(milvus_link().MilvusLink(uri, token, timeout_s), prefix=prefix, named=named)

@@ -1,0 +1,399 @@
+"""A rebuild loses no row and stops no search, whoever is killed when, and whatever is written meanwhile."""
+
+import contextlib
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobworker.handlers import fenced, rebuild
+from jobworker.handlers.encoder import DummyEncoder
+from jobworker.handlers.fenced import Edition, FencedWriter
+from jobworker.handlers.memory_shadow import MemoryShadow
+from jobworker.handlers.memory_vectors import MemoryVectors
+from jobworker.handlers.rebuild import Clock, next_table, thinned
+from jobworker.handlers.recall import TrueScores
+from jobworker.handlers.reindex import Busy, IndexRebuild, read_payload
+from jobworker.handlers.vector_types import Row, TransientStoreError
+from jobworker.worker import Intent, Job, PermanentError, Settings
+from jobworker.worker.memory_fence import MemoryFence
+
+NAME, TABLE = "story_segments", "z_novel_story_segments"
+SCOPE: dict[str, Any] = {"tenant_id": "t", "project_id": "p"}
+OLD = DummyEncoder(8)
+
+
+class Killed(BaseException):
+    """The worker is dead: it says nothing more to anybody."""
+
+
+class World:
+    """A store, its rebuilds and a clock that moves only when somebody sleeps."""
+
+    def __init__(self, rows: int) -> None:
+        self.now_s = 0.0
+        self.store = MemoryVectors()
+        self.store.ensure_collection(NAME, 8)
+        self.fence = MemoryFence(lambda: self.now_s)
+        self.shadow = MemoryShadow(self.store)
+        self.expected: dict[str, str] = {}
+        self.write(*(f"r{number:04d}" for number in range(rows)))
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    def write(self, *ids: str, text: str = "first", model: str = "dummy:8") -> None:
+        """As a worker of the service does, in no time: whoever would have to wait fails at once."""
+        own_s = itertools.count(0, fenced.WAIT_S)
+        dim = self.store._dims[TABLE]
+        vectors = DummyEncoder(dim).encode([f"{text} {id_}" for id_ in ids]) if ids else []
+        rows = [
+            Row(id_, vector, "t", "p", text_content=f"{text} {id_}")
+            for id_, vector in zip(ids, vectors, strict=True)
+        ]
+        writer = FencedWriter(
+            self.store, self.fence, prefix="z_novel_", model=model,
+            mono_s=lambda: next(own_s), sleep=lambda s: None,
+        )  # fmt: skip
+        writer.write(NAME, [Edition("job", rows)])
+        self.expected |= {row.id: row.text_content for row in rows}
+
+    def rebuild(self, entry: str = "1-0", id: str = "job", around: Any = None, **payload: Any) -> None:
+        """Run the handler; `around` is called before and after every call to a store or a rebuild's state."""
+        wrap = (lambda target: target) if around is None else lambda target: Watched(target, around)
+        handler = IndexRebuild(wrap(self.shadow), wrap(self.fence), Clock(lambda: self.now_s, self.sleep))
+        handler.setup(Settings())
+        payload = {"collection": NAME, **payload}
+        handler.handle(Job(id, "index_rebuild", "", "", payload, {}, "", "s", entry, 0))
+
+    def check(self) -> None:
+        """Every row is there with the text that was written last, and nothing is left of the way."""
+        found = self.store.get(NAME, list(self.expected), **SCOPE)
+        assert {row.id: row.text_content for row in found} == self.expected
+        assert self.store.count(NAME) == len(self.expected)
+        assert len(self.shadow._rows) == 1
+        assert self.fence.admit([]) == []
+        self.write("after")
+        assert self.fence.changed(TABLE, [], 10) == []
+
+
+class Watched:
+    """Calls `around(name, before)` at each call to the target."""
+
+    def __init__(self, target: Any, around: Callable[[str, bool], None]) -> None:
+        self._target, self._around = target, around
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **named: Any) -> Any:
+            self._around(name, True)
+            answer = getattr(self._target, name)(*args, **named)
+            self._around(name, False)
+            return answer
+
+        return call
+
+
+def killing_at(moment: int) -> Callable[[str, bool], None]:
+    """Dies at that moment (two for each call), and at every later one: `finally` does nothing either."""
+    count = itertools.count()
+
+    def around(name: str, before: bool) -> None:
+        if next(count) >= moment:
+            raise Killed
+
+    return around
+
+
+def moments(world: World) -> int:
+    """How many moments there are in a whole rebuild."""
+    count = itertools.count()
+    world.rebuild(around=lambda name, before: next(count))
+    return next(count)
+
+
+@pytest.fixture(autouse=True)
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rebuild, "PAGE_ROWS", 20)
+    monkeypatch.setattr(rebuild, "CHANGED_ROWS", 7)
+    monkeypatch.setattr(rebuild, "FEW_ROWS", 3)
+
+
+def test_every_row_is_in_the_new_collection_and_the_old_one_is_gone() -> None:
+    world = World(100)
+    world.rebuild()
+    assert world.shadow.live(NAME) == f"{TABLE}_v2"
+    world.check()
+    world.rebuild(entry="2-0")
+    assert world.shadow.live(NAME) == f"{TABLE}_v3"
+    world.check()
+
+
+def test_an_empty_collection_is_rebuilt_too() -> None:
+    world = World(0)
+    world.rebuild()
+    world.check()
+
+
+@pytest.mark.parametrize("until_s", [0, 60])
+def test_a_kill_at_any_moment_is_gone_on_from(until_s: float) -> None:
+    """At once, where the door may still be shut, and after it has opened and rows were written."""
+    total = moments(World(50))
+    assert total > 40
+    for moment in range(total):
+        world = World(50)
+        with pytest.raises(Killed):
+            world.rebuild(around=killing_at(moment))
+        world.sleep(until_s)
+        with contextlib.suppress(TransientStoreError) if not until_s else contextlib.nullcontext():
+            world.write("r0000", "r0030", "new", text=f"after the kill at {moment}")
+        world.rebuild()  # the same entry is delivered again
+        world.check()
+
+
+def test_a_rebuild_that_was_done_is_not_done_again_for_the_same_delivery() -> None:
+    world = World(10)
+    world.rebuild()
+    world.rebuild()
+    assert world.shadow.live(NAME) == f"{TABLE}_v2"
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32), st.lists(st.integers(0, 120), max_size=4))
+def test_writes_at_any_moment_and_kills_lose_nothing(seed: int, kills: list[int]) -> None:
+    shuffle, world = random.Random(seed), World(60)
+    numbers = itertools.count()
+
+    def write(name: str, before: bool) -> None:
+        if shuffle.random() < 0.3:
+            ids = [f"r{shuffle.randrange(70):04d}" for _ in range(shuffle.randint(1, 3))]
+            # While the door is shut: the job would come again.
+            with contextlib.suppress(TransientStoreError):
+                world.write(*dict.fromkeys(ids), text=f"write {next(numbers)}")
+
+    for kill in kills:
+        die = killing_at(kill)
+
+        def around(name: str, before: bool, die: Any = die) -> None:
+            die(name, before)
+            write(name, before)
+
+        try:
+            world.rebuild(around=around)
+        except Killed:
+            write("between", True)
+    world.rebuild(around=write)
+    world.check()
+
+
+def test_a_write_that_was_under_way_before_the_journal_began_is_not_lost() -> None:
+    world, state = World(50), {"writes": 0}
+
+    def around(name: str, before: bool) -> None:
+        # In the middle of a worker's write: the rebuild plans and copies everything.
+        if name == "seal" and before and not state["writes"]:
+            state["writes"] = 1
+            world.store.upsert(NAME, late)
+            world.fence.leave([intent])
+
+    late = [Row("r0001", OLD.encode(["late"])[0], "t", "p", text_content="late")]
+    intent = Intent(TABLE, "token", "owner", ("r0001",))
+    world.fence.admit([intent])
+    world.rebuild(around=around)
+    world.expected["r0001"] = "late"
+    world.check()
+
+
+def test_a_dead_writers_lease_is_waited_for_with_the_door_open() -> None:
+    world = World(20)
+    world.fence.admit([Intent(TABLE, "dead", "owner", ("r0001",))])
+    open_at = []
+
+    def around(name: str, before: bool) -> None:
+        if name == "writers" and world.now_s > 20:
+            open_at.append(world.now_s)
+
+    world.rebuild(around=around)
+    assert 90 < world.now_s < 120
+    world.check()
+
+
+def test_rows_are_embedded_anew_and_vectors_of_the_old_model_kept_out() -> None:
+    world = World(30)
+    seen = []
+
+    def around(name: str, before: bool) -> None:
+        if name == "put" and before and not seen:
+            seen.append(name)
+            world.write("r0007", text="meanwhile")
+
+    world.rebuild(around=around, model="dummy:16")
+    (row,) = world.store.get(NAME, ["r0007"], **SCOPE)
+    assert np.array_equal(row.vector, DummyEncoder(16).encode(["meanwhile r0007"])[0])
+    with pytest.raises(TransientStoreError, match="--model dummy:16"):
+        world.write("x")
+    world.write("x", model="dummy:16")
+    world.write("r0001", model="dummy:16", text="second")
+    assert world.store.count(NAME) == 31
+    world.rebuild(entry="2-0")
+    with pytest.raises(TransientStoreError, match="--model dummy:16"):
+        world.write("y")
+
+
+def test_another_model_begins_anew_and_leaves_nothing_of_the_first() -> None:
+    world = World(50)
+    with pytest.raises(Killed):
+        world.rebuild(around=killing_at(30), model="dummy:16")
+    world.now_s += 100
+    world.rebuild(entry="2-0", id="other")
+    assert world.store._dims[TABLE] == 8
+    world.check()
+
+
+def test_one_rebuilds_a_collection_at_a_time() -> None:
+    world = World(20)
+    with pytest.raises(Killed):
+        world.rebuild(around=killing_at(20))
+    with pytest.raises(Busy, match="s/1-0"):
+        world.rebuild(entry="2-0", id="other")
+    world.rebuild()
+    world.rebuild(entry="2-0", id="other")
+    world.check()
+
+
+def test_an_outage_is_gone_on_from_by_the_next_try_under_another_entry() -> None:
+    world, broken = World(50), [True]
+
+    def around(name: str, before: bool) -> None:
+        if name == "put" and world.fence.state(TABLE).get("copied") == "20" and broken:
+            broken.clear()
+            raise TransientStoreError("away")
+
+    with pytest.raises(TransientStoreError):
+        world.rebuild(around=around)
+    copied: list[str] = []
+    world.rebuild(
+        entry="2-0",
+        around=lambda name, before: (
+            copied.append(world.fence.state(TABLE)["copied"]) if name == "put" else None
+        ),
+    )
+    assert copied[0] == "20"
+    world.check()
+
+
+def test_rows_that_others_removed_or_wrote_past_the_door_are_found_by_the_count() -> None:
+    world, once = World(50), [True]
+
+    def around(name: str, before: bool) -> None:
+        if name == "unindexed" and once:
+            once.clear()
+            world.store.delete(NAME, ["r0001"], **SCOPE)
+            world.store.delete(NAME, ["r0002"], **SCOPE)
+            world.store.upsert(NAME, [Row("zz", OLD.encode(["zz"])[0], "t", "p", text_content="zz")])
+
+    world.rebuild(around=around)
+    del world.expected["r0001"], world.expected["r0002"]
+    world.expected["zz"] = "zz"
+    world.check()
+
+
+def test_an_index_that_finds_too_little_does_not_go_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(50)
+    monkeypatch.setattr(MemoryShadow, "nearest", lambda self, table, vectors, limit: [[] for _ in vectors])
+    with pytest.raises(PermanentError, match="recall"):
+        world.rebuild()
+    assert world.shadow.live(NAME) == f"{TABLE}_v1"
+    world.check()
+
+
+def test_in_place_shuts_the_door_and_opens_it_again() -> None:
+    world, verdicts = World(10), []
+
+    def around(name: str, before: bool) -> None:
+        if name == "reindex":
+            verdicts.append(world.fence.admit([Intent(TABLE, "x", "x", ())])[0].verdict)
+
+    world.rebuild(around=around, mode="in_place")
+    assert verdicts == ["closed", "closed"]
+    assert world.shadow.live(NAME) == f"{TABLE}_v1"
+    world.check()
+
+
+def test_progress_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        World(50).rebuild()
+    assert f"{TABLE}: 20 of 50 rows, 40 %" in caplog.text
+    assert "recall@10" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("payload", "says"),
+    [
+        (None, "payload must be an object"),
+        ({}, "collection must be"),
+        ({"collection": 'x" or'}, "collection must be"),
+        ({"collection": "a", "mode": "fast"}, "mode must be"),
+        ({"collection": "a", "mode": ["shadow"]}, "mode must be"),
+        ({"collection": "a", "model": 5}, "model must be"),
+        ({"collection": "a", "model": "m", "mode": "in_place"}, "model must be"),
+    ],
+)
+def test_a_bad_payload_is_refused(payload: Any, says: str) -> None:
+    with pytest.raises(PermanentError, match=says):
+        read_payload(payload, "z_novel_")
+
+
+def test_a_collection_goes_by_either_name() -> None:
+    assert read_payload({"collection": TABLE}, "z_novel_")[0] == NAME
+    assert read_payload({"collection": NAME}, "z_novel_") == (NAME, "shadow", "")
+
+
+def test_what_is_not_there_is_permanent() -> None:
+    world = World(0)
+    with pytest.raises(PermanentError):
+        world.rebuild(collection="nothing")
+    with pytest.raises(PermanentError):
+        world.rebuild(model="/no/such/model")
+
+
+# ---- the pure parts
+
+
+@pytest.mark.parametrize(("source", "target"), [("a_v1", "a_v2"), ("a_v9", "a_v10"), ("other", "a_v2")])
+def test_collections_are_counted_up(source: str, target: str) -> None:
+    assert next_table("a", source) == target
+
+
+@given(st.integers(1, 2000))
+def test_a_sample_stays_small_and_spread(pages: int) -> None:
+    sample: list[str] = []
+    for page in range(pages):
+        sample = thinned([*sample, str(page)])
+    assert min(pages, rebuild.SAMPLE_ROWS // 2) <= len(sample) <= rebuild.SAMPLE_ROWS
+    assert int(sample[-1]) >= pages // 2 - 1
+
+
+@given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 12), st.integers(0, 2**32))
+def test_recall_is_that_of_a_comparison_with_every_row(
+    rows: int, queries: int, limit: int, seed: int
+) -> None:
+    random_ = np.random.default_rng(seed)
+    vectors = random_.normal(size=(rows, 4)).astype(np.float32)
+    asked = random_.normal(size=(queries, 4)).astype(np.float32)
+    true = TrueScores(list(asked), limit)
+    for start in range(0, rows, 7):
+        true.add(list(vectors[start : start + 7]))
+    norms = np.linalg.norm(asked, axis=1)[:, None] * np.linalg.norm(vectors, axis=1)[None]
+    scores = asked @ vectors.T / norms
+    best = [[(str(row), float(line[row])) for row in np.argsort(-line)[:limit]] for line in scores]
+    assert true.recall(best) == 1.0
+    if rows > limit:
+        worst = [[(str(row), float(line[row])) for row in np.argsort(line)[:1]] for line in scores]
+        assert true.recall(worst) == 0.0
+    if rows >= 2:
+        assert true.recall([hits[:1] for hits in best]) == pytest.approx(1 / min(limit, rows), abs=0.5)
