@@ -3,6 +3,8 @@
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from jobworker.handlers.cache import VectorCache
@@ -33,6 +35,17 @@ CACHE_FILE = "embedding-cache.sqlite3"
 _Works = dict[int, Work]
 _Group = dict[int, Edition]
 _Outcomes = list[BaseException | None]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What one call was given. `away` has, for each collection, the error of a store that does not answer:
+    the rest of the batch does not wait for it again."""
+
+    jobs: Sequence[Job]
+    works: _Works
+    outcomes: _Outcomes
+    away: dict[str, Exception] = field(default_factory=dict)
 
 
 class EmbeddingBatch:
@@ -106,7 +119,7 @@ class EmbeddingBatch:
                 self._chunks(works),
                 self._embedder.prepare,
                 self._embedder.compute,
-                lambda computed: self._finish(jobs, works, computed, outcomes),
+                partial(self._finish, _Batch(jobs, works, outcomes)),
             )
             self.max_batch_bytes = int(_within(self._embedder.pace_bytes_s * BATCH_S, *BATCH_BYTES))
         return outcomes
@@ -127,36 +140,41 @@ class EmbeddingBatch:
             filled += sizes[place]
         return chunks
 
-    def _finish(
-        self, jobs: Sequence[Job], works: _Works, computed: Sequence[Computed], outcomes: _Outcomes
-    ) -> None:
+    def _finish(self, batch: _Batch, computed: Sequence[Computed]) -> None:
         """Store what was computed; rows of several jobs go together."""
         self._embedder.keep(computed)
         groups: dict[str, _Group] = {}
         for one in computed:
             for place, error in one.failed.items():
-                outcomes[place] = error
+                batch.outcomes[place] = error
             for place, vectors in one.vectors.items():
-                work, job = works[place], jobs[place]
+                work, job = batch.works[place], batch.jobs[place]
                 rows = work.rows(vectors)
                 _tell_clipped(job, work, rows)
                 edition = Edition(job.id, rows, work.version, work.replace)
                 groups.setdefault(work.collection, {})[place] = edition
         for collection, group in groups.items():
-            self._store_group(collection, group, outcomes)
+            self._store_group(collection, group, batch)
 
-    def _store_group(self, collection: str, group: _Group, outcomes: _Outcomes) -> None:
+    def _store_group(self, collection: str, group: _Group, batch: _Batch) -> None:
         """One upsert for all; where it can never work, one a job, so that only the job at fault fails.
 
         A single job gets its second try too: the collection may have been dropped, and is then made again.
         """
         clash = _ids_clash(group)
-        error = None if clash else self._upsert(collection, group)
+        error = None if clash else self._try(collection, group, batch)
         alone = clash or isinstance(error, PermanentError)
         for place, edition in group.items():
-            outcomes[place] = self._upsert(collection, {place: edition}) if alone else error
+            batch.outcomes[place] = self._try(collection, {place: edition}, batch) if alone else error
+
+    def _try(self, collection: str, group: _Group, batch: _Batch) -> Exception | None:
+        error = batch.away.get(collection) or self._upsert(collection, group)
+        if isinstance(error, VectorStoreError):
+            batch.away[collection] = error
+        return error
 
     def _upsert(self, collection: str, group: _Group) -> Exception | None:
+        """What went wrong: a VectorStoreError where the store did, a PermanentError where the rows did."""
         try:
             self._ensure(collection)
             self._writer.write(collection, list(group.values()))

@@ -23,6 +23,8 @@ class Handler(Protocol):
       a job, in order: None, or the exception that this job failed with.
     - ``max_batch_bytes``: the most bytes (of JSON) that go together, a single larger job aside; looked at
       before each batch, so that it may change.
+    - ``batch_timeout``: seconds for all jobs of a batch (or the longest of their own limits); without it
+      the sum of their limits.
     - ``timeout``: seconds a job may take (default: the service's ``--job-timeout``).
     - ``healthy()``: raises while something that the handler needs does not answer.
     - ``counters``: a mapping of running totals, exported as metrics.
@@ -39,6 +41,7 @@ class BoundHandler:
         self.kind = kind
         self._handler = handler
         self.timeout_s = float(getattr(handler, "timeout", default_timeout_s))
+        self.batch_timeout_s = float(getattr(handler, "batch_timeout", math.inf))
         batch = getattr(handler, "handle_batch", None)
         self.max_batch = max(1, int(getattr(handler, "max_batch", 32))) if batch else 1
         self.handle: Callable[[Job], None] = getattr(handler, "handle", None) or _alone(batch)

@@ -235,7 +235,8 @@ class Runner:
         assert handler.handle_batch is not None
         jobs = [self._job(waiting) for waiting in batch]
         started = self._mono_s()
-        limit_s = sum(self._limit_s(handler, waiting.envelope) for waiting in batch)
+        limits_s = [self._limit_s(handler, waiting.envelope) for waiting in batch]
+        limit_s = min(sum(limits_s), max(handler.batch_timeout_s, *limits_s))
         self._channel.running(started, started + limit_s)
         self._channel.table.mark([waiting.row for waiting in batch], STARTED)
         outcomes = self._outcomes(handler.handle_batch, jobs)

@@ -1,6 +1,8 @@
 """Jobs become rows under their ids, twice the same, and a bad job fails alone."""
 
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.embed import EmbeddingBatch
+from jobworker.handlers.embed import BATCH_BYTES, CACHE_FILE, EmbeddingBatch
 from jobworker.handlers.encoder import DummyEncoder, Plan, Vectors
 from jobworker.handlers.memory_vectors import MemoryVectors
 from jobworker.handlers.payload import clip
@@ -49,18 +51,20 @@ class FailingEncoder(DummyEncoder):
     """Fails for any batch that holds the text `bad`, and counts the batches."""
 
     batches = 0
+    texts = 0
 
     def forward(self, plan: Plan) -> Vectors:
         self.batches += 1
+        self.texts += plan.texts
         if any("".join(map(chr, window)) == "bad" for window in plan.windows):
             raise RuntimeError("out of memory")
         return super().forward(plan)
 
 
-def handler(encoder: Any = None, store: Any = None) -> tuple[EmbeddingBatch, Any]:
+def handler(encoder: Any = None, store: Any = None, **settings: Any) -> tuple[EmbeddingBatch, Any]:
     store = store or MemoryVectors()
     made = EmbeddingBatch(encoder or DummyEncoder(8), store)
-    made.setup(Settings())
+    made.setup(Settings(**settings))
     return made, store
 
 
@@ -299,3 +303,139 @@ def test_a_collection_that_was_dropped_is_made_again() -> None:
     store._dims.clear()
     assert embed.handle_batch([job(payload("b"))]) == [None]
     assert store.count(SEGMENTS) == 1
+
+
+def many(count: int, *, text: str = "字" * 1000) -> list[Job]:
+    """More than goes through the model at once."""
+    return [
+        job({"ids": [f"{number}"], "texts": [f"{number} {text}"]}, id=f"job-{number}")
+        for number in range(count)
+    ]
+
+
+def test_a_large_batch_goes_through_in_parts_and_every_job_is_answered_for_itself() -> None:
+    encoder, store = FailingEncoder(8), FailingStore()
+    embed, _ = handler(encoder, store)
+    jobs = many(40)
+    jobs[7] = job({"ids": ["7"], "texts": ["bad"]})
+    jobs[23] = job({})
+    outcomes = embed.handle_batch(jobs)
+    assert [type(outcome) for outcome in outcomes if outcome] == [RuntimeError, PermanentError]
+    assert outcomes[7]
+    assert outcomes[23]
+    assert store.count(SEGMENTS) == 38
+    assert 1 < store.upserts < encoder.batches < 40
+    (row,) = rows(store, "39")
+    assert np.array_equal(row.vector, DummyEncoder(8).encode([f"39 {'字' * 1000}"])[0])
+
+
+def test_the_next_part_is_tokenised_and_the_last_one_stored_during_a_forward_pass() -> None:
+    """Each stage waits until it has seen the two others at work beside it, else the barrier breaks."""
+    together = threading.Barrier(3)
+    calls = {"tokenize": 0, "forward": 0, "upsert": 0}
+
+    def meet(name: str, *at: int) -> None:
+        calls[name] += 1
+        if calls[name] in at:
+            together.wait(20)
+
+    class Meeting(DummyEncoder):
+        def tokenize(self, texts: Sequence[str], purpose: Any = "document") -> Plan:
+            meet("tokenize", 3)
+            return super().tokenize(texts, purpose)
+
+        def forward(self, plan: Plan) -> Vectors:
+            meet("forward", 2)
+            return super().forward(plan)
+
+    class Store(MemoryVectors):
+        def upsert(self, name: str, rows: Sequence[AnyRow]) -> None:
+            meet("upsert", 1)
+            super().upsert(name, rows)
+
+    embed, store = handler(Meeting(8), Store())
+    assert embed.handle_batch(many(40)) == [None] * 40
+    assert store.count(SEGMENTS) == 40
+
+
+def test_a_store_that_is_away_is_not_waited_for_by_every_part_of_a_batch() -> None:
+    store = FailingStore(lambda rows: TransientStoreError("away"))
+    embed, _ = handler(store=store)
+    jobs = [*many(40), job(payload("a", collection="notes"))]
+    outcomes = embed.handle_batch(jobs)
+    assert {type(outcome) for outcome in outcomes} == {TransientStoreError}
+    assert store.upserts == 2, "once for each collection"
+    store.refusal = lambda rows: None
+    assert embed.handle_batch(jobs) == [None] * 41
+
+
+def test_how_much_is_taken_at_once_follows_the_pace() -> None:
+    embed, _ = handler()
+    assert embed.max_batch_bytes == BATCH_BYTES[0]
+    for _ in range(30):
+        embed.handle_batch(many(40))
+    assert BATCH_BYTES[0] < embed.max_batch_bytes <= BATCH_BYTES[1]
+
+
+def test_an_edited_chapter_costs_only_its_edited_texts(tmp_path: Path) -> None:
+    settings = {"cache_bytes": 1 << 24, "data_dir": str(tmp_path)}
+    encoder, store = FailingEncoder(8), FailingStore()
+    embed, _ = handler(encoder, store, **settings)
+    ids, texts = [f"s{number}" for number in range(40)], [f"sentence {number}" for number in range(40)]
+    embed.handle(job({"ids": ids, "texts": texts}))
+    assert encoder.texts == 40
+    texts[17] = "edited"
+    embed.handle(job({"ids": ids, "texts": texts}))
+    assert encoder.texts == 41
+    assert (embed.counters["embedding_cache_hits"], embed.counters["embedding_cache_misses"]) == (39, 41)
+    expected = DummyEncoder(8).encode(texts)
+    stored = rows(store, *ids)
+    assert [row.text_content for row in stored] == texts
+    assert all(np.array_equal(row.vector, vector) for row, vector in zip(stored, expected, strict=True))
+    embed.handle(job({"ids": ids, "texts": texts}))
+    assert encoder.texts == 41, "all known: the model is not asked"
+
+
+def test_another_worker_tenant_window_or_revision(tmp_path: Path) -> None:
+    """Another process finds what was computed; another tenant, window or model does not."""
+    settings = {"cache_bytes": 1 << 24, "data_dir": str(tmp_path)}
+
+    def texts_computed(encoder: FailingEncoder, tenant: str = "t001", **more: Any) -> int:
+        handler(encoder, **settings, **more)[0].handle(job(payload("a", "b"), tenant=tenant))
+        return encoder.texts
+
+    assert texts_computed(FailingEncoder(8)) == 2
+    assert texts_computed(FailingEncoder(8)) == 0
+    assert texts_computed(FailingEncoder(8), tenant="t002") == 2
+    assert texts_computed(FailingEncoder(16)) == 2
+    assert texts_computed(FailingEncoder(8, max_tokens=20)) == 2
+    assert texts_computed(FailingEncoder(8), long_text="truncate") == 2
+    other = FailingEncoder(8)
+    other.revision = "2"
+    assert texts_computed(other) == 2
+
+
+def test_a_damaged_cache_fails_no_job_and_changes_no_vector(tmp_path: Path) -> None:
+    (tmp_path / CACHE_FILE).write_bytes(b"\xff" * 100_000)
+    embed, store = handler(cache_bytes=1 << 24, data_dir=str(tmp_path))
+    embed.handle(job(payload("a")))
+    (tmp_path / CACHE_FILE).write_bytes(b"\0" * 100_000)
+    embed.handle(job(payload("a", "b")))
+    assert np.array_equal(rows(store, "b")[0].vector, DummyEncoder(8).encode(["text of b"])[0])
+
+
+def test_without_a_cache_nothing_is_put_on_the_disk(tmp_path: Path) -> None:
+    embed, _ = handler(cache_bytes=0, data_dir=str(tmp_path))
+    embed.handle(job(payload("a")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_long_texts_beside_known_ones(tmp_path: Path) -> None:
+    settings = {"cache_bytes": 1 << 24, "data_dir": str(tmp_path), "long_text": "reject"}
+    embed, store = handler(DummyEncoder(8, max_tokens=10, long_text="reject"), **settings)
+    known = job({"ids": ["a"], "texts": ["short"]})
+    embed.handle(known)
+    mixed = job({"ids": ["b", "c"], "texts": ["short", "rather long text"]})
+    outcomes = embed.handle_batch([mixed, known, job({"ids": ["d"], "texts": ["other"]})])
+    assert [type(outcome) for outcome in outcomes] == [PermanentError, type(None), type(None)]
+    assert [row.id for row in rows(store, "a", "b", "c", "d")] == ["a", "d"]

@@ -329,6 +329,20 @@ def test_a_batch_has_the_time_of_all_its_jobs(desk: Callable[..., Desk]) -> None
     assert worker.channel.mono_deadline_s == 0.0
 
 
+@pytest.mark.parametrize(("limit_s", "most_s"), [(30, 100), (150, 150), (500, 260)])
+def test_a_batch_has_the_limit_of_its_handler(
+    desk: Callable[..., Desk], limit_s: float, most_s: float
+) -> None:
+    seen: list[float] = []
+    handler = Batch(answer=lambda jobs: [seen.append(worker.channel.mono_deadline_s - time.monotonic())] * 3)
+    handler.batch_timeout = limit_s  # type: ignore[attr-defined]
+    worker = desk(t=handler)
+    worker.hand("t", "t", timeout=100)
+    worker.hand("t")
+    worker.run()
+    assert most_s - 5 < seen[0] <= most_s
+
+
 def test_an_idle_worker_is_woken_by_a_job_and_ends_with_its_supervisor(desk: Callable[..., Desk]) -> None:
     ran = threading.Event()
     handler = Single()
