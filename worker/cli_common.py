@@ -34,6 +34,7 @@ class Deployment(NamedTuple):
     url: str
     metrics_urls: tuple[str, ...]
     guessed: bool
+    milvus_uri: str = ""
 
 
 class Verbs(click.Group):
@@ -104,7 +105,8 @@ def verb_on_deployment(group: click.Group) -> Callable[[Callable[..., None]], cl
             known = {} if redis_url else _endpoints(data_dir)
             usual = str(known.get("metrics_url", f"http://{metrics_addr}"))
             url = _url(redis_url or str(known.get("redis_url", "")))
-            command(Deployment(url, metrics_urls or (usual,), guessed=not metrics_urls), **options)
+            milvus_uri = str(known.get("milvus_uri", ""))
+            command(Deployment(url, metrics_urls or (usual,), not metrics_urls, milvus_uri), **options)
 
         return group.command()(REDIS_URL(DATA_DIR(METRICS_URL(_METRICS_ADDR_ENV(with_both)))))
 

@@ -342,3 +342,63 @@ class TestExplainWithoutAService:
     ) -> None:
         store.client.xadd(STREAM, {"data": '{"id": "\\u957f/\\u7bc7", "type": "audit"}'})
         assert asked(store, "explain", "长/篇")["found"][0]["state"] == "queued"
+
+
+def findings(store: RedisServer | Service, *arguments: str, code: int) -> dict[str, list[str]]:
+    """What doctor says, by level."""
+    said = asked(store, "doctor", *arguments, code=code)
+    assert said["ok"] == (code == 0)
+    by_level: dict[str, list[str]] = {"ok": [], "note": [], "wrong": []}
+    for one in said["findings"]:
+        by_level[one["level"]].append(f"{one['subject']}: {one['says']}")
+        assert one["do"] or one["level"] != "wrong", one
+    return by_level
+
+
+class TestDoctor:
+    def test_a_service_that_is_well_has_nothing_wrong(self, live: Service) -> None:
+        found = findings(live, "--metrics-url", live.url, code=0)
+        assert any("ready, 2 workers" in line for line in found["ok"])
+        assert any("appendfsync everysec" in line for line in found["note"])
+
+    def test_each_thing_that_is_wrong_is_named_with_what_to_do(self, store: RedisServer) -> None:
+        client, stream, group = store.client, STREAM, "cg-gen-worker"
+        for number in range(10):
+            client.xadd(stream, {"data": str(number)})
+        client.xreadgroup(group, "gone/1", {stream: ">"}, count=3)
+        client.xtrim(stream, maxlen=2, approximate=False)
+        client.zadd(f"retry:{stream}", {"{}": 1})
+        letter(store, "j")
+        run(store, "pause", "audit", "--note", "disk full")
+        silent = ["--metrics-url", "http://127.0.0.1:1"]
+        client.config_set("maxmemory", 2**30)
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            found = findings(store, *silent, code=1)
+            printed = run(store, "doctor", *silent, code=1)
+        finally:
+            client.config_set("maxmemory", 0)
+            client.config_set("maxmemory-policy", "noeviction")
+        wrong = "\n".join(found["wrong"])
+        for text in (
+            "allkeys-lru", "no append-only file", "5 jobs or more were trimmed", "3 pending jobs are gone",
+            "overdue", "no status",
+        ):  # fmt: skip
+            assert text in wrong, text
+        assert any("1 dead letters" in line for line in found["note"])
+        assert any("audit (disk full)" in line for line in found["note"])
+        assert "→ CONFIG SET maxmemory-policy noeviction" in printed.stdout
+
+    def test_a_store_that_is_not_there_is_a_finding(self) -> None:
+        arguments = ["doctor", "--redis-url", "redis://:secret@127.0.0.1:1/0", "--json"]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 1
+        assert "secret" not in result.output
+        assert "127.0.0.1:1" in result.output or "refused" in result.output
+
+    def test_a_model_is_loaded_only_when_asked_for(self, store: RedisServer) -> None:
+        found = findings(store, "--model", "dummy:8", code=1)
+        assert any("dummy:8: 8 dimensions" in line for line in found["ok"])
+        found = findings(store, "--model", "/nowhere", code=1)
+        assert any(line.startswith("model: ") for line in found["wrong"])
+        assert "model: " not in json.dumps(findings(store, code=1))

@@ -1,0 +1,72 @@
+"""Loads the model, and looks at the collections it would fill: one JSON object on standard output.
+
+``python -m jobworker.handlers.checkup MODEL DEVICE MILVUS_URI PREFIX``, each of which may be empty: a
+process of its own, for an operator's tool that must not hold torch. A token for Milvus comes in
+``JOBWORKER_MILVUS_TOKEN``.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from jobworker.worker import ConfigurationError
+
+#: Collections of the service, less their prefix.
+COLLECTIONS = ("story_segments", "entity_profiles")
+
+
+def check_model(model: str, device: str) -> dict[str, Any]:
+    """Load it and embed one text. Keys: model, dim, max_tokens, load_s; or error."""
+    from jobworker.handlers.encoder import load_encoder
+
+    began_s = time.monotonic()
+    try:
+        encoder = load_encoder(model, device or "auto")
+        made = encoder.encode(["It was a dark night."])
+    except ConfigurationError as error:
+        return {"error": str(error)}
+    took_s = round(time.monotonic() - began_s, 1)
+    name, dim = encoder.name, int(made.shape[1])
+    return {"model": name, "dim": dim, "max_tokens": encoder.max_tokens, "load_s": took_s}
+
+
+def check_collections(uri: str, prefix: str) -> dict[str, Any]:
+    """Dimension of each collection by its full name (None: not there yet), and the server; or error."""
+    from jobworker.handlers.milvus_collection import known_of
+    from jobworker.handlers.milvus_link import MilvusLink
+    from jobworker.handlers.vector_types import VectorStoreError
+
+    link = MilvusLink(uri, os.environ.get("JOBWORKER_MILVUS_TOKEN"), 10.0)
+
+    def dimension(name: str) -> int | None:
+        there = link.attempt(name, lambda client: client.has_collection(name))
+        return (
+            known_of(link.attempt(name, lambda client: client.describe_collection(name))).dim
+            if there
+            else None
+        )
+
+    try:
+        server = link.server()
+        dims = {name: dimension(name) for name in (f"{prefix}{one}" for one in COLLECTIONS)}
+    except VectorStoreError as error:
+        return {"error": str(error)}
+    finally:
+        link.close()
+    return {"version": server.version, "lite": server.lite, "dims": dims}
+
+
+def main(model: str, device: str, uri: str, prefix: str) -> None:
+    """Print what was found."""
+    found: dict[str, Any] = {"model": check_model(model, device)}
+    if uri:
+        found["milvus"] = check_collections(uri, prefix)
+    print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:5])
+    # Not through the interpreter's shutdown: threads of torch or gRPC may hold that up or crash in it.
+    os._exit(0)
