@@ -20,7 +20,9 @@ Reply = Any
 
 #: Scripts that act for a reader: the check of its epoch and of ownership goes before them.
 _READER_SCRIPTS = frozenset({"settle", "charge", "renew", "release", "take_over"})
-_OTHER_SCRIPTS = frozenset({"acquire", "promote", "schedule", "trim", "remove_consumers", "requeue", "record"})
+_OTHER_SCRIPTS = frozenset(
+    {"acquire", "promote", "schedule", "trim", "remove_consumers", "requeue", "record"}
+)
 _FENCE_SCRIPTS = frozenset({"admit", "note", "leave", "rebuild_begin", "rebuild_save", "journal"})
 #: Commands in one send: while the server works on one lot, we pack the next.
 _PIPELINE_COMMANDS = 250
