@@ -63,11 +63,17 @@ class MilvusShadow:
         self._tables.load(table)
 
     def page(self, table: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[Record]:
-        """See `ShadowStore.page`. A server gives the rows of a limited query in the order of their ids."""
-        limit = min(limit, MAX_REQUEST_ROWS)
+        """See `ShadowStore.page`. A server gives rows of a limited query in order, Lite only when told."""
         # No id is empty or holds what would need an escape.
         where = f'id > "{scalars.check_id("id", after)}"' if after else 'id > ""'
-        rows = self._query(table, where, fields, limit)
+        order = {"iterator": "True"} if self._link.server().lite else {}
+        try:
+            rows = self._query(table, where, fields, limit=limit, **order)
+        except VectorStoreError as error:
+            # Longer rows than all before: half as many may fit into one answer.
+            if limit == 1 or "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return self.page(table, after, limit // 2, fields)
         ids = [row["id"] for row in rows]
         if ids != sorted(set(ids)) or (ids and ids[0] <= after):
             raise PermanentStoreError(f"{table}: the server does not give rows in the order of their ids")
@@ -76,10 +82,9 @@ class MilvusShadow:
     def fetch(self, table: str, ids: Sequence[str]) -> list[Record]:
         """See `ShadowStore.fetch`."""
         parts = scalars.chunks(ids, MAX_REQUEST_ROWS)
-        return [row for part in parts for row in self._query(table, scalars.ids_filter(part), ("*",), None)]
+        return [row for part in parts for row in self._query(table, scalars.ids_filter(part), ("*",))]
 
-    def _query(self, table: str, where: str, fields: Sequence[str], limit: int | None) -> list[Record]:
-        more: dict[str, Any] = {} if limit is None else {"limit": limit}
+    def _query(self, table: str, where: str, fields: Sequence[str], **more: Any) -> list[Record]:
         return self._loaded(
             table,
             lambda client: [
@@ -92,14 +97,19 @@ class MilvusShadow:
 
     def put(self, table: str, records: Sequence[Record]) -> None:
         """See `ShadowStore.put`."""
-        for partition, group in self._by_partition(table, records):
-            rows = [row | {"vector": np.asarray(row["vector"], dtype=np.float32)} for row in group]
+        for partition, part in self._requests(table, records):
+            rows = [row | {"vector": np.asarray(row["vector"], dtype=np.float32)} for row in part]
             self._link.attempt(
                 table,
                 lambda client, rows=rows, partition=partition: client.upsert(  # type: ignore[misc]
                     table, rows, timeout=self._timeout_s, partition_name=partition
                 ),
             )
+
+    def _requests(self, table: str, records: Sequence[Record]) -> Iterator[tuple[str, Sequence[Record]]]:
+        for partition, group in self._by_partition(table, records):
+            for part in scalars.chunks(group, MAX_REQUEST_ROWS):
+                yield partition, part
 
     def _by_partition(self, table: str, records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
         groups: dict[str, list[Record]] = {}
@@ -126,7 +136,7 @@ class MilvusShadow:
 
     def count(self, table: str) -> int:
         """See `ShadowStore.count`."""
-        return int(self._query(table, "", ["count(*)"], None)[0]["count(*)"])
+        return int(self._query(table, "", ["count(*)"])[0]["count(*)"])
 
     def seal(self, table: str) -> None:
         """See `ShadowStore.seal`."""

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from jobworker.handlers.recall import TrueScores
 from jobworker.handlers.shadow import Record, ShadowStore
 from jobworker.handlers.vector_types import Vector
@@ -22,7 +24,8 @@ log = logging.getLogger("jobworker.rebuild")
 
 # Longer than one request to the vector store may take (30 s); the next to come waits as long for a lost host.
 LEASE_MS = 60_000
-PAGE_ROWS = 500
+# Milvus Lite looks at every row for each page, so pages are large; one answer of a server may have 64 MiB.
+PAGE_BYTES, MIN_PAGE_ROWS, PAGE_ROWS = 16 * 1024 * 1024, 100, 5000
 # Ids copied at once, and how few may be left when the door is shut: copying these takes well under a second.
 CHANGED_ROWS, FEW_ROWS = 500, 100
 # How long the door stays shut at most if this process dies: longer than the one request that switches (30 s).
@@ -155,7 +158,9 @@ class Rebuild:
         dim = self._task.model.dim if self._task.model else self._shadow.dim(source)
         self._shadow.make(self._task.name, target, dim)
         mono_start_s, before = self._clock.mono_s(), int(self._fields["copied"])
-        while records := self._shadow.page(source, self._fields["cursor"], PAGE_ROWS):
+        rows = MIN_PAGE_ROWS
+        while records := self._shadow.page(source, self._fields["cursor"], rows):
+            rows = page_rows(records)
             self._put(records)
             copied = int(self._fields["copied"]) + len(records)
             sample = thinned([*filter(None, self._fields["sample"].split(",")), records[0]["id"]])
@@ -192,7 +197,8 @@ class Rebuild:
 
     def recall(self, table: str, sample: Sequence[str]) -> float:
         """How many of the truly nearest ten rows a search finds, over rows of a sample of ids."""
-        queries = [row["vector"] for row in self._shadow.fetch(table, [id_ for id_ in sample if id_])]
+        records = self._shadow.fetch(table, [id_ for id_ in sample if id_])
+        queries = [np.asarray(record["vector"], dtype=np.float32) for record in records]
         if not queries:
             return 1.0
         true, after = TrueScores(queries, NEIGHBOURS), ""
@@ -312,6 +318,12 @@ def next_table(alias: str, source: str) -> str:
     """The name of the next collection behind an alias: `a_v1`, `a_v2`, ..."""
     number = re.fullmatch(re.escape(alias) + r"_v(\d+)", source)
     return f"{alias}_v{int(number[1]) + 1 if number else 2}"
+
+
+def page_rows(records: Sequence[Record]) -> int:
+    """How many rows like these make a page: vectors of 4 bytes a number, and a text of up to 64 KiB."""
+    size = sum(4 * len(row["vector"]) + 3 * len(str(row.get("text_content", ""))) for row in records)
+    return max(MIN_PAGE_ROWS, min(PAGE_ROWS, PAGE_BYTES * len(records) // max(size, 1)))
 
 
 def thinned(sample: list[str]) -> list[str]:

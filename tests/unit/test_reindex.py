@@ -119,6 +119,7 @@ def moments(world: World) -> int:
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rebuild, "PAGE_ROWS", 20)
+    monkeypatch.setattr(rebuild, "MIN_PAGE_ROWS", 20)
     monkeypatch.setattr(rebuild, "CHANGED_ROWS", 7)
     monkeypatch.setattr(rebuild, "FEW_ROWS", 3)
 

@@ -1,0 +1,219 @@
+"""Rebuilds on real servers: Milvus Lite and Milvus 2.3.5, with readers and writers at work."""
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobworker.handlers import rebuild
+from jobworker.handlers.encoder import DummyEncoder
+from jobworker.handlers.fenced import Edition, FencedWriter
+from jobworker.handlers.milvus_shadow import open_shadow
+from jobworker.handlers.reindex import IndexRebuild
+from jobworker.handlers.vector_types import PermanentStoreError, TransientStoreError
+from jobworker.handlers.vectors import Row, VectorStoreError, open_vectors
+from jobworker.worker import Job, PermanentError, Settings, open_fence
+from support.milvus import start_lite, start_real, why_no_real_milvus
+from support.redis_servers import running
+
+NAME = "story_segments"
+SCOPE: dict[str, Any] = {"tenant_id": "t", "project_id": "p"}
+DIM = 16
+ENCODER = DummyEncoder(DIM)
+
+
+@pytest.fixture(scope="module", params=["lite", "milvus-2.3.5"])
+def uri(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    if request.param == "milvus-2.3.5" and (reason := why_no_real_milvus()):
+        pytest.skip(reason)
+    start = start_lite if request.param == "lite" else start_real
+    with start(tmp_path_factory.mktemp("milvus")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running("valkey", tmp_path_factory.mktemp("valkey")) as server:
+        yield server.url
+
+
+class World:
+    """One collection of its own on the servers, and what a service does with it."""
+
+    def __init__(self, uri: str, redis_url: str, partitions: Any = "key") -> None:
+        self.prefix = f"r{uuid.uuid4().hex[:8]}_"
+        self.settings = Settings(
+            redis_url=redis_url, milvus_uri=uri, milvus_prefix=self.prefix, milvus_partitions=partitions
+        )
+        self.partitions = partitions
+        self.store = self.open()
+        self.store.ensure_collection(NAME, DIM)
+        self.shadow = open_shadow(uri, token=None, prefix=self.prefix, named=partitions == "named")
+        self.table = self.prefix + NAME
+
+    def open(self) -> Any:
+        return open_vectors(self.settings.milvus_uri, prefix=self.prefix, partitions=self.partitions)
+
+    def writer(self, store: Any, model: str = "") -> FencedWriter:
+        return FencedWriter(store, open_fence(self.settings.redis_url), prefix=self.prefix, model=model)
+
+    def rows(self, first: int, count: int, text: str = "first", dim: int = DIM) -> list[Row]:
+        texts = [f"{text} {number}" for number in range(first, first + count)]
+        vectors = DummyEncoder(dim).encode(texts)
+        return [
+            Row(f"r{first + n:06d}", vectors[n], "t", "p", f"c{n % 9}", n, "scene", texts[n], version=1)
+            for n in range(count)
+        ]
+
+    def rebuild(self, **payload: Any) -> None:
+        handler = IndexRebuild()
+        handler.setup(self.settings)
+        entry = uuid.uuid4().hex
+        handler.handle(
+            Job("j", "index_rebuild", "", "", {"collection": NAME, **payload}, {}, "", "s", entry, 0)
+        )
+        handler._shadow.close()
+
+    def texts(self, ids: list[str]) -> dict[str, str]:
+        return {row.id: row.text_content for row in self.store.get(NAME, ids, strong=True, **SCOPE)}
+
+    def close(self) -> None:
+        self.store.close()
+        self.shadow.close()
+
+
+@pytest.fixture
+def world(uri: str, redis_url: str) -> Iterator[World]:
+    made = World(uri, redis_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rebuild, "OLD_SEARCHES_S", 1.0)
+    monkeypatch.setattr(rebuild, "PAGE_ROWS", 100)
+    monkeypatch.setattr(rebuild, "MIN_PAGE_ROWS", 100)
+
+
+def test_pages_give_every_row_once_and_whole(world: World) -> None:
+    rows = world.rows(0, 250)
+    world.store.upsert(NAME, list(reversed(rows)))
+    pages, after = [], ""
+    while page := world.shadow.page(world.table, after, 100):
+        pages.append(page)
+        after = page[-1]["id"]
+    records = [record for page in pages for record in page]
+    assert [record["id"] for record in records] == [row.id for row in rows]
+    for record, row in zip(records, rows, strict=True):
+        vector = record.pop("vector")
+        np.testing.assert_array_equal(np.asarray(vector, np.float32), row.vector)
+        assert record == {field: value for field, value in row._asdict().items() if field != "vector"}
+    assert [set(row) for row in world.shadow.page(world.table, "", 3, ("id",))] == [{"id"}] * 3
+
+
+def test_a_rebuild_keeps_every_row_every_field_and_every_search(world: World) -> None:
+    world.writer(world.store).write(NAME, [Edition("first", world.rows(0, 600))])
+    # A server lets a search that does not ask for more see rows some moments later.
+    assert len(world.store.search(NAME, ENCODER.encode(["first 5"])[0], strong=True, **SCOPE)) == 5
+    stop, faults, searches = threading.Event(), [], [0]
+    newest: dict[str, str] = {}
+
+    def search() -> None:
+        store = world.open()
+        while not stop.is_set():
+            try:
+                hits = store.search(NAME, ENCODER.encode(["first 5"])[0], **SCOPE)
+                assert len(hits) == 5
+                searches[0] += 1
+            except (VectorStoreError, AssertionError) as error:
+                faults.append(error)
+        store.close()
+
+    def write() -> None:
+        store = world.open()
+        writer = world.writer(store)
+        for number in range(10_000):
+            if stop.is_set():
+                break
+            rows = world.rows(number * 7 % 590, 5, f"write {number}")
+            writer.write(NAME, [Edition(f"w{number}", rows)])
+            newest.update((row.id, row.text_content) for row in rows)
+        store.close()
+
+    threads = [threading.Thread(target=work) for work in (search, write)]
+    for thread in threads:
+        thread.start()
+    try:
+        world.rebuild()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    expected = {row.id: row.text_content for row in world.rows(0, 600)} | newest
+    assert not faults, faults[:3]
+    assert searches[0] > 5
+    assert len(newest) > 20
+    assert world.texts(list(expected)) == expected
+    assert world.store.count(NAME) == len(expected)
+    assert world.shadow.live(NAME) == f"{world.table}_v2"
+    assert not world.shadow.exists(f"{world.table}_v1")
+
+
+def test_rows_are_embedded_anew_with_another_dimension(world: World) -> None:
+    world.writer(world.store, "dummy:16").write(NAME, [Edition("first", world.rows(0, 120))])
+    world.rebuild(model="dummy:24")
+    assert world.shadow.dim(world.table) == 24
+    (row,) = world.store.get(NAME, ["r000007"], strong=True, **SCOPE)
+    np.testing.assert_allclose(row.vector, DummyEncoder(24).encode(["first 7"])[0], atol=1e-6)
+    with pytest.raises(TransientStoreError, match="--model dummy:24"):
+        world.writer(world.store, "dummy:16").write(NAME, [Edition("late", world.rows(0, 1))])
+    world.writer(world.store, "dummy:24").write(NAME, [Edition("new", world.rows(0, 1, "new", 24))])
+    assert world.texts(["r000000"]) == {"r000000": "new 0"}
+
+
+def test_named_partitions_are_all_there_afterwards(uri: str, redis_url: str) -> None:
+    world = World(uri, redis_url, "named")
+    other = [row._replace(project_id="q", id=f"q{row.id}") for row in world.rows(0, 20)]
+    world.store.upsert(NAME, [*world.rows(0, 150), *other])
+    world.store.delete(NAME, [row.id for row in other], tenant_id="t", project_id="q")
+    world.rebuild()
+    assert world.store.count(NAME) == 150
+    vector = ENCODER.encode(["first 5"])[0]
+    assert world.store.search(NAME, vector, limit=1, strong=True, **SCOPE)[0].id == "r000005"
+    # A process that knows the partition does not ask for it again.
+    assert world.store.search(NAME, vector, tenant_id="t", project_id="q", strong=True) == []
+    world.store.upsert(NAME, other)
+    assert world.store.count(NAME) == 170
+    world.close()
+
+
+def test_in_place_leaves_rows_and_searches_as_they_were(world: World) -> None:
+    world.store.upsert(NAME, world.rows(0, 200))
+    world.rebuild(mode="in_place")
+    vector = ENCODER.encode(["first 5"])[0]
+    assert world.store.search(NAME, vector, limit=1, strong=True, **SCOPE)[0].id == "r000005"
+    assert world.store.count(NAME) == 200
+    assert world.shadow.live(NAME) == f"{world.table}_v1"
+    world.writer(world.store).write(NAME, [Edition("after", world.rows(0, 1))])
+
+
+def test_a_collection_without_an_alias_is_rebuilt_in_place_only(world: World) -> None:
+    table = f"{world.table}_v1"
+    with pytest.raises(PermanentStoreError, match="in_place"):
+        open_shadow(world.settings.milvus_uri, token=None, prefix="", named=False).live(table)
+    with pytest.raises(PermanentError):
+        world.rebuild(collection="absent")
+
+
+def test_a_page_is_given_soon_after_many_rows(world: World, tmp_path: Path) -> None:
+    """The cost of a page must not grow so that a rebuild never ends."""
+    world.store.upsert(NAME, world.rows(0, 3000))
+    started = time.monotonic()
+    assert len(world.shadow.page(world.table, "r002000", 100)) == 100
+    assert time.monotonic() - started < 5
