@@ -98,6 +98,7 @@ class LanguageModel:
             raise ConfigurationError(f"--llm-url: {error}") from error
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx2.Client(headers=headers, timeout=timeout_s)
+        self.limit_s = DEADLINE_TIMEOUTS * timeout_s
         #: Running totals.
         self.counters = {"llm_requests": 0, "llm_retries": 0, "llm_repairs": 0}
 
@@ -107,7 +108,7 @@ class LanguageModel:
         Raises PermanentError where it refuses or answers rubbish twice, or the endpoint refuses the request;
         Unavailable where it does not answer, or only the operator can help.
         """
-        give_up_at = self._mono_s() + DEADLINE_TIMEOUTS * self._timeout_s
+        give_up_at = self._mono_s() + self.limit_s
         system = PROMPT % {"chars": self._summary_chars}
         messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
         said, found = self._ask(messages, give_up_at)

@@ -84,6 +84,11 @@ def record_key(kind: str, tenant_id: str, project_id: str, id: str) -> str:
     return f"{kind}:{tenant_id}:{project_id}:{id}"
 
 
+def mentions_key(tenant_id: str, project_id: str, chapter_id: str) -> str:
+    """Set: ids of the entities that any version of a chapter told of."""
+    return f"entities:{tenant_id}:{project_id}:{chapter_id}"
+
+
 def consumer_name(host: str, instance: str) -> str:
     """The consumer that one service reads as; stable over restarts, so that it finds its own again."""
     return f"{host}/{instance}"

@@ -1,9 +1,9 @@
 """Records in memory, for tests of handlers: the same answers as the store's, no server."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from .keys import record_key
+from .keys import mentions_key, record_key
 from .records import Put, Record, RecordKey
 
 
@@ -13,6 +13,7 @@ class MemoryRecords:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stored: dict[str, tuple[str, str, Record]] = {}
+        self._mentions: dict[str, set[str]] = {}
 
     def put(self, key: RecordKey, version: int, fields: Mapping[str, str], updated_at: str) -> Put:
         """See `Records.put`."""
@@ -36,6 +37,16 @@ class MemoryRecords:
         with self._lock:
             owner, _, record = self._stored.get(record_key(*key), ("", "", None))
         return record if owner == key.owner else None
+
+    def mention(self, chapter: RecordKey, entity_ids: Sequence[str]) -> None:
+        """See `Records.mention`."""
+        with self._lock:
+            self._mentions.setdefault(mentions_key(*chapter[1:]), set()).update(entity_ids)
+
+    def mentioned(self, chapter: RecordKey) -> list[str]:
+        """See `Records.mentioned`."""
+        with self._lock:
+            return sorted(self._mentions.get(mentions_key(*chapter[1:]), ()))
 
     def close(self) -> None:
         """Nothing to drop."""

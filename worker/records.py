@@ -1,6 +1,6 @@
 """The port to what is known of a chapter or an entity: small versioned records, kept beside the jobs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 
@@ -49,6 +49,12 @@ class Records(Protocol):
 
     def get(self, key: RecordKey) -> Record | None:
         """What stands there; None where nothing does or it is another tenant's."""
+
+    def mention(self, chapter: RecordKey, entity_ids: Sequence[str]) -> None:
+        """Remember, before anything is written of them, that a version of this chapter tells of entities."""
+
+    def mentioned(self, chapter: RecordKey) -> list[str]:
+        """The ids of all entities that any version of this chapter told of, sorted."""
 
     def close(self) -> None:
         """Drop the connection."""

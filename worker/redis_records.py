@@ -27,6 +27,17 @@ class RedisRecords(Store):
         name = keys.record_key(*key)
         return _record(key, self.one(name, ("HGETALL", name)))
 
+    def mention(self, chapter: RecordKey, entity_ids: Sequence[str]) -> None:
+        """See `Records.mention`."""
+        if entity_ids:
+            name = keys.mentions_key(*chapter[1:])
+            self.one(name, ("SADD", name, *entity_ids))
+
+    def mentioned(self, chapter: RecordKey) -> list[str]:
+        """See `Records.mentioned`."""
+        name = keys.mentions_key(*chapter[1:])
+        return sorted(id_.decode(errors="replace") for id_ in self.one(name, ("SMEMBERS", name)))
+
 
 def _record(key: RecordKey, flat: Sequence[bytes]) -> Record | None:
     found = {

@@ -105,6 +105,14 @@ def test_versions_of_different_chapters_are_not_compared(records: Records) -> No
     assert found.fields["description"] == "c2 1"
 
 
+def test_entities_of_a_chapter_are_remembered(records: Records) -> None:
+    records.mention(chapter(), ["e2", "e1"])
+    records.mention(chapter(), ["e1", "e3"])
+    records.mention(chapter("c2"), [])
+    assert records.mentioned(chapter()) == ["e1", "e2", "e3"]
+    assert records.mentioned(chapter("c2")) == records.mentioned(chapter("c1", "t2")) == []
+
+
 def test_writers_at_a_time_leave_the_newest(records: Records, any_server: RedisServer | None) -> None:
     def write(number: int) -> None:
         mine = records if any_server is None else open_records(any_server.url)
