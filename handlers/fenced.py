@@ -204,7 +204,9 @@ class _Round:
             scope: Any = {"tenant_id": tenant, "project_id": project}
             self._renew()
             has = self._store.chapter_versions(self._collection, chapter, **scope)
-            gone = [id_ for id_, its in has.items() if its < version and id_ not in kept]
+            # The summary stands in the chapter, too, and has a version of its own.
+            others = kept | {f"summary:{chapter}"}
+            gone = [id_ for id_, its in has.items() if its < version and id_ not in others]
             self._note(write, gone, {name: version})
             if gone:
                 self._store.delete(self._collection, gone, **scope)

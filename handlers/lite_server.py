@@ -168,7 +168,15 @@ def guard_calls(servicer: Any, gate: FlushGate) -> None:
         setattr(servicer, name, writing(getattr(servicer, name), write_lock))
     for name in READING_CALLS:
         setattr(servicer, name, reading(getattr(servicer, name), gate))
+    servicer.AllocTimestamp = unimplemented
     guard_partition_names(servicer)
+
+
+def unimplemented(request: Any, context: Any) -> None:
+    """Answer a call that the engine lacks as clients expect; the stock class logs a traceback beside that."""
+    import grpc
+
+    context.abort(grpc.StatusCode.UNIMPLEMENTED, "Milvus Lite does not have this call")
 
 
 def writing(call: Callable[[Any, Any], Any], lock: threading.Lock) -> Callable[[Any, Any], Any]:

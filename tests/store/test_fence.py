@@ -209,6 +209,12 @@ def test_chapters_tenants_and_rows_of_no_chapter_are_left_alone(writer: Any, sto
     assert len(store.get(NAME, ["z"], tenant_id="t", project_id="q")) == 1
 
 
+def test_the_summary_of_a_replaced_chapter_stays(writer: Any, store: Any) -> None:
+    writer.write(NAME, [edition(1, "a", "summary:c", replace=False)])
+    writer.write(NAME, [edition(2, "b")])
+    assert set(texts(store, "a", "b", "summary:c")) == {"b", "summary:c"}
+
+
 def test_without_a_version_the_last_to_write_wins(writer: Any, store: Any) -> None:
     writer.write(NAME, [edition(None, "a", replace=False)])
     writer.write(NAME, [edition(2, "a", replace=False)])

@@ -230,6 +230,7 @@ def test_a_signal_stops_it_cleanly(tmp_path: Path, number: signal.Signals) -> No
         server.process.send_signal(number)
         assert server.process.wait(WAIT_S) == 0
         assert not server.port_file.exists()
+        assert "Traceback" not in server.stderr
     with lite_server(tmp_path / "data") as server:
         store = open_vectors(server.uri)
         # Loaded without anybody having asked for it.
