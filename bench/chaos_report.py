@@ -22,13 +22,13 @@ def recoveries(shots: Sequence[Shot], lease_s: float) -> dict[str, dict[str, Any
         missed = sum(shot.took_s is None and bool(shot.awaited) for shot in of_kind)
         found[kind] = {
             "faults": len(of_kind), "measured": len(took), "missed": missed,
-            "p50_s": _percentile(took, 0.5), "p99_s": _percentile(took, 0.99),
+            "p50_s": percentile(took, 0.5), "p99_s": percentile(took, 0.99),
             "max_s": round(took[-1], 3) if took else None, "limit_s": limit_s(kind, lease_s),
         }  # fmt: skip
     return found
 
 
-def _percentile(ordered: Sequence[float], share: float) -> float | None:
+def percentile(ordered: Sequence[float], share: float) -> float | None:
     """The nearest-rank percentile of ordered values."""
     return round(ordered[max(0, math.ceil(share * len(ordered)) - 1)], 3) if ordered else None
 

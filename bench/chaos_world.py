@@ -46,7 +46,7 @@ class Server:
 
     def start(self) -> None:
         """Start it and wait until it has loaded its data. Raises RuntimeError."""
-        self._process = subprocess.Popen([*_tether(), *self._command])
+        self._process = subprocess.Popen([*tether(), *self._command])
         give_up_at = time.monotonic() + LIMIT_S
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > give_up_at:
@@ -112,7 +112,7 @@ class Service:
     def _start(self) -> "subprocess.Popen[bytes]":
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [*_tether(), *self._command],
+                [*tether(), *self._command],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -194,7 +194,7 @@ class Service:
         return found
 
 
-def _tether() -> list[str]:
+def tether() -> list[str]:
     """What ends a command with this program. The bond is to the thread that starts it: let it live on."""
     return [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid())]
 
