@@ -3,8 +3,10 @@
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import wraps
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,7 +167,26 @@ def _plain(value: Any) -> Any:
 def clean(text: str, width: int = 0) -> str:
     """Fit for a terminal: no control characters, and cut to a width (0: as long as it is)."""
     text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
-    return text if not width or len(text) <= width else text[: width - 1] + "…"
+    if not width or columns(text) <= width:
+        return text
+    ends = accumulate(columns(char) for char in text)
+    return "".join(char for char, end in zip(text, ends, strict=True) if end < width) + "…"
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal it takes: Chinese characters two, marks upon a letter none."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        for char in text
+    )
+
+
+def pad(text: str, width: int) -> str:
+    """Filled up to a width; a negative one sets to the right."""
+    blanks = " " * (abs(width) - columns(text))
+    return blanks + text if width < 0 else text + blanks
 
 
 def span(seconds: float) -> str:
@@ -179,10 +200,10 @@ def span(seconds: float) -> str:
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their longest cell; headings that end in ``>`` are set to the right."""
     names = [heading.rstrip(">") for heading in headings]
-    widths = [max([len(name), *(len(row[i]) for row in rows)]) for i, name in enumerate(names)]
+    widths = [max([len(name), *(columns(row[i]) for row in rows)]) for i, name in enumerate(names)]
     for row in [names, *rows]:
         cells = [
-            cell.rjust(width) if heading.endswith(">") else cell.ljust(width)
+            pad(cell, -width if heading.endswith(">") else width)
             for cell, width, heading in zip(row, widths, headings, strict=True)
         ]
         click.echo("  ".join(cells).rstrip())

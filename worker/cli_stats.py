@@ -1,41 +1,75 @@
-"""``jobworker stats``: how much waits where."""
+"""``jobworker stats``: how much waits where, what the services do, and how fast."""
 
-from typing import Any
+import time
 
 import click
 
-from .cli_common import AS_JSON, STREAMS, say_json, sources_of, table, verb
-from .keys import Source
+from .cli_common import (
+    AS_JSON,
+    STREAMS,
+    Deployment,
+    clean,
+    say_json,
+    sources_of,
+    span,
+    table,
+    verb_on_deployment,
+)
+from .errors import StoreUnavailable
+from .overview import Overview
+from .top import as_plain, watcher_of
 
 
 def add_to(main: click.Group) -> None:
     """Make it a verb of ``jobworker``."""
-    verb(main)(STREAMS(AS_JSON(stats)))
+    watch = click.option("--watch", type=click.FloatRange(0.1), metavar="SECONDS",
+                         help="Look twice, so far apart, and say how much happened a second.")  # fmt: skip
+    verb_on_deployment(main)(STREAMS(watch(AS_JSON(stats))))
 
 
-def stats(url: str, streams: tuple[str, ...], as_json: bool) -> None:
+def stats(deployment: Deployment, streams: tuple[str, ...], watch: float | None, as_json: bool) -> None:
     """How much waits, runs, is retried and was given up, stream by stream.
 
     QUEUED was not given to any worker yet; PENDING was, and is not finished; RETRYING waits for its next
-    try; DEAD was given up; OLDEST is how long the oldest queued job has waited.
-    """
-    from .redis_store import RedisReaperStore
+    try; DEAD was given up; OLDEST is how long the oldest queued job has waited. Where services answer at
+    --metrics-url, their workers and (with --watch) rates by type follow.
 
-    store = RedisReaperStore(url)
-    rows = [_row(store, source) for source in sources_of(streams)]
-    store.close()
+    \b
+    jobworker stats
+    jobworker stats --watch 5 --json
+    """
+    sources_of(streams)
+    watcher = watcher_of(deployment, streams)
+    seen = watcher.look()
+    if watch:
+        time.sleep(watch)  # rates are what happens in between
+        seen = watcher.look()
+    if seen.trouble:
+        raise StoreUnavailable(seen.trouble)
     if as_json:
-        say_json({"streams": rows})
+        say_json(as_plain(seen))
         return
+    _print(seen)
+
+
+def _print(seen: Overview) -> None:
     table(
         ["STREAM", "GROUP", "QUEUED>", "PENDING>", "RETRYING>", "DEAD>", "OLDEST>"],
         [
-            [*(str(row[name]) for name in ("stream", "group", "queued", "pending", "retrying", "dead")),
-             f"{row['oldest_age_s']:.1f} s"]
-            for row in rows
+            [source.stream, source.group, *(str(number) for number in depths[:4]), span(depths.oldest_age_s)]
+            for source, depths in seen.streams
         ],
-    )  # fmt: skip
-
-
-def _row(store: Any, source: Source) -> dict[str, Any]:
-    return {"stream": source.stream, "group": source.group, **store.depths(source)._asdict()}
+    )
+    for pause in seen.pauses:
+        click.echo(f"{clean(pause.kind)} is paused: jobworker resume {clean(pause.kind)}")
+    workers = seen.workers()
+    if workers:
+        states = ", ".join(f"{count} {state}" for state, count in sorted(workers.items()))
+        click.echo(f"{workers.total()} workers: {states}")
+    if seen.rates:
+        whats = ("done", "failed", "retried", "dead")
+        rows = [
+            [clean(kind), *(f"{rates[what]:.1f}" for what in whats)]
+            for kind, rates in sorted(seen.rates.items())
+        ]
+        table(["TYPE", *(f"{what.upper()}/s>" for what in whats)], rows)

@@ -48,7 +48,7 @@ def ask(url: str, redis_url: str = "") -> Service:
         said = _fetch(url)
     except (OSError, ValueError, http.client.HTTPException) as error:
         return Service(url, {}, f"{type(error).__name__}: {error}")
-    if redis_url and _place(str(said.get("store", ""))) != _place(redis_url):
+    if redis_url and not same_store(str(said.get("store", "")), redis_url):
         return Service(url, {}, f"works on another store: {said.get('store')}")
     return Service(url, said)
 
@@ -78,6 +78,11 @@ def _fetch(url: str) -> dict[str, Any]:
     if not isinstance(said, dict) or "children" not in said:
         raise ValueError("is no status page of this version")
     return said
+
+
+def same_store(one: str, other: str) -> bool:
+    """Whether two urls name one store, whatever their credentials and options are."""
+    return _place(one) == _place(other)
 
 
 def _place(url: str) -> str:

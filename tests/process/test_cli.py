@@ -1,10 +1,15 @@
 """``jobworker`` as an operator uses it: every verb on a real store, some beside a running service."""
 
+import fcntl
 import json
 import os
+import pty
+import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -402,3 +407,107 @@ class TestDoctor:
         found = findings(store, "--model", "/nowhere", code=1)
         assert any(line.startswith("model: ") for line in found["wrong"])
         assert "model: " not in json.dumps(findings(store, code=1))
+
+
+class TestTop:
+    def test_one_look_says_what_every_worker_runs(self, live: Service) -> None:
+        id = live.enqueue("gate", {"gate": "top"})
+        live.wait_for_start(id)
+        said = asked(live, "top", "--metrics-url", live.url)
+        running = [
+            child["running"]["jobs"][0]["type"]
+            for child in said["services"][0]["children"]
+            if child.get("running")
+        ]
+        assert running == ["gate"]
+        assert said["rates"]["noop"] == {"done": 0, "failed": 0, "retried": 0, "dead": 0}
+        assert f"gate {id}" in run(live, "top", "--once", "--metrics-url", live.url).stdout
+        live.open_gate("top")
+        live.wait_for_end(id)
+
+    def test_it_is_live_on_a_terminal_and_q_quits(self, live: Service) -> None:
+        with Terminal([str(COMMAND), "top", "--interval", "0.2"], live) as terminal:
+            terminal.wait_for("blue/1", "stream:story:gen", "q quit")
+            id = live.enqueue("gate", {"gate": "tty"})
+            terminal.wait_for(id)
+            live.open_gate("tty")
+            terminal.press("p")
+            terminal.wait_for("FROZEN")
+            terminal.press("p")
+            terminal.press("\x1b[B")
+            terminal.press("q")
+            assert terminal.wait() == 0
+
+    def test_a_store_that_goes_away_does_not_end_it(self, store: RedisServer) -> None:
+        with Terminal([str(COMMAND), "top", "--interval", "0.2"], store) as terminal:
+            terminal.wait_for("stream:audit:log")
+            os.kill(store.pid, signal.SIGSTOP)
+            try:
+                terminal.wait_for("does not answer")
+                terminal.press("q")
+                assert terminal.wait() == 0
+            finally:
+                os.kill(store.pid, signal.SIGCONT)
+
+
+class TestStats:
+    def test_streams_workers_and_rates(self, live: Service) -> None:
+        said = asked(live, "stats", "--metrics-url", live.url)
+        assert [row["stream"] for row in said["streams"]] == [source.stream for source in DEFAULT_SOURCES]
+        assert said["rates"] is None
+        printed = run(live, "stats", "--watch", "0.2", "--metrics-url", live.url).stdout
+        assert "2 workers: 2 idle" in printed
+        assert "DONE/s" in printed
+
+    def test_a_store_that_does_not_answer_is_exit_code_5(self) -> None:
+        assert CliRunner().invoke(main, ["stats", "--redis-url", "redis://127.0.0.1:1/0"]).exit_code == 5
+
+
+class Terminal:
+    """A command in a terminal of 80 x 24, what it has drawn, and its keys."""
+
+    def __init__(self, command: list[str], store: RedisServer | Service) -> None:
+        url = store.url if isinstance(store, RedisServer) else store.redis_url
+        addresses = {"JOBWORKER_REDIS_URL": url}
+        if isinstance(store, Service):
+            addresses["JOBWORKER_METRICS_URL"] = store.url
+        self._command = command
+        self._environment = {**os.environ, **addresses, "TERM": "xterm", "LANG": "C.UTF-8"}
+        self._drawn = b""
+
+    def __enter__(self) -> "Terminal":
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self._popen = subprocess.Popen(
+            self._command, stdin=theirs, stdout=theirs, stderr=theirs, env=self._environment
+        )
+        os.close(theirs)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._popen.kill()
+        self._popen.wait(COMMAND_S)
+        os.close(self._ours)
+
+    def press(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def wait_for(self, *texts: str) -> None:
+        """Wait until all of them were drawn since the last call."""
+        give_up_at = time.monotonic() + COMMAND_S
+        while not all(text.encode() in self._drawn for text in texts):
+            left_s = give_up_at - time.monotonic()
+            assert select.select([self._ours], [], [], max(0, left_s))[0], (texts, self._drawn[-3000:])
+            self._drawn += os.read(self._ours, 65536)
+        self._drawn = b""
+
+    def wait(self) -> int:
+        """Its exit code; what it still draws is taken in, or it would wait for us."""
+        give_up_at = time.monotonic() + COMMAND_S
+        while self._popen.poll() is None and time.monotonic() < give_up_at:
+            if select.select([self._ours], [], [], 0.05)[0]:
+                try:
+                    os.read(self._ours, 65536)
+                except OSError:  # the other end is closed
+                    break
+        return self._popen.wait(COMMAND_S)
