@@ -1,0 +1,285 @@
+"""Summaries under kills, and what a summary costs.
+
+First every chapter is written back in many versions, each twice, shuffled, while workers are killed one after
+the other: at the end Redis and Milvus must hold the newest version of each chapter, and the same text. The
+service runs on the stores that it brings along, with vectors that need no model.
+
+Then, with `--chapters`, the chapters of a file (a JSON object a line, with `chapter` and `content`) are
+summarised by both ways, one after the other in one process: out of their own sentences with the service's
+model, and by a language model's endpoint, which is a stub on this machine that speaks real HTTP.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Processes are started while clients talk to Milvus; what gRPC does at a fork would break both.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+import click
+from hosts import described, host_facts, roles_of
+from llm_stub import llm_stub
+from rig import LIMIT_S, connect, say
+
+from jobworker.handlers.memory_vectors import MemoryVectors
+from jobworker.handlers.vectors import Row, open_vectors
+from jobworker.handlers.writeback import WriteBack
+from jobworker.worker import Job, RecordKey, Settings, open_fence, open_records
+
+_STREAM, _GROUP = "stream:memory:update", "cg-mem-writer"
+_TENANT, _PROJECT = "t001", "p123"
+_HANDLER = "jobworker.handlers.writeback:WriteBack"
+#: Any length will do: what is looked at is which text is where.
+_MODEL = "dummy:64"
+_TEXT = "Snow had fallen on the pass all night, and the road below the inn was gone by the morning."
+_LOOK_EVERY_S = 0.01
+
+
+class Service:
+    """A service on stores of its own, which ends with this program."""
+
+    def __init__(self, folder: Path, procs: int) -> None:
+        self._folder = folder
+        self._log = (folder / "service.log").open("ab")
+        command = [
+            sys.executable, "-m", "jobworker.supervisor", "--procs", str(procs), "--data-dir", str(folder),
+            "--no-builtin-handlers", "--handler", f"summary_write_back={_HANDLER}", "--model", _MODEL,
+            "--metrics-addr", "127.0.0.1:0", "--retry-initial", "0.1", "--retry-max", "1",
+            "--max-retries", "20", "--log-format", "json",
+        ]  # fmt: skip
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("JOBWORKER_")}
+        tether = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid())]
+        self.process = subprocess.Popen([*tether, *command], stderr=self._log, env=environment)
+        wait_until(lambda: '"msg": "ready"' in self.log or self.process.poll() is not None, "ready")
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the service ended:\n{self.log[-2000:]}")
+
+    @property
+    def log(self) -> str:
+        """All that it said."""
+        return (self._folder / "service.log").read_text(errors="replace")
+
+    @property
+    def endpoints(self) -> dict[str, Any]:
+        """Where its stores listen."""
+        found: dict[str, Any] = json.loads((self._folder / "endpoints.json").read_text())
+        return found
+
+    def kill_worker(self, shuffle: random.Random) -> None:
+        """Kill one that is there."""
+        workers: list[int] = []
+
+        def found() -> bool:
+            workers[:] = roles_of(self.process.pid).get("worker", [])
+            return bool(workers)
+
+        wait_until(found, "a worker to kill")
+        os.kill(shuffle.choice(workers), signal.SIGKILL)
+
+    def stop(self) -> int:
+        """Ask it to end; returns its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(LIMIT_S)
+        self._log.close()
+        return code
+
+
+def wait_until(condition: Callable[[], bool], what: str, within_s: float = LIMIT_S) -> None:
+    """Raises RuntimeError when time is over."""
+    give_up_at = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > give_up_at:
+            raise RuntimeError(f"not within {within_s} s: {what}")
+        time.sleep(_LOOK_EVERY_S)  # other processes' state sends no event
+
+
+@contextmanager
+def service(procs: int) -> Iterator[Service]:
+    """A ready service in a folder of its own; killed where something failed."""
+    with tempfile.TemporaryDirectory(prefix="jobworker-bench") as folder:
+        one = Service(Path(folder), procs)
+        try:
+            yield one
+            if (code := one.stop()) != 0:
+                raise RuntimeError(f"the service ended with {code}:\n{one.log[-2000:]}")
+        finally:
+            if one.process.poll() is None:
+                one.process.kill()
+                one.process.wait()
+
+
+def write_back(chapter: int, version: int) -> bytes:
+    """A job as memory-svc writes it; every version's summary differs."""
+    payload = {
+        "tenant_id": _TENANT, "project_id": _PROJECT, "chapter_id": f"ch-{chapter}",
+        "chapter_version": version, "content": f"Chapter {chapter} came to version {version}. {_TEXT}",
+    }  # fmt: skip
+    fields = {
+        "id": f"ch-{chapter}.{version}", "type": "summary_write_back", "tenant_id": _TENANT,
+        "project_id": _PROJECT, "payload": payload, "created_at": "2026-01-02T10:00:00Z",
+    }  # fmt: skip
+    return json.dumps(fields).encode()
+
+
+def under_kills(chapters: int, versions: int, kills: int, procs: int, seed: int) -> dict[str, Any]:
+    """Run the first part. Raises RuntimeError where a chapter is not at its newest version."""
+    shuffle = random.Random(seed)
+    jobs = [write_back(c, v) for c in range(chapters) for v in range(1, versions + 1)] * 2
+    shuffle.shuffle(jobs)
+    with service(procs) as one, connect(one.endpoints["redis_url"]) as client:
+        started_s = time.monotonic()
+        with client.pipeline(transaction=True) as pipe:
+            for job in jobs:
+                pipe.xadd(_STREAM, {"data": job})
+            pipe.execute()
+        for kill in range(kills):
+            left = len(jobs) * (kills - kill) // (kills + 1)
+            wait_until(lambda left=left: unfinished(client) <= left, f"{left} jobs left")  # type: ignore[misc]
+            one.kill_worker(shuffle)
+        wait_until(lambda: unfinished(client) == 0 and not client.zcard(f"retry:{_STREAM}"), "the end")
+        took_s = time.monotonic() - started_s
+        dead = client.xlen(f"dlq:{_STREAM}")
+        wrong = check(client, one.endpoints["milvus_uri"], chapters, versions)
+        host = host_facts(client)
+    if dead or wrong:
+        raise RuntimeError(f"{dead} dead letters; wrong (seed {seed}): {wrong}")
+    return {
+        "host": host, "seed": seed, "write_backs": len(jobs), "chapters": chapters, "versions": versions,
+        "kills": kills, "workers": procs, "seconds": round(took_s, 2), "wrong": 0, "dead_letters": 0,
+    }  # fmt: skip
+
+
+def unfinished(client: Any) -> int:
+    """Jobs that are undelivered or pending."""
+    (group,) = [g for g in client.xinfo_groups(_STREAM) if g["name"] == _GROUP.encode()]
+    return int(group["pending"]) + len(client.xrange(_STREAM, b"(" + group["last-delivered-id"], "+"))
+
+
+def check(client: Any, milvus_uri: str, chapters: int, versions: int) -> list[str]:
+    """What is not as it should be: Redis and Milvus hold the newest version, texts equal."""
+    store = open_vectors(milvus_uri)
+    wrong = []
+    for chapter in range(chapters):
+        record = client.hgetall(f"summary:{_TENANT}:{_PROJECT}:ch-{chapter}")
+        ids = [f"summary:ch-{chapter}"]
+        rows = store.get("story_segments", ids, tenant_id=_TENANT, project_id=_PROJECT, strong=True)
+        text, version = record.get(b"summary", b"").decode(), int(record.get(b"chapter_version", 0))
+        row = rows[0] if rows else None
+        if version != versions or f"version {versions}." not in text:
+            wrong.append(f"chapter {chapter}: Redis holds version {version}: {text}")
+        if not isinstance(row, Row) or (row.text_content, row.version) != (text, versions):
+            wrong.append(f"chapter {chapter}: Milvus holds {row}")
+    store.close()
+    return wrong
+
+
+def read_chapters(path: Path) -> list[dict[str, Any]]:
+    """A JSON object a line, with `chapter` and `content`."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+
+
+def summarise(chapters: list[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
+    """Each chapter through the handler; seconds from its payload to record and row."""
+    records = open_records("")
+    handler = WriteBack(store=MemoryVectors(), records=records, fence=open_fence(""))
+    handler.setup(settings)
+    found = []
+    for number, chapter in enumerate(chapters):
+        started_s = time.perf_counter()
+        handler.handle(_job(number, chapter))
+        took_s = time.perf_counter() - started_s
+        record = records.get(RecordKey("summary", _TENANT, _PROJECT, f"ch-{number}"))
+        summary = record.fields["summary"] if record else ""
+        title = chapter.get("title", chapter.get("chapter", number))
+        found.append(
+            {
+                "chapter": title,
+                "chars": len(chapter["content"]),
+                "seconds": round(took_s, 3),
+                "summary": summary,
+            }
+        )
+    return found
+
+
+def _job(number: int, chapter: Mapping[str, Any]) -> Job:
+    payload = {"chapter_id": f"ch-{number}", "chapter_version": 1, "content": chapter["content"]}
+    return Job(
+        f"job-{number}", "summary_write_back", _TENANT, _PROJECT, payload, {}, "", _STREAM, "1-1", 0
+    )  # fmt: skip
+
+
+def both_ways(path: Path, limit: int, settings: Mapping[str, Any], delay_s: float) -> dict[str, Any]:
+    """The second part: the same chapters out of their own sentences, and by the endpoint."""
+    chapters = read_chapters(path)[:limit]
+    chars: int = settings["summary_chars"]
+    own = summarise(chapters, Settings(**settings))
+    with llm_stub(chars, delay_s) as url:
+        asked = summarise(chapters, Settings(**settings, llm_url=url, llm_model="stub"))
+    for way in (own, asked):
+        if any(not 0 < len(one["summary"]) <= chars for one in way):
+            raise RuntimeError(f"a summary is empty or longer than {chars} characters")
+    return {"own_sentences": own, "endpoint": asked}
+
+
+def show(result: dict[str, Any]) -> None:
+    """For people."""
+    kills = result["kills"]
+    print(described(kills["host"]))
+    print(
+        f"{kills['write_backs']} write-backs of {kills['chapters']} chapters x {kills['versions']} versions, "
+        f"{kills['kills']} workers killed: all at the newest version, {kills['seconds']} s "
+        f"(seed {kills['seed']})"
+    )
+    for way, found in result.get("summaries", {}).items():
+        times = sorted(one["seconds"] for one in found)
+        print(f"\n{way}: median {times[len(times) // 2]} s, longest {times[-1]} s a chapter")
+        for one in found:
+            print(f"  {one['chapter']} ({one['chars']} characters, {one['seconds']} s)\n    {one['summary']}")
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--stories", default=50, help="Chapters that are written back under kills.")
+@click.option("--versions", default=20, help="Versions of each; every one comes twice.")
+@click.option("--kills", default=30, help="Workers killed on the way.")
+@click.option("--procs", default=3, help="Workers.")
+@click.option("--seed", type=int, help="Order and victims; another one each time by default.")
+@click.option(
+    "--chapters",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON lines with `chapter` and `content`, to be summarised by both ways.",
+)
+@click.option("--limit", default=1000, help="So many of its chapters at most.")
+@click.option("--model", default="", help="The model for the chapters' own sentences.")
+@click.option("--summary-chars", default=100, help="Longest summary.")
+@click.option("--llm-delay", default=0.0, help="Seconds that the stub of a language model takes.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
+def main(
+    stories: int, versions: int, kills: int, procs: int, seed: int | None, chapters: Path | None, limit: int,
+    model: str, summary_chars: int, llm_delay: float, as_json: bool,
+) -> None:  # fmt: skip
+    """Write summaries back under kills, and make summaries of real chapters."""
+    say(f"{stories} x {versions} x 2 write-backs, {kills} kills")
+    seed = random.randrange(2**32) if seed is None else seed
+    result: dict[str, Any] = {"kills": under_kills(stories, versions, kills, procs, seed)}
+    if chapters is not None:
+        say(f"summaries of {chapters}")
+        settings = {"model": model, "summary_chars": summary_chars, "threads": os.cpu_count() or 1}
+        result["summaries"] = both_ways(chapters, limit, settings, llm_delay)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        show(result)
+
+
+if __name__ == "__main__":
+    main()
