@@ -154,6 +154,19 @@ class TestPauses:
         assert [pause.kind for pause in operator.pauses()] == ["audit"]
         assert redis_world.reader("host/b").paused() == {"audit"}
 
+    def test_a_user_who_may_not_read_them_is_served_all_the_same(self, redis_world: RedisWorld) -> None:
+        redis_world.server.client.hset("jobworker:paused", "audit", "1")
+        redis_world.server.client.acl_setuser(
+            "narrow", enabled=True, passwords=["+pw"], commands=["+@all"], keys=["stream:*", "fence:*"]
+        )
+        reader = RedisReaderStore(redis_world.server.url.replace("//", "//narrow:pw@"), "host/n")
+        try:
+            reader.acquire([S])
+            assert reader.paused() == set()
+        finally:
+            reader.close()
+            redis_world.server.client.acl_deluser("narrow")
+
 
 class TestWhereAJobIs:
     def test_a_group_that_is_missing_is_none(
