@@ -35,7 +35,8 @@ from jobworker.handlers.vectors import Row, VectorStore, VectorStoreError, open_
 from jobworker.worker import Rebuilds, open_fence, open_rebuilds
 
 _NAME, _PREFIX = "story_segments", "bench_"
-_SCOPE: dict[str, Any] = {"tenant_id": "t001", "project_id": "p123"}
+_TENANT, _PROJECT = "t001", "p123"
+_SCOPE: dict[str, Any] = {"tenant_id": _TENANT, "project_id": _PROJECT}
 _HANDLER = "jobworker.handlers.reindex:IndexRebuild"
 _TEXT = "Snow had fallen on the pass all night, and the road below the inn was gone by the morning. " * 5
 #: Vectors lie around so many points, as those of texts do; without them the truth would be mere chance.
@@ -68,7 +69,8 @@ class World:
     def row(self, number: int) -> Row:
         text = f"{number} in version {self.versions[number]}: {_TEXT}"
         vector = self.vectors[number]
-        return Row(f"seg-{number:08d}", vector, *_SCOPE.values(), f"c{number // 50}", number, "scene", text)
+        chapter = f"c{number // 50}"
+        return Row(f"seg-{number:08d}", vector, _TENANT, _PROJECT, chapter, number, "scene", text)
 
     def fill(self) -> None:
         store = self.open()
@@ -175,7 +177,7 @@ class Service:
         self._start()
 
     def _start(self) -> None:
-        environment = {"JOBWORKER_MILVUS_URI": self._world.uri, "JOBWORKER_MILVUS_PREFIX": _PREFIX}
+        environment: Any = {"JOBWORKER_MILVUS_URI": self._world.uri, "JOBWORKER_MILVUS_PREFIX": _PREFIX}
         running = service(self._world.url, self._backlog, _HANDLER, 1, **environment)
         self._pid = self._stack.enter_context(running)
 

@@ -24,8 +24,6 @@ log = logging.getLogger("jobworker.reindex")
 
 # In place the steps take up to 10 min each, and nobody may write or begin another rebuild meanwhile.
 IN_PLACE_MS = 25 * 60 * 1000
-# Where a row of a collection has its text.
-TEXT_FIELDS = ("text_content", "description")
 
 
 class Busy(Exception):
@@ -41,6 +39,7 @@ class IndexRebuild:
 
     # Rows by the million take hours; a stuck request has limits of its own.
     timeout = 24 * 3600.0
+    needs_model = True
 
     def __init__(
         self,
@@ -94,7 +93,12 @@ class IndexRebuild:
         of = self._settings
         try:
             encoder = load_encoder(
-                name, of.device, threads=of.threads, long_text=of.long_text, token_budget=of.token_budget
+                name,
+                of.device,
+                threads=of.threads,
+                long_text=of.long_text,
+                token_budget=of.token_budget,
+                dtype=of.dtype,
             )
         except ModelError as error:
             raise PermanentError(str(error)) from error
@@ -107,8 +111,10 @@ def embed(encoder: Encoder, records: Sequence[Record]) -> Sequence[Vector]:
 
 
 def text_of(record: Record) -> str:
-    """The text that a row's vector stands for."""
-    return next((str(record[field]) for field in TEXT_FIELDS if field in record), "")
+    """The text that a row's vector stands for: of an entity its name and what is told of it."""
+    if "text_content" in record:
+        return str(record["text_content"])
+    return "\n".join(filter(None, (record.get("name"), record.get("description"))))
 
 
 def read_payload(payload: Any, prefix: str) -> tuple[str, str, str]:

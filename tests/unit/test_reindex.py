@@ -18,8 +18,8 @@ from jobworker.handlers.memory_shadow import MemoryShadow
 from jobworker.handlers.memory_vectors import MemoryVectors
 from jobworker.handlers.rebuild import Clock, next_table, thinned
 from jobworker.handlers.recall import TrueScores
-from jobworker.handlers.reindex import Busy, IndexRebuild, read_payload
-from jobworker.handlers.vector_types import Row, TransientStoreError
+from jobworker.handlers.reindex import Busy, IndexRebuild, read_payload, text_of
+from jobworker.handlers.vector_types import EntityRow, Row, TransientStoreError
 from jobworker.worker import Intent, Job, PermanentError, Settings
 from jobworker.worker.memory_fence import MemoryFence
 
@@ -360,6 +360,12 @@ def test_what_is_not_there_is_permanent() -> None:
         world.rebuild(collection="nothing")
     with pytest.raises(PermanentError):
         world.rebuild(model="/no/such/model")
+
+
+def test_an_entity_is_embedded_anew_from_its_name_and_what_is_told_of_it() -> None:
+    entity = EntityRow("e", OLD.encode(["x"])[0], "t", "p", name="Bao", description="a poet")
+    assert text_of(entity._asdict()) == "Bao\na poet"
+    assert text_of(entity._replace(description="")._asdict()) == "Bao"
 
 
 # ---- the pure parts
