@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 from chaos_diary import START, Diary
-from chaos_faults import DESTRUCTIVE, FAULTS, HOST, KINDS, Shot, World, schedule
+from chaos_faults import DESTRUCTIVE, FAULTS, HOST, KINDS, Shot, World, excused, schedule
 from chaos_load import Producer, plan
 from chaos_oracle import judge
 from chaos_proxy import Proxy
@@ -87,15 +87,17 @@ class Run:
         rest: dict[str, Any] = {"unfinished": await_rest(self._server.client, self._services)}
         rest["rings not empty"] = rings_not_empty(self._services)
         rest["descriptors leaked"] = leaked_descriptors(before, self._services)
-        kills = sum(shot.kind in ("supervisor", HOST) or "supervisor" in shot.detail for shot in self._shots)
+        kills = sum(shot.ends_supervisor for shot in self._shots)
         verdict = judge(self._producer.ledger, self._diary, self._server.client, kills)
         facts = host_facts(self._server.client)
         rest |= self._end()
+        pardon = excused(self._options["faults"])
         rows = recoveries(self._shots, self._options["lease"])
         return {
             "seed": self._options["seed"],
             "took_s": round(time.monotonic() - started, 1),
-            "pass": verdict.safe and not any(rest.values()) and quick(rows),
+            "excused": sorted(pardon),
+            "pass": not verdict.broken(pardon) and not any(rest.values()) and quick(rows),
             "options": self._options,
             "jobs": verdict_of(verdict),
             "recovery": rows,

@@ -4,7 +4,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from chaos_diary import Diary
 from chaos_load import GROUP, PROBE_STREAM, STREAM, Ledger, probe
 from chaos_proxy import Proxy
 from chaos_world import LIMIT_S, LOOK_EVERY_S, Server, Service, is_alive
+from hosts import cpu_s
 
 #: How often each kind comes in 260 faults, and the longest recovery that is promised (seconds).
 #: What goes over the network adds the 8 s after which a silent connection is given up.
@@ -25,8 +26,17 @@ KINDS: dict[str, tuple[int, float]] = {
 #: Needs a second service: a host is lost for longer than the lease. What is promised is lease + 5 s.
 HOST = "host"
 HOST_MARGIN_S = 5.0
-#: These lose jobs or run them again by their nature, so they are only done when asked for by name.
-DESTRUCTIVE = {"group-delete": 10.0, "stream-delete": 10.0}
+#: Done only when asked for by name, for they break promises by their nature: which, and the limit (seconds).
+#: A group that is made anew is given all that its stream still holds; what a deleted stream held is gone.
+_RUN_AGAIN = frozenset({"letters_repeated", "poison_starts_over", "retries_early"})
+DESTRUCTIVE = {
+    "group-delete": (_RUN_AGAIN, 10.0),
+    "stream-delete": (_RUN_AGAIN | {"lost", "letters_missing"}, 10.0),
+}
+
+
+#: Processor time is counted in hundredths of a second: shorter faults say too little.
+_MEASURED_FROM_S = 1.0
 
 
 @dataclass
@@ -38,6 +48,13 @@ class Shot:
     awaited: frozenset[str]
     took_s: float | None = None
     detail: str = ""
+    #: Processor time of the busiest of supervisor, reader and reaper while it lasted, as a share of a core.
+    busiest: float | None = None
+
+    @property
+    def ends_supervisor(self) -> bool:
+        """Whether a supervisor was killed."""
+        return self.kind in ("supervisor", HOST) or (self.kind == "pair" and "supervisor" in self.detail)
 
 
 @dataclass
@@ -71,6 +88,17 @@ class World:
                 if time.monotonic() > give_up_at:
                     raise
                 time.sleep(LOOK_EVERY_S)  # refused for now: the fault before has not quite passed
+
+    def sit_through(self, length_s: float) -> float | None:
+        """Let a fault last; returns the busiest role's share of a core where it lasted long enough."""
+        pids = [pid for service in self.services for pid in service.masters()]
+        try:
+            before = [cpu_s([pid]) for pid in pids]
+            time.sleep(length_s)  # the fault is a length of time
+            spent = [cpu_s([pid]) - begun for pid, begun in zip(pids, before, strict=True)]
+        except OSError:
+            return None  # one has ended: its successor's start is no measure
+        return max(spent) / length_s if pids and length_s >= _MEASURED_FROM_S else None
 
     def service(self) -> Service:
         """Any of them."""
@@ -170,9 +198,11 @@ def _redis(world: World) -> Shot:
     if world.rng.random() < 0.2:
         detail = world.rng.choice(["worker", "reader", "reaper"])
         world.kill(detail)
-    time.sleep(away_s)  # the fault is a length of time
+    busiest = world.sit_through(away_s)
     world.server.start()
-    return Shot("redis", time.monotonic(), world.probe() | world.probe(by_retry=True), detail=detail)
+    mono_s = time.monotonic()
+    awaited = world.probe() | world.probe(by_retry=True)
+    return Shot("redis", mono_s, awaited, detail=detail, busiest=None if detail else busiest)
 
 
 def _cut(world: World) -> Shot:
@@ -188,12 +218,12 @@ def _for_a_while(
         length_s = world.rng.uniform(least_s, most_s)
         switch(world, True)
         try:
-            time.sleep(length_s)  # the fault is a length of time
+            busiest = world.sit_through(length_s)
         finally:
             switch(world, False)
         mono_s = time.monotonic()
         awaited = world.probe() | world.probe(by_retry=True)
-        return Shot(kind, mono_s, awaited, detail=f"{length_s:.1f} s")
+        return Shot(kind, mono_s, awaited, detail=f"{length_s:.1f} s", busiest=busiest)
 
     return fault
 
@@ -279,4 +309,9 @@ def limit_s(kind: str, lease_s: float) -> float:
     """The longest recovery that is promised."""
     if kind == HOST:
         return lease_s + HOST_MARGIN_S
-    return KINDS[kind][1] if kind in KINDS else DESTRUCTIVE[kind]
+    return KINDS[kind][1] if kind in KINDS else DESTRUCTIVE[kind][1]
+
+
+def excused(kinds: Iterable[str]) -> set[str]:
+    """The promises that faults of these kinds break by their nature."""
+    return {promise for kind in kinds if kind in DESTRUCTIVE for promise in DESTRUCTIVE[kind][0]}

@@ -3,7 +3,7 @@
 import base64
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -56,14 +56,15 @@ class Verdict:
     executions: int = 0
     dead_letters: int = 0
 
+    def broken(self, excused: Collection[str] = ()) -> list[str]:
+        """Names of the promises about jobs that were not kept, less those that the faults excuse."""
+        named = [name for name, value in vars(self).items() if isinstance(value, list) and value]
+        return [name for name in named if name != "cut_off" and name not in excused]
+
     @property
     def safe(self) -> bool:
         """Whether every promise about jobs was kept."""
-        return not (
-            self.lost or self.unexpected or self.effect_duplicates or self.letters_missing
-            or self.letters_unexpected or self.letters_repeated or self.letters_wrong_reason
-            or self.poison_starts_over or self.retries_early
-        )  # fmt: skip
+        return not self.broken()
 
 
 def judge(ledger: Ledger, diary: Diary, client: Any, supervisor_kills: int) -> Verdict:

@@ -145,6 +145,10 @@ class Service:
             return {}
         return roles_of(self._process.pid)
 
+    def masters(self) -> list[int]:
+        """Process ids of all roles but the workers."""
+        return [pid for role, pids in self.roles().items() if role != "worker" for pid in pids]
+
     def kill_supervisor(self) -> None:
         """As a crash would; notes children that outlive it."""
         process, children = self._process, self.roles()
