@@ -17,6 +17,8 @@ from jobworker.handlers.sinks import Findings
 from jobworker.worker import ConfigurationError, PermanentError, Settings, Unavailable
 
 log = logging.getLogger("jobworker.llm")
+# It logs every request, with its URL; what matters is counted, and raised where it fails.
+logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 #: The endpoint's key, where no file is named.
 KEY_VARIABLE = "JOBWORKER_LLM_KEY"
