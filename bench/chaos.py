@@ -188,7 +188,7 @@ def _kinds(_: click.Context, __: click.Parameter, text: str) -> list[str]:
 
 @click.command(help=__doc__)
 @click.option("--jobs", default=20_000, show_default=True, type=click.IntRange(10))
-@click.option("--kills", default=260, show_default=True, type=click.IntRange(1), help="Faults of all kinds.")
+@click.option("--kills", default=268, show_default=True, type=click.IntRange(1), help="Faults of all kinds.")
 @click.option(
     "--duration",
     default=0.0,

@@ -15,13 +15,13 @@ from chaos_proxy import Proxy
 from chaos_world import LIMIT_S, LOOK_EVERY_S, Server, Service, is_alive
 from hosts import cpu_s
 
-#: How often each kind comes in 260 faults, and the longest recovery that is promised (seconds).
+#: How often each kind comes in 268 faults, and the longest recovery that is promised (seconds).
 #: What goes over the network adds the 8 s after which a silent connection is given up.
 KINDS: dict[str, tuple[int, float]] = {
     "worker": (150, 2.0), "reader": (20, 2.0), "reaper": (15, 2.0), "supervisor": (15, 5.0),
     "pair": (10, 5.0), "stop": (10, 2.0), "redis": (10, 3.0), "cut": (6, 3.0), "stall": (3, 3.0),
     "swallow": (3, 10.0), "slow": (3, 3.0), "client-kill": (5, 3.0), "script-flush": (2, 3.0),
-    "busy": (3, 3.0), "readonly": (3, 3.0), "oom": (2, 3.0),
+    "busy": (3, 3.0), "readonly": (3, 3.0), "oom": (2, 3.0), "hup": (4, 2.0), "term": (4, 5.0),
 }  # fmt: skip
 #: Needs a second service: a host is lost for longer than the lease. What is promised is lease + 5 s.
 HOST = "host"
@@ -92,13 +92,12 @@ class World:
     def sit_through(self, length_s: float) -> float | None:
         """Let a fault last; returns the busiest role's share of a core where it lasted long enough."""
         pids = [pid for service in self.services for pid in service.masters()]
-        try:
-            before = [cpu_s([pid]) for pid in pids]
-            time.sleep(length_s)  # the fault is a length of time
-            spent = [cpu_s([pid]) - begun for pid, begun in zip(pids, before, strict=True)]
-        except OSError:
-            return None  # one has ended: its successor's start is no measure
-        return max(spent) / length_s if pids and length_s >= _MEASURED_FROM_S else None
+        before = _spent_s(pids)
+        time.sleep(length_s)  # the fault is a length of time
+        after = _spent_s(pids)
+        if not before or not after or length_s < _MEASURED_FROM_S:
+            return None
+        return max(late - early for early, late in zip(before, after, strict=True)) / length_s
 
     def service(self) -> Service:
         """Any of them."""
@@ -136,6 +135,14 @@ class World:
         _send(pid, signal.SIGKILL)
         _await_end(pid)
         return pid
+
+
+def _spent_s(pids: Sequence[int]) -> list[float]:
+    """Processor time of each; empty where one has ended, for its successor's start is no measure."""
+    try:
+        return [cpu_s([pid]) for pid in pids]
+    except OSError:
+        return []
 
 
 def _send(pid: int, number: signal.Signals) -> None:
@@ -188,6 +195,19 @@ def _stop(world: World) -> Shot:
     time.sleep(world.rng.uniform(0.2, 4.0))  # the fault is a length of time
     _send(pid, signal.SIGCONT)
     return Shot("stop", time.monotonic(), world.probe() | world.probe(by_retry=True), detail=role)
+
+
+def _hup(world: World) -> Shot:
+    """The workers are exchanged one by one; nothing stops meanwhile."""
+    mono_s = time.monotonic()
+    _send(world.service().pid, signal.SIGHUP)
+    return Shot("hup", mono_s, world.probe() | world.probe(by_retry=True))
+
+
+def _term(world: World) -> Shot:
+    """Asked to end, which it does when its jobs have; then started again. Measured from its end."""
+    world.service().restart()
+    return Shot("term", time.monotonic(), world.probe() | world.probe(by_retry=True))
 
 
 def _redis(world: World) -> Shot:
@@ -284,6 +304,8 @@ FAULTS: dict[str, Callable[[World], Shot]] = {
     "client-kill": _command("client-kill", "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"),
     "script-flush": _command("script-flush", "SCRIPT", "FLUSH"),
     "busy": _busy,
+    "hup": _hup,
+    "term": _term,
     "readonly": _for_a_while("readonly", 0.2, 2.0, _readonly),
     "oom": _for_a_while("oom", 0.2, 2.0, _out_of_memory),
     HOST: _host,

@@ -161,6 +161,14 @@ class Service:
             time.sleep(LOOK_EVERY_S)
         self.orphans += [f"{self.name}: process {pid}" for pid in left]
 
+    def restart(self) -> None:
+        """Ask it to end and wait until it has; a wrong exit code counts as an end that nobody asked for."""
+        process = self._process
+        self._expected_end = True
+        process.terminate()
+        if code := process.wait(LIMIT_S):
+            self.exits.append(Exit(code, time.monotonic()))
+
     def hold(self, on: bool) -> None:
         """Let it stay down after its next end, until let go."""
         (self._held.set if on else self._held.clear)()

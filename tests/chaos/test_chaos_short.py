@@ -18,7 +18,7 @@ LIMIT_S = 110.0
 #: What a run does when it is not told which kinds.
 ALL = {
     "worker", "reader", "reaper", "supervisor", "pair", "stop", "redis", "cut", "stall", "swallow", "slow",
-    "client-kill", "script-flush", "busy", "readonly", "oom",
+    "client-kill", "script-flush", "busy", "readonly", "oom", "hup", "term",
 }  # fmt: skip
 
 pytestmark = [pytest.mark.chaos, pytest.mark.process]
