@@ -1,0 +1,171 @@
+"""``jobworker`` beside a running service: who runs what, what is paused, the live page."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from jobworker.worker.cli import main
+from jobworker.worker.keys import DEFAULT_SOURCES
+from support.operator import COMMAND, Terminal, asked, findings, run
+from support.redis_servers import running
+from support.service import STREAM, Service, eventually, handlers, service
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    toys = handlers("Noop", "Gate", "Flaky", "Permanent")
+    options = {"retry_initial": 60, "retry_max": 600, "max_retries": 2, "instance": "blue"}
+    with service(tmp_path_factory.mktemp("live"), toys, **options) as one:
+        yield one
+
+
+class TestBesideAService:
+    def test_a_paused_type_waits_and_others_of_its_stream_go_on(self, live: Service) -> None:
+        run(live, "pause", "noop")
+        eventually(lambda: live.metric("z_novel_paused", task_type="noop") == 1, 2.0)
+        held = live.enqueue_many([{"type": "noop"}] * 200)
+        live.open_gate("open")
+        live.wait_for_end(live.enqueue("gate", {"gate": "open"}))
+        assert not [event for event in live.events("start") if event.id in held]
+        pid = live.kill_role("reader")
+        live.wait_for_successor("reader", pid)
+        live.wait_for_end(live.enqueue("gate", {"gate": "open"}))
+        assert not [event for event in live.events("start") if event.id in held], "a new reader heeds it too"
+        run(live, "resume", "noop")
+        live.wait_until_drained()
+        assert sorted(event.id for event in live.events("end") if event.id in held) == sorted(held)
+
+    def test_the_status_page_says_who_runs_what(self, live: Service) -> None:
+        id = live.enqueue("gate", {"gate": "status"})
+        live.wait_for_start(id)
+        said = json.loads(live.get("/status")[1])
+        busy = [child["running"] for child in said["children"] if child.get("running")]
+        (job,) = busy[0]["jobs"]
+        assert (len(busy), busy[0]["count"], job["stream"], job["type"]) == (1, 1, STREAM, "gate")
+        assert (
+            json.loads(live.client.xrange(STREAM, job["entry_id"], job["entry_id"])[0][1][b"data"])["id"]
+            == id
+        )
+        assert 0 <= busy[0]["for_s"] < 60 < busy[0]["limit_in_s"]
+        assert [child["role"] for child in said["children"]] == ["reader", "reaper", "worker", "worker"]
+        assert all(child["rss_mib"] > 5 and child["pid"] in live.everyone() for child in said["children"])
+        assert (said["ready"], said["instance"]) == (True, "blue")
+        assert live.redis_url.rpartition("@")[2] in said["store"]
+        assert "***" in said["store"], "the password is nobody's business"
+        live.open_gate("status")
+        live.wait_for_end(id)
+
+        def idle() -> bool:
+            children = json.loads(live.get("/status")[1])["children"]
+            return not any(child.get("running") for child in children)
+
+        eventually(idle)
+
+        def restarts() -> list[int]:
+            return [child["restarts"] for child in json.loads(live.get("/status")[1])["children"]]
+
+        before = restarts()
+        live.wait_for_successor("worker 0", live.kill_role("worker 0"))
+        assert [now - then for now, then in zip(restarts(), before, strict=True)] == [0, 0, 1, 0]
+
+    def test_explain_says_who_runs_it_and_what_is_queued_behind(self, live: Service) -> None:
+        at = ["--metrics-url", live.url]
+        run(live, "pause", "permanent")
+        eventually(lambda: live.metric("z_novel_paused", task_type="permanent") == 1)
+        gates = [live.enqueue("gate", {"gate": "explain"}) for _ in range(2)]
+        for gate in gates:
+            live.wait_for_start(gate)
+        (found,) = asked(live, "explain", gates[0], *at)["found"]
+        assert (found["state"], found["type"], found["stream"]) == ("running", "gate", STREAM)
+        assert found["facts"]["worker"].endswith(("blue/0", "blue/1"))
+        assert "runs it for" in run(live, "explain", found["facts"]["entry_id"], *at).stdout
+        held = live.enqueue("permanent")
+        eventually(lambda: asked(live, "explain", held, *at)["found"][0]["state"] == "pending")
+        assert "paused" in asked(live, "explain", held, *at)["found"][0]["why"]
+        failing = live.enqueue("flaky", {"times": 9})
+        live.open_gate("explain")
+        eventually(lambda: asked(live, "explain", failing, *at)["found"][0]["state"] == "retrying")
+        (found,) = asked(live, "explain", failing, *at)["found"]
+        assert 60 < found["facts"]["due_in_s"] < 200
+        assert found["facts"]["retry_count"] == 1
+        assert [one["job_id"] for one in asked(live, "retry", "list")["retries"]] == [failing]
+        run(live, "retry", "now", "nobody", code=1)
+        assert asked(live, "retry", "now", failing) == {"hastened": 1, "dry_run": False}
+        live.wait_for_start(failing, 2)
+        run(live, "resume", "permanent")
+        live.dead_letter(held)
+        (found,) = asked(live, "explain", held, *at)["found"]
+        assert (found["state"], found["facts"]["reason"]) == ("dead", "permanent")
+        assert f"dlq requeue {found['facts']['letter']}" in run(live, "explain", held, *at).stdout
+        run(live, "retry", "now", "--all")
+        live.wait_for_start(failing, 3)
+        live.dead_letter(failing)
+
+
+class TestDoctor:
+    def test_a_service_that_is_well_has_nothing_wrong(self, live: Service) -> None:
+        found = findings(live, "--metrics-url", live.url, code=0)
+        assert any("ready, 2 workers" in line for line in found["ok"])
+        assert any("appendfsync everysec" in line for line in found["note"])
+
+
+class TestTop:
+    def test_one_look_says_what_every_worker_runs(self, live: Service) -> None:
+        id = live.enqueue("gate", {"gate": "top"})
+        live.wait_for_start(id)
+        said = asked(live, "top", "--metrics-url", live.url)
+        running = [
+            child["running"]["jobs"][0]["type"]
+            for child in said["services"][0]["children"]
+            if child.get("running")
+        ]
+        assert running == ["gate"]
+        assert said["rates"]["noop"] == {"done": 0, "failed": 0, "retried": 0, "dead": 0}
+        assert f"gate {id}" in run(live, "top", "--once", "--metrics-url", live.url).stdout
+        live.open_gate("top")
+        live.wait_for_end(id)
+
+    def test_it_is_live_on_a_terminal_and_q_quits(self, live: Service) -> None:
+        with Terminal([str(COMMAND), "top", "--interval", "0.2"], live) as terminal:
+            terminal.wait_for("blue/1", "stream:story:gen", "q quit")
+            id = live.enqueue("gate", {"gate": "tty"})
+            terminal.wait_for(id)
+            live.open_gate("tty")
+            terminal.press("p")
+            terminal.wait_for("FROZEN")
+            terminal.press("p")
+            terminal.press("\x1b[B")
+            terminal.press("q")
+            assert terminal.wait() == 0
+
+    def test_a_store_that_goes_away_does_not_end_it(self, tmp_path: Path) -> None:
+        command = [str(COMMAND), "top", "--interval", "0.2"]
+        with running("valkey", tmp_path) as store, Terminal(command, store) as terminal:
+            terminal.wait_for("stream:audit:log")
+            os.kill(store.pid, signal.SIGSTOP)
+            try:
+                terminal.wait_for("does not answer")
+                terminal.press("q")
+                assert terminal.wait() == 0
+            finally:
+                os.kill(store.pid, signal.SIGCONT)
+
+
+class TestStats:
+    def test_streams_workers_and_rates(self, live: Service) -> None:
+        said = asked(live, "stats", "--metrics-url", live.url)
+        assert [row["stream"] for row in said["streams"]] == [source.stream for source in DEFAULT_SOURCES]
+        assert said["rates"] is None
+        printed = run(live, "stats", "--watch", "0.2", "--metrics-url", live.url).stdout
+        assert "2 workers: 2 idle" in printed
+        assert "DONE/s" in printed
+
+    def test_a_store_that_does_not_answer_is_exit_code_5(self) -> None:
+        assert CliRunner().invoke(main, ["stats", "--redis-url", "redis://127.0.0.1:1/0"]).exit_code == 5
