@@ -22,6 +22,8 @@ CHECKED_BYTES = 64 * 1024 * 1024
 LOCK_WITHIN_S = 10.0
 #: Between two tries for the lock; a holder has it for about this long.
 _LOCK_POLL_S = 0.0002
+#: What a file begins with that has no units in it.
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 #: Bytes copied at once when a damaged tail is put aside.
 _COPY_BYTES = 1024 * 1024
 
@@ -180,7 +182,7 @@ class DayFile:
         while True:
             self._open()
             _lock(self._fd, give_up_at)
-            if self._has_the_name():
+            if self._has_the_name() and not self._is_anothers():
                 break
             self.close()
         try:
@@ -193,6 +195,17 @@ class DayFile:
         if self._fd < 0:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             sync_folder(self.path.parent)
+
+    def _is_anothers(self) -> bool:
+        """Whether the file was compressed by another program; then it is given another name, for late entries
+        cannot be told from those in it."""
+        if self._end or self._read(0, len(_ZSTD_MAGIC)) != _ZSTD_MAGIC:
+            return False
+        day, _, suffix = self.path.name.partition(".")
+        aside = self.path.with_name(f"{day}.{time.time_ns()}.{suffix}")
+        os.rename(self.path, aside)
+        log.warning("%s was compressed anew by another program and is now %s", self.path.name, aside.name)
+        return True
 
     def _has_the_name(self) -> bool:
         try:

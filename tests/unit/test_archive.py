@@ -162,6 +162,17 @@ def test_a_file_that_was_moved_away_is_begun_anew(tmp_path: Path) -> None:
     assert numbers(tmp_path) == [2]
 
 
+def test_a_day_compressed_anew_by_others_keeps_its_lines_beside_the_late_ones(tmp_path: Path) -> None:
+    archive(tmp_path).handle_batch([job(1), job(2)])
+    path = tmp_path / "audit" / "2026-01-02.jsonl.zst"
+    path.write_bytes(zstandard.ZstdCompressor(level=19).compress(b'{"old": 1}\n'))
+    before = path.read_bytes()
+    assert archive(tmp_path).handle_batch([job(3)]) == [None]
+    assert numbers(tmp_path) == [3]
+    (aside,) = (file for file in path.parent.glob("2026-01-02*.jsonl.zst") if file != path)
+    assert aside.read_bytes() == before
+
+
 def test_many_writers_at_a_time_lose_and_double_nothing(tmp_path: Path) -> None:
     """Threads stand for processes: each has its own open file, which is what the kernel's lock belongs to."""
     count, writers = 300, 4
