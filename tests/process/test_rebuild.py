@@ -1,0 +1,63 @@
+"""A rebuild by the running service goes on where its killed worker was, while jobs write, others search."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobworker.handlers.encoder import DummyEncoder
+from jobworker.handlers.milvus_shadow import open_shadow
+from jobworker.handlers.vectors import Row, open_vectors
+from jobworker.worker import open_rebuilds
+from support.embedding import DIM
+from support.milvus import lite_server
+from support.service import eventually, service
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
+
+NAME, TABLE = "story_segments", "z_novel_story_segments"
+SCOPE: dict[str, Any] = {"tenant_id": "t", "project_id": "p"}
+ROWS = 6000
+#: Ten of these are spent waiting for searches on the old collection.
+REBUILT_WITHIN_S = 120.0
+
+
+def rows() -> list[Row]:
+    texts = [f"text {number}" for number in range(ROWS)]
+    vectors = DummyEncoder(DIM).encode(texts)
+    return [Row(f"r{n:06d}", vectors[n], "t", "p", text_content=texts[n]) for n in range(ROWS)]
+
+
+def test_a_rebuild_survives_its_worker_and_keeps_what_jobs_wrote_meanwhile(tmp_path: Path) -> None:
+    handlers = {
+        "embedding_batch": "support.embedding:Embedding",
+        "index_rebuild": "jobworker.handlers.reindex:IndexRebuild",
+    }
+    expected = {row.id: row.text_content for row in rows()}
+    with (
+        lite_server(tmp_path / "milvus") as milvus,
+        service(tmp_path, handlers, procs=2, milvus_uri=milvus.uri) as one,
+    ):
+        store, query = open_vectors(milvus.uri), rows()[5].vector
+        store.upsert(NAME, rows())
+        rebuilds = open_rebuilds(one.redis_url)
+        one.enqueue("index_rebuild", {"collection": NAME})
+        eventually(lambda: int(rebuilds.state(TABLE).get("copied", 0)) > 0, saying="the first page")
+        workers = [role for role in one.roles() if role.startswith("worker")]
+        pids = [one.kill_role(role) for role in workers]
+        changed = {f"r{number:06d}": f"changed {number}" for number in range(0, ROWS, 97)}
+        one.enqueue("embedding_batch", {"ids": list(changed), "texts": list(changed.values())}, **SCOPE)
+        searched = 0
+        while one.unfinished() and searched < 10_000:
+            assert store.search(NAME, query, limit=5, **SCOPE)
+            searched += 1
+        one.wait_until_drained(REBUILT_WITHIN_S)
+        assert len(pids) == 2
+        assert one.dead_letters() == []
+        found = store.get(NAME, list(expected), strong=True, **SCOPE)
+        assert {row.id: row.text_content for row in found} == expected | changed
+        assert store.count(NAME) == ROWS
+        shadow = open_shadow(milvus.uri, token=None, prefix="z_novel_", named=False)
+        assert shadow.live(NAME) == f"{TABLE}_v2"
+        for opened in (store, shadow, rebuilds):
+            opened.close()
