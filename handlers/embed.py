@@ -60,6 +60,7 @@ class EmbeddingBatch:
     # A worker's death is charged to all that it had started, and each of these then runs alone: so not more
     # than some seconds of that. Fast models are limited by this, slow ones by `max_batch_bytes`.
     max_batch = 128
+    needs_model = True
     timeout = 120.0
     # Of any number of jobs, for together they are a few seconds of work: a pass that hangs is found by then.
     batch_timeout = 120.0
@@ -200,6 +201,7 @@ def load_model(settings: Settings) -> Encoder:
         threads=settings.threads,
         long_text=settings.long_text,
         token_budget=settings.token_budget,
+        dtype=settings.dtype,
     )
 
 

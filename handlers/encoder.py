@@ -1,24 +1,36 @@
 """Texts to vectors: the Encoder protocol, what every encoder shares, and one that needs no weights."""
 
 import hashlib
+import importlib.util
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jobworker.handlers.models import ModelError, default_model, find_model
+from jobworker.handlers.models import ModelError, ModelSource, default_model, find_model
 from jobworker.handlers.segmenter import Offsets, cut
+from jobworker.handlers.self_check import SENTENCES
+from jobworker.worker import NO_MODEL, place_of, visible_gpus
+
+log = logging.getLogger("jobworker.model")
 
 Vectors = NDArray[np.float32]
 Purpose = Literal["document", "query"]
 LongText = Literal["windows", "truncate", "reject"]
+#: `auto` takes OpenVINO on a CPU where it is installed and gives the model's vectors, else torch.
+Engine = Literal["auto", "openvino", "torch"]
 
 # Padded tokens of one forward pass: text-embeddings-inference's default, far below what 8 GB hold.
 TOKEN_BUDGET = 16384
+# On a CPU a pass of more tokens leaves the caches: with eight times as many MiniLM is slower by a tenth.
+CPU_TOKEN_BUDGET = 2048
+# Rows of one forward pass: keeps the largest tensor's first dimension modest when texts are tiny.
+MAX_ROWS = 512
 
 
 class TextTooLong(Exception):
@@ -131,6 +143,10 @@ class WindowedEncoder(ABC):
         """See `Encoder.encode`."""
         return self.forward(self.tokenize(texts, purpose))
 
+    def probe(self) -> Vectors:
+        """Vectors of the sentences of the self-check, one a window; counted nowhere."""
+        return self._embed(self.tokenize(SENTENCES).windows, "document")
+
     @property
     def _room(self) -> int:
         return self.max_tokens - len(self._prefix) - len(self._suffix)
@@ -153,6 +169,20 @@ class WindowedEncoder(ABC):
             plan.windows.append(self._prefix + body + self._suffix)
             plan.owners.append(index)
             plan.weights.append(max(1, stop - start))
+
+
+def batch_arrays(
+    windows: Sequence[list[int]], pad_id: int, *, left: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Token ids and attention mask of one batch, shape (windows, longest); `left`: padding comes first."""
+    longest = max(map(len, windows))
+    ids = np.full((len(windows), longest), pad_id, np.int64)
+    mask = np.zeros_like(ids)
+    for row, window in enumerate(windows):
+        place = slice(longest - len(window), longest) if left else slice(len(window))
+        ids[row, place] = window
+        mask[row, place] = 1
+    return ids, mask
 
 
 def merge_windows(vectors: Vectors, plan: Plan, *, unit: bool) -> Vectors:
@@ -221,28 +251,63 @@ def load_encoder(
     threads: int = 1,
     long_text: str = "windows",
     token_budget: int = TOKEN_BUDGET,
+    dtype: str = "auto",
+    engine: Engine = "auto",
 ) -> Encoder:
     """Load a model: a folder, a hub name that is in the cache, `package:<module>` or `dummy:<dim>`.
 
     Without a name the small model of the extra `embedded` if installed, else bge-m3. Nothing is fetched.
+    `dtype` (auto, fp32, bf16, fp16) is checked against full precision: what differs too much is not used.
     The same arguments in the same process give the same encoder. Raises ModelError, before anything heavy
     is imported where the model is missing.
     """
     if long_text not in ("windows", "truncate", "reject"):
         raise ModelError(f"long text {long_text!r}: say windows, truncate or reject")
-    return _load(model or default_model(), device, threads, long_text, token_budget)
+    if dtype not in ("auto", "fp32", "bf16", "fp16"):
+        raise ModelError(f"dtype {dtype!r}: say auto, fp32, bf16 or fp16")
+    options = _Options(dtype, threads, cast(LongText, long_text), token_budget)
+    return _load(model or default_model(), device, options, engine)
+
+
+class _Options(NamedTuple):
+    """What every engine is told; the fields are the arguments of its `load`."""
+
+    dtype: str
+    threads: int
+    long_text: LongText
+    token_budget: int
 
 
 @cache
-def _load(model: str, device: str, threads: int, long_text: LongText, token_budget: int) -> Encoder:
+def _load(model: str, device: str, options: _Options, engine: Engine) -> Encoder:
     kind, _, rest = model.partition(":")
     if kind == "dummy":
         if not rest.isdecimal() or not int(rest):
             raise ModelError(f"model {model!r}: say dummy:<dimension>, for example dummy:8")
-        return DummyEncoder(int(rest), long_text=long_text)
+        return DummyEncoder(int(rest), long_text=options.long_text)
+    source = find_model(model)
+    place = place_of(device, 0, visible_gpus())
+    if place == NO_MODEL:
+        raise ModelError(f"model {model}: this process is not to hold it")
+    if place == "cpu" and engine != "torch" and (encoder := _by_openvino(source, options)):
+        return encoder
+    if engine == "openvino":
+        raise ModelError(f"model {model} cannot be run by OpenVINO on {place}")
     # Loaded only now: whoever imports this file for the dummy or the protocol pays nothing for torch.
     from jobworker.handlers.torch_encoder import TorchEncoder
 
-    return TorchEncoder.load(
-        find_model(model), device=device, threads=threads, long_text=long_text, token_budget=token_budget
-    )
+    return TorchEncoder.load(source, device=place, **options._asdict())
+
+
+def _by_openvino(source: ModelSource, options: _Options) -> Encoder | None:
+    """The encoder that needs no torch, or None where torch has to do."""
+    if importlib.util.find_spec("openvino") is None:
+        return None
+    from jobworker.handlers.engine_cache import NoEngine
+    from jobworker.handlers.openvino_encoder import OpenVinoEncoder
+
+    try:
+        return OpenVinoEncoder.load(source, **options._asdict())
+    except NoEngine as error:
+        log.warning("model %s is run by torch, for OpenVINO cannot: %s", source.name, error)
+        return None

@@ -1,23 +1,37 @@
 """The encoder that runs sentence-transformers models: the only import of torch, and that only on loading."""
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from jobworker.handlers.encoder import TOKEN_BUDGET, LongText, Purpose, Tokens, Vectors, WindowedEncoder
+from jobworker.handlers.encoder import (
+    CPU_TOKEN_BUDGET,
+    MAX_ROWS,
+    TOKEN_BUDGET,
+    LongText,
+    Purpose,
+    Tokens,
+    Vectors,
+    WindowedEncoder,
+    batch_arrays,
+)
 from jobworker.handlers.models import ModelError, ModelSource
 from jobworker.handlers.packing import pack
+from jobworker.handlers.self_check import Dtype, exact_enough, ladder, worst_cosine
 
-# Rows of one forward pass: keeps the largest tensor's first dimension modest when texts are tiny.
-MAX_ROWS = 512
+log = logging.getLogger("jobworker.model")
+
 # For a model that does not say how long its window is; every BERT-like model takes this much.
 FALLBACK_WINDOW = 512
-# On a CPU a pass of more tokens leaves the caches: with eight times as many MiniLM is slower by a tenth.
-CPU_TOKEN_BUDGET = 2048
 # Models that name their prompts use one of these for what is stored (sentence-transformers' order).
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+# On a GPU half precision is several times as fast; fp16 is the nearer one, bf16 does not overflow.
+GPU_DTYPES: tuple[Dtype, ...] = ("fp16", "bf16")
+# On a CPU they were slower than fp32 or hardly faster (bench/engines.py).
+CPU_DTYPES: tuple[Dtype, ...] = ()
 
 
 class TorchEncoder(WindowedEncoder):
@@ -44,29 +58,39 @@ class TorchEncoder(WindowedEncoder):
         cls,
         source: ModelSource,
         *,
-        device: str = "auto",
+        device: str = "cpu",
         threads: int = 1,
         long_text: LongText = "windows",
         token_budget: int = TOKEN_BUDGET,
+        dtype: str = "auto",
     ) -> "TorchEncoder":
-        """Read the weights and bring them to `device`: `auto`, `cpu`, `cuda`, `cuda:N` or a list.
+        """Read the weights and bring them to `device`, `cpu` or `cuda:N`, in the first `dtype` that holds.
 
         `threads` are the CPU threads of the forward pass. Raises ModelError where the folder is no model.
         """
         # The tokenizer's thread pool reads its size when it is first used.
         os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
         import torch
-        from sentence_transformers import SentenceTransformer
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
         torch.set_num_threads(threads)
-        place = _pick_device(device, torch.cuda.device_count())
-        try:
-            model = SentenceTransformer(str(source.folder), device=place, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise ModelError(f"model {source.name} in {source.folder} cannot be loaded: {error}") from error
-        return cls(model.eval(), source, long_text=long_text, token_budget=token_budget)
+        if device != "cpu" and torch.cuda.device_count() == 0:
+            raise ModelError(f"--device {device}: torch {torch.__version__} finds no usable CUDA device")
+        steps = ladder(dtype, CPU_DTYPES if device == "cpu" else GPU_DTYPES)
+        reference: Vectors | None = None
+        for step in steps:
+            # Anew for each step: what was rounded once does not come back.
+            encoder = cls(_read_model(source, device), source, long_text=long_text, token_budget=token_budget)
+            if step == "fp32":
+                break
+            reference = encoder.probe() if reference is None else reference
+            encoder._model.to({"fp16": torch.float16, "bf16": torch.bfloat16}[step])
+            if exact_enough(vectors := encoder.probe(), reference):
+                break
+            log.warning("model %s in %s: cosine %.5f", source.name, step, worst_cosine(vectors, reference))
+        log.info("model %s runs on %s by torch in %s", source.name, device, step)
+        return encoder
 
     def _read(self, texts: Sequence[str]) -> Sequence[Tokens]:
         read: list[Tokens] = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
@@ -96,13 +120,7 @@ class TorchEncoder(WindowedEncoder):
     def _features(self, windows: Sequence[list[int]], purpose: Purpose) -> dict[str, Any]:
         import torch
 
-        longest = max(map(len, windows))
-        ids = np.full((len(windows), longest), self._pad_id, np.int64)
-        mask = np.zeros_like(ids)
-        for row, window in enumerate(windows):
-            place = slice(longest - len(window), longest) if self._pads_left else slice(len(window))
-            ids[row, place] = window
-            mask[row, place] = 1
+        ids, mask = batch_arrays(windows, self._pad_id, left=self._pads_left)
         arrays = {"input_ids": ids, "attention_mask": mask}
         if self._wants_types:
             arrays["token_type_ids"] = np.zeros_like(ids)
@@ -114,12 +132,15 @@ class TorchEncoder(WindowedEncoder):
         return features
 
 
-def _pick_device(device: str, gpus: int) -> str:
-    if device == "auto":
-        device = ",".join(f"cuda:{number}" for number in range(gpus)) or "cpu"
-    devices = device.split(",")
-    # Workers started together have neighbouring process ids, so this spreads them over the list.
-    return devices[os.getpid() % len(devices)]
+def _read_model(source: ModelSource, device: str) -> Any:
+    """The SentenceTransformer on its device, in fp32 whatever the files hold."""
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        model = SentenceTransformer(str(source.folder), device=device, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"model {source.name} in {source.folder} cannot be loaded: {error}") from error
+    return model.eval().float()
 
 
 def _fast_tokenizer(model: Any, name: str) -> Any:

@@ -64,6 +64,7 @@ class WriteBack:
     changes nothing, but still makes sure that the rows are those of the newest record.
     """
 
+    needs_model = True
     timeout = _LOCAL_LIMIT_S
 
     def __init__(
@@ -94,6 +95,7 @@ class WriteBack:
             threads=settings.threads,
             long_text=settings.long_text,
             token_budget=settings.token_budget,
+            dtype=settings.dtype,
         )
         self._store = self._given_store or _open_store(settings)
         self._records = self._given_records or open_records(settings.redis_url)

@@ -1,5 +1,6 @@
 """What a handler's author and a producer in Python use; everything else is the service's own."""
 
+from .devices import NO_MODEL, place_of, visible_gpus
 from .envelope import Job
 from .errors import ConfigurationError, Fenced, PermanentError, StoreUnavailable, Unavailable
 from .fence import Admission, Fence, Intent, Rebuilds, Taken, open_fence, open_rebuilds
@@ -9,6 +10,7 @@ from .records import Put, Record, RecordKey, Records, open_records
 from .settings import Settings
 
 __all__ = [
+    "NO_MODEL",
     "Admission",
     "ConfigurationError",
     "Fence",
@@ -31,4 +33,6 @@ __all__ = [
     "open_fence",
     "open_rebuilds",
     "open_records",
+    "place_of",
+    "visible_gpus",
 ]

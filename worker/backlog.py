@@ -125,6 +125,18 @@ class Backlog:
         else:
             self.ready.append(arrival)
 
+    def take(self, count: int, refused: int = 0) -> list[Arrival]:
+        """The first jobs, at most ``count``, of types whose bit is not in ``refused``; the others stay."""
+        if not refused:
+            return [self.ready.popleft() for _ in range(min(count, len(self.ready)))]
+        taken: list[Arrival] = []
+        passed: list[Arrival] = []
+        while self.ready and len(taken) < count:
+            arrival = self.ready.popleft()
+            (passed if refused >> arrival.kind & 1 else taken).append(arrival)
+        self.ready.extendleft(reversed(passed))
+        return taken
+
     def waiting(self, source: int) -> int:
         """How many jobs stand in the way of reading more from a source: all that may run, and its own paused
         ones; of types that an operator has paused only when there are too many."""

@@ -12,11 +12,13 @@ import signal
 import socket
 import sys
 import time
+from dataclasses import replace
 
 import setproctitle
 
 from . import log as logs
-from .channel import Channel
+from .channel import REFUSABLE, Channel
+from .devices import COPIES_PER_GPU, NO_MODEL, place_of, set_pools, visible_gpus
 from .errors import ConfigurationError, Exit, Fenced, JobworkerError
 from .handler import BoundHandler, load_handlers
 from .keys import consumer_name
@@ -38,6 +40,8 @@ def main() -> int:
     link = Link(socket.socket(fileno=int(sys.argv[1])))
     start, fds = _first_message(link)
     settings = Settings.from_json(start.settings)
+    if start.role == "worker":
+        settings = replace(settings, device=_place(settings, start.slot))
     name = start.role if start.role != "worker" else f"worker {start.slot}"
     setproctitle.setproctitle(f"jobworker: {name} [{settings.instance}]")
     logs.set_up(name, settings.log_level, settings.log_format)
@@ -91,6 +95,15 @@ def _run(role: str, settings: Settings, link: Link, fds: list[int]) -> None:
             _run_worker(settings, link, Channel(*fds))
 
 
+def _place(settings: Settings, slot: int) -> str:
+    """The device of this worker's model. Only the first types can be refused: with more, all hold it."""
+    many = len(settings.handlers) > REFUSABLE
+    place = place_of(settings.device, slot, visible_gpus())
+    if many and place == NO_MODEL:
+        return place_of(settings.device, slot % COPIES_PER_GPU, visible_gpus())
+    return place
+
+
 def _run_reader(settings: Settings, link: Link) -> None:
     from .reader import Reader
     from .redis_store import RedisReaderStore
@@ -109,10 +122,13 @@ def _run_reaper(settings: Settings, link: Link) -> None:
 def _run_worker(settings: Settings, link: Link, channel: Channel) -> None:
     from .runner import Runner
 
+    set_pools(settings.threads)
     handlers = _set_up(settings, link)
     if handlers is None:
         raise SystemExit(Exit.BOOT_FAILED)
     streams = [source.stream for source in settings.streams]
+    refused = [kind not in handlers for kind in settings.handlers]
+    channel.refused = sum(1 << number for number, unfit in enumerate(refused) if unfit)
     runner = Runner(channel, link, handlers, streams, linger_s=settings.linger_s)
 
     def stop(*_: object) -> None:

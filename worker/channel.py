@@ -18,13 +18,16 @@ _OUTCOME_BYTES = 1 << 20
 #: Beside the largest job: a frame of small jobs with its few bytes a job (see lane), which may be larger.
 _FRAME_SLACK_BYTES = 320 * 1024
 
-_JOBS_HEAD, _JOBS_TAIL, _OUT_HEAD, _OUT_TAIL, _TABLE_TAIL, _TABLE_TAKEN, _PHASE, _APPETITE, _FINISHED = range(
-    9
-)
+(
+    _JOBS_HEAD, _JOBS_TAIL, _OUT_HEAD, _OUT_TAIL, _TABLE_TAIL, _TABLE_TAKEN, _PHASE, _APPETITE, _FINISHED,
+    _REFUSED,
+) = range(10)  # fmt: skip
 # Floats from here on: seconds of the monotonic clock, which all processes of a host share.
 _DEADLINE, _BEAT, _SINCE = range(16, 19)
 
 STARTING, READY, STOPPING = 0, 1, 2
+#: Types that a worker can refuse: the first so many, a bit of one word each.
+REFUSABLE = 64
 
 
 class Channel:
@@ -73,6 +76,15 @@ class Channel:
     @appetite.setter
     def appetite(self, jobs: int) -> None:
         self._words[_APPETITE] = jobs
+
+    @property
+    def refused(self) -> int:
+        """One bit a type, by its number: what this worker cannot run (written by the worker before READY)."""
+        return int(self._words[_REFUSED])
+
+    @refused.setter
+    def refused(self, kinds: int) -> None:
+        self._words[_REFUSED] = kinds
 
     @property
     def finished(self) -> int:

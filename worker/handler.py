@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from .devices import NO_MODEL
 from .envelope import Job
 from .errors import ConfigurationError
 from .settings import Settings
@@ -27,6 +28,7 @@ class Handler(Protocol):
       the sum of their limits.
     - ``timeout``: seconds a job may take (default: the service's ``--job-timeout``).
     - ``healthy()``: raises while something that the handler needs does not answer.
+    - ``needs_model = True``: where GPUs hold the model, a worker without a place on one does not run it.
     - ``counters``: a mapping of running totals, exported as metrics.
     """
 
@@ -70,12 +72,15 @@ def load_handlers(settings: Settings) -> dict[str, BoundHandler]:
     """Import, make and set up the handler of every type.
 
     Raises `ConfigurationError` where a target cannot be imported or has no ``handle``; what a handler's
-    own ``setup`` raises passes through. One class that serves several types is made once.
+    own ``setup`` raises passes through. One class that serves several types is made once. A worker that is
+    to hold no model has no handler of the types that need one.
     """
     made: dict[str, Any] = {}
     for target in settings.handlers.values():
         if target not in made:
             made[target] = _make(target)
+    if settings.device == NO_MODEL:
+        made = {target: one for target, one in made.items() if not getattr(one, "needs_model", False)}
     for handler in made.values():
         setup = getattr(handler, "setup", None)
         if setup is not None:
@@ -83,6 +88,7 @@ def load_handlers(settings: Settings) -> dict[str, BoundHandler]:
     return {
         kind: BoundHandler(kind, made[target], settings.job_timeout_s)
         for kind, target in settings.handlers.items()
+        if target in made
     }
 
 

@@ -61,6 +61,10 @@ class Lane:
         window = max(2 * self.channel.appetite, int(self._pace * _QUEUE_S))
         return max(0, min(window, ROWS) - len(self.table))
 
+    def accepts(self, kind: int) -> bool:
+        """Whether the worker runs jobs of this type."""
+        return not self.channel.refused >> kind & 1
+
     def hand(self, arrivals: Sequence[Arrival]) -> int:
         """Give it jobs, in frames; returns how many it took (fewer where its ring is full)."""
         given = 0

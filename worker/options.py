@@ -103,6 +103,8 @@ _MODEL = [
     _option("--model", "A sentence-transformers folder, a hub name that is in the cache, or "
             "package:<module>.  [default: the model of the 'embedded' extra, else BAAI/bge-m3]", ""),
     _option("--device", "auto, cpu, cuda, or cuda:0,cuda:1.", "auto"),
+    _option("--dtype", "What the model computes in; auto takes the fastest that gives its vectors.", "auto",
+            click.Choice(["auto", "fp32", "bf16", "fp16"])),
     _option("--long-text", "What becomes of a text longer than the model's window.", "windows",
             click.Choice(["windows", "truncate", "reject"])),
     _option("--token-budget", "Tokens, padding included, of one forward pass.", 16384, click.IntRange(512)),

@@ -37,6 +37,8 @@ _REPORT_EVERY_S = 0.25
 _PAUSES_EVERY_S = 0.5
 #: Pages of the pending list, at start and when other hosts' entries are taken over.
 _PAGE = 256
+#: Jobs that wait for workers of their own are read past by so many: behind them may be some for the others.
+_LOOK_PAST = 1024
 #: First and longest wait after the store refused; short enough to be back within a second or so.
 _BACKOFF_S = (0.05, 1.0)
 #: Where a listing of pending entries starts and, for take-overs, ends.
@@ -249,7 +251,7 @@ class Reader:
         credit = sum(lane.credit for lane in self._lanes)
         most = min(_READ_ENTRIES, max(1, int(_READ_BYTES / max(1.0, self._entry_bytes))))
         for number, source in enumerate(self._sources):
-            room = credit - self._backlog.waiting(number)
+            room = credit - self._backlog.waiting(number) + min(self._passed_over(), _LOOK_PAST)
             if room > 0 and not self._store.reading(source):
                 fd = self._store.begin_read(source, min(room, most), _BLOCK_MS)
                 self._selector.register(fd, selectors.EVENT_READ, number)
@@ -261,18 +263,26 @@ class Reader:
     def _hand_out(self) -> None:
         self._hand_out_suspects()
         waiting = self._backlog.ready
+        unfit: list[Lane] = []
         while waiting:
-            lanes = [lane for lane in self._lanes if lane.credit > 0]
+            lanes = [lane for lane in self._lanes if lane.credit > 0 and lane not in unfit]
             if not lanes:
                 return
             share = -(-len(waiting) // len(lanes))
             lane = min(lanes, key=lambda lane: len(lane.table))
-            count = min(share, lane.credit)
-            batch = [waiting.popleft() for _ in range(min(count, len(waiting)))]
+            batch = self._backlog.take(min(share, lane.credit), lane.channel.refused)
+            if not batch:
+                unfit.append(lane)
+                continue
             given = lane.hand(batch)
             waiting.extendleft(reversed(batch[given:]))
             if not given:
                 return
+
+    def _passed_over(self) -> int:
+        """Jobs that wait for the workers that can run them, while one that cannot has nothing to do."""
+        idle = any(lane.channel.refused and lane.credit for lane in self._lanes)
+        return len(self._backlog.ready) if idle else 0
 
     def _hand_out_suspects(self) -> None:
         """A job that may kill its worker gets an empty one and no mates."""
@@ -283,12 +293,13 @@ class Reader:
         for lane in sorted(self._lanes, key=lambda lane: len(lane.table)):
             if not suspects:
                 return
-            if lane.open and not len(lane.table) and lane.hand([suspects[0]]):
+            fit = lane.open and lane.accepts(suspects[0].kind)
+            if fit and not len(lane.table) and lane.hand([suspects[0]]):
                 suspects.popleft()
                 lane.alone = True
         # Under steady load no worker is ever empty: keep new work from the one with the least.
         if suspects and not any(lane.alone for lane in self._lanes):
-            busy = [lane for lane in self._lanes if lane.open]
+            busy = [lane for lane in self._lanes if lane.open and lane.accepts(suspects[0].kind)]
             if busy:
                 min(busy, key=lambda lane: len(lane.table)).alone = True
 

@@ -50,6 +50,7 @@ class Settings:
     milvus_partitions: str = "key"
     long_text: str = "windows"
     token_budget: int = 16384
+    dtype: str = "auto"
     summary_chars: int = 100
     llm_url: str = ""
     llm_model: str = ""

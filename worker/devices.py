@@ -1,0 +1,61 @@
+"""Which device and how many threads a worker's libraries get, settled before any of them is imported."""
+
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+from importlib import metadata
+from pathlib import Path
+
+# A second copy works while the first one's batch is made or stored; more would only take its memory.
+COPIES_PER_GPU = 2
+# OpenMP (torch among others), Intel's and the open linear algebra, the tokenizers.
+POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+# What `device` says for a worker that is to hold no model.
+NO_MODEL = "none"
+
+
+def set_pools(threads: int, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have every library with threads of its own take `threads`; what the operator has set stays.
+
+    Libraries read these names when they are imported or first used: call it before that.
+    """
+    for pool in POOLS:
+        environ.setdefault(pool, str(threads))
+    environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
+
+
+def visible_gpus(environ: Mapping[str, str] = os.environ, dev: Path = Path("/dev")) -> int:
+    """How many NVIDIA GPUs this process may use, without asking a driver; 0 for torch's build for CPUs."""
+    if _torch_version().endswith("+cpu"):
+        return 0
+    there = sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in dev.glob("nvidia*"))
+    named = environ.get("CUDA_VISIBLE_DEVICES")
+    if not there or named is None:
+        return there
+    # As CUDA reads it: what follows a -1 or an empty name is not seen.
+    names = [name.strip() for name in named.split(",")]
+    shown = next((place for place, name in enumerate(names) if name in ("", "-1")), len(names))
+    # One GPU may be cut into several that are named by their UUIDs.
+    return shown if any(name.startswith("MIG") for name in names) else min(shown, there)
+
+
+def place_of(device: str, slot: int, gpus: int) -> str:
+    """The device of the worker in `slot`: `cpu`, `cuda:N`, or `none` where every GPU has its copies.
+
+    `device` is `auto`, `cpu`, `cuda`, `none` or names joined by commas. A GPU that is named where none is
+    seen stays: loading the model then says what is missing.
+    """
+    if device == "auto" and not gpus:
+        return "cpu"
+    everything = ",".join(f"cuda:{number}" for number in range(max(1, gpus)))
+    places = (everything if device in ("auto", "cuda") else device).split(",")
+    if places[0] in ("cpu", NO_MODEL):
+        return places[0]
+    return places[slot % len(places)] if slot < COPIES_PER_GPU * len(places) else NO_MODEL
+
+
+def _torch_version() -> str:
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return "+cpu"
