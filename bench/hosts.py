@@ -14,18 +14,24 @@ _PARENT, _USER_TICKS, _KERNEL_TICKS = 1, 11, 12
 
 
 def host_facts(client: Any) -> dict[str, Any]:
-    """What a figure means nothing without; ``load_1min`` says whether others were using the processors."""
+    """`machine_facts`, and what speaks to which server."""
     info = client.info("server")
     name = "valkey" if "valkey_version" in info else "redis"
+    return machine_facts() | {
+        "redis_py": version("redis"),
+        "hiredis": _version_or_none("hiredis"),
+        "server": f"{name} {info[f'{name}_version']}",
+    }
+
+
+def machine_facts() -> dict[str, Any]:
+    """What a figure means nothing without; ``load_1min`` says whether others were using the processors."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cores": len(os.sched_getaffinity(0)),
         "cpu": _cpu_model(),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "redis_py": version("redis"),
-        "hiredis": _version_or_none("hiredis"),
-        "server": f"{name} {info[f'{name}_version']}",
         "load_1min": round(os.getloadavg()[0], 2),
     }
 

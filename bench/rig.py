@@ -69,8 +69,9 @@ class Backlog:
     without seeing one; `release` puts the group before the first in one atomic step and wakes a reader.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, make_job: "Callable[[int], bytes] | None" = None) -> None:
         self._client = client
+        self._make_job = make_job or job
         self._name = f"{_PREFIX}:{secrets.token_hex(4)}"
         self.stream, self.group = f"{self._name}:stream", "bench"
         self.last_id = b""
@@ -82,7 +83,7 @@ class Backlog:
         for start in range(0, jobs - 1, _ENQUEUE_AT_ONCE):
             pipe = self._client.pipeline(transaction=False)
             for number in range(start, min(start + _ENQUEUE_AT_ONCE, jobs - 1)):
-                pipe.xadd(self.stream, {"data": job(number)})
+                pipe.xadd(self.stream, {"data": self._make_job(number)})
             pipe.execute()
         self._client.xgroup_setid(self.stream, self.group, "$")
 
@@ -91,7 +92,7 @@ class Backlog:
         pipe = self._client.pipeline(transaction=True)
         pipe.xgroup_setid(self.stream, self.group, "0", entries_read=0)
         pipe.xgroup_destroy(self.stream, _HOLD_GROUP)
-        pipe.xadd(self.stream, {"data": job(jobs - 1)})
+        pipe.xadd(self.stream, {"data": self._make_job(jobs - 1)})
         self.last_id = pipe.execute()[-1]
 
     @property
@@ -126,9 +127,14 @@ def job(number: int) -> bytes:
 
 
 @contextmanager
-def service(url: str, backlog: Backlog, handler: str, procs: int, **environment: str) -> Iterator[int]:
-    """A service that is ready and reads the backlog's stream; gives the supervisor's process id."""
-    port = free_port()
+def service(
+    url: str, backlog: Backlog, handler: str, procs: int, port: int = 0, **environment: str
+) -> Iterator[int]:
+    """A service that is ready and reads the backlog's stream; gives the supervisor's process id.
+
+    `port` is for its metrics; 0 picks one.
+    """
+    port = port or free_port()
     command = [
         sys.executable, "-m", "jobworker.supervisor", "--procs", str(procs), "--no-builtin-handlers",
         "--handler", f"{JOB_TYPE}={handler}", "--stream", f"{backlog.stream}={backlog.group}",

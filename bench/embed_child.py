@@ -1,0 +1,229 @@
+"""One way of embedding, measured in a process of its own: ``embed_child.py WAY FOLDER``.
+
+FOLDER holds texts.json (a list of texts) and options.json; vectors go to WAY.npy there where they are
+compared. Prints one line of JSON: `seconds` without imports, loading and warming up, and what else was seen.
+"""
+
+import asyncio
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Report = dict[str, Any]
+# Texts of the first pass, which is not counted: threads start and kernels are chosen then.
+_WARM = 16
+
+
+def main(way: str, folder: Path) -> Report:
+    """Run one way."""
+    texts = json.loads((folder / "texts.json").read_text("utf-8"))
+    options = json.loads((folder / "options.json").read_text("utf-8"))
+    return WAYS[way](texts, options, folder)
+
+
+def raw(texts: list[str], options: Report, folder: Path) -> Report:
+    """Our encoder alone, all texts in one call."""
+    encoder = _encoder(options)
+    encoder.encode(texts[:_WARM])
+    before = encoder.counters["embedded_tokens"]
+    vectors, seconds = _timed(lambda: encoder.encode(texts))
+    _save(folder, "raw", vectors)
+    return {"seconds": seconds, "tokens": encoder.counters["embedded_tokens"] - before}
+
+
+def handler(texts: list[str], options: Report, folder: Path) -> Report:
+    """Our handler without service and store: padding, and how much of the time no forward pass ran."""
+    from embed_texts import jobs
+
+    packs = _record_packing()
+    embed = _handler(options)
+    work = [_job(number, some) for number, some in enumerate(jobs(texts))]
+    embed.handle_batch(work[:4])
+    packs.clear()
+    before_ms = embed.counters["forward_milliseconds"]
+    outcomes, seconds = _timed(lambda: _in_batches(embed, work))
+    assert outcomes == [None] * len(work), outcomes
+    busy_s = (embed.counters["forward_milliseconds"] - before_ms) / 1000
+    cost, own = (sum(column) for column in zip(*packs, strict=True)) if packs else (0, 0)
+    return {
+        "seconds": seconds,
+        "forward_idle_share": 1 - busy_s / seconds,
+        "padding_share": 1 - own / cost if cost else None,
+    }
+
+
+def st_jobs(texts: list[str], options: Report, folder: Path) -> Report:
+    """sentence-transformers, one encode a job."""
+    from embed_texts import jobs
+
+    model = _sentence_transformer(options)
+    _, seconds = _timed(lambda: [model.encode(some, show_progress_bar=False) for some in jobs(texts)])
+    return {"seconds": seconds}
+
+
+def st_one(texts: list[str], options: Report, folder: Path) -> Report:
+    """sentence-transformers, one encode for all; its vectors are what the others are compared with."""
+    model = _sentence_transformer(options)
+    vectors, seconds = _timed(lambda: model.encode(texts, show_progress_bar=False))
+    _save(folder, "st_one", vectors)
+    return {"seconds": seconds}
+
+
+def st_pool(texts: list[str], options: Report, folder: Path) -> Report:
+    """sentence-transformers' own pool of two processes; its start is not counted."""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, options["threads"] // 2))
+    model = _sentence_transformer(options)
+    pool = model.start_multi_process_pool(["cpu"] * 2)
+    try:
+        model.encode(texts[:_WARM], pool=pool, chunk_size=8, show_progress_bar=False)
+        _, seconds = _timed(lambda: model.encode(texts, pool=pool, show_progress_bar=False))
+    finally:
+        model.stop_multi_process_pool(pool)
+    return {"seconds": seconds}
+
+
+def infinity(texts: list[str], options: Report, folder: Path) -> Report:
+    """infinity's engine, every job waiting at once: its own batching chooses."""
+    from embed_texts import jobs
+
+    engine_module: Any = importlib.import_module("infinity_emb")
+    arguments = engine_module.EngineArgs(
+        model_name_or_path=options["folder"],
+        engine="torch",
+        device="cpu",
+        model_warmup=False,
+        lengths_via_tokenize=True,
+    )
+
+    async def run() -> float:
+        engine = engine_module.AsyncEmbeddingEngine.from_args(arguments)
+        async with engine:
+            await engine.embed(sentences=texts[:_WARM])
+            began = time.perf_counter()
+            await asyncio.gather(*(engine.embed(sentences=some) for some in jobs(texts)))
+            return time.perf_counter() - began
+
+    return {"seconds": asyncio.run(run())}
+
+
+def edits(texts: list[str], options: Report, folder: Path) -> Report:
+    """Chapters are embedded, one paragraph is changed in each, they are embedded again: what it costs.
+
+    Here `texts` are whole chapters.
+    """
+    from embed_texts import edited, paragraph_segments, segments
+
+    found: Report = {}
+    for name, cut in (("paragraphs", paragraph_segments), ("every_200", segments)):
+        embed = _handler(options, cache=folder / f"cache-{name}")
+        first = _tokens_for(embed, [cut(chapter) for chapter in texts])
+        second = _tokens_for(embed, [cut(edited(chapter)) for chapter in texts])
+        # What the edited chapters cost without a cache.
+        whole = _tokens_for(_handler(options), [cut(edited(chapter)) for chapter in texts])
+        found[name] = {"first_tokens": first, "again_tokens": second, "saved_share": 1 - second / whole}
+    return {"seconds": 0.0, "chapters": len(texts), **found}
+
+
+def _tokens_for(embed: Any, chapters: list[list[str]]) -> int:
+    before = embed.counters["embedded_tokens"]
+    outcomes = embed.handle_batch([_job(number, some) for number, some in enumerate(chapters)])
+    assert outcomes == [None] * len(chapters), outcomes
+    return int(embed.counters["embedded_tokens"] - before)
+
+
+def _encoder(options: Report) -> Any:
+    from jobworker.handlers.encoder import load_encoder
+
+    return load_encoder(options["model"], "cpu", threads=options["threads"])
+
+
+def _handler(options: Report, cache: Path | None = None) -> Any:
+    from jobworker.handlers.embed import EmbeddingBatch
+    from jobworker.handlers.memory_vectors import MemoryVectors
+    from jobworker.worker import Settings
+
+    embed = EmbeddingBatch(_encoder(options), MemoryVectors())
+    embed.setup(Settings(data_dir=str(cache or ""), cache_bytes=1 << 30 if cache else 0))
+    return embed
+
+
+def _in_batches(embed: Any, work: list[Any]) -> list[Any]:
+    """As the runner does: up to the handler's limits, one batch after the other."""
+    outcomes: list[Any] = []
+    start = 0
+    while start < len(work):
+        stop, size = start, 0
+        while stop < len(work) and stop - start < embed.max_batch and size < embed.max_batch_bytes:
+            size += sum(len(text.encode()) for text in work[stop].payload["texts"])
+            stop += 1
+        outcomes += embed.handle_batch(work[start:stop])
+        start = stop
+    return outcomes
+
+
+def _job(number: int, texts: list[str]) -> Any:
+    from jobworker.worker import Job
+
+    payload = {"ids": [f"{number}.{place}" for place in range(len(texts))], "texts": texts}
+    return Job(f"{number}", "embedding_batch", "t001", "p123", payload, {}, "", "bench", f"{number}-0", 0)
+
+
+def _record_packing() -> list[tuple[int, int]]:
+    """Notes (padded tokens, own tokens) of every batch that the encoders pack from now on."""
+    from jobworker.handlers import packing
+
+    real, seen = packing.pack, []
+
+    def pack(lengths: Any, *limits: Any) -> Any:
+        batches = real(lengths, *limits)
+        for batch in batches:
+            own = [lengths[index] for index in batch]
+            seen.append((max(own) * len(own), sum(own)))
+        return batches
+
+    importlib.import_module("jobworker.handlers.torch_encoder")
+    for module in [m for name, m in sys.modules.items() if name.startswith("jobworker.handlers.")]:
+        if getattr(module, "pack", None) is real:
+            module.pack = pack  # type: ignore[attr-defined]
+    return seen
+
+
+def _sentence_transformer(options: Report) -> Any:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    torch.set_num_threads(options["threads"])
+    model = SentenceTransformer(options["folder"], device="cpu", local_files_only=True)
+    model.encode(["warm"] * _WARM, show_progress_bar=False)
+    return model
+
+
+def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    found = run()
+    return found, time.perf_counter() - began
+
+
+def _save(folder: Path, way: str, vectors: Any) -> None:
+    import numpy as np
+
+    np.save(folder / f"{way}.npy", np.asarray(vectors, np.float32))
+
+
+WAYS: dict[str, Callable[[list[str], Report, Path], Report]] = {
+    "raw": raw,
+    "handler": handler,
+    "st_jobs": st_jobs,
+    "st_one": st_one,
+    "st_pool": st_pool,
+    "infinity": infinity,
+    "edits": edits,
+}
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))))

@@ -1,0 +1,136 @@
+"""The running service at embedding: from a stream into Milvus Lite, its workers' memory, its recovery."""
+
+import json
+import os
+import re
+import signal
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hosts import roles_of
+from rig import JOB_TYPE, LIMIT_S, Backlog, connect, free_port, server, service
+
+_HANDLER = "jobworker.handlers.embed:EmbeddingBatch"
+# Between two looks at the group: short against everything that is measured here.
+_LOOK_EVERY_S = 0.01
+
+
+class Running(NamedTuple):
+    """A service that waits for the backlog to be released."""
+
+    supervisor_pid: int
+    backlog: Backlog
+    metrics_url: str
+
+    def metric(self, name: str) -> float:
+        """A counter, 0 where it is not there yet."""
+        with urllib.request.urlopen(self.metrics_url, timeout=LIMIT_S) as answer:
+            text = answer.read().decode()
+        found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    def worker_pids(self) -> list[int]:
+        """All workers."""
+        return roles_of(self.supervisor_pid).get("worker", [])
+
+    def wait_drained(self, within_s: float = LIMIT_S) -> None:
+        """Until every job is acknowledged, which is after its rows are stored; RuntimeError if one failed."""
+        _wait(lambda: self.backlog.drained, within_s, "acknowledged")
+        if self.backlog.strays:
+            raise RuntimeError(f"{self.backlog.strays} jobs failed")
+
+
+@contextmanager
+def running(jobs: Sequence[Sequence[str]], procs: int, model: str, **environment: str) -> Iterator[Running]:
+    """A ready service with a model in each worker, whose backlog holds one job for each list of texts."""
+    with server("") as url, connect(url) as client:
+        backlog = Backlog(client, lambda number: _job(number, jobs[number]))
+        backlog.fill(len(jobs))
+        port = free_port()
+        options = {"JOBWORKER_CACHE": "off", "JOBWORKER_MODEL": model} | environment
+        with service(url, backlog, _HANDLER, procs, port, **options) as pid:
+            yield Running(pid, backlog, f"http://127.0.0.1:{port}/metrics")
+
+
+def end_to_end(jobs: Sequence[Sequence[str]], procs: int, model: str) -> dict[str, Any]:
+    """From the first job to the last acknowledgement; the workers' first passes are in.
+
+    Idle is what the workers' forward passes, added up, leave of the time.
+    """
+    with running(jobs, procs, model) as served:
+        began = time.perf_counter()
+        served.backlog.release(len(jobs))
+        served.wait_drained()
+        seconds = time.perf_counter() - began
+        busy_s = _settled(served, "z_novel_forward_milliseconds_total") / 1000
+        tokens = served.metric("z_novel_embedded_tokens_total")
+        batches, batch_jobs = (
+            served.metric("z_novel_batch_jobs_count"),
+            served.metric("z_novel_batch_jobs_sum"),
+        )
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "forward_idle_share": 1 - busy_s / seconds / procs,
+        "jobs_a_batch": batch_jobs / batches if batches else 0,
+    }
+
+
+def memory(procs: int, model: str) -> dict[str, Any]:
+    """Proportional set size of all workers together, MiB, once each of them has worked."""
+    with running([["some text"]] * 2, procs, model) as served:
+        served.backlog.release(2)
+        served.wait_drained()
+        pids = served.worker_pids()
+        total = sum(_pss_kib(pid) for pid in pids)
+    return {"workers": len(pids), "pss_mib": round(total / 1024, 1)}
+
+
+def recovery(model: str) -> dict[str, Any]:
+    """The only worker is killed; seconds until a job that was waiting then has its row acknowledged."""
+    with running([["some text"], ["another text"]], 1, model) as served:
+        (pid,) = served.worker_pids()
+        os.kill(pid, signal.SIGKILL)
+        began = time.perf_counter()
+        served.backlog.release(2)
+        served.wait_drained()
+        return {"seconds": time.perf_counter() - began}
+
+
+def _settled(served: Running, name: str) -> float:
+    """A counter once it has stopped growing."""
+    last, now = -1.0, served.metric(name)
+    while now != last:
+        time.sleep(1.2)  # workers report every half second
+        last, now = now, served.metric(name)
+    return now
+
+
+def _job(number: int, texts: Sequence[str]) -> bytes:
+    job = {
+        "id": f"bench-{number}",
+        "type": JOB_TYPE,
+        "tenant_id": "t001",
+        "project_id": "p123",
+        "payload": {"ids": [f"{number}.{place}" for place in range(len(texts))], "texts": list(texts)},
+        "created_at": "2026-01-02T10:00:00Z",
+    }
+    return json.dumps(job, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _pss_kib(pid: int) -> int:
+    found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1])
+
+
+def _wait(done: Callable[[], bool], within_s: float, what: str) -> None:
+    give_up_at = time.monotonic() + within_s
+    while not done():
+        if time.monotonic() > give_up_at:
+            raise RuntimeError(f"not within {within_s:.0f} s: {what}")
+        time.sleep(_LOOK_EVERY_S)  # a group has no event that says "all acknowledged"
