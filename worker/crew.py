@@ -162,7 +162,9 @@ class Crew:
     def _take_leave(self, place: Place, child: Child, ended: Ended, now: float) -> None:
         # A worker says STOPPING before it leaves; a handler that calls os._exit(0) does not.
         left = child.channel is not None and child.channel.phase == STOPPING and ended.clean
-        stopped = ended.clean if child.channel is None else ended.cause in ("SIGTERM", "SIGKILL")
+        # TERM may come before it can be heeded. A SIGKILL that we did not send is no way to stop: a job (or
+        # whoever kills for want of memory) that ends a worker is charged with it, also while we drain.
+        stopped = ended.clean if child.channel is None else ended.cause == "SIGTERM" or child.put_down
         expected = left or (child.stopping and stopped)
         if not expected:
             cause = child.kill_cause or ended.cause
@@ -337,6 +339,7 @@ class Crew:
         """The drain time is over: what still runs goes back unharmed."""
         for child in self._children():
             if child.channel is not None:
+                child.put_down = True
                 child.kill(signal.SIGKILL)
 
     def end_now(self) -> None:

@@ -98,6 +98,7 @@ class Child(Process):
         self.mono_killed_s: float | None = None
         self.kill_cause = ""
         self.stopping = False
+        self.put_down = False
         self._outbox: deque[tuple[Message, tuple[int, ...]]] = deque()
         self.link, theirs = Link.pair()
         name = role if channel is None else f"{role} {slot}"
