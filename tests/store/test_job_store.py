@@ -350,9 +350,9 @@ class TestPromotion:
 
     def test_the_soonest_go_first_and_no_more_than_asked_for(self, world: World) -> None:
         producer, reaper = world.producer(), world.reaper()
-        for job, delay_s in ((b"c", 0.03), (b"a", 0.01), (b"b", 0.02), (b"later", 60)):
+        for job, delay_s in ((b"c", 0.6), (b"a", 0.2), (b"b", 0.4), (b"later", 60)):
             producer.schedule(S.stream, job, delay_s)
-        world.pass_time(0.1)
+        world.pass_time(0.8)
         assert reaper.promote(S.stream, 2).moved == 2
         rest = reaper.promote(S.stream, 50)
         assert rest.moved == 1
