@@ -94,7 +94,7 @@ PEERS = {
             lambda procs, url: [["taskiq", "worker", "taskiq_app:broker", "--workers", str(procs),
                                  "--ack-type", "when_executed", "--max-async-tasks", "1"]],
             "RedisStreamBroker; idle_timeout 5 s instead of 10 min, unacknowledged_lock_timeout 5 s, "
-            "xread_count 1; acknowledged when executed; SimpleRetryMiddleware",
+            "xread_count 1, unacknowledged_batch_size 1; acknowledged when executed; SimpleRetryMiddleware",
         ),
     )
 }  # fmt: skip

@@ -15,6 +15,7 @@ broker = RedisStreamBroker(
     idle_timeout=5000,
     unacknowledged_lock_timeout=5,
     xread_count=1,
+    unacknowledged_batch_size=1,
 ).with_middlewares(SimpleRetryMiddleware(default_retry_count=3))
 
 
