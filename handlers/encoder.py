@@ -1,10 +1,11 @@
 """Texts to vectors: the Encoder protocol, what every encoder shares, and one that needs no weights."""
 
+import gc
 import hashlib
 import importlib.util
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple, Protocol, cast
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobworker.handlers.models import ModelError, ModelSource, default_model, find_model
+from jobworker.handlers.packing import Ceilings, pack, run_batches
 from jobworker.handlers.segmenter import Offsets, cut
 from jobworker.handlers.self_check import SENTENCES
 from jobworker.worker import NO_MODEL, place_of, visible_gpus
@@ -102,6 +104,7 @@ class WindowedEncoder(ABC):
         self._normalises = True
         self._prefix: list[int] = []
         self._suffix: list[int] = []
+        self._ceilings = Ceilings()
 
     @abstractmethod
     def _read(self, texts: Sequence[str]) -> Sequence[Tokens]:
@@ -110,6 +113,29 @@ class WindowedEncoder(ABC):
     @abstractmethod
     def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
         """One vector a window, in order."""
+
+    def _embed_packed(
+        self, windows: Sequence[list[int]], budget: int, embed: Callable[[list[list[int]]], Vectors]
+    ) -> Vectors:
+        """`_embed` by batches of up to `budget` padded tokens, or smaller ones where memory is short."""
+        lengths = [len(window) for window in windows]
+        vectors: Vectors | None = None
+        for batch, rows in run_batches(
+            lengths,
+            pack(lengths, budget, MAX_ROWS),
+            self._ceilings,
+            lambda batch: embed([windows[index] for index in batch]),
+            self._release,
+        ):
+            if vectors is None:
+                vectors = np.empty((len(windows), rows.shape[1]), np.float32)
+            vectors[batch] = rows
+        assert vectors is not None
+        return vectors
+
+    def _release(self) -> None:
+        """Give back what a pass left that memory did not hold."""
+        gc.collect()
 
     def _prompt(self, purpose: Purpose) -> str:
         """What the model wants before a text."""

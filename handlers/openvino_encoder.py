@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from jobworker.handlers.encoder import (
     CPU_TOKEN_BUDGET,
-    MAX_ROWS,
     LongText,
     Purpose,
     Tokens,
@@ -20,7 +19,6 @@ from jobworker.handlers.encoder import (
 )
 from jobworker.handlers.engine_cache import Card, NoEngine, converted
 from jobworker.handlers.models import ModelSource
-from jobworker.handlers.packing import pack
 from jobworker.handlers.self_check import exact_enough, ladder, worst_cosine
 
 log = logging.getLogger("jobworker.model")
@@ -82,14 +80,7 @@ class OpenVinoEncoder(WindowedEncoder):
         return self._card.prompts.get(purpose, "")
 
     def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
-        done = [
-            (batch, self._session(*self._arrays([windows[index] for index in batch])))
-            for batch in pack([len(window) for window in windows], self._budget, MAX_ROWS)
-        ]
-        vectors = np.empty((len(windows), done[0][1].shape[1]), np.float32)
-        for batch, rows in done:
-            vectors[batch] = rows
-        return vectors
+        return self._embed_packed(windows, self._budget, lambda some: self._session(*self._arrays(some)))
 
     def _arrays(self, windows: Sequence[list[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return batch_arrays(windows, self._card.pad_id, left=self._card.pads_left)

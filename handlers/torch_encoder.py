@@ -9,7 +9,6 @@ import numpy as np
 
 from jobworker.handlers.encoder import (
     CPU_TOKEN_BUDGET,
-    MAX_ROWS,
     TOKEN_BUDGET,
     LongText,
     Purpose,
@@ -19,7 +18,6 @@ from jobworker.handlers.encoder import (
     batch_arrays,
 )
 from jobworker.handlers.models import ModelError, ModelSource
-from jobworker.handlers.packing import pack
 from jobworker.handlers.self_check import Dtype, exact_enough, ladder, worst_cosine
 
 log = logging.getLogger("jobworker.model")
@@ -103,19 +101,22 @@ class TorchEncoder(WindowedEncoder):
         return named or prompts.get(self._model.default_prompt_name or "", "")
 
     def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
+        return self._embed_packed(windows, self._budget, lambda some: self._pass(some, purpose))
+
+    def _pass(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
         import torch
 
-        lengths = [len(window) for window in windows]
-        done: list[tuple[list[int], Vectors]] = []
         with torch.inference_mode():
-            for batch in pack(lengths, self._budget, MAX_ROWS):
-                features = self._features([windows[index] for index in batch], purpose)
-                output = self._model(features)["sentence_embedding"]
-                done.append((batch, output.float().cpu().numpy()))
-        vectors = np.empty((len(windows), done[0][1].shape[1]), np.float32)
-        for batch, rows in done:
-            vectors[batch] = rows
+            output = self._model(self._features(windows, purpose))["sentence_embedding"]
+            vectors: Vectors = output.float().cpu().numpy()
         return vectors
+
+    def _release(self) -> None:
+        import torch
+
+        super()._release()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _features(self, windows: Sequence[list[int]], purpose: Purpose) -> dict[str, Any]:
         import torch

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.handlers.embed import BATCH_BYTES, CACHE_FILE, EmbeddingBatch
-from jobworker.handlers.encoder import DummyEncoder, Plan, Vectors
+from jobworker.handlers.encoder import DummyEncoder, Plan, Purpose, Vectors
 from jobworker.handlers.memory_vectors import MemoryVectors
 from jobworker.handlers.payload import clip
 from jobworker.handlers.vector_types import AnyRow, PermanentStoreError, Row, TransientStoreError
@@ -250,6 +250,47 @@ def test_a_failing_forward_pass_is_tried_job_by_job() -> None:
         [job(payload("a")), job({"ids": ["b"], "texts": ["bad"]}), job(payload("c"))]
     )
     assert [type(outcome) for outcome in outcomes] == [type(None), RuntimeError, type(None)]
+    assert store.count(SEGMENTS) == 2
+
+
+class SmallMemory(DummyEncoder):
+    """Computes in batches, and has memory for `tokens` padded tokens at once."""
+
+    tokens = 1000
+    failed = 0
+
+    def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
+        def embed(some: Sequence[list[int]]) -> Vectors:
+            if len(some) * max(map(len, some)) > self.tokens:
+                self.failed += 1
+                raise MemoryError
+            return super(SmallMemory, self)._embed(some, purpose)
+
+        return self._embed_packed(windows, 16_384, embed)
+
+
+def test_what_memory_does_not_hold_is_embedded_in_smaller_parts_and_no_job_sees_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    encoder = SmallMemory(8)
+    embed, store = handler(encoder)
+    jobs = [job({"ids": [f"{number}"], "texts": [f"{number:3}" * 50]}) for number in range(30)]
+    assert embed.handle_batch(jobs) == [None] * 30
+    failed = encoder.failed
+    assert failed > 0
+    assert "one by one" not in caplog.text
+    expected = DummyEncoder(8).encode([text for one in jobs for text in one.payload["texts"]])
+    stored = rows(store, *(f"{number}" for number in range(30)))
+    assert all(np.array_equal(row.vector, vector) for row, vector in zip(stored, expected, strict=True))
+    assert embed.handle_batch(jobs) == [None] * 30
+    assert encoder.failed == failed, "the ceiling is remembered"
+
+
+def test_one_text_too_large_for_memory_fails_its_job_only_and_may_be_tried_again() -> None:
+    embed, store = handler(SmallMemory(8))
+    jobs = [job(payload("a")), job({"ids": ["b"], "texts": ["x" * 2000]}), job(payload("c"))]
+    outcomes = embed.handle_batch(jobs)
+    assert [type(outcome) for outcome in outcomes] == [type(None), MemoryError, type(None)]
     assert store.count(SEGMENTS) == 2
 
 
