@@ -1,0 +1,101 @@
+"""Randomly initialised sentence-transformers folders of a few hundred KiB, in the shapes that matter."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+HIDDEN = 32
+WORDS = (
+    *("the", "petrel", "came", "back", "on", "thursday", "nobody", "had", "seen", "harbour", "master"),
+    *"宝玉看罢笑道这个",
+    *("query", "passage"),
+)
+MARKS = tuple(":。，？“”.,")
+
+
+def tiny_model(
+    folder: Path,
+    kind: str,
+    *,
+    pooling: str = "mean",
+    normalise: bool = True,
+    prompts: Mapping[str, str] | None = None,
+    include_prompt: bool = True,
+    window: int = 24,
+    dtype: str = "float32",
+) -> Path:
+    """Write a model of `kind` (`bert`, `xlm-r`) with this pooling (`mean`, `cls`) and return its folder."""
+    import torch
+    from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if kind == "bert" else ["<s>", "<pad>", "</s>", "<unk>"]
+    shape: dict[str, Any] = {
+        "vocab_size": len(specials) + len(WORDS) + len(MARKS),
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 40,
+        "initializer_range": 0.5,
+    }
+    torch.manual_seed(7)
+    folder.mkdir(parents=True)
+    model: Any
+    if kind == "bert":
+        model = BertModel(BertConfig(**shape, pad_token_id=0))
+    else:
+        model = XLMRobertaModel(XLMRobertaConfig(**shape, pad_token_id=1, type_vocab_size=1))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    _tokenizer(kind, specials).save_pretrained(folder)
+    _modules(folder, pooling, normalise, prompts or {}, include_prompt, window)
+    return folder
+
+
+def _tokenizer(kind: str, specials: list[str]) -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.normalizers import Lowercase
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate([*specials, *WORDS, *MARKS])}
+    bert = kind == "bert"
+    first, last = ("[CLS]", "[SEP]") if bert else ("<s>", "</s>")
+    unknown, pad = ("[UNK]", "[PAD]") if bert else ("<unk>", "<pad>")
+    tokenizer = Tokenizer(WordLevel(words, unknown))
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A {last}", special_tokens=[(first, words[first]), (last, words[last])]
+    )
+    names = ["input_ids", *(["token_type_ids"] if bert else []), "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unknown, pad_token=pad, model_input_names=names
+    )
+
+
+def _modules(
+    folder: Path, pooling: str, normalise: bool, prompts: Mapping[str, str], include: bool, window: int
+) -> None:
+    paths = {"": "Transformer", "1_Pooling": "Pooling", **({"2_Normalize": "Normalize"} if normalise else {})}
+    modules = [
+        {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for place, (path, name) in enumerate(paths.items())
+    ]
+    files = {
+        "modules.json": modules,
+        "sentence_bert_config.json": {"max_seq_length": window, "do_lower_case": False},
+        "config_sentence_transformers.json": {"prompts": dict(prompts), "default_prompt_name": None},
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": HIDDEN,
+            "pooling_mode_cls_token": pooling == "cls",
+            "pooling_mode_mean_tokens": pooling == "mean",
+            "include_prompt": include,
+        },
+    }
+    for path in paths:
+        (folder / path).mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))

