@@ -136,7 +136,7 @@ class Reader:
                 self._listen()
             elif isinstance(key.data, Lane):
                 drained(key.fd)
-            else:
+            elif key.data in self._answer_by:  # else a Drain heard in this very round has ended the read
                 self._selector.unregister(key.fd)
                 del self._answer_by[key.data]
                 self._arrive(key.data, self._store.finish_read(self._sources[key.data]))
