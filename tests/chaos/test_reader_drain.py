@@ -1,0 +1,35 @@
+"""What a reader is told and what its store answers may be there in the same instant, in either order."""
+
+import contextlib
+import time
+
+from jobworker.worker.channel import READY, Channel
+from jobworker.worker.keys import Source
+from jobworker.worker.link import Attach, Briefed, Drain, Gone, Link
+from jobworker.worker.memory_store import MemoryServer, MemoryStore
+from jobworker.worker.reader import Reader
+from jobworker.worker.settings import Settings
+
+SOURCE = Source("stream:s", "g")
+
+
+def test_a_drain_that_is_heard_before_the_answer_to_a_read_ends_the_read() -> None:
+    ours, sock = Link.pair()
+    server = MemoryServer()
+    settings = Settings(streams=(SOURCE,), handlers={"noop": "nowhere:Noop"})
+    channel = Channel.create(settings.max_payload)
+    channel.appetite, channel.phase = 1, READY
+    with contextlib.closing(ours), contextlib.closing(Link(sock)) as theirs, contextlib.closing(channel):
+        reader = Reader(MemoryStore(server, "host/one"), settings, theirs)
+        ours.send(Attach(0, 1), channel.fds)
+        ours.send(Briefed())
+        for _ in range(2):  # the first turn is briefed, the second connects and begins to read
+            reader._turn(time.monotonic())
+        assert reader._store.reading(SOURCE)
+        # Descriptors are reported in the order in which they became readable.
+        ours.send(Drain())
+        server.append(SOURCE.stream, b'{"id": "a", "type": "noop"}')
+        reader._wait(1.0)
+        assert not reader._store.reading(SOURCE)
+        ours.send(Gone(0, 1, "exit 0", charge=False))
+        reader.run()  # ends by itself once drained, and closes what it was given
