@@ -67,7 +67,7 @@ class Verdict:
         return not self.broken()
 
 
-def judge(ledger: Ledger, diary: Diary, client: Any, supervisor_kills: int) -> Verdict:
+def judge(ledger: Ledger, diary: Diary, client: Any, uncounted_deaths: int) -> Verdict:
     """Look at everything once the system is at rest."""
     verdict = Verdict(len(ledger.confirmed), len(ledger.unanswered))
     events = diary.read()
@@ -75,7 +75,7 @@ def judge(ledger: Ledger, diary: Diary, client: Any, supervisor_kills: int) -> V
     _count_executions(verdict, events)
     _check_effects(verdict, ledger, diary.effects())
     _check_letters(verdict, ledger, letters, _cut_off(events))
-    _check_poison(verdict, ledger, events, supervisor_kills)
+    _check_poison(verdict, ledger, events, uncounted_deaths)
     _check_backoff(verdict, events)
     known = ledger.planned.keys()
     verdict.unexpected += sorted({event.id for event in events} - known)
@@ -152,13 +152,13 @@ def _check_letters(
     verdict.lost = sorted(set(verdict.lost) - set(verdict.cut_off))
 
 
-def _check_poison(verdict: Verdict, ledger: Ledger, events: Iterable[Event], supervisor_kills: int) -> None:
+def _check_poison(verdict: Verdict, ledger: Ledger, events: Iterable[Event], uncounted_deaths: int) -> None:
     starts = Counter(
         event.id for event in events
         if event.what == START and event.id in ledger.planned and ledger.planned[event.id].fate == "poison"
     )  # fmt: skip
     verdict.poison_starts = dict(sorted(Counter(starts.values()).items()))
-    most = _MAX_DEATHS + supervisor_kills
+    most = _MAX_DEATHS + uncounted_deaths
     verdict.poison_starts_over = sorted(id for id, count in starts.items() if count > most)
 
 

@@ -54,7 +54,7 @@ class World:
         (self._folder / "events").write_text("".join(line + "\n" for line in self.lines))
         for key, id in self.effects.items():
             (self._folder / "effects" / key).symlink_to(id)
-        return self.oracle.judge(self.ledger, self.diary, Letters(*self.letters), supervisor_kills=0)
+        return self.oracle.judge(self.ledger, self.diary, Letters(*self.letters), uncounted_deaths=0)
 
     def broken(self) -> set[str]:
         """Names of the promises that the verdict says were broken."""
