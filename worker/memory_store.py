@@ -270,7 +270,10 @@ class MemoryStore:
     def release(self, source: Source, ids: Sequence[bytes]) -> None:
         """See `ReaderStore.release`."""
         with self._server.lock:
-            self._set_idle(source, ids, _RELEASED_IDLE_S)
+            lost = self._set_idle(source, ids, _RELEASED_IDLE_S)
+            for id in set(ids) - lost:
+                lease = self._group(source).leases[id]
+                lease.deliveries = max(0, lease.deliveries - 1)
 
     def bodies(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
         """See `ReaderStore.bodies`."""

@@ -103,7 +103,8 @@ class ReaderStore(Protocol):
         """Reset the idle time of entries in flight; returns the ids that are not ours any more."""
 
     def release(self, source: Source, ids: Sequence[bytes]) -> None:
-        """Hand entries back at once: any reader's next `take_over` may have them."""
+        """Hand entries back at once: any reader's next `take_over` may have them, and that they were
+        delivered here is not counted."""
 
     def bodies(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
         """The ``data`` of entries; an id that is gone from the stream is left out."""

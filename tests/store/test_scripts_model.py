@@ -152,6 +152,7 @@ class ScriptsMachine(RuleBasedStateMachine):
         for id in ids:
             if self.mine(name, id):
                 self.held[id].released = True
+                self.held[id].deliveries = max(0, self.held[id].deliveries - 1)
 
     @precondition(lambda self: self.held)
     @rule(name=NAMES, min_idle_ms=st.sampled_from([0, HOUR_MS]), count=st.integers(1, 4))
