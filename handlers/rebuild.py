@@ -88,6 +88,8 @@ class Rebuild:
         self._fields = dict(taken.fields)
         self._resumed = taken.fields.get("phase", "done") != "done"
         self._mono_told_s = -REPORT_EVERY_S
+        #: Rows put into the new collection by this process, those of the journal included.
+        self.rows = 0
 
     def run(self) -> None:
         """Do all that is left to do. Raises what the stores raise, Fenced where another took over, and
@@ -173,6 +175,7 @@ class Rebuild:
             vectors = self._task.model.embed(records)
             records = [row | {"vector": vector} for row, vector in zip(records, vectors, strict=True)]
         self._shadow.put(self._fields["target"], records)
+        self.rows += len(records)
 
     def _verify(self) -> None:
         """Wait for the index and compare what it finds with the truth."""

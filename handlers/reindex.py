@@ -49,6 +49,8 @@ class IndexRebuild:
     ) -> None:
         self._given_shadow, self._given_rebuilds = shadow, rebuilds
         self._clock = clock or Clock()
+        #: Running totals of this process.
+        self.counters = {"rebuilds_done": 0, "rebuilt_rows": 0}
 
     def setup(self, settings: Settings) -> None:
         """Connects to nothing yet: rebuilds are rare."""
@@ -73,7 +75,9 @@ class IndexRebuild:
             rebuild = Rebuild(task, self._shadow, self._rebuilds, taken, self._clock)
             try:
                 rebuild.run() if mode == "shadow" else self._in_place(task, rebuild, taken.epoch)
+                self.counters["rebuilds_done"] += 1
             finally:
+                self.counters["rebuilt_rows"] += rebuild.rows
                 # For the next try, which is another entry; after a kill the same one comes again.
                 self._rebuilds.save(table, taken.epoch, {}, lease_ms=0)
         except StoreUnavailable as error:

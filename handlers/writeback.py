@@ -100,7 +100,7 @@ class WriteBack:
         self._store = self._given_store or _open_store(settings)
         self._records = self._given_records or open_records(settings.redis_url)
         fence = self._given_fence or open_fence(settings.redis_url)
-        writer = FencedWriter(self._store, fence, prefix=settings.milvus_prefix)
+        writer = FencedWriter(self._store, fence, prefix=settings.milvus_prefix, model=self._encoder.name)
         self._projection = Projection(self._records, writer, self._rows)
         self._model = self._given_model or _open_model(settings)
         self._sink = self._given_sink or open_sink(settings)

@@ -31,6 +31,8 @@ STREAM_OF_TYPE = {
 
 #: Hash: type that was paused by hand -> since when and why, as JSON. One for all streams.
 PAUSED_KEY = "jobworker:paused"
+#: Set: full names of the collections that were ever rebuilt, for whoever looks at how far they are.
+REBUILT_KEY = "jobworker:rebuilt"
 
 
 def _derived(prefix: str, stream: str, cluster: bool) -> str:

@@ -42,6 +42,8 @@ class RedisFence(Store):
 
     def begin(self, collection: str, owner: str, lease_ms: int) -> Taken | str:
         """See `Rebuilds.begin`."""
+        # For `explain` alone: where this user may not write it, a rebuild goes on without.
+        self.call(keys.REBUILT_KEY, [("SADD", keys.REBUILT_KEY, collection)])
         key = keys.writes_keys(collection).rebuild
         epoch, *rest = self.one(key, script("rebuild_begin", [key], owner, lease_ms))
         return Taken(epoch, _fields(rest)) if epoch else rest[0].decode()

@@ -6,8 +6,8 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from .keys import PAUSED_KEY, Source
-from .operator_store import START, Consumer, Group, Lease, Pause, Scheduled
+from .keys import PAUSED_KEY, REBUILT_KEY, Source, writes_keys
+from .operator_store import START, Consumer, Group, Lease, Pause, Rebuilding, Scheduled
 from .redis_base import SCRIPT_BYTES, SCRIPT_IDS, Store, checked, is_no_group
 from .redis_reads import data_of
 from .redis_wire import Argument, Command, Reply, script
@@ -83,6 +83,15 @@ class RedisOperatorStore(Store):
 
     # -- where a job is
 
+    def rebuilds(self) -> list[Rebuilding]:
+        """See `OperatorStore.rebuilds`."""
+        found = []
+        for name in sorted(self.one(REBUILT_KEY, ("SMEMBERS", REBUILT_KEY))):
+            key = writes_keys(name.decode()).rebuild
+            flat = [part.decode() for part in self.one(key, ("HGETALL", key))]
+            found.append(Rebuilding(name.decode(), _facts(flat)))
+        return found
+
     def group(self, source: Source) -> Group | None:
         """See `OperatorStore.group`."""
         groups, consumers = self.call(
@@ -125,7 +134,7 @@ class RedisOperatorStore(Store):
         return [Entry(id, data_of(fields)) for id, fields in self.one(stream, command)]
 
 
-def _facts(flat: Sequence[Any]) -> dict[bytes, Any]:
+def _facts(flat: Sequence[Any]) -> dict[Any, Any]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 

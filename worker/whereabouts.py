@@ -20,6 +20,8 @@ _LEASE_S = 30.0
 #: A retry that is due for longer than this has nobody to move it: the reaper looks twice a second.
 _OVERDUE_S = 3.0
 _RETRIES_AT_ONCE = 200
+#: States of a job that has begun perhaps and is not at its end.
+_UNDER_WAY = frozenset({"running", "pending", "retrying"})
 _ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}")
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_.:-]+")
 
@@ -77,7 +79,21 @@ class Search:
             found += self._in_retries(source.stream, id)
             found += self._in_dead_letters(source.stream, id)
         # The entry of an earlier try stands in the stream until it is trimmed: that try is no news.
-        return [one for one in found if one.state != "finished"] or found
+        found = [one for one in found if one.state != "finished"] or found
+        self._add_progress([one for one in found if one.state in _UNDER_WAY])
+        return found
+
+    def _add_progress(self, found: Sequence[Found]) -> None:
+        """Say how far the job is where it rebuilds a collection; also between two tries of it."""
+        for rebuild in self._store.rebuilds() if found else ():
+            of = rebuild.fields
+            for one in found:
+                if one.job_id == of.get("job") and of.get("phase", "done") != "done":
+                    one.facts |= {
+                        "rebuilds": rebuild.collection, "phase": of["phase"],
+                        "rows_copied": int(of.get("copied", 0)), "rows": int(of.get("total", 0)),
+                    }  # fmt: skip
+                    one.why += f"; {_how_far(rebuild.collection, one.facts)}"
 
     # -- the stream
 
@@ -224,6 +240,13 @@ class Search:
                 why = f"given up ({letter.reason}) at {letter.failed_at}: {letter.error}"
                 found.append(Found("dead", stream, why, letter.job_id, letter.type, letter.tenant_id, facts))
         return found
+
+
+def _how_far(collection: str, facts: dict[str, Any]) -> str:
+    """In words, for instance: z_novel_story_segments: fill, 4000 of 10000 rows (40 %)."""
+    copied, rows = facts["rows_copied"], facts["rows"]
+    share = f" ({100 * min(copied, rows) // rows} %)" if rows else ""
+    return f"{collection}: {facts['phase']}, {copied} of {rows} rows{share}"
 
 
 def _mentions(entry: Entry, id: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from jobworker.worker import open_rebuilds
 from jobworker.worker.cli import main
 from jobworker.worker.keys import DEFAULT_SOURCES
 from support.operator import COMMAND, COMMAND_S, asked, findings, run
@@ -217,6 +218,26 @@ class TestExplainWithoutAService:
         key = "retry:stream:audit:log"
         store.client.zadd(key, {store.client.zrange(key, 0, 0)[0]: 1.0})
         assert "overdue" in asked(store, "explain", id)["found"][0]["why"]
+
+    def test_how_far_a_rebuild_is(self, store: RedisServer) -> None:
+        stream, group = "stream:story:gen", "cg-gen-worker"
+        payload = '{"collection": "c"}'
+        ids = asked(store, "enqueue", "index_rebuild", "--payload", payload, "--count", "2")["ids"]
+        store.client.xreadgroup(group, "gone/1", {stream: ">"})
+        rebuilds = open_rebuilds(store.url)
+        taken = rebuilds.begin("z_novel_c", f"{stream}/1-1", 60_000)
+        assert not isinstance(taken, str)
+        far = {"phase": "fill", "job": ids[0], "copied": "300", "total": "1200"}
+        rebuilds.save("z_novel_c", taken.epoch, far, lease_ms=60_000)
+        (found,) = asked(store, "explain", ids[0])["found"]
+        assert "z_novel_c: fill, 300 of 1200 rows (25 %)" in found["why"]
+        told = ("rebuilds", "phase", "rows_copied", "rows")
+        assert [found["facts"][name] for name in told] == ["z_novel_c", "fill", 300, 1200]
+        (other,) = asked(store, "explain", ids[1])["found"]
+        assert "rebuilds" not in other["facts"]
+        rebuilds.save("z_novel_c", taken.epoch, {"phase": "done"}, lease_ms=0)
+        rebuilds.close()
+        assert "rebuilds" not in asked(store, "explain", ids[0])["found"][0]["facts"]
 
     def test_it_says_when_it_gave_up_looking(self, store: RedisServer) -> None:
         asked(store, "enqueue", "audit", "--count", "50")

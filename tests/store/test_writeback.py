@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jobworker.handlers.encoder import DummyEncoder
 from jobworker.handlers.memory_vectors import MemoryVectors
 from jobworker.handlers.sinks import ChapterFindings, EntityUpdate, Event, Findings, NoSink, open_sink
-from jobworker.handlers.vector_types import EntityHit, Row
+from jobworker.handlers.vector_types import EntityHit, Row, TransientStoreError
 from jobworker.handlers.vectors import open_vectors
 from jobworker.handlers.writeback import WriteBack, entity_id
 from jobworker.worker import (
@@ -28,6 +28,7 @@ from jobworker.worker import (
     open_records,
 )
 from jobworker.worker.envelope import job_of, read_envelope
+from jobworker.worker.memory_fence import MemoryFence
 from support.milvus import lite_server
 from support.redis_servers import running
 
@@ -50,7 +51,7 @@ class World:
     """The stores, which outlive handlers, and handlers on them."""
 
     def __init__(self) -> None:
-        self.store, self.records, self.fence = MemoryVectors(), open_records(""), open_fence("")
+        self.store, self.records, self.fence = MemoryVectors(), open_records(""), MemoryFence()
 
     def handler(self, **more: Any) -> WriteBack:
         given = {
@@ -265,6 +266,15 @@ def test_a_job_store_that_is_down_makes_the_type_wait(world: World) -> None:
     handler = world.handler(records=open_records("redis://127.0.0.1:1/0"))
     with pytest.raises(Unavailable):
         handler.handle(job(1))
+
+
+def test_a_collection_that_was_rebuilt_with_another_model_takes_no_summary(world: World) -> None:
+    handler = world.handler()
+    taken = world.fence.begin(f"z_novel_{SEGMENTS}", "s/9-0", 1000)
+    world.fence.save(f"z_novel_{SEGMENTS}", taken.epoch, {"live_model": "another"}, lease_ms=1000)
+    with pytest.raises(TransientStoreError, match="start it with --model another"):
+        handler.handle(job(1))
+    assert world.store.get(SEGMENTS, ["summary:c1"], tenant_id="t1", project_id="p1") == []
 
 
 def test_a_sink_is_named_by_its_class() -> None:

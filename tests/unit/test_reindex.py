@@ -42,6 +42,7 @@ class World:
         self.fence = MemoryFence(lambda: self.now_s)
         self.shadow = MemoryShadow(self.store)
         self.expected: dict[str, str] = {}
+        self.counters: dict[str, int] = {}
         self.write(*(f"r{number:04d}" for number in range(rows)))
 
     def sleep(self, seconds: float) -> None:
@@ -68,6 +69,7 @@ class World:
         wrap = (lambda target: target) if around is None else lambda target: Watched(target, around)
         handler = IndexRebuild(wrap(self.shadow), wrap(self.fence), Clock(lambda: self.now_s, self.sleep))
         handler.setup(Settings())
+        self.counters = handler.counters
         payload = {"collection": NAME, **payload}
         handler.handle(Job(id, "index_rebuild", "", "", payload, {}, "", "s", entry, 0))
 
@@ -326,8 +328,10 @@ def test_in_place_shuts_the_door_and_opens_it_again() -> None:
 
 
 def test_progress_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    world = World(50)
     with caplog.at_level("INFO"):
-        World(50).rebuild()
+        world.rebuild()
+    assert world.counters == {"rebuilds_done": 1, "rebuilt_rows": 50}
     assert f"{TABLE}: 20 of 50 rows, 40 %" in caplog.text
     assert "recall@10" in caplog.text
 
