@@ -1,6 +1,7 @@
 """What every test gets: no network for models, one Hypothesis profile, and no child left behind."""
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 # Children inherit it: a test that reached for a model hub would depend on somebody else's server.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# A shell that puts the suite into the background has it ignore interrupts, and so would every child.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline an example and no example database: a slow machine is no bug, and tests leave nothing behind.
 settings.register_profile("jobworker", deadline=None, database=None, print_blob=True)
