@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from jobworker.handlers import scalars
+from jobworker.handlers import filters, scalars
 from jobworker.handlers.vector_types import AnyHit, AnyRow, PermanentStoreError, Vector
 
 
@@ -117,7 +117,7 @@ class MemoryVectors:
             scalars.partition_name(tenant_id, project_id)
 
     def _of(self, name: str, tenant_id: str, project_id: str) -> list[AnyRow]:
-        scalars.scope_filter(tenant_id, project_id)
+        filters.of_scope(tenant_id, project_id)
         self._check_partition(tenant_id, project_id)
         self._dim(name)
         with self._lock:

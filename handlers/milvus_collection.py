@@ -8,6 +8,8 @@ from jobworker.handlers.vector_types import PermanentStoreError
 # Milvus 2.3.5 files an upserted row under the hash of its primary key instead of its partition key: a filter
 # on the key then finds next to nothing. Repaired late in 2.3.
 PARTITION_KEY_SINCE = (2, 4)
+# Values of a filter beside its text; before, a brace in a filter is an error.
+TEMPLATES_SINCE = (2, 5)
 
 
 class Server(NamedTuple):
@@ -19,9 +21,17 @@ class Server(NamedTuple):
     @property
     def keeps_partition_keys(self) -> bool:
         """Return whether upserts go where a filter on the partition key looks for them."""
+        return self.lite or self._is_since(PARTITION_KEY_SINCE)
+
+    @property
+    def takes_templates(self) -> bool:
+        """Return whether a filter may have names in the place of values."""
+        return not self.lite and self._is_since(TEMPLATES_SINCE)
+
+    def _is_since(self, since: tuple[int, int]) -> bool:
         number = re.search(r"(\d+)\.(\d+)", self.version)
         # A cloud service that gives no number is a recent one.
-        return self.lite or number is None or (int(number[1]), int(number[2])) >= PARTITION_KEY_SINCE
+        return number is None or (int(number[1]), int(number[2])) >= since
 
 
 class Known(NamedTuple):

@@ -10,6 +10,7 @@ from pymilvus import DataType, MilvusClient
 from pymilvus.exceptions import MilvusException
 
 from jobworker.handlers import scalars
+from jobworker.handlers.filters import Filter
 from jobworker.handlers.milvus_collection import Server
 from jobworker.handlers.milvus_errors import RAISED, classify
 
@@ -70,6 +71,10 @@ class MilvusLink:
         """Return what answers; connects if need be, raises VectorStoreError as `attempt` does."""
         self.attempt("connect", lambda client: None)
         return self._server
+
+    def arguments(self, where: Filter) -> dict[str, Any]:
+        """Return a filter as the server takes it; connects if need be, raises as `attempt` does."""
+        return where.arguments(templates=self.server().takes_templates)
 
     def close(self) -> None:
         """Give the connection back; the next call would make a new one."""

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from jobworker.handlers import scalars
+from jobworker.handlers import filters, scalars
+from jobworker.handlers.filters import EVERYTHING, Filter
 from jobworker.handlers.milvus_collection import known_of
 from jobworker.handlers.milvus_errors import NoCollection, NotLoaded
 from jobworker.handlers.milvus_tables import MilvusTables, milvus_link, once
@@ -64,8 +65,7 @@ class MilvusShadow:
 
     def page(self, table: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[Record]:
         """See `ShadowStore.page`. A server gives rows of a limited query in order, Lite only when told."""
-        # No id is empty or holds what would need an escape.
-        where = f'id > "{scalars.check_id("id", after)}"' if after else 'id > ""'
+        where = filters.behind(after)
         order = {"iterator": "True"} if self._link.server().lite else {}
         try:
             rows = self._query(table, where, fields, limit=limit, **order)
@@ -82,15 +82,16 @@ class MilvusShadow:
     def fetch(self, table: str, ids: Sequence[str]) -> list[Record]:
         """See `ShadowStore.fetch`."""
         parts = scalars.chunks(ids, MAX_REQUEST_ROWS)
-        return [row for part in parts for row in self._query(table, scalars.ids_filter(part), ("*",))]
+        return [row for part in parts for row in self._query(table, filters.of_ids(part), ("*",))]
 
-    def _query(self, table: str, where: str, fields: Sequence[str], **more: Any) -> list[Record]:
+    def _query(self, table: str, where: Filter, fields: Sequence[str], **more: Any) -> list[Record]:
+        more |= {"timeout": self._timeout_s, **STRONG}
         return self._loaded(
             table,
             lambda client: [
                 dict(row)
                 for row in client.query(
-                    table, filter=where, output_fields=list(fields), timeout=self._timeout_s, **STRONG, **more
+                    table, output_fields=list(fields), **self._link.arguments(where), **more
                 )
             ],
         )
@@ -126,17 +127,17 @@ class MilvusShadow:
     def remove(self, table: str, ids: Sequence[str]) -> None:
         """See `ShadowStore.remove`."""
         for part in scalars.chunks(ids, MAX_REQUEST_ROWS):
-            where = scalars.ids_filter(part)
+            where = filters.of_ids(part)
             self._loaded(
                 table,
                 lambda client, where=where: client.delete(  # type: ignore[misc]
-                    table, filter=where, timeout=self._timeout_s
+                    table, timeout=self._timeout_s, **self._link.arguments(where)
                 ),
             )
 
     def count(self, table: str) -> int:
         """See `ShadowStore.count`."""
-        return int(self._query(table, "", ["count(*)"])[0]["count(*)"])
+        return int(self._query(table, EVERYTHING, ["count(*)"])[0]["count(*)"])
 
     def seal(self, table: str) -> None:
         """See `ShadowStore.seal`."""

@@ -1,7 +1,7 @@
-"""What a row may look like: schemas of the collections, checks of rows, and filters from checked ids."""
+"""What a row may look like: schemas of the collections, and checks of ids, names and rows."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -103,23 +103,6 @@ def partition_name(tenant_id: str, project_id: str) -> str:
         f"tenant {tenant_id} and project {project_id} cannot name a Milvus partition, which takes only "
         "letters, digits and _: use --milvus-partitions key"
     )
-
-
-def quoted(values: Iterable[str]) -> str:
-    """Return checked ids as literals; no character that `check_id` lets through needs an escape."""
-    return ", ".join(f'"{check_id("id", value)}"' for value in values)
-
-
-def scope_filter(tenant_id: str, project_id: str) -> str:
-    """Return the filter that keeps to one tenant and project."""
-    check_id("tenant_id", tenant_id)
-    check_id("project_id", project_id)
-    return f'tenant_id == "{tenant_id}" and project_id == "{project_id}"'
-
-
-def ids_filter(ids: Iterable[str]) -> str:
-    """Return the filter for rows by id, of any tenant; Milvus answers it by point reads."""
-    return f"id in [{quoted(ids)}]"
 
 
 def check_vector(vector: object, dim: int) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from jobworker.handlers import scalars
+from jobworker.handlers import filters, scalars
+from jobworker.handlers.filters import EVERYTHING, Filter
 from jobworker.handlers.milvus_collection import Known, known_of
 from jobworker.handlers.milvus_errors import NoCollection, NotLoaded
 from jobworker.handlers.milvus_tables import MilvusTables, milvus_link, once
@@ -106,7 +107,7 @@ class MilvusVectors:
     ) -> list[AnyHit]:
         """Return the nearest rows; see VectorStore."""
         schema = scalars.schema_of(name)
-        where = scalars.scope_filter(tenant_id, project_id)
+        where = filters.of_scope(tenant_id, project_id)
         data = [scalars.check_vector(vector, self._dim(name)).tolist()]
         ef = max(SEARCH_EF, scalars.check_limit(limit))
         partition = self._existing_partition(name, tenant_id, project_id)
@@ -117,12 +118,12 @@ class MilvusVectors:
             lambda client: client.search(
                 self._full(name),
                 data=data,
-                filter=where,
                 limit=limit,
                 output_fields=list(schema.hit_fields[2:]),
                 search_params={"metric_type": "COSINE", "params": {"ef": ef}},
                 partition_names=partition,
                 timeout=self._timeout_s,
+                **self._link.arguments(where),
                 **consistency(strong),
             ),
         )
@@ -133,14 +134,14 @@ class MilvusVectors:
     ) -> list[AnyRow]:
         """Return rows by id; see VectorStore."""
         schema, known = scalars.schema_of(name), self._know(name)
-        where = scalars.scope_filter(tenant_id, project_id)
+        where = filters.of_scope(tenant_id, project_id)
         wanted = list(dict.fromkeys(ids))
         fields = [field for field in schema.row_fields if field != "version" or known.takes_version]
         found: dict[str, AnyRow] = {}
         for part in scalars.chunks(wanted, MAX_READ_ROWS):
-            by_id = scalars.ids_filter(part)
+            by_id = filters.of_ids(part)
             # Lite reads ids alone point by point, and every row for anything more (153 ms at 12,660 rows).
-            only = by_id if self._link.server().lite else f"{by_id} and {where}"
+            only = by_id if self._link.server().lite else by_id & where
             rows = (scalars.row_of(schema, row) for row in self._query(name, only, fields, strong=strong))
             found.update((row.id, row) for row in rows if scalars.owner(row) == (tenant_id, project_id))
         return [found[row_id] for row_id in wanted if row_id in found]
@@ -149,18 +150,17 @@ class MilvusVectors:
         """Return the versions of rows by id; see VectorStore."""
         found: dict[str, int] = {}
         for part in scalars.chunks(list(dict.fromkeys(ids)), MAX_REQUEST_ROWS):
-            found |= self._versions(name, scalars.ids_filter(part), tenant_id, project_id)
+            found |= self._versions(name, filters.of_ids(part), tenant_id, project_id)
         return found
 
     def chapter_versions(
         self, name: str, chapter_id: str, *, tenant_id: str, project_id: str
     ) -> dict[str, int]:
         """Return the versions of a chapter's rows by id; see VectorStore."""
-        chapter = f'chapter_id == "{scalars.check_id("chapter_id", chapter_id)}"'
-        where = f"{chapter} and {scalars.scope_filter(tenant_id, project_id)}"
+        where = filters.of_chapter(chapter_id) & filters.of_scope(tenant_id, project_id)
         return self._versions(name, where, tenant_id, project_id)
 
-    def _versions(self, name: str, where: str, tenant_id: str, project_id: str) -> dict[str, int]:
+    def _versions(self, name: str, where: Filter, tenant_id: str, project_id: str) -> dict[str, int]:
         fields = ["id", "tenant_id", "project_id", *(["version"] if self._know(name).takes_version else [])]
         rows = self._query(name, where, fields, strong=True)
         own = (row for row in rows if (row["tenant_id"], row["project_id"]) == (tenant_id, project_id))
@@ -168,19 +168,19 @@ class MilvusVectors:
 
     def delete(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> None:
         """Remove rows by id; see VectorStore."""
-        where = scalars.scope_filter(tenant_id, project_id)
+        where = filters.of_scope(tenant_id, project_id)
         for part in scalars.chunks(list(dict.fromkeys(ids)), MAX_REQUEST_ROWS):
-            both = f"{scalars.ids_filter(part)} and {where}"
+            both = filters.of_ids(part) & where
             self._call(
                 name,
                 lambda client, both=both: client.delete(  # type: ignore[misc]
-                    self._full(name), filter=both, timeout=self._timeout_s
+                    self._full(name), timeout=self._timeout_s, **self._link.arguments(both)
                 ),
             )
 
     def count(self, name: str) -> int:
         """Return the number of rows of all tenants; see VectorStore."""
-        return int(self._query(name, "", ["count(*)"], strong=True)[0]["count(*)"])
+        return int(self._query(name, EVERYTHING, ["count(*)"], strong=True)[0]["count(*)"])
 
     def close(self) -> None:
         """Give the connection back; the next call would make a new one."""
@@ -189,15 +189,15 @@ class MilvusVectors:
     # ---- reading and writing
 
     def _query(
-        self, name: str, where: str, fields: list[str], *, strong: bool = False
+        self, name: str, where: Filter, fields: list[str], *, strong: bool = False
     ) -> list[dict[str, Any]]:
         return self._call(
             name,
             lambda client: client.query(
                 self._full(name),
-                filter=where,
                 output_fields=fields,
                 timeout=self._timeout_s,
+                **self._link.arguments(where),
                 **consistency(strong),
             ),
         )
@@ -205,7 +205,7 @@ class MilvusVectors:
     def _refuse_foreign(self, name: str, rows: Sequence[AnyRow]) -> None:
         """Refuse ids of others before anything is written; by primary key alone, which is a point read."""
         for part in scalars.chunks(rows, MAX_REQUEST_ROWS):
-            where = scalars.ids_filter(row.id for row in part)
+            where = filters.of_ids(row.id for row in part)
             found = self._query(name, where, ["id", "tenant_id", "project_id"])
             owners = {row["id"]: (row["tenant_id"], row["project_id"]) for row in found}
             scalars.refuse_foreign(name, part, owners)
