@@ -79,17 +79,19 @@ def load_handlers(settings: Settings) -> dict[str, BoundHandler]:
     for target in settings.handlers.values():
         if target not in made:
             made[target] = _make(target)
+    return set_up({kind: made[target] for kind, target in settings.handlers.items()}, settings)
+
+
+def set_up(handlers: Mapping[str, Any], settings: Settings) -> dict[str, BoundHandler]:
+    """Let each object be set up, once though it may serve several types; those that need a model which this
+    worker is not to hold are left out."""
     if settings.device == NO_MODEL:
-        made = {target: one for target, one in made.items() if not getattr(one, "needs_model", False)}
-    for handler in made.values():
+        handlers = {kind: one for kind, one in handlers.items() if not getattr(one, "needs_model", False)}
+    for handler in {id(one): one for one in handlers.values()}.values():
         setup = getattr(handler, "setup", None)
         if setup is not None:
             setup(settings)
-    return {
-        kind: BoundHandler(kind, made[target], settings.job_timeout_s)
-        for kind, target in settings.handlers.items()
-        if target in made
-    }
+    return {kind: BoundHandler(kind, one, settings.job_timeout_s) for kind, one in handlers.items()}
 
 
 def _make(target: str) -> Any:

@@ -80,10 +80,14 @@ class _Read:
 
 
 class MemoryServer:
-    """What stores share: streams, groups and ZSETs, and the clock (unix seconds) they are kept by."""
+    """What stores share: streams, groups and ZSETs, and the clock (unix seconds) they are kept by.
 
-    def __init__(self, wall_now_s: Callable[[], float] = time.time) -> None:
+    Not ``blocking``: a read that finds nothing new is answered at once, whatever it was ready to wait.
+    """
+
+    def __init__(self, wall_now_s: Callable[[], float] = time.time, *, blocking: bool = True) -> None:
         self.wall_now_s = wall_now_s
+        self.blocking = blocking
         self.lock = threading.RLock()
         #: Types that an operator has paused.
         self.paused: set[str] = set()
@@ -185,7 +189,7 @@ class MemoryStore:
             group.waiting.append(read)
             self._server.serve(self._server.stream(source.stream), group)
             if read.answer is None:
-                if block_ms > 0:
+                if block_ms > 0 and self._server.blocking:
                     read.timer.start()
                 else:
                     read.give([])

@@ -87,25 +87,33 @@ class Reader:
 
     def run(self) -> None:
         """Go round until drained. A store that does not answer is waited for; jobs in flight are kept."""
-        while not (self._draining and not self._lanes):
-            now = self._mono_s()
-            if now - self._reported_at >= _REPORT_EVERY_S:
-                self._report(now)
-            if now < self._retry_at:
-                self._wait(self._retry_at - now)
-                continue
-            try:
-                self._turn(now)
-                self._failures = 0
-                self._trouble = None
-            except StoreUnavailable as error:
-                self._back_off(error)
+        while not self.drained:
+            self.go_round(_REPORT_EVERY_S)
         self._hand_back()
-        self._report(self._mono_s())
+        self.report()
 
-    def _turn(self, now: float) -> None:
+    @property
+    def drained(self) -> bool:
+        """Whether it was told to drain and no worker is left."""
+        return self._draining and not self._lanes
+
+    def go_round(self, sleep_s: float) -> None:
+        """One round of the loop, which waits at most so long for something to happen."""
+        now = self._mono_s()
+        if now - self._reported_at >= _REPORT_EVERY_S:
+            self.report()
+        if now < self._retry_at:
+            return self._wait(min(sleep_s, self._retry_at - now))
+        try:
+            self._turn(now, sleep_s)
+            self._failures = 0
+            self._trouble = None
+        except StoreUnavailable as error:
+            self._back_off(error)
+
+    def _turn(self, now: float, sleep_s: float) -> None:
         if not self._briefed:
-            return self._wait(_REPORT_EVERY_S)
+            return self._wait(sleep_s)
         if not self._connected:
             self._connect()
         elif now - self._heeded_at >= _PAUSES_EVERY_S:
@@ -123,7 +131,7 @@ class Reader:
             self._read_more(now)
         if now - self._renewed_at > self._settings.lease_s / 3:
             self._keep_leases(now)
-        self._wait(_REPORT_EVERY_S)
+        self._wait(sleep_s)
         if self._answer_by and min(self._answer_by.values()) < self._mono_s():
             raise StoreUnavailable("a blocking read was not answered in time")
 
@@ -218,8 +226,9 @@ class Reader:
         self._answer_by.clear()
         self._store.abandon_reads()
 
-    def _report(self, now: float) -> None:
-        self._reported_at = now
+    def report(self) -> None:
+        """Tell the supervisor what was counted."""
+        self._reported_at = self._mono_s()
         for number, kind in enumerate(self._settings.handlers):
             self._tally.gauge("z_novel_circuit_open", (kind,), float(self._backlog.paused(number)))
             self._tally.gauge("z_novel_paused", (kind,), float(number in self._backlog.halted))

@@ -54,7 +54,7 @@ class Reaper:
         ready = False
         while True:
             try:
-                sleep_s = self._turn(self._mono_s())
+                sleep_s = self.go_round(self._mono_s())
                 self._trouble, self._failures = None, 0
                 ready = ready or self._link.send(Ready())
             except StoreUnavailable as error:
@@ -64,8 +64,8 @@ class Reaper:
                 self._store.close()
                 return
 
-    def _turn(self, now: float) -> float:
-        """Everything that is due; returns how long to sleep (seconds)."""
+    def go_round(self, now: float) -> float:
+        """Do everything that is due; returns how long to sleep (seconds). Raises as the store does."""
         sleep_s = min([_LOOK_EVERY_S, *(self._promote(source.stream) for source in self._settings.streams)])
         if now - self._counted_at >= _COUNT_EVERY_S:
             self._counted_at = now

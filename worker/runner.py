@@ -85,23 +85,31 @@ class Runner:
 
     def run(self) -> None:
         """Until told to stop; what was not started then stays for the reader to hand to another."""
+        self.begin()
+        while not self.stop:
+            self.go_round(_REPORT_EVERY_S)
+        self._channel.phase = STOPPING
+        self._channel.wake_reader()
+        self.report()
+
+    def begin(self) -> None:
+        """Say that jobs may come."""
         self._channel.appetite = self._lookahead
         self._channel.beat(self._mono_s())
         self._channel.phase = READY
         self._channel.wake_reader()
-        while not self.stop:
-            now = self._mono_s()
-            self._channel.beat(now)
-            self._take()
-            if self._waiting:
-                self._run_next()
-            else:
-                self._idle(now)
-            if now - self._reported_at > _REPORT_EVERY_S:
-                self._report(now)
-        self._channel.phase = STOPPING
-        self._channel.wake_reader()
-        self._report(self._mono_s())
+
+    def go_round(self, sleep_s: float) -> None:
+        """One round of the loop: run what goes together, or wait at most so long for jobs."""
+        now = self._mono_s()
+        self._channel.beat(now)
+        self._take()
+        if self._waiting:
+            self._run_next()
+        else:
+            self._idle(now, sleep_s)
+        if now - self._reported_at > _REPORT_EVERY_S:
+            self.report()
 
     def _take(self) -> None:
         """Move frames from the ring into the queue, a few ahead, giving their space back at once."""
@@ -119,12 +127,12 @@ class Runner:
             if len(self._waiting) >= self._lookahead:
                 return
 
-    def _idle(self, now: float) -> None:
+    def _idle(self, now: float, sleep_s: float) -> None:
         self._tell()
         if now - self._checked_at > _HEALTH_EVERY_S:
             self._checked_at = now
             self._check_health()
-        self._channel.wait_for_jobs(_REPORT_EVERY_S, self._link.fileno())
+        self._channel.wait_for_jobs(sleep_s, self._link.fileno())
         self._listen()
 
     def _listen(self) -> None:
@@ -307,8 +315,9 @@ class Runner:
                 return
         self._trouble = None
 
-    def _report(self, now: float) -> None:
-        self._reported_at = now
+    def report(self) -> None:
+        """Tell the supervisor what was counted, the handlers' own counters too."""
+        self._reported_at = self._mono_s()
         for handler in self._handlers.values():
             for name, total in handler.counters.items():
                 key = (id(handler.counters), name)  # one handler may serve several types

@@ -1,7 +1,6 @@
 """What a reader is told and what its store answers may be there in the same instant, in either order."""
 
 import contextlib
-import time
 
 from jobworker.worker.channel import READY, Channel
 from jobworker.worker.keys import Source
@@ -24,7 +23,7 @@ def test_a_drain_that_is_heard_before_the_answer_to_a_read_ends_the_read() -> No
         ours.send(Attach(0, 1), channel.fds)
         ours.send(Briefed())
         for _ in range(2):  # the first turn is briefed, the second connects and begins to read
-            reader._turn(time.monotonic())
+            reader.go_round(sleep_s=0.25)
         assert reader._store.reading(SOURCE)
         # Descriptors are reported in the order in which they became readable.
         ours.send(Drain())
