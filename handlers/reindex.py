@@ -40,6 +40,8 @@ class IndexRebuild:
     # Rows by the million take hours; a stuck request has limits of its own.
     timeout = 24 * 3600.0
     needs_model = True
+    # Nothing is to wait for hours behind it in its worker.
+    alone = True
 
     def __init__(
         self,

@@ -98,13 +98,16 @@ class Breaker:
 
 
 class Backlog:
-    """Queues in order of arrival. ``ready`` may be handed to any worker, ``suspects`` one at a time."""
+    """Queues in order of arrival. ``ready`` may be handed to any worker, ``suspects`` one at a time to
+    an empty one: jobs that may kill it, and those that would keep others waiting for minutes."""
 
     def __init__(self, kinds: Sequence[str]) -> None:
         self.ready: deque[Arrival] = deque()
         self.suspects: deque[Arrival] = deque()
         #: Types that an operator has paused.
         self.halted: set[int] = set()
+        # One bit a type, by its number: these go as suspects do.
+        self._loners = 0
         self._held = [Shelf() for _ in kinds]
         self._breakers = [Breaker() for _ in kinds]
         # For each job that was excused: how often, and after how many recoveries of its type the last time.
@@ -120,10 +123,21 @@ class Backlog:
         """Queue a job behind those of its sort."""
         if self._breakers[arrival.kind].open or arrival.kind in self.halted:
             self._held[arrival.kind].put(arrival)
-        elif arrival.alone:
-            self.suspects.append(arrival)
         else:
-            self.ready.append(arrival)
+            self._queue_of(arrival).append(arrival)
+
+    def single_out(self, kinds: int) -> None:
+        """From now on hand out jobs of these types, a bit each, to empty workers only, and alone."""
+        if kinds & ~self._loners:
+            self._loners |= kinds
+            queued = list(self.ready)
+            self.ready.clear()
+            for arrival in queued:
+                self._queue_of(arrival).append(arrival)
+
+    def _queue_of(self, arrival: Arrival) -> deque[Arrival]:
+        alone = arrival.alone or self._loners >> arrival.kind & 1
+        return self.suspects if alone else self.ready
 
     def take(self, count: int, refused: int = 0) -> list[Arrival]:
         """The first jobs, at most ``count``, of types whose bit is not in ``refused``; the others stay."""
@@ -219,4 +233,4 @@ class Backlog:
         """Move held jobs to where they would be if their type had not been paused."""
         for _ in range(count):
             arrival = self._held[kind].take()
-            (self.suspects if arrival.alone else self.ready).append(arrival)
+            self._queue_of(arrival).append(arrival)

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
 import setproctitle
@@ -128,7 +129,8 @@ def _run_worker(settings: Settings, link: Link, channel: Channel) -> None:
         raise SystemExit(Exit.BOOT_FAILED)
     streams = [source.stream for source in settings.streams]
     refused = [kind not in handlers for kind in settings.handlers]
-    channel.refused = sum(1 << number for number, unfit in enumerate(refused) if unfit)
+    channel.refused = _mask(refused)
+    channel.loners = _mask(kind in handlers and handlers[kind].alone for kind in settings.handlers)
     runner = Runner(channel, link, handlers, streams, linger_s=settings.linger_s)
 
     def stop(*_: object) -> None:
@@ -141,6 +143,11 @@ def _run_worker(settings: Settings, link: Link, channel: Channel) -> None:
     # Not through the interpreter's shutdown: threads of torch or gRPC may hold that up or crash in it.
     sys.stderr.flush()
     os._exit(0)
+
+
+def _mask(flags: Iterable[bool]) -> int:
+    """A bit for each type, as far as there are bits."""
+    return sum(1 << number for number, flag in enumerate(flags) if flag and number < REFUSABLE)
 
 
 def _set_up(settings: Settings, link: Link) -> dict[str, BoundHandler] | None:

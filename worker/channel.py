@@ -20,13 +20,13 @@ _FRAME_SLACK_BYTES = 320 * 1024
 
 (
     _JOBS_HEAD, _JOBS_TAIL, _OUT_HEAD, _OUT_TAIL, _TABLE_TAIL, _TABLE_TAKEN, _PHASE, _APPETITE, _FINISHED,
-    _REFUSED,
-) = range(10)  # fmt: skip
+    _REFUSED, _LONERS,
+) = range(11)  # fmt: skip
 # Floats from here on: seconds of the monotonic clock, which all processes of a host share.
 _DEADLINE, _BEAT, _SINCE = range(16, 19)
 
 STARTING, READY, STOPPING = 0, 1, 2
-#: Types that a worker can refuse: the first so many, a bit of one word each.
+#: Types of which a worker can say something: the first so many, a bit of one word each.
 REFUSABLE = 64
 
 
@@ -70,7 +70,7 @@ class Channel:
 
     @property
     def appetite(self) -> int:
-        """How many jobs the hungriest handler takes at once (written by the worker)."""
+        """How many jobs are taken at once of the type at hand (written by the worker)."""
         return int(self._words[_APPETITE])
 
     @appetite.setter
@@ -85,6 +85,16 @@ class Channel:
     @refused.setter
     def refused(self, kinds: int) -> None:
         self._words[_REFUSED] = kinds
+
+    @property
+    def loners(self) -> int:
+        """One bit a type, by its number: whose jobs are given nothing to wait behind them, and wait behind
+        nothing (written by the worker before READY)."""
+        return int(self._words[_LONERS])
+
+    @loners.setter
+    def loners(self, kinds: int) -> None:
+        self._words[_LONERS] = kinds
 
     @property
     def finished(self) -> int:

@@ -28,6 +28,7 @@ class Handler(Protocol):
       the sum of their limits.
     - ``timeout``: seconds a job may take (default: the service's ``--job-timeout``).
     - ``healthy()``: raises while something that the handler needs does not answer.
+    - ``alone = True``: its jobs may take minutes, so no other job waits behind one in the same worker.
     - ``needs_model = True``: where GPUs hold the model, a worker without a place on one does not run it.
     - ``counters``: a mapping of running totals, exported as metrics.
     """
@@ -45,6 +46,7 @@ class BoundHandler:
         self.timeout_s = float(getattr(handler, "timeout", default_timeout_s))
         self.batch_timeout_s = float(getattr(handler, "batch_timeout", math.inf))
         batch = getattr(handler, "handle_batch", None)
+        self.alone = bool(getattr(handler, "alone", False))
         self.max_batch = max(1, int(getattr(handler, "max_batch", 32))) if batch else 1
         self.handle: Callable[[Job], None] = getattr(handler, "handle", None) or _alone(batch)
         self.handle_batch: Callable[[Sequence[Job]], Sequence[BaseException | None]] | None = batch

@@ -30,11 +30,12 @@ class Lane:
         self.table = channel.table
         self.gone: Gone | None = None
         self.retired = False
-        self.alone = False
         self._finished = 0
         self._measured_at = mono_now_s
         self._pace = 0.0
         self._find_head()
+        #: Whether what it runs is not to have anything wait behind it.
+        self.alone = any(channel.loners >> held.kind & 1 for held in self.table.unsettled())
         channel.wake_worker()
 
     def _find_head(self) -> None:

@@ -10,6 +10,8 @@ import random
 import selectors
 import time
 from collections.abc import Callable, Iterator
+from functools import reduce
+from operator import or_
 
 from .backlog import Backlog
 from .channel import Channel, drained
@@ -270,6 +272,7 @@ class Reader:
     # -- jobs out
 
     def _hand_out(self) -> None:
+        self._backlog.single_out(reduce(or_, (lane.channel.loners for lane in self._lanes), 0))
         self._hand_out_suspects()
         waiting = self._backlog.ready
         unfit: list[Lane] = []
@@ -294,7 +297,8 @@ class Reader:
         return len(self._backlog.ready) if idle else 0
 
     def _hand_out_suspects(self) -> None:
-        """A job that may kill its worker gets an empty one and no mates."""
+        """A job that may kill its worker, or would keep it from others for long, gets an empty one and no
+        mates."""
         suspects = self._backlog.suspects
         for lane in self._lanes:
             if lane.alone and not len(lane.table) and not lane.gone:

@@ -94,7 +94,7 @@ class Runner:
 
     def begin(self) -> None:
         """Say that jobs may come."""
-        self._channel.appetite = self._lookahead
+        self._channel.appetite = min((handler.max_batch for handler in self._handlers.values()), default=1)
         self._channel.beat(self._mono_s())
         self._channel.phase = READY
         self._channel.wake_reader()
@@ -146,6 +146,7 @@ class Runner:
     def _run_next(self) -> None:
         """Start the oldest waiting job, with others of its type where the handler takes several."""
         handler = self._handlers[self._waiting[0].envelope.type]
+        self._ask_for(handler.max_batch)
         if handler.handle_batch is None:
             self._run_singly(handler)
         else:
@@ -157,6 +158,15 @@ class Runner:
             not self._waiting or self._mono_s() - self._untold_since > _TELL_AFTER_S
         ):
             self._tell()
+
+    def _ask_for(self, jobs: int) -> None:
+        """Let the reader keep some batches of the type at hand here, and not more: jobs that wait behind
+        others here are not taken by an idle worker, of this host or another."""
+        if jobs == self._channel.appetite:
+            return
+        self._channel.appetite, more = jobs, jobs > self._channel.appetite
+        if more:
+            self._channel.wake_reader()
 
     def _await_company(self, handler: BoundHandler) -> None:
         """Wait a moment for more jobs, where nothing but part of a batch is there."""

@@ -88,6 +88,12 @@ class Gate(Recorded):
             time.sleep(0.005)  # a file that another process makes has no event without inotify
 
 
+class Hermit(Gate):
+    """The same, with nobody behind it."""
+
+    alone = True
+
+
 class Flaky(Recorded):
     """Fails until it has been retried ``payload.times`` times."""
 

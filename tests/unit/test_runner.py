@@ -181,6 +181,21 @@ def test_a_batch_is_limited_in_bytes_as_its_handler_says_at_the_time(desk: Calla
     assert worker.states() == [SUCCEEDED] * 7
 
 
+def test_a_worker_asks_for_as_many_as_it_takes_of_the_type_at_hand(desk: Callable[..., Desk]) -> None:
+    asked: list[int] = []
+
+    def look(jobs: Any) -> Any:
+        asked.append(worker.channel.appetite)
+        return [None] * len(jobs)
+
+    single = Single()
+    single.handle = lambda job: look([job])  # type: ignore[method-assign]
+    worker = desk(single=single, batch=Batch(answer=look))
+    worker.hand("single", "batch", "batch", "single")
+    worker.run()
+    assert asked == [1, Batch.max_batch, 1]
+
+
 def test_company_that_comes_within_the_linger_goes_along(desk: Callable[..., Desk]) -> None:
     log: list[Any] = []
     worker = desk(20.0, a=Batch(log))
