@@ -2,11 +2,9 @@
 
 import base64
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -26,12 +24,9 @@ from .cli_common import (
     table,
     verb,
 )  # fmt: skip
-from .dead_letters import Choice, Letter, fresh_job, read_letter
-from .operator_store import START, OperatorStore, order_of, walk
-from .store import Entry
+from .dead_desk import AT_ONCE, DeadDesk, Errand, aged
+from .dead_letters import Choice, Letter
 
-#: Letters moved between two looks at the clock: a script each, some 10 ms of the server's time together.
-_AT_ONCE = 100
 #: With --rate, lots are made so small that one goes out about so many times a second.
 _LOTS_PER_S = 10.0
 #: Letters without a job that are named one by one; of the others only the number is said.
@@ -66,8 +61,8 @@ def _choosing(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-class _Desk:
-    """The dead letters of some streams and a choice among them."""
+class _Desk(DeadDesk):
+    """The desk as the options ask for it."""
 
     def __init__(
         self, url: str, streams: Sequence[str], ids: Sequence[str], reasons: Sequence[str],
@@ -76,45 +71,11 @@ class _Desk:
     ) -> None:  # fmt: skip
         from .redis_operator import RedisOperatorStore
 
-        self.store: OperatorStore = RedisOperatorStore(url)
-        self.streams = [source.stream for source in sources_of(streams, need_group=False)]
+        store = RedisOperatorStore(url)
+        names = [source.stream for source in sources_of(streams, need_group=False)]
         choice = Choice(frozenset(ids), frozenset(reasons), frozenset(types), frozenset(tenants), error)
-        self.now_s = self.store.wall_now_s(self.streams[0])
-        self.choice = replace(
-            choice,
-            before_wall_s=math.inf if older_than is None else self.now_s - older_than,
-            after_wall_s=0.0 if newer_than is None else self.now_s - newer_than,
-        )
-
-    def newest_first(self) -> Iterator[Letter]:
-        """Every chosen letter of every stream."""
-        for stream in self.streams:
-
-            def page(before: bytes, count: int, stream: str = stream) -> list[Entry]:
-                return self.store.dead_before(stream, before, count)
-
-            for entries in walk(page):
-                yield from (one for one in self._read(stream, entries) if one in self.choice)
-
-    def oldest_first(self, stream: str, seen: Callable[[int], None]) -> Iterator[Letter]:
-        """Chosen letters that are there now: what is given up while we work is not met again."""
-        newest = self.store.dead_before(stream, START, 1)
-        last = order_of(newest[0].id) if newest else (0, 0)
-
-        def page(after: bytes, count: int) -> list[Entry]:
-            return self.store.dead_after(stream, after, count)
-
-        for entries in walk(page):
-            for letter in self._read(stream, entries):
-                if order_of(letter.id) > last:
-                    return
-                if letter in self.choice:
-                    yield letter
-                seen(1)
-
-    @staticmethod
-    def _read(stream: str, entries: Sequence[Entry]) -> Iterator[Letter]:
-        return (read_letter(stream, entry) for entry in entries)
+        self.now_s = store.wall_now_s(names[0])
+        super().__init__(store, names, aged(choice, self.now_s, older_than, newer_than))
 
     def refuse_everything(self, all_of_them: bool) -> None:
         if self.choice.everything and not all_of_them:
@@ -213,8 +174,8 @@ def _pace(rate: float | None) -> Iterator[int]:
     """How many may go out now, for ever; sleeps between two so that `rate` a second are not exceeded."""
     if rate is None:
         while True:
-            yield _AT_ONCE
-    lot = max(1, min(_AT_ONCE, int(rate / _LOTS_PER_S)))
+            yield AT_ONCE
+    lot = max(1, min(AT_ONCE, int(rate / _LOTS_PER_S)))
     mono_next_s = time.monotonic()
     while True:
         time.sleep(max(0.0, mono_next_s - time.monotonic()))  # the pace is what was asked for
@@ -222,56 +183,41 @@ def _pace(rate: float | None) -> Iterator[int]:
         yield lot
 
 
-class _Count:
-    """What became of the letters."""
+class _Report:
+    """An errand on a terminal: its progress, what it left, and how it ended."""
 
-    def __init__(self, word: str, dry_run: bool) -> None:
-        self.word = word
-        self.dry_run = dry_run
-        self.done = self.gone = self.skipped = 0
+    def __init__(self, word: str, errand: Errand) -> None:
+        self._word = word
+        self._errand = errand
 
-    def without_job(self, letter: Letter) -> None:
-        self.skipped += 1
-        if self.skipped <= _NAMED_AT_MOST:
+    def skipped(self, letter: Letter) -> None:
+        if self._errand.skipped <= _NAMED_AT_MOST:
             click.echo(f"left: {letter.id.decode()} ({clean(letter.reason)}) holds no job", err=True)
 
-    def report(self, as_json: bool, choice: Choice) -> None:
-        """Say it; exit code 1 where ids were given and something about them could not be done."""
-        if as_json:
-            say_json({self.word: self.done, "gone": self.gone, "skipped": self.skipped,
-                      "dry_run": self.dry_run})  # fmt: skip
-        else:
-            left = f", {self.skipped} left that hold no job" if self.skipped else ""
-            click.echo(f"{self.done} {'would be ' if self.dry_run else ''}{self.word}{left}")
-        if choice.ids and (self.skipped or not self.done):
-            sys.exit(BAD_NEWS)
-
-
-def _work(
-    desk: _Desk, count: _Count, rate: float | None, deal_with: Callable[[str, list[Letter]], list[bool]],
-    skip: Callable[[Letter], None] | None = None,
-) -> None:  # fmt: skip
-    """Go through the chosen letters in lots; what was done is said even where we are stopped half-way.
-    With `skip`, letters that hold no job are handed to it instead."""
-    total = sum(desk.store.dead_count(stream) for stream in desk.streams)
-    label = f"{count.word}{' (dry run)' if count.dry_run else ''}"
-    try:
+    def run(self, deed: Callable[[Callable[[int], None]], None]) -> None:
+        """Do it; what was done is said even where we are stopped half-way."""
+        label = f"{self._word}{' (dry run)' if self._errand.dry_run else ''}"
         hidden = not sys.stderr.isatty()
-        with click.progressbar(length=total, label=label, file=sys.stderr, hidden=hidden) as bar:
-            lots = _pace(None if count.dry_run else rate)
-            for stream in desk.streams:
-                chosen = desk.oldest_first(stream, bar.update)
-                while letters := list(islice(chosen, next(lots))):
-                    if skip is not None:
-                        for letter in (one for one in letters if one.task is None):
-                            skip(letter)
-                        letters = [letter for letter in letters if letter.task is not None]
-                    done = [True] * len(letters) if count.dry_run else deal_with(stream, letters)
-                    count.done += sum(done)
-                    count.gone += len(done) - sum(done)
-    except BaseException:
-        click.echo(f"\nstopped: {count.done} were {count.word}, the others are where they were", err=True)
-        raise
+        total = self._errand.desk.count()
+        try:
+            with click.progressbar(length=total, label=label, file=sys.stderr, hidden=hidden) as bar:
+                deed(bar.update)
+        except BaseException:
+            done = f"{self._errand.done} were {self._word}"
+            click.echo(f"\nstopped: {done}, the others are where they were", err=True)
+            raise
+
+    def say(self, as_json: bool) -> None:
+        """Exit code 1 where ids were given and something about them could not be done."""
+        errand = self._errand
+        if as_json:
+            say_json({self._word: errand.done, "gone": errand.gone, "skipped": errand.skipped,
+                      "dry_run": errand.dry_run})  # fmt: skip
+        else:
+            left = f", {errand.skipped} left that hold no job" if errand.skipped else ""
+            click.echo(f"{errand.done} {'would be ' if errand.dry_run else ''}{self._word}{left}")
+        if errand.desk.choice.ids and (errand.skipped or not errand.done):
+            sys.exit(BAD_NEWS)
 
 
 @verb(dlq)
@@ -297,13 +243,11 @@ def requeue(
     """
     desk = _Desk(url, **choice)
     desk.refuse_everything(all_of_them)
-    count = _Count("requeued", dry_run)
-
-    def send_again(stream: str, letters: list[Letter]) -> list[bool]:
-        return desk.store.requeue(stream, [(one.id, fresh_job(one.task)) for one in letters if one.task])
-
-    _work(desk, count, rate, send_again, skip=count.without_job)
-    count.report(as_json, desk.choice)
+    errand = Errand(desk, dry_run=dry_run)
+    report = _Report("requeued", errand)
+    lots = _pace(None if dry_run else rate)
+    report.run(lambda seen: errand.requeue(lots, seen, report.skipped))
+    report.say(as_json)
 
 
 @verb(dlq)
@@ -325,11 +269,7 @@ def purge(url: str, all_of_them: bool, dry_run: bool, yes: bool, as_json: bool, 
     desk.refuse_everything(all_of_them)
     if not dry_run:
         confirm("Delete the chosen dead letters for good?", yes)
-    count = _Count("purged", dry_run)
-
-    def delete(stream: str, letters: list[Letter]) -> list[bool]:
-        deleted = desk.store.purge(stream, [letter.id for letter in letters])
-        return [number < deleted for number in range(len(letters))]
-
-    _work(desk, count, None, delete)
-    count.report(as_json, desk.choice)
+    errand = Errand(desk, dry_run=dry_run)
+    report = _Report("purged", errand)
+    report.run(errand.purge)
+    report.say(as_json)

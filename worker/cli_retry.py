@@ -1,20 +1,14 @@
 """``jobworker retry``: jobs that wait for their next try."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
 from .cli_common import AS_JSON, BAD_NEWS, STREAMS, Verbs, clean, say_json, sources_of, span, table, verb
-from .operator_store import OperatorStore, Scheduled
-from .whereabouts import Named, read_named
-
-#: Jobs of one page: each comes with its bytes, which may be megabytes.
-_PAGE = 100
-#: Rounds through all that waits: retries that become due meanwhile shift the pages, and some are passed over.
-_ROUNDS = 10
+from .retry_desk import RetryDesk, Waiting
 
 
 @click.group("retry", cls=Verbs)
@@ -25,12 +19,6 @@ def retry() -> None:
     jobworker retry list
     jobworker retry now --type embedding_batch
     """
-
-
-class _Waiting(NamedTuple):
-    stream: str
-    scheduled: Scheduled
-    job: Named
 
 
 def _choosing(command: Callable[..., None]) -> Callable[..., None]:
@@ -44,23 +32,13 @@ def _choosing(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _waiting(
-    store: OperatorStore, streams: Sequence[str], ids: Sequence[str], types: Sequence[str],
-    tenants: Sequence[str],
-) -> Iterator[_Waiting]:  # fmt: skip
-    """The chosen jobs of all streams, soonest first in each."""
-    for stream in (source.stream for source in sources_of(streams, need_group=False)):
-        start = 0
-        while page := store.retries(stream, start, _PAGE):
-            start += len(page)
-            for scheduled in page:
-                job = read_named(scheduled.data)
-                if (
-                    (not ids or job.id in ids)
-                    and (not types or job.type in types)
-                    and (not tenants or job.tenant_id in tenants)
-                ):
-                    yield _Waiting(stream, scheduled, job)
+def _desk(
+    url: str, streams: Sequence[str], ids: Sequence[str], types: Sequence[str], tenants: Sequence[str]
+) -> RetryDesk:
+    from .redis_operator import RedisOperatorStore
+
+    names = [source.stream for source in sources_of(streams, need_group=False)]
+    return RetryDesk(RedisOperatorStore(url), names, frozenset(ids), frozenset(types), frozenset(tenants))
 
 
 @verb(retry, "list")
@@ -73,13 +51,11 @@ def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **choic
     \b
     jobworker retry list --tenant t001
     """
-    from .redis_operator import RedisOperatorStore
-
-    store = RedisOperatorStore(url)
-    found = list(islice(_waiting(store, streams, **choice), limit + 1 if limit else None))
+    desk = _desk(url, streams, **choice)
+    found = list(islice(desk.soonest_first(), limit + 1 if limit else None))
     more = bool(limit) and len(found) > limit
     found = found[:limit] if limit else found
-    now_s = store.wall_now_s(sources_of(streams, need_group=False)[0].stream)
+    now_s = desk.store.wall_now_s(desk.streams[0])
     if as_json:
         say_json({"retries": [_shown(one, now_s) for one in found], "more": more})
         return
@@ -99,7 +75,7 @@ def _due(in_s: float) -> str:
     return f"in {span(in_s)}" if in_s >= 0 else f"{span(-in_s)} ago"
 
 
-def _shown(one: _Waiting, now_s: float) -> dict[str, Any]:
+def _shown(one: Waiting, now_s: float) -> dict[str, Any]:
     return {
         "stream": one.stream, "job_id": one.job.id, "type": one.job.type, "tenant_id": one.job.tenant_id,
         "retry_count": one.job.retry_count, "deaths": one.job.deaths,
@@ -123,30 +99,12 @@ def now(
 
     Exit code 1: none of the ids given waits for a try.
     """
-    from .redis_operator import RedisOperatorStore
-
     if not (all_of_them or any(choice.values())):
         raise click.UsageError("which ones? Give ids, --type or --tenant, or --all")
-    store = RedisOperatorStore(url)
-    moved = 0
-    for _ in range(1 if dry_run else _ROUNDS):
-        found = _waiting(store, streams, **choice)
-        changed = 0
-        while some := list(islice(found, _PAGE)):
-            changed += len(some) if dry_run else _hasten(store, some)
-        moved += changed
-        if not changed:
-            break
+    moved = _desk(url, streams, **choice).try_now(dry_run=dry_run)
     if as_json:
         say_json({"hastened": moved, "dry_run": dry_run})
     else:
         click.echo(f"{moved} {'would be' if dry_run else 'are'} due now")
     if choice["ids"] and not moved:
         sys.exit(BAD_NEWS)
-
-
-def _hasten(store: OperatorStore, some: Sequence[_Waiting]) -> int:
-    streams = {one.stream for one in some}
-    return sum(
-        store.retry_now(name, [one.scheduled.data for one in some if one.stream == name]) for name in streams
-    )
