@@ -24,7 +24,7 @@ from jobworker.worker.notify import notify, reloading
 from jobworker.worker.options import ENV_PREFIX, service_options, settings_from
 from jobworker.worker.settings import Settings, parse_address
 from jobworker.worker.signals import SignalQueue
-from jobworker.worker.status import Desk, service_status
+from jobworker.worker.status import Desk, Headline, service_status
 from jobworker.worker.stores import Stores
 
 log = logging.getLogger("jobworker.supervisor")
@@ -53,6 +53,8 @@ class Supervisor:
         self._said_ready = False
         self._progress = 0
         self._desk = Desk()
+        self._headline = Headline(settings.procs)
+        self._said_status = ""
         self._server = HealthServer(
             parse_address(settings.metrics_addr), self._exposition, self.health, self._desk.ask
         )
@@ -86,7 +88,7 @@ class Supervisor:
         verdict = self._crew.turn(now)
         if verdict is None and self._mono_stop_by_s is not None:
             return self._draining(now)
-        self._tell_systemd()
+        self._tell_systemd(now)
         return verdict
 
     def _announce(self) -> None:
@@ -129,18 +131,27 @@ class Supervisor:
             return Exit.STOPPED
         return None
 
-    def _tell_systemd(self) -> None:
+    def _tell_systemd(self, now: float) -> None:
         health = self.health()
         if health.ready and not self._said_ready and not self._crew.exchanging:
             self._said_ready = True
             notify(READY="1")
             log.info("ready", extra={"workers": self._settings.procs})
-        notify(STATUS="; ".join(health.reasons) or f"{self._settings.procs} workers ready")
+        self._tell_status(health.reasons, now)
         if self._progress != self._crew.progress:
             self._progress = self._crew.progress
             notify(WATCHDOG="1")
 
     def _status(self) -> dict[str, Any]:
+    def _tell_status(self, reasons: list[str], now: float) -> None:
+        """Why it is not ready as soon as that changes; else how it does, now and then."""
+        if reasons and (text := "; ".join(reasons)) != self._said_status:
+            notify(STATUS=text)
+            self._said_status = text
+        elif not reasons and (self._said_status or self._headline.due(now)):
+            notify(STATUS=self._headline.make(self._exposition.totals(), now))
+            self._said_status = ""
+
         health = self.health()
         return {
             **service_status(self._settings, self._stores.redis_url),

@@ -10,13 +10,16 @@ from .cli_common import Verbs
 def main() -> None:
     """Look into a jobworker deployment, send it jobs, and mend it.
 
-    Every verb takes --redis-url (better given as JOBWORKER_REDIS_URL, which no process list shows), or the
-    --data-dir of a service on this machine that has brought its own store.
+    Every verb takes --redis-url (better given as JOBWORKER_REDIS_URL, which no process list shows), the
+    --config FILE of the service, or the --data-dir of a service on this machine that has brought its own
+    store.
 
     \b
     jobworker stats                            what waits, runs, is retried and was given up
     jobworker dlq requeue --reason timeout     send dead letters again
+    jobworker stats --config /etc/jobworker/jobworker.toml
     jobworker VERB --help                      more, with examples
+    eval "$(_JOBWORKER_COMPLETE=bash_source jobworker)"    Tab completes verbs and options (also zsh, fish)
 
     Exit codes: 0 done, 1 done and there is bad news, 2 bad usage, 5 the job store does not answer.
     """

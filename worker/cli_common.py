@@ -17,13 +17,17 @@ from .errors import ConfigurationError, Exit, StoreUnavailable
 from .keys import DEFAULT_SOURCES, Source
 from .log import redacted
 from .observe import Service, ask_all
-from .options import DATA_DIR, ENV_PREFIX, REDIS_URL
+from .options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, REDIS_URL
 from .settings import parse_source
 
 #: Exit code of a verb that was carried out and has bad news: nothing found, or something is wrong.
 BAD_NEWS = 1
 #: Where a service listens whose --metrics-addr was left alone.
 _METRICS_ADDR = "127.0.0.1:9464"
+_WHICH = (
+    "Give --redis-url (or JOBWORKER_REDIS_URL), the --config FILE of its service, or the --data-dir of a "
+    "service here"
+)
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 #: What may move a terminal's cursor or change its title; tenants' words go to the terminal too.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -47,6 +51,7 @@ class Verbs(click.Group):
             return super().invoke(context)
         except StoreUnavailable as error:
             click.echo(f"jobworker: {redacted(str(error))}", err=True)
+            click.echo("Is it running, and is it the one that is meant? " + _WHICH, err=True)
             context.exit(Exit.STORE_UNREACHABLE)
         except (ConfigurationError, ValueError) as error:
             click.echo(f"jobworker: {error}", err=True)
@@ -91,7 +96,7 @@ def verb(group: click.Group, name: str | None = None) -> Callable[[Callable[...,
         def with_url(redis_url: str, data_dir: str, **options: Any) -> None:
             command(_url(redis_url or str(_endpoints(data_dir).get("redis_url", ""))), **options)
 
-        return group.command(name)(REDIS_URL(DATA_DIR(with_url)))
+        return group.command(name)(CONFIG_OF_SERVICE(REDIS_URL(DATA_DIR(with_url))))
 
     return decorate
 
@@ -110,7 +115,9 @@ def verb_on_deployment(group: click.Group) -> Callable[[Callable[..., None]], cl
             milvus_uri = str(known.get("milvus_uri", ""))
             command(Deployment(url, metrics_urls or (usual,), not metrics_urls, milvus_uri), **options)
 
-        return group.command()(REDIS_URL(DATA_DIR(METRICS_URL(_METRICS_ADDR_ENV(with_both)))))
+        for option in (_METRICS_ADDR_ENV, METRICS_URL, DATA_DIR, REDIS_URL, CONFIG_OF_SERVICE):
+            with_both = option(with_both)
+        return group.command()(with_both)
 
     return decorate
 
@@ -128,9 +135,7 @@ def _endpoints(data_dir: str) -> dict[str, Any]:
 def _url(url: str) -> str:
     """The url, if there is one. Raises `ConfigurationError` where nothing says which store."""
     if not url:
-        raise ConfigurationError(
-            "which deployment? Give --redis-url (or JOBWORKER_REDIS_URL), or the --data-dir of a service here"
-        )
+        raise ConfigurationError(f"which deployment? {_WHICH}")
     return url
 
 

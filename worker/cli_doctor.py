@@ -58,16 +58,17 @@ def add_to(main: click.Group) -> None:
         click.option("--milvus-uri", default="", envvar=f"{ENV_PREFIX}_MILVUS_URI",
                      help="With --model: compare it with the collections there."),
         click.option("--device", default="auto", envvar=f"{ENV_PREFIX}_DEVICE", help="With --model."),
+        click.option("--configured-model", hidden=True, default="", envvar=f"{ENV_PREFIX}_MODEL"),
         click.option("--model", is_flag=False, flag_value="", default=_NO_MODEL, show_default=False,
-                     help="Load a model too (alone: the default one) and say its dimension."),
+                     help="Load a model too (alone: the service's) and say its dimension."),
     ):  # fmt: skip
         command = option(command)
     verb_on_deployment(main)(command)
 
 
 def doctor(
-    deployment: Deployment, model: str, device: str, milvus_uri: str, milvus_prefix: str,
-    streams: tuple[str, ...], as_json: bool,
+    deployment: Deployment, model: str, configured_model: str, device: str, milvus_uri: str,
+    milvus_prefix: str, streams: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Look the deployment over: store, streams, services, this machine; say what is wrong and what to do.
 
@@ -81,7 +82,7 @@ def doctor(
     """
     found = [*_host(), *_store(deployment, streams)]
     if model != _NO_MODEL:
-        found += _model(model, device, milvus_uri or deployment.milvus_uri, milvus_prefix)
+        found += _model(model or configured_model, device, milvus_uri or deployment.milvus_uri, milvus_prefix)
     wrong = sum(finding.level == "wrong" for finding in found)
     if as_json:
         say_json({"ok": not wrong, "findings": [finding._asdict() for finding in found]})

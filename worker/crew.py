@@ -126,7 +126,9 @@ class Crew:
                 child.ready = True
                 log.info("up", extra={"child": child.name, "process_id": child.pid})
             case Report(counts, gauges, histograms, trouble, progress):
-                self.progress += progress != child.progress
+                # A store that does not answer is no standstill of ours, and no restart mends it.
+                waits = trouble is not None and child is self._reader.child
+                self.progress += waits or progress != child.progress
                 child.progress = progress
                 self._exposition.add(counts)
                 self._exposition.put(gauges)

@@ -16,19 +16,39 @@ ENV_PREFIX = "JOBWORKER"
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
+#: What the operator's tool heeds of the service's file: option -> parameter of its verbs.
+_OF_VERBS = {
+    "redis-url": "redis_url", "data-dir": "data_dir", "stream": "streams", "metrics-addr": "metrics_addr",
+    "milvus-uri": "milvus_uri", "milvus-prefix": "milvus_prefix", "model": "configured_model",
+    "device": "device",
+}  # fmt: skip
+
+
 def _read_config(context: click.Context, _: click.Parameter, path: str | None) -> None:
     """Make the file's values the defaults; they have the options' own names."""
-    if path is None:
-        return
+    if path is not None:
+        context.default_map = {_parameter(name): value for name, value in _table(path).items()}
+
+
+def _read_config_of_service(context: click.Context, _: click.Parameter, path: str | None) -> None:
+    """For a verb: what the service's file says of where it is."""
+    if path is not None:
+        said = _table(path).items()
+        context.default_map = {_OF_VERBS[name]: value for name, value in said if name in _OF_VERBS}
+
+
+def _table(path: str) -> dict[str, Any]:
+    """What stands in the file. Raises `click.BadParameter` where that is not for the service."""
     try:
         table = tomllib.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise click.BadParameter(f"{path}: {error}") from error
-    known = {option for parameter in context.command.params for option in parameter.opts}
+    every = click.command()(service_options(lambda: None)).params
+    known = {option for parameter in every for option in parameter.opts}
     for name in table:
         if f"--{name}" not in known:
             raise click.BadParameter(f"{path}: no option --{name}; see --help for their names")
-    context.default_map = {_parameter(name): value for name, value in table.items()}
+    return table
 
 
 def _parameter(option: str) -> str:
@@ -57,13 +77,23 @@ DATA_DIR = _option(
     click.Path(file_okay=False),
     envvar=f"{ENV_PREFIX}_DATA_DIR",
 )
-CONFIG = click.option(
-    "--config",
-    type=click.Path(exists=True, dir_okay=False),
-    is_eager=True,
-    expose_value=False,
-    callback=_read_config,
-    help="TOML file with the same names as the options; command line and environment win over it.",
+
+
+def _config(callback: Callable[..., None], text: str) -> Callable[[Any], Any]:
+    """Read before all other options, which take their defaults from it."""
+    return click.option(
+        "--config", help=text, type=click.Path(exists=True, dir_okay=False), is_eager=True,
+        expose_value=False, callback=callback, envvar=f"{ENV_PREFIX}_CONFIG", show_envvar=True,
+    )  # fmt: skip
+
+
+CONFIG = _config(
+    _read_config, "TOML file with the same names as the options; command line and environment win over it."
+)
+CONFIG_OF_SERVICE = _config(
+    _read_config_of_service,
+    "The service's own TOML file: its stores, streams and data directory are meant, where neither the "
+    "command line nor the environment names others.",
 )
 
 _WORK = [

@@ -21,6 +21,7 @@ from .cli_common import (
     span,
     verb_on_deployment,
 )
+from .errors import StoreUnavailable
 from .log import redacted
 from .observe import ask_all
 from .overview import Overview, Watcher
@@ -63,7 +64,10 @@ def top(deployment: Deployment, interval: float, once: bool, streams: tuple[str,
     if as_json or once or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
         watcher.look()
         time.sleep(_FIRST_WINDOW_S)  # rates are what happens in between
-        _print(watcher.look(), as_json)
+        seen = watcher.look()
+        _print(seen, as_json)
+        if seen.trouble:
+            raise StoreUnavailable(seen.trouble)
         return
     locale.setlocale(locale.LC_ALL, "")
     os.environ.setdefault("ESCDELAY", "25")

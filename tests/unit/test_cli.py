@@ -27,6 +27,8 @@ def verbs(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], cli
 
 
 ALL = dict(verbs(main))
+#: Those that ask and answer; `web` stays.
+ASKING = [path for path in ALL if path != ("web",)]
 
 
 def test_the_agreed_verbs_are_there() -> None:
@@ -38,7 +40,8 @@ def test_the_agreed_verbs_are_there() -> None:
 def test_every_verb_teaches_by_an_example_and_speaks_json(path: tuple[str, ...]) -> None:
     text = CliRunner().invoke(main, [*path, "--help"]).output
     assert f"jobworker {' '.join(path)}" in text.partition("Options:")[0].partition("\n\n")[2], "an example"
-    assert {"--json", "--redis-url", "JOBWORKER_REDIS_URL"} <= {*text.replace("]", " ").split()}
+    wanted = {"--redis-url", "JOBWORKER_REDIS_URL", *(["--json"] if path in ASKING else [])}
+    assert wanted <= {*text.replace("]", " ").split()}
 
 
 @pytest.mark.parametrize("path", ALL, ids=" ".join)
@@ -50,6 +53,41 @@ def test_without_a_deployment_it_says_how_to_name_one(
     result = CliRunner().invoke(main, [*path, *needs.get(path[-1], [])], env={"JOBWORKER_REDIS_URL": None})
     assert result.exit_code == 2
     assert "JOBWORKER_REDIS_URL" in result.output
+
+
+class TestTheServicesOwnFile:
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        file = tmp_path / "jobworker.toml"
+        file.write_text('redis-url = "redis://127.0.0.1:1/0"\nprocs = 3\nstream = ["a=b"]\n')
+        return file
+
+    @pytest.mark.parametrize("path", ASKING, ids=" ".join)
+    def test_says_which_deployment(self, path: tuple[str, ...], file: Path) -> None:
+        needs = {"enqueue": ["audit"], "explain": ["x"], "show": ["x"], "resume": ["x"],
+                 "now": ["--all"], "requeue": ["--all"], "purge": ["--all", "--yes"]}  # fmt: skip
+        command = [*path, *needs.get(path[-1], [])]
+        for given, environment in (["--config", str(file)], {}), ([], {"JOBWORKER_CONFIG": str(file)}):
+            result = CliRunner().invoke(main, [*command, *given], env=environment)
+            assert "127.0.0.1:1" in result.output, "asked there, in vain"
+            assert result.exit_code == (1 if path == ("doctor",) else 5)
+
+    def test_says_which_streams(self, file: Path) -> None:
+        result = CliRunner().invoke(main, ["doctor", "--config", str(file), "--stream", "no-group"])
+        assert (result.exit_code, "NAME=GROUP" in result.output) == (2, True), "the command line wins"
+        file.write_text('redis-url = "redis://127.0.0.1:1/0"\nstream = ["no-group"]\n')
+        result = CliRunner().invoke(main, ["doctor", "--config", str(file)])
+        assert (result.exit_code, "NAME=GROUP" in result.output) == (2, True)
+
+    def test_does_not_say_where_to_enqueue_or_how_long_a_job_may_take(self, file: Path) -> None:
+        file.write_text('redis-url = "redis://127.0.0.1:1/0"\njob-timeout = 5\nstream = ["no-group"]\n')
+        assert CliRunner().invoke(main, ["enqueue", "audit", "--config", str(file)]).exit_code == 5
+
+    @pytest.mark.parametrize("text", ["no toml", "redis_url = 'x'\n", "colour = 'red'\n"])
+    def test_is_refused_where_it_is_none(self, text: str, file: Path) -> None:
+        file.write_text(text)
+        result = CliRunner().invoke(main, ["stats", "--config", str(file)])
+        assert (result.exit_code, str(file) in result.output.replace("\n", "")) == (2, True)
 
 
 def test_help_is_there_at_once() -> None:
