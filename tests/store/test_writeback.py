@@ -27,7 +27,6 @@ from jobworker.worker import (
     open_fence,
     open_records,
 )
-from jobworker.worker.envelope import job_of, read_envelope
 from jobworker.worker.memory_fence import MemoryFence
 from support.milvus import lite_server
 from support.redis_servers import running
@@ -173,15 +172,6 @@ def test_a_payload_that_is_no_object_or_has_no_tenant_fails_for_good(world: Worl
             world.handler().handle(bad)
     with pytest.raises(PermanentError, match="object"):
         world.handler().handle(Job("j", "audit", "t1", "p1", [1], {}, "", "s", "1-1", 0))
-
-
-@pytest.mark.parametrize("name", ["summary_write_back", "memory_update"])
-def test_what_the_go_producers_write_is_stored(world: World, name: str) -> None:
-    golden = Path(__file__).resolve().parents[1] / "golden" / f"{name}.json"
-    one = job_of(read_envelope(golden.read_bytes()), "stream:memory:update", "1-1")
-    world.handler().handle(one)
-    _, text = world.summary(one.payload["chapter_id"], one.tenant_id, one.project_id)
-    assert text.strip()
 
 
 def test_a_late_version_changes_nothing_and_asks_no_model(world: World) -> None:

@@ -1,0 +1,104 @@
+"""Entries as the Go producers write them are carried out by the handlers that come with the service."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from jobworker.handlers import BUILTIN
+from jobworker.handlers.archive import Archive
+from jobworker.handlers.embed import EmbeddingBatch
+from jobworker.handlers.encoder import DummyEncoder
+from jobworker.handlers.memory_shadow import MemoryShadow
+from jobworker.handlers.memory_vectors import MemoryVectors
+from jobworker.handlers.rebuild import Clock
+from jobworker.handlers.reindex import IndexRebuild
+from jobworker.handlers.vector_types import Row
+from jobworker.handlers.writeback import WriteBack
+from jobworker.worker import Job, RecordKey, Settings, open_records
+from jobworker.worker.envelope import job_of, read_envelope
+from jobworker.worker.memory_fence import MemoryFence
+
+NAME = "story_segments"
+
+
+class World:
+    """Stores within this process, and a clock that moves when somebody sleeps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.now_s = folder, 0.0
+        self.store, self.fence, self.records = MemoryVectors(), MemoryFence(), open_records("")
+        self.shadow = MemoryShadow(self.store)
+        self.encoder = DummyEncoder(8)
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    def run(self, handler: Any, job: Job) -> None:
+        handler.setup(Settings(data_dir=str(self.folder), cache_bytes=0))
+        outcomes = handler.handle_batch([job]) if hasattr(handler, "handle_batch") else [handler.handle(job)]
+        assert outcomes == [None]
+
+    def rows(self, job: Job, *ids: str) -> list[Any]:
+        return self.store.get(NAME, ids, tenant_id=job.tenant_id, project_id=job.project_id, strong=True)
+
+
+def embeds(world: World, job: Job) -> None:
+    world.run(EmbeddingBatch(world.encoder, world.store, world.fence), job)
+    found = world.rows(job, *job.payload["ids"])
+    assert [row.text_content for row in found] == job.payload["texts"]
+    assert [(row.chapter_id, row.story_time, row.segment_type) for row in found] == [
+        ("ch-1", 1, "dialogue"),
+        ("ch-1", 2, "narration"),
+    ]
+
+
+def rebuilds(world: World, job: Job) -> None:
+    world.store.ensure_collection(NAME, 8)
+    world.store.upsert(NAME, [Row("r", world.encoder.encode(["x"])[0], "t", "p", text_content="x")])
+    clock = Clock(lambda: world.now_s, world.sleep)
+    world.run(IndexRebuild(world.shadow, world.fence, clock), job)
+    assert world.shadow.live(NAME) == f"z_novel_{NAME}_v2"
+    assert world.store.count(NAME) == 1
+
+
+def summarises(world: World, job: Job) -> None:
+    world.run(WriteBack(world.encoder, world.store, world.fence, world.records), job)
+    chapter, version = job.payload["chapter_id"], job.payload.get("chapter_version", 0)
+    record = world.records.get(RecordKey("summary", job.tenant_id, job.project_id, chapter))
+    (row,) = world.rows(job, f"summary:{chapter}")
+    assert record is not None
+    assert record.fields["summary"].strip()
+    assert (row.text_content, row.version) == (record.fields["summary"], version)
+
+
+def archives(world: World, job: Job) -> None:
+    world.run(Archive(), job)
+    (file,) = (world.folder / "audit").iterdir()
+    with file.open("rb") as opened:
+        decompressor = zstandard.ZstdDecompressor()
+        line = json.loads(decompressor.stream_reader(opened, read_across_frames=True).read())
+    assert [line[name] for name in ("id", "tenant_id", "payload")] == [job.id, job.tenant_id, job.payload]
+
+
+RUNS: dict[str, Callable[[World, Job], None]] = {
+    "embedding_batch": embeds,
+    "index_rebuild": rebuilds,
+    "summary_write_back": summarises,
+    "memory_update": summarises,
+    "audit": archives,
+}
+
+
+def test_every_type_is_here() -> None:
+    assert RUNS.keys() == BUILTIN.keys()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_the_go_producers_write_is_carried_out(tmp_path: Path, name: str) -> None:
+    golden = Path(__file__).resolve().parents[1] / "golden" / f"{name}.json"
+    job = job_of(read_envelope(golden.read_bytes()), "stream:x", "1767312000000-0")
+    RUNS[name](World(tmp_path), job)
