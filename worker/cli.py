@@ -2,7 +2,7 @@
 
 import click
 
-from . import cli_dlq, cli_doctor, cli_enqueue, cli_explain, cli_pause, cli_retry, cli_stats, top
+from . import cli_dlq, cli_doctor, cli_enqueue, cli_explain, cli_pause, cli_retry, cli_stats, cli_web, top
 from .cli_common import Verbs
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     """
 
 
-for module in (top, cli_enqueue, cli_stats, cli_explain, cli_pause, cli_doctor):
+for module in (top, cli_enqueue, cli_stats, cli_explain, cli_pause, cli_doctor, cli_web):
     module.add_to(main)
 main.add_command(cli_dlq.dlq)
 main.add_command(cli_retry.retry)

@@ -70,6 +70,13 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         for file in (ROOT / room).rglob("*")
         if file.suffix in {".py", ".lua"} or file.name == "py.typed"
     }
+    page = ROOT / "worker" / "web"
+    code |= {
+        f"jobworker/{file.relative_to(ROOT).as_posix()}"
+        for folder in (page / "templates", page / "static")
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
     assert ours == code | {"jobworker/supervisor.py"}
     assert {"jobworker/worker/py.typed", "jobworker/handlers/py.typed"} <= ours
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

@@ -16,6 +16,9 @@ DOORS = {
     "redis": ["worker/redis_*.py"],
     "valkey": [],
     "prometheus_client": ["worker/metrics.py"],
+    "starlette": ["worker/web/*.py"],
+    "uvicorn": ["worker/web/serve.py"],
+    "jinja2": ["worker/web/rendering.py"],
     "pymilvus": ["handlers/vectors.py", "handlers/milvus_*.py"],
     "milvus_lite": ["handlers/lite_server.py"],
     "torch": ["handlers/encoder.py", "handlers/torch_*.py"],
@@ -32,7 +35,7 @@ PURE = {
     *("handlers." + name for name in ("packing", "segmenter")),
 }
 #: Composition: these put the adapters and roles together, so no role or port may look back up at them.
-COMPOSERS = {"worker.boot", "worker.process", "worker.embedded", "supervisor"}
+COMPOSERS = {"worker.boot", "worker.process", "worker.embedded", "worker.testing", "supervisor"}
 #: The root folder's names; imported bare they would find another project's, or nothing once installed.
 ROOMS = {"worker", "handlers", "supervisor"}
 

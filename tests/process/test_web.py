@@ -1,0 +1,399 @@
+"""``jobworker web`` over HTTP: what it shows, whom it lets in, and what it does when asked."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from jobworker.worker.keys import DEFAULT_SOURCES
+from support.operator import COMMAND_S
+from support.redis_servers import RedisServer, running
+from support.service import STREAM, eventually
+from support.web import TOKEN, Page, page, start
+
+pytestmark = pytest.mark.process
+
+DLQ = f"dlq:{STREAM}"
+AUDIT = "stream:audit:log"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with running("valkey", tmp_path_factory.mktemp("store")) as one:
+        yield one
+
+
+@pytest.fixture
+def store(server: RedisServer) -> RedisServer:
+    """Empty at first; the groups are there, as after a service's first start."""
+    server.client.flushall()
+    for stream, group in DEFAULT_SOURCES:
+        server.client.xgroup_create(stream, group, "0", mkstream=True)
+    return server
+
+
+@pytest.fixture(scope="module")
+def open_page(server: RedisServer) -> Iterator[Page]:
+    """Without a token: it only shows."""
+    with page(server) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def guarded(server: RedisServer) -> Iterator[Page]:
+    """With a token, actions allowed, payloads shown; somebody is logged in."""
+    with page(server, "--allow-actions", "--show-payloads", token=TOKEN) as one:
+        assert one.log_in().status == 303
+        yield one
+
+
+def letter(store: RedisServer, id: str, reason: str = "exhausted", dlq: str = DLQ, **more: Any) -> str:
+    """Put a dead letter where the service would; returns its place as the page writes it."""
+    task = {"id": id, "type": more.pop("type", "audit"), "tenant_id": more.pop("tenant", "t1"),
+            "retry_count": 3, "payload": {"text": f"a tenant's words in {id}"}}  # fmt: skip
+    entry = more.pop("entry", "*")
+    said = {"task": task, "error": "ValueError: no such chapter", "reason": reason, "original_id": "77-0",
+            "retry_count": 3, "deaths": 0, "worker": "h/i/0", "failed_at": "2026-01-02T10:00:00Z",
+            **more}  # fmt: skip
+    return (
+        f"{dlq.removeprefix('dlq:')} {store.client.xadd(dlq, {'data': json.dumps(said)}, id=entry).decode()}"
+    )
+
+
+def listed(body: str) -> list[str]:
+    """Ids of the jobs on a page, from the top."""
+    return re.findall(r'<a class="id" href="/job\?id=([^"]+)"', body)
+
+
+def finish(one: Page, address: str) -> str:
+    """Wait until what was asked for is done; what its page says."""
+    eventually(lambda: re.search("note (good|bad)", one.get(address).body), COMMAND_S)
+    return one.get(address).body
+
+
+class TestLooking:
+    @pytest.mark.parametrize("path", ["/", "/queues", "/workers", "/retries", "/dead", "/job", "/job?id=x"])
+    def test_every_page_is_strict_and_writes_no_script_into_itself(
+        self, open_page: Page, store: RedisServer, path: str
+    ) -> None:
+        letter(store, "j")
+        answer = open_page.get(path)
+        assert answer.status == (404 if path == "/job?id=x" else 200)
+        assert "script-src 'self';" in answer.headers["content-security-policy"]
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["cache-control"] == "no-store"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert not re.search(r"<script(?![^>]* src=)|\sstyle=|\son\w+=|<style", answer.body)
+        assert not re.search(r'(src|href)="(https?:)?//', answer.body), "nothing comes from elsewhere"
+
+    def test_what_it_needs_it_brings(self, open_page: Page, store: RedisServer) -> None:
+        for path in re.findall(r'(?:src|href)="(/static/[^"]+)"', open_page.get("/").body):
+            assert open_page.get(path).status == 200, path
+        assert open_page.get("/static/vendor/uPlot.LICENSE").status == 200
+        assert open_page.get("/static/../access.py").status == 404
+
+    def test_the_overview_counts_what_waits(self, open_page: Page, store: RedisServer) -> None:
+        for number in range(3):
+            store.client.xadd(STREAM, {"data": json.dumps({"id": f"q{number}", "type": "audit"})})
+        letter(store, "j9")
+
+        def shown() -> bool:
+            body = open_page.get("/").body
+            return bool(re.search(r"Queued</span><strong>3<", body)) and "j9" in listed(body)
+
+        eventually(shown)
+        assert open_page.get("/healthz").body == "ok\n"
+
+    def test_the_past_comes_in_columns_and_only_what_is_new(
+        self, open_page: Page, store: RedisServer
+    ) -> None:
+        def past(after: int) -> Any:
+            return json.loads(open_page.get(f"/history.json?after={after}").body)
+
+        eventually(lambda: past(0)["last"] >= 3)
+        whole = past(0)
+        assert whole["whole"]
+        assert {len(whole[name]) for name in ("wall_s", "queued", "done", "dead")} == {whole["last"]}
+        assert whole["done"][-1] is None, "no service says how fast it is"
+        eventually(lambda: past(0)["last"] > whole["last"])
+        fresh = past(whole["last"])
+        assert not fresh["whole"]
+        assert len(fresh["wall_s"]) == fresh["last"] - whole["last"]
+        assert past(10**9)["whole"], "a page of before a restart starts over"
+
+    def test_dead_letters_by_pages_each_once_newest_first(self, open_page: Page, store: RedisServer) -> None:
+        """Ids are unique in a stream only: at the border of a page two streams may have the same."""
+        sent = []
+        for number in range(60):
+            for dlq in (DLQ, f"dlq:{AUDIT}"):
+                letter(store, f"{dlq[-3:]}{number}", dlq=dlq, entry=f"{1000 + number}-0")
+                sent.append(f"{dlq[-3:]}{number}")
+        found, path = [], "/dead"
+        for _ in range(3):
+            body = open_page.get(path).body
+            found += listed(body)
+            link = re.search(r'href="(/dead\?[^"]*after=[^"]+)"', body)
+            path = link[1].replace("&amp;", "&") if link else ""
+        assert path == ""
+        assert len(found) == 120
+        assert sorted(found) == sorted(sent)
+        assert [id[3:] for id in found] == [str(n) for n in range(59, -1, -1) for _ in range(2)]
+
+    def test_dead_letters_by_what_they_say(self, open_page: Page, store: RedisServer) -> None:
+        letter(store, "a", "poison", tenant="t7", error="MemoryError: all of it")
+        letter(store, "b", "timeout", type="embedding_batch")
+        letter(store, "c", entry="1000-0", dlq=f"dlq:{AUDIT}")
+        for query, ids in {
+            "": ["b", "a", "c"], "reason=poison": ["a"], "type=embedding_batch": ["b"], "tenant=t7": ["a"],
+            "error=Memory": ["a"], "newer=1h": ["b", "a"], "older=1h": ["c"], "newer=1h&tenant=t1": ["b"],
+            f"stream={AUDIT}": ["c"], "reason=oversized": [],
+        }.items():  # fmt: skip
+            assert listed(open_page.get(f"/dead?{query}").body) == ids, query
+        answer = open_page.get("/dead?newer=soon")
+        assert (answer.status, "say 90s" in answer.body) == (400, True)
+        assert open_page.get("/dead?after=nonsense").status == 400
+        assert open_page.get(f"/dead/letter?at={quote(STREAM)}+1-1").status == 404
+
+    def test_a_letter_says_all_but_the_tenants_text(
+        self, open_page: Page, guarded: Page, store: RedisServer
+    ) -> None:
+        at = letter(store, "j", "poison", deaths=3, details={"stack": 'File "x.py"\n  line 2'})
+        for path in (f"/dead/letter?at={quote(at)}", "/job?id=j"):
+            body = open_page.get(path).body
+            for text in (
+                "ValueError: no such chapter",
+                "poison",
+                "h/i/0",
+                "77-0",
+                "File &#34;x.py&#34;\n  line 2",
+            ):
+                assert text in body, (path, text)
+            assert "words in j" not in body
+            assert "words in j" in guarded.get(path).body
+        store.client.xadd(
+            STREAM, {"data": json.dumps({"id": "q", "type": "audit", "payload": "secret text"})}
+        )
+        assert "secret text" not in open_page.get("/job?id=q").body
+        assert "secret text" in guarded.get("/job?id=q").body
+
+    def test_what_a_tenant_wrote_is_text_and_nothing_else(self, guarded: Page, store: RedisServer) -> None:
+        evil = "<script>alert(1)</script>\x1b\u202e\"'"
+        at = letter(
+            store, evil, evil, tenant=evil, type=evil, error=evil, worker=evil, details={"stack": evil}
+        )
+        store.client.hset("jobworker:paused", evil, json.dumps({"since": 1, "note": evil}))
+        store.client.zadd(f"retry:{STREAM}", {json.dumps({"id": evil, "type": evil, "tenant_id": evil}): 1})
+        paths = (
+            "/",
+            "/queues",
+            "/retries",
+            "/dead",
+            f"/dead/letter?at={quote(at)}",
+            f"/job?id={quote(evil)}",
+        )
+        eventually(lambda: "alert(1)" in guarded.get("/").body)
+        for path in paths:
+            body = guarded.get(path).body
+            assert "alert(1)" in body, path
+            assert not {"<script>alert", "\x1b", "\u202e"} & {
+                part for part in ("<script>alert", "\x1b", "\u202e") if part in body
+            }
+
+    def test_a_job_is_explained(self, open_page: Page, store: RedisServer) -> None:
+        for number in range(3):
+            store.client.xadd(AUDIT, {"data": json.dumps({"id": f"q{number}", "type": "audit"})})
+        body = open_page.get("/job?id=q2").body
+        assert "no service reads this stream" in body
+        assert "2 queued ahead of it" in body
+        retry = json.dumps({"id": "r", "type": "audit", "retry_count": 2})
+        store.client.zadd(f"retry:{AUDIT}", {retry: 4e9})
+        assert "its next try is in" in open_page.get("/job?id=r").body
+        assert listed(open_page.get("/retries").body) == ["r"]
+        assert listed(open_page.get("/retries?type=none").body) == []
+        answer = open_page.get("/job?id=nobody")
+        assert (answer.status, "was not found" in answer.body) == (404, True)
+
+    def test_a_store_that_is_silent_is_said_so_without_its_password(self) -> None:
+        popen = start("redis://:secret@127.0.0.1:1/0", "--listen=127.0.0.1:0")
+        assert popen.stdout is not None
+        try:
+            one = Page(popen.stdout.readline().split()[1], popen)
+            for path, status in {"/": 200, "/dead": 503, "/queues": 503, "/healthz": 503}.items():
+                answer = one.get(path)
+                assert (answer.status, "does not answer" in answer.body) == (status, True), path
+                assert "secret" not in answer.body
+        finally:
+            popen.kill()
+            said = popen.communicate(timeout=COMMAND_S)
+        assert "secret" not in said[0] + said[1]
+
+
+class TestWhoMayLook:
+    @pytest.mark.parametrize(
+        ("options", "token", "says"),
+        [
+            (["--listen", "0.0.0.0:0"], "", "needs a token"),
+            (["--listen", "[::]:0"], "", "needs a token"),
+            (["--listen", "127.0.0.1:0", "--allow-actions"], "", "needs a token"),
+            (["--listen", "127.0.0.1:0"], "short", "too short"),
+            (["--listen", "127.0.0.1:0", "--token-file", "/nonexistent"], "", "cannot read the token"),
+            (["--listen", "9465"], "", "HOST:PORT"),
+            (["--listen", "127.0.0.1:0", "--stream", "nonsense"], "", "NAME=GROUP"),
+        ],
+    )
+    def test_it_refuses_to_stand_open(
+        self, server: RedisServer, options: list[str], token: str, says: str
+    ) -> None:
+        popen = start(server.url, *options, token=token)
+        _, said = popen.communicate(timeout=COMMAND_S)
+        assert (popen.returncode, says in said) == (2, True), said
+
+    def test_a_foreign_name_for_this_machine_is_turned_away(self, open_page: Page) -> None:
+        assert open_page.get("/", Host="evil.example:9465").status == 421
+        assert open_page.get("/", Host="127.0.0.1.evil.example").status == 421
+        assert open_page.get("/", Host="localhost:9465").status == 200
+
+    def test_without_the_token_there_is_nothing_to_see(self, guarded: Page, store: RedisServer) -> None:
+        stranger = Page(guarded.url, guarded.popen)
+        answer = stranger.get("/dead?reason=poison&type=a")
+        assert answer.status == 303
+        assert answer.headers["location"] == "/login?next=%2Fdead%3Freason%3Dpoison%26type%3Da"
+        assert stranger.get("/history.json", Accept="*/*").status == 401
+        assert stranger.get("/healthz").status == 200
+        stranger.cookie = "jobworker_session=guess"
+        assert stranger.get("/dead").status == 303
+        assert stranger.log_in("a token that is not the right one").status == 403
+        assert stranger.cookie == "jobworker_session=guess"
+
+    def test_the_cookie_stays_with_the_page(self, guarded: Page) -> None:
+        somebody = Page(guarded.url, guarded.popen)
+        answer = somebody.post("/login", {"token": TOKEN, "next": "//evil.example/"})
+        assert answer.headers["location"] == "/"
+        cookie = answer.headers["set-cookie"].lower()
+        assert "httponly" in cookie
+        assert "samesite=strict" in cookie
+        somebody.log_in()
+        assert somebody.get("/dead").status == 200
+        assert somebody.act("/logout", {}).status == 303
+        assert somebody.get("/dead").status == 303, "the session is over, whoever kept the cookie"
+
+    def test_the_token_is_in_no_command_line_and_no_log(self, server: RedisServer) -> None:
+        with page(server, token=TOKEN) as one:
+            one.log_in("not the token, but also long")
+            one.log_in()
+            assert TOKEN not in Path(f"/proc/{one.popen.pid}/cmdline").read_text()
+            one.popen.terminate()
+            said = "".join(one.popen.communicate(timeout=COMMAND_S))
+        assert "wrong token" in said
+        assert TOKEN not in said
+        assert "but also long" not in said
+
+    def test_guessing_comes_to_an_end(self, server: RedisServer) -> None:
+        with page(server, token=TOKEN) as one:
+            assert [one.log_in("x" * 20).status for _ in range(11)] == [403] * 10 + [429]
+            assert one.log_in().status == 429
+
+
+class TestActing:
+    def test_a_page_that_only_shows_does_nothing(
+        self, server: RedisServer, open_page: Page, store: RedisServer
+    ) -> None:
+        at = letter(store, "j")
+        form = {"deed": "purge", "at": at, "csrf": ""}
+        assert open_page.post("/dead/do", form).status == 403
+        assert "Delete" not in open_page.get("/dead").body
+        with page(server, token=TOKEN) as one:
+            one.log_in()
+            assert one.act("/dead/do", form | {"csrf": one.csrf}).status == 403
+            assert '<button name="deed"' not in one.get("/dead").body
+        assert store.client.xlen(DLQ) == 1
+
+    def test_a_form_of_another_site_does_nothing(self, guarded: Page, store: RedisServer) -> None:
+        at = letter(store, "j")
+        form = {"deed": "purge", "at": at, "asked_at": "4e9"}
+        csrf = {"csrf": guarded.csrf}
+        for refused in (
+            guarded.post("/dead/do", form),
+            guarded.post("/dead/do", form | {"csrf": "guess"}),
+            guarded.post("/dead/do", form | csrf, Origin="http://evil.example"),
+            guarded.post("/dead/do", form | csrf, Origin="null"),
+            guarded.ask("POST", "/dead/do", "deed=purge", Content_Type="application/x-www-form-urlencoded"),
+            guarded.ask(
+                "POST", "/dead/do", "{}", Content_Type="application/json", Sec_Fetch_Site="cross-site"
+            ),
+            Page(guarded.url, guarded.popen).post("/dead/do", form | csrf),
+        ):
+            assert refused.status in (401, 403)
+        assert guarded.post("/dead/do", form | csrf, Content_Type="text/plain").status == 415
+        assert guarded.get("/dead/do").status == 405
+        assert store.client.xlen(DLQ) == 1
+
+    def test_ticked_letters_are_sent_again_once_confirmed(self, guarded: Page, store: RedisServer) -> None:
+        places = [letter(store, f"j{number}") for number in range(3)]
+        form = {"deed": "requeue", "which": "picked", "at": places[1:]}
+        answer = guarded.act("/dead/confirm", form)
+        assert "Send 2 dead letters again?" in answer.body
+        assert store.client.xlen(DLQ) == 3
+        asked_at = re.search(r'name="asked_at" value="([^"]+)"', answer.body)
+        assert asked_at is not None
+        answer = guarded.act("/dead/do", {**form, "asked_at": asked_at[1], "back": "/dead"})
+        assert answer.status == 303
+        assert "2 sent again" in finish(guarded, answer.headers["location"])
+        sent = [json.loads(fields[b"data"]) for _, fields in store.client.xrange(STREAM)]
+        assert [job["id"] for job in sent] == ["j1", "j2"]
+        assert all("retry_count" not in job and job["payload"] for job in sent)
+        assert listed(guarded.get("/dead").body) == ["j0"]
+        again = guarded.act("/dead/do", {**form, "asked_at": asked_at[1]})
+        assert "0 sent again" in finish(guarded, again.headers["location"])
+        assert store.client.xlen(STREAM) == 2
+        assert guarded.act("/dead/confirm", {"deed": "requeue", "which": "picked"}).status == 400
+        assert guarded.act("/dead/confirm", {"deed": "burn", "at": places}).status == 400
+
+    def test_all_that_fit_are_deleted_but_none_that_came_since(
+        self, guarded: Page, store: RedisServer
+    ) -> None:
+        for number in range(250):
+            letter(store, f"j{number}", "poison" if number % 2 else "timeout")
+        answer = guarded.act("/dead/confirm", {"deed": "purge", "which": "all", "reason": "poison"})
+        assert "Delete 125 dead letters for good?" in answer.body
+        assert "reason poison" in answer.body
+        asked_at = re.search(r'name="asked_at" value="([^"]+)"', answer.body)
+        assert asked_at is not None
+        letter(store, "since", "poison", entry=f"{int(float(asked_at[1]) * 1000) + 1}-0")
+        done = guarded.act("/dead/do", {"deed": "purge", "reason": "poison", "asked_at": asked_at[1]})
+        assert "125 deleted" in finish(guarded, done.headers["location"])
+        left = [json.loads(fields[b"data"]) for _, fields in store.client.xrange(DLQ)]
+        assert len(left) == 126
+        assert [one["task"]["id"] for one in left if one["reason"] == "poison"] == ["since"]
+
+    def test_retries_are_tried_now_and_types_paused(self, guarded: Page, store: RedisServer) -> None:
+        key = f"retry:{STREAM}"
+        jobs = [json.dumps({"id": f"r{number}", "type": "audit"}) for number in range(3)]
+        store.client.zadd(key, dict.fromkeys(jobs, 4e9))
+        answer = guarded.act("/retries/now", {"id": "r1", "back": "/retries"})
+        assert "1 due now" in finish(guarded, answer.headers["location"])
+        assert [member for member, due in store.client.zrange(key, 0, -1, withscores=True) if due < 4e9] == [
+            jobs[1].encode()
+        ]
+        answer = guarded.act("/retries/now", {"type": "audit"})
+        assert "2 due now" in finish(guarded, answer.headers["location"])
+        assert guarded.act("/types/pause", {"type": "audit", "note": "disk full"}).status == 303
+        assert json.loads(store.client.hget("jobworker:paused", "audit"))["note"] == "disk full"
+        eventually(lambda: "disk full" in guarded.get("/queues").body)
+        assert guarded.act("/types/resume", {"type": "audit"}).status == 303
+        assert store.client.hlen("jobworker:paused") == 0
+
+
+def test_neither_torch_nor_a_client_of_vectors_is_loaded() -> None:
+    heavy = {"torch", "sentence_transformers", "pymilvus", "numpy", "milvus_lite"}
+    code = f"import sys, jobworker.worker.web.serve; print(*sorted({heavy!r} & sys.modules.keys()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=COMMAND_S, check=False
+    )
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr

@@ -1,0 +1,56 @@
+"""``jobworker web``: the page for a browser."""
+
+import os
+import sys
+
+import click
+
+from . import log
+from .cli_common import STREAMS, Deployment, verb_on_deployment
+from .errors import ConfigurationError
+from .options import ENV_PREFIX
+
+
+def add_to(main: click.Group) -> None:
+    """Make it a verb of ``jobworker``."""
+    command = STREAMS(web)
+    for option in reversed((
+        click.option("--listen", default="127.0.0.1:9465", show_default=True, metavar="HOST:PORT",
+                     envvar=f"{ENV_PREFIX}_WEB_LISTEN", help="Where to serve it; port 0 picks one."),
+        click.option("--token-file", default="", type=click.Path(dir_okay=False),
+                     envvar=f"{ENV_PREFIX}_WEB_TOKEN_FILE",
+                     help=f"File with the token that people log in with.  [default: {ENV_PREFIX}_WEB_TOKEN]"),
+        click.option("--allow-actions", is_flag=True, envvar=f"{ENV_PREFIX}_WEB_ALLOW_ACTIONS",
+                     help="Requeue, delete, retry now, pause and resume from the page; needs a token."),
+        click.option("--show-payloads", is_flag=True, envvar=f"{ENV_PREFIX}_WEB_SHOW_PAYLOADS",
+                     help="Show what is in the jobs too (tenants' texts)."),
+        click.option("--interval", type=click.FloatRange(0.2), default=2.0, show_default=True,
+                     help="Seconds between two looks at the deployment."),
+    )):  # fmt: skip
+        command = option(command)
+    verb_on_deployment(main)(command)
+
+
+def web(
+    deployment: Deployment, streams: tuple[str, ...], listen: str, token_file: str, allow_actions: bool,
+    show_payloads: bool, interval: float,
+) -> None:  # fmt: skip
+    """Serve a page that shows the deployment live: queues, workers, retries, dead letters, any job's story.
+
+    It only shows, to this machine only, unless told otherwise. Elsewhere, or to act from it, it needs a
+    token of 16 characters or more, which is read from the environment or a file, never from an option.
+
+    \b
+    jobworker web
+    ssh -L 9465:127.0.0.1:9465 host                      # then look at http://127.0.0.1:9465
+    JOBWORKER_WEB_TOKEN=$(openssl rand -hex 24) jobworker web --allow-actions
+
+    Exit code 0: stopped as asked.
+    """
+    try:
+        from .web.serve import Options, serve
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"the page needs {error.name}: pip install 'jobworker[web]'") from error
+    log.set_up("web", "info", "text" if sys.stderr.isatty() else "json")
+    options = Options(listen, token_file, allow_actions, show_payloads, interval)
+    serve(deployment, streams, options, lambda url: click.echo(f"serving {url} (pid {os.getpid()})"))
