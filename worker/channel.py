@@ -149,8 +149,11 @@ class Channel:
         """Unmap and close; the memory goes when the last process has done so."""
         for fd in self.fds:
             os.close(fd)
-        for view in (self.table, self.outcomes, self.jobs):
-            view.__dict__.clear()
+        for part in (self.table, self.outcomes, self.jobs):
+            for value in vars(part).values():
+                if isinstance(value, memoryview):  # also where others hold it still
+                    value.release()
+            vars(part).clear()
         self._words.release()
         self._times.release()
         self._view.release()

@@ -93,6 +93,7 @@ class Reader:
             self.go_round(_REPORT_EVERY_S)
         self._hand_back()
         self.report()
+        self._selector.close()
 
     @property
     def drained(self) -> bool:

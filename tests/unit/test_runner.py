@@ -83,7 +83,6 @@ class Desk:
         return found
 
     def close(self) -> None:
-        self.runner._states.release()  # or the channel's memory could not be given back
         self.channel.close()
         self.supervisor.close()
         self.link.close()
