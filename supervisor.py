@@ -133,6 +133,7 @@ class Supervisor:
 
     def _tell_systemd(self, now: float) -> None:
         health = self.health()
+        self._exposition.put([("z_novel_ready", (), float(health.ready))])
         if health.ready and not self._said_ready and not self._crew.exchanging:
             self._said_ready = True
             notify(READY="1")

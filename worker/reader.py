@@ -66,6 +66,9 @@ class Reader:
         self._mono_s = mono_s
         self._rng = rng or random.Random()
         self._tally = Tally()
+        for source in settings.streams:  # what has not happened yet is 0: else nobody sees its first time
+            self._tally.count("z_novel_leases_taken_over_total", (source.stream,), 0)
+            self._tally.count("z_novel_leases_lost_total", (source.stream,), 0)
         kinds = {kind: number for number, kind in enumerate(settings.handlers)}
         self._triage = Triage(kinds, settings.max_payload, settings.max_deaths)
         self._backlog = Backlog(list(settings.handlers))
@@ -151,7 +154,7 @@ class Reader:
                 self._selector.unregister(key.fd)
                 del self._answer_by[key.data]
                 self._arrive(key.data, self._store.finish_read(self._sources[key.data]))
-                self._progress += 1
+                self._went_round()
 
     def _listen(self) -> None:
         try:
@@ -268,7 +271,12 @@ class Reader:
                 fd = self._store.begin_read(source, min(room, most), _BLOCK_MS)
                 self._selector.register(fd, selectors.EVENT_READ, number)
                 self._answer_by[number] = now + _BLOCK_MS / 1000 + _ANSWER_MARGIN_S
-            self._progress += room <= 0  # all hands are full: nothing to be read is no standstill
+            if room <= 0:
+                self._went_round()  # all hands are full: nothing to be read is no standstill
+
+    def _went_round(self) -> None:
+        self._progress += 1
+        self._tally.count("z_novel_read_cycles_total")
 
     # -- jobs out
 
@@ -355,7 +363,9 @@ class Reader:
 
     def _drop(self, source: int, lost: set[bytes]) -> None:
         """Forget what waits here and was taken over elsewhere; what is running is refused when settled."""
-        log.warning("lease lost", extra={"entries": len(lost), "stream": self._sources[source].stream})
+        stream = self._sources[source].stream
+        log.warning("lease lost", extra={"entries": len(lost), "stream": stream})
+        self._tally.count("z_novel_leases_lost_total", (stream,), len(lost))
         self._backlog.drop(source, lost)
 
     def _take_over(self, source: int, known: set[tuple[int, bytes]]) -> None:
@@ -367,6 +377,9 @@ class Reader:
             if found:
                 log.warning(
                     "took over", extra={"entries": len(found), "stream": self._sources[source].stream}
+                )
+                self._tally.count(
+                    "z_novel_leases_taken_over_total", (self._sources[source].stream,), len(found)
                 )
             self._arrive(source, found)
             if cursor == _START:

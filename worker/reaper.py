@@ -121,6 +121,8 @@ class Reaper:
 def _gauges(stream: str, group: str, depths: Depths) -> list[tuple[str, tuple[str, ...], float]]:
     return [
         ("z_novel_jobs_queued", (stream,), depths.queued),
+        ("z_novel_jobs_pending", (stream,), depths.pending),
+        ("z_novel_oldest_queued_seconds", (stream,), depths.oldest_age_s),
         ("z_novel_redis_stream_lag", (stream, group), depths.lag),
         ("z_novel_dlq_length", (stream,), depths.dead),
         ("z_novel_retry_scheduled", (stream,), depths.retrying),

@@ -22,6 +22,10 @@ class Metric(NamedTuple):
 
 METRICS = {
     "z_novel_jobs_queued": Metric("gauge", "Jobs that no worker was given yet", ("stream",)),
+    "z_novel_oldest_queued_seconds": Metric(
+        "gauge", "Age of the oldest job that no worker was given yet", ("stream",)
+    ),
+    "z_novel_jobs_pending": Metric("gauge", "Jobs delivered to some service and not settled", ("stream",)),
     "z_novel_jobs_completed_total": Metric("counter", "Jobs that were acknowledged", ("task_type",)),
     "z_novel_jobs_failed_total": Metric("counter", "Tries that failed", ("task_type",)),
     "z_novel_jobs_retried_total": Metric("counter", "Retries that were scheduled", ("task_type",)),
@@ -34,6 +38,14 @@ METRICS = {
     ),
     "z_novel_dlq_length": Metric("gauge", "Dead letters", ("stream",)),
     "z_novel_retry_scheduled": Metric("gauge", "Jobs that wait for their next try", ("stream",)),
+    "z_novel_read_cycles_total": Metric("counter", "Reads that the store answered, or was spared"),
+    "z_novel_leases_taken_over_total": Metric(
+        "counter", "Jobs taken over from a service that has fallen silent", ("stream",)
+    ),
+    "z_novel_leases_lost_total": Metric(
+        "counter", "Jobs that another service took over from this one", ("stream",)
+    ),
+    "z_novel_ready": Metric("gauge", "1 while every process is up and the stores answer"),
     "z_novel_workers": Metric("gauge", "Worker processes", ("state",)),
     "z_novel_worker_restarts_total": Metric("counter", "Processes started again", ("role", "cause")),
     "z_novel_circuit_open": Metric(

@@ -24,6 +24,12 @@ NAMES = {
     "z_novel_redis_stream_lag": ("gauge", {"stream", "consumer_group"}),
     "z_novel_dlq_length": ("gauge", {"stream"}),
     "z_novel_retry_scheduled": ("gauge", {"stream"}),
+    "z_novel_jobs_pending": ("gauge", {"stream"}),
+    "z_novel_oldest_queued_seconds": ("gauge", {"stream"}),
+    "z_novel_read_cycles_total": ("counter", set()),
+    "z_novel_leases_taken_over_total": ("counter", {"stream"}),
+    "z_novel_leases_lost_total": ("counter", {"stream"}),
+    "z_novel_ready": ("gauge", set()),
     "z_novel_workers": ("gauge", {"state"}),
     "z_novel_worker_restarts_total": ("counter", {"role", "cause"}),
     "z_novel_embedded_tokens_total": ("counter", set()),
@@ -101,6 +107,20 @@ def test_histograms_count_every_try_in_the_agreed_buckets(observed: Service) -> 
         assert [bound for bound in bounds if bound == "+Inf" or float(bound) >= 1] == BUCKETS
     assert observed.metric("z_novel_job_wait_seconds_bucket", task_type="noop", le="300.0") == 0, "years ago"
     assert observed.metric("z_novel_job_duration_seconds_bucket", task_type="noop", le="1.0") >= 7
+
+
+def test_jobs_of_a_silent_host_are_counted_when_they_are_taken_over(
+    store: RedisServer, tmp_path: Path
+) -> None:
+    stream = "stream:lost:host"
+    store.client.xgroup_create(stream, "group", id="0", mkstream=True)
+    id = store.client.xadd(stream, {"data": '{"id": "orphan", "type": "noop"}'})
+    store.client.xreadgroup("group", "a/host/that/is/gone", {stream: ">"})
+    url = f"redis://:{SECRET}@127.0.0.1:{store.port}/0"
+    options: dict[str, object] = {"redis_url": url, "procs": 1, "lease": 1, "stream": f"{stream}=group"}
+    with service(tmp_path, handlers("Noop"), **options) as one:
+        one.wait_for_end("orphan")
+        eventually(lambda: one.metric("z_novel_leases_taken_over_total", stream=stream) == 1, saying=id)
 
 
 def test_the_workers_gauge_says_what_they_do(observed: Service) -> None:
