@@ -300,7 +300,8 @@ INJECTIONS = [
 
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_no_text_gets_into_a_filter(store: VectorStore, tenant: str, text: str) -> None:
-    row = rows_of(tenant, 1)[0]
+    row, neighbour = rows_of(tenant, 1)[0], rows_of(f"{tenant}n", 1)[0]
+    store.upsert(NAME, [neighbour])
     for bad in (row._replace(id=text), row._replace(tenant_id=text), row._replace(project_id=text)):
         with pytest.raises(PermanentStoreError):
             store.upsert(NAME, [bad])
@@ -310,6 +311,11 @@ def test_no_text_gets_into_a_filter(store: VectorStore, tenant: str, text: str) 
     for scope in ((text, "p"), (tenant, text)):
         with pytest.raises(PermanentStoreError):
             find(store, row.vector, *scope)
+    with pytest.raises(PermanentStoreError):
+        store.chapter_versions(NAME, text, tenant_id=tenant, project_id="p")
+    (left,) = read(store, [neighbour.id], neighbour.tenant_id)
+    assert plain(left) == plain(neighbour)
+    assert find(store, row.vector, tenant) == []
 
 
 def test_hostile_texts_are_kept_as_they_are(store: VectorStore, tenant: str) -> None:

@@ -235,6 +235,25 @@ def test_an_entity_follows_the_newest_version_of_a_chapter_and_the_last_chapter(
     assert world.entities() == {"Lin": ("c2 v1", "")}
 
 
+@pytest.mark.parametrize("text", ['" or id != "', "x\\' or 1 == 1", "{id}", "%\0|", "夜" * 9, "../../x"])
+def test_what_a_model_says_is_only_text_and_touches_nobody_else(world: World, text: str) -> None:
+    def find(content: str) -> Findings:
+        return Findings(content, entity_updates=[EntityUpdate(text, description=content)])
+
+    handler = world.handler(model=Model(find))
+    handler.handle(job(1, chapter="theirs", tenant="t2", content="theirs"))
+    handler.handle(job(1, content=text))
+    assert world.summary() == (1, text)
+    assert world.entities() == {text: (text, "")}
+    assert world.summary("theirs", tenant="t2") == (1, "theirs")
+    near = DummyEncoder(DIM).encode(["x"])[0]
+    (hit,) = world.store.search(ENTITIES, near, tenant_id="t2", project_id="p1", limit=9)
+    assert isinstance(hit, EntityHit)
+    assert (hit.name, hit.description) == (text, "theirs")
+    with pytest.raises(PermanentError, match="chapter_id must be"):
+        handler.handle(job(1, chapter=text))
+
+
 def test_long_names_are_cut_to_their_fields(world: World) -> None:
     long = EntityUpdate("名" * 256, "类" * 32, "述" * 20_000)
     world.handler(model=Model(lambda content: Findings("s", [long]))).handle(job(1))
