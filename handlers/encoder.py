@@ -60,9 +60,13 @@ class Plan:
 
 
 class Encoder(Protocol):
-    """What handlers ask of a model. Used by one thread at a time."""
+    """What handlers ask of a model.
+
+    `forward` and `encode` are for one thread at a time; `tokenize` for one too, which may be another.
+    """
 
     name: str
+    #: Changes with all that a vector depends on: the model's files, the engine and its arithmetic.
     revision: str
     dim: int
     #: Tokens of one window, special ones included.

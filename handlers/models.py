@@ -26,6 +26,10 @@ class ModelSource(NamedTuple):
     folder: Path
     revision: str
 
+    def revision_by(self, engine: str, dtype: str) -> str:
+        """Of the vectors: another engine or arithmetic gives slightly other ones of the same files."""
+        return f"{self.revision}-{engine}-{dtype}"
+
 
 def default_model() -> str:
     """The model that is used where none is named."""

@@ -33,7 +33,7 @@ class OpenVinoEncoder(WindowedEncoder):
         self, source: ModelSource, card: Card, tokenizer: Any, *, long_text: LongText, token_budget: int
     ) -> None:
         super().__init__(long_text)
-        self.name, self.revision = source.name, source.revision
+        self.name, self._source = source.name, source
         self.max_tokens = card.max_tokens
         self._card, self._tokenizer = card, tokenizer
         self._normalises = card.normalises
@@ -67,6 +67,7 @@ class OpenVinoEncoder(WindowedEncoder):
             vectors = self.probe()
             if exact_enough(vectors, reference):
                 self.dim = int(vectors.shape[1])
+                self.revision = self._source.revision_by("openvino", step)
                 log.info("model %s runs on the CPU by OpenVINO in %s", self.name, step)
                 return
             log.warning("model %s in %s: cosine %.5f", self.name, step, worst_cosine(vectors, reference))

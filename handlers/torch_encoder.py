@@ -39,7 +39,7 @@ class TorchEncoder(WindowedEncoder):
         """`model` is a SentenceTransformer on its device. Raises ModelError without a fast tokenizer."""
         super().__init__(long_text)
         self._model = model
-        self.name, self.revision = source.name, source.revision
+        self.name, self.revision = source.name, source.revision_by("torch", "fp32")
         self._tokenizer = _fast_tokenizer(model, source.name)
         self._pad_id = getattr(model.tokenizer, "pad_token_id", None) or 0
         self._pads_left = getattr(model.tokenizer, "padding_side", "right") == "left"
@@ -84,6 +84,7 @@ class TorchEncoder(WindowedEncoder):
                 break
             reference = encoder.probe() if reference is None else reference
             encoder._model.to({"fp16": torch.float16, "bf16": torch.bfloat16}[step])
+            encoder.revision = source.revision_by("torch", step)
             if exact_enough(vectors := encoder.probe(), reference):
                 break
             log.warning("model %s in %s: cosine %.5f", source.name, step, worst_cosine(vectors, reference))

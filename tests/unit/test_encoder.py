@@ -184,10 +184,15 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         load_encoder(str(tmp_path))
 
 
-def test_a_broken_model_is_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+def test_a_broken_model_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        "XDG_CACHE_HOME", str(tmp_path / "cache")
+    )  # that it cannot be converted is noted there
+    monkeypatch.delenv("CACHE_DIRECTORY", raising=False)
+    (model := tmp_path / "model").mkdir()
+    (model / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot be loaded"):
-        load_encoder(str(tmp_path), "cpu")
+        load_encoder(str(model), "cpu")
 
 
 def test_an_unknown_mode_for_long_texts_is_refused() -> None:

@@ -97,6 +97,8 @@ def test_both_engines_cut_and_count_alike(here: None, tmp_path: Path) -> None:
     assert cosines(vectors["openvino"], vectors["torch"]).min() >= 0.9999
     assert by["openvino"].counters == by["torch"].counters
     assert by["openvino"].counters["truncated_tokens"] == 0
+    # What one engine has put into the cache is not the other's.
+    assert by["openvino"].revision != by["torch"].revision
 
 
 @pytest.mark.model
@@ -161,6 +163,27 @@ def test_what_is_not_exact_enough_is_not_used(
     assert any("does not give the vectors of the original" in line for line in said)
     np.save(path / "reference.npy", exact)
     assert card.dtypes
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("engine", ["openvino", "torch"])
+def test_half_precision_is_taken_where_asked_for_and_exact_enough(
+    engine: Any, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from jobworker.handlers import openvino_encoder, torch_encoder
+
+    folder = str(tiny_model(tmp_path / "model", "bert"))
+    for module in (openvino_encoder, torch_encoder):
+        # Of a model this small little is left in half precision.
+        monkeypatch.setattr(module, "exact_enough", lambda ours, exact: cosines(ours, exact).min() >= 0.9)
+    half = load_encoder(folder, "cpu", dtype="bf16", engine=engine)
+    whole = load_encoder(folder, "cpu", dtype="fp32", engine=engine)
+    assert (half.revision[-4:], whole.revision[-4:]) == ("bf16", "fp32")
+    assert cosines(half.encode(TEXTS), whole.encode(TEXTS)).min() >= 0.9
+    monkeypatch.setattr(torch_encoder, "exact_enough", lambda ours, exact: False)
+    safer = load_encoder(folder, "cpu", dtype="bf16", engine="torch", threads=2)
+    assert safer.revision.endswith("-torch-fp32")
+    assert "in bf16: cosine 0.9" in caplog.text
 
 
 def test_the_next_safer_choice_ends_at_full_precision() -> None:
