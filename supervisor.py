@@ -143,7 +143,6 @@ class Supervisor:
             self._progress = self._crew.progress
             notify(WATCHDOG="1")
 
-    def _status(self) -> dict[str, Any]:
     def _tell_status(self, reasons: list[str], now: float) -> None:
         """Why it is not ready as soon as that changes; else how it does, now and then."""
         if reasons and (text := "; ".join(reasons)) != self._said_status:
@@ -153,6 +152,7 @@ class Supervisor:
             notify(STATUS=self._headline.make(self._exposition.totals(), now))
             self._said_status = ""
 
+    def _status(self) -> dict[str, Any]:
         health = self.health()
         return {
             **service_status(self._settings, self._stores.redis_url),
