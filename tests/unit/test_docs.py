@@ -1,0 +1,151 @@
+"""The documentation keeps its word: its examples run, its options exist, its links lead somewhere."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+import jobworker.worker
+from jobworker.supervisor import main as service
+from jobworker.worker import Job, Producer
+from jobworker.worker.cli import main as tool
+from jobworker.worker.memory_store import MemoryServer, MemoryStore
+from jobworker.worker.testing import Harness
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: A fenced block: its language (often none) and its text.
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for found, text in BLOCK.findall(page.read_text()) if found == language]
+
+
+def block_with(page: str, text: str) -> str:
+    (found,) = [block for block in blocks(ROOT / page, "python") if text in block]
+    return found
+
+
+def options_of(command: click.Command) -> set[str]:
+    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Every command line of ours in the pages' blocks, in words, and the page that has it."""
+    for page in PAGES:
+        for text in [*blocks(page, ""), *blocks(page, "sh")]:
+            for line in text.replace("\\\n", " ").splitlines():
+                for part in re.split(r"\s(?:\||&&|>)\s", line.partition("  #")[0]):
+                    words = shlex.split(part, comments=True, posix=True)
+                    while words and re.match(r"[A-Z_]+=", words[0]):
+                        words = words[1:]
+                    if words and words[0] in ("jobworker", "jobworker-supervise"):
+                        yield page.name, words
+
+
+def command_of(words: list[str]) -> click.Command:
+    """The command or verb that these words call."""
+    command: click.Command = service if words[0] == "jobworker-supervise" else tool
+    for word in words[1:]:
+        if not isinstance(command, click.Group):
+            break
+        if not word.startswith("-"):
+            assert word in command.commands, f"no such verb: {' '.join(words)}"
+            command = command.commands[word]
+    return command
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> MemoryServer:
+    """Where a `Producer` of an example puts its jobs."""
+    server = MemoryServer()
+    monkeypatch.setattr(jobworker.worker, "Producer", lambda url: Producer(store=MemoryStore(server)))
+    return server
+
+
+def test_there_are_command_lines_to_look_at() -> None:
+    assert len(list(commands())) > 20
+
+
+@pytest.mark.parametrize(("page", "words"), list(commands()), ids=lambda value: str(value)[:60])
+def test_a_command_line_names_verbs_and_options_that_exist(page: str, words: list[str]) -> None:
+    given = {word.partition("=")[0] for word in words if word.startswith("-") and len(word) > 1}
+    assert given <= options_of(command_of(words)) | {"--help"}
+
+
+def test_every_option_of_the_service_is_documented() -> None:
+    said = "\n".join(page.read_text() for page in PAGES)
+    missing = [name for name in options_of(service) if not re.search(rf"`{name}\b", said)]
+    assert not missing
+
+
+def test_every_verb_is_documented() -> None:
+    said = "\n".join(page.read_text() for page in PAGES)
+    assert [name for name in tool.commands if not re.search(rf"`{name}\b|jobworker {name}\b", said)] == []
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    said = (ROOT / "README.md").read_text()
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in said] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert file.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name}: {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The names by which a page's headings are linked to."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_handler_of_the_readme_does_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, type] = {}
+    exec(block_with("README.md", "class Shout"), names)
+    with Harness({"shout": names["Shout"]}) as harness:
+        harness.enqueue("shout", {"text": "hello"})
+        harness.enqueue("shout", "no text")
+        harness.run()
+        assert capsys.readouterr().out == "HELLO\n"
+        assert [letter.reason for letter in harness.dead] == ["permanent"]
+
+
+def test_the_handler_and_the_tests_of_the_page_on_handlers_run(tmp_path: Path) -> None:
+    for text in blocks(ROOT / "docs" / "handlers.md", "python"):
+        (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path],
+        capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout
+
+
+def test_the_producers_of_the_pages_send_jobs(server: MemoryServer) -> None:
+    exec(block_with("README.md", "Producer("), {})
+    payload = {"tenant_id": "t001", "project_id": "p123", "ids": ["s1"], "texts": ["It rained."]}
+    exec(block_with("docs/producers.md", "Producer("), {"payload": payload})
+    assert len(server.entries("stream:story:gen")) == 4
+    assert len(server.waiting("stream:story:gen")) == 1
+
+
+def test_the_sink_of_the_page_on_summaries_is_a_class() -> None:
+    names: dict[str, type] = {}
+    exec(block_with("docs/summaries.md", "class Mine"), names)
+    assert callable(names["Mine"]().store)
+
+
+def test_the_page_on_handlers_names_every_field_of_a_job() -> None:
+    said = (ROOT / "docs" / "handlers.md").read_text()
+    (listed,) = re.findall(r"`Job` has `([^`]+)`", said)
+    assert tuple(listed.split(", ")) == Job.__struct_fields__
