@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 import numpy as np
+from embed_models import ONE_GIB, write_model
 from embed_service import end_to_end, memory, recovery
 from embed_texts import SEGMENT_CHARS, TEXTS_A_JOB, chapters, jobs, some
 from hosts import described, machine_facts, table
@@ -78,6 +79,13 @@ def speed(texts: list[str], procs: int, model: str, repeat: int, python_of: dict
         "jobs_a_batch": _median(runs["service"], "jobs_a_batch"),
         "runs": runs,
     }
+
+
+def large_memory() -> list[Report]:
+    """PSS of one worker and of many with a model of 1 GiB, made here and gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="jobworker-bench") as name:
+        folder = write_model(Path(name, "one-gib"), ONE_GIB, ["some text"])
+        return [memory(workers, str(folder), XDG_CACHE_HOME=name) for workers in (1, _WORKERS[-1])]
 
 
 def edits(novel: Sequence[str], model: str) -> Report:
@@ -156,6 +164,12 @@ def for_people(report: Report) -> str:
         lines += [table(rows), _beside(found)]
     for row in report.get("memory", []):
         lines.append(f"PSS of {row['workers']} workers: {row['pss_mib']:,.0f} MiB")
+    if large := report.get("large_memory"):
+        few, many = large
+        lines.append(
+            f"with a model of 1 GiB {few['pss_mib']:,.0f} MiB, of {many['workers']} workers "
+            f"{many['pss_mib']:,.0f}: {many['pss_mib'] / few['pss_mib']:.2f} times"
+        )
     if times := report.get("recovery_s"):
         lines.append(f"first vector after kill -9 of the only worker: {statistics.median(times):.2f} s")
     if trace := report.get("edits"):
@@ -180,7 +194,7 @@ def _beside(found: Report) -> str:
     ])  # fmt: skip
 
 
-_PARTS: tuple[str, ...] = ("speed", "memory", "recovery", "edits")
+_PARTS: tuple[str, ...] = ("speed", "memory", "large_memory", "recovery", "edits")
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
@@ -232,6 +246,7 @@ def main(
     measures: dict[str, Callable[[], tuple[str, Any]]] = {
         "speed": lambda: ("speed", speed(some(novel, count), procs, model, repeat, python_of)),
         "memory": lambda: ("memory", [memory(workers, model) for workers in _WORKERS]),
+        "large_memory": lambda: ("large_memory", large_memory()),
         "recovery": lambda: ("recovery_s", [recovery(model)["seconds"] for _ in range(repeat)]),
         "edits": lambda: ("edits", edits(novel, model)),
     }

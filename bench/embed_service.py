@@ -80,10 +80,12 @@ def end_to_end(jobs: Sequence[Sequence[str]], procs: int, model: str) -> dict[st
     }
 
 
-def memory(procs: int, model: str) -> dict[str, Any]:
-    """Proportional set size of all workers together, MiB, once each of them has worked."""
-    with running([["some text"]] * 2, procs, model) as served:
-        served.backlog.release(2)
+def memory(procs: int, model: str, **environment: str) -> dict[str, Any]:
+    """Proportional set size of all workers together, MiB, once there was work for each of them."""
+    # More than one of them takes at once.
+    count = 8 * procs
+    with running([["some text"]] * count, procs, model, **environment) as served:
+        served.backlog.release(count)
         served.wait_drained()
         pids = served.worker_pids()
         total = sum(_pss_kib(pid) for pid in pids)
