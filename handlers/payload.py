@@ -11,6 +11,8 @@ DEFAULT_COLLECTION = "story_segments"
 # Limits of the collection's VARCHAR fields, which Milvus counts in UTF-8 bytes.
 TEXT_LIMIT_BYTES = 65_535
 SEGMENT_TYPE_LIMIT_BYTES = 32
+# Their vectors are in memory together: 200 MB with 1024 dimensions. Far more than any chapter has segments.
+MOST_TEXTS = 50_000
 # How much of a bad value an error message repeats.
 SHOWN_CHARS = 80
 
@@ -114,6 +116,8 @@ def _column(payload: dict[str, Any], field: str, count: int | None, rule: _Rule)
     values = [] if payload[field] is None else payload[field]
     if not isinstance(values, list):
         raise PermanentError(f"{field} must be a list, not {_shown(values)}")
+    if len(values) > MOST_TEXTS:
+        raise PermanentError(f"{field} has {len(values)} entries, a job may have {MOST_TEXTS}: send several")
     if count is not None and len(values) != count:
         raise PermanentError(f"{field} has {len(values)} entries, ids has {count}")
     for place, value in enumerate(values):

@@ -149,6 +149,7 @@ BAD_PAYLOADS = [
     ({"ids": ["a"]}, "lacks texts"),
     ({"ids": "a", "texts": ["x"]}, "ids must be a list"),
     ({"ids": ["a"], "texts": []}, "texts has 0 entries, ids has 1"),
+    ({"ids": ["a"] * 50_001, "texts": []}, "ids has 50001 entries, a job may have 50000: send several"),
     ({"ids": [1], "texts": ["x"]}, r"ids\[0\] must be"),
     ({"ids": [""], "texts": ["x"]}, r"ids\[0\] must be"),
     ({"ids": ["a" * 65], "texts": ["x"]}, r"ids\[0\] must be"),
