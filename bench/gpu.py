@@ -191,6 +191,7 @@ def for_people(report: Report) -> str:
                 "of reached",
                 "padding",
                 "cosine",
+                "ran as",
             )
         ]
         for variant, loads in found.items():
@@ -202,7 +203,7 @@ def for_people(report: Report) -> str:
 def _cells(one: Report, stated: float | None, reached: float) -> tuple[str, ...]:
     encode = f"{one['encode_tokens_per_s']:,}"
     if "forward_tflops" not in one:
-        return ("", encode, "", "", "", "")
+        return ("", encode, *[""] * 5)
     return (
         f"{one['forward_tokens_per_s']:,}",
         encode,
@@ -210,6 +211,7 @@ def _cells(one: Report, stated: float | None, reached: float) -> tuple[str, ...]
         f"{one['forward_tflops'] / reached:.1%}",
         f"{one['padding_share']:.1%}",
         f"{one['least_cosine']:.5f}",
+        one["ran_as"],
     )
 
 
