@@ -1,5 +1,6 @@
 """What the reader has read and not handed out: jobs that may run, suspects, and jobs whose type is paused."""
 
+import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -15,6 +16,8 @@ _EXCUSES_KEPT = 10_000
 #: Jobs and bytes that a type which an operator has paused may have set aside of one stream, so that the other
 #: types behind them go on; beyond that the stream waits. Bounds the reader's memory.
 _ASIDE_JOBS, _ASIDE_BYTES = 10_000, 64 * 1024 * 1024
+#: Bytes of jobs that wait here, those aside; with so many nothing more is read, whatever workers could take.
+_HELD_BYTES = 64 * 1024 * 1024
 
 
 class Shelf:
@@ -112,6 +115,8 @@ class Backlog:
         self._breakers = [Breaker() for _ in kinds]
         # For each job that was excused: how often, and after how many recoveries of its type the last time.
         self._excuses: dict[tuple[int, bytes], tuple[int, int]] = {}
+        # The largest job since there was last none: most of the time it says enough about all of them.
+        self._largest_bytes = 0
 
     def __iter__(self) -> Iterator[Arrival]:
         yield from self.ready
@@ -121,6 +126,7 @@ class Backlog:
 
     def add(self, arrival: Arrival) -> None:
         """Queue a job behind those of its sort."""
+        self._largest_bytes = max(self._largest_bytes, len(arrival.entry.data or b""))
         if self._breakers[arrival.kind].open or arrival.kind in self.halted:
             self._held[arrival.kind].put(arrival)
         else:
@@ -160,6 +166,18 @@ class Backlog:
             if kind not in self.halted or held.full(source)
         )
         return paused + len(self.ready) + len(self.suspects)
+
+    @property
+    def full(self) -> bool:
+        """Whether what waits here is as many bytes as may wait, not counting what operators have paused."""
+        held = [shelf for kind, shelf in enumerate(self._held) if kind not in self.halted]
+        jobs = len(self.ready) + len(self.suspects) + sum(map(len, held))
+        if not jobs:
+            self._largest_bytes = 0
+        if jobs * self._largest_bytes < _HELD_BYTES:
+            return False
+        waiting = itertools.chain(self.ready, self.suspects, *held)
+        return sum(len(arrival.entry.data or b"") for arrival in waiting) >= _HELD_BYTES
 
     def excused(self, kind: int, source: int, entry_id: bytes) -> bool:
         """Whether a job that blames an unavailable store is believed. It always is while no job of its type

@@ -40,5 +40,9 @@ class StoreUnavailable(JobworkerError):
     """The job store did not answer or refused for now; the same call may work later."""
 
 
+class AnswerTooLarge(JobworkerError):
+    """The answer to a read was more than can be held and was dropped; what it gave is this consumer's now."""
+
+
 class Fenced(JobworkerError):
     """Another reader has taken this consumer's name over; whatever we held is no longer ours."""

@@ -15,9 +15,10 @@ from operator import or_
 
 from .backlog import Backlog
 from .channel import Channel, drained
-from .errors import StoreUnavailable
+from .errors import AnswerTooLarge, StoreUnavailable
 from .lane import Lane
 from .link import Attach, Briefed, Drain, Forgotten, Gone, Link, Message, Ready, Retire
+from .portion import Portion
 from .settings import Settings
 from .settler import Settler
 from .store import Entry, ReaderStore
@@ -26,10 +27,6 @@ from .triage import Arrival, Refusal, Triage
 
 log = logging.getLogger("jobworker.reader")
 
-#: Entries of one read: enough to spread a round trip over, few enough that their bytes stay bounded.
-_READ_ENTRIES = 512
-#: A read asks for about so many bytes, going by the size of the entries before.
-_READ_BYTES = 4 * 1024 * 1024
 #: How long a read blocks; only bounds how soon a silently dead connection is noticed.
 _BLOCK_MS = 2000
 #: How long an answer may take beyond the time that a read blocks.
@@ -76,7 +73,9 @@ class Reader:
         self._lanes: list[Lane] = []
         self._selector = selectors.DefaultSelector()
         self._selector.register(link, selectors.EVENT_READ)
-        self._entry_bytes = 1024.0
+        self._portions = [Portion() for _ in self._sources]
+        # Sources whose pending entries are still being listed, and the last one that was: new ones wait.
+        self._unlisted: dict[int, bytes] = {}
         self._briefed = False
         self._draining = False
         self._connected = False
@@ -134,6 +133,8 @@ class Reader:
             lane.measure(now)
         if not self._draining:
             self._hand_out()
+            if self._unlisted and not self._backlog.full:
+                self._list_pending()
             self._read_more(now)
         if now - self._renewed_at > self._settings.lease_s / 3:
             self._keep_leases(now)
@@ -153,8 +154,18 @@ class Reader:
             elif key.data in self._answer_by:  # else a Drain heard in this very round has ended the read
                 self._selector.unregister(key.fd)
                 del self._answer_by[key.data]
-                self._arrive(key.data, self._store.finish_read(self._sources[key.data]))
+                self._arrive(key.data, self._finish_read(key.data))
                 self._went_round()
+
+    def _finish_read(self, source: int) -> list[Entry]:
+        """The answer. One that is too large was dropped: it is asked for again, an entry at a time."""
+        try:
+            return self._store.finish_read(self._sources[source])
+        except AnswerTooLarge as error:
+            log.warning("read given up", extra={"stream": self._sources[source].stream, "error": str(error)})
+            self._portions[source].overrun()
+            self._unlisted[source] = _START
+            return []
 
     def _listen(self) -> None:
         try:
@@ -189,20 +200,28 @@ class Reader:
     # -- the store comes and goes
 
     def _connect(self) -> None:
-        """Take the consumer's name, then find what it was given before and what is not in flight now."""
+        """Take the consumer's name, then begin to find what it was given before."""
         self._store.acquire(self._sources)
         self._connected = True
         # What waits here was found under the earlier connection; the listing below finds it again.
         self._backlog.clear()
         self._heed_pauses()
-        known = self._in_flight()
-        for number, source in enumerate(self._sources):
-            after = _START
-            while page := self._store.own_pending(source, after, _PAGE):
-                self._arrive(number, [entry for entry in page if (number, entry.id) not in known])
-                after = page[-1].id
+        self._unlisted = dict.fromkeys(range(len(self._sources)), _START)
+        self._list_pending()
         self._link.send(Ready())
         log.info("reading", extra={"streams": len(self._sources), "pending": len(self._backlog.ready)})
+
+    def _list_pending(self) -> None:
+        """Go on finding what this consumer was given before and nobody has in hand, while there is room."""
+        known = self._in_hand()
+        for number, after in list(self._unlisted.items()):
+            while not self._backlog.full:
+                page = self._store.own_pending(self._sources[number], after, self._page(number))
+                if not page:
+                    del self._unlisted[number]
+                    break
+                self._arrive(number, [entry for entry in page if (number, entry.id) not in known])
+                after = self._unlisted[number] = page[-1].id
 
     def _heed_pauses(self) -> None:
         """Set aside the types that an operator has paused, and let go on those that are paused no more."""
@@ -251,9 +270,7 @@ class Reader:
             else:
                 add(verdict)
         if entries:
-            mean = sum([len(entry.data or b"") for entry in entries]) / len(entries)
-            # The newest read counts half, so that a run of large jobs is asked for in small numbers at once.
-            self._entry_bytes = (self._entry_bytes + mean) / 2
+            self._portions[source].learn(entries)
 
     def _pause(self, arrival: Arrival, now: float) -> None:
         kind = tuple(self._settings.handlers)[arrival.kind]
@@ -261,14 +278,17 @@ class Reader:
             log.warning("type paused: what it needs does not answer", extra={"task_type": kind})
         self._backlog.pause(arrival, now)
 
+    def _room(self) -> int:
+        """How many jobs the workers can take; none while what waits here is as much as may be held."""
+        return 0 if self._backlog.full else sum(lane.credit for lane in self._lanes)
+
     def _read_more(self, now: float) -> None:
         """Ask each stream for what the workers can take beyond what waits here already."""
-        credit = sum(lane.credit for lane in self._lanes)
-        most = min(_READ_ENTRIES, max(1, int(_READ_BYTES / max(1.0, self._entry_bytes))))
+        credit = self._room()
         for number, source in enumerate(self._sources):
-            room = credit - self._backlog.waiting(number) + min(self._passed_over(), _LOOK_PAST)
-            if room > 0 and not self._store.reading(source):
-                fd = self._store.begin_read(source, min(room, most), _BLOCK_MS)
+            room = credit and credit - self._backlog.waiting(number) + min(self._passed_over(), _LOOK_PAST)
+            if room > 0 and number not in self._unlisted and not self._store.reading(source):
+                fd = self._store.begin_read(source, min(room, self._portions[number].entries), _BLOCK_MS)
                 self._selector.register(fd, selectors.EVENT_READ, number)
                 self._answer_by[number] = now + _BLOCK_MS / 1000 + _ANSWER_MARGIN_S
             if room <= 0:
@@ -349,10 +369,17 @@ class Reader:
         """Every entry that a worker holds and that is not settled."""
         return {(held.source, held.entry_id) for lane in self._lanes for held in lane.table.unsettled()}
 
+    def _in_hand(self) -> set[tuple[int, bytes]]:
+        """Every entry that a worker holds or that waits here."""
+        return self._in_flight() | {(arrival.source, arrival.entry.id) for arrival in self._backlog}
+
+    def _page(self, source: int) -> int:
+        return min(_PAGE, self._portions[source].entries)
+
     def _keep_leases(self, now: float) -> None:
         """Renew what is in flight or waits here, then take over what lost hosts left."""
         self._renewed_at = now
-        known = self._in_flight() | {(a.source, a.entry.id) for a in self._backlog}
+        known = self._in_hand()
         for number, source in enumerate(self._sources):
             mine = [entry_id for owner, entry_id in known if owner == number]
             lost = self._store.renew(source, mine) if mine else set()
@@ -371,8 +398,9 @@ class Reader:
     def _take_over(self, source: int, known: set[tuple[int, bytes]]) -> None:
         cursor = _START
         idle_ms = int(self._settings.lease_s * 1000)
-        while sum(lane.credit for lane in self._lanes) > self._backlog.waiting(source):
-            cursor, entries = self._store.take_over(self._sources[source], idle_ms, _PAGE, cursor)
+        while self._room() > self._backlog.waiting(source):
+            page = self._page(source)
+            cursor, entries = self._store.take_over(self._sources[source], idle_ms, page, cursor)
             found = [entry for entry in entries if (source, entry.id) not in known]
             if found:
                 log.warning(

@@ -1,21 +1,43 @@
 """Blocking reads that are begun now and finished when their descriptor says so: one connection a source."""
 
+import math
 import time
 from typing import Any
 
 from redis.exceptions import RedisError, ResponseError
 
-from .errors import StoreUnavailable
+from .errors import AnswerTooLarge, StoreUnavailable
 from .keys import DATA_FIELD, Source
 from .redis_connect import Connection, Endpoint, unavailable
 from .store import Entry
 
 #: The server looks at blocked clients ten times a second, and answers a moment later than BLOCK says.
 _BLOCK_MARGIN_S = 1.0
+#: An answer of several entries is given up when it is larger: each may be as large as the server allows, and
+#: how large they are is not known before they come.
+_ANSWER_BYTES = 64 * 1024 * 1024
 
 
 class GroupMissing(Exception):
     """The stream or its group is gone: deleted under us."""
+
+
+class _Metered:
+    """A socket that raises `AnswerTooLarge` once it has received more than is left."""
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self.left_bytes = math.inf
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def recv_into(self, *arguments: Any) -> int:
+        count = int(self._sock.recv_into(*arguments))
+        self.left_bytes -= count
+        if self.left_bytes < 0:
+            raise AnswerTooLarge(f"more than {_ANSWER_BYTES} bytes")
+        return count
 
 
 class BlockingRead:
@@ -27,6 +49,7 @@ class BlockingRead:
         self._consumer = consumer
         self._timeout_s = timeout_s
         self._connection: Connection | None = None
+        self._meter = _Metered(None)
         self._mono_deadline_s: float | None = None
 
     @property
@@ -46,6 +69,7 @@ class BlockingRead:
         try:
             connection = self._opened()
             connection.send_command(*self._command(count, block_ms))
+            self._meter.left_bytes = _ANSWER_BYTES if count > 1 else math.inf
         except (RedisError, OSError) as error:
             self.drop()
             self._endpoint.forget()
@@ -56,7 +80,7 @@ class BlockingRead:
     def finish(self) -> list[Entry]:
         """Take the reply, waiting for it until BLOCK and the timeout are over.
 
-        Raises `GroupMissing`, or `StoreUnavailable` after which the read is no longer under way.
+        Raises `GroupMissing`, `AnswerTooLarge`, or `StoreUnavailable`; the read is no longer under way then.
         """
         if self._mono_deadline_s is None:
             return []
@@ -70,6 +94,9 @@ class BlockingRead:
             self.drop()
             self._endpoint.forget()
             raise unavailable(error, f"reading {self._source.stream}") from error
+        except AnswerTooLarge:
+            self.drop()
+            raise
         except (RedisError, OSError) as error:
             self.drop()
             self._endpoint.forget()
@@ -94,6 +121,7 @@ class BlockingRead:
             self.drop()
             self._connection = self._endpoint.connection(self._source.stream)
             self._connection.connect()
+            self._meter = self._connection._parser._sock = _Metered(self._connection._sock)
         return self._connection
 
     @staticmethod

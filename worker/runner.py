@@ -30,6 +30,9 @@ _REPORT_EVERY_S = 0.5
 _HEALTH_EVERY_S = 5.0
 #: How long to wait for room in the outcome ring: only a reader that is gone for good leaves it full.
 _ROOM_WITHIN_S = 60.0
+#: Bytes of jobs taken ahead of the one that runs: large ones stay in the ring, whose size is bounded, and
+#: no batch is much larger.
+_AHEAD_BYTES = 32 * 1024 * 1024
 #: What a poll can wait for at the least; it rounds up, and jobs must not wait longer than they may.
 _SHORTEST_POLL_S = 0.001
 
@@ -113,7 +116,8 @@ class Runner:
 
     def _take(self) -> None:
         """Move frames from the ring into the queue, a few ahead, giving their space back at once."""
-        if len(self._waiting) >= self._lookahead:
+        ahead_bytes = sum([waiting.size_bytes for waiting in self._waiting])
+        if len(self._waiting) >= self._lookahead or ahead_bytes >= _AHEAD_BYTES:
             return
         for frame, tail in self._channel.jobs.frames():
             decoded = self._frames.decode(frame)
@@ -124,7 +128,8 @@ class Runner:
                 tuple.__new__(Waiting, (row, source, entry_id, reread_envelope(data), len(data)))
                 for row, (source, entry_id, data) in enumerate(decoded.jobs, decoded.first_row)
             )
-            if len(self._waiting) >= self._lookahead:
+            ahead_bytes += len(frame)
+            if len(self._waiting) >= self._lookahead or ahead_bytes >= _AHEAD_BYTES:
                 return
 
     def _idle(self, now: float, sleep_s: float) -> None:

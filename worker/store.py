@@ -74,7 +74,10 @@ class ReaderStore(Protocol):
         that becomes readable when `finish_read` will not block. One read at a time for each source."""
 
     def finish_read(self, source: Source) -> list[Entry]:
-        """Take the answer of the read begun before; empty when it timed out with nothing new."""
+        """Take the answer of the read begun before; empty when it timed out with nothing new.
+
+        Raises `AnswerTooLarge` where several entries were asked for and they are more bytes than a process
+        can well hold; they stay pending and are found by `own_pending`."""
 
     def reading(self, source: Source) -> bool:
         """Whether a read of this source was begun and not yet finished."""

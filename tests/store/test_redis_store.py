@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from jobworker.worker import keys
-from jobworker.worker.errors import ConfigurationError, StoreUnavailable
+from jobworker.worker import keys, redis_reads
+from jobworker.worker.errors import AnswerTooLarge, ConfigurationError, StoreUnavailable
 from jobworker.worker.keys import Source
 from jobworker.worker.redis_connect import redacted, require_version
 from jobworker.worker.redis_store import RedisProducerStore, RedisReaderStore, RedisReaperStore
@@ -122,6 +122,22 @@ class TestTrouble:
         assert store.settle([Settlement(S, ids)]) == set()
         redis_world.producer().add(S.stream, [b"2"])
         assert [entry.data for entry in read(store)] == [b"2"]
+
+    def test_an_answer_of_too_many_bytes_is_dropped_and_found_among_the_pending(
+        self, redis_world: RedisWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(redis_reads, "_ANSWER_BYTES", 200_000)
+        store = redis_world.reader("a")
+        store.acquire([S])
+        jobs = [b"x" * 50_000] * 3 + [b"y" * 300_000] * 2
+        redis_world.producer().add(S.stream, jobs)
+        assert [entry.data for entry in read(store, 3)] == jobs[:3]
+        with pytest.raises(AnswerTooLarge):
+            read(store, 2)
+        assert not store.reading(S)
+        assert [entry.data for entry in store.own_pending(S, b"0-0", 10)] == jobs
+        redis_world.producer().add(S.stream, jobs[3:])
+        assert [entry.data for entry in read(store, 1)] == jobs[3:4], "one is taken however large it is"
 
     def test_settled_is_settled_when_the_server_is_killed(self, redis_world: RedisWorld) -> None:
         store, (a, b, c, d) = given(redis_world, b"1", b"2", b"3", b"4")

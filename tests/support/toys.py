@@ -94,6 +94,18 @@ class Hermit(Gate):
     alone = True
 
 
+class Crowd:
+    """Takes up to 32 jobs at once and waits until the test opens the gate of the first."""
+
+    max_batch = 32
+
+    def handle_batch(self, jobs: Sequence[Job]) -> list[BaseException | None]:
+        record("start", jobs)
+        Gate().work(jobs[0])
+        record("end", jobs)
+        return [None] * len(jobs)
+
+
 class Flaky(Recorded):
     """Fails until it has been retried ``payload.times`` times."""
 
