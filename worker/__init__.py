@@ -3,10 +3,11 @@
 from .devices import NO_MODEL, place_of, visible_gpus
 from .envelope import Job
 from .errors import ConfigurationError, Fenced, PermanentError, StoreUnavailable, Unavailable
-from .fence import Admission, Fence, Intent, Rebuilds, Taken, open_fence, open_rebuilds
+from .fence import Admission, Fence, Intent, Rebuilds, Taken
 from .handler import Handler
+from .opening import open_fence, open_rebuilds, open_records
 from .producer import NewJob, Producer
-from .records import Put, Record, RecordKey, Records, open_records
+from .records import Put, Record, RecordKey, Records
 from .settings import Settings
 
 __all__ = [

@@ -102,25 +102,3 @@ class Rebuilds(Protocol):
 
     def close(self) -> None:
         """Drop the connection."""
-
-
-def open_fence(redis_url: str) -> Fence:
-    """The fence on a job store; with no URL one that holds within this process only."""
-    if not redis_url:
-        from .memory_fence import MemoryFence
-
-        return MemoryFence()
-    from .redis_fence import RedisFence
-
-    return RedisFence(redis_url)
-
-
-def open_rebuilds(redis_url: str) -> Rebuilds:
-    """The rebuilds of a job store; with no URL kept within this process only."""
-    if not redis_url:
-        from .memory_fence import MemoryFence
-
-        return MemoryFence()
-    from .redis_fence import RedisFence
-
-    return RedisFence(redis_url)

@@ -1,162 +1,21 @@
 """The job store in memory, for tests: the same answers as the one on Redis, and a clock of your own."""
 
 import contextlib
-import os
 import select
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 
 from .errors import Fenced, StoreUnavailable
 from .keys import Source
+from .memory_server import Group, Lease, MemoryServer, Read, Stream, order
 from .store import Dead, Depths, Entry, Promotion, Retry, Settlement
 
 #: How idle a released entry looks: above any lease.
 _RELEASED_IDLE_S = 30 * 24 * 3600.0
-#: What a read may take beyond its blocking time before the store counts as gone.
-_READ_MARGIN_S = 5.0
-
-
-def _order(id: bytes) -> tuple[int, int]:
-    ms, _, sequence = id.partition(b"-")
-    return int(ms), int(sequence)
 
 
 def _id_of(outcome: Retry | Dead | bytes) -> bytes:
     return outcome if isinstance(outcome, bytes) else outcome.id
-
-
-@dataclass
-class _Lease:
-    consumer: str
-    wall_since_s: float
-    deliveries: int
-
-
-@dataclass
-class _Group:
-    last_delivered: tuple[int, int] = (0, 0)
-    leases: dict[bytes, _Lease] = field(default_factory=dict)
-    #: consumer -> when it was last heard of
-    consumers: dict[str, float] = field(default_factory=dict)
-    waiting: list["_Read"] = field(default_factory=list)
-
-
-@dataclass
-class _Stream:
-    entries: dict[bytes, bytes | None] = field(default_factory=dict)
-    last_id: tuple[int, int] = (0, 0)
-    groups: dict[str, _Group] = field(default_factory=dict)
-    deaths: dict[bytes, int] = field(default_factory=dict)
-    fence: dict[str, int] = field(default_factory=dict)
-    #: (due, order of arrival, job)
-    retries: list[tuple[float, int, bytes]] = field(default_factory=list)
-    dead: list[bytes] = field(default_factory=list)
-
-
-class _Read:
-    """A read under way; its descriptor becomes readable when there is an answer."""
-
-    def __init__(self, consumer: str, count: int, block_ms: int) -> None:
-        self.consumer = consumer
-        self.count = count
-        self.mono_deadline_s = time.monotonic() + block_ms / 1000 + _READ_MARGIN_S
-        self.answer: list[Entry] | None = None
-        self.descriptor = os.eventfd(0, os.EFD_CLOEXEC)
-        self.timer = threading.Timer(block_ms / 1000, self.give, ([],))
-        self.timer.daemon = True
-
-    def give(self, entries: list[Entry]) -> None:
-        if self.answer is None:
-            self.answer = entries
-            os.eventfd_write(self.descriptor, 1)
-
-    def end(self) -> None:
-        self.timer.cancel()
-        if self.timer.is_alive():
-            self.timer.join()
-        os.close(self.descriptor)
-
-
-class MemoryServer:
-    """What stores share: streams, groups and ZSETs, and the clock (unix seconds) they are kept by.
-
-    Not ``blocking``: a read that finds nothing new is answered at once, whatever it was ready to wait.
-    """
-
-    def __init__(self, wall_now_s: Callable[[], float] = time.time, *, blocking: bool = True) -> None:
-        self.wall_now_s = wall_now_s
-        self.blocking = blocking
-        self.lock = threading.RLock()
-        #: Types that an operator has paused.
-        self.paused: set[str] = set()
-        self._streams: dict[str, _Stream] = {}
-        self._arrivals = 0
-        self._last_epoch = 0
-
-    def entries(self, stream: str) -> dict[bytes, bytes | None]:
-        """Everything in the stream, finished or not, by entry id."""
-        return dict(self.stream(stream).entries)
-
-    def waiting(self, stream: str) -> list[bytes]:
-        """Jobs that wait for their next try, soonest first."""
-        return [job for _, _, job in sorted(self.stream(stream).retries)]
-
-    def dead_letters(self, stream: str) -> list[bytes]:
-        """The dead letters of the stream, oldest first."""
-        return list(self.stream(stream).dead)
-
-    def delete_entry(self, stream: str, id: bytes) -> None:
-        """Take an entry out of the stream, pending or not, as an operator might."""
-        self.stream(stream).entries.pop(id, None)
-
-    def delete_stream(self, stream: str) -> None:
-        """Take the stream with its groups away, as an operator might; what waits for a retry stays."""
-        found = self.stream(stream)
-        found.entries.clear()
-        found.groups.clear()
-
-    def stream(self, name: str) -> _Stream:
-        return self._streams.setdefault(name, _Stream())
-
-    def append(self, name: str, data: bytes | None) -> bytes:
-        """Add an entry (None: one without the data field); returns its id."""
-        with self.lock:
-            stream = self.stream(name)
-            now = (int(self.wall_now_s() * 1000), 0)
-            last = stream.last_id
-            stream.last_id = now if now > last else (last[0], last[1] + 1)
-            id = b"%d-%d" % stream.last_id
-            stream.entries[id] = data
-            for group in stream.groups.values():
-                self.serve(stream, group)
-            return id
-
-    def schedule(self, name: str, job: bytes, delay_s: float) -> None:
-        with self.lock:
-            self._arrivals += 1
-            self.stream(name).retries.append((self.wall_now_s() + delay_s, self._arrivals, job))
-
-    def new_epoch(self) -> int:
-        self._last_epoch += 1
-        return self._last_epoch
-
-    def serve(self, stream: _Stream, group: _Group) -> None:
-        """Give undelivered entries to the reads that wait, first come first served."""
-        while group.waiting:
-            read = group.waiting[0]
-            if read.answer is None:
-                new = [id for id in stream.entries if _order(id) > group.last_delivered][: read.count]
-                if not new:
-                    return
-                read.give([self._deliver(stream, group, id, read.consumer) for id in new])
-            group.waiting.pop(0)
-
-    def _deliver(self, stream: _Stream, group: _Group, id: bytes, consumer: str) -> Entry:
-        group.last_delivered = _order(id)
-        group.leases[id] = _Lease(consumer, self.wall_now_s(), 1)
-        return Entry(id, stream.entries[id])
 
 
 class MemoryStore:
@@ -166,7 +25,7 @@ class MemoryStore:
         self._server = server
         self._consumer = consumer
         self._epochs: dict[Source, int] = {}
-        self._reads: dict[Source, _Read] = {}
+        self._reads: dict[Source, Read] = {}
 
     # the reader's side
 
@@ -185,7 +44,7 @@ class MemoryStore:
         with self._server.lock:
             group = self._group(source)
             self._heard_of(group)
-            read = self._reads[source] = _Read(self._consumer, count, block_ms)
+            read = self._reads[source] = Read(self._consumer, count, block_ms)
             group.waiting.append(read)
             self._server.serve(self._server.stream(source.stream), group)
             if read.answer is None:
@@ -223,10 +82,10 @@ class MemoryStore:
         """See `ReaderStore.own_pending`."""
         with self._server.lock:
             stream, group = self._server.stream(source.stream), self._group(source)
-            own = sorted((id for id in group.leases if self._owns(group, id)), key=_order)
+            own = sorted((id for id in group.leases if self._owns(group, id)), key=order)
             for gone in [id for id in own if id not in stream.entries]:
                 self._forget(stream, group, gone)
-            left = [id for id in own if id in stream.entries and _order(id) > _order(after)]
+            left = [id for id in own if id in stream.entries and order(id) > order(after)]
             return [self._pending_entry(stream, group, id) for id in left[:count]]
 
     def take_over(
@@ -236,7 +95,7 @@ class MemoryStore:
         with self._server.lock:
             stream, group = self._held(source), self._group(source)
             taken: list[Entry] = []
-            for id in sorted((i for i in group.leases if _order(i) >= _order(cursor)), key=_order):
+            for id in sorted((i for i in group.leases if order(i) >= order(cursor)), key=order):
                 if len(taken) == count:
                     return id, taken
                 lease = group.leases[id]
@@ -245,7 +104,7 @@ class MemoryStore:
                 if id not in stream.entries:
                     self._forget(stream, group, id)
                     continue
-                group.leases[id] = _Lease(self._consumer, self._server.wall_now_s(), lease.deliveries + 1)
+                group.leases[id] = Lease(self._consumer, self._server.wall_now_s(), lease.deliveries + 1)
                 taken.append(self._pending_entry(stream, group, id))
             return b"0-0", taken
 
@@ -328,8 +187,8 @@ class MemoryStore:
         """See `ReaperStore.depths`."""
         with self._server.lock:
             stream, group = self._server.stream(source.stream), self._group(source)
-            new = [id for id in stream.entries if _order(id) > group.last_delivered]
-            age_s = max(0.0, self._server.wall_now_s() - _order(new[0])[0] / 1000) if new else 0.0
+            new = [id for id in stream.entries if order(id) > group.last_delivered]
+            age_s = max(0.0, self._server.wall_now_s() - order(new[0])[0] / 1000) if new else 0.0
             return Depths(len(new), len(group.leases), len(stream.retries), len(stream.dead), age_s, len(new))
 
     # the producer's side
@@ -346,13 +205,13 @@ class MemoryStore:
         """Drop reads in progress; the server keeps everything."""
         self.abandon_reads()
 
-    def _group(self, source: Source) -> _Group:
-        return self._server.stream(source.stream).groups.setdefault(source.group, _Group())
+    def _group(self, source: Source) -> Group:
+        return self._server.stream(source.stream).groups.setdefault(source.group, Group())
 
-    def _heard_of(self, group: _Group) -> None:
+    def _heard_of(self, group: Group) -> None:
         group.consumers[self._consumer] = self._server.wall_now_s()
 
-    def _held(self, source: Source) -> _Stream:
+    def _held(self, source: Source) -> Stream:
         """The stream; raises `Fenced` where a newer reader holds our name."""
         stream = self._server.stream(source.stream)
         if source not in self._epochs:
@@ -361,10 +220,10 @@ class MemoryStore:
             raise Fenced(f"a newer reader holds the name {self._consumer}")
         return stream
 
-    def _owns(self, group: _Group, id: bytes) -> bool:
+    def _owns(self, group: Group, id: bytes) -> bool:
         return id in group.leases and group.leases[id].consumer == self._consumer
 
-    def _pending_entry(self, stream: _Stream, group: _Group, id: bytes) -> Entry:
+    def _pending_entry(self, stream: Stream, group: Group, id: bytes) -> Entry:
         return Entry(id, stream.entries[id], group.leases[id].deliveries, stream.deaths.get(id, 0))
 
     def _settle_one(self, source: Source, outcome: bytes | Retry | Dead) -> bool:
@@ -388,21 +247,21 @@ class MemoryStore:
                 group.leases[id].wall_since_s = self._server.wall_now_s() - idle_s
         return {id for id in ids if not self._owns(group, id)}
 
-    def _end(self, source: Source, read: _Read) -> None:
+    def _end(self, source: Source, read: Read) -> None:
         with self._server.lock, contextlib.suppress(ValueError):  # it was served already
             self._group(source).waiting.remove(read)
         read.end()
 
     @staticmethod
-    def _forget(stream: _Stream, group: _Group, id: bytes) -> None:
+    def _forget(stream: Stream, group: Group, id: bytes) -> None:
         group.leases.pop(id, None)
         stream.deaths.pop(id, None)
 
     @staticmethod
-    def _finished(stream: _Stream, id: bytes) -> bool:
+    def _finished(stream: Stream, id: bytes) -> bool:
         """Read and acknowledged by every group, and so are all the entries before it."""
         groups = stream.groups.values()
-        open_ids = [_order(lease) for group in groups for lease in group.leases]
-        return all(_order(id) <= group.last_delivered for group in groups) and _order(id) < min(
-            open_ids, default=(_order(id)[0] + 1, 0)
+        open_ids = [order(lease) for group in groups for lease in group.leases]
+        return all(order(id) <= group.last_delivered for group in groups) and order(id) < min(
+            open_ids, default=(order(id)[0] + 1, 0)
         )

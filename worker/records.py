@@ -58,14 +58,3 @@ class Records(Protocol):
 
     def close(self) -> None:
         """Drop the connection."""
-
-
-def open_records(redis_url: str) -> Records:
-    """The records of a job store; with no URL kept within this process only."""
-    if not redis_url:
-        from .memory_records import MemoryRecords
-
-        return MemoryRecords()
-    from .redis_records import RedisRecords
-
-    return RedisRecords(redis_url)

@@ -17,7 +17,8 @@ from .dead_letters import Letter, read_letter
 from .envelope import Job, job_of, reread_envelope
 from .handler import BoundHandler, set_up
 from .link import Attach, Briefed, Drain, Gone, Link, Report
-from .memory_store import MemoryServer, MemoryStore
+from .memory_server import MemoryServer
+from .memory_store import MemoryStore
 from .producer import Producer
 from .reader import Reader
 from .reaper import Reaper

@@ -9,7 +9,8 @@ import pytest
 
 from jobworker.worker.envelope import read_envelope
 from jobworker.worker.errors import StoreUnavailable
-from jobworker.worker.memory_store import MemoryServer, MemoryStore
+from jobworker.worker.memory_server import MemoryServer
+from jobworker.worker.memory_store import MemoryStore
 from jobworker.worker.producer import NewJob, Producer
 from support.redis_servers import free_port, running
 

@@ -4,7 +4,8 @@ import time
 from typing import Protocol
 
 from jobworker.worker import keys
-from jobworker.worker.memory_store import MemoryServer, MemoryStore
+from jobworker.worker.memory_server import MemoryServer
+from jobworker.worker.memory_store import MemoryStore
 from jobworker.worker.redis_store import RedisProducerStore, RedisReaderStore, RedisReaperStore
 from jobworker.worker.store import ProducerStore, ReaderStore, ReaperStore
 from support.redis_servers import RedisServer

@@ -14,7 +14,8 @@ from jobworker.worker.frames import JobFrame
 from jobworker.worker.inflight import SUCCEEDED
 from jobworker.worker.keys import Source
 from jobworker.worker.link import Attach, Briefed, Drain, Gone, Link
-from jobworker.worker.memory_store import MemoryServer, MemoryStore
+from jobworker.worker.memory_server import MemoryServer
+from jobworker.worker.memory_store import MemoryStore
 from jobworker.worker.reader import Reader
 from jobworker.worker.settings import Settings
 

@@ -27,7 +27,7 @@ DOORS = {
 }
 
 ROLES = {"worker.reader", "worker.reaper", "worker.runner"}
-ADAPTERS = ["worker.redis_*", "worker.memory_store", "worker.metrics"]
+ADAPTERS = ["worker.redis_*", "worker.memory_*", "worker.metrics"]
 PORTS = {"worker.handler", "worker.store", "worker.ring", "worker.channel"}
 #: Decisions without input or output: they import each other, the standard library and msgspec.
 PURE = {
