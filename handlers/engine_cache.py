@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -90,10 +91,12 @@ def folder_name(source: ModelSource) -> str:
 
 
 def _processor() -> str:
-    """What decides which arithmetic is the fastest."""
-    wanted = ("model name", "flags")
-    lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    return "\n".join(line for line in lines if line.startswith(wanted))
+    """What decides which arithmetic is the fastest: vendor, model and features. /proc/cpuinfo says it too, but
+    is not there for a service that systemd shows processes only."""
+    try:
+        return Path("/sys/devices/system/cpu/modalias").read_text()
+    except OSError:  # a container without /sys
+        return platform.machine()
 
 
 Convert = Callable[[ModelSource, Path], None]

@@ -305,6 +305,15 @@ def test_a_lock_that_is_not_given_back_ends_the_wait(empty: Path, monkeypatch: p
             converted(source(), leave_card)
 
 
+def test_the_processor_is_known_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(self: Path) -> str:
+        assert not self.is_relative_to("/proc"), "systemd's ProcSubset=pid leaves processes there only"
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert engine_cache._processor(), "also where there is no /sys"
+
+
 def test_another_revision_or_processor_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     first = engine_cache.folder_name(source())
     assert engine_cache.folder_name(source()._replace(revision="f" * 16)) != first
