@@ -91,7 +91,7 @@ def folder_name(source: ModelSource) -> str:
 
 
 def _processor() -> str:
-    """What decides which arithmetic is the fastest: vendor, model and features. /proc/cpuinfo says it too, but
+    """What decides which arithmetic is the fastest: vendor, model, features. /proc/cpuinfo says it too, but
     is not there for a service that systemd shows processes only."""
     try:
         return Path("/sys/devices/system/cpu/modalias").read_text()
