@@ -46,8 +46,9 @@ def main() -> int:
     name = start.role if start.role != "worker" else f"worker {start.slot}"
     setproctitle.setproctitle(f"jobworker: {name} [{settings.instance}]")
     logs.set_up(name, settings.log_level, settings.log_format)
-    # Ctrl-C reaches the whole group; only the supervisor decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a terminal's end reach the whole group; only the supervisor decides what they mean.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if start.role != "worker":
         # So does a service manager's TERM; these two have to outlive the jobs that are running.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

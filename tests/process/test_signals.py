@@ -101,13 +101,15 @@ def test_a_stop_while_it_is_still_starting_exits_0(tmp_path: Path) -> None:
         one.assert_nothing_left()
 
 
-def test_hup_exchanges_every_worker_without_dropping_or_repeating_a_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize("to_all", [False, True], ids=["HUP", "HUP to everyone"])
+def test_hup_exchanges_every_worker_without_dropping_or_repeating_a_job(tmp_path: Path, to_all: bool) -> None:
     with service(tmp_path, handlers("Sleep", "Gate")) as one:
         running = one.enqueue("gate", {"gate": "0"})
         one.wait_for_start(running)
         before = one.roles()
         jobs = one.enqueue_many({"type": "sleep", "payload": {"s": 0.004}} for _ in range(800))
-        one.send(signal.SIGHUP)
+        for pid in before.values() if to_all else [one.pid]:  # as when a terminal is closed
+            os.kill(pid, signal.SIGHUP)
         eventually(lambda: one.logged("restarting the workers one by one"))
         eventually(lambda: len(one.events("end")) > 600)
         one.open_gate("0")
