@@ -229,7 +229,7 @@ def main(**options: Any) -> None:
     try:
         settings = settings_from(options, BUILTIN, sys.stderr.isatty())
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
-        logs.set_up("supervisor", settings.log_level, settings.log_format)
+        logs.begin("supervisor", settings, os.environ)
         with SignalQueue(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD) as queue:
             sys.exit(_supervise(settings, queue))
     except ConfigurationError as error:

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 
 from jobworker.handlers.cache import VectorCache
-from jobworker.handlers.embedder import Ask, Computed, Embedder, size_bytes
+from jobworker.handlers.embedder import Ask, Computed, Embedder, Prepared, size_bytes
 from jobworker.handlers.encoder import Encoder, load_encoder
 from jobworker.handlers.fenced import Edition, FencedWriter
 from jobworker.handlers.payload import DEFAULT_COLLECTION, Work, read_work
 from jobworker.handlers.pipeline import flow
 from jobworker.handlers.vector_types import Row, VectorStore, VectorStoreError
-from jobworker.worker import Fence, Job, PermanentError, Settings, open_fence
+from jobworker.worker import Fence, Job, PermanentError, Settings, open_fence, span
 
 log = logging.getLogger("jobworker.embed")
 
@@ -119,7 +119,7 @@ class EmbeddingBatch:
             flow(
                 self._chunks(works),
                 self._embedder.prepare,
-                self._embedder.compute,
+                partial(self._compute, jobs),
                 partial(self._finish, _Batch(jobs, works, outcomes)),
             )
             self.max_batch_bytes = int(_within(self._embedder.pace_bytes_s * BATCH_S, *BATCH_BYTES))
@@ -140,6 +140,11 @@ class EmbeddingBatch:
             chunks[-1][place] = ask
             filled += sizes[place]
         return chunks
+
+    def _compute(self, jobs: Sequence[Job], prepared: Prepared) -> Computed:
+        texts, known = len(prepared.texts), len(prepared.texts) - len(prepared.missing)
+        with span("embed", [jobs[place] for place in prepared.asks], texts=texts, known=known):
+            return self._embedder.compute(prepared)
 
     def _finish(self, batch: _Batch, computed: Sequence[Computed]) -> None:
         """Store what was computed; rows of several jobs go together."""
@@ -169,16 +174,19 @@ class EmbeddingBatch:
             batch.outcomes[place] = self._try(collection, {place: edition}, batch) if alone else error
 
     def _try(self, collection: str, group: _Group, batch: _Batch) -> Exception | None:
-        error = batch.away.get(collection) or self._upsert(collection, group)
+        jobs = [batch.jobs[place] for place in group]
+        error = batch.away.get(collection) or self._upsert(collection, group, jobs)
         if isinstance(error, VectorStoreError):
             batch.away[collection] = error
         return error
 
-    def _upsert(self, collection: str, group: _Group) -> Exception | None:
+    def _upsert(self, collection: str, group: _Group, jobs: Sequence[Job]) -> Exception | None:
         """What went wrong: a VectorStoreError where the store did, a PermanentError where the rows did."""
         try:
-            self._ensure(collection)
-            self._writer.write(collection, list(group.values()))
+            rows = sum(len(edition.rows) for edition in group.values())
+            with span("upsert", jobs, collection=collection, rows=rows):
+                self._ensure(collection)
+                self._writer.write(collection, list(group.values()))
         except VectorStoreError as error:
             # The next try looks whether the collection is still there.
             self._known.discard(collection)

@@ -30,6 +30,7 @@ from jobworker.worker import (
     Unavailable,
     open_fence,
     open_records,
+    span,
 )
 
 log = logging.getLogger("jobworker.summaries")
@@ -137,7 +138,8 @@ class WriteBack:
         if has is not None and has.version > work.chapter_version:
             self._outdated(job_id, key, work, has.version)
             return
-        findings = self._find(job_id, work)
+        with span("summarise", characters=len(work.content)):
+            findings = self._find(job_id, work)
         put = self._records.put(key, work.chapter_version, {"summary": findings.summary}, _now())
         if put.verdict == "foreign":
             raise PermanentError(
@@ -171,7 +173,8 @@ class WriteBack:
         wrote: a try that died may have left one behind, and a model finds others the next time."""
         mentioned = (chapter._replace(kind="entity", id=id_) for id_ in self._records.mentioned(chapter))
         entities = [Followed(key, ENTITIES) for key in mentioned]
-        self._projection.follow(job_id, [Followed(chapter, DEFAULT_COLLECTION), *entities])
+        with span("upsert", collection=DEFAULT_COLLECTION):
+            self._projection.follow(job_id, [Followed(chapter, DEFAULT_COLLECTION), *entities])
 
     # ---- the summary
 

@@ -9,6 +9,7 @@ from .opening import open_fence, open_rebuilds, open_records
 from .producer import NewJob, Producer
 from .records import Put, Record, RecordKey, Records
 from .settings import Settings
+from .trace import span
 
 __all__ = [
     "NO_MODEL",
@@ -35,5 +36,6 @@ __all__ = [
     "open_rebuilds",
     "open_records",
     "place_of",
+    "span",
     "visible_gpus",
 ]

@@ -18,6 +18,7 @@ from dataclasses import replace
 import setproctitle
 
 from . import log as logs
+from . import trace
 from .channel import REFUSABLE, Channel
 from .devices import COPIES_PER_GPU, NO_MODEL, place_of, set_pools, visible_gpus
 from .errors import ConfigurationError, Exit, Fenced, JobworkerError
@@ -45,7 +46,8 @@ def main() -> int:
         settings = replace(settings, device=_place(settings, start.slot))
     name = start.role if start.role != "worker" else f"worker {start.slot}"
     setproctitle.setproctitle(f"jobworker: {name} [{settings.instance}]")
-    logs.set_up(name, settings.log_level, settings.log_format)
+    logs.begin(name, settings, os.environ)
+    _begin_tracing(name, settings)
     # Ctrl-C and a terminal's end reach the whole group; only the supervisor decides what they mean.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -59,6 +61,7 @@ def main() -> int:
     gc.set_threshold(50_000, 20, 50)
     try:
         _run(start.role, settings, link, fds)
+        trace.close()
     except Fenced as error:
         return _fail(
             link, f"{error}: is another service running as --instance {settings.instance}?", Exit.USAGE
@@ -68,6 +71,20 @@ def main() -> int:
     except JobworkerError as error:
         return _fail(link, str(error), Exit.BOOT_FAILED)
     return 0
+
+
+def _begin_tracing(role: str, settings: Settings) -> None:
+    """Traces are no reason not to run jobs: where they cannot be made, the log says why."""
+    if not trace.wanted(os.environ):
+        return
+    try:
+        from .otel import open_tracing
+
+        trace.install(open_tracing(role, settings, os.environ))
+    except ImportError as error:
+        log.warning("no traces: %s (pip install 'jobworker[otel]')", error)
+    except Exception as error:  # of the library too, which reads its variables by itself
+        log.warning("no traces: %s", error)
 
 
 def _fail(link: Link, error: str, code: Exit) -> int:
@@ -132,6 +149,7 @@ def _run_worker(settings: Settings, link: Link, channel: Channel) -> None:
     refused = [kind not in handlers for kind in settings.handlers]
     channel.refused = _mask(refused)
     channel.loners = _mask(kind in handlers and handlers[kind].alone for kind in settings.handlers)
+    trace.watch(handlers)
     runner = Runner(channel, link, handlers, streams, linger_s=settings.linger_s)
 
     def stop(*_: object) -> None:
@@ -142,7 +160,8 @@ def _run_worker(settings: Settings, link: Link, channel: Channel) -> None:
     link.send(Ready())
     runner.run()
     # Not through the interpreter's shutdown: threads of torch or gRPC may hold that up or crash in it.
-    sys.stderr.flush()
+    trace.close()
+    logging.shutdown()
     os._exit(0)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -147,7 +148,7 @@ class Producer:
                 tenant_id=job.tenant_id,
                 project_id=job.project_id,
                 payload=msgspec.Raw(_payload_json(job.payload)),
-                metadata=dict(job.metadata) if job.metadata is not None else None,
+                metadata=_metadata(job),
                 created_at=_rfc3339(self._wall_now_s()),
                 timeout=None if job.timeout is None else _seconds("timeout", job.timeout),
             )
@@ -177,6 +178,15 @@ def _new_job(item: NewJob | Mapping[str, Any]) -> NewJob:
 
 def _home_of(type: str) -> str:
     return STREAM_OF_TYPE.get(type, DEFAULT_SOURCES[0].stream)
+
+
+def _metadata(job: NewJob) -> dict[str, str] | None:
+    """What the job was given, and the span that the caller is in, where he makes traces."""
+    if "opentelemetry.trace" in sys.modules:
+        from .otel_context import carried  # only then: it needs the library
+
+        return carried(job.metadata)
+    return None if job.metadata is None else dict(job.metadata)
 
 
 def _check_names(id: str, job: NewJob) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import or_
 
+from . import trace
 from .backlog import Backlog
 from .channel import Channel, drained
 from .errors import AnswerTooLarge, StoreUnavailable
@@ -316,6 +317,7 @@ class Reader:
                 unfit.append(lane)
                 continue
             given = lane.hand(batch)
+            trace.handed_out(batch, given, self._sources)
             waiting.extendleft(reversed(batch[given:]))
             if not given:
                 return
@@ -337,7 +339,7 @@ class Reader:
                 return
             fit = lane.open and lane.accepts(suspects[0].kind)
             if fit and not len(lane.table) and lane.hand([suspects[0]]):
-                suspects.popleft()
+                trace.handed_out([suspects.popleft()], 1, self._sources)
                 lane.alone = True
         # Under steady load no worker is ever empty: keep new work from the one with the least.
         if suspects and not any(lane.alone for lane in self._lanes):

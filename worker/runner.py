@@ -10,6 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from .channel import READY, STOPPING, Channel
+from .doing import doing
 from .envelope import Envelope, Job, job_of, reread_envelope
 from .errors import MalformedJob, PermanentError
 from .frames import JobFrame, OutcomeFrame
@@ -235,6 +236,7 @@ class Runner:
             self._observe_wait(kind, job.envelope, started + wall_ahead_s)
             started = ended
             count += 1
+        doing.jobs = ()
         self._channel.running(0.0, 0.0)
         self._channel.finished += count
         self._batches.add(1, count)
@@ -245,7 +247,8 @@ class Runner:
         at = waiting.row % self._rows
         self._states[at] = STARTED
         try:
-            handler.handle(self._job(waiting))
+            doing.jobs = job = self._job(waiting)
+            handler.handle(job)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # asyncio's and other libraries' cancellations among them
@@ -262,7 +265,9 @@ class Runner:
         limit_s = min(sum(limits_s), max(handler.batch_timeout_s, *limits_s))
         self._channel.running(started, started + limit_s)
         self._channel.table.mark([waiting.row for waiting in batch], STARTED)
+        doing.jobs = jobs
         outcomes = self._outcomes(handler.handle_batch, jobs)
+        doing.jobs = ()
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if outcome is None:
                 self._states[waiting.row % self._rows] = SUCCEEDED

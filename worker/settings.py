@@ -14,6 +14,8 @@ from .keys import DEFAULT_SOURCES, Source
 
 #: Default limit of one entry; larger ones are refused before they are parsed.
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
+#: Settings that may hold a password or a key.
+MAY_HOLD_SECRETS = ("redis_url", "milvus_token", "milvus_uri", "llm_url", "postgres_dsn")
 #: In less the cache's own log would not leave room for vectors.
 _LEAST_CACHE_BYTES = 16 * 1024 * 1024
 
@@ -74,8 +76,7 @@ class Settings:
 
     def public(self) -> dict[str, Any]:
         """The options without the secrets, for the log."""
-        hidden = {"redis_url", "milvus_token", "milvus_uri", "llm_url", "postgres_dsn"}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in MAY_HOLD_SECRETS}
 
 
 def parse_source(text: str) -> Source:

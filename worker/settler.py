@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from .envelope import dead_letter, read_envelope, with_retry
+from . import trace
+from .doing import story
+from .envelope import Envelope, dead_letter, read_envelope, with_retry
 from .frames import OutcomeFrame
 from .inflight import FAILED, QUEUED, SETTLED, STARTED, SUCCEEDED, Held
 from .keys import Source
@@ -164,21 +166,25 @@ class Settler:
         envelope = read_envelope(data)
         decision = after_failure(failure, envelope.retry_count, held.deaths, self._settings.retry, self._rng)
         deaths = envelope.deaths + held.deaths
-        story = {
-            "job_id": envelope.id, "task_type": envelope.type, "tenant_id": envelope.tenant_id,
-            "project_id": envelope.project_id, "retry_count": envelope.retry_count, "error": failure.error,
-            **{k: v for k, v in (envelope.metadata or {}).items() if k in ("request_id", "trace_id")},
-        }  # fmt: skip
+        told = {**story(envelope), "retry_count": envelope.retry_count, "error": failure.error}
         if isinstance(decision, GiveUp):
-            log.error("job given up", extra={**story, "reason": decision.reason})
+            log.error("job given up", extra={**told, "reason": decision.reason})
+            self._trace("give up", envelope, held, failure.error, reason=decision.reason)
             self._bury(
                 batch, held, data, decision.reason, failure.error, envelope.retry_count, deaths, failed.worker
             )
             return
-        log.warning("job will be retried", extra={**story, "delay_s": round(decision.delay_s, 3)})
+        log.warning("job will be retried", extra={**told, "delay_s": round(decision.delay_s, 3)})
+        self._trace("retry", envelope, held, failure.error, delay_s=decision.delay_s)
         batch.counts["z_novel_jobs_retried_total", (envelope.type,)] += 1
         again = with_retry(data, decision.retry_count, deaths)
         batch.retries[held.source].append(Retry(held.entry_id, decision.delay_s, again))
+
+    def _trace(
+        self, what: str, envelope: Envelope, held: Held, error: str, **attributes: str | int | float
+    ) -> None:
+        stream = self._sources[held.source].stream
+        trace.settled(what, envelope, stream, held.entry_id, error=error, **attributes)
 
     def _bury(
         self, batch: Batch, held: Held, data: bytes, reason: Reason, error: str,
@@ -199,7 +205,7 @@ class Settler:
             batch.counts["z_novel_jobs_dead_total", (kind, refusal.reason)] += 1
             log.error("job refused", extra={
                 "stream": stream, "entry_id": refusal.entry.id.decode(), "reason": refusal.reason,
-                "error": refusal.error, "job_id": envelope.id if envelope else None,
+                "error": refusal.error, **(story(envelope) if envelope else {}),
             })  # fmt: skip
             letter = dead_letter(
                 refusal.entry.data, error=refusal.error, reason=refusal.reason, failed_at=self._stamp(),
@@ -288,10 +294,8 @@ class Settler:
         deaths = envelope.deaths + entry.deaths
         batch.counts["z_novel_jobs_failed_total", (envelope.type,)] += 1
         used_up = sole and envelope.retry_count + entry.deaths > self._settings.retry.max_retries
-        log.error("worker died under job", extra={
-            "job_id": envelope.id, "task_type": envelope.type, "tenant_id": envelope.tenant_id,
-            "deaths": deaths, "cause": gone.cause,
-        })  # fmt: skip
+        log.error("worker died under job", extra={**story(envelope), "deaths": deaths, "cause": gone.cause})
+        self._trace("worker died", envelope, held, gone.cause, deaths=deaths)
         if deaths < self._settings.max_deaths and not used_up:
             return False
         error = f"WorkerDied: {gone.cause}"

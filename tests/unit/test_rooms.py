@@ -16,6 +16,7 @@ DOORS = {
     "redis": ["worker/redis_*.py"],
     "valkey": [],
     "prometheus_client": ["worker/metrics.py"],
+    "opentelemetry": ["worker/otel.py", "worker/otel_context.py"],
     "starlette": ["worker/web/*.py"],
     "uvicorn": ["worker/web/serve.py"],
     "jinja2": ["worker/web/rendering.py"],
@@ -27,7 +28,7 @@ DOORS = {
 }
 
 ROLES = {"worker.reader", "worker.reaper", "worker.runner"}
-ADAPTERS = ["worker.redis_*", "worker.memory_*", "worker.metrics"]
+ADAPTERS = ["worker.redis_*", "worker.memory_*", "worker.metrics", "worker.otel*"]
 PORTS = {"worker.handler", "worker.store", "worker.ring", "worker.channel"}
 #: Decisions without input or output: they import each other, the standard library and msgspec.
 PURE = {

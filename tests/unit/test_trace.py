@@ -1,0 +1,286 @@
+"""Traces: a job's spans hang together over processes that never speak of them, and off they cost nothing."""
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+import pytest
+from opentelemetry import trace as api
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
+
+from jobworker.worker import ConfigurationError, Job, PermanentError, Producer, Settings, trace
+from jobworker.worker.doing import doing
+from jobworker.worker.envelope import read_envelope
+from jobworker.worker.handler import BoundHandler
+from jobworker.worker.keys import Source
+from jobworker.worker.log import hide
+from jobworker.worker.memory_store import MemoryServer, MemoryStore
+from jobworker.worker.otel import Spans, open_tracing
+from jobworker.worker.otel_context import number_of, trace_id_of
+from jobworker.worker.store import Entry
+from jobworker.worker.triage import Arrival
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+SENDER = "00f067aa0ba902b7"
+TRACEPARENT = {"traceparent": f"00-{TRACE}-{SENDER}-01"}
+STREAM, ENTRY = "stream:story:gen", "1767348000123-0"
+
+
+@pytest.fixture
+def exporter() -> Iterator[InMemorySpanExporter]:
+    """Traces are on; what was sent is kept here."""
+    kept = InMemorySpanExporter()
+    trace.install(Spans(kept, Resource.create({})))
+    yield kept
+    trace.install(None)
+    doing.jobs = ()
+
+
+def sent(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
+    """All spans by name, once everything is sent."""
+    trace.close()
+    spans = exporter.get_finished_spans()
+    assert len({span.name for span in spans}) == len(spans)
+    return {span.name: span for span in spans}
+
+
+def above(span: ReadableSpan) -> int | None:
+    """The id of the span above."""
+    return span.parent.span_id if span.parent else None
+
+
+def body(metadata: dict[str, str] | None, id: str = "j1") -> bytes:
+    return msgspec.json.encode({"id": id, "type": "noop", "tenant_id": "t1", "metadata": metadata})
+
+
+def job(metadata: dict[str, str] | None = None, id: str = "j1", entry_id: str = ENTRY, **more: Any) -> Job:
+    fields = {"type": "noop", "tenant_id": "t1", "project_id": "p1", "payload": {"text": "private"},
+              "metadata": metadata or {}, "created_at": "", "stream": STREAM, "retry_count": 0}  # fmt: skip
+    return Job(id=id, entry_id=entry_id, **(fields | more))
+
+
+def hand_out(metadata: dict[str, str] | None, id: str = "j1", entry_id: str = ENTRY) -> None:
+    """As the reader does."""
+    arrival = Arrival(0, 0, Entry(entry_id.encode(), body(metadata, id)), False)
+    trace.handed_out([arrival], 1, [Source(STREAM, "g")])
+
+
+class Single:
+    """A handler with a part of its own, that may fail."""
+
+    error: BaseException | None = None
+
+    def handle(self, job: Job) -> None:
+        doing.jobs = job
+        with trace.span("part", colour="red"), trace.span("inner"):
+            if self.error:
+                raise self.error
+
+
+def watched(handler: object) -> BoundHandler:
+    bound = BoundHandler("noop", handler, 60.0)
+    trace.watch({"noop": bound})
+    return bound
+
+
+def test_spans_of_both_processes_hang_below_the_producers(exporter: InMemorySpanExporter) -> None:
+    hand_out(TRACEPARENT)
+    watched(Single()).handle(job(TRACEPARENT))
+    spans = sent(exporter)
+    assert set(spans) == {"queue noop", "process noop", "part", "inner"}
+    queue, process, part = spans["queue noop"], spans["process noop"], spans["part"]
+    assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {TRACE}
+    chain = [int(SENDER, 16), *(span.context.span_id for span in (queue, process, part))]
+    assert [above(span) for span in (queue, process, part, spans["inner"])] == chain
+    assert queue.start_time == 1767348000123 * 1_000_000, "when the entry was written"
+    told = {"messaging.destination.name": STREAM, "messaging.message.id": "j1",
+            "jobworker.tenant_id": "t1", "jobworker.task_type": "noop"}  # fmt: skip
+    for span in (queue, process):
+        assert told.items() <= dict(span.attributes or {}).items()
+    assert (part.attributes or {})["jobworker.colour"] == "red"
+    assert "private" not in "".join(span.to_json() for span in spans.values())
+
+
+@pytest.mark.parametrize(
+    ("metadata", "trace_id"),
+    [
+        ({"trace_id": TRACE}, TRACE),
+        ({"trace_id": TRACE.upper()}, TRACE),
+        ({"trace_id": "4bf92f35-77b3-4da6-a3ce-929d0e0e4736"}, TRACE),
+        ({"trace_id": "a3ce929d0e0e4736"}, "0" * 16 + "a3ce929d0e0e4736"),
+        ({"trace_id": "chapter 7"}, f"{number_of('chapter 7', 16):032x}"),
+        ({"trace_id": "0" * 32}, f"{number_of('0' * 32, 16):032x}"),
+        ({"traceparent": "nonsense", "trace_id": TRACE}, TRACE),
+        ({"traceparent": "00-" + "0" * 32 + "-" + "0" * 16 + "-01"}, f"{number_of('j1', 16):032x}"),
+        (None, f"{number_of('j1', 16):032x}"),
+    ],
+)
+def test_without_a_traceparent_the_trace_is_the_given_one_or_follows_from_the_job(
+    exporter: InMemorySpanExporter, metadata: dict[str, str] | None, trace_id: str
+) -> None:
+    hand_out(metadata)
+    watched(Single()).handle(job(metadata))
+    spans = sent(exporter)
+    assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {trace_id}
+    assert spans["queue noop"].parent is None, "the trace has one root"
+    assert above(spans["process noop"]) == spans["queue noop"].context.span_id
+
+
+def test_ids_chosen_for_one_span_are_not_left_to_the_next(exporter: InMemorySpanExporter) -> None:
+    hand_out({"trace_id": TRACE}, "a", "1-1")
+    hand_out(None, "b", "2-1")
+    hand_out(TRACEPARENT, "c", "3-1")
+    trace.close()
+    spans = exporter.get_finished_spans()
+    assert [f"{span.context.trace_id:032x}" for span in spans] == [
+        TRACE,
+        f"{trace_id_of({}, 'b'):032x}",
+        TRACE,
+    ]
+    assert len({span.context.span_id for span in spans}) == 3
+
+
+@pytest.mark.parametrize("sampler", ["always_off", "parentbased_traceidratio"])
+def test_what_is_not_sampled_is_not_sent_by_anybody(monkeypatch: pytest.MonkeyPatch, sampler: str) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.5")
+    kept = InMemorySpanExporter()
+    trace.install(Spans(kept, Resource.create({})))
+    try:
+        handler = watched(Single())
+        for number in range(40):
+            hand_out(None, f"job {number}", f"{number + 1}-1")
+            handler.handle(job(None, f"job {number}", f"{number + 1}-1"))
+        trace.close()
+    finally:
+        trace.install(None)
+        doing.jobs = ()
+    by_trace: dict[int, set[str]] = {}
+    for span in kept.get_finished_spans():
+        by_trace.setdefault(span.context.trace_id, set()).add(span.name)
+    assert all(names == {"queue noop", "process noop", "part", "inner"} for names in by_trace.values())
+    assert len(by_trace) == 0 if sampler == "always_off" else 5 < len(by_trace) < 35
+
+
+def test_a_failure_marks_its_spans_and_shows_no_secret(exporter: InMemorySpanExporter) -> None:
+    hide(["sk-0123456789"])
+    handler = Single()
+    handler.error = ConnectionError("redis://u:pw@h refused sk-0123456789")
+    with pytest.raises(ConnectionError):
+        watched(handler).handle(job(TRACEPARENT))
+    hide(())
+    spans = sent(exporter)
+    for name in ("process noop", "part"):
+        assert spans[name].status.status_code is StatusCode.ERROR
+        assert spans[name].status.description == "ConnectionError: redis://u:***@h refused ***"
+        (event,) = spans[name].events
+        assert (event.attributes or {})["exception.type"] == "ConnectionError"
+    assert "0123456789" not in "".join(span.to_json() for span in spans.values())
+
+
+def test_of_a_batch_each_job_has_its_own_spans_in_its_own_trace(exporter: InMemorySpanExporter) -> None:
+    class Batch:
+        def handle_batch(self, jobs: Sequence[Job]) -> list[BaseException | None]:
+            with trace.span("embed", jobs[:2], texts=9):
+                pass
+            return [None, PermanentError("bad"), None]
+
+    jobs = [job({"trace_id": f"{n:032x}"}, f"j{n}", f"{n}-1") for n in (1, 2, 3)]
+    handle_batch = watched(Batch()).handle_batch
+    assert handle_batch is not None
+    handle_batch(jobs)
+    trace.close()
+    spans = exporter.get_finished_spans()
+    names = {n: sorted(s.name for s in spans if s.context.trace_id == n) for n in (1, 2, 3)}
+    assert names == {1: ["embed", "process noop"], 2: ["embed", "process noop"], 3: ["process noop"]}
+    failed = [s.context.trace_id for s in spans if s.status.status_code is StatusCode.ERROR]
+    assert failed == [2]
+    assert {(s.attributes or {}).get("messaging.batch.message_count") for s in spans} == {3, None}
+
+
+def test_a_batch_that_raises_marks_all_of_it(exporter: InMemorySpanExporter) -> None:
+    class Batch:
+        def handle_batch(self, jobs: Sequence[Job]) -> list[BaseException | None]:
+            raise OSError("disk")
+
+    handle_batch = watched(Batch()).handle_batch
+    assert handle_batch is not None
+    with pytest.raises(OSError, match="disk"):
+        handle_batch([job(None, "a", "1-1"), job(None, "b", "2-1")])
+    trace.close()
+    assert [s.status.status_code for s in exporter.get_finished_spans()] == [StatusCode.ERROR] * 2
+
+
+def test_what_became_of_a_failed_try_is_told_though_the_worker_died(
+    exporter: InMemorySpanExporter,
+) -> None:
+    envelope = read_envelope(body(TRACEPARENT))
+    trace.settled("worker died", envelope, STREAM, ENTRY.encode(), error="SIGKILL", deaths=2)
+    (span,) = sent(exporter).values()
+    assert span.name == "worker died noop"
+    assert (span.attributes or {})["jobworker.deaths"] == 2
+    assert above(span) == number_of(f"{STREAM} {ENTRY}", 8), "below the reader's"
+    assert span.status.status_code is StatusCode.ERROR
+
+
+def test_the_producer_in_python_passes_its_span_on(exporter: InMemorySpanExporter) -> None:
+    server = MemoryServer()
+    producer = Producer(store=MemoryStore(server, "p"))
+    provider = api.NonRecordingSpan(
+        api.SpanContext(int(TRACE, 16), int(SENDER, 16), False, api.TraceFlags(1))
+    )
+    with api.use_span(provider):
+        producer.enqueue("noop", 1, stream=STREAM, metadata={"request_id": "r"})
+        producer.enqueue("noop", 1, stream=STREAM, metadata={"traceparent": "theirs"})
+    producer.enqueue("noop", 1, stream=STREAM)
+    entries = list(server.stream(STREAM).entries.values())
+    metadata = [read_envelope(entry).metadata for entry in entries]
+    assert metadata == [{"request_id": "r", **TRACEPARENT}, {"traceparent": "theirs"}, None]
+
+
+@pytest.mark.parametrize(
+    ("environment", "on"),
+    [
+        ({}, False),
+        ({"OTEL_SERVICE_NAME": "x"}, False),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318"}, True),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c:4318/v1/traces"}, True),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, True),
+        ({"OTEL_TRACES_EXPORTER": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318"}, False),
+        ({"OTEL_SDK_DISABLED": "true", "OTEL_TRACES_EXPORTER": "otlp"}, False),
+    ],
+)
+def test_the_standard_variables_turn_it_on(environment: dict[str, str], on: bool) -> None:
+    assert trace.wanted(environment) is on
+
+
+@pytest.mark.parametrize(
+    "environment", [{"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, {"OTEL_TRACES_EXPORTER": "zipkin"}]
+)
+def test_what_is_not_spoken_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(environment))):
+        open_tracing("reader", Settings(), environment)
+
+
+def test_off_it_imports_nothing_and_changes_nothing() -> None:
+    code = """if True:
+        import sys
+        from jobworker.worker import boot, producer, reader, runner, settler, trace
+        from jobworker.worker.handler import BoundHandler
+        class One:
+            def handle(self, job): pass
+        bound = BoundHandler("x", One(), 1.0)
+        before = bound.handle
+        trace.watch({"x": bound})
+        assert bound.handle == before
+        assert trace.span("a") is trace.span("b"), "nothing is made"
+        print(*[name for name in sys.modules if "opentelemetry" in name])"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
