@@ -20,7 +20,7 @@ import setproctitle
 from . import log as logs
 from . import trace
 from .channel import REFUSABLE, Channel
-from .devices import COPIES_PER_GPU, NO_MODEL, place_of, set_pools, visible_gpus
+from .devices import LEAST_COPIES, NO_MODEL, place_of, set_pools, visible_gpus
 from .errors import ConfigurationError, Exit, Fenced, JobworkerError
 from .handler import BoundHandler, load_handlers
 from .keys import consumer_name
@@ -117,9 +117,9 @@ def _run(role: str, settings: Settings, link: Link, fds: list[int]) -> None:
 def _place(settings: Settings, slot: int) -> str:
     """The device of this worker's model. Only the first types can be refused: with more, all hold it."""
     many = len(settings.handlers) > REFUSABLE
-    place = place_of(settings.device, slot, visible_gpus())
+    place = place_of(settings.device, slot, visible_gpus(), settings.model_copies)
     if many and place == NO_MODEL:
-        return place_of(settings.device, slot % COPIES_PER_GPU, visible_gpus())
+        return place_of(settings.device, slot % LEAST_COPIES, visible_gpus())
     return place
 
 

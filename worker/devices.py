@@ -6,8 +6,11 @@ from collections.abc import Mapping, MutableMapping
 from importlib import metadata
 from pathlib import Path
 
-# A second copy works while the first one's batch is made or stored; more would only take its memory.
-COPIES_PER_GPU = 2
+from .settings import cores
+
+# A second copy works while the first one's batch is made or stored; more would only take memory, of a GPU and
+# beyond a copy a core also of a CPU.
+LEAST_COPIES = 2
 # OpenMP (torch among others), Intel's and the open linear algebra, the tokenizers.
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 # What `device` says for a worker that is to hold no model.
@@ -39,19 +42,18 @@ def visible_gpus(environ: Mapping[str, str] = os.environ, dev: Path = Path("/dev
     return shown if any(name.startswith("MIG") for name in names) else min(shown, there)
 
 
-def place_of(device: str, slot: int, gpus: int) -> str:
-    """The device of the worker in `slot`: `cpu`, `cuda:N`, or `none` where every GPU has its copies.
+def place_of(device: str, slot: int, gpus: int, copies: int = 0) -> str:
+    """The device of the worker in `slot`: `cpu`, `cuda:N`, or `none` where there are copies enough.
 
-    `device` is `auto`, `cpu`, `cuda`, `none` or names joined by commas. A GPU that is named where none is
-    seen stays: loading the model then says what is missing.
+    `device` is `auto`, `cpu`, `cuda`, `none` or names joined by commas; `copies` are those of each GPU, or of
+    the CPU, with 0 for as many as help. A GPU that is named where none is seen stays: loading the model then
+    says what is missing.
     """
-    if device == "auto" and not gpus:
-        return "cpu"
     everything = ",".join(f"cuda:{number}" for number in range(max(1, gpus)))
-    places = (everything if device in ("auto", "cuda") else device).split(",")
-    if places[0] in ("cpu", NO_MODEL):
-        return places[0]
-    return places[slot % len(places)] if slot < COPIES_PER_GPU * len(places) else NO_MODEL
+    named = "cpu" if device == "auto" and not gpus else device
+    places = (everything if named in ("auto", "cuda") else named).split(",")
+    most = max(LEAST_COPIES, cores()) if places == ["cpu"] else LEAST_COPIES
+    return places[slot % len(places)] if slot < (copies or most) * len(places) else NO_MODEL
 
 
 def _torch_version() -> str:

@@ -133,6 +133,8 @@ _MODEL = [
     _option("--model", "A sentence-transformers folder, a hub name that is in the cache, or "
             "package:<module>.  [default: the model of the 'embedded' extra, else BAAI/bge-m3]", ""),
     _option("--device", "auto, cpu, cuda, or cuda:0,cuda:1.", "auto"),
+    _option("--model-copies", "Workers that hold the model, of each GPU or of the CPU; the others run "
+            "other types.  [default: 2, on a CPU one a core]", 0, click.IntRange(0)),
     _option("--dtype", "What the model computes in; auto takes the fastest that gives its vectors.", "auto",
             click.Choice(["auto", "fp32", "bf16", "fp16"])),
     _option("--long-text", "What becomes of a text longer than the model's window.", "windows",

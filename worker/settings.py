@@ -53,6 +53,7 @@ class Settings:
     long_text: str = "windows"
     token_budget: int = 16384
     dtype: str = "auto"
+    model_copies: int = 0
     summary_chars: int = 100
     llm_url: str = ""
     llm_model: str = ""

@@ -17,14 +17,12 @@ from jobworker.worker.store import Entry
 from jobworker.worker.triage import Arrival
 
 
-@given(st.integers(0, 8), st.integers(1, 40))
-def test_every_gpu_gets_its_copies_and_no_more(gpus: int, procs: int) -> None:
-    places = Counter(place_of("auto", slot, gpus) for slot in range(procs))
-    if not gpus:
-        assert places == {"cpu": procs}
-        return
-    assert all(places[f"cuda:{gpu}"] <= 2 for gpu in range(gpus))
-    assert places[NO_MODEL] == max(0, procs - 2 * gpus)
+@given(st.integers(1, 8), st.integers(1, 40), st.integers(0, 3))
+def test_every_gpu_gets_its_copies_and_no_more(gpus: int, procs: int, said: int) -> None:
+    places = Counter(place_of("auto", slot, gpus, said) for slot in range(procs))
+    copies = said or 2
+    assert all(places[f"cuda:{gpu}"] <= copies for gpu in range(gpus))
+    assert places[NO_MODEL] == max(0, procs - copies * gpus)
     assert max(places.values()) - min(places[f"cuda:{gpu}"] for gpu in range(gpus)) <= max(1, procs - gpus)
 
 
@@ -32,10 +30,20 @@ def test_named_devices_are_taken_as_they_are() -> None:
     assert [place_of("cuda:2,cuda:5", slot, 8) for slot in range(5)] == [
         "cuda:2", "cuda:5", "cuda:2", "cuda:5", NO_MODEL,
     ]  # fmt: skip
-    assert [place_of("cpu", slot, 8) for slot in (0, 9)] == ["cpu", "cpu"]
     assert place_of("cuda", 1, 2) == "cuda:1"
     assert place_of("cuda", 0, 0) == "cuda:0"  # loading says what is missing
     assert place_of(NO_MODEL, 0, 8) == NO_MODEL
+
+
+@given(st.integers(1, 16), st.integers(1, 40), st.integers(0, 40), st.sampled_from(["auto", "cpu"]))
+def test_a_cpu_gets_a_copy_a_core_or_as_many_as_are_said(
+    cores: int, procs: int, said: int, device: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "cores", lambda: cores)
+        places = [place_of(device, slot, 0, said) for slot in range(procs)]
+    copies = min(procs, said or max(2, cores))
+    assert places == ["cpu"] * copies + [NO_MODEL] * (procs - copies)
 
 
 @pytest.fixture

@@ -79,6 +79,7 @@ OPTIONS: dict[str, tuple[str, Callable[[Settings], object], object, object]] = {
     "data-dir": ("elsewhere", lambda s: s.data_dir, "./jobworker-data", "elsewhere"),
     "model": ("BAAI/bge-m3", lambda s: s.model, "", "BAAI/bge-m3"),
     "device": ("cuda:0,cuda:1", lambda s: s.device, "auto", "cuda:0,cuda:1"),
+    "model-copies": ("3", lambda s: s.model_copies, 0, 3),
     "stream": ("a:b=g", lambda s: s.streams, DEFAULT_SOURCES, (Source("a:b", "g"),)),
     "handler": ("x=m:C", lambda s: s.handlers, BUILTIN, {**BUILTIN, "x": "m:C"}),
     "metrics-addr": ("0.0.0.0:0", lambda s: s.metrics_addr, "127.0.0.1:9464", "0.0.0.0:0"),
