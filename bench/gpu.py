@@ -218,7 +218,7 @@ def _cells(one: Report, stated: float | None, reached: float) -> tuple[str, ...]
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
 @click.option("--device", default="cuda:0", show_default=True, help="cuda:N or cpu.")
 @click.option("--layers", type=click.IntRange(0), default=0, help="Fewer than the model's own; 0 for these.")
-@click.option("--count", type=click.IntRange(1), default=1024, show_default=True, help="Texts of 512 tokens.")
+@click.option("--count", type=click.IntRange(1), default=512, show_default=True, help="Texts of 512 tokens.")
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs of each.")
 @click.option("--product", type=click.IntRange(64), default=8192, show_default=True, help="Matrix size.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the tables.")
