@@ -57,6 +57,15 @@ METRICS = {
     "z_novel_embedding_cache_hits_total": Metric("counter", "Texts whose vectors were known"),
     "z_novel_embedding_cache_misses_total": Metric("counter", "Texts whose vectors were not known"),
     "z_novel_forward_milliseconds_total": Metric("counter", "Time of all workers in forward passes"),
+    "z_novel_summaries_stored_total": Metric("counter", "Summaries that were stored"),
+    "z_novel_summaries_outdated_total": Metric("counter", "Summaries that a newer version had overtaken"),
+    "z_novel_llm_requests_total": Metric("counter", "Requests to the language model"),
+    "z_novel_llm_retries_total": Metric("counter", "Requests that were sent once more after a failure"),
+    "z_novel_llm_repairs_total": Metric("counter", "Answers that were no answer and were asked for again"),
+    "z_novel_audit_entries_total": Metric("counter", "Events that were archived"),
+    "z_novel_audit_duplicates_total": Metric("counter", "Events that the archive had already"),
+    "z_novel_rebuilds_done_total": Metric("counter", "Collections that were built anew"),
+    "z_novel_rebuilt_rows_total": Metric("counter", "Rows of the collections built anew"),
 }
 
 Labels = tuple[str, ...]

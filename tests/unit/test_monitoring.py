@@ -141,3 +141,13 @@ def test_the_operators_table_explains_every_metric() -> None:
     table = "\n".join(line for line in text.splitlines() if line.startswith("|"))
     missing = [name for name in METRICS if f"`{name}" not in table]
     assert not missing
+
+
+def test_what_the_builtin_handlers_count_has_a_meaning() -> None:
+    sources = [path.read_text("utf-8") for path in sorted((ROOT / "handlers").glob("*.py"))]
+    counted = {
+        name for source in sources for name in re.findall(r"counters(?:: [^=]+)? \|?= \{(.*?)\}", source)
+    }
+    names = {name for group in counted for name in re.findall(r'"(\w+)"', group)}
+    assert "audit_entries" in names
+    assert {f"z_novel_{name}_total" for name in names} <= METRICS.keys()
