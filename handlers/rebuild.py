@@ -10,7 +10,7 @@ that no copy can be older than the write unless the journal still names it.
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,10 @@ log = logging.getLogger("jobworker.rebuild")
 LEASE_MS = 60_000
 # Milvus Lite looks at every row for each page, so pages are large; one answer of a server may have 64 MiB.
 PAGE_BYTES, MIN_PAGE_ROWS, PAGE_ROWS = 16 * 1024 * 1024, 100, 5000
+# And about so long: a kill costs one page, and progress is told by pages.
+PAGE_S = 10.0
+# Characters embedded between two renewals of the lease: some ten seconds of a large model on a processor.
+EMBED_CHARS = 32 * 1024
 # Ids copied at once, and how few may be left when the door is shut: copying these takes well under a second.
 CHANGED_ROWS, FEW_ROWS = 500, 100
 # How long the door stays shut at most if this process dies: longer than the one request that switches (30 s).
@@ -162,8 +166,9 @@ class Rebuild:
         mono_start_s, before = self._clock.mono_s(), int(self._fields["copied"])
         rows = MIN_PAGE_ROWS
         while records := self._shadow.page(source, self._fields["cursor"], rows):
-            rows = page_rows(records)
+            mono_page_s = self._clock.mono_s()
             self._put(records)
+            rows = page_rows(records, self._clock.mono_s() - mono_page_s)
             copied = int(self._fields["copied"]) + len(records)
             sample = thinned([*filter(None, self._fields["sample"].split(",")), records[0]["id"]])
             self._save(cursor=records[-1]["id"], copied=str(copied), sample=",".join(sample))
@@ -172,10 +177,18 @@ class Rebuild:
 
     def _put(self, records: Sequence[Record]) -> None:
         if self._task.model:
-            vectors = self._task.model.embed(records)
-            records = [row | {"vector": vector} for row, vector in zip(records, vectors, strict=True)]
+            records = self._embedded(records, self._task.model)
         self._shadow.put(self._fields["target"], records)
         self.rows += len(records)
+
+    def _embedded(self, records: Sequence[Record], model: Model) -> list[Record]:
+        """The records with new vectors; with a large model on a processor this is what takes the time."""
+        done: list[Record] = []
+        for part in by_size(records, EMBED_CHARS):
+            vectors = model.embed(part)
+            done += [row | {"vector": vector} for row, vector in zip(part, vectors, strict=True)]
+            self._save()
+        return done
 
     def _verify(self) -> None:
         """Wait for the index and compare what it finds with the truth."""
@@ -323,10 +336,24 @@ def next_table(alias: str, source: str) -> str:
     return f"{alias}_v{int(number[1]) + 1 if number else 2}"
 
 
-def page_rows(records: Sequence[Record]) -> int:
-    """How many rows like these make a page: vectors of 4 bytes a number, and a text of up to 64 KiB."""
+def by_size(records: Sequence[Record], most_chars: int) -> Iterator[Sequence[Record]]:
+    """Records, in order, in runs of at most so many characters of text; a larger one goes alone."""
+    start = chars = 0
+    for at, record in enumerate(records):
+        needed = sum(len(value) for value in record.values() if isinstance(value, str))
+        if at > start and chars + needed > most_chars:
+            yield records[start:at]
+            start, chars = at, 0
+        chars += needed
+    yield records[start:]
+
+
+def page_rows(records: Sequence[Record], took_s: float) -> int:
+    """How many rows like these, which took so long, make a page: vectors of 4 bytes a number, and a text of
+    up to 64 KiB."""
     size = sum(4 * len(row["vector"]) + 3 * len(str(row.get("text_content", ""))) for row in records)
-    return max(MIN_PAGE_ROWS, min(PAGE_ROWS, PAGE_BYTES * len(records) // max(size, 1)))
+    in_time = int(len(records) * PAGE_S / max(took_s, 1e-3))
+    return max(MIN_PAGE_ROWS, min(PAGE_ROWS, PAGE_BYTES * len(records) // max(size, 1), in_time))
 
 
 def thinned(sample: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobworker.handlers import fenced, rebuild
+from jobworker.handlers import fenced, rebuild, reindex
 from jobworker.handlers.encoder import DummyEncoder
 from jobworker.handlers.fenced import Edition, FencedWriter
 from jobworker.handlers.memory_shadow import MemoryShadow
@@ -245,6 +245,40 @@ def test_rows_are_embedded_anew_and_vectors_of_the_old_model_kept_out() -> None:
     world.rebuild(entry="2-0")
     with pytest.raises(TransientStoreError, match="--model dummy:16"):
         world.write("y")
+
+
+def test_a_slow_model_keeps_its_lease_and_small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor a large model takes minutes for a page; a kill must not cost as much, and no other
+    rebuild may begin meanwhile."""
+    world, pages = World(60), []
+    monkeypatch.setattr(rebuild, "PAGE_ROWS", 5000)
+    monkeypatch.setattr(rebuild, "MIN_PAGE_ROWS", 8)
+    monkeypatch.setattr(rebuild, "EMBED_CHARS", 100)
+    taken: list[Any] = []
+
+    def slow(encoder: Any, records: Any) -> Any:
+        world.sleep(3.0 * len(records))
+        taken.append(world.fence.begin(TABLE, "s/9-9", 1000))
+        return OLD.encode([text_of(record) for record in records])
+
+    def around(name: str, before: bool) -> None:
+        if name == "put" and before:
+            pages.append(int(world.fence.state(TABLE)["copied"]))
+
+    monkeypatch.setattr(reindex, "embed", slow)
+    world.rebuild(model="dummy:8", around=around)
+    assert set(taken) == {"s/1-0"}
+    assert len(taken) > 20
+    assert pages == list(range(0, 60, 8))
+
+
+@given(st.lists(st.integers(0, 40), max_size=30), st.integers(1, 60))
+def test_records_are_cut_by_size_in_their_order(sizes: list[int], most: int) -> None:
+    records = [{"id": f"{number:02}", "text_content": "x" * size} for number, size in enumerate(sizes)]
+    cut = list(rebuild.by_size(records, most))
+    assert [record for part in cut for record in part] == records
+    for part in cut:
+        assert len(part) <= 1 or sum(2 + len(record["text_content"]) for record in part) <= most
 
 
 def test_another_model_begins_anew_and_leaves_nothing_of_the_first() -> None:
