@@ -182,7 +182,7 @@ def _home_of(type: str) -> str:
 
 def _metadata(job: NewJob) -> dict[str, str] | None:
     """What the job was given, and the span that the caller is in, where he makes traces."""
-    if "opentelemetry.trace" in sys.modules:
+    if "opentelemetry.sdk.trace" in sys.modules:
         from .otel_context import carried  # only then: it needs the library
 
         return carried(job.metadata)

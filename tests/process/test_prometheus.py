@@ -123,6 +123,11 @@ def test_a_real_prometheus_scrapes_it_and_can_work_with_every_rule(scraped: Serv
         groups = asked(prometheus, "/api/v1/rules")["groups"]
         return [rule for group in groups for rule in group["rules"]]
 
+    dashboard = json.loads((MONITORING / "grafana/jobworker.json").read_text("utf-8"))
+    for target in [target for panel in dashboard["panels"] for target in panel.get("targets", ())]:
+        expression = target["expr"].replace("$__rate_interval", "1m").replace("$job", ".+")
+        assert asked(prometheus, "/api/v1/query", query=expression) is not None, expression
+
     eventually(lambda: all(rule["health"] != "unknown" for rule in rules()), saying="evaluated")
     assert not [rule for rule in rules() if rule["health"] != "ok"]
     assert not [rule["name"] for rule in rules() if rule.get("state") == "firing"]

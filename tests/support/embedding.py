@@ -2,6 +2,7 @@
 
 from jobworker.handlers.embed import EmbeddingBatch
 from jobworker.handlers.encoder import DummyEncoder
+from jobworker.handlers.memory_vectors import MemoryVectors
 
 DIM = 8
 
@@ -13,3 +14,10 @@ class Embedding(EmbeddingBatch):
 
     def __init__(self) -> None:
         super().__init__(DummyEncoder(DIM))
+
+
+class Forgetful(EmbeddingBatch):
+    """The real handler, whose rows are gone with its process."""
+
+    def __init__(self) -> None:
+        super().__init__(DummyEncoder(DIM), MemoryVectors())
