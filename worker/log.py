@@ -89,7 +89,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     """What was given as ``extra``, and before it the job that it is about."""
     extra = {key: value for key, value in vars(record).items() if key not in _STANDARD}
     # Spans are sent beside whatever job happens to run.
-    beside = is_summary(record) or record.name.startswith("opentelemetry")
+    beside = is_summary(record) or str(record.name).startswith("opentelemetry")
     about = {} if beside else stories()
     return {key: _clean(value) for key, value in {**about, **extra}.items()}
 
