@@ -15,7 +15,9 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
 NAME = "story_segments"
 SCOPE: dict[str, Any] = {"tenant_id": "t", "project_id": "p"}
 SEGMENTS = range(6)
-#: Between two looks a small service does some ten jobs.
+#: One less than the deaths that make poison of a job: chance must not let one job be under all of them.
+KILLS = 2
+#: Some ten jobs a second, and a machine that does other things too.
 DRAINED_WITHIN_S = 240.0
 
 
@@ -86,4 +88,4 @@ def run(folder: Path, chapters: int, versions: int, kills: int) -> None:
 
 
 def test_the_newest_version_stays_whatever_the_order_and_whoever_dies(tmp_path: Path) -> None:
-    run(tmp_path, chapters=10, versions=8, kills=5)
+    run(tmp_path, chapters=6, versions=6, kills=KILLS)
