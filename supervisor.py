@@ -216,6 +216,7 @@ def _supervise(settings: Settings, queue: SignalQueue) -> Exit:
 
 
 @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "max_content_width": 110})
+@click.version_option(package_name="jobworker")
 @service_options
 def main(**options: Any) -> None:
     """Run background jobs from Redis Streams.

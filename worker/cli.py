@@ -7,6 +7,7 @@ from .cli_common import Verbs
 
 
 @click.group(cls=Verbs, context_settings={"max_content_width": 110})
+@click.version_option(package_name="jobworker")
 def main() -> None:
     """Look into a jobworker deployment, send it jobs, and mend it.
 

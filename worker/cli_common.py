@@ -4,17 +4,18 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from click.shell_completion import CompletionItem
 
 from .embedded import DataDir
 from .errors import ConfigurationError, Exit, StoreUnavailable
-from .keys import DEFAULT_SOURCES, Source
+from .keys import DEFAULT_SOURCES, STREAM_OF_TYPE, Source
 from .log import redacted
 from .observe import Service, ask_all
 from .options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, REDIS_URL
@@ -31,6 +32,10 @@ _WHICH = (
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 #: What may move a terminal's cursor or change its title; tenants' words go to the terminal too.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+#: Ids that are named one by one where something cannot be done with them.
+NAMED_AT_MOST = 10
 
 
 class Deployment(NamedTuple):
@@ -73,9 +78,27 @@ class Age(click.ParamType[float]):
         return float(match[1]) * _UNITS_S[match[2] or "s"]
 
 
+class JobType(click.ParamType[str]):
+    """Any type of job; completion knows those that need no code of users."""
+
+    name = "type"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The agreed types."""
+        return [CompletionItem(kind) for kind in STREAM_OF_TYPE if kind.startswith(incomplete)]
+
+
+def stream_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Completion: the streams of the service's own table."""
+    return [CompletionItem(stream) for stream, _ in DEFAULT_SOURCES if stream.startswith(incomplete)]
+
+
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
 STREAMS = click.option(
     "--stream", "streams", multiple=True, envvar=f"{ENV_PREFIX}_STREAM", metavar="NAME=GROUP",
+    shell_complete=stream_names,
     help="Stream and its group, as the service was told; repeatable.  [default: the service's own table]",
 )  # fmt: skip
 METRICS_URL = click.option(
@@ -200,6 +223,19 @@ def span(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds:.1f} s" if not unit else f"{seconds / unit_s:.0f} {unit}"
     return f"{seconds / 86400:.0f} d"
+
+
+def some(count: int, what: str, plural: str = "") -> str:
+    """``1 worker``, ``2 workers``."""
+    return f"{count} {what if count == 1 else plural or what + 's'}"
+
+
+def say_missing(ids: frozenset[str], found: Iterable[str]) -> list[str]:
+    """Name those of the ids that were asked for and not found, some of them; returns all."""
+    missing = sorted(ids.difference(found))
+    for id in missing[:NAMED_AT_MOST]:
+        click.echo(f"not found: {clean(id)}; try: jobworker explain {clean(id)}", err=True)
+    return missing
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -13,12 +13,16 @@ import click
 from .cli_common import (
     AS_JSON,
     BAD_NEWS,
+    NAMED_AT_MOST,
     STREAMS,
     Age,
+    JobType,
     Verbs,
     clean,
     confirm,
     say_json,
+    say_missing,
+    some,
     sources_of,
     span,
     table,
@@ -26,11 +30,11 @@ from .cli_common import (
 )  # fmt: skip
 from .dead_desk import AT_ONCE, DeadDesk, Errand, aged
 from .dead_letters import Choice, Letter
+from .outcome import Reason
 
+_REASONS = [reason.value for reason in Reason]
 #: With --rate, lots are made so small that one goes out about so many times a second.
 _LOTS_PER_S = 10.0
-#: Letters without a job that are named one by one; of the others only the number is said.
-_NAMED_AT_MOST = 10
 
 
 @click.group("dlq", cls=Verbs)
@@ -47,9 +51,9 @@ def _choosing(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say which letters are meant."""
     options = [
         click.argument("ids", nargs=-1),
-        click.option("--reason", "reasons", multiple=True, help="exhausted, permanent, timeout, poison, "
-                     "malformed, unknown_type or oversized; repeatable."),
-        click.option("--type", "types", multiple=True, help="Type of job; repeatable."),
+        click.option("--reason", "reasons", type=click.Choice(_REASONS), multiple=True,
+                     help="Why it was given up; repeatable."),
+        click.option("--type", "types", type=JobType(), multiple=True, help="Type of job; repeatable."),
         click.option("--tenant", "tenants", multiple=True, help="Whose job; repeatable."),
         click.option("--error", default="", metavar="TEXT", help="Only where the error holds this text."),
         click.option("--older-than", type=Age(), help="Given up longer ago than 15m, 2h, 7d, ..."),
@@ -125,7 +129,7 @@ def list_(url: str, limit: int, payload: bool, as_json: bool, **choice: Any) -> 
     ]  # fmt: skip
     if rows:
         table(["ID", "AGE>", "REASON", "TYPE", "JOB", "TENANT", "ERROR"], rows)
-    click.echo("… and more: --limit 0 lists all" if more else f"{len(rows)} dead letters", err=True)
+    click.echo("… and more: --limit 0 lists all" if more else some(len(rows), "dead letter"), err=True)
 
 
 @verb(dlq)
@@ -134,7 +138,9 @@ def list_(url: str, limit: int, payload: bool, as_json: bool, **choice: Any) -> 
 @STREAMS
 @AS_JSON
 def show(url: str, id: str, payload: bool, streams: tuple[str, ...], as_json: bool) -> None:
-    """Show all that is known of a dead letter, by its ID, the job's id or the id of its entry.
+    """Show all that is known of one of them.
+
+    ID is that of the letter, of the job, or of the entry that the job was.
 
     \b
     jobworker dlq show 1767348000123-0 --payload
@@ -170,6 +176,12 @@ def _print(letter: Letter, payload: bool, now_s: float) -> None:
         click.echo("(--payload shows the job itself)")
 
 
+def _names(desk: DeadDesk) -> Iterator[str]:
+    """Every id by which the chosen letters may be called; nothing where none was asked for."""
+    letters = desk.newest_first() if desk.choice.ids else ()
+    return (id for one in letters for id in (one.id.decode(), one.job_id, one.original_id))
+
+
 def _pace(rate: float | None) -> Iterator[int]:
     """How many may go out now, for ever; sleeps between two so that `rate` a second are not exceeded."""
     if rate is None:
@@ -189,9 +201,10 @@ class _Report:
     def __init__(self, word: str, errand: Errand) -> None:
         self._word = word
         self._errand = errand
+        self._missing = say_missing(errand.desk.choice.ids, _names(errand.desk))
 
     def skipped(self, letter: Letter) -> None:
-        if self._errand.skipped <= _NAMED_AT_MOST:
+        if self._errand.skipped <= NAMED_AT_MOST:
             click.echo(f"left: {letter.id.decode()} ({clean(letter.reason)}) holds no job", err=True)
 
     def run(self, deed: Callable[[Callable[[int], None]], None]) -> None:
@@ -212,11 +225,11 @@ class _Report:
         errand = self._errand
         if as_json:
             say_json({self._word: errand.done, "gone": errand.gone, "skipped": errand.skipped,
-                      "dry_run": errand.dry_run})  # fmt: skip
+                      "missing": self._missing, "dry_run": errand.dry_run})  # fmt: skip
         else:
             left = f", {errand.skipped} left that hold no job" if errand.skipped else ""
             click.echo(f"{errand.done} {'would be ' if errand.dry_run else ''}{self._word}{left}")
-        if errand.desk.choice.ids and (errand.skipped or not errand.done):
+        if errand.desk.choice.ids and (errand.skipped or self._missing or not errand.done):
             sys.exit(BAD_NEWS)
 
 
@@ -229,17 +242,18 @@ class _Report:
 def requeue(
     url: str, all_of_them: bool, rate: float | None, dry_run: bool, as_json: bool, **choice: Any
 ) -> None:
-    """Send dead letters again as new jobs: same id and payload, tries counted from 0.
+    """Send dead letters again, tries counted from 0.
 
-    Each is moved by one atomic step, so that stopping half-way (Ctrl-C, a kill) neither loses nor doubles
-    one; run it again for the rest. Letters that hold no readable job stay where they are.
+    The new jobs have the same ids and payloads. Each is moved by one atomic step, so that stopping half-way
+    (Ctrl-C, a kill) neither loses nor doubles one; run it again for the rest. Letters that hold no readable
+    job stay where they are.
 
     \b
     jobworker dlq requeue 1767348000123-0
     jobworker dlq requeue --reason timeout --newer-than 2h --dry-run
     jobworker dlq requeue --all --rate 100
 
-    Exit code 1: none of the ids given was requeued, or one of them cannot be.
+    Exit code 1: one of the ids given was not found, or holds no job.
     """
     desk = _Desk(url, **choice)
     desk.refuse_everything(all_of_them)
@@ -263,7 +277,7 @@ def purge(url: str, all_of_them: bool, dry_run: bool, yes: bool, as_json: bool, 
     jobworker dlq purge --older-than 30d --dry-run
     jobworker dlq purge --reason malformed --yes
 
-    Exit code 1: none of the ids given was there.
+    Exit code 1: one of the ids given was not found.
     """
     desk = _Desk(url, **choice)
     desk.refuse_everything(all_of_them)

@@ -70,9 +70,10 @@ def doctor(
     deployment: Deployment, model: str, configured_model: str, device: str, milvus_uri: str,
     milvus_prefix: str, streams: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
-    """Look the deployment over: store, streams, services, this machine; say what is wrong and what to do.
+    """Say what is wrong, and what to do about it.
 
-    Nothing is changed. With --model the model is loaded, in a process of its own.
+    Looked at are the store, the streams, the services and this machine. Nothing is changed. With --model the
+    model is loaded, in a process of its own.
 
     \b
     jobworker doctor

@@ -12,7 +12,7 @@ from typing import Any
 import click
 import msgspec
 
-from .cli_common import verb
+from .cli_common import JobType, stream_names, verb
 from .producer import NewJob, Producer
 
 #: Jobs handed to the producer at once; between two of these the progress bar moves.
@@ -29,14 +29,15 @@ def add_to(main: click.Group) -> None:
 
 
 _OPTIONS = [
-    click.argument("type", required=False, default=""),
+    click.argument("type", type=JobType(), required=False, default=""),
     click.option("--payload", default="{}", show_default=True, help="JSON, @FILE, or - for standard input."),
     click.option("--lines", type=click.Path(exists=True, allow_dash=True, dir_okay=False), metavar="FILE",
                  help="A JSON object a line (- for standard input): type, payload, tenant_id, project_id, "
                  "id, stream, metadata, delay, timeout. TYPE and the options fill in what a line lacks."),
     click.option("--tenant", default="", help="Whose job it is."),
     click.option("--project", default="", help="Which project of the tenant's."),
-    click.option("--stream", default=None, help="Stream to send it to.  [default: that of the type]"),
+    click.option("--stream", default=None, shell_complete=stream_names,
+                 help="Stream to send it to.  [default: that of the type]"),
     click.option("--id", "job_id", default=None,
                  help="Job id; with --count a number is added.  [default: random]"),
     click.option("--delay", type=click.FloatRange(min=0), help="Run it so many seconds from now."),
@@ -81,12 +82,14 @@ def enqueue(
 
 def _payload(text: str) -> Any:
     """JSON from the text itself, from a file after ``@``, or from standard input for ``-``."""
-    if text == "-":
-        text = sys.stdin.read()
-    elif text.startswith("@"):
-        text = Path(text[1:]).read_text(encoding="utf-8")
     try:
+        if text == "-":
+            text = sys.stdin.read()
+        elif text.startswith("@"):
+            text = Path(text[1:]).read_text(encoding="utf-8")
         return json.loads(text)
+    except OSError as error:
+        raise click.BadParameter(f"--payload: {error}") from error
     except ValueError as error:
         raise click.BadParameter(f"--payload is no JSON: {error}") from error
 

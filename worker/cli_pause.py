@@ -5,21 +5,37 @@ from datetime import UTC, datetime
 
 import click
 
-from .cli_common import AS_JSON, BAD_NEWS, clean, say_json, span, table, verb
+from .cli_common import (
+    AS_JSON,
+    BAD_NEWS,
+    Deployment,
+    JobType,
+    clean,
+    say_json,
+    services_of,
+    span,
+    table,
+    verb,
+    verb_on_deployment,
+)  # fmt: skip
 from .keys import PAUSED_KEY
+from .observe import Service
 from .operator_store import Pause
 
 
 def add_to(main: click.Group) -> None:
     """Make them verbs of ``jobworker``."""
-    types = click.argument("types", metavar="[TYPE]...", nargs=-1)
+    types = click.argument("types", type=JobType(), metavar="[TYPE]...", nargs=-1)
     note = click.option("--note", default="", help="Why, for whoever looks at it next.")
-    verb(main)(types(note(AS_JSON(pause))))
-    verb(main)(click.argument("types", metavar="TYPE...", nargs=-1, required=True)(AS_JSON(resume)))
+    verb_on_deployment(main)(types(note(AS_JSON(pause))))
+    every = click.argument("types", type=JobType(), metavar="TYPE...", nargs=-1, required=True)
+    verb(main)(every(AS_JSON(resume)))
 
 
-def pause(url: str, types: tuple[str, ...], note: str, as_json: bool) -> None:
-    """Pause types of jobs, or (without TYPE) list what is paused.
+def pause(deployment: Deployment, types: tuple[str, ...], note: str, as_json: bool) -> None:
+    """Keep types of jobs from being run; or list them.
+
+    Without TYPE what is paused is listed. A type that no service knows is paused too, and named.
 
     It is kept in the store and heeded by every service of the deployment within a second, over restarts,
     until `jobworker resume`. Jobs that a worker has already are finished; others wait where they are and
@@ -31,12 +47,13 @@ def pause(url: str, types: tuple[str, ...], note: str, as_json: bool) -> None:
     """
     from .redis_operator import RedisOperatorStore
 
-    store = RedisOperatorStore(url)
+    store = RedisOperatorStore(deployment.url)
     for kind in types:
         store.pause(kind, note)
+    unknown = _unknown(types, services_of(deployment)) if types else []
     paused, now_s = store.pauses(), store.wall_now_s(PAUSED_KEY)
     if as_json:
-        say_json({"paused": [shown(one) for one in paused]})
+        say_json({"paused": [shown(one) for one in paused], "unknown": unknown})
         return
     rows = [[clean(one.kind), span(max(0.0, now_s - one.wall_since_s)), clean(one.note)] for one in paused]
     if rows:
@@ -45,8 +62,20 @@ def pause(url: str, types: tuple[str, ...], note: str, as_json: bool) -> None:
         click.echo("nothing is paused")
 
 
+def _unknown(types: tuple[str, ...], services: list[Service]) -> list[str]:
+    """Name the types that none of the services runs, if any service answers: a slip of the keyboard?"""
+    known = sorted({str(kind) for service in services for kind in service.said.get("types", ())})
+    unknown = [kind for kind in types if known and kind not in known]
+    for kind in unknown:
+        runs = ", ".join(clean(one) for one in known)
+        click.echo(f"no service that answers runs {clean(kind)}; they run: {runs}", err=True)
+    return unknown
+
+
 def resume(url: str, types: tuple[str, ...], as_json: bool) -> None:
-    """Let paused types of jobs run again; what had piled up goes first.
+    """Let paused types of jobs run again.
+
+    What had piled up goes first.
 
     \b
     jobworker resume embedding_batch

@@ -7,7 +7,21 @@ from typing import Any
 
 import click
 
-from .cli_common import AS_JSON, BAD_NEWS, STREAMS, Verbs, clean, say_json, sources_of, span, table, verb
+from .cli_common import (
+    AS_JSON,
+    BAD_NEWS,
+    STREAMS,
+    JobType,
+    Verbs,
+    clean,
+    say_json,
+    say_missing,
+    some,
+    sources_of,
+    span,
+    table,
+    verb,
+)  # fmt: skip
 from .retry_desk import RetryDesk, Waiting
 
 
@@ -25,7 +39,7 @@ def _choosing(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         STREAMS,
         click.option("--tenant", "tenants", multiple=True, help="Whose job; repeatable."),
-        click.option("--type", "types", multiple=True, help="Type of job; repeatable."),
+        click.option("--type", "types", type=JobType(), multiple=True, help="Type of job; repeatable."),
         click.argument("ids", nargs=-1),
     ):
         command = option(command)
@@ -67,7 +81,10 @@ def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **choic
     if rows:
         table(["DUE>", "RETRY>", "TYPE", "JOB", "TENANT", "STREAM"], rows)
     click.echo(
-        "… and more: --limit 0 lists all" if more else f"{len(rows)} wait for their next try", err=True
+        "… and more: --limit 0 lists all"
+        if more
+        else f"{some(len(rows), 'job waits', 'jobs wait')} for the next try",
+        err=True,
     )
 
 
@@ -91,20 +108,24 @@ def _shown(one: Waiting, now_s: float) -> dict[str, Any]:
 def now(
     url: str, all_of_them: bool, dry_run: bool, as_json: bool, streams: tuple[str, ...], **choice: Any
 ) -> None:
-    """Have waiting jobs tried now instead of when their backoff is over; their tries are not counted back.
+    """Have waiting jobs tried now, not when their backoff is over.
+
+    The tries that they have had still count.
 
     \b
     jobworker retry now job-1
     jobworker retry now --all
 
-    Exit code 1: none of the ids given waits for a try.
+    Exit code 1: one of the ids given does not wait for a try.
     """
     if not (all_of_them or any(choice.values())):
         raise click.UsageError("which ones? Give ids, --type or --tenant, or --all")
-    moved = _desk(url, streams, **choice).try_now(dry_run=dry_run)
+    desk = _desk(url, streams, **choice)
+    missing = say_missing(desk.ids, (one.job.id for one in (desk.soonest_first() if desk.ids else ())))
+    moved = desk.try_now(dry_run=dry_run)
     if as_json:
-        say_json({"hastened": moved, "dry_run": dry_run})
+        say_json({"hastened": moved, "missing": missing, "dry_run": dry_run})
     else:
-        click.echo(f"{moved} {'would be' if dry_run else 'are'} due now")
-    if choice["ids"] and not moved:
+        click.echo(f"{some(moved, 'job')} {'would be' if dry_run else 'made'} due now")
+    if missing:
         sys.exit(BAD_NEWS)

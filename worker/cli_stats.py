@@ -28,7 +28,7 @@ def add_to(main: click.Group) -> None:
 
 
 def stats(deployment: Deployment, streams: tuple[str, ...], watch: float | None, as_json: bool) -> None:
-    """How much waits, runs, is retried and was given up, stream by stream.
+    """How much waits, runs, and was given up, by stream.
 
     QUEUED was not given to any worker yet; PENDING was, and is not finished; RETRYING waits for its next
     try; DEAD was given up; OLDEST is how long the oldest queued job has waited. Where services answer at
@@ -56,7 +56,12 @@ def _print(seen: Overview) -> None:
     table(
         ["STREAM", "GROUP", "QUEUED>", "PENDING>", "RETRYING>", "DEAD>", "OLDEST>"],
         [
-            [source.stream, source.group, *(str(number) for number in depths[:4]), span(depths.oldest_age_s)]
+            [
+                source.stream,
+                source.group,
+                *(str(number) for number in depths[:4]),
+                span(depths.oldest_age_s) if depths.queued else "-",
+            ]
             for source, depths in seen.streams
         ],
     )

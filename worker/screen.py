@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from .cli_common import clean, pad, span
+from .cli_common import clean, pad, some, span
 from .observe import Service
 from .overview import Overview
 
 #: Of a job's type beside its id, which is what tells it from others.
 _TYPE_COLUMNS = 13
+#: Leaves room for five numbers on a terminal of 80 columns, whose last one stays empty.
+_NAME_COLUMNS = 28
 
 
 class Line(NamedTuple):
@@ -32,7 +34,7 @@ def _head(seen: Overview) -> Iterator[Line]:
     states = ", ".join(f"{count} {state}" for state, count in sorted(workers.items()))
     done, failed = seen.rate("done"), seen.rate("failed")
     rate = "" if seen.rates is None else f"  {done:.0f} jobs/s, {failed:.0f} failing/s"
-    counts = f"{_some(len(answering), 'service')}, {_some(workers.total(), 'worker')}"
+    counts = f"{some(len(answering), 'service')}, {some(workers.total(), 'worker')}"
     yield Line(f"{clock}  {counts} ({states or 'none'}){rate}", "head")
     if seen.trouble:
         yield Line(f"the job store does not answer: {seen.trouble}", "bad")
@@ -48,10 +50,6 @@ def _head(seen: Overview) -> Iterator[Line]:
         )
 
 
-def _some(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
-
-
 def _row(*cells: tuple[str, int]) -> str:
     """Cells as wide as asked for; a negative width sets to the right. The last one is not cut."""
     texts = [pad(clean(text, abs(width)), width) if width else text for text, width in cells]
@@ -63,11 +61,13 @@ def _streams(seen: Overview) -> Iterator[Line]:
         return
     names = ("QUEUED", "PENDING", "RETRYING", "DEAD", "OLDEST")
     yield Line("")
-    yield Line(_row(("STREAM", 30), *((name, -9) for name in names)), "head")
+    yield Line(_row(("STREAM", _NAME_COLUMNS), *((name, -9) for name in names)), "head")
     for source, depths in seen.streams:
         numbers = (depths.queued, depths.pending, depths.retrying, depths.dead)
         oldest = span(depths.oldest_age_s) if depths.queued else "-"
-        yield Line(_row((source.stream, 30), *((str(number), -9) for number in numbers), (oldest, -9)))
+        yield Line(
+            _row((source.stream, _NAME_COLUMNS), *((str(number), -9) for number in numbers), (oldest, -9))
+        )
 
 
 def _types(seen: Overview) -> Iterator[Line]:
@@ -75,7 +75,7 @@ def _types(seen: Overview) -> Iterator[Line]:
         return
     yield Line("")
     names = ("DONE/s", "FAILED/s", "RETRIED/s", "DEAD/s", "DONE")
-    yield Line(_row(("TYPE", 30), *((name, -9) for name in names)), "head")
+    yield Line(_row(("TYPE", _NAME_COLUMNS), *((name, -9) for name in names)), "head")
     waiting = {kind for service in seen.services for kind in service.flagged("z_novel_circuit_open")}
     paused = {pause.kind for pause in seen.pauses}
     for kind, totals in sorted(seen.totals.items()):
@@ -84,7 +84,7 @@ def _types(seen: Overview) -> Iterator[Line]:
             (f"{rates[what]:.1f}" if rates else "-", -9) for what in ("done", "failed", "retried", "dead")
         ]
         said = "paused" if kind in paused else "what it needs does not answer" if kind in waiting else ""
-        text = _row((kind, 30), *cells, (f"{totals['done']:.0f}", -9), (said, 0))
+        text = _row((kind, _NAME_COLUMNS), *cells, (f"{totals['done']:.0f}", -9), (said, 0))
         yield Line(text, "bad" if said else "plain")
 
 

@@ -50,11 +50,11 @@ def add_to(main: click.Group) -> None:
 
 
 def top(deployment: Deployment, interval: float, once: bool, streams: tuple[str, ...], as_json: bool) -> None:
-    """Watch the deployment live: streams, rates, what every worker runs, the last failures.
+    """Watch the deployment live.
 
-    Keys: q quits, p freezes the page, arrows and Page keys scroll, space looks at once. Without a terminal
-    (or with --once or --json) one look is printed. Workers and rates are what the services say at
-    --metrics-url; give it once for each host.
+    Shown are streams, rates, what every worker runs, and the last failures. Keys: q quits, p freezes the
+    page, arrows and Page keys scroll, space looks at once. Without a terminal (or with --once or --json) one
+    look is printed. Workers and rates are what the services say at --metrics-url; give it once for each host.
 
     \b
     jobworker top

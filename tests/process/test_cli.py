@@ -98,7 +98,7 @@ class TestDeadLetters:
         assert "--yes" in run(store, "dlq", "purge", "--all", code=2).stderr
         assert store.client.xlen(DLQ) == 1
         assert asked(store, "dlq", "purge", "--all", "--yes") == {
-            "purged": 1, "gone": 0, "skipped": 0, "dry_run": False,
+            "purged": 1, "gone": 0, "skipped": 0, "missing": [], "dry_run": False,
         }  # fmt: skip
         assert store.client.xlen(DLQ) == 0
 
@@ -111,6 +111,21 @@ class TestDeadLetters:
         assert store.client.xlen(DLQ) == 1
         assert asked(store, "dlq", "requeue", "--all", "--dry-run")["skipped"] == 1
         assert "?" in run(store, "dlq", "show", id.decode(), "--payload").stdout
+
+    def test_an_id_that_is_not_there_is_named_and_the_others_are_dealt_with(self, store: RedisServer) -> None:
+        letter(store, "j1")
+        letter(store, "j2")
+        result = run(store, "dlq", "requeue", "j1", "nobody", code=1)
+        assert "not found: nobody" in result.stderr
+        assert [job["id"] for job in jobs(store)] == ["j1"]
+        said = asked(store, "dlq", "purge", "--yes", "j2", "nobody", code=1)
+        assert (said["purged"], said["missing"]) == (1, ["nobody"])
+        run(store, "enqueue", "audit", "--id", "later", "--delay", "60")
+        said = asked(store, "retry", "now", "later", "nobody", code=1)
+        assert (said["hastened"], said["missing"]) == (1, ["nobody"])
+
+    def test_a_reason_that_there_is_not_is_refused(self, store: RedisServer) -> None:
+        assert "'poison'" in run(store, "dlq", "list", "--reason", "poisn", code=2).stderr
 
     def test_the_rate_is_kept(self, store: RedisServer) -> None:
         for number in range(20):
@@ -178,6 +193,7 @@ class TestEnqueue:
     def test_it_says_what_is_missing(self, store: RedisServer) -> None:
         assert "TYPE" in run(store, "enqueue", code=2).stderr
         assert "--lines" in run(store, "enqueue", "--lines", "-", "--count", "2", code=2).stderr
+        assert "none.json" in run(store, "enqueue", "audit", "--payload", "@none.json", code=2).stderr
 
 
 class TestPauses:

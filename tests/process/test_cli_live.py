@@ -97,7 +97,7 @@ class TestBesideAService:
         assert found["facts"]["retry_count"] == 1
         assert [one["job_id"] for one in asked(live, "retry", "list")["retries"]] == [failing]
         run(live, "retry", "now", "nobody", code=1)
-        assert asked(live, "retry", "now", failing) == {"hastened": 1, "dry_run": False}
+        assert asked(live, "retry", "now", failing) == {"hastened": 1, "missing": [], "dry_run": False}
         live.wait_for_start(failing, 2)
         run(live, "resume", "permanent")
         live.dead_letter(held)
@@ -107,6 +107,14 @@ class TestBesideAService:
         run(live, "retry", "now", "--all")
         live.wait_for_start(failing, 3)
         live.dead_letter(failing)
+
+
+class TestPause:
+    def test_a_type_that_nobody_runs_is_named(self, live: Service) -> None:
+        result = run(live, "pause", "nop", "--metrics-url", live.url)
+        assert "noop" in result.stderr
+        assert asked(live, "pause", "noop", "--metrics-url", live.url)["unknown"] == []
+        run(live, "resume", "nop", "noop")
 
 
 class TestDoctor:

@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
+from jobworker.supervisor import main as supervise
 from jobworker.worker.cli import main
 from jobworker.worker.cli_common import Age, span
 
@@ -90,6 +93,11 @@ class TestTheServicesOwnFile:
         assert (result.exit_code, str(file) in result.output.replace("\n", "")) == (2, True)
 
 
+@pytest.mark.parametrize("command", [main, supervise])
+def test_both_commands_say_which_version_they_are(command: click.Command) -> None:
+    assert version("jobworker") in CliRunner().invoke(command, ["--version"]).output
+
+
 def test_help_is_there_at_once() -> None:
     def cost_s() -> float:
         with subprocess.Popen([str(COMMAND), "--help"], stdout=subprocess.DEVNULL) as one:
@@ -122,6 +130,29 @@ def test_completion_knows_the_verbs() -> None:
                    "COMP_CWORD": "2"}  # fmt: skip
     done = subprocess.run([COMMAND], env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert "plain,requeue" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        ("dlq list --reason po", "poison"), ("enqueue emb", "embedding_batch"), ("pause au", "audit"),
+        ("stats --stream stream:mem", "stream:memory:update"),
+        ("enqueue --stream stream:a", "stream:audit:log"),
+        ("retry now --type mem", "memory_update"),
+    ],
+)  # fmt: skip
+def test_completion_knows_what_may_stand_there(typed: str, wanted: str) -> None:
+    *words, last = typed.split()
+    found = ShellComplete(main, {}, "jobworker", "_JOBWORKER_COMPLETE").get_completions(words, last)
+    assert [item.value for item in found] == [wanted]
+
+
+def test_the_command_without_a_verb_says_what_there_is_and_each_on_one_line() -> None:
+    for arguments in ([], ["dlq"], ["retry"]):
+        listed = (
+            CliRunner().invoke(main, [*arguments, "--help"]).output.partition("Commands:")[2].splitlines()
+        )
+        assert [line for line in listed if line.endswith("...") and "web" not in line] == []
 
 
 @pytest.mark.parametrize(
