@@ -13,7 +13,9 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import setproctitle
 
@@ -35,6 +37,8 @@ log = logging.getLogger("jobworker.boot")
 _START_WITHIN_S = 10.0
 #: Pause between tries to set a handler up while a store that it needs does not answer yet.
 _SETUP_RETRY_S = 0.5
+#: Half of what there is, out of 1000: before any other process of the service, after what asks to go first.
+_OOM_SCORE_ADJ = "500"
 
 
 def main() -> int:
@@ -141,6 +145,7 @@ def _run_reaper(settings: Settings, link: Link) -> None:
 def _run_worker(settings: Settings, link: Link, channel: Channel) -> None:
     from .runner import Runner
 
+    _go_first_when_memory_is_short()
     set_pools(settings.threads)
     handlers = _set_up(settings, link)
     if handlers is None:
@@ -163,6 +168,12 @@ def _run_worker(settings: Settings, link: Link, channel: Channel) -> None:
     trace.close()
     logging.shutdown()
     os._exit(0)
+
+
+def _go_first_when_memory_is_short() -> None:
+    """The kernel ends the largest process, which may be an embedded store; of ours, a worker costs least."""
+    with suppress(OSError):  # a kernel or container that does not offer it
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJ)
 
 
 def _mask(flags: Iterable[bool]) -> int:

@@ -112,6 +112,17 @@ def test_a_redis_url_that_cannot_be_read_exits_2_without_showing_its_password(tm
     assert "wrong-horse" not in one.log_text
 
 
+def test_where_memory_is_short_the_kernel_takes_a_worker_first(tmp_path: Path) -> None:
+    def score(pid: int) -> int:
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+    with service(tmp_path, handlers("Noop"), procs=1) as one:
+        scores = {role: score(pid) for role, pid in one.roles().items()}
+    assert scores.pop("worker 0") == 500
+    assert set(scores) == {"supervisor", "reader", "reaper", "valkey"}
+    assert max(scores.values()) < 500
+
+
 def test_services_beside_each_other_need_only_folders_of_their_own(tmp_path: Path) -> None:
     both = []
     for name in ("a", "b"):
