@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: A fenced block: its language (often none) and its text.
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+#: A command line of ours, behind its environment variables.
+CALL = re.compile(r"\s*(?:[A-Z_]+=\S*\s+)*(jobworker(?:-supervise)?(?:\s.*|$))")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -43,11 +45,8 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         for text in [*blocks(page, ""), *blocks(page, "sh")]:
             for line in text.replace("\\\n", " ").splitlines():
                 for part in re.split(r"\s(?:\||&&|>)\s", line.partition("  #")[0]):
-                    words = shlex.split(part, comments=True, posix=True)
-                    while words and re.match(r"[A-Z_]+=", words[0]):
-                        words = words[1:]
-                    if words and words[0] in ("jobworker", "jobworker-supervise"):
-                        yield page.name, words
+                    if call := CALL.match(part):
+                        yield page.name, shlex.split(call[1], comments=True)
 
 
 def command_of(words: list[str]) -> click.Command:
