@@ -132,6 +132,17 @@ class Backlog:
         else:
             self._queue_of(arrival).append(arrival)
 
+    def extend(self, arrivals: Sequence[Arrival]) -> None:
+        """Queue jobs, each behind those of its sort."""
+        special = self._loners or self.halted or any(breaker.open for breaker in self._breakers)
+        if special or any(arrival.alone for arrival in arrivals):
+            for arrival in arrivals:
+                self.add(arrival)
+        elif arrivals:
+            largest_bytes = max([len(arrival.entry.data or b"") for arrival in arrivals])
+            self._largest_bytes = max(self._largest_bytes, largest_bytes)
+            self.ready.extend(arrivals)
+
     def single_out(self, kinds: int) -> None:
         """From now on hand out jobs of these types, a bit each, to empty workers only, and alone."""
         if kinds & ~self._loners:

@@ -24,7 +24,7 @@ from .settings import Settings
 from .settler import Settler
 from .store import Entry, ReaderStore
 from .tally import Tally
-from .triage import Arrival, Refusal, Triage
+from .triage import Arrival, Triage
 
 log = logging.getLogger("jobworker.reader")
 
@@ -136,7 +136,7 @@ class Reader:
             self._hand_out()
             if self._unlisted and not self._backlog.full:
                 self._list_pending()
-            self._read_more(now)
+            self._read_more()
         if now - self._renewed_at > self._settings.lease_s / 3:
             self._keep_leases(now)
         self._wait(sleep_s)
@@ -155,7 +155,7 @@ class Reader:
             elif key.data in self._answer_by:  # else a Drain heard in this very round has ended the read
                 self._selector.unregister(key.fd)
                 del self._answer_by[key.data]
-                self._arrive(key.data, self._finish_read(key.data))
+                self._take_in(key.data)
                 self._went_round()
 
     def _finish_read(self, source: int) -> list[Entry]:
@@ -262,14 +262,18 @@ class Reader:
 
     # -- jobs in
 
+    def _take_in(self, source: int) -> None:
+        """Take a read's answer. While small jobs are gone through here the server looks for more of them."""
+        entries = self._finish_read(source)
+        if entries and self._portions[source].largest and not self._draining:
+            self._ask_for(source, self._room(source) - len(entries))
+        self._arrive(source, entries)
+
     def _arrive(self, source: int, entries: list[Entry]) -> None:
-        triage, add = self._triage, self._backlog.add
-        for entry in entries:
-            verdict = triage(source, entry)
-            if isinstance(verdict, Refusal):
-                self._settler.refuse(verdict)
-            else:
-                add(verdict)
+        arrivals, refusals = self._triage.sift(source, entries)
+        self._backlog.extend(arrivals)
+        for refusal in refusals:
+            self._settler.refuse(refusal)
         if entries:
             self._portions[source].learn(entries)
 
@@ -279,19 +283,27 @@ class Reader:
             log.warning("type paused: what it needs does not answer", extra={"task_type": kind})
         self._backlog.pause(arrival, now)
 
-    def _room(self) -> int:
+    def _credit(self) -> int:
         """How many jobs the workers can take; none while what waits here is as much as may be held."""
         return 0 if self._backlog.full else sum(lane.credit for lane in self._lanes)
 
-    def _read_more(self, now: float) -> None:
-        """Ask each stream for what the workers can take beyond what waits here already."""
-        credit = self._room()
-        for number, source in enumerate(self._sources):
-            room = credit and credit - self._backlog.waiting(number) + min(self._passed_over(), _LOOK_PAST)
-            if room > 0 and number not in self._unlisted and not self._store.reading(source):
-                fd = self._store.begin_read(source, min(room, self._portions[number].entries), _BLOCK_MS)
-                self._selector.register(fd, selectors.EVENT_READ, number)
-                self._answer_by[number] = now + _BLOCK_MS / 1000 + _ANSWER_MARGIN_S
+    def _room(self, source: int) -> int:
+        """How many jobs of a source the workers can take beyond what waits here already."""
+        credit = self._credit()
+        return credit and credit - self._backlog.waiting(source) + min(self._passed_over(), _LOOK_PAST)
+
+    def _ask_for(self, source: int, room: int) -> None:
+        stream = self._sources[source]
+        if room > 0 and source not in self._unlisted and not self._store.reading(stream):
+            fd = self._store.begin_read(stream, min(room, self._portions[source].entries), _BLOCK_MS)
+            self._selector.register(fd, selectors.EVENT_READ, source)
+            self._answer_by[source] = self._mono_s() + _BLOCK_MS / 1000 + _ANSWER_MARGIN_S
+
+    def _read_more(self) -> None:
+        """Ask each stream for what there is room for."""
+        for number in range(len(self._sources)):
+            room = self._room(number)
+            self._ask_for(number, room)
             if room <= 0:
                 self._went_round()  # all hands are full: nothing to be read is no standstill
 
@@ -400,7 +412,7 @@ class Reader:
     def _take_over(self, source: int, known: set[tuple[int, bytes]]) -> None:
         cursor = _START
         idle_ms = int(self._settings.lease_s * 1000)
-        while self._room() > self._backlog.waiting(source):
+        while self._credit() > self._backlog.waiting(source):
             page = self._page(source)
             cursor, entries = self._store.take_over(self._sources[source], idle_ms, page, cursor)
             found = [entry for entry in entries if (source, entry.id) not in known]

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from itertools import chain
 from typing import NamedTuple
 
 import msgspec
@@ -22,9 +23,9 @@ from .tally import Tally
 
 log = logging.getLogger("jobworker.runner")
 
-#: How long finished jobs may wait before the reader is told: long enough that a stream of tiny jobs costs
-#: one wake-up for many, short against anything a handler does.
-_TELL_AFTER_S = 0.001
+#: How long finished jobs may wait before the reader is told while there are more to run: long enough that a
+#: stream of tiny jobs costs one wake-up and one settlement for many, short against anything a handler does.
+_TELL_AFTER_S = 0.004
 #: How often counts go to the supervisor, and how long an idle worker sleeps at most.
 _REPORT_EVERY_S = 0.5
 #: How often an idle worker asks its handlers whether what they need still answers.
@@ -228,18 +229,20 @@ class Runner:
         if self._untold_since is None:
             self._untold_since = started
         tell_at = self._untold_since + _TELL_AFTER_S
-        count = 0
+        took_s: list[float] = []
+        waited_s: list[float] = []
         while waiting and waiting[0].envelope.type == kind and started <= tell_at and not self.stop:
             job = waiting.popleft()
+            waited_s += _waited_s(job.envelope, started + wall_ahead_s)
             ended = self._run_one(handler, job, started)
-            self._durations[kind].add(ended - started)
-            self._observe_wait(kind, job.envelope, started + wall_ahead_s)
+            took_s.append(ended - started)
             started = ended
-            count += 1
         doing.jobs = ()
         self._channel.running(0.0, 0.0)
-        self._channel.finished += count
-        self._batches.add(1, count)
+        self._channel.finished += len(took_s)
+        self._durations[kind].extend(took_s)
+        self._waits[kind].extend(waited_s)
+        self._batches.add(1, len(took_s))
 
     def _run_one(self, handler: BoundHandler, waiting: Waiting, started: float) -> float:
         """Run a job; returns when it ended."""
@@ -317,13 +320,8 @@ class Runner:
         self._durations[kind].add(took_s, len(envelopes))
         self._batches.add(len(envelopes))
         started_wall_s = self._wall_s() - took_s
-        for envelope in envelopes:
-            self._observe_wait(kind, envelope, started_wall_s)
-
-    def _observe_wait(self, kind: str, envelope: Envelope, started_wall_s: float) -> None:
-        created_wall_s = _unix_s(envelope.created_at)
-        if created_wall_s is not None:
-            self._waits[kind].add(max(0.0, started_wall_s - created_wall_s))
+        waits_s = [_waited_s(envelope, started_wall_s) for envelope in envelopes]
+        self._waits[kind].extend(list(chain.from_iterable(waits_s)))
 
     def _check_health(self) -> None:
         for handler in self._handlers.values():
@@ -344,6 +342,12 @@ class Runner:
                 self._tally.count(f"z_novel_{name}_total", (), total - self._counted.get(key, 0))
                 self._counted[key] = total
         self._link.report(self._tally, self._trouble)
+
+
+def _waited_s(envelope: Envelope, started_wall_s: float) -> tuple[float, ...]:
+    """How long a job has waited, where it says since when."""
+    created_wall_s = _unix_s(envelope.created_at)
+    return () if created_wall_s is None else (max(0.0, started_wall_s - created_wall_s),)
 
 
 def _unix_s(created_at: str) -> float | None:

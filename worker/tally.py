@@ -3,7 +3,8 @@
 Names, labels and buckets of every metric stand here, without any metrics library.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from typing import NamedTuple
 
 #: Below a second our own; from 1 on those that dashboards already know.
@@ -94,6 +95,19 @@ class Histogram:
         """Count one value, or the same value several times."""
         self.counts[bisect_left(self._buckets, value)] += times
         self.total += value * times
+
+    def extend(self, values: Sequence[float]) -> None:
+        """Count many values: one search a bucket, not one a value."""
+        ordered = sorted(values)
+        below = 0
+        for place, bound in enumerate(self._buckets):
+            upto = bisect_right(ordered, bound, below)
+            self.counts[place] += upto - below
+            below = upto
+            if below == len(ordered):
+                break
+        self.counts[-1] += len(ordered) - below
+        self.total += sum(ordered)
 
     def merge(self, counts: list[int], total: float) -> None:
         """Add what another one counted."""

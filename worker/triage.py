@@ -1,6 +1,6 @@
 """What to do with an entry before any worker sees it: run it, run it alone, or refuse it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from .envelope import Envelope, read_envelope
@@ -43,26 +43,39 @@ class Triage:
         self._kinds = kinds
         self._max_payload = max_payload
         self._max_deaths = max_deaths
+        self._scratch = bytearray()
+
+    def sift(self, source: int, entries: Iterable[Entry]) -> tuple[list[Arrival], list[Refusal]]:
+        """Every entry becomes one or the other, in order."""
+        arrivals: list[Arrival] = []
+        refusals: list[Refusal] = []
+        for entry in entries:
+            verdict = self(source, entry)
+            if isinstance(verdict, Refusal):
+                refusals.append(verdict)
+            else:
+                arrivals.append(verdict)
+        return arrivals, refusals
 
     def __call__(self, source: int, entry: Entry) -> Arrival | Refusal:
         """Every entry becomes one or the other; size is looked at before anything is parsed."""
-        data = entry.data
+        _, data, deliveries, died = entry
         if data is None:
             return Refusal(source, entry, Reason.MALFORMED, "MalformedJob: the entry has no field 'data'")
         if len(data) > self._max_payload:
             error = f"OversizedJob: {len(data)} bytes, at most {self._max_payload} are taken"
             return Refusal(source, entry, Reason.OVERSIZED, error)
         try:
-            envelope = read_envelope(data)
+            envelope = read_envelope(data, self._scratch)
         except MalformedJob as refused:
             return Refusal(source, entry, Reason.MALFORMED, f"MalformedJob: {refused}")
         kind = self._kinds.get(envelope.type)
         if kind is None:
             error = f"UnknownType: no handler for {envelope.type!r}; known: {', '.join(self._kinds)}"
             return Refusal(source, entry, Reason.UNKNOWN_TYPE, error, envelope)
-        deaths = entry.deaths + envelope.deaths
-        if deaths >= self._max_deaths or entry.deliveries > MAX_DELIVERIES:
-            error = f"PoisonJob: {deaths} workers died under it, {entry.deliveries} deliveries without an end"
+        deaths = died + envelope.deaths
+        if deaths >= self._max_deaths or deliveries > MAX_DELIVERIES:
+            error = f"PoisonJob: {deaths} workers died under it, {deliveries} deliveries without an end"
             return Refusal(source, entry, Reason.POISON, error, envelope)
-        alone = deaths > 0 or entry.deliveries >= ALONE_AFTER_DELIVERIES
+        alone = deaths > 0 or deliveries >= ALONE_AFTER_DELIVERIES
         return _new(Arrival, (source, kind, entry, alone))

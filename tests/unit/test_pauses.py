@@ -90,3 +90,17 @@ def test_cleared_it_holds_nothing_and_stays_paused() -> None:
     assert not list(backlog)
     backlog.add(job(2, SLOW))
     assert not backlog.ready
+
+
+@pytest.mark.parametrize("halted", [set(), {SLOW}], ids=["nothing paused", "one paused"])
+@pytest.mark.parametrize("alone", [False, True], ids=["ordinary", "one suspect"])
+def test_many_added_at_once_go_where_each_would_go(halted: set[int], alone: bool) -> None:
+    jobs = [job(1, SLOW), job(2, QUICK, alone=alone), job(3, QUICK), job(4, SLOW)]
+    at_once, one_by_one = full(), full()
+    for backlog in (at_once, one_by_one):
+        backlog.halt(halted)
+    at_once.extend(jobs)
+    for one in jobs:
+        one_by_one.add(one)
+    assert list(at_once) == list(one_by_one)
+    assert (at_once.ready, at_once.suspects) == (one_by_one.ready, one_by_one.suspects)

@@ -17,9 +17,9 @@ def entries(*sizes: int) -> list[Entry]:
 
 def test_small_entries_are_soon_asked_for_by_the_hundred() -> None:
     portion = Portion()
-    for _ in range(6):
+    for _ in range(7):
         portion.learn(entries(*[200] * portion.entries))
-    assert portion.entries == 512
+    assert portion.entries == 1024
 
 
 def test_the_first_answer_is_bounded_whatever_comes() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobworker.worker.metrics import Exposition
-from jobworker.worker.tally import METRICS, Tally
+from jobworker.worker.tally import METRICS, SECONDS, Histogram, Tally
 
 #: What dashboards and alert rules of other people rest on.
 PROMISED = {
@@ -158,3 +158,13 @@ def test_a_counter_of_a_users_handler_is_exported_and_harms_nothing() -> None:
     found = samples(exposition.page())
     assert found["z_novel_words_total", ()] == 7
     assert not [name for name, _ in found if "no name" in name]
+
+
+@given(st.lists(st.one_of(st.sampled_from(SECONDS), st.floats(0, 400))))
+def test_many_values_at_once_are_counted_as_one_by_one(values: list[float]) -> None:
+    at_once, one_by_one = Histogram(SECONDS), Histogram(SECONDS)
+    at_once.extend(values)
+    for value in values:
+        one_by_one.add(value)
+    assert at_once.counts == one_by_one.counts
+    assert at_once.total == pytest.approx(one_by_one.total)

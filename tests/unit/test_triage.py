@@ -94,3 +94,13 @@ def test_what_no_host_survives_is_given_up(triage: Triage, deliveries: int, beco
         assert (verdict.reason, becomes) == (Reason.POISON, "poison")
     else:
         assert verdict.alone == (becomes == "alone")
+
+
+def test_what_is_sifted_keeps_its_order_and_gets_the_same_verdicts(triage: Triage) -> None:
+    bodies = [KNOWN, None, sized(MAX_PAYLOAD), b"{", b'{"id":"a","type":"known", "id":"b"}', KNOWN]
+    entries = [Entry(b"%d-0" % number, data) for number, data in enumerate(bodies)]
+    arrivals, refusals = triage.sift(1, entries)
+    verdicts = [triage(1, entry) for entry in entries]
+    assert arrivals == [verdict for verdict in verdicts if isinstance(verdict, Arrival)]
+    assert refusals == [verdict for verdict in verdicts if isinstance(verdict, Refusal)]
+    assert [arrival.entry.id for arrival in arrivals] == [b"0-0", b"2-0", b"5-0"]
