@@ -109,11 +109,11 @@ def check_llm(url: str, model: str) -> None:
         raise ConfigurationError("--llm-url needs --llm-model: the name that the endpoint knows its model by")
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """``HOST:PORT`` of ``--metrics-addr``. Raises `ConfigurationError`."""
+def parse_address(text: str, option: str = "--metrics-addr") -> tuple[str, int]:
+    """``HOST:PORT`` as an option has it. Raises `ConfigurationError`."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigurationError(f"--metrics-addr {text!r}: say HOST:PORT, for example 127.0.0.1:9464")
+        raise ConfigurationError(f"{option} {text!r}: say HOST:PORT, for example 127.0.0.1:9464")
     return host.strip("[]"), int(port)
 
 

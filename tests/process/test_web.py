@@ -243,7 +243,7 @@ class TestWhoMayLook:
             (["--listen", "127.0.0.1:0", "--allow-actions"], "", "needs a token"),
             (["--listen", "127.0.0.1:0"], "short", "too short"),
             (["--listen", "127.0.0.1:0", "--token-file", "/nonexistent"], "", "cannot read the token"),
-            (["--listen", "9465"], "", "HOST:PORT"),
+            (["--listen", "9465"], "", "--listen '9465': say HOST:PORT"),
             (["--listen", "127.0.0.1:0", "--stream", "nonsense"], "", "NAME=GROUP"),
         ],
     )

@@ -59,7 +59,7 @@ def read_token(path: str) -> str:
 
 def check(options: Options, token: str) -> tuple[str, int]:
     """Where to listen. Raises `ConfigurationError` for a page that would be open to others."""
-    host, port = parse_address(options.listen)
+    host, port = parse_address(options.listen, "--listen")
     hint = f"give one in {TOKEN_VARIABLE} or --token-file, made by: openssl rand -hex 24"
     if not token and not is_loopback(host):
         raise ConfigurationError(

@@ -32,24 +32,33 @@
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
+  const clock = (s, digits) => new Date(s * 1000).toTimeString().slice(0, digits);
+
+  // The keys above a chart tell what is under the pointer, else what is now.
+  const tell = (plot, element) => {
+    const at = plot.cursor.idx ?? plot.data[0].length - 1;
+    element.parentElement.querySelectorAll("output").forEach((output, i) => {
+      const value = plot.data[i + 1][at];
+      const digits = value >= 100 || Number.isInteger(value) ? 0 : 1;
+      output.textContent = value == null ? "–" : value.toLocaleString("en", { maximumFractionDigits: digits }) + element.dataset.unit;
+    });
+    element.parentElement.querySelector("time").textContent = plot.cursor.idx == null ? "" : clock(plot.data[0][at], 8);
+  };
+
   const options = (element) => {
-    const unit = element.dataset.unit;
-    const number = (value) => value == null ? "–" : (value >= 100 || Number.isInteger(value) ? Math.round(value).toLocaleString("en") : value.toFixed(1)) + unit;
     const axis = { stroke: colour("dim"), grid: { stroke: colour("grid"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
     const short = (value) => value >= 1e6 ? `${+(value / 1e6).toFixed(1)}M` : value >= 1e4 ? `${+(value / 1e3).toFixed(1)}k` : String(+value.toFixed(2));
+    const times = (_, splits) => splits.map((s) => clock(s, splits.at(-1) - splits[0] < 240 ? 8 : 5));
     return {
-      width: element.clientWidth, height: 142,
-      cursor: { y: false, points: { size: 6 }, sync: { key: "time" } },
+      width: element.clientWidth, height: element.clientHeight, legend: { show: false },
+      cursor: { y: false, points: { size: 6 }, drag: { x: false }, sync: { key: "time" } },
       scales: { y: { range: (_, __, most) => [0, Math.max(1, most * 1.12)] } },
-      axes: [{ ...axis, size: 24, values: (_, splits) => splits.map((s) => new Date(s * 1000).toTimeString().slice(0, 5)) }, { ...axis, size: 46, values: (_, splits) => splits.map(short) }],
-      series: [
-        { value: (_, s) => s == null ? "" : new Date(s * 1000).toTimeString().slice(0, 8) },
-        ...element.dataset.chart.split(",").map((one) => {
-          const [, tone, label] = one.split(":");
-          const stroke = colour(tone);
-          return { label, stroke, width: 1.6, fill: stroke + "1c", points: { show: false }, value: (_, v) => number(v) };
-        }),
-      ],
+      axes: [{ ...axis, size: 24, space: 70, values: times }, { ...axis, size: 46, space: 26, values: (_, splits) => splits.map(short) }],
+      series: [{}, ...element.dataset.chart.split(",").map((one) => {
+        const stroke = colour(one.split(":")[1]);
+        return { stroke, width: 1.6, fill: `${stroke}1c`, points: { show: false } };
+      })],
+      hooks: { setCursor: [(plot) => tell(plot, element)], setData: [(plot) => tell(plot, element)], ready: [(plot) => tell(plot, element)] },
     };
   };
 
