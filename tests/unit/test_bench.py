@@ -57,6 +57,11 @@ def test_latency_gives_percentiles_of_both() -> None:
         assert 0 < ms["p50"] <= ms["p95"] <= ms["p99"] <= ms["max"]
 
 
+def test_every_audit_entry_is_archived_once_also_under_a_kill() -> None:
+    found = report("audit.py", "--entries", "3000", "--procs", "1", "--kills", "1")
+    assert (found["entries"], found["missing"], found["doubled"]) == (3000, 0, 0)
+
+
 def test_people_get_a_table() -> None:
     printed = run("throughput.py", "--jobs", "50", "--procs", "1", "--repeat", "1")
     assert "service / bare:" in printed

@@ -1,0 +1,118 @@
+"""The audit archive through the whole service: entries a second, each on the disk before it is acknowledged.
+
+Afterwards every line is read back: each entry must stand there once, also where workers were killed.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+import zstandard
+from hosts import described, host_facts, roles_of
+from rig import JOB_TYPE, LIMIT_S, Backlog, connect, server, service
+
+_HANDLER = "jobworker.handlers.archive:Archive"
+_LOOK_EVERY_S = 0.01
+#: Far enough apart that a worker has come back and works again.
+_KILL_EVERY_S = 1.5
+
+
+def entry(number: int) -> bytes:
+    """An audit entry of about 400 bytes as admin-svc writes it."""
+    fields = {
+        "id": f"bench-{number:012d}", "type": JOB_TYPE, "tenant_id": "t001", "project_id": "p123",
+        "payload": {
+            "action": "chapter.update", "actor": {"id": number % 997, "roles": ["author"]}, "ip": "10.1.2.3",
+            "target": {"kind": "chapter", "id": f"ch-{number % 4999}"}, "n": number,
+        },
+        "metadata": {"request_id": f"req-{number:012d}", "idempotency_key": f"bench-{number:012d}"},
+        "created_at": "2026-01-02T10:00:00.123456789Z",
+    }  # fmt: skip
+    return json.dumps(fields).encode()
+
+
+def measure(url: str, folder: Path, entries: int, procs: int, kills: int) -> dict[str, Any]:
+    """Archive all of them; the report that ``--json`` prints. Raises RuntimeError where one is not there
+    exactly once."""
+    with connect(url) as client:
+        backlog = Backlog(client, entry)
+        try:
+            backlog.fill(entries)
+            with service(url, backlog, _HANDLER, procs, JOBWORKER_DATA_DIR=str(folder)) as pid:
+                started = time.monotonic()
+                backlog.release(entries)
+                killed = _await_end(backlog, pid, kills)
+                seconds = time.monotonic() - started
+            if backlog.strays:
+                raise RuntimeError(f"{backlog.strays} of {entries} entries failed")
+            facts = host_facts(client)
+        finally:
+            backlog.close()
+    size = check(folder / "audit", entries)
+    return {
+        "bench": "audit", "host": facts, "entries": entries, "workers": procs, "kills": killed,
+        "seconds": round(seconds, 2), "entries_per_s": round(entries / seconds),
+        "bytes_per_entry": round(size / entries, 1), "missing": 0, "doubled": 0,
+    }  # fmt: skip
+
+
+def _await_end(backlog: Backlog, pid: int, kills: int) -> int:
+    """Wait until all is acknowledged, killing workers on the way; how many were killed."""
+    started, killed, chance = time.monotonic(), 0, random.Random(1)
+    while not backlog.drained:
+        passed_s = time.monotonic() - started
+        if passed_s > LIMIT_S:
+            raise RuntimeError(f"not archived within {LIMIT_S:.0f} s")
+        workers = roles_of(pid).get("worker", []) if killed < kills else []
+        if workers and passed_s > (killed + 0.5) * _KILL_EVERY_S:
+            os.kill(chance.choice(workers), signal.SIGKILL)
+            killed += 1
+        time.sleep(_LOOK_EVERY_S)  # a group has no event that says "all acknowledged"
+    return killed
+
+
+def check(folder: Path, entries: int) -> int:
+    """The bytes of the archive; RuntimeError where an entry is missing or doubled."""
+    seen: Counter[int] = Counter()
+    files = sorted(folder.glob("*.jsonl.zst"))
+    for path in files:
+        with path.open("rb") as file:
+            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            seen.update(json.loads(line)["payload"]["n"] for line in reader.read().splitlines())
+    doubled = sum(count > 1 for count in seen.values())
+    if missing := entries - len(seen) or doubled:
+        raise RuntimeError(f"{missing} entries are missing or more than once in {len(seen)}")
+    return sum(path.stat().st_size for path in files)
+
+
+@click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
+@click.option("--entries", type=click.IntRange(1), default=100_000, show_default=True)
+@click.option("--procs", type=click.IntRange(1), default=2, show_default=True, help="Workers.")
+@click.option("--kills", type=click.IntRange(0), default=0, show_default=True, help="Workers killed.")
+@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a Valkey of our own]")
+@click.option("--folder", help="Where the archive is written: which disk.  [default: a temporary one]")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
+def main(entries: int, procs: int, kills: int, redis_url: str, folder: str | None, as_json: bool) -> None:
+    """Measure and print."""
+    with server(redis_url) as url, tempfile.TemporaryDirectory(dir=folder) as data_dir:
+        report = measure(url, Path(data_dir), entries, procs, kills)
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(described(report["host"]))
+    print(
+        f"{entries:,} entries, {procs} workers, {report['kills']} killed: {report['entries_per_s']:,} "
+        f"a second, {report['bytes_per_entry']} bytes an entry; each is there once"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
