@@ -10,6 +10,7 @@ from .cli_common import (
     Deployment,
     clean,
     say_json,
+    some,
     sources_of,
     span,
     table,
@@ -70,7 +71,7 @@ def _print(seen: Overview) -> None:
     workers = seen.workers()
     if workers:
         states = ", ".join(f"{count} {state}" for state, count in sorted(workers.items()))
-        click.echo(f"{workers.total()} workers: {states}")
+        click.echo(f"{some(workers.total(), 'worker')}: {states}")
     if seen.rates:
         whats = ("done", "failed", "retried", "dead")
         rows = [

@@ -8,10 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from .errors import Fenced, StoreUnavailable
 from .keys import Source
 from .memory_server import Group, Lease, MemoryServer, Read, Stream, order
-from .store import Dead, Depths, Entry, Promotion, Retry, Settlement
-
-#: How idle a released entry looks: above any lease.
-_RELEASED_IDLE_S = 30 * 24 * 3600.0
+from .store import HANDED_BACK_IDLE_S, Dead, Depths, Entry, Promotion, Retry, Settlement
 
 
 def _id_of(outcome: Retry | Dead | bytes) -> bytes:
@@ -133,7 +130,7 @@ class MemoryStore:
     def release(self, source: Source, ids: Sequence[bytes]) -> None:
         """See `ReaderStore.release`."""
         with self._server.lock:
-            lost = self._set_idle(source, ids, _RELEASED_IDLE_S)
+            lost = self._set_idle(source, ids, HANDED_BACK_IDLE_S)
             for id in set(ids) - lost:
                 lease = self._group(source).leases[id]
                 lease.deliveries = max(0, lease.deliveries - 1)

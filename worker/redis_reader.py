@@ -12,12 +12,9 @@ from .keys import PAUSED_KEY, Source
 from .redis_base import SCRIPT_BYTES, SCRIPT_IDS, Store, checked, is_no_group
 from .redis_reads import BlockingRead, GroupMissing, data_of
 from .redis_wire import Command, Reply, script
-from .store import Entry, Settlement
+from .store import HANDED_BACK_IDLE_S, Entry, Settlement
 
 log = logging.getLogger(__name__)
-
-#: How idle a released entry looks. Above any lease; the server refuses times before 1970.
-_RELEASED_IDLE_MS = 30 * 24 * 3600 * 1000
 
 
 class RedisReaderStore(Store):
@@ -116,7 +113,7 @@ class RedisReaderStore(Store):
     def release(self, source: Source, ids: Sequence[bytes]) -> None:
         """See `ReaderStore.release`."""
         for some in _chunks(ids):
-            self._run(source, "release", [], [_RELEASED_IDLE_MS, *some])
+            self._run(source, "release", [], [round(HANDED_BACK_IDLE_S * 1000), *some])
 
     def bodies(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
         """See `ReaderStore.bodies`."""

@@ -10,6 +10,9 @@ from typing import NamedTuple, Protocol
 
 from .keys import Source
 
+#: How idle an entry looks that was handed back: above any lease; servers refuse times before 1970.
+HANDED_BACK_IDLE_S = 30 * 24 * 3600.0
+
 
 class Entry(NamedTuple):
     """One entry as it was delivered. ``data`` is None where the entry has no such field."""

@@ -11,7 +11,7 @@ from .dead_letters import read_letter
 from .keys import Source
 from .observe import Service
 from .operator_store import Group, Lease, OperatorStore, Pause, order_of, walk
-from .store import Entry
+from .store import HANDED_BACK_IDLE_S, Entry
 
 #: A consumer that was not heard of for so long is not reading: reads block for 2 s, then come again.
 SILENT_S = 10.0
@@ -184,6 +184,8 @@ class Search:
 
     def _why_pending(self, lease: Lease, about: Found) -> str:
         lease_s = max([float(s.said.get("lease_s", _LEASE_S)) for s in self._services] or [_LEASE_S])
+        if lease.idle_s >= HANDED_BACK_IDLE_S:
+            return f"{lease.consumer} gave it back when it stopped: the next service that reads takes it over"
         holder = f"{lease.consumer} holds it, renewed {lease.idle_s:.0f} s ago"
         if lease.idle_s > lease_s:
             return f"{holder}: longer than its lease, so a running service takes it over"

@@ -226,6 +226,9 @@ class TestExplainWithoutAService:
         entry = found["facts"]["entry_id"]
         store.client.xclaim("stream:audit:log", "cg-archiver", "gone/1", 0, [entry], idle=60_000)
         assert "longer than its lease" in asked(store, "explain", entry)["found"][0]["why"]
+        month_ms = 30 * 24 * 3600 * 1000
+        store.client.xclaim("stream:audit:log", "cg-archiver", "gone/1", 0, [entry], idle=month_ms)
+        assert "gave it back when it stopped" in asked(store, "explain", entry)["found"][0]["why"]
         store.client.xack("stream:audit:log", "cg-archiver", entry)
         assert asked(store, "explain", entry)["found"][0]["state"] == "finished"
 
