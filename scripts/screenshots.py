@@ -38,8 +38,8 @@ HANDLERS = {
     "embedding_batch": "Embed", "summary_write_back": "WriteBack", "index_rebuild": "Rebuild",
     "audit": "Audit",
 }  # fmt: skip
-#: Jobs a second that are sent, by type: a little more than two cores of sleeping workers do.
-LOAD = {"embedding_batch": 130, "summary_write_back": 9, "audit": 60}
+#: Jobs a second that are sent, by type: in waves a little more than the workers do.
+LOAD = {"embedding_batch": 80, "summary_write_back": 7, "audit": 40}
 BROWSER_FLAGS = [
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-quic",
@@ -189,7 +189,7 @@ def take_for_docs(browser: Browser, url: str, folder: Path) -> None:
             page.wait_for_timeout(2500)  # two exchanges, so that nothing of it is of the start
             page.screenshot(path=folder / f"{name}.png")
     with looking(browser, url, dark=False, size=PHONE) as page:
-        page.goto(f"{url}/dead?reason=exhausted")
+        page.goto(f"{url}/dead")
         page.screenshot(path=folder / "web-phone.png")
 
 

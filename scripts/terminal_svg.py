@@ -55,7 +55,7 @@ def _svg(screen: pyte.Screen, columns: int, rows: int) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
         'font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, DejaVu Sans Mono, monospace" '
-        f'font-size="14" xml:space="preserve">\n<rect width="100%" height="100%" rx="10" fill="{_BACK}"/>\n'
+        f'font-size="14">\n<rect width="100%" height="100%" rx="10" fill="{_BACK}"/>\n'
         f"{body}\n</svg>\n"
     )
 
@@ -73,7 +73,7 @@ def _line(screen: pyte.Screen, row: int, columns: int) -> Iterator[str]:
             top = y - _LINE_HEIGHT + 4
             yield f'<rect x="{x:.1f}" y="{top}" width="{width:.1f}" height="{_LINE_HEIGHT}" fill="{_INK}"/>'
         if text.strip():
-            kept = text.rstrip()
+            kept = text.rstrip().replace(" ", "\N{NO-BREAK SPACE}")  # runs of others are drawn as one
             length = len(kept) * _CELL_WIDTH
             weight = ' font-weight="bold"' if bold else ""
             yield (

@@ -316,7 +316,7 @@ class TestActing:
 
     def test_a_form_of_another_site_does_nothing(self, guarded: Page, store: RedisServer) -> None:
         at = letter(store, "j")
-        form = {"deed": "purge", "at": at, "asked_at": "4e9"}
+        form = {"deed": "purge", "at": at, "asked_at": "4000000000"}
         csrf = {"csrf": guarded.csrf}
         for refused in (
             guarded.post("/dead/do", form),
@@ -355,6 +355,19 @@ class TestActing:
         assert guarded.act("/dead/confirm", {"deed": "requeue", "which": "picked"}).status == 400
         assert guarded.act("/dead/confirm", {"deed": "burn", "at": places}).status == 400
 
+    def test_a_form_that_does_not_say_which_does_nothing(self, guarded: Page, store: RedisServer) -> None:
+        letter(store, "j")
+        form = {"deed": "purge", "asked_at": "4000000000"}
+        for unclear in (
+            {},
+            {"which": "picked"},
+            {"at": "stream:other 1-0"},
+            {"which": "all", "asked_at": ""},
+        ):
+            assert guarded.act("/dead/do", {**form, **unclear}).status == 400, unclear
+        answer = guarded.act("/dead/do", {**form, "which": "all", "stream": "stream:other"})
+        assert (answer.status, store.client.xlen(DLQ)) == (400, 1)
+
     def test_all_that_fit_are_deleted_but_none_that_came_since(
         self, guarded: Page, store: RedisServer
     ) -> None:
@@ -366,7 +379,8 @@ class TestActing:
         asked_at = re.search(r'name="asked_at" value="([^"]+)"', answer.body)
         assert asked_at is not None
         letter(store, "since", "poison", entry=f"{int(float(asked_at[1]) * 1000) + 1}-0")
-        done = guarded.act("/dead/do", {"deed": "purge", "reason": "poison", "asked_at": asked_at[1]})
+        all_of_them = {"deed": "purge", "which": "all", "reason": "poison", "asked_at": asked_at[1]}
+        done = guarded.act("/dead/do", all_of_them)
         assert "125 deleted" in finish(guarded, done.headers["location"])
         left = [json.loads(fields[b"data"]) for _, fields in store.client.xrange(DLQ)]
         assert len(left) == 126

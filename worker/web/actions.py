@@ -2,6 +2,7 @@
 
 import hmac
 import logging
+import re
 from collections.abc import Callable
 from urllib.parse import parse_qs
 
@@ -10,10 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from ..dead_desk import DeadDesk, Errand, Picked
+from ..dead_desk import DeadDesk, Errand, Picked, Place
 from ..operator_store import OperatorStore
 from .access import Access, TooManyTries
-from .filters import DeadFilter
+from .filters import DeadFilter, write_place
 from .guard import COOKIE
 from .pages import LOOK_AT, Site
 from .works import Busy, Work
@@ -113,16 +114,15 @@ class Actions:
         return await run_in_threadpool(self._confirm, request, form)
 
     def _confirm(self, request: Request, form: Form) -> Response:
-        deed, picked, filter = _deed(form), form.get("at", []), DeadFilter.read(lambda n: one_of(form, n))
-        if one_of(form, "which") == "picked" and not picked:
-            raise HTTPException(400, "No dead letter was ticked.")
+        deed, picked, filter = _deed(form), self._picked(form), DeadFilter.read(lambda n: one_of(form, n))
         with self._site.store() as store:
             now_s = store.wall_now_s(self._site.streams[0])
             desk = self._desk(store, picked, filter, now_s)
             page = desk.page(LOOK_AT, LOOK_AT) if not picked else None
             count = len(picked) if page is None else len(page.letters)
         return self._site.renderer.page(
-            request, "confirm.html", deed=deed, count=count, picked=picked, filter=filter,
+            request, "confirm.html", deed=deed, count=count, filter=filter, which=one_of(form, "which"),
+            picked=[write_place(place) for place in picked],
             asked_at=f"{now_s:.3f}", at_least=page is not None and page.behind is not None,
             back=_local(one_of(form, "back")),
         )  # fmt: skip
@@ -130,10 +130,12 @@ class Actions:
     async def do(self, request: Request) -> Response:
         """Do what was confirmed."""
         form = await self._asked(request)
-        deed, picked, back = _deed(form), form.get("at", []), _local(one_of(form, "back"))
+        deed, picked, back = _deed(form), self._picked(form), _local(one_of(form, "back"))
         filter = DeadFilter.read(lambda name: one_of(form, name))
         asked_at_s = _number(one_of(form, "asked_at"))
-        _tell(request, deed, letters=picked or None, filter=filter.words)
+        self._site.streams_of(filter)  # what is wrong with the form is told now, not by the work
+        filter.choice(asked_at_s)
+        _tell(request, deed, letters=[write_place(place) for place in picked], filter=filter.words)
 
         def go(work: Work) -> str:
             with self._site.store() as store:
@@ -145,10 +147,16 @@ class Actions:
         title = {"requeue": "Sending dead letters again", "purge": "Deleting dead letters"}[deed]
         return self._start(title, back, go)
 
-    def _desk(self, store: OperatorStore, picked: list[str], filter: DeadFilter, now_s: float) -> DeadDesk:
-        if picked:
-            return Picked(store, [self._site.place(text) for text in picked])
-        return self._site.desk(store, filter, now_s)
+    def _picked(self, form: Form) -> list[Place]:
+        """The letters that were ticked; none where all that fit are meant, which a form has to say."""
+        if one_of(form, "which") == "all":
+            return []
+        if "at" not in form:
+            raise HTTPException(400, "No dead letter was ticked.")
+        return [self._site.place(text) for text in form["at"]]
+
+    def _desk(self, store: OperatorStore, picked: list[Place], filter: DeadFilter, now_s: float) -> DeadDesk:
+        return Picked(store, picked) if picked else self._site.desk(store, filter, now_s)
 
     def _start(self, title: str, back: str, deed: Callable[[Work], str]) -> Response:
         try:
@@ -218,10 +226,9 @@ def _outcome(deed: str, errand: Errand) -> str:
 
 
 def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise HTTPException(400, "The form cannot be read.") from error
+    if not re.fullmatch(r"\d{1,12}(\.\d{1,6})?", text, re.ASCII):
+        raise HTTPException(400, "The form cannot be read.")
+    return float(text)
 
 
 def _local(path: str) -> str:

@@ -60,8 +60,13 @@ class Site:
 
     def desk(self, store: OperatorStore, filter: DeadFilter, wall_now_s: float) -> DeadDesk:
         """The dead letters that a filter means."""
-        streams = [filter.stream] if filter.stream in self.streams else self.streams
-        return DeadDesk(store, streams, filter.choice(wall_now_s))
+        return DeadDesk(store, self.streams_of(filter), filter.choice(wall_now_s))
+
+    def streams_of(self, filter: DeadFilter) -> list[str]:
+        """The streams that a filter means; an error page where it names one that is not ours."""
+        if filter.stream and filter.stream not in self.streams:
+            raise HTTPException(400, f"{filter.stream!r} is no stream of this page.")
+        return [filter.stream] if filter.stream else self.streams
 
     def place(self, text: str) -> Place:
         """A letter's place out of a link or a form; an error page where it is none."""
