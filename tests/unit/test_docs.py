@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,22 @@ def test_every_option_of_the_service_is_documented() -> None:
     said = "\n".join(page.read_text() for page in PAGES)
     missing = [name for name in options_of(service) if not re.search(rf"`{name}\b", said)]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    "text", [text for page in PAGES for text in blocks(page, "toml")], ids=lambda text: text.splitlines()[0]
+)
+def test_a_configuration_file_is_understood(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "jobworker.toml"
+    file.write_text(text)
+    parsed = service.make_context("jobworker-supervise", ["--config", str(file)]).params
+    given = {name.replace("-", "_"): value for name, value in tomllib.loads(text).items()}
+    assert given
+    assert {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in parsed.items()
+        if name in given
+    } == given
 
 
 def test_every_verb_is_documented() -> None:
