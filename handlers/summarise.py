@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,8 +13,9 @@ from jobworker.handlers.vector_types import Vector
 #: Weight of being near to the whole chapter against being unlike what is chosen already. At the 0.7 that is
 #: often used a sentence that says the same again still wins over one that says something else.
 RELEVANCE = 0.5
-#: "He nodded." is near to everything and says nothing; a Han character says about what a short word does.
+#: "He nodded." is near to everything and says nothing; two Han characters say about what a word does.
 MIN_WORDS = 6
+_HAN_A_WORD = 2
 #: A quotation is kept whole up to this length: half a dialogue reads like a mistake.
 QUOTED_CHARS = 120
 #: Similarities are rounded before they are compared, so that the last digits, which differ between machines
@@ -23,13 +25,25 @@ _DECIMALS = 4
 _OPENERS, _CLOSERS = "“‘「『（《〈【(", "”’」』）》〉】)"
 #: Words before a full stop that ends no sentence.
 _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|No|e\.g|i\.e)|\b[A-Z])\.\s*$")
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]|[^\W_]+")
+_HAN = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]"
+_WORD = re.compile(rf"({_HAN})|[^\W_]+")
+_APOSTROPHE = re.compile(r"(?<=\w)’(?=\w)")
+_ENDED = re.compile(rf"[。！？…｡．!?.][{re.escape(_CLOSERS)}\"']*$")
+#: What somebody says, or asks the reader: it has no meaning without what stands around it.
+_SPEECH = re.compile(r"(?:^|[:：,，])\s*[“‘「『\"]|[？?]\W*$")
 
 
-def sentences(text: str) -> list[str]:
+class Sentence(NamedTuple):
+    """`whole`: it begins and ends outside any quotation and leads up to nothing that is not in it."""
+
+    text: str
+    whole: bool
+
+
+def sentences(text: str) -> list[Sentence]:
     """The sentences of a Chinese or Western text, in order, without the blanks around them."""
-    found: list[str] = []
-    start = depth = seen = 0
+    found: list[Sentence] = []
+    start = depth = balance = seen = 0
     for match in SENTENCE_END.finditer(text):
         end = match.end()
         depth = max(0, depth + _opened(text[seen:end]))
@@ -38,14 +52,26 @@ def sentences(text: str) -> list[str]:
         inside = depth > 0 and end - start < QUOTED_CHARS and not broken
         if inside or _goes_on(text, start, end):
             continue
-        found.append(text[start:end].strip())
-        start, depth = end, 0
-    found.append(text[start:].strip())
-    return [sentence for sentence in found if _WORD.search(sentence)]
+        sentence, balance = _sentence(text[start:end], balance)
+        found.append(sentence)
+        start, depth, balance = end, 0, 0 if broken else balance
+    found.append(_sentence(text[start:], balance)[0])
+    return [sentence for sentence in found if _WORD.search(sentence.text)]
 
 
-def choose(found: Sequence[str], vectors: Vector, limit_chars: int) -> str:
-    """A summary of at most `limit_chars` characters: whole sentences of `found`, in their order.
+def _sentence(text: str, balance: int) -> tuple[Sentence, int]:
+    """A sentence, and how many quotations are open behind it; `balance`: how many were before it."""
+    text, before, least = text.strip(), balance, balance
+    for char in _APOSTROPHE.sub("", text):
+        balance += (char in _OPENERS) - (char in _CLOSERS)
+        least = min(least, balance)
+    begun = text[:1].isalnum() or text[:1] in _OPENERS
+    whole = begun and before == balance == least == 0 and _ENDED.search(text) is not None
+    return Sentence(text, whole), max(0, balance)
+
+
+def choose(found: Sequence[Sentence], vectors: Vector, limit_chars: int) -> str:
+    """A summary of at most `limit_chars` characters: sentences of `found`, in their order.
 
     `vectors` has shape (len(found), dim). The sentence next chosen is the one that is nearest to the average
     of all and least like those chosen. Where not even one fits, the beginning of the most central one is
@@ -53,14 +79,30 @@ def choose(found: Sequence[str], vectors: Vector, limit_chars: int) -> str:
     """
     if not found:
         raise ValueError("no sentence to choose from")
+    texts = [sentence.text for sentence in found]
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     central = np.round(unit @ unit.mean(axis=0), _DECIMALS)
-    wordy = [place for place, sentence in enumerate(found) if len(_WORD.findall(sentence)) >= MIN_WORDS]
-    candidates = wordy or list(range(len(found)))
-    chosen = _most_relevant(found, unit, central, candidates, limit_chars)
+    candidates = _candidates(found, limit_chars)
+    chosen = _most_relevant(texts, unit, central, candidates, limit_chars)
     if not chosen:
-        return shorten(found[max(candidates, key=lambda place: (central[place], -place))], limit_chars)
-    return join([found[place] for place in chosen])
+        return shorten(texts[max(candidates, key=lambda place: (central[place], -place))], limit_chars)
+    return join([texts[place] for place in chosen])
+
+
+def _candidates(found: Sequence[Sentence], limit_chars: int) -> list[int]:
+    """The places of those that say something by themselves: what is told rather than said, where that fills
+    half of the summary, else what is whole, else what is no mere nod, else all."""
+    wordy = [place for place, sentence in enumerate(found) if _words(sentence.text) >= MIN_WORDS]
+    whole = [place for place in wordy if found[place].whole]
+    told = [place for place in whole if not _SPEECH.search(found[place].text)]
+    lengths = (len(found[place].text) for place in told)
+    if sum(length for length in lengths if length <= limit_chars) >= limit_chars / 2:
+        return told
+    return whole or wordy or list(range(len(found)))
+
+
+def _words(text: str) -> float:
+    return sum(1 / _HAN_A_WORD if match[1] else 1 for match in _WORD.finditer(text))
 
 
 def _most_relevant(

@@ -196,7 +196,8 @@ class WriteBack:
         if not found:
             raise PermanentError("content holds no sentence to make a summary of")
         found = found[:: -(-len(found) // _MOST_SENTENCES)]
-        return choose(found, self._encoder.encode(found), self._chars)
+        vectors = self._encoder.encode([sentence.text for sentence in found])
+        return choose(found, vectors, self._chars)
 
     # ---- rows
 
