@@ -250,10 +250,11 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
-def confirm(question: str, yes: bool) -> None:
-    """Ask before what cannot be taken back. Raises `ConfigurationError` where nobody can answer."""
+def confirm(question: Callable[[], str], yes: bool) -> None:
+    """Ask before what cannot be taken back. Raises `ConfigurationError` where nobody can answer; the question
+    is made only where somebody can."""
     if yes:
         return
     if not sys.stdin.isatty():
         raise ConfigurationError("nobody here to confirm it: give --yes")
-    click.confirm(question, abort=True, err=True)
+    click.confirm(question(), abort=True, err=True)

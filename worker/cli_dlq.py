@@ -182,6 +182,12 @@ def _names(desk: DeadDesk) -> Iterator[str]:
     return (id for one in letters for id in (one.id.decode(), one.job_id, one.original_id))
 
 
+def _chosen(desk: DeadDesk) -> str:
+    count = Errand(desk, dry_run=True)
+    count.purge()
+    return some(count.done, "dead letter")
+
+
 def _pace(rate: float | None) -> Iterator[int]:
     """How many may go out now, for ever; sleeps between two so that `rate` a second are not exceeded."""
     if rate is None:
@@ -282,7 +288,7 @@ def purge(url: str, all_of_them: bool, dry_run: bool, yes: bool, as_json: bool, 
     desk = _Desk(url, **choice)
     desk.refuse_everything(all_of_them)
     if not dry_run:
-        confirm("Delete the chosen dead letters for good?", yes)
+        confirm(lambda: f"Delete {_chosen(desk)} for good?", yes)
     errand = Errand(desk, dry_run=dry_run)
     report = _Report("purged", errand)
     report.run(errand.purge)

@@ -17,6 +17,7 @@ from .cli_common import (
     verb_on_deployment,
 )
 from .errors import StoreUnavailable
+from .log import redacted
 from .overview import Overview
 from .top import as_plain, watcher_of
 
@@ -68,6 +69,9 @@ def _print(seen: Overview) -> None:
     )
     for pause in seen.pauses:
         click.echo(f"{clean(pause.kind)} is paused: jobworker resume {clean(pause.kind)}")
+    for service in (one for one in seen.services if not one.said):
+        says = f"no service answers at {service.url}: {clean(redacted(service.trouble))}"
+        click.echo(f"{says}; --metrics-url says where its workers and rates are to be had", err=True)
     workers = seen.workers()
     if workers:
         states = ", ".join(f"{count} {state}" for state, count in sorted(workers.items()))

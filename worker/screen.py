@@ -35,9 +35,9 @@ def _head(seen: Overview) -> Iterator[Line]:
     done, failed = seen.rate("done"), seen.rate("failed")
     rate = "" if seen.rates is None else f"  {done:.0f} jobs/s, {failed:.0f} failing/s"
     counts = f"{some(len(answering), 'service')}, {some(workers.total(), 'worker')}"
-    yield Line(f"{clock}  {counts} ({states or 'none'}){rate}", "head")
+    yield Line(f"{clock}  {counts}{states and f' ({states})'}{rate}", "head")
     if seen.trouble:
-        yield Line(f"the job store does not answer: {seen.trouble}", "bad")
+        yield Line(seen.trouble, "bad")
     for service in seen.services:
         if not service.said:
             yield Line(f"{service.url}: {service.trouble}", "dim")

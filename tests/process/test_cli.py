@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from jobworker.worker import open_rebuilds
 from jobworker.worker.cli import main
 from jobworker.worker.keys import DEFAULT_SOURCES
-from support.operator import COMMAND, COMMAND_S, asked, findings, run
+from support.operator import COMMAND, COMMAND_S, Terminal, asked, findings, run
 from support.redis_servers import RedisServer, running
 from support.service import STREAM, eventually
 
@@ -124,6 +124,16 @@ class TestDeadLetters:
         said = asked(store, "retry", "now", "later", "nobody", code=1)
         assert (said["hastened"], said["missing"]) == (1, ["nobody"])
 
+    def test_a_purge_says_how_many_before_it_asks(self, store: RedisServer) -> None:
+        for number in range(3):
+            letter(store, f"j{number}", "poison" if number else "timeout")
+        with Terminal([str(COMMAND), "dlq", "purge", "--reason", "poison"], store) as terminal:
+            terminal.wait_for("Delete 2 dead letters for good?")
+            assert store.client.xlen(DLQ) == 3
+            terminal.press("y\n")
+            assert terminal.wait() == 0
+        assert store.client.xlen(DLQ) == 1
+
     def test_a_reason_that_there_is_not_is_refused(self, store: RedisServer) -> None:
         assert "'poison'" in run(store, "dlq", "list", "--reason", "poisn", code=2).stderr
 
@@ -194,6 +204,13 @@ class TestEnqueue:
         assert "TYPE" in run(store, "enqueue", code=2).stderr
         assert "--lines" in run(store, "enqueue", "--lines", "-", "--count", "2", code=2).stderr
         assert "none.json" in run(store, "enqueue", "audit", "--payload", "@none.json", code=2).stderr
+
+
+class TestStats:
+    def test_where_no_service_answers_it_says_so(self, store: RedisServer) -> None:
+        result = run(store, "stats", "--metrics-url", "http://127.0.0.1:1")
+        assert "no service answers at http://127.0.0.1:1" in result.stderr
+        assert "no service" not in result.stdout
 
 
 class TestPauses:

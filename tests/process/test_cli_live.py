@@ -159,7 +159,7 @@ class TestTop:
             terminal.wait_for("stream:audit:log")
             os.kill(store.pid, signal.SIGSTOP)
             try:
-                terminal.wait_for("does not answer")
+                terminal.wait_for("did not answer")
                 terminal.press("q")
                 assert terminal.wait() == 0
             finally:
