@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Mapping, MutableMapping
-from importlib import metadata
 from pathlib import Path
 
 from .settings import cores
@@ -29,11 +28,11 @@ def set_pools(threads: int, environ: MutableMapping[str, str] = os.environ) -> N
 
 def visible_gpus(environ: Mapping[str, str] = os.environ, dev: Path = Path("/dev")) -> int:
     """How many NVIDIA GPUs this process may use, without asking a driver; 0 for torch's build for CPUs."""
-    if _torch_version().endswith("+cpu"):
-        return 0
     there = sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in dev.glob("nvidia*"))
+    if not there or _torch_version().endswith("+cpu"):
+        return 0
     named = environ.get("CUDA_VISIBLE_DEVICES")
-    if not there or named is None:
+    if named is None:
         return there
     # As CUDA reads it: what follows a -1 or an empty name is not seen.
     names = [name.strip() for name in named.split(",")]
@@ -57,6 +56,8 @@ def place_of(device: str, slot: int, gpus: int, copies: int = 0) -> str:
 
 
 def _torch_version() -> str:
+    from importlib import metadata  # a third of what a worker's start costs, and few have a GPU
+
     try:
         return metadata.version("torch")
     except metadata.PackageNotFoundError:
