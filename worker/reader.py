@@ -241,9 +241,10 @@ class Reader:
         delay = min(longest, first * 2.0**self._failures) * self._rng.uniform(0.5, 1.0)
         self._failures = min(self._failures + 1, 16)
         self._retry_at = self._mono_s() + delay
-        if self._trouble is None:
+        known, self._trouble = self._trouble is not None, str(error)
+        if not known:
             log.error("store unavailable", extra={"error": str(error)})
-        self._trouble = str(error)
+            self.report()  # at once: the next try may take as long as the store's timeout
 
     def _stop_reading(self) -> None:
         for key in list(self._selector.get_map().values()):

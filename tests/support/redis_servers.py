@@ -81,13 +81,22 @@ class RedisServer:
 
     def start(self) -> "RedisServer":
         """Start it and wait until it has loaded its data and answers."""
+        self.launch()
+        return self.wait_until_loaded()
+
+    def launch(self) -> None:
+        """Start it, without waiting."""
         self._process = subprocess.Popen(self._command, preexec_fn=_end_with_parent)
+
+    def wait_until_loaded(self) -> "RedisServer":
+        """Wait until it has loaded its data and answers."""
         deadline = time.monotonic() + START_LIMIT_S
         while True:
             try:
                 assert self.client.ping()
                 return self
             except (redis.ConnectionError, redis.BusyLoadingError):
+                assert self._process is not None
                 assert self._process.poll() is None, (self.folder / "server.log").read_text()
                 assert time.monotonic() < deadline, "the server does not answer"
                 time.sleep(0.01)  # a port of another process has no event to wait on

@@ -1,0 +1,183 @@
+"""A job store in trouble: the service says so, waits without spinning, and goes on soon after its end."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from support.redis_servers import RedisServer, free_port, require
+from support.service import GROUP, STREAM, Service, eventually, handlers, service
+
+pytestmark = pytest.mark.process
+
+#: Three seconds are promised for a machine that has the time; this one may be running other suites.
+CONSUMING_WITHIN_S = 8.0
+#: A silent server is given up 5 s after it should have answered, which may be 4 s after it fell silent.
+NOTICED_WITHIN_S = 20.0
+#: How long the processor time is watched, and the share of a core that nobody may use for waiting.
+WATCHED_S, MOST_CPU = 2.0, 0.2
+#: So many commands take 5 s to load with a delay of 0.25 ms each; after each 1,024 the server looks up.
+COMMANDS, LOAD_DELAY_US = 20_000, 250
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    options = ["--busy-reply-threshold", "100", "--key-load-delay", str(LOAD_DELAY_US)]
+    folder = tmp_path_factory.mktemp("redis")
+    server = RedisServer(require("valkey"), folder, appendfsync="always", options=options).start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def one(server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("one")
+    with service(
+        folder, handlers("Noop", "Flaky"), redis_url=server.url, retry_initial=0.5, retry_jitter=0
+    ) as it:
+        yield it
+
+
+@contextlib.contextmanager
+def away(server: RedisServer) -> Iterator[None]:
+    server.kill()
+    yield
+    server.start()
+
+
+@contextlib.contextmanager
+def silent(server: RedisServer) -> Iterator[None]:
+    os.kill(server.pid, signal.SIGSTOP)
+    yield
+    os.kill(server.pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def loading(server: RedisServer) -> Iterator[None]:
+    with server.client.pipeline(transaction=False) as pipe:
+        for _ in range(COMMANDS):
+            pipe.rpush("filler", 0)
+        pipe.execute()
+    server.kill()
+    server.launch()
+    yield
+    server.wait_until_loaded()
+    server.client.delete("filler")
+    server.client.bgrewriteaof()
+
+
+@contextlib.contextmanager
+def unable_to_save(server: RedisServer) -> Iterator[None]:
+    """Snapshots that fail make the server refuse writes with MISCONF."""
+    (server.folder / "dump.rdb").mkdir()
+    server.client.config_set("save", "3600 1")
+    server.client.bgsave()
+    eventually(lambda: server.client.info("persistence")["rdb_last_bgsave_status"] == "err")
+    yield
+    server.client.config_set("save", "")
+    (server.folder / "dump.rdb").rmdir()
+
+
+@contextlib.contextmanager
+def busy(server: RedisServer) -> Iterator[None]:
+    """A script of somebody else that does not end, until it is killed."""
+    with redis.Redis(port=server.port) as other:
+        connection = other.connection_pool.make_connection()
+        connection.connect()
+        connection.send_command("EVAL", "while true do end", 0)
+        yield
+        server.client.execute_command("SCRIPT", "KILL")
+        connection.disconnect()
+
+
+@contextlib.contextmanager
+def read_only(server: RedisServer) -> Iterator[None]:
+    """A replica of a host that is not there keeps its data and refuses writes."""
+    server.client.execute_command("REPLICAOF", "127.0.0.1", str(free_port()))
+    yield
+    server.client.execute_command("REPLICAOF", "NO", "ONE")
+
+
+@contextlib.contextmanager
+def full(server: RedisServer) -> Iterator[None]:
+    """What is read and acknowledged takes no memory: only the retry that becomes due is refused."""
+    server.client.xadd(STREAM, {"data": '{"id": "retried", "type": "flaky", "payload": {"times": 1}}'})
+    eventually(lambda: server.client.zcard(f"retry:{STREAM}") == 1)
+    server.client.config_set("maxmemory", "1")
+    yield
+    server.client.config_set("maxmemory", "0")
+
+
+def cpu_s(pid: int) -> float:
+    """Processor seconds that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+
+
+def busiest(one: Service) -> dict[str, float]:
+    """The share of a core that each role but the workers uses, watched for a while."""
+    pids = {role: pid for role, pid in one.roles().items() if not role.startswith("worker")}
+    before = {role: cpu_s(pid) for role, pid in pids.items()}
+    time.sleep(WATCHED_S)  # a share is taken over a length of time
+    return {role: (cpu_s(pid) - before[role]) / WATCHED_S for role, pid in pids.items()}
+
+
+def assert_consuming(one: Service) -> None:
+    """A job that is sent now is run soon."""
+    sent_s = time.monotonic()
+    ran = one.wait_for_end(one.enqueue("noop"))
+    assert ran.mono_s - sent_s < CONSUMING_WITHIN_S
+
+
+@pytest.mark.parametrize("trouble", [away, silent, loading, unable_to_save, busy, read_only, full])
+def test_the_service_says_so_waits_quietly_and_goes_on_soon(
+    trouble: Callable[[RedisServer], contextlib.AbstractContextManager[None]],
+    server: RedisServer,
+    one: Service,
+) -> None:
+    one.wait_until_ready()
+    roles = one.roles()
+    with trouble(server):
+        eventually(lambda: one.get("/readyz")[0] == 503, NOTICED_WITHIN_S, "noticed")
+        reasons = one.get("/readyz")[1]
+        assert "reader: " in reasons or "reaper: " in reasons
+        assert one.get("/healthz")[0] == 200, "no restart mends a store"
+        used = busiest(one)
+        assert max(used.values()) < MOST_CPU, used
+    assert_consuming(one)
+    one.wait_until_ready()
+    one.wait_until_drained()
+    assert one.roles() == roles, "nobody was restarted for it"
+    assert one.dead_letters() == []
+
+
+def test_lost_connections_and_scripts_go_unnoticed(server: RedisServer, one: Service) -> None:
+    for command in (("SCRIPT", "FLUSH"), ("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")):
+        server.client.execute_command(*command)
+        assert_consuming(one)
+    server.client.execute_command("SCRIPT", "FLUSH")
+    flaky = one.enqueue("flaky", {"times": 1})
+    one.wait_for_end(flaky)
+    one.wait_until_ready()
+
+
+@pytest.mark.parametrize("command", [("XGROUP", "DESTROY", STREAM, GROUP), ("DEL", STREAM), ("FLUSHALL",)])
+def test_what_is_deleted_under_it_is_made_anew_with_an_alarm(
+    command: tuple[str, ...], server: RedisServer, one: Service
+) -> None:
+    one.wait_until_ready()
+    before = len(one.logged("store unavailable"))
+    server.client.execute_command(*command)
+    assert_consuming(one)
+    assert [e for e in one.log() if e["level"] == "error" and f"of {STREAM} was deleted" in e["msg"]]
+    one.wait_until_drained()
+    one.wait_until_ready()
+    assert len(one.logged("store unavailable")) == before
