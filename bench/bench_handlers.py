@@ -1,8 +1,15 @@
-"""Handlers that do nothing, or only say when they were started."""
+"""Handlers that do nothing, only say when they were started, or wait in vain."""
 
 import os
+import socket
 import time
+from collections.abc import Sequence
 from typing import Any, Self
+
+from jobworker.worker import Unavailable
+
+#: How long `Asks` waits for an answer: as long as a client of a vector store might.
+_ANSWER_WITHIN_S = 10.0
 
 
 class Noop:
@@ -10,6 +17,33 @@ class Noop:
 
     def handle(self, job: Any) -> None:
         """Nothing."""
+
+
+class Many:
+    """Takes many jobs at once, each batch for as long as a small model might."""
+
+    max_batch = 32
+
+    def handle_batch(self, jobs: Sequence[Any]) -> list[BaseException | None]:
+        """Sleep."""
+        time.sleep(0.1)  # stands for the work
+        return [None] * len(jobs)
+
+
+class Asks:
+    """Asks the peer at BENCH_PEER for something that its jobs need, and finds it unavailable."""
+
+    max_batch = 32
+
+    def handle_batch(self, jobs: Sequence[Any]) -> list[BaseException | None]:
+        """Wait for an answer."""
+        host, _, port = os.environ["BENCH_PEER"].rpartition(":")
+        try:
+            with socket.create_connection((host, int(port)), _ANSWER_WITHIN_S) as peer:
+                peer.recv(1)
+        except TimeoutError:
+            return [Unavailable("no answer") for _ in jobs]
+        return [None] * len(jobs)
 
 
 class Stamps:

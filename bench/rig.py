@@ -78,11 +78,11 @@ class Backlog:
         for group in (self.group, _HOLD_GROUP):
             client.xgroup_create(self.stream, group, "0", mkstream=True)
 
-    def fill(self, jobs: int) -> None:
+    def fill(self, jobs: int, at_once: int = _ENQUEUE_AT_ONCE) -> None:
         """Enqueue all jobs but the last, unseen by the group; `release` adds that one."""
-        for start in range(0, jobs - 1, _ENQUEUE_AT_ONCE):
+        for start in range(0, jobs - 1, at_once):
             pipe = self._client.pipeline(transaction=False)
-            for number in range(start, min(start + _ENQUEUE_AT_ONCE, jobs - 1)):
+            for number in range(start, min(start + at_once, jobs - 1)):
                 pipe.xadd(self.stream, {"data": self._make_job(number)})
             pipe.execute()
         self._client.xgroup_setid(self.stream, self.group, "$")

@@ -62,6 +62,15 @@ def test_every_audit_entry_is_archived_once_also_under_a_kill() -> None:
     assert (found["entries"], found["missing"], found["doubled"]) == (3000, 0, 0)
 
 
+def test_memory_gives_the_peak_of_each_role() -> None:
+    small = ("--jobs", "200", "--large-jobs", "3", "--still-jobs", "50", "--seconds", "1")
+    found = report("memory.py", *small)["peak_mib"]
+    assert len(found) == 3
+    for peaks in found.values():
+        assert peaks.keys() >= {"supervisor", "reader", "reaper", "worker"}
+        assert all(0 < mib < 1000 for mib in peaks.values())
+
+
 def test_people_get_a_table() -> None:
     printed = run("throughput.py", "--jobs", "50", "--procs", "1", "--repeat", "1")
     assert "service / bare:" in printed
