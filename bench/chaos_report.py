@@ -26,9 +26,16 @@ def recoveries(shots: Sequence[Shot], lease_s: float) -> dict[str, dict[str, Any
             "faults": len(of_kind), "measured": len(took), "missed": missed,
             "p50_s": percentile(took, 0.5), "p99_s": percentile(took, 0.99),
             "max_s": round(took[-1], 3) if took else None, "limit_s": limit_s(kind, lease_s),
+            "slowest": _slowest(of_kind),
             "cpu_max": max((round(s.busiest, 2) for s in of_kind if s.busiest is not None), default=None),
         }  # fmt: skip
     return found
+
+
+def _slowest(shots: Sequence[Shot]) -> str:
+    """What the slowest of one kind was."""
+    took = {shot.took_s: shot.detail for shot in shots if shot.took_s is not None}
+    return took[max(took)] if took else ""
 
 
 def percentile(ordered: Sequence[float], share: float) -> float | None:
