@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import setproctitle
@@ -26,7 +27,7 @@ from .devices import LEAST_COPIES, NO_MODEL, place_of, set_pools, visible_gpus
 from .errors import ConfigurationError, Exit, Fenced, JobworkerError
 from .handler import BoundHandler, load_handlers
 from .keys import consumer_name
-from .link import Failed, Link, Ready, Start
+from .link import Failed, Link, Message, Ready, Standby, Start
 from .outcome import MAX_ERROR_CHARS
 from .settings import Settings
 from .tether import tie_to_parent
@@ -35,8 +36,11 @@ log = logging.getLogger("jobworker.boot")
 
 #: How long to wait for the first message; the supervisor sends it right after the start.
 _START_WITHIN_S = 10.0
+_ALONE = "started without a supervisor: run jobworker-supervise"
 #: Pause between tries to set a handler up while a store that it needs does not answer yet.
 _SETUP_RETRY_S = 0.5
+#: What takes time at the start of a reader or reaper; a spare has it behind it.
+_IMPORTS_OF_ROLES = ("reader", "reaper", "redis_store")
 #: Half of what there is, out of 1000: before any other process of the service, after what asks to go first.
 _OOM_SCORE_ADJ = "500"
 
@@ -98,14 +102,34 @@ def _fail(link: Link, error: str, code: Exit) -> int:
 
 
 def _first_message(link: Link) -> tuple[Start, list[int]]:
-    select.select([link], [], [], _START_WITHIN_S)
+    message, fds = _await(link, _START_WITHIN_S)
+    if isinstance(message, Standby):
+        _stand_by(message)
+        message, fds = _await(link, None)  # for as long as no other ends; the supervisor's own end is heard
+    if not isinstance(message, Start):
+        raise SystemExit(_ALONE)
+    return message, fds
+
+
+def _await(link: Link, within_s: float | None) -> tuple[Message, list[int]]:
+    select.select([link], [], [], within_s)
     try:
         received = link.receive()
-    except EOFError:  # the supervisor was killed right after it had started us
+    except EOFError:  # the supervisor was killed right after it had started us, or while we stood by
         raise SystemExit("the supervisor is gone") from None
-    if received is None or not isinstance(received[0], Start):
-        raise SystemExit("started without a supervisor: run jobworker-supervise")
-    return received[0], received[1]
+    if received is None:
+        raise SystemExit(_ALONE)
+    return received
+
+
+def _stand_by(standby: Standby) -> None:
+    """Get behind us what need not wait until a reader or reaper has ended."""
+    setproctitle.setproctitle(f"jobworker: spare [{standby.instance}]")
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    tie_to_parent(standby.parent_pid)
+    for module in _IMPORTS_OF_ROLES:
+        import_module(f"{__package__}.{module}")
 
 
 def _run(role: str, settings: Settings, link: Link, fds: list[int]) -> None:

@@ -16,6 +16,7 @@ from .process import Child, Ended
 from .respawn import Respawn
 from .settings import Settings
 from .signals import SignalQueue
+from .spare import Spare
 from .status import child_status
 
 log = logging.getLogger("jobworker.crew")
@@ -59,6 +60,7 @@ class Crew:
         self._reaper = Place("reaper")
         self._workers = [Place("worker", slot) for slot in range(settings.procs)]
         self._places = [self._reader, self._reaper, *self._workers]
+        self._spare = Spare()
         self._graves: dict[tuple[int, int], tuple[Gone, Channel]] = {}
         # Places whose worker of this generation or before is to be exchanged.
         self._to_exchange: deque[tuple[Place, int]] = deque()
@@ -92,6 +94,7 @@ class Crew:
                 child.flush()
             self._recycle(place, now)
         self._exchange(now)
+        self._spare.keep(self._settings, now, wanted=self._calm and not self._draining)
         if now - self._mono_gauged_s > _GAUGES_EVERY_S:
             self._mono_gauged_s = now
             self._exposition.put(("z_novel_workers", (state,), n) for state, n in self.states().items())
@@ -108,7 +111,10 @@ class Crew:
         poll.poll(timeout_s * 1000)
 
     def _children(self) -> Iterator[Child]:
-        return (child for place in self._places for child in place.children())
+        for place in self._places:
+            yield from place.children()
+        if self._spare.child is not None:
+            yield self._spare.child
 
     # -- news
 
@@ -197,10 +203,13 @@ class Crew:
         place.generation += 1
         if place.role == "worker":
             channel = Channel.create(self._settings.max_payload)
-            child = Child(place.role, place.slot, place.generation, self._settings, now, channel)
+            child = Child(now)
+            child.begin(place.role, place.slot, place.generation, self._settings, now, channel)
             self._tell_reader(Attach(child.slot, child.generation), channel.fds)
             return child
-        child = Child(place.role, place.slot, place.generation, self._settings, now)
+        # While draining the spare has been told to end like all others.
+        child = (None if self._draining else self._spare.take()) or Child(now)
+        child.begin(place.role, place.slot, place.generation, self._settings, now)
         child.stopping = self._draining
         if place is self._reader:
             self._brief(child)
@@ -326,6 +335,14 @@ class Crew:
             child.stopping = True
             if child.channel is not None:
                 child.kill(signal.SIGTERM)
+        if self._spare.child is not None:
+            self._spare.child.kill(signal.SIGKILL)
+
+    @property
+    def _calm(self) -> bool:
+        """Whether nobody waits for those whose successor a spare may be."""
+        both = (self._reader.child, self._reaper.child)
+        return self._was_complete and all(child is not None and child.ready for child in both)
 
     @property
     def _settled(self) -> bool:
@@ -348,11 +365,12 @@ class Crew:
         """Kill and collect every child."""
         for child in self._children():
             child.kill(signal.SIGKILL)
+        for child in self._children():
+            child.wait(_STUCK_AFTER_S)
+            child.close()
         for place in self._places:
-            for child in place.children():
-                child.wait(_STUCK_AFTER_S)
-                child.close()
             place.child = place.successor = None
+        self._spare.take()
 
     # -- state
 

@@ -18,10 +18,18 @@ MAX_MESSAGE_BYTES = 128 * 1024
 _MAX_FDS = 16
 
 
-class Start(msgspec.Struct, tag=True, frozen=True):
-    """To a child, first of all: what it is, and the settings as JSON (a worker's channel comes along).
+class Standby(msgspec.Struct, tag=True, frozen=True):
+    """To a child, before its Start: that may be long in coming, be ready to be the next reader or reaper."""
 
-    ``blackbox_fd`` is inherited under that number: faulthandler writes the stacks of a crash there.
+    parent_pid: int
+    instance: str
+
+
+class Start(msgspec.Struct, tag=True, frozen=True):
+    """To a child, first of all but for a Standby: what it is, and the settings as JSON.
+
+    A worker's channel comes along. ``blackbox_fd`` is inherited under that number:
+    faulthandler writes the stacks of a crash there.
     """
 
     role: str
@@ -93,7 +101,7 @@ class Report(msgspec.Struct, tag=True, frozen=True):
     progress: int = 0
 
 
-Message = Start | Attach | Briefed | Gone | Forgotten | Retire | Drain | Ready | Failed | Report
+Message = Standby | Start | Attach | Briefed | Gone | Forgotten | Retire | Drain | Ready | Failed | Report
 _decoder = msgspec.msgpack.Decoder(Message)
 _encode = msgspec.msgpack.Encoder().encode
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .channel import Channel
-from .link import Link, Message, Start
+from .link import Link, Message, Standby, Start
 from .settings import Settings
 
 #: A stack dump is cut to this before it goes into logs and dead letters.
@@ -82,16 +82,16 @@ class Process:
 
 
 class Child(Process):
-    """A role of ours, with its line to the supervisor; a worker also has a channel."""
+    """A process of ours with its line to the supervisor; it begins as nothing and is given a role.
 
-    def __init__(
-        self, role: str, slot: int, generation: int, settings: Settings, mono_now_s: float,
-        channel: Channel | None = None,
-    ) -> None:  # fmt: skip
-        self.role = role
-        self.slot = slot
-        self.generation = generation
-        self.channel = channel
+    A worker also has a channel.
+    """
+
+    def __init__(self, mono_now_s: float) -> None:
+        self.role = ""
+        self.slot = 0
+        self.generation = 0
+        self.channel: Channel | None = None
         self.trouble: str | None = None
         self.progress = 0
         self.mono_heard_s = mono_now_s
@@ -101,10 +101,25 @@ class Child(Process):
         self.put_down = False
         self._outbox: deque[tuple[Message, tuple[int, ...]]] = deque()
         self.link, theirs = Link.pair()
-        name = role if channel is None else f"{role} {slot}"
         command = [sys.executable, "-m", "jobworker.worker.boot", str(theirs.fileno())]
         with theirs:
-            super().__init__(name, command, [theirs.fileno()], mono_now_s)
+            super().__init__("spare", command, [theirs.fileno()], mono_now_s)
+
+    def stand_by(self, settings: Settings) -> None:
+        """Have it import what reader and reaper need, and wait for `begin`."""
+        self.tell(Standby(os.getpid(), settings.instance))
+
+    def begin(
+        self, role: str, slot: int, generation: int, settings: Settings, mono_now_s: float,
+        channel: Channel | None = None,
+    ) -> None:  # fmt: skip
+        """Give it its role; what it is measured by counts from now."""
+        self.role = role
+        self.name = role if channel is None else f"{role} {slot}"
+        self.slot = slot
+        self.generation = generation
+        self.channel = channel
+        self.mono_started_s = self.mono_heard_s = mono_now_s
         start = Start(role, slot, os.getpid(), self.blackbox_fd, settings.to_json())
         self.tell(start, channel.fds if channel else ())
 

@@ -129,6 +129,24 @@ def test_killing_the_reader_again_and_again_under_load_repeats_and_loses_nothing
         assert one.metric("z_novel_worker_restarts_total", role="reader", cause="SIGKILL") == 3
 
 
+@pytest.mark.parametrize("role", ["reader", "reaper"])
+def test_a_process_that_stands_by_takes_the_place_and_another_stands_by(tmp_path: Path, role: str) -> None:
+    with service(tmp_path, handlers("Sleep")) as one:
+        standing_by = eventually(lambda: one.roles().get("spare"))
+        assert one.wait_for_successor(role, one.kill_role(role)) == standing_by
+        one.wait_for_successor("spare", standing_by)
+        one.enqueue_many({"type": "sleep", "payload": {"s": 0}} for _ in range(20))
+        one.wait_until_drained()
+
+
+def test_a_service_whose_spare_is_killed_has_another_and_works_on(tmp_path: Path) -> None:
+    with service(tmp_path, handlers("Sleep")) as one:
+        eventually(lambda: "spare" in one.roles())
+        one.wait_for_successor("spare", one.kill_role("spare"))
+        one.enqueue_many({"type": "sleep", "payload": {"s": 0}} for _ in range(20))
+        one.wait_until_drained()
+
+
 def test_outcomes_of_jobs_that_end_while_there_is_no_reader_are_not_lost(tmp_path: Path) -> None:
     with service(tmp_path, handlers("Gate", "Permanent")) as one:
         jobs = hold_all_workers(one)

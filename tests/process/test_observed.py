@@ -132,9 +132,9 @@ def test_the_workers_gauge_says_what_they_do(observed: Service) -> None:
 
 
 def test_every_process_names_itself_and_its_instance(observed: Service) -> None:
-    titles = sorted(observed.everyone().values())
-    roles = ("reader", "reaper", "supervisor", "worker 0", "worker 1")
-    assert titles == [f"jobworker: {role} [green]" for role in roles]
+    roles = ("reader", "reaper", "spare", "supervisor", "worker 0", "worker 1")
+    titles = [f"jobworker: {role} [green]" for role in roles]
+    eventually(lambda: sorted(observed.everyone().values()) == titles)
 
 
 def test_no_memory_of_it_has_a_name_that_could_be_left_behind(observed: Service) -> None:
