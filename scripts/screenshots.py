@@ -32,8 +32,8 @@ from jobworker.worker import Producer
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
 TOKEN = "only for the pictures, and only while they are made"
-#: How long anything that is started may take to say that it is there.
-UP_WITHIN_S = 40.0
+#: How long anything may take to show that it is there, on a machine that is busy with other things.
+UP_WITHIN_S = 90.0
 HANDLERS = {
     "embedding_batch": "Embed", "summary_write_back": "WriteBack", "index_rebuild": "Rebuild",
     "audit": "Audit",
@@ -79,7 +79,8 @@ def service(folder: Path) -> Iterator[dict[str, str]]:
         str(BIN / "jobworker-supervise"), "--procs=8", "--no-builtin-handlers", *handlers, "--instance=blue",
         f"--data-dir={folder / 'data'}", "--metrics-addr=127.0.0.1:0", "--max-retries=2", "--retry-initial=4",
     ]  # fmt: skip
-    with started(*command, folder=folder, PYTHONPATH=str(HERE)):
+    python_path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH", "")]))
+    with started(*command, folder=folder, PYTHONPATH=python_path):
         endpoints = folder / "data" / "endpoints.json"
         give_up_at = time.monotonic() + UP_WITHIN_S
         while not endpoints.exists():
@@ -150,6 +151,7 @@ def browser_path() -> str:
 def looking(browser: Browser, url: str, *, dark: bool, size: dict[str, int]) -> Iterator[Page]:
     """Somebody who has logged in."""
     context = browser.new_context(viewport=size, color_scheme="dark" if dark else "light")  # type: ignore[arg-type]
+    context.set_default_timeout(UP_WITHIN_S * 1000)
     page = context.new_page()
     page.goto(f"{url}/login")
     page.get_by_label("Token").fill(TOKEN)

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import pytest
 
 from jobworker.worker.keys import DEFAULT_SOURCES
-from support.operator import COMMAND_S
+from support.operator import COMMAND_S, run
 from support.redis_servers import RedisServer, running
 from support.service import STREAM, eventually
 from support.web import TOKEN, Page, page, start
@@ -411,3 +411,11 @@ def test_neither_torch_nor_a_client_of_vectors_is_loaded() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=COMMAND_S, check=False
     )
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
+def test_without_its_libraries_it_says_which_extra_is_missing(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "jobworker.worker.web.serve", raising=False)
+    assert "pip install 'jobworker[web]'" in run(server, "web", "--listen", "127.0.0.1:0", code=2).stderr
