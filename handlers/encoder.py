@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +29,17 @@ Engine = Literal["auto", "openvino", "torch"]
 
 # Padded tokens of one forward pass: text-embeddings-inference's default, far below what 8 GB hold.
 TOKEN_BUDGET = 16384
-# On a CPU a pass of more tokens leaves the caches: with eight times as many MiniLM is slower by a tenth.
-CPU_TOKEN_BUDGET = 2048
+# Tokens times dimensions of a pass on a CPU, 2048 tokens of MiniLM: eight times as many leave the caches, and
+# it is slower by a tenth. A model of 1024 dimensions is as fast with 512 tokens as with 2048, and these take
+# 130 MiB more in every worker.
+CPU_PASS_NUMBERS = 2048 * 384
 # Rows of one forward pass: keeps the largest tensor's first dimension modest when texts are tiny.
 MAX_ROWS = 512
+
+
+def cpu_budget(token_budget: int, dim: int) -> int:
+    """Tokens of one pass on a CPU, padding included; a longer text goes alone."""
+    return min(token_budget, max(1, CPU_PASS_NUMBERS // dim))
 
 
 class TextTooLong(Exception):
@@ -119,23 +126,28 @@ class WindowedEncoder(ABC):
         """One vector a window, in order."""
 
     def _embed_packed(
-        self, windows: Sequence[list[int]], budget: int, embed: Callable[[list[list[int]]], Vectors]
+        self, windows: Sequence[list[int]], budget: int, embed: Callable[[list[list[int]]], Any]
     ) -> Vectors:
         """`_embed` by batches of up to `budget` padded tokens, or smaller ones where memory is short."""
         lengths = [len(window) for window in windows]
-        vectors: Vectors | None = None
-        for batch, rows in run_batches(
+        batches = run_batches(
             lengths,
             pack(lengths, budget, MAX_ROWS),
             self._ceilings,
             lambda batch: embed([windows[index] for index in batch]),
             self._release,
-        ):
-            if vectors is None:
-                vectors = np.empty((len(windows), rows.shape[1]), np.float32)
+        )
+        # All are begun before the first is looked at: a GPU computes one while the next is made ready.
+        parts = [(batch, self._fetched(rows)) for batch, rows in list(batches)]
+        vectors = np.empty((len(windows), parts[0][1].shape[1]), np.float32)
+        for batch, rows in parts:
             vectors[batch] = rows
-        assert vectors is not None
         return vectors
+
+    def _fetched(self, rows: Any) -> Vectors:
+        """What `embed` has returned for a batch, once it is there."""
+        fetched: Vectors = rows
+        return fetched
 
     def _release(self) -> None:
         """Give back what a pass left that memory did not hold."""

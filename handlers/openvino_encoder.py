@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobworker.handlers.encoder import (
-    CPU_TOKEN_BUDGET,
     LongText,
     Purpose,
     Tokens,
     Vectors,
     WindowedEncoder,
     batch_arrays,
+    cpu_budget,
 )
 from jobworker.handlers.engine_cache import Card, NoEngine, converted
 from jobworker.handlers.models import ModelSource
@@ -38,7 +38,7 @@ class OpenVinoEncoder(WindowedEncoder):
         self._card, self._tokenizer = card, tokenizer
         self._normalises = card.normalises
         self._prefix, self._suffix = card.prefix, card.suffix
-        self._budget = max(min(token_budget, CPU_TOKEN_BUDGET), card.max_tokens)
+        self._budget = token_budget
 
     @classmethod
     def load(
@@ -67,6 +67,7 @@ class OpenVinoEncoder(WindowedEncoder):
             vectors = self.probe()
             if exact_enough(vectors, reference):
                 self.dim = int(vectors.shape[1])
+                self._budget = cpu_budget(self._budget, self.dim)
                 self.revision = self._source.revision_by("openvino", step)
                 log.info("model %s runs on the CPU by OpenVINO in %s", self.name, step)
                 return

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from jobworker.handlers.encoder import (
-    CPU_TOKEN_BUDGET,
     TOKEN_BUDGET,
     LongText,
     Purpose,
@@ -16,6 +15,7 @@ from jobworker.handlers.encoder import (
     Vectors,
     WindowedEncoder,
     batch_arrays,
+    cpu_budget,
 )
 from jobworker.handlers.models import ModelError, ModelSource
 from jobworker.handlers.self_check import Dtype, exact_enough, ladder, worst_cosine
@@ -47,9 +47,10 @@ class TorchEncoder(WindowedEncoder):
         self._normalises = any(type(module).__name__ == "Normalize" for module in model)
         self._prefix, self._suffix = _special_tokens(self._tokenizer)
         self.max_tokens = _window(model)
-        budget = min(token_budget, CPU_TOKEN_BUDGET) if model.device.type == "cpu" else token_budget
-        self._budget = max(budget, self.max_tokens)
+        self._budget = token_budget
         self.dim = int(self._embed([self._prefix + self._suffix], "document").shape[1])
+        if model.device.type == "cpu":
+            self._budget = cpu_budget(token_budget, self.dim)
 
     @classmethod
     def load(
@@ -104,12 +105,14 @@ class TorchEncoder(WindowedEncoder):
     def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
         return self._embed_packed(windows, self._budget, lambda some: self._pass(some, purpose))
 
-    def _pass(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
+    def _pass(self, windows: Sequence[list[int]], purpose: Purpose) -> Any:
         import torch
 
         with torch.inference_mode():
-            output = self._model(self._features(windows, purpose))["sentence_embedding"]
-            vectors: Vectors = output.float().cpu().numpy()
+            return self._model(self._features(windows, purpose))["sentence_embedding"]
+
+    def _fetched(self, rows: Any) -> Vectors:
+        vectors: Vectors = rows.float().cpu().numpy()
         return vectors
 
     def _release(self) -> None:

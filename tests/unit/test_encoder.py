@@ -184,6 +184,32 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         load_encoder(str(tmp_path))
 
 
+class OnGpu(DummyEncoder):
+    """Batches of up to 8 tokens that are begun first and fetched later."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.steps: list[str] = []
+
+    def _embed(self, windows: Any, purpose: Any) -> Any:
+        def begin(some: list[list[int]]) -> Any:
+            self.steps.append("begin")
+            return lambda: super(OnGpu, self)._embed(some, purpose)
+
+        return self._embed_packed(windows, 8, begin)
+
+    def _fetched(self, rows: Any) -> Any:
+        self.steps.append("fetch")
+        return rows()
+
+
+def test_every_batch_is_begun_before_the_first_is_waited_for() -> None:
+    encoder = OnGpu()
+    texts = ["five!", "six six", "a", "", "seven77", "b"]
+    assert np.array_equal(encoder.encode(texts), DummyEncoder(4).encode(texts))
+    assert encoder.steps == ["begin"] * 4 + ["fetch"] * 4
+
+
 def test_a_broken_model_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(
         "XDG_CACHE_HOME", str(tmp_path / "cache")
