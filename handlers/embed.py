@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -81,8 +82,11 @@ class EmbeddingBatch:
         Raises ModelError without a usable model; VectorStoreError where the store does not answer or holds
         the collection with another dimension than the model's.
         """
-        self._encoder = self._given_encoder or load_model(settings)
-        self._store = self._given_store or open_store(settings)
+        with ThreadPoolExecutor(1) as beside:
+            # Milvus's client takes as long to import as the model to load: a killed worker is back sooner.
+            opening = beside.submit(lambda: self._given_store or open_store(settings))
+            self._encoder = self._given_encoder or load_model(settings)
+            self._store = opening.result()
         fence = self._given_fence or open_fence(settings.redis_url)
         self._writer = FencedWriter(
             self._store, fence, prefix=settings.milvus_prefix, model=self._encoder.name
