@@ -82,10 +82,15 @@ def speed(texts: list[str], procs: int, model: str, repeat: int, python_of: dict
 
 
 def large_memory() -> list[Report]:
-    """PSS of one worker and of many with a model of 1 GiB, made here and gone afterwards."""
+    """PSS of one worker, of many, and of many that all hold it, with a model of 1 GiB that is made here."""
+    many = _WORKERS[-1]
     with tempfile.TemporaryDirectory(prefix="jobworker-bench") as name:
-        folder = write_model(Path(name, "one-gib"), ONE_GIB, ["some text"])
-        return [memory(workers, str(folder), XDG_CACHE_HOME=name) for workers in (1, _WORKERS[-1])]
+        folder = str(write_model(Path(name, "one-gib"), ONE_GIB, ["some text"]))
+        found = []
+        for workers, copies in ((1, "0"), (many, "0"), (many, str(many))):
+            row = memory(workers, folder, XDG_CACHE_HOME=name, JOBWORKER_MODEL_COPIES=copies)
+            found.append(row | {"model_copies": int(copies)})
+        return found
 
 
 def edits(novel: Sequence[str], model: str) -> Report:
@@ -165,11 +170,12 @@ def for_people(report: Report) -> str:
     for row in report.get("memory", []):
         lines.append(f"PSS of {row['workers']} workers: {row['pss_mib']:,.0f} MiB")
     if large := report.get("large_memory"):
-        few, many = large
-        lines.append(
-            f"with a model of 1 GiB {few['pss_mib']:,.0f} MiB, of {many['workers']} workers "
-            f"{many['pss_mib']:,.0f}: {many['pss_mib'] / few['pss_mib']:.2f} times"
-        )
+        one = large[0]["pss_mib"]
+        lines += [
+            f"with a model of 1 GiB: PSS of {row['workers']} workers {row['pss_mib']:,.0f} MiB, "
+            f"{row['pss_mib'] / one:.2f} times that of one (--model-copies {row['model_copies']})"
+            for row in large
+        ]
     if times := report.get("recovery_s"):
         lines.append(f"first vector after kill -9 of the only worker: {statistics.median(times):.2f} s")
     if trace := report.get("edits"):

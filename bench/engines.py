@@ -1,13 +1,13 @@
 """Which engine runs a model fastest on this machine's CPU, and how near each stays to full precision.
 
-Every engine gets the same texts in the same batches, in a process of its own, in turns; medians are compared.
-Tokens are those of our tokenizer, special ones included.
+Every engine gets the same texts in the same batches, in a process of its own that stays, and all take turns
+with short rounds. The best round counts: what else runs on the machine, or beside it on a shared host, only
+ever slows one down. Tokens are those of our tokenizer, special ones included.
 """
 
 import importlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +15,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,18 @@ from embed_texts import SEGMENT_CHARS, chapters, some
 from hosts import described, machine_facts, table
 from rig import say
 
-from jobworker.handlers.encoder import Vectors, load_encoder
+from jobworker.handlers.encoder import load_encoder
 from jobworker.handlers.models import default_model
 from jobworker.handlers.self_check import worst_cosine
 
 Report = dict[str, Any]
 # Compiling takes minutes on a slow machine.
 _LIMIT_S = 1200.0
-# Texts of the first pass, which is not counted: threads start, kernels are chosen, graphs are compiled then.
-_WARM = 16
 _ONNX = ("onnxruntime", "onnx", "onnxscript")
 # What the others are compared with.
 _EXACT = "torch fp32"
+# Rows and columns of the product that says what the processor can do: large against its caches.
+_PRODUCT = 2048
 
 
 def _torch(dtype: str) -> Callable[[str, int], Any]:
@@ -75,10 +76,9 @@ def _onnx(model: str, threads: int) -> Any:
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def one_pass(windows: list[list[int]], purpose: Any) -> Vectors:
+    def one_pass(windows: list[list[int]], purpose: Any) -> Any:
         inputs = encoder._features(windows, purpose)
-        vectors: Vectors = session.run(None, {name: inputs[name].numpy() for name in names})[0]
-        return vectors
+        return torch.from_numpy(session.run(None, {name: inputs[name].numpy() for name in names})[0])
 
     encoder._pass = one_pass
     return encoder
@@ -95,72 +95,124 @@ _ENGINES: dict[str, Callable[[str, int], Any]] = {
 }
 
 
-def _measure(engine: str, folder: Path) -> Report:
-    """In a process of its own: load, warm up, encode everything in one call."""
+def _serve(engine: str, folder: Path) -> None:
+    """In a process of its own: load, warm up, then encode all texts for every line of input."""
     given = json.loads((folder / "given.json").read_text("utf-8"))
     texts: list[str] = given["texts"]
     began = time.perf_counter()
     encoder = _ENGINES[engine](given["model"], given["threads"])
     loaded_s = time.perf_counter() - began
-    encoder.encode(texts[:_WARM])
-    encoder.encode(texts[:1])
-    tokens = encoder.counters["embedded_tokens"]
+    before = encoder.counters["embedded_tokens"]
+    # Also a first pass, in which threads start, kernels are chosen and graphs are compiled.
+    np.save(folder / f"{engine}.npy", encoder.encode(texts))
+    tokens = encoder.counters["embedded_tokens"] - before
+    # An engine that is not exact enough has given way to the next one: the revision tells.
+    ran_as = encoder.revision.partition("-")[2]
+    flops = _matrix_flops(encoder) if engine == _EXACT else 0
+    _tell({"tokens": tokens, "loaded_s": round(loaded_s, 2), "ran_as": ran_as, "flops_a_token": flops})
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        encoder.encode(texts)
+        _tell({"seconds": time.perf_counter() - began})
+
+
+def _matrix_flops(encoder: Any) -> int:
+    """Of a token in the model's matrices; attention's own products come on top, little for short texts."""
+    return 2 * sum(
+        int(weight.numel())
+        for name, weight in encoder._model.named_parameters()
+        if weight.ndim == 2 and "embeddings" not in name and "pooler" not in name
+    )
+
+
+def _product_gflops() -> float:
+    """What a product of two fp32 matrices reaches on all cores."""
+    matrix = np.ones((_PRODUCT, _PRODUCT), np.float32)
     began = time.perf_counter()
-    vectors = encoder.encode(texts)
-    seconds = time.perf_counter() - began
-    np.save(folder / f"{engine}.npy", vectors)
-    return {
-        "seconds": seconds,
-        "tokens": encoder.counters["embedded_tokens"] - tokens,
-        "loaded_s": loaded_s,
-        # An engine that is not exact enough gives way to the next one.
-        "revision": encoder.revision,
-    }
+    matrix @ matrix
+    return float(2 * _PRODUCT**3 / (time.perf_counter() - began) / 1e9)
 
 
-def _in_a_process(engine: str, folder: Path, python: str) -> Report | None:
-    """None where the engine cannot be had here; why not is shown."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
-    done = subprocess.run(
-        [python, __file__, "--measure", engine, str(folder)],
-        env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        say(f"{engine}: {done.stderr.strip().splitlines()[-1][:300]}")
-        return None
-    report: Report = json.loads(done.stdout.splitlines()[-1])
-    return report
+def _tell(report: Report) -> None:
+    print(json.dumps(report), flush=True)
 
 
-def compare(texts: list[str], model: str, threads: int, repeat: int, python_of: dict[str, str]) -> Report:
-    """Medians of every engine that can be had here, and the least cosine of its vectors to full precision."""
-    runs: dict[str, list[Report]] = {}
-    with tempfile.TemporaryDirectory(prefix="jobworker-bench") as name:
+class _Engine:
+    """A process that waits for its turn."""
+
+    def __init__(self, name: str, folder: Path, python: str) -> None:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+        self._said = folder / f"{name}.log"
+        # It ends with this process, however this one ends.
+        tied = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid())]
+        with self._said.open("w") as said:
+            self._process = subprocess.Popen(
+                [*tied, python, __file__, "--serve", name, str(folder)],
+                env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
+            )  # fmt: skip
+
+    def answer(self) -> Report | None:
+        """What it says next; None where it has ended instead."""
+        assert self._process.stdout is not None
+        # Exporters and compilers say things of their own.
+        line = next((line for line in self._process.stdout if line.startswith("{")), "")
+        report: Report | None = json.loads(line) if line else None
+        return report
+
+    def turn(self) -> float:
+        """One round; seconds."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        report = self.answer()
+        if report is None:
+            raise RuntimeError(self.last_words)
+        return float(report["seconds"])
+
+    @property
+    def last_words(self) -> str:
+        """The last line of what it wrote to its log."""
+        return [*self._said.read_text().splitlines(), "it said nothing"][-2:][0][:300]
+
+    def end(self) -> None:
+        """It ends with its input."""
+        self._process.communicate(timeout=_LIMIT_S)
+
+
+def compare(texts: list[str], model: str, threads: int, rounds: int, python_of: dict[str, str]) -> Report:
+    """Every engine that can be had here, and the least cosine of its vectors to full precision."""
+    with tempfile.TemporaryDirectory(prefix="jobworker-bench") as name, ExitStack() as ends:
         folder = Path(name)
         given = {"texts": texts, "model": model, "threads": threads}
         (folder / "given.json").write_text(json.dumps(given), "utf-8")
-        missing: set[str] = set()
-        for turn in range(1, repeat + 1):
-            for engine in [engine for engine in _ENGINES if engine not in missing]:
-                run = _in_a_process(engine, folder, python_of.get(engine, sys.executable))
-                if run is None:
-                    missing.add(engine)
-                    continue
-                runs.setdefault(engine, []).append(run)
-                say(f"{turn}/{repeat} {engine}: {run['seconds']:.1f} s, {run['revision']}")
+        engines: dict[str, _Engine] = {}
+        about: dict[str, Report] = {}
+        for engine in _ENGINES:
+            started = _Engine(engine, folder, python_of.get(engine, sys.executable))
+            ends.callback(started.end)
+            if (said := started.answer()) is None:
+                say(f"{engine}: {started.last_words}")
+                continue
+            engines[engine], about[engine] = started, said
+            say(f"{engine}: {said}")
+        seconds: dict[str, list[float]] = {engine: [] for engine in engines}
+        gflops = []
+        for _ in range(rounds):
+            for engine in engines:
+                seconds[engine].append(engines[engine].turn())
+            gflops.append(_product_gflops())
         exact = np.load(folder / f"{_EXACT}.npy")
-        cosines = {engine: worst_cosine(np.load(folder / f"{engine}.npy"), exact) for engine in runs}
-    return {engine: _summary(some, cosines[engine]) for engine, some in runs.items()}
+        cosines = {engine: worst_cosine(np.load(folder / f"{engine}.npy"), exact) for engine in engines}
+    summaries = {engine: _summary(about[engine], some, cosines[engine]) for engine, some in seconds.items()}
+    return {"product_gflops": round(max(gflops), 1), "engines": summaries}
 
 
-def _summary(runs: list[Report], cosine: float) -> Report:
-    seconds = statistics.median(run["seconds"] for run in runs)
+def _summary(about: Report, seconds: list[float], cosine: float) -> Report:
     return {
-        "tokens_per_s": round(runs[0]["tokens"] / seconds),
+        **about,
+        "tokens_per_s": round(about["tokens"] / min(seconds)),
         "least_cosine": round(cosine, 6),
-        "loaded_s": round(statistics.median(run["loaded_s"] for run in runs), 2),
-        "ran_as": runs[0]["revision"].partition("-")[2],
-        "runs": runs,
+        "seconds": [round(some, 3) for some in seconds],
     }
 
 
@@ -182,16 +234,21 @@ def onnx_python(folder: Path) -> str:
 def for_people(report: Report) -> str:
     """One table; how much faster than full precision in torch."""
     found = report["engines"]
-    base = found[_EXACT]["tokens_per_s"]
-    rows = [("medians", "tokens/s", "of torch fp32", "least cosine", "loaded after", "ran as")]
+    exact = found[_EXACT]["tokens_per_s"]
+    rows = [("best rounds", "tokens/s", "times torch fp32", "least cosine", "loaded after", "ran as")]
     rows += [
         (
-            *(engine, f"{one['tokens_per_s']:,}", f"{one['tokens_per_s'] / base:.2f}"),
+            *(engine, f"{one['tokens_per_s']:,}", f"{one['tokens_per_s'] / exact:.2f}"),
             *(f"{one['least_cosine']:.5f}", f"{one['loaded_s']:.1f} s", one["ran_as"]),
         )
         for engine, one in found.items()
     ]
-    said = f"{report['texts']:,} texts of {SEGMENT_CHARS} characters, {report['threads']} threads"
+    peak, flops = report["product_gflops"], found[_EXACT]["flops_a_token"]
+    said = (
+        f"{report['texts']:,} texts of {SEGMENT_CHARS} characters, {report['threads']} threads\n"
+        f"a product of fp32 matrices reaches {peak:.0f} GFLOP/s: for the model's matrices "
+        f"{peak * 1e9 / flops:,.0f} tokens/s"
+    )
     return "\n".join([described(report["host"]), said, table(rows)])
 
 
@@ -202,7 +259,7 @@ def for_people(report: Report) -> str:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="JSONL with a field `content` a line, one chapter each.  [default: the sample novel]",
 )
-@click.option("--count", type=click.IntRange(1), default=400, show_default=True, help="Segments.")
+@click.option("--count", type=click.IntRange(1), default=30, show_default=True, help="Segments of a round.")
 @click.option("--model", default="", help="As --model of the service.")
 @click.option(
     "--threads",
@@ -210,7 +267,7 @@ def for_people(report: Report) -> str:
     default=lambda: len(os.sched_getaffinity(0)),
     help="Of every engine.  [default: number of cores]",
 )
-@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs of each.")
+@click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Turns of each.")
 @click.option(
     "--onnx",
     "onnx_folder",
@@ -223,7 +280,7 @@ def main(
     count: int,
     model: str,
     threads: int,
-    repeat: int,
+    rounds: int,
     onnx_folder: Path | None,
     as_json: bool,
 ) -> None:
@@ -231,12 +288,12 @@ def main(
     texts = some(chapters(file), count)
     python_of = {"ONNX Runtime fp32": onnx_python(onnx_folder)} if onnx_folder else {}
     report: Report = {"bench": "engines", "host": machine_facts(), "texts": len(texts), "threads": threads}
-    report["engines"] = compare(texts, model or default_model(), threads, repeat, python_of)
+    report |= compare(texts, model or default_model(), threads, rounds, python_of)
     print(json.dumps(report) if as_json else for_people(report))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
-        print(json.dumps(_measure(sys.argv[2], Path(sys.argv[3]))))
+    if sys.argv[1:2] == ["--serve"]:
+        _serve(sys.argv[2], Path(sys.argv[3]))
     else:
         main()
