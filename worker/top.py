@@ -1,5 +1,6 @@
 """``jobworker top``: a live page in a terminal, by keys; one look in plain text where there is none."""
 
+import contextlib
 import curses
 import locale
 import os
@@ -69,7 +70,9 @@ def top(deployment: Deployment, interval: float, once: bool, streams: tuple[str,
         if seen.trouble:
             raise StoreUnavailable(seen.trouble)
         return
-    locale.setlocale(locale.LC_ALL, "")
+    with contextlib.suppress(locale.Error):  # ssh sends a name that this host may not have
+        locale.setlocale(locale.LC_ALL, "")
+    _know_the_terminal()
     os.environ.setdefault("ESCDELAY", "25")
     curses.wrapper(_Page(watcher.look, interval).run)
 
@@ -117,6 +120,14 @@ def _print(seen: Overview, as_json: bool) -> None:
         click.echo(line.text)
 
 
+def _know_the_terminal() -> None:
+    """A terminal newer than this host's descriptions, as comes by ssh, most likely does what xterm does."""
+    try:
+        curses.setupterm()
+    except curses.error:
+        os.environ["TERM"] = "xterm"
+
+
 class _Page:
     """The live page. A thread of its own looks, so that keys are heeded while a store is silent."""
 
@@ -132,10 +143,12 @@ class _Page:
 
     def run(self, screen: "curses.window") -> None:
         """Until q is pressed."""
-        curses.curs_set(0)
-        curses.use_default_colors()
-        for number, colour in enumerate((curses.COLOR_RED, curses.COLOR_CYAN), 1):
-            curses.init_pair(number, colour, -1)
+        with contextlib.suppress(curses.error):  # a terminal whose cursor cannot be hidden
+            curses.curs_set(0)
+        if curses.has_colors():
+            curses.use_default_colors()
+            for number, colour in enumerate((curses.COLOR_RED, curses.COLOR_CYAN), 1):
+                curses.init_pair(number, colour, -1)
         screen.timeout(_KEYS_EVERY_MS)
         threading.Thread(target=self._keep_looking, name="look", daemon=True).start()
         while True:

@@ -153,6 +153,13 @@ class TestTop:
             terminal.press("q")
             assert terminal.wait() == 0
 
+    @pytest.mark.parametrize("kind", ["vt100", "xterm-newer-than-this-host"])
+    def test_terminals_without_colours_and_unknown_ones(self, live: Service, kind: str) -> None:
+        with Terminal([str(COMMAND), "top"], live, TERM=kind, LC_ALL="xx_XX.UTF-8") as terminal:
+            terminal.wait_for("blue/1", "q quit")
+            terminal.press("q")
+            assert terminal.wait() == 0
+
     def test_a_store_that_goes_away_does_not_end_it(self, tmp_path: Path) -> None:
         command = [str(COMMAND), "top", "--interval", "0.2"]
         with running("valkey", tmp_path) as store, Terminal(command, store) as terminal:

@@ -55,12 +55,12 @@ def findings(store: RedisServer | Service, *arguments: str, code: int) -> dict[s
 class Terminal:
     """A command in a terminal of 80 x 24, what it has drawn, and its keys."""
 
-    def __init__(self, command: list[str], store: RedisServer | Service) -> None:
+    def __init__(self, command: list[str], store: RedisServer | Service, **environment: str) -> None:
         addresses = {"JOBWORKER_REDIS_URL": url_of(store)}
         if isinstance(store, Service):
             addresses["JOBWORKER_METRICS_URL"] = store.url
         self._command = command
-        self._environment = {**os.environ, **addresses, "TERM": "xterm", "LANG": "C.UTF-8"}
+        self._environment = {**os.environ, **addresses, "TERM": "xterm", "LANG": "C.UTF-8", **environment}
         self._drawn = b""
 
     def __enter__(self) -> "Terminal":
