@@ -35,9 +35,9 @@ def web(
     deployment: Deployment, streams: tuple[str, ...], listen: str, token_file: str, allow_actions: bool,
     show_payloads: bool, interval: float,
 ) -> None:  # fmt: skip
-    """Serve a page that shows the deployment live: queues, workers, retries, dead letters, any job's story.
+    """Serve the live view as a page for a browser.
 
-    It only shows, to this machine only, unless told otherwise. Elsewhere, or to act from it, it needs a
+    Queues, workers, retries, dead letters and any job's story. It only shows, to this machine only, unless told otherwise. Elsewhere, or to act from it, it needs a
     token of 16 characters or more, which is read from the environment or a file, never from an option.
 
     \b
