@@ -8,15 +8,18 @@ from .triage import Arrival
 
 #: First and longest time between two tries of a paused type (seconds).
 _PAUSE_S = (1.0, 15.0)
+#: A try of whose end nothing was heard for so long may be lost with its worker: another is made. Longer
+#: than clients wait for a store, so that tries do not take up one worker after another.
+_UNKNOWN_AFTER_S = 60.0
 #: How often one job may say that its store does not answer while others of its type get through; from then
 #: on the fault is taken to be the job's own.
 _EXCUSES = 5
 #: Excuses remembered at most; forgetting them only gives some jobs more patience.
 _EXCUSES_KEPT = 10_000
-#: Jobs and bytes that a type which an operator has paused may have set aside of one stream, so that the other
-#: types behind them go on; beyond that the stream waits. Bounds the reader's memory.
+#: Jobs and bytes that a paused type may have set aside of one stream, so that the other types behind them go
+#: on; beyond that the stream waits. Bounds the reader's memory.
 _ASIDE_JOBS, _ASIDE_BYTES = 10_000, 64 * 1024 * 1024
-#: Bytes of jobs that wait here, those aside; with so many nothing more is read, whatever workers could take.
+#: Bytes of jobs that may run and wait here; with so many nothing more is read, whatever workers could take.
 _HELD_BYTES = 64 * 1024 * 1024
 
 
@@ -96,7 +99,7 @@ class Breaker:
         if not self.open or mono_now_s < self._mono_try_at_s:
             return False
         self._trying = True
-        self._mono_try_at_s = mono_now_s + _PAUSE_S[1]
+        self._mono_try_at_s = mono_now_s + _UNKNOWN_AFTER_S
         return True
 
 
@@ -170,24 +173,19 @@ class Backlog:
 
     def waiting(self, source: int) -> int:
         """How many jobs stand in the way of reading more from a source: all that may run, and its own paused
-        ones; of types that an operator has paused only when there are too many."""
-        paused = sum(
-            held.count(source)
-            for kind, held in enumerate(self._held)
-            if kind not in self.halted or held.full(source)
-        )
+        ones only when there are too many, so that the other types behind them go on."""
+        paused = sum(held.count(source) for held in self._held if held.full(source))
         return paused + len(self.ready) + len(self.suspects)
 
     @property
     def full(self) -> bool:
-        """Whether what waits here is as many bytes as may wait, not counting what operators have paused."""
-        held = [shelf for kind, shelf in enumerate(self._held) if kind not in self.halted]
-        jobs = len(self.ready) + len(self.suspects) + sum(map(len, held))
+        """Whether what may run is as many bytes as may wait here; what is paused has limits of its own."""
+        jobs = len(self.ready) + len(self.suspects)
         if not jobs:
             self._largest_bytes = 0
         if jobs * self._largest_bytes < _HELD_BYTES:
             return False
-        waiting = itertools.chain(self.ready, self.suspects, *held)
+        waiting = itertools.chain(self.ready, self.suspects)
         return sum(len(arrival.entry.data or b"") for arrival in waiting) >= _HELD_BYTES
 
     def excused(self, kind: int, source: int, entry_id: bytes) -> bool:

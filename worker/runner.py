@@ -1,6 +1,7 @@
 """One worker process: take jobs from the ring, run them with their handler, say what came of each."""
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from .frames import JobFrame, OutcomeFrame
 from .handler import BoundHandler
 from .inflight import FAILED, STARTED, SUCCEEDED
 from .link import Link
-from .outcome import failure_of
+from .outcome import Failure, failure_of
 from .tally import Tally
 
 log = logging.getLogger("jobworker.runner")
@@ -116,10 +117,11 @@ class Runner:
         if now - self._reported_at > _REPORT_EVERY_S:
             self.report()
 
-    def _take(self) -> None:
+    def _take(self, *, everything: bool = False) -> None:
         """Move frames from the ring into the queue, a few ahead, giving their space back at once."""
+        most, most_bytes = (math.inf, math.inf) if everything else (self._lookahead, _AHEAD_BYTES)
         ahead_bytes = sum([waiting.size_bytes for waiting in self._waiting])
-        if len(self._waiting) >= self._lookahead or ahead_bytes >= _AHEAD_BYTES:
+        if len(self._waiting) >= most or ahead_bytes >= most_bytes:
             return
         for frame, tail in self._channel.jobs.frames():
             decoded = self._frames.decode(frame)
@@ -131,7 +133,7 @@ class Runner:
                 for row, (source, entry_id, data) in enumerate(decoded.jobs, decoded.first_row)
             )
             ahead_bytes += len(frame)
-            if len(self._waiting) >= self._lookahead or ahead_bytes >= _AHEAD_BYTES:
+            if len(self._waiting) >= most or ahead_bytes >= most_bytes:
                 return
 
     def _idle(self, now: float, sleep_s: float) -> None:
@@ -255,7 +257,8 @@ class Runner:
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # asyncio's and other libraries' cancellations among them
-            self._fail(waiting, error)
+            if self._fail(waiting, error).unavailable:
+                self._give_back(handler.kind, error)
         else:
             self._states[at] = SUCCEEDED
         return self._mono_s()
@@ -271,11 +274,14 @@ class Runner:
         doing.jobs = jobs
         outcomes = self._outcomes(handler.handle_batch, jobs)
         doing.jobs = ()
+        unavailable = 0
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if outcome is None:
                 self._states[waiting.row % self._rows] = SUCCEEDED
             else:
-                self._fail(waiting, outcome)
+                unavailable += self._fail(waiting, outcome).unavailable
+        if outcomes[0] is not None and unavailable == len(batch):
+            self._give_back(handler.kind, outcomes[0])
         self._channel.running(0.0, 0.0)
         if self._untold_since is None:
             self._untold_since = started
@@ -299,17 +305,30 @@ class Runner:
             error = raised
         return [error] * len(jobs)
 
-    def _fail(self, waiting: Waiting, error: BaseException) -> None:
+    def _give_back(self, kind: str, error: BaseException) -> None:
+        """What a type needs is away: its jobs that wait here would find that out too, one time limit after
+        another, and hold up those of other types meanwhile. The reader keeps them until it is back."""
+        self._take(everything=True)
+        queued = list(self._waiting)
+        self._waiting.clear()
+        for waiting in queued:
+            if waiting.envelope.type == kind:
+                self._fail(waiting, error)
+            else:
+                self._waiting.append(waiting)
+
+    def _fail(self, waiting: Waiting, error: BaseException) -> Failure:
         """Say FAILED, then push why: once the reader has seen the frame, the row is no longer ours."""
-        permanent = isinstance(error, PermanentError | MalformedJob)
+        failure = failure_of(error, isinstance(error, PermanentError | MalformedJob))
         self._states[waiting.row % self._rows] = FAILED
-        frame = msgspec.msgpack.encode(OutcomeFrame(waiting.row, failure_of(error, permanent)))
+        frame = msgspec.msgpack.encode(OutcomeFrame(waiting.row, failure))
         give_up_at = self._mono_s() + _ROOM_WITHIN_S
         while not self._channel.outcomes.push(frame):
             self._channel.wake_reader()
             if self._mono_s() > give_up_at:
                 raise TimeoutError("nobody takes outcomes")
             time.sleep(0.001)  # the ring is full of failures; the reader is settling them
+        return failure
 
     def _tell(self) -> None:
         if self._untold_since is not None:

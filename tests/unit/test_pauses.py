@@ -1,4 +1,4 @@
-"""Types paused by an operator: what waits in the reader is set aside, other types of the stream go on."""
+"""Paused types: what waits in the reader is set aside, other types of the stream go on."""
 
 import pytest
 
@@ -49,6 +49,26 @@ def test_what_is_set_aside_does_not_keep_the_stream_from_being_read() -> None:
     backlog = full(job(1, SLOW), job(2, SLOW, source=1), job(3, QUICK))
     backlog.halt({SLOW})
     assert (backlog.waiting(0), backlog.waiting(1)) == (1, 1), "the quick one, which any stream waits for"
+
+
+def test_nor_does_what_waits_for_a_store_that_is_away() -> None:
+    backlog = full(job(1, SLOW), job(2, SLOW), job(3, QUICK))
+    backlog.pause(job(0, SLOW), 0.0)
+    backlog.add(job(4, SLOW))
+    assert ready(backlog) == [b"3-0"]
+    assert backlog.waiting(0) == 1
+
+
+def test_a_try_of_unknown_fate_is_waited_for_longer_than_clients_wait() -> None:
+    backlog = full()
+    backlog.pause(job(0, SLOW), 0.0)
+    backlog.add(job(1, SLOW))
+    backlog.tend(1.0)
+    assert ready(backlog) == [b"0-0"]
+    backlog.tend(40.0)
+    assert ready(backlog) == [b"0-0"], "one worker at a time may be held up by tries"
+    backlog.tend(61.0)
+    assert ready(backlog) == [b"0-0", b"1-0"]
 
 
 @pytest.mark.parametrize("limit", ["_ASIDE_JOBS", "_ASIDE_BYTES"])

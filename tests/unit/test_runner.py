@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from jobworker.worker import Job, PermanentError
+from jobworker.worker import Job, PermanentError, Unavailable
 from jobworker.worker.channel import READY, STOPPING, Channel, drained
 from jobworker.worker.frames import OutcomeFrame
 from jobworker.worker.handler import BoundHandler
@@ -178,6 +178,27 @@ def test_a_batch_is_limited_in_bytes_as_its_handler_says_at_the_time(desk: Calla
     worker.run()
     assert log == [["0", "2"], "1", ["3"], ["4"], ["5", "6"]]
     assert worker.states() == [SUCCEEDED] * 7
+
+
+@pytest.mark.parametrize("kind", [Single, Batch])
+def test_jobs_that_wait_for_what_is_away_go_back_untried_and_the_others_run(
+    kind: Any, desk: Callable[..., Desk]
+) -> None:
+    log: list[Any] = []
+    handler = Single(log, id0=Unavailable("away"))
+    if kind is Batch:
+        handler = Batch(log)
+        handler.answer = lambda jobs: [Unavailable("away")] * len(jobs)
+    worker = desk(a=handler, b=Single(log))
+    worker.hand("a", "b", *["a"] * 7)
+    worker.hand("a", "b")
+    worker.stop_after = 3 if kind is Single else 5
+    worker.runner.run()
+    assert log == ["0", "1", "10"] if kind is Single else [["0", "2", "3"], "1", "10"]
+    failures = worker.failures()
+    assert worker.states() == [FAILED, SUCCEEDED, *[FAILED] * 8, SUCCEEDED]
+    assert failures.keys() == {0, *range(2, 10)}
+    assert all(failure.unavailable for failure in failures.values())
 
 
 def test_a_worker_asks_for_as_many_as_it_takes_of_the_type_at_hand(desk: Callable[..., Desk]) -> None:
