@@ -14,7 +14,7 @@ from .link import Attach, Briefed, Drain, Failed, Forgotten, Gone, Message, Read
 from .metrics import Exposition
 from .process import Child, Ended
 from .respawn import Respawn
-from .settings import Settings
+from .settings import Settings, cores
 from .signals import SignalQueue
 from .spare import Spare
 from .status import child_status
@@ -27,6 +27,10 @@ _DUMP_S = 0.3
 _STUCK_AFTER_S = 15.0
 #: Time for a child to set itself up; loading a large model from a slow disk takes minutes.
 _BOOT_WITHIN_S = 600.0
+#: A start that long ago is past its imports, which keep a processor busy; what follows is mostly waiting.
+_IMPORTS_S = 1.0
+#: Starts at once on a machine of few processors.
+_LEAST_STARTS = 2
 #: Ends in a row before a place was ready, after which nothing is to be hoped from another try.
 _BOOT_TRIES, _LOOP_TRIES = 3, 6
 _GAUGES_EVERY_S = 0.5
@@ -88,6 +92,7 @@ class Crew:
             for child in place.children():
                 self._hear(child, now)
                 self._collect(place, child, now)
+        for place in self._places:
             self._fill(place, now)
             for child in place.children():
                 self._enforce(child, now)
@@ -196,8 +201,17 @@ class Crew:
 
     def _fill(self, place: Place, now: float) -> None:
         wanted = not self._draining or (place is self._reader and not self._settled)
-        if place.child is None and wanted and not place.respawn.wait_s(now):
+        if place.child is None and wanted and not place.respawn.wait_s(now) and self._has_turn(place, now):
             place.child = self._spawn(place, now)
+
+    def _has_turn(self, place: Place, now: float) -> bool:
+        """Whether a start may begin: workers one after another, so that reader, reaper and the first worker
+        are there soon where there are more places than processors."""
+        beginning = [
+            child for child in self._children()
+            if not child.ready and now - child.mono_started_s < _IMPORTS_S
+        ]  # fmt: skip
+        return place.role != "worker" or len(beginning) < max(_LEAST_STARTS, cores())
 
     def _spawn(self, place: Place, now: float) -> Child:
         place.generation += 1
