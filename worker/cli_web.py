@@ -37,8 +37,9 @@ def web(
 ) -> None:  # fmt: skip
     """Serve the live view as a page for a browser.
 
-    Queues, workers, retries, dead letters and any job's story. It only shows, to this machine only, unless told otherwise. Elsewhere, or to act from it, it needs a
-    token of 16 characters or more, which is read from the environment or a file, never from an option.
+    Queues, workers, retries, dead letters and any job's story. It only shows, to this machine only, unless
+    told otherwise. Elsewhere, or to act from it, it needs a token of 16 characters or more, which is read
+    from the environment or a file, never from an option.
 
     \b
     jobworker web
