@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from jobworker.supervisor import main as supervise
 from jobworker.worker.cli import main
-from jobworker.worker.cli_common import Age, span
+from jobworker.worker.cli.common import Age, span
 
 COMMAND = Path(sys.executable).parent / "jobworker"
 #: What the answer to `--help` may cost; processor time, for a busy machine says nothing about us.

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.worker.cli_common import clean, columns, pad
+from jobworker.worker.cli.common import clean, columns, pad
+from jobworker.worker.cli.screen import lines
 from jobworker.worker.dead_letters import read_letter
 from jobworker.worker.keys import Source
 from jobworker.worker.observe import Service, ask, same_store
 from jobworker.worker.operator_store import Pause
 from jobworker.worker.overview import Overview, Watcher
-from jobworker.worker.screen import lines
 from jobworker.worker.store import Depths, Entry
 
 S = Source("stream:story:gen", "cg-gen-worker")

@@ -141,7 +141,7 @@ def test_rooms_are_imported_by_the_projects_name() -> None:
         ("worker/runner.py", "from jobworker.worker import reader"),
         ("worker/reader.py", "from .redis_store import RedisStore"),
         ("worker/reader.py", "def f():\n    import redis.asyncio"),
-        ("worker/cli.py", "import redis"),
+        ("worker/cli/stats.py", "import redis"),
         ("worker/store.py", "from .boot import run"),
         ("worker/boot.py", "from jobworker.supervisor import main"),
         ("worker/keys.py", "from . import reader"),

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Self
 from urllib.parse import urlencode
 
-from ..cli_common import Age
+from ..cli.common import Age
 from ..dead_desk import Place, aged
 from ..dead_letters import Choice
 

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from ..cli_common import clean, span
+from ..cli.common import clean, span
 from ..log import redacted
 
 #: Of a job or a stack that is shown whole: a browser stays quick, and more helps nobody.

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import uvicorn
 
-from ..cli_common import Deployment, services_of, sources_of
+from ..cli.common import Deployment, services_of, sources_of
+from ..cli.top import watcher_of
 from ..errors import ConfigurationError
 from ..redis_operator import RedisOperatorStore
 from ..settings import parse_address
-from ..top import watcher_of
 from .access import Access, is_loopback
 from .app import application
 from .board import Board

@@ -12,8 +12,8 @@ from typing import Any
 import click
 import msgspec
 
-from .cli_common import JobType, stream_names, verb
-from .producer import NewJob, Producer
+from ..producer import NewJob, Producer
+from .common import JobType, stream_names, verb
 
 #: Jobs handed to the producer at once; between two of these the progress bar moves.
 _AT_ONCE = 1000

@@ -5,7 +5,10 @@ from datetime import UTC, datetime
 
 import click
 
-from .cli_common import (
+from ..keys import PAUSED_KEY
+from ..observe import Service
+from ..operator_store import Pause
+from .common import (
     AS_JSON,
     BAD_NEWS,
     Deployment,
@@ -18,9 +21,6 @@ from .cli_common import (
     verb,
     verb_on_deployment,
 )  # fmt: skip
-from .keys import PAUSED_KEY
-from .observe import Service
-from .operator_store import Pause
 
 
 def add_to(main: click.Group) -> None:
@@ -45,7 +45,7 @@ def pause(deployment: Deployment, types: tuple[str, ...], note: str, as_json: bo
     jobworker pause embedding_batch --note 'model is being exchanged'
     jobworker pause
     """
-    from .redis_operator import RedisOperatorStore
+    from ..redis_operator import RedisOperatorStore
 
     store = RedisOperatorStore(deployment.url)
     for kind in types:
@@ -82,7 +82,7 @@ def resume(url: str, types: tuple[str, ...], as_json: bool) -> None:
 
     Exit code 1: one of them was not paused.
     """
-    from .redis_operator import RedisOperatorStore
+    from ..redis_operator import RedisOperatorStore
 
     store = RedisOperatorStore(url)
     resumed = {kind: store.resume(kind) for kind in types}

@@ -13,7 +13,11 @@ from typing import Any
 
 import click
 
-from .cli_common import (
+from ..errors import StoreUnavailable
+from ..log import redacted
+from ..observe import ask_all
+from ..overview import Overview, Watcher
+from .common import (
     AS_JSON,
     STREAMS,
     Deployment,
@@ -22,10 +26,6 @@ from .cli_common import (
     span,
     verb_on_deployment,
 )
-from .errors import StoreUnavailable
-from .log import redacted
-from .observe import ask_all
-from .overview import Overview, Watcher
 from .screen import Line, lines
 
 #: A store or service that is slower is shown as silent; the page must go on moving.
@@ -79,8 +79,8 @@ def top(deployment: Deployment, interval: float, once: bool, streams: tuple[str,
 
 def watcher_of(deployment: Deployment, streams: tuple[str, ...]) -> Watcher:
     """Looks at the deployment by its store and its services."""
-    from .redis_operator import RedisOperatorStore
-    from .redis_store import RedisReaperStore
+    from ..redis_operator import RedisOperatorStore
+    from ..redis_store import RedisReaperStore
 
     url, own = deployment.url, deployment.url if deployment.guessed else ""
     return Watcher(

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import click
 from click.shell_completion import CompletionItem
 
-from .embedded import DataDir
-from .errors import ConfigurationError, Exit, StoreUnavailable
-from .keys import DEFAULT_SOURCES, STREAM_OF_TYPE, Source
-from .log import redacted
-from .observe import Service, ask_all
-from .options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, REDIS_URL
-from .settings import parse_source
+from ..embedded import DataDir
+from ..errors import ConfigurationError, Exit, StoreUnavailable
+from ..keys import DEFAULT_SOURCES, STREAM_OF_TYPE, Source
+from ..log import redacted
+from ..observe import Service, ask_all
+from ..options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, REDIS_URL
+from ..settings import parse_source
 
 #: Exit code of a verb that was carried out and has bad news: nothing found, or something is wrong.
 BAD_NEWS = 1

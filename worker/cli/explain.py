@@ -5,7 +5,8 @@ from dataclasses import asdict
 
 import click
 
-from .cli_common import (
+from ..whereabouts import Found, Search
+from .common import (
     AS_JSON,
     BAD_NEWS,
     STREAMS,
@@ -16,7 +17,6 @@ from .cli_common import (
     sources_of,
     verb_on_deployment,
 )
-from .whereabouts import Found, Search
 
 #: Looked at of each stream, retry set and dead-letter stream: a second or so for all of them.
 _SCAN = 100_000
@@ -48,7 +48,7 @@ def explain(deployment: Deployment, id: str, scan: int, streams: tuple[str, ...]
 
     Exit code 1: it was not found. Jobs that are done leave no trace once their entry is trimmed.
     """
-    from .redis_operator import RedisOperatorStore
+    from ..redis_operator import RedisOperatorStore
 
     store = RedisOperatorStore(deployment.url)
     search = Search(store, sources_of(streams), services_of(deployment), scan)

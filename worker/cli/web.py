@@ -5,10 +5,10 @@ import sys
 
 import click
 
-from . import log
-from .cli_common import STREAMS, Deployment, verb_on_deployment
-from .errors import ConfigurationError
-from .options import ENV_PREFIX
+from .. import log
+from ..errors import ConfigurationError
+from ..options import ENV_PREFIX
+from .common import STREAMS, Deployment, verb_on_deployment
 
 
 def add_to(main: click.Group) -> None:
@@ -49,7 +49,7 @@ def web(
     Exit code 0: stopped as asked.
     """
     try:
-        from .web.serve import Options, serve
+        from ..web.serve import Options, serve
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"the page needs {error.name}: pip install 'jobworker[web]'") from error
     log.set_up("web", "info", "text" if sys.stderr.isatty() else "json")

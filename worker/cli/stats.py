@@ -4,7 +4,10 @@ import time
 
 import click
 
-from .cli_common import (
+from ..errors import StoreUnavailable
+from ..log import redacted
+from ..overview import Overview
+from .common import (
     AS_JSON,
     STREAMS,
     Deployment,
@@ -16,9 +19,6 @@ from .cli_common import (
     table,
     verb_on_deployment,
 )
-from .errors import StoreUnavailable
-from .log import redacted
-from .overview import Overview
 from .top import as_plain, watcher_of
 
 

@@ -2,8 +2,8 @@
 
 import click
 
-from . import cli_dlq, cli_doctor, cli_enqueue, cli_explain, cli_pause, cli_retry, cli_stats, cli_web, top
-from .cli_common import Verbs
+from . import dlq, doctor, enqueue, explain, pause, retry, stats, top, web
+from .common import Verbs
 
 
 @click.group(cls=Verbs, context_settings={"max_content_width": 110})
@@ -26,7 +26,7 @@ def main() -> None:
     """
 
 
-for module in (top, cli_enqueue, cli_stats, cli_explain, cli_pause, cli_doctor, cli_web):
+for module in (top, enqueue, stats, explain, pause, doctor, web):
     module.add_to(main)
-main.add_command(cli_dlq.dlq)
-main.add_command(cli_retry.retry)
+main.add_command(dlq.dlq)
+main.add_command(retry.retry)

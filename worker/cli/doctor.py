@@ -13,17 +13,7 @@ from typing import Any
 
 import click
 
-from .cli_common import (
-    AS_JSON,
-    BAD_NEWS,
-    STREAMS,
-    Deployment,
-    clean,
-    say_json,
-    sources_of,
-    verb_on_deployment,
-)
-from .doctor import (
+from ..doctor import (
     Finding,
     HostFacts,
     host_findings,
@@ -33,11 +23,21 @@ from .doctor import (
     service_findings,
     stream_findings,
 )
-from .errors import ConfigurationError, StoreUnavailable
-from .log import redacted
-from .observe import ask_all
-from .options import ENV_PREFIX
-from .settings import cores
+from ..errors import ConfigurationError, StoreUnavailable
+from ..log import redacted
+from ..observe import ask_all
+from ..options import ENV_PREFIX
+from ..settings import cores
+from .common import (
+    AS_JSON,
+    BAD_NEWS,
+    STREAMS,
+    Deployment,
+    clean,
+    say_json,
+    sources_of,
+    verb_on_deployment,
+)
 
 #: Loading a large model from a slow disk takes minutes.
 _MODEL_WITHIN_S = 600.0
@@ -100,7 +100,7 @@ def doctor(
 
 
 def _store(deployment: Deployment, streams: tuple[str, ...]) -> list[Finding]:
-    from .redis_doctor import RedisFacts
+    from ..redis_doctor import RedisFacts
 
     services = ask_all(deployment.metrics_urls, deployment.url if deployment.guessed else "")
     sources = sources_of(streams)

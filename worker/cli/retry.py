@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .cli_common import (
+from ..retry_desk import RetryDesk, Waiting
+from .common import (
     AS_JSON,
     BAD_NEWS,
     STREAMS,
@@ -22,7 +23,6 @@ from .cli_common import (
     table,
     verb,
 )  # fmt: skip
-from .retry_desk import RetryDesk, Waiting
 
 
 @click.group("retry", cls=Verbs)
@@ -49,7 +49,7 @@ def _choosing(command: Callable[..., None]) -> Callable[..., None]:
 def _desk(
     url: str, streams: Sequence[str], ids: Sequence[str], types: Sequence[str], tenants: Sequence[str]
 ) -> RetryDesk:
-    from .redis_operator import RedisOperatorStore
+    from ..redis_operator import RedisOperatorStore
 
     names = [source.stream for source in sources_of(streams, need_group=False)]
     return RetryDesk(RedisOperatorStore(url), names, frozenset(ids), frozenset(types), frozenset(tenants))

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from .cli_common import clean, pad, some, span
-from .observe import Service
-from .overview import Overview
+from ..observe import Service
+from ..overview import Overview
+from .common import clean, pad, some, span
 
 #: Of a job's type beside its id, which is what tells it from others.
 _TYPE_COLUMNS = 13

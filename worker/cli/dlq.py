@@ -10,7 +10,10 @@ from typing import Any
 
 import click
 
-from .cli_common import (
+from ..dead_desk import AT_ONCE, DeadDesk, Errand, aged
+from ..dead_letters import Choice, Letter
+from ..outcome import Reason
+from .common import (
     AS_JSON,
     BAD_NEWS,
     NAMED_AT_MOST,
@@ -28,9 +31,6 @@ from .cli_common import (
     table,
     verb,
 )  # fmt: skip
-from .dead_desk import AT_ONCE, DeadDesk, Errand, aged
-from .dead_letters import Choice, Letter
-from .outcome import Reason
 
 _REASONS = [reason.value for reason in Reason]
 #: With --rate, lots are made so small that one goes out about so many times a second.
@@ -73,7 +73,7 @@ class _Desk(DeadDesk):
         types: Sequence[str], tenants: Sequence[str], error: str, older_than: float | None,
         newer_than: float | None,
     ) -> None:  # fmt: skip
-        from .redis_operator import RedisOperatorStore
+        from ..redis_operator import RedisOperatorStore
 
         store = RedisOperatorStore(url)
         names = [source.stream for source in sources_of(streams, need_group=False)]
