@@ -34,8 +34,8 @@ class Lane:
         self._measured_at = mono_now_s
         self._pace = 0.0
         self._find_head()
-        #: Whether what it runs is not to have anything wait behind it.
-        self.alone = any(channel.loners >> held.kind & 1 for held in self.table.unsettled())
+        #: Whether nothing is to wait behind what it runs, or it is to become empty.
+        self.alone = self.runs_long
         channel.wake_worker()
 
     def _find_head(self) -> None:
@@ -65,6 +65,15 @@ class Lane:
     def accepts(self, kind: int) -> bool:
         """Whether the worker runs jobs of this type."""
         return not self.channel.refused >> kind & 1
+
+    def is_long(self, kind: int) -> bool:
+        """Whether jobs of this type would keep others waiting for long."""
+        return bool(self.channel.loners >> kind & 1)
+
+    @property
+    def runs_long(self) -> bool:
+        """Whether it has such a job."""
+        return any(self.is_long(held.kind) for held in self.table.unsettled())
 
     def hand(self, arrivals: Sequence[Arrival]) -> int:
         """Give it jobs, in frames; returns how many it took (fewer where its ring is full)."""

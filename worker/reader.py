@@ -14,6 +14,7 @@ from functools import reduce
 from operator import or_
 
 from . import trace
+from .alone import hand_out_alone
 from .backlog import Backlog
 from .channel import Channel, drained
 from .errors import AnswerTooLarge, StoreUnavailable
@@ -316,7 +317,7 @@ class Reader:
 
     def _hand_out(self) -> None:
         self._backlog.single_out(reduce(or_, (lane.channel.loners for lane in self._lanes), 0))
-        self._hand_out_suspects()
+        hand_out_alone(self._lanes, self._backlog.suspects, self._tell_handed_out)
         waiting = self._backlog.ready
         unfit: list[Lane] = []
         while waiting:
@@ -335,30 +336,13 @@ class Reader:
             if not given:
                 return
 
+    def _tell_handed_out(self, arrival: Arrival) -> None:
+        trace.handed_out([arrival], 1, self._sources)
+
     def _passed_over(self) -> int:
         """Jobs that wait for the workers that can run them, while one that cannot has nothing to do."""
         idle = any(lane.channel.refused and lane.credit for lane in self._lanes)
         return len(self._backlog.ready) if idle else 0
-
-    def _hand_out_suspects(self) -> None:
-        """A job that may kill its worker, or would keep it from others for long, gets an empty one and no
-        mates."""
-        suspects = self._backlog.suspects
-        for lane in self._lanes:
-            if lane.alone and not len(lane.table) and not lane.gone:
-                lane.alone = False
-        for lane in sorted(self._lanes, key=lambda lane: len(lane.table)):
-            if not suspects:
-                return
-            fit = lane.open and lane.accepts(suspects[0].kind)
-            if fit and not len(lane.table) and lane.hand([suspects[0]]):
-                trace.handed_out([suspects.popleft()], 1, self._sources)
-                lane.alone = True
-        # Under steady load no worker is ever empty: keep new work from the one with the least.
-        if suspects and not any(lane.alone for lane in self._lanes):
-            busy = [lane for lane in self._lanes if lane.open and lane.accepts(suspects[0].kind)]
-            if busy:
-                min(busy, key=lambda lane: len(lane.table)).alone = True
 
     # -- workers end
 

@@ -29,6 +29,22 @@ def test_nothing_waits_behind_a_job_that_runs_alone(tmp_path: Path) -> None:
         assert len([event for event in one.events("start") if event.id == long]) == 1
 
 
+def test_long_jobs_leave_a_worker_to_the_others_and_hold_up_no_suspect(tmp_path: Path) -> None:
+    with service(tmp_path, handlers("Noop", "Hermit", "Die"), procs=2) as one:
+        first = one.enqueue("hermit", {"gate": "first"})
+        one.wait_for_start(first)
+        second = one.enqueue("hermit", {"gate": "second"})
+        poison = one.enqueue("die", {"how": "SIGKILL"})
+        eventually(lambda: [letter["task"]["id"] for letter in one.dead_letters()] == [poison])
+        quick = one.enqueue_many([{"type": "noop"}] * 50)
+        eventually(lambda: ended(one, quick))
+        assert second not in {event.id for event in one.events("start")}
+        one.open_gate("first")
+        one.wait_for_start(second)
+        one.open_gate("second")
+        one.wait_until_drained()
+
+
 def test_slow_jobs_are_not_piled_up_in_one_worker_because_another_type_takes_many(tmp_path: Path) -> None:
     with service(tmp_path, handlers("Gate", "Batch"), procs=2) as one:
         slow = [one.enqueue("gate", {"gate": f"g{number}"}) for number in range(20)]
