@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 import zstandard
-from hosts import described, host_facts, roles_of
+from hosts import cpu_s, described, host_facts, roles_of
 from rig import JOB_TYPE, LIMIT_S, Backlog, connect, server, service
 
 _HANDLER = "jobworker.handlers.archive:Archive"
@@ -47,10 +47,12 @@ def measure(url: str, folder: Path, entries: int, procs: int, kills: int) -> dic
         try:
             backlog.fill(entries)
             with service(url, backlog, _HANDLER, procs, JOBWORKER_DATA_DIR=str(folder)) as pid:
-                started = time.monotonic()
+                before_s, started = _cpu_s(pid), time.monotonic()
                 backlog.release(entries)
                 killed = _await_end(backlog, pid, kills)
                 seconds = time.monotonic() - started
+                # What a killed worker used is told by nobody.
+                cpu_us = None if kills else round((_cpu_s(pid) - before_s) * 1e6 / entries, 1)
             if backlog.strays:
                 raise RuntimeError(f"{backlog.strays} of {entries} entries failed")
             facts = host_facts(client)
@@ -60,8 +62,13 @@ def measure(url: str, folder: Path, entries: int, procs: int, kills: int) -> dic
     return {
         "bench": "audit", "host": facts, "entries": entries, "workers": procs, "kills": killed,
         "seconds": round(seconds, 2), "entries_per_s": round(entries / seconds),
-        "bytes_per_entry": round(size / entries, 1), "missing": 0, "doubled": 0,
+        "cpu_us_per_entry": cpu_us, "bytes_per_entry": round(size / entries, 1), "missing": 0, "doubled": 0,
     }  # fmt: skip
+
+
+def _cpu_s(pid: int) -> float:
+    """Of all processes of the service; its server is not among them."""
+    return sum(cpu_s(pids) for pids in roles_of(pid).values())
 
 
 def _await_end(backlog: Backlog, pid: int, kills: int) -> int:
@@ -110,7 +117,8 @@ def main(entries: int, procs: int, kills: int, redis_url: str, folder: str | Non
     print(described(report["host"]))
     print(
         f"{entries:,} entries, {procs} workers, {report['kills']} killed: {report['entries_per_s']:,} "
-        f"a second, {report['bytes_per_entry']} bytes an entry; each is there once"
+        f"a second, {report['cpu_us_per_entry'] or '?'} µs of CPU and {report['bytes_per_entry']} bytes an "
+        "entry; each is there once"
     )
 
 
