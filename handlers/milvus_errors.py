@@ -69,6 +69,9 @@ CODES = {
 # The client gave up waiting; it says so under code 1.
 GAVE_UP = ("Retry timeout", "Retry run out")
 
+# Too many partitions or shards: 2.3 says it under a number that it has for everything.
+TOO_MANY = "exceeds max configuration"
+
 # Lite answers 1 for anything it did not expect; a full disk or a broken file names its errno.
 LITE_CODES = {1: P}
 
@@ -91,6 +94,8 @@ def classify(class_names: Collection[str], code: int | str, message: str, *, lit
     """
     if any(mark in message for mark in GAVE_UP):
         return T
+    if TOO_MANY in message:
+        return P
     for name in class_names:
         if name in CLASSES:
             return CLASSES[name]

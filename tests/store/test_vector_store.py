@@ -536,6 +536,13 @@ def test_an_address_that_is_none_is_permanent() -> None:
         (["MilvusException"], 1, "[upsert] Retry timeout: 3s", True, Verdict.TRANSIENT),
         (["MilvusException"], 1100, "", False, Verdict.PERMANENT),
         (["MilvusException"], 65535, "", False, Verdict.TRANSIENT),
+        (
+            ["MilvusException"],
+            65535,
+            "partition number (4096) exceeds max configuration (4096), collection: c",
+            False,
+            Verdict.PERMANENT,
+        ),
         (["MilvusException"], 424242, "", False, Verdict.TRANSIENT),
         (["RpcError"], "UNAVAILABLE", "", False, Verdict.TRANSIENT),
         (["RpcError"], "UNAUTHENTICATED", "", False, Verdict.PERMANENT),
