@@ -1,7 +1,12 @@
 """Types whose jobs run alone: they go to empty workers, and nothing is given to a worker behind them."""
 
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
+from jobworker.worker.alone import hand_out_alone
 from jobworker.worker.backlog import Backlog
 from jobworker.worker.channel import READY, Channel
 from jobworker.worker.lane import Lane
@@ -50,3 +55,46 @@ def test_a_new_reader_gives_nothing_to_a_worker_that_runs_one() -> None:
     second = Lane(0, 0, channel, 0.0)
     assert (second.alone, second.credit) == (True, 0)
     channel.close()
+
+
+@pytest.fixture
+def lanes() -> Iterator[list[Lane]]:
+    """Two workers that say which type is a long one."""
+    made = []
+    for slot in range(2):
+        channel = Channel.create(1024)
+        channel.loners, channel.appetite, channel.phase = 1 << LONG, 8, READY
+        made.append(Lane(slot, 0, channel, 0.0))
+    yield made
+    for lane in made:
+        lane.channel.close()
+
+
+def test_a_busy_worker_is_set_aside_for_a_suspect_beside_a_long_job(lanes: list[Lane]) -> None:
+    waiting = deque([job(1, LONG)])
+    given: list[Arrival] = []
+    hand_out_alone(lanes, waiting, given.append)
+    lanes[1].hand([job(2, QUICK)])
+    waiting.extend([job(3, LONG), job(4, QUICK)])
+    hand_out_alone(lanes, waiting, given.append)
+    assert ids(given) == [b"1-0"]
+    assert [lane.alone for lane in lanes] == [True, True]
+    lanes[1].table.settle(range(1))
+    lanes[1].table.advance()
+    hand_out_alone(lanes, waiting, given.append)
+    assert ids(given) == [b"1-0", b"4-0"], "the second long one would take the last worker"
+    assert ids(waiting) == [b"3-0"]
+
+
+def test_no_worker_is_set_aside_for_a_long_job_that_may_not_have_it(lanes: list[Lane]) -> None:
+    waiting = deque([job(1, LONG), job(2, LONG)])
+    hand_out_alone(lanes, waiting, lambda _: None)
+    lanes[1].hand([job(3, QUICK)])
+    hand_out_alone(lanes, waiting, lambda _: None)
+    assert [lane.alone for lane in lanes] == [True, False]
+
+
+def test_the_only_worker_takes_long_jobs_too(lanes: list[Lane]) -> None:
+    waiting = deque([job(1, LONG)])
+    hand_out_alone(lanes[:1], waiting, lambda _: None)
+    assert not waiting
