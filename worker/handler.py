@@ -29,7 +29,7 @@ class Handler(Protocol):
     - ``timeout``: seconds a job may take (default: the service's ``--job-timeout``).
     - ``healthy()``: raises while something that the handler needs does not answer.
     - ``alone = True``: its jobs may take minutes, so no other job waits behind one in the same worker.
-    - ``needs_model = True``: where GPUs hold the model, a worker without a place on one does not run it.
+    - ``needs_model = True``: a worker that is not to hold the model does not run it (``--model-copies``).
     - ``counters``: a mapping of running totals, exported as metrics.
     """
 
