@@ -111,9 +111,11 @@ def measure(jobs: int, large_jobs: int, still_jobs: int, seconds: float) -> dict
 
 def for_people(report: dict[str, Any]) -> str:
     """One row a scenario."""
-    roles = ("supervisor", "reader", "reaper", "worker")
+    roles = ("supervisor", "reader", "reaper", "spare", "worker")
     rows = [("peak MiB", *roles)]
-    rows += [(name, *(str(peaks[role]) for role in roles)) for name, peaks in report["peak_mib"].items()]
+    rows += [
+        (name, *(str(peaks.get(role, "-")) for role in roles)) for name, peaks in report["peak_mib"].items()
+    ]
     return f"{described(report['host'])}\n{table(rows)}"
 
 
