@@ -49,9 +49,10 @@ def record(what: str, jobs: Sequence[Job]) -> None:
 
 
 def read_events(path: Path) -> list[Event]:
-    """Every event in a folder, in the order of their writes."""
+    """Every event in a folder, in the order of their writes; a line that is being written is left out."""
     file = path / "events"
-    return [Event(*json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [Event(*json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 class Recorded:
