@@ -17,10 +17,10 @@ from . import trace
 from .alone import hand_out_alone
 from .backlog import Backlog
 from .channel import Channel, drained
+from .custody import Custody
 from .errors import AnswerTooLarge, StoreUnavailable
 from .lane import Lane
 from .link import Attach, Briefed, Drain, Forgotten, Gone, Link, Message, Ready, Retire
-from .portion import Portion
 from .settings import Settings
 from .settler import Settler
 from .store import Entry, ReaderStore
@@ -36,14 +36,10 @@ _ANSWER_MARGIN_S = 2.0
 _REPORT_EVERY_S = 0.25
 #: How often the types that operators have paused are asked for: one short answer of the store.
 _PAUSES_EVERY_S = 0.5
-#: Pages of the pending list, at start and when other hosts' entries are taken over.
-_PAGE = 256
 #: Jobs that wait for workers of their own are read past by so many: behind them may be some for the others.
 _LOOK_PAST = 1024
 #: First and longest wait after the store refused; short enough to be back within a second or so.
 _BACKOFF_S = (0.05, 1.0)
-#: Where a listing of pending entries starts and, for take-overs, ends.
-_START = b"0-0"
 
 
 class Reader:
@@ -65,26 +61,22 @@ class Reader:
         self._mono_s = mono_s
         self._rng = rng or random.Random()
         self._tally = Tally()
-        for source in settings.streams:  # what has not happened yet is 0: else nobody sees its first time
-            self._tally.count("z_novel_leases_taken_over_total", (source.stream,), 0)
-            self._tally.count("z_novel_leases_lost_total", (source.stream,), 0)
         kinds = {kind: number for number, kind in enumerate(settings.handlers)}
         self._triage = Triage(kinds, settings.max_payload, settings.max_deaths)
         self._backlog = Backlog(list(settings.handlers))
         self._settler = Settler(store, settings, self._tally, self._rng, self._backlog.excused)
         self._lanes: list[Lane] = []
+        self._custody = Custody(
+            store, settings, self._lanes, self._backlog, self._tally, self._arrive, mono_s()
+        )
         self._selector = selectors.DefaultSelector()
         self._selector.register(link, selectors.EVENT_READ)
-        self._portions = [Portion() for _ in self._sources]
-        # Sources whose pending entries are still being listed, and the last one that was: new ones wait.
-        self._unlisted: dict[int, bytes] = {}
         self._briefed = False
         self._draining = False
         self._connected = False
         self._trouble: str | None = None
         self._failures = 0
         self._retry_at = 0.0
-        self._renewed_at = mono_s()
         self._reported_at = 0.0
         self._heeded_at = 0.0
         # When the answer to each read under way must be there: a network that swallows packets says nothing.
@@ -95,7 +87,8 @@ class Reader:
         """Go round until drained. A store that does not answer is waited for; jobs in flight are kept."""
         while not self.drained:
             self.go_round(_REPORT_EVERY_S)
-        self._hand_back()
+        self._custody.hand_back()
+        self._store.close()
         self.report()
         self._selector.close()
 
@@ -135,11 +128,9 @@ class Reader:
             lane.measure(now)
         if not self._draining:
             self._hand_out()
-            if self._unlisted and not self._backlog.full:
-                self._list_pending()
+            self._custody.list_pending()
             self._read_more()
-        if now - self._renewed_at > self._settings.lease_s / 3:
-            self._keep_leases(now)
+        self._custody.keep(now, draining=self._draining)
         self._wait(sleep_s)
         if self._answer_by and min(self._answer_by.values()) < self._mono_s():
             raise StoreUnavailable("a blocking read was not answered in time")
@@ -165,8 +156,7 @@ class Reader:
             return self._store.finish_read(self._sources[source])
         except AnswerTooLarge as error:
             log.warning("read given up", extra={"stream": self._sources[source].stream, "error": str(error)})
-            self._portions[source].overrun()
-            self._unlisted[source] = _START
+            self._custody.dropped(source)
             return []
 
     def _listen(self) -> None:
@@ -208,22 +198,10 @@ class Reader:
         # What waits here was found under the earlier connection; the listing below finds it again.
         self._backlog.clear()
         self._heed_pauses()
-        self._unlisted = dict.fromkeys(range(len(self._sources)), _START)
-        self._list_pending()
+        self._custody.begin()
+        self._custody.list_pending()
         self._link.send(Ready())
         log.info("reading", extra={"streams": len(self._sources), "pending": len(self._backlog.ready)})
-
-    def _list_pending(self) -> None:
-        """Go on finding what this consumer was given before and nobody has in hand, while there is room."""
-        known = self._in_hand()
-        for number, after in list(self._unlisted.items()):
-            while not self._backlog.full:
-                page = self._store.own_pending(self._sources[number], after, self._page(number))
-                if not page:
-                    del self._unlisted[number]
-                    break
-                self._arrive(number, [entry for entry in page if (number, entry.id) not in known])
-                after = self._unlisted[number] = page[-1].id
 
     def _heed_pauses(self) -> None:
         """Set aside the types that an operator has paused, and let go on those that are paused no more."""
@@ -267,7 +245,7 @@ class Reader:
     def _take_in(self, source: int) -> None:
         """Take a read's answer. While small jobs are gone through here the server looks for more of them."""
         entries = self._finish_read(source)
-        if entries and self._portions[source].largest and not self._draining:
+        if entries and self._custody.portions[source].largest and not self._draining:
             self._ask_for(source, self._room(source) - len(entries))
         self._arrive(source, entries)
 
@@ -277,7 +255,7 @@ class Reader:
         for refusal in refusals:
             self._settler.refuse(refusal)
         if entries:
-            self._portions[source].learn(entries)
+            self._custody.portions[source].learn(entries)
 
     def _pause(self, arrival: Arrival, now: float) -> None:
         kind = tuple(self._settings.handlers)[arrival.kind]
@@ -285,19 +263,15 @@ class Reader:
             log.warning("type paused: what it needs does not answer", extra={"task_type": kind})
         self._backlog.pause(arrival, now)
 
-    def _credit(self) -> int:
-        """How many jobs the workers can take; none while what waits here is as much as may be held."""
-        return 0 if self._backlog.full else sum(lane.credit for lane in self._lanes)
-
     def _room(self, source: int) -> int:
         """How many jobs of a source the workers can take beyond what waits here already."""
-        credit = self._credit()
+        credit = self._custody.credit()
         return credit and credit - self._backlog.waiting(source) + min(self._passed_over(), _LOOK_PAST)
 
     def _ask_for(self, source: int, room: int) -> None:
         stream = self._sources[source]
-        if room > 0 and source not in self._unlisted and not self._store.reading(stream):
-            fd = self._store.begin_read(stream, min(room, self._portions[source].entries), _BLOCK_MS)
+        if room > 0 and self._custody.listed(source) and not self._store.reading(stream):
+            fd = self._store.begin_read(stream, min(room, self._custody.portions[source].entries), _BLOCK_MS)
             self._selector.register(fd, selectors.EVENT_READ, source)
             self._answer_by[source] = self._mono_s() + _BLOCK_MS / 1000 + _ANSWER_MARGIN_S
 
@@ -361,64 +335,3 @@ class Reader:
             for source, entry in remains.unstarted:
                 self._arrive(source, [entry])
             self._backlog.ready.extend(behind)
-
-    # -- leases
-
-    def _in_flight(self) -> set[tuple[int, bytes]]:
-        """Every entry that a worker holds and that is not settled."""
-        return {(held.source, held.entry_id) for lane in self._lanes for held in lane.table.unsettled()}
-
-    def _in_hand(self) -> set[tuple[int, bytes]]:
-        """Every entry that a worker holds or that waits here."""
-        return self._in_flight() | {(arrival.source, arrival.entry.id) for arrival in self._backlog}
-
-    def _page(self, source: int) -> int:
-        return min(_PAGE, self._portions[source].entries)
-
-    def _keep_leases(self, now: float) -> None:
-        """Renew what is in flight or waits here, then take over what lost hosts left."""
-        self._renewed_at = now
-        known = self._in_hand()
-        for number, source in enumerate(self._sources):
-            mine = [entry_id for owner, entry_id in known if owner == number]
-            lost = self._store.renew(source, mine) if mine else set()
-            if lost:
-                self._drop(number, lost)
-            if not self._draining:
-                self._take_over(number, known)
-
-    def _drop(self, source: int, lost: set[bytes]) -> None:
-        """Forget what waits here and was taken over elsewhere; what is running is refused when settled."""
-        stream = self._sources[source].stream
-        log.warning("lease lost", extra={"entries": len(lost), "stream": stream})
-        self._tally.count("z_novel_leases_lost_total", (stream,), len(lost))
-        self._backlog.drop(source, lost)
-
-    def _take_over(self, source: int, known: set[tuple[int, bytes]]) -> None:
-        cursor = _START
-        idle_ms = int(self._settings.lease_s * 1000)
-        while self._credit() > self._backlog.waiting(source):
-            page = self._page(source)
-            cursor, entries = self._store.take_over(self._sources[source], idle_ms, page, cursor)
-            found = [entry for entry in entries if (source, entry.id) not in known]
-            if found:
-                log.warning(
-                    "took over", extra={"entries": len(found), "stream": self._sources[source].stream}
-                )
-                self._tally.count(
-                    "z_novel_leases_taken_over_total", (self._sources[source].stream,), len(found)
-                )
-            self._arrive(source, found)
-            if cursor == _START:
-                return
-
-    def _hand_back(self) -> None:
-        """Before ending: let any other host have at once what was read and not begun."""
-        try:
-            for number, source in enumerate(self._sources):
-                ids = [a.entry.id for a in self._backlog if a.source == number]
-                if ids:
-                    self._store.release(source, ids)
-        except StoreUnavailable as error:
-            log.warning("not handed back; the lease will do it", extra={"error": str(error)})
-        self._store.close()
