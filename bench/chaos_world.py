@@ -146,8 +146,9 @@ class Service:
         return roles_of(self._process.pid)
 
     def masters(self) -> list[int]:
-        """Process ids of all roles but the workers."""
-        return [pid for role, pids in self.roles().items() if role != "worker" for pid in pids]
+        """Process ids of supervisor, reader and reaper, of those that are there."""
+        found = self.roles()
+        return [pid for role in ("supervisor", "reader", "reaper") for pid in found.get(role, ())]
 
     def kill_supervisor(self) -> None:
         """As a crash would; notes children that outlive it."""
