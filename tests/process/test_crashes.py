@@ -154,6 +154,7 @@ def test_outcomes_of_jobs_that_end_while_there_is_no_reader_are_not_lost(tmp_pat
         jobs = hold_all_workers(one)
         failing = one.enqueue("permanent")  # waits in a worker's ring, behind a gate
         wait_for_pending(one, 3)
+        time.sleep(0.3)  # from the reader into the ring: nothing outside shows that
         reader = one.kill_role("reader", signal.SIGSTOP)  # it settles nothing from here on
         one.open_gate("0")
         one.open_gate("1")
