@@ -169,6 +169,14 @@ class RedisReaderStore(Store):
         reply = self.call(stream, [("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")])[0]
         if not str(reply).startswith("BUSYGROUP"):  # somebody else was quicker
             checked(reply)
+        self._forget_deaths(source)
+
+    def _forget_deaths(self, source: Source) -> None:
+        """Of entries that went with their stream: no settlement will ever take them away."""
+        key = self.deaths_key(source.stream)
+        ids = self.one(source.stream, ("HKEYS", key))
+        if gone := set(ids) - self.bodies(source, ids).keys():
+            self.one(source.stream, ("HDEL", key, *gone))
 
     def _reader_script(
         self, source: Source, name: str, more_keys: list[str], arguments: Sequence[Any]

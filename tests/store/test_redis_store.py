@@ -103,6 +103,19 @@ class TestTrouble:
         assert "was deleted" in caplog.text
         assert [entry.data for entry in read(store)] == [b"2"]
 
+    def test_deaths_go_with_a_deleted_stream_and_stay_with_a_deleted_group(
+        self, redis_world: RedisWorld
+    ) -> None:
+        store, (a, b) = given(redis_world, b"1", b"2")
+        store.charge(S, {a: 1, b: 2})
+        client = redis_world.server.client
+        client.xgroup_destroy(S.stream, S.group)
+        assert store.renew(S, [a]) == {a}
+        assert client.hgetall(keys.deaths_key(S.stream)) == {a: b"1", b: b"2"}
+        client.delete(S.stream)
+        assert store.renew(S, [a]) == {a}
+        assert not client.exists(keys.deaths_key(S.stream))
+
     def test_all_data_flushed_is_survived(self, redis_world: RedisWorld) -> None:
         store, ids = given(redis_world, b"1")
         redis_world.server.client.flushall()
