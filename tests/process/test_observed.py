@@ -169,7 +169,7 @@ def test_the_embedded_stores_password_is_in_no_command_line_and_no_log(tmp_path:
     with service(tmp_path, handlers("Noop"), procs=1) as one:
         password = re.match("redis://:(.+)@", one.redis_url)
         assert password is not None
-        assert len(one.everyone()) == 5
+        assert one.everyone().keys() >= set(one.roles().values())
         assert password[1] not in "".join([*one.everyone().values(), one.log_text])
         readable = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
         assert not [path for path in readable if password[1].encode() in path.read_bytes()]
