@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,13 @@ from click.testing import CliRunner
 
 from jobworker.worker import open_rebuilds
 from jobworker.worker.cli import main
-from jobworker.worker.keys import DEFAULT_SOURCES
 from support.operator import COMMAND, COMMAND_S, Terminal, asked, findings, run
-from support.redis_servers import RedisServer, running
+from support.redis_servers import RedisServer
 from support.service import STREAM, eventually
 
 pytestmark = pytest.mark.process
 
 DLQ = f"dlq:{STREAM}"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with running("valkey", tmp_path_factory.mktemp("store")) as one:
-        yield one
-
-
-@pytest.fixture
-def store(server: RedisServer) -> RedisServer:
-    """Empty at first; the groups are there, as after a service's first start."""
-    server.client.flushall()
-    for stream, group in DEFAULT_SOURCES:
-        server.client.xgroup_create(stream, group, "0", mkstream=True)
-    return server
 
 
 def letter(store: RedisServer, id: str, reason: str = "exhausted", **more: Any) -> str:

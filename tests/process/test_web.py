@@ -11,9 +11,8 @@ from urllib.parse import quote
 
 import pytest
 
-from jobworker.worker.keys import DEFAULT_SOURCES
 from support.operator import COMMAND_S, run
-from support.redis_servers import RedisServer, running
+from support.redis_servers import RedisServer
 from support.service import STREAM, eventually
 from support.web import TOKEN, Page, page, start
 
@@ -21,21 +20,6 @@ pytestmark = pytest.mark.process
 
 DLQ = f"dlq:{STREAM}"
 AUDIT = "stream:audit:log"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with running("valkey", tmp_path_factory.mktemp("store")) as one:
-        yield one
-
-
-@pytest.fixture
-def store(server: RedisServer) -> RedisServer:
-    """Empty at first; the groups are there, as after a service's first start."""
-    server.client.flushall()
-    for stream, group in DEFAULT_SOURCES:
-        server.client.xgroup_create(stream, group, "0", mkstream=True)
-    return server
 
 
 @pytest.fixture(scope="module")
