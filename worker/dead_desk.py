@@ -1,7 +1,9 @@
 """Dead letters of some streams and a choice among them: gone through page by page, sent again, deleted."""
 
+import contextlib
 import heapq
 import math
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice, repeat
@@ -180,9 +182,20 @@ class Errand:
         for stream in self.desk.streams:
             chosen = self.desk.oldest_first(stream, seen)
             while letters := list(islice(chosen, next(lots))):
-                done = deed(stream, letters)
-                self.done += sum(done)
-                self.gone += len(done) - sum(done)
+                with _no_interrupt():
+                    done = deed(stream, letters)
+                    self.done += sum(done)
+                    self.gone += len(done) - sum(done)
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C waits until a lot is counted, so that what is said of the rest is true."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _read(stream: str, entries: Sequence[Entry]) -> Iterator[Letter]:
