@@ -29,7 +29,7 @@ types: venv-dev
 unit: venv-dev
 	@scripts/fetch-redis.sh $(VENV)
 	@echo "== tests: import rules and the whole suite"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
 venv: $(VENV)/.stamp
 venv-dev: $(VENV)/.stamp-dev

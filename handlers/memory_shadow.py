@@ -19,6 +19,10 @@ class MemoryShadow:
         self._rows: dict[str, dict[str, AnyRow]] = {}
         self._dims: dict[str, int] = {}
 
+    def blind_s(self) -> float:
+        """See `ShadowStore.blind_s`."""
+        return 0.0
+
     def live(self, name: str) -> str:
         """See `ShadowStore.live`."""
         alias = self._store._full(name)

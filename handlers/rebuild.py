@@ -92,6 +92,8 @@ class Rebuild:
         self._fields = dict(taken.fields)
         self._resumed = taken.fields.get("phase", "done") != "done"
         self._mono_told_s = -REPORT_EVERY_S
+        #: Changed rows that the live collection did not show when they were looked for.
+        self._unseen: set[str] = set()
         #: Rows put into the new collection by this process, those of the journal included.
         self.rows = 0
 
@@ -230,7 +232,7 @@ class Rebuild:
             self._catch_up(FEW_ROWS)
             self._save(shut_ms=SHUT_MS)
             opens_at = self._clock.mono_s() + SHUT_MS / 1000 - MARGIN_S
-            ready = self._drained() and self._catch_up(0) and self._same()
+            ready = self._drained() and self._catch_up(0) and self._removed() and self._same()
             if ready and self._clock.mono_s() < opens_at:
                 # Named before the switch: no vector of another model gets in behind it, come what may.
                 live = self._model_name or self._fields.get("live_model", "")
@@ -265,18 +267,34 @@ class Rebuild:
         return True
 
     def _copy(self, ids: Sequence[str]) -> None:
-        """Make rows in the new collection what they are in the live one."""
+        """Make rows in the new collection what they are in the live one; `_removed` sees to those that are
+        not found there."""
         records = self._shadow.fetch(self._fields["source"], ids)
         if records:
             self._put(records)
-        if gone := sorted(set(ids) - {row["id"] for row in records}):
-            self._shadow.remove(self._fields["target"], gone)
+        self._unseen.update(ids)
+        self._unseen.difference_update(row["id"] for row in records)
+
+    def _removed(self) -> bool:
+        """Remove the rows that the live collection has no more; while nothing is written, that is True."""
+        sure_at = self._clock.mono_s() + self._shadow.blind_s()
+        while self._unseen and self._clock.mono_s() < sure_at:
+            self._clock.sleep(PAUSE_S)
+            self._copy(sorted(self._unseen))
+        if self._unseen:
+            self._shadow.remove(self._fields["target"], sorted(self._unseen))
+            self._unseen.clear()
+        return True
 
     def _same(self) -> bool:
         """Whether both hold as many rows; what others than this program wrote is copied where not."""
         source, target = self._fields["source"], self._fields["target"]
-        if self._shadow.count(source) == self._shadow.count(target):
-            return True
+        sure_at = self._clock.mono_s() + self._shadow.blind_s()
+        while self._shadow.count(source) == self._shadow.count(target):
+            # What the live one does not show now may be what was not copied because it did not show it then.
+            if self._clock.mono_s() >= sure_at:
+                return True
+            self._clock.sleep(PAUSE_S)
         self._save(shut_ms=0)
         differing = sorted(self._ids(source) ^ self._ids(target))
         log.warning("%s: %d rows differ and are copied", self._task.table, len(differing))
@@ -304,8 +322,8 @@ class Rebuild:
                 # The door may have been open since: not everything needs to be in the new one.
                 self._save(phase="settle", live_model=self._fields.get("model_before", ""), shut_ms=0)
                 return
-        else:
-            self._shadow.switch(self._task.name, target)
+        # By whoever goes on, too: the one before may have been killed when half of it was done.
+        self._shadow.switch(self._task.name, target)
         self._save(phase="drop", shut_ms=0, journal=False)
         log.info("%s: stands for %s now", self._task.table, target)
 

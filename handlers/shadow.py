@@ -12,8 +12,12 @@ Record = dict[str, Any]
 class ShadowStore(Protocol):
     """`name` is a plain name (`story_segments`), `table` a collection as the server calls it.
 
-    Every method raises VectorStoreError. Reads of rows and counts see every finished write.
+    Every method raises VectorStoreError. Reads of rows and counts see every finished write, except as
+    `blind_s` says.
     """
+
+    def blind_s(self) -> float:
+        """For how many seconds reads and counts may miss rows that are there; 0.0 where they never do."""
 
     def live(self, name: str) -> str:
         """The collection that the name stands for; PermanentStoreError where it is one itself, or nothing."""

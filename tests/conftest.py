@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 #: How long a child that was told to end may take to be gone from the process table.
 CHILD_GRACE_S = 5.0
+
+#: What a test's parameter says where it needs the real server.
+REAL_MILVUS = "milvus-2.3.5"
 
 #: Python's own helpers of multiprocessing live as long as the interpreter that started them.
 HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
@@ -25,6 +30,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # No deadline an example and no example database: a slow machine is no bug, and tests leave nothing behind.
 settings.register_profile("jobworker", deadline=None, database=None, print_blob=True)
 settings.load_profile("jobworker")
+
+
+class ByFile(LoadFileScheduling):
+    """Side by side (`-n 2`), the tests of a file share its servers, and those of a real Milvus that one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        # Its etcd listens on a fixed port: a second one would not start beside it.
+        return REAL_MILVUS if REAL_MILVUS in nodeid else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    """The hook of pytest-xdist that says which tests go together."""
+    return ByFile(config, log)
 
 
 def living_children() -> dict[int, str]:

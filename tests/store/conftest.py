@@ -1,10 +1,13 @@
-"""Job stores to test: the one in memory, and real servers that live as long as the module."""
+"""Servers to test with: Redis and Valkey as long as the module, Milvus as long as the session."""
 
-from collections.abc import Iterator
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from support.job_worlds import MemoryWorld, RedisWorld, World
+from support.milvus import start_lite, start_real, why_no_real_milvus
 from support.redis_servers import RedisServer, running
 
 
@@ -39,3 +42,18 @@ def world(any_server: RedisServer | None) -> Iterator[World]:
     world: World = MemoryWorld() if any_server is None else RedisWorld(any_server)
     yield world
     world.close()
+
+
+@pytest.fixture(scope="session")
+def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """Gives the uri of "lite" or "milvus-2.3.5", or skips the test; the first to ask waits for the start."""
+    starts = {"lite": start_lite, "milvus-2.3.5": start_real}
+    with contextlib.ExitStack() as servers:
+
+        @functools.cache
+        def uri(backend: str) -> str:
+            if backend == "milvus-2.3.5" and (reason := why_no_real_milvus()):
+                pytest.skip(reason)
+            return servers.enter_context(starts[backend](tmp_path_factory.mktemp(backend)))
+
+        yield uri

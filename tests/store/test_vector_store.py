@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +28,7 @@ from jobworker.handlers.vectors import (
     open_vectors,
 )
 from jobworker.worker import PermanentError
-from support.milvus import free_port, lite_server, start_lite, start_real, wait_until, why_no_real_milvus
+from support.milvus import free_port, lite_server, wait_until
 
 DIM = 8
 NAME = "story_segments"
@@ -37,20 +37,11 @@ SERVERS = BACKENDS[1:]
 
 
 class Backends:
-    """The servers of this session, each started by the first test that wants it, and stores on them."""
+    """Stores on the servers of this session."""
 
-    def __init__(self, base: Path) -> None:
-        self._base = base
-        self._running: dict[str, tuple[str, Any]] = {}
+    def __init__(self, uri: Callable[[str], str]) -> None:
+        self.uri = uri
         self._stores: dict[tuple[str, str], VectorStore] = {}
-
-    def uri(self, backend: str) -> str:
-        if backend not in self._running:
-            folder = self._base / backend
-            folder.mkdir()
-            manager = start_lite(folder) if backend == "lite" else start_real(folder)
-            self._running[backend] = manager.__enter__(), manager
-        return self._running[backend][0]
 
     def open(self, backend: str, *, prefix: str, partitions: Any = "key") -> VectorStore:
         if backend == "memory":
@@ -68,32 +59,23 @@ class Backends:
     def close(self) -> None:
         for store in self._stores.values():
             store.close()
-        for _, manager in self._running.values():
-            manager.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="session")
-def backends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backends]:
-    running = Backends(tmp_path_factory.mktemp("vectors"))
-    yield running
-    running.close()
-
-
-def choose(request: pytest.FixtureRequest) -> str:
-    backend = str(request.param)
-    if backend == "milvus-2.3.5" and (reason := why_no_real_milvus()):
-        pytest.skip(reason)
-    return backend
+def backends(milvus: Callable[[str], str]) -> Iterator[Backends]:
+    opened = Backends(milvus)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    return choose(request)
+    return str(request.param)
 
 
 @pytest.fixture(params=SERVERS)
 def server(request: pytest.FixtureRequest) -> str:
-    return choose(request)
+    return str(request.param)
 
 
 @pytest.fixture
@@ -459,10 +441,11 @@ def test_a_collection_made_by_others_is_used_as_it_is(backends: Backends, server
     store.close()
 
 
-def test_a_partition_key_that_the_server_mistreats_is_refused(backends: Backends, tenant: str) -> None:
-    if reason := why_no_real_milvus():
-        pytest.skip(reason)
-    store = backends.open("milvus-2.3.5", prefix=f"k_{tenant}_")
+@pytest.mark.parametrize("server", ["milvus-2.3.5"])
+def test_a_partition_key_that_the_server_mistreats_is_refused(
+    backends: Backends, server: str, tenant: str
+) -> None:
+    store = backends.open(server, prefix=f"k_{tenant}_")
     assert isinstance(store, MilvusVectors)
     make_foreign(store, f"k_{tenant}_{NAME}", key=True)
     with pytest.raises(PermanentStoreError, match="misplaces rows"):

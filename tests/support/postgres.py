@@ -1,10 +1,8 @@
 """A real PostgreSQL server on a free port, in a folder of its own, run as a user without rights."""
 
-import ctypes
 import os
 import pwd
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -14,10 +12,7 @@ from pathlib import Path
 
 import psycopg
 
-from support.redis_servers import free_port
-
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
+from support.redis_servers import free_port, tied
 
 #: initdb writes some 40 MB; a busy machine of two cores takes a few seconds for that.
 START_LIMIT_S = 60.0
@@ -66,10 +61,11 @@ class PostgresServer:
         binary = str(_binary("postgres"))
         options = ["-D", str(self._data), "-p", str(self.port), "-h", "127.0.0.1", "-k", "", "-F"]
         with (self._folder / "server.log").open("ab") as log:
+            # QUIT it takes for an immediate end.
+            command = tied("QUIT", [binary, *options])
             self._process = subprocess.Popen(
-                [binary, *options], stdout=log, stderr=log, user=self._user, cwd=self._folder,
-                preexec_fn=_end_with_parent,
-            )  # fmt: skip
+                command, stdout=log, stderr=log, user=self._user, cwd=self._folder
+            )
         deadline = time.monotonic() + START_LIMIT_S
         while not self._answers():
             assert self._process.poll() is None, (self._folder / "server.log").read_text()
@@ -102,10 +98,6 @@ def _binary(name: str) -> Path:
     folder = binaries()
     assert folder is not None
     return folder / name
-
-
-def _end_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGQUIT)  # which the server takes for an immediate end
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Start, kill and restart real servers for tests: Valkey from the wheel, Redis from Debian or PATH."""
 
-import ctypes
 import shutil
 import signal
 import socket
@@ -17,9 +16,6 @@ import redis
 #: A busy machine of two cores needs about 0.1 s; loading a log of some MB a little more.
 START_LIMIT_S = 20.0
 STOP_LIMIT_S = 10.0
-
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
 
 
 def valkey_binary() -> str | None:
@@ -50,6 +46,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def tied(signal_name: str, command: Sequence[str]) -> list[str]:
+    """The command, ended by that signal when this process ends; as it is where util-linux is not at hand.
+
+    A ``preexec_fn`` would run in a copy of this process, in which gRPC's threads, once there, may end it.
+    """
+    setpriv = shutil.which("setpriv")
+    return [*([setpriv, "--pdeathsig", signal_name] if setpriv else []), *command]
 
 
 class RedisServer:
@@ -86,7 +91,7 @@ class RedisServer:
 
     def launch(self) -> None:
         """Start it, without waiting."""
-        self._process = subprocess.Popen(self._command, preexec_fn=_end_with_parent)
+        self._process = subprocess.Popen(tied("KILL", self._command))
 
     def wait_until_loaded(self) -> "RedisServer":
         """Wait until it has loaded its data and answers."""
@@ -131,7 +136,3 @@ def running(kind: str, folder: Path, **how: str) -> Iterator[RedisServer]:
         yield server
     finally:
         server.stop()
-
-
-def _end_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -3,7 +3,8 @@
 import contextlib
 import itertools
 import random
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from jobworker.handlers.memory_vectors import MemoryVectors
 from jobworker.handlers.rebuild import Clock, next_table, thinned
 from jobworker.handlers.recall import TrueScores
 from jobworker.handlers.reindex import Busy, IndexRebuild, read_payload, text_of
+from jobworker.handlers.shadow import Record
 from jobworker.handlers.vector_types import EntityRow, Row, TransientStoreError
 from jobworker.worker import Intent, Job, PermanentError, Settings
 from jobworker.worker.memory_fence import MemoryFence
@@ -35,12 +37,12 @@ class Killed(BaseException):
 class World:
     """A store, its rebuilds and a clock that moves only when somebody sleeps."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, shadow: type[MemoryShadow] = MemoryShadow) -> None:
         self.now_s = 0.0
         self.store = MemoryVectors()
         self.store.ensure_collection(NAME, 8)
         self.fence = MemoryFence(lambda: self.now_s)
-        self.shadow = MemoryShadow(self.store)
+        self.shadow = shadow(self.store)
         self.expected: dict[str, str] = {}
         self.counters: dict[str, int] = {}
         self.write(*(f"r{number:04d}" for number in range(rows)))
@@ -64,6 +66,14 @@ class World:
         writer.write(NAME, [Edition("job", rows)])
         self.expected |= {row.id: row.text_content for row in rows}
 
+    def remove(self, id_: str) -> None:
+        """As a worker does, in no time; nothing happens while the door is shut."""
+        intent = Intent(TABLE, "removal", "job", (id_,))
+        if self.fence.admit([intent])[0].verdict == "in":
+            self.store.delete(NAME, [id_], **SCOPE)
+            self.fence.leave([intent])
+            self.expected.pop(id_, None)
+
     def rebuild(self, entry: str = "1-0", id: str = "job", around: Any = None, **payload: Any) -> None:
         """Run the handler; `around` is called before and after every call to a store or a rebuild's state."""
         wrap = (lambda target: target) if around is None else lambda target: Watched(target, around)
@@ -82,6 +92,33 @@ class World:
         assert self.fence.admit([]) == []
         self.write("after")
         assert self.fence.changed(TABLE, [], 10) == []
+
+
+class Blinking(MemoryShadow):
+    """Misses rows for some seconds now and then, as Milvus does while it exchanges segments."""
+
+    world: World
+    shuffle: random.Random
+    until_s, share = -10.0, 0.0
+
+    def blind_s(self) -> float:
+        return 5.0
+
+    def _seen(self, ids: Iterable[str]) -> list[str]:
+        # Between two such times it sees everything for longer than the pause between two looks.
+        if self.world.now_s >= self.until_s + 1.5 and self.shuffle.random() < 0.3:
+            self.until_s, self.share = self.world.now_s + self.shuffle.uniform(0, 3), self.shuffle.random()
+        blind = self.world.now_s < self.until_s
+        return [id_ for id_ in ids if not (blind and zlib.crc32(id_.encode()) / 2**32 < self.share)]
+
+    def page(self, table: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[Record]:
+        return self.fetch(table, sorted(id_ for id_ in self._rows[table] if id_ > after)[:limit])
+
+    def fetch(self, table: str, ids: Sequence[str]) -> list[Record]:
+        return super().fetch(table, self._seen(ids))
+
+    def count(self, table: str) -> int:
+        return len(self._seen(self._rows[table]))
 
 
 class Watched:
@@ -189,6 +226,25 @@ def test_writes_at_any_moment_and_kills_lose_nothing(seed: int, kills: list[int]
             world.rebuild(around=around)
         except Killed:
             write("between", True)
+    world.rebuild(around=write)
+    world.check()
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32))
+def test_rows_that_the_store_does_not_show_for_a_while_are_not_lost(seed: int) -> None:
+    shuffle, world, numbers = random.Random(seed), World(60, Blinking), itertools.count()
+    shadow = world.shadow
+    assert isinstance(shadow, Blinking)
+    shadow.world, shadow.shuffle = world, shuffle
+
+    def write(name: str, before: bool) -> None:
+        if shuffle.random() < 0.1:
+            with contextlib.suppress(TransientStoreError):  # the door is shut: the job would come again
+                world.write(f"r{shuffle.randrange(70):04d}", text=f"write {next(numbers)}")
+        if shuffle.random() < 0.05:
+            world.remove(f"r{shuffle.randrange(70):04d}")
+
     world.rebuild(around=write)
     world.check()
 
