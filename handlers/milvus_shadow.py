@@ -31,8 +31,8 @@ BUILD_TIMEOUT_S = 600.0
 BLIND_S = 5.0
 # Milvus has its proxies forget an alias before it alters it (rootcoord's alterAliasTask): who asks in between
 # has them remember the old collection, and what is then written goes there and is lost with it (seen on 2.3.5
-# in 1 of 11 rebuilds under load). The second time they forget it, the new one is what they learn; an answer that
-# was on its way has come by then.
+# in 1 of 11 rebuilds under load). The second time they forget it, the new one is what they learn; an answer
+# that was on its way has come by then.
 STALE_ALIAS_S = 1.0
 # Another process that searches loads the collection again, which makes the drop of its index fail.
 IN_PLACE_TRIES = 5
