@@ -124,7 +124,7 @@ def _await(link: Link, within_s: float | None) -> tuple[Message, list[int]]:
 
 def _stand_by(standby: Standby) -> None:
     """Get behind us what need not wait until a reader or reaper has ended."""
-    setproctitle.setproctitle(f"jobworker: spare [{standby.instance}]")
+    setproctitle.setproctitle(f"jobworker: spare {standby.number} [{standby.instance}]")
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     tie_to_parent(standby.parent_pid)

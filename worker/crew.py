@@ -12,11 +12,11 @@ from .channel import READY, STOPPING, Channel
 from .errors import Exit
 from .link import Attach, Briefed, Drain, Failed, Forgotten, Gone, Message, Ready, Report, Retire
 from .metrics import Exposition
+from .place import Place, state
 from .process import Child, Ended
-from .respawn import Respawn
 from .settings import Settings, cores
 from .signals import SignalQueue
-from .spare import Spare
+from .spare import Spares
 from .status import child_status
 
 log = logging.getLogger("jobworker.crew")
@@ -36,24 +36,6 @@ _BOOT_TRIES, _LOOP_TRIES = 3, 6
 _GAUGES_EVERY_S = 0.5
 
 
-class Place:
-    """A role that is to be filled; while workers are exchanged, ``successor`` is the next child."""
-
-    def __init__(self, role: str, slot: int = 0) -> None:
-        self.role = role
-        self.slot = slot
-        self.generation = 0
-        self.child: Child | None = None
-        self.successor: Child | None = None
-        self.respawn = Respawn()
-        #: Ends that nobody had asked for.
-        self.losses = 0
-
-    def children(self) -> list[Child]:
-        """Whoever is there."""
-        return [child for child in (self.child, self.successor) if child]
-
-
 class Crew:
     """All children of the service but its embedded stores."""
 
@@ -64,7 +46,7 @@ class Crew:
         self._reaper = Place("reaper")
         self._workers = [Place("worker", slot) for slot in range(settings.procs)]
         self._places = [self._reader, self._reaper, *self._workers]
-        self._spare = Spare()
+        self._spares = Spares()
         self._graves: dict[tuple[int, int], tuple[Gone, Channel]] = {}
         # Places whose worker of this generation or before is to be exchanged.
         self._to_exchange: deque[tuple[Place, int]] = deque()
@@ -99,7 +81,7 @@ class Crew:
                 child.flush()
             self._recycle(place, now)
         self._exchange(now)
-        self._spare.keep(self._settings, now, wanted=self._calm and not self._draining)
+        self._spares.keep(self._settings, now, wanted=self._calm and not self._draining)
         if now - self._mono_gauged_s > _GAUGES_EVERY_S:
             self._mono_gauged_s = now
             self._exposition.put(("z_novel_workers", (state,), n) for state, n in self.states().items())
@@ -118,8 +100,7 @@ class Crew:
     def _children(self) -> Iterator[Child]:
         for place in self._places:
             yield from place.children()
-        if self._spare.child is not None:
-            yield self._spare.child
+        yield from self._spares
 
     # -- news
 
@@ -221,8 +202,8 @@ class Crew:
             child.begin(place.role, place.slot, place.generation, self._settings, now, channel)
             self._tell_reader(Attach(child.slot, child.generation), channel.fds)
             return child
-        # While draining the spare has been told to end like all others.
-        child = (None if self._draining else self._spare.take()) or Child(now)
+        # While draining the spares have been told to end like all others.
+        child = (None if self._draining else self._spares.take()) or Child(now)
         child.begin(place.role, place.slot, place.generation, self._settings, now)
         child.stopping = self._draining
         if place is self._reader:
@@ -349,8 +330,8 @@ class Crew:
             child.stopping = True
             if child.channel is not None:
                 child.kill(signal.SIGTERM)
-        if self._spare.child is not None:
-            self._spare.child.kill(signal.SIGKILL)
+        for child in self._spares:
+            child.kill(signal.SIGKILL)
 
     @property
     def _calm(self) -> bool:
@@ -384,27 +365,18 @@ class Crew:
             child.close()
         for place in self._places:
             place.child = place.successor = None
-        self._spare.take()
+        self._spares.forget()
 
     # -- state
 
     def reasons(self) -> list[str]:
         """Why the service is not ready; nothing where it is."""
-        found = []
-        for place in self._places:
-            child = place.child
-            if child is None or not child.ready:
-                found.append(
-                    f"{place.role} {place.slot} is starting" if place.role == "worker" else f"no {place.role}"
-                )
-            if child is not None and child.trouble:
-                found.append(f"{child.name}: {child.trouble}")
-        return found
+        return [reason for place in self._places for reason in place.reasons()]
 
     def children(self, now: float) -> list[dict[str, Any]]:
         """Every child as /status shows it."""
         return [
-            {"state": _state(child), "restarts": place.losses, **child_status(child, self._settings, now)}
+            {"state": state(child), "restarts": place.losses, **child_status(child, self._settings, now)}
             for place in self._places
             for child in place.children()
         ]
@@ -413,15 +385,5 @@ class Crew:
         """How many workers are in which state."""
         states = Counter({"starting": 0, "idle": 0, "busy": 0, "stopping": 0})
         for place in self._workers:
-            states[_state(place.child)] += 1
+            states[state(place.child)] += 1
         return dict(states)
-
-
-def _state(child: Child | None) -> str:
-    if child is None or not child.ready:
-        return "starting"
-    if child.channel is None:
-        return "stopping" if child.stopping else "running"
-    if child.stopping or child.channel.phase == STOPPING:
-        return "stopping"
-    return "busy" if child.channel.mono_deadline_s else "idle"

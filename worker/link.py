@@ -21,6 +21,7 @@ _MAX_FDS = 16
 class Standby(msgspec.Struct, tag=True, frozen=True):
     """To a child, before its Start: that may be long in coming, be ready to be the next reader or reaper."""
 
+    number: int
     parent_pid: int
     instance: str
 

@@ -105,9 +105,9 @@ class Child(Process):
         with theirs:
             super().__init__("spare", command, [theirs.fileno()], mono_now_s)
 
-    def stand_by(self, settings: Settings) -> None:
+    def stand_by(self, number: int, settings: Settings) -> None:
         """Have it import what reader and reaper need, and wait for `begin`."""
-        self.tell(Standby(os.getpid(), settings.instance))
+        self.tell(Standby(number, os.getpid(), settings.instance))
 
     def begin(
         self, role: str, slot: int, generation: int, settings: Settings, mono_now_s: float,

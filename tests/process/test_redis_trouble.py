@@ -132,7 +132,7 @@ def busiest(one: Service) -> dict[str, float]:
 
 def started(one: Service) -> dict[str, int]:
     """Process ids of those that have work to do."""
-    return {role: pid for role, pid in one.roles().items() if role != "spare"}
+    return {role: pid for role, pid in one.roles().items() if not role.startswith("spare")}
 
 
 def assert_consuming(one: Service) -> None:
