@@ -1,5 +1,6 @@
 """Rebuilds on real servers: Milvus Lite and Milvus 2.3.5, with readers and writers at work."""
 
+import contextlib
 import threading
 import time
 import uuid
@@ -121,12 +122,13 @@ def test_pages_give_every_row_once_and_whole(world: World) -> None:
     assert [set(row) for row in world.shadow.page(world.table, "", 3, ("id",))] == [{"id"}] * 3
 
 
-def test_a_rebuild_keeps_every_row_every_field_and_every_search(world: World) -> None:
-    world.writer(world.store).write(NAME, [Edition("first", world.rows(0, 600))])
-    # A server lets a search that does not ask for more see rows some moments later.
-    assert len(world.store.search(NAME, ENCODER.encode(["first 5"])[0], strong=True, **SCOPE)) == 5
-    stop, faults, searches = threading.Event(), [], [0]
-    newest: dict[str, str] = {}
+@contextlib.contextmanager
+def users(world: World) -> Iterator[tuple[list[Exception], list[int], dict[str, str]]]:
+    """One thread searches, another writes, until the block ends; gives what went wrong, how many searches
+    there were, and the newest text of each row that was written."""
+    stop = threading.Event()
+    faults: list[Exception] = []
+    searches, newest = [0], dict[str, str]()
 
     def search() -> None:
         store = world.open()
@@ -154,11 +156,19 @@ def test_a_rebuild_keeps_every_row_every_field_and_every_search(world: World) ->
     for thread in threads:
         thread.start()
     try:
-        world.rebuild()
+        yield faults, searches, newest
     finally:
         stop.set()
         for thread in threads:
             thread.join(60)
+
+
+def test_a_rebuild_keeps_every_row_every_field_and_every_search(world: World) -> None:
+    world.writer(world.store).write(NAME, [Edition("first", world.rows(0, 600))])
+    # A server lets a search that does not ask for more see rows some moments later.
+    assert len(world.store.search(NAME, ENCODER.encode(["first 5"])[0], strong=True, **SCOPE)) == 5
+    with users(world) as (faults, searches, newest):
+        world.rebuild()
     expected = {row.id: row.text_content for row in world.rows(0, 600)} | newest
     assert not faults, faults[:3]
     assert searches[0] > 5

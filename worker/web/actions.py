@@ -165,7 +165,7 @@ class Actions:
             raise HTTPException(
                 429, "As much as may be is under way already: wait until it is done."
             ) from None
-        return RedirectResponse(f"/work/{work.number}", 303)
+        return RedirectResponse(f"/dead/progress/{work.number}", 303)
 
     # -- retries and pauses
 

@@ -1,7 +1,9 @@
 """Puts the page together: addresses, what stands before them, and what is said when something fails."""
 
+from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from click import BadParameter
 from starlette.applications import Starlette
@@ -23,7 +25,15 @@ from .pages import Pages, Site
 def application(site: Site, access: Access, *, allow_actions: bool) -> Starlette:
     """The page as an ASGI application. Without a token nothing can be changed, whatever is allowed."""
     pages, actions = Pages(site), Actions(site, access, allow_actions and access.guarded)
-    routes: list[BaseRoute] = [
+    return Starlette(
+        routes=_routes(pages, actions),
+        middleware=[Middleware(Guard, access=access)],
+        exception_handlers=_troubles(site),
+    )
+
+
+def _routes(pages: Pages, actions: Actions) -> list[BaseRoute]:
+    return [
         Route("/", pages.overview),
         Route("/history.json", pages.history),
         Route("/queues", pages.queues),
@@ -32,7 +42,7 @@ def application(site: Site, access: Access, *, allow_actions: bool) -> Starlette
         Route("/dead", pages.dead),
         Route("/dead/letter", pages.letter),
         Route("/job", pages.job),
-        Route("/work/{number:int}", pages.work),
+        Route("/dead/progress/{number:int}", pages.work),
         Route("/healthz", pages.alive),
         Route("/login", actions.ask_token),
         Route("/login", actions.log_in, methods=["POST"]),
@@ -44,6 +54,10 @@ def application(site: Site, access: Access, *, allow_actions: bool) -> Starlette
         Route("/types/resume", actions.resume, methods=["POST"]),
         Mount("/static", StaticFiles(directory=Path(__file__).with_name("static"))),
     ]
+
+
+def _troubles(site: Site) -> dict[Any, Callable[[Request, Exception], Response]]:
+    """What a visitor is told instead of a page, by what went wrong."""
 
     def trouble(request: Request, status: int, says: str) -> Response:
         title = HTTPStatus(status).phrase
@@ -60,8 +74,4 @@ def application(site: Site, access: Access, *, allow_actions: bool) -> Starlette
         assert isinstance(error, BadParameter)
         return trouble(request, 400, error.message)
 
-    return Starlette(
-        routes=routes,
-        middleware=[Middleware(Guard, access=access)],
-        exception_handlers={HTTPException: refused, StoreUnavailable: unavailable, BadParameter: no_age},
-    )
+    return {HTTPException: refused, StoreUnavailable: unavailable, BadParameter: no_age}
