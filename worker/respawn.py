@@ -3,8 +3,9 @@
 #: First and longest pause before a start (seconds).
 FIRST_S, LONGEST_S = 0.1, 30.0
 #: Longest pause after an end that came when the process was ready: a handful of poisonous jobs in a row must
-#: not keep the innocent ones behind them waiting for half a minute.
-LONGEST_READY_S = 1.0
+#: not keep the innocent ones behind them waiting for half a minute. A reader's start costs a quarter of a
+#: second of a processor, so one that ends again and again takes about a third of one.
+LONGEST_READY_S = 0.5
 #: A process that was ready for this long was fine: its next end counts as the first.
 _FINE_AFTER_S = 5.0
 

@@ -1,6 +1,6 @@
 """When a process that ended is started again."""
 
-from jobworker.worker.respawn import FIRST_S, LONGEST_S, Respawn
+from jobworker.worker.respawn import FIRST_S, LONGEST_READY_S, LONGEST_S, Respawn
 
 
 def pauses(respawn: Respawn, ends: int, *, was_ready: bool, lived_s: float) -> list[float]:
@@ -23,7 +23,7 @@ def test_a_worker_that_had_worked_is_replaced_at_once_however_often() -> None:
 
 def test_quick_ends_are_free_twice_then_cost_more_each_time() -> None:
     """A poison job has its worker killed up to three times; innocents must not wait for that."""
-    assert pauses(Respawn(), 6, was_ready=True, lived_s=0.2) == [0.0, 0.0, 0.1, 0.2, 0.4, 0.8]
+    assert pauses(Respawn(), 6, was_ready=True, lived_s=0.2) == [0.0, 0.0, 0.1, 0.2, 0.4, LONGEST_READY_S]
 
 
 def test_a_process_that_never_became_ready_waits_from_its_first_end_on() -> None:
