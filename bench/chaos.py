@@ -37,6 +37,8 @@ from chaos_world import LIMIT_S, LOOK_EVERY_S, Server, Service
 from hosts import host_facts
 from tqdm import tqdm
 
+from jobworker.worker.spare import SPARES
+
 #: A recovery that takes longer is given up on; it counts as missed.
 _RECOVERY_WITHIN_S = 30.0
 
@@ -110,7 +112,8 @@ class Run:
 
     def _await_ready(self) -> None:
         give_up_at = time.monotonic() + LIMIT_S
-        while not all(service.ready() for service in self._services):
+        # With all that stand by, for whom the supervisor holds descriptors too.
+        while not all(one.ready() and len(one.roles().get("spare", [])) == SPARES for one in self._services):
             if time.monotonic() > give_up_at:
                 raise TimeoutError("the services do not become ready")
             time.sleep(LOOK_EVERY_S)  # a page sends no event

@@ -81,7 +81,9 @@ class Crew:
                 child.flush()
             self._recycle(place, now)
         self._exchange(now)
-        self._spares.keep(self._settings, now, wanted=self._calm and not self._draining)
+        # A spare that begins must not take the processor from those that are waited for.
+        wanted = self._calm and not self._draining and not self._beginning(now)
+        self._spares.keep(self._settings, now, wanted=wanted)
         if now - self._mono_gauged_s > _GAUGES_EVERY_S:
             self._mono_gauged_s = now
             self._exposition.put(("z_novel_workers", (state,), n) for state, n in self.states().items())
@@ -188,11 +190,12 @@ class Crew:
     def _has_turn(self, place: Place, now: float) -> bool:
         """Whether a start may begin: workers one after another, so that reader, reaper and the first worker
         are there soon where there are more places than processors."""
-        beginning = [
-            child for child in self._children()
-            if not child.ready and now - child.mono_started_s < _IMPORTS_S
-        ]  # fmt: skip
-        return place.role != "worker" or len(beginning) < max(_LEAST_STARTS, cores())
+        return place.role != "worker" or self._beginning(now) < max(_LEAST_STARTS, cores())
+
+    def _beginning(self, now: float) -> int:
+        """How many that have a place are in their imports."""
+        children = (child for place in self._places for child in place.children())
+        return sum(not child.ready and now - child.mono_started_s < _IMPORTS_S for child in children)
 
     def _spawn(self, place: Place, now: float) -> Child:
         place.generation += 1
