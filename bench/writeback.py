@@ -12,6 +12,7 @@ model, and by a language model's endpoint, which is a stub on this machine that 
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from llm_stub import llm_stub
 from rig import LIMIT_S, connect, say
 
 from jobworker.handlers.memory_vectors import MemoryVectors
-from jobworker.handlers.vectors import Row, open_vectors
+from jobworker.handlers.vectors import Row, VectorStore, open_vectors
 from jobworker.handlers.writeback import WriteBack
 from jobworker.worker import Job, RecordKey, Settings, open_fence, open_records
 
@@ -45,10 +46,11 @@ _LOOK_EVERY_S = 0.01
 
 
 class Service:
-    """A service on stores of its own, which ends with this program."""
+    """A service on stores of its own, or on the Milvus at `milvus_uri`; it ends with this program."""
 
-    def __init__(self, folder: Path, procs: int) -> None:
+    def __init__(self, folder: Path, procs: int, milvus_uri: str) -> None:
         self._folder = folder
+        self._milvus_uri = milvus_uri
         self._log = (folder / "service.log").open("ab")
         command = [
             sys.executable, "-m", "jobworker.supervisor", "--procs", str(procs), "--data-dir", str(folder),
@@ -57,6 +59,8 @@ class Service:
             "--max-retries", "20", "--log-format", "json",
         ]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if not k.startswith("JOBWORKER_")}
+        if milvus_uri:
+            environment |= {"JOBWORKER_MILVUS_URI": milvus_uri, "JOBWORKER_MILVUS_PREFIX": _prefix(folder)}
         tether = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid())]
         self.process = subprocess.Popen([*tether, *command], stderr=self._log, env=environment)
         wait_until(lambda: '"msg": "ready"' in self.log or self.process.poll() is not None, "ready")
@@ -69,8 +73,18 @@ class Service:
         return (self._folder / "service.log").read_text(errors="replace")
 
     @property
-    def endpoints(self) -> dict[str, Any]:
-        """Where its stores listen."""
+    def redis_url(self) -> str:
+        """Where its job store listens."""
+        return str(self._endpoints["redis_url"])
+
+    def vectors(self) -> VectorStore:
+        """Its vector store."""
+        if self._milvus_uri:
+            return open_vectors(self._milvus_uri, prefix=_prefix(self._folder))
+        return open_vectors(str(self._endpoints["milvus_uri"]))
+
+    @property
+    def _endpoints(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self._folder / "endpoints.json").read_text())
         return found
 
@@ -93,6 +107,11 @@ class Service:
         return code
 
 
+def _prefix(folder: Path) -> str:
+    """Of collections that are this run's alone."""
+    return re.sub(r"\W", "_", folder.name) + "_"
+
+
 def wait_until(condition: Callable[[], bool], what: str, within_s: float = LIMIT_S) -> None:
     """Raises RuntimeError when time is over."""
     give_up_at = time.monotonic() + within_s
@@ -103,10 +122,10 @@ def wait_until(condition: Callable[[], bool], what: str, within_s: float = LIMIT
 
 
 @contextmanager
-def service(procs: int) -> Iterator[Service]:
+def service(procs: int, milvus_uri: str) -> Iterator[Service]:
     """A ready service in a folder of its own; killed where something failed."""
     with tempfile.TemporaryDirectory(prefix="jobworker-bench") as folder:
-        one = Service(Path(folder), procs)
+        one = Service(Path(folder), procs, milvus_uri)
         try:
             yield one
             if (code := one.stop()) != 0:
@@ -130,12 +149,14 @@ def write_back(chapter: int, version: int) -> bytes:
     return json.dumps(fields).encode()
 
 
-def under_kills(chapters: int, versions: int, kills: int, procs: int, seed: int) -> dict[str, Any]:
+def under_kills(
+    chapters: int, versions: int, kills: int, procs: int, seed: int, milvus_uri: str
+) -> dict[str, Any]:
     """Run the first part. Raises RuntimeError where a chapter is not at its newest version."""
     shuffle = random.Random(seed)
     jobs = [write_back(c, v) for c in range(chapters) for v in range(1, versions + 1)] * 2
     shuffle.shuffle(jobs)
-    with service(procs) as one, connect(one.endpoints["redis_url"]) as client:
+    with service(procs, milvus_uri) as one, connect(one.redis_url) as client:
         started_s = time.monotonic()
         with client.pipeline(transaction=True) as pipe:
             for job in jobs:
@@ -148,7 +169,7 @@ def under_kills(chapters: int, versions: int, kills: int, procs: int, seed: int)
         wait_until(lambda: unfinished(client) == 0 and not client.zcard(f"retry:{_STREAM}"), "the end")
         took_s = time.monotonic() - started_s
         dead = client.xlen(f"dlq:{_STREAM}")
-        wrong = check(client, one.endpoints["milvus_uri"], chapters, versions)
+        wrong = check(client, one.vectors(), chapters, versions)
         host = host_facts(client)
     if dead or wrong:
         raise RuntimeError(f"{dead} dead letters; wrong (seed {seed}): {wrong}")
@@ -164,9 +185,8 @@ def unfinished(client: Any) -> int:
     return int(group["pending"]) + len(client.xrange(_STREAM, b"(" + group["last-delivered-id"], "+"))
 
 
-def check(client: Any, milvus_uri: str, chapters: int, versions: int) -> list[str]:
+def check(client: Any, store: VectorStore, chapters: int, versions: int) -> list[str]:
     """What is not as it should be: Redis and Milvus hold the newest version, texts equal."""
-    store = open_vectors(milvus_uri)
     wrong = []
     for chapter in range(chapters):
         record = client.hgetall(f"summary:{_TENANT}:{_PROJECT}:ch-{chapter}")
@@ -262,15 +282,16 @@ def show(result: dict[str, Any]) -> None:
 @click.option("--model", default="", help="The model for the chapters' own sentences.")
 @click.option("--summary-chars", default=100, help="Longest summary.")
 @click.option("--llm-delay", default=0.0, help="Seconds that the stub of a language model takes.")
+@click.option("--milvus-uri", default="", help="[default: a Lite of its own]")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
 def main(
     stories: int, versions: int, kills: int, procs: int, seed: int | None, chapters: Path | None, limit: int,
-    model: str, summary_chars: int, llm_delay: float, as_json: bool,
+    model: str, summary_chars: int, llm_delay: float, milvus_uri: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Write summaries back under kills, and make summaries of real chapters."""
     say(f"{stories} x {versions} x 2 write-backs, {kills} kills")
     seed = random.randrange(2**32) if seed is None else seed
-    result: dict[str, Any] = {"kills": under_kills(stories, versions, kills, procs, seed)}
+    result: dict[str, Any] = {"kills": under_kills(stories, versions, kills, procs, seed, milvus_uri)}
     if chapters is not None:
         say(f"summaries of {chapters}")
         settings = {"model": model, "summary_chars": summary_chars, "threads": os.cpu_count() or 1}

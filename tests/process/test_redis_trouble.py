@@ -89,12 +89,14 @@ def unable_to_save(server: RedisServer) -> Iterator[None]:
 @contextlib.contextmanager
 def busy(server: RedisServer) -> Iterator[None]:
     """A script of somebody else that does not end, until it is killed."""
-    with redis.Redis(port=server.port) as other:
+    with redis.Redis(port=server.port, socket_timeout=NOTICED_WITHIN_S) as other:
         connection = other.connection_pool.make_connection()
         connection.connect()
         connection.send_command("EVAL", "while true do end", 0)
         yield
         server.client.execute_command("SCRIPT", "KILL")
+        with pytest.raises(redis.ResponseError):  # its end, some moments after the word for it
+            connection.read_response()
         connection.disconnect()
 
 
