@@ -28,7 +28,8 @@ from jobworker.handlers.vectors import (
     open_vectors,
 )
 from jobworker.worker import PermanentError
-from support.milvus import free_port, lite_server, wait_until
+from support.milvus import lite_server, wait_until
+from support.redis_servers import free_port
 
 DIM = 8
 NAME = "story_segments"

@@ -5,7 +5,6 @@ import importlib.util
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jobworker.handlers.vectors import VectorStoreError, open_vectors
+from support.redis_servers import free_port
 
 # Imports of the engine take a few seconds on a busy machine of two cores.
 LITE_START_S = 40.0
@@ -102,13 +102,6 @@ def start_lite(tmp_path: Path) -> Iterator[str]:
     """Run our Lite server below `tmp_path` and yield its uri."""
     with lite_server(tmp_path / "lite") as server:
         yield server.uri
-
-
-def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def why_no_real_milvus() -> str | None:
