@@ -27,7 +27,7 @@ from .devices import LEAST_COPIES, NO_MODEL, place_of, set_pools, visible_gpus
 from .errors import ConfigurationError, Exit, Fenced, JobworkerError
 from .handler import BoundHandler, load_handlers
 from .keys import consumer_name
-from .link import Failed, Link, Message, Ready, Standby, Start
+from .link import Failed, Link, Message, Standby, Start
 from .outcome import MAX_ERROR_CHARS
 from .settings import Settings
 from .tether import tie_to_parent
@@ -186,7 +186,6 @@ def _run_worker(settings: Settings, link: Link, channel: Channel) -> None:
         channel.wake_worker()
 
     signal.signal(signal.SIGTERM, stop)
-    link.send(Ready())
     runner.run()
     # Not through the interpreter's shutdown: threads of torch or gRPC may hold that up or crash in it.
     trace.close()

@@ -18,7 +18,7 @@ from .errors import MalformedJob, PermanentError
 from .frames import JobFrame, OutcomeFrame
 from .handler import BoundHandler
 from .inflight import FAILED, STARTED, SUCCEEDED
-from .link import Link
+from .link import Link, Ready
 from .outcome import Failure, failure_of
 from .tally import Tally
 
@@ -92,6 +92,8 @@ class Runner:
     def run(self) -> None:
         """Until told to stop; what was not started then stays for the reader to hand to another."""
         self.begin()
+        # Behind the phase, which the reader goes by: who is told "ready" may rely on jobs being taken here.
+        self._link.send(Ready())
         while not self.stop:
             self.go_round(_REPORT_EVERY_S)
         self._channel.phase = STOPPING

@@ -10,12 +10,12 @@ import msgspec
 import pytest
 
 from jobworker.worker import Job, PermanentError, Unavailable
-from jobworker.worker.channel import READY, STOPPING, Channel, drained
+from jobworker.worker.channel import READY, STARTING, STOPPING, Channel, drained
 from jobworker.worker.frames import OutcomeFrame
 from jobworker.worker.handler import BoundHandler
 from jobworker.worker.inflight import FAILED, QUEUED, STARTED, SUCCEEDED
 from jobworker.worker.lane import Lane
-from jobworker.worker.link import Link, Report
+from jobworker.worker.link import Link, Ready, Report
 from jobworker.worker.outcome import Failure
 from jobworker.worker.runner import Runner
 from jobworker.worker.store import Entry
@@ -78,8 +78,9 @@ class Desk:
     def reports(self) -> list[Report]:
         found = []
         while received := self.supervisor.receive():
-            assert isinstance(received[0], Report)
-            found.append(received[0])
+            assert isinstance(received[0], Report | Ready)
+            if isinstance(received[0], Report):
+                found.append(received[0])
         return found
 
     def close(self) -> None:
@@ -393,6 +394,23 @@ def test_an_idle_worker_is_woken_by_a_job_and_ends_with_its_supervisor(desk: Cal
         thread.join(WITHIN_S)
     assert not thread.is_alive(), "a worker without a supervisor must end"
     assert worker.states() == [SUCCEEDED]
+
+
+def test_a_worker_that_says_it_is_ready_is_given_jobs_already(
+    desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = desk(a=Single())
+    worker.channel.phase = STARTING
+    said: list[Any] = []
+
+    def send(message: Any) -> bool:
+        said.append((message, worker.channel.phase))
+        worker.runner.stop = True
+        return True
+
+    monkeypatch.setattr(worker.link, "send", send)
+    worker.runner.run()
+    assert said[0] == (Ready(), READY)
 
 
 def test_what_is_reported(desk: Callable[..., Desk]) -> None:
