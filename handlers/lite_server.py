@@ -8,7 +8,8 @@ its engine is written for one caller. Here the same engine is served with
 * one lock around every call that writes;
 * no write for a caller that is gone: its job may have been run again meanwhile, and newer ones after it;
 * readers kept out while a flush moves rows from memory to a segment, so that none is missed in between;
-* an end of the process on the first write that failed: only the replay of the log at the next start is safe.
+* an end of the process on the first write that failed: only the replay of the log at the next start is safe;
+* index files that a kill left half written made anew, instead of a server that never starts again.
 
 A kill at any moment loses nothing that was acknowledged. The log is not synced on each write, so a power
 cut may lose the tail. There is no password: the server listens on the loopback address only.
@@ -31,6 +32,8 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NoReturn
+
+log = logging.getLogger("jobworker.lite")
 
 # The wrapper patches private names of this release: another one may write by another way.
 SUPPORTED_VERSION = "3.2.2"
@@ -158,6 +161,33 @@ def guard_engine(collection_class: Any, gate: FlushGate) -> None:
             leave(EXIT_WRITE_FAILED, f"log write failed ({error!r}); the log is replayed at the next start")
 
     collection_class._trigger_flush, collection_class._apply = guarded_flush, guarded_apply
+
+
+def guard_indexes(segment_class: Any) -> None:
+    """Patch the engine: an index file that cannot be read is made anew from the rows.
+
+    The engine writes such files in place and in the background, so a kill may leave the beginning of one.
+    """
+    for name, scalar in (("build_or_load_index", False), ("build_or_load_scalar_index", True)):
+        setattr(segment_class, name, mending(getattr(segment_class, name), scalar=scalar))
+
+
+def mending(build_or_load: Callable[..., None], *, scalar: bool) -> Callable[..., None]:
+    """Return the call; where it fails and there is a file, that is removed and the index built."""
+
+    @functools.wraps(build_or_load)
+    def run(self: Any, spec: Any, index_dir: str, *more: Any) -> None:
+        try:
+            build_or_load(self, spec, index_dir, *more)
+        except Exception as error:
+            path = Path(self.index_file_path(index_dir, spec.index_type, spec.field_name, scalar=scalar))
+            if not path.exists():
+                raise
+            log.warning("index file %s cannot be used, it is made anew: %s", path, error)
+            path.unlink()
+            build_or_load(self, spec, index_dir, *more)
+
+    return run
 
 
 def guard_calls(servicer: Any, gate: FlushGate) -> None:
@@ -324,9 +354,11 @@ def serve(data_dir: Path, port_file: Path, port: int, stop: threading.Event) -> 
     """Serve `data_dir` until `stop` is set; `port_file` is there once calls are answered."""
     database = open_database(data_dir)
     from milvus_lite.engine.collection import Collection
+    from milvus_lite.storage.segment import Segment
 
     gate = FlushGate()
     guard_engine(Collection, gate)
+    guard_indexes(Segment)
     guard_open(database, gate)
     server = build_server(database, gate)
     bound = bind(server, port)

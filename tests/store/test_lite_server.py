@@ -113,6 +113,27 @@ def test_kills_while_rows_come_in_lose_no_acknowledged_row(tmp_path: Path) -> No
     assert not any(lost.values()), f"seed {seed}: {lost}"
 
 
+def test_an_index_file_that_a_kill_left_half_written_is_made_anew(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    with lite_server(data_dir, env=SMALL_MEMTABLE) as server:
+        store = open_vectors(server.uri)
+        store.ensure_collection(NAME, DIM)
+        store.upsert(NAME, rows_of(0, 400))
+        store.upsert(NAME, rows_of(400, 400))
+        wait_until(lambda: any(data_dir.rglob("*.idx")), WAIT_S, "an index on the disk")
+        store.close()
+    torn = [path for kind in ("*.idx", "*.sidx") for path in data_dir.rglob(kind)]
+    for path in torn:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with lite_server(data_dir) as server:
+        assert server.stderr.count("is made anew") == len(torn) > 0
+        store = open_vectors(server.uri)
+        assert not missing(store, "w", 800)
+        found = store.search(NAME, rows_of(0, 1)[0].vector, limit=1, tenant_id="tenant", project_id="w")
+        assert [hit.id for hit in found] == ["w-0"]
+        store.close()
+
+
 FULL_DISK = """
     import sys, builtins
     from jobworker.handlers import lite_server
@@ -158,7 +179,7 @@ def test_a_full_disk_ends_the_server_and_loses_no_acknowledged_row(
     server = FullDiskServer(tmp_path / "data", where, fail_at)
     acknowledged = 0
     try:
-        store = open_vectors(server.wait_ready().uri, timeout_s=5)
+        store = open_vectors(server.wait_ready().uri)
         store.ensure_collection(NAME, DIM)
         with contextlib.suppress(TransientStoreError):
             while acknowledged < 5000:
