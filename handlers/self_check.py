@@ -1,5 +1,7 @@
-"""Whether vectors are exact enough: fixed sentences, and what they may differ by from full precision."""
+"""Whether other arithmetic than full precision may be taken: is it exact enough, and is it worth it?"""
 
+import time
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -17,6 +19,10 @@ SENTENCES = (
 )
 # Below it the order of search results begins to differ from that of full precision.
 WORST_COSINE = 0.999
+# Other arithmetic has to be faster than fp32 by this to be taken on a CPU: it is less exact.
+WORTH_IT = 1.1
+# Passes timed, after one that prepares; the fastest counts, for other programs only ever slow one down.
+TIMED_PASSES = 3
 
 
 def worst_cosine(vectors: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
@@ -28,6 +34,17 @@ def worst_cosine(vectors: NDArray[np.float32], reference: NDArray[np.float32]) -
 def exact_enough(vectors: NDArray[np.float32], reference: NDArray[np.float32]) -> bool:
     """Whether every row is as near to its reference as `WORST_COSINE` asks; never where a number is NaN."""
     return worst_cosine(vectors, reference) >= WORST_COSINE
+
+
+def cpu_s(run: Callable[[], object]) -> float:
+    """Seconds of the processor, all threads together, that one pass takes."""
+    run()
+    passes = []
+    for _ in range(TIMED_PASSES):
+        started = time.process_time()
+        run()
+        passes.append(time.process_time() - started)
+    return min(passes)
 
 
 def ladder(dtype: str, preferred: tuple[Dtype, ...]) -> tuple[Dtype, ...]:

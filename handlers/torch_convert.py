@@ -6,8 +6,8 @@
 import logging
 import os
 import sys
-import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from jobworker.handlers.engine_cache import Card, Weight
 from jobworker.handlers.models import ModelSource
 from jobworker.handlers.openvino_encoder import REFERENCE, TOKENIZER
 from jobworker.handlers.openvino_session import MODEL, PRECISION, WEIGHTS, Session, openvino, supported
-from jobworker.handlers.self_check import SENTENCES, exact_enough
+from jobworker.handlers.self_check import SENTENCES, WORTH_IT, cpu_s, exact_enough
 from jobworker.handlers.torch_encoder import TorchEncoder
 
 # Matrices of less than this in all stay inside the graph: each process then has its own copy, laid out for
@@ -29,10 +29,6 @@ SHARE_FROM_BYTES = 128 * 1024 * 1024
 MATRIX_BYTES = 64 * 1024
 # A page, so that no matrix begins in the middle of another's.
 ALIGNMENT = 4096
-# Other arithmetic has to be faster than fp32 by this to be taken: it is less exact.
-WORTH_IT = 1.1
-# Passes timed, after one that prepares; the fastest counts, for other programs only ever slow one down.
-TIMED_PASSES = 3
 
 
 class _Unfit(Exception):
@@ -159,7 +155,7 @@ def _replace_by_input(graph: Any, node: Any, name: str) -> None:
 
 def _fastest_first(encoder: TorchEncoder, reference: Any, target: Path, card: Card) -> list[str]:
     """The dtypes that are exact enough here; fp32 comes before those that gain little."""
-    batch = encoder.tokenize(["".join(SENTENCES)] * 4).windows[:4]
+    batch = _arrays(card, encoder.tokenize(["".join(SENTENCES)] * 4).windows[:4])
     cost = {}
     for dtype in PRECISION:
         if dtype not in supported():
@@ -168,24 +164,12 @@ def _fastest_first(encoder: TorchEncoder, reference: Any, target: Path, card: Ca
         vectors = [session(*_arrays(card, [window])) for window in encoder.tokenize(SENTENCES).windows]
         together = session(*_arrays(card, encoder.tokenize(SENTENCES).windows))
         if exact_enough(np.concatenate(vectors), reference) and exact_enough(together, reference):
-            cost[dtype] = _cpu_s(session, card, batch) * (1 if dtype == "fp32" else WORTH_IT)
+            cost[dtype] = cpu_s(partial(session, *batch)) * (1 if dtype == "fp32" else WORTH_IT)
     return sorted(cost, key=lambda dtype: cost[dtype])
 
 
 def _arrays(card: Card, windows: list[list[int]]) -> Any:
     return batch_arrays(windows, card.pad_id, left=card.pads_left)
-
-
-def _cpu_s(session: Session, card: Card, windows: list[list[int]]) -> float:
-    """Seconds of the processor for one batch."""
-    arrays = _arrays(card, windows)
-    session(*arrays)
-    passes = []
-    for _ in range(TIMED_PASSES):
-        started = time.process_time()
-        session(*arrays)
-        passes.append(time.process_time() - started)
-    return min(passes)
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """The encoder that runs sentence-transformers models: the only import of torch, and that only on loading."""
 
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from jobworker.handlers.encoder import (
     cpu_budget,
 )
 from jobworker.handlers.models import ModelError, ModelSource
-from jobworker.handlers.self_check import Dtype, exact_enough, ladder, worst_cosine
+from jobworker.handlers.self_check import WORTH_IT, Dtype, cpu_s, exact_enough, ladder, worst_cosine
 
 log = logging.getLogger("jobworker.model")
 
@@ -28,8 +29,9 @@ FALLBACK_WINDOW = 512
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 # On a GPU half precision is several times as fast; fp16 is the nearer one, bf16 does not overflow.
 GPU_DTYPES: tuple[Dtype, ...] = ("fp16", "bf16")
-# On a CPU they were slower than fp32 or hardly faster (bench/engines.py).
-CPU_DTYPES: tuple[Dtype, ...] = ()
+# What a processor has that multiplies in bf16. On some of these it is twice as fast as fp32, on others slower
+# (bench/engines.py): so it is tried.
+CPU_BF16 = ("avx512_bf16", "amx_bf16")
 
 
 class TorchEncoder(WindowedEncoder):
@@ -38,7 +40,7 @@ class TorchEncoder(WindowedEncoder):
     def __init__(self, model: Any, source: ModelSource, *, long_text: LongText, token_budget: int) -> None:
         """`model` is a SentenceTransformer on its device. Raises ModelError without a fast tokenizer."""
         super().__init__(long_text)
-        self._model = model
+        self._model, self._source = model, source
         self.name, self.revision = source.name, source.revision_by("torch", "fp32")
         self._tokenizer = _fast_tokenizer(model, source.name)
         self._pad_id = getattr(model.tokenizer, "pad_token_id", None) or 0
@@ -76,21 +78,26 @@ class TorchEncoder(WindowedEncoder):
         torch.set_num_threads(threads)
         if device != "cpu" and torch.cuda.device_count() == 0:
             raise ModelError(f"--device {device}: torch {torch.__version__} finds no usable CUDA device")
-        steps = ladder(dtype, CPU_DTYPES if device == "cpu" else GPU_DTYPES)
-        reference: Vectors | None = None
-        for step in steps:
+        for step in ladder(dtype, _cpu_dtypes() if device == "cpu" else GPU_DTYPES):
             # Anew for each step: what was rounded once does not come back.
             encoder = cls(_read_model(source, device), source, long_text=long_text, token_budget=token_budget)
-            if step == "fp32":
+            if step == "fp32" or encoder._lower(step, timed=dtype == "auto" and device == "cpu"):
                 break
-            reference = encoder.probe() if reference is None else reference
-            encoder._model.to({"fp16": torch.float16, "bf16": torch.bfloat16}[step])
-            encoder.revision = source.revision_by("torch", step)
-            if exact_enough(vectors := encoder.probe(), reference):
-                break
-            log.warning("model %s in %s: cosine %.5f", source.name, step, worst_cosine(vectors, reference))
         log.info("model %s runs on %s by torch in %s", source.name, device, step)
         return encoder
+
+    def _lower(self, step: Dtype, *, timed: bool) -> bool:
+        """Go from fp32 to `step`; False where the vectors are not exact enough then or, `timed`, no faster
+        to be had."""
+        import torch
+
+        reference, exact_s = self.probe(), cpu_s(self.probe) if timed else math.inf
+        self._model.to({"fp16": torch.float16, "bf16": torch.bfloat16}[step])
+        self.revision = self._source.revision_by("torch", step)
+        if not exact_enough(vectors := self.probe(), reference):
+            log.warning("model %s in %s: cosine %.5f", self.name, step, worst_cosine(vectors, reference))
+            return False
+        return not timed or cpu_s(self.probe) * WORTH_IT < exact_s
 
     def _read(self, texts: Sequence[str]) -> Sequence[Tokens]:
         read: list[Tokens] = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
@@ -135,6 +142,14 @@ class TorchEncoder(WindowedEncoder):
             # For models whose pooling leaves the prompt out.
             features["prompt_length"] = len(self._prefix) + len(self._read([prompt])[0].ids)
         return features
+
+
+def _cpu_dtypes() -> tuple[Dtype, ...]:
+    import torch
+
+    # Releases that do not tell what a processor has stay in fp32.
+    there: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return ("bf16",) if any(there.get(feature) for feature in CPU_BF16) else ()
 
 
 def _read_model(source: ModelSource, device: str) -> Any:

