@@ -164,30 +164,25 @@ def guard_engine(collection_class: Any, gate: FlushGate) -> None:
 
 
 def guard_indexes(segment_class: Any) -> None:
-    """Patch the engine: an index file that cannot be read is made anew from the rows.
+    """Patch the engine: the file of a vector index that cannot be read is made anew from the rows.
 
     The engine writes such files in place and in the background, so a kill may leave the beginning of one.
     """
-    for name, scalar in (("build_or_load_index", False), ("build_or_load_scalar_index", True)):
-        setattr(segment_class, name, mending(getattr(segment_class, name), scalar=scalar))
-
-
-def mending(build_or_load: Callable[..., None], *, scalar: bool) -> Callable[..., None]:
-    """Return the call; where it fails and there is a file, that is removed and the index built."""
+    build_or_load = segment_class.build_or_load_index
 
     @functools.wraps(build_or_load)
-    def run(self: Any, spec: Any, index_dir: str, *more: Any) -> None:
+    def mended(self: Any, spec: Any, index_dir: str) -> None:
         try:
-            build_or_load(self, spec, index_dir, *more)
+            build_or_load(self, spec, index_dir)
         except Exception as error:
-            path = Path(self.index_file_path(index_dir, spec.index_type, spec.field_name, scalar=scalar))
+            path = Path(self.index_file_path(index_dir, spec.index_type, spec.field_name))
             if not path.exists():
                 raise
             log.warning("index file %s cannot be used, it is made anew: %s", path, error)
             path.unlink()
-            build_or_load(self, spec, index_dir, *more)
+            build_or_load(self, spec, index_dir)
 
-    return run
+    segment_class.build_or_load_index = mended
 
 
 def guard_calls(servicer: Any, gate: FlushGate) -> None:

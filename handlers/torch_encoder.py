@@ -1,7 +1,6 @@
 """The encoder that runs sentence-transformers models: the only import of torch, and that only on loading."""
 
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -87,11 +86,12 @@ class TorchEncoder(WindowedEncoder):
         return encoder
 
     def _lower(self, step: Dtype, *, timed: bool) -> bool:
-        """Go from fp32 to `step`; False where the vectors are not exact enough then or, `timed`, no faster
-        to be had."""
+        """Go from fp32 to `step`; False where the vectors are not exact enough then, or where it is `timed`
+        and hardly faster."""
         import torch
 
-        reference, exact_s = self.probe(), cpu_s(self.probe) if timed else math.inf
+        reference = self.probe()
+        exact_s = cpu_s(self.probe) if timed else 0.0
         self._model.to({"fp16": torch.float16, "bf16": torch.bfloat16}[step])
         self.revision = self._source.revision_by("torch", step)
         if not exact_enough(vectors := self.probe(), reference):
