@@ -3,7 +3,8 @@
     python scripts/screenshots.py [--out docs/images] [--every FOLDER] [--warm-up SECONDS]
 
 Everything is started here, in a temporary folder, and ended again. Needs the extras web, embedded and dev,
-and a Chromium in PATH. --every takes every page, light and dark, on a desk and on a phone, to be looked at.
+and a Chromium: in PATH, or fetched by scripts/fetch-tools.sh. --every takes every page, light and dark, on a
+desk and on a phone, to be looked at.
 """
 
 import argparse
@@ -140,10 +141,10 @@ def web(endpoints: dict[str, str], folder: Path) -> Iterator[str]:
 
 
 def browser_path() -> str:
-    """Of the Chromium in PATH."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    """Path of Chromium: the one that scripts/fetch-tools.sh fetched, or the machine's."""
+    found = shutil.which("chromium", path=f"{sys.prefix}/debian/bin") or shutil.which("chromium")
     if found is None:
-        raise SystemExit("there is no chromium in PATH (on Debian: apt-get install chromium)")
+        raise SystemExit("there is no chromium in PATH: run make tools")
     return found
 
 

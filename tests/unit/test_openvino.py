@@ -19,7 +19,7 @@ from jobworker.handlers.self_check import exact_enough, ladder
 from support.tiny_models import tiny_model
 
 if importlib.util.find_spec("openvino") is None:
-    pytest.skip("OpenVINO (extra `openvino`) is not installed", allow_module_level=True)
+    pytest.skip("OpenVINO: not installed (extra `openvino`)", allow_module_level=True)
 
 TEXTS = [
     "The petrel came back on Thursday.",
