@@ -25,6 +25,7 @@ from . import trace
 from .channel import REFUSABLE, Channel
 from .devices import LEAST_COPIES, NO_MODEL, place_of, set_pools, visible_gpus
 from .errors import ConfigurationError, Exit, Fenced, JobworkerError
+from .event_loop import EventLoop
 from .handler import BoundHandler, load_handlers
 from .keys import consumer_name
 from .link import Failed, Link, Message, Standby, Start
@@ -207,10 +208,13 @@ def _mask(flags: Iterable[bool]) -> int:
 def _set_up(settings: Settings, link: Link) -> dict[str, BoundHandler] | None:
     """Load the handlers, waiting for stores that are still coming up; None when it was given up."""
     give_up_at = time.monotonic() + settings.connect_timeout_s
+    loop = EventLoop()
     while True:
         try:
-            return load_handlers(settings)
-        except Exception as error:
+            return load_handlers(settings, loop)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # asyncio's cancellation among them
             transient = bool(getattr(error, "transient", False))
             if transient and time.monotonic() < give_up_at:
                 time.sleep(_SETUP_RETRY_S)  # a store that does not listen yet offers no event to wait on

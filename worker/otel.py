@@ -102,7 +102,7 @@ class Spans:
         if handler.handle_batch is not None:
             handler.handle_batch = partial(self._handle_batch, handler.handle_batch)
 
-    def _handle(self, handle: Callable[[Job], None], job: Job) -> None:
+    def _handle(self, handle: Callable[[Job], object], job: Job) -> None:
         with self._process([job]) as (span,):
             token = contexts.attach(api.set_span_in_context(span))
             try:
@@ -113,7 +113,7 @@ class Spans:
     def _handle_batch(self, handle: _Batch, jobs: Sequence[Job]) -> Sequence[BaseException | None]:
         with self._process(jobs) as spans:
             outcomes = handle(jobs)
-            for span, outcome in zip(spans, outcomes, strict=False):  # the runner says so where they differ
+            for span, outcome in zip(spans, outcomes, strict=True):
                 if outcome is not None:
                     _fail(span, outcome)
             return outcomes

@@ -293,19 +293,13 @@ class Runner:
     def _outcomes(
         self, handle_batch: Callable[[Sequence[Job]], Sequence[BaseException | None]], jobs: list[Job]
     ) -> Sequence[BaseException | None]:
-        """One outcome a job, also where the handler raises or answers for too few."""
+        """One outcome a job, also where the handler raises."""
         try:
-            outcomes = handle_batch(jobs)
-            if len(outcomes) == len(jobs):
-                return outcomes
-            error: BaseException = PermanentError(
-                f"handle_batch: {len(outcomes)} outcomes for {len(jobs)} jobs"
-            )
+            return handle_batch(jobs)
         except (SystemExit, KeyboardInterrupt):
             raise
-        except BaseException as raised:
-            error = raised
-        return [error] * len(jobs)
+        except BaseException as error:
+            return [error] * len(jobs)
 
     def _give_back(self, kind: str, error: BaseException) -> None:
         """What a type needs is away: its jobs that wait here would find that out too, one time limit after
@@ -349,7 +343,9 @@ class Runner:
             try:
                 if handler.healthy is not None:
                     handler.healthy()
-            except Exception as error:
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # asyncio's cancellation among them
                 self._trouble = f"{handler.kind}: {failure_of(error, False).error}"
                 return
         self._trouble = None

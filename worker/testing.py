@@ -15,6 +15,7 @@ from .backoff import RetryPolicy
 from .channel import Channel
 from .dead_letters import Letter, read_letter
 from .envelope import Job, job_of, reread_envelope
+from .event_loop import EventLoop
 from .handler import BoundHandler, set_up
 from .link import Attach, Briefed, Drain, Gone, Link, Report
 from .memory_server import MemoryServer
@@ -227,7 +228,12 @@ class Harness:
 
     def _set_up(self) -> dict[str, BoundHandler]:
         made = {kind: one() if isinstance(one, type) else one for kind, one in self._handlers.items()}
-        bound = set_up(made, self.settings)
+        self._loop = EventLoop()
+        try:
+            bound = set_up(made, self.settings, self._loop)
+        except BaseException:
+            self._loop.close()
+            raise
         for one in bound.values():
             self._watch(one)
         return bound
@@ -245,6 +251,7 @@ class Harness:
     def _end_worker(self, cause: str, *, charge: bool, timed_out: bool = False) -> None:
         self._to_reader.send(Gone(0, self._generation, cause, charge, timed_out, {}))
         self._worker = None
+        self._loop.close()
         self._channel.close()
 
     def _go_round(self) -> None:
@@ -300,7 +307,7 @@ class Harness:
         if bound.handle_batch is not None:
             bound.handle_batch = self._watched_batch(bound.handle_batch)
 
-    def _watched(self, handle: Callable[[Job], None]) -> Callable[[Job], None]:
+    def _watched(self, handle: Callable[[Job], object]) -> Callable[[Job], object]:
         def watched(job: Job) -> None:
             self.batches.append([job])
             try:
@@ -321,7 +328,7 @@ class Harness:
             except BaseException as error:
                 self.raised += [Raised(job, error) for job in jobs]
                 raise
-            pairs = zip(jobs, outcomes, strict=False)  # for too few of them it is failed by the runner
+            pairs = zip(jobs, outcomes, strict=True)
             self.raised += [Raised(job, error) for job, error in pairs if error is not None]
             return outcomes
 

@@ -1,0 +1,79 @@
+"""Event loop of a worker process: runs the coroutines of async handlers to their end, one at a time."""
+
+import contextvars
+import inspect
+import logging
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import asyncio
+
+log = logging.getLogger("jobworker.event_loop")
+
+T = TypeVar("T")
+
+
+class EventLoop:
+    """One asyncio loop for all handlers of a worker, kept between jobs so that their clients stay usable.
+
+    The first coroutine creates the loop: a worker without async handlers never imports asyncio. The loop runs
+    only while a coroutine of a handler runs. It is not the thread's current loop: a sync handler that calls
+    ``asyncio.get_event_loop().close()`` does not close it.
+    """
+
+    def __init__(self) -> None:
+        self._runner: asyncio.Runner | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, T], *, keep_tasks: bool = False) -> T:
+        """Run the coroutine and return its result; what it raises passes through.
+
+        Tasks that it leaves running are cancelled and waited for, except with ``keep_tasks``. The wait is
+        part of the job: it ends at the job's timeout at the latest. Context variables of the caller are
+        visible inside, changes to them are not visible outside.
+        """
+        import asyncio
+
+        # Not asyncio.run's default factory, which would make this loop the thread's current one.
+        runner = self._runner = self._runner or asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        earlier = asyncio.all_tasks(runner.get_loop())
+        try:
+            result = runner.run(coroutine, context=contextvars.copy_context())
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException:
+            if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+                coroutine.close()  # the caller is itself in a running loop, and nothing has begun
+                raise
+            self._end_tasks(runner, earlier)
+            raise
+        if not keep_tasks:
+            self._end_tasks(runner, earlier)
+        return result
+
+    def _end_tasks(self, runner: "asyncio.Runner", earlier: "set[asyncio.Task[Any]]") -> None:
+        import asyncio
+
+        if tasks := asyncio.all_tasks(runner.get_loop()) - earlier:
+            runner.run(_cancel(tasks), context=contextvars.copy_context())
+
+    def close(self) -> None:
+        """Cancel what is left and close the loop; the next coroutine creates a new one."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
+
+
+async def _cancel(tasks: "set[asyncio.Task[Any]]") -> None:
+    import asyncio
+
+    await asyncio.sleep(0)  # tasks that are about to end do so, and need no warning
+    left = [task for task in tasks if not task.done()]
+    if names := [task.get_name() for task in left if not task.cancelling()]:
+        log.warning(
+            "cancelled %d tasks that the handler left running: %s", len(names), ", ".join(names)[:1000]
+        )
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left)
