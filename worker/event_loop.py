@@ -1,7 +1,6 @@
 """Event loop of a worker process: runs the coroutines of async handlers to their end, one at a time."""
 
 import contextvars
-import inspect
 import logging
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,21 +29,22 @@ class EventLoop:
 
         Tasks that it leaves running are cancelled and waited for, except with ``keep_tasks``. The wait is
         part of the job: it ends at the job's timeout at the latest. Context variables of the caller are
-        visible inside, changes to them are not visible outside.
+        visible inside, changes to them are not visible outside. Raises RuntimeError inside a running loop.
         """
         import asyncio
 
+        if _is_running():
+            coroutine.close()
+            raise RuntimeError("async handlers cannot run inside a running event loop: use a plain function")
         # Not asyncio.run's default factory, which would make this loop the thread's current one.
         runner = self._runner = self._runner or asyncio.Runner(loop_factory=asyncio.new_event_loop)
         earlier = asyncio.all_tasks(runner.get_loop())
         try:
             result = runner.run(coroutine, context=contextvars.copy_context())
         except (SystemExit, KeyboardInterrupt):
+            self.close()  # or asyncio reports at the interpreter's end that nothing retrieved the exception
             raise
         except BaseException:
-            if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
-                coroutine.close()  # the caller is itself in a running loop, and nothing has begun
-                raise
             self._end_tasks(runner, earlier)
             raise
         if not keep_tasks:
@@ -64,15 +64,25 @@ class EventLoop:
             runner.close()
 
 
+def _is_running() -> bool:
+    """Whether the caller itself runs inside a loop, as a test that is a coroutine does."""
+    import asyncio
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 async def _cancel(tasks: "set[asyncio.Task[Any]]") -> None:
     import asyncio
 
     await asyncio.sleep(0)  # tasks that are about to end do so, and need no warning
     left = [task for task in tasks if not task.done()]
-    if names := [task.get_name() for task in left if not task.cancelling()]:
-        log.warning(
-            "cancelled %d tasks that the handler left running: %s", len(names), ", ".join(names)[:1000]
-        )
+    names = [task.get_name() for task in left if not task.cancelling()]
+    if names:
+        log.warning("cancelling %d tasks that a job left running: %s", len(names), ", ".join(names)[:1000])
     for task in left:
         task.cancel()
     if left:

@@ -145,7 +145,7 @@ def test_the_handler_and_the_tests_of_the_page_on_handlers_run(tmp_path: Path) -
         capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert "3 passed" in done.stdout
+    assert "4 passed" in done.stdout
 
 
 def test_the_producers_of_the_pages_send_jobs(server: MemoryServer) -> None:

@@ -4,6 +4,8 @@ import asyncio
 import contextvars
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -555,6 +557,25 @@ def test_an_async_failure_is_one_of_its_own_job(desk: Callable[..., Desk]) -> No
     }
 
 
+def test_a_handler_that_exits_leaves_no_noise_behind() -> None:
+    code = """if True:
+        import asyncio
+        from jobworker.worker.event_loop import EventLoop
+        kept = []
+        async def setup():
+            kept.append(asyncio.create_task(asyncio.sleep(60)))
+        async def work():
+            await asyncio.sleep(0)
+            raise SystemExit(7)
+        loop = EventLoop()
+        loop.run(setup(), keep_tasks=True)
+        loop.run(work())"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
+
+
 @pytest.mark.parametrize("error", [SystemExit(7), KeyboardInterrupt()])
 def test_what_ends_the_worker_ends_it_from_a_coroutine_too(
     desk: Callable[..., Desk], error: BaseException, caplog: pytest.LogCaptureFixture
@@ -567,7 +588,7 @@ def test_what_ends_the_worker_ends_it_from_a_coroutine_too(
     with pytest.raises(type(error)):
         worker.run()
     assert worker.states() == [STARTED]
-    worker.close()
+    worker.loop.close()
     assert caplog.records == []
 
 
@@ -640,7 +661,7 @@ def test_tasks_that_a_job_leaves_running_end_with_it_and_those_of_before_stay(
     assert ended == [("0", "0"), ("1", "1")]
     assert not kept[0].done()
     assert [record.getMessage() for record in caplog.records] == [
-        f"cancelling 1 tasks left running by the handler: left by {id}" for id in "01"
+        f"cancelling 1 tasks that a job left running: left by {id}" for id in "01"
     ]
 
 

@@ -388,7 +388,7 @@ def test_a_harness_says_why_it_cannot_run_async_handlers_inside_a_running_loop()
         with Harness({"asynchronous": Asynchronous}) as one:
             one.enqueue("asynchronous", 1)
             one.run()
-            assert "cannot be called from a running event loop" in str(one.raised[0].error)
+            assert "cannot run inside a running event loop" in str(one.raised[0].error)
             assert one.completed == []
 
     asyncio.run(test())

@@ -1,5 +1,6 @@
 """Traces: a job's spans hang together over processes that never speak of them, and off they cost nothing."""
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from opentelemetry.trace import StatusCode
 from jobworker.worker import ConfigurationError, Job, PermanentError, Producer, Settings, trace
 from jobworker.worker.doing import doing
 from jobworker.worker.envelope import read_envelope
+from jobworker.worker.event_loop import EventLoop
 from jobworker.worker.handler import BoundHandler
 from jobworker.worker.keys import Source
 from jobworker.worker.log import hide
@@ -104,6 +106,30 @@ def test_spans_of_both_processes_hang_below_the_producers(exporter: InMemorySpan
         assert told.items() <= dict(span.attributes or {}).items()
     assert (part.attributes or {})["jobworker.colour"] == "red"
     assert "private" not in "".join(span.to_json() for span in spans.values())
+
+
+def test_spans_of_an_async_handler_hang_below_its_job(exporter: InMemorySpanExporter) -> None:
+    class Asynchronous:
+        async def handle(self, job: Job) -> None:
+            await asyncio.gather(self.part("left"), self.part("right"))
+
+        async def part(self, name: str) -> None:
+            with trace.span(name):
+                await asyncio.sleep(0)
+                with trace.span(f"inner {name}"):
+                    await asyncio.sleep(0)
+
+    loop = EventLoop()
+    bound = BoundHandler("noop", Asynchronous(), 60.0, loop)
+    trace.watch({"noop": bound})
+    doing.jobs = job(TRACEPARENT)
+    bound.handle(doing.jobs)
+    loop.close()
+    spans = sent(exporter)
+    process = spans["process noop"].context.span_id
+    for name in ("left", "right"):
+        assert above(spans[name]) == process
+        assert above(spans[f"inner {name}"]) == spans[name].context.span_id
 
 
 @pytest.mark.parametrize(
