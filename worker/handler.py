@@ -118,9 +118,8 @@ def _batch_of(
             )
         if len(outcomes) != len(jobs):
             raise PermanentError(f"handle_batch: {len(outcomes)} outcomes for {len(jobs)} jobs")
-        if not all(one is None or isinstance(one, BaseException) for one in outcomes):
-            return [_outcome(one) for one in outcomes]
-        return outcomes
+        # One call for the usual case, where all jobs are done.
+        return outcomes if outcomes.count(None) == len(jobs) else [_outcome(one) for one in outcomes]
 
     return handle_batch
 
@@ -161,7 +160,7 @@ def _refuse_unrun(name: str, result: object) -> None:
         with suppress(Exception):  # of its own clean-up, where it has begun; it would hide the error below
             result.close()
     advice = "remove its `yield`" if is_generator else f"write `async def {name}` and await it there"
-    raise PermanentError(f"{name} returned a {type(result).__name__}, which nothing runs: {advice}")
+    raise PermanentError(f"{name} returned {type(result).__name__}, which nothing runs: {advice}")
 
 
 def _check_members(kind: str, handler: Any) -> None:

@@ -254,12 +254,12 @@ def manages(*_: object) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        (lambda *_: nothing(), "returned a coroutine, .*`async def {name}`"),
-        (lambda *_: yields(job()), "returned a generator, .*`yield`"),
-        (lambda *_: yields_async(job()), "returned a async_generator, .*`yield`"),
-        (returns_a_coroutine, "returned a coroutine, .*`async def {name}`"),
-        (returns_a_task, "returned a Task, .*`async def {name}`"),
-        (manages, "returned a _GeneratorContextManager, .*`yield`"),
+        (lambda *_: nothing(), "returned coroutine, .*`async def {name}`"),
+        (lambda *_: yields(job()), "returned generator, .*`yield`"),
+        (lambda *_: yields_async(job()), "returned async_generator, .*`yield`"),
+        (returns_a_coroutine, "returned coroutine, .*`async def {name}`"),
+        (returns_a_task, "returned Task, .*`async def {name}`"),
+        (manages, "returned _GeneratorContextManager, .*`yield`"),
     ],
 )
 @pytest.mark.parametrize("name", ["handle", "handle_batch"])
@@ -272,11 +272,11 @@ def test_work_that_was_returned_and_not_run_fails_for_good(
 
 
 def test_a_setup_that_returns_a_coroutine_does_not_pass_for_done(loop: EventLoop) -> None:
-    with pytest.raises(PermanentError, match="setup returned a coroutine"):
+    with pytest.raises(PermanentError, match="setup returned coroutine"):
         bind(loop, setup=lambda settings: nothing(), handle=print)
     bound = bind(loop, healthy=lambda: nothing(), handle=print)
     assert bound.healthy is not None
-    with pytest.raises(PermanentError, match="healthy returned a coroutine"):
+    with pytest.raises(PermanentError, match="healthy returned coroutine"):
         bound.healthy()
 
 

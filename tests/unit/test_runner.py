@@ -623,7 +623,7 @@ def test_a_coroutine_that_nothing_awaits_is_a_failure_for_good(desk: Callable[..
     worker.run()
     assert worker.states() == [FAILED]
     assert worker.failures()[0].permanent
-    assert "handle returned a coroutine" in worker.failures()[0].error
+    assert "handle returned coroutine" in worker.failures()[0].error
 
 
 def test_tasks_that_a_job_leaves_running_end_with_it_and_those_of_before_stay(

@@ -375,7 +375,7 @@ def test_a_coroutine_that_a_plain_function_returns_is_not_taken_for_done(
     assert one.completed == []
     (letter,) = one.dead
     assert letter.reason == "permanent"
-    assert "handle returned a coroutine" in letter.error
+    assert "handle returned coroutine" in letter.error
     assert [type(raised.error) for raised in one.raised] == [PermanentError]
 
 
