@@ -99,8 +99,11 @@ class Supervisor:
                 "metrics_url": self._server.url, "pid": os.getpid(),
             })  # fmt: skip
         self._crew.start(
-            replace(self._settings, redis_url=self._stores.redis_url, milvus_uri=self._stores.milvus_uri)
-        )
+            replace(
+                self._settings, redis_url=self._stores.redis_url,
+                milvus_uri=self._stores.milvus_uri, milvus_token=self._stores.milvus_token,
+            )
+        )  # fmt: skip
 
     def _signalled(self, number: signal.Signals) -> Exit | None:
         if number == signal.SIGHUP:

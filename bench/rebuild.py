@@ -8,6 +8,7 @@ same collection is rebuilt in place, which stops searches.
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -35,6 +36,8 @@ from jobworker.handlers.vectors import Row, VectorStore, VectorStoreError, open_
 from jobworker.worker import Rebuilds, open_fence, open_rebuilds
 
 _NAME, _PREFIX = "story_segments", "bench_"
+#: The Lite of our own is asked by this program and by workers on this host.
+_TOKEN = f"root:{secrets.token_urlsafe(24)}"
 _TENANT, _PROJECT = "t001", "p123"
 _SCOPE: dict[str, Any] = {"tenant_id": _TENANT, "project_id": _PROJECT}
 _HANDLER = "jobworker.handlers.reindex:IndexRebuild"
@@ -239,17 +242,19 @@ def milvus(uri: str) -> Iterator[str]:
         yield uri
         return
     with tempfile.TemporaryDirectory(prefix="jobworker-bench") as folder:
-        port, port_file = free_port(), Path(folder) / "port"
+        port, port_file, token_file = free_port(), Path(folder) / "port", Path(folder) / "token"
+        token_file.write_text(_TOKEN)
         tether = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid()), sys.executable]
         command = [*tether, "-m", "jobworker.handlers.lite_server", "--data-dir", f"{folder}/data"]
-        process = subprocess.Popen([*command, "--port", str(port), "--port-file", str(port_file)])
+        command += ["--port", str(port), "--port-file", str(port_file), "--token-file", str(token_file)]
+        process = subprocess.Popen(command)
         try:
             give_up_at = time.monotonic() + LIMIT_S
             while not port_file.exists():
                 if process.poll() is not None or time.monotonic() > give_up_at:
                     raise RuntimeError("Milvus Lite did not come up")
                 time.sleep(0.05)  # a file has no event to wait on
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://{_TOKEN}@127.0.0.1:{port}"
         finally:
             process.terminate()
             process.wait(LIMIT_S)

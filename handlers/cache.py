@@ -244,7 +244,7 @@ class _File:
 
 def _opened(path: Path, limit_bytes: int) -> _File:
     """The file, begun anew where it has another layout, another size limit, or is no such file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _alone(path):
         try:
             file = _File(path, limit_bytes)
@@ -282,7 +282,8 @@ def _alone(path: Path) -> Iterator[None]:
     Raises OSError where another one holds it for too long.
     """
     give_up_at = time.monotonic() + LOCK_WITHIN_S
-    with path.with_name(f"{path.name}.lock").open("ab") as lock:
+    # Whoever can open it can hold it for ever.
+    with open(os.open(path.with_name(f"{path.name}.lock"), os.O_CREAT | os.O_WRONLY, 0o600), "ab") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,8 @@
 """Loads the model, and looks at the collections it would fill: one JSON object on standard output.
 
-``python -m jobworker.handlers.checkup MODEL DEVICE MILVUS_URI PREFIX``, each of which may be empty: a
-process of its own, for an operator's tool that must not hold torch. A token for Milvus comes in
-``JOBWORKER_MILVUS_TOKEN``.
+``python -m jobworker.handlers.checkup MODEL DEVICE PREFIX``: a process of its own, for an operator's tool
+that must not hold torch. The uri of Milvus and its token are two lines on standard input, because other users
+of the host can read a command line. Each of these five may be empty.
 """
 
 import json
@@ -32,13 +32,13 @@ def check_model(model: str, device: str) -> dict[str, Any]:
     return {"model": name, "dim": dim, "max_tokens": encoder.max_tokens, "load_s": took_s}
 
 
-def check_collections(uri: str, prefix: str) -> dict[str, Any]:
+def check_collections(uri: str, token: str, prefix: str) -> dict[str, Any]:
     """Dimension of each collection by its full name (None: not there yet), and the server; or error."""
     from jobworker.handlers.milvus_collection import known_of
     from jobworker.handlers.milvus_link import MilvusLink
     from jobworker.handlers.vector_types import VectorStoreError
 
-    link = MilvusLink(uri, os.environ.get("JOBWORKER_MILVUS_TOKEN"), 10.0)
+    link = MilvusLink(uri, token or None, 10.0)
 
     def dimension(name: str) -> int | None:
         there = link.attempt(name, lambda client: client.has_collection(name))
@@ -58,15 +58,16 @@ def check_collections(uri: str, prefix: str) -> dict[str, Any]:
     return {"version": server.version, "lite": server.lite, "dims": dims}
 
 
-def main(model: str, device: str, uri: str, prefix: str) -> None:
+def main(model: str, device: str, prefix: str) -> None:
     """Print what was found."""
+    uri, token = (sys.stdin.readline().strip() for _ in range(2))
     found: dict[str, Any] = {"model": check_model(model, device)}
     if uri:
-        found["milvus"] = check_collections(uri, prefix)
+        found["milvus"] = check_collections(uri, token, prefix)
     print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5])
+    main(*sys.argv[1:4])
     # Not through the interpreter's shutdown: threads of torch or gRPC may hold that up or crash in it.
     os._exit(0)

@@ -1,6 +1,6 @@
 """Serve Milvus Lite to several processes without losing what it acknowledged.
 
-`python -m jobworker.handlers.lite_server --data-dir D --port-file F [--port 0]`
+`python -m jobworker.handlers.lite_server --data-dir D --port-file F --token-file T [--port 0]`
 
 The stock `milvus-lite server` loses acknowledged rows under concurrent writers and on a full disk, because
 its engine is written for one caller. Here the same engine is served with
@@ -12,14 +12,19 @@ its engine is written for one caller. Here the same engine is served with
 * index files that a kill left half written made anew, instead of a server that never starts again.
 
 A kill at any moment loses nothing that was acknowledged. The log is not synced on each write, so a power
-cut may lose the tail. There is no password: the server listens on the loopback address only.
+cut may lose the tail.
+
+Every user of the host can connect to the loopback address, so each call must carry the token in the token
+file. A call without it gets UNAUTHENTICATED before its message is read.
 
 Exit codes: 0 stopped by SIGTERM or SIGINT; 2 cannot start, one line on stderr says why; 74 a write failed.
 """
 
 import argparse
+import base64
 import contextlib
 import functools
+import hmac
 import importlib.metadata
 import logging
 import os
@@ -242,6 +247,51 @@ def guard_partition_names(servicer: Any) -> None:
     servicer.CreatePartition = create_checked
 
 
+class TokenCheck:
+    """gRPC server interceptor: refuses every call whose `authorization` header is not the token's.
+
+    It covers unknown methods too. The comparison takes constant time.
+    """
+
+    def __init__(self, token: str) -> None:
+        import grpc
+
+        # As pymilvus and the SDKs of other languages send `user:password` or an API key.
+        self._expected = base64.b64encode(token.encode())
+        # A streaming handler: gRPC reads the whole message first for a unary one.
+        self._refuse = grpc.stream_stream_rpc_method_handler(unauthenticated)
+
+    def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
+        """Return the handler of the call, or the one that refuses it."""
+        given = [value for key, value in details.invocation_metadata if key == "authorization"]
+        if len(given) == 1 and hmac.compare_digest(as_bytes(given[0]), self._expected):
+            return continuation(details)
+        return self._refuse
+
+
+def as_bytes(value: str | bytes) -> bytes:
+    """Return a metadata value as bytes: gRPC gives str where it can decode one."""
+    return value.encode() if isinstance(value, str) else value
+
+
+def unauthenticated(requests: Any, context: Any) -> None:
+    """Refuse a call without reading its messages."""
+    import grpc
+
+    context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong or missing token")
+
+
+def read_token(path: Path) -> str:
+    """Return the token in `path`; ends with 2 where there is none: an open server is never started."""
+    try:
+        token = path.read_text("utf-8").strip()
+    except (OSError, ValueError) as error:
+        leave(EXIT_USAGE, f"token file {path} cannot be read: {error}")
+    if not token:
+        leave(EXIT_USAGE, f"token file {path} is empty")
+    return token
+
+
 def guard_open(database: Any, gate: FlushGate) -> None:
     """Patch one database: two calls that open the same collection at once would share its log."""
     lock = threading.RLock()
@@ -294,7 +344,7 @@ def open_database(data_dir: Path) -> Any:
         leave(EXIT_USAGE, f"data directory {data_dir} cannot be used: {error}")
 
 
-def build_server(database: Any, gate: FlushGate) -> Any:
+def build_server(database: Any, gate: FlushGate, token: str) -> Any:
     """Return a gRPC server with every guard in place, not yet bound to a port."""
     import grpc
     from milvus_lite.adapter.grpc import server as stock
@@ -302,6 +352,7 @@ def build_server(database: Any, gate: FlushGate) -> Any:
 
     server = grpc.server(
         futures.ThreadPoolExecutor(max_workers=SERVER_THREADS),
+        interceptors=[TokenCheck(token)],
         options=[
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -345,7 +396,7 @@ def close(server: Any, database: Any) -> None:
     closing.join(CLOSE_LIMIT_S)
 
 
-def serve(data_dir: Path, port_file: Path, port: int, stop: threading.Event) -> None:
+def serve(data_dir: Path, port_file: Path, port: int, token: str, stop: threading.Event) -> None:
     """Serve `data_dir` until `stop` is set; `port_file` is there once calls are answered."""
     database = open_database(data_dir)
     from milvus_lite.engine.collection import Collection
@@ -355,7 +406,7 @@ def serve(data_dir: Path, port_file: Path, port: int, stop: threading.Event) -> 
     guard_engine(Collection, gate)
     guard_indexes(Segment)
     guard_open(database, gate)
-    server = build_server(database, gate)
+    server = build_server(database, gate, token)
     bound = bind(server, port)
     load_everything(database)
     server.start()
@@ -370,6 +421,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="lite_server", description="Safe server around Milvus Lite.")
     parser.add_argument("--data-dir", type=Path, required=True, help="where the rows live")
     parser.add_argument("--port-file", type=Path, required=True, help="gets the port once calls are answered")
+    parser.add_argument("--token-file", type=Path, required=True, help="holds what clients give as token")
     parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1; 0 picks a free one")
     return parser.parse_args(argv)
 
@@ -381,8 +433,10 @@ def main(argv: list[str] | None = None) -> NoReturn:
         signal.signal(number, lambda *_: stop.set())
     options = parse(argv)
     check_version()
+    token = read_token(options.token_file)
+    os.umask(0o077)  # the engine's files hold every tenant's rows
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    serve(options.data_dir, options.port_file, options.port, stop)
+    serve(options.data_dir, options.port_file, options.port, token, stop)
     # Threads of the engine may still build an index; nothing of theirs is needed.
     sys.stderr.flush()
     os._exit(0)

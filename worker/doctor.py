@@ -243,7 +243,8 @@ def model_findings(model: dict[str, Any], milvus: dict[str, Any] | None) -> Iter
     if milvus is None:
         return
     if "error" in milvus:
-        yield Finding("wrong", "Milvus", milvus["error"], "is it running, and is --milvus-uri its address?")
+        do = "is it running, and are --milvus-uri and JOBWORKER_MILVUS_TOKEN right?"
+        yield Finding("wrong", "Milvus", milvus["error"], do)
         return
     yield Finding("ok", "Milvus", f"version {milvus['version']}{' (Lite)' if milvus['lite'] else ''}")
     for name, dim in milvus["dims"].items():

@@ -1,7 +1,8 @@
 """The stores that a service without urls brings along: how each is started and asked whether it answers.
 
-They listen on the loopback address only, keep everything under the data directory, and hold its lock along
-with the supervisor, so that a second service cannot open the same files while one of them is still ending.
+They listen on the loopback address, which every user of the host can reach, so each asks for a secret. The
+data directory keeps the secrets and all data. The stores hold its lock along with the supervisor, so that a
+second service cannot open the same files while one of them is still ending.
 """
 
 import fcntl
@@ -23,7 +24,7 @@ _PROBE_TIMEOUT_S = 1.0
 
 
 class DataDir:
-    """The service's own folder, locked while it is held. Private to its user: it holds a password."""
+    """The service's own folder, locked while it is held. Private to its user: it holds secrets."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path).resolve()
@@ -49,10 +50,7 @@ class DataDir:
 
     def announce(self, endpoints: dict[str, Any]) -> None:
         """Write where everything listens, for tools on this machine; readable by its user only."""
-        draft = self.endpoints_file.with_suffix(".draft")
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(endpoints, file)
-        draft.replace(self.endpoints_file)
+        _write_private(self.endpoints_file, json.dumps(endpoints))
 
     def close(self) -> None:
         """Let go of the lock (stores that still run keep it)."""
@@ -65,8 +63,7 @@ class EmbeddedValkey:
     name = "valkey"
 
     def __init__(self, data: DataDir) -> None:
-        self._dir = data.path / "valkey"
-        self._dir.mkdir(exist_ok=True, mode=0o700)
+        self._dir = _private_folder(data.path / "valkey")
         self._port = _port(data.endpoints().get("redis_url"))
         self._password = _kept_secret(self._dir / "password")
         self._binary = _valkey_binary()
@@ -84,8 +81,7 @@ class EmbeddedValkey:
             "appendonly yes", "appendfsync everysec", 'save ""', "maxmemory-policy noeviction",
             "daemonize no", f'logfile "{self._dir / "valkey.log"}"',
         ]  # fmt: skip
-        config.touch(mode=0o600)
-        config.write_text("\n".join(lines) + "\n")
+        _write_private(config, "\n".join(lines) + "\n")
         return [self._binary, str(config)]
 
     def answers(self) -> bool:
@@ -110,16 +106,17 @@ class EmbeddedMilvus:
             raise ConfigurationError(
                 "no --milvus-uri, and no embedded Milvus Lite is installed: pip install 'jobworker[embedded]'"
             )
-        self._dir = data.path / "milvus"
-        self._dir.mkdir(exist_ok=True, mode=0o700)
+        self._dir = _private_folder(data.path / "milvus")
+        self._token_file = data.path / "milvus.token"
+        self._token = _kept_secret(self._token_file, user="root")
         self._port_file = data.path / "milvus.port"
         self._port_file.unlink(missing_ok=True)
         self._port = _port(data.endpoints().get("milvus_uri"))
 
     @property
     def url(self) -> str:
-        """For clients on this machine."""
-        return f"http://{_HOST}:{self._port}"
+        """For clients on this machine. Holds the token as user and password: never log it."""
+        return f"http://{self._token}@{_HOST}:{self._port}"
 
     def command(self) -> list[str]:
         """The server writes the port file once it serves."""
@@ -127,6 +124,7 @@ class EmbeddedMilvus:
         return [
             sys.executable, "-m", "jobworker.handlers.lite_server", "--data-dir", str(self._dir),
             "--port", str(self._port), "--port-file", str(self._port_file),
+            "--token-file", str(self._token_file),
         ]  # fmt: skip
 
     def answers(self) -> bool:
@@ -157,12 +155,33 @@ def _valkey_binary() -> str:
     )
 
 
-def _kept_secret(path: Path) -> str:
-    """The password of this data directory, made at its first use."""
-    if not path.exists():
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(24))
-    return path.read_text().strip()
+def _kept_secret(path: Path, user: str = "") -> str:
+    """The secret of this data directory, made at its first use; behind ``user:`` where a name is given.
+
+    An empty file counts as none: a crash of the host can leave one.
+    """
+    kept = path.read_text().strip() if path.exists() else ""
+    if not kept:
+        kept = f"{user}:{secrets.token_urlsafe(24)}" if user else secrets.token_urlsafe(24)
+        _write_private(path, kept)
+    path.chmod(0o600)  # a copied data directory may have lost its modes
+    return kept
+
+
+def _private_folder(path: Path) -> Path:
+    """The folder, made if need be, for its user only, also where a copy has lost its mode."""
+    path.mkdir(exist_ok=True, mode=0o700)
+    path.chmod(0o700)
+    return path
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Replace the file in one step by one that only its user can read."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.unlink(missing_ok=True)
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    draft.replace(path)
 
 
 def _port(last_url: str | None) -> int:

@@ -45,8 +45,16 @@ class Stores:
 
     @property
     def milvus_uri(self) -> str:
-        """The given one, or that of the embedded store; empty where no handler needs one."""
+        """The given one, or that of the embedded store; empty where no handler needs one.
+
+        Holds the embedded store's token: never log it.
+        """
         return self._settings.milvus_uri or self._url(EmbeddedMilvus)
+
+    @property
+    def milvus_token(self) -> str:
+        """The given one; empty with the embedded store: clients would prefer it to the one in the uri."""
+        return "" if self._url(EmbeddedMilvus) else self._settings.milvus_token
 
     def _url(self, kind: type[EmbeddedValkey] | type[EmbeddedMilvus]) -> str:
         return next((kept.store.url for kept in self._kept if isinstance(kept.store, kind)), "")

@@ -19,6 +19,7 @@ LITE_START_S = 40.0
 # The first start unpacks 330 MB of binaries.
 REAL_START_S = 90.0
 STOP_S = 20.0
+TOKEN = "root:of-these-tests-alone"
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float, what: str) -> None:
@@ -46,9 +47,11 @@ class LiteServer:
         self.data_dir, stem = data_dir, files or data_dir
         self.port_file, self.log = stem.with_name(f"{stem.name}.port"), stem.with_name(f"{stem.name}.log")
         self.port_file.unlink(missing_ok=True)
+        token_file = stem.with_name(f"{stem.name}.token")
+        token_file.write_text(TOKEN)
         command = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid()), sys.executable]
         command += [*program, "--data-dir", str(data_dir), "--port-file", str(self.port_file)]
-        command += ["--port", str(port), *arguments]
+        command += ["--port", str(port), "--token-file", str(token_file), *arguments]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stderr=log, env={**os.environ, **(env or {})})
 
@@ -74,6 +77,12 @@ class LiteServer:
 
     @property
     def uri(self) -> str:
+        """With the token in it."""
+        return f"http://{TOKEN}@127.0.0.1:{self.port}"
+
+    @property
+    def open_uri(self) -> str:
+        """As another user of the host knows it."""
         return f"http://127.0.0.1:{self.port}"
 
     def kill(self) -> None:

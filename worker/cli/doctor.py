@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -83,7 +84,8 @@ def doctor(
     """
     found = [*_host(), *_store(deployment, streams)]
     if model != _NO_MODEL:
-        found += _model(model or configured_model, device, milvus_uri or deployment.milvus_uri, milvus_prefix)
+        milvus = _milvus(milvus_uri, deployment.milvus_uri)
+        found += _model(model or configured_model, device, milvus, milvus_prefix)
     wrong = sum(finding.level == "wrong" for finding in found)
     if as_json:
         say_json({"ok": not wrong, "findings": [finding._asdict() for finding in found]})
@@ -158,12 +160,20 @@ def _gpus() -> list[str]:
     return [line.partition(":")[2].strip() for line in lines]
 
 
-def _model(model: str, device: str, uri: str, prefix: str) -> Iterator[Finding]:
-    command = [sys.executable, "-m", "jobworker.handlers.checkup", model, device, uri, prefix]
+def _milvus(given: str, found: str) -> tuple[str, str]:
+    """Uri and token. The uri of an embedded store holds its own, and clients would prefer the other."""
+    embedded = not given and urlsplit(found).password is not None
+    return given or found, "" if embedded else os.environ.get(f"{ENV_PREFIX}_MILVUS_TOKEN", "")
+
+
+def _model(model: str, device: str, milvus: tuple[str, str], prefix: str) -> Iterator[Finding]:
+    """Look in a process of its own; ``milvus``: its uri and token."""
+    command = [sys.executable, "-m", "jobworker.handlers.checkup", model, device, prefix]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_MODEL_WITHIN_S, check=False,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            # Not as arguments: every user of the host can read those.
+            command, input="\n".join(milvus).encode(), capture_output=True, timeout=_MODEL_WITHIN_S,
+            check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         found: dict[str, Any] = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
