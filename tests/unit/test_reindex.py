@@ -288,7 +288,8 @@ def test_an_interrupted_switch_to_another_model_is_ended_by_whatever_job_comes(
     with pytest.raises(Killed):
         world.rebuild(around=around, model="dummy:24")
     world.sleep(100)
-    world.store.delete(NAME, ["r0001"], **SCOPE)
+    late = DummyEncoder(world.store._dims[TABLE]).encode(["late"])[0]
+    world.store.upsert(NAME, [Row("late", late, "t", "p", text_content="late")])
     world.rebuild(entry="2-0", id="other", **payload)
     dim = world.store._dims[TABLE]
     rows = world.shadow._rows[world.shadow.live(NAME)].values()
