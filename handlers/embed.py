@@ -87,10 +87,9 @@ class EmbeddingBatch:
             opening = beside.submit(lambda: self._given_store or open_store(settings))
             self._encoder = self._given_encoder or load_model(settings)
             self._store = opening.result()
+        self._prefix = settings.milvus_prefix
         fence = self._given_fence or open_fence(settings.redis_url)
-        self._writer = FencedWriter(
-            self._store, fence, prefix=settings.milvus_prefix, model=self._encoder.name
-        )
+        self._writer = FencedWriter(self._store, fence, prefix=self._prefix, model=self._encoder.name)
         self.counters = self._encoder.counters
         self._embedder = Embedder(
             self._encoder, _open_cache(settings, self._encoder), long_text=settings.long_text
@@ -118,7 +117,7 @@ class EmbeddingBatch:
     def handle_batch(self, jobs: Sequence[Job]) -> list[BaseException | None]:
         """Embed several jobs at once; one outcome a job, in order."""
         outcomes: _Outcomes = [None] * len(jobs)
-        works = _read_all(jobs, outcomes)
+        works = _read_all(jobs, outcomes, self._prefix)
         if works:
             flow(
                 self._chunks(works),
@@ -241,12 +240,12 @@ def _within(number: float, least: float, most: float) -> float:
     return max(least, min(number, most))
 
 
-def _read_all(jobs: Sequence[Job], outcomes: _Outcomes) -> _Works:
+def _read_all(jobs: Sequence[Job], outcomes: _Outcomes, prefix: str) -> _Works:
     """The jobs that have something to embed; those that cannot be read get their outcome."""
     works = {}
     for place, job in enumerate(jobs):
         try:
-            work = read_work(job)
+            work = read_work(job, prefix)
         except PermanentError as error:
             outcomes[place] = error
         else:

@@ -1,5 +1,6 @@
 """Rebuilds of the vector store in memory, for tests of handlers."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ class MemoryShadow:
         self._live: dict[str, str] = {}
         self._rows: dict[str, dict[str, AnyRow]] = {}
         self._dims: dict[str, int] = {}
+        self._marks: dict[str, str] = {}
 
     def blind_s(self) -> float:
         """See `ShadowStore.blind_s`."""
@@ -28,22 +30,36 @@ class MemoryShadow:
         alias = self._store._full(name)
         if alias not in self._store._rows:
             raise PermanentStoreError(f"collection {alias} does not exist")
-        table = self._live.setdefault(alias, f"{alias}_v1")
+        table = self._live.get(alias) or self._first(alias)
         self._rows[table], self._dims[table] = self._store._rows[alias], self._store._dims[alias]
         return table
 
     def exists(self, table: str) -> bool:
         """See `ShadowStore.exists`."""
-        return table in self._rows
+        return table in self._rows or table in self._store._rows
+
+    def mark(self, table: str) -> str | None:
+        """See `ShadowStore.mark`."""
+        return self._marks.get(table, "") if table in self._rows else None
 
     def dim(self, table: str) -> int:
         """See `ShadowStore.dim`."""
         return self._dims[table]
 
-    def make(self, name: str, table: str, dim: int) -> None:
+    def _first(self, alias: str) -> str:
+        tables = (f"{alias}_v{number}" for number in itertools.count(1))
+        table = self._live[alias] = next(table for table in tables if not self.exists(table))
+        self._marks[table] = alias
+        return table
+
+    def make(self, name: str, table: str, dim: int, mark: str) -> bool:
         """See `ShadowStore.make`."""
+        if self.exists(table) and self.mark(table) != mark:
+            return False
+        self._marks[table] = mark
         self._rows.setdefault(table, {})
         self._dims.setdefault(table, dim)
+        return True
 
     def page(self, table: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[Record]:
         """See `ShadowStore.page`; every field is given, whatever is asked."""
@@ -93,12 +109,15 @@ class MemoryShadow:
         self._live[alias] = table
         self._store._rows[alias], self._store._dims[alias] = self._rows[table], self._dims[table]
 
-    def drop(self, table: str) -> None:
+    def drop(self, table: str, mark: str) -> bool:
         """See `ShadowStore.drop`."""
-        if table in self._live.values():
-            raise PermanentStoreError(f"{table} has an alias")
-        self._rows.pop(table, None)
-        self._dims.pop(table, None)
+        if not self.exists(table):
+            return True
+        if self.mark(table) != mark or table in self._live.values():
+            return False
+        for of in (self._rows, self._dims, self._marks):
+            of.pop(table, None)
+        return True
 
     def reindex(self, name: str) -> None:
         """There is no index."""

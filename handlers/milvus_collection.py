@@ -12,6 +12,12 @@ PARTITION_KEY_SINCE = (2, 4)
 TEMPLATES_SINCE = (2, 5)
 
 
+# 2.3 has the aliases in the answer of describe_collection.
+LISTS_ALIASES_SINCE = (2, 4)
+#: Property that holds a collection's mark on Milvus Lite, which keeps no descriptions.
+MARK = "jobworker.made"
+
+
 class Server(NamedTuple):
     """What answers: `version` as it says, and whether it is Milvus Lite."""
 
@@ -27,6 +33,11 @@ class Server(NamedTuple):
     def takes_templates(self) -> bool:
         """Return whether a filter may have names in the place of values."""
         return not self.lite and self._is_since(TEMPLATES_SINCE)
+
+    @property
+    def lists_aliases(self) -> bool:
+        """Return whether the aliases of a collection can be asked for."""
+        return self.lite or self._is_since(LISTS_ALIASES_SINCE)
 
     def _is_since(self, since: tuple[int, int]) -> bool:
         number = re.search(r"(\d+)\.(\d+)", self.version)
@@ -47,6 +58,11 @@ def known_of(described: dict[str, Any]) -> Known:
     if vector is None:
         raise PermanentStoreError(f"collection {described['collection_name']} has no field `vector`")
     return Known(int(vector["params"]["dim"]), bool(described.get("enable_dynamic_field")))
+
+
+def mark_of(described: dict[str, Any]) -> str:
+    """Return the mark of a collection, empty where it has none."""
+    return str(described.get("description") or (described.get("properties") or {}).get(MARK, ""))
 
 
 def refuse_unusable(alias: str, described: dict[str, Any], dim: int, *, named: bool, server: Server) -> None:

@@ -11,7 +11,7 @@ from pymilvus.exceptions import MilvusException
 
 from jobworker.handlers import scalars
 from jobworker.handlers.filters import Filter
-from jobworker.handlers.milvus_collection import Server
+from jobworker.handlers.milvus_collection import MARK, Server
 from jobworker.handlers.milvus_errors import RAISED, classify
 
 T = TypeVar("T")
@@ -125,14 +125,20 @@ def ask_server(client: Any, timeout_s: float) -> Server:
     return server
 
 
-def table(of: scalars.Schema, dim: int, *, key: bool) -> dict[str, Any]:
-    """Return the options that make a collection; `key`: tenants apart by a partition key."""
+def table(of: scalars.Schema, dim: int, *, key: bool, mark: str, lite: bool) -> dict[str, Any]:
+    """Return the options that make a collection; `key`: tenants apart by a partition key.
+
+    `mark` is kept as the description, with `lite` as a property; `mark_of` reads it.
+    """
     # Dynamic fields carry `version` without a fixed column that other writers would have to fill.
-    layout = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=True)
+    layout = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=True, description=mark)
     for field in of.fields:
         layout.add_field(field.name, **field_options(field, key=key))
     layout.add_field("vector", datatype=DataType.FLOAT_VECTOR, dim=dim)
-    options = {"schema": layout, "consistency_level": "Bounded"}
+    # Milvus Lite keeps no description, and not every server need take a property that it does not know.
+    options: dict[str, Any] = {"schema": layout, "consistency_level": "Bounded"}
+    if lite:
+        options["properties"] = {MARK: mark}
     return options | ({"num_partitions": NUM_PARTITIONS} if key else {})
 
 

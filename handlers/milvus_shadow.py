@@ -64,17 +64,23 @@ class MilvusShadow:
         """See `ShadowStore.exists`."""
         return self._tables.describe(table) is not None
 
+    def mark(self, table: str) -> str | None:
+        """See `ShadowStore.mark`."""
+        return self._tables.mark(table)
+
     def dim(self, table: str) -> int:
         """See `ShadowStore.dim`."""
         return known_of(self._described(table)).dim
 
-    def make(self, name: str, table: str, dim: int) -> None:
+    def make(self, name: str, table: str, dim: int, mark: str) -> bool:
         """See `ShadowStore.make`."""
-        self._tables.create(table, scalars.schema_of(name), dim)
+        if not self._tables.create(table, scalars.schema_of(name), dim, mark):
+            return False
         if self._named:
             for partition in self._partitions(self._full(name)) - self._partitions(table):
                 self._make_partition(table, partition)
         self._tables.load(table)
+        return True
 
     def page(self, table: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[Record]:
         """See `ShadowStore.page`. A server gives rows of a limited query in order, Lite only when told."""
@@ -191,10 +197,14 @@ class MilvusShadow:
         time.sleep(STALE_ALIAS_S)
         alter()
 
-    def drop(self, table: str) -> None:
-        """See `ShadowStore.drop`."""
-        if self.exists(table):
-            self._link.attempt(table, lambda client: client.drop_collection(table, timeout=self._timeout_s))
+    def drop(self, table: str, mark: str) -> bool:
+        """See `ShadowStore.drop`. Milvus Lite and Milvus 2.3 drop a collection's aliases with it."""
+        if not self.exists(table):
+            return True
+        if self.mark(table) != mark or self._tables.aliases(table):
+            return False
+        self._link.attempt(table, lambda client: client.drop_collection(table, timeout=self._timeout_s))
+        return True
 
     def reindex(self, name: str) -> None:
         """See `ShadowStore.reindex`."""

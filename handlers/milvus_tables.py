@@ -1,15 +1,20 @@
 """Collections of a Milvus server as wholes: make, load, look at, and what a name stands for."""
 
+import itertools
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jobworker.handlers import scalars
-from jobworker.handlers.milvus_collection import refuse_unusable
+from jobworker.handlers.milvus_collection import mark_of, refuse_unusable
 from jobworker.handlers.milvus_errors import NoCollection
 from jobworker.handlers.vector_types import TransientStoreError, VectorStoreError
 
 if TYPE_CHECKING:
     from jobworker.handlers.milvus_link import MilvusLink
+
+
+log = logging.getLogger("jobworker.vectors")
 
 
 def milvus_link() -> Any:
@@ -61,8 +66,11 @@ class MilvusTables:
 
     def _create(self, alias: str, schema: scalars.Schema, dim: int) -> None:
         """Make collection, index and alias, each step only if it is missing: many workers start at once."""
-        target = f"{alias}_v1"
-        self.create(target, schema, dim)
+        target = next(
+            table
+            for table in (f"{alias}_v{number}" for number in itertools.count(1))
+            if self.create(table, schema, dim, f"made by jobworker for {alias}")
+        )
         once(
             lambda: self.describe(alias) is not None,
             lambda: self._run(
@@ -70,14 +78,48 @@ class MilvusTables:
             ),
         )
 
-    def create(self, target: str, schema: scalars.Schema, dim: int) -> None:
-        """Make a collection and its index unless they are there."""
-        once(lambda: self.describe(target) is not None, lambda: self._create_table(target, schema, dim))
-        once(lambda: self.has_index(target), lambda: self.create_index(target))
+    def create(self, target: str, schema: scalars.Schema, dim: int, mark: str) -> bool:
+        """Make a collection and its index unless they exist; False where the name is taken.
 
-    def _create_table(self, target: str, schema: scalars.Schema, dim: int) -> None:
-        key = not self._named and self._link.server().keeps_partition_keys
-        options = milvus_link().table(schema, dim, key=key)
+        Raises TransientStoreError where another program took the name at the same moment.
+        """
+        there = self.describe(target) is not None
+        if not there:
+            once(
+                lambda: self.describe(target) is not None,
+                lambda: self._create_table(target, schema, dim, mark),
+            )
+        if self.mark(target) != mark:
+            if not there:
+                raise TransientStoreError(
+                    f"{target}: another program made a collection of this name at the same moment"
+                )
+            log.warning("%s exists and was not made for this: the next number is used", target)
+            return False
+        once(lambda: self.has_index(target), lambda: self.create_index(target))
+        return True
+
+    def mark(self, table: str) -> str | None:
+        """Return a collection's mark; None where there is no collection of this name, or it is an alias."""
+        described = self.describe(table)
+        # Describing an alias describes its collection, which a drop by alias removes on Milvus Lite.
+        if described is None or described["collection_name"] != table:
+            return None
+        return mark_of(described)
+
+    def aliases(self, table: str) -> list[str]:
+        """Return the aliases of a collection."""
+        if self._link.server().lists_aliases:
+            answer = self._link.attempt(
+                table, lambda client: client.list_aliases(table, timeout=self._timeout_s)
+            )
+            return list(answer["aliases"])
+        return list((self.describe(table) or {}).get("aliases", ()))
+
+    def _create_table(self, target: str, schema: scalars.Schema, dim: int, mark: str) -> None:
+        server = self._link.server()
+        key = not self._named and server.keeps_partition_keys
+        options = milvus_link().table(schema, dim, key=key, mark=mark, lite=server.lite)
         self._run(target, lambda client: client.create_collection(target, timeout=self._timeout_s, **options))
 
     def has_index(self, name: str) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jobworker.handlers.scalars import COLLECTION, ID, INT64_MAX, INT64_MIN
+from jobworker.handlers.scalars import ID, INT64_MAX, INT64_MIN, plain_name
 from jobworker.handlers.vector_types import Row, Vector
 from jobworker.worker import Job, PermanentError
 
@@ -65,8 +65,11 @@ def clip(text: str, limit_bytes: int = TEXT_LIMIT_BYTES) -> str:
     return text.encode()[:limit_bytes].decode(errors="ignore")
 
 
-def read_work(job: Job) -> Work:
-    """Check a payload. Raises PermanentError that names the field and what is wrong with it."""
+def read_work(job: Job, prefix: str) -> Work:
+    """Check a payload. Raises PermanentError that names the field and what is wrong with it.
+
+    `prefix` is that of the collections; the job may give a collection's name with or without it.
+    """
     payload = job.payload
     if not isinstance(payload, dict):
         raise PermanentError(f"payload must be an object, not {_shown(payload)}")
@@ -78,7 +81,7 @@ def read_work(job: Job) -> Work:
     return Work(
         job.tenant_id,
         job.project_id,
-        _check("collection", _given(payload, "collection", DEFAULT_COLLECTION), _collection),
+        plain_name(_given(payload, "collection", DEFAULT_COLLECTION), prefix),
         ids,
         texts,
         _optional(payload, "chapter_ids", ids, _id_or_none, ""),
@@ -161,11 +164,6 @@ def _text(value: Any) -> str | None:
 def _segment_type(value: Any) -> str | None:
     good = isinstance(value, str) and _is_unicode(value) and len(value.encode()) <= SEGMENT_TYPE_LIMIT_BYTES
     return None if good else f"a string of at most {SEGMENT_TYPE_LIMIT_BYTES} bytes"
-
-
-def _collection(value: Any) -> str | None:
-    good = isinstance(value, str) and COLLECTION.fullmatch(value)
-    return None if good else f"a string that matches {COLLECTION.pattern}"
 
 
 def _int64(value: Any) -> str | None:

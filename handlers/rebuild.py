@@ -7,7 +7,9 @@ journal begins before the first row is copied, and each write enters it both bef
 that no copy can be older than the write unless the journal still names it.
 """
 
+import itertools
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -103,12 +105,10 @@ class Rebuild:
         if self._phase == "done" and self._fields.get("entry") == self._task.entry:
             log.info("%s: rebuilt already by this job", self._task.table)
             return
-        if self._phase in ("switch", "drop"):
-            ours = self._fields.get("job") == self._task.job
-            self._go_on()
-            if ours and self._phase == "done":
-                return
-        if self._phase == "done" or self._fields.get("model", "") != self._model_name:
+        ours = self._fields.get("job") == self._task.job
+        if self.finish() and ours:
+            return
+        if not self._resumable():
             self._plan()
         self._go_on()
 
@@ -122,6 +122,26 @@ class Rebuild:
         }
         while self._phase != "done":
             steps[self._phase]()
+
+    def finish(self) -> bool:
+        """Complete a rebuild that was interrupted while it switched, or later.
+
+        False where there is none, or where the alias was not switched: the phase is then an earlier one.
+        """
+        begun = self._phase in ("switch", "drop")
+        while self._phase in ("switch", "drop"):
+            self._switch() if self._phase == "switch" else self._drop()
+        return begun and self._phase == "done"
+
+    def _resumable(self) -> bool:
+        """Whether there is an unfinished rebuild for the same model whose new collection still exists."""
+        if self._phase == "done" or self._fields.get("model", "") != self._model_name:
+            return False
+        target = self._fields["target"]
+        if self._phase == "fill" and not self._fields["cursor"] and not self._shadow.exists(target):
+            # The killed process's request may still arrive; it carries the recorded mark.
+            return True
+        return self._shadow.mark(target) == self._fields.get("mark", "")
 
     @property
     def _phase(self) -> str:
@@ -144,11 +164,13 @@ class Rebuild:
         """Begin anew: what an abandoned rebuild left is removed."""
         self.forget()
         source = self._shadow.live(self._task.name)
-        target = next_table(self._task.table, source)
-        self._shadow.drop(target)
+        target = next_table(self._task.table, source, self._shadow.exists)
+        mark = f"made by jobworker for {self._task.table}, {os.urandom(8).hex()}"
+        # Recorded before the collection is made: after a kill, the next process knows which one is ours.
         self._save(
             phase="fill", entry=self._task.entry, job=self._task.job, model=self._model_name, source=source,
-            target=target, cursor="", copied="0", total=str(self._shadow.count(source)), sample="",
+            source_mark=self._shadow.mark(source) or "", target=target, mark=mark, cursor="", copied="0",
+            total=str(self._shadow.count(source)), sample="",
             model_before=self._fields.get("live_model", ""), journal=True,
         )  # fmt: skip
         log.info("%s: %s is filled from %s", self._task.table, target, source)
@@ -157,14 +179,16 @@ class Rebuild:
         """Remove what an unfinished rebuild left; the live collection is not touched."""
         left = self._fields.get("target", "")
         if self._phase != "done" and left and left != self._shadow.live(self._task.name):
-            self._shadow.drop(left)
+            self._remove(left, self._fields.get("mark", ""))
         self._save(phase="done", entry="", journal=False, shut_ms=0)
 
     def _fill(self) -> None:
         """Copy page by page in the order of ids; the last id that is in is kept with each."""
         source, target = self._fields["source"], self._fields["target"]
         dim = self._task.model.dim if self._task.model else self._shadow.dim(source)
-        self._shadow.make(self._task.name, target, dim)
+        if not self._shadow.make(self._task.name, target, dim, self._fields.get("mark", "")):
+            self._plan()
+            return
         mono_start_s, before = self._clock.mono_s(), int(self._fields["copied"])
         rows = MIN_PAGE_ROWS
         while records := self._shadow.page(source, self._fields["cursor"], rows):
@@ -332,8 +356,17 @@ class Rebuild:
         while self._clock.mono_s() < give_up_at:
             self._save()
             self._clock.sleep(PAUSE_S)
-        self._shadow.drop(self._fields["source"])
+        self._remove(self._fields["source"], self._fields.get("source_mark", ""))
         self._save(phase="done", entry=self._task.entry)
+
+    def _remove(self, table: str, mark: str) -> None:
+        """Drop a collection that the record names, unless it is another one of the same name now."""
+        if not self._shadow.drop(table, mark):
+            log.warning(
+                "%s: %s is not dropped: an alias names it, or another program made it",
+                self._task.table,
+                table,
+            )
 
     def _tell(self, copied: int, ours: int, mono_start_s: float) -> None:
         now = self._clock.mono_s()
@@ -348,10 +381,11 @@ class Rebuild:
         )
 
 
-def next_table(alias: str, source: str) -> str:
-    """The name of the next collection behind an alias: `a_v1`, `a_v2`, ..."""
-    number = re.fullmatch(re.escape(alias) + r"_v(\d+)", source)
-    return f"{alias}_v{int(number[1]) + 1 if number else 2}"
+def next_table(alias: str, source: str, taken: Callable[[str], bool]) -> str:
+    """The next free name of a collection behind an alias: `a_v1`, `a_v2`, ..."""
+    number = re.fullmatch(re.escape(alias) + r"_v([0-9]+)", source)
+    names = (f"{alias}_v{n}" for n in itertools.count(int(number[1]) + 1 if number else 2))
+    return next(name for name in names if not taken(name))
 
 
 def by_size(records: Sequence[Record], most_chars: int) -> Iterator[Sequence[Record]]:

@@ -7,7 +7,7 @@ from typing import Any
 from jobworker.handlers.encoder import Encoder, load_encoder
 from jobworker.handlers.models import ModelError
 from jobworker.handlers.rebuild import LEASE_MS, Clock, Model, Rebuild, Task
-from jobworker.handlers.scalars import COLLECTION, shown
+from jobworker.handlers.scalars import plain_name, shown
 from jobworker.handlers.shadow import Record, ShadowStore
 from jobworker.handlers.vector_types import Vector
 from jobworker.worker import (
@@ -86,6 +86,7 @@ class IndexRebuild:
             raise Unavailable(str(error)) from error
 
     def _in_place(self, task: Task, rebuild: Rebuild, epoch: int) -> None:
+        rebuild.finish()
         rebuild.forget()
         self._rebuilds.save(task.table, epoch, {}, lease_ms=IN_PLACE_MS, shut_ms=IN_PLACE_MS)
         try:
@@ -127,11 +128,7 @@ def read_payload(payload: Any, prefix: str) -> tuple[str, str, str]:
     """Collection without prefix, mode and model. Raises PermanentError that says what is wrong."""
     if not isinstance(payload, dict):
         raise PermanentError(f"payload must be an object, not {shown(payload)}")
-    name = payload.get("collection")
-    if not isinstance(name, str) or not COLLECTION.fullmatch(name):
-        raise PermanentError(
-            f"collection must be a string that matches {COLLECTION.pattern}, not {shown(name)}"
-        )
+    name = plain_name(payload.get("collection"), prefix)
     mode = payload.get("mode") or "shadow"
     if mode not in ("shadow", "in_place"):
         raise PermanentError(f"mode must be shadow or in_place, not {shown(mode)}")
@@ -140,8 +137,7 @@ def read_payload(payload: Any, prefix: str) -> tuple[str, str, str]:
         raise PermanentError(
             f"model must be a string, and goes with the mode shadow only, not {shown(model)}"
         )
-    # Producers know the collection by either name.
-    return (name.removeprefix(prefix) or name), mode, model
+    return name, mode, model
 
 
 def _open_shadow(settings: Settings) -> ShadowStore:

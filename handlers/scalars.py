@@ -21,6 +21,8 @@ T = TypeVar("T")
 ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
 # What Milvus takes as a name of a collection; 200 leaves room for the version that is put behind it.
 COLLECTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}", re.ASCII)
+# Suffix of the collections behind an alias. A name in a job must not have it, or it could be one of them.
+NUMBERED = re.compile(r"_v[0-9]+\Z", re.ASCII)
 PARTITION = re.compile(r"[A-Za-z0-9_]{1,255}", re.ASCII)
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 # How much of a hostile value an error message repeats.
@@ -81,10 +83,32 @@ def check_id(what: str, value: object) -> str:
 
 
 def check_collection(name: str) -> str:
-    """Return `name` if it can be part of a collection's name, else raise PermanentStoreError."""
-    if COLLECTION.fullmatch(name):
-        return name
-    raise PermanentStoreError(f"collection name {shown(name)} does not match {COLLECTION.pattern}")
+    """Return `name`, with its prefix, if it can be an alias, else raise PermanentStoreError."""
+    if not COLLECTION.fullmatch(name):
+        raise PermanentStoreError(f"collection name {shown(name)} does not match {COLLECTION.pattern}")
+    if NUMBERED.search(name):
+        raise PermanentStoreError(
+            f"collection name {shown(name)} ends in _v and digits, which is kept for the collections "
+            "behind an alias: use another name"
+        )
+    return name
+
+
+def plain_name(given: object, prefix: str) -> str:
+    """Return a collection's name without the prefix; jobs may give it with the prefix or without.
+
+    Raises PermanentStoreError where no collection can have the name.
+    """
+    if not isinstance(given, str) or not COLLECTION.fullmatch(given):
+        raise PermanentStoreError(
+            f"collection must be a string that matches {COLLECTION.pattern}, not {shown(given)}"
+        )
+    # With the prefix `story_` the name `story_segments` is still the plain one.
+    name = given if given in SCHEMAS else given.removeprefix(prefix)
+    if not name:
+        raise PermanentStoreError(f"collection {shown(given)} is the prefix alone: add a name")
+    check_collection(prefix + name)
+    return name
 
 
 def check_limit(limit: int) -> int:

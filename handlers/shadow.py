@@ -12,6 +12,9 @@ Record = dict[str, Any]
 class ShadowStore(Protocol):
     """`name` is a plain name (`story_segments`), `table` a collection as the server calls it.
 
+    `mark` identifies who made a collection. The request that creates the collection sets it, so that a
+    collection of the same name made by another program never has it. It is "" for a collection without one.
+
     Every method raises VectorStoreError. Reads of rows and counts see every finished write, except as
     `blind_s` says.
     """
@@ -23,13 +26,19 @@ class ShadowStore(Protocol):
         """The collection that the name stands for; PermanentStoreError where it is one itself, or nothing."""
 
     def exists(self, table: str) -> bool:
-        """Whether there is such a collection."""
+        """Whether there is a collection or an alias of this name."""
+
+    def mark(self, table: str) -> str | None:
+        """The mark of a collection; None where there is none of this name, or the name is an alias."""
 
     def dim(self, table: str) -> int:
         """The dimension of its vectors."""
 
-    def make(self, name: str, table: str, dim: int) -> None:
-        """Make a collection like the live one, partitions included, ready for searches; again: no change."""
+    def make(self, name: str, table: str, dim: int, mark: str) -> bool:
+        """Make a collection like the live one, partitions included, ready for searches; again: no change.
+
+        False, without a change, where the name is an alias or a collection with another mark.
+        """
 
     def page(self, table: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[Record]:
         """The next rows behind the id `after` in the order of their ids; fewer than `limit` may be given,
@@ -59,8 +68,11 @@ class ShadowStore(Protocol):
     def switch(self, name: str, table: str) -> None:
         """From now on the name stands for this collection; no search in between fails."""
 
-    def drop(self, table: str) -> None:
-        """Remove a collection; none is no error."""
+    def drop(self, table: str, mark: str) -> bool:
+        """Remove a collection; none is no error.
+
+        False, without a change, where it has another mark or an alias names it.
+        """
 
     def reindex(self, name: str) -> None:
         """Take the live collection out of service, drop its index, make it anew, take it into service."""
