@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 
-from jobworker.handlers.vectors import VectorStoreError, open_vectors
-from jobworker.worker.embedded import DataDir, EmbeddedMilvus, EmbeddedValkey
+from jobworker.handlers.vectors.milvus.store import VectorStoreError, open_vectors
+from jobworker.worker.data_dir import DataDir
+from jobworker.worker.supervision.embedded import EmbeddedMilvus, EmbeddedValkey
 from support.service import Service, eventually, service
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
@@ -24,7 +25,7 @@ TEXTS = {f"r{number}": f"text {number}" for number in range(5)}
 HANDLERS = {
     "embedding_batch": "support.embedding:Embedding",
     # The service brings a vector store along where a builtin handler needs one.
-    "index_rebuild": "jobworker.handlers.reindex:IndexRebuild",
+    "index_rebuild": "jobworker.handlers.rebuild.handler:IndexRebuild",
 }
 WITHIN_S = 60.0
 
@@ -114,7 +115,7 @@ def test_the_doctor_gets_in_and_shows_no_secret_in_a_command_line(embedded: Serv
             findings = json.loads(process.stdout.read())["findings"]
         finally:
             process.kill()
-    assert any("jobworker.handlers.checkup" in line for line in seen), "it was looked at in time"
+    assert any("jobworker.handlers.encoder.doctor" in line for line in seen), "it was looked at in time"
     assert [secret for secret in secrets_of(embedded) if secret in "\n".join(seen)] == []
     says = [(finding["level"], finding["says"]) for finding in findings if finding["subject"] == "Milvus"]
     assert ("ok", "version milvus_lite-3.2.2 (Lite)") in says, says

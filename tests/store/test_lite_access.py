@@ -11,7 +11,7 @@ from pymilvus import MilvusClient
 from pymilvus.exceptions import MilvusException
 from pymilvus.grpc_gen import milvus_pb2, milvus_pb2_grpc
 
-from jobworker.handlers.vectors import Row, VectorStoreError, open_vectors
+from jobworker.handlers.vectors.milvus.store import Row, VectorStoreError, open_vectors
 from support.milvus import LITE_START_S, TOKEN, LiteServer, lite_server
 
 NAME, TABLE, DIM, ROWS = "story_segments", "z_novel_story_segments", 8, 3

@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobworker.handlers import rebuild, scalars
-from jobworker.handlers.encoder import DummyEncoder
-from jobworker.handlers.fenced import Edition, FencedWriter
-from jobworker.handlers.milvus_shadow import open_shadow
-from jobworker.handlers.reindex import IndexRebuild
-from jobworker.handlers.vector_types import PermanentStoreError, TransientStoreError
-from jobworker.handlers.vectors import Row, VectorStoreError, open_vectors
-from jobworker.worker import Job, PermanentError, Settings, open_fence
+from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.jobstore.open import open_fence
+from jobworker.handlers.rebuild import rebuild
+from jobworker.handlers.rebuild.handler import IndexRebuild
+from jobworker.handlers.rebuild.milvus import open_shadow
+from jobworker.handlers.vectors import schema as scalars
+from jobworker.handlers.vectors.milvus.store import Row, VectorStoreError, open_vectors
+from jobworker.handlers.vectors.ports import PermanentStoreError, TransientStoreError
+from jobworker.handlers.vectors.versioned_writer import VersionedRows, VersionedWriter
+from jobworker.worker import Job, PermanentError, Settings
 from support.redis_servers import running
 
 NAME = "story_segments"
@@ -56,8 +58,8 @@ class World:
     def open(self) -> Any:
         return open_vectors(self.settings.milvus_uri, prefix=self.prefix, partitions=self.partitions)
 
-    def writer(self, store: Any, model: str = "") -> FencedWriter:
-        return FencedWriter(store, open_fence(self.settings.redis_url), prefix=self.prefix, model=model)
+    def writer(self, store: Any, model: str = "") -> VersionedWriter:
+        return VersionedWriter(store, open_fence(self.settings.redis_url), prefix=self.prefix, model=model)
 
     def rows(self, first: int, count: int, text: str = "first", dim: int = DIM) -> list[Row]:
         texts = [f"{text} {number}" for number in range(first, first + count)]
@@ -168,7 +170,7 @@ def users(world: World) -> Iterator[tuple[list[Exception], list[int], dict[str, 
             if stop.is_set():
                 break
             rows = world.rows(number * 7 % 590, 5, f"write {number}")
-            writer.write(NAME, [Edition(f"w{number}", rows)])
+            writer.write(NAME, [VersionedRows(f"w{number}", rows)])
             newest.update((row.id, row.text_content) for row in rows)
         store.close()
 
@@ -184,7 +186,7 @@ def users(world: World) -> Iterator[tuple[list[Exception], list[int], dict[str, 
 
 
 def test_a_rebuild_keeps_every_row_every_field_and_every_search(world: World) -> None:
-    world.writer(world.store).write(NAME, [Edition("first", world.rows(0, 600))])
+    world.writer(world.store).write(NAME, [VersionedRows("first", world.rows(0, 600))])
     # A server lets a search that does not ask for more see rows some moments later.
     assert len(world.store.search(NAME, ENCODER.encode(["first 5"])[0], strong=True, **SCOPE)) == 5
     with users(world) as (faults, searches, newest):
@@ -199,14 +201,14 @@ def test_a_rebuild_keeps_every_row_every_field_and_every_search(world: World) ->
 
 
 def test_rows_are_embedded_anew_with_another_dimension(world: World) -> None:
-    world.writer(world.store, "dummy:16").write(NAME, [Edition("first", world.rows(0, 120))])
+    world.writer(world.store, "dummy:16").write(NAME, [VersionedRows("first", world.rows(0, 120))])
     world.rebuild(model="dummy:24")
     assert world.shadow.dim(world.table) == 24
     (row,) = world.store.get(NAME, ["r000007"], strong=True, **SCOPE)
     np.testing.assert_allclose(row.vector, DummyEncoder(24).encode(["first 7"])[0], atol=1e-6)
     with pytest.raises(TransientStoreError, match="--model dummy:24"):
-        world.writer(world.store, "dummy:16").write(NAME, [Edition("late", world.rows(0, 1))])
-    world.writer(world.store, "dummy:24").write(NAME, [Edition("new", world.rows(0, 1, "new", 24))])
+        world.writer(world.store, "dummy:16").write(NAME, [VersionedRows("late", world.rows(0, 1))])
+    world.writer(world.store, "dummy:24").write(NAME, [VersionedRows("new", world.rows(0, 1, "new", 24))])
     assert world.texts(["r000000"]) == {"r000000": "new 0"}
 
 
@@ -233,7 +235,7 @@ def test_in_place_leaves_rows_and_searches_as_they_were(world: World) -> None:
     assert world.store.search(NAME, vector, limit=1, strong=True, **SCOPE)[0].id == "r000005"
     assert world.store.count(NAME) == 200
     assert world.shadow.live(NAME) == f"{world.table}_v1"
-    world.writer(world.store).write(NAME, [Edition("after", world.rows(0, 1))])
+    world.writer(world.store).write(NAME, [VersionedRows("after", world.rows(0, 1))])
 
 
 def test_a_collection_without_an_alias_is_rebuilt_in_place_only(world: World) -> None:

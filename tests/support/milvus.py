@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from jobworker.handlers.vectors import VectorStoreError, open_vectors
+from jobworker.handlers.vectors.milvus.store import VectorStoreError, open_vectors
 from support.redis_servers import free_port
 
 # Imports of the engine take a few seconds on a busy machine of two cores.
@@ -31,7 +31,7 @@ def wait_until(condition: Callable[[], bool], limit_s: float, what: str) -> None
 
 
 class LiteServer:
-    """One `jobworker.handlers.lite_server` process on a data directory."""
+    """One `jobworker.handlers.vectors.milvus.lite_server` process on a data directory."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class LiteServer:
         port: int = 0,
         files: Path | None = None,
         env: dict[str, str] | None = None,
-        program: Sequence[str] = ("-m", "jobworker.handlers.lite_server"),
+        program: Sequence[str] = ("-m", "jobworker.handlers.vectors.milvus.lite_server"),
         arguments: Sequence[str] = (),
     ) -> None:
         """Start it, without waiting; `files` is the stem of its port file and log, else `data_dir` is."""
@@ -49,7 +49,13 @@ class LiteServer:
         self.port_file.unlink(missing_ok=True)
         token_file = stem.with_name(f"{stem.name}.token")
         token_file.write_text(TOKEN)
-        command = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid()), sys.executable]
+        command = [
+            sys.executable,
+            "-m",
+            "jobworker.worker.supervision.pdeathsig",
+            str(os.getpid()),
+            sys.executable,
+        ]
         command += [*program, "--data-dir", str(data_dir), "--port-file", str(self.port_file)]
         command += ["--port", str(port), "--token-file", str(token_file), *arguments]
         with self.log.open("ab") as log:

@@ -81,7 +81,7 @@ class Service:
     def launch(self) -> None:
         """Start it, in a session of its own and tied to this process, without waiting for anything."""
         self._log_start = len(self._log.read_bytes()) if self._log.exists() else 0
-        tether = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid())]
+        tether = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
         with self._log.open("ab") as log:
             self._popen = subprocess.Popen(
                 [*tether, str(COMMAND), *self._arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log,

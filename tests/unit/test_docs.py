@@ -15,8 +15,8 @@ import jobworker.worker
 from jobworker.supervisor import main as service
 from jobworker.worker import Job, Producer
 from jobworker.worker.cli import main as tool
-from jobworker.worker.memory_server import MemoryServer
-from jobworker.worker.memory_store import MemoryStore
+from jobworker.worker.store.memory.server import MemoryServer
+from jobworker.worker.store.memory.store import MemoryStore
 from jobworker.worker.testing import Harness
 
 ROOT = Path(__file__).resolve().parents[2]

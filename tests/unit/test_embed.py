@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.embed import BATCH_BYTES, CACHE_FILE, EmbeddingBatch
-from jobworker.handlers.encoder import DummyEncoder, Plan, Purpose, Vectors
-from jobworker.handlers.memory_vectors import MemoryVectors
-from jobworker.handlers.payload import clip
-from jobworker.handlers.vector_types import AnyRow, PermanentStoreError, Row, TransientStoreError
+from jobworker.handlers.embedding.handler import BATCH_BYTES, CACHE_FILE, EmbeddingBatch
+from jobworker.handlers.encoder.base import DummyEncoder, Plan, Purpose, Vectors
+from jobworker.handlers.vectors.memory import MemoryVectors
+from jobworker.handlers.vectors.ports import AnyRow, PermanentStoreError, Row, TransientStoreError
+from jobworker.handlers.vectors.schema import clip
 from jobworker.worker import Job, PermanentError, Settings
 
 SEGMENTS = "story_segments"

@@ -12,20 +12,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobworker.handlers import fenced, rebuild, reindex
-from jobworker.handlers.encoder import DummyEncoder
-from jobworker.handlers.fenced import Edition, FencedWriter
-from jobworker.handlers.memory_shadow import MemoryShadow
-from jobworker.handlers.memory_vectors import MemoryVectors
-from jobworker.handlers.payload import read_work
-from jobworker.handlers.rebuild import Clock, next_table, thinned
-from jobworker.handlers.recall import TrueScores
-from jobworker.handlers.reindex import Busy, IndexRebuild, read_payload, text_of
-from jobworker.handlers.scalars import plain_name
-from jobworker.handlers.shadow import Record
-from jobworker.handlers.vector_types import EntityRow, Row, TransientStoreError
-from jobworker.worker import Intent, Job, PermanentError, Settings
-from jobworker.worker.memory_fence import MemoryFence
+from jobworker.handlers.embedding.payload import read_work
+from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.jobstore.fence import WriteIntent
+from jobworker.handlers.jobstore.memory_fence import MemoryFence
+from jobworker.handlers.rebuild import handler as reindex
+from jobworker.handlers.rebuild import rebuild
+from jobworker.handlers.rebuild.handler import IndexRebuild, RebuildBusy, read_payload, text_of
+from jobworker.handlers.rebuild.memory import MemoryShadow
+from jobworker.handlers.rebuild.ports import Record
+from jobworker.handlers.rebuild.rebuild import Clock, next_table, thinned
+from jobworker.handlers.rebuild.recall import TrueScores
+from jobworker.handlers.vectors import versioned_writer as fenced
+from jobworker.handlers.vectors.memory import MemoryVectors
+from jobworker.handlers.vectors.ports import EntityRow, Row, TransientStoreError
+from jobworker.handlers.vectors.schema import plain_name
+from jobworker.handlers.vectors.versioned_writer import VersionedRows, VersionedWriter
+from jobworker.worker import Job, PermanentError, Settings
 
 NAME, TABLE = "story_segments", "z_novel_story_segments"
 SCOPE: dict[str, Any] = {"tenant_id": "t", "project_id": "p"}
@@ -61,16 +64,16 @@ class World:
             Row(id_, vector, "t", "p", text_content=f"{text} {id_}")
             for id_, vector in zip(ids, vectors, strict=True)
         ]
-        writer = FencedWriter(
+        writer = VersionedWriter(
             self.store, self.fence, prefix="z_novel_", model=model,
             mono_s=lambda: next(own_s), sleep=lambda s: None,
         )  # fmt: skip
-        writer.write(NAME, [Edition("job", rows)])
+        writer.write(NAME, [VersionedRows("job", rows)])
         self.expected |= {row.id: row.text_content for row in rows}
 
     def remove(self, id_: str) -> None:
         """As a worker does, in no time; nothing happens while the door is shut."""
-        intent = Intent(TABLE, "removal", "job", (id_,))
+        intent = WriteIntent(TABLE, "removal", "job", (id_,))
         if self.fence.admit([intent])[0].verdict == "in":
             self.store.delete(NAME, [id_], **SCOPE)
             self.fence.leave([intent])
@@ -363,7 +366,7 @@ def test_a_write_that_was_under_way_before_the_journal_began_is_not_lost() -> No
             world.fence.leave([intent])
 
     late = [Row("r0001", OLD.encode(["late"])[0], "t", "p", text_content="late")]
-    intent = Intent(TABLE, "token", "owner", ("r0001",))
+    intent = WriteIntent(TABLE, "token", "owner", ("r0001",))
     world.fence.admit([intent])
     world.rebuild(around=around)
     world.expected["r0001"] = "late"
@@ -372,7 +375,7 @@ def test_a_write_that_was_under_way_before_the_journal_began_is_not_lost() -> No
 
 def test_a_dead_writers_lease_is_waited_for_with_the_door_open() -> None:
     world = World(20)
-    world.fence.admit([Intent(TABLE, "dead", "owner", ("r0001",))])
+    world.fence.admit([WriteIntent(TABLE, "dead", "owner", ("r0001",))])
     open_at = []
 
     def around(name: str, before: bool) -> None:
@@ -454,7 +457,7 @@ def test_one_rebuilds_a_collection_at_a_time() -> None:
     world = World(20)
     with pytest.raises(Killed):
         world.rebuild(around=killing_at(20))
-    with pytest.raises(Busy, match="s/1-0"):
+    with pytest.raises(RebuildBusy, match="s/1-0"):
         world.rebuild(entry="2-0", id="other")
     world.rebuild()
     world.rebuild(entry="2-0", id="other")
@@ -512,7 +515,7 @@ def test_in_place_shuts_the_door_and_opens_it_again() -> None:
 
     def around(name: str, before: bool) -> None:
         if name == "reindex":
-            verdicts.append(world.fence.admit([Intent(TABLE, "x", "x", ())])[0].verdict)
+            verdicts.append(world.fence.admit([WriteIntent(TABLE, "x", "x", ())])[0].verdict)
 
     world.rebuild(around=around, mode="in_place")
     assert verdicts == ["closed", "closed"]

@@ -15,18 +15,17 @@ import msgspec
 import pytest
 
 from jobworker.worker import Job, PermanentError, Unavailable
-from jobworker.worker.channel import READY, STARTING, STOPPING, Channel, drained
-from jobworker.worker.doing import doing, stories
 from jobworker.worker.event_loop import EventLoop
-from jobworker.worker.frames import OutcomeFrame
 from jobworker.worker.handler import BoundHandler
-from jobworker.worker.inflight import FAILED, QUEUED, STARTED, SUCCEEDED
-from jobworker.worker.lane import Lane
-from jobworker.worker.link import Link, Ready, Report
+from jobworker.worker.ipc.channel import READY, STARTING, STOPPING, Channel, OutcomeFrame, clear_eventfd
+from jobworker.worker.ipc.control import ControlSocket, Ready, Report
+from jobworker.worker.ipc.inflight import FAILED, QUEUED, STARTED, SUCCEEDED
 from jobworker.worker.outcome import Failure
+from jobworker.worker.reader.admission import AdmittedJob
+from jobworker.worker.reader.dispatch import WorkerHandle
 from jobworker.worker.runner import Runner
-from jobworker.worker.store import Entry
-from jobworker.worker.triage import Arrival
+from jobworker.worker.store.ports import Entry
+from jobworker.worker.telemetry.current_job import current_log_fields, doing
 from support import programs
 
 WITHIN_S = 20.0
@@ -38,9 +37,9 @@ class Desk:
     def __init__(self, linger_s: float = 0.0, **handlers: Any) -> None:
         self.channel = Channel.create(64 * 1024)
         self.channel.phase = READY
-        self.lane = Lane(0, 0, self.channel, 0.0)
-        self.supervisor, theirs = Link.pair()
-        self.link = Link(theirs)
+        self.lane = WorkerHandle(0, 0, self.channel, 0.0)
+        self.supervisor, theirs = ControlSocket.pair()
+        self.link = ControlSocket(theirs)
         self.kinds = list(handlers)
         self.loop = EventLoop()
         bound = {kind: BoundHandler(kind, handler, 60.0, self.loop) for kind, handler in handlers.items()}
@@ -65,8 +64,8 @@ class Desk:
         for number, kind in enumerate(kinds, self.handed):
             body = msgspec.json.encode({"id": str(number), "type": kind, **more})
             entry = Entry(b"%d-0" % number, body)
-            arrivals.append(Arrival(number % 2, self.kinds.index(kind), entry, False))
-        assert self.lane.hand(arrivals) == len(kinds)
+            arrivals.append(AdmittedJob(number % 2, self.kinds.index(kind), entry, False))
+        assert self.lane.dispatch(arrivals) == len(kinds)
         self.handed += len(kinds)
 
     def run(self) -> None:
@@ -215,7 +214,7 @@ def test_a_worker_asks_for_as_many_as_it_takes_of_the_type_at_hand(desk: Callabl
     asked: list[int] = []
 
     def look(jobs: Any) -> Any:
-        asked.append(worker.channel.appetite)
+        asked.append(worker.channel.batch_hint)
         return [None] * len(jobs)
 
     single = Single()
@@ -351,7 +350,7 @@ def test_stopping_finishes_the_job_under_way_and_begins_no_other(desk: Callable[
     worker.runner.run()
     assert worker.states() == [SUCCEEDED] * 3 + [QUEUED] * 3
     assert worker.channel.phase == STOPPING
-    assert drained(worker.channel.fds[2]), "the reader was not woken"
+    assert clear_eventfd(worker.channel.fds[2]), "the reader was not woken"
     assert [held.row for held in worker.lane.table.unsettled()] == list(range(6))
 
 
@@ -507,7 +506,7 @@ def test_async_jobs_run_one_after_another_on_a_loop_that_is_kept(desk: Callable[
     queue: asyncio.Queue[str] = asyncio.Queue()  # bound to the loop of its first use
 
     async def work(job: Job) -> None:
-        seen.append((job.id, asyncio.get_running_loop(), stories()["job_id"]))
+        seen.append((job.id, asyncio.get_running_loop(), current_log_fields()["job_id"]))
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(queue.get(), 0.001)
         await queue.put(job.id)
@@ -603,7 +602,7 @@ def test_an_async_batch_answers_for_each_job(desk: Callable[..., Desk]) -> None:
         async def one(self, job: Job) -> None:
             await asyncio.sleep(0)
             if job.id == "1":
-                raise ValueError(stories())
+                raise ValueError(current_log_fields())
 
     worker = desk(t=AsyncBatch())
     worker.hand(*"ttt")
@@ -638,7 +637,7 @@ def test_tasks_that_a_job_leaves_running_end_with_it_and_those_of_before_stay(
                 ticks.append(name)
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
-            ended.append((name, stories()["job_id"]))
+            ended.append((name, current_log_fields()["job_id"]))
             raise
 
     kept: list[Any] = []

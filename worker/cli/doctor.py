@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 import click
 
-from ..doctor import (
+from ..admin.deployment import Deployment, source_list
+from ..admin.doctor import (
     Finding,
     HostFacts,
     host_findings,
@@ -24,21 +25,13 @@ from ..doctor import (
     service_findings,
     stream_findings,
 )
+from ..admin.status_client import fetch_all_statuses
+from ..admin.words import strip_control
 from ..errors import ConfigurationError, StoreUnavailable
-from ..log import redacted
-from ..observe import ask_all
 from ..options import ENV_PREFIX
 from ..settings import cores
-from .common import (
-    AS_JSON,
-    BAD_NEWS,
-    STREAMS,
-    Deployment,
-    clean,
-    say_json,
-    sources_of,
-    verb_on_deployment,
-)
+from ..telemetry.log import redacted
+from .common import AS_JSON, BAD_NEWS, STREAMS, say_json, verb_on_deployment
 
 #: Loading a large model from a slow disk takes minutes.
 _MODEL_WITHIN_S = 600.0
@@ -93,19 +86,19 @@ def doctor(
         for finding in found:
             colour = {"ok": "green", "note": "yellow", "wrong": "red"}[finding.level]
             mark = click.style(f"{finding.level:5}", fg=colour)
-            click.echo(f"{mark}  {clean(finding.subject)}: {clean(redacted(finding.says))}")
+            click.echo(f"{mark}  {strip_control(finding.subject)}: {strip_control(redacted(finding.says))}")
             if finding.do:
-                click.echo(f"       → {clean(finding.do)}")
+                click.echo(f"       → {strip_control(finding.do)}")
         click.echo(f"{wrong} wrong" if wrong else "nothing is wrong", err=True)
     if wrong:
         sys.exit(BAD_NEWS)
 
 
 def _store(deployment: Deployment, streams: tuple[str, ...]) -> list[Finding]:
-    from ..redis_doctor import RedisFacts
+    from ..store.redis.server_facts import RedisFacts
 
-    services = ask_all(deployment.metrics_urls, deployment.url if deployment.guessed else "")
-    sources = sources_of(streams)
+    services = fetch_all_statuses(deployment.metrics_urls, deployment.url if deployment.guessed else "")
+    sources = source_list(streams)
     store = RedisFacts(deployment.url)
     try:
         nodes = store.nodes(sources)
@@ -168,7 +161,7 @@ def _milvus(given: str, found: str) -> tuple[str, str]:
 
 def _model(model: str, device: str, milvus: tuple[str, str], prefix: str) -> Iterator[Finding]:
     """Look in a process of its own; ``milvus``: its uri and token."""
-    command = [sys.executable, "-m", "jobworker.handlers.checkup", model, device, prefix]
+    command = [sys.executable, "-m", "jobworker.handlers.encoder.doctor", model, device, prefix]
     try:
         done = subprocess.run(
             # Not as arguments: every user of the host can read those.
