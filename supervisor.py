@@ -14,18 +14,18 @@ import click
 import setproctitle
 
 from jobworker.handlers import BUILTIN, NEEDS_VECTORS
-from jobworker.worker import log as logs
-from jobworker.worker.crew import Crew
-from jobworker.worker.embedded import DataDir, needed
+from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
-from jobworker.worker.health import Health, HealthServer
-from jobworker.worker.metrics import Exposition
-from jobworker.worker.notify import notify, reloading
 from jobworker.worker.options import ENV_PREFIX, service_options, settings_from
 from jobworker.worker.settings import Settings, parse_address
-from jobworker.worker.signals import SignalQueue
-from jobworker.worker.status import Desk, Headline, service_status
-from jobworker.worker.stores import Stores
+from jobworker.worker.supervision.embedded import Stores, needed
+from jobworker.worker.supervision.health import Health, HealthServer
+from jobworker.worker.supervision.process_manager import ProcessManager
+from jobworker.worker.supervision.sd_notify import notify, reloading
+from jobworker.worker.supervision.signals import SignalQueue
+from jobworker.worker.supervision.status import StatusLine, StatusMailbox, service_status
+from jobworker.worker.telemetry import log as logs
+from jobworker.worker.telemetry.prometheus import PrometheusCollector
 
 log = logging.getLogger("jobworker.supervisor")
 
@@ -46,14 +46,14 @@ class Supervisor:
         self._settings = settings
         self._data = data
         self._stores = stores
-        self._exposition = Exposition()
-        self._crew = Crew(settings, self._exposition)
+        self._exposition = PrometheusCollector()
+        self._crew = ProcessManager(settings, self._exposition)
         self._mono_turned_s = time.monotonic()
         self._mono_stop_by_s: float | None = None
         self._said_ready = False
         self._progress = 0
-        self._desk = Desk()
-        self._headline = Headline(settings.procs)
+        self._desk = StatusMailbox()
+        self._headline = StatusLine(settings.procs)
         self._said_status = ""
         self._server = HealthServer(
             parse_address(settings.metrics_addr), self._exposition, self.health, self._desk.ask
@@ -99,8 +99,11 @@ class Supervisor:
                 "metrics_url": self._server.url, "pid": os.getpid(),
             })  # fmt: skip
         self._crew.start(
-            replace(self._settings, redis_url=self._stores.redis_url, milvus_uri=self._stores.milvus_uri)
-        )
+            replace(
+                self._settings, redis_url=self._stores.redis_url,
+                milvus_uri=self._stores.milvus_uri, milvus_token=self._stores.milvus_token,
+            )
+        )  # fmt: skip
 
     def _signalled(self, number: signal.Signals) -> Exit | None:
         if number == signal.SIGHUP:

@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 from chaos_diary import START, Diary
-from chaos_faults import DESTRUCTIVE, FAULTS, HOST, KINDS, Shot, World, excused, schedule
+from chaos_faults import DESTRUCTIVE, FAULTS, HOST, KINDS, Shot, World, is_within_grace, schedule
 from chaos_load import Producer, plan
 from chaos_oracle import judge
 from chaos_proxy import Proxy
@@ -37,7 +37,7 @@ from chaos_world import LIMIT_S, LOOK_EVERY_S, Server, Service
 from hosts import host_facts
 from tqdm import tqdm
 
-from jobworker.worker.spare import SPARES
+from jobworker.worker.supervision.slots import STANDBYS
 
 #: A recovery that takes longer is given up on; it counts as missed.
 _RECOVERY_WITHIN_S = 30.0
@@ -95,7 +95,7 @@ class Run:
         verdict = judge(self._producer.ledger, self._diary, self._server.client, uncounted)
         facts = host_facts(self._server.client)
         rest |= self._end()
-        pardon = excused(self._options["faults"])
+        pardon = is_within_grace(self._options["faults"])
         rows = recoveries(self._shots, self._options["lease"])
         return {
             "seed": self._options["seed"],
@@ -113,7 +113,9 @@ class Run:
     def _await_ready(self) -> None:
         give_up_at = time.monotonic() + LIMIT_S
         # With all that stand by, for whom the supervisor holds descriptors too.
-        while not all(one.ready() and len(one.roles().get("spare", [])) == SPARES for one in self._services):
+        while not all(
+            one.ready() and len(one.roles().get("spare", [])) == STANDBYS for one in self._services
+        ):
             if time.monotonic() > give_up_at:
                 raise TimeoutError("the services do not become ready")
             time.sleep(LOOK_EVERY_S)  # a page sends no event

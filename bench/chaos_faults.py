@@ -334,6 +334,6 @@ def limit_s(kind: str, lease_s: float) -> float:
     return KINDS[kind][1] if kind in KINDS else DESTRUCTIVE[kind][1]
 
 
-def excused(kinds: Iterable[str]) -> set[str]:
+def is_within_grace(kinds: Iterable[str]) -> set[str]:
     """The promises that faults of these kinds break by their nature."""
     return {promise for kind in kinds if kind in DESTRUCTIVE for promise in DESTRUCTIVE[kind][0]}

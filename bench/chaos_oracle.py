@@ -56,10 +56,10 @@ class Verdict:
     executions: int = 0
     dead_letters: int = 0
 
-    def broken(self, excused: Collection[str] = ()) -> list[str]:
+    def broken(self, is_within_grace: Collection[str] = ()) -> list[str]:
         """Names of the promises about jobs that were not kept, less those that the faults excuse."""
         named = [name for name, value in vars(self).items() if isinstance(value, list) and value]
-        return [name for name in named if name != "cut_off" and name not in excused]
+        return [name for name in named if name != "cut_off" and name not in is_within_grace]
 
     @property
     def safe(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from chaos_load import GROUP, PROBE_STREAM, STREAM
 from chaos_world import LIMIT_S, LOOK_EVERY_S, Service
 
-from jobworker.worker.channel import Channel
+from jobworker.worker.ipc.channel import Channel
 
 #: Jobs that a lost host left are taken over after the lease; workers that died often are started late.
 _REST_WITHIN_S = 120.0

@@ -209,7 +209,7 @@ class Service:
 
 def tether() -> list[str]:
     """What ends a command with this program. The bond is to the thread that starts it: let it live on."""
-    return [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid())]
+    return [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
 
 
 def is_alive(pid: int) -> bool:

@@ -26,7 +26,7 @@ from embed_texts import SEGMENT_CHARS, TEXTS_A_JOB, chapters, jobs, some
 from hosts import described, machine_facts, table
 from rig import say
 
-from jobworker.handlers.models import default_model, find_model
+from jobworker.handlers.encoder.find_model import default_model, find_model
 
 _CHILD = Path(__file__).resolve().parent / "embed_child.py"
 # No way may take longer, on a busy machine either.

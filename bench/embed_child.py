@@ -137,14 +137,14 @@ def _tokens_for(embed: Any, chapters: list[list[str]]) -> int:
 
 
 def _encoder(options: Report) -> Any:
-    from jobworker.handlers.encoder import load_encoder
+    from jobworker.handlers.encoder.load import load_encoder
 
     return load_encoder(options["model"], "cpu", threads=options["threads"])
 
 
 def _handler(options: Report, cache: Path | None = None) -> Any:
-    from jobworker.handlers.embed import EmbeddingBatch
-    from jobworker.handlers.memory_vectors import MemoryVectors
+    from jobworker.handlers.embedding.handler import EmbeddingBatch
+    from jobworker.handlers.vectors.memory import MemoryVectors
     from jobworker.worker import Settings
 
     embed = EmbeddingBatch(_encoder(options), MemoryVectors())
@@ -175,7 +175,7 @@ def _job(number: int, texts: list[str]) -> Any:
 
 def _record_packing() -> list[tuple[int, int]]:
     """Notes (padded tokens, own tokens) of every batch that the encoders pack from now on."""
-    from jobworker.handlers import packing
+    from jobworker.handlers.encoder import packing
 
     real, seen = packing.pack, []
 
@@ -186,7 +186,7 @@ def _record_packing() -> list[tuple[int, int]]:
             seen.append((max(own) * len(own), sum(own)))
         return batches
 
-    importlib.import_module("jobworker.handlers.torch_encoder")
+    importlib.import_module("jobworker.handlers.encoder.torch")
     for module in [m for name, m in sys.modules.items() if name.startswith("jobworker.handlers.")]:
         if getattr(module, "pack", None) is real:
             module.pack = pack  # type: ignore[attr-defined]

@@ -26,9 +26,9 @@ from embed_texts import SEGMENT_CHARS, chapters, some
 from hosts import described, machine_facts, table
 from rig import say
 
-from jobworker.handlers.encoder import load_encoder
-from jobworker.handlers.models import default_model
-from jobworker.handlers.self_check import worst_cosine
+from jobworker.handlers.encoder.find_model import default_model
+from jobworker.handlers.encoder.load import load_encoder
+from jobworker.handlers.encoder.precision_check import worst_cosine
 
 Report = dict[str, Any]
 # Compiling takes minutes on a slow machine.
@@ -56,7 +56,7 @@ def _onnx(model: str, threads: int) -> Any:
     """ONNX Runtime, on a graph exported from the torch module: ours in all but the forward pass."""
     import torch
 
-    from jobworker.handlers.torch_convert import _Traced
+    from jobworker.handlers.encoder.convert import _Traced
 
     # Not installed here for anything else.
     onnxruntime: Any = importlib.import_module("onnxruntime")
@@ -144,7 +144,7 @@ class _Engine:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
         self._said = folder / f"{name}.log"
         # It ends with this process, however this one ends.
-        tied = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid())]
+        tied = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
         with self._said.open("w") as said:
             self._process = subprocess.Popen(
                 [*tied, python, __file__, "--serve", name, str(folder)],

@@ -23,10 +23,10 @@ import torch
 from embed_models import BGE_M3, MINILM, Shape, compiled, write_model
 from hosts import described, machine_facts, table
 
-from jobworker.handlers.models import find_model
-from jobworker.handlers.packing import pack, padding_share
-from jobworker.handlers.self_check import worst_cosine
-from jobworker.handlers.torch_encoder import TorchEncoder
+from jobworker.handlers.encoder.find_model import find_model
+from jobworker.handlers.encoder.packing import pack, padding_share
+from jobworker.handlers.encoder.precision_check import worst_cosine
+from jobworker.handlers.encoder.torch import TorchEncoder
 
 Report = dict[str, Any]
 #: Dense bf16 products, as the maker states them (TFLOP/s).

@@ -8,6 +8,7 @@ same collection is rebuilt in place, which stops searches.
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -26,18 +27,21 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 import numpy as np
 from hosts import described, host_facts, roles_of, table
-from rig import JOB_TYPE, LIMIT_S, Backlog, connect, free_port, say, server, service
+from rig import JOB_TYPE, LIMIT_S, PrefetchBuffer, connect, free_port, say, server, service
 
-from jobworker.handlers.fenced import Edition, FencedWriter
-from jobworker.handlers.milvus_shadow import MilvusShadow, open_shadow
-from jobworker.handlers.recall import TrueScores
-from jobworker.handlers.vectors import Row, VectorStore, VectorStoreError, open_vectors
-from jobworker.worker import Rebuilds, open_fence, open_rebuilds
+from jobworker.handlers.jobstore.fence import Rebuilds
+from jobworker.handlers.jobstore.open import open_fence, open_rebuilds
+from jobworker.handlers.rebuild.milvus import MilvusShadow, open_shadow
+from jobworker.handlers.rebuild.recall import TrueScores
+from jobworker.handlers.vectors.milvus.store import Row, VectorStore, VectorStoreError, open_vectors
+from jobworker.handlers.vectors.versioned_writer import VersionedRows, VersionedWriter
 
 _NAME, _PREFIX = "story_segments", "bench_"
+#: The Lite of our own is asked by this program and by workers on this host.
+_TOKEN = f"root:{secrets.token_urlsafe(24)}"
 _TENANT, _PROJECT = "t001", "p123"
 _SCOPE: dict[str, Any] = {"tenant_id": _TENANT, "project_id": _PROJECT}
-_HANDLER = "jobworker.handlers.reindex:IndexRebuild"
+_HANDLER = "jobworker.handlers.rebuild.handler:IndexRebuild"
 _TEXT = "Snow had fallen on the pass all night, and the road below the inn was gone by the morning. " * 5
 #: Vectors lie around so many points, as those of texts do; without them the truth would be mere chance.
 _CENTRES = 200
@@ -154,13 +158,13 @@ def searching(world: World) -> Client:
 def writing(world: World) -> Client:
     """A client that overwrites rows, as workers of the service do."""
     store, random = world.open(), np.random.default_rng(3)
-    writer = FencedWriter(store, open_fence(world.url), prefix=_PREFIX)
+    writer = VersionedWriter(store, open_fence(world.url), prefix=_PREFIX)
 
     def write() -> None:
         rows = world.change(random.choice(len(world.vectors), _WRITE_ROWS, replace=False))
         while True:
             try:
-                return writer.write(_NAME, [Edition(os.urandom(4).hex(), rows)])
+                return writer.write(_NAME, [VersionedRows(os.urandom(4).hex(), rows)])
             except VectorStoreError:
                 time.sleep(_WRITE_EVERY_S)  # a job would come again, too
 
@@ -170,7 +174,7 @@ def writing(world: World) -> Client:
 class Service:
     """The service on one stream, killed and started again to order."""
 
-    def __init__(self, world: World, backlog: Backlog) -> None:
+    def __init__(self, world: World, backlog: PrefetchBuffer) -> None:
         self._world, self._backlog = world, backlog
         self._stack = ExitStack()
         self.kills = 0
@@ -199,7 +203,7 @@ class Service:
         self._stack.close()
 
 
-def rebuild(world: World, backlog: Backlog, rebuilds: Rebuilds, mode: str, kills: int) -> float:
+def rebuild(world: World, backlog: PrefetchBuffer, rebuilds: Rebuilds, mode: str, kills: int) -> float:
     """Run one rebuild by a job; seconds. Raises RuntimeError where the job was given up or takes too long."""
     running = Service(world, backlog)
     try:
@@ -239,17 +243,31 @@ def milvus(uri: str) -> Iterator[str]:
         yield uri
         return
     with tempfile.TemporaryDirectory(prefix="jobworker-bench") as folder:
-        port, port_file = free_port(), Path(folder) / "port"
-        tether = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid()), sys.executable]
-        command = [*tether, "-m", "jobworker.handlers.lite_server", "--data-dir", f"{folder}/data"]
-        process = subprocess.Popen([*command, "--port", str(port), "--port-file", str(port_file)])
+        port, port_file, token_file = free_port(), Path(folder) / "port", Path(folder) / "token"
+        token_file.write_text(_TOKEN)
+        tether = [
+            sys.executable,
+            "-m",
+            "jobworker.worker.supervision.pdeathsig",
+            str(os.getpid()),
+            sys.executable,
+        ]
+        command = [
+            *tether,
+            "-m",
+            "jobworker.handlers.vectors.milvus.lite_server",
+            "--data-dir",
+            f"{folder}/data",
+        ]
+        command += ["--port", str(port), "--port-file", str(port_file), "--token-file", str(token_file)]
+        process = subprocess.Popen(command)
         try:
             give_up_at = time.monotonic() + LIMIT_S
             while not port_file.exists():
                 if process.poll() is not None or time.monotonic() > give_up_at:
                     raise RuntimeError("Milvus Lite did not come up")
                 time.sleep(0.05)  # a file has no event to wait on
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://{_TOKEN}@127.0.0.1:{port}"
         finally:
             process.terminate()
             process.wait(LIMIT_S)
@@ -260,7 +278,7 @@ def measure(uri: str, url: str, rows: int, dim: int, kills: int, in_place: bool)
     world, rebuilds = World(uri, url, rows, dim), open_rebuilds(url)
     shadow = open_shadow(uri, token=None, prefix=_PREFIX, named=False)
     with connect(url) as client:
-        backlog, facts = Backlog(client), host_facts(client)
+        backlog, facts = PrefetchBuffer(client), host_facts(client)
         try:
             world.fill()
             found: dict[str, Any] = {"recall_before": world.recall(shadow)}

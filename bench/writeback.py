@@ -31,14 +31,16 @@ from hosts import described, host_facts, roles_of
 from llm_stub import llm_stub
 from rig import LIMIT_S, connect, say
 
-from jobworker.handlers.memory_vectors import MemoryVectors
-from jobworker.handlers.vectors import Row, VectorStore, open_vectors
-from jobworker.handlers.writeback import WriteBack
-from jobworker.worker import Job, RecordKey, Settings, open_fence, open_records
+from jobworker.handlers.jobstore.open import open_fence, open_records
+from jobworker.handlers.jobstore.records import RecordKey
+from jobworker.handlers.summaries.handler import WriteBack
+from jobworker.handlers.vectors.memory import MemoryVectors
+from jobworker.handlers.vectors.milvus.store import Row, VectorStore, open_vectors
+from jobworker.worker import Job, Settings
 
 _STREAM, _GROUP = "stream:memory:update", "cg-mem-writer"
 _TENANT, _PROJECT = "t001", "p123"
-_HANDLER = "jobworker.handlers.writeback:WriteBack"
+_HANDLER = "jobworker.handlers.summaries.handler:WriteBack"
 #: Any length will do: what is looked at is which text is where.
 _MODEL = "dummy:64"
 _TEXT = "Snow had fallen on the pass all night, and the road below the inn was gone by the morning."
@@ -61,7 +63,7 @@ class Service:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("JOBWORKER_")}
         if milvus_uri:
             environment |= {"JOBWORKER_MILVUS_URI": milvus_uri, "JOBWORKER_MILVUS_PREFIX": _prefix(folder)}
-        tether = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid())]
+        tether = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
         self.process = subprocess.Popen([*tether, *command], stderr=self._log, env=environment)
         wait_until(lambda: '"msg": "ready"' in self.log or self.process.poll() is not None, "ready")
         if self.process.poll() is not None:

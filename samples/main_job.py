@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from jobworker.handlers.encoder import load_encoder
-from jobworker.handlers.vector_types import Hit
-from jobworker.handlers.vectors import open_vectors
+from jobworker.handlers.encoder.load import load_encoder
+from jobworker.handlers.vectors.milvus.store import open_vectors
+from jobworker.handlers.vectors.ports import Hit
 from jobworker.worker import Producer
 
 NOVEL = Path(__file__).parent / "novel"

@@ -8,5 +8,5 @@ mkdir -p .venv/typing
 ln -sfn "$PWD" .venv/typing/jobworker
 .venv/bin/mypy -p jobworker.worker -p jobworker.handlers -m jobworker.supervisor
 shopt -s nullglob
-for program in samples/*.py bench/*.py; do programs+=("$program"); done
+for program in samples/*.py bench/*.py examples/*.py; do programs+=("$program"); done
 if [[ ${programs[*]-} ]]; then .venv/bin/mypy "${programs[@]}"; fi

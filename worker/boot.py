@@ -20,17 +20,18 @@ from pathlib import Path
 
 import setproctitle
 
-from . import log as logs
-from . import trace
-from .channel import REFUSABLE, Channel
-from .devices import LEAST_COPIES, NO_MODEL, place_of, set_pools, visible_gpus
+from .devices import LEAST_COPIES, NO_MODEL, device_for_slot, set_pools, visible_gpus
 from .errors import ConfigurationError, Exit, Fenced, JobworkerError
+from .event_loop import EventLoop
 from .handler import BoundHandler, load_handlers
+from .ipc.channel import REFUSABLE, Channel
+from .ipc.control import ControlSocket, Message, Standby, Start, StartFailed
 from .keys import consumer_name
-from .link import Failed, Link, Message, Standby, Start
 from .outcome import MAX_ERROR_CHARS
 from .settings import Settings
-from .tether import tie_to_parent
+from .supervision.pdeathsig import tie_to_parent
+from .telemetry import log as logs
+from .telemetry import trace
 
 log = logging.getLogger("jobworker.boot")
 
@@ -40,14 +41,14 @@ _ALONE = "started without a supervisor: run jobworker-supervise"
 #: Pause between tries to set a handler up while a store that it needs does not answer yet.
 _SETUP_RETRY_S = 0.5
 #: What takes time at the start of a reader or reaper; a spare has it behind it.
-_IMPORTS_OF_ROLES = ("reader", "reaper", "redis_store")
+_IMPORTS_OF_ROLES = ("reader.reader", "reaper", "store.redis.reader", "store.redis.reaper")
 #: Half of what there is, out of 1000: before any other process of the service, after what asks to go first.
 _OOM_SCORE_ADJ = "500"
 
 
 def main() -> int:
     """Run one role; the exit code is 0 after a proper end, 3 or 5 where the role could not start."""
-    link = Link(socket.socket(fileno=int(sys.argv[1])))
+    link = ControlSocket(socket.socket(fileno=int(sys.argv[1])))
     start, fds = _first_message(link)
     settings = Settings.from_json(start.settings)
     if start.role == "worker":
@@ -86,7 +87,7 @@ def _begin_tracing(role: str, settings: Settings) -> None:
     if not trace.wanted(os.environ):
         return
     try:
-        from .otel import open_tracing
+        from .telemetry.otel import open_tracing
 
         trace.install(open_tracing(role, settings, os.environ))
     except ImportError as error:
@@ -95,13 +96,13 @@ def _begin_tracing(role: str, settings: Settings) -> None:
         log.warning("no traces: %s", error)
 
 
-def _fail(link: Link, error: str, code: Exit) -> int:
+def _fail(link: ControlSocket, error: str, code: Exit) -> int:
     log.critical(error)
-    link.send(Failed(error, code))
+    link.send(StartFailed(error, code))
     return code
 
 
-def _first_message(link: Link) -> tuple[Start, list[int]]:
+def _first_message(link: ControlSocket) -> tuple[Start, list[int]]:
     message, fds = _await(link, _START_WITHIN_S)
     if isinstance(message, Standby):
         _stand_by(message)
@@ -111,7 +112,7 @@ def _first_message(link: Link) -> tuple[Start, list[int]]:
     return message, fds
 
 
-def _await(link: Link, within_s: float | None) -> tuple[Message, list[int]]:
+def _await(link: ControlSocket, within_s: float | None) -> tuple[Message, list[int]]:
     select.select([link], [], [], within_s)
     try:
         received = link.receive()
@@ -132,7 +133,7 @@ def _stand_by(standby: Standby) -> None:
         import_module(f"{__package__}.{module}")
 
 
-def _run(role: str, settings: Settings, link: Link, fds: list[int]) -> None:
+def _run(role: str, settings: Settings, link: ControlSocket, fds: list[int]) -> None:
     match role:
         case "reader":
             _run_reader(settings, link)
@@ -145,28 +146,28 @@ def _run(role: str, settings: Settings, link: Link, fds: list[int]) -> None:
 def _place(settings: Settings, slot: int) -> str:
     """The device of this worker's model. Only the first types can be refused: with more, all hold it."""
     many = len(settings.handlers) > REFUSABLE
-    place = place_of(settings.device, slot, visible_gpus(), settings.model_copies)
+    place = device_for_slot(settings.device, slot, visible_gpus(), settings.model_copies)
     if many and place == NO_MODEL:
-        return place_of(settings.device, slot % LEAST_COPIES, visible_gpus())
+        return device_for_slot(settings.device, slot % LEAST_COPIES, visible_gpus())
     return place
 
 
-def _run_reader(settings: Settings, link: Link) -> None:
-    from .reader import Reader
-    from .redis_store import RedisReaderStore
+def _run_reader(settings: Settings, link: ControlSocket) -> None:
+    from .reader.reader import Reader
+    from .store.redis.reader import RedisReaderStore
 
     store = RedisReaderStore(settings.redis_url, consumer_name(settings.host, settings.instance))
     Reader(store, settings, link).run()
 
 
-def _run_reaper(settings: Settings, link: Link) -> None:
+def _run_reaper(settings: Settings, link: ControlSocket) -> None:
     from .reaper import Reaper
-    from .redis_store import RedisReaperStore
+    from .store.redis.reaper import RedisReaperStore
 
     Reaper(RedisReaperStore(settings.redis_url), settings, link).run()
 
 
-def _run_worker(settings: Settings, link: Link, channel: Channel) -> None:
+def _run_worker(settings: Settings, link: ControlSocket, channel: Channel) -> None:
     from .runner import Runner
 
     _go_first_when_memory_is_short()
@@ -176,8 +177,8 @@ def _run_worker(settings: Settings, link: Link, channel: Channel) -> None:
         raise SystemExit(Exit.BOOT_FAILED)
     streams = [source.stream for source in settings.streams]
     refused = [kind not in handlers for kind in settings.handlers]
-    channel.refused = _mask(refused)
-    channel.loners = _mask(kind in handlers and handlers[kind].alone for kind in settings.handlers)
+    channel.unsupported_types = _mask(refused)
+    channel.exclusive_types = _mask(kind in handlers and handlers[kind].alone for kind in settings.handlers)
     trace.watch(handlers)
     runner = Runner(channel, link, handlers, streams, linger_s=settings.linger_s)
 
@@ -204,13 +205,16 @@ def _mask(flags: Iterable[bool]) -> int:
     return sum(1 << number for number, flag in enumerate(flags) if flag and number < REFUSABLE)
 
 
-def _set_up(settings: Settings, link: Link) -> dict[str, BoundHandler] | None:
+def _set_up(settings: Settings, link: ControlSocket) -> dict[str, BoundHandler] | None:
     """Load the handlers, waiting for stores that are still coming up; None when it was given up."""
     give_up_at = time.monotonic() + settings.connect_timeout_s
+    loop = EventLoop()
     while True:
         try:
-            return load_handlers(settings)
-        except Exception as error:
+            return load_handlers(settings, loop)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # asyncio's cancellation among them
             transient = bool(getattr(error, "transient", False))
             if transient and time.monotonic() < give_up_at:
                 time.sleep(_SETUP_RETRY_S)  # a store that does not listen yet offers no event to wait on
@@ -222,7 +226,7 @@ def _set_up(settings: Settings, link: Link) -> dict[str, BoundHandler] | None:
                 else f"{type(error).__name__}: {error}"
             )
             log.critical("cannot start: %s", text, exc_info=None if transient else error)
-            link.send(Failed(text[:MAX_ERROR_CHARS], code))
+            link.send(StartFailed(text[:MAX_ERROR_CHARS], code))
             return None
 
 

@@ -41,7 +41,7 @@ def visible_gpus(environ: Mapping[str, str] = os.environ, dev: Path = Path("/dev
     return shown if any(name.startswith("MIG") for name in names) else min(shown, there)
 
 
-def place_of(device: str, slot: int, gpus: int, copies: int = 0) -> str:
+def device_for_slot(device: str, slot: int, gpus: int, copies: int = 0) -> str:
     """The device of the worker in `slot`: `cpu`, `cuda:N`, or `none` where there are copies enough.
 
     `device` is `auto`, `cpu`, `cuda`, `none` or names joined by commas; `copies` are those of each GPU, or of

@@ -1,16 +1,24 @@
 """What a handler is, and how a type's name becomes one inside the worker process."""
 
+import functools
 import importlib
+import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import AsyncGeneratorType, GeneratorType
 from typing import Any, Protocol, runtime_checkable
 
 from .devices import NO_MODEL
 from .envelope import Job
-from .errors import ConfigurationError
+from .errors import ConfigurationError, PermanentError
+from .event_loop import EventLoop
 from .settings import Settings
+
+#: The members that a worker calls. Each is a plain function or an async one.
+_CALLED = ("setup", "handle", "handle_batch", "healthy")
 
 
 @runtime_checkable
@@ -31,26 +39,39 @@ class Handler(Protocol):
     - ``alone = True``: its jobs may take minutes, so no other job waits behind one in the same worker.
     - ``needs_model = True``: a worker that is not to hold the model does not run it (``--model-copies``).
     - ``counters``: a mapping of running totals, exported as metrics.
+
+    ``setup``, ``handle``, ``handle_batch`` and ``healthy`` may each be ``async def``: all of them run on one
+    event loop, which the worker keeps between jobs.
     """
 
-    def handle(self, job: Job) -> None:
+    def handle(self, job: Job) -> Awaitable[None] | None:
         """Run one job: return, or raise. `PermanentError` means that a retry is of no use."""
 
 
 class BoundHandler:
-    """A handler as the runner uses it: one batch call, a limit, and defaults for what it leaves out."""
+    """A handler as the runner uses it: one batch call, a limit, and defaults for what it leaves out.
 
-    def __init__(self, kind: str, handler: Any, default_timeout_s: float) -> None:
+    Every call returns after the work: async members run on ``loop``, which the handlers of a worker share.
+    Raises `ConfigurationError` where a member is a generator function.
+    """
+
+    def __init__(
+        self, kind: str, handler: Any, default_timeout_s: float, loop: EventLoop | None = None
+    ) -> None:
+        loop = loop or EventLoop()
+        _check_members(kind, handler)
         self.kind = kind
         self._handler = handler
         self.timeout_s = float(getattr(handler, "timeout", default_timeout_s))
         self.batch_timeout_s = float(getattr(handler, "batch_timeout", math.inf))
-        batch = getattr(handler, "handle_batch", None)
+        handle, batch, healthy = (getattr(handler, name, None) for name in _CALLED[1:])
         self.alone = bool(getattr(handler, "alone", False))
         self.max_batch = max(1, int(getattr(handler, "max_batch", 32))) if batch else 1
-        self.handle: Callable[[Job], None] = getattr(handler, "handle", None) or _alone(batch)
-        self.handle_batch: Callable[[Sequence[Job]], Sequence[BaseException | None]] | None = batch
-        self.healthy: Callable[[], None] | None = getattr(handler, "healthy", None)
+        self.handle_batch = _batch_of(batch, loop) if batch else None
+        self.handle: Callable[[Job], object] = (
+            _handle_of(handle, loop) if handle else _alone(self.handle_batch)
+        )
+        self.healthy: Callable[[], object] | None = _call_of("healthy", healthy, loop) if healthy else None
         self.counters: Mapping[str, int] = getattr(handler, "counters", {})
 
     @property
@@ -70,10 +91,105 @@ def _alone(batch: Any) -> Callable[[Job], None]:
     return handle
 
 
-def load_handlers(settings: Settings) -> dict[str, BoundHandler]:
-    """Import, make and set up the handler of every type.
+def _handle_of(method: Callable[[Job], object], loop: EventLoop) -> Callable[[Job], object]:
+    """``handle`` as the runner calls it, once a job: its own function, for one argument costs half of any."""
+    if _is(inspect.iscoroutinefunction, method):
+        return _call_of("handle", method, loop)
 
-    Raises `ConfigurationError` where a target cannot be imported or has no ``handle``; what a handler's
+    def handle(job: Job) -> None:
+        if (result := method(job)) is not None:
+            _refuse_unrun("handle", result)
+
+    return handle
+
+
+def _batch_of(
+    method: Callable[[Sequence[Job]], object], loop: EventLoop
+) -> Callable[[Sequence[Job]], Sequence[BaseException | None]]:
+    """``handle_batch`` with its answer checked: one outcome a job, each None or an exception."""
+    call = _call_of("handle_batch", method, loop)
+
+    def handle_batch(jobs: Sequence[Job]) -> Sequence[BaseException | None]:
+        outcomes = call(jobs)
+        if not isinstance(outcomes, Sequence) or isinstance(outcomes, str | bytes):
+            raise PermanentError(
+                f"handle_batch returned {type(outcomes).__name__}: return a list with one outcome a job, "
+                "each None or an exception"
+            )
+        if len(outcomes) != len(jobs):
+            raise PermanentError(f"handle_batch: {len(outcomes)} outcomes for {len(jobs)} jobs")
+        # One call for the usual case, where all jobs are done.
+        return outcomes if outcomes.count(None) == len(jobs) else [_outcome(one) for one in outcomes]
+
+    return handle_batch
+
+
+def _outcome(given: object) -> BaseException | None:
+    if given is None or isinstance(given, BaseException):
+        return given
+    return PermanentError(
+        f"handle_batch returned {type(given).__name__} as this job's outcome: return None or an exception"
+    )
+
+
+def _call_of(
+    name: str, method: Callable[..., Any], loop: EventLoop, *, keep_tasks: bool = False
+) -> Callable[..., Any]:
+    """A member as a function that returns after the work."""
+    is_async = _is(inspect.iscoroutinefunction, method)
+
+    def call(*arguments: object) -> Any:
+        result = method(*arguments)
+        if is_async and isinstance(result, Coroutine):  # a decorator may have run it already
+            result = loop.run(result, keep_tasks=keep_tasks)
+        if result is not None:
+            _refuse_unrun(name, result)
+        return result
+
+    return call
+
+
+def _refuse_unrun(name: str, result: object) -> None:
+    """Raise `PermanentError` where a member returned work that has not run: a coroutine, another awaitable,
+    a generator, or the context manager made of one. Load time cannot see it behind a decorator."""
+    body = getattr(result, "gen", result)
+    is_generator = isinstance(body, GeneratorType | AsyncGeneratorType)
+    if not (is_generator or isinstance(result, Awaitable)):
+        return
+    if isinstance(result, Coroutine):
+        with suppress(Exception):  # of its own clean-up, where it has begun; it would hide the error below
+            result.close()
+    advice = "remove its `yield`" if is_generator else f"write `async def {name}` and await it there"
+    raise PermanentError(f"{name} returned {type(result).__name__}, which nothing runs: {advice}")
+
+
+def _check_members(kind: str, handler: Any) -> None:
+    """Raise `ConfigurationError` where a call of a member would run nothing."""
+    for name in _CALLED:
+        method = getattr(handler, name, None)
+        if method is None:
+            continue
+        if not callable(method):
+            raise ConfigurationError(f"handler of {kind}: {name} is not a function")
+        if _is(inspect.isgeneratorfunction, method) or _is(inspect.isasyncgenfunction, method):
+            raise ConfigurationError(
+                f"handler of {kind}: {name} contains `yield`, so a call of it runs nothing: "
+                f"write `def {name}` or `async def {name}` without `yield`"
+            )
+
+
+def _is(form: Callable[[object], bool], method: Any) -> bool:
+    """Whether a function has that form, or the one that a partial or a callable object calls."""
+    while isinstance(method, functools.partial):
+        method = method.func
+    return form(method) or form(type(method).__call__)
+
+
+def load_handlers(settings: Settings, loop: EventLoop | None = None) -> dict[str, BoundHandler]:
+    """Import, make and set up the handler of every type; what is async runs on ``loop``.
+
+    Raises `ConfigurationError` where a target cannot be imported or has no ``handle``, or where a call of a
+    member would run nothing; what a handler's
     own ``setup`` raises passes through. One class that serves several types is made once. A worker that is
     to hold no model has no handler of the types that need one.
     """
@@ -81,19 +197,24 @@ def load_handlers(settings: Settings) -> dict[str, BoundHandler]:
     for target in settings.handlers.values():
         if target not in made:
             made[target] = _make(target)
-    return set_up({kind: made[target] for kind, target in settings.handlers.items()}, settings)
+    return set_up({kind: made[target] for kind, target in settings.handlers.items()}, settings, loop)
 
 
-def set_up(handlers: Mapping[str, Any], settings: Settings) -> dict[str, BoundHandler]:
+def set_up(
+    handlers: Mapping[str, Any], settings: Settings, loop: EventLoop | None = None
+) -> dict[str, BoundHandler]:
     """Let each object be set up, once though it may serve several types; those that need a model which this
     worker is not to hold are left out."""
     if settings.device == NO_MODEL:
         handlers = {kind: one for kind, one in handlers.items() if not getattr(one, "needs_model", False)}
+    loop = loop or EventLoop()
+    for kind, handler in handlers.items():
+        _check_members(kind, handler)
     for handler in {id(one): one for one in handlers.values()}.values():
         setup = getattr(handler, "setup", None)
         if setup is not None:
-            setup(settings)
-    return {kind: BoundHandler(kind, one, settings.job_timeout_s) for kind, one in handlers.items()}
+            _call_of("setup", setup, loop, keep_tasks=True)(settings)
+    return {kind: BoundHandler(kind, one, settings.job_timeout_s, loop) for kind, one in handlers.items()}
 
 
 def _make(target: str) -> Any:

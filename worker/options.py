@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from .backoff import RetryPolicy
 from .errors import ConfigurationError
 from .keys import DEFAULT_SOURCES
+from .outcome import RetryPolicy
 from .settings import Settings, check_llm, cores, parse_address, parse_handler, parse_size, parse_source
 
 ENV_PREFIX = "JOBWORKER"

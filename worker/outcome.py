@@ -2,10 +2,31 @@
 
 import random
 from enum import StrEnum
+from typing import NamedTuple
 
 import msgspec
 
-from .backoff import RetryPolicy
+
+class RetryPolicy(NamedTuple):
+    """Times in seconds; ``jitter`` is the share by which a delay is spread either way."""
+
+    max_retries: int = 3
+    initial_s: float = 1.0
+    max_s: float = 60.0
+    multiplier: float = 2.0
+    jitter: float = 0.1
+
+    def delay_s(self, retry_count: int, rng: random.Random) -> float:
+        """``initial * multiplier ** retry_count``, at most ``max``, spread by +- ``jitter``.
+
+        ``retry_count`` is the new one, already counted up: the first retry waits initial * multiplier.
+        """
+        try:
+            delay = self.initial_s * self.multiplier**retry_count
+        except OverflowError:
+            delay = self.max_s
+        return min(delay, self.max_s) * (1.0 + self.jitter * rng.uniform(-1.0, 1.0))
+
 
 #: An error's text is cut to this, so that a handler that raises a whole novel does not fill the dead letters.
 MAX_ERROR_CHARS = 4096

@@ -17,7 +17,7 @@ import msgspec
 from .envelope import Envelope, read_envelope
 from .errors import MalformedJob
 from .keys import DEFAULT_SOURCES, STREAM_OF_TYPE
-from .store import ProducerStore
+from .store.ports import ProducerStore
 
 #: The service's own default of `max_payload`: what is larger would be dead-lettered at once.
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
@@ -162,7 +162,7 @@ class Producer:
 
 def _redis(url: str) -> ProducerStore:
     # Imported late: whoever brings a store of his own needs no client library.
-    from .redis_store import RedisProducerStore
+    from .store.redis.producer import RedisProducerStore
 
     return RedisProducerStore(url)
 
@@ -183,7 +183,7 @@ def _home_of(type: str) -> str:
 def _metadata(job: NewJob) -> dict[str, str] | None:
     """What the job was given, and the span that the caller is in, where he makes traces."""
     if "opentelemetry.sdk.trace" in sys.modules:
-        from .otel_context import carried  # only then: it needs the library
+        from .telemetry.otel_context import carried  # only then: it needs the library
 
         return carried(job.metadata)
     return None if job.metadata is None else dict(job.metadata)

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 
 from .errors import StoreUnavailable
+from .ipc.control import ControlSocket, Drain, Ready
 from .keys import consumer_name
-from .link import Drain, Link, Ready
 from .settings import Settings
-from .store import Depths, ReaperStore
-from .tally import Tally
+from .store.ports import Depths, ReaperStore
+from .telemetry.metrics import MetricsBuffer
 
 log = logging.getLogger("jobworker.reaper")
 
@@ -33,7 +33,7 @@ class Reaper:
         self,
         store: ReaperStore,
         settings: Settings,
-        link: Link,
+        link: ControlSocket,
         *,
         mono_s: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
@@ -43,7 +43,7 @@ class Reaper:
         self._link = link
         self._mono_s = mono_s
         self._rng = rng or random.Random()
-        self._tally = Tally()
+        self._tally = MetricsBuffer()
         self._trouble: str | None = None
         self._failures = 0
         self._counted_at = -_COUNT_EVERY_S
@@ -54,7 +54,7 @@ class Reaper:
         ready = False
         while True:
             try:
-                sleep_s = self.go_round(self._mono_s())
+                sleep_s = self.run_once(self._mono_s())
                 self._trouble, self._failures = None, 0
                 ready = ready or self._link.send(Ready())
             except StoreUnavailable as error:
@@ -64,7 +64,7 @@ class Reaper:
                 self._store.close()
                 return
 
-    def go_round(self, now: float) -> float:
+    def run_once(self, now: float) -> float:
         """Do everything that is due; returns how long to sleep (seconds). Raises as the store does."""
         sleep_s = min([_LOOK_EVERY_S, *(self._promote(source.stream) for source in self._settings.streams)])
         if now - self._counted_at >= _COUNT_EVERY_S:

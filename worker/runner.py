@@ -11,16 +11,15 @@ from typing import NamedTuple
 
 import msgspec
 
-from .channel import READY, STOPPING, Channel
-from .doing import doing
 from .envelope import Envelope, Job, job_of, reread_envelope
 from .errors import MalformedJob, PermanentError
-from .frames import JobFrame, OutcomeFrame
 from .handler import BoundHandler
-from .inflight import FAILED, STARTED, SUCCEEDED
-from .link import Link, Ready
+from .ipc.channel import READY, STOPPING, Channel, JobFrame, OutcomeFrame
+from .ipc.control import ControlSocket, Ready
+from .ipc.inflight import FAILED, STARTED, SUCCEEDED
 from .outcome import Failure, failure_of
-from .tally import Tally
+from .telemetry.current_job import doing
+from .telemetry.metrics import MetricsBuffer
 
 log = logging.getLogger("jobworker.runner")
 
@@ -40,7 +39,7 @@ _AHEAD_BYTES = 32 * 1024 * 1024
 _SHORTEST_POLL_S = 0.001
 
 
-class Waiting(NamedTuple):
+class QueuedJob(NamedTuple):
     """A job taken from the ring and not yet started."""
 
     row: int
@@ -56,7 +55,7 @@ class Runner:
     def __init__(
         self,
         channel: Channel,
-        link: Link,
+        link: ControlSocket,
         handlers: dict[str, BoundHandler],
         streams: Sequence[str],
         *,
@@ -74,10 +73,10 @@ class Runner:
         self._linger_s = linger_s
         self._mono_s = mono_s
         self._wall_s = wall_s
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[QueuedJob] = deque()
         self._lookahead = max((handler.max_batch for handler in handlers.values()), default=1)
         self._frames = msgspec.msgpack.Decoder(JobFrame)
-        self._tally = Tally()
+        self._tally = MetricsBuffer()
         self._durations = {
             kind: self._tally.histogram("z_novel_job_duration_seconds", (kind,)) for kind in handlers
         }
@@ -95,22 +94,22 @@ class Runner:
         # Behind the phase, which the reader goes by: who is told "ready" may rely on jobs being taken here.
         self._link.send(Ready())
         while not self.stop:
-            self.go_round(_REPORT_EVERY_S)
+            self.run_once(_REPORT_EVERY_S)
         self._channel.phase = STOPPING
         self._channel.wake_reader()
         self.report()
 
     def begin(self) -> None:
         """Say that jobs may come."""
-        self._channel.appetite = min((handler.max_batch for handler in self._handlers.values()), default=1)
-        self._channel.beat(self._mono_s())
+        self._channel.batch_hint = min((handler.max_batch for handler in self._handlers.values()), default=1)
+        self._channel.heartbeat(self._mono_s())
         self._channel.phase = READY
         self._channel.wake_reader()
 
-    def go_round(self, sleep_s: float) -> None:
+    def run_once(self, sleep_s: float) -> None:
         """One round of the loop: run what goes together, or wait at most so long for jobs."""
         now = self._mono_s()
-        self._channel.beat(now)
+        self._channel.heartbeat(now)
         self._take()
         if self._waiting:
             self._run_next()
@@ -131,7 +130,7 @@ class Runner:
             self._channel.jobs.release(tail)
             # A named tuple's own constructor takes four times as long, once per job.
             self._waiting.extend(
-                tuple.__new__(Waiting, (row, source, entry_id, reread_envelope(data), len(data)))
+                tuple.__new__(QueuedJob, (row, source, entry_id, reread_envelope(data), len(data)))
                 for row, (source, entry_id, data) in enumerate(decoded.jobs, decoded.first_row)
             )
             ahead_bytes += len(frame)
@@ -173,9 +172,9 @@ class Runner:
     def _ask_for(self, jobs: int) -> None:
         """Let the reader keep some batches of the type at hand here, and not more: jobs that wait behind
         others here are not taken by an idle worker, of this host or another."""
-        if jobs == self._channel.appetite:
+        if jobs == self._channel.batch_hint:
             return
-        self._channel.appetite, more = jobs, jobs > self._channel.appetite
+        self._channel.batch_hint, more = jobs, jobs > self._channel.batch_hint
         if more:
             self._channel.wake_reader()
 
@@ -199,11 +198,11 @@ class Runner:
             and all(waiting.envelope.type == handler.kind for waiting in self._waiting)
         )
 
-    def _gather(self, handler: BoundHandler) -> list[Waiting]:
+    def _gather(self, handler: BoundHandler) -> list[QueuedJob]:
         """The oldest job, and waiting ones of its type up to the handler's limits, in order; the others keep
         their places."""
-        batch: list[Waiting] = []
-        others: list[Waiting] = []
+        batch: list[QueuedJob] = []
+        others: list[QueuedJob] = []
         size_bytes, most_bytes = 0, handler.max_batch_bytes
         while self._waiting and len(batch) < handler.max_batch:
             waiting = self._waiting.popleft()
@@ -221,7 +220,7 @@ class Runner:
     def _limit_s(self, handler: BoundHandler, envelope: Envelope) -> float:
         return handler.timeout_s if envelope.timeout is None else envelope.timeout
 
-    def _job(self, waiting: Waiting) -> Job:
+    def _job(self, waiting: QueuedJob) -> Job:
         return job_of(waiting.envelope, self._streams[waiting.source], waiting.entry_id.decode())
 
     def _run_singly(self, handler: BoundHandler) -> None:
@@ -248,7 +247,7 @@ class Runner:
         self._waits[kind].extend(waited_s)
         self._batches.add(1, len(took_s))
 
-    def _run_one(self, handler: BoundHandler, waiting: Waiting, started: float) -> float:
+    def _run_one(self, handler: BoundHandler, waiting: QueuedJob, started: float) -> float:
         """Run a job; returns when it ended."""
         self._channel.running(started, started + self._limit_s(handler, waiting.envelope))
         at = waiting.row % self._rows
@@ -265,7 +264,7 @@ class Runner:
             self._states[at] = SUCCEEDED
         return self._mono_s()
 
-    def _run_batch(self, handler: BoundHandler, batch: list[Waiting]) -> None:
+    def _run_batch(self, handler: BoundHandler, batch: list[QueuedJob]) -> None:
         assert handler.handle_batch is not None
         jobs = [self._job(waiting) for waiting in batch]
         started = self._mono_s()
@@ -293,19 +292,13 @@ class Runner:
     def _outcomes(
         self, handle_batch: Callable[[Sequence[Job]], Sequence[BaseException | None]], jobs: list[Job]
     ) -> Sequence[BaseException | None]:
-        """One outcome a job, also where the handler raises or answers for too few."""
+        """One outcome a job, also where the handler raises."""
         try:
-            outcomes = handle_batch(jobs)
-            if len(outcomes) == len(jobs):
-                return outcomes
-            error: BaseException = PermanentError(
-                f"handle_batch: {len(outcomes)} outcomes for {len(jobs)} jobs"
-            )
+            return handle_batch(jobs)
         except (SystemExit, KeyboardInterrupt):
             raise
-        except BaseException as raised:
-            error = raised
-        return [error] * len(jobs)
+        except BaseException as error:
+            return [error] * len(jobs)
 
     def _give_back(self, kind: str, error: BaseException) -> None:
         """What a type needs is away: its jobs that wait here would find that out too, one time limit after
@@ -319,7 +312,7 @@ class Runner:
             else:
                 self._waiting.append(waiting)
 
-    def _fail(self, waiting: Waiting, error: BaseException) -> Failure:
+    def _fail(self, waiting: QueuedJob, error: BaseException) -> Failure:
         """Say FAILED, then push why: once the reader has seen the frame, the row is no longer ours."""
         failure = failure_of(error, isinstance(error, PermanentError | MalformedJob))
         self._states[waiting.row % self._rows] = FAILED
@@ -349,7 +342,9 @@ class Runner:
             try:
                 if handler.healthy is not None:
                     handler.healthy()
-            except Exception as error:
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # asyncio's cancellation among them
                 self._trouble = f"{handler.kind}: {failure_of(error, False).error}"
                 return
         self._trouble = None

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from .backoff import RetryPolicy
 from .errors import ConfigurationError
 from .keys import DEFAULT_SOURCES, Source
+from .outcome import RetryPolicy
 
 #: Default limit of one entry; larger ones are refused before they are parsed.
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024

@@ -11,20 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from .backoff import RetryPolicy
-from .channel import Channel
-from .dead_letters import Letter, read_letter
+from .admin.dead_letters import Letter, read_letter
 from .envelope import Job, job_of, reread_envelope
+from .event_loop import EventLoop
 from .handler import BoundHandler, set_up
-from .link import Attach, Briefed, Drain, Gone, Link, Report
-from .memory_server import MemoryServer
-from .memory_store import MemoryStore
+from .ipc.channel import Channel
+from .ipc.control import Attach, ControlSocket, Drain, Report, SyncDone, WorkerExited
+from .outcome import RetryPolicy
 from .producer import Producer
-from .reader import Reader
+from .reader.reader import Reader
 from .reaper import Reaper
 from .runner import Runner
 from .settings import Settings
-from .store import Entry, Settlement
+from .store.memory.server import MemoryServer
+from .store.memory.store import MemoryStore
+from .store.ports import Entry, Settlement
 
 __all__ = ["Harness", "Raised", "RetryPolicy", "Retrying", "Settings"]
 
@@ -102,7 +103,7 @@ class Harness:
         #: As `Producer.enqueue`.
         self.enqueue = self.producer.enqueue
         first = self._set_up()  # before anything is opened that would have to be closed if it raises
-        self._links: list[Link] = []
+        self._links: list[ControlSocket] = []
         clock, rng = self.mono_now_s, random.Random(0)
         self._to_reader, link = self._line()
         self._reader = Reader(self._store, self.settings, link, mono_s=clock, rng=rng)
@@ -110,7 +111,7 @@ class Harness:
         self._reaper = Reaper(MemoryStore(self._server), self.settings, link, mono_s=clock, rng=rng)
         self._generation = 0
         self._worker: Runner | None = self._start_worker(first)
-        self._to_reader.send(Briefed())
+        self._to_reader.send(SyncDone())
         self.run()
 
     # -- time
@@ -204,7 +205,7 @@ class Harness:
             self._end_worker("closed", charge=False)
         self._to_reader.send(Drain())
         while not self._reader.drained:
-            self._reader.go_round(0.0)
+            self._reader.run_once(0.0)
         self._reader.run()  # to its end, which is here
         for link in self._links:
             link.close()
@@ -219,15 +220,20 @@ class Harness:
 
     # -- the supervisor's part
 
-    def _line(self) -> tuple[Link, Link]:
+    def _line(self) -> tuple[ControlSocket, ControlSocket]:
         """A line between the supervisor, which is this object, and a role: our end, its end."""
-        ours, sock = Link.pair()
-        self._links += [ours, Link(sock)]
+        ours, sock = ControlSocket.pair()
+        self._links += [ours, ControlSocket(sock)]
         return ours, self._links[-1]
 
     def _set_up(self) -> dict[str, BoundHandler]:
         made = {kind: one() if isinstance(one, type) else one for kind, one in self._handlers.items()}
-        bound = set_up(made, self.settings)
+        self._loop = EventLoop()
+        try:
+            bound = set_up(made, self.settings, self._loop)
+        except BaseException:
+            self._loop.close()
+            raise
         for one in bound.values():
             self._watch(one)
         return bound
@@ -243,13 +249,14 @@ class Harness:
         return worker
 
     def _end_worker(self, cause: str, *, charge: bool, timed_out: bool = False) -> None:
-        self._to_reader.send(Gone(0, self._generation, cause, charge, timed_out, {}))
+        self._to_reader.send(WorkerExited(0, self._generation, cause, charge, timed_out, {}))
         self._worker = None
+        self._loop.close()
         self._channel.close()
 
     def _go_round(self) -> None:
-        self._reaper.go_round(self.mono_now_s())
-        self._reader.go_round(0.0)
+        self._reaper.run_once(self.mono_now_s())
+        self._reader.run_once(0.0)
         self._work()
         self._listen()
 
@@ -258,7 +265,7 @@ class Harness:
             self._worker = self._start_worker(self._set_up())
         self._working = True
         try:
-            self._worker.go_round(0.0)
+            self._worker.run_once(0.0)
         except _WorkerKilled:
             self._end_worker("SIGKILL (timeout)", charge=True, timed_out=True)
         except SystemExit as leaving:
@@ -300,7 +307,7 @@ class Harness:
         if bound.handle_batch is not None:
             bound.handle_batch = self._watched_batch(bound.handle_batch)
 
-    def _watched(self, handle: Callable[[Job], None]) -> Callable[[Job], None]:
+    def _watched(self, handle: Callable[[Job], object]) -> Callable[[Job], object]:
         def watched(job: Job) -> None:
             self.batches.append([job])
             try:
@@ -321,7 +328,7 @@ class Harness:
             except BaseException as error:
                 self.raised += [Raised(job, error) for job in jobs]
                 raise
-            pairs = zip(jobs, outcomes, strict=False)  # for too few of them it is failed by the runner
+            pairs = zip(jobs, outcomes, strict=True)
             self.raised += [Raised(job, error) for job, error in pairs if error is not None]
             return outcomes
 

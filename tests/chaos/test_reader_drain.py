@@ -2,34 +2,38 @@
 
 import contextlib
 
-from jobworker.worker.channel import READY, Channel
+from jobworker.worker.ipc.channel import READY, Channel
+from jobworker.worker.ipc.control import Attach, ControlSocket, Drain, SyncDone, WorkerExited
 from jobworker.worker.keys import Source
-from jobworker.worker.link import Attach, Briefed, Drain, Gone, Link
-from jobworker.worker.memory_server import MemoryServer
-from jobworker.worker.memory_store import MemoryStore
-from jobworker.worker.reader import Reader
+from jobworker.worker.reader.reader import Reader
 from jobworker.worker.settings import Settings
+from jobworker.worker.store.memory.server import MemoryServer
+from jobworker.worker.store.memory.store import MemoryStore
 
 SOURCE = Source("stream:s", "g")
 
 
 def test_a_drain_that_is_heard_before_the_answer_to_a_read_ends_the_read() -> None:
-    ours, sock = Link.pair()
+    ours, sock = ControlSocket.pair()
     server = MemoryServer()
     settings = Settings(streams=(SOURCE,), handlers={"noop": "nowhere:Noop"})
     channel = Channel.create(settings.max_payload)
-    channel.appetite, channel.phase = 1, READY
-    with contextlib.closing(ours), contextlib.closing(Link(sock)) as theirs, contextlib.closing(channel):
+    channel.batch_hint, channel.phase = 1, READY
+    with (
+        contextlib.closing(ours),
+        contextlib.closing(ControlSocket(sock)) as theirs,
+        contextlib.closing(channel),
+    ):
         reader = Reader(MemoryStore(server, "host/one"), settings, theirs)
         ours.send(Attach(0, 1), channel.fds)
-        ours.send(Briefed())
+        ours.send(SyncDone())
         for _ in range(2):  # the first turn is briefed, the second connects and begins to read
-            reader.go_round(sleep_s=0.25)
+            reader.run_once(sleep_s=0.25)
         assert reader._store.reading(SOURCE)
         # Descriptors are reported in the order in which they became readable.
         ours.send(Drain())
         server.append(SOURCE.stream, b'{"id": "a", "type": "noop"}')
         reader._wait(1.0)
         assert not reader._store.reading(SOURCE)
-        ours.send(Gone(0, 1, "exit 0", charge=False))
+        ours.send(WorkerExited(0, 1, "exit 0", charge=False))
         reader.run()  # ends by itself once drained, and closes what it was given

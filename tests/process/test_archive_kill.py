@@ -16,7 +16,7 @@ from support.service import Service, eventually, service
 pytestmark = pytest.mark.process
 
 STREAM = "stream:audit:log"
-ARCHIVE = {"audit": "jobworker.handlers.archive:Archive"}
+ARCHIVE = {"audit": "jobworker.handlers.audit.handler:Archive"}
 DRAINED_WITHIN_S = 60.0
 
 

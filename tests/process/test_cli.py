@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from jobworker.worker import open_rebuilds
+from jobworker.handlers.jobstore.open import open_rebuilds
 from jobworker.worker.cli import main
 from support.operator import COMMAND, COMMAND_S, Terminal, asked, findings, run
 from support.redis_servers import RedisServer

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobworker.handlers.vectors import open_vectors
+from jobworker.handlers.vectors.milvus.store import open_vectors
 from support.milvus import LiteServer, lite_server
 from support.service import STREAM, Service, eventually, service
 

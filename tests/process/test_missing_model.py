@@ -19,7 +19,7 @@ def test_a_missing_model_ends_the_start_within_seconds_and_says_how_to_get_it(tm
     (empty := tmp_path / "hub").mkdir()
     one = Service(
         tmp_path,
-        {"embedding_batch": "jobworker.handlers.embed:EmbeddingBatch"},
+        {"embedding_batch": "jobworker.handlers.embedding.handler:EmbeddingBatch"},
         environment={"HF_HOME": str(empty), "HF_HUB_CACHE": str(empty)},
         model="BAAI/bge-m3",
     )

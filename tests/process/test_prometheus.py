@@ -81,7 +81,7 @@ def prometheus(scraped: Service, tmp_path: Path) -> Iterator[str]:
                f"--storage.tsdb.path={tmp_path}/data", f"--web.listen-address=127.0.0.1:{port}"]  # fmt: skip
     log = tmp_path / "prometheus.log"
     with log.open("wb") as out:
-        tether = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid())]
+        tether = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
         process = subprocess.Popen([*tether, *command], stdout=out, stderr=out, cwd=tmp_path)
     try:
         url = f"http://127.0.0.1:{port}"

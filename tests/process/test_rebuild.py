@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from jobworker.handlers.encoder import DummyEncoder
-from jobworker.handlers.milvus_shadow import open_shadow
-from jobworker.handlers.vectors import Row, open_vectors
-from jobworker.worker import open_rebuilds
+from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.jobstore.open import open_rebuilds
+from jobworker.handlers.rebuild.milvus import open_shadow
+from jobworker.handlers.vectors.milvus.store import Row, open_vectors
 from support.embedding import DIM
 from support.milvus import lite_server
 from support.service import eventually, service
@@ -31,7 +31,7 @@ def rows() -> list[Row]:
 def test_a_rebuild_survives_its_worker_and_keeps_what_jobs_wrote_meanwhile(tmp_path: Path) -> None:
     handlers = {
         "embedding_batch": "support.embedding:Embedding",
-        "index_rebuild": "jobworker.handlers.reindex:IndexRebuild",
+        "index_rebuild": "jobworker.handlers.rebuild.handler:IndexRebuild",
     }
     expected = {row.id: row.text_content for row in rows()}
     with (

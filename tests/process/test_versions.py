@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobworker.handlers.vectors import open_vectors
+from jobworker.handlers.vectors.milvus.store import open_vectors
 from support.milvus import lite_server
 from support.service import GROUP, STREAM, Service, eventually, service
 

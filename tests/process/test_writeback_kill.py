@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from jobworker.handlers.vector_types import Row
-from jobworker.handlers.vectors import open_vectors
+from jobworker.handlers.vectors.milvus.store import open_vectors
+from jobworker.handlers.vectors.ports import Row
 from support.llm_stub import Reply, llm_stub, says
 from support.milvus import LiteServer, lite_server
 from support.service import Service, eventually, service
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
 
 STREAM, GROUP = "stream:memory:update", "cg-mem-writer"
 SCOPE: dict[str, Any] = {"tenant_id": "t", "project_id": "p"}
-WRITE_BACK = "jobworker.handlers.writeback:WriteBack"
+WRITE_BACK = "jobworker.handlers.summaries.handler:WriteBack"
 DRAINED_WITHIN_S = 120.0
 
 

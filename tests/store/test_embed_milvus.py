@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobworker.handlers.embed import EmbeddingBatch
-from jobworker.handlers.encoder import DummyEncoder
-from jobworker.handlers.vectors import TransientStoreError, open_vectors
+from jobworker.handlers.embedding.handler import EmbeddingBatch
+from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.vectors.milvus.store import TransientStoreError, open_vectors
 from jobworker.worker import Job, PermanentError, Settings
 from support.milvus import LiteServer, lite_server, wait_until
 

@@ -12,14 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers import fenced
-from jobworker.handlers.fenced import Contended, Edition, FencedWriter
-from jobworker.handlers.memory_vectors import MemoryVectors
-from jobworker.handlers.vector_types import PermanentStoreError, Row, TransientStoreError
-from jobworker.worker import Fence, Fenced, Intent, Taken, open_fence
-from jobworker.worker.fence import LEASE_MS
-from jobworker.worker.memory_fence import MemoryFence
-from jobworker.worker.redis_fence import RedisFence
+from jobworker.handlers.jobstore.fence import LEASE_MS, Fence, RebuildLease, WriteIntent
+from jobworker.handlers.jobstore.memory_fence import MemoryFence
+from jobworker.handlers.jobstore.open import open_fence
+from jobworker.handlers.jobstore.redis_fence import RedisFence
+from jobworker.handlers.vectors import versioned_writer as fenced
+from jobworker.handlers.vectors.memory import MemoryVectors
+from jobworker.handlers.vectors.ports import PermanentStoreError, Row, TransientStoreError
+from jobworker.handlers.vectors.versioned_writer import Contended, VersionedRows, VersionedWriter
+from jobworker.worker import Fenced
 from support.redis_servers import RedisServer, free_port
 
 NAME = "story_segments"
@@ -37,11 +38,13 @@ def fence(any_server: RedisServer | None) -> Iterator[Any]:
     made.close()
 
 
-def intent(token: str, *ids: str, owner: str = "", held: Sequence[str] = (), chapters: Any = ()) -> Intent:
-    return Intent("z_a", token, owner or token, ids, tuple(held), tuple(chapters))
+def intent(
+    token: str, *ids: str, owner: str = "", held: Sequence[str] = (), chapters: Any = ()
+) -> WriteIntent:
+    return WriteIntent("z_a", token, owner or token, ids, tuple(held), tuple(chapters))
 
 
-def verdicts(fence: Any, *intents: Intent) -> list[str]:
+def verdicts(fence: Any, *intents: WriteIntent) -> list[str]:
     return [answer.verdict for answer in fence.admit(intents)]
 
 
@@ -86,12 +89,12 @@ def test_one_rebuilds_at_a_time_and_the_last_to_take_it_counts(fence: Any) -> No
     assert fence.begin("z_a", "two", 60_000) == "one"
     fence.save("z_a", first.epoch, {"phase": "fill"}, lease_ms=60_000)
     again = fence.begin("z_a", "one", 60_000)
-    assert isinstance(again, Taken)
+    assert isinstance(again, RebuildLease)
     assert again.fields["phase"] == "fill"
     with pytest.raises(Fenced):
         fence.save("z_a", first.epoch, {"phase": "old"}, lease_ms=60_000)
     fence.save("z_a", again.epoch, {}, lease_ms=0)
-    assert isinstance(fence.begin("z_a", "two", 60_000), Taken)
+    assert isinstance(fence.begin("z_a", "two", 60_000), RebuildLease)
     assert fence.state("z_a")["phase"] == "fill"
 
 
@@ -152,12 +155,12 @@ def test_vectors_of_another_model_than_the_rebuilt_collections_are_not_let_in(fe
 
 def edition(
     version: int | None, *ids: str, chapter: str = "c", replace: bool = True, job: str = ""
-) -> Edition:
+) -> VersionedRows:
     rows = [
         Row(id_, np.ones(2, np.float32), "t", "p", chapter, 0, "", f"{id_} v{version}", version or 0)
         for id_ in ids
     ]
-    return Edition(job or f"{chapter}-{version}", rows, version, replace)
+    return VersionedRows(job or f"{chapter}-{version}", rows, version, replace)
 
 
 def texts(store: Any, *ids: str) -> dict[str, str]:
@@ -172,8 +175,8 @@ def store() -> MemoryVectors:
 
 
 @pytest.fixture
-def writer(store: MemoryVectors, fence: Any) -> FencedWriter:
-    return FencedWriter(store, fence, prefix="z_")
+def writer(store: MemoryVectors, fence: Any) -> VersionedWriter:
+    return VersionedWriter(store, fence, prefix="z_")
 
 
 def test_an_older_version_covers_nothing_and_brings_nothing_back(writer: Any, store: Any) -> None:
@@ -236,7 +239,7 @@ def test_no_search_finds_the_chapter_empty(store: Any, fence: Any) -> None:
             counts.append(store.count(NAME))
             return getattr(store, name)
 
-    writer = FencedWriter(Watched(), fence, prefix="z_")  # type: ignore[arg-type]
+    writer = VersionedWriter(Watched(), fence, prefix="z_")  # type: ignore[arg-type]
     writer.write(NAME, [edition(1, "a", "b")])
     counts.clear()
     writer.write(NAME, [edition(2, "c", "d")])
@@ -246,10 +249,10 @@ def test_no_search_finds_the_chapter_empty(store: Any, fence: Any) -> None:
 
 def test_one_that_must_wait_gives_up_in_time_and_says_for_whom(store: Any, fence: Any) -> None:
     now = [0.0]
-    writer = FencedWriter(
+    writer = VersionedWriter(
         store, fence, prefix="z_", mono_s=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s)
     )
-    fence.admit([Intent("z_" + NAME, "x", "other", ("a",), ("i/a",))])
+    fence.admit([WriteIntent("z_" + NAME, "x", "other", ("a",), ("i/a",))])
     with pytest.raises(Contended, match="c-1"):
         writer.write(NAME, [edition(1, "a")])
     assert now[0] == pytest.approx(fenced.WAIT_S, abs=1)
@@ -258,7 +261,7 @@ def test_one_that_must_wait_gives_up_in_time_and_says_for_whom(store: Any, fence
 
 def test_a_collection_that_is_being_switched_is_waited_for_then_unavailable(store: Any, fence: Any) -> None:
     now = [0.0]
-    writer = FencedWriter(
+    writer = VersionedWriter(
         store, fence, prefix="z_", mono_s=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s)
     )
     epoch = fence.begin("z_" + NAME, "one", 60_000).epoch
@@ -274,7 +277,7 @@ def test_a_refusal_frees_what_was_held_and_an_outage_does_not(store: Any, fence:
 
     failing = Failing()
     failing.ensure_collection(NAME, 2)
-    writer = FencedWriter(failing, fence, prefix="z_")
+    writer = VersionedWriter(failing, fence, prefix="z_")
     error: Exception = PermanentStoreError("no")
     with pytest.raises(PermanentStoreError):
         writer.write(NAME, [edition(1, "a")])
@@ -286,7 +289,7 @@ def test_a_refusal_frees_what_was_held_and_an_outage_does_not(store: Any, fence:
 
 
 def test_a_job_store_that_is_away_is_no_fault_of_the_job(store: Any) -> None:
-    writer = FencedWriter(store, open_fence(f"redis://127.0.0.1:{free_port()}/0"), prefix="z_")
+    writer = VersionedWriter(store, open_fence(f"redis://127.0.0.1:{free_port()}/0"), prefix="z_")
     with pytest.raises(TransientStoreError):
         writer.write(NAME, [edition(1, "a")])
     assert store.count(NAME) == 0
@@ -349,7 +352,7 @@ def test_the_rows_equal_the_newest_version(
     while queue:
         jobs = [queue.popleft() for _ in range(min(batch, len(queue)))]
         mortal = Mortal(next(fates, (0, 0))[1])
-        writer = FencedWriter(
+        writer = VersionedWriter(
             mortal.wrap(store), mortal.wrap(fence), prefix="z_",
             mono_s=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s),
         )  # fmt: skip
@@ -386,8 +389,8 @@ def test_writers_at_the_same_time_leave_the_newest_version(store: Any, fence: An
             time.sleep(0.0005)  # lets the others in between any two steps
             return getattr(store, name)
 
-    def work(jobs: list[Edition]) -> None:
-        writer = FencedWriter(Slow(), fence_of(fence), prefix="z_")  # type: ignore[arg-type]
+    def work(jobs: list[VersionedRows]) -> None:
+        writer = VersionedWriter(Slow(), fence_of(fence), prefix="z_")  # type: ignore[arg-type]
         for start in range(0, len(jobs), 3):
             writer.write(NAME, jobs[start : start + 3])
 

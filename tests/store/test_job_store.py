@@ -7,7 +7,7 @@ import pytest
 
 from jobworker.worker.errors import Fenced
 from jobworker.worker.keys import Source
-from jobworker.worker.store import Dead, Entry, ReaderStore, Retry, Settlement
+from jobworker.worker.store.ports import Dead, Entry, ReaderStore, Retry, Settlement
 from support.job_worlds import World
 
 S = Source("stream:test", "cg-test")

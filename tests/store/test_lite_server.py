@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobworker.handlers.lite_server import FlushGate, writing
-from jobworker.handlers.milvus_link import MilvusLink
-from jobworker.handlers.vectors import (
+from jobworker.handlers.vectors.milvus.client import MilvusClientHandle
+from jobworker.handlers.vectors.milvus.lite_server import FlushGate, writing
+from jobworker.handlers.vectors.milvus.store import (
     MilvusVectors,
     Row,
     TransientStoreError,
@@ -136,7 +136,7 @@ def test_an_index_file_that_a_kill_left_half_written_is_made_anew(tmp_path: Path
 
 FULL_DISK = """
     import sys, builtins
-    from jobworker.handlers import lite_server
+    from jobworker.handlers.vectors.milvus import lite_server
     from milvus_lite.engine import collection
     from milvus_lite.storage import wal
 
@@ -199,7 +199,7 @@ def test_a_full_disk_ends_the_server_and_loses_no_acknowledged_row(
 
 SLOW_FLUSH = """
     import time
-    from jobworker.handlers import lite_server
+    from jobworker.handlers.vectors.milvus import lite_server
     from milvus_lite.engine import collection
 
     class SlowLog(collection.WAL):
@@ -287,7 +287,7 @@ def test_a_port_serves_one(tmp_path: Path) -> None:
 def test_another_release_of_the_engine_is_refused(tmp_path: Path) -> None:
     program = """
         import importlib.metadata
-        from jobworker.handlers import lite_server
+        from jobworker.handlers.vectors.milvus import lite_server
         importlib.metadata.version = lambda name: "3.3.0"
         lite_server.main()
     """
@@ -324,7 +324,7 @@ def test_a_write_whose_caller_has_died_in_the_queue_is_not_carried_out() -> None
     assert done == ["first"]
 
 
-def make_partition(link: MilvusLink, name: str) -> None:
+def make_partition(link: MilvusClientHandle, name: str) -> None:
     link.attempt("make", lambda client: client.create_partition(f"z_novel_{NAME}", name, timeout=5))
 
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobworker.worker.dead_letters import Choice, fresh_job, read_letter
+from jobworker.worker.admin.dead_letters import LetterFilter, fresh_job, read_letter
 from jobworker.worker.errors import StoreUnavailable
 from jobworker.worker.keys import Source
-from jobworker.worker.operator_store import START, walk
-from jobworker.worker.redis_operator import RedisOperatorStore
-from jobworker.worker.redis_store import RedisReaderStore
-from jobworker.worker.store import Dead, Entry, Retry, Settlement
+from jobworker.worker.store.operator import START, walk
+from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
+from jobworker.worker.store.redis.operator import RedisOperatorStore
+from jobworker.worker.store.redis.reader import RedisReaderStore
 from support.job_worlds import RedisWorld
 
 S = Source("stream:test", "cg-test")
@@ -219,10 +219,10 @@ class TestLetters:
         letter = read_letter(
             "s", Entry(b"5000-0", b'{"task":{"id":"j","type":"audit"},"reason":"poison","error":"E: no"}')
         )
-        assert letter in Choice()
-        assert letter in Choice(ids=frozenset({"j"}), reasons=frozenset({"poison"}), error="no")
-        assert letter not in Choice(ids=frozenset({"j"}), reasons=frozenset({"exhausted"}))
-        assert letter in Choice(after_wall_s=4, before_wall_s=6)
-        assert letter not in Choice(before_wall_s=4)
-        assert Choice().everything
-        assert not Choice(before_wall_s=4).everything
+        assert letter in LetterFilter()
+        assert letter in LetterFilter(ids=frozenset({"j"}), reasons=frozenset({"poison"}), error="no")
+        assert letter not in LetterFilter(ids=frozenset({"j"}), reasons=frozenset({"exhausted"}))
+        assert letter in LetterFilter(after_wall_s=4, before_wall_s=6)
+        assert letter not in LetterFilter(before_wall_s=4)
+        assert LetterFilter().everything
+        assert not LetterFilter(before_wall_s=4).everything

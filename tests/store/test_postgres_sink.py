@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jobworker.handlers.sinks import (
+from jobworker.handlers.summaries.sinks import (
     ChapterFindings,
     EntityUpdate,
     Event,

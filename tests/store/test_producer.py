@@ -9,9 +9,9 @@ import pytest
 
 from jobworker.worker.envelope import read_envelope
 from jobworker.worker.errors import StoreUnavailable
-from jobworker.worker.memory_server import MemoryServer
-from jobworker.worker.memory_store import MemoryStore
 from jobworker.worker.producer import NewJob, Producer
+from jobworker.worker.store.memory.server import MemoryServer
+from jobworker.worker.store.memory.store import MemoryStore
 from support.redis_servers import free_port, running
 
 WALL_S = 1_767_348_000.123

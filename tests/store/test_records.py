@@ -7,7 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobworker.worker import RecordKey, Records, StoreUnavailable, open_records
+from jobworker.handlers.jobstore.open import open_records
+from jobworker.handlers.jobstore.records import RecordKey, Records
+from jobworker.worker import StoreUnavailable
 from support.redis_servers import RedisServer
 from support.tools import BY_CONSTRUCTION
 

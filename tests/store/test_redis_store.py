@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import redis
 
-from jobworker.worker import keys, redis_reads
+from jobworker.worker import keys
 from jobworker.worker.errors import AnswerTooLarge, ConfigurationError, StoreUnavailable
 from jobworker.worker.keys import Source
-from jobworker.worker.redis_connect import redacted, require_version
-from jobworker.worker.redis_store import RedisProducerStore, RedisReaderStore, RedisReaperStore
-from jobworker.worker.store import Dead, Entry, Retry, Settlement
+from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
+from jobworker.worker.store.redis import blocking_read as redis_reads
+from jobworker.worker.store.redis.connect import redacted, require_version
+from jobworker.worker.store.redis.producer import RedisProducerStore
+from jobworker.worker.store.redis.reader import RedisReaderStore
+from jobworker.worker.store.redis.reaper import RedisReaperStore
 from support.job_worlds import RedisWorld
 from support.redis_servers import RedisServer, free_port, require
 

@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobworker.handlers import rebuild
-from jobworker.handlers.encoder import DummyEncoder
-from jobworker.handlers.fenced import Edition, FencedWriter
-from jobworker.handlers.milvus_shadow import open_shadow
-from jobworker.handlers.reindex import IndexRebuild
-from jobworker.handlers.vector_types import PermanentStoreError, TransientStoreError
-from jobworker.handlers.vectors import Row, VectorStoreError, open_vectors
-from jobworker.worker import Job, PermanentError, Settings, open_fence
+from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.jobstore.open import open_fence
+from jobworker.handlers.rebuild import rebuild
+from jobworker.handlers.rebuild.handler import IndexRebuild
+from jobworker.handlers.rebuild.milvus import open_shadow
+from jobworker.handlers.vectors import schema as scalars
+from jobworker.handlers.vectors.milvus.store import Row, VectorStoreError, open_vectors
+from jobworker.handlers.vectors.ports import PermanentStoreError, TransientStoreError
+from jobworker.handlers.vectors.versioned_writer import VersionedRows, VersionedWriter
+from jobworker.worker import Job, PermanentError, Settings
 from support.redis_servers import running
 
 NAME = "story_segments"
@@ -41,22 +43,23 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 class World:
     """One collection of its own on the servers, and what a service does with it."""
 
-    def __init__(self, uri: str, redis_url: str, partitions: Any = "key") -> None:
+    def __init__(self, uri: str, redis_url: str, partitions: Any = "key", *, ensure: bool = True) -> None:
         self.prefix = f"r{uuid.uuid4().hex[:8]}_"
         self.settings = Settings(
             redis_url=redis_url, milvus_uri=uri, milvus_prefix=self.prefix, milvus_partitions=partitions
         )
         self.partitions = partitions
         self.store = self.open()
-        self.store.ensure_collection(NAME, DIM)
+        if ensure:
+            self.store.ensure_collection(NAME, DIM)
         self.shadow = open_shadow(uri, token=None, prefix=self.prefix, named=partitions == "named")
         self.table = self.prefix + NAME
 
     def open(self) -> Any:
         return open_vectors(self.settings.milvus_uri, prefix=self.prefix, partitions=self.partitions)
 
-    def writer(self, store: Any, model: str = "") -> FencedWriter:
-        return FencedWriter(store, open_fence(self.settings.redis_url), prefix=self.prefix, model=model)
+    def writer(self, store: Any, model: str = "") -> VersionedWriter:
+        return VersionedWriter(store, open_fence(self.settings.redis_url), prefix=self.prefix, model=model)
 
     def rows(self, first: int, count: int, text: str = "first", dim: int = DIM) -> list[Row]:
         texts = [f"{text} {number}" for number in range(first, first + count)]
@@ -74,6 +77,25 @@ class World:
             Job("j", "index_rebuild", "", "", {"collection": NAME, **payload}, {}, "", "s", entry, 0)
         )
         handler._shadow.close()
+
+    def call(self, do: Callable[[Any], Any]) -> Any:
+        """As another program does, with the plain client."""
+        return self.shadow._link.attempt("by hand", do)
+
+    def by_hand(self, table: str, rows: int = 3) -> None:
+        """Make a collection of one's own."""
+        self.call(lambda client: client.create_collection(table, dimension=4, timeout=30))
+        data = [{"id": number, "vector": [1.0, 0.0, 0.0, number]} for number in range(rows)]
+        self.call(lambda client: client.insert(table, data, timeout=30))
+
+    def ids(self, table: str) -> list[int]:
+        """What a collection made by hand holds."""
+        answer = self.call(
+            lambda client: client.query(
+                table, filter="id >= 0", output_fields=["id"], consistency_level="Strong", timeout=30
+            )
+        )
+        return sorted(row["id"] for row in answer)
 
     def texts(self, ids: list[str]) -> dict[str, str]:
         return {row.id: row.text_content for row in self.store.get(NAME, ids, strong=True, **SCOPE)}
@@ -148,7 +170,7 @@ def users(world: World) -> Iterator[tuple[list[Exception], list[int], dict[str, 
             if stop.is_set():
                 break
             rows = world.rows(number * 7 % 590, 5, f"write {number}")
-            writer.write(NAME, [Edition(f"w{number}", rows)])
+            writer.write(NAME, [VersionedRows(f"w{number}", rows)])
             newest.update((row.id, row.text_content) for row in rows)
         store.close()
 
@@ -164,7 +186,7 @@ def users(world: World) -> Iterator[tuple[list[Exception], list[int], dict[str, 
 
 
 def test_a_rebuild_keeps_every_row_every_field_and_every_search(world: World) -> None:
-    world.writer(world.store).write(NAME, [Edition("first", world.rows(0, 600))])
+    world.writer(world.store).write(NAME, [VersionedRows("first", world.rows(0, 600))])
     # A server lets a search that does not ask for more see rows some moments later.
     assert len(world.store.search(NAME, ENCODER.encode(["first 5"])[0], strong=True, **SCOPE)) == 5
     with users(world) as (faults, searches, newest):
@@ -179,14 +201,14 @@ def test_a_rebuild_keeps_every_row_every_field_and_every_search(world: World) ->
 
 
 def test_rows_are_embedded_anew_with_another_dimension(world: World) -> None:
-    world.writer(world.store, "dummy:16").write(NAME, [Edition("first", world.rows(0, 120))])
+    world.writer(world.store, "dummy:16").write(NAME, [VersionedRows("first", world.rows(0, 120))])
     world.rebuild(model="dummy:24")
     assert world.shadow.dim(world.table) == 24
     (row,) = world.store.get(NAME, ["r000007"], strong=True, **SCOPE)
     np.testing.assert_allclose(row.vector, DummyEncoder(24).encode(["first 7"])[0], atol=1e-6)
     with pytest.raises(TransientStoreError, match="--model dummy:24"):
-        world.writer(world.store, "dummy:16").write(NAME, [Edition("late", world.rows(0, 1))])
-    world.writer(world.store, "dummy:24").write(NAME, [Edition("new", world.rows(0, 1, "new", 24))])
+        world.writer(world.store, "dummy:16").write(NAME, [VersionedRows("late", world.rows(0, 1))])
+    world.writer(world.store, "dummy:24").write(NAME, [VersionedRows("new", world.rows(0, 1, "new", 24))])
     assert world.texts(["r000000"]) == {"r000000": "new 0"}
 
 
@@ -213,13 +235,13 @@ def test_in_place_leaves_rows_and_searches_as_they_were(world: World) -> None:
     assert world.store.search(NAME, vector, limit=1, strong=True, **SCOPE)[0].id == "r000005"
     assert world.store.count(NAME) == 200
     assert world.shadow.live(NAME) == f"{world.table}_v1"
-    world.writer(world.store).write(NAME, [Edition("after", world.rows(0, 1))])
+    world.writer(world.store).write(NAME, [VersionedRows("after", world.rows(0, 1))])
 
 
 def test_a_collection_without_an_alias_is_rebuilt_in_place_only(world: World) -> None:
-    table = f"{world.table}_v1"
+    world.by_hand(f"{world.prefix}by_hand")
     with pytest.raises(PermanentStoreError, match="in_place"):
-        open_shadow(world.settings.milvus_uri, token=None, prefix="", named=False).live(table)
+        world.shadow.live("by_hand")
     with pytest.raises(PermanentError):
         world.rebuild(collection="absent")
 
@@ -230,3 +252,76 @@ def test_a_page_is_given_soon_after_many_rows(world: World, tmp_path: Path) -> N
     started = time.monotonic()
     assert len(world.shadow.page(world.table, "r002000", 100)) == 100
     assert time.monotonic() - started < 5
+
+
+def test_what_others_gave_the_next_names_is_kept(world: World) -> None:
+    """A collection has the next name, an alias the one after."""
+    world.store.upsert(NAME, world.rows(0, 20))
+    theirs = [f"{world.table}_v2", f"{world.prefix}theirs"]
+    for table in theirs:
+        world.by_hand(table)
+    world.call(lambda client: client.create_alias(theirs[1], f"{world.table}_v3", timeout=30))
+    world.rebuild()
+    assert [world.ids(table) for table in theirs] == [[0, 1, 2]] * 2
+    assert world.shadow.live(NAME) == f"{world.table}_v4"
+    assert not world.shadow.exists(f"{world.table}_v1")
+    assert world.store.count(NAME) == 20
+
+
+def test_the_old_collection_is_kept_where_another_alias_names_it(world: World) -> None:
+    world.store.upsert(NAME, world.rows(0, 20))
+    old, another = f"{world.table}_v1", f"{world.prefix}another"
+    world.call(lambda client: client.create_alias(old, another, timeout=30))
+    world.rebuild()
+    assert world.shadow.live("another") == old
+    assert world.shadow.count(another) == 20
+
+
+def test_a_first_collection_of_others_is_not_taken_over(uri: str, redis_url: str) -> None:
+    world = World(uri, redis_url, ensure=False)
+    world.by_hand(f"{world.table}_v1")
+    world.store.ensure_collection(NAME, DIM)
+    assert world.shadow.live(NAME) == f"{world.table}_v2"
+    assert world.ids(f"{world.table}_v1") == [0, 1, 2]
+    world.close()
+
+
+def test_a_first_collection_whose_maker_was_killed_is_used(uri: str, redis_url: str) -> None:
+    """Killed before it made the alias."""
+    world = World(uri, redis_url)
+    world.call(lambda client: client.drop_alias(world.table, timeout=30))
+    again = world.open()
+    again.ensure_collection(NAME, DIM)
+    assert world.shadow.live(NAME) == f"{world.table}_v1"
+    again.close()
+    world.close()
+
+
+def test_a_collection_made_by_an_earlier_release_is_rebuilt_and_dropped(uri: str, redis_url: str) -> None:
+    """It says nowhere who made it."""
+    world = World(uri, redis_url, ensure=False)
+    old = f"{world.table}_v4"
+    world.shadow._tables.create(old, scalars.SEGMENTS, DIM, "")
+    world.call(lambda client: client.create_alias(old, world.table, timeout=30))
+    world.store.ensure_collection(NAME, DIM)
+    world.store.upsert(NAME, world.rows(0, 20))
+    world.rebuild()
+    assert world.shadow.live(NAME) == f"{world.table}_v5"
+    assert not world.shadow.exists(old)
+    assert world.store.count(NAME) == 20
+    world.close()
+
+
+def test_what_a_rebuild_made_is_known_by_its_mark(world: World) -> None:
+    target = f"{world.table}_v2"
+    assert world.shadow.make(NAME, target, DIM, "mine")
+    assert world.shadow.make(NAME, target, DIM, "mine")
+    assert not world.shadow.make(NAME, target, DIM, "of another")
+    assert world.shadow.mark(target) == "mine"
+    assert world.shadow.mark(world.table) is None, "an alias"
+    assert not world.shadow.drop(target, "of another")
+    assert not world.shadow.drop(world.table, "mine")
+    assert world.shadow.exists(target)
+    assert world.shadow.drop(target, "mine")
+    assert not world.shadow.exists(target)
+    assert world.shadow.drop(target, "mine"), "gone already"

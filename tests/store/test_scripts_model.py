@@ -19,8 +19,10 @@ from hypothesis.stateful import (
 from jobworker.worker import keys
 from jobworker.worker.errors import Fenced
 from jobworker.worker.keys import Source
-from jobworker.worker.redis_store import RedisProducerStore, RedisReaderStore, RedisReaperStore
-from jobworker.worker.store import Dead, Entry, Retry, Settlement
+from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
+from jobworker.worker.store.redis.producer import RedisProducerStore
+from jobworker.worker.store.redis.reader import RedisReaderStore
+from jobworker.worker.store.redis.reaper import RedisReaperStore
 from support.redis_servers import RedisServer, running
 
 S = Source("stream:model", "cg-model")

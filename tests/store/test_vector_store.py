@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers import scalars
-from jobworker.handlers.memory_vectors import MemoryVectors
-from jobworker.handlers.milvus_collection import Server
-from jobworker.handlers.milvus_errors import Verdict, classify
-from jobworker.handlers.vectors import (
+from jobworker.handlers.vectors import schema as scalars
+from jobworker.handlers.vectors.memory import MemoryVectors
+from jobworker.handlers.vectors.milvus.errors import Verdict, classify
+from jobworker.handlers.vectors.milvus.server_info import Server
+from jobworker.handlers.vectors.milvus.store import (
     EntityRow,
     MilvusVectors,
     PermanentStoreError,

@@ -11,23 +11,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobworker.handlers.encoder import DummyEncoder
-from jobworker.handlers.memory_vectors import MemoryVectors
-from jobworker.handlers.sinks import ChapterFindings, EntityUpdate, Event, Findings, NoSink, open_sink
-from jobworker.handlers.vector_types import EntityHit, Row, TransientStoreError
-from jobworker.handlers.vectors import open_vectors
-from jobworker.handlers.writeback import WriteBack, entity_id
-from jobworker.worker import (
-    ConfigurationError,
-    Job,
-    PermanentError,
-    RecordKey,
-    Settings,
-    Unavailable,
-    open_fence,
-    open_records,
+from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.jobstore.memory_fence import MemoryFence
+from jobworker.handlers.jobstore.open import open_fence, open_records
+from jobworker.handlers.jobstore.records import RecordKey
+from jobworker.handlers.summaries.handler import WriteBack, entity_id
+from jobworker.handlers.summaries.sinks import (
+    ChapterFindings,
+    EntityUpdate,
+    Event,
+    Findings,
+    NoSink,
+    open_sink,
 )
-from jobworker.worker.memory_fence import MemoryFence
+from jobworker.handlers.vectors.memory import MemoryVectors
+from jobworker.handlers.vectors.milvus.store import open_vectors
+from jobworker.handlers.vectors.ports import EntityHit, Row, TransientStoreError
+from jobworker.worker import ConfigurationError, Job, PermanentError, Settings, Unavailable
 from support.milvus import lite_server
 from support.redis_servers import running
 
@@ -288,9 +288,9 @@ def test_a_collection_that_was_rebuilt_with_another_model_takes_no_summary(world
 
 def test_a_sink_is_named_by_its_class() -> None:
     assert isinstance(open_sink(Settings()), NoSink)
-    made = open_sink(Settings(summary_sink="jobworker.handlers.sinks:NoSink"))
+    made = open_sink(Settings(summary_sink="jobworker.handlers.summaries.sinks:NoSink"))
     assert isinstance(made, NoSink)
-    for bad in ("nothing", "jobworker.handlers.sinks:Missing", "no.such:Thing"):
+    for bad in ("nothing", "jobworker.handlers.summaries.sinks:Missing", "no.such:Thing"):
         with pytest.raises(ConfigurationError, match="--summary-sink"):
             open_sink(Settings(summary_sink=bad))
 

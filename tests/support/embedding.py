@@ -1,8 +1,8 @@
 """`embedding_batch` without a model, for services of process tests."""
 
-from jobworker.handlers.embed import EmbeddingBatch
-from jobworker.handlers.encoder import DummyEncoder
-from jobworker.handlers.memory_vectors import MemoryVectors
+from jobworker.handlers.embedding.handler import EmbeddingBatch
+from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.vectors.memory import MemoryVectors
 
 DIM = 8
 

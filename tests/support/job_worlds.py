@@ -4,10 +4,12 @@ import time
 from typing import Protocol
 
 from jobworker.worker import keys
-from jobworker.worker.memory_server import MemoryServer
-from jobworker.worker.memory_store import MemoryStore
-from jobworker.worker.redis_store import RedisProducerStore, RedisReaderStore, RedisReaperStore
-from jobworker.worker.store import ProducerStore, ReaderStore, ReaperStore
+from jobworker.worker.store.memory.server import MemoryServer
+from jobworker.worker.store.memory.store import MemoryStore
+from jobworker.worker.store.ports import ProducerStore, ReaderStore, ReaperStore
+from jobworker.worker.store.redis.producer import RedisProducerStore
+from jobworker.worker.store.redis.reader import RedisReaderStore
+from jobworker.worker.store.redis.reaper import RedisReaperStore
 from support.redis_servers import RedisServer
 
 

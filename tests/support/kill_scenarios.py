@@ -14,17 +14,17 @@ from typing import NamedTuple
 
 import msgspec
 
-from jobworker.worker import inflight, lane, ring
-from jobworker.worker.channel import READY, Channel
-from jobworker.worker.frames import OutcomeFrame
 from jobworker.worker.handler import BoundHandler
-from jobworker.worker.inflight import FAILED, QUEUED, ROWS, SETTLED, STARTED, SUCCEEDED, Held
-from jobworker.worker.lane import Lane
-from jobworker.worker.link import Link
-from jobworker.worker.ring import Ring
+from jobworker.worker.ipc import inflight, ring
+from jobworker.worker.ipc.channel import READY, Channel, OutcomeFrame
+from jobworker.worker.ipc.control import ControlSocket
+from jobworker.worker.ipc.inflight import FAILED, QUEUED, ROWS, SETTLED, STARTED, SUCCEEDED, Held
+from jobworker.worker.ipc.ring import Ring
+from jobworker.worker.reader import dispatch as lane
+from jobworker.worker.reader.admission import AdmittedJob
+from jobworker.worker.reader.dispatch import WorkerHandle
 from jobworker.worker.runner import Runner
-from jobworker.worker.store import Entry
-from jobworker.worker.triage import Arrival
+from jobworker.worker.store.ports import Entry
 from support.kill_points import every_kill
 
 HEAD, TAIL, BEGUN, DONE = range(4)
@@ -142,16 +142,16 @@ class Desk:
     """A channel with some rows of an earlier time, and both who sit at it."""
 
     channel: Channel
-    lane: Lane
+    lane: WorkerHandle
     runner: Runner
     ran: memoryview
-    links: tuple[Link, Link]
+    links: tuple[ControlSocket, ControlSocket]
 
-    def successor(self) -> Lane:
+    def successor(self) -> WorkerHandle:
         """A new reader's view."""
-        return Lane(0, 1, Channel(*[os.dup(fd) for fd in self.channel.fds]), 0.0)
+        return WorkerHandle(0, 1, Channel(*[os.dup(fd) for fd in self.channel.fds]), 0.0)
 
-    def close(self, successor: Lane) -> None:
+    def close(self, successor: WorkerHandle) -> None:
         successor.channel.close()
         self.runner._states.release()
         self.channel.close()
@@ -171,9 +171,9 @@ class Flagging:
             raise ValueError("told to")
 
 
-def arrivals(start: int, count: int) -> list[Arrival]:
+def arrivals(start: int, count: int) -> list[AdmittedJob]:
     return [
-        Arrival(i % 3, i % 2, Entry(b"%d-%d" % (10**12 + i, i), job(i), 1, i % 4), False)
+        AdmittedJob(i % 3, i % 2, Entry(b"%d-%d" % (10**12 + i, i), job(i), 1, i % 4), False)
         for i in range(start, start + count)
     ]
 
@@ -194,15 +194,15 @@ def desk(fails: bool = False, waiting: int = 0) -> Desk:
     channel.phase = READY
     table = channel.table
     table._words[table._tail] = table.taken = table.head = FIRST_ROW
-    parent, theirs = Link.pair()
-    links = (parent, Link(theirs))
+    parent, theirs = ControlSocket.pair()
+    links = (parent, ControlSocket(theirs))
     ran = memoryview(mmap.mmap(-1, 4096)).cast("Q")
     handlers = {kind: BoundHandler(kind, Flagging(ran, fails), 60.0) for kind in ("even", "odd")}
     # Room to look ahead at everything, though the handlers take one job at once.
     runner = Runner(channel, links[1], handlers, ["s0", "s1", "s2"])
     runner._lookahead = 100
-    made = Desk(channel, Lane(0, 0, channel, 0.0), runner, ran, links)
-    assert made.lane.hand(arrivals(0, waiting)) == waiting
+    made = Desk(channel, WorkerHandle(0, 0, channel, 0.0), runner, ran, links)
+    assert made.lane.dispatch(arrivals(0, waiting)) == waiting
     return made
 
 
@@ -216,15 +216,15 @@ def hand(handed: int, frame_jobs: int, lines: bool) -> int:
         made.runner._take()
         made.channel.table.mark([FIRST_ROW], STARTED)
         made.channel.table.mark([FIRST_ROW + 1], SUCCEEDED)
-        assert made.lane.hand(arrivals(2, 1)) == 1  # not taken yet
+        assert made.lane.dispatch(arrivals(2, 1)) == 1  # not taken yet
         return made
 
     def act(made: Desk) -> None:
-        assert made.lane.hand(arrivals(3, handed)) == handed
+        assert made.lane.dispatch(arrivals(3, handed)) == handed
 
     kills = 0
     borders = {min(3 + n * frame_jobs, 3 + handed) for n in range(handed + 1)}
-    for made, ended in every_kill(prepare, act, {"lane.py", "inflight.py", "ring.py"}, lines=lines):
+    for made, ended in every_kill(prepare, act, {"dispatch.py", "inflight.py", "ring.py"}, lines=lines):
         kills += not ended
         successor = made.successor()
         table = successor.table
@@ -232,7 +232,7 @@ def hand(handed: int, frame_jobs: int, lines: bool) -> int:
         assert count in borders if not ended else count == 3 + handed, count
         assert table.unsettled() == [held(i) for i in range(count)]
         assert [table.state(FIRST_ROW + i) for i in range(count)] == earlier + [QUEUED] * (count - 3)
-        assert successor.hand(arrivals(count, 10 - count)) == 10 - count
+        assert successor.dispatch(arrivals(count, 10 - count)) == 10 - count
         made.runner._take()
         taken = [(w.row, w.source, w.entry_id, w.envelope.id) for w in made.runner._waiting][2:]
         assert taken == [(held(i).row, held(i).source, held(i).entry_id, f"job-{i}") for i in range(2, 10)]
@@ -306,7 +306,7 @@ def settle() -> int:
         made.lane.table.advance()
 
     kills = 0
-    for made, ended in every_kill(prepare, act, {"inflight.py", "lane.py"}, lines=True):
+    for made, ended in every_kill(prepare, act, {"inflight.py", "dispatch.py"}, lines=True):
         kills += not ended
         successor = made.successor()
         table = successor.table

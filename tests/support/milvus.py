@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from jobworker.handlers.vectors import VectorStoreError, open_vectors
+from jobworker.handlers.vectors.milvus.store import VectorStoreError, open_vectors
 from support.redis_servers import free_port
 
 # Imports of the engine take a few seconds on a busy machine of two cores.
@@ -19,6 +19,7 @@ LITE_START_S = 40.0
 # The first start unpacks 330 MB of binaries.
 REAL_START_S = 90.0
 STOP_S = 20.0
+TOKEN = "root:of-these-tests-alone"
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float, what: str) -> None:
@@ -30,7 +31,7 @@ def wait_until(condition: Callable[[], bool], limit_s: float, what: str) -> None
 
 
 class LiteServer:
-    """One `jobworker.handlers.lite_server` process on a data directory."""
+    """One `jobworker.handlers.vectors.milvus.lite_server` process on a data directory."""
 
     def __init__(
         self,
@@ -39,16 +40,24 @@ class LiteServer:
         port: int = 0,
         files: Path | None = None,
         env: dict[str, str] | None = None,
-        program: Sequence[str] = ("-m", "jobworker.handlers.lite_server"),
+        program: Sequence[str] = ("-m", "jobworker.handlers.vectors.milvus.lite_server"),
         arguments: Sequence[str] = (),
     ) -> None:
         """Start it, without waiting; `files` is the stem of its port file and log, else `data_dir` is."""
         self.data_dir, stem = data_dir, files or data_dir
         self.port_file, self.log = stem.with_name(f"{stem.name}.port"), stem.with_name(f"{stem.name}.log")
         self.port_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid()), sys.executable]
+        token_file = stem.with_name(f"{stem.name}.token")
+        token_file.write_text(TOKEN)
+        command = [
+            sys.executable,
+            "-m",
+            "jobworker.worker.supervision.pdeathsig",
+            str(os.getpid()),
+            sys.executable,
+        ]
         command += [*program, "--data-dir", str(data_dir), "--port-file", str(self.port_file)]
-        command += ["--port", str(port), *arguments]
+        command += ["--port", str(port), "--token-file", str(token_file), *arguments]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stderr=log, env={**os.environ, **(env or {})})
 
@@ -74,6 +83,12 @@ class LiteServer:
 
     @property
     def uri(self) -> str:
+        """With the token in it."""
+        return f"http://{TOKEN}@127.0.0.1:{self.port}"
+
+    @property
+    def open_uri(self) -> str:
+        """As another user of the host knows it."""
         return f"http://127.0.0.1:{self.port}"
 
     def kill(self) -> None:

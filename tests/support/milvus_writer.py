@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from jobworker.handlers.vectors import Row, open_vectors
+from jobworker.handlers.vectors.milvus.store import Row, open_vectors
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ import zlib
 from collections.abc import Callable
 from typing import NoReturn
 
-from jobworker.worker.channel import Channel
-from jobworker.worker.ring import Ring
-from jobworker.worker.tether import tie_to_parent
+from jobworker.worker.ipc.channel import Channel
+from jobworker.worker.ipc.ring import Ring
+from jobworker.worker.supervision.pdeathsig import tie_to_parent
 
 FRAMES = 100_000
 ROUNDS = 30

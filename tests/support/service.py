@@ -81,7 +81,7 @@ class Service:
     def launch(self) -> None:
         """Start it, in a session of its own and tied to this process, without waiting for anything."""
         self._log_start = len(self._log.read_bytes()) if self._log.exists() else 0
-        tether = [sys.executable, "-m", "jobworker.worker.tether", str(os.getpid())]
+        tether = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
         with self._log.open("ab") as log:
             self._popen = subprocess.Popen(
                 [*tether, str(COMMAND), *self._arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -171,7 +171,8 @@ class Service:
         return found
 
     def roles(self) -> dict[str, int]:
-        """Process ids by role: ``supervisor``, ``reader``, ``reaper``, ``worker 0``, ..., ``valkey``.
+        """Process ids by role: ``supervisor``, ``reader``, ``reaper``, ``worker 0``, ..., and of the embedded
+        stores ``valkey`` and ``milvus``.
 
         While a worker is being exchanged its role belongs to one of the two.
         """
@@ -181,6 +182,8 @@ class Service:
                 named[match[1]] = pid
             elif "valkey-server" in command:
                 named["valkey"] = pid
+            elif "handlers.lite_server" in command:
+                named["milvus"] = pid
         return named
 
     def kill_role(self, role: str, number: signal.Signals = signal.SIGKILL) -> int:

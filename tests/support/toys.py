@@ -4,13 +4,15 @@ Each appends one line at a job's start and one at its end to ``$TOYS_DIR/events`
 mode, so that the lines of many processes never mix and a killed one leaves whole lines only.
 """
 
+import asyncio
 import ctypes
 import json
+import logging
 import os
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,3 +176,44 @@ class Unable:
 
     def handle(self, job: Job) -> None:
         """Never reached."""
+
+
+class AsyncGate:
+    """The same as `Gate` on the worker's event loop, with a lock made in ``setup``, and a log line."""
+
+    async def setup(self, settings: object) -> None:
+        self.lock = asyncio.Lock()
+        self.loop = asyncio.get_running_loop()
+
+    async def handle(self, job: Job) -> None:
+        record("start", [job])
+        give_up_at = time.monotonic() + GATE_LIMIT_S
+        async with self.lock:
+            assert asyncio.get_running_loop() is self.loop
+            while not (folder() / job.payload["gate"]).exists():
+                if time.monotonic() > give_up_at:
+                    raise TimeoutError("the gate was never opened")
+                await asyncio.sleep(0.005)  # a file that another process makes has no event without inotify
+        logging.getLogger("toys").warning("passed the gate")
+        record("end", [job])
+
+
+class AsyncHang:
+    """Never ends on its first try: awaits, or (``payload.in`` is ``c``) runs C that holds the interpreter."""
+
+    timeout = 0.5
+
+    async def handle(self, job: Job) -> None:
+        record("start", [job])
+        if job.retry_count == 0:
+            if job.payload["in"] == "c":
+                re.match(r"(a+)+$", "a" * 64 + "b")  # 2 ** 64 steps, none of which lets another thread run
+            await asyncio.Event().wait()
+        record("end", [job])
+
+
+class Yielding:
+    """A generator: its body never runs."""
+
+    def handle(self, job: Job) -> Iterator[Job]:
+        yield job

@@ -16,11 +16,11 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers import archive_day
-from jobworker.handlers.archive import Archive
-from jobworker.handlers.archive_day import DayFile, Line
-from jobworker.handlers.archive_index import StreamIndex, key
-from jobworker.handlers.archive_units import Ref, Unit, pack, units
+from jobworker.handlers.audit import day_file as archive_day
+from jobworker.handlers.audit.day_file import ArchiveLine, DayFile
+from jobworker.handlers.audit.handler import Archive
+from jobworker.handlers.audit.index import StreamIndex, key
+from jobworker.handlers.audit.units import Ref, Unit, pack, units
 from jobworker.worker import Job, PermanentError, Settings, Unavailable
 from support.tools import why_missing
 
@@ -242,21 +242,21 @@ def test_a_lock_that_is_held_has_an_end(tmp_path: Path, monkeypatch: pytest.Monk
     with holder._locked():
         waiting = DayFile(tmp_path / "day", zstandard.ZstdCompressor().compress)
         with pytest.raises(Unavailable, match="held"):
-            waiting.append("s", [Line(Ref(1, 1, 1), b"{}\n")])
+            waiting.append("s", [ArchiveLine(Ref(1, 1, 1), b"{}\n")])
     holder.close()
     waiting.close()
 
 
 KILLED_WITH_HALF_A_UNIT = """
 import os, signal, sys
-from jobworker.handlers import archive_day
-from jobworker.handlers.archive_units import Ref
+from jobworker.handlers.audit import day_file as archive_day
+from jobworker.handlers.audit.units import Ref
 real = os.pwrite
 def half(fd, data, offset):
     real(fd, bytes(data)[: len(data) // 2], offset)
     os.kill(os.getpid(), signal.SIGKILL)
 archive_day.os.pwrite = half
-line = archive_day.Line(Ref(9, 9, 9), b"x" * 99)
+line = archive_day.ArchiveLine(Ref(9, 9, 9), b"x" * 99)
 archive_day.DayFile(archive_day.Path(sys.argv[1]), bytes).append("s", [line])
 """
 
@@ -273,7 +273,7 @@ def test_a_writer_killed_with_the_lock_and_half_a_unit_written_holds_up_nobody(t
 
 
 def test_a_large_batch_is_cut_into_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobworker.handlers.archive._FRAME_BYTES", 1000)
+    monkeypatch.setattr("jobworker.handlers.audit.handler._FRAME_BYTES", 1000)
     archive(tmp_path).handle_batch([job(n, payload={"n": n, "text": "x" * 400 * (n % 4)}) for n in range(20)])
     assert numbers(tmp_path) == list(range(20))
     data = (tmp_path / "audit" / "2026-01-02.jsonl.zst").read_bytes()
@@ -326,8 +326,8 @@ def test_the_index_knows_exactly_what_was_added(parts: list[list[int]], asked: s
         return iter(whole[start:stop])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jobworker.handlers.archive_index._SPAN_ENTRIES", 8)
-        patch.setattr("jobworker.handlers.archive_index._SPANS_KEPT", 2)
+        patch.setattr("jobworker.handlers.audit.index._SPAN_ENTRIES", 8)
+        patch.setattr("jobworker.handlers.audit.index._SPANS_KEPT", 2)
         index = StreamIndex("s", read)
         for unit in whole:
             index.add(unit)

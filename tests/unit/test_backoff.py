@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.worker.backoff import RetryPolicy
+from jobworker.worker.outcome import RetryPolicy
 
 
 def exact(**changed: float) -> RetryPolicy:

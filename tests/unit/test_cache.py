@@ -15,7 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.cache import LOG_BYTES, MIN_LIMIT_BYTES, PAUSE_S, Key, VectorCache, key_of
+from jobworker.handlers.embedding.vector_cache import (
+    LOG_BYTES,
+    MIN_LIMIT_BYTES,
+    PAUSE_S,
+    Key,
+    VectorCache,
+    key_of,
+)
 
 DIM = 16
 
@@ -280,7 +287,7 @@ def test_several_threads(cache: VectorCache) -> None:
 WRITER = """
 import sys, numpy as np
 from pathlib import Path
-from jobworker.handlers.cache import VectorCache, key_of
+from jobworker.handlers.embedding.vector_cache import VectorCache, key_of
 cache = VectorCache(Path(sys.argv[1]), 16, 2**24, {})
 for number in range(10**9):
     cache.keep([(key_of("t", "m", f"{number}/{row}"), np.full(16, number, np.float32)) for row in range(50)])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.worker.channel import READY, STARTING, STOPPING, Channel, drained
+from jobworker.worker.ipc.channel import READY, STARTING, STOPPING, Channel, clear_eventfd
 
 
 @pytest.fixture
@@ -23,20 +23,20 @@ def ends() -> Iterator[tuple[Channel, Channel]]:
 
 def test_both_ends_see_what_either_writes(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
-    assert (one.phase, one.appetite, one.finished, one.mono_deadline_s) == (STARTING, 0, 0, 0.0)
-    other.phase, other.appetite, other.finished = STOPPING, 32, 2**40
+    assert (one.phase, one.batch_hint, one.finished, one.mono_deadline_s) == (STARTING, 0, 0, 0.0)
+    other.phase, other.batch_hint, other.finished = STOPPING, 32, 2**40
     other.running(12.5, 72.5)
-    other.beat(99.25)
-    assert (one.phase, one.appetite, one.finished) == (STOPPING, 32, 2**40)
-    assert (one.mono_since_s, one.mono_deadline_s, one.mono_beat_s) == (12.5, 72.5, 99.25)
+    other.heartbeat(99.25)
+    assert (one.phase, one.batch_hint, one.finished) == (STOPPING, 32, 2**40)
+    assert (one.mono_since_s, one.mono_deadline_s, one.mono_heartbeat_s) == (12.5, 72.5, 99.25)
 
 
 def test_no_two_words_are_one(ends: tuple[Channel, Channel]) -> None:
     """Each is written in turn; all the others keep what they had."""
     one, other = ends
-    one.phase, one.appetite, one.finished = READY, 7, 11
+    one.phase, one.batch_hint, one.finished = READY, 7, 11
     one.running(1.5, 2.5)
-    one.beat(3.5)
+    one.heartbeat(3.5)
     one.table.taken = 0
     assert one.jobs.push(b"job")
     assert one.outcomes.push(b"outcome")
@@ -44,8 +44,8 @@ def test_no_two_words_are_one(ends: tuple[Channel, Channel]) -> None:
         (seen,) = [bytes(view) for view, _ in ring.frames()]
         assert seen == frame
     one.table.write([1], [2], [3], [b"9-9"])
-    assert (other.phase, other.appetite, other.finished) == (READY, 7, 11)
-    assert (other.mono_since_s, other.mono_deadline_s, other.mono_beat_s) == (1.5, 2.5, 3.5)
+    assert (other.phase, other.batch_hint, other.finished) == (READY, 7, 11)
+    assert (other.mono_since_s, other.mono_deadline_s, other.mono_heartbeat_s) == (1.5, 2.5, 3.5)
     assert (other.table.tail, other.table.taken) == (0, 0)
     assert other.table.held(0) == (0, 1, 2, 3, b"9-9")
 
@@ -85,11 +85,11 @@ def test_the_worker_is_woken_by_the_supervisors_line(ends: tuple[Channel, Channe
 
 def test_the_reader_is_woken_once(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
-    assert not drained(one.fds[2])
+    assert not clear_eventfd(one.fds[2])
     other.wake_reader()
     other.wake_reader()
-    assert drained(one.fds[2])
-    assert not drained(one.fds[2])
+    assert clear_eventfd(one.fds[2])
+    assert not clear_eventfd(one.fds[2])
 
 
 def test_the_largest_job_fits_twice_over() -> None:

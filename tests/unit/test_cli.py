@@ -13,8 +13,9 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from jobworker.supervisor import main as supervise
+from jobworker.worker.admin.words import format_duration
 from jobworker.worker.cli import main
-from jobworker.worker.cli.common import Age, span
+from jobworker.worker.cli.common import Age
 
 COMMAND = Path(sys.executable).parent / "jobworker"
 #: What the answer to `--help` may cost; processor time, for a busy machine says nothing about us.
@@ -172,4 +173,4 @@ def test_what_is_no_age_is_refused(text: str) -> None:
     ("seconds", "text"), [(0.04, "0.0 s"), (12.4, "12 s"), (200, "3 min"), (7300, "2 h"), (1e6, "12 d")]
 )
 def test_spans(seconds: float, text: str) -> None:
-    assert span(seconds) == text
+    assert format_duration(seconds) == text

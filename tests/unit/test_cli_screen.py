@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.worker.cli.common import clean, columns, pad
+from jobworker.worker.admin.dead_letters import read_letter
+from jobworker.worker.admin.overview import Overview, OverviewPoller
+from jobworker.worker.admin.status_client import Service, fetch_status, same_store
+from jobworker.worker.admin.words import columns, pad, strip_control
 from jobworker.worker.cli.screen import lines
-from jobworker.worker.dead_letters import read_letter
 from jobworker.worker.keys import Source
-from jobworker.worker.observe import Service, ask, same_store
-from jobworker.worker.operator_store import Pause
-from jobworker.worker.overview import Overview, Watcher
-from jobworker.worker.store import Depths, Entry
+from jobworker.worker.store.operator import Pause
+from jobworker.worker.store.ports import Depths, Entry
 
 S = Source("stream:story:gen", "cg-gen-worker")
 
@@ -75,9 +75,9 @@ def test_no_line_is_wider_than_the_terminal_whatever_tenants_write(text: str, wi
 
 @given(st.text(max_size=50), st.integers(1, 40))
 def test_cut_text_fills_no_more_than_its_width(text: str, width: int) -> None:
-    cut = clean(text, width)
+    cut = strip_control(text, width)
     assert columns(cut) <= width
-    assert cut == clean(text) or cut.endswith("…")
+    assert cut == strip_control(text) or cut.endswith("…")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_rates_come_from_what_the_same_process_says_twice() -> None:
     ]
     clock = iter([10.0, 20.0, 30.0])
     store: Any = FakeStore()
-    watcher = Watcher(store, store, [S], lambda: answers.pop(0), mono_s=lambda: next(clock))
+    watcher = OverviewPoller(store, store, [S], lambda: answers.pop(0), mono_s=lambda: next(clock))
     assert watcher.look().rates is None
     second = watcher.look()
     assert second.rates is not None
@@ -124,7 +124,7 @@ def test_rates_come_from_what_the_same_process_says_twice() -> None:
 
 
 def test_a_page_that_is_no_status_page_is_a_silent_service() -> None:
-    assert ask("http://127.0.0.1:1").trouble.startswith("ConnectionRefusedError")
+    assert fetch_status("http://127.0.0.1:1").trouble.startswith("ConnectionRefusedError")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobworker.handlers.encoder import load_encoder
-from jobworker.handlers.models import SMALL_MODEL, find_model
-from jobworker.handlers.self_check import exact_enough
+from jobworker.handlers.encoder.find_model import SMALL_MODEL, find_model
+from jobworker.handlers.encoder.load import load_encoder
+from jobworker.handlers.encoder.precision_check import exact_enough
 from jobworker.worker import visible_gpus
 
 pytestmark = [
@@ -45,7 +45,7 @@ def small_card() -> Iterator[Any]:
     """An encoder with large passes on a card that has little memory left."""
     import torch
 
-    from jobworker.handlers.torch_encoder import TorchEncoder
+    from jobworker.handlers.encoder.torch import TorchEncoder
 
     encoder = TorchEncoder.load(find_model(SMALL_MODEL), device=DEVICE, dtype="fp32", token_budget=1 << 20)
     torch.cuda.empty_cache()

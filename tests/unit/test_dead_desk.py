@@ -5,10 +5,16 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.worker.dead_desk import DeadDesk, Errand, Picked, Place, aged
-from jobworker.worker.dead_letters import Choice
-from jobworker.worker.operator_store import START, order_of
-from jobworker.worker.store import Entry
+from jobworker.worker.admin.dead_letters import (
+    BulkOperation,
+    Cursor,
+    DeadLetterQueue,
+    LetterFilter,
+    SelectedLetters,
+    aged,
+)
+from jobworker.worker.store.operator import START, order_of
+from jobworker.worker.store.ports import Entry
 
 STREAMS = ["a", "b", "c"]
 
@@ -48,8 +54,8 @@ def entry(id: str, reason: str = "poison", job: str | None = "j") -> Entry:
     return Entry(id.encode(), json.dumps({"task": task, "reason": reason}).encode())
 
 
-def desk(letters: dict[str, list[Entry]], choice: Choice | None = None) -> DeadDesk:
-    return DeadDesk(Letters(letters), STREAMS, choice or Choice())  # type: ignore[arg-type]
+def desk(letters: dict[str, list[Entry]], choice: LetterFilter | None = None) -> DeadLetterQueue:
+    return DeadLetterQueue(Letters(letters), STREAMS, choice or LetterFilter())  # type: ignore[arg-type]
 
 
 _ids = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 3)), unique=True, max_size=12)
@@ -69,7 +75,7 @@ def test_pages_hold_every_chosen_letter_once_newest_first(
         stream: [entry(f"{ms}-{sequence}", data.draw(_reasons)) for ms, sequence in some]
         for stream, some in ids.items()
     }
-    one = desk(letters, Choice(reasons=frozenset({"poison"})))
+    one = desk(letters, LetterFilter(reasons=frozenset({"poison"})))
     found, behind = [], None
     for _ in range(100):
         page = one.page(size, look_at, behind)
@@ -89,7 +95,7 @@ def test_pages_hold_every_chosen_letter_once_newest_first(
 
 def test_ages_bound_what_is_looked_at() -> None:
     letters = {"a": [entry(f"{second}000-0") for second in range(1, 10)]}
-    one = desk(letters, aged(Choice(), 9.0, 2.0, 5.0))
+    one = desk(letters, aged(LetterFilter(), 9.0, 2.0, 5.0))
     page = one.page(100, 100)
     assert [letter.wall_s for letter in page.letters] == [7, 6, 5, 4]
     assert page.looked_at == 4
@@ -97,31 +103,31 @@ def test_ages_bound_what_is_looked_at() -> None:
 
 def test_a_letter_is_found_by_its_place() -> None:
     one = desk({"a": [entry("1-0"), entry("1-2")]})
-    assert one.letter(Place("a", b"1-2")) is not None
-    assert one.letter(Place("a", b"1-1")) is None
-    assert one.letter(Place("b", b"1-2")) is None
+    assert one.letter(Cursor("a", b"1-2")) is not None
+    assert one.letter(Cursor("a", b"1-1")) is None
+    assert one.letter(Cursor("b", b"1-2")) is None
 
 
 def test_an_errand_does_it_to_each_chosen_one_and_counts() -> None:
     letters = {"a": [entry("1-0"), entry("2-0", job=None), entry("3-0", "timeout")], "b": [entry("1-0")]}
-    one = desk(letters, Choice(reasons=frozenset({"poison"})))
+    one = desk(letters, LetterFilter(reasons=frozenset({"poison"})))
     seen: list[int] = []
     skipped: list[bytes] = []
-    errand = Errand(one)
+    errand = BulkOperation(one)
     errand.requeue(seen=seen.append, skipped=lambda letter: skipped.append(letter.id))
     assert (errand.done, errand.skipped, skipped, sum(seen)) == (2, 1, [b"2-0"], 4)
     assert one.store.requeued == [("a", b"1-0"), ("b", b"1-0")]  # type: ignore[attr-defined]
-    dry = Errand(one, dry_run=True)
+    dry = BulkOperation(one, dry_run=True)
     dry.purge()
     assert (dry.done, one.count()) == (3, 4)
-    Errand(one).purge()
+    BulkOperation(one).purge()
     assert one.count() == 1
 
 
 def test_letters_that_were_pointed_at_are_dealt_with_and_no_others() -> None:
     store = Letters({"a": [entry(f"{n}-0") for n in range(1, 5)], "b": [entry("1-0")]})
-    picked = Picked(store, [Place("b", b"1-0"), Place("a", b"3-0"), Place("a", b"9-0")])  # type: ignore[arg-type]
-    errand = Errand(picked)
+    picked = SelectedLetters(store, [Cursor("b", b"1-0"), Cursor("a", b"3-0"), Cursor("a", b"9-0")])  # type: ignore[arg-type]
+    errand = BulkOperation(picked)
     errand.purge()
     assert (errand.done, picked.count()) == (2, 3)
     assert [one.id for one in store.letters["a"]] == [b"1-0", b"2-0", b"4-0"]

@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.encoder import load_encoder
-from jobworker.handlers.models import ModelError
+from jobworker.handlers.encoder.find_model import ModelError
+from jobworker.handlers.encoder.load import load_encoder
 from jobworker.worker import Settings, devices
-from jobworker.worker.backlog import Backlog
-from jobworker.worker.devices import NO_MODEL, place_of, set_pools, visible_gpus
+from jobworker.worker.devices import NO_MODEL, device_for_slot, set_pools, visible_gpus
 from jobworker.worker.handler import load_handlers
-from jobworker.worker.store import Entry
-from jobworker.worker.triage import Arrival
+from jobworker.worker.reader.admission import AdmittedJob
+from jobworker.worker.reader.prefetch import PrefetchBuffer
+from jobworker.worker.store.ports import Entry
 from support.tools import BY_CONSTRUCTION
 
 
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(0, 3))
 def test_every_gpu_gets_its_copies_and_no_more(gpus: int, procs: int, said: int) -> None:
-    places = Counter(place_of("auto", slot, gpus, said) for slot in range(procs))
+    places = Counter(device_for_slot("auto", slot, gpus, said) for slot in range(procs))
     copies = said or 2
     assert all(places[f"cuda:{gpu}"] <= copies for gpu in range(gpus))
     assert places[NO_MODEL] == max(0, procs - copies * gpus)
@@ -28,12 +28,12 @@ def test_every_gpu_gets_its_copies_and_no_more(gpus: int, procs: int, said: int)
 
 
 def test_named_devices_are_taken_as_they_are() -> None:
-    assert [place_of("cuda:2,cuda:5", slot, 8) for slot in range(5)] == [
+    assert [device_for_slot("cuda:2,cuda:5", slot, 8) for slot in range(5)] == [
         "cuda:2", "cuda:5", "cuda:2", "cuda:5", NO_MODEL,
     ]  # fmt: skip
-    assert place_of("cuda", 1, 2) == "cuda:1"
-    assert place_of("cuda", 0, 0) == "cuda:0"  # loading says what is missing
-    assert place_of(NO_MODEL, 0, 8) == NO_MODEL
+    assert device_for_slot("cuda", 1, 2) == "cuda:1"
+    assert device_for_slot("cuda", 0, 0) == "cuda:0"  # loading says what is missing
+    assert device_for_slot(NO_MODEL, 0, 8) == NO_MODEL
 
 
 @given(st.integers(1, 16), st.integers(1, 40), st.integers(0, 40), st.sampled_from(["auto", "cpu"]))
@@ -42,7 +42,7 @@ def test_a_cpu_gets_a_copy_a_core_or_as_many_as_are_said(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "cores", lambda: cores)
-        places = [place_of(device, slot, 0, said) for slot in range(procs)]
+        places = [device_for_slot(device, slot, 0, said) for slot in range(procs)]
     copies = min(procs, said or max(2, cores))
     assert places == ["cpu"] * copies + [NO_MODEL] * (procs - copies)
 
@@ -130,15 +130,15 @@ def test_a_worker_without_the_model_leaves_its_types_to_others() -> None:
     assert set(load_handlers(Settings(handlers=targets, device="cuda:0"))) == {"a", "b"}
 
 
-def arrival(number: int, kind: int) -> Arrival:
-    return Arrival(0, kind, Entry(b"%d-0" % number, b"{}", 1), False)
+def arrival(number: int, kind: int) -> AdmittedJob:
+    return AdmittedJob(0, kind, Entry(b"%d-0" % number, b"{}", 1), False)
 
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, 15), st.integers(0, 50))
 def test_the_first_fitting_jobs_are_taken_and_the_order_is_kept(
     kinds: list[int], refused: int, count: int
 ) -> None:
-    backlog = Backlog(["a", "b", "c", "d"])
+    backlog = PrefetchBuffer(["a", "b", "c", "d"])
     jobs = [arrival(number, kind) for number, kind in enumerate(kinds)]
     for job in jobs:
         backlog.add(job)

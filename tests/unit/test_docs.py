@@ -15,12 +15,14 @@ import jobworker.worker
 from jobworker.supervisor import main as service
 from jobworker.worker import Job, Producer
 from jobworker.worker.cli import main as tool
-from jobworker.worker.memory_server import MemoryServer
-from jobworker.worker.memory_store import MemoryStore
+from jobworker.worker.store.memory.server import MemoryServer
+from jobworker.worker.store.memory.store import MemoryStore
 from jobworker.worker.testing import Harness
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: Pages elsewhere, whose links and command lines have to be right too.
+OTHERS = [ROOT / "SECURITY.md", ROOT / "examples" / "README.md"]
 #: A fenced block: its language (often none) and its text.
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: A command line of ours, behind its environment variables.
@@ -42,7 +44,7 @@ def options_of(command: click.Command) -> set[str]:
 
 def commands() -> Iterator[tuple[str, list[str]]]:
     """Every command line of ours in the pages' blocks, in words, and the page that has it."""
-    for page in PAGES:
+    for page in [*PAGES, *OTHERS]:
         for text in [*blocks(page, ""), *blocks(page, "sh")]:
             for line in text.replace("\\\n", " ").splitlines():
                 for part in re.split(r"\s(?:\||&&|>)\s", line.partition("  #")[0]):
@@ -112,7 +114,7 @@ def test_the_readme_leads_to_every_page() -> None:
     assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in said] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.parent.name + "/" + page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)", page.read_text()):
         file = page.parent / target if target else page
@@ -145,7 +147,7 @@ def test_the_handler_and_the_tests_of_the_page_on_handlers_run(tmp_path: Path) -
         capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert "3 passed" in done.stdout
+    assert "4 passed" in done.stdout
 
 
 def test_the_producers_of_the_pages_send_jobs(server: MemoryServer) -> None:

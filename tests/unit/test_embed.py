@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.embed import BATCH_BYTES, CACHE_FILE, EmbeddingBatch
-from jobworker.handlers.encoder import DummyEncoder, Plan, Purpose, Vectors
-from jobworker.handlers.memory_vectors import MemoryVectors
-from jobworker.handlers.payload import clip
-from jobworker.handlers.vector_types import AnyRow, PermanentStoreError, Row, TransientStoreError
+from jobworker.handlers.embedding.handler import BATCH_BYTES, CACHE_FILE, EmbeddingBatch
+from jobworker.handlers.encoder.base import DummyEncoder, Plan, Purpose, Vectors
+from jobworker.handlers.vectors.memory import MemoryVectors
+from jobworker.handlers.vectors.ports import AnyRow, PermanentStoreError, Row, TransientStoreError
+from jobworker.handlers.vectors.schema import clip
 from jobworker.worker import Job, PermanentError, Settings
 
 SEGMENTS = "story_segments"
@@ -142,6 +142,16 @@ def test_a_collection_of_the_payload_is_made_on_demand() -> None:
     assert (store.count("notes"), store.count(SEGMENTS)) == (1, 1)
 
 
+def test_a_collection_goes_by_its_name_with_or_without_the_prefix() -> None:
+    embed, store = handler()
+    names = ["notes", "z_novel_notes", "z_novel_" + SEGMENTS]
+    outcomes = embed.handle_batch(
+        [job(payload(str(place), collection=name)) for place, name in enumerate(names)]
+    )
+    assert outcomes == [None] * 3
+    assert (store.count("notes"), store.count(SEGMENTS)) == (2, 1)
+
+
 BAD_PAYLOADS = [
     (None, "payload must be an object"),
     (["ids"], "payload must be an object"),
@@ -169,6 +179,9 @@ BAD_PAYLOADS = [
     (payload("a", segment_types="scene"), "segment_types must be a list"),
     (payload("a", collection="drop it"), "collection must be"),
     (payload("a", collection=3), "collection must be"),
+    (payload("a", collection="story_segments_v2"), "_v and digits"),
+    (payload("a", collection="z_novel_story_segments_v1"), "_v and digits"),
+    (payload("a", collection="z_novel_"), "prefix alone"),
     (payload("a", version="1"), "version must be"),
     (payload("a", version=1.5), "version must be"),
 ]

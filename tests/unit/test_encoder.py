@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.encoder import DummyEncoder, Plan, TextTooLong, load_encoder, merge_windows
-from jobworker.handlers.models import SMALL_MODEL, ModelError, default_model, find_model
+from jobworker.handlers.encoder.base import DummyEncoder, Plan, TextTooLong, merge_windows
+from jobworker.handlers.encoder.find_model import SMALL_MODEL, ModelError, default_model, find_model
+from jobworker.handlers.encoder.load import load_encoder
 
 SHORT = [
     "The petrel came back on Thursday.",
@@ -47,7 +48,7 @@ def cosines(left: Any, right: Any) -> Any:
 
 
 def with_mode(encoder: Any, mode: str) -> Any:
-    from jobworker.handlers.torch_encoder import TorchEncoder
+    from jobworker.handlers.encoder.torch import TorchEncoder
 
     source = find_model(SMALL_MODEL)
     return TorchEncoder(encoder._model, source, long_text=mode, token_budget=2048)  # type: ignore[arg-type]
@@ -230,7 +231,7 @@ def test_a_missing_model_is_told_within_five_seconds_without_a_network(tmp_path:
     code = (
         "import socket, sys\n"
         "socket.socket.connect = socket.getaddrinfo = lambda *a, **k: sys.exit('reached for the network')\n"
-        "from jobworker.handlers.encoder import load_encoder\n"
+        "from jobworker.handlers.encoder.load import load_encoder\n"
         "try: load_encoder('BAAI/bge-m3')\n"
         "except Exception as error: print(error, 'torch' in sys.modules)\n"
     )

@@ -10,13 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.worker.envelope import (
-    OVERSIZED_KEPT_BYTES,
-    dead_letter,
-    job_of,
-    read_envelope,
-    with_retry,
-)
+from jobworker.worker.envelope import OVERSIZED_KEPT_BYTES, dead_letter, job_of, read_envelope, with_retry
 from jobworker.worker.errors import MalformedJob
 
 #: What an object of a job begins with; a case is the rest of it.

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobworker.handlers import filters
-from jobworker.handlers.milvus_shadow import open_shadow
-from jobworker.handlers.vectors import PermanentStoreError, VectorStore, open_vectors
+from jobworker.handlers.rebuild.milvus import open_shadow
+from jobworker.handlers.vectors import filters
+from jobworker.handlers.vectors.milvus.store import PermanentStoreError, VectorStore, open_vectors
 from support.recent_milvus import DIM, recent_milvus
 
 NAME = "story_segments"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from jobworker.worker.envelope import dead_letter, job_of, read_envelope, with_retry
-from jobworker.worker.store import Entry
-from jobworker.worker.triage import Arrival, Triage
+from jobworker.worker.reader.admission import Admission, AdmittedJob
+from jobworker.worker.store.ports import Entry
 
 GOLDEN = sorted((Path(__file__).resolve().parents[1] / "golden").glob("*.json"))
 FIELDS = ["id", "type", "tenant_id", "project_id", "payload", "metadata", "created_at"]
@@ -42,8 +42,8 @@ def test_the_file_is_as_go_writes_it(entry: bytes) -> None:
 
 
 def test_every_field_reaches_the_handler(entry: bytes) -> None:
-    verdict = Triage(ALL_KINDS, 8 * 1024 * 1024, 3)(0, Entry(b"1-1", entry))
-    assert isinstance(verdict, Arrival)
+    verdict = Admission(ALL_KINDS, 8 * 1024 * 1024, 3)(0, Entry(b"1-1", entry))
+    assert isinstance(verdict, AdmittedJob)
     envelope, fields = read_envelope(entry), json.loads(entry)
     assert (verdict.kind, verdict.alone) == (ALL_KINDS[fields["type"]], False)
     job = job_of(envelope, "stream:x", "1-1")

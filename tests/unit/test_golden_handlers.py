@@ -9,18 +9,20 @@ import pytest
 import zstandard
 
 from jobworker.handlers import BUILTIN
-from jobworker.handlers.archive import Archive
-from jobworker.handlers.embed import EmbeddingBatch
-from jobworker.handlers.encoder import DummyEncoder
-from jobworker.handlers.memory_shadow import MemoryShadow
-from jobworker.handlers.memory_vectors import MemoryVectors
-from jobworker.handlers.rebuild import Clock
-from jobworker.handlers.reindex import IndexRebuild
-from jobworker.handlers.vector_types import Row
-from jobworker.handlers.writeback import WriteBack
-from jobworker.worker import Job, RecordKey, Settings, open_records
+from jobworker.handlers.audit.handler import Archive
+from jobworker.handlers.embedding.handler import EmbeddingBatch
+from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.jobstore.memory_fence import MemoryFence
+from jobworker.handlers.jobstore.open import open_records
+from jobworker.handlers.jobstore.records import RecordKey
+from jobworker.handlers.rebuild.handler import IndexRebuild
+from jobworker.handlers.rebuild.memory import MemoryShadow
+from jobworker.handlers.rebuild.rebuild import Clock
+from jobworker.handlers.summaries.handler import WriteBack
+from jobworker.handlers.vectors.memory import MemoryVectors
+from jobworker.handlers.vectors.ports import Row
+from jobworker.worker import Job, Settings
 from jobworker.worker.envelope import job_of, read_envelope
-from jobworker.worker.memory_fence import MemoryFence
 
 NAME = "story_segments"
 

@@ -1,17 +1,24 @@
 """Handlers of every documented shape, found by name and set up once."""
 
+import asyncio
+import contextlib
+import functools
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobworker.worker import ConfigurationError, Handler, Job, Settings
-from jobworker.worker.handler import BoundHandler, load_handlers
+from jobworker.worker import ConfigurationError, Handler, Job, PermanentError, Settings
+from jobworker.worker.event_loop import EventLoop
+from jobworker.worker.handler import BoundHandler, load_handlers, set_up
 
 MODULE = """
 from jobworker.worker import PermanentError
+
+ALL_SETUPS = []
 
 class Single:
     timeout = 2.5
@@ -21,7 +28,9 @@ class Batch:
     max_batch = 7
     counters = {"texts": 0}
     def __init__(self): self.setups = []
-    def setup(self, settings): self.setups.append(settings)
+    def setup(self, settings):
+        self.setups.append(settings)
+        ALL_SETUPS.append(self)
     def handle_batch(self, jobs): return [None if job.id == "good" else ValueError(job.id) for job in jobs]
     def healthy(self): raise ConnectionError("away")
 
@@ -79,15 +88,10 @@ def test_a_handler_with_batches_only_can_run_one_job(module: str) -> None:
 
 
 def test_one_class_for_two_types_is_made_and_set_up_once(module: str) -> None:
-    loaded = load(a=f"{module}:Batch", b=f"{module}:Batch", c=f"{module}:Single")
-    first, second = (handler_of(loaded[kind]) for kind in "ab")
-    assert first is second
-    assert len(first.setups) == 1
-    assert first.setups[0].handlers.keys() == {"a", "b", "c"}
-
-
-def handler_of(bound: BoundHandler) -> Any:
-    return bound.handle_batch.__self__  # type: ignore[union-attr]
+    load(a=f"{module}:Batch", b=f"{module}:Batch", c=f"{module}:Single")
+    (made,) = sys.modules[module].ALL_SETUPS
+    assert len(made.setups) == 1
+    assert made.setups[0].handlers.keys() == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize(
@@ -119,3 +123,184 @@ def test_the_protocol_is_what_the_documentation_shows() -> None:
 
     assert isinstance(Shout(), Handler)
     assert not isinstance(Silent(), Handler)
+
+
+@pytest.fixture
+def loop() -> Iterator[EventLoop]:
+    one = EventLoop()
+    yield one
+    one.close()
+
+
+class Object:
+    """A handler with the members that a test gives it."""
+
+    def __init__(self, **members: Any) -> None:
+        self.__dict__.update(members)
+
+
+def bind(loop: EventLoop, **members: Any) -> BoundHandler:
+    return set_up({"t": Object(**members)}, Settings(), loop)["t"]
+
+
+async def echo(job: Job) -> None:
+    await asyncio.sleep(0)
+    raise LookupError(job.id)
+
+
+class AsyncCall:
+    async def __call__(self, job: Job) -> None:
+        await echo(job)
+
+
+class Methods:
+    @staticmethod
+    async def static(job: Job) -> None:
+        await echo(job)
+
+    @classmethod
+    async def of_class(cls, job: Job) -> None:
+        await echo(job)
+
+
+@functools.wraps(echo)
+def runs_it(job: Job) -> None:
+    asyncio.run(echo(job))
+
+
+@pytest.mark.parametrize(
+    "handle",
+    [echo, functools.partial(echo), AsyncCall(), functools.partial(AsyncCall()), Methods().static,
+     Methods().of_class, Methods.of_class, runs_it],
+)  # fmt: skip
+def test_an_async_function_of_any_form_runs_to_its_end(loop: EventLoop, handle: Any) -> None:
+    with pytest.raises(LookupError, match="j1"):
+        bind(loop, handle=handle).handle(job("j1"))
+
+
+def test_all_async_members_run_on_one_loop(loop: EventLoop) -> None:
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def setup(settings: Settings) -> None:
+        loops.append(asyncio.get_running_loop())
+
+    async def handle_batch(jobs: Sequence[Job]) -> list[None]:
+        loops.append(asyncio.get_running_loop())
+        return [None for _ in jobs]
+
+    async def healthy() -> None:
+        loops.append(asyncio.get_running_loop())
+        raise ConnectionError("away")
+
+    bound = bind(loop, setup=setup, handle_batch=handle_batch, healthy=healthy)
+    assert bound.handle_batch is not None
+    assert bound.healthy is not None
+    assert bound.handle_batch([job(), job()]) == [None, None]
+    bound.handle(job())
+    with pytest.raises(ConnectionError, match="away"):
+        bound.healthy()
+    assert len(loops) == 4
+    assert len(set(loops)) == 1
+
+
+def yields(job: Job) -> Iterator[None]:
+    yield
+
+
+async def yields_async(job: Job) -> Any:
+    yield
+
+
+class YieldingCall:
+    def __call__(self, job: Job) -> Iterator[None]:
+        yield
+
+
+@pytest.mark.parametrize("name", ["setup", "handle", "handle_batch", "healthy"])
+@pytest.mark.parametrize("function", [yields, yields_async, functools.partial(yields), YieldingCall()])
+def test_a_generator_is_refused_at_load_before_any_setup(loop: EventLoop, name: str, function: Any) -> None:
+    ran: list[object] = []
+    members = {"setup": ran.append, "handle": lambda job: None} | {name: function}
+    with pytest.raises(
+        ConfigurationError, match=f"handler of t: {name} contains `yield`.*`async def {name}`"
+    ):
+        bind(loop, **members)
+    assert ran == []
+
+
+def test_a_member_that_cannot_be_called_is_refused_at_load(loop: EventLoop) -> None:
+    with pytest.raises(ConfigurationError, match="handler of t: handle is not a function"):
+        bind(loop, handle="handle")
+
+
+async def nothing(*_: object) -> None:
+    raise AssertionError("never awaited")
+
+
+async def returns_a_coroutine(*_: object) -> Any:
+    return nothing()
+
+
+async def returns_a_task(*_: object) -> Any:
+    return asyncio.ensure_future(asyncio.sleep(60))
+
+
+@contextlib.contextmanager
+def manages(*_: object) -> Iterator[None]:
+    yield
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        (lambda *_: nothing(), "returned coroutine, .*`async def {name}`"),
+        (lambda *_: yields(job()), "returned generator, .*`yield`"),
+        (lambda *_: yields_async(job()), "returned async_generator, .*`yield`"),
+        (returns_a_coroutine, "returned coroutine, .*`async def {name}`"),
+        (returns_a_task, "returned Task, .*`async def {name}`"),
+        (manages, "returned _GeneratorContextManager, .*`yield`"),
+    ],
+)
+@pytest.mark.parametrize("name", ["handle", "handle_batch"])
+def test_work_that_was_returned_and_not_run_fails_for_good(
+    loop: EventLoop, name: str, method: Callable[..., Any], says: str
+) -> None:
+    bound = bind(loop, **{name: method})
+    with pytest.raises(PermanentError, match=f"^{name} {says.format(name=name)}"):
+        bound.handle(job())
+
+
+def test_a_setup_that_returns_a_coroutine_does_not_pass_for_done(loop: EventLoop) -> None:
+    with pytest.raises(PermanentError, match="setup returned coroutine"):
+        bind(loop, setup=lambda settings: nothing(), handle=print)
+    bound = bind(loop, healthy=lambda: nothing(), handle=print)
+    assert bound.healthy is not None
+    with pytest.raises(PermanentError, match="healthy returned coroutine"):
+        bound.healthy()
+
+
+@pytest.mark.parametrize("result", [0, True, "done", [], {}, iter([1])])
+def test_any_other_result_of_handle_is_ignored(loop: EventLoop, result: object) -> None:
+    bind(loop, handle=lambda job: result).handle(job())
+
+    async def handle(job: Job) -> object:
+        return result
+
+    bind(loop, handle=handle).handle(job())
+
+
+def test_without_async_handlers_asyncio_is_not_imported() -> None:
+    code = """if True:
+        import sys
+        from jobworker.worker import runner
+        from jobworker.worker.handler import set_up
+        from jobworker.worker.settings import Settings
+        class Plain:
+            def handle(self, job): pass
+        set_up({"t": Plain()}, Settings())["t"].handle(None)
+        print("asyncio" in sys.modules)"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "False"

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobworker.worker.health import Health, HealthServer
-from jobworker.worker.metrics import CONTENT_TYPE, Exposition
+from jobworker.worker.supervision.health import Health, HealthServer
+from jobworker.worker.telemetry.prometheus import CONTENT_TYPE, PrometheusCollector
 
 WITHIN_S = 10
 
@@ -20,7 +20,7 @@ class Service:
 
     def __init__(self) -> None:
         self.health = Health(True, True, [], {"workers": {"idle": 2}})
-        self.server = HealthServer(("127.0.0.1", 0), Exposition(), lambda: self.health)
+        self.server = HealthServer(("127.0.0.1", 0), PrometheusCollector(), lambda: self.health)
 
     def get(self, path: str) -> tuple[int, str, bytes]:
         # Without the proxies of the environment: it is this machine.
@@ -37,7 +37,9 @@ def test_the_status_page_says_when_it_cannot_be_had() -> None:
     answers: list[dict[str, object] | None] = [{"children": []}, None]
     made = Service()
     made.server.close()
-    made.server = HealthServer(("127.0.0.1", 0), Exposition(), lambda: made.health, lambda: answers.pop(0))
+    made.server = HealthServer(
+        ("127.0.0.1", 0), PrometheusCollector(), lambda: made.health, lambda: answers.pop(0)
+    )
     try:
         status, kind, body = made.get("/status")
         assert (status, kind, json.loads(body)) == (200, "application/json", {"children": []})
@@ -90,13 +92,13 @@ def test_a_client_that_says_nothing_holds_nobody_up(service: Service) -> None:
         assert not closing.is_alive(), "closing waits for a silent client"
     with pytest.raises(OSError):
         socket.create_connection((host, int(port)), timeout=1.0)
-    service.server = HealthServer(("127.0.0.1", 0), Exposition(), lambda: service.health)
+    service.server = HealthServer(("127.0.0.1", 0), PrometheusCollector(), lambda: service.health)
 
 
 def test_an_address_in_use_is_an_error_at_start(service: Service) -> None:
     host, port = service.server.url.removeprefix("http://").split(":")
     with pytest.raises(OSError, match="in use"):
-        HealthServer((host, int(port)), Exposition(), lambda: service.health)
+        HealthServer((host, int(port)), PrometheusCollector(), lambda: service.health)
 
 
 def test_the_port_is_free_again_at_once_after_closing() -> None:
@@ -105,7 +107,7 @@ def test_the_port_is_free_again_at_once_after_closing() -> None:
     assert first.get("/healthz")[0] == 200
     host, port = first.server.url.removeprefix("http://").split(":")
     first.server.close()
-    HealthServer((host, int(port)), Exposition(), lambda: first.health).close()
+    HealthServer((host, int(port)), PrometheusCollector(), lambda: first.health).close()
 
 
 def test_scrapes_leave_no_line_on_stderr(service: Service, capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,9 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from jobworker.worker.channel import READY, Channel
-from jobworker.worker.inflight import (
+from jobworker.worker.ipc.channel import READY, Channel
+from jobworker.worker.ipc.control import ControlSocket
+from jobworker.worker.ipc.inflight import (
     FAILED,
     QUEUED,
     ROWS,
@@ -20,11 +21,10 @@ from jobworker.worker.inflight import (
     Held,
     InFlight,
 )
-from jobworker.worker.lane import Lane
-from jobworker.worker.link import Link
+from jobworker.worker.reader.admission import AdmittedJob
+from jobworker.worker.reader.dispatch import WorkerHandle
 from jobworker.worker.runner import Runner
-from jobworker.worker.store import Entry
-from jobworker.worker.triage import Arrival
+from jobworker.worker.store.ports import Entry
 from support import programs
 
 #: Without the phase that explains a failure: it takes minutes for a machine of this size.
@@ -145,15 +145,15 @@ def channel() -> Iterator[Channel]:
     made.close()
 
 
-def arrivals(count: int, start: int = 0) -> list[Arrival]:
+def arrivals(count: int, start: int = 0) -> list[AdmittedJob]:
     body = b'{"id":"a","type":"t"}'
-    return [Arrival(0, 0, Entry(b"%d-0" % i, body), False) for i in range(start, start + count)]
+    return [AdmittedJob(0, 0, Entry(b"%d-0" % i, body), False) for i in range(start, start + count)]
 
 
 @pytest.fixture
 def runner(channel: Channel) -> Iterator[Runner]:
-    link, theirs = Link.pair()
-    made = Runner(channel, Link(theirs), {}, ["s"])
+    link, theirs = ControlSocket.pair()
+    made = Runner(channel, ControlSocket(theirs), {}, ["s"])
     made._lookahead = 10_000
     yield made
     made._states.release()  # or the channel's memory could not be given back
@@ -161,8 +161,8 @@ def runner(channel: Channel) -> Iterator[Runner]:
     theirs.close()
 
 
-def new_reader(channel: Channel) -> Lane:
-    return Lane(0, 1, Channel(*[os.dup(fd) for fd in channel.fds]), 0.0)
+def new_reader(channel: Channel) -> WorkerHandle:
+    return WorkerHandle(0, 1, Channel(*[os.dup(fd) for fd in channel.fds]), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -172,15 +172,15 @@ def test_a_new_reader_finds_the_head(
     channel: Channel, runner: Runner, before: int, taken: bool, after: int
 ) -> None:
     """From frames that the worker took, from those it did not, and from both."""
-    first = Lane(0, 0, channel, 0.0)
-    assert first.hand(arrivals(before)) == before
+    first = WorkerHandle(0, 0, channel, 0.0)
+    assert first.dispatch(arrivals(before)) == before
     if taken:
         runner._take()
-    assert first.hand(arrivals(after, before)) == after
+    assert first.dispatch(arrivals(after, before)) == after
     second = new_reader(channel)
     assert second.table.head == before + after
     assert [one.entry_id for one in second.table.unsettled()] == [b"%d-0" % i for i in range(before + after)]
-    assert second.hand(arrivals(1, before + after)) == 1
+    assert second.dispatch(arrivals(1, before + after)) == 1
     assert second.table.unsettled()[-1].row == before + after
     second.channel.close()
 
@@ -188,10 +188,10 @@ def test_a_new_reader_finds_the_head(
 def test_a_new_reader_finds_the_head_though_the_worker_takes_meanwhile(
     channel: Channel, runner: Runner
 ) -> None:
-    assert Lane(0, 0, channel, 0.0).hand(arrivals(5)) == 5
+    assert WorkerHandle(0, 0, channel, 0.0).dispatch(arrivals(5)) == 5
     opened = Channel(*[os.dup(fd) for fd in channel.fds])
     runner._take()  # between the reader's opening the table and its looking into the ring
-    second = Lane(0, 1, opened, 0.0)
+    second = WorkerHandle(0, 1, opened, 0.0)
     assert second.table.head == 5
     opened.close()
 
@@ -205,14 +205,15 @@ def drain(channel: Channel) -> None:
 def test_jobs_of_any_allowed_size_fit_into_frames(max_payload: int) -> None:
     made = Channel.create(max_payload)
     made.phase = READY
-    lane = Lane(0, 0, made, 0.0)
+    lane = WorkerHandle(0, 0, made, 0.0)
     for size in (1000, max_payload // 2, max_payload):
         jobs = [
-            Arrival(0, 0, Entry(LONGEST_ID, b"x" * size), False) for _ in range(min(600, 2**20 // size + 1))
+            AdmittedJob(0, 0, Entry(LONGEST_ID, b"x" * size), False)
+            for _ in range(min(600, 2**20 // size + 1))
         ]
         given = 0
         while given < len(jobs):
-            more = lane.hand(jobs[given:])
+            more = lane.dispatch(jobs[given:])
             assert more, f"stuck at job {given} of {size} bytes"
             given += more
             drain(made)

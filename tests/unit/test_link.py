@@ -6,30 +6,30 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobworker.worker.link import (
+from jobworker.worker.ipc.control import (
     MAX_MESSAGE_BYTES,
     Attach,
+    ControlSocket,
     Drain,
-    Failed,
-    Forgotten,
-    Gone,
-    Link,
+    ExitReclaimed,
     Message,
     Ready,
     Report,
     Retire,
     Start,
+    StartFailed,
+    WorkerExited,
 )
 
 MESSAGES: list[Message] = [
     Start("worker", 3, 4711, 9, b'{"redis_url":"redis://x"}'),
     Attach(0, 7),
-    Gone(1, 2, "SIGKILL", True, timed_out=True, details={"peak_rss_mib": 312, "stack": "…"}),
-    Forgotten(1, 2),
+    WorkerExited(1, 2, "SIGKILL", True, timed_out=True, details={"peak_rss_mib": 312, "stack": "…"}),
+    ExitReclaimed(1, 2),
     Retire(0, 7),
     Drain(),
     Ready(),
-    Failed("no model", 3),
+    StartFailed("no model", 3),
     Report(
         [("z_novel_jobs_dead_total", ("audit", "poison"), 2)],
         [("z_novel_dlq_length", ("s",), 5.0)],
@@ -41,39 +41,41 @@ MESSAGES: list[Message] = [
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[Link, Link]]:
-    ours, socket_of_theirs = Link.pair()
-    theirs = Link(socket_of_theirs)
+def ends() -> Iterator[tuple[ControlSocket, ControlSocket]]:
+    ours, socket_of_theirs = ControlSocket.pair()
+    theirs = ControlSocket(socket_of_theirs)
     yield ours, theirs
     ours.close()
     theirs.close()
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
-def test_every_message_arrives_as_it_was_sent(ends: tuple[Link, Link], message: Message) -> None:
+def test_every_message_arrives_as_it_was_sent(
+    ends: tuple[ControlSocket, ControlSocket], message: Message
+) -> None:
     for sender, receiver in (ends, ends[::-1]):
         assert sender.send(message)
         assert receiver.receive() == (message, [])
         assert receiver.receive() is None
 
 
-def test_messages_keep_their_order_and_their_borders(ends: tuple[Link, Link]) -> None:
+def test_messages_keep_their_order_and_their_borders(ends: tuple[ControlSocket, ControlSocket]) -> None:
     for message in MESSAGES:
         assert ends[0].send(message)
     received = [ends[1].receive() for _ in MESSAGES]
     assert received == [(message, []) for message in MESSAGES]
 
 
-def test_a_long_message_arrives_whole(ends: tuple[Link, Link]) -> None:
+def test_a_long_message_arrives_whole(ends: tuple[ControlSocket, ControlSocket]) -> None:
     stack = "frame\n" * (MAX_MESSAGE_BYTES // 8)
-    assert ends[0].send(Gone(0, 0, "SIGSEGV", True, details={"stack": stack}))
+    assert ends[0].send(WorkerExited(0, 0, "SIGSEGV", True, details={"stack": stack}))
     received = ends[1].receive()
     assert received is not None
-    assert isinstance(received[0], Gone)
+    assert isinstance(received[0], WorkerExited)
     assert received[0].details["stack"] == stack
 
 
-def test_descriptors_travel_with_their_message(ends: tuple[Link, Link]) -> None:
+def test_descriptors_travel_with_their_message(ends: tuple[ControlSocket, ControlSocket]) -> None:
     pipes = [os.pipe() for _ in range(3)]
     assert ends[0].send(Attach(0, 1), [reading for reading, _ in pipes])
     assert ends[0].send(Drain())
@@ -90,18 +92,22 @@ def test_descriptors_travel_with_their_message(ends: tuple[Link, Link]) -> None:
     assert ends[1].receive() == (Drain(), [])
 
 
-def test_the_end_of_the_other_side_comes_after_its_last_message(ends: tuple[Link, Link]) -> None:
+def test_the_end_of_the_other_side_comes_after_its_last_message(
+    ends: tuple[ControlSocket, ControlSocket],
+) -> None:
     ours, theirs = ends
-    assert theirs.send(Failed("no model", 3))
+    assert theirs.send(StartFailed("no model", 3))
     theirs.close()
-    assert ours.receive() == (Failed("no model", 3), [])
+    assert ours.receive() == (StartFailed("no model", 3), [])
     for _ in range(2):
         with pytest.raises(EOFError):
             ours.receive()
     assert ours.send(Drain()) is False
 
 
-def test_a_side_that_ended_with_messages_unread_is_an_end_too(ends: tuple[Link, Link]) -> None:
+def test_a_side_that_ended_with_messages_unread_is_an_end_too(
+    ends: tuple[ControlSocket, ControlSocket],
+) -> None:
     ours, theirs = ends
     assert ours.send(Drain())
     theirs.close()
@@ -109,10 +115,10 @@ def test_a_side_that_ended_with_messages_unread_is_an_end_too(ends: tuple[Link, 
         ours.receive()
 
 
-def test_a_full_line_says_no_and_goes_on_later(ends: tuple[Link, Link]) -> None:
+def test_a_full_line_says_no_and_goes_on_later(ends: tuple[ControlSocket, ControlSocket]) -> None:
     """A child that does not listen must never hold the supervisor up."""
     ours, theirs = ends
-    big = Failed("x" * 50_000, 3)
+    big = StartFailed("x" * 50_000, 3)
     sent = 0
     while ours.send(big):
         sent += 1
@@ -128,8 +134,8 @@ def test_a_full_line_says_no_and_goes_on_later(ends: tuple[Link, Link]) -> None:
 
 def test_the_childs_end_goes_over_a_descriptor() -> None:
     """As a child makes it of the number in its arguments."""
-    ours, theirs = Link.pair()
-    again = Link(socket.socket(fileno=theirs.detach()))
+    ours, theirs = ControlSocket.pair()
+    again = ControlSocket(socket.socket(fileno=theirs.detach()))
     assert again.send(Ready())
     assert ours.receive() == (Ready(), [])
     ours.close()

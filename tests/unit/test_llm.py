@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 
-from jobworker.handlers.llm import MOST_ANSWER_BYTES, LanguageModel, open_model, read_findings, retry_after_s
-from jobworker.handlers.sinks import EntityUpdate, Event, Findings, RelationChange
+from jobworker.handlers.summaries.llm import (
+    MOST_ANSWER_BYTES,
+    LanguageModel,
+    open_model,
+    read_findings,
+    retry_after_s,
+)
+from jobworker.handlers.summaries.sinks import EntityUpdate, Event, Findings, RelationChange
 from jobworker.worker import ConfigurationError, PermanentError, Settings, Unavailable
 from support.llm_stub import Reply, Stub, llm_stub, says
 

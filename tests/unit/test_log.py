@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from jobworker.worker import Job
-from jobworker.worker import log as logs
-from jobworker.worker.doing import doing, story
-from jobworker.worker.log import ForPeople, JsonLines, hide, redacted, secrets_of
-from jobworker.worker.repeats import Repeats
 from jobworker.worker.settings import Settings
+from jobworker.worker.telemetry import log as logs
+from jobworker.worker.telemetry.current_job import doing, log_fields
+from jobworker.worker.telemetry.log import ForPeople, JsonLines, hide, redacted, secrets_of
+from jobworker.worker.telemetry.log_limit import RateLimitFilter
 
 SECRET = "s3cr3t"
 #: Libraries whose level is set too.
@@ -215,9 +215,9 @@ def test_what_a_handler_says_of_a_batch_carries_what_its_jobs_have_in_common(sai
 def test_a_traceparent_names_the_trace() -> None:
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
     metadata = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
-    assert story(a_job("j", metadata=metadata))["trace_id"] == trace
-    assert "trace_id" not in story(a_job("j", metadata={"traceparent": "nonsense"}))
-    assert "tenant_id" not in story(a_job("j", tenant_id=""))
+    assert log_fields(a_job("j", metadata=metadata))["trace_id"] == trace
+    assert "trace_id" not in log_fields(a_job("j", metadata={"traceparent": "nonsense"}))
+    assert "tenant_id" not in log_fields(a_job("j", tenant_id=""))
 
 
 class Clock:
@@ -237,7 +237,9 @@ def record_of(msg: str, level: int = logging.WARNING, **extra: object) -> loggin
 
 def test_repeats_are_counted_and_said_at_the_end_of_the_time() -> None:
     clock, summaries = Clock(), []
-    repeats = Repeats(summaries.append, most=3, within_s=10, mono_s=lambda: clock.now, later=clock.later)
+    repeats = RateLimitFilter(
+        summaries.append, most=3, within_s=10, mono_s=lambda: clock.now, later=clock.later
+    )
     passed = [repeats.filter(record_of("retried %s", task_type="embed", args=(i,))) for i in range(50)]
     assert passed == [True] * 3 + [False] * 47
     assert repeats.filter(record_of("retried %s", task_type="audit")), "another type of job"
@@ -263,7 +265,9 @@ def test_repeats_are_counted_and_said_at_the_end_of_the_time() -> None:
 
 def test_what_was_held_back_is_said_when_the_next_line_comes_late_or_at_the_end() -> None:
     clock, summaries = Clock(), []
-    repeats = Repeats(summaries.append, most=1, within_s=10, mono_s=lambda: clock.now, later=lambda *_: None)
+    repeats = RateLimitFilter(
+        summaries.append, most=1, within_s=10, mono_s=lambda: clock.now, later=lambda *_: None
+    )
     for _ in range(3):
         repeats.filter(record_of("a"))
     clock.now += 11
@@ -288,7 +292,7 @@ def test_a_flood_is_cut_on_its_way_to_stderr(said: Callable[[], str]) -> None:
 def test_a_crash_and_a_warning_are_events_too() -> None:
     code = """if True:
         import sys, threading, warnings
-        from jobworker.worker import log
+        from jobworker.worker.telemetry import log
         from jobworker.worker.settings import Settings
         log.begin("reader", Settings(redis_url="redis://:hunter-2-hunter@h"), {})
         warnings.warn("old")

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from jobworker.handlers import milvus_shadow
-from jobworker.handlers.milvus_shadow import MilvusShadow
+from jobworker.handlers.rebuild import milvus as milvus_shadow
+from jobworker.handlers.rebuild.milvus import MilvusShadow
 
 
 class ForgetsTooEarly:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jobworker.worker.tally import METRICS
+from jobworker.worker.telemetry.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 MONITORING = ROOT / "monitoring"
@@ -144,7 +144,7 @@ def test_the_operators_table_explains_every_metric() -> None:
 
 
 def test_what_the_builtin_handlers_count_has_a_meaning() -> None:
-    sources = [path.read_text("utf-8") for path in sorted((ROOT / "handlers").glob("*.py"))]
+    sources = [path.read_text("utf-8") for path in sorted((ROOT / "handlers").rglob("*.py"))]
     counted = {
         name for source in sources for name in re.findall(r"counters(?:: [^=]+)? \|?= \{(.*?)\}", source)
     }

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobworker.handlers import engine_cache
-from jobworker.handlers.encoder import DummyEncoder, load_encoder
-from jobworker.handlers.engine_cache import CARD, Card, NoEngine, converted
-from jobworker.handlers.models import ModelSource, find_model
-from jobworker.handlers.self_check import exact_enough, ladder
+from jobworker.handlers.encoder import converted_models as engine_cache
+from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.encoder.converted_models import CARD, Card, NoEngine, converted
+from jobworker.handlers.encoder.find_model import ModelSource, find_model
+from jobworker.handlers.encoder.load import load_encoder
+from jobworker.handlers.encoder.precision_check import exact_enough, ladder
 from support.tiny_models import tiny_model
 
 if importlib.util.find_spec("openvino") is None:
@@ -53,7 +54,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def here(cache: Path) -> Any:
     """Conversions within this process: a test does not pay for importing torch each time."""
-    from jobworker.handlers.torch_convert import convert
+    from jobworker.handlers.encoder.convert import convert
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_cache, "_in_a_process", convert)
@@ -108,7 +109,7 @@ def test_both_engines_cut_and_count_alike(here: None, tmp_path: Path) -> None:
 def test_matrices_outside_the_graph_give_the_same_vectors(
     here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jobworker.handlers import torch_convert
+    from jobworker.handlers.encoder import convert as torch_convert
 
     monkeypatch.setattr(torch_convert, "SHARE_FROM_BYTES", 0)
     monkeypatch.setattr(torch_convert, "MATRIX_BYTES", 0)
@@ -142,7 +143,7 @@ def mapped_kib(file: Path) -> tuple[int, int]:
 def test_a_model_that_leaves_prompts_out_of_its_mean_is_run_by_torch(
     here: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from jobworker.handlers.torch_encoder import TorchEncoder
+    from jobworker.handlers.encoder.torch import TorchEncoder
 
     folder = tiny_model(tmp_path / "model", "bert", prompts=PROMPTS, include_prompt=False)
     for _ in range(2):
@@ -155,7 +156,7 @@ def test_a_worker_needs_no_torch_and_converts_in_a_process_of_its_own(cache: Pat
     folder = tiny_model(tmp_path / "model", "bert")
     code = (
         "import sys\n"
-        "from jobworker.handlers.encoder import load_encoder\n"
+        "from jobworker.handlers.encoder.load import load_encoder\n"
         "encoder = load_encoder(sys.argv[1], 'cpu', engine='openvino')\n"
         "heavy = {'torch', 'transformers', 'openvino_telemetry.main'} & set(sys.modules)\n"
         "print(encoder.encode(['petrel']).shape, heavy)\n"
@@ -175,7 +176,7 @@ def test_what_is_not_exact_enough_is_not_used(
     exact = np.load(path / "reference.npy")
     # As if every arithmetic had gone wrong: another model's vectors stand in the reference.
     np.save(path / "reference.npy", -exact)
-    from jobworker.handlers.torch_encoder import TorchEncoder
+    from jobworker.handlers.encoder.torch import TorchEncoder
 
     assert isinstance(load_encoder(folder, "cpu", dtype="bf16"), TorchEncoder)
     said = [record.getMessage() for record in caplog.records]
@@ -190,7 +191,8 @@ def test_what_is_not_exact_enough_is_not_used(
 def test_half_precision_is_taken_where_asked_for_and_exact_enough(
     engine: Any, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from jobworker.handlers import openvino_encoder, torch_encoder
+    from jobworker.handlers.encoder import openvino as openvino_encoder
+    from jobworker.handlers.encoder import torch as torch_encoder
 
     folder = str(tiny_model(tmp_path / "model", "bert"))
     for module in (openvino_encoder, torch_encoder):
@@ -216,7 +218,7 @@ def test_torch_takes_bf16_where_the_processor_gains_from_it(
 ) -> None:
     import torch
 
-    from jobworker.handlers import torch_encoder
+    from jobworker.handlers.encoder import torch as torch_encoder
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16, "avx2": True})
     monkeypatch.setattr(torch_encoder, "exact_enough", lambda ours, exact: True)
@@ -258,8 +260,8 @@ def leave_card(_: ModelSource, part: Path) -> None:
 CONVERTS_SLOWLY = """
 import os, time
 from pathlib import Path
-from jobworker.handlers.engine_cache import Card, converted
-from jobworker.handlers.models import ModelSource
+from jobworker.handlers.encoder.converted_models import Card, converted
+from jobworker.handlers.encoder.find_model import ModelSource
 
 def convert(_, part):
     (part.parent / f"tried-{os.getpid()}").touch()

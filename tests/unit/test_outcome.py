@@ -6,12 +6,12 @@ import msgspec
 import pytest
 
 from jobworker.worker import PermanentError
-from jobworker.worker.backoff import RetryPolicy
 from jobworker.worker.outcome import (
     MAX_ERROR_CHARS,
     Failure,
     GiveUp,
     Reason,
+    RetryPolicy,
     TryAgain,
     after_failure,
     failure_of,

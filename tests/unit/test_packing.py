@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.packing import (
+from jobworker.handlers.encoder.packing import (
     MAX_PADDING_SHARE,
     MIN_PADDING_TOKENS,
     Ceilings,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.pipeline import MOST_WAITING, flow
+from jobworker.handlers.embedding.pipeline import MOST_WAITING, flow
 
 PAUSES_MS = st.lists(st.tuples(*[st.sampled_from([0, 0, 0, 1, 3])] * 3), max_size=12)
 

@@ -7,14 +7,14 @@ from contextlib import closing
 import msgspec
 import pytest
 
-from jobworker.worker.channel import READY, Channel
+from jobworker.worker.ipc.channel import READY, Channel
+from jobworker.worker.ipc.control import Attach, ControlSocket, Drain, SyncDone, WorkerExited
 from jobworker.worker.keys import Source
-from jobworker.worker.link import Attach, Briefed, Drain, Gone, Link
-from jobworker.worker.memory_server import MemoryServer
-from jobworker.worker.memory_store import MemoryStore
-from jobworker.worker.reader import Reader
+from jobworker.worker.reader.reader import Reader
 from jobworker.worker.settings import Settings
-from jobworker.worker.store import Entry
+from jobworker.worker.store.memory.server import MemoryServer
+from jobworker.worker.store.memory.store import MemoryStore
+from jobworker.worker.store.ports import Entry
 
 SOURCE = Source("stream", "group")
 #: Twice this is what a worker that has shown no pace yet may be given: more than some reads bring.
@@ -49,15 +49,15 @@ def server() -> MemoryServer:
 @contextlib.contextmanager
 def reading(store: MemoryStore) -> Iterator[Reader]:
     """A reader with one worker that takes what it is given and finishes nothing."""
-    ours, sock = Link.pair()
+    ours, sock = ControlSocket.pair()
     settings = Settings(streams=(SOURCE,), handlers={"noop": "nowhere:Noop"})
-    with closing(ours), closing(Link(sock)) as theirs, closing(Channel.create(1024)) as channel:
-        channel.appetite, channel.phase = APPETITE, READY
+    with closing(ours), closing(ControlSocket(sock)) as theirs, closing(Channel.create(1024)) as channel:
+        channel.batch_hint, channel.phase = APPETITE, READY
         ours.send(Attach(0, 1), channel.fds)
-        ours.send(Briefed())
+        ours.send(SyncDone())
         reader = Reader(store, settings, theirs)
         yield reader
-        ours.send(Gone(0, 1, "end of test", False))
+        ours.send(WorkerExited(0, 1, "end of test", False))
         ours.send(Drain())
         reader.run()
 
@@ -65,7 +65,7 @@ def reading(store: MemoryStore) -> Iterator[Reader]:
 def test_no_more_is_read_than_workers_have_room_for(server: MemoryServer) -> None:
     with closing(MemoryStore(server, "host/one")) as store, reading(store) as reader:
         for _ in range(60):
-            reader.go_round(0.0)
+            reader.run_once(0.0)
         assert store.depths(SOURCE).pending == 2 * APPETITE
 
 
@@ -75,6 +75,6 @@ def test_the_next_read_is_begun_before_the_jobs_of_a_large_one_are_gone_through(
         arrive = reader._arrive
         reader._arrive = lambda *args: (order.append("".join(map(str, store.seen[-2:]))), arrive(*args))[1]  # type: ignore[method-assign]
         for _ in range(60):
-            reader.go_round(0.0)
+            reader.run_once(0.0)
         assert "8" in order[0], "a small one: nothing is known of the jobs' sizes yet"
         assert "1024+" in order

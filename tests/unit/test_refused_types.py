@@ -9,15 +9,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from jobworker.worker.channel import READY, Channel
-from jobworker.worker.frames import JobFrame
-from jobworker.worker.inflight import SUCCEEDED
+from jobworker.worker.ipc.channel import READY, Channel, JobFrame
+from jobworker.worker.ipc.control import Attach, ControlSocket, Drain, SyncDone, WorkerExited
+from jobworker.worker.ipc.inflight import SUCCEEDED
 from jobworker.worker.keys import Source
-from jobworker.worker.link import Attach, Briefed, Drain, Gone, Link
-from jobworker.worker.memory_server import MemoryServer
-from jobworker.worker.memory_store import MemoryStore
-from jobworker.worker.reader import Reader
+from jobworker.worker.reader.reader import Reader
 from jobworker.worker.settings import Settings
+from jobworker.worker.store.memory.server import MemoryServer
+from jobworker.worker.store.memory.store import MemoryStore
 
 SOURCE = Source("stream:s", "g")
 KINDS = {"embed": "nowhere:Embed", "audit": "nowhere:Audit"}
@@ -30,7 +29,7 @@ class Hand:
 
     def __init__(self, refused: int) -> None:
         self.channel = Channel.create(Settings().max_payload)
-        self.channel.appetite, self.channel.refused, self.channel.phase = 1, refused, READY
+        self.channel.batch_hint, self.channel.unsupported_types, self.channel.phase = 1, refused, READY
         self.ran: list[str] = []
 
     def work(self) -> None:
@@ -51,14 +50,14 @@ class Shop:
     def __init__(self, *refused: int) -> None:
         self.hands = [Hand(kinds) for kinds in refused]
         self.server = MemoryServer()
-        self.link, theirs = Link.pair()
-        self.theirs = Link(theirs)
+        self.link, theirs = ControlSocket.pair()
+        self.theirs = ControlSocket(theirs)
         settings = Settings(streams=(SOURCE,), handlers=KINDS)
         reader = Reader(MemoryStore(self.server, "host/one"), settings, self.theirs)
         self.reading = threading.Thread(target=reader.run, daemon=True)
         for slot in range(len(self.hands)):
             self.attach(slot)
-        self.link.send(Briefed())
+        self.link.send(SyncDone())
         self.reading.start()
 
     def attach(self, slot: int, generation: int = 1) -> None:
@@ -81,7 +80,7 @@ class Shop:
     def close(self) -> None:
         self.link.send(Drain())
         for slot in range(len(self.hands)):  # else it would wait for them
-            self.link.send(Gone(slot, 1, "exit 0", charge=False))
+            self.link.send(WorkerExited(slot, 1, "exit 0", charge=False))
         self.reading.join(WITHIN_S)  # it ends by itself once drained, and closes what it was given
         assert not self.reading.is_alive()
         self.link.close()

@@ -12,18 +12,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobworker.handlers import fenced, rebuild, reindex
-from jobworker.handlers.encoder import DummyEncoder
-from jobworker.handlers.fenced import Edition, FencedWriter
-from jobworker.handlers.memory_shadow import MemoryShadow
-from jobworker.handlers.memory_vectors import MemoryVectors
-from jobworker.handlers.rebuild import Clock, next_table, thinned
-from jobworker.handlers.recall import TrueScores
-from jobworker.handlers.reindex import Busy, IndexRebuild, read_payload, text_of
-from jobworker.handlers.shadow import Record
-from jobworker.handlers.vector_types import EntityRow, Row, TransientStoreError
-from jobworker.worker import Intent, Job, PermanentError, Settings
-from jobworker.worker.memory_fence import MemoryFence
+from jobworker.handlers.embedding.payload import read_work
+from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.jobstore.fence import WriteIntent
+from jobworker.handlers.jobstore.memory_fence import MemoryFence
+from jobworker.handlers.rebuild import handler as reindex
+from jobworker.handlers.rebuild import rebuild
+from jobworker.handlers.rebuild.handler import IndexRebuild, RebuildBusy, read_payload, text_of
+from jobworker.handlers.rebuild.memory import MemoryShadow
+from jobworker.handlers.rebuild.ports import Record
+from jobworker.handlers.rebuild.rebuild import Clock, next_table, thinned
+from jobworker.handlers.rebuild.recall import TrueScores
+from jobworker.handlers.vectors import versioned_writer as fenced
+from jobworker.handlers.vectors.memory import MemoryVectors
+from jobworker.handlers.vectors.ports import EntityRow, Row, TransientStoreError
+from jobworker.handlers.vectors.schema import plain_name
+from jobworker.handlers.vectors.versioned_writer import VersionedRows, VersionedWriter
+from jobworker.worker import Job, PermanentError, Settings
 
 NAME, TABLE = "story_segments", "z_novel_story_segments"
 SCOPE: dict[str, Any] = {"tenant_id": "t", "project_id": "p"}
@@ -59,16 +64,16 @@ class World:
             Row(id_, vector, "t", "p", text_content=f"{text} {id_}")
             for id_, vector in zip(ids, vectors, strict=True)
         ]
-        writer = FencedWriter(
+        writer = VersionedWriter(
             self.store, self.fence, prefix="z_novel_", model=model,
             mono_s=lambda: next(own_s), sleep=lambda s: None,
         )  # fmt: skip
-        writer.write(NAME, [Edition("job", rows)])
+        writer.write(NAME, [VersionedRows("job", rows)])
         self.expected |= {row.id: row.text_content for row in rows}
 
     def remove(self, id_: str) -> None:
         """As a worker does, in no time; nothing happens while the door is shut."""
-        intent = Intent(TABLE, "removal", "job", (id_,))
+        intent = WriteIntent(TABLE, "removal", "job", (id_,))
         if self.fence.admit([intent])[0].verdict == "in":
             self.store.delete(NAME, [id_], **SCOPE)
             self.fence.leave([intent])
@@ -83,12 +88,21 @@ class World:
         payload = {"collection": NAME, **payload}
         handler.handle(Job(id, "index_rebuild", "", "", payload, {}, "", "s", entry, 0))
 
-    def check(self) -> None:
-        """Every row is there with the text that was written last, and nothing is left of the way."""
+    def make_foreign(self, number: int) -> int:
+        """As another program does, if the name is free; returns how many were made."""
+        table = f"{TABLE}_v{number}"
+        if self.shadow.exists(table):
+            return 0
+        self.shadow._rows[table], self.shadow._dims[table] = {}, 3
+        return 1
+
+    def check(self, foreign: int = 0) -> None:
+        """Every row is there with the text that was written last, and nothing is left of the way but
+        collections of others."""
         found = self.store.get(NAME, list(self.expected), **SCOPE)
         assert {row.id: row.text_content for row in found} == self.expected
         assert self.store.count(NAME) == len(self.expected)
-        assert len(self.shadow._rows) == 1
+        assert len(self.shadow._rows) == 1 + foreign
         assert self.fence.admit([]) == []
         self.write("after")
         assert self.fence.changed(TABLE, [], 10) == []
@@ -195,6 +209,98 @@ def test_a_kill_at_any_moment_is_gone_on_from(until_s: float) -> None:
         world.check()
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("until_s", [0, 60])
+def test_a_collection_of_others_is_kept_whenever_it_comes_and_whoever_is_killed(
+    number: int, until_s: float
+) -> None:
+    """The name of the first collection gets free in the end, that of the second is the next one, the third
+    is what is taken then."""
+    total = moments(World(20))
+    assert total > 40
+    for moment in range(0, total, 2):
+        world = World(20)
+        world.shadow.live(NAME)
+        with pytest.raises(Killed):
+            world.rebuild(around=killing_at(moment))
+        made = world.make_foreign(number)
+        world.sleep(until_s)
+        world.rebuild()
+        world.rebuild(entry="2-0", id="other")
+        world.check(foreign=made)
+
+
+def test_a_collection_of_others_in_the_way_is_left_alone() -> None:
+    world = World(20)
+    world.make_foreign(2)
+    world.store._rows[f"{TABLE}_v3"] = {}  # an alias
+    world.rebuild()
+    assert world.shadow.live(NAME) == f"{TABLE}_v4"
+    world.check(foreign=1)
+
+
+@pytest.mark.parametrize("before", ["make", "put", "seal", "count"])
+def test_a_collection_of_others_that_takes_the_name_meanwhile_is_left_alone(before: str) -> None:
+    """Made by hand between our look and our step, or in the place of the half-filled one."""
+    world, once = World(50), [True]
+
+    def around(name: str, is_before: bool) -> None:
+        if name == before and is_before and world.fence.state(TABLE).get("target") and once:
+            once.clear()
+            world.shadow._marks.pop(f"{TABLE}_v2", None)
+            world.shadow._rows[f"{TABLE}_v2"] = {}
+            world.shadow._dims[f"{TABLE}_v2"] = 8
+            if before != "make":
+                raise TransientStoreError("the service was away meanwhile")
+
+    with contextlib.suppress(TransientStoreError):
+        world.rebuild(around=around)
+    world.rebuild()
+    assert world.shadow.live(NAME) == f"{TABLE}_v3"
+    world.check(foreign=1)
+
+
+def test_a_first_collection_of_others_is_not_taken_over() -> None:
+    world = World(5)
+    world.make_foreign(1)
+    world.rebuild()
+    assert world.shadow.live(NAME) == f"{TABLE}_v3"
+    world.check(foreign=1)
+
+
+def test_the_old_collection_stays_where_another_name_stands_for_it() -> None:
+    world = World(20)
+    world.shadow._live["another"] = world.shadow.live(NAME)
+    world.rebuild()
+    assert world.shadow.live(NAME) == f"{TABLE}_v2"
+    world.check(foreign=1)
+
+
+@pytest.mark.parametrize("payload", [{"mode": "in_place"}, {"model": "dummy:16"}, {}])
+@pytest.mark.parametrize("kill", range(8))
+def test_an_interrupted_switch_to_another_model_is_ended_by_whatever_job_comes(
+    kill: int, payload: dict[str, str]
+) -> None:
+    """No vectors of two models in one collection, no writers kept out, nothing left of the first rebuild."""
+    world, calls = World(20), itertools.count()
+
+    def around(name: str, before: bool) -> None:
+        if world.fence.state(TABLE).get("phase") in ("switch", "drop") and next(calls) >= kill:
+            raise Killed
+
+    with pytest.raises(Killed):
+        world.rebuild(around=around, model="dummy:24")
+    world.sleep(100)
+    late = DummyEncoder(world.store._dims[TABLE]).encode(["late"])[0]
+    world.store.upsert(NAME, [Row("late", late, "t", "p", text_content="late")])
+    world.rebuild(entry="2-0", id="other", **payload)
+    dim = world.store._dims[TABLE]
+    rows = world.shadow._rows[world.shadow.live(NAME)].values()
+    assert {row.vector.shape for row in rows} == {(dim,)}
+    assert len(world.shadow._rows) == 1
+    world.write("after", model=f"dummy:{dim}")
+
+
 def test_a_rebuild_that_was_done_is_not_done_again_for_the_same_delivery() -> None:
     world = World(10)
     world.rebuild()
@@ -260,7 +366,7 @@ def test_a_write_that_was_under_way_before_the_journal_began_is_not_lost() -> No
             world.fence.leave([intent])
 
     late = [Row("r0001", OLD.encode(["late"])[0], "t", "p", text_content="late")]
-    intent = Intent(TABLE, "token", "owner", ("r0001",))
+    intent = WriteIntent(TABLE, "token", "owner", ("r0001",))
     world.fence.admit([intent])
     world.rebuild(around=around)
     world.expected["r0001"] = "late"
@@ -269,7 +375,7 @@ def test_a_write_that_was_under_way_before_the_journal_began_is_not_lost() -> No
 
 def test_a_dead_writers_lease_is_waited_for_with_the_door_open() -> None:
     world = World(20)
-    world.fence.admit([Intent(TABLE, "dead", "owner", ("r0001",))])
+    world.fence.admit([WriteIntent(TABLE, "dead", "owner", ("r0001",))])
     open_at = []
 
     def around(name: str, before: bool) -> None:
@@ -351,7 +457,7 @@ def test_one_rebuilds_a_collection_at_a_time() -> None:
     world = World(20)
     with pytest.raises(Killed):
         world.rebuild(around=killing_at(20))
-    with pytest.raises(Busy, match="s/1-0"):
+    with pytest.raises(RebuildBusy, match="s/1-0"):
         world.rebuild(entry="2-0", id="other")
     world.rebuild()
     world.rebuild(entry="2-0", id="other")
@@ -409,7 +515,7 @@ def test_in_place_shuts_the_door_and_opens_it_again() -> None:
 
     def around(name: str, before: bool) -> None:
         if name == "reindex":
-            verdicts.append(world.fence.admit([Intent(TABLE, "x", "x", ())])[0].verdict)
+            verdicts.append(world.fence.admit([WriteIntent(TABLE, "x", "x", ())])[0].verdict)
 
     world.rebuild(around=around, mode="in_place")
     assert verdicts == ["closed", "closed"]
@@ -432,6 +538,10 @@ def test_progress_is_told(caplog: pytest.LogCaptureFixture) -> None:
         (None, "payload must be an object"),
         ({}, "collection must be"),
         ({"collection": 'x" or'}, "collection must be"),
+        ({"collection": "story_segments_v2"}, "_v and digits"),
+        ({"collection": "z_novel_story_segments_v2"}, "_v and digits"),
+        ({"collection": "z_novel_"}, "prefix alone"),
+        ({"collection": "a" * 200}, "does not match"),
         ({"collection": "a", "mode": "fast"}, "mode must be"),
         ({"collection": "a", "mode": ["shadow"]}, "mode must be"),
         ({"collection": "a", "model": 5}, "model must be"),
@@ -446,6 +556,47 @@ def test_a_bad_payload_is_refused(payload: Any, says: str) -> None:
 def test_a_collection_goes_by_either_name() -> None:
     assert read_payload({"collection": TABLE}, "z_novel_")[0] == NAME
     assert read_payload({"collection": NAME}, "z_novel_") == (NAME, "shadow", "")
+
+
+@given(
+    st.sampled_from(["", "z_novel_", "story_", "x_v1_"]),
+    st.sampled_from(["story_segments", "entity_profiles", "notes", "z_novel_notes", "v2", "a_v2", "story_"]),
+    st.booleans(),
+)
+def test_one_rule_for_names_in_all_jobs(prefix: str, name: str, prefixed: bool) -> None:
+    """Whatever one kind of job calls a collection, the other kind takes for the same one, or refuses too."""
+    name = prefix * prefixed + name
+    answers = []
+    for read in (
+        lambda: read_payload({"collection": name}, prefix)[0],
+        lambda: (
+            read_work(
+                Job(
+                    "j",
+                    "embedding_batch",
+                    "t",
+                    "p",
+                    {"ids": [], "texts": [], "collection": name},
+                    {},
+                    "",
+                    "s",
+                    "1",
+                    0,
+                ),
+                prefix,
+            ).collection
+        ),
+    ):
+        try:
+            answers.append(read())
+        except PermanentError as error:
+            answers.append(str(error))
+    assert answers[0] == answers[1]
+
+
+def test_the_services_own_names_are_plain_under_every_prefix() -> None:
+    assert plain_name("story_segments", "story_") == "story_segments"
+    assert plain_name("story_story_segments", "story_") == "story_segments"
 
 
 def test_what_is_not_there_is_permanent() -> None:
@@ -467,7 +618,11 @@ def test_an_entity_is_embedded_anew_from_its_name_and_what_is_told_of_it() -> No
 
 @pytest.mark.parametrize(("source", "target"), [("a_v1", "a_v2"), ("a_v9", "a_v10"), ("other", "a_v2")])
 def test_collections_are_counted_up(source: str, target: str) -> None:
-    assert next_table("a", source) == target
+    assert next_table("a", source, lambda name: False) == target
+
+
+def test_names_that_are_taken_are_passed_over() -> None:
+    assert next_table("a", "a_v1", {"a_v2", "a_v3", "a_v5"}.__contains__) == "a_v4"
 
 
 @given(st.integers(1, 2000))

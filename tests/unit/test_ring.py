@@ -9,8 +9,8 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jobworker.worker import ring as ring_module
-from jobworker.worker.ring import Ring
+from jobworker.worker.ipc import ring as ring_module
+from jobworker.worker.ipc.ring import Ring
 from support import programs
 
 HEAD, TAIL = 0, 1

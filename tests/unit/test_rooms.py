@@ -1,51 +1,81 @@
-"""Who may import whom, held over the syntax trees: imports point down, one library has one door."""
+"""Folders and import directions, read from the syntax trees: imports point down, one library has one door."""
 
 import ast
 import fnmatch
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: A library and the only files that may import it; all the rest speaks to those files.
+#: A library and the only files that may import it; all other files call those files.
 DOORS = {
-    "redis": ["worker/redis_*.py"],
+    "redis": ["worker/store/redis/*.py"],
     "valkey": [],
-    "prometheus_client": ["worker/metrics.py"],
-    "opentelemetry": ["worker/otel.py", "worker/otel_context.py"],
+    "prometheus_client": ["worker/telemetry/prometheus.py"],
+    "opentelemetry": ["worker/telemetry/otel.py", "worker/telemetry/otel_context.py"],
     "starlette": ["worker/web/*.py"],
     "uvicorn": ["worker/web/serve.py"],
     "jinja2": ["worker/web/rendering.py"],
-    "pymilvus": ["handlers/vectors.py", "handlers/milvus_*.py"],
-    "milvus_lite": ["handlers/lite_server.py"],
-    "torch": ["handlers/encoder.py", "handlers/torch_*.py"],
-    "sentence_transformers": ["handlers/encoder.py", "handlers/torch_*.py"],
-    "transformers": ["handlers/encoder.py", "handlers/torch_*.py"],
+    "pymilvus": ["handlers/vectors/milvus/*.py", "handlers/rebuild/milvus.py"],
+    "milvus_lite": ["handlers/vectors/milvus/lite_server.py"],
+    "torch": ["handlers/encoder/base.py", "handlers/encoder/torch.py", "handlers/encoder/convert.py"],
+    "sentence_transformers": ["handlers/encoder/torch.py", "handlers/encoder/convert.py"],
+    "transformers": ["handlers/encoder/torch.py", "handlers/encoder/convert.py"],
 }
 
-ROLES = {"worker.reader", "worker.reaper", "worker.runner"}
-ADAPTERS = ["worker.redis_*", "worker.memory_*", "worker.metrics", "worker.otel*"]
-PORTS = {"worker.handler", "worker.store", "worker.ring", "worker.channel"}
+#: Each room and the rooms that it may import. A file directly under worker/ is a room of its own.
+CORE = {
+    *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
+    *("event_loop", "handler", "options"),
+}
+IPC = {*CORE, "telemetry", "ipc"}
+BELOW: dict[str, set[str]] = {
+    **dict.fromkeys(CORE, CORE),
+    "store": CORE,
+    "telemetry": CORE,
+    "ipc": IPC,
+    "producer": {*CORE, "store", "telemetry"},
+    "scripted_redis": {"store"},
+    "worker": {*CORE, "telemetry", "producer"},
+    "reader": {*IPC, "store"},
+    "runner": IPC,
+    "reaper": {*IPC, "store"},
+    "supervision": IPC,
+    "admin": {*CORE, "store", "telemetry", "producer"},
+    "cli": {*CORE, "store", "telemetry", "producer", "admin"},
+    "web": {*CORE, "store", "telemetry", "producer", "admin"},
+    "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision"},
+    "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin"},
+}
+#: Command modules import their face when they are called: `jobworker web` starts the page.
+BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}
+JOB_TYPES = {"embedding", "rebuild", "summaries", "audit"}
+SHARED_BELOW = {"jobstore": set(), "vectors": {"jobstore"}, "encoder": {"vectors"}}
+#: What handlers may import of the engine besides the names in worker/__init__.py.
+PUBLIC = {"scripted_redis", "testing"}
+#: Roles and the reader know the store by its ports only; these compose adapters.
+ADAPTERS = ("worker.store.redis", "worker.store.memory")
+COMPOSERS = {"boot", "testing", "producer", "scripted_redis", "admin", "cli", "web"}
 #: Decisions without input or output: they import each other, the standard library and msgspec.
 PURE = {
-    *("worker." + name for name in ("envelope", "outcome", "backoff", "keys", "settings", "errors")),
-    *("handlers." + name for name in ("packing", "segmenter")),
+    *("worker." + name for name in ("envelope", "outcome", "keys", "errors")),
+    *("handlers.encoder." + name for name in ("packing", "segmenter")),
 }
-#: Composition: these put the adapters and roles together, so no role or port may look back up at them.
-COMPOSERS = {"worker.boot", "worker.process", "worker.embedded", "worker.testing", "supervisor"}
-#: The root folder's names; imported bare they would find another project's, or nothing once installed.
+#: The top level's names; imported bare they would find another project's, or nothing once installed.
 ROOMS = {"worker", "handlers", "supervisor"}
 
 
 def imports(path: str, source: str) -> Iterator[str]:
     """Dotted names that a file imports; those of this project without the leading ``jobworker.``.
 
-    ``from x import y`` gives ``x`` and ``x.y``, since ``y`` may be a module. ``bare:x`` marks a room of
-    ours that was imported without the project's name.
+    ``from x import y`` gives ``x`` and ``x.y``, since ``y`` may be a module. ``bare:x`` marks a top-level
+    name of ours that was imported without the project's name.
     """
     package = path.removesuffix(".py").split("/")[:-1]
     for node in ast.walk(ast.parse(source, path)):
@@ -71,57 +101,140 @@ def inside(name: str, module: str) -> bool:
     return name == module or name.startswith(module + ".")
 
 
-def within(name: str, modules: set[str]) -> bool:
-    return any(inside(name, module) for module in modules)
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def engine_room(module: str) -> str:
+    """The room of a module of worker/: a folder, or the file itself."""
+    parts = module.split(".")
+    return "worker" if len(parts) == 1 else parts[1]
+
+
+def points_up_in_worker(module: str, name: str) -> bool:
+    own, other = engine_room(module), engine_room(name)
+    allowed = BELOW.get(".".join(module.split(".")[1:3])) or BELOW.get(own, set())
+    known = is_module(f"worker.{other}") or other == "worker"
+    # `from .. import keys` names the package on the way to one of its files.
+    return known and name != "worker" and other != own and other not in allowed
+
+
+def points_up_in_handlers(module: str, name: str) -> bool:
+    own, other = (one.split(".")[1] if "." in one else "" for one in (module, name))
+    if not other or other == own or not is_module(f"handlers.{other}"):
+        return False
+    if own in JOB_TYPES:
+        return other in JOB_TYPES
+    return other not in SHARED_BELOW.get(own, set())
 
 
 def breaks(module: str, path: str, name: str) -> str | None:
     """The rule that ``path`` breaks by importing ``name``, or None."""
-    room = module.partition(".")[0]
-    ours = name.partition(".")[0] in ROOMS
-    library = name.partition(".")[0]
+    room, target = module.partition(".")[0], name.partition(".")[0]
+    ours = target in ROOMS
     rules = {
         "import it as jobworker.…": name.startswith("bare:"),
-        f"only {DOORS.get(library)} may": library in DOORS and not matches(path, DOORS[library]),
+        f"only {DOORS.get(target)} may": target in DOORS and not matches(path, DOORS[target]),
         "nothing imports the supervisor": inside(name, "supervisor") and module != "supervisor",
         "handlers are named by strings only": room != "handlers" and reaches_into(name, "handlers"),
         "the worker knows no handler": room == "worker" and inside(name, "handlers"),
-        "handlers see jobworker.worker's own names only": room == "handlers" and reaches_into(name, "worker"),
-        "a role never imports a role": module in ROLES and within(name, ROLES - {module}),
-        "roles and ports know no adapter": module in ROLES | PORTS and matches(name, ADAPTERS),
-        "imports point down": module in ROLES | PORTS | PURE and within(name, COMPOSERS),
-        "ports know no role": module in PORTS and within(name, ROLES),
+        "handlers see jobworker.worker's public names only": room == "handlers" and is_private(name),
+        "imports point down": room == target == "worker" and points_up_in_worker(module, name),
+        "job types do not import each other, nor the shared folders them": room == target == "handlers"
+        and points_up_in_handlers(module, name),
+        "roles know the store's ports, not its adapters": room == "worker"
+        and name.startswith(ADAPTERS)
+        and engine_room(module) not in {*COMPOSERS, "store"},
         "pure files import pure files": module in PURE and ours and not pure_name(name),
-        "pure files import no library but msgspec": module in PURE and not ours and third_party(library),
+        "pure files import no library but msgspec": module in PURE and not ours and third_party(target),
     }
     return next((rule for rule, broken in rules.items() if broken), None)
 
 
 def reaches_into(name: str, room: str) -> bool:
-    """``room.x`` where x is a file: names that the room's ``__init__.py`` offers are no files."""
+    """``room.x`` where x is a module: names that the room's ``__init__.py`` offers are none."""
     parts = name.split(".")
-    return parts[0] == room and len(parts) > 1 and (ROOT / room / f"{parts[1]}.py").exists()
+    return parts[0] == room and len(parts) > 1 and is_module(f"{room}.{parts[1]}")
+
+
+def is_private(name: str) -> bool:
+    return reaches_into(name, "worker") and name.split(".")[1] not in PUBLIC
 
 
 def pure_name(name: str) -> bool:
-    return within(name, PURE) or name in {"worker", "handlers"}
+    return any(inside(name, module) for module in PURE) or name in {"worker", "handlers", "handlers.encoder"}
 
 
 def third_party(library: str) -> bool:
     return library not in sys.stdlib_module_names and library not in {"msgspec", "jobworker"}
 
 
+def module_of(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
 def violations(path: str, source: str) -> list[str]:
-    module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     found = sorted(set(imports(path, source)))
-    return [f"{path} imports {name}: {rule}" for name in found if (rule := breaks(module, path, name))]
+    return [
+        f"{path} imports {name}: {rule}" for name in found if (rule := breaks(module_of(path), path, name))
+    ]
+
+
+def product_files() -> list[Path]:
+    files = [*ROOT.glob("*.py"), *ROOT.glob("worker/**/*.py"), *ROOT.glob("handlers/**/*.py")]
+    assert len(files) > 100, "the files are not where this test looks"
+    return files
 
 
 def test_imports_point_down() -> None:
-    files = [*ROOT.glob("*.py"), *ROOT.glob("worker/**/*.py"), *ROOT.glob("handlers/**/*.py")]
-    assert len(files) > 10, "the files are not where this test looks"
-    wrong = [line for f in files for line in violations(f.relative_to(ROOT).as_posix(), f.read_text("utf-8"))]
+    wrong = [
+        line
+        for file in product_files()
+        for line in violations(file.relative_to(ROOT).as_posix(), file.read_text("utf-8"))
+    ]
     assert not wrong, "\n".join(wrong)
+
+
+def circle(arrows: Mapping[str, set[str]]) -> list[str]:
+    """One import circle, module by module; empty where there is none."""
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return [str(module) for module in error.args[1]]
+    return []
+
+
+def test_no_import_circle() -> None:
+    """Imports inside functions count too: a circle of files is one idea in two places."""
+    arrows: dict[str, set[str]] = defaultdict(set)
+    for file in product_files():
+        path = file.relative_to(ROOT).as_posix()
+        module = module_of(path)
+        for name in imports(path, file.read_text("utf-8")):
+            # A package's own name is only the way to one of its modules.
+            if is_module(name) and name != module and not inside(module, name):
+                arrows[module].add(name)
+    assert circle(arrows) == []
+
+
+def test_a_planted_circle_is_seen() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+    assert circle({"a": {"b"}, "b": {"c"}}) == []
+
+
+def class_names(source: str) -> list[str]:
+    return [node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+
+
+def test_a_class_name_means_one_class() -> None:
+    """A reader who searches for a class finds one; private names of a file are its own."""
+    homes = defaultdict(list)
+    for file in product_files():
+        for name in class_names(file.read_text("utf-8")):
+            homes[name].append(file.relative_to(ROOT).as_posix())
+    twice = {name: files for name, files in homes.items() if len(files) > 1}
+    assert not twice
 
 
 def test_rooms_are_imported_by_the_projects_name() -> None:
@@ -135,24 +248,32 @@ def test_rooms_are_imported_by_the_projects_name() -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("worker/reader.py", "import jobworker.handlers.embed"),
+        ("worker/reader/reader.py", "import jobworker.handlers.embedding"),
         ("worker/boot.py", "from jobworker import handlers"),
-        ("worker/reader.py", "from .reaper import Reaper"),
+        ("worker/reader/reader.py", "from ..reaper import Reaper"),
         ("worker/runner.py", "from jobworker.worker import reader"),
-        ("worker/reader.py", "from .redis_store import RedisStore"),
-        ("worker/reader.py", "def f():\n    import redis.asyncio"),
+        ("worker/reader/reader.py", "from ..store.redis.reader import RedisReaderStore"),
+        ("worker/reader/reader.py", "def f():\n    import redis.asyncio"),
         ("worker/cli/stats.py", "import redis"),
-        ("worker/store.py", "from .boot import run"),
+        ("worker/cli/stats.py", "from ..web.pages import Pages"),
+        ("worker/web/pages.py", "from ..cli.common import Deployment"),
+        ("worker/store/ports.py", "from ..boot import run"),
+        ("worker/store/redis/server_facts.py", "from ...admin.doctor import Finding"),
+        ("worker/telemetry/trace.py", "from ..reader.admission import AdmittedJob"),
+        ("worker/ipc/ring.py", "from ..reader import dispatch"),
         ("worker/boot.py", "from jobworker.supervisor import main"),
         ("worker/keys.py", "from . import reader"),
-        ("worker/backoff.py", "import numpy"),
-        ("worker/health.py", "from prometheus_client import Counter"),
-        ("handlers/embed.py", "from jobworker.worker.errors import PermanentError"),
-        ("handlers/embed.py", "import torch"),
-        ("handlers/embed.py", "from pymilvus import MilvusClient"),
-        ("handlers/packing.py", "from .vectors import open_vectors"),
+        ("worker/outcome.py", "import numpy"),
+        ("worker/supervision/health.py", "from prometheus_client import Counter"),
+        ("handlers/embedding/handler.py", "from jobworker.worker.errors import PermanentError"),
+        ("handlers/embedding/handler.py", "import torch"),
+        ("handlers/embedding/handler.py", "from pymilvus import MilvusClient"),
+        ("handlers/embedding/handler.py", "from ..rebuild.handler import IndexRebuild"),
+        ("handlers/vectors/ports.py", "from ..embedding.payload import EmbedPayload"),
+        ("handlers/encoder/packing.py", "from ..vectors.ports import Row"),
+        ("handlers/jobstore/fence.py", "from ..vectors.ports import Row"),
         ("supervisor.py", "import worker.boot"),
-        ("supervisor.py", "from jobworker.handlers.vectors import open_vectors"),
+        ("supervisor.py", "from jobworker.handlers.vectors.ports import Row"),
     ],
 )
 def test_a_planted_violation_is_seen(path: str, source: str) -> None:
@@ -162,11 +283,15 @@ def test_a_planted_violation_is_seen(path: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("worker/boot.py", "from .redis_store import RedisStore\nfrom .reader import Reader"),
-        ("worker/redis_store.py", "import redis"),
+        (
+            "worker/boot.py",
+            "from .store.redis.reader import RedisReaderStore\nfrom .reader.reader import Reader",
+        ),
+        ("worker/store/redis/reaper.py", "import redis"),
         ("worker/settings.py", "import msgspec\nfrom .keys import Source"),
-        ("handlers/embed.py", "from jobworker.worker import Job, PermanentError\nfrom . import packing"),
-        ("supervisor.py", "import click\nfrom jobworker.worker.process import Child"),
+        ("handlers/embedding/handler.py", "from jobworker.worker import Job\nfrom ..encoder import packing"),
+        ("handlers/jobstore/redis_fence.py", "from jobworker.worker.scripted_redis import ScriptedRedis"),
+        ("supervisor.py", "import click\nfrom jobworker.worker.supervision.process import Child"),
         ("supervisor.py", "from jobworker.handlers import BUILTIN"),
     ],
 )

@@ -1,6 +1,11 @@
 """The worker's loop in one process: which jobs run, together with which, and what the reader is told."""
 
+import asyncio
+import contextvars
+import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,16 +15,17 @@ import msgspec
 import pytest
 
 from jobworker.worker import Job, PermanentError, Unavailable
-from jobworker.worker.channel import READY, STARTING, STOPPING, Channel, drained
-from jobworker.worker.frames import OutcomeFrame
+from jobworker.worker.event_loop import EventLoop
 from jobworker.worker.handler import BoundHandler
-from jobworker.worker.inflight import FAILED, QUEUED, STARTED, SUCCEEDED
-from jobworker.worker.lane import Lane
-from jobworker.worker.link import Link, Ready, Report
+from jobworker.worker.ipc.channel import READY, STARTING, STOPPING, Channel, OutcomeFrame, clear_eventfd
+from jobworker.worker.ipc.control import ControlSocket, Ready, Report
+from jobworker.worker.ipc.inflight import FAILED, QUEUED, STARTED, SUCCEEDED
 from jobworker.worker.outcome import Failure
+from jobworker.worker.reader.admission import AdmittedJob
+from jobworker.worker.reader.dispatch import WorkerHandle
 from jobworker.worker.runner import Runner
-from jobworker.worker.store import Entry
-from jobworker.worker.triage import Arrival
+from jobworker.worker.store.ports import Entry
+from jobworker.worker.telemetry.current_job import current_log_fields, doing
 from support import programs
 
 WITHIN_S = 20.0
@@ -31,11 +37,12 @@ class Desk:
     def __init__(self, linger_s: float = 0.0, **handlers: Any) -> None:
         self.channel = Channel.create(64 * 1024)
         self.channel.phase = READY
-        self.lane = Lane(0, 0, self.channel, 0.0)
-        self.supervisor, theirs = Link.pair()
-        self.link = Link(theirs)
+        self.lane = WorkerHandle(0, 0, self.channel, 0.0)
+        self.supervisor, theirs = ControlSocket.pair()
+        self.link = ControlSocket(theirs)
         self.kinds = list(handlers)
-        bound = {kind: BoundHandler(kind, handler, 60.0) for kind, handler in handlers.items()}
+        self.loop = EventLoop()
+        bound = {kind: BoundHandler(kind, handler, 60.0, self.loop) for kind, handler in handlers.items()}
         self.stop_after = 0
         self.runner = Runner(
             *(self.channel, self.link, bound, ["s0", "s1"]),
@@ -57,8 +64,8 @@ class Desk:
         for number, kind in enumerate(kinds, self.handed):
             body = msgspec.json.encode({"id": str(number), "type": kind, **more})
             entry = Entry(b"%d-0" % number, body)
-            arrivals.append(Arrival(number % 2, self.kinds.index(kind), entry, False))
-        assert self.lane.hand(arrivals) == len(kinds)
+            arrivals.append(AdmittedJob(number % 2, self.kinds.index(kind), entry, False))
+        assert self.lane.dispatch(arrivals) == len(kinds)
         self.handed += len(kinds)
 
     def run(self) -> None:
@@ -84,6 +91,7 @@ class Desk:
         return found
 
     def close(self) -> None:
+        self.loop.close()
         self.channel.close()
         self.supervisor.close()
         self.link.close()
@@ -206,7 +214,7 @@ def test_a_worker_asks_for_as_many_as_it_takes_of_the_type_at_hand(desk: Callabl
     asked: list[int] = []
 
     def look(jobs: Any) -> Any:
-        asked.append(worker.channel.appetite)
+        asked.append(worker.channel.batch_hint)
         return [None] * len(jobs)
 
     single = Single()
@@ -287,6 +295,18 @@ def test_a_batch_answers_for_each_job(desk: Callable[..., Desk]) -> None:
     }
 
 
+def test_an_outcome_that_is_no_exception_fails_its_own_job_for_good(desk: Callable[..., Desk]) -> None:
+    worker = desk(t=Batch(answer=lambda jobs: [None, True, ValueError]))
+    worker.hand(*"ttt")
+    worker.run()
+    assert worker.states() == [SUCCEEDED, FAILED, FAILED]
+    says = "PermanentError: handle_batch returned {} as this job's outcome: return None or an exception"
+    assert worker.failures() == {
+        1: Failure(says.format("bool"), permanent=True),
+        2: Failure(says.format("type"), permanent=True),
+    }
+
+
 def _raise(error: BaseException) -> Any:
     raise error
 
@@ -297,7 +317,11 @@ def _raise(error: BaseException) -> Any:
         (lambda jobs: [None] * (len(jobs) - 1), "2 outcomes for 3 jobs", True),
         (lambda jobs: [None] * (len(jobs) + 1), "4 outcomes for 3 jobs", True),
         (lambda jobs: [], "0 outcomes for 3 jobs", True),
-        (lambda jobs: None, "TypeError", False),
+        (lambda jobs: None, "handle_batch returned NoneType: return a list", True),
+        (lambda jobs: dict.fromkeys(range(3)), "handle_batch returned dict: return a list", True),
+        (lambda jobs: {1, 2, None}, "handle_batch returned set: return a list", True),
+        (lambda jobs: "abc", "handle_batch returned str: return a list", True),
+        (lambda jobs: 3, "handle_batch returned int: return a list", True),
         (lambda jobs: _raise(ConnectionError("away")), "ConnectionError: away", False),
         (lambda jobs: _raise(PermanentError("bad batch")), "PermanentError: bad batch", True),
     ],
@@ -326,7 +350,7 @@ def test_stopping_finishes_the_job_under_way_and_begins_no_other(desk: Callable[
     worker.runner.run()
     assert worker.states() == [SUCCEEDED] * 3 + [QUEUED] * 3
     assert worker.channel.phase == STOPPING
-    assert drained(worker.channel.fds[2]), "the reader was not woken"
+    assert clear_eventfd(worker.channel.fds[2]), "the reader was not woken"
     assert [held.row for held in worker.lane.table.unsettled()] == list(range(6))
 
 
@@ -465,6 +489,206 @@ def test_many_failures_wait_for_the_reader_to_make_room(desk: Callable[..., Desk
     worker.runner.stop = True
     thread.join(WITHIN_S)
     assert rows == list(range(400))
+
+
+class Async:
+    """Runs what the test says, on the worker's loop."""
+
+    def __init__(self, work: Callable[[Job], Any]) -> None:
+        self.work = work
+
+    async def handle(self, job: Job) -> None:
+        await self.work(job)
+
+
+def test_async_jobs_run_one_after_another_on_a_loop_that_is_kept(desk: Callable[..., Desk]) -> None:
+    seen: list[Any] = []
+    queue: asyncio.Queue[str] = asyncio.Queue()  # bound to the loop of its first use
+
+    async def work(job: Job) -> None:
+        seen.append((job.id, asyncio.get_running_loop(), current_log_fields()["job_id"]))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(queue.get(), 0.001)
+        await queue.put(job.id)
+        assert await queue.get() == job.id
+
+    worker = desk(t=Async(work), other=Single())
+    worker.hand("t", "t", "other", "t")
+    worker.run()
+    assert worker.states() == [SUCCEEDED] * 4
+    assert [(id, told) for id, _, told in seen] == [("0", "0"), ("1", "1"), ("3", "3")]
+    assert len({loop for _, loop, _ in seen}) == 1
+    assert doing.jobs == ()
+
+
+def test_an_async_failure_is_one_of_its_own_job(desk: Callable[..., Desk]) -> None:
+    errors = [
+        asyncio.CancelledError("from above"),
+        ValueError("no"),
+        PermanentError("never"),
+        GeneratorExit(),
+    ]
+
+    async def work(job: Job) -> None:
+        await asyncio.sleep(0)
+        if int(job.id) < len(errors):
+            raise errors[int(job.id)]
+        if job.id == "4":
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(60)
+        if job.id == "5":
+            asyncio.get_running_loop().stop()
+            await asyncio.sleep(60)
+
+    worker = desk(t=Async(work))
+    worker.hand(*"ttttttt")
+    worker.run()
+    assert worker.states() == [FAILED] * 6 + [SUCCEEDED]
+    assert worker.failures() == {
+        0: Failure("CancelledError: from above"),
+        1: Failure("ValueError: no"),
+        2: Failure("PermanentError: never", permanent=True),
+        3: Failure("GeneratorExit: "),
+        4: Failure("CancelledError: "),
+        5: Failure("RuntimeError: Event loop stopped before Future completed."),
+    }
+
+
+def test_a_handler_that_exits_leaves_no_noise_behind() -> None:
+    code = """if True:
+        import asyncio
+        from jobworker.worker.event_loop import EventLoop
+        kept = []
+        async def setup():
+            kept.append(asyncio.create_task(asyncio.sleep(60)))
+        async def work():
+            await asyncio.sleep(0)
+            raise SystemExit(7)
+        loop = EventLoop()
+        loop.run(setup(), keep_tasks=True)
+        loop.run(work())"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
+
+
+@pytest.mark.parametrize("error", [SystemExit(7), KeyboardInterrupt()])
+def test_what_ends_the_worker_ends_it_from_a_coroutine_too(
+    desk: Callable[..., Desk], error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(job: Job) -> None:
+        raise error
+
+    worker = desk(t=Async(work))
+    worker.hand("t")
+    with pytest.raises(type(error)):
+        worker.run()
+    assert worker.states() == [STARTED]
+    worker.loop.close()
+    assert caplog.records == []
+
+
+def test_an_async_batch_answers_for_each_job(desk: Callable[..., Desk]) -> None:
+    class AsyncBatch:
+        max_batch = 3
+
+        async def handle_batch(self, jobs: Sequence[Job]) -> Any:
+            results = await asyncio.gather(*map(self.one, jobs), return_exceptions=True)
+            return [one if isinstance(one, BaseException) else None for one in results]
+
+        async def one(self, job: Job) -> None:
+            await asyncio.sleep(0)
+            if job.id == "1":
+                raise ValueError(current_log_fields())
+
+    worker = desk(t=AsyncBatch())
+    worker.hand(*"ttt")
+    worker.run()
+    assert worker.states() == [SUCCEEDED, FAILED, SUCCEEDED]
+    assert worker.failures() == {1: Failure("ValueError: {'jobs': 3, 'task_type': 't'}")}
+
+
+def test_a_coroutine_that_nothing_awaits_is_a_failure_for_good(desk: Callable[..., Desk]) -> None:
+    async def work(job: Job) -> None:
+        raise AssertionError("never awaited")
+
+    single = Single()
+    single.handle = lambda job: work(job)  # type: ignore[method-assign]
+    worker = desk(t=single)
+    worker.hand("t")
+    worker.run()
+    assert worker.states() == [FAILED]
+    assert worker.failures()[0].permanent
+    assert "handle returned coroutine" in worker.failures()[0].error
+
+
+def test_tasks_that_a_job_leaves_running_end_with_it_and_those_of_before_stay(
+    desk: Callable[..., Desk], caplog: pytest.LogCaptureFixture
+) -> None:
+    ended: list[Any] = []
+    ticks: list[str] = []
+
+    async def forever(name: str) -> None:
+        try:
+            while True:
+                ticks.append(name)
+                await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            ended.append((name, current_log_fields()["job_id"]))
+            raise
+
+    kept: list[Any] = []
+
+    async def open_client() -> None:
+        kept.append(asyncio.create_task(forever("client")))
+
+    async def work(job: Job) -> None:
+        kept.append(asyncio.create_task(forever(job.id), name=f"left by {job.id}"))
+        await asyncio.sleep(0)
+        if job.id == "1":
+            raise ValueError
+
+    worker = desk(t=Async(work))
+    worker.loop.run(open_client(), keep_tasks=True)
+    worker.hand(*"tt")
+    with caplog.at_level(logging.WARNING):
+        worker.run()
+    assert worker.states() == [SUCCEEDED, FAILED]
+    assert ended == [("0", "0"), ("1", "1")]
+    assert not kept[0].done()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"cancelling 1 tasks that a job left running: left by {id}" for id in "01"
+    ]
+
+
+def test_a_context_variable_of_one_async_job_is_not_seen_by_the_next(desk: Callable[..., Desk]) -> None:
+    variable = contextvars.ContextVar("variable", default="unset")
+    seen: list[str] = []
+
+    async def work(job: Job) -> None:
+        seen.append(variable.get())
+        variable.set(job.id)
+
+    worker = desk(t=Async(work))
+    worker.hand(*"tt")
+    variable.set("outside")
+    worker.run()
+    assert seen == ["outside", "outside"]
+
+
+def test_a_cancellation_in_the_check_of_health_is_trouble_and_not_the_end(desk: Callable[..., Desk]) -> None:
+    class Away(Single):
+        async def healthy(self) -> None:
+            raise asyncio.CancelledError("gone")
+
+    worker = desk(t=Away())
+    worker.hand("t")
+    worker.runner._check_health()
+    worker.run()
+    assert worker.reports()[-1].trouble == "t: CancelledError: gone"
 
 
 @pytest.mark.parametrize("name", ["run_succeeding", "run_failing"])

@@ -5,7 +5,7 @@ import regex
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobworker.handlers.segmenter import Offsets, cut, is_grapheme_boundary
+from jobworker.handlers.encoder.segmenter import Offsets, cut, is_grapheme_boundary
 
 CHINESE = "宝玉看罢，因笑道：“这个妹妹我曾见过的。”贾母笑道：“可又是胡说！你何曾见过她？”宝玉笑道……"
 # Families, flags, skin tones, accents as separate signs, Hangul jamo, Devanagari and a Kannada prefix.

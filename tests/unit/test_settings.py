@@ -10,10 +10,10 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from jobworker.worker.backoff import RetryPolicy
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.keys import DEFAULT_SOURCES, Source
 from jobworker.worker.options import ENV_PREFIX, service_options, settings_from
+from jobworker.worker.outcome import RetryPolicy
 from jobworker.worker.settings import (
     Settings,
     cores,
@@ -24,8 +24,8 @@ from jobworker.worker.settings import (
 )
 
 BUILTIN = {
-    "embedding_batch": "jobworker.handlers.embed:EmbeddingBatch",
-    "audit": "jobworker.handlers.archive:Audit",
+    "embedding_batch": "jobworker.handlers.embedding.handler:EmbeddingBatch",
+    "audit": "jobworker.handlers.audit.handler:Audit",
 }
 
 

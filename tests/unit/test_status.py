@@ -1,6 +1,6 @@
 """The line for `systemctl status`."""
 
-from jobworker.worker.status import Headline, Totals
+from jobworker.worker.supervision.status import StatusLine, Totals
 
 
 def totals(done: float, **flags: float) -> Totals:
@@ -14,7 +14,7 @@ def totals(done: float, **flags: float) -> Totals:
 
 
 def test_how_it_does_at_a_glance() -> None:
-    headline = Headline(8)
+    headline = StatusLine(8)
     headline.make(totals(0), 100.0)
     assert not headline.due(101.0)
     assert headline.due(102.0)
@@ -23,9 +23,9 @@ def test_how_it_does_at_a_glance() -> None:
 
 
 def test_the_first_rate_is_none() -> None:
-    assert Headline(1).make({}, 5.0) == "1 worker, 0 jobs/s, 0 retrying, 0 dead"
+    assert StatusLine(1).make({}, 5.0) == "1 worker, 0 jobs/s, 0 retrying, 0 dead"
 
 
 def test_what_waits_is_named() -> None:
-    line = Headline(1).make(totals(0, paused=1, opened=1), 5.0)
+    line = StatusLine(1).make(totals(0, paused=1, opened=1), 5.0)
     assert line.endswith("; a is paused; b waits for what it needs")

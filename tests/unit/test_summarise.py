@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.encoder import DummyEncoder
-from jobworker.handlers.summarise import Sentence, choose, join, sentences, shorten
+from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.summaries.extract import Sentence, choose, join, sentences, shorten
 
 TEXTS = st.lists(
     st.sampled_from(

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from jobworker.worker.metrics import Exposition
-from jobworker.worker.tally import METRICS, SECONDS, Histogram, Tally
+from jobworker.worker.telemetry.metrics import METRICS, SECONDS, Histogram, MetricsBuffer
+from jobworker.worker.telemetry.prometheus import PrometheusCollector
 
 #: What dashboards and alert rules of other people rest on.
 PROMISED = {
@@ -37,9 +37,9 @@ def samples(page: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]
     return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
 
 
-def one_of_each() -> Exposition:
+def one_of_each() -> PrometheusCollector:
     """Every metric with one value."""
-    exposition, tally = Exposition(), Tally()
+    exposition, tally = PrometheusCollector(), MetricsBuffer()
     for name, metric in METRICS.items():
         labels = tuple(f"a {label}" for label in metric.labels)
         match metric.kind:
@@ -53,7 +53,7 @@ def one_of_each() -> Exposition:
     return exposition
 
 
-def feed(exposition: Exposition, tally: Tally) -> None:
+def feed(exposition: PrometheusCollector, tally: MetricsBuffer) -> None:
     """As the supervisor does with a report."""
     delta = tally.take()
     exposition.add(delta.counts)
@@ -93,15 +93,15 @@ def test_buckets_from_a_second_on_are_the_known_ones_and_smaller_ones_are_added(
 
 def test_a_counter_that_never_moved_is_zero_and_not_absent() -> None:
     """An alert on truncated tokens must not read a missing series as fine."""
-    found = samples(Exposition().page())
+    found = samples(PrometheusCollector().page())
     assert found["z_novel_truncated_tokens_total", ()] == 0
     assert found["z_novel_embedded_tokens_total", ()] == 0
 
 
 def test_totals_outlive_the_roles_that_counted() -> None:
-    exposition = Exposition()
+    exposition = PrometheusCollector()
     for _ in range(3):  # three workers, one after the other
-        tally = Tally()
+        tally = MetricsBuffer()
         tally.count("z_novel_jobs_completed_total", ("audit",), 5)
         tally.histogram("z_novel_job_duration_seconds", ("audit",)).add(2.0, 5)
         tally.gauge("z_novel_jobs_queued", ("s",), 7)
@@ -117,9 +117,9 @@ def test_totals_outlive_the_roles_that_counted() -> None:
     st.lists(st.one_of(st.floats(0, 400), st.sampled_from([0.0, 1.0, 5.0, 10.0, 30.0, 300.0])), max_size=30)
 )
 def test_a_bucket_holds_what_is_at_most_its_bound(values: list[float]) -> None:
-    exposition = Exposition()
+    exposition = PrometheusCollector()
     for half in (values[::2], values[1::2]):
-        tally = Tally()
+        tally = MetricsBuffer()
         for value in half:
             tally.histogram("z_novel_job_duration_seconds", ("t",)).add(value)
         feed(exposition, tally)
@@ -130,7 +130,7 @@ def test_a_bucket_holds_what_is_at_most_its_bound(values: list[float]) -> None:
 
 
 def test_nothing_is_taken_twice() -> None:
-    tally = Tally()
+    tally = MetricsBuffer()
     histogram = tally.histogram("z_novel_batch_jobs")
     tally.count("z_novel_jobs_failed_total", ("t",))
     histogram.add(4)
@@ -143,7 +143,7 @@ def test_nothing_is_taken_twice() -> None:
 
 
 def test_labels_of_any_text_are_escaped() -> None:
-    exposition = Exposition()
+    exposition = PrometheusCollector()
     labels = ('a"b\\c\nd', "第")
     exposition.add([("z_novel_jobs_dead_total", labels, 1)])
     expected = (("reason", labels[1]), ("task_type", labels[0]))
@@ -151,7 +151,7 @@ def test_labels_of_any_text_are_escaped() -> None:
 
 
 def test_a_counter_of_a_users_handler_is_exported_and_harms_nothing() -> None:
-    exposition = Exposition()
+    exposition = PrometheusCollector()
     exposition.add(
         [("z_novel_words_total", (), 3), ("z_novel_words_total", (), 4), ("z_novel_no name_total", (), 1)]
     )

@@ -1,5 +1,6 @@
 """Handlers run by the harness for tests: every way in which a job can end that one process can show."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -37,6 +38,13 @@ class Batched:
 
     def handle_batch(self, jobs: Sequence[Job]) -> list[BaseException | None]:
         return [self.outcome(job) for job in jobs]
+
+
+class Napping:
+    """Gives way to the loop."""
+
+    async def handle(self, job: Job) -> None:
+        await asyncio.sleep(0)
 
 
 @pytest.fixture
@@ -308,12 +316,91 @@ def test_other_streams_are_read_too(harness: Callable[..., Harness]) -> None:
     assert one.completed[0].stream == "stream:audit:log"
 
 
+def test_async_handlers_run_by_the_services_code(harness: Callable[..., Harness]) -> None:
+    class Asynchronous:
+        async def setup(self, settings: Settings) -> None:
+            self.lock = asyncio.Lock()
+
+        async def handle(self, job: Job) -> None:
+            async with self.lock:
+                await asyncio.sleep(0)
+            if job.payload == "fails":
+                raise ConnectionError("away")
+            if job.payload == "cancelled":
+                raise asyncio.CancelledError
+
+    one = harness(asynchronous=Asynchronous)
+    for payload in ("works", "fails", "cancelled"):
+        one.enqueue("asynchronous", payload)
+    one.run()
+    assert [job.payload for job in one.completed] == ["works"]
+    assert {waiting.job.payload for waiting in one.retrying} == {"fails", "cancelled"}
+    assert [type(raised.error) for raised in one.raised] == [ConnectionError, asyncio.CancelledError]
+
+
+def test_an_async_job_that_runs_past_its_limit_is_killed_there(harness: Callable[..., Harness]) -> None:
+    loops: set[asyncio.AbstractEventLoop] = set()
+
+    class Slow:
+        timeout = 5.0
+
+        async def handle(self, job: Job) -> None:
+            loops.add(asyncio.get_running_loop())
+            for _ in range(job.payload):
+                await asyncio.sleep(0)
+                one.advance(1)
+
+    one = harness(Settings(retry=RetryPolicy(max_retries=1, jitter=0)), slow=Slow)
+    one.enqueue("slow", 5, id="in-time")
+    one.enqueue("slow", 6, id="late")
+    one.advance(60)
+    assert [job.id for job in one.completed] == ["in-time"]
+    assert reasons(one) == [("late", "timeout")]
+    assert len(loops) == 2, "one loop for each worker"
+
+
+def test_a_coroutine_that_a_plain_function_returns_is_not_taken_for_done(
+    harness: Callable[..., Harness],
+) -> None:
+    async def work(job: Job) -> None:
+        raise AssertionError("never awaited")
+
+    class Forgetful:
+        def handle(self, job: Job) -> object:
+            return work(job)
+
+    one = harness(forgetful=Forgetful)
+    one.enqueue("forgetful", 1)
+    one.run()
+    assert one.completed == []
+    (letter,) = one.dead
+    assert letter.reason == "permanent"
+    assert "handle returned coroutine" in letter.error
+    assert [type(raised.error) for raised in one.raised] == [PermanentError]
+
+
+def test_a_harness_says_why_it_cannot_run_async_handlers_inside_a_running_loop() -> None:
+    class Asynchronous:
+        async def handle(self, job: Job) -> None:
+            """Never reached."""
+
+    async def test() -> None:
+        with Harness({"asynchronous": Asynchronous}) as one:
+            one.enqueue("asynchronous", 1)
+            one.run()
+            assert "cannot run inside a running event loop" in str(one.raised[0].error)
+            assert one.completed == []
+
+    asyncio.run(test())
+
+
 def test_hundreds_of_jobs_and_harnesses_leave_nothing_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
-        with Harness({"note": Listed}) as one:
-            for number in range(30):
+        with Harness({"note": Listed, "nap": Napping}) as one:
+            for number in range(15):
                 one.enqueue("note", number)
+                one.enqueue("nap", number)
             one.run()
             assert len(one.completed) == 30
     assert len(os.listdir("/proc/self/fd")) == before

@@ -1,5 +1,6 @@
 """Traces: a job's spans hang together over processes that never speak of them, and off they cost nothing."""
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,17 +14,16 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from jobworker.worker import ConfigurationError, Job, PermanentError, Producer, Settings, trace
-from jobworker.worker.doing import doing
+from jobworker.worker import ConfigurationError, Job, PermanentError, Producer, Settings
 from jobworker.worker.envelope import read_envelope
+from jobworker.worker.event_loop import EventLoop
 from jobworker.worker.handler import BoundHandler
-from jobworker.worker.keys import Source
-from jobworker.worker.log import hide
-from jobworker.worker.memory_store import MemoryServer, MemoryStore
-from jobworker.worker.otel import Spans, open_tracing
-from jobworker.worker.otel_context import number_of, trace_id_of
-from jobworker.worker.store import Entry
-from jobworker.worker.triage import Arrival
+from jobworker.worker.store.memory.store import MemoryServer, MemoryStore
+from jobworker.worker.telemetry import trace
+from jobworker.worker.telemetry.current_job import doing
+from jobworker.worker.telemetry.log import hide
+from jobworker.worker.telemetry.otel import Spans, open_tracing
+from jobworker.worker.telemetry.otel_context import number_of, trace_id_of
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 SENDER = "00f067aa0ba902b7"
@@ -66,8 +66,7 @@ def job(metadata: dict[str, str] | None = None, id: str = "j1", entry_id: str = 
 
 def hand_out(metadata: dict[str, str] | None, id: str = "j1", entry_id: str = ENTRY) -> None:
     """As the reader does."""
-    arrival = Arrival(0, 0, Entry(entry_id.encode(), body(metadata, id)), False)
-    trace.handed_out([arrival], 1, [Source(STREAM, "g")])
+    trace.dispatched(STREAM, entry_id.encode(), body(metadata, id))
 
 
 class Single:
@@ -104,6 +103,30 @@ def test_spans_of_both_processes_hang_below_the_producers(exporter: InMemorySpan
         assert told.items() <= dict(span.attributes or {}).items()
     assert (part.attributes or {})["jobworker.colour"] == "red"
     assert "private" not in "".join(span.to_json() for span in spans.values())
+
+
+def test_spans_of_an_async_handler_hang_below_its_job(exporter: InMemorySpanExporter) -> None:
+    class Asynchronous:
+        async def handle(self, job: Job) -> None:
+            await asyncio.gather(self.part("left"), self.part("right"))
+
+        async def part(self, name: str) -> None:
+            with trace.span(name):
+                await asyncio.sleep(0)
+                with trace.span(f"inner {name}"):
+                    await asyncio.sleep(0)
+
+    loop = EventLoop()
+    bound = BoundHandler("noop", Asynchronous(), 60.0, loop)
+    trace.watch({"noop": bound})
+    doing.jobs = job(TRACEPARENT)
+    bound.handle(doing.jobs)
+    loop.close()
+    spans = sent(exporter)
+    process = spans["process noop"].context.span_id
+    for name in ("left", "right"):
+        assert above(spans[name]) == process
+        assert above(spans[f"inner {name}"]) == spans[name].context.span_id
 
 
 @pytest.mark.parametrize(
@@ -270,7 +293,9 @@ def test_what_is_not_spoken_is_refused(environment: dict[str, str]) -> None:
 def test_off_it_imports_nothing_and_changes_nothing() -> None:
     code = """if True:
         import sys
-        from jobworker.worker import boot, producer, reader, runner, settler, trace
+        from jobworker.worker import boot, producer, runner
+        from jobworker.worker.reader import reader, settlement as settler
+        from jobworker.worker.telemetry import trace
         from jobworker.worker.handler import BoundHandler
         class One:
             def handle(self, job): pass

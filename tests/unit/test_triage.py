@@ -3,8 +3,14 @@
 import pytest
 
 from jobworker.worker.outcome import Reason
-from jobworker.worker.store import Entry
-from jobworker.worker.triage import ALONE_AFTER_DELIVERIES, MAX_DELIVERIES, Arrival, Refusal, Triage
+from jobworker.worker.reader.admission import (
+    ALONE_AFTER_DELIVERIES,
+    MAX_DELIVERIES,
+    Admission,
+    AdmittedJob,
+    RejectedEntry,
+)
+from jobworker.worker.store.ports import Entry
 
 MAX_PAYLOAD = 1000
 MAX_DEATHS = 3
@@ -12,8 +18,8 @@ KNOWN = b'{"id":"a","type":"known"}'
 
 
 @pytest.fixture
-def triage() -> Triage:
-    return Triage({"other": 0, "known": 1}, MAX_PAYLOAD, MAX_DEATHS)
+def triage() -> Admission:
+    return Admission({"other": 0, "known": 1}, MAX_PAYLOAD, MAX_DEATHS)
 
 
 def sized(length: int) -> bytes:
@@ -21,44 +27,44 @@ def sized(length: int) -> bytes:
     return b'{"id":"a","type":"known","payload":"%s"}' % (b"x" * (length - 38))
 
 
-def refused(verdict: Arrival | Refusal) -> Refusal:
-    assert isinstance(verdict, Refusal)
+def refused(verdict: AdmittedJob | RejectedEntry) -> RejectedEntry:
+    assert isinstance(verdict, RejectedEntry)
     return verdict
 
 
-def test_a_job_of_a_known_type_arrives(triage: Triage) -> None:
+def test_a_job_of_a_known_type_arrives(triage: Admission) -> None:
     entry = Entry(b"1-1", KNOWN)
-    assert triage(2, entry) == Arrival(2, 1, entry, alone=False)
+    assert triage(2, entry) == AdmittedJob(2, 1, entry, alone=False)
 
 
-def test_an_entry_without_data_is_malformed(triage: Triage) -> None:
+def test_an_entry_without_data_is_malformed(triage: Admission) -> None:
     verdict = refused(triage(0, Entry(b"1-1", None)))
     assert verdict.reason == Reason.MALFORMED
     assert "data" in verdict.error
 
 
-def test_what_is_no_job_is_malformed_and_says_why(triage: Triage) -> None:
+def test_what_is_no_job_is_malformed_and_says_why(triage: Admission) -> None:
     verdict = refused(triage(0, Entry(b"1-1", b'{"type":"known"}')))
     assert (verdict.reason, verdict.envelope) == (Reason.MALFORMED, None)
     assert "`id`" in verdict.error
 
 
 @pytest.mark.parametrize(("length", "fits"), [(MAX_PAYLOAD, True), (MAX_PAYLOAD + 1, False)])
-def test_the_limit_itself_still_fits(triage: Triage, length: int, fits: bool) -> None:
+def test_the_limit_itself_still_fits(triage: Admission, length: int, fits: bool) -> None:
     data = sized(length)
     assert len(data) == length
     verdict = triage(0, Entry(b"1-1", data))
-    assert isinstance(verdict, Arrival) if fits else refused(verdict).reason == Reason.OVERSIZED
+    assert isinstance(verdict, AdmittedJob) if fits else refused(verdict).reason == Reason.OVERSIZED
 
 
-def test_size_is_looked_at_before_anything_is_parsed(triage: Triage) -> None:
+def test_size_is_looked_at_before_anything_is_parsed(triage: Admission) -> None:
     """A huge entry that would be costly to parse is refused for its size alone."""
     verdict = refused(triage(0, Entry(b"1-1", b"[" * 10_000_000)))
     assert verdict.reason == Reason.OVERSIZED
     assert "10000000 bytes" in verdict.error
 
 
-def test_an_unknown_type_names_those_that_are_known(triage: Triage) -> None:
+def test_an_unknown_type_names_those_that_are_known(triage: Admission) -> None:
     verdict = refused(triage(0, Entry(b"1-1", b'{"id":"a","type":"Known"}')))
     assert verdict.reason == Reason.UNKNOWN_TYPE
     assert "'Known'" in verdict.error
@@ -73,11 +79,11 @@ def test_an_unknown_type_names_those_that_are_known(triage: Triage) -> None:
      (2, 1, "poison"), (0, 3, "poison"), (5, 5, "poison")],
 )  # fmt: skip
 def test_deaths_of_all_tries_count(
-    triage: Triage, of_this_entry: int, of_earlier_tries: int, becomes: str
+    triage: Admission, of_this_entry: int, of_earlier_tries: int, becomes: str
 ) -> None:
     data = b'{"id":"a","type":"known","deaths":%d}' % of_earlier_tries
     verdict = triage(0, Entry(b"1-1", data, deaths=of_this_entry))
-    if isinstance(verdict, Refusal):
+    if isinstance(verdict, RejectedEntry):
         assert (verdict.reason, becomes) == (Reason.POISON, "poison")
     else:
         assert verdict.alone == (becomes == "alone")
@@ -88,19 +94,19 @@ def test_deaths_of_all_tries_count(
     [(1, "run"), (ALONE_AFTER_DELIVERIES - 1, "run"), (ALONE_AFTER_DELIVERIES, "alone"),
      (MAX_DELIVERIES, "alone"), (MAX_DELIVERIES + 1, "poison")],
 )  # fmt: skip
-def test_what_no_host_survives_is_given_up(triage: Triage, deliveries: int, becomes: str) -> None:
+def test_what_no_host_survives_is_given_up(triage: Admission, deliveries: int, becomes: str) -> None:
     verdict = triage(0, Entry(b"1-1", KNOWN, deliveries=deliveries))
-    if isinstance(verdict, Refusal):
+    if isinstance(verdict, RejectedEntry):
         assert (verdict.reason, becomes) == (Reason.POISON, "poison")
     else:
         assert verdict.alone == (becomes == "alone")
 
 
-def test_what_is_sifted_keeps_its_order_and_gets_the_same_verdicts(triage: Triage) -> None:
+def test_what_is_sifted_keeps_its_order_and_gets_the_same_verdicts(triage: Admission) -> None:
     bodies = [KNOWN, None, sized(MAX_PAYLOAD), b"{", b'{"id":"a","type":"known", "id":"b"}', KNOWN]
     entries = [Entry(b"%d-0" % number, data) for number, data in enumerate(bodies)]
     arrivals, refusals = triage.sift(1, entries)
     verdicts = [triage(1, entry) for entry in entries]
-    assert arrivals == [verdict for verdict in verdicts if isinstance(verdict, Arrival)]
-    assert refusals == [verdict for verdict in verdicts if isinstance(verdict, Refusal)]
+    assert arrivals == [verdict for verdict in verdicts if isinstance(verdict, AdmittedJob)]
+    assert refusals == [verdict for verdict in verdicts if isinstance(verdict, RejectedEntry)]
     assert [arrival.entry.id for arrival in arrivals] == [b"0-0", b"2-0", b"5-0"]

@@ -1,14 +1,14 @@
 """Who may look at the page and act on it; what is asked for in forms and links."""
 
 import pytest
-from click import BadParameter
 
-from jobworker.worker.dead_desk import Place
+from jobworker.worker.admin.dead_letters import Cursor
+from jobworker.worker.admin.overview import Overview
+from jobworker.worker.admin.words import InvalidAge
 from jobworker.worker.errors import ConfigurationError
-from jobworker.worker.overview import Overview
 from jobworker.worker.web.access import SESSION_S, Access, TooManyTries, is_loopback, is_ours
-from jobworker.worker.web.board import Board
 from jobworker.worker.web.filters import DeadFilter, read_place, write_place
+from jobworker.worker.web.history import History
 
 TOKEN = "0123456789abcdef"
 
@@ -98,7 +98,7 @@ class TestFilters:
         assert (choice.after_wall_s, choice.before_wall_s) == (2800.0, 10_000.0)
 
     def test_an_age_that_is_none_is_told(self) -> None:
-        with pytest.raises(BadParameter):
+        with pytest.raises(InvalidAge):
             DeadFilter(older="soon").choice(1.0)
 
     @pytest.mark.parametrize(
@@ -108,13 +108,13 @@ class TestFilters:
         assert read_place(text, ["a"]) is None
 
     def test_a_stream_may_have_blanks_in_its_name(self) -> None:
-        place = Place("my stream", b"17-3")
+        place = Cursor("my stream", b"17-3")
         assert read_place(write_place(place), ["my stream"]) == place
 
 
 def test_the_board_tells_what_is_new() -> None:
     looks = iter(range(1, 1000))
-    board = Board(lambda: Overview(float(next(looks))), 60.0)
+    board = History(lambda: Overview(float(next(looks))), 60.0)
     for _ in range(3):
         board._remember(board._look())
     assert board.history(0)["wall_s"] == [1.0, 2.0, 3.0]

@@ -3,10 +3,10 @@
 import click
 
 from . import dlq, doctor, enqueue, explain, pause, retry, stats, top, web
-from .common import Verbs
+from .common import CliGroup
 
 
-@click.group(cls=Verbs, context_settings={"max_content_width": 110})
+@click.group(cls=CliGroup, context_settings={"max_content_width": 110})
 @click.version_option(package_name="jobworker")
 def main() -> None:
     """Look into a jobworker deployment, send it jobs, and mend it.

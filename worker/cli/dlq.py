@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from ..dead_desk import AT_ONCE, DeadDesk, Errand, aged
-from ..dead_letters import Choice, Letter
+from ..admin.dead_letters import AT_ONCE, BulkOperation, DeadLetterQueue, Letter, LetterFilter, aged
+from ..admin.deployment import source_list
+from ..admin.words import format_duration, pluralise, strip_control
 from ..outcome import Reason
 from .common import (
     AS_JSON,
@@ -19,25 +20,21 @@ from .common import (
     NAMED_AT_MOST,
     STREAMS,
     Age,
+    CliGroup,
     JobType,
-    Verbs,
-    clean,
     confirm,
     say_json,
     say_missing,
-    some,
-    sources_of,
-    span,
     table,
     verb,
-)  # fmt: skip
+)
 
 _REASONS = [reason.value for reason in Reason]
 #: With --rate, lots are made so small that one goes out about so many times a second.
 _LOTS_PER_S = 10.0
 
 
-@click.group("dlq", cls=Verbs)
+@click.group("dlq", cls=CliGroup)
 def dlq() -> None:
     """Dead letters: list, show, requeue, purge.
 
@@ -65,7 +62,7 @@ def _choosing(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-class _Desk(DeadDesk):
+class _Desk(DeadLetterQueue):
     """The desk as the options ask for it."""
 
     def __init__(
@@ -73,11 +70,11 @@ class _Desk(DeadDesk):
         types: Sequence[str], tenants: Sequence[str], error: str, older_than: float | None,
         newer_than: float | None,
     ) -> None:  # fmt: skip
-        from ..redis_operator import RedisOperatorStore
+        from ..store.redis.operator import RedisOperatorStore
 
         store = RedisOperatorStore(url)
-        names = [source.stream for source in sources_of(streams, need_group=False)]
-        choice = Choice(frozenset(ids), frozenset(reasons), frozenset(types), frozenset(tenants), error)
+        names = [source.stream for source in source_list(streams, need_group=False)]
+        choice = LetterFilter(frozenset(ids), frozenset(reasons), frozenset(types), frozenset(tenants), error)
         self.now_s = store.wall_now_s(names[0])
         super().__init__(store, names, aged(choice, self.now_s, older_than, newer_than))
 
@@ -122,14 +119,15 @@ def list_(url: str, limit: int, payload: bool, as_json: bool, **choice: Any) -> 
         say_json({"dead_letters": [_shown(letter, payload) for letter in letters], "more": more})
         return
     rows = [
-        [letter.id.decode(), span(max(0.0, desk.now_s - letter.wall_s)), clean(letter.reason),
-         clean(letter.type, 20), clean(letter.job_id, 36), clean(letter.tenant_id, 16),
-         clean(letter.error, 60)]
+        [letter.id.decode(), format_duration(max(0.0, desk.now_s - letter.wall_s)),
+         strip_control(letter.reason), strip_control(letter.type, 20),
+         strip_control(letter.job_id, 36), strip_control(letter.tenant_id, 16),
+         strip_control(letter.error, 60)]
         for letter in letters
     ]  # fmt: skip
     if rows:
         table(["ID", "AGE>", "REASON", "TYPE", "JOB", "TENANT", "ERROR"], rows)
-    click.echo("… and more: --limit 0 lists all" if more else some(len(rows), "dead letter"), err=True)
+    click.echo("… and more: --limit 0 lists all" if more else pluralise(len(rows), "dead letter"), err=True)
 
 
 @verb(dlq)
@@ -155,37 +153,44 @@ def show(url: str, id: str, payload: bool, streams: tuple[str, ...], as_json: bo
     for letter in letters if not as_json else ():
         _print(letter, payload, desk.now_s)
     if not letters:
-        click.echo(f"no dead letter {clean(id)}; try: jobworker explain {clean(id)}", err=True)
+        click.echo(
+            f"no dead letter {strip_control(id)}; try: jobworker explain {strip_control(id)}", err=True
+        )
         sys.exit(BAD_NEWS)
 
 
 def _print(letter: Letter, payload: bool, now_s: float) -> None:
     said = _shown(letter, False)
-    said["given up"] = f"{span(max(0.0, now_s - letter.wall_s))} ago"
+    said["given up"] = f"{format_duration(max(0.0, now_s - letter.wall_s))} ago"
     for name, value in said.items():
-        click.echo(f"{name:12} {clean(str(value))}")
+        click.echo(f"{name:12} {strip_control(str(value))}")
     for name, value in (letter.details or {}).items():
         lines = str(value).splitlines() or [""]
         click.echo(
-            "\n".join([f"{name:12} {clean(lines[0])}", *(" " * 13 + clean(line) for line in lines[1:])])
+            "\n".join(
+                [
+                    f"{name:12} {strip_control(lines[0])}",
+                    *(" " * 13 + strip_control(line) for line in lines[1:]),
+                ]
+            )
         )
     if payload:
         raw = letter.task or base64.b64decode(letter.raw or "")
-        click.echo(f"{'job':12} {clean(raw.decode('utf-8', 'replace'))}")
+        click.echo(f"{'job':12} {strip_control(raw.decode('utf-8', 'replace'))}")
     elif letter.task:
         click.echo("(--payload shows the job itself)")
 
 
-def _names(desk: DeadDesk) -> Iterator[str]:
+def _names(desk: DeadLetterQueue) -> Iterator[str]:
     """Every id by which the chosen letters may be called; nothing where none was asked for."""
     letters = desk.newest_first() if desk.choice.ids else ()
     return (id for one in letters for id in (one.id.decode(), one.job_id, one.original_id))
 
 
-def _chosen(desk: DeadDesk) -> str:
-    count = Errand(desk, dry_run=True)
+def _chosen(desk: DeadLetterQueue) -> str:
+    count = BulkOperation(desk, dry_run=True)
     count.purge()
-    return some(count.done, "dead letter")
+    return pluralise(count.done, "dead letter")
 
 
 def _pace(rate: float | None) -> Iterator[int]:
@@ -204,14 +209,14 @@ def _pace(rate: float | None) -> Iterator[int]:
 class _Report:
     """An errand on a terminal: its progress, what it left, and how it ended."""
 
-    def __init__(self, word: str, errand: Errand) -> None:
+    def __init__(self, word: str, errand: BulkOperation) -> None:
         self._word = word
         self._errand = errand
         self._missing = say_missing(errand.desk.choice.ids, _names(errand.desk))
 
     def skipped(self, letter: Letter) -> None:
         if self._errand.skipped <= NAMED_AT_MOST:
-            click.echo(f"left: {letter.id.decode()} ({clean(letter.reason)}) holds no job", err=True)
+            click.echo(f"left: {letter.id.decode()} ({strip_control(letter.reason)}) holds no job", err=True)
 
     def run(self, deed: Callable[[Callable[[int], None]], None]) -> None:
         """Do it; what was done is said even where we are stopped half-way."""
@@ -263,7 +268,7 @@ def requeue(
     """
     desk = _Desk(url, **choice)
     desk.refuse_everything(all_of_them)
-    errand = Errand(desk, dry_run=dry_run)
+    errand = BulkOperation(desk, dry_run=dry_run)
     report = _Report("requeued", errand)
     lots = _pace(None if dry_run else rate)
     report.run(lambda seen: errand.requeue(lots, seen, report.skipped))
@@ -289,7 +294,7 @@ def purge(url: str, all_of_them: bool, dry_run: bool, yes: bool, as_json: bool, 
     desk.refuse_everything(all_of_them)
     if not dry_run:
         confirm(lambda: f"Delete {_chosen(desk)} for good?", yes)
-    errand = Errand(desk, dry_run=dry_run)
+    errand = BulkOperation(desk, dry_run=dry_run)
     report = _Report("purged", errand)
     report.run(errand.purge)
     report.say(as_json)

@@ -10,10 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
-from ..doctor import (
+from ..admin.deployment import Deployment, source_list
+from ..admin.doctor import (
     Finding,
     HostFacts,
     host_findings,
@@ -23,21 +25,13 @@ from ..doctor import (
     service_findings,
     stream_findings,
 )
+from ..admin.status_client import fetch_all_statuses
+from ..admin.words import strip_control
 from ..errors import ConfigurationError, StoreUnavailable
-from ..log import redacted
-from ..observe import ask_all
 from ..options import ENV_PREFIX
 from ..settings import cores
-from .common import (
-    AS_JSON,
-    BAD_NEWS,
-    STREAMS,
-    Deployment,
-    clean,
-    say_json,
-    sources_of,
-    verb_on_deployment,
-)
+from ..telemetry.log import redacted
+from .common import AS_JSON, BAD_NEWS, STREAMS, say_json, verb_on_deployment
 
 #: Loading a large model from a slow disk takes minutes.
 _MODEL_WITHIN_S = 600.0
@@ -83,7 +77,8 @@ def doctor(
     """
     found = [*_host(), *_store(deployment, streams)]
     if model != _NO_MODEL:
-        found += _model(model or configured_model, device, milvus_uri or deployment.milvus_uri, milvus_prefix)
+        milvus = _milvus(milvus_uri, deployment.milvus_uri)
+        found += _model(model or configured_model, device, milvus, milvus_prefix)
     wrong = sum(finding.level == "wrong" for finding in found)
     if as_json:
         say_json({"ok": not wrong, "findings": [finding._asdict() for finding in found]})
@@ -91,19 +86,19 @@ def doctor(
         for finding in found:
             colour = {"ok": "green", "note": "yellow", "wrong": "red"}[finding.level]
             mark = click.style(f"{finding.level:5}", fg=colour)
-            click.echo(f"{mark}  {clean(finding.subject)}: {clean(redacted(finding.says))}")
+            click.echo(f"{mark}  {strip_control(finding.subject)}: {strip_control(redacted(finding.says))}")
             if finding.do:
-                click.echo(f"       → {clean(finding.do)}")
+                click.echo(f"       → {strip_control(finding.do)}")
         click.echo(f"{wrong} wrong" if wrong else "nothing is wrong", err=True)
     if wrong:
         sys.exit(BAD_NEWS)
 
 
 def _store(deployment: Deployment, streams: tuple[str, ...]) -> list[Finding]:
-    from ..redis_doctor import RedisFacts
+    from ..store.redis.server_facts import RedisFacts
 
-    services = ask_all(deployment.metrics_urls, deployment.url if deployment.guessed else "")
-    sources = sources_of(streams)
+    services = fetch_all_statuses(deployment.metrics_urls, deployment.url if deployment.guessed else "")
+    sources = source_list(streams)
     store = RedisFacts(deployment.url)
     try:
         nodes = store.nodes(sources)
@@ -158,12 +153,20 @@ def _gpus() -> list[str]:
     return [line.partition(":")[2].strip() for line in lines]
 
 
-def _model(model: str, device: str, uri: str, prefix: str) -> Iterator[Finding]:
-    command = [sys.executable, "-m", "jobworker.handlers.checkup", model, device, uri, prefix]
+def _milvus(given: str, found: str) -> tuple[str, str]:
+    """Uri and token. The uri of an embedded store holds its own, and clients would prefer the other."""
+    embedded = not given and urlsplit(found).password is not None
+    return given or found, "" if embedded else os.environ.get(f"{ENV_PREFIX}_MILVUS_TOKEN", "")
+
+
+def _model(model: str, device: str, milvus: tuple[str, str], prefix: str) -> Iterator[Finding]:
+    """Look in a process of its own; ``milvus``: its uri and token."""
+    command = [sys.executable, "-m", "jobworker.handlers.encoder.doctor", model, device, prefix]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_MODEL_WITHIN_S, check=False,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            # Not as arguments: every user of the host can read those.
+            command, input="\n".join(milvus).encode(), capture_output=True, timeout=_MODEL_WITHIN_S,
+            check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         found: dict[str, Any] = json.loads(done.stdout)
     except subprocess.TimeoutExpired:

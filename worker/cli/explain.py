@@ -5,18 +5,10 @@ from dataclasses import asdict
 
 import click
 
-from ..whereabouts import Found, Search
-from .common import (
-    AS_JSON,
-    BAD_NEWS,
-    STREAMS,
-    Deployment,
-    clean,
-    say_json,
-    services_of,
-    sources_of,
-    verb_on_deployment,
-)
+from ..admin.deployment import Deployment, services_of, source_list
+from ..admin.find_job import JobFinder, JobLocation
+from ..admin.words import strip_control
+from .common import AS_JSON, BAD_NEWS, STREAMS, say_json, verb_on_deployment
 
 #: Looked at of each stream, retry set and dead-letter stream: a second or so for all of them.
 _SCAN = 100_000
@@ -48,10 +40,10 @@ def explain(deployment: Deployment, id: str, scan: int, streams: tuple[str, ...]
 
     Exit code 1: it was not found. Jobs that are done leave no trace once their entry is trimmed.
     """
-    from ..redis_operator import RedisOperatorStore
+    from ..store.redis.operator import RedisOperatorStore
 
     store = RedisOperatorStore(deployment.url)
-    search = Search(store, sources_of(streams), services_of(deployment), scan)
+    search = JobFinder(store, source_list(streams), services_of(deployment), scan)
     found = search.find(id)
     if as_json:
         say_json({"id": id, "found": [asdict(one) for one in found], "complete": not search.given_up,
@@ -62,17 +54,19 @@ def explain(deployment: Deployment, id: str, scan: int, streams: tuple[str, ...]
         sys.exit(BAD_NEWS)
 
 
-def _say(id: str, found: list[Found], search: Search) -> None:
+def _say(id: str, found: list[JobLocation], search: JobFinder) -> None:
     for one in found:
         of_whom = f"{one.type or 'unreadable'}, tenant {one.tenant_id}" if one.tenant_id else one.type
-        click.echo(f"{clean(one.job_id or id)} ({clean(of_whom)})")
-        click.echo(f"  {one.state} in {clean(one.stream)}: {clean(one.why)}")
+        click.echo(f"{strip_control(one.job_id or id)} ({strip_control(of_whom)})")
+        click.echo(f"  {one.state} in {strip_control(one.stream)}: {strip_control(one.why)}")
         for name, value in one.facts.items():
-            click.echo(f"    {name:16} {clean(str(value))}")
+            click.echo(f"    {name:16} {strip_control(str(value))}")
         if one.state == "dead":
             click.echo(f"    send it again:   jobworker dlq requeue {one.facts['letter']}")
     if not found:
-        click.echo(f"{clean(id)} was not found: it is done and trimmed, or was never sent to these streams")
+        click.echo(
+            f"{strip_control(id)} was not found: it is done and trimmed, or was never sent to these streams"
+        )
     if search.given_up:
-        places = ", ".join(clean(place) for place in search.given_up)
+        places = ", ".join(strip_control(place) for place in search.given_up)
         click.echo(f"looked at {search.looked_at} entries and gave up in: {places}; --scan looks further")

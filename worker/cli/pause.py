@@ -5,22 +5,12 @@ from datetime import UTC, datetime
 
 import click
 
+from ..admin.deployment import Deployment, services_of
+from ..admin.status_client import Service
+from ..admin.words import format_duration, strip_control
 from ..keys import PAUSED_KEY
-from ..observe import Service
-from ..operator_store import Pause
-from .common import (
-    AS_JSON,
-    BAD_NEWS,
-    Deployment,
-    JobType,
-    clean,
-    say_json,
-    services_of,
-    span,
-    table,
-    verb,
-    verb_on_deployment,
-)  # fmt: skip
+from ..store.operator import Pause
+from .common import AS_JSON, BAD_NEWS, JobType, say_json, table, verb, verb_on_deployment
 
 
 def add_to(main: click.Group) -> None:
@@ -45,7 +35,7 @@ def pause(deployment: Deployment, types: tuple[str, ...], note: str, as_json: bo
     jobworker pause embedding_batch --note 'model is being exchanged'
     jobworker pause
     """
-    from ..redis_operator import RedisOperatorStore
+    from ..store.redis.operator import RedisOperatorStore
 
     store = RedisOperatorStore(deployment.url)
     for kind in types:
@@ -55,7 +45,14 @@ def pause(deployment: Deployment, types: tuple[str, ...], note: str, as_json: bo
     if as_json:
         say_json({"paused": [shown(one) for one in paused], "unknown": unknown})
         return
-    rows = [[clean(one.kind), span(max(0.0, now_s - one.wall_since_s)), clean(one.note)] for one in paused]
+    rows = [
+        [
+            strip_control(one.kind),
+            format_duration(max(0.0, now_s - one.wall_since_s)),
+            strip_control(one.note),
+        ]
+        for one in paused
+    ]
     if rows:
         table(["PAUSED", "FOR>", "NOTE"], rows)
     else:
@@ -67,8 +64,8 @@ def _unknown(types: tuple[str, ...], services: list[Service]) -> list[str]:
     known = sorted({str(kind) for service in services for kind in service.said.get("types", ())})
     unknown = [kind for kind in types if known and kind not in known]
     for kind in unknown:
-        runs = ", ".join(clean(one) for one in known)
-        click.echo(f"no service that answers runs {clean(kind)}; they run: {runs}", err=True)
+        runs = ", ".join(strip_control(one) for one in known)
+        click.echo(f"no service that answers runs {strip_control(kind)}; they run: {runs}", err=True)
     return unknown
 
 
@@ -82,14 +79,14 @@ def resume(url: str, types: tuple[str, ...], as_json: bool) -> None:
 
     Exit code 1: one of them was not paused.
     """
-    from ..redis_operator import RedisOperatorStore
+    from ..store.redis.operator import RedisOperatorStore
 
     store = RedisOperatorStore(url)
     resumed = {kind: store.resume(kind) for kind in types}
     if as_json:
         say_json({"resumed": resumed})
     for kind, was_paused in resumed.items() if not as_json else ():
-        click.echo(f"{clean(kind)} {'goes on' if was_paused else 'was not paused'}")
+        click.echo(f"{strip_control(kind)} {'goes on' if was_paused else 'was not paused'}")
     if not all(resumed.values()):
         sys.exit(BAD_NEWS)
 

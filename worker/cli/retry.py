@@ -7,25 +7,13 @@ from typing import Any
 
 import click
 
-from ..retry_desk import RetryDesk, Waiting
-from .common import (
-    AS_JSON,
-    BAD_NEWS,
-    STREAMS,
-    JobType,
-    Verbs,
-    clean,
-    say_json,
-    say_missing,
-    some,
-    sources_of,
-    span,
-    table,
-    verb,
-)  # fmt: skip
+from ..admin.deployment import source_list
+from ..admin.retries import RetrySet, ScheduledRetry
+from ..admin.words import format_duration, pluralise, strip_control
+from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, JobType, say_json, say_missing, table, verb
 
 
-@click.group("retry", cls=Verbs)
+@click.group("retry", cls=CliGroup)
 def retry() -> None:
     """Waiting retries: list them, or have them tried now.
 
@@ -48,11 +36,11 @@ def _choosing(command: Callable[..., None]) -> Callable[..., None]:
 
 def _desk(
     url: str, streams: Sequence[str], ids: Sequence[str], types: Sequence[str], tenants: Sequence[str]
-) -> RetryDesk:
-    from ..redis_operator import RedisOperatorStore
+) -> RetrySet:
+    from ..store.redis.operator import RedisOperatorStore
 
-    names = [source.stream for source in sources_of(streams, need_group=False)]
-    return RetryDesk(RedisOperatorStore(url), names, frozenset(ids), frozenset(types), frozenset(tenants))
+    names = [source.stream for source in source_list(streams, need_group=False)]
+    return RetrySet(RedisOperatorStore(url), names, frozenset(ids), frozenset(types), frozenset(tenants))
 
 
 @verb(retry, "list")
@@ -74,8 +62,8 @@ def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **choic
         say_json({"retries": [_shown(one, now_s) for one in found], "more": more})
         return
     rows = [
-        [_due(one.scheduled.due_wall_s - now_s), str(one.job.retry_count), clean(one.job.type, 20),
-         clean(one.job.id, 36), clean(one.job.tenant_id, 16), one.stream]
+        [_due(one.scheduled.due_wall_s - now_s), str(one.job.retry_count), strip_control(one.job.type, 20),
+         strip_control(one.job.id, 36), strip_control(one.job.tenant_id, 16), one.stream]
         for one in found
     ]  # fmt: skip
     if rows:
@@ -83,16 +71,16 @@ def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **choic
     click.echo(
         "… and more: --limit 0 lists all"
         if more
-        else f"{some(len(rows), 'job waits', 'jobs wait')} for the next try",
+        else f"{pluralise(len(rows), 'job waits', 'jobs wait')} for the next try",
         err=True,
     )
 
 
 def _due(in_s: float) -> str:
-    return f"in {span(in_s)}" if in_s >= 0 else f"{span(-in_s)} ago"
+    return f"in {format_duration(in_s)}" if in_s >= 0 else f"{format_duration(-in_s)} ago"
 
 
-def _shown(one: Waiting, now_s: float) -> dict[str, Any]:
+def _shown(one: ScheduledRetry, now_s: float) -> dict[str, Any]:
     return {
         "stream": one.stream, "job_id": one.job.id, "type": one.job.type, "tenant_id": one.job.tenant_id,
         "retry_count": one.job.retry_count, "deaths": one.job.deaths,
@@ -126,6 +114,6 @@ def now(
     if as_json:
         say_json({"hastened": moved, "missing": missing, "dry_run": dry_run})
     else:
-        click.echo(f"{some(moved, 'job')} {'would be' if dry_run else 'made'} due now")
+        click.echo(f"{pluralise(moved, 'job')} {'would be' if dry_run else 'made'} due now")
     if missing:
         sys.exit(BAD_NEWS)

@@ -4,22 +4,13 @@ import time
 
 import click
 
+from ..admin.deployment import Deployment, source_list
+from ..admin.overview import Overview, overview_poller_of
+from ..admin.words import format_duration, pluralise, strip_control
 from ..errors import StoreUnavailable
-from ..log import redacted
-from ..overview import Overview
-from .common import (
-    AS_JSON,
-    STREAMS,
-    Deployment,
-    clean,
-    say_json,
-    some,
-    sources_of,
-    span,
-    table,
-    verb_on_deployment,
-)
-from .top import as_plain, watcher_of
+from ..telemetry.log import redacted
+from .common import AS_JSON, STREAMS, say_json, table, verb_on_deployment
+from .top import as_plain
 
 
 def add_to(main: click.Group) -> None:
@@ -40,8 +31,8 @@ def stats(deployment: Deployment, streams: tuple[str, ...], watch: float | None,
     jobworker stats
     jobworker stats --watch 5 --json
     """
-    sources_of(streams)
-    watcher = watcher_of(deployment, streams)
+    source_list(streams)
+    watcher = overview_poller_of(deployment, streams)
     seen = watcher.look()
     if watch:
         time.sleep(watch)  # rates are what happens in between
@@ -62,24 +53,24 @@ def _print(seen: Overview) -> None:
                 source.stream,
                 source.group,
                 *(str(number) for number in depths[:4]),
-                span(depths.oldest_age_s) if depths.queued else "-",
+                format_duration(depths.oldest_age_s) if depths.queued else "-",
             ]
             for source, depths in seen.streams
         ],
     )
     for pause in seen.pauses:
-        click.echo(f"{clean(pause.kind)} is paused: jobworker resume {clean(pause.kind)}")
+        click.echo(f"{strip_control(pause.kind)} is paused: jobworker resume {strip_control(pause.kind)}")
     for service in (one for one in seen.services if not one.said):
-        says = f"no service answers at {service.url}: {clean(redacted(service.trouble))}"
+        says = f"no service answers at {service.url}: {strip_control(redacted(service.trouble))}"
         click.echo(f"{says}; --metrics-url says where its workers and rates are to be had", err=True)
     workers = seen.workers()
     if workers:
         states = ", ".join(f"{count} {state}" for state, count in sorted(workers.items()))
-        click.echo(f"{some(workers.total(), 'worker')}: {states}")
+        click.echo(f"{pluralise(workers.total(), 'worker')}: {states}")
     if seen.rates:
         whats = ("done", "failed", "retried", "dead")
         rows = [
-            [clean(kind), *(f"{rates[what]:.1f}" for what in whats)]
+            [strip_control(kind), *(f"{rates[what]:.1f}" for what in whats)]
             for kind, rates in sorted(seen.rates.items())
         ]
         table(["TYPE", *(f"{what.upper()}/s>" for what in whats)], rows)

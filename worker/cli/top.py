@@ -13,23 +13,14 @@ from typing import Any
 
 import click
 
+from ..admin.deployment import Deployment
+from ..admin.overview import Overview, overview_poller_of
+from ..admin.words import format_duration
 from ..errors import StoreUnavailable
-from ..log import redacted
-from ..observe import ask_all
-from ..overview import Overview, Watcher
-from .common import (
-    AS_JSON,
-    STREAMS,
-    Deployment,
-    say_json,
-    sources_of,
-    span,
-    verb_on_deployment,
-)
-from .screen import Line, lines
+from ..telemetry.log import redacted
+from .common import AS_JSON, STREAMS, say_json, verb_on_deployment
+from .screen import ScreenLine, lines
 
-#: A store or service that is slower is shown as silent; the page must go on moving.
-_TIMEOUT_S = 2.0
 #: How late a key press is heeded at most.
 _KEYS_EVERY_MS = 100
 #: The first rates need two looks; in plain text they are taken this far apart.
@@ -61,7 +52,7 @@ def top(deployment: Deployment, interval: float, once: bool, streams: tuple[str,
     jobworker top
     jobworker top --metrics-url http://a:9464 --metrics-url http://b:9464
     """
-    watcher = watcher_of(deployment, streams)
+    watcher = overview_poller_of(deployment, streams)
     if as_json or once or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
         watcher.look()
         time.sleep(_FIRST_WINDOW_S)  # rates are what happens in between
@@ -75,20 +66,6 @@ def top(deployment: Deployment, interval: float, once: bool, streams: tuple[str,
     _know_the_terminal()
     os.environ.setdefault("ESCDELAY", "25")
     curses.wrapper(_Page(watcher.look, interval).run)
-
-
-def watcher_of(deployment: Deployment, streams: tuple[str, ...]) -> Watcher:
-    """Looks at the deployment by its store and its services."""
-    from ..redis_operator import RedisOperatorStore
-    from ..redis_store import RedisReaperStore
-
-    url, own = deployment.url, deployment.url if deployment.guessed else ""
-    return Watcher(
-        RedisReaperStore(url, timeout_s=_TIMEOUT_S),
-        RedisOperatorStore(url, timeout_s=_TIMEOUT_S),
-        sources_of(streams),
-        lambda: ask_all(deployment.metrics_urls, own),
-    )
 
 
 def as_plain(seen: Overview) -> dict[str, Any]:
@@ -183,7 +160,7 @@ class _Page:
 
     def _draw(self, screen: "curses.window") -> None:
         height, width = screen.getmaxyx()
-        page = lines(self._seen, width - 1) if self._seen else [Line("looking …")]
+        page = lines(self._seen, width - 1) if self._seen else [ScreenLine("looking …")]
         room = max(0, height - 2)
         self._offset = min(self._offset, max(0, len(page) - 1 - room))
         screen.erase()
@@ -195,7 +172,13 @@ class _Page:
 
     def _footer(self, length: int, room: int) -> str:
         age_s = time.monotonic() - self._mono_seen_s if self._seen else 0.0
-        state = "FROZEN" if self._frozen else f"{span(age_s)} old" if age_s > 2 * self._interval_s + 1 else ""
+        state = (
+            "FROZEN"
+            if self._frozen
+            else f"{format_duration(age_s)} old"
+            if age_s > 2 * self._interval_s + 1
+            else ""
+        )
         where = f"{self._offset + 1}-{min(length, self._offset + room)}/{length}" if length > room else ""
         return f" {_KEYS}   {where} {state} "
 

@@ -5,10 +5,11 @@ import sys
 
 import click
 
-from .. import log
+from ..admin.deployment import Deployment
 from ..errors import ConfigurationError
 from ..options import ENV_PREFIX
-from .common import STREAMS, Deployment, verb_on_deployment
+from ..telemetry import log
+from .common import STREAMS, verb_on_deployment
 
 
 def add_to(main: click.Group) -> None:

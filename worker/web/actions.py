@@ -11,13 +11,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from ..dead_desk import DeadDesk, Errand, Picked, Place
-from ..operator_store import OperatorStore
+from ..admin.dead_letters import BulkOperation, Cursor, DeadLetterQueue, SelectedLetters
+from ..store.operator import OperatorStore
 from .access import Access, TooManyTries
+from .background import BackgroundTask, TooManyTasks
 from .filters import DeadFilter, write_place
 from .guard import COOKIE
 from .pages import LOOK_AT, Site
-from .works import Busy, Work
 
 log = logging.getLogger("jobworker.web")
 
@@ -137,9 +137,9 @@ class Actions:
         filter.choice(asked_at_s)
         _tell(request, deed, letters=[write_place(place) for place in picked], filter=filter.words)
 
-        def go(work: Work) -> str:
+        def go(work: BackgroundTask) -> str:
             with self._site.store() as store:
-                errand = Errand(self._desk(store, picked, filter, asked_at_s))
+                errand = BulkOperation(self._desk(store, picked, filter, asked_at_s))
                 work.total = errand.desk.count()
                 (errand.requeue if deed == "requeue" else errand.purge)(seen=work.seen)
             return _outcome(deed, errand)
@@ -147,7 +147,7 @@ class Actions:
         title = {"requeue": "Sending dead letters again", "purge": "Deleting dead letters"}[deed]
         return self._start(title, back, go)
 
-    def _picked(self, form: Form) -> list[Place]:
+    def _picked(self, form: Form) -> list[Cursor]:
         """The letters that were ticked; none where all that fit are meant, which a form has to say."""
         if one_of(form, "which") == "all":
             return []
@@ -155,13 +155,15 @@ class Actions:
             raise HTTPException(400, "No dead letter was ticked.")
         return [self._site.place(text) for text in form["at"]]
 
-    def _desk(self, store: OperatorStore, picked: list[Place], filter: DeadFilter, now_s: float) -> DeadDesk:
-        return Picked(store, picked) if picked else self._site.desk(store, filter, now_s)
+    def _desk(
+        self, store: OperatorStore, picked: list[Cursor], filter: DeadFilter, now_s: float
+    ) -> DeadLetterQueue:
+        return SelectedLetters(store, picked) if picked else self._site.desk(store, filter, now_s)
 
-    def _start(self, title: str, back: str, deed: Callable[[Work], str]) -> Response:
+    def _start(self, title: str, back: str, deed: Callable[[BackgroundTask], str]) -> Response:
         try:
             work = self._site.works.start(title, back, deed)
-        except Busy:
+        except TooManyTasks:
             raise HTTPException(
                 429, "As much as may be is under way already: wait until it is done."
             ) from None
@@ -175,7 +177,7 @@ class Actions:
         id, type, tenant = (one_of(form, name) for name in ("id", "type", "tenant"))
         _tell(request, "retry now", id=id, type=type, tenant=tenant)
 
-        def go(work: Work) -> str:
+        def go(work: BackgroundTask) -> str:
             with self._site.store() as store:
                 desk = self._site.retry_desk(store, type, tenant)
                 moved = (desk.only(id) if id else desk).try_now()
@@ -219,7 +221,7 @@ def _deed(form: Form) -> str:
     return deed
 
 
-def _outcome(deed: str, errand: Errand) -> str:
+def _outcome(deed: str, errand: BulkOperation) -> str:
     gone = f", {errand.gone} were gone already" if errand.gone else ""
     left = f", {errand.skipped} left that hold no job" if errand.skipped else ""
     return f"{errand.done} {_DEEDS[deed]}{gone}{left}"

@@ -5,7 +5,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from click import BadParameter
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -14,8 +13,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from ..admin.words import InvalidAge
 from ..errors import StoreUnavailable
-from ..log import redacted
+from ..telemetry.log import redacted
 from .access import Access
 from .actions import Actions
 from .guard import Guard
@@ -71,7 +71,7 @@ def _troubles(site: Site) -> dict[Any, Callable[[Request, Exception], Response]]
         return trouble(request, 503, f"The job store does not answer: {redacted(str(error))}")
 
     def no_age(request: Request, error: Exception) -> Response:
-        assert isinstance(error, BadParameter)
-        return trouble(request, 400, error.message)
+        assert isinstance(error, InvalidAge)
+        return trouble(request, 400, str(error))
 
-    return {HTTPException: refused, StoreUnavailable: unavailable, BadParameter: no_age}
+    return {HTTPException: refused, StoreUnavailable: unavailable, InvalidAge: no_age}

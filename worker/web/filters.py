@@ -5,9 +5,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Self
 from urllib.parse import urlencode
 
-from ..cli.common import Age
-from ..dead_desk import Place, aged
-from ..dead_letters import Choice
+from ..admin.dead_letters import Cursor, LetterFilter, aged
+from ..admin.words import parse_age
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,9 @@ class DeadFilter:
         """By the fields' own names."""
         return cls(**{field.name: value_of(field.name).strip() for field in fields(cls)})
 
-    def choice(self, wall_now_s: float) -> Choice:
-        """Letters that were there by then. Raises `click.BadParameter` for an age that is none."""
-        one = Choice(
+    def choice(self, wall_now_s: float) -> LetterFilter:
+        """Letters that were there by then. Raises `InvalidAge` for an age that is none."""
+        one = LetterFilter(
             reasons=_alone(self.reason), types=_alone(self.type), tenants=_alone(self.tenant),
             error=self.error,
         )  # fmt: skip
@@ -59,17 +58,17 @@ def _alone(value: str) -> frozenset[str]:
 
 
 def _age(text: str) -> float | None:
-    return Age().convert(text, None, None) if text else None
+    return parse_age(text) if text else None
 
 
-def read_place(text: str, streams: list[str]) -> Place | None:
+def read_place(text: str, streams: list[str]) -> Cursor | None:
     """``<stream> <id>``, as a page wrote it; None where it is no place of these streams."""
     stream, _, id = text.rpartition(" ")
     ms, _, sequence = id.partition("-")
     plain = ms.isdigit() and sequence.isdigit() and id.isascii() and len(id) <= 41
-    return Place(stream, id.encode()) if plain and stream in streams else None
+    return Cursor(stream, id.encode()) if plain and stream in streams else None
 
 
-def write_place(place: Place) -> str:
+def write_place(place: Cursor) -> str:
     """What `read_place` reads."""
     return f"{place.stream} {place.id.decode()}"

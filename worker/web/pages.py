@@ -10,18 +10,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from ..dead_desk import DeadDesk, Place
-from ..dead_letters import Choice, Letter
+from ..admin.dead_letters import Cursor, DeadLetterQueue, Letter, LetterFilter
+from ..admin.find_job import JobFinder, JobLocation
+from ..admin.retries import RetrySet
+from ..admin.status_client import Service
 from ..keys import Source
-from ..observe import Service
-from ..operator_store import OperatorStore
 from ..outcome import Reason
-from ..retry_desk import RetryDesk
-from ..whereabouts import Found, Search
-from .board import Board
+from ..store.operator import OperatorStore
+from .background import BackgroundTasks
 from .filters import DeadFilter, read_place, write_place
+from .history import History
 from .rendering import Renderer
-from .works import Works
 
 #: Rows of a page: as many as a person reads, and a page of megabyte jobs still comes at once.
 _ROWS = 50
@@ -37,8 +36,8 @@ class Site:
     services say this moment."""
 
     sources: list[Source]
-    board: Board
-    works: Works
+    board: History
+    works: BackgroundTasks
     renderer: Renderer
     open_store: Callable[[], OperatorStore]
     ask: Callable[[], list[Service]]
@@ -58,9 +57,9 @@ class Site:
         finally:
             store.close()
 
-    def desk(self, store: OperatorStore, filter: DeadFilter, wall_now_s: float) -> DeadDesk:
+    def desk(self, store: OperatorStore, filter: DeadFilter, wall_now_s: float) -> DeadLetterQueue:
         """The dead letters that a filter means."""
-        return DeadDesk(store, self.streams_of(filter), filter.choice(wall_now_s))
+        return DeadLetterQueue(store, self.streams_of(filter), filter.choice(wall_now_s))
 
     def streams_of(self, filter: DeadFilter) -> list[str]:
         """The streams that a filter means; an error page where it names one that is not ours."""
@@ -68,16 +67,16 @@ class Site:
             raise HTTPException(400, f"{filter.stream!r} is no stream of this page.")
         return [filter.stream] if filter.stream else self.streams
 
-    def place(self, text: str) -> Place:
+    def place(self, text: str) -> Cursor:
         """A letter's place out of a link or a form; an error page where it is none."""
         place = read_place(text, self.streams)
         if place is None:
             raise HTTPException(400, f"{text!r} is no dead letter of these streams")
         return place
 
-    def retry_desk(self, store: OperatorStore, type: str, tenant: str) -> RetryDesk:
+    def retry_desk(self, store: OperatorStore, type: str, tenant: str) -> RetrySet:
         """The waiting retries of a type and a tenant, empty for any."""
-        return RetryDesk(
+        return RetrySet(
             store, self.streams, types=frozenset({type} - {""}), tenants=frozenset({tenant} - {""})
         )
 
@@ -152,7 +151,7 @@ class Pages:
         """All that is known of one dead letter."""
         place = self._site.place(request.query_params.get("at", ""))
         with self._site.store() as store:
-            letter = DeadDesk(store, self._site.streams, Choice()).letter(place)
+            letter = DeadLetterQueue(store, self._site.streams, LetterFilter()).letter(place)
             now_s = store.wall_now_s(place.stream)
         if letter is None:
             raise HTTPException(404, "This dead letter is gone: it was sent again or deleted.")
@@ -171,7 +170,7 @@ class Pages:
                 request, "job.html", id="", found=[], search=None, look_at=look_at
             )
         with self._site.store() as store:
-            search = Search(store, self._site.sources, self._site.ask(), look_at)
+            search = JobFinder(store, self._site.sources, self._site.ask(), look_at)
             found = [(one, *self._more(store, one)) for one in search.find(id)]
             now_s = store.wall_now_s(self._site.streams[0])
         return self._site.renderer.page(
@@ -179,11 +178,11 @@ class Pages:
             look_at=look_at, farther=min(look_at * 10, _FARTHEST), write_place=write_place,
         )  # fmt: skip
 
-    def _more(self, store: OperatorStore, found: Found) -> tuple[Letter | None, str | None]:
+    def _more(self, store: OperatorStore, found: JobLocation) -> tuple[Letter | None, str | None]:
         """The dead letter, where there is one, and the payload, where it may be shown and can be had."""
         if found.state == "dead":
-            place = Place(found.stream, found.facts["letter"].encode())
-            letter = DeadDesk(store, self._site.streams, Choice()).letter(place)
+            place = Cursor(found.stream, found.facts["letter"].encode())
+            letter = DeadLetterQueue(store, self._site.streams, LetterFilter()).letter(place)
             may = letter is not None and self._site.show_payloads
             return letter, _payload(letter.task, letter.raw) if letter and may else None
         entry_id = found.facts.get("entry_id")
@@ -200,8 +199,8 @@ class Pages:
         return self._site.renderer.page(request, "work.html", work=work)
 
 
-def _place_of(letter: Letter) -> Place:
-    return Place(letter.stream, letter.id)
+def _place_of(letter: Letter) -> Cursor:
+    return Cursor(letter.stream, letter.id)
 
 
 def _kinds(totals: dict[str, Any]) -> list[str]:

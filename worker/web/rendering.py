@@ -12,8 +12,8 @@ from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from ..cli.common import clean, span
-from ..log import redacted
+from ..admin.words import format_duration, strip_control
+from ..telemetry.log import redacted
 
 #: Of a job or a stack that is shown whole: a browser stays quick, and more helps nobody.
 _LONGEST_TEXT = 64 * 1024
@@ -21,7 +21,7 @@ _LONGEST_TEXT = 64 * 1024
 
 def _finalize(value: Any) -> Any:
     """What tenants and handlers wrote must not turn the page's text round or hide in it."""
-    return "" if value is None else clean(value) if type(value) is str else value
+    return "" if value is None else strip_control(value) if type(value) is str else value
 
 
 def text(value: Any) -> Markup:
@@ -30,7 +30,7 @@ def text(value: Any) -> Markup:
         value = json.dumps(value, ensure_ascii=False, indent=2, default=str)
     cut = f"\n… {len(value) - _LONGEST_TEXT} characters more" if len(value) > _LONGEST_TEXT else ""
     lines = (value[:_LONGEST_TEXT] + cut).expandtabs(4).split("\n")
-    return Markup("\n").join(escape(clean(line)) for line in lines)
+    return Markup("\n").join(escape(strip_control(line)) for line in lines)
 
 
 def number(value: float) -> str:
@@ -48,7 +48,7 @@ def ago(wall_s: float, wall_now_s: float) -> Markup:
     moment = (
         datetime.fromtimestamp(wall_s, UTC).isoformat(sep=" ", timespec="seconds").replace("+00:00", " UTC")
     )
-    return Markup('<time title="{}">{}</time>').format(moment, span(max(0.0, wall_now_s - wall_s)))
+    return Markup('<time title="{}">{}</time>').format(moment, format_duration(max(0.0, wall_now_s - wall_s)))
 
 
 def clock(wall_s: float) -> str:
@@ -73,7 +73,7 @@ class Renderer:
             trim_blocks=True, lstrip_blocks=True, auto_reload=False,
         )  # fmt: skip
         self._templates.filters |= {
-            "span": span, "text": text, "number": number, "rate": rate, "ago": ago, "clock": clock,
+            "span": format_duration, "text": text, "number": number, "rate": rate, "ago": ago, "clock": clock,
             "redacted": redacted,
         }  # fmt: skip
         self._templates.globals |= {"version": _version(), **shown}

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import uvicorn
 
-from ..cli.common import Deployment, services_of, sources_of
-from ..cli.top import watcher_of
+from ..admin.deployment import Deployment, services_of, source_list
+from ..admin.overview import overview_poller_of
 from ..errors import ConfigurationError
-from ..redis_operator import RedisOperatorStore
 from ..settings import parse_address
+from ..store.redis.operator import RedisOperatorStore
 from .access import Access, is_loopback
 from .app import application
-from .board import Board
+from .background import BackgroundTasks
+from .history import History
 from .pages import Site
 from .rendering import Renderer
-from .works import Works
 
 log = logging.getLogger("jobworker.web")
 
@@ -78,12 +78,12 @@ def serve(
     address = check(options, token)
     access = Access(token)
     listener = _listen(address)
-    board = Board(watcher_of(deployment, streams).look, options.interval_s)
+    board = History(overview_poller_of(deployment, streams).look, options.interval_s)
     renderer = Renderer(
         allow_actions=options.allow_actions, show_payloads=options.show_payloads, guarded=access.guarded
     )
     site = Site(
-        sources_of(streams), board, Works(), renderer,
+        source_list(streams), board, BackgroundTasks(), renderer,
         lambda: RedisOperatorStore(deployment.url, timeout_s=_STORE_TIMEOUT_S),
         lambda: services_of(deployment), options.show_payloads,
     )  # fmt: skip

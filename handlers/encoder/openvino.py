@@ -1,0 +1,80 @@
+"""The encoder for CPUs: a converted model and its tokenizer, without torch in the process."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .base import LongText, Purpose, Tokens, Vectors, WindowedEncoder, batch_arrays, cpu_budget
+from .converted_models import Card, NoEngine, converted
+from .find_model import ModelSource
+from .precision_check import exact_enough, ladder, worst_cosine
+
+log = logging.getLogger("jobworker.model")
+
+TOKENIZER, REFERENCE = "tokenizer.json", "reference.npy"
+
+
+class OpenVinoEncoder(WindowedEncoder):
+    """A sentence-transformers model, converted once for this machine, in our batches."""
+
+    def __init__(
+        self, source: ModelSource, card: Card, tokenizer: Any, *, long_text: LongText, token_budget: int
+    ) -> None:
+        super().__init__(long_text)
+        self.name, self._source = source.name, source
+        self.max_tokens = card.max_tokens
+        self._card, self._tokenizer = card, tokenizer
+        self._normalises = card.normalises
+        self._prefix, self._suffix = card.prefix, card.suffix
+        self._budget = token_budget
+
+    @classmethod
+    def load(
+        cls, source: ModelSource, *, dtype: str, threads: int, long_text: LongText, token_budget: int
+    ) -> "OpenVinoEncoder":
+        """Open the converted model, converting it first where nobody has. Raises NoEngine."""
+        folder, card = converted(source)
+        try:
+            from tokenizers import Tokenizer
+
+            tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+            encoder = cls(source, card, tokenizer, long_text=long_text, token_budget=token_budget)
+            encoder._open(folder, dtype, threads)
+        except (ImportError, OSError, RuntimeError) as error:
+            raise NoEngine(f"{folder} cannot be used: {error}") from error
+        return encoder
+
+    def _open(self, folder: Path, dtype: str, threads: int) -> None:
+        """Take the first kind of arithmetic that gives the vectors of full precision."""
+        from .openvino_session import PRECISION, OpenVinoSession
+
+        reference = np.load(folder / REFERENCE)
+        preferred = tuple(known for known in PRECISION if known in self._card.dtypes[:1])
+        for step in ladder(dtype, preferred):  # type: ignore[arg-type]
+            self._session = OpenVinoSession(folder, self._card, dtype=step, threads=threads)
+            vectors = self.probe()
+            if exact_enough(vectors, reference):
+                self.dim = int(vectors.shape[1])
+                self._budget = cpu_budget(self._budget, self.dim)
+                self.revision = self._source.revision_by("openvino", step)
+                log.info("model %s runs on the CPU by OpenVINO in %s", self.name, step)
+                return
+            log.warning("model %s in %s: cosine %.5f", self.name, step, worst_cosine(vectors, reference))
+        raise NoEngine("the converted model does not give the vectors of the original")
+
+    def _read(self, texts: Sequence[str]) -> Sequence[Tokens]:
+        read: list[Tokens] = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return read
+
+    def _prompt(self, purpose: Purpose) -> str:
+        return self._card.prompts.get(purpose, "")
+
+    def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
+        return self._embed_packed(windows, self._budget, lambda some: self._session(*self._arrays(some)))
+
+    def _arrays(self, windows: Sequence[list[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return batch_arrays(windows, self._card.pad_id, left=self._card.pads_left)

@@ -1,0 +1,1 @@
+"""What handlers keep beside the jobs: write admission, rebuild state and records."""

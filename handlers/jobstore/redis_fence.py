@@ -1,0 +1,117 @@
+"""Fence and rebuilds on Redis; all keys of a collection share one slot of a cluster."""
+
+from collections.abc import Mapping, Sequence
+
+from jobworker.worker import Fenced
+from jobworker.worker.scripted_redis import Argument, Command, Reply, ScriptedRedis, checked
+
+from . import keys
+from .fence import LEASE_MS, RebuildLease, WriteAdmission, WriteIntent
+from .scripts import script
+
+
+class RedisFence(ScriptedRedis):
+    """`Fence` and `Rebuilds`."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, scripts=script)
+
+    def admit(self, intents: Sequence[WriteIntent]) -> list[WriteAdmission]:
+        """See `Fence.admit`."""
+        replies = self._all(intents, [_admit(intent) for intent in intents])
+        return [_admission(intent, reply) for intent, reply in zip(intents, replies, strict=True)]
+
+    def note(self, intent: WriteIntent, gone: Sequence[str], floors: Mapping[str, int]) -> None:
+        """See `Fence.note`."""
+        on = keys.writes_keys(intent.collection)
+        pairs = [part for chapter, version in floors.items() for part in (chapter, str(version))]
+        command = script("note", [on.floors, on.rebuild, on.journal], len(floors), *pairs, *gone)
+        self.one(on.rebuild, command)
+
+    def leave(self, intents: Sequence[WriteIntent]) -> None:
+        """See `Fence.leave`."""
+        self._all(intents, [_leave(intent) for intent in intents])
+
+    def _all(self, intents: Sequence[WriteIntent], commands: Sequence[Command]) -> list[Reply]:
+        """One reply an intent; intents of one collection go out together."""
+        replies: list[Reply] = [None] * len(intents)
+        for name in dict.fromkeys(intent.collection for intent in intents):
+            places = [place for place, intent in enumerate(intents) if intent.collection == name]
+            found = self.call(keys.writes_keys(name).rebuild, [commands[place] for place in places])
+            for place, reply in zip(places, found, strict=True):
+                replies[place] = checked(reply)
+        return replies
+
+    # ---- rebuilds
+
+    def begin(self, collection: str, owner: str, lease_ms: int) -> RebuildLease | str:
+        """See `Rebuilds.begin`."""
+        # For `explain` alone: where this user may not write it, a rebuild goes on without.
+        self.call(keys.REBUILT_KEY, [("SADD", keys.REBUILT_KEY, collection)])
+        key = keys.writes_keys(collection).rebuild
+        epoch, *rest = self.one(key, script("rebuild_begin", [key], owner, lease_ms))
+        return RebuildLease(epoch, _fields(rest)) if epoch else rest[0].decode()
+
+    def save(
+        self,
+        collection: str,
+        epoch: int,
+        fields: Mapping[str, str],
+        *,
+        lease_ms: int,
+        shut_ms: int | None = None,
+        journal: bool | None = None,
+    ) -> None:
+        """See `Rebuilds.save`."""
+        on = keys.writes_keys(collection)
+        pairs = [part for pair in fields.items() for part in pair]
+        shut, writing = "" if shut_ms is None else shut_ms, "" if journal is None else int(journal)
+        arguments: list[Argument] = [epoch, lease_ms, shut, writing, *pairs]
+        command = script("rebuild_save", [on.rebuild, on.journal, on.doing], *arguments)
+        if not self.one(on.rebuild, command):
+            raise Fenced(f"the rebuild of {collection} was taken over by another process")
+
+    def writers(self, collection: str) -> int:
+        """See `Rebuilds.writers`."""
+        key = keys.writes_keys(collection).writers
+        leases, now = (checked(reply) for reply in self.call(key, [("HVALS", key), ("TIME",)]))
+        now_ms = int(now[0]) * 1000 + int(now[1]) // 1000
+        return sum(int(till) > now_ms for till in leases)
+
+    def changed(self, collection: str, done: Sequence[str], limit: int) -> list[str]:
+        """See `Rebuilds.changed`."""
+        on = keys.writes_keys(collection)
+        found = self.one(on.rebuild, script("journal", [on.journal, on.doing], limit, *done))
+        return [id_.decode() for id_ in found]
+
+    def state(self, collection: str) -> dict[str, str]:
+        """See `Rebuilds.state`."""
+        key = keys.writes_keys(collection).rebuild
+        return _fields(self.one(key, ("HGETALL", key)))
+
+
+def _admit(intent: WriteIntent) -> Command:
+    on = keys.writes_keys(intent.collection)
+    all_keys = [on.writers, on.held, on.floors, on.rebuild, on.journal]
+    counts = (LEASE_MS, intent.model, len(intent.held), len(intent.chapters))
+    lists = (*intent.held, *intent.chapters, *intent.ids)
+    return script("admit", all_keys, intent.token, intent.owner, *counts, *lists)
+
+
+def _leave(intent: WriteIntent) -> Command:
+    on = keys.writes_keys(intent.collection)
+    all_keys = [on.writers, on.held, on.rebuild, on.journal]
+    return script("leave", all_keys, intent.token, intent.owner, len(intent.held), *intent.held, *intent.ids)
+
+
+def _admission(intent: WriteIntent, reply: Reply) -> WriteAdmission:
+    if reply[0] == b"model":
+        return WriteAdmission("model", model=reply[1].decode())
+    if reply[0] != b"in":
+        return WriteAdmission("closed" if reply[0] == b"closed" else "held")
+    floors = zip(intent.chapters, reply[1:], strict=True)
+    return WriteAdmission("in", {chapter: int(floor) for chapter, floor in floors if floor is not None})
+
+
+def _fields(flat: Sequence[bytes]) -> dict[str, str]:
+    return {flat[i].decode(): flat[i + 1].decode() for i in range(0, len(flat), 2)}

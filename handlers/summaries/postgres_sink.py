@@ -1,0 +1,205 @@
+"""What was found in chapters, in PostgreSQL: chapters.summary, entity_states, events, relations."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+
+from jobworker.worker import ConfigurationError, PermanentError, Settings, Unavailable
+
+from .sinks import ChapterFindings, Findings
+
+log = logging.getLogger("jobworker.postgres")
+
+#: A connection that is not there after this is not coming; jobs wait with their type then.
+_CONNECT_S = 10
+#: One chapter is some hundred rows; a statement that takes longer waits for a lock that is not given back.
+_STATEMENT_MS = 30_000
+#: Any number that no other program takes for its own: workers that start together make the tables in turn.
+_LOCK = 7_366_124_001
+
+_SCOPE = ("tenant_id", "project_id", "chapter_id", "chapter_version", "position")
+#: The tables that the sink writes, made where they are missing. What stands there already needs these columns
+#: and may have more.
+SCHEMA = {
+    "chapters": """CREATE TABLE chapters (
+        tenant_id text NOT NULL, project_id text NOT NULL, id text NOT NULL,
+        summary text, summary_version bigint, summary_updated_at timestamptz,
+        PRIMARY KEY (tenant_id, project_id, id))""",
+    "entity_states": """CREATE TABLE entity_states (
+        tenant_id text NOT NULL, project_id text NOT NULL, chapter_id text NOT NULL,
+        chapter_version bigint NOT NULL, position integer NOT NULL,
+        name text NOT NULL, entity_type text NOT NULL, description text NOT NULL,
+        PRIMARY KEY (tenant_id, project_id, chapter_id, position))""",
+    "events": """CREATE TABLE events (
+        tenant_id text NOT NULL, project_id text NOT NULL, chapter_id text NOT NULL,
+        chapter_version bigint NOT NULL, position integer NOT NULL,
+        description text NOT NULL, participants text[] NOT NULL,
+        PRIMARY KEY (tenant_id, project_id, chapter_id, position))""",
+    "relations": """CREATE TABLE relations (
+        tenant_id text NOT NULL, project_id text NOT NULL, chapter_id text NOT NULL,
+        chapter_version bigint NOT NULL, position integer NOT NULL,
+        source text NOT NULL, target text NOT NULL, relation text NOT NULL, description text NOT NULL,
+        PRIMARY KEY (tenant_id, project_id, chapter_id, position))""",
+}
+COLUMNS = {
+    "chapters": ("tenant_id", "project_id", "id", "summary", "summary_version", "summary_updated_at"),
+    "entity_states": (*_SCOPE, "name", "entity_type", "description"),
+    "events": (*_SCOPE, "description", "participants"),
+    "relations": (*_SCOPE, "source", "target", "relation", "description"),
+}
+
+_ADD_CHAPTER = """INSERT INTO chapters (tenant_id, project_id, id) VALUES (%s, %s, %s)
+    ON CONFLICT DO NOTHING"""
+_LOCK_CHAPTER = """SELECT summary_version FROM chapters WHERE tenant_id = %s AND project_id = %s AND id = %s
+    FOR UPDATE"""
+_SET_SUMMARY = """UPDATE chapters SET summary = %s, summary_version = %s, summary_updated_at = now()
+    WHERE tenant_id = %s AND project_id = %s AND id = %s"""
+
+
+class _Table(NamedTuple):
+    """The rows of one table that a chapter's findings come to."""
+
+    name: str
+    rows: list[tuple[Any, ...]]
+
+
+class PostgresSink:
+    """`SummarySink`: one transaction a chapter, which puts its rows in place of an older version's."""
+
+    def __init__(self) -> None:
+        self._connection: psycopg.Connection[Any] | None = None
+
+    def setup(self, settings: Settings) -> None:
+        """Connect, and make the tables that are missing.
+
+        Raises ConfigurationError without a good `--postgres-dsn` or where a table lacks a column,
+        Unavailable where the server does not answer.
+        """
+        if not settings.postgres_dsn:
+            raise ConfigurationError("--summary-sink postgres needs --postgres-dsn")
+        try:
+            conninfo_to_dict(settings.postgres_dsn)
+        except psycopg.ProgrammingError:
+            # The cause stays out: it quotes what could not be read.
+            raise ConfigurationError("--postgres-dsn cannot be read as a PostgreSQL connection") from None
+        self._dsn = settings.postgres_dsn
+        try:
+            self._run(_make_tables)
+        except BaseException:
+            self.close()
+            raise
+
+    def healthy(self) -> None:
+        """Raise Unavailable where the server does not answer."""
+        self._run(lambda connection: connection.execute("SELECT 1"))
+
+    def store(self, chapter: ChapterFindings) -> None:
+        """See `SummarySink.store`."""
+        self._run(lambda connection: _store(connection, chapter))
+
+    def close(self) -> None:
+        """Give the connection back; the next call makes a new one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _run(self, do: Callable[[psycopg.Connection[Any]], object]) -> None:
+        """One transaction; what goes wrong comes out in the sink's terms."""
+        try:
+            connection = self._connected()
+            with connection.transaction():
+                do(connection)
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            self.close()
+            raise Unavailable(f"PostgreSQL: {type(error).__name__}: {error}") from error
+        except (psycopg.DataError, psycopg.IntegrityError) as error:
+            raise PermanentError(f"PostgreSQL: {type(error).__name__}: {error}") from error
+
+    def _connected(self) -> psycopg.Connection[Any]:
+        if self._connection is None or self._connection.closed:
+            connection = psycopg.connect(
+                self._dsn, autocommit=True, connect_timeout=_CONNECT_S, application_name="jobworker"
+            )
+            connection.execute(f"SET statement_timeout = {_STATEMENT_MS}")
+            self._connection = connection
+        return self._connection
+
+
+def _store(connection: psycopg.Connection[Any], chapter: ChapterFindings) -> None:
+    whose = (chapter.tenant_id, chapter.project_id, chapter.chapter_id)
+    stands = connection.execute(_LOCK_CHAPTER, whose).fetchone()
+    if stands is None:
+        # Only now: a table of others may have columns that must not be empty.
+        connection.execute(_ADD_CHAPTER, whose)
+        stands = connection.execute(_LOCK_CHAPTER, whose).fetchone()
+    if stands is None:
+        raise PermanentError(f"chapter {chapter.chapter_id} belongs to another tenant or project")
+    if stands[0] is not None and stands[0] > chapter.chapter_version:
+        log.info("chapter %s is at version %d, %d came late", whose[2], stands[0], chapter.chapter_version)
+        return
+    summary = _text(chapter.findings.summary)
+    connection.execute(_SET_SUMMARY, (summary, chapter.chapter_version, *whose))
+    for table in _tables(chapter.findings):
+        _replace(connection, table, whose, chapter.chapter_version)
+
+
+def _replace(
+    connection: psycopg.Connection[Any], table: _Table, whose: tuple[str, str, str], version: int
+) -> None:
+    name = sql.Identifier(table.name)
+    delete = sql.SQL("DELETE FROM {} WHERE tenant_id = %s AND project_id = %s AND chapter_id = %s")
+    connection.execute(delete.format(name), whose)
+    columns = COLUMNS[table.name]
+    insert = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
+        name, _names(columns), sql.SQL(", ").join([sql.Placeholder()] * len(columns))
+    )
+    rows = [(*whose, version, position, *row) for position, row in enumerate(table.rows)]
+    with connection.cursor() as cursor:
+        cursor.executemany(insert, rows)
+
+
+def _tables(findings: Findings) -> list[_Table]:
+    return [
+        _Table(
+            "entity_states",
+            [(_text(e.name), _text(e.entity_type), _text(e.description)) for e in findings.entity_updates],
+        ),
+        _Table(
+            "events",
+            [(_text(e.description), [_text(p) for p in e.participants]) for e in findings.new_events],
+        ),
+        _Table(
+            "relations",
+            [
+                (_text(r.source), _text(r.target), _text(r.relation), _text(r.description))
+                for r in findings.relation_changes
+            ],
+        ),
+    ]
+
+
+def _text(text: str) -> str:
+    """What PostgreSQL can hold: any text but the character 0."""
+    return text.replace("\0", "")
+
+
+def _make_tables(connection: psycopg.Connection[Any]) -> None:
+    connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+    for table, create in SCHEMA.items():
+        if connection.execute("SELECT to_regclass(%s)", (table,)).fetchone() == (None,):
+            connection.execute(sql.SQL(create))
+            log.info("table %s was made", table)
+            continue
+        look = sql.SQL("SELECT {} FROM {} LIMIT 0").format(_names(COLUMNS[table]), sql.Identifier(table))
+        try:
+            connection.execute(look)
+        except psycopg.errors.UndefinedColumn as error:
+            raise ConfigurationError(f"table {table}: {error.diag.message_primary}") from error
+
+
+def _names(columns: Sequence[str]) -> sql.Composable:
+    return sql.SQL(", ").join(map(sql.Identifier, columns))

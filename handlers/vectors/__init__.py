@@ -1,0 +1,1 @@
+"""The vector store: ports, checks, and adapters for Milvus and memory."""

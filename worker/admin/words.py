@@ -1,0 +1,59 @@
+"""Text for terminals and pages: durations, plurals, widths, and no control characters."""
+
+import re
+import unicodedata
+from itertools import accumulate
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+#: What may move a terminal's cursor or change its title; tenants' words go to the terminal too.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+class InvalidAge(ValueError):
+    """Text that is no age."""
+
+
+def parse_age(text: str) -> float:
+    """``90``, ``90s``, ``15m``, ``2h``, ``7d`` or ``1w``, as seconds. Raises `InvalidAge`."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw]?)", text)
+    if match is None:
+        raise InvalidAge(f"{text!r}: write 90s, 15m, 2h or 7d")
+    return float(match[1]) * _UNITS_S[match[2] or "s"]
+
+
+def strip_control(text: str, width: int = 0) -> str:
+    """Fit for a terminal: no control characters, and cut to a width (0: as long as it is)."""
+    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+    if not width or columns(text) <= width:
+        return text
+    ends = accumulate(columns(char) for char in text)
+    return "".join(char for char, end in zip(text, ends, strict=True) if end < width) + "…"
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal it takes: Chinese characters two, marks upon a letter none."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        for char in text
+    )
+
+
+def pad(text: str, width: int) -> str:
+    """Filled up to a width; a negative one sets to the right."""
+    blanks = " " * (abs(width) - columns(text))
+    return blanks + text if width < 0 else text + blanks
+
+
+def format_duration(seconds: float) -> str:
+    """A length of time in two letters' precision: ``0.4 s``, ``12 s``, ``3 min``, ``5 h``, ``9 d``."""
+    for limit, unit_s, unit in ((10, 0, ""), (120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds:.1f} s" if not unit else f"{seconds / unit_s:.0f} {unit}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def pluralise(count: int, what: str, plural: str = "") -> str:
+    """``1 worker``, ``2 workers``."""
+    return f"{count} {what if count == 1 else plural or what + 's'}"

@@ -1,0 +1,89 @@
+"""Event loop of a worker process: runs the coroutines of async handlers to their end, one at a time."""
+
+import contextvars
+import logging
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import asyncio
+
+log = logging.getLogger("jobworker.event_loop")
+
+T = TypeVar("T")
+
+
+class EventLoop:
+    """One asyncio loop for all handlers of a worker, kept between jobs so that their clients stay usable.
+
+    The first coroutine creates the loop: a worker without async handlers never imports asyncio. The loop runs
+    only while a coroutine of a handler runs. It is not the thread's current loop: a sync handler that calls
+    ``asyncio.get_event_loop().close()`` does not close it.
+    """
+
+    def __init__(self) -> None:
+        self._runner: asyncio.Runner | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, T], *, keep_tasks: bool = False) -> T:
+        """Run the coroutine and return its result; what it raises passes through.
+
+        Tasks that it leaves running are cancelled and waited for, except with ``keep_tasks``. The wait is
+        part of the job: it ends at the job's timeout at the latest. Context variables of the caller are
+        visible inside, changes to them are not visible outside. Raises RuntimeError inside a running loop.
+        """
+        import asyncio
+
+        if _is_running():
+            coroutine.close()
+            raise RuntimeError("async handlers cannot run inside a running event loop: use a plain function")
+        # Not asyncio.run's default factory, which would make this loop the thread's current one.
+        runner = self._runner = self._runner or asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        earlier = asyncio.all_tasks(runner.get_loop())
+        try:
+            result = runner.run(coroutine, context=contextvars.copy_context())
+        except (SystemExit, KeyboardInterrupt):
+            self.close()  # or asyncio reports at the interpreter's end that nothing retrieved the exception
+            raise
+        except BaseException:
+            self._end_tasks(runner, earlier)
+            raise
+        if not keep_tasks:
+            self._end_tasks(runner, earlier)
+        return result
+
+    def _end_tasks(self, runner: "asyncio.Runner", earlier: "set[asyncio.Task[Any]]") -> None:
+        import asyncio
+
+        if tasks := asyncio.all_tasks(runner.get_loop()) - earlier:
+            runner.run(_cancel(tasks), context=contextvars.copy_context())
+
+    def close(self) -> None:
+        """Cancel what is left and close the loop; the next coroutine creates a new one."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
+
+
+def _is_running() -> bool:
+    """Whether the caller itself runs inside a loop, as a test that is a coroutine does."""
+    import asyncio
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+async def _cancel(tasks: "set[asyncio.Task[Any]]") -> None:
+    import asyncio
+
+    await asyncio.sleep(0)  # tasks that are about to end do so, and need no warning
+    left = [task for task in tasks if not task.done()]
+    names = [task.get_name() for task in left if not task.cancelling()]
+    if names:
+        log.warning("cancelling %d tasks that a job left running: %s", len(names), ", ".join(names)[:1000])
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left)

@@ -1,0 +1,1 @@
+"""What the processes share: rings, the in-flight table and control sockets."""

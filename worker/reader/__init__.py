@@ -1,0 +1,1 @@
+"""The reader role: owns the consumer groups, dispatches jobs to workers, settles outcomes."""

@@ -1,0 +1,165 @@
+"""What this service holds of the streams: finds it again, renews it, takes over what lost hosts left."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+from ..errors import StoreUnavailable
+from ..settings import Settings
+from ..store.ports import Entry, ReaderStore
+from ..telemetry.metrics import MetricsBuffer
+from .dispatch import WorkerHandle
+from .prefetch import PrefetchBuffer
+
+#: Entries of one answer: enough to spread a round trip over.
+_MOST_ENTRIES = 1024
+#: An answer is to hold about so many bytes.
+_ANSWER_BYTES = 4 * 1024 * 1024
+#: Asked for while nothing is known: as many of the largest jobs as a host can well hold.
+_FIRST_ENTRIES = 8
+
+
+class ReadCount:
+    """For one stream. Grows while entries are small; after a large one as many are asked for as fit."""
+
+    def __init__(self) -> None:
+        self.entries = _FIRST_ENTRIES
+
+    def learn(self, answer: Sequence[Entry]) -> None:
+        """Go by the largest entry of the newest answer: large jobs come in runs, and are not to be many."""
+        largest = max(1, max([len(entry.data or b"") for entry in answer], default=1))
+        self.entries = max(1, min(_MOST_ENTRIES, 2 * self.entries, _ANSWER_BYTES // largest))
+
+    @property
+    def largest(self) -> bool:
+        """Whether jobs have been so small that it is as large as it gets."""
+        return self.entries == _MOST_ENTRIES
+
+    def overrun(self) -> None:
+        """An answer was too large to be taken: one at a time until more is known."""
+        self.entries = 1
+
+
+log = logging.getLogger("jobworker.reader")
+
+#: Pages of the pending list, at start and when other hosts' entries are taken over.
+_PAGE = 256
+#: Where a listing of pending entries starts and, for take-overs, ends.
+_START = b"0-0"
+
+
+class LeaseKeeper:
+    """Of one reader, whose lanes and backlog are looked at; `arrive` is told of what was found."""
+
+    def __init__(
+        self,
+        store: ReaderStore,
+        settings: Settings,
+        workers: Sequence[WorkerHandle],
+        backlog: PrefetchBuffer,
+        tally: MetricsBuffer,
+        arrive: Callable[[int, list[Entry]], None],
+        mono_now_s: float,
+    ) -> None:
+        #: By source: how much to ask for at once.
+        self.portions = [ReadCount() for _ in settings.streams]
+        self._store = store
+        self._settings = settings
+        self._sources = settings.streams
+        self._workers = workers
+        self._backlog = backlog
+        self._tally = tally
+        self._arrive = arrive
+        self._mono_renewed_s = mono_now_s
+        # Sources whose pending entries are still being listed, and the last one that was: new ones wait.
+        self._unlisted: dict[int, bytes] = {}
+        for source in settings.streams:  # what has not happened yet is 0: else nobody sees its first time
+            self._tally.count("z_novel_leases_taken_over_total", (source.stream,), 0)
+            self._tally.count("z_novel_leases_lost_total", (source.stream,), 0)
+
+    def credit(self) -> int:
+        """How many jobs the workers can take; none while what waits here is as much as may be held."""
+        return 0 if self._backlog.full else sum(worker.credit for worker in self._workers)
+
+    # -- what this consumer was given before
+
+    def begin(self) -> None:
+        """List everything from the start, under a new connection."""
+        self._unlisted = dict.fromkeys(range(len(self._sources)), _START)
+
+    def dropped(self, source: int) -> None:
+        """An answer was too large: list what it gave, an entry at a time until their size is known."""
+        self.portions[source].overrun()
+        self._unlisted[source] = _START
+
+    def listed(self, source: int) -> bool:
+        """Whether all that was pending is found; only then is anything new read."""
+        return source not in self._unlisted
+
+    def list_pending(self) -> None:
+        """Go on finding what this consumer was given before and nobody has in hand, while there is room."""
+        if not self._unlisted or self._backlog.full:
+            return
+        known = self._in_hand()
+        for number, after in list(self._unlisted.items()):
+            while not self._backlog.full:
+                page = self._store.own_pending(self._sources[number], after, self._page(number))
+                if not page:
+                    del self._unlisted[number]
+                    break
+                self._arrive(number, [entry for entry in page if (number, entry.id) not in known])
+                after = self._unlisted[number] = page[-1].id
+
+    def _in_hand(self) -> set[tuple[int, bytes]]:
+        """Every entry that a worker holds and that is not settled, or that waits here."""
+        held = {(held.source, held.entry_id) for worker in self._workers for held in worker.table.unsettled()}
+        return held | {(arrival.source, arrival.entry.id) for arrival in self._backlog}
+
+    def _page(self, source: int) -> int:
+        return min(_PAGE, self.portions[source].entries)
+
+    # -- leases
+
+    def keep(self, now: float, *, draining: bool) -> None:
+        """When a third of the lease is over: renew what is in hand, then take over what lost hosts left."""
+        if now - self._mono_renewed_s <= self._settings.lease_s / 3:
+            return
+        self._mono_renewed_s = now
+        known = self._in_hand()
+        for number, source in enumerate(self._sources):
+            mine = [entry_id for owner, entry_id in known if owner == number]
+            lost = self._store.renew(source, mine) if mine else set()
+            if lost:
+                self._drop(number, lost)
+            if not draining:
+                self._take_over(number, known)
+
+    def _drop(self, source: int, lost: set[bytes]) -> None:
+        """Forget what waits here and was taken over elsewhere; what is running is refused when settled."""
+        stream = self._sources[source].stream
+        log.warning("lease lost", extra={"entries": len(lost), "stream": stream})
+        self._tally.count("z_novel_leases_lost_total", (stream,), len(lost))
+        self._backlog.drop(source, lost)
+
+    def _take_over(self, source: int, known: set[tuple[int, bytes]]) -> None:
+        cursor, stream = _START, self._sources[source].stream
+        idle_ms = int(self._settings.lease_s * 1000)
+        while self.credit() > self._backlog.waiting(source):
+            page = self._page(source)
+            cursor, entries = self._store.take_over(self._sources[source], idle_ms, page, cursor)
+            found = [entry for entry in entries if (source, entry.id) not in known]
+            if found:
+                log.warning("took over", extra={"entries": len(found), "stream": stream})
+                self._tally.count("z_novel_leases_taken_over_total", (stream,), len(found))
+            self._arrive(source, found)
+            if cursor == _START:
+                return
+
+    def hand_back(self) -> None:
+        """Before ending: let any other host have at once what was read and not begun."""
+        try:
+            for number, source in enumerate(self._sources):
+                ids = [a.entry.id for a in self._backlog if a.source == number]
+                if ids:
+                    self._store.release(source, ids)
+        except StoreUnavailable as error:
+            log.warning("not handed back; the lease will do it", extra={"error": str(error)})

@@ -1,0 +1,353 @@
+"""The reader: owns the consumer groups, hands jobs to workers, settles what came of them.
+
+One loop waits for everything at once: answers to blocking reads (one connection for each stream), the
+workers' wake-ups, the supervisor's messages. Nothing here is remembered that is not also in the store or in
+the workers' tables, so a reader that dies is replaced by one that goes on.
+"""
+
+import logging
+import random
+import selectors
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from operator import or_
+
+from ..errors import AnswerTooLarge, StoreUnavailable
+from ..ipc.channel import Channel, clear_eventfd
+from ..ipc.control import (
+    Attach,
+    ControlSocket,
+    Drain,
+    ExitReclaimed,
+    Message,
+    Ready,
+    Retire,
+    SyncDone,
+    WorkerExited,
+)
+from ..settings import Settings
+from ..store.ports import Entry, ReaderStore
+from ..telemetry import trace
+from ..telemetry.metrics import MetricsBuffer
+from .admission import Admission, AdmittedJob
+from .dispatch import WorkerHandle, dispatch_exclusive
+from .leases import LeaseKeeper
+from .prefetch import PrefetchBuffer
+from .settlement import Settler
+
+log = logging.getLogger("jobworker.reader")
+
+#: How long a read blocks; only bounds how soon a silently dead connection is noticed.
+_BLOCK_MS = 2000
+#: How long an answer may take beyond the time that a read blocks.
+_ANSWER_MARGIN_S = 2.0
+_REPORT_EVERY_S = 0.25
+#: How often the types that operators have paused are asked for: one short answer of the store.
+_PAUSES_EVERY_S = 0.5
+#: Jobs that wait for workers of their own are read past by so many: behind them may be some for the others.
+_LOOK_PAST = 1024
+#: First and longest wait after the store refused; short enough to be back within a second or so.
+_BACKOFF_S = (0.05, 1.0)
+
+
+class Reader:
+    """The role. `run` returns once drained."""
+
+    def __init__(
+        self,
+        store: ReaderStore,
+        settings: Settings,
+        link: ControlSocket,
+        *,
+        mono_s: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._sources = settings.streams
+        self._link = link
+        self._mono_s = mono_s
+        self._rng = rng or random.Random()
+        self._tally = MetricsBuffer()
+        kinds = {kind: number for number, kind in enumerate(settings.handlers)}
+        self._triage = Admission(kinds, settings.max_payload, settings.max_deaths)
+        self._backlog = PrefetchBuffer(list(settings.handlers))
+        self._settler = Settler(store, settings, self._tally, self._rng, self._backlog.is_within_grace)
+        self._workers: list[WorkerHandle] = []
+        self._custody = LeaseKeeper(
+            store, settings, self._workers, self._backlog, self._tally, self._arrive, mono_s()
+        )
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(link, selectors.EVENT_READ)
+        self._briefed = False
+        self._draining = False
+        self._connected = False
+        self._trouble: str | None = None
+        self._failures = 0
+        self._retry_at = 0.0
+        self._reported_at = 0.0
+        self._heeded_at = 0.0
+        # When the answer to each read under way must be there: a network that swallows packets says nothing.
+        self._answer_by: dict[int, float] = {}
+        self._progress = 0
+
+    def run(self) -> None:
+        """Go round until drained. A store that does not answer is waited for; jobs in flight are kept."""
+        while not self.drained:
+            self.run_once(_REPORT_EVERY_S)
+        self._custody.hand_back()
+        self._store.close()
+        self.report()
+        self._selector.close()
+
+    @property
+    def drained(self) -> bool:
+        """Whether it was told to drain and no worker is left."""
+        return self._draining and not self._workers
+
+    def run_once(self, sleep_s: float) -> None:
+        """One round of the loop, which waits at most so long for something to happen."""
+        now = self._mono_s()
+        if now - self._reported_at >= _REPORT_EVERY_S:
+            self.report()
+        if now < self._retry_at:
+            return self._wait(min(sleep_s, self._retry_at - now))
+        try:
+            self._turn(now, sleep_s)
+            self._failures = 0
+            self._trouble = None
+        except StoreUnavailable as error:
+            self._back_off(error)
+
+    def _turn(self, now: float, sleep_s: float) -> None:
+        if not self._briefed:
+            return self._wait(sleep_s)
+        if not self._connected:
+            self._connect()
+        elif now - self._heeded_at >= _PAUSES_EVERY_S:
+            self._heed_pauses()
+        settled = self._settler.settle(self._workers)
+        self._backlog.answered(settled.answered)
+        for arrival in settled.unavailable:
+            self._pause(arrival, now)
+        self._backlog.release_probes(now)
+        self._clear_the_dead()
+        for worker in self._workers:
+            worker.update_rate(now)
+        if not self._draining:
+            self._hand_out()
+            self._custody.list_pending()
+            self._read_more()
+        self._custody.keep(now, draining=self._draining)
+        self._wait(sleep_s)
+        if self._answer_by and min(self._answer_by.values()) < self._mono_s():
+            raise StoreUnavailable("a blocking read was not answered in time")
+
+    # -- waiting
+
+    def _wait(self, timeout_s: float) -> None:
+        """Sleep until something happens, and take in what did."""
+        for key, _ in self._selector.select(timeout_s):
+            if key.data is None:
+                self._listen()
+            elif isinstance(key.data, WorkerHandle):
+                clear_eventfd(key.fd)
+            elif key.data in self._answer_by:  # else a Drain heard in this very round has ended the read
+                self._selector.unregister(key.fd)
+                del self._answer_by[key.data]
+                self._take_in(key.data)
+                self._went_round()
+
+    def _finish_read(self, source: int) -> list[Entry]:
+        """The answer. One that is too large was dropped: it is asked for again, an entry at a time."""
+        try:
+            return self._store.finish_read(self._sources[source])
+        except AnswerTooLarge as error:
+            log.warning("read given up", extra={"stream": self._sources[source].stream, "error": str(error)})
+            self._custody.dropped(source)
+            return []
+
+    def _listen(self) -> None:
+        try:
+            while (received := self._link.receive()) is not None:
+                self._obey(*received)
+        except EOFError:
+            raise SystemExit("the supervisor is gone") from None
+
+    def _obey(self, message: Message, fds: list[int]) -> None:
+        match message:
+            case Attach(slot, generation):
+                worker = WorkerHandle(slot, generation, Channel(*fds), self._mono_s())
+                self._workers.append(worker)
+                self._selector.register(fds[2], selectors.EVENT_READ, worker)
+            case WorkerExited(slot, generation):
+                for worker in self._of(slot, generation):
+                    worker.gone = message
+            case Retire(slot, generation):
+                for worker in self._of(slot, generation):
+                    worker.retired = True
+            case SyncDone():
+                self._briefed = True
+            case Drain():
+                self._draining = True
+                self._stop_reading()
+            case _:
+                log.error("message not for a reader", extra={"message": type(message).__name__})
+
+    def _of(self, slot: int, generation: int) -> Iterator[WorkerHandle]:
+        return (worker for worker in self._workers if (worker.slot, worker.generation) == (slot, generation))
+
+    # -- the store comes and goes
+
+    def _connect(self) -> None:
+        """Take the consumer's name, then begin to find what it was given before."""
+        self._store.acquire(self._sources)
+        self._connected = True
+        # What waits here was found under the earlier connection; the listing below finds it again.
+        self._backlog.clear()
+        self._heed_pauses()
+        self._custody.begin()
+        self._custody.list_pending()
+        self._link.send(Ready())
+        log.info("reading", extra={"streams": len(self._sources), "pending": len(self._backlog.ready)})
+
+    def _heed_pauses(self) -> None:
+        """Set aside the types that an operator has paused, and let go on those that are paused no more."""
+        self._heeded_at = self._mono_s()
+        paused = self._store.paused()
+        numbers = {number for number, kind in enumerate(self._settings.handlers) if kind in paused}
+        if numbers != self._backlog.paused_types:
+            log.info("paused by an operator", extra={"task_types": sorted(paused)})
+            self._backlog.set_paused_types(numbers)
+
+    def _back_off(self, error: StoreUnavailable) -> None:
+        """Wait longer each time, with jitter, so that many hosts do not come back in the same instant."""
+        self._stop_reading()
+        self._connected = False
+        first, longest = _BACKOFF_S
+        delay = min(longest, first * 2.0**self._failures) * self._rng.uniform(0.5, 1.0)
+        self._failures = min(self._failures + 1, 16)
+        self._retry_at = self._mono_s() + delay
+        known, self._trouble = self._trouble is not None, str(error)
+        if not known:
+            log.error("store unavailable", extra={"error": str(error)})
+            self.report()  # at once: the next try may take as long as the store's timeout
+
+    def _stop_reading(self) -> None:
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.data, int):
+                self._selector.unregister(key.fd)
+        self._answer_by.clear()
+        self._store.abandon_reads()
+
+    def report(self) -> None:
+        """Tell the supervisor what was counted."""
+        self._reported_at = self._mono_s()
+        for number, kind in enumerate(self._settings.handlers):
+            self._tally.gauge("z_novel_circuit_open", (kind,), float(self._backlog.paused(number)))
+            self._tally.gauge("z_novel_paused", (kind,), float(number in self._backlog.paused_types))
+        self._link.report(self._tally, self._trouble, self._progress)
+
+    # -- jobs in
+
+    def _take_in(self, source: int) -> None:
+        """Take a read's answer. While small jobs are gone through here the server looks for more of them."""
+        entries = self._finish_read(source)
+        if entries and self._custody.portions[source].largest and not self._draining:
+            self._ask_for(source, self._room(source) - len(entries))
+        self._arrive(source, entries)
+
+    def _arrive(self, source: int, entries: list[Entry]) -> None:
+        arrivals, refusals = self._triage.sift(source, entries)
+        self._backlog.extend(arrivals)
+        for refusal in refusals:
+            self._settler.refuse(refusal)
+        if entries:
+            self._custody.portions[source].learn(entries)
+
+    def _pause(self, arrival: AdmittedJob, now: float) -> None:
+        kind = tuple(self._settings.handlers)[arrival.kind]
+        if not self._backlog.paused(arrival.kind):
+            log.warning("type paused: what it needs does not answer", extra={"task_type": kind})
+        self._backlog.pause(arrival, now)
+
+    def _room(self, source: int) -> int:
+        """How many jobs of a source the workers can take beyond what waits here already."""
+        credit = self._custody.credit()
+        return credit and credit - self._backlog.waiting(source) + min(self._passed_over(), _LOOK_PAST)
+
+    def _ask_for(self, source: int, room: int) -> None:
+        stream = self._sources[source]
+        if room > 0 and self._custody.listed(source) and not self._store.reading(stream):
+            fd = self._store.begin_read(stream, min(room, self._custody.portions[source].entries), _BLOCK_MS)
+            self._selector.register(fd, selectors.EVENT_READ, source)
+            self._answer_by[source] = self._mono_s() + _BLOCK_MS / 1000 + _ANSWER_MARGIN_S
+
+    def _read_more(self) -> None:
+        """Ask each stream for what there is room for."""
+        for number in range(len(self._sources)):
+            room = self._room(number)
+            self._ask_for(number, room)
+            if room <= 0:
+                self._went_round()  # all hands are full: nothing to be read is no standstill
+
+    def _went_round(self) -> None:
+        self._progress += 1
+        self._tally.count("z_novel_read_cycles_total")
+
+    # -- jobs out
+
+    def _hand_out(self) -> None:
+        self._backlog.set_exclusive_types(
+            reduce(or_, (worker.channel.exclusive_types for worker in self._workers), 0)
+        )
+        dispatch_exclusive(self._workers, self._backlog.isolated, self._tell_handed_out)
+        waiting = self._backlog.ready
+        unfit: list[WorkerHandle] = []
+        while waiting:
+            workers = [worker for worker in self._workers if worker.credit > 0 and worker not in unfit]
+            if not workers:
+                return
+            share = -(-len(waiting) // len(workers))
+            worker = min(workers, key=lambda worker: len(worker.table))
+            batch = self._backlog.take(min(share, worker.credit), worker.channel.unsupported_types)
+            if not batch:
+                unfit.append(worker)
+                continue
+            given = worker.dispatch(batch)
+            self._trace_dispatched(batch[:given])
+            waiting.extendleft(reversed(batch[given:]))
+            if not given:
+                return
+
+    def _tell_handed_out(self, arrival: AdmittedJob) -> None:
+        self._trace_dispatched([arrival])
+
+    def _trace_dispatched(self, jobs: Sequence[AdmittedJob]) -> None:
+        if trace.enabled():
+            for job in jobs:
+                trace.dispatched(self._sources[job.source].stream, job.entry.id, job.entry.data or b"")
+
+    def _passed_over(self) -> int:
+        """Jobs that wait for the workers that can run them, while one that cannot has nothing to do."""
+        idle = any(worker.channel.unsupported_types and worker.credit for worker in self._workers)
+        return len(self._backlog.ready) if idle else 0
+
+    # -- workers end
+
+    def _clear_the_dead(self) -> None:
+        for worker in [worker for worker in self._workers if worker.gone]:
+            assert worker.gone is not None
+            remains = self._settler.clear(worker, worker.gone)
+            self._selector.unregister(worker.channel.fds[2])
+            self._workers.remove(worker)
+            worker.channel.close()
+            self._link.send(ExitReclaimed(worker.slot, worker.generation))
+            for source, entry in remains.isolated:
+                self._arrive(source, [entry])
+            behind = list(self._backlog.ready)
+            self._backlog.ready.clear()
+            for source, entry in remains.unstarted:
+                self._arrive(source, [entry])
+            self._backlog.ready.extend(behind)

@@ -1,0 +1,11 @@
+"""A Redis client for handlers that keep state beside the jobs: by URL, through Lua scripts of their own.
+
+It takes every form of ``--redis-url`` (single server, Sentinel, Cluster, TLS) and has the service's timeouts.
+"""
+
+from .store.redis.base import RedisStoreBase as ScriptedRedis
+from .store.redis.base import checked
+from .store.redis.connection import Reply
+from .store.redis.lua import Argument, Command, LuaScripts
+
+__all__ = ["Argument", "Command", "LuaScripts", "Reply", "ScriptedRedis", "checked"]

@@ -1,0 +1,1 @@
+"""The job store: ports, and their adapters for Redis and for memory."""

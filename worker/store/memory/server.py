@@ -1,0 +1,161 @@
+"""A job server in memory: streams, groups and what waits, by a clock of the test's own."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..ports import Entry
+
+#: What a read may take beyond its blocking time before the store counts as gone.
+_READ_MARGIN_S = 5.0
+
+
+def order(id: bytes) -> tuple[int, int]:
+    """What entry ids are sorted by."""
+    ms, _, sequence = id.partition(b"-")
+    return int(ms), int(sequence)
+
+
+@dataclass
+class PendingEntry:
+    """An entry that was given to a consumer and not finished."""
+
+    consumer: str
+    wall_since_s: float
+    deliveries: int
+
+
+@dataclass
+class Group:
+    """A consumer group."""
+
+    last_delivered: tuple[int, int] = (0, 0)
+    leases: dict[bytes, PendingEntry] = field(default_factory=dict)
+    #: consumer -> when it was last heard of
+    consumers: dict[str, float] = field(default_factory=dict)
+    waiting: list["Read"] = field(default_factory=list)
+
+
+@dataclass
+class Stream:
+    """A stream with what belongs to it."""
+
+    entries: dict[bytes, bytes | None] = field(default_factory=dict)
+    last_id: tuple[int, int] = (0, 0)
+    groups: dict[str, Group] = field(default_factory=dict)
+    deaths: dict[bytes, int] = field(default_factory=dict)
+    fence: dict[str, int] = field(default_factory=dict)
+    #: (due, order of arrival, job)
+    retries: list[tuple[float, int, bytes]] = field(default_factory=list)
+    dead: list[bytes] = field(default_factory=list)
+
+
+class Read:
+    """A read under way; its descriptor becomes readable when there is an answer."""
+
+    def __init__(self, consumer: str, count: int, block_ms: int) -> None:
+        self.consumer = consumer
+        self.count = count
+        self.mono_deadline_s = time.monotonic() + block_ms / 1000 + _READ_MARGIN_S
+        self.answer: list[Entry] | None = None
+        self.descriptor = os.eventfd(0, os.EFD_CLOEXEC)
+        self.timer = threading.Timer(block_ms / 1000, self.give, ([],))
+        self.timer.daemon = True
+
+    def give(self, entries: list[Entry]) -> None:
+        """Answer, unless that was done."""
+        if self.answer is None:
+            self.answer = entries
+            os.eventfd_write(self.descriptor, 1)
+
+    def end(self) -> None:
+        """Give the descriptor back."""
+        self.timer.cancel()
+        if self.timer.is_alive():
+            self.timer.join()
+        os.close(self.descriptor)
+
+
+class MemoryServer:
+    """What stores share: streams, groups and ZSETs, and the clock (unix seconds) they are kept by.
+
+    Not ``blocking``: a read that finds nothing new is answered at once, whatever it was ready to wait.
+    """
+
+    def __init__(self, wall_now_s: Callable[[], float] = time.time, *, blocking: bool = True) -> None:
+        self.wall_now_s = wall_now_s
+        self.blocking = blocking
+        self.lock = threading.RLock()
+        #: Types that an operator has paused.
+        self.paused: set[str] = set()
+        self._streams: dict[str, Stream] = {}
+        self._arrivals = 0
+        self._last_epoch = 0
+
+    def entries(self, stream: str) -> dict[bytes, bytes | None]:
+        """Everything in the stream, finished or not, by entry id."""
+        return dict(self.stream(stream).entries)
+
+    def waiting(self, stream: str) -> list[bytes]:
+        """Jobs that wait for their next try, soonest first."""
+        return [job for _, _, job in sorted(self.stream(stream).retries)]
+
+    def dead_letters(self, stream: str) -> list[bytes]:
+        """The dead letters of the stream, oldest first."""
+        return list(self.stream(stream).dead)
+
+    def delete_entry(self, stream: str, id: bytes) -> None:
+        """Take an entry out of the stream, pending or not, as an operator might."""
+        self.stream(stream).entries.pop(id, None)
+
+    def delete_stream(self, stream: str) -> None:
+        """Take the stream with its groups away, as an operator might; what waits for a retry stays."""
+        found = self.stream(stream)
+        found.entries.clear()
+        found.groups.clear()
+
+    def stream(self, name: str) -> Stream:
+        """A stream by its name, made where it is missing."""
+        return self._streams.setdefault(name, Stream())
+
+    def append(self, name: str, data: bytes | None) -> bytes:
+        """Add an entry (None: one without the data field); returns its id."""
+        with self.lock:
+            stream = self.stream(name)
+            now = (int(self.wall_now_s() * 1000), 0)
+            last = stream.last_id
+            stream.last_id = now if now > last else (last[0], last[1] + 1)
+            id = b"%d-%d" % stream.last_id
+            stream.entries[id] = data
+            for group in stream.groups.values():
+                self.serve(stream, group)
+            return id
+
+    def schedule(self, name: str, job: bytes, delay_s: float) -> None:
+        """Let a job wait for its next try."""
+        with self.lock:
+            self._arrivals += 1
+            self.stream(name).retries.append((self.wall_now_s() + delay_s, self._arrivals, job))
+
+    def new_epoch(self) -> int:
+        """A number that no reader has had."""
+        self._last_epoch += 1
+        return self._last_epoch
+
+    def serve(self, stream: Stream, group: Group) -> None:
+        """Give undelivered entries to the reads that wait, first come first served."""
+        while group.waiting:
+            read = group.waiting[0]
+            if read.answer is None:
+                new = [id for id in stream.entries if order(id) > group.last_delivered][: read.count]
+                if not new:
+                    return
+                read.give([self._deliver(stream, group, id, read.consumer) for id in new])
+            group.waiting.pop(0)
+
+    def _deliver(self, stream: Stream, group: Group, id: bytes, consumer: str) -> Entry:
+        group.last_delivered = order(id)
+        group.leases[id] = PendingEntry(consumer, self.wall_now_s(), 1)
+        return Entry(id, stream.entries[id])

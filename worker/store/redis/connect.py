@@ -1,0 +1,200 @@
+"""From a URL to connections: forms of URL, time limits, and what a client's errors mean to us."""
+
+import re
+import socket
+from typing import Any, Protocol
+from urllib.parse import unquote
+
+import redis
+from redis.cluster import ClusterNode, RedisCluster
+from redis.exceptions import RedisError
+from redis.sentinel import Sentinel
+
+from ...errors import ConfigurationError, StoreUnavailable
+
+#: Bytes taken from a socket at once: a batch of some hundred jobs in one system call.
+_SOCKET_READ_BYTES = 256 * 1024
+#: A silent peer is probed after this many seconds, at this interval, so many times.
+_KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 10, 5, 3
+
+_MANY_HOSTS = re.compile(
+    r"redis\+(?P<kind>sentinel|cluster)://(?:(?P<user>[^:@/]*):(?P<password>[^@/]*)@)?"
+    r"(?P<hosts>[^/?@]+)(?:/(?P<master>[^/?]*))?(?:/(?P<db>\d+))?/?"
+)
+
+#: The library gives this class no types.
+_ClusterNode: Any = ClusterNode
+
+#: A connection of the client library; its types say too little to be of use.
+Connection = Any
+
+
+class Endpoint(Protocol):
+    """Where the data lives. ``cluster`` says whether derived keys need a hash tag."""
+
+    cluster: bool
+
+    def node(self, key: str) -> str:
+        """A name of the server that holds the key: keys of one node may share a connection."""
+
+    def connection(self, key: str) -> Connection:
+        """A new connection, not yet opened, to the server that holds the key."""
+
+    def forget(self) -> None:
+        """Look the servers up afresh the next time: one has failed or moved."""
+
+
+def redacted(url: str) -> str:
+    """The URL without its credentials and options, fit for a log."""
+    return re.sub(r"[?].*$", "", re.sub(r"^([^:/]+://).*@", r"\1***@", url))
+
+
+def endpoint(url: str, timeout_s: float) -> Endpoint:
+    """Read a URL: ``redis://``, ``rediss://``, ``unix://``,
+    ``redis+sentinel://[user:password@]host:port,…/master/db`` or ``redis+cluster://…host:port,…``.
+
+    Nothing is contacted yet. Raises `ConfigurationError` for a URL that cannot be read; its text never
+    shows the password.
+    """
+    limits = _limits(timeout_s)
+    try:
+        if url.startswith("redis+"):
+            return _many_hosts(url, limits)
+        return _Single(url, limits)
+    except (ValueError, RedisError):
+        # The cause stays out: parsers quote parts of what they could not read.
+        raise ConfigurationError(f"cannot be read as a Redis URL: {redacted(url)}") from None
+
+
+def unavailable(error: Exception, doing: str) -> StoreUnavailable:
+    """What the port promises in place of any error of the client library."""
+    return StoreUnavailable(f"{doing}: {type(error).__name__}: {error}")
+
+
+def require_version(info: bytes) -> None:
+    """Check the answer of INFO SERVER: Redis from 7.0, Valkey from 8. Raises `ConfigurationError`."""
+    fields = dict(line.split(b":", 1) for line in info.split(b"\r\n") if b":" in line)
+    if b"valkey_version" in fields:
+        name, version, least = "Valkey", fields[b"valkey_version"], 8
+    else:
+        name, version, least = "Redis", fields.get(b"redis_version", b"0"), 7
+    if int(version.split(b".")[0]) < least:
+        raise ConfigurationError(f"{name} {version.decode()} is too old: Redis 7.0 or Valkey 8 is needed")
+
+
+def _limits(timeout_s: float) -> dict[str, Any]:
+    return {
+        "socket_timeout": timeout_s,  # always explicit: the client's own default cuts blocking reads
+        "socket_connect_timeout": timeout_s,
+        "protocol": 2,
+        "client_name": "jobworker",
+        "socket_read_size": _SOCKET_READ_BYTES,
+    }
+
+
+def _keepalive(timeout_s: float) -> dict[str, Any]:
+    return {
+        "socket_keepalive": True,
+        "socket_keepalive_options": {
+            socket.TCP_KEEPIDLE: _KEEPALIVE_IDLE_S,
+            socket.TCP_KEEPINTVL: _KEEPALIVE_INTERVAL_S,
+            socket.TCP_KEEPCNT: _KEEPALIVE_PROBES,
+            socket.TCP_USER_TIMEOUT: int(timeout_s * 1000),
+        },
+    }
+
+
+def _from_pool(pool: redis.ConnectionPool) -> Connection:
+    # Not make_connection(): the pool would count what it lends and never get back.
+    return pool.connection_class(**pool.connection_kwargs)
+
+
+class _Single:
+    """One server, over TCP, TLS or a Unix socket."""
+
+    cluster = False
+
+    def __init__(self, url: str, limits: dict[str, Any]) -> None:
+        if not url.startswith("unix://"):
+            limits = limits | _keepalive(limits["socket_timeout"])
+        self._pool = redis.ConnectionPool.from_url(url, **limits)
+
+    def node(self, key: str) -> str:
+        return ""
+
+    def connection(self, key: str) -> Connection:
+        return _from_pool(self._pool)
+
+    def forget(self) -> None:
+        """An address that is given by hand is looked up at every connect anyway."""
+
+
+class _Sentinel:
+    """The master that a group of sentinels names; each new connection asks for it."""
+
+    cluster = False
+
+    def __init__(self, hosts: list[tuple[str, int]], master: str, options: dict[str, Any]) -> None:
+        asking = {k: v for k, v in options.items() if k not in ("db", "username", "password")}
+        sentinel: Any = Sentinel(hosts, sentinel_kwargs=asking, **options)  # type: ignore[no-untyped-call]
+        self._pool = sentinel.master_for(master).connection_pool
+
+    def node(self, key: str) -> str:
+        return ""
+
+    def connection(self, key: str) -> Connection:
+        return _from_pool(self._pool)
+
+    def forget(self) -> None:
+        self._pool.reset()
+
+
+class _Cluster:
+    """Redis Cluster; the map of slots is read when it is first needed and after `forget`."""
+
+    cluster = True
+
+    def __init__(self, hosts: list[tuple[str, int]], options: dict[str, Any]) -> None:
+        self._hosts = hosts
+        self._options = options
+        self._client: Any = None
+
+    def _owner(self, key: str) -> tuple[Any, Any]:
+        if self._client is None:
+            nodes = [_ClusterNode(host, port) for host, port in self._hosts]
+            self._client = RedisCluster(startup_nodes=nodes, **self._options)
+        return self._client, self._client.get_node_from_key(key)
+
+    def node(self, key: str) -> str:
+        return str(self._owner(key)[1].name)
+
+    def connection(self, key: str) -> Connection:
+        client, node = self._owner(key)
+        return _from_pool(client.get_redis_connection(node).connection_pool)
+
+    def forget(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+
+def _many_hosts(url: str, limits: dict[str, Any]) -> Endpoint:
+    parts = _MANY_HOSTS.fullmatch(url)
+    if parts is None:
+        raise ValueError("not of the form kind://hosts/master/db")
+    options = limits | _keepalive(limits["socket_timeout"])
+    if parts["password"]:
+        options["password"] = unquote(parts["password"])
+    if parts["user"]:
+        options["username"] = unquote(parts["user"])
+    if parts["kind"] == "cluster":
+        return _Cluster(_addresses(parts["hosts"], 6379), options)
+    if not parts["master"]:
+        raise ValueError("the master's name is missing")
+    options["db"] = int(parts["db"] or 0)
+    return _Sentinel(_addresses(parts["hosts"], 26379), parts["master"], options)
+
+
+def _addresses(hosts: str, default_port: int) -> list[tuple[str, int]]:
+    pairs = (host.split(":", 1) if ":" in host else (host, default_port) for host in hosts.split(","))
+    return [(str(name), int(port)) for name, port in pairs]

@@ -1,0 +1,115 @@
+"""Commands out together, replies back in order: one connection, scripts by their SHA, no retries."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
+
+from .connect import Connection, Endpoint, require_version, unavailable
+from .lua import Command, LuaScripts
+
+log = logging.getLogger(__name__)
+
+#: A reply as the client library gives it; an error of one command stays in its place as a value.
+Reply = Any
+
+#: Commands in one send: while the server works on one lot, we pack the next.
+_PIPELINE_COMMANDS = 250
+
+
+class PipelinedConnection:
+    """A connection that is opened when it is needed and dropped after any trouble on the way.
+
+    After a lost reply nobody knows whether a command was carried out, so nothing is sent twice here.
+    """
+
+    def __init__(self, endpoint: Endpoint, key: str, scripts: LuaScripts) -> None:
+        self._scripts = scripts
+        self._endpoint = endpoint
+        self._key = key
+        self._connection: Connection | None = None
+
+    def call(self, commands: Sequence[Command]) -> list[Reply]:
+        """Send the commands, return one reply for each; an error reply is a value in its place.
+
+        Raises `StoreUnavailable` when the server cannot be reached, is loading or does not answer in time,
+        `ConfigurationError` for a server that is too old.
+        """
+        try:
+            replies = self._exchange(commands)
+            missing = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+            if missing:
+                self._load_scripts()
+                again = self._exchange([commands[i] for i in missing])
+                for i, reply in zip(missing, again, strict=True):
+                    replies[i] = reply
+        except (RedisError, OSError) as error:
+            self.close()
+            self._endpoint.forget()
+            raise unavailable(error, "the job store did not answer") from error
+        return replies
+
+    def close(self) -> None:
+        """Drop the connection; the next call opens another."""
+        if self._connection is not None:
+            self._connection.disconnect()
+            self._connection = None
+
+    def _exchange(self, commands: Sequence[Command]) -> list[Reply]:
+        connection = self._ready()
+        replies: list[Reply] = []
+        rest = iter(commands)
+        unanswered = 0
+        while batch := list(islice(rest, _PIPELINE_COMMANDS)):
+            connection.send_packed_command(connection.pack_commands(batch))
+            replies.extend(_replies(connection, unanswered))  # the server works while we pack the next
+            unanswered = len(batch)
+        replies.extend(_replies(connection, unanswered))
+        return replies
+
+    def _ready(self) -> Connection:
+        if self._connection is not None and self._stale(self._connection):
+            self.close()
+        if self._connection is None:
+            connection = self._endpoint.connection(self._key)
+            connection.connect()
+            try:
+                _check_version(connection)
+            except BaseException:
+                connection.disconnect()
+                raise
+            self._connection = connection
+        return self._connection
+
+    @staticmethod
+    def _stale(connection: Connection) -> bool:
+        """Between calls a healthy connection is silent: anything to be read is its end."""
+        try:
+            return bool(connection.can_read(timeout=0))
+        except (RedisError, OSError):
+            return True
+
+    def _load_scripts(self) -> None:
+        for reply in self._exchange(
+            [("SCRIPT", "LOAD", source) for source in self._scripts.sources.values()]
+        ):
+            if isinstance(reply, Exception):
+                raise reply
+
+
+def _replies(connection: Connection, count: int) -> Iterator[Reply]:
+    for _ in range(count):
+        try:
+            yield connection.read_response(disable_decoding=True)
+        except ResponseError as error:
+            yield error
+
+
+def _check_version(connection: Connection) -> None:
+    connection.send_command("INFO", "server")
+    try:
+        require_version(connection.read_response(disable_decoding=True))
+    except NoPermissionError:
+        log.warning("the server's version is not known: this user may not ask for it")

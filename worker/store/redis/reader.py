@@ -1,0 +1,257 @@
+"""The reader's side of the job store on Redis."""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from redis.exceptions import NoPermissionError, ResponseError
+
+from ...keys import PAUSED_KEY, Source
+from ..ports import HANDED_BACK_IDLE_S, Entry, Settlement
+from .base import SCRIPT_BYTES, SCRIPT_IDS, RedisStoreBase, checked, is_no_group
+from .blocking_read import BlockingRead, GroupMissing, data_of
+from .connection import Reply
+from .lua import Command, script
+
+log = logging.getLogger(__name__)
+
+
+class RedisReaderStore(RedisStoreBase):
+    """`ReaderStore` on Redis. One thread uses it; `consumer` is this service's name in every group."""
+
+    def __init__(self, url: str, consumer: str, *, timeout_s: float = 5.0) -> None:
+        super().__init__(url, timeout_s=timeout_s)
+        self._consumer = consumer
+        self._epochs: dict[Source, bytes] = {}
+        self._reads: dict[Source, BlockingRead] = {}
+        self._said_no_pauses = False
+
+    def acquire(self, sources: Sequence[Source]) -> None:
+        """See `ReaderStore.acquire`. Raises `ConfigurationError` too, for a server that is too old."""
+        for source in sources:
+            self._take_name(source)
+
+    def begin_read(self, source: Source, count: int, block_ms: int) -> int:
+        """See `ReaderStore.begin_read`."""
+        read = self._reads.get(source)
+        if read is None:
+            read = BlockingRead(self._endpoint, source, self._consumer, self._timeout_s)
+            self._reads[source] = read
+        return read.begin(count, block_ms)
+
+    def finish_read(self, source: Source) -> list[Entry]:
+        """See `ReaderStore.finish_read`. Waits for the reply where the descriptor was not waited for."""
+        read = self._reads.get(source)
+        try:
+            return read.finish() if read else []
+        except GroupMissing:
+            self._rebuild(source)
+            return []
+
+    def reading(self, source: Source) -> bool:
+        """See `ReaderStore.reading`."""
+        read = self._reads.get(source)
+        return read is not None and read.under_way
+
+    def abandon_reads(self) -> None:
+        """See `ReaderStore.abandon_reads`."""
+        for read in self._reads.values():
+            read.drop()
+        self._reads.clear()
+
+    def own_pending(self, source: Source, after: bytes, count: int) -> list[Entry]:
+        """See `ReaderStore.own_pending`. An entry that was deleted from the stream is settled away, so a
+        page may be empty before the end: it then starts over behind the deleted ones by itself."""
+        while True:
+            rows = self._pending_rows(source, after, count)
+            ids = [row[0] for row in rows]
+            if not ids:
+                return []
+            entries = self._entries(source, ids, [row[3] for row in rows])
+            if entries:
+                return entries
+            after = ids[-1]
+
+    def take_over(
+        self, source: Source, min_idle_ms: int, count: int, cursor: bytes
+    ) -> tuple[bytes, list[Entry]]:
+        """See `ReaderStore.take_over`. Entries of this very consumer that nobody renews come back too."""
+        reply = self._run(source, "take_over", [self.deaths_key(source.stream)], [min_idle_ms, count, cursor])
+        rows = _in_fours(reply[1:])
+        return reply[0], [Entry(id, data, int(tries), int(deaths or 0)) for id, data, tries, deaths in rows]
+
+    def settle(self, settlements: Sequence[Settlement]) -> set[bytes]:
+        """See `ReaderStore.settle`. A settlement of more than 1,000 ids or 8 MiB is carried out in several
+        steps; each entry's own is atomic whatever the size."""
+        refused: set[bytes] = set()
+        waiting = [(s.source, part) for s in settlements for part in _parts(s)]
+        for parts in self._by_node(waiting):
+            commands = [self._settlement(source, part) for source, part in parts]
+            for (source, part), reply in zip(parts, self.call(parts[0][0].stream, commands), strict=True):
+                again = partial(self._settlement, source, part)
+                refused.update(self._recovered(source, reply, again))
+        return refused
+
+    def charge(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:
+        """See `ReaderStore.charge`."""
+        charged: dict[bytes, int] = {}
+        for some in _chunks(list(deaths)):
+            pairs = [value for id in some for value in (id, deaths[id])]
+            for id in self._run(source, "charge", [self.deaths_key(source.stream)], pairs):
+                charged[id] = deaths[id]
+        return charged
+
+    def renew(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
+        """See `ReaderStore.renew`."""
+        lost: set[bytes] = set()
+        for some in _chunks(_in_order(ids)):
+            reply = self._run(source, "renew", [], some)
+            lost.update(reply)
+        return lost
+
+    def release(self, source: Source, ids: Sequence[bytes]) -> None:
+        """See `ReaderStore.release`."""
+        for some in _chunks(ids):
+            self._run(source, "release", [], [round(HANDED_BACK_IDLE_S * 1000), *some])
+
+    def bodies(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
+        """See `ReaderStore.bodies`."""
+        commands = [("XRANGE", source.stream, id, id) for id in ids]
+        found: dict[bytes, bytes | None] = {}
+        for reply in self.call(source.stream, commands) if commands else ():
+            for id, fields in checked(reply):
+                found[id] = data_of(fields)
+        return found
+
+    def paused(self) -> set[str]:
+        """See `ReaderStore.paused`."""
+        reply = self.call(PAUSED_KEY, [("HKEYS", PAUSED_KEY)])[0]
+        if isinstance(reply, NoPermissionError):  # the service must run where the key was not thought of
+            if not self._said_no_pauses:
+                log.warning("pauses are not heeded: this user may not read %s", PAUSED_KEY)
+            self._said_no_pauses = True
+            return set()
+        return {kind.decode(errors="replace") for kind in checked(reply)}
+
+    def close(self) -> None:
+        """Drop every connection."""
+        self.abandon_reads()
+        super().close()
+
+    def _pending_rows(self, source: Source, after: bytes, count: int) -> list[Any]:
+        command = ("XPENDING", *source, b"(" + after, "+", count, self._consumer)
+        return list(self._ask(source, lambda: command))
+
+    def _entries(self, source: Source, ids: list[bytes], deliveries: list[int]) -> list[Entry]:
+        bodies = self.bodies(source, ids)
+        deaths = self.one(source.stream, ("HMGET", self.deaths_key(source.stream), *ids))
+        gone = [id for id in ids if id not in bodies]
+        if gone:
+            log.error("%d entries of %s were deleted while pending", len(gone), source.stream)
+            self.settle([Settlement(source, done=gone)])
+        return [
+            Entry(id, bodies[id], tries, int(died or 0))
+            for id, tries, died in zip(ids, deliveries, deaths, strict=True)
+            if id in bodies
+        ]
+
+    def _take_name(self, source: Source) -> None:
+        command = script(
+            "acquire", [source.stream, self.fence_key(source.stream)], source.group, self._consumer
+        )
+        self._epochs[source] = self.one(source.stream, command)
+
+    def _rebuild(self, source: Source) -> None:
+        """Make the group anew, without touching the fence: a reader that is fenced off stays so."""
+        stream, group = source
+        log.error("the group %s of %s was deleted: made anew from the start", group, stream)
+        reply = self.call(stream, [("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")])[0]
+        if not str(reply).startswith("BUSYGROUP"):  # somebody else was quicker
+            checked(reply)
+        self._forget_deaths(source)
+
+    def _forget_deaths(self, source: Source) -> None:
+        """Of entries that went with their stream: no settlement will ever take them away."""
+        key = self.deaths_key(source.stream)
+        ids = self.one(source.stream, ("HKEYS", key))
+        if gone := set(ids) - self.bodies(source, ids).keys():
+            self.one(source.stream, ("HDEL", key, *gone))
+
+    def _reader_script(
+        self, source: Source, name: str, more_keys: list[str], arguments: Sequence[Any]
+    ) -> Command:
+        stream = source.stream
+        epoch = self._epochs.get(source)
+        if epoch is None:
+            raise RuntimeError(f"{stream} was not acquired")
+        all_keys = [stream, self.fence_key(stream), *more_keys]
+        return script(name, all_keys, source.group, self._consumer, epoch, *arguments)
+
+    def _run(self, source: Source, name: str, more_keys: list[str], arguments: Sequence[Any]) -> Reply:
+        return self._ask(source, lambda: self._reader_script(source, name, more_keys, arguments))
+
+    def _ask(self, source: Source, command: Callable[[], Command]) -> Reply:
+        return self._recovered(source, self.call(source.stream, [command()])[0], command)
+
+    def _recovered(self, source: Source, reply: Reply, command: Callable[[], Command]) -> Reply:
+        """The reply, checked; where group or fence were deleted under us they are made anew first.
+
+        Both errors come before a script's first write, so running it again repeats nothing. The fence is
+        looked at first, and taking the name makes the group too: one of the two is enough.
+        """
+        if is_no_group(reply):
+            self._rebuild(source)
+        elif isinstance(reply, ResponseError) and str(reply).startswith("UNFENCED"):
+            log.error("the fence of %s was deleted: the name is taken again", source.stream)
+            self._take_name(source)
+        else:
+            return checked(reply)
+        return self.one(source.stream, command())
+
+    def _by_node(self, parts: list[tuple[Source, Settlement]]) -> Iterable[list[tuple[Source, Settlement]]]:
+        """Parts that one pipeline can carry: all of them, or on a cluster those of each stream."""
+        if not self._endpoint.cluster:
+            return [parts] if parts else []
+        return [list(group) for _, group in itertools.groupby(parts, key=lambda part: part[0].stream)]
+
+    def _settlement(self, source: Source, part: Settlement) -> Command:
+        stream = source.stream
+        arguments: list[Any] = [len(part.done), len(part.retries), len(part.dead), *part.done]
+        for retry in part.retries:
+            arguments += (retry.id, retry.delay_s, retry.data)
+        for dead in part.dead:
+            arguments += dead
+        more_keys = [self.retry_key(stream), self.dead_key(stream), self.deaths_key(stream)]
+        return self._reader_script(source, "settle", more_keys, arguments)
+
+
+def _in_order(ids: Sequence[bytes]) -> list[bytes]:
+    """In an order as good as the server's for those of one age: what settle.lua is quick with."""
+    if len(set(map(len, ids))) == 1:
+        return sorted(ids)
+    return sorted(ids, key=lambda id: (len(id), id))
+
+
+def _chunks(ids: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    return (ids[at : at + SCRIPT_IDS] for at in range(0, len(ids), SCRIPT_IDS))
+
+
+def _parts(settlement: Settlement) -> Iterator[Settlement]:
+    """The settlement in pieces that one run of the script may have."""
+    source, done, retries, dead = settlement
+    bodies = sum(len(x.data) for x in retries) + sum(len(x.data) for x in dead)
+    if len(done) + len(retries) + len(dead) <= SCRIPT_IDS and bodies <= SCRIPT_BYTES:
+        yield Settlement(source, _in_order(done), retries, dead)
+        return
+    for some in _chunks(_in_order(done)):
+        yield Settlement(source, done=some)
+    for retry in retries:
+        yield Settlement(source, retries=(retry,))
+    for letter in dead:
+        yield Settlement(source, dead=(letter,))
+
+
+def _in_fours(flat: Sequence[Any]) -> Iterator[tuple[Any, Any, Any, Any]]:
+    return zip(flat[::4], flat[1::4], flat[2::4], flat[3::4], strict=True)

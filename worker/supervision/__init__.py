@@ -1,0 +1,1 @@
+"""The supervisor's side: processes, embedded servers, health and signals."""

@@ -1,0 +1,190 @@
+"""Log lines on stderr: one JSON object an event, or a short line on a terminal; secrets never."""
+
+import json
+import logging
+import re
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import unquote
+
+from ..settings import MAY_HOLD_SECRETS, Settings
+from .current_job import current_log_fields
+from .log_limit import RateLimitFilter, is_summary
+
+#: The password of any url: ``scheme://user:password@host`` or ``scheme://:password@host``. It ends at the
+#: last @, as clients read it: a password may hold one itself.
+_SECRET = re.compile(r"(\w+://[^\s:/@]*:)(\S+)(@)")
+#: The same as a parameter, which Redis urls and database names allow too.
+_SECRET_PARAMETER = re.compile(r"(password=)([^&\s]+)")
+#: Keys as HTTP clients show them.
+_BEARER = re.compile(r"((?:Bearer|Basic) )([A-Za-z0-9._~+/=-]{8,})")
+#: Variables of our own and of tracing that hold nothing but secrets.
+_SECRET_VARIABLE = re.compile(r"(JOBWORKER|OTEL)_\w*(KEY|TOKEN|PASSWORD|SECRET|HEADERS)")
+#: A shorter secret would be found in the middle of words; in a url it is seen all the same.
+_SHORTEST_SECRET = 6
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+#: This process's own secrets, as one pattern; see `hide`.
+_hidden: re.Pattern[str] | None = None
+
+
+def redacted(text: str) -> str:
+    """The text with the passwords of all urls in it replaced, and whatever was given to `hide`."""
+    text = _SECRET.sub(r"\1***\3", text)
+    text = _SECRET_PARAMETER.sub(r"\1***", text)
+    text = _BEARER.sub(r"\1***", text)
+    return _hidden.sub("***", text) if _hidden else text
+
+
+def hide(secrets: Iterable[str]) -> None:
+    """Replace these in every text from now on, wherever they stand; instead of those given before."""
+    global _hidden
+    long_enough = [one for one in secrets if len(one) >= _SHORTEST_SECRET]
+    # Also as they look inside of another text's quotes.
+    forms = {form for one in long_enough for form in (one, repr(one)[1:-1], json.dumps(one)[1:-1])}
+    long_first = sorted(forms, key=len, reverse=True)
+    _hidden = re.compile("|".join(map(re.escape, long_first))) if long_first else None
+
+
+def secrets_of(settings: Settings, environment: Mapping[str, str]) -> set[str]:
+    """Every password, key and token that the service was given, as it stands and as it is meant."""
+    texts = [str(getattr(settings, name)) for name in MAY_HOLD_SECRETS]
+    found = {
+        match[2] for text in texts for way in (_SECRET, _SECRET_PARAMETER) for match in way.finditer(text)
+    }
+    found |= {settings.milvus_token, settings.milvus_token.partition(":")[2]}
+    for name, value in environment.items():
+        if _SECRET_VARIABLE.fullmatch(name):
+            # Headers are a list of name=value; of keys and tokens that is the whole.
+            found |= {value, *(part.partition("=")[2].strip() for part in value.split(","))}
+    if settings.llm_key_file:
+        found.add(_content(settings.llm_key_file))
+    return found | {unquote(secret) for secret in found}
+
+
+def _content(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8").strip()
+    except (OSError, ValueError):  # whoever needs it will say so
+        return ""
+
+
+def _clean(value: Any) -> Any:
+    """A field without secrets, in kinds that JSON has."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _clean(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(one) for one in value]
+    return redacted(str(value))
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    """What was given as ``extra``, and before it the job that it is about."""
+    extra = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    # Spans are sent beside whatever job happens to run.
+    beside = is_summary(record) or str(record.name).startswith("opentelemetry")
+    about = {} if beside else current_log_fields()
+    return {key: _clean(value) for key, value in {**about, **extra}.items()}
+
+
+class JsonLines(logging.Formatter):
+    """``timestamp``, ``level``, ``msg``, ``service``, ``role``, the job that is run, and the ``extra``."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        event = {
+            "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "msg": redacted(record.getMessage()),
+            "service": "jobworker",
+            "role": self._role,
+            **_fields(record),
+        }
+        if record.exc_info:
+            event["exception"] = redacted(self.formatException(record.exc_info))
+        return json.dumps(event, ensure_ascii=False)
+
+
+class ForPeople(logging.Formatter):
+    """``12:00:01 warning reader: message key=value``."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, and the traceback below it where there is one."""
+        clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
+        line = f"{clock} {record.levelname.lower():7} {self._role}: {redacted(record.getMessage())}"
+        line = " ".join([line, *(f"{key}={value}" for key, value in _fields(record).items())])
+        if record.exc_info:
+            line += "\n" + redacted(self.formatException(record.exc_info))
+        return line
+
+
+class _Unfailing(logging.StreamHandler):  # type: ignore[type-arg]
+    """A full disk or a closed stderr must not break the path that settles jobs."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self._repeats = RateLimitFilter(self._emit_alone)
+        self.addFilter(self._repeats)
+
+    def _emit_alone(self, record: logging.LogRecord) -> None:
+        self.acquire()
+        try:
+            self.emit(record)
+        finally:
+            self.release()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop the line."""
+
+    def close(self) -> None:
+        """Say what was held back of repeated events."""
+        self._repeats.close()
+        super().close()
+
+
+def begin(role: str, settings: Settings, environment: Mapping[str, str]) -> None:
+    """What every process of the service does first: from here on all that it says is an event without
+    secrets, its warnings and the exception that ends it too."""
+    hide(secrets_of(settings, environment))
+    set_up(role, settings.log_level, settings.log_format)
+    logging.captureWarnings(True)
+    sys.excepthook = _tell_crash
+    threading.excepthook = _tell_thread_crash
+
+
+def _tell_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    logging.getLogger("jobworker").critical("crashed", exc_info=(kind, error, trace))
+
+
+def _tell_thread_crash(end: threading.ExceptHookArgs) -> None:
+    if end.exc_value is not None and not isinstance(end.exc_value, SystemExit):
+        _tell_crash(end.exc_type, end.exc_value, end.exc_traceback)
+
+
+def set_up(role: str, level: str, form: str) -> None:
+    """Send every logger's lines to stderr in one form; ``form`` is ``json`` or ``text``."""
+    handler = _Unfailing()
+    handler.setFormatter(JsonLines(role) if form == "json" else ForPeople(role))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    # Libraries tell at INFO what concerns nobody at night.
+    for noisy in ("httpx", "sentence_transformers", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    # This one has a traceback for every call that fails, which whoever made the call tells in a line.
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)

@@ -1,0 +1,85 @@
+"""Keeps one event that happens ten thousand times from burying all others: the rest is counted."""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+#: So many lines of one event in so many seconds: enough to see what it is about, and from whom.
+MOST, WITHIN_S = 100, 10.0
+
+_SUMMARY = "repeated"
+_Key = tuple[str, int, str, str]
+
+
+def is_summary(record: logging.LogRecord) -> bool:
+    """Whether it tells how often another event happened, which no single job is to blame for."""
+    return record.msg == _SUMMARY
+
+
+def _later(delay_s: float, call: Callable[[], None]) -> None:
+    timer = threading.Timer(delay_s, call)
+    timer.daemon = True  # whatever is left is said by `close`
+    timer.start()
+
+
+class RateLimitFilter(logging.Filter):
+    """Lets the first lines of an event pass and says at the end of the time how many more there were.
+
+    An event is a logger's message before its arguments are put in, at a level, of a type of job. What is
+    critical always passes.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[logging.LogRecord], None],
+        *,
+        most: int = MOST,
+        within_s: float = WITHIN_S,
+        mono_s: Callable[[], float] = time.monotonic,
+        later: Callable[[float, Callable[[], None]], None] = _later,
+    ) -> None:
+        super().__init__()
+        self._say, self._most, self._within_s = say, most, within_s
+        self._mono_s, self._later = mono_s, later
+        self._lock = threading.RLock()
+        self._seen: Counter[_Key] = Counter()
+        self._since = mono_s()
+        self._awaited = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is written."""
+        if record.levelno >= logging.CRITICAL:
+            return True
+        with self._lock:
+            now = self._mono_s()
+            if now - self._since >= self._within_s:
+                self._begin_anew(now)
+            key = (record.name, record.levelno, str(record.msg), str(getattr(record, "task_type", "")))
+            self._seen[key] += 1
+            if self._seen[key] <= self._most:
+                return True
+            if not self._awaited:  # the event may be the last one for hours
+                self._awaited = True
+                self._later(self._since + self._within_s - now, self.close)
+            return False
+
+    def close(self) -> None:
+        """Say now what was held back."""
+        with self._lock:
+            self._begin_anew(self._mono_s())
+
+    def _begin_anew(self, now: float) -> None:
+        """Tell of what was held back and start counting from nothing."""
+        held_back = [(key, seen - self._most) for key, seen in self._seen.items() if seen > self._most]
+        self._seen.clear()
+        self._since, self._awaited = now, False
+        for (name, level, event, task_type), times in held_back:
+            fields = {"event": event, "times": times, "within_s": self._within_s}
+            fields |= {"task_type": task_type} if task_type else {}
+            record = logging.makeLogRecord(
+                {"name": name, "levelno": level, "levelname": logging.getLevelName(level),
+                 "msg": _SUMMARY, **fields}
+            )  # fmt: skip
+            self._say(record)

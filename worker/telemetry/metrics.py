@@ -1,0 +1,164 @@
+"""Counts and timings as the roles make them: added up here, sent to the supervisor as deltas.
+
+Names, labels and buckets of every metric stand here, without any metrics library.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
+
+#: Below a second our own; from 1 on those that dashboards already know.
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 10, 30, 60, 120, 300)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metric(NamedTuple):
+    """One metric: its kind is counter, gauge or histogram (then ``buckets`` are its upper bounds)."""
+
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+METRICS = {
+    "z_novel_jobs_queued": Metric("gauge", "Jobs that no worker was given yet", ("stream",)),
+    "z_novel_oldest_queued_seconds": Metric(
+        "gauge", "Age of the oldest job that no worker was given yet", ("stream",)
+    ),
+    "z_novel_jobs_pending": Metric("gauge", "Jobs delivered to some service and not settled", ("stream",)),
+    "z_novel_jobs_completed_total": Metric("counter", "Jobs that were acknowledged", ("task_type",)),
+    "z_novel_jobs_failed_total": Metric("counter", "Tries that failed", ("task_type",)),
+    "z_novel_jobs_retried_total": Metric("counter", "Retries that were scheduled", ("task_type",)),
+    "z_novel_jobs_dead_total": Metric("counter", "Jobs that were given up", ("task_type", "reason")),
+    "z_novel_job_duration_seconds": Metric("histogram", "Time a try took", ("task_type",), SECONDS),
+    "z_novel_job_wait_seconds": Metric("histogram", "From created to started", ("task_type",), SECONDS),
+    "z_novel_batch_jobs": Metric("histogram", "Jobs that a handler was given at once", (), BATCH_SIZES),
+    "z_novel_redis_stream_lag": Metric(
+        "gauge", "Entries not yet delivered to the group", ("stream", "consumer_group")
+    ),
+    "z_novel_dlq_length": Metric("gauge", "Dead letters", ("stream",)),
+    "z_novel_retry_scheduled": Metric("gauge", "Jobs that wait for their next try", ("stream",)),
+    "z_novel_read_cycles_total": Metric("counter", "Reads that the store answered, or was spared"),
+    "z_novel_leases_taken_over_total": Metric(
+        "counter", "Jobs taken over from a service that has fallen silent", ("stream",)
+    ),
+    "z_novel_leases_lost_total": Metric(
+        "counter", "Jobs that another service took over from this one", ("stream",)
+    ),
+    "z_novel_ready": Metric("gauge", "1 while every process is up and the stores answer"),
+    "z_novel_workers": Metric("gauge", "Worker processes", ("state",)),
+    "z_novel_worker_restarts_total": Metric("counter", "Processes started again", ("role", "cause")),
+    "z_novel_circuit_open": Metric(
+        "gauge", "1 while a type waits for what it needs to answer", ("task_type",)
+    ),
+    "z_novel_paused": Metric("gauge", "1 while a type is paused by an operator", ("task_type",)),
+    "z_novel_embedded_tokens_total": Metric("counter", "Model tokens that were embedded"),
+    "z_novel_truncated_tokens_total": Metric("counter", "Model tokens that were cut off and not embedded"),
+    "z_novel_embedding_cache_hits_total": Metric("counter", "Texts whose vectors were known"),
+    "z_novel_embedding_cache_misses_total": Metric("counter", "Texts whose vectors were not known"),
+    "z_novel_forward_milliseconds_total": Metric("counter", "Time of all workers in forward passes"),
+    "z_novel_summaries_stored_total": Metric("counter", "Summaries that were stored"),
+    "z_novel_summaries_outdated_total": Metric("counter", "Summaries that a newer version had overtaken"),
+    "z_novel_llm_requests_total": Metric("counter", "Requests to the language model"),
+    "z_novel_llm_retries_total": Metric("counter", "Requests that were sent once more after a failure"),
+    "z_novel_llm_repairs_total": Metric("counter", "Answers that were no answer and were asked for again"),
+    "z_novel_audit_entries_total": Metric("counter", "Events that were archived"),
+    "z_novel_audit_duplicates_total": Metric("counter", "Events that the archive had already"),
+    "z_novel_rebuilds_done_total": Metric("counter", "Collections that were built anew"),
+    "z_novel_rebuilt_rows_total": Metric("counter", "Rows of the collections built anew"),
+}
+
+Labels = tuple[str, ...]
+
+
+class Delta(NamedTuple):
+    """What happened since the last one. Histograms: counts of each bucket and above, and the sum."""
+
+    counts: list[tuple[str, Labels, float]]
+    gauges: list[tuple[str, Labels, float]]
+    histograms: list[tuple[str, Labels, list[int], float]]
+
+    def __bool__(self) -> bool:
+        return bool(self.counts or self.gauges or self.histograms)
+
+
+class Histogram:
+    """Values since the last `MetricsBuffer.take`, counted by bucket."""
+
+    def __init__(self, buckets: tuple[float, ...]) -> None:
+        self._buckets = buckets
+        self.counts = [0] * (len(buckets) + 1)
+        self.total = 0.0
+
+    def add(self, value: float, times: int = 1) -> None:
+        """Count one value, or the same value several times."""
+        self.counts[bisect_left(self._buckets, value)] += times
+        self.total += value * times
+
+    def extend(self, values: Sequence[float]) -> None:
+        """Count many values: one search a bucket, not one a value."""
+        ordered = sorted(values)
+        below = 0
+        for place, bound in enumerate(self._buckets):
+            upto = bisect_right(ordered, bound, below)
+            self.counts[place] += upto - below
+            below = upto
+            if below == len(ordered):
+                break
+        self.counts[-1] += len(ordered) - below
+        self.total += sum(ordered)
+
+    def merge(self, counts: list[int], total: float) -> None:
+        """Add what another one counted."""
+        self.counts = [mine + theirs for mine, theirs in zip(self.counts, counts, strict=True)]
+        self.total += total
+
+    def take(self) -> tuple[list[int], float]:
+        """The counts and the sum, which start from nothing again."""
+        taken = self.counts, self.total
+        self.counts, self.total = [0] * len(self.counts), 0.0
+        return taken
+
+
+class MetricsBuffer:
+    """Adds up until `take`; the size is bounded by the number of names and labels."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, Labels], float] = {}
+        self._gauges: dict[tuple[str, Labels], float] = {}
+        self._histograms: dict[tuple[str, Labels], Histogram] = {}
+
+    def count(self, name: str, labels: Labels = (), by: float = 1) -> None:
+        """Add to a counter."""
+        key = (name, labels)
+        self._counts[key] = self._counts.get(key, 0) + by
+
+    def gauge(self, name: str, labels: Labels, value: float) -> None:
+        """Set a gauge."""
+        self._gauges[name, labels] = value
+
+    def histogram(self, name: str, labels: Labels = ()) -> Histogram:
+        """The histogram to add to; it stays the same one over `take`."""
+        return self._histograms.setdefault((name, labels), Histogram(METRICS[name].buckets))
+
+    def take(self) -> Delta:
+        """Everything since the last call, and start from nothing again."""
+        histograms = [(*key, *histogram.take()) for key, histogram in self._histograms.items()]
+        delta = Delta(
+            [(*key, value) for key, value in self._counts.items()],
+            [(*key, value) for key, value in self._gauges.items()],
+            [taken for taken in histograms if any(taken[2])],
+        )
+        self._counts.clear()
+        self._gauges.clear()
+        return delta
+
+    def put_back(self, delta: Delta) -> None:
+        """Undo `take` for what could not be sent, so that it goes with the next."""
+        for name, labels, by in delta.counts:
+            self.count(name, labels, by)
+        for name, labels, value in delta.gauges:
+            self._gauges.setdefault((name, labels), value)
+        for name, labels, counts, total in delta.histograms:
+            self.histogram(name, labels).merge(counts, total)

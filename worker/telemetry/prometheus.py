@@ -1,0 +1,100 @@
+"""The totals of all roles, as Prometheus reads them. The only file that knows a metrics library."""
+
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from .metrics import METRICS, Labels, Metric
+
+#: What `PrometheusCollector.page` must be served as.
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+#: What a counter of a user's handler is shown as; a name that Prometheus would not read is left out.
+_OF_A_HANDLER = Metric("counter", "Counted by a handler")
+_READABLE = re.compile("[a-zA-Z_][a-zA-Z0-9_]*")
+
+
+class PrometheusCollector(Collector):
+    """Adds up the deltas that the roles send, so that totals outlive every role.
+
+    Written by the supervisor's loop and read by its HTTP threads; a lock of this one process guards it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, dict[Labels, float]] = {name: {} for name in METRICS}
+        self._buckets: dict[str, dict[Labels, list[int]]] = {name: {} for name in METRICS}
+        for name, metric in METRICS.items():
+            if metric.kind == "counter" and not metric.labels:
+                self._values[name][()] = 0.0  # a counter that has not moved yet is 0, not absent
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def add(self, counts: Iterable[tuple[str, Labels, float]]) -> None:
+        """Add to counters."""
+        with self._lock:
+            for name, labels, by in counts:
+                if not _READABLE.fullmatch(name):
+                    continue
+                values = self._values.setdefault(name, {})
+                values[tuple(labels)] = values.get(tuple(labels), 0.0) + by
+
+    def put(self, gauges: Iterable[tuple[str, Labels, float]]) -> None:
+        """Set gauges."""
+        with self._lock:
+            for name, labels, value in gauges:
+                self._values[name][tuple(labels)] = value
+
+    def merge(self, histograms: Iterable[tuple[str, Labels, list[int], float]]) -> None:
+        """Add to histograms: the counts of each bucket (the last is beyond all bounds) and the sum."""
+        self.add((name, labels, total) for name, labels, _, total in histograms)
+        with self._lock:
+            for name, labels, counts, _ in histograms:
+                into = self._buckets[name].setdefault(tuple(labels), [0] * len(counts))
+                for i, n in enumerate(counts):
+                    into[i] += n
+
+    def totals(self) -> dict[str, list[dict[str, str | float]]]:
+        """Every counter and gauge: its samples, each its labels and its ``value``."""
+        with self._lock:
+            return {
+                name: [
+                    {**dict(zip(metric.labels, labels, strict=True)), "value": value}
+                    for labels, value in self._values[name].items()
+                ]
+                for name, metric in METRICS.items()
+                if metric.kind != "histogram"
+            }
+
+    def page(self) -> bytes:
+        """The text format of ``/metrics``."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Family]:
+        """One family a metric (the registry's protocol)."""
+        with self._lock:
+            for name in self._values:
+                metric = METRICS.get(name, _OF_A_HANDLER)
+                yield self._family(name, metric.kind, metric.help, metric.labels, metric.buckets)
+
+    def _family(self, name: str, kind: str, text: str, labels: Labels, bounds: tuple[float, ...]) -> Family:
+        values = self._values[name]
+        if kind == "histogram":
+            histogram = HistogramMetricFamily(name, text, labels=labels)
+            for key, counts in self._buckets[name].items():
+                names = [*(f"{float(bound)}" for bound in bounds), "+Inf"]
+                cumulative = [float(n) for n in accumulate(counts)]
+                histogram.add_metric(key, list(zip(names, cumulative, strict=True)), values[key])
+            return histogram
+        family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+        simple = family(name, text, labels=labels)
+        for key, value in values.items():
+            simple.add_metric(key, value)
+        return simple
