@@ -24,7 +24,7 @@ from . import log as logs
 from . import trace
 from .channel import REFUSABLE, Channel
 from .devices import LEAST_COPIES, NO_MODEL, place_of, set_pools, visible_gpus
-from .errors import ConfigurationError, Exit, Fenced, JobworkerError
+from .errors import ConfigurationError, Exit, JobworkerError
 from .handler import BoundHandler, load_handlers
 from .keys import consumer_name
 from .link import Failed, Link, Message, Standby, Start
@@ -70,10 +70,6 @@ def main() -> int:
     try:
         _run(start.role, settings, link, fds)
         trace.close()
-    except Fenced as error:
-        return _fail(
-            link, f"{error}: is another service running as --instance {settings.instance}?", Exit.USAGE
-        )
     except ConfigurationError as error:  # of the store; what a handler says is dealt with where it is loaded
         return _fail(link, str(error), Exit.USAGE)
     except JobworkerError as error:
@@ -155,7 +151,8 @@ def _run_reader(settings: Settings, link: Link) -> None:
     from .reader import Reader
     from .redis_store import RedisReaderStore
 
-    store = RedisReaderStore(settings.redis_url, consumer_name(settings.host, settings.instance))
+    consumer = consumer_name(settings.host, settings.instance)
+    store = RedisReaderStore(settings.redis_url, consumer, holder=settings.holder)
     Reader(store, settings, link).run()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from .channel import READY, STOPPING, Channel
 from .errors import Exit
-from .link import Attach, Briefed, Drain, Failed, Forgotten, Gone, Message, Ready, Report, Retire
+from .link import Attach, Briefed, Drain, Failed, Forgotten, Gone, Held, Message, Ready, Report, Retire
 from .metrics import Exposition
 from .place import Place, state
 from .process import Child, Ended
@@ -55,7 +55,10 @@ class Crew:
         self._verdict: Exit | None = None
         self._was_complete = False
         self._draining = False
+        # Whether any reader of this service has held the instance's name.
+        self._had_name = False
         self._mono_started_s = 0.0
+        self._mono_connected_by_s = 0.0
         self._mono_gauged_s = 0.0
 
     @property
@@ -67,6 +70,7 @@ class Crew:
         """From the next turn on hold all places filled; the settings now have the stores' urls."""
         self._settings = settings
         self._mono_started_s = time.monotonic()
+        self._mono_connected_by_s = self._mono_started_s + settings.connect_timeout_s
 
     def turn(self, now: float) -> Exit | None:
         """One step towards the desired state; an exit code where it cannot be reached."""
@@ -118,6 +122,7 @@ class Crew:
         match message:
             case Ready():
                 child.ready = True
+                self._had_name |= child is self._reader.child
                 log.info("up", extra={"child": child.name, "process_id": child.pid})
             case Report(counts, gauges, histograms, trouble, progress):
                 # A store that does not answer is no standstill of ours, and no restart mends it.
@@ -130,6 +135,8 @@ class Crew:
                 child.trouble = trouble
             case Forgotten(slot, generation):
                 self._graves.pop((slot, generation))[1].close()
+            case Held():
+                self._note_held(message)
             case Failed(error, exit_code):
                 child.trouble = error
                 # At the first start, and for what no later try can mend, this ends the service.
@@ -138,6 +145,17 @@ class Crew:
                     self._verdict = Exit(exit_code)
             case _:
                 log.error("unexpected message", extra={"child": child.name})
+
+    def _note_held(self, held: Held) -> None:
+        """End a service that never had the name once the other is seen to live; one that had it waits."""
+        wait_until = time.monotonic() + held.left_s + self._settings.connect_timeout_s
+        self._mono_connected_by_s = max(self._mono_connected_by_s, wait_until)
+        if held.renewed and not self._had_name and self._verdict is None:
+            log.critical("cannot start", extra={"error": (
+                f"instance {self._settings.instance!r} is held by {held.by}: "
+                "stop that service, or give this one its own --instance"
+            )})  # fmt: skip
+            self._verdict = Exit.USAGE
 
     # -- ends and starts
 
@@ -265,9 +283,7 @@ class Crew:
         if not self._was_complete:
             self._was_complete = all(place.child and place.child.ready for place in self._places)
             reader = self._reader.child
-            if now - self._mono_started_s > self._settings.connect_timeout_s and not (
-                reader and reader.ready
-            ):
+            if now > self._mono_connected_by_s and not (reader and reader.ready):
                 trouble = reader.trouble if reader else None
                 log.critical("the job store does not answer", extra={"error": trouble})
                 self._verdict = Exit.STORE_UNREACHABLE

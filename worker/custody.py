@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from .backlog import Backlog
-from .errors import StoreUnavailable
+from .errors import Fenced, StoreUnavailable
 from .lane import Lane
 from .portion import Portion
 from .settings import Settings
@@ -127,11 +127,12 @@ class Custody:
                 return
 
     def hand_back(self) -> None:
-        """Before ending: let any other host have at once what was read and not begun."""
+        """Before ending: let any other host have at once what was read and not begun, and the name itself."""
         try:
             for number, source in enumerate(self._sources):
                 ids = [a.entry.id for a in self._backlog if a.source == number]
                 if ids:
                     self._store.release(source, ids)
-        except StoreUnavailable as error:
+            self._store.resign(self._sources)
+        except (StoreUnavailable, Fenced) as error:
             log.warning("not handed back; the lease will do it", extra={"error": str(error)})

@@ -84,6 +84,17 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     """From a child: it is set up and works."""
 
 
+class Held(msgspec.Struct, tag=True, frozen=True):
+    """From the reader: another service holds the instance's name; its lease ends in ``left_s`` seconds.
+
+    ``renewed``: it did since the reader first asked, so it lives.
+    """
+
+    by: str
+    left_s: float
+    renewed: bool
+
+
 class Failed(msgspec.Struct, tag=True, frozen=True):
     """From a child: it could not be set up; ``exit_code`` is what the service should end with."""
 
@@ -102,7 +113,9 @@ class Report(msgspec.Struct, tag=True, frozen=True):
     progress: int = 0
 
 
-Message = Standby | Start | Attach | Briefed | Gone | Forgotten | Retire | Drain | Ready | Failed | Report
+Message = (
+    Standby | Start | Attach | Briefed | Gone | Forgotten | Retire | Drain | Ready | Held | Failed | Report
+)
 _decoder = msgspec.msgpack.Decoder(Message)
 _encode = msgspec.msgpack.Encoder().encode
 

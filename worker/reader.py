@@ -18,9 +18,9 @@ from .alone import hand_out_alone
 from .backlog import Backlog
 from .channel import Channel, drained
 from .custody import Custody
-from .errors import AnswerTooLarge, StoreUnavailable
+from .errors import AnswerTooLarge, Fenced, NameHeld, StoreUnavailable
 from .lane import Lane
-from .link import Attach, Briefed, Drain, Forgotten, Gone, Link, Message, Ready, Retire
+from .link import Attach, Briefed, Drain, Forgotten, Gone, Held, Link, Message, Ready, Retire
 from .settings import Settings
 from .settler import Settler
 from .store import Entry, ReaderStore
@@ -36,6 +36,10 @@ _ANSWER_MARGIN_S = 2.0
 _REPORT_EVERY_S = 0.25
 #: How often the types that operators have paused are asked for: one short answer of the store.
 _PAUSES_EVERY_S = 0.5
+#: How often the instance's name is renewed at most; a second service needs this long to see that we live.
+_HOLD_EVERY_S = 2.0
+#: How often a name that another service holds is asked for.
+_NAME_EVERY_S = 0.5
 #: Jobs that wait for workers of their own are read past by so many: behind them may be some for the others.
 _LOOK_PAST = 1024
 #: First and longest wait after the store refused; short enough to be back within a second or so.
@@ -79,6 +83,9 @@ class Reader:
         self._retry_at = 0.0
         self._reported_at = 0.0
         self._heeded_at = 0.0
+        self._held_at = 0.0
+        # Stream -> the renewal by another service that was seen first.
+        self._renewals: dict[str, str] = {}
         # When the answer to each read under way must be there: a network that swallows packets says nothing.
         self._answer_by: dict[int, float] = {}
         self._progress = 0
@@ -110,13 +117,16 @@ class Reader:
             self._trouble = None
         except StoreUnavailable as error:
             self._back_off(error)
+        except Fenced as error:
+            self._lose_name(error)
 
     def _turn(self, now: float, sleep_s: float) -> None:
         if not self._briefed:
             return self._wait(sleep_s)
         if not self._connected:
             self._connect()
-        elif now - self._heeded_at >= _PAUSES_EVERY_S:
+        self._hold_name(now)
+        if now - self._heeded_at >= _PAUSES_EVERY_S:
             self._heed_pauses()
         settled = self._settler.settle(self._lanes)
         self._backlog.answered(settled.answered)
@@ -195,6 +205,8 @@ class Reader:
         """Take the consumer's name, then begin to find what it was given before."""
         self._store.acquire(self._sources)
         self._connected = True
+        self._held_at = self._mono_s()
+        self._renewals.clear()
         # What waits here was found under the earlier connection; the listing below finds it again.
         self._backlog.clear()
         self._heed_pauses()
@@ -202,6 +214,31 @@ class Reader:
         self._custody.list_pending()
         self._link.send(Ready())
         log.info("reading", extra={"streams": len(self._sources), "pending": len(self._backlog.ready)})
+
+    def _hold_name(self, now: float) -> None:
+        """Renew the instance's name. First in a turn: a reader that was suspended must not read first."""
+        if now - self._held_at >= min(_HOLD_EVERY_S, self._settings.lease_s / 3):
+            self._store.hold(self._sources)
+            self._held_at = now
+
+    def _lose_name(self, error: Fenced) -> None:
+        """Another service holds the instance's name: read nothing, and keep asking for the name.
+
+        Workers and their tables stay: what they finish is settled once the name is ours again.
+        """
+        self._stop_reading()
+        self._connected = False
+        self._retry_at = self._mono_s() + _NAME_EVERY_S * self._rng.uniform(0.5, 1.0)
+        if isinstance(error, NameHeld):
+            first = self._renewals.setdefault(error.stream, error.renewal)
+            self._link.send(Held(error.by, error.left_s, renewed=first != error.renewal))
+        trouble = f"instance {self._settings.instance!r}: {error}"
+        known, self._trouble = self._trouble == trouble, trouble
+        if not known:
+            log.error("the instance's name is not ours", extra={"error": trouble})
+            self.report()
+        if self._draining:
+            self._leave_the_dead()
 
     def _heed_pauses(self) -> None:
         """Set aside the types that an operator has paused, and let go on those that are paused no more."""
@@ -324,10 +361,7 @@ class Reader:
         for lane in [lane for lane in self._lanes if lane.gone]:
             assert lane.gone is not None
             remains = self._settler.clear(lane, lane.gone)
-            self._selector.unregister(lane.channel.fds[2])
-            self._lanes.remove(lane)
-            lane.channel.close()
-            self._link.send(Forgotten(lane.slot, lane.generation))
+            self._forget(lane)
             for source, entry in remains.suspects:
                 self._arrive(source, [entry])
             behind = list(self._backlog.ready)
@@ -335,3 +369,14 @@ class Reader:
             for source, entry in remains.unstarted:
                 self._arrive(source, [entry])
             self._backlog.ready.extend(behind)
+
+    def _leave_the_dead(self) -> None:
+        """Forget them without settling: their jobs stay pending for the service that holds the name."""
+        for lane in [lane for lane in self._lanes if lane.gone]:
+            self._forget(lane)
+
+    def _forget(self, lane: Lane) -> None:
+        self._selector.unregister(lane.channel.fds[2])
+        self._lanes.remove(lane)
+        lane.channel.close()
+        self._link.send(Forgotten(lane.slot, lane.generation))

@@ -19,19 +19,22 @@ Command = Sequence[Argument]
 Reply = Any
 
 #: Scripts that act for a reader: the check of its epoch and of ownership goes before them.
-_READER_SCRIPTS = frozenset({"settle", "charge", "renew", "release", "take_over"})
+_READER_SCRIPTS = frozenset({"settle", "charge", "renew", "release", "take_over", "hold"})
+#: Scripts that look at the record of the service that holds a name.
+_HOLDER_SCRIPTS = frozenset({"acquire", "hold", "remove_consumers"})
 _OTHER_SCRIPTS = frozenset(
-    {"acquire", "promote", "schedule", "trim", "remove_consumers", "requeue", "record"}
+    {"acquire", "resign", "promote", "schedule", "trim", "remove_consumers", "requeue", "record"}
 )
 _FENCE_SCRIPTS = frozenset({"admit", "note", "leave", "rebuild_begin", "rebuild_save", "journal"})
+_PRELUDES = {"reader": _READER_SCRIPTS, "holder": _HOLDER_SCRIPTS}
 #: Commands in one send: while the server works on one lot, we pack the next.
 _PIPELINE_COMMANDS = 250
 
 
 def _source(name: str) -> bytes:
     folder = files("jobworker.worker") / "scripts"
-    body = (folder / f"{name}.lua").read_bytes()
-    return (folder / "reader.lua").read_bytes() + body if name in _READER_SCRIPTS else body
+    parts = [part for part, users in _PRELUDES.items() if name in users]
+    return b"".join((folder / f"{part}.lua").read_bytes() for part in [*parts, name])
 
 
 _SOURCES = {name: _source(name) for name in sorted(_READER_SCRIPTS | _OTHER_SCRIPTS | _FENCE_SCRIPTS)}

@@ -10,7 +10,7 @@ import msgspec
 
 from .backoff import RetryPolicy
 from .errors import ConfigurationError
-from .keys import DEFAULT_SOURCES, Source
+from .keys import DEFAULT_SOURCES, NO_HOLDER, Holder, Source
 
 #: Default limit of one entry; larger ones are refused before they are parsed.
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
@@ -65,6 +65,7 @@ class Settings:
     cache_bytes: int = 0
     linger_s: float = 0.002
     threads: int = 1
+    holder: Holder = NO_HOLDER
 
     def to_json(self) -> bytes:
         """For a child of the service; it holds the secrets too, so it goes over a pipe only."""
@@ -77,7 +78,8 @@ class Settings:
 
     def public(self) -> dict[str, Any]:
         """The options without the secrets, for the log."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in MAY_HOLD_SECRETS}
+        left_out = {*MAY_HOLD_SECRETS, "holder"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
 
 def parse_source(text: str) -> Source:

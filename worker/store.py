@@ -70,7 +70,16 @@ class ReaderStore(Protocol):
 
     def acquire(self, sources: Sequence[Source]) -> None:
         """Make the groups (from id 0) where they are missing, and take the consumer's name: a new epoch
-        that fences off any earlier reader of that name."""
+        that fences off any earlier reader of that name.
+
+        Raises `NameHeld`, and takes no name, where another service renewed it within the lease.
+        """
+
+    def hold(self, sources: Sequence[Source]) -> None:
+        """Renew the name: for another lease no other service can take it."""
+
+    def resign(self, sources: Sequence[Source]) -> None:
+        """Give the name up, where it is ours: another service can take it at once."""
 
     def begin_read(self, source: Source, count: int, block_ms: int) -> int:
         """Ask for at most ``count`` new entries and return at once; the result is a file descriptor
