@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -195,27 +195,32 @@ def _open_data_dir(settings: Settings) -> DataDir:
 def _instance_lock(settings: Settings) -> Iterator[Holder]:
     """Hold the instance's lock file. Raises `ConfigurationError` where a service of this directory has it.
 
-    The job store decides who has the name; without a usable directory only a restart after a crash is slower.
+    The job store decides who has the name; without a usable file only a restart after a crash is slower.
     """
-    lock = None
-    try:
-        lock = InstanceLock(settings)
-    except OSError as error:
-        log.warning("no lock file: after a crash a restart waits for the lease", extra={"error": str(error)})
-    if lock is None:
-        yield new_holder(settings)
-        return
-    with closing(lock):
-        give_up_at = time.monotonic() + _LOCK_WITHIN_S
-        while not lock.take():
-            pid = lock.holder_pid()
-            if os.path.exists(f"/proc/{pid}") or time.monotonic() > give_up_at:
-                raise ConfigurationError(
-                    f"instance {settings.instance!r} is held by pid {pid} in data directory {lock.folder}: "
-                    "stop that service, or give this one its own --instance"
-                )
-            time.sleep(0.05)  # a file lock held by a dying process offers no event with a deadline
-        yield lock.sign()
+    with ExitStack() as cleanup:
+        try:
+            lock = InstanceLock(settings)
+            cleanup.callback(lock.close)
+            _take(lock, settings.instance)
+            holder = lock.sign()
+        except OSError as error:
+            log.warning(
+                "no lock file: after a crash a restart waits for the lease", extra={"error": str(error)}
+            )
+            holder = new_holder(settings)
+        yield holder
+
+
+def _take(lock: InstanceLock, instance: str) -> None:
+    give_up_at = time.monotonic() + _LOCK_WITHIN_S
+    while not lock.take():
+        pid = lock.holder_pid()
+        if os.path.exists(f"/proc/{pid}") or time.monotonic() > give_up_at:
+            raise ConfigurationError(
+                f"instance {instance!r} is held by pid {pid} in data directory {lock.folder}: "
+                "stop that service, or give this one its own --instance"
+            )
+        time.sleep(0.05)  # a file lock held by a dying process offers no event with a deadline
 
 
 def _supervise(settings: Settings, queue: SignalQueue) -> Exit:

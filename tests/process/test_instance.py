@@ -106,6 +106,14 @@ def test_a_name_whose_holder_cannot_be_proven_dead_is_waited_for(tmp_path: Path,
             second.wait_for_end(second.enqueue("noop"))
 
 
+def test_a_data_directory_that_cannot_be_used_keeps_no_service_from_running(tmp_path: Path, url: str) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with running(another(tmp_path, "one", url, data_dir=file / "below", lease=1)) as one:
+        one.wait_for_end(one.enqueue("noop"))
+        assert [e for e in one.log() if e["msg"].startswith("no lock file")]
+
+
 def test_a_service_that_lost_its_name_stays_says_who_has_it_and_takes_it_back(
     tmp_path: Path, url: str
 ) -> None:
