@@ -238,7 +238,7 @@ class Reader:
             log.error("the instance's name is not ours", extra={"error": trouble})
             self.report()
         if self._draining:
-            self._leave_the_dead()
+            self._drop_ended_workers()
 
     def _heed_pauses(self) -> None:
         """Set aside the types that an operator has paused, and let go on those that are paused no more."""
@@ -370,8 +370,8 @@ class Reader:
                 self._arrive(source, [entry])
             self._backlog.ready.extend(behind)
 
-    def _leave_the_dead(self) -> None:
-        """Forget them without settling: their jobs stay pending for the service that holds the name."""
+    def _drop_ended_workers(self) -> None:
+        """Forget ended workers without settling: their jobs stay pending for the holder of the name."""
         for lane in [lane for lane in self._lanes if lane.gone]:
             self._forget(lane)
 
