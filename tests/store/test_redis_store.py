@@ -15,7 +15,8 @@ import redis
 from jobworker.worker import keys, redis_reads
 from jobworker.worker.errors import AnswerTooLarge, ConfigurationError, StoreUnavailable
 from jobworker.worker.keys import Source
-from jobworker.worker.redis_connect import redacted, require_version
+from jobworker.worker.log import without_credentials
+from jobworker.worker.redis_connect import require_version
 from jobworker.worker.redis_store import RedisProducerStore, RedisReaderStore, RedisReaperStore
 from jobworker.worker.store import Dead, Entry, Retry, Settlement
 from support.job_worlds import RedisWorld
@@ -346,12 +347,13 @@ class TestUrls:
             ("redis://localhost:6379/0", "redis://localhost:6379/0"),
             ("redis://user:pa@ss@localhost:6379/0", "redis://***@localhost:6379/0"),
             ("rediss://:pw@h:1/2?password=pw", "rediss://***@h:1/2"),
+            ("redis://:p?w@h:1", "redis://***@h:1"),
             ("redis+sentinel://:pw@h:1,h2:2/mymaster/0", "redis+sentinel://***@h:1,h2:2/mymaster/0"),
             ("unix:///run/redis.sock?password=pw", "unix:///run/redis.sock"),
         ],
     )
-    def test_redacted(self, url: str, shown: str) -> None:
-        assert redacted(url) == shown
+    def test_a_url_is_shown_without_credentials_and_options(self, url: str, shown: str) -> None:
+        assert without_credentials(url, "***@") == shown
 
 
 class TestVersion:
