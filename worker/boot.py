@@ -28,6 +28,7 @@ from .errors import ConfigurationError, Exit, Fenced, JobworkerError
 from .handler import BoundHandler, load_handlers
 from .keys import consumer_name
 from .link import Failed, Link, Message, Standby, Start
+from .marks import Marks
 from .outcome import MAX_ERROR_CHARS
 from .settings import Settings
 from .tether import tie_to_parent
@@ -135,7 +136,7 @@ def _stand_by(standby: Standby) -> None:
 def _run(role: str, settings: Settings, link: Link, fds: list[int]) -> None:
     match role:
         case "reader":
-            _run_reader(settings, link)
+            _run_reader(settings, link, Marks(*fds))
         case "reaper":
             _run_reaper(settings, link)
         case _:
@@ -151,12 +152,12 @@ def _place(settings: Settings, slot: int) -> str:
     return place
 
 
-def _run_reader(settings: Settings, link: Link) -> None:
+def _run_reader(settings: Settings, link: Link, marks: Marks) -> None:
     from .reader import Reader
     from .redis_store import RedisReaderStore
 
     store = RedisReaderStore(settings.redis_url, consumer_name(settings.host, settings.instance))
-    Reader(store, settings, link).run()
+    Reader(store, settings, link, marks=marks).run()
 
 
 def _run_reaper(settings: Settings, link: Link) -> None:

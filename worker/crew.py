@@ -11,6 +11,7 @@ from typing import Any
 from .channel import READY, STOPPING, Channel
 from .errors import Exit
 from .link import Attach, Briefed, Drain, Failed, Forgotten, Gone, Message, Ready, Report, Retire
+from .marks import Marks
 from .metrics import Exposition
 from .place import Place, state
 from .process import Child, Ended
@@ -34,6 +35,8 @@ _LEAST_STARTS = 2
 #: Ends in a row before a place was ready, after which nothing is to be hoped from another try.
 _BOOT_TRIES, _LOOP_TRIES = 3, 6
 _GAUGES_EVERY_S = 0.5
+#: Ends of a reader that anybody on the host may cause at any moment, or the kernel for want of memory.
+_FROM_OUTSIDE = frozenset({"SIGKILL", "SIGTERM"})
 
 
 class Crew:
@@ -47,6 +50,7 @@ class Crew:
         self._workers = [Place("worker", slot) for slot in range(settings.procs)]
         self._places = [self._reader, self._reaper, *self._workers]
         self._spares = Spares()
+        self._marks = Marks.create()
         self._graves: dict[tuple[int, int], tuple[Gone, Channel]] = {}
         # Places whose worker of this generation or before is to be exchanged.
         self._to_exchange: deque[tuple[Place, int]] = deque()
@@ -173,6 +177,20 @@ class Crew:
             place.respawn.ended(now, was_ready=child.ready, lived_s=now - child.mono_started_s)
         if child.channel is not None:
             self._bury(child, child.channel, ended, charge=not expected)
+        elif place is self._reader:
+            self._count_reader_death(child, ended)
+
+    def _count_reader_death(self, child: Child, ended: Ended) -> None:
+        """Hold the entry that a reader was reading when it ended to account."""
+        # One that waits, for a log that nobody reads or because it was stopped, is no entry's fault; nor is
+        # one that was overdue and has reported since.
+        spins = child.mono_killed_s is not None and child.was_computing
+        suspect = self._marks.record_death(proven=spins or ended.cause not in _FROM_OUTSIDE)
+        if suspect is not None:
+            stream = self._settings.streams[suspect.source].stream
+            log.error("reader ended while it read an entry", extra={
+                "stream": stream, "entry_id": suspect.entry_id.decode(), "poison": suspect.convicted,
+            })  # fmt: skip
 
     def _bury(self, child: Child, channel: Channel, ended: Ended, *, charge: bool) -> None:
         timed_out = child.kill_cause == "timeout"
@@ -207,7 +225,8 @@ class Crew:
             return child
         # While draining the spares have been told to end like all others.
         child = (None if self._draining else self._spares.take()) or Child(now)
-        child.begin(place.role, place.slot, place.generation, self._settings, now)
+        marks = self._marks if place is self._reader else None
+        child.begin(place.role, place.slot, place.generation, self._settings, now, marks=marks)
         child.stopping = self._draining
         if place is self._reader:
             self._brief(child)
@@ -240,6 +259,7 @@ class Crew:
         elif child.mono_killed_s is None:
             child.mono_killed_s = now
             child.kill_cause = overdue
+            child.was_computing = child.is_computing()
             child.kill(signal.SIGUSR2)
         elif now - child.mono_killed_s > (_DUMP_S if overdue != "rss" else 0.0):
             child.kill(signal.SIGKILL)  # what is too large already is not given time to grow

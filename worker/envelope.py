@@ -181,9 +181,11 @@ def dead_letter(
     deaths: int = 0,
     retry_count: int | None = None,
     details: dict[str, Any] | None = None,
+    unread: bool = False,
 ) -> bytes:
-    """The dead letter's JSON. Where ``data`` is no job that can be read, its bytes are kept as base64."""
-    readable = reason not in ("malformed", "oversized") and data is not None
+    """The dead letter's JSON. Where ``data`` is no job that can be read, or is not to be read (``unread``),
+    its bytes are kept as base64."""
+    readable = not unread and reason not in ("malformed", "oversized") and data is not None
     raw = None
     if not readable and data is not None:
         kept = data[:OVERSIZED_KEPT_BYTES] if reason == "oversized" else data

@@ -29,7 +29,7 @@ class Standby(msgspec.Struct, tag=True, frozen=True):
 class Start(msgspec.Struct, tag=True, frozen=True):
     """To a child, first of all but for a Standby: what it is, and the settings as JSON.
 
-    A worker's channel comes along. ``blackbox_fd`` is inherited under that number:
+    A worker's channel or the reader's marks come along. ``blackbox_fd`` is inherited under that number:
     faulthandler writes the stacks of a crash there.
     """
 

@@ -85,6 +85,10 @@ class MemoryStore:
             left = [id for id in own if id in stream.entries and order(id) > order(after)]
             return [self._pending_entry(stream, group, id) for id in left[:count]]
 
+    def own_ids(self, source: Source, after: bytes, count: int) -> list[bytes]:
+        """See `ReaderStore.own_ids`."""
+        return [entry.id for entry in self.own_pending(source, after, count)]
+
     def take_over(
         self, source: Source, min_idle_ms: int, count: int, cursor: bytes
     ) -> tuple[bytes, list[Entry]]:

@@ -18,14 +18,17 @@ from .alone import hand_out_alone
 from .backlog import Backlog
 from .channel import Channel, drained
 from .custody import Custody
+from .envelope import OVERSIZED_KEPT_BYTES
 from .errors import AnswerTooLarge, StoreUnavailable
 from .lane import Lane
 from .link import Attach, Briefed, Drain, Forgotten, Gone, Link, Message, Ready, Retire
+from .marks import Marks
+from .outcome import Reason
 from .settings import Settings
 from .settler import Settler
 from .store import Entry, ReaderStore
 from .tally import Tally
-from .triage import Arrival, Triage
+from .triage import READER_DIED, Arrival, Refusal, Triage
 
 log = logging.getLogger("jobworker.reader")
 
@@ -51,6 +54,7 @@ class Reader:
         settings: Settings,
         link: Link,
         *,
+        marks: Marks | None = None,
         mono_s: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
@@ -58,16 +62,18 @@ class Reader:
         self._settings = settings
         self._sources = settings.streams
         self._link = link
+        # What readers before this one were reading when they ended; without a supervisor there were none.
+        self._marks = marks or Marks.create()
         self._mono_s = mono_s
         self._rng = rng or random.Random()
         self._tally = Tally()
         kinds = {kind: number for number, kind in enumerate(settings.handlers)}
         self._triage = Triage(kinds, settings.max_payload, settings.max_deaths)
         self._backlog = Backlog(list(settings.handlers))
-        self._settler = Settler(store, settings, self._tally, self._rng, self._backlog.excused)
+        self._settler = Settler(store, settings, self._tally, self._rng, self._backlog.excused, self._marks)
         self._lanes: list[Lane] = []
         self._custody = Custody(
-            store, settings, self._lanes, self._backlog, self._tally, self._arrive, mono_s()
+            store, settings, self._lanes, self._backlog, self._tally, self._arrive, self._marks, mono_s()
         )
         self._selector = selectors.DefaultSelector()
         self._selector.register(link, selectors.EVENT_READ)
@@ -89,6 +95,7 @@ class Reader:
             self.go_round(_REPORT_EVERY_S)
         self._custody.hand_back()
         self._store.close()
+        self._marks.close()
         self.report()
         self._selector.close()
 
@@ -131,7 +138,7 @@ class Reader:
             self._custody.list_pending()
             self._read_more()
         self._custody.keep(now, draining=self._draining)
-        self._wait(sleep_s)
+        self._wait(0.0 if self._custody.listing_one_by_one else sleep_s)
         if self._answer_by and min(self._answer_by.values()) < self._mono_s():
             raise StoreUnavailable("a blocking read was not answered in time")
 
@@ -199,8 +206,9 @@ class Reader:
         self._backlog.clear()
         self._heed_pauses()
         self._custody.begin()
-        self._custody.list_pending()
+        # Before the entries are looked at: one that ends readers must not look like a start that failed.
         self._link.send(Ready())
+        self._custody.list_pending()
         log.info("reading", extra={"streams": len(self._sources), "pending": len(self._backlog.ready)})
 
     def _heed_pauses(self) -> None:
@@ -215,6 +223,7 @@ class Reader:
     def _back_off(self, error: StoreUnavailable) -> None:
         """Wait longer each time, with jitter, so that many hosts do not come back in the same instant."""
         self._stop_reading()
+        self._marks.clear()
         self._connected = False
         first, longest = _BACKOFF_S
         delay = min(longest, first * 2.0**self._failures) * self._rng.uniform(0.5, 1.0)
@@ -244,18 +253,34 @@ class Reader:
 
     def _take_in(self, source: int) -> None:
         """Take a read's answer. While small jobs are gone through here the server looks for more of them."""
+        self._marks.open_window(source)
         entries = self._finish_read(source)
         if entries and self._custody.portions[source].largest and not self._draining:
             self._ask_for(source, self._room(source) - len(entries))
         self._arrive(source, entries)
+        self._marks.clear()
 
     def _arrive(self, source: int, entries: list[Entry]) -> None:
+        if self._marks.convicted:
+            entries = [entry for entry in entries if not self._refuse_convicted(source, entry)]
+        if len(entries) == 1:
+            self._marks.mark(source, entries[0].id)
         arrivals, refusals = self._triage.sift(source, entries)
         self._backlog.extend(arrivals)
         for refusal in refusals:
             self._settler.refuse(refusal)
         if entries:
             self._custody.portions[source].learn(entries)
+        self._marks.unmark()
+
+    def _refuse_convicted(self, source: int, entry: Entry) -> bool:
+        """Refuse an entry that has ended a reader, without looking into it."""
+        if (source, entry.id) not in self._marks.convicted:
+            return False
+        if entry.data is not None and len(entry.data) > self._settings.max_payload:
+            entry = entry._replace(data=entry.data[:OVERSIZED_KEPT_BYTES])
+        self._settler.refuse(Refusal(source, entry, Reason.POISON, READER_DIED))
+        return True
 
     def _pause(self, arrival: Arrival, now: float) -> None:
         kind = tuple(self._settings.handlers)[arrival.kind]

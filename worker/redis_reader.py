@@ -73,6 +73,10 @@ class RedisReaderStore(Store):
                 return entries
             after = ids[-1]
 
+    def own_ids(self, source: Source, after: bytes, count: int) -> list[bytes]:
+        """See `ReaderStore.own_ids`."""
+        return [row[0] for row in self._pending_rows(source, after, count)]
+
     def take_over(
         self, source: Source, min_idle_ms: int, count: int, cursor: bytes
     ) -> tuple[bytes, list[Entry]]:

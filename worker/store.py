@@ -91,6 +91,9 @@ class ReaderStore(Protocol):
     def own_pending(self, source: Source, after: bytes, count: int) -> list[Entry]:
         """A page of what this consumer was given and has not settled, by id; start after ``b"0-0"``."""
 
+    def own_ids(self, source: Source, after: bytes, count: int) -> list[bytes]:
+        """The ids of such a page, without fetching the entries; some may be gone from the stream."""
+
     def take_over(
         self, source: Source, min_idle_ms: int, count: int, cursor: bytes
     ) -> tuple[bytes, list[Entry]]:

@@ -330,6 +330,8 @@ class TestLeases:
         assert [e.id for e in store.own_pending(S, b"0-0", 2)] == ids[:2]
         assert [e.id for e in store.own_pending(S, ids[1], 2)] == ids[2:4]
         assert [e.id for e in store.own_pending(S, ids[4], 2)] == []
+        assert store.own_ids(S, b"0-0", 2) == ids[:2]
+        assert store.own_ids(S, ids[1], 9) == ids[2:]
 
     def test_bodies_of_what_is_left(self, world: World) -> None:
         store, (a, b) = given(world, b"1", b"2")
