@@ -10,7 +10,8 @@ supervisor counts it (`record_death`) before it starts the next reader, which go
   a time, each under a mark of its own.
 
 A SIGKILL may come from outside and hit any entry, so it is one strike of three, and an entry that a reader
-gets past loses its strikes. A crash, an exit, or an endless computation that the supervisor ended is proof. One process writes at a time: the reader while it lives, the supervisor after its end.
+gets past loses its strikes. A crash, an exit, or an endless computation that the supervisor ended is proof.
+One process writes at a time: the reader while it lives, the supervisor after its end.
 """
 
 import mmap
