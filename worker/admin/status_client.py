@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from ..settings import without_credentials
+
 #: A service on this machine or in this data centre answers at once; one that does not is shown as silent.
 _TIMEOUT_S = 2.5
 #: Largest page taken in: 512 workers with 16 jobs each stay well below.
@@ -87,6 +89,6 @@ def same_store(one: str, other: str) -> bool:
 
 def _place(url: str) -> str:
     """The store's address without credentials and options, names of this machine all alike."""
-    plain = re.sub(r"^([^:/]+://).*@", r"\1", re.sub(r"[?].*$", "", url))
+    plain = without_credentials(url)
     plain = re.sub(r"://(localhost|\[::1\])(?=[:/]|$)", "://127.0.0.1", plain).rstrip("/")
-    return re.sub(r"/0$", "", plain)
+    return plain.removesuffix("/0")
