@@ -31,7 +31,7 @@ _HAN = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]"
 _WORD = re.compile(rf"({_HAN})|[^\W_]+")
 _APOSTROPHE = re.compile(r"(?<=\w)’(?=\w)")
 _ENDED = re.compile(rf"[。！？…｡．!?.][{re.escape(_CLOSERS)}\"']*$")
-#: What somebody says, or asks the reader: it has no meaning without what stands around it.
+#: Dialogue, or a question to the reader: neither has a meaning without its context.
 _SPEECH = re.compile(r"(?:^|[:：,，])\s*[“‘「『\"]")
 
 
@@ -158,7 +158,7 @@ def _goes_on(text: str, start: int, end: int) -> bool:
 
 
 def _is_speech(text: str) -> bool:
-    """Whether somebody says it, or asks it."""
+    """Whether it is dialogue or a question."""
     return _SPEECH.search(text) is not None or _asks(text)
 
 

@@ -29,7 +29,7 @@ TRIES = 4
 FIRST_PAUSE_S = 1.0
 #: An endpoint that asks for more is left alone, and the worker is free for other jobs meanwhile.
 LONGEST_PAUSE_S = 20.0
-#: All requests for one chapter together may take so many times the limit of one.
+#: Deadline of all requests for one chapter, as a multiple of the timeout of one.
 DEADLINE_TIMEOUTS = 4.0
 #: Findings of 200 items each stay far below; more is no answer to what was asked.
 MOST_ANSWER_BYTES = 4 * 1024 * 1024
@@ -117,7 +117,7 @@ class LanguageModel:
         said, found = self._ask(messages, give_up_at)
         if isinstance(found, str):
             self.counters["llm_repairs"] += 1
-            log.info("the language model is asked once more: %s", found)
+            log.info("llm.asked_again", extra={"error": found})
             repair = {"role": "user", "content": REPAIR % {"fault": found}}
             _, found = self._ask([*messages, {"role": "assistant", "content": said}, repair], give_up_at)
         if isinstance(found, str):
@@ -129,7 +129,7 @@ class LanguageModel:
         self._client.close()
 
     def _ask(self, messages: Sequence[dict[str, str]], give_up_at: float) -> tuple[str, Findings | str]:
-        """What it said, and what that comes to: findings, or in words why they are none."""
+        """The answer, and its findings or the reason why it has none."""
         request = {
             "model": self._model,
             "messages": messages,
