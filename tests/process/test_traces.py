@@ -120,6 +120,6 @@ def test_a_protocol_that_is_not_spoken_is_said_and_jobs_run_all_the_same(tmp_pat
     asked = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
     with service(tmp_path, handlers("Noop"), environment=asked, procs=1) as one:
         one.wait_for_end(one.enqueue("noop"))
-        said = [event["msg"] for event in one.log() if event["level"] == "warning"]
+        said = [event["error"] for event in one.logged("traces.disabled")]
         assert said
         assert all("http/protobuf only" in line for line in said)
