@@ -156,8 +156,8 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def confirm(question: Callable[[], str], yes: bool) -> None:
-    """Ask before an operation that cannot be undone. `question` is called only if somebody can answer it.
-    Raises `ConfigurationError` if standard input is not a terminal."""
+    """Ask before an operation that cannot be undone. `question` is called only on a terminal.
+    Raises `ConfigurationError` if standard input is not one."""
     if yes:
         return
     if not sys.stdin.isatty():

@@ -140,7 +140,7 @@ class Actions:
         form = await self._read_action(request)
         operation, selected, filter = _operation(form), self._selected(form), _filter(form)
         back = _local_path(first_value(form, "back"))
-        # Letters written after the question was asked are left: nobody confirmed them.
+        # Letters written after the question was asked are left: their number was not part of it.
         asked_at_s = _parse_time(first_value(form, "asked_at"))
         self._site.streams_of(filter)  # an invalid form is refused here, not by the task
         filter.letter_filter(asked_at_s)
@@ -160,7 +160,7 @@ class Actions:
 
     def _selected(self, form: Form) -> list[Cursor]:
         """The selected letters; none if the form says that all matching letters are meant. Raises
-        `HTTPException` if the form says neither."""
+        `HTTPException` if it says neither."""
         if first_value(form, "which") == "all":
             return []
         if "at" not in form:
