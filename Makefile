@@ -1,49 +1,60 @@
-# Two commands: `make run` shows the whole way of a novel into Milvus, `make test` runs every check there is.
+# `make run` embeds a sample novel into Milvus, `make test` runs all checks, `make help` lists every target.
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 
+# --no-loadscope-reorder keeps the order of the folders: long tests come first, so both processes end together.
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types unit venv venv-dev clean
+.PHONY: help run test lint format types suite unit bench tools venv venv-dev clean
 
-help:
-	@echo "make run    set everything up, start the service, embed the sample novel, answer one question"
-	@echo "make test   set everything up, then lint, types, import rules and the whole suite"
-	@echo "make venv   only the virtual environment in $(VENV)"
-	@echo "make clean  remove $(VENV), caches and build results (not jobworker-data)"
+help: ## list the targets
+	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-run: venv
+run: venv ## set up, start the service, embed the sample novel, answer one question
 	@$(BIN)/python samples/main_job.py $(ARGS)
 
-test: lint types unit
+test: lint types suite ## set up, then lint, types and all tests: what CI runs
 
-lint: venv-dev
+lint: venv-dev ## ruff check, ruff format --check
 	@echo "== lint: ruff check, ruff format --check"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-types: venv-dev
+format: venv-dev ## sort imports and format the code
+	@$(BIN)/ruff check --fix --select I .
+	@$(BIN)/ruff format .
+
+types: venv-dev ## mypy --strict
 	@echo "== types: mypy --strict"
 	@scripts/typecheck.sh
 
-unit: venv-dev
-	@scripts/fetch-redis.sh $(VENV)
+suite: venv-dev tools ## all tests; one file: make suite ARGS=tests/store/test_fence.py
 	@echo "== tests: import rules and the whole suite"
-	@# In the order of the folders: the long ones first, so that both processes end at about the same time.
-	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
+	@$(PYTEST) $(ARGS)
 
-venv: $(VENV)/.stamp
-venv-dev: $(VENV)/.stamp-dev
+unit: venv-dev tools ## only tests/unit: about a minute
+	@$(PYTEST) tests/unit $(ARGS)
 
-# A stamp is newer than what it was made from, or the environment is brought up to date.
+bench: venv-dev ## throughput in no-op jobs/s against a bare Redis loop; more benchmarks: bench/*.py --help
+	@$(BIN)/python bench/throughput.py $(ARGS)
+
+tools: venv-dev ## fetch the programs that tests need and this machine lacks into .venv/debian
+	@scripts/fetch-tools.sh $(VENV)
+
+venv: $(VENV)/.stamp ## only the virtual environment in .venv, for make run
+venv-dev: $(VENV)/.stamp-dev ## the virtual environment with the Python packages of the tests
+
+# The environment is updated when one of these files is newer than the stamp.
 $(VENV)/.stamp: setup.cfg pyproject.toml constraints.txt
 	@scripts/make-venv.sh $(VENV) embedded
 	@touch $@
 
-# It holds all of the other, so that one is spared where the tests come first.
+# It contains all of the smaller one, so both stamps are renewed.
 $(VENV)/.stamp-dev: setup.cfg pyproject.toml constraints.txt
 	@scripts/make-venv.sh $(VENV) embedded,dev
 	@touch $(VENV)/.stamp $@
 
-clean:
+clean: ## remove .venv, caches and build results (not jobworker-data)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -1,12 +1,12 @@
 """The parent: starts the roles and the embedded stores, watches and restarts them, ends them in order."""
 
-import hashlib
 import logging
 import os
 import signal
-import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +16,12 @@ import setproctitle
 from jobworker.handlers import BUILTIN, NEEDS_VECTORS
 from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
+from jobworker.worker.keys import Holder
 from jobworker.worker.options import ENV_PREFIX, service_options, settings_from
 from jobworker.worker.settings import Settings, parse_address
 from jobworker.worker.supervision.embedded import Stores, needed
 from jobworker.worker.supervision.health import Health, HealthServer
+from jobworker.worker.supervision.instance import InstanceLock, new_holder
 from jobworker.worker.supervision.process_manager import ProcessManager
 from jobworker.worker.supervision.sd_notify import notify, reloading
 from jobworker.worker.supervision.signals import SignalQueue
@@ -192,20 +194,36 @@ def _open_data_dir(settings: Settings) -> DataDir:
     return data
 
 
-def _claim_instance(settings: Settings) -> socket.socket:
-    """Hold this host's name for the service while it lives: two readers of one name would fence each other
-    off for ever. The kernel gives the name back however the service ends. Raises `ConfigurationError`."""
-    store = settings.redis_url or os.path.abspath(settings.data_dir)
-    scope = hashlib.sha256(f"{store}\n{settings.instance}".encode())
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
-        sock.bind(f"\0jobworker-{scope.hexdigest()[:32]}")
-    except OSError:
-        sock.close()
-        raise ConfigurationError(
-            f"instance {settings.instance!r} runs on this host already: give this one its own --instance"
-        ) from None
-    return sock
+@contextmanager
+def _instance_lock(settings: Settings) -> Iterator[Holder]:
+    """Hold the instance's lock file. Raises `ConfigurationError` where a service of this directory has it.
+
+    The job store decides who has the name; without a usable file only a restart after a crash is slower.
+    """
+    with ExitStack() as cleanup:
+        try:
+            lock = InstanceLock(settings)
+            cleanup.callback(lock.close)
+            _take(lock, settings.instance)
+            holder = lock.sign()
+        except OSError as error:
+            log.warning(
+                "no lock file: after a crash a restart waits for the lease", extra={"error": str(error)}
+            )
+            holder = new_holder(settings)
+        yield holder
+
+
+def _take(lock: InstanceLock, instance: str) -> None:
+    give_up_at = time.monotonic() + _LOCK_WITHIN_S
+    while not lock.take():
+        pid = lock.holder_pid()
+        if os.path.exists(f"/proc/{pid}") or time.monotonic() > give_up_at:
+            raise ConfigurationError(
+                f"instance {instance!r} is held by pid {pid} in data directory {lock.folder}: "
+                "stop that service, or give this one its own --instance"
+            )
+        time.sleep(0.05)  # a file lock held by a dying process offers no event with a deadline
 
 
 def _supervise(settings: Settings, queue: SignalQueue) -> Exit:
@@ -214,8 +232,8 @@ def _supervise(settings: Settings, queue: SignalQueue) -> Exit:
     embedded = not settings.redis_url or (needs_vectors and not settings.milvus_uri)
     data = _open_data_dir(settings) if embedded else None
     stores = Stores(settings, data, needed(settings, data, needs_vectors) if data else [])
-    with _claim_instance(settings):
-        return Supervisor(settings, data, stores).run(queue)
+    with _instance_lock(settings) as holder:
+        return Supervisor(replace(settings, holder=holder), data, stores).run(queue)
 
 
 @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "max_content_width": 110})

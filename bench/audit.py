@@ -17,7 +17,7 @@ from typing import Any
 import click
 import zstandard
 from hosts import cpu_s, described, host_facts, roles_of
-from rig import JOB_TYPE, LIMIT_S, PrefetchBuffer, connect, server, service
+from rig import JOB_TYPE, LIMIT_S, Backlog, connect, server, service
 
 _HANDLER = "jobworker.handlers.audit.handler:Archive"
 _LOOK_EVERY_S = 0.01
@@ -43,7 +43,7 @@ def measure(url: str, folder: Path, entries: int, procs: int, kills: int) -> dic
     """Archive all of them; the report that ``--json`` prints. Raises RuntimeError where one is not there
     exactly once."""
     with connect(url) as client:
-        backlog = PrefetchBuffer(client, entry)
+        backlog = Backlog(client, entry)
         try:
             backlog.fill(entries)
             with service(url, backlog, _HANDLER, procs, JOBWORKER_DATA_DIR=str(folder)) as pid:
@@ -71,7 +71,7 @@ def _cpu_s(pid: int) -> float:
     return sum(cpu_s(pids) for pids in roles_of(pid).values())
 
 
-def _await_end(backlog: PrefetchBuffer, pid: int, kills: int) -> int:
+def _await_end(backlog: Backlog, pid: int, kills: int) -> int:
     """Wait until all is acknowledged, killing workers on the way; how many were killed."""
     started, killed, chance = time.monotonic(), 0, random.Random(1)
     while not backlog.drained:

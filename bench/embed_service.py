@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hosts import roles_of
-from rig import JOB_TYPE, LIMIT_S, PrefetchBuffer, connect, free_port, server, service
+from rig import JOB_TYPE, LIMIT_S, Backlog, connect, free_port, server, service
 
 _HANDLER = "jobworker.handlers.embedding.handler:EmbeddingBatch"
 # Between two looks at the group: short against everything that is measured here.
@@ -23,7 +23,7 @@ class Running(NamedTuple):
     """A service that waits for the backlog to be released."""
 
     supervisor_pid: int
-    backlog: PrefetchBuffer
+    backlog: Backlog
     metrics_url: str
 
     def metric(self, name: str) -> float:
@@ -48,7 +48,7 @@ class Running(NamedTuple):
 def running(jobs: Sequence[Sequence[str]], procs: int, model: str, **environment: str) -> Iterator[Running]:
     """A ready service with a model in each worker, whose backlog holds one job for each list of texts."""
     with server("") as url, connect(url) as client:
-        backlog = PrefetchBuffer(client, lambda number: _job(number, jobs[number]))
+        backlog = Backlog(client, lambda number: _job(number, jobs[number]))
         backlog.fill(len(jobs))
         port = free_port()
         options = {"JOBWORKER_CACHE": "off", "JOBWORKER_MODEL": model} | environment

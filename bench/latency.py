@@ -16,20 +16,20 @@ from typing import Any
 
 import click
 from hosts import described, host_facts, table
-from rig import LIMIT_S, STAMP, PrefetchBuffer, bare_loops, connect, job, say, server, service
+from rig import LIMIT_S, STAMP, Backlog, bare_loops, connect, job, say, server, service
 
 _EVERY_S = 0.020
 #: Sent before the clock counts: first jobs pay for connections, imports and caches.
 _WARM_UP_JOBS = 10
 _PERCENTILES = (50, 95, 99)
 
-Consumers = Callable[[PrefetchBuffer, str], AbstractContextManager[Any]]
+Consumers = Callable[[Backlog, str], AbstractContextManager[Any]]
 
 
 def latencies_ms(url: str, jobs: int, consumers: Consumers) -> list[float]:
     """Send that many jobs, one each 20 ms; the time of each. Raises RuntimeError where one never started."""
     with connect(url) as client, tempfile.TemporaryDirectory() as folder:
-        backlog, stamps = PrefetchBuffer(client), Path(folder) / "stamps"
+        backlog, stamps = Backlog(client), Path(folder) / "stamps"
         stamps.touch()
         try:
             with consumers(backlog, str(stamps)):

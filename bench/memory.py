@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 from hosts import described, host_facts, roles_of, table
-from rig import JOB_TYPE, LIMIT_S, PrefetchBuffer, connect, job, say, server, service
+from rig import JOB_TYPE, LIMIT_S, Backlog, connect, job, say, server, service
 
 _MIB = 1024 * 1024
 #: As large as jobs may be, less the rest of the entry.
@@ -49,10 +49,10 @@ def _peak_mib(pid: int) -> int:
 
 
 @contextmanager
-def filled(url: str, jobs: int, make: Callable[[int], bytes], at_once: int) -> Iterator[PrefetchBuffer]:
+def filled(url: str, jobs: int, make: Callable[[int], bytes], at_once: int) -> Iterator[Backlog]:
     """A backlog of jobs that is taken away again."""
     with connect(url) as client:
-        backlog = PrefetchBuffer(client, make)
+        backlog = Backlog(client, make)
         try:
             backlog.fill(jobs, at_once)
             yield backlog

@@ -27,7 +27,7 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 import numpy as np
 from hosts import described, host_facts, roles_of, table
-from rig import JOB_TYPE, LIMIT_S, PrefetchBuffer, connect, free_port, say, server, service
+from rig import JOB_TYPE, LIMIT_S, Backlog, connect, free_port, say, server, service
 
 from jobworker.handlers.jobstore.fence import Rebuilds
 from jobworker.handlers.jobstore.open import open_fence, open_rebuilds
@@ -174,7 +174,7 @@ def writing(world: World) -> Client:
 class Service:
     """The service on one stream, killed and started again to order."""
 
-    def __init__(self, world: World, backlog: PrefetchBuffer) -> None:
+    def __init__(self, world: World, backlog: Backlog) -> None:
         self._world, self._backlog = world, backlog
         self._stack = ExitStack()
         self.kills = 0
@@ -203,7 +203,7 @@ class Service:
         self._stack.close()
 
 
-def rebuild(world: World, backlog: PrefetchBuffer, rebuilds: Rebuilds, mode: str, kills: int) -> float:
+def rebuild(world: World, backlog: Backlog, rebuilds: Rebuilds, mode: str, kills: int) -> float:
     """Run one rebuild by a job; seconds. Raises RuntimeError where the job was given up or takes too long."""
     running = Service(world, backlog)
     try:
@@ -278,7 +278,7 @@ def measure(uri: str, url: str, rows: int, dim: int, kills: int, in_place: bool)
     world, rebuilds = World(uri, url, rows, dim), open_rebuilds(url)
     shadow = open_shadow(uri, token=None, prefix=_PREFIX, named=False)
     with connect(url) as client:
-        backlog, facts = PrefetchBuffer(client), host_facts(client)
+        backlog, facts = Backlog(client), host_facts(client)
         try:
             world.fill()
             found: dict[str, Any] = {"recall_before": world.recall(shadow)}

@@ -62,7 +62,7 @@ def server(url: str) -> Iterator[str]:
             _end(process, signal.SIGTERM)
 
 
-class PrefetchBuffer:
+class Backlog:
     """One stream with one group, new for each measurement; `close` takes every key of it away.
 
     Jobs are enqueued while the group stands behind them all, so that consumers can start, connect and block
@@ -128,7 +128,7 @@ def job(number: int) -> bytes:
 
 @contextmanager
 def service(
-    url: str, backlog: PrefetchBuffer, handler: str, procs: int, port: int = 0, **environment: str
+    url: str, backlog: Backlog, handler: str, procs: int, port: int = 0, **environment: str
 ) -> Iterator[int]:
     """A service that is ready and reads the backlog's stream; gives the supervisor's process id.
 
@@ -151,7 +151,7 @@ def service(
 
 
 @contextmanager
-def bare_loops(url: str, backlog: PrefetchBuffer, count: int, **environment: str) -> Iterator[list[int]]:
+def bare_loops(url: str, backlog: Backlog, count: int, **environment: str) -> Iterator[list[int]]:
     """Bare consumers of the stream (see ``bare.py``), about to read; gives their process ids."""
     started: list[subprocess.Popen[bytes]] = []
     try:

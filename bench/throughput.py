@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 from hosts import cpu_s, described, host_facts, roles_of, table
-from rig import LIMIT_S, NOOP, PrefetchBuffer, bare_loops, connect, job, say, server, service
+from rig import LIMIT_S, NOOP, Backlog, bare_loops, connect, job, say, server, service
 
 #: What the service is compared with: as many consumers as the peers were measured with.
 _BARE_PROCESSES = 2
@@ -31,7 +31,7 @@ _LOOK_EVERY_S = 0.005
 _OWN_COMMANDS = 6
 
 Roles = dict[str, list[int]]
-Consumers = Callable[[PrefetchBuffer], AbstractContextManager[Roles]]
+Consumers = Callable[[Backlog], AbstractContextManager[Roles]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Meter:
 def drain(url: str, jobs: int, consumers: Consumers) -> Drain:
     """Measure one drain. Raises RuntimeError where it does not end, or jobs took another way out."""
     with connect(url) as client:
-        backlog = PrefetchBuffer(client)
+        backlog = Backlog(client)
         try:
             backlog.fill(jobs)
             with consumers(backlog) as roles:
@@ -100,7 +100,7 @@ def drain(url: str, jobs: int, consumers: Consumers) -> Drain:
             backlog.close()
 
 
-def _await_end(backlog: PrefetchBuffer, meter: Meter) -> None:
+def _await_end(backlog: Backlog, meter: Meter) -> None:
     give_up_at = time.monotonic() + LIMIT_S
     while True:
         meter.looks += 1
@@ -115,7 +115,7 @@ def ours(url: str, procs: int) -> Consumers:
     """The service with a no-op handler."""
 
     @contextmanager
-    def started(backlog: PrefetchBuffer) -> Any:
+    def started(backlog: Backlog) -> Any:
         with service(url, backlog, NOOP, procs) as pid:
             yield roles_of(pid)
 
@@ -126,7 +126,7 @@ def bare(url: str) -> Consumers:
     """The bare loops."""
 
     @contextmanager
-    def started(backlog: PrefetchBuffer) -> Any:
+    def started(backlog: Backlog) -> Any:
         with bare_loops(url, backlog, _BARE_PROCESSES) as pids:
             yield {"bare": pids}
 

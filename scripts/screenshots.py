@@ -3,8 +3,8 @@
     python scripts/screenshots.py [--out docs/images] [--every FOLDER] [--warm-up SECONDS]
 
 Starts all programs in a temporary folder and ends them. Needs the extras web, embedded and dev, and a
-Chromium in PATH. --every takes every page, light and dark, in the size of a desktop and of a phone, for a
-visual check.
+Chromium: in PATH, or fetched by scripts/fetch-tools.sh. --every takes every page, light and dark, in the size
+of a desktop and of a phone, for a visual check.
 """
 
 import argparse
@@ -142,10 +142,11 @@ def web(endpoints: dict[str, str], folder: Path) -> Iterator[str]:
 
 
 def browser_path() -> str:
-    """Path of the Chromium in PATH. Raises SystemExit if there is none."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    """Path of Chromium: the one that scripts/fetch-tools.sh fetched, or the machine's. Raises SystemExit if
+    there is none."""
+    found = shutil.which("chromium", path=f"{sys.prefix}/debian/bin") or shutil.which("chromium")
     if found is None:
-        raise SystemExit("there is no chromium in PATH (on Debian: apt-get install chromium)")
+        raise SystemExit("there is no chromium in PATH: run make tools")
     return found
 
 

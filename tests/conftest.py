@@ -1,15 +1,17 @@
-"""What every test gets: no network for models, one Hypothesis profile, and no child left behind."""
+"""Set-up of every test run: no network for models, one Hypothesis profile, no child process left behind."""
 
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
+
+from support.tools import untested, use_fetched
 
 #: How long a child that was told to end may take to be gone from the process table.
 CHILD_GRACE_S = 5.0
@@ -23,6 +25,9 @@ HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 # Children inherit it: a test that reached for a model hub would depend on somebody else's server.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# Before any test module is imported: some look for their programs at import.
+use_fetched()
 
 # A shell that puts the suite into the background has it ignore interrupts, and so would every child.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,6 +48,16 @@ class ByFile(LoadFileScheduling):
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
     """The hook of pytest-xdist that says which tests go together."""
     return ByFile(config, log)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
+    """Ends the output, after pytest's own lists, with what this machine could not test."""
+    yield
+    skipped = [report.longrepr for report in terminalreporter.stats.get("skipped", ())]
+    reasons = [where[2].removeprefix("Skipped: ") for where in skipped if isinstance(where, tuple | list)]
+    if line := untested(reasons):
+        terminalreporter.write_line(line, yellow=True)
 
 
 def living_children() -> dict[int, str]:

@@ -21,11 +21,12 @@ from pathlib import Path
 import setproctitle
 
 from .devices import LEAST_COPIES, NO_MODEL, device_for_slot, set_pools, visible_gpus
-from .errors import ConfigurationError, Exit, Fenced, JobworkerError
+from .errors import ConfigurationError, Exit, JobworkerError
 from .event_loop import EventLoop
 from .handler import BoundHandler, load_handlers
 from .ipc.channel import REFUSABLE, Channel
 from .ipc.control import ControlSocket, Message, Standby, Start, StartFailed
+from .ipc.marks import Marks
 from .keys import consumer_name
 from .outcome import MAX_ERROR_CHARS
 from .settings import Settings
@@ -71,10 +72,6 @@ def main() -> int:
     try:
         _run(start.role, settings, link, fds)
         trace.close()
-    except Fenced as error:
-        return _fail(
-            link, f"{error}: is another service running as --instance {settings.instance}?", Exit.USAGE
-        )
     except ConfigurationError as error:  # of the store; what a handler says is dealt with where it is loaded
         return _fail(link, str(error), Exit.USAGE)
     except JobworkerError as error:
@@ -136,7 +133,7 @@ def _stand_by(standby: Standby) -> None:
 def _run(role: str, settings: Settings, link: ControlSocket, fds: list[int]) -> None:
     match role:
         case "reader":
-            _run_reader(settings, link)
+            _run_reader(settings, link, Marks(*fds))
         case "reaper":
             _run_reaper(settings, link)
         case _:
@@ -152,12 +149,13 @@ def _place(settings: Settings, slot: int) -> str:
     return place
 
 
-def _run_reader(settings: Settings, link: ControlSocket) -> None:
+def _run_reader(settings: Settings, link: ControlSocket, marks: Marks) -> None:
     from .reader.reader import Reader
     from .store.redis.reader import RedisReaderStore
 
-    store = RedisReaderStore(settings.redis_url, consumer_name(settings.host, settings.instance))
-    Reader(store, settings, link).run()
+    consumer = consumer_name(settings.host, settings.instance)
+    store = RedisReaderStore(settings.redis_url, consumer, holder=settings.holder)
+    Reader(store, settings, link, marks=marks).run()
 
 
 def _run_reaper(settings: Settings, link: ControlSocket) -> None:

@@ -12,20 +12,44 @@ from .errors import MalformedJob
 OVERSIZED_KEPT_BYTES = 64 * 1024
 
 
+#: Longest `id`, `type`, `tenant_id`, `project_id` and `created_at`, in characters. They are repeated in log
+#: lines, metrics and dead letters. The builtin types take ids of 64; eight times that fits any URL-like id.
+MAX_NAME_CHARS = 512
+#: Longest key of `metadata`: a name, too.
+MAX_METADATA_KEY_CHARS = 512
+#: Longest value of `metadata`. W3C Baggage has to be passed on up to 8,192 bytes and is the longest header
+#: that tracing puts there (`traceparent` has 55, `tracestate` 512); twice that leaves room for what is added.
+MAX_METADATA_VALUE_CHARS = 16 * 1024
+#: Most entries of `metadata`: as many as HTTP servers take headers, and a few more.
+MAX_METADATA_ENTRIES = 128
+#: Longest error text in a dead letter: a whole error of a handler (`outcome.MAX_ERROR_CHARS`), escaped.
+MAX_LETTER_ERROR_CHARS = 32 * 1024
+
 #: No job is tried so often; a count beyond is a mistake or an attack on arithmetic.
 _MOST_TRIES = 1_000_000
+
+
+_Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
+_RequiredName = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+_Metadata = Annotated[
+    dict[
+        Annotated[str, msgspec.Meta(max_length=MAX_METADATA_KEY_CHARS)],
+        Annotated[str, msgspec.Meta(max_length=MAX_METADATA_VALUE_CHARS)],
+    ],
+    msgspec.Meta(max_length=MAX_METADATA_ENTRIES),
+]
 
 
 class Envelope(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """A job as it stands on the wire. Fields that are not named here survive a retry untouched."""
 
-    id: Annotated[str, msgspec.Meta(min_length=1)]
-    type: Annotated[str, msgspec.Meta(min_length=1)]
-    tenant_id: str = ""
-    project_id: str = ""
+    id: _RequiredName
+    type: _RequiredName
+    tenant_id: _Name = ""
+    project_id: _Name = ""
     payload: Any = None
-    metadata: dict[str, str] | None = None
-    created_at: str = ""
+    metadata: _Metadata | None = None
+    created_at: _Name = ""
     retry_count: Annotated[int, msgspec.Meta(ge=0, le=_MOST_TRIES)] = 0
     timeout: Annotated[float, msgspec.Meta(gt=0)] | None = None
     deaths: Annotated[int, msgspec.Meta(ge=0, le=_MOST_TRIES)] = 0
@@ -71,7 +95,8 @@ def read_envelope(data: bytes, scratch: bytearray | None = None) -> Envelope:
     """Parse one job. Whoever parses many is quicker with a ``scratch`` of his own, written over each time.
 
     Raises `MalformedJob` for anything but a JSON object in UTF-8 with ``id`` and ``type`` and every
-    known field of its right kind: also for NaN, unpaired surrogates and nesting past the parser's depth.
+    known field of its right kind and length: also for NaN, unpaired surrogates and nesting past the parser's
+    depth.
     """
     encoded = bytearray() if scratch is None else scratch
     try:
@@ -156,16 +181,18 @@ def dead_letter(
     deaths: int = 0,
     retry_count: int | None = None,
     details: dict[str, Any] | None = None,
+    unread: bool = False,
 ) -> bytes:
-    """The dead letter's JSON. Where ``data`` is no job that can be read, its bytes are kept as base64."""
-    readable = reason not in ("malformed", "oversized") and data is not None
+    """The dead letter's JSON. Where ``data`` is no job that can be read, or is not to be read (``unread``),
+    its bytes are kept as base64."""
+    readable = not unread and reason not in ("malformed", "oversized") and data is not None
     raw = None
     if not readable and data is not None:
         kept = data[:OVERSIZED_KEPT_BYTES] if reason == "oversized" else data
         raw = base64.b64encode(kept).decode()
     letter = DeadLetter(
         task=msgspec.Raw(data if readable and data is not None else b"null"),
-        error=error,
+        error=error[:MAX_LETTER_ERROR_CHARS],
         failed_at=failed_at,
         reason=reason,
         original_stream=stream,

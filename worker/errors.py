@@ -46,3 +46,17 @@ class AnswerTooLarge(JobworkerError):
 
 class Fenced(JobworkerError):
     """Another reader has taken this consumer's name over; whatever we held is no longer ours."""
+
+
+class NameHeld(Fenced):
+    """Another service holds this consumer's name. ``by`` says which; its lease ends in ``left_s`` seconds.
+
+    ``renewal`` differs for every renewal: two that differ for one ``stream`` prove that the holder lives.
+    """
+
+    def __init__(self, stream: str, by: str, left_s: float, renewal: str) -> None:
+        super().__init__(f"held by {by}")
+        self.stream = stream
+        self.by = by
+        self.left_s = left_s
+        self.renewal = renewal

@@ -13,6 +13,23 @@ class Source(NamedTuple):
     group: str
 
 
+class Holder(NamedTuple):
+    """One start of a service, as the job store records it beside the consumer's name.
+
+    ``token`` is random for each start; all readers of one start share it. ``about`` tells people where the
+    service runs. The record counts for ``lease_s`` seconds after its last renewal. ``predecessors`` are
+    tokens of starts that are proven to be over.
+    """
+
+    token: str = "none"
+    about: str = "a service that gave no details"
+    lease_s: float = 30.0
+    predecessors: tuple[str, ...] = ()
+
+
+#: Of stores that are opened without one: all of them count as one start.
+NO_HOLDER = Holder()
+
 DEFAULT_SOURCES = (
     Source("stream:story:gen", "cg-gen-worker"),
     Source("stream:memory:update", "cg-mem-writer"),
@@ -56,7 +73,8 @@ def deaths_key(stream: str, *, cluster: bool = False) -> str:
 
 
 def fence_key(stream: str, *, cluster: bool = False) -> str:
-    """Hash consumer name -> epoch of the one reader that may settle under that name."""
+    """Hash consumer name -> epoch of the one reader that may settle under that name; and
+    ``/holder/<consumer name>`` -> JSON record of its service, renewed while that lives."""
     return _derived("fence", stream, cluster)
 
 

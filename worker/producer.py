@@ -14,7 +14,14 @@ from typing import Any, NamedTuple, Self
 
 import msgspec
 
-from .envelope import Envelope, read_envelope
+from .envelope import (
+    MAX_METADATA_ENTRIES,
+    MAX_METADATA_KEY_CHARS,
+    MAX_METADATA_VALUE_CHARS,
+    MAX_NAME_CHARS,
+    Envelope,
+    read_envelope,
+)
 from .errors import MalformedJob
 from .keys import DEFAULT_SOURCES, STREAM_OF_TYPE
 from .store.ports import ProducerStore
@@ -141,6 +148,8 @@ class Producer:
         id = job.id if job.id is not None else os.urandom(16).hex()
         _check_names(id, job)
         _check_kinds(job)
+        metadata = _metadata(job)
+        _check_lengths(job.type, metadata or {})
         data = _encode(
             Envelope(
                 id=id,
@@ -148,7 +157,7 @@ class Producer:
                 tenant_id=job.tenant_id,
                 project_id=job.project_id,
                 payload=msgspec.Raw(_payload_json(job.payload)),
-                metadata=_metadata(job),
+                metadata=metadata,
                 created_at=_rfc3339(self._wall_now_s()),
                 timeout=None if job.timeout is None else _seconds("timeout", job.timeout),
             )
@@ -203,6 +212,20 @@ def _check_kinds(job: NewJob) -> None:
     for pair in (job.metadata or {}).items():
         if not all(isinstance(part, str) for part in pair):
             raise ValueError(f"metadata maps text to text, not {pair!r:.80}")
+
+
+def _check_lengths(type: str, metadata: Mapping[str, str]) -> None:
+    """What is longer the service would refuse as malformed. `_check_names` bounds the ids."""
+    if len(type) > MAX_NAME_CHARS:
+        raise ValueError(f"type {type!r:.80} has {len(type)} characters, more than {MAX_NAME_CHARS}")
+    if len(metadata) > MAX_METADATA_ENTRIES:
+        raise ValueError(f"metadata has {len(metadata)} entries, more than {MAX_METADATA_ENTRIES}")
+    for key, value in metadata.items():
+        if len(key) > MAX_METADATA_KEY_CHARS or len(value) > MAX_METADATA_VALUE_CHARS:
+            raise ValueError(
+                f"metadata {key!r:.80}: a key has at most {MAX_METADATA_KEY_CHARS} characters "
+                f"and a value {MAX_METADATA_VALUE_CHARS}"
+            )
 
 
 def _check_readable(id: str, data: bytes) -> None:

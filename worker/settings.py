@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from .errors import ConfigurationError
-from .keys import DEFAULT_SOURCES, Source
+from .keys import DEFAULT_SOURCES, NO_HOLDER, Holder, Source
 from .outcome import RetryPolicy
 
 #: Default limit of one entry; larger ones are refused before they are parsed.
@@ -65,6 +65,7 @@ class Settings:
     cache_bytes: int = 0
     linger_s: float = 0.002
     threads: int = 1
+    holder: Holder = NO_HOLDER
 
     def to_json(self) -> bytes:
         """For a child of the service; it holds the secrets too, so it goes over a pipe only."""
@@ -77,7 +78,8 @@ class Settings:
 
     def public(self) -> dict[str, Any]:
         """The options without the secrets, for the log."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in MAY_HOLD_SECRETS}
+        left_out = {*MAY_HOLD_SECRETS, "holder"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
 
 def parse_source(text: str) -> Source:
@@ -134,3 +136,12 @@ def parse_size(text: str) -> int:
 def cores() -> int:
     """Processors that this process may use, which on a shared machine are fewer than it has."""
     return len(os.sched_getaffinity(0))
+
+
+def without_credentials(url: str, mark: str = "") -> str:
+    """A URL without its credentials, which ``mark`` replaces, and without its options. Raises nothing: also
+    fit for a text that is no URL."""
+    scheme, separator, rest = url.partition("://")
+    _, at, address = rest.rpartition("@")
+    shown = f"{scheme}://{mark}{address}" if separator and at else url
+    return shown.partition("?")[0]  # last, for a password may hold a question mark

@@ -65,7 +65,7 @@ class DayFile:
     def append(self, stream: str, lines: Sequence[ArchiveLine]) -> int:
         """Have these entries of one stream in the file, each once, and on the disk; how many were added.
 
-        Entries that stand there already are left out. Raises Unavailable where the disk is full, fails or
+        Entries that the file holds already are skipped. Raises Unavailable where the disk is full, fails or
         hangs; then some of the lines may be in, and the same call may be made again.
         """
         try:
@@ -161,8 +161,8 @@ class DayFile:
             self._cut(size)
 
     def _cut(self, size: int) -> None:
-        """Cut a torn end off. It is kept aside: a kill tears only what nobody has acknowledged, but a disk
-        that went bad may have torn more."""
+        """Cut a torn end off. It is kept aside: a kill tears only what was not acknowledged, but a failing
+        disk may tear more."""
         aside = self.path.with_name(f"{self.path.name}.torn-{self._end}-{time.time_ns()}")
         with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             for offset in range(self._end, size, _COPY_BYTES):
@@ -171,14 +171,15 @@ class DayFile:
             os.fsync(file.fileno())
         os.ftruncate(self._fd, self._end)
         log.warning(
-            "cut %d bytes of a torn end off %s, kept as %s", size - self._end, self.path.name, aside.name
+            "audit.tail_cut", extra={"file": self.path.name, "bytes": size - self._end, "kept_as": aside.name}
         )
 
     # ---- the lock
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the lock of the file that now has this name; whoever moves a day away gets a new one begun."""
+        """Hold the lock of the file that now has this name; if the day was moved away, a new file is
+        started."""
         give_up_at = time.monotonic() + LOCK_WITHIN_S
         while True:
             self._open()
@@ -205,7 +206,7 @@ class DayFile:
         day, _, suffix = self.path.name.partition(".")
         aside = self.path.with_name(f"{day}.{time.time_ns()}.{suffix}")
         os.rename(self.path, aside)
-        log.warning("%s was compressed anew by another program and is now %s", self.path.name, aside.name)
+        log.warning("audit.file_replaced", extra={"file": self.path.name, "kept_as": aside.name})
         return True
 
     def _has_the_name(self) -> bool:

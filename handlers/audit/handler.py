@@ -52,7 +52,7 @@ class Archive:
     """Appends each entry once to the file of the UTC day at which it was put on its stream.
 
     A batch is one write and one sync of the disk; only then are its jobs done. An entry that is delivered
-    again, to whichever worker, is found in the file and left out, and so is a job that is tried anew.
+    again, to any worker, is found in the file and skipped, and so is a retried job.
     """
 
     # A worker's death is charged to all that it had started, so no more than is needed: with this many a sync

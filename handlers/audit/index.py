@@ -1,4 +1,4 @@
-"""Which stream entries stand in one file of the archive: exact, and small however large the file grows."""
+"""Index of the stream entries in one archive file: exact, and small for files of any size."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from .units import Ref, Unit
 
-#: Entries whose keys are kept or read together. Keys take some 80 bytes in memory, and reading so many back
-#: takes about a millisecond.
+#: Entries whose keys are kept or read together. A key takes about 80 bytes in memory; reading
+#: these back takes about a millisecond.
 _SPAN_ENTRIES = 4096
 #: Spans whose keys stay in memory after they were read: several workers' batches reach into a few each.
 _SPANS_KEPT = 8
@@ -16,8 +16,8 @@ _ReadUnits = Callable[[int, int], Iterable[Unit]]
 
 
 def key(ref: Ref) -> int:
-    """One number for an entry, ordered as the ids are. The digest is part of it: on a store that was made
-    anew another entry may get the id of one that is archived."""
+    """One number for an entry, ordered as the ids are. The digest is part of it: in a Redis that lost
+    its data another entry may get the id of an archived one."""
     return ref.ms << 128 | ref.sequence << 64 | ref.digest
 
 
@@ -59,7 +59,7 @@ class StreamIndex:
             self._open = set()
 
     def known(self, keys: set[int]) -> set[int]:
-        """Those of the keys that stand in the file."""
+        """The keys that the file holds."""
         if not keys:
             return set()
         lowest, highest = min(keys), max(keys)

@@ -1,8 +1,8 @@
 """What a day of the audit archive is made of: units that zstd tools read as one stream of JSON lines.
 
 A unit is a zstd skippable frame, which every reader of the format passes over, and behind it a zstd frame
-with the lines. The skippable frame says which stream entries the lines are of, so that nobody has to
-decompress anything to know what is archived, and guards both frames with a checksum, so that a torn unit is
+with the lines. The skippable frame says which stream entries the lines are of, so that the index
+can be read without decompressing, and guards both frames with a checksum, so that a torn unit is
 known. All numbers are little-endian:
 
     u32 magic, u32 bytes that follow in this frame, u32 crc32 of all behind it, the lines' frame included,
@@ -29,7 +29,7 @@ Read = Callable[[int, int], bytes]
 
 
 class Ref(NamedTuple):
-    """Which stream entry a line is of, and a digest of its job that stays the same when it is tried anew."""
+    """Which stream entry a line is of, and a digest of its job that stays the same in every try."""
 
     ms: int
     sequence: int

@@ -76,7 +76,7 @@ class Embedder:
         )
         self._forward_s = 0.0
         encoder.counters["forward_milliseconds"] = 0
-        #: Bytes of text that the model embeds in a second, of late.
+        #: Recent rate of the model, bytes of text a second.
         self.pace_bytes_s = FIRST_PACE_BYTES_S
 
     def prepare(self, asks: Mapping[int, EmbedRequest]) -> Prepared:
@@ -116,7 +116,7 @@ class Embedder:
             except Exception as error:
                 if len(prepared.asks) == 1:
                     return Computed({}, failed | dict.fromkeys(prepared.asks, error), [])
-                log.warning("%d jobs could not be embedded together, now one by one: %s", len(alone), error)
+                log.warning("embed.batch_split", extra={"jobs": len(alone), "error": str(error)})
         for place in alone:
             self._compute_alone(prepared, place, fresh, failed)
         return self._computed(prepared, fresh, failed)

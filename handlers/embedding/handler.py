@@ -25,8 +25,8 @@ from .vector_cache import VectorCache
 log = logging.getLogger("jobworker.embed")
 
 
-# What a worker takes at once is about so much work, at the pace of late: jobs are acknowledged together, and
-# a stopping service waits for them. The least is what a few forward passes need to be full.
+# Work of one batch at the recent rate: its jobs are acknowledged together, and a stopping service waits for
+# them. The least is what a few forward passes need to be full.
 BATCH_S = 4.0
 BATCH_BYTES = (24 * 1024, 4 * 1024 * 1024)
 # What goes through the model at once within a batch, while the next part is tokenised and the last one is
@@ -100,14 +100,8 @@ class EmbeddingBatch:
             self._encoder, _open_cache(settings, self._encoder), long_text=settings.long_text
         )
         self._ensure(DEFAULT_COLLECTION)
-        log.info(
-            "model %s revision %s, %d dimensions, windows of %d tokens, process %d",
-            self._encoder.name,
-            self._encoder.revision,
-            self._encoder.dim,
-            self._encoder.max_tokens,
-            os.getpid(),
-        )
+        fields = {"model": self._encoder.name, "revision": self._encoder.revision, "dim": self._encoder.dim}
+        log.info("embed.ready", extra={**fields, "max_tokens": self._encoder.max_tokens, "pid": os.getpid()})
 
     def healthy(self) -> None:
         """Raise what the store raises where it does not answer."""
@@ -262,10 +256,8 @@ def _read_all(jobs: Sequence[Job], outcomes: _Outcomes, prefix: str) -> _Works:
 def _tell_clipped(job: Job, work: EmbedPayload, rows: Sequence[Row]) -> None:
     for row, text in zip(rows, work.texts, strict=True):
         if len(row.text_content) < len(text):
-            log.warning(
-                "job %s: of the text %s %d of %d characters are stored, its vector covers all",
-                *(job.id, row.id, len(row.text_content), len(text)),
-            )
+            fields = {"job_id": job.id, "row_id": row.id, "chars": len(text), "stored": len(row.text_content)}
+            log.warning("embed.text_clipped", extra={**fields, "hint": "the vector covers the whole text"})
 
 
 def _ids_clash(group: _Group) -> bool:

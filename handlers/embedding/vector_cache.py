@@ -40,7 +40,7 @@ ROW_OVERHEAD_BYTES = 72
 SPARE_SHARE = 1 / 32
 # Of 32,766 parameters that a statement may have.
 KEYS_A_QUERY = 500
-# Another worker's write takes some milliseconds; whoever waits longer goes without.
+# Another worker's write takes some milliseconds; after that the cache is skipped.
 BUSY_MS = 100
 LOCK_WITHIN_S = 1.0
 # How long a cache that failed is left alone: a full disk or a bad mount does not mend itself in a second.
@@ -59,8 +59,8 @@ _Entry = tuple[bool, Key, object]
 def key_of(tenant_id: str, identity: str, text: str) -> Key:
     """The key of `text` for a tenant (at most 64 bytes) and a model.
 
-    `identity` names all else that the vector depends on: revision (which stands for the weights, the pooling
-    and the prefixes), window, and what becomes of long texts.
+    `identity` names all else that the vector depends on: revision (a fingerprint of the weights, the pooling
+    and the prefixes), window, and the treatment of long texts.
     """
     data = f"{identity}\0{text}".encode()
     return Key(hashlib.blake2b(data, key=tenant_id.encode(), digest_size=32).digest())
@@ -136,7 +136,8 @@ class VectorCache:
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return
         self._off_until_s = self._mono_s() + PAUSE_S
-        log.warning("embedding cache %s is left alone for %.0f s: %s", self._path, PAUSE_S, error)
+        fields = {"file": str(self._path), "seconds": PAUSE_S, "error": str(error)}
+        log.warning("cache.paused", extra=fields)
         if self._file:
             self._file.close()
             if code in _GONE_BAD:
@@ -243,7 +244,7 @@ class _File:
 
 
 def _opened(path: Path, limit_bytes: int) -> _File:
-    """The file, begun anew where it has another layout, another size limit, or is no such file."""
+    """The file; replaced by an empty one if it has another layout or size limit, or is no database."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _alone(path):
         try:
@@ -251,11 +252,13 @@ def _opened(path: Path, limit_bytes: int) -> _File:
             if file.usable:
                 return file
             file.close()
-            log.info("embedding cache %s has another layout or is too large: begun anew", path)
+            log.info(
+                "cache.reset", extra={"file": str(path), "hint": "it had another layout or was too large"}
+            )
         except sqlite3.DatabaseError as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _GONE_BAD:
                 raise
-            log.warning("embedding cache %s is damaged and begun anew: %s", path, error)
+            log.warning("cache.damaged", extra={"file": str(path), "error": str(error)})
         _remove(path)
         return _File(path, limit_bytes)
 
@@ -277,12 +280,13 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Nobody else opens or removes the file meanwhile; a killed holder lets go by itself.
+    """Exclude other processes from opening or removing the file; the lock of a killed holder is released by
+    the kernel.
 
     Raises OSError where another one holds it for too long.
     """
     give_up_at = time.monotonic() + LOCK_WITHIN_S
-    # Whoever can open it can hold it for ever.
+    # A user who can open the file can hold its lock for ever, so the mode is 0600.
     with open(os.open(path.with_name(f"{path.name}.lock"), os.O_CREAT | os.O_WRONLY, 0o600), "ab") as lock:
         while True:
             try:

@@ -103,7 +103,7 @@ Convert = Callable[[ModelSource, Path], None]
 
 
 def converted(source: ModelSource, convert: Convert | None = None) -> tuple[Path, Card]:
-    """The folder of the converted model and its card; converts it where nobody has done so.
+    """The folder of the converted model and its card; converts it if needed.
 
     `convert` fills an empty folder, its card last; by default a process of its own does. Raises NoEngine
     where the model cannot be converted, or no folder can be written, or others take longer than the limit.
@@ -121,7 +121,7 @@ def converted(source: ModelSource, convert: Convert | None = None) -> tuple[Path
                     _make(source, root, name, convert or _in_a_process)
             return _open(root / name)
         except OSError as error:
-            log.warning("no converted model in %s: %s", root, error)
+            log.warning("model.cache_unreadable", extra={"folder": str(root), "error": str(error)})
     raise NoEngine("no folder for converted models can be written; XDG_CACHE_HOME may name one")
 
 
@@ -164,21 +164,22 @@ def _make(source: ModelSource, root: Path, name: str, convert: Convert) -> None:
         part.chmod(0o755)
         shutil.rmtree(root / name, ignore_errors=True)
         part.rename(root / name)
-        log.info("model %s converted in %.1f s to %s", source.name, time.monotonic() - started, root / name)
+        fields = {"model": source.name, "seconds": round(time.monotonic() - started, 1)}
+        log.info("model.converted", extra={**fields, "folder": str(root / name)})
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def _in_a_process(source: ModelSource, part: Path) -> None:
     """Torch stays out of this process; it is also gone with its memory when the conversion is done."""
-    log.info("model %s is converted once for this machine", source.name)
+    log.info("model.converting", extra={"model": source.name, "hint": "once for this machine"})
     # It ends with this process, however this one ends.
     tied = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
     program = [sys.executable, "-m", "jobworker.handlers.encoder.convert"]
     command = [*tied, *program, source.name, str(source.folder), source.revision, str(part)]
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     for pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        environ.pop(pool, None)  # the worker's share; here nobody else has anything to do yet
+        environ.pop(pool, None)  # the worker's share; the conversion may use all processors
     try:
         done = subprocess.run(
             command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True,

@@ -62,7 +62,7 @@ def _load(model: str, device: str, options: _Options, engine: Engine) -> Encoder
         return encoder
     if engine == "openvino":
         raise ModelError(f"model {model} cannot be run by OpenVINO on {place}")
-    # Loaded only now: whoever imports this file for the dummy or the protocol pays nothing for torch.
+    # Imported late: users of the dummy encoder do not pay for torch.
     from .torch import TorchEncoder
 
     return TorchEncoder.load(source, device=place, **options._asdict())
@@ -78,5 +78,7 @@ def _by_openvino(source: ModelSource, options: _Options) -> Encoder | None:
     try:
         return OpenVinoEncoder.load(source, **options._asdict())
     except NoEngine as error:
-        log.warning("model %s is run by torch, for OpenVINO cannot: %s", source.name, error)
+        log.warning(
+            "model.engine_fallback", extra={"model": source.name, "engine": "torch", "error": str(error)}
+        )
         return None

@@ -36,7 +36,7 @@ class OpenVinoEncoder(WindowedEncoder):
     def load(
         cls, source: ModelSource, *, dtype: str, threads: int, long_text: LongText, token_budget: int
     ) -> "OpenVinoEncoder":
-        """Open the converted model, converting it first where nobody has. Raises NoEngine."""
+        """Open the converted model; convert it first if it was not. Raises NoEngine."""
         folder, card = converted(source)
         try:
             from tokenizers import Tokenizer
@@ -61,9 +61,15 @@ class OpenVinoEncoder(WindowedEncoder):
                 self.dim = int(vectors.shape[1])
                 self._budget = cpu_budget(self._budget, self.dim)
                 self.revision = self._source.revision_by("openvino", step)
-                log.info("model %s runs on the CPU by OpenVINO in %s", self.name, step)
+                log.info(
+                    "model.loaded",
+                    extra={"model": self.name, "engine": "openvino", "device": "cpu", "dtype": step},
+                )
                 return
-            log.warning("model %s in %s: cosine %.5f", self.name, step, worst_cosine(vectors, reference))
+            cosine = round(float(worst_cosine(vectors, reference)), 5)
+            log.warning(
+                "model.precision_rejected", extra={"model": self.name, "dtype": step, "cosine": cosine}
+            )
         raise NoEngine("the converted model does not give the vectors of the original")
 
     def _read(self, texts: Sequence[str]) -> Sequence[Tokens]:

@@ -25,7 +25,7 @@ def pack(lengths: Sequence[int], budget: int, max_rows: int) -> list[list[int]]:
     `lengths` are tokens, each >= 0. A batch costs its longest length times its rows, because shorter rows
     are padded. It stays within `budget` tokens (a text longer than that stands alone), within `max_rows`
     rows, and its padding within `MAX_PADDING_SHARE` of its cost or `MIN_PADDING_TOKENS`, whichever is more.
-    Every index stands in exactly one batch. Raises ValueError for a budget or a row limit below 1.
+    Every index is in exactly one batch. Raises ValueError for a budget or a row limit below 1.
     """
     if budget < 1 or max_rows < 1:
         raise ValueError(f"budget {budget} and max_rows {max_rows} must be at least 1")

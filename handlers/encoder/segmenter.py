@@ -9,8 +9,9 @@ Offsets = Sequence[tuple[int, int]]
 
 _CLOSERS = r"""[”’」』）》〉】〕"')\]}»]*"""
 # An ASCII full stop ends a sentence only before a space or the end: 3.14 and example.org are one word.
+# A run of them is looked at once, from its first: else a long run is quadratic.
 SENTENCE_END = re.compile(
-    rf"(?:[。！？…｡．!?]+|\.+(?={_CLOSERS}(?:\s|$))){_CLOSERS}|[\r\n\u0085\u2028\u2029]+"
+    rf"(?:[。！？…｡．!?]+|(?<!\.)\.++(?={_CLOSERS}(?:\s|$))){_CLOSERS}|[\r\n\u0085\u2028\u2029]+"
 )
 # Where no sentence ends: after a clause, else between words.
 CLAUSE_END = re.compile(r"[，、；：,;:]+|\s+")

@@ -78,11 +78,14 @@ class TorchEncoder(WindowedEncoder):
         if device != "cpu" and torch.cuda.device_count() == 0:
             raise ModelError(f"--device {device}: torch {torch.__version__} finds no usable CUDA device")
         for step in ladder(dtype, _cpu_dtypes() if device == "cpu" else GPU_DTYPES):
-            # Anew for each step: what was rounded once does not come back.
+            # Read again for each step: rounded weights cannot be restored.
             encoder = cls(_read_model(source, device), source, long_text=long_text, token_budget=token_budget)
             if step == "fp32" or encoder._lower(step, timed=dtype == "auto" and device == "cpu"):
                 break
-        log.info("model %s runs on %s by torch in %s", source.name, device, step)
+        log.info(
+            "model.loaded",
+            extra={"model": source.name, "engine": "torch", "device": device, "dtype": step},
+        )
         return encoder
 
     def _lower(self, step: Dtype, *, timed: bool) -> bool:
@@ -95,7 +98,10 @@ class TorchEncoder(WindowedEncoder):
         self._model.to({"fp16": torch.float16, "bf16": torch.bfloat16}[step])
         self.revision = self._source.revision_by("torch", step)
         if not exact_enough(vectors := self.probe(), reference):
-            log.warning("model %s in %s: cosine %.5f", self.name, step, worst_cosine(vectors, reference))
+            cosine = round(float(worst_cosine(vectors, reference)), 5)
+            log.warning(
+                "model.precision_rejected", extra={"model": self.name, "dtype": step, "cosine": cosine}
+            )
             return False
         return not timed or cpu_s(self.probe) * WORTH_IT < exact_s
 

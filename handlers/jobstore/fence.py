@@ -1,7 +1,7 @@
 """The port by which all who write to a collection, on every host, keep out of each other's way.
 
-A vector store has no compare-and-set. So whoever writes is let in first: a write with a version holds the
-ids and chapters that it is about, and every write is known to be under way while it is, so that a rebuild
+A vector store has no compare-and-set. So a writer asks for admission first: a write with a version holds its
+ids and chapters, and every write is known while it runs, so that a rebuild
 can write down what changes and wait for the last of them. Each step is one atomic step of the job store.
 """
 
@@ -16,8 +16,8 @@ LEASE_MS = 90_000
 class WriteIntent(NamedTuple):
     """What one job is about to write.
 
-    `token` is of this attempt alone, `owner` of every attempt of the job. `held`: what nobody else may write
-    meanwhile, empty for a write without a version. `ids`: every row it touches. `model`: what made its
+    `token` is of this attempt alone, `owner` of every attempt of the job. `held`: what no other writer may
+    write meanwhile, empty for a write without a version. `ids`: every row it touches. `model`: what made its
     vectors, empty where that does not matter.
     """
 
@@ -46,7 +46,7 @@ class Fence(Protocol):
     """Every method raises StoreUnavailable where the job store does not answer."""
 
     def admit(self, intents: Sequence[WriteIntent]) -> list[WriteAdmission]:
-        """Let writes begin, each wholly or not at all; again for one that is in: its lease begins anew."""
+        """Admit writes, each wholly or not at all. For an admitted write it renews the lease."""
 
     def note(self, intent: WriteIntent, gone: Sequence[str], floors: Mapping[str, int]) -> None:
         """Before rows are removed: raise the floors of the chapters held, and tell which ids are going."""
@@ -85,7 +85,7 @@ class Rebuilds(Protocol):
         shut_ms: int | None = None,
         journal: bool | None = None,
     ) -> None:
-        """Keep fields and begin the lease anew. `shut_ms`: let no new write in for so long, 0 opens.
+        """Save fields and renew the lease. `shut_ms`: admit no new write for so long; 0 admits them again.
 
         `journal`: write down from now on which ids are written, or forget them and stop. The field
         `live_model` names the one model whose vectors are let in, if any is named.

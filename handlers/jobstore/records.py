@@ -20,14 +20,14 @@ class RecordKey(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What stands in the store: the version of the chapter that it was made from, and its texts by name."""
+    """A stored record: the version of the chapter that it was made from, and its texts by name."""
 
     version: int
     fields: Mapping[str, str]
 
 
 class Put(NamedTuple):
-    """What came of a `put`, and what stands there now.
+    """Result of a `put`, and the record that is stored now.
 
     `stored`; `same`: stood there already, to the letter; `older`: a newer version of the chapter stands
     there; `foreign`: the key's name is taken by another tenant or project (then no record is shown).
@@ -41,14 +41,14 @@ class Records(Protocol):
     """Every method raises StoreUnavailable where the job store does not answer."""
 
     def put(self, key: RecordKey, version: int, fields: Mapping[str, str], updated_at: str) -> Put:
-        """Store a record in one step, unless that of a newer version stands there.
+        """Store a record in one step, unless a newer version is stored.
 
         An equal version is replaced. Versions of different chapters are not compared: a field `chapter_id`
         says which one the record was made from, and another chapter's record is replaced.
         """
 
     def get(self, key: RecordKey) -> Record | None:
-        """What stands there; None where nothing does or it is another tenant's."""
+        """The stored record; None if there is none or it is another tenant's."""
 
     def mention(self, chapter: RecordKey, entity_ids: Sequence[str]) -> None:
         """Remember, before anything is written of them, that a version of this chapter tells of entities."""

@@ -46,7 +46,7 @@ class RedisFence(ScriptedRedis):
 
     def begin(self, collection: str, owner: str, lease_ms: int) -> RebuildLease | str:
         """See `Rebuilds.begin`."""
-        # For `explain` alone: where this user may not write it, a rebuild goes on without.
+        # Only `explain` reads it: a user who may not write it can rebuild all the same.
         self.call(keys.REBUILT_KEY, [("SADD", keys.REBUILT_KEY, collection)])
         key = keys.writes_keys(collection).rebuild
         epoch, *rest = self.one(key, script("rebuild_begin", [key], owner, lease_ms))

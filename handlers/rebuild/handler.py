@@ -1,4 +1,4 @@
-"""The handler of `index_rebuild`: a collection's vector index is built anew, by default without a gap."""
+"""Handler of `index_rebuild`: rebuilds the vector index of a collection, by default without a gap."""
 
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from .rebuild import LEASE_MS, Clock, Model, Rebuild, Task
 
 log = logging.getLogger("jobworker.reindex")
 
-# In place the steps take up to 10 min each, and nobody may write or begin another rebuild meanwhile.
+# In place each step takes up to 10 min, and no writer and no other rebuild is admitted meanwhile.
 IN_PLACE_MS = 25 * 60 * 1000
 
 
@@ -29,8 +29,8 @@ class RebuildBusy(Exception):
 class IndexRebuild:
     """Rebuilds one collection: payload `collection`, optional `mode` (`shadow`, `in_place`), `model`.
 
-    `shadow`: searches go on, and writes but for some moments. `in_place`: searches fail until it is done.
-    `model`: every text is embedded anew with it; afterwards only a service started with it may write.
+    `shadow`: searches continue, and writes except for moments. `in_place`: searches fail until it is done.
+    `model`: embed every text again with it; afterwards only a service started with it may write.
     """
 
     # Rows by the million take hours; a stuck request has limits of its own.
@@ -57,7 +57,7 @@ class IndexRebuild:
         self._rebuilds = self._given_rebuilds or open_rebuilds(settings.redis_url)
 
     def handle(self, job: Job) -> None:
-        """Rebuild a collection, or go on where a killed worker was.
+        """Rebuild a collection, or resume where a killed worker stopped.
 
         Raises PermanentError for a bad payload or a new collection that is no good, Busy where another
         rebuild is under way, Unavailable where a store does not answer.
@@ -114,7 +114,7 @@ def embed(encoder: Encoder, records: Sequence[Record]) -> Sequence[Vector]:
 
 
 def text_of(record: Record) -> str:
-    """The text that a row's vector stands for: of an entity its name and what is told of it."""
+    """The text behind a row's vector; for an entity its name and description."""
     if "text_content" in record:
         return str(record["text_content"])
     return "\n".join(filter(None, (record.get("name"), record.get("description"))))

@@ -23,7 +23,8 @@ class ShadowStore(Protocol):
         """For how many seconds reads and counts may miss rows that are there; 0.0 where they never do."""
 
     def live(self, name: str) -> str:
-        """The collection that the name stands for; PermanentStoreError where it is one itself, or nothing."""
+        """The collection behind the alias. Raises PermanentStoreError if the name is a collection, or
+        nothing."""
 
     def exists(self, table: str) -> bool:
         """Whether there is a collection or an alias of this name."""
@@ -51,7 +52,7 @@ class ShadowStore(Protocol):
         """Write rows under their ids."""
 
     def remove(self, table: str, ids: Sequence[str]) -> None:
-        """Remove rows by id, whoever's they are."""
+        """Remove rows by id, of any tenant."""
 
     def count(self, table: str) -> int:
         """How many rows there are."""
@@ -66,7 +67,7 @@ class ShadowStore(Protocol):
         """For each vector the ids and scores (cosines) of the nearest rows of all tenants."""
 
     def switch(self, name: str, table: str) -> None:
-        """From now on the name stands for this collection; no search in between fails."""
+        """Point the alias at this collection; no search in between fails."""
 
     def drop(self, table: str, mark: str) -> bool:
         """Remove a collection; none is no error.
@@ -75,7 +76,7 @@ class ShadowStore(Protocol):
         """
 
     def reindex(self, name: str) -> None:
-        """Take the live collection out of service, drop its index, make it anew, take it into service."""
+        """Release the live collection, drop its index, create it again, load."""
 
     def close(self) -> None:
         """Give the connection back."""

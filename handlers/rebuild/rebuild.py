@@ -1,10 +1,10 @@
 """One rebuild of a collection: fill a second one, verify it, put it in the first one's place, drop the first.
 
-Every step can be repeated, and what is done stands in the job store: whoever goes on after a kill, on any
-host, finds there where. Writes that come meanwhile go to the live collection, and their ids into a journal of
-the job store, from which they are copied; for the switch the door for writers is shut for some moments. The
-journal begins before the first row is copied, and each write enters it both before and after it is made, so
-that no copy can be older than the write unless the journal still names it.
+Every step can be repeated, and the state is in Redis: after a kill any worker on any host resumes there.
+Writes that come meanwhile go to the live collection, and their ids into a journal of the job store, from
+which they are copied; for the switch the door for writers is shut for some moments. The journal begins before
+the first row is copied, and each write enters it both before and after it is made, so that no copy can be
+older than the write unless the journal still names it.
 """
 
 import itertools
@@ -61,7 +61,7 @@ Embed = Callable[[Sequence[Record]], Sequence[Vector]]
 
 
 class Model(NamedTuple):
-    """A model that the rows are embedded with anew."""
+    """The model that embeds the rows again."""
 
     name: str
     dim: int
@@ -105,7 +105,9 @@ class Rebuild:
         """Do all that is left to do. Raises what the stores raise, Fenced where another took over, and
         PermanentError where the new collection is no good; everything may be repeated."""
         if self._phase == "done" and self._fields.get("entry") == self._task.entry:
-            log.info("%s: rebuilt already by this job", self._task.table)
+            log.info(
+                "rebuild.skipped", extra={"collection": self._task.table, "hint": "this job has rebuilt it"}
+            )
             return
         ours = self._fields.get("job") == self._task.job
         if self.finish() and ours:
@@ -163,7 +165,7 @@ class Rebuild:
     # ---- steps
 
     def _plan(self) -> None:
-        """Begin anew: what an abandoned rebuild left is removed."""
+        """Start from the beginning: remove what an abandoned rebuild left."""
         self.forget()
         source = self._shadow.live(self._task.name)
         target = next_table(self._task.table, source, self._shadow.exists)
@@ -175,7 +177,8 @@ class Rebuild:
             total=str(self._shadow.count(source)), sample="",
             model_before=self._fields.get("live_model", ""), journal=True,
         )  # fmt: skip
-        log.info("%s: %s is filled from %s", self._task.table, target, source)
+        fields = {"collection": self._task.table, "target": target, "source": source}
+        log.info("rebuild.filling", extra=fields)
 
     def forget(self) -> None:
         """Remove what an unfinished rebuild left; the live collection is not touched."""
@@ -225,7 +228,12 @@ class Rebuild:
         self._shadow.seal(target)
         self._wait_for_index()
         recall = self.recall(target, self._fields["sample"].split(","))
-        log.info("%s: recall@%d of %s is %.4f", self._task.table, NEIGHBOURS, target, recall)
+        fields = {
+            "collection": self._task.table,
+            "target": target,
+            f"recall_at_{NEIGHBOURS}": round(recall, 4),
+        }
+        log.info("rebuild.verified", extra=fields)
         if recall < MIN_RECALL:
             self.forget()
             raise PermanentError(f"{target}: recall@{NEIGHBOURS} is {recall:.3f}, less than {MIN_RECALL}")
@@ -274,7 +282,7 @@ class Rebuild:
         while self._rebuilds.writers(self._task.table):
             if self._clock.mono_s() > give_up_at:
                 return False
-            self._clock.sleep(0.02)  # writes take some 10 to 100 ms and tell nobody but the job store
+            self._clock.sleep(0.02)  # writes take 10 to 100 ms; only Redis knows of them
         return True
 
     def _catch_up(self, few: int) -> bool:
@@ -323,7 +331,7 @@ class Rebuild:
             self._clock.sleep(PAUSE_S)
         self._save(shut_ms=0)
         differing = sorted(self._ids(source) ^ self._ids(target))
-        log.warning("%s: %d rows differ and are copied", self._task.table, len(differing))
+        log.warning("rebuild.reconciled", extra={"collection": self._task.table, "rows": len(differing)})
         for start in range(0, len(differing), CHANGED_ROWS):
             self._copy(differing[start : start + CHANGED_ROWS])
             self._save()
@@ -348,10 +356,10 @@ class Rebuild:
                 # The door may have been open since: not everything needs to be in the new one.
                 self._save(phase="settle", live_model=self._fields.get("model_before", ""), shut_ms=0)
                 return
-        # By whoever goes on, too: the one before may have been killed when half of it was done.
+        # Also after a resume: the process before may have been killed half-way.
         self._shadow.switch(self._task.name, target)
         self._save(phase="drop", shut_ms=0, journal=False)
-        log.info("%s: stands for %s now", self._task.table, target)
+        log.info("rebuild.switched", extra={"collection": self._task.table, "target": target})
 
     def _drop(self) -> None:
         give_up_at = self._clock.mono_s() + OLD_SEARCHES_S
@@ -364,11 +372,9 @@ class Rebuild:
     def _remove(self, table: str, mark: str) -> None:
         """Drop a collection that the record names, unless it is another one of the same name now."""
         if not self._shadow.drop(table, mark):
-            log.warning(
-                "%s: %s is not dropped: an alias names it, or another program made it",
-                self._task.table,
-                table,
-            )
+            fields = {"collection": self._task.table, "kept": table}
+            hint = "an alias names it, or another program made it"
+            log.warning("rebuild.not_dropped", extra={**fields, "hint": hint})
 
     def _tell(self, copied: int, ours: int, mono_start_s: float) -> None:
         now = self._clock.mono_s()
@@ -377,10 +383,9 @@ class Rebuild:
         self._mono_told_s = now
         total = max(copied, int(self._fields["total"]))
         rate = ours / max(now - mono_start_s, 1e-3)
-        log.info(
-            "%s: %d of %d rows, %.0f %%, %.0f rows/s, %.0f s left",
-            *(self._task.table, copied, total, 100 * copied / total, rate, (total - copied) / rate),
-        )
+        fields = {"collection": self._task.table, "copied": copied, "rows": total}
+        fields |= {"percent": round(100 * copied / total), "rows_per_s": round(rate)}
+        log.info("rebuild.progress", extra={**fields, "left_s": round((total - copied) / rate)})
 
 
 def next_table(alias: str, source: str, taken: Callable[[str], bool]) -> str:
@@ -391,7 +396,7 @@ def next_table(alias: str, source: str, taken: Callable[[str], bool]) -> str:
 
 
 def by_size(records: Sequence[Record], most_chars: int) -> Iterator[Sequence[Record]]:
-    """Records, in order, in runs of at most so many characters of text; a larger one goes alone."""
+    """Records, in order, in runs of at most `most_chars` characters of text; a larger record is alone."""
     start = chars = 0
     for at, record in enumerate(records):
         needed = sum(len(value) for value in record.values() if isinstance(value, str))

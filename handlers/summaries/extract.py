@@ -24,13 +24,15 @@ _DECIMALS = 4
 
 _OPENERS, _CLOSERS = "“‘「『（《〈【(", "”’」』）》〉】)"
 #: Words before a full stop that ends no sentence.
-_ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|No|e\.g|i\.e)|\b[A-Z])\.\s*$")
+_ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|No|e\.g|i\.e)|\b[A-Z])\.\s{0,8}$")
+#: No abbreviation is longer, with the blanks behind it.
+_ABBREVIATION_CHARS = 16
 _HAN = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]"
 _WORD = re.compile(rf"({_HAN})|[^\W_]+")
 _APOSTROPHE = re.compile(r"(?<=\w)’(?=\w)")
 _ENDED = re.compile(rf"[。！？…｡．!?.][{re.escape(_CLOSERS)}\"']*$")
-#: What somebody says, or asks the reader: it has no meaning without what stands around it.
-_SPEECH = re.compile(r"(?:^|[:：,，])\s*[“‘「『\"]|[？?]\W*$")
+#: Dialogue, or a question to the reader: neither has a meaning without its context.
+_SPEECH = re.compile(r"(?:^|[:：,，])\s*[“‘「『\"]")
 
 
 class Sentence(NamedTuple):
@@ -94,7 +96,7 @@ def _candidates(found: Sequence[Sentence], limit_chars: int) -> list[int]:
     half of the summary, else what is whole, else what is no mere nod, else all."""
     wordy = [place for place, sentence in enumerate(found) if _words(sentence.text) >= MIN_WORDS]
     whole = [place for place in wordy if found[place].whole]
-    told = [place for place in whole if not _SPEECH.search(found[place].text)]
+    told = [place for place in whole if not _is_speech(found[place].text)]
     lengths = (len(found[place].text) for place in told)
     if sum(length for length in lengths if length <= limit_chars) >= limit_chars / 2:
         return told
@@ -150,7 +152,24 @@ def shorten(text: str, limit_chars: int) -> str:
 def _goes_on(text: str, start: int, end: int) -> bool:
     """Whether what looks like an end is none: after an abbreviation, or before a small letter."""
     after = text[end : end + 2].lstrip(" ")[:1]
-    return after.islower() or _ABBREVIATION.search(text, start, end) is not None
+    # Only the end is searched: a search of the whole sentence at each full stop in it would be quadratic.
+    last = max(start, end - _ABBREVIATION_CHARS)
+    return after.islower() or _ABBREVIATION.search(text, last, end) is not None
+
+
+def _is_speech(text: str) -> bool:
+    """Whether it is dialogue or a question."""
+    return _SPEECH.search(text) is not None or _asks(text)
+
+
+def _asks(text: str) -> bool:
+    """Whether a question mark stands behind the last letter or digit."""
+    for char in reversed(text):
+        if char in "？?":
+            return True
+        if char.isalnum() or char == "_":
+            return False
+    return False
 
 
 def _opened(text: str) -> int:

@@ -30,7 +30,7 @@ log = logging.getLogger("jobworker.summaries")
 ENTITIES = "entity_profiles"
 #: Limits of fields that Milvus counts in UTF-8 bytes.
 _NAME_BYTES, _TYPE_BYTES = 256, 32
-#: Findings that a language model was asked for are kept for so many jobs, for tries that fail after it.
+#: Jobs whose findings of the language model are kept, for retries that fail after it.
 _FINDINGS_KEPT = 32
 #: A chapter without a language model takes seconds; this is for a processor that is very busy.
 _LOCAL_LIMIT_S = 300.0
@@ -100,7 +100,7 @@ class WriteBack:
         for collection in (DEFAULT_COLLECTION, ENTITIES):
             self._store.ensure_collection(collection, self._encoder.dim)
         if self._model is not None:
-            # One mapping for the metrics, whoever counts.
+            # One mapping for the metrics of both.
             self._model.counters = self.counters = self.counters | self._model.counters
             self.timeout = _LOCAL_LIMIT_S + self._model.limit_s
 
@@ -151,13 +151,8 @@ class WriteBack:
     def _outdated(self, job_id: str, key: RecordKey, work: ChapterWork, version: int) -> None:
         """A newer version is stored. Its job may have ended between record and row: the row is seen to."""
         self.counters["summaries_outdated"] += 1
-        log.info(
-            "%s: chapter %s is at version %d, %d came late",
-            job_id,
-            work.chapter_id,
-            version,
-            work.chapter_version,
-        )
+        fields = {"chapter_id": work.chapter_id, "version": version, "stale_version": work.chapter_version}
+        log.info("summary.stale_skipped", extra={"job_id": job_id, **fields})
         self._follow(job_id, key)
 
     def _follow(self, job_id: str, chapter: RecordKey) -> None:

@@ -29,7 +29,7 @@ TRIES = 4
 FIRST_PAUSE_S = 1.0
 #: An endpoint that asks for more is left alone, and the worker is free for other jobs meanwhile.
 LONGEST_PAUSE_S = 20.0
-#: All requests for one chapter together may take so many times the limit of one.
+#: Deadline of all requests for one chapter, as a multiple of the timeout of one.
 DEADLINE_TIMEOUTS = 4.0
 #: Findings of 200 items each stay far below; more is no answer to what was asked.
 MOST_ANSWER_BYTES = 4 * 1024 * 1024
@@ -39,7 +39,7 @@ _SHOWN_CHARS = 200
 _FOR_NOW = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 #: Wrong key, no such model, no credit: the operator has to do something, and no job is to blame.
 _OPERATORS = frozenset({401, 402, 403, 404, 405})
-_FENCED = re.compile(r"\s*```\w*\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
+_FENCE = "```"
 
 PROMPT = """You read one chapter of a novel and answer with one JSON object and nothing else:
 {"summary": string, at most %(chars)d characters, what happens in the chapter,
@@ -117,7 +117,7 @@ class LanguageModel:
         said, found = self._ask(messages, give_up_at)
         if isinstance(found, str):
             self.counters["llm_repairs"] += 1
-            log.info("the language model is asked once more: %s", found)
+            log.info("llm.asked_again", extra={"error": found})
             repair = {"role": "user", "content": REPAIR % {"fault": found}}
             _, found = self._ask([*messages, {"role": "assistant", "content": said}, repair], give_up_at)
         if isinstance(found, str):
@@ -129,7 +129,7 @@ class LanguageModel:
         self._client.close()
 
     def _ask(self, messages: Sequence[dict[str, str]], give_up_at: float) -> tuple[str, Findings | str]:
-        """What it said, and what that comes to: findings, or in words why they are none."""
+        """The answer, and its findings or the reason why it has none."""
         request = {
             "model": self._model,
             "messages": messages,
@@ -201,12 +201,22 @@ class LanguageModel:
 
 def read_findings(said: str) -> Findings | str:
     """The findings in an answer, or what is wrong with it. A Markdown fence around them is no fault."""
-    fenced = _FENCED.fullmatch(said)
     try:
-        found = msgspec.json.decode((fenced[1] if fenced else said).strip(), type=Findings)
+        found = msgspec.json.decode(_unfenced(said), type=Findings)
     except (ValueError, RecursionError) as error:
         return f"{error} in {_shown(said)}"
     return found if found.summary.strip() else "the summary is blank"
+
+
+def _unfenced(said: str) -> str:
+    """What stands between the fences, or all of it where there are none. No pattern: with three runs of
+    blanks beside each other it would be cubic."""
+    said = said.strip()
+    language, newline, inner = said.removeprefix(_FENCE).partition("\n")
+    if not (newline and said.startswith(_FENCE) and inner.endswith(_FENCE)):
+        return said
+    is_name = all(char.isalnum() or char == "_" for char in language.rstrip())
+    return inner.removesuffix(_FENCE).strip() if is_name else said
 
 
 def retry_after_s(headers: Any, now: datetime) -> float | None:

@@ -22,7 +22,7 @@ _STATEMENT_MS = 30_000
 _LOCK = 7_366_124_001
 
 _SCOPE = ("tenant_id", "project_id", "chapter_id", "chapter_version", "position")
-#: The tables that the sink writes, made where they are missing. What stands there already needs these columns
+#: The tables that the sink writes, created if they are missing. Existing tables need these columns
 #: and may have more.
 SCHEMA = {
     "chapters": """CREATE TABLE chapters (
@@ -61,7 +61,7 @@ _SET_SUMMARY = """UPDATE chapters SET summary = %s, summary_version = %s, summar
 
 
 class _Table(NamedTuple):
-    """The rows of one table that a chapter's findings come to."""
+    """The rows of one table that hold a chapter's findings."""
 
     name: str
     rows: list[tuple[Any, ...]]
@@ -139,7 +139,8 @@ def _store(connection: psycopg.Connection[Any], chapter: ChapterFindings) -> Non
     if stands is None:
         raise PermanentError(f"chapter {chapter.chapter_id} belongs to another tenant or project")
     if stands[0] is not None and stands[0] > chapter.chapter_version:
-        log.info("chapter %s is at version %d, %d came late", whose[2], stands[0], chapter.chapter_version)
+        fields = {"chapter_id": whose[2], "version": stands[0], "stale_version": chapter.chapter_version}
+        log.info("postgres.stale_skipped", extra=fields)
         return
     summary = _text(chapter.findings.summary)
     connection.execute(_SET_SUMMARY, (summary, chapter.chapter_version, *whose))
@@ -192,7 +193,7 @@ def _make_tables(connection: psycopg.Connection[Any]) -> None:
     for table, create in SCHEMA.items():
         if connection.execute("SELECT to_regclass(%s)", (table,)).fetchone() == (None,):
             connection.execute(sql.SQL(create))
-            log.info("table %s was made", table)
+            log.info("postgres.table_created", extra={"table": table})
             continue
         look = sql.SQL("SELECT {} FROM {} LIMIT 0").format(_names(COLUMNS[table]), sql.Identifier(table))
         try:

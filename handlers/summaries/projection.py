@@ -10,7 +10,7 @@ from ..vectors.versioned_writer import VersionedRows, VersionedWriter
 
 log = logging.getLogger("jobworker.summaries")
 
-#: Each round more means that somebody stored a newer record meanwhile; so many in a row do not happen.
+#: Each further round means that a newer record was stored meanwhile; twenty in a row do not happen.
 _ROUNDS = 20
 
 
@@ -28,11 +28,10 @@ MakeRows = Callable[[Sequence[tuple[Followed, Record]]], Sequence[AnyRow]]
 class Projection:
     """Writes rows from records until the records have not changed while that was done.
 
-    A vector store has no compare-and-set. So whoever has written a row looks at its record once more, and
-    writes again where a newer one has come: of any number of writers the last to look sees the newest record.
-    A row is behind its record only while somebody is at work on it, or until the job of one that died in the
-    midst of it is run again; and, should the request of one that died be carried out later than that, until
-    the chapter's next job.
+    A vector store has no compare-and-set. So a writer reads the record again after it has written the row,
+    and writes again if a newer one has come: of several writers the last reader sees the newest record. A row
+    is behind its record only while a writer works on it, or until the job of a killed writer runs again; and,
+    should the request of one that died be carried out later than that, until the chapter's next job.
     """
 
     def __init__(self, records: Records, writer: VersionedWriter, make_rows: MakeRows) -> None:

@@ -1,5 +1,6 @@
-"""Filters for a Milvus server, made of checked ids only; their values never stand in the text of the filter
-where the server takes them beside it (pure)."""
+"""Filters for a Milvus server, built from checked ids only (pure).
+
+If the server takes template parameters, the values are passed beside the text of the filter."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple

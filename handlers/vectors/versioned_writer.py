@@ -160,7 +160,7 @@ class _Round:
                 self._remove_older(write)
 
     def _renew(self) -> None:
-        """Begin the lease anew in good time; Contended where it was lost and others may be writing."""
+        """Renew the lease before it expires. Raises Contended if it was lost and others may be writing."""
         if self._writer._mono_s() - self._mono_renewed_s < RENEW_AFTER_S:
             return
         self._mono_renewed_s = self._writer._mono_s()
@@ -178,7 +178,7 @@ class _Round:
         current = [row for row in rows if has.get(row.id, version) <= version]
         if len(current) < len(edition.rows):
             left = len(edition.rows) - len(current)
-            log.info("%s: version %d came late, %d rows left out", edition.owner, version, left)
+            log.info("rows.stale_skipped", extra={"owner": edition.owner, "version": version, "rows": left})
         return current
 
     def _versions(self, rows: Sequence[AnyRow]) -> dict[str, int]:
@@ -202,14 +202,15 @@ class _Round:
             scope: Any = {"tenant_id": tenant, "project_id": project}
             self._renew()
             has = self._store.chapter_versions(self._collection, chapter, **scope)
-            # The summary stands in the chapter, too, and has a version of its own.
+            # The summary is a row of the chapter too, with a version of its own.
             others = kept | {f"summary:{chapter}"}
             gone = [id_ for id_, its in has.items() if its < version and id_ not in others]
             self._note(write, gone, {name: version})
             if gone:
                 self._store.delete(self._collection, gone, **scope)
-                log.info("%s: %d rows of chapter %s removed", write.edition.owner, len(gone), chapter)
-                # Rows that went are told of twice as those that came are: before and after.
+                fields = {"owner": write.edition.owner, "chapter_id": chapter, "rows": len(gone)}
+                log.info("rows.removed", extra=fields)
+                # Removed rows are recorded before and after, like written ones.
                 self._note(write, gone, {})
 
     def _note(self, write: _Write, gone: Sequence[str], floors: dict[str, int]) -> None:

@@ -103,3 +103,26 @@ def test_whatever_is_no_job_is_kept_as_it_came_and_no_worker_notices(tmp_path: P
         assert [base64.b64decode(letter["raw"]) for letter in letters] == entries
         assert all(len(one.events("end", id)) == 1 for id in good)
         assert {role: pid for role, pid in one.roles().items() if role.startswith("worker")} == pids
+
+
+def test_jobs_with_huge_names_are_refused_and_others_are_run(tmp_path: Path) -> None:
+    """Text that any producer may send is logged; it must not keep the reader or a worker busy."""
+    huge = ("x" * 200_000, "a://:" * 40_000, "." * 199_999 + "x")
+    with service(tmp_path, handlers("Noop"), procs=1) as one:
+        reader = one.roles()["reader"]
+        bad = [one.enqueue("noop", id=text) for text in huge]
+        bad += [one.enqueue(text) for text in huge]
+        bad += [one.enqueue("noop", metadata={"request_id": text}) for text in huge]
+        # As long as is allowed, and hostile: these are run.
+        longest = [one.enqueue("noop", id=text[:512], metadata={"trace_id": text[:16384]}) for text in huge]
+        good = [one.enqueue("noop", payload={"text": text}) for text in huge]
+        for id in good + longest:
+            one.wait_for_end(id)
+        one.wait_until_drained()
+        letters = one.dead_letters()
+        assert [letter["reason"] for letter in letters] == ["malformed"] * len(bad)
+        sent = [json.loads(base64.b64decode(letter["raw"])) for letter in letters]
+        assert [job["id"] for job in sent] == bad
+        assert all(len(letter["error"]) < 200 for letter in letters)
+        assert one.roles()["reader"] == reader
+        assert max(map(len, one.log_text.splitlines())) < 100_000

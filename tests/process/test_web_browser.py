@@ -1,22 +1,20 @@
 """``jobworker web`` in Chromium beside a running service: charts, layout and buttons."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from support.service import STREAM, Service, eventually, handlers, service
-from support.web import BROWSER_FLAGS, TOKEN, Page, chromium, page
+from support.tools import why_missing
+from support.web import BROWSER_FLAGS, TOKEN, Page, page
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright: not installed (extra `dev`)")
 
-pytestmark = [
-    pytest.mark.process,
-    pytest.mark.skipif(
-        chromium() is None, reason="no chromium in PATH (on Debian: apt-get install chromium)"
-    ),
-]
+WHY_NOT = why_missing("chromium", "chromium")
+pytestmark = [pytest.mark.process, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 
 #: How long the page may take to show a change: it refreshes every 2 s, on a busy machine.
 SHOWN_WITHIN_MS = 20_000
@@ -39,7 +37,7 @@ def guarded(live: Service) -> Iterator[Page]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        one = driver.chromium.launch(executable_path=str(chromium()), args=BROWSER_FLAGS)
+        one = driver.chromium.launch(executable_path=shutil.which("chromium"), args=BROWSER_FLAGS)
         yield one
         one.close()
 

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from jobworker.worker.errors import Fenced
-from jobworker.worker.keys import Source
+from jobworker.worker.errors import Fenced, NameHeld
+from jobworker.worker.keys import Holder, Source
 from jobworker.worker.store.ports import Dead, Entry, ReaderStore, Retry, Settlement
 from support.job_worlds import World
 
@@ -232,6 +232,80 @@ class TestFence:
         assert one.settle([Settlement(S, [a])]) == set()
 
 
+#: Three starts of services. Their lease is short: on real servers the tests wait for its end.
+FIRST = Holder("t1", "pid 1 on host h", 0.5)
+SECOND = Holder("t2", "pid 2 on host h", 0.5)
+HEIR = Holder("t3", "pid 3 on host h", 0.5, predecessors=("t0", "t1"))
+
+
+class TestName:
+    def test_another_service_is_refused_and_told_who_holds_the_name(self, world: World) -> None:
+        first, second = world.reader("a", FIRST), world.reader("a", SECOND)
+        first.acquire([S])
+        with pytest.raises(NameHeld, match="pid 1 on host h") as refused:
+            second.acquire([S])
+        assert 0 < refused.value.left_s <= FIRST.lease_s
+        assert refused.value.stream == S.stream
+        first.hold([S])
+
+    def test_renewing_keeps_the_name_and_proves_that_its_holder_lives(self, world: World) -> None:
+        first, second = world.reader("a", FIRST), world.reader("a", SECOND)
+        first.acquire([S])
+        renewals = []
+        for _ in range(3):
+            with pytest.raises(NameHeld) as refused:
+                second.acquire([S])
+            renewals.append(refused.value.renewal)
+            world.pass_time(0.25)
+            first.hold([S])
+        assert len(set(renewals)) == 3
+
+    def test_a_name_that_nobody_renews_is_taken_after_the_lease(self, world: World) -> None:
+        first, second = world.reader("a", FIRST), world.reader("a", SECOND)
+        first.acquire([S])
+        world.producer().add(S.stream, [b"1"])
+        a = read(first)[0].id
+        world.pass_time(FIRST.lease_s + 0.1)
+        second.acquire([S])
+        for act in (lambda: first.hold([S]), lambda: first.settle([Settlement(S, [a])])):
+            with pytest.raises(Fenced):
+                act()
+        with pytest.raises(NameHeld, match="pid 2"):
+            first.acquire([S])
+        assert second.settle([Settlement(S, [a])]) == set()
+
+    def test_the_next_reader_of_one_service_takes_the_name_at_once(self, world: World) -> None:
+        for _ in range(2):
+            world.reader("a", FIRST).acquire([S])
+
+    def test_the_name_of_a_predecessor_known_to_be_over_is_taken_at_once(self, world: World) -> None:
+        world.reader("a", FIRST).acquire([S])
+        world.reader("a", HEIR).acquire([S])
+        with pytest.raises(NameHeld, match="pid 3"):
+            world.reader("a", SECOND).acquire([S])
+
+    def test_a_name_that_was_given_up_is_taken_at_once(self, world: World) -> None:
+        first, second = world.reader("a", FIRST), world.reader("a", SECOND)
+        second.resign([S])
+        first.acquire([S])
+        first.resign([S])
+        second.acquire([S])
+        first.resign([S])
+        second.hold([S])
+        with pytest.raises(Fenced):
+            first.hold([S])
+
+    def test_who_is_refused_one_name_keeps_none(self, world: World) -> None:
+        world.reader("a", FIRST).acquire([OTHER])
+        with pytest.raises(NameHeld):
+            world.reader("a", SECOND).acquire([S, OTHER])
+        world.reader("a", HEIR).acquire([S])
+
+    def test_another_consumer_is_another_name(self, world: World) -> None:
+        world.reader("a", FIRST).acquire([S])
+        world.reader("b", SECOND).acquire([S])
+
+
 class TestDeaths:
     def test_deaths_are_set_and_told_with_the_entry(self, world: World) -> None:
         store, (a, b) = given(world, b"a", b"b")
@@ -330,6 +404,8 @@ class TestLeases:
         assert [e.id for e in store.own_pending(S, b"0-0", 2)] == ids[:2]
         assert [e.id for e in store.own_pending(S, ids[1], 2)] == ids[2:4]
         assert [e.id for e in store.own_pending(S, ids[4], 2)] == []
+        assert store.own_ids(S, b"0-0", 2) == ids[:2]
+        assert store.own_ids(S, ids[1], 9) == ids[2:]
 
     def test_bodies_of_what_is_left(self, world: World) -> None:
         store, (a, b) = given(world, b"1", b"2")
@@ -436,14 +512,17 @@ class TestTidying:
 
     def test_only_consumers_that_own_nothing_and_are_idle_are_removed(self, world: World) -> None:
         owner, _ = given(world, b"1", consumer="owner")
-        for name in ("me", "gone"):
-            world.reader(name).acquire([S])
+        readers = {name: world.reader(name) for name in ("me", "gone", "held")}
+        for reader in readers.values():
+            reader.acquire([S])
+        readers["gone"].resign([S])
         reaper = world.reaper()
         assert reaper.remove_idle_consumers(S, "me", 60_000) == 0
         world.pass_time(0.02)
         assert reaper.remove_idle_consumers(S, "me", 10) == 1
         assert reaper.remove_idle_consumers(S, "me", 10) == 0
         assert len(pending(owner)) == 1
+        readers["held"].hold([S])
 
     def test_depths_count_what_is_where(self, world: World) -> None:
         store, (a, b, _c) = given(world, b"1", b"2", b"3")

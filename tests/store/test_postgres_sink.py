@@ -18,10 +18,11 @@ from jobworker.handlers.summaries.sinks import (
 )
 from jobworker.worker import ConfigurationError, PermanentError, Settings, Unavailable
 
-psycopg = pytest.importorskip("psycopg", reason="the extra `postgres` is not installed")
+psycopg = pytest.importorskip("psycopg", reason="psycopg: not installed (extra `postgres`)")
 from support.postgres import PostgresServer, postgres, why_no_postgres  # noqa: E402  (it needs the extra, too)
 
-pytestmark = pytest.mark.skipif(why_no_postgres() is not None, reason=str(why_no_postgres()))
+WHY_NOT = why_no_postgres()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
 @pytest.fixture(scope="module")

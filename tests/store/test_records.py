@@ -11,6 +11,7 @@ from jobworker.handlers.jobstore.open import open_records
 from jobworker.handlers.jobstore.records import RecordKey, Records
 from jobworker.worker import StoreUnavailable
 from support.redis_servers import RedisServer
+from support.tools import BY_CONSTRUCTION
 
 AT = "2026-01-02T00:00:00.000Z"
 
@@ -134,7 +135,7 @@ def test_writers_at_a_time_leave_the_newest(records: Records, any_server: RedisS
 
 def test_the_hash_is_what_others_read(any_server: RedisServer | None) -> None:
     if any_server is None:
-        pytest.skip("nobody else reads this process's memory")
+        pytest.skip(f"{BY_CONSTRUCTION}the memory store has no other clients")
     any_server.client.flushall()
     records = open_records(any_server.url)
     records.put(chapter("c1"), 3, {"summary": "风雪夜归人"}, AT)
@@ -148,7 +149,7 @@ def test_the_hash_is_what_others_read(any_server: RedisServer | None) -> None:
 
 def test_what_others_wrote_without_a_version_counts_as_the_oldest(any_server: RedisServer | None) -> None:
     if any_server is None:
-        pytest.skip("nobody else writes into this process's memory")
+        pytest.skip(f"{BY_CONSTRUCTION}the memory store has no other clients")
     any_server.client.flushall()
     any_server.client.hset("summary:t1:p1:c1", mapping={"summary": "by hand", "chapter_version": "latest"})
     records = open_records(any_server.url)

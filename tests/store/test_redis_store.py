@@ -1,5 +1,6 @@
 """What only a real server can show: its errors, its restarts, its URLs, and the keys as others see them."""
 
+import json
 import logging
 import os
 import select
@@ -13,11 +14,12 @@ import pytest
 import redis
 
 from jobworker.worker import keys
-from jobworker.worker.errors import AnswerTooLarge, ConfigurationError, StoreUnavailable
-from jobworker.worker.keys import Source
+from jobworker.worker.errors import AnswerTooLarge, ConfigurationError, Fenced, NameHeld, StoreUnavailable
+from jobworker.worker.keys import Holder, Source
+from jobworker.worker.settings import without_credentials
 from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
 from jobworker.worker.store.redis import blocking_read as redis_reads
-from jobworker.worker.store.redis.connect import redacted, require_version
+from jobworker.worker.store.redis.connect import require_version
 from jobworker.worker.store.redis.producer import RedisProducerStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from jobworker.worker.store.redis.reaper import RedisReaperStore
@@ -26,6 +28,9 @@ from support.redis_servers import RedisServer, free_port, require
 
 S = Source("stream:test", "cg-test")
 SOON_S = 5.0
+FENCE = "fence:stream:test"
+#: Two starts of services whose lease is long.
+STARTED, STARTED_LATER = Holder("t1", "pid 1", 60.0), Holder("t2", "pid 2", 60.0)
 
 
 def read(store: RedisReaderStore, count: int = 100) -> list[Entry]:
@@ -50,6 +55,56 @@ def soon(act: Callable[[], object]) -> None:
         except StoreUnavailable:
             assert time.monotonic() < deadline
             time.sleep(0.02)  # the caller's backoff
+
+
+class TestName:
+    def test_a_name_without_a_record_is_taken_as_older_versions_left_it(
+        self, redis_world: RedisWorld
+    ) -> None:
+        redis_world.server.client.hset(FENCE, "a", 5)
+        store = redis_world.reader("a", STARTED)
+        store.acquire([S])
+        store.hold([S])
+
+    def test_an_older_version_that_takes_the_name_has_it(self, redis_world: RedisWorld) -> None:
+        store, other = redis_world.reader("a", STARTED), redis_world.reader("a", STARTED_LATER)
+        store.acquire([S])
+        client = redis_world.server.client
+        client.hset(FENCE, "a", int(client.hget(FENCE, "a")) + 1)
+        with pytest.raises(Fenced):
+            store.hold([S])
+        other.acquire([S])
+
+    def test_after_an_older_snapshot_the_last_holder_takes_the_name_again(
+        self, redis_world: RedisWorld
+    ) -> None:
+        client = redis_world.server.client
+        redis_world.reader("a", STARTED).acquire([S])
+        snapshot = client.dump(FENCE)
+        last = redis_world.reader("a", Holder("t3", "pid 3", 60.0, ("t1",)))
+        last.acquire([S])
+        client.restore(FENCE, 0, snapshot, replace=True)
+        with pytest.raises(StoreUnavailable, match="OUTDATED"):
+            last.hold([S])
+        last.acquire([S])
+        last.hold([S])
+        with pytest.raises(NameHeld, match="pid 3"):
+            redis_world.reader("a", STARTED_LATER).acquire([S])
+
+    @pytest.mark.parametrize("record", [b"", b"nonsense", b"[1]", b'{"epoch": 1}'])
+    def test_a_damaged_record_keeps_nobody_out(self, redis_world: RedisWorld, record: bytes) -> None:
+        redis_world.reader("a", STARTED).acquire([S])
+        redis_world.server.client.hset(FENCE, "/holder/a", record)
+        redis_world.reader("a", STARTED_LATER).acquire([S])
+
+    def test_a_record_from_the_future_does_not_count(self, redis_world: RedisWorld) -> None:
+        """The server's clock was set back."""
+        redis_world.reader("a", STARTED).acquire([S])
+        client = redis_world.server.client
+        record = json.loads(client.hget(FENCE, "/holder/a"))
+        record["renewed"] = str(int(record["renewed"]) + 3_600_000)
+        client.hset(FENCE, "/holder/a", json.dumps(record))
+        redis_world.reader("a", STARTED_LATER).acquire([S])
 
 
 class TestWire:
@@ -349,12 +404,13 @@ class TestUrls:
             ("redis://localhost:6379/0", "redis://localhost:6379/0"),
             ("redis://user:pa@ss@localhost:6379/0", "redis://***@localhost:6379/0"),
             ("rediss://:pw@h:1/2?password=pw", "rediss://***@h:1/2"),
+            ("redis://:p?w@h:1", "redis://***@h:1"),
             ("redis+sentinel://:pw@h:1,h2:2/mymaster/0", "redis+sentinel://***@h:1,h2:2/mymaster/0"),
             ("unix:///run/redis.sock?password=pw", "unix:///run/redis.sock"),
         ],
     )
-    def test_redacted(self, url: str, shown: str) -> None:
-        assert redacted(url) == shown
+    def test_a_url_is_shown_without_credentials_and_options(self, url: str, shown: str) -> None:
+        assert without_credentials(url, "***@") == shown
 
 
 class TestVersion:

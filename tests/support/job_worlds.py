@@ -4,6 +4,7 @@ import time
 from typing import Protocol
 
 from jobworker.worker import keys
+from jobworker.worker.keys import NO_HOLDER, Holder
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore
 from jobworker.worker.store.ports import ProducerStore, ReaderStore, ReaperStore
@@ -16,7 +17,7 @@ from support.redis_servers import RedisServer
 class World(Protocol):
     """A store that is empty at first, and what an outsider can do to it."""
 
-    def reader(self, consumer: str) -> ReaderStore: ...
+    def reader(self, consumer: str, holder: Holder = NO_HOLDER) -> ReaderStore: ...
     def reaper(self) -> ReaperStore: ...
     def producer(self) -> ProducerStore: ...
     def pass_time(self, seconds: float) -> None: ...
@@ -38,12 +39,12 @@ class MemoryWorld:
         self._server = MemoryServer(lambda: self._wall_s)
         self._stores: list[MemoryStore] = []
 
-    def _store(self, consumer: str = "") -> MemoryStore:
-        self._stores.append(MemoryStore(self._server, consumer))
+    def _store(self, consumer: str = "", holder: Holder = NO_HOLDER) -> MemoryStore:
+        self._stores.append(MemoryStore(self._server, consumer, holder))
         return self._stores[-1]
 
-    def reader(self, consumer: str) -> ReaderStore:
-        return self._store(consumer)
+    def reader(self, consumer: str, holder: Holder = NO_HOLDER) -> ReaderStore:
+        return self._store(consumer, holder)
 
     def reaper(self) -> ReaperStore:
         return self._store()
@@ -89,8 +90,8 @@ class RedisWorld:
         self._client.flushall()
         self._stores: list[RedisReaderStore | RedisReaperStore | RedisProducerStore] = []
 
-    def reader(self, consumer: str) -> RedisReaderStore:
-        store = RedisReaderStore(self.server.url, consumer)
+    def reader(self, consumer: str, holder: Holder = NO_HOLDER) -> RedisReaderStore:
+        store = RedisReaderStore(self.server.url, consumer, holder=holder)
         self._stores.append(store)
         return store
 

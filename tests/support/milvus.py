@@ -122,9 +122,9 @@ def start_lite(tmp_path: Path) -> Iterator[str]:
 def why_no_real_milvus() -> str | None:
     """Return why a real Milvus cannot be started here, None where it can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        return "milvus 2.3.5 has a wheel for linux x86_64 only"
+        return "milvus 2.3.5: its wheel is for Linux on x86_64 only"
     if importlib.util.find_spec("milvus") is None:
-        return "the wheel is not installed: pip install milvus==2.3.5"
+        return "milvus 2.3.5: the wheel is not installed (extra `dev`)"
     return None
 
 

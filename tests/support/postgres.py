@@ -13,6 +13,9 @@ from pathlib import Path
 import psycopg
 
 from support.redis_servers import free_port, tied
+from support.tools import why_missing
+
+PROGRAMS = ("initdb", "pg_ctl", "postgres")
 
 #: initdb writes some 40 MB; a busy machine of two cores takes a few seconds for that.
 START_LIMIT_S = 60.0
@@ -24,16 +27,24 @@ def binaries() -> Path | None:
     debian = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     found = shutil.which("initdb")
     folders = [*debian, *([Path(found).resolve().parent] if found else [])]
-    programs = ("initdb", "pg_ctl", "postgres")
-    return next((f for f in folders if all((f / name).exists() for name in programs)), None)
+    return next((f for f in folders if all((f / name).exists() for name in PROGRAMS)), None)
 
 
 def why_no_postgres() -> str | None:
     """Why no server can be started here, None where one can."""
-    if binaries() is None:
-        return "no PostgreSQL server is installed: apt-get install postgresql"
-    if os.geteuid() == 0 and _user() is None:
-        return "the server does not run as root, and there is no user postgres or nobody"
+    folder = binaries()
+    if folder is None:
+        return why_missing("postgresql", *PROGRAMS) or "postgresql: its programs are in different folders"
+    if os.geteuid() != 0:
+        return None
+    if (user := _user()) is None:
+        return "postgresql: it does not run as root, and there is no user postgres or nobody"
+    try:
+        # A clone below /root is closed to other users, and so are the programs in its environment.
+        subprocess.run([folder / "initdb", "--version"], check=True, timeout=20, user=user, cwd="/",
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return f"postgresql: it does not run as root, and the user {user} cannot run {folder}/initdb"
     return None
 
 

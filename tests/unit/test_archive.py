@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +22,12 @@ from jobworker.handlers.audit.handler import Archive
 from jobworker.handlers.audit.index import StreamIndex, key
 from jobworker.handlers.audit.units import Ref, Unit, pack, units
 from jobworker.worker import Job, PermanentError, Settings, Unavailable
+from support.tools import why_missing
 
 #: 2026-01-02T00:00:00Z.
 DAY_MS = 1_767_312_000_000
 STREAM = "stream:audit:log"
+NO_AUDITOR = why_missing("zstd", "zstdcat") or why_missing("jq", "jq")
 
 
 def job(number: int, *, ms: int = DAY_MS, retry_count: int = 0, **more: Any) -> Job:
@@ -75,7 +76,7 @@ def test_a_line_holds_the_job_as_it_came(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.skipif(not (shutil.which("zstdcat") and shutil.which("jq")), reason="needs zstdcat and jq")
+@pytest.mark.skipif(NO_AUDITOR is not None, reason=str(NO_AUDITOR))
 def test_an_auditors_tools_read_it(tmp_path: Path) -> None:
     one = archive(tmp_path)
     for start in range(0, 30, 10):

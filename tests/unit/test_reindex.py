@@ -528,8 +528,15 @@ def test_progress_is_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         world.rebuild()
     assert world.counters == {"rebuilds_done": 1, "rebuilt_rows": 50}
-    assert f"{TABLE}: 20 of 50 rows, 40 %" in caplog.text
-    assert "recall@10" in caplog.text
+    events = {record.msg: vars(record) for record in reversed(caplog.records)}
+    progress = events["rebuild.progress"]
+    assert (progress["collection"], progress["copied"], progress["rows"], progress["percent"]) == (
+        TABLE,
+        20,
+        50,
+        40,
+    )
+    assert "recall_at_10" in events["rebuild.verified"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Which entries reach a worker, and why the others do not."""
 
+import json
+
 import pytest
 
 from jobworker.worker.outcome import Reason
@@ -62,6 +64,29 @@ def test_size_is_looked_at_before_anything_is_parsed(triage: Admission) -> None:
     verdict = refused(triage(0, Entry(b"1-1", b"[" * 10_000_000)))
     assert verdict.reason == Reason.OVERSIZED
     assert "10000000 bytes" in verdict.error
+
+
+@pytest.mark.parametrize(
+    ("field", "longest", "longer"),
+    [
+        ("id", "i" * 512, "i" * 513),
+        ("type", "known", "t" * 513),
+        ("tenant_id", "t" * 512, "t" * 513),
+        ("project_id", "p" * 512, "p" * 513),
+        ("created_at", "c" * 512, "c" * 513),
+        ("metadata", {"k" * 512: "v" * 16384}, {"k" * 513: ""}),
+        ("metadata", {"baggage": "章" * 16384}, {"baggage": "v" * 16385}),
+        ("metadata", {str(n): "" for n in range(128)}, {str(n): "" for n in range(129)}),
+    ],
+)
+def test_what_is_repeated_in_logs_is_bounded(field: str, longest: object, longer: object) -> None:
+    triage = Admission({"known": 0}, 8 << 20, MAX_DEATHS)
+    data = [json.dumps({"id": "a", "type": "known", field: one}).encode() for one in (longest, longer)]
+    assert isinstance(triage(0, Entry(b"1-1", data[0])), AdmittedJob)
+    verdict = refused(triage(0, Entry(b"1-1", data[1])))
+    assert (verdict.reason, verdict.envelope) == (Reason.MALFORMED, None)
+    assert field in verdict.error
+    assert len(verdict.error) < 200
 
 
 def test_an_unknown_type_names_those_that_are_known(triage: Admission) -> None:

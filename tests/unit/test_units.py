@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from jobworker.supervisor import main
+from support.tools import why_missing
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
 UNIT = SYSTEMD / "jobworker.service"
+NO_SYSTEMD = why_missing("systemd", "systemd-analyze")
 
 
 def settings(unit: Path) -> list[str]:
@@ -45,7 +47,7 @@ def test_the_example_of_an_environment_names_options_that_exist() -> None:
     assert {name.lower() for name in names} <= {parameter.name for parameter in main.params}
 
 
-@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
+@pytest.mark.skipif(NO_SYSTEMD is not None, reason=str(NO_SYSTEMD))
 @pytest.mark.parametrize(("drop_in", "most"), [(False, 10), (True, 13)], ids=["cpu", "gpu"])
 def test_little_is_exposed(tmp_path: Path, drop_in: bool, most: int) -> None:
     """As `systemd-analyze security` counts: tenths, of 100."""

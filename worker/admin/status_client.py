@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from ..settings import without_credentials
+
 #: A service in the same data centre answers within milliseconds. A slower one is shown as not answering.
 _TIMEOUT_S = 2.5
 #: Largest status page accepted. 512 workers with 16 jobs each stay far below it.
@@ -88,6 +90,6 @@ def same_store(one: str, other: str) -> bool:
 
 def _address(url: str) -> str:
     """The url without credentials, options and database 0; names of this machine become 127.0.0.1."""
-    plain = re.sub(r"^([^:/]+://).*@", r"\1", re.sub(r"[?].*$", "", url))
+    plain = without_credentials(url)
     plain = re.sub(r"://(localhost|\[::1\])(?=[:/]|$)", "://127.0.0.1", plain).rstrip("/")
-    return re.sub(r"/0$", "", plain)
+    return plain.removesuffix("/0")

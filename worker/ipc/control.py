@@ -29,7 +29,7 @@ class Standby(msgspec.Struct, tag=True, frozen=True):
 class Start(msgspec.Struct, tag=True, frozen=True):
     """To a child, first of all but for a Standby: what it is, and the settings as JSON.
 
-    A worker's channel comes along. ``blackbox_fd`` is inherited under that number:
+    A worker's channel or the reader's marks come along. ``blackbox_fd`` is inherited under that number:
     faulthandler writes the stacks of a crash there.
     """
 
@@ -84,6 +84,17 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     """From a child: it is set up and works."""
 
 
+class HeldElsewhere(msgspec.Struct, tag=True, frozen=True):
+    """From the reader: another service holds the instance's name; its lease ends in ``left_s`` seconds.
+
+    ``renewed``: it did since the reader first asked, so it lives.
+    """
+
+    by: str
+    left_s: float
+    renewed: bool
+
+
 class StartFailed(msgspec.Struct, tag=True, frozen=True):
     """From a child: it could not be set up; ``exit_code`` is what the service should end with."""
 
@@ -112,6 +123,7 @@ Message = (
     | Retire
     | Drain
     | Ready
+    | HeldElsewhere
     | StartFailed
     | Report
 )

@@ -14,6 +14,10 @@ ALONE_AFTER_DELIVERIES = 4
 MAX_DELIVERIES = 12
 
 
+#: Error of a job that is refused because a reader ended as it read it.
+READER_DIED = "ReaderDied: the reader ended while it read this job, so no other reader looks into it"
+
+
 class AdmittedJob(NamedTuple):
     """A job that may be run. ``kind`` is its type's number; ``alone``: it may have killed a worker."""
 

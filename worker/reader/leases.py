@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Callable, Sequence
 
-from ..errors import StoreUnavailable
+from ..errors import Fenced, StoreUnavailable
+from ..ipc.marks import UNTOUCHABLE_AT, Marks
 from ..settings import Settings
 from ..store.ports import Entry, ReaderStore
 from ..telemetry.metrics import MetricsBuffer
@@ -45,6 +46,8 @@ log = logging.getLogger("jobworker.reader")
 _PAGE = 256
 #: Where a listing of pending entries starts and, for take-overs, ends.
 _START = b"0-0"
+#: Entries that are listed one by one in a turn: what is handed out is safe from the next end of a reader.
+_ONE_BY_ONE = 8
 
 
 class LeaseKeeper:
@@ -58,6 +61,7 @@ class LeaseKeeper:
         backlog: PrefetchBuffer,
         tally: MetricsBuffer,
         arrive: Callable[[int, list[Entry]], None],
+        marks: Marks,
         mono_now_s: float,
     ) -> None:
         #: By source: how much to ask for at once.
@@ -69,6 +73,7 @@ class LeaseKeeper:
         self._backlog = backlog
         self._tally = tally
         self._arrive = arrive
+        self._marks = marks
         self._mono_renewed_s = mono_now_s
         # Sources whose pending entries are still being listed, and the last one that was: new ones wait.
         self._unlisted: dict[int, bytes] = {}
@@ -101,13 +106,49 @@ class LeaseKeeper:
             return
         known = self._in_hand()
         for number, after in list(self._unlisted.items()):
+            if self._marks.is_careful(number):
+                self._list_one_by_one(number, after, known)
+                continue
             while not self._backlog.full:
+                self._marks.open_window(number)
                 page = self._store.own_pending(self._sources[number], after, self._page(number))
                 if not page:
-                    del self._unlisted[number]
+                    self._listed_all(number)
                     break
                 self._arrive(number, [entry for entry in page if (number, entry.id) not in known])
                 after = self._unlisted[number] = page[-1].id
+        self._marks.clear()
+
+    def _listed_all(self, source: int) -> None:
+        del self._unlisted[source]
+        self._marks.survived(source)
+
+    @property
+    def listing_one_by_one(self) -> bool:
+        """Whether such a listing is under way and has room: the next turn goes on without a wait."""
+        return not self._backlog.full and any(map(self._marks.is_careful, self._unlisted))
+
+    def _list_one_by_one(self, source: int, after: bytes, known: set[tuple[int, bytes]]) -> None:
+        """A reader ended while it read these: each entry is fetched under its own mark. A few a turn, so
+        that they are handed out although readers end."""
+        ids = self._store.own_ids(self._sources[source], after, _ONE_BY_ONE)
+        for id in ids:
+            if self._backlog.full:
+                return
+            if (source, id) not in known:
+                self._marks.mark(source, id)
+                self._arrive(source, self._fetch_one(source, after, id))
+                self._marks.unmark()
+                self._marks.absolve(source, id)
+            after = self._unlisted[source] = id
+        if not ids:
+            self._listed_all(source)
+
+    def _fetch_one(self, source: int, after: bytes, id: bytes) -> list[Entry]:
+        """The entry behind ``after``; nothing where it was deleted from the stream."""
+        if self._marks.convicted.get((source, id), 0) >= UNTOUCHABLE_AT:
+            return [Entry(id, None)]
+        return [entry for entry in self._store.own_pending(self._sources[source], after, 1) if entry.id == id]
 
     def _in_hand(self) -> set[tuple[int, bytes]]:
         """Every entry that a worker holds and that is not settled, or that waits here."""
@@ -130,7 +171,7 @@ class LeaseKeeper:
             lost = self._store.renew(source, mine) if mine else set()
             if lost:
                 self._drop(number, lost)
-            if not draining:
+            if not draining and not self._marks.is_careful(number):
                 self._take_over(number, known)
 
     def _drop(self, source: int, lost: set[bytes]) -> None:
@@ -145,21 +186,24 @@ class LeaseKeeper:
         idle_ms = int(self._settings.lease_s * 1000)
         while self.credit() > self._backlog.waiting(source):
             page = self._page(source)
+            self._marks.open_window(source)
             cursor, entries = self._store.take_over(self._sources[source], idle_ms, page, cursor)
             found = [entry for entry in entries if (source, entry.id) not in known]
             if found:
                 log.warning("took over", extra={"entries": len(found), "stream": stream})
                 self._tally.count("z_novel_leases_taken_over_total", (stream,), len(found))
             self._arrive(source, found)
+            self._marks.clear()
             if cursor == _START:
                 return
 
     def hand_back(self) -> None:
-        """Before ending: let any other host have at once what was read and not begun."""
+        """Before ending: let any other host have at once what was read and not begun, and the name itself."""
         try:
             for number, source in enumerate(self._sources):
                 ids = [a.entry.id for a in self._backlog if a.source == number]
                 if ids:
                     self._store.release(source, ids)
-        except StoreUnavailable as error:
+            self._store.resign(self._sources)
+        except (StoreUnavailable, Fenced) as error:
             log.warning("not handed back; the lease will do it", extra={"error": str(error)})

@@ -13,24 +13,28 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from operator import or_
 
-from ..errors import AnswerTooLarge, StoreUnavailable
+from ..envelope import OVERSIZED_KEPT_BYTES
+from ..errors import AnswerTooLarge, Fenced, NameHeld, StoreUnavailable
 from ..ipc.channel import Channel, clear_eventfd
 from ..ipc.control import (
     Attach,
     ControlSocket,
     Drain,
     ExitReclaimed,
+    HeldElsewhere,
     Message,
     Ready,
     Retire,
     SyncDone,
     WorkerExited,
 )
+from ..ipc.marks import Marks
+from ..outcome import Reason
 from ..settings import Settings
 from ..store.ports import Entry, ReaderStore
 from ..telemetry import trace
 from ..telemetry.metrics import MetricsBuffer
-from .admission import Admission, AdmittedJob
+from .admission import READER_DIED, Admission, AdmittedJob, RejectedEntry
 from .dispatch import WorkerHandle, dispatch_exclusive
 from .leases import LeaseKeeper
 from .prefetch import PrefetchBuffer
@@ -45,6 +49,10 @@ _ANSWER_MARGIN_S = 2.0
 _REPORT_EVERY_S = 0.25
 #: How often the types that operators have paused are asked for: one short answer of the store.
 _PAUSES_EVERY_S = 0.5
+#: How often the instance's name is renewed at most; a second service needs this long to see that we live.
+_HOLD_EVERY_S = 2.0
+#: How often a name that another service holds is asked for.
+_NAME_EVERY_S = 0.5
 #: Jobs that wait for workers of their own are read past by so many: behind them may be some for the others.
 _LOOK_PAST = 1024
 #: First and longest wait after the store refused; short enough to be back within a second or so.
@@ -60,6 +68,7 @@ class Reader:
         settings: Settings,
         link: ControlSocket,
         *,
+        marks: Marks | None = None,
         mono_s: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
@@ -67,16 +76,20 @@ class Reader:
         self._settings = settings
         self._sources = settings.streams
         self._link = link
+        # What readers before this one were reading when they ended; without a supervisor there were none.
+        self._marks = marks or Marks.create()
         self._mono_s = mono_s
         self._rng = rng or random.Random()
         self._tally = MetricsBuffer()
         kinds = {kind: number for number, kind in enumerate(settings.handlers)}
         self._triage = Admission(kinds, settings.max_payload, settings.max_deaths)
         self._backlog = PrefetchBuffer(list(settings.handlers))
-        self._settler = Settler(store, settings, self._tally, self._rng, self._backlog.is_within_grace)
+        self._settler = Settler(
+            store, settings, self._tally, self._rng, self._backlog.is_within_grace, self._marks
+        )
         self._workers: list[WorkerHandle] = []
         self._custody = LeaseKeeper(
-            store, settings, self._workers, self._backlog, self._tally, self._arrive, mono_s()
+            store, settings, self._workers, self._backlog, self._tally, self._arrive, self._marks, mono_s()
         )
         self._selector = selectors.DefaultSelector()
         self._selector.register(link, selectors.EVENT_READ)
@@ -88,6 +101,9 @@ class Reader:
         self._retry_at = 0.0
         self._reported_at = 0.0
         self._heeded_at = 0.0
+        self._held_at = 0.0
+        # Stream -> the renewal by another service that was seen first.
+        self._renewals: dict[str, str] = {}
         # When the answer to each read under way must be there: a network that swallows packets says nothing.
         self._answer_by: dict[int, float] = {}
         self._progress = 0
@@ -98,6 +114,7 @@ class Reader:
             self.run_once(_REPORT_EVERY_S)
         self._custody.hand_back()
         self._store.close()
+        self._marks.close()
         self.report()
         self._selector.close()
 
@@ -119,13 +136,16 @@ class Reader:
             self._trouble = None
         except StoreUnavailable as error:
             self._back_off(error)
+        except Fenced as error:
+            self._lose_name(error)
 
     def _turn(self, now: float, sleep_s: float) -> None:
         if not self._briefed:
             return self._wait(sleep_s)
         if not self._connected:
             self._connect()
-        elif now - self._heeded_at >= _PAUSES_EVERY_S:
+        self._hold_name(now)
+        if now - self._heeded_at >= _PAUSES_EVERY_S:
             self._heed_pauses()
         settled = self._settler.settle(self._workers)
         self._backlog.answered(settled.answered)
@@ -140,7 +160,7 @@ class Reader:
             self._custody.list_pending()
             self._read_more()
         self._custody.keep(now, draining=self._draining)
-        self._wait(sleep_s)
+        self._wait(0.0 if self._custody.listing_one_by_one else sleep_s)
         if self._answer_by and min(self._answer_by.values()) < self._mono_s():
             raise StoreUnavailable("a blocking read was not answered in time")
 
@@ -204,13 +224,41 @@ class Reader:
         """Take the consumer's name, then begin to find what it was given before."""
         self._store.acquire(self._sources)
         self._connected = True
+        self._held_at = self._mono_s()
+        self._renewals.clear()
         # What waits here was found under the earlier connection; the listing below finds it again.
         self._backlog.clear()
         self._heed_pauses()
         self._custody.begin()
-        self._custody.list_pending()
+        # Before the entries are looked at: one that ends readers must not look like a start that failed.
         self._link.send(Ready())
+        self._custody.list_pending()
         log.info("reading", extra={"streams": len(self._sources), "pending": len(self._backlog.ready)})
+
+    def _hold_name(self, now: float) -> None:
+        """Renew the instance's name. First in a turn: a reader that was suspended must not read first."""
+        if now - self._held_at >= min(_HOLD_EVERY_S, self._settings.lease_s / 3):
+            self._store.hold(self._sources)
+            self._held_at = now
+
+    def _lose_name(self, error: Fenced) -> None:
+        """Another service holds the instance's name: read nothing, and keep asking for the name.
+
+        Workers and their tables stay: what they finish is settled once the name is ours again.
+        """
+        self._stop_reading()
+        self._connected = False
+        self._retry_at = self._mono_s() + _NAME_EVERY_S * self._rng.uniform(0.5, 1.0)
+        if isinstance(error, NameHeld):
+            first = self._renewals.setdefault(error.stream, error.renewal)
+            self._link.send(HeldElsewhere(error.by, error.left_s, renewed=first != error.renewal))
+        trouble = f"instance {self._settings.instance!r}: {error}"
+        known, self._trouble = self._trouble == trouble, trouble
+        if not known:
+            log.error("the instance's name is not ours", extra={"error": trouble})
+            self.report()
+        if self._draining:
+            self._drop_ended_workers()
 
     def _heed_pauses(self) -> None:
         """Set aside the types that an operator has paused, and let go on those that are paused no more."""
@@ -224,6 +272,7 @@ class Reader:
     def _back_off(self, error: StoreUnavailable) -> None:
         """Wait longer each time, with jitter, so that many hosts do not come back in the same instant."""
         self._stop_reading()
+        self._marks.clear()
         self._connected = False
         first, longest = _BACKOFF_S
         delay = min(longest, first * 2.0**self._failures) * self._rng.uniform(0.5, 1.0)
@@ -253,18 +302,34 @@ class Reader:
 
     def _take_in(self, source: int) -> None:
         """Take a read's answer. While small jobs are gone through here the server looks for more of them."""
+        self._marks.open_window(source)
         entries = self._finish_read(source)
         if entries and self._custody.portions[source].largest and not self._draining:
             self._ask_for(source, self._room(source) - len(entries))
         self._arrive(source, entries)
+        self._marks.clear()
 
     def _arrive(self, source: int, entries: list[Entry]) -> None:
+        if self._marks.convicted:
+            entries = [entry for entry in entries if not self._refuse_convicted(source, entry)]
+        if len(entries) == 1:
+            self._marks.mark(source, entries[0].id)
         arrivals, refusals = self._triage.sift(source, entries)
         self._backlog.extend(arrivals)
         for refusal in refusals:
             self._settler.refuse(refusal)
         if entries:
             self._custody.portions[source].learn(entries)
+        self._marks.unmark()
+
+    def _refuse_convicted(self, source: int, entry: Entry) -> bool:
+        """Refuse an entry that has ended a reader, without looking into it."""
+        if (source, entry.id) not in self._marks.convicted:
+            return False
+        if entry.data is not None and len(entry.data) > self._settings.max_payload:
+            entry = entry._replace(data=entry.data[:OVERSIZED_KEPT_BYTES])
+        self._settler.refuse(RejectedEntry(source, entry, Reason.POISON, READER_DIED))
+        return True
 
     def _pause(self, arrival: AdmittedJob, now: float) -> None:
         kind = tuple(self._settings.handlers)[arrival.kind]
@@ -340,10 +405,7 @@ class Reader:
         for worker in [worker for worker in self._workers if worker.gone]:
             assert worker.gone is not None
             remains = self._settler.clear(worker, worker.gone)
-            self._selector.unregister(worker.channel.fds[2])
-            self._workers.remove(worker)
-            worker.channel.close()
-            self._link.send(ExitReclaimed(worker.slot, worker.generation))
+            self._forget(worker)
             for source, entry in remains.isolated:
                 self._arrive(source, [entry])
             behind = list(self._backlog.ready)
@@ -351,3 +413,14 @@ class Reader:
             for source, entry in remains.unstarted:
                 self._arrive(source, [entry])
             self._backlog.ready.extend(behind)
+
+    def _drop_ended_workers(self) -> None:
+        """Forget ended workers without settling: their jobs stay pending for the holder of the name."""
+        for worker in [worker for worker in self._workers if worker.gone]:
+            self._forget(worker)
+
+    def _forget(self, worker: WorkerHandle) -> None:
+        self._selector.unregister(worker.channel.fds[2])
+        self._workers.remove(worker)
+        worker.channel.close()
+        self._link.send(ExitReclaimed(worker.slot, worker.generation))

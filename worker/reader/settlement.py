@@ -13,6 +13,7 @@ from ..envelope import Envelope, dead_letter, read_envelope, with_retry
 from ..ipc.channel import OutcomeFrame
 from ..ipc.control import WorkerExited
 from ..ipc.inflight import FAILED, QUEUED, SETTLED, STARTED, SUCCEEDED, Held
+from ..ipc.marks import Marks
 from ..keys import Source
 from ..outcome import Failure, GiveUp, Reason, after_failure
 from ..settings import Settings
@@ -20,7 +21,7 @@ from ..store.ports import Dead, Entry, ReaderStore, Retry, Settlement
 from ..telemetry import trace
 from ..telemetry.current_job import log_fields
 from ..telemetry.metrics import MetricsBuffer
-from .admission import AdmittedJob, RejectedEntry
+from .admission import READER_DIED, AdmittedJob, RejectedEntry
 from .dispatch import WorkerHandle
 
 log = logging.getLogger("jobworker.settle")
@@ -75,6 +76,7 @@ class Settler:
         tally: MetricsBuffer,
         rng: random.Random,
         is_within_grace: Callable[[int, int, bytes], bool],
+        marks: Marks,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._store = store
@@ -84,6 +86,7 @@ class Settler:
         self._tally = tally
         self._rng = rng
         self._excused = is_within_grace
+        self._marks = marks
         self._now = now
         self._refusals: list[RejectedEntry] = []
         self._outcomes = msgspec.msgpack.Decoder(OutcomeFrame)
@@ -150,8 +153,12 @@ class Settler:
             if data is None:
                 log.error("entry vanished from its stream", extra={"entry_id": held.entry_id.decode()})
                 batch.done[held.source].append(held.entry_id)
+            elif (held.source, held.entry_id) in self._marks.convicted:
+                self._bury_unread(batch, held, data, failed.worker)
             else:
+                self._marks.mark(held.source, held.entry_id, settling=True)
                 self._decide_one(batch, failed, data)
+        self._marks.unmark()
 
     def _excuse(self, batch: SettlementBatch, held: Held, data: bytes) -> bool:
         """Take a job back that found its store unavailable; it stays pending and no retry is used up."""
@@ -191,16 +198,26 @@ class Settler:
     def _bury(
         self, batch: SettlementBatch, held: Held, data: bytes, reason: Reason, error: str,
         retry_count: int, deaths: int, worker: str, details: dict[str, object] | None = None,
+        *, unread: bool = False,
     ) -> None:  # fmt: skip
         batch.counts["z_novel_jobs_dead_total", (self._kinds[held.kind], reason)] += 1
         letter = dead_letter(
             data, error=error, reason=reason, failed_at=self._stamp(), entry_id=held.entry_id, worker=worker,
             stream=self._sources[held.source].stream, deaths=deaths, retry_count=retry_count, details=details,
+            unread=unread,
         )  # fmt: skip
         batch.dead[held.source].append(Dead(held.entry_id, letter))
 
+    def _bury_unread(self, batch: SettlementBatch, held: Held, data: bytes, worker: str) -> None:
+        """A reader has ended as it read this job: no other reads it."""
+        log.error("job given up", extra={
+            "entry_id": held.entry_id.decode(), "reason": Reason.POISON, "error": READER_DIED,
+        })  # fmt: skip
+        self._bury(batch, held, data, Reason.POISON, READER_DIED, 0, held.deaths, worker, unread=True)
+
     def _refuse(self, batch: SettlementBatch, refusals: Sequence[RejectedEntry]) -> None:
         for refusal in refusals:
+            self._marks.mark(refusal.source, refusal.entry.id, settling=True)
             envelope = refusal.envelope
             stream = self._sources[refusal.source].stream
             kind = envelope.type if envelope and envelope.type in self._kinds else "unknown"
@@ -213,9 +230,10 @@ class Settler:
                 refusal.entry.data, error=refusal.error, reason=refusal.reason, failed_at=self._stamp(),
                 stream=stream, entry_id=refusal.entry.id, worker=self._worker(None),
                 deaths=refusal.entry.deaths + (envelope.deaths if envelope else 0),
-                retry_count=envelope.retry_count if envelope else None,
+                retry_count=envelope.retry_count if envelope else None, unread=envelope is None,
             )  # fmt: skip
             batch.dead[refusal.source].append(Dead(refusal.entry.id, letter))
+        self._marks.unmark()
 
     def _commit(self, batch: SettlementBatch) -> None:
         """Hand the batch to the store and count what is now final."""
@@ -284,6 +302,7 @@ class Settler:
             entry = Entry(held.entry_id, data, deaths=counts[held.source, held.entry_id])
             if not self._poisonous(batch, held, entry, gone, self._worker(worker), sole=len(started) == 1):
                 isolated.append((held.source, entry))
+        self._marks.unmark()
         return isolated
 
     def _poisonous(
@@ -292,6 +311,10 @@ class Settler:
         """Whether the job is given up for its deaths. A death is a failed try, but only a job that was
         alone in its worker is proven to have caused it."""
         data = entry.data or b""
+        if (held.source, held.entry_id) in self._marks.convicted:
+            self._bury_unread(batch, held, data, worker)
+            return True
+        self._marks.mark(held.source, held.entry_id, settling=True)
         envelope = read_envelope(data)
         deaths = envelope.deaths + entry.deaths
         batch.counts["z_novel_jobs_failed_total", (envelope.type,)] += 1

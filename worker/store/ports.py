@@ -70,7 +70,16 @@ class ReaderStore(Protocol):
 
     def acquire(self, sources: Sequence[Source]) -> None:
         """Make the groups (from id 0) where they are missing, and take the consumer's name: a new epoch
-        that fences off any earlier reader of that name."""
+        that fences off any earlier reader of that name.
+
+        Raises `NameHeld`, and takes no name, where another service renewed it within the lease.
+        """
+
+    def hold(self, sources: Sequence[Source]) -> None:
+        """Renew the name: for another lease no other service can take it."""
+
+    def resign(self, sources: Sequence[Source]) -> None:
+        """Give the name up, where it is ours: another service can take it at once."""
 
     def begin_read(self, source: Source, count: int, block_ms: int) -> int:
         """Ask for at most ``count`` new entries and return at once; the result is a file descriptor
@@ -90,6 +99,9 @@ class ReaderStore(Protocol):
 
     def own_pending(self, source: Source, after: bytes, count: int) -> list[Entry]:
         """A page of what this consumer was given and has not settled, by id; start after ``b"0-0"``."""
+
+    def own_ids(self, source: Source, after: bytes, count: int) -> list[bytes]:
+        """The ids of such a page, without fetching the entries; some may be gone from the stream."""
 
     def take_over(
         self, source: Source, min_idle_ms: int, count: int, cursor: bytes

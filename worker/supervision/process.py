@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ..ipc.channel import Channel
 from ..ipc.control import ControlSocket, Message, Standby, Start
+from ..ipc.marks import Marks
 from ..settings import Settings
 
 #: First and longest pause before a start (seconds).
@@ -102,6 +103,14 @@ class Process:
         """What faulthandler left: the Python stacks at a fatal signal, or when asked by SIGUSR2."""
         return os.pread(self.blackbox_fd, _STACK_BYTES, 0).decode("utf-8", "replace")
 
+    def is_computing(self) -> bool:
+        """Whether it runs at this moment; False where it waits for something or was stopped."""
+        try:
+            with open(f"/proc/{self.pid}/stat") as stat:
+                return stat.read().rpartition(")")[2].split()[0] == "R"
+        except (OSError, IndexError):
+            return False
+
     def rss_mib(self) -> int:
         """Memory that it holds now; 0 once it has ended."""
         try:
@@ -132,6 +141,8 @@ class Child(Process):
         self.mono_heard_s = mono_now_s
         self.mono_killed_s: float | None = None
         self.kill_cause = ""
+        #: Whether it was computing when it was found to be overdue.
+        self.was_computing = False
         self.stopping = False
         self.put_down = False
         self._outbox: deque[tuple[Message, tuple[int, ...]]] = deque()
@@ -146,9 +157,10 @@ class Child(Process):
 
     def begin(
         self, role: str, slot: int, generation: int, settings: Settings, mono_now_s: float,
-        channel: Channel | None = None,
+        channel: Channel | None = None, marks: Marks | None = None,
     ) -> None:  # fmt: skip
-        """Give it its role; what it is measured by counts from now."""
+        """Give it its role, a worker its channel and the reader its marks; what it is measured by counts
+        from now."""
         self.role = role
         self.name = role if channel is None else f"{role} {slot}"
         self.slot = slot
@@ -156,7 +168,7 @@ class Child(Process):
         self.channel = channel
         self.mono_started_s = self.mono_heard_s = mono_now_s
         start = Start(role, slot, os.getpid(), self.blackbox_fd, settings.to_json())
-        self.tell(start, channel.fds if channel else ())
+        self.tell(start, channel.fds if channel else (marks.fd,) if marks else ())
 
     def tell(self, message: Message, fds: tuple[int, ...] = ()) -> None:
         """Send, or keep for `flush` while the child is not taking messages; the order is kept."""

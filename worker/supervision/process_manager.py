@@ -14,6 +14,7 @@ from ..ipc.control import (
     Attach,
     Drain,
     ExitReclaimed,
+    HeldElsewhere,
     Message,
     Ready,
     Report,
@@ -22,6 +23,7 @@ from ..ipc.control import (
     SyncDone,
     WorkerExited,
 )
+from ..ipc.marks import Marks
 from ..settings import Settings, cores
 from ..telemetry.prometheus import PrometheusCollector
 from .process import Child, Ended
@@ -44,6 +46,8 @@ _LEAST_STARTS = 2
 #: Ends in a row before a place was ready, after which nothing is to be hoped from another try.
 _BOOT_TRIES, _LOOP_TRIES = 3, 6
 _GAUGES_EVERY_S = 0.5
+#: Ends of a reader that anybody on the host may cause at any moment, or the kernel for want of memory.
+_FROM_OUTSIDE = frozenset({"SIGKILL", "SIGTERM"})
 
 
 class ProcessManager:
@@ -57,6 +61,7 @@ class ProcessManager:
         self._workers = [Slot("worker", slot) for slot in range(settings.procs)]
         self._places = [self._reader, self._reaper, *self._workers]
         self._spares = Standbys()
+        self._marks = Marks.create()
         self._graves: dict[tuple[int, int], tuple[WorkerExited, Channel]] = {}
         # Places whose worker of this generation or before is to be exchanged.
         self._to_exchange: deque[tuple[Slot, int]] = deque()
@@ -65,7 +70,10 @@ class ProcessManager:
         self._verdict: Exit | None = None
         self._was_complete = False
         self._draining = False
+        # Whether any reader of this service has held the instance's name.
+        self._had_name = False
         self._mono_started_s = 0.0
+        self._mono_connected_by_s = 0.0
         self._mono_gauged_s = 0.0
 
     @property
@@ -77,6 +85,7 @@ class ProcessManager:
         """From the next turn on hold all places filled; the settings now have the stores' urls."""
         self._settings = settings
         self._mono_started_s = time.monotonic()
+        self._mono_connected_by_s = self._mono_started_s + settings.connect_timeout_s
 
     def turn(self, now: float) -> Exit | None:
         """One step towards the desired state; an exit code where it cannot be reached."""
@@ -128,6 +137,7 @@ class ProcessManager:
         match message:
             case Ready():
                 child.ready = True
+                self._had_name |= child is self._reader.child
                 log.info("up", extra={"child": child.name, "process_id": child.pid})
             case Report(counts, gauges, histograms, trouble, progress):
                 # A store that does not answer is no standstill of ours, and no restart mends it.
@@ -140,6 +150,8 @@ class ProcessManager:
                 child.trouble = trouble
             case ExitReclaimed(slot, generation):
                 self._graves.pop((slot, generation))[1].close()
+            case HeldElsewhere():
+                self._note_held(message)
             case StartFailed(error, exit_code):
                 child.trouble = error
                 # At the first start, and for what no later try can mend, this ends the service.
@@ -148,6 +160,17 @@ class ProcessManager:
                     self._verdict = Exit(exit_code)
             case _:
                 log.error("unexpected message", extra={"child": child.name})
+
+    def _note_held(self, held: HeldElsewhere) -> None:
+        """End a service that never had the name once the other is seen to live; one that had it waits."""
+        wait_until = time.monotonic() + held.left_s + self._settings.connect_timeout_s
+        self._mono_connected_by_s = max(self._mono_connected_by_s, wait_until)
+        if held.renewed and not self._had_name and self._verdict is None:
+            log.critical("cannot start", extra={"error": (
+                f"instance {self._settings.instance!r} is held by {held.by}: "
+                "stop that service, or give this one its own --instance"
+            )})  # fmt: skip
+            self._verdict = Exit.USAGE
 
     # -- ends and starts
 
@@ -183,6 +206,20 @@ class ProcessManager:
             place.backoff.ended(now, was_ready=child.ready, lived_s=now - child.mono_started_s)
         if child.channel is not None:
             self._bury(child, child.channel, ended, charge=not expected)
+        elif place is self._reader:
+            self._count_reader_death(child, ended)
+
+    def _count_reader_death(self, child: Child, ended: Ended) -> None:
+        """Hold the entry that a reader was reading when it ended to account."""
+        # One that waits, for a log that nobody reads or because it was stopped, is no entry's fault; nor is
+        # one that was overdue and has reported since.
+        spins = child.mono_killed_s is not None and child.was_computing
+        suspect = self._marks.record_death(proven=spins or ended.cause not in _FROM_OUTSIDE)
+        if suspect is not None:
+            stream = self._settings.streams[suspect.source].stream
+            log.error("reader ended while it read an entry", extra={
+                "stream": stream, "entry_id": suspect.entry_id.decode(), "poison": suspect.convicted,
+            })  # fmt: skip
 
     def _bury(self, child: Child, channel: Channel, ended: Ended, *, charge: bool) -> None:
         timed_out = child.kill_cause == "timeout"
@@ -217,7 +254,8 @@ class ProcessManager:
             return child
         # While draining the spares have been told to end like all others.
         child = (None if self._draining else self._spares.take()) or Child(now)
-        child.begin(place.role, place.slot, place.generation, self._settings, now)
+        marks = self._marks if place is self._reader else None
+        child.begin(place.role, place.slot, place.generation, self._settings, now, marks=marks)
         child.stopping = self._draining
         if place is self._reader:
             self._brief(child)
@@ -250,6 +288,7 @@ class ProcessManager:
         elif child.mono_killed_s is None:
             child.mono_killed_s = now
             child.kill_cause = overdue
+            child.was_computing = child.is_computing()
             child.kill(signal.SIGUSR2)
         elif now - child.mono_killed_s > (_DUMP_S if overdue != "rss" else 0.0):
             child.kill(signal.SIGKILL)  # what is too large already is not given time to grow
@@ -275,9 +314,7 @@ class ProcessManager:
         if not self._was_complete:
             self._was_complete = all(place.child and place.child.ready for place in self._places)
             reader = self._reader.child
-            if now - self._mono_started_s > self._settings.connect_timeout_s and not (
-                reader and reader.ready
-            ):
+            if now > self._mono_connected_by_s and not (reader and reader.ready):
                 trouble = reader.trouble if reader else None
                 log.critical("the job store does not answer", extra={"error": trouble})
                 self._verdict = Exit.STORE_UNREACHABLE

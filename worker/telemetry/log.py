@@ -5,8 +5,9 @@ import logging
 import re
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,10 +17,10 @@ from ..settings import MAY_HOLD_SECRETS, Settings
 from .current_job import current_log_fields
 from .log_limit import RateLimitFilter, is_summary
 
-#: The password of any url: ``scheme://user:password@host`` or ``scheme://:password@host``. It ends at the
-#: last @, as clients read it: a password may hold one itself.
-_SECRET = re.compile(r"(\w+://[^\s:/@]*:)(\S+)(@)")
-#: The same as a parameter, which Redis urls and database names allow too.
+#: Where the password of any URL begins: ``scheme://user:`` or ``scheme://:``.
+_BEFORE_PASSWORD = re.compile(r"(?<=\w://)[^\s:/@]*:")
+_BLANK = re.compile(r"\s")
+#: The same as a parameter, which Redis URLs and database names allow too.
 _SECRET_PARAMETER = re.compile(r"(password=)([^&\s]+)")
 #: Keys as HTTP clients show them.
 _BEARER = re.compile(r"((?:Bearer|Basic) )([A-Za-z0-9._~+/=-]{8,})")
@@ -27,6 +28,12 @@ _BEARER = re.compile(r"((?:Bearer|Basic) )([A-Za-z0-9._~+/=-]{8,})")
 _SECRET_VARIABLE = re.compile(r"(JOBWORKER|OTEL)_\w*(KEY|TOKEN|PASSWORD|SECRET|HEADERS)")
 #: A shorter secret would be found in the middle of words; in a url it is seen all the same.
 _SHORTEST_SECRET = 6
+#: Longest text of a field or message: a whole error of a handler (`outcome.MAX_ERROR_CHARS`) fits.
+MAX_TEXT_CHARS = 4096
+#: Longest traceback: some hundred frames.
+MAX_TRACEBACK_CHARS = 32 * 1024
+#: Items of a list or mapping that are written.
+MAX_ITEMS = 64
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 #: This process's own secrets, as one pattern; see `hide`.
@@ -34,11 +41,48 @@ _hidden: re.Pattern[str] | None = None
 
 
 def redacted(text: str) -> str:
-    """The text with the passwords of all urls in it replaced, and whatever was given to `hide`."""
-    text = _SECRET.sub(r"\1***\3", text)
+    """The text without the passwords of all URLs in it and without the secrets given to `hide`.
+
+    The time it takes grows linearly with the text, whatever the text is: anybody who may enqueue a job can
+    bring text of his own to a log line.
+    """
+    if "://" in text:
+        text = _without_passwords(text)
     text = _SECRET_PARAMETER.sub(r"\1***", text)
     text = _BEARER.sub(r"\1***", text)
     return _hidden.sub("***", text) if _hidden else text
+
+
+def _without_passwords(text: str) -> str:
+    parts, done = [], 0
+    for start, end in _passwords(text):
+        parts += [text[done:start], "***"]
+        done = end
+    return "".join([*parts, text[done:]])
+
+
+def _passwords(text: str) -> Iterator[tuple[int, int]]:
+    """Start and end of the password of every URL. It ends at the last ``@`` before a blank, as clients read
+    it: a password may hold one itself.
+
+    Each word of the text is looked at once. One pattern for all of this would be quadratic.
+    """
+    place = 0
+    while begin := _BEFORE_PASSWORD.search(text, place):
+        start = begin.end()
+        blank = _BLANK.search(text, start)
+        place = blank.start() if blank else len(text)
+        end = text.rfind("@", start + 1, place)
+        if end >= 0:
+            yield start, end
+
+
+def bounded(text: str, most: int = MAX_TEXT_CHARS) -> str:
+    """The text, or its beginning and end where it has more than so many characters."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
 def hide(secrets: Iterable[str]) -> None:
@@ -54,9 +98,8 @@ def hide(secrets: Iterable[str]) -> None:
 def secrets_of(settings: Settings, environment: Mapping[str, str]) -> set[str]:
     """Every password, key and token that the service was given, as it stands and as it is meant."""
     texts = [str(getattr(settings, name)) for name in MAY_HOLD_SECRETS]
-    found = {
-        match[2] for text in texts for way in (_SECRET, _SECRET_PARAMETER) for match in way.finditer(text)
-    }
+    found = {text[start:end] for text in texts for start, end in _passwords(text)}
+    found |= {match[2] for text in texts for match in _SECRET_PARAMETER.finditer(text)}
     found |= {settings.milvus_token, settings.milvus_token.partition(":")[2]}
     for name, value in environment.items():
         if _SECRET_VARIABLE.fullmatch(name):
@@ -75,14 +118,20 @@ def _content(path: str) -> str:
 
 
 def _clean(value: Any) -> Any:
-    """A field without secrets, in kinds that JSON has."""
+    """A field without secrets, bounded, in kinds that JSON has."""
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _clean(one) for key, one in value.items()}
+        return {_text(str(key)): _clean(one) for key, one in islice(value.items(), MAX_ITEMS)}
     if isinstance(value, list | tuple):
-        return [_clean(one) for one in value]
-    return redacted(str(value))
+        left_out = [f"[... {len(value) - MAX_ITEMS} items ...]"] if len(value) > MAX_ITEMS else []
+        return [_clean(one) for one in value[:MAX_ITEMS]] + left_out
+    return _text(str(value))
+
+
+def _text(text: str, most: int = MAX_TEXT_CHARS) -> str:
+    """Without secrets, then bounded: a password that is cut in half would not be found."""
+    return bounded(redacted(text), most)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
@@ -106,13 +155,13 @@ class JsonLines(logging.Formatter):
         event = {
             "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            "msg": redacted(record.getMessage()),
+            "msg": _text(record.getMessage()),
             "service": "jobworker",
             "role": self._role,
             **_fields(record),
         }
         if record.exc_info:
-            event["exception"] = redacted(self.formatException(record.exc_info))
+            event["exception"] = _text(self.formatException(record.exc_info), MAX_TRACEBACK_CHARS)
         return json.dumps(event, ensure_ascii=False)
 
 
@@ -126,10 +175,10 @@ class ForPeople(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line, and the traceback below it where there is one."""
         clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-        line = f"{clock} {record.levelname.lower():7} {self._role}: {redacted(record.getMessage())}"
+        line = f"{clock} {record.levelname.lower():7} {self._role}: {_text(record.getMessage())}"
         line = " ".join([line, *(f"{key}={value}" for key, value in _fields(record).items())])
         if record.exc_info:
-            line += "\n" + redacted(self.formatException(record.exc_info))
+            line += "\n" + _text(self.formatException(record.exc_info), MAX_TRACEBACK_CHARS)
         return line
 
 

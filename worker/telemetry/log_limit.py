@@ -10,6 +10,8 @@ from collections.abc import Callable
 MOST, WITHIN_S = 100, 10.0
 
 _SUMMARY = "repeated"
+#: An event's name is cut to this: a handler may log a whole text as its message.
+_EVENT_CHARS = 256
 _Key = tuple[str, int, str, str]
 
 
@@ -56,7 +58,8 @@ class RateLimitFilter(logging.Filter):
             now = self._mono_s()
             if now - self._since >= self._within_s:
                 self._begin_anew(now)
-            key = (record.name, record.levelno, str(record.msg), str(getattr(record, "task_type", "")))
+            event, task_type = str(record.msg)[:_EVENT_CHARS], str(getattr(record, "task_type", ""))
+            key = (record.name, record.levelno, event, task_type)
             self._seen[key] += 1
             if self._seen[key] <= self._most:
                 return True

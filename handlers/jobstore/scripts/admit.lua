@@ -8,7 +8,7 @@ local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local lease, held, chapters = tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
 
--- Who is inside already may go on: a closing door waits for it.
+-- An admitted writer may continue: the rebuild waits for it before it switches.
 local closed = tonumber(redis.call('HGET', KEYS[4], 'closed_until') or 0)
 if closed > now and redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
   return {'closed'}

@@ -1,8 +1,8 @@
--- Stores a versioned record unless one of a newer version of the same chapter stands there.
+-- Stores a versioned record unless a newer version of the same chapter is stored.
 -- KEYS[1] hash
 -- ARGV[1] owner, empty where the key's name says it   ARGV[2] chapter version   ARGV[3] time of the change
 -- ARGV[4...] field, value, field, value, ...; a field `chapter_id` names the chapter that the version is of
--- Returns {'foreign'}, or {'stored' | 'same' | 'older', field, value, ...} with what stands there now.
+-- Returns {'foreign'}, or {'stored' | 'same' | 'older', field, value, ...} with the record that is stored now.
 local has, new = {}, {}
 local flat = redis.call('HGETALL', KEYS[1])
 for i = 1, #flat, 2 do

@@ -34,14 +34,14 @@ NUM_PARTITIONS = 64
 INDEX = {"index_type": "HNSW", "metric_type": "COSINE", "params": {"M": 16, "efConstruction": 200}}
 
 LITE_NOTE = (
-    "Milvus Lite: 16 buckets for the partition key whatever is asked, filters without templates, "
-    "NaN and VARCHAR limits checked by this client only, no sync to disk on each write"
+    "16 buckets for the partition key, filters without templates, NaN and VARCHAR limits checked by this "
+    "client only, no sync to disk on each write"
 )
 
 
 OLD_NOTE = (
-    "Milvus %s misplaces upserted rows in collections with a partition key: new collections are made without "
-    "one, tenants are kept apart by the filters alone; Milvus 2.4 or later has no such trouble"
+    "this version misplaces upserted rows in collections with a partition key: new collections get none, and "
+    "filters alone separate tenants; use Milvus 2.4 or later"
 )
 
 
@@ -119,9 +119,9 @@ def ask_server(client: Any, timeout_s: float) -> Server:
     version = str(client.get_server_version(timeout=timeout_s))
     server = Server(version, lite=version.startswith("milvus_lite"))
     if server.lite:
-        logger.info(LITE_NOTE)
+        logger.info("milvus.lite_limits", extra={"hint": LITE_NOTE})
     elif not server.keeps_partition_keys:
-        logger.warning(OLD_NOTE, version)
+        logger.warning("milvus.old_server", extra={"version": version, "hint": OLD_NOTE})
     return server
 
 

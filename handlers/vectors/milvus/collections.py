@@ -1,4 +1,4 @@
-"""Collections of a Milvus server as wholes: make, load, look at, and what a name stands for."""
+"""Collection administration on a Milvus server: create, load, describe, resolve aliases."""
 
 import itertools
 import logging
@@ -94,7 +94,9 @@ class CollectionAdmin:
                 raise TransientStoreError(
                     f"{target}: another program made a collection of this name at the same moment"
                 )
-            log.warning("%s exists and was not made for this: the next number is used", target)
+            log.warning(
+                "collection.name_taken", extra={"collection": target, "hint": "the next number is used"}
+            )
             return False
         once(lambda: self.has_index(target), lambda: self.create_index(target))
         return True

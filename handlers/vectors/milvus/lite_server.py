@@ -9,7 +9,7 @@ its engine is written for one caller. Here the same engine is served with
 * no write for a caller that is gone: its job may have been run again meanwhile, and newer ones after it;
 * readers kept out while a flush moves rows from memory to a segment, so that none is missed in between;
 * an end of the process on the first write that failed: only the replay of the log at the next start is safe;
-* index files that a kill left half written made anew, instead of a server that never starts again.
+* rebuilds index files that a kill left half written, instead of never starting again.
 
 A kill at any moment loses nothing that was acknowledged. The log is not synced on each write, so a power
 cut may lose the tail.
@@ -112,7 +112,7 @@ class FlushGate:
 
     @contextlib.contextmanager
     def opening(self) -> Iterator[None]:
-        """A collection being opened is seen by nobody yet: its flush must not wait for readers.
+        """A collection that is being opened has no readers yet, so its flush must not wait for them.
 
         They may be waiting for this very collection.
         """
@@ -169,7 +169,7 @@ def guard_engine(collection_class: Any, gate: FlushGate) -> None:
 
 
 def guard_indexes(segment_class: Any) -> None:
-    """Patch the engine: the file of a vector index that cannot be read is made anew from the rows.
+    """Patch the engine: rebuild the file of a vector index that cannot be read from the rows.
 
     The engine writes such files in place and in the background, so a kill may leave the beginning of one.
     """
@@ -183,7 +183,7 @@ def guard_indexes(segment_class: Any) -> None:
             path = Path(self.index_file_path(index_dir, spec.index_type, spec.field_name))
             if not path.exists():
                 raise
-            log.warning("index file %s cannot be used, it is made anew: %s", path, error)
+            log.warning("lite.index_rebuilt", extra={"file": str(path), "error": str(error)})
             path.unlink()
             build_or_load(self, spec, index_dir)
 

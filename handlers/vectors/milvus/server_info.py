@@ -40,7 +40,7 @@ class Server(NamedTuple):
         return self.lite or self._is_since(LISTS_ALIASES_SINCE)
 
     def _is_since(self, since: tuple[int, int]) -> bool:
-        number = re.search(r"(\d+)\.(\d+)", self.version)
+        number = re.search(r"(\d{1,9})\.(\d{1,9})", self.version)
         # A cloud service that gives no number is a recent one.
         return number is None or (int(number[1]), int(number[2])) >= since
 

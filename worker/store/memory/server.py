@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ...keys import Holder
 from ..ports import Entry
 
 #: What a read may take beyond its blocking time before the store counts as gone.
@@ -39,6 +40,15 @@ class Group:
 
 
 @dataclass
+class Hold:
+    """The record of the service that holds a name."""
+
+    epoch: int
+    holder: Holder
+    wall_renewed_s: float
+
+
+@dataclass
 class Stream:
     """A stream with what belongs to it."""
 
@@ -47,6 +57,7 @@ class Stream:
     groups: dict[str, Group] = field(default_factory=dict)
     deaths: dict[bytes, int] = field(default_factory=dict)
     fence: dict[str, int] = field(default_factory=dict)
+    holds: dict[str, Hold] = field(default_factory=dict)
     #: (due, order of arrival, job)
     retries: list[tuple[float, int, bytes]] = field(default_factory=list)
     dead: list[bytes] = field(default_factory=list)

@@ -5,10 +5,10 @@ import select
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from ...errors import Fenced, StoreUnavailable
-from ...keys import Source
+from ...errors import Fenced, NameHeld, StoreUnavailable
+from ...keys import NO_HOLDER, Holder, Source
 from ..ports import HANDED_BACK_IDLE_S, Dead, Depths, Entry, Promotion, Retry, Settlement
-from .server import Group, MemoryServer, PendingEntry, Read, Stream, order
+from .server import Group, Hold, MemoryServer, PendingEntry, Read, Stream, order
 
 
 def _id_of(outcome: Retry | Dead | bytes) -> bytes:
@@ -18,9 +18,10 @@ def _id_of(outcome: Retry | Dead | bytes) -> bytes:
 class MemoryStore:
     """`ReaderStore`, `ReaperStore` and `ProducerStore` over one `MemoryServer`."""
 
-    def __init__(self, server: MemoryServer, consumer: str = "") -> None:
+    def __init__(self, server: MemoryServer, consumer: str = "", holder: Holder = NO_HOLDER) -> None:
         self._server = server
         self._consumer = consumer
+        self._holder = holder
         self._epochs: dict[Source, int] = {}
         self._reads: dict[Source, Read] = {}
 
@@ -30,9 +31,27 @@ class MemoryStore:
         """See `ReaderStore.acquire`."""
         with self._server.lock:
             for source in sources:
+                self._refuse_a_held_name(source.stream)
+            for source in sources:
                 self._heard_of(self._group(source))
                 self._epochs[source] = self._server.new_epoch()
                 self._server.stream(source.stream).fence[self._consumer] = self._epochs[source]
+                self._record(source)
+
+    def hold(self, sources: Sequence[Source]) -> None:
+        """See `ReaderStore.hold`."""
+        with self._server.lock:
+            for source in sources:
+                self._held(source)
+                self._record(source)
+
+    def resign(self, sources: Sequence[Source]) -> None:
+        """See `ReaderStore.resign`."""
+        with self._server.lock:
+            for source in sources:
+                stream = self._server.stream(source.stream)
+                if source in self._epochs and stream.fence.get(self._consumer) == self._epochs[source]:
+                    stream.holds.pop(self._consumer, None)
 
     def begin_read(self, source: Source, count: int, block_ms: int) -> int:
         """See `ReaderStore.begin_read`."""
@@ -84,6 +103,10 @@ class MemoryStore:
                 self._forget(stream, group, gone)
             left = [id for id in own if id in stream.entries and order(id) > order(after)]
             return [self._pending_entry(stream, group, id) for id in left[:count]]
+
+    def own_ids(self, source: Source, after: bytes, count: int) -> list[bytes]:
+        """See `ReaderStore.own_ids`."""
+        return [entry.id for entry in self.own_pending(source, after, count)]
 
     def take_over(
         self, source: Source, min_idle_ms: int, count: int, cursor: bytes
@@ -176,10 +199,15 @@ class MemoryStore:
             stream, group = self._server.stream(source.stream), self._group(source)
             owners = {lease.consumer for lease in group.leases.values()} | {keep}
             before = self._server.wall_now_s() - idle_ms / 1000
-            idle = [name for name, seen in group.consumers.items() if name not in owners and seen <= before]
+            idle = [
+                name
+                for name, seen in group.consumers.items()
+                if name not in owners and seen <= before and not self._left_s(stream, name)
+            ]
             for name in idle:
                 del group.consumers[name]
                 stream.fence.pop(name, None)
+                stream.holds.pop(name, None)
             return len(idle)
 
     def depths(self, source: Source) -> Depths:
@@ -218,6 +246,27 @@ class MemoryStore:
         if stream.fence.setdefault(self._consumer, self._epochs[source]) != self._epochs[source]:
             raise Fenced(f"a newer reader holds the name {self._consumer}")
         return stream
+
+    def _refuse_a_held_name(self, name: str) -> None:
+        stream = self._server.stream(name)
+        left_s = self._left_s(stream, self._consumer)
+        if not left_s:
+            return
+        hold = stream.holds[self._consumer]
+        token = hold.holder.token
+        if token != self._holder.token and token not in self._holder.predecessors:
+            raise NameHeld(name, hold.holder.about, left_s, f"{token} {hold.wall_renewed_s}")
+
+    def _left_s(self, stream: Stream, name: str) -> float:
+        """How long a name's lease still runs; 0 where no service holds it."""
+        hold = stream.holds.get(name)
+        if hold is None or hold.epoch != stream.fence.get(name):
+            return 0.0
+        return max(0.0, hold.holder.lease_s - abs(self._server.wall_now_s() - hold.wall_renewed_s))
+
+    def _record(self, source: Source) -> None:
+        stream = self._server.stream(source.stream)
+        stream.holds[self._consumer] = Hold(self._epochs[source], self._holder, self._server.wall_now_s())
 
     def _owns(self, group: Group, id: bytes) -> bool:
         return id in group.leases and group.leases[id].consumer == self._consumer

@@ -11,6 +11,7 @@ from redis.exceptions import RedisError
 from redis.sentinel import Sentinel
 
 from ...errors import ConfigurationError, StoreUnavailable
+from ...settings import without_credentials
 
 #: Bytes taken from a socket at once: a batch of some hundred jobs in one system call.
 _SOCKET_READ_BYTES = 256 * 1024
@@ -44,11 +45,6 @@ class Endpoint(Protocol):
         """Look the servers up afresh the next time: one has failed or moved."""
 
 
-def redacted(url: str) -> str:
-    """The URL without its credentials and options, fit for a log."""
-    return re.sub(r"[?].*$", "", re.sub(r"^([^:/]+://).*@", r"\1***@", url))
-
-
 def endpoint(url: str, timeout_s: float) -> Endpoint:
     """Read a URL: ``redis://``, ``rediss://``, ``unix://``,
     ``redis+sentinel://[user:password@]host:port,…/master/db`` or ``redis+cluster://…host:port,…``.
@@ -63,7 +59,8 @@ def endpoint(url: str, timeout_s: float) -> Endpoint:
         return _Single(url, limits)
     except (ValueError, RedisError):
         # The cause stays out: parsers quote parts of what they could not read.
-        raise ConfigurationError(f"cannot be read as a Redis URL: {redacted(url)}") from None
+        shown = without_credentials(url, "***@")
+        raise ConfigurationError(f"cannot be read as a Redis URL: {shown}") from None
 
 
 def unavailable(error: Exception, doing: str) -> StoreUnavailable:

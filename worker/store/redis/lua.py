@@ -1,7 +1,7 @@
 """Lua scripts of one folder: sent by their SHA, loaded where the server lacks them."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
@@ -9,22 +9,27 @@ Argument = bytes | str | int | float
 Command = Sequence[Argument]
 
 #: Scripts that act for a reader: the check of its epoch and of ownership goes before them.
-_READER_SCRIPTS = frozenset({"settle", "charge", "renew", "release", "take_over"})
-_PRELUDE = "reader"
+_READER_SCRIPTS = frozenset({"settle", "charge", "renew", "release", "take_over", "hold"})
+#: Scripts that look at the record of the service that holds a name.
+_HOLDER_SCRIPTS = frozenset({"acquire", "hold", "remove_consumers"})
 
 
 class LuaScripts:
-    """Every ``*.lua`` file of a folder, by name. Calling it gives the command that runs one."""
+    """Every ``*.lua`` file of a folder, by name. Calling it gives the command that runs one.
 
-    def __init__(
-        self, folder: Traversable, *, prelude: str = "", with_prelude: frozenset[str] = frozenset()
-    ) -> None:
+    A prelude is a file that is put before the scripts that use it.
+    """
+
+    def __init__(self, folder: Traversable, preludes: Mapping[str, frozenset[str]] | None = None) -> None:
+        preludes = preludes or {}
         bodies = {
             f.name.removesuffix(".lua"): f.read_bytes() for f in folder.iterdir() if f.name.endswith(".lua")
         }
-        head = bodies.pop(prelude, b"")
         self.sources = {
-            name: head + body if name in with_prelude else body for name, body in sorted(bodies.items())
+            name: b"".join(
+                [bodies[part] for part, users in preludes.items() if name in users] + [bodies[name]]
+            )
+            for name in sorted(bodies.keys() - preludes.keys())
         }
         self._shas = {
             name: hashlib.sha1(source, usedforsecurity=False).hexdigest()
@@ -38,5 +43,6 @@ class LuaScripts:
 
 #: The scripts of the engine itself.
 script = LuaScripts(
-    files("jobworker.worker.store.redis") / "scripts", prelude=_PRELUDE, with_prelude=_READER_SCRIPTS
+    files("jobworker.worker.store.redis") / "scripts",
+    {"reader": _READER_SCRIPTS, "holder": _HOLDER_SCRIPTS},
 )

@@ -8,7 +8,8 @@ from typing import Any
 
 from redis.exceptions import NoPermissionError, ResponseError
 
-from ...keys import PAUSED_KEY, Source
+from ...errors import NameHeld
+from ...keys import NO_HOLDER, PAUSED_KEY, Holder, Source
 from ..ports import HANDED_BACK_IDLE_S, Entry, Settlement
 from .base import SCRIPT_BYTES, SCRIPT_IDS, RedisStoreBase, checked, is_no_group
 from .blocking_read import BlockingRead, GroupMissing, data_of
@@ -21,17 +22,38 @@ log = logging.getLogger(__name__)
 class RedisReaderStore(RedisStoreBase):
     """`ReaderStore` on Redis. One thread uses it; `consumer` is this service's name in every group."""
 
-    def __init__(self, url: str, consumer: str, *, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, url: str, consumer: str, *, holder: Holder = NO_HOLDER, timeout_s: float = 5.0
+    ) -> None:
         super().__init__(url, timeout_s=timeout_s)
         self._consumer = consumer
+        self._holder = holder
         self._epochs: dict[Source, bytes] = {}
         self._reads: dict[Source, BlockingRead] = {}
         self._said_no_pauses = False
 
     def acquire(self, sources: Sequence[Source]) -> None:
         """See `ReaderStore.acquire`. Raises `ConfigurationError` too, for a server that is too old."""
+        taken: list[Source] = []
+        try:
+            for source in sources:
+                self._take_name(source)
+                taken.append(source)
+        except NameHeld:
+            self.resign(taken)  # two services with half of the names each would wait for each other
+            raise
+
+    def hold(self, sources: Sequence[Source]) -> None:
+        """See `ReaderStore.hold`."""
         for source in sources:
-            self._take_name(source)
+            self._run(source, "hold", [], self._record())
+
+    def resign(self, sources: Sequence[Source]) -> None:
+        """See `ReaderStore.resign`."""
+        for source in sources:
+            if (epoch := self._epochs.get(source)) is not None:
+                keys = [source.stream, self.fence_key(source.stream)]
+                self.one(source.stream, script("resign", keys, self._consumer, epoch))
 
     def begin_read(self, source: Source, count: int, block_ms: int) -> int:
         """See `ReaderStore.begin_read`."""
@@ -73,6 +95,10 @@ class RedisReaderStore(RedisStoreBase):
             if entries:
                 return entries
             after = ids[-1]
+
+    def own_ids(self, source: Source, after: bytes, count: int) -> list[bytes]:
+        """See `ReaderStore.own_ids`."""
+        return [row[0] for row in self._pending_rows(source, after, count)]
 
     def take_over(
         self, source: Source, min_idle_ms: int, count: int, cursor: bytes
@@ -158,10 +184,18 @@ class RedisReaderStore(RedisStoreBase):
         ]
 
     def _take_name(self, source: Source) -> None:
-        command = script(
-            "acquire", [source.stream, self.fence_key(source.stream)], source.group, self._consumer
-        )
-        self._epochs[source] = self.one(source.stream, command)
+        stream = source.stream
+        keys = [stream, self.fence_key(stream)]
+        last = self._epochs.get(source, b"0")
+        arguments = [*self._record(), last, *self._holder.predecessors]
+        reply = self.one(stream, script("acquire", keys, source.group, self._consumer, *arguments))
+        if not reply[0]:
+            about, token, renewed = (part.decode(errors="replace") for part in reply[1:4])
+            raise NameHeld(stream, about, int(reply[4]) / 1000, f"{token} {renewed}")
+        self._epochs[source] = reply[0]
+
+    def _record(self) -> list[str | int]:
+        return [self._holder.token, round(self._holder.lease_s * 1000), self._holder.about]
 
     def _rebuild(self, source: Source) -> None:
         """Make the group anew, without touching the fence: a reader that is fenced off stays so."""

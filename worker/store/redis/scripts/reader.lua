@@ -1,11 +1,15 @@
 -- Prepended to every script that acts for a reader; no script of its own.
 -- KEYS[1] stream  KEYS[2] fence hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch that the reader was given
--- Ends the script with UNFENCED where nobody holds the name (the data was flushed), and with FENCED where
--- somebody else does; defines owned(id): pending for this very consumer?
+-- Ends the script with UNFENCED where no epoch is known (the data was flushed), with OUTDATED where the known epoch
+-- is older than the caller's (the data is an older snapshot), and with FENCED where it is newer; defines owned(id):
+-- pending for this very consumer?
 local holder = redis.call('HGET', KEYS[2], ARGV[2])
 if not holder then
   return redis.error_reply('UNFENCED nobody holds the name ' .. ARGV[2])
+end
+if tonumber(holder) < tonumber(ARGV[3]) then
+  return redis.error_reply('OUTDATED the data is older than the epoch of ' .. ARGV[2])
 end
 if holder ~= ARGV[3] then
   return redis.error_reply('FENCED a newer reader holds the name ' .. ARGV[2])

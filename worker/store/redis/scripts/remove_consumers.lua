@@ -1,4 +1,4 @@
--- Deletes consumers that own nothing and were idle for long. In one step, for deleting a consumer that was
+-- Deletes consumers that own nothing, were idle for long and whose name no service holds. In one step, for deleting a consumer that was
 -- given an entry meanwhile would lose that entry.
 -- KEYS[1] stream  KEYS[2] fence hash
 -- ARGV[1] group   ARGV[2] consumer to keep   ARGV[3] least idle time in ms
@@ -13,9 +13,10 @@ for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
     consumer[flat[i]] = flat[i + 1]
   end
   local name = consumer['name']
-  if name ~= ARGV[2] and consumer['pending'] == 0 and consumer['idle'] >= tonumber(ARGV[3]) then
+  local idle = consumer['pending'] == 0 and consumer['idle'] >= tonumber(ARGV[3])
+  if name ~= ARGV[2] and idle and not held(name, redis.call('HGET', KEYS[2], name)) then
     redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], name)
-    redis.call('HDEL', KEYS[2], name)
+    redis.call('HDEL', KEYS[2], name, '/holder/' .. name)
     removed = removed + 1
   end
 end

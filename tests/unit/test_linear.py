@@ -1,0 +1,195 @@
+"""No text from outside keeps a process busy: every pattern, and every function that reads text, is linear.
+
+Each is given hostile texts of 100,000 characters. What is linear needs a millisecond for one; what is
+quadratic needs many seconds, what is cubic days. The limit is no measure of speed: it ends an endless test.
+"""
+
+import ast
+import importlib
+import pkgutil
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import jobworker.handlers
+import jobworker.worker
+from jobworker.handlers.encoder import segmenter
+from jobworker.handlers.summaries import extract as summarise
+from jobworker.handlers.summaries import llm
+from jobworker.worker import settings
+from jobworker.worker.admin import find_job as whereabouts
+from jobworker.worker.admin import status_client as observe
+from jobworker.worker.admin.words import strip_control
+from jobworker.worker.cli.common import Age
+from jobworker.worker.envelope import Envelope
+from jobworker.worker.settings import without_credentials
+from jobworker.worker.telemetry import log as logs
+from jobworker.worker.telemetry.current_job import log_fields, trace_id_of
+
+LONG = 100_000
+#: Of this process's own processor time, so that a busy machine changes nothing.
+LIMIT_S = 2.0
+#: What hostile texts are made of. Each is repeated, alone or behind a beginning, and given an end that spoils
+#: what a pattern had hoped for.
+PIECES = [
+    "a", "A. ", "0", " ", "\n", ".", ". ", ":", "/", "@", "://", "a://", "a://:", "a://b:c@ ", "://a:@", "?",
+    "?\n", "？", "”", ".”", "`", "```", "```\n", "=", "password=", "Bearer ", "Bearer aaaaaaaaa ", "-", "0-",
+    "_", "a.", "0.", "，", "Mr.\n", "Mr. ", "\"", "（", "「", "\u4e00", "\u0301", "\x1b", "&", "'",
+]  # fmt: skip
+BEGINNINGS = ["a://:", "```", "No.", "?", "password=", "Bearer "]
+ENDS = ["", "x", "@", "\n!", " \x00"]
+#: Module-level patterns are tried with each method that the code calls on them.
+METHODS = ("match", "fullmatch", "search", "sub", "finditer", "findall", "split")
+ROOT = Path(jobworker.worker.__file__).parent.parent
+
+
+def hostile() -> Iterator[str]:
+    for piece in PIECES:
+        many = piece * (LONG // len(piece))
+        yield from (beginning + many + "x" for beginning in BEGINNINGS)
+        yield from (many + end for end in ENDS)
+
+
+class TooSlow(Exception):
+    """It would not end."""
+
+
+@contextmanager
+def limited(what: str) -> Iterator[None]:
+    def give_up(*_: object) -> None:
+        raise TooSlow(what)
+
+    before = signal.signal(signal.SIGVTALRM, give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def test_the_limit_ends_what_is_quadratic() -> None:
+    """Else the tests below would prove nothing."""
+    with pytest.raises(TooSlow), limited("a quadratic pattern"):
+        re.search(r"\w+://", "a" * 4 * LONG)
+
+
+def modules() -> Iterator[ModuleType]:
+    for package in (jobworker.worker, jobworker.handlers):
+        yield package
+        for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+            try:
+                yield importlib.import_module(found.name)
+            except ImportError:  # it needs a library that is not installed here
+                continue
+
+
+def sources() -> Iterator[Path]:
+    for folder in ("worker", "handlers"):
+        yield from (ROOT / folder).rglob("*.py")
+    yield ROOT / "supervisor.py"
+
+
+def methods_by_name() -> dict[str, set[str]]:
+    """Which methods the code calls on a pattern of this name, wherever it was imported."""
+    found: dict[str, set[str]] = {}
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in METHODS:
+                found.setdefault(node.value.id, set()).add(node.attr)
+    return found
+
+
+def used() -> dict[tuple[str, int, str], re.Pattern[str]]:
+    """Every pattern over text in the code, by its text, flags and a method that is called on it."""
+    calls = methods_by_name()
+    found: dict[tuple[str, int, str], re.Pattern[str]] = {}
+    for module in modules():
+        for name, value in vars(module).items():
+            if isinstance(value, re.Pattern) and isinstance(value.pattern, str):
+                # A loop may call it by another name: then it is tried as the slowest would be.
+                for method in calls.get(name, {"search"}):
+                    found[value.pattern, value.flags, method] = value
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(ast.Attribute(ast.Name("re"), method), [ast.Constant(str() as text), *_]) if (
+                    method in METHODS
+                ):
+                    found[text, 0, method] = re.compile(text)
+    return found
+
+
+USED = used()
+
+
+def test_the_patterns_are_found() -> None:
+    texts = {text for text, _, _ in USED}
+    assert len(texts) > 20
+    assert {logs._SECRET_PARAMETER.pattern, segmenter.SENTENCE_END.pattern} <= texts
+
+
+@pytest.mark.parametrize("key", sorted(USED), ids=lambda key: f"{key[2]} {key[0][:40]}")
+def test_every_pattern_is_linear(key: tuple[str, int, str]) -> None:
+    pattern = USED[key]
+    calls: dict[str, Callable[[str], Any]] = {
+        "sub": lambda text: pattern.sub("", text),
+        "finditer": lambda text: sum(1 for _ in pattern.finditer(text)),
+    }
+    call = calls.get(key[2]) or getattr(pattern, key[2])
+    for text in hostile():
+        with limited(f"{key[2]} of {key[0]}: {text[:20]!r}"):
+            call(text)
+
+
+def about(text: str) -> Envelope:
+    return Envelope(id=text, type=text, tenant_id=text, metadata={"request_id": text, "traceparent": text})
+
+
+def tolerant(call: Callable[[str], object], *refusals: type[Exception]) -> Callable[[str], None]:
+    def tried(text: str) -> None:
+        try:
+            call(text)
+        except refusals:
+            return
+
+    return tried
+
+
+def logged(text: str) -> str:
+    record = logs.logging.makeLogRecord(
+        {"msg": "%s", "args": (text,), "error": text, **log_fields(about(text))}
+    )
+    return logs.JsonLines("reader").format(record) + logs.ForPeople("reader").format(record)
+
+
+READERS: dict[str, Callable[[str], object]] = {
+    "redacted": logs.redacted,
+    "without_credentials": without_credentials,
+    "secrets_of": lambda text: logs.secrets_of(settings.Settings(redis_url=text), {}),
+    "a log line": logged,
+    "trace_id_of": trace_id_of,
+    "same_store": lambda text: observe.same_store(text, text),
+    "strip_control": strip_control,
+    "Age": tolerant(lambda text: Age().convert(text, None, None), Exception),
+    "an answer of a language model": llm.read_findings,
+    "Retry-After": lambda text: llm.retry_after_s({"retry-after": text[:20_000]}, llm.datetime.now(llm.UTC)),
+    "sentences": summarise.sentences,
+    "whether it is speech": summarise._is_speech,
+    "shorten": lambda text: summarise.shorten(text, 100),
+    "an id that is looked for": lambda text: whereabouts._matcher(text)(b"{}"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_reader_of_text_is_linear(name: str) -> None:
+    read = READERS[name]
+    for text in [piece * (LONG // len(piece)) + end for piece in PIECES for end in ("", "x")]:
+        with limited(f"{name}: {text[:20]!r}"):
+            read(text)

@@ -1,0 +1,286 @@
+"""No entry ends the reader again and again: what a reader leaves behind, and what its successor does."""
+
+import base64
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import msgspec
+import pytest
+
+from jobworker.worker.ipc.channel import READY, Channel, JobFrame, OutcomeFrame
+from jobworker.worker.ipc.control import Attach, ControlSocket, SyncDone
+from jobworker.worker.ipc.inflight import FAILED, STARTED
+from jobworker.worker.ipc.marks import CONVICTED_AT, Marks
+from jobworker.worker.keys import Source
+from jobworker.worker.outcome import Failure
+from jobworker.worker.reader import admission as triage
+from jobworker.worker.reader import settlement as settler
+from jobworker.worker.reader.reader import Reader
+from jobworker.worker.settings import Settings
+from jobworker.worker.store.memory.server import MemoryServer
+from jobworker.worker.store.memory.store import MemoryStore
+from jobworker.worker.store.ports import Entry
+
+SOURCE = Source("stream", "group")
+SETTINGS = Settings(streams=(Source("other", "group"), SOURCE), handlers={"noop": "nowhere:Noop"})
+KILLER = 7
+
+
+class Died(BaseException):
+    """Stands for the end of the reader's process."""
+
+
+def job(number: int) -> bytes:
+    return json.dumps({"id": "killer" if number == KILLER else f"job-{number}", "type": "noop"}).encode()
+
+
+@pytest.fixture
+def marks() -> Iterator[Marks]:
+    with closing(Marks.create()) as one:
+        yield one
+
+
+# -- what is counted
+
+
+def test_a_reader_that_ends_without_a_mark_accuses_no_entry(marks: Marks) -> None:
+    marks.open_window(1)
+    marks.mark(1, b"5-0")
+    marks.clear()
+    assert marks.record_death(proven=True) is None
+    assert not Marks(marks.fd).convicted
+    assert not any(map(marks.is_careful, range(256)))
+
+
+def test_a_crash_under_a_mark_convicts_at_once(marks: Marks) -> None:
+    marks.mark(1, b"18446744073709551615-18446744073709551615")
+    suspect = marks.record_death(proven=True)
+    assert suspect is not None
+    assert suspect.convicted
+    assert list(Marks(marks.fd).convicted) == [(1, b"18446744073709551615-18446744073709551615")]
+
+
+def test_a_kill_from_outside_must_hit_the_same_entry_three_times(marks: Marks) -> None:
+    for death in range(1, CONVICTED_AT + 1):
+        for entry in (b"1-0", b"2-0", b"%d-1" % death):
+            marks.mark(1, entry)
+            marks.record_death(proven=False)
+        assert bool(Marks(marks.fd).convicted) == (death == CONVICTED_AT)
+    assert set(Marks(marks.fd).convicted) == {(1, b"1-0"), (1, b"2-0")}
+
+
+def test_an_answer_of_many_entries_accuses_none_of_them_but_makes_the_next_reader_careful(
+    marks: Marks,
+) -> None:
+    marks.open_window(1)
+    assert marks.record_death(proven=True) is None
+    assert [source for source in range(3) if marks.is_careful(source)] == [1]
+    marks.survived(1)
+    for careful in (False, False, True):
+        marks.open_window(0)
+        marks.record_death(proven=False)
+        assert marks.is_careful(0) == careful
+    assert not Marks(marks.fd).convicted
+
+
+def test_a_reader_that_is_killed_while_it_changes_the_mark_leaves_no_mixture(marks: Marks) -> None:
+    marks.mark(1, b"1-0")
+    with pytest.raises(ValueError):  # the id does not fit: stands for an end between the writes
+        marks.mark(2, b"9" * 100_000)
+    assert marks.record_death(proven=True) is None
+
+
+def test_many_suspects_are_remembered_and_the_oldest_is_forgotten(marks: Marks) -> None:
+    for number in range(100):
+        marks.mark(0, b"%d-0" % number)
+        marks.record_death(proven=True)
+    assert [int(id[:-2]) for _, id in sorted(Marks(marks.fd).convicted)] == sorted(range(52, 100), key=str)
+
+
+# -- what readers do
+
+
+class Bench:
+    """A store, one worker that finishes nothing, and readers one after another."""
+
+    def __init__(self, marks: Marks) -> None:
+        self.server = MemoryServer(blocking=False)
+        self.marks = marks
+        self.channel = Channel.create(1024)
+        self.channel.batch_hint, self.channel.phase = 1000, READY
+        self.store = MemoryStore
+        self.proven = True
+        self.deaths = 0
+
+    def add(self, jobs: int) -> None:
+        for number in range(jobs):
+            self.server.append(SOURCE.stream, job(number))
+
+    def read(self, rounds: int = 80) -> bool:
+        """Let one reader run; whether it lived. An end is counted as the supervisor does."""
+        ours, sock = ControlSocket.pair()
+        marks = Marks(self.marks.fd)
+        with (
+            closing(ours),
+            closing(ControlSocket(sock)) as theirs,
+            closing(self.store(self.server, "a")) as store,
+        ):
+            reader = Reader(store, SETTINGS, theirs, marks=marks)
+            ours.send(Attach(0, 1), self.channel.fds)
+            ours.send(SyncDone())
+            try:
+                for _ in range(rounds):
+                    reader.run_once(0.0)
+                return True
+            except Died:
+                self.deaths += 1
+                self.marks.record_death(proven=self.proven)
+                return False
+
+    def read_until_one_lives(self) -> None:
+        while not self.read():
+            assert self.deaths < 20
+
+    def given(self) -> list[str]:
+        decode = msgspec.msgpack.Decoder(JobFrame).decode
+        frames = [decode(frame) for frame, _ in self.channel.jobs.frames()]
+        return [json.loads(data)["id"] for frame in frames for _, _, data in frame.jobs]
+
+    def letters(self) -> list[dict[str, Any]]:
+        return [json.loads(letter) for letter in self.server.dead_letters(SOURCE.stream)]
+
+
+@pytest.fixture
+def bench(marks: Marks) -> Iterator[Bench]:
+    one = Bench(marks)
+    yield one
+    one.channel.close()
+
+
+def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
+    """A parser that ends its process at the killer."""
+
+    def read(data: bytes, *rest: Any) -> Any:
+        if b"killer" in data:
+            raise Died
+        return real(data, *rest)
+
+    return read
+
+
+OTHERS = [f"job-{number}" for number in range(20) if number != KILLER]
+
+
+@pytest.mark.parametrize(("proven", "deaths"), [(True, 2), (False, 6)])
+def test_an_entry_that_ends_readers_is_dead_lettered_and_the_others_are_run(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, proven: bool, deaths: int
+) -> None:
+    """The first death blames an answer of many entries, the second the entry; unless they were kills that
+    may have come from outside."""
+    monkeypatch.setattr(triage, "read_envelope", deadly(triage.read_envelope))
+    bench.proven = proven
+    bench.add(20)
+    bench.read_until_one_lives()
+    assert bench.deaths == deaths
+    assert sorted(bench.given()) == sorted(OTHERS)
+    (letter,) = bench.letters()
+    assert (letter["reason"], letter["task"]) == ("poison", None)
+    assert letter["error"].startswith("ReaderDied: ")
+    assert base64.b64decode(letter["raw"]) == job(KILLER)
+    assert bench.read(), "and no later reader is bothered"
+    assert not any(map(bench.marks.is_careful, range(2)))
+
+
+def test_one_that_came_alone_ends_one_reader(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triage, "read_envelope", deadly(triage.read_envelope))
+    bench.server.append(SOURCE.stream, job(KILLER))
+    bench.read_until_one_lives()
+    assert bench.deaths == 1
+    assert [letter["reason"] for letter in bench.letters()] == ["poison"]
+
+
+def test_one_that_ends_readers_by_its_mere_bytes_is_given_up_without_them(bench: Bench) -> None:
+    """Say, an answer that the client library cannot survive."""
+
+    class Deadly(MemoryStore):
+        def finish_read(self, source: Source) -> list[Entry]:
+            return self._alive(super().finish_read(source))
+
+        def own_pending(self, source: Source, after: bytes, count: int) -> list[Entry]:
+            return self._alive(super().own_pending(source, after, count))
+
+        def own_ids(self, source: Source, after: bytes, count: int) -> list[bytes]:
+            return [entry.id for entry in MemoryStore.own_pending(self, source, after, count)]
+
+        @staticmethod
+        def _alive(entries: list[Entry]) -> list[Entry]:
+            if any(b"killer" in (entry.data or b"") for entry in entries):
+                raise Died
+            return entries
+
+    bench.store = Deadly
+    bench.add(20)
+    bench.read_until_one_lives()
+    assert bench.deaths == 3
+    assert sorted(bench.given()) == sorted(OTHERS)
+    (letter,) = bench.letters()
+    assert (letter["reason"], letter["task"], letter.get("raw")) == ("poison", None, None)
+
+
+def test_one_that_ends_the_reader_as_it_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dead letter of a malformed job, its log line, or whatever else is made of it."""
+    real = settler.dead_letter
+
+    def dead_letter(*arguments: Any, **more: Any) -> bytes:
+        if more["reason"] == "malformed":
+            raise Died
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(settler, "dead_letter", dead_letter)
+    bench.add(3)
+    bench.server.append(SOURCE.stream, b"no job")
+    bench.read_until_one_lives()
+    assert bench.deaths == 1
+    assert sorted(bench.given()) == ["job-0", "job-1", "job-2"]
+    assert [base64.b64decode(letter["raw"]) for letter in bench.letters()] == [b"no job"]
+
+
+def test_one_that_ends_the_reader_as_its_failure_is_settled(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.add(20)
+    assert bench.read()
+    row = bench.given().index("killer")
+    for state in (STARTED, FAILED):
+        bench.channel.table.states[row] = state
+    bench.channel.outcomes.push(msgspec.msgpack.encode(OutcomeFrame(row, Failure("ValueError: no"))))
+    monkeypatch.setattr(settler, "read_envelope", deadly(settler.read_envelope))
+    bench.read_until_one_lives()
+    assert bench.deaths == 1
+    (letter,) = bench.letters()
+    assert letter["reason"] == "poison"
+    assert base64.b64decode(letter["raw"]) == job(KILLER)
+
+
+def test_readers_that_are_killed_all_the_time_give_nothing_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each entry that is parsed is as likely to be hit as any other, and the first ones are hit often."""
+    real, rng = triage.read_envelope, random.Random(20260102)
+
+    def read(data: bytes, *rest: Any) -> Any:
+        if rng.random() < 0.1:
+            raise Died
+        return real(data, *rest)
+
+    monkeypatch.setattr(triage, "read_envelope", read)
+    bench.proven = False
+    bench.add(300)
+    while not bench.read():
+        assert bench.deaths < 200
+    assert bench.deaths > 10
+    assert bench.letters() == []
+    assert len(set(bench.given())) == len(bench.given()) == 300
