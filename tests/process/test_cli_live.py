@@ -1,4 +1,4 @@
-"""``jobworker`` beside a running service: who runs what, what is paused, the live page."""
+"""The verbs of ``jobworker`` beside a running service: pauses, running jobs, the live page."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from jobworker.worker.cli import main
 from jobworker.worker.keys import DEFAULT_SOURCES
-from support.operator import COMMAND, Terminal, asked, findings, run
+from support.operator import COMMAND, Terminal, findings, run, run_json
 from support.redis_servers import running
 from support.service import STREAM, Service, eventually, handlers, service
 
@@ -27,26 +27,28 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 class TestBesideAService:
-    def test_a_paused_type_waits_and_others_of_its_stream_go_on(self, live: Service) -> None:
+    def test_a_paused_type_waits_and_other_types_of_its_stream_continue(self, live: Service) -> None:
         run(live, "pause", "noop")
         eventually(lambda: live.metric("z_novel_paused", task_type="noop") == 1, 2.0)
-        held = live.enqueue_many([{"type": "noop"}] * 200)
+        paused = live.enqueue_many([{"type": "noop"}] * 200)
         live.open_gate("open")
         live.wait_for_end(live.enqueue("gate", {"gate": "open"}))
-        assert not [event for event in live.events("start") if event.id in held]
+        assert not [event for event in live.events("start") if event.id in paused]
         pid = live.kill_role("reader")
         live.wait_for_successor("reader", pid)
         live.wait_for_end(live.enqueue("gate", {"gate": "open"}))
-        assert not [event for event in live.events("start") if event.id in held], "a new reader heeds it too"
+        assert not [event for event in live.events("start") if event.id in paused], (
+            "a new reader follows the pause too"
+        )
         run(live, "resume", "noop")
         live.wait_until_drained()
-        assert sorted(event.id for event in live.events("end") if event.id in held) == sorted(held)
+        assert sorted(event.id for event in live.events("end") if event.id in paused) == sorted(paused)
 
-    def test_the_status_page_says_who_runs_what(self, live: Service) -> None:
+    def test_the_status_page_names_the_running_jobs(self, live: Service) -> None:
         id = live.enqueue("gate", {"gate": "status"})
         live.wait_for_start(id)
-        said = json.loads(live.get("/status")[1])
-        busy = [child["running"] for child in said["children"] if child.get("running")]
+        status = json.loads(live.get("/status")[1])
+        busy = [child["running"] for child in status["children"] if child.get("running")]
         (job,) = busy[0]["jobs"]
         assert (len(busy), busy[0]["count"], job["stream"], job["type"]) == (1, 1, STREAM, "gate")
         assert (
@@ -54,11 +56,11 @@ class TestBesideAService:
             == id
         )
         assert 0 <= busy[0]["for_s"] < 60 < busy[0]["limit_in_s"]
-        assert [child["role"] for child in said["children"]] == ["reader", "reaper", "worker", "worker"]
-        assert all(child["rss_mib"] > 5 and child["pid"] in live.everyone() for child in said["children"])
-        assert (said["ready"], said["instance"]) == (True, "blue")
-        assert live.redis_url.rpartition("@")[2] in said["store"]
-        assert "***" in said["store"], "the password is nobody's business"
+        assert [child["role"] for child in status["children"]] == ["reader", "reaper", "worker", "worker"]
+        assert all(child["rss_mib"] > 5 and child["pid"] in live.everyone() for child in status["children"])
+        assert (status["ready"], status["instance"]) == (True, "blue")
+        assert live.redis_url.rpartition("@")[2] in status["store"]
+        assert "***" in status["store"], "the password is hidden"
         live.open_gate("status")
         live.wait_for_end(id)
 
@@ -75,72 +77,72 @@ class TestBesideAService:
         live.wait_for_successor("worker 0", live.kill_role("worker 0"))
         assert [now - then for now, then in zip(restarts(), before, strict=True)] == [0, 0, 1, 0]
 
-    def test_explain_says_who_runs_it_and_what_is_queued_behind(self, live: Service) -> None:
+    def test_explain_follows_a_job_through_its_states(self, live: Service) -> None:
         at = ["--metrics-url", live.url]
         run(live, "pause", "permanent")
         eventually(lambda: live.metric("z_novel_paused", task_type="permanent") == 1)
         gates = [live.enqueue("gate", {"gate": "explain"}) for _ in range(2)]
         for gate in gates:
             live.wait_for_start(gate)
-        (found,) = asked(live, "explain", gates[0], *at)["found"]
+        (found,) = run_json(live, "explain", gates[0], *at)["found"]
         assert (found["state"], found["type"], found["stream"]) == ("running", "gate", STREAM)
         assert found["facts"]["worker"].endswith(("blue/0", "blue/1"))
-        assert "runs it for" in run(live, "explain", found["facts"]["entry_id"], *at).stdout
-        held = live.enqueue("permanent")
-        eventually(lambda: asked(live, "explain", held, *at)["found"][0]["state"] == "pending")
-        assert "paused" in asked(live, "explain", held, *at)["found"][0]["why"]
+        assert "has run it for" in run(live, "explain", found["facts"]["entry_id"], *at).stdout
+        waiting = live.enqueue("permanent")
+        eventually(lambda: run_json(live, "explain", waiting, *at)["found"][0]["state"] == "pending")
+        assert "paused" in run_json(live, "explain", waiting, *at)["found"][0]["why"]
         failing = live.enqueue("flaky", {"times": 9})
         live.open_gate("explain")
-        eventually(lambda: asked(live, "explain", failing, *at)["found"][0]["state"] == "retrying")
-        (found,) = asked(live, "explain", failing, *at)["found"]
+        eventually(lambda: run_json(live, "explain", failing, *at)["found"][0]["state"] == "retrying")
+        (found,) = run_json(live, "explain", failing, *at)["found"]
         assert 60 < found["facts"]["due_in_s"] < 200
         assert found["facts"]["retry_count"] == 1
-        assert [one["job_id"] for one in asked(live, "retry", "list")["retries"]] == [failing]
-        run(live, "retry", "now", "nobody", code=1)
-        assert asked(live, "retry", "now", failing) == {"hastened": 1, "missing": [], "dry_run": False}
+        assert [one["job_id"] for one in run_json(live, "retry", "list")["retries"]] == [failing]
+        run(live, "retry", "now", "missing", code=1)
+        assert run_json(live, "retry", "now", failing) == {"hastened": 1, "missing": [], "dry_run": False}
         live.wait_for_start(failing, 2)
         run(live, "resume", "permanent")
-        live.dead_letter(held)
-        (found,) = asked(live, "explain", held, *at)["found"]
+        live.dead_letter(waiting)
+        (found,) = run_json(live, "explain", waiting, *at)["found"]
         assert (found["state"], found["facts"]["reason"]) == ("dead", "permanent")
-        assert f"dlq requeue {found['facts']['letter']}" in run(live, "explain", held, *at).stdout
+        assert f"dlq requeue {found['facts']['letter']}" in run(live, "explain", waiting, *at).stdout
         run(live, "retry", "now", "--all")
         live.wait_for_start(failing, 3)
         live.dead_letter(failing)
 
 
 class TestPause:
-    def test_a_type_that_nobody_runs_is_named(self, live: Service) -> None:
+    def test_a_type_that_no_service_runs_is_named(self, live: Service) -> None:
         result = run(live, "pause", "nop", "--metrics-url", live.url)
         assert "noop" in result.stderr
-        assert asked(live, "pause", "noop", "--metrics-url", live.url)["unknown"] == []
+        assert run_json(live, "pause", "noop", "--metrics-url", live.url)["unknown"] == []
         run(live, "resume", "nop", "noop")
 
 
 class TestDoctor:
-    def test_a_service_that_is_well_has_nothing_wrong(self, live: Service) -> None:
+    def test_a_healthy_service_has_no_wrong_finding(self, live: Service) -> None:
         found = findings(live, "--metrics-url", live.url, code=0)
         assert any("ready, 2 workers" in line for line in found["ok"])
         assert any("appendfsync everysec" in line for line in found["note"])
 
 
 class TestTop:
-    def test_one_look_says_what_every_worker_runs(self, live: Service) -> None:
+    def test_one_snapshot_shows_what_every_worker_runs(self, live: Service) -> None:
         id = live.enqueue("gate", {"gate": "top"})
         live.wait_for_start(id)
-        said = asked(live, "top", "--metrics-url", live.url)
+        snapshot = run_json(live, "top", "--metrics-url", live.url)
         running = [
             child["running"]["jobs"][0]["type"]
-            for child in said["services"][0]["children"]
+            for child in snapshot["services"][0]["children"]
             if child.get("running")
         ]
         assert running == ["gate"]
-        assert said["rates"]["noop"] == {"done": 0, "failed": 0, "retried": 0, "dead": 0}
+        assert snapshot["rates"]["noop"] == {"done": 0, "failed": 0, "retried": 0, "dead": 0}
         assert f"gate {id}" in run(live, "top", "--once", "--metrics-url", live.url).stdout
         live.open_gate("top")
         live.wait_for_end(id)
 
-    def test_it_is_live_on_a_terminal_and_q_quits(self, live: Service) -> None:
+    def test_it_refreshes_on_a_terminal_and_q_quits(self, live: Service) -> None:
         with Terminal([str(COMMAND), "top", "--interval", "0.2"], live) as terminal:
             terminal.wait_for("blue/1", "stream:story:gen", "q quit")
             id = live.enqueue("gate", {"gate": "tty"})
@@ -160,7 +162,7 @@ class TestTop:
             terminal.press("q")
             assert terminal.wait() == 0
 
-    def test_a_store_that_goes_away_does_not_end_it(self, tmp_path: Path) -> None:
+    def test_it_survives_a_store_that_stops_answering(self, tmp_path: Path) -> None:
         command = [str(COMMAND), "top", "--interval", "0.2"]
         with running("valkey", tmp_path) as store, Terminal(command, store) as terminal:
             terminal.wait_for("stream:audit:log")
@@ -175,9 +177,9 @@ class TestTop:
 
 class TestStats:
     def test_streams_workers_and_rates(self, live: Service) -> None:
-        said = asked(live, "stats", "--metrics-url", live.url)
-        assert [row["stream"] for row in said["streams"]] == [source.stream for source in DEFAULT_SOURCES]
-        assert said["rates"] is None
+        snapshot = run_json(live, "stats", "--metrics-url", live.url)
+        assert [row["stream"] for row in snapshot["streams"]] == [source.stream for source in DEFAULT_SOURCES]
+        assert snapshot["rates"] is None
         printed = run(live, "stats", "--watch", "0.2", "--metrics-url", live.url).stdout
         assert "2 workers: 2 idle" in printed
         assert "DONE/s" in printed

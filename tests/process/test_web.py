@@ -1,4 +1,4 @@
-"""``jobworker web`` over HTTP: what it shows, whom it lets in, and what it does when asked."""
+"""``jobworker web`` over HTTP: its pages, its access control and its actions."""
 
 import json
 import re
@@ -24,46 +24,45 @@ AUDIT = "stream:audit:log"
 
 @pytest.fixture(scope="module")
 def open_page(server: RedisServer) -> Iterator[Page]:
-    """Without a token: it only shows."""
+    """Without a token: read-only."""
     with page(server) as one:
         yield one
 
 
 @pytest.fixture(scope="module")
 def guarded(server: RedisServer) -> Iterator[Page]:
-    """With a token, actions allowed, payloads shown; somebody is logged in."""
+    """With a token, actions allowed, payloads shown; the visitor is logged in."""
     with page(server, "--allow-actions", "--show-payloads", token=TOKEN) as one:
         assert one.log_in().status == 303
         yield one
 
 
 def letter(store: RedisServer, id: str, reason: str = "exhausted", dlq: str = DLQ, **more: Any) -> str:
-    """Put a dead letter where the service would; returns its place as the page writes it."""
+    """Write a dead letter as the service does; its cursor as the page writes it."""
     task = {"id": id, "type": more.pop("type", "audit"), "tenant_id": more.pop("tenant", "t1"),
             "retry_count": 3, "payload": {"text": f"a tenant's words in {id}"}}  # fmt: skip
     entry = more.pop("entry", "*")
-    said = {"task": task, "error": "ValueError: no such chapter", "reason": reason, "original_id": "77-0",
-            "retry_count": 3, "deaths": 0, "worker": "h/i/0", "failed_at": "2026-01-02T10:00:00Z",
-            **more}  # fmt: skip
-    return (
-        f"{dlq.removeprefix('dlq:')} {store.client.xadd(dlq, {'data': json.dumps(said)}, id=entry).decode()}"
-    )
+    fields = {"task": task, "error": "ValueError: no such chapter", "reason": reason, "original_id": "77-0",
+              "retry_count": 3, "deaths": 0, "worker": "h/i/0", "failed_at": "2026-01-02T10:00:00Z",
+              **more}  # fmt: skip
+    id_of_letter = store.client.xadd(dlq, {"data": json.dumps(fields)}, id=entry).decode()
+    return f"{dlq.removeprefix('dlq:')} {id_of_letter}"
 
 
 def listed(body: str) -> list[str]:
-    """Ids of the jobs on a page, from the top."""
+    """Ids of the jobs on a page, from top to bottom."""
     return re.findall(r'<a class="id" href="/job\?id=([^"]+)"', body)
 
 
 def finish(one: Page, address: str) -> str:
-    """Wait until what was asked for is done; what its page says."""
+    """Wait for the end of a task; its page."""
     eventually(lambda: re.search("note (good|bad)", one.get(address).body), COMMAND_S)
     return one.get(address).body
 
 
-class TestLooking:
+class TestPages:
     @pytest.mark.parametrize("path", ["/", "/queues", "/workers", "/retries", "/dead", "/job", "/job?id=x"])
-    def test_every_page_is_strict_and_writes_no_script_into_itself(
+    def test_every_page_has_security_headers_and_no_inline_script(
         self, open_page: Page, store: RedisServer, path: str
     ) -> None:
         letter(store, "j")
@@ -74,15 +73,15 @@ class TestLooking:
         assert answer.headers["cache-control"] == "no-store"
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert not re.search(r"<script(?![^>]* src=)|\sstyle=|\son\w+=|<style", answer.body)
-        assert not re.search(r'(src|href)="(https?:)?//', answer.body), "nothing comes from elsewhere"
+        assert not re.search(r'(src|href)="(https?:)?//', answer.body), "nothing is loaded from another host"
 
-    def test_what_it_needs_it_brings(self, open_page: Page, store: RedisServer) -> None:
+    def test_all_files_are_served_by_the_page_itself(self, open_page: Page, store: RedisServer) -> None:
         for path in re.findall(r'(?:src|href)="(/static/[^"]+)"', open_page.get("/").body):
             assert open_page.get(path).status == 200, path
         assert open_page.get("/static/vendor/uPlot.LICENSE").status == 200
         assert open_page.get("/static/../access.py").status == 404
 
-    def test_the_overview_counts_what_waits(self, open_page: Page, store: RedisServer) -> None:
+    def test_the_overview_counts_waiting_jobs(self, open_page: Page, store: RedisServer) -> None:
         for number in range(3):
             store.client.xadd(STREAM, {"data": json.dumps({"id": f"q{number}", "type": "audit"})})
         letter(store, "j9")
@@ -94,25 +93,23 @@ class TestLooking:
         eventually(shown)
         assert open_page.get("/healthz").body == "ok\n"
 
-    def test_the_past_comes_in_columns_and_only_what_is_new(
-        self, open_page: Page, store: RedisServer
-    ) -> None:
-        def past(after: int) -> Any:
+    def test_the_history_sends_only_new_samples(self, open_page: Page, store: RedisServer) -> None:
+        def history(after: int) -> Any:
             return json.loads(open_page.get(f"/history.json?after={after}").body)
 
-        eventually(lambda: past(0)["last"] >= 3)
-        whole = past(0)
+        eventually(lambda: history(0)["last"] >= 3)
+        whole = history(0)
         assert whole["whole"]
         assert {len(whole[name]) for name in ("wall_s", "queued", "done", "dead")} == {whole["last"]}
-        assert whole["done"][-1] is None, "no service says how fast it is"
-        eventually(lambda: past(0)["last"] > whole["last"])
-        fresh = past(whole["last"])
+        assert whole["done"][-1] is None, "no service answers with a rate"
+        eventually(lambda: history(0)["last"] > whole["last"])
+        fresh = history(whole["last"])
         assert not fresh["whole"]
         assert len(fresh["wall_s"]) == fresh["last"] - whole["last"]
-        assert past(10**9)["whole"], "a page of before a restart starts over"
+        assert history(10**9)["whole"], "a number from before a restart gets all samples"
 
-    def test_dead_letters_by_pages_each_once_newest_first(self, open_page: Page, store: RedisServer) -> None:
-        """Ids are unique in a stream only: at the border of a page two streams may have the same."""
+    def test_dead_letters_are_paged_each_once_newest_first(self, open_page: Page, store: RedisServer) -> None:
+        """Ids are unique within a stream only: two streams may have the same id at the border of a page."""
         sent = []
         for number in range(60):
             for dlq in (DLQ, f"dlq:{AUDIT}"):
@@ -129,7 +126,7 @@ class TestLooking:
         assert sorted(found) == sorted(sent)
         assert [id[3:] for id in found] == [str(n) for n in range(59, -1, -1) for _ in range(2)]
 
-    def test_dead_letters_by_what_they_say(self, open_page: Page, store: RedisServer) -> None:
+    def test_dead_letters_are_filtered(self, open_page: Page, store: RedisServer) -> None:
         letter(store, "a", "poison", tenant="t7", error="MemoryError: all of it")
         letter(store, "b", "timeout", type="embedding_batch")
         letter(store, "c", entry="1000-0", dlq=f"dlq:{AUDIT}")
@@ -144,7 +141,7 @@ class TestLooking:
         assert open_page.get("/dead?after=nonsense").status == 400
         assert open_page.get(f"/dead/letter?at={quote(STREAM)}+1-1").status == 404
 
-    def test_a_letter_says_all_but_the_tenants_text(
+    def test_a_letter_is_shown_without_its_payload_unless_allowed(
         self, open_page: Page, guarded: Page, store: RedisServer
     ) -> None:
         at = letter(store, "j", "poison", deaths=3, details={"stack": 'File "x.py"\n  line 2'})
@@ -166,7 +163,7 @@ class TestLooking:
         assert "secret text" not in open_page.get("/job?id=q").body
         assert "secret text" in guarded.get("/job?id=q").body
 
-    def test_what_a_tenant_wrote_is_text_and_nothing_else(self, guarded: Page, store: RedisServer) -> None:
+    def test_text_of_a_tenant_is_escaped_everywhere(self, guarded: Page, store: RedisServer) -> None:
         evil = "<script>alert(1)</script>\x1b\u202e\"'"
         at = letter(
             store, evil, evil, tenant=evil, type=evil, error=evil, worker=evil, details={"stack": evil}
@@ -197,13 +194,13 @@ class TestLooking:
         assert "2 queued ahead of it" in body
         retry = json.dumps({"id": "r", "type": "audit", "retry_count": 2})
         store.client.zadd(f"retry:{AUDIT}", {retry: 4e9})
-        assert "its next try is in" in open_page.get("/job?id=r").body
+        assert "the next try is in" in open_page.get("/job?id=r").body
         assert listed(open_page.get("/retries").body) == ["r"]
         assert listed(open_page.get("/retries?type=none").body) == []
-        answer = open_page.get("/job?id=nobody")
-        assert (answer.status, "was not found" in answer.body) == (404, True)
+        answer = open_page.get("/job?id=missing")
+        assert (answer.status, "Not found" in answer.body) == (404, True)
 
-    def test_a_store_that_is_silent_is_said_so_without_its_password(self) -> None:
+    def test_a_store_that_does_not_answer_is_reported_without_its_password(self) -> None:
         popen = start("redis://:secret@127.0.0.1:1/0", "--listen=127.0.0.1:0")
         assert popen.stdout is not None
         try:
@@ -214,13 +211,13 @@ class TestLooking:
                 assert "secret" not in answer.body
         finally:
             popen.kill()
-            said = popen.communicate(timeout=COMMAND_S)
-        assert "secret" not in said[0] + said[1]
+            output = popen.communicate(timeout=COMMAND_S)
+        assert "secret" not in output[0] + output[1]
 
 
-class TestWhoMayLook:
+class TestAccess:
     @pytest.mark.parametrize(
-        ("options", "token", "says"),
+        ("options", "token", "message"),
         [
             (["--listen", "0.0.0.0:0"], "", "needs a token"),
             (["--listen", "[::]:0"], "", "needs a token"),
@@ -231,19 +228,19 @@ class TestWhoMayLook:
             (["--listen", "127.0.0.1:0", "--stream", "nonsense"], "", "NAME=GROUP"),
         ],
     )
-    def test_it_refuses_to_stand_open(
-        self, server: RedisServer, options: list[str], token: str, says: str
+    def test_an_unprotected_address_is_refused(
+        self, server: RedisServer, options: list[str], token: str, message: str
     ) -> None:
         popen = start(server.url, *options, token=token)
-        _, said = popen.communicate(timeout=COMMAND_S)
-        assert (popen.returncode, says in said) == (2, True), said
+        _, stderr = popen.communicate(timeout=COMMAND_S)
+        assert (popen.returncode, message in stderr) == (2, True), stderr
 
-    def test_a_foreign_name_for_this_machine_is_turned_away(self, open_page: Page) -> None:
+    def test_a_foreign_host_name_is_refused(self, open_page: Page) -> None:
         assert open_page.get("/", Host="evil.example:9465").status == 421
         assert open_page.get("/", Host="127.0.0.1.evil.example").status == 421
         assert open_page.get("/", Host="localhost:9465").status == 200
 
-    def test_without_the_token_there_is_nothing_to_see(self, guarded: Page, store: RedisServer) -> None:
+    def test_without_the_token_no_page_is_shown(self, guarded: Page, store: RedisServer) -> None:
         stranger = Page(guarded.url, guarded.popen)
         answer = stranger.get("/dead?reason=poison&type=a")
         assert answer.status == 303
@@ -255,17 +252,17 @@ class TestWhoMayLook:
         assert stranger.log_in("a token that is not the right one").status == 403
         assert stranger.cookie == "jobworker_session=guess"
 
-    def test_the_cookie_stays_with_the_page(self, guarded: Page) -> None:
-        somebody = Page(guarded.url, guarded.popen)
-        answer = somebody.post("/login", {"token": TOKEN, "next": "//evil.example/"})
+    def test_the_cookie_is_restricted_and_ends_with_the_session(self, guarded: Page) -> None:
+        visitor = Page(guarded.url, guarded.popen)
+        answer = visitor.post("/login", {"token": TOKEN, "next": "//evil.example/"})
         assert answer.headers["location"] == "/"
         cookie = answer.headers["set-cookie"].lower()
         assert "httponly" in cookie
         assert "samesite=strict" in cookie
-        somebody.log_in()
-        assert somebody.get("/dead").status == 200
-        assert somebody.act("/logout", {}).status == 303
-        assert somebody.get("/dead").status == 303, "the session is over, whoever kept the cookie"
+        visitor.log_in()
+        assert visitor.get("/dead").status == 200
+        assert visitor.act("/logout", {}).status == 303
+        assert visitor.get("/dead").status == 303, "the session has ended, even with the old cookie"
 
     def test_the_token_is_in_no_command_line_and_no_log(self, server: RedisServer) -> None:
         with page(server, token=TOKEN) as one:
@@ -273,42 +270,44 @@ class TestWhoMayLook:
             one.log_in()
             assert TOKEN not in Path(f"/proc/{one.popen.pid}/cmdline").read_text()
             one.popen.terminate()
-            said = "".join(one.popen.communicate(timeout=COMMAND_S))
-        assert "wrong token" in said
-        assert TOKEN not in said
-        assert "but also long" not in said
+            output = "".join(one.popen.communicate(timeout=COMMAND_S))
+        assert "web.login_refused" in output
+        assert TOKEN not in output
+        assert "but also long" not in output
 
-    def test_guessing_comes_to_an_end(self, server: RedisServer) -> None:
+    def test_guessing_tokens_is_throttled(self, server: RedisServer) -> None:
         with page(server, token=TOKEN) as one:
             assert [one.log_in("x" * 20).status for _ in range(11)] == [403] * 10 + [429]
             assert one.log_in().status == 429
 
 
-class TestActing:
-    def test_a_page_that_only_shows_does_nothing(
+class TestActions:
+    def test_a_read_only_page_changes_nothing(
         self, server: RedisServer, open_page: Page, store: RedisServer
     ) -> None:
         at = letter(store, "j")
-        form = {"deed": "purge", "at": at, "csrf": ""}
+        form = {"operation": "purge", "at": at, "csrf": ""}
         assert open_page.post("/dead/do", form).status == 403
         assert "Delete" not in open_page.get("/dead").body
         with page(server, token=TOKEN) as one:
             one.log_in()
             assert one.act("/dead/do", form | {"csrf": one.csrf}).status == 403
-            assert '<button name="deed"' not in one.get("/dead").body
+            assert '<button name="operation"' not in one.get("/dead").body
         assert store.client.xlen(DLQ) == 1
 
-    def test_a_form_of_another_site_does_nothing(self, guarded: Page, store: RedisServer) -> None:
+    def test_a_form_of_another_site_changes_nothing(self, guarded: Page, store: RedisServer) -> None:
         at = letter(store, "j")
-        form = {"deed": "purge", "at": at, "asked_at": "4000000000"}
+        form = {"operation": "purge", "at": at, "asked_at": "4000000000"}
         csrf = {"csrf": guarded.csrf}
         for refused in (
             guarded.post("/dead/do", form),
             guarded.post("/dead/do", form | {"csrf": "guess"}),
             guarded.post("/dead/do", form | csrf, Origin="http://evil.example"),
             guarded.post("/dead/do", form | csrf, Origin="null"),
-            guarded.ask("POST", "/dead/do", "deed=purge", Content_Type="application/x-www-form-urlencoded"),
-            guarded.ask(
+            guarded.request(
+                "POST", "/dead/do", "operation=purge", Content_Type="application/x-www-form-urlencoded"
+            ),
+            guarded.request(
                 "POST", "/dead/do", "{}", Content_Type="application/json", Sec_Fetch_Site="cross-site"
             ),
             Page(guarded.url, guarded.popen).post("/dead/do", form | csrf),
@@ -318,33 +317,35 @@ class TestActing:
         assert guarded.get("/dead/do").status == 405
         assert store.client.xlen(DLQ) == 1
 
-    def test_ticked_letters_are_sent_again_once_confirmed(self, guarded: Page, store: RedisServer) -> None:
+    def test_selected_letters_are_requeued_after_confirmation(
+        self, guarded: Page, store: RedisServer
+    ) -> None:
         places = [letter(store, f"j{number}") for number in range(3)]
-        form = {"deed": "requeue", "which": "picked", "at": places[1:]}
+        form = {"operation": "requeue", "which": "selected", "at": places[1:]}
         answer = guarded.act("/dead/confirm", form)
-        assert "Send 2 dead letters again?" in answer.body
+        assert "Requeue 2 dead letters?" in answer.body
         assert store.client.xlen(DLQ) == 3
         asked_at = re.search(r'name="asked_at" value="([^"]+)"', answer.body)
         assert asked_at is not None
         answer = guarded.act("/dead/do", {**form, "asked_at": asked_at[1], "back": "/dead"})
         assert answer.status == 303
-        assert "2 sent again" in finish(guarded, answer.headers["location"])
+        assert "2 requeued" in finish(guarded, answer.headers["location"])
         sent = [json.loads(fields[b"data"]) for _, fields in store.client.xrange(STREAM)]
         assert [job["id"] for job in sent] == ["j1", "j2"]
         assert all("retry_count" not in job and job["payload"] for job in sent)
         assert listed(guarded.get("/dead").body) == ["j0"]
         again = guarded.act("/dead/do", {**form, "asked_at": asked_at[1]})
-        assert "0 sent again" in finish(guarded, again.headers["location"])
+        assert "0 requeued" in finish(guarded, again.headers["location"])
         assert store.client.xlen(STREAM) == 2
-        assert guarded.act("/dead/confirm", {"deed": "requeue", "which": "picked"}).status == 400
-        assert guarded.act("/dead/confirm", {"deed": "burn", "at": places}).status == 400
+        assert guarded.act("/dead/confirm", {"operation": "requeue", "which": "selected"}).status == 400
+        assert guarded.act("/dead/confirm", {"operation": "burn", "at": places}).status == 400
 
-    def test_a_form_that_does_not_say_which_does_nothing(self, guarded: Page, store: RedisServer) -> None:
+    def test_a_form_without_a_selection_changes_nothing(self, guarded: Page, store: RedisServer) -> None:
         letter(store, "j")
-        form = {"deed": "purge", "asked_at": "4000000000"}
+        form = {"operation": "purge", "asked_at": "4000000000"}
         for unclear in (
             {},
-            {"which": "picked"},
+            {"which": "selected"},
             {"at": "stream:other 1-0"},
             {"which": "all", "asked_at": ""},
         ):
@@ -352,25 +353,25 @@ class TestActing:
         answer = guarded.act("/dead/do", {**form, "which": "all", "stream": "stream:other"})
         assert (answer.status, store.client.xlen(DLQ)) == (400, 1)
 
-    def test_all_that_fit_are_deleted_but_none_that_came_since(
+    def test_all_matching_letters_are_deleted_but_no_later_ones(
         self, guarded: Page, store: RedisServer
     ) -> None:
         for number in range(250):
             letter(store, f"j{number}", "poison" if number % 2 else "timeout")
-        answer = guarded.act("/dead/confirm", {"deed": "purge", "which": "all", "reason": "poison"})
-        assert "Delete 125 dead letters for good?" in answer.body
+        answer = guarded.act("/dead/confirm", {"operation": "purge", "which": "all", "reason": "poison"})
+        assert "Delete 125 dead letters permanently?" in answer.body
         assert "reason poison" in answer.body
         asked_at = re.search(r'name="asked_at" value="([^"]+)"', answer.body)
         assert asked_at is not None
         letter(store, "since", "poison", entry=f"{int(float(asked_at[1]) * 1000) + 1}-0")
-        all_of_them = {"deed": "purge", "which": "all", "reason": "poison", "asked_at": asked_at[1]}
+        all_of_them = {"operation": "purge", "which": "all", "reason": "poison", "asked_at": asked_at[1]}
         done = guarded.act("/dead/do", all_of_them)
         assert "125 deleted" in finish(guarded, done.headers["location"])
         left = [json.loads(fields[b"data"]) for _, fields in store.client.xrange(DLQ)]
         assert len(left) == 126
         assert [one["task"]["id"] for one in left if one["reason"] == "poison"] == ["since"]
 
-    def test_retries_are_tried_now_and_types_paused(self, guarded: Page, store: RedisServer) -> None:
+    def test_retries_are_made_due_and_types_paused(self, guarded: Page, store: RedisServer) -> None:
         key = f"retry:{STREAM}"
         jobs = [json.dumps({"id": f"r{number}", "type": "audit"}) for number in range(3)]
         store.client.zadd(key, dict.fromkeys(jobs, 4e9))
@@ -388,7 +389,7 @@ class TestActing:
         assert store.client.hlen("jobworker:paused") == 0
 
 
-def test_neither_torch_nor_a_client_of_vectors_is_loaded() -> None:
+def test_the_page_loads_neither_torch_nor_a_vector_client() -> None:
     heavy = {"torch", "sentence_transformers", "pymilvus", "numpy", "milvus_lite"}
     code = f"import sys, jobworker.worker.web.serve; print(*sorted({heavy!r} & sys.modules.keys()))"
     done = subprocess.run(
@@ -397,7 +398,7 @@ def test_neither_torch_nor_a_client_of_vectors_is_loaded() -> None:
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 
 
-def test_without_its_libraries_it_says_which_extra_is_missing(
+def test_without_its_libraries_the_error_names_the_extra(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)

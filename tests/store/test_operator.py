@@ -224,5 +224,5 @@ class TestLetters:
         assert letter not in LetterFilter(ids=frozenset({"j"}), reasons=frozenset({"exhausted"}))
         assert letter in LetterFilter(after_wall_s=4, before_wall_s=6)
         assert letter not in LetterFilter(before_wall_s=4)
-        assert LetterFilter().everything
-        assert not LetterFilter(before_wall_s=4).everything
+        assert LetterFilter().is_empty
+        assert not LetterFilter(before_wall_s=4).is_empty

@@ -1,4 +1,4 @@
-"""The command ``jobworker`` in tests: run in this process, or in a terminal of its own."""
+"""The command ``jobworker`` in tests: run in this process or in a pseudo-terminal."""
 
 import fcntl
 import json
@@ -20,40 +20,40 @@ from support.redis_servers import RedisServer
 from support.service import Service
 
 COMMAND = Path(sys.executable).parent / "jobworker"
-#: How long a command of ours may take on a busy machine.
+#: Timeout of a command, on a busy machine.
 COMMAND_S = 30.0
 
 
 def url_of(store: RedisServer | Service) -> str:
-    """Of the store, or of that which a service uses."""
+    """The url of the store, or of the store of a service."""
     return store.url if isinstance(store, RedisServer) else store.redis_url
 
 
 def run(store: RedisServer | Service, *arguments: str, code: int = 0, stdin: str = "") -> Result:
-    """Run a verb; fails where its exit code is another than expected."""
+    """Run a verb and check its exit code."""
     result = CliRunner().invoke(main, [*arguments], input=stdin, env={"JOBWORKER_REDIS_URL": url_of(store)})
     assert result.exit_code == code, (result.output, result.exception)
     return result
 
 
-def asked(store: RedisServer | Service, *arguments: str, code: int = 0, stdin: str = "") -> Any:
-    """What a machine gets."""
+def run_json(store: RedisServer | Service, *arguments: str, code: int = 0, stdin: str = "") -> Any:
+    """Run a verb with ``--json``; its answer."""
     return json.loads(run(store, *arguments, "--json", code=code, stdin=stdin).stdout)
 
 
 def findings(store: RedisServer | Service, *arguments: str, code: int) -> dict[str, list[str]]:
-    """What doctor says, by level."""
-    said = asked(store, "doctor", *arguments, code=code)
-    assert said["ok"] == (code == 0)
+    """The findings of ``doctor`` by level. Every wrong one must name a remedy."""
+    report = run_json(store, "doctor", *arguments, code=code)
+    assert report["ok"] == (code == 0)
     by_level: dict[str, list[str]] = {"ok": [], "note": [], "wrong": []}
-    for one in said["findings"]:
+    for one in report["findings"]:
         by_level[one["level"]].append(f"{one['subject']}: {one['says']}")
         assert one["do"] or one["level"] != "wrong", one
     return by_level
 
 
 class Terminal:
-    """A command in a terminal of 80 x 24, what it has drawn, and its keys."""
+    """A command in a terminal of 80 x 24: sends keys and waits for text."""
 
     def __init__(self, command: list[str], store: RedisServer | Service, **environment: str) -> None:
         addresses = {"JOBWORKER_REDIS_URL": url_of(store)}
@@ -81,7 +81,7 @@ class Terminal:
         os.write(self._ours, keys.encode())
 
     def wait_for(self, *texts: str) -> None:
-        """Wait until all of them were drawn since the last call."""
+        """Wait until all texts were drawn since the last call."""
         give_up_at = time.monotonic() + COMMAND_S
         while not all(text.encode() in self._drawn for text in texts):
             left_s = give_up_at - time.monotonic()
@@ -90,12 +90,12 @@ class Terminal:
         self._drawn = b""
 
     def wait(self) -> int:
-        """Its exit code; what it still draws is taken in, or it would wait for us."""
+        """Wait for the end; the exit code. Output is read meanwhile: a full terminal would block it."""
         give_up_at = time.monotonic() + COMMAND_S
         while self._popen.poll() is None and time.monotonic() < give_up_at:
             if select.select([self._ours], [], [], 0.05)[0]:
                 try:
                     os.read(self._ours, 65536)
-                except OSError:  # the other end is closed
+                except OSError:  # the command has closed the terminal
                     break
         return self._popen.wait(COMMAND_S)

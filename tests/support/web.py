@@ -1,4 +1,4 @@
-"""``jobworker web`` in tests: the installed command on a port of its own, and a browser's side of HTTP."""
+"""``jobworker web`` in tests: the installed command on a free port, and an HTTP client for its forms."""
 
 import contextlib
 import http.client
@@ -16,7 +16,7 @@ from support.redis_servers import RedisServer
 from support.service import Service
 
 TOKEN = "a token of the tests, long enough"
-#: As root in a container there is no sandbox; the others keep it from calling home.
+#: As root in a container Chromium has no sandbox; the other flags stop requests to its vendor.
 BROWSER_FLAGS = [
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-quic",
@@ -24,7 +24,7 @@ BROWSER_FLAGS = [
 
 
 class Answer(NamedTuple):
-    """What came back. Header names are in small letters."""
+    """A response. Header names are in lower case."""
 
     status: int
     headers: dict[str, str]
@@ -32,14 +32,14 @@ class Answer(NamedTuple):
 
 
 class Page:
-    """A running page, and whoever looks at it: their cookie is kept once they have logged in."""
+    """A running page and a visitor; the cookie is kept after a log in."""
 
     def __init__(self, url: str, popen: "subprocess.Popen[str]") -> None:
         self.url = url
         self.popen = popen
         self.cookie = ""
 
-    def ask(self, method: str, path: str, body: str = "", **headers: str) -> Answer:
+    def request(self, method: str, path: str, body: str = "", **headers: str) -> Answer:
         """One request; underscores in header names stand for hyphens."""
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=COMMAND_S)
         sent = {"Accept": "text/html", "Cookie": self.cookie} | {
@@ -48,22 +48,22 @@ class Page:
         try:
             connection.request(method, path, body or None, sent)
             response = connection.getresponse()
-            said = {name.lower(): value for name, value in response.getheaders()}
-            return Answer(response.status, said, response.read().decode())
+            received = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, received, response.read().decode())
         finally:
             connection.close()
 
     def get(self, path: str, **headers: str) -> Answer:
-        """Look at a page."""
-        return self.ask("GET", path, **headers)
+        """Fetch a page."""
+        return self.request("GET", path, **headers)
 
     def post(self, path: str, form: Mapping[str, Any], **headers: str) -> Answer:
-        """Send a form as a browser does that shows a page of this address."""
-        usual = {"Content_Type": "application/x-www-form-urlencoded", "Origin": self.url}
-        return self.ask("POST", path, urlencode(form, doseq=True), **{**usual, **headers})
+        """Send a form as a browser does from a page of this address."""
+        defaults = {"Content_Type": "application/x-www-form-urlencoded", "Origin": self.url}
+        return self.request("POST", path, urlencode(form, doseq=True), **{**defaults, **headers})
 
     def log_in(self, token: str = TOKEN) -> Answer:
-        """Send the token, and keep the cookie."""
+        """Send the token and keep the cookie."""
         answer = self.post("/login", {"token": token, "next": "/"})
         if "set-cookie" in answer.headers:
             self.cookie = answer.headers["set-cookie"].partition(";")[0]
@@ -71,20 +71,20 @@ class Page:
 
     @property
     def csrf(self) -> str:
-        """What stands in the forms of this session."""
+        """The CSRF token in the forms of this session."""
         match = re.search(r'name="csrf" value="([^"]+)"', self.get("/").body)
-        assert match is not None, "no form with a token: is somebody logged in?"
+        assert match is not None, "no form with a CSRF token: not logged in"
         return match[1]
 
     def act(self, path: str, form: Mapping[str, Any], **headers: str) -> Answer:
-        """Send a form of this session."""
+        """Send a form with the CSRF token of this session."""
         return self.post(path, {"csrf": self.csrf, **form}, **headers)
 
 
 def start(
     url: str, *options: str, token: str = "", metrics_url: str = "http://127.0.0.1:1"
 ) -> "subprocess.Popen[str]":
-    """The command; it may refuse to start."""
+    """Start the command; it may exit with an error."""
     environment = {
         **os.environ, "JOBWORKER_REDIS_URL": url, "JOBWORKER_WEB_TOKEN": token,
         "JOBWORKER_METRICS_URL": metrics_url,
@@ -97,7 +97,7 @@ def start(
 
 @contextlib.contextmanager
 def page(store: RedisServer | Service, *options: str, token: str = "") -> Iterator[Page]:
-    """A page on a free port that looks often; ended with TERM, it must end well."""
+    """A page on a free port with a short interval. It must exit with 0 after TERM."""
     metrics_url = store.url if isinstance(store, Service) else "http://127.0.0.1:1"
     popen = start(
         url_of(store),
@@ -109,7 +109,7 @@ def page(store: RedisServer | Service, *options: str, token: str = "") -> Iterat
     )
     assert popen.stdout is not None
     try:
-        assert select.select([popen.stdout], [], [], COMMAND_S)[0], "it does not say where it listens"
+        assert select.select([popen.stdout], [], [], COMMAND_S)[0], "it did not print its address"
         first = popen.stdout.readline()
         match = re.match(r"serving (http://\S+)", first)
         assert match is not None, (first, popen.communicate(timeout=COMMAND_S))

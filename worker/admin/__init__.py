@@ -1,1 +1,1 @@
-"""What operators do, without a face: the command line and the web page are built on it."""
+"""Operator functions without a user interface: the command line and the web page are built on them."""

@@ -1,4 +1,8 @@
-"""Dead letters of some streams and a choice among them: gone through page by page, sent again, deleted."""
+"""Dead-letter administration: read, filter and page dead letters, requeue or purge them in bulk.
+
+The store requeues or deletes each letter in one atomic step. An operation that is interrupted loses no job
+and sends no job twice; running it again completes it.
+"""
 
 import contextlib
 import heapq
@@ -7,20 +11,25 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import msgspec
 
 from ..store.operator import START, OperatorStore, order_of, walk
 from ..store.ports import Entry
+from .identity import read_identity
 
-_NOTHING = msgspec.Raw(b"null")
+#: Letters per store call: one script each, about 10 ms of server time together. Requeues with a rate are
+#: paced between these calls.
+BATCH_SIZE = 100
+
+_NULL = msgspec.Raw(b"null")
 
 
-class _Written(msgspec.Struct):
-    """A letter as it stands in the store. Nothing is required: others may have written it."""
+class _StoredLetter(msgspec.Struct):
+    """The JSON of a dead letter. No field is required: another program may have written it."""
 
-    task: msgspec.Raw = _NOTHING
+    task: msgspec.Raw = _NULL
     error: str = ""
     failed_at: str = ""
     reason: str = ""
@@ -32,18 +41,9 @@ class _Written(msgspec.Struct):
     details: dict[str, Any] | None = None
 
 
-class _Named(msgspec.Struct):
-    """What a job is called, also where the rest of it is in order no more."""
-
-    id: str = ""
-    type: str = ""
-    tenant_id: str = ""
-    project_id: str = ""
-
-
 @dataclass(frozen=True)
 class Letter:
-    """One dead letter. ``task`` is the job as it was received, None where that could not be read."""
+    """One dead letter. ``task`` holds the bytes of the job as received; None if they are not a job."""
 
     stream: str
     id: bytes
@@ -64,13 +64,13 @@ class Letter:
 
     @property
     def wall_s(self) -> float:
-        """When it was written, by the store's clock (unix seconds)."""
+        """When the job was dead-lettered, by the store's clock (unix seconds)."""
         return int(self.id.partition(b"-")[0]) / 1000
 
 
 @dataclass(frozen=True)
 class LetterFilter:
-    """Which letters are meant: all that fit everything that is given. Times are unix seconds."""
+    """Conditions on dead letters. A letter must meet all that are set. Times are unix seconds."""
 
     ids: frozenset[str] = frozenset()
     reasons: frozenset[str] = frozenset()
@@ -81,9 +81,17 @@ class LetterFilter:
     before_wall_s: float = float("inf")
 
     @property
-    def everything(self) -> bool:
-        """Whether nothing was given."""
+    def is_empty(self) -> bool:
+        """Whether no condition is set, so that every letter matches."""
         return self == LetterFilter()
+
+    def with_ages(self, now_s: float, older_than_s: float | None, newer_than_s: float | None) -> Self:
+        """This filter with limits on age: seconds before `now_s` on the store's clock, None for no limit."""
+        return replace(
+            self,
+            before_wall_s=math.inf if older_than_s is None else now_s - older_than_s,
+            after_wall_s=0.0 if newer_than_s is None else now_s - newer_than_s,
+        )
 
     def __contains__(self, letter: Letter) -> bool:
         return (
@@ -96,224 +104,212 @@ class LetterFilter:
         )
 
 
-_written = msgspec.json.Decoder(_Written, strict=False)
-_named = msgspec.json.Decoder(_Named)
+_stored = msgspec.json.Decoder(_StoredLetter, strict=False)
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def read_letter(stream: str, entry: Entry) -> Letter:
-    """A letter of ``dlq:<stream>``; what cannot be read is shown as far as it goes."""
+    """Parse an entry of ``dlq:<stream>``. An invalid one becomes a letter whose error says so."""
     try:
-        said = _written.decode(entry.data or b"")
+        stored = _stored.decode(entry.data or b"")
     except (ValueError, RecursionError) as error:
-        said = _Written(error=f"not a dead letter: {error}")
-    task = bytes(said.task)
-    named = _name(task)
+        stored = _StoredLetter(error=f"not a dead letter: {error}")
+    task = bytes(stored.task)
+    job = read_identity(task)
     return Letter(
-        stream, entry.id, named.id, named.type, named.tenant_id, named.project_id, said.reason, said.error,
-        said.failed_at, said.original_id, said.worker, said.retry_count, said.deaths,
-        task if named.id and named.type else None, said.raw, said.details,
+        stream, entry.id, job.id, job.type, job.tenant_id, job.project_id, stored.reason, stored.error,
+        stored.failed_at, stored.original_id, stored.worker, stored.retry_count, stored.deaths,
+        task if job.id and job.type else None, stored.raw, stored.details,
     )  # fmt: skip
 
 
-def _name(task: bytes) -> _Named:
-    try:
-        return _named.decode(task)
-    except (ValueError, RecursionError):
-        return _Named()
-
-
 def fresh_job(task: bytes) -> bytes:
-    """The job as it was first sent: without what earlier tries have counted; all else keeps its bytes."""
+    """The job without ``retry_count`` and ``deaths``. All other members keep their bytes."""
     members = _members.decode(task)
-    counted = [name for name in ("retry_count", "deaths") if name in members]
-    if not counted:
+    counters = [name for name in ("retry_count", "deaths") if name in members]
+    if not counters:
         return task
-    for name in counted:
+    for name in counters:
         del members[name]
     return msgspec.json.encode(members)
 
 
-#: Letters moved between two looks at the clock: a script each, some 10 ms of the server's time together.
-AT_ONCE = 100
-
-
 class Cursor(NamedTuple):
-    """Where a page of letters ends: the last one that was looked at."""
+    """Position of one letter. A page ends at a cursor and the next page starts behind it."""
 
     stream: str
     id: bytes
 
 
 class LetterPage(NamedTuple):
-    """Chosen letters, how many were looked at for them, and where to go on (None: that was all)."""
+    """Matching letters, how many letters were scanned for them, and the cursor of the next page (None: no
+    more letters)."""
 
     letters: list[Letter]
-    looked_at: int
-    behind: Cursor | None
-
-
-def aged(
-    choice: LetterFilter, now_s: float, older_than_s: float | None, newer_than_s: float | None
-) -> LetterFilter:
-    """The choice, narrowed down to ages (seconds before the store's clock `now_s`)."""
-    return replace(
-        choice,
-        before_wall_s=math.inf if older_than_s is None else now_s - older_than_s,
-        after_wall_s=0.0 if newer_than_s is None else now_s - newer_than_s,
-    )
+    scanned: int
+    next_cursor: Cursor | None
 
 
 class DeadLetterQueue:
-    """What is done with dead letters. Every call raises `StoreUnavailable` as the store does."""
+    """The dead letters of some streams that match a filter. Every call raises `StoreUnavailable` as the
+    store does."""
 
-    def __init__(self, store: OperatorStore, streams: Sequence[str], choice: LetterFilter) -> None:
+    def __init__(self, store: OperatorStore, streams: Sequence[str], letter_filter: LetterFilter) -> None:
         self.store = store
         self.streams = list(streams)
-        self.choice = choice
+        self.filter = letter_filter
 
     def count(self) -> int:
-        """All letters of the streams, chosen or not."""
+        """The number of letters in the streams, matching or not."""
         return sum(self.store.dead_count(stream) for stream in self.streams)
 
-    def letter(self, place: Cursor) -> Letter | None:
-        """The letter at a place; None where it is gone."""
-        found = self.store.dead_before(place.stream, _next(place.id), 1)
-        return read_letter(place.stream, found[0]) if found and found[0].id == place.id else None
+    def get(self, cursor: Cursor) -> Letter | None:
+        """The letter at a cursor; None if it was requeued or deleted."""
+        entries = self.store.dead_before(cursor.stream, _next_id(cursor.id), 1)
+        return read_letter(cursor.stream, entries[0]) if entries and entries[0].id == cursor.id else None
 
     def newest_first(self) -> Iterator[Letter]:
-        """Every chosen letter of all streams."""
-        return (letter for letter in self._downwards(None) if letter in self.choice)
+        """The matching letters of all streams."""
+        return (letter for letter in self._scan_newest_first(None) if letter in self.filter)
 
-    def page(self, size: int, look_at: int, behind: Cursor | None = None) -> LetterPage:
-        """The next chosen letters, newest first; gives up after looking at so many."""
-        chosen: list[Letter] = []
-        looked_at, last = 0, behind
-        for letter in self._downwards(behind):
-            if len(chosen) == size or looked_at == look_at:
-                return LetterPage(chosen, looked_at, last)
-            looked_at, last = looked_at + 1, Cursor(letter.stream, letter.id)
-            if letter in self.choice:
-                chosen.append(letter)
-        return LetterPage(chosen, looked_at, None)
+    def page(self, size: int, scan_limit: int, cursor: Cursor | None = None) -> LetterPage:
+        """Up to `size` matching letters behind the cursor, newest first. Scans at most `scan_limit` letters,
+        so that a filter that matches nothing cannot hold the caller up."""
+        matching: list[Letter] = []
+        scanned, last = 0, cursor
+        for letter in self._scan_newest_first(cursor):
+            if len(matching) == size or scanned == scan_limit:
+                return LetterPage(matching, scanned, last)
+            scanned, last = scanned + 1, Cursor(letter.stream, letter.id)
+            if letter in self.filter:
+                matching.append(letter)
+        return LetterPage(matching, scanned, None)
 
-    def _downwards(self, behind: Cursor | None) -> Iterator[Letter]:
-        """Letters of all streams in one order: by id, newest first; of equal ids by stream."""
+    def _scan_newest_first(self, cursor: Cursor | None) -> Iterator[Letter]:
+        """Letters of all streams in one order: by id descending, equal ids by the order of the streams."""
         ranks = {stream: rank for rank, stream in enumerate(self.streams)}
-        parts = [self._of_stream(stream, self._start(stream, behind, ranks)) for stream in self.streams]
+        parts = [self._scan_stream(stream, self._start_id(stream, cursor, ranks)) for stream in self.streams]
         return heapq.merge(
             *parts, key=lambda letter: (*order_of(letter.id), -ranks[letter.stream]), reverse=True
         )
 
-    def _start(self, stream: str, behind: Cursor | None, ranks: dict[str, int]) -> bytes:
-        """What the first letter of a stream stands in front of."""
-        if behind is not None:
-            passed = ranks[stream] <= ranks.get(behind.stream, -1)
-            return behind.id if passed else _next(behind.id)
-        newest_s = self.choice.before_wall_s
+    def _start_id(self, stream: str, cursor: Cursor | None, ranks: dict[str, int]) -> bytes:
+        """The exclusive upper bound of the ids to read. Ids are unique within a stream only: of the letters
+        with the cursor's id, streams up to the cursor's own were already shown."""
+        if cursor is not None:
+            already_shown = ranks[stream] <= ranks.get(cursor.stream, -1)
+            return cursor.id if already_shown else _next_id(cursor.id)
+        newest_s = self.filter.before_wall_s
         return START if math.isinf(newest_s) else b"%d-0" % (int(newest_s * 1000) + 1)
 
-    def _of_stream(self, stream: str, start: bytes) -> Iterator[Letter]:
+    def _scan_stream(self, stream: str, start: bytes) -> Iterator[Letter]:
         for entries in walk(lambda before, count: self.store.dead_before(stream, before, count), start):
-            for letter in _read(stream, entries):
-                if letter.wall_s < self.choice.after_wall_s:
+            for letter in _read_all(stream, entries):
+                if letter.wall_s < self.filter.after_wall_s:
                     return
                 yield letter
 
-    def oldest_first(self, stream: str, seen: Callable[[int], None]) -> Iterator[Letter]:
-        """Chosen letters that are there now: what is given up while we work is not met again."""
+    def oldest_first(self, stream: str, on_scanned: Callable[[int], None]) -> Iterator[Letter]:
+        """The matching letters that exist now. Letters written later are not returned: a requeued job that
+        fails again would otherwise be requeued for ever. `on_scanned` gets the number of letters scanned."""
         newest = self.store.dead_before(stream, START, 1)
         last = order_of(newest[0].id) if newest else (0, 0)
         for entries in walk(lambda after, count: self.store.dead_after(stream, after, count)):
-            for letter in _read(stream, entries):
+            for letter in _read_all(stream, entries):
                 if order_of(letter.id) > last:
                     return
-                if letter in self.choice:
+                if letter in self.filter:
                     yield letter
-                seen(1)
+                on_scanned(1)
 
 
 class SelectedLetters(DeadLetterQueue):
-    """Letters that were pointed at one by one, wherever they stand."""
+    """Dead letters that a person selected one by one."""
 
-    def __init__(self, store: OperatorStore, places: Sequence[Cursor]) -> None:
-        self._places = sorted(places, key=lambda place: (place.stream, order_of(place.id)))
-        ids = frozenset(place.id.decode() for place in places)
-        super().__init__(store, sorted({place.stream for place in places}), LetterFilter(ids))
+    def __init__(self, store: OperatorStore, cursors: Sequence[Cursor]) -> None:
+        self._cursors = sorted(cursors, key=lambda cursor: (cursor.stream, order_of(cursor.id)))
+        ids = frozenset(cursor.id.decode() for cursor in cursors)
+        super().__init__(store, sorted({cursor.stream for cursor in cursors}), LetterFilter(ids))
 
     def count(self) -> int:
-        """All that were pointed at."""
-        return len(self._places)
+        """The number of selected letters."""
+        return len(self._cursors)
 
-    def oldest_first(self, stream: str, seen: Callable[[int], None]) -> Iterator[Letter]:
-        """Those of a stream that are still there."""
-        for place in self._places:
-            if place.stream == stream:
-                if letter := self.letter(place):
+    def oldest_first(self, stream: str, on_scanned: Callable[[int], None]) -> Iterator[Letter]:
+        """The selected letters of a stream that still exist."""
+        for cursor in self._cursors:
+            if cursor.stream == stream:
+                if letter := self.get(cursor):
                     yield letter
-                seen(1)
+                on_scanned(1)
 
 
 class BulkOperation:
-    """One deed done to every chosen letter, in lots, and what became of them so far."""
+    """Requeues or purges every letter of a queue, in batches, and counts the results."""
 
-    def __init__(self, desk: DeadLetterQueue, *, dry_run: bool = False) -> None:
-        self.desk = desk
+    def __init__(self, queue: DeadLetterQueue, *, dry_run: bool = False) -> None:
+        self.queue = queue
         self.dry_run = dry_run
-        #: Letters it was done to; that were gone already; that hold no job.
+        #: Letters that were processed; that had disappeared before; that hold no job and were left.
         self.done = self.gone = self.skipped = 0
 
     def requeue(
         self,
-        lots: Iterator[int] | None = None,
-        seen: Callable[[int], None] = lambda _: None,
-        skipped: Callable[[Letter], None] = lambda _: None,
+        batch_sizes: Iterator[int] | None = None,
+        on_scanned: Callable[[int], None] = lambda _: None,
+        on_skipped: Callable[[Letter], None] = lambda _: None,
     ) -> None:
-        """Send them again as new jobs. `lots` says how many may go out next and may wait for it; `skipped`
-        is told of each that holds no job and stays where it is."""
+        """Send the jobs again with their counters reset.
 
-        def send(stream: str, letters: list[Letter]) -> list[bool]:
-            jobs = [letter for letter in letters if letter.task is not None]
-            for letter in (one for one in letters if one.task is None):
-                self.skipped += 1
-                skipped(letter)
+        `batch_sizes` yields the size of each batch and may block, which limits the rate. `on_skipped` gets
+        each letter that holds no job; such letters are left.
+        """
+
+        def send(stream: str, letters: list[Letter]) -> tuple[int, int]:
+            for letter in letters:
+                if letter.task is None:
+                    self.skipped += 1
+                    on_skipped(letter)
+            jobs = [(letter.id, letter.task) for letter in letters if letter.task is not None]
             if self.dry_run:
-                return [True] * len(jobs)
-            fresh = [(one.id, fresh_job(one.task)) for one in jobs if one.task]
-            return self.desk.store.requeue(stream, fresh)
+                return len(jobs), 0
+            sent = self.queue.store.requeue(stream, [(id, fresh_job(task)) for id, task in jobs])
+            return sum(sent), len(sent) - sum(sent)
 
-        self._go(send, lots, seen)
+        self._run(send, batch_sizes, on_scanned)
 
-    def purge(self, seen: Callable[[int], None] = lambda _: None) -> None:
-        """Delete them for good."""
+    def purge(self, on_scanned: Callable[[int], None] = lambda _: None) -> None:
+        """Delete the letters permanently."""
 
-        def delete(stream: str, letters: list[Letter]) -> list[bool]:
+        def delete(stream: str, letters: list[Letter]) -> tuple[int, int]:
             if self.dry_run:
-                return [True] * len(letters)
-            deleted = self.desk.store.purge(stream, [letter.id for letter in letters])
-            return [number < deleted for number in range(len(letters))]
+                return len(letters), 0
+            deleted = self.queue.store.purge(stream, [letter.id for letter in letters])
+            return deleted, len(letters) - deleted
 
-        self._go(delete, None, seen)
+        self._run(delete, None, on_scanned)
 
-    def _go(
+    def _run(
         self,
-        deed: Callable[[str, list[Letter]], list[bool]],
-        lots: Iterator[int] | None,
-        seen: Callable[[int], None],
+        operation: Callable[[str, list[Letter]], tuple[int, int]],
+        batch_sizes: Iterator[int] | None,
+        on_scanned: Callable[[int], None],
     ) -> None:
-        lots = lots or repeat(AT_ONCE)
-        for stream in self.desk.streams:
-            chosen = self.desk.oldest_first(stream, seen)
-            while letters := list(islice(chosen, next(lots))):
-                with _no_interrupt():
-                    done = deed(stream, letters)
-                    self.done += sum(done)
-                    self.gone += len(done) - sum(done)
+        """Apply `operation` to each batch. It returns how many letters it processed and how many were
+        gone."""
+        batch_sizes = batch_sizes or repeat(BATCH_SIZE)
+        for stream in self.queue.streams:
+            letters = self.queue.oldest_first(stream, on_scanned)
+            while batch := list(islice(letters, next(batch_sizes))):
+                with _defer_sigint():
+                    done, gone = operation(stream, batch)
+                    self.done += done
+                    self.gone += gone
 
 
 @contextlib.contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Ctrl-C waits until a lot is counted, so that what is said of the rest is true."""
+def _defer_sigint() -> Iterator[None]:
+    """Hold Ctrl-C back until a batch is counted: the report on an interrupted operation must be true."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -321,11 +317,11 @@ def _no_interrupt() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _read(stream: str, entries: Sequence[Entry]) -> Iterator[Letter]:
+def _read_all(stream: str, entries: Sequence[Entry]) -> Iterator[Letter]:
     return (read_letter(stream, entry) for entry in entries)
 
 
-def _next(id: bytes) -> bytes:
-    """The smallest id that is larger."""
+def _next_id(id: bytes) -> bytes:
+    """The smallest id that is greater."""
     ms, sequence = order_of(id)
     return b"%d-%d" % (ms, sequence + 1)

@@ -1,33 +1,42 @@
-"""Which deployment an operator means: its job store, its services and its streams."""
+"""The deployment that an operator works on: its job store, its services and its streams."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..admin.status_client import Service, fetch_all_statuses
 from ..data_dir import DataDir
 from ..errors import ConfigurationError
 from ..keys import DEFAULT_SOURCES, Source
 from ..settings import parse_source
+from .status_client import Service, fetch_all_statuses
 
-WHICH = (
+DEPLOYMENT_HINT = (
     "Give --redis-url (or JOBWORKER_REDIS_URL), the --config FILE of its service, or the --data-dir of a "
-    "service here"
+    "service on this machine"
 )
 
 
 class Deployment(NamedTuple):
-    """Where the job store is, and where services that use it say how they are. ``guessed``: nobody named
-    those, so they may be of another deployment."""
+    """Url of the job store and of the services' status pages. ``default_metrics``: no url of a service was
+    given, so the one that answers at the default address may belong to another deployment."""
 
     url: str
     metrics_urls: tuple[str, ...]
-    guessed: bool
+    default_metrics: bool
     milvus_uri: str = ""
 
+    def services(self) -> list[Service]:
+        """Every service with its current status, or with the reason why it did not answer."""
+        return fetch_all_statuses(self.metrics_urls, self.url if self.default_metrics else "")
 
-def endpoints_of(data_dir: str) -> dict[str, Any]:
-    """Where the service of a data directory listens; empty where there is none."""
+    def answering_services(self) -> list[Service]:
+        """The services that answer."""
+        return [service for service in self.services() if service.status]
+
+
+def read_endpoints(data_dir: str) -> dict[str, Any]:
+    """The addresses on which the service of a data directory listens or last listened; empty if none has
+    run there."""
     if not Path(data_dir).is_dir():
         return {}
     data = DataDir(data_dir)
@@ -37,25 +46,22 @@ def endpoints_of(data_dir: str) -> dict[str, Any]:
         data.close()
 
 
-def store_url(url: str) -> str:
-    """The url, if there is one. Raises `ConfigurationError` where nothing says which store."""
+def require_store_url(url: str) -> str:
+    """The url itself. Raises `ConfigurationError` if it is empty."""
     if not url:
-        raise ConfigurationError(f"which deployment? {WHICH}")
+        raise ConfigurationError(f"which deployment? {DEPLOYMENT_HINT}")
     return url
 
 
-def source_list(streams: Sequence[str], *, need_group: bool = True) -> list[Source]:
-    """What --stream says, or the service's own table. A stream of that table may be named without its
-    group, and so may any where the group does not matter. Raises `ConfigurationError`."""
-    known = {source.stream: source for source in DEFAULT_SOURCES}
+def parse_sources(streams: Sequence[str], *, need_group: bool = True) -> list[Source]:
+    """The streams of --stream, or the default ones if there are none.
 
-    def read(text: str) -> Source:
-        return known.get(text) or (parse_source(text) if need_group or "=" in text else Source(text, ""))
+    A default stream may be given without its group. So may any stream unless `need_group`; its group is
+    empty then. Raises `ConfigurationError`.
+    """
+    default = {source.stream: source for source in DEFAULT_SOURCES}
 
-    return [read(text) for text in streams] or list(DEFAULT_SOURCES)
+    def parse(text: str) -> Source:
+        return default.get(text) or (parse_source(text) if need_group or "=" in text else Source(text, ""))
 
-
-def services_of(deployment: Deployment) -> list[Service]:
-    """What the deployment's services say now, those that answer."""
-    asked = fetch_all_statuses(deployment.metrics_urls, deployment.url if deployment.guessed else "")
-    return [service for service in asked if service.said]
+    return [parse(text) for text in streams] or list(DEFAULT_SOURCES)

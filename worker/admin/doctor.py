@@ -1,43 +1,35 @@
-"""What is wrong with a deployment and what to do about it, judged from facts that others have read (pure)."""
+"""Diagnosis of a deployment: findings and remedies, derived from facts that `doctor_facts` reads.
+
+No function here does input or output.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..store.facts import ServerFacts, StreamFacts
 from ..store.operator import Consumer, Pause
-from .find_job import SILENT_S
+from .doctor_facts import HostFacts
+from .find_job import OVERDUE_S, SILENT_S
 from .status_client import Service
 
-#: Clocks further apart than this make due times and waiting times wrong by what operators would notice.
-_SKEW_S = 2.0
-#: A store that takes longer for nothing is far away or overloaded: every settlement waits for it.
-_ROUND_TRIP_S = 0.05
-#: Share of maxmemory from which on there is little time left to act.
-_MEMORY_SHARE = 0.8
-#: A consumer that holds jobs and was silent for so long is dead: twice the default lease.
-_GONE_S = 60.0
-#: Empty, silent consumers from which on somebody makes a new name for each start.
-_NAMES = 50
-#: A retry that is overdue for longer has nobody to move it.
-_OVERDUE_S = 5.0
-#: Entries held back for a group that does not keep up: memory that is never given back.
-_HELD_BACK = 10_000
-#: Descriptors: some for each worker, three for its channel, connections; 1,024 do for a hundred workers.
-_DESCRIPTORS = 1024
-
-
-class HostFacts(NamedTuple):
-    """This machine. Memory in bytes (the least of the machine's and the control group's); ``gpus`` names."""
-
-    cores: int
-    descriptors: int
-    memory_free: int
-    gpus: list[str]
-    versions: dict[str, str]
+#: Due times and waiting times are computed from two clocks. A greater difference makes them visibly wrong.
+_MAX_SKEW_S = 2.0
+#: A store that answers more slowly is far away or overloaded, and every settlement waits for it.
+_MAX_ROUND_TRIP_S = 0.05
+#: Share of maxmemory above which little time is left to react.
+_MAX_MEMORY_SHARE = 0.8
+#: A consumer that was idle for longer has died: twice the default lease.
+_DEAD_CONSUMER_S = 60.0
+#: More idle consumers without entries mean that the service gets a new name at each start.
+_MAX_DEAD_CONSUMERS = 50
+#: More undelivered entries of another group are memory that cannot be trimmed.
+_MAX_LAG_OF_OTHERS = 10_000
+#: Open files: each worker takes a few and its channel three, besides connections. Enough for 100 workers.
+_MIN_OPEN_FILES = 1024
 
 
 class Finding(NamedTuple):
-    """One line of the report. ``level``: ok, note or wrong; ``do`` is what to do about it."""
+    """One line of the report. ``level``: ok, note or wrong; ``do``: the remedy."""
 
     level: str
     subject: str
@@ -46,21 +38,23 @@ class Finding(NamedTuple):
 
 
 def server_findings(name: str, facts: ServerFacts) -> Iterator[Finding]:
-    """Version, what it does when memory is full, what survives its restart, its clock."""
+    """Version, latency, role, clock, memory and persistence of one server."""
     info = facts.info
     if not info:
-        yield Finding("note", name, "INFO is not allowed to this user: little can be said", "allow it +info")
-    kind = "Valkey" if "valkey_version" in info else "Redis"
+        yield Finding(
+            "note", name, "this user may not run INFO, so most checks are skipped", "allow it +info"
+        )
+    product = "Valkey" if "valkey_version" in info else "Redis"
     version = info.get("valkey_version") or info.get("redis_version", "of unknown version")
     mode = info.get("redis_mode") or info.get("server_mode", "")
     yield Finding(
-        "ok", name, f"{kind} {version} {mode}, answers in {facts.round_trip_s * 1000:.1f} ms".strip()
+        "ok", name, f"{product} {version} {mode}, answers in {facts.round_trip_s * 1000:.1f} ms".strip()
     )
-    if facts.round_trip_s > _ROUND_TRIP_S:
+    if facts.round_trip_s > _MAX_ROUND_TRIP_S:
         yield Finding("wrong", name, "slow to answer", "run the service near its store; look at SLOWLOG GET")
     if info.get("role") == "slave":
         yield Finding("wrong", name, "is a replica: it takes no writes", "give the url of the master")
-    if abs(facts.skew_s) > _SKEW_S:
+    if abs(facts.skew_s) > _MAX_SKEW_S:
         says = f"its clock is {abs(facts.skew_s):.1f} s {'ahead of' if facts.skew_s > 0 else 'behind'} ours"
         yield Finding("wrong", "clock", says, "run NTP on both hosts (chronyc tracking)")
     else:
@@ -73,7 +67,7 @@ def _memory(info: dict[str, str]) -> Iterator[Finding]:
     policy, limit = info.get("maxmemory_policy"), int(info.get("maxmemory", 0) or 0)
     if policy is not None and policy != "noeviction":
         level = "wrong" if limit else "note"
-        says = f"maxmemory-policy is {policy}: when memory is full, the store throws jobs away"
+        says = f"maxmemory-policy is {policy}: the store deletes jobs when its memory is full"
         yield Finding(level, "eviction", says, "CONFIG SET maxmemory-policy noeviction, and in its file")
     elif policy is not None:
         yield Finding("ok", "eviction", "noeviction")
@@ -81,9 +75,9 @@ def _memory(info: dict[str, str]) -> Iterator[Finding]:
         yield Finding("wrong", "eviction", f"{info['evicted_keys']} keys were evicted since its start",
                       "jobs may be lost: compare with what producers sent")  # fmt: skip
     used = int(info.get("used_memory", 0) or 0)
-    if limit and used > _MEMORY_SHARE * limit:
+    if limit and used > _MAX_MEMORY_SHARE * limit:
         says = f"{used >> 20} of {limit >> 20} MiB are in use"
-        yield Finding("wrong", "memory", says, "raise maxmemory; look at jobworker stats for what piles up")
+        yield Finding("wrong", "memory", says, "raise maxmemory; find the backlog with jobworker stats")
 
 
 def _persistence(info: dict[str, str], config: dict[str, str]) -> Iterator[Finding]:
@@ -94,35 +88,36 @@ def _persistence(info: dict[str, str], config: dict[str, str]) -> Iterator[Findi
                       "CONFIG SET appendonly yes, and in its file")  # fmt: skip
         return
     fsync = config.get("appendfsync", "unknown")
-    said = {
-        "always": Finding("ok", "persistence", "appendfsync always: nothing acknowledged is lost"),
-        "everysec": Finding("note", "persistence", "appendfsync everysec: a power cut may cost a second",
-                            "appendfsync always where not even that may happen"),
-        "no": Finding("wrong", "persistence", "appendfsync no: a power cut may cost half a minute",
+    by_fsync = {
+        "always": Finding("ok", "persistence", "appendfsync always: no acknowledged job is lost"),
+        "everysec": Finding("note", "persistence", "appendfsync everysec: a power cut may lose one second",
+                            "set appendfsync always if that is too much"),
+        "no": Finding("wrong", "persistence", "appendfsync no: a power cut may lose half a minute",
                       "CONFIG SET appendfsync everysec or always, and in its file"),
     }  # fmt: skip
-    yield said.get(fsync, Finding("note", "persistence", "append-only file; appendfsync is not known"))
+    unknown = Finding("note", "persistence", "append-only file; appendfsync is not known")
+    yield by_fsync.get(fsync, unknown)
     for field in ("aof_last_write_status", "aof_last_bgrewrite_status"):
         if info.get(field, "ok") != "ok":
             yield Finding("wrong", "persistence", f"{field} is {info[field]}", "look at the store's disk")
 
 
 def stream_findings(facts: StreamFacts) -> Iterator[Finding]:
-    """Whether anybody reads it, whether jobs were lost on it, and what was left lying about."""
+    """Readers, lost jobs, other groups, overdue retries and dead letters of one stream."""
     stream, group = facts.source
     if group not in facts.lags:
         level = "wrong" if facts.length else "note"
         what = f"{facts.length} entries wait and there is" if facts.length else "there is"
         yield Finding(level, stream, f"{what} no group {group}: no service has read it yet",
-                      "start jobworker-supervise (with --stream, if the names are others)")  # fmt: skip
+                      "start jobworker-supervise; give it --stream if the names differ")  # fmt: skip
         return
     lag, pending = facts.lags[group], facts.pendings[group]
     yield from _readers(stream, lag or pending or 0, facts.consumers)
-    yield from _losses(stream, facts, lag)
+    yield from _lost_jobs(stream, facts, lag)
     yield from _other_groups(facts)
-    if facts.overdue_s > _OVERDUE_S:
+    if facts.overdue_s > OVERDUE_S:
         yield Finding("wrong", stream, f"the oldest retry is {facts.overdue_s:.0f} s overdue",
-                      "is a service running that has this stream in its table?")  # fmt: skip
+                      "run a service that has this stream in its --stream table")  # fmt: skip
     if facts.dead:
         yield Finding("note", stream, f"{facts.dead} dead letters", f"jobworker dlq list --stream {stream}")
 
@@ -134,22 +129,24 @@ def _readers(stream: str, waiting: int, consumers: Sequence[Consumer]) -> Iterat
     else:
         level = "wrong" if waiting else "note"
         silence = f" for {min(c.idle_s for c in consumers):.0f} s" if consumers else ""
-        yield Finding(level, stream, f"nobody reads it{silence}; {waiting} jobs wait",
+        yield Finding(level, stream, f"no service reads it{silence}; {waiting} jobs wait",
                       "start jobworker-supervise")  # fmt: skip
     for consumer in consumers:
-        if consumer.pending and consumer.idle_s > _GONE_S:
-            says = f"{consumer.name} holds {consumer.pending} jobs and was silent for {consumer.idle_s:.0f} s"
-            yield Finding("wrong", stream, says, "a running service takes them over after its --lease")
-    names = sum(not consumer.pending and consumer.idle_s > _GONE_S for consumer in consumers)
-    if names > _NAMES:
-        yield Finding("wrong", stream, f"{names} names of consumers that are gone",
-                      "keep --instance the same over restarts; a running service removes them")  # fmt: skip
+        if consumer.pending and consumer.idle_s > _DEAD_CONSUMER_S:
+            says = (
+                f"{consumer.name} has leased {consumer.pending} jobs and is idle for {consumer.idle_s:.0f} s"
+            )
+            yield Finding("wrong", stream, says, "start a service: it claims them when their lease expires")
+    dead = sum(not consumer.pending and consumer.idle_s > _DEAD_CONSUMER_S for consumer in consumers)
+    if dead > _MAX_DEAD_CONSUMERS:
+        yield Finding("wrong", stream, f"{dead} consumer names of services that are gone",
+                      "keep --instance the same across restarts; a running service removes them")  # fmt: skip
 
 
-def _losses(stream: str, facts: StreamFacts, lag: int | None) -> Iterator[Finding]:
-    do = "no MAXLEN, MINID or XTRIM in producers: the service trims what is finished"
+def _lost_jobs(stream: str, facts: StreamFacts, lag: int | None) -> Iterator[Finding]:
+    do = "no MAXLEN, MINID or XTRIM in producers: the service trims finished entries"
     if lag is not None and lag > facts.length:
-        says = f"{lag - facts.length} jobs or more were trimmed away before they were delivered"
+        says = f"{lag - facts.length} jobs or more were trimmed before they were delivered"
         yield Finding("wrong", stream, says, do)
     if facts.missing:
         yield Finding("wrong", stream, f"{facts.missing} pending jobs are gone from the stream", do)
@@ -161,50 +158,53 @@ def _other_groups(facts: StreamFacts) -> Iterator[Finding]:
         behind = (facts.length if lag is None else lag) + facts.pendings[name]
         says = f"group {name}, not ours, is {behind} entries behind: they cannot be trimmed"
         if behind:
-            yield Finding("wrong" if behind > _HELD_BACK else "note", facts.source.stream, says,
-                          f"if nobody needs it: XGROUP DESTROY {facts.source.stream} {name}")  # fmt: skip
+            yield Finding("wrong" if behind > _MAX_LAG_OF_OTHERS else "note", facts.source.stream, says,
+                          f"if it is unused: XGROUP DESTROY {facts.source.stream} {name}")  # fmt: skip
 
 
 def pause_findings(pauses: Sequence[Pause]) -> Iterator[Finding]:
-    """Types that wait because somebody said so."""
+    """The types that an operator paused."""
     for pause in pauses:
         note = f" ({pause.note})" if pause.note else ""
         yield Finding("note", "paused", f"type {pause.kind}{note}", f"jobworker resume {pause.kind}")
 
 
-def service_findings(services: Sequence[Service], guessed: bool, version: str) -> Iterator[Finding]:
-    """Whether services answer and are well; ``guessed``: nobody said where they are."""
+def service_findings(services: Sequence[Service], default_metrics: bool, version: str) -> Iterator[Finding]:
+    """Whether each service answers and is ready, and its version. `default_metrics`: the operator gave no
+    url, so a missing answer may be normal."""
     for service in services:
-        if not service.said:
-            do = "give --metrics-url where a service serves it" if guessed else "is it running?"
-            yield Finding("note" if guessed else "wrong", service.url, f"no status: {service.trouble}", do)
+        if not service.status:
+            do = "give --metrics-url of each service" if default_metrics else "is it running?"
+            level = "note" if default_metrics else "wrong"
+            yield Finding(level, service.url, f"no status: {service.error}", do)
             continue
-        said = service.said
-        if said.get("ready"):
+        status = service.status
+        if status.get("ready"):
             yield Finding("ok", service.consumer, f"ready, {len(service.workers())} workers")
-        for reason in said.get("reasons", ()):
-            yield Finding("wrong", service.consumer, str(reason), "its log says more")
-        for kind in sorted(service.flagged("z_novel_circuit_open")):
-            says = f"type {kind} waits: what it needs does not answer"
-            yield Finding("wrong", service.consumer, says, "look at that store; jobs go on by themselves")
-        if said.get("version") != version:
-            says = f"it is version {said.get('version')}, this tool is {version}"
+        for reason in status.get("reasons", ()):
+            yield Finding("wrong", service.consumer, str(reason), "look into its log")
+        for job_type in sorted(service.types_with("z_novel_circuit_open")):
+            says = f"the circuit breaker of type {job_type} is open: its dependency does not answer"
+            yield Finding("wrong", service.consumer, says,
+                          "repair the dependency; the jobs then resume without further action")  # fmt: skip
+        if status.get("version") != version:
+            says = f"its version is {status.get('version')}, the version of this tool is {version}"
             yield Finding("note", service.consumer, says)
 
 
 def host_findings(facts: HostFacts) -> Iterator[Finding]:
-    """Limits of this machine, as far as a service that runs here would meet them."""
+    """Versions and limits of this machine, as far as they concern a service on it."""
     versions = ", ".join(f"{name} {number}" for name, number in facts.versions.items() if number)
     yield Finding("ok", "versions", versions)
     if not facts.versions.get("hiredis"):
         yield Finding(
             "wrong", "versions", "hiredis is missing: replies are parsed slowly", "pip install hiredis"
         )
-    if facts.descriptors < _DESCRIPTORS:
-        yield Finding("wrong", "limits", f"only {facts.descriptors} open files are allowed",
-                      f"ulimit -n {_DESCRIPTORS} or LimitNOFILE=")  # fmt: skip
+    if facts.open_files < _MIN_OPEN_FILES:
+        yield Finding("wrong", "limits", f"only {facts.open_files} open files are allowed",
+                      f"ulimit -n {_MIN_OPEN_FILES} or LimitNOFILE=")  # fmt: skip
     yield Finding("ok", "limits", f"{facts.cores} cores, {facts.memory_free >> 20} MiB of memory free, "
-                  f"{facts.descriptors} open files")  # fmt: skip
+                  f"{facts.open_files} open files")  # fmt: skip
     yield Finding("ok", "gpu", ", ".join(facts.gpus) or "none: models run on the CPU")
 
 

@@ -1,43 +1,30 @@
-"""Where a job is and why it waits there, found by its id in everything that the store holds of it."""
+"""Find a job by its id in streams, retry sets and dead-letter queues, and say why it waits there."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from ..keys import Source
 from ..store.operator import GroupState, Lease, OperatorStore, Pause, order_of, walk
 from ..store.ports import HANDED_BACK_IDLE_S, Entry
 from .dead_letters import read_letter
+from .identity import read_identity
 from .status_client import Service
 
-#: A consumer that was not heard of for so long is not reading: reads block for 2 s, then come again.
+#: A consumer that was idle for longer is not reading: a reader blocks for at most 2 s, then reads again.
 SILENT_S = 10.0
-#: Where no service says what its lease is: the default of --lease.
-_LEASE_S = 30.0
-#: A retry that is due for longer than this has nobody to move it: the reaper looks twice a second.
-_OVERDUE_S = 3.0
-_RETRIES_AT_ONCE = 200
-#: States of a job that has begun perhaps and is not at its end.
+#: A retry that is due for longer is overdue: the reaper promotes due retries twice a second.
+OVERDUE_S = 5.0
+#: The default of --lease, for the case that no service answers.
+_DEFAULT_LEASE_S = 30.0
+#: Retries per store call.
+_RETRY_PAGE = 200
+#: States of a job that may have begun and has not ended.
 _UNDER_WAY = frozenset({"running", "pending", "retrying"})
 _ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}")
+#: Ids that JSON writes without escapes, so that they can be searched for before the JSON is parsed.
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_.:-]+")
-
-
-class JobIdentity(msgspec.Struct):
-    """What a job is called and has been through; the rest of it need not be in order."""
-
-    id: str = ""
-    type: str = ""
-    tenant_id: str = ""
-    project_id: str = ""
-    retry_count: int = 0
-    deaths: int = 0
-
-
-_named = msgspec.json.Decoder(JobIdentity)
 
 
 @dataclass
@@ -54,34 +41,36 @@ class JobLocation:
 
 
 class JobFinder:
-    """Looks through the streams of a deployment, at no more than ``scan`` entries of each place."""
+    """Searches the streams of a deployment, in each at most ``scan_limit`` entries, as many retries and as
+    many dead letters. Every call raises `StoreUnavailable` as the store does."""
 
     def __init__(
-        self, store: OperatorStore, sources: Sequence[Source], services: Sequence[Service], scan: int
+        self, store: OperatorStore, sources: Sequence[Source], services: Sequence[Service], scan_limit: int
     ) -> None:
         self._store = store
         self._sources = sources
         self._services = services
-        self._scan = scan
+        self._scan_limit = scan_limit
         self._pauses: dict[str, Pause] = {}
         self._now_s = 0.0
-        self.looked_at = 0
-        #: The places that were too long to be looked through.
-        self.given_up: list[str] = []
+        #: Entries, retries and letters that were scanned.
+        self.scanned = 0
+        #: Names of the streams and sets that were not scanned to their end.
+        self.incomplete: list[str] = []
 
     def find(self, id: str) -> list[JobLocation]:
-        """Everywhere that a job (or an entry) of this id is."""
+        """Every place that holds a job, or an entry, with this id."""
         self._pauses = {pause.kind: pause for pause in self._store.pauses()}
         self._now_s = self._store.wall_now_s(self._sources[0].stream)
-        found: list[JobLocation] = []
+        locations: list[JobLocation] = []
         for source in self._sources:
-            found += self._in_stream(source, id)
-            found += self._in_retries(source.stream, id)
-            found += self._in_dead_letters(source.stream, id)
-        # The entry of an earlier try stands in the stream until it is trimmed: that try is no news.
-        found = [one for one in found if one.state != "finished"] or found
-        self._add_progress([one for one in found if one.state in _UNDER_WAY])
-        return found
+            locations += self._search_stream(source, id)
+            locations += self._search_retries(source.stream, id)
+            locations += self._search_dead_letters(source.stream, id)
+        # The entry of an earlier try remains in the stream until it is trimmed: it is shown only alone.
+        locations = [one for one in locations if one.state != "finished"] or locations
+        self._add_progress([one for one in locations if one.state in _UNDER_WAY])
+        return locations
 
     def _add_progress(self, found: Sequence[JobLocation]) -> None:
         """Say how far the job is where it rebuilds a collection; also between two tries of it."""
@@ -97,64 +86,66 @@ class JobFinder:
 
     # -- the stream
 
-    def _in_stream(self, source: Source, id: str) -> list[JobLocation]:
+    def _search_stream(self, source: Source, id: str) -> list[JobLocation]:
         group = self._store.group(source)
         if _ENTRY_ID.fullmatch(id):
             entry = self._store.entry(source.stream, id.encode())
-            return [self._about(source, group, entry)] if entry else []
-        is_it = _matcher(id)
-        entries = self._bounded(source.stream, lambda at, n: self._store.entries(source.stream, at, n))
-        matches = [entry.id for entry in entries if is_it(entry.data)]
-        whole = (self._store.entry(source.stream, entry_id) for entry_id in matches)
-        return [self._about(source, group, entry) for entry in whole if entry]
+            return [self._locate(source, group, entry)] if entry else []
+        matches = _matcher(id)
+        entries = self._scan(source.stream, lambda at, n: self._store.entries(source.stream, at, n))
+        matching_ids = [entry.id for entry in entries if matches(entry.data)]
+        # Read again one by one: only this call returns the deaths of an entry.
+        complete = (self._store.entry(source.stream, entry_id) for entry_id in matching_ids)
+        return [self._locate(source, group, entry) for entry in complete if entry]
 
-    def _bounded(self, place: str, page: Callable[[bytes, int], list[Entry]]) -> Iterator[Entry]:
-        """Entries of a place, as many as we may look at."""
-        left = self._scan
+    def _scan(self, name: str, page: Callable[[bytes, int], list[Entry]]) -> Iterator[Entry]:
+        """Entries up to the scan limit. Records `name` as incomplete where the limit cuts them off."""
+        left = self._scan_limit
         for entries in walk(page):
             for entry in entries:
                 if left == 0:
-                    self.given_up.append(place)
+                    self.incomplete.append(name)
                     return
                 left -= 1
-                self.looked_at += 1
+                self.scanned += 1
                 yield entry
 
-    def _about(self, source: Source, group: GroupState | None, entry: Entry) -> JobLocation:
+    def _locate(self, source: Source, group: GroupState | None, entry: Entry) -> JobLocation:
         job = read_identity(entry.data)
-        about = JobLocation("", source.stream, "", job.id, job.type, job.tenant_id)
-        about.facts = {"entry_id": entry.id.decode(), "retry_count": job.retry_count}
+        location = JobLocation("", source.stream, "", job.id, job.type, job.tenant_id)
+        location.facts = {"entry_id": entry.id.decode(), "retry_count": job.retry_count}
         if group is None or order_of(entry.id) > order_of(group.last_delivered):
-            return self._queued(source, group, entry, about)
+            return self._queued(source, group, entry, location)
         lease = self._store.lease(source, entry.id)
         if lease is None:
-            about.state, about.why = "finished", "done or dealt with; the entry will be trimmed"
-            return about
-        about.facts |= {"deliveries": lease.deliveries, "deaths": entry.deaths + job.deaths}
-        return self._pending(lease, about)
+            location.state, location.why = "finished", "acknowledged; the entry is not trimmed yet"
+            return location
+        location.facts |= {"deliveries": lease.deliveries, "deaths": entry.deaths + job.deaths}
+        return self._pending(lease, location)
 
     def _queued(
-        self, source: Source, group: GroupState | None, entry: Entry, about: JobLocation
+        self, source: Source, group: GroupState | None, entry: Entry, location: JobLocation
     ) -> JobLocation:
-        about.state = "queued"
+        location.state = "queued"
         if group is None:
-            about.why = f"no service has read this stream yet: there is no group {source.group}"
-            return about
-        ahead, exact = self._ahead(source.stream, group, entry.id)
-        about.facts |= {"ahead": ahead, "ahead_is_exact": exact}
-        heard_s = min((consumer.idle_s for consumer in group.consumers), default=None)
-        place = f"{ahead if exact else f'more than {ahead}'} queued ahead of it"
-        if heard_s is None or heard_s > SILENT_S:
-            silence = "" if heard_s is None else f" for {heard_s:.0f} s"
-            about.why = f"no service reads this stream{silence}; {place}"
-        elif about.type in self._pauses:
-            about.why = f"{self._paused(about.type)}; {place}"
+            location.why = f"no service has read this stream yet: there is no group {source.group}"
+            return location
+        ahead, exact = self._count_ahead(source.stream, group, entry.id)
+        location.facts |= {"ahead": ahead, "ahead_is_exact": exact}
+        idle_s = min((consumer.idle_s for consumer in group.consumers), default=None)
+        position = f"{ahead if exact else f'more than {ahead}'} queued ahead of it"
+        if idle_s is None or idle_s > SILENT_S:
+            silence = "" if idle_s is None else f" for {idle_s:.0f} s"
+            location.why = f"no service reads this stream{silence}; {position}"
+        elif location.type in self._pauses:
+            location.why = f"{self._paused(location.type)}; {position}"
         else:
-            about.why = f"waits for its turn; {place}"
-        return about
+            location.why = f"waits for its turn; {position}"
+        return location
 
-    def _ahead(self, stream: str, group: GroupState, id: bytes) -> tuple[int, bool]:
-        """How many undelivered entries stand before it, and whether all were counted."""
+    def _count_ahead(self, stream: str, group: GroupState, id: bytes) -> tuple[int, bool]:
+        """The number of undelivered entries before this one, and whether it is exact. Counting stops at the
+        scan limit."""
         count = 0
         start = group.last_delivered
         for entries in walk(lambda at, n: self._store.entries(stream, at, n), start):
@@ -162,76 +153,87 @@ class JobFinder:
             count += before
             if before < len(entries):
                 return count, True
-            if count >= self._scan:
+            if count >= self._scan_limit:
                 return count, False
         return count, True
 
-    def _pending(self, lease: Lease, about: JobLocation) -> JobLocation:
-        about.state = "pending"
-        about.facts |= {"consumer": lease.consumer, "renewed_s_ago": round(lease.idle_s, 3)}
+    def _pending(self, lease: Lease, location: JobLocation) -> JobLocation:
+        location.state = "pending"
+        location.facts |= {"consumer": lease.consumer, "renewed_s_ago": round(lease.idle_s, 3)}
         for service in self._services:
             for worker, running, job in service.running():
-                if (job["stream"], job["entry_id"]) == (about.stream, about.facts["entry_id"]):
-                    about.state = "running"
-                    about.facts |= {"worker": f"{service.consumer}/{worker['slot']}", **_times(running)}
-                    about.why = (
-                        f"worker {service.consumer}/{worker['slot']} (pid {worker['pid']}) runs it for "
-                        f"{running['for_s']:.1f} s; its limit is in {running['limit_in_s']:.0f} s"
+                if (job["stream"], job["entry_id"]) == (location.stream, location.facts["entry_id"]):
+                    name = f"{service.consumer}/{worker['slot']}"
+                    location.state = "running"
+                    location.facts |= {
+                        "worker": name, "running_for_s": running["for_s"],
+                        "limit_in_s": running["limit_in_s"],
+                    }  # fmt: skip
+                    location.why = (
+                        f"worker {name} (pid {worker['pid']}) has run it for {running['for_s']:.1f} s; "
+                        f"it times out in {running['limit_in_s']:.0f} s"
                     )
-                    return about
-        about.why = self._why_pending(lease, about)
-        if about.facts["deaths"]:
-            about.why += f"; {about.facts['deaths']} workers died under it, so it runs alone"
-        return about
+                    return location
+        location.why = self._why_pending(lease, location)
+        if location.facts["deaths"]:
+            location.why += f"; {location.facts['deaths']} workers died while they ran it, so it runs alone"
+        return location
 
-    def _why_pending(self, lease: Lease, about: JobLocation) -> str:
-        lease_s = max([float(s.said.get("lease_s", _LEASE_S)) for s in self._services] or [_LEASE_S])
+    def _why_pending(self, lease: Lease, location: JobLocation) -> str:
+        lease_s = max(
+            [float(s.status.get("lease_s", _DEFAULT_LEASE_S)) for s in self._services] or [_DEFAULT_LEASE_S]
+        )
         if lease.idle_s >= HANDED_BACK_IDLE_S:
-            return f"{lease.consumer} gave it back when it stopped: the next service that reads takes it over"
-        holder = f"{lease.consumer} holds it, renewed {lease.idle_s:.0f} s ago"
+            return f"{lease.consumer} released it when it stopped: the next service that reads claims it"
+        holder = f"leased by {lease.consumer}, renewed {lease.idle_s:.0f} s ago"
         if lease.idle_s > lease_s:
-            return f"{holder}: longer than its lease, so a running service takes it over"
-        if about.type in self._pauses:
-            return f"{self._paused(about.type)}; {holder}"
-        if any(about.type in service.flagged("z_novel_circuit_open") for service in self._services):
-            return f"what type {about.type} needs does not answer; it is tried now and then; {holder}"
+            return f"{holder}: the lease has expired, so a running service claims it"
+        if location.type in self._pauses:
+            return f"{self._paused(location.type)}; {holder}"
+        if any(location.type in service.types_with("z_novel_circuit_open") for service in self._services):
+            return (
+                f"the circuit breaker of type {location.type} is open, because its dependency does not "
+                f"answer; one job is tried now and then; {holder}"
+            )
         return f"{holder}; it waits for a worker there, or runs"
 
-    def _paused(self, kind: str) -> str:
-        pause = self._pauses[kind]
+    def _paused(self, job_type: str) -> str:
+        pause = self._pauses[job_type]
         note = f" ({pause.note})" if pause.note else ""
-        since_s = max(0.0, self._now_s - pause.wall_since_s)
-        return f"type {kind} is paused for {since_s:.0f} s{note}: jobworker resume {kind}"
+        paused_s = max(0.0, self._now_s - pause.wall_since_s)
+        return f"type {job_type} is paused for {paused_s:.0f} s{note}: jobworker resume {job_type}"
 
     # -- retries and dead letters
 
-    def _in_retries(self, stream: str, id: str) -> list[JobLocation]:
-        is_it = _matcher(id)
-        found, start = [], 0
-        while page := self._store.retries(stream, start, _RETRIES_AT_ONCE):
-            self.looked_at += len(page)
-            found += [self._retrying(stream, one.due_wall_s, one.data) for one in page if is_it(one.data)]
+    def _search_retries(self, stream: str, id: str) -> list[JobLocation]:
+        matches = _matcher(id)
+        locations, start = [], 0
+        while page := self._store.retries(stream, start, _RETRY_PAGE):
+            self.scanned += len(page)
+            locations += [
+                self._retrying(stream, one.due_wall_s, one.data) for one in page if matches(one.data)
+            ]
             start += len(page)
-            if start >= self._scan:
-                self.given_up.append(f"retries of {stream}")
+            if start >= self._scan_limit:
+                self.incomplete.append(f"retries of {stream}")
                 break
-        return found
+        return locations
 
     def _retrying(self, stream: str, due_wall_s: float, data: bytes) -> JobLocation:
         job = read_identity(data)
         in_s = due_wall_s - self._now_s
-        why = f"its next try is in {max(0.0, in_s):.1f} s"
-        if in_s < -_OVERDUE_S:
-            why = f"its next try is {-in_s:.0f} s overdue: no service moves retries of this stream"
+        why = f"the next try is in {max(0.0, in_s):.1f} s"
+        if in_s < -OVERDUE_S:
+            why = f"the next try is {-in_s:.0f} s overdue: no running service promotes retries of this stream"
         elif job.type in self._pauses:
             why += f"; then: {self._paused(job.type)}"
         facts = {"due_in_s": round(in_s, 3), "retry_count": job.retry_count, "deaths": job.deaths}
         return JobLocation("retrying", stream, why, job.id, job.type, job.tenant_id, facts)
 
-    def _in_dead_letters(self, stream: str, id: str) -> list[JobLocation]:
-        found = []
+    def _search_dead_letters(self, stream: str, id: str) -> list[JobLocation]:
+        locations = []
         page = self._store.dead_before
-        for entry in self._bounded(f"dead letters of {stream}", lambda at, n: page(stream, at, n)):
+        for entry in self._scan(f"dead letters of {stream}", lambda at, n: page(stream, at, n)):
             if entry.data is None or (_PLAIN_ID.fullmatch(id) and not _mentions(entry, id)):
                 continue
             letter = read_letter(stream, entry)
@@ -241,11 +243,11 @@ class JobFinder:
                     "failed_at": letter.failed_at, "retry_count": letter.retry_count,
                     "deaths": letter.deaths, "worker": letter.worker, "original_id": letter.original_id,
                 }  # fmt: skip
-                why = f"given up ({letter.reason}) at {letter.failed_at}: {letter.error}"
-                found.append(
+                why = f"dead-lettered ({letter.reason}) at {letter.failed_at}: {letter.error}"
+                locations.append(
                     JobLocation("dead", stream, why, letter.job_id, letter.type, letter.tenant_id, facts)
                 )
-        return found
+        return locations
 
 
 def _how_far(collection: str, facts: dict[str, Any]) -> str:
@@ -260,18 +262,7 @@ def _mentions(entry: Entry, id: str) -> bool:
 
 
 def _matcher(id: str) -> Callable[[bytes | None], bool]:
-    """Whether a job has this id; ids of plain letters are looked for before anything is parsed."""
+    """A test whether a job has this id. A plain id is searched for in the bytes first: that is much faster
+    than parsing each job."""
     needle = id.encode() if _PLAIN_ID.fullmatch(id) else b""
     return lambda data: data is not None and needle in data and read_identity(data).id == id
-
-
-def read_identity(data: bytes | None) -> JobIdentity:
-    """As much of a job as can be read; nothing of what is none."""
-    try:
-        return _named.decode(data or b"")
-    except (ValueError, RecursionError):
-        return JobIdentity()
-
-
-def _times(running: dict[str, Any]) -> dict[str, Any]:
-    return {"running_for_s": running["for_s"], "limit_in_s": running["limit_in_s"]}

@@ -1,4 +1,4 @@
-"""All that an operator sees at a glance: streams, rates, workers and the last failures."""
+"""Dashboard snapshots of a deployment: streams, rates, workers and the newest dead letters."""
 
 import time
 from collections import Counter
@@ -11,15 +11,17 @@ from ..keys import Source
 from ..store.operator import START, OperatorStore, Pause
 from ..store.ports import Depths, ReaperStore
 from .dead_letters import Letter, read_letter
-from .deployment import Deployment, source_list
-from .find_job import read_identity
-from .status_client import Service, fetch_all_statuses
+from .deployment import Deployment, parse_sources
+from .identity import read_identity
+from .status_client import Service
 
-#: Dead letters looked at of each stream: the newest are shown.
-_LETTERS = 10
-#: Jobs under way whose ids are looked up in the store; the others show their entry ids.
-_NAMED = 64
-#: What is counted by type, and under which name its rate is shown.
+#: Dead letters in a snapshot; as many are read of each stream to find the newest.
+_MAX_LETTERS = 10
+#: Running jobs whose ids are looked up in the store. The others are shown by entry id.
+_MAX_JOB_IDS = 64
+#: A slower store is shown as not answering: the dashboard must keep refreshing.
+_TIMEOUT_S = 2.0
+#: Counters with the label ``task_type``, by the name of their rate.
 _RATES = {
     "done": "z_novel_jobs_completed_total", "failed": "z_novel_jobs_failed_total",
     "retried": "z_novel_jobs_retried_total", "dead": "z_novel_jobs_dead_total",
@@ -28,8 +30,12 @@ _RATES = {
 
 @dataclass
 class Overview:
-    """One look. ``rates`` by type and what (a second), None before the second look; ``names``: job ids by
-    stream and entry id; ``trouble``: why the store could not be asked."""
+    """One snapshot.
+
+    ``totals`` and ``rates`` (per second) are by job type and then by name, such as ``done``. ``rates`` is
+    None in the first snapshot. ``job_ids`` are by stream and entry id. ``error`` says why the store did not
+    answer; its part of the snapshot is empty then.
+    """
 
     wall_s: float
     streams: list[tuple[Source, Depths]] = field(default_factory=list)
@@ -38,127 +44,124 @@ class Overview:
     rates: dict[str, dict[str, float]] | None = None
     pauses: list[Pause] = field(default_factory=list)
     letters: list[Letter] = field(default_factory=list)
-    names: dict[tuple[str, str], str] = field(default_factory=dict)
-    trouble: str = ""
+    job_ids: dict[tuple[str, str], str] = field(default_factory=dict)
+    error: str = ""
 
     def workers(self) -> Counter[str]:
-        """How many workers of all services are in which state."""
+        """The number of workers of all services by state."""
         return Counter(str(worker["state"]) for service in self.services for worker in service.workers())
 
-    def rate(self, what: str) -> float:
-        """The sum over all types, a second."""
-        return sum(by_type.get(what, 0.0) for by_type in (self.rates or {}).values())
-
-
-#: A store or service that is slower is shown as silent; the page must go on moving.
-_TIMEOUT_S = 2.0
+    def rate(self, name: str) -> float:
+        """A rate per second, summed over all job types."""
+        return sum(by_name.get(name, 0.0) for by_name in (self.rates or {}).values())
 
 
 class OverviewPoller:
-    """Looks again and again, and makes rates of what was counted in between."""
+    """Takes snapshots and derives rates from the counters of two successive ones."""
 
     def __init__(
         self,
-        counts: ReaperStore,
+        depth_store: ReaperStore,
         store: OperatorStore,
         sources: Sequence[Source],
-        ask: Callable[[], list[Service]],
+        fetch_services: Callable[[], list[Service]],
         *,
         mono_s: Callable[[], float] = time.monotonic,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
-        self._counts = counts
+        self._depth_store = depth_store
         self._store = store
         self._sources = sources
-        self._ask = ask
+        self._fetch_services = fetch_services
         self._mono_s = mono_s
         self._wall_s = wall_s
         self._mono_last_s = 0.0
-        self._last: dict[tuple[str, int], Counter[tuple[str, str]]] | None = None
-        self._names: dict[tuple[str, str], str] = {}
+        self._last_counters: dict[tuple[str, int], Counter[tuple[str, str]]] | None = None
+        self._job_ids: dict[tuple[str, str], str] = {}
 
-    def look(self) -> Overview:
-        """Everything as it is now; a store that does not answer leaves its part empty."""
-        seen = Overview(self._wall_s(), services=self._ask())
-        self._count(seen)
+    def snapshot(self) -> Overview:
+        """The current state. It does not raise if the store does not answer: see `Overview.error`."""
+        overview = Overview(self._wall_s(), services=self._fetch_services())
+        self._add_rates(overview)
         try:
-            seen.streams = [(source, self._counts.depths(source)) for source in self._sources]
-            seen.pauses = self._store.pauses()
-            seen.wall_s = self._store.wall_now_s(self._sources[0].stream)
-            seen.letters = self._newest_letters()
-            seen.names = self._names_of(seen.services)
+            overview.streams = [(source, self._depth_store.depths(source)) for source in self._sources]
+            overview.pauses = self._store.pauses()
+            overview.wall_s = self._store.wall_now_s(self._sources[0].stream)
+            overview.letters = self._newest_letters()
+            overview.job_ids = self._look_up_job_ids(overview.services)
         except StoreUnavailable as error:
-            seen.trouble = str(error)
-        return seen
+            overview.error = str(error)
+        return overview
 
-    def _count(self, seen: Overview) -> None:
-        """Totals over all services, and rates against the look before. A service that was started meanwhile
-        counts from nothing, so only what the same process says twice makes a rate."""
+    def _add_rates(self, overview: Overview) -> None:
+        """Totals over all services, and rates since the last snapshot. A restarted service counts from 0, so
+        a rate is the difference of two answers of one process."""
         now_s = self._mono_s()
-        counted = {
-            (service.url, int(service.said["pid"])): _counters(service.said)
-            for service in seen.services
-            if service.said
+        counters = {
+            (service.url, int(service.status["pid"])): _counters(service.status)
+            for service in overview.services
+            if service.status
         }
-        seen.totals = _by_type(counted.values())
-        if self._last is not None:
-            both = counted.keys() & self._last.keys()
-            grown = sum((counted[key] - self._last[key] for key in both), Counter[tuple[str, str]]())
+        overview.totals = _sum_by_type(counters.values())
+        if self._last_counters is not None:
+            in_both = counters.keys() & self._last_counters.keys()
+            increase = sum(
+                (counters[key] - self._last_counters[key] for key in in_both), Counter[tuple[str, str]]()
+            )
             elapsed_s = max(0.001, now_s - self._mono_last_s)
-            seen.rates = {
-                kind: {what: grown[kind, what] / elapsed_s for what in _RATES} for kind in seen.totals
+            overview.rates = {
+                job_type: {name: increase[job_type, name] / elapsed_s for name in _RATES}
+                for job_type in overview.totals
             }
-        self._last, self._mono_last_s = counted, now_s
+        self._last_counters, self._mono_last_s = counters, now_s
 
     def _newest_letters(self) -> list[Letter]:
         letters = [
             read_letter(source.stream, entry)
             for source in self._sources
-            for entry in self._store.dead_before(source.stream, START, _LETTERS)
+            for entry in self._store.dead_before(source.stream, START, _MAX_LETTERS)
         ]
-        return sorted(letters, key=lambda letter: letter.wall_s, reverse=True)[:_LETTERS]
+        return sorted(letters, key=lambda letter: letter.wall_s, reverse=True)[:_MAX_LETTERS]
 
-    def _names_of(self, services: Sequence[Service]) -> dict[tuple[str, str], str]:
-        """Ids of the jobs under way; what was looked up once is remembered while it runs."""
+    def _look_up_job_ids(self, services: Sequence[Service]) -> dict[tuple[str, str], str]:
+        """Ids of the running jobs. Ids from the last snapshot are reused."""
         running = [
             (job["stream"], job["entry_id"]) for service in services for _, _, job in service.running()
-        ][:_NAMED]
-        self._names = {key: self._names.get(key) or self._name(*key) for key in running}
-        return self._names
+        ][:_MAX_JOB_IDS]
+        self._job_ids = {key: self._job_ids.get(key) or self._read_job_id(*key) for key in running}
+        return self._job_ids
 
-    def _name(self, stream: str, entry_id: str) -> str:
+    def _read_job_id(self, stream: str, entry_id: str) -> str:
         entry = self._store.entry(stream, entry_id.encode())
         return read_identity(entry.data).id if entry else ""
 
 
-def _counters(said: dict[str, Any]) -> Counter[tuple[str, str]]:
-    """What one service has counted, by type and what."""
-    counted: Counter[tuple[str, str]] = Counter()
-    for what, name in _RATES.items():
-        for sample in said.get("metrics", {}).get(name, ()):
-            counted[str(sample["task_type"]), what] += sample["value"]
-    for kind in said.get("types", ()):
-        counted[kind, "done"] += 0
-    return counted
+def _counters(status: dict[str, Any]) -> Counter[tuple[str, str]]:
+    """The counters of one service by job type and name. Idle types are included with 0."""
+    counters: Counter[tuple[str, str]] = Counter()
+    for name, metric in _RATES.items():
+        for sample in status.get("metrics", {}).get(metric, ()):
+            counters[str(sample["task_type"]), name] += sample["value"]
+    for job_type in status.get("types", ()):
+        counters[job_type, "done"] += 0
+    return counters
 
 
-def _by_type(counted: Iterable[Counter[tuple[str, str]]]) -> dict[str, dict[str, float]]:
-    """The sums over all services; a type that has done nothing is there too."""
+def _sum_by_type(counters: Iterable[Counter[tuple[str, str]]]) -> dict[str, dict[str, float]]:
     totals: dict[str, dict[str, float]] = {}
-    for (kind, what), value in (pair for one in counted for pair in one.items()):
-        totals.setdefault(kind, dict.fromkeys(_RATES, 0.0))[what] += value
+    for (job_type, name), value in (item for one in counters for item in one.items()):
+        totals.setdefault(job_type, dict.fromkeys(_RATES, 0.0))[name] += value
     return totals
 
 
-def overview_poller_of(deployment: Deployment, streams: tuple[str, ...]) -> OverviewPoller:
-    """Looks at the deployment by its store and its services."""
+def open_poller(deployment: Deployment, streams: Sequence[str]) -> OverviewPoller:
+    """A poller of the deployment's store and services. Raises `ConfigurationError` for an invalid stream."""
     from ..store.redis.operator import RedisOperatorStore
     from ..store.redis.reaper import RedisReaperStore
 
-    url, own = deployment.url, deployment.url if deployment.guessed else ""
     return OverviewPoller(
-        RedisReaperStore(url, timeout_s=_TIMEOUT_S),
-        RedisOperatorStore(url, timeout_s=_TIMEOUT_S),
-        source_list(streams),
-        lambda: fetch_all_statuses(deployment.metrics_urls, own),
+        RedisReaperStore(deployment.url, timeout_s=_TIMEOUT_S),
+        RedisOperatorStore(deployment.url, timeout_s=_TIMEOUT_S),
+        parse_sources(streams),
+        deployment.services,
     )

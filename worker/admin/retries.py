@@ -1,4 +1,4 @@
-"""Jobs that wait for their next try, and a choice among them: gone through page by page, made due now."""
+"""Retry-set administration: list and page jobs that wait for a retry, make them due now."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -6,16 +6,16 @@ from itertools import islice
 from typing import NamedTuple, Self
 
 from ..store.operator import OperatorStore, Scheduled
-from .find_job import JobIdentity, read_identity
+from .identity import JobIdentity, read_identity
 
-#: Jobs of one page: each comes with its bytes, which may be megabytes.
-_PAGE = 100
-#: Rounds through all that waits: retries that become due meanwhile shift the pages, and some are passed over.
-_ROUNDS = 10
+#: Jobs per store call. Each comes with its payload, which may be megabytes.
+_BATCH_SIZE = 100
+#: Passes over the retry set. Retries that become due in between shift the ranks, so one pass may miss some.
+_MAX_PASSES = 10
 
 
 class ScheduledRetry(NamedTuple):
-    """A job that waits, in which stream's retries, and what it is called."""
+    """A job that waits for a retry, and the stream that it returns to."""
 
     stream: str
     scheduled: Scheduled
@@ -23,15 +23,15 @@ class ScheduledRetry(NamedTuple):
 
 
 class RetryPage(NamedTuple):
-    """Chosen jobs, and behind how many of all to go on (None: that was all)."""
+    """Matching jobs, and the offset of the next page among all retries (None: no more)."""
 
     jobs: list[ScheduledRetry]
-    behind: int | None
+    next_offset: int | None
 
 
 @dataclass(frozen=True)
 class RetrySet:
-    """The retries of some streams, those that fit everything that is given. Every call raises
+    """The waiting retries of some streams that match all conditions given. Every call raises
     `StoreUnavailable` as the store does."""
 
     store: OperatorStore
@@ -47,50 +47,51 @@ class RetrySet:
             and (not self.tenants or job.tenant_id in self.tenants)
         )
 
-    def only(self, id: str) -> Self:
-        """The same, narrowed down to one job."""
+    def with_id(self, id: str) -> Self:
+        """The same set, limited to one job."""
         return replace(self, ids=frozenset([id]))
 
     def soonest_first(self) -> Iterator[ScheduledRetry]:
-        """The chosen jobs, stream by stream, soonest first in each."""
-        return (one for one in self._everything() if one.job in self)
+        """The matching jobs, stream by stream, in each the soonest first."""
+        return (retry for retry in self._scan() if retry.job in self)
 
-    def page(self, size: int, look_at: int, behind: int = 0) -> RetryPage:
-        """The next chosen jobs behind so many of all; gives up after looking at so many."""
-        chosen: list[ScheduledRetry] = []
-        looked_at = behind
-        for one in islice(self._everything(), behind, None):
-            if len(chosen) == size or looked_at - behind == look_at:
-                return RetryPage(chosen, looked_at)
-            looked_at += 1
-            if one.job in self:
-                chosen.append(one)
-        return RetryPage(chosen, None)
+    def page(self, size: int, scan_limit: int, offset: int = 0) -> RetryPage:
+        """Up to `size` matching jobs behind the first `offset` retries. Scans at most `scan_limit`."""
+        matching: list[ScheduledRetry] = []
+        position = offset
+        for retry in islice(self._scan(), offset, None):
+            if len(matching) == size or position - offset == scan_limit:
+                return RetryPage(matching, position)
+            position += 1
+            if retry.job in self:
+                matching.append(retry)
+        return RetryPage(matching, None)
 
-    def _everything(self) -> Iterator[ScheduledRetry]:
+    def _scan(self) -> Iterator[ScheduledRetry]:
         for stream in self.streams:
             start = 0
-            while page := self.store.retries(stream, start, _PAGE):
+            while page := self.store.retries(stream, start, _BATCH_SIZE):
                 start += len(page)
                 yield from (ScheduledRetry(stream, one, read_identity(one.data)) for one in page)
 
-    def try_now(self, *, dry_run: bool = False) -> int:
-        """Make them due at once; returns how many were waiting for later (a dry run: how many there are)."""
+    def make_due_now(self, *, dry_run: bool = False) -> int:
+        """Skip the remaining backoff. Returns how many jobs it was skipped for; in a dry run, how many
+        match."""
         if dry_run:
             return sum(1 for _ in self.soonest_first())
         moved = 0
-        for _ in range(_ROUNDS):
-            found = self.soonest_first()
-            changed = 0
-            while some := list(islice(found, _PAGE)):
-                changed += self._hasten(some)
-            moved += changed
-            if not changed:
+        for _ in range(_MAX_PASSES):
+            retries = self.soonest_first()
+            moved_in_pass = 0
+            while batch := list(islice(retries, _BATCH_SIZE)):
+                moved_in_pass += self._make_batch_due(batch)
+            moved += moved_in_pass
+            if not moved_in_pass:
                 break
         return moved
 
-    def _hasten(self, some: Sequence[ScheduledRetry]) -> int:
+    def _make_batch_due(self, batch: Sequence[ScheduledRetry]) -> int:
         return sum(
-            self.store.retry_now(name, [one.scheduled.data for one in some if one.stream == name])
-            for name in {one.stream for one in some}
+            self.store.retry_now(stream, [retry.scheduled.data for retry in batch if retry.stream == stream])
+            for stream in {retry.stream for retry in batch}
         )

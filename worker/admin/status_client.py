@@ -1,4 +1,4 @@
-"""What services say of themselves at /status, asked from outside."""
+"""HTTP client of a service's ``/status`` page."""
 
 import json
 import re
@@ -8,55 +8,56 @@ from urllib.parse import urlsplit
 
 from ..settings import without_credentials
 
-#: A service on this machine or in this data centre answers at once; one that does not is shown as silent.
+#: A service in the same data centre answers within milliseconds. A slower one is shown as not answering.
 _TIMEOUT_S = 2.5
-#: Largest page taken in: 512 workers with 16 jobs each stay well below.
-_PAGE_BYTES = 8 * 1024 * 1024
+#: Largest status page accepted. 512 workers with 16 jobs each stay far below it.
+_MAX_PAGE_BYTES = 8 * 1024 * 1024
 
 
 class Service(NamedTuple):
-    """One service's answer; ``said`` is empty where there was none, and ``trouble`` says why."""
+    """One service and its status page. ``status`` is empty if it did not answer; ``error`` says why."""
 
     url: str
-    said: dict[str, Any]
-    trouble: str = ""
+    status: dict[str, Any]
+    error: str = ""
 
     @property
     def consumer(self) -> str:
-        """The name that it reads by."""
-        return f"{self.said.get('host')}/{self.said.get('instance')}"
+        """The consumer name of its reader."""
+        return f"{self.status.get('host')}/{self.status.get('instance')}"
 
     def workers(self) -> list[dict[str, Any]]:
-        """Its worker processes."""
-        return [child for child in self.said.get("children", ()) if child.get("role") == "worker"]
+        """The status of each worker process."""
+        return [child for child in self.status.get("children", ()) if child.get("role") == "worker"]
 
     def running(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-        """Each job under way that it names: the worker, what that runs, the job."""
+        """For each running job: the worker, the worker's ``running`` field, the job."""
         for worker in self.workers():
             for job in (worker.get("running") or {}).get("jobs", ()):
                 yield worker, worker["running"], job
 
-    def flagged(self, gauge: str) -> set[str]:
-        """The types for which a gauge with the label ``task_type`` is not 0."""
-        samples = self.said.get("metrics", {}).get(gauge, ())
+    def types_with(self, gauge: str) -> set[str]:
+        """The job types for which a gauge with the label ``task_type`` is not 0."""
+        samples = self.status.get("metrics", {}).get(gauge, ())
         return {sample["task_type"] for sample in samples if sample["value"]}
 
 
 def fetch_status(url: str, redis_url: str = "") -> Service:
-    """What a service says. With `redis_url`, one that works on another store counts as none."""
-    import http.client  # here: it takes longer to import than all else that a `--help` needs
+    """Fetch one status page; it never raises. With `redis_url`, a service on another store counts as not
+    answering."""
+    import http.client  # here: it takes longer to import than everything else that `--help` needs
 
     try:
-        said = _fetch(url)
+        status = _fetch(url)
     except (OSError, ValueError, http.client.HTTPException) as error:
         return Service(url, {}, f"{type(error).__name__}: {error}")
-    if redis_url and not same_store(str(said.get("store", "")), redis_url):
-        return Service(url, {}, f"works on another store: {said.get('store')}")
-    return Service(url, said)
+    if redis_url and not same_store(str(status.get("store", "")), redis_url):
+        return Service(url, {}, f"uses another job store: {status.get('store')}")
+    return Service(url, status)
 
 
 def fetch_all_statuses(urls: Sequence[str], redis_url: str = "") -> list[Service]:
-    """What each of the services says."""
+    """Fetch the status page of each url."""
     return [fetch_status(url, redis_url) for url in urls]
 
 
@@ -71,24 +72,24 @@ def _fetch(url: str) -> dict[str, Any]:
     try:
         connection.request("GET", f"{parts.path.rstrip('/')}/status")
         response = connection.getresponse()
-        body = response.read(_PAGE_BYTES)
+        body = response.read(_MAX_PAGE_BYTES)
         if response.status != 200:
-            raise ValueError(f"answers {response.status}")
+            raise ValueError(f"HTTP status {response.status}")
     finally:
         connection.close()
-    said = json.loads(body)
-    if not isinstance(said, dict) or "children" not in said:
-        raise ValueError("is no status page of this version")
-    return said
+    status = json.loads(body)
+    if not isinstance(status, dict) or "children" not in status:
+        raise ValueError("the answer is not a jobworker status page")
+    return status
 
 
 def same_store(one: str, other: str) -> bool:
-    """Whether two urls name one store, whatever their credentials and options are."""
-    return _place(one) == _place(other)
+    """Whether two urls name the same store. Credentials and options are ignored."""
+    return _address(one) == _address(other)
 
 
-def _place(url: str) -> str:
-    """The store's address without credentials and options, names of this machine all alike."""
+def _address(url: str) -> str:
+    """The url without credentials, options and database 0; names of this machine become 127.0.0.1."""
     plain = without_credentials(url)
     plain = re.sub(r"://(localhost|\[::1\])(?=[:/]|$)", "://127.0.0.1", plain).rstrip("/")
     return plain.removesuffix("/0")

@@ -1,28 +1,29 @@
-"""Text for terminals and pages: durations, plurals, widths, and no control characters."""
+"""Text for terminals and pages: ages, durations, plurals, display width, and no control characters."""
 
 import re
 import unicodedata
 from itertools import accumulate
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-#: What may move a terminal's cursor or change its title; tenants' words go to the terminal too.
+#: Characters that move a terminal's cursor, change its title or reverse text. Producers choose job ids and
+#: error texts, and both are shown.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 class InvalidAge(ValueError):
-    """Text that is no age."""
+    """The text is not an age such as ``15m``."""
 
 
 def parse_age(text: str) -> float:
-    """``90``, ``90s``, ``15m``, ``2h``, ``7d`` or ``1w``, as seconds. Raises `InvalidAge`."""
+    """``90``, ``90s``, ``15m``, ``2h``, ``7d`` or ``1w``, in seconds. Raises `InvalidAge`."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw]?)", text)
     if match is None:
-        raise InvalidAge(f"{text!r}: write 90s, 15m, 2h or 7d")
+        raise InvalidAge(f"{text!r} is not an age: write 90s, 15m, 2h or 7d")
     return float(match[1]) * _UNITS_S[match[2] or "s"]
 
 
 def strip_control(text: str, width: int = 0) -> str:
-    """Fit for a terminal: no control characters, and cut to a width (0: as long as it is)."""
+    """The text without control characters, cut to a width in columns (0: not cut)."""
     text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
     if not width or columns(text) <= width:
         return text
@@ -31,7 +32,7 @@ def strip_control(text: str, width: int = 0) -> str:
 
 
 def columns(text: str) -> int:
-    """How many columns of a terminal it takes: Chinese characters two, marks upon a letter none."""
+    """Columns on a terminal: two for a Chinese character, none for a combining mark."""
     if text.isascii():
         return len(text)
     return sum(
@@ -41,19 +42,19 @@ def columns(text: str) -> int:
 
 
 def pad(text: str, width: int) -> str:
-    """Filled up to a width; a negative one sets to the right."""
+    """The text filled with blanks up to a width in columns; a negative width aligns right."""
     blanks = " " * (abs(width) - columns(text))
     return blanks + text if width < 0 else text + blanks
 
 
 def format_duration(seconds: float) -> str:
-    """A length of time in two letters' precision: ``0.4 s``, ``12 s``, ``3 min``, ``5 h``, ``9 d``."""
+    """A duration with one unit: ``0.4 s``, ``12 s``, ``3 min``, ``5 h``, ``9 d``."""
     for limit, unit_s, unit in ((10, 0, ""), (120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
         if seconds < limit:
             return f"{seconds:.1f} s" if not unit else f"{seconds / unit_s:.0f} {unit}"
     return f"{seconds / 86400:.0f} d"
 
 
-def pluralise(count: int, what: str, plural: str = "") -> str:
+def pluralise(count: int, singular: str, plural: str = "") -> str:
     """``1 worker``, ``2 workers``."""
-    return f"{count} {what if count == 1 else plural or what + 's'}"
+    return f"{count} {singular if count == 1 else plural or singular + 's'}"

@@ -1,4 +1,4 @@
-"""``jobworker``: what an operator or a script asks of a deployment, by verbs."""
+"""Command-line tool ``jobworker`` for operators and scripts."""
 
 import click
 
@@ -9,20 +9,21 @@ from .common import CliGroup
 @click.group(cls=CliGroup, context_settings={"max_content_width": 110})
 @click.version_option(package_name="jobworker")
 def main() -> None:
-    """Look into a jobworker deployment, send it jobs, and mend it.
+    """Inspect and repair a jobworker deployment, and send it jobs.
 
-    Every verb takes --redis-url (better given as JOBWORKER_REDIS_URL, which no process list shows), the
-    --config FILE of the service, or the --data-dir of a service on this machine that has brought its own
-    store.
+    Every verb takes --redis-url (better set as JOBWORKER_REDIS_URL, which no process list shows), the
+    --config FILE of the service, or the --data-dir of a service on this machine that runs its own store.
 
     \b
-    jobworker stats                            what waits, runs, is retried and was given up
+    jobworker doctor                           is anything wrong, and how is it fixed?
+    jobworker stats                            queued, pending, retrying and dead jobs
     jobworker dlq requeue --reason timeout     send dead letters again
     jobworker stats --config /etc/jobworker/jobworker.toml
     jobworker VERB --help                      more, with examples
     eval "$(_JOBWORKER_COMPLETE=bash_source jobworker)"    Tab completes verbs and options (also zsh, fish)
 
-    Exit codes: 0 done, 1 done and there is bad news, 2 bad usage, 5 the job store does not answer.
+    Exit codes: 0 done, 1 done, but something is missing or wrong, 2 bad usage, 5 the job store
+    does not answer.
     """
 
 

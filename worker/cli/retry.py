@@ -1,4 +1,4 @@
-"""``jobworker retry``: jobs that wait for their next try."""
+"""``jobworker retry``: list jobs that wait for a retry, or make them due now."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -7,15 +7,15 @@ from typing import Any
 
 import click
 
-from ..admin.deployment import source_list
+from ..admin.deployment import parse_sources
 from ..admin.retries import RetrySet, ScheduledRetry
 from ..admin.words import format_duration, pluralise, strip_control
-from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, JobType, say_json, say_missing, table, verb
+from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, JobType, echo_json, echo_missing, table, verb
 
 
 @click.group("retry", cls=CliGroup)
 def retry() -> None:
-    """Waiting retries: list them, or have them tried now.
+    """Waiting retries: list them, or make them due now.
 
     \b
     jobworker retry list
@@ -23,55 +23,55 @@ def retry() -> None:
     """
 
 
-def _choosing(command: Callable[..., None]) -> Callable[..., None]:
+def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         STREAMS,
-        click.option("--tenant", "tenants", multiple=True, help="Whose job; repeatable."),
-        click.option("--type", "types", type=JobType(), multiple=True, help="Type of job; repeatable."),
+        click.option("--tenant", "tenants", multiple=True, help="Tenant of the job; repeatable."),
+        click.option("--type", "types", type=JobType(), multiple=True, help="Job type; repeatable."),
         click.argument("ids", nargs=-1),
     ):
         command = option(command)
     return command
 
 
-def _desk(
+def _open_retries(
     url: str, streams: Sequence[str], ids: Sequence[str], types: Sequence[str], tenants: Sequence[str]
 ) -> RetrySet:
     from ..store.redis.operator import RedisOperatorStore
 
-    names = [source.stream for source in source_list(streams, need_group=False)]
+    names = [source.stream for source in parse_sources(streams, need_group=False)]
     return RetrySet(RedisOperatorStore(url), names, frozenset(ids), frozenset(types), frozenset(tenants))
 
 
 @verb(retry, "list")
-@_choosing
-@click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="At most; 0 for all.")
+@_filter_options
+@click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="Maximum; 0 for all.")
 @AS_JSON
-def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **choice: Any) -> None:
-    """List jobs that wait for their next try, soonest first.
+def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **selection: Any) -> None:
+    """List jobs that wait for a retry, soonest first.
 
     \b
     jobworker retry list --tenant t001
     """
-    desk = _desk(url, streams, **choice)
-    found = list(islice(desk.soonest_first(), limit + 1 if limit else None))
-    more = bool(limit) and len(found) > limit
-    found = found[:limit] if limit else found
-    now_s = desk.store.wall_now_s(desk.streams[0])
+    retries = _open_retries(url, streams, **selection)
+    jobs = list(islice(retries.soonest_first(), limit + 1 if limit else None))
+    more = bool(limit) and len(jobs) > limit
+    jobs = jobs[:limit] if limit else jobs
+    now_s = retries.store.wall_now_s(retries.streams[0])
     if as_json:
-        say_json({"retries": [_shown(one, now_s) for one in found], "more": more})
+        echo_json({"retries": [_to_json(one, now_s) for one in jobs], "more": more})
         return
     rows = [
         [_due(one.scheduled.due_wall_s - now_s), str(one.job.retry_count), strip_control(one.job.type, 20),
          strip_control(one.job.id, 36), strip_control(one.job.tenant_id, 16), one.stream]
-        for one in found
+        for one in jobs
     ]  # fmt: skip
     if rows:
         table(["DUE>", "RETRY>", "TYPE", "JOB", "TENANT", "STREAM"], rows)
     click.echo(
         "… and more: --limit 0 lists all"
         if more
-        else f"{pluralise(len(rows), 'job waits', 'jobs wait')} for the next try",
+        else f"{pluralise(len(rows), 'job waits', 'jobs wait')} for a retry",
         err=True,
     )
 
@@ -80,7 +80,7 @@ def _due(in_s: float) -> str:
     return f"in {format_duration(in_s)}" if in_s >= 0 else f"{format_duration(-in_s)} ago"
 
 
-def _shown(one: ScheduledRetry, now_s: float) -> dict[str, Any]:
+def _to_json(one: ScheduledRetry, now_s: float) -> dict[str, Any]:
     return {
         "stream": one.stream, "job_id": one.job.id, "type": one.job.type, "tenant_id": one.job.tenant_id,
         "retry_count": one.job.retry_count, "deaths": one.job.deaths,
@@ -89,30 +89,31 @@ def _shown(one: ScheduledRetry, now_s: float) -> dict[str, Any]:
 
 
 @verb(retry)
-@_choosing
-@click.option("--all", "all_of_them", is_flag=True, help="Every job that waits.")
+@_filter_options
+@click.option("--all", "all_of_them", is_flag=True, help="Every waiting retry.")
 @click.option("--dry-run", is_flag=True, help="Only count them.")
 @AS_JSON
 def now(
-    url: str, all_of_them: bool, dry_run: bool, as_json: bool, streams: tuple[str, ...], **choice: Any
+    url: str, all_of_them: bool, dry_run: bool, as_json: bool, streams: tuple[str, ...], **selection: Any
 ) -> None:
-    """Have waiting jobs tried now, not when their backoff is over.
+    """Retry waiting jobs now, without the rest of their backoff.
 
-    The tries that they have had still count.
+    Earlier tries still count.
 
     \b
     jobworker retry now job-1
     jobworker retry now --all
 
-    Exit code 1: one of the ids given does not wait for a try.
+    Exit code 1: one of the given ids does not wait for a retry.
     """
-    if not (all_of_them or any(choice.values())):
+    if not (all_of_them or any(selection.values())):
         raise click.UsageError("which ones? Give ids, --type or --tenant, or --all")
-    desk = _desk(url, streams, **choice)
-    missing = say_missing(desk.ids, (one.job.id for one in (desk.soonest_first() if desk.ids else ())))
-    moved = desk.try_now(dry_run=dry_run)
+    retries = _open_retries(url, streams, **selection)
+    waiting = retries.soonest_first() if retries.ids else ()
+    missing = echo_missing(retries.ids, (one.job.id for one in waiting))
+    moved = retries.make_due_now(dry_run=dry_run)
     if as_json:
-        say_json({"hastened": moved, "missing": missing, "dry_run": dry_run})
+        echo_json({"hastened": moved, "missing": missing, "dry_run": dry_run})
     else:
         click.echo(f"{pluralise(moved, 'job')} {'would be' if dry_run else 'made'} due now")
     if missing:

@@ -1,4 +1,7 @@
-"""What ``jobworker top`` shows, as lines of text: a look laid out for a terminal of any size (pure)."""
+"""Layout of ``jobworker top``: a snapshot as lines of text for a terminal of any width.
+
+No function here does input or output.
+"""
 
 from collections.abc import Iterator
 from datetime import datetime
@@ -8,9 +11,9 @@ from ..admin.overview import Overview
 from ..admin.status_client import Service
 from ..admin.words import format_duration, pad, pluralise, strip_control
 
-#: Of a job's type beside its id, which is what tells it from others.
+#: Columns for the type of a running job. It is cut rather than the id, which distinguishes jobs.
 _TYPE_COLUMNS = 13
-#: Leaves room for five numbers on a terminal of 80 columns, whose last one stays empty.
+#: Leaves room for five numbers on a terminal of 80 columns, of which the last stays empty.
 _NAME_COLUMNS = 28
 
 
@@ -21,49 +24,58 @@ class ScreenLine(NamedTuple):
     style: str = "plain"
 
 
-def lines(seen: Overview, width: int) -> list[ScreenLine]:
-    """The whole page, as long as it is; every line fits the width."""
-    body = [*_head(seen), *_streams(seen), *_types(seen), *_workers(seen), *_failures(seen)]
+def lines(overview: Overview, width: int) -> list[ScreenLine]:
+    """All lines of the page, each cut to the width."""
+    body = [
+        *_head(overview), *_streams(overview), *_types(overview), *_workers(overview),
+        *_dead_letters(overview),
+    ]  # fmt: skip
     return [ScreenLine(strip_control(line.text, width), line.style) for line in body]
 
 
-def _head(seen: Overview) -> Iterator[ScreenLine]:
-    clock = datetime.fromtimestamp(seen.wall_s).strftime("%H:%M:%S")
-    answering = [service for service in seen.services if service.said]
-    workers = seen.workers()
+def _head(overview: Overview) -> Iterator[ScreenLine]:
+    clock = datetime.fromtimestamp(overview.wall_s).strftime("%H:%M:%S")
+    answering = [service for service in overview.services if service.status]
+    workers = overview.workers()
     states = ", ".join(f"{count} {state}" for state, count in sorted(workers.items()))
-    done, failed = seen.rate("done"), seen.rate("failed")
-    rate = "" if seen.rates is None else f"  {done:.0f} jobs/s, {failed:.0f} failing/s"
+    done, failed = overview.rate("done"), overview.rate("failed")
+    rate = "" if overview.rates is None else f"  {done:.0f} jobs/s, {failed:.0f} failing/s"
     counts = f"{pluralise(len(answering), 'service')}, {pluralise(workers.total(), 'worker')}"
     yield ScreenLine(f"{clock}  {counts}{states and f' ({states})'}{rate}", "head")
-    if seen.trouble:
-        yield ScreenLine(seen.trouble, "bad")
-    for service in seen.services:
-        if not service.said:
-            yield ScreenLine(f"{service.url}: {service.trouble}", "dim")
-        for reason in service.said.get("reasons", ()):
+    if overview.error:
+        yield ScreenLine(overview.error, "bad")
+    for service in overview.services:
+        if not service.status:
+            yield ScreenLine(f"{service.url}: {service.error}", "dim")
+        for reason in service.status.get("reasons", ()):
             yield ScreenLine(f"{service.consumer}: {reason}", "bad")
-    for pause in seen.pauses:
+    for job_type in sorted(_open_circuits(overview)):
+        yield ScreenLine(f"{job_type}: circuit open, its dependency does not answer", "bad")
+    for pause in overview.pauses:
         note = f": {pause.note}" if pause.note else ""
-        yield ScreenLine(
-            f"{pause.kind} is paused for {format_duration(max(0.0, seen.wall_s - pause.wall_since_s))}{note}",
-            "bad",
-        )
+        paused = format_duration(max(0.0, overview.wall_s - pause.wall_since_s))
+        yield ScreenLine(f"{pause.kind} is paused for {paused}{note}", "bad")
+
+
+def _open_circuits(overview: Overview) -> set[str]:
+    return {
+        job_type for service in overview.services for job_type in service.types_with("z_novel_circuit_open")
+    }
 
 
 def _row(*cells: tuple[str, int]) -> str:
-    """Cells as wide as asked for; a negative width sets to the right. The last one is not cut."""
+    """Cells as wide as given; a negative width aligns right, 0 leaves the cell as it is."""
     texts = [pad(strip_control(text, abs(width)), width) if width else text for text, width in cells]
     return " ".join(texts).rstrip()
 
 
-def _streams(seen: Overview) -> Iterator[ScreenLine]:
-    if not seen.streams:
+def _streams(overview: Overview) -> Iterator[ScreenLine]:
+    if not overview.streams:
         return
     names = ("QUEUED", "PENDING", "RETRYING", "DEAD", "OLDEST")
     yield ScreenLine("")
     yield ScreenLine(_row(("STREAM", _NAME_COLUMNS), *((name, -9) for name in names)), "head")
-    for source, depths in seen.streams:
+    for source, depths in overview.streams:
         numbers = (depths.queued, depths.pending, depths.retrying, depths.dead)
         oldest = format_duration(depths.oldest_age_s) if depths.queued else "-"
         yield ScreenLine(
@@ -71,44 +83,40 @@ def _streams(seen: Overview) -> Iterator[ScreenLine]:
         )
 
 
-def _types(seen: Overview) -> Iterator[ScreenLine]:
-    if not seen.totals:
+def _types(overview: Overview) -> Iterator[ScreenLine]:
+    if not overview.totals:
         return
     yield ScreenLine("")
     names = ("DONE/s", "FAILED/s", "RETRIED/s", "DEAD/s", "DONE")
     yield ScreenLine(_row(("TYPE", _NAME_COLUMNS), *((name, -9) for name in names)), "head")
-    waiting = {kind for service in seen.services for kind in service.flagged("z_novel_circuit_open")}
-    paused = {pause.kind for pause in seen.pauses}
-    for kind, totals in sorted(seen.totals.items()):
-        rates = (seen.rates or {}).get(kind)
+    waiting = _open_circuits(overview) | {pause.kind for pause in overview.pauses}
+    for job_type, totals in sorted(overview.totals.items()):
+        rates = (overview.rates or {}).get(job_type)
         cells = [
-            (f"{rates[what]:.1f}" if rates else "-", -9) for what in ("done", "failed", "retried", "dead")
+            (f"{rates[name]:.1f}" if rates else "-", -9) for name in ("done", "failed", "retried", "dead")
         ]
-        said = "paused" if kind in paused else "what it needs does not answer" if kind in waiting else ""
-        text = _row((kind, _NAME_COLUMNS), *cells, (f"{totals['done']:.0f}", -9), (said, 0))
-        yield ScreenLine(text, "bad" if said else "plain")
+        text = _row((job_type, _NAME_COLUMNS), *cells, (f"{totals['done']:.0f}", -9))
+        yield ScreenLine(text, "bad" if job_type in waiting else "plain")
 
 
-def _workers(seen: Overview) -> Iterator[ScreenLine]:
-    found = [(service, worker) for service in seen.services for worker in service.workers()]
-    if not found:
+def _workers(overview: Overview) -> Iterator[ScreenLine]:
+    workers = [(service, worker) for service in overview.services for worker in service.workers()]
+    if not workers:
         return
     yield ScreenLine("")
     names = (("PID", -7), ("MiB", -5), ("DONE", -8), ("LOST", -4), ("FOR", -8), ("RUNS", 0))
     yield ScreenLine(_row(("WORKER", 12), *names), "head")
-    for service, worker in found:
-        yield ScreenLine(
-            _worker(seen, service, worker), "plain" if worker["state"] in ("idle", "busy") else "dim"
-        )
+    for service, worker in workers:
+        style = "plain" if worker["state"] in ("idle", "busy") else "dim"
+        yield ScreenLine(_worker(overview, service, worker), style)
 
 
-def _worker(seen: Overview, service: Service, worker: dict[str, Any]) -> str:
-    """One line; as much of the job's id as 80 columns have room for."""
+def _worker(overview: Overview, service: Service, worker: dict[str, Any]) -> str:
     running = worker.get("running")
     runs = f"{running['count']}: " if running and running["count"] > 1 else ""
     for job in running["jobs"][:1] if running else ():
-        name = seen.names.get((job["stream"], job["entry_id"])) or job["entry_id"]
-        runs += f"{strip_control(job['type'], _TYPE_COLUMNS)} {name}"
+        job_id = overview.job_ids.get((job["stream"], job["entry_id"])) or job["entry_id"]
+        runs += f"{strip_control(job['type'], _TYPE_COLUMNS)} {job_id}"
     numbers = (
         (worker["pid"], -7),
         (worker["rss_mib"], -5),
@@ -116,20 +124,20 @@ def _worker(seen: Overview, service: Service, worker: dict[str, Any]) -> str:
         (worker["restarts"], -4),
     )
     return _row(
-        (f"{service.said['instance']}/{worker['slot']}", 12),
+        (f"{service.status['instance']}/{worker['slot']}", 12),
         *((str(number), width) for number, width in numbers),
         (format_duration(running["for_s"]) if running else worker["state"], -8),
         (runs, 0),
     )
 
 
-def _failures(seen: Overview) -> Iterator[ScreenLine]:
-    if not seen.letters:
+def _dead_letters(overview: Overview) -> Iterator[ScreenLine]:
+    if not overview.letters:
         return
     yield ScreenLine("")
-    yield ScreenLine(_row(("GIVEN UP", -8), ("REASON", 10), ("TYPE", 16), ("JOB", 16), ("ERROR", 0)), "head")
-    for letter in seen.letters:
-        ago = format_duration(max(0.0, seen.wall_s - letter.wall_s))
+    yield ScreenLine(_row(("DEAD FOR", -8), ("REASON", 10), ("TYPE", 16), ("JOB", 16), ("ERROR", 0)), "head")
+    for letter in overview.letters:
+        age = format_duration(max(0.0, overview.wall_s - letter.wall_s))
         yield ScreenLine(
-            _row((ago, -8), (letter.reason, 10), (letter.type, 16), (letter.job_id, 16), (letter.error, 0))
+            _row((age, -8), (letter.reason, 10), (letter.type, 16), (letter.job_id, 16), (letter.error, 0))
         )

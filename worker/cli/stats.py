@@ -1,51 +1,50 @@
-"""``jobworker stats``: how much waits where, what the services do, and how fast."""
+"""``jobworker stats``: queue depths, workers and rates, printed once."""
 
 import time
 
 import click
 
-from ..admin.deployment import Deployment, source_list
-from ..admin.overview import Overview, overview_poller_of
+from ..admin.deployment import Deployment
+from ..admin.overview import Overview, open_poller
 from ..admin.words import format_duration, pluralise, strip_control
 from ..errors import StoreUnavailable
 from ..telemetry.log import redacted
-from .common import AS_JSON, STREAMS, say_json, table, verb_on_deployment
-from .top import as_plain
+from .common import AS_JSON, STREAMS, echo_json, table, verb_on_deployment
+from .top import to_json
 
 
 def add_to(main: click.Group) -> None:
-    """Make it a verb of ``jobworker``."""
+    """Add the verb to ``jobworker``."""
     watch = click.option("--watch", type=click.FloatRange(0.1), metavar="SECONDS",
-                         help="Look twice, so far apart, and say how much happened a second.")  # fmt: skip
+                         help="Take two snapshots, this far apart, and print the rates.")  # fmt: skip
     verb_on_deployment(main)(STREAMS(watch(AS_JSON(stats))))
 
 
 def stats(deployment: Deployment, streams: tuple[str, ...], watch: float | None, as_json: bool) -> None:
-    """How much waits, runs, and was given up, by stream.
+    """Print queued, pending, retrying and dead jobs by stream.
 
-    QUEUED was not given to any worker yet; PENDING was, and is not finished; RETRYING waits for its next
-    try; DEAD was given up; OLDEST is how long the oldest queued job has waited. Where services answer at
-    --metrics-url, their workers and (with --watch) rates by type follow.
+    QUEUED: not read by any service yet. PENDING: read and not finished. RETRYING: waits for a retry. DEAD:
+    dead letters. OLDEST: age of the oldest queued job. If services answer at --metrics-url, their workers
+    follow, and with --watch the rates by type.
 
     \b
     jobworker stats
     jobworker stats --watch 5 --json
     """
-    source_list(streams)
-    watcher = overview_poller_of(deployment, streams)
-    seen = watcher.look()
+    poller = open_poller(deployment, streams)
+    overview = poller.snapshot()
     if watch:
-        time.sleep(watch)  # rates are what happens in between
-        seen = watcher.look()
-    if seen.trouble:
-        raise StoreUnavailable(seen.trouble)
+        time.sleep(watch)  # rates need two snapshots
+        overview = poller.snapshot()
+    if overview.error:
+        raise StoreUnavailable(overview.error)
     if as_json:
-        say_json(as_plain(seen))
+        echo_json(to_json(overview))
         return
-    _print(seen)
+    _print(overview)
 
 
-def _print(seen: Overview) -> None:
+def _print(overview: Overview) -> None:
     table(
         ["STREAM", "GROUP", "QUEUED>", "PENDING>", "RETRYING>", "DEAD>", "OLDEST>"],
         [
@@ -55,22 +54,22 @@ def _print(seen: Overview) -> None:
                 *(str(number) for number in depths[:4]),
                 format_duration(depths.oldest_age_s) if depths.queued else "-",
             ]
-            for source, depths in seen.streams
+            for source, depths in overview.streams
         ],
     )
-    for pause in seen.pauses:
+    for pause in overview.pauses:
         click.echo(f"{strip_control(pause.kind)} is paused: jobworker resume {strip_control(pause.kind)}")
-    for service in (one for one in seen.services if not one.said):
-        says = f"no service answers at {service.url}: {strip_control(redacted(service.trouble))}"
-        click.echo(f"{says}; --metrics-url says where its workers and rates are to be had", err=True)
-    workers = seen.workers()
+    for service in (one for one in overview.services if not one.status):
+        message = f"no service answers at {service.url}: {strip_control(redacted(service.error))}"
+        click.echo(f"{message}; give the url of each service by --metrics-url", err=True)
+    workers = overview.workers()
     if workers:
         states = ", ".join(f"{count} {state}" for state, count in sorted(workers.items()))
         click.echo(f"{pluralise(workers.total(), 'worker')}: {states}")
-    if seen.rates:
-        whats = ("done", "failed", "retried", "dead")
+    if overview.rates:
+        names = ("done", "failed", "retried", "dead")
         rows = [
-            [strip_control(kind), *(f"{rates[what]:.1f}" for what in whats)]
-            for kind, rates in sorted(seen.rates.items())
+            [strip_control(job_type), *(f"{rates[name]:.1f}" for name in names)]
+            for job_type, rates in sorted(overview.rates.items())
         ]
-        table(["TYPE", *(f"{what.upper()}/s>" for what in whats)], rows)
+        table(["TYPE", *(f"{name.upper()}/s>" for name in names)], rows)

@@ -1,4 +1,4 @@
-"""``jobworker top``: a live page in a terminal, by keys; one look in plain text where there is none."""
+"""``jobworker top``: live dashboard in a terminal; a single snapshot as text if there is no terminal."""
 
 import contextlib
 import curses
@@ -14,28 +14,28 @@ from typing import Any
 import click
 
 from ..admin.deployment import Deployment
-from ..admin.overview import Overview, overview_poller_of
+from ..admin.overview import Overview, open_poller
 from ..admin.words import format_duration
 from ..errors import StoreUnavailable
 from ..telemetry.log import redacted
-from .common import AS_JSON, STREAMS, say_json, verb_on_deployment
+from .common import AS_JSON, STREAMS, echo_json, verb_on_deployment
 from .screen import ScreenLine, lines
 
-#: How late a key press is heeded at most.
-_KEYS_EVERY_MS = 100
-#: The first rates need two looks; in plain text they are taken this far apart.
-_FIRST_WINDOW_S = 1.0
-_KEYS = "q quit   p freeze   ↑ ↓ PgUp PgDn scroll   space look now"
+#: Longest delay until a key press takes effect.
+_KEY_TIMEOUT_MS = 100
+#: Rates need two snapshots; for a single page of text they are taken this far apart.
+_FIRST_INTERVAL_S = 1.0
+_KEYS = "q quit   p freeze   ↑ ↓ PgUp PgDn scroll   space refresh"
 
 
 def add_to(main: click.Group) -> None:
-    """Make it a verb of ``jobworker``."""
+    """Add the verb to ``jobworker``."""
     command = AS_JSON(top)
     for option in (
         STREAMS,
-        click.option("--once", is_flag=True, help="One look in plain text, also on a terminal."),
+        click.option("--once", is_flag=True, help="Print one snapshot as text, also on a terminal."),
         click.option("--interval", type=click.FloatRange(0.2), default=1.0, show_default=True,
-                     help="Seconds between two looks."),
+                     help="Seconds between two snapshots."),
     ):  # fmt: skip
         command = option(command)
     verb_on_deployment(main)(command)
@@ -44,123 +44,126 @@ def add_to(main: click.Group) -> None:
 def top(deployment: Deployment, interval: float, once: bool, streams: tuple[str, ...], as_json: bool) -> None:
     """Watch the deployment live.
 
-    Shown are streams, rates, what every worker runs, and the last failures. Keys: q quits, p freezes the
-    page, arrows and Page keys scroll, space looks at once. Without a terminal (or with --once or --json) one
-    look is printed. Workers and rates are what the services say at --metrics-url; give it once for each host.
+    Shows streams, rates, the jobs of every worker and the newest dead letters. Keys: q quits, p freezes the
+    page, arrows and Page keys scroll, space refreshes at once. Without a terminal (or with --once or --json)
+    one snapshot is printed. Workers and rates come from the services at --metrics-url; give one for each.
 
     \b
     jobworker top
     jobworker top --metrics-url http://a:9464 --metrics-url http://b:9464
     """
-    watcher = overview_poller_of(deployment, streams)
+    poller = open_poller(deployment, streams)
     if as_json or once or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
-        watcher.look()
-        time.sleep(_FIRST_WINDOW_S)  # rates are what happens in between
-        seen = watcher.look()
-        _print(seen, as_json)
-        if seen.trouble:
-            raise StoreUnavailable(seen.trouble)
+        poller.snapshot()
+        time.sleep(_FIRST_INTERVAL_S)  # rates need two snapshots
+        overview = poller.snapshot()
+        _print(overview, as_json)
+        if overview.error:
+            raise StoreUnavailable(overview.error)
         return
-    with contextlib.suppress(locale.Error):  # ssh sends a name that this host may not have
+    with contextlib.suppress(locale.Error):  # ssh may send a locale that this host does not have
         locale.setlocale(locale.LC_ALL, "")
-    _know_the_terminal()
+    _use_known_terminal()
     os.environ.setdefault("ESCDELAY", "25")
-    curses.wrapper(_Page(watcher.look, interval).run)
+    curses.wrapper(_Dashboard(poller.snapshot, interval).run)
 
 
-def as_plain(seen: Overview) -> dict[str, Any]:
-    """A look for machines."""
+def to_json(overview: Overview) -> dict[str, Any]:
+    """A snapshot for scripts; the names are part of the interface."""
     return {
-        "streams": [{**source._asdict(), **depths._asdict()} for source, depths in seen.streams],
+        "streams": [{**source._asdict(), **depths._asdict()} for source, depths in overview.streams],
         "services": [
-            {"url": one.url, "trouble": redacted(one.trouble)}
-            | {key: value for key, value in one.said.items() if key != "metrics"}
-            for one in seen.services
+            {"url": one.url, "trouble": redacted(one.error)}
+            | {key: value for key, value in one.status.items() if key != "metrics"}
+            for one in overview.services
         ],
-        "totals": seen.totals,
-        "rates": seen.rates,
-        "paused": [pause._asdict() for pause in seen.pauses],
+        "totals": overview.totals,
+        "rates": overview.rates,
+        "paused": [
+            {"kind": one.kind, "wall_since_s": one.wall_since_s, "note": one.note} for one in overview.pauses
+        ],
         "failures": [
             {key: value for key, value in asdict(letter).items() if key not in ("task", "raw", "details")}
-            for letter in seen.letters
+            for letter in overview.letters
         ],
-        "trouble": redacted(seen.trouble),
+        "trouble": redacted(overview.error),
     }
 
 
-def _print(seen: Overview, as_json: bool) -> None:
+def _print(overview: Overview, as_json: bool) -> None:
     if as_json:
-        say_json(as_plain(seen))
+        echo_json(to_json(overview))
         return
     width = int(os.environ.get("COLUMNS", 0)) or 200
-    for line in lines(seen, width):
+    for line in lines(overview, width):
         click.echo(line.text)
 
 
-def _know_the_terminal() -> None:
-    """A terminal newer than this host's descriptions, as comes by ssh, most likely does what xterm does."""
+def _use_known_terminal() -> None:
+    """Fall back to xterm: ssh passes on the name of a terminal that this host may not know, and nearly all
+    newer ones are compatible with xterm."""
     try:
         curses.setupterm()
     except curses.error:
         os.environ["TERM"] = "xterm"
 
 
-class _Page:
-    """The live page. A thread of its own looks, so that keys are heeded while a store is silent."""
+class _Dashboard:
+    """The live page. Snapshots are taken in a thread, so that keys work while a store does not answer."""
 
-    def __init__(self, look: Callable[[], Overview], interval_s: float) -> None:
-        self._look = look
+    def __init__(self, take_snapshot: Callable[[], Overview], interval_s: float) -> None:
+        self._take_snapshot = take_snapshot
         self._interval_s = interval_s
-        self._seen: Overview | None = None
+        self._overview: Overview | None = None
         self._error: Exception | None = None
-        self._mono_seen_s = 0.0
-        self._now = threading.Event()
+        self._mono_taken_s = 0.0
+        self._refresh = threading.Event()
         self._frozen = False
         self._offset = 0
 
     def run(self, screen: "curses.window") -> None:
-        """Until q is pressed."""
+        """Draw until q is pressed."""
         with contextlib.suppress(curses.error):  # a terminal whose cursor cannot be hidden
             curses.curs_set(0)
         if curses.has_colors():
             curses.use_default_colors()
             for number, colour in enumerate((curses.COLOR_RED, curses.COLOR_CYAN), 1):
                 curses.init_pair(number, colour, -1)
-        screen.timeout(_KEYS_EVERY_MS)
-        threading.Thread(target=self._keep_looking, name="look", daemon=True).start()
+        screen.timeout(_KEY_TIMEOUT_MS)
+        threading.Thread(target=self._poll, name="snapshots", daemon=True).start()
         while True:
             self._draw(screen)
             if self._error is not None:
                 raise self._error
-            if not self._heed(screen.getch(), screen.getmaxyx()[0]):
+            if not self._handle_key(screen.getch(), screen.getmaxyx()[0]):
                 return
 
-    def _keep_looking(self) -> None:
+    def _poll(self) -> None:
         while self._error is None:
             try:
-                seen = self._look()
-            except Exception as error:  # the page's own thread raises it, where the terminal is put back
+                overview = self._take_snapshot()
+            except Exception as error:  # raised by the main thread, which restores the terminal
                 self._error = error
                 return
             if not self._frozen:
-                self._seen, self._mono_seen_s = seen, time.monotonic()
-            self._now.wait(self._interval_s)
-            self._now.clear()
+                self._overview, self._mono_taken_s = overview, time.monotonic()
+            self._refresh.wait(self._interval_s)
+            self._refresh.clear()
 
-    def _heed(self, key: int, height: int) -> bool:
-        """Do what a key says; False: quit."""
+    def _handle_key(self, key: int, height: int) -> bool:
+        """Carry out a key press. False: quit."""
         steps = {curses.KEY_UP: -1, curses.KEY_DOWN: 1, ord("k"): -1, ord("j"): 1,
                  curses.KEY_PPAGE: 2 - height, curses.KEY_NPAGE: height - 2}  # fmt: skip
         self._offset = max(0, self._offset + steps.get(key, 0))
         if key == ord("p"):
             self._frozen = not self._frozen
         if key == ord(" "):
-            self._now.set()
+            self._refresh.set()
         return key not in (ord("q"), ord("Q"))
 
     def _draw(self, screen: "curses.window") -> None:
         height, width = screen.getmaxyx()
-        page = lines(self._seen, width - 1) if self._seen else [ScreenLine("looking …")]
+        page = lines(self._overview, width - 1) if self._overview else [ScreenLine("waiting for data …")]
         room = max(0, height - 2)
         self._offset = min(self._offset, max(0, len(page) - 1 - room))
         screen.erase()
@@ -171,16 +174,11 @@ class _Page:
         screen.refresh()
 
     def _footer(self, length: int, room: int) -> str:
-        age_s = time.monotonic() - self._mono_seen_s if self._seen else 0.0
-        state = (
-            "FROZEN"
-            if self._frozen
-            else f"{format_duration(age_s)} old"
-            if age_s > 2 * self._interval_s + 1
-            else ""
-        )
-        where = f"{self._offset + 1}-{min(length, self._offset + room)}/{length}" if length > room else ""
-        return f" {_KEYS}   {where} {state} "
+        age_s = time.monotonic() - self._mono_taken_s if self._overview else 0.0
+        is_stale = age_s > 2 * self._interval_s + 1
+        state = "FROZEN" if self._frozen else f"{format_duration(age_s)} old" if is_stale else ""
+        position = f"{self._offset + 1}-{min(length, self._offset + room)}/{length}" if length > room else ""
+        return f" {_KEYS}   {position} {state} "
 
 
 def _attribute(style: str) -> int:

@@ -1,4 +1,4 @@
-"""``jobworker web``: the page for a browser."""
+"""``jobworker web``: serve the operator's page for a browser."""
 
 import os
 import sys
@@ -13,20 +13,20 @@ from .common import STREAMS, verb_on_deployment
 
 
 def add_to(main: click.Group) -> None:
-    """Make it a verb of ``jobworker``."""
+    """Add the verb to ``jobworker``."""
     command = STREAMS(web)
     for option in reversed((
         click.option("--listen", default="127.0.0.1:9465", show_default=True, metavar="HOST:PORT",
-                     envvar=f"{ENV_PREFIX}_WEB_LISTEN", help="Where to serve it; port 0 picks one."),
+                     envvar=f"{ENV_PREFIX}_WEB_LISTEN", help="Address to listen on; port 0 picks one."),
         click.option("--token-file", default="", type=click.Path(dir_okay=False),
                      envvar=f"{ENV_PREFIX}_WEB_TOKEN_FILE",
-                     help=f"File with the token that people log in with.  [default: {ENV_PREFIX}_WEB_TOKEN]"),
+                     help=f"File with the token for logging in.  [default: {ENV_PREFIX}_WEB_TOKEN]"),
         click.option("--allow-actions", is_flag=True, envvar=f"{ENV_PREFIX}_WEB_ALLOW_ACTIONS",
-                     help="Requeue, delete, retry now, pause and resume from the page; needs a token."),
+                     help="Allow requeue, delete, retry now, pause and resume; needs a token."),
         click.option("--show-payloads", is_flag=True, envvar=f"{ENV_PREFIX}_WEB_SHOW_PAYLOADS",
-                     help="Show what is in the jobs too (tenants' texts)."),
+                     help="Show the payloads of jobs too (tenants' texts)."),
         click.option("--interval", type=click.FloatRange(0.2), default=2.0, show_default=True,
-                     help="Seconds between two looks at the deployment."),
+                     help="Seconds between two snapshots of the deployment."),
     )):  # fmt: skip
         command = option(command)
     verb_on_deployment(main)(command)
@@ -36,18 +36,18 @@ def web(
     deployment: Deployment, streams: tuple[str, ...], listen: str, token_file: str, allow_actions: bool,
     show_payloads: bool, interval: float,
 ) -> None:  # fmt: skip
-    """Serve the live view as a page for a browser.
+    """Serve the operator's web page.
 
-    Queues, workers, retries, dead letters and any job's story. It only shows, to this machine only, unless
-    told otherwise. Elsewhere, or to act from it, it needs a token of 16 characters or more, which is read
-    from the environment or a file, never from an option.
+    Shows queues, workers, retries, dead letters and where any job is. By default it is read-only and
+    reachable from this machine only. Another address, or actions, need a token of 16 characters or more. It
+    is read from the environment or from a file, never from an option.
 
     \b
     jobworker web
-    ssh -L 9465:127.0.0.1:9465 host                      # then look at http://127.0.0.1:9465
+    ssh -L 9465:127.0.0.1:9465 host                      # then open http://127.0.0.1:9465
     JOBWORKER_WEB_TOKEN=$(openssl rand -hex 24) jobworker web --allow-actions
 
-    Exit code 0: stopped as asked.
+    Exit code 0: stopped by INT or TERM.
     """
     try:
         from ..web.serve import Options, serve

@@ -1,2 +1,4 @@
-"""The operator's page in a browser: what the verbs of ``jobworker`` show and do, with nothing of its own
-beneath it. Needs the extra ``web``; nothing outside this room imports it but the verb that starts it."""
+"""Operator's web page. It shows and does what the ``jobworker`` verbs do, by the same functions of ``admin``.
+
+Needs the extra ``web``. Only the command that starts it imports this package.
+"""

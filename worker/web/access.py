@@ -1,4 +1,4 @@
-"""Who may see the page and who may act on it: the token, sessions, and where a request comes from."""
+"""Access control of the page: token, sessions, login throttling and the origin of requests."""
 
 import hashlib
 import hmac
@@ -11,59 +11,59 @@ from typing import NamedTuple
 
 from ..errors import ConfigurationError
 
-#: A shift, so that nobody logs in twice a night; a page left open for longer asks again.
+#: One shift: an operator logs in once a night, and a page left open longer asks again.
 SESSION_S = 12 * 3600.0
-#: Shorter ones could be guessed within reach of the limit below.
-LEAST_TOKEN_CHARS = 16
-#: Wrong tokens that one address may send a minute.
-_TRIES, _TRIES_WITHIN_S = 10, 60.0
-#: Sessions and addresses that are remembered: more are an attack, and the oldest make way.
-_MOST_SESSIONS, _MOST_ADDRESSES = 1000, 1000
+#: A shorter token could be guessed in spite of the login limit below.
+MIN_TOKEN_CHARS = 16
+#: Wrong tokens that one address may send in this time.
+_MAX_FAILURES, _FAILURE_WINDOW_S = 10, 60.0
+#: Limits on memory. More sessions or addresses are an attack; the oldest are dropped.
+_MAX_SESSIONS, _MAX_ADDRESSES = 1000, 1000
 
 
 class Session(NamedTuple):
-    """Somebody who has given the token; ``csrf`` stands in every form that they are given."""
+    """A browser that sent the token. ``csrf`` is part of every form that it gets."""
 
     csrf: str
     mono_until_s: float
 
 
-class TooManyTries(Exception):
-    """This address has sent too many wrong tokens of late."""
+class TooManyFailures(Exception):
+    """The address sent too many wrong tokens within a minute."""
 
 
 class Access:
-    """The token and the sessions that were opened with it; without a token everybody may look."""
+    """The token and the sessions opened with it. Without a token, everyone on this machine may read."""
 
     def __init__(self, token: str, *, mono_s: Callable[[], float] = time.monotonic) -> None:
-        """Raises `ConfigurationError` where the token can be guessed."""
-        if token and len(token) < LEAST_TOKEN_CHARS:
-            raise ConfigurationError(f"the token is too short: give {LEAST_TOKEN_CHARS} characters or more")
+        """Raises `ConfigurationError` if the token is short enough to be guessed."""
+        if token and len(token) < MIN_TOKEN_CHARS:
+            raise ConfigurationError(f"the token is too short: give {MIN_TOKEN_CHARS} characters or more")
         self._token = _digest(token) if token else None
         self._mono_s = mono_s
         self._sessions: OrderedDict[bytes, Session] = OrderedDict()
         self._failures: OrderedDict[str, deque[float]] = OrderedDict()
 
     @property
-    def guarded(self) -> bool:
-        """Whether a token is asked for."""
+    def requires_token(self) -> bool:
+        """Whether a visitor must log in."""
         return self._token is not None
 
     def log_in(self, token: str, address: str) -> str | None:
-        """The cookie of a new session, or None for a wrong token. Raises `TooManyTries`."""
+        """The cookie of a new session; None for a wrong token. Raises `TooManyFailures`."""
         now_s = self._mono_s()
-        failures = self._failures.setdefault(address, deque(maxlen=_TRIES))
+        failures = self._failures.setdefault(address, deque(maxlen=_MAX_FAILURES))
         self._failures.move_to_end(address)
-        while len(self._failures) > _MOST_ADDRESSES:
+        while len(self._failures) > _MAX_ADDRESSES:
             self._failures.popitem(last=False)
-        if len(failures) == _TRIES and now_s - failures[0] < _TRIES_WITHIN_S:
-            raise TooManyTries
+        if len(failures) == _MAX_FAILURES and now_s - failures[0] < _FAILURE_WINDOW_S:
+            raise TooManyFailures
         if self._token is None or not hmac.compare_digest(_digest(token), self._token):
             failures.append(now_s)
             return None
         cookie = secrets.token_urlsafe(32)
         self._sessions[_digest(cookie)] = Session(secrets.token_urlsafe(32), now_s + SESSION_S)
-        while len(self._sessions) > _MOST_SESSIONS:
+        while len(self._sessions) > _MAX_SESSIONS:
             self._sessions.popitem(last=False)
         return cookie
 
@@ -72,15 +72,15 @@ class Access:
         self._sessions.pop(_digest(cookie), None)
 
     def session(self, cookie: str | None) -> Session | None:
-        """The session of a cookie, while it lasts."""
+        """The session of a cookie; None if it is unknown or expired."""
         session = self._sessions.get(_digest(cookie)) if cookie else None
         return session if session and session.mono_until_s > self._mono_s() else None
 
 
-def is_ours(headers: Mapping[str, str], host: str) -> bool:
-    """Whether a request that changes something was sent by a page of this very address.
+def is_same_origin(headers: Mapping[str, str], host: str) -> bool:
+    """Whether a request was sent by a page of this address (protection against cross-site requests).
 
-    A browser says so by Origin; where that is missing, by Sec-Fetch-Site. One that says neither is refused.
+    Browsers send Origin or Sec-Fetch-Site. A request with neither is refused.
     """
     origin = headers.get("origin")
     if origin is not None:
@@ -89,8 +89,11 @@ def is_ours(headers: Mapping[str, str], host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a Host header or an address names this machine to itself. Any other name on an unguarded
-    page is a foreign site's that was made to point here."""
+    """Whether a Host header or an address is a loopback name.
+
+    A page without a token refuses other names: they belong to a site whose name was pointed at this machine
+    (DNS rebinding).
+    """
     name = host.partition("]")[0].removeprefix("[") if host.startswith("[") else host
     if name.count(":") == 1:
         name = name.partition(":")[0]
@@ -101,5 +104,5 @@ def is_loopback(host: str) -> bool:
 
 
 def _digest(text: str) -> bytes:
-    """Of equal length whatever the text, so that a comparison tells nothing."""
+    """A hash: equal in length for all texts, so that the time of a comparison reveals nothing."""
     return hashlib.sha256(text.encode()).digest()

@@ -1,4 +1,7 @@
-"""What the page changes: each by a form that its own page sent, with a session's own token in it."""
+"""Forms that change something: log in and out, requeue, delete, retry now, pause and resume.
+
+An action needs ``--allow-actions``, a session and the session's CSRF token in the form.
+"""
 
 import hmac
 import logging
@@ -13,70 +16,71 @@ from starlette.responses import RedirectResponse, Response
 
 from ..admin.dead_letters import BulkOperation, Cursor, DeadLetterQueue, SelectedLetters
 from ..store.operator import OperatorStore
-from .access import Access, TooManyTries
+from .access import Access, TooManyFailures
 from .background import BackgroundTask, TooManyTasks
-from .filters import DeadFilter, write_place
+from .filters import DeadFilter, format_cursor
 from .guard import COOKIE
-from .pages import LOOK_AT, Site
+from .pages import SCAN_LIMIT, Site
 
 log = logging.getLogger("jobworker.web")
 
-#: A page of letters comes to some 5 KB.
-_FORM_BYTES = 256 * 1024
-_FORM_FIELDS = 1000
-#: What may be done to dead letters, and how it is told when it is over.
-_DEEDS = {"requeue": "sent again", "purge": "deleted"}
+#: A form with a page of letters has about 5 KB.
+_MAX_FORM_BYTES = 256 * 1024
+_MAX_FORM_FIELDS = 1000
+#: Operations on dead letters, and the participle of each for its outcome.
+_OPERATIONS = {"requeue": "requeued", "purge": "deleted"}
 
 Form = dict[str, list[str]]
 
 
 async def read_form(request: Request) -> Form:
-    """The fields of a form. Raises `HTTPException` for a body that is none, or too large."""
+    """The fields of a form. Raises `HTTPException` if the body is not a form or too large."""
     if request.headers.get("content-type", "").partition(";")[0] != "application/x-www-form-urlencoded":
-        raise HTTPException(415, "A form was expected.")
+        raise HTTPException(415, "The body of this request is not a form.")
     body = b""
     async for chunk in request.stream():
         body += chunk
-        if len(body) > _FORM_BYTES:
+        if len(body) > _MAX_FORM_BYTES:
             raise HTTPException(413, "The form is too large.")
     try:
-        return parse_qs(body.decode(), keep_blank_values=True, max_num_fields=_FORM_FIELDS)
+        return parse_qs(body.decode(), keep_blank_values=True, max_num_fields=_MAX_FORM_FIELDS)
     except ValueError as error:
         raise HTTPException(400, "The form cannot be read.") from error
 
 
-def one_of(form: Form, name: str) -> str:
-    """A field's first value, empty where it is absent."""
+def first_value(form: Form, name: str) -> str:
+    """The first value of a field; empty if the field is absent."""
     return form.get(name, [""])[0]
 
 
 class Actions:
-    """A method a form. Without ``allowed`` every one is refused but logging in and out."""
+    """One method per form. Unless ``allowed``, only log in and log out work."""
 
     def __init__(self, site: Site, access: Access, allowed: bool) -> None:
         self._site = site
         self._access = access
         self._allowed = allowed
 
-    # -- the token
+    # -- the session
 
-    def ask_token(self, request: Request) -> Response:
-        """The form that asks for it."""
-        return self._login(request, request.query_params.get("next", "/"))
+    def login_form(self, request: Request) -> Response:
+        """The form that asks for the token."""
+        return self._login_page(request, request.query_params.get("next", "/"))
 
     async def log_in(self, request: Request) -> Response:
-        """Open a session, or ask again."""
+        """Open a session, or show the form again."""
         form = await read_form(request)
-        wanted = one_of(form, "next")
+        next_page = first_value(form, "next")
+        address = request.client.host if request.client else ""
         try:
-            cookie = self._access.log_in(one_of(form, "token"), request.client.host if request.client else "")
-        except TooManyTries:
-            log.warning("too many wrong tokens", extra={"address": request.client and request.client.host})
-            return self._login(request, wanted, "Too many wrong tokens: wait a minute.", 429)
+            cookie = self._access.log_in(first_value(form, "token"), address)
+        except TooManyFailures:
+            log.warning("web.login_throttled", extra={"address": address})
+            return self._login_page(request, next_page, "Too many wrong tokens: wait a minute.", 429)
         if cookie is None:
-            log.warning("wrong token", extra={"address": request.client and request.client.host})
-            return self._login(request, wanted, "This is not the token.", 403)
-        response = RedirectResponse(_local(wanted), 303)
+            log.warning("web.login_refused", extra={"address": address})
+            return self._login_page(request, next_page, "The token is wrong.", 403)
+        response = RedirectResponse(_local_path(next_page), 303)
         response.set_cookie(
             COOKIE, cookie, path="/", httponly=True, samesite="strict", secure=request.url.scheme == "https"
         )
@@ -84,156 +88,168 @@ class Actions:
 
     async def log_out(self, request: Request) -> Response:
         """End the session."""
-        self._check(request, await read_form(request))
+        self._check_csrf(request, await read_form(request))
         self._access.log_out(request.cookies.get(COOKIE, ""))
         response = RedirectResponse("/login", 303)
         response.delete_cookie(COOKIE, path="/")
         return response
 
-    def _login(self, request: Request, wanted: str, trouble: str = "", status: int = 200) -> Response:
-        return self._site.renderer.page(request, "login.html", status, wanted=wanted, trouble=trouble)
+    def _login_page(self, request: Request, next_page: str, error: str = "", status: int = 200) -> Response:
+        return self._site.renderer.page(request, "login.html", status, next_page=next_page, error=error)
 
-    def _check(self, request: Request, form: Form) -> None:
+    def _check_csrf(self, request: Request, form: Form) -> None:
         session = request.state.session
-        if session is None or not hmac.compare_digest(one_of(form, "csrf").encode(), session.csrf.encode()):
-            raise HTTPException(403, "This form is of an earlier session: go back, load the page anew.")
+        token = first_value(form, "csrf")
+        if session is None or not hmac.compare_digest(token.encode(), session.csrf.encode()):
+            raise HTTPException(403, "This form is from an earlier session: go back and reload the page.")
 
-    async def _asked(self, request: Request) -> Form:
-        """A form that may change something."""
+    async def _read_action(self, request: Request) -> Form:
+        """The form of an action. Raises `HTTPException` unless actions are allowed and the form is from this
+        session."""
         if not self._allowed:
-            raise HTTPException(403, "This page only shows: start it with --allow-actions to act from it.")
+            raise HTTPException(
+                403, "This page is read-only: start it with --allow-actions to allow actions."
+            )
         form = await read_form(request)
-        self._check(request, form)
+        self._check_csrf(request, form)
         return form
 
     # -- dead letters
 
     async def confirm(self, request: Request) -> Response:
-        """Say what would be done to how many, before it is done."""
-        form = await self._asked(request)
+        """Ask for confirmation, with the number of letters."""
+        form = await self._read_action(request)
         return await run_in_threadpool(self._confirm, request, form)
 
     def _confirm(self, request: Request, form: Form) -> Response:
-        deed, picked, filter = _deed(form), self._picked(form), DeadFilter.read(lambda n: one_of(form, n))
+        operation, selected, filter = _operation(form), self._selected(form), _filter(form)
         with self._site.store() as store:
             now_s = store.wall_now_s(self._site.streams[0])
-            desk = self._desk(store, picked, filter, now_s)
-            page = desk.page(LOOK_AT, LOOK_AT) if not picked else None
-            count = len(picked) if page is None else len(page.letters)
+            queue = self._queue(store, selected, filter, now_s)
+            page = queue.page(SCAN_LIMIT, SCAN_LIMIT) if not selected else None
+            count = len(selected) if page is None else len(page.letters)
         return self._site.renderer.page(
-            request, "confirm.html", deed=deed, count=count, filter=filter, which=one_of(form, "which"),
-            picked=[write_place(place) for place in picked],
-            asked_at=f"{now_s:.3f}", at_least=page is not None and page.behind is not None,
-            back=_local(one_of(form, "back")),
+            request, "confirm.html", operation=operation, count=count, filter=filter,
+            which=first_value(form, "which"), selected=[format_cursor(cursor) for cursor in selected],
+            asked_at=f"{now_s:.3f}", at_least=page is not None and page.next_cursor is not None,
+            back=_local_path(first_value(form, "back")),
         )  # fmt: skip
 
-    async def do(self, request: Request) -> Response:
-        """Do what was confirmed."""
-        form = await self._asked(request)
-        deed, picked, back = _deed(form), self._picked(form), _local(one_of(form, "back"))
-        filter = DeadFilter.read(lambda name: one_of(form, name))
-        asked_at_s = _number(one_of(form, "asked_at"))
-        self._site.streams_of(filter)  # what is wrong with the form is told now, not by the work
-        filter.choice(asked_at_s)
-        _tell(request, deed, letters=[write_place(place) for place in picked], filter=filter.words)
+    async def start_operation(self, request: Request) -> Response:
+        """Start the operation that was confirmed."""
+        form = await self._read_action(request)
+        operation, selected, filter = _operation(form), self._selected(form), _filter(form)
+        back = _local_path(first_value(form, "back"))
+        # Letters written after the question was asked are left: their number was not part of it.
+        asked_at_s = _parse_time(first_value(form, "asked_at"))
+        self._site.streams_of(filter)  # an invalid form is refused here, not by the task
+        filter.letter_filter(asked_at_s)
+        letters = [format_cursor(cursor) for cursor in selected]
+        _log_action(request, operation, letters=letters, filter=filter.descriptions)
 
-        def go(work: BackgroundTask) -> str:
+        def run(task: BackgroundTask) -> str:
             with self._site.store() as store:
-                errand = BulkOperation(self._desk(store, picked, filter, asked_at_s))
-                work.total = errand.desk.count()
-                (errand.requeue if deed == "requeue" else errand.purge)(seen=work.seen)
-            return _outcome(deed, errand)
+                queue = self._queue(store, selected, filter, asked_at_s)
+                bulk = BulkOperation(queue)
+                task.total = queue.count()
+                (bulk.requeue if operation == "requeue" else bulk.purge)(on_scanned=task.add_scanned)
+            return _outcome(operation, bulk)
 
-        title = {"requeue": "Sending dead letters again", "purge": "Deleting dead letters"}[deed]
-        return self._start(title, back, go)
+        title = {"requeue": "Requeue dead letters", "purge": "Delete dead letters"}[operation]
+        return self._start_task(title, back, run)
 
-    def _picked(self, form: Form) -> list[Cursor]:
-        """The letters that were ticked; none where all that fit are meant, which a form has to say."""
-        if one_of(form, "which") == "all":
+    def _selected(self, form: Form) -> list[Cursor]:
+        """The selected letters; none if the form says that all matching letters are meant. Raises
+        `HTTPException` if it says neither."""
+        if first_value(form, "which") == "all":
             return []
         if "at" not in form:
-            raise HTTPException(400, "No dead letter was ticked.")
-        return [self._site.place(text) for text in form["at"]]
+            raise HTTPException(400, "No dead letter was selected.")
+        return [self._site.cursor(text) for text in form["at"]]
 
-    def _desk(
-        self, store: OperatorStore, picked: list[Cursor], filter: DeadFilter, now_s: float
+    def _queue(
+        self, store: OperatorStore, selected: list[Cursor], filter: DeadFilter, now_s: float
     ) -> DeadLetterQueue:
-        return SelectedLetters(store, picked) if picked else self._site.desk(store, filter, now_s)
+        if selected:
+            return SelectedLetters(store, selected)
+        return self._site.dead_letters(store, filter, now_s)
 
-    def _start(self, title: str, back: str, deed: Callable[[BackgroundTask], str]) -> Response:
+    def _start_task(self, title: str, back: str, run: Callable[[BackgroundTask], str]) -> Response:
         try:
-            work = self._site.works.start(title, back, deed)
+            task = self._site.tasks.start(title, back, run)
         except TooManyTasks:
-            raise HTTPException(
-                429, "As much as may be is under way already: wait until it is done."
-            ) from None
-        return RedirectResponse(f"/dead/progress/{work.number}", 303)
+            raise HTTPException(429, "Too many tasks are running: wait until one has ended.") from None
+        return RedirectResponse(f"/dead/progress/{task.number}", 303)
 
     # -- retries and pauses
 
     async def retry_now(self, request: Request) -> Response:
-        """Have one waiting job, or all of a type and tenant, tried now."""
-        form = await self._asked(request)
-        id, type, tenant = (one_of(form, name) for name in ("id", "type", "tenant"))
-        _tell(request, "retry now", id=id, type=type, tenant=tenant)
+        """Make one waiting job due now, or all of a type and tenant."""
+        form = await self._read_action(request)
+        id, type, tenant = (first_value(form, name) for name in ("id", "type", "tenant"))
+        _log_action(request, "retry_now", id=id, type=type, tenant=tenant)
 
-        def go(work: BackgroundTask) -> str:
+        def run(task: BackgroundTask) -> str:
             with self._site.store() as store:
-                desk = self._site.retry_desk(store, type, tenant)
-                moved = (desk.only(id) if id else desk).try_now()
-            return f"{moved} due now" if moved else "None was waiting for later any more."
+                retries = self._site.retries(store, type, tenant)
+                moved = (retries.with_id(id) if id else retries).make_due_now()
+            return f"{moved} due now" if moved else "No job was waiting any more."
 
-        return self._start("Having retries tried now", _local(one_of(form, "back")), go)
+        return self._start_task("Retry now", _local_path(first_value(form, "back")), run)
 
     async def pause(self, request: Request) -> Response:
-        """Keep a type from being run."""
-        form = await self._asked(request)
-        type, note = one_of(form, "type").strip(), one_of(form, "note").strip()
+        """Pause a job type."""
+        form = await self._read_action(request)
+        type, note = first_value(form, "type").strip(), first_value(form, "note").strip()
         if not type:
-            raise HTTPException(400, "Which type?")
-        _tell(request, "pause", type=type, note=note)
-        return await run_in_threadpool(self._change, lambda store: store.pause(type, note))
+            raise HTTPException(400, "Enter the job type to pause.")
+        _log_action(request, "pause", type=type, note=note)
+        return await run_in_threadpool(self._change_pauses, lambda store: store.pause(type, note))
 
     async def resume(self, request: Request) -> Response:
-        """Let a type run again."""
-        form = await self._asked(request)
-        type = one_of(form, "type")
-        _tell(request, "resume", type=type)
-        return await run_in_threadpool(self._change, lambda store: store.resume(type))
+        """Resume a job type."""
+        form = await self._read_action(request)
+        type = first_value(form, "type")
+        _log_action(request, "resume", type=type)
+        return await run_in_threadpool(self._change_pauses, lambda store: store.resume(type))
 
-    def _change(self, change: Callable[[OperatorStore], object]) -> Response:
+    def _change_pauses(self, change: Callable[[OperatorStore], object]) -> Response:
         with self._site.store() as store:
             change(store)
-        self._site.board.look_now()
+        self._site.history.refresh()
         return RedirectResponse("/queues", 303)
 
 
-def _tell(request: Request, deed: str, **of_what: object) -> None:
-    """Who did what stands in the log: a page has no shell history."""
+def _log_action(request: Request, action: str, **fields: object) -> None:
+    """Log who did what: unlike a shell, a page keeps no history of commands."""
     address = request.client.host if request.client else ""
-    log.info("asked for by the page", extra={"deed": deed, "address": address, **of_what})
+    log.info("web.action", extra={"action": action, "address": address, **fields})
 
 
-def _deed(form: Form) -> str:
-    deed = one_of(form, "deed")
-    if deed not in _DEEDS:
-        raise HTTPException(400, "Nothing that can be done to a dead letter.")
-    return deed
+def _operation(form: Form) -> str:
+    operation = first_value(form, "operation")
+    if operation not in _OPERATIONS:
+        raise HTTPException(400, "The form names no operation on dead letters.")
+    return operation
 
 
-def _outcome(deed: str, errand: BulkOperation) -> str:
-    gone = f", {errand.gone} were gone already" if errand.gone else ""
-    left = f", {errand.skipped} left that hold no job" if errand.skipped else ""
-    return f"{errand.done} {_DEEDS[deed]}{gone}{left}"
+def _filter(form: Form) -> DeadFilter:
+    return DeadFilter.read(lambda name: first_value(form, name))
 
 
-def _number(text: str) -> float:
+def _outcome(operation: str, bulk: BulkOperation) -> str:
+    gone = f", {bulk.gone} were gone already" if bulk.gone else ""
+    skipped = f", {bulk.skipped} skipped that hold no readable job" if bulk.skipped else ""
+    return f"{bulk.done} {_OPERATIONS[operation]}{gone}{skipped}"
+
+
+def _parse_time(text: str) -> float:
     if not re.fullmatch(r"\d{1,12}(\.\d{1,6})?", text, re.ASCII):
         raise HTTPException(400, "The form cannot be read.")
     return float(text)
 
 
-def _local(path: str) -> str:
-    """A path of this page; the first page where it would lead elsewhere."""
+def _local_path(path: str) -> str:
+    """The path itself if it leads to this page, else the first page: protection against open redirects."""
     elsewhere = not path.startswith("/") or path.startswith(("//", "/\\")) or any(c < " " for c in path)
     return "/" if elsewhere else path

@@ -1,4 +1,4 @@
-"""Puts the page together: addresses, what stands before them, and what is said when something fails."""
+"""ASGI application of the page: routes, middleware and error pages."""
 
 from collections.abc import Callable
 from http import HTTPStatus
@@ -23,12 +23,12 @@ from .pages import Pages, Site
 
 
 def application(site: Site, access: Access, *, allow_actions: bool) -> Starlette:
-    """The page as an ASGI application. Without a token nothing can be changed, whatever is allowed."""
-    pages, actions = Pages(site), Actions(site, access, allow_actions and access.guarded)
+    """Build the application. Without a token all actions are refused, even with `allow_actions`."""
+    pages, actions = Pages(site), Actions(site, access, allow_actions and access.requires_token)
     return Starlette(
         routes=_routes(pages, actions),
         middleware=[Middleware(Guard, access=access)],
-        exception_handlers=_troubles(site),
+        exception_handlers=_error_pages(site),
     )
 
 
@@ -42,13 +42,13 @@ def _routes(pages: Pages, actions: Actions) -> list[BaseRoute]:
         Route("/dead", pages.dead),
         Route("/dead/letter", pages.letter),
         Route("/job", pages.job),
-        Route("/dead/progress/{number:int}", pages.work),
-        Route("/healthz", pages.alive),
-        Route("/login", actions.ask_token),
+        Route("/dead/progress/{number:int}", pages.task),
+        Route("/healthz", pages.health),
+        Route("/login", actions.login_form),
         Route("/login", actions.log_in, methods=["POST"]),
         Route("/logout", actions.log_out, methods=["POST"]),
         Route("/dead/confirm", actions.confirm, methods=["POST"]),
-        Route("/dead/do", actions.do, methods=["POST"]),
+        Route("/dead/do", actions.start_operation, methods=["POST"]),
         Route("/retries/now", actions.retry_now, methods=["POST"]),
         Route("/types/pause", actions.pause, methods=["POST"]),
         Route("/types/resume", actions.resume, methods=["POST"]),
@@ -56,22 +56,22 @@ def _routes(pages: Pages, actions: Actions) -> list[BaseRoute]:
     ]
 
 
-def _troubles(site: Site) -> dict[Any, Callable[[Request, Exception], Response]]:
-    """What a visitor is told instead of a page, by what went wrong."""
+def _error_pages(site: Site) -> dict[Any, Callable[[Request, Exception], Response]]:
+    """A handler for each exception that becomes an error page."""
 
-    def trouble(request: Request, status: int, says: str) -> Response:
+    def error_page(request: Request, status: int, message: str) -> Response:
         title = HTTPStatus(status).phrase
-        return site.renderer.page(request, "error.html", status, title=title, says=says)
+        return site.renderer.page(request, "error.html", status, title=title, message=message)
 
     def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return trouble(request, error.status_code, error.detail)
+        return error_page(request, error.status_code, error.detail)
 
     def unavailable(request: Request, error: Exception) -> Response:
-        return trouble(request, 503, f"The job store does not answer: {redacted(str(error))}")
+        return error_page(request, 503, f"The job store does not answer: {redacted(str(error))}")
 
-    def no_age(request: Request, error: Exception) -> Response:
+    def invalid_age(request: Request, error: Exception) -> Response:
         assert isinstance(error, InvalidAge)
-        return trouble(request, 400, str(error))
+        return error_page(request, 400, str(error))
 
-    return {HTTPException: refused, StoreUnavailable: unavailable, InvalidAge: no_age}
+    return {HTTPException: refused, StoreUnavailable: unavailable, InvalidAge: invalid_age}

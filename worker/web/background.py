@@ -1,4 +1,4 @@
-"""What the page was asked to do and is doing: each in a thread of its own, its progress there to be shown."""
+"""Background tasks of the page: each runs in a thread and reports its progress."""
 
 import logging
 import threading
@@ -11,68 +11,72 @@ from ..errors import JobworkerError
 
 log = logging.getLogger("jobworker.web")
 
-#: Each has a connection of its own; a fifth that is asked for meanwhile is refused.
-_AT_ONCE = 4
-#: Works that are remembered, finished ones too.
-_KEPT = 50
+#: Tasks that may run at the same time. Each has a connection of its own.
+_MAX_RUNNING = 4
+#: Tasks that are kept, including finished ones.
+_MAX_KEPT = 50
 
 
 class TooManyTasks(Exception):
-    """As many works as may be are under way."""
+    """As many tasks as allowed are running."""
 
 
 @dataclass
 class BackgroundTask:
-    """One piece of work. ``total`` and ``looked_at`` count what it goes through, 0 where nobody can say."""
+    """One task. ``scanned`` of ``total`` items are done; ``total`` is 0 if it is not known.
+
+    ``outcome`` or ``error`` is set before ``ended``.
+    """
 
     number: int
     title: str
     back: str
     total: int = 0
-    looked_at: int = 0
+    scanned: int = 0
     outcome: str = ""
-    trouble: str = ""
+    error: str = ""
     wall_began_s: float = field(default_factory=time.time)
     ended: threading.Event = field(default_factory=threading.Event)
 
-    def seen(self, count: int) -> None:
-        """So many more were gone through."""
-        self.looked_at += count
+    def add_scanned(self, count: int) -> None:
+        """Report progress."""
+        self.scanned += count
 
 
 class BackgroundTasks:
-    """Everything that was asked for since the page was started."""
+    """The running tasks and the latest finished ones."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: OrderedDict[int, BackgroundTask] = OrderedDict()
+        self._tasks: OrderedDict[int, BackgroundTask] = OrderedDict()
         self._count = 0
 
-    def start(self, title: str, back: str, deed: Callable[[BackgroundTask], str]) -> BackgroundTask:
-        """Begin; `deed` returns what came of it. Raises `TooManyTasks`."""
+    def start(self, title: str, back: str, run: Callable[[BackgroundTask], str]) -> BackgroundTask:
+        """Run a function in a thread; it returns the outcome as text. Raises `TooManyTasks`."""
         with self._lock:
-            if sum(not work.ended.is_set() for work in self._known.values()) >= _AT_ONCE:
+            if sum(not task.ended.is_set() for task in self._tasks.values()) >= _MAX_RUNNING:
                 raise TooManyTasks
             self._count += 1
-            work = self._known[self._count] = BackgroundTask(self._count, title, back)
-            while len(self._known) > _KEPT:
-                self._known.popitem(last=False)
-        # A daemon: every step is atomic in the store, so that the page may end at any moment.
-        threading.Thread(target=self._run, args=(work, deed), name=f"work {work.number}", daemon=True).start()
-        return work
+            task = self._tasks[self._count] = BackgroundTask(self._count, title, back)
+            while len(self._tasks) > _MAX_KEPT:
+                self._tasks.popitem(last=False)
+        # A daemon thread: every step is atomic in the store, so the process may end at any moment.
+        name = f"task {task.number}"
+        threading.Thread(target=self._run, args=(task, run), name=name, daemon=True).start()
+        return task
 
     def get(self, number: int) -> BackgroundTask | None:
-        """A work by its number, while it is remembered."""
-        return self._known.get(number)
+        """A task by its number; None if it is no longer kept."""
+        return self._tasks.get(number)
 
     @staticmethod
-    def _run(work: BackgroundTask, deed: Callable[[BackgroundTask], str]) -> None:
+    def _run(task: BackgroundTask, run: Callable[[BackgroundTask], str]) -> None:
         try:
-            work.outcome = deed(work)
+            task.outcome = run(task)
         except JobworkerError as error:
-            work.trouble = str(error)
-        except Exception as error:  # a person waits for an answer, whatever it is
-            log.exception("a work of the page failed")
-            work.trouble = f"{type(error).__name__}: {error}"
+            task.error = str(error)
+        except Exception as error:  # whatever failed, the page must show that the task has ended
+            log.exception("web.task_failed", extra={"title": task.title})
+            task.error = f"{type(error).__name__}: {error}"
         finally:
-            work.ended.set()
+            task.ended.set()

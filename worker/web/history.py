@@ -1,4 +1,4 @@
-"""Looks at the deployment again and again, so that the page has a past to draw when somebody opens it."""
+"""History of snapshots for the charts: polls the deployment in a thread, also while no browser is open."""
 
 import logging
 import threading
@@ -11,14 +11,15 @@ from ..admin.overview import Overview
 
 log = logging.getLogger("jobworker.web")
 
-#: Looks that are kept: half an hour at the usual interval, and some 100 KB as the browser gets them.
-_KEPT = 900
-#: How long the first page waits for the first look: a store and a service that are silent take about this.
-_FIRST_LOOK_S = 6.0
+#: Samples kept: half an hour at the default interval, about 100 KB when sent to a browser.
+_MAX_SAMPLES = 900
+#: How long the first page waits for the first snapshot: about the timeouts of a store and a service.
+_FIRST_SNAPSHOT_S = 6.0
 
 
 class Sample(NamedTuple):
-    """What the charts draw of one look; rates are jobs a second, None where no service says."""
+    """One point of the charts. Rates are jobs per second, None if no service answers; the other numbers are
+    None if the store does not answer."""
 
     wall_s: float
     done: float | None
@@ -31,84 +32,86 @@ class Sample(NamedTuple):
 
 
 class History:
-    """The last look and those before it. Reads from any thread see whole looks."""
+    """The latest snapshot and the samples of earlier ones. Safe to read from any thread."""
 
-    def __init__(self, look: Callable[[], Overview], interval_s: float) -> None:
-        self._look = look
+    def __init__(self, take_snapshot: Callable[[], Overview], interval_s: float) -> None:
+        self._take_snapshot = take_snapshot
         self._interval_s = interval_s
-        self._seen: Overview | None = None
-        self._samples: deque[Sample] = deque(maxlen=_KEPT)
-        #: How many samples there were in all: the number of the last one.
+        self._latest: Overview | None = None
+        self._samples: deque[Sample] = deque(maxlen=_MAX_SAMPLES)
+        #: Samples taken since the start, which is also the number of the latest one.
         self._count = 0
         self._lock = threading.Lock()
-        self._first = threading.Event()
+        self._has_first = threading.Event()
         self._wake = threading.Event()
-        self._ending = False
-        self._thread = threading.Thread(target=self._keep_looking, name="board", daemon=True)
+        self._stopping = False
+        self._thread = threading.Thread(target=self._poll, name="history", daemon=True)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start polling."""
         self._thread.start()
 
     def close(self) -> None:
-        """Look no more; a look under way ends by its own time limits."""
-        self._ending = True
+        """Stop polling. A snapshot in progress ends by its own timeouts."""
+        self._stopping = True
         self._wake.set()
 
-    def look_now(self) -> None:
-        """Something was changed: do not wait for the next turn."""
+    def refresh(self) -> None:
+        """Take the next snapshot at once, because something was changed."""
         self._wake.set()
 
     @property
-    def seen(self) -> Overview:
-        """The last look; one that says so where there was none in time."""
-        self._first.wait(_FIRST_LOOK_S)
+    def latest(self) -> Overview:
+        """The latest snapshot; one with an error if none was taken in time."""
+        self._has_first.wait(_FIRST_SNAPSHOT_S)
         with self._lock:
-            return self._seen or Overview(0.0, trouble="it has not answered yet")
+            return self._latest or Overview(0.0, error="no answer yet")
 
-    def history(self, after: int) -> dict[str, Any]:
-        """Samples behind number `after`: ``last``, the number of the last one, and a list for each field."""
+    def since(self, number: int) -> dict[str, Any]:
+        """The samples after sample `number`: ``last``, the number of the latest one, and a list per field.
+        ``whole`` says that all samples are included, so that the browser drops its own."""
         with self._lock:
-            new = max(0, min(self._count - after, len(self._samples)))
-            if after > self._count:  # numbers of the run before this one
+            new = max(0, min(self._count - number, len(self._samples)))
+            if number > self._count:  # the browser's number is from before a restart of this process
                 new = len(self._samples)
-            fresh = list(islice(self._samples, len(self._samples) - new, None))
+            samples = list(islice(self._samples, len(self._samples) - new, None))
             return {
                 "last": self._count,
                 "whole": new == len(self._samples),
                 "interval_s": self._interval_s,
-                **{name: [getattr(one, name) for one in fresh] for name in Sample._fields},
+                **{name: [getattr(one, name) for one in samples] for name in Sample._fields},
             }
 
-    def _keep_looking(self) -> None:
-        while not self._ending:
+    def add(self, overview: Overview) -> None:
+        """Make this the latest snapshot."""
+        with self._lock:
+            self._latest = overview
+            self._samples.append(sample_of(overview))
+            self._count += 1
+        self._has_first.set()
+
+    def _poll(self) -> None:
+        while not self._stopping:
             try:
-                self._remember(self._look())
-            except Exception:  # the page must outlive whatever a service says of itself
-                log.exception("could not look at the deployment")
+                self.add(self._take_snapshot())
+            except Exception:  # polling must survive an invalid status page
+                log.exception("web.poll_failed")
             self._wake.wait(self._interval_s)
             self._wake.clear()
 
-    def _remember(self, seen: Overview) -> None:
-        with self._lock:
-            self._seen = seen
-            self._samples.append(sample_of(seen))
-            self._count += 1
-        self._first.set()
 
-
-def sample_of(seen: Overview) -> Sample:
-    """What the charts draw of a look."""
-    depths = [depths for _, depths in seen.streams]
-    rated = seen.rates is not None and any(service.said for service in seen.services)
+def sample_of(overview: Overview) -> Sample:
+    """The point of the charts for a snapshot."""
+    depths = [depths for _, depths in overview.streams]
+    has_rates = overview.rates is not None and any(service.status for service in overview.services)
 
     def total(name: str) -> int | None:
         return sum(getattr(one, name) for one in depths) if depths else None
 
     return Sample(
-        round(seen.wall_s, 3),
-        round(seen.rate("done"), 2) if rated else None,
-        round(seen.rate("failed"), 2) if rated else None,
+        round(overview.wall_s, 3),
+        round(overview.rate("done"), 2) if has_rates else None,
+        round(overview.rate("failed"), 2) if has_rates else None,
         total("queued"), total("pending"), total("retrying"), total("dead"),
         round(max(one.oldest_age_s for one in depths), 1) if depths else None,
     )  # fmt: skip

@@ -1,6 +1,7 @@
-"""What the page shows: every look at the deployment, and nothing that changes it."""
+"""Read-only pages: overview, queues, workers, retries, dead letters, one job, and a task's progress."""
 
 import base64
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,36 +12,37 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ..admin.dead_letters import Cursor, DeadLetterQueue, Letter, LetterFilter
-from ..admin.find_job import JobFinder, JobLocation
+from ..admin.find_job import OVERDUE_S, SILENT_S, JobFinder, JobLocation
+from ..admin.overview import Overview
 from ..admin.retries import RetrySet
 from ..admin.status_client import Service
 from ..keys import Source
 from ..outcome import Reason
 from ..store.operator import OperatorStore
 from .background import BackgroundTasks
-from .filters import DeadFilter, read_place, write_place
+from .filters import DeadFilter, format_cursor, parse_cursor
 from .history import History
 from .rendering import Renderer
 
-#: Rows of a page: as many as a person reads, and a page of megabyte jobs still comes at once.
-_ROWS = 50
-#: Entries that a filter goes through for one page, and that a job is looked for among at first: a second.
-LOOK_AT = 20_000
-#: The farthest that a person may ask a search to look: a minute or so of one connection's time.
-_FARTHEST = 5_000_000
+#: Rows of a page: readable, and quick to load even if each job has megabytes.
+_PAGE_ROWS = 50
+#: Entries scanned for one page, and in each place for a job at first: about a second.
+SCAN_LIMIT = 20_000
+#: Largest scan that a visitor may ask for: about a minute on one connection.
+_MAX_SCAN = 5_000_000
 
 
 @dataclass(frozen=True)
 class Site:
-    """The deployment as the page sees it. ``open_store``: a connection for one request; ``ask``: what the
-    services say this moment."""
+    """What the pages are made of. ``open_store`` opens a connection for one request; ``fetch_services``
+    fetches the status of the services that answer."""
 
     sources: list[Source]
-    board: History
-    works: BackgroundTasks
+    history: History
+    tasks: BackgroundTasks
     renderer: Renderer
     open_store: Callable[[], OperatorStore]
-    ask: Callable[[], list[Service]]
+    fetch_services: Callable[[], list[Service]]
     show_payloads: bool
 
     @property
@@ -50,170 +52,173 @@ class Site:
 
     @contextmanager
     def store(self) -> Iterator[OperatorStore]:
-        """A store of one's own: stores serve one thread at a time."""
+        """A store for one request: a store serves one thread at a time."""
         store = self.open_store()
         try:
             yield store
         finally:
             store.close()
 
-    def desk(self, store: OperatorStore, filter: DeadFilter, wall_now_s: float) -> DeadLetterQueue:
-        """The dead letters that a filter means."""
-        return DeadLetterQueue(store, self.streams_of(filter), filter.choice(wall_now_s))
+    def dead_letters(self, store: OperatorStore, filter: DeadFilter, wall_now_s: float) -> DeadLetterQueue:
+        """The dead letters that a filter selects. Raises `HTTPException` for an unknown stream and
+        `InvalidAge`."""
+        return DeadLetterQueue(store, self.streams_of(filter), filter.letter_filter(wall_now_s))
 
     def streams_of(self, filter: DeadFilter) -> list[str]:
-        """The streams that a filter means; an error page where it names one that is not ours."""
+        """The streams that a filter selects. Raises `HTTPException` for an unknown one."""
         if filter.stream and filter.stream not in self.streams:
-            raise HTTPException(400, f"{filter.stream!r} is no stream of this page.")
+            raise HTTPException(400, f"This page does not show a stream {filter.stream!r}.")
         return [filter.stream] if filter.stream else self.streams
 
-    def place(self, text: str) -> Cursor:
-        """A letter's place out of a link or a form; an error page where it is none."""
-        place = read_place(text, self.streams)
-        if place is None:
-            raise HTTPException(400, f"{text!r} is no dead letter of these streams")
-        return place
+    def cursor(self, text: str) -> Cursor:
+        """The position of a letter from a link or a form. Raises `HTTPException` if it is invalid."""
+        cursor = parse_cursor(text, self.streams)
+        if cursor is None:
+            raise HTTPException(400, f"{text!r} is not a dead letter of the streams on this page.")
+        return cursor
 
-    def retry_desk(self, store: OperatorStore, type: str, tenant: str) -> RetrySet:
-        """The waiting retries of a type and a tenant, empty for any."""
+    def retries(self, store: OperatorStore, type: str, tenant: str) -> RetrySet:
+        """The waiting retries of a type and a tenant; an empty string selects all."""
         return RetrySet(
             store, self.streams, types=frozenset({type} - {""}), tenants=frozenset({tenant} - {""})
         )
 
 
 class Pages:
-    """A method a page; all are called from threads."""
+    """One method per page. Starlette calls them in threads."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
 
-    def alive(self, request: Request) -> Response:
-        """For whoever watches the page itself: whether the store answers."""
-        trouble = bool(self._site.board.seen.trouble)
-        return PlainTextResponse(
-            "the job store does not answer\n" if trouble else "ok\n", 503 if trouble else 200
-        )
+    def health(self, request: Request) -> Response:
+        """200 while the job store answers, else 503: for the monitoring of this page."""
+        if self._site.history.latest.error:
+            return PlainTextResponse("the job store does not answer\n", 503)
+        return PlainTextResponse("ok\n")
 
     def history(self, request: Request) -> Response:
-        """What the charts draw."""
+        """The samples of the charts as JSON, after the sample number ``after``."""
         after = request.query_params.get("after", "0")
-        return JSONResponse(self._site.board.history(int(after) if after.isdecimal() else 0))
+        return JSONResponse(self._site.history.since(int(after) if after.isdecimal() else 0))
 
     def overview(self, request: Request) -> Response:
-        """Everything at a glance."""
-        return self._of_board(request, "overview.html")
+        """Numbers, charts and the newest dead letters."""
+        return self._snapshot_page(request, "overview.html")
 
     def workers(self, request: Request) -> Response:
-        """Every service and what each of its processes does."""
-        return self._of_board(request, "workers.html")
+        """Every service with its processes."""
+        return self._snapshot_page(request, "workers.html")
 
     def queues(self, request: Request) -> Response:
-        """Streams with their readers, and types with their pauses."""
+        """Streams with their consumers, job types with their pauses."""
         with self._site.store() as store:
             groups = {source: store.group(source) for source in self._site.sources}
-        return self._of_board(request, "queues.html", groups=groups)
+        return self._snapshot_page(request, "queues.html", groups=groups, silent_s=SILENT_S)
 
-    def _of_board(self, request: Request, template: str, **values: Any) -> Response:
-        seen = self._site.board.seen
+    def _snapshot_page(self, request: Request, template: str, **values: Any) -> Response:
+        overview = self._site.history.latest
         return self._site.renderer.page(
-            request, template, seen=seen, wall_now_s=seen.wall_s, kinds=_kinds(seen.totals), **values
-        )
+            request, template, overview=overview, wall_now_s=overview.wall_s, job_types=_job_types(overview),
+            **values,
+        )  # fmt: skip
 
     def retries(self, request: Request) -> Response:
-        """What waits for its next try."""
-        asked = {name: request.query_params.get(name, "").strip() for name in ("type", "tenant")}
-        behind = request.query_params.get("behind", "0")
+        """Jobs that wait for a retry."""
+        wanted = {name: request.query_params.get(name, "").strip() for name in ("type", "tenant")}
+        offset = request.query_params.get("offset", "0")
         with self._site.store() as store:
-            desk = self._site.retry_desk(store, asked["type"], asked["tenant"])
-            page = desk.page(_ROWS, LOOK_AT, int(behind) if behind.isdecimal() else 0)
+            retries = self._site.retries(store, wanted["type"], wanted["tenant"])
+            page = retries.page(_PAGE_ROWS, SCAN_LIMIT, int(offset) if offset.isdecimal() else 0)
             now_s = store.wall_now_s(self._site.streams[0])
         return self._site.renderer.page(
-            request, "retries.html", page=page, asked=asked, behind=behind, wall_now_s=now_s,
-            kinds=_kinds(self._site.board.seen.totals),
+            request, "retries.html", page=page, wanted=wanted, offset=offset, wall_now_s=now_s,
+            overdue_s=OVERDUE_S, job_types=_job_types(self._site.history.latest),
         )  # fmt: skip
 
     def dead(self, request: Request) -> Response:
-        """Dead letters, newest first, by a filter."""
+        """Dead letters that a filter selects, newest first."""
         filter = DeadFilter.read(lambda name: request.query_params.get(name, ""))
         after = request.query_params.get("after", "")
         with self._site.store() as store:
             now_s = store.wall_now_s(self._site.streams[0])
-            desk = self._site.desk(store, filter, now_s)
-            page = desk.page(_ROWS, LOOK_AT, self._site.place(after) if after else None)
-            count = desk.count()
+            queue = self._site.dead_letters(store, filter, now_s)
+            page = queue.page(_PAGE_ROWS, SCAN_LIMIT, self._site.cursor(after) if after else None)
+            count = queue.count()
         return self._site.renderer.page(
             request, "dead.html", page=page, filter=filter, after=after, count=count, wall_now_s=now_s,
-            streams=self._site.streams, reasons=list(Reason), place_of=_place_of, write_place=write_place,
-            kinds=_kinds(self._site.board.seen.totals),
+            streams=self._site.streams, reasons=list(Reason), cursor_of=_cursor_of,
+            format_cursor=format_cursor, job_types=_job_types(self._site.history.latest),
         )  # fmt: skip
 
     def letter(self, request: Request) -> Response:
-        """All that is known of one dead letter."""
-        place = self._site.place(request.query_params.get("at", ""))
+        """One dead letter in full."""
+        cursor = self._site.cursor(request.query_params.get("at", ""))
         with self._site.store() as store:
-            letter = DeadLetterQueue(store, self._site.streams, LetterFilter()).letter(place)
-            now_s = store.wall_now_s(place.stream)
+            letter = DeadLetterQueue(store, self._site.streams, LetterFilter()).get(cursor)
+            now_s = store.wall_now_s(cursor.stream)
         if letter is None:
-            raise HTTPException(404, "This dead letter is gone: it was sent again or deleted.")
+            raise HTTPException(404, "This dead letter no longer exists: it was requeued or deleted.")
         return self._site.renderer.page(
-            request, "letter.html", letter=letter, at=write_place(place), wall_now_s=now_s,
+            request, "letter.html", letter=letter, at=format_cursor(cursor), wall_now_s=now_s,
             payload=_payload(letter.task, letter.raw) if self._site.show_payloads else None,
         )  # fmt: skip
 
     def job(self, request: Request) -> Response:
-        """Where a job is and why it waits there: what ``jobworker explain`` says."""
+        """Where a job is and why it waits: the answer of ``jobworker explain``."""
         id = request.query_params.get("id", "").strip()
-        far = request.query_params.get("look_at", "")
-        look_at = min(int(far), _FARTHEST) if far.isdecimal() and int(far) else LOOK_AT
+        scan = request.query_params.get("scan", "")
+        scan_limit = min(int(scan), _MAX_SCAN) if scan.isdecimal() and int(scan) else SCAN_LIMIT
         if not id:
             return self._site.renderer.page(
-                request, "job.html", id="", found=[], search=None, look_at=look_at
+                request, "job.html", id="", found=[], finder=None, scan_limit=scan_limit
             )
         with self._site.store() as store:
-            search = JobFinder(store, self._site.sources, self._site.ask(), look_at)
-            found = [(one, *self._more(store, one)) for one in search.find(id)]
+            finder = JobFinder(store, self._site.sources, self._site.fetch_services(), scan_limit)
+            found = [(one, *self._letter_and_payload(store, one)) for one in finder.find(id)]
             now_s = store.wall_now_s(self._site.streams[0])
         return self._site.renderer.page(
-            request, "job.html", 200 if found else 404, id=id, found=found, search=search, wall_now_s=now_s,
-            look_at=look_at, farther=min(look_at * 10, _FARTHEST), write_place=write_place,
+            request, "job.html", 200 if found else 404, id=id, found=found, finder=finder, wall_now_s=now_s,
+            scan_limit=scan_limit, larger_scan=min(scan_limit * 10, _MAX_SCAN),
         )  # fmt: skip
 
-    def _more(self, store: OperatorStore, found: JobLocation) -> tuple[Letter | None, str | None]:
-        """The dead letter, where there is one, and the payload, where it may be shown and can be had."""
-        if found.state == "dead":
-            place = Cursor(found.stream, found.facts["letter"].encode())
-            letter = DeadLetterQueue(store, self._site.streams, LetterFilter()).letter(place)
-            may = letter is not None and self._site.show_payloads
-            return letter, _payload(letter.task, letter.raw) if letter and may else None
-        entry_id = found.facts.get("entry_id")
+    def _letter_and_payload(
+        self, store: OperatorStore, location: JobLocation
+    ) -> tuple[Letter | None, str | None]:
+        """The dead letter at a location, and the payload if it may be shown and still exists."""
+        if location.state == "dead":
+            cursor = Cursor(location.stream, location.facts["letter"].encode())
+            letter = DeadLetterQueue(store, self._site.streams, LetterFilter()).get(cursor)
+            visible = letter is not None and self._site.show_payloads
+            return letter, _payload(letter.task, letter.raw) if letter and visible else None
+        entry_id = location.facts.get("entry_id")
         if not self._site.show_payloads or entry_id is None:
             return None, None
-        entry = store.entry(found.stream, entry_id.encode())
+        entry = store.entry(location.stream, entry_id.encode())
         return None, _payload(entry.data, None) if entry else None
 
-    def work(self, request: Request) -> Response:
-        """How far something that was asked for is."""
-        work = self._site.works.get(request.path_params["number"])
-        if work is None:
-            raise HTTPException(404, "Nothing of this number was asked for since the page was started.")
-        return self._site.renderer.page(request, "work.html", work=work)
+    def task(self, request: Request) -> Response:
+        """Progress and outcome of a background task."""
+        task = self._site.tasks.get(request.path_params["number"])
+        if task is None:
+            raise HTTPException(
+                404, "There is no such task: it was started before the last restart of this page."
+            )
+        return self._site.renderer.page(request, "task.html", task=task)
 
 
-def _place_of(letter: Letter) -> Cursor:
+def _cursor_of(letter: Letter) -> Cursor:
     return Cursor(letter.stream, letter.id)
 
 
-def _kinds(totals: dict[str, Any]) -> list[str]:
-    """Types of jobs that are known, for a form to offer."""
-    return sorted(totals)
+def _job_types(overview: Overview) -> list[str]:
+    """The job types that services reported, for the suggestions of a form."""
+    return sorted(overview.totals)
 
 
 def _payload(task: bytes | None, raw: str | None) -> str:
-    """The job's own bytes as text, set out over lines where they are JSON."""
-    import json
-
-    whole = task if task is not None else base64.b64decode(raw or "")
+    """The bytes of a job as text, indented if they are JSON."""
+    data = task if task is not None else base64.b64decode(raw or "")
     try:
-        return json.dumps(json.loads(whole), ensure_ascii=False, indent=2)
+        return json.dumps(json.loads(data), ensure_ascii=False, indent=2)
     except (ValueError, RecursionError):
-        return whole.decode("utf-8", "replace")
+        return data.decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""Runs the page: checks what it was told, listens, and ends when it is told to."""
+"""HTTP server of the page: checks the options, listens, ends on INT or TERM."""
 
 import logging
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import uvicorn
 
-from ..admin.deployment import Deployment, services_of, source_list
-from ..admin.overview import overview_poller_of
+from ..admin.deployment import Deployment, parse_sources
+from ..admin.overview import open_poller
 from ..errors import ConfigurationError
 from ..settings import parse_address
 from ..store.redis.operator import RedisOperatorStore
@@ -25,17 +25,17 @@ from .rendering import Renderer
 log = logging.getLogger("jobworker.web")
 
 TOKEN_VARIABLE = "JOBWORKER_WEB_TOKEN"
-#: A person waits for the page: a store that is slower is shown as silent.
+#: A person waits for the page: a slower store gets an error page.
 _STORE_TIMEOUT_S = 5.0
-#: Requests under way when it is told to end; no page takes longer but one that looks through millions.
-_GRACE_S = 3
-#: Connections that may wait to be taken in: browsers of a few people.
+#: Time for requests in progress at the end. Only a search through millions of entries takes longer.
+_DRAIN_S = 3
+#: Connections waiting to be accepted: enough for the browsers of a few people.
 _BACKLOG = 128
 
 
 @dataclass(frozen=True)
 class Options:
-    """How the page is run."""
+    """Options of ``jobworker web``."""
 
     listen: str
     token_file: str
@@ -45,7 +45,8 @@ class Options:
 
 
 def read_token(path: str) -> str:
-    """The file's, else the environment's, else none. Raises `ConfigurationError` for a file without one."""
+    """The token from the file, else from the environment, else empty. Raises `ConfigurationError` for a file
+    that cannot be read or is empty."""
     if not path:
         return os.environ.get(TOKEN_VARIABLE, "").strip()
     try:
@@ -53,17 +54,17 @@ def read_token(path: str) -> str:
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"cannot read the token from {path}: {error}") from error
     if not token:
-        raise ConfigurationError(f"{path} holds no token")
+        raise ConfigurationError(f"{path} is empty: write a token into it")
     return token
 
 
 def check(options: Options, token: str) -> tuple[str, int]:
-    """Where to listen. Raises `ConfigurationError` for a page that would be open to others."""
+    """The address to listen on. Raises `ConfigurationError` for an address that needs a token without one."""
     host, port = parse_address(options.listen, "--listen")
-    hint = f"give one in {TOKEN_VARIABLE} or --token-file, made by: openssl rand -hex 24"
+    hint = f"set {TOKEN_VARIABLE} or --token-file; make one with: openssl rand -hex 24"
     if not token and not is_loopback(host):
         raise ConfigurationError(
-            f"{options.listen} can be reached from other machines, which needs a token: {hint}"
+            f"{options.listen} is reachable from other machines and needs a token: {hint}"
         )
     if not token and options.allow_actions:
         raise ConfigurationError(f"--allow-actions needs a token: {hint}")
@@ -71,39 +72,42 @@ def check(options: Options, token: str) -> tuple[str, int]:
 
 
 def serve(
-    deployment: Deployment, streams: tuple[str, ...], options: Options, say: Callable[[str], None]
+    deployment: Deployment, streams: tuple[str, ...], options: Options, on_listening: Callable[[str], None]
 ) -> None:
-    """Serve until INT or TERM; `say` is told the address. Raises `ConfigurationError` where it cannot."""
+    """Serve until INT or TERM; `on_listening` gets the url. Raises `ConfigurationError` if the options or the
+    address cannot be used."""
     token = read_token(options.token_file)
     address = check(options, token)
     access = Access(token)
     listener = _listen(address)
-    board = History(overview_poller_of(deployment, streams).look, options.interval_s)
+    history = History(open_poller(deployment, streams).snapshot, options.interval_s)
     renderer = Renderer(
-        allow_actions=options.allow_actions, show_payloads=options.show_payloads, guarded=access.guarded
+        allow_actions=options.allow_actions,
+        show_payloads=options.show_payloads,
+        requires_token=access.requires_token,
     )
     site = Site(
-        source_list(streams), board, BackgroundTasks(), renderer,
+        parse_sources(streams), history, BackgroundTasks(), renderer,
         lambda: RedisOperatorStore(deployment.url, timeout_s=_STORE_TIMEOUT_S),
-        lambda: services_of(deployment), options.show_payloads,
+        deployment.answering_services, options.show_payloads,
     )  # fmt: skip
     server = uvicorn.Server(
         uvicorn.Config(
             application(site, access, allow_actions=options.allow_actions), log_config=None, access_log=False,
-            server_header=False, lifespan="off", ws="none", timeout_graceful_shutdown=_GRACE_S,
+            server_header=False, lifespan="off", ws="none", timeout_graceful_shutdown=_DRAIN_S,
         )
     )  # fmt: skip
-    # What it says at INFO is of its own workings.
+    # Its INFO events are about uvicorn itself.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    # uvicorn sends the signal that ended it once more when it is done: that shall not end us otherwise.
+    # uvicorn raises the signal again after its shutdown: the default handler would change the exit code.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    board.start()
+    history.start()
     try:
-        say(_url(listener))
+        on_listening(_url(listener))
         server.run(sockets=[listener])
     finally:
-        board.close()
+        history.close()
         listener.close()
 
 

@@ -1,31 +1,31 @@
-// Keeps the page of this moment: fetches itself again and exchanges what is marked as live, and draws the charts.
+// Refreshes the page: fetches it again, replaces the elements with data-live and draws the charts.
 "use strict";
 (() => {
-  const REFRESH_MS = 2000; // the board looks as often, unless it was told otherwise
+  const REFRESH_MS = 2000; // the default of --interval: the server has no newer numbers before
   const live = [...document.querySelectorAll("[data-live]")].map((element) => element.id);
   const charts = [...document.querySelectorAll("[data-chart]")];
   const button = document.querySelector(".live");
   let stopped = false;
-  let last = 0;
+  let last = 0; // number of the latest sample that was received
   let history = null;
 
-  const show = (state, word) => {
+  const showState = (state, word) => {
     if (!button) return;
     button.className = `live ${state}`;
     button.querySelector(".word").textContent = word;
     button.setAttribute("aria-pressed", String(stopped));
   };
 
-  // A person who has a control of that part under the fingers is not to lose it.
+  // An element with the focus or with selected text is not replaced.
   const inUse = (element) => element.contains(document.activeElement) || !getSelection().isCollapsed && getSelection().containsNode(element, true);
 
-  const exchange = async () => {
+  const refreshElements = async () => {
     const answer = await fetch(location.href, { headers: { Accept: "text/html" }, cache: "no-store" });
-    if (answer.redirected) return location.reload(); // the session is over
+    if (answer.redirected) return location.reload(); // the session has ended: show the login form
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    const found = live.map((id) => [document.getElementById(id), page.getElementById(id)]);
-    if (!answer.ok || found.every(([, fresh]) => !fresh)) throw new Error(String(answer.status));
-    for (const [old, fresh] of found) {
+    const pairs = live.map((id) => [document.getElementById(id), page.getElementById(id)]);
+    if (!answer.ok || pairs.every(([, fresh]) => !fresh)) throw new Error(String(answer.status));
+    for (const [old, fresh] of pairs) {
       if (old && fresh && old.innerHTML !== fresh.innerHTML && !inUse(old)) old.innerHTML = fresh.innerHTML;
     }
   };
@@ -34,8 +34,8 @@
 
   const clock = (s, digits) => new Date(s * 1000).toTimeString().slice(0, digits);
 
-  // The keys above a chart tell what is under the pointer, else what is now.
-  const tell = (plot, element) => {
+  // The legend above a chart shows the values under the pointer, else the latest ones.
+  const showValues = (plot, element) => {
     const at = plot.cursor.idx ?? plot.data[0].length - 1;
     element.parentElement.querySelectorAll("output").forEach((output, i) => {
       const value = plot.data[i + 1][at];
@@ -58,22 +58,22 @@
         const stroke = colour(one.split(":")[1]);
         return { stroke, width: 1.6, fill: `${stroke}1c`, points: { show: false } };
       })],
-      hooks: { setCursor: [(plot) => tell(plot, element)], setData: [(plot) => tell(plot, element)], ready: [(plot) => tell(plot, element)] },
+      hooks: { setCursor: [(plot) => showValues(plot, element)], setData: [(plot) => showValues(plot, element)], ready: [(plot) => showValues(plot, element)] },
     };
   };
 
   const columns = (element) => [history.wall_s, ...element.dataset.chart.split(",").map((one) => history[one.split(":")[0]])];
 
-  const draw = (anew) => {
+  const draw = (recreate) => {
     if (!history || history.wall_s.length < 2) return;
     for (const element of charts) {
-      if (anew && element.plot) { element.plot.destroy(); element.plot = null; }
+      if (recreate && element.plot) { element.plot.destroy(); element.plot = null; }
       if (element.plot) element.plot.setData(columns(element));
       else element.plot = new uPlot(options(element), columns(element), element);
     }
   };
 
-  const grow = async () => {
+  const loadHistory = async () => {
     if (!charts.length) return;
     const fresh = await (await fetch(`/history.json?after=${last}`, { cache: "no-store" })).json();
     if (fresh.whole || !history) history = fresh;
@@ -82,45 +82,45 @@
     draw(false);
   };
 
-  const turn = async () => {
+  const refresh = async () => {
     if (!stopped && !document.hidden) {
       try {
-        await Promise.all([grow(), live.length ? exchange() : null]);
-        show("", "live");
+        await Promise.all([loadHistory(), live.length ? refreshElements() : null]);
+        showState("", "live");
       } catch (error) {
-        show("lost", "no answer");
+        showState("lost", "no answer");
       }
     }
-    setTimeout(turn, REFRESH_MS);
+    setTimeout(refresh, REFRESH_MS);
   };
 
   if (button && (live.length || charts.length)) {
     button.hidden = false;
     button.addEventListener("click", () => {
       stopped = !stopped;
-      show(stopped ? "stopped" : "", stopped ? "stopped" : "live");
+      showState(stopped ? "stopped" : "", stopped ? "stopped" : "live");
     });
-    turn();
+    refresh();
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw(true));
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; draw(true); } });
 
-  // Dead letters: tick all of the page, and let the buttons say how many they mean.
+  // Dead letters: a box selects all on the page, and the buttons show how many are selected.
   const all = document.getElementById("all");
   if (all) {
-    const ticks = [...document.querySelectorAll("#letters [name=at]")];
-    const picks = [...document.querySelectorAll(".picks")];
-    const words = picks.map((one) => one.textContent);
-    const count = () => {
-      const ticked = ticks.filter((one) => one.checked).length;
-      all.checked = ticked === ticks.length && ticked > 0;
-      all.indeterminate = ticked > 0 && ticked < ticks.length;
-      picks.forEach((one, i) => { one.disabled = !ticked; one.textContent = ticked ? `${words[i]} (${ticked})` : words[i]; });
+    const boxes = [...document.querySelectorAll("#letters [name=at]")];
+    const buttons = [...document.querySelectorAll(".on-selected")];
+    const labels = buttons.map((one) => one.textContent);
+    const update = () => {
+      const selected = boxes.filter((one) => one.checked).length;
+      all.checked = selected === boxes.length && selected > 0;
+      all.indeterminate = selected > 0 && selected < boxes.length;
+      buttons.forEach((one, i) => { one.disabled = !selected; one.textContent = selected ? `${labels[i]} (${selected})` : labels[i]; });
     };
     all.hidden = false;
-    all.addEventListener("change", () => { ticks.forEach((one) => { one.checked = all.checked; }); count(); });
-    ticks.forEach((one) => one.addEventListener("change", count));
-    count();
+    all.addEventListener("change", () => { boxes.forEach((one) => { one.checked = all.checked; }); update(); });
+    boxes.forEach((one) => one.addEventListener("change", update));
+    update();
   }
 })();

@@ -1,0 +1,181 @@
+"""A job is found by its id wherever it is, with the reason why it waits there."""
+
+from typing import Any
+
+import pytest
+
+from jobworker.worker.admin.find_job import OVERDUE_S, SILENT_S, JobFinder
+from jobworker.worker.admin.identity import read_identity
+from jobworker.worker.admin.status_client import Service
+from jobworker.worker.store.operator import Lease, Pause, Scheduled
+from jobworker.worker.store.ports import HANDED_BACK_IDLE_S, Entry
+from support.fake_operator import NOW_S, SOURCE, FakeOperatorStore, job, letter
+
+
+@pytest.fixture
+def store() -> Any:
+    """Entries 1-0 to 5-0 with the jobs j1 to j5; a service has read the first two."""
+    store = FakeOperatorStore()
+    store.streams[SOURCE.stream] = [Entry(b"%d-0" % n, job(f"j{n}")) for n in range(1, 6)]
+    store.read_up_to(b"2-0")
+    return store
+
+
+def find(store: Any, id: str, services: list[Service] | None = None, scan_limit: int = 1000) -> Any:
+    (location,) = JobFinder(store, [SOURCE], services or [], scan_limit).find(id)
+    return location
+
+
+def lease(store: Any, idle_s: float, id: bytes = b"2-0", deaths: int = 0) -> None:
+    """Let host/blue hold the entry."""
+    store.leased[id] = Lease(id, "host/blue", idle_s, 1)
+    entries = store.streams[SOURCE.stream]
+    store.streams[SOURCE.stream] = [e._replace(deaths=deaths) if e.id == id else e for e in entries]
+
+
+def service(**status: Any) -> Service:
+    """A service with one busy worker, which runs entry 2-0."""
+    running = {"for_s": 3.0, "limit_in_s": 57.0, "count": 1,
+               "jobs": [{"stream": SOURCE.stream, "entry_id": "2-0", "type": "audit"}]}  # fmt: skip
+    worker = {"role": "worker", "slot": 1, "pid": 7, "running": running}
+    return Service("http://a", {"host": "host", "instance": "blue", "children": [worker], **status})
+
+
+class TestQueued:
+    def test_the_number_of_jobs_ahead_is_given(self, store: Any) -> None:
+        location = find(store, "j5")
+        assert (location.state, location.job_id, location.facts["ahead"]) == ("queued", "j5", 2)
+        assert location.facts["ahead_is_exact"]
+        assert "waits for its turn; 2 queued ahead of it" in location.why
+        assert find(store, "5-0").facts["entry_id"] == "5-0"
+
+    def test_a_count_that_the_scan_limit_ends_is_not_exact(self, store: Any) -> None:
+        more = [Entry(b"%d-0" % n, job(f"j{n}")) for n in range(6, 40)]
+        store.streams[SOURCE.stream] += more
+        location = find(store, "39-0", scan_limit=10)
+        assert not location.facts["ahead_is_exact"]
+        assert f"more than {location.facts['ahead']} queued" in location.why
+
+    def test_a_stream_without_reader_is_the_reason(self, store: Any) -> None:
+        store.read_up_to(b"2-0", idle_s=SILENT_S + 1)
+        assert f"no service reads this stream for {SILENT_S + 1:.0f} s" in find(store, "j5").why
+        store.groups.clear()
+        assert "there is no group cg-test" in find(store, "j5").why
+
+    def test_a_paused_type_is_the_reason(self, store: Any) -> None:
+        store.paused = [Pause("audit", NOW_S - 90, "disk full")]
+        assert "paused for 90 s (disk full): jobworker resume audit" in find(store, "j5").why
+
+
+class TestPending:
+    def test_a_running_job_names_its_worker_and_timeout(self, store: Any) -> None:
+        lease(store, 1.0)
+        location = find(store, "j2", [service()])
+        assert (location.state, location.facts["worker"]) == ("running", "host/blue/1")
+        assert (location.facts["running_for_s"], location.facts["limit_in_s"]) == (3.0, 57.0)
+
+    @pytest.mark.parametrize(
+        ("idle_s", "why"),
+        [
+            (1.0, "waits for a worker there, or runs"),
+            (31.0, "the lease has expired, so a running service claims it"),
+            (HANDED_BACK_IDLE_S, "released it when it stopped"),
+        ],
+    )
+    def test_the_lease_says_why_it_waits(self, store: Any, idle_s: float, why: str) -> None:
+        lease(store, idle_s)
+        assert why in find(store, "j2").why
+
+    def test_the_lease_time_of_the_services_is_used(self, store: Any) -> None:
+        lease(store, 31.0)
+        assert "expired" not in find(store, "j2", [service(lease_s=60, children=[])]).why
+
+    def test_an_open_circuit_breaker_or_a_pause_is_the_reason(self, store: Any) -> None:
+        lease(store, 1.0)
+        gauge = {"z_novel_circuit_open": [{"task_type": "audit", "value": 1}]}
+        assert (
+            "circuit breaker of type audit is open"
+            in find(store, "j2", [service(children=[], metrics=gauge)]).why
+        )
+        store.paused = [Pause("audit", NOW_S, "")]
+        assert "type audit is paused" in find(store, "j2").why
+
+    def test_worker_deaths_are_reported(self, store: Any) -> None:
+        lease(store, 1.0, deaths=2)
+        location = find(store, "j2")
+        assert (location.facts["deaths"], "2 workers died" in location.why) == (2, True)
+
+    def test_an_acknowledged_entry_is_finished(self, store: Any) -> None:
+        assert find(store, "j2").state == "finished"
+
+
+class TestRetrying:
+    def test_the_time_of_the_next_try_is_given(self, store: Any) -> None:
+        store.scheduled[SOURCE.stream] = [Scheduled(NOW_S + 60, job("r", retry_count=2))]
+        location = find(store, "r")
+        assert (location.state, location.facts["due_in_s"], location.facts["retry_count"]) == (
+            "retrying",
+            60,
+            2,
+        )
+        assert "the next try is in 60.0 s" in location.why
+
+    def test_an_overdue_retry_says_that_no_service_promotes_it(self, store: Any) -> None:
+        store.scheduled[SOURCE.stream] = [Scheduled(NOW_S - OVERDUE_S - 1, job("r"))]
+        assert "overdue: no running service promotes" in find(store, "r").why
+        store.scheduled[SOURCE.stream] = [Scheduled(NOW_S - OVERDUE_S + 1, job("r"))]
+        assert "overdue" not in find(store, "r").why
+
+    def test_the_entry_of_an_earlier_try_is_not_shown_beside_it(self, store: Any) -> None:
+        store.scheduled[SOURCE.stream] = [Scheduled(NOW_S + 60, job("j1"))]
+        assert find(store, "j1").state == "retrying"
+
+
+class TestDead:
+    @pytest.mark.parametrize("id", ["j", "9-0", "77-0"])
+    def test_a_letter_is_found_by_each_of_its_ids(self, store: Any, id: str) -> None:
+        store.letters[SOURCE.stream] = [letter("9-0", "timeout", original_id="77-0", error="too slow")]
+        location = find(store, id)
+        assert (location.state, location.facts["letter"], location.facts["reason"]) == (
+            "dead",
+            "9-0",
+            "timeout",
+        )
+        assert "too slow" in location.why
+
+
+def test_a_search_that_the_scan_limit_ends_says_where(store: Any) -> None:
+    store.scheduled[SOURCE.stream] = [Scheduled(NOW_S + n, job(f"r{n}")) for n in range(300)]
+    store.letters[SOURCE.stream] = [letter(f"{n}-0") for n in range(1, 9)]
+    finder = JobFinder(store, [SOURCE], [], 4)
+    assert finder.find("x") == []
+    assert finder.incomplete == [
+        SOURCE.stream,
+        f"retries of {SOURCE.stream}",
+        f"dead letters of {SOURCE.stream}",
+    ]
+    complete = JobFinder(store, [SOURCE], [], 1000)
+    assert (complete.find("x"), complete.incomplete, complete.scanned) == ([], [], 5 + 300 + 8)
+
+
+def test_an_id_with_escapes_in_json_is_found(store: Any) -> None:
+    store.streams[SOURCE.stream] = [Entry(b"9-0", b'{"id": "\\u957f/\\u7bc7", "type": "audit"}')]
+    assert find(store, "长/篇").state == "queued"
+
+
+@pytest.mark.parametrize(
+    ("data", "id", "retry_count"),
+    [
+        (b'{"id": "j", "type": "a", "retry_count": 3}', "j", 3),
+        (b'{"id": "j", "type": "a", "retry_count": "3"}', "j", 0),
+        (b'{"id": 5}', "", 0),
+        (b"[]", "", 0),
+        (b"[" * 100_000, "", 0),
+        (None, "", 0),
+    ],
+)
+def test_an_invalid_job_is_identified_as_far_as_possible(
+    data: bytes | None, id: str, retry_count: int
+) -> None:
+    identity = read_identity(data)
+    assert (identity.id, identity.retry_count) == (id, retry_count)

@@ -1,0 +1,94 @@
+"""Snapshots for the dashboards: rates, the newest dead letters and the ids of running jobs."""
+
+from typing import Any
+
+from jobworker.worker.admin.overview import OverviewPoller
+from jobworker.worker.admin.status_client import Service
+from jobworker.worker.cli.top import to_json
+from jobworker.worker.errors import StoreUnavailable
+from jobworker.worker.keys import Source
+from jobworker.worker.store.operator import Pause
+from jobworker.worker.store.ports import Entry
+from support.fake_operator import SOURCE, FakeOperatorStore, job, letter
+
+
+def service(url: str, done: float, pid: int = 1) -> Service:
+    """A service that has completed so many jobs and runs entry 5-0."""
+    running = {"count": 1, "jobs": [{"stream": SOURCE.stream, "entry_id": "5-0", "type": "audit"}]}
+    return Service(url, {
+        "pid": pid, "types": ["audit", "idle_type"],
+        "children": [{"role": "worker", "state": "busy", "running": running}],
+        "metrics": {"z_novel_jobs_completed_total": [{"task_type": "audit", "value": done}]},
+    })  # fmt: skip
+
+
+SILENT = Service("http://b", {}, "refused")
+
+
+def poller(store: Any, answers: list[list[Service]]) -> OverviewPoller:
+    """A poller whose clock advances by 10 s with each snapshot."""
+    clock = iter(range(0, 1000, 10))
+    return OverviewPoller(
+        store, store, [SOURCE], lambda: answers.pop(0), mono_s=lambda: float(next(clock)), wall_s=lambda: 1.0
+    )
+
+
+def test_rates_are_the_difference_of_two_answers_of_one_process() -> None:
+    answers = [
+        [service("http://a", 100), service("http://b", 50, pid=2)],
+        [service("http://a", 130), service("http://b", 7, pid=3)],
+        [SILENT, service("http://b", 27, pid=3)],
+    ]
+    one = poller(FakeOperatorStore(), answers)
+    assert one.snapshot().rates is None
+    second = one.snapshot()
+    assert second.rates is not None
+    assert second.rates["audit"]["done"] == 3.0, "a restarted service counts from 0"
+    assert second.rates["idle_type"]["done"] == 0.0
+    assert second.totals["audit"]["done"] == 137
+    assert one.snapshot().rate("done") == 2.0, "a service that does not answer has no rate"
+
+
+def test_the_newest_dead_letters_of_all_streams_are_shown() -> None:
+    store: Any = FakeOperatorStore({"a": [letter(f"{n}-0") for n in range(1, 30)], "b": [letter("25-1")]})
+    one = OverviewPoller(store, store, [Source("a", "g"), Source("b", "g")], list)
+    ids = [x.id for x in one.snapshot().letters]
+    assert ids[:6] == [b"29-0", b"28-0", b"27-0", b"26-0", b"25-0", b"25-1"]
+    assert len(ids) == 10
+
+
+def test_ids_of_running_jobs_are_looked_up_once() -> None:
+    store = FakeOperatorStore()
+    store.streams[SOURCE.stream] = [Entry(b"5-0", job("job-1"))]
+    one = poller(store, [[service("http://a", 1)], [service("http://a", 2)], []])
+    assert one.snapshot().job_ids == {(SOURCE.stream, "5-0"): "job-1"}
+    store.streams.clear()  # trimmed: it is not asked for again
+    assert one.snapshot().job_ids == {(SOURCE.stream, "5-0"): "job-1"}
+    assert one.snapshot().job_ids == {}
+
+
+def test_a_store_that_does_not_answer_leaves_its_part_empty() -> None:
+    class Down(FakeOperatorStore):
+        def pauses(self) -> list[Pause]:
+            raise StoreUnavailable("the store did not answer")
+
+    overview = poller(Down(), [[service("http://a", 1)]]).snapshot()
+    assert (overview.error, overview.pauses, len(overview.services)) == ("the store did not answer", [], 1)
+
+
+def test_the_names_of_a_snapshot_in_json_are_stable() -> None:
+    """Scripts depend on them."""
+    store = FakeOperatorStore({SOURCE.stream: [letter("9-0")]})
+    store.paused = [Pause("audit", 5.0, "disk full")]
+    one = to_json(poller(store, [[service("http://a", 1), SILENT]]).snapshot())
+    assert list(one) == ["streams", "services", "totals", "rates", "paused", "failures", "trouble"]
+    assert list(one["streams"][0]) == [
+        "stream", "group", "queued", "pending", "retrying", "dead", "oldest_age_s", "lag",
+    ]  # fmt: skip
+    assert one["paused"] == [{"kind": "audit", "wall_since_s": 5.0, "note": "disk full"}]
+    assert one["services"][1] == {"url": "http://b", "trouble": "refused"}
+    assert "metrics" not in one["services"][0]
+    assert list(one["failures"][0]) == [
+        "stream", "id", "job_id", "type", "tenant_id", "project_id", "reason", "error", "failed_at",
+        "original_id", "worker", "retry_count", "deaths",
+    ]  # fmt: skip

