@@ -71,7 +71,7 @@ class Supervisor:
             self._server.close()
 
     def _run(self, queue: SignalQueue) -> Exit:
-        log.info("listening", extra={"metrics_url": self._server.url, "pid": os.getpid()})
+        log.info("health.listening", extra={"metrics_url": self._server.url, "pid": os.getpid()})
         while True:
             now = self._mono_turned_s = time.monotonic()
             self._desk.serve(self._status)
@@ -109,17 +109,18 @@ class Supervisor:
 
     def _signalled(self, number: signal.Signals) -> Exit | None:
         if number == signal.SIGHUP:
-            log.info("restarting the workers one by one")
+            log.info("restart.begun")
             reloading()
             self._said_ready = False
             self._crew.restart_workers()
         elif number in (signal.SIGTERM, signal.SIGINT):
             if self._mono_stop_by_s is not None or not self._crew.started:
-                log.warning("stopping at once", extra={"signal": number.name})
+                log.warning("stop.immediate", extra={"signal": number.name})
                 return Exit.STOPPED
-            log.info("draining", extra={"signal": number.name, "timeout_s": self._settings.drain_timeout_s})
+            timeout_s = self._settings.drain_timeout_s
+            log.info("drain.begun", extra={"signal": number.name, "timeout_s": timeout_s})
             notify(STOPPING="1")
-            self._mono_stop_by_s = time.monotonic() + self._settings.drain_timeout_s
+            self._mono_stop_by_s = time.monotonic() + timeout_s
             self._crew.drain()
         return None
 
@@ -127,12 +128,12 @@ class Supervisor:
         assert self._mono_stop_by_s is not None
         notify(WATCHDOG="1")  # nothing is read any more, and the time for this is limited anyway
         if self._crew.drained:
-            log.info("stopped")
+            log.info("supervisor.stopped")
             return Exit.STOPPED
         if now > self._mono_stop_by_s:
             self._crew.kill_workers()
         if now > self._mono_stop_by_s + _SETTLE_WITHIN_S:
-            log.warning("stopped without settling all: the rest stays pending in the store")
+            log.warning("drain.incomplete", extra={"hint": "what was not settled stays pending in Redis"})
             return Exit.STOPPED
         return None
 
@@ -142,7 +143,7 @@ class Supervisor:
         if health.ready and not self._said_ready and not self._crew.exchanging:
             self._said_ready = True
             notify(READY="1")
-            log.info("ready", extra={"workers": self._settings.procs})
+            log.info("service.ready", extra={"workers": self._settings.procs})
         self._tell_status(health.reasons, now)
         if self._progress != self._crew.progress:
             self._progress = self._crew.progress
@@ -208,7 +209,8 @@ def _instance_lock(settings: Settings) -> Iterator[Holder]:
             holder = lock.sign()
         except OSError as error:
             log.warning(
-                "no lock file: after a crash a restart waits for the lease", extra={"error": str(error)}
+                "instance.no_lock_file",
+                extra={"error": str(error), "hint": "after a crash a restart waits for the lease"},
             )
             holder = new_holder(settings)
         yield holder
@@ -227,7 +229,7 @@ def _take(lock: InstanceLock, instance: str) -> None:
 
 
 def _supervise(settings: Settings, queue: SignalQueue) -> Exit:
-    log.info("starting", extra={"settings": settings.public()})
+    log.info("supervisor.starting", extra={"settings": settings.public()})
     needs_vectors = any(target in NEEDS_VECTORS for target in settings.handlers.values())
     embedded = not settings.redis_url or (needs_vectors and not settings.milvus_uri)
     data = _open_data_dir(settings) if embedded else None

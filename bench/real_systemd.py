@@ -223,7 +223,7 @@ def out_of_memory_costs_a_worker(host: Host) -> None:
     host.verb("dlq list")
     host.show(
         f"journalctl --no-pager --output=cat --unit={_UNIT}"
-        " | grep -a '\"ended\"' | grep -a -o '\"child.*' | cut -c-100"
+        " | grep -a '\"child.exited\"' | grep -a -o '\"child.*' | cut -c-100"
     )
     host.show(f"systemctl status --no-pager --lines=0 {_UNIT} | grep -E 'Active|Status'")
     expect(host.property("MainPID") == supervisor, "the supervisor is the same")

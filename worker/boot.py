@@ -1,4 +1,4 @@
-"""What runs first inside a child: settings become adapters, adapters become a role, the role runs.
+"""Child entry point: settings become adapters, adapters become a role, the role runs.
 
 ``python -m jobworker.worker.boot FD``, where FD is the child's end of its line to the supervisor.
 """
@@ -88,9 +88,9 @@ def _begin_tracing(role: str, settings: Settings) -> None:
 
         trace.install(open_tracing(role, settings, os.environ))
     except ImportError as error:
-        log.warning("no traces: %s (pip install 'jobworker[otel]')", error)
+        log.warning("traces.disabled", extra={"error": str(error), "hint": "install the extra otel"})
     except Exception as error:  # of the library too, which reads its variables by itself
-        log.warning("no traces: %s", error)
+        log.warning("traces.disabled", extra={"error": str(error)})
 
 
 def _fail(link: ControlSocket, error: str, code: Exit) -> int:
@@ -223,7 +223,7 @@ def _set_up(settings: Settings, link: ControlSocket) -> dict[str, BoundHandler] 
                 if isinstance(error, JobworkerError) or transient
                 else f"{type(error).__name__}: {error}"
             )
-            log.critical("cannot start: %s", text, exc_info=None if transient else error)
+            log.critical("handler.setup_failed", extra={"error": text}, exc_info=None if transient else error)
             link.send(StartFailed(text[:MAX_ERROR_CHARS], code))
             return None
 

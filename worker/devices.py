@@ -1,4 +1,4 @@
-"""Which device and how many threads a worker's libraries get, settled before any of them is imported."""
+"""Device and threads of each worker, set before any library is imported."""
 
 import os
 import re

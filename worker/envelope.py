@@ -1,4 +1,4 @@
-"""A job from bytes and back: what is read, what is refused, and how a retry or a dead letter is written."""
+"""The wire format of a job: parse, validate, write retries and dead letters."""
 
 import base64
 import json
@@ -92,7 +92,8 @@ _encode_into = msgspec.json.Encoder().encode_into
 
 
 def read_envelope(data: bytes, scratch: bytearray | None = None) -> Envelope:
-    """Parse one job. Whoever parses many is quicker with a ``scratch`` of his own, written over each time.
+    """Parse one job. A caller of many passes a ``scratch`` buffer, which is overwritten each time, to be
+    quicker.
 
     Raises `MalformedJob` for anything but a JSON object in UTF-8 with ``id`` and ``type`` and every
     known field of its right kind and length: also for NaN, unpaired surrogates and nesting past the parser's

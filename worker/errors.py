@@ -1,4 +1,4 @@
-"""The exception tree that handlers and roles share, and the exit codes of the service."""
+"""Exceptions shared by handlers and roles, and the exit codes of the service."""
 
 from enum import IntEnum
 

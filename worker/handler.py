@@ -1,4 +1,4 @@
-"""What a handler is, and how a type's name becomes one inside the worker process."""
+"""Handlers: their interface, and how a type's name becomes one inside a worker."""
 
 import functools
 import importlib

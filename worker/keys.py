@@ -48,7 +48,7 @@ STREAM_OF_TYPE = {
 
 #: Hash: type that was paused by hand -> since when and why, as JSON. One for all streams.
 PAUSED_KEY = "jobworker:paused"
-#: Set: full names of the collections that were ever rebuilt, for whoever looks at how far they are.
+#: Set: full names of the collections that were ever rebuilt; `explain` shows their progress.
 REBUILT_KEY = "jobworker:rebuilt"
 
 

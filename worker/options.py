@@ -1,4 +1,4 @@
-"""The options of the service: command line over environment over file, and Settings made from them."""
+"""Options of the service: the command line overrides the environment, the environment the file."""
 
 import tomllib
 from collections.abc import Callable
@@ -16,7 +16,7 @@ ENV_PREFIX = "JOBWORKER"
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
-#: What the operator's tool heeds of the service's file: option -> parameter of its verbs.
+#: Options of the service's file that the verbs of `jobworker` use: option -> parameter.
 _OF_VERBS = {
     "redis-url": "redis_url", "data-dir": "data_dir", "stream": "streams", "metrics-addr": "metrics_addr",
     "milvus-uri": "milvus_uri", "milvus-prefix": "milvus_prefix", "model": "configured_model",
@@ -38,7 +38,7 @@ def _read_config_of_service(context: click.Context, _: click.Parameter, path: st
 
 
 def _table(path: str) -> dict[str, Any]:
-    """What stands in the file. Raises `click.BadParameter` where that is not for the service."""
+    """The values of the file. Raises `click.BadParameter` if they are not options of the service."""
     try:
         table = tomllib.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -107,9 +107,9 @@ _WORK = [
     _option("--linger", "How long a worker waits for more jobs where its handler takes several at once "
             "(seconds).", 0.002, click.FloatRange(0, 1)),
     _option("--max-rss", "MiB that a worker may hold; one that grows beyond is killed while a job runs, and "
-            "exchanged when idle; 0 for no limit.", 0, click.IntRange(0)),
-    _option("--max-jobs", "Exchange a worker after so many jobs; 0 for never.", 0, click.IntRange(0)),
-    _option("--max-age", "Exchange a worker after so many seconds; 0 for never.", 0.0, click.FloatRange(0)),
+            "replaced when idle; 0 for no limit.", 0, click.IntRange(0)),
+    _option("--max-jobs", "Replace a worker after this number of jobs; 0 for never.", 0, click.IntRange(0)),
+    _option("--max-age", "Replace a worker after this many seconds; 0 for never.", 0.0, click.FloatRange(0)),
     _option("--max-payload", "Largest job in bytes; larger ones are dead-lettered unread.", 8 * 1024 * 1024,
             click.IntRange(1024, 512 * 1024 * 1024)),
     _option("--max-retries", "Retries of a job before it is dead-lettered.", 3, click.IntRange(0)),
@@ -127,7 +127,7 @@ _STORES = [
             click.Choice(["key", "named"])),
     DATA_DIR,
     _option("--connect-timeout", "How long to wait for the stores at start (seconds).", 30.0, _POSITIVE),
-    _option("--lease", "A lost host's jobs are taken over after so many seconds.", 30.0, _POSITIVE),
+    _option("--lease", "Seconds after which the jobs of a lost host are claimed by others.", 30.0, _POSITIVE),
 ]  # fmt: skip
 _MODEL = [
     _option("--model", "A sentence-transformers folder, a hub name that is in the cache, or "

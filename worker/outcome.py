@@ -1,4 +1,4 @@
-"""What running a job may come to, and what then becomes of it."""
+"""Outcomes of a job, and the decision that follows: acknowledge, retry after a backoff, or dead-letter."""
 
 import random
 from enum import StrEnum
@@ -33,7 +33,7 @@ MAX_ERROR_CHARS = 4096
 
 
 class Reason(StrEnum):
-    """Why a job was given up; stands in the dead letter and in a metric's label."""
+    """Why a job was dead-lettered; a field of the dead letter and a metric's label."""
 
     EXHAUSTED = "exhausted"
     PERMANENT = "permanent"
@@ -45,7 +45,7 @@ class Reason(StrEnum):
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
-    """A try that came to nothing, as a worker (or whoever found it dead) tells the reader."""
+    """A failed try, as the worker (or the supervisor, after its death) reports it to the reader."""
 
     error: str
     permanent: bool = False
@@ -54,7 +54,7 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TryAgain(msgspec.Struct, frozen=True):
-    """Schedule the job anew after a delay."""
+    """Schedule a retry after a delay."""
 
     retry_count: int
     delay_s: float

@@ -1,4 +1,4 @@
-"""Putting jobs on their streams, from Python."""
+"""Producer: puts jobs on their streams, from Python."""
 
 import json
 import math
@@ -170,7 +170,7 @@ class Producer:
 
 
 def _redis(url: str) -> ProducerStore:
-    # Imported late: whoever brings a store of his own needs no client library.
+    # Imported late: a caller with a store of its own needs no client library.
     from .store.redis.producer import RedisProducerStore
 
     return RedisProducerStore(url)

@@ -1,4 +1,5 @@
-"""The reaper: moves due retries back into their streams, trims what is finished, counts what waits."""
+"""The reaper role: promotes due retries, trims streams, removes idle consumers. It does not recover jobs of
+dead workers: the reader does."""
 
 import logging
 import random
@@ -95,11 +96,14 @@ class Reaper:
             trimmed = self._store.trim(source.stream)
             removed = self._store.remove_idle_consumers(source, me, idle_ms)
             if trimmed or removed:
-                log.debug("tidied", extra={"stream": source.stream, "trimmed": trimmed, "consumers": removed})
+                log.debug(
+                    "stream.trimmed",
+                    extra={"stream": source.stream, "trimmed": trimmed, "consumers": removed},
+                )
 
     def _back_off(self, error: StoreUnavailable) -> float:
         if self._trouble is None:
-            log.error("store unavailable", extra={"error": str(error)})
+            log.error("store.unavailable", extra={"error": str(error)})
         self._trouble = str(error)
         first, longest = _BACKOFF_S
         delay = min(longest, first * 2.0**self._failures) * self._rng.uniform(0.5, 1.0)

@@ -1,4 +1,4 @@
-"""One worker process: take jobs from the ring, run them with their handler, say what came of each."""
+"""The worker role: takes jobs from the ring, runs their handlers, reports outcomes."""
 
 import logging
 import math
@@ -321,7 +321,7 @@ class Runner:
         while not self._channel.outcomes.push(frame):
             self._channel.wake_reader()
             if self._mono_s() > give_up_at:
-                raise TimeoutError("nobody takes outcomes")
+                raise TimeoutError("the reader does not take outcomes")
             time.sleep(0.001)  # the ring is full of failures; the reader is settling them
         return failure
 

@@ -1,4 +1,4 @@
-"""One frozen record of how the service was told to run; children get it as JSON over a pipe."""
+"""Settings: one frozen record of every option; children get it as JSON over a pipe."""
 
 import os
 import re

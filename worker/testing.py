@@ -80,7 +80,7 @@ class _Store(MemoryStore):
 class Harness:
     """The service with one worker, for tests. Its time stands still but for `advance`.
 
-    ``handlers`` maps types to handler classes (made anew for each worker, as in the service) or to objects.
+    ``handlers`` maps types to handler classes (one object a worker, as in the service) or to objects.
     ``settings`` are the service's; what matters of them is streams, retry, max_payload, max_deaths and
     job_timeout_s. Without them retries have no jitter. What a handler's ``setup`` raises passes through.
     """
@@ -127,8 +127,7 @@ class Harness:
     def advance(self, seconds: float) -> None:
         """Let time pass, and everything be run that becomes due meanwhile, each at its moment.
 
-        Called by a handler it stands for the time that its work takes: the worker is killed where that is
-        beyond the job's limit.
+        In a handler it is the duration of its work: the worker is killed if that exceeds the job's timeout.
         """
         if self._working:
             self._elapsed_s += seconds

@@ -17,7 +17,7 @@ def test_a_death_while_draining_counts(tmp_path: Path) -> None:
         job = one.enqueue("gate", {"gate": "0"})
         one.wait_for_start(job)
         one.send(signal.SIGTERM)
-        eventually(lambda: one.logged("draining"))
+        eventually(lambda: one.logged("drain.begun"))
         one.kill_role("worker 0")
         assert one.wait() == 0
         one.start()

@@ -36,7 +36,7 @@ def test_a_stop_lets_the_running_async_job_end(tmp_path: Path, number: signal.Si
         one.wait_for_start(running)
         one.send(number)
         one.kill_role("worker 0", number)  # a terminal or service manager signals every process
-        eventually(lambda: one.logged("draining"))
+        eventually(lambda: one.logged("drain.begun"))
         one.open_gate("0")
         assert one.wait() == 0
         assert len(one.events("end", running)) == 1

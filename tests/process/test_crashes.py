@@ -226,7 +226,7 @@ def test_a_killed_embedded_store_comes_back_with_everything_and_consuming_goes_o
         wait_for_ends(one, 20)
         url, valkey = one.redis_url, one.kill_role("valkey")
         one.wait_for_successor("valkey", valkey)
-        eventually(lambda: len(one.logged("store up")) == 2)
+        eventually(lambda: len(one.logged("embedded.ready")) == 2)
         one.wait_until_ready()
         assert one.redis_url == url, "producers keep their address"
         late = one.enqueue("gate", {"gate": "0"})

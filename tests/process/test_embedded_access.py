@@ -125,7 +125,7 @@ def test_the_doctor_gets_in_and_shows_no_secret_in_a_command_line(embedded: Serv
 def test_a_killed_one_comes_back_with_the_same_token(embedded: Service) -> None:
     at, killed = endpoints(embedded), embedded.kill_role("milvus")
     embedded.wait_for_successor("milvus", killed)
-    eventually(lambda: len(embedded.logged("store up", store="milvus")) >= 2, WITHIN_S)
+    eventually(lambda: len(embedded.logged("embedded.ready", store="milvus")) >= 2, WITHIN_S)
     assert endpoints(embedded) == at
     assert rows_at(at["milvus_uri"]) == TEXTS
     embedded.enqueue("embedding_batch", {"ids": ["late"], "texts": ["late"]}, **SCOPE)

@@ -28,7 +28,7 @@ def test_a_missing_model_ends_the_start_within_seconds_and_says_how_to_get_it(tm
         one.launch()
         assert one.wait(60) == 3
         assert time.monotonic() - launched_s < TOLD_WITHIN_S + SLACK_S
-        (told, *_) = one.logged("cannot start", role="supervisor")
+        (told, *_) = one.logged("child.start_failed", role="supervisor")
         assert "hf download BAAI/bge-m3" in str(told["error"])
         assert str(empty) in str(told["error"])
         one.assert_nothing_left()

@@ -45,7 +45,9 @@ def deadly(tmp_path: Path) -> Iterator[Service]:
 
 def reader_ends(one: Service) -> list[str]:
     """The log lines of readers that ended unasked."""
-    return [line for line in one.log_text.splitlines() if '"msg": "ended"' in line and '"reader"' in line]
+    return [
+        line for line in one.log_text.splitlines() if '"msg": "child.exited"' in line and '"reader"' in line
+    ]
 
 
 @pytest.mark.parametrize(("how", "most_deaths"), [("SIGSEGV", 2), ("raise", 2), ("SIGKILL", 6)])

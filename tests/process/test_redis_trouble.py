@@ -181,10 +181,10 @@ def test_what_is_deleted_under_it_is_made_anew_with_an_alarm(
     command: tuple[str, ...], server: RedisServer, one: Service
 ) -> None:
     one.wait_until_ready()
-    before = len(one.logged("store unavailable"))
+    before = len(one.logged("store.unavailable"))
     server.client.execute_command(*command)
     assert_consuming(one)
-    assert [e for e in one.log() if e["level"] == "error" and f"of {STREAM} was deleted" in e["msg"]]
+    assert one.logged("fence.recreated", stream=STREAM) + one.logged("group.recreated", stream=STREAM)
     one.wait_until_drained()
     one.wait_until_ready()
-    assert len(one.logged("store unavailable")) == before
+    assert len(one.logged("store.unavailable")) == before

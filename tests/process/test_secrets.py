@@ -58,7 +58,7 @@ def test_no_secret_is_in_a_log_line_a_page_or_a_command_line(blabbing: Service) 
                           metadata={"request_id": "r1", "trace_id": "tr1"})  # fmt: skip
     blabbing.dead_letter(id)
     lost = eventually(lambda: blabbing.logged("lost"))[0]
-    given_up = eventually(lambda: blabbing.logged("job given up"))[0]
+    given_up = eventually(lambda: blabbing.logged("job.dead_lettered"))[0]
     pages = [blabbing.get(path)[1] for path in ("/metrics", "/status", "/readyz", "/healthz")]
     seen = "\n".join([blabbing.log_text, command_lines(), *pages])
     assert [name for name, secret in SECRETS.items() if secret in seen] == []
@@ -77,8 +77,8 @@ def test_every_line_is_an_event(blabbing: Service) -> None:
 def test_a_flood_of_one_event_is_counted_instead_of_printed(blabbing: Service) -> None:
     blabbing.enqueue_many({"type": "blab"} for _ in range(250))
     blabbing.wait_until_drained()
-    summary = eventually(lambda: blabbing.logged("repeated", event="flood"), within_s=30)[0]
+    summary = eventually(lambda: blabbing.logged("log.suppressed", event="flood"), within_s=30)[0]
     printed = len(blabbing.logged("flood", role="worker 0"))
-    assert printed + sum(e["times"] for e in blabbing.logged("repeated", event="flood")) == 251
+    assert printed + sum(e["times"] for e in blabbing.logged("log.suppressed", event="flood")) == 251
     assert printed <= 201, "the first hundred of each ten seconds"
     assert summary["level"] == "warning"

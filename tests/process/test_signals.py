@@ -51,7 +51,7 @@ def test_a_stop_lets_the_running_job_end_and_keeps_the_others(
         ours = [pid for role, pid in one.roles().items() if role != "valkey"]
         for pid in ours if to_all else [one.pid]:
             os.kill(pid, number)
-        eventually(lambda: one.logged("draining"))
+        eventually(lambda: one.logged("drain.begun"))
         assert one.get("/readyz")[0] == 503
         assert one.get("/healthz")[0] == 200
         assert one.exit_code is None
@@ -84,7 +84,7 @@ def test_a_second_signal_stops_at_once_and_loses_nothing(tmp_path: Path, number:
         job = one.enqueue("gate", {"gate": "0"})
         one.wait_for_start(job)
         one.send(number)
-        eventually(lambda: one.logged("draining"))
+        eventually(lambda: one.logged("drain.begun"))
         told_s = time.monotonic()
         one.send(number)
         assert one.wait() == 0
@@ -96,7 +96,7 @@ def test_a_second_signal_stops_at_once_and_loses_nothing(tmp_path: Path, number:
 def test_a_stop_while_it_is_still_starting_exits_0(tmp_path: Path) -> None:
     with ending(Service(tmp_path, handlers("Noop"))) as one:
         one.launch()
-        eventually(lambda: one.logged("listening"))
+        eventually(lambda: one.logged("health.listening"))
         assert one.terminate() == 0
         one.assert_nothing_left()
 
@@ -110,7 +110,7 @@ def test_hup_exchanges_every_worker_without_dropping_or_repeating_a_job(tmp_path
         jobs = one.enqueue_many({"type": "sleep", "payload": {"s": 0.004}} for _ in range(800))
         for pid in before.values() if to_all else [one.pid]:  # as when a terminal is closed
             os.kill(pid, signal.SIGHUP)
-        eventually(lambda: one.logged("restarting the workers one by one"))
+        eventually(lambda: one.logged("restart.begun"))
         eventually(lambda: len(one.events("end")) > 600)
         one.open_gate("0")
         one.wait_until_drained()

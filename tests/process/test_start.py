@@ -71,7 +71,7 @@ def test_command_line_wins_over_environment_and_that_over_the_file(tmp_path: Pat
     environment = {"JOBWORKER_MAX_RETRIES": "2", "JOBWORKER_RETRY_MAX": "8"}
     with ending(Service(tmp_path, {}, environment=environment, config=config, retry_max=7)) as one:
         one.launch()
-        (starting,) = eventually(lambda: one.logged("starting"))
+        (starting,) = eventually(lambda: one.logged("supervisor.starting"))
         assert one.terminate() == 0
     settings = starting["settings"]
     assert (settings["lease_s"], settings["retry"][0], settings["retry"][2]) == (11, 2, 7)
@@ -90,7 +90,9 @@ def test_a_handler_that_cannot_be_set_up_exits_3_with_its_own_error(
     one = Service(tmp_path, {"job": target}, procs=1)
     assert end_of(one) == 3
     assert said in one.log_text
-    assert any(said in str(event.get("error", "")) for event in one.logged("cannot start", role="supervisor"))
+    assert any(
+        said in str(event.get("error", "")) for event in one.logged("child.start_failed", role="supervisor")
+    )
 
 
 def test_an_unreachable_store_exits_5_when_the_connect_timeout_is_over(tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_an_unreachable_store_exits_5_when_the_connect_timeout_is_over(tmp_path:
     launched_s = time.monotonic()
     assert end_of(one) == 5
     assert 1.0 <= time.monotonic() - launched_s < 1.0 + SLACK_S
-    assert "the job store does not answer" in one.log_text
+    assert "store.unreachable" in one.log_text
     assert "wrong-horse" not in one.log_text
 
 

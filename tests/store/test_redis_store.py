@@ -158,7 +158,7 @@ class TestTrouble:
         assert select.select([fd], [], [], SOON_S)[0]
         with caplog.at_level(logging.ERROR):
             assert store.finish_read(S) == []
-        assert "was deleted" in caplog.text
+        assert "group.recreated" in caplog.text
         assert [entry.data for entry in read(store)] == [b"2"]
 
     def test_deaths_go_with_a_deleted_stream_and_stay_with_a_deleted_group(

@@ -215,7 +215,7 @@ class Service:
     @property
     def url(self) -> str:
         """Of the HTTP port; it is found in the log, as a person would find it."""
-        return str(eventually(lambda: self.logged("listening"))[0]["metrics_url"])
+        return str(eventually(lambda: self.logged("health.listening"))[0]["metrics_url"])
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of a page."""
@@ -229,7 +229,11 @@ class Service:
 
     def is_ready(self) -> bool:
         """Whether /readyz says so."""
-        return bool(self.logged("listening")) and self.exit_code is None and self._status("/readyz") == 200
+        return (
+            bool(self.logged("health.listening"))
+            and self.exit_code is None
+            and self._status("/readyz") == 200
+        )
 
     def _status(self, path: str) -> int:
         try:

@@ -276,7 +276,7 @@ def test_repeats_are_counted_and_said_at_the_end_of_the_time() -> None:
     call()
     (summary,) = summaries
     told = {
-        "msg": "repeated",
+        "msg": "log.suppressed",
         "event": "retried %s",
         "times": 47,
         "task_type": "embed",
@@ -308,7 +308,12 @@ def test_a_flood_is_cut_on_its_way_to_stderr(said: Callable[[], str]) -> None:
     logging.getLogger().handlers[0].close()
     *lines, last = [json.loads(line) for line in said().splitlines()]
     assert [line["number"] for line in lines] == list(range(100))
-    assert {"msg": "repeated", "event": "again", "times": 900, "level": "warning"}.items() <= last.items()
+    assert {
+        "msg": "log.suppressed",
+        "event": "again",
+        "times": 900,
+        "level": "warning",
+    }.items() <= last.items()
     assert "job_id" not in last
 
 

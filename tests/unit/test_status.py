@@ -28,4 +28,4 @@ def test_the_first_rate_is_none() -> None:
 
 def test_what_waits_is_named() -> None:
     line = StatusLine(1).make(totals(0, paused=1, opened=1), 5.0)
-    assert line.endswith("; a is paused; b waits for what it needs")
+    assert line.endswith("; a is paused; b waits for its dependency")

@@ -44,7 +44,7 @@ _FRAME_SLACK_BYTES = 320 * 1024
 _DEADLINE, _BEAT, _SINCE = range(16, 19)
 
 STARTING, READY, STOPPING = 0, 1, 2
-#: Types of which a worker can say something: the first so many, a bit of one word each.
+#: Types that a worker's bitmasks cover: the first 64, one bit of a word each.
 REFUSABLE = 64
 
 

@@ -1,4 +1,4 @@
-"""The line between the supervisor and one child: small messages each way, descriptors along with them.
+"""Control socket between the supervisor and one child: small messages each way, with descriptors.
 
 A socket of kind SEQPACKET keeps each message whole and reports the end of the other side at once.
 """
@@ -103,8 +103,8 @@ class StartFailed(msgspec.Struct, tag=True, frozen=True):
 
 
 class Report(msgspec.Struct, tag=True, frozen=True):
-    """From a child: counts since the last report, whether what it needs answers (None: it does), and from
-    the reader how many read cycles it has completed."""
+    """From a child: counts since the last report, trouble with its dependency (None: there is none), and for
+    the reader the number of completed read cycles."""
 
     counts: list[tuple[str, tuple[str, ...], float]] = []
     gauges: list[tuple[str, tuple[str, ...], float]] = []

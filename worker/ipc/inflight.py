@@ -1,4 +1,4 @@
-"""Which entries one worker holds and how far each is: a table in shared memory that outlives the reader.
+"""In-flight table: which entries one worker holds and their state, in shared memory that outlives the reader.
 
 Rows are handed out in order and counted up for ever; row ``n`` stands at ``n % ROWS``. The reader writes
 a row before it pushes the job into the ring, and that push is what makes the row count: a new reader finds
@@ -8,7 +8,7 @@ took out. From then on the state byte alone moves:
     QUEUED -> STARTED -> SUCCEEDED | FAILED     by the worker
     SUCCEEDED | FAILED -> SETTLED               by the reader, once the store has it
 
-so whoever of the two dies, the other (or a successor) can tell who had started what.
+so when either of the two dies, the other (or a successor) knows which jobs had started.
 """
 
 import re
@@ -122,7 +122,7 @@ class InFlight:
                 yield range(first + run.start(), first + run.end())
 
     def unsettled(self) -> list[Held]:
-        """Every row that is still somebody's duty."""
+        """Every row that is not settled."""
         return [self.held(row) for row in range(self.tail, self.head) if self.state(row) != SETTLED]
 
     def started(self) -> list[Held]:

@@ -35,7 +35,7 @@ class Ring:
 
     @property
     def largest(self) -> int:
-        """The longest frame (bytes) that is sure to fit into an empty ring, wherever its head stands."""
+        """The longest frame (bytes) that always fits into an empty ring, at any position of its head."""
         return self._size // 2 - 8
 
     def push(self, frame: bytes) -> bool:

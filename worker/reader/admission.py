@@ -1,4 +1,4 @@
-"""What to do with an entry before any worker sees it: run it, run it alone, or refuse it."""
+"""Admission: validates an entry and decides whether it runs, runs isolated, or is rejected."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple

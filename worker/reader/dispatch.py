@@ -1,4 +1,4 @@
-"""Which worker a job gets to itself: one that may kill it, or one that would keep others waiting for long."""
+"""Dispatch: how many jobs each worker may be given, and handing them over."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from .admission import AdmittedJob
 #: A worker is given as many jobs as it finishes in this time: enough that it never runs dry between two
 #: turns of the reader, little enough that the last jobs of a backlog do not queue behind one worker.
 _QUEUE_S = 0.2
-#: How often the pace is measured anew.
+#: How often the rate of a worker is measured (seconds).
 _MEASURE_EVERY_S = 0.05
 #: Jobs of one frame, in bytes: small frames let a worker begin while the next is being packed.
 _FRAME_BYTES = 256 * 1024

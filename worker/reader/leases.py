@@ -1,4 +1,4 @@
-"""What this service holds of the streams: finds it again, renews it, takes over what lost hosts left."""
+"""Leases of this consumer: lists its pending entries, renews them, claims those of lost hosts."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from .prefetch import PrefetchBuffer
 
 #: Entries of one answer: enough to spread a round trip over.
 _MOST_ENTRIES = 1024
-#: An answer is to hold about so many bytes.
+#: Target size of an answer (bytes).
 _ANSWER_BYTES = 4 * 1024 * 1024
 #: Asked for while nothing is known: as many of the largest jobs as a host can well hold.
 _FIRST_ENTRIES = 8
@@ -77,7 +77,7 @@ class LeaseKeeper:
         self._mono_renewed_s = mono_now_s
         # Sources whose pending entries are still being listed, and the last one that was: new ones wait.
         self._unlisted: dict[int, bytes] = {}
-        for source in settings.streams:  # what has not happened yet is 0: else nobody sees its first time
+        for source in settings.streams:  # start at 0, so that the first event is a rise that alerts see
             self._tally.count("z_novel_leases_taken_over_total", (source.stream,), 0)
             self._tally.count("z_novel_leases_lost_total", (source.stream,), 0)
 
@@ -101,7 +101,8 @@ class LeaseKeeper:
         return source not in self._unlisted
 
     def list_pending(self) -> None:
-        """Go on finding what this consumer was given before and nobody has in hand, while there is room."""
+        """Continue the listing of entries that this consumer owns and no worker holds, while there is
+        room."""
         if not self._unlisted or self._backlog.full:
             return
         known = self._in_hand()
@@ -125,7 +126,7 @@ class LeaseKeeper:
 
     @property
     def listing_one_by_one(self) -> bool:
-        """Whether such a listing is under way and has room: the next turn goes on without a wait."""
+        """Whether such a listing is running and has room: the next turn continues without a wait."""
         return not self._backlog.full and any(map(self._marks.is_careful, self._unlisted))
 
     def _list_one_by_one(self, source: int, after: bytes, known: set[tuple[int, bytes]]) -> None:
@@ -177,7 +178,7 @@ class LeaseKeeper:
     def _drop(self, source: int, lost: set[bytes]) -> None:
         """Forget what waits here and was taken over elsewhere; what is running is refused when settled."""
         stream = self._sources[source].stream
-        log.warning("lease lost", extra={"entries": len(lost), "stream": stream})
+        log.warning("lease.lost", extra={"entries": len(lost), "stream": stream})
         self._tally.count("z_novel_leases_lost_total", (stream,), len(lost))
         self._backlog.drop(source, lost)
 
@@ -190,7 +191,7 @@ class LeaseKeeper:
             cursor, entries = self._store.take_over(self._sources[source], idle_ms, page, cursor)
             found = [entry for entry in entries if (source, entry.id) not in known]
             if found:
-                log.warning("took over", extra={"entries": len(found), "stream": stream})
+                log.warning("lease.claimed", extra={"entries": len(found), "stream": stream})
                 self._tally.count("z_novel_leases_taken_over_total", (stream,), len(found))
             self._arrive(source, found)
             self._marks.clear()
@@ -206,4 +207,4 @@ class LeaseKeeper:
                     self._store.release(source, ids)
             self._store.resign(self._sources)
         except (StoreUnavailable, Fenced) as error:
-            log.warning("not handed back; the lease will do it", extra={"error": str(error)})
+            log.warning("lease.release_failed", extra={"error": str(error)})

@@ -1,4 +1,4 @@
-"""What the reader has read and not handed out: jobs that may run, suspects, and jobs whose type is paused."""
+"""Prefetch buffer: entries that were read and not dispatched, parked types, and circuit breakers."""
 
 import itertools
 from collections import Counter, deque
@@ -19,7 +19,7 @@ _EXCUSES_KEPT = 10_000
 #: Jobs and bytes that a paused type may have set aside of one stream, so that the other types behind them go
 #: on; beyond that the stream waits. Bounds the reader's memory.
 _ASIDE_JOBS, _ASIDE_BYTES = 10_000, 64 * 1024 * 1024
-#: Bytes of jobs that may run and wait here; with so many nothing more is read, whatever workers could take.
+#: Most bytes of runnable jobs in the buffer; beyond it nothing is read, however much credit the workers have.
 _HELD_BYTES = 64 * 1024 * 1024
 
 
@@ -88,7 +88,7 @@ class Breaker:
         self._trying = False
 
     def answered(self) -> None:
-        """A job got through: go on as before."""
+        """A job succeeded: close the breaker."""
         self.open = False
         self.recoveries += 1
         self._failures = 0
@@ -172,8 +172,8 @@ class PrefetchBuffer:
         return taken
 
     def waiting(self, source: int) -> int:
-        """How many jobs stand in the way of reading more from a source: all that may run, and its own paused
-        ones only when there are too many, so that the other types behind them go on."""
+        """How many jobs count against reading more of a stream: all runnable ones, and its parked ones only
+        if there are too many, so that other types behind them continue."""
         paused = sum(held.count(source) for held in self._held if held.full(source))
         return paused + len(self.ready) + len(self.isolated)
 
@@ -189,8 +189,8 @@ class PrefetchBuffer:
         return sum(len(arrival.entry.data or b"") for arrival in waiting) >= _HELD_BYTES
 
     def is_within_grace(self, kind: int, source: int, entry_id: bytes) -> bool:
-        """Whether a job that blames an unavailable store is believed. It always is while no job of its type
-        gets through; one that goes on blaming it each time the others have recovered is not."""
+        """Whether a job that reports `Unavailable` is retried for free: always while no job of its type
+        succeeds, and at most five times while others do."""
         recoveries = self._breakers[kind].recoveries
         times, seen = self._excuses.get((source, entry_id), (0, -1))
         if seen != recoveries:
@@ -223,7 +223,7 @@ class PrefetchBuffer:
         return deque(arrival for arrival in queue if arrival.kind not in kinds)
 
     def answered(self, kinds: Iterable[int]) -> None:
-        """Jobs of these types got through: what was held goes on."""
+        """Jobs of these types succeeded: resume the parked ones."""
         for kind in kinds:
             if self._breakers[kind].open:
                 self._breakers[kind].answered()
@@ -237,11 +237,11 @@ class PrefetchBuffer:
                 self._resume(kind, 1)
 
     def paused(self, kind: int) -> bool:
-        """Whether a type waits for what it needs to answer."""
+        """Whether the circuit breaker of a type is open."""
         return self._breakers[kind].open
 
     def drop(self, source: int, ids: set[bytes]) -> None:
-        """Forget entries that are somebody else's by now."""
+        """Forget entries that another consumer has claimed."""
         for queue in (self.ready, self.isolated):
             kept = [a for a in queue if not (a.source == source and a.entry.id in ids)]
             queue.clear()

@@ -1,8 +1,8 @@
-"""The reader: owns the consumer groups, hands jobs to workers, settles what came of them.
+"""The reader role: owns the consumer groups, dispatches jobs to workers, settles outcomes.
 
 One loop waits for everything at once: answers to blocking reads (one connection for each stream), the
-workers' wake-ups, the supervisor's messages. Nothing here is remembered that is not also in the store or in
-the workers' tables, so a reader that dies is replaced by one that goes on.
+workers' wake-ups, the supervisor's messages. All state is also in the store or in the workers' tables, so
+the next reader continues where a dead one stopped.
 """
 
 import logging
@@ -53,7 +53,7 @@ _PAUSES_EVERY_S = 0.5
 _HOLD_EVERY_S = 2.0
 #: How often a name that another service holds is asked for.
 _NAME_EVERY_S = 0.5
-#: Jobs that wait for workers of their own are read past by so many: behind them may be some for the others.
+#: Entries that are read beyond jobs that wait for certain workers: the others may find work behind them.
 _LOOK_PAST = 1024
 #: First and longest wait after the store refused; short enough to be back within a second or so.
 _BACKOFF_S = (0.05, 1.0)
@@ -184,7 +184,7 @@ class Reader:
         try:
             return self._store.finish_read(self._sources[source])
         except AnswerTooLarge as error:
-            log.warning("read given up", extra={"stream": self._sources[source].stream, "error": str(error)})
+            log.warning("read.oversized", extra={"stream": self._sources[source].stream, "error": str(error)})
             self._custody.dropped(source)
             return []
 
@@ -213,7 +213,7 @@ class Reader:
                 self._draining = True
                 self._stop_reading()
             case _:
-                log.error("message not for a reader", extra={"message": type(message).__name__})
+                log.error("control.unexpected_message", extra={"message": type(message).__name__})
 
     def _of(self, slot: int, generation: int) -> Iterator[WorkerHandle]:
         return (worker for worker in self._workers if (worker.slot, worker.generation) == (slot, generation))
@@ -233,7 +233,8 @@ class Reader:
         # Before the entries are looked at: one that ends readers must not look like a start that failed.
         self._link.send(Ready())
         self._custody.list_pending()
-        log.info("reading", extra={"streams": len(self._sources), "pending": len(self._backlog.ready)})
+        counts = {"streams": len(self._sources), "pending": len(self._backlog.ready)}
+        log.info("reader.connected", extra=counts)
 
     def _hold_name(self, now: float) -> None:
         """Renew the instance's name. First in a turn: a reader that was suspended must not read first."""
@@ -255,18 +256,18 @@ class Reader:
         trouble = f"instance {self._settings.instance!r}: {error}"
         known, self._trouble = self._trouble == trouble, trouble
         if not known:
-            log.error("the instance's name is not ours", extra={"error": trouble})
+            log.error("instance.name_lost", extra={"error": trouble})
             self.report()
         if self._draining:
             self._drop_ended_workers()
 
     def _heed_pauses(self) -> None:
-        """Set aside the types that an operator has paused, and let go on those that are paused no more."""
+        """Park the types that an operator has paused, and resume those that are no longer paused."""
         self._heeded_at = self._mono_s()
         paused = self._store.paused()
         numbers = {number for number, kind in enumerate(self._settings.handlers) if kind in paused}
         if numbers != self._backlog.paused_types:
-            log.info("paused by an operator", extra={"task_types": sorted(paused)})
+            log.info("types.paused", extra={"task_types": sorted(paused)})
             self._backlog.set_paused_types(numbers)
 
     def _back_off(self, error: StoreUnavailable) -> None:
@@ -280,7 +281,7 @@ class Reader:
         self._retry_at = self._mono_s() + delay
         known, self._trouble = self._trouble is not None, str(error)
         if not known:
-            log.error("store unavailable", extra={"error": str(error)})
+            log.error("store.unavailable", extra={"error": str(error)})
             self.report()  # at once: the next try may take as long as the store's timeout
 
     def _stop_reading(self) -> None:
@@ -334,7 +335,7 @@ class Reader:
     def _pause(self, arrival: AdmittedJob, now: float) -> None:
         kind = tuple(self._settings.handlers)[arrival.kind]
         if not self._backlog.paused(arrival.kind):
-            log.warning("type paused: what it needs does not answer", extra={"task_type": kind})
+            log.warning("circuit.opened", extra={"task_type": kind})
         self._backlog.pause(arrival, now)
 
     def _room(self, source: int) -> int:

@@ -1,4 +1,4 @@
-"""Turns what came of jobs into settlements: acknowledged, scheduled anew, or dead-lettered."""
+"""Settlement: turns outcomes into acknowledgements, retries and dead letters, in one script a stream."""
 
 import logging
 import random
@@ -151,7 +151,7 @@ class Settler:
                 continue
             batch.counts["z_novel_jobs_failed_total", (self._kinds[held.kind],)] += 1
             if data is None:
-                log.error("entry vanished from its stream", extra={"entry_id": held.entry_id.decode()})
+                log.error("entry.missing", extra={"entry_id": held.entry_id.decode()})
                 batch.done[held.source].append(held.entry_id)
             elif (held.source, held.entry_id) in self._marks.convicted:
                 self._bury_unread(batch, held, data, failed.worker)
@@ -177,13 +177,13 @@ class Settler:
         deaths = envelope.deaths + held.deaths
         told = {**log_fields(envelope), "retry_count": envelope.retry_count, "error": failure.error}
         if isinstance(decision, GiveUp):
-            log.error("job given up", extra={**told, "reason": decision.reason})
+            log.error("job.dead_lettered", extra={**told, "reason": decision.reason})
             self._trace("give up", envelope, held, failure.error, reason=decision.reason)
             self._bury(
                 batch, held, data, decision.reason, failure.error, envelope.retry_count, deaths, failed.worker
             )
             return
-        log.warning("job will be retried", extra={**told, "delay_s": round(decision.delay_s, 3)})
+        log.warning("job.retry_scheduled", extra={**told, "delay_s": round(decision.delay_s, 3)})
         self._trace("retry", envelope, held, failure.error, delay_s=decision.delay_s)
         batch.counts["z_novel_jobs_retried_total", (envelope.type,)] += 1
         again = with_retry(data, decision.retry_count, deaths)
@@ -210,7 +210,7 @@ class Settler:
 
     def _bury_unread(self, batch: SettlementBatch, held: Held, data: bytes, worker: str) -> None:
         """A reader has ended as it read this job: no other reads it."""
-        log.error("job given up", extra={
+        log.error("job.dead_lettered", extra={
             "entry_id": held.entry_id.decode(), "reason": Reason.POISON, "error": READER_DIED,
         })  # fmt: skip
         self._bury(batch, held, data, Reason.POISON, READER_DIED, 0, held.deaths, worker, unread=True)
@@ -222,7 +222,7 @@ class Settler:
             stream = self._sources[refusal.source].stream
             kind = envelope.type if envelope and envelope.type in self._kinds else "unknown"
             batch.counts["z_novel_jobs_dead_total", (kind, refusal.reason)] += 1
-            log.error("job refused", extra={
+            log.error("job.rejected", extra={
                 "stream": stream, "entry_id": refusal.entry.id.decode(), "reason": refusal.reason,
                 "error": refusal.error, **(log_fields(envelope) if envelope else {}),
             })  # fmt: skip
@@ -239,7 +239,7 @@ class Settler:
         """Hand the batch to the store and count what is now final."""
         settlements = batch.settlements(self._sources)
         if settlements and (refused := self._store.settle(settlements)):
-            log.warning("no longer ours, left alone", extra={"entries": len(refused)})
+            log.warning("settle.refused", extra={"entries": len(refused)})
         for (name, labels), count in batch.counts.items():
             self._tally.count(name, labels, count)
 
@@ -319,9 +319,7 @@ class Settler:
         deaths = envelope.deaths + entry.deaths
         batch.counts["z_novel_jobs_failed_total", (envelope.type,)] += 1
         used_up = sole and envelope.retry_count + entry.deaths > self._settings.retry.max_retries
-        log.error(
-            "worker died under job", extra={**log_fields(envelope), "deaths": deaths, "cause": gone.cause}
-        )
+        log.error("job.worker_died", extra={**log_fields(envelope), "deaths": deaths, "cause": gone.cause})
         self._trace("worker died", envelope, held, gone.cause, deaths=deaths)
         if deaths < self._settings.max_deaths and not used_up:
             return False
@@ -349,7 +347,7 @@ class Settler:
 
 
 def _entries(rows: Sequence[Held], bodies: dict[tuple[int, bytes], bytes]) -> list[tuple[int, Entry]]:
-    """Rows with their bytes again; what vanished from its stream is nobody's any more."""
+    """Rows with their bytes again; entries that are no longer in the stream are left out."""
     return [
         (held.source, Entry(held.entry_id, data, deaths=held.deaths))
         for held in rows

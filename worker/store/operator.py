@@ -1,4 +1,4 @@
-"""What an operator's tool asks of a job store; no type of any client library is in it.
+"""What operators' tools ask of a job store; free of client library types.
 
 Entry ids are bytes, ``b"<milliseconds>-<sequence>"``. Every call raises `StoreUnavailable` when the store
 does not answer or refuses for now. Nothing here takes a reader's name, so it may run beside any service.

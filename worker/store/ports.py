@@ -1,4 +1,4 @@
-"""What reader, reaper and producer ask of a job store; no type of any client library is in it.
+"""Ports of the job store: what reader, reaper and producer ask of it; free of client library types.
 
 Entry ids are bytes in the server's form, ``b"<milliseconds>-<sequence>"``. Every call raises
 `StoreUnavailable` when the store does not answer or refuses for now, and `Fenced` when a newer reader
@@ -111,7 +111,7 @@ class ReaderStore(Protocol):
     def settle(self, settlements: Sequence[Settlement]) -> set[bytes]:
         """Carry out outcomes, each settlement atomically; returns the ids that were not ours any more
         (acknowledged already, or another consumer's by now): nothing was done for those. A done id that
-        nobody holds any more may be left out of them."""
+        no consumer owns any more may be left out of them."""
 
     def charge(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:
         """Durably set how many workers have died under each id that is still ours; returns those set. Setting

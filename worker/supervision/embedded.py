@@ -1,4 +1,4 @@
-"""The embedded stores as processes: start them before the roles, start them again, end them last."""
+"""Embedded servers of a service without URLs: start, health check, restart, stop."""
 
 import logging
 import os
@@ -37,7 +37,7 @@ class EmbeddedValkey:
         return f"redis://:{self._password}@{_HOST}:{self._port}/0"
 
     def command(self) -> list[str]:
-        """Writes the configuration first: the password must not stand in the command line."""
+        """Writes the configuration first: the password must not be in the command line."""
         config = self._dir / "valkey.conf"
         lines = [
             f"bind {_HOST}", f"port {self._port}", f"dir {self._dir}", f"requirepass {self._password}",
@@ -218,7 +218,7 @@ class Stores:
             self._was_ready = all(kept.process and kept.process.ready for kept in self._kept)
             if not self._was_ready and mono_now_s > self._mono_give_up_s:
                 names = ", ".join(k.store.name for k in self._kept if not (k.process and k.process.ready))
-                log.critical("embedded store not up", extra={"stores": names})
+                log.critical("embedded.start_failed", extra={"stores": names})
                 return Exit.STORE_UNREACHABLE
         return None
 
@@ -230,13 +230,13 @@ class Stores:
             return
         ended = process.collect()
         if ended is not None:
-            log.error("store ended", extra={"store": kept.store.name, "cause": ended.cause})
+            log.error("embedded.exited", extra={"store": kept.store.name, "cause": ended.cause})
             kept.backoff.ended(now, was_ready=process.ready, lived_s=now - process.mono_started_s)
             process.close()
             kept.process = None
         elif not process.ready and kept.store.answers():
             process.ready = True
-            log.info("store up", extra={"store": kept.store.name})
+            log.info("embedded.ready", extra={"store": kept.store.name})
 
     def _start(self, store: Embedded, now: float) -> Process:
         tether = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]

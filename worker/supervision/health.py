@@ -1,4 +1,4 @@
-"""The HTTP port of the supervisor: /metrics, /healthz, /readyz and /status, from threads of their own."""
+"""HTTP server of the supervisor: /metrics, /healthz, /readyz and /status, in threads of its own."""
 
 import json
 import socket

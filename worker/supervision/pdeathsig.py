@@ -1,4 +1,4 @@
-"""Tie a process to its parent: it is killed when the parent dies, however the parent dies.
+"""Parent-death signal: a process is killed when its parent dies, in whatever way the parent dies.
 
 As a program (``python -m jobworker.worker.supervision.pdeathsig PARENT_PID COMMAND ...``) it ties itself,
 leaves the terminal's process group, and becomes the command: the tie is kept over exec.

@@ -1,4 +1,4 @@
-"""A child seen from the parent: start it, hear from it, end it, and say how it ended."""
+"""Child processes as the supervisor sees them, and their restart backoff."""
 
 import os
 import select

@@ -1,4 +1,4 @@
-"""The roles as processes: hold every place filled, enforce time limits, pass news between them."""
+"""Process manager: starts and restarts children, enforces job timeouts, relays control messages."""
 
 import logging
 import select
@@ -46,7 +46,7 @@ _LEAST_STARTS = 2
 #: Ends in a row before a place was ready, after which nothing is to be hoped from another try.
 _BOOT_TRIES, _LOOP_TRIES = 3, 6
 _GAUGES_EVERY_S = 0.5
-#: Ends of a reader that anybody on the host may cause at any moment, or the kernel for want of memory.
+#: Exits of a reader that an operator or the kernel (out of memory) may cause at any moment.
 _FROM_OUTSIDE = frozenset({"SIGKILL", "SIGTERM"})
 
 
@@ -138,7 +138,7 @@ class ProcessManager:
             case Ready():
                 child.ready = True
                 self._had_name |= child is self._reader.child
-                log.info("up", extra={"child": child.name, "process_id": child.pid})
+                log.info("child.ready", extra={"child": child.name, "process_id": child.pid})
             case Report(counts, gauges, histograms, trouble, progress):
                 # A store that does not answer is no standstill of ours, and no restart mends it.
                 waits = trouble is not None and child is self._reader.child
@@ -156,17 +156,17 @@ class ProcessManager:
                 child.trouble = error
                 # At the first start, and for what no later try can mend, this ends the service.
                 if not self._was_complete or exit_code == Exit.USAGE:
-                    log.critical("cannot start", extra={"child": child.name, "error": error})
+                    log.critical("child.start_failed", extra={"child": child.name, "error": error})
                     self._verdict = Exit(exit_code)
             case _:
-                log.error("unexpected message", extra={"child": child.name})
+                log.error("control.unexpected_message", extra={"child": child.name})
 
     def _note_held(self, held: HeldElsewhere) -> None:
         """End a service that never had the name once the other is seen to live; one that had it waits."""
         wait_until = time.monotonic() + held.left_s + self._settings.connect_timeout_s
         self._mono_connected_by_s = max(self._mono_connected_by_s, wait_until)
         if held.renewed and not self._had_name and self._verdict is None:
-            log.critical("cannot start", extra={"error": (
+            log.critical("child.start_failed", extra={"error": (
                 f"instance {self._settings.instance!r} is held by {held.by}: "
                 "stop that service, or give this one its own --instance"
             )})  # fmt: skip
@@ -182,7 +182,7 @@ class ProcessManager:
         if child is place.successor:
             place.successor = None
             self._to_exchange.clear()
-            log.error("exchange of workers given up", extra={"child": child.name, "cause": ended.cause})
+            log.error("restart.aborted", extra={"child": child.name, "cause": ended.cause})
         else:
             place.child, place.successor = place.successor, None
         self._take_leave(place, child, ended, now)
@@ -191,13 +191,13 @@ class ProcessManager:
     def _take_leave(self, place: Slot, child: Child, ended: Ended, now: float) -> None:
         # A worker says STOPPING before it leaves; a handler that calls os._exit(0) does not.
         left = child.channel is not None and child.channel.phase == STOPPING and ended.clean
-        # TERM may come before it can be heeded. A SIGKILL that we did not send is no way to stop: a job (or
-        # whoever kills for want of memory) that ends a worker is charged with it, also while we drain.
+        # TERM may come before its handler is installed. A SIGKILL that we did not send is no regular stop: a
+        # job that kills its worker, also by using up memory, is charged with it, even while we drain.
         stopped = ended.clean if child.channel is None else ended.cause == "SIGTERM" or child.put_down
         expected = left or (child.stopping and stopped)
         if not expected:
             cause = child.kill_cause or ended.cause
-            log.error("ended", extra={
+            log.error("child.exited", extra={
                 "child": child.name, "process_id": child.pid, "cause": cause,
                 "peak_rss_mib": ended.peak_rss_mib, "stack": ended.stack or None,
             })  # fmt: skip
@@ -210,8 +210,8 @@ class ProcessManager:
             self._count_reader_death(child, ended)
 
     def _count_reader_death(self, child: Child, ended: Ended) -> None:
-        """Hold the entry that a reader was reading when it ended to account."""
-        # One that waits, for a log that nobody reads or because it was stopped, is no entry's fault; nor is
+        """Count a strike against the entry that the reader was reading when it ended."""
+        # A reader that is blocked (a full stderr pipe, SIGSTOP) is not the entry's fault; nor is
         # one that was overdue and has reported since.
         spins = child.mono_killed_s is not None and child.was_computing
         suspect = self._marks.record_death(proven=spins or ended.cause not in _FROM_OUTSIDE)
@@ -316,12 +316,12 @@ class ProcessManager:
             reader = self._reader.child
             if now > self._mono_connected_by_s and not (reader and reader.ready):
                 trouble = reader.trouble if reader else None
-                log.critical("the job store does not answer", extra={"error": trouble})
+                log.critical("store.unreachable", extra={"error": trouble})
                 self._verdict = Exit.STORE_UNREACHABLE
             elif any(place.backoff.unready_ends >= _BOOT_TRIES for place in self._places):
                 self._verdict = Exit.BOOT_FAILED
         elif all(place.backoff.unready_ends >= _LOOP_TRIES for place in self._workers):
-            log.critical("crash loop: no worker can be kept up")
+            log.critical("crash_loop.detected", extra={"hint": "no worker stays up"})
             self._verdict = Exit.CRASH_LOOP
 
     # -- exchange, drain, end
@@ -359,7 +359,7 @@ class ProcessManager:
         tired = limits.max_jobs and child.channel.finished >= limits.max_jobs
         large = not child.channel.mono_deadline_s and self._too_large(child)
         if (old or tired or large) and (place, child.generation) not in self._to_exchange:
-            log.info("worker is due for exchange", extra={"child": child.name})
+            log.info("worker.recycle_due", extra={"child": child.name})
             self._to_exchange.append((place, child.generation))
 
     def _too_large(self, child: Child) -> bool:
@@ -385,7 +385,7 @@ class ProcessManager:
 
     @property
     def _calm(self) -> bool:
-        """Whether nobody waits for those whose successor a spare may be."""
+        """Whether reader and reaper are ready, so that a standby may start."""
         both = (self._reader.child, self._reaper.child)
         return self._was_complete and all(child is not None and child.ready for child in both)
 

@@ -1,4 +1,4 @@
-"""Tell systemd how the service is (sd_notify(3)); nothing where systemd does not listen."""
+"""sd_notify(3): state of the service for systemd; does nothing where systemd does not listen."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Signals become bytes in a socket: a handler enqueues, one loop acts."""
+"""Signal queue: a handler enqueues, one loop acts."""
 
 import signal
 import socket

@@ -1,4 +1,4 @@
-"""Processes that stand by to be the next reader or reaper: most of an absence would be their imports."""
+"""Process slots (a role, its child and restarts) and warm standbys for reader and reaper."""
 
 from collections.abc import Iterator
 
@@ -17,11 +17,11 @@ class Slot:
         self.child: Child | None = None
         self.successor: Child | None = None
         self.backoff = RestartBackoff()
-        #: Ends that nobody had asked for.
+        #: Exits that were not requested.
         self.unexpected_exits = 0
 
     def children(self) -> list[Child]:
-        """Whoever is there."""
+        """The running children of this slot."""
         return [child for child in (self.child, self.successor) if child]
 
     def reasons(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a service says of itself: a line for systemd, and at /status its children and what each runs."""
+"""Status of the service: the line for systemd, and /status with every child and its jobs."""
 
 import os
 import threading
@@ -42,7 +42,7 @@ class StatusLine:
         retrying, dead = _sum(totals, "z_novel_retry_scheduled"), _sum(totals, "z_novel_dlq_length")
         workers = f"{self._workers} worker{'s' * (self._workers != 1)}"
         text = f"{workers}, {rate:.0f} jobs/s, {retrying:.0f} retrying, {dead:.0f} dead"
-        waits = {"z_novel_paused": "is paused", "z_novel_circuit_open": "waits for what it needs"}
+        waits = {"z_novel_paused": "is paused", "z_novel_circuit_open": "waits for its dependency"}
         return "; ".join([text, *(f"{kind} {what}" for name, what in waits.items()
                                   for kind in _flagged(totals, name))])  # fmt: skip
 
@@ -74,7 +74,7 @@ class StatusMailbox:
             return self._answer if answered else None
 
     def serve(self, make: Callable[[], dict[str, Any]]) -> None:
-        """Make the status if anybody has asked (loop)."""
+        """Make the status if an HTTP thread has asked for it (loop)."""
         if not self._asked:
             return
         answer = make()

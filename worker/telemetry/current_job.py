@@ -1,4 +1,4 @@
-"""What this worker is running now, for whoever has to say what a line or a span is about."""
+"""The job(s) that this process runs; used to tag log lines and spans."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol

@@ -43,8 +43,7 @@ _hidden: re.Pattern[str] | None = None
 def redacted(text: str) -> str:
     """The text without the passwords of all URLs in it and without the secrets given to `hide`.
 
-    The time it takes grows linearly with the text, whatever the text is: anybody who may enqueue a job can
-    bring text of his own to a log line.
+    It takes time linear in the length of any text: every producer can bring text into log lines.
     """
     if "://" in text:
         text = _without_passwords(text)
@@ -78,7 +77,7 @@ def _passwords(text: str) -> Iterator[tuple[int, int]]:
 
 
 def bounded(text: str, most: int = MAX_TEXT_CHARS) -> str:
-    """The text, or its beginning and end where it has more than so many characters."""
+    """The text, or its beginning and end if it has more than ``most`` characters."""
     if len(text) <= most:
         return text
     half = most // 2
@@ -86,7 +85,7 @@ def bounded(text: str, most: int = MAX_TEXT_CHARS) -> str:
 
 
 def hide(secrets: Iterable[str]) -> None:
-    """Replace these in every text from now on, wherever they stand; instead of those given before."""
+    """Replace these in every text from now on, in any position, instead of those given before."""
     global _hidden
     long_enough = [one for one in secrets if len(one) >= _SHORTEST_SECRET]
     # Also as they look inside of another text's quotes.
@@ -113,7 +112,7 @@ def secrets_of(settings: Settings, environment: Mapping[str, str]) -> set[str]:
 def _content(path: str) -> str:
     try:
         return Path(path).read_text("utf-8").strip()
-    except (OSError, ValueError):  # whoever needs it will say so
+    except (OSError, ValueError):  # the role that needs it reports it
         return ""
 
 
@@ -232,8 +231,8 @@ def set_up(role: str, level: str, form: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # Libraries tell at INFO what concerns nobody at night.
+    # Libraries log details at INFO that no operator needs.
     for noisy in ("httpx", "sentence_transformers", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    # This one has a traceback for every call that fails, which whoever made the call tells in a line.
+    # It logs a traceback for every failed call; the caller logs one line.
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Keeps one event that happens ten thousand times from burying all others: the rest is counted."""
+"""Log rate limiter: at most 100 lines per event in 10 s; the rest are summarised."""
 
 import logging
 import threading
@@ -6,17 +6,17 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-#: So many lines of one event in so many seconds: enough to see what it is about, and from whom.
+#: Most lines of one event within a period: enough to see what it is about, and from which job.
 MOST, WITHIN_S = 100, 10.0
 
-_SUMMARY = "repeated"
+_SUMMARY = "log.suppressed"
 #: An event's name is cut to this: a handler may log a whole text as its message.
 _EVENT_CHARS = 256
 _Key = tuple[str, int, str, str]
 
 
 def is_summary(record: logging.LogRecord) -> bool:
-    """Whether it tells how often another event happened, which no single job is to blame for."""
+    """Whether it is a summary of suppressed lines, which belongs to no single job."""
     return record.msg == _SUMMARY
 
 

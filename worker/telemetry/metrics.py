@@ -1,4 +1,4 @@
-"""Counts and timings as the roles make them: added up here, sent to the supervisor as deltas.
+"""Metrics buffer: counts and timings of one process, sent to the supervisor as deltas.
 
 Names, labels and buckets of every metric stand here, without any metrics library.
 """
@@ -49,9 +49,7 @@ METRICS = {
     "z_novel_ready": Metric("gauge", "1 while every process is up and the stores answer"),
     "z_novel_workers": Metric("gauge", "Worker processes", ("state",)),
     "z_novel_worker_restarts_total": Metric("counter", "Processes started again", ("role", "cause")),
-    "z_novel_circuit_open": Metric(
-        "gauge", "1 while a type waits for what it needs to answer", ("task_type",)
-    ),
+    "z_novel_circuit_open": Metric("gauge", "1 while the circuit breaker of a type is open", ("task_type",)),
     "z_novel_paused": Metric("gauge", "1 while a type is paused by an operator", ("task_type",)),
     "z_novel_embedded_tokens_total": Metric("counter", "Model tokens that were embedded"),
     "z_novel_truncated_tokens_total": Metric("counter", "Model tokens that were cut off and not embedded"),
@@ -65,8 +63,8 @@ METRICS = {
     "z_novel_llm_repairs_total": Metric("counter", "Answers that were no answer and were asked for again"),
     "z_novel_audit_entries_total": Metric("counter", "Events that were archived"),
     "z_novel_audit_duplicates_total": Metric("counter", "Events that the archive had already"),
-    "z_novel_rebuilds_done_total": Metric("counter", "Collections that were built anew"),
-    "z_novel_rebuilt_rows_total": Metric("counter", "Rows of the collections built anew"),
+    "z_novel_rebuilds_done_total": Metric("counter", "Collections that were rebuilt"),
+    "z_novel_rebuilt_rows_total": Metric("counter", "Rows of rebuilt collections"),
 }
 
 Labels = tuple[str, ...]

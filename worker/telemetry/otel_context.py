@@ -32,7 +32,7 @@ def trace_id_of(metadata: Mapping[str, str], job_id: str) -> int:
 
 
 def number_of(text: str, size_bytes: int) -> int:
-    """A number of that size that stands for the text; never 0, which means none."""
+    """A number of that size derived from the text; never 0, which means none."""
     return int.from_bytes(blake2b(text.encode(), digest_size=size_bytes).digest(), "big") or 1
 
 

@@ -1,4 +1,4 @@
-"""The totals of all roles, as Prometheus reads them. The only file that knows a metrics library."""
+"""Prometheus collector: the totals of all processes. The only file that imports a metrics library."""
 
 import re
 import threading

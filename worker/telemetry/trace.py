@@ -1,4 +1,4 @@
-"""Where reader, workers and handlers say what they do to a job; nothing comes of it until traces are on.
+"""Tracing hooks of reader, workers and handlers; no-ops until traces are on.
 
 No tracing library is imported here, so that it costs a look at one name where traces are off.
 """

@@ -183,7 +183,7 @@ def guard_indexes(segment_class: Any) -> None:
             path = Path(self.index_file_path(index_dir, spec.index_type, spec.field_name))
             if not path.exists():
                 raise
-            log.warning("lite.index_rebuilt", extra={"file": str(path), "error": str(error)})
+            log.warning("lite.index_rebuilt file=%s error=%s", path, error)
             path.unlink()
             build_or_load(self, spec, index_dir)
 

@@ -1,4 +1,4 @@
-"""A job server in memory: streams, groups and what waits, by a clock of the test's own."""
+"""Job server in memory: streams, groups and retries, on the test's own clock."""
 
 import os
 import threading

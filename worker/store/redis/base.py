@@ -34,7 +34,7 @@ class RedisStoreBase:
         self._wires.clear()
 
     def call(self, stream: str, commands: Sequence[Command]) -> list[Reply]:
-        """Replies in order; an error reply stands in its place as an exception object."""
+        """Replies in order; an error reply is an exception object in its place."""
         replies = self._wire(stream).call(commands)
         if any(isinstance(reply, ResponseError) and self._is_elsewhere(reply) for reply in replies):
             self.close()

@@ -1,4 +1,5 @@
-"""Blocking reads that are begun now and finished when their descriptor says so: one connection a source."""
+"""Non-blocking XREADGROUP BLOCK: begun now, finished when its descriptor is readable; one connection a
+stream."""
 
 import math
 import time

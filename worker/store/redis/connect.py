@@ -15,7 +15,7 @@ from ...settings import without_credentials
 
 #: Bytes taken from a socket at once: a batch of some hundred jobs in one system call.
 _SOCKET_READ_BYTES = 256 * 1024
-#: A silent peer is probed after this many seconds, at this interval, so many times.
+#: TCP keepalive: idle seconds before the first probe, seconds between probes, and number of probes.
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 10, 5, 3
 
 _MANY_HOSTS = re.compile(

@@ -1,4 +1,4 @@
-"""Commands out together, replies back in order: one connection, scripts by their SHA, no retries."""
+"""Pipelined connection: commands out together, replies back in order, scripts by their SHA, no retries."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ _PIPELINE_COMMANDS = 250
 class PipelinedConnection:
     """A connection that is opened when it is needed and dropped after any trouble on the way.
 
-    After a lost reply nobody knows whether a command was carried out, so nothing is sent twice here.
+    After a lost reply it is unknown whether a command was carried out, so nothing is sent twice.
     """
 
     def __init__(self, endpoint: Endpoint, key: str, scripts: LuaScripts) -> None:
@@ -112,4 +112,4 @@ def _check_version(connection: Connection) -> None:
     try:
         require_version(connection.read_response(disable_decoding=True))
     except NoPermissionError:
-        log.warning("the server's version is not known: this user may not ask for it")
+        log.warning("server.version_unknown", extra={"hint": "this user may not run INFO"})

@@ -144,7 +144,7 @@ def _consumer(facts: dict[bytes, Any]) -> Consumer:
 
 
 def _pause(kind: bytes, value: bytes) -> Pause:
-    """Whatever stands there pauses the type, also what a person wrote with another tool."""
+    """Any value pauses the type, also one that was written with another tool."""
     try:
         said = json.loads(value)
         return Pause(kind.decode(), float(said["since"]), str(said.get("note", "")))

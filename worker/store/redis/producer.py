@@ -11,7 +11,7 @@ class RedisProducerStore(RedisStoreBase):
     """`ProducerStore` on Redis."""
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
-        """See `ProducerStore.add`. When it raises, some of the jobs may stand in the stream."""
+        """See `ProducerStore.add`. When it raises, some of the jobs may be in the stream."""
         added = 0
         for some in _chunks_by_size(jobs):
             for reply in self.call(stream, [("XADD", stream, "*", keys.DATA_FIELD, job) for job in some]):

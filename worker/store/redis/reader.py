@@ -103,7 +103,7 @@ class RedisReaderStore(RedisStoreBase):
     def take_over(
         self, source: Source, min_idle_ms: int, count: int, cursor: bytes
     ) -> tuple[bytes, list[Entry]]:
-        """See `ReaderStore.take_over`. Entries of this very consumer that nobody renews come back too."""
+        """See `ReaderStore.take_over`. Entries of this consumer that were not renewed are returned too."""
         reply = self._run(source, "take_over", [self.deaths_key(source.stream)], [min_idle_ms, count, cursor])
         rows = _in_fours(reply[1:])
         return reply[0], [Entry(id, data, int(tries), int(deaths or 0)) for id, data, tries, deaths in rows]
@@ -156,7 +156,8 @@ class RedisReaderStore(RedisStoreBase):
         reply = self.call(PAUSED_KEY, [("HKEYS", PAUSED_KEY)])[0]
         if isinstance(reply, NoPermissionError):  # the service must run where the key was not thought of
             if not self._said_no_pauses:
-                log.warning("pauses are not heeded: this user may not read %s", PAUSED_KEY)
+                fields = {"key": PAUSED_KEY, "hint": "this user may not read it"}
+                log.warning("pauses.unreadable", extra=fields)
             self._said_no_pauses = True
             return set()
         return {kind.decode(errors="replace") for kind in checked(reply)}
@@ -175,7 +176,8 @@ class RedisReaderStore(RedisStoreBase):
         deaths = self.one(source.stream, ("HMGET", self.deaths_key(source.stream), *ids))
         gone = [id for id in ids if id not in bodies]
         if gone:
-            log.error("%d entries of %s were deleted while pending", len(gone), source.stream)
+            fields = {"entries": len(gone), "stream": source.stream}
+            log.error("entry.deleted_while_pending", extra=fields)
             self.settle([Settlement(source, done=gone)])
         return [
             Entry(id, bodies[id], tries, int(died or 0))
@@ -198,11 +200,11 @@ class RedisReaderStore(RedisStoreBase):
         return [self._holder.token, round(self._holder.lease_s * 1000), self._holder.about]
 
     def _rebuild(self, source: Source) -> None:
-        """Make the group anew, without touching the fence: a reader that is fenced off stays so."""
+        """Create the group again, without touching the fence: a fenced reader stays fenced."""
         stream, group = source
-        log.error("the group %s of %s was deleted: made anew from the start", group, stream)
+        log.error("group.recreated", extra={"group": group, "stream": stream, "hint": "it was deleted"})
         reply = self.call(stream, [("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")])[0]
-        if not str(reply).startswith("BUSYGROUP"):  # somebody else was quicker
+        if not str(reply).startswith("BUSYGROUP"):  # another reader was quicker
             checked(reply)
         self._forget_deaths(source)
 
@@ -230,7 +232,7 @@ class RedisReaderStore(RedisStoreBase):
         return self._recovered(source, self.call(source.stream, [command()])[0], command)
 
     def _recovered(self, source: Source, reply: Reply, command: Callable[[], Command]) -> Reply:
-        """The reply, checked; where group or fence were deleted under us they are made anew first.
+        """The reply, checked; a group or fence that was deleted is created again first.
 
         Both errors come before a script's first write, so running it again repeats nothing. The fence is
         looked at first, and taking the name makes the group too: one of the two is enough.
@@ -238,7 +240,7 @@ class RedisReaderStore(RedisStoreBase):
         if is_no_group(reply):
             self._rebuild(source)
         elif isinstance(reply, ResponseError) and str(reply).startswith("UNFENCED"):
-            log.error("the fence of %s was deleted: the name is taken again", source.stream)
+            log.error("fence.recreated", extra={"stream": source.stream, "hint": "it was deleted"})
             self._take_name(source)
         else:
             return checked(reply)

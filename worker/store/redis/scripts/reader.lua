@@ -6,7 +6,7 @@
 -- pending for this very consumer?
 local holder = redis.call('HGET', KEYS[2], ARGV[2])
 if not holder then
-  return redis.error_reply('UNFENCED nobody holds the name ' .. ARGV[2])
+  return redis.error_reply('UNFENCED no service holds the name ' .. ARGV[2])
 end
 if tonumber(holder) < tonumber(ARGV[3]) then
   return redis.error_reply('OUTDATED the data is older than the epoch of ' .. ARGV[2])

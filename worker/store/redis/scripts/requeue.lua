@@ -1,11 +1,11 @@
 -- Moves one dead letter back into the stream as a job.
 -- KEYS[1] stream   KEYS[2] dead-letter stream
 -- ARGV[1] id of the dead letter   ARGV[2] job
--- Returns 1, or 0 where the letter is gone: somebody else has requeued or purged it.
+-- Returns 1, or 0 where the letter is gone: it was requeued or purged meanwhile.
 if #redis.call('XRANGE', KEYS[2], ARGV[1], ARGV[1], 'COUNT', 1) == 0 then
   return 0
 end
--- What may be refused for want of memory comes first: then nothing has changed.
+-- The command that may fail with OOM comes first, so that a failure changes nothing.
 redis.call('XADD', KEYS[1], '*', 'data', ARGV[2])
 redis.call('XDEL', KEYS[2], ARGV[1])
 return 1

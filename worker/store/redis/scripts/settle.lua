@@ -32,7 +32,7 @@ local function schedule(due, id, job)
   end
 end
 
--- What may be refused for want of memory comes first, and each entry is finished before the next begins:
+-- Commands that may fail with OOM come first, and each entry is finished before the next begins:
 -- a script that fails has settled some entries wholly and left the others as they were.
 local now = 0
 if retries > 0 then
@@ -60,7 +60,7 @@ for _ = 1, dead do
   at = at + 2
 end
 
--- Where nobody else holds anything in this group, what is pending is ours: one look answers for all.
+-- If no other consumer owns entries in this group, all pending ones are ours: one command answers for all.
 local function sole_holder()
   local holders = redis.call('XPENDING', KEYS[1], ARGV[1])[4]
   return holders and #holders == 1 and holders[1][1] == ARGV[2]

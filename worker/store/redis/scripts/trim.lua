@@ -27,7 +27,7 @@ end
 local function first_kept(group)
   if group['pending'] > 0 then
     local lowest = redis.call('XPENDING', KEYS[1], group['name'])[2]
-    -- Nothing pending lies beyond the last delivered, unless somebody set the group back by hand.
+    -- Nothing pending lies beyond the last delivered, unless the group was set back by hand.
     local after = following(group['last-delivered-id'])
     return less(lowest, after) and lowest or after
   end
