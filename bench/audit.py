@@ -51,7 +51,7 @@ def measure(url: str, folder: Path, entries: int, procs: int, kills: int) -> dic
                 backlog.release(entries)
                 killed = _await_end(backlog, pid, kills)
                 seconds = time.monotonic() - started
-                # What a killed worker used is told by nobody.
+                # What a killed worker used is not reported.
                 cpu_us = None if kills else round((_cpu_s(pid) - before_s) * 1e6 / entries, 1)
             if backlog.strays:
                 raise RuntimeError(f"{backlog.strays} of {entries} entries failed")

@@ -164,7 +164,7 @@ class Run:
         exits = [f"{s.name}: exit {e.code}" for s in self._services for e in s.exits]
         return {
             "exit codes": [code for code in codes if code],
-            "ends that nobody asked for": exits,
+            "unexpected exits": exits,
             "orphans": [orphan for service in self._services for orphan in service.orphans],
             "left behind": left_behind(self._folder, self._shm),
             "tracebacks": self._tracebacks(),
@@ -219,7 +219,7 @@ def main(as_json: bool, keep: bool, **options: Any) -> None:
     if options["seed"] is None:
         options["seed"] = random.SystemRandom().randrange(10**6)
     if HOST in options["faults"] and options["services"] < 2:
-        raise click.UsageError(f"{HOST} needs --services 2: nobody else could take over")
+        raise click.UsageError(f"{HOST} needs --services 2: another service must claim the jobs")
     print(f"seed {options['seed']}", file=sys.stderr, flush=True)
     folder = Path(tempfile.mkdtemp(prefix="jobworker-chaos"))
     try:

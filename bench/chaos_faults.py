@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[int, float]] = {
 HOST = "host"
 HOST_MARGIN_S = 5.0
 #: Done only when asked for by name, for they break promises by their nature: which, and the limit (seconds).
-#: A group that is made anew is given all that its stream still holds; what a deleted stream held is gone.
+#: A recreated group gets all that its stream still holds; what a deleted stream held is gone.
 _RUN_AGAIN = frozenset({"letters_repeated", "poison_starts_over", "retries_early"})
 DESTRUCTIVE = {
     "group-delete": (_RUN_AGAIN, 10.0),
@@ -315,7 +315,7 @@ FAULTS: dict[str, Callable[[World], Shot]] = {
 
 
 def schedule(kinds: Sequence[str], total: int, rng: random.Random) -> list[str]:
-    """So many faults in random order: each kind at least once, otherwise in the shares of `KINDS`."""
+    """`count` faults in random order: each kind at least once, otherwise in the shares of `KINDS`."""
     weights = [KINDS[kind][0] if kind in KINDS else 5 for kind in kinds]
     counts = [max(1, total * weight // sum(weights)) for weight in weights]
     while sum(counts) > max(total, len(kinds)):

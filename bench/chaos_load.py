@@ -87,13 +87,13 @@ _MALFORMED: Sequence[Any] = (
     _bad('{"id": "@", "id": "@", "type": "chaos_one"}'),
     _bad('{"id": "@", "type": "chaos_one", "metadata": [1]}'),
     lambda id: ("malformed", "", {b"body": id.encode()}),
-    lambda id: ("unknown_type", "", {b"data": json.dumps({"id": id, "type": "nobody"}).encode()}),
+    lambda id: ("unknown_type", "", {b"data": json.dumps({"id": id, "type": "unknown"}).encode()}),
 )
 
 
 @dataclass
 class Ledger:
-    """What was sent. ``confirmed`` maps ids to entry ids; of ``unanswered`` nobody can tell."""
+    """What was sent. ``confirmed`` maps ids to entry ids; of ``unanswered`` it is unknown."""
 
     planned: dict[str, Planned] = field(default_factory=dict)
     confirmed: dict[str, str] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Ledger:
 
 
 class Producer(threading.Thread):
-    """Sends bursts when told to, straight to the server, and goes on after any trouble."""
+    """Sends bursts when told to, straight to the server, and continues after any trouble."""
 
     def __init__(self, url: str, jobs: Sequence[Planned]) -> None:
         super().__init__(name="producer", daemon=True)
@@ -114,7 +114,7 @@ class Producer(threading.Thread):
         self._orders: queue.Queue[int] = queue.Queue()
 
     def burst(self, jobs: int) -> None:
-        """Send so many more, as fast as the server takes them."""
+        """Send `count` more, as fast as the server takes them."""
         self._orders.put(jobs)
 
     def run(self) -> None:
@@ -148,7 +148,9 @@ class Producer(threading.Thread):
         while batch:
             batch = self._try(batch)
             if batch:
-                time.sleep(_REFUSED_PAUSE_S)  # a server that refuses writes tells nobody when it stops to
+                time.sleep(
+                    _REFUSED_PAUSE_S
+                )  # a server that refuses writes does not say when it accepts them again
 
     def _try(self, batch: list[Planned]) -> list[Planned]:
         """Send once; returns those that the server has refused, and so surely does not have."""

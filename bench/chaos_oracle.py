@@ -19,7 +19,7 @@ _REASONS = {
     "malformed": {"malformed"},
     "unknown_type": {"unknown_type"},
 }
-#: Deaths after which a job is given up, whoever caused them.
+#: Deaths after which a job is dead-lettered, whatever caused them.
 _MAX_DEATHS = 3
 #: A backoff's lower end: initial 0.1 s, factor 2, spread by a tenth, less a little for two clocks' rounding.
 _RETRY_INITIAL_S, _RETRY_MAX_S, _EARLIEST = 0.1, 2.0, 0.9

@@ -27,7 +27,7 @@ Environment = dict[str, str]
 
 @dataclass(frozen=True)
 class Peer:
-    """``commands`` gives the command lines of so many workers on a server; they are found in the venv."""
+    """``commands`` gives the command lines of a number of workers on a server; they are found in the venv."""
 
     name: str
     packages: tuple[str, ...]

@@ -44,7 +44,7 @@ def percentile(ordered: Sequence[float], share: float) -> float | None:
 
 
 def quick(rows: dict[str, dict[str, Any]]) -> bool:
-    """Whether every recovery was seen and kept its limit, and nobody spun meanwhile."""
+    """Whether every recovery was seen and kept its limit, and no process spun meanwhile."""
     return all(
         row["missed"] == 0 and (row["max_s"] or 0) <= row["limit_s"] and (row["cpu_max"] or 0) <= _MOST_CPU
         for row in rows.values()

@@ -72,7 +72,7 @@ class Server:
 
 
 class Exit(NamedTuple):
-    """A supervisor's end that nobody asked for."""
+    """An unexpected exit of a supervisor."""
 
     code: int
     mono_s: float
@@ -163,7 +163,7 @@ class Service:
         self.orphans += [f"{self.name}: process {pid}" for pid in left]
 
     def restart(self) -> None:
-        """Ask it to end and wait until it has; a wrong exit code counts as an end that nobody asked for."""
+        """Ask it to end and wait until it has; a wrong exit code counts as an unexpected exit."""
         process = self._process
         self._expected_end = True
         process.terminate()

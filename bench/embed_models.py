@@ -21,7 +21,7 @@ class Shape(NamedTuple):
         return 2 * self.layers * (4 * self.hidden * self.hidden + 2 * self.hidden * self.intermediate)
 
     def attention_flops(self, tokens: int) -> int:
-        """Scores and weighted sums of one text of so many tokens."""
+        """Scores and weighted sums of one text of `tokens` tokens."""
         return 4 * self.layers * self.hidden * tokens * tokens
 
 

@@ -35,7 +35,7 @@ _RANDOM = 7
 # Shortest and longest of the mixed texts, in characters, which are tokens here; two more are special ones.
 _SPECIALS = 2
 _MIXED = (16, 510)
-# Passes of a few milliseconds: so many, and the median of them.
+# Passes of a few milliseconds: the number of them, of which the median is taken.
 _PRODUCTS = 20
 # What the cosine is taken of: enough texts, and few enough for full precision.
 _COMPARED = 64

@@ -32,7 +32,7 @@ _SOON_S = 90.0
 #: Most that `systemd-analyze security` may say of the unit, without and with the drop-in for a GPU.
 _EXPOSURE, _EXPOSURE_GPU = 1.0, 1.3
 _PASSWORD = "open-sesame"
-#: Finds the password, but not the command line of whoever looks for it.
+#: Finds the password, but not the command line of the search itself.
 _PATTERN = "open-se[s]ame"
 _EMBED = '{"tenant_id": "t1", "project_id": "p1", "ids": ["s1"], "texts": ["It rained on the harbour."]}'
 _HANDLERS = "nap=systemd_handlers:Nap eat=systemd_handlers:Eat"
@@ -153,7 +153,7 @@ def it_embeds(host: Host) -> None:
     """One job of the main kind, from the operator's tool to Milvus."""
     host.verb(f"enqueue embedding_batch --id first --tenant t1 --project p1 --payload '{_EMBED}'")
     wait_for("embedded", lambda: host.done("embedding_batch") == 1, _SOON_S)
-    time.sleep(3)  # the status line is made anew every two seconds
+    time.sleep(3)  # the status line is renewed every two seconds
     says = host.show(f"systemctl status --no-pager --lines=0 {_UNIT}")
     expect(
         "2 workers, " in says and " jobs/s, 0 retrying, 0 dead" in says, "the status line says how it does"
@@ -215,7 +215,7 @@ def a_store_that_is_away_is_no_hang(host: Host) -> None:
 
 
 def out_of_memory_costs_a_worker(host: Host) -> None:
-    """The kernel ends the worker that takes all; the unit goes on, and the job is given up as poison."""
+    """The kernel kills the worker that takes all memory; the unit continues, and the job is poison."""
     supervisor, restarts = host.property("MainPID"), host.property("NRestarts")
     host.verb("enqueue eat --id eater --stream stream:audit:log")
     wait_for("the dead letter", lambda: any(row["dead"] for row in host.stats()["streams"]), _SOON_S)

@@ -43,7 +43,7 @@ _TENANT, _PROJECT = "t001", "p123"
 _SCOPE: dict[str, Any] = {"tenant_id": _TENANT, "project_id": _PROJECT}
 _HANDLER = "jobworker.handlers.rebuild.handler:IndexRebuild"
 _TEXT = "Snow had fallen on the pass all night, and the road below the inn was gone by the morning. " * 5
-#: Vectors lie around so many points, as those of texts do; without them the truth would be mere chance.
+#: Cluster centres of the vectors, as those of texts have; without them the truth would be mere chance.
 _CENTRES = 200
 _QUERIES, _NEIGHBOURS = 100, 10
 _WRITE_ROWS, _WRITE_EVERY_S = 5, 0.05

@@ -280,7 +280,7 @@ def show(result: dict[str, Any]) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="JSON lines with `chapter` and `content`, to be summarised by both ways.",
 )
-@click.option("--limit", default=1000, help="So many of its chapters at most.")
+@click.option("--limit", default=1000, help="Most chapters to take from it.")
 @click.option("--model", default="", help="The model for the chapters' own sentences.")
 @click.option("--summary-chars", default=100, help="Longest summary.")
 @click.option("--llm-delay", default=0.0, help="Seconds that the stub of a language model takes.")

@@ -15,7 +15,7 @@ fi
 # Where the configured package index has no CPU build of torch, name one that has (PyTorch's own installation
 # page tells): TORCH_INDEX=... make run
 log=$venv/install.log
-echo "== installing jobworker[$extras] and what it needs (torch: CPU build; log: $log)"
+echo "== installing jobworker[$extras] and its dependencies (torch: CPU build; log: $log)"
 if ! "$venv/bin/pip" install --no-input ${TORCH_INDEX:+"--extra-index-url=$TORCH_INDEX"} -c constraints.txt -e ".[$extras]" 2>&1 |
     tee "$log" | sed -un 's/^Collecting \([^ ]*\).*/   \1/p; s/^Installing collected packages.*/   installing …/p'; then
     tail -20 "$log" >&2

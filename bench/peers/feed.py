@@ -13,7 +13,7 @@ def main() -> None:
         job = json.loads(line)
         try:
             enqueue(job)
-        except Exception:  # whatever a client raises: nobody knows whether the job is in
+        except Exception:  # whatever a client raises: it is unknown whether the job is in
             print("unknown", job["id"], flush=True)
         else:
             print("ok", job["id"], flush=True)

@@ -1,4 +1,4 @@
-"""A job that takes long keeps no other from being run, however many wait, whoever dies meanwhile."""
+"""Exclusive jobs delay no other job, however many wait and whatever process dies."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Whatever is killed while jobs run: nothing is lost, nothing innocent is charged, and work goes on."""
+"""Kills while jobs run: nothing is lost, innocent jobs are not charged, and work continues."""
 
 import os
 import signal
@@ -41,12 +41,12 @@ def hold_all_workers(one: Service) -> list[str]:
 
 
 def wait_for_pending(one: Service, count: int) -> None:
-    """Wait until so many jobs have been given out and not finished."""
+    """Wait until `count` jobs were dispatched and not finished."""
     eventually(lambda: one.client.xpending(STREAM, GROUP)["pending"] == count, saying=f"{count} given out")
 
 
 def wait_for_ends(one: Service, count: int) -> None:
-    """Wait until so many jobs have been finished."""
+    """Wait until `count` jobs have finished."""
     eventually(lambda: len(one.events("end")) >= count, saying=f"{count} finished")
 
 

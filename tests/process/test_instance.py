@@ -50,7 +50,7 @@ def running(one: Service) -> Iterator[Service]:
 
 
 def assert_refused(second: Service, first: Service) -> None:
-    """The second service ends with 2 and names the first one, which goes on with the same processes."""
+    """The second service ends with 2 and names the first one, which continues with the same processes."""
     roles = {role: pid for role, pid in first.roles().items() if not role.startswith("spare")}
     with ending(second):
         second.launch()
@@ -128,7 +128,7 @@ def test_a_service_that_lost_its_name_stays_says_who_has_it_and_takes_it_back(
             assert second.is_ready()
         first.wait_until_ready()
         first.wait_for_end(first.enqueue("noop"))
-        assert first.roles()["reader"] == reader, "nobody was restarted for it"
+        assert first.roles()["reader"] == reader, "no process was restarted for it"
 
 
 def test_a_service_that_lost_its_name_stops_when_it_is_asked_to(tmp_path: Path, url: str) -> None:

@@ -1,4 +1,4 @@
-"""What the processes hold stays bounded, however large the jobs and however long nobody takes them."""
+"""Memory of the processes stays bounded, however large the jobs and however long they wait."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What operators see: metrics, health, process titles; and what nobody may see: secrets."""
+"""What operators see (metrics, health, process titles), and what must stay hidden: secrets."""
 
 import os
 import re

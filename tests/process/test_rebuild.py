@@ -1,4 +1,4 @@
-"""A rebuild by the running service goes on where its killed worker was, while jobs write, others search."""
+"""A rebuild resumes where its killed worker stopped, while jobs write and others search."""
 
 from pathlib import Path
 from typing import Any

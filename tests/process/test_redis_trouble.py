@@ -1,4 +1,4 @@
-"""A job store in trouble: the service says so, waits without spinning, and goes on soon after its end."""
+"""Redis in trouble: the service reports it, waits without spinning, and continues soon after its end."""
 
 import contextlib
 import os
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.process
 CONSUMING_WITHIN_S = 8.0
 #: A silent server is given up 5 s after it should have answered, which may be 4 s after it fell silent.
 NOTICED_WITHIN_S = 20.0
-#: How long the processor time is watched, and the share of a core that nobody may use for waiting.
+#: How long the processor time is watched, and the share of a core that no process may use for waiting.
 WATCHED_S, MOST_CPU = 2.0, 0.2
-#: So many commands take 5 s to load with a delay of 0.25 ms each; after each 1,024 the server looks up.
+#: Commands that take 5 s to load with a delay of 0.25 ms each; the server polls after each 1,024.
 COMMANDS, LOAD_DELAY_US = 20_000, 250
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -162,7 +162,7 @@ def test_the_service_says_so_waits_quietly_and_goes_on_soon(
     assert_consuming(one)
     one.wait_until_ready()
     one.wait_until_drained()
-    assert started(one) == roles, "nobody was restarted for it"
+    assert started(one) == roles, "no process was restarted for it"
     assert one.dead_letters() == []
 
 

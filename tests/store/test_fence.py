@@ -1,4 +1,4 @@
-"""Rows equal the newest version in whatever order versions come, how often, and whoever dies meanwhile."""
+"""Rows equal the newest version, in any order of arrival, with repeats and under kills."""
 
 import random
 import time

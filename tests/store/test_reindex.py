@@ -102,7 +102,7 @@ class World:
 
     def check(self, expected: dict[str, str]) -> None:
         """These rows are there and no others. Milvus 2.3.5 misses some for a second or two while it exchanges
-        segments, and tells nobody; what is lost never comes."""
+        segments, without an error; what is lost never appears."""
         deadline = time.monotonic() + 20
         while self.texts(list(expected)) != expected and time.monotonic() < deadline:
             time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""Chapters' summaries: stored once, searchable, never behind a newer version, whoever dies in between."""
+"""Chapters' summaries: stored once, searchable, never behind a newer version, under kills."""
 
 import random
 from collections import deque

@@ -45,7 +45,7 @@ class Shared(NamedTuple):
 
 
 def shared_ring(consumed: Sequence[int], pending: Sequence[bytes]) -> Shared:
-    """A ring that frames of so many bytes went through, and in which others still are."""
+    """A ring through which `consumed` bytes of frames went, and which still holds others."""
     view = memoryview(mmap.mmap(-1, 4096 + RING_BYTES))
     words = view[:4096].cast("Q")
     made = Shared(words, Ring(words, HEAD, TAIL, view[4096:]))
@@ -207,7 +207,7 @@ def desk(fails: bool = False, waiting: int = 0) -> Desk:
 
 
 def hand(handed: int, frame_jobs: int, lines: bool) -> int:
-    """Rows and frames agree whatever happens, earlier rows stay, a new reader goes on at the right row."""
+    """Rows and frames agree whatever happens, earlier rows stay, a new reader continues at the right row."""
     lane._FRAME_JOBS = frame_jobs
     earlier = [STARTED, SUCCEEDED, QUEUED]
 

@@ -49,7 +49,7 @@ def why_no_postgres() -> str | None:
 
 
 def _user() -> str | None:
-    """Whom to run it as: nobody else where we are not root."""
+    """The user to run it as; ourselves if we are not root."""
     names = {entry.pw_name for entry in pwd.getpwall()}
     return next((name for name in ("postgres", "nobody") if name in names), None)
 
@@ -113,7 +113,7 @@ def _binary(name: str) -> Path:
 
 @contextmanager
 def postgres() -> Iterator[PostgresServer]:
-    """A running server; not below pytest's folders, which nobody but their owner may enter."""
+    """A running server; not below pytest's folders, which only their owner may enter."""
     with tempfile.TemporaryDirectory(prefix="jobworker-postgres", ignore_cleanup_errors=True) as folder:
         server = PostgresServer(Path(folder))
         try:

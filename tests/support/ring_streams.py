@@ -91,7 +91,7 @@ def end(pid: int, kill: bool) -> None:
 
 
 def both(ring: Ring, count: memoryview, rng: random.Random) -> int:
-    """Nobody dies: a hundred thousand frames, each whole and in order."""
+    """No process dies: a hundred thousand frames, each whole and in order."""
     pid = child(lambda: produce(ring, 0, FRAMES, count))
     taken = 0
     while taken < FRAMES:
@@ -102,7 +102,7 @@ def both(ring: Ring, count: memoryview, rng: random.Random) -> int:
 
 
 def producer(ring: Ring, count: memoryview, rng: random.Random) -> int:
-    """What a killed producer had pushed is there, whole; its successor goes on behind it."""
+    """What a killed producer had pushed is there, whole; its successor continues behind it."""
     taken = 0
     for _ in range(ROUNDS):
         start = taken

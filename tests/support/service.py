@@ -326,7 +326,7 @@ class Service:
         return [e for e in read_events(self.toys_dir) if e.what == what and id in (None, e.id)]
 
     def wait_for_start(self, id: str, count: int = 1) -> Event:
-        """Wait until a job has been started so many times; the last start."""
+        """Wait until a job has started `times` times; returns the last start."""
         return eventually(lambda: self.events("start", id)[count - 1 :], saying=f"start {count} of {id}")[0]
 
     def wait_for_end(self, id: str, within_s: float = SOON_S) -> Event:

@@ -92,7 +92,7 @@ class Gate(Recorded):
 
 
 class Hermit(Gate):
-    """The same, with nobody behind it."""
+    """The same, without a parent."""
 
     alone = True
 

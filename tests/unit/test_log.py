@@ -283,7 +283,7 @@ def test_repeats_are_counted_and_said_at_the_end_of_the_time() -> None:
         "levelno": logging.WARNING,
     }
     assert told.items() <= vars(summary).items()
-    assert repeats.filter(record_of("retried %s", task_type="embed")), "counted anew"
+    assert repeats.filter(record_of("retried %s", task_type="embed")), "the count starts again"
 
 
 def test_what_was_held_back_is_said_when_the_next_line_comes_late_or_at_the_end() -> None:

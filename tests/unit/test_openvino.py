@@ -260,7 +260,7 @@ def leave_card(_: ModelSource, part: Path) -> None:
     Card(max_tokens=9, dtypes=["fp32"]).write(part)
 
 
-# Slow enough for the others to arrive while it goes on.
+# Slow enough for the others to arrive while it runs.
 CONVERTS_SLOWLY = """
 import os, time
 from pathlib import Path

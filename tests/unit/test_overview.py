@@ -13,7 +13,7 @@ from support.fake_operator import SOURCE, FakeOperatorStore, job, letter
 
 
 def service(url: str, done: float, pid: int = 1) -> Service:
-    """A service that has completed so many jobs and runs entry 5-0."""
+    """A service that has completed a number of jobs and runs entry 5-0."""
     running = {"count": 1, "jobs": [{"stream": SOURCE.stream, "entry_id": "5-0", "type": "audit"}]}
     return Service(url, {
         "pid": pid, "types": ["audit", "idle_type"],

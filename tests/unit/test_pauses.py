@@ -98,7 +98,7 @@ def test_a_pause_and_a_breaker_do_not_undo_each_other() -> None:
     backlog.pause(backlog.ready.popleft(), 0.0)
     backlog.set_paused_types({SLOW})
     backlog.set_paused_types(set())
-    assert not backlog.ready, "what it needs still does not answer"
+    assert not backlog.ready, "its dependency still does not answer"
     backlog.release_probes(1e9)
     assert len(backlog.ready) == 1
 

@@ -1,4 +1,4 @@
-"""A rebuild loses no row and stops no search, whoever is killed when, and whatever is written meanwhile."""
+"""A rebuild loses no row and stops no search, under kills and writes at any moment."""
 
 import contextlib
 import itertools
@@ -56,7 +56,7 @@ class World:
         self.now_s += seconds
 
     def write(self, *ids: str, text: str = "first", model: str = "dummy:8") -> None:
-        """As a worker of the service does, in no time: whoever would have to wait fails at once."""
+        """As a worker of the service does, without delay: a caller that would have to wait fails at once."""
         own_s = itertools.count(0, fenced.WAIT_S)
         dim = self.store._dims[TABLE]
         vectors = DummyEncoder(dim).encode([f"{text} {id_}" for id_ in ids]) if ids else []

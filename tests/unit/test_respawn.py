@@ -4,7 +4,7 @@ from jobworker.worker.supervision.process import FIRST_S, LONGEST_READY_S, LONGE
 
 
 def pauses(respawn: RestartBackoff, ends: int, *, was_ready: bool, lived_s: float) -> list[float]:
-    """The pause after each of so many ends, each just after the pause before it."""
+    """The pause after each of `count` exits, each just after the pause before it."""
     now, found = 1000.0, []
     for _ in range(ends):
         respawn.ended(now, was_ready=was_ready, lived_s=lived_s)

@@ -236,7 +236,7 @@ def test_company_that_comes_within_the_linger_goes_along(desk: Callable[..., Des
     worker.runner.run()
     later.join()
     assert log == [["0", "1", "2"]]
-    assert time.monotonic() - began < 10, "a full batch waits for nobody"
+    assert time.monotonic() - began < 10, "a full batch does not wait"
 
 
 @pytest.mark.parametrize(("linger_s", "least_s"), [(0.0, 0.0), (0.3, 0.3)])

@@ -25,7 +25,7 @@ def triage() -> Admission:
 
 
 def sized(length: int) -> bytes:
-    """A good job of so many bytes."""
+    """A valid job of `size` bytes."""
     return b'{"id":"a","type":"known","payload":"%s"}' % (b"x" * (length - 38))
 
 
