@@ -11,6 +11,14 @@ BUILTIN = {
     "audit": "jobworker.handlers.audit.handler:Archive",
 }
 
+#: Targets of earlier releases, which users may have in `--handler`, and where these classes are now.
+MOVED = {
+    "jobworker.handlers.embed:EmbeddingBatch": BUILTIN["embedding_batch"],
+    "jobworker.handlers.reindex:IndexRebuild": BUILTIN["index_rebuild"],
+    "jobworker.handlers.writeback:WriteBack": _WRITE_BACK,
+    "jobworker.handlers.archive:Archive": BUILTIN["audit"],
+}
+
 #: Handlers that need a vector store.
 NEEDS_VECTORS = frozenset(
     {

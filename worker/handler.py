@@ -5,11 +5,12 @@ import importlib
 import inspect
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import AsyncGeneratorType, GeneratorType
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .devices import NO_MODEL
 from .envelope import Job
@@ -25,7 +26,8 @@ _CALLED = ("setup", "handle", "handle_batch", "healthy")
 class Handler(Protocol):
     """Runs jobs of one type inside a worker process; made without arguments, once for each process.
 
-    Everything but one of ``handle`` and ``handle_batch`` is optional:
+    Everything but one of ``handle`` and ``handle_batch`` is optional. `JobHandler` and `BatchHandler` are
+    typed bases with every member; inheriting one is optional too.
 
     - ``setup(settings)``: once, before the first job; raise here and the service does not start.
     - ``handle_batch(jobs)``: several jobs at once, at most ``max_batch`` (default 32); returns one outcome
@@ -46,6 +48,57 @@ class Handler(Protocol):
 
     def handle(self, job: Job) -> Awaitable[None] | None:
         """Run one job: return, or raise. `PermanentError` means that a retry is of no use."""
+
+
+#: What a batch gives back: one outcome a job, in order: None, or the exception that this job failed with.
+Outcomes = Sequence[BaseException | None]
+
+
+class HandlerMembers:
+    """Optional members of every handler, for editors and type checkers. A member that is not set is absent.
+
+    Inheriting is optional: the service looks at the members of a handler, never at its base classes.
+    """
+
+    #: Timeout of a job in seconds, if the job has none. Default: ``--job-timeout``.
+    timeout: float
+    #: An exclusive type: no other job is queued on a worker behind one of its jobs.
+    alone: bool
+    #: Only workers that hold the model run it (``--model-copies``).
+    needs_model: bool
+    #: Running totals; ``{"words": 5}`` is exported as ``z_novel_words_total``.
+    counters: Mapping[str, int]
+
+    if TYPE_CHECKING:
+
+        def setup(self, settings: Settings) -> Awaitable[None] | None:
+            """Once, inside each worker process, before the first job. An exception stops the start."""
+
+        def healthy(self) -> Awaitable[None] | None:
+            """Every few seconds in an idle worker: raise while a dependency is down."""
+
+
+class JobHandler(HandlerMembers, ABC):
+    """Typed base of a handler that runs one job at a time."""
+
+    @abstractmethod
+    def handle(self, job: Job) -> Awaitable[None] | None:
+        """Run one job: return, or raise. May be ``async def``."""
+
+
+class BatchHandler(HandlerMembers, ABC):
+    """Typed base of a handler that runs several jobs of its type in one call."""
+
+    #: Most jobs of one call. Default: 32.
+    max_batch: int
+    #: Most bytes (of JSON) of one call; a single larger job is passed alone. Read before each batch.
+    max_batch_bytes: float
+    #: Timeout of a batch in seconds. Default: the sum of the timeouts of its jobs.
+    batch_timeout: float
+
+    @abstractmethod
+    def handle_batch(self, jobs: Sequence[Job]) -> Awaitable[Outcomes] | Outcomes:
+        """Run the jobs: one outcome a job, in order. May be ``async def``."""
 
 
 class BoundHandler:

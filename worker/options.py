@@ -1,7 +1,7 @@
 """Options of the service: the command line overrides the environment, the environment the file."""
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +182,19 @@ def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def settings_from(options: dict[str, Any], builtin: dict[str, str], on_terminal: bool) -> Settings:
-    """Settings from parsed options. Raises `ConfigurationError` with what to change."""
+def settings_from(
+    options: dict[str, Any], builtin: Mapping[str, str], moved: Mapping[str, str], on_terminal: bool
+) -> Settings:
+    """Settings from parsed options. Raises `ConfigurationError` with what to change.
+
+    ``builtin`` maps types to targets, ``moved`` targets of earlier releases to those of today.
+    """
     values = dict(options)
     parse_address(values["metrics_addr"])
     check_llm(values["llm_url"], values["llm_model"])
     handlers = {} if values.pop("no_builtin_handlers") else dict(builtin)
-    handlers |= dict(parse_handler(text) for text in values.pop("handler"))
+    given = dict(parse_handler(text) for text in values.pop("handler"))
+    handlers |= {kind: moved.get(target, target) for kind, target in given.items()}
     if not handlers:
         raise ConfigurationError(
             "no handler: give --handler TYPE=module:Class, or drop --no-builtin-handlers"

@@ -1,5 +1,6 @@
 """Options: their defaults, and the command line over the environment over the file."""
 
+import importlib
 import os
 import socket
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from jobworker import handlers
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.keys import DEFAULT_SOURCES, Source
 from jobworker.worker.options import ENV_PREFIX, service_options, settings_from
@@ -27,6 +29,7 @@ BUILTIN = {
     "embedding_batch": "jobworker.handlers.embedding.handler:EmbeddingBatch",
     "audit": "jobworker.handlers.audit.handler:Audit",
 }
+MOVED = {"old.place:Class": "new.place:Class"}
 
 
 class Program:
@@ -38,7 +41,7 @@ class Program:
         @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX})
         @service_options
         def command(**options: Any) -> None:
-            self.settings = settings_from(options, BUILTIN, on_terminal=False)
+            self.settings = settings_from(options, BUILTIN, MOVED, on_terminal=False)
 
         self.command = command
 
@@ -275,8 +278,21 @@ def test_the_form_of_the_log_follows_the_terminal() -> None:
     @click.command()
     @service_options
     def command(**options: Any) -> None:
-        found.extend(settings_from(options, BUILTIN, on_terminal).log_format for on_terminal in (True, False))
+        found.extend(
+            settings_from(options, BUILTIN, MOVED, on_terminal).log_format for on_terminal in (True, False)
+        )
 
     assert CliRunner().invoke(command, []).exit_code == 0
     assert CliRunner().invoke(command, ["--log-format=json"]).exit_code == 0
     assert found == ["text", "json", "json", "json"]
+
+
+def test_an_earlier_name_of_a_handler_leads_to_where_it_is_now(program: Program) -> None:
+    settings = program.settings_of("--handler", "a=old.place:Class", "--handler", "b=other:Class")
+    assert (settings.handlers["a"], settings.handlers["b"]) == ("new.place:Class", "other:Class")
+
+
+@pytest.mark.parametrize("target", [*handlers.BUILTIN.values(), *handlers.MOVED.values()])
+def test_every_builtin_target_can_be_imported(target: str) -> None:
+    module, _, name = target.partition(":")
+    assert isinstance(getattr(importlib.import_module(module), name), type)
