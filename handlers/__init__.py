@@ -48,6 +48,10 @@ EXTENSION = Extension(
         "memory_update": _MEMORY,
         "audit": _AUDIT,
     },
+    settings="jobworker.handlers.settings:HandlerSettings",
+    options="jobworker.handlers.options",
+    embedded=("jobworker.handlers.vectors.milvus.embedded:EmbeddedMilvus",),
+    endpoints=("milvus_uri",),
     metrics={
         "z_novel_embedded_tokens_total": Metric("counter", "Model tokens that were embedded"),
         "z_novel_truncated_tokens_total": Metric(

@@ -32,8 +32,12 @@ class Metric(NamedTuple):
 class Extension:
     """The built-in job types.
 
-    ``handlers``: type -> ``module:Class``. ``moved``: targets of earlier releases -> those of today. ``streams``:
-    read if no ``--stream`` is given. ``stream_of_type``: where producers send a type. ``metrics``: by name.
+    - ``handlers``: type -> ``module:Class``; ``moved``: targets of earlier releases -> those of today.
+    - ``streams``: read if no ``--stream`` is given; ``stream_of_type``: where producers send a type.
+    - ``metrics``: by name.
+    - ``settings``: ``module:Class`` of the `Settings` with their options; ``options``: the module with these.
+    - ``embedded``: ``module:Class`` of servers that the service starts if no URL is given.
+    - ``endpoints``: settings that ``endpoints.json`` repeats.
     """
 
     handlers: Mapping[str, str]
@@ -41,6 +45,10 @@ class Extension:
     streams: tuple[Source, ...]
     stream_of_type: Mapping[str, str]
     metrics: Mapping[str, Metric]
+    settings: str
+    options: str
+    embedded: tuple[str, ...]
+    endpoints: tuple[str, ...]
 
 
 @cache

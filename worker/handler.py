@@ -12,7 +12,7 @@ from pathlib import Path
 from types import AsyncGeneratorType, GeneratorType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from .devices import NO_MODEL
+from .devices import NO_DEVICE
 from .envelope import Job
 from .errors import ConfigurationError, PermanentError
 from .event_loop import EventLoop
@@ -39,7 +39,7 @@ class Handler(Protocol):
     - ``timeout``: seconds a job may take (default: the service's ``--job-timeout``).
     - ``healthy()``: raises while something that the handler needs does not answer.
     - ``alone = True``: its jobs may take minutes, so no other job waits behind one in the same worker.
-    - ``needs_model = True``: a worker that is not to hold the model does not run it (``--model-copies``).
+    - ``needs_device = True``: only workers with a device run it (``--device``).
     - ``counters``: a mapping of running totals, exported as metrics.
 
     ``setup``, ``handle``, ``handle_batch`` and ``healthy`` may each be ``async def``: all of them run on one
@@ -64,8 +64,8 @@ class HandlerMembers:
     timeout: float
     #: An exclusive type: no other job is queued on a worker behind one of its jobs.
     alone: bool
-    #: Only workers that hold the model run it (``--model-copies``).
-    needs_model: bool
+    #: Only workers with a device run it (``--device``).
+    needs_device: bool
     #: Running totals; ``{"words": 5}`` is exported as ``z_novel_words_total``.
     counters: Mapping[str, int]
 
@@ -243,8 +243,8 @@ def load_handlers(settings: Settings, loop: EventLoop | None = None) -> dict[str
 
     Raises `ConfigurationError` where a target cannot be imported or has no ``handle``, or where a call of a
     member would run nothing; what a handler's
-    own ``setup`` raises passes through. One class that serves several types is made once. A worker that is
-    to hold no model has no handler of the types that need one.
+    own ``setup`` raises passes through. One class that serves several types is made once. A worker
+    without a device has no handler of the types that need one.
     """
     made: dict[str, Any] = {}
     for target in settings.handlers.values():
@@ -256,10 +256,10 @@ def load_handlers(settings: Settings, loop: EventLoop | None = None) -> dict[str
 def set_up(
     handlers: Mapping[str, Any], settings: Settings, loop: EventLoop | None = None
 ) -> dict[str, BoundHandler]:
-    """Let each object be set up, once though it may serve several types; those that need a model which this
-    worker is not to hold are left out."""
-    if settings.device == NO_MODEL:
-        handlers = {kind: one for kind, one in handlers.items() if not getattr(one, "needs_model", False)}
+    """Let each object be set up, once though it may serve several types; types that need a device are
+    left out in a worker without one."""
+    if settings.device == NO_DEVICE:
+        handlers = {kind: one for kind, one in handlers.items() if not getattr(one, "needs_device", False)}
     loop = loop or EventLoop()
     for kind, handler in handlers.items():
         _check_members(kind, handler)

@@ -4,13 +4,14 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from jobworker.worker import Job, PermanentError, Settings, StoreUnavailable, Unavailable
+from jobworker.worker import Job, PermanentError, StoreUnavailable, Unavailable
 
 from ..encoder.base import Encoder
 from ..encoder.find_model import ModelError
 from ..encoder.load import load_encoder
 from ..jobstore.fence import Rebuilds
 from ..jobstore.open import open_rebuilds
+from ..settings import HandlerSettings
 from ..vectors.ports import Vector
 from ..vectors.schema import plain_name, shown
 from .ports import Record, ShadowStore
@@ -35,7 +36,7 @@ class IndexRebuild:
 
     # Rows by the million take hours; a stuck request has limits of its own.
     timeout = 24 * 3600.0
-    needs_model = True
+    needs_device = True
     # Nothing is to wait for hours behind it in its worker.
     alone = True
 
@@ -50,7 +51,7 @@ class IndexRebuild:
         #: Running totals of this process.
         self.counters = {"rebuilds_done": 0, "rebuilt_rows": 0}
 
-    def setup(self, settings: Settings) -> None:
+    def setup(self, settings: HandlerSettings) -> None:
         """Connects to nothing yet: rebuilds are rare."""
         self._settings = settings
         self._shadow = self._given_shadow or _open_shadow(settings)
@@ -136,7 +137,7 @@ def read_payload(payload: Any, prefix: str) -> tuple[str, str, str]:
     return name, mode, model
 
 
-def _open_shadow(settings: Settings) -> ShadowStore:
+def _open_shadow(settings: HandlerSettings) -> ShadowStore:
     # Only where no store was given: this imports the Milvus client.
     from .milvus import open_shadow
 

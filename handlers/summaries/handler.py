@@ -10,13 +10,14 @@ from typing import Protocol
 
 import msgspec
 
-from jobworker.worker import Job, PermanentError, Settings, StoreUnavailable, Unavailable, span
+from jobworker.worker import Job, PermanentError, StoreUnavailable, Unavailable, span
 
 from ..encoder.base import Encoder, TextTooLong
 from ..encoder.load import load_encoder
 from ..jobstore.fence import Fence
 from ..jobstore.open import open_fence, open_records
 from ..jobstore.records import Record, RecordKey, Records
+from ..settings import HandlerSettings
 from ..vectors.ports import AnyRow, EntityRow, Row, Vector, VectorStore
 from ..vectors.schema import DEFAULT_COLLECTION, clip
 from ..vectors.versioned_writer import VersionedWriter
@@ -57,7 +58,7 @@ class WriteBack:
     changes nothing, but still makes sure that the rows are those of the newest record.
     """
 
-    needs_model = True
+    needs_device = True
     timeout = _LOCAL_LIMIT_S
 
     def __init__(
@@ -76,7 +77,7 @@ class WriteBack:
         #: Running totals of this process.
         self.counters: dict[str, int] = {"summaries_stored": 0, "summaries_outdated": 0}
 
-    def setup(self, settings: Settings) -> None:
+    def setup(self, settings: HandlerSettings) -> None:
         """Load the model, open the stores, make the collections.
 
         Raises ModelError, ConfigurationError or VectorStoreError where one of them cannot be used.
@@ -261,7 +262,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _open_model(settings: Settings) -> FindingsSource | None:
+def _open_model(settings: HandlerSettings) -> FindingsSource | None:
     if not settings.llm_url:
         return None
     # Only where it is used: the HTTP client takes its time to import.
@@ -270,7 +271,7 @@ def _open_model(settings: Settings) -> FindingsSource | None:
     return open_model(settings)
 
 
-def _open_store(settings: Settings) -> VectorStore:
+def _open_store(settings: HandlerSettings) -> VectorStore:
     # Only where no store was given: this imports the Milvus client.
     from ..vectors.milvus.store import open_vectors
 

@@ -8,7 +8,9 @@ from typing import Annotated, Protocol, cast
 
 import msgspec
 
-from jobworker.worker import ConfigurationError, Settings
+from jobworker.worker import ConfigurationError
+
+from ..settings import HandlerSettings
 
 #: A module and a class, as for `--handler`.
 _TARGET = re.compile(r"[\w.]+:\w+")
@@ -85,7 +87,7 @@ class NoSink:
         """Keep nothing more."""
 
 
-def open_sink(settings: Settings) -> SummarySink:
+def open_sink(settings: HandlerSettings) -> SummarySink:
     """The sink that `--summary-sink` names: empty, `postgres`, or `module:Class`, set up.
 
     Raises ConfigurationError where it cannot be made, and what its own `setup` raises.

@@ -12,6 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobworker import handlers
+from jobworker.handlers.options import parse_size
+from jobworker.handlers.settings import HandlerSettings
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.extension import extension
 from jobworker.worker.keys import Source
@@ -22,7 +24,6 @@ from jobworker.worker.settings import (
     cores,
     parse_address,
     parse_handler,
-    parse_size,
     parse_source,
 )
 
@@ -45,10 +46,10 @@ class Program:
         clean = {name: None for name in os.environ if name.startswith(ENV_PREFIX)}
         return CliRunner().invoke(self.command, list(arguments), env={**clean, **(env or {})})
 
-    def settings_of(self, *arguments: str, env: dict[str, str] | None = None) -> Settings:
+    def settings_of(self, *arguments: str, env: dict[str, str] | None = None) -> HandlerSettings:
         result = self.run(*arguments, env=env)
         assert result.exit_code == 0, result.output
-        assert self.settings is not None
+        assert isinstance(self.settings, HandlerSettings)
         return self.settings
 
 
@@ -77,7 +78,7 @@ OPTIONS: dict[str, tuple[str, Callable[[Settings], object], object, object]] = {
     "data-dir": ("elsewhere", lambda s: s.data_dir, "./jobworker-data", "elsewhere"),
     "model": ("BAAI/bge-m3", lambda s: s.model, "", "BAAI/bge-m3"),
     "device": ("cuda:0,cuda:1", lambda s: s.device, "auto", "cuda:0,cuda:1"),
-    "model-copies": ("3", lambda s: s.model_copies, 0, 3),
+    "model-copies": ("3", lambda s: s.device_copies, 0, 3),
     "stream": ("a:b=g", lambda s: s.streams, extension().streams, (Source("a:b", "g"),)),
     "handler": ("x=m:C", lambda s: s.handlers, handlers.BUILTIN, {**handlers.BUILTIN, "x": "m:C"}),
     "metrics-addr": ("0.0.0.0:0", lambda s: s.metrics_addr, "127.0.0.1:9464", "0.0.0.0:0"),
@@ -248,11 +249,11 @@ def test_help_names_every_option_and_its_variable(program: Program) -> None:
 
 
 def test_a_child_gets_the_same_settings() -> None:
-    settings = Settings(
+    settings = HandlerSettings(
         procs=7, redis_url="redis://:pä@h", streams=(Source("a", "b"),), handlers={"t": "m:C"},
         retry=RetryPolicy(9, 0.5, 1e6, 3.0, 0.0), instance="第一",
     )  # fmt: skip
-    again = Settings.from_json(settings.to_json())
+    again = HandlerSettings.from_json(settings.to_json())
     assert again == settings
     assert again.streams[0].group == "b"
     assert again.retry.max_retries == 9
@@ -260,7 +261,7 @@ def test_a_child_gets_the_same_settings() -> None:
 
 def test_what_goes_into_the_log_holds_no_secret() -> None:
     secret = "s3cr3t"
-    settings = Settings(
+    settings = HandlerSettings(
         redis_url=f"redis://:{secret}@h", milvus_token=secret, milvus_uri=f"http://u:{secret}@m:1"
     )
     assert secret not in repr(settings.public())
