@@ -13,7 +13,7 @@ from typing import Any
 import click
 import setproctitle
 
-from jobworker.handlers import BUILTIN, MOVED, NEEDS_VECTORS
+from jobworker.handlers import NEEDS_VECTORS
 from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.keys import Holder
@@ -251,7 +251,7 @@ def main(**options: Any) -> None:
     5 a store could not be reached.
     """
     try:
-        settings = settings_from(options, BUILTIN, MOVED, sys.stderr.isatty())
+        settings = settings_from(options, sys.stderr.isatty())
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
         logs.begin("supervisor", settings, os.environ)
         with SignalQueue(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD) as queue:

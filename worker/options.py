@@ -1,14 +1,14 @@
 """Options of the service: the command line overrides the environment, the environment the file."""
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .errors import ConfigurationError
-from .keys import DEFAULT_SOURCES
+from .extension import extension
 from .outcome import RetryPolicy
 from .settings import Settings, check_llm, cores, parse_address, parse_handler, parse_size, parse_source
 
@@ -99,7 +99,7 @@ CONFIG_OF_SERVICE = _config(
 _WORK = [
     _option("--procs", "Worker processes.  [default: number of cores]", cores, click.IntRange(1, 512)),
     _option("--stream", "NAME=GROUP to read; repeatable, replaces the default table.",
-            [f"{s.stream}={s.group}" for s in DEFAULT_SOURCES], multiple=True),
+            [f"{s.stream}={s.group}" for s in extension().streams], multiple=True),
     _option("--handler", "TYPE=module:Class to run a type by; repeatable, adds to or replaces the builtin.",
             multiple=True),
     _option("--no-builtin-handlers", "Run only the types given by --handler.", False, is_flag=True),
@@ -182,19 +182,14 @@ def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def settings_from(
-    options: dict[str, Any], builtin: Mapping[str, str], moved: Mapping[str, str], on_terminal: bool
-) -> Settings:
-    """Settings from parsed options. Raises `ConfigurationError` with what to change.
-
-    ``builtin`` maps types to targets, ``moved`` targets of earlier releases to those of today.
-    """
+def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
+    """Settings from parsed options. Raises `ConfigurationError` with what to change."""
     values = dict(options)
     parse_address(values["metrics_addr"])
     check_llm(values["llm_url"], values["llm_model"])
-    handlers = {} if values.pop("no_builtin_handlers") else dict(builtin)
+    handlers = {} if values.pop("no_builtin_handlers") else dict(extension().handlers)
     given = dict(parse_handler(text) for text in values.pop("handler"))
-    handlers |= {kind: moved.get(target, target) for kind, target in given.items()}
+    handlers |= {kind: extension().moved.get(target, target) for kind, target in given.items()}
     if not handlers:
         raise ConfigurationError(
             "no handler: give --handler TYPE=module:Class, or drop --no-builtin-handlers"

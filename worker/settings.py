@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from .errors import ConfigurationError
-from .keys import DEFAULT_SOURCES, NO_HOLDER, Holder, Source
+from .extension import extension
+from .keys import NO_HOLDER, Holder, Source
 from .outcome import RetryPolicy
 
 #: Default limit of one entry; larger ones are refused before they are parsed.
@@ -30,7 +31,7 @@ class Settings:
     data_dir: str = "./jobworker-data"
     model: str = ""
     device: str = "auto"
-    streams: tuple[Source, ...] = DEFAULT_SOURCES
+    streams: tuple[Source, ...] = field(default_factory=lambda: extension().streams)
     handlers: dict[str, str] = field(default_factory=dict)
     metrics_addr: str = "127.0.0.1:9464"
     lease_s: float = 30.0

@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 
 from jobworker import handlers
 from jobworker.worker.errors import ConfigurationError
-from jobworker.worker.keys import DEFAULT_SOURCES, Source
+from jobworker.worker.extension import extension
+from jobworker.worker.keys import Source
 from jobworker.worker.options import ENV_PREFIX, service_options, settings_from
 from jobworker.worker.outcome import RetryPolicy
 from jobworker.worker.settings import (
@@ -25,12 +26,6 @@ from jobworker.worker.settings import (
     parse_source,
 )
 
-BUILTIN = {
-    "embedding_batch": "jobworker.handlers.embedding.handler:EmbeddingBatch",
-    "audit": "jobworker.handlers.audit.handler:Audit",
-}
-MOVED = {"old.place:Class": "new.place:Class"}
-
 
 class Program:
     """The service's command line, of which only the settings are wanted."""
@@ -41,7 +36,7 @@ class Program:
         @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX})
         @service_options
         def command(**options: Any) -> None:
-            self.settings = settings_from(options, BUILTIN, MOVED, on_terminal=False)
+            self.settings = settings_from(options, on_terminal=False)
 
         self.command = command
 
@@ -83,8 +78,8 @@ OPTIONS: dict[str, tuple[str, Callable[[Settings], object], object, object]] = {
     "model": ("BAAI/bge-m3", lambda s: s.model, "", "BAAI/bge-m3"),
     "device": ("cuda:0,cuda:1", lambda s: s.device, "auto", "cuda:0,cuda:1"),
     "model-copies": ("3", lambda s: s.model_copies, 0, 3),
-    "stream": ("a:b=g", lambda s: s.streams, DEFAULT_SOURCES, (Source("a:b", "g"),)),
-    "handler": ("x=m:C", lambda s: s.handlers, BUILTIN, {**BUILTIN, "x": "m:C"}),
+    "stream": ("a:b=g", lambda s: s.streams, extension().streams, (Source("a:b", "g"),)),
+    "handler": ("x=m:C", lambda s: s.handlers, handlers.BUILTIN, {**handlers.BUILTIN, "x": "m:C"}),
     "metrics-addr": ("0.0.0.0:0", lambda s: s.metrics_addr, "127.0.0.1:9464", "0.0.0.0:0"),
     "lease": ("5", lambda s: s.lease_s, 30.0, 5.0),
     "max-retries": ("0", lambda s: s.retry.max_retries, 3, 0),
@@ -148,7 +143,7 @@ def test_streams_given_replace_the_table(program: Program) -> None:
 
 def test_handlers_given_add_and_replace(program: Program) -> None:
     found = program.settings_of("--handler", "audit=mine:Audit", "--handler", "shout=mine:Shout").handlers
-    assert found == {**BUILTIN, "audit": "mine:Audit", "shout": "mine:Shout"}
+    assert found == {**handlers.BUILTIN, "audit": "mine:Audit", "shout": "mine:Shout"}
 
 
 @pytest.mark.parametrize("way", ["line", "environment", "file"])
@@ -278,9 +273,7 @@ def test_the_form_of_the_log_follows_the_terminal() -> None:
     @click.command()
     @service_options
     def command(**options: Any) -> None:
-        found.extend(
-            settings_from(options, BUILTIN, MOVED, on_terminal).log_format for on_terminal in (True, False)
-        )
+        found.extend(settings_from(options, on_terminal).log_format for on_terminal in (True, False))
 
     assert CliRunner().invoke(command, []).exit_code == 0
     assert CliRunner().invoke(command, ["--log-format=json"]).exit_code == 0
@@ -288,8 +281,9 @@ def test_the_form_of_the_log_follows_the_terminal() -> None:
 
 
 def test_an_earlier_name_of_a_handler_leads_to_where_it_is_now(program: Program) -> None:
-    settings = program.settings_of("--handler", "a=old.place:Class", "--handler", "b=other:Class")
-    assert (settings.handlers["a"], settings.handlers["b"]) == ("new.place:Class", "other:Class")
+    earlier, now = next(iter(handlers.MOVED.items()))
+    settings = program.settings_of("--handler", f"a={earlier}", "--handler", "b=other:Class")
+    assert (settings.handlers["a"], settings.handlers["b"]) == (now, "other:Class")
 
 
 @pytest.mark.parametrize("target", [*handlers.BUILTIN.values(), *handlers.MOVED.values()])
