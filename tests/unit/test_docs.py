@@ -199,7 +199,9 @@ def test_the_files_and_functions_that_a_page_names_exist(page: Path) -> None:
     everywhere += [path.as_posix() for path in ROOT.iterdir()]
     missing = [one for one in files if not any(path.endswith("/" + one.rstrip("/")) for path in everywhere)]
     assert not missing
-    names = [one for one in code if re.fullmatch(r"(?:[A-Z]\w*[a-z]\w*)(?:\.\w+)?", one)]
+    names = [
+        one for one in code if re.fullmatch(r"(?:[A-Z]\w*[a-z]\w*)(?:\.\w+)?|[a-z]+_[a-z_]+|_[a-z]+", one)
+    ]
     known = names_in_code()
     assert not [one for one in names if one not in known and one != "Unavailable"]
 
