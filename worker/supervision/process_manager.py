@@ -217,7 +217,7 @@ class ProcessManager:
         suspect = self._marks.record_death(proven=spins or ended.cause not in _FROM_OUTSIDE)
         if suspect is not None:
             stream = self._settings.streams[suspect.source].stream
-            log.error("reader ended while it read an entry", extra={
+            log.error("reader.died_at_entry", extra={
                 "stream": stream, "entry_id": suspect.entry_id.decode(), "poison": suspect.convicted,
             })  # fmt: skip
 
