@@ -129,18 +129,17 @@ class Stores:
     """All embedded stores of a service; none where both urls were given."""
 
     def __init__(self, settings: Settings, data: DataDir | None, stores: list[Embedded]) -> None:
-        self._settings = settings
         self._data = data
         self._kept = [_Kept(store) for store in stores]
         self._mono_give_up_s = time.monotonic() + settings.connect_timeout_s
         self._was_ready = False
 
-    def filled(self) -> Settings:
+    def fill(self, settings: Settings) -> Settings:
         """The settings with the addresses of the embedded servers. They hold secrets: never log them."""
         fields: dict[str, Any] = {}
         for kept in self._kept:
             fields |= kept.store.settings()
-        return replace(self._settings, **fields)
+        return replace(settings, **fields)
 
     @property
     def ready(self) -> bool:
