@@ -8,14 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..data_dir import HOST, DataDir, free_port, kept_secret, private_folder, write_private
 from ..errors import ConfigurationError, Exit
-from ..extension import extension
+from ..extension import extension, imported
 from ..settings import Settings
 from .process import Process, RestartBackoff
 
@@ -92,10 +91,7 @@ class Embedded(Protocol):
 
 def needed(settings: Settings) -> list[Callable[[DataDir], Embedded]]:
     """The servers to start, each made with the data directory."""
-    servers: list[Any] = [EmbeddedValkey]
-    for target in extension().embedded:
-        module, _, name = target.partition(":")
-        servers.append(getattr(import_module(module), name))
+    servers: list[Any] = [EmbeddedValkey, *map(imported, extension().embedded)]
     return [server for server in servers if server.needed(settings)]
 
 
