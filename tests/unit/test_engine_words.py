@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = re.compile(
-    r"(?<![a-z])(chapters?|entity|entities|collections?|milvus|models?|vectors?|embedding|summar(?:y|ies))(?![a-z])",
+    r"(?<![a-z])(chapters?|entity|entities|collections?|milvus|models?|vectors?|embedding|summar(?:y|ies))"
+    r"(?![a-z])",
     re.IGNORECASE,
 )
 #: The standard library's module, Python's garbage collector, HTML's element, and the package that has the types.
