@@ -103,7 +103,7 @@ class World:
         true = TrueScores(queries, _NEIGHBOURS)
         for start in range(0, len(self.vectors), 10_000):
             true.add(self.vectors[start : start + 10_000])
-        return true.recall(shadow.nearest(_PREFIX + _NAME, queries, _NEIGHBOURS))
+        return true.recall(shadow.search(_PREFIX + _NAME, queries, _NEIGHBOURS))
 
 
 class Client:

@@ -1,16 +1,16 @@
-"""The switch to a rebuilt collection, where the server does not do what its documentation says."""
+"""The alias switch on a server whose proxies cache the old collection during the switch."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from jobworker.handlers.rebuild import milvus as milvus_shadow
+from jobworker.handlers.rebuild import milvus as rebuild_milvus
 from jobworker.handlers.rebuild.milvus import MilvusShadow
 
 
-class ForgetsTooEarly:
-    """A link to a server whose proxy forgets an alias before that is altered, and is asked for it then."""
+class StaleAliasCache:
+    """A server whose proxy clears an alias from its cache before the alter, and resolves it in between."""
 
     timeout_s = 30.0
 
@@ -21,20 +21,20 @@ class ForgetsTooEarly:
     def attempt(self, what: str, do: Callable[[Any], Any]) -> Any:
         return do(self)
 
-    def alter_alias(self, table: str, alias: str, timeout: float) -> None:
+    def alter_alias(self, collection: str, alias: str, timeout: float) -> None:
         self.cached.pop(alias, None)
-        self.stands_for(alias)  # somebody searches just then
-        self.aliases[alias] = table
+        self.resolve(alias)  # a search comes in between
+        self.aliases[alias] = collection
 
-    def stands_for(self, alias: str) -> str:
-        """Where the proxy sends what is written to the alias."""
+    def resolve(self, alias: str) -> str:
+        """The collection to which the proxy sends writes to the alias."""
         return self.cached.setdefault(alias, self.aliases[alias])
 
 
-def test_after_the_switch_no_proxy_sends_writes_to_the_old_collection(
+def test_after_the_switch_writes_go_to_the_new_collection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(milvus_shadow, "STALE_ALIAS_S", 0.0)
-    link: Any = ForgetsTooEarly()
-    MilvusShadow(link, prefix="z_", named=False).switch("story_segments", "z_story_segments_v2")
-    assert link.stands_for("z_story_segments") == "z_story_segments_v2"
+    monkeypatch.setattr(rebuild_milvus, "STALE_ALIAS_S", 0.0)
+    link: Any = StaleAliasCache()
+    MilvusShadow(link, prefix="z_", named=False).switch_alias("story_segments", "z_story_segments_v2")
+    assert link.resolve("z_story_segments") == "z_story_segments_v2"
