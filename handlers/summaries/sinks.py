@@ -79,7 +79,7 @@ class SummarySink(Protocol):
 
 
 class NoSink:
-    """Default sink: stores nothing. Redis and Milvus hold summary and entities, but no events or relations."""
+    """Default sink: stores nothing. Redis and Milvus hold summary and entities, not events or relations."""
 
     def store(self, chapter: ChapterFindings) -> None:
         """Do nothing."""
