@@ -13,9 +13,9 @@ from typing import Any
 import click
 import setproctitle
 
-from jobworker.handlers import BUILTIN, NEEDS_VECTORS
 from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
+from jobworker.worker.extension import extension
 from jobworker.worker.keys import Holder
 from jobworker.worker.options import ENV_PREFIX, service_options, settings_from
 from jobworker.worker.settings import Settings, parse_address
@@ -95,17 +95,11 @@ class Supervisor:
 
     def _announce(self) -> None:
         """The stores are up: from here on tools on this machine can find them."""
+        settings = self._stores.filled()
         if self._data is not None:
-            self._data.announce({
-                "redis_url": self._stores.redis_url, "milvus_uri": self._stores.milvus_uri,
-                "metrics_url": self._server.url, "pid": os.getpid(),
-            })  # fmt: skip
-        self._crew.start(
-            replace(
-                self._settings, redis_url=self._stores.redis_url,
-                milvus_uri=self._stores.milvus_uri, milvus_token=self._stores.milvus_token,
-            )
-        )  # fmt: skip
+            addresses = {name: getattr(settings, name) for name in ("redis_url", *extension().endpoints)}
+            self._data.announce({**addresses, "metrics_url": self._server.url, "pid": os.getpid()})
+        self._crew.start(settings)
 
     def _signalled(self, number: signal.Signals) -> Exit | None:
         if number == signal.SIGHUP:
@@ -161,7 +155,7 @@ class Supervisor:
     def _status(self) -> dict[str, Any]:
         health = self.health()
         return {
-            **service_status(self._settings, self._stores.redis_url),
+            **service_status(self._settings, self._stores.filled().redis_url),
             "ready": health.live and health.ready,
             "reasons": health.reasons,
             "children": self._crew.children(time.monotonic()),
@@ -230,10 +224,9 @@ def _take(lock: InstanceLock, instance: str) -> None:
 
 def _supervise(settings: Settings, queue: SignalQueue) -> Exit:
     log.info("supervisor.starting", extra={"settings": settings.public()})
-    needs_vectors = any(target in NEEDS_VECTORS for target in settings.handlers.values())
-    embedded = not settings.redis_url or (needs_vectors and not settings.milvus_uri)
-    data = _open_data_dir(settings) if embedded else None
-    stores = Stores(settings, data, needed(settings, data, needs_vectors) if data else [])
+    servers = needed(settings)
+    data = _open_data_dir(settings) if servers else None
+    stores = Stores(settings, data, [make(data) for make in servers] if data else [])
     with _instance_lock(settings) as holder:
         return Supervisor(replace(settings, holder=holder), data, stores).run(queue)
 
@@ -244,14 +237,14 @@ def _supervise(settings: Settings, queue: SignalQueue) -> Exit:
 def main(**options: Any) -> None:
     """Run background jobs from Redis Streams.
 
-    Without --redis-url and --milvus-uri it brings its own stores, kept in --data-dir. TERM or INT finishes
-    the running jobs and stops; a second one stops now; HUP restarts the workers one by one.
+    Without --redis-url and --milvus-uri it starts stores of its own, with their data in --data-dir. TERM or
+    INT finishes the running jobs and stops; a second one stops now; HUP restarts the workers one by one.
 
     Exit codes: 0 stopped as asked, 2 bad usage or configuration, 3 a child could not start, 4 crash loop,
     5 a store could not be reached.
     """
     try:
-        settings = settings_from(options, BUILTIN, sys.stderr.isatty())
+        settings = settings_from(options, sys.stderr.isatty())
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
         logs.begin("supervisor", settings, os.environ)
         with SignalQueue(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD) as queue:

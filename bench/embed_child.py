@@ -144,11 +144,11 @@ def _encoder(options: Report) -> Any:
 
 def _handler(options: Report, cache: Path | None = None) -> Any:
     from jobworker.handlers.embedding.handler import EmbeddingBatch
+    from jobworker.handlers.settings import HandlerSettings
     from jobworker.handlers.vectors.memory import MemoryVectors
-    from jobworker.worker import Settings
 
     embed = EmbeddingBatch(_encoder(options), MemoryVectors())
-    embed.setup(Settings(data_dir=str(cache or ""), cache_bytes=1 << 30 if cache else 0))
+    embed.setup(HandlerSettings(data_dir=str(cache or ""), cache_bytes=1 << 30 if cache else 0))
     return embed
 
 

@@ -33,10 +33,11 @@ from rig import LIMIT_S, connect, say
 
 from jobworker.handlers.jobstore.open import open_fence, open_records
 from jobworker.handlers.jobstore.records import RecordKey
+from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.summaries.handler import WriteBack
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.milvus.store import Row, VectorStore, open_vectors
-from jobworker.worker import Job, Settings
+from jobworker.worker import Job
 
 _STREAM, _GROUP = "stream:memory:update", "cg-mem-writer"
 _TENANT, _PROJECT = "t001", "p123"
@@ -209,7 +210,7 @@ def read_chapters(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 
-def summarise(chapters: list[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
+def summarise(chapters: list[dict[str, Any]], settings: HandlerSettings) -> list[dict[str, Any]]:
     """Each chapter through the handler; seconds from its payload to record and row."""
     records = open_records("")
     handler = WriteBack(store=MemoryVectors(), records=records, fence=open_fence(""))
@@ -244,9 +245,9 @@ def both_ways(path: Path, limit: int, settings: Mapping[str, Any], delay_s: floa
     """The second part: the same chapters out of their own sentences, and by the endpoint."""
     chapters = read_chapters(path)[:limit]
     chars: int = settings["summary_chars"]
-    own = summarise(chapters, Settings(**settings))
+    own = summarise(chapters, HandlerSettings(**settings))
     with llm_stub(chars, delay_s) as url:
-        asked = summarise(chapters, Settings(**settings, llm_url=url, llm_model="stub"))
+        asked = summarise(chapters, HandlerSettings(**settings, llm_url=url, llm_model="stub"))
     for way in (own, asked):
         if any(not 0 < len(one["summary"]) <= chars for one in way):
             raise RuntimeError(f"a summary is empty or longer than {chars} characters")

@@ -1,19 +1,21 @@
 """What a handler's author and a producer in Python use; everything else is the service's own."""
 
-from .devices import NO_MODEL, device_for_slot, visible_gpus
+from .devices import NO_DEVICE, device_for_slot, visible_gpus
 from .envelope import Job
 from .errors import ConfigurationError, Fenced, PermanentError, StoreUnavailable, Unavailable
-from .handler import Handler
+from .handler import BatchHandler, Handler, JobHandler
 from .producer import NewJob, Producer
 from .settings import Settings
 from .telemetry.trace import span
 
 __all__ = [
-    "NO_MODEL",
+    "NO_DEVICE",
+    "BatchHandler",
     "ConfigurationError",
     "Fenced",
     "Handler",
     "Job",
+    "JobHandler",
     "NewJob",
     "PermanentError",
     "Producer",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import setproctitle
 
-from .devices import LEAST_COPIES, NO_MODEL, device_for_slot, set_pools, visible_gpus
+from .devices import LEAST_COPIES, NO_DEVICE, device_for_slot, set_pools, visible_gpus
 from .errors import ConfigurationError, Exit, JobworkerError
 from .event_loop import EventLoop
 from .handler import BoundHandler, load_handlers
@@ -29,7 +29,7 @@ from .ipc.control import ControlSocket, Message, Standby, Start, StartFailed
 from .ipc.marks import Marks
 from .keys import consumer_name
 from .outcome import MAX_ERROR_CHARS
-from .settings import Settings
+from .settings import Settings, settings_class
 from .supervision.pdeathsig import tie_to_parent
 from .telemetry import log as logs
 from .telemetry import trace
@@ -51,7 +51,7 @@ def main() -> int:
     """Run one role; the exit code is 0 after a proper end, 3 or 5 where the role could not start."""
     link = ControlSocket(socket.socket(fileno=int(sys.argv[1])))
     start, fds = _first_message(link)
-    settings = Settings.from_json(start.settings)
+    settings = settings_class().from_json(start.settings)
     if start.role == "worker":
         settings = replace(settings, device=_place(settings, start.slot))
     name = start.role if start.role != "worker" else f"worker {start.slot}"
@@ -141,10 +141,10 @@ def _run(role: str, settings: Settings, link: ControlSocket, fds: list[int]) -> 
 
 
 def _place(settings: Settings, slot: int) -> str:
-    """The device of this worker's model. Only the first types can be refused: with more, all hold it."""
+    """The device of this worker. Only the first 64 types can be left out: with more, all workers get one."""
     many = len(settings.handlers) > REFUSABLE
-    place = device_for_slot(settings.device, slot, visible_gpus(), settings.model_copies)
-    if many and place == NO_MODEL:
+    place = device_for_slot(settings.device, slot, visible_gpus(), settings.device_copies)
+    if many and place == NO_DEVICE:
         return device_for_slot(settings.device, slot % LEAST_COPIES, visible_gpus())
     return place
 

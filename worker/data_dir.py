@@ -3,8 +3,15 @@
 import fcntl
 import json
 import os
+import secrets
+import socket
 from pathlib import Path
 from typing import Any
+
+from .errors import ConfigurationError
+
+#: Embedded servers listen on this address only.
+HOST = "127.0.0.1"
 
 
 class DataDir:
@@ -48,3 +55,37 @@ def write_private(path: Path, text: str) -> None:
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
     draft.replace(path)
+
+
+def kept_secret(path: Path, user: str = "") -> str:
+    """The secret of this data directory, made at its first use; behind ``user:`` where a name is given.
+
+    An empty file counts as none: a crash of the host can leave one.
+    """
+    kept = path.read_text().strip() if path.exists() else ""
+    if not kept:
+        kept = f"{user}:{secrets.token_urlsafe(24)}" if user else secrets.token_urlsafe(24)
+        write_private(path, kept)
+    path.chmod(0o600)  # a copied data directory may have lost its modes
+    return kept
+
+
+def private_folder(path: Path) -> Path:
+    """The folder, made if need be, for its user only, also where a copy has lost its mode."""
+    path.mkdir(exist_ok=True, mode=0o700)
+    path.chmod(0o700)
+    return path
+
+
+def free_port(last_url: str | None) -> int:
+    """The port of the last run where it is free, so that clients' settings stay good; else any free one."""
+    last = (last_url or "").rpartition(":")[2].partition("/")[0]
+    for port in (int(last) if last.isdigit() else 0, 0):
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind((HOST, port))
+            except OSError:
+                continue
+            return int(sock.getsockname()[1])
+    raise ConfigurationError(f"no free port on {HOST}")

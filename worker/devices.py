@@ -12,8 +12,8 @@ from .settings import cores
 LEAST_COPIES = 2
 # OpenMP (torch among others), Intel's and the open linear algebra, the tokenizers.
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-# What `device` says for a worker that is to hold no model.
-NO_MODEL = "none"
+# The device of a worker that does not run types which need one.
+NO_DEVICE = "none"
 
 
 def set_pools(threads: int, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -45,14 +45,14 @@ def device_for_slot(device: str, slot: int, gpus: int, copies: int = 0) -> str:
     """The device of the worker in `slot`: `cpu`, `cuda:N`, or `none` where there are copies enough.
 
     `device` is `auto`, `cpu`, `cuda`, `none` or names joined by commas; `copies` are those of each GPU, or of
-    the CPU, with 0 for as many as help. A GPU that is named where none is seen stays: loading the model then
-    says what is missing.
+    the CPU, with 0 for as many as help. A GPU that is named but not visible stays: its first use reports
+    what is missing.
     """
     everything = ",".join(f"cuda:{number}" for number in range(max(1, gpus)))
     named = "cpu" if device == "auto" and not gpus else device
     places = (everything if named in ("auto", "cuda") else named).split(",")
     most = max(LEAST_COPIES, cores()) if places == ["cpu"] else LEAST_COPIES
-    return places[slot % len(places)] if slot < (copies or most) * len(places) else NO_MODEL
+    return places[slot % len(places)] if slot < (copies or most) * len(places) else NO_DEVICE
 
 
 def _torch_version() -> str:

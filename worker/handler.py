@@ -5,13 +5,14 @@ import importlib
 import inspect
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import AsyncGeneratorType, GeneratorType
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from .devices import NO_MODEL
+from .devices import NO_DEVICE
 from .envelope import Job
 from .errors import ConfigurationError, PermanentError
 from .event_loop import EventLoop
@@ -25,7 +26,8 @@ _CALLED = ("setup", "handle", "handle_batch", "healthy")
 class Handler(Protocol):
     """Runs jobs of one type inside a worker process; made without arguments, once for each process.
 
-    Everything but one of ``handle`` and ``handle_batch`` is optional:
+    Everything but one of ``handle`` and ``handle_batch`` is optional. `JobHandler` and `BatchHandler` are
+    typed bases with every member; inheriting one is optional too.
 
     - ``setup(settings)``: once, before the first job; raise here and the service does not start.
     - ``handle_batch(jobs)``: several jobs at once, at most ``max_batch`` (default 32); returns one outcome
@@ -37,7 +39,7 @@ class Handler(Protocol):
     - ``timeout``: seconds a job may take (default: the service's ``--job-timeout``).
     - ``healthy()``: raises while something that the handler needs does not answer.
     - ``alone = True``: its jobs may take minutes, so no other job waits behind one in the same worker.
-    - ``needs_model = True``: a worker that is not to hold the model does not run it (``--model-copies``).
+    - ``needs_device = True``: only workers with a device run it (``--device``).
     - ``counters``: a mapping of running totals, exported as metrics.
 
     ``setup``, ``handle``, ``handle_batch`` and ``healthy`` may each be ``async def``: all of them run on one
@@ -46,6 +48,57 @@ class Handler(Protocol):
 
     def handle(self, job: Job) -> Awaitable[None] | None:
         """Run one job: return, or raise. `PermanentError` means that a retry is of no use."""
+
+
+#: What a batch gives back: one outcome a job, in order: None, or the exception that this job failed with.
+Outcomes = Sequence[BaseException | None]
+
+
+class HandlerMembers:
+    """Optional members of every handler, for editors and type checkers. A member that is not set is absent.
+
+    Inheriting is optional: the service looks at the members of a handler, never at its base classes.
+    """
+
+    #: Timeout of a job in seconds, if the job has none. Default: ``--job-timeout``.
+    timeout: float
+    #: An exclusive type: no other job is queued on a worker behind one of its jobs.
+    alone: bool
+    #: Only workers with a device run it (``--device``).
+    needs_device: bool
+    #: Running totals; ``{"words": 5}`` is exported as ``z_novel_words_total``.
+    counters: Mapping[str, int]
+
+    if TYPE_CHECKING:
+
+        def setup(self, settings: Settings) -> Awaitable[None] | None:
+            """Once, inside each worker process, before the first job. An exception stops the start."""
+
+        def healthy(self) -> Awaitable[None] | None:
+            """Every few seconds in an idle worker: raise while a dependency is down."""
+
+
+class JobHandler(HandlerMembers, ABC):
+    """Typed base of a handler that runs one job at a time."""
+
+    @abstractmethod
+    def handle(self, job: Job) -> Awaitable[None] | None:
+        """Run one job: return, or raise. May be ``async def``."""
+
+
+class BatchHandler(HandlerMembers, ABC):
+    """Typed base of a handler that runs several jobs of its type in one call."""
+
+    #: Most jobs of one call. Default: 32.
+    max_batch: int
+    #: Most bytes (of JSON) of one call; a single larger job is passed alone. Read before each batch.
+    max_batch_bytes: float
+    #: Timeout of a batch in seconds. Default: the sum of the timeouts of its jobs.
+    batch_timeout: float
+
+    @abstractmethod
+    def handle_batch(self, jobs: Sequence[Job]) -> Awaitable[Outcomes] | Outcomes:
+        """Run the jobs: one outcome a job, in order. May be ``async def``."""
 
 
 class BoundHandler:
@@ -190,8 +243,8 @@ def load_handlers(settings: Settings, loop: EventLoop | None = None) -> dict[str
 
     Raises `ConfigurationError` where a target cannot be imported or has no ``handle``, or where a call of a
     member would run nothing; what a handler's
-    own ``setup`` raises passes through. One class that serves several types is made once. A worker that is
-    to hold no model has no handler of the types that need one.
+    own ``setup`` raises passes through. One class that serves several types is made once. A worker
+    without a device has no handler of the types that need one.
     """
     made: dict[str, Any] = {}
     for target in settings.handlers.values():
@@ -203,10 +256,10 @@ def load_handlers(settings: Settings, loop: EventLoop | None = None) -> dict[str
 def set_up(
     handlers: Mapping[str, Any], settings: Settings, loop: EventLoop | None = None
 ) -> dict[str, BoundHandler]:
-    """Let each object be set up, once though it may serve several types; those that need a model which this
-    worker is not to hold are left out."""
-    if settings.device == NO_MODEL:
-        handlers = {kind: one for kind, one in handlers.items() if not getattr(one, "needs_model", False)}
+    """Let each object be set up, once though it may serve several types; types that need a device are
+    left out in a worker without one."""
+    if settings.device == NO_DEVICE:
+        handlers = {kind: one for kind, one in handlers.items() if not getattr(one, "needs_device", False)}
     loop = loop or EventLoop()
     for kind, handler in handlers.items():
         _check_members(kind, handler)

@@ -30,22 +30,6 @@ class Holder(NamedTuple):
 #: Of stores that are opened without one: all of them count as one start.
 NO_HOLDER = Holder()
 
-DEFAULT_SOURCES = (
-    Source("stream:story:gen", "cg-gen-worker"),
-    Source("stream:memory:update", "cg-mem-writer"),
-    Source("stream:audit:log", "cg-archiver"),
-)
-
-#: Where a producer sends a type when it names no stream.
-STREAM_OF_TYPE = {
-    "embedding_batch": "stream:story:gen",
-    "index_rebuild": "stream:story:gen",
-    "summary_write_back": "stream:memory:update",
-    "memory_update": "stream:memory:update",
-    "audit": "stream:audit:log",
-}
-
-
 #: Hash: type that was paused by hand -> since when and why, as JSON. One for all streams.
 PAUSED_KEY = "jobworker:paused"
 #: Set: full names of the collections that were ever rebuilt; `explain` shows their progress.

@@ -23,7 +23,7 @@ from .envelope import (
     read_envelope,
 )
 from .errors import MalformedJob
-from .keys import DEFAULT_SOURCES, STREAM_OF_TYPE
+from .extension import extension
 from .store.ports import ProducerStore
 
 #: The service's own default of `max_payload`: what is larger would be dead-lettered at once.
@@ -186,7 +186,7 @@ def _new_job(item: NewJob | Mapping[str, Any]) -> NewJob:
 
 
 def _home_of(type: str) -> str:
-    return STREAM_OF_TYPE.get(type, DEFAULT_SOURCES[0].stream)
+    return extension().stream_of_type.get(type, extension().streams[0].stream)
 
 
 def _metadata(job: NewJob) -> dict[str, str] | None:

@@ -15,8 +15,9 @@ from typing import Any
 import msgspec
 import zstandard
 
-from jobworker.worker import Job, PermanentError, Settings
+from jobworker.worker import Job, PermanentError
 
+from ..settings import HandlerSettings
 from .day_file import ArchiveLine, DayFile, sync_folder
 from .units import EntryRef, parse_ref
 
@@ -67,7 +68,7 @@ class Archive:
         #: Running totals of this process.
         self.counters = {"audit_entries": 0, "audit_duplicates": 0}
 
-    def setup(self, settings: Settings) -> None:
+    def setup(self, settings: HandlerSettings) -> None:
         """Create the folder `audit` in the data directory. Raises OSError if that fails."""
         self._folder = Path(settings.data_dir).resolve() / "audit"
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)

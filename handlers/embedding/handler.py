@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from jobworker.worker import Job, PermanentError, Settings, span
+from jobworker.worker import Job, PermanentError, span
 
 from ..encoder.base import Encoder
 from ..encoder.load import load_encoder
 from ..jobstore.fence import Fence
 from ..jobstore.open import open_fence
+from ..settings import HandlerSettings
 from ..vectors.ports import Row, VectorStore, VectorStoreError
 from ..vectors.schema import DEFAULT_COLLECTION
 from ..vectors.versioned_writer import VersionedRows, VersionedWriter
@@ -66,7 +67,7 @@ class EmbeddingBatch:
     # A worker's death is charged to all that it had started, and each of these then runs alone: so not more
     # than some seconds of that. Fast models are limited by this, slow ones by `max_batch_bytes`.
     max_batch = 128
-    needs_model = True
+    needs_device = True
     timeout = 120.0
     # Of any number of jobs, for together they are a few seconds of work: a pass that hangs is found by then.
     batch_timeout = 120.0
@@ -81,7 +82,7 @@ class EmbeddingBatch:
         #: Running totals of the encoder, kept up to date in place once `setup` has run.
         self.counters: dict[str, int] = {}
 
-    def setup(self, settings: Settings) -> None:
+    def setup(self, settings: HandlerSettings) -> None:
         """Load the model, open the store, make the default collection.
 
         Raises ModelError without a usable model; VectorStoreError where the store does not answer or holds
@@ -203,7 +204,7 @@ class EmbeddingBatch:
             self._known.add(collection)
 
 
-def load_model(settings: Settings) -> Encoder:
+def load_model(settings: HandlerSettings) -> Encoder:
     """The encoder that the settings name; within one process always the same. Raises ModelError."""
     return load_encoder(
         settings.model,
@@ -215,7 +216,7 @@ def load_model(settings: Settings) -> Encoder:
     )
 
 
-def open_store(settings: Settings) -> VectorStore:
+def open_store(settings: HandlerSettings) -> VectorStore:
     """The vector store that the settings name; it connects on its first call."""
     # Only where no store was given: this imports the Milvus client.
     from ..vectors.milvus.store import open_vectors
@@ -228,7 +229,7 @@ def open_store(settings: Settings) -> VectorStore:
     )
 
 
-def _open_cache(settings: Settings, encoder: Encoder) -> VectorCache | None:
+def _open_cache(settings: HandlerSettings, encoder: Encoder) -> VectorCache | None:
     if not settings.cache_bytes:
         return None
     path = Path(settings.data_dir, CACHE_FILE)

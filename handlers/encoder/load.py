@@ -5,7 +5,7 @@ import logging
 from functools import cache
 from typing import NamedTuple, cast
 
-from jobworker.worker import NO_MODEL, device_for_slot, visible_gpus
+from jobworker.worker import NO_DEVICE, device_for_slot, visible_gpus
 
 from .base import TOKEN_BUDGET, DummyEncoder, Encoder, Engine, LongText
 from .find_model import ModelError, ModelSource, default_model, find_model
@@ -56,7 +56,7 @@ def _load(model: str, device: str, options: _Options, engine: Engine) -> Encoder
         return DummyEncoder(int(rest), long_text=options.long_text)
     source = find_model(model)
     place = device_for_slot(device, 0, visible_gpus())
-    if place == NO_MODEL:
+    if place == NO_DEVICE:
         raise ModelError(f"model {model}: this process is not to hold it")
     if place == "cpu" and engine != "torch" and (encoder := _by_openvino(source, options)):
         return encoder

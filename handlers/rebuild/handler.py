@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jobworker.worker import Job, PermanentError, Settings, StoreUnavailable, Unavailable
+from jobworker.worker import Job, PermanentError, StoreUnavailable, Unavailable
 
 from ..encoder.base import Encoder
 from ..encoder.find_model import ModelError
 from ..encoder.load import load_encoder
 from ..jobstore.fence import Rebuilds
 from ..jobstore.open import open_rebuilds
+from ..settings import HandlerSettings
 from ..vectors.ports import Vector
 from ..vectors.schema import plain_name, shown
 from .ports import RawRow, ShadowStore
@@ -40,7 +41,7 @@ class IndexRebuild:
 
     # A collection of millions of rows takes hours; each request has a timeout of its own.
     timeout = 24 * 3600.0
-    needs_model = True
+    needs_device = True
     # No other job may wait behind it in its worker for hours.
     alone = True
 
@@ -56,7 +57,7 @@ class IndexRebuild:
         #: Running totals of this process.
         self.counters = {"rebuilds_done": 0, "rebuilt_rows": 0}
 
-    def setup(self, settings: Settings) -> None:
+    def setup(self, settings: HandlerSettings) -> None:
         """Create the store clients; they connect at the first job, since rebuilds are rare."""
         self._settings = settings
         self._shadow = self._given_shadow or _open_shadow(settings)
@@ -148,7 +149,7 @@ def read_payload(payload: Any, prefix: str) -> RebuildPayload:
     return RebuildPayload(name, mode, model)
 
 
-def _open_shadow(settings: Settings) -> ShadowStore:
+def _open_shadow(settings: HandlerSettings) -> ShadowStore:
     # Imported here: with a store given, pymilvus is not loaded.
     from .milvus import open_shadow
 

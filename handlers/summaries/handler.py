@@ -10,13 +10,14 @@ from typing import Protocol
 
 import msgspec
 
-from jobworker.worker import Job, PermanentError, Settings, StoreUnavailable, Unavailable, span
+from jobworker.worker import Job, PermanentError, StoreUnavailable, Unavailable, span
 
 from ..encoder.base import Encoder, TextTooLong
 from ..encoder.load import load_encoder
 from ..jobstore.fence import Fence
 from ..jobstore.open import open_fence, open_records
 from ..jobstore.records import Record, RecordKey, Records
+from ..settings import HandlerSettings
 from ..vectors.ports import AnyRow, EntityRow, Row, Vector, VectorStore
 from ..vectors.schema import DEFAULT_COLLECTION, clip
 from ..vectors.versioned_writer import VersionedWriter
@@ -60,7 +61,7 @@ class WriteBack:
     an outdated version stores nothing, but updates the rows from the newest record.
     """
 
-    needs_model = True
+    needs_device = True
     timeout = _LOCAL_TIMEOUT_S
 
     def __init__(
@@ -79,7 +80,7 @@ class WriteBack:
         #: Running totals of this process.
         self.counters: dict[str, int] = {"summaries_stored": 0, "summaries_outdated": 0}
 
-    def setup(self, settings: Settings) -> None:
+    def setup(self, settings: HandlerSettings) -> None:
         """Load the model, open the stores, create the collections.
 
         Raises ModelError, ConfigurationError or VectorStoreError if one of them cannot be used.
@@ -272,7 +273,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _open_model(settings: Settings) -> FindingsSource | None:
+def _open_model(settings: HandlerSettings) -> FindingsSource | None:
     if not settings.llm_url:
         return None
     # Imported here: without a language model, the HTTP client is not loaded.
@@ -281,7 +282,7 @@ def _open_model(settings: Settings) -> FindingsSource | None:
     return open_model(settings)
 
 
-def _open_store(settings: Settings) -> VectorStore:
+def _open_store(settings: HandlerSettings) -> VectorStore:
     # Imported here: with a store given, pymilvus is not loaded.
     from ..vectors.milvus.store import open_vectors
 

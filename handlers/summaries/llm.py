@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import httpx2
 import msgspec
 
-from jobworker.worker import ConfigurationError, PermanentError, Settings, Unavailable
+from jobworker.worker import ConfigurationError, PermanentError, Unavailable
 
+from ..settings import HandlerSettings
 from .sinks import Findings
 
 log = logging.getLogger("jobworker.llm")
@@ -234,7 +235,7 @@ def retry_after_s(headers: Any, now: datetime) -> float | None:
         return None
 
 
-def open_model(settings: Settings) -> LanguageModel:
+def open_model(settings: HandlerSettings) -> LanguageModel:
     """Create the client of `--llm-url`. Raises ConfigurationError if the key file cannot be read."""
     return LanguageModel(
         settings.llm_url,

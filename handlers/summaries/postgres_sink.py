@@ -8,8 +8,9 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from jobworker.worker import ConfigurationError, PermanentError, Settings, Unavailable
+from jobworker.worker import ConfigurationError, PermanentError, Unavailable
 
+from ..settings import HandlerSettings
 from .sinks import ChapterFindings, Findings
 
 log = logging.getLogger("jobworker.postgres")
@@ -73,7 +74,7 @@ class PostgresSink:
     def __init__(self) -> None:
         self._connection: psycopg.Connection[Any] | None = None
 
-    def setup(self, settings: Settings) -> None:
+    def setup(self, settings: HandlerSettings) -> None:
         """Connect, and create missing tables.
 
         Raises ConfigurationError if `--postgres-dsn` is missing or invalid or a table lacks a column,

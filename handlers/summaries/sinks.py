@@ -8,7 +8,9 @@ from typing import Annotated, Protocol, cast
 
 import msgspec
 
-from jobworker.worker import ConfigurationError, Settings
+from jobworker.worker import ConfigurationError
+
+from ..settings import HandlerSettings
 
 #: `module:Class`, as for `--handler`.
 _TARGET = re.compile(r"[\w.]+:\w+")
@@ -85,7 +87,7 @@ class NoSink:
         """Do nothing."""
 
 
-def open_sink(settings: Settings) -> SummarySink:
+def open_sink(settings: HandlerSettings) -> SummarySink:
     """Create and set up the sink of `--summary-sink`: empty, `postgres` or `module:Class`.
 
     Raises ConfigurationError if it cannot be imported or created, and the errors of its `setup`.

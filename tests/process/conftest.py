@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobworker.worker.keys import DEFAULT_SOURCES
+from jobworker.worker.extension import extension
 from support.redis_servers import RedisServer, running
 
 
@@ -18,6 +18,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 def store(server: RedisServer) -> RedisServer:
     """Empty at first; the groups are there, as after a service's first start."""
     server.client.flushall()
-    for stream, group in DEFAULT_SOURCES:
+    for stream, group in extension().streams:
         server.client.xgroup_create(stream, group, "0", mkstream=True)
     return server

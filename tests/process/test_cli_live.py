@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from jobworker.worker.cli import main
-from jobworker.worker.keys import DEFAULT_SOURCES
+from jobworker.worker.extension import extension
 from support.operator import COMMAND, Terminal, findings, run, run_json
 from support.redis_servers import running
 from support.service import STREAM, Service, eventually, handlers, service
@@ -178,7 +178,9 @@ class TestTop:
 class TestStats:
     def test_streams_workers_and_rates(self, live: Service) -> None:
         snapshot = run_json(live, "stats", "--metrics-url", live.url)
-        assert [row["stream"] for row in snapshot["streams"]] == [source.stream for source in DEFAULT_SOURCES]
+        assert [row["stream"] for row in snapshot["streams"]] == [
+            source.stream for source in extension().streams
+        ]
         assert snapshot["rates"] is None
         printed = run(live, "stats", "--watch", "0.2", "--metrics-url", live.url).stdout
         assert "2 workers: 2 idle" in printed

@@ -9,8 +9,9 @@ import pytest
 
 from jobworker.handlers.embedding.handler import EmbeddingBatch
 from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.vectors.milvus.store import TransientStoreError, open_vectors
-from jobworker.worker import Job, PermanentError, Settings
+from jobworker.worker import Job, PermanentError
 from support.milvus import LiteServer, lite_server, wait_until
 
 SEGMENTS = "story_segments"
@@ -31,7 +32,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiteServer]:
 def handler(server: LiteServer, prefix: str, data_dir: Path) -> EmbeddingBatch:
     made = EmbeddingBatch(DummyEncoder(DIM))
     made.setup(
-        Settings(milvus_uri=server.uri, milvus_prefix=prefix, data_dir=str(data_dir), cache_bytes=1 << 24)
+        HandlerSettings(
+            milvus_uri=server.uri, milvus_prefix=prefix, data_dir=str(data_dir), cache_bytes=1 << 24
+        )
     )
     return made
 

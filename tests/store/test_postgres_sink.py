@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.summaries.sinks import (
     ChapterFindings,
     EntityUpdate,
@@ -16,7 +17,7 @@ from jobworker.handlers.summaries.sinks import (
     SummarySink,
     open_sink,
 )
-from jobworker.worker import ConfigurationError, PermanentError, Settings, Unavailable
+from jobworker.worker import ConfigurationError, PermanentError, Unavailable
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg: not installed (extra `postgres`)")
 from support.postgres import PostgresServer, postgres, why_no_postgres  # noqa: E402  (it needs the extra, too)
@@ -39,7 +40,7 @@ def database(server: PostgresServer) -> Iterator[Any]:
 
 
 def sink_on(server: PostgresServer) -> SummarySink:
-    return open_sink(Settings(summary_sink="postgres", postgres_dsn=server.dsn))
+    return open_sink(HandlerSettings(summary_sink="postgres", postgres_dsn=server.dsn))
 
 
 @pytest.fixture
@@ -167,5 +168,5 @@ def test_an_outage_is_unavailable_and_the_sink_reconnects(sink: Any, server: Pos
 @pytest.mark.parametrize("dsn", ["", "nonsense hunter2", "postgresql://u:hunter2@[bad"])
 def test_a_bad_dsn_is_a_configuration_error_without_its_password(dsn: str) -> None:
     with pytest.raises(ConfigurationError, match="--postgres-dsn") as caught:
-        open_sink(Settings(summary_sink="postgres", postgres_dsn=dsn))
+        open_sink(HandlerSettings(summary_sink="postgres", postgres_dsn=dsn))
     assert "hunter2" not in str(caught.value)

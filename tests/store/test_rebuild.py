@@ -16,11 +16,12 @@ from jobworker.handlers.jobstore.open import open_fence
 from jobworker.handlers.rebuild import rebuild
 from jobworker.handlers.rebuild.handler import IndexRebuild
 from jobworker.handlers.rebuild.milvus import open_shadow
+from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.vectors import schema as scalars
 from jobworker.handlers.vectors.milvus.store import Row, VectorStoreError, open_vectors
 from jobworker.handlers.vectors.ports import PermanentStoreError, TransientStoreError
 from jobworker.handlers.vectors.versioned_writer import VersionedRows, VersionedWriter
-from jobworker.worker import Job, PermanentError, Settings
+from jobworker.worker import Job, PermanentError
 from support.redis_servers import running
 
 NAME = "story_segments"
@@ -45,7 +46,7 @@ class World:
 
     def __init__(self, uri: str, redis_url: str, partitions: Any = "key", *, ensure: bool = True) -> None:
         self.prefix = f"r{uuid.uuid4().hex[:8]}_"
-        self.settings = Settings(
+        self.settings = HandlerSettings(
             redis_url=redis_url, milvus_uri=uri, milvus_prefix=self.prefix, milvus_partitions=partitions
         )
         self.partitions = partitions

@@ -15,6 +15,7 @@ from jobworker.handlers.encoder.base import DummyEncoder
 from jobworker.handlers.jobstore.memory_fence import MemoryFence
 from jobworker.handlers.jobstore.open import open_fence, open_records
 from jobworker.handlers.jobstore.records import RecordKey
+from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.summaries.handler import WriteBack, entity_id
 from jobworker.handlers.summaries.sinks import (
     ChapterFindings,
@@ -27,7 +28,7 @@ from jobworker.handlers.summaries.sinks import (
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.milvus.store import open_vectors
 from jobworker.handlers.vectors.ports import EntityHit, Row, TransientStoreError
-from jobworker.worker import ConfigurationError, Job, PermanentError, Settings, Unavailable
+from jobworker.worker import ConfigurationError, Job, PermanentError, Unavailable
 from support.milvus import lite_server
 from support.redis_servers import running
 
@@ -60,7 +61,7 @@ class World:
             "encoder": DummyEncoder(DIM),
         }
         made = WriteBack(**(given | more))
-        made.setup(Settings(summary_chars=30))
+        made.setup(HandlerSettings(summary_chars=30))
         return made
 
     def summary(self, chapter: str = "c1", tenant: str = "t1", project: str = "p1") -> tuple[int, str]:
@@ -293,12 +294,12 @@ def test_a_collection_rebuilt_with_another_model_refuses_summaries(world: World)
 
 
 def test_a_sink_is_loaded_by_its_class_name() -> None:
-    assert isinstance(open_sink(Settings()), NoSink)
-    made = open_sink(Settings(summary_sink="jobworker.handlers.summaries.sinks:NoSink"))
+    assert isinstance(open_sink(HandlerSettings()), NoSink)
+    made = open_sink(HandlerSettings(summary_sink="jobworker.handlers.summaries.sinks:NoSink"))
     assert isinstance(made, NoSink)
     for bad in ("nothing", "jobworker.handlers.summaries.sinks:Missing", "no.such:Thing"):
         with pytest.raises(ConfigurationError, match="--summary-sink"):
-            open_sink(Settings(summary_sink=bad))
+            open_sink(HandlerSettings(summary_sink=bad))
 
 
 # ---- concurrent writers and kills

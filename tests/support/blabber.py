@@ -3,7 +3,8 @@
 import logging
 import os
 
-from jobworker.worker import Job, Settings
+from jobworker.handlers.settings import HandlerSettings
+from jobworker.worker import Job
 
 log = logging.getLogger("blabber")
 
@@ -11,7 +12,7 @@ log = logging.getLogger("blabber")
 class Blabber:
     """Says what it knows, in every way there is."""
 
-    def setup(self, settings: Settings) -> None:
+    def setup(self, settings: HandlerSettings) -> None:
         """Take the settings along."""
         self._secrets = [settings.redis_url, settings.milvus_token, settings.postgres_dsn]
         self._secrets.append(os.environ.get("JOBWORKER_LLM_KEY", ""))

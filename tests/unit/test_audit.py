@@ -21,7 +21,8 @@ from jobworker.handlers.audit.day_file import ArchiveLine, DayFile
 from jobworker.handlers.audit.handler import Archive
 from jobworker.handlers.audit.index import StreamIndex, entry_key
 from jobworker.handlers.audit.units import EntryRef, Unit, pack_unit, read_units
-from jobworker.worker import Job, PermanentError, Settings, Unavailable
+from jobworker.handlers.settings import HandlerSettings
+from jobworker.worker import Job, PermanentError, Unavailable
 from support.tools import why_missing
 
 #: 2026-01-02T00:00:00Z.
@@ -41,7 +42,7 @@ def job(number: int, *, ms: int = DAY_MS, retry_count: int = 0, **more: Any) -> 
 
 def archive(folder: Path) -> Archive:
     made = Archive()
-    made.setup(Settings(data_dir=str(folder)))
+    made.setup(HandlerSettings(data_dir=str(folder)))
     return made
 
 

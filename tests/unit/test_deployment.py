@@ -7,15 +7,16 @@ import pytest
 
 from jobworker.worker.admin.deployment import Deployment, parse_sources, read_endpoints, require_store_url
 from jobworker.worker.errors import ConfigurationError
-from jobworker.worker.keys import DEFAULT_SOURCES, Source
+from jobworker.worker.extension import extension
+from jobworker.worker.keys import Source
 
 
 def test_without_streams_the_default_ones_are_meant() -> None:
-    assert parse_sources([]) == list(DEFAULT_SOURCES)
+    assert parse_sources([]) == list(extension().streams)
 
 
 def test_a_default_stream_needs_no_group() -> None:
-    assert parse_sources([DEFAULT_SOURCES[0].stream, "a=b"]) == [DEFAULT_SOURCES[0], Source("a", "b")]
+    assert parse_sources([extension().streams[0].stream, "a=b"]) == [extension().streams[0], Source("a", "b")]
     assert parse_sources(["a"], need_group=False) == [Source("a", "")]
     with pytest.raises(ConfigurationError, match="NAME=GROUP"):
         parse_sources(["a"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jobworker.handlers.encoder.find_model import ModelError
 from jobworker.handlers.encoder.load import load_encoder
 from jobworker.worker import Settings, devices
-from jobworker.worker.devices import NO_MODEL, device_for_slot, set_pools, visible_gpus
+from jobworker.worker.devices import NO_DEVICE, device_for_slot, set_pools, visible_gpus
 from jobworker.worker.handler import load_handlers
 from jobworker.worker.reader.admission import AdmittedJob
 from jobworker.worker.reader.prefetch import PrefetchBuffer
@@ -23,17 +23,17 @@ def test_every_gpu_gets_its_copies_and_no_more(gpus: int, procs: int, said: int)
     places = Counter(device_for_slot("auto", slot, gpus, said) for slot in range(procs))
     copies = said or 2
     assert all(places[f"cuda:{gpu}"] <= copies for gpu in range(gpus))
-    assert places[NO_MODEL] == max(0, procs - copies * gpus)
+    assert places[NO_DEVICE] == max(0, procs - copies * gpus)
     assert max(places.values()) - min(places[f"cuda:{gpu}"] for gpu in range(gpus)) <= max(1, procs - gpus)
 
 
 def test_named_devices_are_taken_as_they_are() -> None:
     assert [device_for_slot("cuda:2,cuda:5", slot, 8) for slot in range(5)] == [
-        "cuda:2", "cuda:5", "cuda:2", "cuda:5", NO_MODEL,
+        "cuda:2", "cuda:5", "cuda:2", "cuda:5", NO_DEVICE,
     ]  # fmt: skip
     assert device_for_slot("cuda", 1, 2) == "cuda:1"
     assert device_for_slot("cuda", 0, 0) == "cuda:0"  # loading says what is missing
-    assert device_for_slot(NO_MODEL, 0, 8) == NO_MODEL
+    assert device_for_slot(NO_DEVICE, 0, 8) == NO_DEVICE
 
 
 @given(st.integers(1, 16), st.integers(1, 40), st.integers(0, 40), st.sampled_from(["auto", "cpu"]))
@@ -44,7 +44,7 @@ def test_a_cpu_gets_a_copy_a_core_or_as_many_as_are_said(
         patch.setattr(devices, "cores", lambda: cores)
         places = [device_for_slot(device, slot, 0, said) for slot in range(procs)]
     copies = min(procs, said or max(2, cores))
-    assert places == ["cpu"] * copies + [NO_MODEL] * (procs - copies)
+    assert places == ["cpu"] * copies + [NO_DEVICE] * (procs - copies)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_gpu_that_is_named_and_not_there_is_one_clear_error() -> None:
 def test_a_process_without_a_place_for_the_model_does_not_load_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="not to hold it"):
-        load_encoder(str(tmp_path), NO_MODEL)
+        load_encoder(str(tmp_path), NO_DEVICE)
 
 
 def test_pools_are_set_and_what_the_operator_said_stays() -> None:
@@ -121,12 +121,12 @@ class Plain:
 
 
 class OnTheModel(Plain):
-    needs_model = True
+    needs_device = True
 
 
 def test_a_worker_without_the_model_leaves_its_types_to_others() -> None:
     targets = {"a": f"{__name__}:Plain", "b": f"{__name__}:OnTheModel"}
-    assert set(load_handlers(Settings(handlers=targets, device=NO_MODEL))) == {"a"}
+    assert set(load_handlers(Settings(handlers=targets, device=NO_DEVICE))) == {"a"}
     assert set(load_handlers(Settings(handlers=targets, device="cuda:0"))) == {"a", "b"}
 
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from jobworker.handlers.embedding.handler import BATCH_BYTES, CACHE_FILE, EmbeddingBatch
 from jobworker.handlers.encoder.base import DummyEncoder, Plan, Purpose, Vectors
+from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.ports import AnyRow, PermanentStoreError, Row, TransientStoreError
 from jobworker.handlers.vectors.schema import clip
-from jobworker.worker import Job, PermanentError, Settings
+from jobworker.worker import Job, PermanentError
 
 SEGMENTS = "story_segments"
 
@@ -64,7 +65,7 @@ class FailingEncoder(DummyEncoder):
 def handler(encoder: Any = None, store: Any = None, **settings: Any) -> tuple[EmbeddingBatch, Any]:
     store = store or MemoryVectors()
     made = EmbeddingBatch(encoder or DummyEncoder(8), store)
-    made.setup(Settings(**settings))
+    made.setup(HandlerSettings(**settings))
     return made, store
 
 

@@ -18,10 +18,11 @@ from jobworker.handlers.jobstore.records import RecordKey
 from jobworker.handlers.rebuild.handler import IndexRebuild
 from jobworker.handlers.rebuild.memory import MemoryShadow
 from jobworker.handlers.rebuild.rebuild import Clock
+from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.summaries.handler import WriteBack
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.ports import Row
-from jobworker.worker import Job, Settings
+from jobworker.worker import Job
 from jobworker.worker.envelope import job_of, read_envelope
 
 NAME = "story_segments"
@@ -40,7 +41,7 @@ class World:
         self.now_s += seconds
 
     def run(self, handler: Any, job: Job) -> None:
-        handler.setup(Settings(data_dir=str(self.folder), cache_bytes=0))
+        handler.setup(HandlerSettings(data_dir=str(self.folder), cache_bytes=0))
         outcomes = handler.handle_batch([job]) if hasattr(handler, "handle_batch") else [handler.handle(job)]
         assert outcomes == [None]
 

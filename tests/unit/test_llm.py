@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.summaries.llm import (
     MAX_ANSWER_BYTES,
     LanguageModel,
@@ -16,7 +17,7 @@ from jobworker.handlers.summaries.llm import (
     retry_after_s,
 )
 from jobworker.handlers.summaries.sinks import EntityUpdate, Event, Findings, RelationChange
-from jobworker.worker import ConfigurationError, PermanentError, Settings, Unavailable
+from jobworker.worker import ConfigurationError, PermanentError, Unavailable
 from support.llm_stub import Reply, Stub, llm_stub, says
 
 GOOD: dict[str, Any] = {
@@ -185,7 +186,7 @@ def test_the_key_comes_from_a_file_or_the_environment(
     monkeypatch.setenv("JOBWORKER_LLM_KEY", "sk-environment")
     for path, key in ((str(file), "sk-file"), ("", "sk-environment")):
         with llm_stub([says(GOOD)]) as stub:
-            settings = Settings(llm_url=stub.url, llm_model="m", llm_key_file=path)
+            settings = HandlerSettings(llm_url=stub.url, llm_model="m", llm_key_file=path)
             model = open_model(settings)
             model.extract_findings("x")
             model.close()
@@ -199,4 +200,4 @@ def test_a_bad_key_file_is_a_configuration_error(tmp_path: Path, content: bytes 
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ConfigurationError, match="--llm-key-file"):
-        open_model(Settings(llm_url="http://x/v1", llm_model="m", llm_key_file=str(file)))
+        open_model(HandlerSettings(llm_url="http://x/v1", llm_model="m", llm_key_file=str(file)))

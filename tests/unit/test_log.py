@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from jobworker.handlers.settings import HandlerSettings
 from jobworker.worker import Job
-from jobworker.worker.settings import Settings
 from jobworker.worker.telemetry import log as logs
 from jobworker.worker.telemetry.current_job import doing, log_fields
 from jobworker.worker.telemetry.log import ForPeople, JsonLines, hide, redacted, secrets_of
@@ -145,7 +145,7 @@ def test_a_record_is_not_changed_by_being_written(formatter: logging.Formatter) 
 
 
 KEY, TOKEN = 'sk-"quoted\\key', "root:Mil/v us"
-SERVICE = Settings(
+SERVICE = HandlerSettings(
     redis_url="redis://:p%40ssw0rd@h:6379", milvus_token=TOKEN, postgres_dsn="host=db password=under-ground"
 )
 
@@ -174,8 +174,10 @@ def test_the_services_own_secrets_are_replaced_wherever_they_stand(
 
 def test_a_key_in_a_file_is_a_secret_and_a_file_that_is_missing_is_none(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("sk-from-a-file\n")
-    assert "sk-from-a-file" in secrets_of(Settings(llm_key_file=str(tmp_path / "key")), {})
-    assert secrets_of(Settings(llm_key_file=str(tmp_path / "none")), {"PATH": "/bin", "A_KEY": "x"}) == {""}
+    assert "sk-from-a-file" in secrets_of(HandlerSettings(llm_key_file=str(tmp_path / "key")), {})
+    assert secrets_of(
+        HandlerSettings(llm_key_file=str(tmp_path / "none")), {"PATH": "/bin", "A_KEY": "x"}
+    ) == {""}
 
 
 @pytest.mark.parametrize("form", ["json", "text"])
@@ -199,7 +201,7 @@ def test_a_line_about_a_huge_job_is_bounded_and_holds_no_part_of_a_password(
 
 
 def test_words_that_a_short_password_is_part_of_stay_readable(said: Callable[[], str]) -> None:
-    hide(secrets_of(Settings(redis_url="redis://:read@h:1"), {}))
+    hide(secrets_of(HandlerSettings(redis_url="redis://:read@h:1"), {}))
     logs.set_up("reader", "info", "json")
     logging.getLogger("jobworker.x").info("reading redis://:read@h:1")
     assert json.loads(said())["msg"] == "reading redis://:***@h:1"

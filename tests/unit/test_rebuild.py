@@ -23,12 +23,13 @@ from jobworker.handlers.rebuild.memory import MemoryShadow
 from jobworker.handlers.rebuild.ports import RawRow
 from jobworker.handlers.rebuild.rebuild import Clock, next_collection, thin_sample
 from jobworker.handlers.rebuild.recall import TrueScores
+from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.vectors import versioned_writer
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.ports import EntityRow, Row, TransientStoreError
 from jobworker.handlers.vectors.schema import plain_name
 from jobworker.handlers.vectors.versioned_writer import VersionedRows, VersionedWriter
-from jobworker.worker import Job, PermanentError, Settings
+from jobworker.worker import Job, PermanentError
 
 NAME, ALIAS = "story_segments", "z_novel_story_segments"
 SCOPE: dict[str, Any] = {"tenant_id": "t", "project_id": "p"}
@@ -83,7 +84,7 @@ class World:
         """Run the handler; `around` is called before and after every call to a store or a rebuild's state."""
         wrap = (lambda target: target) if around is None else lambda target: Intercepted(target, around)
         handler = IndexRebuild(wrap(self.shadow), wrap(self.fence), Clock(lambda: self.now_s, self.sleep))
-        handler.setup(Settings())
+        handler.setup(HandlerSettings())
         self.counters = handler.counters
         payload = {"collection": NAME, **payload}
         handler.handle(Job(id, "index_rebuild", "", "", payload, {}, "", "s", entry, 0))

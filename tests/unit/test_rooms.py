@@ -32,7 +32,7 @@ DOORS = {
 #: Each room and the rooms that it may import. A file directly under worker/ is a room of its own.
 CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
-    *("event_loop", "handler", "options"),
+    *("event_loop", "handler", "options", "extension"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
@@ -58,7 +58,7 @@ BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}
 JOB_TYPES = {"embedding", "rebuild", "summaries", "audit"}
 SHARED_BELOW = {"jobstore": set(), "vectors": {"jobstore"}, "encoder": {"vectors"}}
 #: What handlers may import of the engine besides the names in worker/__init__.py.
-PUBLIC = {"scripted_redis", "testing"}
+PUBLIC = {"scripted_redis", "testing", "extension", "options", "data_dir"}
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")
 COMPOSERS = {"boot", "testing", "producer", "scripted_redis", "admin", "cli", "web"}
@@ -122,7 +122,8 @@ def points_up_in_worker(module: str, name: str) -> bool:
 
 def points_up_in_handlers(module: str, name: str) -> bool:
     own, other = (one.split(".")[1] if "." in one else "" for one in (module, name))
-    if not other or other == own or not is_module(f"handlers.{other}"):
+    # The settings of all job types are one record below them.
+    if other in ("", own, "settings") or not is_module(f"handlers.{other}"):
         return False
     if own in JOB_TYPES:
         return other in JOB_TYPES

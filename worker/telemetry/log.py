@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import unquote
 
-from ..settings import MAY_HOLD_SECRETS, Settings
+from ..settings import Settings
 from .current_job import current_log_fields
 from .log_limit import RateLimitFilter, is_summary
 
@@ -96,16 +96,19 @@ def hide(secrets: Iterable[str]) -> None:
 
 def secrets_of(settings: Settings, environment: Mapping[str, str]) -> set[str]:
     """Every password, key and token that the service was given, as it stands and as it is meant."""
-    texts = [str(getattr(settings, name)) for name in MAY_HOLD_SECRETS]
+    texts = [str(getattr(settings, name)) for name in settings.secret_urls]
     found = {text[start:end] for text in texts for start, end in _passwords(text)}
     found |= {match[2] for text in texts for match in _SECRET_PARAMETER.finditer(text)}
-    found |= {settings.milvus_token, settings.milvus_token.partition(":")[2]}
+    for name in settings.secret_tokens:
+        token = str(getattr(settings, name))
+        found |= {token, token.partition(":")[2]}
     for name, value in environment.items():
         if _SECRET_VARIABLE.fullmatch(name):
             # Headers are a list of name=value; of keys and tokens that is the whole.
             found |= {value, *(part.partition("=")[2].strip() for part in value.split(","))}
-    if settings.llm_key_file:
-        found.add(_content(settings.llm_key_file))
+    for name in settings.secret_files:
+        if path := str(getattr(settings, name)):
+            found.add(_content(path))
     return found | {unquote(secret) for secret in found}
 
 
@@ -234,5 +237,3 @@ def set_up(role: str, level: str, form: str) -> None:
     # Libraries log details at INFO that no operator needs.
     for noisy in ("httpx", "sentence_transformers", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    # It logs a traceback for every failed call; the caller logs one line.
-    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)

@@ -1,24 +1,17 @@
 """Metrics buffer: counts and timings of one process, sent to the supervisor as deltas.
 
-Names, labels and buckets of every metric stand here, without any metrics library.
+Names, labels and buckets of the engine's metrics are here, without any metrics library.
 """
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..extension import Metric, extension
+
 #: Below a second our own; from 1 on those that dashboards already know.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 10, 30, 60, 120, 300)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
-
-class Metric(NamedTuple):
-    """One metric: its kind is counter, gauge or histogram (then ``buckets`` are its upper bounds)."""
-
-    kind: str
-    help: str
-    labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()
 
 
 METRICS = {
@@ -51,21 +44,13 @@ METRICS = {
     "z_novel_worker_restarts_total": Metric("counter", "Processes started again", ("role", "cause")),
     "z_novel_circuit_open": Metric("gauge", "1 while the circuit breaker of a type is open", ("task_type",)),
     "z_novel_paused": Metric("gauge", "1 while a type is paused by an operator", ("task_type",)),
-    "z_novel_embedded_tokens_total": Metric("counter", "Model tokens that were embedded"),
-    "z_novel_truncated_tokens_total": Metric("counter", "Model tokens that were cut off and not embedded"),
-    "z_novel_embedding_cache_hits_total": Metric("counter", "Texts whose vectors were known"),
-    "z_novel_embedding_cache_misses_total": Metric("counter", "Texts whose vectors were not known"),
-    "z_novel_forward_milliseconds_total": Metric("counter", "Time of all workers in forward passes"),
-    "z_novel_summaries_stored_total": Metric("counter", "Summaries that were stored"),
-    "z_novel_summaries_outdated_total": Metric("counter", "Summaries that a newer version had overtaken"),
-    "z_novel_llm_requests_total": Metric("counter", "Requests to the language model"),
-    "z_novel_llm_retries_total": Metric("counter", "Requests that were sent once more after a failure"),
-    "z_novel_llm_repairs_total": Metric("counter", "Answers that were no answer and were asked for again"),
-    "z_novel_audit_entries_total": Metric("counter", "Events that were archived"),
-    "z_novel_audit_duplicates_total": Metric("counter", "Events that the archive had already"),
-    "z_novel_rebuilds_done_total": Metric("counter", "Collections that were rebuilt"),
-    "z_novel_rebuilt_rows_total": Metric("counter", "Rows of rebuilt collections"),
 }
+
+
+def all_metrics() -> dict[str, Metric]:
+    """The engine's metrics and those of the built-in job types."""
+    return {**METRICS, **extension().metrics}
+
 
 Labels = tuple[str, ...]
 

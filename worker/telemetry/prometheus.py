@@ -10,7 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from .metrics import METRICS, Labels, Metric
+from ..extension import Metric
+from .metrics import Labels, all_metrics
 
 #: What `PrometheusCollector.page` must be served as.
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -29,9 +30,10 @@ class PrometheusCollector(Collector):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values: dict[str, dict[Labels, float]] = {name: {} for name in METRICS}
-        self._buckets: dict[str, dict[Labels, list[int]]] = {name: {} for name in METRICS}
-        for name, metric in METRICS.items():
+        self._metrics = all_metrics()
+        self._values: dict[str, dict[Labels, float]] = {name: {} for name in self._metrics}
+        self._buckets: dict[str, dict[Labels, list[int]]] = {name: {} for name in self._metrics}
+        for name, metric in self._metrics.items():
             if metric.kind == "counter" and not metric.labels:
                 self._values[name][()] = 0.0  # a counter that has not moved yet is 0, not absent
         self._registry = CollectorRegistry()
@@ -69,7 +71,7 @@ class PrometheusCollector(Collector):
                     {**dict(zip(metric.labels, labels, strict=True)), "value": value}
                     for labels, value in self._values[name].items()
                 ]
-                for name, metric in METRICS.items()
+                for name, metric in self._metrics.items()
                 if metric.kind != "histogram"
             }
 
@@ -81,7 +83,7 @@ class PrometheusCollector(Collector):
         """One family a metric (the registry's protocol)."""
         with self._lock:
             for name in self._values:
-                metric = METRICS.get(name, _OF_A_HANDLER)
+                metric = self._metrics.get(name, _OF_A_HANDLER)
                 yield self._family(name, metric.kind, metric.help, metric.labels, metric.buckets)
 
     def _family(self, name: str, kind: str, text: str, labels: Labels, bounds: tuple[float, ...]) -> Family:

@@ -17,6 +17,8 @@ from .server_info import MARK, Server
 T = TypeVar("T")
 
 logger = logging.getLogger("jobworker.vectors")
+# The library logs a traceback for every failed call; the caller logs one line.
+logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
 # It logs a traceback for every failed call; what matters is raised and logged once, by the caller.
 logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
 

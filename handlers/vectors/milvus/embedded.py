@@ -1,0 +1,56 @@
+"""The embedded Milvus Lite server of a service without ``--milvus-uri``."""
+
+import sys
+from importlib.util import find_spec
+
+from jobworker.handlers import NEEDS_VECTORS
+from jobworker.worker import ConfigurationError
+from jobworker.worker.data_dir import HOST, DataDir, free_port, kept_secret, private_folder
+
+from ...settings import HandlerSettings
+
+
+class EmbeddedMilvus:
+    """Our own server process around Milvus Lite (see ``jobworker.handlers.vectors.milvus.lite_server``)."""
+
+    name = "milvus"
+
+    def __init__(self, data: DataDir) -> None:
+        if find_spec("milvus_lite") is None:
+            raise ConfigurationError(
+                "no --milvus-uri, and no embedded Milvus Lite is installed: pip install 'jobworker[embedded]'"
+            )
+        self._dir = private_folder(data.path / "milvus")
+        self._token_file = data.path / "milvus.token"
+        self._token = kept_secret(self._token_file, user="root")
+        self._port_file = data.path / "milvus.port"
+        self._port_file.unlink(missing_ok=True)
+        self._port = free_port(data.endpoints().get("milvus_uri"))
+
+    @classmethod
+    def needed(cls, settings: HandlerSettings) -> bool:
+        """Whether no URI was given and a handler needs one."""
+        return not settings.milvus_uri and any(one in NEEDS_VECTORS for one in settings.handlers.values())
+
+    def settings(self) -> dict[str, str]:
+        """Its address. No token of its own: clients would prefer that to the one in the uri."""
+        return {"milvus_uri": self.url, "milvus_token": ""}
+
+    @property
+    def url(self) -> str:
+        """For clients on this machine. Holds the token as user and password: never log it."""
+        return f"http://{self._token}@{HOST}:{self._port}"
+
+    def command(self) -> list[str]:
+        """The server writes the port file once it serves."""
+        self._port_file.unlink(missing_ok=True)
+        return [
+            sys.executable, "-m", "jobworker.handlers.vectors.milvus.lite_server",
+            "--data-dir", str(self._dir),
+            "--port", str(self._port), "--port-file", str(self._port_file),
+            "--token-file", str(self._token_file),
+        ]  # fmt: skip
+
+    def answers(self) -> bool:
+        """Whether it serves: its collections are loaded by then."""
+        return self._port_file.exists()

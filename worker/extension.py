@@ -1,0 +1,59 @@
+"""Extension: what the built-in job types add to the engine, found by one name and never imported by it.
+
+The engine knows no job type. Streams, routing, options, metrics and servers of the built-in types are
+declared in `jobworker.handlers`, as plain values: strings name what is heavy, so that reading them costs
+nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import NamedTuple
+
+from .keys import Source
+
+__all__ = ["Extension", "Metric", "Source", "extension"]
+
+#: The package whose ``EXTENSION`` the engine uses.
+_PACKAGE = "jobworker.handlers"
+
+
+class Metric(NamedTuple):
+    """One metric: its kind is counter, gauge or histogram (then ``buckets`` are its upper bounds)."""
+
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Extension:
+    """The built-in job types.
+
+    - ``handlers``: type -> ``module:Class``; ``moved``: targets of earlier releases -> those of today.
+    - ``streams``: read if no ``--stream`` is given; ``stream_of_type``: where producers send a type.
+    - ``metrics``: by name.
+    - ``settings``: ``module:Class`` of the `Settings` with their options; ``options``: the module with these.
+    - ``embedded``: ``module:Class`` of servers that the service starts if no URL is given.
+    - ``endpoints``: settings that ``endpoints.json`` repeats.
+    """
+
+    handlers: Mapping[str, str]
+    moved: Mapping[str, str]
+    streams: tuple[Source, ...]
+    stream_of_type: Mapping[str, str]
+    metrics: Mapping[str, Metric]
+    settings: str
+    options: str
+    embedded: tuple[str, ...]
+    endpoints: tuple[str, ...]
+
+
+@cache
+def extension() -> Extension:
+    """The extension of this installation. Raises ImportError if the package is missing."""
+    found = import_module(_PACKAGE).EXTENSION
+    assert isinstance(found, Extension)
+    return found
