@@ -16,11 +16,11 @@ from typing import Any
 
 import click
 import zstandard
-from hosts import cpu_s, described, host_facts, roles_of
+from hosts import cpu_s, format_facts, host_facts, roles_of
 from rig import JOB_TYPE, LIMIT_S, Backlog, connect, server, service
 
 _HANDLER = "jobworker.handlers.audit.handler:Archive"
-_LOOK_EVERY_S = 0.01
+_POLL_S = 0.01
 #: Far enough apart that a worker has come back and works again.
 _KILL_EVERY_S = 1.5
 
@@ -53,8 +53,8 @@ def measure(url: str, folder: Path, entries: int, procs: int, kills: int) -> dic
                 seconds = time.monotonic() - started
                 # What a killed worker used is not reported.
                 cpu_us = None if kills else round((_cpu_s(pid) - before_s) * 1e6 / entries, 1)
-            if backlog.strays:
-                raise RuntimeError(f"{backlog.strays} of {entries} entries failed")
+            if backlog.failed_jobs:
+                raise RuntimeError(f"{backlog.failed_jobs} of {entries} entries failed")
             facts = host_facts(client)
         finally:
             backlog.close()
@@ -82,7 +82,7 @@ def _await_end(backlog: Backlog, pid: int, kills: int) -> int:
         if workers and passed_s > (killed + 0.5) * _KILL_EVERY_S:
             os.kill(chance.choice(workers), signal.SIGKILL)
             killed += 1
-        time.sleep(_LOOK_EVERY_S)  # a group has no event that says "all acknowledged"
+        time.sleep(_POLL_S)  # a group has no event that says "all acknowledged"
     return killed
 
 
@@ -114,7 +114,7 @@ def main(entries: int, procs: int, kills: int, redis_url: str, folder: str | Non
     if as_json:
         print(json.dumps(report))
         return
-    print(described(report["host"]))
+    print(format_facts(report["host"]))
     print(
         f"{entries:,} entries, {procs} workers, {report['kills']} killed: {report['entries_per_s']:,} "
         f"a second, {report['cpu_us_per_entry'] or '?'} µs of CPU and {report['bytes_per_entry']} bytes an "

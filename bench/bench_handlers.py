@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from jobworker.worker import Unavailable
 
-#: How long `Asks` waits for an answer: as long as a client of a vector store might.
+#: How long `WaitsForPeer` waits for an answer: as long as a client of a vector store might.
 _ANSWER_WITHIN_S = 10.0
 
 
@@ -30,8 +30,8 @@ class Many:
         return [None] * len(jobs)
 
 
-class Asks:
-    """Asks the peer at BENCH_PEER for something that its jobs need, and finds it unavailable."""
+class WaitsForPeer:
+    """WaitsForPeer the peer at BENCH_PEER for something that its jobs need, and finds it unavailable."""
 
     max_batch = 32
 

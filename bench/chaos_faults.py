@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import redis
-from chaos_diary import Diary
+from chaos_events import EventLog
 from chaos_load import GROUP, PROBE_STREAM, STREAM, Ledger, probe
 from chaos_proxy import Proxy
-from chaos_world import LIMIT_S, LOOK_EVERY_S, Server, Service, is_alive
+from chaos_world import LIMIT_S, POLL_S, Server, Service, is_alive
 from hosts import cpu_s
 
 #: How often each kind comes in 268 faults, and the longest recovery that is promised (seconds).
@@ -40,7 +40,7 @@ _MEASURED_FROM_S = 1.0
 
 
 @dataclass
-class Shot:
+class InjectedFault:
     """A fault that was done. It is over when each awaited job has been started after ``mono_s``."""
 
     kind: str
@@ -64,7 +64,7 @@ class World:
     server: Server
     proxy: Proxy
     services: list[Service]
-    diary: Diary
+    event_log: EventLog
     ledger: Ledger
     rng: random.Random
     lease_s: float
@@ -87,11 +87,11 @@ class World:
             except redis.ResponseError:
                 if time.monotonic() > give_up_at:
                     raise
-                time.sleep(LOOK_EVERY_S)  # refused for now: the fault before has not quite passed
+                time.sleep(POLL_S)  # refused for now: the fault before has not quite passed
 
-    def sit_through(self, length_s: float) -> float | None:
+    def wait_and_measure_cpu(self, length_s: float) -> float | None:
         """Let a fault last; returns the busiest role's share of a core where it lasted long enough."""
-        pids = [pid for service in self.services for pid in service.masters()]
+        pids = [pid for service in self.services for pid in service.control_pids()]
         before = _spent_s(pids)
         time.sleep(length_s)  # the fault is a length of time
         after = _spent_s(pids)
@@ -112,7 +112,7 @@ class World:
                 return service, pids
             if time.monotonic() > give_up_at:
                 raise TimeoutError(f"no {role} within {LIMIT_S:.0f} s")
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_S)
 
     def pending(self, service: Service) -> set[str]:
         """Jobs bound to succeed that are pending for a service and were never retried."""
@@ -130,7 +130,7 @@ class World:
         if role == "supervisor":
             service.kill_supervisor()
             return pids[0]
-        busy = [pid for pid in pids if pid in self.diary.running()]
+        busy = [pid for pid in pids if pid in self.event_log.running()]
         pid = self.rng.choice(busy if busy and self.rng.random() < 0.7 else pids)
         _send(pid, signal.SIGKILL)
         _await_end(pid)
@@ -158,35 +158,37 @@ def _await_end(pid: int) -> None:
         time.sleep(0.001)  # another's child: no event
 
 
-def _worker(world: World) -> Shot:
+def _worker(world: World) -> InjectedFault:
     """What it had started is awaited; jobs that are to fail are left out: this may be their last try."""
     mono_s = time.monotonic()
     pid = world.kill("worker")
-    held = world.diary.running().get(pid, set())
+    held = world.event_log.running().get(pid, set())
     awaited = {id for id in held if world.ledger.planned[id].effect}
-    return Shot("worker", mono_s, frozenset(awaited), detail="" if awaited else "idle")
+    return InjectedFault("worker", mono_s, frozenset(awaited), detail="" if awaited else "idle")
 
 
-def _role(role: str) -> Callable[[World], Shot]:
-    def fault(world: World) -> Shot:
+def _role(role: str) -> Callable[[World], InjectedFault]:
+    def fault(world: World) -> InjectedFault:
         mono_s = time.monotonic()
         world.kill(role)
-        return Shot(role, mono_s, world.probe(by_retry=role == "reaper"))
+        return InjectedFault(role, mono_s, world.probe(by_retry=role == "reaper"))
 
     return fault
 
 
-def _pair(world: World) -> Shot:
+def _pair(world: World) -> InjectedFault:
     """Two roles within a tenth of a second."""
     first, second = world.rng.sample(["worker", "reader", "reaper", "supervisor", "worker"], 2)
     mono_s = time.monotonic()
     world.kill(first)
     time.sleep(world.rng.uniform(0, 0.1))  # the fault is the distance in time
     world.kill(second)
-    return Shot("pair", mono_s, world.probe() | world.probe(by_retry=True), detail=f"{first}+{second}")
+    return InjectedFault(
+        "pair", mono_s, world.probe() | world.probe(by_retry=True), detail=f"{first}+{second}"
+    )
 
 
-def _stop(world: World) -> Shot:
+def _stop(world: World) -> InjectedFault:
     """Stopped, then continued: a worker at times past its job's limit, so that it is killed."""
     role = world.rng.choice(["worker", "reader", "reaper", "supervisor"])
     _, pids = world.pids(role)
@@ -194,23 +196,23 @@ def _stop(world: World) -> Shot:
     _send(pid, signal.SIGSTOP)
     time.sleep(world.rng.uniform(0.2, 4.0))  # the fault is a length of time
     _send(pid, signal.SIGCONT)
-    return Shot("stop", time.monotonic(), world.probe() | world.probe(by_retry=True), detail=role)
+    return InjectedFault("stop", time.monotonic(), world.probe() | world.probe(by_retry=True), detail=role)
 
 
-def _hup(world: World) -> Shot:
+def _hup(world: World) -> InjectedFault:
     """The workers are exchanged one by one; nothing stops meanwhile."""
     mono_s = time.monotonic()
     _send(world.service().pid, signal.SIGHUP)
-    return Shot("hup", mono_s, world.probe() | world.probe(by_retry=True))
+    return InjectedFault("hup", mono_s, world.probe() | world.probe(by_retry=True))
 
 
-def _term(world: World) -> Shot:
+def _term(world: World) -> InjectedFault:
     """Asked to end, which it does when its jobs have; then started again. Measured from its end."""
     world.service().restart()
-    return Shot("term", time.monotonic(), world.probe() | world.probe(by_retry=True))
+    return InjectedFault("term", time.monotonic(), world.probe() | world.probe(by_retry=True))
 
 
-def _redis(world: World) -> Shot:
+def _redis(world: World) -> InjectedFault:
     """Killed and started again on its data; at times a role is killed while it is away."""
     world.server.kill()
     away_s = world.rng.uniform(0.1, 2.0)
@@ -218,32 +220,32 @@ def _redis(world: World) -> Shot:
     if world.rng.random() < 0.2:
         detail = world.rng.choice(["worker", "reader", "reaper"])
         world.kill(detail)
-    busiest = world.sit_through(away_s)
+    busiest = world.wait_and_measure_cpu(away_s)
     world.server.start()
     mono_s = time.monotonic()
     awaited = world.probe() | world.probe(by_retry=True)
-    return Shot("redis", mono_s, awaited, detail=detail, busiest=None if detail else busiest)
+    return InjectedFault("redis", mono_s, awaited, detail=detail, busiest=None if detail else busiest)
 
 
-def _cut(world: World) -> Shot:
+def _cut(world: World) -> InjectedFault:
     mono_s = time.monotonic()
     world.proxy.cut()
-    return Shot("cut", mono_s, world.probe() | world.probe(by_retry=True))
+    return InjectedFault("cut", mono_s, world.probe() | world.probe(by_retry=True))
 
 
 def _for_a_while(
     kind: str, least_s: float, most_s: float, switch: Callable[[World, bool], None]
-) -> Callable[[World], Shot]:
-    def fault(world: World) -> Shot:
+) -> Callable[[World], InjectedFault]:
+    def fault(world: World) -> InjectedFault:
         length_s = world.rng.uniform(least_s, most_s)
         switch(world, True)
         try:
-            busiest = world.sit_through(length_s)
+            busiest = world.wait_and_measure_cpu(length_s)
         finally:
             switch(world, False)
         mono_s = time.monotonic()
         awaited = world.probe() | world.probe(by_retry=True)
-        return Shot(kind, mono_s, awaited, detail=f"{length_s:.1f} s", busiest=busiest)
+        return InjectedFault(kind, mono_s, awaited, detail=f"{length_s:.1f} s", busiest=busiest)
 
     return fault
 
@@ -257,7 +259,7 @@ def _out_of_memory(world: World, on: bool) -> None:
     world.server.client.config_set("maxmemory", "1" if on else "0")
 
 
-def _busy(world: World) -> Shot:
+def _busy(world: World) -> InjectedFault:
     """A script of somebody else that does not end, until it is killed."""
     connection: Any = redis.Redis.from_url(world.server.url, protocol=2).connection_pool.make_connection()
     connection.connect()
@@ -265,19 +267,19 @@ def _busy(world: World) -> Shot:
     time.sleep(world.rng.uniform(0.3, 1.5))  # the fault is a length of time
     world.server.client.execute_command("SCRIPT", "KILL")
     connection.disconnect()
-    return Shot("busy", time.monotonic(), world.probe() | world.probe(by_retry=True))
+    return InjectedFault("busy", time.monotonic(), world.probe() | world.probe(by_retry=True))
 
 
-def _command(kind: str, *command: str) -> Callable[[World], Shot]:
-    def fault(world: World) -> Shot:
+def _command(kind: str, *command: str) -> Callable[[World], InjectedFault]:
+    def fault(world: World) -> InjectedFault:
         mono_s = time.monotonic()
         world.server.client.execute_command(*command)
-        return Shot(kind, mono_s, world.probe() | world.probe(by_retry=True))
+        return InjectedFault(kind, mono_s, world.probe() | world.probe(by_retry=True))
 
     return fault
 
 
-def _host(world: World) -> Shot:
+def _host(world: World) -> InjectedFault:
     """A service is gone for longer than the lease; another takes over all that it had been given."""
     service = world.service()
     service.hold(True)
@@ -286,10 +288,10 @@ def _host(world: World) -> Shot:
     awaited = world.pending(service)
     time.sleep(world.lease_s + HOST_MARGIN_S)  # the fault is a length of time
     service.hold(False)
-    return Shot(HOST, mono_s, frozenset(awaited), detail="" if awaited else "idle")
+    return InjectedFault(HOST, mono_s, frozenset(awaited), detail="" if awaited else "idle")
 
 
-FAULTS: dict[str, Callable[[World], Shot]] = {
+FAULTS: dict[str, Callable[[World], InjectedFault]] = {
     "worker": _worker,
     "reader": _role("reader"),
     "reaper": _role("reaper"),
@@ -334,6 +336,6 @@ def limit_s(kind: str, lease_s: float) -> float:
     return KINDS[kind][1] if kind in KINDS else DESTRUCTIVE[kind][1]
 
 
-def is_within_grace(kinds: Iterable[str]) -> set[str]:
+def excused_promises(kinds: Iterable[str]) -> set[str]:
     """The promises that faults of these kinds break by their nature."""
     return {promise for kind in kinds if kind in DESTRUCTIVE for promise in DESTRUCTIVE[kind][0]}

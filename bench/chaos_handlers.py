@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Sequence
 
-from chaos_diary import END, FAIL, START, Pen
+from chaos_events import END, FAIL, START, EventWriter
 
 from jobworker.worker import Job, PermanentError
 
@@ -15,7 +15,7 @@ WORK_S = 0.01
 TIMEOUT_S = 3.0
 
 
-def _act(pen: Pen, job: Job) -> None:
+def _act(writer: EventWriter, job: Job) -> None:
     """Succeed, fail or take the worker along."""
     match job.payload["fate"]:
         case "poison":
@@ -26,7 +26,7 @@ def _act(pen: Pen, job: Job) -> None:
             raise ValueError("not now, nor ever")
         case "flaky" if job.retry_count == 0:
             raise ConnectionError("not now")
-    pen.effect(job.tenant_id, job.id, job.payload["text"])
+    writer.effect(job.tenant_id, job.id, job.payload["text"])
 
 
 class One:
@@ -35,19 +35,19 @@ class One:
     timeout = TIMEOUT_S
 
     def __init__(self) -> None:
-        self._pen = Pen()
+        self._writer = EventWriter()
 
     def handle(self, job: Job) -> None:
         """Write the start, work, act, write how it ended."""
         tries = [(job.id, job.retry_count)]
-        self._pen.write(START, tries)
+        self._writer.write(START, tries)
         time.sleep(WORK_S)  # stands for the work
         try:
-            _act(self._pen, job)
+            _act(self._writer, job)
         except Exception:
-            self._pen.write(FAIL, tries)
+            self._writer.write(FAIL, tries)
             raise
-        self._pen.write(END, tries)
+        self._writer.write(END, tries)
 
 
 class Many:
@@ -57,20 +57,20 @@ class Many:
     timeout = TIMEOUT_S
 
     def __init__(self) -> None:
-        self._pen = Pen()
+        self._writer = EventWriter()
 
     def handle_batch(self, jobs: Sequence[Job]) -> list[BaseException | None]:
         """As `One`, the work shared."""
-        self._pen.write(START, [(job.id, job.retry_count) for job in jobs])
+        self._writer.write(START, [(job.id, job.retry_count) for job in jobs])
         time.sleep(WORK_S)  # stands for the work
         return [self._outcome(job) for job in jobs]
 
     def _outcome(self, job: Job) -> BaseException | None:
         tries = [(job.id, job.retry_count)]
         try:
-            _act(self._pen, job)
+            _act(self._writer, job)
         except Exception as error:
-            self._pen.write(FAIL, tries)
+            self._writer.write(FAIL, tries)
             return error
-        self._pen.write(END, tries)
+        self._writer.write(END, tries)
         return None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import redis
-from chaos_diary import effect_key
+from chaos_events import effect_key
 
 STREAM, PROBE_STREAM, GROUP = "chaos:jobs", "chaos:probes", "chaos"
 ONE, MANY = "chaos_one", "chaos_many"

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from chaos_diary import END, FAIL, START, Diary, Event
+from chaos_events import END, FAIL, START, Event, EventLog
 from chaos_load import PROBE_STREAM, STREAM, Ledger, Planned
 
 #: Reasons that a dead letter may give for a fate. A job that always fails and is cut off by kills too may be
@@ -56,10 +56,10 @@ class Verdict:
     executions: int = 0
     dead_letters: int = 0
 
-    def broken(self, is_within_grace: Collection[str] = ()) -> list[str]:
+    def broken(self, excused: Collection[str] = ()) -> list[str]:
         """Names of the promises about jobs that were not kept, less those that the faults excuse."""
         named = [name for name, value in vars(self).items() if isinstance(value, list) and value]
-        return [name for name in named if name != "cut_off" and name not in is_within_grace]
+        return [name for name in named if name != "cut_off" and name not in excused]
 
     @property
     def safe(self) -> bool:
@@ -67,13 +67,13 @@ class Verdict:
         return not self.broken()
 
 
-def judge(ledger: Ledger, diary: Diary, client: Any, uncounted_deaths: int) -> Verdict:
+def judge(ledger: Ledger, event_log: EventLog, client: Any, uncounted_deaths: int) -> Verdict:
     """Look at everything once the system is at rest."""
     verdict = Verdict(len(ledger.confirmed), len(ledger.unanswered))
-    events = diary.read()
+    events = event_log.read()
     letters = _letters(client, ledger)
     _count_executions(verdict, events)
-    _check_effects(verdict, ledger, diary.effects())
+    _check_effects(verdict, ledger, event_log.effects())
     _check_letters(verdict, ledger, letters, _cut_off(events))
     _check_poison(verdict, ledger, events, uncounted_deaths)
     _check_backoff(verdict, events)

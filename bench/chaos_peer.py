@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from chaos_diary import FOLDER_VARIABLE
+from chaos_events import FOLDER_VARIABLE
 from chaos_load import GROUP, ONE, STREAM, Planned
-from chaos_world import LIMIT_S, LOOK_EVERY_S, is_alive, tether
+from chaos_world import LIMIT_S, POLL_S, is_alive, pdeathsig_command
 
 _FOLDER = Path(__file__).resolve().parent
 #: What ends is started again after this, as a service manager would.
@@ -120,14 +120,14 @@ class Consumers:
         self._turn = 0
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._threads = [
-            threading.Thread(target=self._keep_up, args=(number, command), daemon=True)
+            threading.Thread(target=self._restart_loop, args=(number, command), daemon=True)
             for number, command in enumerate(peer.commands(procs, url))
         ]
         for thread in self._threads:
             thread.start()
 
-    def _keep_up(self, number: int, command: list[str]) -> None:
-        whole = [*tether(), str(self._peer.home / "bin" / command[0]), *command[1:]]
+    def _restart_loop(self, number: int, command: list[str]) -> None:
+        whole = [*pdeathsig_command(), str(self._peer.home / "bin" / command[0]), *command[1:]]
         while not self._over.is_set():
             with (self._folder / f"worker-{number}.log").open("ab") as log:
                 process = subprocess.Popen(
@@ -199,7 +199,7 @@ class Feed:
         command = [str(peer.home / "bin" / "python"), str(_FOLDER / "peers" / "feed.py"), module]
         self._log = (folder / "feed.log").open("ab")
         self._process = subprocess.Popen(
-            [*tether(), *command], env=environment, cwd=folder, text=True, stdin=subprocess.PIPE,
+            [*pdeathsig_command(), *command], env=environment, cwd=folder, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self._log,
         )  # fmt: skip
         self.confirmed: set[str] = set()
@@ -233,7 +233,7 @@ class Feed:
         while len(self.confirmed) + len(self.unknown) < self._sent:
             if time.monotonic() > give_up_at or self._process.poll() is not None:
                 raise TimeoutError(f"{self._sent} jobs sent, {len(self.confirmed)} confirmed")
-            time.sleep(LOOK_EVERY_S)  # a thread fills the sets
+            time.sleep(POLL_S)  # a thread fills the sets
 
     def stop(self) -> None:
         """End the client."""

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from chaos_diary import END, START, Diary
+from chaos_events import END, START, EventLog
 from chaos_load import SHARES, Planned, plan
 from chaos_peer import PEERS, Consumers, Feed, Peer, environment_of
 from chaos_report import percentile
-from chaos_world import LOOK_EVERY_S, Server
+from chaos_world import POLL_S, Server
 from hosts import host_facts, table
 from tqdm import tqdm
 
@@ -45,15 +45,15 @@ _SERVER_KILL_EVERY = 10
 Fault = dict[str, Any]
 
 
-def _fault(kind: str, server: Server, consumers: Consumers, diary: Diary, rng: random.Random) -> Fault:
+def _fault(kind: str, server: Server, consumers: Consumers, event_log: EventLog, rng: random.Random) -> Fault:
     """Do it; what was under way in the processes that were killed is to be started again."""
     mono_s = time.monotonic()
     if kind == "worker":
         give_up_at = mono_s + _BUSY_WITHIN_S
-        while not (killed := consumers.kill_one(diary.running(), rng)) and mono_s < give_up_at:
-            time.sleep(LOOK_EVERY_S / 10)  # a file that grows has no event without inotify
+        while not (killed := consumers.kill_one(event_log.running(), rng)) and mono_s < give_up_at:
+            time.sleep(POLL_S / 10)  # a file that grows has no event without inotify
             mono_s = time.monotonic()
-        running = diary.running()
+        running = event_log.running()
         return {"kind": kind, "mono_s": mono_s, "held": {id for pid in killed for id in running.get(pid, ())}}
     server.kill()
     time.sleep(rng.uniform(0.1, 2.0))  # the fault is a length of time
@@ -61,23 +61,23 @@ def _fault(kind: str, server: Server, consumers: Consumers, diary: Diary, rng: r
     return {"kind": kind, "mono_s": time.monotonic(), "held": set()}
 
 
-def _await_end(diary: Diary, feed: Feed, expected: set[str]) -> None:
+def _await_end(event_log: EventLog, feed: Feed, expected: set[str]) -> None:
     """Until every expected effect is there, or none of those that are missing was started for long."""
     began = time.monotonic()
     late = 0
-    while missing := expected - diary.effects().keys():
+    while missing := expected - event_log.effects().keys():
         late += 1
         feed.send([Planned(f"{_LATE}{late:06d}", "ok", "t00.late", {})])
-        last = max((event.mono_s for event in diary.read() if event.id in missing), default=began)
+        last = max((event.mono_s for event in event_log.read() if event.id in missing), default=began)
         now = time.monotonic()
         if now - max(last, began) > _QUIET_S or now - began > _END_WITHIN_S:
             return
         time.sleep(_TRICKLE_S)  # the distance in time is what is wanted
 
 
-def _recoveries(faults: list[Fault], diary: Diary, kind: str, succeeds: set[str]) -> dict[str, Any]:
+def _recoveries(faults: list[Fault], event_log: EventLog, kind: str, succeeds: set[str]) -> dict[str, Any]:
     """From each kill to the restart of what was under way; for the server, to the next start of any job."""
-    starts = [event for event in diary.read() if event.what == START]
+    starts = [event for event in event_log.read() if event.what == START]
     took, never = [], 0
     for fault in faults:
         after = [event for event in starts if event.mono_s > fault["mono_s"]]
@@ -97,12 +97,12 @@ def _recoveries(faults: list[Fault], diary: Diary, kind: str, succeeds: set[str]
             "p99_s": percentile(took, 0.99), "max_s": round(took[-1], 3) if took else None}  # fmt: skip
 
 
-def _counts(diary: Diary, feed: Feed, succeeds: set[str], poison: set[str]) -> dict[str, Any]:
-    effects = diary.effects()
+def _counts(event_log: EventLog, feed: Feed, succeeds: set[str], poison: set[str]) -> dict[str, Any]:
+    effects = event_log.effects()
     confirmed = {id for id in feed.confirmed if not id.startswith(_LATE)}
     not_done = sorted((confirmed & succeeds) - effects.keys())
-    ends = [event.id for event in diary.read() if event.what == END and not event.id.startswith(_LATE)]
-    of_poison = [event.id for event in diary.read() if event.what == START and event.id in poison]
+    ends = [event.id for event in event_log.read() if event.what == END and not event.id.startswith(_LATE)]
+    of_poison = [event.id for event in event_log.read() if event.what == START and event.id in poison]
     return {
         "confirmed": len(confirmed), "unknown": len(feed.unknown), "not_done": len(not_done),
         "not_done_ids": not_done[:20],
@@ -124,8 +124,8 @@ def measure(peer: Peer, options: dict[str, Any], folder: Path) -> dict[str, Any]
         server = Server(folder / "server")
         stack.callback(server.stop)
         server.start()
-        diary = Diary(folder)
-        stack.callback(diary.close)
+        event_log = EventLog(folder)
+        stack.callback(event_log.close)
         surroundings = environment_of(folder, server.url)
         consumers = Consumers(peer, options["procs"], server.url, surroundings, folder)
         stack.callback(consumers.stop)
@@ -138,17 +138,17 @@ def measure(peer: Peer, options: dict[str, Any], folder: Path) -> dict[str, Any]
             share = jobs[number * len(jobs) // len(kinds) : (number + 1) * len(jobs) // len(kinds)]
             feed.send(share)
             time.sleep(rng.uniform(0.0, 0.15))  # at another moment of the burst each time
-            faults.append(_fault(kind, server, consumers, diary, rng))
+            faults.append(_fault(kind, server, consumers, event_log, rng))
             time.sleep(max(0.0, next_at - time.monotonic()))  # the pace that was asked for
         feed.finish()
         succeeds = {job.id for job in jobs if job.effect}
-        _await_end(diary, feed, feed.confirmed & succeeds)
+        _await_end(event_log, feed, feed.confirmed & succeeds)
         poison = {job.id for job in jobs if job.fate == "poison"}
         return {
             "peer": peer.name, "version": peer.version(), "settings": peer.settings,
-            "took_s": round(time.monotonic() - started, 1), **_counts(diary, feed, succeeds, poison),
-            "worker": _recoveries(faults, diary, "worker", succeeds),
-            "redis": _recoveries(faults, diary, "redis", succeeds), "host": host_facts(server.client),
+            "took_s": round(time.monotonic() - started, 1), **_counts(event_log, feed, succeeds, poison),
+            "worker": _recoveries(faults, event_log, "worker", succeeds),
+            "redis": _recoveries(faults, event_log, "redis", succeeds), "host": host_facts(server.client),
         }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from chaos_faults import Shot, limit_s
+from chaos_faults import InjectedFault, limit_s
 from chaos_oracle import Verdict
 from hosts import table
 
@@ -15,13 +15,13 @@ _SHOWN = 8
 _MOST_CPU = 0.2
 
 
-def recoveries(shots: Sequence[Shot], lease_s: float) -> dict[str, dict[str, Any]]:
+def recoveries(faults: Sequence[InjectedFault], lease_s: float) -> dict[str, dict[str, Any]]:
     """By kind: how many, how many showed a recovery, its p50, p99 and maximum, and the promised limit."""
     found = {}
-    for kind in sorted({shot.kind for shot in shots}):
-        of_kind = [shot for shot in shots if shot.kind == kind]
-        took = sorted(shot.took_s for shot in of_kind if shot.took_s is not None)
-        missed = sum(shot.took_s is None and bool(shot.awaited) for shot in of_kind)
+    for kind in sorted({fault.kind for fault in faults}):
+        of_kind = [fault for fault in faults if fault.kind == kind]
+        took = sorted(fault.took_s for fault in of_kind if fault.took_s is not None)
+        missed = sum(fault.took_s is None and bool(fault.awaited) for fault in of_kind)
         found[kind] = {
             "faults": len(of_kind), "measured": len(took), "missed": missed,
             "p50_s": percentile(took, 0.5), "p99_s": percentile(took, 0.99),
@@ -32,9 +32,9 @@ def recoveries(shots: Sequence[Shot], lease_s: float) -> dict[str, dict[str, Any
     return found
 
 
-def _slowest(shots: Sequence[Shot]) -> str:
+def _slowest(faults: Sequence[InjectedFault]) -> str:
     """What the slowest of one kind was."""
-    took = {shot.took_s: shot.detail for shot in shots if shot.took_s is not None}
+    took = {fault.took_s: fault.detail for fault in faults if fault.took_s is not None}
     return took[max(took)] if took else ""
 
 
@@ -56,7 +56,7 @@ def verdict_of(verdict: Verdict) -> dict[str, Any]:
     return {"safe": verdict.safe, **asdict(verdict)}
 
 
-def for_people(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any]) -> str:
     """Two tables and the verdict."""
     rows = [("fault", "done", "measured", "missed", "p50 s", "p99 s", "max s", "limit s", "cpu")]
     for kind, row in report["recovery"].items():

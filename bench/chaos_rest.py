@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos_load import GROUP, PROBE_STREAM, STREAM
-from chaos_world import LIMIT_S, LOOK_EVERY_S, Service
+from chaos_world import LIMIT_S, POLL_S, Service
 
 from jobworker.worker.ipc.channel import Channel
 
@@ -39,7 +39,7 @@ def await_rest(client: Any, services: Sequence[Service]) -> dict[str, int]:
         left |= {f"{service.name} is not ready": 1 for service in services if not service.ready()}
         if not left or time.monotonic() > give_up_at:
             return left
-        time.sleep(10 * LOOK_EVERY_S)  # a store and a page; neither sends events
+        time.sleep(10 * POLL_S)  # a store and a page; neither sends events
 
 
 def descriptors(services: Sequence[Service]) -> dict[str, int]:
@@ -62,7 +62,7 @@ def leaked_descriptors(before: dict[str, int], services: Sequence[Service]) -> d
         }
         if not more or time.monotonic() > give_up_at:
             return more
-        time.sleep(10 * LOOK_EVERY_S)  # connections that are being closed
+        time.sleep(10 * POLL_S)  # connections that are being closed
 
 
 def rings_not_empty(services: Sequence[Service]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import redis
-from chaos_diary import FOLDER_VARIABLE
+from chaos_events import FOLDER_VARIABLE
 from chaos_load import GROUP, MANY, ONE, PROBE_STREAM, STREAM
 from hosts import roles_of
 from rig import connect, free_port
@@ -24,7 +24,7 @@ _RESTART_AFTER_S = 0.1
 ORPHANS_WITHIN_S = 2.0
 _FOLDER = Path(__file__).resolve().parent
 #: Between two looks at what sends no event: other processes, ports, pages.
-LOOK_EVERY_S = 0.01
+POLL_S = 0.01
 
 
 class Server:
@@ -46,12 +46,12 @@ class Server:
 
     def start(self) -> None:
         """Start it and wait until it has loaded its data. Raises RuntimeError."""
-        self._process = subprocess.Popen([*tether(), *self._command])
+        self._process = subprocess.Popen([*pdeathsig_command(), *self._command])
         give_up_at = time.monotonic() + LIMIT_S
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > give_up_at:
                 raise RuntimeError(f"the server does not come up: {self._log.read_text()[-2000:]}")
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_S)
 
     def _answers(self) -> bool:
         try:
@@ -106,20 +106,20 @@ class Service:
         self._held = threading.Event()
         self._over = threading.Event()
         self._process = self._start()
-        self._keeper = threading.Thread(target=self._keep_up, name=f"keeper {name}", daemon=True)
-        self._keeper.start()
+        self._restart_thread = threading.Thread(target=self._restart_loop, name=f"keeper {name}", daemon=True)
+        self._restart_thread.start()
 
     def _start(self) -> "subprocess.Popen[bytes]":
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [*tether(), *self._command],
+                [*pdeathsig_command(), *self._command],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
 
-    def _keep_up(self) -> None:
+    def _restart_loop(self) -> None:
         while True:
             code = self._process.wait()
             if self._over.is_set():
@@ -129,7 +129,7 @@ class Service:
             self._expected_end = False
             time.sleep(_RESTART_AFTER_S)  # a service manager's own pause
             while self._held.is_set():
-                time.sleep(LOOK_EVERY_S)
+                time.sleep(POLL_S)
             if self._over.is_set():
                 return
             self._process = self._start()
@@ -145,7 +145,7 @@ class Service:
             return {}
         return roles_of(self._process.pid)
 
-    def masters(self) -> list[int]:
+    def control_pids(self) -> list[int]:
         """Process ids of supervisor, reader and reaper, of those that are there."""
         found = self.roles()
         return [pid for role in ("supervisor", "reader", "reaper") for pid in found.get(role, ())]
@@ -159,7 +159,7 @@ class Service:
         born = [pid for role, pids in children.items() if role != "supervisor" for pid in pids]
         give_up_at = time.monotonic() + ORPHANS_WITHIN_S
         while (left := [pid for pid in born if is_alive(pid)]) and time.monotonic() < give_up_at:
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_S)
         self.orphans += [f"{self.name}: process {pid}" for pid in left]
 
     def restart(self) -> None:
@@ -194,7 +194,7 @@ class Service:
             process.kill()
             return process.wait(LIMIT_S)
         finally:
-            self._keeper.join(LIMIT_S)
+            self._restart_thread.join(LIMIT_S)
 
     def messages(self) -> list[dict[str, Any]]:
         """Everything that it and its children have logged."""
@@ -207,7 +207,7 @@ class Service:
         return found
 
 
-def tether() -> list[str]:
+def pdeathsig_command() -> list[str]:
     """What ends a command with this program. The bond is to the thread that starts it: let it live on."""
     return [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
 

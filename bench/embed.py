@@ -22,8 +22,8 @@ import click
 import numpy as np
 from embed_models import ONE_GIB, write_model
 from embed_service import end_to_end, memory, recovery
-from embed_texts import SEGMENT_CHARS, TEXTS_A_JOB, chapters, jobs, some
-from hosts import described, machine_facts, table
+from embed_texts import SEGMENT_CHARS, TEXTS_A_JOB, chapters, jobs, take_segments
+from hosts import format_facts, machine_facts, table
 from rig import say
 
 from jobworker.handlers.encoder.find_model import default_model, find_model
@@ -152,9 +152,9 @@ def infinity_python(folder: Path) -> str:
     return str(python)
 
 
-def for_people(report: Report) -> str:
+def format_report(report: Report) -> str:
     """One table and the figures beside it."""
-    lines = [described(report["host"])]
+    lines = [format_facts(report["host"])]
     if found := report.get("speed"):
         lines.append(
             f"{found['texts']:,} texts of {SEGMENT_CHARS} characters, {found['tokens']:,} tokens, jobs of "
@@ -250,7 +250,7 @@ def main(
     python_of = {"infinity": infinity_python(infinity_folder)} if infinity_folder else {}
     report: Report = {"bench": "embed", "host": machine_facts(), "procs": procs, "repeat": repeat}
     measures: dict[str, Callable[[], tuple[str, Any]]] = {
-        "speed": lambda: ("speed", speed(some(novel, count), procs, model, repeat, python_of)),
+        "speed": lambda: ("speed", speed(take_segments(novel, count), procs, model, repeat, python_of)),
         "memory": lambda: ("memory", [memory(workers, model) for workers in _WORKERS]),
         "large_memory": lambda: ("large_memory", large_memory()),
         "recovery": lambda: ("recovery_s", [recovery(model)["seconds"] for _ in range(repeat)]),
@@ -261,7 +261,7 @@ def main(
             name, found = measures[part]()
             report[name] = found
             say(f"{part}: done")
-    print(json.dumps(report) if as_json else for_people(report))
+    print(json.dumps(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from rig import JOB_TYPE, LIMIT_S, Backlog, connect, free_port, server, service
 
 _HANDLER = "jobworker.handlers.embedding.handler:EmbeddingBatch"
 # Between two looks at the group: short against everything that is measured here.
-_LOOK_EVERY_S = 0.01
+_POLL_S = 0.01
 
 
 class Running(NamedTuple):
@@ -40,8 +40,8 @@ class Running(NamedTuple):
     def wait_drained(self, within_s: float = LIMIT_S) -> None:
         """Until every job is acknowledged, which is after its rows are stored; RuntimeError if one failed."""
         _wait(lambda: self.backlog.drained, within_s, "acknowledged")
-        if self.backlog.strays:
-            raise RuntimeError(f"{self.backlog.strays} jobs failed")
+        if self.backlog.failed_jobs:
+            raise RuntimeError(f"{self.backlog.failed_jobs} jobs failed")
 
 
 @contextmanager
@@ -135,4 +135,4 @@ def _wait(done: Callable[[], bool], within_s: float, what: str) -> None:
     while not done():
         if time.monotonic() > give_up_at:
             raise RuntimeError(f"not within {within_s:.0f} s: {what}")
-        time.sleep(_LOOK_EVERY_S)  # a group has no event that says "all acknowledged"
+        time.sleep(_POLL_S)  # a group has no event that says "all acknowledged"

@@ -27,7 +27,7 @@ def paragraph_segments(chapter: str) -> list[str]:
     return [text for paragraph in chapter.split("\n") if paragraph.strip() for text in segments(paragraph)]
 
 
-def some(chapters: Sequence[str], count: int) -> list[str]:
+def take_segments(chapters: Sequence[str], count: int) -> list[str]:
     """`count` segments of all chapters together, from the beginning as often as needed; 0 for each once.
 
     A repeated segment has its round before it, for a cache or a database might know the same text again.

@@ -22,8 +22,8 @@ from typing import Any
 import click
 import numpy as np
 from embed_models import compiled
-from embed_texts import SEGMENT_CHARS, chapters, some
-from hosts import described, machine_facts, table
+from embed_texts import SEGMENT_CHARS, chapters, take_segments
+from hosts import format_facts, machine_facts, table
 from rig import say
 
 from jobworker.handlers.encoder.find_model import default_model
@@ -109,11 +109,11 @@ def _serve(engine: str, folder: Path) -> None:
     # An engine that is not exact enough has given way to the next one: the revision tells.
     ran_as = encoder.revision.partition("-")[2]
     flops = _matrix_flops(encoder) if engine == _EXACT else 0
-    _tell({"tokens": tokens, "loaded_s": round(loaded_s, 2), "ran_as": ran_as, "flops_a_token": flops})
+    _send_report({"tokens": tokens, "loaded_s": round(loaded_s, 2), "ran_as": ran_as, "flops_a_token": flops})
     for _ in sys.stdin:
         began = time.perf_counter()
         encoder.encode(texts)
-        _tell({"seconds": time.perf_counter() - began})
+        _send_report({"seconds": time.perf_counter() - began})
 
 
 def _matrix_flops(encoder: Any) -> int:
@@ -133,7 +133,7 @@ def _product_gflops() -> float:
     return float(2 * _PRODUCT**3 / (time.perf_counter() - began) / 1e9)
 
 
-def _tell(report: Report) -> None:
+def _send_report(report: Report) -> None:
     print(json.dumps(report), flush=True)
 
 
@@ -231,7 +231,7 @@ def onnx_python(folder: Path) -> str:
     return str(python)
 
 
-def for_people(report: Report) -> str:
+def format_report(report: Report) -> str:
     """One table; how much faster than full precision in torch."""
     found = report["engines"]
     exact = found[_EXACT]["tokens_per_s"]
@@ -249,7 +249,7 @@ def for_people(report: Report) -> str:
         f"a product of fp32 matrices reaches {peak:.0f} GFLOP/s: for the model's matrices "
         f"{peak * 1e9 / flops:,.0f} tokens/s"
     )
-    return "\n".join([described(report["host"]), said, table(rows)])
+    return "\n".join([format_facts(report["host"]), said, table(rows)])
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
@@ -285,11 +285,11 @@ def main(
     as_json: bool,
 ) -> None:
     """Measure and print."""
-    texts = some(chapters(file), count)
+    texts = take_segments(chapters(file), count)
     python_of = {"ONNX Runtime fp32": onnx_python(onnx_folder)} if onnx_folder else {}
     report: Report = {"bench": "engines", "host": machine_facts(), "texts": len(texts), "threads": threads}
     report |= compare(texts, model or default_model(), threads, rounds, python_of)
-    print(json.dumps(report) if as_json else for_people(report))
+    print(json.dumps(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

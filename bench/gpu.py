@@ -21,7 +21,7 @@ from typing import Any
 import click
 import torch
 from embed_models import BGE_M3, MINILM, Shape, compiled, write_model
-from hosts import described, machine_facts, table
+from hosts import format_facts, machine_facts, table
 
 from jobworker.handlers.encoder.find_model import find_model
 from jobworker.handlers.encoder.packing import pack, padding_share
@@ -63,14 +63,14 @@ def product_tflops(device: str, size: int) -> float:
 
 
 def _timed(run: Callable[[], Any], device: str) -> float:
-    _settle(device)
+    _synchronize(device)
     began = time.perf_counter()
     run()
-    _settle(device)
+    _synchronize(device)
     return time.perf_counter() - began
 
 
-def _settle(device: str) -> None:
+def _synchronize(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize(device)
 
@@ -91,7 +91,7 @@ def ours(folder: Path, shape: Shape, loads: dict[str, list[str]], device: str, r
     exact: dict[str, Any] = {}
     found: Report = {}
     for name, (dtype, budget, compile_it) in _VARIANTS.items():
-        _make_room(device)
+        _free_memory(device)
         encoder: Any = TorchEncoder.load(
             source, device=device, threads=torch.get_num_threads(), dtype=dtype, token_budget=budget
         )
@@ -113,7 +113,7 @@ def ours(folder: Path, shape: Shape, loads: dict[str, list[str]], device: str, r
     return found
 
 
-def _make_room(device: str) -> None:
+def _free_memory(device: str) -> None:
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()
@@ -143,7 +143,7 @@ def plain(folder: Path, loads: dict[str, list[str]], device: str, repeat: int) -
 
     found: Report = {}
     for name, half in (("sentence-transformers", False), ("sentence-transformers, fp16", True)):
-        _make_room(device)
+        _free_memory(device)
         model = SentenceTransformer(str(folder), device=device, local_files_only=True)
         model = model.half() if half else model
         for load, texts in loads.items():
@@ -175,10 +175,10 @@ def _stated_tflops(card: str) -> float | None:
     return next((stated for name, stated in _STATED_TFLOPS.items() if name in card), None)
 
 
-def for_people(report: Report) -> str:
+def format_report(report: Report) -> str:
     """A table a model."""
     stated, reached = report["stated_tflops"], report["product_tflops"]
-    lines = [described(report["host"]), f"{report['card']}, torch {torch.__version__}"]
+    lines = [format_facts(report["host"]), f"{report['card']}, torch {torch.__version__}"]
     lines.append(f"bf16 products: {stated or 'unknown'} TFLOP/s as stated, {reached:.1f} reached")
     for model, found in report["models"].items():
         rows = [
@@ -232,7 +232,7 @@ def main(device: str, layers: int, count: int, repeat: int, product: int, as_jso
     report: Report = {"bench": "gpu", "host": machine_facts(), "card": card, "device": device}
     report |= {"stated_tflops": _stated_tflops(card), "product_tflops": product_tflops(device, product)}
     report["models"] = {name: measure(name, shape, count, device, repeat) for name, shape in shapes.items()}
-    print(json.dumps(report) if as_json else for_people(report))
+    print(json.dumps(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

@@ -86,6 +86,6 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def described(facts: dict[str, Any]) -> str:
+def format_facts(facts: dict[str, Any]) -> str:
     """The host facts in one line."""
     return ", ".join(f"{name} {value}" for name, value in facts.items())

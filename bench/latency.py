@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from hosts import described, host_facts, table
+from hosts import format_facts, host_facts, table
 from rig import LIMIT_S, STAMP, Backlog, bare_loops, connect, job, say, server, service
 
 _EVERY_S = 0.020
@@ -105,14 +105,14 @@ def measure(url: str, seconds: float, procs: int, repeat: int) -> dict[str, Any]
     }
 
 
-def for_people(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any]) -> str:
     """The percentiles as a table."""
     names = [f"p{p}" for p in _PERCENTILES] + ["max"]
     rows = [("ms, enqueue to handler start", *names)]
     rows += [(name, *(f"{ms[p]:.2f}" for p in names)) for name, ms in report["ms"].items()]
     how = f"{report['jobs']} jobs of {report['job_bytes']} bytes, one each {report['every_ms']:.0f} ms"
     how += f", {report['procs']} workers, {report['repeat']} runs each"
-    return "\n".join([described(report["host"]), how, table(rows)])
+    return "\n".join([format_facts(report["host"]), how, table(rows)])
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
@@ -125,7 +125,7 @@ def main(seconds: float, procs: int, repeat: int, redis_url: str, as_json: bool)
     """Measure and print."""
     with server(redis_url) as url:
         report = measure(url, seconds, procs, repeat)
-    print(json.dumps(report) if as_json else for_people(report))
+    print(json.dumps(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from hosts import described, host_facts, roles_of, table
+from hosts import format_facts, host_facts, roles_of, table
 from rig import JOB_TYPE, LIMIT_S, Backlog, connect, job, say, server, service
 
 _MIB = 1024 * 1024
@@ -22,7 +22,7 @@ _MIB = 1024 * 1024
 _LARGE_BYTES = 8 * _MIB - 1024
 #: Large enough that what is taken ahead of a store that stands still would be seen.
 _STILL_BYTES = 100_000
-_LOOK_EVERY_S = 0.2
+_POLL_S = 0.2
 
 Scenario = Callable[[str], dict[str, int]]
 
@@ -70,17 +70,17 @@ def drained(
         while not backlog.drained:
             if time.monotonic() > give_up_at:
                 raise RuntimeError(f"not drained within {LIMIT_S:.0f} s")
-            time.sleep(_LOOK_EVERY_S)  # a group has no event that says "all acknowledged"
+            time.sleep(_POLL_S)  # a group has no event that says "all acknowledged"
         return peaks_mib(pid)
 
 
-def standing_still(url: str, jobs: int, seconds: float) -> dict[str, int]:
+def with_stalled_peer(url: str, jobs: int, seconds: float) -> dict[str, int]:
     """Peaks after a while with a peer that takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as peer:
         at = f"127.0.0.1:{peer.getsockname()[1]}"
         with (
             filled(url, jobs, large_job(_STILL_BYTES), 100) as backlog,
-            service(url, backlog, "bench_handlers:Asks", 2, BENCH_PEER=at) as pid,
+            service(url, backlog, "bench_handlers:WaitsForPeer", 2, BENCH_PEER=at) as pid,
         ):
             backlog.release(jobs)
             time.sleep(seconds)  # what is watched is a length of time
@@ -95,7 +95,7 @@ def measure(jobs: int, large_jobs: int, still_jobs: int, seconds: float) -> dict
             url, "bench_handlers:Many", large_jobs, large_job(_LARGE_BYTES), 4
         ),
         f"{still_jobs:,} jobs of 100 kB, {seconds:.0f} s of a store that stands still": lambda url: (
-            standing_still(url, still_jobs, seconds)
+            with_stalled_peer(url, still_jobs, seconds)
         ),
     }
     found: dict[str, dict[str, int]] = {}
@@ -109,14 +109,14 @@ def measure(jobs: int, large_jobs: int, still_jobs: int, seconds: float) -> dict
     return {"bench": "memory", "host": facts, "peak_mib": found}
 
 
-def for_people(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any]) -> str:
     """One row a scenario."""
     roles = ("supervisor", "reader", "reaper", "spare", "worker")
     rows = [("peak MiB", *roles)]
     rows += [
         (name, *(str(peaks.get(role, "-")) for role in roles)) for name, peaks in report["peak_mib"].items()
     ]
-    return f"{described(report['host'])}\n{table(rows)}"
+    return f"{format_facts(report['host'])}\n{table(rows)}"
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
@@ -130,7 +130,7 @@ def for_people(report: dict[str, Any]) -> str:
 def main(jobs: int, large_jobs: int, still_jobs: int, seconds: float, as_json: bool) -> None:
     """Measure and print."""
     report = measure(jobs, large_jobs, still_jobs, seconds)
-    print(json.dumps(report) if as_json else for_people(report))
+    print(json.dumps(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

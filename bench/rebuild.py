@@ -26,7 +26,7 @@ import click
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 import numpy as np
-from hosts import described, host_facts, roles_of, table
+from hosts import format_facts, host_facts, roles_of, table
 from rig import JOB_TYPE, LIMIT_S, Backlog, connect, free_port, say, server, service
 
 from jobworker.handlers.jobstore.fence import Rebuilds
@@ -221,8 +221,10 @@ def rebuild(world: World, backlog: Backlog, rebuilds: Rebuilds, mode: str, kills
         took_s = time.monotonic() - started
     finally:
         running.close()
-    if backlog.strays or running.kills < kills:
-        raise RuntimeError(f"{backlog.strays} jobs were given up, {running.kills} of {kills} kills were made")
+    if backlog.failed_jobs or running.kills < kills:
+        raise RuntimeError(
+            f"{backlog.failed_jobs} jobs were given up, {running.kills} of {kills} kills were made"
+        )
     return took_s
 
 
@@ -245,7 +247,7 @@ def milvus(uri: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="jobworker-bench") as folder:
         port, port_file, token_file = free_port(), Path(folder) / "port", Path(folder) / "token"
         token_file.write_text(_TOKEN)
-        tether = [
+        pdeathsig_command = [
             sys.executable,
             "-m",
             "jobworker.worker.supervision.pdeathsig",
@@ -253,7 +255,7 @@ def milvus(uri: str) -> Iterator[str]:
             sys.executable,
         ]
         command = [
-            *tether,
+            *pdeathsig_command,
             "-m",
             "jobworker.handlers.vectors.milvus.lite_server",
             "--data-dir",
@@ -313,7 +315,7 @@ def run_mode(world: World, shadow: MilvusShadow, action: Callable[[], float]) ->
     }
 
 
-def for_people(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any]) -> str:
     """The figures as a table."""
     head = (
         "",
@@ -336,7 +338,7 @@ def for_people(report: dict[str, Any]) -> str:
             rows.append((mode, *map(str, figures), str(one["writes"]["done"])))
     how = f"{report['rows']:,} rows of {report['dim']} dimensions, {report['kills']} kills"
     before = f"recall@10 before: {report['recall_before']:.4f}"
-    return "\n".join([described(report["host"]), how, before, table(rows)])
+    return "\n".join([format_facts(report["host"]), how, before, table(rows)])
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
@@ -353,7 +355,7 @@ def main(
     """Measure and print."""
     with server(redis_url) as url, milvus(milvus_uri) as uri:
         report = measure(uri, url, rows, dim, kills, in_place)
-    print(json.dumps(report) if as_json else for_people(report))
+    print(json.dumps(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ class Backlog:
         raise RuntimeError(f"the group of {self.stream} is gone")
 
     @property
-    def strays(self) -> int:
+    def failed_jobs(self) -> int:
         """Jobs that did not end well: scheduled for another try, or dead-lettered."""
         retries, dead = self._client.zcard(f"retry:{self.stream}"), self._client.xlen(f"dlq:{self.stream}")
         return int(retries) + int(dead)

@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
-from hosts import cpu_s, described, host_facts, roles_of, table
+from hosts import cpu_s, format_facts, host_facts, roles_of, table
 from rig import LIMIT_S, NOOP, Backlog, bare_loops, connect, job, say, server, service
 
 #: What the service is compared with: as many consumers as the peers were measured with.
 _BARE_PROCESSES = 2
 #: Between two looks at the group: well below one percent of any drain worth measuring.
-_LOOK_EVERY_S = 0.005
+_POLL_S = 0.005
 #: Our own commands between the two readings of INFO, beside the looks: INFO, and the release in five.
 _OWN_COMMANDS = 6
 
@@ -93,8 +93,8 @@ def drain(url: str, jobs: int, consumers: Consumers) -> Drain:
                 backlog.release(jobs)
                 _await_end(backlog, meter)
                 measured = meter.result(jobs)
-            if backlog.strays:
-                raise RuntimeError(f"{backlog.strays} of {jobs} jobs failed: not a drain of no-op jobs")
+            if backlog.failed_jobs:
+                raise RuntimeError(f"{backlog.failed_jobs} of {jobs} jobs failed: not a drain of no-op jobs")
             return measured
         finally:
             backlog.close()
@@ -108,7 +108,7 @@ def _await_end(backlog: Backlog, meter: Meter) -> None:
             return
         if time.monotonic() > give_up_at:
             raise RuntimeError(f"not drained within {LIMIT_S:.0f} s")
-        time.sleep(_LOOK_EVERY_S)  # a group has no event that says "all acknowledged"
+        time.sleep(_POLL_S)  # a group has no event that says "all acknowledged"
 
 
 def ours(url: str, procs: int) -> Consumers:
@@ -174,7 +174,7 @@ def measure(url: str, jobs: int, procs: int, repeat: int) -> dict[str, Any]:
     }
 
 
-def for_people(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any]) -> str:
     """The medians as a table, then the processor time by role."""
     rows = [("medians", "jobs/s", "CPU us/job", "server us/job", "commands/job")]
     for name, found in report["median"].items():
@@ -183,7 +183,7 @@ def for_people(report: dict[str, Any]) -> str:
         rows.append((name, f"{found['jobs_per_s']:,.0f}", *figures))
     by_role = ", ".join(f"{role} {us:.1f}" for role, us in report["median"]["service"]["cpu_us"].items())
     return "\n".join([
-        described(report["host"]),
+        format_facts(report["host"]),
         f"{report['jobs']:,} jobs of {report['job_bytes']} bytes, {report['procs']} workers, "
         f"{report['repeat']} runs each; bare: {report['bare_processes']} processes",
         table(rows),
@@ -201,7 +201,7 @@ def main(jobs: int, procs: int, repeat: int, redis_url: str, as_json: bool) -> N
     """Measure and print."""
     with server(redis_url) as url:
         report = measure(url, jobs, procs, repeat)
-    print(json.dumps(report) if as_json else for_people(report))
+    print(json.dumps(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

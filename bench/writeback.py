@@ -27,7 +27,7 @@ from typing import Any
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 import click
-from hosts import described, host_facts, roles_of
+from hosts import format_facts, host_facts, roles_of
 from llm_stub import llm_stub
 from rig import LIMIT_S, connect, say
 
@@ -45,7 +45,7 @@ _HANDLER = "jobworker.handlers.summaries.handler:WriteBack"
 #: Any length will do: what is looked at is which text is where.
 _MODEL = "dummy:64"
 _TEXT = "Snow had fallen on the pass all night, and the road below the inn was gone by the morning."
-_LOOK_EVERY_S = 0.01
+_POLL_S = 0.01
 
 
 class Service:
@@ -64,9 +64,9 @@ class Service:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("JOBWORKER_")}
         if milvus_uri:
             environment |= {"JOBWORKER_MILVUS_URI": milvus_uri, "JOBWORKER_MILVUS_PREFIX": _prefix(folder)}
-        tether = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
-        self.process = subprocess.Popen([*tether, *command], stderr=self._log, env=environment)
-        wait_until(lambda: '"msg": "ready"' in self.log or self.process.poll() is not None, "ready")
+        pdeathsig_command = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
+        self.process = subprocess.Popen([*pdeathsig_command, *command], stderr=self._log, env=environment)
+        wait_until(lambda: '"msg": "service.ready"' in self.log or self.process.poll() is not None, "ready")
         if self.process.poll() is not None:
             raise RuntimeError(f"the service ended:\n{self.log[-2000:]}")
 
@@ -121,7 +121,7 @@ def wait_until(condition: Callable[[], bool], what: str, within_s: float = LIMIT
     while not condition():
         if time.monotonic() > give_up_at:
             raise RuntimeError(f"not within {within_s} s: {what}")
-        time.sleep(_LOOK_EVERY_S)  # other processes' state sends no event
+        time.sleep(_POLL_S)  # other processes' state sends no event
 
 
 @contextmanager
@@ -257,7 +257,7 @@ def both_ways(path: Path, limit: int, settings: Mapping[str, Any], delay_s: floa
 def show(result: dict[str, Any]) -> None:
     """For people."""
     kills = result["kills"]
-    print(described(kills["host"]))
+    print(format_facts(kills["host"]))
     print(
         f"{kills['write_backs']} write-backs of {kills['chapters']} chapters x {kills['versions']} versions, "
         f"{kills['kills']} workers killed: all at the newest version, {kills['seconds']} s "

@@ -28,11 +28,11 @@ class World:
     """A kept promise that tests break: one job that succeeded, one poison job, one that is no job."""
 
     def __init__(self, folder: Path) -> None:
-        self.load, self.diary_of, self.oracle = map(
-            importlib.import_module, ("chaos_load", "chaos_diary", "chaos_oracle")
+        self.load, self.events_module, self.oracle = map(
+            importlib.import_module, ("chaos_load", "chaos_events", "chaos_oracle")
         )
         self._folder = folder
-        self.diary = self.diary_of.Diary(folder)
+        self.event_log = self.events_module.EventLog(folder)
         self.ledger = self.load.Ledger()
         for id, fate, effect in (
             (GOOD, "ok", "t.good"),
@@ -54,7 +54,7 @@ class World:
         (self._folder / "events").write_text("".join(line + "\n" for line in self.lines))
         for key, id in self.effects.items():
             (self._folder / "effects" / key).symlink_to(id)
-        return self.oracle.judge(self.ledger, self.diary, Letters(*self.letters), uncounted_deaths=0)
+        return self.oracle.judge(self.ledger, self.event_log, Letters(*self.letters), uncounted_deaths=0)
 
     def broken(self) -> set[str]:
         """Names of the promises that the verdict says were broken."""
@@ -70,7 +70,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     before = set(sys.modules)
     one = World(tmp_path)
     yield one
-    one.diary.close()
+    one.event_log.close()
     for name in set(sys.modules) - before:
         if name.startswith("chaos"):
             del sys.modules[name]

@@ -27,7 +27,7 @@ class Event(NamedTuple):
     mono_s: float
 
 
-class Pen:
+class EventWriter:
     """Writes for one process; the folder is the one that the environment names."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ def effect_key(tenant_id: str, id: str, text: str) -> str:
     return f"{tenant_id}.{id}.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-class Diary:
+class EventLog:
     """Reads what was written, as it grows."""
 
     def __init__(self, folder: Path) -> None:
