@@ -1,12 +1,12 @@
-"""Kill everything, many times, and count every job at the end.
+"""Chaos test: inject faults into a running service, then account for every job.
 
-Starts a server that has every answered write on its disk, and a service behind a proxy. Sends jobs in bursts
-and does one fault after another, each while a burst is being worked off, and measures from the fault to the
-next start of a job that it held up. When nothing is left to do, an oracle that knows only what the server has
-confirmed and what handlers wrote down looks for jobs that are lost, unexpected, or left their effect twice.
+Starts a server that syncs every write before it answers, and a service behind a proxy. Sends jobs in bursts
+and injects one fault during each burst. Recovery is the time from the fault to the next start of a job that
+it delayed. At the end, an oracle looks for lost, unexpected and duplicated jobs. It knows only what the
+server confirmed and what the handlers recorded.
 
-The seed that is printed gives the same jobs and the same faults again; who runs what when is not repeated.
-Exit code 0: every promise was kept; 1: not.
+The printed seed reproduces jobs and faults, but not their timing. Exit code 0: every promise was kept;
+1: at least one was broken.
 """
 
 import json
@@ -39,12 +39,12 @@ from tqdm import tqdm
 
 from jobworker.worker.supervision.slots import STANDBYS
 
-#: A recovery that takes longer is given up on; it counts as missed.
+#: Timeout of a recovery in seconds; after it, the recovery counts as missed.
 _RECOVERY_WITHIN_S = 30.0
 
 
 class Run:
-    """One run: everything it starts ends with it."""
+    """One run; `close` ends everything that it started."""
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         self._options = options
@@ -78,7 +78,7 @@ class Run:
         self._injected: list[InjectedFault] = []
 
     def __call__(self) -> dict[str, Any]:
-        """The report."""
+        """Run the test; returns the report."""
         started = time.monotonic()
         self._await_ready()
         self._warm_up()
@@ -89,7 +89,7 @@ class Run:
         rest: dict[str, Any] = {"unfinished": await_rest(self._server.client, self._services)}
         rest["rings not empty"] = rings_not_empty(self._services)
         rest["descriptors leaked"] = leaked_descriptors(before, self._services)
-        # A reader that is stopped past its lease may not charge a job that another service has by then.
+        # A reader that was stopped past its lease may not count deaths of jobs that another service claimed.
         taken_over = len(self._services) > 1
         uncounted = sum(s.ends_supervisor or (taken_over and s.kind == "stop") for s in self._injected)
         verdict = judge(self._producer.ledger, self._event_log, self._server.client, uncounted)
@@ -112,7 +112,7 @@ class Run:
 
     def _await_ready(self) -> None:
         give_up_at = time.monotonic() + LIMIT_S
-        # With all that stand by, for whom the supervisor holds descriptors too.
+        # Including the standbys: the supervisor holds descriptors for them too.
         while not all(
             one.ready() and len(one.roles().get("spare", [])) == STANDBYS for one in self._services
         ):
@@ -121,13 +121,13 @@ class Run:
             time.sleep(POLL_S)  # a page sends no event
 
     def _warm_up(self) -> None:
-        """Have every connection opened that stays open, so that later ones can be told from leaked ones."""
+        """Open every long-lived connection, so that leaked descriptors can be recognised later."""
         fault = InjectedFault("", time.monotonic(), self._world.probe() | self._world.probe(by_retry=True))
         self._await_recovery(fault)
         await_rest(self._server.client, self._services)
 
     def _inject_faults(self) -> None:
-        """All faults, each in a burst of its share of the jobs; in the time that is given at least."""
+        """Inject all faults, each during a burst of its share of the jobs, spread over the duration."""
         pace_s = self._options["duration"] / len(self._faults)
         sent = 0
         for number, kind in enumerate(tqdm(self._faults, desc="faults", disable=None, file=sys.stderr)):
@@ -135,11 +135,11 @@ class Run:
             share = len(self._jobs) * (number + 1) // len(self._faults) - sent
             sent += share
             self._producer.burst(share)
-            time.sleep(self._world.rng.uniform(0.0, 0.15))  # at another moment of the burst each time
+            time.sleep(self._world.rng.uniform(0.0, 0.15))  # a random moment of the burst
             fault = FAULTS[kind](self._world)
             self._injected.append(fault)
             self._await_recovery(fault)
-            time.sleep(max(0.0, next_at - time.monotonic()))  # the pace that was asked for
+            time.sleep(max(0.0, next_at - time.monotonic()))  # the requested pace
 
     def _await_recovery(self, fault: InjectedFault) -> None:
         if not fault.awaited:
@@ -179,7 +179,7 @@ class Run:
         ]
 
     def close(self) -> None:
-        """End what is still there, after trouble too."""
+        """End everything that still runs, also after an error."""
         for service in self._services:
             service.stop()
         self._server.stop()
@@ -201,12 +201,12 @@ def _kinds(_: click.Context, __: click.Parameter, text: str) -> list[str]:
     default=0.0,
     show_default=True,
     type=click.FloatRange(0),
-    help="Seconds that the faults are spread over at least.",
+    help="Shortest duration of all faults, in seconds.",
 )
 @click.option("--faults", default=",".join(KINDS), callback=_kinds, show_default=True,
-              help=f"Kinds, with commas. Beside these: {HOST} (needs --services 2); and "
-              f"{', '.join(DESTRUCTIVE)}, which lose jobs or repeat them by their nature.")  # fmt: skip
-@click.option("--seed", type=int, default=None, help="Of the run to be repeated.  [default: a new one]")
+              help=f"Kinds, separated by commas. Further kinds: {HOST} (needs --services 2); and "
+              f"{', '.join(DESTRUCTIVE)}, which lose or repeat jobs by their nature.")  # fmt: skip
+@click.option("--seed", type=int, default=None, help="Seed of the run to repeat.  [default: random]")
 @click.option("--procs", default=8, show_default=True, type=click.IntRange(1), help="Workers in all.")
 @click.option(
     "--services", default=1, show_default=True, type=click.IntRange(1), help="Services on this host."

@@ -1,13 +1,13 @@
-"""The same jobs, kills and oracle for other job systems: what do they leave, repeat, and when do they go on?
+"""Comparison with other job systems: the same jobs, kills and oracle; lost jobs, repetitions, recovery.
 
-Each peer is installed into a virtual environment of its own under the user's cache folder, and runs with the
-settings that suit it best here (see ``--help`` of this program and ``bench/peers``). Workers are killed, and
-the server is killed and started again on its data, of which every answered write is on the disk. What ends is
-started again after 0.1 s, as a service manager would. Malformed jobs are left out: clients do not send them.
+Each peer is installed into a virtual environment of its own in the user's cache folder, and runs with the
+settings that suit it best (see ``--help`` of this program and ``bench/peers``). Workers are killed. The
+server is killed and restarted on its data, to which it syncs every write before it answers. Killed processes
+restart after 0.1 s, as with a service manager. Malformed jobs are left out: clients do not send them.
 
-A job counts as not done when its client was told that it is in and its effect is not there at the end: when
-all others are there and it was not started for two minutes. Meanwhile one more job a second keeps coming, for
-some systems look after the dead only when there is work.
+A job counts as not done if its client confirmed it and its effect is missing at the end. The end is when all
+other effects are there and it was not started for two minutes. Meanwhile one more job a second arrives,
+because some systems recover jobs of dead workers only while there is work.
 """
 
 import contextlib
@@ -29,24 +29,24 @@ from chaos_world import POLL_S, Server
 from hosts import host_facts, table
 from tqdm import tqdm
 
-#: Not started for so long: what is not done by then counts as never. RQ waits for 60 s and more.
+#: A job that was not started for this long counts as never done. RQ waits for 60 s and more.
 _QUIET_S = 120.0
-#: What is started again and again and never done counts as never too.
+#: Timeout of the whole wait: a job that is restarted again and again counts as never done.
 _END_WITHIN_S = 400.0
-#: Between two jobs that come in after the last fault.
+#: Interval between jobs after the last fault.
 _TRICKLE_S = 1.0
-#: What their ids begin with; they are counted nowhere.
+#: Prefix of their ids; they are not counted.
 _LATE = "late-"
-#: Bursts are short and the machine may be: how long to wait for a worker that runs a job.
+#: Timeout of the wait for a worker that runs a job.
 _BUSY_WITHIN_S = 2.0
-#: One of this many faults is a kill of the server, as in the long form of the other program.
+#: Every tenth fault kills the server, as in a full run of chaos.py.
 _SERVER_KILL_EVERY = 10
 
 Fault = dict[str, Any]
 
 
 def _fault(kind: str, server: Server, consumers: Consumers, event_log: EventLog, rng: random.Random) -> Fault:
-    """Do it; what was under way in the processes that were killed is to be started again."""
+    """Inject a fault; `held` are the jobs that the killed processes were running."""
     mono_s = time.monotonic()
     if kind == "worker":
         give_up_at = mono_s + _BUSY_WITHIN_S
@@ -62,7 +62,7 @@ def _fault(kind: str, server: Server, consumers: Consumers, event_log: EventLog,
 
 
 def _await_end(event_log: EventLog, feed: Feed, expected: set[str]) -> None:
-    """Until every expected effect is there, or none of those that are missing was started for long."""
+    """Wait until every expected effect is there, or no missing job was started for a long time."""
     began = time.monotonic()
     late = 0
     while missing := expected - event_log.effects().keys():
@@ -72,11 +72,11 @@ def _await_end(event_log: EventLog, feed: Feed, expected: set[str]) -> None:
         now = time.monotonic()
         if now - max(last, began) > _QUIET_S or now - began > _END_WITHIN_S:
             return
-        time.sleep(_TRICKLE_S)  # the distance in time is what is wanted
+        time.sleep(_TRICKLE_S)  # the interval is intended
 
 
 def _recoveries(faults: list[Fault], event_log: EventLog, kind: str, succeeds: set[str]) -> dict[str, Any]:
-    """From each kill to the restart of what was under way; for the server, to the next start of any job."""
+    """Time from each kill to the restart of the interrupted jobs; for the server, to the next job start."""
     starts = [event for event in event_log.read() if event.what == START]
     took, never = [], 0
     for fault in faults:
@@ -113,7 +113,7 @@ def _counts(event_log: EventLog, feed: Feed, succeeds: set[str], poison: set[str
 
 
 def measure(peer: Peer, options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One peer under the faults."""
+    """Run one peer with faults."""
     rng = random.Random(options["seed"])
     fates = {"ok", *SHARES} - {"malformed"}
     jobs = [job for job in plan(options["jobs"], rng) if job.fate in fates]
@@ -137,9 +137,9 @@ def measure(peer: Peer, options: dict[str, Any], folder: Path) -> dict[str, Any]
             next_at = time.monotonic() + options["pace"]
             share = jobs[number * len(jobs) // len(kinds) : (number + 1) * len(jobs) // len(kinds)]
             feed.send(share)
-            time.sleep(rng.uniform(0.0, 0.15))  # at another moment of the burst each time
+            time.sleep(rng.uniform(0.0, 0.15))  # a random moment of the burst
             faults.append(_fault(kind, server, consumers, event_log, rng))
-            time.sleep(max(0.0, next_at - time.monotonic()))  # the pace that was asked for
+            time.sleep(max(0.0, next_at - time.monotonic()))  # the requested pace
         feed.finish()
         succeeds = {job.id for job in jobs if job.effect}
         _await_end(event_log, feed, feed.confirmed & succeeds)
@@ -174,16 +174,22 @@ def _named(_: click.Context, __: click.Parameter, text: str) -> list[Peer]:
 
 
 @click.command(help=__doc__)
-@click.option("--peers", default=",".join(PEERS), callback=_named, show_default=True, help="With commas.")
+@click.option(
+    "--peers", default=",".join(PEERS), callback=_named, show_default=True, help="Names, separated by commas."
+)
 @click.option("--jobs", default=2000, show_default=True, type=click.IntRange(10))
 @click.option(
-    "--kills", default=40, show_default=True, type=click.IntRange(1), help="One in ten of the server."
+    "--kills",
+    default=40,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Kills; one in ten is of the server.",
 )
 @click.option(
     "--pace", default=1.0, show_default=True, type=click.FloatRange(0), help="Seconds for each fault."
 )
 @click.option("--procs", default=8, show_default=True, type=click.IntRange(1), help="Worker processes.")
-@click.option("--seed", type=int, default=None, help="Of jobs and faults.  [default: a new one]")
+@click.option("--seed", type=int, default=None, help="Seed of jobs and faults.  [default: random]")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
 @click.option("--keep", is_flag=True, help="Keep the folders with logs and events, and print their names.")
 def main(peers: list[Peer], as_json: bool, keep: bool, **options: Any) -> None:
