@@ -95,7 +95,7 @@ class Supervisor:
 
     def _announce(self) -> None:
         """The stores are up: from here on tools on this machine can find them."""
-        settings = self._stores.filled()
+        settings = self._stores.fill(self._settings)
         if self._data is not None:
             addresses = {name: getattr(settings, name) for name in ("redis_url", *extension().endpoints)}
             self._data.announce({**addresses, "metrics_url": self._server.url, "pid": os.getpid()})
@@ -155,7 +155,7 @@ class Supervisor:
     def _status(self) -> dict[str, Any]:
         health = self.health()
         return {
-            **service_status(self._settings, self._stores.filled().redis_url),
+            **service_status(self._settings, self._stores.fill(self._settings).redis_url),
             "ready": health.live and health.ready,
             "reasons": health.reasons,
             "children": self._crew.children(time.monotonic()),

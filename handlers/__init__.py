@@ -52,6 +52,9 @@ EXTENSION = Extension(
     options="jobworker.handlers.options",
     embedded=("jobworker.handlers.vectors.milvus.embedded:EmbeddedMilvus",),
     endpoints=("milvus_uri",),
+    progress="jobworker.handlers.rebuild.progress:read_progress",
+    doctor="jobworker.handlers.doctor",
+    packages=("torch", "sentence-transformers", "pymilvus", "milvus-lite"),
     metrics={
         "z_novel_embedded_tokens_total": Metric("counter", "Model tokens that were embedded"),
         "z_novel_truncated_tokens_total": Metric(

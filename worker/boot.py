@@ -94,7 +94,7 @@ def _begin_tracing(role: str, settings: Settings) -> None:
 
 
 def _fail(link: ControlSocket, error: str, code: Exit) -> int:
-    log.critical(error)
+    log.critical("child.start_failed", extra={"error": error})
     link.send(StartFailed(error, code))
     return code
 

@@ -82,7 +82,7 @@ async def _cancel(tasks: "set[asyncio.Task[Any]]") -> None:
     left = [task for task in tasks if not task.done()]
     names = [task.get_name() for task in left if not task.cancelling()]
     if names:
-        log.warning("cancelling %d tasks that a job left running: %s", len(names), ", ".join(names)[:1000])
+        log.warning("handler.tasks_cancelled", extra={"tasks": len(names), "names": ", ".join(names)[:1000]})
     for task in left:
         task.cancel()
     if left:

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .keys import Source
 
-__all__ = ["Extension", "Metric", "Source", "extension"]
+__all__ = ["Extension", "Metric", "Progress", "Source", "extension", "imported"]
 
 #: The package whose ``EXTENSION`` the engine uses.
 _PACKAGE = "jobworker.handlers"
@@ -28,6 +28,14 @@ class Metric(NamedTuple):
     buckets: tuple[float, ...] = ()
 
 
+class Progress(NamedTuple):
+    """How far a long job is: in words, and as facts for machines."""
+
+    job_id: str
+    text: str
+    facts: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Extension:
     """The built-in job types.
@@ -38,6 +46,9 @@ class Extension:
     - ``settings``: ``module:Class`` of the `Settings` with their options; ``options``: the module with these.
     - ``embedded``: ``module:Class`` of servers that the service starts if no URL is given.
     - ``endpoints``: settings that ``endpoints.json`` repeats.
+    - ``progress``: ``module:function`` from the URL of the job store to the `Progress` of each long job.
+    - ``doctor``: module with further checks of `jobworker doctor`: its ``OPTIONS`` and ``findings``.
+    - ``packages``: whose versions `jobworker doctor` shows.
     """
 
     handlers: Mapping[str, str]
@@ -49,6 +60,9 @@ class Extension:
     options: str
     embedded: tuple[str, ...]
     endpoints: tuple[str, ...]
+    progress: str
+    doctor: str
+    packages: tuple[str, ...]
 
 
 @cache
@@ -57,3 +71,9 @@ def extension() -> Extension:
     found = import_module(_PACKAGE).EXTENSION
     assert isinstance(found, Extension)
     return found
+
+
+def imported(target: str) -> Any:
+    """The class or function that ``module:name`` says, imported now."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)

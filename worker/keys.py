@@ -32,8 +32,6 @@ NO_HOLDER = Holder()
 
 #: Hash: type that was paused by hand -> since when and why, as JSON. One for all streams.
 PAUSED_KEY = "jobworker:paused"
-#: Set: full names of the collections that were ever rebuilt; `explain` shows their progress.
-REBUILT_KEY = "jobworker:rebuilt"
 
 
 def _derived(prefix: str, stream: str, cluster: bool) -> str:
@@ -65,8 +63,3 @@ def fence_key(stream: str, *, cluster: bool = False) -> str:
 def consumer_name(host: str, instance: str) -> str:
     """The consumer that one service reads as; stable over restarts, so that it finds its own again."""
     return f"{host}/{instance}"
-
-
-def rebuild_key(collection: str) -> str:
-    """Hash: how far the rebuild of a collection is."""
-    return f"writes:{{{collection}}}:rebuild"

@@ -3,13 +3,12 @@
 import os
 import socket
 from dataclasses import dataclass, field, fields
-from importlib import import_module
 from typing import Any, ClassVar, Self
 
 import msgspec
 
 from .errors import ConfigurationError
-from .extension import extension
+from .extension import extension, imported
 from .keys import NO_HOLDER, Holder, Source
 from .outcome import RetryPolicy
 
@@ -117,7 +116,6 @@ def without_credentials(url: str, mark: str = "") -> str:
 
 def settings_class() -> type[Settings]:
     """The settings of the engine and the built-in types together."""
-    module, _, name = extension().settings.partition(":")
-    found: type[Settings] = getattr(import_module(module), name)
+    found: type[Settings] = imported(extension().settings)
     assert issubclass(found, Settings)
     return found

@@ -1,6 +1,6 @@
 """Handlers under test: the service's own roles in one process, over a store in memory and a clock of its own.
 
-Nothing is started and nothing is waited for: no server, no second process, no model. What becomes of a job is
+Nothing is started and nothing is waited for: no server and no second process. What becomes of a job is
 decided by the code that decides it in the service.
 """
 

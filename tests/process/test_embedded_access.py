@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 
+from jobworker.handlers.vectors.milvus.embedded import EmbeddedMilvus
 from jobworker.handlers.vectors.milvus.store import VectorStoreError, open_vectors
 from jobworker.worker.data_dir import DataDir
-from jobworker.worker.supervision.embedded import EmbeddedMilvus, EmbeddedValkey
+from jobworker.worker.supervision.embedded import EmbeddedValkey
 from support.service import Service, eventually, service
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]

@@ -28,6 +28,8 @@ def letter(id: str, reason: str = "poison", job_id: str | None = "j", **fields: 
 class FakeOperatorStore:
     """Streams, groups, retries and dead letters, each by stream."""
 
+    url = ""
+
     def __init__(self, letters: dict[str, list[Entry]] | None = None) -> None:
         self.letters = {
             stream: sorted(some, key=lambda one: order_of(one.id)) for stream, some in (letters or {}).items()
@@ -79,9 +81,6 @@ class FakeOperatorStore:
 
     def pauses(self) -> list[Pause]:
         return self.paused
-
-    def rebuilds(self) -> list[Any]:
-        return []
 
     def group(self, source: Source) -> GroupState | None:
         return self.groups.get(source.stream)

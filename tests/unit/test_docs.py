@@ -199,6 +199,52 @@ def test_the_files_and_functions_that_a_page_names_exist(page: Path) -> None:
     everywhere += [path.as_posix() for path in ROOT.iterdir()]
     missing = [one for one in files if not any(path.endswith("/" + one.rstrip("/")) for path in everywhere)]
     assert not missing
-    names = [one for one in code if re.fullmatch(r"(?:[A-Z]\w*[a-z]\w*)(?:\.\w+)?", one)]
+    names = [
+        one for one in code if re.fullmatch(r"(?:[A-Z]\w*[a-z]\w*)(?:\.\w+)?|[a-z]+_[a-z_]+|_[a-z]+", one)
+    ]
     known = names_in_code()
     assert not [one for one in names if one not in known and one != "Unavailable"]
+
+
+#: How a level is called; `exception` logs an error with its traceback.
+LEVELS = {"debug", "info", "warning", "error", "critical"}
+
+
+def events_in_code() -> dict[str, str]:
+    """Every log event of the product with its level."""
+    found = {}
+    for file in [*ROOT.glob("worker/**/*.py"), *ROOT.glob("handlers/**/*.py"), ROOT / "supervisor.py"]:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and is_logger(node.func.value)
+            ):
+                level = node.func.attr.replace("exception", "error")
+                if level in LEVELS:
+                    (message, *_) = node.args
+                    assert isinstance(message, ast.Constant), (
+                        f"{file}:{node.lineno}: an event is a fixed text"
+                    )
+                    found[str(message.value).partition(" ")[0]] = level
+    return found
+
+
+def is_logger(node: ast.expr) -> bool:
+    """Whether it is a module's logger, or one that was just looked up."""
+    text = ast.unparse(node)
+    return text in ("log", "logger") or text.startswith("logging.getLogger(")
+
+
+def test_the_page_on_events_lists_every_event_with_its_level() -> None:
+    listed = {}
+    for names, level in re.findall(
+        r"^\| (`[^|]+`) \| ([\w ]+) \|", (ROOT / "docs/events.md").read_text(), re.MULTILINE
+    ):
+        listed |= dict.fromkeys(re.findall(r"`([^`]+)`", names), level)
+    assert listed.pop("log.suppressed") == "as the event"
+    assert listed == events_in_code()
+
+
+def test_an_event_is_a_name_and_no_sentence() -> None:
+    assert [name for name in events_in_code() if not re.fullmatch(r"[a-z_]+\.[a-z_]+", name)] == []

@@ -659,8 +659,9 @@ def test_tasks_that_a_job_leaves_running_end_with_it_and_those_of_before_stay(
     assert worker.states() == [SUCCEEDED, FAILED]
     assert ended == [("0", "0"), ("1", "1")]
     assert not kept[0].done()
-    assert [record.getMessage() for record in caplog.records] == [
-        f"cancelling 1 tasks that a job left running: left by {id}" for id in "01"
+    assert [record.getMessage() for record in caplog.records] == ["handler.tasks_cancelled"] * 2
+    assert [(vars(one)["tasks"], vars(one)["names"]) for one in caplog.records] == [
+        (1, f"left by {id}") for id in "01"
     ]
 
 

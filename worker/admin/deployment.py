@@ -1,6 +1,6 @@
 """The deployment that an operator works on: its job store, its services and its streams."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +19,13 @@ DEPLOYMENT_HINT = (
 
 class Deployment(NamedTuple):
     """Url of the job store and of the services' status pages. ``default_metrics``: no url of a service was
-    given, so the one that answers at the default address may belong to another deployment."""
+    given, so the one that answers at the default address may belong to another deployment.
+    ``endpoints``: further addresses of the service on this machine."""
 
     url: str
     metrics_urls: tuple[str, ...]
     default_metrics: bool
-    milvus_uri: str = ""
+    endpoints: Mapping[str, Any] = {}
 
     def services(self) -> list[Service]:
         """Every service with its current status, or with the reason why it did not answer."""

@@ -4,7 +4,7 @@ No function here does input or output.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..store.facts import ServerFacts, StreamFacts
 from ..store.operator import Consumer, Pause
@@ -205,28 +205,4 @@ def host_findings(facts: HostFacts) -> Iterator[Finding]:
                       f"ulimit -n {_MIN_OPEN_FILES} or LimitNOFILE=")  # fmt: skip
     yield Finding("ok", "limits", f"{facts.cores} cores, {facts.memory_free >> 20} MiB of memory free, "
                   f"{facts.open_files} open files")  # fmt: skip
-    yield Finding("ok", "gpu", ", ".join(facts.gpus) or "none: models run on the CPU")
-
-
-def model_findings(model: dict[str, Any], milvus: dict[str, Any] | None) -> Iterator[Finding]:
-    """What loading the model came to, and whether its vectors fit the collections."""
-    if "error" in model:
-        yield Finding("wrong", "model", model["error"], "name one by --model that is on this machine")
-    else:
-        says = f"{model['model']}: {model['dim']} dimensions, {model['max_tokens']} tokens a window"
-        yield Finding("ok", "model", f"{says}, loaded in {model['load_s']} s")
-    if milvus is None:
-        return
-    if "error" in milvus:
-        do = "is it running, and are --milvus-uri and JOBWORKER_MILVUS_TOKEN right?"
-        yield Finding("wrong", "Milvus", milvus["error"], do)
-        return
-    yield Finding("ok", "Milvus", f"version {milvus['version']}{' (Lite)' if milvus['lite'] else ''}")
-    for name, dim in milvus["dims"].items():
-        if dim is None:
-            yield Finding("note", "Milvus", f"there is no {name} yet: its first write makes it")
-        elif dim != model.get("dim", dim):
-            yield Finding("wrong", "Milvus", f"{name} holds vectors of {dim} dimensions, not {model['dim']}",
-                          "start with the model it was filled with, or rebuild it")  # fmt: skip
-        else:
-            yield Finding("ok", "Milvus", f"{name} holds vectors of {dim} dimensions")
+    yield Finding("ok", "gpu", ", ".join(facts.gpus) or "none")

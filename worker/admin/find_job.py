@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..extension import extension, imported
 from ..keys import Source
 from ..store.operator import GroupState, Lease, OperatorStore, Pause, order_of, walk
 from ..store.ports import HANDED_BACK_IDLE_S, Entry
@@ -72,17 +73,15 @@ class JobFinder:
         self._add_progress([one for one in locations if one.state in _UNDER_WAY])
         return locations
 
-    def _add_progress(self, found: Sequence[JobLocation]) -> None:
-        """Say how far the job is where it rebuilds a collection; also between two tries of it."""
-        for rebuild in self._store.rebuilds() if found else ():
-            of = rebuild.fields
-            for one in found:
-                if one.job_id == of.get("job") and of.get("phase", "done") != "done":
-                    one.facts |= {
-                        "rebuilds": rebuild.collection, "phase": of["phase"],
-                        "rows_copied": int(of.get("copied", 0)), "rows": int(of.get("total", 0)),
-                    }  # fmt: skip
-                    one.why += f"; {_how_far(rebuild.collection, one.facts)}"
+    def _add_progress(self, locations: Sequence[JobLocation]) -> None:
+        """Add how far a long job is, also between two tries of it."""
+        if not locations or not self._store.url:
+            return
+        for progress in imported(extension().progress)(self._store.url):
+            for one in locations:
+                if one.job_id == progress.job_id:
+                    one.facts |= progress.facts
+                    one.why += f"; {progress.text}"
 
     # -- the stream
 
@@ -248,13 +247,6 @@ class JobFinder:
                     JobLocation("dead", stream, why, letter.job_id, letter.type, letter.tenant_id, facts)
                 )
         return locations
-
-
-def _how_far(collection: str, facts: dict[str, Any]) -> str:
-    """In words, for instance: z_novel_story_segments: fill, 4000 of 10000 rows (40 %)."""
-    copied, rows = facts["rows_copied"], facts["rows"]
-    share = f" ({100 * min(copied, rows) // rows} %)" if rows else ""
-    return f"{collection}: {facts['phase']}, {copied} of {rows} rows{share}"
 
 
 def _mentions(entry: Entry, id: str) -> bool:

@@ -116,8 +116,7 @@ def verb_on_deployment(group: click.Group) -> Callable[[Callable[..., None]], cl
             endpoints = {} if redis_url else read_endpoints(data_dir)
             default_url = str(endpoints.get("metrics_url", f"http://{metrics_addr}"))
             url = require_store_url(redis_url or str(endpoints.get("redis_url", "")))
-            milvus_uri = str(endpoints.get("milvus_uri", ""))
-            command(Deployment(url, metrics_urls or (default_url,), not metrics_urls, milvus_uri), **options)
+            command(Deployment(url, metrics_urls or (default_url,), not metrics_urls, endpoints), **options)
 
         for option in (_METRICS_ADDR_ENV, METRICS_URL, DATA_DIR, REDIS_URL, CONFIG_OF_SERVICE):
             with_deployment = option(with_deployment)

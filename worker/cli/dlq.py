@@ -40,7 +40,7 @@ def dlq() -> None:
 
     \b
     jobworker dlq list --reason exhausted --newer-than 2h
-    jobworker dlq requeue --type embedding_batch --reason timeout --rate 50
+    jobworker dlq requeue --type shout --reason timeout --rate 50
     """
 
 

@@ -59,7 +59,7 @@ def enqueue(
     line its own id: then the whole file can be sent again.
 
     \b
-    jobworker enqueue embedding_batch --tenant t1 --project p1 \\
+    jobworker enqueue shout --tenant t1 --project p1 \\
         --payload '{"tenant_id": "t1", "project_id": "p1", "ids": ["s1"], "texts": ["It rained."]}'
     jobworker enqueue --lines jobs.jsonl
     jobworker enqueue audit --lines - < events.jsonl      # lines like {"payload": {"who": "me"}}

@@ -32,7 +32,7 @@ def pause(deployment: Deployment, types: tuple[str, ...], note: str, as_json: bo
     use up no retry. Other types continue, also on the same stream.
 
     \b
-    jobworker pause embedding_batch --note 'new model is being installed'
+    jobworker pause shout --note 'new release is being installed'
     jobworker pause
     """
     from ..store.redis.operator import RedisOperatorStore
@@ -76,7 +76,7 @@ def resume(url: str, types: tuple[str, ...], as_json: bool) -> None:
     The jobs that waited run first.
 
     \b
-    jobworker resume embedding_batch
+    jobworker resume shout
 
     Exit code 1: one of the types was not paused.
     """

@@ -19,7 +19,7 @@ def retry() -> None:
 
     \b
     jobworker retry list
-    jobworker retry now --type embedding_batch
+    jobworker retry now --type shout
     """
 
 

@@ -4,7 +4,7 @@ Entry ids are bytes, ``b"<milliseconds>-<sequence>"``. Every call raises `StoreU
 does not answer or refuses for now. Nothing here takes a reader's name, so it may run beside any service.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from ..keys import Source
@@ -58,15 +58,11 @@ class Pause(NamedTuple):
     note: str
 
 
-class Rebuilding(NamedTuple):
-    """How far the rebuild of a collection is: fields as `Rebuilds.state` gives them."""
-
-    collection: str
-    fields: Mapping[str, str]
-
-
 class OperatorStore(Protocol):
     """The streams, retries, dead letters and pauses of a deployment."""
+
+    #: Where the store is; it may hold a password. Empty for a store in memory.
+    url: str
 
     def wall_now_s(self, stream: str) -> float:
         """The store's clock, unix seconds."""
@@ -101,9 +97,6 @@ class OperatorStore(Protocol):
 
     def pauses(self) -> list[Pause]:
         """The types that are paused, by name."""
-
-    def rebuilds(self) -> list[Rebuilding]:
-        """What became last of every collection that was ever rebuilt, by name."""
 
     def group(self, source: Source) -> GroupState | None:
         """How far the group is; None where it (or its stream) does not exist."""

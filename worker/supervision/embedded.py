@@ -8,14 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..data_dir import HOST, DataDir, free_port, kept_secret, private_folder, write_private
 from ..errors import ConfigurationError, Exit
-from ..extension import extension
+from ..extension import extension, imported
 from ..settings import Settings
 from .process import Process, RestartBackoff
 
@@ -92,10 +91,7 @@ class Embedded(Protocol):
 
 def needed(settings: Settings) -> list[Callable[[DataDir], Embedded]]:
     """The servers to start, each made with the data directory."""
-    servers: list[Any] = [EmbeddedValkey]
-    for target in extension().embedded:
-        module, _, name = target.partition(":")
-        servers.append(getattr(import_module(module), name))
+    servers: list[Any] = [EmbeddedValkey, *map(imported, extension().embedded)]
     return [server for server in servers if server.needed(settings)]
 
 
@@ -129,18 +125,17 @@ class Stores:
     """All embedded stores of a service; none where both urls were given."""
 
     def __init__(self, settings: Settings, data: DataDir | None, stores: list[Embedded]) -> None:
-        self._settings = settings
         self._data = data
         self._kept = [_Kept(store) for store in stores]
         self._mono_give_up_s = time.monotonic() + settings.connect_timeout_s
         self._was_ready = False
 
-    def filled(self) -> Settings:
+    def fill(self, settings: Settings) -> Settings:
         """The settings with the addresses of the embedded servers. They hold secrets: never log them."""
         fields: dict[str, Any] = {}
         for kept in self._kept:
             fields |= kept.store.settings()
-        return replace(self._settings, **fields)
+        return replace(settings, **fields)
 
     @property
     def ready(self) -> bool:

@@ -37,7 +37,7 @@ log = logging.getLogger("jobworker.crew")
 _DUMP_S = 0.3
 #: Reader and reaper report several times a second, but a call to a slow store may hold them for 5 s.
 _STUCK_AFTER_S = 15.0
-#: Time for a child to set itself up; loading a large model from a slow disk takes minutes.
+#: Time for a child to set itself up; a handler may load gigabytes from a slow disk.
 _BOOT_WITHIN_S = 600.0
 #: A start that long ago is past its imports, which keep a processor busy; what follows is mostly waiting.
 _IMPORTS_S = 1.0
@@ -217,7 +217,7 @@ class ProcessManager:
         suspect = self._marks.record_death(proven=spins or ended.cause not in _FROM_OUTSIDE)
         if suspect is not None:
             stream = self._settings.streams[suspect.source].stream
-            log.error("reader ended while it read an entry", extra={
+            log.error("reader.died_at_entry", extra={
                 "stream": stream, "entry_id": suspect.entry_id.decode(), "poison": suspect.convicted,
             })  # fmt: skip
 

@@ -219,7 +219,7 @@ def begin(role: str, settings: Settings, environment: Mapping[str, str]) -> None
 
 
 def _tell_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    logging.getLogger("jobworker").critical("crashed", exc_info=(kind, error, trace))
+    logging.getLogger("jobworker").critical("process.crashed", exc_info=(kind, error, trace))
 
 
 def _tell_thread_crash(end: threading.ExceptHookArgs) -> None:

@@ -22,6 +22,7 @@ class RedisStoreBase:
     """What the three stores share: connections by node, keys, and errors in the port's terms."""
 
     def __init__(self, url: str, *, timeout_s: float = 5.0, scripts: LuaScripts = script) -> None:
+        self.url = url
         self._scripts = scripts
         self._endpoint: Endpoint = endpoint(url, timeout_s)
         self._timeout_s = timeout_s

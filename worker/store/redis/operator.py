@@ -6,8 +6,8 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from ...keys import PAUSED_KEY, REBUILT_KEY, Source, rebuild_key
-from ..operator import START, Consumer, GroupState, Lease, Pause, Rebuilding, Scheduled
+from ...keys import PAUSED_KEY, Source
+from ..operator import START, Consumer, GroupState, Lease, Pause, Scheduled
 from ..ports import Entry
 from .base import SCRIPT_BYTES, SCRIPT_IDS, RedisStoreBase, checked, is_no_group
 from .blocking_read import data_of
@@ -83,15 +83,6 @@ class RedisOperatorStore(RedisStoreBase):
         return sorted(_pause(*pair) for pair in zip(flat[::2], flat[1::2], strict=True))
 
     # -- where a job is
-
-    def rebuilds(self) -> list[Rebuilding]:
-        """See `OperatorStore.rebuilds`."""
-        found = []
-        for name in sorted(self.one(REBUILT_KEY, ("SMEMBERS", REBUILT_KEY))):
-            key = rebuild_key(name.decode())
-            flat = [part.decode() for part in self.one(key, ("HGETALL", key))]
-            found.append(Rebuilding(name.decode(), _facts(flat)))
-        return found
 
     def group(self, source: Source) -> GroupState | None:
         """See `OperatorStore.group`."""
