@@ -1,7 +1,7 @@
 """Handler of `index_rebuild`: rebuilds a collection and its vector index, by default without downtime."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from jobworker.worker import Job, PermanentError, StoreUnavailable, Unavailable
 
@@ -30,6 +30,25 @@ class RebuildPayload(NamedTuple):
     collection: str
     mode: str
     model: str
+
+    @classmethod
+    def parse(cls, payload: Any, prefix: str) -> Self:
+        """Check a payload, whose `collection` may have the prefix or not.
+
+        Raises PermanentError that names the field and its fault.
+        """
+        if not isinstance(payload, dict):
+            raise PermanentError(f"payload must be an object, not {shown(payload)}")
+        name = plain_name(payload.get("collection"), prefix)
+        mode = payload.get("mode") or "shadow"
+        if mode not in ("shadow", "in_place"):
+            raise PermanentError(f"mode must be shadow or in_place, not {shown(mode)}")
+        model = payload.get("model") or ""
+        if not isinstance(model, str):
+            raise PermanentError(f"model must be a string, not {shown(model)}")
+        if model and mode != "shadow":
+            raise PermanentError(f"model needs mode shadow, but mode is {mode}")
+        return cls(name, mode, model)
 
 
 class IndexRebuild:
@@ -69,7 +88,7 @@ class IndexRebuild:
         Raises PermanentError for a bad payload or if the new collection has too low a recall, RebuildBusy if
         another rebuild of it is running, Unavailable if a store does not answer.
         """
-        payload = read_payload(job.payload, self._settings.milvus_prefix)
+        payload = RebuildPayload.parse(job.payload, self._settings.milvus_prefix)
         alias = self._settings.milvus_prefix + payload.collection
         entry = f"{job.stream}/{job.entry_id}"
         try:
@@ -130,23 +149,6 @@ def embedded_text(row: RawRow) -> str:
     if "text_content" in row:
         return str(row["text_content"])
     return "\n".join(filter(None, (row.get("name"), row.get("description"))))
-
-
-def read_payload(payload: Any, prefix: str) -> RebuildPayload:
-    """Check a payload; `collection` may have the prefix or not. Raises PermanentError that says what is
-    wrong."""
-    if not isinstance(payload, dict):
-        raise PermanentError(f"payload must be an object, not {shown(payload)}")
-    name = plain_name(payload.get("collection"), prefix)
-    mode = payload.get("mode") or "shadow"
-    if mode not in ("shadow", "in_place"):
-        raise PermanentError(f"mode must be shadow or in_place, not {shown(mode)}")
-    model = payload.get("model") or ""
-    if not isinstance(model, str):
-        raise PermanentError(f"model must be a string, not {shown(model)}")
-    if model and mode != "shadow":
-        raise PermanentError(f"model needs mode shadow, but mode is {mode}")
-    return RebuildPayload(name, mode, model)
 
 
 def _open_shadow(settings: HandlerSettings) -> ShadowStore:

@@ -18,7 +18,7 @@ from jobworker.handlers.jobstore.fence import WriteIntent
 from jobworker.handlers.jobstore.memory_fence import MemoryFence
 from jobworker.handlers.rebuild import handler as rebuild_handler
 from jobworker.handlers.rebuild import rebuild
-from jobworker.handlers.rebuild.handler import IndexRebuild, RebuildBusy, embedded_text, read_payload
+from jobworker.handlers.rebuild.handler import IndexRebuild, RebuildBusy, RebuildPayload, embedded_text
 from jobworker.handlers.rebuild.memory import MemoryShadow
 from jobworker.handlers.rebuild.ports import RawRow
 from jobworker.handlers.rebuild.rebuild import Clock, next_collection, thin_sample
@@ -557,12 +557,12 @@ def test_progress_and_recall_are_logged(caplog: pytest.LogCaptureFixture) -> Non
 )
 def test_a_bad_payload_is_refused(payload: Any, says: str) -> None:
     with pytest.raises(PermanentError, match=says):
-        read_payload(payload, "z_novel_")
+        RebuildPayload.parse(payload, "z_novel_")
 
 
 def test_the_collection_may_be_named_with_or_without_prefix() -> None:
-    assert read_payload({"collection": ALIAS}, "z_novel_")[0] == NAME
-    assert read_payload({"collection": NAME}, "z_novel_") == (NAME, "shadow", "")
+    assert RebuildPayload.parse({"collection": ALIAS}, "z_novel_").collection == NAME
+    assert RebuildPayload.parse({"collection": NAME}, "z_novel_") == (NAME, "shadow", "")
 
 
 @given(
@@ -575,7 +575,7 @@ def test_all_job_types_accept_the_same_collection_names(prefix: str, name: str, 
     name = prefix * prefixed + name
     answers = []
     for read in (
-        lambda: read_payload({"collection": name}, prefix)[0],
+        lambda: RebuildPayload.parse({"collection": name}, prefix).collection,
         lambda: (
             read_work(
                 Job(
