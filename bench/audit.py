@@ -1,6 +1,6 @@
-"""The audit archive through the whole service: entries a second, each on the disk before it is acknowledged.
+"""Throughput of the audit archive in the whole service; each entry is synced before its acknowledgement.
 
-Afterwards every line is read back: each entry must stand there once, also where workers were killed.
+Afterwards every line is read back: each entry must be there exactly once, also after worker kills.
 """
 
 import json
@@ -16,17 +16,17 @@ from typing import Any
 
 import click
 import zstandard
-from hosts import cpu_s, described, host_facts, roles_of
+from hosts import cpu_s, format_facts, host_facts, roles_of
 from rig import JOB_TYPE, LIMIT_S, Backlog, connect, server, service
 
 _HANDLER = "jobworker.handlers.audit.handler:Archive"
-_LOOK_EVERY_S = 0.01
-#: Far enough apart that a worker has come back and works again.
+_POLL_S = 0.01
+#: Interval between kills, long enough for a restarted worker to work again.
 _KILL_EVERY_S = 1.5
 
 
 def entry(number: int) -> bytes:
-    """An audit entry of about 400 bytes as admin-svc writes it."""
+    """An audit entry of about 400 bytes in the format of admin-svc."""
     fields = {
         "id": f"bench-{number:012d}", "type": JOB_TYPE, "tenant_id": "t001", "project_id": "p123",
         "payload": {
@@ -51,10 +51,10 @@ def measure(url: str, folder: Path, entries: int, procs: int, kills: int) -> dic
                 backlog.release(entries)
                 killed = _await_end(backlog, pid, kills)
                 seconds = time.monotonic() - started
-                # What a killed worker used is not reported.
+                # The CPU time of killed workers is not known.
                 cpu_us = None if kills else round((_cpu_s(pid) - before_s) * 1e6 / entries, 1)
-            if backlog.strays:
-                raise RuntimeError(f"{backlog.strays} of {entries} entries failed")
+            if backlog.failed_jobs:
+                raise RuntimeError(f"{backlog.failed_jobs} of {entries} entries failed")
             facts = host_facts(client)
         finally:
             backlog.close()
@@ -67,12 +67,12 @@ def measure(url: str, folder: Path, entries: int, procs: int, kills: int) -> dic
 
 
 def _cpu_s(pid: int) -> float:
-    """Of all processes of the service; its server is not among them."""
+    """CPU time of all processes of the service, without the server."""
     return sum(cpu_s(pids) for pids in roles_of(pid).values())
 
 
 def _await_end(backlog: Backlog, pid: int, kills: int) -> int:
-    """Wait until all is acknowledged, killing workers on the way; how many were killed."""
+    """Wait until all is acknowledged, and kill workers meanwhile; returns the number of kills."""
     started, killed, chance = time.monotonic(), 0, random.Random(1)
     while not backlog.drained:
         passed_s = time.monotonic() - started
@@ -82,12 +82,12 @@ def _await_end(backlog: Backlog, pid: int, kills: int) -> int:
         if workers and passed_s > (killed + 0.5) * _KILL_EVERY_S:
             os.kill(chance.choice(workers), signal.SIGKILL)
             killed += 1
-        time.sleep(_LOOK_EVERY_S)  # a group has no event that says "all acknowledged"
+        time.sleep(_POLL_S)  # a group has no event that says "all acknowledged"
     return killed
 
 
 def check(folder: Path, entries: int) -> int:
-    """The bytes of the archive; RuntimeError where an entry is missing or doubled."""
+    """The size of the archive in bytes. Raises RuntimeError if an entry is missing or duplicated."""
     seen: Counter[int] = Counter()
     files = sorted(folder.glob("*.jsonl.zst"))
     for path in files:
@@ -104,8 +104,8 @@ def check(folder: Path, entries: int) -> int:
 @click.option("--entries", type=click.IntRange(1), default=100_000, show_default=True)
 @click.option("--procs", type=click.IntRange(1), default=2, show_default=True, help="Workers.")
 @click.option("--kills", type=click.IntRange(0), default=0, show_default=True, help="Workers killed.")
-@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a Valkey of our own]")
-@click.option("--folder", help="Where the archive is written: which disk.  [default: a temporary one]")
+@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a new Valkey]")
+@click.option("--folder", help="Folder of the archive; selects the disk.  [default: a temporary folder]")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
 def main(entries: int, procs: int, kills: int, redis_url: str, folder: str | None, as_json: bool) -> None:
     """Measure and print."""
@@ -114,7 +114,7 @@ def main(entries: int, procs: int, kills: int, redis_url: str, folder: str | Non
     if as_json:
         print(json.dumps(report))
         return
-    print(described(report["host"]))
+    print(format_facts(report["host"]))
     print(
         f"{entries:,} entries, {procs} workers, {report['kills']} killed: {report['entries_per_s']:,} "
         f"a second, {report['cpu_us_per_entry'] or '?'} µs of CPU and {report['bytes_per_entry']} bytes an "

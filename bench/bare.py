@@ -1,9 +1,9 @@
-"""The least that can consume a stream: XREADGROUP and XACK by the plain client, no job is looked at.
+"""Minimal consumer: XREADGROUP and XACK with the plain client; jobs are not parsed.
 
-    bare.py STREAM GROUP CONSUMER      with BENCH_REDIS_URL, and BENCH_STAMPS to write when each job came
+    bare.py STREAM GROUP CONSUMER      with BENCH_REDIS_URL; with BENCH_STAMPS it records arrival times
 
-It is the yardstick for the service: whatever reads at least once from the same server with the same client
-pays this much. It reads until it is ended.
+It is the baseline: any at-least-once consumer on the same server and client has these costs. It reads until
+it is killed.
 """
 
 import json
@@ -15,13 +15,13 @@ import time
 from bench_handlers import Stamps
 from rig import connect
 
-#: As a plain consumer would: enough to spread the round trip over.
+#: Entries of a read: enough to spread the cost of the round trip.
 _COUNT = 100
 _BLOCK_MS = 2000
 
 
 def consume(url: str, stream: str, group: str, consumer: str) -> None:
-    """Read; acknowledge what was read together with the next read."""
+    """Read, and acknowledge each read together with the next one."""
     stamps = Stamps.from_environment()
     with connect(url) as client:
         client.ping()

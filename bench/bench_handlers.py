@@ -1,4 +1,4 @@
-"""Handlers that do nothing, only say when they were started, or wait in vain."""
+"""Handlers of the benchmarks: no-op, batch, hung dependency, start times."""
 
 import os
 import socket
@@ -8,30 +8,30 @@ from typing import Any, Self
 
 from jobworker.worker import Unavailable
 
-#: How long `Asks` waits for an answer: as long as a client of a vector store might.
+#: Timeout of `WaitsForPeer`, like that of a vector store's client.
 _ANSWER_WITHIN_S = 10.0
 
 
 class Noop:
-    """Returns at once: what is measured is everything but the work."""
+    """No-op handler: everything but the work is measured."""
 
     def handle(self, job: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Many:
-    """Takes many jobs at once, each batch for as long as a small model might."""
+    """Batch handler; a batch takes as long as with a small model."""
 
     max_batch = 32
 
     def handle_batch(self, jobs: Sequence[Any]) -> list[BaseException | None]:
         """Sleep."""
-        time.sleep(0.1)  # stands for the work
+        time.sleep(0.1)  # simulated work
         return [None] * len(jobs)
 
 
-class Asks:
-    """Asks the peer at BENCH_PEER for something that its jobs need, and finds it unavailable."""
+class WaitsForPeer:
+    """Handler that waits in vain for the dependency at BENCH_PEER and reports it unavailable."""
 
     max_batch = 32
 
@@ -47,7 +47,7 @@ class Asks:
 
 
 class Stamps:
-    """A file that several processes append lines ``<job id> <monotonic ns>`` to; lines are never torn."""
+    """File of start times: processes append lines ``<job id> <monotonic ns>``, each in one write."""
 
     def __init__(self, path: str) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -64,12 +64,12 @@ class Stamps:
 
 
 class Stamp:
-    """Writes when each job was started, by the clock that all processes of a host share."""
+    """Handler that records when each job starts, by the clock that all processes of a host share."""
 
     def __init__(self) -> None:
         self._stamps = Stamps(os.environ["BENCH_STAMPS"])
 
     def handle(self, job: Any) -> None:
-        """The time first; writing it down is not part of what is measured."""
+        """Read the clock first: the write is not measured."""
         mono_ns = time.monotonic_ns()
         self._stamps.write(job.id, mono_ns)

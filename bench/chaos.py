@@ -1,12 +1,12 @@
-"""Kill everything, many times, and count every job at the end.
+"""Chaos test: inject faults into a running service, then account for every job.
 
-Starts a server that has every answered write on its disk, and a service behind a proxy. Sends jobs in bursts
-and does one fault after another, each while a burst is being worked off, and measures from the fault to the
-next start of a job that it held up. When nothing is left to do, an oracle that knows only what the server has
-confirmed and what handlers wrote down looks for jobs that are lost, unexpected, or left their effect twice.
+Starts a server that syncs every write before it answers, and a service behind a proxy. Sends jobs in bursts
+and injects one fault during each burst. Recovery is the time from the fault to the next start of a job that
+it delayed. At the end, an oracle looks for lost, unexpected and duplicated jobs. It knows only what the
+server confirmed and what the handlers recorded.
 
-The seed that is printed gives the same jobs and the same faults again; who runs what when is not repeated.
-Exit code 0: every promise was kept; 1: not.
+The printed seed reproduces jobs and faults, but not their timing. Exit code 0: every promise was kept;
+1: at least one was broken.
 """
 
 import json
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from chaos_diary import START, Diary
-from chaos_faults import DESTRUCTIVE, FAULTS, HOST, KINDS, Shot, World, is_within_grace, schedule
+from chaos_events import START, EventLog
+from chaos_faults import DESTRUCTIVE, FAULTS, HOST, KINDS, InjectedFault, World, excused_promises, schedule
 from chaos_load import Producer, plan
 from chaos_oracle import judge
 from chaos_proxy import Proxy
-from chaos_report import for_people, quick, recoveries, verdict_of
+from chaos_report import format_report, quick, recoveries, verdict_of
 from chaos_rest import (
     await_rest,
     descriptors,
@@ -33,18 +33,18 @@ from chaos_rest import (
     rings_not_empty,
     shared_memory,
 )  # fmt: skip
-from chaos_world import LIMIT_S, LOOK_EVERY_S, Server, Service
+from chaos_world import LIMIT_S, POLL_S, Server, Service
 from hosts import host_facts
 from tqdm import tqdm
 
 from jobworker.worker.supervision.slots import STANDBYS
 
-#: A recovery that takes longer is given up on; it counts as missed.
+#: Timeout of a recovery in seconds; after it, the recovery counts as missed.
 _RECOVERY_WITHIN_S = 30.0
 
 
 class Run:
-    """One run: everything it starts ends with it."""
+    """One run; `close` ends everything that it started."""
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         self._options = options
@@ -59,7 +59,7 @@ class Run:
         self._server.start()
         self._proxy = Proxy(self._server.port)
         self._producer = Producer(self._server.url, self._jobs)
-        self._diary = Diary(folder)
+        self._event_log = EventLog(folder)
         url = f"redis://127.0.0.1:{self._proxy.port}/0"
         procs = -(-options["procs"] // options["services"])
         self._services = [
@@ -70,38 +70,38 @@ class Run:
             self._server,
             self._proxy,
             self._services,
-            self._diary,
+            self._event_log,
             self._producer.ledger,
             rng,
             options["lease"],
         )
-        self._shots: list[Shot] = []
+        self._injected: list[InjectedFault] = []
 
     def __call__(self) -> dict[str, Any]:
-        """The report."""
+        """Run the test; returns the report."""
         started = time.monotonic()
         self._await_ready()
         self._warm_up()
         before = descriptors(self._services)
         self._producer.start()
-        self._shoot()
+        self._inject_faults()
         self._producer.finish(LIMIT_S)
         rest: dict[str, Any] = {"unfinished": await_rest(self._server.client, self._services)}
         rest["rings not empty"] = rings_not_empty(self._services)
         rest["descriptors leaked"] = leaked_descriptors(before, self._services)
-        # A reader that is stopped past its lease may not charge a job that another service has by then.
+        # A reader that was stopped past its lease may not count deaths of jobs that another service claimed.
         taken_over = len(self._services) > 1
-        uncounted = sum(s.ends_supervisor or (taken_over and s.kind == "stop") for s in self._shots)
-        verdict = judge(self._producer.ledger, self._diary, self._server.client, uncounted)
+        uncounted = sum(s.ends_supervisor or (taken_over and s.kind == "stop") for s in self._injected)
+        verdict = judge(self._producer.ledger, self._event_log, self._server.client, uncounted)
         facts = host_facts(self._server.client)
         rest |= self._end()
-        pardon = is_within_grace(self._options["faults"])
-        rows = recoveries(self._shots, self._options["lease"])
+        excused = excused_promises(self._options["faults"])
+        rows = recoveries(self._injected, self._options["lease"])
         return {
             "seed": self._options["seed"],
             "took_s": round(time.monotonic() - started, 1),
-            "excused": sorted(pardon),
-            "pass": not verdict.broken(pardon) and not any(rest.values()) and quick(rows),
+            "excused": sorted(excused),
+            "pass": not verdict.broken(excused) and not any(rest.values()) and quick(rows),
             "options": self._options,
             "jobs": verdict_of(verdict),
             "recovery": rows,
@@ -112,22 +112,22 @@ class Run:
 
     def _await_ready(self) -> None:
         give_up_at = time.monotonic() + LIMIT_S
-        # With all that stand by, for whom the supervisor holds descriptors too.
+        # Including the standbys: the supervisor holds descriptors for them too.
         while not all(
             one.ready() and len(one.roles().get("spare", [])) == STANDBYS for one in self._services
         ):
             if time.monotonic() > give_up_at:
                 raise TimeoutError("the services do not become ready")
-            time.sleep(LOOK_EVERY_S)  # a page sends no event
+            time.sleep(POLL_S)  # a page sends no event
 
     def _warm_up(self) -> None:
-        """Have every connection opened that stays open, so that later ones can be told from leaked ones."""
-        shot = Shot("", time.monotonic(), self._world.probe() | self._world.probe(by_retry=True))
-        self._await_recovery(shot)
+        """Open every long-lived connection, so that leaked descriptors can be recognised later."""
+        fault = InjectedFault("", time.monotonic(), self._world.probe() | self._world.probe(by_retry=True))
+        self._await_recovery(fault)
         await_rest(self._server.client, self._services)
 
-    def _shoot(self) -> None:
-        """All faults, each in a burst of its share of the jobs; in the time that is given at least."""
+    def _inject_faults(self) -> None:
+        """Inject all faults, each during a burst of its share of the jobs, spread over the duration."""
         pace_s = self._options["duration"] / len(self._faults)
         sent = 0
         for number, kind in enumerate(tqdm(self._faults, desc="faults", disable=None, file=sys.stderr)):
@@ -135,28 +135,28 @@ class Run:
             share = len(self._jobs) * (number + 1) // len(self._faults) - sent
             sent += share
             self._producer.burst(share)
-            time.sleep(self._world.rng.uniform(0.0, 0.15))  # at another moment of the burst each time
-            shot = FAULTS[kind](self._world)
-            self._shots.append(shot)
-            self._await_recovery(shot)
-            time.sleep(max(0.0, next_at - time.monotonic()))  # the pace that was asked for
+            time.sleep(self._world.rng.uniform(0.0, 0.15))  # a random moment of the burst
+            fault = FAULTS[kind](self._world)
+            self._injected.append(fault)
+            self._await_recovery(fault)
+            time.sleep(max(0.0, next_at - time.monotonic()))  # the requested pace
 
-    def _await_recovery(self, shot: Shot) -> None:
-        if not shot.awaited:
+    def _await_recovery(self, fault: InjectedFault) -> None:
+        if not fault.awaited:
             return
-        give_up_at = shot.mono_s + _RECOVERY_WITHIN_S
+        give_up_at = fault.mono_s + _RECOVERY_WITHIN_S
         while time.monotonic() < give_up_at:
             started = {}
-            for event in reversed(self._diary.read()):
-                if event.mono_s < shot.mono_s - 1.0:
+            for event in reversed(self._event_log.read()):
+                if event.mono_s < fault.mono_s - 1.0:
                     break
-                if event.what == START and event.id in shot.awaited and event.mono_s >= shot.mono_s:
+                if event.what == START and event.id in fault.awaited and event.mono_s >= fault.mono_s:
                     started[event.id] = event.mono_s
-            if started.keys() == shot.awaited:
-                shot.took_s = max(started.values()) - shot.mono_s
+            if started.keys() == fault.awaited:
+                fault.took_s = max(started.values()) - fault.mono_s
                 return
-            time.sleep(LOOK_EVERY_S)  # a file that grows has no event without inotify
-        tqdm.write(f"no recovery from {shot.kind} {shot.detail}: {sorted(shot.awaited)}", file=sys.stderr)
+            time.sleep(POLL_S)  # a file that grows has no event without inotify
+        tqdm.write(f"no recovery from {fault.kind} {fault.detail}: {sorted(fault.awaited)}", file=sys.stderr)
 
     def _end(self) -> dict[str, Any]:
         codes = [service.stop() for service in self._services]
@@ -179,11 +179,11 @@ class Run:
         ]
 
     def close(self) -> None:
-        """End what is still there, after trouble too."""
+        """End everything that still runs, also after an error."""
         for service in self._services:
             service.stop()
         self._server.stop()
-        self._diary.close()
+        self._event_log.close()
 
 
 def _kinds(_: click.Context, __: click.Parameter, text: str) -> list[str]:
@@ -201,12 +201,12 @@ def _kinds(_: click.Context, __: click.Parameter, text: str) -> list[str]:
     default=0.0,
     show_default=True,
     type=click.FloatRange(0),
-    help="Seconds that the faults are spread over at least.",
+    help="Shortest duration of all faults, in seconds.",
 )
 @click.option("--faults", default=",".join(KINDS), callback=_kinds, show_default=True,
-              help=f"Kinds, with commas. Beside these: {HOST} (needs --services 2); and "
-              f"{', '.join(DESTRUCTIVE)}, which lose jobs or repeat them by their nature.")  # fmt: skip
-@click.option("--seed", type=int, default=None, help="Of the run to be repeated.  [default: a new one]")
+              help=f"Kinds, separated by commas. Further kinds: {HOST} (needs --services 2); and "
+              f"{', '.join(DESTRUCTIVE)}, which lose or repeat jobs by their nature.")  # fmt: skip
+@click.option("--seed", type=int, default=None, help="Seed of the run to repeat.  [default: random]")
 @click.option("--procs", default=8, show_default=True, type=click.IntRange(1), help="Workers in all.")
 @click.option(
     "--services", default=1, show_default=True, type=click.IntRange(1), help="Services on this host."
@@ -233,7 +233,7 @@ def main(as_json: bool, keep: bool, **options: Any) -> None:
             print(f"kept {folder}", file=sys.stderr)
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(report) if as_json else for_people(report))
+    print(json.dumps(report) if as_json else format_report(report))
     sys.exit(0 if report["pass"] else 1)
 
 

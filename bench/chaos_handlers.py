@@ -1,22 +1,22 @@
-"""Handlers that do as each job's payload says, and write every try down for the oracle."""
+"""Handlers of the chaos test: they act as the payload says, and record every try."""
 
 import os
 import signal
 import time
 from collections.abc import Sequence
 
-from chaos_diary import END, FAIL, START, Pen
+from chaos_events import END, FAIL, START, EventWriter
 
 from jobworker.worker import Job, PermanentError
 
-#: What a job takes, or a batch of them together.
+#: Duration of a job, or of a whole batch.
 WORK_S = 0.01
-#: A stopped worker is killed after this; far above what a job takes on a machine that is short of processors.
+#: Job timeout, after which a stopped worker is killed; far longer than a job on a busy machine.
 TIMEOUT_S = 3.0
 
 
-def _act(pen: Pen, job: Job) -> None:
-    """Succeed, fail or take the worker along."""
+def _act(writer: EventWriter, job: Job) -> None:
+    """Succeed, fail or kill the worker."""
     match job.payload["fate"]:
         case "poison":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -26,51 +26,51 @@ def _act(pen: Pen, job: Job) -> None:
             raise ValueError("not now, nor ever")
         case "flaky" if job.retry_count == 0:
             raise ConnectionError("not now")
-    pen.effect(job.tenant_id, job.id, job.payload["text"])
+    writer.effect(job.tenant_id, job.id, job.payload["text"])
 
 
 class One:
-    """Takes one job at a time."""
+    """Handler of single jobs."""
 
     timeout = TIMEOUT_S
 
     def __init__(self) -> None:
-        self._pen = Pen()
+        self._writer = EventWriter()
 
     def handle(self, job: Job) -> None:
-        """Write the start, work, act, write how it ended."""
+        """Record the start, work, act, record the outcome."""
         tries = [(job.id, job.retry_count)]
-        self._pen.write(START, tries)
-        time.sleep(WORK_S)  # stands for the work
+        self._writer.write(START, tries)
+        time.sleep(WORK_S)  # simulated work
         try:
-            _act(self._pen, job)
+            _act(self._writer, job)
         except Exception:
-            self._pen.write(FAIL, tries)
+            self._writer.write(FAIL, tries)
             raise
-        self._pen.write(END, tries)
+        self._writer.write(END, tries)
 
 
 class Many:
-    """Takes up to eight jobs at once: what becomes of the mates of a job that kills its worker?"""
+    """Batch handler: shows what happens to the other jobs of a batch whose job kills the worker."""
 
     max_batch = 8
     timeout = TIMEOUT_S
 
     def __init__(self) -> None:
-        self._pen = Pen()
+        self._writer = EventWriter()
 
     def handle_batch(self, jobs: Sequence[Job]) -> list[BaseException | None]:
-        """As `One`, the work shared."""
-        self._pen.write(START, [(job.id, job.retry_count) for job in jobs])
-        time.sleep(WORK_S)  # stands for the work
+        """As `One`, with one piece of work for the whole batch."""
+        self._writer.write(START, [(job.id, job.retry_count) for job in jobs])
+        time.sleep(WORK_S)  # simulated work
         return [self._outcome(job) for job in jobs]
 
     def _outcome(self, job: Job) -> BaseException | None:
         tries = [(job.id, job.retry_count)]
         try:
-            _act(self._pen, job)
+            _act(self._writer, job)
         except Exception as error:
-            self._pen.write(FAIL, tries)
+            self._writer.write(FAIL, tries)
             return error
-        self._pen.write(END, tries)
+        self._writer.write(END, tries)
         return None

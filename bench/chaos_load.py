@@ -1,4 +1,4 @@
-"""The load: a seeded mix of jobs with a fate each, and a producer that notes what the server confirmed."""
+"""Load of the chaos test: a seeded mix of jobs, and a producer that records what the server confirmed."""
 
 import json
 import queue
@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import redis
-from chaos_diary import effect_key
+from chaos_events import effect_key
 
 STREAM, PROBE_STREAM, GROUP = "chaos:jobs", "chaos:probes", "chaos"
 ONE, MANY = "chaos_one", "chaos_many"
-#: Share of each fate; the rest succeeds. Flaky ones fail once, exhausted ones at every try.
+#: Share of each fate; other jobs succeed. Flaky jobs fail once, exhausted ones at every try.
 SHARES = {"flaky": 0.045, "exhausted": 0.005, "permanent": 0.01, "malformed": 0.01, "poison": 0.005}
-#: Share of the jobs whose handler takes several at once.
+#: Share of the jobs with a batch handler.
 _MANY_SHARE = 0.25
 _TENANTS = 20
-#: Commands of one send: a producer that is answered one by one never builds a backlog.
+#: Jobs of one pipeline: a producer that waits for each answer never builds a backlog.
 _AT_ONCE = 16
-#: Pause before what the server has refused is sent again.
+#: Pause before refused jobs are sent again.
 _REFUSED_PAUSE_S = 0.1
-#: A server that is down answers or refuses a producer within this.
+#: Socket timeout of the producer.
 _ANSWER_WITHIN_S = 5.0
 
 Fields = dict[bytes, bytes]
@@ -31,7 +31,7 @@ Client = Any
 
 
 class Planned(NamedTuple):
-    """A job to be sent. ``effect`` is the key that its success leaves; empty where it must not succeed."""
+    """Planned job; ``effect`` is the key of its effect, empty if it must not succeed."""
 
     id: str
     fate: str
@@ -40,7 +40,7 @@ class Planned(NamedTuple):
 
 
 def plan(jobs: int, rng: random.Random) -> list[Planned]:
-    """The jobs in the order they are sent."""
+    """The jobs, in the order of sending."""
     fates = [fate for fate, share in SHARES.items() for _ in range(max(1, round(jobs * share)))][:jobs]
     fates += ["ok"] * (jobs - len(fates))
     rng.shuffle(fates)
@@ -48,7 +48,7 @@ def plan(jobs: int, rng: random.Random) -> list[Planned]:
 
 
 def probe(number: int) -> Planned:
-    """A job that is only there to be started soon."""
+    """A job whose start shows that the system works."""
     return _job(f"probe-{number:06d}", "ok", ONE, "t00", "probe")
 
 
@@ -72,11 +72,11 @@ def _job(id: str, fate: str, kind: str, tenant: str, text: str) -> Planned:
 
 
 def _bad(text: str) -> Any:
-    """A maker of a malformed job; ``@`` stands for its id, by which its dead letter is recognised."""
+    """A factory of malformed jobs; ``@`` is replaced by the id, which identifies the dead letter."""
     return lambda id: ("malformed", "", {b"data": text.replace("@", id).encode("latin-1")})
 
 
-#: One of each sort in turn.
+#: Kinds of malformed jobs, used in turn.
 _MALFORMED: Sequence[Any] = (
     _bad('{"id": "@", '),
     _bad('["@"]'),
@@ -93,7 +93,7 @@ _MALFORMED: Sequence[Any] = (
 
 @dataclass
 class Ledger:
-    """What was sent. ``confirmed`` maps ids to entry ids; of ``unanswered`` it is unknown."""
+    """Sent jobs: ``confirmed`` maps ids to entry ids; ``unanswered`` ones may or may not be stored."""
 
     planned: dict[str, Planned] = field(default_factory=dict)
     confirmed: dict[str, str] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Ledger:
 
 
 class Producer(threading.Thread):
-    """Sends bursts when told to, straight to the server, and continues after any trouble."""
+    """Thread that sends bursts directly to the server, and continues after errors."""
 
     def __init__(self, url: str, jobs: Sequence[Planned]) -> None:
         super().__init__(name="producer", daemon=True)
@@ -111,15 +111,15 @@ class Producer(threading.Thread):
             url, socket_timeout=_ANSWER_WITHIN_S, protocol=2, retry=None, retry_on_error=[]
         )
         self._rest = iter(jobs)
-        self._orders: queue.Queue[int] = queue.Queue()
+        self._bursts: queue.Queue[int] = queue.Queue()
 
     def burst(self, jobs: int) -> None:
-        """Send `count` more, as fast as the server takes them."""
-        self._orders.put(jobs)
+        """Send the next `jobs` jobs, as fast as the server accepts them."""
+        self._bursts.put(jobs)
 
     def run(self) -> None:
-        """Until `finish`."""
-        while count := self._orders.get():
+        """Send bursts until `finish`."""
+        while count := self._bursts.get():
             batch: list[Planned] = []
             for planned in self._next(count):
                 batch.append(planned)
@@ -129,8 +129,8 @@ class Producer(threading.Thread):
             self._send(batch)
 
     def finish(self, within_s: float) -> None:
-        """Wait until all that was ordered is sent. Raises TimeoutError."""
-        self._orders.put(0)
+        """Wait until all bursts are sent. Raises TimeoutError."""
+        self._bursts.put(0)
         self.join(within_s)
         if self.is_alive():
             raise TimeoutError("the producer could not send its jobs")
@@ -144,7 +144,7 @@ class Producer(threading.Thread):
             yield planned
 
     def _send(self, batch: list[Planned]) -> None:
-        """Send until each is confirmed, or the connection broke before it was known."""
+        """Send until each job is confirmed, or the connection breaks before the answer."""
         while batch:
             batch = self._try(batch)
             if batch:
@@ -153,7 +153,7 @@ class Producer(threading.Thread):
                 )  # a server that refuses writes does not say when it accepts them again
 
     def _try(self, batch: list[Planned]) -> list[Planned]:
-        """Send once; returns those that the server has refused, and so surely does not have."""
+        """Send once; returns the jobs that the server refused, and so does not have."""
         self.ledger.planned |= {planned.id: planned for planned in batch}
         pipe = self._client.pipeline(transaction=False)
         for planned in batch:

@@ -1,4 +1,4 @@
-"""The verdict: every job that the server confirmed against what handlers wrote and what is dead-lettered."""
+"""Oracle of the chaos test: compares confirmed jobs with recorded events, effects and dead letters."""
 
 import base64
 import json
@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from chaos_diary import END, FAIL, START, Diary, Event
+from chaos_events import END, FAIL, START, Event, EventLog
 from chaos_load import PROBE_STREAM, STREAM, Ledger, Planned
 
-#: Reasons that a dead letter may give for a fate. A job that always fails and is cut off by kills too may be
-#: given up for either.
+#: Accepted reasons of a dead letter by fate. A job that always fails and is interrupted by kills may have
+#: several.
 _REASONS = {
     "poison": {"poison"},
     "permanent": {"permanent"},
@@ -19,15 +19,15 @@ _REASONS = {
     "malformed": {"malformed"},
     "unknown_type": {"unknown_type"},
 }
-#: Deaths after which a job is dead-lettered, whatever caused them.
+#: Deaths after which a job is dead-lettered, for any cause.
 _MAX_DEATHS = 3
-#: A backoff's lower end: initial 0.1 s, factor 2, spread by a tenth, less a little for two clocks' rounding.
+#: Lower bound of the backoff: initial 0.1 s, factor 2, jitter of 10 %, and a margin for clock rounding.
 _RETRY_INITIAL_S, _RETRY_MAX_S, _EARLIEST = 0.1, 2.0, 0.9
 _ROUNDING_S = 0.005
 
 
 class Letter(NamedTuple):
-    """A dead letter, told by the id of its job; empty where no job of ours is in it."""
+    """Dead letter; `id` is that of its job, empty if it holds none of the test."""
 
     id: str
     reason: str
@@ -36,7 +36,7 @@ class Letter(NamedTuple):
 
 @dataclass
 class Verdict:
-    """Ids by what is wrong with them. ``repeated`` and ``cut_off`` are no faults: they are counted."""
+    """Ids of jobs by broken promise. ``repeated`` and ``cut_off`` are counted, but break none."""
 
     confirmed: int = 0
     unanswered: int = 0
@@ -56,10 +56,10 @@ class Verdict:
     executions: int = 0
     dead_letters: int = 0
 
-    def broken(self, is_within_grace: Collection[str] = ()) -> list[str]:
-        """Names of the promises about jobs that were not kept, less those that the faults excuse."""
+    def broken(self, excused: Collection[str] = ()) -> list[str]:
+        """Names of the broken promises, without the excused ones."""
         named = [name for name, value in vars(self).items() if isinstance(value, list) and value]
-        return [name for name in named if name != "cut_off" and name not in is_within_grace]
+        return [name for name in named if name != "cut_off" and name not in excused]
 
     @property
     def safe(self) -> bool:
@@ -67,18 +67,18 @@ class Verdict:
         return not self.broken()
 
 
-def judge(ledger: Ledger, diary: Diary, client: Any, uncounted_deaths: int) -> Verdict:
-    """Look at everything once the system is at rest."""
+def judge(ledger: Ledger, event_log: EventLog, client: Any, uncounted_deaths: int) -> Verdict:
+    """Judge the idle system."""
     verdict = Verdict(len(ledger.confirmed), len(ledger.unanswered))
-    events = diary.read()
+    events = event_log.read()
     letters = _letters(client, ledger)
     _count_executions(verdict, events)
-    _check_effects(verdict, ledger, diary.effects())
+    _check_effects(verdict, ledger, event_log.effects())
     _check_letters(verdict, ledger, letters, _cut_off(events))
     _check_poison(verdict, ledger, events, uncounted_deaths)
     _check_backoff(verdict, events)
-    known = ledger.planned.keys()
-    verdict.unexpected += sorted({event.id for event in events} - known)
+    expected_ids = ledger.planned.keys()
+    verdict.unexpected += sorted({event.id for event in events} - expected_ids)
     return verdict
 
 
@@ -123,7 +123,7 @@ def _check_effects(verdict: Verdict, ledger: Ledger, effects: dict[str, list[str
 
 
 def _cut_off(events: Iterable[Event]) -> Counter[str]:
-    """How many tries of each job were started and not ended: their worker died or was killed."""
+    """How many tries of each job have no end: their worker died or was killed."""
     open_tries: Counter[str] = Counter()
     for event in events:
         open_tries[event.id] += 1 if event.what == START else -1
@@ -142,7 +142,7 @@ def _check_letters(
         if letter.reason in reasons:
             continue
         if letter.reason == "poison" and cut_off[letter.id] >= _MAX_DEATHS:
-            verdict.cut_off.append(letter.id)  # killed three times by us: given up as promised
+            verdict.cut_off.append(letter.id)  # the test killed it three times: dead-lettered as promised
         elif reasons:
             verdict.letters_wrong_reason.append(f"{letter.id}: {letter.reason}")
         else:
@@ -158,18 +158,18 @@ def _check_poison(verdict: Verdict, ledger: Ledger, events: Iterable[Event], unc
         if event.what == START and event.id in ledger.planned and ledger.planned[event.id].fate == "poison"
     )  # fmt: skip
     verdict.poison_starts = dict(sorted(Counter(starts.values()).items()))
-    most = _MAX_DEATHS + uncounted_deaths
-    verdict.poison_starts_over = sorted(id for id, count in starts.items() if count > most)
+    max_starts = _MAX_DEATHS + uncounted_deaths
+    verdict.poison_starts_over = sorted(id for id, count in starts.items() if count > max_starts)
 
 
 def _check_backoff(verdict: Verdict, events: Iterable[Event]) -> None:
-    """No try begins before the pause after the one before is over."""
+    """No retry starts before its backoff is over."""
     failed: dict[str, Event] = {}
     for event in events:
         before = failed.get(event.id)
         if event.what == FAIL:
             failed[event.id] = event
         elif event.what == START and before and event.retry_count > before.retry_count:
-            least_s = min(_RETRY_MAX_S, _RETRY_INITIAL_S * 2.0**event.retry_count) * _EARLIEST - _ROUNDING_S
-            if event.mono_s - before.mono_s < least_s:
+            min_s = min(_RETRY_MAX_S, _RETRY_INITIAL_S * 2.0**event.retry_count) * _EARLIEST - _ROUNDING_S
+            if event.mono_s - before.mono_s < min_s:
                 verdict.retries_early.append(f"{event.id}: {event.mono_s - before.mono_s:.3f} s")

@@ -1,4 +1,4 @@
-"""One other job system: its virtual environment, its worker processes, its client that is fed with jobs."""
+"""Another job system under test: its virtual environment, worker processes and client."""
 
 import json
 import os
@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from chaos_diary import FOLDER_VARIABLE
+from chaos_events import FOLDER_VARIABLE
 from chaos_load import GROUP, ONE, STREAM, Planned
-from chaos_world import LIMIT_S, LOOK_EVERY_S, is_alive, tether
+from chaos_world import LIMIT_S, POLL_S, is_alive, pdeathsig_command
 
 _FOLDER = Path(__file__).resolve().parent
-#: What ends is started again after this, as a service manager would.
+#: Delay of a restart, like that of a service manager.
 _RESTART_AFTER_S = 0.1
 _INSTALL_WITHIN_S = 600.0
-#: A client that is in trouble tries again by itself; it is given this long for one burst.
+#: Timeout of a burst, in which the client may retry by itself.
 _FEED_WITHIN_S = 120.0
 
 Environment = dict[str, str]
@@ -27,26 +27,26 @@ Environment = dict[str, str]
 
 @dataclass(frozen=True)
 class Peer:
-    """``commands`` gives the command lines of a number of workers on a server; they are found in the venv."""
+    """Job system; ``commands`` returns command lines for a number of workers and a URL, run from the venv."""
 
     name: str
     packages: tuple[str, ...]
     distribution: str
     commands: Callable[[int, str], list[list[str]]]
     settings: str
-    #: Whether a worker's main process and the process that runs its job are killed in turns.
+    #: Whether the main process of a worker and its job process are killed alternately.
     forks: bool = False
 
     @property
     def home(self) -> Path:
-        """Its virtual environment; ours for ourselves."""
+        """Its virtual environment; this one for jobworker."""
         if not self.packages:
             return Path(sys.prefix)
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return cache / "jobworker-bench" / self.name
 
     def install(self) -> None:
-        """Make the environment where there is none. Raises CalledProcessError."""
+        """Create the environment if it is missing. Raises CalledProcessError."""
         if not self.packages or (self.home / "installed").exists():
             return
         commands = [[sys.executable, "-m", "venv", "--clear", str(self.home)],
@@ -56,7 +56,7 @@ class Peer:
         (self.home / "installed").touch()
 
     def version(self) -> str:
-        """As installed."""
+        """The installed version."""
         code = f"import importlib.metadata as m; print(m.version({self.distribution!r}))"
         python = [str(self.home / "bin" / "python"), "-c", code]
         return subprocess.run(
@@ -77,7 +77,7 @@ PEERS = {
         Peer(
             "dramatiq", ("dramatiq[redis]",), "dramatiq",
             lambda procs, url: [["dramatiq", "dramatiq_app", "-p", "1", "-t", "1"]] * procs,
-            "a program for each worker, for one that dies takes its mates along; heartbeat_timeout 5 s "
+            "one program for each worker, since a dying one kills the others; heartbeat_timeout 5 s "
             "instead of 60, maintenance_chance 10 % instead of 0.1 %, prefetch 1; retries from 0.1 s",
         ),
         Peer(
@@ -87,7 +87,7 @@ PEERS = {
                                  "-u", url, "chaos"]] * procs,
             "Retry(max=3); maintenance every 5 s instead of 10 min, monitoring every 1 s instead of 30, "
             "worker-ttl 20 s instead of 420; the "
-            "process that runs the job and the whole worker are killed in turns", True,
+            "process that runs the job and the whole worker are killed alternately", True,
         ),
         Peer(
             "taskiq-redis", ("taskiq-redis",), "taskiq-redis",
@@ -101,34 +101,34 @@ PEERS = {
 
 
 def environment_of(folder: Path, url: str) -> Environment:
-    """What the peer's processes find: the oracle's folder, the server, and our modules."""
+    """Environment of the peer's processes: the oracle's folder, the server, and the modules of the bench."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("JOBWORKER_")}
     paths = [str(_FOLDER), str(_FOLDER / "peers"), *filter(None, [os.environ.get("PYTHONPATH")])]
     ours = {"PYTHONPATH": os.pathsep.join(paths), FOLDER_VARIABLE: str(folder), "PEER_REDIS_URL": url}
-    # Dramatiq has no option for it: what a worker has fetched ahead is held up as long as what it runs.
+    # Dramatiq has no option for it: a prefetched job waits as long as the running one takes.
     return clean | ours | {"dramatiq_queue_prefetch": "1"}
 
 
 class Consumers:
-    """The worker programs, each started again whenever it ends."""
+    """Worker programs, each restarted when it ends."""
 
     def __init__(self, peer: Peer, procs: int, url: str, environment: Environment, folder: Path) -> None:
         self._peer = peer
         self._environment = environment
         self._folder = folder
-        self._over = threading.Event()
+        self._stopping = threading.Event()
         self._turn = 0
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._threads = [
-            threading.Thread(target=self._keep_up, args=(number, command), daemon=True)
+            threading.Thread(target=self._restart_loop, args=(number, command), daemon=True)
             for number, command in enumerate(peer.commands(procs, url))
         ]
         for thread in self._threads:
             thread.start()
 
-    def _keep_up(self, number: int, command: list[str]) -> None:
-        whole = [*tether(), str(self._peer.home / "bin" / command[0]), *command[1:]]
-        while not self._over.is_set():
+    def _restart_loop(self, number: int, command: list[str]) -> None:
+        whole = [*pdeathsig_command(), str(self._peer.home / "bin" / command[0]), *command[1:]]
+        while not self._stopping.is_set():
             with (self._folder / f"worker-{number}.log").open("ab") as log:
                 process = subprocess.Popen(
                     whole, env=self._environment, cwd=self._folder, stdin=subprocess.DEVNULL, stdout=log,
@@ -136,10 +136,10 @@ class Consumers:
                 )  # fmt: skip
             self._running[number] = process
             process.wait()
-            self._over.wait(_RESTART_AFTER_S)
+            self._stopping.wait(_RESTART_AFTER_S)
 
     def kill_one(self, running: Mapping[int, set[str]], rng: random.Random) -> list[int]:
-        """SIGKILL one of the processes that run a job; returns those that are gone: none where none did."""
+        """SIGKILL a process that runs a job; returns the killed processes, none if no job is running."""
         busy = [pid for pid in running if is_alive(pid)]
         if not busy:
             return []
@@ -154,15 +154,15 @@ class Consumers:
             try:
                 os.kill(pid, 9)
             except ProcessLookupError:
-                continue  # it has ended since we looked
+                continue  # it ended meanwhile
         give_up_at = time.monotonic() + LIMIT_S
         while any(map(is_alive, killed)) and time.monotonic() < give_up_at:
-            time.sleep(0.001)  # another's child: no event
+            time.sleep(0.001)  # not a child of this process: no event
         return killed
 
     def stop(self) -> None:
-        """Kill all of it; nothing is measured any more."""
-        self._over.set()
+        """Kill everything."""
+        self._stopping.set()
         for process in list(self._running.values()):
             process.kill()
         for thread in self._threads:
@@ -179,27 +179,27 @@ def _parent(pid: int) -> int:
 
 
 def _of_folder(folder: Path) -> list[int]:
-    """Processes that a peer has left behind: they have the oracle's folder in their environment."""
+    """Processes that a peer left behind, recognised by the oracle's folder in their environment."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             environment = (entry / "environ").read_bytes()
         except OSError:
-            continue  # another user's, or ended while we looked
+            continue  # another user's, or it ended meanwhile
         if f"{FOLDER_VARIABLE}={folder}\0".encode() in environment:
             found.append(int(entry.name))
     return found
 
 
 class Feed:
-    """The peer's own client in a process of its own; ``confirmed`` are the ids that it was glad about."""
+    """The peer's own client in a process of its own; ``confirmed`` are the ids that it enqueued."""
 
     def __init__(self, peer: Peer, environment: Environment, folder: Path) -> None:
         module = f"{peer.name.partition('-')[0]}_app"
         command = [str(peer.home / "bin" / "python"), str(_FOLDER / "peers" / "feed.py"), module]
         self._log = (folder / "feed.log").open("ab")
         self._process = subprocess.Popen(
-            [*tether(), *command], env=environment, cwd=folder, text=True, stdin=subprocess.PIPE,
+            [*pdeathsig_command(), *command], env=environment, cwd=folder, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self._log,
         )  # fmt: skip
         self.confirmed: set[str] = set()
@@ -218,7 +218,7 @@ class Feed:
             (self.confirmed if word == "ok" else self.unknown).add(id)
 
     def send(self, jobs: Iterable[Planned]) -> None:
-        """Hand jobs over; the client is at work while faults happen."""
+        """Send jobs to the client, which enqueues them while faults happen."""
         assert self._process.stdin is not None
         for job in jobs:
             tenant_id, _, text = job.effect.partition(".") if job.effect else ("t00", "", "")
@@ -228,15 +228,15 @@ class Feed:
         self._process.stdin.flush()
 
     def finish(self) -> None:
-        """Wait for the answer to every job. Raises TimeoutError."""
+        """Wait for an answer to each job. Raises TimeoutError."""
         give_up_at = time.monotonic() + _FEED_WITHIN_S
         while len(self.confirmed) + len(self.unknown) < self._sent:
             if time.monotonic() > give_up_at or self._process.poll() is not None:
                 raise TimeoutError(f"{self._sent} jobs sent, {len(self.confirmed)} confirmed")
-            time.sleep(LOOK_EVERY_S)  # a thread fills the sets
+            time.sleep(POLL_S)  # a thread fills the sets
 
     def stop(self) -> None:
-        """End the client."""
+        """Kill the client."""
         assert self._process.stdin is not None
         self._process.kill()
         self._process.wait(LIMIT_S)

@@ -1,13 +1,13 @@
-"""The same jobs, kills and oracle for other job systems: what do they leave, repeat, and when do they go on?
+"""Comparison with other job systems: the same jobs, kills and oracle; lost jobs, repetitions, recovery.
 
-Each peer is installed into a virtual environment of its own under the user's cache folder, and runs with the
-settings that suit it best here (see ``--help`` of this program and ``bench/peers``). Workers are killed, and
-the server is killed and started again on its data, of which every answered write is on the disk. What ends is
-started again after 0.1 s, as a service manager would. Malformed jobs are left out: clients do not send them.
+Each peer is installed into a virtual environment of its own in the user's cache folder, and runs with the
+settings that suit it best (see ``--help`` of this program and ``bench/peers``). Workers are killed. The
+server is killed and restarted on its data, to which it syncs every write before it answers. Killed processes
+restart after 0.1 s, as with a service manager. Malformed jobs are left out: clients do not send them.
 
-A job counts as not done when its client was told that it is in and its effect is not there at the end: when
-all others are there and it was not started for two minutes. Meanwhile one more job a second keeps coming, for
-some systems look after the dead only when there is work.
+A job counts as not done if its client confirmed it and its effect is missing at the end. The end is when all
+other effects are there and it was not started for two minutes. Meanwhile one more job a second arrives,
+because some systems recover jobs of dead workers only while there is work.
 """
 
 import contextlib
@@ -21,39 +21,39 @@ from pathlib import Path
 from typing import Any
 
 import click
-from chaos_diary import END, START, Diary
+from chaos_events import END, START, EventLog
 from chaos_load import SHARES, Planned, plan
 from chaos_peer import PEERS, Consumers, Feed, Peer, environment_of
 from chaos_report import percentile
-from chaos_world import LOOK_EVERY_S, Server
+from chaos_world import POLL_S, Server
 from hosts import host_facts, table
 from tqdm import tqdm
 
-#: Not started for so long: what is not done by then counts as never. RQ waits for 60 s and more.
+#: A job that was not started for this long counts as never done. RQ waits for 60 s and more.
 _QUIET_S = 120.0
-#: What is started again and again and never done counts as never too.
+#: Timeout of the whole wait: a job that is restarted again and again counts as never done.
 _END_WITHIN_S = 400.0
-#: Between two jobs that come in after the last fault.
+#: Interval between jobs after the last fault.
 _TRICKLE_S = 1.0
-#: What their ids begin with; they are counted nowhere.
+#: Prefix of their ids; they are not counted.
 _LATE = "late-"
-#: Bursts are short and the machine may be: how long to wait for a worker that runs a job.
+#: Timeout of the wait for a worker that runs a job.
 _BUSY_WITHIN_S = 2.0
-#: One of this many faults is a kill of the server, as in the long form of the other program.
+#: Every tenth fault kills the server, as in a full run of chaos.py.
 _SERVER_KILL_EVERY = 10
 
 Fault = dict[str, Any]
 
 
-def _fault(kind: str, server: Server, consumers: Consumers, diary: Diary, rng: random.Random) -> Fault:
-    """Do it; what was under way in the processes that were killed is to be started again."""
+def _fault(kind: str, server: Server, consumers: Consumers, event_log: EventLog, rng: random.Random) -> Fault:
+    """Inject a fault; `held` are the jobs that the killed processes were running."""
     mono_s = time.monotonic()
     if kind == "worker":
         give_up_at = mono_s + _BUSY_WITHIN_S
-        while not (killed := consumers.kill_one(diary.running(), rng)) and mono_s < give_up_at:
-            time.sleep(LOOK_EVERY_S / 10)  # a file that grows has no event without inotify
+        while not (killed := consumers.kill_one(event_log.running(), rng)) and mono_s < give_up_at:
+            time.sleep(POLL_S / 10)  # a file that grows has no event without inotify
             mono_s = time.monotonic()
-        running = diary.running()
+        running = event_log.running()
         return {"kind": kind, "mono_s": mono_s, "held": {id for pid in killed for id in running.get(pid, ())}}
     server.kill()
     time.sleep(rng.uniform(0.1, 2.0))  # the fault is a length of time
@@ -61,23 +61,23 @@ def _fault(kind: str, server: Server, consumers: Consumers, diary: Diary, rng: r
     return {"kind": kind, "mono_s": time.monotonic(), "held": set()}
 
 
-def _await_end(diary: Diary, feed: Feed, expected: set[str]) -> None:
-    """Until every expected effect is there, or none of those that are missing was started for long."""
+def _await_end(event_log: EventLog, feed: Feed, expected: set[str]) -> None:
+    """Wait until every expected effect is there, or no missing job was started for a long time."""
     began = time.monotonic()
     late = 0
-    while missing := expected - diary.effects().keys():
+    while missing := expected - event_log.effects().keys():
         late += 1
         feed.send([Planned(f"{_LATE}{late:06d}", "ok", "t00.late", {})])
-        last = max((event.mono_s for event in diary.read() if event.id in missing), default=began)
+        last = max((event.mono_s for event in event_log.read() if event.id in missing), default=began)
         now = time.monotonic()
         if now - max(last, began) > _QUIET_S or now - began > _END_WITHIN_S:
             return
-        time.sleep(_TRICKLE_S)  # the distance in time is what is wanted
+        time.sleep(_TRICKLE_S)  # the interval is intended
 
 
-def _recoveries(faults: list[Fault], diary: Diary, kind: str, succeeds: set[str]) -> dict[str, Any]:
-    """From each kill to the restart of what was under way; for the server, to the next start of any job."""
-    starts = [event for event in diary.read() if event.what == START]
+def _recoveries(faults: list[Fault], event_log: EventLog, kind: str, succeeds: set[str]) -> dict[str, Any]:
+    """Time from each kill to the restart of the interrupted jobs; for the server, to the next job start."""
+    starts = [event for event in event_log.read() if event.what == START]
     took, never = [], 0
     for fault in faults:
         after = [event for event in starts if event.mono_s > fault["mono_s"]]
@@ -97,12 +97,12 @@ def _recoveries(faults: list[Fault], diary: Diary, kind: str, succeeds: set[str]
             "p99_s": percentile(took, 0.99), "max_s": round(took[-1], 3) if took else None}  # fmt: skip
 
 
-def _counts(diary: Diary, feed: Feed, succeeds: set[str], poison: set[str]) -> dict[str, Any]:
-    effects = diary.effects()
+def _counts(event_log: EventLog, feed: Feed, succeeds: set[str], poison: set[str]) -> dict[str, Any]:
+    effects = event_log.effects()
     confirmed = {id for id in feed.confirmed if not id.startswith(_LATE)}
     not_done = sorted((confirmed & succeeds) - effects.keys())
-    ends = [event.id for event in diary.read() if event.what == END and not event.id.startswith(_LATE)]
-    of_poison = [event.id for event in diary.read() if event.what == START and event.id in poison]
+    ends = [event.id for event in event_log.read() if event.what == END and not event.id.startswith(_LATE)]
+    of_poison = [event.id for event in event_log.read() if event.what == START and event.id in poison]
     return {
         "confirmed": len(confirmed), "unknown": len(feed.unknown), "not_done": len(not_done),
         "not_done_ids": not_done[:20],
@@ -113,7 +113,7 @@ def _counts(diary: Diary, feed: Feed, succeeds: set[str], poison: set[str]) -> d
 
 
 def measure(peer: Peer, options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One peer under the faults."""
+    """Run one peer with faults."""
     rng = random.Random(options["seed"])
     fates = {"ok", *SHARES} - {"malformed"}
     jobs = [job for job in plan(options["jobs"], rng) if job.fate in fates]
@@ -124,8 +124,8 @@ def measure(peer: Peer, options: dict[str, Any], folder: Path) -> dict[str, Any]
         server = Server(folder / "server")
         stack.callback(server.stop)
         server.start()
-        diary = Diary(folder)
-        stack.callback(diary.close)
+        event_log = EventLog(folder)
+        stack.callback(event_log.close)
         surroundings = environment_of(folder, server.url)
         consumers = Consumers(peer, options["procs"], server.url, surroundings, folder)
         stack.callback(consumers.stop)
@@ -137,18 +137,18 @@ def measure(peer: Peer, options: dict[str, Any], folder: Path) -> dict[str, Any]
             next_at = time.monotonic() + options["pace"]
             share = jobs[number * len(jobs) // len(kinds) : (number + 1) * len(jobs) // len(kinds)]
             feed.send(share)
-            time.sleep(rng.uniform(0.0, 0.15))  # at another moment of the burst each time
-            faults.append(_fault(kind, server, consumers, diary, rng))
-            time.sleep(max(0.0, next_at - time.monotonic()))  # the pace that was asked for
+            time.sleep(rng.uniform(0.0, 0.15))  # a random moment of the burst
+            faults.append(_fault(kind, server, consumers, event_log, rng))
+            time.sleep(max(0.0, next_at - time.monotonic()))  # the requested pace
         feed.finish()
         succeeds = {job.id for job in jobs if job.effect}
-        _await_end(diary, feed, feed.confirmed & succeeds)
+        _await_end(event_log, feed, feed.confirmed & succeeds)
         poison = {job.id for job in jobs if job.fate == "poison"}
         return {
             "peer": peer.name, "version": peer.version(), "settings": peer.settings,
-            "took_s": round(time.monotonic() - started, 1), **_counts(diary, feed, succeeds, poison),
-            "worker": _recoveries(faults, diary, "worker", succeeds),
-            "redis": _recoveries(faults, diary, "redis", succeeds), "host": host_facts(server.client),
+            "took_s": round(time.monotonic() - started, 1), **_counts(event_log, feed, succeeds, poison),
+            "worker": _recoveries(faults, event_log, "worker", succeeds),
+            "redis": _recoveries(faults, event_log, "redis", succeeds), "host": host_facts(server.client),
         }  # fmt: skip
 
 
@@ -174,16 +174,22 @@ def _named(_: click.Context, __: click.Parameter, text: str) -> list[Peer]:
 
 
 @click.command(help=__doc__)
-@click.option("--peers", default=",".join(PEERS), callback=_named, show_default=True, help="With commas.")
+@click.option(
+    "--peers", default=",".join(PEERS), callback=_named, show_default=True, help="Names, separated by commas."
+)
 @click.option("--jobs", default=2000, show_default=True, type=click.IntRange(10))
 @click.option(
-    "--kills", default=40, show_default=True, type=click.IntRange(1), help="One in ten of the server."
+    "--kills",
+    default=40,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Kills; one in ten is of the server.",
 )
 @click.option(
     "--pace", default=1.0, show_default=True, type=click.FloatRange(0), help="Seconds for each fault."
 )
 @click.option("--procs", default=8, show_default=True, type=click.IntRange(1), help="Worker processes.")
-@click.option("--seed", type=int, default=None, help="Of jobs and faults.  [default: a new one]")
+@click.option("--seed", type=int, default=None, help="Seed of jobs and faults.  [default: random]")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
 @click.option("--keep", is_flag=True, help="Keep the folders with logs and events, and print their names.")
 def main(peers: list[Peer], as_json: bool, keep: bool, **options: Any) -> None:

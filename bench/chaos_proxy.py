@@ -1,4 +1,4 @@
-"""A TCP proxy inside of this process that cuts, stalls, swallows or delays what goes through it."""
+"""TCP proxy in this process that can reset, stall, swallow or delay traffic."""
 
 import asyncio
 import threading
@@ -6,12 +6,12 @@ from collections.abc import Coroutine
 from typing import Any
 
 _CHUNK_BYTES = 64 * 1024
-#: Every call into the proxy's own thread is a matter of microseconds.
+#: Timeout of a call into the proxy's thread, which takes microseconds.
 _CALL_WITHIN_S = 5.0
 
 
 class _Pair:
-    """One connection of a client and the one to the server behind it."""
+    """Connection of a client, and its connection to the server."""
 
     def __init__(self) -> None:
         self.writers: list[asyncio.StreamWriter] = []
@@ -19,7 +19,7 @@ class _Pair:
 
 
 class Proxy:
-    """Listens on a port of its own from the start until `close`; every fault is called from outside."""
+    """Proxy on a port of its own, until `close`; its methods may be called from any thread."""
 
     def __init__(self, server_port: int) -> None:
         self._server_port = server_port
@@ -40,19 +40,19 @@ class Proxy:
         self._do(self._cut())
 
     def stall(self, on: bool) -> None:
-        """Hold everything back, or let it all go on in order."""
+        """Hold all data back, or release it in order."""
         self._loop.call_soon_threadsafe(self._flowing.clear if on else self._flowing.set)
 
     def swallow(self, on: bool) -> None:
-        """Lose everything of the connections that are there, for good, and of those made meanwhile."""
+        """Discard all data of existing connections for good, and of those opened meanwhile."""
         self._do(self._swallow(on))
 
     def delay(self, seconds: float) -> None:
-        """Let every piece wait, each way."""
+        """Delay every chunk in both directions."""
         self._delay_s = seconds
 
     def close(self) -> None:
-        """Stop listening and drop all."""
+        """Stop listening and reset all connections."""
         self._do(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CALL_WITHIN_S)
@@ -89,8 +89,8 @@ class Proxy:
                     writer.write(data)
                     await writer.drain()
         except OSError:
-            pass  # the other side's end says the same
-        if not pair.swallowed:  # a network that loses everything loses the goodbye too
+            pass  # the end of the other side is handled in the same way
+        if not pair.swallowed:  # a network that loses all data also loses the FIN
             self._drop(pair)
 
     def _drop(self, pair: _Pair) -> None:

@@ -1,27 +1,27 @@
-"""What came of it, for machines and for people."""
+"""Report of the chaos test: recovery times, counts, verdict."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from chaos_faults import Shot, limit_s
+from chaos_faults import InjectedFault, limit_s
 from chaos_oracle import Verdict
 from hosts import table
 
-#: Ids of each fault that are shown; the rest are counted.
+#: Ids that are shown; others are counted.
 _SHOWN = 8
-#: Share of a core that no role but a worker may use while the store is away.
-_MOST_CPU = 0.2
+#: Highest CPU use of supervisor, reader or reaper during an outage of the store, as a share of a core.
+_MAX_CPU = 0.2
 
 
-def recoveries(shots: Sequence[Shot], lease_s: float) -> dict[str, dict[str, Any]]:
-    """By kind: how many, how many showed a recovery, its p50, p99 and maximum, and the promised limit."""
+def recoveries(faults: Sequence[InjectedFault], lease_s: float) -> dict[str, dict[str, Any]]:
+    """By kind: number of faults, measured recoveries, their p50, p99 and maximum, and the promised limit."""
     found = {}
-    for kind in sorted({shot.kind for shot in shots}):
-        of_kind = [shot for shot in shots if shot.kind == kind]
-        took = sorted(shot.took_s for shot in of_kind if shot.took_s is not None)
-        missed = sum(shot.took_s is None and bool(shot.awaited) for shot in of_kind)
+    for kind in sorted({fault.kind for fault in faults}):
+        of_kind = [fault for fault in faults if fault.kind == kind]
+        took = sorted(fault.took_s for fault in of_kind if fault.took_s is not None)
+        missed = sum(fault.took_s is None and bool(fault.awaited) for fault in of_kind)
         found[kind] = {
             "faults": len(of_kind), "measured": len(took), "missed": missed,
             "p50_s": percentile(took, 0.5), "p99_s": percentile(took, 0.99),
@@ -32,9 +32,9 @@ def recoveries(shots: Sequence[Shot], lease_s: float) -> dict[str, dict[str, Any
     return found
 
 
-def _slowest(shots: Sequence[Shot]) -> str:
-    """What the slowest of one kind was."""
-    took = {shot.took_s: shot.detail for shot in shots if shot.took_s is not None}
+def _slowest(faults: Sequence[InjectedFault]) -> str:
+    """Detail of the slowest fault."""
+    took = {fault.took_s: fault.detail for fault in faults if fault.took_s is not None}
     return took[max(took)] if took else ""
 
 
@@ -44,20 +44,20 @@ def percentile(ordered: Sequence[float], share: float) -> float | None:
 
 
 def quick(rows: dict[str, dict[str, Any]]) -> bool:
-    """Whether every recovery was seen and kept its limit, and no process spun meanwhile."""
+    """Whether every recovery was within its limit, and no process spun meanwhile."""
     return all(
-        row["missed"] == 0 and (row["max_s"] or 0) <= row["limit_s"] and (row["cpu_max"] or 0) <= _MOST_CPU
+        row["missed"] == 0 and (row["max_s"] or 0) <= row["limit_s"] and (row["cpu_max"] or 0) <= _MAX_CPU
         for row in rows.values()
     )
 
 
 def verdict_of(verdict: Verdict) -> dict[str, Any]:
-    """Plain values."""
+    """The verdict as plain values."""
     return {"safe": verdict.safe, **asdict(verdict)}
 
 
-def for_people(report: dict[str, Any]) -> str:
-    """Two tables and the verdict."""
+def format_report(report: dict[str, Any]) -> str:
+    """The tables of recoveries, jobs and leftovers, and the verdict."""
     rows = [("fault", "done", "measured", "missed", "p50 s", "p99 s", "max s", "limit s", "cpu")]
     for kind, row in report["recovery"].items():
         cells = ("faults", "measured", "missed", "p50_s", "p99_s", "max_s", "limit_s", "cpu_max")

@@ -1,4 +1,4 @@
-"""Rest: wait until nothing is left to do, then look for what should not be there."""
+"""Idle state of the chaos test: wait for it, then look for leaked resources."""
 
 import os
 import time
@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from chaos_load import GROUP, PROBE_STREAM, STREAM
-from chaos_world import LIMIT_S, LOOK_EVERY_S, Service
+from chaos_world import LIMIT_S, POLL_S, Service
 
 from jobworker.worker.ipc.channel import Channel
 
-#: Jobs that a lost host left are taken over after the lease; workers that died often are started late.
+#: Timeout of the wait: jobs of a lost host are claimed after the lease, and restarts have a backoff.
 _REST_WITHIN_S = 120.0
 
 
 def unfinished(client: Any) -> dict[str, int]:
-    """What is undelivered, pending, scheduled or charged with deaths, by where it is; empty: all is done."""
+    """Number of undelivered, pending and scheduled jobs and of recorded deaths, by stream; empty if idle."""
     found: dict[str, int] = {}
     for stream in (STREAM, PROBE_STREAM):
         group = next((g for g in client.xinfo_groups(stream) if g["name"] == GROUP.encode()), None)
@@ -32,18 +32,18 @@ def unfinished(client: Any) -> dict[str, int]:
 
 
 def await_rest(client: Any, services: Sequence[Service]) -> dict[str, int]:
-    """Wait until nothing is unfinished and all are ready; returns what still is when time is over."""
+    """Wait until no job is unfinished and all services are ready; returns what is missing at the timeout."""
     give_up_at = time.monotonic() + _REST_WITHIN_S
     while True:
         left = unfinished(client)
         left |= {f"{service.name} is not ready": 1 for service in services if not service.ready()}
         if not left or time.monotonic() > give_up_at:
             return left
-        time.sleep(10 * LOOK_EVERY_S)  # a store and a page; neither sends events
+        time.sleep(10 * POLL_S)  # neither the store nor the health page sends events
 
 
 def descriptors(services: Sequence[Service]) -> dict[str, int]:
-    """How many descriptors supervisor, reader and reaper of each service hold."""
+    """Number of open descriptors of supervisor, reader and reaper of each service."""
     found = {}
     for service in services:
         for role, pids in service.roles().items():
@@ -53,7 +53,7 @@ def descriptors(services: Sequence[Service]) -> dict[str, int]:
 
 
 def leaked_descriptors(before: dict[str, int], services: Sequence[Service]) -> dict[str, list[int]]:
-    """Roles that hold more than at the start, once they are at rest, with both counts."""
+    """Roles that keep more descriptors than at the start, with both counts."""
     give_up_at = time.monotonic() + LIMIT_S / 6
     while True:
         now = descriptors(services)
@@ -62,16 +62,16 @@ def leaked_descriptors(before: dict[str, int], services: Sequence[Service]) -> d
         }
         if not more or time.monotonic() > give_up_at:
             return more
-        time.sleep(10 * LOOK_EVERY_S)  # connections that are being closed
+        time.sleep(10 * POLL_S)  # connections may still be closing
 
 
 def rings_not_empty(services: Sequence[Service]) -> list[str]:
-    """Rings and tables in shared memory that hold anything, seen through the supervisors' descriptors."""
+    """Rings and tables in shared memory that are not empty, read through the supervisors' descriptors."""
     found = []
     for service in services:
         for fd in Path(f"/proc/{service.pid}/fd").iterdir():
             if _target(fd).startswith("/memfd:jobworker"):
-                found += [f"{service.name} {what}" for what in _remains(fd)]
+                found += [f"{service.name} {what}" for what in _not_empty(fd)]
     return found
 
 
@@ -82,8 +82,8 @@ def _target(fd: Path) -> str:
         return ""
 
 
-def _remains(fd: Path) -> list[str]:
-    # The channel wants three descriptors; its events are not used here.
+def _not_empty(fd: Path) -> list[str]:
+    # A channel has three descriptors; its events are not used here.
     channel = Channel(os.open(fd, os.O_RDWR), os.eventfd(0), os.eventfd(0))
     try:
         states = {
@@ -97,19 +97,19 @@ def _remains(fd: Path) -> list[str]:
 
 
 def shared_memory() -> set[str]:
-    """Names that are visible to all; ours has none."""
+    """Names in /dev/shm; jobworker uses unnamed memory only."""
     return set(os.listdir("/dev/shm"))
 
 
 def left_behind(folder: Path, shm_before: set[str]) -> list[str]:
-    """Processes, named shared memory and temporary files that are there after the end."""
+    """Processes, named shared memory and temporary files that remain after the end."""
     found = [f"shared memory {name}" for name in sorted(shared_memory() - shm_before) if "jobworker" in name]
     found += [f"temporary file {path.name}" for path in (folder / "tmp").rglob("*")]
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             environment = (entry / "environ").read_bytes()
         except OSError:
-            continue  # another user's, or ended while we looked
+            continue  # another user's, or it ended meanwhile
         if f"CHAOS_DIR={folder}\0".encode() in environment:
             found.append(f"process {entry.name}")
     return found

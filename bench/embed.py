@@ -1,9 +1,9 @@
-"""How fast texts become vectors, beside what users would take instead, in one table.
+"""Embedding speed of the service, compared with alternatives.
 
-Every way gets the same texts on the same cores in a process of its own, in turns, and the medians are
-compared. What is measured begins after imports, loading and a first pass; the service's begins with the
-first job (its workers are ready then) and ends when the last job is acknowledged, which is after its rows
-are in Milvus. Tokens are those of our tokenizer, special ones included, for all of them.
+Each way gets the same texts on the same cores, in a process of its own; they take turns, and medians are
+compared. The clock starts after imports, loading and a first pass. For the service it starts with the first
+job, when its workers are ready, and stops at the last acknowledgement, when all rows are in Milvus. Tokens
+are those of the service's tokenizer for all ways, with special tokens.
 """
 
 import json
@@ -22,14 +22,14 @@ import click
 import numpy as np
 from embed_models import ONE_GIB, write_model
 from embed_service import end_to_end, memory, recovery
-from embed_texts import SEGMENT_CHARS, TEXTS_A_JOB, chapters, jobs, some
-from hosts import described, machine_facts, table
+from embed_texts import SEGMENT_CHARS, TEXTS_A_JOB, chapters, jobs, take_segments
+from hosts import format_facts, machine_facts, table
 from rig import say
 
 from jobworker.handlers.encoder.find_model import default_model, find_model
 
 _CHILD = Path(__file__).resolve().parent / "embed_child.py"
-# No way may take longer, on a busy machine either.
+# Timeout in seconds of one way, also on a busy machine.
 _LIMIT_S = 1800.0
 _PEERS = {
     "raw": "our encoder, all in one call",
@@ -42,14 +42,14 @@ _PEERS = {
 }
 _WORKERS = (1, 2, 4, 8)
 _CHAPTERS = 30
-# It asks for no older ones, and cannot load a model with newer ones.
+# infinity does not pin these versions, and cannot load a model with later ones.
 _INFINITY = ("infinity-emb[torch]==0.0.77", "transformers<4.49", "huggingface-hub<1", "optimum<1.25")
 
 Report = dict[str, Any]
 
 
 def speed(texts: list[str], procs: int, model: str, repeat: int, python_of: dict[str, str]) -> Report:
-    """All ways in turns; medians of seconds, what the ways saw, and the least cosine of ours to fp32."""
+    """Run all ways in turns; medians, further figures, and the lowest cosine of our vectors to fp32."""
     ways = [way for way in _PEERS if way != "infinity" or "infinity" in python_of]
     runs: dict[str, list[Report]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory(prefix="jobworker-bench") as name:
@@ -82,7 +82,7 @@ def speed(texts: list[str], procs: int, model: str, repeat: int, python_of: dict
 
 
 def large_memory() -> list[Report]:
-    """PSS of one worker, of many, and of many that all hold it, with a model of 1 GiB that is made here."""
+    """PSS of one worker, of many that share a generated model of 1 GiB, and of many with a copy each."""
     many = _WORKERS[-1]
     with tempfile.TemporaryDirectory(prefix="jobworker-bench") as name:
         folder = str(write_model(Path(name, "one-gib"), ONE_GIB, ["some text"]))
@@ -94,7 +94,7 @@ def large_memory() -> list[Report]:
 
 
 def edits(novel: Sequence[str], model: str) -> Report:
-    """One paragraph changed in each of up to 30 chapters."""
+    """Cost of embedding up to 30 chapters again after an edit of one paragraph in each."""
     with tempfile.TemporaryDirectory(prefix="jobworker-bench") as name:
         _write_inputs(Path(name), list(novel[:_CHAPTERS]), model)
         return _child("edits", Path(name), sys.executable)
@@ -103,7 +103,7 @@ def edits(novel: Sequence[str], model: str) -> Report:
 def _write_inputs(folder: Path, texts: list[str], model: str) -> None:
     options = {
         "model": model,
-        # The share that an edit costs is the same with an encoder that needs no weights.
+        # The share of an edit is the same with an encoder without weights.
         "folder": "" if model.startswith("dummy:") else str(find_model(model).folder),
         "threads": len(os.sched_getaffinity(0)),
     }
@@ -112,7 +112,7 @@ def _write_inputs(folder: Path, texts: list[str], model: str) -> None:
 
 
 def _child(way: str, folder: Path, python: str) -> Report:
-    """Run one way; RuntimeError with what it wrote where it fails."""
+    """Run one way. Raises RuntimeError with its stderr if it fails."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
     done = subprocess.run(
         [python, str(_CHILD), way, str(folder)],
@@ -140,7 +140,7 @@ def _median(runs: list[Report], name: str) -> float | None:
 
 
 def infinity_python(folder: Path) -> str:
-    """The interpreter of an environment with infinity, made where it is missing; our torch is kept to."""
+    """The interpreter of an environment with infinity and our version of torch, created if missing."""
     python = folder / "bin" / "python"
     if not python.exists():
         say(f"making {folder} with {_INFINITY[0]}")
@@ -152,9 +152,9 @@ def infinity_python(folder: Path) -> str:
     return str(python)
 
 
-def for_people(report: Report) -> str:
-    """One table and the figures beside it."""
-    lines = [described(report["host"])]
+def format_report(report: Report) -> str:
+    """The table of speeds, and the other figures."""
+    lines = [format_facts(report["host"])]
     if found := report.get("speed"):
         lines.append(
             f"{found['texts']:,} texts of {SEGMENT_CHARS} characters, {found['tokens']:,} tokens, jobs of "
@@ -166,7 +166,7 @@ def for_people(report: Report) -> str:
             (_PEERS[way], f"{speed:,.0f}", f"{speed / base:.2f}")
             for way, speed in found["tokens_per_s"].items()
         ]
-        lines += [table(rows), _beside(found)]
+        lines += [table(rows), _details(found)]
     for row in report.get("memory", []):
         lines.append(f"PSS of {row['workers']} workers: {row['pss_mib']:,.0f} MiB")
     if large := report.get("large_memory"):
@@ -187,7 +187,7 @@ def for_people(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _beside(found: Report) -> str:
+def _details(found: Report) -> str:
     padding = found["padding_share"]
     return "\n".join([
         f"service / sentence-transformers job by job: {found['service_to_st_jobs']:.2f}; "
@@ -211,7 +211,7 @@ _PARTS: tuple[str, ...] = ("speed", "memory", "large_memory", "recovery", "edits
     help="JSONL with a field `content` a line, one chapter each.  [default: the sample novel]",
 )
 @click.option("--count", type=click.IntRange(0), default=0, help="Segments; 0 for all of the texts.")
-@click.option("--model", default="", help="As --model of the service.")
+@click.option("--model", default="", help="Like --model of the service.")
 @click.option(
     "--procs",
     type=click.IntRange(1),
@@ -223,7 +223,7 @@ _PARTS: tuple[str, ...] = ("speed", "memory", "large_memory", "recovery", "edits
     "--infinity",
     "infinity_folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Compare with infinity too, in a virtual environment in this folder, made if missing.",
+    help="Compare with infinity too, in a virtual environment in this folder, created if missing.",
 )
 @click.option(
     "--part",
@@ -250,7 +250,7 @@ def main(
     python_of = {"infinity": infinity_python(infinity_folder)} if infinity_folder else {}
     report: Report = {"bench": "embed", "host": machine_facts(), "procs": procs, "repeat": repeat}
     measures: dict[str, Callable[[], tuple[str, Any]]] = {
-        "speed": lambda: ("speed", speed(some(novel, count), procs, model, repeat, python_of)),
+        "speed": lambda: ("speed", speed(take_segments(novel, count), procs, model, repeat, python_of)),
         "memory": lambda: ("memory", [memory(workers, model) for workers in _WORKERS]),
         "large_memory": lambda: ("large_memory", large_memory()),
         "recovery": lambda: ("recovery_s", [recovery(model)["seconds"] for _ in range(repeat)]),
@@ -261,7 +261,7 @@ def main(
             name, found = measures[part]()
             report[name] = found
             say(f"{part}: done")
-    print(json.dumps(report) if as_json else for_people(report))
+    print(json.dumps(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

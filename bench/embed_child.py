@@ -1,7 +1,7 @@
-"""One way of embedding, measured in a process of its own: ``embed_child.py WAY FOLDER``.
+"""Child process that measures one way of embedding: ``embed_child.py WAY FOLDER``.
 
-FOLDER holds texts.json (a list of texts) and options.json; vectors go to WAY.npy there where they are
-compared. Prints one line of JSON: `seconds` without imports, loading and warming up, and what else was seen.
+FOLDER holds texts.json (a list of texts) and options.json; vectors that are compared are written to WAY.npy.
+Prints one line of JSON: `seconds` without imports, loading and warm-up, and further figures.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Report = dict[str, Any]
-# Texts of the first pass, which is not counted: threads start and kernels are chosen then.
+# Texts of the warm-up pass, in which threads start and kernels are chosen.
 _WARM = 16
 
 
@@ -37,7 +37,7 @@ def raw(texts: list[str], options: Report, folder: Path) -> Report:
 
 
 def handler(texts: list[str], options: Report, folder: Path) -> Report:
-    """Our handler without service and store: padding, and how much of the time no forward pass ran."""
+    """Our handler without service and store: padding, and the share of time without a forward pass."""
     from embed_texts import jobs
 
     packs = _record_packing()
@@ -58,7 +58,7 @@ def handler(texts: list[str], options: Report, folder: Path) -> Report:
 
 
 def st_jobs(texts: list[str], options: Report, folder: Path) -> Report:
-    """sentence-transformers, one encode a job."""
+    """sentence-transformers, one call of encode for each job."""
     from embed_texts import jobs
 
     model = _sentence_transformer(options)
@@ -67,7 +67,7 @@ def st_jobs(texts: list[str], options: Report, folder: Path) -> Report:
 
 
 def st_one(texts: list[str], options: Report, folder: Path) -> Report:
-    """sentence-transformers, one encode for all; its vectors are what the others are compared with."""
+    """sentence-transformers, one call of encode; its vectors are the reference."""
     model = _sentence_transformer(options)
     vectors, seconds = _timed(lambda: model.encode(texts, show_progress_bar=False))
     _save(folder, "st_one", vectors)
@@ -75,7 +75,7 @@ def st_one(texts: list[str], options: Report, folder: Path) -> Report:
 
 
 def st_pool(texts: list[str], options: Report, folder: Path) -> Report:
-    """sentence-transformers' own pool of two processes; its start is not counted."""
+    """The pool of sentence-transformers with two processes; its start is not measured."""
     os.environ["OMP_NUM_THREADS"] = str(max(1, options["threads"] // 2))
     model = _sentence_transformer(options)
     pool = model.start_multi_process_pool(["cpu"] * 2)
@@ -112,7 +112,7 @@ def infinity(texts: list[str], options: Report, folder: Path) -> Report:
 
 
 def edits(texts: list[str], options: Report, folder: Path) -> Report:
-    """Chapters are embedded, one paragraph is changed in each, they are embedded again: what it costs.
+    """Embed chapters, change one paragraph in each, embed them again with the cache of the first pass.
 
     Here `texts` are whole chapters.
     """
@@ -123,7 +123,7 @@ def edits(texts: list[str], options: Report, folder: Path) -> Report:
         embed = _handler(options, cache=folder / f"cache-{name}")
         first = _tokens_for(embed, [cut(chapter) for chapter in texts])
         second = _tokens_for(embed, [cut(edited(chapter)) for chapter in texts])
-        # What the edited chapters cost without a cache.
+        # The cost of the edited chapters without a cache.
         whole = _tokens_for(_handler(options), [cut(edited(chapter)) for chapter in texts])
         found[name] = {"first_tokens": first, "again_tokens": second, "saved_share": 1 - second / whole}
     return {"seconds": 0.0, "chapters": len(texts), **found}
@@ -153,7 +153,7 @@ def _handler(options: Report, cache: Path | None = None) -> Any:
 
 
 def _in_batches(embed: Any, work: list[Any]) -> list[Any]:
-    """As the runner does: up to the handler's limits, one batch after the other."""
+    """Batches up to the handler's limits, one after another, as the runner builds them."""
     outcomes: list[Any] = []
     start = 0
     while start < len(work):
@@ -169,12 +169,12 @@ def _in_batches(embed: Any, work: list[Any]) -> list[Any]:
 def _job(number: int, texts: list[str]) -> Any:
     from jobworker.worker import Job
 
-    payload = {"ids": [f"{number}.{place}" for place in range(len(texts))], "texts": texts}
+    payload = {"ids": [f"{number}.{index}" for index in range(len(texts))], "texts": texts}
     return Job(f"{number}", "embedding_batch", "t001", "p123", payload, {}, "", "bench", f"{number}-0", 0)
 
 
 def _record_packing() -> list[tuple[int, int]]:
-    """Notes (padded tokens, own tokens) of every batch that the encoders pack from now on."""
+    """Record (padded tokens, real tokens) of every batch that the encoders pack from now on."""
     from jobworker.handlers.encoder import packing
 
     real, seen = packing.pack, []

@@ -1,4 +1,4 @@
-"""Models with random weights in the shapes of real ones: as fast and as large, made on the spot."""
+"""Models with random weights and the shapes of real ones: equal speed and size, without a download."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Shape(NamedTuple):
-    """Of an XLM-RoBERTa; `vocabulary` is the rows of its table of word vectors, `window` is in tokens."""
+    """Shape of an XLM-RoBERTa; `vocabulary` is the number of token embeddings, `window` is in tokens."""
 
     layers: int
     hidden: int
@@ -17,20 +17,20 @@ class Shape(NamedTuple):
 
     @property
     def forward_flops_a_token(self) -> int:
-        """Of the matrices alone: what attention adds depends on the length, see `attention_flops`."""
+        """FLOPs of the matrices; those of attention depend on the length, see `attention_flops`."""
         return 2 * self.layers * (4 * self.hidden * self.hidden + 2 * self.hidden * self.intermediate)
 
     def attention_flops(self, tokens: int) -> int:
-        """Scores and weighted sums of one text of `tokens` tokens."""
+        """FLOPs of scores and weighted sums for one text of `tokens` tokens."""
         return 4 * self.layers * self.hidden * tokens * tokens
 
 
-#: BAAI/bge-m3 in segments' lengths (its own window is 8192), and all-MiniLM-L6-v2.
+#: BAAI/bge-m3 with the window of segments (its own is 8192), and all-MiniLM-L6-v2.
 BGE_M3 = Shape(24, 1024, 4096, 16, 250_002, 512)
 MINILM = Shape(6, 384, 1536, 12, 30_522, 512)
-#: A table of this many rows holds every character that novels use; what memory is measured with.
+#: Enough tokens for every character of a novel; used to measure memory.
 CHARACTERS = 8192
-#: 1 GiB of fp32, of which nearly all is matrices: the table of a real model's words is shared in any case.
+#: 1 GiB of fp32, nearly all of it matrices: the token embeddings of a real model are shared in any case.
 ONE_GIB = Shape(21, 1024, 4096, 16, CHARACTERS, 512)
 
 _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
@@ -39,7 +39,7 @@ _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 def write_model(folder: Path, shape: Shape, texts: Iterable[str]) -> Path:
     """Write a model whose tokens are the characters of `texts`; returns its folder.
 
-    sentence-transformers takes the mean of the tokens' vectors, for the folder does not say otherwise.
+    The folder configures no pooling, so sentence-transformers uses the mean of the token vectors.
     """
     import torch
     from transformers import XLMRobertaConfig, XLMRobertaModel
@@ -51,7 +51,7 @@ def write_model(folder: Path, shape: Shape, texts: Iterable[str]) -> Path:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         intermediate_size=shape.intermediate,
-        # The first two are taken by padding.
+        # The first two positions are reserved for padding.
         max_position_embeddings=shape.window + 2,
         type_vocab_size=1,
     )
@@ -83,7 +83,7 @@ def _tokenizer(characters: list[str], shape: Shape) -> Any:
 
 
 def compiled(encoder: Any) -> Any:
-    """An encoder of ours on torch whose transformer is compiled, for any number of rows and tokens."""
+    """Compile the transformer of a torch encoder, for any number of rows and tokens."""
     import torch
 
     encoder._model[0].forward = torch.compile(encoder._model[0].forward, dynamic=True)

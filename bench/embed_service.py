@@ -1,4 +1,4 @@
-"""The running service at embedding: from a stream into Milvus Lite, its workers' memory, its recovery."""
+"""Embedding in the running service: end-to-end speed into Milvus Lite, memory of workers, recovery."""
 
 import json
 import os
@@ -15,38 +15,38 @@ from hosts import roles_of
 from rig import JOB_TYPE, LIMIT_S, Backlog, connect, free_port, server, service
 
 _HANDLER = "jobworker.handlers.embedding.handler:EmbeddingBatch"
-# Between two looks at the group: short against everything that is measured here.
-_LOOK_EVERY_S = 0.01
+# Poll interval: short compared with everything that is measured here.
+_POLL_S = 0.01
 
 
 class Running(NamedTuple):
-    """A service that waits for the backlog to be released."""
+    """Ready service whose backlog is not released yet."""
 
     supervisor_pid: int
     backlog: Backlog
     metrics_url: str
 
     def metric(self, name: str) -> float:
-        """A counter, 0 where it is not there yet."""
+        """A counter; 0 if it does not exist yet."""
         with urllib.request.urlopen(self.metrics_url, timeout=LIMIT_S) as answer:
             text = answer.read().decode()
         found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
     def worker_pids(self) -> list[int]:
-        """All workers."""
+        """Process ids of all workers."""
         return roles_of(self.supervisor_pid).get("worker", [])
 
     def wait_drained(self, within_s: float = LIMIT_S) -> None:
-        """Until every job is acknowledged, which is after its rows are stored; RuntimeError if one failed."""
+        """Wait until every job is acknowledged, and so its rows stored. Raises RuntimeError if one fails."""
         _wait(lambda: self.backlog.drained, within_s, "acknowledged")
-        if self.backlog.strays:
-            raise RuntimeError(f"{self.backlog.strays} jobs failed")
+        if self.backlog.failed_jobs:
+            raise RuntimeError(f"{self.backlog.failed_jobs} jobs failed")
 
 
 @contextmanager
 def running(jobs: Sequence[Sequence[str]], procs: int, model: str, **environment: str) -> Iterator[Running]:
-    """A ready service with a model in each worker, whose backlog holds one job for each list of texts."""
+    """A ready service with a model in each worker, and a backlog of one job for each list of texts."""
     with server("") as url, connect(url) as client:
         backlog = Backlog(client, lambda number: _job(number, jobs[number]))
         backlog.fill(len(jobs))
@@ -57,9 +57,9 @@ def running(jobs: Sequence[Sequence[str]], procs: int, model: str, **environment
 
 
 def end_to_end(jobs: Sequence[Sequence[str]], procs: int, model: str) -> dict[str, Any]:
-    """From the first job to the last acknowledgement; the workers' first passes are in.
+    """Seconds from the first job to the last acknowledgement, with the workers' first passes.
 
-    Idle is what the workers' forward passes, added up, leave of the time.
+    The idle share is the time of all workers without a forward pass.
     """
     with running(jobs, procs, model) as served:
         began = time.perf_counter()
@@ -81,8 +81,8 @@ def end_to_end(jobs: Sequence[Sequence[str]], procs: int, model: str) -> dict[st
 
 
 def memory(procs: int, model: str, **environment: str) -> dict[str, Any]:
-    """Proportional set size of all workers together, MiB, once there was work for each of them."""
-    # More than one of them takes at once.
+    """Proportional set size of all workers together in MiB, after each had work."""
+    # More jobs than one worker accepts at once.
     count = 8 * procs
     with running([["some text"]] * count, procs, model, **environment) as served:
         served.backlog.release(count)
@@ -93,7 +93,7 @@ def memory(procs: int, model: str, **environment: str) -> dict[str, Any]:
 
 
 def recovery(model: str) -> dict[str, Any]:
-    """The only worker is killed; seconds until a job that was waiting then has its row acknowledged."""
+    """Kill the only worker; seconds until a waiting job is acknowledged."""
     with running([["some text"], ["another text"]], 1, model) as served:
         (pid,) = served.worker_pids()
         os.kill(pid, signal.SIGKILL)
@@ -104,7 +104,7 @@ def recovery(model: str) -> dict[str, Any]:
 
 
 def _settled(served: Running, name: str) -> float:
-    """A counter once it has stopped growing."""
+    """A counter after it has stopped growing."""
     last, now = -1.0, served.metric(name)
     while now != last:
         time.sleep(1.2)  # workers report every half second
@@ -118,7 +118,7 @@ def _job(number: int, texts: Sequence[str]) -> bytes:
         "type": JOB_TYPE,
         "tenant_id": "t001",
         "project_id": "p123",
-        "payload": {"ids": [f"{number}.{place}" for place in range(len(texts))], "texts": list(texts)},
+        "payload": {"ids": [f"{number}.{index}" for index in range(len(texts))], "texts": list(texts)},
         "created_at": "2026-01-02T10:00:00Z",
     }
     return json.dumps(job, ensure_ascii=False, separators=(",", ":")).encode()
@@ -135,4 +135,4 @@ def _wait(done: Callable[[], bool], within_s: float, what: str) -> None:
     while not done():
         if time.monotonic() > give_up_at:
             raise RuntimeError(f"not within {within_s:.0f} s: {what}")
-        time.sleep(_LOOK_EVERY_S)  # a group has no event that says "all acknowledged"
+        time.sleep(_POLL_S)  # a group has no event that says "all acknowledged"

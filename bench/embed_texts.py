@@ -1,4 +1,4 @@
-"""The texts that embedding is measured with: chapters, their segments, and jobs of segments."""
+"""Texts of the embedding benchmarks: chapters, segments, and jobs of segments."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ _NOVEL = Path(__file__).resolve().parent.parent / "samples" / "novel"
 
 
 def chapters(file: Path | None) -> list[str]:
-    """The field `content` of each line of a JSONL file; without one the sample novel's chapters."""
+    """The field `content` of each line of a JSONL file; without a file, the chapters of the sample novel."""
     if file is None:
         return [path.read_text("utf-8") for path in sorted(_NOVEL.rglob("*.md")) if path.parent != _NOVEL]
     with file.open(encoding="utf-8") as lines:
@@ -18,34 +18,34 @@ def chapters(file: Path | None) -> list[str]:
 
 
 def segments(chapter: str) -> list[str]:
-    """A chapter every 200 characters, wherever that is."""
+    """A chapter, cut every 200 characters."""
     return [chapter[start : start + SEGMENT_CHARS] for start in range(0, len(chapter), SEGMENT_CHARS)]
 
 
 def paragraph_segments(chapter: str) -> list[str]:
-    """A chapter's paragraphs, each cut every 200 characters: an edit moves no border outside of its own."""
+    """Paragraphs, each cut every 200 characters: an edit moves no boundary of another paragraph."""
     return [text for paragraph in chapter.split("\n") if paragraph.strip() for text in segments(paragraph)]
 
 
-def some(chapters: Sequence[str], count: int) -> list[str]:
-    """`count` segments of all chapters together, from the beginning as often as needed; 0 for each once.
+def take_segments(chapters: Sequence[str], count: int) -> list[str]:
+    """`count` segments of all chapters, repeated as often as needed; 0 for each segment once.
 
-    A repeated segment has its round before it, for a cache or a database might know the same text again.
+    A repeated segment gets the number of its round as a prefix, since caches recognise equal texts.
     """
     every = [text for chapter in chapters for text in segments(chapter)]
-    rounds = [divmod(place, len(every)) for place in range(count or len(every))]
-    return [f"{round_} {every[place]}" if round_ else every[place] for round_, place in rounds]
+    rounds = [divmod(index, len(every)) for index in range(count or len(every))]
+    return [f"{round_} {every[index]}" if round_ else every[index] for round_, index in rounds]
 
 
 def jobs(texts: Sequence[str]) -> list[list[str]]:
-    """Four segments a job."""
+    """The texts in jobs of four segments."""
     return [list(texts[start : start + TEXTS_A_JOB]) for start in range(0, len(texts), TEXTS_A_JOB)]
 
 
 def edited(chapter: str) -> str:
-    """One paragraph changed, in the middle: a sentence is put into its beginning."""
+    """The chapter with a sentence inserted at the start of a paragraph in the middle."""
     paragraphs = chapter.split("\n")
-    longest = [place for place, text in enumerate(paragraphs) if text.strip()]
-    middle = longest[len(longest) // 2]
+    filled = [index for index, text in enumerate(paragraphs) if text.strip()]
+    middle = filled[len(filled) // 2]
     paragraphs[middle] = "他停了一停。" + paragraphs[middle]
     return "\n".join(paragraphs)

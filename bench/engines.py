@@ -1,8 +1,8 @@
-"""Which engine runs a model fastest on this machine's CPU, and how near each stays to full precision.
+"""Speed of the inference engines on this machine's CPU, and their deviation from full precision.
 
-Every engine gets the same texts in the same batches, in a process of its own that stays, and all take turns
-with short rounds. The best round counts: what else runs on the machine, or beside it on a shared host, only
-ever slows one down. Tokens are those of our tokenizer, special ones included.
+Each engine gets the same texts in the same batches, in a process of its own; they take turns with short
+rounds. The best round counts, because other load on the machine or host only slows a round down. Tokens are
+those of the service's tokenizer, with special tokens.
 """
 
 import importlib
@@ -22,8 +22,8 @@ from typing import Any
 import click
 import numpy as np
 from embed_models import compiled
-from embed_texts import SEGMENT_CHARS, chapters, some
-from hosts import described, machine_facts, table
+from embed_texts import SEGMENT_CHARS, chapters, take_segments
+from hosts import format_facts, machine_facts, table
 from rig import say
 
 from jobworker.handlers.encoder.find_model import default_model
@@ -31,12 +31,12 @@ from jobworker.handlers.encoder.load import load_encoder
 from jobworker.handlers.encoder.precision_check import worst_cosine
 
 Report = dict[str, Any]
-# Compiling takes minutes on a slow machine.
+# Timeout in seconds: a compile takes minutes on a slow machine.
 _LIMIT_S = 1200.0
 _ONNX = ("onnxruntime", "onnx", "onnxscript")
-# What the others are compared with.
+# The reference.
 _EXACT = "torch fp32"
-# Rows and columns of the product that says what the processor can do: large against its caches.
+# Rows and columns of the matrix product that measures the CPU; larger than its caches.
 _PRODUCT = 2048
 
 
@@ -53,12 +53,12 @@ def _compiled(model: str, threads: int) -> Any:
 
 
 def _onnx(model: str, threads: int) -> Any:
-    """ONNX Runtime, on a graph exported from the torch module: ours in all but the forward pass."""
+    """ONNX Runtime on a graph exported from the torch module; only the forward pass differs from ours."""
     import torch
 
     from jobworker.handlers.encoder.convert import _Traced
 
-    # Not installed here for anything else.
+    # An optional dependency of this benchmark only.
     onnxruntime: Any = importlib.import_module("onnxruntime")
     encoder: Any = _torch("fp32")(model, threads)
     features = encoder._features(encoder.tokenize(["one two three four", "one"]).windows, "document")
@@ -96,28 +96,28 @@ _ENGINES: dict[str, Callable[[str, int], Any]] = {
 
 
 def _serve(engine: str, folder: Path) -> None:
-    """In a process of its own: load, warm up, then encode all texts for every line of input."""
+    """Entry point of an engine's process: load, warm up, then encode all texts for each line of stdin."""
     given = json.loads((folder / "given.json").read_text("utf-8"))
     texts: list[str] = given["texts"]
     began = time.perf_counter()
     encoder = _ENGINES[engine](given["model"], given["threads"])
     loaded_s = time.perf_counter() - began
     before = encoder.counters["embedded_tokens"]
-    # Also a first pass, in which threads start, kernels are chosen and graphs are compiled.
+    # Also the warm-up, in which threads start, kernels are chosen and graphs are compiled.
     np.save(folder / f"{engine}.npy", encoder.encode(texts))
     tokens = encoder.counters["embedded_tokens"] - before
-    # An engine that is not exact enough has given way to the next one: the revision tells.
+    # An engine with too low a precision is replaced by the next one; the revision names the actual one.
     ran_as = encoder.revision.partition("-")[2]
     flops = _matrix_flops(encoder) if engine == _EXACT else 0
-    _tell({"tokens": tokens, "loaded_s": round(loaded_s, 2), "ran_as": ran_as, "flops_a_token": flops})
+    _send_report({"tokens": tokens, "loaded_s": round(loaded_s, 2), "ran_as": ran_as, "flops_a_token": flops})
     for _ in sys.stdin:
         began = time.perf_counter()
         encoder.encode(texts)
-        _tell({"seconds": time.perf_counter() - began})
+        _send_report({"seconds": time.perf_counter() - began})
 
 
 def _matrix_flops(encoder: Any) -> int:
-    """Of a token in the model's matrices; attention's own products come on top, little for short texts."""
+    """FLOPs of a token in the matrices, without attention, which adds little for short texts."""
     return 2 * sum(
         int(weight.numel())
         for name, weight in encoder._model.named_parameters()
@@ -126,61 +126,61 @@ def _matrix_flops(encoder: Any) -> int:
 
 
 def _product_gflops() -> float:
-    """What a product of two fp32 matrices reaches on all cores."""
+    """GFLOP/s of a product of two fp32 matrices on all cores."""
     matrix = np.ones((_PRODUCT, _PRODUCT), np.float32)
     began = time.perf_counter()
     matrix @ matrix
     return float(2 * _PRODUCT**3 / (time.perf_counter() - began) / 1e9)
 
 
-def _tell(report: Report) -> None:
+def _send_report(report: Report) -> None:
     print(json.dumps(report), flush=True)
 
 
 class _Engine:
-    """A process that waits for its turn."""
+    """Process of one engine."""
 
     def __init__(self, name: str, folder: Path, python: str) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
-        self._said = folder / f"{name}.log"
-        # It ends with this process, however this one ends.
+        self._log = folder / f"{name}.log"
+        # The process ends with this one, also after SIGKILL.
         tied = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
-        with self._said.open("w") as said:
+        with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [*tied, python, __file__, "--serve", name, str(folder)],
-                env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
+                env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
 
-    def answer(self) -> Report | None:
-        """What it says next; None where it has ended instead."""
+    def receive(self) -> Report | None:
+        """The next report of the process; None if it has ended."""
         assert self._process.stdout is not None
-        # Exporters and compilers say things of their own.
+        # Exporters and compilers print lines of their own.
         line = next((line for line in self._process.stdout if line.startswith("{")), "")
         report: Report | None = json.loads(line) if line else None
         return report
 
     def turn(self) -> float:
-        """One round; seconds."""
+        """Run one round; returns its seconds."""
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
-        report = self.answer()
+        report = self.receive()
         if report is None:
-            raise RuntimeError(self.last_words)
+            raise RuntimeError(self.last_log_line)
         return float(report["seconds"])
 
     @property
-    def last_words(self) -> str:
-        """The last line of what it wrote to its log."""
-        return [*self._said.read_text().splitlines(), "it said nothing"][-2:][0][:300]
+    def last_log_line(self) -> str:
+        """The last line of its stderr."""
+        return [*self._log.read_text().splitlines(), "no output"][-2:][0][:300]
 
     def end(self) -> None:
-        """It ends with its input."""
+        """Close its stdin, which ends it."""
         self._process.communicate(timeout=_LIMIT_S)
 
 
 def compare(texts: list[str], model: str, threads: int, rounds: int, python_of: dict[str, str]) -> Report:
-    """Every engine that can be had here, and the least cosine of its vectors to full precision."""
+    """Measure each available engine, and the lowest cosine of its vectors to full precision."""
     with tempfile.TemporaryDirectory(prefix="jobworker-bench") as name, ExitStack() as ends:
         folder = Path(name)
         given = {"texts": texts, "model": model, "threads": threads}
@@ -190,11 +190,11 @@ def compare(texts: list[str], model: str, threads: int, rounds: int, python_of: 
         for engine in _ENGINES:
             started = _Engine(engine, folder, python_of.get(engine, sys.executable))
             ends.callback(started.end)
-            if (said := started.answer()) is None:
-                say(f"{engine}: {started.last_words}")
+            if (ready := started.receive()) is None:
+                say(f"{engine}: {started.last_log_line}")
                 continue
-            engines[engine], about[engine] = started, said
-            say(f"{engine}: {said}")
+            engines[engine], about[engine] = started, ready
+            say(f"{engine}: {ready}")
         seconds: dict[str, list[float]] = {engine: [] for engine in engines}
         gflops = []
         for _ in range(rounds):
@@ -217,7 +217,7 @@ def _summary(about: Report, seconds: list[float], cosine: float) -> Report:
 
 
 def onnx_python(folder: Path) -> str:
-    """The interpreter of an environment that has ONNX Runtime beside all that this one has."""
+    """The interpreter of an environment with ONNX Runtime and all packages of this one."""
     python = folder / "bin" / "python"
     if not python.exists():
         say(f"making {folder} with {_ONNX[0]}")
@@ -231,8 +231,8 @@ def onnx_python(folder: Path) -> str:
     return str(python)
 
 
-def for_people(report: Report) -> str:
-    """One table; how much faster than full precision in torch."""
+def format_report(report: Report) -> str:
+    """A table with the speed-up over full precision in torch."""
     found = report["engines"]
     exact = found[_EXACT]["tokens_per_s"]
     rows = [("best rounds", "tokens/s", "times torch fp32", "least cosine", "loaded after", "ran as")]
@@ -244,12 +244,12 @@ def for_people(report: Report) -> str:
         for engine, one in found.items()
     ]
     peak, flops = report["product_gflops"], found[_EXACT]["flops_a_token"]
-    said = (
+    context = (
         f"{report['texts']:,} texts of {SEGMENT_CHARS} characters, {report['threads']} threads\n"
         f"a product of fp32 matrices reaches {peak:.0f} GFLOP/s: for the model's matrices "
         f"{peak * 1e9 / flops:,.0f} tokens/s"
     )
-    return "\n".join([described(report["host"]), said, table(rows)])
+    return "\n".join([format_facts(report["host"]), context, table(rows)])
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
@@ -260,19 +260,19 @@ def for_people(report: Report) -> str:
     help="JSONL with a field `content` a line, one chapter each.  [default: the sample novel]",
 )
 @click.option("--count", type=click.IntRange(1), default=30, show_default=True, help="Segments of a round.")
-@click.option("--model", default="", help="As --model of the service.")
+@click.option("--model", default="", help="Like --model of the service.")
 @click.option(
     "--threads",
     type=click.IntRange(1),
     default=lambda: len(os.sched_getaffinity(0)),
-    help="Of every engine.  [default: number of cores]",
+    help="Threads of each engine.  [default: number of cores]",
 )
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Turns of each.")
 @click.option(
     "--onnx",
     "onnx_folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Compare with ONNX Runtime too, in a virtual environment in this folder, made if missing.",
+    help="Compare with ONNX Runtime too, in a virtual environment in this folder, created if missing.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
 def main(
@@ -285,11 +285,11 @@ def main(
     as_json: bool,
 ) -> None:
     """Measure and print."""
-    texts = some(chapters(file), count)
+    texts = take_segments(chapters(file), count)
     python_of = {"ONNX Runtime fp32": onnx_python(onnx_folder)} if onnx_folder else {}
     report: Report = {"bench": "engines", "host": machine_facts(), "texts": len(texts), "threads": threads}
     report |= compare(texts, model or default_model(), threads, rounds, python_of)
-    print(json.dumps(report) if as_json else for_people(report))
+    print(json.dumps(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

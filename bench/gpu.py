@@ -1,9 +1,9 @@
-"""How much of a GPU the forward pass uses, and tokens a second beside plain sentence-transformers.
+"""GPU utilisation of the forward pass, and tokens/s compared with plain sentence-transformers.
 
-Models of bge-m3's and MiniLM's shape with random weights are made on the spot: nothing is fetched, and no
-server is needed. Useful work is counted without padding; the share of the card is that work over what its
-matrix units could do in the time, once as the maker states it and once as a large product reaches. Tokens are
-those of our tokenizer, special ones included, for all. `--device cpu --layers 2` tries the program anywhere.
+Models with the shapes of bge-m3 and MiniLM and random weights are generated: no download and no server is
+needed. Useful FLOPs exclude padding. Utilisation is their share of the peak of the matrix units, once as the
+vendor states it and once as a large matrix product reaches it. Tokens are those of the service's tokenizer,
+with special tokens. `--device cpu --layers 2` runs the program without a GPU.
 """
 
 import gc
@@ -21,7 +21,7 @@ from typing import Any
 import click
 import torch
 from embed_models import BGE_M3, MINILM, Shape, compiled, write_model
-from hosts import described, machine_facts, table
+from hosts import format_facts, machine_facts, table
 
 from jobworker.handlers.encoder.find_model import find_model
 from jobworker.handlers.encoder.packing import pack, padding_share
@@ -29,17 +29,17 @@ from jobworker.handlers.encoder.precision_check import worst_cosine
 from jobworker.handlers.encoder.torch import TorchEncoder
 
 Report = dict[str, Any]
-#: Dense bf16 products, as the maker states them (TFLOP/s).
+#: Peak of dense bf16 products stated by the vendor, in TFLOP/s.
 _STATED_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 _RANDOM = 7
-# Shortest and longest of the mixed texts, in characters, which are tokens here; two more are special ones.
+# Lengths of the mixed texts in characters, which are tokens here; each text has two special tokens more.
 _SPECIALS = 2
 _MIXED = (16, 510)
-# Passes of a few milliseconds: the number of them, of which the median is taken.
+# Repetitions of passes of a few milliseconds; the median counts.
 _PRODUCTS = 20
-# What the cosine is taken of: enough texts, and few enough for full precision.
+# Texts whose vectors are compared with full precision, which is slow.
 _COMPARED = 64
-# How ours is run: dtype, token budget, compiled or not.
+# Variants of our encoder: dtype, token budget, compiled or not.
 _VARIANTS: dict[str, tuple[str, int, bool]] = {
     "as the service does": ("auto", 16384, False),
     "fp32": ("fp32", 16384, False),
@@ -51,47 +51,47 @@ _VARIANTS: dict[str, tuple[str, int, bool]] = {
 
 
 def say(text: str) -> None:
-    """Progress, for people."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def product_tflops(device: str, size: int) -> float:
-    """What a product of two bf16 matrices of random numbers reaches."""
+    """TFLOP/s of a product of two random bf16 matrices."""
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = statistics.median(_timed(lambda: left @ right, device) for _ in range(_PRODUCTS))
     return 2 * size**3 / seconds / 1e12
 
 
 def _timed(run: Callable[[], Any], device: str) -> float:
-    _settle(device)
+    _synchronize(device)
     began = time.perf_counter()
     run()
-    _settle(device)
+    _synchronize(device)
     return time.perf_counter() - began
 
 
-def _settle(device: str) -> None:
+def _synchronize(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize(device)
 
 
 def texts_of(lengths: Sequence[int], rng: random.Random) -> list[str]:
-    """Han characters at random: a token each."""
+    """Random Han characters; each is one token."""
     return ["".join(chr(rng.randrange(0x4E00, 0x4E00 + 5000)) for _ in range(length)) for length in lengths]
 
 
 def useful_flops(shape: Shape, lengths: Sequence[int]) -> int:
-    """Of one forward pass over texts of these tokens, padding not counted."""
+    """FLOPs of one forward pass over texts of these token counts, without padding."""
     return sum(length * shape.forward_flops_a_token + shape.attention_flops(length) for length in lengths)
 
 
 def ours(folder: Path, shape: Shape, loads: dict[str, list[str]], device: str, repeat: int) -> Report:
-    """Every variant on every load; forward passes alone, and tokenising with them."""
+    """Measure each variant with each load: forward passes alone, and with tokenising."""
     source = find_model(str(folder))
     exact: dict[str, Any] = {}
     found: Report = {}
     for name, (dtype, budget, compile_it) in _VARIANTS.items():
-        _make_room(device)
+        _free_memory(device)
         encoder: Any = TorchEncoder.load(
             source, device=device, threads=torch.get_num_threads(), dtype=dtype, token_budget=budget
         )
@@ -99,7 +99,7 @@ def ours(folder: Path, shape: Shape, loads: dict[str, list[str]], device: str, r
             encoder = compiled(encoder) if compile_it else encoder
             found[name] = {load: _one(encoder, shape, texts, repeat) for load, texts in loads.items()}
             compared = {load: encoder.encode(texts[:_COMPARED]) for load, texts in loads.items()}
-        except Exception as error:  # a compiler may be missing; the other variants go on
+        except Exception as error:  # e.g. a missing compiler; other variants continue
             say(f"{name}: {type(error).__name__}: {str(error)[:300]}")
             continue
         exact = compared if name == "fp32" else exact
@@ -113,7 +113,7 @@ def ours(folder: Path, shape: Shape, loads: dict[str, list[str]], device: str, r
     return found
 
 
-def _make_room(device: str) -> None:
+def _free_memory(device: str) -> None:
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()
@@ -138,12 +138,12 @@ def _one(encoder: Any, shape: Shape, texts: list[str], repeat: int) -> Report:
 
 
 def plain(folder: Path, loads: dict[str, list[str]], device: str, repeat: int) -> Report:
-    """sentence-transformers' encode of all texts, as it comes and in half precision."""
+    """encode of sentence-transformers, with defaults and in half precision."""
     from sentence_transformers import SentenceTransformer
 
     found: Report = {}
     for name, half in (("sentence-transformers", False), ("sentence-transformers, fp16", True)):
-        _make_room(device)
+        _free_memory(device)
         model = SentenceTransformer(str(folder), device=device, local_files_only=True)
         model = model.half() if half else model
         for load, texts in loads.items():
@@ -158,7 +158,7 @@ def plain(folder: Path, loads: dict[str, list[str]], device: str, repeat: int) -
 
 
 def measure(name: str, shape: Shape, count: int, device: str, repeat: int) -> Report:
-    """One model, made in a folder that goes away again."""
+    """Measure one model, generated in a temporary folder."""
     rng = random.Random(_RANDOM)
     loads = {
         "512 tokens": texts_of([shape.window - _SPECIALS] * count, rng),
@@ -175,10 +175,10 @@ def _stated_tflops(card: str) -> float | None:
     return next((stated for name, stated in _STATED_TFLOPS.items() if name in card), None)
 
 
-def for_people(report: Report) -> str:
-    """A table a model."""
+def format_report(report: Report) -> str:
+    """One table for each model."""
     stated, reached = report["stated_tflops"], report["product_tflops"]
-    lines = [described(report["host"]), f"{report['card']}, torch {torch.__version__}"]
+    lines = [format_facts(report["host"]), f"{report['card']}, torch {torch.__version__}"]
     lines.append(f"bf16 products: {stated or 'unknown'} TFLOP/s as stated, {reached:.1f} reached")
     for model, found in report["models"].items():
         rows = [
@@ -217,7 +217,9 @@ def _cells(one: Report, stated: float | None, reached: float) -> tuple[str, ...]
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
 @click.option("--device", default="cuda:0", show_default=True, help="cuda:N or cpu.")
-@click.option("--layers", type=click.IntRange(0), default=0, help="Fewer than the model's own; 0 for these.")
+@click.option(
+    "--layers", type=click.IntRange(0), default=0, help="Layers of the models; 0 for their own number."
+)
 @click.option("--count", type=click.IntRange(1), default=512, show_default=True, help="Texts of 512 tokens.")
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs of each.")
 @click.option("--product", type=click.IntRange(64), default=8192, show_default=True, help="Matrix size.")
@@ -226,13 +228,13 @@ def main(device: str, layers: int, count: int, repeat: int, product: int, as_jso
     """Measure and print."""
     shapes = {"bge-m3": BGE_M3, "MiniLM-L6": MINILM}
     if layers:
-        # For a machine without a GPU the table of words is cut down, too: it costs memory alone.
+        # Without a GPU the vocabulary is reduced too: it only costs memory.
         shapes = {name: shape._replace(layers=layers, vocabulary=8192) for name, shape in shapes.items()}
     card = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
     report: Report = {"bench": "gpu", "host": machine_facts(), "card": card, "device": device}
     report |= {"stated_tflops": _stated_tflops(card), "product_tflops": product_tflops(device, product)}
     report["models"] = {name: measure(name, shape, count, device, repeat) for name, shape in shapes.items()}
-    print(json.dumps(report) if as_json else for_people(report))
+    print(json.dumps(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

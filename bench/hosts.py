@@ -1,4 +1,4 @@
-"""Facts about the host and the processor time of processes, as every benchmark reports them."""
+"""Host facts and CPU time of processes, as every benchmark reports them."""
 
 import os
 import platform
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-#: Fields of /proc/<pid>/stat behind the command's name: parent, then processor time in user and kernel mode.
+#: Fields of /proc/<pid>/stat after the command name: parent, CPU time in user mode, CPU time in kernel mode.
 _PARENT, _USER_TICKS, _KERNEL_TICKS = 1, 11, 12
 
 
 def host_facts(client: Any) -> dict[str, Any]:
-    """`machine_facts`, and what speaks to which server."""
+    """`machine_facts`, and the versions of client and server."""
     info = client.info("server")
     name = "valkey" if "valkey_version" in info else "redis"
     return machine_facts() | {
@@ -25,7 +25,7 @@ def host_facts(client: Any) -> dict[str, Any]:
 
 
 def machine_facts() -> dict[str, Any]:
-    """What a figure means nothing without; ``load_1min`` says whether others were using the processors."""
+    """Date, CPU and versions, without which figures cannot be compared; ``load_1min`` shows other load."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cores": len(os.sched_getaffinity(0)),
@@ -51,7 +51,7 @@ def _version_or_none(package: str) -> str | None:
 
 
 def roles_of(supervisor_pid: int) -> dict[str, list[int]]:
-    """Process ids of a service by role, from the names that its processes give themselves for ``ps``."""
+    """Process ids of a service by role, read from the process titles."""
     roles: dict[str, list[int]] = {"supervisor": [supervisor_pid]}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -59,25 +59,25 @@ def roles_of(supervisor_pid: int) -> dict[str, list[int]]:
                 continue
             name = (entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
-            continue  # ended while we looked
+            continue  # it ended meanwhile
         if name.startswith("jobworker: "):
             roles.setdefault(name.removeprefix("jobworker: ").split()[0], []).append(int(entry.name))
     return roles
 
 
 def cpu_s(pids: Iterable[int]) -> float:
-    """Processor seconds (user and kernel, all threads) that living processes have used so far."""
+    """CPU seconds (user and kernel, all threads) of running processes so far."""
     stats = map(_stat, pids)
     return sum(int(fields[_USER_TICKS]) + int(fields[_KERNEL_TICKS]) for fields in stats) / _TICKS_PER_S
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields after the name, which is in parentheses and may hold blanks."""
+    """The fields after the name, which is in parentheses and may contain spaces."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns lined up for people: the first to the left, the others to the right."""
+    """A text table: the first column is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *rest in rows:
@@ -86,6 +86,6 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def described(facts: dict[str, Any]) -> str:
+def format_facts(facts: dict[str, Any]) -> str:
     """The host facts in one line."""
     return ", ".join(f"{name} {value}" for name, value in facts.items())

@@ -1,8 +1,8 @@
 """From enqueuing a job to its handler's start, on an idle service, beside a bare blocking read loop.
 
 One job each 20 ms. A job's clock starts just before its XADD is sent, and stops in the first line of the
-handler (of the bare loop: when the client has given it the entry); all processes of a host share that clock.
-Each consumer has a stream of its own and is measured alone; with --repeat they take turns.
+handler, or when the bare loop's client returns the entry; all processes of a host share that clock. Each
+consumer has a stream of its own and is measured alone; with --repeat they take turns.
 """
 
 import json
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from hosts import described, host_facts, table
+from hosts import format_facts, host_facts, table
 from rig import LIMIT_S, STAMP, Backlog, bare_loops, connect, job, say, server, service
 
 _EVERY_S = 0.020
-#: Sent before the clock counts: first jobs pay for connections, imports and caches.
+#: Jobs that are not measured: the first ones pay for connections, imports and caches.
 _WARM_UP_JOBS = 10
 _PERCENTILES = (50, 95, 99)
 
@@ -27,7 +27,7 @@ Consumers = Callable[[Backlog, str], AbstractContextManager[Any]]
 
 
 def latencies_ms(url: str, jobs: int, consumers: Consumers) -> list[float]:
-    """Send that many jobs, one each 20 ms; the time of each. Raises RuntimeError where one never started."""
+    """Send jobs, one each 20 ms; the latency of each. Raises RuntimeError if one never starts."""
     with connect(url) as client, tempfile.TemporaryDirectory() as folder:
         backlog, stamps = Backlog(client), Path(folder) / "stamps"
         stamps.touch()
@@ -42,7 +42,7 @@ def latencies_ms(url: str, jobs: int, consumers: Consumers) -> list[float]:
 
 
 def _send(client: Any, stream: str, jobs: int) -> dict[str, int]:
-    """Job id -> monotonic nanoseconds just before it was sent, in order."""
+    """Job id -> monotonic nanoseconds just before its XADD, in order."""
     sent: dict[str, int] = {}
     due_s = time.monotonic()
     for number in range(jobs):
@@ -56,7 +56,7 @@ def _send(client: Any, stream: str, jobs: int) -> dict[str, int]:
 
 
 def _started(stamps: Path, jobs: int) -> dict[str, int]:
-    """Job id -> monotonic nanoseconds of its start; of a job that ran twice, the first."""
+    """Job id -> monotonic nanoseconds of its first start."""
     give_up_at = time.monotonic() + LIMIT_S
     while len(started := _read(stamps)) < jobs:
         if time.monotonic() > give_up_at:
@@ -74,13 +74,13 @@ def _read(stamps: Path) -> dict[str, int]:
 
 
 def percentiles(sorted_ms: list[float]) -> dict[str, float]:
-    """Nearest rank, in milliseconds."""
+    """Nearest-rank percentiles and the maximum, in milliseconds."""
     found = {f"p{p}": sorted_ms[max(0, -(-p * len(sorted_ms) // 100) - 1)] for p in _PERCENTILES}
     return {name: round(ms, 3) for name, ms in (found | {"max": sorted_ms[-1]}).items()}
 
 
 def measure(url: str, seconds: float, procs: int, repeat: int) -> dict[str, Any]:
-    """Both, in turns; percentiles are over the jobs of all turns."""
+    """Measure service and bare loop in turns; percentiles are over the jobs of all turns."""
     with connect(url) as client:
         facts = host_facts(client)
     jobs = max(1, round(seconds / _EVERY_S))
@@ -105,27 +105,27 @@ def measure(url: str, seconds: float, procs: int, repeat: int) -> dict[str, Any]
     }
 
 
-def for_people(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any]) -> str:
     """The percentiles as a table."""
     names = [f"p{p}" for p in _PERCENTILES] + ["max"]
     rows = [("ms, enqueue to handler start", *names)]
     rows += [(name, *(f"{ms[p]:.2f}" for p in names)) for name, ms in report["ms"].items()]
     how = f"{report['jobs']} jobs of {report['job_bytes']} bytes, one each {report['every_ms']:.0f} ms"
     how += f", {report['procs']} workers, {report['repeat']} runs each"
-    return "\n".join([described(report["host"]), how, table(rows)])
+    return "\n".join([format_facts(report["host"]), how, table(rows)])
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True)
 @click.option("--procs", type=click.IntRange(1), default=2, show_default=True, help="Workers of the service.")
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Runs of each.")
-@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a Valkey of our own]")
+@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a new Valkey]")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
 def main(seconds: float, procs: int, repeat: int, redis_url: str, as_json: bool) -> None:
     """Measure and print."""
     with server(redis_url) as url:
         report = measure(url, seconds, procs, repeat)
-    print(json.dumps(report) if as_json else for_people(report))
+    print(json.dumps(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

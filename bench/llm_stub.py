@@ -1,4 +1,4 @@
-"""A language model's endpoint on this machine: real HTTP, answers made of a chapter's first sentences."""
+"""Local endpoint of a language model: real HTTP; answers with the first sentences of a chapter."""
 
 import json
 import re
@@ -14,14 +14,14 @@ _SPEAKER = re.compile(r"(?:^|[。！？”\s])([\u4e00-\u9fff]{2,3})(?:笑道|�
 
 @contextmanager
 def llm_stub(chars: int, delay_s: float) -> Iterator[str]:
-    """The URL of an endpoint that takes `delay_s` for an answer, and serves until the end of the block."""
+    """Yields the URL of an endpoint that answers after `delay_s`, until the end of the block."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            time.sleep(delay_s)  # stands for the model's own time
+            time.sleep(delay_s)  # simulated inference
             body = json.dumps(_completion(request["messages"][-1]["content"], chars)).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
@@ -30,7 +30,7 @@ def llm_stub(chars: int, delay_s: float) -> Iterator[str]:
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

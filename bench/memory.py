@@ -1,7 +1,6 @@
-"""The most memory that each role of a service comes to: under a long backlog, with the largest jobs, and
-while what its jobs need stands still.
+"""Peak memory of each role: with a long backlog, with the largest jobs, and while a dependency hangs.
 
-Figures are the processes' own high-water marks (VmHWM), of all workers the largest.
+Figures are the high-water marks of the processes (VmHWM); of several workers, the largest.
 """
 
 import json
@@ -14,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import click
-from hosts import described, host_facts, roles_of, table
+from hosts import format_facts, host_facts, roles_of, table
 from rig import JOB_TYPE, LIMIT_S, Backlog, connect, job, say, server, service
 
 _MIB = 1024 * 1024
-#: As large as jobs may be, less the rest of the entry.
+#: The largest payload: the limit of an entry without its other fields.
 _LARGE_BYTES = 8 * _MIB - 1024
-#: Large enough that what is taken ahead of a store that stands still would be seen.
-_STILL_BYTES = 100_000
-_LOOK_EVERY_S = 0.2
+#: Large enough to show unbounded prefetch while the dependency hangs.
+_STALLED_BYTES = 100_000
+_POLL_S = 0.2
 
 Scenario = Callable[[str], dict[str, int]]
 
 
 def large_job(size_bytes: int) -> Callable[[int], bytes]:
-    """A maker of jobs of that size."""
+    """A function that creates jobs of that size."""
 
     def make(number: int) -> bytes:
         text = "x" * (size_bytes - 200)
@@ -38,7 +37,7 @@ def large_job(size_bytes: int) -> Callable[[int], bytes]:
 
 
 def peaks_mib(supervisor_pid: int) -> dict[str, int]:
-    """The most that a process of each role ever held."""
+    """Peak memory of each role in MiB."""
     roles = roles_of(supervisor_pid)
     return {role: max(_peak_mib(pid) for pid in pids) for role, pids in sorted(roles.items())}
 
@@ -50,7 +49,7 @@ def _peak_mib(pid: int) -> int:
 
 @contextmanager
 def filled(url: str, jobs: int, make: Callable[[int], bytes], at_once: int) -> Iterator[Backlog]:
-    """A backlog of jobs that is taken away again."""
+    """A backlog of jobs, deleted afterwards."""
     with connect(url) as client:
         backlog = Backlog(client, make)
         try:
@@ -63,39 +62,39 @@ def filled(url: str, jobs: int, make: Callable[[int], bytes], at_once: int) -> I
 def drained(
     url: str, handler: str, jobs: int, make: Callable[[int], bytes] = job, at_once: int = 1000
 ) -> dict[str, int]:
-    """Peaks when the last of the jobs is done."""
+    """Peaks after the last job."""
     with filled(url, jobs, make, at_once) as backlog, service(url, backlog, handler, 2) as pid:
         backlog.release(jobs)
         give_up_at = time.monotonic() + LIMIT_S
         while not backlog.drained:
             if time.monotonic() > give_up_at:
                 raise RuntimeError(f"not drained within {LIMIT_S:.0f} s")
-            time.sleep(_LOOK_EVERY_S)  # a group has no event that says "all acknowledged"
+            time.sleep(_POLL_S)  # a group has no event that says "all acknowledged"
         return peaks_mib(pid)
 
 
-def standing_still(url: str, jobs: int, seconds: float) -> dict[str, int]:
-    """Peaks after a while with a peer that takes connections and never answers."""
+def with_stalled_peer(url: str, jobs: int, seconds: float) -> dict[str, int]:
+    """Peaks after `seconds` with a dependency that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as peer:
         at = f"127.0.0.1:{peer.getsockname()[1]}"
         with (
-            filled(url, jobs, large_job(_STILL_BYTES), 100) as backlog,
-            service(url, backlog, "bench_handlers:Asks", 2, BENCH_PEER=at) as pid,
+            filled(url, jobs, large_job(_STALLED_BYTES), 100) as backlog,
+            service(url, backlog, "bench_handlers:WaitsForPeer", 2, BENCH_PEER=at) as pid,
         ):
             backlog.release(jobs)
-            time.sleep(seconds)  # what is watched is a length of time
+            time.sleep(seconds)  # the measurement is a length of time
             return peaks_mib(pid)
 
 
 def measure(jobs: int, large_jobs: int, still_jobs: int, seconds: float) -> dict[str, Any]:
-    """Each on a server of its own, so that none finds another's memory."""
+    """Run each scenario on a server of its own, so that none is affected by another."""
     scenarios: dict[str, Scenario] = {
         f"{jobs:,} small jobs": lambda url: drained(url, "bench_handlers:Noop", jobs),
         f"{large_jobs} jobs of 8 MiB": lambda url: drained(
             url, "bench_handlers:Many", large_jobs, large_job(_LARGE_BYTES), 4
         ),
-        f"{still_jobs:,} jobs of 100 kB, {seconds:.0f} s of a store that stands still": lambda url: (
-            standing_still(url, still_jobs, seconds)
+        f"{still_jobs:,} jobs of 100 kB, {seconds:.0f} s of a hung dependency": lambda url: with_stalled_peer(
+            url, still_jobs, seconds
         ),
     }
     found: dict[str, dict[str, int]] = {}
@@ -109,14 +108,14 @@ def measure(jobs: int, large_jobs: int, still_jobs: int, seconds: float) -> dict
     return {"bench": "memory", "host": facts, "peak_mib": found}
 
 
-def for_people(report: dict[str, Any]) -> str:
-    """One row a scenario."""
+def format_report(report: dict[str, Any]) -> str:
+    """A table with one row a scenario."""
     roles = ("supervisor", "reader", "reaper", "spare", "worker")
     rows = [("peak MiB", *roles)]
     rows += [
         (name, *(str(peaks.get(role, "-")) for role in roles)) for name, peaks in report["peak_mib"].items()
     ]
-    return f"{described(report['host'])}\n{table(rows)}"
+    return f"{format_facts(report['host'])}\n{table(rows)}"
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
@@ -124,13 +123,13 @@ def for_people(report: dict[str, Any]) -> str:
 @click.option("--large-jobs", type=click.IntRange(2), default=64, show_default=True)
 @click.option("--still-jobs", type=click.IntRange(2), default=10_000, show_default=True)
 @click.option(
-    "--seconds", type=click.FloatRange(1), default=30.0, show_default=True, help="Of standing still."
+    "--seconds", type=click.FloatRange(1), default=30.0, show_default=True, help="Duration of the hang."
 )
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
 def main(jobs: int, large_jobs: int, still_jobs: int, seconds: float, as_json: bool) -> None:
     """Measure and print."""
     report = measure(jobs, large_jobs, still_jobs, seconds)
-    print(json.dumps(report) if as_json else for_people(report))
+    print(json.dumps(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

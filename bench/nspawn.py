@@ -1,4 +1,4 @@
-"""A small Debian that boots a real systemd in a container, and is thrown away after each run (needs root)."""
+"""Disposable Debian containers that boot a real systemd (needs root)."""
 
 import contextlib
 import os
@@ -10,23 +10,23 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
-#: What the service's host needs beyond a bare system: an interpreter (with what the Redis client wants before
-#: Python 3.11.3), the job store, OpenMP for torch.
+#: Packages of the service's host: an interpreter (with a dependency of the Redis client before Python
+#: 3.11.3), the job store, OpenMP for torch.
 _PACKAGES = (
     "systemd,systemd-sysv,dbus,python3,python3-venv,python3-async-timeout,libgomp1,redis-server,procps"
 )
 _BASE_WITHIN_S = 900.0
 _BOOT_WITHIN_S = 90.0
 _END_WITHIN_S = 60.0
-#: Where systemd-nspawn wants a file system of its own where no systemd runs outside.
+#: systemd-nspawn needs a file system of its own here if no systemd runs outside.
 _RUN = Path("/run/systemd/nspawn")
-#: For commands inside: nothing of this host's.
+#: Environment of commands inside; it takes nothing from this host.
 _ENVIRONMENT = {"PATH": "/opt/jobworker/bin:/usr/bin:/usr/sbin:/bin:/sbin", "LC_ALL": "C.UTF-8"}
 _MEMORY = Path("/sys/fs/cgroup/memory")
 
 
 def make_base(base: Path) -> None:
-    """The system that every run starts from, made by debootstrap unless it is there."""
+    """Create the base system of every run with debootstrap, unless it exists."""
     done = base / "done"
     if done.exists() and done.read_text() == _PACKAGES:
         return
@@ -46,7 +46,7 @@ def make_base(base: Path) -> None:
 
 
 class Machine:
-    """A system that is thrown away, above a base that is kept. Enter it, fill `root`, then `boot`."""
+    """Container on an overlay of the base, deleted on exit. Enter it, fill `root`, then `boot`."""
 
     def __init__(self, base: Path, memory_mib: int) -> None:
         self._base = base / "root"
@@ -71,14 +71,14 @@ class Machine:
         self._memory.close()
 
     def prepare(self, *command: str) -> None:
-        """Run a command in it before it boots."""
+        """Run a command in the container before it boots."""
         subprocess.run(
             ["chroot", str(self.root), *command], check=True, timeout=_BOOT_WITHIN_S, env=_ENVIRONMENT,
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
 
     def boot(self, bound: dict[Path, str]) -> None:
-        """Start its systemd, with folders of this host (read-only) at places inside."""
+        """Boot systemd, with folders of this host mounted read-only."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(_own_file_system(_RUN))
             command = [
@@ -104,7 +104,7 @@ class Machine:
         return self.run("systemctl", "is-system-running").stdout.strip() in ("running", "degraded")
 
     def run(self, *command: str, within_s: float = _BOOT_WITHIN_S) -> "subprocess.CompletedProcess[str]":
-        """Run a command in it, as root; never raises for its exit code."""
+        """Run a command in the container as root; never raises for its exit code."""
         inside = ["nsenter", f"--target={self._leader}", "--all", "--", *command]
         return subprocess.run(
             inside, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -112,7 +112,7 @@ class Machine:
         )  # fmt: skip
 
     def _end(self, nspawn: "subprocess.Popen[bytes]") -> None:
-        """Ask its systemd to power off, then make it."""
+        """Power off gracefully, then kill."""
         if nspawn.poll() is None:
             nspawn.send_signal(signal.SIGTERM)
             try:
@@ -123,8 +123,8 @@ class Machine:
 
 
 class _Memory:
-    """A control group below our own that limits a machine's memory; of version 1, where the machine has none
-    of its own to limit its units with."""
+    """Control group (version 1) that limits the memory of a container; units inside have no group of their
+    own to limit."""
 
     def __init__(self, mib: int) -> None:
         own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line)
@@ -133,11 +133,11 @@ class _Memory:
         (self._group / "memory.limit_in_bytes").write_text(f"{mib}M")
 
     def enter(self) -> None:
-        """Put this process, and all that it will start, into it."""
+        """Move this process, and so its later children, into the group."""
         (self._group / "cgroup.procs").write_text(str(os.getpid()))
 
     def close(self) -> None:
-        """It is empty by now."""
+        """Remove the group once it is empty."""
         wait_for(
             "the control group to be empty", lambda: not (self._group / "cgroup.procs").read_text(), 10.0
         )
@@ -158,15 +158,15 @@ def _own_file_system(folder: Path) -> Iterator[None]:
 
 
 def wait_for(what: str, look: Callable[[], object], within_s: float) -> float:
-    """Until it is true; how long that took (seconds). Raises TimeoutError."""
+    """Wait until `look` is true; returns the seconds. Raises TimeoutError."""
     began_s = time.monotonic()
     while not look():
         if time.monotonic() - began_s > within_s:
             raise TimeoutError(f"{what}: not within {within_s:.0f} s")
-        time.sleep(0.1)  # what happens in another machine sends no event here
+        time.sleep(0.1)  # a container sends no event
     return time.monotonic() - began_s
 
 
 def missing(programs: Sequence[str]) -> list[str]:
-    """Those that are not installed."""
+    """The programs that are not installed."""
     return [name for name in programs if shutil.which(name) is None]

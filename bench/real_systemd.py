@@ -1,9 +1,9 @@
-"""The service under a real systemd: start, embed, reload, hang, run out of memory, lose the store, stop.
+"""Test of the units with a real systemd: start, embed, reload, hang, out of memory, lost store, stop.
 
 Needs root, debootstrap and systemd-nspawn (Debian: apt-get install debootstrap systemd-container). A small
-Debian is made once in --base; each run installs the project as a wheel into a copy of it that is thrown away,
-boots it, and prints the commands and what they said. The libraries are those of the environment that this
-runs in. Exit code 1: something was not as it should be.
+Debian is created once in --base. Each run installs the project as a wheel into a disposable copy, boots it,
+and prints the commands with their output. The libraries are those of the environment of this program. Exit
+code 1: a check failed.
 """
 
 import json
@@ -24,12 +24,12 @@ from nspawn import Machine, make_base, missing, wait_for
 
 _ROOT = Path(__file__).resolve().parents[1]
 _UNIT, _CONFIG = "jobworker.service", "/etc/jobworker/jobworker.toml"
-#: The unit's own minute would make every hang a minute's wait.
+#: Shorter than the unit's 60 s, since every hang in this test lasts that long.
 _WATCHDOG_S, _DRAIN_S = 10, 8
-#: Room for two workers with the small model and both stores, not for one that takes all it can get.
+#: Enough for two workers with the small model and both stores, but not for the handler that exhausts memory.
 _MEMORY_MIB = 3500
 _SOON_S = 90.0
-#: Most that `systemd-analyze security` may say of the unit, without and with the drop-in for a GPU.
+#: Highest accepted score of `systemd-analyze security`, without and with the drop-in for a GPU.
 _EXPOSURE, _EXPOSURE_GPU = 1.0, 1.3
 _PASSWORD = "open-sesame"
 #: Finds the password, but not the command line of the search itself.
@@ -40,7 +40,7 @@ _FILES = {
     _CONFIG: f'redis-url = "redis://:{_PASSWORD}@127.0.0.1:6379/0"\n',
     "/etc/jobworker/jobworker.env": f"JOBWORKER_PROCS=2\nJOBWORKER_HANDLER={_HANDLERS}\n"
     f"JOBWORKER_DRAIN_TIMEOUT={_DRAIN_S}\nJOBWORKER_RETRY_INITIAL=0.2\nPYTHONPATH=/opt/demo\nHF_HUB_OFFLINE=1\n",
-    # The template's service has no file with passwords: it brings its own stores.
+    # The service of the template has no password file: it uses embedded stores.
     "/etc/jobworker/story.env": "JOBWORKER_PROCS=1\nJOBWORKER_NO_BUILTIN_HANDLERS=1\n"
     "JOBWORKER_HANDLER=nap=systemd_handlers:Nap\nPYTHONPATH=/opt/demo\nJOBWORKER_METRICS_ADDR=127.0.0.1:9465\n",
     f"/etc/systemd/system/{_UNIT}.d/test.conf": f"[Service]\nWatchdogSec={_WATCHDOG_S}\n",
@@ -48,21 +48,21 @@ _FILES = {
 
 
 class Failed(Exception):
-    """Something was not as it should be."""
+    """A check failed."""
 
 
 class Host:
-    """The machine as its operator sees it: commands, printed with what they say."""
+    """Shell of the container; commands are printed with their output."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
 
     def quiet(self, *command: str) -> str:
-        """What a command says."""
+        """Output of a command."""
         return self._machine.run(*command).stdout.strip()
 
     def show(self, command: str, *, code: int = 0) -> str:
-        """Run a shell command and print it with what it says. Raises `Failed` at another exit code."""
+        """Run a shell command and print it with its output. Raises `Failed` for another exit code."""
         began_s = time.monotonic()
         done = self._machine.run("sh", "-c", command)
         took_s = time.monotonic() - began_s
@@ -74,41 +74,41 @@ class Host:
         return done.stdout
 
     def verb(self, text: str) -> str:
-        """A verb of `jobworker` on the service's own file."""
+        """Run a command of `jobworker` with the service's configuration."""
         return self.show(f"jobworker {text} --config {_CONFIG}")
 
     def property(self, name: str, unit: str = _UNIT) -> str:
-        """What systemd knows of a unit."""
+        """A property of a unit."""
         return self.quiet("systemctl", "show", unit, f"--property={name}", "--value")
 
     def stats(self) -> Any:
-        """`jobworker stats`, for machines."""
+        """`jobworker stats` as JSON."""
         return json.loads(self.quiet("jobworker", "stats", "--json", f"--config={_CONFIG}"))
 
     def done(self, kind: str) -> float:
-        """Jobs of a type that this supervisor has seen finished."""
+        """Finished jobs of a type since the start of the supervisor."""
         return float(self.stats()["totals"].get(kind, {}).get("done", 0.0))
 
     def waiting(self) -> int:
-        """Jobs that are not finished."""
+        """Number of unfinished jobs."""
         rows = self.stats()["streams"]
         return sum(int(row["queued"] + row["pending"] + row["retrying"]) for row in rows)
 
     def workers(self) -> set[int]:
-        """Process ids."""
+        """Process ids of the workers."""
         children = self.stats()["services"][0].get("children", ())
         return {child["pid"] for child in children if child["role"] == "worker"}
 
 
 def expect(fine: bool, what: str) -> None:
-    """Print it, or raise `Failed`."""
+    """Print a statement that holds; raise `Failed` if it does not."""
     if not fine:
         raise Failed(what)
     print(f"=> {what}")
 
 
 def units_are_well_made(host: Host) -> None:
-    """Nothing to complain of, and little exposed."""
+    """`systemd-analyze` finds no fault and a low exposure."""
     host.show("systemd-analyze verify jobworker.service jobworker@story.service")
     for unit in (_UNIT, "jobworker@story.service"):
         expect(_exposure(host, unit) <= _EXPOSURE, f"{unit}: at most {_EXPOSURE}")
@@ -128,7 +128,7 @@ def _exposure(host: Host, unit: str) -> float:
 
 
 def user_and_folders(host: Host) -> None:
-    """What packages install beside a unit is read without complaint."""
+    """sysusers and tmpfiles create the user and its folders."""
     host.show("systemd-sysusers && getent passwd jobworker")
     host.show("systemd-tmpfiles --create jobworker.conf && stat --format '%A %U %n' /etc/jobworker")
 
@@ -141,7 +141,7 @@ def it_starts(host: Host) -> None:
 
 
 def a_password_stays_where_it_is(host: Host) -> None:
-    """The credential is read by the service alone, and its password stands nowhere else."""
+    """Only the service can read the credential, and the password appears nowhere else."""
     host.show("ls -l /run/credentials/jobworker.service/")
     host.show("setpriv --reuid=nobody cat /run/credentials/jobworker.service/jobworker.toml", code=1)
     for where in ("/proc/[0-9]*/cmdline /proc/[0-9]*/environ", "-r /var/log"):
@@ -150,23 +150,24 @@ def a_password_stays_where_it_is(host: Host) -> None:
 
 
 def it_embeds(host: Host) -> None:
-    """One job of the main kind, from the operator's tool to Milvus."""
+    """One embedding job, from the command line to Milvus."""
     host.verb(f"enqueue embedding_batch --id first --tenant t1 --project p1 --payload '{_EMBED}'")
     wait_for("embedded", lambda: host.done("embedding_batch") == 1, _SOON_S)
     time.sleep(3)  # the status line is renewed every two seconds
     says = host.show(f"systemctl status --no-pager --lines=0 {_UNIT}")
     expect(
-        "2 workers, " in says and " jobs/s, 0 retrying, 0 dead" in says, "the status line says how it does"
+        "2 workers, " in says and " jobs/s, 0 retrying, 0 dead" in says,
+        "the status line shows workers, rate and failures",
     )
 
 
 def a_reload_drops_no_job(host: Host) -> None:
-    """HUP: the workers are exchanged one by one while they work; systemd calls it reloading meanwhile."""
+    """HUP: workers are replaced one by one while jobs run; systemd shows `reloading` meanwhile."""
     before, supervisor = host.workers(), host.property("MainPID")
     host.verb("enqueue nap --payload '{\"s\": 0.05}' --stream stream:audit:log --count 400")
     host.show(f"systemctl reload --no-block {_UNIT}")
     wait_for("reloading", lambda: host.property("ActiveState") == "reloading", 10.0)
-    time.sleep(3)  # half-way through, and for the status line to say a rate
+    time.sleep(3)  # half-way through, and until the status line shows a rate
     host.show(f"systemctl status --no-pager --lines=0 {_UNIT} | grep -E 'Active|Status'")
     took_s = wait_for("reloaded", lambda: host.property("ActiveState") == "active", _SOON_S)
     wait_for("all done", lambda: host.done("nap") == 400, _SOON_S)
@@ -177,7 +178,7 @@ def a_reload_drops_no_job(host: Host) -> None:
 
 
 def a_hung_supervisor_is_started_again(host: Host) -> None:
-    """Nothing feeds the watchdog any more: systemd ends it and starts it again, and no job is lost."""
+    """A stopped supervisor misses its watchdog: systemd restarts the unit, and no job is lost."""
     supervisor = host.property("MainPID")
     host.verb("enqueue nap --id long --payload '{\"s\": 20}' --stream stream:audit:log")
     wait_for(
@@ -199,13 +200,13 @@ def _is_another(host: Host, supervisor: str) -> bool:
 
 
 def a_store_that_is_away_is_no_hang(host: Host) -> None:
-    """The watchdog is patient while the store is what is missing."""
+    """An outage of the store does not trigger the watchdog."""
     supervisor = host.property("MainPID")
     host.show(f"systemctl stop redis-server && sleep {_WATCHDOG_S * 2.5:.0f}")
     host.show(f"systemctl status --no-pager --lines=0 {_UNIT} | grep -E 'Active|Status'")
     expect(
         host.property("MainPID") == supervisor,
-        f"still there after {_WATCHDOG_S * 2.5:.0f} s without its store",
+        f"still running after {_WATCHDOG_S * 2.5:.0f} s without its store",
     )
     host.show("systemctl start redis-server")
     wait_for("ready", lambda: "jobs/s" in host.property("StatusText"), _SOON_S)
@@ -215,7 +216,7 @@ def a_store_that_is_away_is_no_hang(host: Host) -> None:
 
 
 def out_of_memory_costs_a_worker(host: Host) -> None:
-    """The kernel kills the worker that takes all memory; the unit continues, and the job is poison."""
+    """The kernel kills only the worker that exhausts memory; its job is dead-lettered as poison."""
     supervisor, restarts = host.property("MainPID"), host.property("NRestarts")
     host.verb("enqueue eat --id eater --stream stream:audit:log")
     wait_for("the dead letter", lambda: any(row["dead"] for row in host.stats()["streams"]), _SOON_S)
@@ -232,7 +233,7 @@ def out_of_memory_costs_a_worker(host: Host) -> None:
 
 
 def a_stop_lets_jobs_end(host: Host) -> None:
-    """What runs may end within the drain time; the rest waits for the next start, unharmed."""
+    """Running jobs may end within the drain timeout; others wait for the next start."""
     host.verb("enqueue nap --id short --payload '{\"s\": 3}' --stream stream:audit:log --count 2")
     host.verb("enqueue nap --id later --payload '{\"s\": 0.1}' --stream stream:audit:log --count 20")
     time.sleep(1)  # for two of them to be under way
@@ -244,11 +245,11 @@ def a_stop_lets_jobs_end(host: Host) -> None:
     expect(left >= 18, f"{left} jobs wait")
     host.show(f"systemctl start {_UNIT}")
     wait_for("the others", lambda: not host.waiting(), _SOON_S)
-    expect(host.done("nap") == left, "the next start ran just those")
+    expect(host.done("nap") == left, "the next start ran exactly these")
 
 
-def a_stop_waits_no_longer_than_told(host: Host) -> None:
-    """A job that takes longer goes back unharmed."""
+def a_stop_ends_at_the_drain_timeout(host: Host) -> None:
+    """A job that exceeds the drain timeout is returned without a counted try."""
     host.verb("enqueue nap --id endless --payload '{\"s\": 100}' --stream stream:audit:log")
     time.sleep(1)  # for it to be under way
     began_s = time.monotonic()
@@ -260,7 +261,7 @@ def a_stop_waits_no_longer_than_told(host: Host) -> None:
 
 
 def one_more_service_on_the_host(host: Host) -> None:
-    """The template, beside the other, without a file of passwords and with stores of its own."""
+    """A service of the template beside the first, without a password file and with embedded stores."""
     host.show(f"systemctl start {_UNIT} jobworker@story.service")
     host.show("systemctl status --no-pager --lines=0 'jobworker@story.service' | sed -n '1,3p;/Status/p'")
     host.show(
@@ -278,13 +279,13 @@ def one_more_service_on_the_host(host: Host) -> None:
 CHECKS: tuple[Callable[[Host], None], ...] = (
     units_are_well_made, user_and_folders, it_starts, a_password_stays_where_it_is, it_embeds,
     a_reload_drops_no_job, a_hung_supervisor_is_started_again, a_store_that_is_away_is_no_hang,
-    out_of_memory_costs_a_worker, a_stop_lets_jobs_end, a_stop_waits_no_longer_than_told,
+    out_of_memory_costs_a_worker, a_stop_lets_jobs_end, a_stop_ends_at_the_drain_timeout,
     one_more_service_on_the_host,
 )  # fmt: skip
 
 
 def _wheel(folder: Path) -> Path:
-    """Built from a copy: a build leaves its folders in the tree it builds."""
+    """Build from a copy, since a build leaves folders in its source tree."""
     skip = shutil.ignore_patterns(".*", "tests", "bench", "samples", "jobworker-data", "build", "*.egg-info")
     shutil.copytree(_ROOT, folder / "tree", ignore=skip)
     command = [
@@ -302,7 +303,7 @@ def _wheel(folder: Path) -> Path:
 
 
 def _install(machine: Machine) -> None:
-    """The wheel in an environment of its own, the units, this run's files, a password for the job store."""
+    """Install the wheel in an environment, the units, the files of the run, and a password for Redis."""
     root = machine.root
     for path, text in _FILES.items():
         _write(root / path.lstrip("/"), text)
@@ -336,12 +337,12 @@ def _write(path: Path, text: str) -> None:
     "--base", type=click.Path(path_type=Path), default=Path("/var/tmp/jobworker-debian"), show_default=True
 )
 @click.option("--only", multiple=True, type=click.Choice([check.__name__ for check in CHECKS]),
-              help="Only this one (after a start); repeatable.")  # fmt: skip
+              help="Run only this check (after a start); repeatable.")  # fmt: skip
 def main(base: Path, only: tuple[str, ...]) -> None:
-    """Every check in order."""
+    """Run the checks in order."""
     if lacking := missing(["debootstrap", "systemd-nspawn", "nsenter"]):
         raise click.UsageError(f"not installed: {', '.join(lacking)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # through the way out, which takes all away
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that context managers clean up
     make_base(base)
     chosen = [check for check in CHECKS if not only or check.__name__ in (*only, it_starts.__name__)]
     with Machine(base, _MEMORY_MIB) as machine:
@@ -349,8 +350,10 @@ def main(base: Path, only: tuple[str, ...]) -> None:
         machine.boot({Path(sysconfig.get_path("purelib")): "/opt/libraries"})
         host = Host(machine)
         host.show("systemctl --version | head -1; uname -r; redis-server --version | cut -c-25")
-        fine = all(_passes(check, host) for check in chosen)  # each starts from what the one before left
-    print("\nall as it should be" if fine else "\nfailed")
+        fine = all(
+            _passes(check, host) for check in chosen
+        )  # each check starts in the state that the last one left
+    print("\nall checks passed" if fine else "\nfailed")
     sys.exit(not fine)
 
 
@@ -359,7 +362,7 @@ def _passes(check: Callable[[Host], None], host: Host) -> bool:
     try:
         check(host)
     except (Failed, ValueError, TimeoutError, subprocess.TimeoutExpired) as error:
-        print(f"=> NOT AS IT SHOULD BE: {error}")
+        print(f"=> FAILED: {error}")
         print(host.quiet("sh", "-c", f"journalctl --no-pager --lines=20 --unit={_UNIT} | cut -c-300"))
         return False
     return True

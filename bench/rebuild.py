@@ -1,9 +1,9 @@
-"""A rebuild of a collection while a client searches and another writes all the time, and kills on the way.
+"""Rebuild of a collection while clients search and write, with kills.
 
-The service runs as in production, on a Valkey and a Milvus Lite of our own unless urls are given. The first
-two kills hit the worker that rebuilds, the others the whole service, which is started again. Afterwards every
-row is compared with what was written last, and the neighbours that a search finds with the truth; then the
-same collection is rebuilt in place, which stops searches.
+The service runs as in production, on a Valkey and a Milvus Lite of its own unless URLs are given. The first
+two kills hit the worker that rebuilds, the others the whole service, which restarts. Afterwards every row is
+compared with the last write, and search results with an exact search. Then the collection is rebuilt in
+place, during which searches fail.
 """
 
 import json
@@ -22,11 +22,11 @@ from typing import Any
 
 import click
 
-# Processes are started while clients talk to Milvus; what gRPC does at a fork would break both.
+# Processes start while clients talk to Milvus; the fork handlers of gRPC would break both.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 import numpy as np
-from hosts import described, host_facts, roles_of, table
+from hosts import format_facts, host_facts, roles_of, table
 from rig import JOB_TYPE, LIMIT_S, Backlog, connect, free_port, say, server, service
 
 from jobworker.handlers.jobstore.fence import Rebuilds
@@ -37,24 +37,24 @@ from jobworker.handlers.vectors.milvus.store import Row, VectorStore, VectorStor
 from jobworker.handlers.vectors.versioned_writer import VersionedRows, VersionedWriter
 
 _NAME, _PREFIX = "story_segments", "bench_"
-#: The Lite of our own is asked by this program and by workers on this host.
+#: Token of the Milvus Lite that this program starts; workers on this host use it too.
 _TOKEN = f"root:{secrets.token_urlsafe(24)}"
 _TENANT, _PROJECT = "t001", "p123"
 _SCOPE: dict[str, Any] = {"tenant_id": _TENANT, "project_id": _PROJECT}
 _HANDLER = "jobworker.handlers.rebuild.handler:IndexRebuild"
 _TEXT = "Snow had fallen on the pass all night, and the road below the inn was gone by the morning. " * 5
-#: Cluster centres of the vectors, as those of texts have; without them the truth would be mere chance.
+#: Clusters of the vectors, as in vectors of texts; without clusters, the nearest rows would be random.
 _CENTRES = 200
 _QUERIES, _NEIGHBOURS = 100, 10
 _WRITE_ROWS, _WRITE_EVERY_S = 5, 0.05
-#: A worker that dies three times of one job has it dead-lettered: the other kills hit the whole service.
+#: After three worker deaths the job is dead-lettered, so the other kills hit the whole service.
 _WORKER_KILLS = 2
-#: A rebuild of 100,000 rows on two busy cores.
+#: Timeout of a rebuild in seconds, enough for 100,000 rows on two busy cores.
 _REBUILD_WITHIN_S = 3600.0
 
 
 class World:
-    """A collection, and what it must hold."""
+    """Collection under test, and its expected rows."""
 
     def __init__(self, uri: str, url: str, rows: int, dim: int) -> None:
         self.uri, self.url = uri, url
@@ -84,30 +84,30 @@ class World:
         store.close()
 
     def change(self, numbers: Any) -> list[Row]:
-        """Rows with other vectors and texts, which are what must be found from now on."""
+        """Give rows new vectors and texts, and expect these from now on."""
         self.versions[numbers] += 1
         self.vectors[numbers] = self._vectors(len(numbers))
         return [self.row(int(number)) for number in numbers]
 
     def missing(self, shadow: MilvusShadow) -> int:
-        """Rows that are not there, or not as they were written last."""
-        found, after = 0, ""
+        """Number of rows that are missing or differ from the last write."""
+        correct, after = 0, ""
         while page := shadow.page(_PREFIX + _NAME, after, 5000, ("id", "text_content")):
             after = page[-1]["id"]
-            found += sum(row["text_content"] == self.row(int(row["id"][4:])).text_content for row in page)
-        return len(self.vectors) - found
+            correct += sum(row["text_content"] == self.row(int(row["id"][4:])).text_content for row in page)
+        return len(self.vectors) - correct
 
     def recall(self, shadow: MilvusShadow) -> float:
-        """recall@10 of the live collection against a comparison with every row."""
+        """recall@10 of the live collection against an exact search."""
         queries = list(self._vectors(_QUERIES))
         true = TrueScores(queries, _NEIGHBOURS)
         for start in range(0, len(self.vectors), 10_000):
             true.add(self.vectors[start : start + 10_000])
-        return true.recall(shadow.nearest(_PREFIX + _NAME, queries, _NEIGHBOURS))
+        return true.recall(shadow.search(_PREFIX + _NAME, queries, _NEIGHBOURS))
 
 
 class Client:
-    """A thread that does one thing again and again until it is told to stop."""
+    """Thread that repeats a step until `stop`, and records its latencies and failures."""
 
     def __init__(self, step: Callable[[], None], every_s: float = 0.0) -> None:
         self.ms: list[float] = []
@@ -142,7 +142,7 @@ class Client:
 
 
 def searching(world: World) -> Client:
-    """A client that searches without a pause; an answer that is not full has failed."""
+    """A client that searches without a pause; an incomplete result is a failure."""
     store, random = world.open(), np.random.default_rng(2)
 
     def search() -> None:
@@ -156,7 +156,7 @@ def searching(world: World) -> Client:
 
 
 def writing(world: World) -> Client:
-    """A client that overwrites rows, as workers of the service do."""
+    """A client that overwrites rows in the way of the service's workers."""
     store, random = world.open(), np.random.default_rng(3)
     writer = VersionedWriter(store, open_fence(world.url), prefix=_PREFIX)
 
@@ -166,13 +166,13 @@ def writing(world: World) -> Client:
             try:
                 return writer.write(_NAME, [VersionedRows(os.urandom(4).hex(), rows)])
             except VectorStoreError:
-                time.sleep(_WRITE_EVERY_S)  # a job would come again, too
+                time.sleep(_WRITE_EVERY_S)  # a job would be retried too
 
     return Client(write, _WRITE_EVERY_S)
 
 
 class Service:
-    """The service on one stream, killed and started again to order."""
+    """Service on one stream, with kills and restarts."""
 
     def __init__(self, world: World, backlog: Backlog) -> None:
         self._world, self._backlog = world, backlog
@@ -186,14 +186,14 @@ class Service:
         self._pid = self._stack.enter_context(running)
 
     def kill(self) -> None:
-        """The worker, or everything at once."""
+        """Kill the worker, or later the whole service, and restart it."""
         roles = roles_of(self._pid)
         if self.kills < _WORKER_KILLS:
             os.kill(roles["worker"][0], signal.SIGKILL)
         else:
             os.kill(self._pid, signal.SIGKILL)
             self._stack.close()
-            # A second service of this name is refused while anything of the first is still there.
+            # A second service of this name is refused while a process of the first runs.
             while any(Path(f"/proc/{pid}").exists() for pids in roles.values() for pid in pids):
                 time.sleep(0.01)  # processes that are not our children have no event to wait on
             self._start()
@@ -204,7 +204,7 @@ class Service:
 
 
 def rebuild(world: World, backlog: Backlog, rebuilds: Rebuilds, mode: str, kills: int) -> float:
-    """Run one rebuild by a job; seconds. Raises RuntimeError where the job was given up or takes too long."""
+    """Run one rebuild as a job; returns seconds. Raises RuntimeError if the job fails or takes too long."""
     running = Service(world, backlog)
     try:
         payload = {"collection": _NAME, "mode": mode}
@@ -221,13 +221,13 @@ def rebuild(world: World, backlog: Backlog, rebuilds: Rebuilds, mode: str, kills
         took_s = time.monotonic() - started
     finally:
         running.close()
-    if backlog.strays or running.kills < kills:
-        raise RuntimeError(f"{backlog.strays} jobs were given up, {running.kills} of {kills} kills were made")
+    if backlog.failed_jobs or running.kills < kills:
+        raise RuntimeError(f"{backlog.failed_jobs} jobs failed, {running.kills} of {kills} kills were made")
     return took_s
 
 
 def progress(rebuilds: Rebuilds) -> float:
-    """The share of rows that are copied; a little more for each step behind that."""
+    """Progress from 0 to 1: mostly the share of copied rows, and a little for each later phase."""
     state = rebuilds.state(_PREFIX + _NAME)
     later = ("fill", "verify", "settle", "switch", "drop").index(
         state.get("phase", "fill").replace("done", "drop")
@@ -238,14 +238,14 @@ def progress(rebuilds: Rebuilds) -> float:
 
 @contextmanager
 def milvus(uri: str) -> Iterator[str]:
-    """The given server, or a Milvus Lite of our own that ends with us."""
+    """The URI of the given server, or of a new Milvus Lite that ends with this program."""
     if uri:
         yield uri
         return
     with tempfile.TemporaryDirectory(prefix="jobworker-bench") as folder:
         port, port_file, token_file = free_port(), Path(folder) / "port", Path(folder) / "token"
         token_file.write_text(_TOKEN)
-        tether = [
+        pdeathsig_command = [
             sys.executable,
             "-m",
             "jobworker.worker.supervision.pdeathsig",
@@ -253,7 +253,7 @@ def milvus(uri: str) -> Iterator[str]:
             sys.executable,
         ]
         command = [
-            *tether,
+            *pdeathsig_command,
             "-m",
             "jobworker.handlers.vectors.milvus.lite_server",
             "--data-dir",
@@ -265,7 +265,7 @@ def milvus(uri: str) -> Iterator[str]:
             give_up_at = time.monotonic() + LIMIT_S
             while not port_file.exists():
                 if process.poll() is not None or time.monotonic() > give_up_at:
-                    raise RuntimeError("Milvus Lite did not come up")
+                    raise RuntimeError("Milvus Lite did not start")
                 time.sleep(0.05)  # a file has no event to wait on
             yield f"http://{_TOKEN}@127.0.0.1:{port}"
         finally:
@@ -274,7 +274,7 @@ def milvus(uri: str) -> Iterator[str]:
 
 
 def measure(uri: str, url: str, rows: int, dim: int, kills: int, in_place: bool) -> dict[str, Any]:
-    """Fill, rebuild with kills, compare, rebuild in place; the report that ``--json`` prints."""
+    """Fill, rebuild with kills, compare, rebuild in place; the report of ``--json``."""
     world, rebuilds = World(uri, url, rows, dim), open_rebuilds(url)
     shadow = open_shadow(uri, token=None, prefix=_PREFIX, named=False)
     with connect(url) as client:
@@ -298,7 +298,7 @@ def measure(uri: str, url: str, rows: int, dim: int, kills: int, in_place: bool)
 
 
 def run_mode(world: World, shadow: MilvusShadow, action: Callable[[], float]) -> dict[str, Any]:
-    """One rebuild beside a searching and a writing client, and what is there afterwards."""
+    """Run one rebuild beside a searching and a writing client, and check the rows afterwards."""
     clients = {"searches": searching(world), "writes": writing(world)}
     try:
         seconds = action()
@@ -313,7 +313,7 @@ def run_mode(world: World, shadow: MilvusShadow, action: Callable[[], float]) ->
     }
 
 
-def for_people(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any]) -> str:
     """The figures as a table."""
     head = (
         "",
@@ -336,16 +336,16 @@ def for_people(report: dict[str, Any]) -> str:
             rows.append((mode, *map(str, figures), str(one["writes"]["done"])))
     how = f"{report['rows']:,} rows of {report['dim']} dimensions, {report['kills']} kills"
     before = f"recall@10 before: {report['recall_before']:.4f}"
-    return "\n".join([described(report["host"]), how, before, table(rows)])
+    return "\n".join([format_facts(report["host"]), how, before, table(rows)])
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
 @click.option("--rows", type=click.IntRange(100), default=100_000, show_default=True)
 @click.option("--dim", type=click.IntRange(2, 32768), default=384, show_default=True)
 @click.option("--kills", type=click.IntRange(0), default=5, show_default=True)
-@click.option("--in-place/--no-in-place", default=True, show_default=True, help="Rebuild in place, too.")
-@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a Valkey of our own]")
-@click.option("--milvus-uri", default="", envvar="JOBWORKER_MILVUS_URI", help="[default: a Lite of our own]")
+@click.option("--in-place/--no-in-place", default=True, show_default=True, help="Also rebuild in place.")
+@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a new Valkey]")
+@click.option("--milvus-uri", default="", envvar="JOBWORKER_MILVUS_URI", help="[default: a new Milvus Lite]")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
 def main(
     rows: int, dim: int, kills: int, in_place: bool, redis_url: str, milvus_uri: str, as_json: bool
@@ -353,7 +353,7 @@ def main(
     """Measure and print."""
     with server(redis_url) as url, milvus(milvus_uri) as uri:
         report = measure(uri, url, rows, dim, kills, in_place)
-    print(json.dumps(report) if as_json else for_people(report))
+    print(json.dumps(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

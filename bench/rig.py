@@ -1,4 +1,4 @@
-"""What a benchmark measures with: server, service, bare loops, and a backlog that waits to be released."""
+"""Shared parts of the benchmarks: server, service, bare consumer loops, and a backlog released at once."""
 
 import ctypes
 import os
@@ -17,31 +17,31 @@ from typing import Any
 
 import redis
 
-#: No step of a benchmark may take longer: a start, a stop, a drain.
+#: Timeout in seconds of each step of a benchmark: a start, a stop, a drain.
 LIMIT_S = 300.0
-#: The type of every job here, and the streams' common beginning: both are unknown to a real service.
+#: Type of every job, and prefix of the streams: a real service uses neither.
 JOB_TYPE = "bench_noop"
 _PREFIX = "jobworker-bench"
 NOOP, STAMP = "bench_handlers:Noop", "bench_handlers:Stamp"
-#: Keeps a reaper from trimming what no reader was shown yet.
+#: Group that keeps a reaper from trimming entries before the release.
 _HOLD_GROUP = "hold"
 _ENQUEUE_AT_ONCE = 1000
 _FOLDER = Path(__file__).resolve().parent
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
-#: The client's own types promise text, which these connections never give.
+#: The client's type hints say text, but these connections return bytes.
 Client = Any
 
 
 def connect(url: str) -> Client:
-    """A client that gives bytes; the same protocol for all that is compared."""
+    """A client that returns bytes, with the same protocol for everything that is compared."""
     return redis.Redis.from_url(url, protocol=2, socket_timeout=LIMIT_S)
 
 
 @contextmanager
 def server(url: str) -> Iterator[str]:
-    """The URL of a server: the one given, or a Valkey of our own without persistence that ends with us."""
+    """The given URL, or that of a new Valkey without persistence, which ends with the benchmark."""
     if url:
         yield url
         return
@@ -63,10 +63,10 @@ def server(url: str) -> Iterator[str]:
 
 
 class Backlog:
-    """One stream with one group, new for each measurement; `close` takes every key of it away.
+    """One stream with one group, new for each measurement; `close` deletes its keys.
 
-    Jobs are enqueued while the group stands behind them all, so that consumers can start, connect and block
-    without seeing one; `release` puts the group before the first in one atomic step and wakes a reader.
+    Jobs are enqueued while the group's position is after them, so that consumers can start, connect and block
+    without receiving one. `release` moves the group before the first job in one atomic step.
     """
 
     def __init__(self, client: Client, make_job: "Callable[[int], bytes] | None" = None) -> None:
@@ -79,7 +79,7 @@ class Backlog:
             client.xgroup_create(self.stream, group, "0", mkstream=True)
 
     def fill(self, jobs: int, at_once: int = _ENQUEUE_AT_ONCE) -> None:
-        """Enqueue all jobs but the last, unseen by the group; `release` adds that one."""
+        """Enqueue all jobs but the last, invisible to the group; `release` adds the last."""
         for start in range(0, jobs - 1, at_once):
             pipe = self._client.pipeline(transaction=False)
             for number in range(start, min(start + at_once, jobs - 1)):
@@ -88,7 +88,7 @@ class Backlog:
         self._client.xgroup_setid(self.stream, self.group, "$")
 
     def release(self, jobs: int) -> None:
-        """Let the group see everything, from now on."""
+        """Make all jobs visible to the group."""
         pipe = self._client.pipeline(transaction=True)
         pipe.xgroup_setid(self.stream, self.group, "0", entries_read=0)
         pipe.xgroup_destroy(self.stream, _HOLD_GROUP)
@@ -97,26 +97,26 @@ class Backlog:
 
     @property
     def drained(self) -> bool:
-        """Whether all was delivered and acknowledged: the group's lag is 0, and so is what is pending."""
+        """Whether all jobs are delivered and acknowledged: lag and pending entries are 0."""
         for group in self._client.xinfo_groups(self.stream):
             if group["name"] == self.group.encode():
                 return bool(group["last-delivered-id"] == self.last_id and group["pending"] == 0)
         raise RuntimeError(f"the group of {self.stream} is gone")
 
     @property
-    def strays(self) -> int:
-        """Jobs that did not end well: scheduled for another try, or dead-lettered."""
+    def failed_jobs(self) -> int:
+        """Jobs that failed: scheduled for a retry, or dead-lettered."""
         retries, dead = self._client.zcard(f"retry:{self.stream}"), self._client.xlen(f"dlq:{self.stream}")
         return int(retries) + int(dead)
 
     def close(self) -> None:
-        """Remove every key that this measurement made."""
+        """Delete every key of this measurement."""
         for key in self._client.scan_iter(match=f"*{self._name}*"):
             self._client.unlink(key)
 
 
 def job(number: int) -> bytes:
-    """A job of about 400 bytes as the Go producers write it: compact, their fields in their order."""
+    """A job of about 400 bytes in the compact JSON and field order of the Go producers."""
     text = "Snow had fallen on the pass all night, and the road below the inn was gone by the morning."
     return (
         f'{{"id":"bench-{number:012d}","type":"{JOB_TYPE}","tenant_id":"t001","project_id":"p123",'
@@ -130,9 +130,9 @@ def job(number: int) -> bytes:
 def service(
     url: str, backlog: Backlog, handler: str, procs: int, port: int = 0, **environment: str
 ) -> Iterator[int]:
-    """A service that is ready and reads the backlog's stream; gives the supervisor's process id.
+    """A ready service on the backlog's stream; yields the supervisor's process id.
 
-    `port` is for its metrics; 0 picks one.
+    `port` serves its metrics; 0 picks a free one.
     """
     port = port or free_port()
     command = [
@@ -152,7 +152,7 @@ def service(
 
 @contextmanager
 def bare_loops(url: str, backlog: Backlog, count: int, **environment: str) -> Iterator[list[int]]:
-    """Bare consumers of the stream (see ``bare.py``), about to read; gives their process ids."""
+    """Connected bare consumers of the stream (see ``bare.py``); yields their process ids."""
     started: list[subprocess.Popen[bytes]] = []
     try:
         for number in range(count):
@@ -170,21 +170,21 @@ def bare_loops(url: str, backlog: Backlog, count: int, **environment: str) -> It
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that was free just now."""
+    """A free port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def say(text: str) -> None:
-    """Progress, for people."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def _start(command: list[str], extra: dict[str, str], stdout: int | None = None) -> subprocess.Popen[bytes]:
-    """Start a command with the caller's environment, less what would set the service's options."""
+    """Start a command in the caller's environment without JOBWORKER_ variables, which are options."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JOBWORKER_")} | extra
-    paths = [str(_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]  # where the handlers are found
+    paths = [str(_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]  # path of the handlers
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     return subprocess.Popen(
         command, env=environment, stdout=sys.stderr if stdout is None else stdout, preexec_fn=_dies_with_us
@@ -207,11 +207,11 @@ def _end(process: "subprocess.Popen[bytes]", how: signal.Signals) -> None:
 
 
 def _wait_until(answers: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
-    """Raises RuntimeError where the process ends or the limit is over before it answers."""
+    """Raises RuntimeError if the process ends or LIMIT_S passes before it answers."""
     give_up_at = time.monotonic() + LIMIT_S
     while not answers():
         if process.poll() is not None or time.monotonic() > give_up_at:
-            raise RuntimeError(f"did not come up: {process.args!r:.200}")
+            raise RuntimeError(f"did not start: {process.args!r:.200}")
         time.sleep(0.02)  # neither a port nor a health page has an event to wait on
 
 

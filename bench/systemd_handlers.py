@@ -1,4 +1,4 @@
-"""Handlers for the run under a real systemd: one takes its time, one takes all the memory there is."""
+"""Handlers for the test with a real systemd: one sleeps, one exhausts memory."""
 
 import time
 from typing import Any
@@ -12,17 +12,17 @@ class Nap:
     timeout = 120.0
 
     def handle(self, job: Any) -> None:
-        """The sleep stands for work."""
+        """Sleep, as simulated work."""
         time.sleep(job.payload["s"])
 
 
 class Eat:
-    """Takes memory until the kernel ends its process."""
+    """Allocates memory until the kernel kills the process."""
 
     timeout = 60.0
 
     def handle(self, job: Any) -> None:
-        """Every page is written to, so that it is really there."""
+        """Write to every page, so that it is really allocated."""
         eaten = []
         while True:
             eaten.append(b"\1" * _STEP_BYTES)

@@ -1,13 +1,13 @@
-"""How many no-op jobs a second the service drains, beside a bare XREADGROUP/XACK loop on the same server.
+"""Throughput of no-op jobs, compared with a bare XREADGROUP/XACK loop on the same server.
 
-All jobs are enqueued first, where the consumer group cannot see them yet. Then the consumers are started;
-once they are connected, ready and blocked in their read, one atomic step moves the group before the first
-job, and the clock starts just before it. It stops when the group's lag and its pending list are both seen
-at zero (looked at every few milliseconds), so start-up is left out, and the ramp-up and the last
-acknowledgement are in. The service and the bare loop are measured in turns, each on a stream of its own.
+All jobs are enqueued first, invisible to the consumer group. Then the consumers start. Once they are
+connected, ready and blocked in their read, one atomic step moves the group before the first job. The clock
+starts just before this step and stops when lag and pending list are empty, polled every few milliseconds.
+So start-up is not measured, but ramp-up and the last acknowledgement are. The service and the bare loop take
+turns, each on a stream of its own.
 
-Processor time comes from /proc/<pid>/stat for our processes and from INFO for the server; commands are
-counted by INFO, those inside of scripts too, less those of this program itself.
+CPU time comes from /proc/<pid>/stat for the processes and from INFO for the server. INFO also counts the
+commands, including those in scripts; this program's own commands are subtracted.
 """
 
 import json
@@ -20,14 +20,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
-from hosts import cpu_s, described, host_facts, roles_of, table
+from hosts import cpu_s, format_facts, host_facts, roles_of, table
 from rig import LIMIT_S, NOOP, Backlog, bare_loops, connect, job, say, server, service
 
-#: What the service is compared with: as many consumers as the peers were measured with.
+#: Bare consumers; the same number as in the comparison with other job systems.
 _BARE_PROCESSES = 2
-#: Between two looks at the group: well below one percent of any drain worth measuring.
-_LOOK_EVERY_S = 0.005
-#: Our own commands between the two readings of INFO, beside the looks: INFO, and the release in five.
+#: Poll interval: well below one percent of any useful measurement.
+_POLL_S = 0.005
+#: Own commands between the two INFO readings, without the polls: INFO, and five of the release.
 _OWN_COMMANDS = 6
 
 Roles = dict[str, list[int]]
@@ -36,7 +36,7 @@ Consumers = Callable[[Backlog], AbstractContextManager[Roles]]
 
 @dataclass(frozen=True)
 class Drain:
-    """One measurement. Processor time in microseconds a job, all processes of a role together."""
+    """One measurement. CPU time in microseconds a job, summed over the processes of a role."""
 
     jobs: int
     seconds: float
@@ -47,7 +47,7 @@ class Drain:
 
     @property
     def cpu_us_total(self) -> float:
-        """Of all the consumer's processes, the server left out."""
+        """CPU time of all consumer processes, without the server."""
         return sum(self.cpu_us.values())
 
 
@@ -57,7 +57,7 @@ class Meter:
     def __init__(self, client: Any, roles: Roles) -> None:
         self._client = client
         self._roles = roles
-        self.looks = 0
+        self.polls = 0
         self._before = self._read()
         self._mono_started_s = time.monotonic()
 
@@ -68,7 +68,7 @@ class Meter:
         return {role: cpu_s(pids) for role, pids in self._roles.items()}, server_s, calls
 
     def result(self, jobs: int) -> Drain:
-        """Call at the very end."""
+        """The measurement; call it right after the last acknowledgement."""
         took_s = time.monotonic() - self._mono_started_s
         (roles, server_s, calls), (roles_0, server_0_s, calls_0) = self._read(), self._before
         per_job = 1e6 / jobs
@@ -78,12 +78,12 @@ class Meter:
             round(jobs / took_s, 1),
             {role: round((roles[role] - roles_0[role]) * per_job, 2) for role in roles},
             round((server_s - server_0_s) * per_job, 2),
-            round((calls - calls_0 - self.looks - _OWN_COMMANDS) / jobs, 4),
+            round((calls - calls_0 - self.polls - _OWN_COMMANDS) / jobs, 4),
         )
 
 
 def drain(url: str, jobs: int, consumers: Consumers) -> Drain:
-    """Measure one drain. Raises RuntimeError where it does not end, or jobs took another way out."""
+    """Measure one drain. Raises RuntimeError if it does not end or a job fails."""
     with connect(url) as client:
         backlog = Backlog(client)
         try:
@@ -93,8 +93,8 @@ def drain(url: str, jobs: int, consumers: Consumers) -> Drain:
                 backlog.release(jobs)
                 _await_end(backlog, meter)
                 measured = meter.result(jobs)
-            if backlog.strays:
-                raise RuntimeError(f"{backlog.strays} of {jobs} jobs failed: not a drain of no-op jobs")
+            if backlog.failed_jobs:
+                raise RuntimeError(f"{backlog.failed_jobs} of {jobs} jobs failed: not a drain of no-op jobs")
             return measured
         finally:
             backlog.close()
@@ -103,12 +103,12 @@ def drain(url: str, jobs: int, consumers: Consumers) -> Drain:
 def _await_end(backlog: Backlog, meter: Meter) -> None:
     give_up_at = time.monotonic() + LIMIT_S
     while True:
-        meter.looks += 1
+        meter.polls += 1
         if backlog.drained:
             return
         if time.monotonic() > give_up_at:
             raise RuntimeError(f"not drained within {LIMIT_S:.0f} s")
-        time.sleep(_LOOK_EVERY_S)  # a group has no event that says "all acknowledged"
+        time.sleep(_POLL_S)  # a group has no event that says "all acknowledged"
 
 
 def ours(url: str, procs: int) -> Consumers:
@@ -134,7 +134,7 @@ def bare(url: str) -> Consumers:
 
 
 def median(drains: list[Drain]) -> Drain:
-    """Each figure's own median."""
+    """The median of each figure."""
 
     def of(figure: Callable[[Drain], float]) -> float:
         return round(statistics.median(map(figure, drains)), 4)
@@ -150,7 +150,7 @@ def median(drains: list[Drain]) -> Drain:
 
 
 def measure(url: str, jobs: int, procs: int, repeat: int) -> dict[str, Any]:
-    """Both, in turns; the report that ``--json`` prints."""
+    """Measure service and bare loop in turns; the report of ``--json``."""
     with connect(url) as client:
         facts = host_facts(client)
     runs: dict[str, list[Drain]] = {"service": [], "bare": []}
@@ -174,8 +174,8 @@ def measure(url: str, jobs: int, procs: int, repeat: int) -> dict[str, Any]:
     }
 
 
-def for_people(report: dict[str, Any]) -> str:
-    """The medians as a table, then the processor time by role."""
+def format_report(report: dict[str, Any]) -> str:
+    """The medians as a table, then CPU time by role."""
     rows = [("medians", "jobs/s", "CPU us/job", "server us/job", "commands/job")]
     for name, found in report["median"].items():
         cpu = sum(found["cpu_us"].values())
@@ -183,7 +183,7 @@ def for_people(report: dict[str, Any]) -> str:
         rows.append((name, f"{found['jobs_per_s']:,.0f}", *figures))
     by_role = ", ".join(f"{role} {us:.1f}" for role, us in report["median"]["service"]["cpu_us"].items())
     return "\n".join([
-        described(report["host"]),
+        format_facts(report["host"]),
         f"{report['jobs']:,} jobs of {report['job_bytes']} bytes, {report['procs']} workers, "
         f"{report['repeat']} runs each; bare: {report['bare_processes']} processes",
         table(rows),
@@ -195,13 +195,13 @@ def for_people(report: dict[str, Any]) -> str:
 @click.option("--jobs", "-n", type=click.IntRange(2), default=200_000, show_default=True)
 @click.option("--procs", type=click.IntRange(1), default=2, show_default=True, help="Workers of the service.")
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs of each.")
-@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a Valkey of our own]")
+@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a new Valkey]")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
 def main(jobs: int, procs: int, repeat: int, redis_url: str, as_json: bool) -> None:
     """Measure and print."""
     with server(redis_url) as url:
         report = measure(url, jobs, procs, repeat)
-    print(json.dumps(report) if as_json else for_people(report))
+    print(json.dumps(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

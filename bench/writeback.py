@@ -1,12 +1,12 @@
-"""Summaries under kills, and what a summary costs.
+"""Summary jobs with worker kills, and the cost of a summary.
 
-First every chapter is written back in many versions, each twice, shuffled, while workers are killed one after
-the other: at the end Redis and Milvus must hold the newest version of each chapter, and the same text. The
-service runs on the stores that it brings along, with vectors that need no model.
+First, many versions of each chapter are written back, each twice and in random order, while workers are
+killed. At the end, Redis and Milvus must hold the newest version of each chapter, with the same text. The
+service runs on its embedded stores, with vectors that need no model.
 
-Then, with `--chapters`, the chapters of a file (a JSON object a line, with `chapter` and `content`) are
-summarised by both ways, one after the other in one process: out of their own sentences with the service's
-model, and by a language model's endpoint, which is a stub on this machine that speaks real HTTP.
+Then, with `--chapters`, the chapters of a file (one JSON object a line, with `chapter` and `content`) are
+summarised in both ways in one process: by extraction with the service's model, and by a language model, which
+is a local stub over real HTTP.
 """
 
 import json
@@ -23,11 +23,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Processes are started while clients talk to Milvus; what gRPC does at a fork would break both.
+# Processes start while clients talk to Milvus; the fork handlers of gRPC would break both.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 import click
-from hosts import described, host_facts, roles_of
+from hosts import format_facts, host_facts, roles_of
 from llm_stub import llm_stub
 from rig import LIMIT_S, connect, say
 
@@ -42,14 +42,14 @@ from jobworker.worker import Job
 _STREAM, _GROUP = "stream:memory:update", "cg-mem-writer"
 _TENANT, _PROJECT = "t001", "p123"
 _HANDLER = "jobworker.handlers.summaries.handler:WriteBack"
-#: Any length will do: what is looked at is which text is where.
+#: Any dimension will do: only texts and versions are checked.
 _MODEL = "dummy:64"
 _TEXT = "Snow had fallen on the pass all night, and the road below the inn was gone by the morning."
-_LOOK_EVERY_S = 0.01
+_POLL_S = 0.01
 
 
 class Service:
-    """A service on stores of its own, or on the Milvus at `milvus_uri`; it ends with this program."""
+    """Service on embedded stores, or on the Milvus at `milvus_uri`; it ends with this program."""
 
     def __init__(self, folder: Path, procs: int, milvus_uri: str) -> None:
         self._folder = folder
@@ -64,24 +64,24 @@ class Service:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("JOBWORKER_")}
         if milvus_uri:
             environment |= {"JOBWORKER_MILVUS_URI": milvus_uri, "JOBWORKER_MILVUS_PREFIX": _prefix(folder)}
-        tether = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
-        self.process = subprocess.Popen([*tether, *command], stderr=self._log, env=environment)
+        pdeathsig_command = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
+        self.process = subprocess.Popen([*pdeathsig_command, *command], stderr=self._log, env=environment)
         wait_until(lambda: '"msg": "service.ready"' in self.log or self.process.poll() is not None, "ready")
         if self.process.poll() is not None:
             raise RuntimeError(f"the service ended:\n{self.log[-2000:]}")
 
     @property
     def log(self) -> str:
-        """All that it said."""
+        """The service's log."""
         return (self._folder / "service.log").read_text(errors="replace")
 
     @property
     def redis_url(self) -> str:
-        """Where its job store listens."""
+        """URL of the service's Redis."""
         return str(self._endpoints["redis_url"])
 
     def vectors(self) -> VectorStore:
-        """Its vector store."""
+        """A client of the service's vector store."""
         if self._milvus_uri:
             return open_vectors(self._milvus_uri, prefix=_prefix(self._folder))
         return open_vectors(str(self._endpoints["milvus_uri"]))
@@ -92,7 +92,7 @@ class Service:
         return found
 
     def kill_worker(self, shuffle: random.Random) -> None:
-        """Kill one that is there."""
+        """Kill a random worker; waits for one."""
         workers: list[int] = []
 
         def found() -> bool:
@@ -103,7 +103,7 @@ class Service:
         os.kill(shuffle.choice(workers), signal.SIGKILL)
 
     def stop(self) -> int:
-        """Ask it to end; returns its exit code."""
+        """Stop gracefully; returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(LIMIT_S)
         self._log.close()
@@ -111,22 +111,22 @@ class Service:
 
 
 def _prefix(folder: Path) -> str:
-    """Of collections that are this run's alone."""
+    """Prefix of this run's collections."""
     return re.sub(r"\W", "_", folder.name) + "_"
 
 
 def wait_until(condition: Callable[[], bool], what: str, within_s: float = LIMIT_S) -> None:
-    """Raises RuntimeError when time is over."""
+    """Poll a condition. Raises RuntimeError at the timeout."""
     give_up_at = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > give_up_at:
             raise RuntimeError(f"not within {within_s} s: {what}")
-        time.sleep(_LOOK_EVERY_S)  # other processes' state sends no event
+        time.sleep(_POLL_S)  # the state of other processes sends no event
 
 
 @contextmanager
 def service(procs: int, milvus_uri: str) -> Iterator[Service]:
-    """A ready service in a folder of its own; killed where something failed."""
+    """A ready service in a temporary folder; killed after an error."""
     with tempfile.TemporaryDirectory(prefix="jobworker-bench") as folder:
         one = Service(Path(folder), procs, milvus_uri)
         try:
@@ -140,7 +140,7 @@ def service(procs: int, milvus_uri: str) -> Iterator[Service]:
 
 
 def write_back(chapter: int, version: int) -> bytes:
-    """A job as memory-svc writes it; every version's summary differs."""
+    """A job in the format of memory-svc; each version gives another summary."""
     payload = {
         "tenant_id": _TENANT, "project_id": _PROJECT, "chapter_id": f"ch-{chapter}",
         "chapter_version": version, "content": f"Chapter {chapter} came to version {version}. {_TEXT}",
@@ -155,7 +155,7 @@ def write_back(chapter: int, version: int) -> bytes:
 def under_kills(
     chapters: int, versions: int, kills: int, procs: int, seed: int, milvus_uri: str
 ) -> dict[str, Any]:
-    """Run the first part. Raises RuntimeError where a chapter is not at its newest version."""
+    """Run the first part. Raises RuntimeError if a chapter is not at its newest version."""
     shuffle = random.Random(seed)
     jobs = [write_back(c, v) for c in range(chapters) for v in range(1, versions + 1)] * 2
     shuffle.shuffle(jobs)
@@ -183,13 +183,13 @@ def under_kills(
 
 
 def unfinished(client: Any) -> int:
-    """Jobs that are undelivered or pending."""
+    """Number of undelivered and pending jobs."""
     (group,) = [g for g in client.xinfo_groups(_STREAM) if g["name"] == _GROUP.encode()]
     return int(group["pending"]) + len(client.xrange(_STREAM, b"(" + group["last-delivered-id"], "+"))
 
 
 def check(client: Any, store: VectorStore, chapters: int, versions: int) -> list[str]:
-    """What is not as it should be: Redis and Milvus hold the newest version, texts equal."""
+    """Faults: chapters whose newest version is missing in Redis or Milvus, or whose texts differ."""
     wrong = []
     for chapter in range(chapters):
         record = client.hgetall(f"summary:{_TENANT}:{_PROJECT}:ch-{chapter}")
@@ -206,12 +206,12 @@ def check(client: Any, store: VectorStore, chapters: int, versions: int) -> list
 
 
 def read_chapters(path: Path) -> list[dict[str, Any]]:
-    """A JSON object a line, with `chapter` and `content`."""
+    """Chapters of a file with one JSON object a line, with `chapter` and `content`."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 
 def summarise(chapters: list[dict[str, Any]], settings: HandlerSettings) -> list[dict[str, Any]]:
-    """Each chapter through the handler; seconds from its payload to record and row."""
+    """Summarise each chapter in the handler; with the seconds from payload to record and row."""
     records = open_records("")
     handler = WriteBack(store=MemoryVectors(), records=records, fence=open_fence(""))
     handler.setup(settings)
@@ -242,7 +242,7 @@ def _job(number: int, chapter: Mapping[str, Any]) -> Job:
 
 
 def both_ways(path: Path, limit: int, settings: Mapping[str, Any], delay_s: float) -> dict[str, Any]:
-    """The second part: the same chapters out of their own sentences, and by the endpoint."""
+    """Run the second part: the same chapters by extraction and by the language model."""
     chapters = read_chapters(path)[:limit]
     chars: int = settings["summary_chars"]
     own = summarise(chapters, HandlerSettings(**settings))
@@ -255,9 +255,9 @@ def both_ways(path: Path, limit: int, settings: Mapping[str, Any], delay_s: floa
 
 
 def show(result: dict[str, Any]) -> None:
-    """For people."""
+    """Print the report."""
     kills = result["kills"]
-    print(described(kills["host"]))
+    print(format_facts(kills["host"]))
     print(
         f"{kills['write_backs']} write-backs of {kills['chapters']} chapters x {kills['versions']} versions, "
         f"{kills['kills']} workers killed: all at the newest version, {kills['seconds']} s "
@@ -271,27 +271,27 @@ def show(result: dict[str, Any]) -> None:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--stories", default=50, help="Chapters that are written back under kills.")
-@click.option("--versions", default=20, help="Versions of each; every one comes twice.")
-@click.option("--kills", default=30, help="Workers killed on the way.")
+@click.option("--stories", default=50, help="Chapters that are written back with kills.")
+@click.option("--versions", default=20, help="Versions of each chapter; each is sent twice.")
+@click.option("--kills", default=30, help="Worker kills.")
 @click.option("--procs", default=3, help="Workers.")
-@click.option("--seed", type=int, help="Order and victims; another one each time by default.")
+@click.option("--seed", type=int, help="Seed of the order and the killed workers.  [default: random]")
 @click.option(
     "--chapters",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="JSON lines with `chapter` and `content`, to be summarised by both ways.",
+    help="JSON lines with `chapter` and `content`, to summarise in both ways.",
 )
-@click.option("--limit", default=1000, help="Most chapters to take from it.")
-@click.option("--model", default="", help="The model for the chapters' own sentences.")
-@click.option("--summary-chars", default=100, help="Longest summary.")
-@click.option("--llm-delay", default=0.0, help="Seconds that the stub of a language model takes.")
-@click.option("--milvus-uri", default="", help="[default: a Lite of its own]")
+@click.option("--limit", default=1000, help="Maximum number of chapters from the file.")
+@click.option("--model", default="", help="Model of the extraction.")
+@click.option("--summary-chars", default=100, help="Maximum length of a summary in characters.")
+@click.option("--llm-delay", default=0.0, help="Seconds of an answer of the language model stub.")
+@click.option("--milvus-uri", default="", help="[default: an embedded Milvus Lite]")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
 def main(
     stories: int, versions: int, kills: int, procs: int, seed: int | None, chapters: Path | None, limit: int,
     model: str, summary_chars: int, llm_delay: float, milvus_uri: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Write summaries back under kills, and make summaries of real chapters."""
+    """Run summary jobs with kills, and summarise the chapters of a file."""
     say(f"{stories} x {versions} x 2 write-backs, {kills} kills")
     seed = random.randrange(2**32) if seed is None else seed
     result: dict[str, Any] = {"kills": under_kills(stories, versions, kills, procs, seed, milvus_uri)}

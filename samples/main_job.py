@@ -1,4 +1,4 @@
-"""The main job from end to end: starts the service, embeds the sample novel, answers one question, stops."""
+"""End-to-end example: start the service, embed the sample novel, answer a question, stop."""
 
 import argparse
 import contextlib
@@ -24,21 +24,21 @@ from jobworker.worker import Producer
 
 NOVEL = Path(__file__).parent / "novel"
 TENANT, PROJECT = "sample", "novel"
-#: Few enough that the bar moves; the service puts the texts of several jobs into one batch by itself.
+#: Few enough to show progress; the service batches the texts of several jobs by itself.
 PASSAGES_A_JOB = 4
-#: The first start loads the model in every worker, which on a busy machine takes a while.
+#: Timeout of the start in seconds: each worker loads the model, which takes long on a busy machine.
 READY_WITHIN_S = 180.0
-#: Nothing finished for so long means that nothing will.
+#: Timeout without a finished job, in seconds.
 STALLED_AFTER_S = 120.0
-#: Beyond the service's own drain time-out.
+#: Timeout of the stop in seconds, longer than the service's drain timeout.
 STOP_WITHIN_S = 60.0
-#: How often the service is asked how far it is.
-LOOK_EVERY_S = 0.1
+#: Poll interval of readiness and progress.
+POLL_S = 0.1
 HITS = 3
 
 
 class Passage(NamedTuple):
-    """One paragraph of the novel."""
+    """Paragraph of the novel."""
 
     id: str
     chapter_id: str
@@ -46,28 +46,28 @@ class Passage(NamedTuple):
 
 
 class Failed(Exception):
-    """The run cannot go on; the message says why."""
+    """The run cannot continue; the message gives the reason."""
 
 
 def passages(folder: Path) -> list[Passage]:
-    """The paragraphs of every chapter, in order; headings are left out."""
-    found = []
+    """The paragraphs of every chapter, in order, without headings."""
+    result = []
     for file in sorted(folder.glob("*/*.md")):
         chapter = f"{file.parent.name}-{file.stem}"
         paragraphs = re.split(r"\n\s*\n", file.read_text("utf-8").strip())
-        found += [Passage(f"{chapter}-{n:02}", chapter, text) for n, text in enumerate(paragraphs) if n]
-    return found
+        result += [Passage(f"{chapter}-{n:02}", chapter, text) for n, text in enumerate(paragraphs) if n]
+    return result
 
 
 @contextlib.contextmanager
 def service(data_dir: Path, procs: int) -> Iterator[dict[str, Any]]:
-    """The running, ready service; gives where it listens. It is asked to stop at the end, and must do so."""
+    """A ready service; yields its endpoints, and stops it at the end. Raises `Failed` if it does not stop."""
     data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = data_dir / "service.log"
     command = Path(sys.executable).with_name("jobworker-supervise")
     options = ["--procs", str(procs), "--data-dir", str(data_dir), "--metrics-addr", "127.0.0.1:0"]
     with log.open("wb") as log_file:
-        # A group of its own: Ctrl-C ends this program, which then asks the service to stop.
+        # A process group of its own: Ctrl-C ends this program only, which then stops the service.
         process = subprocess.Popen([command, *options], stdout=log_file, stderr=log_file, process_group=0)
     try:
         yield wait_ready(process, data_dir, log)
@@ -82,29 +82,29 @@ def service(data_dir: Path, procs: int) -> Iterator[dict[str, Any]]:
             process.wait()
             raise Failed(f"the service did not stop; its log: {log}") from None
     if code != 0:
-        raise Failed(f"the service ended with exit code {code}; its log: {log}")
+        raise Failed(f"the service exited with code {code}; its log: {log}")
 
 
 def wait_ready(process: subprocess.Popen[bytes], data_dir: Path, log: Path) -> dict[str, Any]:
-    """Where the service listens, once ``/readyz`` says yes."""
+    """Wait until ``/readyz`` answers 200; returns the endpoints of the service."""
     give_up_at = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < give_up_at:
         if process.poll() is not None:
             raise Failed(f"the service did not start; the end of {log}:\n{log.read_text()[-2000:]}")
-        found = endpoints(data_dir)
-        if found.get("pid") == process.pid and is_ready(found["metrics_url"]):
-            return found
-        time.sleep(LOOK_EVERY_S)  # readiness is a page, not an event
+        listening = endpoints(data_dir)
+        if listening.get("pid") == process.pid and is_ready(listening["metrics_url"]):
+            return listening
+        time.sleep(POLL_S)  # the health page sends no event
     raise Failed(f"the service was not ready after {READY_WITHIN_S:.0f} s; its log: {log}")
 
 
 def endpoints(data_dir: Path) -> dict[str, Any]:
-    """What the service wrote about where it listens; a file of an earlier run has another pid in it."""
+    """The endpoints that the service wrote; a file of an earlier run holds another pid."""
     try:
-        found = json.loads((data_dir / "endpoints.json").read_bytes())
+        listening = json.loads((data_dir / "endpoints.json").read_bytes())
     except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return listening if isinstance(listening, dict) else {}
 
 
 def is_ready(url: str) -> bool:
@@ -117,14 +117,14 @@ def is_ready(url: str) -> bool:
 
 
 def counted(url: str, metric: str) -> int:
-    """A counter of embedding jobs, from the page that Prometheus reads; the labels after the type add up."""
+    """A counter of embedding jobs on the Prometheus page, summed over its other labels."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as page:
         lines = page.read().decode()
     return int(sum(map(float, re.findall(rf'^{metric}{{.*"embedding_batch".*}} (\S+)', lines, re.MULTILINE))))
 
 
 def enqueue(redis_url: str, novel: list[Passage]) -> int:
-    """Put the novel on the stream, a few passages a job; returns the number of jobs."""
+    """Enqueue the novel, a few passages a job; returns the number of jobs."""
     jobs = [novel[start : start + PASSAGES_A_JOB] for start in range(0, len(novel), PASSAGES_A_JOB)]
     with Producer(redis_url) as producer:
         for job in jobs:
@@ -140,23 +140,23 @@ def enqueue(redis_url: str, novel: list[Passage]) -> int:
 
 
 def watch(url: str, jobs: int, done_before: int) -> None:
-    """Show a bar until all jobs are done. Raises `Failed` where one is given up or nothing moves."""
+    """Show a progress bar until all jobs are done. Raises `Failed` if one fails or none finishes."""
     with tqdm(total=jobs, unit="job", desc="   embedding", file=sys.stdout) as bar:
         mono_moved_s = time.monotonic()
         while bar.n < jobs:
             if counted(url, "z_novel_jobs_dead_total"):
-                raise Failed("a job was given up")
+                raise Failed("a job was dead-lettered")
             if moved := counted(url, "z_novel_jobs_completed_total") - done_before - bar.n:
                 bar.update(moved)
                 mono_moved_s = time.monotonic()
             elif time.monotonic() > mono_moved_s + STALLED_AFTER_S:
                 raise Failed(f"no job was finished for {STALLED_AFTER_S:.0f} s")
             else:
-                time.sleep(LOOK_EVERY_S)  # progress is a page, not an event
+                time.sleep(POLL_S)  # the metrics page sends no event
 
 
-def ask(milvus_uri: str, question: str) -> None:
-    """Embed the question by the service's own model, and print the passages nearest to it."""
+def answer(milvus_uri: str, question: str) -> None:
+    """Embed the question with the service's model, and print the nearest passages."""
     vector = load_encoder(device="cpu", threads=os.cpu_count() or 1).encode([question], "query")[0]
     with contextlib.closing(open_vectors(milvus_uri)) as store:
         hits = store.search(
@@ -172,12 +172,12 @@ def ask(milvus_uri: str, question: str) -> None:
 
 
 def say(text: str) -> None:
-    """One step, as `make` prints its own."""
+    """Print a step in the style of `make`."""
     print(f"== {text}", flush=True)
 
 
 def main_job(data_dir: Path, procs: int, question: str) -> None:
-    """All of it. Raises `Failed` with the reason."""
+    """Run the example. Raises `Failed` with the reason."""
     mono_start_s = time.monotonic()
     novel = passages(NOVEL)
     say(f"starting the service: {procs} workers, its own Valkey and Milvus Lite in {data_dir}")
@@ -188,7 +188,7 @@ def main_job(data_dir: Path, procs: int, question: str) -> None:
         say(f"enqueued the sample novel: {len(novel)} passages in {jobs} jobs")
         watch(at["metrics_url"], jobs, done_before)
         say(f"question: {question}")
-        ask(at["milvus_uri"], question)
+        answer(at["milvus_uri"], question)
     say(f"done in {time.monotonic() - mono_start_s:.1f} s; the data and the log stay in {data_dir}")
 
 

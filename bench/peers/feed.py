@@ -1,4 +1,4 @@
-"""``feed.py MODULE``: enqueue the jobs that come in, one JSON a line, and say of each whether that worked."""
+"""``feed.py MODULE``: enqueues jobs from stdin, one JSON a line, and prints the result of each."""
 
 import importlib
 import json
@@ -6,14 +6,14 @@ import sys
 
 
 def main() -> None:
-    """Answer each line with ``ok ID``, or ``unknown ID`` where the client raised."""
+    """Answer each line with ``ok ID``, or ``unknown ID`` if the client raised."""
     enqueue = importlib.import_module(sys.argv[1]).feeder()
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         try:
             enqueue(job)
-        except Exception:  # whatever a client raises: it is unknown whether the job is in
+        except Exception:  # after any error of a client it is unknown whether the job is enqueued
             print("unknown", job["id"], flush=True)
         else:
             print("ok", job["id"], flush=True)

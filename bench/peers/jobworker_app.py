@@ -1,4 +1,4 @@
-"""jobworker: as it comes, but for the short backoff that all have here."""
+"""jobworker with its defaults, except for the short backoff of all peers."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from jobworker.worker import Producer
 
 
 def feeder() -> Callable[[dict[str, Any]], object]:
-    """What enqueues a job."""
+    """The function that enqueues a job."""
     producer = Producer(os.environ["PEER_REDIS_URL"])
     return lambda job: producer.enqueue(
         ONE, {"fate": job["fate"], "text": job["text"]},

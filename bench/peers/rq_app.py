@@ -1,4 +1,4 @@
-"""RQ: three immediate retries; abandoned jobs are looked for every 5 s instead of every 10 minutes."""
+"""RQ: three immediate retries; maintenance every 5 s instead of every 10 minutes."""
 
 import os
 from collections.abc import Callable
@@ -15,6 +15,6 @@ def run(job: dict[str, Any]) -> None:
 
 
 def feeder() -> Callable[[dict[str, Any]], object]:
-    """What enqueues a job."""
+    """The function that enqueues a job."""
     chaos = Queue("chaos", connection=Redis.from_url(os.environ["PEER_REDIS_URL"]))
     return lambda job: chaos.enqueue("rq_app.run", job, retry=Retry(max=3), job_timeout=10)

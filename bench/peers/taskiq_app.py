@@ -1,4 +1,4 @@
-"""taskiq on a Redis stream: acknowledged after the run, taken over after 5 s instead of 10 minutes."""
+"""taskiq on a Redis stream: acknowledgement after the run, claims after 5 s instead of 10 minutes."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ async def run(job: dict[str, Any]) -> None:
 
 
 def feeder() -> Callable[[dict[str, Any]], object]:
-    """What enqueues a job."""
+    """The function that enqueues a job."""
     loop = asyncio.new_event_loop()
     loop.run_until_complete(broker.startup())
     return lambda job: loop.run_until_complete(run.kiq(job))

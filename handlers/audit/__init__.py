@@ -1,1 +1,1 @@
-"""The handler of `audit`."""
+"""Job type `audit`."""

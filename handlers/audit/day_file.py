@@ -1,4 +1,4 @@
-"""One day of the audit archive: a file that many processes append to, each entry once, durable on return."""
+"""Archive file of one day: many processes append to it, each entry once and durably."""
 
 import fcntl
 import logging
@@ -11,115 +11,115 @@ from typing import NamedTuple
 
 from jobworker.worker import Unavailable
 
-from .index import StreamIndex, key
-from .units import Ref, Unit, pack, units
+from .index import StreamIndex, entry_key
+from .units import EntryRef, Unit, pack_unit, read_units
 
 log = logging.getLogger("jobworker.audit")
 
-#: Of a file that is opened, so much of the end is checked by checksum: units that no sync had covered when
-#: the power failed can only be there, and a whole day of a busy archive would take minutes.
+#: Bytes at the end of a file that is opened whose checksums are verified. Units that were not synced before a
+#: power failure can only be there; verifying a whole day of a busy archive would take minutes.
 CHECKED_BYTES = 64 * 1024 * 1024
-#: A holder of the lock writes to the page cache and lets go: so long means that the disk hangs.
+#: Timeout of the file lock. Its holder only writes to the page cache, so a longer wait means a hung disk.
 LOCK_WITHIN_S = 10.0
-#: Between two tries for the lock; a holder has it for about this long.
+#: Interval between two tries for the lock, about as long as it is held.
 _LOCK_POLL_S = 0.0002
-#: What a file begins with that has no units in it.
+#: First bytes of a file that another program compressed.
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-#: Bytes copied at once when a damaged tail is put aside.
+#: Bytes of each step when a torn tail is copied.
 _COPY_BYTES = 1024 * 1024
 
 
 class ArchiveLine(NamedTuple):
-    """One entry to archive: what it is of, and its JSON with the newline."""
+    """Entry to archive; `json` is one line with its newline."""
 
-    ref: Ref
+    ref: EntryRef
     json: bytes
 
 
 class DayFile:
-    """The file of one day, in one process.
+    """Archive file of one day, as one process sees it.
 
-    The kernel's file lock orders the writers and is given back however its holder ends. It is held while a
-    writer looks at what the others appended and adds its own, which is some hundred microseconds, and not
-    while it waits for the disk; so one sync of the file may cover several writers' units.
+    The kernel's file lock orders the writers, and ends with its holder. A writer holds it for some hundred
+    microseconds, while it reads what others appended and appends its own units. It does not hold it during
+    the sync, so one sync may cover the units of several writers.
     """
 
     def __init__(self, path: Path, compress: Callable[[bytes], bytes]) -> None:
-        """Opens nothing yet; `compress` makes one zstd frame of the lines."""
+        """`compress` returns one zstd frame. The file is opened by the first call that needs it."""
         self.path = path
         self._compress = compress
         self._fd = -1
         self._end = 0
         self._indexes: dict[str, StreamIndex] = {}
-        #: What a sync has not covered yet, by offset; after one that failed it has to be written again.
+        #: Offsets and bytes of units since the last good sync; after a failed one they are written again.
         self._unsynced: list[tuple[int, bytes]] = []
         self._sync_failed = False
 
     def close(self) -> None:
-        """Let go of the file; the next call would open it again."""
+        """Close the file; the next call opens it again."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
-        self._forget()
+        self._reset()
 
     def append(self, stream: str, lines: Sequence[ArchiveLine]) -> int:
-        """Have these entries of one stream in the file, each once, and on the disk; how many were added.
+        """Append the entries that are not in the file yet, sync it, and return how many were added.
 
-        Entries that the file holds already are skipped. Raises Unavailable where the disk is full, fails or
-        hangs; then some of the lines may be in, and the same call may be made again.
+        Raises Unavailable if the disk is full, fails or hangs. Some lines may be in the file then; the same
+        call can be repeated.
         """
         try:
             return self._append(stream, lines)
         except OSError as error:
             raise Unavailable(f"audit archive {self.path}: {error}") from error
 
-    def jobs(self, stream: str, digests: set[int]) -> set[int]:
-        """Those of the digests that a line of this stream has, by reading what all lines are of.
+    def archived_digests(self, stream: str, digests: set[int]) -> set[int]:
+        """Those of the digests that lines of this stream have, synced to the disk. It reads the whole file.
 
-        What it finds is on the disk. Raises as `append` does.
+        Raises Unavailable as `append` does.
         """
         if not self.path.exists():
             return set()
         try:
             with self._locked():
-                self._catch_up()
+                self._read_appended()
                 of_stream = (unit for unit in self._units(0, self._end) if unit.stream == stream)
-                found = {ref.digest for unit in of_stream for ref in unit.refs} & digests
+                archived = {ref.digest for unit in of_stream for ref in unit.refs} & digests
             self._sync()
-            return found
+            return archived
         except OSError as error:
             raise Unavailable(f"audit archive {self.path}: {error}") from error
 
     def _append(self, stream: str, lines: Sequence[ArchiveLine]) -> int:
-        distinct = list({key(line.ref): line for line in lines}.values())
-        data = self._pack(stream, distinct)  # before the lock: nearly always all of them are new
+        distinct = list({entry_key(line.ref): line for line in lines}.values())
+        data = self._pack(stream, distinct)  # outside the lock: nearly always all of them are new
         with self._locked():
-            self._catch_up()
-            known = self._index(stream).known({key(line.ref) for line in distinct})
-            fresh = [line for line in distinct if key(line.ref) not in known]
+            self._read_appended()
+            present = self._index(stream).contained({entry_key(line.ref) for line in distinct})
+            fresh = [line for line in distinct if entry_key(line.ref) not in present]
             if fresh:
-                self._write(stream, fresh, self._pack(stream, fresh) if known else data)
+                self._write(stream, fresh, self._pack(stream, fresh) if present else data)
         self._sync()
         return len(fresh)
 
     def _pack(self, stream: str, lines: Sequence[ArchiveLine]) -> bytes:
         frame = self._compress(b"".join(line.json for line in lines))
-        return pack(stream, [line.ref for line in lines], frame)
+        return pack_unit(stream, [line.ref for line in lines], frame)
 
     def _write(self, stream: str, lines: Sequence[ArchiveLine], data: bytes) -> None:
         start = self._end
         try:
             _write_at(self._fd, data, start)
         except OSError:
-            os.ftruncate(self._fd, start)  # a full disk: half a unit would be in the others' way
+            os.ftruncate(self._fd, start)  # disk full: remove the half-written unit
             raise
         self._unsynced.append((start, data))
-        self._remember(Unit(start, start + len(data), stream, [line.ref for line in lines]))
+        self._add(Unit(start, start + len(data), stream, [line.ref for line in lines]))
 
     def _sync(self) -> None:
-        """Wait for the disk, for what others wrote too: a duplicate may not have been synced."""
+        """Sync the file, even if nothing was added: the writer of a duplicate may not have synced it yet."""
         if self._sync_failed:
-            # A kernel that could not write a page may call it clean afterwards: it must be dirty again.
+            # After a failed fsync, the kernel may mark the unwritten pages clean: write them again.
             for offset, data in self._unsynced:
                 _write_at(self._fd, data, offset)
         self._sync_failed = True
@@ -127,9 +127,9 @@ class DayFile:
         self._sync_failed = False
         self._unsynced.clear()
 
-    # ---- what is in the file
+    # ---- units of the file
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._end = 0
         self._indexes = {}
         self._unsynced = []
@@ -139,30 +139,32 @@ class DayFile:
         return os.pread(self._fd, size, offset)
 
     def _units(self, start: int, stop: int) -> Iterable[Unit]:
-        return units(self._read, start, stop, checked_from=stop)
+        return read_units(self._read, start, stop, checked_from=stop)
 
     def _index(self, stream: str) -> StreamIndex:
         if stream not in self._indexes:
             self._indexes[stream] = StreamIndex(stream, self._units)
         return self._indexes[stream]
 
-    def _remember(self, unit: Unit) -> None:
+    def _add(self, unit: Unit) -> None:
         self._index(unit.stream).add(unit)
         self._end = unit.end
 
-    def _catch_up(self) -> None:
-        """Learn what others have appended, and cut off what a writer that was killed left half-written."""
+    def _read_appended(self) -> None:
+        """Index the units that others appended, and cut off the half-written unit of a killed writer."""
         size = os.fstat(self._fd).st_size
         if size < self._end:
-            self._forget()
-        for unit in units(self._read, self._end, size, checked_from=size - CHECKED_BYTES):
-            self._remember(unit)
+            self._reset()
+        for unit in read_units(self._read, self._end, size, checked_from=size - CHECKED_BYTES):
+            self._add(unit)
         if self._end < size:
-            self._cut(size)
+            self._cut_tail(size)
 
-    def _cut(self, size: int) -> None:
-        """Cut a torn end off. It is kept aside: a kill tears only what was not acknowledged, but a failing
-        disk may tear more."""
+    def _cut_tail(self, size: int) -> None:
+        """Move everything after the last whole unit to a file of its own.
+
+        It is not deleted: a kill tears only entries without acknowledgement, but a bad disk may tear others.
+        """
         aside = self.path.with_name(f"{self.path.name}.torn-{self._end}-{time.time_ns()}")
         with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             for offset in range(self._end, size, _COPY_BYTES):
@@ -178,13 +180,12 @@ class DayFile:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the lock of the file that now has this name; if the day was moved away, a new file is
-        started."""
+        """Hold the lock of the file that has this name now; if the day was moved away, create a new file."""
         give_up_at = time.monotonic() + LOCK_WITHIN_S
         while True:
             self._open()
             _lock(self._fd, give_up_at)
-            if self._has_the_name() and not self._is_anothers():
+            if self._is_current() and not self._replace_foreign():
                 break
             self.close()
         try:
@@ -198,9 +199,11 @@ class DayFile:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             sync_folder(self.path.parent)
 
-    def _is_anothers(self) -> bool:
-        """Whether the file was compressed by another program; then it is given another name, for late entries
-        cannot be told from those in it."""
+    def _replace_foreign(self) -> bool:
+        """Rename a file that another program compressed; True if it did.
+
+        Such a file has no index, so duplicates of its entries cannot be detected.
+        """
         if self._end or self._read(0, len(_ZSTD_MAGIC)) != _ZSTD_MAGIC:
             return False
         day, _, suffix = self.path.name.partition(".")
@@ -209,17 +212,17 @@ class DayFile:
         log.warning("audit.file_replaced", extra={"file": self.path.name, "kept_as": aside.name})
         return True
 
-    def _has_the_name(self) -> bool:
+    def _is_current(self) -> bool:
         try:
             named = os.stat(self.path)
         except FileNotFoundError:
             return False
-        mine = os.fstat(self._fd)
-        return (named.st_dev, named.st_ino) == (mine.st_dev, mine.st_ino)
+        opened = os.fstat(self._fd)
+        return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the folder's entries are on the disk: a file of which only the inode is there is lost."""
+    """Sync the entries of a folder: without its entry, a synced file is lost."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -235,7 +238,7 @@ def _lock(fd: int, give_up_at: float) -> None:
         except BlockingIOError:
             if time.monotonic() > give_up_at:
                 raise TimeoutError(f"another writer has held the file for {LOCK_WITHIN_S} s") from None
-            time.sleep(_LOCK_POLL_S)  # the kernel's wait for a lock has no deadline
+            time.sleep(_LOCK_POLL_S)  # a blocking flock has no deadline
 
 
 def _write_at(fd: int, data: bytes, offset: int) -> None:

@@ -1,7 +1,7 @@
-"""The handler of `audit`: entries are appended to one compressed file a day under the data directory.
+"""Handler of `audit`: appends entries to one compressed file a day in the data directory.
 
-JSON lines in zstd frames (`zstdcat`, `jq`, DuckDB and pandas read them) and not Parquet: a Parquet file has
-its index at the end and cannot be read, by us after a crash or by an auditor today, until it is closed.
+The format is JSON lines in zstd frames, which `zstdcat`, `jq`, DuckDB and pandas read. Parquet is no choice:
+its index is at the end, so a file is unreadable until it is closed, for auditors and after a crash.
 """
 
 import hashlib
@@ -19,23 +19,24 @@ from jobworker.worker import Job, PermanentError
 
 from ..settings import HandlerSettings
 from .day_file import ArchiveLine, DayFile, sync_folder
-from .units import Ref, entry_ref
+from .units import EntryRef, parse_ref
 
 log = logging.getLogger("jobworker.audit")
 
-#: zstd's own default: higher levels gain little on frames of a few dozen lines.
+#: Default of zstd: higher levels gain little on frames of a few dozen lines.
 _LEVEL = 3
-#: Lines of one frame, in bytes; a longer line is a frame of its own. Bounds the memory of writer and reader.
+#: Bytes of the lines in one frame, which bounds the memory of writer and reader. A longer line is a frame of
+#: its own.
 _FRAME_BYTES = 4 * 1024 * 1024
-#: Days whose files stay open: a backlog over midnight, and a few retries from before.
-_DAYS_OPEN = 4
+#: Open files: of a backlog around midnight, and of retries of earlier days.
+_MAX_OPEN_DAYS = 4
 _DAY_MS = 86_400_000
-#: Redis takes any 64-bit number as an entry's time: beyond this no calendar goes.
+#: Redis accepts any 64-bit number as an entry's time; `datetime` ends here.
 _LAST_DAY = (datetime(9999, 12, 31) - datetime(1970, 1, 1)).days
 
 
 class ArchivedEntry(msgspec.Struct, frozen=True):
-    """One line of the archive: the job as it came, and where and when."""
+    """One line of the archive: the job as received, its stream, entry and time."""
 
     entry_id: str
     stream: str
@@ -50,14 +51,14 @@ class ArchivedEntry(msgspec.Struct, frozen=True):
 
 
 class Archive:
-    """Appends each entry once to the file of the UTC day at which it was put on its stream.
+    """Appends each entry once to the file of the UTC day on which it was added to its stream.
 
-    A batch is one write and one sync of the disk; only then are its jobs done. An entry that is delivered
-    again, to any worker, is found in the file and skipped, and so is a retried job.
+    A batch is one write and one sync, and its jobs are done only after the sync. An entry that is delivered
+    again, or a job that is retried, is found in the file and skipped, on any worker.
     """
 
-    # A worker's death is charged to all that it had started, so no more than is needed: with this many a sync
-    # of 0.4 ms, two workers on two busy cores archived 30,000 entries a second through the whole service.
+    # A worker's death counts for every job of its batch, so a batch is no larger than needed. With 64 entries
+    # and 0.4 ms a sync, two workers on two busy cores archived 30,000 entries/s through the whole service.
     max_batch = 64
     timeout = 60.0
 
@@ -68,71 +69,73 @@ class Archive:
         self.counters = {"audit_entries": 0, "audit_duplicates": 0}
 
     def setup(self, settings: HandlerSettings) -> None:
-        """Make the folder `audit` in the data directory. Raises OSError where that cannot be."""
+        """Create the folder `audit` in the data directory. Raises OSError if that fails."""
         self._folder = Path(settings.data_dir).resolve() / "audit"
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         sync_folder(self._folder.parent)
 
     def healthy(self) -> None:
-        """Raise OSError where the folder cannot be written to."""
+        """Raise OSError if the folder is not writable."""
         if not os.access(self._folder, os.W_OK | os.X_OK):
             raise PermissionError(f"cannot write to {self._folder}")
 
     def handle_batch(self, jobs: Sequence[Job]) -> list[BaseException | None]:
-        """Archive several entries with one sync a day and stream; one outcome a job, in order."""
+        """Archive entries with one sync for each day and stream; returns one outcome a job, in order."""
         outcomes: list[BaseException | None] = [None] * len(jobs)
-        for (day, stream), places in self._sorted(jobs, outcomes).items():
+        for (day, stream), indexes in _group_jobs(jobs, outcomes).items():
             try:
-                self._archive(day, stream, [jobs[place] for place in places])
+                self._archive(day, stream, [jobs[index] for index in indexes])
             except Exception as error:
-                for place in places:
-                    outcomes[place] = error
+                for index in indexes:
+                    outcomes[index] = error
         return outcomes
-
-    def _sorted(
-        self, jobs: Sequence[Job], outcomes: list[BaseException | None]
-    ) -> dict[tuple[int, str], list[int]]:
-        """The places of the jobs by day and stream; bad ones get their outcome."""
-        groups: dict[tuple[int, str], list[int]] = {}
-        for place, job in enumerate(jobs):
-            if isinstance(job.payload, dict):
-                groups.setdefault((_day(job.entry_id), job.stream), []).append(place)
-            else:
-                kind = type(job.payload).__name__
-                outcomes[place] = PermanentError(f"payload must be an object, not {kind}")
-        return groups
 
     def _archive(self, day: int, stream: str, jobs: Sequence[Job]) -> None:
         archived_at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         lines = [_line(job, archived_at) for job in jobs]
-        fresh = self._without_tried(day, stream, jobs, lines)
-        added = sum(self._day(day).append(stream, part) for part in _parts(fresh))
+        fresh = self._without_archived_retries(day, stream, jobs, lines)
+        added = sum(self._day_file(day).append(stream, part) for part in _split_into_frames(fresh))
         self.counters["audit_entries"] += added
         self.counters["audit_duplicates"] += len(jobs) - added
 
-    def _without_tried(
+    def _without_archived_retries(
         self, day: int, stream: str, jobs: Sequence[Job], lines: list[ArchiveLine]
     ) -> list[ArchiveLine]:
-        """Leave out jobs of which an earlier try got as far as the file: a retry is a new entry."""
-        again = {line.ref.digest for job, line in zip(jobs, lines, strict=True) if job.retry_count}
-        if not again:
+        """Lines without those of retries whose earlier try was archived: a retry is a new entry."""
+        retries = {line.ref.digest for job, line in zip(jobs, lines, strict=True) if job.retry_count}
+        if not retries:
             return lines
-        tried = self._day(day).jobs(stream, again) | self._day(day - 1).jobs(stream, again)
+        archived = self._day_file(day).archived_digests(stream, retries)
+        archived |= self._day_file(day - 1).archived_digests(stream, retries)
         return [
             line
             for job, line in zip(jobs, lines, strict=True)
-            if not (job.retry_count and line.ref.digest in tried)
+            if not (job.retry_count and line.ref.digest in archived)
         ]
 
-    def _day(self, day: int) -> DayFile:
-        """The file of a day, counted from 1970-01-01."""
+    def _day_file(self, day: int) -> DayFile:
+        """The file of a day, as a number of days since 1970-01-01."""
         file = self._days.pop(day, None)
         if file is None:
             file = DayFile(self._folder / f"{_date(day)}.jsonl.zst", self._compress)
-        self._days[day] = file  # the last one used stands last
-        if len(self._days) > _DAYS_OPEN:
+        self._days[day] = file  # ordered by last use
+        if len(self._days) > _MAX_OPEN_DAYS:
             self._days.pop(next(iter(self._days))).close()
         return file
+
+
+def _group_jobs(
+    jobs: Sequence[Job], outcomes: list[BaseException | None]
+) -> dict[tuple[int, str], list[int]]:
+    """Indexes of the jobs by day and stream; a job with a bad payload gets its outcome instead."""
+    groups: dict[tuple[int, str], list[int]] = {}
+    for index, job in enumerate(jobs):
+        if isinstance(job.payload, dict):
+            groups.setdefault((_day(job.entry_id), job.stream), []).append(index)
+        else:
+            type_name = type(job.payload).__name__
+            outcomes[index] = PermanentError(f"payload must be an object, not {type_name}")
+    return groups
 
 
 def _day(entry_id: str) -> int:
@@ -159,16 +162,16 @@ def _line(job: Job, archived_at: str) -> ArchiveLine:
     return ArchiveLine(_ref(job), msgspec.json.encode(entry) + b"\n")
 
 
-def _ref(job: Job) -> Ref:
-    told = msgspec.json.encode(
+def _ref(job: Job) -> EntryRef:
+    content = msgspec.json.encode(
         [job.id, job.created_at, job.tenant_id, job.project_id, job.metadata, job.payload]
     )
-    digest = hashlib.blake2b(told, digest_size=8).digest()
-    return entry_ref(job.entry_id, int.from_bytes(digest, "little"))
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    return parse_ref(job.entry_id, int.from_bytes(digest, "little"))
 
 
-def _parts(lines: Sequence[ArchiveLine]) -> Iterator[list[ArchiveLine]]:
-    """Cut lines, in order, into frames' worth."""
+def _split_into_frames(lines: Sequence[ArchiveLine]) -> Iterator[list[ArchiveLine]]:
+    """Split lines, in order, into parts of one frame each."""
     part: list[ArchiveLine] = []
     size = 0
     for line in lines:

@@ -1,86 +1,88 @@
-"""Index of the stream entries in one archive file: exact, and small for files of any size."""
+"""Exact index of the stream entries in one archive file, with bounded memory for recent entries."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from .units import Ref, Unit
+from .units import EntryRef, Unit
 
-#: Entries whose keys are kept or read together. A key takes about 80 bytes in memory; reading
-#: these back takes about a millisecond.
+#: Entries of a span, whose keys are cached or read together. A key takes about 80 bytes; reading a span takes
+#: about 1 ms.
 _SPAN_ENTRIES = 4096
-#: Spans whose keys stay in memory after they were read: several workers' batches reach into a few each.
-_SPANS_KEPT = 8
+#: Spans whose keys are cached: the batches of several workers each need a few.
+_CACHED_SPANS = 8
 
 _ReadUnits = Callable[[int, int], Iterable[Unit]]
 
 
-def key(ref: Ref) -> int:
-    """One number for an entry, ordered as the ids are. The digest is part of it: in a Redis that lost
-    its data another entry may get the id of an archived one."""
+def entry_key(ref: EntryRef) -> int:
+    """One number for an entry, in the order of entry ids.
+
+    It includes the digest: after Redis lost its data, another entry may get the id of an archived one.
+    """
     return ref.ms << 128 | ref.sequence << 64 | ref.digest
 
 
 class _Span(NamedTuple):
-    """A run of units. `top`: the highest key in it and in all spans before it."""
+    """Consecutive units. `highest_so_far`: the highest key in it and in all spans before it."""
 
     lowest: int
-    top: int
+    highest_so_far: int
     start: int
     end: int
 
 
 class StreamIndex:
-    """The entries of one stream in one file.
+    """Entries of one stream in one file.
 
-    Ids are handed to workers nearly in order, so a batch meets the last few spans only; the rest is two
-    numbers a span, and is read from the file again where a late entry asks for it.
+    Workers receive entries nearly in order, so a batch needs only the last few spans. Of each other span,
+    only the lowest and highest key and its byte range are in memory; a late entry makes it read the file.
     """
 
     def __init__(self, stream: str, read_units: _ReadUnits) -> None:
         self._stream = stream
         self._read_units = read_units
         self._spans: list[_Span] = []
-        self._kept: OrderedDict[_Span, set[int]] = OrderedDict()
+        self._cached: OrderedDict[_Span, set[int]] = OrderedDict()
         self._open: set[int] = set()
-        self._open_from = 0
+        self._open_start = 0
 
     def add(self, unit: Unit) -> None:
-        """Remember a unit; units come in the order of the file."""
+        """Add a unit; units must come in the order of the file."""
         if not self._open:
-            self._open_from = unit.start
-        self._open.update(key(ref) for ref in unit.refs)
+            self._open_start = unit.start
+        self._open.update(entry_key(ref) for ref in unit.refs)
         if len(self._open) >= _SPAN_ENTRIES:
-            before = self._spans[-1].top if self._spans else 0
-            top = max(before, max(self._open))
-            span = _Span(min(self._open), top, self._open_from, unit.end)
+            before = self._spans[-1].highest_so_far if self._spans else 0
+            highest = max(before, max(self._open))
+            span = _Span(min(self._open), highest, self._open_start, unit.end)
             self._spans.append(span)
-            self._keep(span, self._open)
+            self._cache(span, self._open)
             self._open = set()
 
-    def known(self, keys: set[int]) -> set[int]:
-        """The keys that the file holds."""
+    def contained(self, keys: set[int]) -> set[int]:
+        """Those of the keys that are in the file."""
         if not keys:
             return set()
         lowest, highest = min(keys), max(keys)
-        found = keys & self._open
+        contained = keys & self._open
         for span in reversed(self._spans):
-            if span.top < lowest:
+            if span.highest_so_far < lowest:
                 break
             if span.lowest <= highest:
-                found |= keys & self._keys_of(span)
-        return found
+                contained |= keys & self._keys_of(span)
+        return contained
 
     def _keys_of(self, span: _Span) -> set[int]:
-        keys = self._kept.get(span)
+        keys = self._cached.get(span)
         if keys is None:
             units = self._read_units(span.start, span.end)
-            keys = {key(ref) for unit in units if unit.stream == self._stream for ref in unit.refs}
-        self._keep(span, keys)
+            keys = {entry_key(ref) for unit in units if unit.stream == self._stream for ref in unit.refs}
+        self._cache(span, keys)
         return keys
 
-    def _keep(self, span: _Span, keys: set[int]) -> None:
-        self._kept[span] = keys
-        self._kept.move_to_end(span)
-        if len(self._kept) > _SPANS_KEPT:
-            self._kept.popitem(last=False)
+    def _cache(self, span: _Span, keys: set[int]) -> None:
+        self._cached[span] = keys
+        self._cached.move_to_end(span)
+        if len(self._cached) > _CACHED_SPANS:
+            self._cached.popitem(last=False)

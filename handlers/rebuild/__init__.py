@@ -1,1 +1,1 @@
-"""The handler of `index_rebuild`."""
+"""Job type `index_rebuild`."""

@@ -1,8 +1,7 @@
-"""Handler of `index_rebuild`: rebuilds the vector index of a collection, by default without a gap."""
+"""Handler of `index_rebuild`: rebuilds a collection and its vector index, by default without downtime."""
 
-import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from jobworker.worker import Job, PermanentError, StoreUnavailable, Unavailable
 
@@ -14,30 +13,55 @@ from ..jobstore.open import open_rebuilds
 from ..settings import HandlerSettings
 from ..vectors.ports import Vector
 from ..vectors.schema import plain_name, shown
-from .ports import Record, ShadowStore
-from .rebuild import LEASE_MS, Clock, Model, Rebuild, Task
+from .ports import RawRow, ShadowStore
+from .rebuild import LEASE_MS, Clock, NewModel, Rebuild, RebuildRequest
 
-log = logging.getLogger("jobworker.reindex")
-
-# In place each step takes up to 10 min, and no writer and no other rebuild is admitted meanwhile.
+# In place, each step takes up to 10 minutes; until the end, no write and no other rebuild may start.
 IN_PLACE_MS = 25 * 60 * 1000
 
 
 class RebuildBusy(Exception):
-    """Another rebuild of the collection is under way: worth another try."""
+    """Another rebuild of the collection is running; a retry may succeed."""
+
+
+class RebuildPayload(NamedTuple):
+    """Checked payload: plain collection name, `shadow` or `in_place`, model name or ""."""
+
+    collection: str
+    mode: str
+    model: str
+
+    @classmethod
+    def parse(cls, payload: Any, prefix: str) -> Self:
+        """Check a payload, whose `collection` may have the prefix or not.
+
+        Raises PermanentError that names the field and its fault.
+        """
+        if not isinstance(payload, dict):
+            raise PermanentError(f"payload must be an object, not {shown(payload)}")
+        name = plain_name(payload.get("collection"), prefix)
+        mode = payload.get("mode") or "shadow"
+        if mode not in ("shadow", "in_place"):
+            raise PermanentError(f"mode must be shadow or in_place, not {shown(mode)}")
+        model = payload.get("model") or ""
+        if not isinstance(model, str):
+            raise PermanentError(f"model must be a string, not {shown(model)}")
+        if model and mode != "shadow":
+            raise PermanentError(f"model needs mode shadow, but mode is {mode}")
+        return cls(name, mode, model)
 
 
 class IndexRebuild:
     """Rebuilds one collection: payload `collection`, optional `mode` (`shadow`, `in_place`), `model`.
 
-    `shadow`: searches continue, and writes except for moments. `in_place`: searches fail until it is done.
-    `model`: embed every text again with it; afterwards only a service started with it may write.
+    `shadow`: searches continue, and writes pause for seconds only. `in_place`: searches fail until the end.
+    `model`: every text is embedded again with it; then only a service started with this model can write.
     """
 
-    # Rows by the million take hours; a stuck request has limits of its own.
+    # A collection of millions of rows takes hours; each request has a timeout of its own.
     timeout = 24 * 3600.0
     needs_device = True
-    # Nothing is to wait for hours behind it in its worker.
+    # No other job may wait behind it in its worker for hours.
     alone = True
 
     def __init__(
@@ -46,13 +70,14 @@ class IndexRebuild:
         rebuilds: Rebuilds | None = None,
         clock: Clock | None = None,
     ) -> None:
+        """Arguments replace the stores that `setup` would open."""
         self._given_shadow, self._given_rebuilds = shadow, rebuilds
         self._clock = clock or Clock()
         #: Running totals of this process.
         self.counters = {"rebuilds_done": 0, "rebuilt_rows": 0}
 
     def setup(self, settings: HandlerSettings) -> None:
-        """Connects to nothing yet: rebuilds are rare."""
+        """Create the store clients; they connect at the first job, since rebuilds are rare."""
         self._settings = settings
         self._shadow = self._given_shadow or _open_shadow(settings)
         self._rebuilds = self._given_rebuilds or open_rebuilds(settings.redis_url)
@@ -60,85 +85,74 @@ class IndexRebuild:
     def handle(self, job: Job) -> None:
         """Rebuild a collection, or resume where a killed worker stopped.
 
-        Raises PermanentError for a bad payload or a new collection that is no good, Busy where another
-        rebuild is under way, Unavailable where a store does not answer.
+        Raises PermanentError for a bad payload or if the new collection has too low a recall, RebuildBusy if
+        another rebuild of it is running, Unavailable if a store does not answer.
         """
-        name, mode, model = read_payload(job.payload, self._settings.milvus_prefix)
-        table = self._settings.milvus_prefix + name
+        payload = RebuildPayload.parse(job.payload, self._settings.milvus_prefix)
+        alias = self._settings.milvus_prefix + payload.collection
         entry = f"{job.stream}/{job.entry_id}"
         try:
-            taken = self._rebuilds.begin(table, entry, LEASE_MS)
-            if isinstance(taken, str):
-                raise RebuildBusy(f"{table} is being rebuilt by the job at {taken}")
-            task = Task(job.id, entry, name, table, self._model(model))
-            rebuild = Rebuild(task, self._shadow, self._rebuilds, taken, self._clock)
+            lease = self._rebuilds.begin(alias, entry, LEASE_MS)
+            if isinstance(lease, str):
+                raise RebuildBusy(f"{alias} is being rebuilt by the job at {lease}")
+            request = RebuildRequest(
+                job.id, entry, payload.collection, alias, self._load_model(payload.model)
+            )
+            rebuild = Rebuild(request, self._shadow, self._rebuilds, lease, self._clock)
             try:
-                rebuild.run() if mode == "shadow" else self._in_place(task, rebuild, taken.epoch)
+                if payload.mode == "shadow":
+                    rebuild.run()
+                else:
+                    self._rebuild_in_place(request, rebuild, lease.epoch)
                 self.counters["rebuilds_done"] += 1
             finally:
-                self.counters["rebuilt_rows"] += rebuild.rows
-                # For the next try, which is another entry; after a kill the same one comes again.
-                self._rebuilds.save(table, taken.epoch, {}, lease_ms=0)
+                self.counters["rebuilt_rows"] += rebuild.rows_written
+                # A retry is a new entry and must not wait for the lease; after a kill the entry is the same.
+                self._rebuilds.save(alias, lease.epoch, {}, lease_ms=0)
         except StoreUnavailable as error:
             raise Unavailable(str(error)) from error
 
-    def _in_place(self, task: Task, rebuild: Rebuild, epoch: int) -> None:
-        rebuild.finish()
-        rebuild.forget()
-        self._rebuilds.save(task.table, epoch, {}, lease_ms=IN_PLACE_MS, shut_ms=IN_PLACE_MS)
+    def _rebuild_in_place(self, request: RebuildRequest, rebuild: Rebuild, epoch: int) -> None:
+        rebuild.finish_switch()
+        rebuild.discard()
+        self._rebuilds.save(request.alias, epoch, {}, lease_ms=IN_PLACE_MS, shut_ms=IN_PLACE_MS)
         try:
-            self._shadow.reindex(task.name)
+            self._shadow.rebuild_index(request.name)
         finally:
-            self._rebuilds.save(task.table, epoch, {}, lease_ms=LEASE_MS, shut_ms=0)
+            self._rebuilds.save(request.alias, epoch, {}, lease_ms=LEASE_MS, shut_ms=0)
 
-    def _model(self, name: str) -> Model | None:
+    def _load_model(self, name: str) -> NewModel | None:
         if not name:
             return None
-        of = self._settings
+        settings = self._settings
         try:
             encoder = load_encoder(
                 name,
-                of.device,
-                threads=of.threads,
-                long_text=of.long_text,
-                token_budget=of.token_budget,
-                dtype=of.dtype,
+                settings.device,
+                threads=settings.threads,
+                long_text=settings.long_text,
+                token_budget=settings.token_budget,
+                dtype=settings.dtype,
             )
         except ModelError as error:
             raise PermanentError(str(error)) from error
-        return Model(encoder.name, encoder.dim, lambda records: embed(encoder, records))
+        return NewModel(encoder.name, encoder.dim, lambda rows: embed_rows(encoder, rows))
 
 
-def embed(encoder: Encoder, records: Sequence[Record]) -> Sequence[Vector]:
+def embed_rows(encoder: Encoder, rows: Sequence[RawRow]) -> Sequence[Vector]:
     """New vectors for rows, from the text that is stored with each."""
-    return list(encoder.encode([text_of(record) for record in records]))
+    return list(encoder.encode([embedded_text(row) for row in rows]))
 
 
-def text_of(record: Record) -> str:
-    """The text behind a row's vector; for an entity its name and description."""
-    if "text_content" in record:
-        return str(record["text_content"])
-    return "\n".join(filter(None, (record.get("name"), record.get("description"))))
-
-
-def read_payload(payload: Any, prefix: str) -> tuple[str, str, str]:
-    """Collection without prefix, mode and model. Raises PermanentError that says what is wrong."""
-    if not isinstance(payload, dict):
-        raise PermanentError(f"payload must be an object, not {shown(payload)}")
-    name = plain_name(payload.get("collection"), prefix)
-    mode = payload.get("mode") or "shadow"
-    if mode not in ("shadow", "in_place"):
-        raise PermanentError(f"mode must be shadow or in_place, not {shown(mode)}")
-    model = payload.get("model") or ""
-    if not isinstance(model, str) or (model and mode != "shadow"):
-        raise PermanentError(
-            f"model must be a string, and goes with the mode shadow only, not {shown(model)}"
-        )
-    return name, mode, model
+def embedded_text(row: RawRow) -> str:
+    """The text that is embedded for a row: of an entity, its name and description."""
+    if "text_content" in row:
+        return str(row["text_content"])
+    return "\n".join(filter(None, (row.get("name"), row.get("description"))))
 
 
 def _open_shadow(settings: HandlerSettings) -> ShadowStore:
-    # Only where no store was given: this imports the Milvus client.
+    # Imported here: with a store given, pymilvus is not loaded.
     from .milvus import open_shadow
 
     return open_shadow(

@@ -1,4 +1,4 @@
-"""Rebuilds of the vector store in memory, for tests of handlers."""
+"""In-memory `ShadowStore`, for tests of handlers."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ import numpy as np
 from ..vectors import schema as scalars
 from ..vectors.memory import MemoryVectors, cosine
 from ..vectors.ports import AnyRow, PermanentStoreError, Vector
-from .ports import Record
+from .ports import RawRow
 
 
 class MemoryShadow:
-    """`ShadowStore` on a `MemoryVectors`; what it knows of aliases is this object's."""
+    """`ShadowStore` on a `MemoryVectors`, which has no aliases: this object keeps them."""
 
     def __init__(self, store: MemoryVectors) -> None:
         self._store = store
@@ -21,107 +21,93 @@ class MemoryShadow:
         self._dims: dict[str, int] = {}
         self._marks: dict[str, str] = {}
 
-    def blind_s(self) -> float:
-        """See `ShadowStore.blind_s`."""
+    def max_read_lag_s(self) -> float:
         return 0.0
 
-    def live(self, name: str) -> str:
-        """See `ShadowStore.live`."""
+    def live_collection(self, name: str) -> str:
         alias = self._store._full(name)
         if alias not in self._store._rows:
             raise PermanentStoreError(f"collection {alias} does not exist")
-        table = self._live.get(alias) or self._first(alias)
-        self._rows[table], self._dims[table] = self._store._rows[alias], self._store._dims[alias]
-        return table
+        collection = self._live.get(alias) or self._first_collection(alias)
+        self._rows[collection], self._dims[collection] = self._store._rows[alias], self._store._dims[alias]
+        return collection
 
-    def exists(self, table: str) -> bool:
-        """See `ShadowStore.exists`."""
-        return table in self._rows or table in self._store._rows
+    def exists(self, collection: str) -> bool:
+        return collection in self._rows or collection in self._store._rows
 
-    def mark(self, table: str) -> str | None:
-        """See `ShadowStore.mark`."""
-        return self._marks.get(table, "") if table in self._rows else None
+    def mark(self, collection: str) -> str | None:
+        return self._marks.get(collection, "") if collection in self._rows else None
 
-    def dim(self, table: str) -> int:
-        """See `ShadowStore.dim`."""
-        return self._dims[table]
+    def dim(self, collection: str) -> int:
+        return self._dims[collection]
 
-    def _first(self, alias: str) -> str:
-        tables = (f"{alias}_v{number}" for number in itertools.count(1))
-        table = self._live[alias] = next(table for table in tables if not self.exists(table))
-        self._marks[table] = alias
-        return table
+    def _first_collection(self, alias: str) -> str:
+        names = (f"{alias}_v{number}" for number in itertools.count(1))
+        collection = self._live[alias] = next(name for name in names if not self.exists(name))
+        self._marks[collection] = alias
+        return collection
 
-    def make(self, name: str, table: str, dim: int, mark: str) -> bool:
-        """See `ShadowStore.make`."""
-        if self.exists(table) and self.mark(table) != mark:
+    def create(self, name: str, collection: str, dim: int, mark: str) -> bool:
+        if self.exists(collection) and self.mark(collection) != mark:
             return False
-        self._marks[table] = mark
-        self._rows.setdefault(table, {})
-        self._dims.setdefault(table, dim)
+        self._marks[collection] = mark
+        self._rows.setdefault(collection, {})
+        self._dims.setdefault(collection, dim)
         return True
 
-    def page(self, table: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[Record]:
-        """See `ShadowStore.page`; every field is given, whatever is asked."""
-        ids = sorted(id_ for id_ in self._rows[table] if id_ > after)[:limit]
-        return self.fetch(table, ids)
+    def page(self, collection: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[RawRow]:
+        ids = sorted(id_ for id_ in self._rows[collection] if id_ > after)[:limit]
+        return self.fetch(collection, ids)
 
-    def fetch(self, table: str, ids: Sequence[str]) -> list[Record]:
-        """See `ShadowStore.fetch`."""
-        rows = self._rows[table]
+    def fetch(self, collection: str, ids: Sequence[str]) -> list[RawRow]:
+        rows = self._rows[collection]
         return [rows[id_]._asdict() for id_ in ids if id_ in rows]
 
-    def put(self, table: str, records: Sequence[Record]) -> None:
-        """See `ShadowStore.put`."""
-        row = scalars.schema_of("").row if "text_content" in records[0] else scalars.ENTITIES.row
-        for record in records:
-            if np.shape(record["vector"]) != (self._dims[table],):
-                raise PermanentStoreError(f"{table}: vector of shape {np.shape(record['vector'])}")
-            self._rows[table][record["id"]] = row(**record)
+    def upsert(self, collection: str, rows: Sequence[RawRow]) -> None:
+        row_type = scalars.schema_of("").row if "text_content" in rows[0] else scalars.ENTITIES.row
+        for row in rows:
+            if np.shape(row["vector"]) != (self._dims[collection],):
+                raise PermanentStoreError(f"{collection}: vector of shape {np.shape(row['vector'])}")
+            self._rows[collection][row["id"]] = row_type(**row)
 
-    def remove(self, table: str, ids: Sequence[str]) -> None:
-        """See `ShadowStore.remove`."""
+    def delete(self, collection: str, ids: Sequence[str]) -> None:
         for id_ in ids:
-            self._rows[table].pop(id_, None)
+            self._rows[collection].pop(id_, None)
 
-    def count(self, table: str) -> int:
-        """See `ShadowStore.count`."""
-        return len(self._rows[table])
+    def count(self, collection: str) -> int:
+        return len(self._rows[collection])
 
-    def seal(self, table: str) -> None:
-        """Nothing is elsewhere."""
+    def flush(self, collection: str) -> None:
+        """Does nothing: every row counts as flushed."""
 
-    def unindexed(self, table: str) -> int:
-        """There is no index."""
+    def unindexed_rows(self, collection: str) -> int:
+        """Always 0: a search compares with every row."""
         return 0
 
-    def nearest(self, table: str, vectors: Sequence[Vector], limit: int) -> list[list[tuple[str, float]]]:
-        """See `ShadowStore.nearest`."""
+    def search(self, collection: str, vectors: Sequence[Vector], limit: int) -> list[list[tuple[str, float]]]:
         return [
-            sorted(((id_, cosine(vector, row.vector)) for id_, row in self._rows[table].items()),
+            sorted(((id_, cosine(vector, row.vector)) for id_, row in self._rows[collection].items()),
                    key=lambda hit: -hit[1])[:limit]
             for vector in vectors
         ]  # fmt: skip
 
-    def switch(self, name: str, table: str) -> None:
-        """See `ShadowStore.switch`."""
+    def switch_alias(self, name: str, collection: str) -> None:
         alias = self._store._full(name)
-        self._live[alias] = table
-        self._store._rows[alias], self._store._dims[alias] = self._rows[table], self._dims[table]
+        self._live[alias] = collection
+        self._store._rows[alias], self._store._dims[alias] = self._rows[collection], self._dims[collection]
 
-    def drop(self, table: str, mark: str) -> bool:
-        """See `ShadowStore.drop`."""
-        if not self.exists(table):
+    def drop(self, collection: str, mark: str) -> bool:
+        if not self.exists(collection):
             return True
-        if self.mark(table) != mark or table in self._live.values():
+        if self.mark(collection) != mark or collection in self._live.values():
             return False
-        for of in (self._rows, self._dims, self._marks):
-            of.pop(table, None)
+        for by_collection in (self._rows, self._dims, self._marks):
+            by_collection.pop(collection, None)
         return True
 
-    def reindex(self, name: str) -> None:
-        """There is no index."""
+    def rebuild_index(self, name: str) -> None:
+        """Only checks that the collection exists."""
         self._store.count(name)
 
     def close(self) -> None:
-        """Keeps the rows."""
+        """Does nothing; the rows stay."""

@@ -1,4 +1,4 @@
-"""Rebuilds on a Milvus server: whole rows from one collection to another, aliases, and the index in place."""
+"""`ShadowStore` on Milvus: copies whole rows, switches aliases, rebuilds an index in place."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,169 +13,158 @@ from ..vectors.milvus.collections import CollectionAdmin, milvus_client, once
 from ..vectors.milvus.errors import NoCollection, NotLoaded
 from ..vectors.milvus.server_info import collection_info_of
 from ..vectors.ports import PermanentStoreError, Vector, VectorStoreError
-from .ports import Record
+from .ports import RawRow
 
 if TYPE_CHECKING:
     from ..vectors.milvus.client import MilvusClientHandle
 
 T = TypeVar("T")
 
-# As the vector store's requests.
+# The limit of the vector store's requests.
 MAX_REQUEST_ROWS = 500
-# As for searches in the vector store: what is measured is what users get.
+# As for searches in the vector store, so that the measured recall is that of users.
 SEARCH_EF = 128
 STRONG = {"consistency_level": "Strong"}
-# An index of some 100,000 rows took a real server 100 s; the caller's lease is longer.
+# A real server took 100 s for an index of 100,000 rows; the caller's lease is longer.
 BUILD_TIMEOUT_S = 600.0
-# While Milvus puts a sealed segment in the place of a growing one, reads miss rows, even if they ask for the
-# newest state: on 2.3.5 for up to some 2 s, and then up to 19 rows of 20.
-BLIND_S = 5.0
-# Milvus has its proxies forget an alias before it alters it (rootcoord's alterAliasTask): who asks in between
-# has them remember the old collection, and what is then written goes there and is lost with it (seen on 2.3.5
-# in 1 of 11 rebuilds under load). The second time they forget it, the new one is what they learn; an answer
-# that was on its way has come by then.
+# While Milvus replaces a growing segment by a sealed one, reads miss rows, even with strong consistency: on
+# 2.3.5 for up to about 2 s, and up to 19 rows of 20.
+READ_LAG_S = 5.0
+# Milvus clears an alias from the caches of its proxies before it alters the alias (rootcoord's
+# alterAliasTask). A request in between caches the old collection again: later writes go there and are lost
+# with it (seen on 2.3.5 in 1 of 11 rebuilds under load). A second alter after this pause clears that entry
+# when the new collection is already in place; an answer that was under way has arrived by then.
 STALE_ALIAS_S = 1.0
-# Another process that searches loads the collection again, which makes the drop of its index fail.
+# A search of another process loads the collection again, which makes the drop of the index fail.
 IN_PLACE_TRIES = 5
 
 
 class MilvusShadow:
-    """`ShadowStore` on a Milvus server."""
+    """`ShadowStore` on a Milvus server or Milvus Lite; `named`: every tenant and project has a partition."""
 
     def __init__(self, link: "MilvusClientHandle", *, prefix: str, named: bool) -> None:
         self._link, self._prefix, self._named = link, prefix, named
         self._timeout_s = link.timeout_s
-        self._tables = CollectionAdmin(link, named=named)
+        self._admin = CollectionAdmin(link, named=named)
 
-    def blind_s(self) -> float:
-        """See `ShadowStore.blind_s`."""
-        return 0.0 if self._link.server().lite else BLIND_S
+    def max_read_lag_s(self) -> float:
+        return 0.0 if self._link.server().lite else READ_LAG_S
 
-    def live(self, name: str) -> str:
-        """See `ShadowStore.live`."""
+    def live_collection(self, name: str) -> str:
         alias = self._full(name)
-        table = str(self._described(alias)["collection_name"])
-        if table == alias:
+        collection = str(self._describe(alias)["collection_name"])
+        if collection == alias:
             raise PermanentStoreError(
-                f"{alias} is a collection and no alias, so none can take its place: use the mode in_place"
+                f"{alias} is a collection and not an alias, so no other can replace it: use mode in_place"
             )
-        return table
+        return collection
 
-    def exists(self, table: str) -> bool:
-        """See `ShadowStore.exists`."""
-        return self._tables.describe(table) is not None
+    def exists(self, collection: str) -> bool:
+        return self._admin.describe(collection) is not None
 
-    def mark(self, table: str) -> str | None:
-        """See `ShadowStore.mark`."""
-        return self._tables.mark(table)
+    def mark(self, collection: str) -> str | None:
+        return self._admin.mark(collection)
 
-    def dim(self, table: str) -> int:
-        """See `ShadowStore.dim`."""
-        return collection_info_of(self._described(table)).dim
+    def dim(self, collection: str) -> int:
+        return collection_info_of(self._describe(collection)).dim
 
-    def make(self, name: str, table: str, dim: int, mark: str) -> bool:
-        """See `ShadowStore.make`."""
-        if not self._tables.create(table, scalars.schema_of(name), dim, mark):
+    def create(self, name: str, collection: str, dim: int, mark: str) -> bool:
+        if not self._admin.create(collection, scalars.schema_of(name), dim, mark):
             return False
         if self._named:
-            for partition in self._partitions(self._full(name)) - self._partitions(table):
-                self._make_partition(table, partition)
-        self._tables.load(table)
+            for partition in self._partitions(self._full(name)) - self._partitions(collection):
+                self._make_partition(collection, partition)
+        self._admin.load(collection)
         return True
 
-    def page(self, table: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[Record]:
-        """See `ShadowStore.page`. A server gives rows of a limited query in order, Lite only when told."""
+    def page(self, collection: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[RawRow]:
         where = filters.behind(after)
+        # A server orders the rows of a limited query; Lite does so only for an iterator.
         order = {"iterator": "True"} if self._link.server().lite else {}
         try:
-            rows = self._query(table, where, fields, limit=limit, **order)
+            rows = self._query(collection, where, fields, limit=limit, **order)
         except VectorStoreError as error:
-            # Longer rows than all before: half as many may fit into one answer.
+            # Rows may be longer than on earlier pages: half of them may fit into one answer.
             if limit == 1 or "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return self.page(table, after, limit // 2, fields)
+            return self.page(collection, after, limit // 2, fields)
         ids = [row["id"] for row in rows]
         if ids != sorted(set(ids)) or (ids and ids[0] <= after):
-            raise PermanentStoreError(f"{table}: the server does not give rows in the order of their ids")
+            raise PermanentStoreError(
+                f"{collection}: the server does not give rows in the order of their ids"
+            )
         return rows
 
-    def fetch(self, table: str, ids: Sequence[str]) -> list[Record]:
-        """See `ShadowStore.fetch`."""
+    def fetch(self, collection: str, ids: Sequence[str]) -> list[RawRow]:
         parts = scalars.chunks(ids, MAX_REQUEST_ROWS)
-        return [row for part in parts for row in self._query(table, filters.of_ids(part), ("*",))]
+        return [row for part in parts for row in self._query(collection, filters.of_ids(part), ("*",))]
 
-    def _query(self, table: str, where: Filter, fields: Sequence[str], **more: Any) -> list[Record]:
+    def _query(self, collection: str, where: Filter, fields: Sequence[str], **more: Any) -> list[RawRow]:
         more |= {"timeout": self._timeout_s, **STRONG}
-        return self._loaded(
-            table,
+        return self._when_loaded(
+            collection,
             lambda client: [
                 dict(row)
                 for row in client.query(
-                    table, output_fields=list(fields), **self._link.arguments(where), **more
+                    collection, output_fields=list(fields), **self._link.arguments(where), **more
                 )
             ],
         )
 
-    def put(self, table: str, records: Sequence[Record]) -> None:
-        """See `ShadowStore.put`."""
-        for partition, part in self._requests(table, records):
-            rows = [row | {"vector": np.asarray(row["vector"], dtype=np.float32)} for row in part]
+    def upsert(self, collection: str, rows: Sequence[RawRow]) -> None:
+        for partition, part in self._requests(collection, rows):
+            data = [row | {"vector": np.asarray(row["vector"], dtype=np.float32)} for row in part]
             self._link.attempt(
-                table,
-                lambda client, rows=rows, partition=partition: client.upsert(  # type: ignore[misc]
-                    table, rows, timeout=self._timeout_s, partition_name=partition
+                collection,
+                lambda client, data=data, partition=partition: client.upsert(  # type: ignore[misc]
+                    collection, data, timeout=self._timeout_s, partition_name=partition
                 ),
             )
 
-    def _requests(self, table: str, records: Sequence[Record]) -> Iterator[tuple[str, Sequence[Record]]]:
-        for partition, group in self._by_partition(table, records):
+    def _requests(self, collection: str, rows: Sequence[RawRow]) -> Iterator[tuple[str, Sequence[RawRow]]]:
+        for partition, group in self._by_partition(collection, rows):
             for part in scalars.chunks(group, MAX_REQUEST_ROWS):
                 yield partition, part
 
-    def _by_partition(self, table: str, records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
-        groups: dict[str, list[Record]] = {}
-        for row in records:
-            named = scalars.partition_name(row["tenant_id"], row["project_id"]) if self._named else ""
-            groups.setdefault(named, []).append(row)
+    def _by_partition(self, collection: str, rows: Sequence[RawRow]) -> Iterator[tuple[str, list[RawRow]]]:
+        groups: dict[str, list[RawRow]] = {}
+        for row in rows:
+            partition = scalars.partition_name(row["tenant_id"], row["project_id"]) if self._named else ""
+            groups.setdefault(partition, []).append(row)
         for partition in groups.keys() - {""}:
             once(
-                lambda partition=partition: partition in self._partitions(table),  # type: ignore[misc]
-                lambda partition=partition: self._make_partition(table, partition),  # type: ignore[misc]
+                lambda partition=partition: partition in self._partitions(collection),  # type: ignore[misc]
+                lambda partition=partition: self._make_partition(collection, partition),  # type: ignore[misc]
             )
         yield from groups.items()
 
-    def remove(self, table: str, ids: Sequence[str]) -> None:
-        """See `ShadowStore.remove`."""
+    def delete(self, collection: str, ids: Sequence[str]) -> None:
         for part in scalars.chunks(ids, MAX_REQUEST_ROWS):
             where = filters.of_ids(part)
-            self._loaded(
-                table,
+            self._when_loaded(
+                collection,
                 lambda client, where=where: client.delete(  # type: ignore[misc]
-                    table, timeout=self._timeout_s, **self._link.arguments(where)
+                    collection, timeout=self._timeout_s, **self._link.arguments(where)
                 ),
             )
 
-    def count(self, table: str) -> int:
-        """See `ShadowStore.count`."""
-        return int(self._query(table, EVERYTHING, ["count(*)"])[0]["count(*)"])
+    def count(self, collection: str) -> int:
+        return int(self._query(collection, EVERYTHING, ["count(*)"])[0]["count(*)"])
 
-    def seal(self, table: str) -> None:
-        """See `ShadowStore.seal`."""
-        self._link.attempt(table, lambda client: client.flush(table, timeout=BUILD_TIMEOUT_S))
+    def flush(self, collection: str) -> None:
+        self._link.attempt(collection, lambda client: client.flush(collection, timeout=BUILD_TIMEOUT_S))
 
-    def unindexed(self, table: str) -> int:
-        """See `ShadowStore.unindexed`."""
-        about = self._link.attempt(
-            table, lambda client: client.describe_index(table, "vector", timeout=self._timeout_s)
+    def unindexed_rows(self, collection: str) -> int:
+        index = self._link.attempt(
+            collection, lambda client: client.describe_index(collection, "vector", timeout=self._timeout_s)
         )
-        return int((about or {}).get("pending_index_rows", 0))
+        return int((index or {}).get("pending_index_rows", 0))
 
-    def nearest(self, table: str, vectors: Sequence[Vector], limit: int) -> list[list[tuple[str, float]]]:
-        """See `ShadowStore.nearest`."""
-        found = self._loaded(
-            table,
+    def search(self, collection: str, vectors: Sequence[Vector], limit: int) -> list[list[tuple[str, float]]]:
+        results = self._when_loaded(
+            collection,
             lambda client: client.search(
-                table,
+                collection,
                 data=[vector.tolist() for vector in vectors],
                 limit=limit,
                 search_params={"metric_type": "COSINE", "params": {"ef": max(SEARCH_EF, limit)}},
@@ -183,80 +172,87 @@ class MilvusShadow:
                 **STRONG,
             ),
         )
-        return [[(hit["id"], float(hit["distance"])) for hit in hits] for hits in found]
+        return [[(hit["id"], float(hit["distance"])) for hit in hits] for hits in results]
 
-    def switch(self, name: str, table: str) -> None:
-        """See `ShadowStore.switch`."""
+    def switch_alias(self, name: str, collection: str) -> None:
         alias = self._full(name)
-        # Both together take no longer than one request may: the caller keeps writers out so long.
+        # Both requests together stay within the timeout of one: the caller pauses writes for that long.
         limit_s = (self._timeout_s - STALE_ALIAS_S) / 2
 
         def alter() -> None:
-            self._link.attempt(alias, lambda client: client.alter_alias(table, alias, timeout=limit_s))
+            self._link.attempt(alias, lambda client: client.alter_alias(collection, alias, timeout=limit_s))
 
         alter()
         time.sleep(STALE_ALIAS_S)
         alter()
 
-    def drop(self, table: str, mark: str) -> bool:
-        """See `ShadowStore.drop`. Milvus Lite and Milvus 2.3 drop a collection's aliases with it."""
-        if not self.exists(table):
+    def drop(self, collection: str, mark: str) -> bool:
+        if not self.exists(collection):
             return True
-        if self.mark(table) != mark or self._tables.aliases(table):
+        # Milvus Lite and Milvus 2.3 drop the aliases of a collection with it.
+        if self.mark(collection) != mark or self._admin.aliases(collection):
             return False
-        self._link.attempt(table, lambda client: client.drop_collection(table, timeout=self._timeout_s))
+        self._link.attempt(
+            collection, lambda client: client.drop_collection(collection, timeout=self._timeout_s)
+        )
         return True
 
-    def reindex(self, name: str) -> None:
-        """See `ShadowStore.reindex`."""
-        table = self._full(name)
-        self._described(table)
+    def rebuild_index(self, name: str) -> None:
+        collection = self._full(name)
+        self._describe(collection)
         for tries_left in reversed(range(IN_PLACE_TRIES)):
             try:
-                self._take_out(table)
+                self._drop_index(collection)
                 break
             except VectorStoreError:
                 if not tries_left:
                     raise
-        once(lambda: self._tables.has_index(table), lambda: self._build_index(table))
-        self._link.attempt(table, lambda client: client.load_collection(table, timeout=BUILD_TIMEOUT_S))
+        once(lambda: self._admin.has_index(collection), lambda: self._build_index(collection))
+        self._link.attempt(
+            collection, lambda client: client.load_collection(collection, timeout=BUILD_TIMEOUT_S)
+        )
 
-    def _take_out(self, table: str) -> None:
-        self._link.attempt(table, lambda client: client.release_collection(table, timeout=self._timeout_s))
-        if self._tables.has_index(table):
+    def _drop_index(self, collection: str) -> None:
+        self._link.attempt(
+            collection, lambda client: client.release_collection(collection, timeout=self._timeout_s)
+        )
+        if self._admin.has_index(collection):
             self._link.attempt(
-                table, lambda client: client.drop_index(table, "vector", timeout=self._timeout_s)
+                collection, lambda client: client.drop_index(collection, "vector", timeout=self._timeout_s)
             )
 
-    def _build_index(self, table: str) -> None:
+    def _build_index(self, collection: str) -> None:
         params = milvus_client().index()
-        self._link.attempt(table, lambda client: client.create_index(table, params, timeout=BUILD_TIMEOUT_S))
+        self._link.attempt(
+            collection, lambda client: client.create_index(collection, params, timeout=BUILD_TIMEOUT_S)
+        )
 
     def close(self) -> None:
-        """See `ShadowStore.close`."""
         self._link.close()
 
-    def _partitions(self, table: str) -> set[str]:
+    def _partitions(self, collection: str) -> set[str]:
         return set(
-            self._link.attempt(table, lambda client: client.list_partitions(table, timeout=self._timeout_s))
+            self._link.attempt(
+                collection, lambda client: client.list_partitions(collection, timeout=self._timeout_s)
+            )
         )
 
-    def _make_partition(self, table: str, partition: str) -> None:
+    def _make_partition(self, collection: str, partition: str) -> None:
         self._link.attempt(
-            table, lambda client: client.create_partition(table, partition, timeout=self._timeout_s)
+            collection, lambda client: client.create_partition(collection, partition, timeout=self._timeout_s)
         )
 
-    def _loaded(self, table: str, do: Callable[[Any], T]) -> T:
+    def _when_loaded(self, collection: str, request: Callable[[Any], T]) -> T:
         try:
-            return self._link.attempt(table, do)
+            return self._link.attempt(collection, request)
         except NotLoaded:
-            self._tables.load(table)
-        return self._link.attempt(table, do)
+            self._admin.load(collection)
+        return self._link.attempt(collection, request)
 
-    def _described(self, table: str) -> dict[str, Any]:
-        described = self._tables.describe(table)
+    def _describe(self, collection: str) -> dict[str, Any]:
+        described = self._admin.describe(collection)
         if described is None:
-            raise NoCollection(f"collection {table} does not exist")
+            raise NoCollection(f"collection {collection} does not exist")
         return described
 
     def _full(self, name: str) -> str:
@@ -266,5 +262,5 @@ class MilvusShadow:
 def open_shadow(
     uri: str, *, token: str | None, prefix: str, named: bool, timeout_s: float = 30.0
 ) -> MilvusShadow:
-    """Return what rebuilds the collections at `uri`; connects on the first call, not here."""
+    """Open the store at `uri`; it connects at the first call."""
     return MilvusShadow(milvus_client().MilvusClientHandle(uri, token, timeout_s), prefix=prefix, named=named)

@@ -1,82 +1,87 @@
-"""The port by which a rebuild fills a second collection beside the live one and puts it in its place."""
+"""Port to the vector store for a rebuild: a second collection beside the live one, and the alias switch."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ..vectors.ports import Vector
 
-#: A whole row as the store gives it: every field by name, with those that this program does not know.
-Record = dict[str, Any]
+#: A whole row by field name, as the store gives it, with the fields that this program does not know.
+RawRow = dict[str, Any]
 
 
 class ShadowStore(Protocol):
-    """`name` is a plain name (`story_segments`), `table` a collection as the server calls it.
+    """Collections as a rebuild sees them.
 
-    `mark` identifies who made a collection. The request that creates the collection sets it, so that a
-    collection of the same name made by another program never has it. It is "" for a collection without one.
+    `name` is a plain name (`story_segments`), `collection` a full name on the server.
 
-    Every method raises VectorStoreError. Reads of rows and counts see every finished write, except as
-    `blind_s` says.
+    `mark` identifies the program and the rebuild that created a collection. The request that creates the
+    collection sets it, so a collection of the same name made by another program never has it. It is "" for a
+    collection without one.
+
+    Every method raises VectorStoreError. Reads and counts see every finished write, except as
+    `max_read_lag_s` says.
     """
 
-    def blind_s(self) -> float:
-        """For how many seconds reads and counts may miss rows that are there; 0.0 where they never do."""
+    def max_read_lag_s(self) -> float:
+        """For how many seconds reads and counts may miss existing rows; 0.0 if they never do."""
 
-    def live(self, name: str) -> str:
-        """The collection behind the alias. Raises PermanentStoreError if the name is a collection, or
-        nothing."""
+    def live_collection(self, name: str) -> str:
+        """The collection behind the alias. Raises PermanentStoreError if the name is a collection, or if
+        nothing has this name."""
 
-    def exists(self, table: str) -> bool:
+    def exists(self, collection: str) -> bool:
         """Whether there is a collection or an alias of this name."""
 
-    def mark(self, table: str) -> str | None:
-        """The mark of a collection; None where there is none of this name, or the name is an alias."""
+    def mark(self, collection: str) -> str | None:
+        """The mark of a collection; None if there is none of this name, or the name is an alias."""
 
-    def dim(self, table: str) -> int:
+    def dim(self, collection: str) -> int:
         """The dimension of its vectors."""
 
-    def make(self, name: str, table: str, dim: int, mark: str) -> bool:
-        """Make a collection like the live one, partitions included, ready for searches; again: no change.
+    def create(self, name: str, collection: str, dim: int, mark: str) -> bool:
+        """Create a loaded collection with the schema and partitions of the live one; repeatable.
 
-        False, without a change, where the name is an alias or a collection with another mark.
+        False, without a change, if the name is an alias or a collection with another mark.
         """
 
-    def page(self, table: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[Record]:
-        """The next rows behind the id `after` in the order of their ids; fewer than `limit` may be given,
-        none only at the end."""
+    def page(self, collection: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[RawRow]:
+        """The next rows after the id `after`, in the order of ids.
 
-    def fetch(self, table: str, ids: Sequence[str]) -> list[Record]:
-        """Those rows whose id is among `ids`."""
+        It may return fewer than `limit`; it returns none only at the end.
+        """
 
-    def put(self, table: str, records: Sequence[Record]) -> None:
+    def fetch(self, collection: str, ids: Sequence[str]) -> list[RawRow]:
+        """The rows with these ids; ids without a row are left out."""
+
+    def upsert(self, collection: str, rows: Sequence[RawRow]) -> None:
         """Write rows under their ids."""
 
-    def remove(self, table: str, ids: Sequence[str]) -> None:
-        """Remove rows by id, of any tenant."""
+    def delete(self, collection: str, ids: Sequence[str]) -> None:
+        """Delete rows by id, of any tenant."""
 
-    def count(self, table: str) -> int:
-        """How many rows there are."""
+    def count(self, collection: str) -> int:
+        """The number of rows."""
 
-    def seal(self, table: str) -> None:
-        """Have rows that are in memory only written out, where the index of the vectors can take them."""
+    def flush(self, collection: str) -> None:
+        """Write rows that are only in memory to segments, so that the vector index can include them."""
 
-    def unindexed(self, table: str) -> int:
-        """How many of the rows written out wait for the index."""
+    def unindexed_rows(self, collection: str) -> int:
+        """How many flushed rows are not in the index yet."""
 
-    def nearest(self, table: str, vectors: Sequence[Vector], limit: int) -> list[list[tuple[str, float]]]:
-        """For each vector the ids and scores (cosines) of the nearest rows of all tenants."""
+    def search(self, collection: str, vectors: Sequence[Vector], limit: int) -> list[list[tuple[str, float]]]:
+        """For each vector, ids and cosines of the nearest rows of all tenants."""
 
-    def switch(self, name: str, table: str) -> None:
-        """Point the alias at this collection; no search in between fails."""
+    def switch_alias(self, name: str, collection: str) -> None:
+        """Point the alias at this collection; no search fails meanwhile."""
 
-    def drop(self, table: str, mark: str) -> bool:
-        """Remove a collection; none is no error.
+    def drop(self, collection: str, mark: str) -> bool:
+        """Drop a collection; True if it does not exist.
 
-        False, without a change, where it has another mark or an alias names it.
+        False, without a change, if it has another mark or an alias names it.
         """
 
-    def reindex(self, name: str) -> None:
-        """Release the live collection, drop its index, create it again, load."""
+    def rebuild_index(self, name: str) -> None:
+        """Release the live collection, drop its index, create it again, load the collection."""
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""

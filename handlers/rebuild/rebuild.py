@@ -1,10 +1,10 @@
-"""One rebuild of a collection: fill a second one, verify it, put it in the first one's place, drop the first.
+"""Shadow rebuild of a collection: fill a second collection, verify it, switch the alias, drop the old one.
 
-Every step can be repeated, and the state is in Redis: after a kill any worker on any host resumes there.
-Writes that come meanwhile go to the live collection, and their ids into a journal of the job store, from
-which they are copied; for the switch the door for writers is shut for some moments. The journal begins before
-the first row is copied, and each write enters it both before and after it is made, so that no copy can be
-older than the write unless the journal still names it.
+Each phase can be repeated, and its state is in Redis: after a kill, any worker on any host resumes there.
+Writes during a rebuild go to the live collection. Their ids go into a journal in Redis, from which the rows
+are copied. For the switch, writes are paused for a few seconds. The journal starts before the first row is
+copied, and each write enters its ids before and after it writes: a copy that is older than a write is
+therefore still in the journal.
 """
 
 import itertools
@@ -21,129 +21,144 @@ from jobworker.worker import PermanentError
 
 from ..jobstore.fence import RebuildLease, Rebuilds
 from ..vectors.ports import Vector
-from .ports import Record, ShadowStore
+from .ports import RawRow, ShadowStore
 from .recall import TrueScores
 
 log = logging.getLogger("jobworker.rebuild")
 
-# Longer than one request to the vector store may take (30 s); the next to come waits as long for a lost host.
+# Longer than one request to the vector store may take (30 s); after the loss of a host, the next job waits
+# this long.
 LEASE_MS = 60_000
-# Milvus Lite looks at every row for each page, so pages are large; one answer of a server may have 64 MiB.
+# Milvus Lite scans every row for each page, so pages are large; one answer of a server is limited to 64 MiB.
 PAGE_BYTES, MIN_PAGE_ROWS, PAGE_ROWS = 16 * 1024 * 1024, 100, 5000
-# And about so long: a kill costs one page, and progress is told by pages.
+# Target duration of a page: a kill repeats one page, and progress is reported after each.
 PAGE_S = 10.0
-# Characters embedded between two renewals of the lease: some ten seconds of a large model on a processor.
+# Characters embedded between two renewals of the lease: about ten seconds of a large model on a CPU.
 EMBED_CHARS = 32 * 1024
-# Ids copied at once, and how few may be left when the door is shut: copying these takes well under a second.
-CHANGED_ROWS, FEW_ROWS = 500, 100
-# How long the door stays shut at most if this process dies: longer than the one request that switches (30 s).
-SHUT_MS = 45_000
-# How long writes that are under way are waited for; that of a dead worker may stay for its whole lease, so
-# the door is opened again then, and shut later.
-DRAIN_S = 5.0
-# Two machines' clocks run nearly alike for less than a minute; this is for the way of a request.
-MARGIN_S = 5.0
-PAUSE_S = 1.0
-# Tries to find a moment without writes, each with a pause: beyond the lease of a dead worker's write (90 s).
-SETTLE_TRIES = 200
-# The request of a process that was killed while it switched has long been carried out, or never will be.
+# Ids copied in one step; and how many may remain when writes are paused: these take well under a second.
+CHANGED_ROWS, REMAINING_ROWS = 500, 100
+# Longest pause of writes if this process dies: longer than the one request that switches the alias (30 s).
+WRITES_PAUSED_MS = 45_000
+# How long running writes are waited for. A dead worker's write counts until its lease ends: then writes
+# resume, and are paused again later.
+WRITERS_WITHIN_S = 5.0
+# For the time that a request takes. Within a minute, the clocks of two machines run at the same speed.
+CLOCK_MARGIN_S = 5.0
+POLL_S = 1.0
+# Tries to pause writes, one POLL_S apart: longer than the lease of a dead worker's write (90 s).
+QUIESCE_TRIES = 200
+# After this, the server has carried out a killed process's switch request, or never will.
 LATE_REQUEST_S = 5.0
-# Searches that began on the old collection have ended.
+# After this, searches that started on the old collection have ended.
 OLD_SEARCHES_S = 10.0
-# An index is waited for; a real server took 100 s for 50,000 rows of 1024 dimensions.
+# Deadline of an index build; a real server took 100 s for 50,000 rows of 1024 dimensions.
 INDEX_WITHIN_S = 3600.0
-# Rows whose neighbours are compared with the truth, and how many of each. Less recall is no index to go live.
+# Rows whose neighbours are compared with an exact search, neighbours of each, and the lowest recall accepted.
 SAMPLE_ROWS, NEIGHBOURS, MIN_RECALL = 100, 10, 0.95
 REPORT_EVERY_S = 5.0
 
-#: New vectors for records.
-Embed = Callable[[Sequence[Record]], Sequence[Vector]]
+#: New vectors for rows, one a row, in order.
+Embed = Callable[[Sequence[RawRow]], Sequence[Vector]]
 
 
-class Model(NamedTuple):
-    """The model that embeds the rows again."""
+class NewModel(NamedTuple):
+    """Model that embeds every row again; `dim` is the dimension of its vectors."""
 
     name: str
     dim: int
     embed: Embed
 
 
-class Task(NamedTuple):
-    """What is asked for. `entry` is this delivery of the job, `job` its id; `table` the name with prefix."""
+class RebuildRequest(NamedTuple):
+    """One collection to rebuild, and the job that asks for it.
 
-    job: str
+    `entry` is this delivery of the job, `job_id` stays the same over retries. `name` is the plain name,
+    `alias` the name with the prefix. Without `model`, vectors are copied.
+    """
+
+    job_id: str
     entry: str
     name: str
-    table: str
-    model: Model | None = None
+    alias: str
+    model: NewModel | None = None
 
 
 class Clock(NamedTuple):
-    """Time as an argument."""
+    """Monotonic time and sleep, so that tests can replace them."""
 
     mono_s: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
 
 class Rebuild:
-    """A rebuild that is ours; `taken` is what the process before left of it."""
+    """State machine of one rebuild; `lease` holds the state that an earlier process left.
+
+    The phases are fill, verify, settle, switch, drop and done; Redis holds the current one.
+    """
 
     def __init__(
-        self, task: Task, shadow: ShadowStore, rebuilds: Rebuilds, taken: RebuildLease, clock: Clock
+        self,
+        request: RebuildRequest,
+        shadow: ShadowStore,
+        rebuilds: Rebuilds,
+        lease: RebuildLease,
+        clock: Clock,
     ) -> None:
-        self._task, self._shadow, self._rebuilds, self._clock = task, shadow, rebuilds, clock
-        self._epoch = taken.epoch
-        self._fields = dict(taken.fields)
-        self._resumed = taken.fields.get("phase", "done") != "done"
-        self._mono_told_s = -REPORT_EVERY_S
-        #: Changed rows that the live collection did not show when they were looked for.
-        self._unseen: set[str] = set()
-        #: Rows put into the new collection by this process, those of the journal included.
-        self.rows = 0
+        self._request, self._shadow, self._rebuilds, self._clock = request, shadow, rebuilds, clock
+        self._epoch = lease.epoch
+        self._fields = dict(lease.fields)
+        self._resumed = lease.fields.get("phase", "done") != "done"
+        self._mono_reported_s = -REPORT_EVERY_S
+        #: Ids in the journal whose rows a read of the live collection did not return.
+        self._missing: set[str] = set()
+        #: Rows that this process wrote to the new collection, those of the journal included.
+        self.rows_written = 0
 
     def run(self) -> None:
-        """Do all that is left to do. Raises what the stores raise, Fenced where another took over, and
-        PermanentError where the new collection is no good; everything may be repeated."""
-        if self._phase == "done" and self._fields.get("entry") == self._task.entry:
-            log.info(
-                "rebuild.skipped", extra={"collection": self._task.table, "hint": "this job has rebuilt it"}
-            )
-            return
-        ours = self._fields.get("job") == self._task.job
-        if self.finish() and ours:
-            return
-        if not self._resumable():
-            self._plan()
-        self._go_on()
+        """Run the remaining phases. The same call can be repeated after any failure.
 
-    def _go_on(self) -> None:
-        steps = {
+        Raises Fenced if another process took over, PermanentError if the recall of the new collection is too
+        low, and the errors of the stores.
+        """
+        if self._phase == "done" and self._fields.get("entry") == self._request.entry:
+            hint = "an earlier delivery of this job finished it"
+            log.info("rebuild.skipped", extra={"collection": self._request.alias, "hint": hint})
+            return
+        same_job = self._fields.get("job") == self._request.job_id
+        if self.finish_switch() and same_job:
+            return
+        if not self._is_resumable():
+            self._start()
+        self._run_phases()
+
+    def _run_phases(self) -> None:
+        phases = {
             "fill": self._fill,
             "verify": self._verify,
-            "settle": self._settle,
+            "settle": self._quiesce,
             "switch": self._switch,
-            "drop": self._drop,
+            "drop": self._drop_old,
         }
         while self._phase != "done":
-            steps[self._phase]()
+            phases[self._phase]()
 
-    def finish(self) -> bool:
-        """Complete a rebuild that was interrupted while it switched, or later.
+    def finish_switch(self) -> bool:
+        """Complete a rebuild that was interrupted in the phase switch or drop; True if it is complete now.
 
-        False where there is none, or where the alias was not switched: the phase is then an earlier one.
+        False if there is none, or if its alias was not switched: the phase is then an earlier one.
         """
-        begun = self._phase in ("switch", "drop")
+        interrupted = self._phase in ("switch", "drop")
         while self._phase in ("switch", "drop"):
-            self._switch() if self._phase == "switch" else self._drop()
-        return begun and self._phase == "done"
+            self._switch() if self._phase == "switch" else self._drop_old()
+        return interrupted and self._phase == "done"
 
-    def _resumable(self) -> bool:
+    def _is_resumable(self) -> bool:
         """Whether there is an unfinished rebuild for the same model whose new collection still exists."""
         if self._phase == "done" or self._fields.get("model", "") != self._model_name:
             return False
         target = self._fields["target"]
         if self._phase == "fill" and not self._fields["cursor"] and not self._shadow.exists(target):
-            # The killed process's request may still arrive; it carries the recorded mark.
+            # The killed process's create request may still arrive; it carries the recorded mark.
             return True
         return self._shadow.mark(target) == self._fields.get("mark", "")
 
@@ -153,268 +168,289 @@ class Rebuild:
 
     @property
     def _model_name(self) -> str:
-        return self._task.model.name if self._task.model else ""
+        return self._request.model.name if self._request.model else ""
 
     def _save(self, *, shut_ms: int | None = None, journal: bool | None = None, **fields: str) -> None:
-        """Keep fields, and with them the lease. Fenced where another process has taken over."""
+        """Store fields and renew the lease. Raises Fenced if another process took over."""
         self._rebuilds.save(
-            self._task.table, self._epoch, fields, lease_ms=LEASE_MS, shut_ms=shut_ms, journal=journal
+            self._request.alias, self._epoch, fields, lease_ms=LEASE_MS, shut_ms=shut_ms, journal=journal
         )
         self._fields |= fields
 
-    # ---- steps
+    # ---- phase fill
 
-    def _plan(self) -> None:
-        """Start from the beginning: remove what an abandoned rebuild left."""
-        self.forget()
-        source = self._shadow.live(self._task.name)
-        target = next_table(self._task.table, source, self._shadow.exists)
-        mark = f"made by jobworker for {self._task.table}, {os.urandom(8).hex()}"
-        # Recorded before the collection is made: after a kill, the next process knows which one is ours.
+    def _start(self) -> None:
+        """Discard an abandoned rebuild and record a new one in the phase fill."""
+        self.discard()
+        source = self._shadow.live_collection(self._request.name)
+        target = next_collection(self._request.alias, source, self._shadow.exists)
+        mark = f"made by jobworker for {self._request.alias}, {os.urandom(8).hex()}"
+        # Recorded before the collection is created: after a kill, the next process recognises it by its mark.
         self._save(
-            phase="fill", entry=self._task.entry, job=self._task.job, model=self._model_name, source=source,
-            source_mark=self._shadow.mark(source) or "", target=target, mark=mark, cursor="", copied="0",
-            total=str(self._shadow.count(source)), sample="",
+            phase="fill", entry=self._request.entry, job=self._request.job_id, model=self._model_name,
+            source=source, source_mark=self._shadow.mark(source) or "", target=target, mark=mark, cursor="",
+            copied="0", total=str(self._shadow.count(source)), sample="",
             model_before=self._fields.get("live_model", ""), journal=True,
         )  # fmt: skip
-        fields = {"collection": self._task.table, "target": target, "source": source}
+        fields = {"collection": self._request.alias, "target": target, "source": source}
         log.info("rebuild.filling", extra=fields)
 
-    def forget(self) -> None:
-        """Remove what an unfinished rebuild left; the live collection is not touched."""
-        left = self._fields.get("target", "")
-        if self._phase != "done" and left and left != self._shadow.live(self._task.name):
-            self._remove(left, self._fields.get("mark", ""))
+    def discard(self) -> None:
+        """Drop the new collection of an unfinished rebuild; the live collection is not touched."""
+        target = self._fields.get("target", "")
+        if self._phase != "done" and target and target != self._shadow.live_collection(self._request.name):
+            self._drop(target, self._fields.get("mark", ""))
         self._save(phase="done", entry="", journal=False, shut_ms=0)
 
     def _fill(self) -> None:
-        """Copy page by page in the order of ids; the last id that is in is kept with each."""
+        """Copy page by page in the order of ids; the cursor is the last id that was copied."""
         source, target = self._fields["source"], self._fields["target"]
-        dim = self._task.model.dim if self._task.model else self._shadow.dim(source)
-        if not self._shadow.make(self._task.name, target, dim, self._fields.get("mark", "")):
-            self._plan()
+        dim = self._request.model.dim if self._request.model else self._shadow.dim(source)
+        if not self._shadow.create(self._request.name, target, dim, self._fields.get("mark", "")):
+            self._start()
             return
-        mono_start_s, before = self._clock.mono_s(), int(self._fields["copied"])
-        rows = MIN_PAGE_ROWS
-        while records := self._shadow.page(source, self._fields["cursor"], rows):
+        mono_start_s, copied_before = self._clock.mono_s(), int(self._fields["copied"])
+        limit = MIN_PAGE_ROWS
+        while rows := self._shadow.page(source, self._fields["cursor"], limit):
             mono_page_s = self._clock.mono_s()
-            self._put(records)
-            rows = page_rows(records, self._clock.mono_s() - mono_page_s)
-            copied = int(self._fields["copied"]) + len(records)
-            sample = thinned([*filter(None, self._fields["sample"].split(",")), records[0]["id"]])
-            self._save(cursor=records[-1]["id"], copied=str(copied), sample=",".join(sample))
-            self._tell(copied, copied - before, mono_start_s)
+            self._write(rows)
+            limit = next_page_rows(rows, self._clock.mono_s() - mono_page_s)
+            copied = int(self._fields["copied"]) + len(rows)
+            sample = thin_sample([*filter(None, self._fields["sample"].split(",")), rows[0]["id"]])
+            self._save(cursor=rows[-1]["id"], copied=str(copied), sample=",".join(sample))
+            self._report_progress(copied, copied - copied_before, mono_start_s)
         self._save(phase="verify")
 
-    def _put(self, records: Sequence[Record]) -> None:
-        if self._task.model:
-            records = self._embedded(records, self._task.model)
-        self._shadow.put(self._fields["target"], records)
-        self.rows += len(records)
+    def _write(self, rows: Sequence[RawRow]) -> None:
+        if self._request.model:
+            rows = self._embed(rows, self._request.model)
+        self._shadow.upsert(self._fields["target"], rows)
+        self.rows_written += len(rows)
 
-    def _embedded(self, records: Sequence[Record], model: Model) -> list[Record]:
-        """The records with new vectors; with a large model on a processor this is what takes the time."""
-        done: list[Record] = []
-        for part in by_size(records, EMBED_CHARS):
+    def _embed(self, rows: Sequence[RawRow], model: NewModel) -> list[RawRow]:
+        """The rows with new vectors. The lease is renewed in between: a large model on a CPU needs minutes
+        for a page."""
+        embedded: list[RawRow] = []
+        for part in split_by_chars(rows, EMBED_CHARS):
             vectors = model.embed(part)
-            done += [row | {"vector": vector} for row, vector in zip(part, vectors, strict=True)]
+            embedded += [row | {"vector": vector} for row, vector in zip(part, vectors, strict=True)]
             self._save()
-        return done
+        return embedded
+
+    def _report_progress(self, copied: int, copied_here: int, mono_start_s: float) -> None:
+        now = self._clock.mono_s()
+        if now - self._mono_reported_s < REPORT_EVERY_S:
+            return
+        self._mono_reported_s = now
+        total = max(copied, int(self._fields["total"]))
+        rate = copied_here / max(now - mono_start_s, 1e-3)
+        fields = {"collection": self._request.alias, "copied": copied, "rows": total}
+        fields |= {"percent": round(100 * copied / total), "rows_per_s": round(rate)}
+        log.info("rebuild.progress", extra={**fields, "left_s": round((total - copied) / rate)})
+
+    # ---- phase verify
 
     def _verify(self) -> None:
-        """Wait for the index and compare what it finds with the truth."""
+        """Wait for the index and compare its answers with an exact search."""
         target = self._fields["target"]
-        self._catch_up(FEW_ROWS)
-        self._shadow.seal(target)
+        self._copy_changes(REMAINING_ROWS)
+        self._shadow.flush(target)
         self._wait_for_index()
-        recall = self.recall(target, self._fields["sample"].split(","))
+        recall = self.measure_recall(target, self._fields["sample"].split(","))
         fields = {
-            "collection": self._task.table,
+            "collection": self._request.alias,
             "target": target,
             f"recall_at_{NEIGHBOURS}": round(recall, 4),
         }
         log.info("rebuild.verified", extra=fields)
         if recall < MIN_RECALL:
-            self.forget()
+            self.discard()
             raise PermanentError(f"{target}: recall@{NEIGHBOURS} is {recall:.3f}, less than {MIN_RECALL}")
         self._save(phase="settle", recall=f"{recall:.4f}")
 
     def _wait_for_index(self) -> None:
         give_up_at = self._clock.mono_s() + INDEX_WITHIN_S
-        while left := self._shadow.unindexed(self._fields["target"]):
+        while pending := self._shadow.unindexed_rows(self._fields["target"]):
             if self._clock.mono_s() > give_up_at:
-                raise TimeoutError(f"{self._fields['target']}: {left} rows still wait for the index")
+                raise TimeoutError(f"{self._fields['target']}: {pending} rows still wait for the index")
             self._save()
-            self._clock.sleep(PAUSE_S)
+            self._clock.sleep(POLL_S)
 
-    def recall(self, table: str, sample: Sequence[str]) -> float:
-        """How many of the truly nearest ten rows a search finds, over rows of a sample of ids."""
-        records = self._shadow.fetch(table, [id_ for id_ in sample if id_])
-        queries = [np.asarray(record["vector"], dtype=np.float32) for record in records]
+    def measure_recall(self, collection: str, sample: Sequence[str]) -> float:
+        """recall@10 of a collection, 0 to 1, over the rows whose ids are in `sample`."""
+        sampled = self._shadow.fetch(collection, [id_ for id_ in sample if id_])
+        queries = [np.asarray(row["vector"], dtype=np.float32) for row in sampled]
         if not queries:
             return 1.0
         true, after = TrueScores(queries, NEIGHBOURS), ""
-        while rows := self._shadow.page(table, after, PAGE_ROWS, ("id", "vector")):
+        while rows := self._shadow.page(collection, after, PAGE_ROWS, ("id", "vector")):
             true.add([row["vector"] for row in rows])
             after = rows[-1]["id"]
             self._save()
-        return true.recall(self._shadow.nearest(table, queries, NEIGHBOURS))
+        return true.recall(self._shadow.search(collection, queries, NEIGHBOURS))
 
-    def _settle(self) -> None:
-        """Find a moment in which nothing is being written and both collections hold the same."""
-        for _ in range(SETTLE_TRIES):
-            self._catch_up(FEW_ROWS)
-            self._save(shut_ms=SHUT_MS)
-            opens_at = self._clock.mono_s() + SHUT_MS / 1000 - MARGIN_S
-            ready = self._drained() and self._catch_up(0) and self._removed() and self._same()
-            if ready and self._clock.mono_s() < opens_at:
-                # Named before the switch: no vector of another model gets in behind it, come what may.
-                live = self._model_name or self._fields.get("live_model", "")
-                self._save(phase="switch", live_model=live, shut_ms=SHUT_MS)
+    # ---- phase settle
+
+    def _quiesce(self) -> None:
+        """Pause writes once both collections hold the same rows, and record the phase switch.
+
+        Raises TimeoutError if no try found such a moment.
+        """
+        for _ in range(QUIESCE_TRIES):
+            self._copy_changes(REMAINING_ROWS)
+            self._save(shut_ms=WRITES_PAUSED_MS)
+            resumes_at = self._clock.mono_s() + WRITES_PAUSED_MS / 1000 - CLOCK_MARGIN_S
+            if (
+                self._wait_for_writers()
+                and self._copy_changes(0)
+                and self._reconcile()
+                and self._clock.mono_s() < resumes_at
+            ):
+                # Before the switch: vectors of another model are refused even if this process dies after it.
+                live_model = self._model_name or self._fields.get("live_model", "")
+                self._save(phase="switch", live_model=live_model, shut_ms=WRITES_PAUSED_MS)
                 self._resumed = False
                 return
             self._save(shut_ms=0)
-            self._clock.sleep(PAUSE_S)
-        raise TimeoutError(f"{self._task.table}: found no moment without writes to switch")
+            self._clock.sleep(POLL_S)
+        raise TimeoutError(f"{self._request.alias}: found no moment without writes to switch")
 
-    def _drained(self) -> bool:
-        give_up_at = self._clock.mono_s() + DRAIN_S
-        while self._rebuilds.writers(self._task.table):
+    def _wait_for_writers(self) -> bool:
+        give_up_at = self._clock.mono_s() + WRITERS_WITHIN_S
+        while self._rebuilds.writers(self._request.alias):
             if self._clock.mono_s() > give_up_at:
                 return False
             self._clock.sleep(0.02)  # writes take 10 to 100 ms; only Redis knows of them
         return True
 
-    def _catch_up(self, few: int) -> bool:
-        """Copy what was written meanwhile until no more than `few` rows are left; False where more come
-        than can be copied in the time that the door may be shut."""
-        give_up_at = self._clock.mono_s() + SHUT_MS / 3000
-        done: list[str] = []
-        while len(done := self._rebuilds.changed(self._task.table, done, CHANGED_ROWS)) > 0:
-            self._copy(done)
+    def _copy_changes(self, max_remaining: int) -> bool:
+        """Copy the rows in the journal until at most `max_remaining` ids are in it.
+
+        False if `max_remaining` is 0 and more rows change than can be copied while writes are paused.
+        """
+        give_up_at = self._clock.mono_s() + WRITES_PAUSED_MS / 3000
+        copied: list[str] = []
+        while copied := self._rebuilds.changed(self._request.alias, copied, CHANGED_ROWS):
+            self._copy_rows(copied)
             self._save()
-            if len(done) <= few and few:
-                self._rebuilds.changed(self._task.table, done, 1)
+            if len(copied) <= max_remaining:
+                self._rebuilds.changed(self._request.alias, copied, 1)
                 break
-            if self._clock.mono_s() > give_up_at and not few:
+            if self._clock.mono_s() > give_up_at and not max_remaining:
                 return False
         return True
 
-    def _copy(self, ids: Sequence[str]) -> None:
-        """Make rows in the new collection what they are in the live one; `_removed` sees to those that are
-        not found there."""
-        records = self._shadow.fetch(self._fields["source"], ids)
-        if records:
-            self._put(records)
-        self._unseen.update(ids)
-        self._unseen.difference_update(row["id"] for row in records)
+    def _copy_rows(self, ids: Sequence[str]) -> None:
+        """Copy rows from the live collection; ids that it does not return are kept in `_missing`."""
+        rows = self._shadow.fetch(self._fields["source"], ids)
+        if rows:
+            self._write(rows)
+        self._missing.update(ids)
+        self._missing.difference_update(row["id"] for row in rows)
 
-    def _removed(self) -> bool:
-        """Remove the rows that the live collection has no more; while nothing is written, that is True."""
-        sure_at = self._clock.mono_s() + self._shadow.blind_s()
-        while self._unseen and self._clock.mono_s() < sure_at:
-            self._clock.sleep(PAUSE_S)
-            self._copy(sorted(self._unseen))
-        if self._unseen:
-            self._shadow.remove(self._fields["target"], sorted(self._unseen))
-            self._unseen.clear()
-        return True
+    def _delete_missing(self) -> None:
+        """Delete the rows that were deleted from the live collection. Only while writes are paused."""
+        trusted_at = self._clock.mono_s() + self._shadow.max_read_lag_s()
+        while self._missing and self._clock.mono_s() < trusted_at:
+            self._clock.sleep(POLL_S)
+            self._copy_rows(sorted(self._missing))
+        if self._missing:
+            self._shadow.delete(self._fields["target"], sorted(self._missing))
+            self._missing.clear()
 
-    def _same(self) -> bool:
-        """Whether both hold as many rows; what others than this program wrote is copied where not."""
+    def _reconcile(self) -> bool:
+        """Apply deletions; True if both collections then hold the same number of rows.
+
+        Otherwise another program wrote without admission: its rows are copied, after writes are resumed.
+        """
+        self._delete_missing()
         source, target = self._fields["source"], self._fields["target"]
-        sure_at = self._clock.mono_s() + self._shadow.blind_s()
+        trusted_at = self._clock.mono_s() + self._shadow.max_read_lag_s()
         while self._shadow.count(source) == self._shadow.count(target):
-            # What the live one does not show now may be what was not copied because it did not show it then.
-            if self._clock.mono_s() >= sure_at:
+            # Equal for once is not enough: a row that the count misses may be one that the copy missed too.
+            if self._clock.mono_s() >= trusted_at:
                 return True
-            self._clock.sleep(PAUSE_S)
+            self._clock.sleep(POLL_S)
         self._save(shut_ms=0)
         differing = sorted(self._ids(source) ^ self._ids(target))
-        log.warning("rebuild.reconciled", extra={"collection": self._task.table, "rows": len(differing)})
+        log.warning("rebuild.reconciled", extra={"collection": self._request.alias, "rows": len(differing)})
         for start in range(0, len(differing), CHANGED_ROWS):
-            self._copy(differing[start : start + CHANGED_ROWS])
+            self._copy_rows(differing[start : start + CHANGED_ROWS])
             self._save()
         return False
 
-    def _ids(self, table: str) -> set[str]:
+    def _ids(self, collection: str) -> set[str]:
         ids: set[str] = set()
         after = ""
-        while rows := self._shadow.page(table, after, PAGE_ROWS, ("id",)):
+        while rows := self._shadow.page(collection, after, PAGE_ROWS, ("id",)):
             ids.update(row["id"] for row in rows)
             after = rows[-1]["id"]
             self._save()
         return ids
 
+    # ---- phases switch and drop
+
     def _switch(self) -> None:
-        """Put the new collection in the place of the old one and open the door."""
+        """Point the alias to the new collection and resume writes."""
         target = self._fields["target"]
         if self._resumed:
-            self._save(shut_ms=SHUT_MS)
+            self._save(shut_ms=WRITES_PAUSED_MS)
             self._clock.sleep(LATE_REQUEST_S)
-            if self._shadow.live(self._task.name) != target:
-                # The door may have been open since: not everything needs to be in the new one.
+            if self._shadow.live_collection(self._request.name) != target:
+                # Writes may have resumed since: the new collection may lack some of them.
                 self._save(phase="settle", live_model=self._fields.get("model_before", ""), shut_ms=0)
                 return
         # Also after a resume: the process before may have been killed half-way.
-        self._shadow.switch(self._task.name, target)
+        self._shadow.switch_alias(self._request.name, target)
         self._save(phase="drop", shut_ms=0, journal=False)
-        log.info("rebuild.switched", extra={"collection": self._task.table, "target": target})
+        log.info("rebuild.switched", extra={"collection": self._request.alias, "target": target})
 
-    def _drop(self) -> None:
+    def _drop_old(self) -> None:
         give_up_at = self._clock.mono_s() + OLD_SEARCHES_S
         while self._clock.mono_s() < give_up_at:
             self._save()
-            self._clock.sleep(PAUSE_S)
-        self._remove(self._fields["source"], self._fields.get("source_mark", ""))
-        self._save(phase="done", entry=self._task.entry)
+            self._clock.sleep(POLL_S)
+        self._drop(self._fields["source"], self._fields.get("source_mark", ""))
+        self._save(phase="done", entry=self._request.entry)
 
-    def _remove(self, table: str, mark: str) -> None:
-        """Drop a collection that the record names, unless it is another one of the same name now."""
-        if not self._shadow.drop(table, mark):
-            fields = {"collection": self._task.table, "kept": table}
+    def _drop(self, collection: str, mark: str) -> None:
+        """Drop a recorded collection, unless another one has its name now or an alias names it."""
+        if not self._shadow.drop(collection, mark):
+            fields = {"collection": self._request.alias, "kept": collection}
             hint = "an alias names it, or another program made it"
             log.warning("rebuild.not_dropped", extra={**fields, "hint": hint})
 
-    def _tell(self, copied: int, ours: int, mono_start_s: float) -> None:
-        now = self._clock.mono_s()
-        if now - self._mono_told_s < REPORT_EVERY_S:
-            return
-        self._mono_told_s = now
-        total = max(copied, int(self._fields["total"]))
-        rate = ours / max(now - mono_start_s, 1e-3)
-        fields = {"collection": self._task.table, "copied": copied, "rows": total}
-        fields |= {"percent": round(100 * copied / total), "rows_per_s": round(rate)}
-        log.info("rebuild.progress", extra={**fields, "left_s": round((total - copied) / rate)})
 
-
-def next_table(alias: str, source: str, taken: Callable[[str], bool]) -> str:
+def next_collection(alias: str, source: str, exists: Callable[[str], bool]) -> str:
     """The next free name of a collection behind an alias: `a_v1`, `a_v2`, ..."""
     number = re.fullmatch(re.escape(alias) + r"_v([0-9]+)", source)
     names = (f"{alias}_v{n}" for n in itertools.count(int(number[1]) + 1 if number else 2))
-    return next(name for name in names if not taken(name))
+    return next(name for name in names if not exists(name))
 
 
-def by_size(records: Sequence[Record], most_chars: int) -> Iterator[Sequence[Record]]:
-    """Records, in order, in runs of at most `most_chars` characters of text; a larger record is alone."""
+def split_by_chars(rows: Sequence[RawRow], max_chars: int) -> Iterator[Sequence[RawRow]]:
+    """Consecutive rows with at most `max_chars` characters of text together; a larger row is a part of its
+    own."""
     start = chars = 0
-    for at, record in enumerate(records):
-        needed = sum(len(value) for value in record.values() if isinstance(value, str))
-        if at > start and chars + needed > most_chars:
-            yield records[start:at]
-            start, chars = at, 0
-        chars += needed
-    yield records[start:]
+    for index, row in enumerate(rows):
+        row_chars = sum(len(value) for value in row.values() if isinstance(value, str))
+        if index > start and chars + row_chars > max_chars:
+            yield rows[start:index]
+            start, chars = index, 0
+        chars += row_chars
+    yield rows[start:]
 
 
-def page_rows(records: Sequence[Record], took_s: float) -> int:
-    """How many rows like these, which took so long, make a page: vectors of 4 bytes a number, and a text of
-    up to 64 KiB."""
-    size = sum(4 * len(row["vector"]) + 3 * len(str(row.get("text_content", ""))) for row in records)
-    in_time = int(len(records) * PAGE_S / max(took_s, 1e-3))
-    return max(MIN_PAGE_ROWS, min(PAGE_ROWS, PAGE_BYTES * len(records) // max(size, 1), in_time))
+def next_page_rows(rows: Sequence[RawRow], took_s: float) -> int:
+    """Rows of the next page, from the size of the last one and the seconds that its copy took.
+
+    A vector has 4 bytes a number; a text has up to 64 KiB, at 3 bytes a character.
+    """
+    size = sum(4 * len(row["vector"]) + 3 * len(str(row.get("text_content", ""))) for row in rows)
+    in_time = int(len(rows) * PAGE_S / max(took_s, 1e-3))
+    return max(MIN_PAGE_ROWS, min(PAGE_ROWS, PAGE_BYTES * len(rows) // max(size, 1), in_time))
 
 
-def thinned(sample: list[str]) -> list[str]:
-    """A sample that stays spread over all pages and small: every second one is left out when it grows."""
+def thin_sample(sample: list[str]) -> list[str]:
+    """The sample without every second id, if it has more than SAMPLE_ROWS: it stays spread over all pages."""
     return sample if len(sample) <= SAMPLE_ROWS else sample[::2]

@@ -1,4 +1,4 @@
-"""How many of the truly nearest rows a search finds (pure): true scores are gathered page by page."""
+"""Recall of an approximate search against exact scores, which are collected page by page (pure)."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ from ..vectors.ports import Vector
 
 Matrix = NDArray[np.float32]
 
-# Scores of one pair differ by rounding between a server and here; a row this near to the last is as good.
+# The server and this program round differently: a row this close to the worst accepted score counts as found.
 SCORE_EPSILON = 1e-4
 
 
 class TrueScores:
-    """The best cosines of each query among all rows that were added; `queries` has shape (n, dim)."""
+    """The `limit` best cosines of each query among all rows added; `queries` has shape (n, dim)."""
 
     def __init__(self, queries: Sequence[Vector], limit: int) -> None:
         self._queries = unit(np.asarray(queries, dtype=np.float32))
@@ -29,19 +29,20 @@ class TrueScores:
         self._best = np.partition(both, both.shape[1] - self._limit, axis=1)[:, -self._limit :]
         self._rows += len(vectors)
 
-    def recall(self, found: Sequence[Sequence[tuple[str, float]]]) -> float:
-        """The share of the truly nearest that was found, 0 to 1; rows of equal score are as good.
+    def recall(self, results: Sequence[Sequence[tuple[str, float]]]) -> float:
+        """The share of the exact nearest rows in `results`, 0 to 1; rows of equal score are interchangeable.
 
-        `found`: for each query ids and scores.
+        `results`: ids and scores for each query.
         """
         wanted = min(self._limit, self._rows)
         if not wanted or not len(self._queries):
             return 1.0
-        least = np.sort(self._best, axis=1)[:, -wanted] - SCORE_EPSILON
-        good = [
-            len({id_ for id_, score in hits if score >= low}) for hits, low in zip(found, least, strict=True)
+        thresholds = np.sort(self._best, axis=1)[:, -wanted] - SCORE_EPSILON
+        correct = [
+            len({id_ for id_, score in hits if score >= threshold})
+            for hits, threshold in zip(results, thresholds, strict=True)
         ]
-        return float(np.minimum(good, wanted).mean() / wanted)
+        return float(np.minimum(correct, wanted).mean() / wanted)
 
 
 def unit(vectors: Matrix) -> Matrix:

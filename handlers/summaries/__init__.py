@@ -1,1 +1,1 @@
-"""The handler of `summary_write_back` and `memory_update`."""
+"""Job types `summary_write_back` and `memory_update`."""

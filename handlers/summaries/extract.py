@@ -1,4 +1,8 @@
-"""A chapter's summary out of its own sentences: those nearest to what it is about, no two alike (pure)."""
+"""Extractive summaries: the central sentences of a chapter, without near-duplicates (pure).
+
+Narration is preferred. Dialogue, questions, and sentences that begin or end inside a quotation are poor
+summaries, because they need their context.
+"""
 
 import re
 import unicodedata
@@ -10,125 +14,131 @@ import numpy as np
 from ..encoder.segmenter import CLAUSE_END, SENTENCE_END
 from ..vectors.ports import Vector
 
-#: Weight of being near to the whole chapter against being unlike what is chosen already. At the 0.7 that is
-#: often used a sentence that says the same again still wins over one that says something else.
+#: Weight of similarity to the whole chapter against difference from the sentences already selected (maximal
+#: marginal relevance). At the usual 0.7, a repetition of a selected sentence wins over one with new content.
 RELEVANCE = 0.5
-#: "He nodded." is near to everything and says nothing; two Han characters say about what a word does.
+#: "He nodded." is similar to everything and has no content. Two Han characters count as one word.
 MIN_WORDS = 6
 _HAN_A_WORD = 2
-#: A quotation is kept whole up to this length: half a dialogue reads like a mistake.
+#: A quotation is one sentence up to this length: half of a dialogue reads like a mistake.
 QUOTED_CHARS = 120
-#: Similarities are rounded before they are compared, so that the last digits, which differ between machines
-#: and batch sizes, do not choose between sentences.
+#: Similarities are rounded before they are compared: their last digits differ between machines and batch
+#: sizes, and must not decide between sentences.
 _DECIMALS = 4
 
 _OPENERS, _CLOSERS = "“‘「『（《〈【(", "”’」』）》〉】)"
 #: Words before a full stop that ends no sentence.
 _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|No|e\.g|i\.e)|\b[A-Z])\.\s{0,8}$")
-#: No abbreviation is longer, with the blanks behind it.
+#: No abbreviation is longer, with the whitespace after it.
 _ABBREVIATION_CHARS = 16
 _HAN = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]"
 _WORD = re.compile(rf"({_HAN})|[^\W_]+")
 _APOSTROPHE = re.compile(r"(?<=\w)’(?=\w)")
 _ENDED = re.compile(rf"[。！？…｡．!?.][{re.escape(_CLOSERS)}\"']*$")
-#: Dialogue, or a question to the reader: neither has a meaning without its context.
-_SPEECH = re.compile(r"(?:^|[:：,，])\s*[“‘「『\"]")
+#: A quotation at the start, or after a colon or comma.
+_DIALOGUE = re.compile(r"(?:^|[:：,，])\s*[“‘「『\"]")
 
 
 class Sentence(NamedTuple):
-    """`whole`: it begins and ends outside any quotation and leads up to nothing that is not in it."""
+    """A sentence; `complete` if it has a final mark, and begins and ends outside quotations."""
 
     text: str
-    whole: bool
+    complete: bool
 
 
-def sentences(text: str) -> list[Sentence]:
-    """The sentences of a Chinese or Western text, in order, without the blanks around them."""
-    found: list[Sentence] = []
-    start = depth = balance = seen = 0
+def split_sentences(text: str) -> list[Sentence]:
+    """The sentences of a Chinese or Western text, in order, without the whitespace around them.
+
+    A short quotation is not split, and every letter and digit of the text is in one sentence.
+    """
+    result: list[Sentence] = []
+    start = depth = open_quotes = scanned = 0
     for match in SENTENCE_END.finditer(text):
         end = match.end()
-        depth = max(0, depth + _opened(text[seen:end]))
-        seen = end
-        broken = match[0].isspace()
-        inside = depth > 0 and end - start < QUOTED_CHARS and not broken
-        if inside or _goes_on(text, start, end):
+        depth = max(0, depth + _opened(text[scanned:end]))
+        scanned = end
+        is_line_break = match[0].isspace()
+        in_quotation = depth > 0 and end - start < QUOTED_CHARS and not is_line_break
+        if in_quotation or _is_false_end(text, start, end):
             continue
-        sentence, balance = _sentence(text[start:end], balance)
-        found.append(sentence)
-        start, depth, balance = end, 0, 0 if broken else balance
-    found.append(_sentence(text[start:], balance)[0])
-    return [sentence for sentence in found if _WORD.search(sentence.text)]
+        sentence, open_quotes = _to_sentence(text[start:end], open_quotes)
+        result.append(sentence)
+        start, depth, open_quotes = end, 0, 0 if is_line_break else open_quotes
+    result.append(_to_sentence(text[start:], open_quotes)[0])
+    return [sentence for sentence in result if _WORD.search(sentence.text)]
 
 
-def _sentence(text: str, balance: int) -> tuple[Sentence, int]:
-    """A sentence, and how many quotations are open behind it; `balance`: how many were before it."""
-    text, before, least = text.strip(), balance, balance
+def _to_sentence(text: str, open_before: int) -> tuple[Sentence, int]:
+    """A sentence, and how many quotations are open after it; `open_before`: how many are open before it."""
+    text, open_now, lowest = text.strip(), open_before, open_before
     for char in _APOSTROPHE.sub("", text):
-        balance += (char in _OPENERS) - (char in _CLOSERS)
-        least = min(least, balance)
-    begun = text[:1].isalnum() or text[:1] in _OPENERS
-    whole = begun and before == balance == least == 0 and _ENDED.search(text) is not None
-    return Sentence(text, whole), max(0, balance)
+        open_now += (char in _OPENERS) - (char in _CLOSERS)
+        lowest = min(lowest, open_now)
+    has_start = text[:1].isalnum() or text[:1] in _OPENERS
+    complete = has_start and open_before == open_now == lowest == 0 and _ENDED.search(text) is not None
+    return Sentence(text, complete), max(0, open_now)
 
 
-def choose(found: Sequence[Sentence], vectors: Vector, limit_chars: int) -> str:
-    """A summary of at most `limit_chars` characters: sentences of `found`, in their order.
+def select_sentences(sentences: Sequence[Sentence], vectors: Vector, limit_chars: int) -> str:
+    """A summary of at most `limit_chars` characters: some of the sentences, in their order.
 
-    `vectors` has shape (len(found), dim). The sentence next chosen is the one that is nearest to the average
-    of all and least like those chosen. Where not even one fits, the beginning of the most central one is
-    given. The same arguments give the same summary. Raises ValueError where there is no sentence.
+    `vectors` has shape (len(sentences), dim). Each step selects the sentence that is most similar to the
+    average of all and least similar to those selected. If not even one fits, the most central one is
+    shortened. Equal arguments give equal summaries. Raises ValueError without a sentence.
     """
-    if not found:
+    if not sentences:
         raise ValueError("no sentence to choose from")
-    texts = [sentence.text for sentence in found]
+    texts = [sentence.text for sentence in sentences]
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     central = np.round(unit @ unit.mean(axis=0), _DECIMALS)
-    candidates = _candidates(found, limit_chars)
-    chosen = _most_relevant(texts, unit, central, candidates, limit_chars)
-    if not chosen:
-        return shorten(texts[max(candidates, key=lambda place: (central[place], -place))], limit_chars)
-    return join([texts[place] for place in chosen])
+    candidates = _candidates(sentences, limit_chars)
+    selected = _select_diverse(texts, unit, central, candidates, limit_chars)
+    if not selected:
+        return shorten(texts[max(candidates, key=lambda index: (central[index], -index))], limit_chars)
+    return join_sentences([texts[index] for index in selected])
 
 
-def _candidates(found: Sequence[Sentence], limit_chars: int) -> list[int]:
-    """The places of those that say something by themselves: what is told rather than said, where that fills
-    half of the summary, else what is whole, else what is no mere nod, else all."""
-    wordy = [place for place, sentence in enumerate(found) if _words(sentence.text) >= MIN_WORDS]
-    whole = [place for place in wordy if found[place].whole]
-    told = [place for place in whole if not _is_speech(found[place].text)]
-    lengths = (len(found[place].text) for place in told)
+def _candidates(sentences: Sequence[Sentence], limit_chars: int) -> list[int]:
+    """Indexes of the sentences that can be understood without their context.
+
+    Complete narration if it fills half of the summary; otherwise complete sentences, then sentences with
+    enough words, then all.
+    """
+    wordy = [index for index, sentence in enumerate(sentences) if _count_words(sentence.text) >= MIN_WORDS]
+    complete = [index for index in wordy if sentences[index].complete]
+    narration = [index for index in complete if not _is_dialogue(sentences[index].text)]
+    lengths = (len(sentences[index].text) for index in narration)
     if sum(length for length in lengths if length <= limit_chars) >= limit_chars / 2:
-        return told
-    return whole or wordy or list(range(len(found)))
+        return narration
+    return complete or wordy or list(range(len(sentences)))
 
 
-def _words(text: str) -> float:
+def _count_words(text: str) -> float:
     return sum(1 / _HAN_A_WORD if match[1] else 1 for match in _WORD.finditer(text))
 
 
-def _most_relevant(
-    found: Sequence[str], unit: Vector, central: Vector, candidates: Sequence[int], limit_chars: int
+def _select_diverse(
+    texts: Sequence[str], unit: Vector, central: Vector, candidates: Sequence[int], limit_chars: int
 ) -> list[int]:
-    """The places chosen one after another while one more fits, sorted."""
-    chosen: list[int] = []
-    nearest = np.zeros(len(found), np.float32)
-    left = set(candidates)
-    while left:
-        score = np.round(RELEVANCE * central - (1 - RELEVANCE) * nearest, _DECIMALS)
-        best = max(left, key=lambda place: (score[place], -place))
-        left.discard(best)
-        attempt = sorted([*chosen, best])
-        if len(join([found[place] for place in attempt])) > limit_chars:
+    """Sorted indexes of the selected sentences; a sentence that does not fit is skipped."""
+    selected: list[int] = []
+    max_similarity = np.zeros(len(texts), np.float32)
+    remaining = set(candidates)
+    while remaining:
+        score = np.round(RELEVANCE * central - (1 - RELEVANCE) * max_similarity, _DECIMALS)
+        best = max(remaining, key=lambda index: (score[index], -index))
+        remaining.discard(best)
+        attempt = sorted([*selected, best])
+        if len(join_sentences([texts[index] for index in attempt])) > limit_chars:
             continue
-        chosen = attempt
-        nearest = np.maximum(nearest, np.round(unit @ unit[best], _DECIMALS))
-        left = {place for place in left if found[place] != found[best]}
-    return chosen
+        selected = attempt
+        max_similarity = np.maximum(max_similarity, np.round(unit @ unit[best], _DECIMALS))
+        remaining = {index for index in remaining if texts[index] != texts[best]}
+    return selected
 
 
-def join(parts: Sequence[str]) -> str:
-    """Sentences as one text: a blank between them only where the script has blanks."""
+def join_sentences(parts: Sequence[str]) -> str:
+    """Sentences as one text, with a space between them unless one side is Chinese."""
     text = ""
     for part in parts:
         text += (" " if text and not (_is_wide(text[-1]) or _is_wide(part[0])) else "") + part
@@ -136,34 +146,37 @@ def join(parts: Sequence[str]) -> str:
 
 
 def shorten(text: str, limit_chars: int) -> str:
-    """At most `limit_chars` characters: up to the last sentence that fits, else clause, else cut with `…`."""
+    """At most `limit_chars` characters of a text.
+
+    It ends after the last sentence that fits, else after the last clause with `…`, else inside one with `…`.
+    """
     text = text.strip()
     if len(text) <= limit_chars:
         return text
     for ends, mark in ((SENTENCE_END, ""), (CLAUSE_END, "…")):
-        room = limit_chars - len(mark)
-        fitting = [match for match in ends.finditer(text) if match.end() <= room]
+        max_chars = limit_chars - len(mark)
+        fitting = [match for match in ends.finditer(text) if match.end() <= max_chars]
         if fitting and _WORD.search(text, 0, fitting[-1].start()):
             last = fitting[-1]
             return text[: last.end()].rstrip() if not mark else text[: last.start()].rstrip() + mark
     return text[: limit_chars - 1].rstrip() + "…" if limit_chars > 1 else text[:limit_chars]
 
 
-def _goes_on(text: str, start: int, end: int) -> bool:
-    """Whether what looks like an end is none: after an abbreviation, or before a small letter."""
+def _is_false_end(text: str, start: int, end: int) -> bool:
+    """Whether the sentence continues: after an abbreviation, or with a lower-case letter."""
     after = text[end : end + 2].lstrip(" ")[:1]
     # Only the end is searched: a search of the whole sentence at each full stop in it would be quadratic.
     last = max(start, end - _ABBREVIATION_CHARS)
     return after.islower() or _ABBREVIATION.search(text, last, end) is not None
 
 
-def _is_speech(text: str) -> bool:
-    """Whether it is dialogue or a question."""
-    return _SPEECH.search(text) is not None or _asks(text)
+def _is_dialogue(text: str) -> bool:
+    """Whether it is direct speech, or a question to another person or to the reader."""
+    return _DIALOGUE.search(text) is not None or _is_question(text)
 
 
-def _asks(text: str) -> bool:
-    """Whether a question mark stands behind the last letter or digit."""
+def _is_question(text: str) -> bool:
+    """Whether there is a question mark after the last letter or digit."""
     for char in reversed(text):
         if char in "？?":
             return True

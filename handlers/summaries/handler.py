@@ -1,4 +1,4 @@
-"""The handler of `summary_write_back` and `memory_update`: chapters' summaries, stored and searchable."""
+"""Handler of `summary_write_back` and `memory_update`: stores and indexes summaries of chapters."""
 
 import hashlib
 import logging
@@ -21,9 +21,9 @@ from ..settings import HandlerSettings
 from ..vectors.ports import AnyRow, EntityRow, Row, Vector, VectorStore
 from ..vectors.schema import DEFAULT_COLLECTION, clip
 from ..vectors.versioned_writer import VersionedWriter
-from .extract import choose, sentences, shorten
-from .payload import SUMMARY_PREFIX, ChapterWork, read_chapter
-from .projection import Followed, Projection
+from .extract import select_sentences, shorten, split_sentences
+from .payload import SUMMARY_PREFIX, ChapterPayload
+from .projection import ProjectedRecord, Projection
 from .sinks import ChapterFindings, EntityUpdate, Findings, SummarySink, open_sink
 
 log = logging.getLogger("jobworker.summaries")
@@ -31,35 +31,38 @@ log = logging.getLogger("jobworker.summaries")
 ENTITIES = "entity_profiles"
 #: Limits of fields that Milvus counts in UTF-8 bytes.
 _NAME_BYTES, _TYPE_BYTES = 256, 32
-#: Jobs whose findings of the language model are kept, for retries that fail after it.
-_FINDINGS_KEPT = 32
-#: A chapter without a language model takes seconds; this is for a processor that is very busy.
-_LOCAL_LIMIT_S = 300.0
-#: Sentences of a chapter whose vectors are made: about a minute's work for one core with the small model. Of
-#: more every second, third, ... is taken.
-_MOST_SENTENCES = 5000
+#: Jobs whose findings of the language model are cached, for retries after a later failure.
+_CACHED_FINDINGS = 32
+#: Job timeout in seconds without a language model. A chapter takes seconds; a busy CPU may need longer.
+_LOCAL_TIMEOUT_S = 300.0
+#: Sentences of a chapter that are embedded, about a minute of one core with the small model. Of a longer
+#: chapter, every second, third, ... sentence is used.
+_MAX_SENTENCES = 5000
 
 
 class FindingsSource(Protocol):
-    """What finds out what happens in a chapter."""
+    """Language model or other extractor of a chapter's findings."""
 
     counters: dict[str, int]
-    #: What one chapter takes at most.
+    #: The longest time for one chapter, in seconds.
     limit_s: float
 
-    def read(self, content: str) -> Findings:
-        """See `LanguageModel.read`."""
+    def extract_findings(self, content: str) -> Findings:
+        """The findings of a chapter's text.
+
+        Raises PermanentError if a retry cannot succeed, Unavailable if the source does not answer.
+        """
 
 
 class WriteBack:
-    """Stores summaries by version: what a newer version of the chapter stored stays.
+    """Stores summaries by chapter version: an older version never replaces a newer one.
 
-    The record in the job store decides; the rows in Milvus follow it (see `projection`). A job that is late
-    changes nothing, but still makes sure that the rows are those of the newest record.
+    The record in Redis is authoritative; rows in Milvus are projected from it (see `projection`). A job with
+    an outdated version stores nothing, but updates the rows from the newest record.
     """
 
     needs_device = True
-    timeout = _LOCAL_LIMIT_S
+    timeout = _LOCAL_TIMEOUT_S
 
     def __init__(
         self,
@@ -70,19 +73,19 @@ class WriteBack:
         model: FindingsSource | None = None,
         sink: SummarySink | None = None,
     ) -> None:
-        """What is not given is made by `setup` as the settings say."""
+        """Arguments replace the parts that `setup` would create from the settings."""
         self._given_encoder, self._given_store, self._given_fence = encoder, store, fence
         self._given_records, self._given_model, self._given_sink = records, model, sink
-        self._known: OrderedDict[tuple[str, int, str], Findings] = OrderedDict()
+        self._findings_cache: OrderedDict[tuple[str, int, str], Findings] = OrderedDict()
         #: Running totals of this process.
         self.counters: dict[str, int] = {"summaries_stored": 0, "summaries_outdated": 0}
 
     def setup(self, settings: HandlerSettings) -> None:
-        """Load the model, open the stores, make the collections.
+        """Load the model, open the stores, create the collections.
 
-        Raises ModelError, ConfigurationError or VectorStoreError where one of them cannot be used.
+        Raises ModelError, ConfigurationError or VectorStoreError if one of them cannot be used.
         """
-        self._chars = settings.summary_chars
+        self._summary_chars = settings.summary_chars
         self._encoder = self._given_encoder or load_encoder(
             settings.model,
             settings.device,
@@ -95,18 +98,18 @@ class WriteBack:
         self._records = self._given_records or open_records(settings.redis_url)
         fence = self._given_fence or open_fence(settings.redis_url)
         writer = VersionedWriter(self._store, fence, prefix=settings.milvus_prefix, model=self._encoder.name)
-        self._projection = Projection(self._records, writer, self._rows)
-        self._model = self._given_model or _open_model(settings)
+        self._projection = Projection(self._records, writer, self._build_rows)
+        self._source = self._given_model or _open_model(settings)
         self._sink = self._given_sink or open_sink(settings)
         for collection in (DEFAULT_COLLECTION, ENTITIES):
             self._store.ensure_collection(collection, self._encoder.dim)
-        if self._model is not None:
+        if self._source is not None:
             # One mapping for the metrics of both.
-            self._model.counters = self.counters = self.counters | self._model.counters
-            self.timeout = _LOCAL_LIMIT_S + self._model.limit_s
+            self._source.counters = self.counters = self.counters | self._source.counters
+            self.timeout = _LOCAL_TIMEOUT_S + self._source.limit_s
 
     def healthy(self) -> None:
-        """Raise what a store raises where it does not answer."""
+        """Raise the error of a store or sink that does not answer."""
         self._store.ping()
         if (sink_healthy := getattr(self._sink, "healthy", None)) is not None:
             sink_healthy()
@@ -114,112 +117,124 @@ class WriteBack:
     def handle(self, job: Job) -> None:
         """Store one chapter's summary.
 
-        Raises PermanentError for a bad payload or where no summary can be had, Unavailable where a store or
-        the language model does not answer, else what the store or the model raised.
+        Raises PermanentError for a bad payload or a chapter without sentences, Unavailable if a store or the
+        language model does not answer, and other errors of the stores and the model.
         """
-        work = read_chapter(job)
+        chapter = ChapterPayload.parse(job)
         try:
-            self._handle(job.id, work)
+            self._store_chapter(job.id, chapter)
         except StoreUnavailable as error:
             raise Unavailable(str(error)) from error
         except TextTooLong as error:
             raise PermanentError(str(error)) from error
 
-    def _handle(self, job_id: str, work: ChapterWork) -> None:
-        key = RecordKey("summary", work.tenant_id, work.project_id, work.chapter_id)
-        has = self._records.get(key)
-        if has is not None and has.version > work.chapter_version:
-            self._outdated(job_id, key, work, has.version)
+    def _store_chapter(self, job_id: str, chapter: ChapterPayload) -> None:
+        key = RecordKey("summary", chapter.tenant_id, chapter.project_id, chapter.chapter_id)
+        stored = self._records.get(key)
+        if stored is not None and stored.version > chapter.chapter_version:
+            self._skip_stale(job_id, key, chapter, stored.version)
             return
-        with span("summarise", characters=len(work.content)):
-            findings = self._find(job_id, work)
-        put = self._records.put(key, work.chapter_version, {"summary": findings.summary}, _now())
+        with span("summarise", characters=len(chapter.content)):
+            findings = self._findings(job_id, chapter)
+        put = self._records.put(key, chapter.chapter_version, {"summary": findings.summary}, _now())
         if put.verdict == "foreign":
             raise PermanentError(
-                f"summary of {work.chapter_id}: the key belongs to another tenant or project"
+                f"summary of {chapter.chapter_id}: the key belongs to another tenant or project"
             )
         if put.verdict == "older":
-            self._outdated(job_id, key, work, put.record.version if put.record else 0)
+            self._skip_stale(job_id, key, chapter, put.record.version if put.record else 0)
             return
         self.counters["summaries_stored"] += put.verdict == "stored"
         self._records.mention(key, [entity_id(update.name) for update in findings.entity_updates])
         for update in findings.entity_updates:
-            self._put_entity(work, update)
-        self._follow(job_id, key)
-        self._sink.store(_told(work, findings))
-        self._known.pop((job_id, work.chapter_version, work.chapter_id), None)
+            self._put_entity(chapter, update)
+        self._update_rows(job_id, key)
+        self._sink.store(
+            ChapterFindings(
+                chapter.tenant_id, chapter.project_id, chapter.chapter_id, chapter.chapter_version, findings
+            )
+        )
+        self._findings_cache.pop((job_id, chapter.chapter_version, chapter.chapter_id), None)
 
-    def _outdated(self, job_id: str, key: RecordKey, work: ChapterWork, version: int) -> None:
-        """A newer version is stored. Its job may have ended between record and row: the row is seen to."""
+    def _skip_stale(self, job_id: str, key: RecordKey, chapter: ChapterPayload, version: int) -> None:
+        """Store nothing, since a newer version is stored; but update its row, because its job may have been
+        killed between record and row."""
         self.counters["summaries_outdated"] += 1
-        fields = {"chapter_id": work.chapter_id, "version": version, "stale_version": work.chapter_version}
+        fields = {
+            "chapter_id": chapter.chapter_id,
+            "version": version,
+            "stale_version": chapter.chapter_version,
+        }
         log.info("summary.stale_skipped", extra={"job_id": job_id, **fields})
-        self._follow(job_id, key)
+        self._update_rows(job_id, key)
 
-    def _follow(self, job_id: str, chapter: RecordKey) -> None:
-        """Bring the chapter's row up to date, and the rows of all entities that any try of any version of it
-        wrote: a try that died may have left one behind, and a model finds others the next time."""
-        mentioned = (chapter._replace(kind="entity", id=id_) for id_ in self._records.mentioned(chapter))
-        entities = [Followed(key, ENTITIES) for key in mentioned]
+    def _update_rows(self, job_id: str, key: RecordKey) -> None:
+        """Update the chapter's row and those of all entities that any version of it mentioned.
+
+        All of them, because a killed job may have left an outdated row, and the model may find other entities
+        in the next try.
+        """
+        mentioned = (key._replace(kind="entity", id=id_) for id_ in self._records.mentioned(key))
+        entities = [ProjectedRecord(entity, ENTITIES) for entity in mentioned]
         with span("upsert", collection=DEFAULT_COLLECTION):
-            self._projection.follow(job_id, [Followed(chapter, DEFAULT_COLLECTION), *entities])
+            self._projection.update(job_id, [ProjectedRecord(key, DEFAULT_COLLECTION), *entities])
 
     # ---- the summary
 
-    def _find(self, job_id: str, work: ChapterWork) -> Findings:
-        if work.summary:
-            return Findings(work.summary)
-        if self._model is None:
-            return Findings(self._extract(work.content))
-        known = (job_id, work.chapter_version, work.chapter_id)
-        if known not in self._known:
-            found = self._model.read(work.content)
-            self._known[known] = msgspec.structs.replace(found, summary=shorten(found.summary, self._chars))
-            if len(self._known) > _FINDINGS_KEPT:
-                self._known.popitem(last=False)
-        return self._known[known]
+    def _findings(self, job_id: str, chapter: ChapterPayload) -> Findings:
+        if chapter.summary:
+            return Findings(chapter.summary)
+        if self._source is None:
+            return Findings(self._summarise(chapter.content))
+        cache_key = (job_id, chapter.chapter_version, chapter.chapter_id)
+        if cache_key not in self._findings_cache:
+            findings = self._source.extract_findings(chapter.content)
+            summary = shorten(findings.summary, self._summary_chars)
+            self._findings_cache[cache_key] = msgspec.structs.replace(findings, summary=summary)
+            if len(self._findings_cache) > _CACHED_FINDINGS:
+                self._findings_cache.popitem(last=False)
+        return self._findings_cache[cache_key]
 
-    def _extract(self, content: str) -> str:
-        found = sentences(content)
-        if not found:
-            raise PermanentError("content holds no sentence to make a summary of")
-        found = found[:: -(-len(found) // _MOST_SENTENCES)]
-        vectors = self._encoder.encode([sentence.text for sentence in found])
-        return choose(found, vectors, self._chars)
+    def _summarise(self, content: str) -> str:
+        sentences = split_sentences(content)
+        if not sentences:
+            raise PermanentError("content holds no sentence to make a summary from")
+        sentences = sentences[:: -(-len(sentences) // _MAX_SENTENCES)]
+        vectors = self._encoder.encode([sentence.text for sentence in sentences])
+        return select_sentences(sentences, vectors, self._summary_chars)
 
-    # ---- rows
+    # ---- records and rows
 
-    def _put_entity(self, work: ChapterWork, update: EntityUpdate) -> None:
-        """Store what this chapter tells of an entity; a later version of the chapter may have told more."""
-        key = RecordKey("entity", work.tenant_id, work.project_id, entity_id(update.name))
+    def _put_entity(self, chapter: ChapterPayload, update: EntityUpdate) -> None:
+        """Store an entity's profile, unless a later version of the chapter has stored one."""
+        key = RecordKey("entity", chapter.tenant_id, chapter.project_id, entity_id(update.name))
         fields = {
             "name": update.name,
             "entity_type": update.entity_type,
             "description": update.description,
-            "chapter_id": work.chapter_id,
+            "chapter_id": chapter.chapter_id,
         }
-        if self._records.put(key, work.chapter_version, fields, _now()).verdict == "foreign":
+        if self._records.put(key, chapter.chapter_version, fields, _now()).verdict == "foreign":
             raise PermanentError(f"entity {key.id}: the key belongs to another tenant or project")
 
-    def _rows(self, behind: Sequence[tuple[Followed, Record]]) -> list[AnyRow]:
-        vectors = self._encoder.encode([_searched(followed, record) for followed, record in behind])
+    def _build_rows(self, records: Sequence[tuple[ProjectedRecord, Record]]) -> list[AnyRow]:
+        vectors = self._encoder.encode([_embedded_text(item.key, record) for item, record in records])
         return [
-            _summary_row(followed.key, record, vector)
-            if followed.key.kind == "summary"
-            else _entity_row(followed.key, record, vector)
-            for (followed, record), vector in zip(behind, vectors, strict=True)
+            _summary_row(item.key, record, vector)
+            if item.key.kind == "summary"
+            else _entity_row(item.key, record, vector)
+            for (item, record), vector in zip(records, vectors, strict=True)
         ]
 
 
 def entity_id(name: str) -> str:
-    """The id of an entity that is known by its name: the same for every spelling that looks the same."""
-    plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-    return "name-" + hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
+    """Id of an entity, derived from its name: case, width and spacing of the name make no difference."""
+    normalised = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    return "name-" + hashlib.blake2b(normalised.encode(), digest_size=16).hexdigest()
 
 
-def _searched(followed: Followed, record: Record) -> str:
-    """The text that a record is found by."""
-    if followed.key.kind == "summary":
+def _embedded_text(key: RecordKey, record: Record) -> str:
+    if key.kind == "summary":
         return record.fields.get("summary", "")
     return "\n".join(filter(None, (record.fields.get("name"), record.fields.get("description"))))
 
@@ -238,7 +253,7 @@ def _summary_row(key: RecordKey, record: Record, vector: Vector) -> Row:
 
 
 def _entity_row(key: RecordKey, record: Record, vector: Vector) -> EntityRow:
-    """The row's own id is made of all three: names, unlike ids, are alike in many projects."""
+    """The row id includes tenant and project: unlike chapter ids, names repeat across projects."""
     scope = "/".join((key.tenant_id, key.project_id, key.id))
     fields = record.fields
     return EntityRow(
@@ -254,10 +269,6 @@ def _entity_row(key: RecordKey, record: Record, vector: Vector) -> EntityRow:
     )
 
 
-def _told(work: ChapterWork, findings: Findings) -> ChapterFindings:
-    return ChapterFindings(work.tenant_id, work.project_id, work.chapter_id, work.chapter_version, findings)
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
@@ -265,14 +276,14 @@ def _now() -> str:
 def _open_model(settings: HandlerSettings) -> FindingsSource | None:
     if not settings.llm_url:
         return None
-    # Only where it is used: the HTTP client takes its time to import.
+    # Imported here: without a language model, the HTTP client is not loaded.
     from .llm import open_model
 
     return open_model(settings)
 
 
 def _open_store(settings: HandlerSettings) -> VectorStore:
-    # Only where no store was given: this imports the Milvus client.
+    # Imported here: with a store given, pymilvus is not loaded.
     from ..vectors.milvus.store import open_vectors
 
     return open_vectors(

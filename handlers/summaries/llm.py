@@ -1,4 +1,4 @@
-"""Asks a language model behind an OpenAI-compatible endpoint what happens in a chapter."""
+"""Language model client: extracts findings of a chapter through an OpenAI-compatible endpoint."""
 
 import logging
 import os
@@ -19,27 +19,27 @@ from ..settings import HandlerSettings
 from .sinks import Findings
 
 log = logging.getLogger("jobworker.llm")
-# It logs every request, with its URL; what matters is counted, and raised where it fails.
+# httpx logs every request with its URL. Requests are counted here, and failures raised.
 logging.getLogger("httpx2").setLevel(logging.WARNING)
 
-#: The endpoint's key, where no file is named.
+#: Environment variable with the endpoint's API key, used without --llm-key-file.
 KEY_VARIABLE = "JOBWORKER_LLM_KEY"
-#: Requests that may fail for now (429, 5xx, no answer) before the type is left to wait.
-TRIES = 4
-#: Pauses between them where the endpoint names none: doubled each time.
+#: Requests with a temporary failure (429, 5xx, no answer) before the job raises Unavailable.
+MAX_TRIES = 4
+#: Backoff between them if the endpoint sends no Retry-After; doubled each time.
 FIRST_PAUSE_S = 1.0
-#: An endpoint that asks for more is left alone, and the worker is free for other jobs meanwhile.
-LONGEST_PAUSE_S = 20.0
+#: After a longer Retry-After the job raises Unavailable at once, and the worker is free for other jobs.
+MAX_PAUSE_S = 20.0
 #: Deadline of all requests for one chapter, as a multiple of the timeout of one.
 DEADLINE_TIMEOUTS = 4.0
-#: Findings of 200 items each stay far below; more is no answer to what was asked.
-MOST_ANSWER_BYTES = 4 * 1024 * 1024
-#: How much of a bad answer an error repeats.
-_SHOWN_CHARS = 200
+#: Findings with 200 items in each list are far smaller; a longer answer is not one to this prompt.
+MAX_ANSWER_BYTES = 4 * 1024 * 1024
+#: Characters of a bad answer that an error message quotes.
+_QUOTED_CHARS = 200
 
-_FOR_NOW = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-#: Wrong key, no such model, no credit: the operator has to do something, and no job is to blame.
-_OPERATORS = frozenset({401, 402, 403, 404, 405})
+_TEMPORARY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+#: Wrong key, unknown model, no credit: the operator must act, and no job must fail for it.
+_OPERATOR_MUST_ACT = frozenset({401, 402, 403, 404, 405})
 _FENCE = "```"
 
 PROMPT = """You read one chapter of a novel and answer with one JSON object and nothing else:
@@ -68,7 +68,7 @@ class _Completion(msgspec.Struct):
 
 
 class _Answer(NamedTuple):
-    """An HTTP answer: `pause_s` is what it asks us to wait, None where it says nothing."""
+    """HTTP response; `pause_s` is its Retry-After in seconds, None without one."""
 
     status: int
     body: bytes
@@ -76,9 +76,10 @@ class _Answer(NamedTuple):
 
 
 class LanguageModel:
-    """One endpoint and model; used by one thread. Time and pauses come in as arguments for tests.
+    """`FindingsSource` on one endpoint and model; not thread-safe.
 
-    Raises ConfigurationError for a URL that is none.
+    `sleep` and `mono_s` are arguments so that tests can replace them. Raises ConfigurationError for an
+    invalid URL.
     """
 
     def __init__(
@@ -106,31 +107,32 @@ class LanguageModel:
         #: Running totals.
         self.counters = {"llm_requests": 0, "llm_retries": 0, "llm_repairs": 0}
 
-    def read(self, content: str) -> Findings:
-        """What the model finds in a chapter.
+    def extract_findings(self, content: str) -> Findings:
+        """Ask for the findings of a chapter's text; after an invalid answer, ask once more with its fault.
 
-        Raises PermanentError where it refuses or answers rubbish twice, or the endpoint refuses the request;
-        Unavailable where it does not answer, or only the operator can help.
+        Raises PermanentError after two invalid answers or if the endpoint rejects the request, Unavailable if
+        the endpoint does not answer or the operator must act.
         """
         give_up_at = self._mono_s() + self.limit_s
         system = PROMPT % {"chars": self._summary_chars}
         messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-        said, found = self._ask(messages, give_up_at)
-        if isinstance(found, str):
+        answer, findings = self._complete(messages, give_up_at)
+        if isinstance(findings, str):
             self.counters["llm_repairs"] += 1
-            log.info("llm.asked_again", extra={"error": found})
-            repair = {"role": "user", "content": REPAIR % {"fault": found}}
-            _, found = self._ask([*messages, {"role": "assistant", "content": said}, repair], give_up_at)
-        if isinstance(found, str):
-            raise PermanentError(f"the language model gave no answer of use twice: {found}")
-        return found
+            log.info("llm.asked_again", extra={"error": findings})
+            repair = {"role": "user", "content": REPAIR % {"fault": findings}}
+            previous = {"role": "assistant", "content": answer}
+            _, findings = self._complete([*messages, previous, repair], give_up_at)
+        if isinstance(findings, str):
+            raise PermanentError(f"the language model gave an invalid answer twice: {findings}")
+        return findings
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._client.close()
 
-    def _ask(self, messages: Sequence[dict[str, str]], give_up_at: float) -> tuple[str, Findings | str]:
-        """The answer, and its findings or the reason why it has none."""
+    def _complete(self, messages: Sequence[dict[str, str]], give_up_at: float) -> tuple[str, Findings | str]:
+        """One chat completion: the answer, and its findings or its fault."""
         request = {
             "model": self._model,
             "messages": messages,
@@ -142,46 +144,46 @@ class LanguageModel:
             choice = msgspec.json.decode(body, type=_Completion).choices[0]
         except (ValueError, IndexError) as error:
             raise Unavailable(
-                f"the language model's endpoint does not speak the protocol: {error}"
+                f"the response of --llm-url is not an OpenAI chat completion: {error}"
             ) from error
-        said = choice.message.content or ""
+        answer = choice.message.content or ""
         if choice.message.refusal or choice.finish_reason == "content_filter":
-            return said, f"it refused: {_shown(choice.message.refusal or choice.finish_reason)}"
+            return answer, f"it refused: {_shown(choice.message.refusal or choice.finish_reason)}"
         if choice.finish_reason == "length":
-            return said[:_SHOWN_CHARS], "the answer was too long and was cut off"
-        return said, read_findings(said)
+            return answer[:_QUOTED_CHARS], "the answer was too long and was cut off"
+        return answer, parse_findings(answer)
 
     def _post(self, request: bytes, give_up_at: float) -> bytes:
-        """The body of a good answer, after as many tries as that takes."""
-        trouble = ""
-        for attempt in range(TRIES):
+        """The body of a response with status 200, with retries after temporary failures."""
+        failure = ""
+        for attempt in range(MAX_TRIES):
             self.counters["llm_requests"] += 1
             pause_s = FIRST_PAUSE_S * 2**attempt
             try:
                 answer = self._exchange(request, give_up_at)
             except (httpx2.HTTPError, TimeoutError) as error:
-                trouble = f"{type(error).__name__}: {error}"
+                failure = f"{type(error).__name__}: {error}"
             else:
                 if answer.status == 200:
                     return answer.body
-                trouble = f"HTTP {answer.status}: {_shown(answer.body.decode(errors='replace'))}"
-                if answer.status not in _FOR_NOW:
-                    raise self._refused(answer.status, trouble)
+                failure = f"HTTP {answer.status}: {_shown(answer.body.decode(errors='replace'))}"
+                if answer.status not in _TEMPORARY:
+                    raise self._rejection(answer.status, failure)
                 pause_s = pause_s if answer.pause_s is None else answer.pause_s
-            if attempt == TRIES - 1 or pause_s > min(LONGEST_PAUSE_S, give_up_at - self._mono_s()):
+            if attempt == MAX_TRIES - 1 or pause_s > min(MAX_PAUSE_S, give_up_at - self._mono_s()):
                 break
             self.counters["llm_retries"] += 1
             self._sleep(pause_s)
-        raise Unavailable(f"the language model does not answer: {trouble}")
+        raise Unavailable(f"the language model does not answer: {failure}")
 
     @staticmethod
-    def _refused(status: int, trouble: str) -> Exception:
-        if status in _OPERATORS or status < 400:
-            return Unavailable(f"the language model's endpoint will not have us: {trouble}")
-        return PermanentError(f"the language model's endpoint refused the request: {trouble}")
+    def _rejection(status: int, failure: str) -> Exception:
+        if status in _OPERATOR_MUST_ACT or status < 400:
+            return Unavailable(f"--llm-url rejects every request; check the URL, key and model: {failure}")
+        return PermanentError(f"--llm-url rejects this request: {failure}")
 
     def _exchange(self, request: bytes, give_up_at: float) -> _Answer:
-        """One request. The client's own limit is for each read: a slow drip is held to the whole by hand."""
+        """One request. httpx limits each read only, so the deadline of the whole answer is checked here."""
         until = min(self._mono_s() + self._timeout_s, give_up_at)
         limit_s = max(0.001, until - self._mono_s())
         headers = {"Content-Type": "application/json"}
@@ -192,36 +194,38 @@ class LanguageModel:
             for chunk in response.iter_bytes():
                 body += chunk
                 if self._mono_s() > until:
-                    raise TimeoutError(f"no whole answer within {self._timeout_s} s")
-                if len(body) > MOST_ANSWER_BYTES:
+                    raise TimeoutError(f"no complete answer within {self._timeout_s} s")
+                if len(body) > MAX_ANSWER_BYTES:
                     raise PermanentError(
-                        f"the language model's answer is longer than {MOST_ANSWER_BYTES} bytes"
+                        f"the language model's answer is longer than {MAX_ANSWER_BYTES} bytes"
                     )
             return _Answer(response.status_code, body, retry_after_s(response.headers, datetime.now(UTC)))
 
 
-def read_findings(said: str) -> Findings | str:
-    """The findings in an answer, or what is wrong with it. A Markdown fence around them is no fault."""
+def parse_findings(answer: str) -> Findings | str:
+    """The findings in an answer, or its fault. A Markdown fence around the JSON is accepted."""
     try:
-        found = msgspec.json.decode(_unfenced(said), type=Findings)
+        findings = msgspec.json.decode(_without_fence(answer), type=Findings)
     except (ValueError, RecursionError) as error:
-        return f"{error} in {_shown(said)}"
-    return found if found.summary.strip() else "the summary is blank"
+        return f"{error} in {_shown(answer)}"
+    return findings if findings.summary.strip() else "the summary is blank"
 
 
-def _unfenced(said: str) -> str:
-    """What stands between the fences, or all of it where there are none. No pattern: with three runs of
-    blanks beside each other it would be cubic."""
-    said = said.strip()
-    language, newline, inner = said.removeprefix(_FENCE).partition("\n")
-    if not (newline and said.startswith(_FENCE) and inner.endswith(_FENCE)):
-        return said
+def _without_fence(answer: str) -> str:
+    """The text inside a Markdown fence, or the whole answer without one.
+
+    Not a regular expression: with three adjacent runs of whitespace it would need cubic time.
+    """
+    answer = answer.strip()
+    language, newline, inner = answer.removeprefix(_FENCE).partition("\n")
+    if not (newline and answer.startswith(_FENCE) and inner.endswith(_FENCE)):
+        return answer
     is_name = all(char.isalnum() or char == "_" for char in language.rstrip())
-    return inner.removesuffix(_FENCE).strip() if is_name else said
+    return inner.removesuffix(_FENCE).strip() if is_name else answer
 
 
 def retry_after_s(headers: Any, now: datetime) -> float | None:
-    """How long the header `Retry-After` asks to wait, in seconds or as a date; None without a good one."""
+    """Seconds of the header `Retry-After`, which is a number or a date; None if it is missing or invalid."""
     text = str(headers.get("retry-after", ""))
     if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text):
         return float(text)
@@ -232,7 +236,7 @@ def retry_after_s(headers: Any, now: datetime) -> float | None:
 
 
 def open_model(settings: HandlerSettings) -> LanguageModel:
-    """The model of `--llm-url`. Raises ConfigurationError where the key's file cannot be read."""
+    """Create the client of `--llm-url`. Raises ConfigurationError if the key file cannot be read."""
     return LanguageModel(
         settings.llm_url,
         settings.llm_model,
@@ -250,10 +254,10 @@ def _key(path: str) -> str:
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"--llm-key-file {path}: {error}") from error
     if not key or not key.isascii() or not key.isprintable():
-        raise ConfigurationError(f"--llm-key-file {path}: holds no key of one line")
+        raise ConfigurationError(f"--llm-key-file {path}: must hold one line of printable ASCII")
     return key
 
 
 def _shown(text: object) -> str:
     shown = ascii(text)
-    return shown if len(shown) <= _SHOWN_CHARS else shown[:_SHOWN_CHARS] + "…"
+    return shown if len(shown) <= _QUOTED_CHARS else shown[:_QUOTED_CHARS] + "…"

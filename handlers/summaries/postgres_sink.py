@@ -1,4 +1,4 @@
-"""What was found in chapters, in PostgreSQL: chapters.summary, entity_states, events, relations."""
+"""PostgreSQL sink of findings: chapters.summary, entity_states, events, relations."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ from .sinks import ChapterFindings, Findings
 
 log = logging.getLogger("jobworker.postgres")
 
-#: A connection that is not there after this is not coming; jobs wait with their type then.
+#: Timeout of a connect; after it, jobs of the type wait.
 _CONNECT_S = 10
-#: One chapter is some hundred rows; a statement that takes longer waits for a lock that is not given back.
+#: A chapter has a few hundred rows; a longer statement waits for a lock that another program keeps.
 _STATEMENT_MS = 30_000
-#: Any number that no other program takes for its own: workers that start together make the tables in turn.
-_LOCK = 7_366_124_001
+#: Advisory lock, an arbitrary number: workers that start together create the tables one after another.
+_TABLES_LOCK = 7_366_124_001
 
 _SCOPE = ("tenant_id", "project_id", "chapter_id", "chapter_version", "position")
 #: The tables that the sink writes, created if they are missing. Existing tables need these columns
@@ -62,65 +62,64 @@ _SET_SUMMARY = """UPDATE chapters SET summary = %s, summary_version = %s, summar
 
 
 class _Table(NamedTuple):
-    """The rows of one table that hold a chapter's findings."""
+    """Rows of one table for a chapter's findings."""
 
     name: str
     rows: list[tuple[Any, ...]]
 
 
 class PostgresSink:
-    """`SummarySink`: one transaction a chapter, which puts its rows in place of an older version's."""
+    """`SummarySink` on PostgreSQL: one transaction a chapter replaces the rows of its older version."""
 
     def __init__(self) -> None:
         self._connection: psycopg.Connection[Any] | None = None
 
     def setup(self, settings: HandlerSettings) -> None:
-        """Connect, and make the tables that are missing.
+        """Connect, and create missing tables.
 
-        Raises ConfigurationError without a good `--postgres-dsn` or where a table lacks a column,
-        Unavailable where the server does not answer.
+        Raises ConfigurationError if `--postgres-dsn` is missing or invalid or a table lacks a column,
+        Unavailable if the server does not answer.
         """
         if not settings.postgres_dsn:
             raise ConfigurationError("--summary-sink postgres needs --postgres-dsn")
         try:
             conninfo_to_dict(settings.postgres_dsn)
         except psycopg.ProgrammingError:
-            # The cause stays out: it quotes what could not be read.
-            raise ConfigurationError("--postgres-dsn cannot be read as a PostgreSQL connection") from None
+            # Without the cause: it quotes the string, and so the password.
+            raise ConfigurationError("--postgres-dsn is not a valid PostgreSQL connection string") from None
         self._dsn = settings.postgres_dsn
         try:
-            self._run(_make_tables)
+            self._run(_create_tables)
         except BaseException:
             self.close()
             raise
 
     def healthy(self) -> None:
-        """Raise Unavailable where the server does not answer."""
+        """Raise Unavailable if the server does not answer."""
         self._run(lambda connection: connection.execute("SELECT 1"))
 
     def store(self, chapter: ChapterFindings) -> None:
-        """See `SummarySink.store`."""
         self._run(lambda connection: _store(connection, chapter))
 
     def close(self) -> None:
-        """Give the connection back; the next call makes a new one."""
+        """Close the connection; the next call opens a new one."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
 
-    def _run(self, do: Callable[[psycopg.Connection[Any]], object]) -> None:
-        """One transaction; what goes wrong comes out in the sink's terms."""
+    def _run(self, action: Callable[[psycopg.Connection[Any]], object]) -> None:
+        """Run one transaction. Raises Unavailable or PermanentError for the errors of psycopg."""
         try:
-            connection = self._connected()
+            connection = self._connect()
             with connection.transaction():
-                do(connection)
+                action(connection)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             self.close()
             raise Unavailable(f"PostgreSQL: {type(error).__name__}: {error}") from error
         except (psycopg.DataError, psycopg.IntegrityError) as error:
             raise PermanentError(f"PostgreSQL: {type(error).__name__}: {error}") from error
 
-    def _connected(self) -> psycopg.Connection[Any]:
+    def _connect(self) -> psycopg.Connection[Any]:
         if self._connection is None or self._connection.closed:
             connection = psycopg.connect(
                 self._dsn, autocommit=True, connect_timeout=_CONNECT_S, application_name="jobworker"
@@ -131,35 +130,35 @@ class PostgresSink:
 
 
 def _store(connection: psycopg.Connection[Any], chapter: ChapterFindings) -> None:
-    whose = (chapter.tenant_id, chapter.project_id, chapter.chapter_id)
-    stands = connection.execute(_LOCK_CHAPTER, whose).fetchone()
-    if stands is None:
-        # Only now: a table of others may have columns that must not be empty.
-        connection.execute(_ADD_CHAPTER, whose)
-        stands = connection.execute(_LOCK_CHAPTER, whose).fetchone()
-    if stands is None:
+    key = (chapter.tenant_id, chapter.project_id, chapter.chapter_id)
+    stored = connection.execute(_LOCK_CHAPTER, key).fetchone()
+    if stored is None:
+        # Only if it is missing: a table of another program may have further columns that are NOT NULL.
+        connection.execute(_ADD_CHAPTER, key)
+        stored = connection.execute(_LOCK_CHAPTER, key).fetchone()
+    if stored is None:
         raise PermanentError(f"chapter {chapter.chapter_id} belongs to another tenant or project")
-    if stands[0] is not None and stands[0] > chapter.chapter_version:
-        fields = {"chapter_id": whose[2], "version": stands[0], "stale_version": chapter.chapter_version}
+    if stored[0] is not None and stored[0] > chapter.chapter_version:
+        fields = {"chapter_id": key[2], "version": stored[0], "stale_version": chapter.chapter_version}
         log.info("postgres.stale_skipped", extra=fields)
         return
     summary = _text(chapter.findings.summary)
-    connection.execute(_SET_SUMMARY, (summary, chapter.chapter_version, *whose))
+    connection.execute(_SET_SUMMARY, (summary, chapter.chapter_version, *key))
     for table in _tables(chapter.findings):
-        _replace(connection, table, whose, chapter.chapter_version)
+        _replace(connection, table, key, chapter.chapter_version)
 
 
 def _replace(
-    connection: psycopg.Connection[Any], table: _Table, whose: tuple[str, str, str], version: int
+    connection: psycopg.Connection[Any], table: _Table, key: tuple[str, str, str], version: int
 ) -> None:
     name = sql.Identifier(table.name)
     delete = sql.SQL("DELETE FROM {} WHERE tenant_id = %s AND project_id = %s AND chapter_id = %s")
-    connection.execute(delete.format(name), whose)
+    connection.execute(delete.format(name), key)
     columns = COLUMNS[table.name]
     insert = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
-        name, _names(columns), sql.SQL(", ").join([sql.Placeholder()] * len(columns))
+        name, _identifiers(columns), sql.SQL(", ").join([sql.Placeholder()] * len(columns))
     )
-    rows = [(*whose, version, position, *row) for position, row in enumerate(table.rows)]
+    rows = [(*key, version, position, *row) for position, row in enumerate(table.rows)]
     with connection.cursor() as cursor:
         cursor.executemany(insert, rows)
 
@@ -185,23 +184,25 @@ def _tables(findings: Findings) -> list[_Table]:
 
 
 def _text(text: str) -> str:
-    """What PostgreSQL can hold: any text but the character 0."""
+    """Text without NUL, which PostgreSQL cannot store."""
     return text.replace("\0", "")
 
 
-def _make_tables(connection: psycopg.Connection[Any]) -> None:
-    connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+def _create_tables(connection: psycopg.Connection[Any]) -> None:
+    connection.execute("SELECT pg_advisory_xact_lock(%s)", (_TABLES_LOCK,))
     for table, create in SCHEMA.items():
         if connection.execute("SELECT to_regclass(%s)", (table,)).fetchone() == (None,):
             connection.execute(sql.SQL(create))
             log.info("postgres.table_created", extra={"table": table})
             continue
-        look = sql.SQL("SELECT {} FROM {} LIMIT 0").format(_names(COLUMNS[table]), sql.Identifier(table))
+        probe = sql.SQL("SELECT {} FROM {} LIMIT 0").format(
+            _identifiers(COLUMNS[table]), sql.Identifier(table)
+        )
         try:
-            connection.execute(look)
+            connection.execute(probe)
         except psycopg.errors.UndefinedColumn as error:
             raise ConfigurationError(f"table {table}: {error.diag.message_primary}") from error
 
 
-def _names(columns: Sequence[str]) -> sql.Composable:
+def _identifiers(columns: Sequence[str]) -> sql.Composable:
     return sql.SQL(", ").join(map(sql.Identifier, columns))

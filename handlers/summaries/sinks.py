@@ -1,4 +1,4 @@
-"""What a chapter came to, and where it may go beyond Redis and Milvus: the port to a sink of summaries."""
+"""Findings of a chapter, and the port to a summary sink: a further store beside Redis and Milvus."""
 
 import importlib
 import re
@@ -12,17 +12,17 @@ from jobworker.worker import ConfigurationError
 
 from ..settings import HandlerSettings
 
-#: A module and a class, as for `--handler`.
+#: `module:Class`, as for `--handler`.
 _TARGET = re.compile(r"[\w.]+:\w+")
-#: More of anything in one chapter is a model that repeats itself.
-MOST_ITEMS = 200
+#: Longest list in one chapter's findings; a model that exceeds it repeats itself.
+MAX_ITEMS = 200
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=20_000)]
 
 
 class EntityUpdate(msgspec.Struct, frozen=True):
-    """What a chapter tells of a person, place or thing; `description` is its whole profile, not a change."""
+    """Person, place or thing after a chapter; `description` is the whole profile, not a change."""
 
     name: Name
     entity_type: Annotated[str, msgspec.Meta(max_length=32)] = ""
@@ -30,14 +30,14 @@ class EntityUpdate(msgspec.Struct, frozen=True):
 
 
 class Event(msgspec.Struct, frozen=True):
-    """Something that happens in a chapter; `participants` are names of entities."""
+    """Event in a chapter; `participants` are names of entities."""
 
     description: Annotated[str, msgspec.Meta(min_length=1, max_length=20_000)]
-    participants: Annotated[list[Name], msgspec.Meta(max_length=MOST_ITEMS)] = []
+    participants: Annotated[list[Name], msgspec.Meta(max_length=MAX_ITEMS)] = []
 
 
 class RelationChange(msgspec.Struct, frozen=True):
-    """How two entities stand to each other from this chapter on."""
+    """Relation between two entities from this chapter on."""
 
     source: Name
     target: Name
@@ -46,16 +46,16 @@ class RelationChange(msgspec.Struct, frozen=True):
 
 
 class Findings(msgspec.Struct, frozen=True):
-    """What was found in a chapter; only the summary where no language model was asked."""
+    """Summary of a chapter, with entities, events and relations if a language model extracted them."""
 
     summary: Annotated[str, msgspec.Meta(min_length=1)]
-    entity_updates: Annotated[list[EntityUpdate], msgspec.Meta(max_length=MOST_ITEMS)] = []
-    new_events: Annotated[list[Event], msgspec.Meta(max_length=MOST_ITEMS)] = []
-    relation_changes: Annotated[list[RelationChange], msgspec.Meta(max_length=MOST_ITEMS)] = []
+    entity_updates: Annotated[list[EntityUpdate], msgspec.Meta(max_length=MAX_ITEMS)] = []
+    new_events: Annotated[list[Event], msgspec.Meta(max_length=MAX_ITEMS)] = []
+    relation_changes: Annotated[list[RelationChange], msgspec.Meta(max_length=MAX_ITEMS)] = []
 
 
 class ChapterFindings(msgspec.Struct, frozen=True):
-    """The findings of one version of one chapter; `chapter_version` is 0 where the job named none."""
+    """Findings of one version of one chapter; `chapter_version` is 0 if the job has none."""
 
     tenant_id: str
     project_id: str
@@ -65,32 +65,32 @@ class ChapterFindings(msgspec.Struct, frozen=True):
 
 
 class SummarySink(Protocol):
-    """Another place for what chapters came to; made without arguments, once for each worker process.
+    """Further store for findings; its class is called without arguments, once in each worker process.
 
-    Optional beside `store`: ``setup(settings)``, once, and ``healthy()``, which raises while the place does
+    Optional methods: ``setup(settings)``, called once, and ``healthy()``, which raises while the store does
     not answer.
     """
 
     def store(self, chapter: ChapterFindings) -> None:
-        """Keep the findings in place of those of an older or the same version of the chapter.
+        """Replace the findings of an older or the same version of the chapter; ignore an older version.
 
-        Called after Redis and Milvus have them, perhaps more than once and, of several versions at a time,
-        in any order: what an older version would overwrite is left as it is. Raises PermanentError where
-        that can never work, Unavailable where the place does not answer.
+        Called after Redis and Milvus have stored them. Calls may repeat, and versions come in any order and
+        at the same time. Raises PermanentError if a retry cannot succeed, Unavailable if the store does not
+        answer.
         """
 
 
 class NoSink:
-    """The default: the summary and the entities are in Redis and Milvus; events and relations go nowhere."""
+    """Default sink: stores nothing. Redis and Milvus hold summary and entities, not events or relations."""
 
     def store(self, chapter: ChapterFindings) -> None:
-        """Keep nothing more."""
+        """Do nothing."""
 
 
 def open_sink(settings: HandlerSettings) -> SummarySink:
-    """The sink that `--summary-sink` names: empty, `postgres`, or `module:Class`, set up.
+    """Create and set up the sink of `--summary-sink`: empty, `postgres` or `module:Class`.
 
-    Raises ConfigurationError where it cannot be made, and what its own `setup` raises.
+    Raises ConfigurationError if it cannot be imported or created, and the errors of its `setup`.
     """
     target = settings.summary_sink
     if not target:
@@ -98,18 +98,18 @@ def open_sink(settings: HandlerSettings) -> SummarySink:
     if target == "postgres":
         target = "jobworker.handlers.summaries.postgres_sink:PostgresSink"
     if not _TARGET.fullmatch(target):
-        raise ConfigurationError(f"--summary-sink {target!r}: say postgres or module:Class")
-    sink = _make(target)
+        raise ConfigurationError(f"--summary-sink {target!r}: must be postgres or module:Class")
+    sink = _create(target)
     if (setup := getattr(sink, "setup", None)) is not None:
         setup(settings)
     return sink
 
 
-def _make(target: str) -> SummarySink:
+def _create(target: str) -> SummarySink:
     module, _, name = target.partition(":")
-    # As for handlers: one that lies beside the place where the service was started is found.
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+    # As for handlers: modules in the directory where the service was started can be imported.
+    if (directory := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, directory)
     try:
         return cast(SummarySink, getattr(importlib.import_module(module), name)())
     except (ImportError, AttributeError) as error:

@@ -15,10 +15,10 @@ from support.service import eventually, service
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
 
-NAME, TABLE = "story_segments", "z_novel_story_segments"
+NAME, ALIAS = "story_segments", "z_novel_story_segments"
 SCOPE: dict[str, Any] = {"tenant_id": "t", "project_id": "p"}
 ROWS = 6000
-#: Ten of these are spent waiting for searches on the old collection.
+#: Ten of these seconds are a wait for searches on the old collection.
 REBUILT_WITHIN_S = 120.0
 
 
@@ -28,7 +28,7 @@ def rows() -> list[Row]:
     return [Row(f"r{n:06d}", vectors[n], "t", "p", text_content=texts[n]) for n in range(ROWS)]
 
 
-def test_a_rebuild_survives_its_worker_and_keeps_what_jobs_wrote_meanwhile(tmp_path: Path) -> None:
+def test_a_rebuild_survives_a_worker_kill_and_keeps_concurrent_writes(tmp_path: Path) -> None:
     handlers = {
         "embedding_batch": "support.embedding:Embedding",
         "index_rebuild": "jobworker.handlers.rebuild.handler:IndexRebuild",
@@ -42,7 +42,7 @@ def test_a_rebuild_survives_its_worker_and_keeps_what_jobs_wrote_meanwhile(tmp_p
         store.upsert(NAME, rows())
         rebuilds = open_rebuilds(one.redis_url)
         one.enqueue("index_rebuild", {"collection": NAME})
-        eventually(lambda: int(rebuilds.state(TABLE).get("copied", 0)) > 0, saying="the first page")
+        eventually(lambda: int(rebuilds.state(ALIAS).get("copied", 0)) > 0, saying="the first page")
         workers = [role for role in one.roles() if role.startswith("worker")]
         pids = [one.kill_role(role) for role in workers]
         changed = {f"r{number:06d}": f"changed {number}" for number in range(0, ROWS, 97)}
@@ -58,6 +58,6 @@ def test_a_rebuild_survives_its_worker_and_keeps_what_jobs_wrote_meanwhile(tmp_p
         assert {row.id: row.text_content for row in found} == expected | changed
         assert store.count(NAME) == ROWS
         shadow = open_shadow(milvus.uri, token=None, prefix="z_novel_", named=False)
-        assert shadow.live(NAME) == f"{TABLE}_v2"
+        assert shadow.live_collection(NAME) == f"{ALIAS}_v2"
         for opened in (store, shadow, rebuilds):
             opened.close()

@@ -1,4 +1,4 @@
-"""The sink in PostgreSQL, on a real server: versions, tenants, repeats, and a server that goes away."""
+"""PostgreSQL sink on a real server: versions, tenants, repeated calls, outages."""
 
 import random
 import threading
@@ -65,7 +65,7 @@ def rows(database: Any, query: str) -> list[Any]:
     return list(database.execute(query).fetchall())
 
 
-def test_everything_found_is_stored_in_its_table(sink: Any, database: Any) -> None:
+def test_findings_are_stored_in_their_tables(sink: Any, database: Any) -> None:
     sink.store(chapter(3))
     assert rows(database, "SELECT tenant_id, project_id, id, summary, summary_version FROM chapters") == [
         ("t1", "p1", "c1", "version 3", 3)
@@ -80,7 +80,7 @@ def test_everything_found_is_stored_in_its_table(sink: Any, database: Any) -> No
     assert rows(database, "SELECT source, target, relation FROM relations") == [("林黛玉", "宝玉", "cousin")]
 
 
-def test_twice_leaves_what_once_leaves(sink: Any, database: Any) -> None:
+def test_a_repeated_store_changes_nothing(sink: Any, database: Any) -> None:
     for _ in range(2):
         sink.store(chapter(3))
     counts = "SELECT (SELECT count(*) FROM chapters), (SELECT count(*) FROM entity_states), "
@@ -88,7 +88,7 @@ def test_twice_leaves_what_once_leaves(sink: Any, database: Any) -> None:
     assert rows(database, counts) == [(1, 2, 1, 1)]
 
 
-def test_an_older_version_changes_nothing_and_a_newer_replaces_all(sink: Any, database: Any) -> None:
+def test_a_newer_version_replaces_all_rows_and_an_older_changes_nothing(sink: Any, database: Any) -> None:
     for version in (5, 3, 6, 4):
         sink.store(chapter(version))
     assert rows(database, "SELECT summary FROM chapters") == [("version 6",)]
@@ -96,12 +96,12 @@ def test_an_older_version_changes_nothing_and_a_newer_replaces_all(sink: Any, da
     assert rows(database, "SELECT description FROM events") == [("event of version 6",)]
 
 
-def test_writers_at_a_time_leave_the_newest(server: PostgresServer, database: Any) -> None:
+def test_concurrent_writers_leave_the_newest_version(server: PostgresServer, database: Any) -> None:
     versions = list(range(1, 41))
     random.Random(3).shuffle(versions)
 
     def write(mine: list[int]) -> None:
-        one: Any = sink_on(server)  # the tables are made here, by all at once
+        one: Any = sink_on(server)  # all threads create the tables at once
         for version in mine:
             one.store(chapter(version))
         one.close()
@@ -115,7 +115,7 @@ def test_writers_at_a_time_leave_the_newest(server: PostgresServer, database: An
     assert rows(database, "SELECT DISTINCT chapter_version FROM entity_states") == [(40,)]
 
 
-def test_tenants_stay_apart_and_texts_are_only_texts(sink: Any, database: Any) -> None:
+def test_tenants_are_separate_and_sql_in_texts_is_plain_text(sink: Any, database: Any) -> None:
     hostile = "'; DROP TABLE chapters; -- %s {} \0 \\"
     sink.store(chapter(1, text=hostile))
     sink.store(chapter(9, tenant="t2", text="theirs"))
@@ -123,7 +123,7 @@ def test_tenants_stay_apart_and_texts_are_only_texts(sink: Any, database: Any) -
     assert stored == [("t1", hostile.replace("\0", "")), ("t2", "theirs")]
 
 
-def test_a_table_of_others_is_used_as_it_is(server: PostgresServer, database: Any) -> None:
+def test_an_existing_table_is_used_unchanged(server: PostgresServer, database: Any) -> None:
     database.execute(
         "CREATE TABLE chapters (id text PRIMARY KEY, tenant_id text, project_id text, title text NOT NULL, "
         "summary text, summary_version bigint, summary_updated_at timestamptz)"
@@ -144,15 +144,15 @@ def test_a_table_of_others_is_used_as_it_is(server: PostgresServer, database: An
     one.close()
 
 
-def test_a_table_that_lacks_a_column_is_said_to(server: PostgresServer, database: Any) -> None:
+def test_a_table_without_a_needed_column_is_a_configuration_error(
+    server: PostgresServer, database: Any
+) -> None:
     database.execute("CREATE TABLE events (id bigint)")
     with pytest.raises(ConfigurationError, match="table events"):
         sink_on(server)
 
 
-def test_a_server_that_went_away_makes_the_type_wait_and_is_found_again(
-    sink: Any, server: PostgresServer
-) -> None:
+def test_an_outage_is_unavailable_and_the_sink_reconnects(sink: Any, server: PostgresServer) -> None:
     sink.store(chapter(1))
     server.stop()
     try:
@@ -166,7 +166,7 @@ def test_a_server_that_went_away_makes_the_type_wait_and_is_found_again(
 
 
 @pytest.mark.parametrize("dsn", ["", "nonsense hunter2", "postgresql://u:hunter2@[bad"])
-def test_a_dsn_that_is_none_is_said_to_be_without_its_secret(dsn: str) -> None:
+def test_a_bad_dsn_is_a_configuration_error_without_its_password(dsn: str) -> None:
     with pytest.raises(ConfigurationError, match="--postgres-dsn") as caught:
         open_sink(HandlerSettings(summary_sink="postgres", postgres_dsn=dsn))
     assert "hunter2" not in str(caught.value)

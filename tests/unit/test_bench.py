@@ -1,4 +1,4 @@
-"""The benchmarks run as they are called by hand, on a handful of jobs, and report what they promise."""
+"""The benchmarks run from the command line with a few jobs, and report their figures."""
 
 import json
 import subprocess
@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-#: Two starts of the service, one of the server and of two bare loops, on a machine that does other things.
+#: Timeout in seconds: two starts of the service, one of the server and of two bare loops, on a busy machine.
 LIMIT_S = 60.0
 
 pytestmark = pytest.mark.process
 
 
 def run(program: str, *options: str) -> str:
-    """What the program prints."""
+    """Output of a program."""
     command = [sys.executable, str(BENCH / program), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
@@ -24,54 +24,61 @@ def run(program: str, *options: str) -> str:
 
 
 def report(program: str, *options: str) -> dict[str, Any]:
-    """The one line of JSON, with facts about the host."""
+    """The JSON report of a program, with host facts."""
     (line,) = run(program, *options, "--json").splitlines()
-    found: dict[str, Any] = json.loads(line)
-    assert found["host"]["cores"] > 0
-    assert found["host"]["server"].startswith("valkey ")
-    assert found["host"].keys() >= {"cpu", "kernel", "python", "redis_py", "date"}
-    return found
+    measured: dict[str, Any] = json.loads(line)
+    assert measured["host"]["cores"] > 0
+    assert measured["host"]["server"].startswith("valkey ")
+    assert measured["host"].keys() >= {"cpu", "kernel", "python", "redis_py", "date"}
+    return measured
 
 
 @pytest.fixture(autouse=True)
 def own_server_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody's server in the environment is not ours to fill."""
+    """The tests must not write to a server named in the environment."""
     monkeypatch.delenv("JOBWORKER_REDIS_URL", raising=False)
 
 
 def test_throughput_measures_service_and_bare_loop_in_one_run() -> None:
-    found = report("throughput.py", "--jobs", "300", "--procs", "1", "--repeat", "1")
-    service, bare = found["median"]["service"], found["median"]["bare"]
+    measured = report("throughput.py", "--jobs", "300", "--procs", "1", "--repeat", "1")
+    service, bare = measured["median"]["service"], measured["median"]["bare"]
     assert service["jobs"] == bare["jobs"] == 300
-    assert found["ratio"] == pytest.approx(service["jobs_per_s"] / bare["jobs_per_s"], abs=0.001)
+    assert measured["ratio"] == pytest.approx(service["jobs_per_s"] / bare["jobs_per_s"], abs=0.001)
     assert service["cpu_us"].keys() >= {"supervisor", "reader", "reaper", "worker"}
-    # A read and an XACK for each hundred jobs: the counting leaves this program's own commands out.
+    # A read and an XACK for each hundred jobs: the program's own commands are subtracted.
     assert bare["server_commands"] == pytest.approx(0.02, abs=0.02)
 
 
-def test_latency_gives_percentiles_of_both() -> None:
-    found = report("latency.py", "--seconds", "0.4", "--procs", "1")
-    assert found["jobs"] == 20
+def test_latency_reports_percentiles_of_service_and_bare_loop() -> None:
+    measured = report("latency.py", "--seconds", "0.4", "--procs", "1")
+    assert measured["jobs"] == 20
     for name in ("service", "bare"):
-        ms = found["ms"][name]
+        ms = measured["ms"][name]
         assert 0 < ms["p50"] <= ms["p95"] <= ms["p99"] <= ms["max"]
 
 
-def test_every_audit_entry_is_archived_once_also_under_a_kill() -> None:
-    found = report("audit.py", "--entries", "3000", "--procs", "1", "--kills", "1")
-    assert (found["entries"], found["missing"], found["doubled"]) == (3000, 0, 0)
+def test_audit_reports_each_entry_once_after_a_kill() -> None:
+    measured = report("audit.py", "--entries", "3000", "--procs", "1", "--kills", "1")
+    assert (measured["entries"], measured["missing"], measured["doubled"]) == (3000, 0, 0)
 
 
-def test_memory_gives_the_peak_of_each_role() -> None:
+def test_writeback_ends_at_the_newest_versions_after_a_kill() -> None:
+    small = ("--stories", "3", "--versions", "2", "--kills", "1", "--procs", "1")
+    (line,) = run("writeback.py", *small, "--json").splitlines()
+    measured = json.loads(line)["kills"]
+    assert (measured["kills"], measured["wrong"], measured["dead_letters"]) == (1, 0, 0)
+
+
+def test_memory_reports_the_peak_of_each_role() -> None:
     small = ("--jobs", "200", "--large-jobs", "3", "--still-jobs", "50", "--seconds", "1")
-    found = report("memory.py", *small)["peak_mib"]
-    assert len(found) == 3
-    for peaks in found.values():
+    measured = report("memory.py", *small)["peak_mib"]
+    assert len(measured) == 3
+    for peaks in measured.values():
         assert peaks.keys() >= {"supervisor", "reader", "reaper", "worker"}
         assert all(0 < mib < 1000 for mib in peaks.values())
 
 
-def test_people_get_a_table() -> None:
+def test_the_default_output_is_a_table() -> None:
     printed = run("throughput.py", "--jobs", "50", "--procs", "1", "--repeat", "1")
     assert "service / bare:" in printed
     assert "jobs/s" in printed

@@ -79,7 +79,7 @@ def test_a_rebuild_reads_pages_counts_and_removes_likewise() -> None:
     with recent_milvus("2.6.1") as (uri, server):
         shadow = open_shadow(uri, token=None, prefix="", named=False, timeout_s=5)
         assert shadow.page("t_v1", "", 10) == shadow.page("t_v1", "r5", 10) == []
-        shadow.remove("t_v1", ["r1", "r2"])
+        shadow.delete("t_v1", ["r1", "r2"])
         with pytest.raises(IndexError):  # this one has no rows to count
             shadow.count("t_v1")
         shadow.close()

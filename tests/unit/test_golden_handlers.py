@@ -64,7 +64,7 @@ def rebuilds(world: World, job: Job) -> None:
     world.store.upsert(NAME, [Row("r", world.encoder.encode(["x"])[0], "t", "p", text_content="x")])
     clock = Clock(lambda: world.now_s, world.sleep)
     world.run(IndexRebuild(world.shadow, world.fence, clock), job)
-    assert world.shadow.live(NAME) == f"z_novel_{NAME}_v2"
+    assert world.shadow.live_collection(NAME) == f"z_novel_{NAME}_v2"
     assert world.store.count(NAME) == 1
 
 

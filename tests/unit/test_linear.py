@@ -20,8 +20,7 @@ import pytest
 import jobworker.handlers
 import jobworker.worker
 from jobworker.handlers.encoder import segmenter
-from jobworker.handlers.summaries import extract as summarise
-from jobworker.handlers.summaries import llm
+from jobworker.handlers.summaries import extract, llm
 from jobworker.worker import settings
 from jobworker.worker.admin import find_job as whereabouts
 from jobworker.worker.admin import status_client as observe
@@ -178,11 +177,11 @@ READERS: dict[str, Callable[[str], object]] = {
     "same_store": lambda text: observe.same_store(text, text),
     "strip_control": strip_control,
     "Age": tolerant(lambda text: Age().convert(text, None, None), Exception),
-    "an answer of a language model": llm.read_findings,
+    "an answer of a language model": llm.parse_findings,
     "Retry-After": lambda text: llm.retry_after_s({"retry-after": text[:20_000]}, llm.datetime.now(llm.UTC)),
-    "sentences": summarise.sentences,
-    "whether it is speech": summarise._is_speech,
-    "shorten": lambda text: summarise.shorten(text, 100),
+    "sentences": extract.split_sentences,
+    "whether it is dialogue": extract._is_dialogue,
+    "shorten": lambda text: extract.shorten(text, 100),
     "an id that is looked for": lambda text: whereabouts._matcher(text)(b"{}"),
 }
 

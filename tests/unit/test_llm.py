@@ -1,4 +1,4 @@
-"""A language model over real HTTP: what is asked, what counts as an answer, what becomes of trouble."""
+"""Language model client over real HTTP: requests, valid and invalid answers, retries and failures."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ import pytest
 
 from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.summaries.llm import (
-    MOST_ANSWER_BYTES,
+    MAX_ANSWER_BYTES,
     LanguageModel,
     open_model,
-    read_findings,
+    parse_findings,
     retry_after_s,
 )
 from jobworker.handlers.summaries.sinks import EntityUpdate, Event, Findings, RelationChange
@@ -29,7 +29,7 @@ GOOD: dict[str, Any] = {
 
 
 @contextmanager
-def asking(
+def client(
     replies: Sequence[Reply], pauses: list[float] | None = None, **more: Any
 ) -> Iterator[tuple[Stub, LanguageModel]]:
     waited = pauses if pauses is not None else []
@@ -41,10 +41,10 @@ def asking(
             model.close()
 
 
-def test_a_chapter_is_asked_about_and_the_answer_is_read() -> None:
-    with asking([says(GOOD)], key="sk-secret", summary_chars=77) as (stub, model):
-        found = model.read("第七十七章")
-    assert found == Findings(
+def test_the_request_holds_the_chapter_and_the_answer_becomes_findings() -> None:
+    with client([says(GOOD)], key="sk-secret", summary_chars=77) as (stub, model):
+        findings = model.extract_findings("第七十七章")
+    assert findings == Findings(
         "他在雪夜回家。",
         [EntityUpdate("他", "person", "旅人")],
         [Event("回家", ["他"])],
@@ -58,14 +58,14 @@ def test_a_chapter_is_asked_about_and_the_answer_is_read() -> None:
     assert stub.headers[0]["authorization"] == "Bearer sk-secret"
 
 
-def test_without_a_key_none_is_sent() -> None:
-    with asking([says(GOOD)]) as (stub, model):
-        model.read("x")
+def test_no_authorization_is_sent_without_a_key() -> None:
+    with client([says(GOOD)]) as (stub, model):
+        model.extract_findings("x")
     assert "authorization" not in stub.headers[0]
 
 
 @pytest.mark.parametrize(
-    "rubbish",
+    "invalid",
     [
         says("Sure! Here is the summary."),
         says('{"summary": ""}'),
@@ -82,48 +82,48 @@ def test_without_a_key_none_is_sent() -> None:
     ],
     ids=range(12),
 )
-def test_rubbish_is_repaired_once_or_given_up(rubbish: Reply) -> None:
-    with asking([rubbish, says(GOOD)]) as (stub, model):
-        assert model.read("chapter").summary == GOOD["summary"]
+def test_an_invalid_answer_is_asked_for_once_more(invalid: Reply) -> None:
+    with client([invalid, says(GOOD)]) as (stub, model):
+        assert model.extract_findings("chapter").summary == GOOD["summary"]
         assert [message["role"] for message in stub.requests[1]["messages"]] == [
             "system", "user", "assistant", "user",
         ]  # fmt: skip
         assert model.counters == {"llm_requests": 2, "llm_retries": 0, "llm_repairs": 1}
-    with asking([rubbish]) as (stub, model), pytest.raises(PermanentError, match="twice"):
-        model.read("chapter")
+    with client([invalid]) as (stub, model), pytest.raises(PermanentError, match="twice"):
+        model.extract_findings("chapter")
     assert len(stub.requests) == 2
 
 
-def test_a_markdown_fence_and_unknown_fields_are_no_fault() -> None:
-    found = read_findings('```json\n{"summary": "x", "mood": "grim"}\n```')
-    assert found == Findings("x")
+def test_a_markdown_fence_and_unknown_fields_are_accepted() -> None:
+    findings = parse_findings('```json\n{"summary": "x", "mood": "grim"}\n```')
+    assert findings == Findings("x")
 
 
-def test_an_endpoint_in_trouble_is_asked_again() -> None:
+def test_temporary_failures_are_retried_after_retry_after_or_backoff() -> None:
     pauses: list[float] = []
     replies = [
         Reply(429, b"slow down", {"Retry-After": "7"}), Reply(503), Reply(500, b"oops"), says(GOOD),
     ]  # fmt: skip
-    with asking(replies, pauses) as (_, model):
-        assert model.read("x").summary == GOOD["summary"]
+    with client(replies, pauses) as (_, model):
+        assert model.extract_findings("x").summary == GOOD["summary"]
         assert model.counters["llm_retries"] == 3
     assert pauses == [7.0, 2.0, 4.0]
 
 
-def test_what_never_gets_better_leaves_the_type_to_wait() -> None:
+def test_a_lasting_failure_is_unavailable() -> None:
     pauses: list[float] = []
-    with asking([Reply(502, b"bad gateway")], pauses) as (stub, model):
+    with client([Reply(502, b"bad gateway")], pauses) as (stub, model):
         with pytest.raises(Unavailable, match="HTTP 502: 'bad gateway'"):
-            model.read("x")
+            model.extract_findings("x")
         assert len(stub.requests) == 4
     assert pauses == [1.0, 2.0, 4.0]
 
 
-def test_one_that_asks_for_a_long_pause_is_left_alone_at_once() -> None:
+def test_a_long_retry_after_is_unavailable_at_once() -> None:
     pauses: list[float] = []
-    with asking([Reply(429, b"", {"Retry-After": "3600"})], pauses) as (stub, model):
+    with client([Reply(429, b"", {"Retry-After": "3600"})], pauses) as (stub, model):
         with pytest.raises(Unavailable):
-            model.read("x")
+            model.extract_findings("x")
         assert (len(stub.requests), pauses) == (1, [])
 
 
@@ -135,35 +135,38 @@ def test_one_that_asks_for_a_long_pause_is_left_alone_at_once() -> None:
         (413, PermanentError),
     ],
 )
-def test_what_is_refused_is_not_asked_again(status: int, error: type[Exception]) -> None:
-    with asking([Reply(status, b"no")]) as (stub, model):
+def test_a_rejected_request_is_not_retried(status: int, error: type[Exception]) -> None:
+    with client([Reply(status, b"no")]) as (stub, model):
         with pytest.raises(error, match=f"HTTP {status}"):
-            model.read("x")
+            model.extract_findings("x")
         assert len(stub.requests) == 1
 
 
-def test_nobody_there_leaves_the_type_to_wait() -> None:
+def test_a_refused_connection_is_unavailable() -> None:
     model = LanguageModel("http://127.0.0.1:1/v1", "m", timeout_s=5, sleep=lambda _: None)
     with pytest.raises(Unavailable, match="ConnectError"):
-        model.read("x")
+        model.extract_findings("x")
     model.close()
 
 
-def test_an_answer_that_drips_has_an_end() -> None:
-    slow = asking([Reply(200, b"{", drip_s=0.02)], timeout_s=0.3)
-    with slow as (_, model), pytest.raises(Unavailable, match="TimeoutError: no whole answer within"):
-        model.read("x")
+def test_a_dripping_answer_ends_at_the_timeout() -> None:
+    slow = client([Reply(200, b"{", drip_s=0.02)], timeout_s=0.3)
+    with slow as (_, model), pytest.raises(Unavailable, match="TimeoutError: no complete answer within"):
+        model.extract_findings("x")
 
 
-def test_an_endless_answer_is_no_answer() -> None:
-    with asking([Reply(200, b"x" * (MOST_ANSWER_BYTES + 1))]) as (_, model), pytest.raises(PermanentError):
-        model.read("x")
+def test_an_oversized_answer_is_a_permanent_error() -> None:
+    with client([Reply(200, b"x" * (MAX_ANSWER_BYTES + 1))]) as (_, model), pytest.raises(PermanentError):
+        model.extract_findings("x")
 
 
-def test_an_endpoint_that_speaks_something_else_is_the_operators_matter() -> None:
+def test_a_response_that_is_no_chat_completion_is_unavailable() -> None:
     for body in (b"<html>", b'{"choices": []}', b"{}"):
-        with asking([Reply(200, body)]) as (_, model), pytest.raises(Unavailable, match="protocol"):
-            model.read("x")
+        with (
+            client([Reply(200, body)]) as (_, model),
+            pytest.raises(Unavailable, match="not an OpenAI chat completion"),
+        ):
+            model.extract_findings("x")
 
 
 @pytest.mark.parametrize(
@@ -185,14 +188,14 @@ def test_the_key_comes_from_a_file_or_the_environment(
         with llm_stub([says(GOOD)]) as stub:
             settings = HandlerSettings(llm_url=stub.url, llm_model="m", llm_key_file=path)
             model = open_model(settings)
-            model.read("x")
+            model.extract_findings("x")
             model.close()
         assert stub.headers[0]["authorization"] == f"Bearer {key}"
     assert "sk-" not in str(settings.public())
 
 
 @pytest.mark.parametrize("content", [None, b"", b"two\nlines", b"\xff"])
-def test_a_key_file_that_holds_none_is_said_to(tmp_path: Path, content: bytes | None) -> None:
+def test_a_bad_key_file_is_a_configuration_error(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "key"
     if content is not None:
         file.write_bytes(content)

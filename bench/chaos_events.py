@@ -1,8 +1,8 @@
-"""The oracle's eyes: what handlers write down about each try, outside of the system that is being tested.
+"""Event log of the chaos test: handlers record each try outside of the tested system.
 
-A line is one write in append mode, so lines of many processes never mix and a killed one leaves whole lines
-only. An effect is a symbolic link: made whole or not at all, under a key that follows from the job alone, in
-a folder that no store and no service knows of.
+A line is one write in append mode, so lines of processes never mix, and a killed process leaves whole lines.
+An effect is a symbolic link, which is created atomically. Its key depends on the job only, and no store and
+no service uses its folder.
 """
 
 import hashlib
@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-#: Names the folder; every process of the tested system inherits it.
+#: Environment variable with the folder; every process of the tested system inherits it.
 FOLDER_VARIABLE = "CHAOS_DIR"
 START, END, FAIL = "start", "end", "fail"
 
 
 class Event(NamedTuple):
-    """One line. ``mono_s`` is the clock that all processes of a host share."""
+    """One line; ``mono_s`` is the monotonic clock that all processes of a host share."""
 
     what: str
     id: str
@@ -27,8 +27,8 @@ class Event(NamedTuple):
     mono_s: float
 
 
-class Pen:
-    """Writes for one process; the folder is the one that the environment names."""
+class EventWriter:
+    """Writer of one process, to the folder that the environment names."""
 
     def __init__(self) -> None:
         folder = Path(os.environ[FOLDER_VARIABLE])
@@ -36,13 +36,13 @@ class Pen:
         self._fd = os.open(folder / "events", os.O_WRONLY | os.O_APPEND)
 
     def write(self, what: str, tries: Iterable[tuple[str, int]]) -> None:
-        """One line for each (job id, retry count), all in one write."""
+        """Append one line for each (job id, retry count), all in one write."""
         now, pid = time.monotonic(), os.getpid()
         text = "".join(f"{what} {id} {retry_count} {pid} {now:.6f}\n" for id, retry_count in tries)
         os.write(self._fd, text.encode())
 
     def effect(self, tenant_id: str, id: str, text: str) -> None:
-        """Leave the job's effect. One that is there already stays: that is what keyed effects are for."""
+        """Record the job's effect; an existing one stays, because effects are idempotent by key."""
         try:
             os.symlink(id, self._effects / effect_key(tenant_id, id, text))
         except FileExistsError:
@@ -50,12 +50,12 @@ class Pen:
 
 
 def effect_key(tenant_id: str, id: str, text: str) -> str:
-    """The key holds all that a job says, so that one whose content changed on the way leaves another."""
+    """Key of an effect; it includes the content, so a job that was changed in transit gets another key."""
     return f"{tenant_id}.{id}.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-class Diary:
-    """Reads what was written, as it grows."""
+class EventLog:
+    """Reader of the growing event log."""
 
     def __init__(self, folder: Path) -> None:
         self._effects = folder / "effects"
@@ -67,7 +67,7 @@ class Diary:
         self.events: list[Event] = []
 
     def read(self) -> Sequence[Event]:
-        """Everything so far, in the order of the writes."""
+        """All events so far, in the order of the writes."""
         *lines, self._part = (self._part + self._file.read()).split(b"\n")
         for line in lines:
             what, id, retry_count, pid, mono_s = line.decode().split(" ")
@@ -75,7 +75,7 @@ class Diary:
         return self.events
 
     def running(self) -> dict[int, set[str]]:
-        """Ids that were started and of whose end nothing was written, by the process that started them."""
+        """Ids of started jobs without an end, by process id."""
         found: dict[int, set[str]] = {}
         for event in self.read():
             if event.what == START:
@@ -85,7 +85,7 @@ class Diary:
         return {pid: ids for pid, ids in found.items() if ids}
 
     def effects(self) -> dict[str, list[str]]:
-        """Keys of the effects by the id of the job that left them."""
+        """Keys of effects by job id."""
         found: dict[str, list[str]] = {}
         for link in os.scandir(self._effects):
             found.setdefault(os.readlink(link.path), []).append(link.name)

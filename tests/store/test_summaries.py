@@ -1,4 +1,4 @@
-"""Chapters' summaries: stored once, searchable, never behind a newer version, under kills."""
+"""Summary jobs: stored, searchable, never older than the newest version, also after kills."""
 
 import random
 from collections import deque
@@ -48,7 +48,7 @@ def job(
 
 
 class World:
-    """The stores, which outlive handlers, and handlers on them."""
+    """Stores that outlive their handlers."""
 
     def __init__(self) -> None:
         self.store, self.records, self.fence = MemoryVectors(), open_records(""), MemoryFence()
@@ -84,31 +84,31 @@ class World:
 
 
 class Model:
-    """A language model that finds what it was told to, by the chapter's text."""
+    """Language model whose findings are a function of the chapter's text."""
 
     limit_s = 1.0
 
     def __init__(self, find: Callable[[str], Findings]) -> None:
-        self.find, self.asked = find, 0
+        self.find, self.calls = find, 0
         self.counters: dict[str, int] = {"llm_requests": 0}
 
-    def read(self, content: str) -> Findings:
-        self.asked += 1
+    def extract_findings(self, content: str) -> Findings:
+        self.calls += 1
         return self.find(content)
 
 
 class Sink:
-    """Keeps what it is told; fails as often as it was told to first."""
+    """Sink that fails the first `failures` calls and records the others."""
 
     def __init__(self, failures: int = 0) -> None:
         self.failures = failures
-        self.told: list[ChapterFindings] = []
+        self.stored: list[ChapterFindings] = []
 
     def store(self, chapter: ChapterFindings) -> None:
         if self.failures:
             self.failures -= 1
-            raise Unavailable("the place does not answer")
-        self.told.append(chapter)
+            raise Unavailable("the sink does not answer")
+        self.stored.append(chapter)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def world() -> World:
     return World()
 
 
-def test_a_given_summary_is_stored_as_it_is_and_found(world: World) -> None:
+def test_a_given_summary_is_stored_unchanged_and_searchable(world: World) -> None:
     text = "  他回来了。\n " + "长" * 50
     world.handler().handle(job(3, summary=text))
     assert world.summary() == (3, text)
@@ -129,7 +129,7 @@ def test_a_given_summary_is_stored_as_it_is_and_found(world: World) -> None:
     assert hit.id == "summary:c1"
 
 
-def test_without_one_it_is_made_of_the_chapters_own_sentences(world: World) -> None:
+def test_a_missing_summary_is_extracted_from_the_chapter(world: World) -> None:
     world.handler().handle(job(1))
     _, text = world.summary()
     assert 0 < len(text) <= 30
@@ -139,7 +139,7 @@ def test_without_one_it_is_made_of_the_chapters_own_sentences(world: World) -> N
     assert world.summary() == (2, first), "the same chapter has the same summary"
 
 
-def test_a_summary_longer_than_its_field_is_kept_whole_in_the_record_only(world: World) -> None:
+def test_a_long_summary_is_clipped_in_the_row_but_not_in_the_record(world: World) -> None:
     text = "雪" * 30_000
     world.handler().handle(job(1, summary=text))
     record = world.records.get(RecordKey("summary", "t1", "p1", "c1"))
@@ -161,13 +161,15 @@ def test_a_summary_longer_than_its_field_is_kept_whole_in_the_record_only(world:
         ({"tenant_id": "t2"}, "tenant_id"), ({"project_id": "p2"}, "project_id"),
     ],
 )  # fmt: skip
-def test_bad_payloads_fail_for_good_and_say_why(world: World, payload: dict[str, Any], says: str) -> None:
+def test_a_bad_payload_is_a_permanent_error_with_its_reason(
+    world: World, payload: dict[str, Any], says: str
+) -> None:
     with pytest.raises(PermanentError, match=says):
         world.handler().handle(job(1, **payload))
     assert world.store.count(SEGMENTS) == 0
 
 
-def test_a_payload_that_is_no_object_or_has_no_tenant_fails_for_good(world: World) -> None:
+def test_a_payload_without_tenant_or_that_is_no_object_is_a_permanent_error(world: World) -> None:
     for bad in (job(1, tenant=""), job(1, project="a b")):
         with pytest.raises(PermanentError):
             world.handler().handle(bad)
@@ -175,24 +177,24 @@ def test_a_payload_that_is_no_object_or_has_no_tenant_fails_for_good(world: Worl
         world.handler().handle(Job("j", "audit", "t1", "p1", [1], {}, "", "s", "1-1", 0))
 
 
-def test_a_late_version_changes_nothing_and_asks_no_model(world: World) -> None:
+def test_a_stale_version_changes_nothing_and_calls_no_model(world: World) -> None:
     model = Model(lambda content: Findings("from the model"))
     handler = world.handler(model=model)
     handler.handle(job(20, summary="newest"))
     handler.handle(job(19))
     handler.handle(job(None, summary="without a version is the oldest"))
     assert world.summary() == (20, "newest")
-    assert model.asked == 0
+    assert model.calls == 0
     assert handler.counters == {"summaries_stored": 1, "summaries_outdated": 2, "llm_requests": 0}
 
 
-def test_without_versions_the_last_one_stays(world: World) -> None:
+def test_without_versions_the_last_job_wins(world: World) -> None:
     for text in ("first", "second"):
         world.handler().handle(job(None, summary=text))
     assert world.summary() == (0, "second")
 
 
-def test_another_projects_chapter_of_the_same_id_is_refused_and_nothing_of_it_is_searchable(
+def test_the_same_chapter_id_in_another_project_is_refused_and_not_searchable(
     world: World,
 ) -> None:
     world.handler().handle(job(1, summary="mine"))
@@ -202,7 +204,7 @@ def test_another_projects_chapter_of_the_same_id_is_refused_and_nothing_of_it_is
     assert world.store.get(SEGMENTS, ["summary:c1"], tenant_id="t1", project_id="p2") == []
 
 
-def test_what_a_model_finds_goes_to_its_places(world: World) -> None:
+def test_findings_of_a_model_reach_record_rows_and_sink(world: World) -> None:
     found = Findings(
         "他在雪夜回家，她在灯下等他，两人相对无言，天亮了雪才停。之后的事以后再说。",
         [EntityUpdate("林黛玉", "person", "住在潇湘馆"), EntityUpdate("Lin", "person", "x")],
@@ -213,12 +215,16 @@ def test_what_a_model_finds_goes_to_its_places(world: World) -> None:
     version, text = world.summary()
     assert (version, text) == (4, "他在雪夜回家，她在灯下等他，两人相对无言，天亮了雪才停。")
     assert world.entities() == {"林黛玉": ("住在潇湘馆", "person"), "Lin": ("x", "person")}
-    (told,) = sink.told
-    assert (told.chapter_id, told.chapter_version, told.findings.new_events) == ("c1", 4, found.new_events)
-    assert told.findings.summary == text
+    (stored,) = sink.stored
+    assert (stored.chapter_id, stored.chapter_version, stored.findings.new_events) == (
+        "c1",
+        4,
+        found.new_events,
+    )
+    assert stored.findings.summary == text
 
 
-def test_entities_are_known_by_name_and_apart_by_project(world: World) -> None:
+def test_entities_are_identified_by_name_and_project(world: World) -> None:
     assert entity_id("Lin  Daiyu") == entity_id("ＬＩＮ daiyu") != entity_id("Lin")
     describe = Model(lambda content: Findings("s", [EntityUpdate("Lin", "person", content)]))
     handler = world.handler(model=describe)
@@ -228,7 +234,7 @@ def test_entities_are_known_by_name_and_apart_by_project(world: World) -> None:
     assert world.store.count(ENTITIES) == 2
 
 
-def test_an_entity_follows_the_newest_version_of_a_chapter_and_the_last_chapter(world: World) -> None:
+def test_an_entity_has_the_profile_of_the_last_chapter_in_its_newest_version(world: World) -> None:
     describe = Model(lambda content: Findings("s", [EntityUpdate("Lin", "", content)]))
     handler = world.handler(model=describe)
     for chapter, version, content in (("c1", 2, "c1 v2"), ("c1", 1, "c1 v1"), ("c2", 1, "c2 v1")):
@@ -237,7 +243,7 @@ def test_an_entity_follows_the_newest_version_of_a_chapter_and_the_last_chapter(
 
 
 @pytest.mark.parametrize("text", ['" or id != "', "x\\' or 1 == 1", "{id}", "%\0|", "夜" * 9, "../../x"])
-def test_what_a_model_says_is_only_text_and_touches_nobody_else(world: World, text: str) -> None:
+def test_hostile_names_from_a_model_are_plain_text_and_reach_no_other_tenant(world: World, text: str) -> None:
     def find(content: str) -> Findings:
         return Findings(content, entity_updates=[EntityUpdate(text, description=content)])
 
@@ -255,30 +261,30 @@ def test_what_a_model_says_is_only_text_and_touches_nobody_else(world: World, te
         handler.handle(job(1, chapter=text))
 
 
-def test_long_names_are_cut_to_their_fields(world: World) -> None:
+def test_long_names_are_clipped_to_their_fields(world: World) -> None:
     long = EntityUpdate("名" * 256, "类" * 32, "述" * 20_000)
     world.handler(model=Model(lambda content: Findings("s", [long]))).handle(job(1))
     ((name, (description, kind)),) = world.entities().items()
     assert (len(name.encode()), len(kind.encode()), len(description)) == (255, 30, 20_000)
 
 
-def test_a_model_is_asked_once_for_a_job_whose_sink_was_down(world: World) -> None:
+def test_a_retry_after_a_sink_outage_does_not_call_the_model_again(world: World) -> None:
     model, sink = Model(lambda content: Findings("s")), Sink(failures=2)
     handler = world.handler(model=model, sink=sink)
     for _ in range(2):
         with pytest.raises(Unavailable):
             handler.handle(job(1))
     handler.handle(job(1))
-    assert (model.asked, len(sink.told)) == (1, 1)
+    assert (model.calls, len(sink.stored)) == (1, 1)
 
 
-def test_a_job_store_that_is_down_makes_the_type_wait(world: World) -> None:
+def test_a_job_store_that_is_down_is_unavailable(world: World) -> None:
     handler = world.handler(records=open_records("redis://127.0.0.1:1/0"))
     with pytest.raises(Unavailable):
         handler.handle(job(1))
 
 
-def test_a_collection_that_was_rebuilt_with_another_model_takes_no_summary(world: World) -> None:
+def test_a_collection_rebuilt_with_another_model_refuses_summaries(world: World) -> None:
     handler = world.handler()
     taken = world.fence.begin(f"z_novel_{SEGMENTS}", "s/9-0", 1000)
     world.fence.save(f"z_novel_{SEGMENTS}", taken.epoch, {"live_model": "another"}, lease_ms=1000)
@@ -287,7 +293,7 @@ def test_a_collection_that_was_rebuilt_with_another_model_takes_no_summary(world
     assert world.store.get(SEGMENTS, ["summary:c1"], tenant_id="t1", project_id="p1") == []
 
 
-def test_a_sink_is_named_by_its_class() -> None:
+def test_a_sink_is_loaded_by_its_class_name() -> None:
     assert isinstance(open_sink(HandlerSettings()), NoSink)
     made = open_sink(HandlerSettings(summary_sink="jobworker.handlers.summaries.sinks:NoSink"))
     assert isinstance(made, NoSink)
@@ -296,15 +302,15 @@ def test_a_sink_is_named_by_its_class() -> None:
             open_sink(HandlerSettings(summary_sink=bad))
 
 
-# ---- many writers, some of whom die
+# ---- concurrent writers and kills
 
 
-class Died(BaseException):
-    """The process ended here."""
+class Killed(BaseException):
+    """Stands in for SIGKILL."""
 
 
-class Wild:
-    """Stands before a store: at each call another job may be run first or after, or the process may end."""
+class Chaotic:
+    """Store proxy: before and after each call, another job may run or the process may be killed."""
 
     def __init__(self, real: Any, happen: Callable[[], None]) -> None:
         self._real, self._happen = real, happen
@@ -321,8 +327,8 @@ class Wild:
         return call
 
 
-def run_wildly(world: World, jobs: list[Job], rng: random.Random, model: Model) -> None:
-    """Run all jobs, in each other's midst, those that died once more; at most three are under way."""
+def run_chaotically(world: World, jobs: list[Job], rng: random.Random, model: Model) -> None:
+    """Run all jobs, at most three nested in each other; killed ones run again."""
     waiting = deque(jobs)
     depth = 0
 
@@ -332,9 +338,9 @@ def run_wildly(world: World, jobs: list[Job], rng: random.Random, model: Model) 
         depth += 1
         try:
             world.handler(
-                store=Wild(world.store, happen), records=Wild(world.records, happen), model=model
+                store=Chaotic(world.store, happen), records=Chaotic(world.records, happen), model=model
             ).handle(one)
-        except Died:
+        except Killed:
             waiting.append(one)
         finally:
             depth -= 1
@@ -345,7 +351,7 @@ def run_wildly(world: World, jobs: list[Job], rng: random.Random, model: Model) 
         if waiting and depth < 3 and rng.random() < 0.2:
             run_one()
         if rng.random() < 0.03:
-            raise Died
+            raise Killed
 
     while waiting:
         run_one()
@@ -353,8 +359,8 @@ def run_wildly(world: World, jobs: list[Job], rng: random.Random, model: Model) 
 
 @settings(max_examples=300)
 @given(st.randoms(use_true_random=True))
-def test_in_any_order_and_with_any_deaths_the_newest_stays(rng: random.Random) -> None:
-    # Few, for a later job of the chapter mends what an earlier one left.
+def test_the_newest_version_wins_in_any_order_and_with_any_kills(rng: random.Random) -> None:
+    # Few versions, because a later job of the chapter corrects the rows of an earlier one.
     chapters, versions = 2, rng.randint(2, 3)
     jobs = [
         job(
@@ -368,19 +374,19 @@ def test_in_any_order_and_with_any_deaths_the_newest_stays(rng: random.Random) -
     rng.shuffle(jobs)
     world = World()
     model = Model(lambda content: Findings(content, [EntityUpdate(content[:9], "", content)]))
-    run_wildly(world, jobs, rng, model)
+    run_chaotically(world, jobs, rng, model)
     for chapter in range(chapters):
         version, text = world.summary(f"c{chapter}")
         assert version == versions
         assert text.startswith(f"Chapter {chapter} in its")
-    told = {name: description for name, (description, _) in world.entities().items()}
-    assert told == {
+    described = {name: description for name, (description, _) in world.entities().items()}
+    assert described == {
         f"Chapter {n}": f"Chapter {n} in its version {versions}, told once more." for n in range(chapters)
     }
 
 
-def test_one_that_died_between_row_and_look_is_mended_by_its_next_try(world: World) -> None:
-    """Version 1 writes its row after version 2 has finished, and ends before it can see that."""
+def test_a_retry_corrects_the_row_of_a_job_killed_before_it_read_the_record_again(world: World) -> None:
+    """Version 1 writes its row after version 2 has finished, and is killed before it can notice."""
     second_is_done = False
 
     def happen() -> None:
@@ -393,18 +399,18 @@ def test_one_that_died_between_row_and_look_is_mended_by_its_next_try(world: Wor
         def upsert(self, name: str, rows: Any) -> None:
             happen()
             world.store.upsert(name, rows)
-            raise Died
+            raise Killed
 
         def __getattribute__(self, name: str) -> Any:
             if name == "upsert":
                 return super().__getattribute__(name)
             return getattr(world.store, name)
 
-    with pytest.raises(Died):
+    with pytest.raises(Killed):
         world.handler(store=LateStore()).handle(job(1, summary="first"))
     (row,) = world.store.get(SEGMENTS, ["summary:c1"], tenant_id="t1", project_id="p1")
     assert isinstance(row, Row)
-    assert row.text_content == "first", "the scene is not set"
+    assert row.text_content == "first", "the row must be outdated first"
     world.handler().handle(job(1, summary="first"))
     assert world.summary() == (2, "second")
 

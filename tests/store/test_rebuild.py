@@ -1,4 +1,4 @@
-"""Rebuilds on real servers: Milvus Lite and Milvus 2.3.5, with readers and writers at work."""
+"""Rebuilds on Milvus Lite and Milvus 2.3.5 while clients search and write."""
 
 import contextlib
 import threading
@@ -42,7 +42,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 class World:
-    """One collection of its own on the servers, and what a service does with it."""
+    """A collection with a prefix of its own, and the calls that a service makes."""
 
     def __init__(self, uri: str, redis_url: str, partitions: Any = "key", *, ensure: bool = True) -> None:
         self.prefix = f"r{uuid.uuid4().hex[:8]}_"
@@ -54,7 +54,7 @@ class World:
         if ensure:
             self.store.ensure_collection(NAME, DIM)
         self.shadow = open_shadow(uri, token=None, prefix=self.prefix, named=partitions == "named")
-        self.table = self.prefix + NAME
+        self.alias = self.prefix + NAME
 
     def open(self) -> Any:
         return open_vectors(self.settings.milvus_uri, prefix=self.prefix, partitions=self.partitions)
@@ -80,17 +80,17 @@ class World:
         handler._shadow.close()
 
     def call(self, do: Callable[[Any], Any]) -> Any:
-        """As another program does, with the plain client."""
+        """A request of another program, with the plain client."""
         return self.shadow._link.attempt("by hand", do)
 
-    def by_hand(self, table: str, rows: int = 3) -> None:
-        """Make a collection of one's own."""
+    def create_foreign(self, table: str, rows: int = 3) -> None:
+        """Create a collection as another program does."""
         self.call(lambda client: client.create_collection(table, dimension=4, timeout=30))
         data = [{"id": number, "vector": [1.0, 0.0, 0.0, number]} for number in range(rows)]
         self.call(lambda client: client.insert(table, data, timeout=30))
 
     def ids(self, table: str) -> list[int]:
-        """What a collection made by hand holds."""
+        """Ids in a foreign collection."""
         answer = self.call(
             lambda client: client.query(
                 table, filter="id >= 0", output_fields=["id"], consistency_level="Strong", timeout=30
@@ -102,8 +102,8 @@ class World:
         return {row.id: row.text_content for row in self.store.get(NAME, ids, strong=True, **SCOPE)}
 
     def check(self, expected: dict[str, str]) -> None:
-        """These rows are there and no others. Milvus 2.3.5 misses some for a second or two while it exchanges
-        segments, without an error; what is lost never appears."""
+        """The collection holds exactly these rows. Milvus 2.3.5 misses some for a second or two while it
+        replaces segments, without an error; a lost row never appears."""
         deadline = time.monotonic() + 20
         while self.texts(list(expected)) != expected and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -123,17 +123,17 @@ def world(uri: str, redis_url: str) -> Iterator[World]:
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rebuild, "OLD_SEARCHES_S", 1.0)
     monkeypatch.setattr(rebuild, "PAGE_ROWS", 100)
     monkeypatch.setattr(rebuild, "MIN_PAGE_ROWS", 100)
 
 
-def test_pages_give_every_row_once_and_whole(world: World) -> None:
+def test_pages_return_every_row_once_with_all_fields(world: World) -> None:
     rows = world.rows(0, 250)
     world.store.upsert(NAME, list(reversed(rows)))
     pages, after = [], ""
-    while page := world.shadow.page(world.table, after, 100):
+    while page := world.shadow.page(world.alias, after, 100):
         pages.append(page)
         after = page[-1]["id"]
     records = [record for page in pages for record in page]
@@ -142,13 +142,13 @@ def test_pages_give_every_row_once_and_whole(world: World) -> None:
         vector = record.pop("vector")
         np.testing.assert_array_equal(np.asarray(vector, np.float32), row.vector)
         assert record == {field: value for field, value in row._asdict().items() if field != "vector"}
-    assert [set(row) for row in world.shadow.page(world.table, "", 3, ("id",))] == [{"id"}] * 3
+    assert [set(row) for row in world.shadow.page(world.alias, "", 3, ("id",))] == [{"id"}] * 3
 
 
 @contextlib.contextmanager
 def users(world: World) -> Iterator[tuple[list[Exception], list[int], dict[str, str]]]:
-    """One thread searches, another writes, until the block ends; gives what went wrong, how many searches
-    there were, and the newest text of each row that was written."""
+    """One thread searches and one writes until the block ends. Yields their errors, the number of searches
+    and the newest text of each row written."""
     stop = threading.Event()
     faults: list[Exception] = []
     searches, newest = [0], dict[str, str]()
@@ -186,9 +186,9 @@ def users(world: World) -> Iterator[tuple[list[Exception], list[int], dict[str, 
             thread.join(60)
 
 
-def test_a_rebuild_keeps_every_row_every_field_and_every_search(world: World) -> None:
+def test_a_rebuild_loses_no_row_and_fails_no_search(world: World) -> None:
     world.writer(world.store).write(NAME, [VersionedRows("first", world.rows(0, 600))])
-    # A server lets a search that does not ask for more see rows some moments later.
+    # Without strong consistency, a server shows rows to searches some moments later.
     assert len(world.store.search(NAME, ENCODER.encode(["first 5"])[0], strong=True, **SCOPE)) == 5
     with users(world) as (faults, searches, newest):
         world.rebuild()
@@ -197,14 +197,14 @@ def test_a_rebuild_keeps_every_row_every_field_and_every_search(world: World) ->
     assert searches[0] > 5
     assert len(newest) > 20
     world.check(expected)
-    assert world.shadow.live(NAME) == f"{world.table}_v2"
-    assert not world.shadow.exists(f"{world.table}_v1")
+    assert world.shadow.live_collection(NAME) == f"{world.alias}_v2"
+    assert not world.shadow.exists(f"{world.alias}_v1")
 
 
-def test_rows_are_embedded_anew_with_another_dimension(world: World) -> None:
+def test_rows_are_embedded_again_with_another_dimension(world: World) -> None:
     world.writer(world.store, "dummy:16").write(NAME, [VersionedRows("first", world.rows(0, 120))])
     world.rebuild(model="dummy:24")
-    assert world.shadow.dim(world.table) == 24
+    assert world.shadow.dim(world.alias) == 24
     (row,) = world.store.get(NAME, ["r000007"], strong=True, **SCOPE)
     np.testing.assert_allclose(row.vector, DummyEncoder(24).encode(["first 7"])[0], atol=1e-6)
     with pytest.raises(TransientStoreError, match="--model dummy:24"):
@@ -213,7 +213,7 @@ def test_rows_are_embedded_anew_with_another_dimension(world: World) -> None:
     assert world.texts(["r000000"]) == {"r000000": "new 0"}
 
 
-def test_named_partitions_are_all_there_afterwards(uri: str, redis_url: str) -> None:
+def test_a_rebuild_keeps_named_partitions(uri: str, redis_url: str) -> None:
     world = World(uri, redis_url, "named")
     other = [row._replace(project_id="q", id=f"q{row.id}") for row in world.rows(0, 20)]
     world.store.upsert(NAME, [*world.rows(0, 150), *other])
@@ -222,106 +222,106 @@ def test_named_partitions_are_all_there_afterwards(uri: str, redis_url: str) -> 
     assert world.store.count(NAME) == 150
     vector = ENCODER.encode(["first 5"])[0]
     assert world.store.search(NAME, vector, limit=1, strong=True, **SCOPE)[0].id == "r000005"
-    # A process that knows the partition does not ask for it again.
+    # A process caches existing partitions and does not check them again.
     assert world.store.search(NAME, vector, tenant_id="t", project_id="q", strong=True) == []
     world.store.upsert(NAME, other)
     assert world.store.count(NAME) == 170
     world.close()
 
 
-def test_in_place_leaves_rows_and_searches_as_they_were(world: World) -> None:
+def test_a_rebuild_in_place_keeps_rows_and_search_results(world: World) -> None:
     world.store.upsert(NAME, world.rows(0, 200))
     world.rebuild(mode="in_place")
     vector = ENCODER.encode(["first 5"])[0]
     assert world.store.search(NAME, vector, limit=1, strong=True, **SCOPE)[0].id == "r000005"
     assert world.store.count(NAME) == 200
-    assert world.shadow.live(NAME) == f"{world.table}_v1"
+    assert world.shadow.live_collection(NAME) == f"{world.alias}_v1"
     world.writer(world.store).write(NAME, [VersionedRows("after", world.rows(0, 1))])
 
 
-def test_a_collection_without_an_alias_is_rebuilt_in_place_only(world: World) -> None:
-    world.by_hand(f"{world.prefix}by_hand")
+def test_a_collection_without_an_alias_needs_mode_in_place(world: World) -> None:
+    world.create_foreign(f"{world.prefix}by_hand")
     with pytest.raises(PermanentStoreError, match="in_place"):
-        world.shadow.live("by_hand")
+        world.shadow.live_collection("by_hand")
     with pytest.raises(PermanentError):
         world.rebuild(collection="absent")
 
 
-def test_a_page_is_given_soon_after_many_rows(world: World, tmp_path: Path) -> None:
+def test_a_late_page_is_not_slow(world: World, tmp_path: Path) -> None:
     """The cost of a page must not grow so that a rebuild never ends."""
     world.store.upsert(NAME, world.rows(0, 3000))
     started = time.monotonic()
-    assert len(world.shadow.page(world.table, "r002000", 100)) == 100
+    assert len(world.shadow.page(world.alias, "r002000", 100)) == 100
     assert time.monotonic() - started < 5
 
 
-def test_what_others_gave_the_next_names_is_kept(world: World) -> None:
-    """A collection has the next name, an alias the one after."""
+def test_names_used_by_other_programs_are_skipped(world: World) -> None:
+    """A collection uses the next name, an alias the one after."""
     world.store.upsert(NAME, world.rows(0, 20))
-    theirs = [f"{world.table}_v2", f"{world.prefix}theirs"]
+    theirs = [f"{world.alias}_v2", f"{world.prefix}theirs"]
     for table in theirs:
-        world.by_hand(table)
-    world.call(lambda client: client.create_alias(theirs[1], f"{world.table}_v3", timeout=30))
+        world.create_foreign(table)
+    world.call(lambda client: client.create_alias(theirs[1], f"{world.alias}_v3", timeout=30))
     world.rebuild()
     assert [world.ids(table) for table in theirs] == [[0, 1, 2]] * 2
-    assert world.shadow.live(NAME) == f"{world.table}_v4"
-    assert not world.shadow.exists(f"{world.table}_v1")
+    assert world.shadow.live_collection(NAME) == f"{world.alias}_v4"
+    assert not world.shadow.exists(f"{world.alias}_v1")
     assert world.store.count(NAME) == 20
 
 
-def test_the_old_collection_is_kept_where_another_alias_names_it(world: World) -> None:
+def test_the_old_collection_is_kept_while_another_alias_names_it(world: World) -> None:
     world.store.upsert(NAME, world.rows(0, 20))
-    old, another = f"{world.table}_v1", f"{world.prefix}another"
+    old, another = f"{world.alias}_v1", f"{world.prefix}another"
     world.call(lambda client: client.create_alias(old, another, timeout=30))
     world.rebuild()
-    assert world.shadow.live("another") == old
+    assert world.shadow.live_collection("another") == old
     assert world.shadow.count(another) == 20
 
 
-def test_a_first_collection_of_others_is_not_taken_over(uri: str, redis_url: str) -> None:
+def test_a_foreign_first_collection_is_not_used(uri: str, redis_url: str) -> None:
     world = World(uri, redis_url, ensure=False)
-    world.by_hand(f"{world.table}_v1")
+    world.create_foreign(f"{world.alias}_v1")
     world.store.ensure_collection(NAME, DIM)
-    assert world.shadow.live(NAME) == f"{world.table}_v2"
-    assert world.ids(f"{world.table}_v1") == [0, 1, 2]
+    assert world.shadow.live_collection(NAME) == f"{world.alias}_v2"
+    assert world.ids(f"{world.alias}_v1") == [0, 1, 2]
     world.close()
 
 
-def test_a_first_collection_whose_maker_was_killed_is_used(uri: str, redis_url: str) -> None:
-    """Killed before it made the alias."""
+def test_a_first_collection_is_used_if_its_creator_was_killed(uri: str, redis_url: str) -> None:
+    """Killed before it created the alias."""
     world = World(uri, redis_url)
-    world.call(lambda client: client.drop_alias(world.table, timeout=30))
+    world.call(lambda client: client.drop_alias(world.alias, timeout=30))
     again = world.open()
     again.ensure_collection(NAME, DIM)
-    assert world.shadow.live(NAME) == f"{world.table}_v1"
+    assert world.shadow.live_collection(NAME) == f"{world.alias}_v1"
     again.close()
     world.close()
 
 
 def test_a_collection_made_by_an_earlier_release_is_rebuilt_and_dropped(uri: str, redis_url: str) -> None:
-    """It says nowhere who made it."""
+    """Such a collection has no mark."""
     world = World(uri, redis_url, ensure=False)
-    old = f"{world.table}_v4"
-    world.shadow._tables.create(old, scalars.SEGMENTS, DIM, "")
-    world.call(lambda client: client.create_alias(old, world.table, timeout=30))
+    old = f"{world.alias}_v4"
+    world.shadow._admin.create(old, scalars.SEGMENTS, DIM, "")
+    world.call(lambda client: client.create_alias(old, world.alias, timeout=30))
     world.store.ensure_collection(NAME, DIM)
     world.store.upsert(NAME, world.rows(0, 20))
     world.rebuild()
-    assert world.shadow.live(NAME) == f"{world.table}_v5"
+    assert world.shadow.live_collection(NAME) == f"{world.alias}_v5"
     assert not world.shadow.exists(old)
     assert world.store.count(NAME) == 20
     world.close()
 
 
-def test_what_a_rebuild_made_is_known_by_its_mark(world: World) -> None:
-    target = f"{world.table}_v2"
-    assert world.shadow.make(NAME, target, DIM, "mine")
-    assert world.shadow.make(NAME, target, DIM, "mine")
-    assert not world.shadow.make(NAME, target, DIM, "of another")
+def test_only_the_mark_allows_reuse_and_drop_of_a_collection(world: World) -> None:
+    target = f"{world.alias}_v2"
+    assert world.shadow.create(NAME, target, DIM, "mine")
+    assert world.shadow.create(NAME, target, DIM, "mine")
+    assert not world.shadow.create(NAME, target, DIM, "of another")
     assert world.shadow.mark(target) == "mine"
-    assert world.shadow.mark(world.table) is None, "an alias"
+    assert world.shadow.mark(world.alias) is None, "an alias"
     assert not world.shadow.drop(target, "of another")
-    assert not world.shadow.drop(world.table, "mine")
+    assert not world.shadow.drop(world.alias, "mine")
     assert world.shadow.exists(target)
     assert world.shadow.drop(target, "mine")
     assert not world.shadow.exists(target)

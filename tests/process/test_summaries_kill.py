@@ -1,4 +1,4 @@
-"""Summaries on the running service: versions shuffled and repeated under kills, and a model over HTTP."""
+"""Summary jobs in the running service: kills with shuffled, repeated versions; a model over HTTP."""
 
 import random
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def assert_equal_texts(one: Service, milvus: LiteServer, chapters: int, version:
     store.close()
 
 
-def test_the_newest_version_stays_whatever_the_order_and_whoever_dies(tmp_path: Path) -> None:
+def test_the_newest_version_wins_in_any_order_with_workers_killed(tmp_path: Path) -> None:
     chapters, versions, kills, seed = 8, 10, 5, random.randrange(2**32)
     shuffle = random.Random(seed)
     jobs = [job(c, v) for c in range(chapters) for v in range(1, versions + 1)] * 2
@@ -74,7 +74,7 @@ def test_the_newest_version_stays_whatever_the_order_and_whoever_dies(tmp_path: 
         assert_equal_texts(one, milvus, chapters, versions)
 
 
-def test_a_model_is_asked_over_http_and_its_key_is_seen_nowhere(tmp_path: Path) -> None:
+def test_a_model_is_called_over_http_and_its_key_never_shows(tmp_path: Path) -> None:
     def answer(request: dict[str, Any]) -> Reply:
         chapter = request["messages"][1]["content"]
         found = {"summary": chapter[:40], "entity_updates": [{"name": "Lin", "description": "a traveller"}]}
@@ -90,7 +90,7 @@ def test_a_model_is_asked_over_http_and_its_key_is_seen_nowhere(tmp_path: Path) 
             )
             letter = one.dead_letter(bad, STREAM)
             assert letter["reason"] == "permanent"
-            assert "no answer of use twice" in letter["error"]
+            assert "an invalid answer twice" in letter["error"]
             one.wait_until_drained()
             assert one.client.hget("summary:t:p:c1", "summary") == b"Chapter 1 came to its version 3. Snow fe"
             store = open_vectors(milvus.uri)
