@@ -1,6 +1,5 @@
 """The worker role: takes jobs from the ring, runs their handlers, reports outcomes."""
 
-import logging
 import math
 import time
 from collections import deque
@@ -20,8 +19,6 @@ from .ipc.inflight import FAILED, STARTED, SUCCEEDED
 from .outcome import Failure, failure_of
 from .telemetry.current_job import current
 from .telemetry.metrics import MetricsBuffer
-
-log = logging.getLogger("jobworker.runner")
 
 #: How long finished jobs may wait before the reader is told while there are more to run: long enough that a
 #: stream of tiny jobs costs one wake-up and one settlement for many, short against anything a handler does.

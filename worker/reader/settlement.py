@@ -24,7 +24,7 @@ from ..telemetry.metrics import MetricsBuffer
 from .admission import READER_DIED, AdmittedJob, RejectedEntry
 from .dispatch import WorkerHandle
 
-log = logging.getLogger("jobworker.settle")
+log = logging.getLogger("jobworker.settlement")
 
 
 class FailedJob(NamedTuple):

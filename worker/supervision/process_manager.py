@@ -31,7 +31,7 @@ from .signals import SignalQueue
 from .slots import Slot, Standbys, state
 from .status import child_status
 
-log = logging.getLogger("jobworker.crew")
+log = logging.getLogger("jobworker.process_manager")
 
 #: Between asking a worker past its limit for its stacks and killing it.
 _DUMP_S = 0.3
