@@ -48,17 +48,17 @@ class Supervisor:
         self._settings = settings
         self._data = data
         self._stores = stores
-        self._exposition = PrometheusCollector()
-        self._crew = ProcessManager(settings, self._exposition)
+        self._metrics = PrometheusCollector()
+        self._processes = ProcessManager(settings, self._metrics)
         self._mono_turned_s = time.monotonic()
         self._mono_stop_by_s: float | None = None
         self._said_ready = False
         self._progress = 0
-        self._desk = StatusMailbox()
-        self._headline = StatusLine(settings.procs)
+        self._mailbox = StatusMailbox()
+        self._status_line = StatusLine(settings.procs)
         self._said_status = ""
         self._server = HealthServer(
-            parse_address(settings.metrics_addr), self._exposition, self.health, self._desk.ask
+            parse_address(settings.metrics_addr), self._metrics, self.health, self._mailbox.ask
         )
 
     def run(self, queue: SignalQueue) -> Exit:
@@ -66,7 +66,7 @@ class Supervisor:
         try:
             return self._run(queue)
         finally:
-            self._crew.end_now()
+            self._processes.end_now()
             self._stores.stop()
             self._server.close()
 
@@ -74,7 +74,7 @@ class Supervisor:
         log.info("health.listening", extra={"metrics_url": self._server.url, "pid": os.getpid()})
         while True:
             now = self._mono_turned_s = time.monotonic()
-            self._desk.serve(self._status)
+            self._mailbox.serve(self._status)
             for number in queue.take():
                 if (verdict := self._signalled(number)) is not None:
                     return verdict
@@ -82,12 +82,12 @@ class Supervisor:
                 return verdict
             if self._stores.ready and (verdict := self._turn(now)) is not None:
                 return verdict
-            self._crew.wait(_TICK_S, queue)
+            self._processes.wait(_TICK_S, queue)
 
     def _turn(self, now: float) -> Exit | None:
-        if not self._crew.started:
+        if not self._processes.started:
             self._announce()
-        verdict = self._crew.turn(now)
+        verdict = self._processes.turn(now)
         if verdict is None and self._mono_stop_by_s is not None:
             return self._draining(now)
         self._tell_systemd(now)
@@ -99,33 +99,33 @@ class Supervisor:
         if self._data is not None:
             addresses = {name: getattr(settings, name) for name in ("redis_url", *extension().endpoints)}
             self._data.announce({**addresses, "metrics_url": self._server.url, "pid": os.getpid()})
-        self._crew.start(settings)
+        self._processes.start(settings)
 
     def _signalled(self, number: signal.Signals) -> Exit | None:
         if number == signal.SIGHUP:
             log.info("restart.begun")
             reloading()
             self._said_ready = False
-            self._crew.restart_workers()
+            self._processes.restart_workers()
         elif number in (signal.SIGTERM, signal.SIGINT):
-            if self._mono_stop_by_s is not None or not self._crew.started:
+            if self._mono_stop_by_s is not None or not self._processes.started:
                 log.warning("stop.immediate", extra={"signal": number.name})
                 return Exit.STOPPED
             timeout_s = self._settings.drain_timeout_s
             log.info("drain.begun", extra={"signal": number.name, "timeout_s": timeout_s})
             notify(STOPPING="1")
             self._mono_stop_by_s = time.monotonic() + timeout_s
-            self._crew.drain()
+            self._processes.drain()
         return None
 
     def _draining(self, now: float) -> Exit | None:
         assert self._mono_stop_by_s is not None
         notify(WATCHDOG="1")  # nothing is read any more, and the time for this is limited anyway
-        if self._crew.drained:
+        if self._processes.drained:
             log.info("supervisor.stopped")
             return Exit.STOPPED
         if now > self._mono_stop_by_s:
-            self._crew.kill_workers()
+            self._processes.kill_workers()
         if now > self._mono_stop_by_s + _SETTLE_WITHIN_S:
             log.warning("drain.incomplete", extra={"hint": "what was not settled stays pending in Redis"})
             return Exit.STOPPED
@@ -133,14 +133,14 @@ class Supervisor:
 
     def _tell_systemd(self, now: float) -> None:
         health = self.health()
-        self._exposition.put([("z_novel_ready", (), float(health.ready))])
-        if health.ready and not self._said_ready and not self._crew.exchanging:
+        self._metrics.put([("z_novel_ready", (), float(health.ready))])
+        if health.ready and not self._said_ready and not self._processes.restarting:
             self._said_ready = True
             notify(READY="1")
             log.info("service.ready", extra={"workers": self._settings.procs})
         self._tell_status(health.reasons, now)
-        if self._progress != self._crew.progress:
-            self._progress = self._crew.progress
+        if self._progress != self._processes.progress:
+            self._progress = self._processes.progress
             notify(WATCHDOG="1")
 
     def _tell_status(self, reasons: list[str], now: float) -> None:
@@ -148,8 +148,8 @@ class Supervisor:
         if reasons and (text := "; ".join(reasons)) != self._said_status:
             notify(STATUS=text)
             self._said_status = text
-        elif not reasons and (self._said_status or self._headline.due(now)):
-            notify(STATUS=self._headline.make(self._exposition.totals(), now))
+        elif not reasons and (self._said_status or self._status_line.due(now)):
+            notify(STATUS=self._status_line.make(self._metrics.totals(), now))
             self._said_status = ""
 
     def _status(self) -> dict[str, Any]:
@@ -158,8 +158,8 @@ class Supervisor:
             **service_status(self._settings, self._stores.fill(self._settings).redis_url),
             "ready": health.live and health.ready,
             "reasons": health.reasons,
-            "children": self._crew.children(time.monotonic()),
-            "metrics": self._exposition.totals(),
+            "children": self._processes.children(time.monotonic()),
+            "metrics": self._metrics.totals(),
         }
 
     def health(self) -> Health:
@@ -168,10 +168,10 @@ class Supervisor:
         reasons = self._stores.reasons()
         if self._mono_stop_by_s is not None:
             reasons.append("stopping")
-        reasons += self._crew.reasons()
+        reasons += self._processes.reasons()
         if silent_s > _LIVE_WITHIN_S:
             reasons.append(f"the supervisor's loop has not come round for {silent_s:.0f} s")
-        return Health(silent_s <= _LIVE_WITHIN_S, not reasons, reasons, {"workers": self._crew.states()})
+        return Health(silent_s <= _LIVE_WITHIN_S, not reasons, reasons, {"workers": self._processes.states()})
 
 
 def _open_data_dir(settings: Settings) -> DataDir:

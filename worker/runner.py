@@ -1,6 +1,5 @@
 """The worker role: takes jobs from the ring, runs their handlers, reports outcomes."""
 
-import logging
 import math
 import time
 from collections import deque
@@ -18,14 +17,12 @@ from .ipc.channel import READY, STOPPING, Channel, JobFrame, OutcomeFrame
 from .ipc.control import ControlSocket, Ready
 from .ipc.inflight import FAILED, STARTED, SUCCEEDED
 from .outcome import Failure, failure_of
-from .telemetry.current_job import doing
+from .telemetry.current_job import current
 from .telemetry.metrics import MetricsBuffer
-
-log = logging.getLogger("jobworker.runner")
 
 #: How long finished jobs may wait before the reader is told while there are more to run: long enough that a
 #: stream of tiny jobs costs one wake-up and one settlement for many, short against anything a handler does.
-_TELL_AFTER_S = 0.004
+_FLUSH_AFTER_S = 0.004
 #: How often counts go to the supervisor, and how long an idle worker sleeps at most.
 _REPORT_EVERY_S = 0.5
 #: How often an idle worker asks its handlers whether what they need still answers.
@@ -83,7 +80,7 @@ class Runner:
         self._waits = {kind: self._tally.histogram("z_novel_job_wait_seconds", (kind,)) for kind in handlers}
         self._batches = self._tally.histogram("z_novel_batch_jobs")
         self._counted: dict[tuple[int, str], int] = {}
-        self._untold_since: float | None = None
+        self._unflushed_since: float | None = None
         self._reported_at = 0.0
         self._checked_at = 0.0
         self._trouble: str | None = None
@@ -110,7 +107,7 @@ class Runner:
         """One round of the loop: run what goes together, or wait at most so long for jobs."""
         now = self._mono_s()
         self._channel.heartbeat(now)
-        self._take()
+        self._pull_frames()
         if self._waiting:
             self._run_next()
         else:
@@ -118,7 +115,7 @@ class Runner:
         if now - self._reported_at > _REPORT_EVERY_S:
             self.report()
 
-    def _take(self, *, everything: bool = False) -> None:
+    def _pull_frames(self, *, everything: bool = False) -> None:
         """Move frames from the ring into the queue, a few ahead, giving their space back at once."""
         most, most_bytes = (math.inf, math.inf) if everything else (self._lookahead, _AHEAD_BYTES)
         ahead_bytes = sum([waiting.size_bytes for waiting in self._waiting])
@@ -138,14 +135,14 @@ class Runner:
                 return
 
     def _idle(self, now: float, sleep_s: float) -> None:
-        self._tell()
+        self._flush_outcomes()
         if now - self._checked_at > _HEALTH_EVERY_S:
             self._checked_at = now
             self._check_health()
         self._channel.wait_for_jobs(sleep_s, self._link.fileno())
-        self._listen()
+        self._receive()
 
-    def _listen(self) -> None:
+    def _receive(self) -> None:
         """The supervisor has nothing to say to a worker but its own end, which ends the worker too."""
         try:
             while self._link.receive():
@@ -156,20 +153,20 @@ class Runner:
     def _run_next(self) -> None:
         """Start the oldest waiting job, with others of its type where the handler takes several."""
         handler = self._handlers[self._waiting[0].envelope.type]
-        self._ask_for(handler.max_batch)
+        self._set_batch_hint(handler.max_batch)
         if handler.handle_batch is None:
             self._run_singly(handler)
         else:
-            self._await_company(handler)
+            self._await_more(handler)
             if self.stop:
                 return
-            self._run_batch(handler, self._gather(handler))
-        if self._untold_since is not None and (
-            not self._waiting or self._mono_s() - self._untold_since > _TELL_AFTER_S
+            self._run_batch(handler, self._take_batch(handler))
+        if self._unflushed_since is not None and (
+            not self._waiting or self._mono_s() - self._unflushed_since > _FLUSH_AFTER_S
         ):
-            self._tell()
+            self._flush_outcomes()
 
-    def _ask_for(self, jobs: int) -> None:
+    def _set_batch_hint(self, jobs: int) -> None:
         """Let the reader keep some batches of the type at hand here, and not more: jobs that wait behind
         others here are not taken by an idle worker, of this host or another."""
         if jobs == self._channel.batch_hint:
@@ -178,17 +175,17 @@ class Runner:
         if more:
             self._channel.wake_reader()
 
-    def _await_company(self, handler: BoundHandler) -> None:
+    def _await_more(self, handler: BoundHandler) -> None:
         """Wait a moment for more jobs, where nothing but part of a batch is there."""
         give_up_at = self._mono_s() + self._linger_s
         while not self.stop and self._has_room(handler):
             left_s = give_up_at - self._mono_s()
             if left_s < _SHORTEST_POLL_S:
                 return
-            self._tell()
+            self._flush_outcomes()
             self._channel.wait_for_jobs(left_s, self._link.fileno())
-            self._listen()
-            self._take()
+            self._receive()
+            self._pull_frames()
 
     def _has_room(self, handler: BoundHandler) -> bool:
         size_bytes = sum(waiting.size_bytes for waiting in self._waiting)
@@ -198,7 +195,7 @@ class Runner:
             and all(waiting.envelope.type == handler.kind for waiting in self._waiting)
         )
 
-    def _gather(self, handler: BoundHandler) -> list[QueuedJob]:
+    def _take_batch(self, handler: BoundHandler) -> list[QueuedJob]:
         """The oldest job, and waiting ones of its type up to the handler's limits, in order; the others keep
         their places."""
         batch: list[QueuedJob] = []
@@ -229,18 +226,18 @@ class Runner:
         waiting, kind = self._waiting, handler.kind
         started = self._mono_s()
         wall_ahead_s = self._wall_s() - started
-        if self._untold_since is None:
-            self._untold_since = started
-        tell_at = self._untold_since + _TELL_AFTER_S
+        if self._unflushed_since is None:
+            self._unflushed_since = started
+        flush_at = self._unflushed_since + _FLUSH_AFTER_S
         took_s: list[float] = []
         waited_s: list[float] = []
-        while waiting and waiting[0].envelope.type == kind and started <= tell_at and not self.stop:
+        while waiting and waiting[0].envelope.type == kind and started <= flush_at and not self.stop:
             job = waiting.popleft()
             waited_s += _waited_s(job.envelope, started + wall_ahead_s)
             ended = self._run_one(handler, job, started)
             took_s.append(ended - started)
             started = ended
-        doing.jobs = ()
+        current.jobs = ()
         self._channel.running(0.0, 0.0)
         self._channel.finished += len(took_s)
         self._durations[kind].extend(took_s)
@@ -253,13 +250,13 @@ class Runner:
         at = waiting.row % self._rows
         self._states[at] = STARTED
         try:
-            doing.jobs = job = self._job(waiting)
+            current.jobs = job = self._job(waiting)
             handler.handle(job)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # asyncio's and other libraries' cancellations among them
             if self._fail(waiting, error).unavailable:
-                self._give_back(handler.kind, error)
+                self._return_queued(handler.kind, error)
         else:
             self._states[at] = SUCCEEDED
         return self._mono_s()
@@ -272,9 +269,9 @@ class Runner:
         limit_s = min(sum(limits_s), max(handler.batch_timeout_s, *limits_s))
         self._channel.running(started, started + limit_s)
         self._channel.table.mark([waiting.row for waiting in batch], STARTED)
-        doing.jobs = jobs
+        current.jobs = jobs
         outcomes = self._outcomes(handler.handle_batch, jobs)
-        doing.jobs = ()
+        current.jobs = ()
         unavailable = 0
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if outcome is None:
@@ -282,12 +279,12 @@ class Runner:
             else:
                 unavailable += self._fail(waiting, outcome).unavailable
         if outcomes[0] is not None and unavailable == len(batch):
-            self._give_back(handler.kind, outcomes[0])
+            self._return_queued(handler.kind, outcomes[0])
         self._channel.running(0.0, 0.0)
-        if self._untold_since is None:
-            self._untold_since = started
+        if self._unflushed_since is None:
+            self._unflushed_since = started
         self._channel.finished += len(batch)
-        self._observe(handler.kind, [waiting.envelope for waiting in batch], self._mono_s() - started)
+        self._record_metrics(handler.kind, [waiting.envelope for waiting in batch], self._mono_s() - started)
 
     def _outcomes(
         self, handle_batch: Callable[[Sequence[Job]], Sequence[BaseException | None]], jobs: list[Job]
@@ -300,10 +297,10 @@ class Runner:
         except BaseException as error:
             return [error] * len(jobs)
 
-    def _give_back(self, kind: str, error: BaseException) -> None:
+    def _return_queued(self, kind: str, error: BaseException) -> None:
         """What a type needs is away: its jobs that wait here would find that out too, one time limit after
         another, and hold up those of other types meanwhile. The reader keeps them until it is back."""
-        self._take(everything=True)
+        self._pull_frames(everything=True)
         queued = list(self._waiting)
         self._waiting.clear()
         for waiting in queued:
@@ -325,12 +322,12 @@ class Runner:
             time.sleep(0.001)  # the ring is full of failures; the reader is settling them
         return failure
 
-    def _tell(self) -> None:
-        if self._untold_since is not None:
-            self._untold_since = None
+    def _flush_outcomes(self) -> None:
+        if self._unflushed_since is not None:
+            self._unflushed_since = None
             self._channel.wake_reader()
 
-    def _observe(self, kind: str, envelopes: Sequence[Envelope], took_s: float) -> None:
+    def _record_metrics(self, kind: str, envelopes: Sequence[Envelope], took_s: float) -> None:
         self._durations[kind].add(took_s, len(envelopes))
         self._batches.add(len(envelopes))
         started_wall_s = self._wall_s() - took_s

@@ -5,7 +5,6 @@ its index is at the end, so a file is unreadable until it is closed, for auditor
 """
 
 import hashlib
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -20,8 +19,6 @@ from jobworker.worker import Job, PermanentError
 from ..settings import HandlerSettings
 from .day_file import ArchiveLine, DayFile, sync_folder
 from .units import EntryRef, parse_ref
-
-log = logging.getLogger("jobworker.audit")
 
 #: Default of zstd: higher levels gain little on frames of a few dozen lines.
 _LEVEL = 3

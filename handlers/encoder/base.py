@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from numpy.typing import NDArray
 from .packing import Ceilings, pack, run_batches
 from .precision_check import SENTENCES
 from .segmenter import Offsets, cut
-
-log = logging.getLogger("jobworker.model")
 
 Vectors = NDArray[np.float32]
 Purpose = Literal["document", "query"]

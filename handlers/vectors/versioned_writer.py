@@ -16,7 +16,7 @@ from ..jobstore.fence import Fence, WriteAdmission, WriteIntent
 from . import schema as scalars
 from .ports import AnyRow, TransientStoreError, VectorStore
 
-log = logging.getLogger("jobworker.fenced")
+log = logging.getLogger("jobworker.versions")
 
 T = TypeVar("T")
 

@@ -213,7 +213,7 @@ def hand(handed: int, frame_jobs: int, lines: bool) -> int:
 
     def prepare() -> Desk:
         made = desk(waiting=2)
-        made.runner._take()
+        made.runner._pull_frames()
         made.channel.table.mark([FIRST_ROW], STARTED)
         made.channel.table.mark([FIRST_ROW + 1], SUCCEEDED)
         assert made.lane.dispatch(arrivals(2, 1)) == 1  # not taken yet
@@ -233,7 +233,7 @@ def hand(handed: int, frame_jobs: int, lines: bool) -> int:
         assert table.unsettled() == [held(i) for i in range(count)]
         assert [table.state(FIRST_ROW + i) for i in range(count)] == earlier + [QUEUED] * (count - 3)
         assert successor.dispatch(arrivals(count, 10 - count)) == 10 - count
-        made.runner._take()
+        made.runner._pull_frames()
         taken = [(w.row, w.source, w.entry_id, w.envelope.id) for w in made.runner._waiting][2:]
         assert taken == [(held(i).row, held(i).source, held(i).entry_id, f"job-{i}") for i in range(2, 10)]
         made.close(successor)
@@ -245,7 +245,7 @@ def take() -> int:
     lane._FRAME_JOBS = 2
 
     def act(made: Desk) -> None:
-        made.runner._take()
+        made.runner._pull_frames()
 
     kills = 0
     for made, ended in every_kill(lambda: desk(waiting=5), act, {"runner.py", "inflight.py", "ring.py"}):
@@ -263,7 +263,7 @@ def run_one(fails: bool) -> int:
 
     def prepare() -> Desk:
         made = desk(fails, waiting=2)
-        made.runner._take()
+        made.runner._pull_frames()
         return made
 
     def act(made: Desk) -> None:
@@ -296,7 +296,7 @@ def settle() -> int:
 
     def prepare() -> Desk:
         made = desk(waiting=8)
-        made.runner._take()
+        made.runner._pull_frames()
         made.channel.table.mark([FIRST_ROW + i for i in (0, 1, 2, 3, 4, 6)], SUCCEEDED)
         return made
 

@@ -11,7 +11,7 @@ WORDS = re.compile(
     r"(?![a-z])",
     re.IGNORECASE,
 )
-#: The standard library's module, Python's garbage collector, HTML's element, and the package that has the types.
+#: The standard library, HTML, a log summary, and a line of the driver's file.
 ALLOWED = re.compile(
     r"collections(?:\.abc)? import|</?summary>|summary \{|is_summary|_SUMMARY|a summary of|'Model:'"
 )

@@ -175,7 +175,7 @@ def test_a_new_reader_finds_the_head(
     first = WorkerHandle(0, 0, channel, 0.0)
     assert first.dispatch(arrivals(before)) == before
     if taken:
-        runner._take()
+        runner._pull_frames()
     assert first.dispatch(arrivals(after, before)) == after
     second = new_reader(channel)
     assert second.table.head == before + after
@@ -190,7 +190,7 @@ def test_a_new_reader_finds_the_head_though_the_worker_takes_meanwhile(
 ) -> None:
     assert WorkerHandle(0, 0, channel, 0.0).dispatch(arrivals(5)) == 5
     opened = Channel(*[os.dup(fd) for fd in channel.fds])
-    runner._take()  # between the reader's opening the table and its looking into the ring
+    runner._pull_frames()  # between the reader's opening the table and its looking into the ring
     second = WorkerHandle(0, 1, opened, 0.0)
     assert second.table.head == 5
     opened.close()

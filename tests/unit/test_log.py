@@ -15,7 +15,7 @@ import pytest
 from jobworker.handlers.settings import HandlerSettings
 from jobworker.worker import Job
 from jobworker.worker.telemetry import log as logs
-from jobworker.worker.telemetry.current_job import doing, log_fields
+from jobworker.worker.telemetry.current_job import current, log_fields
 from jobworker.worker.telemetry.log import ForPeople, JsonLines, hide, redacted, secrets_of
 from jobworker.worker.telemetry.log_limit import RateLimitFilter
 
@@ -63,7 +63,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
     yield lambda: capsys.readouterr().err
     root.handlers[:] = handlers
     hide(())
-    doing.jobs = ()
+    current.jobs = ()
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
 
@@ -187,7 +187,7 @@ def test_a_line_about_a_huge_job_is_bounded_and_holds_no_part_of_a_password(
     """What is cut is cut behind the redaction: half a password would not be known for one."""
     logs.set_up("worker 0", "info", form)
     huge = "x" * (logs.MAX_TEXT_CHARS // 2 - 20) + f" redis://u:{SECRET * 20}@host " + "y" * 1_000_000
-    doing.jobs = a_job(huge, metadata={"request_id": huge})
+    current.jobs = a_job(huge, metadata={"request_id": huge})
     try:
         raise ValueError(huge)
     except ValueError:
@@ -216,7 +216,7 @@ def a_job(id: str, **more: Any) -> Job:
 def test_what_a_handler_says_carries_its_job(said: Callable[[], str]) -> None:
     logs.set_up("worker 0", "info", "json")
     metadata = {"request_id": "r1", "trace_id": "t-9", "priority": "5"}
-    doing.jobs = a_job("j1", metadata=metadata)
+    current.jobs = a_job("j1", metadata=metadata)
     logging.getLogger("theirs").info("stored")
     event = json.loads(said())
     told = {"job_id": "j1", "task_type": "noop", "tenant_id": "t1", "project_id": "p1",
@@ -229,7 +229,7 @@ def test_what_a_handler_says_carries_its_job(said: Callable[[], str]) -> None:
 
 def test_what_a_handler_says_of_a_batch_carries_what_its_jobs_have_in_common(said: Callable[[], str]) -> None:
     logs.set_up("worker 0", "info", "json")
-    doing.jobs = [a_job("j1", project_id="p1"), a_job("j2", project_id="p2"), a_job("j3", tenant_id="t1")]
+    current.jobs = [a_job("j1", project_id="p1"), a_job("j2", project_id="p2"), a_job("j3", tenant_id="t1")]
     logging.getLogger("theirs").info("stored")
     event = json.loads(said())
     assert (event["jobs"], event["task_type"], event["tenant_id"]) == (3, "noop", "t1")
@@ -304,7 +304,7 @@ def test_what_was_held_back_is_said_when_the_next_line_comes_late_or_at_the_end(
 
 def test_a_flood_is_cut_on_its_way_to_stderr(said: Callable[[], str]) -> None:
     logs.set_up("reader", "info", "json")
-    doing.jobs = a_job("j1")
+    current.jobs = a_job("j1")
     for number in range(1000):
         logging.getLogger("jobworker.x").warning("again", extra={"number": number})
     logging.getLogger().handlers[0].close()

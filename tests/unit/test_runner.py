@@ -25,7 +25,7 @@ from jobworker.worker.reader.admission import AdmittedJob
 from jobworker.worker.reader.dispatch import WorkerHandle
 from jobworker.worker.runner import Runner
 from jobworker.worker.store.ports import Entry
-from jobworker.worker.telemetry.current_job import current_log_fields, doing
+from jobworker.worker.telemetry.current_job import current, current_log_fields
 from support import programs
 
 WITHIN_S = 20.0
@@ -518,7 +518,7 @@ def test_async_jobs_run_one_after_another_on_a_loop_that_is_kept(desk: Callable[
     assert worker.states() == [SUCCEEDED] * 4
     assert [(id, told) for id, _, told in seen] == [("0", "0"), ("1", "1"), ("3", "3")]
     assert len({loop for _, loop, _ in seen}) == 1
-    assert doing.jobs == ()
+    assert current.jobs == ()
 
 
 def test_an_async_failure_is_one_of_its_own_job(desk: Callable[..., Desk]) -> None:

@@ -20,7 +20,7 @@ from jobworker.worker.event_loop import EventLoop
 from jobworker.worker.handler import BoundHandler
 from jobworker.worker.store.memory.store import MemoryServer, MemoryStore
 from jobworker.worker.telemetry import trace
-from jobworker.worker.telemetry.current_job import doing
+from jobworker.worker.telemetry.current_job import current
 from jobworker.worker.telemetry.log import hide
 from jobworker.worker.telemetry.otel import Spans, open_tracing
 from jobworker.worker.telemetry.otel_context import number_of, trace_id_of
@@ -38,7 +38,7 @@ def exporter() -> Iterator[InMemorySpanExporter]:
     trace.install(Spans(kept, Resource.create({})))
     yield kept
     trace.install(None)
-    doing.jobs = ()
+    current.jobs = ()
 
 
 def sent(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
@@ -75,7 +75,7 @@ class Single:
     error: BaseException | None = None
 
     def handle(self, job: Job) -> None:
-        doing.jobs = job
+        current.jobs = job
         with trace.span("part", colour="red"), trace.span("inner"):
             if self.error:
                 raise self.error
@@ -119,8 +119,8 @@ def test_spans_of_an_async_handler_hang_below_its_job(exporter: InMemorySpanExpo
     loop = EventLoop()
     bound = BoundHandler("noop", Asynchronous(), 60.0, loop)
     trace.watch({"noop": bound})
-    doing.jobs = job(TRACEPARENT)
-    bound.handle(doing.jobs)
+    current.jobs = job(TRACEPARENT)
+    bound.handle(current.jobs)
     loop.close()
     spans = sent(exporter)
     process = spans["process noop"].context.span_id
@@ -182,7 +182,7 @@ def test_what_is_not_sampled_is_not_sent_by_anybody(monkeypatch: pytest.MonkeyPa
         trace.close()
     finally:
         trace.install(None)
-        doing.jobs = ()
+        current.jobs = ()
     by_trace: dict[int, set[str]] = {}
     for span in kept.get_finished_spans():
         by_trace.setdefault(span.context.trace_id, set()).add(span.name)

@@ -51,16 +51,16 @@ _ONE_BY_ONE = 8
 
 
 class LeaseKeeper:
-    """Of one reader, whose lanes and backlog are looked at; `arrive` is told of what was found."""
+    """Of one reader, whose lanes and backlog are looked at; `on_entries` is told of what was found."""
 
     def __init__(
         self,
         store: ReaderStore,
         settings: Settings,
         workers: Sequence[WorkerHandle],
-        backlog: PrefetchBuffer,
+        buffer: PrefetchBuffer,
         tally: MetricsBuffer,
-        arrive: Callable[[int, list[Entry]], None],
+        on_entries: Callable[[int, list[Entry]], None],
         marks: Marks,
         mono_now_s: float,
     ) -> None:
@@ -70,9 +70,9 @@ class LeaseKeeper:
         self._settings = settings
         self._sources = settings.streams
         self._workers = workers
-        self._backlog = backlog
+        self._buffer = buffer
         self._tally = tally
-        self._arrive = arrive
+        self._on_entries = on_entries
         self._marks = marks
         self._mono_renewed_s = mono_now_s
         # Sources whose pending entries are still being listed, and the last one that was: new ones wait.
@@ -83,7 +83,7 @@ class LeaseKeeper:
 
     def credit(self) -> int:
         """How many jobs the workers can take; none while what waits here is as much as may be held."""
-        return 0 if self._backlog.full else sum(worker.credit for worker in self._workers)
+        return 0 if self._buffer.full else sum(worker.credit for worker in self._workers)
 
     # -- what this consumer was given before
 
@@ -103,20 +103,20 @@ class LeaseKeeper:
     def list_pending(self) -> None:
         """Continue the listing of entries that this consumer owns and no worker holds, while there is
         room."""
-        if not self._unlisted or self._backlog.full:
+        if not self._unlisted or self._buffer.full:
             return
         known = self._in_hand()
         for number, after in list(self._unlisted.items()):
             if self._marks.is_careful(number):
                 self._list_one_by_one(number, after, known)
                 continue
-            while not self._backlog.full:
+            while not self._buffer.full:
                 self._marks.open_window(number)
                 page = self._store.own_pending(self._sources[number], after, self._page(number))
                 if not page:
                     self._listed_all(number)
                     break
-                self._arrive(number, [entry for entry in page if (number, entry.id) not in known])
+                self._on_entries(number, [entry for entry in page if (number, entry.id) not in known])
                 after = self._unlisted[number] = page[-1].id
         self._marks.clear()
 
@@ -127,18 +127,18 @@ class LeaseKeeper:
     @property
     def listing_one_by_one(self) -> bool:
         """Whether such a listing is running and has room: the next turn continues without a wait."""
-        return not self._backlog.full and any(map(self._marks.is_careful, self._unlisted))
+        return not self._buffer.full and any(map(self._marks.is_careful, self._unlisted))
 
     def _list_one_by_one(self, source: int, after: bytes, known: set[tuple[int, bytes]]) -> None:
         """A reader ended while it read these: each entry is fetched under its own mark. A few a turn, so
         that they are handed out although readers end."""
         ids = self._store.own_ids(self._sources[source], after, _ONE_BY_ONE)
         for id in ids:
-            if self._backlog.full:
+            if self._buffer.full:
                 return
             if (source, id) not in known:
                 self._marks.mark(source, id)
-                self._arrive(source, self._fetch_one(source, after, id))
+                self._on_entries(source, self._fetch_one(source, after, id))
                 self._marks.unmark()
                 self._marks.absolve(source, id)
             after = self._unlisted[source] = id
@@ -154,14 +154,14 @@ class LeaseKeeper:
     def _in_hand(self) -> set[tuple[int, bytes]]:
         """Every entry that a worker holds and that is not settled, or that waits here."""
         held = {(held.source, held.entry_id) for worker in self._workers for held in worker.table.unsettled()}
-        return held | {(arrival.source, arrival.entry.id) for arrival in self._backlog}
+        return held | {(arrival.source, arrival.entry.id) for arrival in self._buffer}
 
     def _page(self, source: int) -> int:
         return min(_PAGE, self.portions[source].entries)
 
     # -- leases
 
-    def keep(self, now: float, *, draining: bool) -> None:
+    def renew_and_claim(self, now: float, *, draining: bool) -> None:
         """When a third of the lease is over: renew what is in hand, then take over what lost hosts left."""
         if now - self._mono_renewed_s <= self._settings.lease_s / 3:
             return
@@ -173,19 +173,19 @@ class LeaseKeeper:
             if lost:
                 self._drop(number, lost)
             if not draining and not self._marks.is_careful(number):
-                self._take_over(number, known)
+                self._claim(number, known)
 
     def _drop(self, source: int, lost: set[bytes]) -> None:
         """Forget what waits here and was taken over elsewhere; what is running is refused when settled."""
         stream = self._sources[source].stream
         log.warning("lease.lost", extra={"entries": len(lost), "stream": stream})
         self._tally.count("z_novel_leases_lost_total", (stream,), len(lost))
-        self._backlog.drop(source, lost)
+        self._buffer.drop(source, lost)
 
-    def _take_over(self, source: int, known: set[tuple[int, bytes]]) -> None:
+    def _claim(self, source: int, known: set[tuple[int, bytes]]) -> None:
         cursor, stream = _START, self._sources[source].stream
         idle_ms = int(self._settings.lease_s * 1000)
-        while self.credit() > self._backlog.waiting(source):
+        while self.credit() > self._buffer.waiting(source):
             page = self._page(source)
             self._marks.open_window(source)
             cursor, entries = self._store.take_over(self._sources[source], idle_ms, page, cursor)
@@ -193,16 +193,16 @@ class LeaseKeeper:
             if found:
                 log.warning("lease.claimed", extra={"entries": len(found), "stream": stream})
                 self._tally.count("z_novel_leases_taken_over_total", (stream,), len(found))
-            self._arrive(source, found)
+            self._on_entries(source, found)
             self._marks.clear()
             if cursor == _START:
                 return
 
-    def hand_back(self) -> None:
+    def release_unstarted(self) -> None:
         """Before ending: let any other host have at once what was read and not begun, and the name itself."""
         try:
             for number, source in enumerate(self._sources):
-                ids = [a.entry.id for a in self._backlog if a.source == number]
+                ids = [a.entry.id for a in self._buffer if a.source == number]
                 if ids:
                     self._store.release(source, ids)
             self._store.resign(self._sources)

@@ -82,14 +82,14 @@ class Reader:
         self._rng = rng or random.Random()
         self._tally = MetricsBuffer()
         kinds = {kind: number for number, kind in enumerate(settings.handlers)}
-        self._triage = Admission(kinds, settings.max_payload, settings.max_deaths)
-        self._backlog = PrefetchBuffer(list(settings.handlers))
+        self._admission = Admission(kinds, settings.max_payload, settings.max_deaths)
+        self._buffer = PrefetchBuffer(list(settings.handlers))
         self._settler = Settler(
-            store, settings, self._tally, self._rng, self._backlog.is_within_grace, self._marks
+            store, settings, self._tally, self._rng, self._buffer.is_within_grace, self._marks
         )
         self._workers: list[WorkerHandle] = []
-        self._custody = LeaseKeeper(
-            store, settings, self._workers, self._backlog, self._tally, self._arrive, self._marks, mono_s()
+        self._leases = LeaseKeeper(
+            store, settings, self._workers, self._buffer, self._tally, self._admit, self._marks, mono_s()
         )
         self._selector = selectors.DefaultSelector()
         self._selector.register(link, selectors.EVENT_READ)
@@ -100,7 +100,7 @@ class Reader:
         self._failures = 0
         self._retry_at = 0.0
         self._reported_at = 0.0
-        self._heeded_at = 0.0
+        self._pauses_refreshed_at = 0.0
         self._held_at = 0.0
         # Stream -> the renewal by another service that was seen first.
         self._renewals: dict[str, str] = {}
@@ -112,7 +112,7 @@ class Reader:
         """Go round until drained. A store that does not answer is waited for; jobs in flight are kept."""
         while not self.drained:
             self.run_once(_REPORT_EVERY_S)
-        self._custody.hand_back()
+        self._leases.release_unstarted()
         self._store.close()
         self._marks.close()
         self.report()
@@ -131,7 +131,7 @@ class Reader:
         if now < self._retry_at:
             return self._wait(min(sleep_s, self._retry_at - now))
         try:
-            self._turn(now, sleep_s)
+            self._tick(now, sleep_s)
             self._failures = 0
             self._trouble = None
         except StoreUnavailable as error:
@@ -139,28 +139,28 @@ class Reader:
         except Fenced as error:
             self._lose_name(error)
 
-    def _turn(self, now: float, sleep_s: float) -> None:
+    def _tick(self, now: float, sleep_s: float) -> None:
         if not self._briefed:
             return self._wait(sleep_s)
         if not self._connected:
             self._connect()
         self._hold_name(now)
-        if now - self._heeded_at >= _PAUSES_EVERY_S:
-            self._heed_pauses()
+        if now - self._pauses_refreshed_at >= _PAUSES_EVERY_S:
+            self._refresh_pauses()
         settled = self._settler.settle(self._workers)
-        self._backlog.answered(settled.answered)
+        self._buffer.answered(settled.answered)
         for arrival in settled.unavailable:
             self._pause(arrival, now)
-        self._backlog.release_probes(now)
-        self._clear_the_dead()
+        self._buffer.release_probes(now)
+        self._reclaim_exited_workers()
         for worker in self._workers:
             worker.update_rate(now)
         if not self._draining:
-            self._hand_out()
-            self._custody.list_pending()
-            self._read_more()
-        self._custody.keep(now, draining=self._draining)
-        self._wait(0.0 if self._custody.listing_one_by_one else sleep_s)
+            self._dispatch()
+            self._leases.list_pending()
+            self._read_all()
+        self._leases.renew_and_claim(now, draining=self._draining)
+        self._wait(0.0 if self._leases.listing_one_by_one else sleep_s)
         if self._answer_by and min(self._answer_by.values()) < self._mono_s():
             raise StoreUnavailable("a blocking read was not answered in time")
 
@@ -170,14 +170,14 @@ class Reader:
         """Sleep until something happens, and take in what did."""
         for key, _ in self._selector.select(timeout_s):
             if key.data is None:
-                self._listen()
+                self._receive()
             elif isinstance(key.data, WorkerHandle):
                 clear_eventfd(key.fd)
             elif key.data in self._answer_by:  # else a Drain heard in this very round has ended the read
                 self._selector.unregister(key.fd)
                 del self._answer_by[key.data]
-                self._take_in(key.data)
-                self._went_round()
+                self._on_read_ready(key.data)
+                self._count_cycle()
 
     def _finish_read(self, source: int) -> list[Entry]:
         """The answer. One that is too large was dropped: it is asked for again, an entry at a time."""
@@ -185,17 +185,17 @@ class Reader:
             return self._store.finish_read(self._sources[source])
         except AnswerTooLarge as error:
             log.warning("read.oversized", extra={"stream": self._sources[source].stream, "error": str(error)})
-            self._custody.dropped(source)
+            self._leases.dropped(source)
             return []
 
-    def _listen(self) -> None:
+    def _receive(self) -> None:
         try:
             while (received := self._link.receive()) is not None:
-                self._obey(*received)
+                self._handle_message(*received)
         except EOFError:
             raise SystemExit("the supervisor is gone") from None
 
-    def _obey(self, message: Message, fds: list[int]) -> None:
+    def _handle_message(self, message: Message, fds: list[int]) -> None:
         match message:
             case Attach(slot, generation):
                 worker = WorkerHandle(slot, generation, Channel(*fds), self._mono_s())
@@ -227,13 +227,13 @@ class Reader:
         self._held_at = self._mono_s()
         self._renewals.clear()
         # What waits here was found under the earlier connection; the listing below finds it again.
-        self._backlog.clear()
-        self._heed_pauses()
-        self._custody.begin()
+        self._buffer.clear()
+        self._refresh_pauses()
+        self._leases.begin()
         # Before the entries are looked at: one that ends readers must not look like a start that failed.
         self._link.send(Ready())
-        self._custody.list_pending()
-        counts = {"streams": len(self._sources), "pending": len(self._backlog.ready)}
+        self._leases.list_pending()
+        counts = {"streams": len(self._sources), "pending": len(self._buffer.ready)}
         log.info("reader.connected", extra=counts)
 
     def _hold_name(self, now: float) -> None:
@@ -261,14 +261,14 @@ class Reader:
         if self._draining:
             self._drop_ended_workers()
 
-    def _heed_pauses(self) -> None:
+    def _refresh_pauses(self) -> None:
         """Park the types that an operator has paused, and resume those that are no longer paused."""
-        self._heeded_at = self._mono_s()
+        self._pauses_refreshed_at = self._mono_s()
         paused = self._store.paused()
         numbers = {number for number, kind in enumerate(self._settings.handlers) if kind in paused}
-        if numbers != self._backlog.paused_types:
+        if numbers != self._buffer.paused_types:
             log.info("types.paused", extra={"task_types": sorted(paused)})
-            self._backlog.set_paused_types(numbers)
+            self._buffer.set_paused_types(numbers)
 
     def _back_off(self, error: StoreUnavailable) -> None:
         """Wait longer each time, with jitter, so that many hosts do not come back in the same instant."""
@@ -295,32 +295,32 @@ class Reader:
         """Tell the supervisor what was counted."""
         self._reported_at = self._mono_s()
         for number, kind in enumerate(self._settings.handlers):
-            self._tally.gauge("z_novel_circuit_open", (kind,), float(self._backlog.paused(number)))
-            self._tally.gauge("z_novel_paused", (kind,), float(number in self._backlog.paused_types))
+            self._tally.gauge("z_novel_circuit_open", (kind,), float(self._buffer.paused(number)))
+            self._tally.gauge("z_novel_paused", (kind,), float(number in self._buffer.paused_types))
         self._link.report(self._tally, self._trouble, self._progress)
 
     # -- jobs in
 
-    def _take_in(self, source: int) -> None:
+    def _on_read_ready(self, source: int) -> None:
         """Take a read's answer. While small jobs are gone through here the server looks for more of them."""
         self._marks.open_window(source)
         entries = self._finish_read(source)
-        if entries and self._custody.portions[source].largest and not self._draining:
-            self._ask_for(source, self._room(source) - len(entries))
-        self._arrive(source, entries)
+        if entries and self._leases.portions[source].largest and not self._draining:
+            self._begin_read(source, self._capacity(source) - len(entries))
+        self._admit(source, entries)
         self._marks.clear()
 
-    def _arrive(self, source: int, entries: list[Entry]) -> None:
+    def _admit(self, source: int, entries: list[Entry]) -> None:
         if self._marks.convicted:
             entries = [entry for entry in entries if not self._refuse_convicted(source, entry)]
         if len(entries) == 1:
             self._marks.mark(source, entries[0].id)
-        arrivals, refusals = self._triage.sift(source, entries)
-        self._backlog.extend(arrivals)
+        arrivals, refusals = self._admission.sift(source, entries)
+        self._buffer.extend(arrivals)
         for refusal in refusals:
             self._settler.refuse(refusal)
         if entries:
-            self._custody.portions[source].learn(entries)
+            self._leases.portions[source].learn(entries)
         self._marks.unmark()
 
     def _refuse_convicted(self, source: int, entry: Entry) -> bool:
@@ -334,42 +334,42 @@ class Reader:
 
     def _pause(self, arrival: AdmittedJob, now: float) -> None:
         kind = tuple(self._settings.handlers)[arrival.kind]
-        if not self._backlog.paused(arrival.kind):
+        if not self._buffer.paused(arrival.kind):
             log.warning("circuit.opened", extra={"task_type": kind})
-        self._backlog.pause(arrival, now)
+        self._buffer.pause(arrival, now)
 
-    def _room(self, source: int) -> int:
+    def _capacity(self, source: int) -> int:
         """How many jobs of a source the workers can take beyond what waits here already."""
-        credit = self._custody.credit()
-        return credit and credit - self._backlog.waiting(source) + min(self._passed_over(), _LOOK_PAST)
+        credit = self._leases.credit()
+        return credit and credit - self._buffer.waiting(source) + min(self._unmatched(), _LOOK_PAST)
 
-    def _ask_for(self, source: int, room: int) -> None:
+    def _begin_read(self, source: int, room: int) -> None:
         stream = self._sources[source]
-        if room > 0 and self._custody.listed(source) and not self._store.reading(stream):
-            fd = self._store.begin_read(stream, min(room, self._custody.portions[source].entries), _BLOCK_MS)
+        if room > 0 and self._leases.listed(source) and not self._store.reading(stream):
+            fd = self._store.begin_read(stream, min(room, self._leases.portions[source].entries), _BLOCK_MS)
             self._selector.register(fd, selectors.EVENT_READ, source)
             self._answer_by[source] = self._mono_s() + _BLOCK_MS / 1000 + _ANSWER_MARGIN_S
 
-    def _read_more(self) -> None:
+    def _read_all(self) -> None:
         """Ask each stream for what there is room for."""
         for number in range(len(self._sources)):
-            room = self._room(number)
-            self._ask_for(number, room)
+            room = self._capacity(number)
+            self._begin_read(number, room)
             if room <= 0:
-                self._went_round()  # all hands are full: nothing to be read is no standstill
+                self._count_cycle()  # all hands are full: nothing to be read is no standstill
 
-    def _went_round(self) -> None:
+    def _count_cycle(self) -> None:
         self._progress += 1
         self._tally.count("z_novel_read_cycles_total")
 
     # -- jobs out
 
-    def _hand_out(self) -> None:
-        self._backlog.set_exclusive_types(
+    def _dispatch(self) -> None:
+        self._buffer.set_exclusive_types(
             reduce(or_, (worker.channel.exclusive_types for worker in self._workers), 0)
         )
-        dispatch_exclusive(self._workers, self._backlog.isolated, self._tell_handed_out)
-        waiting = self._backlog.ready
+        dispatch_exclusive(self._workers, self._buffer.isolated, self._trace_exclusive)
+        waiting = self._buffer.ready
         unfit: list[WorkerHandle] = []
         while waiting:
             workers = [worker for worker in self._workers if worker.credit > 0 and worker not in unfit]
@@ -377,7 +377,7 @@ class Reader:
                 return
             share = -(-len(waiting) // len(workers))
             worker = min(workers, key=lambda worker: len(worker.table))
-            batch = self._backlog.take(min(share, worker.credit), worker.channel.unsupported_types)
+            batch = self._buffer.take(min(share, worker.credit), worker.channel.unsupported_types)
             if not batch:
                 unfit.append(worker)
                 continue
@@ -387,7 +387,7 @@ class Reader:
             if not given:
                 return
 
-    def _tell_handed_out(self, arrival: AdmittedJob) -> None:
+    def _trace_exclusive(self, arrival: AdmittedJob) -> None:
         self._trace_dispatched([arrival])
 
     def _trace_dispatched(self, jobs: Sequence[AdmittedJob]) -> None:
@@ -395,25 +395,25 @@ class Reader:
             for job in jobs:
                 trace.dispatched(self._sources[job.source].stream, job.entry.id, job.entry.data or b"")
 
-    def _passed_over(self) -> int:
+    def _unmatched(self) -> int:
         """Jobs that wait for the workers that can run them, while one that cannot has nothing to do."""
         idle = any(worker.channel.unsupported_types and worker.credit for worker in self._workers)
-        return len(self._backlog.ready) if idle else 0
+        return len(self._buffer.ready) if idle else 0
 
     # -- workers end
 
-    def _clear_the_dead(self) -> None:
+    def _reclaim_exited_workers(self) -> None:
         for worker in [worker for worker in self._workers if worker.gone]:
             assert worker.gone is not None
-            remains = self._settler.clear(worker, worker.gone)
+            remains = self._settler.reclaim(worker, worker.gone)
             self._forget(worker)
             for source, entry in remains.isolated:
-                self._arrive(source, [entry])
-            behind = list(self._backlog.ready)
-            self._backlog.ready.clear()
+                self._admit(source, [entry])
+            behind = list(self._buffer.ready)
+            self._buffer.ready.clear()
             for source, entry in remains.unstarted:
-                self._arrive(source, [entry])
-            self._backlog.ready.extend(behind)
+                self._admit(source, [entry])
+            self._buffer.ready.extend(behind)
 
     def _drop_ended_workers(self) -> None:
         """Forget ended workers without settling: their jobs stay pending for the holder of the name."""

@@ -24,7 +24,7 @@ from ..telemetry.metrics import MetricsBuffer
 from .admission import READER_DIED, AdmittedJob, RejectedEntry
 from .dispatch import WorkerHandle
 
-log = logging.getLogger("jobworker.settle")
+log = logging.getLogger("jobworker.settlement")
 
 
 class FailedJob(NamedTuple):
@@ -147,20 +147,20 @@ class Settler:
         for failed in failures:
             held = failed.held
             data = bodies.get((held.source, held.entry_id))
-            if failed.failure.unavailable and data is not None and self._excuse(batch, held, data):
+            if failed.failure.unavailable and data is not None and self._defer(batch, held, data):
                 continue
             batch.counts["z_novel_jobs_failed_total", (self._kinds[held.kind],)] += 1
             if data is None:
                 log.error("entry.missing", extra={"entry_id": held.entry_id.decode()})
                 batch.done[held.source].append(held.entry_id)
             elif (held.source, held.entry_id) in self._marks.convicted:
-                self._bury_unread(batch, held, data, failed.worker)
+                self._dead_letter_unread(batch, held, data, failed.worker)
             else:
                 self._marks.mark(held.source, held.entry_id, settling=True)
                 self._decide_one(batch, failed, data)
         self._marks.unmark()
 
-    def _excuse(self, batch: SettlementBatch, held: Held, data: bytes) -> bool:
+    def _defer(self, batch: SettlementBatch, held: Held, data: bytes) -> bool:
         """Take a job back that found its store unavailable; it stays pending and no retry is used up."""
         if not self._excused(held.kind, held.source, held.entry_id):
             return False
@@ -179,7 +179,7 @@ class Settler:
         if isinstance(decision, GiveUp):
             log.error("job.dead_lettered", extra={**told, "reason": decision.reason})
             self._trace("give up", envelope, held, failure.error, reason=decision.reason)
-            self._bury(
+            self._dead_letter(
                 batch, held, data, decision.reason, failure.error, envelope.retry_count, deaths, failed.worker
             )
             return
@@ -195,7 +195,7 @@ class Settler:
         stream = self._sources[held.source].stream
         trace.settled(what, envelope, stream, held.entry_id, error=error, **attributes)
 
-    def _bury(
+    def _dead_letter(
         self, batch: SettlementBatch, held: Held, data: bytes, reason: Reason, error: str,
         retry_count: int, deaths: int, worker: str, details: dict[str, object] | None = None,
         *, unread: bool = False,
@@ -208,12 +208,12 @@ class Settler:
         )  # fmt: skip
         batch.dead[held.source].append(Dead(held.entry_id, letter))
 
-    def _bury_unread(self, batch: SettlementBatch, held: Held, data: bytes, worker: str) -> None:
+    def _dead_letter_unread(self, batch: SettlementBatch, held: Held, data: bytes, worker: str) -> None:
         """A reader has ended as it read this job: no other reads it."""
         log.error("job.dead_lettered", extra={
             "entry_id": held.entry_id.decode(), "reason": Reason.POISON, "error": READER_DIED,
         })  # fmt: skip
-        self._bury(batch, held, data, Reason.POISON, READER_DIED, 0, held.deaths, worker, unread=True)
+        self._dead_letter(batch, held, data, Reason.POISON, READER_DIED, 0, held.deaths, worker, unread=True)
 
     def _refuse(self, batch: SettlementBatch, refusals: Sequence[RejectedEntry]) -> None:
         for refusal in refusals:
@@ -260,7 +260,7 @@ class Settler:
         for worker, _ in runs:
             worker.table.advance()
 
-    def clear(self, worker: WorkerHandle, gone: WorkerExited) -> Reclaimed:
+    def reclaim(self, worker: WorkerHandle, gone: WorkerExited) -> Reclaimed:
         """Deal with what a dead worker held, after `settle`: charge what it had started, free the rest.
 
         Raises as the store does; then nothing has changed that a second call would do twice.
@@ -277,13 +277,13 @@ class Settler:
             failure = Failure(f"TimeoutError: {gone.cause}", timed_out=True)
             self._decide(batch, [FailedJob(started[0], failure, self._worker(worker))])
         else:
-            isolated = self._charge(batch, worker, gone, started, bodies)
+            isolated = self._count_deaths(batch, worker, gone, started, bodies)
         self._commit(batch)
         worker.table.mark([held.row for held in rows], SETTLED)
         worker.table.advance()
         return Reclaimed(_entries(free, bodies), isolated)
 
-    def _charge(
+    def _count_deaths(
         self, batch: SettlementBatch, worker: WorkerHandle, gone: WorkerExited, started: Sequence[Held],
         bodies: dict[tuple[int, bytes], bytes],
     ) -> list[tuple[int, Entry]]:  # fmt: skip
@@ -312,7 +312,7 @@ class Settler:
         alone in its worker is proven to have caused it."""
         data = entry.data or b""
         if (held.source, held.entry_id) in self._marks.convicted:
-            self._bury_unread(batch, held, data, worker)
+            self._dead_letter_unread(batch, held, data, worker)
             return True
         self._marks.mark(held.source, held.entry_id, settling=True)
         envelope = read_envelope(data)
@@ -324,7 +324,7 @@ class Settler:
         if deaths < self._settings.max_deaths and not used_up:
             return False
         error = f"WorkerDied: {gone.cause}"
-        self._bury(
+        self._dead_letter(
             batch, held, data, Reason.POISON, error, envelope.retry_count, deaths, worker, gone.details
         )
         return True

@@ -105,7 +105,7 @@ def _valkey_binary() -> str:
     )
 
 
-log = logging.getLogger("jobworker.stores")
+log = logging.getLogger("jobworker.embedded")
 
 #: A store gets this long to write its data out before it is killed; both are safe against a kill.
 _STOP_WITHIN_S = 10.0

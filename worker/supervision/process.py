@@ -144,7 +144,7 @@ class Child(Process):
         #: Whether it was computing when it was found to be overdue.
         self.was_computing = False
         self.stopping = False
-        self.put_down = False
+        self.killed_by_drain = False
         self._outbox: deque[tuple[Message, tuple[int, ...]]] = deque()
         self.link, theirs = ControlSocket.pair()
         command = [sys.executable, "-m", "jobworker.worker.boot", str(theirs.fileno())]

@@ -31,7 +31,7 @@ from .signals import SignalQueue
 from .slots import Slot, Standbys, state
 from .status import child_status
 
-log = logging.getLogger("jobworker.crew")
+log = logging.getLogger("jobworker.process_manager")
 
 #: Between asking a worker past its limit for its stacks and killing it.
 _DUMP_S = 0.3
@@ -53,18 +53,18 @@ _FROM_OUTSIDE = frozenset({"SIGKILL", "SIGTERM"})
 class ProcessManager:
     """All children of the service but its embedded stores."""
 
-    def __init__(self, settings: Settings, exposition: PrometheusCollector) -> None:
+    def __init__(self, settings: Settings, metrics: PrometheusCollector) -> None:
         self._settings = settings
-        self._exposition = exposition
+        self._metrics = metrics
         self._reader = Slot("reader")
         self._reaper = Slot("reaper")
         self._workers = [Slot("worker", slot) for slot in range(settings.procs)]
         self._places = [self._reader, self._reaper, *self._workers]
         self._spares = Standbys()
         self._marks = Marks.create()
-        self._graves: dict[tuple[int, int], tuple[WorkerExited, Channel]] = {}
+        self._exited: dict[tuple[int, int], tuple[WorkerExited, Channel]] = {}
         # Places whose worker of this generation or before is to be exchanged.
-        self._to_exchange: deque[tuple[Slot, int]] = deque()
+        self._to_restart: deque[tuple[Slot, int]] = deque()
         #: Goes up while the reader completes read cycles.
         self.progress = 0
         self._verdict: Exit | None = None
@@ -91,7 +91,7 @@ class ProcessManager:
         """One step towards the desired state; an exit code where it cannot be reached."""
         for place in self._places:
             for child in place.children():
-                self._hear(child, now)
+                self._receive(child, now)
                 self._collect(place, child, now)
         for place in self._places:
             self._fill(place, now)
@@ -99,14 +99,14 @@ class ProcessManager:
                 self._enforce(child, now)
                 child.flush()
             self._recycle(place, now)
-        self._exchange(now)
+        self._roll(now)
         # A spare that begins must not take the processor from those that are waited for.
-        wanted = self._calm and not self._draining and not self._beginning(now)
+        wanted = self._steady and not self._draining and not self._beginning(now)
         self._spares.keep(self._settings, now, wanted=wanted)
         if now - self._mono_gauged_s > _GAUGES_EVERY_S:
             self._mono_gauged_s = now
-            self._exposition.put(("z_novel_workers", (state,), n) for state, n in self.states().items())
-        self._judge(now)
+            self._metrics.put(("z_novel_workers", (state,), n) for state, n in self.states().items())
+        self._check_startup(now)
         return self._verdict
 
     def wait(self, timeout_s: float, queue: SignalQueue) -> None:
@@ -125,15 +125,15 @@ class ProcessManager:
 
     # -- news
 
-    def _hear(self, child: Child, now: float) -> None:
+    def _receive(self, child: Child, now: float) -> None:
         try:
             while (received := child.link.receive()) is not None:
                 child.mono_heard_s = now
-                self._note(child, received[0])
+                self._handle(child, received[0])
         except EOFError:
             return  # it has ended or is about to; `_collect` sees to it
 
-    def _note(self, child: Child, message: Message) -> None:
+    def _handle(self, child: Child, message: Message) -> None:
         match message:
             case Ready():
                 child.ready = True
@@ -144,12 +144,12 @@ class ProcessManager:
                 waits = trouble is not None and child is self._reader.child
                 self.progress += waits or progress != child.progress
                 child.progress = progress
-                self._exposition.add(counts)
-                self._exposition.put(gauges)
-                self._exposition.merge(histograms)
+                self._metrics.add(counts)
+                self._metrics.put(gauges)
+                self._metrics.merge(histograms)
                 child.trouble = trouble
             case ExitReclaimed(slot, generation):
-                self._graves.pop((slot, generation))[1].close()
+                self._exited.pop((slot, generation))[1].close()
             case HeldElsewhere():
                 self._note_held(message)
             case StartFailed(error, exit_code):
@@ -178,22 +178,22 @@ class ProcessManager:
         ended = child.collect()
         if ended is None:
             return
-        self._hear(child, now)
+        self._receive(child, now)
         if child is place.successor:
             place.successor = None
-            self._to_exchange.clear()
+            self._to_restart.clear()
             log.error("restart.aborted", extra={"child": child.name, "cause": ended.cause})
         else:
             place.child, place.successor = place.successor, None
-        self._take_leave(place, child, ended, now)
+        self._handle_exit(place, child, ended, now)
         child.close()
 
-    def _take_leave(self, place: Slot, child: Child, ended: Ended, now: float) -> None:
+    def _handle_exit(self, place: Slot, child: Child, ended: Ended, now: float) -> None:
         # A worker says STOPPING before it leaves; a handler that calls os._exit(0) does not.
         left = child.channel is not None and child.channel.phase == STOPPING and ended.clean
         # TERM may come before its handler is installed. A SIGKILL that we did not send is no regular stop: a
         # job that kills its worker, also by using up memory, is charged with it, even while we drain.
-        stopped = ended.clean if child.channel is None else ended.cause == "SIGTERM" or child.put_down
+        stopped = ended.clean if child.channel is None else ended.cause == "SIGTERM" or child.killed_by_drain
         expected = left or (child.stopping and stopped)
         if not expected:
             cause = child.kill_cause or ended.cause
@@ -201,11 +201,11 @@ class ProcessManager:
                 "child": child.name, "process_id": child.pid, "cause": cause,
                 "peak_rss_mib": ended.peak_rss_mib, "stack": ended.stack or None,
             })  # fmt: skip
-            self._exposition.add([("z_novel_worker_restarts_total", (child.role, cause), 1)])
+            self._metrics.add([("z_novel_worker_restarts_total", (child.role, cause), 1)])
             place.unexpected_exits += 1
             place.backoff.ended(now, was_ready=child.ready, lived_s=now - child.mono_started_s)
         if child.channel is not None:
-            self._bury(child, child.channel, ended, charge=not expected)
+            self._record_exit(child, child.channel, ended, charge=not expected)
         elif place is self._reader:
             self._count_reader_death(child, ended)
 
@@ -221,12 +221,12 @@ class ProcessManager:
                 "stream": stream, "entry_id": suspect.entry_id.decode(), "poison": suspect.convicted,
             })  # fmt: skip
 
-    def _bury(self, child: Child, channel: Channel, ended: Ended, *, charge: bool) -> None:
+    def _record_exit(self, child: Child, channel: Channel, ended: Ended, *, charge: bool) -> None:
         timed_out = child.kill_cause == "timeout"
         cause = f"{ended.cause} ({child.kill_cause})" if child.kill_cause else ended.cause
         details = {"peak_rss_mib": ended.peak_rss_mib, "stack": ended.stack}
         gone = WorkerExited(child.slot, child.generation, cause, charge, timed_out, details)
-        self._graves[child.slot, child.generation] = (gone, channel)
+        self._exited[child.slot, child.generation] = (gone, channel)
         self._tell_reader(gone)
 
     def _fill(self, place: Slot, now: float) -> None:
@@ -258,16 +258,16 @@ class ProcessManager:
         child.begin(place.role, place.slot, place.generation, self._settings, now, marks=marks)
         child.stopping = self._draining
         if place is self._reader:
-            self._brief(child)
+            self._resync_reader(child)
         return child
 
-    def _brief(self, reader: Child) -> None:
+    def _resync_reader(self, reader: Child) -> None:
         """Tell a new reader of every worker, and of those gone that the reader before did not deal with."""
         for place in self._workers:
             for child in place.children():
                 assert child.channel is not None
                 reader.tell(Attach(child.slot, child.generation), child.channel.fds)
-        for gone, channel in self._graves.values():
+        for gone, channel in self._exited.values():
             reader.tell(Attach(gone.slot, gone.generation), channel.fds)
             reader.tell(gone)
         reader.tell(SyncDone())
@@ -307,7 +307,7 @@ class ProcessManager:
         idle = child.channel.phase == READY and now - child.channel.mono_heartbeat_s > _STUCK_AFTER_S
         return "stuck" if idle else ""
 
-    def _judge(self, now: float) -> None:
+    def _check_startup(self, now: float) -> None:
         """Notice when the service is complete for the first time, or will never be."""
         if self._verdict is not None or self._draining:
             return
@@ -328,22 +328,22 @@ class ProcessManager:
 
     def restart_workers(self) -> None:
         """Exchange every worker for a new one, one by one; each goes only when its successor is ready."""
-        self._to_exchange = deque((place, place.generation) for place in self._workers)
+        self._to_restart = deque((place, place.generation) for place in self._workers)
 
     @property
-    def exchanging(self) -> bool:
+    def restarting(self) -> bool:
         """Whether workers are still to be exchanged."""
-        return bool(self._to_exchange)
+        return bool(self._to_restart)
 
-    def _exchange(self, now: float) -> None:
-        if not self._to_exchange or self._draining:
+    def _roll(self, now: float) -> None:
+        if not self._to_restart or self._draining:
             return
-        place, generation = self._to_exchange[0]
+        place, generation = self._to_restart[0]
         if place.child is None:
             return
         if place.successor is None:
             if place.child.generation > generation:
-                self._to_exchange.popleft()
+                self._to_restart.popleft()
             else:
                 place.successor = self._spawn(place, now)
         elif place.successor.ready and not place.child.stopping:
@@ -358,9 +358,9 @@ class ProcessManager:
         old = limits.max_age_s and now - child.mono_started_s > limits.max_age_s
         tired = limits.max_jobs and child.channel.finished >= limits.max_jobs
         large = not child.channel.mono_deadline_s and self._too_large(child)
-        if (old or tired or large) and (place, child.generation) not in self._to_exchange:
+        if (old or tired or large) and (place, child.generation) not in self._to_restart:
             log.info("worker.recycle_due", extra={"child": child.name})
-            self._to_exchange.append((place, child.generation))
+            self._to_restart.append((place, child.generation))
 
     def _too_large(self, child: Child) -> bool:
         return bool(self._settings.max_rss_mib) and child.rss_mib() > self._settings.max_rss_mib
@@ -384,7 +384,7 @@ class ProcessManager:
             child.kill(signal.SIGKILL)
 
     @property
-    def _calm(self) -> bool:
+    def _steady(self) -> bool:
         """Whether reader and reaper are ready, so that a standby may start."""
         both = (self._reader.child, self._reaper.child)
         return self._was_complete and all(child is not None and child.ready for child in both)
@@ -392,7 +392,7 @@ class ProcessManager:
     @property
     def _settled(self) -> bool:
         """Whether a drained reader has nothing left to do."""
-        return not self._graves and not any(place.child for place in self._workers)
+        return not self._exited and not any(place.child for place in self._workers)
 
     @property
     def drained(self) -> bool:
@@ -403,7 +403,7 @@ class ProcessManager:
         """The drain time is over: what still runs goes back unharmed."""
         for child in self._children():
             if child.channel is not None:
-                child.put_down = True
+                child.killed_by_drain = True
                 child.kill(signal.SIGKILL)
 
     def end_now(self) -> None:

@@ -32,7 +32,7 @@ class CurrentJob:
         self.jobs: JobLike | Sequence[JobLike] = ()
 
 
-doing = CurrentJob()
+current = CurrentJob()
 
 
 def log_fields(job: JobLike) -> dict[str, str]:
@@ -58,7 +58,7 @@ def trace_id_of(traceparent: str) -> str:
 
 def current_log_fields() -> dict[str, object]:
     """What is being run: its story, or what the stories of all jobs have in common, and how many they are."""
-    jobs = doing.jobs
+    jobs = current.jobs
     if not isinstance(jobs, Sequence):
         return {**log_fields(jobs)}
     if len(jobs) <= 1:

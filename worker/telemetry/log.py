@@ -119,15 +119,15 @@ def _content(path: str) -> str:
         return ""
 
 
-def _clean(value: Any) -> Any:
+def _safe(value: Any) -> Any:
     """A field without secrets, bounded, in kinds that JSON has."""
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
-        return {_text(str(key)): _clean(one) for key, one in islice(value.items(), MAX_ITEMS)}
+        return {_text(str(key)): _safe(one) for key, one in islice(value.items(), MAX_ITEMS)}
     if isinstance(value, list | tuple):
         left_out = [f"[... {len(value) - MAX_ITEMS} items ...]"] if len(value) > MAX_ITEMS else []
-        return [_clean(one) for one in value[:MAX_ITEMS]] + left_out
+        return [_safe(one) for one in value[:MAX_ITEMS]] + left_out
     return _text(str(value))
 
 
@@ -142,7 +142,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     # Spans are sent beside whatever job happens to run.
     beside = is_summary(record) or str(record.name).startswith("opentelemetry")
     about = {} if beside else current_log_fields()
-    return {key: _clean(value) for key, value in {**about, **extra}.items()}
+    return {key: _safe(value) for key, value in {**about, **extra}.items()}
 
 
 class JsonLines(logging.Formatter):
@@ -214,17 +214,17 @@ def begin(role: str, settings: Settings, environment: Mapping[str, str]) -> None
     hide(secrets_of(settings, environment))
     set_up(role, settings.log_level, settings.log_format)
     logging.captureWarnings(True)
-    sys.excepthook = _tell_crash
-    threading.excepthook = _tell_thread_crash
+    sys.excepthook = _log_crash
+    threading.excepthook = _log_thread_crash
 
 
-def _tell_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _log_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     logging.getLogger("jobworker").critical("process.crashed", exc_info=(kind, error, trace))
 
 
-def _tell_thread_crash(end: threading.ExceptHookArgs) -> None:
+def _log_thread_crash(end: threading.ExceptHookArgs) -> None:
     if end.exc_value is not None and not isinstance(end.exc_value, SystemExit):
-        _tell_crash(end.exc_type, end.exc_value, end.exc_traceback)
+        _log_crash(end.exc_type, end.exc_value, end.exc_traceback)
 
 
 def set_up(role: str, level: str, form: str) -> None:

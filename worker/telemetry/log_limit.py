@@ -57,7 +57,7 @@ class RateLimitFilter(logging.Filter):
         with self._lock:
             now = self._mono_s()
             if now - self._since >= self._within_s:
-                self._begin_anew(now)
+                self._start_period(now)
             event, task_type = str(record.msg)[:_EVENT_CHARS], str(getattr(record, "task_type", ""))
             key = (record.name, record.levelno, event, task_type)
             self._seen[key] += 1
@@ -71,9 +71,9 @@ class RateLimitFilter(logging.Filter):
     def close(self) -> None:
         """Say now what was held back."""
         with self._lock:
-            self._begin_anew(self._mono_s())
+            self._start_period(self._mono_s())
 
-    def _begin_anew(self, now: float) -> None:
+    def _start_period(self, now: float) -> None:
         """Tell of what was held back and start counting from nothing."""
         held_back = [(key, seen - self._most) for key, seen in self._seen.items() if seen > self._most]
         self._seen.clear()

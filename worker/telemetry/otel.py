@@ -5,7 +5,6 @@ worker is given the job; below that ``process``, made by the worker, and below t
 Reader and worker never speak of spans to each other: the id of ``queue`` follows from the entry's.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,8 +28,6 @@ from ..settings import Settings
 from .log import redacted
 from .otel_context import number_of, sent_by, trace_id_of
 from .trace import Attributes
-
-log = logging.getLogger("jobworker.trace")
 
 #: What is left may take so long to send when a process ends; a collector that is down delays no drain.
 _CLOSE_WITHIN_S = 2.0

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ..envelope import Envelope, Job
 from ..handler import BoundHandler
-from .current_job import doing
+from .current_job import current
 
 Attributes = Mapping[str, str | int | float]
 
@@ -90,7 +90,7 @@ def span(
     if _tracing is None:
         return _NOTHING
     if jobs is None:
-        running = doing.jobs if isinstance(doing.jobs, Sequence) else [doing.jobs]
+        running = current.jobs if isinstance(current.jobs, Sequence) else [current.jobs]
         jobs = [job for job in running if isinstance(job, Job)]
     return _tracing.span(name, jobs, attributes)
 

@@ -22,8 +22,6 @@ from .history import History
 from .pages import Site
 from .rendering import Renderer
 
-log = logging.getLogger("jobworker.web")
-
 TOKEN_VARIABLE = "JOBWORKER_WEB_TOKEN"
 #: A person waits for the page: a slower store gets an error page.
 _STORE_TIMEOUT_S = 5.0
