@@ -21,8 +21,6 @@ from rig import JOB_TYPE, LIMIT_S, Backlog, connect, server, service
 
 _HANDLER = "jobworker.handlers.audit.handler:Archive"
 _POLL_S = 0.01
-#: Interval between kills, long enough for a restarted worker to work again.
-_KILL_EVERY_S = 1.5
 
 
 def entry(number: int) -> bytes:
@@ -49,7 +47,7 @@ def measure(url: str, folder: Path, entries: int, procs: int, kills: int) -> dic
             with service(url, backlog, _HANDLER, procs, JOBWORKER_DATA_DIR=str(folder)) as pid:
                 before_s, started = _cpu_s(pid), time.monotonic()
                 backlog.release(entries)
-                killed = _await_end(backlog, pid, kills)
+                _await_end(backlog, pid, entries, kills)
                 seconds = time.monotonic() - started
                 # The CPU time of killed workers is not known.
                 cpu_us = None if kills else round((_cpu_s(pid) - before_s) * 1e6 / entries, 1)
@@ -60,7 +58,7 @@ def measure(url: str, folder: Path, entries: int, procs: int, kills: int) -> dic
             backlog.close()
     size = check(folder / "audit", entries)
     return {
-        "bench": "audit", "host": facts, "entries": entries, "workers": procs, "kills": killed,
+        "bench": "audit", "host": facts, "entries": entries, "workers": procs, "kills": kills,
         "seconds": round(seconds, 2), "entries_per_s": round(entries / seconds),
         "cpu_us_per_entry": cpu_us, "bytes_per_entry": round(size / entries, 1), "missing": 0, "doubled": 0,
     }  # fmt: skip
@@ -71,19 +69,23 @@ def _cpu_s(pid: int) -> float:
     return sum(cpu_s(pids) for pids in roles_of(pid).values())
 
 
-def _await_end(backlog: Backlog, pid: int, kills: int) -> int:
-    """Wait until all is acknowledged, and kill workers meanwhile; returns the number of kills."""
-    started, killed, chance = time.monotonic(), 0, random.Random(1)
+def _await_end(backlog: Backlog, pid: int, entries: int, kills: int) -> None:
+    """Wait until all is acknowledged, and kill workers at equal steps of progress.
+
+    Raises RuntimeError at the timeout, or if the archive was done before the last kill.
+    """
+    give_up_at, killed, rng = time.monotonic() + LIMIT_S, 0, random.Random(1)
     while not backlog.drained:
-        passed_s = time.monotonic() - started
-        if passed_s > LIMIT_S:
+        if time.monotonic() > give_up_at:
             raise RuntimeError(f"not archived within {LIMIT_S:.0f} s")
-        workers = roles_of(pid).get("worker", []) if killed < kills else []
-        if workers and passed_s > (killed + 0.5) * _KILL_EVERY_S:
-            os.kill(chance.choice(workers), signal.SIGKILL)
-            killed += 1
+        if killed < kills and backlog.acknowledged >= entries * (killed + 1) // (kills + 1):
+            workers = roles_of(pid).get("worker", [])
+            if workers:
+                os.kill(rng.choice(workers), signal.SIGKILL)
+                killed += 1
         time.sleep(_POLL_S)  # a group has no event that says "all acknowledged"
-    return killed
+    if killed < kills:
+        raise RuntimeError(f"only {killed} of {kills} kills: use more entries")
 
 
 def check(folder: Path, entries: int) -> int:

@@ -1,6 +1,6 @@
 """Comparison with other job systems: the same jobs, kills and oracle; lost jobs, repetitions, recovery.
 
-Each peer is installed into a virtual environment of its own in the user's cache folder, and runs with the
+Each peer is installed into a virtual environment of its own in the user's cache folder. It runs with the
 settings that suit it best (see ``--help`` of this program and ``bench/peers``). Workers are killed. The
 server is killed and restarted on its data, to which it syncs every write before it answers. Killed processes
 restart after 0.1 s, as with a service manager. Malformed jobs are left out: clients do not send them.

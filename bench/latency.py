@@ -1,7 +1,7 @@
 """From enqueuing a job to its handler's start, on an idle service, beside a bare blocking read loop.
 
-One job each 20 ms. A job's clock starts just before its XADD is sent, and stops in the first line of the
-handler, or when the bare loop's client returns the entry; all processes of a host share that clock. Each
+One job each 20 ms. A job's clock starts just before its XADD is sent. It stops in the first line of the
+handler, or when the bare loop's client returns the entry. All processes of a host share that clock. Each
 consumer has a stream of its own and is measured alone; with --repeat they take turns.
 """
 

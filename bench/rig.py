@@ -98,9 +98,19 @@ class Backlog:
     @property
     def drained(self) -> bool:
         """Whether all jobs are delivered and acknowledged: lag and pending entries are 0."""
+        group = self._group_info()
+        return bool(group["last-delivered-id"] == self.last_id and group["pending"] == 0)
+
+    @property
+    def acknowledged(self) -> int:
+        """Number of acknowledged jobs since the release."""
+        group = self._group_info()
+        return int(group["entries-read"] or 0) - int(group["pending"])
+
+    def _group_info(self) -> dict[str, Any]:
         for group in self._client.xinfo_groups(self.stream):
             if group["name"] == self.group.encode():
-                return bool(group["last-delivered-id"] == self.last_id and group["pending"] == 0)
+                return dict(group)
         raise RuntimeError(f"the group of {self.stream} is gone")
 
     @property

@@ -4,9 +4,9 @@ First, many versions of each chapter are written back, each twice and in random 
 killed. At the end, Redis and Milvus must hold the newest version of each chapter, with the same text. The
 service runs on its embedded stores, with vectors that need no model.
 
-Then, with `--chapters`, the chapters of a file (one JSON object a line, with `chapter` and `content`) are
-summarised in both ways in one process: by extraction with the service's model, and by a language model, which
-is a local stub over real HTTP.
+Then, with `--chapters`, the chapters of a file are summarised in both ways in one process: by extraction with
+the service's model, and by a language model, which is a local stub over real HTTP. The file holds one JSON
+object a line, with `chapter` and `content`.
 """
 
 import json

@@ -85,8 +85,8 @@ class IndexRebuild:
     def handle(self, job: Job) -> None:
         """Rebuild a collection, or resume where a killed worker stopped.
 
-        Raises PermanentError for a bad payload or if the new collection has too low a recall, RebuildBusy if
-        another rebuild of it is running, Unavailable if a store does not answer.
+        Raises PermanentError for a bad payload or too low a recall, RebuildBusy if another rebuild of the
+        collection is running, Unavailable if a store does not answer.
         """
         payload = RebuildPayload.parse(job.payload, self._settings.milvus_prefix)
         alias = self._settings.milvus_prefix + payload.collection

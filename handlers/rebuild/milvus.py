@@ -27,13 +27,13 @@ SEARCH_EF = 128
 STRONG = {"consistency_level": "Strong"}
 # A real server took 100 s for an index of 100,000 rows; the caller's lease is longer.
 BUILD_TIMEOUT_S = 600.0
-# While Milvus replaces a growing segment by a sealed one, reads miss rows, even with strong consistency: on
-# 2.3.5 for up to about 2 s, and up to 19 rows of 20.
+# While Milvus replaces a growing segment by a sealed one, reads miss rows, even with strong consistency.
+# Seen on 2.3.5: for up to about 2 s, and up to 19 rows of 20.
 READ_LAG_S = 5.0
 # Milvus clears an alias from the caches of its proxies before it alters the alias (rootcoord's
-# alterAliasTask). A request in between caches the old collection again: later writes go there and are lost
-# with it (seen on 2.3.5 in 1 of 11 rebuilds under load). A second alter after this pause clears that entry
-# when the new collection is already in place; an answer that was under way has arrived by then.
+# alterAliasTask). A request in between caches the old collection again, so later writes go there and are
+# lost with it. This was seen on 2.3.5 in 1 of 11 rebuilds under load. A second alter after this pause clears
+# that entry, and the next request caches the new collection. Answers under way have arrived by then.
 STALE_ALIAS_S = 1.0
 # A search of another process loads the collection again, which makes the drop of the index fail.
 IN_PLACE_TRIES = 5

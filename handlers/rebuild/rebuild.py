@@ -3,8 +3,8 @@
 Each phase can be repeated, and its state is in Redis: after a kill, any worker on any host resumes there.
 Writes during a rebuild go to the live collection. Their ids go into a journal in Redis, from which the rows
 are copied. For the switch, writes are paused for a few seconds. The journal starts before the first row is
-copied, and each write enters its ids before and after it writes: a copy that is older than a write is
-therefore still in the journal.
+copied, and each write enters its ids before and after it writes. So a copy can only be older than a write
+while the journal holds its id.
 """
 
 import itertools

@@ -117,8 +117,8 @@ class WriteBack:
     def handle(self, job: Job) -> None:
         """Store one chapter's summary.
 
-        Raises PermanentError for a bad payload or a chapter without sentences, Unavailable if a store or the
-        language model does not answer, and other errors of the stores and the model.
+        Raises PermanentError for a bad payload or a chapter without sentences. Raises Unavailable if a store
+        or the language model does not answer, and other errors of the stores and the model.
         """
         chapter = ChapterPayload.parse(job)
         try:

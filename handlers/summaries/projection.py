@@ -26,7 +26,7 @@ class Projection:
     """Writes rows from records, again until no record changed during the write.
 
     A vector store has no compare-and-set. So a writer reads the record again after it has written the row,
-    and writes again if the record is newer: the last of several writers sees the newest record. A row is
+    and writes again if the record is newer. Of several writers, the last one sees the newest record. A row is
     older than its record only while a writer works on it, or until the job of a killed writer runs again. If
     the server carries out a killed writer's request after that, the chapter's next job corrects the row.
     """
@@ -56,6 +56,6 @@ class Projection:
         for item, row in zip(outdated, rows, strict=True):
             by_collection.setdefault(item.collection, []).append(row)
         for collection, collection_rows in by_collection.items():
-            # Without a version: the record has decided which one is newest, and the minimum version of a
+            # Without a version, since the record has decided which one is newest. The minimum version of a
             # replaced chapter applies to its texts, not to its summary.
             self._writer.write(collection, [VersionedRows(owner, collection_rows)])

@@ -58,8 +58,9 @@ def test_latency_reports_percentiles_of_service_and_bare_loop() -> None:
 
 
 def test_audit_reports_each_entry_once_after_a_kill() -> None:
-    measured = report("audit.py", "--entries", "3000", "--procs", "1", "--kills", "1")
-    assert (measured["entries"], measured["missing"], measured["doubled"]) == (3000, 0, 0)
+    measured = report("audit.py", "--entries", "10000", "--procs", "1", "--kills", "1")
+    assert (measured["entries"], measured["missing"], measured["doubled"]) == (10_000, 0, 0)
+    assert measured["kills"] == 1
 
 
 def test_writeback_ends_at_the_newest_versions_after_a_kill() -> None:
