@@ -9,7 +9,7 @@ import numpy as np
 from ..vectors import filters
 from ..vectors import schema as scalars
 from ..vectors.filters import EVERYTHING, Filter
-from ..vectors.milvus.collections import CollectionAdmin, milvus_client, once
+from ..vectors.milvus.collections import CollectionAdmin, create_if_missing, milvus_client
 from ..vectors.milvus.errors import NoCollection, NotLoaded
 from ..vectors.milvus.server_info import collection_info_of
 from ..vectors.ports import PermanentStoreError, Vector, VectorStoreError
@@ -132,7 +132,7 @@ class MilvusShadow:
             partition = scalars.partition_name(row["tenant_id"], row["project_id"]) if self._named else ""
             groups.setdefault(partition, []).append(row)
         for partition in groups.keys() - {""}:
-            once(
+            create_if_missing(
                 lambda partition=partition: partition in self._partitions(collection),  # type: ignore[misc]
                 lambda partition=partition: self._make_partition(collection, partition),  # type: ignore[misc]
             )
@@ -207,7 +207,7 @@ class MilvusShadow:
             except VectorStoreError:
                 if not tries_left:
                     raise
-        once(lambda: self._admin.has_index(collection), lambda: self._build_index(collection))
+        create_if_missing(lambda: self._admin.has_index(collection), lambda: self._build_index(collection))
         self._link.attempt(
             collection, lambda client: client.load_collection(collection, timeout=BUILD_TIMEOUT_S)
         )

@@ -122,9 +122,9 @@ class VersionedWriter:
         except (TransientStoreError, Contended):
             raise
         except BaseException:
-            self._told(lambda: self._fence.leave([write.intent for write in writes]))
+            self._told(lambda: self._fence.release([write.intent for write in writes]))
             raise
-        self._told(lambda: self._fence.leave([write.intent for write in writes]))
+        self._told(lambda: self._fence.release([write.intent for write in writes]))
 
     def _told(self, ask: Callable[[], T]) -> T:
         try:
@@ -172,8 +172,8 @@ class _Round:
         edition, version = write.edition, write.edition.version
         if version is None:
             return edition.rows
-        floors = write.answer.floors
-        rows = [row for row in edition.rows if floors.get(_chapter(row), version) <= version]
+        min_versions = write.answer.min_versions
+        rows = [row for row in edition.rows if min_versions.get(_chapter(row), version) <= version]
         has = self._versions(rows)
         current = [row for row in rows if has.get(row.id, version) <= version]
         if len(current) < len(edition.rows):
@@ -193,11 +193,11 @@ class _Round:
 
     def _remove_older(self, write: _Write) -> None:
         """Remove what the chapters had before. The floor is raised first: a row that goes stays away."""
-        version, floors = write.edition.version, write.answer.floors
+        version, min_versions = write.edition.version, write.answer.min_versions
         assert version is not None
         kept = {row.id for row in write.edition.rows}
         for name, (tenant, project, chapter) in _chapters(write.edition.rows).items():
-            if floors.get(name, version) > version:
+            if min_versions.get(name, version) > version:
                 continue
             scope: Any = {"tenant_id": tenant, "project_id": project}
             self._renew()
@@ -213,8 +213,8 @@ class _Round:
                 # Removed rows are recorded before and after, like written ones.
                 self._note(write, gone, {})
 
-    def _note(self, write: _Write, gone: Sequence[str], floors: dict[str, int]) -> None:
-        self._writer._told(lambda: self._writer._fence.note(write.intent, gone, floors))
+    def _note(self, write: _Write, gone: Sequence[str], min_versions: dict[str, int]) -> None:
+        self._writer._told(lambda: self._writer._fence.record_removal(write.intent, gone, min_versions))
 
 
 def _chapter_id(row: AnyRow) -> str:

@@ -55,16 +55,16 @@ def test_what_one_holds_no_other_gets_and_no_part_of_it_either(fence: Any) -> No
     first, second = intent("a", held=["x", "y"]), intent("b", held=["y", "z"])
     third = intent("c", held=["z"])
     assert verdicts(fence, first, second, third) == ["in", "held", "in"]
-    fence.leave([first])
+    fence.release([first])
     assert verdicts(fence, second) == ["held"]
-    fence.leave([third])
+    fence.release([third])
     assert verdicts(fence, second) == ["in"]
 
 
 def test_the_next_try_of_a_job_gets_what_the_one_before_held(fence: Any) -> None:
     died, again = intent("a", owner="job", held=["x"]), intent("b", owner="job", held=["x"])
     assert verdicts(fence, died, again, intent("c", held=["x"])) == ["in", "in", "held"]
-    fence.leave([again])
+    fence.release([again])
     assert verdicts(fence, intent("c", held=["x"])) == ["in"]
 
 
@@ -79,9 +79,9 @@ def test_collections_do_not_wait_for_each_other(fence: Any) -> None:
 
 def test_floors_of_large_versions_are_told_and_missing_ones_left_out(fence: Any) -> None:
     write = intent("a", chapters=["c1", "c2", "c3"])
-    fence.note(write, [], {"c2": 2**63 - 1, "c3": -(2**63)})
+    fence.record_removal(write, [], {"c2": 2**63 - 1, "c3": -(2**63)})
     (answer,) = fence.admit([write])
-    assert answer.floors == {"c2": 2**63 - 1, "c3": -(2**63)}
+    assert answer.min_versions == {"c2": 2**63 - 1, "c3": -(2**63)}
 
 
 def test_one_rebuilds_at_a_time_and_the_last_to_take_it_counts(fence: Any) -> None:
@@ -105,7 +105,7 @@ def test_a_shut_door_lets_those_inside_go_on_and_opens_again(fence: Any) -> None
     fence.save("z_a", epoch, {}, lease_ms=60_000, shut_ms=60_000)
     assert verdicts(fence, inside, outside) == ["in", "closed"]
     assert fence.writers("z_a") == 1
-    fence.leave([inside])
+    fence.release([inside])
     assert fence.writers("z_a") == 0
     fence.save("z_a", epoch, {}, lease_ms=60_000, shut_ms=0)
     assert verdicts(fence, outside) == ["in"]
@@ -125,14 +125,14 @@ def test_what_is_written_during_a_rebuild_is_told_until_it_is_seen_to(fence: Any
     epoch = fence.begin("z_a", "one", 60_000).epoch
     fence.save("z_a", epoch, {}, lease_ms=60_000, journal=True)
     assert fence.changed("z_a", [], 10) == []
-    fence.leave([early])  # was in before the journal began, ended after: told
+    fence.release([early])  # was in before the journal began, ended after: told
     assert sorted(fence.changed("z_a", [], 10)) == ["1", "2"]
     fence.admit([late])
     assert sorted(fence.changed("z_a", [], 10)) == ["1", "2"]
-    fence.leave([intent("c", "1")])
+    fence.release([intent("c", "1")])
     assert sorted(fence.changed("z_a", ["1", "2"], 10)) == ["1", "3"]
-    fence.note(late, ["9"], {})
-    fence.leave([late])
+    fence.record_removal(late, ["9"], {})
+    fence.release([late])
     assert sorted(fence.changed("z_a", ["1", "3"], 10)) == ["3", "9"]
     fence.save("z_a", epoch, {}, lease_ms=60_000, journal=False)
     assert fence.changed("z_a", [], 10) == []

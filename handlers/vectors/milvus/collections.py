@@ -24,7 +24,7 @@ def milvus_client() -> Any:
     return milvus_client
 
 
-def once(done: Callable[[], bool], do: Callable[[], None]) -> None:
+def create_if_missing(done: Callable[[], bool], do: Callable[[], None]) -> None:
     """Do a step unless it is done; an error is none where another process did the step meanwhile."""
     if done():
         return
@@ -50,7 +50,7 @@ class CollectionAdmin:
         if described is None:
             raise TransientStoreError(f"collection {alias} was made but is not there yet")
         refuse_unusable(alias, described, dim, named=self._named, server=self._link.server())
-        once(lambda: self.has_index(alias), lambda: self.create_index(alias))
+        create_if_missing(lambda: self.has_index(alias), lambda: self.create_index(alias))
         self.load(alias)
         return described
 
@@ -71,7 +71,7 @@ class CollectionAdmin:
             for table in (f"{alias}_v{number}" for number in itertools.count(1))
             if self.create(table, schema, dim, f"made by jobworker for {alias}")
         )
-        once(
+        create_if_missing(
             lambda: self.describe(alias) is not None,
             lambda: self._run(
                 alias, lambda client: client.create_alias(target, alias, timeout=self._timeout_s)
@@ -85,7 +85,7 @@ class CollectionAdmin:
         """
         there = self.describe(target) is not None
         if not there:
-            once(
+            create_if_missing(
                 lambda: self.describe(target) is not None,
                 lambda: self._create_table(target, schema, dim, mark),
             )
@@ -98,7 +98,7 @@ class CollectionAdmin:
                 "collection.name_taken", extra={"collection": target, "hint": "the next number is used"}
             )
             return False
-        once(lambda: self.has_index(target), lambda: self.create_index(target))
+        create_if_missing(lambda: self.has_index(target), lambda: self.create_index(target))
         return True
 
     def mark(self, table: str) -> str | None:

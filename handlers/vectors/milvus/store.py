@@ -30,7 +30,7 @@ from ..ports import (
     VectorStore,
     VectorStoreError,
 )
-from .collections import CollectionAdmin, milvus_client, once
+from .collections import CollectionAdmin, create_if_missing, milvus_client
 from .errors import NoCollection, NotLoaded
 from .server_info import CollectionInfo, collection_info_of
 
@@ -238,7 +238,7 @@ class MilvusVectors:
         for row in rows:
             groups.setdefault(scalars.partition_name(*scalars.owner(row)), []).append(row)
         for partition, group in groups.items():
-            once(
+            create_if_missing(
                 lambda partition=partition: self._has_partition(name, partition),  # type: ignore[misc]
                 lambda partition=partition: self._create_partition(name, partition),  # type: ignore[misc]
             )
