@@ -1,6 +1,7 @@
-"""What the three stores on Redis share: connections by node, keys, and errors in the port's terms."""
+"""Base class of the stores on Redis: connections by node, key names, errors in the port's terms."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from redis.exceptions import ReadOnlyError, ResponseError
 
@@ -10,49 +11,56 @@ from .connect import Endpoint, endpoint, unavailable
 from .connection import PipelinedConnection, Reply
 from .lua import Command, LuaScripts, script
 
-#: Ids in one script: the server does nothing else meanwhile, and 1,000 take it 1 to 3 ms.
+#: Ids per script: the server runs nothing else meanwhile, and 1,000 take 1 to 3 ms.
 SCRIPT_IDS = 1000
-#: Bytes of bodies in one script or pipeline: bounds the server's memory when jobs are megabytes.
+#: Bytes of jobs per script or pipeline: bounds the server's memory when jobs are megabytes.
 SCRIPT_BYTES = 8 * 1024 * 1024
-#: Errors after which the same address will not do: the data has moved, or this is a replica now.
+#: Errors that need another address: the data has moved, or this server is a replica now.
 _MOVED = ("MOVED", "ASK", "CLUSTERDOWN", "MASTERDOWN")
 
 
+Item = TypeVar("Item")
+
+
 class RedisStoreBase:
-    """What the three stores share: connections by node, keys, and errors in the port's terms."""
+    """One connection per server, key names, and the raw `call`. One thread uses an object."""
 
     def __init__(self, url: str, *, timeout_s: float = 5.0, scripts: LuaScripts = script) -> None:
         self.url = url
         self._scripts = scripts
         self._endpoint: Endpoint = endpoint(url, timeout_s)
         self._timeout_s = timeout_s
-        self._wires: dict[str, PipelinedConnection] = {}
+        self._connections: dict[str, PipelinedConnection] = {}
 
     def close(self) -> None:
         """Drop every connection."""
-        for wire in self._wires.values():
-            wire.close()
-        self._wires.clear()
+        for connection in self._connections.values():
+            connection.close()
+        self._connections.clear()
 
     def call(self, stream: str, commands: Sequence[Command]) -> list[Reply]:
-        """Replies in order; an error reply is an exception object in its place."""
-        replies = self._wire(stream).call(commands)
+        """Run commands on the server of a stream (or other key); returns replies in order.
+
+        An error reply is an exception object at its index. Raises `StoreUnavailable`.
+        """
+        replies = self._connection(stream).call(commands)
         if any(isinstance(reply, ResponseError) and self._is_elsewhere(reply) for reply in replies):
             self.close()
             self._endpoint.forget()
         return replies
 
     def one(self, stream: str, command: Command) -> Reply:
+        """Run one command; raises `StoreUnavailable` or `Fenced` for an error reply."""
         return checked(self.call(stream, [command])[0])
 
-    def _wire(self, stream: str) -> PipelinedConnection:
+    def _connection(self, stream: str) -> PipelinedConnection:
         try:
             node = self._endpoint.node(stream)
         except Exception as error:  # a cluster that cannot be reached fails in many ways
             raise unavailable(error, "the cluster did not answer") from error
-        if node not in self._wires:
-            self._wires[node] = PipelinedConnection(self._endpoint, stream, self._scripts)
-        return self._wires[node]
+        if node not in self._connections:
+            self._connections[node] = PipelinedConnection(self._endpoint, stream, self._scripts)
+        return self._connections[node]
 
     @staticmethod
     def _is_elsewhere(reply: ResponseError) -> bool:
@@ -73,12 +81,41 @@ class RedisStoreBase:
 
 
 def checked(reply: Reply) -> Reply:
-    """The reply; raises what the port promises where it is an error."""
+    """The reply, if it is no error. Raises `Fenced` or `StoreUnavailable` for one."""
     if not isinstance(reply, Exception):
         return reply
     if str(reply).startswith("FENCED"):
         raise Fenced(str(reply))
     raise StoreUnavailable(f"the job store refused: {type(reply).__name__}: {reply}") from reply
+
+
+def chunks(ids: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    """The ids in parts that one script or command can take."""
+    return (ids[at : at + SCRIPT_IDS] for at in range(0, len(ids), SCRIPT_IDS))
+
+
+def chunks_by_size(items: Iterable[Item], size_of: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """The items in parts that one pipeline can take: at most 1,000, and at most 8 MiB and one item."""
+    part: list[Item] = []
+    size = 0
+    for item in items:
+        part.append(item)
+        size += size_of(item)
+        if len(part) >= SCRIPT_IDS or size >= SCRIPT_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def pairs(flat: Sequence[Any]) -> dict[Any, Any]:
+    """A flat reply of names and values as a dict."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def is_no_stream(reply: Reply) -> bool:
+    """Whether XINFO found no such stream."""
+    return isinstance(reply, ResponseError) and "no such key" in str(reply)
 
 
 def is_no_group(reply: Reply) -> bool:

@@ -1,5 +1,11 @@
-"""From a URL to connections: forms of URL, time limits, and what a client's errors mean to us."""
+"""Redis connections from a URL: single server, Sentinel, Cluster, TLS, Unix socket.
 
+Every connection has explicit time limits and counts the bytes that it receives. The client library's errors
+become `StoreUnavailable`.
+"""
+
+import functools
+import math
 import re
 import socket
 from typing import Any, Protocol
@@ -10,12 +16,12 @@ from redis.cluster import ClusterNode, RedisCluster
 from redis.exceptions import RedisError
 from redis.sentinel import Sentinel
 
-from ...errors import ConfigurationError, StoreUnavailable
+from ...errors import AnswerTooLarge, ConfigurationError, StoreUnavailable
 from ...settings import without_credentials
 
-#: Bytes taken from a socket at once: a batch of some hundred jobs in one system call.
+#: Bytes per system call: a batch of some hundred jobs.
 _SOCKET_READ_BYTES = 256 * 1024
-#: TCP keepalive: idle seconds before the first probe, seconds between probes, and number of probes.
+#: TCP keepalive: seconds of silence before the first probe, seconds between probes, number of probes.
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 10, 5, 3
 
 _MANY_HOSTS = re.compile(
@@ -26,30 +32,73 @@ _MANY_HOSTS = re.compile(
 #: The library gives this class no types.
 _ClusterNode: Any = ClusterNode
 
-#: A connection of the client library; its types say too little to be of use.
+#: A connection of the client library with the attribute ``metered_socket``. The library's own types are too
+#: weak to check our calls.
 Connection = Any
 
 
+class MeteredSocket:
+    """Socket that raises `AnswerTooLarge` once more bytes have been received than `allow` permits."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._budget_bytes = self._left_bytes = math.inf
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    def allow(self, budget_bytes: float) -> None:
+        """Count from now on, up to `budget_bytes`. There is no limit before the first call."""
+        self._budget_bytes = self._left_bytes = budget_bytes
+
+    def recv_into(self, *arguments: Any) -> int:
+        """As the socket's own. The client library receives by no other method."""
+        received = int(self._socket.recv_into(*arguments))
+        self._left_bytes -= received
+        if self._left_bytes < 0:
+            raise AnswerTooLarge(f"more than {self._budget_bytes} bytes")
+        return received
+
+
+class _Metering:
+    """Mixin for the library's connection classes.
+
+    It overrides `_connect`, the abstract method by which those classes open a TCP, TLS or Unix socket. So the
+    library's parser reads from our socket, and we wait on it without the library's private attributes.
+    """
+
+    metered_socket: MeteredSocket
+
+    def _connect(self) -> MeteredSocket:
+        self.metered_socket = MeteredSocket(super()._connect())  # type: ignore[misc]
+        return self.metered_socket
+
+
+@functools.cache
+def _metering(connection_class: type) -> type:
+    return type(f"Metering{connection_class.__name__}", (_Metering, connection_class), {})
+
+
 class Endpoint(Protocol):
-    """Where the data lives. ``cluster`` says whether derived keys need a hash tag."""
+    """Location of the data. ``cluster`` says whether derived keys need a hash tag."""
 
     cluster: bool
 
     def node(self, key: str) -> str:
-        """A name of the server that holds the key: keys of one node may share a connection."""
+        """Name of the server that holds the key: keys of one node may share a connection."""
 
     def connection(self, key: str) -> Connection:
         """A new connection, not yet opened, to the server that holds the key."""
 
     def forget(self) -> None:
-        """Look the servers up afresh the next time: one has failed or moved."""
+        """Resolve the servers again at the next use: one has failed or moved."""
 
 
 def endpoint(url: str, timeout_s: float) -> Endpoint:
-    """Read a URL: ``redis://``, ``rediss://``, ``unix://``,
+    """Parse a URL: ``redis://``, ``rediss://``, ``unix://``,
     ``redis+sentinel://[user:password@]host:port,…/master/db`` or ``redis+cluster://…host:port,…``.
 
-    Nothing is contacted yet. Raises `ConfigurationError` for a URL that cannot be read; its text never
+    Nothing is contacted yet. Raises `ConfigurationError` for a URL that cannot be parsed; its text never
     shows the password.
     """
     limits = _limits(timeout_s)
@@ -58,14 +107,22 @@ def endpoint(url: str, timeout_s: float) -> Endpoint:
             return _many_hosts(url, limits)
         return _Single(url, limits)
     except (ValueError, RedisError):
-        # The cause stays out: parsers quote parts of what they could not read.
+        # The cause stays out: parsers quote parts of their input.
         shown = without_credentials(url, "***@")
         raise ConfigurationError(f"cannot be read as a Redis URL: {shown}") from None
 
 
 def unavailable(error: Exception, doing: str) -> StoreUnavailable:
-    """What the port promises in place of any error of the client library."""
+    """The port's error for any error of the client library."""
     return StoreUnavailable(f"{doing}: {type(error).__name__}: {error}")
+
+
+def has_ended(connection: Connection) -> bool:
+    """Whether the server closed the connection. Between replies a healthy one has nothing to read."""
+    try:
+        return bool(connection.can_read(timeout=0))
+    except (RedisError, OSError):
+        return True
 
 
 def require_version(info: bytes) -> None:
@@ -102,8 +159,8 @@ def _keepalive(timeout_s: float) -> dict[str, Any]:
 
 
 def _from_pool(pool: redis.ConnectionPool) -> Connection:
-    # Not make_connection(): the pool would count what it lends and never get back.
-    return pool.connection_class(**pool.connection_kwargs)
+    # Not make_connection(): the pool would count connections that it never gets back.
+    return _metering(pool.connection_class)(**pool.connection_kwargs)
 
 
 class _Single:
@@ -123,17 +180,20 @@ class _Single:
         return _from_pool(self._pool)
 
     def forget(self) -> None:
-        """An address that is given by hand is looked up at every connect anyway."""
+        """Nothing to do: the host name is resolved at every connect."""
 
 
 class _Sentinel:
-    """The master that a group of sentinels names; each new connection asks for it."""
+    """The master of a Sentinel group; each new connection asks the sentinels for it."""
 
     cluster = False
 
     def __init__(self, hosts: list[tuple[str, int]], master: str, options: dict[str, Any]) -> None:
-        asking = {k: v for k, v in options.items() if k not in ("db", "username", "password")}
-        sentinel: Any = Sentinel(hosts, sentinel_kwargs=asking, **options)  # type: ignore[no-untyped-call]
+        # The URL's database, user and password are those of the master, not of the sentinels.
+        sentinel_kwargs = {k: v for k, v in options.items() if k not in ("db", "username", "password")}
+        sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
+            hosts, sentinel_kwargs=sentinel_kwargs, **options
+        )
         self._pool = sentinel.master_for(master).connection_pool
 
     def node(self, key: str) -> str:
@@ -147,7 +207,7 @@ class _Sentinel:
 
 
 class _Cluster:
-    """Redis Cluster; the map of slots is read when it is first needed and after `forget`."""
+    """Redis Cluster; the slot map is fetched at the first use and after `forget`."""
 
     cluster = True
 

@@ -1,4 +1,4 @@
-"""Pipelined connection: commands out together, replies back in order, scripts by their SHA, no retries."""
+"""Pipelined Redis connection: sends commands together, returns replies in order, never retries."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -7,22 +7,22 @@ from typing import Any
 
 from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
 
-from .connect import Connection, Endpoint, require_version, unavailable
+from .connect import Connection, Endpoint, has_ended, require_version, unavailable
 from .lua import Command, LuaScripts
 
 log = logging.getLogger(__name__)
 
-#: A reply as the client library gives it; an error of one command stays in its place as a value.
+#: A reply as the client library gives it; the error of one command is a value at its index.
 Reply = Any
 
-#: Commands in one send: while the server works on one lot, we pack the next.
+#: Commands per send: while the server runs one batch, we pack the next.
 _PIPELINE_COMMANDS = 250
 
 
 class PipelinedConnection:
-    """A connection that is opened when it is needed and dropped after any trouble on the way.
+    """Connection that opens on demand and closes after any network error. Scripts are sent by their SHA.
 
-    After a lost reply it is unknown whether a command was carried out, so nothing is sent twice.
+    After a lost reply it is unknown whether the server ran a command, so nothing is sent twice.
     """
 
     def __init__(self, endpoint: Endpoint, key: str, scripts: LuaScripts) -> None:
@@ -32,7 +32,7 @@ class PipelinedConnection:
         self._connection: Connection | None = None
 
     def call(self, commands: Sequence[Command]) -> list[Reply]:
-        """Send the commands, return one reply for each; an error reply is a value in its place.
+        """Send the commands; returns one reply for each, an error reply as a value at its index.
 
         Raises `StoreUnavailable` when the server cannot be reached, is loading or does not answer in time,
         `ConfigurationError` for a server that is too old.
@@ -64,13 +64,13 @@ class PipelinedConnection:
         unanswered = 0
         while batch := list(islice(rest, _PIPELINE_COMMANDS)):
             connection.send_packed_command(connection.pack_commands(batch))
-            replies.extend(_replies(connection, unanswered))  # the server works while we pack the next
+            replies.extend(_replies(connection, unanswered))  # the server runs this batch meanwhile
             unanswered = len(batch)
         replies.extend(_replies(connection, unanswered))
         return replies
 
     def _ready(self) -> Connection:
-        if self._connection is not None and self._stale(self._connection):
+        if self._connection is not None and has_ended(self._connection):
             self.close()
         if self._connection is None:
             connection = self._endpoint.connection(self._key)
@@ -82,14 +82,6 @@ class PipelinedConnection:
                 raise
             self._connection = connection
         return self._connection
-
-    @staticmethod
-    def _stale(connection: Connection) -> bool:
-        """Between calls a healthy connection is silent: anything to be read is its end."""
-        try:
-            return bool(connection.can_read(timeout=0))
-        except (RedisError, OSError):
-            return True
 
     def _load_scripts(self) -> None:
         for reply in self._exchange(
