@@ -4,8 +4,10 @@ import json
 import logging
 import os
 import select
+import shutil
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from jobworker.worker.errors import AnswerTooLarge, ConfigurationError, Fenced, 
 from jobworker.worker.keys import Holder, Source
 from jobworker.worker.settings import without_credentials
 from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
-from jobworker.worker.store.redis import blocking_read as redis_reads
+from jobworker.worker.store.redis import blocking_read
 from jobworker.worker.store.redis.connect import require_version
 from jobworker.worker.store.redis.producer import RedisProducerStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
@@ -197,7 +199,7 @@ class TestTrouble:
     def test_an_answer_of_too_many_bytes_is_dropped_and_found_among_the_pending(
         self, redis_world: RedisWorld, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(redis_reads, "_ANSWER_BYTES", 200_000)
+        monkeypatch.setattr(blocking_read, "_ANSWER_BYTES", 200_000)
         store = redis_world.reader("a")
         store.acquire([S])
         jobs = [b"x" * 50_000] * 3 + [b"y" * 300_000] * 2
@@ -209,6 +211,22 @@ class TestTrouble:
         assert [entry.data for entry in store.own_pending(S, b"0-0", 10)] == jobs
         redis_world.producer().add(S.stream, jobs[3:])
         assert [entry.data for entry in read(store, 1)] == jobs[3:4], "one is taken however large it is"
+
+    def test_entries_are_looked_up_in_few_commands_of_bounded_size(self, redis_world: RedisWorld) -> None:
+        jobs = [b"%d" % number for number in range(2500)] + [b"x" * 5_000_000] * 3
+        store = redis_world.reader("a")
+        store.acquire([S])
+        redis_world.producer().add(S.stream, jobs)
+        ids = [entry.id for count in (2500, 1, 1, 1) for entry in read(store, count)]
+        redis_world.server.client.xdel(S.stream, ids[1])
+        nameless = redis_world.server.client.xadd(S.stream, {"other": "field"})
+        store.bodies(S, ids[:1])  # the script is loaded
+        redis_world.server.client.config_resetstat()
+        expected: dict[bytes, bytes | None] = dict(zip(ids, jobs, strict=True)) | {nameless: None}
+        del expected[ids[1]]
+        assert store.bodies(S, [*ids, nameless, b"1-1"]) == expected
+        stats = redis_world.server.client.info("commandstats")
+        assert stats["cmdstat_evalsha"]["calls"] == 4, "1,000 entries or 8 MiB each"
 
     def test_settled_is_settled_when_the_server_is_killed(self, redis_world: RedisWorld) -> None:
         store, (a, b, c, d) = given(redis_world, b"1", b"2", b"3", b"4")
@@ -332,6 +350,35 @@ class TestUrls:
         server = RedisServer(require("valkey"), tmp_path, options=["--unixsocket", str(path)]).start()
         try:
             whole_way(f"unix://{path}?db=1")
+        finally:
+            server.stop()
+
+    def test_tls(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With an answer over the budget, because the budget is counted on the encrypted connection too."""
+        certificate, key, port = tmp_path / "cert.pem", tmp_path / "key.pem", free_port()
+        openssl = shutil.which("openssl")
+        if openssl is None:
+            pytest.skip("openssl is not installed")
+        subprocess.run(
+            [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+             "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=localhost",
+             "-addext", "subjectAltName=IP:127.0.0.1"],
+            check=True, capture_output=True, timeout=30,
+        )  # fmt: skip
+        files = ["--tls-cert-file", str(certificate), "--tls-key-file", str(key)]
+        options = ["--tls-port", str(port), "--tls-auth-clients", "no", *files]
+        server = RedisServer(require("redis7"), tmp_path, options=options).start()
+        url = f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
+        try:
+            whole_way(url)
+            monkeypatch.setattr(blocking_read, "_ANSWER_BYTES", 100_000)
+            store = RedisReaderStore(url, "b")
+            store.acquire([S])
+            RedisProducerStore(url).add(S.stream, [b"x" * 80_000] * 2)
+            with pytest.raises(AnswerTooLarge):
+                read(store, 2)
+            assert len(store.own_pending(S, b"0-0", 10)) == 2
+            store.close()
         finally:
             server.stop()
 

@@ -142,7 +142,6 @@ def _limits(timeout_s: float) -> dict[str, Any]:
         "socket_connect_timeout": timeout_s,
         "protocol": 2,
         "client_name": "jobworker",
-        "socket_read_size": _SOCKET_READ_BYTES,
     }
 
 
@@ -160,7 +159,9 @@ def _keepalive(timeout_s: float) -> dict[str, Any]:
 
 def _from_pool(pool: redis.ConnectionPool) -> Connection:
     # Not make_connection(): the pool would count connections that it never gets back.
-    return _metering(pool.connection_class)(**pool.connection_kwargs)
+    # Sentinel's client takes no read size before version 8 of the library, its connections do.
+    arguments = pool.connection_kwargs | {"socket_read_size": _SOCKET_READ_BYTES}
+    return _metering(pool.connection_class)(**arguments)
 
 
 class _Single:
