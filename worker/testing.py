@@ -70,7 +70,7 @@ class _Store(MemoryStore):
         """See `ReaderStore.settle`."""
         refused = super().settle(settlements)
         for source, done, _, _ in settlements:
-            bodies = self.bodies(source, done)
+            bodies = self.fetch(source, done)
             for id in done:
                 if id not in refused and (data := bodies.get(id)) is not None:
                     self.completed.append(_job(data, source.stream, id.decode()))

@@ -29,11 +29,11 @@ def test_a_drain_that_is_heard_before_the_answer_to_a_read_ends_the_read() -> No
         ours.send(SyncDone())
         for _ in range(2):  # the first turn is briefed, the second connects and begins to read
             reader.run_once(sleep_s=0.25)
-        assert reader._store.reading(SOURCE)
+        assert reader._store.is_reading(SOURCE)
         # Descriptors are reported in the order in which they became readable.
         ours.send(Drain())
         server.append(SOURCE.stream, b'{"id": "a", "type": "noop"}')
         reader._wait(1.0)
-        assert not reader._store.reading(SOURCE)
+        assert not reader._store.is_reading(SOURCE)
         ours.send(WorkerExited(0, 1, "exit 0", charge=False))
         reader.run()  # ends by itself once drained, and closes what it was given

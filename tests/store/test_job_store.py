@@ -64,12 +64,12 @@ class TestReading:
         store = world.reader("a")
         store.acquire([S])
         fd = store.begin_read(S, 10, 60_000)
-        assert store.reading(S)
+        assert store.is_reading(S)
         assert not readable(fd, 0)
         world.producer().add(S.stream, [b"late"])
         assert readable(fd, SOON_S)
         assert [e.data for e in store.finish_read(S)] == [b"late"]
-        assert not store.reading(S)
+        assert not store.is_reading(S)
 
     def test_a_blocked_read_ends_empty_when_its_time_is_over(self, world: World) -> None:
         store = world.reader("a")
@@ -86,7 +86,7 @@ class TestReading:
         world.producer().add(OTHER.stream, [b"x"])
         assert select.select([first, second], [], [], SOON_S)[0] == [second]
         assert [e.data for e in store.finish_read(OTHER)] == [b"x"]
-        assert store.reading(S)
+        assert store.is_reading(S)
 
     def test_beginning_a_second_read_of_a_stream_is_a_bug(self, world: World) -> None:
         store = world.reader("a")
@@ -102,7 +102,7 @@ class TestReading:
         world.producer().add(S.stream, [b"1"])
         assert readable(fd, SOON_S)
         store.abandon_reads()
-        assert not store.reading(S)
+        assert not store.is_reading(S)
         assert [e.data for e in store.own_pending(S, b"0-0", 10)] == [b"1"]
         world.producer().add(S.stream, [b"2"])
         assert [e.data for e in read(store)] == [b"2"]
@@ -130,10 +130,10 @@ class TestReading:
 class TestPauses:
     def test_every_reader_hears_of_the_paused_types(self, world: World) -> None:
         a, b = world.reader("a"), world.reader("b")
-        assert a.paused() == set()
+        assert a.paused_types() == set()
         world.pause("audit")
         world.pause("长篇")
-        assert a.paused() == b.paused() == {"audit", "长篇"}
+        assert a.paused_types() == b.paused_types() == {"audit", "长篇"}
 
 
 class TestSettling:
@@ -215,10 +215,10 @@ class TestFence:
         new.acquire([S])
         for act in (
             lambda: old.settle([Settlement(S, [a])]),
-            lambda: old.charge(S, {a: 1}),
+            lambda: old.set_deaths(S, {a: 1}),
             lambda: old.renew(S, [a]),
             lambda: old.release(S, [a]),
-            lambda: old.take_over(S, 0, 10, b"0-0"),
+            lambda: old.claim(S, 0, 10, b"0-0"),
         ):
             with pytest.raises(Fenced):
                 act()
@@ -246,7 +246,7 @@ class TestName:
             second.acquire([S])
         assert 0 < refused.value.left_s <= FIRST.lease_s
         assert refused.value.stream == S.stream
-        first.hold([S])
+        first.renew_name([S])
 
     def test_renewing_keeps_the_name_and_proves_that_its_holder_lives(self, world: World) -> None:
         first, second = world.reader("a", FIRST), world.reader("a", SECOND)
@@ -257,7 +257,7 @@ class TestName:
                 second.acquire([S])
             renewals.append(refused.value.renewal)
             world.pass_time(0.25)
-            first.hold([S])
+            first.renew_name([S])
         assert len(set(renewals)) == 3
 
     def test_a_name_that_nobody_renews_is_taken_after_the_lease(self, world: World) -> None:
@@ -267,7 +267,7 @@ class TestName:
         a = read(first)[0].id
         world.pass_time(FIRST.lease_s + 0.1)
         second.acquire([S])
-        for act in (lambda: first.hold([S]), lambda: first.settle([Settlement(S, [a])])):
+        for act in (lambda: first.renew_name([S]), lambda: first.settle([Settlement(S, [a])])):
             with pytest.raises(Fenced):
                 act()
         with pytest.raises(NameHeld, match="pid 2"):
@@ -286,14 +286,14 @@ class TestName:
 
     def test_a_name_that_was_given_up_is_taken_at_once(self, world: World) -> None:
         first, second = world.reader("a", FIRST), world.reader("a", SECOND)
-        second.resign([S])
+        second.release_name([S])
         first.acquire([S])
-        first.resign([S])
+        first.release_name([S])
         second.acquire([S])
-        first.resign([S])
-        second.hold([S])
+        first.release_name([S])
+        second.renew_name([S])
         with pytest.raises(Fenced):
-            first.hold([S])
+            first.renew_name([S])
 
     def test_who_is_refused_one_name_keeps_none(self, world: World) -> None:
         world.reader("a", FIRST).acquire([OTHER])
@@ -309,25 +309,25 @@ class TestName:
 class TestDeaths:
     def test_deaths_are_set_and_told_with_the_entry(self, world: World) -> None:
         store, (a, b) = given(world, b"a", b"b")
-        assert store.charge(S, {a: 1}) == {a: 1}
-        assert store.charge(S, {a: 2, b: 1, UNKNOWN: 1}) == {a: 2, b: 1}
-        assert store.charge(S, {a: 2}) == {a: 2}
+        assert store.set_deaths(S, {a: 1}) == {a: 1}
+        assert store.set_deaths(S, {a: 2, b: 1, UNKNOWN: 1}) == {a: 2, b: 1}
+        assert store.set_deaths(S, {a: 2}) == {a: 2}
         assert [(e.id, e.deaths) for e in store.own_pending(S, b"0-0", 10)] == [(a, 2), (b, 1)]
 
     def test_they_outlive_the_reader_and_follow_the_job_to_another(self, world: World) -> None:
         store, (a,) = given(world, b"a")
-        store.charge(S, {a: 1})
+        store.set_deaths(S, {a: 1})
         other = world.reader("b")
         other.acquire([S])
-        _, entries = other.take_over(S, 0, 10, b"0-0")
+        _, entries = other.claim(S, 0, 10, b"0-0")
         assert [(e.id, e.deaths) for e in entries] == [(a, 1)]
-        assert store.charge(S, {a: 2}) == {}
+        assert store.set_deaths(S, {a: 2}) == {}
 
     def test_what_is_settled_cannot_be_charged(self, world: World) -> None:
         store, (a,) = given(world, b"a")
-        store.charge(S, {a: 1})
+        store.set_deaths(S, {a: 1})
         store.settle([Settlement(S, [a])])
-        assert store.charge(S, {a: 2}) == {}
+        assert store.set_deaths(S, {a: 2}) == {}
 
 
 class TestLeases:
@@ -335,8 +335,8 @@ class TestLeases:
         old, ids = given(world, b"1", b"2", consumer="a")
         new = world.reader("b")
         new.acquire([S])
-        assert new.take_over(S, 60_000, 10, b"0-0") == (b"0-0", [])
-        _, entries = new.take_over(S, 0, 10, b"0-0")
+        assert new.claim(S, 60_000, 10, b"0-0") == (b"0-0", [])
+        _, entries = new.claim(S, 0, 10, b"0-0")
         assert [(e.id, e.data, e.deliveries) for e in entries] == [(ids[0], b"1", 2), (ids[1], b"2", 2)]
         assert old.settle([Settlement(S, ids)]) == set(ids)
         assert new.settle([Settlement(S, ids)]) == set()
@@ -348,7 +348,7 @@ class TestLeases:
         taken: list[bytes] = []
         cursor, first = b"0-0", True
         while first or cursor != b"0-0":
-            cursor, entries = new.take_over(S, 0, 3, cursor)
+            cursor, entries = new.claim(S, 0, 3, cursor)
             taken += [e.id for e in entries]
             first = False
         assert taken == ids
@@ -359,7 +359,7 @@ class TestLeases:
         new.acquire([S])
         world.pass_time(0.4)
         assert old.renew(S, [a]) == set()
-        _, entries = new.take_over(S, 300, 10, b"0-0")
+        _, entries = new.claim(S, 300, 10, b"0-0")
         assert [e.id for e in entries] == [b]
         assert [e.deliveries for e in old.own_pending(S, b"0-0", 10)] == [1]
 
@@ -385,7 +385,7 @@ class TestLeases:
         new = world.reader("b")
         new.acquire([S])
         old.release(S, [a, UNKNOWN])
-        _, entries = new.take_over(S, 3_600_000, 10, b"0-0")
+        _, entries = new.claim(S, 3_600_000, 10, b"0-0")
         assert [(e.id, e.deliveries) for e in entries] == [
             (a, 1)
         ]  # handed back unharmed: no strike against it
@@ -396,7 +396,7 @@ class TestLeases:
         world.delete_entry(S.stream, a)
         assert pending(store) == [b, c]
         world.delete_entry(S.stream, b)
-        assert store.take_over(S, 0, 10, b"0-0")[1][0].id == c
+        assert store.claim(S, 0, 10, b"0-0")[1][0].id == c
         assert world.reaper().depths(S).pending == 1
 
     def test_own_pending_comes_in_pages(self, world: World) -> None:
@@ -410,7 +410,7 @@ class TestLeases:
     def test_bodies_of_what_is_left(self, world: World) -> None:
         store, (a, b) = given(world, b"1", b"2")
         world.delete_entry(S.stream, a)
-        assert store.bodies(S, [a, b, UNKNOWN]) == {b: b"2"}
+        assert store.fetch(S, [a, b, UNKNOWN]) == {b: b"2"}
 
 
 class TestPromotion:
@@ -515,14 +515,14 @@ class TestTidying:
         readers = {name: world.reader(name) for name in ("me", "gone", "held")}
         for reader in readers.values():
             reader.acquire([S])
-        readers["gone"].resign([S])
+        readers["gone"].release_name([S])
         reaper = world.reaper()
         assert reaper.remove_idle_consumers(S, "me", 60_000) == 0
         world.pass_time(0.02)
         assert reaper.remove_idle_consumers(S, "me", 10) == 1
         assert reaper.remove_idle_consumers(S, "me", 10) == 0
         assert len(pending(owner)) == 1
-        readers["held"].hold([S])
+        readers["held"].renew_name([S])
 
     def test_depths_count_what_is_where(self, world: World) -> None:
         store, (a, b, _c) = given(world, b"1", b"2", b"3")

@@ -142,17 +142,17 @@ class TestPauses:
             ("embedding_batch", ""),
         ]
         assert operator.pauses()[0].wall_since_s == pytest.approx(operator.wall_now_s(S.stream), abs=5)
-        assert redis_world.reader("host/b").paused() == {"audit", "embedding_batch"}
+        assert redis_world.reader("host/b").paused_types() == {"audit", "embedding_batch"}
         assert operator.resume("audit")
         assert not operator.resume("audit")
-        assert redis_world.reader("host/b").paused() == {"embedding_batch"}
+        assert redis_world.reader("host/b").paused_types() == {"embedding_batch"}
 
     def test_what_a_person_wrote_by_hand_pauses_too(
         self, redis_world: RedisWorld, operator: RedisOperatorStore
     ) -> None:
         redis_world.server.client.hset("jobworker:paused", "audit", "1")
         assert [pause.kind for pause in operator.pauses()] == ["audit"]
-        assert redis_world.reader("host/b").paused() == {"audit"}
+        assert redis_world.reader("host/b").paused_types() == {"audit"}
 
     def test_a_user_who_may_not_read_them_is_served_all_the_same(self, redis_world: RedisWorld) -> None:
         redis_world.server.client.hset("jobworker:paused", "audit", "1")
@@ -162,7 +162,7 @@ class TestPauses:
         reader = RedisReaderStore(redis_world.server.url.replace("//", "//narrow:pw@"), "host/n")
         try:
             reader.acquire([S])
-            assert reader.paused() == set()
+            assert reader.paused_types() == set()
         finally:
             reader.close()
             redis_world.server.client.acl_deluser("narrow")
@@ -181,7 +181,7 @@ class TestWhereAJobIs:
         self, redis_world: RedisWorld, operator: RedisOperatorStore
     ) -> None:
         reader, (a, b) = delivered(redis_world, b"a", b"b")
-        reader.charge(S, {a: 2})
+        reader.set_deaths(S, {a: 2})
         lease = operator.lease(S, a)
         assert lease is not None
         assert (lease.consumer, lease.deliveries) == ("host/a", 1)

@@ -66,7 +66,7 @@ class TestName:
         redis_world.server.client.hset(FENCE, "a", 5)
         store = redis_world.reader("a", STARTED)
         store.acquire([S])
-        store.hold([S])
+        store.renew_name([S])
 
     def test_an_older_version_that_takes_the_name_has_it(self, redis_world: RedisWorld) -> None:
         store, other = redis_world.reader("a", STARTED), redis_world.reader("a", STARTED_LATER)
@@ -74,7 +74,7 @@ class TestName:
         client = redis_world.server.client
         client.hset(FENCE, "a", int(client.hget(FENCE, "a")) + 1)
         with pytest.raises(Fenced):
-            store.hold([S])
+            store.renew_name([S])
         other.acquire([S])
 
     def test_after_an_older_snapshot_the_last_holder_takes_the_name_again(
@@ -87,9 +87,9 @@ class TestName:
         last.acquire([S])
         client.restore(FENCE, 0, snapshot, replace=True)
         with pytest.raises(StoreUnavailable, match="OUTDATED"):
-            last.hold([S])
+            last.renew_name([S])
         last.acquire([S])
-        last.hold([S])
+        last.renew_name([S])
         with pytest.raises(NameHeld, match="pid 3"):
             redis_world.reader("a", STARTED_LATER).acquire([S])
 
@@ -123,7 +123,7 @@ class TestWire:
 
     def test_nothing_is_left_of_what_was_settled(self, redis_world: RedisWorld) -> None:
         store, (a, b) = given(redis_world, b"1", b"2")
-        store.charge(S, {a: 1, b: 1})
+        store.set_deaths(S, {a: 1, b: 1})
         store.settle([Settlement(S, [a], [Retry(b, 0, b"r")])])
         assert not redis_world.server.client.exists(keys.deaths_key(S.stream))
 
@@ -167,7 +167,7 @@ class TestTrouble:
         self, redis_world: RedisWorld
     ) -> None:
         store, (a, b) = given(redis_world, b"1", b"2")
-        store.charge(S, {a: 1, b: 2})
+        store.set_deaths(S, {a: 1, b: 2})
         client = redis_world.server.client
         client.xgroup_destroy(S.stream, S.group)
         assert store.renew(S, [a]) == {a}
@@ -191,7 +191,7 @@ class TestTrouble:
         assert select.select([fd], [], [], SOON_S)[0]
         with pytest.raises(StoreUnavailable):
             store.finish_read(S)
-        assert not store.reading(S)
+        assert not store.is_reading(S)
         assert store.settle([Settlement(S, ids)]) == set()
         redis_world.producer().add(S.stream, [b"2"])
         assert [entry.data for entry in read(store)] == [b"2"]
@@ -207,7 +207,7 @@ class TestTrouble:
         assert [entry.data for entry in read(store, 3)] == jobs[:3]
         with pytest.raises(AnswerTooLarge):
             read(store, 2)
-        assert not store.reading(S)
+        assert not store.is_reading(S)
         assert [entry.data for entry in store.own_pending(S, b"0-0", 10)] == jobs
         redis_world.producer().add(S.stream, jobs[3:])
         assert [entry.data for entry in read(store, 1)] == jobs[3:4], "one is taken however large it is"
@@ -220,17 +220,17 @@ class TestTrouble:
         ids = [entry.id for count in (2500, 1, 1, 1) for entry in read(store, count)]
         redis_world.server.client.xdel(S.stream, ids[1])
         nameless = redis_world.server.client.xadd(S.stream, {"other": "field"})
-        store.bodies(S, ids[:1])  # the script is loaded
+        store.fetch(S, ids[:1])  # the script is loaded
         redis_world.server.client.config_resetstat()
         expected: dict[bytes, bytes | None] = dict(zip(ids, jobs, strict=True)) | {nameless: None}
         del expected[ids[1]]
-        assert store.bodies(S, [*ids, nameless, b"1-1"]) == expected
+        assert store.fetch(S, [*ids, nameless, b"1-1"]) == expected
         stats = redis_world.server.client.info("commandstats")
         assert stats["cmdstat_evalsha"]["calls"] == 4, "1,000 entries or 8 MiB each"
 
     def test_settled_is_settled_when_the_server_is_killed(self, redis_world: RedisWorld) -> None:
         store, (a, b, c, d) = given(redis_world, b"1", b"2", b"3", b"4")
-        store.charge(S, {d: 2})
+        store.set_deaths(S, {d: 2})
         store.settle([Settlement(S, [a], [Retry(b, 60, b"b")], [Dead(c, b"c")])])
         redis_world.server.restart()
         soon(lambda: store.renew(S, [d]))
@@ -315,7 +315,7 @@ class TestSilence:
         finally:
             os.kill(redis_world.server.pid, signal.SIGCONT)
         assert time.monotonic() - began < 3.0
-        assert not store.reading(S)
+        assert not store.is_reading(S)
         soon(lambda: read(store))
         store.close()
 
@@ -335,7 +335,7 @@ def whole_way(url: str) -> None:
         assert reaper.promote(S.stream, 10).moved == 1
         (again,) = read(reader)
         assert again.data == b"2"
-        reader.charge(S, {again.id: 1})
+        reader.set_deaths(S, {again.id: 1})
         assert reader.settle([Settlement(S, [], [], [Dead(again.id, b"dead")])]) == set()
         assert reaper.depths(S)[:4] == (0, 0, 0, 1)
         assert reaper.trim(S.stream) == 2

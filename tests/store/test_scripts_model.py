@@ -133,7 +133,7 @@ class ScriptsMachine(RuleBasedStateMachine):
     def charge(self, name: str, data: st.DataObject) -> None:
         deaths = {id: self.held[id].deaths + 1 if id in self.held else 1 for id in self.some_ids(data)}
         expected = {id: count for id, count in deaths.items() if self.mine(name, id)}
-        assert self.readers[name].charge(S, deaths) == expected
+        assert self.readers[name].set_deaths(S, deaths) == expected
         for id, count in expected.items():
             self.held[id].deaths = count
 
@@ -158,12 +158,12 @@ class ScriptsMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.held)
     @rule(name=NAMES, min_idle_ms=st.sampled_from([0, HOUR_MS]), count=st.integers(1, 4))
-    def take_over(self, name: str, min_idle_ms: int, count: int) -> None:
+    def claim(self, name: str, min_idle_ms: int, count: int) -> None:
         expected = {id for id, held in self.held.items() if held.released or min_idle_ms == 0}
-        cursor, taken = self.readers[name].take_over(S, min_idle_ms, count, b"0-0")
+        cursor, taken = self.readers[name].claim(S, min_idle_ms, count, b"0-0")
         entries = list(taken)
         while cursor != b"0-0":
-            cursor, taken = self.readers[name].take_over(S, min_idle_ms, count, cursor)
+            cursor, taken = self.readers[name].claim(S, min_idle_ms, count, cursor)
             entries += taken
         assert {e.id for e in entries} == expected
         for entry in entries:

@@ -8,7 +8,7 @@ from jobworker.worker.admin.find_job import OVERDUE_S, SILENT_S, JobFinder
 from jobworker.worker.admin.identity import read_identity
 from jobworker.worker.admin.status_client import Service
 from jobworker.worker.store.operator import Lease, Pause, Scheduled
-from jobworker.worker.store.ports import HANDED_BACK_IDLE_S, Entry
+from jobworker.worker.store.ports import RELEASED_IDLE_S, Entry
 from support.fake_operator import NOW_S, SOURCE, FakeOperatorStore, job, letter
 
 
@@ -79,7 +79,7 @@ class TestPending:
         [
             (1.0, "waits for a worker there, or runs"),
             (31.0, "the lease has expired, so a running service claims it"),
-            (HANDED_BACK_IDLE_S, "released it when it stopped"),
+            (RELEASED_IDLE_S, "released it when it stopped"),
         ],
     )
     def test_the_lease_says_why_it_waits(self, store: Any, idle_s: float, why: str) -> None:

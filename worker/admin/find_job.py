@@ -8,7 +8,7 @@ from typing import Any
 from ..extension import extension, imported
 from ..keys import Source
 from ..store.operator import GroupState, Lease, OperatorStore, Pause, order_of, walk
-from ..store.ports import HANDED_BACK_IDLE_S, Entry
+from ..store.ports import RELEASED_IDLE_S, Entry
 from .dead_letters import read_letter
 from .identity import read_identity
 from .status_client import Service
@@ -182,7 +182,7 @@ class JobFinder:
         lease_s = max(
             [float(s.status.get("lease_s", _DEFAULT_LEASE_S)) for s in self._services] or [_DEFAULT_LEASE_S]
         )
-        if lease.idle_s >= HANDED_BACK_IDLE_S:
+        if lease.idle_s >= RELEASED_IDLE_S:
             return f"{lease.consumer} released it when it stopped: the next service that reads claims it"
         holder = f"leased by {lease.consumer}, renewed {lease.idle_s:.0f} s ago"
         if lease.idle_s > lease_s:

@@ -188,7 +188,7 @@ class LeaseKeeper:
         while self.credit() > self._buffer.waiting(source):
             page = self._page(source)
             self._marks.open_window(source)
-            cursor, entries = self._store.take_over(self._sources[source], idle_ms, page, cursor)
+            cursor, entries = self._store.claim(self._sources[source], idle_ms, page, cursor)
             found = [entry for entry in entries if (source, entry.id) not in known]
             if found:
                 log.warning("lease.claimed", extra={"entries": len(found), "stream": stream})
@@ -205,6 +205,6 @@ class LeaseKeeper:
                 ids = [a.entry.id for a in self._buffer if a.source == number]
                 if ids:
                     self._store.release(source, ids)
-            self._store.resign(self._sources)
+            self._store.release_name(self._sources)
         except (StoreUnavailable, Fenced) as error:
             log.warning("lease.release_failed", extra={"error": str(error)})

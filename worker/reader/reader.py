@@ -239,7 +239,7 @@ class Reader:
     def _hold_name(self, now: float) -> None:
         """Renew the instance's name. First in a turn: a reader that was suspended must not read first."""
         if now - self._held_at >= min(_HOLD_EVERY_S, self._settings.lease_s / 3):
-            self._store.hold(self._sources)
+            self._store.renew_name(self._sources)
             self._held_at = now
 
     def _lose_name(self, error: Fenced) -> None:
@@ -264,7 +264,7 @@ class Reader:
     def _refresh_pauses(self) -> None:
         """Park the types that an operator has paused, and resume those that are no longer paused."""
         self._pauses_refreshed_at = self._mono_s()
-        paused = self._store.paused()
+        paused = self._store.paused_types()
         numbers = {number for number, kind in enumerate(self._settings.handlers) if kind in paused}
         if numbers != self._buffer.paused_types:
             log.info("types.paused", extra={"task_types": sorted(paused)})
@@ -345,7 +345,7 @@ class Reader:
 
     def _begin_read(self, source: int, room: int) -> None:
         stream = self._sources[source]
-        if room > 0 and self._leases.listed(source) and not self._store.reading(stream):
+        if room > 0 and self._leases.listed(source) and not self._store.is_reading(stream):
             fd = self._store.begin_read(stream, min(room, self._leases.portions[source].entries), _BLOCK_MS)
             self._selector.register(fd, selectors.EVENT_READ, source)
             self._answer_by[source] = self._mono_s() + _BLOCK_MS / 1000 + _ANSWER_MARGIN_S

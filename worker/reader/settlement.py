@@ -291,7 +291,7 @@ class Settler:
         counts: dict[tuple[int, bytes], int] = {}
         for source in {held.source for held in started}:
             deaths = {held.entry_id: held.deaths + 1 for held in started if held.source == source}
-            charged = self._store.charge(self._sources[source], deaths)
+            charged = self._store.set_deaths(self._sources[source], deaths)
             counts |= {(source, entry_id): n for entry_id, n in charged.items()}
         isolated = []
         gone.details["batch"] = [held.entry_id.decode() for held in started]
@@ -333,7 +333,7 @@ class Settler:
         found = {}
         for source in {held.source for held in rows}:
             ids = [held.entry_id for held in rows if held.source == source]
-            for entry_id, data in self._store.bodies(self._sources[source], ids).items():
+            for entry_id, data in self._store.fetch(self._sources[source], ids).items():
                 if data is not None:
                     found[source, entry_id] = data
         return found

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ...errors import Fenced, NameHeld, StoreUnavailable
 from ...keys import NO_HOLDER, Holder, Source
-from ..ports import HANDED_BACK_IDLE_S, Dead, Depths, Entry, Promotion, Retry, Settlement
+from ..ports import RELEASED_IDLE_S, Dead, Depths, Entry, Promotion, Retry, Settlement
 from .server import Group, Hold, MemoryServer, PendingEntry, Read, Stream, order
 
 
@@ -38,15 +38,15 @@ class MemoryStore:
                 self._server.stream(source.stream).fence[self._consumer] = self._epochs[source]
                 self._record(source)
 
-    def hold(self, sources: Sequence[Source]) -> None:
-        """See `ReaderStore.hold`."""
+    def renew_name(self, sources: Sequence[Source]) -> None:
+        """See `ReaderStore.renew_name`."""
         with self._server.lock:
             for source in sources:
                 self._held(source)
                 self._record(source)
 
-    def resign(self, sources: Sequence[Source]) -> None:
-        """See `ReaderStore.resign`."""
+    def release_name(self, sources: Sequence[Source]) -> None:
+        """See `ReaderStore.release_name`."""
         with self._server.lock:
             for source in sources:
                 stream = self._server.stream(source.stream)
@@ -84,8 +84,8 @@ class MemoryStore:
             raise StoreUnavailable(f"reading {source.stream}: no answer")
         return read.answer
 
-    def reading(self, source: Source) -> bool:
-        """See `ReaderStore.reading`."""
+    def is_reading(self, source: Source) -> bool:
+        """See `ReaderStore.is_reading`."""
         return source in self._reads
 
     def abandon_reads(self) -> None:
@@ -108,10 +108,8 @@ class MemoryStore:
         """See `ReaderStore.own_ids`."""
         return [entry.id for entry in self.own_pending(source, after, count)]
 
-    def take_over(
-        self, source: Source, min_idle_ms: int, count: int, cursor: bytes
-    ) -> tuple[bytes, list[Entry]]:
-        """See `ReaderStore.take_over`."""
+    def claim(self, source: Source, min_idle_ms: int, count: int, cursor: bytes) -> tuple[bytes, list[Entry]]:
+        """See `ReaderStore.claim`."""
         with self._server.lock:
             stream, group = self._held(source), self._group(source)
             taken: list[Entry] = []
@@ -139,8 +137,8 @@ class MemoryStore:
                 refused.update(_id_of(one) for one in outcomes if not self._settle_one(source, one))
             return refused
 
-    def charge(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:
-        """See `ReaderStore.charge`."""
+    def set_deaths(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:
+        """See `ReaderStore.set_deaths`."""
         with self._server.lock:
             stream, group = self._held(source), self._group(source)
             charged = {id: count for id, count in deaths.items() if self._owns(group, id)}
@@ -155,19 +153,19 @@ class MemoryStore:
     def release(self, source: Source, ids: Sequence[bytes]) -> None:
         """See `ReaderStore.release`."""
         with self._server.lock:
-            lost = self._set_idle(source, ids, HANDED_BACK_IDLE_S)
+            lost = self._set_idle(source, ids, RELEASED_IDLE_S)
             for id in set(ids) - lost:
                 lease = self._group(source).leases[id]
                 lease.deliveries = max(0, lease.deliveries - 1)
 
-    def bodies(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
-        """See `ReaderStore.bodies`."""
+    def fetch(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
+        """See `ReaderStore.fetch`."""
         with self._server.lock:
             entries = self._server.stream(source.stream).entries
             return {id: entries[id] for id in ids if id in entries}
 
-    def paused(self) -> set[str]:
-        """See `ReaderStore.paused`."""
+    def paused_types(self) -> set[str]:
+        """See `ReaderStore.paused_types`."""
         return set(self._server.paused)
 
     # the reaper's side

@@ -1,4 +1,4 @@
-"""Lua scripts of one folder: sent by their SHA, loaded where the server lacks them."""
+"""Lua scripts of a folder: called by their SHA, loaded when the server lacks them."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -8,16 +8,16 @@ from importlib.resources.abc import Traversable
 Argument = bytes | str | int | float
 Command = Sequence[Argument]
 
-#: Scripts that act for a reader: the check of its epoch and of ownership goes before them.
-_READER_SCRIPTS = frozenset({"settle", "charge", "renew", "release", "take_over", "hold"})
-#: Scripts that look at the record of the service that holds a name.
-_HOLDER_SCRIPTS = frozenset({"acquire", "hold", "remove_consumers"})
+#: Scripts that act for a reader: they check its epoch and the ownership of entries first.
+_EPOCH_SCRIPTS = frozenset({"settle", "set_deaths", "renew", "release", "claim", "renew_name"})
+#: Scripts that use the record of the service that owns a consumer's name.
+_NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers"})
 
 
 class LuaScripts:
-    """Every ``*.lua`` file of a folder, by name. Calling it gives the command that runs one.
+    """Every ``*.lua`` file of a folder, by name. A call returns the command that runs one.
 
-    A prelude is a file that is put before the scripts that use it.
+    A prelude is a file that is prepended to the scripts that use it.
     """
 
     def __init__(self, folder: Traversable, preludes: Mapping[str, frozenset[str]] | None = None) -> None:
@@ -44,5 +44,5 @@ class LuaScripts:
 #: The scripts of the engine itself.
 script = LuaScripts(
     files("jobworker.worker.store.redis") / "scripts",
-    {"reader": _READER_SCRIPTS, "holder": _HOLDER_SCRIPTS},
+    {"prelude_epoch": _EPOCH_SCRIPTS, "prelude_name": _NAME_SCRIPTS},
 )

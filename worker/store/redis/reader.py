@@ -10,7 +10,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 
 from ...errors import NameHeld
 from ...keys import NO_HOLDER, PAUSED_KEY, Holder, Source
-from ..ports import HANDED_BACK_IDLE_S, Entry, Settlement
+from ..ports import RELEASED_IDLE_S, Entry, Settlement
 from .base import SCRIPT_BYTES, SCRIPT_IDS, RedisStoreBase, checked, chunks, is_no_group, pairs
 from .blocking_read import BlockingRead, GroupMissing
 from .connection import Reply
@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 
 
 class RedisReaderStore(RedisStoreBase):
-    """`ReaderStore` on Redis. One thread uses it; `consumer` is this service's name in every group."""
+    """`ReaderStore` on Redis. One thread uses it; `consumer` is this service's name in every group.
+
+    A deleted group or fence is created again with a log line, so the service survives a flushed server.
+    """
 
     def __init__(
         self, url: str, consumer: str, *, holder: Holder = NO_HOLDER, timeout_s: float = 5.0
@@ -30,7 +33,7 @@ class RedisReaderStore(RedisStoreBase):
         self._holder = holder
         self._epochs: dict[Source, bytes] = {}
         self._reads: dict[Source, BlockingRead] = {}
-        self._said_no_pauses = False
+        self._warned_no_pauses = False
 
     def acquire(self, sources: Sequence[Source]) -> None:
         """See `ReaderStore.acquire`. Raises `ConfigurationError` too, for a server that is too old."""
@@ -40,20 +43,20 @@ class RedisReaderStore(RedisStoreBase):
                 self._take_name(source)
                 taken.append(source)
         except NameHeld:
-            self.resign(taken)  # two services with half of the names each would wait for each other
+            self.release_name(taken)  # else two services with half of the names each would deadlock
             raise
 
-    def hold(self, sources: Sequence[Source]) -> None:
-        """See `ReaderStore.hold`."""
+    def renew_name(self, sources: Sequence[Source]) -> None:
+        """See `ReaderStore.renew_name`."""
         for source in sources:
-            self._run(source, "hold", [], self._record())
+            self._run(source, "renew_name", [], self._record())
 
-    def resign(self, sources: Sequence[Source]) -> None:
-        """See `ReaderStore.resign`."""
+    def release_name(self, sources: Sequence[Source]) -> None:
+        """See `ReaderStore.release_name`."""
         for source in sources:
             if (epoch := self._epochs.get(source)) is not None:
                 keys = [source.stream, self.fence_key(source.stream)]
-                self.one(source.stream, script("resign", keys, self._consumer, epoch))
+                self.one(source.stream, script("release_name", keys, self._consumer, epoch))
 
     def begin_read(self, source: Source, count: int, block_ms: int) -> int:
         """See `ReaderStore.begin_read`."""
@@ -64,16 +67,16 @@ class RedisReaderStore(RedisStoreBase):
         return read.begin(count, block_ms)
 
     def finish_read(self, source: Source) -> list[Entry]:
-        """See `ReaderStore.finish_read`. Waits for the reply where the descriptor was not waited for."""
+        """See `ReaderStore.finish_read`. Blocks if the descriptor is not readable yet."""
         read = self._reads.get(source)
         try:
             return read.finish() if read else []
         except GroupMissing:
-            self._rebuild(source)
+            self._recreate_group(source)
             return []
 
-    def reading(self, source: Source) -> bool:
-        """See `ReaderStore.reading`."""
+    def is_reading(self, source: Source) -> bool:
+        """See `ReaderStore.is_reading`."""
         read = self._reads.get(source)
         return read is not None and read.under_way
 
@@ -84,8 +87,8 @@ class RedisReaderStore(RedisStoreBase):
         self._reads.clear()
 
     def own_pending(self, source: Source, after: bytes, count: int) -> list[Entry]:
-        """See `ReaderStore.own_pending`. An entry that was deleted from the stream is settled away, so a
-        page may be empty before the end: it then starts over behind the deleted ones by itself."""
+        """See `ReaderStore.own_pending`. Entries that were deleted from the stream are acknowledged; where
+        a page has no others, the next page is returned."""
         while True:
             rows = self._pending_rows(source, after, count)
             ids = [row[0] for row in rows]
@@ -100,32 +103,30 @@ class RedisReaderStore(RedisStoreBase):
         """See `ReaderStore.own_ids`."""
         return [row[0] for row in self._pending_rows(source, after, count)]
 
-    def take_over(
-        self, source: Source, min_idle_ms: int, count: int, cursor: bytes
-    ) -> tuple[bytes, list[Entry]]:
-        """See `ReaderStore.take_over`. Entries of this consumer that were not renewed are returned too."""
-        reply = self._run(source, "take_over", [self.deaths_key(source.stream)], [min_idle_ms, count, cursor])
-        rows = _in_fours(reply[1:])
+    def claim(self, source: Source, min_idle_ms: int, count: int, cursor: bytes) -> tuple[bytes, list[Entry]]:
+        """See `ReaderStore.claim`. Entries of this consumer that were not renewed are returned too."""
+        reply = self._run(source, "claim", [self.deaths_key(source.stream)], [min_idle_ms, count, cursor])
+        rows = _rows_of_four(reply[1:])
         return reply[0], [Entry(id, data, int(tries), int(deaths or 0)) for id, data, tries, deaths in rows]
 
     def settle(self, settlements: Sequence[Settlement]) -> set[bytes]:
-        """See `ReaderStore.settle`. A settlement of more than 1,000 ids or 8 MiB is carried out in several
-        steps; each entry's own is atomic whatever the size."""
+        """See `ReaderStore.settle`. More than 1,000 ids or 8 MiB take several steps; the settlement of each
+        entry is atomic at any size."""
         refused: set[bytes] = set()
-        waiting = [(s.source, part) for s in settlements for part in _parts(s)]
-        for parts in self._by_node(waiting):
+        all_parts = [(s.source, part) for s in settlements for part in _parts(s)]
+        for parts in self._by_node(all_parts):
             commands = [self._settlement(source, part) for source, part in parts]
             for (source, part), reply in zip(parts, self.call(parts[0][0].stream, commands), strict=True):
-                again = partial(self._settlement, source, part)
-                refused.update(self._recovered(source, reply, again))
+                repeat = partial(self._settlement, source, part)
+                refused.update(self._recovered(source, reply, repeat))
         return refused
 
-    def charge(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:
-        """See `ReaderStore.charge`."""
+    def set_deaths(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:
+        """See `ReaderStore.set_deaths`."""
         charged: dict[bytes, int] = {}
         for some in chunks(list(deaths)):
             arguments = [value for id in some for value in (id, deaths[id])]
-            for id in self._run(source, "charge", [self.deaths_key(source.stream)], arguments):
+            for id in self._run(source, "set_deaths", [self.deaths_key(source.stream)], arguments):
                 charged[id] = deaths[id]
         return charged
 
@@ -140,10 +141,10 @@ class RedisReaderStore(RedisStoreBase):
     def release(self, source: Source, ids: Sequence[bytes]) -> None:
         """See `ReaderStore.release`."""
         for some in chunks(ids):
-            self._run(source, "release", [], [round(HANDED_BACK_IDLE_S * 1000), *some])
+            self._run(source, "release", [], [round(RELEASED_IDLE_S * 1000), *some])
 
-    def bodies(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
-        """See `ReaderStore.bodies`. One script per 1,000 entries or 8 MiB, whichever is reached first."""
+    def fetch(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
+        """See `ReaderStore.fetch`. One script per 1,000 entries or 8 MiB, whichever is reached first."""
         bodies: dict[bytes, bytes | None] = {}
         done = 0
         while done < len(ids):
@@ -155,14 +156,14 @@ class RedisReaderStore(RedisStoreBase):
             done += looked_up
         return bodies
 
-    def paused(self) -> set[str]:
-        """See `ReaderStore.paused`."""
+    def paused_types(self) -> set[str]:
+        """See `ReaderStore.paused_types`."""
         reply = self.call(PAUSED_KEY, [("HKEYS", PAUSED_KEY)])[0]
-        if isinstance(reply, NoPermissionError):  # the service must run where the key was not thought of
-            if not self._said_no_pauses:
+        if isinstance(reply, NoPermissionError):  # an access list from before pauses existed
+            if not self._warned_no_pauses:
                 fields = {"key": PAUSED_KEY, "hint": "this user may not read it"}
                 log.warning("pauses.unreadable", extra=fields)
-            self._said_no_pauses = True
+            self._warned_no_pauses = True
             return set()
         return {kind.decode(errors="replace") for kind in checked(reply)}
 
@@ -173,10 +174,10 @@ class RedisReaderStore(RedisStoreBase):
 
     def _pending_rows(self, source: Source, after: bytes, count: int) -> list[Any]:
         command = ("XPENDING", *source, b"(" + after, "+", count, self._consumer)
-        return list(self._ask(source, lambda: command))
+        return list(self._send(source, lambda: command))
 
     def _entries(self, source: Source, ids: list[bytes], deliveries: list[int]) -> list[Entry]:
-        bodies = self.bodies(source, ids)
+        bodies = self.fetch(source, ids)
         deaths = self.one(source.stream, ("HMGET", self.deaths_key(source.stream), *ids))
         gone = [id for id in ids if id not in bodies]
         if gone:
@@ -203,7 +204,7 @@ class RedisReaderStore(RedisStoreBase):
     def _record(self) -> list[str | int]:
         return [self._holder.token, round(self._holder.lease_s * 1000), self._holder.about]
 
-    def _rebuild(self, source: Source) -> None:
+    def _recreate_group(self, source: Source) -> None:
         """Create the group again, without touching the fence: a fenced reader stays fenced."""
         stream, group = source
         log.error("group.recreated", extra={"group": group, "stream": stream, "hint": "it was deleted"})
@@ -213,10 +214,10 @@ class RedisReaderStore(RedisStoreBase):
         self._forget_deaths(source)
 
     def _forget_deaths(self, source: Source) -> None:
-        """Of entries that went with their stream: no settlement will ever take them away."""
+        """Delete counts of entries that are gone with their stream: no settlement removes them."""
         key = self.deaths_key(source.stream)
         ids = self.one(source.stream, ("HKEYS", key))
-        if gone := set(ids) - self.bodies(source, ids).keys():
+        if gone := set(ids) - self.fetch(source, ids).keys():
             self.one(source.stream, ("HDEL", key, *gone))
 
     def _reader_script(
@@ -230,19 +231,19 @@ class RedisReaderStore(RedisStoreBase):
         return script(name, all_keys, source.group, self._consumer, epoch, *arguments)
 
     def _run(self, source: Source, name: str, more_keys: list[str], arguments: Sequence[Any]) -> Reply:
-        return self._ask(source, lambda: self._reader_script(source, name, more_keys, arguments))
+        return self._send(source, lambda: self._reader_script(source, name, more_keys, arguments))
 
-    def _ask(self, source: Source, command: Callable[[], Command]) -> Reply:
+    def _send(self, source: Source, command: Callable[[], Command]) -> Reply:
         return self._recovered(source, self.call(source.stream, [command()])[0], command)
 
     def _recovered(self, source: Source, reply: Reply, command: Callable[[], Command]) -> Reply:
-        """The reply, checked; a group or fence that was deleted is created again first.
+        """The reply, checked. A deleted group or fence is created again first, then the command repeated.
 
-        Both errors come before a script's first write, so running it again repeats nothing. The fence is
-        looked at first, and taking the name makes the group too: one of the two is enough.
+        Both errors precede a script's first write, so nothing happens twice. Scripts check the fence first,
+        and taking the name creates the group too: one recovery is enough.
         """
         if is_no_group(reply):
-            self._rebuild(source)
+            self._recreate_group(source)
         elif isinstance(reply, ResponseError) and str(reply).startswith("UNFENCED"):
             log.error("fence.recreated", extra={"stream": source.stream, "hint": "it was deleted"})
             self._take_name(source)
@@ -251,7 +252,7 @@ class RedisReaderStore(RedisStoreBase):
         return self.one(source.stream, command())
 
     def _by_node(self, parts: list[tuple[Source, Settlement]]) -> Iterable[list[tuple[Source, Settlement]]]:
-        """Parts that one pipeline can carry: all of them, or on a cluster those of each stream."""
+        """Parts in pipelines: all in one, or on a cluster one for each stream."""
         if not self._endpoint.cluster:
             return [parts] if parts else []
         return [list(group) for _, group in itertools.groupby(parts, key=lambda part: part[0].stream)]
@@ -268,14 +269,14 @@ class RedisReaderStore(RedisStoreBase):
 
 
 def _in_order(ids: Sequence[bytes]) -> list[bytes]:
-    """In an order as good as the server's for those of one age: what settle.lua is quick with."""
+    """Sorted as the server sorts ids of equal length, because prelude_epoch.lua looks up ranges."""
     if len(set(map(len, ids))) == 1:
         return sorted(ids)
     return sorted(ids, key=lambda id: (len(id), id))
 
 
 def _parts(settlement: Settlement) -> Iterator[Settlement]:
-    """The settlement in pieces that one run of the script may have."""
+    """The settlement in parts of at most 1,000 ids and 8 MiB."""
     source, done, retries, dead = settlement
     bodies = sum(len(x.data) for x in retries) + sum(len(x.data) for x in dead)
     if len(done) + len(retries) + len(dead) <= SCRIPT_IDS and bodies <= SCRIPT_BYTES:
@@ -289,5 +290,5 @@ def _parts(settlement: Settlement) -> Iterator[Settlement]:
         yield Settlement(source, dead=(letter,))
 
 
-def _in_fours(flat: Sequence[Any]) -> Iterator[tuple[Any, Any, Any, Any]]:
+def _rows_of_four(flat: Sequence[Any]) -> Iterator[tuple[Any, Any, Any, Any]]:
     return zip(flat[::4], flat[1::4], flat[2::4], flat[3::4], strict=True)
