@@ -24,9 +24,9 @@ from .devices import LEAST_COPIES, NO_DEVICE, device_for_slot, set_pools, visibl
 from .errors import ConfigurationError, Exit, JobworkerError
 from .event_loop import EventLoop
 from .handler import BoundHandler, load_handlers
-from .ipc.channel import REFUSABLE, Channel
+from .ipc.channel import MASKED_TYPES, Channel
 from .ipc.control import ControlSocket, Message, Standby, Start, StartFailed
-from .ipc.marks import Marks
+from .ipc.crash_marks import CrashMarks
 from .keys import consumer_name
 from .outcome import MAX_ERROR_CHARS
 from .settings import Settings, settings_class
@@ -133,7 +133,7 @@ def _stand_by(standby: Standby) -> None:
 def _run(role: str, settings: Settings, link: ControlSocket, fds: list[int]) -> None:
     match role:
         case "reader":
-            _run_reader(settings, link, Marks(*fds))
+            _run_reader(settings, link, CrashMarks(*fds))
         case "reaper":
             _run_reaper(settings, link)
         case _:
@@ -142,14 +142,14 @@ def _run(role: str, settings: Settings, link: ControlSocket, fds: list[int]) -> 
 
 def _place(settings: Settings, slot: int) -> str:
     """The device of this worker. Only the first 64 types can be left out: with more, all workers get one."""
-    many = len(settings.handlers) > REFUSABLE
+    many = len(settings.handlers) > MASKED_TYPES
     place = device_for_slot(settings.device, slot, visible_gpus(), settings.device_copies)
     if many and place == NO_DEVICE:
         return device_for_slot(settings.device, slot % LEAST_COPIES, visible_gpus())
     return place
 
 
-def _run_reader(settings: Settings, link: ControlSocket, marks: Marks) -> None:
+def _run_reader(settings: Settings, link: ControlSocket, marks: CrashMarks) -> None:
     from .reader.reader import Reader
     from .store.redis.reader import RedisReaderStore
 
@@ -200,7 +200,7 @@ def _go_first_when_memory_is_short() -> None:
 
 def _mask(flags: Iterable[bool]) -> int:
     """A bit for each type, as far as there are bits."""
-    return sum(1 << number for number, flag in enumerate(flags) if flag and number < REFUSABLE)
+    return sum(1 << number for number, flag in enumerate(flags) if flag and number < MASKED_TYPES)
 
 
 def _set_up(settings: Settings, link: ControlSocket) -> dict[str, BoundHandler] | None:

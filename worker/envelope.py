@@ -2,7 +2,7 @@
 
 import base64
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -170,38 +170,42 @@ def with_retry(data: bytes, retry_count: int, deaths: int) -> bytes:
     return msgspec.json.encode(members)
 
 
-def dead_letter(
-    data: bytes | None,
-    *,
-    error: str,
-    reason: str,
-    failed_at: str,
-    stream: str,
-    entry_id: bytes,
-    worker: str,
-    deaths: int = 0,
-    retry_count: int | None = None,
-    details: dict[str, Any] | None = None,
-    unread: bool = False,
-) -> bytes:
-    """The dead letter's JSON. Where ``data`` is no job that can be read, or is not to be read (``unread``),
-    its bytes are kept as base64."""
-    readable = not unread and reason not in ("malformed", "oversized") and data is not None
-    raw = None
-    if not readable and data is not None:
-        kept = data[:OVERSIZED_KEPT_BYTES] if reason == "oversized" else data
-        raw = base64.b64encode(kept).decode()
+class DeadJob(NamedTuple):
+    """A job that is given up, and what its dead letter states.
+
+    ``envelope`` is None if the bytes could not be parsed, or must not be parsed: the letter keeps them as
+    base64. ``deaths`` counts the workers that died under this entry; the envelope counts those of earlier
+    tries.
+    """
+
+    data: bytes | None
+    entry_id: bytes
+    reason: str
+    error: str
+    envelope: Envelope | None = None
+    deaths: int = 0
+    details: dict[str, Any] | None = None
+
+
+def dead_letter(job: DeadJob, *, stream: str, worker: str, failed_at: str) -> bytes:
+    """The dead letter's JSON."""
+    data, envelope = job.data, job.envelope
+    task, raw = b"null", None
+    if data is not None and envelope is not None:
+        task = data
+    elif data is not None:
+        raw = base64.b64encode(data[:OVERSIZED_KEPT_BYTES] if job.reason == "oversized" else data).decode()
     letter = DeadLetter(
-        task=msgspec.Raw(data if readable and data is not None else b"null"),
-        error=error[:MAX_LETTER_ERROR_CHARS],
+        task=msgspec.Raw(task),
+        error=job.error[:MAX_LETTER_ERROR_CHARS],
         failed_at=failed_at,
-        reason=reason,
+        reason=job.reason,
         original_stream=stream,
-        original_id=entry_id.decode(),
+        original_id=job.entry_id.decode(),
         worker=worker,
-        retry_count=retry_count or 0,
-        deaths=deaths,
+        retry_count=envelope.retry_count if envelope else 0,
+        deaths=job.deaths + (envelope.deaths if envelope else 0),
         raw=raw,
-        details=details,
+        details=job.details,
     )
     return msgspec.json.encode(letter)

@@ -1,7 +1,7 @@
-"""Handlers under test: the service's own roles in one process, over a store in memory and a clock of its own.
+"""Test harness for handlers: the service's roles in one process, on an in-memory store and a simulated clock.
 
-Nothing is started and nothing is waited for: no server and no second process. What becomes of a job is
-decided by the code that decides it in the service.
+It starts no server and no other process, and never sleeps. The code that decides about a job is the code of
+the service.
 """
 
 import dataclasses
@@ -29,45 +29,44 @@ from .store.ports import Entry, Settlement
 
 __all__ = ["Harness", "Raised", "RetryPolicy", "Retrying", "Settings"]
 
-#: When a harness's time begins, in unix seconds: the same in each, so that what is written down is too.
+#: Start of a harness's clock (unix seconds). It is always the same, so that recorded times are, too.
 _WALL_START_S = 1_767_345_600.0
-#: No run takes longer in real time; a handler that enqueues for each job another one would never end.
+#: Longest run in real time. A handler that enqueues another job for each job would never end.
 _LIMIT_S = 60.0
-#: Rounds without a move until all is taken to be done: what one role does, the others see in the next.
+#: Rounds without a change after which nothing is left to run: a role sees another's work a round later.
 _QUIET_ROUNDS = 3
-#: While jobs wait for what their handler needs, it is seen so often whether one of them may be tried.
+#: Step of the clock while jobs are unfinished: probes of an open circuit breaker become due.
 _STEP_S = 1.0
-#: Retries wait exactly 2, 4 and 8 seconds.
+#: Without jitter retries wait exactly 2, 4 and 8 seconds.
 _RETRY = RetryPolicy(jitter=0.0)
 
 
 class Raised(NamedTuple):
-    """A try that failed. The error has its traceback: raise it to see where it came from."""
+    """A failed try. Raise the error to see its traceback."""
 
     job: Job
     error: BaseException
 
 
 class Retrying(NamedTuple):
-    """A job that waits for its next try (or the end of its ``delay``) and the seconds until then."""
+    """A job that waits for its retry (or for the end of its ``delay``), and the seconds until then."""
 
     job: Job
     due_in_s: float
 
 
 class _WorkerKilled(SystemExit):
-    """Ends a worker from within, where the supervisor would kill it."""
+    """Ends a worker from inside, in place of a kill by the supervisor."""
 
 
 class _Store(MemoryStore):
-    """Remembers what was acknowledged."""
+    """Store that records acknowledged jobs."""
 
     def __init__(self, server: MemoryServer) -> None:
         super().__init__(server, "test")
         self.completed: list[Job] = []
 
     def settle(self, settlements: Sequence[Settlement]) -> set[bytes]:
-        """See `ReaderStore.settle`."""
         refused = super().settle(settlements)
         for source, done, _, _ in settlements:
             bodies = self.fetch(source, done)
@@ -78,20 +77,20 @@ class _Store(MemoryStore):
 
 
 class Harness:
-    """The service with one worker, for tests. Its time stands still but for `advance`.
+    """The service with one worker, for tests. Only `advance` moves its clock.
 
-    ``handlers`` maps types to handler classes (one object a worker, as in the service) or to objects.
-    ``settings`` are the service's; what matters of them is streams, retry, max_payload, max_deaths and
-    job_timeout_s. Without them retries have no jitter. What a handler's ``setup`` raises passes through.
+    ``handlers`` maps types to handler classes (one object a worker, as in the service) or to objects. Of the
+    ``settings``, these have an effect: streams, retry, max_payload, max_deaths and job_timeout_s. The default
+    settings have no jitter. Errors of a handler's ``setup`` are raised here.
     """
 
     def __init__(self, handlers: Mapping[str, Any], settings: Settings | None = None) -> None:
         settings = settings or Settings(retry=_RETRY, instance="test", host="test")
         names = {kind: f"{type(one).__module__}:{type(one).__name__}" for kind, one in handlers.items()}
         self.settings = dataclasses.replace(settings, handlers=names, linger_s=0.0)
-        #: The jobs that each call of a handler was given, in order.
+        #: The jobs of each call of a handler, in order.
         self.batches: list[list[Job]] = []
-        #: The tries that failed, in order.
+        #: The failed tries, in order.
         self.raised: list[Raised] = []
         self._handlers = handlers
         self._elapsed_s = 0.0
@@ -102,13 +101,13 @@ class Harness:
         self.producer = Producer(store=MemoryStore(self._server), wall_now_s=self.wall_now_s)
         #: As `Producer.enqueue`.
         self.enqueue = self.producer.enqueue
-        first = self._set_up()  # before anything is opened that would have to be closed if it raises
-        self._links: list[ControlSocket] = []
+        first = self._set_up()  # first: if it raises, nothing else has to be closed
+        self._sockets: list[ControlSocket] = []
         clock, rng = self.mono_now_s, random.Random(0)
-        self._to_reader, link = self._line()
-        self._reader = Reader(self._store, self.settings, link, mono_s=clock, rng=rng)
-        self._to_reaper, link = self._line()
-        self._reaper = Reaper(MemoryStore(self._server), self.settings, link, mono_s=clock, rng=rng)
+        self._to_reader, control = self._control_pair()
+        self._reader = Reader(self._store, self.settings, control, mono_s=clock, rng=rng)
+        self._to_reaper, control = self._control_pair()
+        self._reaper = Reaper(MemoryStore(self._server), self.settings, control, mono_s=clock, rng=rng)
         self._generation = 0
         self._worker: Runner | None = self._start_worker(first)
         self._to_reader.send(SyncDone())
@@ -117,21 +116,21 @@ class Harness:
     # -- time
 
     def wall_now_s(self) -> float:
-        """The time here, in unix seconds."""
+        """The harness's wall clock (unix seconds)."""
         return _WALL_START_S + self._elapsed_s
 
     def mono_now_s(self) -> float:
-        """The same as a monotonic clock shows it."""
+        """The harness's monotonic clock (seconds)."""
         return 1.0 + self._elapsed_s
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, and everything be run that becomes due meanwhile, each at its moment.
+        """Advance the clock and run everything that becomes due, each at its time.
 
-        In a handler it is the duration of its work: the worker is killed if that exceeds the job's timeout.
+        Inside a handler the call simulates work: the worker is killed if it exceeds the job's timeout.
         """
         if self._working:
             self._elapsed_s += seconds
-            return self._heed_limit()
+            return self._check_timeout()
         end_s = self._elapsed_s + seconds
         self.run()
         while self._elapsed_s < end_s:
@@ -139,14 +138,14 @@ class Harness:
             self.run()
 
     def run(self) -> None:
-        """Run all that can be run now, until nothing moves any more. Time stands still.
+        """Run all jobs that can run now, without advancing the clock.
 
-        Raises TimeoutError where that does not end within a minute of real time.
+        Raises TimeoutError if that does not end within a minute of real time.
         """
         give_up_at = time.monotonic() + _LIMIT_S
         quiet, before = 0, self._state()
         while quiet < _QUIET_ROUNDS:
-            self._go_round()
+            self._run_round()
             quiet, before = (quiet + 1, before) if self._state() == before else (0, self._state())
             if time.monotonic() > give_up_at:
                 raise TimeoutError(f"jobs do not end: {len(self.batches)} calls of handlers so far")
@@ -154,17 +153,17 @@ class Harness:
     # -- jobs
 
     def send(self, data: bytes | None, stream: str | None = None) -> None:
-        """Put these bytes on a stream as any program might; None is an entry without the field ``data``."""
+        """Append raw bytes to a stream, as any program can; None is an entry without the field ``data``."""
         self._server.append(stream or self.settings.streams[0].stream, data)
 
     @property
     def completed(self) -> list[Job]:
-        """The jobs that were acknowledged, in this order."""
+        """The acknowledged jobs, in order."""
         return list(self._store.completed)
 
     @property
     def retrying(self) -> list[Retrying]:
-        """What waits for its time, soonest first of each stream."""
+        """Scheduled retries and delayed jobs: stream by stream, soonest first."""
         now = self.wall_now_s()
         return [
             Retrying(_job(data, source.stream, ""), due - now)
@@ -174,7 +173,7 @@ class Harness:
 
     @property
     def dead(self) -> list[Letter]:
-        """The dead letters of all streams, each with its reason and error."""
+        """Dead letters of all streams, with reason and error."""
         return [
             read_letter(source.stream, Entry(b"0-%d" % number, data))
             for source in self.settings.streams
@@ -183,31 +182,33 @@ class Harness:
 
     @property
     def unfinished(self) -> int:
-        """How many jobs are in the streams and at no end: not run yet, or held while their type is paused
-        because what its handler needs is unavailable."""
+        """Number of jobs that are neither acknowledged, scheduled for a retry nor dead-lettered.
+
+        They have not run yet, or are parked because a dependency of their handler is unavailable.
+        """
         depths = [self._store.depths(source) for source in self.settings.streams]
         return sum(depth.queued + depth.pending for depth in depths)
 
     def metric(self, name: str, *labels: str) -> float:
-        """What a counter or gauge stands at; 0.0 where it was never touched."""
+        """Value of a counter or gauge; 0.0 if it was never set."""
         self._reader.report()
         if self._worker is not None:
             self._worker.report()
-        self._listen()
+        self._receive_reports()
         return self._counts.get((name, labels), 0.0)
 
     # -- the end
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all resources."""
         if self._worker is not None:
             self._end_worker("closed", charge=False)
         self._to_reader.send(Drain())
         while not self._reader.drained:
             self._reader.run_once(0.0)
-        self._reader.run()  # to its end, which is here
-        for link in self._links:
-            link.close()
+        self._reader.run()  # it is drained, so this only releases what it holds
+        for sock in self._sockets:
+            sock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -217,13 +218,13 @@ class Harness:
     ) -> None:
         self.close()
 
-    # -- the supervisor's part
+    # -- what the supervisor does in the service
 
-    def _line(self) -> tuple[ControlSocket, ControlSocket]:
-        """A line between the supervisor, which is this object, and a role: our end, its end."""
+    def _control_pair(self) -> tuple[ControlSocket, ControlSocket]:
+        """Control socket between this object, as the supervisor, and a role: our end, its end."""
         ours, sock = ControlSocket.pair()
-        self._links += [ours, ControlSocket(sock)]
-        return ours, self._links[-1]
+        self._sockets += [ours, ControlSocket(sock)]
+        return ours, self._sockets[-1]
 
     def _set_up(self) -> dict[str, BoundHandler]:
         made = {kind: one() if isinstance(one, type) else one for kind, one in self._handlers.items()}
@@ -234,16 +235,18 @@ class Harness:
             self._loop.close()
             raise
         for one in bound.values():
-            self._watch(one)
+            self._record(one)
         return bound
 
     def _start_worker(self, bound: dict[str, BoundHandler]) -> Runner:
         self._generation += 1
         self._channel = Channel.create(self.settings.max_payload)
         self._to_reader.send(Attach(0, self._generation), self._channel.fds)
-        self._to_worker, link = self._line()
+        self._to_worker, control = self._control_pair()
         streams = [source.stream for source in self.settings.streams]
-        worker = Runner(self._channel, link, bound, streams, mono_s=self.mono_now_s, wall_s=self.wall_now_s)
+        worker = Runner(
+            self._channel, control, bound, streams, mono_s=self.mono_now_s, wall_s=self.wall_now_s
+        )
         worker.begin()
         return worker
 
@@ -253,11 +256,11 @@ class Harness:
         self._loop.close()
         self._channel.close()
 
-    def _go_round(self) -> None:
+    def _run_round(self) -> None:
         self._reaper.run_once(self.mono_now_s())
         self._reader.run_once(0.0)
         self._work()
-        self._listen()
+        self._receive_reports()
 
     def _work(self) -> None:
         if self._worker is None:
@@ -272,42 +275,42 @@ class Harness:
         finally:
             self._working = False
 
-    def _heed_limit(self) -> None:
+    def _check_timeout(self) -> None:
         deadline_s = self._channel.mono_deadline_s
         if deadline_s and self.mono_now_s() > deadline_s:
-            raise _WorkerKilled("ran past its limit")
+            raise _WorkerKilled("the job exceeded its timeout")
 
-    def _listen(self) -> None:
-        """Add up what the roles report; of what else they say nothing matters here."""
-        for line in (self._to_reader, self._to_reaper, self._to_worker):
-            while received := line.receive():
+    def _receive_reports(self) -> None:
+        """Add up the metrics that the roles report; other messages do not matter here."""
+        for control in (self._to_reader, self._to_reaper, self._to_worker):
+            while received := control.receive():
                 if isinstance(report := received[0], Report):
                     for name, labels, by in report.counts:
                         self._counts[name, labels] = self._counts.get((name, labels), 0.0) + by
                     self._counts |= {(name, labels): value for name, labels, value in report.gauges}
 
     def _state(self) -> Any:
-        """What changes whenever anything moves."""
+        """A value that changes with every step of a job."""
         depths = [self._store.depths(source) for source in self.settings.streams]
         return self._generation, len(self.batches), len(self._store.completed), depths
 
     def _next_step_s(self) -> float:
-        """How long nothing can become due."""
+        """Seconds in which nothing can become due."""
         store = self._store
         dues = [store.promote(source.stream, 0).next_due_s for source in self.settings.streams]
-        held = [_STEP_S] if self.unfinished else []
-        return min([float("inf"), *held, *(due for due in dues if due is not None)])
+        steps = [_STEP_S] if self.unfinished else []
+        return min([float("inf"), *steps, *(due for due in dues if due is not None)])
 
-    # -- what handlers are given
+    # -- records of handler calls
 
-    def _watch(self, bound: BoundHandler) -> None:
-        """Note what a handler is given, and what it raises."""
-        bound.handle = self._watched(bound.handle)
+    def _record(self, bound: BoundHandler) -> None:
+        """Record the calls of a handler and its errors."""
+        bound.handle = self._recorded(bound.handle)
         if bound.handle_batch is not None:
-            bound.handle_batch = self._watched_batch(bound.handle_batch)
+            bound.handle_batch = self._recorded_batch(bound.handle_batch)
 
-    def _watched(self, handle: Callable[[Job], object]) -> Callable[[Job], object]:
-        def watched(job: Job) -> None:
+    def _recorded(self, handle: Callable[[Job], object]) -> Callable[[Job], object]:
+        def recorded(job: Job) -> None:
             self.batches.append([job])
             try:
                 handle(job)
@@ -315,12 +318,12 @@ class Harness:
                 self.raised.append(Raised(job, error))
                 raise
 
-        return watched
+        return recorded
 
-    def _watched_batch(
+    def _recorded_batch(
         self, handle_batch: Callable[[Sequence[Job]], Sequence[BaseException | None]]
     ) -> Callable[[Sequence[Job]], Sequence[BaseException | None]]:
-        def watched(jobs: Sequence[Job]) -> Sequence[BaseException | None]:
+        def recorded(jobs: Sequence[Job]) -> Sequence[BaseException | None]:
             self.batches.append(list(jobs))
             try:
                 outcomes = handle_batch(jobs)
@@ -331,7 +334,7 @@ class Harness:
             self.raised += [Raised(job, error) for job, error in pairs if error is not None]
             return outcomes
 
-        return watched
+        return recorded
 
 
 def _job(data: bytes, stream: str, entry_id: str) -> Job:

@@ -18,7 +18,7 @@ from jobworker.worker.handler import BoundHandler
 from jobworker.worker.ipc import inflight, ring
 from jobworker.worker.ipc.channel import READY, Channel, OutcomeFrame
 from jobworker.worker.ipc.control import ControlSocket
-from jobworker.worker.ipc.inflight import FAILED, QUEUED, ROWS, SETTLED, STARTED, SUCCEEDED, Held
+from jobworker.worker.ipc.inflight import FAILED, QUEUED, ROWS, SETTLED, STARTED, SUCCEEDED, InFlightJob
 from jobworker.worker.ipc.ring import Ring
 from jobworker.worker.reader import dispatch as lane
 from jobworker.worker.reader.admission import AdmittedJob
@@ -173,7 +173,7 @@ class Flagging:
 
 def arrivals(start: int, count: int) -> list[AdmittedJob]:
     return [
-        AdmittedJob(i % 3, i % 2, Entry(b"%d-%d" % (10**12 + i, i), job(i), 1, i % 4), False)
+        AdmittedJob(i % 3, i % 2, Entry(b"%d-%d" % (10**12 + i, i), job(i), 1, i % 4), i % 4 > 0)
         for i in range(start, start + count)
     ]
 
@@ -182,10 +182,13 @@ def job(i: int) -> bytes:
     return b'{"id":"job-%d","type":"%s","payload":"%s"}' % (i, [b"even", b"odd"][i % 2], b"p" * i)
 
 
-def held(i: int) -> Held:
+def held(i: int) -> InFlightJob:
     """What row ``FIRST_ROW + i`` says of arrival ``i``."""
     arrival = arrivals(i, 1)[0]
-    return Held(FIRST_ROW + i, arrival.source, arrival.kind, arrival.entry.deaths, arrival.entry.id)
+    return InFlightJob(
+        *(FIRST_ROW + i, arrival.stream_no, arrival.type_no, arrival.entry.deaths, arrival.isolated),
+        arrival.entry.id,
+    )
 
 
 def desk(fails: bool = False, waiting: int = 0) -> Desk:
@@ -234,8 +237,8 @@ def hand(handed: int, frame_jobs: int, lines: bool) -> int:
         assert [table.state(FIRST_ROW + i) for i in range(count)] == earlier + [QUEUED] * (count - 3)
         assert successor.dispatch(arrivals(count, 10 - count)) == 10 - count
         made.runner._pull_frames()
-        taken = [(w.row, w.source, w.entry_id, w.envelope.id) for w in made.runner._waiting][2:]
-        assert taken == [(held(i).row, held(i).source, held(i).entry_id, f"job-{i}") for i in range(2, 10)]
+        taken = [(w.row, w.stream_no, w.entry_id, w.envelope.id) for w in made.runner._queue][2:]
+        assert taken == [(held(i).row, held(i).stream_no, held(i).entry_id, f"job-{i}") for i in range(2, 10)]
         made.close(successor)
     return kills
 
@@ -302,7 +305,7 @@ def settle() -> int:
 
     def act(made: Desk) -> None:
         for run in list(made.lane.table.succeeded()):
-            made.lane.settled(run)
+            made.lane.record_settled(run)
         made.lane.table.advance()
 
     kills = 0

@@ -25,7 +25,7 @@ def test_both_ends_see_what_either_writes(ends: tuple[Channel, Channel]) -> None
     one, other = ends
     assert (one.phase, one.batch_hint, one.finished, one.mono_deadline_s) == (STARTING, 0, 0, 0.0)
     other.phase, other.batch_hint, other.finished = STOPPING, 32, 2**40
-    other.running(12.5, 72.5)
+    other.set_running(12.5, 72.5)
     other.heartbeat(99.25)
     assert (one.phase, one.batch_hint, one.finished) == (STOPPING, 32, 2**40)
     assert (one.mono_since_s, one.mono_deadline_s, one.mono_heartbeat_s) == (12.5, 72.5, 99.25)
@@ -35,7 +35,7 @@ def test_no_two_words_are_one(ends: tuple[Channel, Channel]) -> None:
     """Each is written in turn; all the others keep what they had."""
     one, other = ends
     one.phase, one.batch_hint, one.finished = READY, 7, 11
-    one.running(1.5, 2.5)
+    one.set_running(1.5, 2.5)
     one.heartbeat(3.5)
     one.table.taken = 0
     assert one.jobs.push(b"job")
@@ -43,24 +43,25 @@ def test_no_two_words_are_one(ends: tuple[Channel, Channel]) -> None:
     for ring, frame in ((other.jobs, b"job"), (other.outcomes, b"outcome")):
         (seen,) = [bytes(view) for view, _ in ring.frames()]
         assert seen == frame
-    one.table.write([1], [2], [3], [b"9-9"])
+    one.table.write([1], [2], [3], [True], [b"9-9"])
     assert (other.phase, other.batch_hint, other.finished) == (READY, 7, 11)
     assert (other.mono_since_s, other.mono_deadline_s, other.mono_heartbeat_s) == (1.5, 2.5, 3.5)
     assert (other.table.tail, other.table.taken) == (0, 0)
-    assert other.table.held(0) == (0, 1, 2, 3, b"9-9")
+    assert other.table.job(0) == (0, 1, 2, 3, True, b"9-9")
 
 
 def test_the_areas_do_not_overlap(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
     for ring in (one.jobs, one.outcomes):
         assert ring.push(b"\xff" * ring.largest)
-    one.table.write([1] * 4096, [2] * 4096, [3] * 4096, [b"18446744073709551615-18446744073709551615"] * 4096)
+    longest_id = b"18446744073709551615-18446744073709551615"
+    one.table.write([1] * 4096, [2] * 4096, [3] * 4096, [True] * 4096, [longest_id] * 4096)
     one.table.head = 4096
     assert len(other.table.states) == 4096
     for ring in (other.jobs, other.outcomes):
         (frame,) = [bytes(view) for view, _ in ring.frames()]
         assert frame == b"\xff" * ring.largest
-    assert one.table.held(4095) == (4095, 1, 2, 3, b"18446744073709551615-18446744073709551615")
+    assert one.table.job(4095) == (4095, 1, 2, 3, True, longest_id)
 
 
 def test_the_worker_is_woken_by_jobs(ends: tuple[Channel, Channel]) -> None:

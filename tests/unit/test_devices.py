@@ -12,9 +12,6 @@ from jobworker.handlers.encoder.load import load_encoder
 from jobworker.worker import Settings, devices
 from jobworker.worker.devices import NO_DEVICE, device_for_slot, set_pools, visible_gpus
 from jobworker.worker.handler import load_handlers
-from jobworker.worker.reader.admission import AdmittedJob
-from jobworker.worker.reader.prefetch import PrefetchBuffer
-from jobworker.worker.store.ports import Entry
 from support.tools import BY_CONSTRUCTION
 
 
@@ -128,20 +125,3 @@ def test_a_worker_without_the_model_leaves_its_types_to_others() -> None:
     targets = {"a": f"{__name__}:Plain", "b": f"{__name__}:OnTheModel"}
     assert set(load_handlers(Settings(handlers=targets, device=NO_DEVICE))) == {"a"}
     assert set(load_handlers(Settings(handlers=targets, device="cuda:0"))) == {"a", "b"}
-
-
-def arrival(number: int, kind: int) -> AdmittedJob:
-    return AdmittedJob(0, kind, Entry(b"%d-0" % number, b"{}", 1), False)
-
-
-@given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, 15), st.integers(0, 50))
-def test_the_first_fitting_jobs_are_taken_and_the_order_is_kept(
-    kinds: list[int], refused: int, count: int
-) -> None:
-    backlog = PrefetchBuffer(["a", "b", "c", "d"])
-    jobs = [arrival(number, kind) for number, kind in enumerate(kinds)]
-    for job in jobs:
-        backlog.add(job)
-    fitting = [job for job in jobs if not refused >> job.kind & 1][:count]
-    assert backlog.take(count, refused) == fitting
-    assert list(backlog.ready) == [job for job in jobs if job not in fitting]

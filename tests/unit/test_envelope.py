@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.worker.envelope import OVERSIZED_KEPT_BYTES, dead_letter, job_of, read_envelope, with_retry
+from jobworker.worker.envelope import (
+    OVERSIZED_KEPT_BYTES,
+    DeadJob,
+    dead_letter,
+    job_of,
+    read_envelope,
+    with_retry,
+)
 from jobworker.worker.errors import MalformedJob
 
 #: What an object of a job begins with; a case is the rest of it.
@@ -211,25 +218,28 @@ def test_unknown_fields_keep_every_byte_on_retry() -> None:
 # -- dead letters
 
 
-def letter(data: bytes | None, reason: str, **more: Any) -> dict[str, Any]:
-    made = dead_letter(
-        data,
-        error="ValueError: no",
-        reason=reason,
-        failed_at="2026-01-02T10:00:00.123Z",
-        stream="stream:story:gen",
-        entry_id=b"17-1",
-        worker="host/instance/3",
-        **more,
+def letter(
+    data: bytes | None,
+    reason: str,
+    *,
+    read: bool = True,
+    deaths: int = 0,
+    details: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The dead letter of a job. ``read``: its bytes were parsed."""
+    envelope = read_envelope(data) if read and data is not None else None
+    job = DeadJob(data, b"17-1", reason, "ValueError: no", envelope, deaths, details)
+    encoded = dead_letter(
+        job, stream="stream:story:gen", worker="host/instance/3", failed_at="2026-01-02T10:00:00.123Z"
     )
-    found = json.loads(made.decode())
-    assert isinstance(found, dict)
-    return found
+    decoded = json.loads(encoded.decode())
+    assert isinstance(decoded, dict)
+    return decoded
 
 
 def test_the_dead_letters_shape() -> None:
-    assert letter(BEGUN + b"}", "exhausted", deaths=1, retry_count=3) == {
-        "task": {"id": "a", "type": "t"},
+    assert letter(BEGUN + b',"retry_count":3,"deaths":1}', "exhausted", deaths=1) == {
+        "task": {"id": "a", "type": "t", "retry_count": 3, "deaths": 1},
         "error": "ValueError: no",
         "failed_at": "2026-01-02T10:00:00.123Z",
         "reason": "exhausted",
@@ -237,7 +247,7 @@ def test_the_dead_letters_shape() -> None:
         "original_id": "17-1",
         "worker": "host/instance/3",
         "retry_count": 3,
-        "deaths": 1,
+        "deaths": 2,
     }
 
 
@@ -252,15 +262,21 @@ def test_details_are_kept() -> None:
 
 @pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED.keys())
 def test_a_malformed_entry_keeps_its_raw_bytes(data: bytes) -> None:
-    found = letter(data, "malformed")
+    found = letter(data, "malformed", read=False)
     assert found["task"] is None
     assert base64.b64decode(found["raw"], validate=True) == data
 
 
 def test_an_oversized_entry_keeps_its_beginning() -> None:
     data = bytes(range(256)) * 1024
-    assert base64.b64decode(letter(data, "oversized")["raw"]) == data[:OVERSIZED_KEPT_BYTES]
+    assert base64.b64decode(letter(data, "oversized", read=False)["raw"]) == data[:OVERSIZED_KEPT_BYTES]
     assert OVERSIZED_KEPT_BYTES == 64 * 1024
+
+
+def test_a_job_that_must_not_be_parsed_keeps_its_raw_bytes() -> None:
+    parsed_later = letter(BEGUN + b"}", "poison", read=False, deaths=2)
+    assert (parsed_later["task"], parsed_later["deaths"], parsed_later["retry_count"]) == (None, 2, 0)
+    assert base64.b64decode(parsed_later["raw"]) == BEGUN + b"}"
 
 
 def test_an_entry_without_data_has_nothing_to_keep() -> None:

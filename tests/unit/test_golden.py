@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.worker.envelope import dead_letter, job_of, read_envelope, with_retry
+from jobworker.worker.envelope import DeadJob, dead_letter, job_of, read_envelope, with_retry
 from jobworker.worker.reader.admission import Admission, AdmittedJob
 from jobworker.worker.store.ports import Entry
 
@@ -42,10 +42,10 @@ def test_the_file_is_as_go_writes_it(entry: bytes) -> None:
 
 
 def test_every_field_reaches_the_handler(entry: bytes) -> None:
-    verdict = Admission(ALL_KINDS, 8 * 1024 * 1024, 3)(0, Entry(b"1-1", entry))
+    verdict = Admission(ALL_KINDS, 8 * 1024 * 1024, 3).check(0, Entry(b"1-1", entry))
     assert isinstance(verdict, AdmittedJob)
     envelope, fields = read_envelope(entry), json.loads(entry)
-    assert (verdict.kind, verdict.alone) == (ALL_KINDS[fields["type"]], False)
+    assert (verdict.type_no, verdict.isolated) == (ALL_KINDS[fields["type"]], False)
     job = job_of(envelope, "stream:x", "1-1")
     for name in set(FIELDS) - {"metadata"}:
         assert getattr(job, name) == fields[name], name
@@ -63,15 +63,8 @@ def test_a_retry_adds_its_count_and_leaves_every_other_byte(entry: bytes) -> Non
 
 
 def test_a_dead_letter_holds_the_job_as_received(entry: bytes) -> None:
-    letter = dead_letter(
-        entry,
-        error="E: x",
-        reason="permanent",
-        failed_at="2026-01-02T10:00:00Z",
-        stream="s",
-        entry_id=b"1-1",
-        worker="h/i/0",
-    )
+    job = DeadJob(entry, b"1-1", "permanent", "E: x", read_envelope(entry))
+    letter = dead_letter(job, stream="s", worker="h/i/0", failed_at="2026-01-02T10:00:00Z")
     assert b'"task":' + entry + b"," in letter
     assert json.loads(letter)["task"] == json.loads(entry)
 

@@ -18,8 +18,8 @@ from jobworker.worker.ipc.inflight import (
     STARTED,
     SUCCEEDED,
     TABLE_BYTES,
-    Held,
     InFlight,
+    InFlightJob,
 )
 from jobworker.worker.reader.admission import AdmittedJob
 from jobworker.worker.reader.dispatch import WorkerHandle
@@ -35,7 +35,7 @@ IDS = st.one_of(
     st.just(LONGEST_ID),
     st.just(b"0-1"),
 )
-ROW = st.tuples(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255), IDS)
+ROW = st.tuples(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255), st.booleans(), IDS)
 
 
 def table(start: int = 0) -> InFlight:
@@ -51,18 +51,18 @@ class InFlightAgainstDict(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.table = table(3 * ROWS - 5)
-        self.rows: dict[int, Held] = {}
+        self.rows: dict[int, InFlightJob] = {}
         self.states: dict[int, int] = {}
 
     @rule(rows=st.lists(ROW, min_size=1, max_size=30))
-    def hand_out(self, rows: list[tuple[int, int, int, bytes]]) -> None:
+    def hand_out(self, rows: list[tuple[int, int, int, bool, bytes]]) -> None:
         first = self.table.head
         columns = list(zip(*rows, strict=True))
         self.table.write(*columns)
         self.table.head += len(rows)
-        for i, (source, kind, deaths, entry_id) in enumerate(rows):
-            self.rows[first + i] = Held(first + i, source, kind, deaths, entry_id)
-            self.states[first + i] = QUEUED
+        for row, values in enumerate(rows, first):
+            self.rows[row] = InFlightJob(row, *values)
+            self.states[row] = QUEUED
 
     @rule(data=st.data(), state=st.sampled_from([STARTED, SUCCEEDED, FAILED]))
     def run(self, data: st.DataObject, state: int) -> None:
@@ -78,9 +78,10 @@ class InFlightAgainstDict(RuleBasedStateMachine):
         found = [row for run in runs for row in run]
         assert found == [row for row in sorted(self.states) if self.states[row] == SUCCEEDED]
         for run in runs:
-            sources, kinds, ids = self.table.columns(run)
+            stream_nos, type_nos, ids = self.table.columns(run)
             rows = [self.rows[row] for row in run]
-            assert (list(sources), list(kinds)) == ([r.source for r in rows], [r.kind for r in rows])
+            assert list(stream_nos) == [r.stream_no for r in rows]
+            assert list(type_nos) == [r.type_no for r in rows]
             assert ids == [r.entry_id for r in rows]
             self.table.settle(run)
             self.states.update(dict.fromkeys(run, SETTLED))
@@ -114,7 +115,7 @@ TestInFlightAgainstDict.settings = settings(max_examples=40, stateful_step_count
 def test_the_whole_table_can_be_in_use_over_its_end() -> None:
     full = table(ROWS // 2)
     ids = [b"%d-0" % i for i in range(ROWS)]
-    full.write([1] * ROWS, [2] * ROWS, [3] * ROWS, ids)
+    full.write([1] * ROWS, [2] * ROWS, [3] * ROWS, [True] * ROWS, ids)
     full.head += ROWS
     rows = range(full.tail, full.head)
     assert [one.entry_id for one in full.unsettled()] == ids
@@ -128,10 +129,10 @@ def test_the_whole_table_can_be_in_use_over_its_end() -> None:
 
 def test_a_row_more_than_the_table_has_is_refused() -> None:
     full = table()
-    full.write([0] * ROWS, [0] * ROWS, [0] * ROWS, [b"1-1"] * ROWS)
+    full.write([0] * ROWS, [0] * ROWS, [0] * ROWS, [False] * ROWS, [b"1-1"] * ROWS)
     full.head += ROWS
     with pytest.raises(AssertionError):
-        full.write([0], [0], [0], [b"1-1"])
+        full.write([0], [0], [0], [False], [b"1-1"])
 
 
 # -- a new reader

@@ -72,8 +72,11 @@ def test_no_more_is_read_than_workers_have_room_for(server: MemoryServer) -> Non
 def test_the_next_read_is_begun_before_the_jobs_of_a_large_one_are_gone_through(server: MemoryServer) -> None:
     with closing(Watched(server)) as store, reading(store) as reader:
         order: list[str] = []
-        admit = reader._admit
-        reader._admit = lambda *args: (order.append("".join(map(str, store.seen[-2:]))), admit(*args))[1]  # type: ignore[method-assign]
+        admit = reader._intake._admit
+        reader._intake._admit = lambda *args: (
+            order.append("".join(map(str, store.seen[-2:]))),
+            admit(*args),
+        )[1]  # type: ignore[method-assign]
         for _ in range(60):
             reader.run_once(0.0)
         assert "8" in order[0], "a small one: nothing is known of the jobs' sizes yet"

@@ -1,1 +1,1 @@
-"""What the processes share: rings, the in-flight table and control sockets."""
+"""Communication between the processes: rings, the in-flight table, crash marks and control sockets."""

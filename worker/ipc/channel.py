@@ -1,7 +1,7 @@
-"""The shared memory between the reader and one worker: a ring each way, the in-flight table, status words.
+"""Shared memory between the reader and one worker: a ring each way, the in-flight table, status words.
 
-It is a memfd passed by descriptor: nothing of it has a name, so nothing is left behind whatever ends the
-program, and no resource tracker unlinks it under a living process.
+The memory is a memfd that is passed by descriptor. It has no name, so nothing is left behind however the
+program ends, and no resource tracker unlinks it under a living process.
 """
 
 import mmap
@@ -17,39 +17,42 @@ from .ring import Ring
 
 
 class JobFrame(msgspec.Struct, array_like=True, gc=False):
-    """What the reader pushes: jobs for consecutive rows of the table, as (source, entry id, data)."""
+    """Jobs from the reader for consecutive rows of the table, as (stream number, entry id, data)."""
 
     first_row: int
     jobs: list[tuple[int, bytes, bytes]]
 
 
 class OutcomeFrame(msgspec.Struct, array_like=True, gc=False):
-    """What the worker pushes for one job that failed; success is a byte in the table."""
+    """Failure of one job, from the worker. A success has no frame: it is a state byte in the table."""
 
     row: int
     failure: Failure
 
 
 _HEADER_BYTES = 4096
-#: Outcomes of failed jobs only; each is bounded (see runner), so this holds thousands.
+#: Size of the outcome ring. It takes failures only, each of bounded size, so it holds thousands.
 _OUTCOME_BYTES = 1 << 20
-#: Beside the largest job: a frame of small jobs with its few bytes a job (see lane), which may be larger.
+#: Room beside the largest job: a frame of small jobs with a few bytes for each may be larger (see dispatch).
 _FRAME_SLACK_BYTES = 320 * 1024
 
 (
-    _JOBS_HEAD, _JOBS_TAIL, _OUT_HEAD, _OUT_TAIL, _TABLE_TAIL, _TABLE_TAKEN, _PHASE, _APPETITE, _FINISHED,
-    _REFUSED, _LONERS,
+    _JOBS_HEAD, _JOBS_TAIL, _OUT_HEAD, _OUT_TAIL, _TABLE_TAIL, _TABLE_TAKEN, _PHASE, _BATCH_HINT, _FINISHED,
+    _UNSUPPORTED, _EXCLUSIVE,
 ) = range(11)  # fmt: skip
-# Floats from here on: seconds of the monotonic clock, which all processes of a host share.
-_DEADLINE, _BEAT, _SINCE = range(16, 19)
+# From here on the words are floats: seconds of the monotonic clock, which all processes of a host share.
+_DEADLINE, _HEARTBEAT, _STARTED = range(16, 19)
 
 STARTING, READY, STOPPING = 0, 1, 2
-#: Types that a worker's bitmasks cover: the first 64, one bit of a word each.
-REFUSABLE = 64
+#: Types that a worker's bitmasks cover: the first 64, one bit for each in a word of 64 bits.
+MASKED_TYPES = 64
 
 
 class Channel:
-    """Both ends open the same three descriptors; who may write which word is said at each property."""
+    """Shared memory of one worker and two eventfds that wake its ends.
+
+    Reader and worker open the same three descriptors. Each word has one writer: its property names it.
+    """
 
     def __init__(self, memory_fd: int, jobs_fd: int, outcomes_fd: int) -> None:
         self.fds = (memory_fd, jobs_fd, outcomes_fd)
@@ -66,9 +69,9 @@ class Channel:
 
     @classmethod
     def create(cls, max_payload: int) -> Self:
-        """New shared memory for one worker; pages are taken only as they are touched.
+        """New shared memory for one worker. ``max_payload`` is the size of the largest job in bytes.
 
-        ``max_payload`` is the largest job in bytes.
+        The kernel allocates pages when they are first touched.
         """
         size = _HEADER_BYTES + _aligned(TABLE_BYTES) + _OUTCOME_BYTES
         size += _aligned(2 * (max_payload + _FRAME_SLACK_BYTES))
@@ -88,35 +91,37 @@ class Channel:
 
     @property
     def batch_hint(self) -> int:
-        """How many jobs are taken at once of the type at hand (written by the worker)."""
-        return int(self._words[_APPETITE])
+        """Jobs that the handler of the current type takes at once (written by the worker)."""
+        return int(self._words[_BATCH_HINT])
 
     @batch_hint.setter
     def batch_hint(self, jobs: int) -> None:
-        self._words[_APPETITE] = jobs
+        self._words[_BATCH_HINT] = jobs
 
     @property
     def unsupported_types(self) -> int:
-        """One bit a type, by its number: what this worker cannot run (written by the worker before READY)."""
-        return int(self._words[_REFUSED])
+        """Bitmask of the type numbers that this worker cannot run (written by the worker before READY)."""
+        return int(self._words[_UNSUPPORTED])
 
     @unsupported_types.setter
-    def unsupported_types(self, kinds: int) -> None:
-        self._words[_REFUSED] = kinds
+    def unsupported_types(self, type_mask: int) -> None:
+        self._words[_UNSUPPORTED] = type_mask
 
     @property
     def exclusive_types(self) -> int:
-        """One bit a type, by its number: whose jobs are given nothing to wait behind them, and wait behind
-        nothing (written by the worker before READY)."""
-        return int(self._words[_LONERS])
+        """Bitmask of exclusive types: no other job is queued on this worker before or after one of theirs.
+
+        Written by the worker before READY.
+        """
+        return int(self._words[_EXCLUSIVE])
 
     @exclusive_types.setter
-    def exclusive_types(self, kinds: int) -> None:
-        self._words[_LONERS] = kinds
+    def exclusive_types(self, type_mask: int) -> None:
+        self._words[_EXCLUSIVE] = type_mask
 
     @property
     def finished(self) -> int:
-        """How many jobs the worker has run to their end (written by the worker)."""
+        """Number of jobs that this worker has finished (written by the worker)."""
         return int(self._words[_FINISHED])
 
     @finished.setter
@@ -125,51 +130,51 @@ class Channel:
 
     @property
     def mono_deadline_s(self) -> float:
-        """When what runs now must have ended; 0.0 while nothing runs (written by the worker)."""
+        """Time at which the running jobs exceed their timeout; 0.0 while none runs (worker)."""
         return float(self._times[_DEADLINE])
 
     @property
     def mono_since_s(self) -> float:
-        """When what runs now was started; only meaningful while there is a deadline (worker)."""
-        return float(self._times[_SINCE])
+        """Start of the running jobs; valid while there is a deadline (worker)."""
+        return float(self._times[_STARTED])
 
-    def running(self, mono_since_s: float, mono_deadline_s: float) -> None:
-        """Say since when something runs and until when it may (worker); 0.0 and 0.0: nothing runs."""
-        self._times[_SINCE] = mono_since_s
+    def set_running(self, mono_since_s: float, mono_deadline_s: float) -> None:
+        """Publish start and deadline of the running jobs (worker); 0.0 and 0.0: none runs."""
+        self._times[_STARTED] = mono_since_s
         self._times[_DEADLINE] = mono_deadline_s
 
     @property
     def mono_heartbeat_s(self) -> float:
-        """When the worker last went round its loop."""
-        return float(self._times[_BEAT])
+        """Time of the last heartbeat (written by the worker)."""
+        return float(self._times[_HEARTBEAT])
 
     def heartbeat(self, mono_now_s: float) -> None:
-        """Touched by the worker's loop, never by a side thread."""
-        self._times[_BEAT] = mono_now_s
+        """Publish that the worker's loop is alive. Never call it from a thread, which may outlive a hang."""
+        self._times[_HEARTBEAT] = mono_now_s
 
     def wake_worker(self) -> None:
-        """Tell the worker that there are jobs."""
+        """Signal that there are jobs."""
         os.eventfd_write(self.fds[1], 1)
 
     def wake_reader(self) -> None:
-        """Tell the reader that there are outcomes, or that the phase has changed."""
+        """Signal that there are outcomes, or that the phase or the batch hint changed."""
         os.eventfd_write(self.fds[2], 1)
 
-    def wait_for_jobs(self, timeout_s: float, also: int) -> bool:
-        """Sleep until woken, ``also`` is readable, or the time is over (worker). True when woken."""
+    def wait_for_jobs(self, timeout_s: float, control_fd: int) -> bool:
+        """Wait for jobs, a message on ``control_fd`` or the timeout (worker). True if there may be jobs."""
         poll = select.poll()
         poll.register(self.fds[1], select.POLLIN)
-        poll.register(also, select.POLLIN)
+        poll.register(control_fd, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(timeout_s * 1000)]
         return self.fds[1] in ready and clear_eventfd(self.fds[1])
 
     def close(self) -> None:
-        """Unmap and close; the memory goes when the last process has done so."""
+        """Unmap and close. The kernel frees the memory once every process has done so."""
         for fd in self.fds:
             os.close(fd)
         for part in (self.table, self.outcomes, self.jobs):
             for value in vars(part).values():
-                if isinstance(value, memoryview):  # also where others hold it still
+                if isinstance(value, memoryview):  # also views that the caller kept
                     value.release()
             vars(part).clear()
         self._words.release()
@@ -179,7 +184,7 @@ class Channel:
 
 
 def clear_eventfd(eventfd: int) -> bool:
-    """Take an eventfd's count back to zero; False where it was zero."""
+    """Reset an eventfd's count to zero; False if it was zero."""
     try:
         os.eventfd_read(eventfd)
     except BlockingIOError:

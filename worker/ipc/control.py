@@ -1,6 +1,6 @@
-"""Control socket between the supervisor and one child: small messages each way, with descriptors.
+"""Control socket between the supervisor and one child: small messages each way, with file descriptors.
 
-A socket of kind SEQPACKET keeps each message whole and reports the end of the other side at once.
+A SEQPACKET socket keeps each message whole and reports the exit of the other side at once.
 """
 
 import array
@@ -13,13 +13,13 @@ import msgspec
 
 from ..telemetry.metrics import MetricsBuffer
 
-#: Longest message; deltas and stack dumps are cut to fit well below.
+#: Longest message. Reports and stack dumps are cut to stay well below.
 MAX_MESSAGE_BYTES = 128 * 1024
 _MAX_FDS = 16
 
 
 class Standby(msgspec.Struct, tag=True, frozen=True):
-    """To a child, before its Start: that may be long in coming, be ready to be the next reader or reaper."""
+    """To a child: wait as a warm standby until Start makes it the next reader or reaper."""
 
     number: int
     parent_pid: int
@@ -27,10 +27,10 @@ class Standby(msgspec.Struct, tag=True, frozen=True):
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
-    """To a child, first of all but for a Standby: what it is, and the settings as JSON.
+    """To a child: its role and the settings as JSON. Only Standby may precede it.
 
-    A worker's channel or the reader's marks come along. ``blackbox_fd`` is inherited under that number:
-    faulthandler writes the stacks of a crash there.
+    The descriptors of a worker's channel or of the reader's crash marks are attached. ``blackbox_fd`` is
+    inherited under that number: faulthandler writes the stacks of a crash there.
     """
 
     role: str
@@ -41,14 +41,14 @@ class Start(msgspec.Struct, tag=True, frozen=True):
 
 
 class Attach(msgspec.Struct, tag=True, frozen=True):
-    """To the reader: worker ``slot`` has a new channel (its three descriptors come along)."""
+    """To the reader: worker ``slot`` has a new channel, whose three descriptors are attached."""
 
     slot: int
     generation: int
 
 
 class WorkerExited(msgspec.Struct, tag=True, frozen=True):
-    """To the reader: that worker has ended. ``charge``: what it had started counts as a death or time-out."""
+    """To the reader: a worker exited. ``charge``: each job that it had started gets a death or a timeout."""
 
     slot: int
     generation: int
@@ -59,35 +59,35 @@ class WorkerExited(msgspec.Struct, tag=True, frozen=True):
 
 
 class ExitReclaimed(msgspec.Struct, tag=True, frozen=True):
-    """To the supervisor: the reader has dealt with all that a gone worker held."""
+    """To the supervisor: the reader has reclaimed all jobs of an exited worker."""
 
     slot: int
     generation: int
 
 
 class Retire(msgspec.Struct, tag=True, frozen=True):
-    """To the reader: give this worker nothing more."""
+    """To the reader: dispatch no more jobs to this worker."""
 
     slot: int
     generation: int
 
 
 class SyncDone(msgspec.Struct, tag=True, frozen=True):
-    """To a new reader: that was every worker there is. Before this it does not know what is in flight."""
+    """To a new reader: all workers were announced. Before this it does not know which jobs are in flight."""
 
 
 class Drain(msgspec.Struct, tag=True, frozen=True):
-    """To reader and reaper: finish what is under way, take nothing new, end."""
+    """To reader and reaper: take nothing new, finish the work under way, exit."""
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """From a child: it is set up and works."""
+    """From a child: it is set up and running."""
 
 
 class HeldElsewhere(msgspec.Struct, tag=True, frozen=True):
     """From the reader: another service holds the instance's name; its lease ends in ``left_s`` seconds.
 
-    ``renewed``: it did since the reader first asked, so it lives.
+    ``renewed``: it renewed the lease since the reader first tried, so it is alive.
     """
 
     by: str
@@ -96,15 +96,17 @@ class HeldElsewhere(msgspec.Struct, tag=True, frozen=True):
 
 
 class StartFailed(msgspec.Struct, tag=True, frozen=True):
-    """From a child: it could not be set up; ``exit_code`` is what the service should end with."""
+    """From a child: its set-up failed. ``exit_code`` is the exit code for the service."""
 
     error: str
     exit_code: int
 
 
 class Report(msgspec.Struct, tag=True, frozen=True):
-    """From a child: counts since the last report, trouble with its dependency (None: there is none), and for
-    the reader the number of completed read cycles."""
+    """From a child: metrics since the last report, and the error of a failing dependency (None: all answer).
+
+    ``progress`` is the reader's number of completed read cycles.
+    """
 
     counts: list[tuple[str, tuple[str, ...], float]] = []
     gauges: list[tuple[str, tuple[str, ...], float]] = []
@@ -132,7 +134,7 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class ControlSocket:
-    """One end of the line."""
+    """One end of the socket. It never blocks."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -147,23 +149,23 @@ class ControlSocket:
         return cls(ours), theirs
 
     def fileno(self) -> int:
-        """For selectors."""
+        """File descriptor, for selectors."""
         return self._sock.fileno()
 
-    def report(self, tally: MetricsBuffer, trouble: str | None, progress: int = 0) -> None:
-        """Send what was counted; it stays counted while the other side is not taking messages."""
-        delta = tally.take()
+    def report(self, metrics: MetricsBuffer, trouble: str | None, progress: int = 0) -> None:
+        """Send the metrics since the last report. They stay in the buffer while the other side's is full."""
+        delta = metrics.take()
         if not self.send(Report(delta.counts, delta.gauges, delta.histograms, trouble, progress)):
-            tally.put_back(delta)
+            metrics.put_back(delta)
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> bool:
-        """Send now or not at all: False where the other side is not taking messages (or is gone).
+        """Send without waiting; False if the other side's buffer is full or the other side has exited.
 
-        Raises ValueError for a message that no receiver would take.
+        Raises ValueError for a message above `MAX_MESSAGE_BYTES`.
         """
         data = _encode(message)
         if len(data) > MAX_MESSAGE_BYTES:
-            raise ValueError(f"message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are taken")
+            raise ValueError(f"message of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             self._sock.sendmsg([data], rights)
@@ -172,9 +174,9 @@ class ControlSocket:
         return True
 
     def receive(self) -> tuple[Message, list[int]] | None:
-        """The next message that is there, with its descriptors, or None.
+        """The next message with its descriptors, or None if there is none yet.
 
-        Raises EOFError when the other side has ended and all it sent was received.
+        Raises EOFError when the other side has exited and all its messages were received.
         """
         try:
             data, ancillary, _, _ = self._sock.recvmsg(MAX_MESSAGE_BYTES, socket.CMSG_SPACE(4 * _MAX_FDS))
@@ -192,5 +194,5 @@ class ControlSocket:
         return _decoder.decode(data), list(fds)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close this end."""
         self._sock.close()

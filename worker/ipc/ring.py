@@ -1,24 +1,26 @@
-"""A bounded single-producer single-consumer ring of frames in shared memory, without a lock.
+"""Bounded single-producer single-consumer ring of frames in shared memory, without a lock.
 
-Two words, counted up for ever, say how far the producer has written (head) and the consumer has read
-(tail); each has one writer. A frame is written whole before the head moves over it, so a producer that
-is killed at any instruction leaves either a whole frame or none. The same holds for the tail: a consumer
-killed before `release` finds the frame again. (The order of the two stores relies on the processor not
-reordering stores, as on x86-64; elsewhere the system call that wakes the peer is the barrier.)
+Two words count bytes and never decrease: how far the producer has written (head) and the consumer has read
+(tail). Each has one writer. The producer writes a whole frame before it moves the head over it. So a producer
+that is killed at any instruction leaves either a whole frame or none. A consumer that is killed before
+`release` leaves the frame for its successor.
+
+The order of the two stores relies on a processor that does not reorder stores, such as x86-64. Elsewhere the
+system call that wakes the peer is the barrier.
 """
 
 from collections.abc import Iterator
 from struct import Struct
 
 _LENGTH = Struct("<I")
-#: Stands where a frame would not fit before the end: the next one is at the start.
+#: Written instead of a length where a frame does not fit before the end: the next frame is at the start.
 _WRAP = 0xFFFFFFFF
-#: An empty ring goes back to its start once past this, so that quiet rings keep few pages in memory.
+#: An empty ring rewinds at its beginning past this offset, so that quiet rings keep few pages in memory.
 _REWIND_BYTES = 256 * 1024
 
 
 def _padded(length: int) -> int:
-    """Frames start on 8-byte borders, so that a length never straddles the end of the ring."""
+    """Bytes that a frame takes. Frames are aligned to 8 bytes, so that a length never straddles the end."""
     return (length + _LENGTH.size + 7) & ~7
 
 
@@ -39,9 +41,9 @@ class Ring:
         return self._size // 2 - 8
 
     def push(self, frame: bytes) -> bool:
-        """Append a frame; False when there is no room for it now.
+        """Append a frame; False if there is no room for it now.
 
-        Raises ValueError for a frame longer than `largest`: it might never fit.
+        Raises ValueError for a frame longer than `largest`, which might never fit.
         """
         length = len(frame)
         if length > self.largest:
@@ -49,7 +51,7 @@ class Ring:
         head, tail = self._words[self._head], self._words[self._tail]
         offset = head % self._size
         need = _padded(length)
-        # Going back to the start takes up the rest of the ring, so the frame must fit into what is before.
+        # A jump to the start uses up the rest of the ring, so the frame must fit before the current offset.
         rewinds = head == tail and offset > max(_REWIND_BYTES, need)
         if rewinds or offset + need > self._size:
             skipped = self._size - offset
@@ -66,9 +68,9 @@ class Ring:
         return True
 
     def frames(self) -> Iterator[tuple[memoryview, int]]:
-        """Every frame that is there, each with the tail to `release` once it has been dealt with.
+        """All unreleased frames, each with the tail to pass to `release` after it was processed.
 
-        The views point into shared memory and are valid until then.
+        The views point into shared memory and are valid until that `release`.
         """
         tail, head = self._words[self._tail], self._words[self._head]
         while tail < head:
@@ -82,9 +84,9 @@ class Ring:
             yield self._area[start : start + length], tail
 
     def release(self, tail: int) -> None:
-        """Give the space of every frame before ``tail`` back to the producer."""
+        """Return the space of all frames before ``tail`` to the producer."""
         self._words[self._tail] = tail
 
     def empty(self) -> bool:
-        """Whether everything pushed was released."""
+        """Whether every frame was released."""
         return bool(self._words[self._head] == self._words[self._tail])

@@ -3,85 +3,96 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from ..envelope import Envelope, read_envelope
+from ..envelope import DeadJob, Envelope, read_envelope
 from ..errors import MalformedJob
 from ..outcome import Reason
 from ..store.ports import Entry
 
-#: Deliveries without an end after which a job is run alone: hosts that took it may have died of it.
-ALONE_AFTER_DELIVERIES = 4
-#: Deliveries without an end after which it is given up: that many hosts do not fail by chance.
+#: Unsettled deliveries from which a job runs isolated: the hosts that took it may have died from it.
+ISOLATED_FROM_DELIVERIES = 4
+#: Unsettled deliveries beyond which a job is poison: that many hosts do not fail by chance.
 MAX_DELIVERIES = 12
 
-
-#: Error of a job that is refused because a reader ended as it read it.
+#: Error of a poison entry: a reader exited while it read it.
 READER_DIED = "ReaderDied: the reader ended while it read this job, so no other reader looks into it"
 
 
 class AdmittedJob(NamedTuple):
-    """A job that may be run. ``kind`` is its type's number; ``alone``: it may have killed a worker."""
+    """A job that may run. ``isolated``: it may have killed a worker, so it runs alone."""
 
-    source: int
-    kind: int
+    stream_no: int
+    type_no: int
     entry: Entry
-    alone: bool
+    isolated: bool
 
 
 class RejectedEntry(NamedTuple):
-    """A job that no worker will see. ``envelope`` is None where it could not be read."""
+    """An entry that never reaches a worker and becomes a dead letter."""
 
-    source: int
-    entry: Entry
-    reason: Reason
-    error: str
-    envelope: Envelope | None = None
+    stream_no: int
+    job: DeadJob
 
 
 _new = tuple.__new__  # a named tuple's own constructor takes four times as long, once per job
 
 
 class Admission:
-    """Decides by size, form, type and history."""
+    """Admission rules: size, wire format, type and history of an entry.
 
-    def __init__(self, kinds: Mapping[str, int], max_payload: int, max_deaths: int) -> None:
-        self._kinds = kinds
+    ``type_nos`` maps the type names to their numbers; ``max_payload`` is in bytes.
+    """
+
+    def __init__(self, type_nos: Mapping[str, int], max_payload: int, max_deaths: int) -> None:
+        self._type_nos = type_nos
         self._max_payload = max_payload
         self._max_deaths = max_deaths
         self._scratch = bytearray()
 
-    def sift(self, source: int, entries: Iterable[Entry]) -> tuple[list[AdmittedJob], list[RejectedEntry]]:
-        """Every entry becomes one or the other, in order."""
-        arrivals: list[AdmittedJob] = []
-        refusals: list[RejectedEntry] = []
+    def check_all(
+        self, stream_no: int, entries: Iterable[Entry]
+    ) -> tuple[list[AdmittedJob], list[RejectedEntry]]:
+        """Check entries of one stream; both lists keep their order."""
+        admitted: list[AdmittedJob] = []
+        rejected: list[RejectedEntry] = []
         for entry in entries:
-            verdict = self(source, entry)
-            if isinstance(verdict, RejectedEntry):
-                refusals.append(verdict)
+            result = self.check(stream_no, entry)
+            if isinstance(result, RejectedEntry):
+                rejected.append(result)
             else:
-                arrivals.append(verdict)
-        return arrivals, refusals
+                admitted.append(result)
+        return admitted, rejected
 
-    def __call__(self, source: int, entry: Entry) -> AdmittedJob | RejectedEntry:
-        """Every entry becomes one or the other; size is looked at before anything is parsed."""
-        _, data, deliveries, died = entry
+    def check(self, stream_no: int, entry: Entry) -> AdmittedJob | RejectedEntry:
+        """Check one entry. Its size is checked before anything is parsed."""
+        _, data, deliveries, entry_deaths = entry
         if data is None:
-            return RejectedEntry(
-                source, entry, Reason.MALFORMED, "MalformedJob: the entry has no field 'data'"
-            )
+            return _reject(stream_no, entry, Reason.MALFORMED, "MalformedJob: the entry has no field 'data'")
         if len(data) > self._max_payload:
             error = f"OversizedJob: {len(data)} bytes, at most {self._max_payload} are taken"
-            return RejectedEntry(source, entry, Reason.OVERSIZED, error)
+            return _reject(stream_no, entry, Reason.OVERSIZED, error)
         try:
             envelope = read_envelope(data, self._scratch)
-        except MalformedJob as refused:
-            return RejectedEntry(source, entry, Reason.MALFORMED, f"MalformedJob: {refused}")
-        kind = self._kinds.get(envelope.type)
-        if kind is None:
-            error = f"UnknownType: no handler for {envelope.type!r}; known: {', '.join(self._kinds)}"
-            return RejectedEntry(source, entry, Reason.UNKNOWN_TYPE, error, envelope)
-        deaths = died + envelope.deaths
+        except MalformedJob as malformed:
+            return _reject(stream_no, entry, Reason.MALFORMED, f"MalformedJob: {malformed}")
+        type_no = self._type_nos.get(envelope.type)
+        if type_no is None:
+            error = f"UnknownType: no handler for {envelope.type!r}; known: {', '.join(self._type_nos)}"
+            return _reject(stream_no, entry, Reason.UNKNOWN_TYPE, error, envelope)
+        deaths = entry_deaths + envelope.deaths
         if deaths >= self._max_deaths or deliveries > MAX_DELIVERIES:
             error = f"PoisonJob: {deaths} workers died under it, {deliveries} deliveries without an end"
-            return RejectedEntry(source, entry, Reason.POISON, error, envelope)
-        alone = deaths > 0 or deliveries >= ALONE_AFTER_DELIVERIES
-        return _new(AdmittedJob, (source, kind, entry, alone))
+            return _reject(stream_no, entry, Reason.POISON, error, envelope)
+        isolated = deaths > 0 or deliveries >= ISOLATED_FROM_DELIVERIES
+        return _new(AdmittedJob, (stream_no, type_no, entry, isolated))
+
+
+def reject_unread(stream_no: int, entry: Entry) -> RejectedEntry:
+    """Reject an entry that made a reader exit, without parsing it."""
+    return _reject(stream_no, entry, Reason.POISON, READER_DIED)
+
+
+def _reject(
+    stream_no: int, entry: Entry, reason: Reason, error: str, envelope: Envelope | None = None
+) -> RejectedEntry:
+    dead_job = DeadJob(entry.data, entry.id, reason, error, envelope, entry.deaths)
+    return RejectedEntry(stream_no, dead_job)

@@ -1,47 +1,59 @@
-"""Dispatch: how many jobs each worker may be given, and handing them over."""
+"""Dispatch: grants workers credit and hands jobs over to them."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import or_
 
 import msgspec
 
 from ..ipc.channel import READY, Channel, JobFrame
 from ..ipc.control import WorkerExited
 from ..ipc.inflight import ROWS
+from ..keys import Source
+from ..telemetry import trace
 from .admission import AdmittedJob
+from .prefetch import PrefetchBuffer
 
-#: A worker is given as many jobs as it finishes in this time: enough that it never runs dry between two
-#: turns of the reader, little enough that the last jobs of a backlog do not queue behind one worker.
+#: A worker's credit covers the jobs that it finishes in this time: enough that it never runs dry between two
+#: ticks of the reader, little enough that the last jobs of a backlog do not queue behind one worker.
 _QUEUE_S = 0.2
-#: How often the rate of a worker is measured (seconds).
+#: Interval at which a worker's rate is measured (seconds).
 _MEASURE_EVERY_S = 0.05
-#: Jobs of one frame, in bytes: small frames let a worker begin while the next is being packed.
+#: Most bytes and jobs of one frame: with small frames a worker starts while the next frame is encoded.
 _FRAME_BYTES = 256 * 1024
 _FRAME_JOBS = 512
+#: Entries that are read beyond jobs that wait for certain workers: other workers may find jobs behind them.
+_LOOK_PAST = 1024
+#: The in-flight table stores the deaths of a job in one byte.
+_MAX_STORED_DEATHS = 255
 
 
 class WorkerHandle:
-    """A channel with its pace. ``gone`` is set once the worker has ended; ``retired``: give it nothing."""
+    """The reader's handle of one worker: its channel, its rate and its credit.
+
+    ``exited`` is set once the worker's process has ended. A ``retired`` worker gets no more jobs. A
+    ``reserved`` worker gets none until it is idle: it runs an exclusive or isolated job, or drains for one.
+    """
 
     def __init__(self, slot: int, generation: int, channel: Channel, mono_now_s: float) -> None:
         self.slot = slot
         self.generation = generation
         self.channel = channel
         self.table = channel.table
-        self.gone: WorkerExited | None = None
+        self.exited: WorkerExited | None = None
         self.retired = False
-        self._finished = 0
+        self._settled_jobs = 0
         self._measured_at = mono_now_s
-        self._pace = 0.0
-        self._find_head()
-        #: Whether nothing is to wait behind what it runs, or it is to become empty.
-        self.alone = self.runs_long
+        self._jobs_per_s = 0.0
+        self._restore_head()
+        self.reserved = self.has_exclusive_job
         channel.wake_worker()
 
-    def _find_head(self) -> None:
-        """Frames that the worker has not taken yet were pushed by an earlier reader: their rows count.
+    def _restore_head(self) -> None:
+        """Count the rows of frames that an earlier reader pushed and the worker has not taken.
 
-        ``taken`` is looked at once more after the frames, for the worker may take one while we look.
+        ``taken`` is read again after the frames, because the worker may take a frame in between.
         """
         decoder = msgspec.msgpack.Decoder(JobFrame)
         for frame, _ in self.channel.jobs.frames():
@@ -50,123 +62,189 @@ class WorkerHandle:
         self.table.head = max(self.table.head, self.table.taken)
 
     @property
-    def open(self) -> bool:
-        """Whether it may be given jobs at all."""
-        return not (self.gone or self.retired or self.alone) and self.channel.phase == READY
+    def accepts_jobs(self) -> bool:
+        """Whether it may get any job now."""
+        return not (self.exited or self.retired or self.reserved) and self.channel.phase == READY
 
     @property
     def credit(self) -> int:
-        """How many jobs it may be given now."""
-        if not self.open:
+        """Number of jobs that it may get now."""
+        if not self.accepts_jobs:
             return 0
-        window = max(2 * self.channel.batch_hint, int(self._pace * _QUEUE_S))
+        window = max(2 * self.channel.batch_hint, int(self._jobs_per_s * _QUEUE_S))
         return max(0, min(window, ROWS) - len(self.table))
 
-    def accepts(self, kind: int) -> bool:
+    def supports(self, type_no: int) -> bool:
         """Whether the worker runs jobs of this type."""
-        return not self.channel.unsupported_types >> kind & 1
+        return not self.channel.unsupported_types >> type_no & 1
 
-    def is_long(self, kind: int) -> bool:
-        """Whether jobs of this type would keep others waiting for long."""
-        return bool(self.channel.exclusive_types >> kind & 1)
+    def is_exclusive(self, type_no: int) -> bool:
+        """Whether no other job is queued on the worker before or after one of this type."""
+        return bool(self.channel.exclusive_types >> type_no & 1)
 
     @property
-    def runs_long(self) -> bool:
-        """Whether it has such a job."""
-        return any(self.is_long(held.kind) for held in self.table.unsettled())
+    def has_exclusive_job(self) -> bool:
+        """Whether a job of an exclusive type is in flight on it."""
+        return any(self.is_exclusive(job.type_no) for job in self.table.unsettled())
 
-    def dispatch(self, arrivals: Sequence[AdmittedJob]) -> int:
-        """Give it jobs, in frames; returns how many it took (fewer where its ring is full)."""
-        given = 0
-        while given < len(arrivals):
-            frame = _one_frame(arrivals, given)
+    def dispatch(self, jobs: Sequence[AdmittedJob]) -> int:
+        """Push jobs in frames; returns how many it took (fewer if its ring is full)."""
+        pushed = 0
+        while pushed < len(jobs):
+            frame = _next_frame(jobs, pushed)
             if not self._push(frame):
                 break
-            given += len(frame)
-        if given:
+            pushed += len(frame)
+        if pushed:
             self.channel.wake_worker()
-        return given
+        return pushed
 
     def _push(self, frame: Sequence[AdmittedJob]) -> bool:
-        """Write the rows, push the jobs, count the rows: in this order (see `inflight`)."""
-        sources, kinds, entries, _ = zip(*frame, strict=True)
+        """Write the rows, push the jobs, move the head over the rows: in this order (see `inflight`)."""
+        stream_nos, type_nos, entries, isolated = zip(*frame, strict=True)
         ids, bodies, _, deaths = zip(*entries, strict=True)
-        self.table.write(
-            sources, kinds, [min(count, 255) for count in deaths] if any(deaths) else deaths, ids
-        )
-        jobs = list(zip(sources, ids, bodies, strict=True))
+        if any(deaths):
+            deaths = tuple(min(count, _MAX_STORED_DEATHS) for count in deaths)
+        self.table.write(stream_nos, type_nos, deaths, isolated, ids)
+        jobs = list(zip(stream_nos, ids, bodies, strict=True))
         if not self.channel.jobs.push(msgspec.msgpack.encode(JobFrame(self.table.head, jobs))):
             return False
         self.table.head += len(frame)
         return True
 
-    def settled(self, rows: range) -> None:
-        """These rows are in the store now."""
+    def record_settled(self, rows: range) -> None:
+        """These rows are settled in the store: mark them so, and count them for the rate."""
         self.table.settle(rows)
-        self._finished += len(rows)
+        self._settled_jobs += len(rows)
 
     def update_rate(self, mono_now_s: float) -> None:
-        """Take the pace from what was finished since the last time."""
-        elapsed = mono_now_s - self._measured_at
-        if elapsed >= _MEASURE_EVERY_S:
-            self._pace = self._finished / elapsed
-            self._finished = 0
+        """Measure the rate, if the interval is over."""
+        elapsed_s = mono_now_s - self._measured_at
+        if elapsed_s >= _MEASURE_EVERY_S:
+            self._jobs_per_s = self._settled_jobs / elapsed_s
+            self._settled_jobs = 0
             self._measured_at = mono_now_s
 
 
-def _one_frame(arrivals: Sequence[AdmittedJob], start: int) -> Sequence[AdmittedJob]:
-    """The next arrivals that go together: at least one, then up to the limits."""
-    size, stop = 0, start
-    while stop < len(arrivals) and stop - start < _FRAME_JOBS:
-        size += len(arrivals[stop].entry.data or b"")
-        if size > _FRAME_BYTES and stop > start:
+def _next_frame(jobs: Sequence[AdmittedJob], start: int) -> Sequence[AdmittedJob]:
+    """The next jobs that share a frame: at least one, then up to the limits."""
+    size_bytes, stop = 0, start
+    while stop < len(jobs) and stop - start < _FRAME_JOBS:
+        size_bytes += len(jobs[stop].entry.data or b"")
+        if size_bytes > _FRAME_BYTES and stop > start:
             break
         stop += 1
-    return arrivals[start:stop]
+    return jobs[start:stop]
 
 
-def dispatch_exclusive(
-    workers: Sequence[WorkerHandle], waiting: deque[AdmittedJob], handed: Callable[[AdmittedJob], None]
-) -> None:
-    """Give these jobs to empty workers, one each, and tell of each; where no worker is empty, keep new work
-    from the one with the least."""
-    for worker in workers:
-        if worker.alone and not len(worker.table) and not worker.gone:
-            worker.alone = False
-    if not waiting:
-        return
-    for worker in sorted(workers, key=_load):
-        fit = _first_fit(worker, workers, waiting) if worker.open and not len(worker.table) else None
-        if fit and worker.dispatch([fit]):
-            waiting.remove(fit)
-            worker.alone = True
-            handed(fit)
-    # Under steady load no worker is ever empty. One at a time is set aside, beside those that run for long.
-    if not any(worker.alone and not worker.runs_long for worker in workers):
-        busy = [worker for worker in workers if worker.open and _first_fit(worker, workers, waiting)]
-        if busy:
-            min(busy, key=_load).alone = True
+class Dispatcher:
+    """Hands jobs of the prefetch buffer over to the workers, oldest first, by their credit.
+
+    Isolated and exclusive jobs go to idle workers, one each. An exclusive job never takes the last free
+    worker of several that support its type.
+    """
+
+    def __init__(self, streams: Sequence[Source], buffer: PrefetchBuffer) -> None:
+        self.buffer = buffer
+        self.workers: list[WorkerHandle] = []
+        self._streams = streams
+
+    def find(self, slot: int, generation: int) -> WorkerHandle | None:
+        """The worker of this slot and generation, or None if it is not attached."""
+        return next((one for one in self.workers if (one.slot, one.generation) == (slot, generation)), None)
+
+    @property
+    def credit(self) -> int:
+        """Number of jobs that the workers can take; 0 while the prefetch buffer is full."""
+        return 0 if self.buffer.full else sum(worker.credit for worker in self.workers)
+
+    def capacity(self, stream_no: int) -> int:
+        """Number of entries of a stream that may be read now."""
+        credit = self.credit
+        return credit and credit - self.buffer.waiting(stream_no) + min(self._unmatched(), _LOOK_PAST)
+
+    def _unmatched(self) -> int:
+        """Number of ready jobs, while a worker that supports none of them has credit."""
+        idle = any(worker.channel.unsupported_types and worker.credit for worker in self.workers)
+        return len(self.buffer.ready) if idle else 0
+
+    def unsettled_keys(self) -> set[tuple[int, bytes]]:
+        """Stream number and entry id of every entry that is in flight or in the prefetch buffer."""
+        in_flight = {job.key for worker in self.workers for job in worker.table.unsettled()}
+        return in_flight | {(job.stream_no, job.entry.id) for job in self.buffer}
+
+    def dispatch(self, mono_now_s: float) -> None:
+        """Hand over what the workers can take now."""
+        for worker in self.workers:
+            worker.update_rate(mono_now_s)
+        exclusive_types = (worker.channel.exclusive_types for worker in self.workers)
+        self.buffer.set_exclusive_types(reduce(or_, exclusive_types, 0))
+        self._dispatch_isolated(self.buffer.isolated)
+        self._dispatch_ready(self.buffer.ready)
+
+    def _dispatch_isolated(self, queue: deque[AdmittedJob]) -> None:
+        """Dispatch each isolated or exclusive job to an idle worker.
+
+        If none is idle, stop feeding the least-loaded worker so that it drains.
+        """
+        for worker in self.workers:
+            if worker.reserved and not len(worker.table) and not worker.exited:
+                worker.reserved = False
+        if not queue:
+            return
+        for worker in sorted(self.workers, key=_load):
+            job = self._first_match(worker, queue) if worker.accepts_jobs and not len(worker.table) else None
+            if job and worker.dispatch([job]):
+                queue.remove(job)
+                worker.reserved = True
+                self._trace([job])
+        # Under steady load no worker is ever idle. One at a time drains, beside those with exclusive jobs.
+        if not any(worker.reserved and not worker.has_exclusive_job for worker in self.workers):
+            busy = [one for one in self.workers if one.accepts_jobs and self._first_match(one, queue)]
+            if busy:
+                min(busy, key=_load).reserved = True
+
+    def _dispatch_ready(self, queue: deque[AdmittedJob]) -> None:
+        """Share ready jobs evenly between the workers with credit, the least-loaded first."""
+        unmatched: list[WorkerHandle] = []
+        while queue:
+            workers = [worker for worker in self.workers if worker.credit > 0 and worker not in unmatched]
+            if not workers:
+                return
+            share = -(-len(queue) // len(workers))
+            worker = min(workers, key=_load)
+            jobs = self.buffer.take(min(share, worker.credit), worker.channel.unsupported_types)
+            if not jobs:
+                unmatched.append(worker)
+                continue
+            pushed = worker.dispatch(jobs)
+            self._trace(jobs[:pushed])
+            queue.extendleft(reversed(jobs[pushed:]))
+            if not pushed:
+                return
+
+    def _trace(self, jobs: Iterable[AdmittedJob]) -> None:
+        if trace.enabled():
+            for job in jobs:
+                trace.dispatched(self._streams[job.stream_no].stream, job.entry.id, job.entry.data or b"")
+
+    def _first_match(self, worker: WorkerHandle, queue: Iterable[AdmittedJob]) -> AdmittedJob | None:
+        """The first job that this worker may get."""
+        return next(
+            (
+                job
+                for job in queue
+                if worker.supports(job.type_no)
+                and (not worker.is_exclusive(job.type_no) or self._leaves_a_worker(worker, job.type_no))
+            ),
+            None,
+        )
+
+    def _leaves_a_worker(self, worker: WorkerHandle, type_no: int) -> bool:
+        """Whether another worker without an exclusive job supports the type, or this one alone does."""
+        able = [one for one in self.workers if not (one.exited or one.retired) and one.supports(type_no)]
+        return able == [worker] or any(one is not worker and not one.has_exclusive_job for one in able)
 
 
 def _load(worker: WorkerHandle) -> int:
     return len(worker.table)
-
-
-def _first_fit(
-    worker: WorkerHandle, workers: Sequence[WorkerHandle], waiting: deque[AdmittedJob]
-) -> AdmittedJob | None:
-    """The first job that this worker may have. Long ones never take the last worker of several."""
-    return next(
-        (
-            one
-            for one in waiting
-            if worker.accepts(one.kind)
-            and (not worker.is_long(one.kind) or _has_spare(worker, workers, one.kind))
-        ),
-        None,
-    )
-
-
-def _has_spare(worker: WorkerHandle, workers: Sequence[WorkerHandle], kind: int) -> bool:
-    able = [one for one in workers if not (one.gone or one.retired) and one.accepts(kind)]
-    return able == [worker] or any(one is not worker and not one.runs_long for one in able)

@@ -1,30 +1,21 @@
-"""Prefetch buffer: entries that were read and not dispatched, parked types, and circuit breakers."""
+"""Prefetch buffer: jobs that were read and not dispatched, among them the parked jobs of paused types."""
 
 import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from .admission import AdmittedJob
+from .circuit_breaker import CircuitBreakers
 
-#: First and longest time between two tries of a paused type (seconds).
-_PAUSE_S = (1.0, 15.0)
-#: A try of whose end nothing was heard for so long may be lost with its worker: another is made. Longer
-#: than clients wait for a store, so that tries do not take up one worker after another.
-_UNKNOWN_AFTER_S = 60.0
-#: How often one job may say that its store does not answer while others of its type get through; from then
-#: on the fault is taken to be the job's own.
-_EXCUSES = 5
-#: Excuses remembered at most; forgetting them only gives some jobs more patience.
-_EXCUSES_KEPT = 10_000
-#: Jobs and bytes that a paused type may have set aside of one stream, so that the other types behind them go
-#: on; beyond that the stream waits. Bounds the reader's memory.
-_ASIDE_JOBS, _ASIDE_BYTES = 10_000, 64 * 1024 * 1024
-#: Most bytes of runnable jobs in the buffer; beyond it nothing is read, however much credit the workers have.
-_HELD_BYTES = 64 * 1024 * 1024
+#: Most jobs and bytes of one stream that a paused type may park, so that other types behind them continue.
+#: Beyond that the stream waits. This bounds the reader's memory.
+_PARKED_JOBS, _PARKED_BYTES = 10_000, 64 * 1024 * 1024
+#: Most bytes of runnable jobs. Beyond it nothing is read, however much credit the workers have.
+_RUNNABLE_BYTES = 64 * 1024 * 1024
 
 
 class ParkedJobs:
-    """Jobs of one type that wait for a pause to end; it knows how many are of which source."""
+    """Jobs of one paused type, oldest first, counted by stream."""
 
     def __init__(self) -> None:
         self._jobs: deque[AdmittedJob] = deque()
@@ -37,227 +28,200 @@ class ParkedJobs:
     def __iter__(self) -> Iterator[AdmittedJob]:
         return iter(self._jobs)
 
-    def put(self, arrival: AdmittedJob) -> None:
-        """Add one behind the others."""
-        self._jobs.append(arrival)
-        self._count[arrival.source] += 1
-        self._bytes[arrival.source] += len(arrival.entry.data or b"")
+    def put(self, job: AdmittedJob) -> None:
+        """Append a job."""
+        self._jobs.append(job)
+        self._count[job.stream_no] += 1
+        self._bytes[job.stream_no] += len(job.entry.data or b"")
 
     def take(self) -> AdmittedJob:
-        """The oldest."""
-        arrival = self._jobs.popleft()
-        self._count[arrival.source] -= 1
-        self._bytes[arrival.source] -= len(arrival.entry.data or b"")
-        return arrival
+        """Remove and return the oldest job."""
+        job = self._jobs.popleft()
+        self._count[job.stream_no] -= 1
+        self._bytes[job.stream_no] -= len(job.entry.data or b"")
+        return job
 
-    def keep(self, arrivals: Iterable[AdmittedJob]) -> None:
-        """Hold these instead of all that was there."""
-        kept = list(arrivals)
-        for held in (self._jobs, self._count, self._bytes):
-            held.clear()
-        for arrival in kept:
-            self.put(arrival)
+    def replace(self, jobs: Iterable[AdmittedJob]) -> None:
+        """Replace all jobs; ``jobs`` may be a generator over the present ones."""
+        replacement = list(jobs)
+        for container in (self._jobs, self._count, self._bytes):
+            container.clear()
+        for job in replacement:
+            self.put(job)
 
-    def count(self, source: int) -> int:
-        """How many are of a source."""
-        return self._count[source]
+    def count(self, stream_no: int) -> int:
+        """Number of jobs of a stream."""
+        return self._count[stream_no]
 
-    def full(self, source: int) -> bool:
-        """Whether no more of a source should be set aside."""
-        return self._count[source] >= _ASIDE_JOBS or self._bytes[source] >= _ASIDE_BYTES
-
-
-class Breaker:
-    """Pauses one type while something that its handler needs does not answer."""
-
-    def __init__(self) -> None:
-        self.open = False
-        self.recoveries = 0
-        self._failures = 0
-        self._trying = False
-        self._mono_try_at_s = 0.0
-
-    def failed(self, mono_now_s: float) -> None:
-        """A job found the thing unavailable: pause, longer each time a try fails too."""
-        if self.open and not self._trying:
-            return  # one of those that were under way already
-        first, longest = _PAUSE_S
-        self._mono_try_at_s = mono_now_s + min(longest, first * 2**self._failures)
-        self._failures = min(self._failures + 1, 16)
-        self.open = True
-        self._trying = False
-
-    def answered(self) -> None:
-        """A job succeeded: close the breaker."""
-        self.open = False
-        self.recoveries += 1
-        self._failures = 0
-        self._trying = False
-
-    def may_try(self, mono_now_s: float) -> bool:
-        """Whether one job may be tried now (half-open); another follows if its fate stays unknown."""
-        if not self.open or mono_now_s < self._mono_try_at_s:
-            return False
-        self._trying = True
-        self._mono_try_at_s = mono_now_s + _UNKNOWN_AFTER_S
-        return True
+    def full(self, stream_no: int) -> bool:
+        """Whether no more jobs of a stream should be parked."""
+        return self._count[stream_no] >= _PARKED_JOBS or self._bytes[stream_no] >= _PARKED_BYTES
 
 
 class PrefetchBuffer:
-    """Queues in order of arrival. ``ready`` may be handed to any worker, ``isolated`` one at a time to
-    an empty one: jobs that may kill it, and those that would keep others waiting for minutes."""
+    """Queues of admitted jobs, in order of arrival.
 
-    def __init__(self, kinds: Sequence[str]) -> None:
+    ``ready`` jobs may go to any worker. ``isolated`` jobs go one at a time to an idle worker: they may kill
+    it, or they are of an exclusive type. Jobs of a paused type, or of a type whose circuit breaker is open,
+    are parked.
+    """
+
+    def __init__(self, breakers: CircuitBreakers) -> None:
         self.ready: deque[AdmittedJob] = deque()
         self.isolated: deque[AdmittedJob] = deque()
         #: Types that an operator has paused.
         self.paused_types: set[int] = set()
-        # One bit a type, by its number: these go as suspects do.
-        self._loners = 0
-        self._held = [ParkedJobs() for _ in kinds]
-        self._breakers = [Breaker() for _ in kinds]
-        # For each job that was excused: how often, and after how many recoveries of its type the last time.
-        self._excuses: dict[tuple[int, bytes], tuple[int, int]] = {}
-        # The largest job since there was last none: most of the time it says enough about all of them.
+        # Bitmask of type numbers. Bits are never cleared: their workers may be gone for a moment only.
+        self._exclusive_types = 0
+        self._breakers = breakers
+        self._parked = [ParkedJobs() for _ in range(len(breakers))]
+        # Size of the largest job since the buffer was last empty: a cheap upper bound for all of them.
         self._largest_bytes = 0
 
     def __iter__(self) -> Iterator[AdmittedJob]:
         yield from self.ready
         yield from self.isolated
-        for held in self._held:
-            yield from held
+        for parked in self._parked:
+            yield from parked
 
-    def add(self, arrival: AdmittedJob) -> None:
-        """Queue a job behind those of its sort."""
-        self._largest_bytes = max(self._largest_bytes, len(arrival.entry.data or b""))
-        if self._breakers[arrival.kind].open or arrival.kind in self.paused_types:
-            self._held[arrival.kind].put(arrival)
+    def add(self, job: AdmittedJob) -> None:
+        """Append a job to its queue."""
+        self._largest_bytes = max(self._largest_bytes, len(job.entry.data or b""))
+        if self._is_parked(job.type_no):
+            self._parked[job.type_no].put(job)
         else:
-            self._queue_of(arrival).append(arrival)
+            self._queue_of(job).append(job)
 
-    def extend(self, arrivals: Sequence[AdmittedJob]) -> None:
-        """Queue jobs, each behind those of its sort."""
-        special = self._loners or self.paused_types or any(breaker.open for breaker in self._breakers)
-        if special or any(arrival.alone for arrival in arrivals):
-            for arrival in arrivals:
-                self.add(arrival)
-        elif arrivals:
-            largest_bytes = max([len(arrival.entry.data or b"") for arrival in arrivals])
+    def extend(self, jobs: Sequence[AdmittedJob]) -> None:
+        """Append each job to its queue. The usual case, ready jobs only, takes no step per job."""
+        special = self._exclusive_types or self.paused_types or self._breakers.any_open
+        if special or any(job.isolated for job in jobs):
+            for job in jobs:
+                self.add(job)
+        elif jobs:
+            largest_bytes = max([len(job.entry.data or b"") for job in jobs])
             self._largest_bytes = max(self._largest_bytes, largest_bytes)
-            self.ready.extend(arrivals)
+            self.ready.extend(jobs)
 
-    def set_exclusive_types(self, kinds: int) -> None:
-        """From now on hand out jobs of these types, a bit each, to empty workers only, and alone."""
-        if kinds & ~self._loners:
-            self._loners |= kinds
+    def requeue(self, jobs: Sequence[AdmittedJob]) -> None:
+        """Put jobs that an exited worker had not started in front of the ready ones, in their order."""
+        front = []
+        for job in jobs:
+            if self._is_parked(job.type_no) or self._is_isolated(job):
+                self.add(job)
+            else:
+                self._largest_bytes = max(self._largest_bytes, len(job.entry.data or b""))
+                front.append(job)
+        self.ready.extendleft(reversed(front))
+
+    def set_exclusive_types(self, type_mask: int) -> None:
+        """From now on give jobs of these types to idle workers only, one at a time."""
+        if type_mask & ~self._exclusive_types:
+            self._exclusive_types |= type_mask
             queued = list(self.ready)
             self.ready.clear()
-            for arrival in queued:
-                self._queue_of(arrival).append(arrival)
+            for job in queued:
+                self._queue_of(job).append(job)
 
-    def _queue_of(self, arrival: AdmittedJob) -> deque[AdmittedJob]:
-        alone = arrival.alone or self._loners >> arrival.kind & 1
-        return self.isolated if alone else self.ready
+    def _is_parked(self, type_no: int) -> bool:
+        return self._breakers[type_no].open or type_no in self.paused_types
 
-    def take(self, count: int, refused: int = 0) -> list[AdmittedJob]:
-        """The first jobs, at most ``count``, of types whose bit is not in ``refused``; the others stay."""
-        if not refused:
+    def _is_isolated(self, job: AdmittedJob) -> bool:
+        return job.isolated or bool(self._exclusive_types >> job.type_no & 1)
+
+    def _queue_of(self, job: AdmittedJob) -> deque[AdmittedJob]:
+        return self.isolated if self._is_isolated(job) else self.ready
+
+    def take(self, count: int, unsupported_types: int = 0) -> list[AdmittedJob]:
+        """Remove and return the first ready jobs, at most ``count``, whose type is not in the bitmask."""
+        if not unsupported_types:
             return [self.ready.popleft() for _ in range(min(count, len(self.ready)))]
         taken: list[AdmittedJob] = []
-        passed: list[AdmittedJob] = []
+        skipped: list[AdmittedJob] = []
         while self.ready and len(taken) < count:
-            arrival = self.ready.popleft()
-            (passed if refused >> arrival.kind & 1 else taken).append(arrival)
-        self.ready.extendleft(reversed(passed))
+            job = self.ready.popleft()
+            (skipped if unsupported_types >> job.type_no & 1 else taken).append(job)
+        self.ready.extendleft(reversed(skipped))
         return taken
 
-    def waiting(self, source: int) -> int:
-        """How many jobs count against reading more of a stream: all runnable ones, and its parked ones only
-        if there are too many, so that other types behind them continue."""
-        paused = sum(held.count(source) for held in self._held if held.full(source))
-        return paused + len(self.ready) + len(self.isolated)
+    def waiting(self, stream_no: int) -> int:
+        """Jobs that count against reading more of a stream: all runnable jobs of any stream.
+
+        Parked jobs of the stream count only once there are too many of a type. Until then other types behind
+        them continue.
+        """
+        parked = sum(parked.count(stream_no) for parked in self._parked if parked.full(stream_no))
+        return parked + len(self.ready) + len(self.isolated)
 
     @property
     def full(self) -> bool:
-        """Whether what may run is as many bytes as may wait here; what is paused has limits of its own."""
+        """Whether the runnable jobs reach their limit in bytes; parked jobs have limits of their own."""
         jobs = len(self.ready) + len(self.isolated)
         if not jobs:
             self._largest_bytes = 0
-        if jobs * self._largest_bytes < _HELD_BYTES:
+        if jobs * self._largest_bytes < _RUNNABLE_BYTES:
             return False
-        waiting = itertools.chain(self.ready, self.isolated)
-        return sum(len(arrival.entry.data or b"") for arrival in waiting) >= _HELD_BYTES
+        runnable = itertools.chain(self.ready, self.isolated)
+        return sum(len(job.entry.data or b"") for job in runnable) >= _RUNNABLE_BYTES
 
-    def is_within_grace(self, kind: int, source: int, entry_id: bytes) -> bool:
-        """Whether a job that reports `Unavailable` is retried for free: always while no job of its type
-        succeeds, and at most five times while others do."""
-        recoveries = self._breakers[kind].recoveries
-        times, seen = self._excuses.get((source, entry_id), (0, -1))
-        if seen != recoveries:
-            times += 1
-        if len(self._excuses) > _EXCUSES_KEPT:
-            self._excuses.clear()
-        self._excuses[source, entry_id] = (times, recoveries)
-        return times <= _EXCUSES
+    def defer(self, job: AdmittedJob, mono_now_s: float) -> None:
+        """Take back a job whose dependency is unavailable; park its type."""
+        self._breakers[job.type_no].record_failure(mono_now_s)
+        self._parked[job.type_no].put(job)
+        self.ready = self._park(self.ready, {job.type_no})
 
-    def pause(self, arrival: AdmittedJob, mono_now_s: float) -> None:
-        """Take a job back whose store did not answer, and pause its type."""
-        self._breakers[arrival.kind].failed(mono_now_s)
-        self._held[arrival.kind].put(arrival)
-        self.ready = self._set_aside(self.ready, {arrival.kind})
+    def set_paused_types(self, type_nos: set[int]) -> None:
+        """Pause exactly these types. Jobs that were dispatched already keep running."""
+        resumed, self.paused_types = self.paused_types - type_nos, set(type_nos)
+        self.ready = self._park(self.ready, type_nos)
+        self.isolated = self._park(self.isolated, type_nos)
+        for type_no in resumed:
+            if not self._breakers[type_no].open:
+                self._unpark(type_no, len(self._parked[type_no]))
 
-    def set_paused_types(self, kinds: set[int]) -> None:
-        """Pause exactly these types until told otherwise; what was handed out already is not called back."""
-        ended, self.paused_types = self.paused_types - kinds, set(kinds)
-        self.ready = self._set_aside(self.ready, kinds)
-        self.isolated = self._set_aside(self.isolated, kinds)
-        for kind in ended:
-            if not self._breakers[kind].open:
-                self._resume(kind, len(self._held[kind]))
+    def _park(self, queue: deque[AdmittedJob], type_nos: set[int]) -> deque[AdmittedJob]:
+        """Park the jobs of some types; returns the rest of the queue."""
+        for job in queue:
+            if job.type_no in type_nos:
+                self._parked[job.type_no].put(job)
+        return deque(job for job in queue if job.type_no not in type_nos)
 
-    def _set_aside(self, queue: deque[AdmittedJob], kinds: set[int]) -> deque[AdmittedJob]:
-        """Move jobs of some types out of a queue; returns what is left of it."""
-        for arrival in queue:
-            if arrival.kind in kinds:
-                self._held[arrival.kind].put(arrival)
-        return deque(arrival for arrival in queue if arrival.kind not in kinds)
-
-    def answered(self, kinds: Iterable[int]) -> None:
-        """Jobs of these types succeeded: resume the parked ones."""
-        for kind in kinds:
-            if self._breakers[kind].open:
-                self._breakers[kind].answered()
-                if kind not in self.paused_types:
-                    self._resume(kind, len(self._held[kind]))
+    def record_success(self, type_nos: Iterable[int]) -> None:
+        """Jobs of these types succeeded: close their breakers and resume their parked jobs."""
+        for type_no in type_nos:
+            if self._breakers[type_no].open:
+                self._breakers[type_no].record_success()
+                if type_no not in self.paused_types:
+                    self._unpark(type_no, len(self._parked[type_no]))
 
     def release_probes(self, mono_now_s: float) -> None:
-        """Let one job of a paused type through where it is time to try."""
-        for kind, breaker in enumerate(self._breakers):
-            if kind not in self.paused_types and len(self._held[kind]) and breaker.may_try(mono_now_s):
-                self._resume(kind, 1)
+        """Make one job of each type runnable whose breaker is due for a probe."""
+        for type_no, parked in enumerate(self._parked):
+            if (
+                type_no not in self.paused_types
+                and len(parked)
+                and self._breakers[type_no].try_half_open(mono_now_s)
+            ):
+                self._unpark(type_no, 1)
 
-    def paused(self, kind: int) -> bool:
-        """Whether the circuit breaker of a type is open."""
-        return self._breakers[kind].open
-
-    def drop(self, source: int, ids: set[bytes]) -> None:
+    def discard(self, stream_no: int, ids: set[bytes]) -> None:
         """Forget entries that another consumer has claimed."""
         for queue in (self.ready, self.isolated):
-            kept = [a for a in queue if not (a.source == source and a.entry.id in ids)]
+            rest = [job for job in queue if not (job.stream_no == stream_no and job.entry.id in ids)]
             queue.clear()
-            queue.extend(kept)
-        for held in self._held:
-            held.keep(a for a in held if not (a.source == source and a.entry.id in ids))
+            queue.extend(rest)
+        for parked in self._parked:
+            parked.replace(job for job in parked if not (job.stream_no == stream_no and job.entry.id in ids))
 
     def clear(self) -> None:
-        """Forget all; types stay paused."""
+        """Forget all jobs; types stay paused."""
         self.ready.clear()
         self.isolated.clear()
-        for held in self._held:
-            held.keep(())
+        for parked in self._parked:
+            parked.replace(())
 
-    def _resume(self, kind: int, count: int) -> None:
-        """Move held jobs to where they would be if their type had not been paused."""
+    def _unpark(self, type_no: int, count: int) -> None:
+        """Move the oldest parked jobs to the queues where they would be without the pause."""
         for _ in range(count):
-            arrival = self._held[kind].take()
-            self._queue_of(arrival).append(arrival)
+            job = self._parked[type_no].take()
+            self._queue_of(job).append(job)

@@ -1,20 +1,17 @@
-"""The reader role: owns the consumer groups, dispatches jobs to workers, settles outcomes.
+"""Reader role: owns the consumer groups, dispatches jobs to workers, settles outcomes, recovers lost jobs.
 
-One loop waits for everything at once: answers to blocking reads (one connection for each stream), the
-workers' wake-ups, the supervisor's messages. All state is also in the store or in the workers' tables, so
-the next reader continues where a dead one stopped.
+One loop waits for all events at once: answers to blocking reads (one connection for each stream), wake-ups of
+workers, messages of the supervisor. All state is also in the store or in the workers' in-flight tables, so a
+new reader continues where a dead one stopped.
 """
 
 import logging
 import random
 import selectors
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
-from operator import or_
+from collections.abc import Callable
 
-from ..envelope import OVERSIZED_KEPT_BYTES
-from ..errors import AnswerTooLarge, Fenced, NameHeld, StoreUnavailable
+from ..errors import Fenced, NameHeld, StoreUnavailable
 from ..ipc.channel import Channel, clear_eventfd
 from ..ipc.control import (
     Attach,
@@ -28,91 +25,84 @@ from ..ipc.control import (
     SyncDone,
     WorkerExited,
 )
-from ..ipc.marks import Marks
-from ..outcome import Reason
+from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings
-from ..store.ports import Entry, ReaderStore
-from ..telemetry import trace
+from ..store.ports import ReaderStore
 from ..telemetry.metrics import MetricsBuffer
-from .admission import READER_DIED, Admission, AdmittedJob, RejectedEntry
-from .dispatch import WorkerHandle, dispatch_exclusive
-from .leases import LeaseKeeper
+from .admission import AdmittedJob
+from .circuit_breaker import CircuitBreakers
+from .context import ReaderContext
+from .dispatch import Dispatcher, WorkerHandle
+from .intake import Intake
 from .prefetch import PrefetchBuffer
 from .settlement import Settler
 
 log = logging.getLogger("jobworker.reader")
 
-#: How long a read blocks; only bounds how soon a silently dead connection is noticed.
-_BLOCK_MS = 2000
-#: How long an answer may take beyond the time that a read blocks.
-_ANSWER_MARGIN_S = 2.0
+#: Interval of reports to the supervisor.
 _REPORT_EVERY_S = 0.25
-#: How often the types that operators have paused are asked for: one short answer of the store.
+#: Interval at which the store is asked for the types that operators have paused: one short answer.
 _PAUSES_EVERY_S = 0.5
-#: How often the instance's name is renewed at most; a second service needs this long to see that we live.
-_HOLD_EVERY_S = 2.0
-#: How often a name that another service holds is asked for.
-_NAME_EVERY_S = 0.5
-#: Entries that are read beyond jobs that wait for certain workers: the others may find work behind them.
-_LOOK_PAST = 1024
-#: First and longest wait after the store refused; short enough to be back within a second or so.
+#: Longest interval of renewing the instance's name. Another service needs this long to see that it is in use.
+_RENEW_NAME_EVERY_S = 2.0
+#: Interval at which a name that another service holds is tried again.
+_RETRY_NAME_EVERY_S = 0.5
+#: First and longest wait after the store failed; short enough to reconnect within about a second.
 _BACKOFF_S = (0.05, 1.0)
+#: Limit of the backoff's exponent; the wait has reached its longest value before.
+_MAX_FAILURES = 16
 
 
 class Reader:
-    """The role. `run` returns once drained."""
+    """Reader role. `run` returns once drained.
+
+    A store that does not answer is retried with backoff; in-flight jobs keep running meanwhile. A reader that
+    lost the instance's name settles nothing until it has the name again.
+    """
 
     def __init__(
         self,
         store: ReaderStore,
         settings: Settings,
-        link: ControlSocket,
+        control: ControlSocket,
         *,
-        marks: Marks | None = None,
+        marks: CrashMarks | None = None,
         mono_s: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
         self._store = store
         self._settings = settings
-        self._sources = settings.streams
-        self._link = link
-        # What readers before this one were reading when they ended; without a supervisor there were none.
-        self._marks = marks or Marks.create()
+        self._streams = settings.streams
+        self._control = control
+        # Crash marks of earlier readers; without a supervisor there were none.
+        self._marks = marks or CrashMarks.create()
         self._mono_s = mono_s
         self._rng = rng or random.Random()
-        self._tally = MetricsBuffer()
-        kinds = {kind: number for number, kind in enumerate(settings.handlers)}
-        self._admission = Admission(kinds, settings.max_payload, settings.max_deaths)
-        self._buffer = PrefetchBuffer(list(settings.handlers))
-        self._settler = Settler(
-            store, settings, self._tally, self._rng, self._buffer.is_within_grace, self._marks
-        )
-        self._workers: list[WorkerHandle] = []
-        self._leases = LeaseKeeper(
-            store, settings, self._workers, self._buffer, self._tally, self._admit, self._marks, mono_s()
-        )
+        self._metrics = MetricsBuffer()
+        context = ReaderContext(store, settings, self._marks, self._metrics, self._rng, mono_s)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(link, selectors.EVENT_READ)
-        self._briefed = False
-        self._draining = False
+        self._selector.register(control, selectors.EVENT_READ)
+        self._breakers = CircuitBreakers(len(settings.handlers))
+        self._buffer = PrefetchBuffer(self._breakers)
+        self._dispatcher = Dispatcher(settings.streams, self._buffer)
+        self._intake = Intake(context, self._dispatcher, self._selector)
+        self._settler = Settler(context, self._breakers)
+        self._synced = False
         self._connected = False
         self._trouble: str | None = None
         self._failures = 0
         self._retry_at = 0.0
         self._reported_at = 0.0
         self._pauses_refreshed_at = 0.0
-        self._held_at = 0.0
-        # Stream -> the renewal by another service that was seen first.
-        self._renewals: dict[str, str] = {}
-        # When the answer to each read under way must be there: a network that swallows packets says nothing.
-        self._answer_by: dict[int, float] = {}
-        self._progress = 0
+        self._name_renewed_at = 0.0
+        # Stream -> renewal of the name by another service, as first observed.
+        self._first_renewals: dict[str, str] = {}
 
     def run(self) -> None:
-        """Go round until drained. A store that does not answer is waited for; jobs in flight are kept."""
+        """Run until drained, then release what was not started."""
         while not self.drained:
             self.run_once(_REPORT_EVERY_S)
-        self._leases.release_unstarted()
+        self._intake.release_unstarted()
         self._store.close()
         self._marks.close()
         self.report()
@@ -120,11 +110,11 @@ class Reader:
 
     @property
     def drained(self) -> bool:
-        """Whether it was told to drain and no worker is left."""
-        return self._draining and not self._workers
+        """Whether a drain was requested and no worker is left."""
+        return self._intake.draining and not self._dispatcher.workers
 
     def run_once(self, sleep_s: float) -> None:
-        """One round of the loop, which waits at most so long for something to happen."""
+        """One cycle of the loop; it waits at most ``sleep_s`` for an event."""
         now = self._mono_s()
         if now - self._reported_at >= _REPORT_EVERY_S:
             self.report()
@@ -140,57 +130,69 @@ class Reader:
             self._lose_name(error)
 
     def _tick(self, now: float, sleep_s: float) -> None:
-        if not self._briefed:
+        if not self._synced:
             return self._wait(sleep_s)
         if not self._connected:
             self._connect()
-        self._hold_name(now)
+        self._renew_name(now)
         if now - self._pauses_refreshed_at >= _PAUSES_EVERY_S:
             self._refresh_pauses()
-        settled = self._settler.settle(self._workers)
-        self._buffer.answered(settled.answered)
-        for arrival in settled.unavailable:
-            self._pause(arrival, now)
-        self._buffer.release_probes(now)
+        self._settle(now)
         self._reclaim_exited_workers()
-        for worker in self._workers:
-            worker.update_rate(now)
-        if not self._draining:
-            self._dispatch()
-            self._leases.list_pending()
-            self._read_all()
-        self._leases.renew_and_claim(now, draining=self._draining)
-        self._wait(0.0 if self._leases.listing_one_by_one else sleep_s)
-        if self._answer_by and min(self._answer_by.values()) < self._mono_s():
-            raise StoreUnavailable("a blocking read was not answered in time")
+        if not self._intake.draining:
+            self._dispatcher.dispatch(now)
+            self._intake.request_more()
+        self._intake.renew_leases(now)
+        self._wait(0.0 if self._intake.lists_one_by_one else sleep_s)
+        self._intake.check_reads()
 
-    # -- waiting
+    # -- jobs
+
+    def _settle(self, now: float) -> None:
+        """Settle all outcomes and rejected entries; they stay for the next tick if the store fails."""
+        batch = self._settler.settle(self._dispatcher.workers, self._intake.rejected)
+        self._intake.rejected.clear()
+        self._buffer.record_success(batch.answered_types)
+        for job in batch.deferred:
+            self._defer(job, now)
+        self._buffer.release_probes(now)
+
+    def _defer(self, job: AdmittedJob, now: float) -> None:
+        if not self._breakers[job.type_no].open:
+            log.warning("circuit.opened", extra={"task_type": tuple(self._settings.handlers)[job.type_no]})
+        self._buffer.defer(job, now)
+
+    def _reclaim_exited_workers(self) -> None:
+        """Make jobs of exited workers runnable again: unstarted ones first in line, started ones isolated."""
+        for worker in [worker for worker in self._dispatcher.workers if worker.exited]:
+            assert worker.exited is not None
+            reclaimed = self._settler.reclaim(worker, worker.exited)
+            self._detach(worker)
+            for job in reclaimed.isolated:
+                self._buffer.add(job)
+            self._buffer.requeue(reclaimed.unstarted)
+
+    def _detach(self, worker: WorkerHandle) -> None:
+        self._selector.unregister(worker.channel.fds[2])
+        self._dispatcher.workers.remove(worker)
+        worker.channel.close()
+        self._control.send(ExitReclaimed(worker.slot, worker.generation))
+
+    # -- events
 
     def _wait(self, timeout_s: float) -> None:
-        """Sleep until something happens, and take in what did."""
+        """Wait for events and handle them."""
         for key, _ in self._selector.select(timeout_s):
             if key.data is None:
                 self._receive()
             elif isinstance(key.data, WorkerHandle):
                 clear_eventfd(key.fd)
-            elif key.data in self._answer_by:  # else a Drain heard in this very round has ended the read
-                self._selector.unregister(key.fd)
-                del self._answer_by[key.data]
-                self._on_read_ready(key.data)
-                self._count_cycle()
-
-    def _finish_read(self, source: int) -> list[Entry]:
-        """The answer. One that is too large was dropped: it is asked for again, an entry at a time."""
-        try:
-            return self._store.finish_read(self._sources[source])
-        except AnswerTooLarge as error:
-            log.warning("read.oversized", extra={"stream": self._sources[source].stream, "error": str(error)})
-            self._leases.dropped(source)
-            return []
+            else:
+                self._intake.on_read_ready(key.data, key.fd)
 
     def _receive(self) -> None:
         try:
-            while (received := self._link.receive()) is not None:
+            while (received := self._control.receive()) is not None:
                 self._handle_message(*received)
         except EOFError:
             raise SystemExit("the supervisor is gone") from None
@@ -199,229 +201,95 @@ class Reader:
         match message:
             case Attach(slot, generation):
                 worker = WorkerHandle(slot, generation, Channel(*fds), self._mono_s())
-                self._workers.append(worker)
+                self._dispatcher.workers.append(worker)
                 self._selector.register(fds[2], selectors.EVENT_READ, worker)
             case WorkerExited(slot, generation):
-                for worker in self._of(slot, generation):
-                    worker.gone = message
+                if worker_or_none := self._dispatcher.find(slot, generation):
+                    worker_or_none.exited = message
             case Retire(slot, generation):
-                for worker in self._of(slot, generation):
-                    worker.retired = True
+                if worker_or_none := self._dispatcher.find(slot, generation):
+                    worker_or_none.retired = True
             case SyncDone():
-                self._briefed = True
+                self._synced = True
             case Drain():
-                self._draining = True
-                self._stop_reading()
+                self._intake.draining = True
+                self._intake.stop_reading()
             case _:
                 log.error("control.unexpected_message", extra={"message": type(message).__name__})
 
-    def _of(self, slot: int, generation: int) -> Iterator[WorkerHandle]:
-        return (worker for worker in self._workers if (worker.slot, worker.generation) == (slot, generation))
+    def report(self) -> None:
+        """Send the metrics to the supervisor."""
+        self._reported_at = self._mono_s()
+        for type_no, name in enumerate(self._settings.handlers):
+            self._metrics.gauge("z_novel_circuit_open", (name,), float(self._breakers[type_no].open))
+            self._metrics.gauge("z_novel_paused", (name,), float(type_no in self._buffer.paused_types))
+        self._control.report(self._metrics, self._trouble, self._intake.cycles)
 
-    # -- the store comes and goes
+    # -- connection and name
 
     def _connect(self) -> None:
-        """Take the consumer's name, then begin to find what it was given before."""
-        self._store.acquire(self._sources)
+        """Take the consumer's name, then list the entries that are pending for it."""
+        self._store.acquire(self._streams)
         self._connected = True
-        self._held_at = self._mono_s()
-        self._renewals.clear()
-        # What waits here was found under the earlier connection; the listing below finds it again.
-        self._buffer.clear()
+        self._name_renewed_at = self._mono_s()
+        self._first_renewals.clear()
+        self._intake.begin_listing()
         self._refresh_pauses()
-        self._leases.begin()
-        # Before the entries are looked at: one that ends readers must not look like a start that failed.
-        self._link.send(Ready())
-        self._leases.list_pending()
-        counts = {"streams": len(self._sources), "pending": len(self._buffer.ready)}
+        # Before any entry is read: a crash caused by an entry must not look like a failed start.
+        self._control.send(Ready())
+        self._intake.list_pending()
+        counts = {"streams": len(self._streams), "pending": len(self._buffer.ready)}
         log.info("reader.connected", extra=counts)
 
-    def _hold_name(self, now: float) -> None:
-        """Renew the instance's name. First in a turn: a reader that was suspended must not read first."""
-        if now - self._held_at >= min(_HOLD_EVERY_S, self._settings.lease_s / 3):
-            self._store.renew_name(self._sources)
-            self._held_at = now
+    def _renew_name(self, now: float) -> None:
+        """Renew the instance's name. First in a tick: a reader that was suspended must not read before."""
+        if now - self._name_renewed_at >= min(_RENEW_NAME_EVERY_S, self._settings.lease_s / 3):
+            self._store.renew_name(self._streams)
+            self._name_renewed_at = now
 
     def _lose_name(self, error: Fenced) -> None:
-        """Another service holds the instance's name: read nothing, and keep asking for the name.
+        """Another service holds the instance's name: read nothing, and keep trying to take the name.
 
-        Workers and their tables stay: what they finish is settled once the name is ours again.
+        Workers and their tables stay: their outcomes are settled once the name is ours again.
         """
-        self._stop_reading()
+        self._intake.stop_reading()
         self._connected = False
-        self._retry_at = self._mono_s() + _NAME_EVERY_S * self._rng.uniform(0.5, 1.0)
+        self._retry_at = self._mono_s() + _RETRY_NAME_EVERY_S * self._rng.uniform(0.5, 1.0)
         if isinstance(error, NameHeld):
-            first = self._renewals.setdefault(error.stream, error.renewal)
-            self._link.send(HeldElsewhere(error.by, error.left_s, renewed=first != error.renewal))
+            first = self._first_renewals.setdefault(error.stream, error.renewal)
+            self._control.send(HeldElsewhere(error.by, error.left_s, renewed=first != error.renewal))
         trouble = f"instance {self._settings.instance!r}: {error}"
-        known, self._trouble = self._trouble == trouble, trouble
-        if not known:
+        is_new, self._trouble = self._trouble != trouble, trouble
+        if is_new:
             log.error("instance.name_lost", extra={"error": trouble})
             self.report()
-        if self._draining:
-            self._drop_ended_workers()
+        if self._intake.draining:
+            self._detach_exited_workers()
+
+    def _detach_exited_workers(self) -> None:
+        """Detach exited workers without settling: their jobs stay pending for the holder of the name."""
+        for worker in [worker for worker in self._dispatcher.workers if worker.exited]:
+            self._detach(worker)
 
     def _refresh_pauses(self) -> None:
         """Park the types that an operator has paused, and resume those that are no longer paused."""
         self._pauses_refreshed_at = self._mono_s()
         paused = self._store.paused_types()
-        numbers = {number for number, kind in enumerate(self._settings.handlers) if kind in paused}
-        if numbers != self._buffer.paused_types:
+        type_nos = {type_no for type_no, name in enumerate(self._settings.handlers) if name in paused}
+        if type_nos != self._buffer.paused_types:
             log.info("types.paused", extra={"task_types": sorted(paused)})
-            self._buffer.set_paused_types(numbers)
+            self._buffer.set_paused_types(type_nos)
 
     def _back_off(self, error: StoreUnavailable) -> None:
-        """Wait longer each time, with jitter, so that many hosts do not come back in the same instant."""
-        self._stop_reading()
+        """Wait longer after each failure, with jitter so that hosts do not reconnect all at once."""
+        self._intake.stop_reading()
         self._marks.clear()
         self._connected = False
         first, longest = _BACKOFF_S
-        delay = min(longest, first * 2.0**self._failures) * self._rng.uniform(0.5, 1.0)
-        self._failures = min(self._failures + 1, 16)
-        self._retry_at = self._mono_s() + delay
-        known, self._trouble = self._trouble is not None, str(error)
-        if not known:
+        delay_s = min(longest, first * 2.0**self._failures) * self._rng.uniform(0.5, 1.0)
+        self._failures = min(self._failures + 1, _MAX_FAILURES)
+        self._retry_at = self._mono_s() + delay_s
+        is_new, self._trouble = self._trouble is None, str(error)
+        if is_new:
             log.error("store.unavailable", extra={"error": str(error)})
-            self.report()  # at once: the next try may take as long as the store's timeout
-
-    def _stop_reading(self) -> None:
-        for key in list(self._selector.get_map().values()):
-            if isinstance(key.data, int):
-                self._selector.unregister(key.fd)
-        self._answer_by.clear()
-        self._store.abandon_reads()
-
-    def report(self) -> None:
-        """Tell the supervisor what was counted."""
-        self._reported_at = self._mono_s()
-        for number, kind in enumerate(self._settings.handlers):
-            self._tally.gauge("z_novel_circuit_open", (kind,), float(self._buffer.paused(number)))
-            self._tally.gauge("z_novel_paused", (kind,), float(number in self._buffer.paused_types))
-        self._link.report(self._tally, self._trouble, self._progress)
-
-    # -- jobs in
-
-    def _on_read_ready(self, source: int) -> None:
-        """Take a read's answer. While small jobs are gone through here the server looks for more of them."""
-        self._marks.open_window(source)
-        entries = self._finish_read(source)
-        if entries and self._leases.portions[source].largest and not self._draining:
-            self._begin_read(source, self._capacity(source) - len(entries))
-        self._admit(source, entries)
-        self._marks.clear()
-
-    def _admit(self, source: int, entries: list[Entry]) -> None:
-        if self._marks.convicted:
-            entries = [entry for entry in entries if not self._refuse_convicted(source, entry)]
-        if len(entries) == 1:
-            self._marks.mark(source, entries[0].id)
-        arrivals, refusals = self._admission.sift(source, entries)
-        self._buffer.extend(arrivals)
-        for refusal in refusals:
-            self._settler.refuse(refusal)
-        if entries:
-            self._leases.portions[source].learn(entries)
-        self._marks.unmark()
-
-    def _refuse_convicted(self, source: int, entry: Entry) -> bool:
-        """Refuse an entry that has ended a reader, without looking into it."""
-        if (source, entry.id) not in self._marks.convicted:
-            return False
-        if entry.data is not None and len(entry.data) > self._settings.max_payload:
-            entry = entry._replace(data=entry.data[:OVERSIZED_KEPT_BYTES])
-        self._settler.refuse(RejectedEntry(source, entry, Reason.POISON, READER_DIED))
-        return True
-
-    def _pause(self, arrival: AdmittedJob, now: float) -> None:
-        kind = tuple(self._settings.handlers)[arrival.kind]
-        if not self._buffer.paused(arrival.kind):
-            log.warning("circuit.opened", extra={"task_type": kind})
-        self._buffer.pause(arrival, now)
-
-    def _capacity(self, source: int) -> int:
-        """How many jobs of a source the workers can take beyond what waits here already."""
-        credit = self._leases.credit()
-        return credit and credit - self._buffer.waiting(source) + min(self._unmatched(), _LOOK_PAST)
-
-    def _begin_read(self, source: int, room: int) -> None:
-        stream = self._sources[source]
-        if room > 0 and self._leases.listed(source) and not self._store.is_reading(stream):
-            fd = self._store.begin_read(stream, min(room, self._leases.portions[source].entries), _BLOCK_MS)
-            self._selector.register(fd, selectors.EVENT_READ, source)
-            self._answer_by[source] = self._mono_s() + _BLOCK_MS / 1000 + _ANSWER_MARGIN_S
-
-    def _read_all(self) -> None:
-        """Ask each stream for what there is room for."""
-        for number in range(len(self._sources)):
-            room = self._capacity(number)
-            self._begin_read(number, room)
-            if room <= 0:
-                self._count_cycle()  # all hands are full: nothing to be read is no standstill
-
-    def _count_cycle(self) -> None:
-        self._progress += 1
-        self._tally.count("z_novel_read_cycles_total")
-
-    # -- jobs out
-
-    def _dispatch(self) -> None:
-        self._buffer.set_exclusive_types(
-            reduce(or_, (worker.channel.exclusive_types for worker in self._workers), 0)
-        )
-        dispatch_exclusive(self._workers, self._buffer.isolated, self._trace_exclusive)
-        waiting = self._buffer.ready
-        unfit: list[WorkerHandle] = []
-        while waiting:
-            workers = [worker for worker in self._workers if worker.credit > 0 and worker not in unfit]
-            if not workers:
-                return
-            share = -(-len(waiting) // len(workers))
-            worker = min(workers, key=lambda worker: len(worker.table))
-            batch = self._buffer.take(min(share, worker.credit), worker.channel.unsupported_types)
-            if not batch:
-                unfit.append(worker)
-                continue
-            given = worker.dispatch(batch)
-            self._trace_dispatched(batch[:given])
-            waiting.extendleft(reversed(batch[given:]))
-            if not given:
-                return
-
-    def _trace_exclusive(self, arrival: AdmittedJob) -> None:
-        self._trace_dispatched([arrival])
-
-    def _trace_dispatched(self, jobs: Sequence[AdmittedJob]) -> None:
-        if trace.enabled():
-            for job in jobs:
-                trace.dispatched(self._sources[job.source].stream, job.entry.id, job.entry.data or b"")
-
-    def _unmatched(self) -> int:
-        """Jobs that wait for the workers that can run them, while one that cannot has nothing to do."""
-        idle = any(worker.channel.unsupported_types and worker.credit for worker in self._workers)
-        return len(self._buffer.ready) if idle else 0
-
-    # -- workers end
-
-    def _reclaim_exited_workers(self) -> None:
-        for worker in [worker for worker in self._workers if worker.gone]:
-            assert worker.gone is not None
-            remains = self._settler.reclaim(worker, worker.gone)
-            self._forget(worker)
-            for source, entry in remains.isolated:
-                self._admit(source, [entry])
-            behind = list(self._buffer.ready)
-            self._buffer.ready.clear()
-            for source, entry in remains.unstarted:
-                self._admit(source, [entry])
-            self._buffer.ready.extend(behind)
-
-    def _drop_ended_workers(self) -> None:
-        """Forget ended workers without settling: their jobs stay pending for the holder of the name."""
-        for worker in [worker for worker in self._workers if worker.gone]:
-            self._forget(worker)
-
-    def _forget(self, worker: WorkerHandle) -> None:
-        self._selector.unregister(worker.channel.fds[2])
-        self._workers.remove(worker)
-        worker.channel.close()
-        self._link.send(ExitReclaimed(worker.slot, worker.generation))
+            self.report()  # at once: the next attempt may take as long as the store's timeout

@@ -1,355 +1,357 @@
 """Settlement: turns outcomes into acknowledgements, retries and dead letters, in one script a stream."""
 
 import logging
-import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
 import msgspec
 
-from ..envelope import Envelope, dead_letter, read_envelope, with_retry
+from ..envelope import DeadJob, Envelope, dead_letter, read_envelope, with_retry
 from ..ipc.channel import OutcomeFrame
 from ..ipc.control import WorkerExited
-from ..ipc.inflight import FAILED, QUEUED, SETTLED, STARTED, SUCCEEDED, Held
-from ..ipc.marks import Marks
+from ..ipc.inflight import FAILED, QUEUED, SETTLED, STARTED, SUCCEEDED, InFlightJob
 from ..keys import Source
 from ..outcome import Failure, GiveUp, Reason, after_failure
-from ..settings import Settings
-from ..store.ports import Dead, Entry, ReaderStore, Retry, Settlement
+from ..store.ports import Dead, Entry, Retry, Settlement
 from ..telemetry import trace
 from ..telemetry.current_job import log_fields
-from ..telemetry.metrics import MetricsBuffer
-from .admission import READER_DIED, AdmittedJob, RejectedEntry
+from .admission import AdmittedJob, RejectedEntry, reject_unread
+from .circuit_breaker import CircuitBreakers
+from .context import ReaderContext
 from .dispatch import WorkerHandle
 
 log = logging.getLogger("jobworker.settlement")
 
+#: Label of metrics for entries whose type is not known.
+_UNKNOWN_TYPE = "unknown"
+#: Bytes of jobs by stream number and entry id; entries that are gone from their stream are missing.
+Bodies = Mapping[tuple[int, bytes], bytes]
+
 
 class FailedJob(NamedTuple):
-    """A row whose try failed, and why."""
+    """A job whose run failed, or whose worker died. ``data`` is its bytes, ``worker`` names the slot."""
 
-    held: Held
+    row: InFlightJob
+    data: bytes
     failure: Failure
     worker: str
+    #: Facts about the worker's death for the dead letter.
+    details: dict[str, object] | None = None
+
+
+class _Outcomes(NamedTuple):
+    """Unsettled outcomes of one worker: runs of succeeded rows, failures by row, and the ring's new tail."""
+
+    worker: WorkerHandle
+    succeeded: list[range]
+    failed: list[tuple[InFlightJob, Failure]]
+    tail: int | None
 
 
 class Reclaimed(NamedTuple):
-    """What a worker left behind that is still to be run: by source, oldest first."""
+    """Jobs of an exited worker that still have to run, oldest first."""
 
-    unstarted: list[tuple[int, Entry]]
-    isolated: list[tuple[int, Entry]]
-
-
-class SettlementResult(NamedTuple):
-    """What one turn came to: the types whose jobs got through, and the jobs that could not be run now."""
-
-    answered: set[int]
-    unavailable: list[AdmittedJob]
+    unstarted: list[AdmittedJob]
+    isolated: list[AdmittedJob]
 
 
 class SettlementBatch:
-    """One settlement for each source, being filled."""
+    """Settlements of one tick, one for each stream, and what they mean for the circuit breakers."""
 
     def __init__(self) -> None:
         self.done: dict[int, list[bytes]] = defaultdict(list)
         self.retries: dict[int, list[Retry]] = defaultdict(list)
         self.dead: dict[int, list[Dead]] = defaultdict(list)
         self.counts: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
-        self.answered: set[int] = set()
-        self.unavailable: list[AdmittedJob] = []
+        #: Types whose dependencies answer: a job succeeded, or failed for a reason of its own.
+        self.answered_types: set[int] = set()
+        #: Jobs whose dependency is unavailable. They stay pending and use up no retry.
+        self.deferred: list[AdmittedJob] = []
 
-    def settlements(self, sources: Sequence[Source]) -> list[Settlement]:
-        """One for each source that anything happened on."""
+    def settlements(self, streams: Sequence[Source]) -> list[Settlement]:
+        """One settlement for each stream that has outcomes."""
         touched = sorted({*self.done, *self.retries, *self.dead})
-        return [Settlement(sources[i], self.done[i], self.retries[i], self.dead[i]) for i in touched]
+        return [Settlement(streams[i], self.done[i], self.retries[i], self.dead[i]) for i in touched]
 
 
 class Settler:
-    """Collects outcomes from the lanes and carries them out; a call that raises has lost nothing."""
+    """Settles the outcomes that workers report, the rejected entries, and the jobs of exited workers.
+
+    A call that raises, as the store does, has changed nothing that a second call would do twice: rows and
+    frames are released only after the store has settled them.
+    """
 
     def __init__(
         self,
-        store: ReaderStore,
-        settings: Settings,
-        tally: MetricsBuffer,
-        rng: random.Random,
-        is_within_grace: Callable[[int, int, bytes], bool],
-        marks: Marks,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        context: ReaderContext,
+        breakers: CircuitBreakers,
+        wall_now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self._store = store
-        self._settings = settings
-        self._sources = settings.streams
-        self._kinds = tuple(settings.handlers)
-        self._tally = tally
-        self._rng = rng
-        self._excused = is_within_grace
-        self._marks = marks
-        self._now = now
-        self._refusals: list[RejectedEntry] = []
-        self._outcomes = msgspec.msgpack.Decoder(OutcomeFrame)
+        self._store = context.store
+        self._settings = context.settings
+        self._streams = context.settings.streams
+        self._type_names = tuple(context.settings.handlers)
+        self._metrics = context.metrics
+        self._rng = context.rng
+        self._marks = context.crash_marks
+        self._breakers = breakers
+        self._wall_now = wall_now
+        self._decoder = msgspec.msgpack.Decoder(OutcomeFrame)
 
-    def refuse(self, refusal: RejectedEntry) -> None:
-        """Remember to dead-letter this with the next settlement."""
-        self._refusals.append(refusal)
+    # -- outcomes
 
-    def settle(self, workers: Iterable[WorkerHandle]) -> SettlementResult:
-        """Carry out all that has ended. Raises as the store does."""
+    def settle(self, workers: Iterable[WorkerHandle], rejected: Sequence[RejectedEntry]) -> SettlementBatch:
+        """Settle all outcomes of these workers, and dead-letter the rejected entries."""
         batch = SettlementBatch()
-        runs = [(worker, list(worker.table.succeeded())) for worker in workers]
-        frames = [(worker, *self._failures(worker)) for worker, _ in runs]
-        for worker, rows in runs:
-            for run in rows:
-                self._acknowledge(batch, worker, run)
-        failures = [failed for _, failed_rows, _ in frames for failed in failed_rows]
-        self._decide(batch, failures)
-        refusals, self._refusals = self._refusals, []
-        try:
-            self._refuse(batch, refusals)
-            self._commit(batch)
-        except BaseException:
-            self._refusals = refusals + self._refusals
-            raise
-        self._release(runs, frames)
-        return SettlementResult(batch.answered, batch.unavailable)
+        outcomes = [self._collect(worker) for worker in workers]
+        for one in outcomes:
+            for run in one.succeeded:
+                self._acknowledge(batch, one.worker, run)
+        self._settle_failures(batch, outcomes)
+        for entry in rejected:
+            self._settle_rejected(batch, entry)
+        self._marks.unmark()
+        self._commit(batch)
+        for one in outcomes:
+            self._release(one)
+        return batch
 
-    def _failures(self, worker: WorkerHandle) -> tuple[list[FailedJob], int | None]:
-        """What a worker said of failed jobs, and the ring's tail once that is settled."""
+    def _collect(self, worker: WorkerHandle) -> _Outcomes:
+        succeeded = list(worker.table.succeeded())
         failed, end = [], None
         for frame, tail in worker.channel.outcomes.frames():
-            outcome = self._outcomes.decode(frame)
+            outcome = self._decoder.decode(frame)
             end = tail
-            if worker.table.state(outcome.row) == FAILED:  # a reader before us may have settled it
-                failed.append(
-                    FailedJob(worker.table.held(outcome.row), outcome.failure, self._worker(worker))
-                )
-        return failed, end
+            if worker.table.state(outcome.row) == FAILED:  # an earlier reader may have settled it
+                failed.append((worker.table.job(outcome.row), outcome.failure))
+        return _Outcomes(worker, succeeded, failed, end)
 
     def _acknowledge(self, batch: SettlementBatch, worker: WorkerHandle, run: range) -> None:
-        sources, kinds, ids = worker.table.columns(run)
-        for kind in set(kinds):
-            batch.answered.add(kind)
-            batch.counts["z_novel_jobs_completed_total", (self._kinds[kind],)] += kinds.count(kind)
-        present = set(sources)
-        for source in present:
-            mine = (
+        stream_nos, type_nos, ids = worker.table.columns(run)
+        for type_no in set(type_nos):
+            batch.answered_types.add(type_no)
+            key = ("z_novel_jobs_completed_total", (self._type_names[type_no],))
+            batch.counts[key] += type_nos.count(type_no)
+        present = set(stream_nos)
+        for stream_no in present:
+            batch.done[stream_no] += (
                 ids
                 if len(present) == 1
-                else [one for one, s in zip(ids, sources, strict=True) if s == source]
+                else [one for one, owner in zip(ids, stream_nos, strict=True) if owner == stream_no]
             )
-            batch.done[source] += mine
 
-    def _decide(self, batch: SettlementBatch, failures: Sequence[FailedJob]) -> None:
-        """Retry or give up; the job's own bytes are read back from the stream, for few jobs fail."""
-        bodies = self._bodies([failed.held for failed in failures])
-        for failed in failures:
-            held = failed.held
-            data = bodies.get((held.source, held.entry_id))
-            if failed.failure.unavailable and data is not None and self._defer(batch, held, data):
-                continue
-            batch.counts["z_novel_jobs_failed_total", (self._kinds[held.kind],)] += 1
-            if data is None:
-                log.error("entry.missing", extra={"entry_id": held.entry_id.decode()})
-                batch.done[held.source].append(held.entry_id)
-            elif (held.source, held.entry_id) in self._marks.convicted:
-                self._dead_letter_unread(batch, held, data, failed.worker)
-            else:
-                self._marks.mark(held.source, held.entry_id, settling=True)
-                self._decide_one(batch, failed, data)
+    def _settle_failures(self, batch: SettlementBatch, outcomes: Sequence[_Outcomes]) -> None:
+        """Settle failed jobs. Their bytes are fetched from the stream again, because few jobs fail."""
+        bodies = self._fetch([row for one in outcomes for row, _ in one.failed])
+        for one in outcomes:
+            for row, failure in one.failed:
+                self._settle_failure(batch, row, bodies.get(row.key), failure, self._worker_name(one.worker))
         self._marks.unmark()
 
-    def _defer(self, batch: SettlementBatch, held: Held, data: bytes) -> bool:
-        """Take a job back that found its store unavailable; it stays pending and no retry is used up."""
-        if not self._excused(held.kind, held.source, held.entry_id):
-            return False
-        entry = Entry(held.entry_id, data, deaths=held.deaths)
-        batch.unavailable.append(AdmittedJob(held.source, held.kind, entry, held.deaths > 0))
-        return True
-
-    def _decide_one(self, batch: SettlementBatch, failed: FailedJob, data: bytes) -> None:
-        held, failure = failed.held, failed.failure
-        if not failure.timed_out and not failure.unavailable:
-            batch.answered.add(held.kind)
-        envelope = read_envelope(data)
-        decision = after_failure(failure, envelope.retry_count, held.deaths, self._settings.retry, self._rng)
-        deaths = envelope.deaths + held.deaths
-        told = {**log_fields(envelope), "retry_count": envelope.retry_count, "error": failure.error}
-        if isinstance(decision, GiveUp):
-            log.error("job.dead_lettered", extra={**told, "reason": decision.reason})
-            self._trace("give up", envelope, held, failure.error, reason=decision.reason)
-            self._dead_letter(
-                batch, held, data, decision.reason, failure.error, envelope.retry_count, deaths, failed.worker
-            )
+    def _settle_failure(
+        self, batch: SettlementBatch, row: InFlightJob, data: bytes | None, failure: Failure, worker: str
+    ) -> None:
+        if data is not None and failure.unavailable and self._breakers.is_within_grace(row.type_no, row.key):
+            batch.deferred.append(_runnable(row, data))
             return
-        log.warning("job.retry_scheduled", extra={**told, "delay_s": round(decision.delay_s, 3)})
-        self._trace("retry", envelope, held, failure.error, delay_s=decision.delay_s)
+        batch.counts["z_novel_jobs_failed_total", (self._type_names[row.type_no],)] += 1
+        if data is None:
+            log.error("entry.missing", extra={"entry_id": row.entry_id.decode()})
+            batch.done[row.stream_no].append(row.entry_id)
+            return
+        job = FailedJob(row, data, failure, worker)
+        if row.key in self._marks.poison:
+            self._dead_letter_unread(batch, job)
+        else:
+            self._marks.mark(row.stream_no, row.entry_id, settling=True)
+            self._retry_or_give_up(batch, job)
+
+    def _retry_or_give_up(self, batch: SettlementBatch, job: FailedJob) -> None:
+        row, failure = job.row, job.failure
+        if not failure.timed_out and not failure.unavailable:
+            batch.answered_types.add(row.type_no)
+        envelope = read_envelope(job.data)
+        decision = after_failure(failure, envelope.retry_count, row.deaths, self._settings.retry, self._rng)
+        fields = {**log_fields(envelope), "retry_count": envelope.retry_count, "error": failure.error}
+        if isinstance(decision, GiveUp):
+            log.error("job.dead_lettered", extra={**fields, "reason": decision.reason})
+            self._trace("give up", envelope, row, failure.error, reason=decision.reason)
+            self._dead_letter(batch, job, decision.reason, envelope)
+            return
+        log.warning("job.retry_scheduled", extra={**fields, "delay_s": round(decision.delay_s, 3)})
+        self._trace("retry", envelope, row, failure.error, delay_s=decision.delay_s)
         batch.counts["z_novel_jobs_retried_total", (envelope.type,)] += 1
-        again = with_retry(data, decision.retry_count, deaths)
-        batch.retries[held.source].append(Retry(held.entry_id, decision.delay_s, again))
+        retry = with_retry(job.data, decision.retry_count, envelope.deaths + row.deaths)
+        batch.retries[row.stream_no].append(Retry(row.entry_id, decision.delay_s, retry))
 
     def _trace(
-        self, what: str, envelope: Envelope, held: Held, error: str, **attributes: str | int | float
+        self, what: str, envelope: Envelope, row: InFlightJob, error: str, **attributes: str | int | float
     ) -> None:
-        stream = self._sources[held.source].stream
-        trace.settled(what, envelope, stream, held.entry_id, error=error, **attributes)
+        stream = self._streams[row.stream_no].stream
+        trace.settled(what, envelope, stream, row.entry_id, error=error, **attributes)
+
+    # -- dead letters
+
+    def _settle_rejected(self, batch: SettlementBatch, rejected: RejectedEntry) -> None:
+        stream_no, job = rejected
+        self._marks.mark(stream_no, job.entry_id, settling=True)
+        envelope = job.envelope
+        log.error("job.rejected", extra={
+            "stream": self._streams[stream_no].stream, "entry_id": job.entry_id.decode(),
+            "reason": job.reason, "error": job.error, **(log_fields(envelope) if envelope else {}),
+        })  # fmt: skip
+        type_name = envelope.type if envelope and envelope.type in self._type_names else _UNKNOWN_TYPE
+        self._add_dead_letter(batch, rejected, type_name, self._worker_name(None))
 
     def _dead_letter(
-        self, batch: SettlementBatch, held: Held, data: bytes, reason: Reason, error: str,
-        retry_count: int, deaths: int, worker: str, details: dict[str, object] | None = None,
-        *, unread: bool = False,
-    ) -> None:  # fmt: skip
-        batch.counts["z_novel_jobs_dead_total", (self._kinds[held.kind], reason)] += 1
-        letter = dead_letter(
-            data, error=error, reason=reason, failed_at=self._stamp(), entry_id=held.entry_id, worker=worker,
-            stream=self._sources[held.source].stream, deaths=deaths, retry_count=retry_count, details=details,
-            unread=unread,
-        )  # fmt: skip
-        batch.dead[held.source].append(Dead(held.entry_id, letter))
+        self, batch: SettlementBatch, job: FailedJob, reason: Reason, envelope: Envelope
+    ) -> None:
+        row = job.row
+        dead_job = DeadJob(
+            *(job.data, row.entry_id, reason, job.failure.error, envelope), row.deaths, job.details
+        )
+        type_name = self._type_names[row.type_no]
+        self._add_dead_letter(batch, RejectedEntry(row.stream_no, dead_job), type_name, job.worker)
 
-    def _dead_letter_unread(self, batch: SettlementBatch, held: Held, data: bytes, worker: str) -> None:
-        """A reader has ended as it read this job: no other reads it."""
+    def _dead_letter_unread(self, batch: SettlementBatch, job: FailedJob) -> None:
+        """Dead-letter a job that made a reader exit, without parsing it."""
+        row = job.row
+        rejected = reject_unread(row.stream_no, Entry(row.entry_id, job.data, deaths=row.deaths))
         log.error("job.dead_lettered", extra={
-            "entry_id": held.entry_id.decode(), "reason": Reason.POISON, "error": READER_DIED,
+            "entry_id": row.entry_id.decode(), "reason": rejected.job.reason, "error": rejected.job.error,
         })  # fmt: skip
-        self._dead_letter(batch, held, data, Reason.POISON, READER_DIED, 0, held.deaths, worker, unread=True)
+        self._add_dead_letter(batch, rejected, self._type_names[row.type_no], job.worker)
 
-    def _refuse(self, batch: SettlementBatch, refusals: Sequence[RejectedEntry]) -> None:
-        for refusal in refusals:
-            self._marks.mark(refusal.source, refusal.entry.id, settling=True)
-            envelope = refusal.envelope
-            stream = self._sources[refusal.source].stream
-            kind = envelope.type if envelope and envelope.type in self._kinds else "unknown"
-            batch.counts["z_novel_jobs_dead_total", (kind, refusal.reason)] += 1
-            log.error("job.rejected", extra={
-                "stream": stream, "entry_id": refusal.entry.id.decode(), "reason": refusal.reason,
-                "error": refusal.error, **(log_fields(envelope) if envelope else {}),
-            })  # fmt: skip
-            letter = dead_letter(
-                refusal.entry.data, error=refusal.error, reason=refusal.reason, failed_at=self._stamp(),
-                stream=stream, entry_id=refusal.entry.id, worker=self._worker(None),
-                deaths=refusal.entry.deaths + (envelope.deaths if envelope else 0),
-                retry_count=envelope.retry_count if envelope else None, unread=envelope is None,
-            )  # fmt: skip
-            batch.dead[refusal.source].append(Dead(refusal.entry.id, letter))
-        self._marks.unmark()
+    def _add_dead_letter(
+        self, batch: SettlementBatch, rejected: RejectedEntry, type_name: str, worker: str
+    ) -> None:
+        stream_no, job = rejected
+        batch.counts["z_novel_jobs_dead_total", (type_name, job.reason)] += 1
+        failed_at = self._wall_now().isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        letter = dead_letter(job, stream=self._streams[stream_no].stream, worker=worker, failed_at=failed_at)
+        batch.dead[stream_no].append(Dead(job.entry_id, letter))
+
+    # -- the store
 
     def _commit(self, batch: SettlementBatch) -> None:
-        """Hand the batch to the store and count what is now final."""
-        settlements = batch.settlements(self._sources)
+        """Settle the batch in the store, then count its outcomes: they are final now."""
+        settlements = batch.settlements(self._streams)
         if settlements and (refused := self._store.settle(settlements)):
             log.warning("settle.refused", extra={"entries": len(refused)})
         for (name, labels), count in batch.counts.items():
-            self._tally.count(name, labels, count)
+            self._metrics.count(name, labels, count)
 
-    def _release(
-        self,
-        runs: Sequence[tuple[WorkerHandle, list[range]]],
-        frames: Sequence[tuple[WorkerHandle, list[FailedJob], int | None]],
-    ) -> None:
-        """Give rows and frames back: marks first, so that a reader after us skips what is settled."""
-        for worker, rows in runs:
-            for run in rows:
-                worker.settled(run)
-        for worker, failed, tail in frames:
-            for one in failed:
-                worker.settled(range(one.held.row, one.held.row + 1))
-            if tail is not None:
-                worker.channel.outcomes.release(tail)
-        for worker, _ in runs:
-            worker.table.advance()
-
-    def reclaim(self, worker: WorkerHandle, gone: WorkerExited) -> Reclaimed:
-        """Deal with what a dead worker held, after `settle`: charge what it had started, free the rest.
-
-        Raises as the store does; then nothing has changed that a second call would do twice.
-        """
-        rows = worker.table.unsettled()
-        assert all(worker.table.state(held.row) != SUCCEEDED for held in rows)
-        started = [held for held in rows if worker.table.state(held.row) in (STARTED, FAILED)]
-        free = [held for held in rows if worker.table.state(held.row) == QUEUED]
-        if not gone.charge:
-            free, started = sorted(free + started), []
-        bodies = self._bodies(rows)
-        batch, isolated = SettlementBatch(), []
-        if gone.timed_out and len(started) == 1:
-            failure = Failure(f"TimeoutError: {gone.cause}", timed_out=True)
-            self._decide(batch, [FailedJob(started[0], failure, self._worker(worker))])
-        else:
-            isolated = self._count_deaths(batch, worker, gone, started, bodies)
-        self._commit(batch)
-        worker.table.mark([held.row for held in rows], SETTLED)
+    def _release(self, outcomes: _Outcomes) -> None:
+        """Release settled rows, then their frames: a successor skips frames whose row is settled."""
+        worker = outcomes.worker
+        for run in outcomes.succeeded:
+            worker.record_settled(run)
+        for row, _ in outcomes.failed:
+            worker.record_settled(range(row.row, row.row + 1))
+        if outcomes.tail is not None:
+            worker.channel.outcomes.release(outcomes.tail)
         worker.table.advance()
-        return Reclaimed(_entries(free, bodies), isolated)
 
-    def _count_deaths(
-        self, batch: SettlementBatch, worker: WorkerHandle, gone: WorkerExited, started: Sequence[Held],
-        bodies: dict[tuple[int, bytes], bytes],
-    ) -> list[tuple[int, Entry]]:  # fmt: skip
-        """Count a death against each job under way; give up what has had too many, the others run alone."""
-        counts: dict[tuple[int, bytes], int] = {}
-        for source in {held.source for held in started}:
-            deaths = {held.entry_id: held.deaths + 1 for held in started if held.source == source}
-            charged = self._store.set_deaths(self._sources[source], deaths)
-            counts |= {(source, entry_id): n for entry_id, n in charged.items()}
-        isolated = []
-        gone.details["batch"] = [held.entry_id.decode() for held in started]
-        for held in started:
-            data = bodies.get((held.source, held.entry_id))
-            if data is None or (held.source, held.entry_id) not in counts:
-                continue  # no longer ours
-            entry = Entry(held.entry_id, data, deaths=counts[held.source, held.entry_id])
-            if not self._poisonous(batch, held, entry, gone, self._worker(worker), sole=len(started) == 1):
-                isolated.append((held.source, entry))
-        self._marks.unmark()
-        return isolated
-
-    def _poisonous(
-        self, batch: SettlementBatch, held: Held, entry: Entry, gone: WorkerExited, worker: str, *, sole: bool
-    ) -> bool:
-        """Whether the job is given up for its deaths. A death is a failed try, but only a job that was
-        alone in its worker is proven to have caused it."""
-        data = entry.data or b""
-        if (held.source, held.entry_id) in self._marks.convicted:
-            self._dead_letter_unread(batch, held, data, worker)
-            return True
-        self._marks.mark(held.source, held.entry_id, settling=True)
-        envelope = read_envelope(data)
-        deaths = envelope.deaths + entry.deaths
-        batch.counts["z_novel_jobs_failed_total", (envelope.type,)] += 1
-        used_up = sole and envelope.retry_count + entry.deaths > self._settings.retry.max_retries
-        log.error("job.worker_died", extra={**log_fields(envelope), "deaths": deaths, "cause": gone.cause})
-        self._trace("worker died", envelope, held, gone.cause, deaths=deaths)
-        if deaths < self._settings.max_deaths and not used_up:
-            return False
-        error = f"WorkerDied: {gone.cause}"
-        self._dead_letter(
-            batch, held, data, Reason.POISON, error, envelope.retry_count, deaths, worker, gone.details
-        )
-        return True
-
-    def _bodies(self, rows: Sequence[Held]) -> dict[tuple[int, bytes], bytes]:
-        found = {}
-        for source in {held.source for held in rows}:
-            ids = [held.entry_id for held in rows if held.source == source]
-            for entry_id, data in self._store.fetch(self._sources[source], ids).items():
+    def _fetch(self, rows: Sequence[InFlightJob]) -> Bodies:
+        bodies = {}
+        for stream_no in {row.stream_no for row in rows}:
+            ids = [row.entry_id for row in rows if row.stream_no == stream_no]
+            for entry_id, data in self._store.fetch(self._streams[stream_no], ids).items():
                 if data is not None:
-                    found[source, entry_id] = data
-        return found
+                    bodies[stream_no, entry_id] = data
+        return bodies
 
-    def _worker(self, worker: WorkerHandle | None) -> str:
+    def _worker_name(self, worker: WorkerHandle | None) -> str:
         slot = "reader" if worker is None else str(worker.slot)
         return f"{self._settings.host}/{self._settings.instance}/{slot}"
 
-    def _stamp(self) -> str:
-        return self._now().isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    # -- exited workers
+
+    def reclaim(self, worker: WorkerHandle, exit_: WorkerExited) -> Reclaimed:
+        """Reclaim the jobs of an exited worker, after `settle`.
+
+        A death is charged to the jobs that it had started; jobs that it had not started are free. After a
+        timeout of a single job, that job is retried or given up instead.
+        """
+        rows = worker.table.unsettled()
+        assert all(worker.table.state(row.row) != SUCCEEDED for row in rows)
+        started = [row for row in rows if worker.table.state(row.row) in (STARTED, FAILED)]
+        unstarted = [row for row in rows if worker.table.state(row.row) == QUEUED]
+        if not exit_.charge:
+            unstarted, started = sorted(unstarted + started), []
+        bodies = self._fetch(rows)
+        batch, isolated = SettlementBatch(), []
+        if exit_.timed_out and len(started) == 1:
+            failure = Failure(f"TimeoutError: {exit_.cause}", timed_out=True)
+            data = bodies.get(started[0].key)
+            self._settle_failure(batch, started[0], data, failure, self._worker_name(worker))
+        else:
+            isolated = self._charge_deaths(batch, worker, exit_, started, bodies)
+        self._marks.unmark()
+        self._commit(batch)
+        worker.table.mark([row.row for row in rows], SETTLED)
+        worker.table.advance()
+        return Reclaimed(_runnable_jobs(unstarted, bodies), isolated)
+
+    def _charge_deaths(
+        self, batch: SettlementBatch, worker: WorkerHandle, exit_: WorkerExited,
+        started: Sequence[InFlightJob], bodies: Bodies,
+    ) -> list[AdmittedJob]:  # fmt: skip
+        """Charge the worker's death to each started job; returns the jobs that run again, isolated."""
+        deaths = self._store_deaths(started)
+        exit_.details["batch"] = [row.entry_id.decode() for row in started]
+        failure = Failure(f"WorkerDied: {exit_.cause}")
+        isolated = []
+        for row in started:
+            data = bodies.get(row.key)
+            if data is None or row.key not in deaths:
+                continue  # no longer ours
+            charged = row._replace(deaths=deaths[row.key], isolated=True)
+            job = FailedJob(charged, data, failure, self._worker_name(worker), exit_.details)
+            if not self._is_given_up(batch, job, exit_.cause, sole=len(started) == 1):
+                isolated.append(_runnable(charged, data))
+        return isolated
+
+    def _store_deaths(self, started: Sequence[InFlightJob]) -> dict[tuple[int, bytes], int]:
+        """Store the new count of deaths of each job; returns those of entries that are still ours."""
+        stored: dict[tuple[int, bytes], int] = {}
+        for stream_no in {row.stream_no for row in started}:
+            counts = {row.entry_id: row.deaths + 1 for row in started if row.stream_no == stream_no}
+            own_counts = self._store.set_deaths(self._streams[stream_no], counts)
+            stored |= {(stream_no, entry_id): count for entry_id, count in own_counts.items()}
+        return stored
+
+    def _is_given_up(self, batch: SettlementBatch, job: FailedJob, cause: str, *, sole: bool) -> bool:
+        """Dead-letter a job with too many deaths; False if it may run again.
+
+        A death also counts as a failed try, but only if the job was the only one in its worker (``sole``):
+        otherwise it is not proven to have caused the death.
+        """
+        row = job.row
+        if row.key in self._marks.poison:
+            self._dead_letter_unread(batch, job)
+            return True
+        self._marks.mark(row.stream_no, row.entry_id, settling=True)
+        envelope = read_envelope(job.data)
+        deaths = envelope.deaths + row.deaths
+        batch.counts["z_novel_jobs_failed_total", (envelope.type,)] += 1
+        retries_exhausted = sole and envelope.retry_count + row.deaths > self._settings.retry.max_retries
+        log.error("job.worker_died", extra={**log_fields(envelope), "deaths": deaths, "cause": cause})
+        self._trace("worker died", envelope, row, cause, deaths=deaths)
+        if deaths < self._settings.max_deaths and not retries_exhausted:
+            return False
+        self._dead_letter(batch, job, Reason.POISON, envelope)
+        return True
 
 
-def _entries(rows: Sequence[Held], bodies: dict[tuple[int, bytes], bytes]) -> list[tuple[int, Entry]]:
-    """Rows with their bytes again; entries that are no longer in the stream are left out."""
-    return [
-        (held.source, Entry(held.entry_id, data, deaths=held.deaths))
-        for held in rows
-        if (data := bodies.get((held.source, held.entry_id))) is not None
-    ]
+def _runnable(row: InFlightJob, data: bytes) -> AdmittedJob:
+    """The job of a row as it was admitted; it is not validated again."""
+    entry = Entry(row.entry_id, data, deaths=row.deaths)
+    return AdmittedJob(row.stream_no, row.type_no, entry, row.isolated or row.deaths > 0)
+
+
+def _runnable_jobs(rows: Iterable[InFlightJob], bodies: Bodies) -> list[AdmittedJob]:
+    """Jobs of rows; entries that are gone from their stream are left out."""
+    return [_runnable(row, data) for row in rows if (data := bodies.get(row.key)) is not None]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..ipc.channel import Channel
 from ..ipc.control import ControlSocket, Message, Standby, Start
-from ..ipc.marks import Marks
+from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings
 
 #: First and longest pause before a start (seconds).
@@ -157,7 +157,7 @@ class Child(Process):
 
     def begin(
         self, role: str, slot: int, generation: int, settings: Settings, mono_now_s: float,
-        channel: Channel | None = None, marks: Marks | None = None,
+        channel: Channel | None = None, marks: CrashMarks | None = None,
     ) -> None:  # fmt: skip
         """Give it its role, a worker its channel and the reader its marks; what it is measured by counts
         from now."""

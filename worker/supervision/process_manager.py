@@ -23,7 +23,7 @@ from ..ipc.control import (
     SyncDone,
     WorkerExited,
 )
-from ..ipc.marks import Marks
+from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings, cores
 from ..telemetry.prometheus import PrometheusCollector
 from .process import Child, Ended
@@ -61,7 +61,7 @@ class ProcessManager:
         self._workers = [Slot("worker", slot) for slot in range(settings.procs)]
         self._places = [self._reader, self._reaper, *self._workers]
         self._spares = Standbys()
-        self._marks = Marks.create()
+        self._marks = CrashMarks.create()
         self._exited: dict[tuple[int, int], tuple[WorkerExited, Channel]] = {}
         # Places whose worker of this generation or before is to be exchanged.
         self._to_restart: deque[tuple[Slot, int]] = deque()
@@ -216,9 +216,9 @@ class ProcessManager:
         spins = child.mono_killed_s is not None and child.was_computing
         suspect = self._marks.record_death(proven=spins or ended.cause not in _FROM_OUTSIDE)
         if suspect is not None:
-            stream = self._settings.streams[suspect.source].stream
+            stream = self._settings.streams[suspect.stream_no].stream
             log.error("reader.died_at_entry", extra={
-                "stream": stream, "entry_id": suspect.entry_id.decode(), "poison": suspect.convicted,
+                "stream": stream, "entry_id": suspect.entry_id.decode(), "poison": suspect.is_poison,
             })  # fmt: skip
 
     def _record_exit(self, child: Child, channel: Channel, ended: Ended, *, charge: bool) -> None:

@@ -127,8 +127,8 @@ def _running(child: Child, settings: Settings, mono_now_s: float) -> dict[str, A
     rows = child.channel.table.started()
     kinds = tuple(settings.handlers)
     jobs = [
-        {"stream": settings.streams[row.source].stream, "entry_id": row.entry_id.decode(),
-         "type": kinds[row.kind], "deaths": row.deaths}
+        {"stream": settings.streams[row.stream_no].stream, "entry_id": row.entry_id.decode(),
+         "type": kinds[row.type_no], "deaths": row.deaths}
         for row in rows
     ]  # fmt: skip
     return {

@@ -1,1 +1,1 @@
-"""The job store in memory, for the test harness: same answers, a clock of its own."""
+"""In-memory job store for the test harness."""

@@ -1,4 +1,4 @@
-"""Job server in memory: streams, groups and retries, on the test's own clock."""
+"""In-memory job server for tests: streams, groups and retries, on the test's own clock."""
 
 import os
 import threading
@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 from ...keys import Holder
 from ..ports import Entry
 
-#: What a read may take beyond its blocking time before the store counts as gone.
+#: Time that a read may take beyond its block time before the store counts as unavailable.
 _READ_MARGIN_S = 5.0
 
 
 def order(id: bytes) -> tuple[int, int]:
-    """What entry ids are sorted by."""
+    """Sort key of an entry id."""
     ms, _, sequence = id.partition(b"-")
     return int(ms), int(sequence)
 
 
 @dataclass
 class PendingEntry:
-    """An entry that was given to a consumer and not finished."""
+    """An entry that was delivered to a consumer and is not acknowledged."""
 
     consumer: str
     wall_since_s: float
@@ -34,14 +34,14 @@ class Group:
 
     last_delivered: tuple[int, int] = (0, 0)
     leases: dict[bytes, PendingEntry] = field(default_factory=dict)
-    #: consumer -> when it was last heard of
+    #: Consumer -> time of its last call (unix seconds).
     consumers: dict[str, float] = field(default_factory=dict)
-    waiting: list["Read"] = field(default_factory=list)
+    blocked: list["Read"] = field(default_factory=list)
 
 
 @dataclass
-class Hold:
-    """The record of the service that holds a name."""
+class NameRecord:
+    """Record of the service that holds a consumer's name."""
 
     epoch: int
     holder: Holder
@@ -50,21 +50,21 @@ class Hold:
 
 @dataclass
 class Stream:
-    """A stream with what belongs to it."""
+    """A stream with its groups, retries, dead letters and fences."""
 
     entries: dict[bytes, bytes | None] = field(default_factory=dict)
     last_id: tuple[int, int] = (0, 0)
     groups: dict[str, Group] = field(default_factory=dict)
     deaths: dict[bytes, int] = field(default_factory=dict)
     fence: dict[str, int] = field(default_factory=dict)
-    holds: dict[str, Hold] = field(default_factory=dict)
-    #: (due, order of arrival, job)
+    names: dict[str, NameRecord] = field(default_factory=dict)
+    #: (due time in unix seconds, order of arrival, job)
     retries: list[tuple[float, int, bytes]] = field(default_factory=list)
     dead: list[bytes] = field(default_factory=list)
 
 
 class Read:
-    """A read under way; its descriptor becomes readable when there is an answer."""
+    """Blocking read. Its descriptor becomes readable when there is an answer."""
 
     def __init__(self, consumer: str, count: int, block_ms: int) -> None:
         self.consumer = consumer
@@ -76,13 +76,13 @@ class Read:
         self.timer.daemon = True
 
     def give(self, entries: list[Entry]) -> None:
-        """Answer, unless that was done."""
+        """Answer the read, unless it was answered before."""
         if self.answer is None:
             self.answer = entries
             os.eventfd_write(self.descriptor, 1)
 
     def end(self) -> None:
-        """Give the descriptor back."""
+        """Close the descriptor."""
         self.timer.cancel()
         if self.timer.is_alive():
             self.timer.join()
@@ -90,9 +90,9 @@ class Read:
 
 
 class MemoryServer:
-    """What stores share: streams, groups and ZSETs, and the clock (unix seconds) they are kept by.
+    """State that several `MemoryStore` objects share, and its clock (unix seconds).
 
-    Not ``blocking``: a read that finds nothing new is answered at once, whatever it was ready to wait.
+    Unless ``blocking``, a read that finds nothing new is answered at once, whatever its block time.
     """
 
     def __init__(self, wall_now_s: Callable[[], float] = time.time, *, blocking: bool = True) -> None:
@@ -106,11 +106,11 @@ class MemoryServer:
         self._last_epoch = 0
 
     def entries(self, stream: str) -> dict[bytes, bytes | None]:
-        """Everything in the stream, finished or not, by entry id."""
+        """All entries of the stream, acknowledged or not, by entry id."""
         return dict(self.stream(stream).entries)
 
     def waiting(self, stream: str) -> list[bytes]:
-        """Jobs that wait for their next try, soonest first."""
+        """Scheduled retries, soonest first."""
         return [job for _, _, job in sorted(self.stream(stream).retries)]
 
     def dead_letters(self, stream: str) -> list[bytes]:
@@ -118,21 +118,21 @@ class MemoryServer:
         return list(self.stream(stream).dead)
 
     def delete_entry(self, stream: str, id: bytes) -> None:
-        """Take an entry out of the stream, pending or not, as an operator might."""
+        """Delete an entry, pending or not, as an operator might."""
         self.stream(stream).entries.pop(id, None)
 
     def delete_stream(self, stream: str) -> None:
-        """Take the stream with its groups away, as an operator might; what waits for a retry stays."""
-        found = self.stream(stream)
-        found.entries.clear()
-        found.groups.clear()
+        """Delete the stream with its groups, as an operator might; its retries stay."""
+        deleted = self.stream(stream)
+        deleted.entries.clear()
+        deleted.groups.clear()
 
     def stream(self, name: str) -> Stream:
-        """A stream by its name, made where it is missing."""
+        """The stream of this name; it is created if it is missing."""
         return self._streams.setdefault(name, Stream())
 
     def append(self, name: str, data: bytes | None) -> bytes:
-        """Add an entry (None: one without the data field); returns its id."""
+        """Append an entry (None: one without the data field); returns its id."""
         with self.lock:
             stream = self.stream(name)
             now = (int(self.wall_now_s() * 1000), 0)
@@ -145,26 +145,26 @@ class MemoryServer:
             return id
 
     def schedule(self, name: str, job: bytes, delay_s: float) -> None:
-        """Let a job wait for its next try."""
+        """Schedule a retry of a job."""
         with self.lock:
             self._arrivals += 1
             self.stream(name).retries.append((self.wall_now_s() + delay_s, self._arrivals, job))
 
     def new_epoch(self) -> int:
-        """A number that no reader has had."""
+        """An epoch that no reader has had."""
         self._last_epoch += 1
         return self._last_epoch
 
     def serve(self, stream: Stream, group: Group) -> None:
-        """Give undelivered entries to the reads that wait, first come first served."""
-        while group.waiting:
-            read = group.waiting[0]
+        """Deliver new entries to blocked reads, in the order of the reads."""
+        while group.blocked:
+            read = group.blocked[0]
             if read.answer is None:
                 new = [id for id in stream.entries if order(id) > group.last_delivered][: read.count]
                 if not new:
                     return
                 read.give([self._deliver(stream, group, id, read.consumer) for id in new])
-            group.waiting.pop(0)
+            group.blocked.pop(0)
 
     def _deliver(self, stream: Stream, group: Group, id: bytes, consumer: str) -> Entry:
         group.last_delivered = order(id)

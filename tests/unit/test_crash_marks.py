@@ -10,14 +10,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from jobworker.worker.envelope import DeadJob
 from jobworker.worker.ipc.channel import READY, Channel, JobFrame, OutcomeFrame
 from jobworker.worker.ipc.control import Attach, ControlSocket, SyncDone
+from jobworker.worker.ipc.crash_marks import POISON_AT_STRIKES, CrashMarks
 from jobworker.worker.ipc.inflight import FAILED, STARTED
-from jobworker.worker.ipc.marks import CONVICTED_AT, Marks
 from jobworker.worker.keys import Source
 from jobworker.worker.outcome import Failure
-from jobworker.worker.reader import admission as triage
-from jobworker.worker.reader import settlement as settler
+from jobworker.worker.reader import admission, settlement
 from jobworker.worker.reader.reader import Reader
 from jobworker.worker.settings import Settings
 from jobworker.worker.store.memory.server import MemoryServer
@@ -38,66 +38,66 @@ def job(number: int) -> bytes:
 
 
 @pytest.fixture
-def marks() -> Iterator[Marks]:
-    with closing(Marks.create()) as one:
+def marks() -> Iterator[CrashMarks]:
+    with closing(CrashMarks.create()) as one:
         yield one
 
 
 # -- what is counted
 
 
-def test_a_reader_that_ends_without_a_mark_accuses_no_entry(marks: Marks) -> None:
-    marks.open_window(1)
+def test_a_reader_that_ends_without_a_mark_accuses_no_entry(marks: CrashMarks) -> None:
+    marks.mark_answer(1)
     marks.mark(1, b"5-0")
     marks.clear()
     assert marks.record_death(proven=True) is None
-    assert not Marks(marks.fd).convicted
-    assert not any(map(marks.is_careful, range(256)))
+    assert not CrashMarks(marks.fd).poison
+    assert not any(map(marks.lists_one_by_one, range(256)))
 
 
-def test_a_crash_under_a_mark_convicts_at_once(marks: Marks) -> None:
+def test_a_crash_under_a_mark_convicts_at_once(marks: CrashMarks) -> None:
     marks.mark(1, b"18446744073709551615-18446744073709551615")
     suspect = marks.record_death(proven=True)
     assert suspect is not None
-    assert suspect.convicted
-    assert list(Marks(marks.fd).convicted) == [(1, b"18446744073709551615-18446744073709551615")]
+    assert suspect.is_poison
+    assert list(CrashMarks(marks.fd).poison) == [(1, b"18446744073709551615-18446744073709551615")]
 
 
-def test_a_kill_from_outside_must_hit_the_same_entry_three_times(marks: Marks) -> None:
-    for death in range(1, CONVICTED_AT + 1):
+def test_a_kill_from_outside_must_hit_the_same_entry_three_times(marks: CrashMarks) -> None:
+    for death in range(1, POISON_AT_STRIKES + 1):
         for entry in (b"1-0", b"2-0", b"%d-1" % death):
             marks.mark(1, entry)
             marks.record_death(proven=False)
-        assert bool(Marks(marks.fd).convicted) == (death == CONVICTED_AT)
-    assert set(Marks(marks.fd).convicted) == {(1, b"1-0"), (1, b"2-0")}
+        assert bool(CrashMarks(marks.fd).poison) == (death == POISON_AT_STRIKES)
+    assert set(CrashMarks(marks.fd).poison) == {(1, b"1-0"), (1, b"2-0")}
 
 
 def test_an_answer_of_many_entries_accuses_none_of_them_but_makes_the_next_reader_careful(
-    marks: Marks,
+    marks: CrashMarks,
 ) -> None:
-    marks.open_window(1)
+    marks.mark_answer(1)
     assert marks.record_death(proven=True) is None
-    assert [source for source in range(3) if marks.is_careful(source)] == [1]
-    marks.survived(1)
+    assert [source for source in range(3) if marks.lists_one_by_one(source)] == [1]
+    marks.end_one_by_one(1)
     for careful in (False, False, True):
-        marks.open_window(0)
+        marks.mark_answer(0)
         marks.record_death(proven=False)
-        assert marks.is_careful(0) == careful
-    assert not Marks(marks.fd).convicted
+        assert marks.lists_one_by_one(0) == careful
+    assert not CrashMarks(marks.fd).poison
 
 
-def test_a_reader_that_is_killed_while_it_changes_the_mark_leaves_no_mixture(marks: Marks) -> None:
+def test_a_reader_that_is_killed_while_it_changes_the_mark_leaves_no_mixture(marks: CrashMarks) -> None:
     marks.mark(1, b"1-0")
     with pytest.raises(ValueError):  # the id does not fit: stands for an end between the writes
         marks.mark(2, b"9" * 100_000)
     assert marks.record_death(proven=True) is None
 
 
-def test_many_suspects_are_remembered_and_the_oldest_is_forgotten(marks: Marks) -> None:
+def test_many_suspects_are_remembered_and_the_oldest_is_forgotten(marks: CrashMarks) -> None:
     for number in range(100):
         marks.mark(0, b"%d-0" % number)
         marks.record_death(proven=True)
-    assert [int(id[:-2]) for _, id in sorted(Marks(marks.fd).convicted)] == sorted(range(52, 100), key=str)
+    assert [int(id[:-2]) for _, id in sorted(CrashMarks(marks.fd).poison)] == sorted(range(52, 100), key=str)
 
 
 # -- what readers do
@@ -106,7 +106,7 @@ def test_many_suspects_are_remembered_and_the_oldest_is_forgotten(marks: Marks) 
 class Bench:
     """A store, one worker that finishes nothing, and readers one after another."""
 
-    def __init__(self, marks: Marks) -> None:
+    def __init__(self, marks: CrashMarks) -> None:
         self.server = MemoryServer(blocking=False)
         self.marks = marks
         self.channel = Channel.create(1024)
@@ -122,7 +122,7 @@ class Bench:
     def read(self, rounds: int = 80) -> bool:
         """Let one reader run; whether it lived. An end is counted as the supervisor does."""
         ours, sock = ControlSocket.pair()
-        marks = Marks(self.marks.fd)
+        marks = CrashMarks(self.marks.fd)
         with (
             closing(ours),
             closing(ControlSocket(sock)) as theirs,
@@ -154,7 +154,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench(marks: Marks) -> Iterator[Bench]:
+def bench(marks: CrashMarks) -> Iterator[Bench]:
     one = Bench(marks)
     yield one
     one.channel.close()
@@ -180,7 +180,7 @@ def test_an_entry_that_ends_readers_is_dead_lettered_and_the_others_are_run(
 ) -> None:
     """The first death blames an answer of many entries, the second the entry; unless they were kills that
     may have come from outside."""
-    monkeypatch.setattr(triage, "read_envelope", deadly(triage.read_envelope))
+    monkeypatch.setattr(admission, "read_envelope", deadly(admission.read_envelope))
     bench.proven = proven
     bench.add(20)
     bench.read_until_one_lives()
@@ -191,11 +191,11 @@ def test_an_entry_that_ends_readers_is_dead_lettered_and_the_others_are_run(
     assert letter["error"].startswith("ReaderDied: ")
     assert base64.b64decode(letter["raw"]) == job(KILLER)
     assert bench.read(), "and no later reader is bothered"
-    assert not any(map(bench.marks.is_careful, range(2)))
+    assert not any(map(bench.marks.lists_one_by_one, range(2)))
 
 
 def test_one_that_came_alone_ends_one_reader(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triage, "read_envelope", deadly(triage.read_envelope))
+    monkeypatch.setattr(admission, "read_envelope", deadly(admission.read_envelope))
     bench.server.append(SOURCE.stream, job(KILLER))
     bench.read_until_one_lives()
     assert bench.deaths == 1
@@ -232,14 +232,14 @@ def test_one_that_ends_readers_by_its_mere_bytes_is_given_up_without_them(bench:
 
 def test_one_that_ends_the_reader_as_it_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dead letter of a malformed job, its log line, or whatever else is made of it."""
-    real = settler.dead_letter
+    real = settlement.dead_letter
 
-    def dead_letter(*arguments: Any, **more: Any) -> bytes:
-        if more["reason"] == "malformed":
+    def dead_letter(job: DeadJob, **facts: str) -> bytes:
+        if job.reason == "malformed":
             raise Died
-        return real(*arguments, **more)
+        return real(job, **facts)
 
-    monkeypatch.setattr(settler, "dead_letter", dead_letter)
+    monkeypatch.setattr(settlement, "dead_letter", dead_letter)
     bench.add(3)
     bench.server.append(SOURCE.stream, b"no job")
     bench.read_until_one_lives()
@@ -257,7 +257,7 @@ def test_one_that_ends_the_reader_as_its_failure_is_settled(
     for state in (STARTED, FAILED):
         bench.channel.table.states[row] = state
     bench.channel.outcomes.push(msgspec.msgpack.encode(OutcomeFrame(row, Failure("ValueError: no"))))
-    monkeypatch.setattr(settler, "read_envelope", deadly(settler.read_envelope))
+    monkeypatch.setattr(settlement, "read_envelope", deadly(settlement.read_envelope))
     bench.read_until_one_lives()
     assert bench.deaths == 1
     (letter,) = bench.letters()
@@ -269,14 +269,14 @@ def test_readers_that_are_killed_all_the_time_give_nothing_up(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each entry that is parsed is as likely to be hit as any other, and the first ones are hit often."""
-    real, rng = triage.read_envelope, random.Random(20260102)
+    real, rng = admission.read_envelope, random.Random(20260102)
 
     def read(data: bytes, *rest: Any) -> Any:
         if rng.random() < 0.1:
             raise Died
         return real(data, *rest)
 
-    monkeypatch.setattr(triage, "read_envelope", read)
+    monkeypatch.setattr(admission, "read_envelope", read)
     bench.proven = False
     bench.add(300)
     while not bench.read():

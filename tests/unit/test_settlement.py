@@ -1,0 +1,299 @@
+"""Settlement: what becomes of jobs that succeed, fail, or lose their worker."""
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from jobworker.worker.errors import StoreUnavailable
+from jobworker.worker.ipc.control import ExitReclaimed
+from jobworker.worker.outcome import Failure, RetryPolicy
+from support.reader_rig import SOURCE, ReaderRig, reader_rig
+
+FAILED = Failure("ValueError: no")
+PERMANENT = Failure("PermanentError: no", permanent=True)
+UNAVAILABLE = Failure("Unavailable: store", unavailable=True)
+
+
+@pytest.fixture
+def rig() -> Iterator[ReaderRig]:
+    with reader_rig() as made:
+        yield made
+
+
+# -- outcomes
+
+
+def test_a_job_that_succeeds_is_acknowledged_once(rig: ReaderRig) -> None:
+    rig.add("1", "2", "3")
+    rig.tick()
+    (worker,) = rig.workers
+    assert worker.take() == ["1", "2", "3"]
+    worker.succeed("1", "3")
+    rig.tick()
+    assert rig.pending == 1
+    worker.succeed("2")
+    rig.tick()
+    assert (rig.pending, rig.retries, rig.letters) == (0, [], [])
+    assert rig.metric("z_novel_jobs_completed_total", "a") == 3
+
+
+def test_jobs_of_two_streams_are_acknowledged_on_their_own_stream() -> None:
+    other = SOURCE._replace(stream="other")
+    with reader_rig(streams=(SOURCE, other)) as rig:
+        rig.add("1", "2")
+        rig.server.append("other", b'{"id":"3","type":"b"}')
+        rig.tick()
+        ids = rig.workers[0].take()
+        rig.workers[0].succeed(*ids)
+        rig.tick()
+        assert [rig.store.depths(source).pending for source in (SOURCE, other)] == [0, 0]
+        assert [rig.metric("z_novel_jobs_completed_total", name) for name in "ab"] == [2, 1]
+
+
+def test_a_failed_job_is_retried_until_its_retries_are_exhausted(rig: ReaderRig) -> None:
+    rig.add("1")
+    rig.add("2", retry_count=3)
+    rig.tick()
+    (worker,) = rig.workers
+    for job_id in worker.take():
+        worker.fail(job_id, FAILED)
+    rig.tick()
+    assert [(job["id"], job["retry_count"]) for job in rig.retries] == [("1", 1)]
+    assert [(letter["reason"], letter["task"]["id"]) for letter in rig.letters] == [("exhausted", "2")]
+    assert (rig.pending, rig.metric("z_novel_jobs_failed_total", "a")) == (0, 2)
+
+
+def test_a_permanent_failure_is_not_retried(rig: ReaderRig) -> None:
+    rig.add("1")
+    rig.tick()
+    rig.workers[0].take()
+    rig.workers[0].fail("1", PERMANENT)
+    rig.tick()
+    assert [(letter["reason"], letter["error"]) for letter in rig.letters] == [
+        ("permanent", "PermanentError: no")
+    ]
+    assert rig.letters[0]["worker"] == "one/one/0"
+
+
+def test_outcomes_are_settled_once_the_store_answers_again(rig: ReaderRig) -> None:
+    rig.add("1", "2")
+    rig.server.append(SOURCE.stream, b"not a job")
+    rig.tick(1)
+    (worker,) = rig.workers
+    settle = rig.store.settle
+
+    def unavailable(settlements: object) -> set[bytes]:
+        raise StoreUnavailable("away")
+
+    rig.store.settle = unavailable  # type: ignore[method-assign]
+    rig.tick()
+    worker.take()
+    worker.succeed("1")
+    worker.fail("2", FAILED)
+    rig.advance(5.0)
+    rig.store.settle = settle  # type: ignore[method-assign]
+    rig.advance(5.0)
+    rig.tick(20)
+    assert [job["id"] for job in rig.retries] == ["2"]
+    assert [letter["reason"] for letter in rig.letters] == ["malformed"]
+    assert rig.pending == 0
+    assert rig.metric("z_novel_jobs_dead_total", "unknown", "malformed") == 1
+    assert rig.metric("z_novel_jobs_completed_total", "a") == 1
+
+
+# -- exited workers
+
+
+def test_jobs_that_an_exited_worker_had_not_started_run_first_and_for_free(rig: ReaderRig) -> None:
+    rig.add("1", "2", "3")
+    rig.tick()
+    rig.workers[0].take()
+    rig.exit(rig.workers[0])
+    rig.add("4")
+    rig.tick()
+    rig.receive()
+    assert ExitReclaimed(0, 1) in rig.messages
+    successor = rig.attach()
+    rig.tick()
+    assert successor.take() == ["1", "2", "3", "4"]
+    assert rig.metric("z_novel_jobs_failed_total", "a") == 0
+    assert rig.server.stream(SOURCE.stream).deaths == {}
+
+
+def test_a_started_job_is_charged_with_the_death_and_runs_isolated(rig: ReaderRig) -> None:
+    rig.add("1", "2", "3")
+    rig.tick()
+    (worker,) = rig.workers
+    worker.take()
+    worker.start("2")
+    rig.exit(worker)
+    rig.tick()
+    first, second = rig.attach(), rig.attach()
+    rig.add("4", "5")
+    rig.tick()
+    runs = sorted([first.take(), second.take()], key=len)
+    assert runs == [["2"], ["1", "3", "4", "5"]]
+    assert list(rig.server.stream(SOURCE.stream).deaths.values()) == [1]
+    assert rig.metric("z_novel_jobs_failed_total", "a") == 1
+
+
+def test_a_job_that_succeeded_before_its_worker_died_is_acknowledged(rig: ReaderRig) -> None:
+    rig.add("1", "2")
+    rig.tick()
+    (worker,) = rig.workers
+    worker.take()
+    worker.succeed("1")
+    worker.fail("2", FAILED)
+    rig.exit(worker)
+    rig.tick()
+    assert (rig.pending, [job["id"] for job in rig.retries]) == (0, ["2"])
+    assert rig.server.stream(SOURCE.stream).deaths == {}
+
+
+def test_a_job_that_kills_three_workers_is_poison(rig: ReaderRig) -> None:
+    rig.add("1")
+    for _ in range(3):
+        rig.tick()
+        worker = rig.workers[-1]
+        assert worker.take() == ["1"]
+        worker.start("1")
+        rig.exit(worker, "SIGSEGV")
+        rig.tick()
+        rig.attach()
+    rig.tick()
+    (letter,) = rig.letters
+    assert (letter["reason"], letter["error"], letter["deaths"]) == ("poison", "WorkerDied: SIGSEGV", 3)
+    assert letter["details"]["batch"] == [letter["original_id"]]
+    assert rig.pending == 0
+
+
+def test_deaths_of_a_batch_exhaust_no_retries_but_deaths_of_a_single_job_do() -> None:
+    with reader_rig(max_deaths=10, retry=RetryPolicy(max_retries=0)) as rig:
+        rig.add("1", "2")
+        rig.tick()
+        (worker,) = rig.workers
+        worker.take()
+        worker.start("1", "2")
+        rig.exit(worker)
+        rig.tick()
+        assert rig.letters == [], "either of the two may have killed the worker"
+        worker = rig.attach()
+        rig.tick()
+        (job_id,) = worker.take()
+        worker.start(job_id)
+        rig.exit(worker)
+        rig.tick()
+        assert [letter["task"]["id"] for letter in rig.letters] == [job_id]
+
+
+def test_a_worker_that_was_stopped_on_purpose_charges_no_job(rig: ReaderRig) -> None:
+    rig.add("1", "2")
+    rig.tick()
+    (worker,) = rig.workers
+    worker.take()
+    worker.start("1")
+    rig.exit(worker, "exit 0", charge=False)
+    rig.tick()
+    successor = rig.attach()
+    rig.tick()
+    assert successor.take() == ["1", "2"]
+    assert rig.server.stream(SOURCE.stream).deaths == {}
+
+
+def test_a_job_that_exceeds_its_timeout_is_retried_not_charged(rig: ReaderRig) -> None:
+    rig.add("1", "2")
+    rig.tick()
+    (worker,) = rig.workers
+    worker.take()
+    worker.start("1")
+    rig.exit(worker, "timeout of 60 s", timed_out=True)
+    rig.tick()
+    successor = rig.attach()
+    rig.tick()
+    assert successor.take() == ["2"]
+    assert [(job["id"], job["retry_count"]) for job in rig.retries] == [("1", 1)]
+    assert rig.server.stream(SOURCE.stream).deaths == {}
+
+
+def test_an_isolated_job_stays_isolated_when_it_is_reclaimed_unstarted(rig: ReaderRig) -> None:
+    """Its earlier try killed a worker, which only its JSON tells; it is not parsed again."""
+    rig.add("1", deaths=1)
+    rig.tick()
+    rig.workers[0].take()
+    rig.exit(rig.workers[0], charge=False)
+    rig.tick()
+    successor = rig.attach()
+    rig.add("2")
+    rig.tick()
+    assert successor.take() == ["1"], "nothing is queued behind it"
+
+
+def test_an_entry_that_was_deleted_while_its_worker_died_is_forgotten(rig: ReaderRig) -> None:
+    rig.add("1", "2")
+    rig.tick()
+    (worker,) = rig.workers
+    worker.take()
+    worker.start("1")
+    for entry_id in list(rig.server.entries(SOURCE.stream)):
+        rig.server.delete_entry(SOURCE.stream, entry_id)
+    rig.exit(worker)
+    rig.tick()
+    successor = rig.attach()
+    rig.tick()
+    assert (successor.take(), rig.letters) == ([], [])
+
+
+def test_a_successor_of_the_reader_reclaims_the_jobs_of_a_worker_that_died_meanwhile() -> None:
+    with closing(ReaderRig()) as first:
+        worker = first.attach()
+        first.sync()
+        first.add("1", "2")
+        first.tick()
+        worker.take()
+        worker.start("1")
+        with closing(ReaderRig(server=first.server)) as second:
+            second.workers.append(worker)
+            from jobworker.worker.ipc.control import Attach
+
+            second.control.send(Attach(0, 1), worker.channel.fds)
+            second.exit(worker)
+            second.sync()
+            second.tick()
+            successors = [second.attach(), second.attach()]
+            second.tick()
+            assert sorted(one.take() for one in successors) == [["1"], ["2"]]
+            assert list(second.server.stream(SOURCE.stream).deaths.values()) == [1]
+            second.workers.remove(worker)
+
+
+# -- circuit breaker
+
+
+def test_a_type_whose_dependency_is_unavailable_is_parked_and_probed(rig: ReaderRig) -> None:
+    rig.add("1", "2")
+    rig.add("3", type_name="b")
+    rig.tick()
+    (worker,) = rig.workers
+    worker.take()
+    worker.fail("1", UNAVAILABLE)
+    worker.fail("2", UNAVAILABLE)
+    worker.succeed("3")
+    rig.tick()
+    rig.add("4")
+    rig.add("5", type_name="b")
+    rig.tick()
+    assert worker.take() == ["5"], "other types continue"
+    assert rig.metric("z_novel_circuit_open", "a") == 1
+    rig.advance(1.0)
+    (probe,) = worker.take()
+    worker.fail(probe, UNAVAILABLE)
+    rig.advance(1.5)
+    assert worker.take() == [], "after a failed probe the wait is twice as long"
+    rig.advance(0.5)
+    (probe,) = worker.take()
+    worker.succeed(probe)
+    rig.tick()
+    assert len(worker.take()) == 2
+    assert (rig.retries, rig.letters, rig.metric("z_novel_circuit_open", "a")) == ([], [], 0)
+    assert rig.metric("z_novel_jobs_failed_total", "a") == 0

@@ -1,0 +1,22 @@
+"""Context of one reader: what its parts share."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..ipc.crash_marks import CrashMarks
+from ..settings import Settings
+from ..store.ports import ReaderStore
+from ..telemetry.metrics import MetricsBuffer
+
+
+@dataclass(frozen=True)
+class ReaderContext:
+    """Dependencies of a reader. ``mono_s`` is its monotonic clock in seconds."""
+
+    store: ReaderStore
+    settings: Settings
+    crash_marks: CrashMarks
+    metrics: MetricsBuffer
+    rng: random.Random
+    mono_s: Callable[[], float]

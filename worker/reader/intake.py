@@ -1,0 +1,302 @@
+"""Intake: reads new entries, recovers pending ones, renews and claims leases, and admits all of them."""
+
+import logging
+import selectors
+from collections.abc import Sequence
+
+from ..envelope import OVERSIZED_KEPT_BYTES
+from ..errors import AnswerTooLarge, Fenced, StoreUnavailable
+from ..ipc.crash_marks import SKIP_FETCH_AT_STRIKES
+from ..store.ports import Entry
+from .admission import Admission, RejectedEntry, reject_unread
+from .context import ReaderContext
+from .dispatch import Dispatcher
+
+log = logging.getLogger("jobworker.reader")
+
+#: Block time of a read. It only bounds how soon a silently dead connection is noticed.
+_BLOCK_MS = 2000
+#: Time that an answer may take beyond the block time.
+_ANSWER_MARGIN_S = 2.0
+#: Most entries of one answer: enough to spread the cost of a round trip.
+_MOST_ENTRIES = 1024
+#: Target size of an answer (bytes).
+_ANSWER_BYTES = 4 * 1024 * 1024
+#: Entries of the first read, while no size is known: as many of the largest jobs as a host can hold.
+_FIRST_ENTRIES = 8
+#: Most entries of a page of the pending list or of a claim.
+_PAGE = 256
+#: Entry id where a listing of pending entries starts and, for claims, ends.
+_START = b"0-0"
+#: Entries that one tick lists one by one: they are dispatched before the next crash of a reader.
+_ONE_BY_ONE = 8
+
+
+class ReadCount:
+    """Number of entries that the next read of one stream requests.
+
+    It doubles while entries are small. After a large entry, as many are requested as fit the target size.
+    """
+
+    def __init__(self) -> None:
+        self.entries = _FIRST_ENTRIES
+
+    def learn(self, answer: Sequence[Entry]) -> None:
+        """Adapt to the largest entry of the newest answer: large jobs come in runs."""
+        largest = max(1, max([len(entry.data or b"") for entry in answer], default=1))
+        self.entries = max(1, min(_MOST_ENTRIES, 2 * self.entries, _ANSWER_BYTES // largest))
+
+    @property
+    def is_largest(self) -> bool:
+        """Whether it has reached its limit, because all jobs were small."""
+        return self.entries == _MOST_ENTRIES
+
+    def record_overrun(self) -> None:
+        """An answer was too large to receive: read one entry at a time until sizes are known."""
+        self.entries = 1
+
+
+class Intake:
+    """Entries on their way from the store to the prefetch buffer.
+
+    Lists the entries that are pending for this consumer before it reads any new one, so no entry is lost or
+    taken twice. Requests new entries only for credit of the workers. `rejected` collects the entries that
+    become dead letters with the next settlement. A crash mark covers everything that it reads (see
+    `crash_marks`). Methods raise as the store does; `begin_listing` then starts over.
+    """
+
+    def __init__(
+        self, context: ReaderContext, dispatcher: Dispatcher, selector: selectors.BaseSelector
+    ) -> None:
+        settings = context.settings
+        self.rejected: list[RejectedEntry] = []
+        #: While draining, nothing new is taken in; leases are still renewed.
+        self.draining = False
+        #: Completed read cycles. The supervisor restarts a reader whose number does not grow.
+        self.cycles = 0
+        self._settings = settings
+        self._streams = settings.streams
+        self._store = context.store
+        self._metrics = context.metrics
+        self._marks = context.crash_marks
+        self._mono_s = context.mono_s
+        self._dispatcher = dispatcher
+        self._buffer = dispatcher.buffer
+        self._selector = selector
+        type_nos = {name: type_no for type_no, name in enumerate(settings.handlers)}
+        self._admission = Admission(type_nos, settings.max_payload, settings.max_deaths)
+        self._read_counts = [ReadCount() for _ in settings.streams]
+        # Streams whose pending entries are still being listed, and the last id that was listed.
+        self._unlisted: dict[int, bytes] = {}
+        # Time by which the answer to each read must arrive: a network that drops packets reports nothing.
+        self._answer_by: dict[int, float] = {}
+        self._mono_renewed_s = context.mono_s()
+        for source in settings.streams:  # start at 0, so that alerts see the first event as a rise
+            self._metrics.count("z_novel_leases_taken_over_total", (source.stream,), 0)
+            self._metrics.count("z_novel_leases_lost_total", (source.stream,), 0)
+
+    # -- pending entries of this consumer
+
+    def begin_listing(self) -> None:
+        """Start over under a new connection: list all pending entries again, instead of those taken in."""
+        self._buffer.clear()
+        self.rejected.clear()
+        self._unlisted = dict.fromkeys(range(len(self._streams)), _START)
+
+    def list_pending(self) -> None:
+        """Continue the listing: admit entries that are not in flight or prefetched, while there is room."""
+        if not self._unlisted or self._buffer.full:
+            return
+        known = self._unsettled_keys()
+        for stream_no, after in list(self._unlisted.items()):
+            if self._marks.lists_one_by_one(stream_no):
+                self._list_one_by_one(stream_no, after, known)
+                continue
+            while not self._buffer.full:
+                self._marks.mark_answer(stream_no)
+                page = self._store.own_pending(self._streams[stream_no], after, self._page(stream_no))
+                if not page:
+                    self._end_listing(stream_no)
+                    break
+                self._admit(stream_no, [entry for entry in page if (stream_no, entry.id) not in known])
+                after = self._unlisted[stream_no] = page[-1].id
+        self._marks.clear()
+
+    def _end_listing(self, stream_no: int) -> None:
+        del self._unlisted[stream_no]
+        self._marks.end_one_by_one(stream_no)
+
+    @property
+    def lists_one_by_one(self) -> bool:
+        """Whether such a listing is running and has room: the next tick must continue without a wait."""
+        return not self._buffer.full and any(map(self._marks.lists_one_by_one, self._unlisted))
+
+    def _list_one_by_one(self, stream_no: int, after: bytes, known: set[tuple[int, bytes]]) -> None:
+        """Fetch a few entries that made a reader exit, each under its own mark.
+
+        Only a few in each tick, so that they are dispatched even if readers keep exiting.
+        """
+        ids = self._store.own_ids(self._streams[stream_no], after, _ONE_BY_ONE)
+        for entry_id in ids:
+            if self._buffer.full:
+                return
+            if (stream_no, entry_id) not in known:
+                self._marks.mark(stream_no, entry_id)
+                self._admit(stream_no, self._fetch_one(stream_no, after, entry_id))
+                self._marks.unmark()
+                self._marks.clear_strikes(stream_no, entry_id)
+            after = self._unlisted[stream_no] = entry_id
+        if not ids:
+            self._end_listing(stream_no)
+
+    def _fetch_one(self, stream_no: int, after: bytes, entry_id: bytes) -> list[Entry]:
+        """The entry behind ``after``; empty if it was deleted from the stream."""
+        if self._marks.poison.get((stream_no, entry_id), 0) >= SKIP_FETCH_AT_STRIKES:
+            return [Entry(entry_id, None)]
+        page = self._store.own_pending(self._streams[stream_no], after, 1)
+        return [entry for entry in page if entry.id == entry_id]
+
+    def _unsettled_keys(self) -> set[tuple[int, bytes]]:
+        rejected = {(entry.stream_no, entry.job.entry_id) for entry in self.rejected}
+        return self._dispatcher.unsettled_keys() | rejected
+
+    def _page(self, stream_no: int) -> int:
+        return min(_PAGE, self._read_counts[stream_no].entries)
+
+    # -- new entries
+
+    def request_more(self) -> None:
+        """Continue the listing of pending entries, then request what the workers have credit for."""
+        self.list_pending()
+        for stream_no in range(len(self._streams)):
+            capacity = self._dispatcher.capacity(stream_no)
+            self._begin_read(stream_no, capacity)
+            if capacity <= 0:
+                self._count_cycle()  # all workers are busy: without a read there is progress, too
+
+    def _begin_read(self, stream_no: int, capacity: int) -> None:
+        source = self._streams[stream_no]
+        if capacity > 0 and stream_no not in self._unlisted and not self._store.is_reading(source):
+            count = min(capacity, self._read_counts[stream_no].entries)
+            fd = self._store.begin_read(source, count, _BLOCK_MS)
+            self._selector.register(fd, selectors.EVENT_READ, stream_no)
+            self._answer_by[stream_no] = self._mono_s() + _BLOCK_MS / 1000 + _ANSWER_MARGIN_S
+
+    def on_read_ready(self, stream_no: int, fd: int) -> None:
+        """Take the answer of a read whose descriptor became readable.
+
+        The next read starts before the entries are admitted if they are many, so that the server works in
+        parallel.
+        """
+        if stream_no not in self._answer_by:
+            return  # a Drain of the same select() has ended the read
+        self._selector.unregister(fd)
+        del self._answer_by[stream_no]
+        self._marks.mark_answer(stream_no)
+        entries = self._finish_read(stream_no)
+        if entries and self._read_counts[stream_no].is_largest and not self.draining:
+            self._begin_read(stream_no, self._dispatcher.capacity(stream_no) - len(entries))
+        self._admit(stream_no, entries)
+        self._marks.clear()
+        self._count_cycle()
+
+    def _finish_read(self, stream_no: int) -> list[Entry]:
+        """The answer. If it was too large and dropped, its entries are listed again, one at a time."""
+        source = self._streams[stream_no]
+        try:
+            return self._store.finish_read(source)
+        except AnswerTooLarge as error:
+            log.warning("read.oversized", extra={"stream": source.stream, "error": str(error)})
+            self._read_counts[stream_no].record_overrun()
+            self._unlisted[stream_no] = _START
+            return []
+
+    def _count_cycle(self) -> None:
+        self.cycles += 1
+        self._metrics.count("z_novel_read_cycles_total")
+
+    def check_reads(self) -> None:
+        """Raise `StoreUnavailable` if a read is overdue."""
+        if self._answer_by and min(self._answer_by.values()) < self._mono_s():
+            raise StoreUnavailable("a blocking read was not answered in time")
+
+    def stop_reading(self) -> None:
+        """Abandon all reads. Entries that they deliver stay pending."""
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.data, int):
+                self._selector.unregister(key.fd)
+        self._answer_by.clear()
+        self._store.abandon_reads()
+
+    # -- admission
+
+    def _admit(self, stream_no: int, entries: list[Entry]) -> None:
+        if self._marks.poison:
+            entries = [entry for entry in entries if not self._reject_poison(stream_no, entry)]
+        if len(entries) == 1:
+            self._marks.mark(stream_no, entries[0].id)
+        admitted, rejected = self._admission.check_all(stream_no, entries)
+        self._buffer.extend(admitted)
+        self.rejected += rejected
+        if entries:
+            self._read_counts[stream_no].learn(entries)
+        self._marks.unmark()
+
+    def _reject_poison(self, stream_no: int, entry: Entry) -> bool:
+        """Reject an entry that made readers exit, without parsing it; False if it did not."""
+        if (stream_no, entry.id) not in self._marks.poison:
+            return False
+        if entry.data is not None and len(entry.data) > self._settings.max_payload:
+            entry = entry._replace(data=entry.data[:OVERSIZED_KEPT_BYTES])
+        self.rejected.append(reject_unread(stream_no, entry))
+        return True
+
+    # -- leases
+
+    def renew_leases(self, mono_now_s: float) -> None:
+        """Each third of a lease: renew all unsettled entries, then claim those of lost hosts."""
+        if mono_now_s - self._mono_renewed_s <= self._settings.lease_s / 3:
+            return
+        self._mono_renewed_s = mono_now_s
+        known = self._unsettled_keys()
+        for stream_no, source in enumerate(self._streams):
+            own_ids = [entry_id for owner_no, entry_id in known if owner_no == stream_no]
+            lost = self._store.renew(source, own_ids) if own_ids else set()
+            if lost:
+                self._discard_lost(stream_no, lost)
+            if not self.draining and not self._marks.lists_one_by_one(stream_no):
+                self._claim(stream_no, known)
+
+    def _discard_lost(self, stream_no: int, lost: set[bytes]) -> None:
+        """Forget prefetched entries that another consumer claimed. The store refuses to settle others."""
+        stream = self._streams[stream_no].stream
+        log.warning("lease.lost", extra={"entries": len(lost), "stream": stream})
+        self._metrics.count("z_novel_leases_lost_total", (stream,), len(lost))
+        self._buffer.discard(stream_no, lost)
+
+    def _claim(self, stream_no: int, known: set[tuple[int, bytes]]) -> None:
+        """Claim entries whose lease expired, while the workers have credit for them."""
+        source, cursor = self._streams[stream_no], _START
+        idle_ms = int(self._settings.lease_s * 1000)
+        while self._dispatcher.credit > self._buffer.waiting(stream_no):
+            self._marks.mark_answer(stream_no)
+            cursor, entries = self._store.claim(source, idle_ms, self._page(stream_no), cursor)
+            claimed = [entry for entry in entries if (stream_no, entry.id) not in known]
+            if claimed:
+                log.warning("lease.claimed", extra={"entries": len(claimed), "stream": source.stream})
+                self._metrics.count("z_novel_leases_taken_over_total", (source.stream,), len(claimed))
+            self._admit(stream_no, claimed)
+            self._marks.clear()
+            if cursor == _START:
+                return
+
+    def release_unstarted(self) -> None:
+        """Before exit: make prefetched entries and the instance's name available to any host at once."""
+        try:
+            for stream_no, source in enumerate(self._streams):
+                ids = [job.entry.id for job in self._buffer if job.stream_no == stream_no]
+                if ids:
+                    self._store.release(source, ids)
+            self._store.release_name(self._streams)
+        except (StoreUnavailable, Fenced) as error:
+            log.warning("lease.release_failed", extra={"error": str(error)})
