@@ -160,7 +160,9 @@ class ReaderRig:
         for _ in range(100):
             if self.reader.drained:
                 break
+            self.now_s += 1.0  # a reader that waits for the store tries again
             self.reader.run_once(0.0)
+        assert self.reader.drained
         self.reader.run()  # returns at once, and releases what it holds
 
     def close(self) -> None:
