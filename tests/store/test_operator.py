@@ -11,7 +11,7 @@ from jobworker.worker.errors import StoreUnavailable
 from jobworker.worker.keys import Source
 from jobworker.worker.store.operator import START, walk
 from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
-from jobworker.worker.store.redis.operator import RedisOperatorStore
+from jobworker.worker.store.redis.operator import OperatorStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from support.job_worlds import RedisWorld
 
@@ -19,8 +19,8 @@ S = Source("stream:test", "cg-test")
 
 
 @pytest.fixture
-def operator(redis_world: RedisWorld) -> Iterator[RedisOperatorStore]:
-    store = RedisOperatorStore(redis_world.server.url)
+def operator(redis_world: RedisWorld) -> Iterator[OperatorStore]:
+    store = OperatorStore(redis_world.server.url)
     yield store
     store.close()
 
@@ -46,7 +46,7 @@ def bodies(world: RedisWorld) -> list[bytes]:
 
 class TestDeadLetters:
     def test_they_are_paged_both_ways_and_counted(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         letters = [b"%d" % n for n in range(50)]
         given_up(redis_world, *letters)
@@ -58,7 +58,7 @@ class TestDeadLetters:
         assert operator.dead_after("stream:none", START, 5) == []
 
     def test_requeued_ones_are_jobs_again_and_letters_no_more(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         given_up(redis_world, b"a", b"b", b"c")
         a, b, _ = [entry.id for entry in operator.dead_after(S.stream, START, 9)]
@@ -68,12 +68,12 @@ class TestDeadLetters:
         assert redis_world.dead_letters(S.stream) == [b"c"]
 
     def test_two_operators_at_once_double_nothing(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         given_up(redis_world, *(b"%d" % n for n in range(300)))
         jobs = [(e.id, b"job " + (e.data or b"")) for e in operator.dead_after(S.stream, START, 1000)]
         before = len(bodies(redis_world))
-        other = RedisOperatorStore(redis_world.server.url)
+        other = OperatorStore(redis_world.server.url)
         moved: list[bool] = []
         thread = threading.Thread(target=lambda: moved.extend(other.requeue(S.stream, jobs[::-1])))
         thread.start()
@@ -85,7 +85,7 @@ class TestDeadLetters:
         assert operator.dead_count(S.stream) == 0
 
     def test_a_store_that_is_full_keeps_the_letter(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         given_up(redis_world, b"a")
         (letter,) = operator.dead_after(S.stream, START, 1)
@@ -98,9 +98,7 @@ class TestDeadLetters:
             client.config_set("maxmemory", 0)
         assert redis_world.dead_letters(S.stream) == [b"a"]
 
-    def test_purged_ones_are_gone_and_counted(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
-    ) -> None:
+    def test_purged_ones_are_gone_and_counted(self, redis_world: RedisWorld, operator: OperatorStore) -> None:
         given_up(redis_world, b"a", b"b")
         a, _ = [entry.id for entry in operator.dead_after(S.stream, START, 9)]
         assert operator.purge(S.stream, [a, b"1-1"]) == 1
@@ -110,7 +108,7 @@ class TestDeadLetters:
 
 class TestRetries:
     def test_soonest_first_with_their_due_times(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         reader, (a, b) = delivered(redis_world, b"a", b"b")
         reader.settle([Settlement(S, retries=[Retry(a, 90, b"late"), Retry(b, 30, b"soon")])])
@@ -120,9 +118,7 @@ class TestRetries:
         assert soon.due_wall_s == pytest.approx(now + 30, abs=5)
         assert operator.retries(S.stream, 1, 10) == [late]
 
-    def test_made_due_now_the_reaper_moves_it(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
-    ) -> None:
+    def test_made_due_now_the_reaper_moves_it(self, redis_world: RedisWorld, operator: OperatorStore) -> None:
         reader, (a, b) = delivered(redis_world, b"a", b"b")
         reader.settle([Settlement(S, retries=[Retry(a, 90, b"one"), Retry(b, 90, b"two")])])
         assert operator.retry_now(S.stream, [b"one", b"unknown"]) == 1
@@ -133,7 +129,7 @@ class TestRetries:
 
 class TestPauses:
     def test_they_last_until_resumed_and_readers_see_them(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         operator.pause("audit", "disk full")
         operator.pause("embedding_batch", "")
@@ -148,7 +144,7 @@ class TestPauses:
         assert redis_world.reader("host/b").paused_types() == {"embedding_batch"}
 
     def test_what_a_person_wrote_by_hand_pauses_too(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         redis_world.server.client.hset("jobworker:paused", "audit", "1")
         assert [pause.kind for pause in operator.pauses()] == ["audit"]
@@ -169,17 +165,13 @@ class TestPauses:
 
 
 class TestWhereAJobIs:
-    def test_a_group_that_is_missing_is_none(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
-    ) -> None:
+    def test_a_group_that_is_missing_is_none(self, redis_world: RedisWorld, operator: OperatorStore) -> None:
         assert operator.group(S) is None
         redis_world.producer().add(S.stream, [b"x"])
         assert operator.group(S) is None
         assert operator.leases(S, START, 5) == []
 
-    def test_pending_ones_say_whose_they_are(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
-    ) -> None:
+    def test_pending_ones_say_whose_they_are(self, redis_world: RedisWorld, operator: OperatorStore) -> None:
         reader, (a, b) = delivered(redis_world, b"a", b"b")
         reader.set_deaths(S, {a: 2})
         lease = operator.lease(S, a)
