@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from jobworker.handlers.jobstore.fence import LEASE_MS, Fence, RebuildLease, WriteIntent
 from jobworker.handlers.jobstore.memory_fence import MemoryFence
-from jobworker.handlers.jobstore.open import open_fence
+from jobworker.handlers.jobstore.open import open_fence, open_rebuilds
 from jobworker.handlers.jobstore.redis_fence import RedisFence
 from jobworker.handlers.vectors import versioned_writer as fenced
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.ports import PermanentStoreError, Row, TransientStoreError
 from jobworker.handlers.vectors.versioned_writer import Contended, VersionedRows, VersionedWriter
-from jobworker.worker import Fenced
+from jobworker.worker import ConfigurationError, Fenced
 from support.redis_servers import RedisServer, free_port
 
 NAME = "story_segments"
@@ -49,6 +49,12 @@ def verdicts(fence: Any, *intents: WriteIntent) -> list[str]:
 
 
 # ---- the port
+
+
+def test_a_rebuild_without_a_job_store_is_refused() -> None:
+    """It would not see the writes that another object in memory admits."""
+    with pytest.raises(ConfigurationError, match="empty"):
+        open_rebuilds("")
 
 
 def test_what_one_holds_no_other_gets_and_no_part_of_it_either(fence: Any) -> None:

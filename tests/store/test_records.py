@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jobworker.handlers.jobstore.memory_records import MemoryRecords
 from jobworker.handlers.jobstore.open import open_records
 from jobworker.handlers.jobstore.records import RecordKey, Records
 from jobworker.worker import StoreUnavailable
@@ -20,7 +21,7 @@ AT = "2026-01-02T00:00:00.000Z"
 def records(any_server: RedisServer | None) -> Iterator[Records]:
     if any_server is not None:
         any_server.client.flushall()
-    opened = open_records(any_server.url if any_server else "")
+    opened = open_records(any_server.url) if any_server else MemoryRecords()
     yield opened
     opened.close()
 
