@@ -11,7 +11,7 @@ from ..vectors import schema as scalars
 from ..vectors.filters import EVERYTHING, Filter
 from ..vectors.milvus.collections import CollectionAdmin, create_if_missing, milvus_client
 from ..vectors.milvus.errors import NoCollection, NotLoaded
-from ..vectors.milvus.server_info import collection_info_of
+from ..vectors.milvus.server_info import CollectionInfo
 from ..vectors.ports import PermanentStoreError, Vector, VectorStoreError
 from .ports import RawRow
 
@@ -66,7 +66,7 @@ class MilvusShadow:
         return self._admin.mark(collection)
 
     def dim(self, collection: str) -> int:
-        return collection_info_of(self._describe(collection)).dim
+        return CollectionInfo.of(self._describe(collection)).dim
 
     def create(self, name: str, collection: str, dim: int, mark: str) -> bool:
         if not self._admin.create(collection, scalars.schema_of(name), dim, mark):

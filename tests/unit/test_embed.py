@@ -281,7 +281,7 @@ class SmallMemory(DummyEncoder):
                 raise MemoryError
             return super(SmallMemory, self)._embed(some, purpose)
 
-        return self._embed_packed(windows, 16_384, embed)
+        return self._embed_in_batches(windows, 16_384, embed)
 
 
 def test_what_memory_does_not_hold_is_embedded_in_smaller_parts_and_no_job_sees_it(

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobworker.handlers.encoder import converted_models as engine_cache
+from jobworker.handlers.encoder import converted_models
 from jobworker.handlers.encoder.base import DummyEncoder
-from jobworker.handlers.encoder.converted_models import CARD, Card, NoEngine, converted
+from jobworker.handlers.encoder.converted_models import CARD, Card, EngineUnavailable, find_or_convert
 from jobworker.handlers.encoder.find_model import ModelSource, find_model
 from jobworker.handlers.encoder.load import load_encoder
-from jobworker.handlers.encoder.precision_check import exact_enough, ladder
+from jobworker.handlers.encoder.precision_check import dtypes_to_try, is_exact
 from support.tiny_models import tiny_model
 
 if importlib.util.find_spec("openvino") is None:
@@ -57,7 +57,7 @@ def here(cache: Path) -> Any:
     from jobworker.handlers.encoder.convert import convert
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_cache, "_in_a_process", convert)
+        patch.setattr(converted_models, "_convert_in_subprocess", convert)
         yield
 
 
@@ -115,7 +115,7 @@ def test_matrices_outside_the_graph_give_the_same_vectors(
     monkeypatch.setattr(torch_convert, "MATRIX_BYTES", 0)
     folder = tiny_model(tmp_path / "shared", "xlm-r", pooling="cls")
     ours = load_encoder(str(folder), "cpu", dtype="fp32", engine="openvino")
-    path, card = converted(find_model(str(folder)))
+    path, card = find_or_convert(find_model(str(folder)))
     assert len(card.weights) == 2 * 6  # query, key, value, output, and two of the feed-forward, a layer
     assert (path / "weights.bin").stat().st_size >= 4 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
     theirs = load_encoder(str(folder), "cpu", dtype="fp32", engine="torch")
@@ -174,7 +174,7 @@ def test_what_is_not_exact_enough_is_not_used(
     here: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = str(tiny_model(tmp_path / "model", "bert"))
-    path, card = converted(find_model(folder))
+    path, card = find_or_convert(find_model(folder))
     exact = np.load(path / "reference.npy")
     # As if every arithmetic had gone wrong: another model's vectors stand in the reference.
     np.save(path / "reference.npy", -exact)
@@ -200,12 +200,12 @@ def test_half_precision_is_taken_where_asked_for_and_exact_enough(
     folder = str(tiny_model(tmp_path / "model", "bert"))
     for module in (openvino_encoder, torch_encoder):
         # Of a model this small little is left in half precision.
-        monkeypatch.setattr(module, "exact_enough", lambda ours, exact: cosines(ours, exact).min() >= 0.9)
+        monkeypatch.setattr(module, "is_exact", lambda ours, exact: cosines(ours, exact).min() >= 0.9)
     half = load_encoder(folder, "cpu", dtype="bf16", engine=engine)
     whole = load_encoder(folder, "cpu", dtype="fp32", engine=engine)
     assert (half.revision[-4:], whole.revision[-4:]) == ("bf16", "fp32")
     assert cosines(half.encode(TEXTS), whole.encode(TEXTS)).min() >= 0.9
-    monkeypatch.setattr(torch_encoder, "exact_enough", lambda ours, exact: False)
+    monkeypatch.setattr(torch_encoder, "is_exact", lambda ours, exact: False)
     safer = load_encoder(folder, "cpu", dtype="bf16", engine="torch", threads=2)
     assert safer.revision.endswith("-torch-fp32")
     (rejected,) = (vars(record) for record in caplog.records if record.msg == "model.precision_rejected")
@@ -225,28 +225,28 @@ def test_torch_takes_bf16_where_the_processor_gains_from_it(
     from jobworker.handlers.encoder import torch as torch_encoder
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16, "avx2": True})
-    monkeypatch.setattr(torch_encoder, "exact_enough", lambda ours, exact: True)
+    monkeypatch.setattr(torch_encoder, "is_exact", lambda ours, exact: True)
     costs = iter([1.0, half_s])  # of full precision first
-    monkeypatch.setattr(torch_encoder, "cpu_s", lambda run: next(costs))
+    monkeypatch.setattr(torch_encoder, "cpu_time_s", lambda run: next(costs))
     folder = str(tiny_model(tmp_path / "model", "bert"))
     encoder = load_encoder(folder, "cpu", engine="torch")
     assert encoder.revision.endswith(f"-torch-{runs_in}")
 
 
 def test_the_next_safer_choice_ends_at_full_precision() -> None:
-    assert ladder("auto", ()) == ("fp32",)
-    assert ladder("auto", ("fp16", "bf16")) == ("fp16", "bf16", "fp32")
-    assert ladder("bf16", ("fp16",)) == ("bf16", "fp32")
-    assert ladder("fp32", ("fp16",)) == ("fp32",)
-    with pytest.raises(ValueError, match="say auto, fp32, bf16 or fp16"):
-        ladder("int8", ())
+    assert dtypes_to_try("auto", ()) == ("fp32",)
+    assert dtypes_to_try("auto", ("fp16", "bf16")) == ("fp16", "bf16", "fp32")
+    assert dtypes_to_try("bf16", ("fp16",)) == ("bf16", "fp32")
+    assert dtypes_to_try("fp32", ("fp16",)) == ("fp32",)
+    with pytest.raises(ValueError, match="use auto, fp32, bf16 or fp16"):
+        dtypes_to_try("int8", ())
 
 
 def test_a_vector_that_is_no_number_is_not_exact_enough() -> None:
     good = DummyEncoder(8).probe()
-    assert exact_enough(good, good)
-    assert not exact_enough(np.full_like(good, np.nan), good)
-    assert not exact_enough(np.zeros_like(good), good)
+    assert is_exact(good, good)
+    assert not is_exact(np.full_like(good, np.nan), good)
+    assert not is_exact(np.zeros_like(good), good)
 
 
 # ---- the cache
@@ -264,7 +264,7 @@ def leave_card(_: ModelSource, part: Path) -> None:
 CONVERTS_SLOWLY = """
 import os, time
 from pathlib import Path
-from jobworker.handlers.encoder.converted_models import Card, converted
+from jobworker.handlers.encoder.converted_models import Card, find_or_convert
 from jobworker.handlers.encoder.find_model import ModelSource
 
 def convert(_, part):
@@ -272,7 +272,7 @@ def convert(_, part):
     time.sleep(0.5)
     Card(max_tokens=9).write(part)
 
-print(converted(ModelSource("some/model", Path("/nowhere"), "0123456789abcdef"), convert)[1].max_tokens)
+print(find_or_convert(ModelSource("some/model", Path("/nowhere"), "0123456789abcdef"), convert)[1].max_tokens)
 """
 
 
@@ -297,11 +297,11 @@ def test_what_a_killed_conversion_left_is_cleared_and_done_again(empty: Path) ->
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        converted(source(), die)
+        find_or_convert(source(), die)
     models = empty / "jobworker/models"
-    stale = models / f"{engine_cache.folder_name(source())}.part-old"
+    stale = models / f"{converted_models.folder_name(source())}.part-old"
     stale.mkdir()
-    folder, _ = converted(source(), leave_card)
+    folder, _ = find_or_convert(source(), leave_card)
     assert sorted(path.name for path in models.iterdir()) == [folder.name, f"{folder.name}.lock"]
 
 
@@ -313,8 +313,8 @@ def test_a_model_that_cannot_be_converted_is_tried_once(empty: Path) -> None:
         Card(error="of an odd kind").write(part)
 
     for _ in range(2):
-        with pytest.raises(NoEngine, match="of an odd kind"):
-            converted(source(), refuse)
+        with pytest.raises(EngineUnavailable, match="of an odd kind"):
+            find_or_convert(source(), refuse)
     assert len(tried) == 1
 
 
@@ -322,9 +322,9 @@ def test_what_failed_for_the_moment_is_tried_again(empty: Path) -> None:
     def full(_: ModelSource, part: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(NoEngine, match="can be written"):
-        converted(source(), full)
-    assert converted(source(), leave_card)[1].max_tokens == 9
+    with pytest.raises(EngineUnavailable, match="can be written"):
+        find_or_convert(source(), full)
+    assert find_or_convert(source(), leave_card)[1].max_tokens == 9
 
 
 def test_another_folder_is_taken_where_one_cannot_be_written(
@@ -332,25 +332,25 @@ def test_another_folder_is_taken_where_one_cannot_be_written(
 ) -> None:
     (empty / "file").write_text("")
     monkeypatch.setenv("CACHE_DIRECTORY", str(empty / "file" / "below"))
-    folder, _ = converted(source(), leave_card)
+    folder, _ = find_or_convert(source(), leave_card)
     assert folder.is_relative_to(empty / "jobworker")
     folders = [vars(record).get("folder", "") for record in caplog.records]
     assert any(folder.startswith(str(empty / "file")) for folder in folders)
     monkeypatch.setenv("XDG_CACHE_HOME", str(empty / "file"))
-    with pytest.raises(NoEngine, match="XDG_CACHE_HOME"):
-        converted(source("another"), leave_card)
+    with pytest.raises(EngineUnavailable, match="XDG_CACHE_HOME"):
+        find_or_convert(source("another"), leave_card)
 
 
 def test_a_lock_that_is_not_given_back_ends_the_wait(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
-    monkeypatch.setattr(engine_cache, "CONVERT_WITHIN_S", 0.2)
+    monkeypatch.setattr(converted_models, "CONVERT_WITHIN_S", 0.2)
     models = empty / "jobworker/models"
     models.mkdir(parents=True)
-    with (models / f"{engine_cache.folder_name(source())}.lock").open("ab") as held:
+    with (models / f"{converted_models.folder_name(source())}.lock").open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(NoEngine, match="another process still holds"):
-            converted(source(), leave_card)
+        with pytest.raises(EngineUnavailable, match="another process still holds"):
+            find_or_convert(source(), leave_card)
 
 
 def test_the_processor_is_known_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,19 +359,19 @@ def test_the_processor_is_known_without_proc(monkeypatch: pytest.MonkeyPatch) ->
         raise FileNotFoundError(self)
 
     monkeypatch.setattr(Path, "read_text", read)
-    assert engine_cache._processor(), "also where there is no /sys"
+    assert converted_models._processor(), "also where there is no /sys"
 
 
 def test_another_revision_or_processor_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = engine_cache.folder_name(source())
-    assert engine_cache.folder_name(source()._replace(revision="f" * 16)) != first
-    monkeypatch.setattr(engine_cache, "_processor", lambda: "another")
-    assert engine_cache.folder_name(source()) != first
+    first = converted_models.folder_name(source())
+    assert converted_models.folder_name(source()._replace(revision="f" * 16)) != first
+    monkeypatch.setattr(converted_models, "_processor", lambda: "another")
+    assert converted_models.folder_name(source()) != first
     assert "/" not in first
 
 
 def test_a_card_that_cannot_be_read_says_which_folder_to_delete(empty: Path) -> None:
-    folder, _ = converted(source(), leave_card)
+    folder, _ = find_or_convert(source(), leave_card)
     (folder / CARD).write_text(json.dumps({"max_tokens": "nine"}))
-    with pytest.raises(NoEngine, match="delete the folder"):
-        converted(source())
+    with pytest.raises(EngineUnavailable, match="delete the folder"):
+        find_or_convert(source())

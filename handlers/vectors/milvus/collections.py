@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .. import schema as scalars
 from ..ports import TransientStoreError, VectorStoreError
 from .errors import NoCollection
-from .server_info import mark_of, refuse_unusable
+from .server_info import check_usable, mark_of
 
 if TYPE_CHECKING:
     from .client import MilvusClientHandle
@@ -49,7 +49,7 @@ class CollectionAdmin:
             described = self.describe(alias)
         if described is None:
             raise TransientStoreError(f"collection {alias} was made but is not there yet")
-        refuse_unusable(alias, described, dim, named=self._named, server=self._link.server())
+        check_usable(alias, described, dim, named=self._named, server=self._link.server())
         create_if_missing(lambda: self.has_index(alias), lambda: self.create_index(alias))
         self.load(alias)
         return described

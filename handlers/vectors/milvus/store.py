@@ -32,7 +32,7 @@ from ..ports import (
 )
 from .collections import CollectionAdmin, create_if_missing, milvus_client
 from .errors import NoCollection, NotLoaded
-from .server_info import CollectionInfo, collection_info_of
+from .server_info import CollectionInfo
 
 __all__ = [
     "EntityHit",
@@ -84,7 +84,7 @@ class MilvusVectors:
     def ensure_collection(self, name: str, dim: int) -> None:
         """Make and load the collection; see VectorStore."""
         described = self._tables.ensure(self._full(name), scalars.schema_of(name), dim)
-        self._known[name], self._ensured[name] = collection_info_of(described), dim
+        self._known[name], self._ensured[name] = CollectionInfo.of(described), dim
 
     def upsert(self, name: str, rows: Sequence[AnyRow]) -> None:
         """Write rows under their ids; see VectorStore."""
@@ -280,7 +280,7 @@ class MilvusVectors:
         described = self._tables.describe(self._full(name))
         if described is None:
             raise PermanentStoreError(f"collection {self._full(name)} does not exist")
-        return collection_info_of(described)
+        return CollectionInfo.of(described)
 
     def _dim(self, name: str, rows: Sequence[AnyRow] = ()) -> int:
         """Return the dimension of a collection; asks again where rows have another, as after a rebuild."""
