@@ -41,9 +41,9 @@ def check_collections(uri: str, token: str, prefix: str) -> dict[str, Any]:
     milvus = MilvusClientHandle(uri, token or None, 10.0)
 
     def dimension(name: str) -> int | None:
-        if not milvus.attempt(name, lambda client: client.has_collection(name)):
+        if not milvus.call(name, lambda client: client.has_collection(name)):
             return None
-        description = milvus.attempt(name, lambda client: client.describe_collection(name))
+        description = milvus.call(name, lambda client: client.describe_collection(name))
         return CollectionInfo.of(description).dim
 
     try:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jobworker.handlers.vectors.milvus.client import MilvusClientHandle
-from jobworker.handlers.vectors.milvus.lite_server import FlushGate, writing
+from jobworker.handlers.vectors.milvus.lite_server import FlushGate, serialised
 from jobworker.handlers.vectors.milvus.store import (
     MilvusVectors,
     Row,
@@ -314,7 +314,7 @@ class Caller:
 def test_a_write_whose_caller_has_died_in_the_queue_is_not_carried_out() -> None:
     done: list[str] = []
     lock, caller = threading.Lock(), Caller()
-    call = writing(lambda request, context: done.append(request), lock)
+    call = serialised(lambda request, context: done.append(request), lock)
     call("first", caller)
     with ThreadPoolExecutor(1) as thread, lock:
         late = thread.submit(call, "late", caller)
@@ -324,8 +324,8 @@ def test_a_write_whose_caller_has_died_in_the_queue_is_not_carried_out() -> None
     assert done == ["first"]
 
 
-def make_partition(link: MilvusClientHandle, name: str) -> None:
-    link.attempt("make", lambda client: client.create_partition(f"z_novel_{NAME}", name, timeout=5))
+def make_partition(milvus: MilvusClientHandle, name: str) -> None:
+    milvus.call("make", lambda client: client.create_partition(f"z_novel_{NAME}", name, timeout=5))
 
 
 def test_a_partition_name_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_a_partition_name_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> 
         assert isinstance(store, MilvusVectors)
         for name in ("x" * 300, "../x", ""):
             with pytest.raises(VectorStoreError):
-                make_partition(store._link, name)
+                make_partition(store._milvus, name)
         store.upsert(NAME, rows_of(0, 5))
         assert store.count(NAME) == 5
         store.close()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.vectors import schema as scalars
+from jobworker.handlers.vectors import schema as schemas
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.milvus.errors import Verdict, classify
 from jobworker.handlers.vectors.milvus.server_info import Server
@@ -396,7 +396,7 @@ def test_a_released_collection_is_loaded_again(backends: Backends, server: str, 
     store, alias = full(backends.store(server, "key"))
     rows = rows_of(tenant, 1)
     store.upsert(NAME, rows)
-    store._link.attempt("release", lambda client: client.release_collection(alias, timeout=20))
+    store._milvus.call("release", lambda client: client.release_collection(alias, timeout=20))
     assert len(find(store, rows[0].vector, tenant)) == 1
 
 
@@ -405,8 +405,8 @@ def test_a_dropped_collection_is_made_again(backends: Backends, server: str, ten
     assert isinstance(store, MilvusVectors)
     store.ensure_collection(NAME, DIM)
     alias = f"d_{tenant}_{NAME}"
-    store._link.attempt("drop", lambda client: client.drop_alias(alias, timeout=20))
-    store._link.attempt("drop", lambda client: client.drop_collection(f"{alias}_v1", timeout=20))
+    store._milvus.call("drop", lambda client: client.drop_alias(alias, timeout=20))
+    store._milvus.call("drop", lambda client: client.drop_collection(f"{alias}_v1", timeout=20))
     store.upsert(NAME, rows_of(tenant, 2))
     assert store.count(NAME) == 2
     store.close()
@@ -417,7 +417,7 @@ def make_foreign(store: MilvusVectors, name: str, *, key: bool) -> None:
     from pymilvus import DataType, MilvusClient
 
     layout = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
-    for field in scalars.SEGMENTS.fields:
+    for field in schemas.SEGMENTS.fields:
         if field.max_bytes is None:
             layout.add_field(field.name, datatype=DataType.INT64)
             continue
@@ -429,7 +429,7 @@ def make_foreign(store: MilvusVectors, name: str, *, key: bool) -> None:
             is_partition_key=key and field.name == "tenant_id",
         )
     layout.add_field("vector", datatype=DataType.FLOAT_VECTOR, dim=DIM)
-    store._link.attempt("make", lambda client: client.create_collection(name, schema=layout, timeout=20))
+    store._milvus.call("make", lambda client: client.create_collection(name, schema=layout, timeout=20))
 
 
 def test_a_collection_made_by_others_is_used_as_it_is(backends: Backends, server: str, tenant: str) -> None:
@@ -559,10 +559,10 @@ def test_old_servers_get_no_partition_key(version: str, keeps: bool) -> None:
 def test_requests_keep_both_limits_and_the_order(sizes: list[int], max_rows: int, max_bytes: int) -> None:
     vector = np.zeros(2, np.float32)
     rows = [Row(str(i), vector, "t", "p", text_content="夜" * size) for i, size in enumerate(sizes)]
-    cut = list(scalars.batches(rows, max_rows, max_bytes))
+    cut = list(schemas.requests(rows, max_rows, max_bytes))
     assert [row.id for batch in cut for row in batch] == [row.id for row in rows]
     for batch in cut:
         assert 1 <= len(batch) <= max_rows
-        assert len(batch) == 1 or sum(map(scalars.row_bytes, batch)) <= max_bytes
+        assert len(batch) == 1 or sum(map(schemas.row_bytes, batch)) <= max_bytes
     for left, right in pairwise(cut):
-        assert len(left) == max_rows or sum(map(scalars.row_bytes, [*left, right[0]])) > max_bytes
+        assert len(left) == max_rows or sum(map(schemas.row_bytes, [*left, right[0]])) > max_bytes
