@@ -1,7 +1,6 @@
-"""The engine without torch gives the model's own vectors, is made once, and gives way where it cannot."""
+"""OpenVINO gives the model's own vectors without torch, and torch runs the models that it cannot."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -12,11 +11,9 @@ import numpy as np
 import pytest
 
 from jobworker.handlers.encoder import converted_models
-from jobworker.handlers.encoder.base import DummyEncoder
-from jobworker.handlers.encoder.converted_models import CARD, Card, EngineUnavailable, find_or_convert
-from jobworker.handlers.encoder.find_model import ModelSource, find_model
+from jobworker.handlers.encoder.converted_models import find_or_convert
+from jobworker.handlers.encoder.find_model import find_model
 from jobworker.handlers.encoder.load import load_encoder
-from jobworker.handlers.encoder.precision_check import dtypes_to_try, is_exact
 from support.tiny_models import tiny_model
 
 if importlib.util.find_spec("openvino") is None:
@@ -90,7 +87,7 @@ def test_pooling_prompts_and_norm_are_the_models_own(
 
 
 @pytest.mark.model
-def test_both_engines_cut_and_count_alike(here: None, tmp_path: Path) -> None:
+def test_both_engines_make_the_same_windows_and_counts(here: None, tmp_path: Path) -> None:
     folder = str(tiny_model(tmp_path / "model", "bert", prompts=PROMPTS))
     by: Any = {
         engine: load_encoder(folder, "cpu", dtype="fp32", engine=engine)  # type: ignore[arg-type]
@@ -140,7 +137,7 @@ def mapped_kib(file: Path) -> tuple[int, int]:
 
 
 @pytest.mark.model
-def test_a_model_that_leaves_prompts_out_of_its_mean_is_run_by_torch(
+def test_a_model_with_prompts_outside_its_mean_is_run_by_torch(
     here: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from jobworker.handlers.encoder.torch import TorchEncoder
@@ -170,7 +167,7 @@ def test_a_worker_needs_no_torch_and_converts_in_a_process_of_its_own(cache: Pat
 
 
 @pytest.mark.model
-def test_what_is_not_exact_enough_is_not_used(
+def test_a_dtype_that_fails_the_precision_check_is_not_used(
     here: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = str(tiny_model(tmp_path / "model", "bert"))
@@ -191,7 +188,7 @@ def test_what_is_not_exact_enough_is_not_used(
 
 @pytest.mark.model
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
-def test_half_precision_is_taken_where_asked_for_and_exact_enough(
+def test_half_precision_is_used_on_request_if_it_is_exact(
     engine: Any, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from jobworker.handlers.encoder import openvino as openvino_encoder
@@ -217,7 +214,7 @@ def test_half_precision_is_taken_where_asked_for_and_exact_enough(
     ("has_bf16", "half_s", "runs_in"),
     [(True, 0.8, "bf16"), (True, 0.95, "fp32"), (True, 1.4, "fp32"), (False, 0.1, "fp32")],
 )
-def test_torch_takes_bf16_where_the_processor_gains_from_it(
+def test_torch_uses_bf16_if_the_processor_gains_from_it(
     has_bf16: bool, half_s: float, runs_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -231,147 +228,3 @@ def test_torch_takes_bf16_where_the_processor_gains_from_it(
     folder = str(tiny_model(tmp_path / "model", "bert"))
     encoder = load_encoder(folder, "cpu", engine="torch")
     assert encoder.revision.endswith(f"-torch-{runs_in}")
-
-
-def test_the_next_safer_choice_ends_at_full_precision() -> None:
-    assert dtypes_to_try("auto", ()) == ("fp32",)
-    assert dtypes_to_try("auto", ("fp16", "bf16")) == ("fp16", "bf16", "fp32")
-    assert dtypes_to_try("bf16", ("fp16",)) == ("bf16", "fp32")
-    assert dtypes_to_try("fp32", ("fp16",)) == ("fp32",)
-    with pytest.raises(ValueError, match="use auto, fp32, bf16 or fp16"):
-        dtypes_to_try("int8", ())
-
-
-def test_a_vector_that_is_no_number_is_not_exact_enough() -> None:
-    good = DummyEncoder(8).probe()
-    assert is_exact(good, good)
-    assert not is_exact(np.full_like(good, np.nan), good)
-    assert not is_exact(np.zeros_like(good), good)
-
-
-# ---- the cache
-
-
-def source(name: str = "some/model") -> ModelSource:
-    return ModelSource(name, Path("/nowhere"), "0123456789abcdef")
-
-
-def leave_card(_: ModelSource, part: Path) -> None:
-    Card(max_tokens=9, dtypes=["fp32"]).write(part)
-
-
-# Slow enough for the others to arrive while it runs.
-CONVERTS_SLOWLY = """
-import os, time
-from pathlib import Path
-from jobworker.handlers.encoder.converted_models import Card, find_or_convert
-from jobworker.handlers.encoder.find_model import ModelSource
-
-def convert(_, part):
-    (part.parent / f"tried-{os.getpid()}").touch()
-    time.sleep(0.5)
-    Card(max_tokens=9).write(part)
-
-print(find_or_convert(ModelSource("some/model", Path("/nowhere"), "0123456789abcdef"), convert)[1].max_tokens)
-"""
-
-
-@pytest.fixture
-def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("CACHE_DIRECTORY", "STATE_DIRECTORY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path
-
-
-def test_of_several_processes_one_converts_and_the_others_wait(empty: Path) -> None:
-    command = [sys.executable, "-c", CONVERTS_SLOWLY]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    assert [process.communicate(timeout=60)[0] for process in started] == ["9\n"] * 4
-    assert len(list(empty.glob("jobworker/models/tried-*"))) == 1
-
-
-def test_what_a_killed_conversion_left_is_cleared_and_done_again(empty: Path) -> None:
-    def die(_: ModelSource, part: Path) -> None:
-        (part / "model.bin").write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        find_or_convert(source(), die)
-    models = empty / "jobworker/models"
-    stale = models / f"{converted_models.folder_name(source())}.part-old"
-    stale.mkdir()
-    folder, _ = find_or_convert(source(), leave_card)
-    assert sorted(path.name for path in models.iterdir()) == [folder.name, f"{folder.name}.lock"]
-
-
-def test_a_model_that_cannot_be_converted_is_tried_once(empty: Path) -> None:
-    tried = []
-
-    def refuse(_: ModelSource, part: Path) -> None:
-        tried.append(part)
-        Card(error="of an odd kind").write(part)
-
-    for _ in range(2):
-        with pytest.raises(EngineUnavailable, match="of an odd kind"):
-            find_or_convert(source(), refuse)
-    assert len(tried) == 1
-
-
-def test_what_failed_for_the_moment_is_tried_again(empty: Path) -> None:
-    def full(_: ModelSource, part: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(EngineUnavailable, match="can be written"):
-        find_or_convert(source(), full)
-    assert find_or_convert(source(), leave_card)[1].max_tokens == 9
-
-
-def test_another_folder_is_taken_where_one_cannot_be_written(
-    empty: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (empty / "file").write_text("")
-    monkeypatch.setenv("CACHE_DIRECTORY", str(empty / "file" / "below"))
-    folder, _ = find_or_convert(source(), leave_card)
-    assert folder.is_relative_to(empty / "jobworker")
-    folders = [vars(record).get("folder", "") for record in caplog.records]
-    assert any(folder.startswith(str(empty / "file")) for folder in folders)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(empty / "file"))
-    with pytest.raises(EngineUnavailable, match="XDG_CACHE_HOME"):
-        find_or_convert(source("another"), leave_card)
-
-
-def test_a_lock_that_is_not_given_back_ends_the_wait(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
-
-    monkeypatch.setattr(converted_models, "CONVERT_WITHIN_S", 0.2)
-    models = empty / "jobworker/models"
-    models.mkdir(parents=True)
-    with (models / f"{converted_models.folder_name(source())}.lock").open("ab") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(EngineUnavailable, match="another process still holds"):
-            find_or_convert(source(), leave_card)
-
-
-def test_the_processor_is_known_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(self: Path) -> str:
-        assert not self.is_relative_to("/proc"), "systemd's ProcSubset=pid leaves processes there only"
-        raise FileNotFoundError(self)
-
-    monkeypatch.setattr(Path, "read_text", read)
-    assert converted_models._processor(), "also where there is no /sys"
-
-
-def test_another_revision_or_processor_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = converted_models.folder_name(source())
-    assert converted_models.folder_name(source()._replace(revision="f" * 16)) != first
-    monkeypatch.setattr(converted_models, "_processor", lambda: "another")
-    assert converted_models.folder_name(source()) != first
-    assert "/" not in first
-
-
-def test_a_card_that_cannot_be_read_says_which_folder_to_delete(empty: Path) -> None:
-    folder, _ = find_or_convert(source(), leave_card)
-    (folder / CARD).write_text(json.dumps({"max_tokens": "nine"}))
-    with pytest.raises(EngineUnavailable, match="delete the folder"):
-        find_or_convert(source())

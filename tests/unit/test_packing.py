@@ -21,14 +21,14 @@ LIMITS = st.tuples(st.integers(1, 4000), st.integers(1, 64))
 
 
 @given(LENGTHS, LIMITS)
-def test_every_text_stands_in_exactly_one_batch(lengths: list[int], limits: tuple[int, int]) -> None:
+def test_every_text_is_in_exactly_one_batch(lengths: list[int], limits: tuple[int, int]) -> None:
     batches = pack(lengths, *limits)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     assert all(batches)
 
 
 @given(LENGTHS, LIMITS)
-def test_budget_rows_and_padding_are_kept(lengths: list[int], limits: tuple[int, int]) -> None:
+def test_batches_respect_budget_row_limit_and_padding(lengths: list[int], limits: tuple[int, int]) -> None:
     budget, max_rows = limits
     for batch in pack(lengths, budget, max_rows):
         cost = len(batch) * max(lengths[index] for index in batch)
@@ -60,7 +60,7 @@ def test_nothing_to_pack() -> None:
 
 
 @pytest.mark.parametrize("limits", [(0, 1), (1, 0)])
-def test_a_limit_that_lets_nothing_through_is_refused(limits: tuple[int, int]) -> None:
+def test_a_limit_of_zero_is_rejected(limits: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         pack([1], *limits)
 
@@ -100,7 +100,7 @@ def test_however_little_memory_there_is_every_text_is_computed_once(lengths: lis
     assert all(len(batch) * max(lengths[index] for index in batch) <= tokens for batch, _ in done)
 
 
-def test_a_ceiling_is_remembered_for_its_length_and_longer_ones_only() -> None:
+def test_a_row_limit_holds_for_its_length_and_longer_ones_only() -> None:
     lengths = [100] * 64
     memory, limits = Memory(lengths, 1700), RowLimits()
     for _ in range(3):
@@ -112,7 +112,7 @@ def test_a_ceiling_is_remembered_for_its_length_and_longer_ones_only() -> None:
     assert (limits.max_rows(120), limits.max_rows(600)) == (16, 2)
 
 
-def test_a_single_text_that_does_not_fit_says_so() -> None:
+def test_a_single_text_too_large_for_memory_raises() -> None:
     memory = Memory([100, 900], 800)
     with pytest.raises(OutOfMemoryError):
         list(run_batches(memory.lengths, [[1], [0]], RowLimits(), memory.compute, memory.release))
@@ -142,5 +142,5 @@ def test_other_failures_pass_through_at_once() -> None:
         (ValueError("out of memory"), False),
     ],
 )
-def test_how_the_lack_of_memory_is_told(error: Exception, lacks: bool) -> None:
+def test_out_of_memory_errors_are_recognised(error: Exception, lacks: bool) -> None:
     assert is_out_of_memory(error) == lacks
