@@ -19,6 +19,7 @@ from jobworker.handlers.jobstore.redis_fence import RedisFence
 from jobworker.handlers.vectors import versioned_writer
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.ports import PermanentStoreError, Row, TransientStoreError
+from jobworker.handlers.vectors.schema import MAX_REQUEST_ROWS
 from jobworker.handlers.vectors.versioned_writer import Contended, VersionedRows, VersionedWriter
 from support.redis_servers import free_port
 
@@ -159,6 +160,47 @@ def test_a_permanent_error_releases_the_rows_and_a_transient_one_does_not(store:
     with pytest.raises(TransientStoreError):
         writer.write(NAME, [versioned(2, "a")])
     assert fence.writers("z_" + NAME) == 1
+
+
+class SlowStore(MemoryVectors):
+    """Every upsert takes `upsert_s` of the test's clock, then `after_upsert` is called."""
+
+    def __init__(self, now: list[float], upsert_s: float, after_upsert: Callable[[], None]) -> None:
+        super().__init__()
+        self.now, self.upsert_s, self.after_upsert = now, upsert_s, after_upsert
+        self.ensure_collection(NAME, 2)
+
+    def upsert(self, name: str, rows: Any) -> None:
+        super().upsert(name, rows)
+        self.now[0] += self.upsert_s
+        self.after_upsert()
+
+
+def rival(fence: MemoryFence) -> str:
+    """Whether another job may now write a row of the test's write."""
+    return fence.admit([WriteIntent("z_" + NAME, "x", "other", ("r0",), ("i/r0",))])[0].verdict
+
+
+def test_a_write_of_several_requests_renews_its_lease() -> None:
+    now, answers = [0.0], []
+    fence = MemoryFence(lambda: now[0])
+    store = SlowStore(now, LEASE_MS / 1000 / 2, lambda: answers.append(rival(fence)))
+    writer = VersionedWriter(store, fence, prefix="z_", mono_s=lambda: now[0])
+    writer.write(NAME, [versioned(1, *(f"r{number}" for number in range(2 * MAX_REQUEST_ROWS + 1)))])
+    assert answers == ["held"] * 3
+    assert store.count(NAME) == 2 * MAX_REQUEST_ROWS + 1
+    assert rival(fence) == "in", "the write has released its rows"
+
+
+def test_a_write_that_lost_its_lease_stops() -> None:
+    now, answers = [0.0], []
+    fence = MemoryFence(lambda: now[0])
+    store = SlowStore(now, LEASE_MS / 1000 + 1, lambda: answers.append(rival(fence)))
+    writer = VersionedWriter(store, fence, prefix="z_", mono_s=lambda: now[0])
+    with pytest.raises(Contended, match="lease"):
+        writer.write(NAME, [versioned(1, *(f"r{number}" for number in range(MAX_REQUEST_ROWS + 1)))])
+    assert answers == ["in"]
+    assert store.count(NAME) == MAX_REQUEST_ROWS, "no request without a lease"
 
 
 def test_an_unreachable_job_store_is_transient_and_writes_nothing(store: Any) -> None:
