@@ -19,8 +19,6 @@ T = TypeVar("T")
 logger = logging.getLogger("jobworker.vectors")
 # The library logs a traceback for every failed call; the caller logs one line.
 logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
-# It logs a traceback for every failed call; what matters is raised and logged once, by the caller.
-logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
 
 # After an outage gRPC's own backoff kept calls failing for up to 7 s once the server was back; with these
 # it was under 1 s.
