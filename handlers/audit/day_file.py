@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from jobworker.worker import Unavailable
 
+from ..file_lock import lock_file
 from .index import StreamIndex, entry_key
 from .units import EntryRef, Unit, pack_unit, read_units
 
@@ -184,7 +185,7 @@ class DayFile:
         give_up_at = time.monotonic() + LOCK_WITHIN_S
         while True:
             self._open()
-            _lock(self._fd, give_up_at)
+            lock_file(self._fd, mono_give_up_s=give_up_at, poll_s=_LOCK_POLL_S)
             if self._is_current() and not self._replace_foreign():
                 break
             self.close()
@@ -228,17 +229,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _lock(fd: int, give_up_at: float) -> None:
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > give_up_at:
-                raise TimeoutError(f"another writer has held the file for {LOCK_WITHIN_S} s") from None
-            time.sleep(_LOCK_POLL_S)  # a blocking flock has no deadline
 
 
 def _write_at(fd: int, data: bytes, offset: int) -> None:

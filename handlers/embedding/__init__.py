@@ -1,1 +1,1 @@
-"""The handler of `embedding_batch`."""
+"""Job type `embedding_batch`: texts become vectors and rows."""

@@ -1,4 +1,4 @@
-"""Texts of several jobs to vectors: those seen before from the cache, the others by the model in one pass."""
+"""Embedding of the texts of several jobs: cached vectors first, the rest by the model in one pass."""
 
 import logging
 import time
@@ -11,20 +11,20 @@ import numpy as np
 from jobworker.worker import PermanentError
 
 from ..encoder.base import Encoder, Plan, TextTooLong, Vectors
-from .vector_cache import Key, VectorCache, key_of
+from .vector_cache import Key, VectorCache, cache_key
 
 log = logging.getLogger("jobworker.embed")
 
-# The pace that is taken for granted before anything was measured: that of a small model on one core.
-FIRST_PACE_BYTES_S = 10_000.0
-# How much the latest pass says about the pace.
-PACE_WEIGHT = 0.3
-# Passes below this say more of their overhead than of the pace.
-PACE_FROM_BYTES = 2_000
+# Assumed rate before the first measurement: a small model on one core.
+FIRST_RATE_BYTES_S = 10_000.0
+# Weight of the latest pass in the moving average.
+RATE_WEIGHT = 0.3
+# Smaller passes measure their overhead rather than the rate.
+RATE_FROM_BYTES = 2_000
 
 
 class EmbedRequest(NamedTuple):
-    """What one job wants to have embedded."""
+    """The texts of one job."""
 
     tenant_id: str
     texts: Sequence[str]
@@ -32,34 +32,36 @@ class EmbedRequest(NamedTuple):
 
 @dataclass
 class Prepared:
-    """Looked up and tokenised. All lists count the texts through all jobs; `plan` is of those `missing`.
+    """Result of the cache lookup and the tokeniser, for a part of a batch.
 
-    `keys` is empty without a cache. `plan` is None where tokenising failed for another reason than a text's
-    length; `failed` has the jobs that are lost already.
+    A job is named by its index in the batch, a text by its index in `texts` (the texts of all jobs in order).
+    `jobs_of_texts` and `keys` have one entry a text; `keys` is empty without a cache. `plan` covers the texts
+    in `uncached`; it is None if the tokeniser failed for another reason than a text's length.
     """
 
-    asks: Mapping[int, EmbedRequest]
-    places: list[int]
+    requests: Mapping[int, EmbedRequest]
+    jobs_of_texts: list[int]
     texts: list[str]
     keys: list[Key]
-    known: dict[Key, Vectors]
-    missing: list[int]
+    cached: dict[Key, Vectors]
+    uncached: list[int]
     plan: Plan | None
     failed: dict[int, Exception]
 
 
 class Computed(NamedTuple):
-    """Vectors, shape (texts, dim), or what went wrong, for each job; `fresh` is what the cache lacks."""
+    """Vectors, shape (texts, dim), or the error of each job; `cache_entries` are new ones."""
 
     vectors: dict[int, Vectors]
     failed: dict[int, Exception]
-    fresh: list[tuple[Key, Vectors]]
+    cache_entries: list[tuple[Key, Vectors]]
 
 
 class Embedder:
-    """`prepare` and `keep` may run beside `compute`, in other threads, one call of each at a time.
+    """Encoder and vector cache behind one interface.
 
-    Adds `forward_milliseconds` to the encoder's counters.
+    `prepare`, `compute` and `save_to_cache` may run in three threads, one call of each at a time. Adds
+    `forward_milliseconds` to the encoder's counters.
     """
 
     def __init__(
@@ -77,96 +79,97 @@ class Embedder:
         self._forward_s = 0.0
         encoder.counters["forward_milliseconds"] = 0
         #: Recent rate of the model, bytes of text a second.
-        self.pace_bytes_s = FIRST_PACE_BYTES_S
+        self.rate_bytes_s = FIRST_RATE_BYTES_S
 
-    def prepare(self, asks: Mapping[int, EmbedRequest]) -> Prepared:
-        """Look every text up and tokenise those that are not known; jobs go by their place."""
-        places = [place for place, ask in asks.items() for _ in ask.texts]
-        texts = [text for ask in asks.values() for text in ask.texts]
+    def prepare(self, requests: Mapping[int, EmbedRequest]) -> Prepared:
+        """Look up every text in the cache and tokenise the others; keys are job indexes."""
+        jobs_of_texts = [job for job, request in requests.items() for _ in request.texts]
+        texts = [text for request in requests.values() for text in request.texts]
         keys: list[Key] = []
-        prepared = Prepared(asks, places, texts, keys, {}, [], None, {})
+        prepared = Prepared(requests, jobs_of_texts, texts, keys, {}, [], None, {})
         if self._cache:
-            tenants = [ask.tenant_id for ask in asks.values() for _ in ask.texts]
-            keys += map(key_of, tenants, [self._identity] * len(texts), texts)
-            prepared.known = self._cache.find(keys)
-        prepared.missing = [i for i in range(len(texts)) if not self._cache or keys[i] not in prepared.known]
+            tenants = [request.tenant_id for request in requests.values() for _ in request.texts]
+            keys += map(cache_key, tenants, [self._identity] * len(texts), texts)
+            prepared.cached = self._cache.lookup(keys)
+        prepared.uncached = [i for i in range(len(texts)) if not keys or keys[i] not in prepared.cached]
         self._tokenize(prepared)
         return prepared
 
     def _tokenize(self, prepared: Prepared) -> None:
-        while prepared.missing and prepared.plan is None:
+        while prepared.uncached and prepared.plan is None:
             try:
-                prepared.plan = self._encoder.tokenize([prepared.texts[i] for i in prepared.missing])
+                prepared.plan = self._encoder.tokenize([prepared.texts[i] for i in prepared.uncached])
             except TextTooLong as error:
-                bad = {prepared.places[prepared.missing[index]] for index in error.indexes}
-                prepared.failed |= dict.fromkeys(bad, PermanentError(str(error)))
-                prepared.missing = [i for i in prepared.missing if prepared.places[i] not in bad]
+                too_long = {prepared.jobs_of_texts[prepared.uncached[index]] for index in error.indexes}
+                prepared.failed |= dict.fromkeys(too_long, PermanentError(str(error)))
+                jobs = prepared.jobs_of_texts
+                prepared.uncached = [i for i in prepared.uncached if jobs[i] not in too_long]
             except Exception:
-                return  # shown by `compute`, which tries the jobs one by one
+                return  # `compute` tries the jobs one by one and reports the error
 
     def compute(self, prepared: Prepared) -> Computed:
-        """The forward pass; where it fails for all, job by job, so that only those at fault fail."""
+        """Run the forward pass. If it fails, run it job by job, so that only the jobs at fault fail."""
         failed = dict(prepared.failed)
-        fresh: dict[int, Vectors] = {}
-        alone = {prepared.places[index] for index in prepared.missing}
+        vectors: dict[int, Vectors] = {}
+        remaining = {prepared.jobs_of_texts[index] for index in prepared.uncached}
         if prepared.plan is not None:
             try:
-                fresh = dict(zip(prepared.missing, self._forward(prepared, prepared.plan), strict=True))
-                alone = set()
+                vectors = dict(zip(prepared.uncached, self._forward(prepared, prepared.plan), strict=True))
+                remaining = set()
             except Exception as error:
-                if len(prepared.asks) == 1:
-                    return Computed({}, failed | dict.fromkeys(prepared.asks, error), [])
-                log.warning("embed.batch_split", extra={"jobs": len(alone), "error": str(error)})
-        for place in alone:
-            self._compute_alone(prepared, place, fresh, failed)
-        return self._computed(prepared, fresh, failed)
+                if len(prepared.requests) == 1:
+                    return Computed({}, failed | dict.fromkeys(prepared.requests, error), [])
+                log.warning("embed.batch_split", extra={"jobs": len(remaining), "error": str(error)})
+        for job in remaining:
+            self._compute_job(prepared, job, vectors, failed)
+        return _computed(prepared, vectors, failed)
 
     def _forward(self, prepared: Prepared, plan: Plan) -> Vectors:
-        began = self._mono_s()
+        started_s = self._mono_s()
         vectors = self._encoder.forward(plan)
-        took_s = self._mono_s() - began
+        took_s = self._mono_s() - started_s
         self._forward_s += took_s
         self._encoder.counters["forward_milliseconds"] = int(self._forward_s * 1000)
-        size = sum(_bytes(prepared.texts[index]) for index in prepared.missing)
-        if size >= PACE_FROM_BYTES and took_s > 0:
-            self.pace_bytes_s += PACE_WEIGHT * (size / took_s - self.pace_bytes_s)
+        size = sum(_utf8_bytes(prepared.texts[index]) for index in prepared.uncached)
+        if size >= RATE_FROM_BYTES and took_s > 0:
+            self.rate_bytes_s += RATE_WEIGHT * (size / took_s - self.rate_bytes_s)
         return vectors
 
-    def _compute_alone(
-        self, prepared: Prepared, place: int, fresh: dict[int, Vectors], failed: dict[int, Exception]
+    def _compute_job(
+        self, prepared: Prepared, job: int, vectors: dict[int, Vectors], failed: dict[int, Exception]
     ) -> None:
-        own = [index for index in prepared.missing if prepared.places[index] == place]
+        own = [index for index in prepared.uncached if prepared.jobs_of_texts[index] == job]
         try:
-            vectors = self._encoder.encode([prepared.texts[index] for index in own])
+            computed = self._encoder.encode([prepared.texts[index] for index in own])
         except TextTooLong as error:
-            failed[place] = PermanentError(str(error))
+            failed[job] = PermanentError(str(error))
         except Exception as error:
-            failed[place] = error
+            failed[job] = error
         else:
-            fresh |= zip(own, vectors, strict=True)
+            vectors |= zip(own, computed, strict=True)
 
-    def _computed(
-        self, prepared: Prepared, fresh: dict[int, Vectors], failed: dict[int, Exception]
-    ) -> Computed:
-        rows: dict[int, list[Vectors]] = {place: [] for place in prepared.asks if place not in failed}
-        for index, place in enumerate(prepared.places):
-            if place in rows:
-                known = fresh.get(index)
-                rows[place].append(prepared.known[prepared.keys[index]] if known is None else known)
-        vectors = {place: np.stack(some) for place, some in rows.items()}
-        keep = [(prepared.keys[index], vector) for index, vector in fresh.items()] if prepared.keys else []
-        return Computed(vectors, failed, keep)
-
-    def keep(self, computed: Sequence[Computed]) -> None:
-        """Put what was computed into the cache."""
+    def save_to_cache(self, computed: Sequence[Computed]) -> None:
+        """Cache the vectors that were not cached before."""
         if self._cache:
-            self._cache.keep(entry for one in computed for entry in one.fresh)
+            self._cache.put(entry for part in computed for entry in part.cache_entries)
 
 
-def size_bytes(ask: EmbedRequest) -> int:
-    """How much text there is, in bytes of UTF-8: three are about a token, in Chinese and in English."""
-    return sum(map(_bytes, ask.texts))
+def size_bytes(request: EmbedRequest) -> int:
+    """UTF-8 bytes of the texts: about three a token, in Chinese and in English."""
+    return sum(map(_utf8_bytes, request.texts))
 
 
-def _bytes(text: str) -> int:
+def _computed(prepared: Prepared, vectors: dict[int, Vectors], failed: dict[int, Exception]) -> Computed:
+    """Join computed vectors (by text index) and cached ones, job by job."""
+    by_job: dict[int, list[Vectors]] = {job: [] for job in prepared.requests if job not in failed}
+    for index, job in enumerate(prepared.jobs_of_texts):
+        if job in by_job:
+            vector = vectors.get(index)
+            by_job[job].append(prepared.cached[prepared.keys[index]] if vector is None else vector)
+    stacked = {job: np.stack(of_job) for job, of_job in by_job.items()}
+    entries = [(prepared.keys[index], vector) for index, vector in vectors.items()] if prepared.keys else []
+    return Computed(stacked, failed, entries)
+
+
+def _utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())

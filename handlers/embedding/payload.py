@@ -1,4 +1,4 @@
-"""Reads the payload of `embedding_batch`: every rule of its fields, and the rows that it asks for."""
+"""The payload of `embedding_batch`: validation of its fields, and the rows built from it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,18 +6,19 @@ from typing import Any, NamedTuple
 from jobworker.worker import Job, PermanentError
 
 from ..vectors.ports import Row, Vector
-from ..vectors.schema import DEFAULT_COLLECTION, ID, INT64_MAX, INT64_MIN, clip, plain_name
+from ..vectors.schema import DEFAULT_COLLECTION, ID, INT64_MAX, INT64_MIN, clip, plain_name, shown
 
-# Limits of the collection's VARCHAR fields, which Milvus counts in UTF-8 bytes.
+# Limit of the collection's VARCHAR field, which Milvus counts in UTF-8 bytes.
 SEGMENT_TYPE_LIMIT_BYTES = 32
-# Their vectors are in memory together: 200 MB with 1024 dimensions. Far more than any chapter has segments.
-MOST_TEXTS = 50_000
-# How much of a bad value an error message repeats.
-SHOWN_CHARS = 80
+# All vectors of a job are in memory at once: 200 MB at 1024 dimensions. No chapter comes near this number.
+MAX_TEXTS = 50_000
 
 
 class EmbedPayload(NamedTuple):
-    """A payload in order: columns of equal length, one entry a text."""
+    """A valid payload: columns of equal length, one entry a text.
+
+    With `replace`, older rows of its chapters are removed; `version` None turns versioning off.
+    """
 
     tenant_id: str
     project_id: str
@@ -30,8 +31,35 @@ class EmbedPayload(NamedTuple):
     version: int | None
     replace: bool
 
+    @classmethod
+    def parse(cls, job: Job, prefix: str) -> "EmbedPayload":
+        """Validate a job's payload. Raises PermanentError with the field and the fault.
+
+        `prefix` is that of the collections; a job may name its collection with or without it.
+        """
+        payload = job.payload
+        if not isinstance(payload, dict):
+            raise PermanentError(f"payload must be an object, not {shown(payload)}")
+        for field, owner in (("tenant_id", job.tenant_id), ("project_id", job.project_id)):
+            _check_owner(field, owner, payload.get(field))
+        ids = _column(payload, "ids", None, _id)
+        texts = _column(payload, "texts", len(ids), _text)
+        version = payload.get("version")
+        return cls(
+            job.tenant_id,
+            job.project_id,
+            plain_name(_value(payload, "collection", DEFAULT_COLLECTION), prefix),
+            ids,
+            texts,
+            _optional(payload, "chapter_ids", ids, _id_or_empty, ""),
+            _optional(payload, "story_times", ids, _int64, 0),
+            _optional(payload, "segment_types", ids, _segment_type, ""),
+            None if version is None else _check("version", version, _int64),
+            _replace(payload),
+        )
+
     def rows(self, vectors: Vector) -> list[Row]:
-        """Rows for the store from vectors (texts, dim); of a text too long for its field the beginning."""
+        """Rows from vectors of shape (texts, dim); a text too long for its field is clipped."""
         columns = zip(
             self.ids,
             vectors,
@@ -48,75 +76,48 @@ class EmbedPayload(NamedTuple):
                 self.tenant_id,
                 self.project_id,
                 chapter,
-                time,
-                kind,
+                story_time,
+                segment_type,
                 clip(text),
                 self.version or 0,
             )
-            for id_, vector, chapter, time, kind, text in columns
+            for id_, vector, chapter, story_time, segment_type, text in columns
         ]
 
 
-def read_work(job: Job, prefix: str) -> EmbedPayload:
-    """Check a payload. Raises PermanentError that names the field and what is wrong with it.
-
-    `prefix` is that of the collections; the job may give a collection's name with or without it.
-    """
-    payload = job.payload
-    if not isinstance(payload, dict):
-        raise PermanentError(f"payload must be an object, not {_shown(payload)}")
-    for field, owner in (("tenant_id", job.tenant_id), ("project_id", job.project_id)):
-        _check_owner(field, owner, payload.get(field))
-    ids = _column(payload, "ids", None, _id)
-    texts = _column(payload, "texts", len(ids), _text)
-    version = payload.get("version")
-    return EmbedPayload(
-        job.tenant_id,
-        job.project_id,
-        plain_name(_given(payload, "collection", DEFAULT_COLLECTION), prefix),
-        ids,
-        texts,
-        _optional(payload, "chapter_ids", ids, _id_or_none, ""),
-        _optional(payload, "story_times", ids, _int64, 0),
-        _optional(payload, "segment_types", ids, _segment_type, ""),
-        None if version is None else _check("version", version, _int64),
-        _replace(payload),
-    )
-
-
 def _replace(payload: dict[str, Any]) -> bool:
-    """Whether the chapters are replaced as wholes; that needs to know which, and by which version."""
-    replace = _check("replace", _given(payload, "replace", False), _bool)
+    """The flag `replace`, which requires `chapter_ids` and `version`."""
+    replace = _check("replace", _value(payload, "replace", False), _bool)
     missing = [field for field in ("chapter_ids", "version") if payload.get(field) is None]
     if replace and missing:
         raise PermanentError(f"replace needs {' and '.join(missing)}")
     return bool(replace)
 
 
-# A rule returns None for a good value, else what a good one looks like.
+# A rule returns None for a valid value, else the description of a valid one.
 _Rule = Callable[[Any], str | None]
 
 
 def _check_owner(field: str, envelope: str, payload: Any) -> None:
     if not ID.fullmatch(envelope):
-        raise PermanentError(f"{field} of the job must match {ID.pattern}, not {_shown(envelope)}")
+        raise PermanentError(f"{field} of the job must match {ID.pattern}, not {shown(envelope)}")
     if payload not in (None, "", envelope):
-        raise PermanentError(f"{field} of the payload is {_shown(payload)}, of the job {_shown(envelope)}")
+        raise PermanentError(f"{field} of the payload is {shown(payload)}, of the job {shown(envelope)}")
 
 
 def _column(payload: dict[str, Any], field: str, count: int | None, rule: _Rule) -> list[Any]:
     if field not in payload:
         raise PermanentError(f"payload lacks {field}")
-    # Go writes an empty slice that was never filled as null.
+    # Go encodes a nil slice as null.
     values = [] if payload[field] is None else payload[field]
     if not isinstance(values, list):
-        raise PermanentError(f"{field} must be a list, not {_shown(values)}")
-    if len(values) > MOST_TEXTS:
-        raise PermanentError(f"{field} has {len(values)} entries, a job may have {MOST_TEXTS}: send several")
+        raise PermanentError(f"{field} must be a list, not {shown(values)}")
+    if len(values) > MAX_TEXTS:
+        raise PermanentError(f"{field} has {len(values)} entries, a job may have {MAX_TEXTS}: send several")
     if count is not None and len(values) != count:
         raise PermanentError(f"{field} has {len(values)} entries, ids has {count}")
-    for place, value in enumerate(values):
-        _check(f"{field}[{place}]", value, rule)
+    for index, value in enumerate(values):
+        _check(f"{field}[{index}]", value, rule)
     return values
 
 
@@ -126,7 +127,7 @@ def _optional(payload: dict[str, Any], field: str, ids: list[str], rule: _Rule, 
     return _column(payload, field, len(ids), rule)
 
 
-def _given(payload: dict[str, Any], field: str, default: Any) -> Any:
+def _value(payload: dict[str, Any], field: str, default: Any) -> Any:
     value = payload.get(field)
     return default if value is None or value == "" else value
 
@@ -134,34 +135,34 @@ def _given(payload: dict[str, Any], field: str, default: Any) -> Any:
 def _check(name: str, value: Any, rule: _Rule) -> Any:
     wanted = rule(value)
     if wanted is not None:
-        raise PermanentError(f"{name} must be {wanted}, not {_shown(value)}")
+        raise PermanentError(f"{name} must be {wanted}, not {shown(value)}")
     return value
 
 
 def _id(value: Any) -> str | None:
-    good = isinstance(value, str) and ID.fullmatch(value)
-    return None if good else f"a string that matches {ID.pattern}"
+    valid = isinstance(value, str) and ID.fullmatch(value)
+    return None if valid else f"a string that matches {ID.pattern}"
 
 
-def _id_or_none(value: Any) -> str | None:
-    """A segment may belong to no chapter: then the string is empty."""
+def _id_or_empty(value: Any) -> str | None:
+    """A segment outside any chapter has an empty chapter id."""
     return None if value == "" else _id(value)
 
 
 def _text(value: Any) -> str | None:
-    good = isinstance(value, str) and _is_unicode(value)
-    return None if good else "a string without unpaired surrogates"
+    valid = isinstance(value, str) and _is_unicode(value)
+    return None if valid else "a string without unpaired surrogates"
 
 
 def _segment_type(value: Any) -> str | None:
-    good = isinstance(value, str) and _is_unicode(value) and len(value.encode()) <= SEGMENT_TYPE_LIMIT_BYTES
-    return None if good else f"a string of at most {SEGMENT_TYPE_LIMIT_BYTES} bytes"
+    valid = isinstance(value, str) and _is_unicode(value) and len(value.encode()) <= SEGMENT_TYPE_LIMIT_BYTES
+    return None if valid else f"a string of at most {SEGMENT_TYPE_LIMIT_BYTES} bytes"
 
 
 def _int64(value: Any) -> str | None:
-    # JSON's true is no number, though Python's is.
-    good = isinstance(value, int) and not isinstance(value, bool) and INT64_MIN <= value <= INT64_MAX
-    return None if good else "a 64-bit integer"
+    # In Python, bool is a subclass of int; in JSON it is no number.
+    valid = isinstance(value, int) and not isinstance(value, bool) and INT64_MIN <= value <= INT64_MAX
+    return None if valid else "a 64-bit integer"
 
 
 def _bool(value: Any) -> str | None:
@@ -174,8 +175,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _shown(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "…"

@@ -1,4 +1,4 @@
-"""Three stages side by side: while one item is computed, the next is prepared and the last are finished."""
+"""Three-stage pipeline: one item is computed while the next is prepared and earlier ones are finished."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -6,52 +6,52 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
-Done = TypeVar("Done")
+Computed = TypeVar("Computed")
 
-# Computed items that may wait to be finished; where finishing is the slower stage, computing waits for it,
-# so that memory stays bounded.
-MOST_WAITING = 4
+# Computed items that may wait for `finish`. If `finish` is the slowest stage, computing blocks here, which
+# bounds the memory.
+MAX_WAITING = 4
 
 
-def flow(
+def run_pipeline(
     items: Sequence[Item],
     prepare: Callable[[Item], Prepared],
-    compute: Callable[[Prepared], Done],
-    finish: Callable[[list[Done]], None],
+    compute: Callable[[Prepared], Computed],
+    finish: Callable[[list[Computed]], None],
 ) -> None:
-    """Take every item through all three stages, in order; `compute` runs in the caller's thread.
+    """Pass every item through the stages, in order; `compute` runs in the caller's thread.
 
-    Each stage runs once at a time. `finish` gets all that was computed while it was busy, in one call. It
-    has seen every item when this returns. Raises what a stage raises; items behind that one may then be lost.
+    No stage runs twice at once. One call of `finish` gets all items that were computed during the last one.
+    On return `finish` has had every item. Raises the error of a stage; later items may then be lost.
     """
     if len(items) == 1:
         finish([compute(prepare(items[0]))])
         return
-    # Threads of this call alone: none is left over where a worker forks, ends or fails.
-    with ThreadPoolExecutor(1, "prepare") as ahead, ThreadPoolExecutor(1, "finish") as behind:
-        prepared = [ahead.submit(prepare, item) for item in items[:1]]
+    # Threads of this call only: none is left when a worker forks, exits or fails.
+    with ThreadPoolExecutor(1, "prepare") as preparer, ThreadPoolExecutor(1, "finish") as finisher:
+        prepared = [preparer.submit(prepare, item) for item in items[:1]]
         finishing: Future[None] | None = None
-        waiting: list[Done] = []
-        for place in range(len(items)):
+        waiting: list[Computed] = []
+        for index in range(len(items)):
             current = prepared.pop().result()
-            if place + 1 < len(items):
-                prepared.append(ahead.submit(prepare, items[place + 1]))
+            if index + 1 < len(items):
+                prepared.append(preparer.submit(prepare, items[index + 1]))
             waiting.append(compute(current))
-            if finishing is None or finishing.done() or len(waiting) >= MOST_WAITING:
-                finishing = _next(behind, finishing, finish, waiting)
+            if finishing is None or finishing.done() or len(waiting) >= MAX_WAITING:
+                finishing = _submit(finisher, finishing, finish, waiting)
                 waiting = []
         if waiting:
-            finishing = _next(behind, finishing, finish, waiting)
+            finishing = _submit(finisher, finishing, finish, waiting)
         if finishing:
             finishing.result()
 
 
-def _next(
-    behind: ThreadPoolExecutor,
-    before: "Future[None] | None",
-    finish: Callable[[list[Done]], None],
-    items: list[Done],
+def _submit(
+    finisher: ThreadPoolExecutor,
+    previous: "Future[None] | None",
+    finish: Callable[[list[Computed]], None],
+    items: list[Computed],
 ) -> "Future[None]":
-    if before:
-        before.result()
-    return behind.submit(finish, items)
+    if previous:
+        previous.result()
+    return finisher.submit(finish, items)

@@ -1,4 +1,4 @@
-"""Loads the encoder of a model: picks the engine, torch or OpenVINO, and imports only that one."""
+"""Factory of encoders: picks the engine, torch or OpenVINO, and imports only that one."""
 
 import importlib.util
 import logging
@@ -7,10 +7,23 @@ from typing import NamedTuple, cast
 
 from jobworker.worker import NO_DEVICE, device_for_slot, visible_gpus
 
+from ..settings import HandlerSettings
 from .base import TOKEN_BUDGET, DummyEncoder, Encoder, Engine, LongText
 from .find_model import ModelError, ModelSource, default_model, find_model
 
 log = logging.getLogger("jobworker.model")
+
+
+def load_from_settings(settings: HandlerSettings, model: str = "") -> Encoder:
+    """The encoder of `model`, by default the one that the settings name. As `load_encoder` in the rest."""
+    return load_encoder(
+        model or settings.model,
+        settings.device,
+        threads=settings.threads,
+        long_text=settings.long_text,
+        token_budget=settings.token_budget,
+        dtype=settings.dtype,
+    )
 
 
 def load_encoder(
@@ -25,21 +38,21 @@ def load_encoder(
 ) -> Encoder:
     """Load a model: a folder, a hub name that is in the cache, `package:<module>` or `dummy:<dim>`.
 
-    Without a name the small model of the extra `embedded` if installed, else bge-m3. Nothing is fetched.
-    `dtype` (auto, fp32, bf16, fp16) is checked against full precision: what differs too much is not used.
-    The same arguments in the same process give the same encoder. Raises ModelError, before anything heavy
-    is imported where the model is missing.
+    The default is the small model of the extra `embedded` if it is installed, else bge-m3. Nothing is
+    downloaded. A `dtype` (auto, fp32, bf16, fp16) whose vectors differ too much from full precision is not
+    used. The same arguments give the same encoder within a process. Raises ModelError; if the model is
+    missing, before anything heavy is imported.
     """
     if long_text not in ("windows", "truncate", "reject"):
-        raise ModelError(f"long text {long_text!r}: say windows, truncate or reject")
+        raise ModelError(f"long text {long_text!r}: use windows, truncate or reject")
     if dtype not in ("auto", "fp32", "bf16", "fp16"):
-        raise ModelError(f"dtype {dtype!r}: say auto, fp32, bf16 or fp16")
-    options = _Options(dtype, threads, cast(LongText, long_text), token_budget)
+        raise ModelError(f"dtype {dtype!r}: use auto, fp32, bf16 or fp16")
+    options = _EngineOptions(dtype, threads, cast(LongText, long_text), token_budget)
     return _load(model or default_model(), device, options, engine)
 
 
-class _Options(NamedTuple):
-    """What every engine is told; the fields are the arguments of its `load`."""
+class _EngineOptions(NamedTuple):
+    """The keyword arguments of every engine's `load`."""
 
     dtype: str
     threads: int
@@ -48,36 +61,36 @@ class _Options(NamedTuple):
 
 
 @cache
-def _load(model: str, device: str, options: _Options, engine: Engine) -> Encoder:
-    kind, _, rest = model.partition(":")
-    if kind == "dummy":
-        if not rest.isdecimal() or not int(rest):
-            raise ModelError(f"model {model!r}: say dummy:<dimension>, for example dummy:8")
-        return DummyEncoder(int(rest), long_text=options.long_text)
+def _load(model: str, device: str, options: _EngineOptions, engine: Engine) -> Encoder:
+    scheme, _, dim = model.partition(":")
+    if scheme == "dummy":
+        if not dim.isdecimal() or not int(dim):
+            raise ModelError(f"model {model!r}: use dummy:<dimension>, for example dummy:8")
+        return DummyEncoder(int(dim), long_text=options.long_text)
     source = find_model(model)
-    place = device_for_slot(device, 0, visible_gpus())
-    if place == NO_DEVICE:
-        raise ModelError(f"model {model}: this process is not to hold it")
-    if place == "cpu" and engine != "torch" and (encoder := _by_openvino(source, options)):
+    own_device = device_for_slot(device, 0, visible_gpus())
+    if own_device == NO_DEVICE:
+        raise ModelError(f"model {model}: this worker process is not one of those that load it")
+    if own_device == "cpu" and engine != "torch" and (encoder := _load_openvino(source, options)):
         return encoder
     if engine == "openvino":
-        raise ModelError(f"model {model} cannot be run by OpenVINO on {place}")
-    # Imported late: users of the dummy encoder do not pay for torch.
+        raise ModelError(f"model {model} cannot be run by OpenVINO on {own_device}")
+    # Imported here: users of the dummy or of the protocol do not load torch.
     from .torch import TorchEncoder
 
-    return TorchEncoder.load(source, device=place, **options._asdict())
+    return TorchEncoder.load(source, device=own_device, **options._asdict())
 
 
-def _by_openvino(source: ModelSource, options: _Options) -> Encoder | None:
-    """The encoder that needs no torch, or None where torch has to do."""
+def _load_openvino(source: ModelSource, options: _EngineOptions) -> Encoder | None:
+    """The OpenVINO encoder; None if torch has to run the model."""
     if importlib.util.find_spec("openvino") is None:
         return None
-    from .converted_models import NoEngine
+    from .converted_models import EngineUnavailable
     from .openvino import OpenVinoEncoder
 
     try:
         return OpenVinoEncoder.load(source, **options._asdict())
-    except NoEngine as error:
+    except EngineUnavailable as error:
         log.warning(
             "model.engine_fallback", extra={"model": source.name, "engine": "torch", "error": str(error)}
         )

@@ -34,11 +34,11 @@ class WriteAdmission(NamedTuple):
     """Whether a write may begin: `in`, `held` (another has what it wants), `closed` (for all), or `model`
     (the collection was rebuilt with another one).
 
-    `floors`: for each chapter that was replaced once, the version that it was last replaced by.
+    `min_versions`: for each chapter that was replaced once, the version that it was last replaced by.
     """
 
     verdict: Literal["in", "held", "closed", "model"]
-    floors: Mapping[str, int] = {}
+    min_versions: Mapping[str, int] = {}
     model: str = ""
 
 
@@ -48,10 +48,12 @@ class Fence(Protocol):
     def admit(self, intents: Sequence[WriteIntent]) -> list[WriteAdmission]:
         """Admit writes, each wholly or not at all. For an admitted write it renews the lease."""
 
-    def note(self, intent: WriteIntent, gone: Sequence[str], floors: Mapping[str, int]) -> None:
-        """Before rows are removed: raise the floors of the chapters held, and tell which ids are going."""
+    def record_removal(
+        self, intent: WriteIntent, gone: Sequence[str], min_versions: Mapping[str, int]
+    ) -> None:
+        """Before rows are removed: set the minimum versions of the held chapters, record the removed ids."""
 
-    def leave(self, intents: Sequence[WriteIntent]) -> None:
+    def release(self, intents: Sequence[WriteIntent]) -> None:
         """End writes that are finished; those that may still be on their way are left to their lease."""
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ class _Collection:
     def __init__(self) -> None:
         self.writers: dict[str, float] = {}
         self.held: dict[str, tuple[float, str]] = {}
-        self.floors: dict[str, int] = {}
+        self.min_versions: dict[str, int] = {}
         self.fields: dict[str, str] = {}
         self.epoch = 0
         self.lease_until = self.closed_until = 0.0
@@ -53,18 +53,22 @@ class MemoryFence:
         of.held |= dict.fromkeys(intent.held, (till, intent.owner))
         if of.journal is not None:
             of.journal |= set(intent.ids)
-        return WriteAdmission("in", {name: of.floors[name] for name in intent.chapters if name in of.floors})
+        return WriteAdmission(
+            "in", {name: of.min_versions[name] for name in intent.chapters if name in of.min_versions}
+        )
 
-    def note(self, intent: WriteIntent, gone: Sequence[str], floors: Mapping[str, int]) -> None:
-        """See `Fence.note`."""
+    def record_removal(
+        self, intent: WriteIntent, gone: Sequence[str], min_versions: Mapping[str, int]
+    ) -> None:
+        """See `Fence.record_removal`."""
         with self._lock:
             of = self._of(intent.collection)
-            of.floors |= floors
+            of.min_versions |= min_versions
             if of.journal is not None:
                 of.journal |= set(gone)
 
-    def leave(self, intents: Sequence[WriteIntent]) -> None:
-        """See `Fence.leave`."""
+    def release(self, intents: Sequence[WriteIntent]) -> None:
+        """See `Fence.release`."""
         with self._lock:
             for intent in intents:
                 of = self._of(intent.collection)

@@ -21,15 +21,17 @@ class RedisFence(ScriptedRedis):
         replies = self._all(intents, [_admit(intent) for intent in intents])
         return [_admission(intent, reply) for intent, reply in zip(intents, replies, strict=True)]
 
-    def note(self, intent: WriteIntent, gone: Sequence[str], floors: Mapping[str, int]) -> None:
-        """See `Fence.note`."""
+    def record_removal(
+        self, intent: WriteIntent, gone: Sequence[str], min_versions: Mapping[str, int]
+    ) -> None:
+        """See `Fence.record_removal`."""
         on = keys.writes_keys(intent.collection)
-        pairs = [part for chapter, version in floors.items() for part in (chapter, str(version))]
-        command = script("note", [on.floors, on.rebuild, on.journal], len(floors), *pairs, *gone)
+        pairs = [part for chapter, version in min_versions.items() for part in (chapter, str(version))]
+        command = script("note", [on.floors, on.rebuild, on.journal], len(min_versions), *pairs, *gone)
         self.one(on.rebuild, command)
 
-    def leave(self, intents: Sequence[WriteIntent]) -> None:
-        """See `Fence.leave`."""
+    def release(self, intents: Sequence[WriteIntent]) -> None:
+        """See `Fence.release`."""
         self._all(intents, [_leave(intent) for intent in intents])
 
     def _all(self, intents: Sequence[WriteIntent], commands: Sequence[Command]) -> list[Reply]:
@@ -109,8 +111,8 @@ def _admission(intent: WriteIntent, reply: Reply) -> WriteAdmission:
         return WriteAdmission("model", model=reply[1].decode())
     if reply[0] != b"in":
         return WriteAdmission("closed" if reply[0] == b"closed" else "held")
-    floors = zip(intent.chapters, reply[1:], strict=True)
-    return WriteAdmission("in", {chapter: int(floor) for chapter, floor in floors if floor is not None})
+    min_versions = zip(intent.chapters, reply[1:], strict=True)
+    return WriteAdmission("in", {chapter: int(floor) for chapter, floor in min_versions if floor is not None})
 
 
 def _fields(flat: Sequence[bytes]) -> dict[str, str]:

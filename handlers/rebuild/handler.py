@@ -7,7 +7,7 @@ from jobworker.worker import Job, PermanentError, StoreUnavailable, Unavailable
 
 from ..encoder.base import Encoder
 from ..encoder.find_model import ModelError
-from ..encoder.load import load_encoder
+from ..encoder.load import load_from_settings
 from ..jobstore.fence import Rebuilds
 from ..jobstore.open import open_rebuilds
 from ..settings import HandlerSettings
@@ -124,16 +124,8 @@ class IndexRebuild:
     def _load_model(self, name: str) -> NewModel | None:
         if not name:
             return None
-        settings = self._settings
         try:
-            encoder = load_encoder(
-                name,
-                settings.device,
-                threads=settings.threads,
-                long_text=settings.long_text,
-                token_budget=settings.token_budget,
-                dtype=settings.dtype,
-            )
+            encoder = load_from_settings(self._settings, name)
         except ModelError as error:
             raise PermanentError(str(error)) from error
         return NewModel(encoder.name, encoder.dim, lambda rows: embed_rows(encoder, rows))

@@ -13,11 +13,12 @@ import msgspec
 from jobworker.worker import Job, PermanentError, StoreUnavailable, Unavailable, span
 
 from ..encoder.base import Encoder, TextTooLong
-from ..encoder.load import load_encoder
+from ..encoder.load import load_from_settings
 from ..jobstore.fence import Fence
 from ..jobstore.open import open_fence, open_records
 from ..jobstore.records import Record, RecordKey, Records
 from ..settings import HandlerSettings
+from ..vectors.open import open_store
 from ..vectors.ports import AnyRow, EntityRow, Row, Vector, VectorStore
 from ..vectors.schema import DEFAULT_COLLECTION, clip
 from ..vectors.versioned_writer import VersionedWriter
@@ -86,15 +87,8 @@ class WriteBack:
         Raises ModelError, ConfigurationError or VectorStoreError if one of them cannot be used.
         """
         self._summary_chars = settings.summary_chars
-        self._encoder = self._given_encoder or load_encoder(
-            settings.model,
-            settings.device,
-            threads=settings.threads,
-            long_text=settings.long_text,
-            token_budget=settings.token_budget,
-            dtype=settings.dtype,
-        )
-        self._store = self._given_store or _open_store(settings)
+        self._encoder = self._given_encoder or load_from_settings(settings)
+        self._store = self._given_store or open_store(settings)
         self._records = self._given_records or open_records(settings.redis_url)
         fence = self._given_fence or open_fence(settings.redis_url)
         writer = VersionedWriter(self._store, fence, prefix=settings.milvus_prefix, model=self._encoder.name)
@@ -280,15 +274,3 @@ def _open_model(settings: HandlerSettings) -> FindingsSource | None:
     from .llm import open_model
 
     return open_model(settings)
-
-
-def _open_store(settings: HandlerSettings) -> VectorStore:
-    # Imported here: with a store given, pymilvus is not loaded.
-    from ..vectors.milvus.store import open_vectors
-
-    return open_vectors(
-        settings.milvus_uri,
-        token=settings.milvus_token or None,
-        prefix=settings.milvus_prefix,
-        partitions="named" if settings.milvus_partitions == "named" else "key",
-    )

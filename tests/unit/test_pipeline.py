@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.embedding.pipeline import MOST_WAITING, flow
+from jobworker.handlers.embedding.pipeline import MAX_WAITING, run_pipeline
 
 PAUSES_MS = st.lists(st.tuples(*[st.sampled_from([0, 0, 0, 1, 3])] * 3), max_size=12)
 
@@ -40,12 +40,12 @@ def test_order_and_one_call_of_a_stage_at_a_time(pauses: list[tuple[int, int, in
 
     def finish(items: list[int]) -> None:
         assert busy["finish"].acquire(blocking=False)
-        assert 1 <= len(items) <= MOST_WAITING
+        assert 1 <= len(items) <= MAX_WAITING
         pause(pauses[items[0]][2])
         finished.extend(items)
         busy["finish"].release()
 
-    flow(range(len(pauses)), prepare, compute, finish)
+    run_pipeline(range(len(pauses)), prepare, compute, finish)
     assert finished == list(range(len(pauses)))
 
 
@@ -61,7 +61,7 @@ def test_what_was_computed_while_the_last_stage_was_busy_is_finished_together() 
         calls.append(items)
         assert slow.wait(20)
 
-    flow(range(4), int, compute, finish)
+    run_pipeline(range(4), int, compute, finish)
     assert calls == [[0], [1, 2, 3]]
 
 
@@ -74,7 +74,7 @@ def test_what_a_stage_raises_is_raised_and_no_thread_is_left(stage: str, count: 
 
     before = threading.active_count()
     with pytest.raises(ValueError, match=stage):
-        flow(
+        run_pipeline(
             range(count),
             lambda item: fail("prepare") or item,  # type: ignore[func-returns-value]
             lambda item: fail("compute") or item,  # type: ignore[func-returns-value]
@@ -86,9 +86,11 @@ def test_what_a_stage_raises_is_raised_and_no_thread_is_left(stage: str, count: 
 def test_one_item_needs_no_thread() -> None:
     here = threading.current_thread()
     seen = []
-    flow([1], lambda item: seen.append(threading.current_thread()), lambda item: item, lambda items: None)
+    run_pipeline(
+        [1], lambda item: seen.append(threading.current_thread()), lambda item: item, lambda items: None
+    )
     assert seen == [here]
 
 
 def test_nothing_to_do() -> None:
-    flow([], int, int, lambda items: pytest.fail("called"))
+    run_pipeline([], int, int, lambda items: pytest.fail("called"))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobworker.handlers.embedding.payload import read_work
+from jobworker.handlers.embedding.payload import EmbedPayload
 from jobworker.handlers.encoder.base import DummyEncoder
 from jobworker.handlers.jobstore.fence import WriteIntent
 from jobworker.handlers.jobstore.memory_fence import MemoryFence
@@ -77,7 +77,7 @@ class World:
         intent = WriteIntent(ALIAS, "removal", "job", (id_,))
         if self.fence.admit([intent])[0].verdict == "in":
             self.store.delete(NAME, [id_], **SCOPE)
-            self.fence.leave([intent])
+            self.fence.release([intent])
             self.expected.pop(id_, None)
 
     def rebuild(self, entry: str = "1-0", id: str = "job", around: Any = None, **payload: Any) -> None:
@@ -361,7 +361,7 @@ def test_a_write_that_started_before_the_journal_is_not_lost() -> None:
         if name == "flush" and before and not state["writes"]:
             state["writes"] = 1
             world.store.upsert(NAME, late)
-            world.fence.leave([intent])
+            world.fence.release([intent])
 
     late = [Row("r0001", OLD.encode(["late"])[0], "t", "p", text_content="late")]
     intent = WriteIntent(ALIAS, "token", "owner", ("r0001",))
@@ -577,7 +577,7 @@ def test_all_job_types_accept_the_same_collection_names(prefix: str, name: str, 
     for read in (
         lambda: RebuildPayload.parse({"collection": name}, prefix).collection,
         lambda: (
-            read_work(
+            EmbedPayload.parse(
                 Job(
                     "j",
                     "embedding_batch",

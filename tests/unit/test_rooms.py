@@ -56,7 +56,7 @@ BELOW: dict[str, set[str]] = {
 #: Command modules import their face when they are called: `jobworker web` starts the page.
 BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}
 JOB_TYPES = {"embedding", "rebuild", "summaries", "audit"}
-SHARED_BELOW = {"jobstore": set(), "vectors": {"jobstore"}, "encoder": {"vectors"}}
+SHARED_BELOW = {"jobstore": set(), "vectors": {"jobstore"}, "encoder": {"vectors", "file_lock"}}
 #: What handlers may import of the engine besides the names in worker/__init__.py.
 PUBLIC = {"scripted_redis", "testing", "extension", "options", "data_dir"}
 #: Roles and the reader know the store by its ports only; these compose adapters.

@@ -1,4 +1,4 @@
-"""The cache of vectors saves work and does nothing else, whatever is done to its file."""
+"""Vector cache: no fault of its file fails a call or changes a vector."""
 
 import math
 import os
@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.handlers.embedding.vector_cache import (
-    LOG_BYTES,
     MIN_LIMIT_BYTES,
     PAUSE_S,
+    WAL_BYTES,
     Key,
     VectorCache,
-    key_of,
+    cache_key,
 )
 
 DIM = 16
@@ -32,7 +32,7 @@ def vector(number: int, dim: int = DIM) -> np.ndarray:
 
 
 def keys(*texts: str, tenant: str = "t001") -> list[Key]:
-    return [key_of(tenant, "model", text) for text in texts]
+    return [cache_key(tenant, "model", text) for text in texts]
 
 
 class Clock:
@@ -60,20 +60,18 @@ def cache(path: Path, clock: Clock) -> Iterator[VectorCache]:
 
 
 def edit(path: Path, sql: str, *values: object) -> None:
-    """Change the file behind the cache's back."""
+    """Change the file as another program does."""
     with sqlite3.connect(path) as db:
         db.execute(sql, values)
     db.close()
 
 
-def test_what_was_kept_is_found_bit_for_bit_also_by_another_process_and_counted(
-    cache: VectorCache, path: Path
-) -> None:
+def test_vectors_are_read_back_bit_identical_and_lookups_are_counted(cache: VectorCache, path: Path) -> None:
     one, two, three = keys("one", "two", "three")
-    cache.keep([(one, vector(1)), (two, vector(2))])
+    cache.put([(one, vector(1)), (two, vector(2))])
     counters: dict[str, int] = {"embedded_tokens": 7}
     other = VectorCache(path, DIM, MIN_LIMIT_BYTES, counters)
-    found = other.find([one, three, two, one])
+    found = other.lookup([one, three, two, one])
     other.close()
     assert set(found) == {one, two}
     assert found[two].tobytes() == vector(2).tobytes()
@@ -84,27 +82,27 @@ def test_what_was_kept_is_found_bit_for_bit_also_by_another_process_and_counted(
     st.lists(st.tuples(st.sampled_from(["t1", "t2"]), st.sampled_from(["m1", "m2"]), st.text()), unique=True)
 )
 def test_no_two_of_tenant_model_and_text_share_a_key(parts: list[tuple[str, str, str]]) -> None:
-    assert len({key_of(*part) for part in parts}) == len(parts)
+    assert len({cache_key(*part) for part in parts}) == len(parts)
 
 
 def test_a_tenant_with_the_longest_name_has_keys() -> None:
-    assert key_of("t" * 64, "model", "text") != key_of("t" * 63, "model", "text")
+    assert cache_key("t" * 64, "model", "text") != cache_key("t" * 63, "model", "text")
 
 
 def test_a_later_vector_replaces_the_earlier(cache: VectorCache) -> None:
     (one,) = keys("one")
-    cache.keep([(one, vector(1))])
-    cache.keep([(one, vector(2))])
-    assert np.array_equal(cache.find([one])[one], vector(2))
+    cache.put([(one, vector(1))])
+    cache.put([(one, vector(2))])
+    assert np.array_equal(cache.lookup([one])[one], vector(2))
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_what_is_no_number_is_not_kept(cache: VectorCache, number: float) -> None:
+def test_vectors_with_nan_or_infinity_are_not_cached(cache: VectorCache, number: float) -> None:
     one, two = keys("one", "two")
     bad = vector(1)
     bad[3] = number
-    cache.keep([(one, bad), (two, vector(2))])
-    assert list(cache.find([one, two])) == [two]
+    cache.put([(one, bad), (two, vector(2))])
+    assert list(cache.lookup([one, two])) == [two]
 
 
 @pytest.mark.parametrize(
@@ -121,25 +119,25 @@ def test_what_is_no_number_is_not_kept(cache: VectorCache, number: float) -> Non
         "UPDATE vectors SET id = 9223372036854775807 WHERE key = ?",
     ],
 )
-def test_an_entry_that_lies_is_a_miss_and_is_mended_by_the_next_one(
+def test_a_damaged_entry_is_a_miss_and_the_next_put_replaces_it(
     cache: VectorCache, path: Path, clock: Clock, sql: str
 ) -> None:
     one, two = keys("one", "two")
-    cache.keep([(one, vector(1)), (two, vector(2))])
+    cache.put([(one, vector(1)), (two, vector(2))])
     edit(path, sql, one)
-    found = cache.find([one, two])
+    found = cache.lookup([one, two])
     assert np.array_equal(found[two], vector(2))
     assert one not in found or np.array_equal(found[one], vector(1))
     clock.now += PAUSE_S
-    cache.keep([(one, vector(3))])
-    assert np.array_equal(cache.find([one])[one], vector(3))
+    cache.put([(one, vector(3))])
+    assert np.array_equal(cache.lookup([one])[one], vector(3))
 
 
 def test_one_dimension_never_gets_the_others_vectors(cache: VectorCache, path: Path) -> None:
     (one,) = keys("one")
-    cache.keep([(one, vector(1))])
+    cache.put([(one, vector(1))])
     wider = VectorCache(path, 2 * DIM, MIN_LIMIT_BYTES, {})
-    assert wider.find([one]) == {}
+    assert wider.lookup([one]) == {}
     wider.close()
 
 
@@ -161,118 +159,118 @@ def _scribble_behind(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_cut, _scribble, _scribble_behind])
 @pytest.mark.parametrize("running", [True, False])
-def test_a_damaged_file_is_begun_anew(
+def test_a_damaged_file_is_replaced(
     cache: VectorCache, path: Path, clock: Clock, damage: object, running: bool
 ) -> None:
     many = keys(*map(str, range(500)))
-    cache.keep([(key, vector(1)) for key in many])
-    cache.close()  # so that all is in the file and nothing in its log
+    cache.put([(key, vector(1)) for key in many])
+    cache.close()  # so that all entries are in the file and none in its log
     if running:
-        cache.find(many[:1])
+        cache.lookup(many[:1])
     damage(path)  # type: ignore[operator]
     for round_ in range(3):
-        cache.find(many)
-        cache.keep([(key, vector(round_)) for key in many])
+        cache.lookup(many)
+        cache.put([(key, vector(round_)) for key in many])
         clock.now += PAUSE_S
-    cache.keep([(many[0], vector(9))])
-    assert np.array_equal(cache.find(many[:1])[many[0]], vector(9))
+    cache.put([(many[0], vector(9))])
+    assert np.array_equal(cache.lookup(many[:1])[many[0]], vector(9))
 
 
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(parents=True), lambda path: path.parent.touch()])
-def test_where_no_file_can_be_made_all_is_missed_and_said_once(
+def test_without_a_usable_file_lookups_miss_and_one_warning_is_logged(
     cache: VectorCache, path: Path, clock: Clock, make: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     make(path)  # type: ignore[operator]
     (one,) = keys("one")
     for _ in range(5):
-        cache.keep([(one, vector(1))])
-        assert cache.find([one]) == {}
+        cache.put([(one, vector(1))])
+        assert cache.lookup([one]) == {}
     assert caplog.text.count("cache.paused") == 1
     clock.now += PAUSE_S
-    cache.find([one])
+    cache.lookup([one])
     assert caplog.text.count("cache.paused") == 2
 
 
-def test_a_file_of_another_layout_is_begun_anew(path: Path, cache: VectorCache) -> None:
+def test_a_file_with_another_layout_is_replaced(path: Path, cache: VectorCache) -> None:
     path.parent.mkdir()
     edit(path, "PRAGMA user_version = 99")
     (one,) = keys("one")
-    cache.keep([(one, vector(1))])
-    assert one in cache.find([one])
+    cache.put([(one, vector(1))])
+    assert one in cache.lookup([one])
 
 
-def test_a_file_that_somebody_else_writes_is_read_and_not_waited_for(cache: VectorCache, path: Path) -> None:
+def test_a_file_with_another_writer_is_read_without_waiting(cache: VectorCache, path: Path) -> None:
     one, two = keys("one", "two")
-    cache.keep([(one, vector(1))])
+    cache.put([(one, vector(1))])
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("BEGIN IMMEDIATE")
-    cache.keep([(two, vector(2))])
-    assert list(cache.find([one, two])) == [one]
+    cache.put([(two, vector(2))])
+    assert list(cache.lookup([one, two])) == [one]
     db.execute("ROLLBACK")
     db.close()
-    cache.keep([(two, vector(2))])
-    assert set(cache.find([one, two])) == {one, two}
+    cache.put([(two, vector(2))])
+    assert set(cache.lookup([one, two])) == {one, two}
 
 
 def size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.parent.iterdir())
 
 
-def test_it_stays_within_its_bytes_and_keeps_what_is_in_use(path: Path) -> None:
-    """Five times as much as there is room for goes through; one text is asked for all the time."""
+def test_the_file_stays_within_its_limit_and_keeps_used_entries(path: Path) -> None:
+    """Five times the limit is written, while one entry is looked up all the time."""
     dim, wide = 1024, {}
     cache = VectorCache(path, dim, 32 * 1024 * 1024, wide)
     used, *rest = keys("in use", *map(str, range(30_000)))
-    cache.keep([(used, vector(7, dim))])
+    cache.put([(used, vector(7, dim))])
     some = vector(1, dim)
     for start in range(0, len(rest), 300):
-        assert used in cache.find([used])
-        cache.keep([(key, some) for key in rest[start : start + 300]])
+        assert used in cache.lookup([used])
+        cache.put([(key, some) for key in rest[start : start + 300]])
         assert size(path) <= 32 * 1024 * 1024
-    kept = cache.find(rest)
+    kept = cache.lookup(rest)
     assert set(rest[-1000:]) <= kept.keys(), "the newest are there"
     room = 24 * 1024 * 1024 // (4 * dim)
     assert room // 2 < len(kept) <= room
     cache.close()
 
 
-def test_a_smaller_limit_begins_anew(path: Path) -> None:
+def test_a_smaller_limit_replaces_the_file(path: Path) -> None:
     large = VectorCache(path, 1024, 64 * 1024 * 1024, {})
     many = keys(*map(str, range(10_000)))
-    large.keep([(key, vector(1, 1024)) for key in many[:5000]])
+    large.put([(key, vector(1, 1024)) for key in many[:5000]])
     large.close()
     small = VectorCache(path, 1024, MIN_LIMIT_BYTES, {})
-    small.keep([(many[0], vector(2, 1024))])
-    assert list(small.find(many)) == [many[0]]
+    small.put([(many[0], vector(2, 1024))])
+    assert list(small.lookup(many)) == [many[0]]
     small.close()
     assert size(path) <= MIN_LIMIT_BYTES
 
 
-def test_more_at_once_than_there_is_room_for(path: Path) -> None:
+def test_a_put_larger_than_the_limit_is_truncated(path: Path) -> None:
     cache = VectorCache(path, 1024, 1, {})
     many = keys(*map(str, range(5000)))
-    cache.keep([(key, vector(1, 1024)) for key in many])
-    assert 500 < len(cache.find(many)) < 5000
+    cache.put([(key, vector(1, 1024)) for key in many])
+    assert 500 < len(cache.lookup(many)) < 5000
     assert size(path) <= MIN_LIMIT_BYTES
     cache.close()
 
 
 def test_the_file_is_for_its_user_only(cache: VectorCache, path: Path) -> None:
-    cache.keep([(keys("one")[0], vector(1))])
+    cache.put([(keys("one")[0], vector(1))])
     files = [file for file in path.parent.iterdir() if not file.name.endswith(".lock")]
     assert len(files) == 3, "file, log and its index"
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
-def test_several_threads(cache: VectorCache) -> None:
+def test_threads_share_a_cache(cache: VectorCache) -> None:
     texts = keys(*map(str, range(200)))
     wrong: list[Key] = []
 
     def work(first: int) -> None:
         for start in range(first, 200, 4):
             key = texts[start]
-            cache.keep([(key, vector(start))])
-            if not np.array_equal(cache.find([key])[key], vector(start)):
+            cache.put([(key, vector(start))])
+            if not np.array_equal(cache.lookup([key])[key], vector(start)):
                 wrong.append(key)
 
     threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
@@ -281,16 +279,17 @@ def test_several_threads(cache: VectorCache) -> None:
     for thread in threads:
         thread.join(30)
     assert not wrong
-    assert len(cache.find(texts)) == 200
+    assert len(cache.lookup(texts)) == 200
 
 
 WRITER = """
 import sys, numpy as np
 from pathlib import Path
-from jobworker.handlers.embedding.vector_cache import VectorCache, key_of
+from jobworker.handlers.embedding.vector_cache import VectorCache, cache_key
 cache = VectorCache(Path(sys.argv[1]), 16, 2**24, {})
 for number in range(10**9):
-    cache.keep([(key_of("t", "m", f"{number}/{row}"), np.full(16, number, np.float32)) for row in range(50)])
+    keys = [cache_key("t", "m", f"{number}/{row}") for row in range(50)]
+    cache.put([(key, np.full(16, number, np.float32)) for key in keys])
     if number == 5:
         print("going", flush=True)
 """
@@ -307,13 +306,13 @@ def test_killed_while_writing_it_leaves_a_file_that_is_read(path: Path) -> None:
         writer.wait(20)
         writer.stdout.close()
         cache = VectorCache(path, DIM, MIN_LIMIT_BYTES, {})
-        written = [key_of("t", "m", f"5/{row}") for row in range(50)]
-        assert len(cache.find(written)) == 50
+        written = [cache_key("t", "m", f"5/{row}") for row in range(50)]
+        assert len(cache.lookup(written)) == 50
         (one,) = keys("one")
-        cache.keep([(one, vector(1))])
-        assert one in cache.find([one])
+        cache.put([(one, vector(1))])
+        assert one in cache.lookup([one])
         cache.close()
 
 
 def test_the_log_is_within_the_limit() -> None:
-    assert LOG_BYTES < MIN_LIMIT_BYTES
+    assert WAL_BYTES < MIN_LIMIT_BYTES
