@@ -324,7 +324,7 @@ def test_a_crash_and_a_warning_are_events_too() -> None:
         import sys, threading, warnings
         from jobworker.worker.telemetry import log
         from jobworker.worker.settings import Settings
-        log.begin("reader", Settings(redis_url="redis://:hunter-2-hunter@h"), {})
+        log.configure("reader", Settings(redis_url="redis://:hunter-2-hunter@h"), {})
         warnings.warn("old")
         thread = threading.Thread(target=lambda: 1 / 0)
         thread.start(), thread.join()

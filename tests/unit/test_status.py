@@ -15,17 +15,17 @@ def totals(done: float, **flags: float) -> Totals:
 
 def test_how_it_does_at_a_glance() -> None:
     headline = StatusLine(8)
-    headline.make(totals(0), 100.0)
+    headline.render(totals(0), 100.0)
     assert not headline.due(101.0)
     assert headline.due(102.0)
-    assert headline.make(totals(1248), 104.0) == "8 workers, 312 jobs/s, 3 retrying, 4 dead"
-    assert headline.make(totals(1248), 106.0) == "8 workers, 0 jobs/s, 3 retrying, 4 dead"
+    assert headline.render(totals(1248), 104.0) == "8 workers, 312 jobs/s, 3 retrying, 4 dead"
+    assert headline.render(totals(1248), 106.0) == "8 workers, 0 jobs/s, 3 retrying, 4 dead"
 
 
 def test_the_first_rate_is_none() -> None:
-    assert StatusLine(1).make({}, 5.0) == "1 worker, 0 jobs/s, 0 retrying, 0 dead"
+    assert StatusLine(1).render({}, 5.0) == "1 worker, 0 jobs/s, 0 retrying, 0 dead"
 
 
 def test_what_waits_is_named() -> None:
-    line = StatusLine(1).make(totals(0, paused=1, opened=1), 5.0)
+    line = StatusLine(1).render(totals(0, paused=1, opened=1), 5.0)
     assert line.endswith("; a is paused; b waits for its dependency")

@@ -208,9 +208,12 @@ class _Unfailing(logging.StreamHandler):  # type: ignore[type-arg]
         super().close()
 
 
-def begin(role: str, settings: Settings, environment: Mapping[str, str]) -> None:
-    """What every process of the service does first: from here on all that it says is an event without
-    secrets, its warnings and the exception that ends it too."""
+def configure(role: str, settings: Settings, environment: Mapping[str, str]) -> None:
+    """Set up logging of a process of the service, before anything else.
+
+    Warnings and the exception that ends the process become log events too. Secrets are redacted in all of
+    them.
+    """
     hide(secrets_of(settings, environment))
     set_up(role, settings.log_level, settings.log_format)
     logging.captureWarnings(True)
