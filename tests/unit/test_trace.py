@@ -21,9 +21,9 @@ from jobworker.worker.handler import BoundHandler
 from jobworker.worker.store.memory.store import MemoryServer, MemoryStore
 from jobworker.worker.telemetry import trace
 from jobworker.worker.telemetry.current_job import current
-from jobworker.worker.telemetry.log import hide
+from jobworker.worker.telemetry.log import set_secrets
 from jobworker.worker.telemetry.otel import Spans, open_tracing
-from jobworker.worker.telemetry.otel_context import number_of, trace_id_of
+from jobworker.worker.telemetry.otel_context import derived_trace_id, stable_hash
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 SENDER = "00f067aa0ba902b7"
@@ -136,11 +136,11 @@ def test_spans_of_an_async_handler_hang_below_its_job(exporter: InMemorySpanExpo
         ({"trace_id": TRACE.upper()}, TRACE),
         ({"trace_id": "4bf92f35-77b3-4da6-a3ce-929d0e0e4736"}, TRACE),
         ({"trace_id": "a3ce929d0e0e4736"}, "0" * 16 + "a3ce929d0e0e4736"),
-        ({"trace_id": "chapter 7"}, f"{number_of('chapter 7', 16):032x}"),
-        ({"trace_id": "0" * 32}, f"{number_of('0' * 32, 16):032x}"),
+        ({"trace_id": "chapter 7"}, f"{stable_hash('chapter 7', 16):032x}"),
+        ({"trace_id": "0" * 32}, f"{stable_hash('0' * 32, 16):032x}"),
         ({"traceparent": "nonsense", "trace_id": TRACE}, TRACE),
-        ({"traceparent": "00-" + "0" * 32 + "-" + "0" * 16 + "-01"}, f"{number_of('j1', 16):032x}"),
-        (None, f"{number_of('j1', 16):032x}"),
+        ({"traceparent": "00-" + "0" * 32 + "-" + "0" * 16 + "-01"}, f"{stable_hash('j1', 16):032x}"),
+        (None, f"{stable_hash('j1', 16):032x}"),
     ],
 )
 def test_without_a_traceparent_the_trace_is_the_given_one_or_follows_from_the_job(
@@ -162,7 +162,7 @@ def test_ids_chosen_for_one_span_are_not_left_to_the_next(exporter: InMemorySpan
     spans = exporter.get_finished_spans()
     assert [f"{span.context.trace_id:032x}" for span in spans] == [
         TRACE,
-        f"{trace_id_of({}, 'b'):032x}",
+        f"{derived_trace_id({}, 'b'):032x}",
         TRACE,
     ]
     assert len({span.context.span_id for span in spans}) == 3
@@ -191,12 +191,12 @@ def test_what_is_not_sampled_is_not_sent_by_anybody(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_failure_marks_its_spans_and_shows_no_secret(exporter: InMemorySpanExporter) -> None:
-    hide(["sk-0123456789"])
+    set_secrets(["sk-0123456789"])
     handler = Single()
     handler.error = ConnectionError("redis://u:pw@h refused sk-0123456789")
     with pytest.raises(ConnectionError):
         watched(handler).handle(job(TRACEPARENT))
-    hide(())
+    set_secrets(())
     spans = sent(exporter)
     for name in ("process noop", "part"):
         assert spans[name].status.status_code is StatusCode.ERROR
@@ -247,7 +247,7 @@ def test_what_became_of_a_failed_try_is_told_though_the_worker_died(
     (span,) = sent(exporter).values()
     assert span.name == "worker died noop"
     assert (span.attributes or {})["jobworker.deaths"] == 2
-    assert above(span) == number_of(f"{STREAM} {ENTRY}", 8), "below the reader's"
+    assert above(span) == stable_hash(f"{STREAM} {ENTRY}", 8), "below the reader's"
     assert span.status.status_code is StatusCode.ERROR
 
 
