@@ -192,6 +192,20 @@ class TestExits:
         service.tick()
         assert service.child("reader") is oldest
 
+    def test_a_standby_waits_while_a_worker_is_at_its_imports(self, service: Service) -> None:
+        service.tick(1.0)
+        for child in service.living():
+            if not child.role:
+                child.exit("SIGKILL")
+        service.child("worker", 0).exit("SIGKILL")
+        service.tick(0.5)
+        started = len(service.all)
+        service.tick(0.4)
+        assert len(service.all) == started
+        service.tick(10.0)
+        assert len(service.all) == started + 1
+        assert not service.all[-1].role
+
 
 def standby(message: object) -> bool:
     """Whether a message is the one that makes a child a standby."""
@@ -280,8 +294,9 @@ class TestLimits:
         service.tick(5.1)
         service.channel(worker).running(0.0, 0.0)
         service.tick(1.0)
-        service.tick(1.0)
-        assert worker.signals == [signal.SIGUSR2]
+        run_job(service, worker, limit_s=5.0)
+        service.tick(5.1)
+        assert worker.signals == [signal.SIGUSR2] * 2, "the next job has a stack dump of its own"
 
     def test_a_job_over_the_memory_limit_is_killed_without_delay(self, make: Make) -> None:
         service = make(max_rss_mib=500).complete()
@@ -380,8 +395,12 @@ class TestRollingRestart:
         [{"max_jobs": 3}, {"max_age_s": 100.0}, {"max_rss_mib": 500}],
         ids=lambda one: next(iter(one)),
     )
-    def test_a_worker_over_its_limit_is_recycled(self, make: Make, options: dict[str, float]) -> None:
+    def test_a_worker_over_its_limit_is_recycled(
+        self, make: Make, options: dict[str, float], caplog: pytest.LogCaptureFixture
+    ) -> None:
         service = make(procs=1, **options).complete()
+        caplog.set_level("INFO")
+        caplog.clear()
         worker = service.child("worker", 0)
         service.tick()
         assert service.living("worker") == [worker]
@@ -390,6 +409,18 @@ class TestRollingRestart:
         service.tick(101.0)
         service.tick()
         assert len(service.living("worker")) == 2
+        assert [record.msg for record in caplog.records] == ["worker.recycle_due"]
+
+    def test_a_large_worker_is_recycled_only_while_it_is_idle(self, make: Make) -> None:
+        service = make(procs=1, max_rss_mib=500).complete()
+        worker = service.child("worker", 0)
+        run_job(service, worker, limit_s=60.0)
+        worker.used_mib = 501
+        service.tick()
+        assert not service.manager.restarting
+        service.channel(worker).running(0.0, 0.0)
+        service.tick()
+        assert service.manager.restarting
 
 
 class TestDrain:
