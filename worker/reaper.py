@@ -11,6 +11,7 @@ from .errors import StoreUnavailable
 from .ipc.control import ControlSocket, Drain, Ready
 from .keys import consumer_name
 from .settings import Settings
+from .store.backoff import ReconnectBackoff
 from .store.ports import Depths, ReaperStore
 from .telemetry.metrics import MetricsBuffer
 
@@ -24,7 +25,6 @@ _COUNT_EVERY_S = 2.0
 _TRIM_EVERY_S = 10.0
 #: Leases that a foreign consumer must have been silent for before its empty name is removed.
 _CONSUMER_GONE_LEASES = 20
-_BACKOFF_S = (0.05, 1.0)
 
 
 class Reaper:
@@ -43,10 +43,9 @@ class Reaper:
         self._settings = settings
         self._link = link
         self._mono_s = mono_s
-        self._rng = rng or random.Random()
         self._tally = MetricsBuffer()
         self._trouble: str | None = None
-        self._failures = 0
+        self._backoff = ReconnectBackoff(rng or random.Random())
         self._counted_at = -_COUNT_EVERY_S
         self._trimmed_at = mono_s()
 
@@ -56,7 +55,8 @@ class Reaper:
         while True:
             try:
                 sleep_s = self.run_once(self._mono_s())
-                self._trouble, self._failures = None, 0
+                self._trouble = None
+                self._backoff.reset()
                 ready = ready or self._link.send(Ready())
             except StoreUnavailable as error:
                 sleep_s = self._back_off(error)
@@ -105,10 +105,7 @@ class Reaper:
         if self._trouble is None:
             log.error("store.unavailable", extra={"error": str(error)})
         self._trouble = str(error)
-        first, longest = _BACKOFF_S
-        delay = min(longest, first * 2.0**self._failures) * self._rng.uniform(0.5, 1.0)
-        self._failures = min(self._failures + 1, 16)
-        return delay
+        return self._backoff.next_wait_s()
 
     def _told_to_stop(self, sleep_s: float) -> bool:
         """Sleep, listening to the supervisor. True when it says drain, or is gone."""
