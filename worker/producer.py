@@ -192,9 +192,9 @@ def _home_of(type: str) -> str:
 def _metadata(job: NewJob) -> dict[str, str] | None:
     """What the job was given, and the span that the caller is in, where he makes traces."""
     if "opentelemetry.sdk.trace" in sys.modules:
-        from .telemetry.otel_context import carried  # only then: it needs the library
+        from .telemetry.otel_context import with_traceparent  # only then: it needs the library
 
-        return carried(job.metadata)
+        return with_traceparent(job.metadata)
     return None if job.metadata is None else dict(job.metadata)
 
 

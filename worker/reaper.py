@@ -14,6 +14,7 @@ from .errors import StoreUnavailable
 from .ipc.control import ControlSocket, Drain, Ready
 from .keys import consumer_name
 from .settings import Settings
+from .store.backoff import ReconnectBackoff
 from .store.ports import Depths, ReaperStore
 from .telemetry.metrics import MetricsBuffer
 
@@ -27,8 +28,6 @@ _COUNT_INTERVAL_S = 2.0
 _TRIM_INTERVAL_S = 10.0
 #: A consumer of another service without pending entries is removed after so much silence (in leases).
 _IDLE_CONSUMER_LEASES = 20
-#: First and longest delay after an error of the store.
-_BACKOFF_S = (0.05, 1.0)
 
 
 class Reaper:
@@ -47,10 +46,9 @@ class Reaper:
         self._settings = settings
         self._control = control
         self._mono_s = mono_s
-        self._rng = rng or random.Random()
         self._metrics = MetricsBuffer()
         self._error: str | None = None
-        self._failures = 0
+        self._backoff = ReconnectBackoff(rng or random.Random())
         self._mono_counted_s = -_COUNT_INTERVAL_S
         self._mono_trimmed_s = mono_s()
 
@@ -60,7 +58,8 @@ class Reaper:
         while True:
             try:
                 sleep_s = self.run_once(self._mono_s())
-                self._error, self._failures = None, 0
+                self._error = None
+                self._backoff.reset()
                 ready = ready or self._control.send(Ready())
             except StoreUnavailable as error:
                 sleep_s = self._back_off(error)
@@ -111,10 +110,7 @@ class Reaper:
         if self._error is None:
             log.error("store.unavailable", extra={"error": str(error)})
         self._error = str(error)
-        first, longest = _BACKOFF_S
-        delay = min(longest, first * 2.0**self._failures) * self._rng.uniform(0.5, 1.0)
-        self._failures = min(self._failures + 1, 16)
-        return delay
+        return self._backoff.next_wait_s()
 
     def _drain_requested(self, sleep_s: float) -> bool:
         """Sleep, or less if the supervisor sends a message. True if it says drain or has exited."""

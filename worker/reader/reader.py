@@ -31,6 +31,7 @@ from ..ipc.control import (
 from ..ipc.marks import Marks
 from ..outcome import Reason
 from ..settings import Settings
+from ..store.backoff import ReconnectBackoff
 from ..store.ports import Entry, ReaderStore
 from ..telemetry import trace
 from ..telemetry.metrics import MetricsBuffer
@@ -55,8 +56,6 @@ _HOLD_EVERY_S = 2.0
 _NAME_EVERY_S = 0.5
 #: Entries that are read beyond jobs that wait for certain workers: the others may find work behind them.
 _LOOK_PAST = 1024
-#: First and longest wait after the store refused; short enough to be back within a second or so.
-_BACKOFF_S = (0.05, 1.0)
 
 
 class Reader:
@@ -97,7 +96,7 @@ class Reader:
         self._draining = False
         self._connected = False
         self._trouble: str | None = None
-        self._failures = 0
+        self._backoff = ReconnectBackoff(self._rng)
         self._retry_at = 0.0
         self._reported_at = 0.0
         self._pauses_refreshed_at = 0.0
@@ -132,7 +131,7 @@ class Reader:
             return self._wait(min(sleep_s, self._retry_at - now))
         try:
             self._tick(now, sleep_s)
-            self._failures = 0
+            self._backoff.reset()
             self._trouble = None
         except StoreUnavailable as error:
             self._back_off(error)
@@ -275,10 +274,7 @@ class Reader:
         self._stop_reading()
         self._marks.clear()
         self._connected = False
-        first, longest = _BACKOFF_S
-        delay = min(longest, first * 2.0**self._failures) * self._rng.uniform(0.5, 1.0)
-        self._failures = min(self._failures + 1, 16)
-        self._retry_at = self._mono_s() + delay
+        self._retry_at = self._mono_s() + self._backoff.next_wait_s()
         known, self._trouble = self._trouble is not None, str(error)
         if not known:
             log.error("store.unavailable", extra={"error": str(error)})
