@@ -1,11 +1,11 @@
-"""The parent: starts the roles and the embedded stores, watches and restarts them, ends them in order."""
+"""Supervisor: starts reader, reaper, workers and embedded servers, restarts them and stops them in order."""
 
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -31,18 +31,22 @@ from jobworker.worker.telemetry.prometheus import PrometheusCollector
 
 log = logging.getLogger("jobworker.supervisor")
 
-#: How long a data directory's lock may still be held by the stores of a service that has just died.
-_LOCK_WITHIN_S = 5.0
-#: The loop's longest sleep: how late a job's time limit is noticed at most.
+#: How long processes of a service that was just killed may still hold a lock.
+_LOCK_TIMEOUT_S = 5.0
+#: Longest sleep of the loop, and so the longest delay until an exceeded job timeout is detected.
 _TICK_S = 0.1
-#: Health says "not live" when the loop has not come round for this long.
-_LIVE_WITHIN_S = 10.0
-#: What the reader and reaper may need after the last worker has ended, beyond the drain time-out.
-_SETTLE_WITHIN_S = 5.0
+#: /healthz reports "not live" when the loop has not run for this long.
+_LIVE_TIMEOUT_S = 10.0
+#: Time for reader and reaper to settle after the last worker has exited, beyond the drain timeout.
+_SETTLE_TIMEOUT_S = 5.0
 
 
 class Supervisor:
-    """One loop: take signals and news in, hold the actual state to the desired one."""
+    """Main loop of the service: handles signals and messages, and keeps the processes in the desired state.
+
+    Only this loop changes the children. HTTP threads call `health`, and request the full status through a
+    `StatusMailbox`.
+    """
 
     def __init__(self, settings: Settings, data: DataDir | None, stores: Stores) -> None:
         self._settings = settings
@@ -50,62 +54,62 @@ class Supervisor:
         self._stores = stores
         self._metrics = PrometheusCollector()
         self._processes = ProcessManager(settings, self._metrics)
-        self._mono_turned_s = time.monotonic()
+        self._mono_last_tick_s = time.monotonic()
         self._mono_stop_by_s: float | None = None
-        self._said_ready = False
+        self._reported_ready = False
         self._progress = 0
         self._mailbox = StatusMailbox()
         self._status_line = StatusLine(settings.procs)
-        self._said_status = ""
+        self._reported_reasons = ""
         self._server = HealthServer(
-            parse_address(settings.metrics_addr), self._metrics, self.health, self._mailbox.ask
+            parse_address(settings.metrics_addr), self._metrics, self.health, self._mailbox.request
         )
 
     def run(self, queue: SignalQueue) -> Exit:
-        """Until told to stop or something fatal; whatever the way out, no child is left."""
+        """Run until a stop signal or a fatal error. No child is left, also after an exception."""
         try:
             return self._run(queue)
         finally:
-            self._processes.end_now()
+            self._processes.kill_all()
             self._stores.stop()
             self._server.close()
 
     def _run(self, queue: SignalQueue) -> Exit:
         log.info("health.listening", extra={"metrics_url": self._server.url, "pid": os.getpid()})
         while True:
-            now = self._mono_turned_s = time.monotonic()
-            self._mailbox.serve(self._status)
+            now = self._mono_last_tick_s = time.monotonic()
+            self._mailbox.answer(self._status)
             for number in queue.take():
-                if (verdict := self._signalled(number)) is not None:
-                    return verdict
-            if (verdict := self._stores.turn(now)) is not None:
-                return verdict
-            if self._stores.ready and (verdict := self._turn(now)) is not None:
-                return verdict
+                if (code := self._handle_signal(number)) is not None:
+                    return code
+            if (code := self._stores.turn(now)) is not None:
+                return code
+            if self._stores.ready and (code := self._tick(now)) is not None:
+                return code
             self._processes.wait(_TICK_S, queue)
 
-    def _turn(self, now: float) -> Exit | None:
+    def _tick(self, now: float) -> Exit | None:
         if not self._processes.started:
-            self._announce()
-        verdict = self._processes.turn(now)
-        if verdict is None and self._mono_stop_by_s is not None:
-            return self._draining(now)
-        self._tell_systemd(now)
-        return verdict
+            self._start_processes(now)
+        code = self._processes.tick(now)
+        if code is None and self._mono_stop_by_s is not None:
+            return self._continue_drain(now)
+        self._report(now)
+        return code
 
-    def _announce(self) -> None:
-        """The stores are up: from here on tools on this machine can find them."""
+    def _start_processes(self, now: float) -> None:
+        """Write endpoints.json for tools on this machine, then start the processes: the stores are up."""
         settings = self._stores.fill(self._settings)
         if self._data is not None:
             addresses = {name: getattr(settings, name) for name in ("redis_url", *extension().endpoints)}
             self._data.announce({**addresses, "metrics_url": self._server.url, "pid": os.getpid()})
-        self._processes.start(settings)
+        self._processes.start(settings, now)
 
-    def _signalled(self, number: signal.Signals) -> Exit | None:
+    def _handle_signal(self, number: signal.Signals) -> Exit | None:
         if number == signal.SIGHUP:
             log.info("restart.begun")
             reloading()
-            self._said_ready = False
+            self._reported_ready = False
             self._processes.restart_workers()
         elif number in (signal.SIGTERM, signal.SIGINT):
             if self._mono_stop_by_s is not None or not self._processes.started:
@@ -118,39 +122,41 @@ class Supervisor:
             self._processes.drain()
         return None
 
-    def _draining(self, now: float) -> Exit | None:
+    def _continue_drain(self, now: float) -> Exit | None:
         assert self._mono_stop_by_s is not None
-        notify(WATCHDOG="1")  # nothing is read any more, and the time for this is limited anyway
+        notify(WATCHDOG="1")  # a draining reader reports no progress, and the drain has a timeout of its own
         if self._processes.drained:
             log.info("supervisor.stopped")
             return Exit.STOPPED
         if now > self._mono_stop_by_s:
             self._processes.kill_workers()
-        if now > self._mono_stop_by_s + _SETTLE_WITHIN_S:
-            log.warning("drain.incomplete", extra={"hint": "what was not settled stays pending in Redis"})
+        if now > self._mono_stop_by_s + _SETTLE_TIMEOUT_S:
+            log.warning(
+                "drain.incomplete", extra={"hint": "unsettled jobs stay pending in Redis and run again"}
+            )
             return Exit.STOPPED
         return None
 
-    def _tell_systemd(self, now: float) -> None:
+    def _report(self, now: float) -> None:
         health = self.health()
         self._metrics.put([("z_novel_ready", (), float(health.ready))])
-        if health.ready and not self._said_ready and not self._processes.restarting:
-            self._said_ready = True
+        if health.ready and not self._reported_ready and not self._processes.restarting:
+            self._reported_ready = True
             notify(READY="1")
             log.info("service.ready", extra={"workers": self._settings.procs})
-        self._tell_status(health.reasons, now)
+        self._report_status(health.reasons, now)
         if self._progress != self._processes.progress:
             self._progress = self._processes.progress
             notify(WATCHDOG="1")
 
-    def _tell_status(self, reasons: list[str], now: float) -> None:
-        """Why it is not ready as soon as that changes; else how it does, now and then."""
-        if reasons and (text := "; ".join(reasons)) != self._said_status:
+    def _report_status(self, reasons: list[str], now: float) -> None:
+        """Send STATUS=: the reasons while not ready, as soon as they change; otherwise the status line."""
+        if reasons and (text := "; ".join(reasons)) != self._reported_reasons:
             notify(STATUS=text)
-            self._said_status = text
-        elif not reasons and (self._said_status or self._status_line.due(now)):
-            notify(STATUS=self._status_line.make(self._metrics.totals(), now))
-            self._said_status = ""
+            self._reported_reasons = text
+        elif not reasons and (self._reported_reasons or self._status_line.due(now)):
+            notify(STATUS=self._status_line.render(self._metrics.totals(), now))
+            self._reported_reasons = ""
 
     def _status(self) -> dict[str, Any]:
         health = self.health()
@@ -163,44 +169,57 @@ class Supervisor:
         }
 
     def health(self) -> Health:
-        """Asked by the HTTP threads."""
-        silent_s = time.monotonic() - self._mono_turned_s
+        """Liveness and readiness (loop and HTTP threads)."""
+        silent_s = time.monotonic() - self._mono_last_tick_s
         reasons = self._stores.reasons()
         if self._mono_stop_by_s is not None:
             reasons.append("stopping")
         reasons += self._processes.reasons()
-        if silent_s > _LIVE_WITHIN_S:
-            reasons.append(f"the supervisor's loop has not come round for {silent_s:.0f} s")
-        return Health(silent_s <= _LIVE_WITHIN_S, not reasons, reasons, {"workers": self._processes.states()})
+        if silent_s > _LIVE_TIMEOUT_S:
+            reasons.append(f"the supervisor's loop has not run for {silent_s:.0f} s")
+        live = silent_s <= _LIVE_TIMEOUT_S
+        return Health(live, not reasons, reasons, {"workers": self._processes.states()})
 
 
 def _open_data_dir(settings: Settings) -> DataDir:
-    """Lock the data directory. Raises `ConfigurationError` where another service holds it."""
+    """Lock the data directory. Raises ConfigurationError if another service holds it."""
     data = DataDir(settings.data_dir)
-    give_up_at = time.monotonic() + _LOCK_WITHIN_S
-    while not data.lock():
-        holder = data.endpoints().get("pid", 0)
-        if os.path.exists(f"/proc/{holder}") or time.monotonic() > give_up_at:
-            raise ConfigurationError(
-                f"data directory {data.path} is held by another service (pid {holder}): "
-                "stop that one, or give this one its own --data-dir"
-            )
-        time.sleep(0.05)  # a file lock held by a dying process offers no event with a deadline
+    holder_pid = _wait_for_lock(data.lock, lambda: data.endpoints().get("pid", 0))
+    if holder_pid is not None:
+        raise ConfigurationError(
+            f"data directory {data.path} is held by another service (pid {holder_pid}): "
+            "stop that one, or give this one its own --data-dir"
+        )
     return data
+
+
+def _wait_for_lock(try_lock: Callable[[], bool], read_holder_pid: Callable[[], int]) -> int | None:
+    """Lock, waiting for processes of a killed service to exit. Returns the holder's pid if that fails.
+
+    A holder that is alive is not waited for: it is another service. The pid is 0 if it is unknown.
+    """
+    mono_give_up_s = time.monotonic() + _LOCK_TIMEOUT_S
+    while not try_lock():
+        pid = read_holder_pid()
+        if os.path.exists(f"/proc/{pid}") or time.monotonic() > mono_give_up_s:
+            return pid
+        time.sleep(0.05)  # the lock of an exiting process offers no event to wait for
+    return None
 
 
 @contextmanager
 def _instance_lock(settings: Settings) -> Iterator[Holder]:
-    """Hold the instance's lock file. Raises `ConfigurationError` where a service of this directory has it.
+    """Hold the lock file of the instance; yields this start of the service.
 
-    The job store decides who has the name; without a usable file only a restart after a crash is slower.
+    Raises ConfigurationError if a service with this data directory holds it. The job store decides who has
+    the name: without a usable file, only a restart after a crash is slower.
     """
     with ExitStack() as cleanup:
         try:
             lock = InstanceLock(settings)
             cleanup.callback(lock.close)
-            _take(lock, settings.instance)
-            holder = lock.sign()
+            _take_instance(lock, settings.instance)
+            holder = lock.record_start()
         except OSError as error:
             log.warning(
                 "instance.no_lock_file",
@@ -210,16 +229,13 @@ def _instance_lock(settings: Settings) -> Iterator[Holder]:
         yield holder
 
 
-def _take(lock: InstanceLock, instance: str) -> None:
-    give_up_at = time.monotonic() + _LOCK_WITHIN_S
-    while not lock.take():
-        pid = lock.holder_pid()
-        if os.path.exists(f"/proc/{pid}") or time.monotonic() > give_up_at:
-            raise ConfigurationError(
-                f"instance {instance!r} is held by pid {pid} in data directory {lock.folder}: "
-                "stop that service, or give this one its own --instance"
-            )
-        time.sleep(0.05)  # a file lock held by a dying process offers no event with a deadline
+def _take_instance(lock: InstanceLock, instance: str) -> None:
+    holder_pid = _wait_for_lock(lock.try_lock, lock.holder_pid)
+    if holder_pid is not None:
+        raise ConfigurationError(
+            f"instance {instance!r} is held by pid {holder_pid} in data directory {lock.folder}: "
+            "stop that service, or give this one its own --instance"
+        )
 
 
 def _supervise(settings: Settings, queue: SignalQueue) -> Exit:
@@ -246,7 +262,7 @@ def main(**options: Any) -> None:
     try:
         settings = settings_from(options, sys.stderr.isatty())
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
-        logs.begin("supervisor", settings, os.environ)
+        logs.configure("supervisor", settings, os.environ)
         with SignalQueue(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD) as queue:
             sys.exit(_supervise(settings, queue))
     except ConfigurationError as error:

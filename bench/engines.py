@@ -28,7 +28,7 @@ from rig import say
 
 from jobworker.handlers.encoder.find_model import default_model
 from jobworker.handlers.encoder.load import load_encoder
-from jobworker.handlers.encoder.precision_check import worst_cosine
+from jobworker.handlers.encoder.precision_check import min_cosine
 
 Report = dict[str, Any]
 # Timeout in seconds: a compile takes minutes on a slow machine.
@@ -56,7 +56,7 @@ def _onnx(model: str, threads: int) -> Any:
     """ONNX Runtime on a graph exported from the torch module; only the forward pass differs from ours."""
     import torch
 
-    from jobworker.handlers.encoder.convert import _Traced
+    from jobworker.handlers.encoder.convert import _TraceableModel
 
     # An optional dependency of this benchmark only.
     onnxruntime: Any = importlib.import_module("onnxruntime")
@@ -67,7 +67,7 @@ def _onnx(model: str, threads: int) -> Any:
     with tempfile.TemporaryDirectory(prefix="jobworker-bench") as folder, torch.inference_mode():
         path = f"{folder}/model.onnx"
         example = tuple(features[name] for name in names)
-        traced = _Traced(encoder).eval()
+        traced = _TraceableModel(encoder).eval()
         torch.onnx.export(
             traced, example, path, input_names=names, output_names=["vectors"],
             dynamic_shapes=(free, free), dynamo=True,
@@ -202,7 +202,7 @@ def compare(texts: list[str], model: str, threads: int, rounds: int, python_of: 
                 seconds[engine].append(engines[engine].turn())
             gflops.append(_product_gflops())
         exact = np.load(folder / f"{_EXACT}.npy")
-        cosines = {engine: worst_cosine(np.load(folder / f"{engine}.npy"), exact) for engine in engines}
+        cosines = {engine: min_cosine(np.load(folder / f"{engine}.npy"), exact) for engine in engines}
     summaries = {engine: _summary(about[engine], some, cosines[engine]) for engine, some in seconds.items()}
     return {"product_gflops": round(max(gflops), 1), "engines": summaries}
 

@@ -25,7 +25,7 @@ from hosts import format_facts, machine_facts, table
 
 from jobworker.handlers.encoder.find_model import find_model
 from jobworker.handlers.encoder.packing import pack, padding_share
-from jobworker.handlers.encoder.precision_check import worst_cosine
+from jobworker.handlers.encoder.precision_check import min_cosine
 from jobworker.handlers.encoder.torch import TorchEncoder
 
 Report = dict[str, Any]
@@ -109,7 +109,7 @@ def ours(folder: Path, shape: Shape, loads: dict[str, list[str]], device: str, r
         del encoder  # before the next one is loaded
     for loads_of in found.values():
         for load, one in loads_of.items():
-            one["least_cosine"] = round(worst_cosine(one.pop("vectors"), exact[load]), 6)
+            one["least_cosine"] = round(min_cosine(one.pop("vectors"), exact[load]), 6)
     return found
 
 

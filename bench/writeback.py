@@ -31,7 +31,8 @@ from hosts import format_facts, host_facts, roles_of
 from llm_stub import llm_stub
 from rig import LIMIT_S, connect, say
 
-from jobworker.handlers.jobstore.open import open_fence, open_records
+from jobworker.handlers.jobstore.memory_fence import MemoryFence
+from jobworker.handlers.jobstore.memory_records import MemoryRecords
 from jobworker.handlers.jobstore.records import RecordKey
 from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.summaries.handler import WriteBack
@@ -212,8 +213,8 @@ def read_chapters(path: Path) -> list[dict[str, Any]]:
 
 def summarise(chapters: list[dict[str, Any]], settings: HandlerSettings) -> list[dict[str, Any]]:
     """Summarise each chapter in the handler; with the seconds from payload to record and row."""
-    records = open_records("")
-    handler = WriteBack(store=MemoryVectors(), records=records, fence=open_fence(""))
+    records = MemoryRecords()
+    handler = WriteBack(store=MemoryVectors(), records=records, fence=MemoryFence())
     handler.setup(settings)
     found = []
     for number, chapter in enumerate(chapters):

@@ -56,7 +56,7 @@ def main() -> int:
         settings = replace(settings, device=_place(settings, start.slot))
     name = start.role if start.role != "worker" else f"worker {start.slot}"
     setproctitle.setproctitle(f"jobworker: {name} [{settings.instance}]")
-    logs.begin(name, settings, os.environ)
+    logs.configure(name, settings, os.environ)
     _begin_tracing(name, settings)
     # Ctrl-C and a terminal's end reach the whole group; only the supervisor decides what they mean.
     for number in (signal.SIGINT, signal.SIGHUP):

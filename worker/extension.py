@@ -5,15 +5,18 @@ declared in `jobworker.handlers`, as plain values: strings name what is heavy, s
 nothing.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from .errors import ConfigurationError
 from .keys import Source
 
-__all__ = ["Extension", "Metric", "Progress", "Source", "extension", "imported"]
+__all__ = ["Extension", "Metric", "Progress", "Source", "create", "extension", "imported"]
 
 #: The package whose ``EXTENSION`` the engine uses.
 _PACKAGE = "jobworker.handlers"
@@ -77,3 +80,17 @@ def imported(target: str) -> Any:
     """The class or function that ``module:name`` says, imported now."""
     module, _, name = target.partition(":")
     return getattr(import_module(module), name)
+
+
+def create(target: str, label: str) -> Any:
+    """An instance of the class that a user names by ``module:Class``, created without arguments.
+
+    Modules in the current directory can be imported, as with `python -m`. Raises `ConfigurationError`, which
+    starts with ``label`` and the target, if there is no such class.
+    """
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return imported(target)()
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"{label} {target}: {error}") from error

@@ -1,14 +1,11 @@
 """Handlers: their interface, and how a type's name becomes one inside a worker."""
 
 import functools
-import importlib
 import inspect
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import AsyncGeneratorType, GeneratorType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -16,6 +13,7 @@ from .devices import NO_DEVICE
 from .envelope import Job
 from .errors import ConfigurationError, PermanentError
 from .event_loop import EventLoop
+from .extension import create
 from .settings import Settings
 
 #: The members that a worker calls. Each is a plain function or an async one.
@@ -271,14 +269,7 @@ def set_up(
 
 
 def _make(target: str) -> Any:
-    module_name, _, class_name = target.partition(":")
-    # As `python -m` does: a handler beside the place where the service was started is found.
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        handler = getattr(importlib.import_module(module_name), class_name)()
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"handler {target}: {error}") from error
+    handler = create(target, "handler")
     if not (hasattr(handler, "handle") or hasattr(handler, "handle_batch")):
         raise ConfigurationError(f"handler {target} has neither handle(job) nor handle_batch(jobs)")
     return handler

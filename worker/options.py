@@ -11,7 +11,15 @@ import click
 from .errors import ConfigurationError
 from .extension import extension
 from .outcome import RetryPolicy
-from .settings import Settings, cores, parse_address, parse_handler, parse_source, settings_class
+from .settings import (
+    MAX_PAYLOAD_BYTES,
+    Settings,
+    cores,
+    parse_address,
+    parse_handler,
+    parse_source,
+    settings_class,
+)
 
 ENV_PREFIX = "JOBWORKER"
 SECONDS = click.FloatRange(min=0, min_open=True)
@@ -109,7 +117,7 @@ _WORK = [
             "replaced when idle; 0 for no limit.", 0, click.IntRange(0)),
     option("--max-jobs", "Replace a worker after this number of jobs; 0 for never.", 0, click.IntRange(0)),
     option("--max-age", "Replace a worker after this many seconds; 0 for never.", 0.0, click.FloatRange(0)),
-    option("--max-payload", "Largest job in bytes; larger ones are dead-lettered unread.", 8 * 1024 * 1024,
+    option("--max-payload", "Largest job in bytes; larger ones are dead-lettered unread.", MAX_PAYLOAD_BYTES,
             click.IntRange(1024, 512 * 1024 * 1024)),
     option("--max-retries", "Retries of a job before it is dead-lettered.", 3, click.IntRange(0)),
     option("--retry-initial", "Backoff = initial * multiplier ** retry count (seconds).", 1.0, SECONDS),

@@ -24,10 +24,9 @@ from .envelope import (
 )
 from .errors import MalformedJob
 from .extension import extension
+from .settings import MAX_PAYLOAD_BYTES
 from .store.ports import ProducerStore
 
-#: The service's own default of `max_payload`: what is larger would be dead-lettered at once.
-MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
 #: Jobs held back for one pipeline: enough to hide the round trip, little to lose when it fails.
 _BATCH_JOBS = 1000
 
@@ -162,6 +161,7 @@ class Producer:
                 timeout=None if job.timeout is None else _seconds("timeout", job.timeout),
             )
         )
+        # A service with the default limit would dead-letter it at once.
         if len(data) > MAX_PAYLOAD_BYTES:
             raise ValueError(f"job {id} is {len(data)} bytes of JSON, more than {MAX_PAYLOAD_BYTES}")
         if isinstance(job.payload, msgspec.Raw) or data.count(b"[") + data.count(b"{") > _NESTING_LOOKED_AT:
@@ -192,9 +192,9 @@ def _home_of(type: str) -> str:
 def _metadata(job: NewJob) -> dict[str, str] | None:
     """What the job was given, and the span that the caller is in, where he makes traces."""
     if "opentelemetry.sdk.trace" in sys.modules:
-        from .telemetry.otel_context import carried  # only then: it needs the library
+        from .telemetry.otel_context import with_traceparent  # only then: it needs the library
 
-        return carried(job.metadata)
+        return with_traceparent(job.metadata)
     return None if job.metadata is None else dict(job.metadata)
 
 

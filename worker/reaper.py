@@ -1,5 +1,8 @@
-"""The reaper role: promotes due retries, trims streams, removes idle consumers. It does not recover jobs of
-dead workers: the reader does."""
+"""The reaper role: promotes due retries, trims streams, removes idle consumers, reports queue depths.
+
+It does not recover jobs of dead workers: the reader does. Reapers of several hosts may run at once, because
+each step is atomic in the store.
+"""
 
 import logging
 import random
@@ -11,90 +14,92 @@ from .errors import StoreUnavailable
 from .ipc.control import ControlSocket, Drain, Ready
 from .keys import consumer_name
 from .settings import Settings
+from .store.backoff import ReconnectBackoff
 from .store.ports import Depths, ReaperStore
 from .telemetry.metrics import MetricsBuffer
 
 log = logging.getLogger("jobworker.reaper")
 
-#: Longest sleep: a retry may be scheduled by another host at any moment, with a due time before ours.
-_LOOK_EVERY_S = 0.5
-#: Retries moved in one atomic step: short enough not to hold the server up.
-_PROMOTE_AT_ONCE = 200
-_COUNT_EVERY_S = 2.0
-_TRIM_EVERY_S = 10.0
-#: Leases that a foreign consumer must have been silent for before its empty name is removed.
-_CONSUMER_GONE_LEASES = 20
-_BACKOFF_S = (0.05, 1.0)
+#: Longest sleep: another host may schedule a retry at any moment that is due before those we know.
+_POLL_INTERVAL_S = 0.5
+#: Retries per atomic step: a few ms in which the server runs nothing else.
+_PROMOTE_BATCH = 200
+_COUNT_INTERVAL_S = 2.0
+_TRIM_INTERVAL_S = 10.0
+#: A consumer of another service without pending entries is removed after so much silence (in leases).
+_IDLE_CONSUMER_LEASES = 20
 
 
 class Reaper:
-    """The role. `run` returns when told to drain."""
+    """Loop of the reaper process. It survives an unavailable store: it retries with backoff."""
 
     def __init__(
         self,
         store: ReaperStore,
         settings: Settings,
-        link: ControlSocket,
+        control: ControlSocket,
         *,
         mono_s: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
         self._store = store
         self._settings = settings
-        self._link = link
+        self._control = control
         self._mono_s = mono_s
-        self._rng = rng or random.Random()
-        self._tally = MetricsBuffer()
-        self._trouble: str | None = None
-        self._failures = 0
-        self._counted_at = -_COUNT_EVERY_S
-        self._trimmed_at = mono_s()
+        self._metrics = MetricsBuffer()
+        self._error: str | None = None
+        self._backoff = ReconnectBackoff(rng or random.Random())
+        self._mono_counted_s = -_COUNT_INTERVAL_S
+        self._mono_trimmed_s = mono_s()
 
     def run(self) -> None:
-        """Sleep until the next retry is due, move it, now and then count and trim."""
+        """Run cycles until the supervisor says drain or exits."""
         ready = False
         while True:
             try:
                 sleep_s = self.run_once(self._mono_s())
-                self._trouble, self._failures = None, 0
-                ready = ready or self._link.send(Ready())
+                self._error = None
+                self._backoff.reset()
+                ready = ready or self._control.send(Ready())
             except StoreUnavailable as error:
                 sleep_s = self._back_off(error)
-            self._link.report(self._tally, self._trouble)
-            if self._told_to_stop(sleep_s):
+            self._control.report(self._metrics, self._error)
+            if self._drain_requested(sleep_s):
                 self._store.close()
                 return
 
-    def run_once(self, now: float) -> float:
-        """Do everything that is due; returns how long to sleep (seconds). Raises as the store does."""
-        sleep_s = min([_LOOK_EVERY_S, *(self._promote(source.stream) for source in self._settings.streams)])
-        if now - self._counted_at >= _COUNT_EVERY_S:
-            self._counted_at = now
+    def run_once(self, mono_now_s: float) -> float:
+        """Run one cycle; returns seconds until the next. Raises `StoreUnavailable`."""
+        sleep_s = min(
+            [_POLL_INTERVAL_S, *(self._promote(source.stream) for source in self._settings.streams)]
+        )
+        if mono_now_s - self._mono_counted_s >= _COUNT_INTERVAL_S:
+            self._mono_counted_s = mono_now_s
             self._count()
-        if now - self._trimmed_at >= _TRIM_EVERY_S:
-            self._trimmed_at = now
-            self._tidy()
+        if mono_now_s - self._mono_trimmed_s >= _TRIM_INTERVAL_S:
+            self._mono_trimmed_s = mono_now_s
+            self._trim()
         return sleep_s
 
     def _promote(self, stream: str) -> float:
-        """Move all that is due; returns seconds until the next."""
+        """Move all due retries; returns seconds until the next is due."""
         while True:
-            moved, next_due_s = self._store.promote(stream, _PROMOTE_AT_ONCE)
-            if moved < _PROMOTE_AT_ONCE:
-                return _LOOK_EVERY_S if next_due_s is None else max(0.0, next_due_s)
+            moved, next_due_s = self._store.promote(stream, _PROMOTE_BATCH)
+            if moved < _PROMOTE_BATCH:
+                return _POLL_INTERVAL_S if next_due_s is None else max(0.0, next_due_s)
 
     def _count(self) -> None:
         for source in self._settings.streams:
             depths = self._store.depths(source)
             for name, labels, value in _gauges(source.stream, source.group, depths):
-                self._tally.gauge(name, labels, value)
+                self._metrics.gauge(name, labels, value)
 
-    def _tidy(self) -> None:
-        me = consumer_name(self._settings.host, self._settings.instance)
-        idle_ms = int(self._settings.lease_s * 1000 * _CONSUMER_GONE_LEASES)
+    def _trim(self) -> None:
+        own_name = consumer_name(self._settings.host, self._settings.instance)
+        idle_ms = int(self._settings.lease_s * 1000 * _IDLE_CONSUMER_LEASES)
         for source in self._settings.streams:
             trimmed = self._store.trim(source.stream)
-            removed = self._store.remove_idle_consumers(source, me, idle_ms)
+            removed = self._store.remove_idle_consumers(source, own_name, idle_ms)
             if trimmed or removed:
                 log.debug(
                     "stream.trimmed",
@@ -102,19 +107,16 @@ class Reaper:
                 )
 
     def _back_off(self, error: StoreUnavailable) -> float:
-        if self._trouble is None:
+        if self._error is None:
             log.error("store.unavailable", extra={"error": str(error)})
-        self._trouble = str(error)
-        first, longest = _BACKOFF_S
-        delay = min(longest, first * 2.0**self._failures) * self._rng.uniform(0.5, 1.0)
-        self._failures = min(self._failures + 1, 16)
-        return delay
+        self._error = str(error)
+        return self._backoff.next_wait_s()
 
-    def _told_to_stop(self, sleep_s: float) -> bool:
-        """Sleep, listening to the supervisor. True when it says drain, or is gone."""
-        select.select([self._link], [], [], sleep_s)
+    def _drain_requested(self, sleep_s: float) -> bool:
+        """Sleep, or less if the supervisor sends a message. True if it says drain or has exited."""
+        select.select([self._control], [], [], sleep_s)
         try:
-            while (received := self._link.receive()) is not None:
+            while (received := self._control.receive()) is not None:
                 if isinstance(received[0], Drain):
                     return True
         except EOFError:

@@ -1,6 +1,7 @@
-"""A Redis client for handlers that keep state beside the jobs: by URL, through Lua scripts of their own.
+"""Redis client for handlers that keep state in the job store, with Lua scripts of their own.
 
-It takes every form of ``--redis-url`` (single server, Sentinel, Cluster, TLS) and has the service's timeouts.
+It accepts every form of ``--redis-url`` (single server, Sentinel, Cluster, TLS) and has the service's
+timeouts. One thread uses a client.
 """
 
 from .store.redis.base import RedisStoreBase as ScriptedRedis

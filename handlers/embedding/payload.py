@@ -6,14 +6,12 @@ from typing import Any, NamedTuple
 from jobworker.worker import Job, PermanentError
 
 from ..vectors.ports import Row, Vector
-from ..vectors.schema import DEFAULT_COLLECTION, ID, INT64_MAX, INT64_MIN, clip, plain_name
+from ..vectors.schema import DEFAULT_COLLECTION, ID, INT64_MAX, INT64_MIN, clip, plain_name, shown
 
 # Limit of the collection's VARCHAR field, which Milvus counts in UTF-8 bytes.
 SEGMENT_TYPE_LIMIT_BYTES = 32
 # All vectors of a job are in memory at once: 200 MB at 1024 dimensions. No chapter comes near this number.
 MAX_TEXTS = 50_000
-# Length of an invalid value in an error message.
-QUOTED_CHARS = 80
 
 
 class EmbedPayload(NamedTuple):
@@ -41,7 +39,7 @@ class EmbedPayload(NamedTuple):
         """
         payload = job.payload
         if not isinstance(payload, dict):
-            raise PermanentError(f"payload must be an object, not {_quoted(payload)}")
+            raise PermanentError(f"payload must be an object, not {shown(payload)}")
         for field, owner in (("tenant_id", job.tenant_id), ("project_id", job.project_id)):
             _check_owner(field, owner, payload.get(field))
         ids = _column(payload, "ids", None, _id)
@@ -102,9 +100,9 @@ _Rule = Callable[[Any], str | None]
 
 def _check_owner(field: str, envelope: str, payload: Any) -> None:
     if not ID.fullmatch(envelope):
-        raise PermanentError(f"{field} of the job must match {ID.pattern}, not {_quoted(envelope)}")
+        raise PermanentError(f"{field} of the job must match {ID.pattern}, not {shown(envelope)}")
     if payload not in (None, "", envelope):
-        raise PermanentError(f"{field} of the payload is {_quoted(payload)}, of the job {_quoted(envelope)}")
+        raise PermanentError(f"{field} of the payload is {shown(payload)}, of the job {shown(envelope)}")
 
 
 def _column(payload: dict[str, Any], field: str, count: int | None, rule: _Rule) -> list[Any]:
@@ -113,7 +111,7 @@ def _column(payload: dict[str, Any], field: str, count: int | None, rule: _Rule)
     # Go encodes a nil slice as null.
     values = [] if payload[field] is None else payload[field]
     if not isinstance(values, list):
-        raise PermanentError(f"{field} must be a list, not {_quoted(values)}")
+        raise PermanentError(f"{field} must be a list, not {shown(values)}")
     if len(values) > MAX_TEXTS:
         raise PermanentError(f"{field} has {len(values)} entries, a job may have {MAX_TEXTS}: send several")
     if count is not None and len(values) != count:
@@ -137,7 +135,7 @@ def _value(payload: dict[str, Any], field: str, default: Any) -> Any:
 def _check(name: str, value: Any, rule: _Rule) -> Any:
     wanted = rule(value)
     if wanted is not None:
-        raise PermanentError(f"{name} must be {wanted}, not {_quoted(value)}")
+        raise PermanentError(f"{name} must be {wanted}, not {shown(value)}")
     return value
 
 
@@ -177,8 +175,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _quoted(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= QUOTED_CHARS else text[:QUOTED_CHARS] + "…"

@@ -1,1 +1,1 @@
-"""Models that turn texts into vectors."""
+"""Encoders: models that turn texts into vectors."""

@@ -1,4 +1,4 @@
-"""Turns a sentence-transformers model into a graph for OpenVINO: a program of its own, run once a model.
+"""Program that converts a sentence-transformers model to an OpenVINO graph; run once a model.
 
 ``python -m jobworker.handlers.encoder.convert NAME FOLDER REVISION TARGET``
 """
@@ -18,25 +18,25 @@ from .base import batch_arrays
 from .converted_models import Card, Weight
 from .find_model import ModelSource
 from .openvino import REFERENCE, TOKENIZER
-from .openvino_session import MODEL, PRECISION, WEIGHTS, OpenVinoSession, openvino, supported
-from .precision_check import SENTENCES, WORTH_IT, cpu_s, exact_enough
+from .openvino_session import MODEL, PRECISION, WEIGHTS, OpenVinoSession, openvino, supported_dtypes
+from .precision_check import MIN_SPEEDUP, SENTENCES, cpu_time_s, is_exact
 from .torch import TorchEncoder
 
-# Matrices of less than this in all stay inside the graph: each process then has its own copy, laid out for
-# its processor, and is faster by 2 or 3 % (bench/engines.py). From here on memory counts more.
+# With fewer bytes of matrices, they stay inside the graph: each process then has its own copy in the
+# processor's layout and is faster by 2 or 3 % (bench/engines.py). With more, memory matters more.
 SHARE_FROM_BYTES = 128 * 1024 * 1024
-# Smaller ones are not worth an input of their own.
+# Smaller matrices stay in the graph: the gain is less than the overhead of an input.
 MATRIX_BYTES = 64 * 1024
-# A page, so that no matrix begins in the middle of another's.
+# One memory page, so that no two matrices share one.
 ALIGNMENT = 4096
 
 
-class _Unfit(Exception):
-    """A model of a kind that cannot be converted."""
+class _NotConvertible(Exception):
+    """The model is of a kind that cannot be converted."""
 
 
-class _Traced(torch.nn.Module):
-    """All modules of a model, pooling and normalisation among them, from ids and mask to vectors."""
+class _TraceableModel(torch.nn.Module):
+    """All modules of a model, with pooling and normalisation, as one module from ids and mask to vectors."""
 
     def __init__(self, encoder: TorchEncoder) -> None:
         super().__init__()
@@ -52,12 +52,12 @@ class _Traced(torch.nn.Module):
 
 
 def convert(source: ModelSource, target: Path) -> None:
-    """Fill `target`; a model that cannot be converted leaves a card that says why."""
+    """Fill the folder `target`. For a model that cannot be converted, the card gives the reason."""
     try:
         encoder = TorchEncoder.load(source, device="cpu", dtype="fp32", threads=len(os.sched_getaffinity(0)))
         card = _convert(encoder, target)
     except (OSError, MemoryError):
-        raise  # of this moment, not of the model: worth another try at the next start
+        raise  # a fault of the machine, not of the model: the next start tries again
     except Exception as error:
         card = Card(error=f"it cannot be converted ({type(error).__name__}: {str(error)[:300]})")
     card.write(target)
@@ -65,7 +65,7 @@ def convert(source: ModelSource, target: Path) -> None:
 
 def _convert(encoder: TorchEncoder, target: Path) -> Card:
     if any(getattr(module, "include_prompt", True) is False for module in encoder._model):
-        raise _Unfit("its pooling leaves prompts out")
+        raise _NotConvertible("its pooling leaves prompts out")
     reference = encoder.probe()
     np.save(target / REFERENCE, reference)
     encoder._tokenizer.save(str(target / TOKENIZER))
@@ -78,33 +78,33 @@ def _convert(encoder: TorchEncoder, target: Path) -> Card:
         suffix=encoder._suffix,
         normalises=encoder._normalises,
         prompts={purpose: encoder._prompt(purpose) for purpose in ("document", "query")},
-        weights=_take_out(graph, target / WEIGHTS),
+        weights=_extract_matrices(graph, target / WEIGHTS),
     )
     openvino.save_model(graph, target / MODEL, compress_to_fp16=False)
-    card.dtypes = _fastest_first(encoder, reference, target, card)
+    card.dtypes = _rank_dtypes(encoder, reference, target, card)
     if not card.dtypes:
-        raise _Unfit("the converted model gives other vectors")
+        raise _NotConvertible("the converted model gives other vectors")
     return card
 
 
 def _trace(encoder: TorchEncoder) -> Any:
-    # Two rows of unlike lengths, so that the mask is kept in what is traced.
+    # Two rows of different lengths, so that the traced graph keeps the mask.
     windows = encoder.tokenize(["one two three four", "one"]).windows
     features = encoder._features(windows, "document")
     example = {name: features[name] for name in ("input_ids", "attention_mask")}
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer, about branches; the self-check judges the result
-        return openvino.convert_model(_Traced(encoder), example_input=example)
+        warnings.simplefilter("ignore")  # the tracer warns of branches; the precision check covers them
+        return openvino.convert_model(_TraceableModel(encoder), example_input=example)
 
 
-# ---- matrices in a file of their own
+# ---- matrices in a separate file
 
 
-def _take_out(graph: Any, path: Path) -> dict[str, Weight]:
-    """Make the large matrices inputs of the graph and write them to `path`, unless they are few.
+def _extract_matrices(graph: Any, path: Path) -> dict[str, Weight]:
+    """Turn large matrices into inputs of the graph and write them to `path`, if they exceed a total size.
 
-    Left in the graph, every process would copy them into a layout of its own. What is left in it, such as
-    the table of word vectors, is mapped from the file and shared as it is.
+    Processes share the mapped file. Each process copies matrices inside the graph into its own layout.
+    Other constants, such as the table of word vectors, are mapped from the graph's file and shared anyway.
     """
     matrices = [node for node in graph.get_ops() if _is_matrix(node)]
     if sum(node.get_byte_size() for node in matrices) < SHARE_FROM_BYTES:
@@ -122,7 +122,7 @@ def _take_out(graph: Any, path: Path) -> dict[str, Weight]:
 
 
 def _is_matrix(node: Any) -> bool:
-    """Whether it is an fp32 constant of two dimensions that is only ever multiplied with from the right."""
+    """Whether it is a two-dimensional fp32 constant that is only the right operand of multiplications."""
     if node.get_type_name() != "Constant" or node.get_byte_size() < MATRIX_BYTES:
         return False
     if len(node.get_output_shape(0)) != 2 or node.get_output_element_type(0) != openvino.Type.f32:
@@ -140,8 +140,8 @@ def _transposed(user: Any) -> bool:
 def _replace_by_input(graph: Any, node: Any, name: str) -> None:
     users = node.output(0).get_target_inputs()
     rows, columns = node.get_output_shape(0)
-    # One side is left open: for an input whose shape is known memory is set aside, and it is copied there.
-    # The side that the bias is as long as has to be known.
+    # One dimension is dynamic: OpenVINO copies inputs of static shape into memory of its own. The dimension
+    # of the bias has to be static.
     shape = [rows, -1] if _transposed(next(iter(users))) else [-1, columns]
     matrix = openvino.opset13.parameter(openvino.PartialShape(shape), openvino.Type.f32, name=name)
     matrix.output(0).get_tensor().set_names({name})
@@ -150,21 +150,21 @@ def _replace_by_input(graph: Any, node: Any, name: str) -> None:
     graph.add_parameters([matrix])
 
 
-# ---- which arithmetic
+# ---- dtypes
 
 
-def _fastest_first(encoder: TorchEncoder, reference: Any, target: Path, card: Card) -> list[str]:
-    """The dtypes that are exact enough here; fp32 comes before those that gain little."""
+def _rank_dtypes(encoder: TorchEncoder, reference: Any, target: Path, card: Card) -> list[str]:
+    """Dtypes that pass the precision check, the fastest first; fp32 precedes those that gain too little."""
     batch = _arrays(card, encoder.tokenize(["".join(SENTENCES)] * 4).windows[:4])
     cost = {}
     for dtype in PRECISION:
-        if dtype not in supported():
+        if dtype not in supported_dtypes():
             continue
         session = OpenVinoSession(target, card, dtype=dtype, threads=1)
         vectors = [session(*_arrays(card, [window])) for window in encoder.tokenize(SENTENCES).windows]
         together = session(*_arrays(card, encoder.tokenize(SENTENCES).windows))
-        if exact_enough(np.concatenate(vectors), reference) and exact_enough(together, reference):
-            cost[dtype] = cpu_s(partial(session, *batch)) * (1 if dtype == "fp32" else WORTH_IT)
+        if is_exact(np.concatenate(vectors), reference) and is_exact(together, reference):
+            cost[dtype] = cpu_time_s(partial(session, *batch)) * (1 if dtype == "fp32" else MIN_SPEEDUP)
     return sorted(cost, key=lambda dtype: cost[dtype])
 
 
@@ -173,7 +173,7 @@ def _arrays(card: Card, windows: list[list[int]]) -> Any:
 
 
 def main() -> None:
-    """See the top of the file."""
+    """Convert the model of the command line."""
     name, folder, revision, target = sys.argv[1:]
     logging.basicConfig(level="WARNING", stream=sys.stderr)
     convert(ModelSource(name, Path(folder), revision), Path(target))

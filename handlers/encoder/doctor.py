@@ -1,9 +1,8 @@
-"""Loads the model, and looks at the collections it would fill: one JSON object on standard output.
+"""Program behind `jobworker doctor --model`: loads the model and checks its collections in Milvus.
 
-``python -m jobworker.handlers.encoder.doctor MODEL DEVICE PREFIX``: a process of its own, for an operator's
-tool that must not hold torch.
-The uri of Milvus and its token are two lines on standard input, because other users
-of the host can read a command line. Each of these five may be empty.
+``python -m jobworker.handlers.encoder.doctor MODEL DEVICE PREFIX``: a separate process, because
+the operator's tool must not load torch. Standard input has two lines, the URI of Milvus and its token: other
+users of the host can read a command line. Each of the five values may be empty. Prints one JSON object.
 """
 
 import json
@@ -14,61 +13,59 @@ from typing import Any
 
 from jobworker.worker import ConfigurationError
 
-#: Collections of the service, less their prefix.
+#: Collections of the service, without their prefix.
 COLLECTIONS = ("story_segments", "entity_profiles")
 
 
 def check_model(model: str, device: str) -> dict[str, Any]:
-    """Load it and embed one text. Keys: model, dim, max_tokens, load_s; or error."""
+    """Load the model and embed one text. Keys of the result: model, dim, max_tokens, load_s; or error."""
     from .load import load_encoder
 
-    began_s = time.monotonic()
+    started_s = time.monotonic()
     try:
         encoder = load_encoder(model, device or "auto")
-        made = encoder.encode(["It was a dark night."])
+        vectors = encoder.encode(["It was a dark night."])
     except ConfigurationError as error:
         return {"error": str(error)}
-    took_s = round(time.monotonic() - began_s, 1)
-    name, dim = encoder.name, int(made.shape[1])
+    took_s = round(time.monotonic() - started_s, 1)
+    name, dim = encoder.name, int(vectors.shape[1])
     return {"model": name, "dim": dim, "max_tokens": encoder.max_tokens, "load_s": took_s}
 
 
 def check_collections(uri: str, token: str, prefix: str) -> dict[str, Any]:
-    """Dimension of each collection by its full name (None: not there yet), and the server; or error."""
+    """The server's version, and the dimension by full name of a collection (None: not created); or error."""
     from ..vectors.milvus.client import MilvusClientHandle
-    from ..vectors.milvus.server_info import collection_info_of
+    from ..vectors.milvus.server_info import CollectionInfo
     from ..vectors.ports import VectorStoreError
 
-    link = MilvusClientHandle(uri, token or None, 10.0)
+    milvus = MilvusClientHandle(uri, token or None, 10.0)
 
     def dimension(name: str) -> int | None:
-        there = link.attempt(name, lambda client: client.has_collection(name))
-        return (
-            collection_info_of(link.attempt(name, lambda client: client.describe_collection(name))).dim
-            if there
-            else None
-        )
+        if not milvus.call(name, lambda client: client.has_collection(name)):
+            return None
+        description = milvus.call(name, lambda client: client.describe_collection(name))
+        return CollectionInfo.of(description).dim
 
     try:
-        server = link.server()
+        server = milvus.server()
         dims = {name: dimension(name) for name in (f"{prefix}{one}" for one in COLLECTIONS)}
     except VectorStoreError as error:
         return {"error": str(error)}
     finally:
-        link.close()
+        milvus.close()
     return {"version": server.version, "lite": server.lite, "dims": dims}
 
 
 def main(model: str, device: str, prefix: str) -> None:
-    """Print what was found."""
+    """Print the results as JSON."""
     uri, token = (sys.stdin.readline().strip() for _ in range(2))
-    found: dict[str, Any] = {"model": check_model(model, device)}
+    report: dict[str, Any] = {"model": check_model(model, device)}
     if uri:
-        found["milvus"] = check_collections(uri, token, prefix)
-    print(json.dumps(found), flush=True)
+        report["milvus"] = check_collections(uri, token, prefix)
+    print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:4])
-    # Not through the interpreter's shutdown: threads of torch or gRPC may hold that up or crash in it.
+    # Skips the interpreter's shutdown, in which threads of torch or gRPC may hang or crash.
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The encoder for CPUs: a converted model and its tokenizer, without torch in the process."""
+"""OpenVINO encoder for CPUs: a converted model and its tokenizer, without torch in the process."""
 
 import logging
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .base import LongText, Purpose, Tokens, Vectors, WindowedEncoder, batch_arrays, cpu_budget
-from .converted_models import Card, NoEngine, converted
+from .converted_models import Card, EngineUnavailable, find_or_convert
 from .find_model import ModelSource
-from .precision_check import exact_enough, ladder, worst_cosine
+from .precision_check import dtypes_to_try, is_exact, min_cosine
 
 log = logging.getLogger("jobworker.model")
 
@@ -19,7 +19,7 @@ TOKENIZER, REFERENCE = "tokenizer.json", "reference.npy"
 
 
 class OpenVinoEncoder(WindowedEncoder):
-    """A sentence-transformers model, converted once for this machine, in our batches."""
+    """A sentence-transformers model that was converted once for this machine."""
 
     def __init__(
         self, source: ModelSource, card: Card, tokenizer: Any, *, long_text: LongText, token_budget: int
@@ -36,8 +36,8 @@ class OpenVinoEncoder(WindowedEncoder):
     def load(
         cls, source: ModelSource, *, dtype: str, threads: int, long_text: LongText, token_budget: int
     ) -> "OpenVinoEncoder":
-        """Open the converted model; convert it first if it was not. Raises NoEngine."""
-        folder, card = converted(source)
+        """Open the converted model; convert it first if it was not. Raises EngineUnavailable."""
+        folder, card = find_or_convert(source)
         try:
             from tokenizers import Tokenizer
 
@@ -45,19 +45,19 @@ class OpenVinoEncoder(WindowedEncoder):
             encoder = cls(source, card, tokenizer, long_text=long_text, token_budget=token_budget)
             encoder._open(folder, dtype, threads)
         except (ImportError, OSError, RuntimeError) as error:
-            raise NoEngine(f"{folder} cannot be used: {error}") from error
+            raise EngineUnavailable(f"{folder} cannot be used: {error}") from error
         return encoder
 
     def _open(self, folder: Path, dtype: str, threads: int) -> None:
-        """Take the first kind of arithmetic that gives the vectors of full precision."""
+        """Open the model in the first dtype that passes the precision check."""
         from .openvino_session import PRECISION, OpenVinoSession
 
         reference = np.load(folder / REFERENCE)
-        preferred = tuple(known for known in PRECISION if known in self._card.dtypes[:1])
-        for step in ladder(dtype, preferred):  # type: ignore[arg-type]
+        preferred = tuple(one for one in PRECISION if one in self._card.dtypes[:1])
+        for step in dtypes_to_try(dtype, preferred):  # type: ignore[arg-type]
             self._session = OpenVinoSession(folder, self._card, dtype=step, threads=threads)
             vectors = self.probe()
-            if exact_enough(vectors, reference):
+            if is_exact(vectors, reference):
                 self.dim = int(vectors.shape[1])
                 self._budget = cpu_budget(self._budget, self.dim)
                 self.revision = self._source.revision_by("openvino", step)
@@ -66,21 +66,23 @@ class OpenVinoEncoder(WindowedEncoder):
                     extra={"model": self.name, "engine": "openvino", "device": "cpu", "dtype": step},
                 )
                 return
-            cosine = round(float(worst_cosine(vectors, reference)), 5)
+            cosine = round(float(min_cosine(vectors, reference)), 5)
             log.warning(
                 "model.precision_rejected", extra={"model": self.name, "dtype": step, "cosine": cosine}
             )
-        raise NoEngine("the converted model does not give the vectors of the original")
+        raise EngineUnavailable("the converted model does not give the vectors of the original")
 
-    def _read(self, texts: Sequence[str]) -> Sequence[Tokens]:
-        read: list[Tokens] = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return read
+    def _tokenize(self, texts: Sequence[str]) -> Sequence[Tokens]:
+        tokens: list[Tokens] = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return tokens
 
     def _prompt(self, purpose: Purpose) -> str:
         return self._card.prompts.get(purpose, "")
 
     def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
-        return self._embed_packed(windows, self._budget, lambda some: self._session(*self._arrays(some)))
+        return self._embed_in_batches(
+            windows, self._budget, lambda batch: self._session(*self._arrays(batch))
+        )
 
     def _arrays(self, windows: Sequence[list[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return batch_arrays(windows, self._card.pad_id, left=self._card.pads_left)

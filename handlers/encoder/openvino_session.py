@@ -1,4 +1,4 @@
-"""A converted model in memory, ready to compute: the only import of OpenVINO in a worker."""
+"""Inference session of a converted model; the only module of a worker that imports OpenVINO."""
 
 import sys
 from pathlib import Path
@@ -11,22 +11,22 @@ from .converted_models import Card
 
 MODEL, WEIGHTS = "model.xml", "weights.bin"
 PRECISION = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
-# Each shape of a batch keeps some 50 KiB of prepared work; more shapes than this follow one another rarely.
-SHAPES_KEPT = 512
+# OpenVINO caches about 50 KiB a batch shape; few workloads alternate between more shapes than this.
+CACHED_SHAPES = 512
 
-# Importing OpenVINO reports that to its maker, unless this package is not there.
+# Without this package, importing OpenVINO sends no report to its vendor.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-import openvino as openvino  # noqa: E402 - others take it from here, behind the line above
+import openvino as openvino  # noqa: E402 - imported elsewhere from here only, so that the line above comes first
 
 
 class OpenVinoSession:
-    """Runs batches of one model on the CPU. Not for several threads at once.
+    """Runs batches of one model on the CPU. Not thread-safe.
 
-    The large matrices are mapped from the folder: every process that has the same model open shares them.
+    The large matrices are mapped from the folder, and shared by all processes that use the model.
     """
 
     def __init__(self, folder: Path, card: Card, *, dtype: str, threads: int) -> None:
-        """Takes about 0.3 s for a small model. Raises RuntimeError or OSError where the folder is broken."""
+        """Takes about 0.3 s for a small model. Raises RuntimeError or OSError if the folder is damaged."""
         core = openvino.Core()
         self._compiled: Any = core.compile_model(str(folder / MODEL), "CPU", _config(dtype, threads))
         self._request: Any = self._compiled.create_infer_request()
@@ -35,18 +35,18 @@ class OpenVinoSession:
             self._request.set_tensor(name, openvino.Tensor(matrix, shared_memory=True))
 
     def __call__(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Token ids and attention mask, shape (rows, tokens) each, to vectors of shape (rows, dim)."""
+        """Vectors of shape (rows, dim) from token ids and attention mask, shape (rows, tokens) each."""
         self._request.set_tensor("input_ids", openvino.Tensor(ids, shared_memory=True))
         self._request.set_tensor("attention_mask", openvino.Tensor(mask, shared_memory=True))
         self._request.infer()
-        # The request keeps its output for the next batch.
+        # Copied, because the request reuses its output buffer for the next batch.
         return np.array(self._request.get_output_tensor(0).data, np.float32)
 
 
-def supported() -> frozenset[str]:
-    """The dtypes that this processor computes in."""
-    able = set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-    return frozenset(dtype for dtype in PRECISION if dtype.upper() in able)
+def supported_dtypes() -> frozenset[str]:
+    """The dtypes that this processor supports."""
+    capabilities = set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    return frozenset(dtype for dtype in PRECISION if dtype.upper() in capabilities)
 
 
 def _config(dtype: str, threads: int) -> dict[str, Any]:
@@ -54,21 +54,21 @@ def _config(dtype: str, threads: int) -> dict[str, Any]:
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": threads,
-        # Every process would pin itself to the first cores.
+        # With it, every process would pin itself to the first cores.
         "ENABLE_CPU_PINNING": False,
         "ENABLE_MMAP": True,
         "INFERENCE_PRECISION_HINT": PRECISION[dtype],
-        "CPU_RUNTIME_CACHE_CAPACITY": SHAPES_KEPT,
+        "CPU_RUNTIME_CACHE_CAPACITY": CACHED_SHAPES,
     }
 
 
 def _map_weights(folder: Path, card: Card) -> dict[str, NDArray[np.float32]]:
     if not card.weights:
         return {}
-    # Copy on write, for OpenVINO asks for writable memory; it never writes there.
+    # Copy-on-write, because OpenVINO demands writable memory, although it never writes there.
     mapped = np.memmap(folder / WEIGHTS, np.uint8, mode="c")
-    found = {}
+    matrices = {}
     for name, weight in card.weights.items():
         size = 4 * weight.shape[0] * weight.shape[1]
-        found[name] = mapped[weight.offset : weight.offset + size].view(np.float32).reshape(weight.shape)
-    return found
+        matrices[name] = mapped[weight.offset : weight.offset + size].view(np.float32).reshape(weight.shape)
+    return matrices

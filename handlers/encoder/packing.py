@@ -1,7 +1,4 @@
-"""Packs texts into batches under a token budget, so that little of a forward pass is padding.
-
-And makes batches smaller where memory turns out not to hold them.
-"""
+"""Batching of texts under a token budget, with little padding; batches shrink when memory runs out."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -9,23 +6,23 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Share of a batch that may be padding: the loss is in proportion to it, and one text in twenty is not felt.
+# Maximum share of padding in a batch; the loss of speed is in proportion to it.
 MAX_PADDING_SHARE = 0.05
-# Padding below this never splits a batch: one more forward pass costs about as much as this many tokens.
+# Less padding than this never splits a batch: another forward pass costs about as much as these tokens.
 MIN_PADDING_TOKENS = 64
-# How the lack of memory is told: by CUDA's and the system's errors, and by torch's allocator for the CPU,
-# which raises a plain RuntimeError.
+# CUDA and the system raise these classes; torch's allocator for the CPU raises a plain RuntimeError with one
+# of these texts.
 MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")
-MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+MEMORY_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 
 
 def pack(lengths: Sequence[int], budget: int, max_rows: int) -> list[list[int]]:
     """Group the indices of `lengths` into batches, the longest texts first.
 
     `lengths` are tokens, each >= 0. A batch costs its longest length times its rows, because shorter rows
-    are padded. It stays within `budget` tokens (a text longer than that stands alone), within `max_rows`
-    rows, and its padding within `MAX_PADDING_SHARE` of its cost or `MIN_PADDING_TOKENS`, whichever is more.
-    Every index is in exactly one batch. Raises ValueError for a budget or a row limit below 1.
+    are padded. It has at most `budget` tokens (a longer text is a batch of its own) and `max_rows` rows. Its
+    padding is at most `MAX_PADDING_SHARE` of its cost or `MIN_PADDING_TOKENS`, whichever is more. Every index
+    is in exactly one batch. Raises ValueError if `budget` or `max_rows` is below 1.
     """
     if budget < 1 or max_rows < 1:
         raise ValueError(f"budget {budget} and max_rows {max_rows} must be at least 1")
@@ -44,68 +41,69 @@ def pack(lengths: Sequence[int], budget: int, max_rows: int) -> list[list[int]]:
     return batches
 
 
-class Ceilings:
-    """How many rows of a length memory was found to hold; nothing is known at first.
+class RowLimits:
+    """Numbers of rows that fit into memory, learned from failed passes.
 
-    Lengths go by powers of two: what did not fit once does not for a length that is nearly the same, nor
-    for a longer one.
+    Lengths are grouped by powers of two. A limit holds for its group and for all longer texts.
     """
 
     def __init__(self) -> None:
-        self._rows: dict[int, int] = {}
+        self._max_rows: dict[int, int] = {}
 
-    def rows(self, length: int) -> int | None:
-        """The most rows for texts of up to `length` tokens; None where no limit is known."""
-        bucket = length.bit_length()
-        return min((rows for found, rows in self._rows.items() if found <= bucket), default=None)
+    def max_rows(self, length: int) -> int | None:
+        """The most rows for texts of up to `length` tokens; None if no pass has failed yet."""
+        group = length.bit_length()
+        return min((rows for other, rows in self._max_rows.items() if other <= group), default=None)
 
     def lower(self, length: int, rows: int) -> None:
-        """Remember that more than `rows` rows of `length` tokens are too many."""
-        bucket = length.bit_length()
-        self._rows[bucket] = min(rows, self._rows.get(bucket, rows))
+        """Limit batches with texts of `length` tokens or more to `rows` rows."""
+        group = length.bit_length()
+        self._max_rows[group] = min(rows, self._max_rows.get(group, rows))
 
 
 def run_batches(
     lengths: Sequence[int],
     batches: Sequence[list[int]],
-    ceilings: Ceilings,
+    limits: RowLimits,
     compute: Callable[[list[int]], T],
-    release: Callable[[], None] = lambda: None,
+    free_memory: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[list[int], T]]:
-    """Compute each batch, in smaller ones where memory does not hold it; every index comes exactly once.
+    """Compute each batch, divided if it does not fit into memory; every index is computed exactly once.
 
-    After a lack of memory `release` is called, to give back what the failed try left, and the batch is cut
-    in half, as often as needed; `ceilings` spares the next ones of that length the failure. Raises what
-    `compute` raises for other reasons, and the lack of memory for a single row.
+    When memory runs out, `free_memory` is called and the batch is halved, repeatedly if necessary. `limits`
+    spares later batches of that length the failure. Raises every other error of `compute`, and the
+    out-of-memory error of a single row.
     """
     waiting = deque(batches)
     while waiting:
         batch = waiting.popleft()
         longest = max(lengths[index] for index in batch)
-        most = ceilings.rows(longest) or len(batch)
-        if len(batch) > most:
-            waiting.extendleft(batch[start : start + most] for start in _starts_from_last(batch, most))
+        max_rows = limits.max_rows(longest) or len(batch)
+        if len(batch) > max_rows:
+            waiting.extendleft(
+                batch[start : start + max_rows] for start in _starts_from_last(batch, max_rows)
+            )
             continue
         try:
-            found = compute(batch)
+            result = compute(batch)
         except Exception as error:
-            if len(batch) == 1 or not lacks_memory(error):
+            if len(batch) == 1 or not is_out_of_memory(error):
                 raise
         else:
-            yield batch, found
+            yield batch, result
             continue
-        # Only here, behind the handler: the error held the failed try's tensors.
-        release()
-        ceilings.lower(longest, len(batch) // 2)
+        # Not in the except block: there, the error still holds the tensors of the failed pass.
+        free_memory()
+        limits.lower(longest, len(batch) // 2)
         waiting.appendleft(batch)
 
 
-def lacks_memory(error: BaseException) -> bool:
-    """Whether an error says that memory was too small, by its class's name or its words."""
-    if any(kind.__name__ in MEMORY_ERRORS for kind in type(error).__mro__):
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error reports a lack of memory, by the name of its class or by its text."""
+    if any(base.__name__ in MEMORY_ERRORS for base in type(error).__mro__):
         return True
-    words = str(error).lower()
-    return isinstance(error, RuntimeError) and any(said in words for said in MEMORY_WORDS)
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(text in message for text in MEMORY_TEXTS)
 
 
 def _starts_from_last(batch: Sequence[int], size: int) -> range:
@@ -113,7 +111,7 @@ def _starts_from_last(batch: Sequence[int], size: int) -> range:
 
 
 def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
-    """The part of the tokens computed that is padding, 0 to 1; 0 where nothing is computed."""
+    """Share of padding in the computed tokens, 0 to 1; 0 without batches."""
     cost = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
     return 1 - sum(lengths[index] for batch in batches for index in batch) / cost if cost else 0.0
 

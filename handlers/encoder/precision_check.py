@@ -1,4 +1,4 @@
-"""Whether other arithmetic than full precision may be taken: is it exact enough, and is it worth it?"""
+"""Precision check: whether half precision is close enough to fp32, and enough faster."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
-# Changing them makes converted models of other versions useless: see `engine_cache.FORMAT`.
+# A change requires a new `converted_models.FORMAT`: the reference vectors of these are stored with a model.
 SENTENCES = (
     "宝玉笑道：“这个妹妹我曾见过的。”贾母笑道：“可又是胡说，你又何曾见过她？”",
     "The petrel came back on Thursday.",
@@ -17,27 +17,27 @@ SENTENCES = (
     "Nobody had seen the harbour master since the storm, and the book in which he wrote down every ship "
     "that came in, with its cargo and the name of its captain, lay open on his table, the ink still wet.",
 )
-# Below it the order of search results begins to differ from that of full precision.
-WORST_COSINE = 0.999
-# Other arithmetic has to be faster than fp32 by this to be taken on a CPU: it is less exact.
-WORTH_IT = 1.1
-# Passes timed, after one that prepares; the fastest counts, for other programs only ever slow one down.
+# Below it, the order of search results begins to differ from that of full precision.
+MIN_COSINE = 0.999
+# Least gain over fp32 for which half precision is used on a CPU, because it is less exact.
+MIN_SPEEDUP = 1.1
+# Timed passes after a warm-up. The fastest counts, because other programs can only slow a pass down.
 TIMED_PASSES = 3
 
 
-def worst_cosine(vectors: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
-    """The least cosine between rows of two arrays, shape (n, dim) each; NaN where any number is none."""
+def min_cosine(vectors: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+    """Smallest cosine between the rows of two arrays of shape (n, dim); NaN if any number is NaN."""
     lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(reference, axis=1)
     return float(((vectors * reference).sum(axis=1) / np.maximum(lengths, np.finfo(np.float32).tiny)).min())
 
 
-def exact_enough(vectors: NDArray[np.float32], reference: NDArray[np.float32]) -> bool:
-    """Whether every row is as near to its reference as `WORST_COSINE` asks; never where a number is NaN."""
-    return worst_cosine(vectors, reference) >= WORST_COSINE
+def is_exact(vectors: NDArray[np.float32], reference: NDArray[np.float32]) -> bool:
+    """Whether the cosine of every row to its reference is at least `MIN_COSINE`; False with any NaN."""
+    return min_cosine(vectors, reference) >= MIN_COSINE
 
 
-def cpu_s(run: Callable[[], object]) -> float:
-    """Seconds of the processor, all threads together, that one pass takes."""
+def cpu_time_s(run: Callable[[], object]) -> float:
+    """CPU seconds of one pass, all threads together."""
     run()
     passes = []
     for _ in range(TIMED_PASSES):
@@ -47,17 +47,17 @@ def cpu_s(run: Callable[[], object]) -> float:
     return min(passes)
 
 
-def ladder(dtype: str, preferred: tuple[Dtype, ...]) -> tuple[Dtype, ...]:
-    """What is tried one after the other: `preferred` for `auto`, else what was asked for; fp32 comes last.
+def dtypes_to_try(dtype: str, preferred: tuple[Dtype, ...]) -> tuple[Dtype, ...]:
+    """Dtypes in the order of trial: `preferred` for `auto`, else the requested one; fp32 is the last.
 
-    Raises ValueError for another word than auto, fp32, bf16 and fp16.
+    Raises ValueError if `dtype` is not auto, fp32, bf16 or fp16.
     """
-    wanted: dict[str, tuple[Dtype, ...]] = {
+    candidates: dict[str, tuple[Dtype, ...]] = {
         "auto": preferred,
         "fp32": (),
         "bf16": ("bf16",),
         "fp16": ("fp16",),
     }
-    if dtype not in wanted:
-        raise ValueError(f"dtype {dtype!r}: say auto, fp32, bf16 or fp16")
-    return (*(step for step in wanted[dtype] if step != "fp32"), "fp32")
+    if dtype not in candidates:
+        raise ValueError(f"dtype {dtype!r}: use auto, fp32, bf16 or fp16")
+    return (*(one for one in candidates[dtype] if one != "fp32"), "fp32")

@@ -1,4 +1,4 @@
-"""Cuts a text that is longer than a model's window into token ranges that end where sentences end."""
+"""Segmentation of a long text into windows: token ranges that end at sentence ends if possible."""
 
 import re
 import unicodedata
@@ -9,16 +9,16 @@ Offsets = Sequence[tuple[int, int]]
 
 _CLOSERS = r"""[”’」』）》〉】〕"')\]}»]*"""
 # An ASCII full stop ends a sentence only before a space or the end: 3.14 and example.org are one word.
-# A run of them is looked at once, from its first: else a long run is quadratic.
+# A run of full stops is matched once, from its first one; otherwise a long run takes quadratic time.
 SENTENCE_END = re.compile(
     rf"(?:[。！？…｡．!?]+|(?<!\.)\.++(?={_CLOSERS}(?:\s|$))){_CLOSERS}|[\r\n\u0085\u2028\u2029]+"
 )
-# Where no sentence ends: after a clause, else between words.
+# Second choice: after a clause or between words.
 CLAUSE_END = re.compile(r"[，、；：,;:]+|\s+")
 
 _JOINER = "\u200d"
 _VIRAMA_CLASS = 9
-# Signs that are written before the letter or digit they belong to (Unicode's Prepend).
+# Characters that belong to the letter or digit after them (Unicode property Prepend).
 _PREPENDED = frozenset(
     "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\u0d4e\U000110bd\U000110cd"
 )
@@ -30,12 +30,11 @@ _EXTENDING = frozenset(("Mn", "Me", "Mc"))
 def cut(text: str, offsets: Offsets, limit: int) -> list[tuple[int, int]]:
     """Cut `text` into windows of at most `limit` tokens.
 
-    `offsets` has one (start, end) pair a token, in characters of `text`, as a tokenizer reports them.
+    `offsets` has one (start, end) pair a token, in characters of `text`, as tokenizers report them.
     Returns token ranges (start, stop) that cover all tokens in order, without gap or overlap. A window ends
-    after the last sentence or paragraph that fits; without one after the last clause or word; without one
-    before a grapheme that did not fit. Only a grapheme longer than the window is cut inside, between
-    characters, and only a character of more than `limit` tokens inside itself.
-    Raises ValueError for a limit below 1.
+    after the last sentence or paragraph that fits, else after the last clause or word, else before the first
+    grapheme that does not fit. A grapheme longer than the window is cut between its characters, a character
+    of more than `limit` tokens between its tokens. Raises ValueError if `limit` is below 1.
     """
     if limit < 1:
         raise ValueError(f"limit {limit} must be at least 1 token")
@@ -52,7 +51,7 @@ def cut(text: str, offsets: Offsets, limit: int) -> list[tuple[int, int]]:
 
 
 class _Cutter:
-    """Finds the best token to stop before, in one text."""
+    """Finds the best cut in one text."""
 
     def __init__(self, text: str, offsets: Offsets) -> None:
         self._text = text
@@ -61,36 +60,36 @@ class _Cutter:
         self._clauses = [match.end() for match in CLAUSE_END.finditer(text)]
 
     def stop(self, start: int, furthest: int) -> int:
-        """The token before which the window that begins at `start` ends: start < stop <= furthest."""
+        """The first token after the window that begins at `start`: start < stop <= furthest."""
         candidates = range(furthest, start, -1)
-        whole = [token for token in candidates if self._between_characters(token)]
+        at_characters = [token for token in candidates if self._between_characters(token)]
         for ends in (self._sentences, self._clauses):
-            for token in whole:
-                if self._gap_holds(token, ends) and self._between_graphemes(token):
+            for token in at_characters:
+                if self._gap_has_end(token, ends) and self._between_graphemes(token):
                     return token
-        for token in whole:
+        for token in at_characters:
             if self._between_graphemes(token):
                 return token
-        return whole[0] if whole else furthest
+        return at_characters[0] if at_characters else furthest
 
     def _between_characters(self, token: int) -> bool:
-        # Byte-level tokenizers make several tokens of one character; their offsets then overlap.
+        # Byte-level tokenizers split a character into several tokens with overlapping offsets.
         return self._offsets[token - 1][1] <= self._offsets[token][0]
 
     def _between_graphemes(self, token: int) -> bool:
         return is_grapheme_boundary(self._text, self._offsets[token][0])
 
-    def _gap_holds(self, token: int, ends: list[int]) -> bool:
-        # Tokenizers drop newlines and spaces, so the end may lie anywhere between two tokens.
+    def _gap_has_end(self, token: int, ends: list[int]) -> bool:
+        # Tokenizers drop newlines and spaces, so the end may be anywhere between the two tokens.
         after, before = self._offsets[token - 1][1], self._offsets[token][0]
-        found = bisect_left(ends, after)
-        return found < len(ends) and ends[found] <= before
+        first = bisect_left(ends, after)
+        return first < len(ends) and ends[first] <= before
 
 
 def is_grapheme_boundary(text: str, position: int) -> bool:
-    """Whether a cut before `text[position]` leaves every user-perceived character whole.
+    """Whether a cut before `text[position]` is between two graphemes (user-perceived characters).
 
-    Errs on the side of no: it refuses all that Unicode's rules forbid, and a few harmless places more.
+    Conservative: False at every position that Unicode's rules forbid, and at a few harmless ones.
     """
     if position <= 0 or position >= len(text):
         return True
@@ -100,7 +99,7 @@ def is_grapheme_boundary(text: str, position: int) -> bool:
     return not (
         _extends(after)
         or before == _JOINER
-        or _takes_next(before)
+        or _joins_next(before)
         or (_is_jamo_or_syllable(before) and _is_jamo(after))
         or (_is_flag(after) and _flags_before(text, position) % 2 == 1)
     )
@@ -113,12 +112,12 @@ def _extends(char: str) -> bool:
         or char in "\u200c\u200d\uff9e\uff9f\u0e33\u0eb3"
         or 0x1F3FB <= code <= 0x1F3FF  # skin tones
         or 0xE0020 <= code <= 0xE007F  # tags, as in the flags of Scotland and Wales
-        or 0xDC00 <= code <= 0xDFFF  # the second half of a surrogate pair
+        or 0xDC00 <= code <= 0xDFFF  # second half of a surrogate pair
     )
 
 
-def _takes_next(char: str) -> bool:
-    """Signs put before what they mark, and viramas, which join consonants."""
+def _joins_next(char: str) -> bool:
+    """Whether it joins the next character: prepended marks, and viramas, which join consonants."""
     code = ord(char)
     return (
         char in _PREPENDED

@@ -1,4 +1,4 @@
-"""The encoder that runs sentence-transformers models: the only import of torch, and that only on loading."""
+"""Torch encoder for sentence-transformers models; imports torch when a model is loaded."""
 
 import logging
 import os
@@ -18,23 +18,23 @@ from .base import (
     cpu_budget,
 )
 from .find_model import ModelError, ModelSource
-from .precision_check import WORTH_IT, Dtype, cpu_s, exact_enough, ladder, worst_cosine
+from .precision_check import MIN_SPEEDUP, Dtype, cpu_time_s, dtypes_to_try, is_exact, min_cosine
 
 log = logging.getLogger("jobworker.model")
 
-# For a model that does not say how long its window is; every BERT-like model takes this much.
+# Window of a model that does not state it; every BERT-like model supports this length.
 FALLBACK_WINDOW = 512
-# Models that name their prompts use one of these for what is stored (sentence-transformers' order).
+# Names of the prompt for stored texts, in the order of sentence-transformers.
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
-# On a GPU half precision is several times as fast; fp16 is the nearer one, bf16 does not overflow.
+# On a GPU, half precision is several times as fast. fp16 is more exact, bf16 does not overflow.
 GPU_DTYPES: tuple[Dtype, ...] = ("fp16", "bf16")
-# What a processor has that multiplies in bf16. On some of these it is twice as fast as fp32, on others slower
-# (bench/engines.py): so it is tried.
+# Features of processors that multiply in bf16. On some of them it is twice as fast as fp32, on others slower
+# (bench/engines.py), so its speed is measured at load.
 CPU_BF16 = ("avx512_bf16", "amx_bf16")
 
 
 class TorchEncoder(WindowedEncoder):
-    """A sentence-transformers model: its own modules, pooling and normalisation, in our batches."""
+    """A sentence-transformers model with its own modules, pooling and normalisation."""
 
     def __init__(self, model: Any, source: ModelSource, *, long_text: LongText, token_budget: int) -> None:
         """`model` is a SentenceTransformer on its device. Raises ModelError without a fast tokenizer."""
@@ -64,11 +64,11 @@ class TorchEncoder(WindowedEncoder):
         token_budget: int = TOKEN_BUDGET,
         dtype: str = "auto",
     ) -> "TorchEncoder":
-        """Read the weights and bring them to `device`, `cpu` or `cuda:N`, in the first `dtype` that holds.
+        """Load the weights to `device` (`cpu`, `cuda:N`) in the first dtype that passes the precision check.
 
-        `threads` are the CPU threads of the forward pass. Raises ModelError where the folder is no model.
+        `threads`: CPU threads of the forward pass. Raises ModelError if the folder holds no usable model.
         """
-        # The tokenizer's thread pool reads its size when it is first used.
+        # Read by the tokenizer's thread pool at its first use.
         os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
         import torch
         from transformers.utils import logging as transformers_logging
@@ -77,10 +77,10 @@ class TorchEncoder(WindowedEncoder):
         torch.set_num_threads(threads)
         if device != "cpu" and torch.cuda.device_count() == 0:
             raise ModelError(f"--device {device}: torch {torch.__version__} finds no usable CUDA device")
-        for step in ladder(dtype, _cpu_dtypes() if device == "cpu" else GPU_DTYPES):
+        for step in dtypes_to_try(dtype, _cpu_dtypes() if device == "cpu" else GPU_DTYPES):
             # Read again for each step: rounded weights cannot be restored.
             encoder = cls(_read_model(source, device), source, long_text=long_text, token_budget=token_budget)
-            if step == "fp32" or encoder._lower(step, timed=dtype == "auto" and device == "cpu"):
+            if step == "fp32" or encoder._reduce_precision(step, timed=dtype == "auto" and device == "cpu"):
                 break
         log.info(
             "model.loaded",
@@ -88,35 +88,35 @@ class TorchEncoder(WindowedEncoder):
         )
         return encoder
 
-    def _lower(self, step: Dtype, *, timed: bool) -> bool:
-        """Go from fp32 to `step`; False where the vectors are not exact enough then, or where it is `timed`
-        and hardly faster."""
+    def _reduce_precision(self, step: Dtype, *, timed: bool) -> bool:
+        """Convert the weights from fp32 to `step`. False if the vectors fail the precision check or, with
+        `timed`, if it is not MIN_SPEEDUP times as fast."""
         import torch
 
         reference = self.probe()
-        exact_s = cpu_s(self.probe) if timed else 0.0
+        exact_s = cpu_time_s(self.probe) if timed else 0.0
         self._model.to({"fp16": torch.float16, "bf16": torch.bfloat16}[step])
         self.revision = self._source.revision_by("torch", step)
-        if not exact_enough(vectors := self.probe(), reference):
-            cosine = round(float(worst_cosine(vectors, reference)), 5)
+        if not is_exact(vectors := self.probe(), reference):
+            cosine = round(float(min_cosine(vectors, reference)), 5)
             log.warning(
                 "model.precision_rejected", extra={"model": self.name, "dtype": step, "cosine": cosine}
             )
             return False
-        return not timed or cpu_s(self.probe) * WORTH_IT < exact_s
+        return not timed or cpu_time_s(self.probe) * MIN_SPEEDUP < exact_s
 
-    def _read(self, texts: Sequence[str]) -> Sequence[Tokens]:
-        read: list[Tokens] = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return read
+    def _tokenize(self, texts: Sequence[str]) -> Sequence[Tokens]:
+        tokens: list[Tokens] = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return tokens
 
     def _prompt(self, purpose: Purpose) -> str:
         prompts: dict[str, str] = self._model.prompts
         names = DOCUMENT_PROMPTS if purpose == "document" else ("query",)
-        named = next((prompts[name] for name in names if prompts.get(name)), "")
-        return named or prompts.get(self._model.default_prompt_name or "", "")
+        by_purpose = next((prompts[name] for name in names if prompts.get(name)), "")
+        return by_purpose or prompts.get(self._model.default_prompt_name or "", "")
 
     def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
-        return self._embed_packed(windows, self._budget, lambda some: self._pass(some, purpose))
+        return self._embed_in_batches(windows, self._budget, lambda batch: self._pass(batch, purpose))
 
     def _pass(self, windows: Sequence[list[int]], purpose: Purpose) -> Any:
         import torch
@@ -124,14 +124,14 @@ class TorchEncoder(WindowedEncoder):
         with torch.inference_mode():
             return self._model(self._features(windows, purpose))["sentence_embedding"]
 
-    def _fetched(self, rows: Any) -> Vectors:
+    def _to_numpy(self, rows: Any) -> Vectors:
         vectors: Vectors = rows.float().cpu().numpy()
         return vectors
 
-    def _release(self) -> None:
+    def _free_memory(self) -> None:
         import torch
 
-        super()._release()
+        super()._free_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -145,21 +145,21 @@ class TorchEncoder(WindowedEncoder):
         device = self._model.device
         features: dict[str, Any] = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
         if prompt := self._prompt(purpose):
-            # For models whose pooling leaves the prompt out.
-            features["prompt_length"] = len(self._prefix) + len(self._read([prompt])[0].ids)
+            # Used by models whose pooling leaves the prompt out.
+            features["prompt_length"] = len(self._prefix) + len(self._tokenize([prompt])[0].ids)
         return features
 
 
 def _cpu_dtypes() -> tuple[Dtype, ...]:
     import torch
 
-    # Releases that do not tell what a processor has stay in fp32.
-    there: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return ("bf16",) if any(there.get(feature) for feature in CPU_BF16) else ()
+    # With torch releases that do not report capabilities, fp32 is used.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return ("bf16",) if any(capabilities.get(feature) for feature in CPU_BF16) else ()
 
 
 def _read_model(source: ModelSource, device: str) -> Any:
-    """The SentenceTransformer on its device, in fp32 whatever the files hold."""
+    """The SentenceTransformer on its device, converted to fp32 from any dtype of the files."""
     from sentence_transformers import SentenceTransformer
 
     try:
@@ -179,13 +179,13 @@ def _fast_tokenizer(model: Any, name: str) -> Any:
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the model wants before and behind every text."""
+    """The token ids that the model requires before and after every text."""
     probe = tokenizer.encode("a", add_special_tokens=True)
-    own = [place for place, special in enumerate(probe.special_tokens_mask) if not special]
+    own = [index for index, special in enumerate(probe.special_tokens_mask) if not special]
     return list(probe.ids[: own[0]]), list(probe.ids[own[-1] + 1 :])
 
 
 def _window(model: Any) -> int:
     stated = model.max_seq_length or FALLBACK_WINDOW
-    # A tokenizer that does not know its limit reports 10**30.
+    # A tokenizer without a limit reports 10**30.
     return int(stated) if stated < 10**9 else FALLBACK_WINDOW

@@ -1,1 +1,1 @@
-"""What handlers keep beside the jobs: write admission, rebuild state and records."""
+"""State of handlers in the job store: write admission, rebuild state and records."""

@@ -1,24 +1,24 @@
-"""The port by which all who write to a collection, on every host, keep out of each other's way.
+"""Write admission: the port by which all writers of a collection, on every host, take turns.
 
-A vector store has no compare-and-set. So a writer asks for admission first: a write with a version holds its
-ids and chapters, and every write is known while it runs, so that a rebuild
-can write down what changes and wait for the last of them. Each step is one atomic step of the job store.
+A vector store has no compare-and-set. So a writer asks for admission first. A write with a version holds its
+ids and chapters, and every write is registered while it runs. A rebuild can record which ids change and wait
+for the last writer. Each step is one atomic step of the job store.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
-#: A write that was not ended is taken for dead after this. It is renewed before each part of a write, which
-#: is a read and a write of at most 30 s each; half as much again is for what is still on its way.
+#: Lease of an admitted write. It is renewed before each part of a write, which is a read and an upsert of at
+#: most 30 s each; the other 30 s are for requests that the server has not finished.
 LEASE_MS = 90_000
 
 
 class WriteIntent(NamedTuple):
-    """What one job is about to write.
+    """Request of one job for admission.
 
-    `token` is of this attempt alone, `owner` of every attempt of the job. `held`: what no other writer may
-    write meanwhile, empty for a write without a version. `ids`: every row it touches. `model`: what made its
-    vectors, empty where that does not matter.
+    `token` is unique to this attempt, `owner` common to all attempts of the job. `held`: ids and chapters
+    that no other writer may write meanwhile, empty for a write without a version. `ids`: every row of the
+    write. `model`: the model of its vectors, empty for any.
     """
 
     collection: str
@@ -31,10 +31,10 @@ class WriteIntent(NamedTuple):
 
 
 class WriteAdmission(NamedTuple):
-    """Whether a write may begin: `in`, `held` (another has what it wants), `closed` (for all), or `model`
-    (the collection was rebuilt with another one).
+    """Answer to a request: `in` (admitted), `held` (another job holds one of its ids or chapters), `closed`
+    (no write is admitted now), or `model` (the collection was rebuilt with another model).
 
-    `min_versions`: for each chapter that was replaced once, the version that it was last replaced by.
+    `min_versions`: the tombstones, by chapter: the version that last replaced it.
     """
 
     verdict: Literal["in", "held", "closed", "model"]
@@ -43,7 +43,7 @@ class WriteAdmission(NamedTuple):
 
 
 class Fence(Protocol):
-    """Every method raises StoreUnavailable where the job store does not answer."""
+    """Port of write admission. Every method raises StoreUnavailable where the job store does not answer."""
 
     def admit(self, intents: Sequence[WriteIntent]) -> list[WriteAdmission]:
         """Admit writes, each wholly or not at all. For an admitted write it renews the lease."""
@@ -51,31 +51,34 @@ class Fence(Protocol):
     def record_removal(
         self, intent: WriteIntent, gone: Sequence[str], min_versions: Mapping[str, int]
     ) -> None:
-        """Before rows are removed: set the minimum versions of the held chapters, record the removed ids."""
+        """Record, before rows are removed, the minimum versions of the held chapters and the ids `gone`."""
 
     def release(self, intents: Sequence[WriteIntent]) -> None:
-        """End writes that are finished; those that may still be on their way are left to their lease."""
+        """End finished writes. A write whose request may still run on the server is left to its lease."""
 
     def close(self) -> None:
         """Drop the connection."""
 
 
 class RebuildLease(NamedTuple):
-    """A rebuild that is ours: what the last process left of it, as text by field."""
+    """A rebuild that this process owns: its epoch, and the fields that the last process saved."""
 
     epoch: int
     fields: Mapping[str, str]
 
 
 class Rebuilds(Protocol):
-    """One rebuild a collection at a time, its state, and what was written meanwhile.
+    """Port of rebuilds: one at a time for each collection, its state, and the ids written meanwhile.
 
-    Every method raises StoreUnavailable where the job store does not answer, those with an `epoch` raise
-    Fenced where another process has taken the rebuild over.
+    Every method raises StoreUnavailable where the job store does not answer. Methods with an `epoch` raise
+    Fenced where another process has taken over the rebuild.
     """
 
     def begin(self, collection: str, owner: str, lease_ms: int) -> RebuildLease | str:
-        """Take a collection's rebuild, or say who has it. The same owner takes it from itself at once."""
+        """Take over the rebuild of a collection; returns its present owner where that one's lease runs.
+
+        The same owner takes it over at once.
+        """
 
     def save(
         self,
@@ -89,18 +92,18 @@ class Rebuilds(Protocol):
     ) -> None:
         """Save fields and renew the lease. `shut_ms`: admit no new write for so long; 0 admits them again.
 
-        `journal`: write down from now on which ids are written, or forget them and stop. The field
-        `live_model` names the one model whose vectors are let in, if any is named.
+        `journal`: True records written ids from now on, False stops that and forgets them. If the field
+        `live_model` is set, only vectors of that model are admitted.
         """
 
     def writers(self, collection: str) -> int:
-        """How many writes are under way."""
+        """Number of admitted writes that have not ended."""
 
     def changed(self, collection: str, done: Sequence[str], limit: int) -> list[str]:
-        """Some ids written since the journal began; `done`: those of earlier answers that are seen to."""
+        """Some ids that were written since the journal began. `done`: processed ids of earlier answers."""
 
     def state(self, collection: str) -> dict[str, str]:
-        """All fields of a rebuild, for reading; empty where there is none."""
+        """All fields of a rebuild; empty where there was none."""
 
     def close(self) -> None:
         """Drop the connection."""

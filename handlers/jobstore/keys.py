@@ -1,4 +1,4 @@
-"""Keys that handlers keep in the job store, in one place."""
+"""Names of the keys that handlers use in the job store. They never change: stored data depends on them."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,12 @@ REBUILT_KEY = "jobworker:rebuilt"
 
 
 class WritesKeys(NamedTuple):
-    """What is known of the writes to one collection; one hash tag, so that a cluster keeps them together.
+    """Keys of the write admission of one collection. One hash tag puts them in one slot of a cluster.
 
-    `writers`: hash attempt -> end of its lease in ms. `held`: hash id or chapter -> end of the lease, owner.
-    `floors`: hash chapter -> version that replaced it last. `rebuild`: hash, the state of a rebuild.
-    `journal`, `doing`: sets of ids written while a rebuild runs.
+    Each field's name is part of its key. `writers`: hash token -> end of its lease in ms. `held`: hash id or
+    chapter -> end of the lease, owner. `floors`: hash chapter -> minimum version (tombstone). `rebuild`: hash
+    with the state of a rebuild. `journal`: set of ids written while a rebuild runs. `doing`: set of those
+    that the rebuild processes now.
     """
 
     writers: str
@@ -28,10 +29,10 @@ def writes_keys(collection: str) -> WritesKeys:
 
 
 def record_key(kind: str, tenant_id: str, project_id: str, id: str) -> str:
-    """Hash: what is known of a chapter (``summary``) or an entity (``entity``), with its version."""
+    """Hash: record of a chapter (``summary``) or an entity (``entity``), with its version."""
     return f"{kind}:{tenant_id}:{project_id}:{id}"
 
 
 def mentions_key(tenant_id: str, project_id: str, chapter_id: str) -> str:
-    """Set: ids of the entities that any version of a chapter told of."""
+    """Set: ids of the entities that any version of a chapter mentioned."""
     return f"entities:{tenant_id}:{project_id}:{chapter_id}"

@@ -1,4 +1,4 @@
-"""Fence and rebuilds within one process, for tests of handlers and for services without a job store."""
+"""Write admission and rebuild state in memory, for tests of handlers on their own clock."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ class _Collection:
 
 
 class MemoryFence:
-    """`Fence` and `Rebuilds`; usable from several threads. `mono_s` is its clock."""
+    """`Fence` and `Rebuilds` within this process; several threads may use it. `mono_s` is its clock."""
 
     def __init__(self, mono_s: Callable[[], float] = time.monotonic) -> None:
         self._mono_s = mono_s

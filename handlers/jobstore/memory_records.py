@@ -1,4 +1,4 @@
-"""Records in memory, for tests of handlers: the same answers as the store's, no server."""
+"""Records in memory, for tests of handlers; they pass the same tests as the records on Redis."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from .records import Put, Record, RecordKey
 
 
 class MemoryRecords:
-    """`Records` within this process; usable from several threads."""
+    """`Records` within this process; several threads may use it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

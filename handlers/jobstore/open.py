@@ -1,7 +1,8 @@
-"""Opens what handlers ask of the job store: the adapter that a URL calls for, behind its port.
+"""Adapters of the job store for handlers, by URL; handlers that need none load no client library.
 
-With no URL it is the one in memory, within this process only. Adapters are imported when they are needed: a
-handler that asks for none loads no client library.
+An empty URL gives an adapter in memory: a handler in the test harness runs without a job store. Each such
+adapter is separate, so `open_rebuilds` refuses an empty URL: the rebuild would not see the writes that
+`open_fence` admits.
 """
 
 from .fence import Fence, Rebuilds
@@ -9,7 +10,7 @@ from .records import Records
 
 
 def open_fence(redis_url: str) -> Fence:
-    """The fence on a job store."""
+    """The write admission of a job store. Raises ConfigurationError for a URL that cannot be parsed."""
     if not redis_url:
         from .memory_fence import MemoryFence
 
@@ -20,18 +21,14 @@ def open_fence(redis_url: str) -> Fence:
 
 
 def open_rebuilds(redis_url: str) -> Rebuilds:
-    """The rebuilds of a job store."""
-    if not redis_url:
-        from .memory_fence import MemoryFence
-
-        return MemoryFence()
+    """The rebuild state of a job store. Raises ConfigurationError for an empty URL too."""
     from .redis_fence import RedisFence
 
     return RedisFence(redis_url)
 
 
 def open_records(redis_url: str) -> Records:
-    """The records of a job store."""
+    """The records of a job store. Raises as `open_fence` does."""
     if not redis_url:
         from .memory_records import MemoryRecords
 

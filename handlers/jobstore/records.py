@@ -1,11 +1,11 @@
-"""The port to what is known of a chapter or an entity: small versioned records, kept beside the jobs."""
+"""Versioned records of chapters and entities: the port to small hashes in the job store."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 
 class RecordKey(NamedTuple):
-    """What a record is about. `kind` is `summary` (`id` is a chapter's) or `entity`."""
+    """Key of a record. `kind` is `summary` (`id` is a chapter's) or `entity`."""
 
     kind: Literal["summary", "entity"]
     tenant_id: str
@@ -14,7 +14,7 @@ class RecordKey(NamedTuple):
 
     @property
     def owner(self) -> str:
-        """Tenant and project where the name of the key alone could be read in two ways, else empty."""
+        """Tenant and project if a colon in them makes the key's name ambiguous, else empty."""
         ambiguous = ":" in self.tenant_id + self.project_id
         return f"{self.tenant_id}/{self.project_id}" if ambiguous else ""
 
@@ -29,8 +29,8 @@ class Record(NamedTuple):
 class Put(NamedTuple):
     """Result of a `put`, and the record that is stored now.
 
-    `stored`; `same`: stood there already, to the letter; `older`: a newer version of the chapter stands
-    there; `foreign`: the key's name is taken by another tenant or project (then no record is shown).
+    `stored`; `same`: an equal record was stored already; `older`: a newer version of the chapter is stored;
+    `foreign`: the key's name belongs to another tenant or project (then `record` is None).
     """
 
     verdict: Literal["stored", "same", "older", "foreign"]
@@ -38,7 +38,7 @@ class Put(NamedTuple):
 
 
 class Records(Protocol):
-    """Every method raises StoreUnavailable where the job store does not answer."""
+    """Port of records. Every method raises StoreUnavailable where the job store does not answer."""
 
     def put(self, key: RecordKey, version: int, fields: Mapping[str, str], updated_at: str) -> Put:
         """Store a record in one step, unless a newer version is stored.
@@ -51,10 +51,10 @@ class Records(Protocol):
         """The stored record; None if there is none or it is another tenant's."""
 
     def mention(self, chapter: RecordKey, entity_ids: Sequence[str]) -> None:
-        """Remember, before anything is written of them, that a version of this chapter tells of entities."""
+        """Record, before the entities are written, that a version of this chapter mentions them."""
 
     def mentioned(self, chapter: RecordKey) -> list[str]:
-        """The ids of all entities that any version of this chapter told of, sorted."""
+        """The ids of all entities that any version of this chapter mentioned, sorted."""
 
     def close(self) -> None:
         """Drop the connection."""

@@ -1,4 +1,4 @@
-"""Fence and rebuilds on Redis; all keys of a collection share one slot of a cluster."""
+"""Write admission and rebuild state on Redis; all keys of a collection share one slot of a cluster."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,14 +11,14 @@ from .scripts import script
 
 
 class RedisFence(ScriptedRedis):
-    """`Fence` and `Rebuilds`."""
+    """`Fence` and `Rebuilds` on Redis. One thread uses an object."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url, scripts=script)
 
     def admit(self, intents: Sequence[WriteIntent]) -> list[WriteAdmission]:
         """See `Fence.admit`."""
-        replies = self._all(intents, [_admit(intent) for intent in intents])
+        replies = self._call_all(intents, [_admit(intent) for intent in intents])
         return [_admission(intent, reply) for intent, reply in zip(intents, replies, strict=True)]
 
     def record_removal(
@@ -27,28 +27,30 @@ class RedisFence(ScriptedRedis):
         """See `Fence.record_removal`."""
         on = keys.writes_keys(intent.collection)
         pairs = [part for chapter, version in min_versions.items() for part in (chapter, str(version))]
-        command = script("note", [on.floors, on.rebuild, on.journal], len(min_versions), *pairs, *gone)
+        command = script(
+            "record_removal", [on.floors, on.rebuild, on.journal], len(min_versions), *pairs, *gone
+        )
         self.one(on.rebuild, command)
 
     def release(self, intents: Sequence[WriteIntent]) -> None:
         """See `Fence.release`."""
-        self._all(intents, [_leave(intent) for intent in intents])
+        self._call_all(intents, [_release(intent) for intent in intents])
 
-    def _all(self, intents: Sequence[WriteIntent], commands: Sequence[Command]) -> list[Reply]:
-        """One reply an intent; intents of one collection go out together."""
+    def _call_all(self, intents: Sequence[WriteIntent], commands: Sequence[Command]) -> list[Reply]:
+        """One reply for each intent; intents of one collection share a pipeline."""
         replies: list[Reply] = [None] * len(intents)
         for name in dict.fromkeys(intent.collection for intent in intents):
-            places = [place for place, intent in enumerate(intents) if intent.collection == name]
-            found = self.call(keys.writes_keys(name).rebuild, [commands[place] for place in places])
-            for place, reply in zip(places, found, strict=True):
-                replies[place] = checked(reply)
+            indexes = [index for index, intent in enumerate(intents) if intent.collection == name]
+            answers = self.call(keys.writes_keys(name).rebuild, [commands[index] for index in indexes])
+            for index, reply in zip(indexes, answers, strict=True):
+                replies[index] = checked(reply)
         return replies
 
     # ---- rebuilds
 
     def begin(self, collection: str, owner: str, lease_ms: int) -> RebuildLease | str:
         """See `Rebuilds.begin`."""
-        # Only `explain` reads it: a user who may not write it can rebuild all the same.
+        # Its error is ignored: only `explain` reads the set, and an access list may lack the key.
         self.call(keys.REBUILT_KEY, [("SADD", keys.REBUILT_KEY, collection)])
         key = keys.writes_keys(collection).rebuild
         epoch, *rest = self.one(key, script("rebuild_begin", [key], owner, lease_ms))
@@ -67,8 +69,8 @@ class RedisFence(ScriptedRedis):
         """See `Rebuilds.save`."""
         on = keys.writes_keys(collection)
         pairs = [part for pair in fields.items() for part in pair]
-        shut, writing = "" if shut_ms is None else shut_ms, "" if journal is None else int(journal)
-        arguments: list[Argument] = [epoch, lease_ms, shut, writing, *pairs]
+        closed, recording = "" if shut_ms is None else shut_ms, "" if journal is None else int(journal)
+        arguments: list[Argument] = [epoch, lease_ms, closed, recording, *pairs]
         command = script("rebuild_save", [on.rebuild, on.journal, on.doing], *arguments)
         if not self.one(on.rebuild, command):
             raise Fenced(f"the rebuild of {collection} was taken over by another process")
@@ -83,8 +85,8 @@ class RedisFence(ScriptedRedis):
     def changed(self, collection: str, done: Sequence[str], limit: int) -> list[str]:
         """See `Rebuilds.changed`."""
         on = keys.writes_keys(collection)
-        found = self.one(on.rebuild, script("journal", [on.journal, on.doing], limit, *done))
-        return [id_.decode() for id_ in found]
+        ids = self.one(on.rebuild, script("journal", [on.journal, on.doing], limit, *done))
+        return [id_.decode() for id_ in ids]
 
     def state(self, collection: str) -> dict[str, str]:
         """See `Rebuilds.state`."""
@@ -100,10 +102,12 @@ def _admit(intent: WriteIntent) -> Command:
     return script("admit", all_keys, intent.token, intent.owner, *counts, *lists)
 
 
-def _leave(intent: WriteIntent) -> Command:
+def _release(intent: WriteIntent) -> Command:
     on = keys.writes_keys(intent.collection)
     all_keys = [on.writers, on.held, on.rebuild, on.journal]
-    return script("leave", all_keys, intent.token, intent.owner, len(intent.held), *intent.held, *intent.ids)
+    return script(
+        "release", all_keys, intent.token, intent.owner, len(intent.held), *intent.held, *intent.ids
+    )
 
 
 def _admission(intent: WriteIntent, reply: Reply) -> WriteAdmission:

@@ -8,13 +8,16 @@ from . import keys
 from .records import Put, Record, RecordKey
 from .scripts import script
 
-#: Fields of the hash that are not the record's own.
-_KEPT_APART = frozenset({"chapter_version", "updated_at", "owner"})
+#: Fields of the hash that do not belong to the record itself.
+_OWN_FIELDS = frozenset({"chapter_version", "updated_at", "owner"})
 
 
 class RedisRecords(ScriptedRedis):
-    """`Records`. The hash holds the record's fields, `chapter_version`, `updated_at`, and `owner` where the
-    key's name alone does not tell whose it is."""
+    """`Records` on Redis. One thread uses an object.
+
+    The hash has the record's fields, `chapter_version`, `updated_at`, and `owner` where the key's name alone
+    is ambiguous.
+    """
 
     def __init__(self, url: str) -> None:
         super().__init__(url, scripts=script)
@@ -51,4 +54,4 @@ def _record(key: RecordKey, flat: Sequence[bytes]) -> Record | None:
         return None
     version = found.get("chapter_version", "")
     number = int(version) if version.removeprefix("-").isdecimal() else 0
-    return Record(number, {name: text for name, text in found.items() if name not in _KEPT_APART})
+    return Record(number, {name: text for name, text in found.items() if name not in _OWN_FIELDS})

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..vectors import schema as scalars
+from ..vectors import schema as schemas
 from ..vectors.memory import MemoryVectors, cosine
 from ..vectors.ports import AnyRow, PermanentStoreError, Vector
 from .ports import RawRow
@@ -64,7 +64,7 @@ class MemoryShadow:
         return [rows[id_]._asdict() for id_ in ids if id_ in rows]
 
     def upsert(self, collection: str, rows: Sequence[RawRow]) -> None:
-        row_type = scalars.schema_of("").row if "text_content" in rows[0] else scalars.ENTITIES.row
+        row_type = schemas.schema_of("").row if "text_content" in rows[0] else schemas.ENTITIES.row
         for row in rows:
             if np.shape(row["vector"]) != (self._dims[collection],):
                 raise PermanentStoreError(f"{collection}: vector of shape {np.shape(row['vector'])}")

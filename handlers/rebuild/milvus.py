@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from ..vectors import filters
-from ..vectors import schema as scalars
+from ..vectors import schema as schemas
 from ..vectors.filters import EVERYTHING, Filter
-from ..vectors.milvus.collections import CollectionAdmin, create_if_missing, milvus_client
+from ..vectors.milvus.collections import CollectionAdmin, create_if_missing, import_client
 from ..vectors.milvus.errors import NoCollection, NotLoaded
-from ..vectors.milvus.server_info import collection_info_of
+from ..vectors.milvus.server_info import CollectionInfo
 from ..vectors.ports import PermanentStoreError, Vector, VectorStoreError
 from .ports import RawRow
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The limit of the vector store's requests.
-MAX_REQUEST_ROWS = 500
 # As for searches in the vector store, so that the measured recall is that of users.
 SEARCH_EF = 128
 STRONG = {"consistency_level": "Strong"}
@@ -42,13 +40,13 @@ IN_PLACE_TRIES = 5
 class MilvusShadow:
     """`ShadowStore` on a Milvus server or Milvus Lite; `named`: every tenant and project has a partition."""
 
-    def __init__(self, link: "MilvusClientHandle", *, prefix: str, named: bool) -> None:
-        self._link, self._prefix, self._named = link, prefix, named
-        self._timeout_s = link.timeout_s
-        self._admin = CollectionAdmin(link, named=named)
+    def __init__(self, milvus: "MilvusClientHandle", *, prefix: str, named: bool) -> None:
+        self._milvus, self._prefix, self._named = milvus, prefix, named
+        self._timeout_s = milvus.timeout_s
+        self._admin = CollectionAdmin(milvus, named=named)
 
     def max_read_lag_s(self) -> float:
-        return 0.0 if self._link.server().lite else READ_LAG_S
+        return 0.0 if self._milvus.server().lite else READ_LAG_S
 
     def live_collection(self, name: str) -> str:
         alias = self._full(name)
@@ -66,10 +64,10 @@ class MilvusShadow:
         return self._admin.mark(collection)
 
     def dim(self, collection: str) -> int:
-        return collection_info_of(self._describe(collection)).dim
+        return CollectionInfo.of(self._describe(collection)).dim
 
     def create(self, name: str, collection: str, dim: int, mark: str) -> bool:
-        if not self._admin.create(collection, scalars.schema_of(name), dim, mark):
+        if not self._admin.create(collection, schemas.schema_of(name), dim, mark):
             return False
         if self._named:
             for partition in self._partitions(self._full(name)) - self._partitions(collection):
@@ -78,9 +76,9 @@ class MilvusShadow:
         return True
 
     def page(self, collection: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[RawRow]:
-        where = filters.behind(after)
+        where = filters.after(after)
         # A server orders the rows of a limited query; Lite does so only for an iterator.
-        order = {"iterator": "True"} if self._link.server().lite else {}
+        order = {"iterator": "True"} if self._milvus.server().lite else {}
         try:
             rows = self._query(collection, where, fields, limit=limit, **order)
         except VectorStoreError as error:
@@ -96,7 +94,7 @@ class MilvusShadow:
         return rows
 
     def fetch(self, collection: str, ids: Sequence[str]) -> list[RawRow]:
-        parts = scalars.chunks(ids, MAX_REQUEST_ROWS)
+        parts = schemas.chunks(ids, schemas.MAX_REQUEST_ROWS)
         return [row for part in parts for row in self._query(collection, filters.of_ids(part), ("*",))]
 
     def _query(self, collection: str, where: Filter, fields: Sequence[str], **more: Any) -> list[RawRow]:
@@ -106,7 +104,7 @@ class MilvusShadow:
             lambda client: [
                 dict(row)
                 for row in client.query(
-                    collection, output_fields=list(fields), **self._link.arguments(where), **more
+                    collection, output_fields=list(fields), **self._milvus.filter_arguments(where), **more
                 )
             ],
         )
@@ -114,7 +112,7 @@ class MilvusShadow:
     def upsert(self, collection: str, rows: Sequence[RawRow]) -> None:
         for partition, part in self._requests(collection, rows):
             data = [row | {"vector": np.asarray(row["vector"], dtype=np.float32)} for row in part]
-            self._link.attempt(
+            self._milvus.call(
                 collection,
                 lambda client, data=data, partition=partition: client.upsert(  # type: ignore[misc]
                     collection, data, timeout=self._timeout_s, partition_name=partition
@@ -123,13 +121,13 @@ class MilvusShadow:
 
     def _requests(self, collection: str, rows: Sequence[RawRow]) -> Iterator[tuple[str, Sequence[RawRow]]]:
         for partition, group in self._by_partition(collection, rows):
-            for part in scalars.chunks(group, MAX_REQUEST_ROWS):
+            for part in schemas.chunks(group, schemas.MAX_REQUEST_ROWS):
                 yield partition, part
 
     def _by_partition(self, collection: str, rows: Sequence[RawRow]) -> Iterator[tuple[str, list[RawRow]]]:
         groups: dict[str, list[RawRow]] = {}
         for row in rows:
-            partition = scalars.partition_name(row["tenant_id"], row["project_id"]) if self._named else ""
+            partition = schemas.partition_name(row["tenant_id"], row["project_id"]) if self._named else ""
             groups.setdefault(partition, []).append(row)
         for partition in groups.keys() - {""}:
             create_if_missing(
@@ -139,12 +137,12 @@ class MilvusShadow:
         yield from groups.items()
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
-        for part in scalars.chunks(ids, MAX_REQUEST_ROWS):
+        for part in schemas.chunks(ids, schemas.MAX_REQUEST_ROWS):
             where = filters.of_ids(part)
             self._when_loaded(
                 collection,
                 lambda client, where=where: client.delete(  # type: ignore[misc]
-                    collection, timeout=self._timeout_s, **self._link.arguments(where)
+                    collection, timeout=self._timeout_s, **self._milvus.filter_arguments(where)
                 ),
             )
 
@@ -152,10 +150,10 @@ class MilvusShadow:
         return int(self._query(collection, EVERYTHING, ["count(*)"])[0]["count(*)"])
 
     def flush(self, collection: str) -> None:
-        self._link.attempt(collection, lambda client: client.flush(collection, timeout=BUILD_TIMEOUT_S))
+        self._milvus.call(collection, lambda client: client.flush(collection, timeout=BUILD_TIMEOUT_S))
 
     def unindexed_rows(self, collection: str) -> int:
-        index = self._link.attempt(
+        index = self._milvus.call(
             collection, lambda client: client.describe_index(collection, "vector", timeout=self._timeout_s)
         )
         return int((index or {}).get("pending_index_rows", 0))
@@ -180,7 +178,7 @@ class MilvusShadow:
         limit_s = (self._timeout_s - STALE_ALIAS_S) / 2
 
         def alter() -> None:
-            self._link.attempt(alias, lambda client: client.alter_alias(collection, alias, timeout=limit_s))
+            self._milvus.call(alias, lambda client: client.alter_alias(collection, alias, timeout=limit_s))
 
         alter()
         time.sleep(STALE_ALIAS_S)
@@ -192,7 +190,7 @@ class MilvusShadow:
         # Milvus Lite and Milvus 2.3 drop the aliases of a collection with it.
         if self.mark(collection) != mark or self._admin.aliases(collection):
             return False
-        self._link.attempt(
+        self._milvus.call(
             collection, lambda client: client.drop_collection(collection, timeout=self._timeout_s)
         )
         return True
@@ -208,46 +206,46 @@ class MilvusShadow:
                 if not tries_left:
                     raise
         create_if_missing(lambda: self._admin.has_index(collection), lambda: self._build_index(collection))
-        self._link.attempt(
+        self._milvus.call(
             collection, lambda client: client.load_collection(collection, timeout=BUILD_TIMEOUT_S)
         )
 
     def _drop_index(self, collection: str) -> None:
-        self._link.attempt(
+        self._milvus.call(
             collection, lambda client: client.release_collection(collection, timeout=self._timeout_s)
         )
         if self._admin.has_index(collection):
-            self._link.attempt(
+            self._milvus.call(
                 collection, lambda client: client.drop_index(collection, "vector", timeout=self._timeout_s)
             )
 
     def _build_index(self, collection: str) -> None:
-        params = milvus_client().index()
-        self._link.attempt(
+        params = import_client().index_options()
+        self._milvus.call(
             collection, lambda client: client.create_index(collection, params, timeout=BUILD_TIMEOUT_S)
         )
 
     def close(self) -> None:
-        self._link.close()
+        self._milvus.close()
 
     def _partitions(self, collection: str) -> set[str]:
         return set(
-            self._link.attempt(
+            self._milvus.call(
                 collection, lambda client: client.list_partitions(collection, timeout=self._timeout_s)
             )
         )
 
     def _make_partition(self, collection: str, partition: str) -> None:
-        self._link.attempt(
+        self._milvus.call(
             collection, lambda client: client.create_partition(collection, partition, timeout=self._timeout_s)
         )
 
     def _when_loaded(self, collection: str, request: Callable[[Any], T]) -> T:
         try:
-            return self._link.attempt(collection, request)
+            return self._milvus.call(collection, request)
         except NotLoaded:
             self._admin.load(collection)
-        return self._link.attempt(collection, request)
+        return self._milvus.call(collection, request)
 
     def _describe(self, collection: str) -> dict[str, Any]:
         described = self._admin.describe(collection)
@@ -256,11 +254,11 @@ class MilvusShadow:
         return described
 
     def _full(self, name: str) -> str:
-        return scalars.check_collection(self._prefix + name)
+        return schemas.check_collection(self._prefix + name)
 
 
 def open_shadow(
     uri: str, *, token: str | None, prefix: str, named: bool, timeout_s: float = 30.0
 ) -> MilvusShadow:
     """Open the store at `uri`; it connects at the first call."""
-    return MilvusShadow(milvus_client().MilvusClientHandle(uri, token, timeout_s), prefix=prefix, named=named)
+    return MilvusShadow(import_client().MilvusClientHandle(uri, token, timeout_s), prefix=prefix, named=named)

@@ -1,14 +1,12 @@
 """Findings of a chapter, and the port to a summary sink: a further store beside Redis and Milvus."""
 
-import importlib
 import re
-import sys
-from pathlib import Path
 from typing import Annotated, Protocol, cast
 
 import msgspec
 
 from jobworker.worker import ConfigurationError
+from jobworker.worker.extension import create
 
 from ..settings import HandlerSettings
 
@@ -99,18 +97,7 @@ def open_sink(settings: HandlerSettings) -> SummarySink:
         target = "jobworker.handlers.summaries.postgres_sink:PostgresSink"
     if not _TARGET.fullmatch(target):
         raise ConfigurationError(f"--summary-sink {target!r}: must be postgres or module:Class")
-    sink = _create(target)
+    sink = cast(SummarySink, create(target, "--summary-sink"))
     if (setup := getattr(sink, "setup", None)) is not None:
         setup(settings)
     return sink
-
-
-def _create(target: str) -> SummarySink:
-    module, _, name = target.partition(":")
-    # As for handlers: modules in the directory where the service was started can be imported.
-    if (directory := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, directory)
-    try:
-        return cast(SummarySink, getattr(importlib.import_module(module), name)())
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"--summary-sink {target}: {error}") from error

@@ -1,1 +1,1 @@
-"""The vector store: ports, checks, and adapters for Milvus and memory."""
+"""Vector store: ports, validation of rows, and adapters for Milvus and memory."""

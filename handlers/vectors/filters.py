@@ -1,6 +1,7 @@
-"""Filters for a Milvus server, built from checked ids only (pure).
+"""Filters of Milvus requests, built from validated ids only (pure).
 
-If the server takes template parameters, the values are passed beside the text of the filter."""
+If the server supports template parameters, the values are passed separately from the text of the filter.
+"""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -9,33 +10,33 @@ from .schema import check_id
 
 
 class Condition(NamedTuple):
-    """What one field must be: `how` is `==`, `>` or `in`; only for `in` there are several values."""
+    """Condition on one field; `operator` is `==`, `>` or `in`, and only `in` has a list of values."""
 
     field: str
-    how: str
+    operator: str
     value: str | list[str]
 
     @property
     def literal(self) -> str:
-        """With the value quoted; no character that `check_id` lets through needs an escape."""
+        """Filter text with the quoted value; no character that `check_id` permits needs escaping."""
         values = [self.value] if isinstance(self.value, str) else self.value
         quoted = ", ".join(f'"{value}"' for value in values)
-        return f"{self.field} {self.how} {f'[{quoted}]' if self.how == 'in' else quoted}"
+        return f"{self.field} {self.operator} {f'[{quoted}]' if self.operator == 'in' else quoted}"
 
     @property
     def template(self) -> str:
-        """With a name for the value, which is that of the field."""
-        return f"{self.field} {self.how} {{{self.field}}}"
+        """Filter text with a template parameter named after the field."""
+        return f"{self.field} {self.operator} {{{self.field}}}"
 
 
 class Filter(tuple[Condition, ...]):
-    """Rows for which all conditions hold, each on another field; `a & b` joins two."""
+    """Conjunction of conditions, each on another field; `a & b` joins two filters."""
 
     def __and__(self, other: "Filter") -> "Filter":
         return Filter((*self, *other))
 
     def arguments(self, *, templates: bool) -> dict[str, Any]:
-        """What to give the client; `templates`: whether the server takes values beside the text."""
+        """Arguments for the client; `templates`: whether the server supports template parameters."""
         if not templates or not self:
             return {"filter": " and ".join(one.literal for one in self)}
         return {
@@ -44,12 +45,12 @@ class Filter(tuple[Condition, ...]):
         }
 
 
-#: Every row there is.
+#: Every row.
 EVERYTHING = Filter()
 
 
 def of_scope(tenant_id: str, project_id: str) -> Filter:
-    """Rows of one tenant and project. As all here, raises PermanentStoreError for what is no id."""
+    """Rows of one tenant and project. Raises PermanentStoreError for an invalid id, as all do."""
     return Filter(
         [
             Condition("tenant_id", "==", check_id("tenant_id", tenant_id)),
@@ -59,7 +60,7 @@ def of_scope(tenant_id: str, project_id: str) -> Filter:
 
 
 def of_ids(ids: Iterable[str]) -> Filter:
-    """Rows by id, of any tenant; Milvus answers it by point reads."""
+    """Rows by id, of any tenant; Milvus reads them directly by primary key."""
     return Filter([Condition("id", "in", [check_id("id", value) for value in ids])])
 
 
@@ -68,6 +69,6 @@ def of_chapter(chapter_id: str) -> Filter:
     return Filter([Condition("chapter_id", "==", check_id("chapter_id", chapter_id))])
 
 
-def behind(after: str) -> Filter:
-    """Rows whose id stands behind this one; behind the empty one all do."""
-    return Filter([Condition("id", ">", check_id("id", after) if after else "")])
+def after(id_: str) -> Filter:
+    """Rows whose id is greater than `id_`; all rows if it is empty."""
+    return Filter([Condition("id", ">", check_id("id", id_) if id_ else "")])

@@ -1,4 +1,4 @@
-"""The port to a vector store: rows, hits, errors and the protocol; no store in it and nothing heavy."""
+"""Port to a vector store: rows, hits, errors and the protocol. Imports no store and nothing heavy."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -12,21 +12,21 @@ Vector = NDArray[np.float32]
 
 
 class VectorStoreError(Exception):
-    """Base of what a vector store raises on purpose; `transient`: the same call may work later."""
+    """Base class of a vector store's errors; `transient`: the same call may succeed later."""
 
     transient = False
 
 
 class TransientStoreError(VectorStoreError):
-    """The store did not answer or refused for now; a write may have been applied and may be repeated."""
+    """The store did not answer or is overloaded. A write may have been applied, and may be repeated."""
 
     transient = True
 
 
 class PermanentStoreError(VectorStoreError, PermanentError):
-    """The same call can never succeed. `ids` names the rows at fault where single rows are.
+    """The same call can never succeed; `ids` names the rows at fault, if any.
 
-    It is a PermanentError, so a handler that lets it through has its job dead-lettered without a retry.
+    As a PermanentError, it dead-letters a job without a retry if the handler does not catch it.
     """
 
     def __init__(self, message: str, ids: Sequence[str] = ()) -> None:
@@ -37,8 +37,8 @@ class PermanentStoreError(VectorStoreError, PermanentError):
 class Row(NamedTuple):
     """One row of `story_segments`; `vector` has shape (dim,), float32.
 
-    `version` is kept beside the fixed fields where the collection allows it (every one made here does), so
-    that a reader can tell which edition of a text a row is of.
+    `version` is stored if the collection permits dynamic fields, as all collections created here do. It tells
+    which version of a text the row belongs to.
     """
 
     id: str
@@ -70,7 +70,7 @@ AnyRow = Row | EntityRow
 
 
 class Hit(NamedTuple):
-    """One answer of a search in `story_segments`; `score` is the cosine, -1 to 1, higher is nearer."""
+    """Search result of `story_segments`; `score` is the cosine, -1 to 1, higher is nearer."""
 
     id: str
     score: float
@@ -80,7 +80,7 @@ class Hit(NamedTuple):
 
 
 class EntityHit(NamedTuple):
-    """One answer of a search in `entity_profiles`; `score` is the cosine, -1 to 1, higher is nearer."""
+    """Search result of `entity_profiles`; `score` is the cosine, -1 to 1, higher is nearer."""
 
     id: str
     score: float
@@ -94,28 +94,28 @@ AnyHit = Hit | EntityHit
 
 
 class VectorStore(Protocol):
-    """What handlers ask of a vector store.
+    """Port to a vector store.
 
-    Collections go by their plain names (`story_segments`); the store adds its prefix. Every method raises
-    TransientStoreError where the store cannot be reached or refuses for now, PermanentStoreError where the
-    call can never work. Ids, tenants and projects must match `[A-Za-z0-9_.:-]{1,64}`.
+    Collections have their plain names (`story_segments`); the store adds its prefix. Every method raises
+    TransientStoreError if the store cannot be reached or is overloaded, PermanentStoreError if the call can
+    never succeed. Ids, tenants and projects must match `[A-Za-z0-9_.:-]{1,64}`.
     """
 
     def ping(self) -> None:
         """Return if the store answers within a few seconds, else raise TransientStoreError."""
 
     def ensure_collection(self, name: str, dim: int) -> None:
-        """Make the collection, its index and its alias if missing, and load it; many processes may call it.
+        """Create the collection, its index and its alias if missing, and load it. Safe in many processes.
 
-        Raises PermanentStoreError where it exists with another dimension than `dim`.
+        Raises PermanentStoreError if it exists with another dimension than `dim`.
         """
 
     def upsert(self, name: str, rows: Sequence[AnyRow]) -> None:
         """Write rows under their ids; of several rows with one id the last wins.
 
-        Everything is checked before anything is written: PermanentStoreError names the ids of rows that are
-        too long, hold a vector of the wrong shape or with NaN or infinity, or whose id belongs to another
-        tenant or project. A TransientStoreError may come after some rows are in: repeat the whole call.
+        All rows are checked before the first is written. PermanentStoreError names the ids of rows that are
+        too long, have a vector of the wrong shape or with NaN or infinity, or whose id belongs to another
+        tenant or project. After a TransientStoreError some rows may be stored: repeat the whole call.
         """
 
     def search(
@@ -128,32 +128,32 @@ class VectorStore(Protocol):
         limit: int = 5,
         strong: bool = False,
     ) -> list[AnyHit]:
-        """Return the rows of one tenant and project nearest to `vector` (dim,), the nearest first.
+        """The rows of one tenant and project nearest to `vector` (dim,), the nearest first.
 
-        `strong`: rows that any process has just written are found too; slower on a Milvus server.
+        `strong` includes every finished write of any process; slower on a Milvus server.
         """
 
     def get(
         self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str, strong: bool = False
     ) -> list[AnyRow]:
-        """Return those rows of one tenant and project whose id is in `ids`, in the order of `ids`."""
+        """The rows of one tenant and project with these ids, in the order of `ids`."""
 
     def versions(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> dict[str, int]:
-        """Return id -> version of those rows of one tenant and project, every finished write included.
+        """Id -> version of the rows of one tenant and project, including every finished write.
 
-        A row that carries no version has 0.
+        A row without a version has 0.
         """
 
     def chapter_versions(
         self, name: str, chapter_id: str, *, tenant_id: str, project_id: str
     ) -> dict[str, int]:
-        """Return id -> version of all rows of a chapter, every finished write included."""
+        """Id -> version of all rows of a chapter, including every finished write."""
 
     def delete(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> None:
-        """Remove those rows of one tenant and project whose id is in `ids`; absent ids are no error."""
+        """Delete the rows of one tenant and project with these ids; missing ids are no error."""
 
     def count(self, name: str) -> int:
-        """Return the number of rows of all tenants, every finished write included (slow)."""
+        """Number of rows of all tenants, including every finished write (slow)."""
 
     def close(self) -> None:
-        """Give the connection back; may be called twice."""
+        """Close the connection; may be called twice."""

@@ -1,4 +1,4 @@
-"""What a row may look like: schemas of the collections, and checks of ids, names and rows."""
+"""Schemas of the collections; validation of ids, names and rows; division of rows into requests."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 from .ports import AnyHit, AnyRow, EntityHit, EntityRow, Hit, PermanentStoreError, Row
 
-#: Where rows go whose job names no collection.
+#: Collection of a job that names none.
 DEFAULT_COLLECTION = "story_segments"
 #: Bytes of a text column, the largest VARCHAR of Milvus.
 TEXT_LIMIT_BYTES = 65_535
@@ -16,27 +16,31 @@ TEXT_LIMIT_BYTES = 65_535
 T = TypeVar("T")
 
 ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
-# What Milvus takes as a name of a collection; 200 leaves room for the version that is put behind it.
+# Collection names that Milvus accepts; the limit of 200 leaves room for the numbered suffix.
 COLLECTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}", re.ASCII)
-# Suffix of the collections behind an alias. A name in a job must not have it, or it could be one of them.
+# Suffix of the collections behind an alias, which a job must not be able to name.
 NUMBERED = re.compile(r"_v[0-9]+\Z", re.ASCII)
 PARTITION = re.compile(r"[A-Za-z0-9_]{1,255}", re.ASCII)
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
-# How much of a hostile value an error message repeats.
+# Length of an untrusted value in an error message.
 SHOWN_CHARS = 80
-# Tags, lengths and field names around the values of one row on the wire, generously.
+# Upper bound of the tags, lengths and field names of one row on the wire.
 ROW_OVERHEAD_BYTES = 256
+# A Milvus server accepts requests of 64 MiB; a quarter bounds its memory and the time of one call.
+MAX_REQUEST_BYTES = 16 * 1024 * 1024
+# Larger requests are not faster, on a Milvus server or Milvus Lite.
+MAX_REQUEST_ROWS = 500
 
 
 class Scalar(NamedTuple):
-    """One scalar field; `max_bytes` bounds a VARCHAR in UTF-8 bytes, None makes the field an INT64."""
+    """One scalar field: a VARCHAR of at most `max_bytes` UTF-8 bytes; None: an INT64."""
 
     name: str
     max_bytes: int | None
 
 
 class Schema(NamedTuple):
-    """The scalar fields of a collection beside id and vector, and the types of its rows and hits."""
+    """Scalar fields of a collection, and the types of its rows and hits."""
 
     fields: tuple[Scalar, ...]
     row: Callable[..., AnyRow]
@@ -45,62 +49,62 @@ class Schema(NamedTuple):
     hit_fields: tuple[str, ...]
 
 
-def schema(row: type[AnyRow], hit: type[AnyHit], *fields: tuple[str, int | None]) -> Schema:
-    """Build one entry of the table below; the id and what keeps tenants apart come first in each."""
+def _schema(row: type[AnyRow], hit: type[AnyHit], *fields: tuple[str, int | None]) -> Schema:
+    """A schema: id, tenant and project, then `fields`."""
     common = (("id", 64), ("tenant_id", 64), ("project_id", 64))
     scalars = tuple(Scalar(*field) for field in (*common, *fields))
     return Schema(scalars, row, hit, row._fields, hit._fields)
 
 
-SEGMENTS = schema(
+SEGMENTS = _schema(
     Row, Hit, ("chapter_id", 64), ("story_time", None), ("segment_type", 32), ("text_content", 65535)
 )
-ENTITIES = schema(
+ENTITIES = _schema(
     EntityRow, EntityHit, ("entity_id", 64), ("entity_type", 32), ("name", 256), ("description", 65535)
 )
 SCHEMAS = {"story_segments": SEGMENTS, "entity_profiles": ENTITIES}
 
 
 def schema_of(name: str) -> Schema:
-    """Return the schema of a collection; one that a job names freely is shaped like `story_segments`."""
+    """The schema of a collection; a collection with a name of the job's choice is like `story_segments`."""
     return SCHEMAS.get(name, SEGMENTS)
 
 
 def shown(value: object) -> str:
-    """Return `value` for an error message, cut to a harmless length."""
+    """`value` for an error message: ASCII only, truncated."""
     text = ascii(value)
     return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}…"
 
 
 def check_id(what: str, value: object) -> str:
-    """Return `value` if it is an id that can do no harm in a filter, else raise PermanentStoreError."""
+    """Return `value` if it is an id, which is safe in a filter; else raise PermanentStoreError."""
     if isinstance(value, str) and ID.fullmatch(value):
         return value
     raise PermanentStoreError(f"{what} {shown(value)} does not match {ID.pattern}")
 
 
 def check_collection(name: str) -> str:
-    """Return `name`, with its prefix, if it can be an alias, else raise PermanentStoreError."""
+    """Return `name` (with its prefix) if it can be an alias, else raise PermanentStoreError."""
     if not COLLECTION.fullmatch(name):
         raise PermanentStoreError(f"collection name {shown(name)} does not match {COLLECTION.pattern}")
     if NUMBERED.search(name):
         raise PermanentStoreError(
-            f"collection name {shown(name)} ends in _v and digits, which is kept for the collections "
+            f"collection name {shown(name)} ends in _v and digits, which is reserved for the collections "
             "behind an alias: use another name"
         )
     return name
 
 
 def plain_name(given: object, prefix: str) -> str:
-    """Return a collection's name without the prefix; jobs may give it with the prefix or without.
+    """The name of a collection without the prefix; jobs may name it with or without.
 
-    Raises PermanentStoreError where no collection can have the name.
+    Raises PermanentStoreError if no collection can have the name.
     """
     if not isinstance(given, str) or not COLLECTION.fullmatch(given):
         raise PermanentStoreError(
             f"collection must be a string that matches {COLLECTION.pattern}, not {shown(given)}"
         )
-    # With the prefix `story_` the name `story_segments` is still the plain one.
+    # With the prefix `story_`, `story_segments` is a plain name all the same.
     name = given if given in SCHEMAS else given.removeprefix(prefix)
     if not name:
         raise PermanentStoreError(f"collection {shown(given)} is the prefix alone: add a name")
@@ -109,14 +113,14 @@ def plain_name(given: object, prefix: str) -> str:
 
 
 def check_limit(limit: int) -> int:
-    """Return `limit` if Milvus can answer that many hits (1 to 16384), else raise PermanentStoreError."""
+    """Return `limit` if Milvus can return as many hits (1 to 16384), else raise PermanentStoreError."""
     if 1 <= limit <= 16384:
         return limit
     raise PermanentStoreError(f"limit {limit} is not between 1 and 16384")
 
 
 def partition_name(tenant_id: str, project_id: str) -> str:
-    """Return the Go service's name of a partition; PermanentStoreError where Milvus cannot take it."""
+    """The name that the Go service gives a partition. Raises PermanentStoreError if Milvus cannot have it."""
     name = f"tenant_{check_id('tenant_id', tenant_id)}_proj_{check_id('project_id', project_id)}"
     if PARTITION.fullmatch(name):
         return name
@@ -137,7 +141,7 @@ def check_vector(vector: object, dim: int) -> np.ndarray[Any, np.dtype[np.float3
 
 
 def check_scalar(field: Scalar, value: object) -> None:
-    """Raise PermanentStoreError where `value` does not fit the field."""
+    """Raise PermanentStoreError if `value` does not fit the field."""
     if field.max_bytes is None:
         if type(value) is not int or not INT64_MIN <= value <= INT64_MAX:
             raise PermanentStoreError(f"{field.name} is not a 64-bit integer")
@@ -152,25 +156,25 @@ def check_scalar(field: Scalar, value: object) -> None:
         raise PermanentStoreError(f"{field.name} has {size} bytes, the limit is {field.max_bytes}")
 
 
-def check_row(of: Schema, row: AnyRow, dim: int) -> None:
-    """Raise PermanentStoreError where a row does not fit its collection."""
-    if not isinstance(row, of.row):  # type: ignore[arg-type]
+def check_row(schema: Schema, row: AnyRow, dim: int) -> None:
+    """Raise PermanentStoreError if a row does not fit its collection."""
+    if not isinstance(row, schema.row):  # type: ignore[arg-type]
         raise PermanentStoreError(f"{type(row).__name__} is not a row of this collection")
     for what in ("id", "tenant_id", "project_id"):
         check_id(what, getattr(row, what))
     check_vector(row.vector, dim)
-    for field in of.fields:
+    for field in schema.fields:
         check_scalar(field, getattr(row, field.name))
     check_scalar(Scalar("version", None), row.version)
 
 
 def owner(row: AnyRow) -> tuple[str, str]:
-    """Return who a row belongs to: tenant and project."""
+    """Tenant and project of a row."""
     return row.tenant_id, row.project_id
 
 
-def distinct(name: str, rows: Sequence[AnyRow], dim: int) -> list[AnyRow]:
-    """Return checked rows, the last of each id; PermanentStoreError names every row that does not fit."""
+def check_rows(name: str, rows: Sequence[AnyRow], dim: int) -> list[AnyRow]:
+    """The last valid row of each id. Raises PermanentStoreError with the ids of all invalid rows."""
     faults: dict[str, str] = {}
     last: dict[str, AnyRow] = {}
     for row in rows:
@@ -183,75 +187,77 @@ def distinct(name: str, rows: Sequence[AnyRow], dim: int) -> list[AnyRow]:
             faults.setdefault(row.id, "two tenants or projects send this id")
         last[row.id] = row
     if faults:
-        refuse(name, faults)
+        raise_faults(name, faults)
     return list(last.values())
 
 
-def refuse(name: str, faults: dict[str, str]) -> None:
-    """Raise the PermanentStoreError that tells of rows at fault, the first of them in words."""
+def raise_faults(name: str, faults: dict[str, str]) -> None:
+    """Raise PermanentStoreError with all ids of `faults` and the reason of the first."""
     first, reason = next(iter(faults.items()))
     more = f" (and {len(faults) - 1} more rows)" if len(faults) > 1 else ""
     raise PermanentStoreError(f"{name}: row {shown(first)}: {reason}{more}", tuple(faults))
 
 
-def refuse_foreign(name: str, rows: Sequence[AnyRow], owners: dict[str, tuple[str, str]]) -> None:
-    """Raise PermanentStoreError where an id is taken by another tenant or project; says nothing of whom."""
+def check_owners(name: str, rows: Sequence[AnyRow], owners: dict[str, tuple[str, str]]) -> None:
+    """Raise PermanentStoreError if an id belongs to another tenant or project, without naming either."""
     faults = {
         row.id: "this id belongs to another tenant or project"
         for row in rows
         if owners.get(row.id, owner(row)) != owner(row)
     }
     if faults:
-        refuse(name, faults)
+        raise_faults(name, faults)
 
 
 def row_bytes(row: AnyRow) -> int:
-    """Return about how many bytes a row takes on the wire, never less than it does."""
+    """Upper bound of the bytes of a row on the wire."""
     texts = sum(len(value.encode()) for value in row if isinstance(value, str))
     return int(row.vector.size) * 4 + texts + ROW_OVERHEAD_BYTES
 
 
-def batches(rows: Sequence[AnyRow], max_rows: int, max_bytes: int) -> Iterator[list[AnyRow]]:
-    """Cut rows, in order, into requests within both limits; a row larger than `max_bytes` goes alone."""
+def requests(
+    rows: Sequence[AnyRow], max_rows: int = MAX_REQUEST_ROWS, max_bytes: int = MAX_REQUEST_BYTES
+) -> Iterator[list[AnyRow]]:
+    """Divide rows into requests, in order; a row larger than `max_bytes` is a request of its own."""
     batch: list[AnyRow] = []
     size = 0
     for row in rows:
-        needed = row_bytes(row)
-        if batch and (len(batch) == max_rows or size + needed > max_bytes):
+        row_size = row_bytes(row)
+        if batch and (len(batch) == max_rows or size + row_size > max_bytes):
             yield batch
             batch, size = [], 0
         batch.append(row)
-        size += needed
+        size += row_size
     if batch:
         yield batch
 
 
-def pick(entity: Any, fields: Sequence[str]) -> dict[str, Any]:
-    """Return those fields of an answer; a collection made by others may lack some."""
+def _present(entity: Any, fields: Sequence[str]) -> dict[str, Any]:
+    """The existing ones of `fields`: a collection of another program may lack some."""
     return {field: entity[field] for field in fields if field in entity}
 
 
-def row_of(of: Schema, answer: dict[str, Any]) -> AnyRow:
-    """Return a row from an answer of the server."""
-    fields = pick(answer, of.row_fields)
+def row_of(schema: Schema, answer: dict[str, Any]) -> AnyRow:
+    """A row from the server's response."""
+    fields = _present(answer, schema.row_fields)
     fields["vector"] = np.asarray(fields["vector"], dtype=np.float32)
-    return of.row(**fields)
+    return schema.row(**fields)
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Cut items, in order, into runs of at most `size`."""
+    """Divide items into sequences of at most `size`, in order."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
-def hit_of(of: Schema, answer: dict[str, Any]) -> AnyHit:
-    """Return a hit from one answer of a search."""
-    fields = pick(answer["entity"], of.hit_fields[2:])
-    return of.hit(id=answer["id"], score=float(answer["distance"]), **fields)
+def hit_of(schema: Schema, answer: dict[str, Any]) -> AnyHit:
+    """A hit from the server's response."""
+    fields = _present(answer["entity"], schema.hit_fields[2:])
+    return schema.hit(id=answer["id"], score=float(answer["distance"]), **fields)
 
 
 def clip(text: str, limit_bytes: int = TEXT_LIMIT_BYTES) -> str:
-    """The beginning of `text` that fits into `limit_bytes` of UTF-8, whole characters only."""
+    """The longest prefix of `text` that fits into `limit_bytes` of UTF-8."""
     if len(text) * 4 <= limit_bytes:
         return text
     return text.encode()[:limit_bytes].decode(errors="ignore")

@@ -1,6 +1,7 @@
-"""Writes rows to the vector store so that an older version never covers a newer one or brings its rows back.
+"""Versioned upserts: an older version never overwrites rows of a newer one and never restores removed rows.
 
-Every writer to a collection goes through here, versioned or not: a rebuild learns by it what changes.
+Every write to a collection uses this module, with or without a version: a rebuild learns from the fence which
+rows change meanwhile.
 """
 
 import logging
@@ -13,33 +14,31 @@ from typing import Any, NamedTuple, TypeVar
 from jobworker.worker import StoreUnavailable
 
 from ..jobstore.fence import Fence, WriteAdmission, WriteIntent
-from . import schema as scalars
+from . import schema as schemas
 from .ports import AnyRow, TransientStoreError, VectorStore
 
 log = logging.getLogger("jobworker.versions")
 
 T = TypeVar("T")
 
-# One request to the store at a time, so that the lease can be renewed between them.
-PART_ROWS, PART_BYTES = 500, 16 * 1024 * 1024
-# The lease is renewed once this much of it is gone: a read and a write of 30 s each still fit behind it.
+# Age at which the lease is renewed: a read and a write of 30 s each still fit into the rest of it.
 RENEW_AFTER_S = 10.0
-# How often one that must wait asks again; a write takes some 10 to 100 ms.
+# Interval between two tries for admission; a write takes about 10 to 100 ms.
 POLL_S = 0.02
-# A worker that died while it wrote is heard of within 2 s and its job run again, which frees what it held;
-# after this the job is tried again later instead of keeping this worker.
+# The death of a worker that was writing is noticed within 2 s, and the retry of its job frees what it held.
+# After this timeout the waiting job is retried later, so that it does not block the worker.
 WAIT_S = 20.0
 
 
 class Contended(Exception):
-    """Another job held the same rows or chapters for too long: worth another try."""
+    """Another job held the same rows or chapters for too long: worth a retry."""
 
 
 class VersionedRows(NamedTuple):
-    """The rows that one job writes. `version` None: no fence, the last to write wins.
+    """The rows that one job writes. With `version` None nothing is compared: the last write wins.
 
-    `owner` names the job: every try of it gives the same. `replace`: rows of the chapters in `rows` with an
-    older version whose ids are not in `rows` are removed once these are in.
+    `owner` names the job, and is the same in every retry. With `replace`, rows of the same chapters are
+    removed after the write, if they have an older version and an id that is not in `rows`.
     """
 
     owner: str
@@ -49,7 +48,10 @@ class VersionedRows(NamedTuple):
 
 
 class VersionedWriter:
-    """Used by one thread. `model` names what makes the vectors; `sleep` and `mono_s` are for tests."""
+    """Upserts under the write fence. Not thread-safe.
+
+    `model` names the model of the vectors; `sleep` and `mono_s` are for tests.
+    """
 
     def __init__(
         self,
@@ -64,176 +66,182 @@ class VersionedWriter:
         self._store, self._fence, self._prefix, self._model = store, fence, prefix, model
         self._mono_s, self._sleep = mono_s, sleep
 
-    def write(self, collection: str, editions: Sequence[VersionedRows]) -> None:
-        """Write all editions; what a newer version has made obsolete is left out without an error.
+    def write(self, collection: str, jobs: Sequence[VersionedRows]) -> None:
+        """Write the rows of several jobs; silently leaves out rows that a newer version has superseded.
 
-        Raises what the store raises, TransientStoreError where the job store does not answer or the
-        collection is closed for long, Contended where others hold the same rows for too long. Repeat the
-        whole call then: some rows may be in.
+        Raises the errors of the store, TransientStoreError if the job store does not answer or the collection
+        stays closed, Contended if other jobs hold the same rows for too long. Repeat the whole call then:
+        some rows may be stored.
         """
-        waiting = [self._begin(collection, edition) for edition in editions if edition.rows]
+        waiting = [self._pending_write(collection, rows) for rows in jobs if rows.rows]
         give_up_at = self._mono_s() + WAIT_S
         while waiting:
-            # The newest first: what it makes obsolete is then not written at all.
-            order = sorted(waiting, key=lambda write: -(write.edition.version or 0))
-            admitted = self._admit(order)
+            # The newest first: rows that it supersedes are then not written at all.
+            newest_first = sorted(waiting, key=lambda write: -(write.job.version or 0))
+            admitted = self._admit(newest_first)
             if admitted:
-                self._write(collection, [write for write in waiting if write in admitted])
+                self._write_admitted(collection, [write for write in waiting if write in admitted])
                 waiting = [write for write in waiting if write not in admitted]
             elif self._mono_s() > give_up_at:
-                raise _blocked(collection, waiting)
+                raise _timeout_error(collection, waiting)
             else:
                 self._sleep(POLL_S)
 
-    def _begin(self, collection: str, edition: VersionedRows) -> "_Write":
-        ids = tuple(dict.fromkeys(row.id for row in edition.rows))
-        chapters = {_chapter(row): None for row in edition.rows if _chapter_id(row)}
-        fenced = edition.version is not None
-        held = (*(f"i/{id_}" for id_ in ids), *(f"c/{chapter}" for chapter in chapters)) if fenced else ()
-        return _Write(
-            edition,
+    def _pending_write(self, collection: str, job: VersionedRows) -> "_PendingWrite":
+        ids = tuple(dict.fromkeys(row.id for row in job.rows))
+        chapters = {_chapter_name(row): None for row in job.rows if _chapter_id(row)}
+        versioned = job.version is not None
+        held = (*(f"i/{id_}" for id_ in ids), *(f"c/{chapter}" for chapter in chapters)) if versioned else ()
+        return _PendingWrite(
+            job,
             WriteIntent(
                 self._prefix + collection,
                 os.urandom(8).hex(),
-                f"{edition.owner}@{edition.version}",
+                f"{job.owner}@{job.version}",
                 ids,
                 held,
-                tuple(chapters) if fenced else (),
+                tuple(chapters) if versioned else (),
                 self._model,
             ),
         )
 
-    def _admit(self, writes: Sequence["_Write"]) -> list["_Write"]:
-        answers = self._told(lambda: self._fence.admit([write.intent for write in writes]))
-        for write, answer in zip(writes, answers, strict=True):
-            write.answer = answer
-            if answer.verdict == "model":
+    def _admit(self, writes: Sequence["_PendingWrite"]) -> list["_PendingWrite"]:
+        admissions = self._call_fence(lambda: self._fence.admit([write.intent for write in writes]))
+        for write, admission in zip(writes, admissions, strict=True):
+            write.admission = admission
+            if admission.verdict == "model":
                 raise TransientStoreError(
-                    f"{write.intent.collection} was rebuilt with the model {answer.model}, this service "
-                    f"embeds with {self._model}: start it with --model {answer.model}"
+                    f"{write.intent.collection} was rebuilt with the model {admission.model}, this service "
+                    f"embeds with {self._model}: start it with --model {admission.model}"
                 )
-        return [write for write in writes if write.answer.verdict == "in"]
+        return [write for write in writes if write.admission.verdict == "in"]
 
-    def _write(self, collection: str, writes: Sequence["_Write"]) -> None:
-        """Write what was let in. Where a request may still be on its way, its lease is left to run out."""
-        round_ = _Round(self, collection, writes)
+    def _write_admitted(self, collection: str, writes: Sequence["_PendingWrite"]) -> None:
+        """Write, then release. After an error that leaves a request under way, the lease has to expire."""
         try:
-            round_.run()
+            _WriteRound(self, collection, writes).run()
         except (TransientStoreError, Contended):
             raise
         except BaseException:
-            self._told(lambda: self._fence.release([write.intent for write in writes]))
+            self._release(writes)
             raise
-        self._told(lambda: self._fence.release([write.intent for write in writes]))
+        self._release(writes)
 
-    def _told(self, ask: Callable[[], T]) -> T:
+    def _release(self, writes: Sequence["_PendingWrite"]) -> None:
+        self._call_fence(lambda: self._fence.release([write.intent for write in writes]))
+
+    def _call_fence(self, call: Callable[[], T]) -> T:
         try:
-            return ask()
+            return call()
         except StoreUnavailable as error:
             raise TransientStoreError(str(error)) from error
 
 
 @dataclass(eq=False)
-class _Write:
-    """One edition on its way."""
+class _PendingWrite:
+    """The rows of a job and the latest answer of the fence."""
 
-    edition: VersionedRows
+    job: VersionedRows
     intent: WriteIntent
-    answer: WriteAdmission = field(default_factory=lambda: WriteAdmission("closed"))
+    admission: WriteAdmission = field(default_factory=lambda: WriteAdmission("closed"))
 
 
-class _Round:
-    """Editions that hold all they need, written together."""
+class _WriteRound:
+    """Admitted writes that share requests to the store."""
 
-    def __init__(self, writer: VersionedWriter, collection: str, writes: Sequence[_Write]) -> None:
+    def __init__(self, writer: VersionedWriter, collection: str, writes: Sequence[_PendingWrite]) -> None:
         self._writer, self._store, self._collection = writer, writer._store, collection
         self._writes = writes
         self._mono_renewed_s = writer._mono_s()
 
     def run(self) -> None:
-        rows = [row for write in self._writes for row in self._current(write)]
-        for part in scalars.batches(rows, PART_ROWS, PART_BYTES):
-            self._renew()
-            self._store.upsert(self._collection, part)
+        rows = [row for write in self._writes for row in self._current_rows(write)]
+        # One request a call, so that the lease can be renewed in between.
+        for request in schemas.requests(rows):
+            self._renew_lease()
+            self._store.upsert(self._collection, request)
         for write in self._writes:
-            if write.edition.replace:
+            if write.job.replace:
                 self._remove_older(write)
 
-    def _renew(self) -> None:
+    def _renew_lease(self) -> None:
         """Renew the lease before it expires. Raises Contended if it was lost and others may be writing."""
         if self._writer._mono_s() - self._mono_renewed_s < RENEW_AFTER_S:
             return
         self._mono_renewed_s = self._writer._mono_s()
         if len(self._writer._admit(self._writes)) < len(self._writes):
-            raise Contended(f"{self._collection}: the write took so long that another one began")
+            raise Contended(f"{self._collection}: the lease expired during a slow write and was taken")
 
-    def _current(self, write: _Write) -> Sequence[AnyRow]:
-        """The rows that nothing newer has come before."""
-        edition, version = write.edition, write.edition.version
+    def _current_rows(self, write: _PendingWrite) -> Sequence[AnyRow]:
+        """The rows that no newer version has superseded."""
+        job, version = write.job, write.job.version
         if version is None:
-            return edition.rows
-        min_versions = write.answer.min_versions
-        rows = [row for row in edition.rows if min_versions.get(_chapter(row), version) <= version]
-        has = self._versions(rows)
-        current = [row for row in rows if has.get(row.id, version) <= version]
-        if len(current) < len(edition.rows):
-            left = len(edition.rows) - len(current)
-            log.info("rows.stale_skipped", extra={"owner": edition.owner, "version": version, "rows": left})
+            return job.rows
+        min_versions = write.admission.min_versions
+        rows = [row for row in job.rows if min_versions.get(_chapter_name(row), version) <= version]
+        stored = self._stored_versions(rows)
+        current = [row for row in rows if stored.get(row.id, version) <= version]
+        if len(current) < len(job.rows):
+            stale = len(job.rows) - len(current)
+            log.info("rows.stale_skipped", extra={"owner": job.owner, "version": version, "rows": stale})
         return current
 
-    def _versions(self, rows: Sequence[AnyRow]) -> dict[str, int]:
-        self._renew()
+    def _stored_versions(self, rows: Sequence[AnyRow]) -> dict[str, int]:
+        self._renew_lease()
         ids: dict[tuple[str, str], list[str]] = {}
         for row in rows:
-            ids.setdefault(scalars.owner(row), []).append(row.id)
-        found: dict[str, int] = {}
-        for (tenant, project), some in ids.items():
-            found |= self._store.versions(self._collection, some, tenant_id=tenant, project_id=project)
-        return found
+            ids.setdefault(schemas.owner(row), []).append(row.id)
+        versions: dict[str, int] = {}
+        for (tenant, project), own_ids in ids.items():
+            versions |= self._store.versions(self._collection, own_ids, tenant_id=tenant, project_id=project)
+        return versions
 
-    def _remove_older(self, write: _Write) -> None:
-        """Remove what the chapters had before. The floor is raised first: a row that goes stays away."""
-        version, min_versions = write.edition.version, write.answer.min_versions
+    def _remove_older(self, write: _PendingWrite) -> None:
+        """Remove older rows of the chapters. Their minimum version is set first, so none of them returns."""
+        version, min_versions = write.job.version, write.admission.min_versions
         assert version is not None
-        kept = {row.id for row in write.edition.rows}
-        for name, (tenant, project, chapter) in _chapters(write.edition.rows).items():
+        written = {row.id for row in write.job.rows}
+        for name, (tenant, project, chapter) in _chapters(write.job.rows).items():
             if min_versions.get(name, version) > version:
                 continue
             scope: Any = {"tenant_id": tenant, "project_id": project}
-            self._renew()
-            has = self._store.chapter_versions(self._collection, chapter, **scope)
+            self._renew_lease()
+            stored = self._store.chapter_versions(self._collection, chapter, **scope)
             # The summary is a row of the chapter too, with a version of its own.
-            others = kept | {f"summary:{chapter}"}
-            gone = [id_ for id_, its in has.items() if its < version and id_ not in others]
-            self._note(write, gone, {name: version})
-            if gone:
-                self._store.delete(self._collection, gone, **scope)
-                fields = {"owner": write.edition.owner, "chapter_id": chapter, "rows": len(gone)}
+            preserved = written | {f"summary:{chapter}"}
+            older = [id_ for id_, its in stored.items() if its < version and id_ not in preserved]
+            self._record_removal(write, older, {name: version})
+            if older:
+                self._store.delete(self._collection, older, **scope)
+                fields = {"owner": write.job.owner, "chapter_id": chapter, "rows": len(older)}
                 log.info("rows.removed", extra=fields)
                 # Removed rows are recorded before and after, like written ones.
-                self._note(write, gone, {})
+                self._record_removal(write, older, {})
 
-    def _note(self, write: _Write, gone: Sequence[str], min_versions: dict[str, int]) -> None:
-        self._writer._told(lambda: self._writer._fence.record_removal(write.intent, gone, min_versions))
+    def _record_removal(self, write: _PendingWrite, ids: Sequence[str], min_versions: dict[str, int]) -> None:
+        fence = self._writer._fence
+        self._writer._call_fence(lambda: fence.record_removal(write.intent, ids, min_versions))
 
 
 def _chapter_id(row: AnyRow) -> str:
     return getattr(row, "chapter_id", "")
 
 
-def _chapter(row: AnyRow) -> str:
-    """A chapter's name among all tenants; no id holds a slash."""
+def _chapter_name(row: AnyRow) -> str:
+    """Name of a chapter that is unique among all tenants; no id contains a slash."""
     return f"{row.tenant_id}/{row.project_id}/{_chapter_id(row)}"
 
 
 def _chapters(rows: Sequence[AnyRow]) -> dict[str, tuple[str, str, str]]:
     return {
-        _chapter(row): (row.tenant_id, row.project_id, _chapter_id(row)) for row in rows if _chapter_id(row)
+        _chapter_name(row): (row.tenant_id, row.project_id, _chapter_id(row))
+        for row in rows
+        if _chapter_id(row)
     }
 
 
-def _blocked(collection: str, waiting: Sequence[_Write]) -> Exception:
-    if any(write.answer.verdict == "closed" for write in waiting):
+def _timeout_error(collection: str, waiting: Sequence[_PendingWrite]) -> Exception:
+    if any(write.admission.verdict == "closed" for write in waiting):
         return TransientStoreError(f"{collection} is closed while a rebuild takes its place")
-    owners = ", ".join(write.edition.owner for write in waiting[:3])
-    return Contended(f"{collection}: others hold the same rows for more than {WAIT_S:.0f} s ({owners})")
+    owners = ", ".join(write.job.owner for write in waiting[:3])
+    return Contended(f"{collection}: other jobs hold the same rows for more than {WAIT_S:.0f} s ({owners})")

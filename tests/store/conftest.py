@@ -3,9 +3,12 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
+from jobworker.handlers.jobstore.memory_fence import MemoryFence
+from jobworker.handlers.jobstore.redis_fence import RedisFence
 from support.job_worlds import MemoryWorld, RedisWorld, World
 from support.milvus import start_lite, start_real, why_no_real_milvus
 from support.redis_servers import RedisServer, running
@@ -42,6 +45,17 @@ def world(any_server: RedisServer | None) -> Iterator[World]:
     world: World = MemoryWorld() if any_server is None else RedisWorld(any_server)
     yield world
     world.close()
+
+
+@pytest.fixture
+def fence(any_server: RedisServer | None) -> Iterator[Any]:
+    if any_server is None:
+        yield MemoryFence()
+        return
+    any_server.client.flushall()
+    made = RedisFence(any_server.url)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

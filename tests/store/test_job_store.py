@@ -41,19 +41,19 @@ def readable(fd: int, limit_s: float) -> bool:
 
 
 class TestReading:
-    def test_what_was_sent_before_the_group_was_made_is_read_in_order(self, world: World) -> None:
+    def test_jobs_sent_before_the_group_existed_are_read_in_order(self, world: World) -> None:
         world.producer().add(S.stream, [b"1", b"2", b"3"])
         store = world.reader("a")
         store.acquire([S])
         assert [entry.data for entry in read(store)] == [b"1", b"2", b"3"]
 
-    def test_acquiring_again_keeps_the_groups_place(self, world: World) -> None:
+    def test_acquiring_again_keeps_the_position_of_the_group(self, world: World) -> None:
         store, ids = given(world, b"1")
         store.acquire([S])
         assert read(store) == []
         assert pending(store) == ids
 
-    def test_a_read_takes_no_more_than_asked_for(self, world: World) -> None:
+    def test_a_read_returns_at_most_count_entries(self, world: World) -> None:
         store = world.reader("a")
         store.acquire([S])
         world.producer().add(S.stream, [b"1", b"2", b"3"])
@@ -95,7 +95,7 @@ class TestReading:
         with pytest.raises(RuntimeError):
             store.begin_read(S, 1, 1000)
 
-    def test_what_an_abandoned_read_was_given_is_found_among_the_pending(self, world: World) -> None:
+    def test_entries_of_an_abandoned_read_stay_pending(self, world: World) -> None:
         store = world.reader("a")
         store.acquire([S])
         fd = store.begin_read(S, 10, 60_000)
@@ -113,14 +113,14 @@ class TestReading:
         store.acquire([S])
         assert [e.data for e in read(store)] == [None]
 
-    def test_any_bytes_come_back_as_they_went_in(self, world: World) -> None:
+    def test_any_bytes_are_returned_unchanged(self, world: World) -> None:
         jobs = [b"", b"\x00\xff\r\n$1\r\n", "小说".encode(), b"x" * 3_000_000]
         world.producer().add(S.stream, jobs)
         store = world.reader("a")
         store.acquire([S])
         assert [e.data for e in read(store)] == jobs
 
-    def test_a_reader_that_waits_does_not_hold_others_up(self, world: World) -> None:
+    def test_a_blocked_reader_does_not_block_others(self, world: World) -> None:
         store, ids = given(world, b"1")
         store.begin_read(S, 10, 60_000)
         assert store.settle([Settlement(S, done=ids)]) == set()
@@ -128,7 +128,7 @@ class TestReading:
 
 
 class TestPauses:
-    def test_every_reader_hears_of_the_paused_types(self, world: World) -> None:
+    def test_every_reader_sees_the_paused_types(self, world: World) -> None:
         a, b = world.reader("a"), world.reader("b")
         assert a.paused_types() == set()
         world.pause("audit")
@@ -137,7 +137,7 @@ class TestPauses:
 
 
 class TestSettling:
-    def test_each_outcome_goes_where_it_belongs(self, world: World) -> None:
+    def test_done_retried_and_dead_jobs_each_go_to_their_key(self, world: World) -> None:
         store, (a, b, c, d) = given(world, b"a", b"b", b"c", b"d")
         refused = store.settle([Settlement(S, [a], [Retry(b, 60, b"b again")], [Dead(c, b"c is dead")])])
         assert refused == set()
@@ -145,7 +145,7 @@ class TestSettling:
         assert world.waiting(S.stream) == [b"b again"]
         assert world.dead_letters(S.stream) == [b"c is dead"]
 
-    def test_what_was_settled_is_refused_the_second_time_and_nothing_is_done(self, world: World) -> None:
+    def test_a_second_settlement_is_refused_and_changes_nothing(self, world: World) -> None:
         store, (a, b, c) = given(world, b"a", b"b", b"c")
         outcome = Settlement(S, [a], [Retry(b, 60, b"b")], [Dead(c, b"c")])
         store.settle([outcome])
@@ -163,7 +163,7 @@ class TestSettling:
         assert store.settle([Settlement(S, done=[*odd, *ids[5:]])]) == set(odd)
         assert pending(store) == ids[:5]
 
-    def test_ids_far_apart_and_in_any_order_are_found(self, world: World) -> None:
+    def test_unsorted_ids_that_lie_far_apart_are_settled(self, world: World) -> None:
         store, ids = given(world, *[b"%d" % i for i in range(100)])
         some = [ids[77], ids[3], ids[50], ids[99], ids[0]]
         assert store.settle([Settlement(S, done=some)]) == set()
@@ -187,19 +187,19 @@ class TestSettling:
         assert world.waiting(S.stream) == []
         assert pending(mine) == [a]
 
-    def test_two_equal_jobs_are_both_kept(self, world: World) -> None:
+    def test_two_equal_jobs_are_both_retried(self, world: World) -> None:
         store, (a, b) = given(world, b"{}", b"{}")
         store.settle([Settlement(S, retries=[Retry(a, 0, b"{}")])])
         store.settle([Settlement(S, retries=[Retry(b, 0, b"{}")])])
         assert [job.strip() for job in world.waiting(S.stream)] == [b"{}", b"{}"]
         assert world.reaper().promote(S.stream, 10).moved == 2
 
-    def test_nothing_to_settle_is_no_trouble(self, world: World) -> None:
+    def test_an_empty_settlement_is_allowed(self, world: World) -> None:
         store, _ = given(world, b"1")
         assert store.settle([]) == set()
         assert store.settle([Settlement(S)]) == set()
 
-    def test_more_than_one_step_can_hold(self, world: World) -> None:
+    def test_settlements_of_more_than_one_step(self, world: World) -> None:
         store, ids = given(world, *[b"%d" % i for i in range(40)])
         big = b"x" * 1_000_000
         retries = [Retry(id, 60, big + b"%d" % i) for i, id in enumerate(ids[:20])]
@@ -209,7 +209,7 @@ class TestSettling:
 
 
 class TestFence:
-    def test_a_newer_reader_of_the_name_shuts_the_older_one_out(self, world: World) -> None:
+    def test_a_newer_reader_of_the_name_fences_off_the_older_one(self, world: World) -> None:
         old, (a,) = given(world, b"1")
         new = world.reader("a")
         new.acquire([S])
@@ -225,7 +225,7 @@ class TestFence:
         assert pending(new) == [a]
         assert new.settle([Settlement(S, [a])]) == set()
 
-    def test_another_name_is_another_matter(self, world: World) -> None:
+    def test_a_reader_of_another_name_is_not_fenced(self, world: World) -> None:
         one, (a,) = given(world, b"1")
         other = world.reader("b")
         other.acquire([S])
@@ -239,7 +239,7 @@ HEIR = Holder("t3", "pid 3 on host h", 0.5, predecessors=("t0", "t1"))
 
 
 class TestName:
-    def test_another_service_is_refused_and_told_who_holds_the_name(self, world: World) -> None:
+    def test_another_service_is_refused_and_the_error_names_the_holder(self, world: World) -> None:
         first, second = world.reader("a", FIRST), world.reader("a", SECOND)
         first.acquire([S])
         with pytest.raises(NameHeld, match="pid 1 on host h") as refused:
@@ -248,7 +248,7 @@ class TestName:
         assert refused.value.stream == S.stream
         first.renew_name([S])
 
-    def test_renewing_keeps_the_name_and_proves_that_its_holder_lives(self, world: World) -> None:
+    def test_renewing_keeps_the_name_and_shows_that_its_holder_is_alive(self, world: World) -> None:
         first, second = world.reader("a", FIRST), world.reader("a", SECOND)
         first.acquire([S])
         renewals = []
@@ -260,7 +260,7 @@ class TestName:
             first.renew_name([S])
         assert len(set(renewals)) == 3
 
-    def test_a_name_that_nobody_renews_is_taken_after_the_lease(self, world: World) -> None:
+    def test_a_name_that_is_not_renewed_is_free_after_the_lease(self, world: World) -> None:
         first, second = world.reader("a", FIRST), world.reader("a", SECOND)
         first.acquire([S])
         world.producer().add(S.stream, [b"1"])
@@ -278,13 +278,13 @@ class TestName:
         for _ in range(2):
             world.reader("a", FIRST).acquire([S])
 
-    def test_the_name_of_a_predecessor_known_to_be_over_is_taken_at_once(self, world: World) -> None:
+    def test_the_name_of_a_predecessor_that_is_over_is_free_at_once(self, world: World) -> None:
         world.reader("a", FIRST).acquire([S])
         world.reader("a", HEIR).acquire([S])
         with pytest.raises(NameHeld, match="pid 3"):
             world.reader("a", SECOND).acquire([S])
 
-    def test_a_name_that_was_given_up_is_taken_at_once(self, world: World) -> None:
+    def test_a_released_name_is_free_at_once(self, world: World) -> None:
         first, second = world.reader("a", FIRST), world.reader("a", SECOND)
         second.release_name([S])
         first.acquire([S])
@@ -295,7 +295,7 @@ class TestName:
         with pytest.raises(Fenced):
             first.renew_name([S])
 
-    def test_who_is_refused_one_name_keeps_none(self, world: World) -> None:
+    def test_a_service_that_is_refused_one_name_keeps_none(self, world: World) -> None:
         world.reader("a", FIRST).acquire([OTHER])
         with pytest.raises(NameHeld):
             world.reader("a", SECOND).acquire([S, OTHER])
@@ -307,14 +307,14 @@ class TestName:
 
 
 class TestDeaths:
-    def test_deaths_are_set_and_told_with_the_entry(self, world: World) -> None:
+    def test_deaths_are_set_and_returned_with_the_entry(self, world: World) -> None:
         store, (a, b) = given(world, b"a", b"b")
         assert store.set_deaths(S, {a: 1}) == {a: 1}
         assert store.set_deaths(S, {a: 2, b: 1, UNKNOWN: 1}) == {a: 2, b: 1}
         assert store.set_deaths(S, {a: 2}) == {a: 2}
         assert [(e.id, e.deaths) for e in store.own_pending(S, b"0-0", 10)] == [(a, 2), (b, 1)]
 
-    def test_they_outlive_the_reader_and_follow_the_job_to_another(self, world: World) -> None:
+    def test_deaths_survive_the_reader_and_follow_the_job_to_another(self, world: World) -> None:
         store, (a,) = given(world, b"a")
         store.set_deaths(S, {a: 1})
         other = world.reader("b")
@@ -323,7 +323,7 @@ class TestDeaths:
         assert [(e.id, e.deaths) for e in entries] == [(a, 1)]
         assert store.set_deaths(S, {a: 2}) == {}
 
-    def test_what_is_settled_cannot_be_charged(self, world: World) -> None:
+    def test_settled_entries_get_no_deaths(self, world: World) -> None:
         store, (a,) = given(world, b"a")
         store.set_deaths(S, {a: 1})
         store.settle([Settlement(S, [a])])
@@ -331,7 +331,7 @@ class TestDeaths:
 
 
 class TestLeases:
-    def test_idle_entries_are_taken_over_and_the_delivery_is_counted(self, world: World) -> None:
+    def test_idle_entries_are_claimed_and_the_delivery_is_counted(self, world: World) -> None:
         old, ids = given(world, b"1", b"2", consumer="a")
         new = world.reader("b")
         new.acquire([S])
@@ -341,7 +341,7 @@ class TestLeases:
         assert old.settle([Settlement(S, ids)]) == set(ids)
         assert new.settle([Settlement(S, ids)]) == set()
 
-    def test_a_long_list_is_taken_over_page_by_page(self, world: World) -> None:
+    def test_a_long_list_is_claimed_page_by_page(self, world: World) -> None:
         _, ids = given(world, *[b"%d" % i for i in range(7)], consumer="a")
         new = world.reader("b")
         new.acquire([S])
@@ -353,7 +353,7 @@ class TestLeases:
             first = False
         assert taken == ids
 
-    def test_renewing_keeps_others_away(self, world: World) -> None:
+    def test_renewed_entries_cannot_be_claimed(self, world: World) -> None:
         old, (a, b) = given(world, b"1", b"2", consumer="a")
         new = world.reader("b")
         new.acquire([S])
@@ -363,24 +363,24 @@ class TestLeases:
         assert [e.id for e in entries] == [b]
         assert [e.deliveries for e in old.own_pending(S, b"0-0", 10)] == [1]
 
-    def test_renewing_tells_what_was_lost(self, world: World) -> None:
+    def test_renewing_returns_lost_entries(self, world: World) -> None:
         old, (a, b) = given(world, b"1", b"2", consumer="a")
         old.settle([Settlement(S, [a])])
         assert old.renew(S, [a, b, UNKNOWN]) == {a, UNKNOWN}
 
-    def test_renewing_does_not_take_from_others(self, world: World) -> None:
+    def test_renewing_takes_no_entry_of_another_consumer(self, world: World) -> None:
         old, (a,) = given(world, b"1", consumer="a")
         new = world.reader("b")
         new.acquire([S])
         assert new.renew(S, [a]) == {a}
         assert pending(old) == [a]
 
-    def test_renewing_what_was_deleted_tells_that_it_is_lost(self, world: World) -> None:
+    def test_renewing_returns_deleted_entries_as_lost(self, world: World) -> None:
         store, (a, b) = given(world, b"1", b"2")
         world.delete_entry(S.stream, a)
         assert store.renew(S, [a, b]) == {a}
 
-    def test_what_was_released_can_be_had_at_once(self, world: World) -> None:
+    def test_released_entries_can_be_claimed_at_once(self, world: World) -> None:
         old, (a, b) = given(world, b"1", b"2", consumer="a")
         new = world.reader("b")
         new.acquire([S])
@@ -407,14 +407,14 @@ class TestLeases:
         assert store.own_ids(S, b"0-0", 2) == ids[:2]
         assert store.own_ids(S, ids[1], 9) == ids[2:]
 
-    def test_bodies_of_what_is_left(self, world: World) -> None:
+    def test_fetch_leaves_out_deleted_entries(self, world: World) -> None:
         store, (a, b) = given(world, b"1", b"2")
         world.delete_entry(S.stream, a)
         assert store.fetch(S, [a, b, UNKNOWN]) == {b: b"2"}
 
 
 class TestPromotion:
-    def test_a_retry_comes_back_when_it_is_due_and_not_before(self, world: World) -> None:
+    def test_a_retry_returns_when_it_is_due_and_not_before(self, world: World) -> None:
         store, (a,) = given(world, b"1")
         store.settle([Settlement(S, retries=[Retry(a, 0.3, b"again")])])
         reaper = world.reaper()
@@ -426,7 +426,7 @@ class TestPromotion:
         assert reaper.promote(S.stream, 10) == (1, None)
         assert [e.data for e in read(store)] == [b"again"]
 
-    def test_the_soonest_go_first_and_no_more_than_asked_for(self, world: World) -> None:
+    def test_the_soonest_retries_are_promoted_first_up_to_the_limit(self, world: World) -> None:
         producer, reaper = world.producer(), world.reaper()
         for job, delay_s in ((b"c", 0.6), (b"a", 0.2), (b"b", 0.4), (b"later", 60)):
             producer.schedule(S.stream, job, delay_s)
@@ -439,7 +439,7 @@ class TestPromotion:
         store.acquire([S])
         assert [e.data for e in read(store)] == [b"a", b"b", b"c"]
 
-    def test_nothing_waits(self, world: World) -> None:
+    def test_no_retry_is_scheduled(self, world: World) -> None:
         assert world.reaper().promote(S.stream, 10) == (0, None)
 
     def test_two_reapers_move_each_job_once(self, world: World) -> None:
@@ -459,8 +459,8 @@ class TestPromotion:
         assert world.length(S.stream) == 50
 
 
-class TestTidying:
-    def test_what_every_group_has_finished_is_trimmed(self, world: World) -> None:
+class TestTrimming:
+    def test_entries_that_every_group_has_finished_are_trimmed(self, world: World) -> None:
         store, ids = given(world, b"1", b"2", b"3")
         world.producer().add(S.stream, [b"4"])
         reaper = world.reaper()
@@ -483,7 +483,7 @@ class TestTidying:
             store.settle([Settlement(S, [entry.id])])
             assert reaper.trim(S.stream) == 1
 
-    def test_another_groups_work_is_not_trimmed(self, world: World) -> None:
+    def test_entries_that_another_group_needs_are_not_trimmed(self, world: World) -> None:
         store, ids = given(world, b"1")
         second = Source(S.stream, "cg-second")
         slow = world.reader("slow")
@@ -495,13 +495,13 @@ class TestTidying:
         slow.settle([Settlement(second, ids)])
         assert world.reaper().trim(S.stream) == 1
 
-    def test_a_stream_without_a_group_is_left_alone(self, world: World) -> None:
+    def test_a_stream_without_a_group_is_not_trimmed(self, world: World) -> None:
         world.producer().add(S.stream, [b"1"])
         assert world.reaper().trim(S.stream) == 0
         assert world.reaper().trim("stream:missing") == 0
         assert world.length(S.stream) == 1
 
-    def test_a_long_stream_is_trimmed_whole(self, world: World) -> None:
+    def test_a_long_stream_is_trimmed_completely(self, world: World) -> None:
         store, _ids = given(world)
         world.producer().add(S.stream, [b"%d" % i for i in range(3456)])
         while entries := read(store, count=1000):
@@ -524,7 +524,7 @@ class TestTidying:
         assert len(pending(owner)) == 1
         readers["held"].renew_name([S])
 
-    def test_depths_count_what_is_where(self, world: World) -> None:
+    def test_depths_count_entries_retries_and_dead_letters(self, world: World) -> None:
         store, (a, b, _c) = given(world, b"1", b"2", b"3")
         store.settle([Settlement(S, [], [Retry(a, 60, b"r")], [Dead(b, b"d")])])
         world.producer().add(S.stream, [b"4", b"5"])
@@ -534,7 +534,7 @@ class TestTidying:
         assert depths.lag == 2
         assert 0.2 <= depths.oldest_age_s < 10
 
-    def test_depths_of_what_does_not_exist(self, world: World) -> None:
+    def test_depths_of_a_missing_stream(self, world: World) -> None:
         assert world.reaper().depths(S) == (0, 0, 0, 0, 0.0, 0)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jobworker.handlers.vectors.milvus.client import MilvusClientHandle
-from jobworker.handlers.vectors.milvus.lite_server import FlushGate, writing
+from jobworker.handlers.vectors.milvus.lite_server import FlushGate, serialised
 from jobworker.handlers.vectors.milvus.store import (
     MilvusVectors,
     Row,
@@ -29,7 +29,7 @@ from support.milvus import LITE_START_S, LiteServer, lite_server, wait_until
 
 NAME = "story_segments"
 DIM = 32
-# A flush each few hundred rows: what goes wrong goes wrong around flushes.
+# A flush each few hundred rows: faults show around flushes.
 SMALL_MEMTABLE = {"MILVUS_LITE_MEMTABLE_MEMORY_LIMIT_BYTES": "200000"}
 WAIT_S = 60.0
 
@@ -113,7 +113,7 @@ def test_kills_while_rows_come_in_lose_no_acknowledged_row(tmp_path: Path) -> No
     assert not any(lost.values()), f"seed {seed}: {lost}"
 
 
-def test_an_index_file_that_a_kill_left_half_written_is_made_anew(tmp_path: Path) -> None:
+def test_an_index_file_that_a_kill_left_half_written_is_rebuilt(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     with lite_server(data_dir, env=SMALL_MEMTABLE) as server:
         store = open_vectors(server.uri)
@@ -284,7 +284,7 @@ def test_a_port_serves_one(tmp_path: Path) -> None:
     assert f"port {first.port}" in line
 
 
-def test_another_release_of_the_engine_is_refused(tmp_path: Path) -> None:
+def test_another_release_of_the_engine_is_rejected(tmp_path: Path) -> None:
     program = """
         import importlib.metadata
         from jobworker.handlers.vectors.milvus import lite_server
@@ -311,10 +311,10 @@ class Caller:
         raise RuntimeError(details)
 
 
-def test_a_write_whose_caller_has_died_in_the_queue_is_not_carried_out() -> None:
+def test_a_queued_write_of_a_dead_caller_is_not_applied() -> None:
     done: list[str] = []
     lock, caller = threading.Lock(), Caller()
-    call = writing(lambda request, context: done.append(request), lock)
+    call = serialised(lambda request, context: done.append(request), lock)
     call("first", caller)
     with ThreadPoolExecutor(1) as thread, lock:
         late = thread.submit(call, "late", caller)
@@ -324,18 +324,18 @@ def test_a_write_whose_caller_has_died_in_the_queue_is_not_carried_out() -> None
     assert done == ["first"]
 
 
-def make_partition(link: MilvusClientHandle, name: str) -> None:
-    link.attempt("make", lambda client: client.create_partition(f"z_novel_{NAME}", name, timeout=5))
+def make_partition(milvus: MilvusClientHandle, name: str) -> None:
+    milvus.call("make", lambda client: client.create_partition(f"z_novel_{NAME}", name, timeout=5))
 
 
-def test_a_partition_name_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
+def test_a_partition_name_that_cannot_be_a_folder_is_rejected(tmp_path: Path) -> None:
     with lite_server(tmp_path / "data") as server:
         store = open_vectors(server.uri, partitions="named")
         store.ensure_collection(NAME, DIM)
         assert isinstance(store, MilvusVectors)
         for name in ("x" * 300, "../x", ""):
             with pytest.raises(VectorStoreError):
-                make_partition(store._link, name)
+                make_partition(store._milvus, name)
         store.upsert(NAME, rows_of(0, 5))
         assert store.count(NAME) == 5
         store.close()

@@ -11,7 +11,7 @@ from jobworker.worker.errors import StoreUnavailable
 from jobworker.worker.keys import Source
 from jobworker.worker.store.operator import START, walk
 from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
-from jobworker.worker.store.redis.operator import RedisOperatorStore
+from jobworker.worker.store.redis.operator import OperatorStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from support.job_worlds import RedisWorld
 
@@ -19,8 +19,8 @@ S = Source("stream:test", "cg-test")
 
 
 @pytest.fixture
-def operator(redis_world: RedisWorld) -> Iterator[RedisOperatorStore]:
-    store = RedisOperatorStore(redis_world.server.url)
+def operator(redis_world: RedisWorld) -> Iterator[OperatorStore]:
+    store = OperatorStore(redis_world.server.url)
     yield store
     store.close()
 
@@ -45,8 +45,8 @@ def bodies(world: RedisWorld) -> list[bytes]:
 
 
 class TestDeadLetters:
-    def test_they_are_paged_both_ways_and_counted(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    def test_dead_letters_are_paged_both_ways_and_counted(
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         letters = [b"%d" % n for n in range(50)]
         given_up(redis_world, *letters)
@@ -57,8 +57,8 @@ class TestDeadLetters:
         assert operator.dead_count(S.stream) == 50
         assert operator.dead_after("stream:none", START, 5) == []
 
-    def test_requeued_ones_are_jobs_again_and_letters_no_more(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    def test_a_requeued_letter_is_a_job_and_no_letter(
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         given_up(redis_world, b"a", b"b", b"c")
         a, b, _ = [entry.id for entry in operator.dead_after(S.stream, START, 9)]
@@ -67,13 +67,13 @@ class TestDeadLetters:
         assert bodies(redis_world)[before:] == [b"job a", b"job b"]
         assert redis_world.dead_letters(S.stream) == [b"c"]
 
-    def test_two_operators_at_once_double_nothing(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    def test_two_operators_at_once_requeue_each_job_once(
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         given_up(redis_world, *(b"%d" % n for n in range(300)))
         jobs = [(e.id, b"job " + (e.data or b"")) for e in operator.dead_after(S.stream, START, 1000)]
         before = len(bodies(redis_world))
-        other = RedisOperatorStore(redis_world.server.url)
+        other = OperatorStore(redis_world.server.url)
         moved: list[bool] = []
         thread = threading.Thread(target=lambda: moved.extend(other.requeue(S.stream, jobs[::-1])))
         thread.start()
@@ -84,8 +84,8 @@ class TestDeadLetters:
         assert sorted(bodies(redis_world)[before:]) == sorted(job for _, job in jobs)
         assert operator.dead_count(S.stream) == 0
 
-    def test_a_store_that_is_full_keeps_the_letter(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    def test_a_full_server_keeps_the_dead_letter(
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         given_up(redis_world, b"a")
         (letter,) = operator.dead_after(S.stream, START, 1)
@@ -98,8 +98,8 @@ class TestDeadLetters:
             client.config_set("maxmemory", 0)
         assert redis_world.dead_letters(S.stream) == [b"a"]
 
-    def test_purged_ones_are_gone_and_counted(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    def test_purged_letters_are_deleted_and_counted(
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         given_up(redis_world, b"a", b"b")
         a, _ = [entry.id for entry in operator.dead_after(S.stream, START, 9)]
@@ -109,8 +109,8 @@ class TestDeadLetters:
 
 
 class TestRetries:
-    def test_soonest_first_with_their_due_times(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    def test_retries_are_listed_soonest_first_with_due_times(
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         reader, (a, b) = delivered(redis_world, b"a", b"b")
         reader.settle([Settlement(S, retries=[Retry(a, 90, b"late"), Retry(b, 30, b"soon")])])
@@ -120,8 +120,8 @@ class TestRetries:
         assert soon.due_wall_s == pytest.approx(now + 30, abs=5)
         assert operator.retries(S.stream, 1, 10) == [late]
 
-    def test_made_due_now_the_reaper_moves_it(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    def test_a_retry_made_due_is_promoted_by_the_reaper(
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         reader, (a, b) = delivered(redis_world, b"a", b"b")
         reader.settle([Settlement(S, retries=[Retry(a, 90, b"one"), Retry(b, 90, b"two")])])
@@ -132,8 +132,8 @@ class TestRetries:
 
 
 class TestPauses:
-    def test_they_last_until_resumed_and_readers_see_them(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    def test_pauses_last_until_resumed_and_readers_see_them(
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         operator.pause("audit", "disk full")
         operator.pause("embedding_batch", "")
@@ -147,14 +147,14 @@ class TestPauses:
         assert not operator.resume("audit")
         assert redis_world.reader("host/b").paused_types() == {"embedding_batch"}
 
-    def test_what_a_person_wrote_by_hand_pauses_too(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
+    def test_a_value_written_by_hand_pauses_too(
+        self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         redis_world.server.client.hset("jobworker:paused", "audit", "1")
         assert [pause.kind for pause in operator.pauses()] == ["audit"]
         assert redis_world.reader("host/b").paused_types() == {"audit"}
 
-    def test_a_user_who_may_not_read_them_is_served_all_the_same(self, redis_world: RedisWorld) -> None:
+    def test_a_user_without_permission_for_pauses_can_read_jobs(self, redis_world: RedisWorld) -> None:
         redis_world.server.client.hset("jobworker:paused", "audit", "1")
         redis_world.server.client.acl_setuser(
             "narrow", enabled=True, passwords=["+pw"], commands=["+@all"], keys=["stream:*", "fence:*"]
@@ -169,17 +169,13 @@ class TestPauses:
 
 
 class TestWhereAJobIs:
-    def test_a_group_that_is_missing_is_none(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
-    ) -> None:
+    def test_a_missing_group_is_none(self, redis_world: RedisWorld, operator: OperatorStore) -> None:
         assert operator.group(S) is None
         redis_world.producer().add(S.stream, [b"x"])
         assert operator.group(S) is None
         assert operator.leases(S, START, 5) == []
 
-    def test_pending_ones_say_whose_they_are(
-        self, redis_world: RedisWorld, operator: RedisOperatorStore
-    ) -> None:
+    def test_leases_name_their_consumer(self, redis_world: RedisWorld, operator: OperatorStore) -> None:
         reader, (a, b) = delivered(redis_world, b"a", b"b")
         reader.set_deaths(S, {a: 2})
         lease = operator.lease(S, a)
@@ -198,7 +194,7 @@ class TestWhereAJobIs:
 
 
 class TestLetters:
-    def test_what_the_service_writes_is_read(self) -> None:
+    def test_a_letter_of_the_service_is_parsed(self) -> None:
         task = b'{"id":"j","type":"audit","tenant_id":"t","x":1}'
         said = {"error": "E: e", "reason": "poison", "original_id": "5-0", "retry_count": 2, "deaths": 3}
         data = json.dumps(said)[:-1].encode() + b',"task":' + task + b"}"
@@ -207,7 +203,7 @@ class TestLetters:
         assert (letter.reason, letter.deaths, letter.wall_s) == ("poison", 3, 1.5)
 
     @pytest.mark.parametrize("data", [None, b"", b"no json", b"[1]", b'{"task": 5}', b'{"retry_count": "x"}'])
-    def test_what_is_no_letter_is_shown_and_holds_no_job(self, data: bytes | None) -> None:
+    def test_a_malformed_letter_is_shown_without_a_job(self, data: bytes | None) -> None:
         assert read_letter("s", Entry(b"1-0", data)).task is None
 
     def test_a_fresh_job_keeps_every_other_byte(self) -> None:

@@ -38,7 +38,7 @@ def bench() -> Iterator[Bench]:
         yield made
 
 
-def test_a_job_on_the_wire(bench: Bench) -> None:
+def test_the_json_of_a_job(bench: Bench) -> None:
     id = bench.producer.enqueue(
         "embedding_batch",
         {"ids": ["a"], "texts": ["第一章 <b>"]},
@@ -73,12 +73,12 @@ def test_ids_are_made_where_none_is_given(bench: Bench) -> None:
         ("a_type_of_ours", "stream:story:gen"),
     ],
 )
-def test_a_type_finds_its_stream(bench: Bench, type: str, stream: str) -> None:
+def test_a_type_is_routed_to_its_stream(bench: Bench, type: str, stream: str) -> None:
     bench.producer.enqueue(type, {})
     assert [job["type"] for job in bench.jobs(stream)] == [type]
 
 
-def test_a_named_stream_is_taken(bench: Bench) -> None:
+def test_a_named_stream_overrides_the_route(bench: Bench) -> None:
     bench.producer.enqueue("audit", {}, stream="stream:mine")
     bench.producer.enqueue_many([{"type": "audit"}, NewJob("audit", stream="s:2")], stream="stream:mine")
     assert len(bench.jobs("stream:mine")) == 2
@@ -147,7 +147,7 @@ def nested(depth: int) -> list[Any]:
     ],
     ids=lambda job: next(iter(job)),
 )
-def test_what_the_service_would_refuse_is_refused_here(bench: Bench, job: dict[str, Any]) -> None:
+def test_jobs_that_the_service_would_reject_are_refused(bench: Bench, job: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         bench.producer.enqueue_many([{"type": "noop", **job}])
     assert bench.raw() == []
@@ -159,7 +159,7 @@ def test_jobs_before_a_refused_one_are_enqueued(bench: Bench) -> None:
     assert [job["payload"] for job in bench.jobs()] == [1]
 
 
-def test_no_server_is_an_error_and_not_a_lost_job() -> None:
+def test_without_a_server_enqueue_raises() -> None:
     with Producer(f"redis://127.0.0.1:{free_port()}/0") as producer, pytest.raises(StoreUnavailable):
         producer.enqueue("noop", {})
 

@@ -81,7 +81,7 @@ class World:
 
     def call(self, do: Callable[[Any], Any]) -> Any:
         """A request of another program, with the plain client."""
-        return self.shadow._link.attempt("by hand", do)
+        return self.shadow._milvus.call("by hand", do)
 
     def create_foreign(self, table: str, rows: int = 3) -> None:
         """Create a collection as another program does."""

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jobworker.handlers.jobstore.memory_records import MemoryRecords
 from jobworker.handlers.jobstore.open import open_records
 from jobworker.handlers.jobstore.records import RecordKey, Records
 from jobworker.worker import StoreUnavailable
@@ -20,7 +21,7 @@ AT = "2026-01-02T00:00:00.000Z"
 def records(any_server: RedisServer | None) -> Iterator[Records]:
     if any_server is not None:
         any_server.client.flushall()
-    opened = open_records(any_server.url if any_server else "")
+    opened = open_records(any_server.url) if any_server else MemoryRecords()
     yield opened
     opened.close()
 
@@ -42,7 +43,7 @@ def test_the_newest_version_stays_in_whatever_order_they_come(records: Records) 
     assert summary(records, chapter()) == (7, "v7")
 
 
-def test_an_answer_shows_what_stands_there(records: Records) -> None:
+def test_a_put_returns_the_stored_record(records: Records) -> None:
     records.put(chapter(), 2, {"summary": "newer"}, AT)
     put = records.put(chapter(), 1, {"summary": "older"}, AT)
     assert put.record == records.get(chapter())
@@ -74,7 +75,7 @@ def test_neighbours_are_told_apart(records: Records, low: int, high: int) -> Non
     assert records.put(chapter(), low, {"summary": "low"}, AT).verdict == "older"
 
 
-def test_tenants_and_projects_do_not_meet(records: Records) -> None:
+def test_tenants_and_projects_are_separate(records: Records) -> None:
     for tenant, project in (("t1", "p1"), ("t1", "p2"), ("t2", "p1")):
         records.put(chapter("c", tenant, project), 1, {"summary": tenant + project}, AT)
     assert summary(records, chapter("c", "t1", "p2")) == (1, "t1p2")
@@ -89,7 +90,7 @@ def test_tenants_and_projects_do_not_meet(records: Records) -> None:
         (("d", "a:b", "c"), ("d", "a", "b:c")),
     ],
 )
-def test_of_two_that_share_a_keys_name_the_second_is_refused(
+def test_the_second_owner_of_an_ambiguous_key_is_refused(
     records: Records, first: tuple[str, str, str], second: tuple[str, str, str]
 ) -> None:
     records.put(chapter(*first), 1, {"summary": "mine"}, AT)
@@ -116,7 +117,9 @@ def test_entities_of_a_chapter_are_remembered(records: Records) -> None:
     assert records.mentioned(chapter("c2")) == records.mentioned(chapter("c1", "t2")) == []
 
 
-def test_writers_at_a_time_leave_the_newest(records: Records, any_server: RedisServer | None) -> None:
+def test_concurrent_writers_leave_the_newest_version(
+    records: Records, any_server: RedisServer | None
+) -> None:
     def write(number: int) -> None:
         mine = records if any_server is None else open_records(any_server.url)
         for step in range(50):
@@ -133,7 +136,7 @@ def test_writers_at_a_time_leave_the_newest(records: Records, any_server: RedisS
     assert summary(records, chapter()) == (49, "v49")
 
 
-def test_the_hash_is_what_others_read(any_server: RedisServer | None) -> None:
+def test_the_hash_has_the_documented_fields(any_server: RedisServer | None) -> None:
     if any_server is None:
         pytest.skip(f"{BY_CONSTRUCTION}the memory store has no other clients")
     any_server.client.flushall()
@@ -147,7 +150,7 @@ def test_the_hash_is_what_others_read(any_server: RedisServer | None) -> None:
     records.close()
 
 
-def test_what_others_wrote_without_a_version_counts_as_the_oldest(any_server: RedisServer | None) -> None:
+def test_a_hash_without_a_version_counts_as_the_oldest(any_server: RedisServer | None) -> None:
     if any_server is None:
         pytest.skip(f"{BY_CONSTRUCTION}the memory store has no other clients")
     any_server.client.flushall()
@@ -159,7 +162,7 @@ def test_what_others_wrote_without_a_version_counts_as_the_oldest(any_server: Re
     records.close()
 
 
-def test_a_store_that_is_down_is_said_to_be() -> None:
+def test_a_store_that_is_down_raises_unavailable() -> None:
     records = open_records("redis://127.0.0.1:1/0")
     with pytest.raises(StoreUnavailable):
         records.get(chapter())

@@ -1,4 +1,4 @@
-"""What only a real server can show: its errors, its restarts, its URLs, and the keys as others see them."""
+"""The job store on real servers: their errors, restarts, URLs, and the keys as other programs see them."""
 
 import json
 import logging
@@ -40,14 +40,14 @@ def read(store: RedisReaderStore, count: int = 100) -> list[Entry]:
     return store.finish_read(S)
 
 
-def given(world: RedisWorld, *jobs: bytes) -> tuple[RedisReaderStore, list[bytes]]:
+def reader_with(world: RedisWorld, *jobs: bytes) -> tuple[RedisReaderStore, list[bytes]]:
     store = world.reader("a")
     store.acquire([S])
     world.producer().add(S.stream, jobs)
     return store, [entry.id for entry in read(store)]
 
 
-def soon(act: Callable[[], object]) -> None:
+def retry_until_available(act: Callable[[], object]) -> None:
     """Repeat `act` while the store is unavailable, as a caller would."""
     deadline = time.monotonic() + SOON_S
     while True:
@@ -60,7 +60,7 @@ def soon(act: Callable[[], object]) -> None:
 
 
 class TestName:
-    def test_a_name_without_a_record_is_taken_as_older_versions_left_it(
+    def test_a_name_without_a_record_by_an_older_version_can_be_acquired(
         self, redis_world: RedisWorld
     ) -> None:
         redis_world.server.client.hset(FENCE, "a", 5)
@@ -68,7 +68,7 @@ class TestName:
         store.acquire([S])
         store.renew_name([S])
 
-    def test_an_older_version_that_takes_the_name_has_it(self, redis_world: RedisWorld) -> None:
+    def test_an_older_version_of_the_service_can_acquire_the_name(self, redis_world: RedisWorld) -> None:
         store, other = redis_world.reader("a", STARTED), redis_world.reader("a", STARTED_LATER)
         store.acquire([S])
         client = redis_world.server.client
@@ -77,7 +77,7 @@ class TestName:
             store.renew_name([S])
         other.acquire([S])
 
-    def test_after_an_older_snapshot_the_last_holder_takes_the_name_again(
+    def test_the_last_holder_acquires_the_name_again_after_an_older_snapshot(
         self, redis_world: RedisWorld
     ) -> None:
         client = redis_world.server.client
@@ -94,7 +94,7 @@ class TestName:
             redis_world.reader("a", STARTED_LATER).acquire([S])
 
     @pytest.mark.parametrize("record", [b"", b"nonsense", b"[1]", b'{"epoch": 1}'])
-    def test_a_damaged_record_keeps_nobody_out(self, redis_world: RedisWorld, record: bytes) -> None:
+    def test_a_damaged_record_blocks_no_service(self, redis_world: RedisWorld, record: bytes) -> None:
         redis_world.reader("a", STARTED).acquire([S])
         redis_world.server.client.hset(FENCE, "/holder/a", record)
         redis_world.reader("a", STARTED_LATER).acquire([S])
@@ -109,9 +109,9 @@ class TestName:
         redis_world.reader("a", STARTED_LATER).acquire([S])
 
 
-class TestWire:
+class TestFormat:
     def test_keys_are_those_of_the_contract(self, redis_world: RedisWorld) -> None:
-        store, (a, b) = given(redis_world, b"1", b"2")
+        store, (a, b) = reader_with(redis_world, b"1", b"2")
         store.settle([Settlement(S, [], [Retry(a, 2.5, b"again")], [Dead(b, b"dead")])])
         client = redis_world.server.client
         (member, due), = client.zrange("retry:stream:test", 0, -1, withscores=True)  # fmt: skip
@@ -121,21 +121,21 @@ class TestWire:
         assert due % 1 != 0
         assert client.xrange("dlq:stream:test")[0][1] == {b"data": b"dead"}
 
-    def test_nothing_is_left_of_what_was_settled(self, redis_world: RedisWorld) -> None:
-        store, (a, b) = given(redis_world, b"1", b"2")
+    def test_settlement_removes_the_death_counts(self, redis_world: RedisWorld) -> None:
+        store, (a, b) = reader_with(redis_world, b"1", b"2")
         store.set_deaths(S, {a: 1, b: 1})
         store.settle([Settlement(S, [a], [Retry(b, 0, b"r")])])
         assert not redis_world.server.client.exists(keys.deaths_key(S.stream))
 
     def test_two_equal_jobs_differ_in_blanks_only(self, redis_world: RedisWorld) -> None:
-        store, (a, b) = given(redis_world, b"1", b"2")
+        store, (a, b) = reader_with(redis_world, b"1", b"2")
         store.settle([Settlement(S, [], [Retry(a, 0, b'{"x":1}'), Retry(b, 0, b'{"x":1}')])])
         one, other = redis_world.waiting(S.stream)
         assert one != other
         assert one.strip(b" \t") == other.strip(b" \t") == b'{"x":1}'
 
     def test_an_empty_read_costs_the_server_one_command(self, redis_world: RedisWorld) -> None:
-        store, _ = given(redis_world, b"1")
+        store, _ = reader_with(redis_world, b"1")
         client = redis_world.server.client
         client.config_resetstat()
         read(store)
@@ -144,16 +144,16 @@ class TestWire:
         assert set(calls) <= {"cmdstat_config|resetstat", "cmdstat_info"}
 
 
-class TestTrouble:
+class TestFailures:
     def test_scripts_forgotten_by_the_server_are_loaded_again(self, redis_world: RedisWorld) -> None:
-        store, ids = given(redis_world, b"1")
+        store, ids = reader_with(redis_world, b"1")
         redis_world.server.client.script_flush()
         assert store.settle([Settlement(S, ids)]) == set()
 
-    def test_a_stream_deleted_under_a_blocked_read_is_made_anew_with_an_alarm(
+    def test_a_stream_deleted_under_a_blocked_read_is_recreated_and_logged(
         self, redis_world: RedisWorld, caplog: pytest.LogCaptureFixture
     ) -> None:
-        store, _ = given(redis_world, b"1")
+        store, _ = reader_with(redis_world, b"1")
         fd = store.begin_read(S, 10, 60_000)
         redis_world.server.client.delete(S.stream)
         redis_world.producer().add(S.stream, [b"2"])
@@ -166,7 +166,7 @@ class TestTrouble:
     def test_deaths_go_with_a_deleted_stream_and_stay_with_a_deleted_group(
         self, redis_world: RedisWorld
     ) -> None:
-        store, (a, b) = given(redis_world, b"1", b"2")
+        store, (a, b) = reader_with(redis_world, b"1", b"2")
         store.set_deaths(S, {a: 1, b: 2})
         client = redis_world.server.client
         client.xgroup_destroy(S.stream, S.group)
@@ -176,8 +176,8 @@ class TestTrouble:
         assert store.renew(S, [a]) == {a}
         assert not client.exists(keys.deaths_key(S.stream))
 
-    def test_all_data_flushed_is_survived(self, redis_world: RedisWorld) -> None:
-        store, ids = given(redis_world, b"1")
+    def test_the_reader_survives_a_flushed_server(self, redis_world: RedisWorld) -> None:
+        store, ids = reader_with(redis_world, b"1")
         redis_world.server.client.flushall()
         assert store.settle([Settlement(S, ids)]) == set(ids)
         redis_world.producer().add(S.stream, [b"2"])
@@ -185,7 +185,7 @@ class TestTrouble:
         assert store.settle([Settlement(S, [entry.id])]) == set()
 
     def test_killed_connections_are_replaced(self, redis_world: RedisWorld) -> None:
-        store, ids = given(redis_world, b"1")
+        store, ids = reader_with(redis_world, b"1")
         fd = store.begin_read(S, 10, 60_000)
         redis_world.server.client.client_kill_filter(_type="normal", skipme=True)
         assert select.select([fd], [], [], SOON_S)[0]
@@ -196,7 +196,7 @@ class TestTrouble:
         redis_world.producer().add(S.stream, [b"2"])
         assert [entry.data for entry in read(store)] == [b"2"]
 
-    def test_an_answer_of_too_many_bytes_is_dropped_and_found_among_the_pending(
+    def test_an_answer_over_the_byte_budget_is_dropped_and_stays_pending(
         self, redis_world: RedisWorld, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(blocking_read, "_ANSWER_BYTES", 200_000)
@@ -228,21 +228,21 @@ class TestTrouble:
         stats = redis_world.server.client.info("commandstats")
         assert stats["cmdstat_evalsha"]["calls"] == 4, "1,000 entries or 8 MiB each"
 
-    def test_settled_is_settled_when_the_server_is_killed(self, redis_world: RedisWorld) -> None:
-        store, (a, b, c, d) = given(redis_world, b"1", b"2", b"3", b"4")
+    def test_settlements_survive_a_killed_server(self, redis_world: RedisWorld) -> None:
+        store, (a, b, c, d) = reader_with(redis_world, b"1", b"2", b"3", b"4")
         store.set_deaths(S, {d: 2})
         store.settle([Settlement(S, [a], [Retry(b, 60, b"b")], [Dead(c, b"c")])])
         redis_world.server.restart()
-        soon(lambda: store.renew(S, [d]))
+        retry_until_available(lambda: store.renew(S, [d]))
         assert [(e.id, e.data, e.deaths) for e in store.own_pending(S, b"0-0", 10)] == [(d, b"4", 2)]
         assert redis_world.waiting(S.stream) == [b"b"]
         assert redis_world.dead_letters(S.stream) == [b"c"]
         assert store.settle([Settlement(S, [d])]) == set()
 
-    def test_a_full_server_lets_finished_jobs_go_and_changes_nothing_else(
+    def test_a_full_server_acknowledges_done_jobs_and_changes_nothing_else(
         self, redis_world: RedisWorld
     ) -> None:
-        store, (a, b) = given(redis_world, b"1", b"2")
+        store, (a, b) = reader_with(redis_world, b"1", b"2")
         client = redis_world.server.client
         client.config_set("maxmemory", "1")
         try:
@@ -255,8 +255,8 @@ class TestTrouble:
             client.config_set("maxmemory", "0")
         assert [entry.id for entry in store.own_pending(S, b"0-0", 10)] == [b]
 
-    def test_a_replica_refuses_and_its_promotion_mends_it(self, redis_world: RedisWorld) -> None:
-        store, ids = given(redis_world, b"1")
+    def test_a_replica_refuses_until_it_is_promoted(self, redis_world: RedisWorld) -> None:
+        store, ids = reader_with(redis_world, b"1")
         client = redis_world.server.client
         client.execute_command("REPLICAOF", "127.0.0.1", str(free_port()))
         try:
@@ -264,16 +264,16 @@ class TestTrouble:
                 store.settle([Settlement(S, ids)])
         finally:
             client.execute_command("REPLICAOF", "NO", "ONE")
-        soon(lambda: store.settle([Settlement(S, ids)]))
+        retry_until_available(lambda: store.settle([Settlement(S, ids)]))
         assert store.own_pending(S, b"0-0", 10) == []
 
-    def test_a_key_of_the_wrong_kind_is_named(self, redis_world: RedisWorld) -> None:
+    def test_a_key_of_the_wrong_type_is_an_error_that_names_it(self, redis_world: RedisWorld) -> None:
         redis_world.server.client.set(S.stream, "a string")
         with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
             redis_world.reader("a").acquire([S])
 
     def test_a_failing_settlement_leaves_each_job_settled_or_pending(self, redis_world: RedisWorld) -> None:
-        store, (a, b, c) = given(redis_world, b"1", b"2", b"3")
+        store, (a, b, c) = reader_with(redis_world, b"1", b"2", b"3")
         dead_key = keys.dead_letter_key(S.stream)
         redis_world.server.client.set(dead_key, "a string")
         outcome = Settlement(S, [c], [Retry(a, 60, b"a")], [Dead(b, b"b")])
@@ -286,8 +286,8 @@ class TestTrouble:
         assert store.own_pending(S, b"0-0", 10) == []
 
 
-class TestSilence:
-    """A peer that accepts and never says a word, as behind a broken firewall."""
+class TestSilentServer:
+    """A peer that accepts the connection and never answers, as behind a broken firewall."""
 
     def test_every_call_ends_in_time(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -303,7 +303,7 @@ class TestSilence:
                     call()
                 assert time.monotonic() - began < 2.0
 
-    def test_a_read_of_a_server_that_stands_still_ends_in_time(self, redis_world: RedisWorld) -> None:
+    def test_a_read_of_a_stopped_server_ends_in_time(self, redis_world: RedisWorld) -> None:
         store = RedisReaderStore(redis_world.server.url, "a", timeout_s=0.2)
         store.acquire([S])
         store.begin_read(S, 10, 100)
@@ -316,15 +316,15 @@ class TestSilence:
             os.kill(redis_world.server.pid, signal.SIGCONT)
         assert time.monotonic() - began < 3.0
         assert not store.is_reading(S)
-        soon(lambda: read(store))
+        retry_until_available(lambda: read(store))
         store.close()
 
-    def test_nobody_listens(self) -> None:
+    def test_a_refused_connection_is_unavailable(self) -> None:
         with pytest.raises(StoreUnavailable, match="refused"):
             RedisReaderStore(f"redis://127.0.0.1:{free_port()}/0", "a").acquire([S])
 
 
-def whole_way(url: str) -> None:
+def run_one_job(url: str) -> None:
     """One job through every store, by a URL."""
     reader, reaper, producer = RedisReaderStore(url, "a"), RedisReaperStore(url), RedisProducerStore(url)
     try:
@@ -349,7 +349,7 @@ class TestUrls:
         path = tmp_path / "redis.sock"
         server = RedisServer(require("valkey"), tmp_path, options=["--unixsocket", str(path)]).start()
         try:
-            whole_way(f"unix://{path}?db=1")
+            run_one_job(f"unix://{path}?db=1")
         finally:
             server.stop()
 
@@ -370,7 +370,7 @@ class TestUrls:
         server = RedisServer(require("redis7"), tmp_path, options=options).start()
         url = f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
         try:
-            whole_way(url)
+            run_one_job(url)
             monkeypatch.setattr(blocking_read, "_ANSWER_BYTES", 100_000)
             store = RedisReaderStore(url, "b")
             store.acquire([S])
@@ -389,8 +389,8 @@ class TestUrls:
         try:
             server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
             url = f"redis+cluster://127.0.0.1:{server.port}"
-            soon(lambda: RedisProducerStore(url).add("stream:first", [b"1"]))
-            whole_way(url)
+            retry_until_available(lambda: RedisProducerStore(url).add("stream:first", [b"1"]))
+            run_one_job(url)
             assert server.client.xlen("dlq:{stream:test}") == 1
             store, two = RedisReaderStore(url, "a"), Source("stream:two", "cg")
             store.acquire([S, two])
@@ -412,7 +412,7 @@ class TestUrls:
         sentinel.use_sentinel(config)
         sentinel.start()
         try:
-            whole_way(f"redis+sentinel://127.0.0.1:{sentinel.port},127.0.0.1:1/mymaster/0")
+            run_one_job(f"redis+sentinel://127.0.0.1:{sentinel.port},127.0.0.1:1/mymaster/0")
         finally:
             sentinel.stop()
 
@@ -421,7 +421,7 @@ class TestUrls:
         try:
             server.client.config_set("requirepass", "s3cret/@%")
             at = f"127.0.0.1:{server.port}/0"
-            whole_way(f"redis://:s3cret%2F%40%25@{at}")
+            run_one_job(f"redis://:s3cret%2F%40%25@{at}")
             with pytest.raises(StoreUnavailable) as caught:
                 RedisReaderStore(f"redis://:guess@{at}", "a").acquire([S])
             assert "guess" not in str(caught.value)
@@ -479,7 +479,7 @@ class TestVersion:
         with pytest.raises(ConfigurationError, match="too old"):
             require_version(b"# Server\r\n" + info)
 
-    def test_a_user_who_may_not_ask_is_let_through(self, redis_world: RedisWorld) -> None:
+    def test_a_user_without_permission_for_info_is_accepted(self, redis_world: RedisWorld) -> None:
         client = redis_world.server.client
         client.acl_setuser("limited", enabled=True, passwords=["+pw"], keys="*", commands=["+@all", "-info"])
         try:
@@ -493,8 +493,8 @@ class TestVersion:
             client.acl_deluser("limited")
 
 
-def test_the_client_counts_no_more_connections_than_it_needs(redis_world: RedisWorld) -> None:
-    store, ids = given(redis_world, b"1")
+def test_the_store_opens_no_more_connections_than_it_needs(redis_world: RedisWorld) -> None:
+    store, ids = reader_with(redis_world, b"1")
     store.settle([Settlement(S, ids)])
     for _ in range(5):
         read(store)

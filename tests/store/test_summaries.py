@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from jobworker.handlers.encoder.base import DummyEncoder
 from jobworker.handlers.jobstore.memory_fence import MemoryFence
+from jobworker.handlers.jobstore.memory_records import MemoryRecords
 from jobworker.handlers.jobstore.open import open_fence, open_records
 from jobworker.handlers.jobstore.records import RecordKey
 from jobworker.handlers.settings import HandlerSettings
@@ -51,7 +52,7 @@ class World:
     """Stores that outlive their handlers."""
 
     def __init__(self) -> None:
-        self.store, self.records, self.fence = MemoryVectors(), open_records(""), MemoryFence()
+        self.store, self.records, self.fence = MemoryVectors(), MemoryRecords(), MemoryFence()
 
     def handler(self, **more: Any) -> WriteBack:
         given = {

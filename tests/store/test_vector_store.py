@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.vectors import schema as scalars
+from jobworker.handlers.vectors import schema as schemas
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.milvus.errors import Verdict, classify
 from jobworker.handlers.vectors.milvus.server_info import Server
@@ -207,7 +207,7 @@ def test_delete_takes_only_what_it_names(store: VectorStore, tenant: str) -> Non
     assert rows[1].id not in [hit.id for hit in find(store, rows[1].vector, tenant)]
 
 
-def test_versions_are_told_by_id_and_by_chapter_of_one_project_only(store: VectorStore, tenant: str) -> None:
+def test_versions_are_read_by_id_and_by_chapter_of_one_project_only(store: VectorStore, tenant: str) -> None:
     rows = rows_of(tenant, 4, chapter_id="c1")
     rows = [row._replace(version=version) for row, version in zip(rows, (0, -3, 2**63 - 1, 5), strict=True)]
     rows[3] = rows[3]._replace(chapter_id="c2")
@@ -282,7 +282,7 @@ INJECTIONS = [
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
-def test_no_text_gets_into_a_filter(store: VectorStore, tenant: str, text: str) -> None:
+def test_no_untrusted_text_gets_into_a_filter(store: VectorStore, tenant: str, text: str) -> None:
     row, neighbour = rows_of(tenant, 1)[0], rows_of(f"{tenant}n", 1)[0]
     store.upsert(NAME, [neighbour])
     for bad in (row._replace(id=text), row._replace(tenant_id=text), row._replace(project_id=text)):
@@ -301,7 +301,7 @@ def test_no_text_gets_into_a_filter(store: VectorStore, tenant: str, text: str) 
     assert find(store, row.vector, tenant) == []
 
 
-def test_hostile_texts_are_kept_as_they_are(store: VectorStore, tenant: str) -> None:
+def test_hostile_texts_are_stored_unchanged(store: VectorStore, tenant: str) -> None:
     rows = [
         row._replace(text_content=text) for row, text in zip(rows_of(tenant, 16), INJECTIONS, strict=True)
     ]
@@ -319,19 +319,19 @@ def test_more_rows_than_one_request_holds(store: VectorStore, tenant: str) -> No
     assert store.count(NAME) == before
 
 
-def test_a_limit_that_no_server_takes_is_refused(store: VectorStore, tenant: str) -> None:
+def test_a_limit_beyond_that_of_the_server_is_rejected(store: VectorStore, tenant: str) -> None:
     for limit in (0, -1, 16385):
         with pytest.raises(PermanentStoreError, match="limit"):
             find(store, vectors(1)[0], tenant, limit=limit)
 
 
-def test_another_dimension_is_told_in_words(store: VectorStore) -> None:
+def test_another_dimension_is_named_in_the_error(store: VectorStore) -> None:
     store.ensure_collection(NAME, DIM)
     with pytest.raises(PermanentStoreError, match=r"t_key_story_segments holds vectors of 8 dimensions.* 9"):
         store.ensure_collection(NAME, DIM + 1)
 
 
-def test_a_collection_that_is_not_there_is_permanent(store: VectorStore, tenant: str) -> None:
+def test_a_missing_collection_is_permanent(store: VectorStore, tenant: str) -> None:
     with pytest.raises(PermanentStoreError):
         store.upsert("nowhere", rows_of(tenant, 1))
     with pytest.raises(PermanentStoreError):
@@ -339,7 +339,7 @@ def test_a_collection_that_is_not_there_is_permanent(store: VectorStore, tenant:
 
 
 @pytest.mark.parametrize("name", ["a-b", "a b", "x" * 201, 'x"', "夜"])
-def test_a_name_that_is_no_collection_is_refused(store: VectorStore, name: str) -> None:
+def test_an_invalid_collection_name_is_rejected(store: VectorStore, name: str) -> None:
     with pytest.raises(PermanentStoreError):
         store.count(name)
 
@@ -396,17 +396,17 @@ def test_a_released_collection_is_loaded_again(backends: Backends, server: str, 
     store, alias = full(backends.store(server, "key"))
     rows = rows_of(tenant, 1)
     store.upsert(NAME, rows)
-    store._link.attempt("release", lambda client: client.release_collection(alias, timeout=20))
+    store._milvus.call("release", lambda client: client.release_collection(alias, timeout=20))
     assert len(find(store, rows[0].vector, tenant)) == 1
 
 
-def test_a_dropped_collection_is_made_again(backends: Backends, server: str, tenant: str) -> None:
+def test_a_dropped_collection_is_created_again(backends: Backends, server: str, tenant: str) -> None:
     store = backends.open(server, prefix=f"d_{tenant}_")
     assert isinstance(store, MilvusVectors)
     store.ensure_collection(NAME, DIM)
     alias = f"d_{tenant}_{NAME}"
-    store._link.attempt("drop", lambda client: client.drop_alias(alias, timeout=20))
-    store._link.attempt("drop", lambda client: client.drop_collection(f"{alias}_v1", timeout=20))
+    store._milvus.call("drop", lambda client: client.drop_alias(alias, timeout=20))
+    store._milvus.call("drop", lambda client: client.drop_collection(f"{alias}_v1", timeout=20))
     store.upsert(NAME, rows_of(tenant, 2))
     assert store.count(NAME) == 2
     store.close()
@@ -417,7 +417,7 @@ def make_foreign(store: MilvusVectors, name: str, *, key: bool) -> None:
     from pymilvus import DataType, MilvusClient
 
     layout = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
-    for field in scalars.SEGMENTS.fields:
+    for field in schemas.SEGMENTS.fields:
         if field.max_bytes is None:
             layout.add_field(field.name, datatype=DataType.INT64)
             continue
@@ -429,7 +429,7 @@ def make_foreign(store: MilvusVectors, name: str, *, key: bool) -> None:
             is_partition_key=key and field.name == "tenant_id",
         )
     layout.add_field("vector", datatype=DataType.FLOAT_VECTOR, dim=DIM)
-    store._link.attempt("make", lambda client: client.create_collection(name, schema=layout, timeout=20))
+    store._milvus.call("make", lambda client: client.create_collection(name, schema=layout, timeout=20))
 
 
 def test_a_collection_made_by_others_is_used_as_it_is(backends: Backends, server: str, tenant: str) -> None:
@@ -443,7 +443,7 @@ def test_a_collection_made_by_others_is_used_as_it_is(backends: Backends, server
 
 
 @pytest.mark.parametrize("server", ["milvus-2.3.5"])
-def test_a_partition_key_that_the_server_mistreats_is_refused(
+def test_a_partition_key_on_a_server_with_the_fault_is_rejected(
     backends: Backends, server: str, tenant: str
 ) -> None:
     store = backends.open(server, prefix=f"k_{tenant}_")
@@ -490,7 +490,7 @@ def test_a_dead_server_is_transient_and_its_restart_is_survived(tmp_path: Path, 
         store.close()
 
 
-def test_nobody_at_the_address_is_transient_within_the_timeout() -> None:
+def test_a_closed_port_is_transient_within_the_timeout() -> None:
     store = open_vectors(f"http://127.0.0.1:{free_port()}", timeout_s=1)
     started = time.monotonic()
     for call in (store.ping, lambda: store.ensure_collection(NAME, DIM)):
@@ -499,7 +499,7 @@ def test_nobody_at_the_address_is_transient_within_the_timeout() -> None:
     assert time.monotonic() - started < 6
 
 
-def test_an_address_that_is_none_is_permanent() -> None:
+def test_an_invalid_address_is_permanent() -> None:
     with pytest.raises(PermanentStoreError):
         open_vectors("ftp://nowhere").ping()
 
@@ -534,7 +534,7 @@ def test_an_address_that_is_none_is_permanent() -> None:
         (["RpcError"], "RESOURCE_EXHAUSTED", "quota", False, Verdict.TRANSIENT),
     ],
 )
-def test_errors_are_sorted(
+def test_errors_are_classified(
     names: list[str], code: int | str, message: str, lite: bool, verdict: Verdict
 ) -> None:
     assert classify(names, code, message, lite=lite) is verdict
@@ -559,10 +559,10 @@ def test_old_servers_get_no_partition_key(version: str, keeps: bool) -> None:
 def test_requests_keep_both_limits_and_the_order(sizes: list[int], max_rows: int, max_bytes: int) -> None:
     vector = np.zeros(2, np.float32)
     rows = [Row(str(i), vector, "t", "p", text_content="夜" * size) for i, size in enumerate(sizes)]
-    cut = list(scalars.batches(rows, max_rows, max_bytes))
+    cut = list(schemas.requests(rows, max_rows, max_bytes))
     assert [row.id for batch in cut for row in batch] == [row.id for row in rows]
     for batch in cut:
         assert 1 <= len(batch) <= max_rows
-        assert len(batch) == 1 or sum(map(scalars.row_bytes, batch)) <= max_bytes
+        assert len(batch) == 1 or sum(map(schemas.row_bytes, batch)) <= max_bytes
     for left, right in pairwise(cut):
-        assert len(left) == max_rows or sum(map(scalars.row_bytes, [*left, right[0]])) > max_bytes
+        assert len(left) == max_rows or sum(map(schemas.row_bytes, [*left, right[0]])) > max_bytes

@@ -8,7 +8,7 @@ DIM = 8
 
 
 class Embedding(EmbeddingBatch):
-    """The real handler, vectors by the text alone; in small batches, so that a kill parts them."""
+    """The real handler with the dummy encoder; in small batches, so that a kill hits between two of them."""
 
     max_batch = 8
 
@@ -17,7 +17,7 @@ class Embedding(EmbeddingBatch):
 
 
 class Forgetful(EmbeddingBatch):
-    """The real handler, whose rows are gone with its process."""
+    """The real handler with a store in memory, whose rows are lost with its process."""
 
     def __init__(self) -> None:
         super().__init__(DummyEncoder(DIM), MemoryVectors())

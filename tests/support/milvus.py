@@ -1,4 +1,4 @@
-"""Start and stop the servers that vector-store tests need: our Milvus Lite server and a real Milvus 2.3.5."""
+"""Servers for tests of vector stores: the bundled Milvus Lite server and a real Milvus 2.3.5."""
 
 import contextlib
 import importlib.util
@@ -83,12 +83,12 @@ class LiteServer:
 
     @property
     def uri(self) -> str:
-        """With the token in it."""
+        """Address with the token."""
         return f"http://{TOKEN}@127.0.0.1:{self.port}"
 
     @property
     def open_uri(self) -> str:
-        """As another user of the host knows it."""
+        """Address without the token, as another user of the host knows it."""
         return f"http://127.0.0.1:{self.port}"
 
     def kill(self) -> None:
@@ -104,7 +104,7 @@ class LiteServer:
 
 @contextlib.contextmanager
 def lite_server(data_dir: Path, *, port: int = 0, env: dict[str, str] | None = None) -> Iterator[LiteServer]:
-    """Run our Lite server on `data_dir` and yield it, ready; killed at the end if it still runs."""
+    """Run the Lite server on `data_dir` and yield it, ready; killed at the end if it still runs."""
     server = LiteServer(data_dir, port=port, env=env)
     try:
         yield server.wait_ready()
@@ -114,13 +114,13 @@ def lite_server(data_dir: Path, *, port: int = 0, env: dict[str, str] | None = N
 
 @contextlib.contextmanager
 def start_lite(tmp_path: Path) -> Iterator[str]:
-    """Run our Lite server below `tmp_path` and yield its uri."""
+    """Run the Lite server below `tmp_path` and yield its uri."""
     with lite_server(tmp_path / "lite") as server:
         yield server.uri
 
 
 def why_no_real_milvus() -> str | None:
-    """Return why a real Milvus cannot be started here, None where it can."""
+    """The reason why a real Milvus cannot run on this machine; None if it can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "milvus 2.3.5: its wheel is for Linux on x86_64 only"
     if importlib.util.find_spec("milvus") is None:

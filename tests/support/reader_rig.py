@@ -84,6 +84,7 @@ class ReaderRig:
         self.metrics: dict[tuple[str, tuple[str, ...]], float] = {}
         self.messages: list[Message] = []
         self._exited: set[int] = set()
+        self._crashed = False
 
     def attach(self, batch_hint: int = 8) -> FakeWorker:
         """Attach a ready worker."""
@@ -165,9 +166,13 @@ class ReaderRig:
         assert self.reader.drained
         self.reader.run()  # returns at once, and releases what it holds
 
+    def crash(self) -> None:
+        """The reader's process is killed: it settles nothing more."""
+        self._crashed = True
+
     def close(self) -> None:
-        """Drain, then release all resources."""
-        if not self.reader.drained:
+        """Drain unless the reader has crashed, then release all resources."""
+        if not (self._crashed or self.reader.drained):
             self.drain()
         self.control.close()
         self._reader_end.close()

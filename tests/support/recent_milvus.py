@@ -1,4 +1,4 @@
-"""An endpoint that says it is a Milvus of some version and keeps the requests it gets; it holds no rows."""
+"""Stub of a Milvus server of a given version; records requests and has no rows."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ DIM = 8
 
 
 class RecentMilvus(milvus_pb2_grpc.MilvusServiceServicer):
-    """Answers as an empty collection would."""
+    """Answers like an empty collection."""
 
     def __init__(self, version: str) -> None:
         self.version = version
@@ -56,7 +56,7 @@ class RecentMilvus(milvus_pb2_grpc.MilvusServiceServicer):
 
 @contextmanager
 def recent_milvus(version: str) -> Iterator[tuple[str, RecentMilvus]]:
-    """Its address, and it."""
+    """Run the stub; yields its address and the stub."""
     servicer = RecentMilvus(version)
     server = grpc.server(ThreadPoolExecutor(4))
     milvus_pb2_grpc.add_MilvusServiceServicer_to_server(servicer, server)

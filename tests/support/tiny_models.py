@@ -1,4 +1,4 @@
-"""Randomly initialised sentence-transformers folders of a few hundred KiB, in the shapes that matter."""
+"""Sentence-transformers models with random weights, a few hundred KiB each, in the tested variants."""
 
 import json
 from collections.abc import Mapping

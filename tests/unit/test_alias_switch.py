@@ -18,7 +18,7 @@ class StaleAliasCache:
         self.aliases = {"z_story_segments": "z_story_segments_v1"}
         self.cached: dict[str, str] = {}
 
-    def attempt(self, what: str, do: Callable[[Any], Any]) -> Any:
+    def call(self, what: str, do: Callable[[Any], Any]) -> Any:
         return do(self)
 
     def alter_alias(self, collection: str, alias: str, timeout: float) -> None:

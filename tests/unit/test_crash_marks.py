@@ -46,7 +46,7 @@ def marks() -> Iterator[CrashMarks]:
 # -- what is counted
 
 
-def test_a_reader_that_ends_without_a_mark_accuses_no_entry(marks: CrashMarks) -> None:
+def test_a_reader_that_ends_without_a_mark_charges_no_entry(marks: CrashMarks) -> None:
     marks.mark_answer(1)
     marks.mark(1, b"5-0")
     marks.clear()
@@ -55,7 +55,7 @@ def test_a_reader_that_ends_without_a_mark_accuses_no_entry(marks: CrashMarks) -
     assert not any(map(marks.lists_one_by_one, range(256)))
 
 
-def test_a_crash_under_a_mark_convicts_at_once(marks: CrashMarks) -> None:
+def test_a_crash_under_a_mark_makes_an_entry_poison_at_once(marks: CrashMarks) -> None:
     marks.mark(1, b"18446744073709551615-18446744073709551615")
     suspect = marks.record_death(proven=True)
     assert suspect is not None

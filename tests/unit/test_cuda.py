@@ -8,7 +8,7 @@ import pytest
 
 from jobworker.handlers.encoder.find_model import SMALL_MODEL, find_model
 from jobworker.handlers.encoder.load import load_encoder
-from jobworker.handlers.encoder.precision_check import exact_enough
+from jobworker.handlers.encoder.precision_check import is_exact
 from jobworker.worker import visible_gpus
 
 pytestmark = [
@@ -36,7 +36,7 @@ def test_vectors_are_those_of_full_precision(dtype: str, exact: Any) -> None:
     encoder: Any = load_encoder(SMALL_MODEL, DEVICE, dtype=dtype)
     assert str(encoder._model.device) == DEVICE
     assert encoder.revision.endswith("-torch-fp16" if dtype == "auto" else f"-torch-{dtype}")
-    assert exact_enough(encoder.encode([LONG, *TEXTS]), exact.encode([LONG, *TEXTS]))
+    assert is_exact(encoder.encode([LONG, *TEXTS]), exact.encode([LONG, *TEXTS]))
     assert encoder.counters["truncated_tokens"] == 0
 
 
@@ -62,7 +62,7 @@ def test_a_pass_that_the_card_does_not_hold_is_halved_and_the_size_remembered(
 ) -> None:
     texts = [LONG[:300]] * 512
     vectors = small_card.encode(texts)
-    assert exact_enough(vectors, np.repeat(exact.encode(texts[:1]), len(texts), axis=0))
-    rows = small_card._ceilings.rows(small_card.max_tokens)
+    assert is_exact(vectors, np.repeat(exact.encode(texts[:1]), len(texts), axis=0))
+    rows = small_card._row_limits.max_rows(small_card.max_tokens)
     assert rows is not None
     assert rows < len(texts)

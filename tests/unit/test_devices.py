@@ -91,7 +91,7 @@ def test_a_gpu_that_is_named_and_not_there_is_one_clear_error() -> None:
 
 def test_a_process_without_a_place_for_the_model_does_not_load_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="not to hold it"):
+    with pytest.raises(ModelError, match="not one of those that load it"):
         load_encoder(str(tmp_path), NO_DEVICE)
 
 

@@ -159,7 +159,7 @@ def test_rejecting_names_the_texts_at_fault_and_computes_nothing() -> None:
 
 def test_opposite_windows_leave_no_nan() -> None:
     plan = Plan(1, [[1], [2]], [0, 0], [1, 1], 0, "document")
-    merged = merge_windows(np.array([[1, 0], [-1, 0]], np.float32), plan, unit=True)
+    merged = merge_windows(np.array([[1, 0], [-1, 0]], np.float32), plan, normalise=True)
     assert np.array_equal(merged, np.zeros((1, 2), np.float32))
 
 
@@ -168,9 +168,9 @@ def test_opposite_windows_leave_no_nan() -> None:
     [
         ("BAAI/no-such-model", "hf download BAAI/no-such-model"),
         ("not a name", "neither a folder nor in the hub cache"),
-        ("./no/such/folder", "no such folder"),
+        ("./no/such/folder", "folder does not exist"),
         ("package:no_such_package", "no such package is installed"),
-        ("package:json", "carries no folder with a model"),
+        ("package:json", "has no folder with a model"),
         ("dummy:x", "dummy:<dimension>"),
         ("dummy:0", "dummy:<dimension>"),
     ],
@@ -181,7 +181,7 @@ def test_a_missing_model_says_what_to_do(model: str, says: str) -> None:
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="so it is no model"):
+    with pytest.raises(ModelError, match="name the folder of a model"):
         load_encoder(str(tmp_path))
 
 
@@ -197,9 +197,9 @@ class OnGpu(DummyEncoder):
             self.steps.append("begin")
             return lambda: super(OnGpu, self)._embed(some, purpose)
 
-        return self._embed_packed(windows, 8, begin)
+        return self._embed_in_batches(windows, 8, begin)
 
-    def _fetched(self, rows: Any) -> Any:
+    def _to_numpy(self, rows: Any) -> Any:
         self.steps.append("fetch")
         return rows()
 

@@ -105,4 +105,4 @@ def test_what_is_no_id_makes_no_filter(text: str) -> None:
             make()
     if text:
         with pytest.raises(PermanentStoreError):
-            filters.behind(text)
+            filters.after(text)

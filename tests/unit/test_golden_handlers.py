@@ -13,7 +13,7 @@ from jobworker.handlers.audit.handler import Archive
 from jobworker.handlers.embedding.handler import EmbeddingBatch
 from jobworker.handlers.encoder.base import DummyEncoder
 from jobworker.handlers.jobstore.memory_fence import MemoryFence
-from jobworker.handlers.jobstore.open import open_records
+from jobworker.handlers.jobstore.memory_records import MemoryRecords
 from jobworker.handlers.jobstore.records import RecordKey
 from jobworker.handlers.rebuild.handler import IndexRebuild
 from jobworker.handlers.rebuild.memory import MemoryShadow
@@ -33,7 +33,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.now_s = folder, 0.0
-        self.store, self.fence, self.records = MemoryVectors(), MemoryFence(), open_records("")
+        self.store, self.fence, self.records = MemoryVectors(), MemoryFence(), MemoryRecords()
         self.shadow = MemoryShadow(self.store)
         self.encoder = DummyEncoder(8)
 

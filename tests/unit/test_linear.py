@@ -29,7 +29,7 @@ from jobworker.worker.cli.common import Age
 from jobworker.worker.envelope import Envelope
 from jobworker.worker.settings import without_credentials
 from jobworker.worker.telemetry import log as logs
-from jobworker.worker.telemetry.current_job import log_fields, trace_id_of
+from jobworker.worker.telemetry.current_job import log_fields, traceparent_trace_id
 
 LONG = 100_000
 #: Of this process's own processor time, so that a busy machine changes nothing.
@@ -165,7 +165,7 @@ def logged(text: str) -> str:
     record = logs.logging.makeLogRecord(
         {"msg": "%s", "args": (text,), "error": text, **log_fields(about(text))}
     )
-    return logs.JsonLines("reader").format(record) + logs.ForPeople("reader").format(record)
+    return logs.JsonFormatter("reader").format(record) + logs.TextFormatter("reader").format(record)
 
 
 READERS: dict[str, Callable[[str], object]] = {
@@ -173,7 +173,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "without_credentials": without_credentials,
     "secrets_of": lambda text: logs.secrets_of(settings.Settings(redis_url=text), {}),
     "a log line": logged,
-    "trace_id_of": trace_id_of,
+    "traceparent_trace_id": traceparent_trace_id,
     "same_store": lambda text: observe.same_store(text, text),
     "strip_control": strip_control,
     "Age": tolerant(lambda text: Age().convert(text, None, None), Exception),

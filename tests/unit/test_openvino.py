@@ -1,7 +1,6 @@
-"""The engine without torch gives the model's own vectors, is made once, and gives way where it cannot."""
+"""OpenVINO gives the model's own vectors without torch, and torch runs the models that it cannot."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -11,12 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobworker.handlers.encoder import converted_models as engine_cache
-from jobworker.handlers.encoder.base import DummyEncoder
-from jobworker.handlers.encoder.converted_models import CARD, Card, NoEngine, converted
-from jobworker.handlers.encoder.find_model import ModelSource, find_model
+from jobworker.handlers.encoder import converted_models
+from jobworker.handlers.encoder.converted_models import find_or_convert
+from jobworker.handlers.encoder.find_model import find_model
 from jobworker.handlers.encoder.load import load_encoder
-from jobworker.handlers.encoder.precision_check import exact_enough, ladder
 from support.tiny_models import tiny_model
 
 if importlib.util.find_spec("openvino") is None:
@@ -57,7 +54,7 @@ def here(cache: Path) -> Any:
     from jobworker.handlers.encoder.convert import convert
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_cache, "_in_a_process", convert)
+        patch.setattr(converted_models, "_convert_in_subprocess", convert)
         yield
 
 
@@ -90,7 +87,7 @@ def test_pooling_prompts_and_norm_are_the_models_own(
 
 
 @pytest.mark.model
-def test_both_engines_cut_and_count_alike(here: None, tmp_path: Path) -> None:
+def test_both_engines_make_the_same_windows_and_counts(here: None, tmp_path: Path) -> None:
     folder = str(tiny_model(tmp_path / "model", "bert", prompts=PROMPTS))
     by: Any = {
         engine: load_encoder(folder, "cpu", dtype="fp32", engine=engine)  # type: ignore[arg-type]
@@ -115,7 +112,7 @@ def test_matrices_outside_the_graph_give_the_same_vectors(
     monkeypatch.setattr(torch_convert, "MATRIX_BYTES", 0)
     folder = tiny_model(tmp_path / "shared", "xlm-r", pooling="cls")
     ours = load_encoder(str(folder), "cpu", dtype="fp32", engine="openvino")
-    path, card = converted(find_model(str(folder)))
+    path, card = find_or_convert(find_model(str(folder)))
     assert len(card.weights) == 2 * 6  # query, key, value, output, and two of the feed-forward, a layer
     assert (path / "weights.bin").stat().st_size >= 4 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
     theirs = load_encoder(str(folder), "cpu", dtype="fp32", engine="torch")
@@ -140,7 +137,7 @@ def mapped_kib(file: Path) -> tuple[int, int]:
 
 
 @pytest.mark.model
-def test_a_model_that_leaves_prompts_out_of_its_mean_is_run_by_torch(
+def test_a_model_with_prompts_outside_its_mean_is_run_by_torch(
     here: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from jobworker.handlers.encoder.torch import TorchEncoder
@@ -170,11 +167,11 @@ def test_a_worker_needs_no_torch_and_converts_in_a_process_of_its_own(cache: Pat
 
 
 @pytest.mark.model
-def test_what_is_not_exact_enough_is_not_used(
+def test_a_dtype_that_fails_the_precision_check_is_not_used(
     here: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = str(tiny_model(tmp_path / "model", "bert"))
-    path, card = converted(find_model(folder))
+    path, card = find_or_convert(find_model(folder))
     exact = np.load(path / "reference.npy")
     # As if every arithmetic had gone wrong: another model's vectors stand in the reference.
     np.save(path / "reference.npy", -exact)
@@ -191,7 +188,7 @@ def test_what_is_not_exact_enough_is_not_used(
 
 @pytest.mark.model
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
-def test_half_precision_is_taken_where_asked_for_and_exact_enough(
+def test_half_precision_is_used_on_request_if_it_is_exact(
     engine: Any, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from jobworker.handlers.encoder import openvino as openvino_encoder
@@ -200,12 +197,12 @@ def test_half_precision_is_taken_where_asked_for_and_exact_enough(
     folder = str(tiny_model(tmp_path / "model", "bert"))
     for module in (openvino_encoder, torch_encoder):
         # Of a model this small little is left in half precision.
-        monkeypatch.setattr(module, "exact_enough", lambda ours, exact: cosines(ours, exact).min() >= 0.9)
+        monkeypatch.setattr(module, "is_exact", lambda ours, exact: cosines(ours, exact).min() >= 0.9)
     half = load_encoder(folder, "cpu", dtype="bf16", engine=engine)
     whole = load_encoder(folder, "cpu", dtype="fp32", engine=engine)
     assert (half.revision[-4:], whole.revision[-4:]) == ("bf16", "fp32")
     assert cosines(half.encode(TEXTS), whole.encode(TEXTS)).min() >= 0.9
-    monkeypatch.setattr(torch_encoder, "exact_enough", lambda ours, exact: False)
+    monkeypatch.setattr(torch_encoder, "is_exact", lambda ours, exact: False)
     safer = load_encoder(folder, "cpu", dtype="bf16", engine="torch", threads=2)
     assert safer.revision.endswith("-torch-fp32")
     (rejected,) = (vars(record) for record in caplog.records if record.msg == "model.precision_rejected")
@@ -217,7 +214,7 @@ def test_half_precision_is_taken_where_asked_for_and_exact_enough(
     ("has_bf16", "half_s", "runs_in"),
     [(True, 0.8, "bf16"), (True, 0.95, "fp32"), (True, 1.4, "fp32"), (False, 0.1, "fp32")],
 )
-def test_torch_takes_bf16_where_the_processor_gains_from_it(
+def test_torch_uses_bf16_if_the_processor_gains_from_it(
     has_bf16: bool, half_s: float, runs_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -225,153 +222,9 @@ def test_torch_takes_bf16_where_the_processor_gains_from_it(
     from jobworker.handlers.encoder import torch as torch_encoder
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16, "avx2": True})
-    monkeypatch.setattr(torch_encoder, "exact_enough", lambda ours, exact: True)
+    monkeypatch.setattr(torch_encoder, "is_exact", lambda ours, exact: True)
     costs = iter([1.0, half_s])  # of full precision first
-    monkeypatch.setattr(torch_encoder, "cpu_s", lambda run: next(costs))
+    monkeypatch.setattr(torch_encoder, "cpu_time_s", lambda run: next(costs))
     folder = str(tiny_model(tmp_path / "model", "bert"))
     encoder = load_encoder(folder, "cpu", engine="torch")
     assert encoder.revision.endswith(f"-torch-{runs_in}")
-
-
-def test_the_next_safer_choice_ends_at_full_precision() -> None:
-    assert ladder("auto", ()) == ("fp32",)
-    assert ladder("auto", ("fp16", "bf16")) == ("fp16", "bf16", "fp32")
-    assert ladder("bf16", ("fp16",)) == ("bf16", "fp32")
-    assert ladder("fp32", ("fp16",)) == ("fp32",)
-    with pytest.raises(ValueError, match="say auto, fp32, bf16 or fp16"):
-        ladder("int8", ())
-
-
-def test_a_vector_that_is_no_number_is_not_exact_enough() -> None:
-    good = DummyEncoder(8).probe()
-    assert exact_enough(good, good)
-    assert not exact_enough(np.full_like(good, np.nan), good)
-    assert not exact_enough(np.zeros_like(good), good)
-
-
-# ---- the cache
-
-
-def source(name: str = "some/model") -> ModelSource:
-    return ModelSource(name, Path("/nowhere"), "0123456789abcdef")
-
-
-def leave_card(_: ModelSource, part: Path) -> None:
-    Card(max_tokens=9, dtypes=["fp32"]).write(part)
-
-
-# Slow enough for the others to arrive while it runs.
-CONVERTS_SLOWLY = """
-import os, time
-from pathlib import Path
-from jobworker.handlers.encoder.converted_models import Card, converted
-from jobworker.handlers.encoder.find_model import ModelSource
-
-def convert(_, part):
-    (part.parent / f"tried-{os.getpid()}").touch()
-    time.sleep(0.5)
-    Card(max_tokens=9).write(part)
-
-print(converted(ModelSource("some/model", Path("/nowhere"), "0123456789abcdef"), convert)[1].max_tokens)
-"""
-
-
-@pytest.fixture
-def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("CACHE_DIRECTORY", "STATE_DIRECTORY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path
-
-
-def test_of_several_processes_one_converts_and_the_others_wait(empty: Path) -> None:
-    command = [sys.executable, "-c", CONVERTS_SLOWLY]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    assert [process.communicate(timeout=60)[0] for process in started] == ["9\n"] * 4
-    assert len(list(empty.glob("jobworker/models/tried-*"))) == 1
-
-
-def test_what_a_killed_conversion_left_is_cleared_and_done_again(empty: Path) -> None:
-    def die(_: ModelSource, part: Path) -> None:
-        (part / "model.bin").write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        converted(source(), die)
-    models = empty / "jobworker/models"
-    stale = models / f"{engine_cache.folder_name(source())}.part-old"
-    stale.mkdir()
-    folder, _ = converted(source(), leave_card)
-    assert sorted(path.name for path in models.iterdir()) == [folder.name, f"{folder.name}.lock"]
-
-
-def test_a_model_that_cannot_be_converted_is_tried_once(empty: Path) -> None:
-    tried = []
-
-    def refuse(_: ModelSource, part: Path) -> None:
-        tried.append(part)
-        Card(error="of an odd kind").write(part)
-
-    for _ in range(2):
-        with pytest.raises(NoEngine, match="of an odd kind"):
-            converted(source(), refuse)
-    assert len(tried) == 1
-
-
-def test_what_failed_for_the_moment_is_tried_again(empty: Path) -> None:
-    def full(_: ModelSource, part: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(NoEngine, match="can be written"):
-        converted(source(), full)
-    assert converted(source(), leave_card)[1].max_tokens == 9
-
-
-def test_another_folder_is_taken_where_one_cannot_be_written(
-    empty: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (empty / "file").write_text("")
-    monkeypatch.setenv("CACHE_DIRECTORY", str(empty / "file" / "below"))
-    folder, _ = converted(source(), leave_card)
-    assert folder.is_relative_to(empty / "jobworker")
-    folders = [vars(record).get("folder", "") for record in caplog.records]
-    assert any(folder.startswith(str(empty / "file")) for folder in folders)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(empty / "file"))
-    with pytest.raises(NoEngine, match="XDG_CACHE_HOME"):
-        converted(source("another"), leave_card)
-
-
-def test_a_lock_that_is_not_given_back_ends_the_wait(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
-
-    monkeypatch.setattr(engine_cache, "CONVERT_WITHIN_S", 0.2)
-    models = empty / "jobworker/models"
-    models.mkdir(parents=True)
-    with (models / f"{engine_cache.folder_name(source())}.lock").open("ab") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(NoEngine, match="another process still holds"):
-            converted(source(), leave_card)
-
-
-def test_the_processor_is_known_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(self: Path) -> str:
-        assert not self.is_relative_to("/proc"), "systemd's ProcSubset=pid leaves processes there only"
-        raise FileNotFoundError(self)
-
-    monkeypatch.setattr(Path, "read_text", read)
-    assert engine_cache._processor(), "also where there is no /sys"
-
-
-def test_another_revision_or_processor_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = engine_cache.folder_name(source())
-    assert engine_cache.folder_name(source()._replace(revision="f" * 16)) != first
-    monkeypatch.setattr(engine_cache, "_processor", lambda: "another")
-    assert engine_cache.folder_name(source()) != first
-    assert "/" not in first
-
-
-def test_a_card_that_cannot_be_read_says_which_folder_to_delete(empty: Path) -> None:
-    folder, _ = converted(source(), leave_card)
-    (folder / CARD).write_text(json.dumps({"max_tokens": "nine"}))
-    with pytest.raises(NoEngine, match="delete the folder"):
-        converted(source())

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from jobworker.handlers.encoder.packing import (
     MAX_PADDING_SHARE,
     MIN_PADDING_TOKENS,
-    Ceilings,
-    lacks_memory,
+    RowLimits,
+    is_out_of_memory,
     pack,
     padding_share,
     run_batches,
@@ -21,14 +21,14 @@ LIMITS = st.tuples(st.integers(1, 4000), st.integers(1, 64))
 
 
 @given(LENGTHS, LIMITS)
-def test_every_text_stands_in_exactly_one_batch(lengths: list[int], limits: tuple[int, int]) -> None:
+def test_every_text_is_in_exactly_one_batch(lengths: list[int], limits: tuple[int, int]) -> None:
     batches = pack(lengths, *limits)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     assert all(batches)
 
 
 @given(LENGTHS, LIMITS)
-def test_budget_rows_and_padding_are_kept(lengths: list[int], limits: tuple[int, int]) -> None:
+def test_batches_respect_budget_row_limit_and_padding(lengths: list[int], limits: tuple[int, int]) -> None:
     budget, max_rows = limits
     for batch in pack(lengths, budget, max_rows):
         cost = len(batch) * max(lengths[index] for index in batch)
@@ -60,7 +60,7 @@ def test_nothing_to_pack() -> None:
 
 
 @pytest.mark.parametrize("limits", [(0, 1), (1, 0)])
-def test_a_limit_that_lets_nothing_through_is_refused(limits: tuple[int, int]) -> None:
+def test_a_limit_of_zero_is_rejected(limits: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         pack([1], *limits)
 
@@ -93,29 +93,29 @@ class Memory:
 def test_however_little_memory_there_is_every_text_is_computed_once(lengths: list[int], tokens: int) -> None:
     memory = Memory(lengths, tokens)
     batches = pack(lengths, 16_384, 64)
-    done = list(run_batches(lengths, batches, Ceilings(), memory.compute, memory.release))
+    done = list(run_batches(lengths, batches, RowLimits(), memory.compute, memory.release))
     assert sorted(index for batch, _ in done for index in batch) == list(range(len(lengths)))
     assert all(found == [lengths[index] for index in batch] for batch, found in done)
     assert memory.released == memory.failed
     assert all(len(batch) * max(lengths[index] for index in batch) <= tokens for batch, _ in done)
 
 
-def test_a_ceiling_is_remembered_for_its_length_and_longer_ones_only() -> None:
+def test_a_row_limit_holds_for_its_length_and_longer_ones_only() -> None:
     lengths = [100] * 64
-    memory, ceilings = Memory(lengths, 1700), Ceilings()
+    memory, limits = Memory(lengths, 1700), RowLimits()
     for _ in range(3):
-        list(run_batches(lengths, [list(range(64))], ceilings, memory.compute, memory.release))
+        list(run_batches(lengths, [list(range(64))], limits, memory.compute, memory.release))
     assert memory.failed == 2, "64 and 32 rows, once"
     assert max(memory.tries[-4:]) == 1600
-    assert (ceilings.rows(120), ceilings.rows(600), ceilings.rows(50)) == (16, 16, None)
-    ceilings.lower(600, 2)
-    assert (ceilings.rows(120), ceilings.rows(600)) == (16, 2)
+    assert (limits.max_rows(120), limits.max_rows(600), limits.max_rows(50)) == (16, 16, None)
+    limits.lower(600, 2)
+    assert (limits.max_rows(120), limits.max_rows(600)) == (16, 2)
 
 
-def test_a_single_text_that_does_not_fit_says_so() -> None:
+def test_a_single_text_too_large_for_memory_raises() -> None:
     memory = Memory([100, 900], 800)
     with pytest.raises(OutOfMemoryError):
-        list(run_batches(memory.lengths, [[1], [0]], Ceilings(), memory.compute, memory.release))
+        list(run_batches(memory.lengths, [[1], [0]], RowLimits(), memory.compute, memory.release))
 
 
 def test_other_failures_pass_through_at_once() -> None:
@@ -126,7 +126,7 @@ def test_other_failures_pass_through_at_once() -> None:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        list(run_batches([1, 1], [[0, 1]], Ceilings(), compute))
+        list(run_batches([1, 1], [[0, 1]], RowLimits(), compute))
     assert tries == [[0, 1]]
 
 
@@ -142,5 +142,5 @@ def test_other_failures_pass_through_at_once() -> None:
         (ValueError("out of memory"), False),
     ],
 )
-def test_how_the_lack_of_memory_is_told(error: Exception, lacks: bool) -> None:
-    assert lacks_memory(error) == lacks
+def test_out_of_memory_errors_are_recognised(error: Exception, lacks: bool) -> None:
+    assert is_out_of_memory(error) == lacks

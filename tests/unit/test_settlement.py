@@ -6,7 +6,7 @@ from contextlib import closing
 import pytest
 
 from jobworker.worker.errors import StoreUnavailable
-from jobworker.worker.ipc.control import ExitReclaimed
+from jobworker.worker.ipc.control import Attach, ExitReclaimed
 from jobworker.worker.outcome import Failure, RetryPolicy
 from support.reader_rig import SOURCE, ReaderRig, reader_rig
 
@@ -78,17 +78,16 @@ def test_a_permanent_failure_is_not_retried(rig: ReaderRig) -> None:
 
 def test_outcomes_are_settled_once_the_store_answers_again(rig: ReaderRig) -> None:
     rig.add("1", "2")
-    rig.server.append(SOURCE.stream, b"not a job")
-    rig.tick(1)
+    rig.tick()
     (worker,) = rig.workers
+    worker.take()
     settle = rig.store.settle
 
     def unavailable(settlements: object) -> set[bytes]:
         raise StoreUnavailable("away")
 
     rig.store.settle = unavailable  # type: ignore[method-assign]
-    rig.tick()
-    worker.take()
+    rig.server.append(SOURCE.stream, b"not a job")
     worker.succeed("1")
     worker.fail("2", FAILED)
     rig.advance(5.0)
@@ -252,10 +251,9 @@ def test_a_successor_of_the_reader_reclaims_the_jobs_of_a_worker_that_died_meanw
         first.tick()
         worker.take()
         worker.start("1")
+        first.crash()
         with closing(ReaderRig(server=first.server)) as second:
-            second.workers.append(worker)
-            from jobworker.worker.ipc.control import Attach
-
+            second.workers.append(first.workers.pop())
             second.control.send(Attach(0, 1), worker.channel.fds)
             second.exit(worker)
             second.sync()
@@ -264,7 +262,6 @@ def test_a_successor_of_the_reader_reclaims_the_jobs_of_a_worker_that_died_meanw
             second.tick()
             assert sorted(one.take() for one in successors) == [["1"], ["2"]]
             assert list(second.server.stream(SOURCE.stream).deaths.values()) == [1]
-            second.workers.remove(worker)
 
 
 # -- circuit breaker
@@ -288,6 +285,7 @@ def test_a_type_whose_dependency_is_unavailable_is_parked_and_probed(rig: Reader
     rig.advance(1.0)
     (probe,) = worker.take()
     worker.fail(probe, UNAVAILABLE)
+    rig.tick()
     rig.advance(1.5)
     assert worker.take() == [], "after a failed probe the wait is twice as long"
     rig.advance(0.5)

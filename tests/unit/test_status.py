@@ -1,11 +1,20 @@
-"""The line for `systemctl status`."""
+"""Status line for `systemctl status`, and the hand-over of /status to HTTP threads."""
 
-from jobworker.worker.supervision.status import StatusLine, Totals
+import threading
+from typing import Any
+
+import pytest
+
+from jobworker.worker.supervision import status
+from jobworker.worker.supervision.status import StatusLine, StatusMailbox, Totals
 
 
-def totals(done: float, **flags: float) -> Totals:
+def totals(completed: float, **flags: float) -> Totals:
     return {
-        "z_novel_jobs_completed_total": [{"task_type": "a", "value": done}, {"task_type": "b", "value": 10}],
+        "z_novel_jobs_completed_total": [
+            {"task_type": "a", "value": completed},
+            {"task_type": "b", "value": 10},
+        ],
         "z_novel_retry_scheduled": [{"stream": "s", "value": 2}, {"stream": "t", "value": 1}],
         "z_novel_dlq_length": [{"stream": "s", "value": 4}],
         "z_novel_paused": [{"task_type": "a", "value": flags.get("paused", 0)}],
@@ -13,19 +22,44 @@ def totals(done: float, **flags: float) -> Totals:
     }
 
 
-def test_how_it_does_at_a_glance() -> None:
-    headline = StatusLine(8)
-    headline.make(totals(0), 100.0)
-    assert not headline.due(101.0)
-    assert headline.due(102.0)
-    assert headline.make(totals(1248), 104.0) == "8 workers, 312 jobs/s, 3 retrying, 4 dead"
-    assert headline.make(totals(1248), 106.0) == "8 workers, 0 jobs/s, 3 retrying, 4 dead"
+def test_the_line_shows_the_rate_since_the_last_line_and_the_backlog() -> None:
+    line = StatusLine(8)
+    line.render(totals(0), 100.0)
+    assert not line.due(101.0)
+    assert line.due(102.0)
+    assert line.render(totals(1248), 104.0) == "8 workers, 312 jobs/s, 3 retrying, 4 dead"
+    assert line.render(totals(1248), 106.0) == "8 workers, 0 jobs/s, 3 retrying, 4 dead"
 
 
-def test_the_first_rate_is_none() -> None:
-    assert StatusLine(1).make({}, 5.0) == "1 worker, 0 jobs/s, 0 retrying, 0 dead"
+def test_the_first_rate_is_zero() -> None:
+    assert StatusLine(1).render({}, 5.0) == "1 worker, 0 jobs/s, 0 retrying, 0 dead"
 
 
-def test_what_waits_is_named() -> None:
-    line = StatusLine(1).make(totals(0, paused=1, opened=1), 5.0)
+def test_paused_types_and_open_circuits_are_named() -> None:
+    line = StatusLine(1).render(totals(0, paused=1, opened=1), 5.0)
     assert line.endswith("; a is paused; b waits for its dependency")
+
+
+def test_an_http_thread_gets_a_status_that_the_loop_makes_for_it() -> None:
+    mailbox = StatusMailbox()
+    answers: list[dict[str, Any] | None] = []
+    client = threading.Thread(target=lambda: answers.append(mailbox.request()))
+    client.start()
+    made = 0
+
+    def make_status() -> dict[str, Any]:
+        nonlocal made
+        made += 1
+        return {"made": made}
+
+    while client.is_alive():  # as the supervisor's loop does, which runs ten times a second
+        mailbox.answer(make_status)
+        client.join(0.01)
+    assert answers == [{"made": 1}]
+    mailbox.answer(make_status)
+    assert made == 1, "without a request the loop makes no status"
+
+
+def test_a_loop_that_does_not_answer_in_time_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "_ANSWER_TIMEOUT_S", 0.01)
+    assert StatusMailbox().request() is None

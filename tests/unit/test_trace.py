@@ -1,4 +1,4 @@
-"""Traces: a job's spans hang together over processes that never speak of them, and off they cost nothing."""
+"""Traces: the spans of a job form one trace across processes, and with traces off nothing changes."""
 
 import asyncio
 import subprocess
@@ -21,9 +21,9 @@ from jobworker.worker.handler import BoundHandler
 from jobworker.worker.store.memory.store import MemoryServer, MemoryStore
 from jobworker.worker.telemetry import trace
 from jobworker.worker.telemetry.current_job import current
-from jobworker.worker.telemetry.log import hide
+from jobworker.worker.telemetry.log import set_secrets
 from jobworker.worker.telemetry.otel import Spans, open_tracing
-from jobworker.worker.telemetry.otel_context import number_of, trace_id_of
+from jobworker.worker.telemetry.otel_context import derived_trace_id, stable_hash
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 SENDER = "00f067aa0ba902b7"
@@ -33,24 +33,24 @@ STREAM, ENTRY = "stream:story:gen", "1767348000123-0"
 
 @pytest.fixture
 def exporter() -> Iterator[InMemorySpanExporter]:
-    """Traces are on; what was sent is kept here."""
-    kept = InMemorySpanExporter()
-    trace.install(Spans(kept, Resource.create({})))
-    yield kept
+    """Turns traces on; holds the spans that were sent."""
+    memory = InMemorySpanExporter()
+    trace.install(Spans(memory, Resource.create({})))
+    yield memory
     trace.install(None)
     current.jobs = ()
 
 
 def sent(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
-    """All spans by name, once everything is sent."""
+    """All spans by name, after everything is sent."""
     trace.close()
     spans = exporter.get_finished_spans()
     assert len({span.name for span in spans}) == len(spans)
     return {span.name: span for span in spans}
 
 
-def above(span: ReadableSpan) -> int | None:
-    """The id of the span above."""
+def parent_id(span: ReadableSpan) -> int | None:
+    """Id of the parent span."""
     return span.parent.span_id if span.parent else None
 
 
@@ -64,13 +64,13 @@ def job(metadata: dict[str, str] | None = None, id: str = "j1", entry_id: str = 
     return Job(id=id, entry_id=entry_id, **(fields | more))
 
 
-def hand_out(metadata: dict[str, str] | None, id: str = "j1", entry_id: str = ENTRY) -> None:
-    """As the reader does."""
+def dispatch(metadata: dict[str, str] | None, id: str = "j1", entry_id: str = ENTRY) -> None:
+    """Record a dispatch as the reader does."""
     trace.dispatched(STREAM, entry_id.encode(), body(metadata, id))
 
 
 class Single:
-    """A handler with a part of its own, that may fail."""
+    """A handler with spans of its own that can fail."""
 
     error: BaseException | None = None
 
@@ -87,25 +87,25 @@ def watched(handler: object) -> BoundHandler:
     return bound
 
 
-def test_spans_of_both_processes_hang_below_the_producers(exporter: InMemorySpanExporter) -> None:
-    hand_out(TRACEPARENT)
+def test_the_spans_of_reader_and_worker_are_below_the_producers_span(exporter: InMemorySpanExporter) -> None:
+    dispatch(TRACEPARENT)
     watched(Single()).handle(job(TRACEPARENT))
     spans = sent(exporter)
     assert set(spans) == {"queue noop", "process noop", "part", "inner"}
     queue, process, part = spans["queue noop"], spans["process noop"], spans["part"]
     assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {TRACE}
     chain = [int(SENDER, 16), *(span.context.span_id for span in (queue, process, part))]
-    assert [above(span) for span in (queue, process, part, spans["inner"])] == chain
+    assert [parent_id(span) for span in (queue, process, part, spans["inner"])] == chain
     assert queue.start_time == 1767348000123 * 1_000_000, "when the entry was written"
-    told = {"messaging.destination.name": STREAM, "messaging.message.id": "j1",
+    expected = {"messaging.destination.name": STREAM, "messaging.message.id": "j1",
             "jobworker.tenant_id": "t1", "jobworker.task_type": "noop"}  # fmt: skip
     for span in (queue, process):
-        assert told.items() <= dict(span.attributes or {}).items()
+        assert expected.items() <= dict(span.attributes or {}).items()
     assert (part.attributes or {})["jobworker.colour"] == "red"
     assert "private" not in "".join(span.to_json() for span in spans.values())
 
 
-def test_spans_of_an_async_handler_hang_below_its_job(exporter: InMemorySpanExporter) -> None:
+def test_the_spans_of_an_async_handler_are_below_its_job(exporter: InMemorySpanExporter) -> None:
     class Asynchronous:
         async def handle(self, job: Job) -> None:
             await asyncio.gather(self.part("left"), self.part("right"))
@@ -125,8 +125,8 @@ def test_spans_of_an_async_handler_hang_below_its_job(exporter: InMemorySpanExpo
     spans = sent(exporter)
     process = spans["process noop"].context.span_id
     for name in ("left", "right"):
-        assert above(spans[name]) == process
-        assert above(spans[f"inner {name}"]) == spans[name].context.span_id
+        assert parent_id(spans[name]) == process
+        assert parent_id(spans[f"inner {name}"]) == spans[name].context.span_id
 
 
 @pytest.mark.parametrize(
@@ -136,67 +136,67 @@ def test_spans_of_an_async_handler_hang_below_its_job(exporter: InMemorySpanExpo
         ({"trace_id": TRACE.upper()}, TRACE),
         ({"trace_id": "4bf92f35-77b3-4da6-a3ce-929d0e0e4736"}, TRACE),
         ({"trace_id": "a3ce929d0e0e4736"}, "0" * 16 + "a3ce929d0e0e4736"),
-        ({"trace_id": "chapter 7"}, f"{number_of('chapter 7', 16):032x}"),
-        ({"trace_id": "0" * 32}, f"{number_of('0' * 32, 16):032x}"),
+        ({"trace_id": "chapter 7"}, f"{stable_hash('chapter 7', 16):032x}"),
+        ({"trace_id": "0" * 32}, f"{stable_hash('0' * 32, 16):032x}"),
         ({"traceparent": "nonsense", "trace_id": TRACE}, TRACE),
-        ({"traceparent": "00-" + "0" * 32 + "-" + "0" * 16 + "-01"}, f"{number_of('j1', 16):032x}"),
-        (None, f"{number_of('j1', 16):032x}"),
+        ({"traceparent": "00-" + "0" * 32 + "-" + "0" * 16 + "-01"}, f"{stable_hash('j1', 16):032x}"),
+        (None, f"{stable_hash('j1', 16):032x}"),
     ],
 )
-def test_without_a_traceparent_the_trace_is_the_given_one_or_follows_from_the_job(
+def test_without_a_traceparent_the_trace_id_is_the_given_one_or_a_hash(
     exporter: InMemorySpanExporter, metadata: dict[str, str] | None, trace_id: str
 ) -> None:
-    hand_out(metadata)
+    dispatch(metadata)
     watched(Single()).handle(job(metadata))
     spans = sent(exporter)
     assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {trace_id}
     assert spans["queue noop"].parent is None, "the trace has one root"
-    assert above(spans["process noop"]) == spans["queue noop"].context.span_id
+    assert parent_id(spans["process noop"]) == spans["queue noop"].context.span_id
 
 
-def test_ids_chosen_for_one_span_are_not_left_to_the_next(exporter: InMemorySpanExporter) -> None:
-    hand_out({"trace_id": TRACE}, "a", "1-1")
-    hand_out(None, "b", "2-1")
-    hand_out(TRACEPARENT, "c", "3-1")
+def test_a_preset_id_is_used_for_one_span_only(exporter: InMemorySpanExporter) -> None:
+    dispatch({"trace_id": TRACE}, "a", "1-1")
+    dispatch(None, "b", "2-1")
+    dispatch(TRACEPARENT, "c", "3-1")
     trace.close()
     spans = exporter.get_finished_spans()
     assert [f"{span.context.trace_id:032x}" for span in spans] == [
         TRACE,
-        f"{trace_id_of({}, 'b'):032x}",
+        f"{derived_trace_id({}, 'b'):032x}",
         TRACE,
     ]
     assert len({span.context.span_id for span in spans}) == 3
 
 
 @pytest.mark.parametrize("sampler", ["always_off", "parentbased_traceidratio"])
-def test_what_is_not_sampled_is_not_sent_by_anybody(monkeypatch: pytest.MonkeyPatch, sampler: str) -> None:
+def test_reader_and_worker_agree_on_what_is_sampled(monkeypatch: pytest.MonkeyPatch, sampler: str) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.5")
-    kept = InMemorySpanExporter()
-    trace.install(Spans(kept, Resource.create({})))
+    memory = InMemorySpanExporter()
+    trace.install(Spans(memory, Resource.create({})))
     try:
         handler = watched(Single())
         for number in range(40):
-            hand_out(None, f"job {number}", f"{number + 1}-1")
+            dispatch(None, f"job {number}", f"{number + 1}-1")
             handler.handle(job(None, f"job {number}", f"{number + 1}-1"))
         trace.close()
     finally:
         trace.install(None)
         current.jobs = ()
     by_trace: dict[int, set[str]] = {}
-    for span in kept.get_finished_spans():
+    for span in memory.get_finished_spans():
         by_trace.setdefault(span.context.trace_id, set()).add(span.name)
     assert all(names == {"queue noop", "process noop", "part", "inner"} for names in by_trace.values())
     assert len(by_trace) == 0 if sampler == "always_off" else 5 < len(by_trace) < 35
 
 
-def test_a_failure_marks_its_spans_and_shows_no_secret(exporter: InMemorySpanExporter) -> None:
-    hide(["sk-0123456789"])
+def test_a_failure_marks_its_spans_without_secrets(exporter: InMemorySpanExporter) -> None:
+    set_secrets(["sk-0123456789"])
     handler = Single()
     handler.error = ConnectionError("redis://u:pw@h refused sk-0123456789")
     with pytest.raises(ConnectionError):
         watched(handler).handle(job(TRACEPARENT))
-    hide(())
+    set_secrets(())
     spans = sent(exporter)
     for name in ("process noop", "part"):
         assert spans[name].status.status_code is StatusCode.ERROR
@@ -206,7 +206,7 @@ def test_a_failure_marks_its_spans_and_shows_no_secret(exporter: InMemorySpanExp
     assert "0123456789" not in "".join(span.to_json() for span in spans.values())
 
 
-def test_of_a_batch_each_job_has_its_own_spans_in_its_own_trace(exporter: InMemorySpanExporter) -> None:
+def test_each_job_of_a_batch_has_its_own_spans_in_its_own_trace(exporter: InMemorySpanExporter) -> None:
     class Batch:
         def handle_batch(self, jobs: Sequence[Job]) -> list[BaseException | None]:
             with trace.span("embed", jobs[:2], texts=9):
@@ -226,7 +226,7 @@ def test_of_a_batch_each_job_has_its_own_spans_in_its_own_trace(exporter: InMemo
     assert {(s.attributes or {}).get("messaging.batch.message_count") for s in spans} == {3, None}
 
 
-def test_a_batch_that_raises_marks_all_of_it(exporter: InMemorySpanExporter) -> None:
+def test_a_batch_that_raises_marks_the_spans_of_all_its_jobs(exporter: InMemorySpanExporter) -> None:
     class Batch:
         def handle_batch(self, jobs: Sequence[Job]) -> list[BaseException | None]:
             raise OSError("disk")
@@ -239,7 +239,7 @@ def test_a_batch_that_raises_marks_all_of_it(exporter: InMemorySpanExporter) -> 
     assert [s.status.status_code for s in exporter.get_finished_spans()] == [StatusCode.ERROR] * 2
 
 
-def test_what_became_of_a_failed_try_is_told_though_the_worker_died(
+def test_a_failed_attempt_has_a_span_although_its_worker_died(
     exporter: InMemorySpanExporter,
 ) -> None:
     envelope = read_envelope(body(TRACEPARENT))
@@ -247,11 +247,11 @@ def test_what_became_of_a_failed_try_is_told_though_the_worker_died(
     (span,) = sent(exporter).values()
     assert span.name == "worker died noop"
     assert (span.attributes or {})["jobworker.deaths"] == 2
-    assert above(span) == number_of(f"{STREAM} {ENTRY}", 8), "below the reader's"
+    assert parent_id(span) == stable_hash(f"{STREAM} {ENTRY}", 8), "below the reader's span"
     assert span.status.status_code is StatusCode.ERROR
 
 
-def test_the_producer_in_python_passes_its_span_on(exporter: InMemorySpanExporter) -> None:
+def test_the_python_producer_passes_its_span_on(exporter: InMemorySpanExporter) -> None:
     server = MemoryServer()
     producer = Producer(store=MemoryStore(server, "p"))
     provider = api.NonRecordingSpan(
@@ -278,19 +278,19 @@ def test_the_producer_in_python_passes_its_span_on(exporter: InMemorySpanExporte
         ({"OTEL_SDK_DISABLED": "true", "OTEL_TRACES_EXPORTER": "otlp"}, False),
     ],
 )
-def test_the_standard_variables_turn_it_on(environment: dict[str, str], on: bool) -> None:
+def test_the_standard_variables_turn_traces_on(environment: dict[str, str], on: bool) -> None:
     assert trace.wanted(environment) is on
 
 
 @pytest.mark.parametrize(
     "environment", [{"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, {"OTEL_TRACES_EXPORTER": "zipkin"}]
 )
-def test_what_is_not_spoken_is_refused(environment: dict[str, str]) -> None:
+def test_an_unsupported_protocol_or_exporter_is_an_error(environment: dict[str, str]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(environment))):
         open_tracing("reader", Settings(), environment)
 
 
-def test_off_it_imports_nothing_and_changes_nothing() -> None:
+def test_with_traces_off_no_library_is_imported_and_no_handler_changes() -> None:
     code = """if True:
         import sys
         from jobworker.worker import boot, producer, runner

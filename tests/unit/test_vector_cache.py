@@ -1,4 +1,4 @@
-"""The cache of vectors saves work and does nothing else, whatever is done to its file."""
+"""Vector cache: no fault of its file fails a call or changes a vector."""
 
 import math
 import os
@@ -60,15 +60,13 @@ def cache(path: Path, clock: Clock) -> Iterator[VectorCache]:
 
 
 def edit(path: Path, sql: str, *values: object) -> None:
-    """Change the file behind the cache's back."""
+    """Change the file as another program does."""
     with sqlite3.connect(path) as db:
         db.execute(sql, values)
     db.close()
 
 
-def test_what_was_kept_is_found_bit_for_bit_also_by_another_process_and_counted(
-    cache: VectorCache, path: Path
-) -> None:
+def test_vectors_are_read_back_bit_identical_and_lookups_are_counted(cache: VectorCache, path: Path) -> None:
     one, two, three = keys("one", "two", "three")
     cache.put([(one, vector(1)), (two, vector(2))])
     counters: dict[str, int] = {"embedded_tokens": 7}
@@ -99,7 +97,7 @@ def test_a_later_vector_replaces_the_earlier(cache: VectorCache) -> None:
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_what_is_no_number_is_not_kept(cache: VectorCache, number: float) -> None:
+def test_vectors_with_nan_or_infinity_are_not_cached(cache: VectorCache, number: float) -> None:
     one, two = keys("one", "two")
     bad = vector(1)
     bad[3] = number
@@ -121,7 +119,7 @@ def test_what_is_no_number_is_not_kept(cache: VectorCache, number: float) -> Non
         "UPDATE vectors SET id = 9223372036854775807 WHERE key = ?",
     ],
 )
-def test_an_entry_that_lies_is_a_miss_and_is_mended_by_the_next_one(
+def test_a_damaged_entry_is_a_miss_and_the_next_put_replaces_it(
     cache: VectorCache, path: Path, clock: Clock, sql: str
 ) -> None:
     one, two = keys("one", "two")
@@ -161,12 +159,12 @@ def _scribble_behind(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_cut, _scribble, _scribble_behind])
 @pytest.mark.parametrize("running", [True, False])
-def test_a_damaged_file_is_begun_anew(
+def test_a_damaged_file_is_replaced(
     cache: VectorCache, path: Path, clock: Clock, damage: object, running: bool
 ) -> None:
     many = keys(*map(str, range(500)))
     cache.put([(key, vector(1)) for key in many])
-    cache.close()  # so that all is in the file and nothing in its log
+    cache.close()  # so that all entries are in the file and none in its log
     if running:
         cache.lookup(many[:1])
     damage(path)  # type: ignore[operator]
@@ -179,7 +177,7 @@ def test_a_damaged_file_is_begun_anew(
 
 
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(parents=True), lambda path: path.parent.touch()])
-def test_where_no_file_can_be_made_all_is_missed_and_said_once(
+def test_without_a_usable_file_lookups_miss_and_one_warning_is_logged(
     cache: VectorCache, path: Path, clock: Clock, make: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     make(path)  # type: ignore[operator]
@@ -193,7 +191,7 @@ def test_where_no_file_can_be_made_all_is_missed_and_said_once(
     assert caplog.text.count("cache.paused") == 2
 
 
-def test_a_file_of_another_layout_is_begun_anew(path: Path, cache: VectorCache) -> None:
+def test_a_file_with_another_layout_is_replaced(path: Path, cache: VectorCache) -> None:
     path.parent.mkdir()
     edit(path, "PRAGMA user_version = 99")
     (one,) = keys("one")
@@ -201,7 +199,7 @@ def test_a_file_of_another_layout_is_begun_anew(path: Path, cache: VectorCache) 
     assert one in cache.lookup([one])
 
 
-def test_a_file_that_somebody_else_writes_is_read_and_not_waited_for(cache: VectorCache, path: Path) -> None:
+def test_a_file_with_another_writer_is_read_without_waiting(cache: VectorCache, path: Path) -> None:
     one, two = keys("one", "two")
     cache.put([(one, vector(1))])
     db = sqlite3.connect(path, isolation_level=None)
@@ -218,8 +216,8 @@ def size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.parent.iterdir())
 
 
-def test_it_stays_within_its_bytes_and_keeps_what_is_in_use(path: Path) -> None:
-    """Five times as much as there is room for goes through; one text is asked for all the time."""
+def test_the_file_stays_within_its_limit_and_keeps_used_entries(path: Path) -> None:
+    """Five times the limit is written, while one entry is looked up all the time."""
     dim, wide = 1024, {}
     cache = VectorCache(path, dim, 32 * 1024 * 1024, wide)
     used, *rest = keys("in use", *map(str, range(30_000)))
@@ -236,7 +234,7 @@ def test_it_stays_within_its_bytes_and_keeps_what_is_in_use(path: Path) -> None:
     cache.close()
 
 
-def test_a_smaller_limit_begins_anew(path: Path) -> None:
+def test_a_smaller_limit_replaces_the_file(path: Path) -> None:
     large = VectorCache(path, 1024, 64 * 1024 * 1024, {})
     many = keys(*map(str, range(10_000)))
     large.put([(key, vector(1, 1024)) for key in many[:5000]])
@@ -248,7 +246,7 @@ def test_a_smaller_limit_begins_anew(path: Path) -> None:
     assert size(path) <= MIN_LIMIT_BYTES
 
 
-def test_more_at_once_than_there_is_room_for(path: Path) -> None:
+def test_a_put_larger_than_the_limit_is_truncated(path: Path) -> None:
     cache = VectorCache(path, 1024, 1, {})
     many = keys(*map(str, range(5000)))
     cache.put([(key, vector(1, 1024)) for key in many])
@@ -264,7 +262,7 @@ def test_the_file_is_for_its_user_only(cache: VectorCache, path: Path) -> None:
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
-def test_several_threads(cache: VectorCache) -> None:
+def test_threads_share_a_cache(cache: VectorCache) -> None:
     texts = keys(*map(str, range(200)))
     wrong: list[Key] = []
 

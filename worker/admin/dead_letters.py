@@ -11,13 +11,16 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, repeat
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import msgspec
 
-from ..store.operator import START, OperatorStore, order_of, walk
+from ..store.operator import START, order_of, walk
 from ..store.ports import Entry
 from .identity import read_identity
+
+if TYPE_CHECKING:  # the client library takes a while to load
+    from ..store.redis.operator import OperatorStore
 
 #: Letters per store call: one script each, about 10 ms of server time together. Requeues with a rate are
 #: paced between these calls.
@@ -154,7 +157,7 @@ class DeadLetterQueue:
     """The dead letters of some streams that match a filter. Every call raises `StoreUnavailable` as the
     store does."""
 
-    def __init__(self, store: OperatorStore, streams: Sequence[str], letter_filter: LetterFilter) -> None:
+    def __init__(self, store: "OperatorStore", streams: Sequence[str], letter_filter: LetterFilter) -> None:
         self.store = store
         self.streams = list(streams)
         self.filter = letter_filter
@@ -226,7 +229,7 @@ class DeadLetterQueue:
 class SelectedLetters(DeadLetterQueue):
     """Dead letters that a person selected one by one."""
 
-    def __init__(self, store: OperatorStore, cursors: Sequence[Cursor]) -> None:
+    def __init__(self, store: "OperatorStore", cursors: Sequence[Cursor]) -> None:
         self._cursors = sorted(cursors, key=lambda cursor: (cursor.stream, order_of(cursor.id)))
         ids = frozenset(cursor.id.decode() for cursor in cursors)
         super().__init__(store, sorted({cursor.stream for cursor in cursors}), LetterFilter(ids))

@@ -3,15 +3,18 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..extension import extension, imported
 from ..keys import Source
-from ..store.operator import GroupState, Lease, OperatorStore, Pause, order_of, walk
+from ..store.operator import GroupState, Lease, Pause, order_of, walk
 from ..store.ports import RELEASED_IDLE_S, Entry
 from .dead_letters import read_letter
 from .identity import read_identity
 from .status_client import Service
+
+if TYPE_CHECKING:  # the client library takes a while to load
+    from ..store.redis.operator import OperatorStore
 
 #: A consumer that was idle for longer is not reading: a reader blocks for at most 2 s, then reads again.
 SILENT_S = 10.0
@@ -46,7 +49,7 @@ class JobFinder:
     many dead letters. Every call raises `StoreUnavailable` as the store does."""
 
     def __init__(
-        self, store: OperatorStore, sources: Sequence[Source], services: Sequence[Service], scan_limit: int
+        self, store: "OperatorStore", sources: Sequence[Source], services: Sequence[Service], scan_limit: int
     ) -> None:
         self._store = store
         self._sources = sources

@@ -4,16 +4,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreUnavailable
 from ..keys import Source
-from ..store.operator import START, OperatorStore, Pause
+from ..store.operator import START, Pause
 from ..store.ports import Depths, ReaperStore
 from .dead_letters import Letter, read_letter
 from .deployment import Deployment, parse_sources
 from .identity import read_identity
 from .status_client import Service
+
+if TYPE_CHECKING:  # the client library takes a while to load
+    from ..store.redis.operator import OperatorStore
 
 #: Dead letters in a snapshot; as many are read of each stream to find the newest.
 _MAX_LETTERS = 10
@@ -62,7 +65,7 @@ class OverviewPoller:
     def __init__(
         self,
         depth_store: ReaperStore,
-        store: OperatorStore,
+        store: "OperatorStore",
         sources: Sequence[Source],
         fetch_services: Callable[[], list[Service]],
         *,
@@ -156,12 +159,12 @@ def _sum_by_type(counters: Iterable[Counter[tuple[str, str]]]) -> dict[str, dict
 
 def open_poller(deployment: Deployment, streams: Sequence[str]) -> OverviewPoller:
     """A poller of the deployment's store and services. Raises `ConfigurationError` for an invalid stream."""
-    from ..store.redis.operator import RedisOperatorStore
+    from ..store.redis.operator import OperatorStore
     from ..store.redis.reaper import RedisReaperStore
 
     return OverviewPoller(
         RedisReaperStore(deployment.url, timeout_s=_TIMEOUT_S),
-        RedisOperatorStore(deployment.url, timeout_s=_TIMEOUT_S),
+        OperatorStore(deployment.url, timeout_s=_TIMEOUT_S),
         parse_sources(streams),
         deployment.services,
     )

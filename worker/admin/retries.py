@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
-from ..store.operator import OperatorStore, Scheduled
+from ..store.operator import Scheduled
 from .identity import JobIdentity, read_identity
+
+if TYPE_CHECKING:  # the client library takes a while to load
+    from ..store.redis.operator import OperatorStore
 
 #: Jobs per store call. Each comes with its payload, which may be megabytes.
 _BATCH_SIZE = 100
@@ -34,7 +37,7 @@ class RetrySet:
     """The waiting retries of some streams that match all conditions given. Every call raises
     `StoreUnavailable` as the store does."""
 
-    store: OperatorStore
+    store: "OperatorStore"
     streams: Sequence[str]
     ids: frozenset[str] = frozenset()
     types: frozenset[str] = frozenset()

@@ -70,9 +70,9 @@ class _SelectedByOptions(DeadLetterQueue):
         types: Sequence[str], tenants: Sequence[str], error: str, older_than: float | None,
         newer_than: float | None,
     ) -> None:  # fmt: skip
-        from ..store.redis.operator import RedisOperatorStore
+        from ..store.redis.operator import OperatorStore
 
-        store = RedisOperatorStore(url)
+        store = OperatorStore(url)
         names = [source.stream for source in parse_sources(streams, need_group=False)]
         self.now_s = store.wall_now_s(names[0])
         selected = LetterFilter(

@@ -40,9 +40,9 @@ def explain(deployment: Deployment, id: str, scan: int, streams: tuple[str, ...]
 
     Exit code 1: not found. A finished job leaves no trace after its entry is trimmed.
     """
-    from ..store.redis.operator import RedisOperatorStore
+    from ..store.redis.operator import OperatorStore
 
-    store = RedisOperatorStore(deployment.url)
+    store = OperatorStore(deployment.url)
     finder = JobFinder(store, parse_sources(streams), deployment.answering_services(), scan)
     locations = finder.find(id)
     if as_json:

@@ -35,9 +35,9 @@ def pause(deployment: Deployment, types: tuple[str, ...], note: str, as_json: bo
     jobworker pause shout --note 'new release is being installed'
     jobworker pause
     """
-    from ..store.redis.operator import RedisOperatorStore
+    from ..store.redis.operator import OperatorStore
 
-    store = RedisOperatorStore(deployment.url)
+    store = OperatorStore(deployment.url)
     for job_type in types:
         store.pause(job_type, note)
     unknown = _echo_unknown(types, deployment.answering_services()) if types else []
@@ -80,9 +80,9 @@ def resume(url: str, types: tuple[str, ...], as_json: bool) -> None:
 
     Exit code 1: one of the types was not paused.
     """
-    from ..store.redis.operator import RedisOperatorStore
+    from ..store.redis.operator import OperatorStore
 
-    store = RedisOperatorStore(url)
+    store = OperatorStore(url)
     resumed = {job_type: store.resume(job_type) for job_type in types}
     if as_json:
         echo_json({"resumed": resumed})

@@ -37,10 +37,10 @@ def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
 def _open_retries(
     url: str, streams: Sequence[str], ids: Sequence[str], types: Sequence[str], tenants: Sequence[str]
 ) -> RetrySet:
-    from ..store.redis.operator import RedisOperatorStore
+    from ..store.redis.operator import OperatorStore
 
     names = [source.stream for source in parse_sources(streams, need_group=False)]
-    return RetrySet(RedisOperatorStore(url), names, frozenset(ids), frozenset(types), frozenset(tenants))
+    return RetrySet(OperatorStore(url), names, frozenset(ids), frozenset(types), frozenset(tenants))
 
 
 @verb(retry, "list")

@@ -27,6 +27,7 @@ from ..ipc.control import (
 )
 from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings
+from ..store.backoff import ReconnectBackoff
 from ..store.ports import ReaderStore
 from ..telemetry.metrics import MetricsBuffer
 from .admission import AdmittedJob
@@ -47,10 +48,6 @@ _PAUSES_EVERY_S = 0.5
 _RENEW_NAME_EVERY_S = 2.0
 #: Interval at which a name that another service holds is tried again.
 _RETRY_NAME_EVERY_S = 0.5
-#: First and longest wait after the store failed; short enough to reconnect within about a second.
-_BACKOFF_S = (0.05, 1.0)
-#: Limit of the backoff's exponent; the wait has reached its longest value before.
-_MAX_FAILURES = 16
 
 
 class Reader:
@@ -90,7 +87,7 @@ class Reader:
         self._synced = False
         self._connected = False
         self._trouble: str | None = None
-        self._failures = 0
+        self._backoff = ReconnectBackoff(self._rng)
         self._retry_at = 0.0
         self._reported_at = 0.0
         self._pauses_refreshed_at = 0.0
@@ -122,7 +119,7 @@ class Reader:
             return self._wait(min(sleep_s, self._retry_at - now))
         try:
             self._tick(now, sleep_s)
-            self._failures = 0
+            self._backoff.reset()
             self._trouble = None
         except StoreUnavailable as error:
             self._back_off(error)
@@ -285,10 +282,7 @@ class Reader:
         self._intake.stop_reading()
         self._marks.clear()
         self._connected = False
-        first, longest = _BACKOFF_S
-        delay_s = min(longest, first * 2.0**self._failures) * self._rng.uniform(0.5, 1.0)
-        self._failures = min(self._failures + 1, _MAX_FAILURES)
-        self._retry_at = self._mono_s() + delay_s
+        self._retry_at = self._mono_s() + self._backoff.next_wait_s()
         is_new, self._trouble = self._trouble is None, str(error)
         if is_new:
             log.error("store.unavailable", extra={"error": str(error)})

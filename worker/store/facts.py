@@ -1,4 +1,4 @@
-"""What a server and its streams look like to `jobworker doctor`: plain values, no judgement."""
+"""Facts that `jobworker doctor` judges: plain values about a server and its streams."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,8 @@ from .operator import Consumer
 
 
 class ServerFacts(NamedTuple):
-    """One server: INFO and CONFIG by name (empty where this user may not ask), how far its clock is ahead
-    of ours and how long it takes to answer (seconds)."""
+    """One server: INFO and CONFIG by name (empty where this user has no permission), the lead of its clock
+    over ours and its round trip (seconds)."""
 
     info: dict[str, str]
     config: dict[str, str]
@@ -17,8 +17,8 @@ class ServerFacts(NamedTuple):
 
 
 class StreamFacts(NamedTuple):
-    """One stream. ``lags`` of every group: undelivered entries by the server's count (None: it cannot tell).
-    ``missing``: pending entries, of the oldest, that the stream has no more."""
+    """One stream. ``lags``: undelivered entries of every group by the server's count (None: unknown).
+    ``missing``: how many of the oldest pending entries are gone from the stream."""
 
     source: Source
     exists: bool

@@ -1,1 +1,1 @@
-"""The supervisor's side: processes, embedded servers, health and signals."""
+"""Process supervision: child processes, embedded servers, health and signals."""

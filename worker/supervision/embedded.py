@@ -168,7 +168,7 @@ class Stores:
         ended = process.collect()
         if ended is not None:
             log.error("embedded.exited", extra={"store": kept.store.name, "cause": ended.cause})
-            kept.backoff.ended(now, was_ready=process.ready, lived_s=now - process.mono_started_s)
+            kept.backoff.record_exit(now, was_ready=process.ready, lived_s=now - process.mono_started_s)
             process.close()
             kept.process = None
         elif not process.ready and kept.store.answers():

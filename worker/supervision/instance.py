@@ -1,7 +1,7 @@
 """Lock file of a service instance: one service per data directory, job store and instance name.
 
-The kernel drops the lock however the service ends. So a service that gets the lock knows that every earlier
-start in the file is over, and the job store lets it take their name without waiting for the lease.
+The kernel releases the lock when the service exits, for any cause. A service that gets the lock knows that
+every earlier start in the file has ended. The job store then gives it the name without waiting for the lease.
 """
 
 import fcntl
@@ -16,16 +16,16 @@ from pathlib import Path
 from ..keys import Holder
 from ..settings import Settings
 
-#: Starts kept in the file: more than end in a row without having taken the name.
-_STARTS_KEPT = 16
-#: What a password may be in; the file's name must not tell anything about it.
+#: Starts listed in the file: more than fail in a row before one of them takes the name.
+_MAX_STARTS = 16
+#: Parts of a URL that may hold a password. The file name is a hash, and must not depend on them.
 _CREDENTIALS = re.compile(r"^([^:/]+://)[^/]*@|[?].*$", re.DOTALL)
 
 
 class InstanceLock:
-    """An open lock file; locked once `take` has returned True.
+    """Lock file of an instance, opened but not yet locked: call `try_lock`.
 
-    Raises OSError where the data directory cannot be used.
+    Raises OSError if the data directory cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -37,8 +37,8 @@ class InstanceLock:
         self._fd = os.open(self.folder / f"instance-{name}.lock", flags, 0o600)
         self._settings = settings
 
-    def take(self) -> bool:
-        """Lock the file; False while another service has it."""
+    def try_lock(self) -> bool:
+        """Lock the file. Returns False while another service holds it."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -46,26 +46,26 @@ class InstanceLock:
         return True
 
     def holder_pid(self) -> int:
-        """Process id of the latest start; 0 where the file has none."""
+        """Process id of the latest start; 0 if the file lists none."""
         starts = self._starts()
         return int(starts[-1][1]) if starts else 0
 
-    def sign(self) -> Holder:
-        """Write a new start into the locked file; returns it with its predecessors."""
+    def record_start(self) -> Holder:
+        """Append this start to the locked file; returns it with its predecessors."""
         starts = self._starts()
-        one = new_holder(self._settings, tuple(token for token, _ in starts))
-        starts = [*starts, (one.token, str(os.getpid()))][-_STARTS_KEPT:]
+        holder = new_holder(self._settings, tuple(token for token, _ in starts))
+        starts = [*starts, (holder.token, str(os.getpid()))][-_MAX_STARTS:]
         text = "".join(f"{token} {pid}\n" for token, pid in starts).encode()
         os.pwrite(self._fd, text, 0)
         os.ftruncate(self._fd, len(text))
-        return one
+        return holder
 
     def close(self) -> None:
-        """Drop the lock."""
+        """Release the lock."""
         os.close(self._fd)
 
     def _starts(self) -> list[tuple[str, str]]:
-        """Token and process id of each start, oldest first; lines that are no start are ignored."""
+        """Token and process id of each start, oldest first. Malformed lines are ignored."""
         with suppress(UnicodeDecodeError):
             lines = [line.split() for line in os.pread(self._fd, 4096, 0).decode("ascii").splitlines()]
             return [(line[0], line[1]) for line in lines if len(line) == 2 and line[1].isdecimal()]
@@ -73,10 +73,10 @@ class InstanceLock:
 
 
 def new_holder(settings: Settings, predecessors: tuple[str, ...] = ()) -> Holder:
-    """This start of the service, as other services get to see it."""
+    """Identity of this start of the service, as other services see it in the job store."""
     since = datetime.now(UTC).isoformat(timespec="seconds")
-    about = (
+    description = (
         f"pid {os.getpid()} on host {settings.host} since {since}, "
         f"data directory {Path(settings.data_dir).absolute()}"
     )
-    return Holder(secrets.token_hex(8), about, settings.lease_s, predecessors)
+    return Holder(secrets.token_hex(8), description, settings.lease_s, predecessors)

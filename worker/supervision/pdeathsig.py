@@ -1,7 +1,8 @@
-"""Parent-death signal: a process is killed when its parent dies, in whatever way the parent dies.
+"""Parent-death signal: the kernel kills a process when its parent exits, for any cause.
 
-As a program (``python -m jobworker.worker.supervision.pdeathsig PARENT_PID COMMAND ...``) it ties itself,
-leaves the terminal's process group, and becomes the command: the tie is kept over exec.
+As a program, ``python -m jobworker.worker.supervision.pdeathsig PARENT_PID COMMAND ...`` sets the signal,
+starts a new session (a Ctrl-C in the terminal does not reach it) and execs the command. The setting
+survives exec.
 """
 
 import ctypes
@@ -13,9 +14,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def tie_to_parent(parent_pid: int) -> None:
-    """Have the kernel send SIGKILL to this process when its parent ends (Linux, prctl(2)).
+    """Let the kernel send SIGKILL to this process when its parent exits (Linux, prctl(2)).
 
-    Exits at once where the parent has ended already: no signal would come for that.
+    Exits at once if the parent has already exited: the kernel sends no signal for that. Raises OSError if the
+    kernel refuses.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:

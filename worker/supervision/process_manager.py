@@ -3,9 +3,8 @@
 import logging
 import select
 import signal
-import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import Exit
@@ -26,54 +25,65 @@ from ..ipc.control import (
 from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings, cores
 from ..telemetry.prometheus import PrometheusCollector
-from .process import Child, Ended
+from .process import Child, ProcessExit
 from .signals import SignalQueue
 from .slots import Slot, Standbys, state
 from .status import child_status
 
 log = logging.getLogger("jobworker.process_manager")
 
-#: Between asking a worker past its limit for its stacks and killing it.
+#: Time between the request for a stack dump (SIGUSR2) and SIGKILL, for a child over its limit.
 _DUMP_S = 0.3
-#: Reader and reaper report several times a second, but a call to a slow store may hold them for 5 s.
+#: Reader and reaper report several times a second, but one call to a slow store may block them for 5 s.
 _STUCK_AFTER_S = 15.0
-#: Time for a child to set itself up; a handler may load gigabytes from a slow disk.
-_BOOT_WITHIN_S = 600.0
-#: A start that long ago is past its imports, which keep a processor busy; what follows is mostly waiting.
+#: Time limit for the set-up of a child. A handler may load gigabytes from a slow disk.
+_SETUP_TIMEOUT_S = 600.0
+#: A child is past its imports, which use a whole CPU, after this time. The rest of its set-up mostly waits.
 _IMPORTS_S = 1.0
-#: Starts at once on a machine of few processors.
-_LEAST_STARTS = 2
-#: Ends in a row before a place was ready, after which nothing is to be hoped from another try.
-_BOOT_TRIES, _LOOP_TRIES = 3, 6
+#: Workers that may import at once on a machine with few CPUs.
+_MIN_PARALLEL_STARTS = 2
+#: Consecutive exits before becoming ready, after which we stop restarting: at the first start, and later.
+_MAX_START_ATTEMPTS, _CRASH_LOOP_EXITS = 3, 6
 _GAUGES_EVERY_S = 0.5
-#: Exits of a reader that an operator or the kernel (out of memory) may cause at any moment.
-_FROM_OUTSIDE = frozenset({"SIGKILL", "SIGTERM"})
+#: Causes that an operator or the kernel (out of memory) can produce at any moment: no proof against an entry.
+_EXTERNAL_CAUSES = frozenset({"SIGKILL", "SIGTERM"})
 
 
 class ProcessManager:
-    """All children of the service but its embedded stores."""
+    """All children of the service except its embedded servers.
 
-    def __init__(self, settings: Settings, metrics: PrometheusCollector) -> None:
+    `tick` brings the processes one step closer to the desired state; nothing here blocks but `wait` and
+    `kill_all`. An exited worker is kept in ``_exited`` until the reader has reclaimed its jobs, so that a
+    reader that dies in between loses nothing.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: PrometheusCollector,
+        new_child: Callable[[float], Child] = Child,
+    ) -> None:
         self._settings = settings
         self._metrics = metrics
+        self._new_child = new_child
         self._reader = Slot("reader")
         self._reaper = Slot("reaper")
-        self._workers = [Slot("worker", slot) for slot in range(settings.procs)]
-        self._places = [self._reader, self._reaper, *self._workers]
-        self._spares = Standbys()
+        self._workers = [Slot("worker", number) for number in range(settings.procs)]
+        self._slots = [self._reader, self._reaper, *self._workers]
+        self._standbys = Standbys(new_child)
         self._marks = CrashMarks.create()
         self._exited: dict[tuple[int, int], tuple[WorkerExited, Channel]] = {}
-        # Places whose worker of this generation or before is to be exchanged.
+        # Slots to restart: the worker of this generation or an earlier one is replaced.
         self._to_restart: deque[tuple[Slot, int]] = deque()
-        #: Goes up while the reader completes read cycles.
+        #: Increases while the reader completes read cycles; the watchdog of systemd follows it.
         self.progress = 0
-        self._verdict: Exit | None = None
+        self._exit_code: Exit | None = None
         self._was_complete = False
         self._draining = False
         # Whether any reader of this service has held the instance's name.
         self._had_name = False
         self._mono_started_s = 0.0
-        self._mono_connected_by_s = 0.0
+        self._mono_connect_by_s = 0.0
         self._mono_gauged_s = 0.0
 
     @property
@@ -81,306 +91,312 @@ class ProcessManager:
         """Whether `start` was called."""
         return self._mono_started_s > 0
 
-    def start(self, settings: Settings) -> None:
-        """From the next turn on hold all places filled; the settings now have the stores' urls."""
+    def start(self, settings: Settings, now: float) -> None:
+        """Start children from the next `tick` on. ``settings`` has the addresses of the embedded servers."""
         self._settings = settings
-        self._mono_started_s = time.monotonic()
-        self._mono_connected_by_s = self._mono_started_s + settings.connect_timeout_s
+        self._mono_started_s = now
+        self._mono_connect_by_s = now + settings.connect_timeout_s
 
-    def turn(self, now: float) -> Exit | None:
-        """One step towards the desired state; an exit code where it cannot be reached."""
-        for place in self._places:
-            for child in place.children():
+    def tick(self, now: float) -> Exit | None:
+        """Take one step towards the desired state. Returns an exit code if that state is out of reach."""
+        for slot in self._slots:
+            for child in slot.children():
                 self._receive(child, now)
-                self._collect(place, child, now)
-        for place in self._places:
-            self._fill(place, now)
-            for child in place.children():
-                self._enforce(child, now)
+                self._collect(slot, child, now)
+        for slot in self._slots:
+            self._ensure_child(slot, now)
+            for child in slot.children():
+                self._enforce_limits(child, now)
                 child.flush()
-            self._recycle(place, now)
-        self._roll(now)
-        # A spare that begins must not take the processor from those that are waited for.
-        wanted = self._steady and not self._draining and not self._beginning(now)
-        self._spares.keep(self._settings, now, wanted=wanted)
+            self._schedule_recycle(slot, now)
+        self._continue_restart(now)
+        # A starting standby must not take CPU time from children that the service waits for.
+        wanted = self._steady and not self._draining and not self._count_importing(now)
+        self._standbys.maintain(self._settings, now, wanted=wanted)
         if now - self._mono_gauged_s > _GAUGES_EVERY_S:
             self._mono_gauged_s = now
             self._metrics.put(("z_novel_workers", (state,), n) for state, n in self.states().items())
         self._check_startup(now)
-        return self._verdict
+        return self._exit_code
 
     def wait(self, timeout_s: float, queue: SignalQueue) -> None:
-        """Sleep until a signal, a message or an end, or until the time is over."""
+        """Sleep until a signal, a message or an exit arrives, at most ``timeout_s`` seconds."""
         poll = select.poll()
         poll.register(queue, select.POLLIN)
         for child in self._children():
             poll.register(child.pidfd, select.POLLIN)
-            poll.register(child.link, select.POLLIN)
+            poll.register(child.control, select.POLLIN)
         poll.poll(timeout_s * 1000)
 
     def _children(self) -> Iterator[Child]:
-        for place in self._places:
-            yield from place.children()
-        yield from self._spares
+        for slot in self._slots:
+            yield from slot.children()
+        yield from self._standbys
 
-    # -- news
+    # -- messages from children
 
     def _receive(self, child: Child, now: float) -> None:
         try:
-            while (received := child.link.receive()) is not None:
-                child.mono_heard_s = now
-                self._handle(child, received[0])
+            while (received := child.control.receive()) is not None:
+                child.mono_last_message_s = now
+                self._handle(child, received[0], now)
         except EOFError:
-            return  # it has ended or is about to; `_collect` sees to it
+            return  # the child has exited or is about to; `_collect` handles it
 
-    def _handle(self, child: Child, message: Message) -> None:
+    def _handle(self, child: Child, message: Message, now: float) -> None:
         match message:
             case Ready():
                 child.ready = True
                 self._had_name |= child is self._reader.child
                 log.info("child.ready", extra={"child": child.name, "process_id": child.pid})
-            case Report(counts, gauges, histograms, trouble, progress):
-                # A store that does not answer is no standstill of ours, and no restart mends it.
-                waits = trouble is not None and child is self._reader.child
-                self.progress += waits or progress != child.progress
-                child.progress = progress
-                self._metrics.add(counts)
-                self._metrics.put(gauges)
-                self._metrics.merge(histograms)
-                child.trouble = trouble
+            case Report():
+                self._handle_report(child, message)
             case ExitReclaimed(slot, generation):
                 self._exited.pop((slot, generation))[1].close()
             case HeldElsewhere():
-                self._note_held(message)
+                self._handle_held_name(message, now)
             case StartFailed(error, exit_code):
                 child.trouble = error
-                # At the first start, and for what no later try can mend, this ends the service.
+                # This ends the service at its first start, and whenever no later attempt can succeed.
                 if not self._was_complete or exit_code == Exit.USAGE:
                     log.critical("child.start_failed", extra={"child": child.name, "error": error})
-                    self._verdict = Exit(exit_code)
+                    self._exit_code = Exit(exit_code)
             case _:
                 log.error("control.unexpected_message", extra={"child": child.name})
 
-    def _note_held(self, held: HeldElsewhere) -> None:
-        """End a service that never had the name once the other is seen to live; one that had it waits."""
-        wait_until = time.monotonic() + held.left_s + self._settings.connect_timeout_s
-        self._mono_connected_by_s = max(self._mono_connected_by_s, wait_until)
-        if held.renewed and not self._had_name and self._verdict is None:
+    def _handle_report(self, child: Child, report: Report) -> None:
+        # A store that does not answer is not a hang of this service, and no restart repairs it.
+        waits_for_store = report.trouble is not None and child is self._reader.child
+        self.progress += waits_for_store or report.progress != child.progress
+        child.progress = report.progress
+        self._metrics.add(report.counts)
+        self._metrics.put(report.gauges)
+        self._metrics.merge(report.histograms)
+        child.trouble = report.trouble
+
+    def _handle_held_name(self, held: HeldElsewhere, now: float) -> None:
+        """Another service holds the instance's name.
+
+        A service that never had the name ends once it sees that the other one is alive. A service that had it
+        waits.
+        """
+        wait_until = now + held.left_s + self._settings.connect_timeout_s
+        self._mono_connect_by_s = max(self._mono_connect_by_s, wait_until)
+        if held.renewed and not self._had_name and self._exit_code is None:
             log.critical("child.start_failed", extra={"error": (
                 f"instance {self._settings.instance!r} is held by {held.by}: "
                 "stop that service, or give this one its own --instance"
             )})  # fmt: skip
-            self._verdict = Exit.USAGE
+            self._exit_code = Exit.USAGE
 
-    # -- ends and starts
+    # -- exits and starts
 
-    def _collect(self, place: Slot, child: Child, now: float) -> None:
-        ended = child.collect()
-        if ended is None:
+    def _collect(self, slot: Slot, child: Child, now: float) -> None:
+        exited = child.collect()
+        if exited is None:
             return
         self._receive(child, now)
-        if child is place.successor:
-            place.successor = None
+        if child is slot.successor:
+            slot.successor = None
             self._to_restart.clear()
-            log.error("restart.aborted", extra={"child": child.name, "cause": ended.cause})
+            log.error("restart.aborted", extra={"child": child.name, "cause": exited.cause})
         else:
-            place.child, place.successor = place.successor, None
-        self._handle_exit(place, child, ended, now)
+            slot.child, slot.successor = slot.successor, None
+        self._handle_exit(slot, child, exited, now)
         child.close()
 
-    def _handle_exit(self, place: Slot, child: Child, ended: Ended, now: float) -> None:
-        # A worker says STOPPING before it leaves; a handler that calls os._exit(0) does not.
-        left = child.channel is not None and child.channel.phase == STOPPING and ended.clean
-        # TERM may come before its handler is installed. A SIGKILL that we did not send is no regular stop: a
-        # job that kills its worker, also by using up memory, is charged with it, even while we drain.
-        stopped = ended.clean if child.channel is None else ended.cause == "SIGTERM" or child.killed_by_drain
-        expected = left or (child.stopping and stopped)
+    def _handle_exit(self, slot: Slot, child: Child, exited: ProcessExit, now: float) -> None:
+        expected = _is_expected(child, exited)
         if not expected:
-            cause = child.kill_cause or ended.cause
+            cause = child.kill_cause or exited.cause
             log.error("child.exited", extra={
                 "child": child.name, "process_id": child.pid, "cause": cause,
-                "peak_rss_mib": ended.peak_rss_mib, "stack": ended.stack or None,
+                "peak_rss_mib": exited.peak_rss_mib, "stack": exited.stack or None,
             })  # fmt: skip
             self._metrics.add([("z_novel_worker_restarts_total", (child.role, cause), 1)])
-            place.unexpected_exits += 1
-            place.backoff.ended(now, was_ready=child.ready, lived_s=now - child.mono_started_s)
+            slot.unexpected_exits += 1
+            slot.backoff.record_exit(now, was_ready=child.ready, lived_s=now - child.mono_started_s)
         if child.channel is not None:
-            self._record_exit(child, child.channel, ended, charge=not expected)
-        elif place is self._reader:
-            self._count_reader_death(child, ended)
+            self._record_exit(child, child.channel, exited, charge=not expected)
+        elif slot is self._reader:
+            self._count_reader_death(child, exited)
 
-    def _count_reader_death(self, child: Child, ended: Ended) -> None:
-        """Count a strike against the entry that the reader was reading when it ended."""
-        # A reader that is blocked (a full stderr pipe, SIGSTOP) is not the entry's fault; nor is
-        # one that was overdue and has reported since.
-        spins = child.mono_killed_s is not None and child.was_computing
-        suspect = self._marks.record_death(proven=spins or ended.cause not in _FROM_OUTSIDE)
+    def _count_reader_death(self, child: Child, exited: ProcessExit) -> None:
+        """Count a strike against the entry that the reader was reading when it exited."""
+        # A blocked reader (a full stderr pipe, SIGSTOP) is not the entry's fault. Neither is a reader that
+        # was overdue and has reported since.
+        endless_loop = child.mono_overdue_s is not None and child.was_computing
+        suspect = self._marks.record_death(proven=endless_loop or exited.cause not in _EXTERNAL_CAUSES)
         if suspect is not None:
             stream = self._settings.streams[suspect.stream_no].stream
             log.error("reader.died_at_entry", extra={
                 "stream": stream, "entry_id": suspect.entry_id.decode(), "poison": suspect.is_poison,
             })  # fmt: skip
 
-    def _record_exit(self, child: Child, channel: Channel, ended: Ended, *, charge: bool) -> None:
+    def _record_exit(self, child: Child, channel: Channel, exited: ProcessExit, *, charge: bool) -> None:
+        """Keep the exit of a worker until the reader has reclaimed its jobs, and report it to the reader."""
         timed_out = child.kill_cause == "timeout"
-        cause = f"{ended.cause} ({child.kill_cause})" if child.kill_cause else ended.cause
-        details = {"peak_rss_mib": ended.peak_rss_mib, "stack": ended.stack}
-        gone = WorkerExited(child.slot, child.generation, cause, charge, timed_out, details)
-        self._exited[child.slot, child.generation] = (gone, channel)
-        self._tell_reader(gone)
+        cause = f"{exited.cause} ({child.kill_cause})" if child.kill_cause else exited.cause
+        details = {"peak_rss_mib": exited.peak_rss_mib, "stack": exited.stack}
+        message = WorkerExited(child.slot_no, child.generation, cause, charge, timed_out, details)
+        self._exited[child.slot_no, child.generation] = (message, channel)
+        self._send_to_reader(message)
 
-    def _fill(self, place: Slot, now: float) -> None:
-        wanted = not self._draining or (place is self._reader and not self._settled)
-        if place.child is None and wanted and not place.backoff.wait_s(now) and self._has_turn(place, now):
-            place.child = self._spawn(place, now)
+    def _ensure_child(self, slot: Slot, now: float) -> None:
+        wanted = not self._draining or (slot is self._reader and not self._settled)
+        if slot.child is None and wanted and not slot.backoff.wait_s(now) and self._may_start(slot, now):
+            slot.child = self._spawn(slot, now)
 
-    def _has_turn(self, place: Slot, now: float) -> bool:
-        """Whether a start may begin: workers one after another, so that reader, reaper and the first worker
-        are there soon where there are more places than processors."""
-        return place.role != "worker" or self._beginning(now) < max(_LEAST_STARTS, cores())
+    def _may_start(self, slot: Slot, now: float) -> bool:
+        """Whether a start may begin now.
 
-    def _beginning(self, now: float) -> int:
-        """How many that have a place are in their imports."""
-        children = (child for place in self._places for child in place.children())
+        Workers start one after another: reader, reaper and the first worker are ready soon even where there
+        are more slots than CPUs.
+        """
+        return slot.role != "worker" or self._count_importing(now) < max(_MIN_PARALLEL_STARTS, cores())
+
+    def _count_importing(self, now: float) -> int:
+        """Number of children in slots that are still at their imports."""
+        children = (child for slot in self._slots for child in slot.children())
         return sum(not child.ready and now - child.mono_started_s < _IMPORTS_S for child in children)
 
-    def _spawn(self, place: Slot, now: float) -> Child:
-        place.generation += 1
-        if place.role == "worker":
+    def _spawn(self, slot: Slot, now: float) -> Child:
+        slot.generation += 1
+        if slot.role == "worker":
             channel = Channel.create(self._settings.max_payload)
-            child = Child(now)
-            child.begin(place.role, place.slot, place.generation, self._settings, now, channel)
-            self._tell_reader(Attach(child.slot, child.generation), channel.fds)
+            child = self._new_child(now)
+            child.start_role(slot.role, slot.number, slot.generation, self._settings, now, channel)
+            self._send_to_reader(Attach(child.slot_no, child.generation), channel.fds)
             return child
-        # While draining the spares have been told to end like all others.
-        child = (None if self._draining else self._spares.take()) or Child(now)
-        marks = self._marks if place is self._reader else None
-        child.begin(place.role, place.slot, place.generation, self._settings, now, marks=marks)
+        # A drain ends the standbys as well, so none is taken then.
+        child = (None if self._draining else self._standbys.take()) or self._new_child(now)
+        marks = self._marks if slot is self._reader else None
+        child.start_role(slot.role, slot.number, slot.generation, self._settings, now, marks=marks)
         child.stopping = self._draining
-        if place is self._reader:
+        if slot is self._reader:
             self._resync_reader(child)
         return child
 
     def _resync_reader(self, reader: Child) -> None:
-        """Tell a new reader of every worker, and of those gone that the reader before did not deal with."""
-        for place in self._workers:
-            for child in place.children():
+        """Send a new reader every worker, and every exited worker that no reader has reclaimed."""
+        for slot in self._workers:
+            for child in slot.children():
                 assert child.channel is not None
-                reader.tell(Attach(child.slot, child.generation), child.channel.fds)
-        for gone, channel in self._exited.values():
-            reader.tell(Attach(gone.slot, gone.generation), channel.fds)
-            reader.tell(gone)
-        reader.tell(SyncDone())
+                reader.send(Attach(child.slot_no, child.generation), child.channel.fds)
+        for exited, channel in self._exited.values():
+            reader.send(Attach(exited.slot, exited.generation), channel.fds)
+            reader.send(exited)
+        reader.send(SyncDone())
         if self._draining:
-            reader.tell(Drain())
+            reader.send(Drain())
 
-    def _tell_reader(self, message: Message, fds: tuple[int, ...] = ()) -> None:
-        """A reader that is not there now will be briefed when it is."""
+    def _send_to_reader(self, message: Message, fds: tuple[int, ...] = ()) -> None:
+        """Send a message to the reader, if there is one: `_resync_reader` brings the next one up to date."""
         if self._reader.child is not None:
-            self._reader.child.tell(message, fds)
+            self._reader.child.send(message, fds)
 
     # -- limits
 
-    def _enforce(self, child: Child, now: float) -> None:
-        overdue = self._overdue(child, now)
-        if not overdue:
-            child.mono_killed_s = None
-        elif child.mono_killed_s is None:
-            child.mono_killed_s = now
-            child.kill_cause = overdue
+    def _enforce_limits(self, child: Child, now: float) -> None:
+        kill_cause = self._kill_cause(child, now)
+        if not kill_cause:
+            child.mono_overdue_s = None
+        elif child.mono_overdue_s is None:
+            child.mono_overdue_s = now
+            child.kill_cause = kill_cause
             child.was_computing = child.is_computing()
             child.kill(signal.SIGUSR2)
-        elif now - child.mono_killed_s > (_DUMP_S if overdue != "rss" else 0.0):
-            child.kill(signal.SIGKILL)  # what is too large already is not given time to grow
+        elif now - child.mono_overdue_s > (_DUMP_S if kill_cause != "rss" else 0.0):
+            child.kill(signal.SIGKILL)  # a process over its memory limit gets no time to grow further
 
-    def _overdue(self, child: Child, now: float) -> str:
-        """Why a child has to be ended, or nothing."""
+    def _kill_cause(self, child: Child, now: float) -> str:
+        """The limit that the child exceeds: ``boot``, ``stuck``, ``timeout`` or ``rss``; empty if none."""
         if not child.ready:
-            return "boot" if now - child.mono_started_s > _BOOT_WITHIN_S else ""
+            return "boot" if now - child.mono_started_s > _SETUP_TIMEOUT_S else ""
         if child.channel is None:
-            return "stuck" if now - child.mono_heard_s > _STUCK_AFTER_S else ""
+            return "stuck" if now - child.mono_last_message_s > _STUCK_AFTER_S else ""
         deadline = child.channel.mono_deadline_s
         if deadline:
             if now > deadline:
                 return "timeout"
-            return "rss" if self._too_large(child) else ""
+            return "rss" if self._exceeds_rss(child) else ""
         idle = child.channel.phase == READY and now - child.channel.mono_heartbeat_s > _STUCK_AFTER_S
         return "stuck" if idle else ""
 
+    def _exceeds_rss(self, child: Child) -> bool:
+        return bool(self._settings.max_rss_mib) and child.rss_mib() > self._settings.max_rss_mib
+
     def _check_startup(self, now: float) -> None:
-        """Notice when the service is complete for the first time, or will never be."""
-        if self._verdict is not None or self._draining:
+        """Detect when the service is complete for the first time, or that it will never be."""
+        if self._exit_code is not None or self._draining:
             return
         if not self._was_complete:
-            self._was_complete = all(place.child and place.child.ready for place in self._places)
+            self._was_complete = all(slot.child and slot.child.ready for slot in self._slots)
             reader = self._reader.child
-            if now > self._mono_connected_by_s and not (reader and reader.ready):
+            if now > self._mono_connect_by_s and not (reader and reader.ready):
                 trouble = reader.trouble if reader else None
                 log.critical("store.unreachable", extra={"error": trouble})
-                self._verdict = Exit.STORE_UNREACHABLE
-            elif any(place.backoff.unready_ends >= _BOOT_TRIES for place in self._places):
-                self._verdict = Exit.BOOT_FAILED
-        elif all(place.backoff.unready_ends >= _LOOP_TRIES for place in self._workers):
+                self._exit_code = Exit.STORE_UNREACHABLE
+            elif any(slot.backoff.exits_before_ready >= _MAX_START_ATTEMPTS for slot in self._slots):
+                self._exit_code = Exit.BOOT_FAILED
+        elif all(slot.backoff.exits_before_ready >= _CRASH_LOOP_EXITS for slot in self._workers):
             log.critical("crash_loop.detected", extra={"hint": "no worker stays up"})
-            self._verdict = Exit.CRASH_LOOP
+            self._exit_code = Exit.CRASH_LOOP
 
-    # -- exchange, drain, end
+    # -- rolling restart, drain, stop
 
     def restart_workers(self) -> None:
-        """Exchange every worker for a new one, one by one; each goes only when its successor is ready."""
-        self._to_restart = deque((place, place.generation) for place in self._workers)
+        """Replace every worker, one by one. Each is stopped only when its successor is ready."""
+        self._to_restart = deque((slot, slot.generation) for slot in self._workers)
 
     @property
     def restarting(self) -> bool:
-        """Whether workers are still to be exchanged."""
+        """Whether a restart of workers is in progress."""
         return bool(self._to_restart)
 
-    def _roll(self, now: float) -> None:
+    def _continue_restart(self, now: float) -> None:
         if not self._to_restart or self._draining:
             return
-        place, generation = self._to_restart[0]
-        if place.child is None:
+        slot, generation = self._to_restart[0]
+        if slot.child is None:
             return
-        if place.successor is None:
-            if place.child.generation > generation:
+        if slot.successor is None:
+            if slot.child.generation > generation:
                 self._to_restart.popleft()
             else:
-                place.successor = self._spawn(place, now)
-        elif place.successor.ready and not place.child.stopping:
-            self._stop_worker(place.child)
+                slot.successor = self._spawn(slot, now)
+        elif slot.successor.ready and not slot.child.stopping:
+            self._stop_worker(slot.child)
 
-    def _recycle(self, place: Slot, now: float) -> None:
-        """Exchange a worker that has run long enough or grown too large while it had nothing to do."""
-        child = place.child
+    def _schedule_recycle(self, slot: Slot, now: float) -> None:
+        """Restart a worker that exceeds its age or number of jobs, or its memory limit while idle."""
+        child = slot.child
         if child is None or child.channel is None or not child.ready or child.stopping:
             return
         limits = self._settings
-        old = limits.max_age_s and now - child.mono_started_s > limits.max_age_s
-        tired = limits.max_jobs and child.channel.finished >= limits.max_jobs
-        large = not child.channel.mono_deadline_s and self._too_large(child)
-        if (old or tired or large) and (place, child.generation) not in self._to_restart:
+        too_old = limits.max_age_s and now - child.mono_started_s > limits.max_age_s
+        too_many_jobs = limits.max_jobs and child.channel.finished >= limits.max_jobs
+        too_large = not child.channel.mono_deadline_s and self._exceeds_rss(child)
+        if (too_old or too_many_jobs or too_large) and (slot, child.generation) not in self._to_restart:
             log.info("worker.recycle_due", extra={"child": child.name})
-            self._to_restart.append((place, child.generation))
-
-    def _too_large(self, child: Child) -> bool:
-        return bool(self._settings.max_rss_mib) and child.rss_mib() > self._settings.max_rss_mib
+            self._to_restart.append((slot, child.generation))
 
     def _stop_worker(self, child: Child) -> None:
-        self._tell_reader(Retire(child.slot, child.generation))
+        self._send_to_reader(Retire(child.slot_no, child.generation))
         child.stopping = True
         child.kill(signal.SIGTERM)
 
     def drain(self) -> None:
-        """Let running jobs end, take nothing new."""
+        """Let running jobs finish and read nothing new."""
         self._draining = True
-        self._tell_reader(Drain())
+        self._send_to_reader(Drain())
         if self._reaper.child:
-            self._reaper.child.tell(Drain())
+            self._reaper.child.send(Drain())
         for child in self._children():
             child.stopping = True
             if child.channel is not None:
                 child.kill(signal.SIGTERM)
-        for child in self._spares:
+        for child in self._standbys:
             child.kill(signal.SIGKILL)
 
     @property
@@ -391,53 +407,64 @@ class ProcessManager:
 
     @property
     def _settled(self) -> bool:
-        """Whether a drained reader has nothing left to do."""
-        return not self._exited and not any(place.child for place in self._workers)
+        """Whether a drained reader has no more work: no worker is left, and every exit is reclaimed."""
+        return not self._exited and not any(slot.child for slot in self._workers)
 
     @property
     def drained(self) -> bool:
-        """Whether every child has ended."""
+        """Whether every child has exited and every job is settled or released."""
         return self._settled and not any(True for _ in self._children())
 
     def kill_workers(self) -> None:
-        """The drain time is over: what still runs goes back unharmed."""
+        """Kill all workers when the drain timeout is over. Their jobs are released without a death count."""
         for child in self._children():
             if child.channel is not None:
                 child.killed_by_drain = True
                 child.kill(signal.SIGKILL)
 
-    def end_now(self) -> None:
+    def kill_all(self) -> None:
         """Kill and collect every child."""
         for child in self._children():
             child.kill(signal.SIGKILL)
         for child in self._children():
             child.wait(_STUCK_AFTER_S)
             child.close()
-        for place in self._places:
-            place.child = place.successor = None
-        self._spares.forget()
+        for slot in self._slots:
+            slot.child = slot.successor = None
+        self._standbys.clear()
 
     # -- state
 
     def reasons(self) -> list[str]:
-        """Why the service is not ready; nothing where it is."""
-        return [reason for place in self._places for reason in place.reasons()]
+        """Why the service is not ready; empty if it is."""
+        return [reason for slot in self._slots for reason in slot.reasons()]
 
     def children(self, now: float) -> list[dict[str, Any]]:
         """Every child as /status shows it."""
         return [
             {
                 "state": state(child),
-                "restarts": place.unexpected_exits,
+                "restarts": slot.unexpected_exits,
                 **child_status(child, self._settings, now),
             }
-            for place in self._places
-            for child in place.children()
+            for slot in self._slots
+            for child in slot.children()
         ]
 
     def states(self) -> dict[str, int]:
-        """How many workers are in which state."""
+        """Number of workers by state."""
         states = Counter({"starting": 0, "idle": 0, "busy": 0, "stopping": 0})
-        for place in self._workers:
-            states[state(place.child)] += 1
+        for slot in self._workers:
+            states[state(slot.child)] += 1
         return dict(states)
+
+
+def _is_expected(child: Child, exited: ProcessExit) -> bool:
+    """Whether the exit was requested or announced, so that its jobs are not charged with it."""
+    # A worker sets STOPPING before it leaves; a handler that calls os._exit(0) does not.
+    announced = child.channel is not None and child.channel.phase == STOPPING and exited.clean
+    # SIGTERM may arrive before its handler is installed. A SIGKILL that we did not send is not a regular
+    # stop: a job that kills its worker, also by using up memory, is charged with it even during a drain.
+    if child.channel is None:
+        return child.stopping and exited.clean
+    return announced or (child.stopping and (exited.cause == "SIGTERM" or child.killed_by_drain))

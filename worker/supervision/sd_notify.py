@@ -1,4 +1,4 @@
-"""sd_notify(3): state of the service for systemd; does nothing where systemd does not listen."""
+"""sd_notify(3): reports the state of the service to systemd; does nothing without NOTIFY_SOCKET."""
 
 import os
 import socket
@@ -6,7 +6,7 @@ import time
 
 
 def notify(**fields: str) -> None:
-    """Send ``READY="1"``, ``STATUS="..."`` and the like. Never raises and never waits."""
+    """Send fields such as ``READY="1"`` or ``STATUS="..."``. Never raises and never blocks."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path:
         return
@@ -20,5 +20,5 @@ def notify(**fields: str) -> None:
 
 
 def reloading() -> None:
-    """Say that a reload began; systemd wants the monotonic clock with it (microseconds)."""
+    """Report the start of a reload. systemd requires the monotonic time with it (microseconds)."""
     notify(RELOADING="1", MONOTONIC_USEC=str(time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000))

@@ -1,4 +1,4 @@
-"""Signal queue: a handler enqueues, one loop acts."""
+"""Signal queue: signal handlers enqueue, the supervisor's loop acts."""
 
 import signal
 import socket
@@ -7,35 +7,39 @@ from typing import Any, Self
 
 
 class SignalQueue:
-    """Catches signals while it is entered and restores what it replaced; readable when one has come."""
+    """Context manager that catches signals and restores the previous handlers on exit.
+
+    Its descriptor is readable while a signal is queued. Neither end blocks, so a flood of signals cannot stop
+    the process; signals beyond the socket's buffer are lost.
+    """
 
     def __init__(self, *signals: signal.Signals) -> None:
         self._signals = signals
         self._read, self._write = socket.socketpair()
         self._read.setblocking(False)
         self._write.setblocking(False)
-        self._before: dict[signal.Signals, Any] = {}
-        self._wakeup_before = -1
+        self._previous_handlers: dict[signal.Signals, Any] = {}
+        self._previous_wakeup_fd = -1
 
     def __enter__(self) -> Self:
-        self._wakeup_before = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        self._previous_wakeup_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         for number in self._signals:
-            self._before[number] = signal.signal(number, lambda *_: None)
+            self._previous_handlers[number] = signal.signal(number, lambda *_: None)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup_before)
+        signal.set_wakeup_fd(self._previous_wakeup_fd)
         self._read.close()
         self._write.close()
 
     def fileno(self) -> int:
-        """For selectors."""
+        """Descriptor for select and poll."""
         return self._read.fileno()
 
     def take(self) -> list[signal.Signals]:
-        """The signals that came since the last call, in order."""
+        """Signals received since the last call, in order."""
         try:
             return [signal.Signals(number) for number in self._read.recv(256) if number in self._signals]
         except BlockingIOError:

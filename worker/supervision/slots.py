@@ -1,6 +1,6 @@
 """Process slots (a role, its child and restarts) and warm standbys for reader and reaper."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..ipc.channel import STOPPING
 from ..settings import Settings
@@ -8,16 +8,19 @@ from .process import Child, RestartBackoff
 
 
 class Slot:
-    """While workers are exchanged, ``successor`` is the next child."""
+    """One position in the service: a role, the child that fills it and its restart backoff.
 
-    def __init__(self, role: str, slot: int = 0) -> None:
+    During a restart of workers ``successor`` is the next child. ``generation`` numbers the children.
+    """
+
+    def __init__(self, role: str, number: int = 0) -> None:
         self.role = role
-        self.slot = slot
+        self.number = number
         self.generation = 0
         self.child: Child | None = None
         self.successor: Child | None = None
         self.backoff = RestartBackoff()
-        #: Exits that were not requested.
+        #: Exits that the supervisor did not request.
         self.unexpected_exits = 0
 
     def children(self) -> list[Child]:
@@ -25,19 +28,22 @@ class Slot:
         return [child for child in (self.child, self.successor) if child]
 
     def reasons(self) -> list[str]:
-        """Why the service is not ready for its part; nothing where it is."""
-        found = []
+        """Why this slot is not ready; empty if it is."""
+        reasons = []
         if self.child is None or not self.child.ready:
-            found.append(
-                f"{self.role} {self.slot} is starting" if self.role == "worker" else f"no {self.role}"
-            )
+            worker = f"{self.role} {self.number} is starting"
+            reasons.append(worker if self.role == "worker" else f"no {self.role}")
         if self.child is not None and self.child.trouble:
-            found.append(f"{self.child.name}: {self.child.trouble}")
-        return found
+            reasons.append(f"{self.child.name}: {self.child.trouble}")
+        return reasons
 
 
 def state(child: Child | None) -> str:
-    """What a child does: of a worker ``starting``, ``idle``, ``busy`` or ``stopping``."""
+    """State of a child for /status and metrics.
+
+    A worker is ``starting``, ``idle``, ``busy`` or ``stopping``; others are ``running`` instead of idle or
+    busy.
+    """
     if child is None or not child.ready:
         return "starting"
     if child.channel is None:
@@ -47,43 +53,44 @@ def state(child: Child | None) -> str:
     return "busy" if child.channel.mono_deadline_s else "idle"
 
 
-#: One for each of the two: where both end within a second, there is no time to start another in between.
+#: One each for reader and reaper: if both exit within a second, there is no time to start another between.
 STANDBYS = 2
-#: One after the other: so long after the first is behind its imports, on a busy machine, too.
-_APART_S = 0.5
+#: Time between two starts, so that the first is through its imports even on a busy machine.
+_START_INTERVAL_S = 0.5
 
 
 class Standbys:
-    """Up to two; iterating gives those that are there."""
+    """Warm standby processes for reader and reaper, at most `STANDBYS`. Iterates over the living ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, new_child: Callable[[float], Child] = Child) -> None:
+        self._new_child = new_child
         self._children: list[Child | None] = [None] * STANDBYS
-        self._respawn = RestartBackoff()
-        self._mono_begun_s = 0.0
+        self._backoff = RestartBackoff()
+        self._mono_last_start_s = 0.0
 
     def __iter__(self) -> Iterator[Child]:
         return (child for child in self._children if child is not None)
 
     def take(self) -> Child | None:
-        """The one that has stood by for longest, to begin in a role."""
+        """Remove and return the oldest standby, whose imports are furthest; None if there is none."""
         child = min(self, key=lambda child: child.mono_started_s, default=None)
         if child is not None:
             self._children[self._children.index(child)] = None
         return child
 
-    def keep(self, settings: Settings, now: float, *, wanted: bool) -> None:
-        """Notice their ends; start others where they are wanted."""
+    def maintain(self, settings: Settings, now: float, *, wanted: bool) -> None:
+        """Collect standbys that exited and, if ``wanted``, start at most one that is missing."""
         for number, child in enumerate(self._children):
             if child is not None and child.collect() is not None:
-                self._respawn.ended(now, was_ready=False, lived_s=now - child.mono_started_s)
+                self._backoff.record_exit(now, was_ready=False, lived_s=now - child.mono_started_s)
                 child.close()
                 self._children[number] = None
-            due = now - self._mono_begun_s > _APART_S and not self._respawn.wait_s(now)
+            due = now - self._mono_last_start_s > _START_INTERVAL_S and not self._backoff.wait_s(now)
             if wanted and due and self._children[number] is None:
-                self._mono_begun_s = now
-                self._children[number] = fresh = Child(now)
-                fresh.stand_by(number, settings)
+                self._mono_last_start_s = now
+                self._children[number] = child = self._new_child(now)
+                child.make_standby(number, settings)
 
-    def forget(self) -> None:
-        """They have been ended and closed."""
+    def clear(self) -> None:
+        """Forget all standbys, which the caller has ended and closed."""
         self._children = [None] * STANDBYS

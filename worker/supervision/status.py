@@ -1,4 +1,4 @@
-"""Status of the service: the line for systemd, and /status with every child and its jobs."""
+"""Status of the service: the status line for systemd, and /status with every child and its jobs."""
 
 import os
 import threading
@@ -10,41 +10,40 @@ from ..settings import Settings
 from ..telemetry.log import redacted
 from .process import Child
 
-#: How long an HTTP thread waits for the loop, which goes round ten times a second.
-_WITHIN_S = 2.0
-#: Jobs under way that are named, of one worker: a batch may have hundreds.
-_JOBS_NAMED = 16
-#: `PrometheusCollector.totals`: by metric the samples, each its labels and its ``value``.
+#: How long an HTTP thread waits for the supervisor's loop, which runs about ten times a second.
+_ANSWER_TIMEOUT_S = 2.0
+#: Running jobs that are listed for one worker: a batch may have hundreds.
+_MAX_JOBS_LISTED = 16
+#: `PrometheusCollector.totals`: the samples of each metric, each with its labels and its ``value``.
 Totals = Mapping[str, Sequence[Mapping[str, str | float]]]
-
-
-#: Rates of shorter windows jump: the roles report their counts a few times a second.
-_WINDOW_S = 2.0
+#: Shorter windows give jumping rates: the roles report their counts a few times a second.
+_RATE_WINDOW_S = 2.0
 
 
 class StatusLine:
-    """The service in a line for `systemctl status`: ``8 workers, 312 jobs/s, 2 retrying, 0 dead``."""
+    """Status line for `systemctl status`: ``8 workers, 312 jobs/s, 2 retrying, 0 dead``."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._done = 0.0
-        self._mono_made_s = 0.0
+        self._completed = 0.0
+        self._mono_rendered_s = 0.0
 
     def due(self, mono_now_s: float) -> bool:
-        """Whether the last one is old enough for another."""
-        return mono_now_s - self._mono_made_s >= _WINDOW_S
+        """Whether the last line is old enough for a new one."""
+        return mono_now_s - self._mono_rendered_s >= _RATE_WINDOW_S
 
-    def make(self, totals: Totals, mono_now_s: float) -> str:
-        """From the counters and gauges as they are now; the rate is over the time since the last one."""
-        done = _sum(totals, "z_novel_jobs_completed_total")
-        rate = (done - self._done) / max(_WINDOW_S, mono_now_s - self._mono_made_s)
-        self._done, self._mono_made_s = done, mono_now_s
+    def render(self, totals: Totals, mono_now_s: float) -> str:
+        """The line for the current counters and gauges; the rate covers the time since the last line."""
+        completed = _sum(totals, "z_novel_jobs_completed_total")
+        window_s = max(_RATE_WINDOW_S, mono_now_s - self._mono_rendered_s)
+        rate = (completed - self._completed) / window_s
+        self._completed, self._mono_rendered_s = completed, mono_now_s
         retrying, dead = _sum(totals, "z_novel_retry_scheduled"), _sum(totals, "z_novel_dlq_length")
         workers = f"{self._workers} worker{'s' * (self._workers != 1)}"
         text = f"{workers}, {rate:.0f} jobs/s, {retrying:.0f} retrying, {dead:.0f} dead"
-        waits = {"z_novel_paused": "is paused", "z_novel_circuit_open": "waits for its dependency"}
-        return "; ".join([text, *(f"{kind} {what}" for name, what in waits.items()
-                                  for kind in _flagged(totals, name))])  # fmt: skip
+        flags = {"z_novel_paused": "is paused", "z_novel_circuit_open": "waits for its dependency"}
+        return "; ".join([text, *(f"{task_type} {condition}" for name, condition in flags.items()
+                                  for task_type in _flagged(totals, name))])  # fmt: skip
 
 
 def _sum(totals: Totals, name: str) -> float:
@@ -56,37 +55,39 @@ def _flagged(totals: Totals, name: str) -> list[str]:
 
 
 class StatusMailbox:
-    """Where HTTP threads ask for the status, and the supervisor's loop, which alone may look at its children,
-    makes it."""
+    """Hand-over of the status from the supervisor's loop to HTTP threads.
+
+    A thread requests the status and the loop makes it, because only the loop knows which channels are open.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._asked = False
+        self._requested = False
         self._answers = 0
-        self._answer: dict[str, Any] | None = None
+        self._status: dict[str, Any] | None = None
 
-    def ask(self) -> dict[str, Any] | None:
-        """A fresh status; None where the loop does not come round in time."""
+    def request(self) -> dict[str, Any] | None:
+        """Wait for a fresh status (HTTP thread). Returns None if the loop does not answer in time."""
         with self._changed:
-            self._asked = True
+            self._requested = True
             before = self._answers
-            answered = self._changed.wait_for(lambda: self._answers > before, _WITHIN_S)
-            return self._answer if answered else None
+            answered = self._changed.wait_for(lambda: self._answers > before, _ANSWER_TIMEOUT_S)
+            return self._status if answered else None
 
-    def serve(self, make: Callable[[], dict[str, Any]]) -> None:
-        """Make the status if an HTTP thread has asked for it (loop)."""
-        if not self._asked:
+    def answer(self, make_status: Callable[[], dict[str, Any]]) -> None:
+        """Make the status if an HTTP thread has requested it (loop)."""
+        if not self._requested:
             return
-        answer = make()
+        status = make_status()
         with self._changed:
-            self._asked = False
-            self._answer = answer
+            self._requested = False
+            self._status = status
             self._answers += 1
             self._changed.notify_all()
 
 
 def service_status(settings: Settings, redis_url: str) -> dict[str, Any]:
-    """Which service it is, what it works on, and by which limits (seconds)."""
+    """Identity of the service, its streams and types, and its limits (seconds)."""
     return {
         "version": _version(),
         "host": settings.host,
@@ -108,15 +109,15 @@ def _version() -> str:
 
 
 def child_status(child: Child, settings: Settings, mono_now_s: float) -> dict[str, Any]:
-    """One child: who it is, how old and how large, and of a worker what it runs and since when."""
-    said: dict[str, Any] = {
-        "name": child.name, "role": child.role, "slot": child.slot, "pid": child.pid,
+    """One child: identity, age and memory; for a worker also its running jobs."""
+    status: dict[str, Any] = {
+        "name": child.name, "role": child.role, "slot": child.slot_no, "pid": child.pid,
         "generation": child.generation, "age_s": round(mono_now_s - child.mono_started_s, 3),
         "rss_mib": child.rss_mib(), "trouble": child.trouble,
     }  # fmt: skip
     if child.channel is not None:
-        said |= {"finished": child.channel.finished, "running": _running(child, settings, mono_now_s)}
-    return said
+        status |= {"finished": child.channel.finished, "running": _running(child, settings, mono_now_s)}
+    return status
 
 
 def _running(child: Child, settings: Settings, mono_now_s: float) -> dict[str, Any] | None:
@@ -125,15 +126,15 @@ def _running(child: Child, settings: Settings, mono_now_s: float) -> dict[str, A
     if not deadline_s:
         return None
     rows = child.channel.table.started()
-    kinds = tuple(settings.handlers)
+    task_types = tuple(settings.handlers)
     jobs = [
         {"stream": settings.streams[row.stream_no].stream, "entry_id": row.entry_id.decode(),
-         "type": kinds[row.type_no], "deaths": row.deaths}
+         "type": task_types[row.type_no], "deaths": row.deaths}
         for row in rows
     ]  # fmt: skip
     return {
         "for_s": round(mono_now_s - since_s, 3),
         "limit_in_s": round(deadline_s - mono_now_s, 3),
         "count": len(jobs),
-        "jobs": jobs[:_JOBS_NAMED],
+        "jobs": jobs[:_MAX_JOBS_LISTED],
     }

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-#: What a producer may put into ``metadata`` to find a job again.
-_TOLD = ("request_id", "trace_id")
+#: Metadata of a producer that log lines repeat, so that its request is found in the log.
+_METADATA_FIELDS = ("request_id", "trace_id")
 
 
 class JobLike(Protocol):
-    """A job, as its handler or as the wire has it."""
+    """A job, as a handler receives it or as the stream holds it."""
 
     @property
     def id(self) -> str: ...
@@ -23,8 +23,11 @@ class JobLike(Protocol):
 
 
 class CurrentJob:
-    """``jobs``: one job, several that go together, or none. A worker does one thing at a time, and what its
-    handlers start in threads of their own belongs to it, which is why this is no context variable."""
+    """Holder of the running job: ``jobs`` is one job, a batch, or empty.
+
+    This is no context variable: a worker runs one job or batch at a time, and threads that its handler starts
+    belong to it.
+    """
 
     __slots__ = ("jobs",)
 
@@ -36,28 +39,28 @@ current = CurrentJob()
 
 
 def log_fields(job: JobLike) -> dict[str, str]:
-    """The fields by which a job is found in logs, as far as it has them."""
+    """Log fields that identify a job; empty ones are left out."""
     metadata = job.metadata or {}
     fields = {
         "job_id": job.id,
         "task_type": job.type,
         "tenant_id": job.tenant_id,
         "project_id": job.project_id,
-        **{name: metadata[name] for name in _TOLD if name in metadata},
+        **{name: metadata[name] for name in _METADATA_FIELDS if name in metadata},
     }
-    if "trace_id" not in fields and (trace_id := trace_id_of(metadata.get("traceparent", ""))):
+    if "trace_id" not in fields and (trace_id := traceparent_trace_id(metadata.get("traceparent", ""))):
         fields["trace_id"] = trace_id
     return {name: value for name, value in fields.items() if value}
 
 
-def trace_id_of(traceparent: str) -> str:
-    """The trace that a W3C ``traceparent`` names; empty where it is none."""
+def traceparent_trace_id(traceparent: str) -> str:
+    """Trace id in a W3C ``traceparent``; empty if the header is malformed."""
     parts = traceparent.split("-")
     return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else ""
 
 
 def current_log_fields() -> dict[str, object]:
-    """What is being run: its story, or what the stories of all jobs have in common, and how many they are."""
+    """Log fields of the running job. For a batch: those that all jobs share, and their number as ``jobs``."""
     jobs = current.jobs
     if not isinstance(jobs, Sequence):
         return {**log_fields(jobs)}

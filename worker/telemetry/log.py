@@ -1,4 +1,4 @@
-"""Log lines on stderr: one JSON object an event, or a short line on a terminal; secrets never."""
+"""Log lines on stderr: one JSON object per event, or one text line on a terminal, without secrets."""
 
 import json
 import logging
@@ -17,39 +17,39 @@ from ..settings import Settings
 from .current_job import current_log_fields
 from .log_limit import RateLimitFilter, is_summary
 
-#: Where the password of any URL begins: ``scheme://user:`` or ``scheme://:``.
+#: Text before the password of any URL: ``scheme://user:`` or ``scheme://:``.
 _BEFORE_PASSWORD = re.compile(r"(?<=\w://)[^\s:/@]*:")
 _BLANK = re.compile(r"\s")
-#: The same as a parameter, which Redis URLs and database names allow too.
+#: A password as a parameter, which Redis URLs and connection strings allow too.
 _SECRET_PARAMETER = re.compile(r"(password=)([^&\s]+)")
-#: Keys as HTTP clients show them.
+#: Credentials as HTTP clients print them.
 _BEARER = re.compile(r"((?:Bearer|Basic) )([A-Za-z0-9._~+/=-]{8,})")
-#: Variables of our own and of tracing that hold nothing but secrets.
+#: Environment variables of this service and of OpenTelemetry whose whole value is secret.
 _SECRET_VARIABLE = re.compile(r"(JOBWORKER|OTEL)_\w*(KEY|TOKEN|PASSWORD|SECRET|HEADERS)")
-#: A shorter secret would be found in the middle of words; in a url it is seen all the same.
-_SHORTEST_SECRET = 6
-#: Longest text of a field or message: a whole error of a handler (`outcome.MAX_ERROR_CHARS`) fits.
+#: Shorter secrets occur inside of ordinary words. In a URL they are redacted all the same.
+_MIN_SECRET_CHARS = 6
+#: Longest text of a field or message: a handler's longest error (`outcome.MAX_ERROR_CHARS`) fits.
 MAX_TEXT_CHARS = 4096
-#: Longest traceback: some hundred frames.
+#: Longest traceback: a few hundred frames.
 MAX_TRACEBACK_CHARS = 32 * 1024
-#: Items of a list or mapping that are written.
+#: Most items of a list or mapping that are written.
 MAX_ITEMS = 64
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
-#: This process's own secrets, as one pattern; see `hide`.
-_hidden: re.Pattern[str] | None = None
+#: The secrets of this process as one pattern; see `set_secrets`.
+_secrets: re.Pattern[str] | None = None
 
 
 def redacted(text: str) -> str:
-    """The text without the passwords of all URLs in it and without the secrets given to `hide`.
+    """Replace the passwords of all URLs in the text, and the secrets given to `set_secrets`.
 
-    It takes time linear in the length of any text: every producer can bring text into log lines.
+    The time is linear in the length of the text, because every producer can get text into log lines.
     """
     if "://" in text:
         text = _without_passwords(text)
     text = _SECRET_PARAMETER.sub(r"\1***", text)
     text = _BEARER.sub(r"\1***", text)
-    return _hidden.sub("***", text) if _hidden else text
+    return _secrets.sub("***", text) if _secrets else text
 
 
 def _without_passwords(text: str) -> str:
@@ -61,55 +61,55 @@ def _without_passwords(text: str) -> str:
 
 
 def _passwords(text: str) -> Iterator[tuple[int, int]]:
-    """Start and end of the password of every URL. It ends at the last ``@`` before a blank, as clients read
-    it: a password may hold one itself.
+    """Start and end of the password of every URL.
 
-    Each word of the text is looked at once. One pattern for all of this would be quadratic.
+    A password ends at the last ``@`` before white space, as clients read it: it may contain an ``@`` itself.
+    Each word of the text is scanned once. One pattern for all of this would take quadratic time.
     """
-    place = 0
-    while begin := _BEFORE_PASSWORD.search(text, place):
-        start = begin.end()
+    position = 0
+    while prefix := _BEFORE_PASSWORD.search(text, position):
+        start = prefix.end()
         blank = _BLANK.search(text, start)
-        place = blank.start() if blank else len(text)
-        end = text.rfind("@", start + 1, place)
+        position = blank.start() if blank else len(text)
+        end = text.rfind("@", start + 1, position)
         if end >= 0:
             yield start, end
 
 
-def bounded(text: str, most: int = MAX_TEXT_CHARS) -> str:
-    """The text, or its beginning and end if it has more than ``most`` characters."""
-    if len(text) <= most:
+def bounded(text: str, max_chars: int = MAX_TEXT_CHARS) -> str:
+    """The text, or only its beginning and end if it is longer than ``max_chars``."""
+    if len(text) <= max_chars:
         return text
-    half = most // 2
+    half = max_chars // 2
     return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
-def hide(secrets: Iterable[str]) -> None:
-    """Replace these in every text from now on, in any position, instead of those given before."""
-    global _hidden
-    long_enough = [one for one in secrets if len(one) >= _SHORTEST_SECRET]
-    # Also as they look inside of another text's quotes.
+def set_secrets(secrets: Iterable[str]) -> None:
+    """Redact these strings in every text from now on; replaces the strings of an earlier call."""
+    global _secrets
+    long_enough = [one for one in secrets if len(one) >= _MIN_SECRET_CHARS]
+    # Also in the form that they have inside of a quoted text.
     forms = {form for one in long_enough for form in (one, repr(one)[1:-1], json.dumps(one)[1:-1])}
     long_first = sorted(forms, key=len, reverse=True)
-    _hidden = re.compile("|".join(map(re.escape, long_first))) if long_first else None
+    _secrets = re.compile("|".join(map(re.escape, long_first))) if long_first else None
 
 
 def secrets_of(settings: Settings, environment: Mapping[str, str]) -> set[str]:
-    """Every password, key and token that the service was given, as it stands and as it is meant."""
+    """Every password, key and token in the settings and the environment, as written and URL-decoded."""
     texts = [str(getattr(settings, name)) for name in settings.secret_urls]
-    found = {text[start:end] for text in texts for start, end in _passwords(text)}
-    found |= {match[2] for text in texts for match in _SECRET_PARAMETER.finditer(text)}
+    secrets = {text[start:end] for text in texts for start, end in _passwords(text)}
+    secrets |= {match[2] for text in texts for match in _SECRET_PARAMETER.finditer(text)}
     for name in settings.secret_tokens:
         token = str(getattr(settings, name))
-        found |= {token, token.partition(":")[2]}
+        secrets |= {token, token.partition(":")[2]}
     for name, value in environment.items():
         if _SECRET_VARIABLE.fullmatch(name):
-            # Headers are a list of name=value; of keys and tokens that is the whole.
-            found |= {value, *(part.partition("=")[2].strip() for part in value.split(","))}
+            # Headers are a list of name=value. A key or token is the whole value.
+            secrets |= {value, *(part.partition("=")[2].strip() for part in value.split(","))}
     for name in settings.secret_files:
         if path := str(getattr(settings, name)):
-            found.add(_content(path))
-    return found | {unquote(secret) for secret in found}
+            secrets.add(_content(path))
+    return secrets | {unquote(secret) for secret in secrets}
 
 
 def _content(path: str) -> str:
@@ -120,7 +120,7 @@ def _content(path: str) -> str:
 
 
 def _safe(value: Any) -> Any:
-    """A field without secrets, bounded, in kinds that JSON has."""
+    """A field without secrets, bounded, as a JSON type."""
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
@@ -131,29 +131,29 @@ def _safe(value: Any) -> Any:
     return _text(str(value))
 
 
-def _text(text: str, most: int = MAX_TEXT_CHARS) -> str:
-    """Without secrets, then bounded: a password that is cut in half would not be found."""
-    return bounded(redacted(text), most)
+def _text(text: str, max_chars: int = MAX_TEXT_CHARS) -> str:
+    """A text without secrets, then bounded: half a password would not be recognised."""
+    return bounded(redacted(text), max_chars)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    """What was given as ``extra``, and before it the job that it is about."""
+    """Fields of the running job, then the ``extra`` fields, which override them."""
     extra = {key: value for key, value in vars(record).items() if key not in _STANDARD}
-    # Spans are sent beside whatever job happens to run.
-    beside = is_summary(record) or str(record.name).startswith("opentelemetry")
-    about = {} if beside else current_log_fields()
-    return {key: _safe(value) for key, value in {**about, **extra}.items()}
+    # The exporter of spans runs in a thread of its own: its lines are not about the running job.
+    unrelated = is_summary(record) or str(record.name).startswith("opentelemetry")
+    job_fields = {} if unrelated else current_log_fields()
+    return {key: _safe(value) for key, value in {**job_fields, **extra}.items()}
 
 
-class JsonLines(logging.Formatter):
-    """``timestamp``, ``level``, ``msg``, ``service``, ``role``, the job that is run, and the ``extra``."""
+class JsonFormatter(logging.Formatter):
+    """JSON lines: ``timestamp``, ``level``, ``msg``, ``service``, ``role``, the running job, ``extra``."""
 
     def __init__(self, role: str) -> None:
         super().__init__()
         self._role = role
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """One JSON object on one line, a traceback included."""
         event = {
             "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -167,15 +167,15 @@ class JsonLines(logging.Formatter):
         return json.dumps(event, ensure_ascii=False)
 
 
-class ForPeople(logging.Formatter):
-    """``12:00:01 warning reader: message key=value``."""
+class TextFormatter(logging.Formatter):
+    """Text lines: ``12:00:01 warning reader: lease.lost entries=3``."""
 
     def __init__(self, role: str) -> None:
         super().__init__()
         self._role = role
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, and the traceback below it where there is one."""
+        """One line, followed by the traceback if there is one."""
         clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
         line = f"{clock} {record.levelname.lower():7} {self._role}: {_text(record.getMessage())}"
         line = " ".join([line, *(f"{key}={value}" for key, value in _fields(record).items())])
@@ -184,15 +184,15 @@ class ForPeople(logging.Formatter):
         return line
 
 
-class _Unfailing(logging.StreamHandler):  # type: ignore[type-arg]
-    """A full disk or a closed stderr must not break the path that settles jobs."""
+class _SafeHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Rate-limited stderr handler that never raises: a full disk must not stop the settlement of jobs."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
-        self._repeats = RateLimitFilter(self._emit_alone)
-        self.addFilter(self._repeats)
+        self._rate_limit = RateLimitFilter(self._emit_unfiltered)
+        self.addFilter(self._rate_limit)
 
-    def _emit_alone(self, record: logging.LogRecord) -> None:
+    def _emit_unfiltered(self, record: logging.LogRecord) -> None:
         self.acquire()
         try:
             self.emit(record)
@@ -203,15 +203,18 @@ class _Unfailing(logging.StreamHandler):  # type: ignore[type-arg]
         """Drop the line."""
 
     def close(self) -> None:
-        """Say what was held back of repeated events."""
-        self._repeats.close()
+        """Emit a log.suppressed line for each suppressed event."""
+        self._rate_limit.close()
         super().close()
 
 
-def begin(role: str, settings: Settings, environment: Mapping[str, str]) -> None:
-    """What every process of the service does first: from here on all that it says is an event without
-    secrets, its warnings and the exception that ends it too."""
-    hide(secrets_of(settings, environment))
+def configure(role: str, settings: Settings, environment: Mapping[str, str]) -> None:
+    """Set up logging of a process of the service, before anything else.
+
+    Warnings and the exception that ends the process become log events too. Secrets are redacted in all of
+    them.
+    """
+    set_secrets(secrets_of(settings, environment))
     set_up(role, settings.log_level, settings.log_format)
     logging.captureWarnings(True)
     sys.excepthook = _log_crash
@@ -222,15 +225,15 @@ def _log_crash(kind: type[BaseException], error: BaseException, trace: Traceback
     logging.getLogger("jobworker").critical("process.crashed", exc_info=(kind, error, trace))
 
 
-def _log_thread_crash(end: threading.ExceptHookArgs) -> None:
-    if end.exc_value is not None and not isinstance(end.exc_value, SystemExit):
-        _log_crash(end.exc_type, end.exc_value, end.exc_traceback)
+def _log_thread_crash(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+        _log_crash(args.exc_type, args.exc_value, args.exc_traceback)
 
 
 def set_up(role: str, level: str, form: str) -> None:
-    """Send every logger's lines to stderr in one form; ``form`` is ``json`` or ``text``."""
-    handler = _Unfailing()
-    handler.setFormatter(JsonLines(role) if form == "json" else ForPeople(role))
+    """Send the lines of every logger to stderr. ``form`` is ``json`` or ``text``."""
+    handler = _SafeHandler()
+    handler.setFormatter(JsonFormatter(role) if form == "json" else TextFormatter(role))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

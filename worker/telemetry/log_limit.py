@@ -6,11 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-#: Most lines of one event within a period: enough to see what it is about, and from which job.
-MOST, WITHIN_S = 100, 10.0
+#: Most lines of one event within a period: enough to see what happens and to which jobs.
+MAX_LINES, PERIOD_S = 100, 10.0
 
 _SUMMARY = "log.suppressed"
-#: An event's name is cut to this: a handler may log a whole text as its message.
+#: An event name is cut to this length: a handler may log a whole text as its message.
 _EVENT_CHARS = 256
 _Key = tuple[str, int, str, str]
 
@@ -20,35 +20,35 @@ def is_summary(record: logging.LogRecord) -> bool:
     return record.msg == _SUMMARY
 
 
-def _later(delay_s: float, call: Callable[[], None]) -> None:
+def _call_later(delay_s: float, call: Callable[[], None]) -> None:
     timer = threading.Timer(delay_s, call)
-    timer.daemon = True  # whatever is left is said by `close`
+    timer.daemon = True  # `close` emits the rest when the process exits
     timer.start()
 
 
 class RateLimitFilter(logging.Filter):
-    """Lets the first lines of an event pass and says at the end of the time how many more there were.
+    """Passes the first lines of an event and emits a summary of the rest at the end of the period.
 
-    An event is a logger's message before its arguments are put in, at a level, of a type of job. What is
-    critical always passes.
+    An event is a logger's message before its arguments are formatted, at one level and for one job type.
+    Critical lines always pass.
     """
 
     def __init__(
         self,
-        say: Callable[[logging.LogRecord], None],
+        emit: Callable[[logging.LogRecord], None],
         *,
-        most: int = MOST,
-        within_s: float = WITHIN_S,
+        max_lines: int = MAX_LINES,
+        period_s: float = PERIOD_S,
         mono_s: Callable[[], float] = time.monotonic,
-        later: Callable[[float, Callable[[], None]], None] = _later,
+        call_later: Callable[[float, Callable[[], None]], None] = _call_later,
     ) -> None:
         super().__init__()
-        self._say, self._most, self._within_s = say, most, within_s
-        self._mono_s, self._later = mono_s, later
+        self._emit, self._max_lines, self._period_s = emit, max_lines, period_s
+        self._mono_s, self._call_later = mono_s, call_later
         self._lock = threading.RLock()
-        self._seen: Counter[_Key] = Counter()
-        self._since = mono_s()
-        self._awaited = False
+        self._counts: Counter[_Key] = Counter()
+        self._mono_period_start_s = mono_s()
+        self._timer_started = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the line is written."""
@@ -56,33 +56,33 @@ class RateLimitFilter(logging.Filter):
             return True
         with self._lock:
             now = self._mono_s()
-            if now - self._since >= self._within_s:
+            if now - self._mono_period_start_s >= self._period_s:
                 self._start_period(now)
             event, task_type = str(record.msg)[:_EVENT_CHARS], str(getattr(record, "task_type", ""))
             key = (record.name, record.levelno, event, task_type)
-            self._seen[key] += 1
-            if self._seen[key] <= self._most:
+            self._counts[key] += 1
+            if self._counts[key] <= self._max_lines:
                 return True
-            if not self._awaited:  # the event may be the last one for hours
-                self._awaited = True
-                self._later(self._since + self._within_s - now, self.close)
+            if not self._timer_started:  # the next line may arrive hours later, or never
+                self._timer_started = True
+                self._call_later(self._mono_period_start_s + self._period_s - now, self.close)
             return False
 
     def close(self) -> None:
-        """Say now what was held back."""
+        """Emit a log.suppressed line for each event that was suppressed so far."""
         with self._lock:
             self._start_period(self._mono_s())
 
     def _start_period(self, now: float) -> None:
-        """Tell of what was held back and start counting from nothing."""
-        held_back = [(key, seen - self._most) for key, seen in self._seen.items() if seen > self._most]
-        self._seen.clear()
-        self._since, self._awaited = now, False
-        for (name, level, event, task_type), times in held_back:
-            fields = {"event": event, "times": times, "within_s": self._within_s}
+        """Emit a log.suppressed line for each suppressed event and reset the counts."""
+        suppressed = [(key, n - self._max_lines) for key, n in self._counts.items() if n > self._max_lines]
+        self._counts.clear()
+        self._mono_period_start_s, self._timer_started = now, False
+        for (name, level, event, task_type), times in suppressed:
+            fields = {"event": event, "times": times, "within_s": self._period_s}
             fields |= {"task_type": task_type} if task_type else {}
             record = logging.makeLogRecord(
                 {"name": name, "levelno": level, "levelname": logging.getLevelName(level),
                  "msg": _SUMMARY, **fields}
             )  # fmt: skip
-            self._say(record)
+            self._emit(record)

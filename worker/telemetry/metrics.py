@@ -1,6 +1,7 @@
 """Metrics buffer: counts and timings of one process, sent to the supervisor as deltas.
 
-Names, labels and buckets of the engine's metrics are here, without any metrics library.
+Defines names, labels and buckets of the engine's metrics. It imports no metrics library, because every role
+imports this file.
 """
 
 from bisect import bisect_left, bisect_right
@@ -9,10 +10,9 @@ from typing import NamedTuple
 
 from ..extension import Metric, extension
 
-#: Below a second our own; from 1 on those that dashboards already know.
+#: Bounds from 1 s on are those that existing dashboards use; smaller ones are added.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 10, 30, 60, 120, 300)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
 
 METRICS = {
     "z_novel_jobs_queued": Metric("gauge", "Jobs that no worker was given yet", ("stream",)),
@@ -56,7 +56,10 @@ Labels = tuple[str, ...]
 
 
 class Delta(NamedTuple):
-    """What happened since the last one. Histograms: counts of each bucket and above, and the sum."""
+    """Changes since the last delta.
+
+    A histogram has one count per bucket, a last one for values above all bounds, and the sum.
+    """
 
     counts: list[tuple[str, Labels, float]]
     gauges: list[tuple[str, Labels, float]]
@@ -67,7 +70,7 @@ class Delta(NamedTuple):
 
 
 class Histogram:
-    """Values since the last `MetricsBuffer.take`, counted by bucket."""
+    """Histogram of the values since the last `MetricsBuffer.take`."""
 
     def __init__(self, buckets: tuple[float, ...]) -> None:
         self._buckets = buckets
@@ -80,12 +83,12 @@ class Histogram:
         self.total += value * times
 
     def extend(self, values: Sequence[float]) -> None:
-        """Count many values: one search a bucket, not one a value."""
+        """Count many values, with one search per bucket instead of one per value."""
         ordered = sorted(values)
         below = 0
-        for place, bound in enumerate(self._buckets):
+        for bucket, bound in enumerate(self._buckets):
             upto = bisect_right(ordered, bound, below)
-            self.counts[place] += upto - below
+            self.counts[bucket] += upto - below
             below = upto
             if below == len(ordered):
                 break
@@ -93,19 +96,19 @@ class Histogram:
         self.total += sum(ordered)
 
     def merge(self, counts: list[int], total: float) -> None:
-        """Add what another one counted."""
+        """Add the counts and the sum of another histogram."""
         self.counts = [mine + theirs for mine, theirs in zip(self.counts, counts, strict=True)]
         self.total += total
 
     def take(self) -> tuple[list[int], float]:
-        """The counts and the sum, which start from nothing again."""
+        """Return the counts and the sum, and reset them."""
         taken = self.counts, self.total
         self.counts, self.total = [0] * len(self.counts), 0.0
         return taken
 
 
 class MetricsBuffer:
-    """Adds up until `take`; the size is bounded by the number of names and labels."""
+    """Metrics of one process between two reports. Its size is bounded by the number of names and labels."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, Labels], float] = {}
@@ -122,11 +125,11 @@ class MetricsBuffer:
         self._gauges[name, labels] = value
 
     def histogram(self, name: str, labels: Labels = ()) -> Histogram:
-        """The histogram to add to; it stays the same one over `take`."""
+        """The histogram to add to. The same object stays valid after `take`."""
         return self._histograms.setdefault((name, labels), Histogram(METRICS[name].buckets))
 
     def take(self) -> Delta:
-        """Everything since the last call, and start from nothing again."""
+        """Return everything since the last call, and reset it."""
         histograms = [(*key, *histogram.take()) for key, histogram in self._histograms.items()]
         delta = Delta(
             [(*key, value) for key, value in self._counts.items()],
@@ -138,7 +141,7 @@ class MetricsBuffer:
         return delta
 
     def put_back(self, delta: Delta) -> None:
-        """Undo `take` for what could not be sent, so that it goes with the next."""
+        """Undo `take` for a delta that could not be sent; the next one includes it."""
         for name, labels, by in delta.counts:
             self.count(name, labels, by)
         for name, labels, value in delta.gauges:

@@ -1,8 +1,8 @@
-"""Spans for the jobs of this process, sent by OpenTelemetry to a collector; its variables say where and how.
+"""OpenTelemetry spans for the jobs of this process, sent to the collector that its variables name.
 
-A job's trace is that of its producer. Below the producer's span comes ``queue``, made by the reader when a
-worker is given the job; below that ``process``, made by the worker, and below that what the handler does.
-Reader and worker never speak of spans to each other: the id of ``queue`` follows from the entry's.
+A job belongs to the trace of its producer. Below the producer's span is ``queue``: the reader makes it when
+it dispatches the job. Below that is ``process``, which the worker makes, and below that the handler's spans.
+Reader and worker exchange no span context: the span id of ``queue`` is a hash of the entry id.
 """
 
 import threading
@@ -26,35 +26,35 @@ from ..errors import ConfigurationError
 from ..handler import BoundHandler
 from ..settings import Settings
 from .log import redacted
-from .otel_context import number_of, sent_by, trace_id_of
+from .otel_context import derived_trace_id, sent_by, stable_hash
 from .trace import Attributes
 
-#: What is left may take so long to send when a process ends; a collector that is down delays no drain.
-_CLOSE_WITHIN_S = 2.0
+#: Time to send the remaining spans when the process exits. A collector that is down must not delay a drain.
+_CLOSE_TIMEOUT_S = 2.0
 
 _Batch = Callable[[Sequence[Job]], Sequence[BaseException | None]]
 
 
 class _Ids(RandomIdGenerator):
-    """Random ids, but for a next span whose ids were chosen."""
+    """Random ids, except for a next span whose ids were set."""
 
     def __init__(self) -> None:
         self.next_trace_id = 0
         self.next_span_id = 0
 
     def generate_trace_id(self) -> int:
-        """See `IdGenerator`."""
-        chosen, self.next_trace_id = self.next_trace_id, 0
-        return chosen or super().generate_trace_id()
+        """Protocol of `IdGenerator`."""
+        preset, self.next_trace_id = self.next_trace_id, 0
+        return preset or super().generate_trace_id()
 
     def generate_span_id(self) -> int:
-        """See `IdGenerator`."""
-        chosen, self.next_span_id = self.next_span_id, 0
-        return chosen or super().generate_span_id()
+        """Protocol of `IdGenerator`."""
+        preset, self.next_span_id = self.next_span_id, 0
+        return preset or super().generate_span_id()
 
 
 class Spans:
-    """`Tracing` by OpenTelemetry. Sampling and limits are those of its environment variables."""
+    """`Tracing` by OpenTelemetry. Its environment variables set sampling and limits."""
 
     def __init__(self, exporter: SpanExporter, resource: Resource) -> None:
         self._ids = _Ids()
@@ -63,38 +63,38 @@ class Spans:
         self._tracer = self.provider.get_tracer("jobworker")
         self._running: dict[tuple[str, str], Span] = {}
 
-    # -- the reader's
+    # -- reader
 
     def dispatched(self, stream: str, entry_id: str, data: bytes) -> None:
-        """See `Tracing`. The span begins when the entry was written, by the job store's clock."""
+        """Make the ``queue`` span. It starts when the entry was written, by the clock of the job store."""
         job = reread_envelope(data)
         now_ns = time.time_ns()
         written_ns = int(entry_id.partition("-")[0]) * 1_000_000
         sender = sent_by(job.metadata or {})
         self._ids.next_span_id = _queue_span_id(stream, entry_id)
         if sender is None:
-            self._ids.next_trace_id = trace_id_of(job.metadata or {}, job.id)
+            self._ids.next_trace_id = derived_trace_id(job.metadata or {}, job.id)
         span = self._tracer.start_span(
-            f"queue {job.type}", _below(sender), SpanKind.CONSUMER, _told(job, stream, entry_id),
+            f"queue {job.type}", _below(sender), SpanKind.CONSUMER, _job_attributes(job, stream, entry_id),
             start_time=min(written_ns, now_ns),
         )  # fmt: skip
-        self._ids.next_span_id = self._ids.next_trace_id = 0  # where it is not sampled they may be left over
+        self._ids.next_span_id = self._ids.next_trace_id = 0  # an unsampled span does not use them up
         span.end(now_ns)
 
     def settled(
         self, what: str, envelope: Envelope, stream: str, entry_id: str, attributes: Attributes
     ) -> None:
-        """See `Tracing`. A span without length: that of the worker may have died with it."""
-        told = {**_told(envelope, stream, entry_id), **_clean(attributes)}
+        """Make a span of no duration: the worker's own span may have been lost with the worker."""
+        all_attributes = {**_job_attributes(envelope, stream, entry_id), **_redacted_values(attributes)}
         parent = _below(self._queue(envelope, stream, entry_id))
-        span = self._tracer.start_span(f"{what} {envelope.type}", parent, SpanKind.INTERNAL, told)
+        span = self._tracer.start_span(f"{what} {envelope.type}", parent, SpanKind.INTERNAL, all_attributes)
         span.set_status(Status(StatusCode.ERROR, redacted(str(attributes.get("error", "")))))
         span.end()
 
-    # -- the worker's
+    # -- worker
 
     def watch(self, handler: BoundHandler) -> None:
-        """See `Tracing`."""
+        """Wrap the handler's methods in ``process`` spans."""
         handler.handle = partial(self._handle, handler.handle)
         if handler.handle_batch is not None:
             handler.handle_batch = partial(self._handle_batch, handler.handle_batch)
@@ -127,19 +127,22 @@ class Spans:
             for key in keys:
                 self._running.pop(key, None)
 
-    def _start(self, job: Job, together: int) -> Span:
-        told = _told(job, job.stream, job.entry_id)
-        if together > 1:
-            told["messaging.batch.message_count"] = together
+    def _start(self, job: Job, batch_size: int) -> Span:
+        attributes = _job_attributes(job, job.stream, job.entry_id)
+        if batch_size > 1:
+            attributes["messaging.batch.message_count"] = batch_size
         queue = self._queue(job, job.stream, job.entry_id)
-        return self._tracer.start_span(f"process {job.type}", _below(queue), SpanKind.CONSUMER, told)
+        return self._tracer.start_span(f"process {job.type}", _below(queue), SpanKind.CONSUMER, attributes)
 
     @contextmanager
     def span(self, name: str, jobs: Sequence[Job], attributes: Attributes) -> Iterator[None]:
-        """See `Tracing`. Of a single job it is the current one too, for what instrumented libraries add."""
-        above = [span for job in jobs if (span := self._running.get((job.stream, job.entry_id)))]
-        told = _clean(attributes)
-        spans = [self._tracer.start_span(name, _within(span), attributes=told) for span in above]
+        """Make a span below each job.
+
+        For a single job it is also the current span, so that spans of instrumented libraries nest below it.
+        """
+        parents = [span for job in jobs if (span := self._running.get((job.stream, job.entry_id)))]
+        values = _redacted_values(attributes)
+        spans = [self._tracer.start_span(name, _within(span), attributes=values) for span in parents]
         token = contexts.attach(api.set_span_in_context(spans[0])) if len(spans) == 1 else None
         try:
             with _ending(spans):
@@ -149,29 +152,29 @@ class Spans:
                 contexts.detach(token)
 
     def _queue(self, job: Job | Envelope, stream: str, entry_id: str) -> SpanContext:
-        """The reader's span for this entry, which this process has never seen."""
+        """Context of the reader's ``queue`` span for this entry, derived from the entry id."""
         sender = sent_by(job.metadata or {})
         span_id = _queue_span_id(stream, entry_id)
         if sender is not None:
             return SpanContext(sender.trace_id, span_id, True, sender.trace_flags, sender.trace_state)
-        trace_id = trace_id_of(job.metadata or {}, job.id)
+        trace_id = derived_trace_id(job.metadata or {}, job.id)
         sampled = self.provider.sampler.should_sample(Context(), trace_id, f"queue {job.type}")
         recorded = sampled.decision is Decision.RECORD_AND_SAMPLE
         flags = TraceFlags.SAMPLED if recorded else TraceFlags.DEFAULT
         return SpanContext(trace_id, span_id, True, TraceFlags(flags), sampled.trace_state)
 
     def close(self) -> None:
-        """See `Tracing`."""
+        """Send the remaining spans, within `_CLOSE_TIMEOUT_S`."""
         closing = threading.Thread(target=self.provider.shutdown, daemon=True)
         closing.start()
-        closing.join(_CLOSE_WITHIN_S)
+        closing.join(_CLOSE_TIMEOUT_S)
 
 
 def open_tracing(role: str, settings: Settings, environment: Mapping[str, str]) -> Spans:
-    """Spans to the collector that the environment names; a worker's libraries may use the same provider.
+    """Open the exporter to the collector that the environment names.
 
-    Raises ImportError without the exporter's package, ConfigurationError for a protocol that it does not
-    speak.
+    In a worker the provider becomes the global one, so that libraries of handlers can use it. Raises
+    ImportError without the exporter's package, ConfigurationError for an unsupported protocol or exporter.
     """
     for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
         if environment.get(name, "http/protobuf") != "http/protobuf":
@@ -195,24 +198,24 @@ def _resource(role: str, settings: Settings, environment: Mapping[str, str]) -> 
 
 
 def _queue_span_id(stream: str, entry_id: str) -> int:
-    return number_of(f"{stream} {entry_id}", 8)
+    return stable_hash(f"{stream} {entry_id}", 8)
 
 
 def _below(parent: SpanContext | None) -> Context:
-    """A context of its own, whatever the caller is in."""
+    """Context below ``parent``, independent of the caller's current span."""
     return Context() if parent is None else api.set_span_in_context(api.NonRecordingSpan(parent), Context())
 
 
 def _within(process: Span) -> Context:
-    """What runs around the caller, where that belongs to the same trace: spans nest then."""
-    here = api.get_current_span().get_span_context()
-    same = here.trace_id == process.get_span_context().trace_id
+    """The caller's context if it belongs to the same trace, so that spans nest; otherwise ``process``."""
+    current = api.get_current_span().get_span_context()
+    same = current.trace_id == process.get_span_context().trace_id
     return contexts.get_current() if same else api.set_span_in_context(process, Context())
 
 
-def _told(job: Job | Envelope, stream: str, entry_id: str) -> dict[str, str | int | float]:
-    """Which job it is; nothing of what is in it."""
-    told: dict[str, str | int | float] = {
+def _job_attributes(job: Job | Envelope, stream: str, entry_id: str) -> dict[str, str | int | float]:
+    """Attributes that identify the job. The payload is never among them."""
+    attributes: dict[str, str | int | float] = {
         "messaging.system": "redis",
         "messaging.destination.name": stream,
         "messaging.message.id": job.id,
@@ -224,11 +227,11 @@ def _told(job: Job | Envelope, stream: str, entry_id: str) -> dict[str, str | in
     }
     for name in ("request_id", "trace_id"):
         if value := (job.metadata or {}).get(name):
-            told[f"jobworker.{name}"] = value
-    return told
+            attributes[f"jobworker.{name}"] = value
+    return attributes
 
 
-def _clean(attributes: Attributes) -> dict[str, str | int | float]:
+def _redacted_values(attributes: Attributes) -> dict[str, str | int | float]:
     return {
         f"jobworker.{name}": redacted(value) if isinstance(value, str) else value
         for name, value in attributes.items()
@@ -237,7 +240,7 @@ def _clean(attributes: Attributes) -> dict[str, str | int | float]:
 
 @contextmanager
 def _ending(spans: Sequence[Span]) -> Iterator[None]:
-    """End them all on the way out, with the error where there is one."""
+    """End all spans on exit; an exception marks them as failed."""
     try:
         yield
     except BaseException as error:
@@ -250,7 +253,7 @@ def _ending(spans: Sequence[Span]) -> Iterator[None]:
 
 
 def _fail(span: Span, error: BaseException) -> None:
-    """Without a stack: its lines may hold what must not be seen."""
-    said = redacted(str(error))
-    span.add_event("exception", {"exception.type": type(error).__name__, "exception.message": said})
-    span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {said}"))
+    """Mark the span as failed, without a stack trace: its lines may hold private data."""
+    message = redacted(str(error))
+    span.add_event("exception", {"exception.type": type(error).__name__, "exception.message": message})
+    span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {message}"))

@@ -1,4 +1,4 @@
-"""Prometheus collector: the totals of all processes. The only file that imports a metrics library."""
+"""Prometheus collector: totals over all processes. The only file that imports a metrics library."""
 
 import re
 import threading
@@ -13,19 +13,18 @@ from prometheus_client.registry import Collector
 from ..extension import Metric
 from .metrics import Labels, all_metrics
 
-#: What `PrometheusCollector.page` must be served as.
+#: Content type of `PrometheusCollector.page`.
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-
-#: What a counter of a user's handler is shown as; a name that Prometheus would not read is left out.
-_OF_A_HANDLER = Metric("counter", "Counted by a handler")
-_READABLE = re.compile("[a-zA-Z_][a-zA-Z0-9_]*")
+#: Definition of every counter of a user's handler. A counter whose name is not valid is left out.
+_HANDLER_COUNTER = Metric("counter", "Counted by a handler")
+_VALID_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_]*")
 
 
 class PrometheusCollector(Collector):
-    """Adds up the deltas that the roles send, so that totals outlive every role.
+    """Sums the deltas of all processes, so that totals survive restarts of every process.
 
-    Written by the supervisor's loop and read by its HTTP threads; a lock of this one process guards it.
+    The supervisor's loop writes and its HTTP threads read, under a lock.
     """
 
     def __init__(self) -> None:
@@ -35,7 +34,8 @@ class PrometheusCollector(Collector):
         self._buckets: dict[str, dict[Labels, list[int]]] = {name: {} for name in self._metrics}
         for name, metric in self._metrics.items():
             if metric.kind == "counter" and not metric.labels:
-                self._values[name][()] = 0.0  # a counter that has not moved yet is 0, not absent
+                # Not absent: an alert must not take a missing series for a healthy one.
+                self._values[name][()] = 0.0
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -43,7 +43,7 @@ class PrometheusCollector(Collector):
         """Add to counters."""
         with self._lock:
             for name, labels, by in counts:
-                if not _READABLE.fullmatch(name):
+                if not _VALID_NAME.fullmatch(name):
                     continue
                 values = self._values.setdefault(name, {})
                 values[tuple(labels)] = values.get(tuple(labels), 0.0) + by
@@ -55,16 +55,16 @@ class PrometheusCollector(Collector):
                 self._values[name][tuple(labels)] = value
 
     def merge(self, histograms: Iterable[tuple[str, Labels, list[int], float]]) -> None:
-        """Add to histograms: the counts of each bucket (the last is beyond all bounds) and the sum."""
+        """Add to histograms: one count per bucket (the last is above all bounds) and the sum."""
         self.add((name, labels, total) for name, labels, _, total in histograms)
         with self._lock:
             for name, labels, counts, _ in histograms:
-                into = self._buckets[name].setdefault(tuple(labels), [0] * len(counts))
+                totals = self._buckets[name].setdefault(tuple(labels), [0] * len(counts))
                 for i, n in enumerate(counts):
-                    into[i] += n
+                    totals[i] += n
 
     def totals(self) -> dict[str, list[dict[str, str | float]]]:
-        """Every counter and gauge: its samples, each its labels and its ``value``."""
+        """Samples of every counter and gauge, each with its labels and its ``value``."""
         with self._lock:
             return {
                 name: [
@@ -76,14 +76,14 @@ class PrometheusCollector(Collector):
             }
 
     def page(self) -> bytes:
-        """The text format of ``/metrics``."""
+        """The body of /metrics in the text format."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Family]:
-        """One family a metric (the registry's protocol)."""
+        """One family per metric (protocol of the registry)."""
         with self._lock:
             for name in self._values:
-                metric = self._metrics.get(name, _OF_A_HANDLER)
+                metric = self._metrics.get(name, _HANDLER_COUNTER)
                 yield self._family(name, metric.kind, metric.help, metric.labels, metric.buckets)
 
     def _family(self, name: str, kind: str, text: str, labels: Labels, bounds: tuple[float, ...]) -> Family:

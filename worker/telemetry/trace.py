@@ -1,6 +1,6 @@
-"""Tracing hooks of reader, workers and handlers; no-ops until traces are on.
+"""Tracing hooks of reader, workers and handlers; no-ops until `install`.
 
-No tracing library is imported here, so that it costs a look at one name where traces are off.
+This file imports no tracing library: with traces off, a hook costs one global lookup.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,38 +15,38 @@ Attributes = Mapping[str, str | int | float]
 
 
 class Tracing(Protocol):
-    """What makes spans of it."""
+    """A tracing backend that turns the hooks into spans."""
 
     def dispatched(self, stream: str, entry_id: str, data: bytes) -> None:
-        """A worker was given the job; until now it has waited."""
+        """The job was dispatched to a worker: the end of its time in the queue."""
 
     def settled(
         self, what: str, envelope: Envelope, stream: str, entry_id: str, attributes: Attributes
     ) -> None:
-        """A try came to nothing, and this was decided."""
+        """An attempt failed; ``what`` is the decision that follows."""
 
     def watch(self, handler: BoundHandler) -> None:
-        """From now on a span for each job that the handler runs."""
+        """Make a span for each job that the handler runs."""
 
     def span(self, name: str, jobs: Sequence[Job], attributes: Attributes) -> AbstractContextManager[object]:
-        """A part of running these jobs."""
+        """A named part of running these jobs."""
 
     def close(self) -> None:
-        """Send what is left; takes a moment at most."""
+        """Send the remaining spans, within about two seconds."""
 
 
 _tracing: Tracing | None = None
-_NOTHING = nullcontext()
+_NO_SPAN = nullcontext()
 
 
 def install(tracing: Tracing | None) -> None:
-    """Turn traces on in this process, or off."""
+    """Turn traces on in this process; None turns them off."""
     global _tracing
     _tracing = tracing
 
 
 def wanted(environment: Mapping[str, str]) -> bool:
-    """Whether OpenTelemetry's own variables ask for traces: by naming an exporter or where it sends to."""
+    """Whether the variables of OpenTelemetry request traces, by an exporter or an endpoint."""
     if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return False
     exporter = environment.get("OTEL_TRACES_EXPORTER", "").strip().lower()
@@ -55,12 +55,12 @@ def wanted(environment: Mapping[str, str]) -> bool:
 
 
 def enabled() -> bool:
-    """Whether spans are made in this process."""
+    """Whether traces are on in this process."""
     return _tracing is not None
 
 
 def dispatched(stream: str, entry_id: bytes, data: bytes) -> None:
-    """The entry was given to a worker."""
+    """Record that the entry was dispatched to a worker."""
     if _tracing is not None:
         _tracing.dispatched(stream, entry_id.decode(), data)
 
@@ -68,13 +68,13 @@ def dispatched(stream: str, entry_id: bytes, data: bytes) -> None:
 def settled(
     what: str, envelope: Envelope, stream: str, entry_id: bytes, **attributes: str | int | float
 ) -> None:
-    """A try of the job came to nothing: ``retry``, ``give up`` or ``worker died``."""
+    """Record a failed attempt; ``what`` is ``retry``, ``give up`` or ``worker died``."""
     if _tracing is not None:
         _tracing.settled(what, envelope, stream, entry_id.decode(), attributes)
 
 
 def watch(handlers: Mapping[str, BoundHandler]) -> None:
-    """A span for each job of these handlers; where traces are off, they stay as they are."""
+    """Make a span for each job of these handlers. With traces off, the handlers stay unchanged."""
     if _tracing is not None:
         for handler in handlers.values():
             _tracing.watch(handler)
@@ -83,12 +83,12 @@ def watch(handlers: Mapping[str, BoundHandler]) -> None:
 def span(
     name: str, jobs: Sequence[Job] | None = None, **attributes: str | int | float
 ) -> AbstractContextManager[object]:
-    """A named part of what a handler does, shown below each of the jobs in the traces of their producers.
+    """Context manager for a named part of a handler, shown below each job in its producer's trace.
 
-    Without ``jobs`` it belongs to all that are being run. Costs next to nothing where traces are off.
+    Without ``jobs`` it belongs to all running jobs. Costs next to nothing with traces off.
     """
     if _tracing is None:
-        return _NOTHING
+        return _NO_SPAN
     if jobs is None:
         running = current.jobs if isinstance(current.jobs, Sequence) else [current.jobs]
         jobs = [job for job in running if isinstance(job, Job)]
@@ -96,6 +96,6 @@ def span(
 
 
 def close() -> None:
-    """Send what is left before the process ends."""
+    """Send the remaining spans before the process exits."""
     if _tracing is not None:
         _tracing.close()

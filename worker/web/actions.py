@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from ..admin.dead_letters import BulkOperation, Cursor, DeadLetterQueue, SelectedLetters
-from ..store.operator import OperatorStore
+from ..store.redis.operator import OperatorStore
 from .access import Access, TooManyFailures
 from .background import BackgroundTask, TooManyTasks
 from .filters import DeadFilter, format_cursor

@@ -18,7 +18,7 @@ from ..admin.retries import RetrySet
 from ..admin.status_client import Service
 from ..keys import Source
 from ..outcome import Reason
-from ..store.operator import OperatorStore
+from ..store.redis.operator import OperatorStore
 from .background import BackgroundTasks
 from .filters import DeadFilter, format_cursor, parse_cursor
 from .history import History

@@ -14,7 +14,7 @@ from ..admin.deployment import Deployment, parse_sources
 from ..admin.overview import open_poller
 from ..errors import ConfigurationError
 from ..settings import parse_address
-from ..store.redis.operator import RedisOperatorStore
+from ..store.redis.operator import OperatorStore
 from .access import Access, is_loopback
 from .app import application
 from .background import BackgroundTasks
@@ -86,7 +86,7 @@ def serve(
     )
     site = Site(
         parse_sources(streams), history, BackgroundTasks(), renderer,
-        lambda: RedisOperatorStore(deployment.url, timeout_s=_STORE_TIMEOUT_S),
+        lambda: OperatorStore(deployment.url, timeout_s=_STORE_TIMEOUT_S),
         deployment.answering_services, options.show_payloads,
     )  # fmt: skip
     server = uvicorn.Server(

@@ -1,4 +1,4 @@
-"""The Lua scripts of this folder."""
+"""Lua scripts of write admission, rebuilds and records."""
 
 from importlib.resources import files
 

@@ -1,9 +1,12 @@
--- Lets one write to a collection begin, or says why not yet.
--- KEYS[1] writers hash  KEYS[2] held hash  KEYS[3] floors hash  KEYS[4] rebuild hash  KEYS[5] journal set
--- ARGV[1] token   ARGV[2] owner   ARGV[3] lease in ms   ARGV[4] model, '' for any
--- ARGV[5] number held   ARGV[6] number of chapters
--- ARGV[7...] what must be held, then the chapters, then the ids of the rows
--- Returns {'closed'}, {'model', the one to use}, {'held'}, or {'in', the floor of each chapter or nil...}.
+-- Admits one write to a collection, or says why not yet; renews the lease of an admitted write.
+-- Called by RedisFence.admit. Atomic: two writers must not both get an id, and a rebuild that stops admission must see
+-- every writer that was admitted before.
+-- KEYS[1] writers hash  KEYS[2] held hash  KEYS[3] floors hash (minimum versions)  KEYS[4] rebuild hash
+-- KEYS[5] journal set
+-- ARGV[1] token of the attempt   ARGV[2] owner: the job   ARGV[3] lease in ms   ARGV[4] model, '' for any
+-- ARGV[5] number of ids and chapters to hold   ARGV[6] number of chapters
+-- ARGV[7...] the ids and chapters to hold, then the chapters, then the ids of the rows
+-- Returns {'closed'}, {'model', the model in use}, {'held'}, or {'in', minimum version of each chapter or nil...}.
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local lease, held, chapters = tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])

@@ -1,7 +1,8 @@
--- Gives some of the changed ids; they stay under way until they are said to be done.
--- KEYS[1] journal set  KEYS[2] set of changes under way
+-- Returns some of the ids that were written during a rebuild. They stay in progress until the caller reports them done.
+-- Called by RedisFence.changed. Atomic: an id that is written meanwhile must be in one of the two sets.
+-- KEYS[1] journal set  KEYS[2] set of ids in progress
 -- ARGV[1] how many at most   ARGV[2...] ids that are done
--- Returns the ids. New changes go into the other set, so an id that changes again comes again.
+-- Returns the ids. New writes go into the journal set, so an id that is written again is returned again.
 for i = 2, #ARGV do
   redis.call('SREM', KEYS[2], ARGV[i])
 end

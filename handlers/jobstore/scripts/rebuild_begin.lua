@@ -1,8 +1,9 @@
--- Makes one process the only one that rebuilds a collection.
+-- Gives the rebuild of a collection to one process, with a new epoch.
+-- Called by RedisFence.begin. Atomic: two processes must not both get it.
 -- KEYS[1] rebuild hash
--- ARGV[1] owner   ARGV[2] lease in ms
--- Returns {epoch, field, value, ...} with what the last one left, or {0, its owner} while that one's lease runs.
--- The same owner is let in at once: an entry is given to another process only when the first is gone.
+-- ARGV[1] owner: the job   ARGV[2] lease in ms
+-- Returns {epoch, field, value, ...} with the state that the last process saved, or {0, its owner} during its lease.
+-- The same owner gets it at once: an entry is given to another process only after the first is gone.
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local owner = redis.call('HGET', KEYS[1], 'owner')

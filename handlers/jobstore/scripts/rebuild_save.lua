@@ -1,9 +1,10 @@
--- Keeps what a rebuild has done, renews its lease, and shuts or opens the door for writers.
--- KEYS[1] rebuild hash  KEYS[2] journal set  KEYS[3] set of changes under way
--- ARGV[1] epoch   ARGV[2] lease in ms   ARGV[3] how long to stay shut in ms, '' to leave the door as it is
--- ARGV[4] '1' while changes are to be written down, '0' to stop that and forget them, '' for no change
--- ARGV[5...] (field, value) for each field to keep
--- Returns 1, or 0 where another process has taken the rebuild over.
+-- Saves the state of a rebuild, renews its lease, and stops or resumes the admission of writes.
+-- Called by RedisFence.save. Atomic: a process that lost the rebuild must change nothing.
+-- KEYS[1] rebuild hash  KEYS[2] journal set  KEYS[3] set of ids in progress
+-- ARGV[1] epoch   ARGV[2] lease in ms   ARGV[3] ms for which no write is admitted, '0' admits them, '' for no change
+-- ARGV[4] '1' to record written ids from now on, '0' to stop that and forget them, '' for no change
+-- ARGV[5...] (field, value) for each field to save
+-- Returns 1, or 0 if another process has taken over the rebuild.
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
   return 0
 end

@@ -1,7 +1,8 @@
 -- Stores a versioned record unless a newer version of the same chapter is stored.
+-- Called by RedisRecords.put. Atomic: an older version must not replace a newer one that is stored meanwhile.
 -- KEYS[1] hash
--- ARGV[1] owner, empty where the key's name says it   ARGV[2] chapter version   ARGV[3] time of the change
--- ARGV[4...] field, value, field, value, ...; a field `chapter_id` names the chapter that the version is of
+-- ARGV[1] owner, empty where the key's name is unambiguous   ARGV[2] chapter version   ARGV[3] time of the change
+-- ARGV[4...] field, value, field, value, ...; the field `chapter_id` names the chapter of the version
 -- Returns {'foreign'}, or {'stored' | 'same' | 'older', field, value, ...} with the record that is stored now.
 local has, new = {}, {}
 local flat = redis.call('HGETALL', KEYS[1])
@@ -12,7 +13,7 @@ for i = 4, #ARGV, 2 do
   new[ARGV[i]] = ARGV[i + 1]
 end
 
--- Versions have 64 bits, and this language's numbers only 53: decimals are compared as text.
+-- Versions have 64 bits and Lua numbers 53: decimals are compared as text.
 local function version(text)
   return text and text:match('^%-?%d+$') or '0'
 end
@@ -37,11 +38,11 @@ if #flat > 0 then
   if (has.owner or '') ~= ARGV[1] then
     return {'foreign'}
   end
-  local stands = version(has.chapter_version)
-  if (has.chapter_id or '') == (new.chapter_id or '') and less(ARGV[2], stands) then
+  local stored = version(has.chapter_version)
+  if (has.chapter_id or '') == (new.chapter_id or '') and less(ARGV[2], stored) then
     return answer('older', flat)
   end
-  local same = stands == ARGV[2]
+  local same = stored == ARGV[2]
   for field, value in pairs(new) do
     same = same and has[field] == value
   end

@@ -1,1 +1,1 @@
-"""The vector store on Milvus and Milvus Lite."""
+"""Vector store on Milvus and Milvus Lite."""

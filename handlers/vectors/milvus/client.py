@@ -1,4 +1,4 @@
-"""The connection to Milvus: the only user of pymilvus; whatever it raises comes out as a VectorStoreError."""
+"""Client of a Milvus server; the only module with pymilvus. Its errors become VectorStoreErrors."""
 
 import logging
 import threading
@@ -9,9 +9,9 @@ import grpc
 from pymilvus import DataType, MilvusClient
 from pymilvus.exceptions import MilvusException
 
-from .. import schema as scalars
+from .. import schema as schemas
 from ..filters import Filter
-from .errors import RAISED, classify
+from .errors import ERROR_CLASSES, classify
 from .server_info import MARK, Server
 
 T = TypeVar("T")
@@ -19,19 +19,16 @@ T = TypeVar("T")
 logger = logging.getLogger("jobworker.vectors")
 # The library logs a traceback for every failed call; the caller logs one line.
 logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
-# It logs a traceback for every failed call; what matters is raised and logged once, by the caller.
-logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
 
-# After an outage gRPC's own backoff kept calls failing for up to 7 s once the server was back; with these
-# it was under 1 s.
+# With gRPC's default backoff, calls failed for up to 7 s after a server was back; with this, less than 1 s.
 GRPC_OPTIONS = {
     "grpc.initial_reconnect_backoff_ms": 200,
     "grpc.min_reconnect_backoff_ms": 200,
     "grpc.max_reconnect_backoff_ms": 1000,
 }
-# A health check must answer within a second or so to be of use; a busy server still gets its chance.
+# A health check should be fast, but a busy server needs a few seconds.
 PING_TIMEOUT_S = 3.0
-# The default differs between Milvus versions; 64 is within the limits of all of them.
+# The default depends on the Milvus version; all of them permit 64.
 NUM_PARTITIONS = 64
 INDEX = {"index_type": "HNSW", "metric_type": "COSINE", "params": {"M": 16, "efConstruction": 200}}
 
@@ -48,7 +45,7 @@ OLD_NOTE = (
 
 
 class MilvusClientHandle:
-    """One client, made by the first call in the process that calls; usable from several threads."""
+    """Milvus client that connects at its first call, in the calling process; thread-safe."""
 
     def __init__(self, uri: str, token: str | None, timeout_s: float) -> None:
         self.timeout_s = timeout_s
@@ -60,26 +57,26 @@ class MilvusClientHandle:
     def ping(self) -> None:
         """Raise TransientStoreError unless the server answers within a few seconds."""
         timeout_s = min(PING_TIMEOUT_S, self.timeout_s)
-        self.attempt("ping", lambda client: client.list_collections(timeout=timeout_s), timeout_s)
+        self.call("ping", lambda client: client.list_collections(timeout=timeout_s), timeout_s)
 
-    def attempt(self, what: str, do: Callable[[Any], T], connect_s: float | None = None) -> T:
-        """Run one call with the client; raises VectorStoreError with `what` in front."""
+    def call(self, subject: str, action: Callable[[Any], T], connect_s: float | None = None) -> T:
+        """Run `action` with the client. Raises VectorStoreError; its message starts with `subject`."""
         try:
-            return do(self._connected(connect_s or self.timeout_s))
+            return action(self._connected(connect_s or self.timeout_s))
         except (MilvusException, grpc.RpcError) as error:
-            self._raise(what, error)
+            self._raise(subject, error)
 
     def server(self) -> Server:
-        """Return what answers; connects if need be, raises VectorStoreError as `attempt` does."""
-        self.attempt("connect", lambda client: None)
+        """The kind of server; connects first if necessary. Raises VectorStoreError, as `call` does."""
+        self.call("connect", lambda client: None)
         return self._server
 
-    def arguments(self, where: Filter) -> dict[str, Any]:
-        """Return a filter as the server takes it; connects if need be, raises as `attempt` does."""
+    def filter_arguments(self, where: Filter) -> dict[str, Any]:
+        """A filter in the form that the server supports; connects and raises like `server`."""
         return where.arguments(templates=self.server().takes_templates)
 
     def close(self) -> None:
-        """Give the connection back; the next call would make a new one."""
+        """Close the connection; the next call opens a new one."""
         with self._lock:
             client, self._client = self._client, None
         if client is not None:
@@ -92,32 +89,32 @@ class MilvusClientHandle:
                     self._uri,
                     token=self._token or "",
                     timeout=timeout_s,
-                    # Clients of one address share a connection otherwise, and a close would end it for all.
+                    # Otherwise, clients of one address share a connection, and one close ends it for all.
                     dedicated=True,
                     grpc_options=GRPC_OPTIONS,
                 )
-                self._server = ask_server(client, timeout_s)
+                self._server = detect_server(client, timeout_s)
                 self._client = client
             return self._client
 
-    def _raise(self, what: str, error: Exception) -> NoReturn:
+    def _raise(self, subject: str, error: Exception) -> NoReturn:
         code, message = code_and_message(error)
         names = [base.__name__ for base in type(error).__mro__]
         verdict = classify(names, code, message, lite=self._server.lite)
-        text = f"{what}: {type(error).__name__} {code}: {scalars.shown(message)}"
-        raise RAISED[verdict](text) from error
+        text = f"{subject}: {type(error).__name__} {code}: {schemas.shown(message)}"
+        raise ERROR_CLASSES[verdict](text) from error
 
 
 def code_and_message(error: Any) -> tuple[int | str, str]:
-    """Return the server's number or the name of the gRPC status, and the message."""
+    """The server's error code or the name of the gRPC status, and the message."""
     if isinstance(error, grpc.RpcError):
         return error.code().name, str(error.details())
-    # A client that gave up on a gRPC error puts the status where the number belongs.
+    # After its retries of a gRPC error, pymilvus has the status in the field for the number.
     return (int(error.code) if isinstance(error.code, int) else error.code.name), str(error.message)
 
 
-def ask_server(client: Any, timeout_s: float) -> Server:
-    """Return what answers, and say in the log, once a connection, what it does less than a recent Milvus."""
+def detect_server(client: Any, timeout_s: float) -> Server:
+    """The kind of server. Logs, once a connection, its limits compared with a recent Milvus."""
     version = str(client.get_server_version(timeout=timeout_s))
     server = Server(version, lite=version.startswith("milvus_lite"))
     if server.lite:
@@ -127,37 +124,39 @@ def ask_server(client: Any, timeout_s: float) -> Server:
     return server
 
 
-def table(of: scalars.Schema, dim: int, *, key: bool, mark: str, lite: bool) -> dict[str, Any]:
-    """Return the options that make a collection; `key`: tenants apart by a partition key.
+def collection_options(
+    schema: schemas.Schema, dim: int, *, partition_key: bool, mark: str, lite: bool
+) -> dict[str, Any]:
+    """Options of `create_collection`; `partition_key` makes the tenant the partition key.
 
-    `mark` is kept as the description, with `lite` as a property; `mark_of` reads it.
+    `mark` becomes the description, on Milvus Lite a property; `mark_of` reads it.
     """
-    # Dynamic fields carry `version` without a fixed column that other writers would have to fill.
+    # `version` is a dynamic field: other writers would have to fill a fixed column.
     layout = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=True, description=mark)
-    for field in of.fields:
-        layout.add_field(field.name, **field_options(field, key=key))
+    for field in schema.fields:
+        layout.add_field(field.name, **field_options(field, partition_key=partition_key))
     layout.add_field("vector", datatype=DataType.FLOAT_VECTOR, dim=dim)
-    # Milvus Lite keeps no description, and not every server need take a property that it does not know.
+    # Milvus Lite does not store descriptions; a Milvus server may refuse an unknown property.
     options: dict[str, Any] = {"schema": layout, "consistency_level": "Bounded"}
     if lite:
         options["properties"] = {MARK: mark}
-    return options | ({"num_partitions": NUM_PARTITIONS} if key else {})
+    return options | ({"num_partitions": NUM_PARTITIONS} if partition_key else {})
 
 
-def field_options(field: scalars.Scalar, *, key: bool) -> dict[str, Any]:
-    """Return pymilvus's words for a scalar field."""
+def field_options(field: schemas.Scalar, *, partition_key: bool) -> dict[str, Any]:
+    """Options of `add_field` for a scalar field."""
     if field.max_bytes is None:
         return {"datatype": DataType.INT64}
     options: dict[str, Any] = {"datatype": DataType.VARCHAR, "max_length": field.max_bytes}
     if field.name == "id":
         options["is_primary"] = True
-    if field.name == "tenant_id" and key:
+    if field.name == "tenant_id" and partition_key:
         options["is_partition_key"] = True
     return options
 
 
-def index() -> Any:
-    """Return the options of the vector index."""
+def index_options() -> Any:
+    """Parameters of the vector index."""
     params = MilvusClient.prepare_index_params()
     params.add_index("vector", index_name="vector", **INDEX)
     return params

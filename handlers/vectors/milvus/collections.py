@@ -5,10 +5,10 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .. import schema as scalars
+from .. import schema as schemas
 from ..ports import TransientStoreError, VectorStoreError
 from .errors import NoCollection
-from .server_info import mark_of, refuse_unusable
+from .server_info import check_usable, mark_of
 
 if TYPE_CHECKING:
     from .client import MilvusClientHandle
@@ -17,59 +17,62 @@ if TYPE_CHECKING:
 log = logging.getLogger("jobworker.vectors")
 
 
-def milvus_client() -> Any:
-    """Import the side that talks to pymilvus only where it is used: that costs 0.7 s and 130 MB."""
-    from . import client as milvus_client
+def import_client() -> Any:
+    """Import the client module at its first use, because pymilvus takes 0.7 s and 130 MB."""
+    from . import client
 
-    return milvus_client
+    return client
 
 
-def create_if_missing(done: Callable[[], bool], do: Callable[[], None]) -> None:
-    """Do a step unless it is done; an error is none where another process did the step meanwhile."""
-    if done():
+def create_if_missing(exists: Callable[[], bool], create: Callable[[], None]) -> None:
+    """Create something unless it exists; ignores the error if another process created it meanwhile."""
+    if exists():
         return
     try:
-        do()
+        create()
     except VectorStoreError:
-        if not done():
+        if not exists():
             raise
 
 
 class CollectionAdmin:
-    """Every method raises VectorStoreError; names are full ones, of collections or aliases."""
+    """Administration of collections. Names are full names of collections or aliases.
 
-    def __init__(self, link: "MilvusClientHandle", *, named: bool) -> None:
-        self._link, self._timeout_s, self._named = link, link.timeout_s, named
+    Every method raises VectorStoreError.
+    """
 
-    def ensure(self, alias: str, schema: scalars.Schema, dim: int) -> dict[str, Any]:
-        """Make, check and load a collection and its alias; returns the server's description."""
-        described = self.describe(alias)
-        if described is None:
+    def __init__(self, milvus: "MilvusClientHandle", *, named: bool) -> None:
+        self._milvus, self._timeout_s, self._named = milvus, milvus.timeout_s, named
+
+    def ensure(self, alias: str, schema: schemas.Schema, dim: int) -> dict[str, Any]:
+        """Create, check and load a collection and its alias; returns the server's description."""
+        description = self.describe(alias)
+        if description is None:
             self._create(alias, schema, dim)
-            described = self.describe(alias)
-        if described is None:
-            raise TransientStoreError(f"collection {alias} was made but is not there yet")
-        refuse_unusable(alias, described, dim, named=self._named, server=self._link.server())
+            description = self.describe(alias)
+        if description is None:
+            raise TransientStoreError(f"collection {alias} was created but is not visible yet")
+        check_usable(alias, description, dim, named=self._named, server=self._milvus.server())
         create_if_missing(lambda: self.has_index(alias), lambda: self.create_index(alias))
         self.load(alias)
-        return described
+        return description
 
     def describe(self, name: str) -> dict[str, Any] | None:
-        """Return the server's description of a collection or alias, None where there is none."""
+        """The server's description of a collection or alias; None if it does not exist."""
         try:
-            described: dict[str, Any] = self._link.attempt(
+            description: dict[str, Any] = self._milvus.call(
                 name, lambda client: client.describe_collection(name, timeout=self._timeout_s)
             )
         except NoCollection:
             return None
-        return described
+        return description
 
-    def _create(self, alias: str, schema: scalars.Schema, dim: int) -> None:
-        """Make collection, index and alias, each step only if it is missing: many workers start at once."""
+    def _create(self, alias: str, schema: schemas.Schema, dim: int) -> None:
+        """Create collection, index and alias if missing. Each step tolerates other workers that start."""
         target = next(
-            table
-            for table in (f"{alias}_v{number}" for number in itertools.count(1))
-            if self.create(table, schema, dim, f"made by jobworker for {alias}")
+            name
+            for name in (f"{alias}_v{number}" for number in itertools.count(1))
+            if self.create(name, schema, dim, f"made by jobworker for {alias}")
         )
         create_if_missing(
             lambda: self.describe(alias) is not None,
@@ -78,21 +81,21 @@ class CollectionAdmin:
             ),
         )
 
-    def create(self, target: str, schema: scalars.Schema, dim: int, mark: str) -> bool:
-        """Make a collection and its index unless they exist; False where the name is taken.
+    def create(self, target: str, schema: schemas.Schema, dim: int, mark: str) -> bool:
+        """Create a collection and its index unless they exist. False if another program uses the name.
 
-        Raises TransientStoreError where another program took the name at the same moment.
+        Raises TransientStoreError if another program created the collection at the same moment.
         """
-        there = self.describe(target) is not None
-        if not there:
+        existed = self.describe(target) is not None
+        if not existed:
             create_if_missing(
                 lambda: self.describe(target) is not None,
-                lambda: self._create_table(target, schema, dim, mark),
+                lambda: self._create_collection(target, schema, dim, mark),
             )
         if self.mark(target) != mark:
-            if not there:
+            if not existed:
                 raise TransientStoreError(
-                    f"{target}: another program made a collection of this name at the same moment"
+                    f"{target}: another program created a collection of this name at the same moment"
                 )
             log.warning(
                 "collection.name_taken", extra={"collection": target, "hint": "the next number is used"}
@@ -101,44 +104,46 @@ class CollectionAdmin:
         create_if_missing(lambda: self.has_index(target), lambda: self.create_index(target))
         return True
 
-    def mark(self, table: str) -> str | None:
-        """Return a collection's mark; None where there is no collection of this name, or it is an alias."""
-        described = self.describe(table)
-        # Describing an alias describes its collection, which a drop by alias removes on Milvus Lite.
-        if described is None or described["collection_name"] != table:
+    def mark(self, name: str) -> str | None:
+        """The mark of a collection; None if it does not exist or `name` is an alias."""
+        description = self.describe(name)
+        # The description of an alias is that of its collection. On Milvus Lite, a drop by alias removes it.
+        if description is None or description["collection_name"] != name:
             return None
-        return mark_of(described)
+        return mark_of(description)
 
-    def aliases(self, table: str) -> list[str]:
-        """Return the aliases of a collection."""
-        if self._link.server().lists_aliases:
-            answer = self._link.attempt(
-                table, lambda client: client.list_aliases(table, timeout=self._timeout_s)
+    def aliases(self, name: str) -> list[str]:
+        """The aliases of a collection."""
+        if self._milvus.server().lists_aliases:
+            response = self._milvus.call(
+                name, lambda client: client.list_aliases(name, timeout=self._timeout_s)
             )
-            return list(answer["aliases"])
-        return list((self.describe(table) or {}).get("aliases", ()))
+            return list(response["aliases"])
+        return list((self.describe(name) or {}).get("aliases", ()))
 
-    def _create_table(self, target: str, schema: scalars.Schema, dim: int, mark: str) -> None:
-        server = self._link.server()
-        key = not self._named and server.keeps_partition_keys
-        options = milvus_client().table(schema, dim, key=key, mark=mark, lite=server.lite)
+    def _create_collection(self, target: str, schema: schemas.Schema, dim: int, mark: str) -> None:
+        server = self._milvus.server()
+        partition_key = not self._named and server.keeps_partition_keys
+        options = import_client().collection_options(
+            schema, dim, partition_key=partition_key, mark=mark, lite=server.lite
+        )
         self._run(target, lambda client: client.create_collection(target, timeout=self._timeout_s, **options))
 
     def has_index(self, name: str) -> bool:
-        """Return whether the vectors have an index."""
-        found = self._link.attempt(
+        """Whether the vectors have an index."""
+        indexes = self._milvus.call(
             name, lambda client: client.list_indexes(name, "vector", timeout=self._timeout_s)
         )
-        return bool(found)
+        return bool(indexes)
 
     def create_index(self, name: str) -> None:
-        """Make the index of the vectors."""
-        params = milvus_client().index()
+        """Create the index of the vectors."""
+        params = import_client().index_options()
         self._run(name, lambda client: client.create_index(name, params, timeout=self._timeout_s))
 
     def load(self, name: str) -> None:
-        """Make a collection ready for searches."""
+        """Load a collection into memory, which searches require."""
         self._run(name, lambda client: client.load_collection(name, timeout=self._timeout_s))
 
-    def _run(self, name: str, do: Callable[[Any], object]) -> None:
-        self._link.attempt(name, do)
+    def _run(self, name: str, action: Callable[[Any], object]) -> None:
+        self._milvus.call(name, action)

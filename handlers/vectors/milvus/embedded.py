@@ -11,7 +11,7 @@ from ...settings import HandlerSettings
 
 
 class EmbeddedMilvus:
-    """Our own server process around Milvus Lite (see ``jobworker.handlers.vectors.milvus.lite_server``)."""
+    """Process of `lite_server`, with its folder, token and port."""
 
     name = "milvus"
 
@@ -33,16 +33,16 @@ class EmbeddedMilvus:
         return not settings.milvus_uri and any(one in NEEDS_VECTORS for one in settings.handlers.values())
 
     def settings(self) -> dict[str, str]:
-        """Its address. No token of its own: clients would prefer that to the one in the uri."""
+        """Settings for its clients. The token is empty: clients prefer it to the one in the URI."""
         return {"milvus_uri": self.url, "milvus_token": ""}
 
     @property
     def url(self) -> str:
-        """For clients on this machine. Holds the token as user and password: never log it."""
+        """Address for clients on this machine. Contains the token as user and password: never log it."""
         return f"http://{self._token}@{HOST}:{self._port}"
 
     def command(self) -> list[str]:
-        """The server writes the port file once it serves."""
+        """Command line of the server, which writes the port file when it is ready."""
         self._port_file.unlink(missing_ok=True)
         return [
             sys.executable, "-m", "jobworker.handlers.vectors.milvus.lite_server",
@@ -52,5 +52,5 @@ class EmbeddedMilvus:
         ]  # fmt: skip
 
     def answers(self) -> bool:
-        """Whether it serves: its collections are loaded by then."""
+        """Whether it is ready, with all collections loaded."""
         return self._port_file.exists()

@@ -1,4 +1,4 @@
-"""Sort what Milvus and its client raise into what helps: a retry, a repair or nothing (pure)."""
+"""Classification of errors of Milvus and its client: retry, repair or give up (pure)."""
 
 from collections.abc import Collection
 from enum import Enum
@@ -7,17 +7,17 @@ from ..ports import PermanentStoreError, TransientStoreError, VectorStoreError
 
 
 class Verdict(Enum):
-    """What to do about an error."""
+    """Remedy for an error."""
 
-    TRANSIENT = "the same call may work later"
-    PERMANENT = "the same call can never work"
-    NOT_LOADED = "load the collection, then once more"
-    NO_COLLECTION = "the collection or alias is not there"
+    TRANSIENT = "the same call may succeed later"
+    PERMANENT = "the same call can never succeed"
+    NOT_LOADED = "load the collection, then retry"
+    NO_COLLECTION = "the collection or alias does not exist"
 
 
 T, P = Verdict.TRANSIENT, Verdict.PERMANENT
 
-# The client's own complaints all carry code 1, so they are known by class.
+# The client's own errors all have code 1, so they are classified by class.
 CLASSES = {
     "ConnectionConfigException": P,
     "DataNotMatchException": P,
@@ -36,7 +36,7 @@ CLASSES = {
     "SchemaMismatchRetryableException": T,
 }
 
-# Codes of the server (Milvus 2.3 to 2.6 and Milvus Lite 3.2) and of the client.
+# Error codes of the server (Milvus 2.3 to 2.6 and Milvus Lite 3.2) and of the client.
 CODES = {
     1: T,  # 2.4 and later: a part of the server is not ready; see LITE_CODES for Lite
     2: T,  # the client cannot connect
@@ -44,8 +44,8 @@ CODES = {
     4: T,  # memory limit reached
     6: P,  # Lite: wrong dimension, filter or value
     8: T,  # rate limit
-    9: T,  # writes refused for now (memory or disk quota)
-    11: T,  # Lite: index not there yet
+    9: T,  # writes rejected temporarily (memory or disk quota)
+    11: T,  # Lite: index not created yet
     12: T,  # disk quota
     35: P,  # Lite: index exists with other parameters
     100: Verdict.NO_COLLECTION,
@@ -61,18 +61,18 @@ CODES = {
     1400: P,  # no permission
     1401: P,  # not authenticated
     10001: T,  # an operation was cancelled by the server
-    **dict.fromkeys(range(901, 907), T),  # the server's nodes are coming or going
-    # 2.3: bad filter, wrong dimension, limits; 2.4 and later: anything unexpected. A few tries cost little.
+    **dict.fromkeys(range(901, 907), T),  # nodes of the server join or leave
+    # 2.3: bad filter, wrong dimension, limits; 2.4 and later: anything unexpected. A few retries cost little.
     65535: T,
 }
 
-# The client gave up waiting; it says so under code 1.
-GAVE_UP = ("Retry timeout", "Retry run out")
+# Timeouts of the client, which have code 1.
+TIMEOUT_TEXTS = ("Retry timeout", "Retry run out")
 
-# Too many partitions or shards: 2.3 says it under a number that it has for everything.
-TOO_MANY = "exceeds max configuration"
+# Too many partitions or shards; 2.3 uses a generic code for it.
+LIMIT_TEXT = "exceeds max configuration"
 
-# Lite answers 1 for anything it did not expect; a full disk or a broken file names its errno.
+# Lite uses code 1 for anything unexpected. For a full disk or a damaged file, the message has an errno.
 LITE_CODES = {1: P}
 
 STATUSES = {
@@ -87,41 +87,41 @@ STATUSES = {
 
 
 def classify(class_names: Collection[str], code: int | str, message: str, *, lite: bool = False) -> Verdict:
-    """Return the verdict on an error.
+    """Classify an error.
 
-    `class_names`: names of its class and the bases; `code`: the server's number or the name of a gRPC status;
-    `lite`: whether Milvus Lite answered. An unknown code is transient: a job's own tries are bounded.
+    `class_names`: names of its class and its bases; `code`: the server's code or the name of a gRPC status;
+    `lite`: whether the server is Milvus Lite. Unknown codes are transient: the retries of a job are limited.
     """
-    if any(mark in message for mark in GAVE_UP):
+    if any(text in message for text in TIMEOUT_TEXTS):
         return T
-    if TOO_MANY in message:
+    if LIMIT_TEXT in message:
         return P
     for name in class_names:
         if name in CLASSES:
             return CLASSES[name]
     if isinstance(code, str):
-        return of_status(code, message)
+        return classify_status(code, message)
     if lite and code in LITE_CODES and "[Errno" not in message:
         return LITE_CODES[code]
     return CODES.get(code, T)
 
 
-def of_status(status: str, message: str) -> Verdict:
-    """Return the verdict on a gRPC status; a message over the limit stays so however often it is sent."""
+def classify_status(status: str, message: str) -> Verdict:
+    """Classify a gRPC status. A message over the size limit is permanent: it is as large in every retry."""
     if status == "RESOURCE_EXHAUSTED":
         return P if "larger than max" in message else T
     return STATUSES.get(status, T)
 
 
 class NotLoaded(TransientStoreError):
-    """The collection is not loaded: a server that restarts says so for a while, too."""
+    """The collection is not loaded; a server reports this for a while after a restart, too."""
 
 
 class NoCollection(PermanentStoreError):
-    """The collection or alias is not there."""
+    """The collection or alias does not exist."""
 
 
-RAISED: dict[Verdict, type[VectorStoreError]] = {
+ERROR_CLASSES: dict[Verdict, type[VectorStoreError]] = {
     Verdict.TRANSIENT: TransientStoreError,
     Verdict.PERMANENT: PermanentStoreError,
     Verdict.NOT_LOADED: NotLoaded,

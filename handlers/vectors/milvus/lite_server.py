@@ -1,4 +1,4 @@
-"""Serve Milvus Lite to several processes without losing what it acknowledged.
+"""Milvus Lite as a server for several processes that loses no acknowledged row.
 
 `python -m jobworker.handlers.vectors.milvus.lite_server --data-dir D --port-file F --token-file T [--port 0]`
 
@@ -6,15 +6,15 @@ The stock `milvus-lite server` loses acknowledged rows under concurrent writers 
 its engine is written for one caller. Here the same engine is served with
 
 * one lock around every call that writes;
-* no write for a caller that is gone: its job may have been run again meanwhile, and newer ones after it;
-* readers kept out while a flush moves rows from memory to a segment, so that none is missed in between;
-* an end of the process on the first write that failed: only the replay of the log at the next start is safe;
-* rebuilds index files that a kill left half written, instead of never starting again.
+* no write for a caller that has died: its job, and newer ones, may have run meanwhile;
+* no reads while a flush moves rows from memory to a segment, so that no read misses a row;
+* an exit after the first failed write, because only a replay of the log at the next start is safe;
+* a rebuild of index files that a kill left incomplete, which otherwise prevent every start.
 
-A kill at any moment loses nothing that was acknowledged. The log is not synced on each write, so a power
-cut may lose the tail.
+A kill at any moment loses no acknowledged row. The log is not synced after each write, so a power failure
+may lose its end.
 
-Every user of the host can connect to the loopback address, so each call must carry the token in the token
+Every user of the host can connect to the loopback address, so each call must carry the token of the token
 file. A call without it gets UNAUTHENTICATED before its message is read.
 
 Exit codes: 0 stopped by SIGTERM or SIGINT; 2 cannot start, one line on stderr says why; 74 a write failed.
@@ -40,20 +40,20 @@ from typing import Any, NoReturn
 
 log = logging.getLogger("jobworker.lite")
 
-# The wrapper patches private names of this release: another one may write by another way.
+# Private names of this release are patched; another release may have other code paths for writes.
 SUPPORTED_VERSION = "3.2.2"
-# Rows not yet flushed are searched one by one in Python (about 40 µs a row); the engine's own 128 MiB let
-# a search of fresh rows take two seconds.
+# Rows that are not flushed are searched one by one in Python, about 40 µs a row. With the engine's default of
+# 128 MiB, a search of recent rows took two seconds.
 MEMTABLE_LIMIT_BYTES = 4 * 1024 * 1024
-# As the stock server: a batch of rows that a real Milvus would split still fits.
+# As in the stock server: larger than any request that a Milvus server accepts.
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
-# Writers queue for one lock, each in a thread of its own; readers must still find a free thread.
+# Waiting writers occupy a thread each; there must be threads left for readers.
 SERVER_THREADS = 32
-# pymilvus pings every 10 s when idle; the default (300 s) answers such a client with GOAWAY.
+# pymilvus pings every 10 s when idle; with gRPC's default of 300 s, the server would answer GOAWAY.
 MIN_PING_INTERVAL_MS = 5_000
-# Running calls may finish; all that was acknowledged is in the log already.
+# For running calls; everything acknowledged is in the log already.
 STOP_GRACE_S = 2.0
-# Closing builds pending indexes, which may take minutes; after this the log is left for the next start.
+# Closing builds pending indexes, which may take minutes; after this, the next start replays the log.
 CLOSE_LIMIT_S = 8.0
 EXIT_USAGE = 2
 EXIT_WRITE_FAILED = 74  # EX_IOERR of sysexits.h
@@ -85,18 +85,18 @@ WRITING_CALLS = (
     "AlterDatabase",
 )
 READING_CALLS = ("Query", "Search", "HybridSearch", "GetCollectionStatistics", "GetPartitionStatistics")
-# A longer name cannot become a directory: the rows would be acknowledged and the flush would fail for ever.
+# A longer name cannot be a directory: rows would be acknowledged, and every flush would fail.
 PARTITION_NAME = re.compile(r"[A-Za-z0-9_]{1,200}")
 
 
 class FlushGate:
-    """Many readers or one flush; a waiting flush goes before new readers."""
+    """Readers-writer lock: many readers or one flush; a waiting flush has priority over new readers."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._readers = 0
         self._flushing = False
-        self._here = threading.local()
+        self._thread = threading.local()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -112,19 +112,19 @@ class FlushGate:
 
     @contextlib.contextmanager
     def opening(self) -> Iterator[None]:
-        """A collection that is being opened has no readers yet, so its flush must not wait for them.
+        """Let flushes of this thread pass: a collection that is being opened has no readers.
 
-        They may be waiting for this very collection.
+        Readers of other collections may be waiting for this very one.
         """
-        before, self._here.opening = getattr(self._here, "opening", False), True
+        before, self._thread.opening = getattr(self._thread, "opening", False), True
         try:
             yield
         finally:
-            self._here.opening = before
+            self._thread.opening = before
 
     @contextlib.contextmanager
     def flushing(self) -> Iterator[None]:
-        if getattr(self._here, "opening", False):
+        if getattr(self._thread, "opening", False):
             yield
             return
         with self._changed:
@@ -139,14 +139,14 @@ class FlushGate:
                 self._changed.notify_all()
 
 
-def leave(code: int, reason: str) -> NoReturn:
-    """Say `reason` in one line on stderr and end the process without any clean-up."""
+def exit_now(code: int, reason: str) -> NoReturn:
+    """Print `reason` in one line on stderr and exit without any clean-up."""
     print(f"lite_server: {' '.join(reason.split())}", file=sys.stderr, flush=True)
     os._exit(code)
 
 
 def guard_engine(collection_class: Any, gate: FlushGate) -> None:
-    """Patch the engine: flushes keep readers out, and a failed flush or log write ends the process."""
+    """Patch the engine: no reads during a flush, and an exit after a failed flush or log write."""
     flush, apply = collection_class._trigger_flush, collection_class._apply
 
     @functools.wraps(flush)
@@ -155,62 +155,65 @@ def guard_engine(collection_class: Any, gate: FlushGate) -> None:
             with gate.flushing():
                 flush(self)
         except BaseException as error:
-            leave(EXIT_WRITE_FAILED, f"flush failed ({error!r}); the log is replayed at the next start")
+            exit_now(EXIT_WRITE_FAILED, f"flush failed ({error!r}); the log is replayed at the next start")
 
     @functools.wraps(apply)
     def guarded_apply(self: Any, operation: Any) -> None:
         try:
             apply(self, operation)
         except OSError as error:
-            # Whatever is appended behind a torn record would be unreadable after a crash.
-            leave(EXIT_WRITE_FAILED, f"log write failed ({error!r}); the log is replayed at the next start")
+            # A record after a torn one would be unreadable after a crash.
+            exit_now(
+                EXIT_WRITE_FAILED, f"log write failed ({error!r}); the log is replayed at the next start"
+            )
 
     collection_class._trigger_flush, collection_class._apply = guarded_flush, guarded_apply
 
 
 def guard_indexes(segment_class: Any) -> None:
-    """Patch the engine: rebuild the file of a vector index that cannot be read from the rows.
+    """Patch the engine: rebuild an unreadable index file from the rows.
 
-    The engine writes such files in place and in the background, so a kill may leave the beginning of one.
+    The engine writes index files in place and in the background, so a kill may leave a part of one.
     """
     build_or_load = segment_class.build_or_load_index
 
     @functools.wraps(build_or_load)
-    def mended(self: Any, spec: Any, index_dir: str) -> None:
+    def build_or_rebuild(self: Any, spec: Any, index_dir: str) -> None:
         try:
             build_or_load(self, spec, index_dir)
         except Exception as error:
             path = Path(self.index_file_path(index_dir, spec.index_type, spec.field_name))
             if not path.exists():
                 raise
+            # As text, because this process has the standard formatter, which prints no extra fields.
             log.warning("lite.index_rebuilt file=%s error=%s", path, error)
             path.unlink()
             build_or_load(self, spec, index_dir)
 
-    segment_class.build_or_load_index = mended
+    segment_class.build_or_load_index = build_or_rebuild
 
 
 def guard_calls(servicer: Any, gate: FlushGate) -> None:
-    """Patch one servicer: writing calls one at a time, reading calls never during a flush."""
+    """Patch the servicer: one writing call at a time, no reading call during a flush."""
     write_lock = threading.Lock()
 
     for name in WRITING_CALLS:
-        setattr(servicer, name, writing(getattr(servicer, name), write_lock))
+        setattr(servicer, name, serialised(getattr(servicer, name), write_lock))
     for name in READING_CALLS:
-        setattr(servicer, name, reading(getattr(servicer, name), gate))
+        setattr(servicer, name, outside_flushes(getattr(servicer, name), gate))
     servicer.AllocTimestamp = unimplemented
     guard_partition_names(servicer)
 
 
 def unimplemented(request: Any, context: Any) -> None:
-    """Answer a call that the engine lacks as clients expect; the stock class logs a traceback beside that."""
+    """Abort a call that the engine lacks, as clients expect; the stock class also logs a traceback."""
     import grpc
 
     context.abort(grpc.StatusCode.UNIMPLEMENTED, "Milvus Lite does not have this call")
 
 
-def writing(call: Callable[[Any, Any], Any], lock: threading.Lock) -> Callable[[Any, Any], Any]:
-    """Return the call under the lock; refused where the caller has gone while it waited for its turn."""
+def serialised(call: Callable[[Any, Any], Any], lock: threading.Lock) -> Callable[[Any, Any], Any]:
+    """The call under the lock; aborted if the caller died while it waited for the lock."""
 
     def run(request: Any, context: Any) -> Any:
         import grpc
@@ -223,8 +226,8 @@ def writing(call: Callable[[Any, Any], Any], lock: threading.Lock) -> Callable[[
     return run
 
 
-def reading(call: Callable[[Any, Any], Any], gate: FlushGate) -> Callable[[Any, Any], Any]:
-    """Return the call, kept out of flushes."""
+def outside_flushes(call: Callable[[Any, Any], Any], gate: FlushGate) -> Callable[[Any, Any], Any]:
+    """The call, which never runs during a flush."""
 
     def run(request: Any, context: Any) -> Any:
         with gate.reading():
@@ -234,7 +237,7 @@ def reading(call: Callable[[Any, Any], Any], gate: FlushGate) -> Callable[[Any, 
 
 
 def guard_partition_names(servicer: Any) -> None:
-    """Refuse partition names that the engine would take and then fail to write for ever."""
+    """Patch the servicer: reject partition names that the engine accepts but can never flush."""
     create = servicer.CreatePartition
 
     def create_checked(request: Any, context: Any) -> Any:
@@ -248,7 +251,7 @@ def guard_partition_names(servicer: Any) -> None:
 
 
 class TokenCheck:
-    """gRPC server interceptor: refuses every call whose `authorization` header is not the token's.
+    """gRPC server interceptor: rejects every call without the token in the `authorization` header.
 
     It covers unknown methods too. The comparison takes constant time.
     """
@@ -256,44 +259,44 @@ class TokenCheck:
     def __init__(self, token: str) -> None:
         import grpc
 
-        # As pymilvus and the SDKs of other languages send `user:password` or an API key.
+        # The encoding of pymilvus and other SDKs for `user:password` or an API key.
         self._expected = base64.b64encode(token.encode())
-        # A streaming handler: gRPC reads the whole message first for a unary one.
-        self._refuse = grpc.stream_stream_rpc_method_handler(unauthenticated)
+        # A streaming handler, because for a unary one gRPC reads the whole message first.
+        self._reject = grpc.stream_stream_rpc_method_handler(unauthenticated)
 
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
-        """Return the handler of the call, or the one that refuses it."""
-        given = [value for key, value in details.invocation_metadata if key == "authorization"]
-        if len(given) == 1 and hmac.compare_digest(as_bytes(given[0]), self._expected):
+        """The handler of the call, or the one that rejects it."""
+        tokens = [value for key, value in details.invocation_metadata if key == "authorization"]
+        if len(tokens) == 1 and hmac.compare_digest(as_bytes(tokens[0]), self._expected):
             return continuation(details)
-        return self._refuse
+        return self._reject
 
 
 def as_bytes(value: str | bytes) -> bytes:
-    """Return a metadata value as bytes: gRPC gives str where it can decode one."""
+    """A metadata value as bytes; gRPC passes str if it can decode the value."""
     return value.encode() if isinstance(value, str) else value
 
 
 def unauthenticated(requests: Any, context: Any) -> None:
-    """Refuse a call without reading its messages."""
+    """Reject a call without reading its messages."""
     import grpc
 
     context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong or missing token")
 
 
 def read_token(path: Path) -> str:
-    """Return the token in `path`; ends with 2 where there is none: an open server is never started."""
+    """The token in `path`. Exits with 2 if there is none: the server never starts without a token."""
     try:
         token = path.read_text("utf-8").strip()
     except (OSError, ValueError) as error:
-        leave(EXIT_USAGE, f"token file {path} cannot be read: {error}")
+        exit_now(EXIT_USAGE, f"token file {path} cannot be read: {error}")
     if not token:
-        leave(EXIT_USAGE, f"token file {path} is empty")
+        exit_now(EXIT_USAGE, f"token file {path} is empty")
     return token
 
 
 def guard_open(database: Any, gate: FlushGate) -> None:
-    """Patch one database: two calls that open the same collection at once would share its log."""
+    """Patch the database: without the lock, two calls that open a collection at once would share its log."""
     lock = threading.RLock()
 
     def locked(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -308,21 +311,21 @@ def guard_open(database: Any, gate: FlushGate) -> None:
     database.create_collection = locked(database.create_collection)
 
 
-def load_everything(database: Any) -> None:
-    """Open and load every collection: the engine leaves indexed ones released after a restart."""
+def load_all_collections(database: Any) -> None:
+    """Open and load every collection; after a restart the engine has released the indexed ones."""
     for database_name in database.list_databases():
         for name in database.list_collections(database_name=database_name):
             database.get_collection(name, database_name=database_name).load()
 
 
 def check_version() -> None:
-    """End with 2 where the installed engine is missing or not the one whose private names are patched."""
+    """Exit with 2 if the engine is missing or is not the release whose private names are patched."""
     try:
         version = importlib.metadata.version("milvus-lite")
     except importlib.metadata.PackageNotFoundError:
-        leave(EXIT_USAGE, f"milvus-lite is not installed: pip install milvus-lite=={SUPPORTED_VERSION}")
+        exit_now(EXIT_USAGE, f"milvus-lite is not installed: pip install milvus-lite=={SUPPORTED_VERSION}")
     if version != SUPPORTED_VERSION:
-        leave(
+        exit_now(
             EXIT_USAGE,
             f"milvus-lite {version} is installed, only {SUPPORTED_VERSION} is known to keep rows here: "
             f"pip install milvus-lite=={SUPPORTED_VERSION}",
@@ -330,8 +333,8 @@ def check_version() -> None:
 
 
 def open_database(data_dir: Path) -> Any:
-    """Open the engine on `data_dir`, with every collection loaded; ends with 2 where another holds it."""
-    # Read by the engine once, at import.
+    """Open the engine on `data_dir`. Exits with 2 if another process uses the directory."""
+    # The engine reads it once, at import.
     os.environ.setdefault("MILVUS_LITE_MEMTABLE_MEMORY_LIMIT_BYTES", str(MEMTABLE_LIMIT_BYTES))
     from milvus_lite.db import MilvusLite
     from milvus_lite.exceptions import DataDirLockedError
@@ -339,13 +342,13 @@ def open_database(data_dir: Path) -> Any:
     try:
         return MilvusLite(str(data_dir))
     except DataDirLockedError:
-        leave(EXIT_USAGE, f"data directory {data_dir} is in use by another process")
+        exit_now(EXIT_USAGE, f"data directory {data_dir} is in use by another process")
     except OSError as error:
-        leave(EXIT_USAGE, f"data directory {data_dir} cannot be used: {error}")
+        exit_now(EXIT_USAGE, f"data directory {data_dir} cannot be used: {error}")
 
 
 def build_server(database: Any, gate: FlushGate, token: str) -> Any:
-    """Return a gRPC server with every guard in place, not yet bound to a port."""
+    """The gRPC server with all patches, not yet bound to a port."""
     import grpc
     from milvus_lite.adapter.grpc import server as stock
     from milvus_lite.adapter.grpc.servicer import MilvusServicer
@@ -356,7 +359,7 @@ def build_server(database: Any, gate: FlushGate, token: str) -> Any:
         options=[
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            # Two servers could otherwise share one port with different data.
+            # With it, two servers with different data could share a port.
             ("grpc.so_reuseport", 0),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
@@ -370,18 +373,18 @@ def build_server(database: Any, gate: FlushGate, token: str) -> Any:
 
 
 def bind(server: Any, port: int) -> int:
-    """Bind to the loopback address; returns the port, or ends with 2 where it is taken."""
+    """Bind to the loopback address and return the port. Exits with 2 if the port is in use."""
     try:
         bound = int(server.add_insecure_port(f"127.0.0.1:{port}"))
     except RuntimeError:
         bound = 0
     if bound == 0:
-        leave(EXIT_USAGE, f"port {port} on 127.0.0.1 is in use")
+        exit_now(EXIT_USAGE, f"port {port} on 127.0.0.1 is in use")
     return bound
 
 
 def publish_port(port_file: Path, port: int) -> None:
-    """Write the port by rename, so that a reader sees all of it or nothing."""
+    """Write the file by an atomic rename, so that no reader sees a part of it."""
     handle, temporary = tempfile.mkstemp(dir=port_file.parent, prefix=f".{port_file.name}.")
     with os.fdopen(handle, "w") as file:
         file.write(f"{port}\n")
@@ -389,7 +392,7 @@ def publish_port(port_file: Path, port: int) -> None:
 
 
 def close(server: Any, database: Any) -> None:
-    """Stop serving, then close the engine within the limit; what is not flushed stays in the log."""
+    """Stop serving, then close the engine within CLOSE_LIMIT_S; unflushed rows stay in the log."""
     server.stop(grace=STOP_GRACE_S).wait(STOP_GRACE_S + 1)
     closing = threading.Thread(target=database.close, daemon=True)
     closing.start()
@@ -397,7 +400,7 @@ def close(server: Any, database: Any) -> None:
 
 
 def serve(data_dir: Path, port_file: Path, port: int, token: str, stop: threading.Event) -> None:
-    """Serve `data_dir` until `stop` is set; `port_file` is there once calls are answered."""
+    """Serve `data_dir` until `stop` is set; `port_file` exists while calls are answered."""
     database = open_database(data_dir)
     from milvus_lite.engine.collection import Collection
     from milvus_lite.storage.segment import Segment
@@ -408,7 +411,7 @@ def serve(data_dir: Path, port_file: Path, port: int, token: str, stop: threadin
     guard_open(database, gate)
     server = build_server(database, gate, token)
     bound = bind(server, port)
-    load_everything(database)
+    load_all_collections(database)
     server.start()
     publish_port(port_file, bound)
     stop.wait()
@@ -417,17 +420,19 @@ def serve(data_dir: Path, port_file: Path, port: int, token: str, stop: threadin
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="lite_server", description="Safe server around Milvus Lite.")
-    parser.add_argument("--data-dir", type=Path, required=True, help="where the rows live")
-    parser.add_argument("--port-file", type=Path, required=True, help="gets the port once calls are answered")
-    parser.add_argument("--token-file", type=Path, required=True, help="holds what clients give as token")
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of the rows")
+    parser.add_argument(
+        "--port-file", type=Path, required=True, help="gets the port when the server is ready"
+    )
+    parser.add_argument("--token-file", type=Path, required=True, help="file with the token of the clients")
     parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1; 0 picks a free one")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run the server until SIGTERM or SIGINT; the exit code is in the docstring of this file."""
+    """Run the server until SIGTERM or SIGINT; the module docstring lists the exit codes."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -437,7 +442,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     os.umask(0o077)  # the engine's files hold every tenant's rows
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     serve(options.data_dir, options.port_file, options.port, token, stop)
-    # Threads of the engine may still build an index; nothing of theirs is needed.
+    # Threads of the engine may still build an index, which the next start does not need.
     sys.stderr.flush()
     os._exit(0)
 

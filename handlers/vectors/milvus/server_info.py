@@ -1,79 +1,77 @@
-"""What a collection on a Milvus server is like, and whether it can be used as it is (pure)."""
+"""Facts about a Milvus server and its collections, and whether a collection can be used (pure)."""
 
 import re
 from typing import Any, NamedTuple
 
 from ..ports import PermanentStoreError
 
-# Milvus 2.3.5 files an upserted row under the hash of its primary key instead of its partition key: a filter
-# on the key then finds next to nothing. Repaired late in 2.3.
+# Milvus 2.3.5 stores an upserted row under the hash of its primary key instead of its partition key, so a
+# filter on the partition key misses almost every row. Repaired late in 2.3.
 PARTITION_KEY_SINCE = (2, 4)
-# Values of a filter beside its text; before, a brace in a filter is an error.
+# Template parameters of filters; older versions reject a brace in a filter.
 TEMPLATES_SINCE = (2, 5)
-
-
-# 2.3 has the aliases in the answer of describe_collection.
+# 2.3 lists the aliases in the answer of describe_collection.
 LISTS_ALIASES_SINCE = (2, 4)
-#: Property that holds a collection's mark on Milvus Lite, which keeps no descriptions.
+#: Property with a collection's mark on Milvus Lite, which does not store descriptions.
 MARK = "jobworker.made"
 
 
 class Server(NamedTuple):
-    """What answers: `version` as it says, and whether it is Milvus Lite."""
+    """Kind of the server: its version string, and whether it is Milvus Lite."""
 
     version: str
     lite: bool
 
     @property
     def keeps_partition_keys(self) -> bool:
-        """Return whether upserts go where a filter on the partition key looks for them."""
+        """Whether a filter on the partition key finds upserted rows."""
         return self.lite or self._is_since(PARTITION_KEY_SINCE)
 
     @property
     def takes_templates(self) -> bool:
-        """Return whether a filter may have names in the place of values."""
+        """Whether a filter may have template parameters."""
         return not self.lite and self._is_since(TEMPLATES_SINCE)
 
     @property
     def lists_aliases(self) -> bool:
-        """Return whether the aliases of a collection can be asked for."""
+        """Whether it has a call that lists the aliases of a collection."""
         return self.lite or self._is_since(LISTS_ALIASES_SINCE)
 
     def _is_since(self, since: tuple[int, int]) -> bool:
         number = re.search(r"(\d{1,9})\.(\d{1,9})", self.version)
-        # A cloud service that gives no number is a recent one.
+        # A cloud service without a version number is a recent one.
         return number is None or (int(number[1]), int(number[2])) >= since
 
 
 class CollectionInfo(NamedTuple):
-    """What a process remembers of a collection."""
+    """Cached part of a collection's description; `takes_version`: rows may carry a version."""
 
     dim: int
     takes_version: bool
 
-
-def collection_info_of(described: dict[str, Any]) -> CollectionInfo:
-    """Return what matters of the server's description of a collection."""
-    vector = next((field for field in described["fields"] if field["name"] == "vector"), None)
-    if vector is None:
-        raise PermanentStoreError(f"collection {described['collection_name']} has no field `vector`")
-    return CollectionInfo(int(vector["params"]["dim"]), bool(described.get("enable_dynamic_field")))
-
-
-def mark_of(described: dict[str, Any]) -> str:
-    """Return the mark of a collection, empty where it has none."""
-    return str(described.get("description") or (described.get("properties") or {}).get(MARK, ""))
+    @classmethod
+    def of(cls, description: dict[str, Any]) -> "CollectionInfo":
+        """From the server's description. Raises PermanentStoreError if there is no field `vector`."""
+        vector = next((field for field in description["fields"] if field["name"] == "vector"), None)
+        if vector is None:
+            raise PermanentStoreError(f"collection {description['collection_name']} has no field `vector`")
+        return cls(int(vector["params"]["dim"]), bool(description.get("enable_dynamic_field")))
 
 
-def refuse_unusable(alias: str, described: dict[str, Any], dim: int, *, named: bool, server: Server) -> None:
-    """Raise PermanentStoreError where the collection cannot be used with this model, server or setting."""
-    has = collection_info_of(described).dim
-    if has != dim:
+def mark_of(description: dict[str, Any]) -> str:
+    """The mark of a collection: a text that names its creator; empty if it has none."""
+    return str(description.get("description") or (description.get("properties") or {}).get(MARK, ""))
+
+
+def check_usable(alias: str, description: dict[str, Any], dim: int, *, named: bool, server: Server) -> None:
+    """Raise PermanentStoreError if the model, the server or the settings do not fit the collection."""
+    actual_dim = CollectionInfo.of(description).dim
+    if actual_dim != dim:
         raise PermanentStoreError(
-            f"collection {alias} holds vectors of {has} dimensions, the model makes {dim}: "
+            f"collection {alias} holds vectors of {actual_dim} dimensions, the model makes {dim}: "
             "start with the model it was filled with, set another --milvus-prefix, or rebuild it"
         )
-    if not any(field.get("is_partition_key") for field in described["fields"]):
+    if not any(field.get("is_partition_key") for field in description["fields"]):
         return
     if named:
         raise PermanentStoreError(f"collection {alias} has a partition key: set --milvus-partitions key")

@@ -1,12 +1,14 @@
-"""The vector store on Milvus: a server of version 2.3 or later, or our server around Milvus Lite.
+"""Vector store on Milvus: a server of version 2.3 or later, or the bundled server around Milvus Lite.
 
-Tenants are kept apart by tenant_id and project_id in every filter (on Lite a read by id is sorted out here,
-which is far cheaper), and by a partition key on tenant_id (from
-Milvus 2.4 on, see milvus_collection) or by the Go service's partitions. The id is the primary key and stands
-as it was given, so a tenant could overwrite another's row by sending its id; `upsert` therefore reads who
-owns the ids first and refuses. What remains: two tenants that send the same new id within a moment of each
-other. Milvus Lite serialises calls but not the pair of them, and a Milvus server answers that read with what
-it knew a moment ago (a read that waits for the newest state took 200 to 400 ms on 2.3.5).
+Every filter contains tenant_id and project_id; on Lite, rows that are read by id are filtered here, which is
+far cheaper. In addition, tenants are separated by a partition key on tenant_id (from Milvus 2.4 on, see
+`server_info`) or by the partitions of the Go service.
+
+The id of a row is the primary key, so a tenant could overwrite the row of another one by sending its id.
+Therefore `upsert` reads the owners of all ids first and rejects foreign ones. One race remains: two tenants
+send the same new id at the same moment. Milvus Lite serialises calls, but not the pair of read and write. A
+Milvus server may answer the read with slightly old data; a strongly consistent read took 200 to 400 ms on
+2.3.5.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from .. import filters
-from .. import schema as scalars
+from .. import schema as schemas
 from ..filters import EVERYTHING, Filter
 from ..ports import (
     AnyHit,
@@ -30,9 +32,9 @@ from ..ports import (
     VectorStore,
     VectorStoreError,
 )
-from .collections import CollectionAdmin, create_if_missing, milvus_client
+from .collections import CollectionAdmin, create_if_missing, import_client
 from .errors import NoCollection, NotLoaded
-from .server_info import CollectionInfo, collection_info_of
+from .server_info import CollectionInfo
 
 __all__ = [
     "EntityHit",
@@ -54,47 +56,40 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Partitions = Literal["key", "named"]
 
-# How many neighbours HNSW keeps while it searches; never less than the limit asked for.
+# Candidates that HNSW keeps during a search (parameter `ef`); at least the limit of the search.
 SEARCH_EF = 128
-# A Milvus server takes 64 MiB a request; a quarter keeps its memory and the time of one call bounded.
-MAX_REQUEST_BYTES = 16 * 1024 * 1024
-# Larger batches gained nothing on either server.
-MAX_REQUEST_ROWS = 500
-# 200 rows with the longest texts and 4096 dimensions stay below 64 MiB in one answer.
+# 200 rows with the longest texts and 4096 dimensions stay below 64 MiB, the limit of a response.
 MAX_READ_ROWS = 200
 
 
 class MilvusVectors:
-    """VectorStore on a Milvus server; the connection is made by the first call, in the process that calls."""
+    """`VectorStore` on Milvus; connects at its first call, in the calling process."""
 
-    def __init__(self, link: "MilvusClientHandle", *, prefix: str, partitions: Partitions) -> None:
-        self._link, self._timeout_s = link, link.timeout_s
+    def __init__(self, milvus: "MilvusClientHandle", *, prefix: str, partitions: Partitions) -> None:
+        self._milvus, self._timeout_s = milvus, milvus.timeout_s
         self._prefix, self._named = prefix, partitions == "named"
-        self._tables = CollectionAdmin(link, named=self._named)
-        self._known: dict[str, CollectionInfo] = {}
+        self._collections = CollectionAdmin(milvus, named=self._named)
+        self._infos: dict[str, CollectionInfo] = {}
         self._ensured: dict[str, int] = {}
-        self._partitions_seen: set[tuple[str, str]] = set()
+        self._seen_partitions: set[tuple[str, str]] = set()
 
     # ---- the port
 
     def ping(self) -> None:
-        """Raise TransientStoreError unless the store answers within a few seconds."""
-        self._link.ping()
+        self._milvus.ping()
 
     def ensure_collection(self, name: str, dim: int) -> None:
-        """Make and load the collection; see VectorStore."""
-        described = self._tables.ensure(self._full(name), scalars.schema_of(name), dim)
-        self._known[name], self._ensured[name] = collection_info_of(described), dim
+        description = self._collections.ensure(self._full(name), schemas.schema_of(name), dim)
+        self._infos[name], self._ensured[name] = CollectionInfo.of(description), dim
 
     def upsert(self, name: str, rows: Sequence[AnyRow]) -> None:
-        """Write rows under their ids; see VectorStore."""
         if not rows:
             return
-        distinct = scalars.distinct(name, rows, self._dim(name, rows))
-        self._refuse_foreign(name, distinct)
-        for partition, group in self._by_partition(name, distinct):
-            for batch in scalars.batches(group, MAX_REQUEST_ROWS, MAX_REQUEST_BYTES):
-                self._upsert_batch(name, batch, partition)
+        checked = schemas.check_rows(name, rows, self._dim(name, rows))
+        self._check_owners(name, checked)
+        for partition, group in self._by_partition(name, checked):
+            for request in schemas.requests(group):
+                self._upsert_request(name, request, partition)
 
     def search(
         self,
@@ -106,15 +101,14 @@ class MilvusVectors:
         limit: int = 5,
         strong: bool = False,
     ) -> list[AnyHit]:
-        """Return the nearest rows; see VectorStore."""
-        schema = scalars.schema_of(name)
+        schema = schemas.schema_of(name)
         where = filters.of_scope(tenant_id, project_id)
-        data = [scalars.check_vector(vector, self._dim(name)).tolist()]
-        ef = max(SEARCH_EF, scalars.check_limit(limit))
-        partition = self._existing_partition(name, tenant_id, project_id)
-        if partition == []:
+        data = [schemas.check_vector(vector, self._dim(name)).tolist()]
+        ef = max(SEARCH_EF, schemas.check_limit(limit))
+        partitions = self._partitions_to_search(name, tenant_id, project_id)
+        if partitions == []:
             return []
-        found = self._call(
+        hits = self._call(
             name,
             lambda client: client.search(
                 self._full(name),
@@ -122,70 +116,64 @@ class MilvusVectors:
                 limit=limit,
                 output_fields=list(schema.hit_fields[2:]),
                 search_params={"metric_type": "COSINE", "params": {"ef": ef}},
-                partition_names=partition,
+                partition_names=partitions,
                 timeout=self._timeout_s,
-                **self._link.arguments(where),
+                **self._milvus.filter_arguments(where),
                 **consistency(strong),
             ),
         )
-        return [scalars.hit_of(schema, hit) for hit in found[0]]
+        return [schemas.hit_of(schema, hit) for hit in hits[0]]
 
     def get(
         self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str, strong: bool = False
     ) -> list[AnyRow]:
-        """Return rows by id; see VectorStore."""
-        schema, known = scalars.schema_of(name), self._know(name)
+        schema, info = schemas.schema_of(name), self._info(name)
         where = filters.of_scope(tenant_id, project_id)
         wanted = list(dict.fromkeys(ids))
-        fields = [field for field in schema.row_fields if field != "version" or known.takes_version]
-        found: dict[str, AnyRow] = {}
-        for part in scalars.chunks(wanted, MAX_READ_ROWS):
+        fields = [field for field in schema.row_fields if field != "version" or info.takes_version]
+        rows_by_id: dict[str, AnyRow] = {}
+        for part in schemas.chunks(wanted, MAX_READ_ROWS):
             by_id = filters.of_ids(part)
-            # Lite reads ids alone point by point, and every row for anything more (153 ms at 12,660 rows).
-            only = by_id if self._link.server().lite else by_id & where
-            rows = (scalars.row_of(schema, row) for row in self._query(name, only, fields, strong=strong))
-            found.update((row.id, row) for row in rows if scalars.owner(row) == (tenant_id, project_id))
-        return [found[row_id] for row_id in wanted if row_id in found]
+            # Lite has a fast path for ids only. With a further condition it scans all rows: 153 ms at 12,660.
+            filter_ = by_id if self._milvus.server().lite else by_id & where
+            rows = (schemas.row_of(schema, row) for row in self._query(name, filter_, fields, strong=strong))
+            rows_by_id.update((row.id, row) for row in rows if schemas.owner(row) == (tenant_id, project_id))
+        return [rows_by_id[row_id] for row_id in wanted if row_id in rows_by_id]
 
     def versions(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> dict[str, int]:
-        """Return the versions of rows by id; see VectorStore."""
-        found: dict[str, int] = {}
-        for part in scalars.chunks(list(dict.fromkeys(ids)), MAX_REQUEST_ROWS):
-            found |= self._versions(name, filters.of_ids(part), tenant_id, project_id)
-        return found
+        versions: dict[str, int] = {}
+        for part in schemas.chunks(list(dict.fromkeys(ids)), schemas.MAX_REQUEST_ROWS):
+            versions |= self._versions(name, filters.of_ids(part), tenant_id, project_id)
+        return versions
 
     def chapter_versions(
         self, name: str, chapter_id: str, *, tenant_id: str, project_id: str
     ) -> dict[str, int]:
-        """Return the versions of a chapter's rows by id; see VectorStore."""
         where = filters.of_chapter(chapter_id) & filters.of_scope(tenant_id, project_id)
         return self._versions(name, where, tenant_id, project_id)
 
     def _versions(self, name: str, where: Filter, tenant_id: str, project_id: str) -> dict[str, int]:
-        fields = ["id", "tenant_id", "project_id", *(["version"] if self._know(name).takes_version else [])]
+        fields = ["id", "tenant_id", "project_id", *(["version"] if self._info(name).takes_version else [])]
         rows = self._query(name, where, fields, strong=True)
         own = (row for row in rows if (row["tenant_id"], row["project_id"]) == (tenant_id, project_id))
         return {row["id"]: int(row.get("version", 0)) for row in own}
 
     def delete(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> None:
-        """Remove rows by id; see VectorStore."""
         where = filters.of_scope(tenant_id, project_id)
-        for part in scalars.chunks(list(dict.fromkeys(ids)), MAX_REQUEST_ROWS):
+        for part in schemas.chunks(list(dict.fromkeys(ids)), schemas.MAX_REQUEST_ROWS):
             both = filters.of_ids(part) & where
             self._call(
                 name,
                 lambda client, both=both: client.delete(  # type: ignore[misc]
-                    self._full(name), timeout=self._timeout_s, **self._link.arguments(both)
+                    self._full(name), timeout=self._timeout_s, **self._milvus.filter_arguments(both)
                 ),
             )
 
     def count(self, name: str) -> int:
-        """Return the number of rows of all tenants; see VectorStore."""
         return int(self._query(name, EVERYTHING, ["count(*)"], strong=True)[0]["count(*)"])
 
     def close(self) -> None:
-        """Give the connection back; the next call would make a new one."""
-        self._link.close()
+        self._milvus.close()
 
     # ---- reading and writing
 
@@ -198,22 +186,22 @@ class MilvusVectors:
                 self._full(name),
                 output_fields=fields,
                 timeout=self._timeout_s,
-                **self._link.arguments(where),
+                **self._milvus.filter_arguments(where),
                 **consistency(strong),
             ),
         )
 
-    def _refuse_foreign(self, name: str, rows: Sequence[AnyRow]) -> None:
-        """Refuse ids of others before anything is written; by primary key alone, which is a point read."""
-        for part in scalars.chunks(rows, MAX_REQUEST_ROWS):
+    def _check_owners(self, name: str, rows: Sequence[AnyRow]) -> None:
+        """Reject ids of other tenants. The filter is the primary key only, which is a fast read."""
+        for part in schemas.chunks(rows, schemas.MAX_REQUEST_ROWS):
             where = filters.of_ids(row.id for row in part)
-            found = self._query(name, where, ["id", "tenant_id", "project_id"])
-            owners = {row["id"]: (row["tenant_id"], row["project_id"]) for row in found}
-            scalars.refuse_foreign(name, part, owners)
+            stored = self._query(name, where, ["id", "tenant_id", "project_id"])
+            owners = {row["id"]: (row["tenant_id"], row["project_id"]) for row in stored}
+            schemas.check_owners(name, part, owners)
 
-    def _upsert_batch(self, name: str, batch: Sequence[AnyRow], partition: str | None) -> None:
-        drop_version = not self._know(name).takes_version
-        data = [row._asdict() for row in batch]
+    def _upsert_request(self, name: str, rows: Sequence[AnyRow], partition: str | None) -> None:
+        drop_version = not self._info(name).takes_version
+        data = [row._asdict() for row in rows]
         for row in data:
             row["vector"] = np.asarray(row["vector"], dtype=np.float32)
             if drop_version:
@@ -225,18 +213,18 @@ class MilvusVectors:
             ),
         )
 
-    # ---- partitions by name
+    # ---- named partitions
 
     def _by_partition(
         self, name: str, rows: Sequence[AnyRow]
     ) -> Iterator[tuple[str | None, Sequence[AnyRow]]]:
-        """Group rows by their partition, made if missing; one group without a name for a partition key."""
+        """Group rows by partition and create missing ones; with a partition key, one group without a name."""
         if not self._named:
             yield None, rows
             return
         groups: dict[str, list[AnyRow]] = {}
         for row in rows:
-            groups.setdefault(scalars.partition_name(*scalars.owner(row)), []).append(row)
+            groups.setdefault(schemas.partition_name(*schemas.owner(row)), []).append(row)
         for partition, group in groups.items():
             create_if_missing(
                 lambda partition=partition: self._has_partition(name, partition),  # type: ignore[misc]
@@ -244,22 +232,22 @@ class MilvusVectors:
             )
             yield partition, group
 
-    def _existing_partition(self, name: str, tenant_id: str, project_id: str) -> list[str] | None:
-        """Return what to search: None for everything, [] where the tenant's partition is not there yet."""
+    def _partitions_to_search(self, name: str, tenant_id: str, project_id: str) -> list[str] | None:
+        """The partitions of a search: None for all, [] if the tenant's partition does not exist yet."""
         if not self._named:
             return None
-        partition = scalars.partition_name(tenant_id, project_id)
+        partition = schemas.partition_name(tenant_id, project_id)
         return [partition] if self._has_partition(name, partition) else []
 
     def _has_partition(self, name: str, partition: str) -> bool:
-        if (name, partition) in self._partitions_seen:
+        if (name, partition) in self._seen_partitions:
             return True
-        there = self._call(
+        exists = self._call(
             name, lambda client: client.has_partition(self._full(name), partition, timeout=self._timeout_s)
         )
-        if there:
-            self._partitions_seen.add((name, partition))
-        return bool(there)
+        if exists:
+            self._seen_partitions.add((name, partition))
+        return bool(exists)
 
     def _create_partition(self, name: str, partition: str) -> None:
         self._call(
@@ -269,48 +257,48 @@ class MilvusVectors:
     # ---- collections
 
     def _full(self, name: str) -> str:
-        return scalars.check_collection(self._prefix + name)
+        return schemas.check_collection(self._prefix + name)
 
-    def _know(self, name: str) -> CollectionInfo:
-        if name not in self._known:
-            self._known[name] = self._look(name)
-        return self._known[name]
+    def _info(self, name: str) -> CollectionInfo:
+        if name not in self._infos:
+            self._infos[name] = self._describe(name)
+        return self._infos[name]
 
-    def _look(self, name: str) -> CollectionInfo:
-        described = self._tables.describe(self._full(name))
-        if described is None:
+    def _describe(self, name: str) -> CollectionInfo:
+        description = self._collections.describe(self._full(name))
+        if description is None:
             raise PermanentStoreError(f"collection {self._full(name)} does not exist")
-        return collection_info_of(described)
+        return CollectionInfo.of(description)
 
     def _dim(self, name: str, rows: Sequence[AnyRow] = ()) -> int:
-        """Return the dimension of a collection; asks again where rows have another, as after a rebuild."""
-        dim = self._know(name).dim
+        """The dimension of a collection; reads it again if rows have another one, as after a rebuild."""
+        dim = self._info(name).dim
         if any(np.shape(row.vector) != (dim,) for row in rows):
-            self._known[name] = self._look(name)
-        return self._known[name].dim
+            self._infos[name] = self._describe(name)
+        return self._infos[name].dim
 
     # ---- calls and their errors
 
-    def _call(self, name: str, do: Callable[[Any], T]) -> T:
-        """Run one call on a collection; mend one that is not loaded or was dropped, and try once more."""
+    def _call(self, name: str, action: Callable[[Any], T]) -> T:
+        """Run one call on a collection. Load or create the collection if necessary, and call again."""
         try:
-            return self._link.attempt(name, do)
+            return self._milvus.call(name, action)
         except NotLoaded:
-            self._tables.load(self._full(name))
+            self._collections.load(self._full(name))
         except NoCollection:
             self._forget(name)
             if name not in self._ensured:
                 raise
             self.ensure_collection(name, self._ensured[name])
-        return self._link.attempt(name, do)
+        return self._milvus.call(name, action)
 
     def _forget(self, name: str) -> None:
-        self._known.pop(name, None)
-        self._partitions_seen = {seen for seen in self._partitions_seen if seen[0] != name}
+        self._infos.pop(name, None)
+        self._seen_partitions = {pair for pair in self._seen_partitions if pair[0] != name}
 
 
 def consistency(strong: bool) -> dict[str, str]:
-    """Return the option that makes a read wait for every finished write."""
+    """Options of a read; `strong` includes every finished write."""
     return {"consistency_level": "Strong"} if strong else {}
 
 
@@ -322,9 +310,9 @@ def open_vectors(
     partitions: Partitions = "key",
     timeout_s: float = 30.0,
 ) -> VectorStore:
-    """Return the vector store at `uri` (http(s)://host:port); connects on the first call, not here.
+    """The vector store at `uri` (http(s)://host:port); it connects at its first call.
 
-    `timeout_s` bounds each request to the server. Call it in the process that will use the store.
+    `timeout_s` is that of each request. Call this in the process that uses the store.
     """
-    link = milvus_client().MilvusClientHandle(uri, token, timeout_s)
-    return MilvusVectors(link, prefix=prefix, partitions=partitions)
+    milvus = import_client().MilvusClientHandle(uri, token, timeout_s)
+    return MilvusVectors(milvus, prefix=prefix, partitions=partitions)

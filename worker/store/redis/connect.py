@@ -101,6 +101,8 @@ def endpoint(url: str, timeout_s: float) -> Endpoint:
     Nothing is contacted yet. Raises `ConfigurationError` for a URL that cannot be parsed; its text never
     shows the password.
     """
+    if not url:
+        raise ConfigurationError("the URL of the job store is empty")
     limits = _limits(timeout_s)
     try:
         if url.startswith("redis+"):

@@ -1,67 +1,71 @@
-"""The operator's side of the job store on Redis."""
+"""The store that operators' tools use: dead letters, retries, pauses, and where a job is."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from redis.exceptions import ResponseError
 
 from ...keys import PAUSED_KEY, Source
 from ..operator import START, Consumer, GroupState, Lease, Pause, Scheduled
 from ..ports import Entry
-from .base import SCRIPT_BYTES, SCRIPT_IDS, RedisStoreBase, checked, is_no_group
+from .base import RedisStoreBase, checked, chunks, chunks_by_size, is_no_group, is_no_stream, pairs
 from .blocking_read import data_of
-from .connection import Reply
-from .lua import Argument, Command, script
+from .lua import Command, script
 
 
-class RedisOperatorStore(RedisStoreBase):
-    """`OperatorStore` on Redis."""
+class OperatorStore(RedisStoreBase):
+    """The streams, retries, dead letters and pauses of a deployment.
+
+    It takes no consumer's name, so it may run beside any service. Every call raises `StoreUnavailable` when
+    the server does not answer or refuses for now. `url` may contain a password.
+    """
 
     def wall_now_s(self, stream: str) -> float:
-        """See `OperatorStore.wall_now_s`."""
+        """The store's clock, unix seconds."""
         seconds, microseconds = self.one(stream, ("TIME",))
         return int(seconds) + int(microseconds) / 1e6
 
     # -- dead letters
 
     def dead_count(self, stream: str) -> int:
-        """See `OperatorStore.dead_count`."""
+        """Number of dead letters of the stream."""
         return int(self.one(stream, ("XLEN", self.dead_key(stream))))
 
     def dead_after(self, stream: str, after: bytes, count: int) -> list[Entry]:
-        """See `OperatorStore.dead_after`."""
+        """A page of dead letters, oldest first, after an id (`START`: from the first)."""
         return self._page(stream, ("XRANGE", self.dead_key(stream), b"(" + after, "+", "COUNT", count))
 
     def dead_before(self, stream: str, before: bytes, count: int) -> list[Entry]:
-        """See `OperatorStore.dead_before`."""
+        """A page of dead letters, newest first, before an id (`START`: from the last)."""
         end = "+" if before == START else b"(" + before
         return self._page(stream, ("XREVRANGE", self.dead_key(stream), end, "-", "COUNT", count))
 
     def requeue(self, stream: str, jobs: Sequence[tuple[bytes, bytes]]) -> list[bool]:
-        """See `OperatorStore.requeue`."""
+        """Move dead letters into their stream: ``(letter's id, job)``, each in one atomic step.
+
+        False for a letter that was gone already; its job is not added then.
+        """
         both = [stream, self.dead_key(stream)]
         moved: list[bool] = []
-        for some in _by_size(jobs):
-            replies = self.call(stream, [script("requeue", both, id, job) for id, job in some])
+        for part in chunks_by_size(jobs, lambda pair: len(pair[1])):
+            replies = self.call(stream, [script("requeue", both, id, job) for id, job in part])
             moved += [bool(checked(reply)) for reply in replies]
         return moved
 
     def purge(self, stream: str, ids: Sequence[bytes]) -> int:
-        """See `OperatorStore.purge`."""
-        commands = [("XDEL", self.dead_key(stream), *some) for some in _chunks(ids)]
+        """Delete dead letters; returns how many still existed."""
+        commands: list[Command] = [("XDEL", self.dead_key(stream), *part) for part in chunks(ids)]
         return sum(int(checked(reply)) for reply in (self.call(stream, commands) if commands else ()))
 
     # -- retries
 
     def retries(self, stream: str, start: int, count: int) -> list[Scheduled]:
-        """See `OperatorStore.retries`."""
+        """A page of scheduled retries, soonest first, from a rank on."""
         command = ("ZRANGE", self.retry_key(stream), start, start + count - 1, "WITHSCORES")
         flat = self.one(stream, command)
         return [Scheduled(float(due), job) for job, due in zip(flat[::2], flat[1::2], strict=True)]
 
     def retry_now(self, stream: str, jobs: Sequence[bytes]) -> int:
-        """See `OperatorStore.retry_now`."""
+        """Make scheduled retries due now, by their bytes; returns how many were due later."""
         now = f"{self.wall_now_s(stream):.6f}"
         commands = [("ZADD", self.retry_key(stream), "XX", "LT", "CH", now, job) for job in jobs]
         return sum(int(checked(reply)) for reply in (self.call(stream, commands) if commands else ()))
@@ -69,51 +73,49 @@ class RedisOperatorStore(RedisStoreBase):
     # -- pauses
 
     def pause(self, kind: str, note: str) -> None:
-        """See `OperatorStore.pause`."""
-        since = {"since": self.wall_now_s(PAUSED_KEY), "note": note}
-        self.one(PAUSED_KEY, ("HSET", PAUSED_KEY, kind, json.dumps(since)))
+        """Stop every reader of the deployment from dispatching jobs of a type, until `resume`."""
+        pause = {"since": self.wall_now_s(PAUSED_KEY), "note": note}
+        self.one(PAUSED_KEY, ("HSET", PAUSED_KEY, kind, json.dumps(pause)))
 
     def resume(self, kind: str) -> bool:
-        """See `OperatorStore.resume`."""
+        """End a pause; False where the type was not paused."""
         return bool(self.one(PAUSED_KEY, ("HDEL", PAUSED_KEY, kind)))
 
     def pauses(self) -> list[Pause]:
-        """See `OperatorStore.pauses`."""
-        flat = self.one(PAUSED_KEY, ("HGETALL", PAUSED_KEY))
-        return sorted(_pause(*pair) for pair in zip(flat[::2], flat[1::2], strict=True))
+        """The paused types, by name."""
+        return sorted(_pause(*item) for item in pairs(self.one(PAUSED_KEY, ("HGETALL", PAUSED_KEY))).items())
 
     # -- where a job is
 
     def group(self, source: Source) -> GroupState | None:
-        """See `OperatorStore.group`."""
+        """The state of a group; None where it or its stream does not exist."""
         groups, consumers = self.call(
             source.stream, [("XINFO", "GROUPS", source.stream), ("XINFO", "CONSUMERS", *source)]
         )
-        if is_no_group(consumers) or _no_such_key(groups) or _no_such_key(consumers):
+        if is_no_group(consumers) or is_no_stream(groups) or is_no_stream(consumers):
             return None
-        mine = (facts for facts in map(_facts, checked(groups)) if facts[b"name"] == source.group.encode())
-        found = next(mine, None)
-        if found is None:
-            return None
-        readers = [_consumer(_facts(flat)) for flat in checked(consumers)]
-        return GroupState(found[b"last-delivered-id"], found[b"pending"], readers)
+        for facts in map(pairs, checked(groups)):
+            if facts[b"name"] == source.group.encode():
+                readers = [_consumer(pairs(flat)) for flat in checked(consumers)]
+                return GroupState(facts[b"last-delivered-id"], facts[b"pending"], readers)
+        return None
 
     def entry(self, stream: str, id: bytes) -> Entry | None:
-        """See `OperatorStore.entry`."""
+        """One entry with the worker deaths recorded for it; None where the stream has no such id."""
         rows, deaths = self.call(stream, [("XRANGE", stream, id, id), ("HGET", self.deaths_key(stream), id)])
         found = checked(rows)
         return Entry(id, data_of(found[0][1]), deaths=int(checked(deaths) or 0)) if found else None
 
     def entries(self, stream: str, after: bytes, count: int) -> list[Entry]:
-        """See `OperatorStore.entries`."""
+        """A page of the stream, finished or not, oldest first."""
         return self._page(stream, ("XRANGE", stream, b"(" + after, "+", "COUNT", count))
 
     def lease(self, source: Source, id: bytes) -> Lease | None:
-        """See `OperatorStore.lease`."""
+        """The lease of an entry; None where it is not pending."""
         return next(iter(self._leases(source, id, id, 1)), None)
 
     def leases(self, source: Source, after: bytes, count: int) -> list[Lease]:
-        """See `OperatorStore.leases`."""
+        """A page of pending entries, oldest first."""
         return self._leases(source, b"(" + after, b"+", count)
 
     def _leases(self, source: Source, first: bytes, last: bytes, count: int) -> list[Lease]:
@@ -126,10 +128,6 @@ class RedisOperatorStore(RedisStoreBase):
         return [Entry(id, data_of(fields)) for id, fields in self.one(stream, command)]
 
 
-def _facts(flat: Sequence[Any]) -> dict[Any, Any]:
-    return dict(zip(flat[::2], flat[1::2], strict=True))
-
-
 def _consumer(facts: dict[bytes, Any]) -> Consumer:
     return Consumer(facts[b"name"].decode(), facts[b"pending"], facts[b"idle"] / 1000)
 
@@ -137,28 +135,7 @@ def _consumer(facts: dict[bytes, Any]) -> Consumer:
 def _pause(kind: bytes, value: bytes) -> Pause:
     """Any value pauses the type, also one that was written with another tool."""
     try:
-        said = json.loads(value)
-        return Pause(kind.decode(), float(said["since"]), str(said.get("note", "")))
+        pause = json.loads(value)
+        return Pause(kind.decode(), float(pause["since"]), str(pause.get("note", "")))
     except (ValueError, TypeError, KeyError, AttributeError):
         return Pause(kind.decode(errors="replace"), 0.0, value.decode(errors="replace"))
-
-
-def _no_such_key(reply: Reply) -> bool:
-    return isinstance(reply, ResponseError) and "no such key" in str(reply)
-
-
-def _chunks(ids: Sequence[bytes]) -> Iterator[Sequence[Argument]]:
-    return (ids[at : at + SCRIPT_IDS] for at in range(0, len(ids), SCRIPT_IDS))
-
-
-def _by_size(jobs: Sequence[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, bytes]]]:
-    some: list[tuple[bytes, bytes]] = []
-    size = 0
-    for one in jobs:
-        some.append(one)
-        size += len(one[1])
-        if size >= SCRIPT_BYTES:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some

@@ -3,38 +3,36 @@
 from collections.abc import Sequence
 from typing import Any
 
-from redis.exceptions import ResponseError
-
 from ...keys import Source
 from ..ports import Depths, Promotion
-from .base import SCRIPT_BYTES, RedisStoreBase, checked, is_no_group
+from .base import SCRIPT_BYTES, RedisStoreBase, checked, is_no_group, is_no_stream, pairs
 from .connection import Reply
 from .lua import script
 
-#: Entries dropped by one call of trim.lua; some ms of the server's time.
+#: Entries that one call of trim.lua deletes; some ms of the server's time.
 _TRIM_ENTRIES = 10_000
-#: Rounds of one trim: a long backlog is dropped over several turns of the reaper.
-_TRIM_ROUNDS = 20
+#: Calls per trim: a long backlog is deleted over several cycles of the reaper.
+_TRIM_CALLS = 20
 
 
 class RedisReaperStore(RedisStoreBase):
     """`ReaperStore` on Redis."""
 
     def promote(self, stream: str, limit: int) -> Promotion:
-        """See `ReaperStore.promote`. Stops early, with ``next_due_s`` 0, after 8 MiB of jobs."""
+        """See `ReaperStore.promote`. After 8 MiB of jobs it stops early, with ``next_due_s`` 0."""
         command = script("promote", [stream, self.retry_key(stream)], limit, SCRIPT_BYTES)
         moved, next_due_s = self.one(stream, command)
         return Promotion(moved, None if next_due_s is None else float(next_due_s))
 
     def trim(self, stream: str) -> int:
-        """See `ReaperStore.trim`. A long backlog is dropped over several calls."""
-        dropped = 0
-        for _ in range(_TRIM_ROUNDS):
-            some = self.one(stream, script("trim", [stream], _TRIM_ENTRIES))
-            dropped += some
-            if some < _TRIM_ENTRIES // 2:
+        """See `ReaperStore.trim`. A long backlog takes several calls."""
+        total = 0
+        for _ in range(_TRIM_CALLS):
+            deleted = self.one(stream, script("trim", [stream], _TRIM_ENTRIES))
+            total += deleted
+            if deleted < _TRIM_ENTRIES // 2:
                 break
-        return dropped
+        return total
 
     def remove_idle_consumers(self, source: Source, keep: str, idle_ms: int) -> int:
         """See `ReaperStore.remove_idle_consumers`."""
@@ -44,8 +42,8 @@ class RedisReaperStore(RedisStoreBase):
         return 0 if is_no_group(reply) else int(checked(reply))
 
     def depths(self, source: Source) -> Depths:
-        """See `ReaperStore.depths`. Where the server cannot tell the lag, it is the entries of the stream
-        that are not pending: never too few."""
+        """See `ReaperStore.depths`. If the server does not know the lag, the lag is the number of entries
+        that are not pending: never too low."""
         stream = source.stream
         groups, length, retrying, dead, now = self.call(
             stream,
@@ -75,17 +73,16 @@ class RedisReaperStore(RedisStoreBase):
 
 
 def _group_named(group: str, reply: Reply) -> dict[bytes, Any]:
-    """The facts of one group; empty where it or its stream is missing."""
-    if isinstance(reply, ResponseError) and "no such key" in str(reply):
+    """The XINFO fields of one group; empty where it or its stream is missing."""
+    if is_no_stream(reply):
         return {}
-    for flat in checked(reply):
-        facts = dict(zip(flat[::2], flat[1::2], strict=True))
+    for facts in map(pairs, checked(reply)):
         if facts[b"name"] == group.encode():
             return facts
     return {}
 
 
 def _age_s(id: bytes, now: Sequence[bytes]) -> float:
-    """How long ago an entry was added, by the server's clock; TIME gives seconds and microseconds."""
+    """Age of an entry by the server's clock; `now` is the reply of TIME: seconds, microseconds."""
     wall_now_s = int(now[0]) + int(now[1]) / 1e6
     return max(0.0, wall_now_s - int(id.split(b"-")[0]) / 1000)

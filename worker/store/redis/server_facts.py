@@ -1,40 +1,40 @@
-"""What `jobworker doctor` reads of a Redis server: its settings, its clock, how each stream is cared for."""
+"""Facts about a Redis server and its streams, for `jobworker doctor`."""
 
 import time
 from typing import Any
 
 from ...keys import Source
 from ..facts import ServerFacts, StreamFacts
-from .base import checked, is_no_group
-from .operator import RedisOperatorStore
+from .base import checked, is_no_group, pairs
+from .operator import OperatorStore
 
-#: Pending entries that are looked up in the stream: where a producer trims, the oldest are gone first.
-_PENDING_LOOKED_AT = 100
+#: Oldest pending entries that are looked up in the stream: a producer that trims deletes the oldest first.
+_PENDING_CHECKED = 100
 
 
-class RedisFacts(RedisOperatorStore):
-    """Reads only; every call raises `StoreUnavailable` as the store's other sides do."""
+class RedisFacts(OperatorStore):
+    """Read-only facts; every call raises `StoreUnavailable` where the server does not answer."""
 
     def nodes(self, sources: list[Source]) -> dict[str, str]:
-        """A stream on each server: one, or on a cluster those that hold the streams."""
+        """Each server of the deployment, by name, with a stream that is on it."""
         return {self._endpoint.node(source.stream): source.stream for source in reversed(sources)}
 
     def server(self, stream: str) -> ServerFacts:
-        """The server that holds the stream."""
+        """The server of a stream: INFO, CONFIG, clock skew and round trip."""
         self.one(stream, ("PING",))  # the first call also connects
-        began_wall_s, began_s = time.time(), time.monotonic()
-        theirs_s = self.wall_now_s(stream)
-        took_s = time.monotonic() - began_s
+        wall_started_s, mono_started_s = time.time(), time.monotonic()
+        server_wall_s = self.wall_now_s(stream)
+        round_trip_s = time.monotonic() - mono_started_s
         info, config = self.call(stream, [("INFO",), ("CONFIG", "GET", "appendfsync")])
         return ServerFacts(
             {} if isinstance(info, Exception) else _fields(info),
-            {} if isinstance(config, Exception) else _pairs(config),
-            theirs_s - (began_wall_s + took_s / 2),
-            took_s,
+            {} if isinstance(config, Exception) else _decoded(config),
+            server_wall_s - (wall_started_s + round_trip_s / 2),
+            round_trip_s,
         )
 
     def stream(self, source: Source) -> StreamFacts:
-        """How a stream is looked after."""
+        """One stream: lengths, groups, consumers, overdue retries."""
         stream = source.stream
         exists, length, dead, first = self.call(
             stream,
@@ -45,7 +45,7 @@ class RedisFacts(RedisOperatorStore):
                 ("ZRANGE", self.retry_key(stream), 0, 0, "WITHSCORES"),
             ],
         )
-        groups = [_pairs(flat) for flat in self.one(stream, ("XINFO", "GROUPS", stream))] if exists else []
+        groups = [_decoded(flat) for flat in self.one(stream, ("XINFO", "GROUPS", stream))] if exists else []
         due = checked(first)
         group = self.group(source) if exists else None
         return StreamFacts(
@@ -61,10 +61,10 @@ class RedisFacts(RedisOperatorStore):
         )
 
     def _missing(self, source: Source) -> int:
-        reply = self.call(source.stream, [("XPENDING", *source, "-", "+", _PENDING_LOOKED_AT)])[0]
+        reply = self.call(source.stream, [("XPENDING", *source, "-", "+", _PENDING_CHECKED)])[0]
         ids = [] if is_no_group(reply) else [row[0] for row in checked(reply)]
-        found = self.call(source.stream, [("XRANGE", source.stream, id, id) for id in ids]) if ids else []
-        return sum(not checked(rows) for rows in found)
+        replies = self.call(source.stream, [("XRANGE", source.stream, id, id) for id in ids]) if ids else []
+        return sum(not checked(rows) for rows in replies)
 
 
 def _fields(info: bytes) -> dict[str, str]:
@@ -72,8 +72,8 @@ def _fields(info: bytes) -> dict[str, str]:
     return {name: value for name, _, value in lines}
 
 
-def _pairs(flat: list[Any]) -> dict[str, Any]:
+def _decoded(flat: list[Any]) -> dict[str, Any]:
     return {
         name.decode(): value.decode() if isinstance(value, bytes) else value
-        for name, value in zip(flat[::2], flat[1::2], strict=True)
+        for name, value in pairs(flat).items()
     }

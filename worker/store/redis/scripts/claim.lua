@@ -1,4 +1,5 @@
--- Claims entries whose lease has expired, of any consumer, and counts the delivery.
+-- Claims entries that were idle for long, whichever consumer owns them, and counts the delivery.
+-- Called by RedisReaderStore.claim, after prelude_epoch.lua. Atomic: the deaths must be those at the time of the claim.
 -- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] deaths hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch   ARGV[4] least idle time in ms   ARGV[5] count
 -- ARGV[6] cursor

@@ -1,9 +1,10 @@
--- Fetches the job data of entries by id, as many as a byte budget allows.
--- Called by RedisReaderStore.bodies. One script, because one XRANGE for each of some thousand entries costs more.
+-- Fetches the data of entries by id, as many as a byte budget allows.
+-- Called by RedisReaderStore.fetch. It need not be atomic: it is a script because the reader looks up thousands of
+-- entries after a worker's death, and a pipeline of XRANGE has no bound in bytes.
 -- KEYS[1] stream
 -- ARGV[1] bytes after which to stop   ARGV[2...] ids
--- Returns how many ids were looked up, then id and data for each entry that exists (nil: it has no data field).
--- At least one id is looked up, however large its entry is. The caller asks again for the rest.
+-- Returns the number of ids looked up, then id and data (nil: no data field) of each entry that exists. It looks up
+-- at least one id, however large the entry is. The caller asks again for the rest.
 local left = tonumber(ARGV[1])
 local reply = { 0 }
 for i = 2, #ARGV do

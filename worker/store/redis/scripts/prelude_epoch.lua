@@ -1,23 +1,23 @@
--- Prepended to every script that acts for a reader; no script of its own.
+-- Prelude of the scripts that act for a reader (see lua.py). It ends the script with an error, before any write, if the
+-- reader no longer owns its name, and defines owned(id): is the entry pending for this consumer?
 -- KEYS[1] stream  KEYS[2] fence hash
--- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch that the reader was given
--- Ends the script with UNFENCED where no epoch is known (the data was flushed), with OUTDATED where the known epoch
--- is older than the caller's (the data is an older snapshot), and with FENCED where it is newer; defines owned(id):
--- pending for this very consumer?
-local holder = redis.call('HGET', KEYS[2], ARGV[2])
-if not holder then
+-- ARGV[1] group   ARGV[2] consumer   ARGV[3] the reader's epoch
+-- Errors: UNFENCED, no epoch is stored (the data was flushed). OUTDATED, the stored epoch is older (the data is an
+-- older snapshot). FENCED, the stored epoch is newer (another reader owns the name).
+local epoch = redis.call('HGET', KEYS[2], ARGV[2])
+if not epoch then
   return redis.error_reply('UNFENCED no service holds the name ' .. ARGV[2])
 end
-if tonumber(holder) < tonumber(ARGV[3]) then
+if tonumber(epoch) < tonumber(ARGV[3]) then
   return redis.error_reply('OUTDATED the data is older than the epoch of ' .. ARGV[2])
 end
-if holder ~= ARGV[3] then
+if epoch ~= ARGV[3] then
   return redis.error_reply('FENCED a newer reader holds the name ' .. ARGV[2])
 end
 
--- Pending rows are fetched a window at a time from the id asked for: with ids in order one ranged call
--- answers many, which costs less than half of a call for each. The window grows while its rows are used
--- and shrinks to one row where the ids lie far apart. Wrong order costs calls, never a wrong answer.
+-- Pending rows are fetched in windows that begin at the requested id. With sorted ids one ranged call answers for
+-- many, at less than half the cost of one call each. The window grows while its rows are used and shrinks to one row
+-- where the ids lie far apart. Unsorted ids cost more calls, never a wrong answer.
 local own, rows_fetched, rows_used = {}, 0, 0
 local window = math.max(1, math.min(64, #ARGV - 3))
 

@@ -1,5 +1,6 @@
--- Prepended to every script that looks at who holds a consumer's name; no script of its own.
--- KEYS[2] fence hash: consumer -> epoch, and /holder/<consumer> -> record of the service that was given that epoch
+-- Prelude of the scripts that use the record of the service that owns a consumer's name (see lua.py). It defines
+-- write_record and live_record, and the server's time as clock and now_ms.
+-- KEYS[2] fence hash: consumer -> epoch, and /holder/<consumer> -> record of the service that got that epoch
 -- A record is JSON: epoch, token (of one service start), about (text for people), lease and renewed (ms, as text).
 local clock = redis.call('TIME')
 local now_ms = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
@@ -11,14 +12,14 @@ local function write_record(consumer, epoch, token, lease_ms, about)
   redis.call('HSET', KEYS[2], '/holder/' .. consumer, cjson.encode(record))
 end
 
--- Returns the record and how long its lease still runs in ms, or nothing where the name may be taken. A record of
--- another epoch counts for nothing: versions of the service that write no record took the name after it.
-local function held(consumer, epoch)
-  local known, record = pcall(cjson.decode, redis.call('HGET', KEYS[2], '/holder/' .. consumer) or '')
-  if not known or type(record) ~= 'table' or record.epoch ~= epoch then
+-- Returns the record and the ms that its lease still has, or nothing if the name is free. A record of another epoch does
+-- not count: versions of the service that write no record took the name after it.
+local function live_record(consumer, epoch)
+  local is_json, record = pcall(cjson.decode, redis.call('HGET', KEYS[2], '/holder/' .. consumer) or '')
+  if not is_json or type(record) ~= 'table' or record.epoch ~= epoch then
     return nil
   end
-  -- A clock that was set back makes the age negative; then too the record must not count for ever.
+  -- A clock that was set back makes the age negative; the record must expire then too.
   local left_ms = (tonumber(record.lease) or 0) - math.abs(now_ms - (tonumber(record.renewed) or 0))
   if left_ms > 0 then
     return record, left_ms

@@ -1,7 +1,8 @@
--- Moves retries that are due back into the stream.
+-- Moves due retries into the stream.
+-- Called by RedisReaperStore.promote. Atomic: a job is in the retry ZSET or in the stream, never in both or neither.
 -- KEYS[1] stream  KEYS[2] retry ZSET
--- ARGV[1] how many at most   ARGV[2] bytes after which to stop
--- Returns how many were moved, and the seconds until the next is due (nil: nothing waits).
+-- ARGV[1] most jobs to move   ARGV[2] bytes after which to stop
+-- Returns the number of moved jobs, and seconds until the next is due (nil: there is none).
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 local left, bytes, moved = tonumber(ARGV[1]), tonumber(ARGV[2]), 0

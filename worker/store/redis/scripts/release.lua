@@ -1,8 +1,10 @@
--- Makes entries that are still this consumer's look long idle, so that the next take-over may have them. What
--- is handed back was not run to death here, so its delivery is not counted either.
+-- Makes entries claimable at once: they look idle for long, and their last delivery is not counted, because they did
+-- not run here.
+-- Called by RedisReaderStore.release, after prelude_epoch.lua. Atomic: an entry that another consumer claimed meanwhile
+-- must stay as it is.
 -- KEYS[1] stream  KEYS[2] fence hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch   ARGV[4] idle time in ms   ARGV[5...] ids
--- Returns how many were released.
+-- Returns the number of released entries.
 local released = 0
 for i = 5, #ARGV do
   local id = ARGV[i]

@@ -1,7 +1,9 @@
--- Gives a consumer's name up: the next service takes it without waiting. The epoch stays and fences older readers off.
+-- Releases a consumer's name, so the next service takes it without waiting for the lease.
+-- Called by RedisReaderStore.release_name. Atomic: only the record of the caller's own epoch may be deleted.
+-- The epoch itself stays, so older readers stay fenced off.
 -- KEYS[1] stream  KEYS[2] fence hash
 -- ARGV[1] consumer   ARGV[2] epoch
--- Returns 1, or 0 where the name is another's by now.
+-- Returns 1, or 0 if the name has another owner by now.
 if redis.call('HGET', KEYS[2], ARGV[1]) ~= ARGV[2] then
   return 0
 end

@@ -1,8 +1,9 @@
--- Deletes consumers that own nothing, were idle for long and whose name no service holds. In one step, for deleting a consumer that was
--- given an entry meanwhile would lose that entry.
+-- Deletes consumers that own no entry, were idle for long and whose name no service owns.
+-- Called by RedisReaperStore.remove_idle_consumers, after prelude_name.lua. Atomic: deleting a consumer that was given
+-- an entry meanwhile would lose that entry.
 -- KEYS[1] stream  KEYS[2] fence hash
 -- ARGV[1] group   ARGV[2] consumer to keep   ARGV[3] least idle time in ms
--- Returns how many were deleted.
+-- Returns the number of deleted consumers.
 local removed = 0
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return removed
@@ -13,8 +14,8 @@ for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
     consumer[flat[i]] = flat[i + 1]
   end
   local name = consumer['name']
-  local idle = consumer['pending'] == 0 and consumer['idle'] >= tonumber(ARGV[3])
-  if name ~= ARGV[2] and idle and not held(name, redis.call('HGET', KEYS[2], name)) then
+  local is_idle = consumer['pending'] == 0 and consumer['idle'] >= tonumber(ARGV[3])
+  if name ~= ARGV[2] and is_idle and not live_record(name, redis.call('HGET', KEYS[2], name)) then
     redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], name)
     redis.call('HDEL', KEYS[2], name, '/holder/' .. name)
     removed = removed + 1

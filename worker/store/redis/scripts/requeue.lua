@@ -1,7 +1,8 @@
 -- Moves one dead letter back into the stream as a job.
+-- Called by OperatorStore.requeue. Atomic: two operators must not both enqueue it, and it must not get lost.
 -- KEYS[1] stream   KEYS[2] dead-letter stream
 -- ARGV[1] id of the dead letter   ARGV[2] job
--- Returns 1, or 0 where the letter is gone: it was requeued or purged meanwhile.
+-- Returns 1, or 0 if the dead letter is gone: another operator requeued or purged it.
 if #redis.call('XRANGE', KEYS[2], ARGV[1], ARGV[1], 'COUNT', 1) == 0 then
   return 0
 end

@@ -1,9 +1,11 @@
--- Settles entries: each is acknowledged and, in the same step, scheduled again or dead-lettered.
+-- Settles entries: acknowledges each and, in the same step, schedules a retry or adds a dead letter.
+-- Called by RedisReaderStore.settle, after prelude_epoch.lua. Atomic: a job is never in two places or in none, and a
+-- reader that lost an entry changes nothing.
 -- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] retry ZSET  KEYS[4] dead-letter stream  KEYS[5] deaths hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch
 -- ARGV[4] number of ids done   ARGV[5] number of retries   ARGV[6] number of dead
 -- ARGV[7...] the ids done, then (id, delay in s, job) for each retry, then (id, letter) for each dead
--- Returns the ids refused because they were not pending for this consumer.
+-- Returns the ids that were refused because they were not pending for this consumer.
 local done, retries, dead = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local refused, at = {}, 7 + done
 
@@ -13,8 +15,8 @@ local function acknowledge(id)
   own[id] = false
 end
 
--- Two jobs may be equal byte for byte, but a ZSET holds a member once. JSON may end in blanks, so the
--- second one gets its entry id, which no other entry has, spelt in spaces and tabs.
+-- Two jobs may be equal byte for byte, but a ZSET has each member once. JSON may end in blanks, so the second job ends
+-- in its entry id, which is unique, encoded in spaces and tabs.
 local function blanks(id)
   return (id:gsub('.', function(char)
     local bits, code = '', char:byte()
@@ -61,12 +63,12 @@ for _ = 1, dead do
 end
 
 -- If no other consumer owns entries in this group, all pending ones are ours: one command answers for all.
-local function sole_holder()
-  local holders = redis.call('XPENDING', KEYS[1], ARGV[1])[4]
-  return holders and #holders == 1 and holders[1][1] == ARGV[2]
+local function is_only_owner()
+  local owners = redis.call('XPENDING', KEYS[1], ARGV[1])[4]
+  return owners and #owners == 1 and owners[1][1] == ARGV[2]
 end
 
-if done > 0 and sole_holder() then
+if done > 0 and is_only_owner() then
   redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, 7, 6 + done))
   if redis.call('EXISTS', KEYS[5]) == 1 then
     redis.call('HDEL', KEYS[5], unpack(ARGV, 7, 6 + done))

@@ -1,7 +1,8 @@
--- Drops the entries that every group of the stream has finished: read and acknowledged.
+-- Deletes the entries that every group of the stream has read and acknowledged.
+-- Called by RedisReaperStore.trim. Atomic: no group may be created between the comparison and the deletion.
 -- KEYS[1] stream
 -- ARGV[1] about how many at most in one call
--- Returns how many were dropped. A stream without a group is left alone.
+-- Returns the number of deleted entries; 0 for a stream without a group.
 
 -- Ids are compared as text: a sequence has 64 bits and a Lua number holds 53.
 local function less(a, b)
@@ -19,38 +20,38 @@ end
 local function following(id)
   local ms, seq = id:match('(%d+)-(%d+)')
   if #seq > 15 then
-    return id -- too long to count up exactly; keeping one finished entry does no harm
+    return id -- too long to increment exactly; one finished entry may stay
   end
   return ms .. '-' .. string.format('%.0f', tonumber(seq) + 1)
 end
 
-local function first_kept(group)
+local function first_needed(group)
   if group['pending'] > 0 then
     local lowest = redis.call('XPENDING', KEYS[1], group['name'])[2]
-    -- Nothing pending lies beyond the last delivered, unless the group was set back by hand.
+    -- No pending entry is newer than the last delivered one, unless the group was set back by hand.
     local after = following(group['last-delivered-id'])
     return less(lowest, after) and lowest or after
   end
   return following(group['last-delivered-id'])
 end
 
-local keep
+local min_id
 for _, flat in ipairs(redis.call('EXISTS', KEYS[1]) == 1 and redis.call('XINFO', 'GROUPS', KEYS[1]) or {}) do
   local group = {}
   for i = 1, #flat, 2 do
     group[flat[i]] = flat[i + 1]
   end
-  local first = first_kept(group)
-  if not keep or less(first, keep) then
-    keep = first
+  local first = first_needed(group)
+  if not min_id or less(first, min_id) then
+    min_id = first
   end
 end
-if not keep then
+if not min_id then
   return 0
 end
--- Whole nodes first, for they go at once; the part of a node only when no whole one is left.
-local dropped = redis.call('XTRIM', KEYS[1], 'MINID', '~', keep, 'LIMIT', ARGV[1])
+-- Whole nodes first, because they are freed at once; part of a node only when no whole one is left.
+local dropped = redis.call('XTRIM', KEYS[1], 'MINID', '~', min_id, 'LIMIT', ARGV[1])
 if dropped == 0 then
-  dropped = redis.call('XTRIM', KEYS[1], 'MINID', '=', keep)
+  dropped = redis.call('XTRIM', KEYS[1], 'MINID', '=', min_id)
 end
 return dropped

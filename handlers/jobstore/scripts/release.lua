@@ -1,7 +1,9 @@
--- Ends one write that admit.lua let in.
+-- Ends one write that admit.lua admitted.
+-- Called by RedisFence.release. Atomic: only what the caller still holds may be released.
 -- KEYS[1] writers hash  KEYS[2] held hash  KEYS[3] rebuild hash  KEYS[4] journal set
--- ARGV[1] token   ARGV[2] owner   ARGV[3] number held   ARGV[4...] what was held, then the ids of the rows
--- Returns 1 where the write was still let in, 0 where its lease was over.
+-- ARGV[1] token of the attempt   ARGV[2] owner: the job   ARGV[3] number of ids and chapters held
+-- ARGV[4...] the ids and chapters held, then the ids of the rows
+-- Returns 1 if the write was still admitted, 0 if its lease was over.
 local held = tonumber(ARGV[3])
 for i = 4, 3 + held do
   local holder = redis.call('HGET', KEYS[2], ARGV[i])
@@ -9,7 +11,7 @@ for i = 4, 3 + held do
     redis.call('HDEL', KEYS[2], ARGV[i])
   end
 end
--- Once more: a copy may have been taken between the first time and the write.
+-- Recorded again: the rebuild may have copied the rows between the admission and the write.
 if redis.call('HEXISTS', KEYS[3], 'active') == 1 then
   for i = 4 + held, #ARGV do
     redis.call('SADD', KEYS[4], ARGV[i])

@@ -1,4 +1,4 @@
-"""Jobs become rows under their ids, twice the same, and a bad job fails alone."""
+"""Handler of `embedding_batch`: one row a text, idempotent, and a bad job fails alone."""
 
 import threading
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ def test_every_field_of_the_payload_reaches_its_row() -> None:
     assert np.array_equal(first.vector, DummyEncoder(8).encode(["text of a"])[0])
 
 
-def test_what_the_go_producers_send_at_least_is_enough() -> None:
+def test_the_minimal_payload_of_the_go_producers_is_enough() -> None:
     embed, store = handler()
     embed.handle(job(payload("a", tenant_id="t001", project_id="p123", chapter_ids=None)))
     assert rows(store, "a")[0][4:] == ("", 0, "", "text of a", 0)
@@ -136,14 +136,14 @@ def test_the_later_of_two_texts_under_one_id_wins() -> None:
     assert rows(store, "a")[0].text_content == "new"
 
 
-def test_a_collection_of_the_payload_is_made_on_demand() -> None:
+def test_a_collection_of_the_payload_is_created_on_demand() -> None:
     embed, store = handler()
     outcomes = embed.handle_batch([job(payload("a", collection="notes")), job(payload("b"))])
     assert outcomes == [None, None]
     assert (store.count("notes"), store.count(SEGMENTS)) == (1, 1)
 
 
-def test_a_collection_goes_by_its_name_with_or_without_the_prefix() -> None:
+def test_a_job_may_name_its_collection_with_or_without_the_prefix() -> None:
     embed, store = handler()
     names = ["notes", "z_novel_notes", "z_novel_" + SEGMENTS]
     outcomes = embed.handle_batch(
@@ -189,7 +189,7 @@ BAD_PAYLOADS = [
 
 
 @pytest.mark.parametrize(("bad", "says"), BAD_PAYLOADS)
-def test_a_bad_payload_fails_alone_and_for_good(bad: Any, says: str) -> None:
+def test_an_invalid_payload_fails_its_job_only_and_permanently(bad: Any, says: str) -> None:
     embed, store = handler()
     before, wrong, after = embed.handle_batch([job(payload("x")), job(bad), job(payload("y"))])
     assert (before, after) == (None, None)
@@ -214,7 +214,7 @@ FIELDS = ["ids", "texts", "chapter_ids", "story_times", "segment_types", "collec
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON))
-def test_no_payload_brings_anything_but_a_permanent_failure(extra: dict[str, Any]) -> None:
+def test_every_invalid_payload_fails_permanently(extra: dict[str, Any]) -> None:
     embed, _ = handler()
     (outcome,) = embed.handle_batch([job({**payload("a"), **extra})])
     assert outcome is None or isinstance(outcome, PermanentError)
@@ -230,7 +230,7 @@ def test_an_id_of_another_tenant_fails_its_job_only_and_keeps_the_row() -> None:
     assert rows(store, "a", tenant="t002") == []
 
 
-def test_a_row_that_the_store_refuses_fails_its_job_only() -> None:
+def test_a_row_that_the_store_rejects_fails_its_job_only() -> None:
     store = FailingStore(
         lambda rows: PermanentStoreError("too long", ["b"]) if "b" in [row.id for row in rows] else None
     )
@@ -240,7 +240,7 @@ def test_a_row_that_the_store_refuses_fails_its_job_only() -> None:
     assert store.count(SEGMENTS) == 2
 
 
-def test_a_store_that_is_away_fails_every_job_for_now_and_is_not_asked_job_by_job() -> None:
+def test_an_unreachable_store_fails_every_job_transiently_after_one_upsert() -> None:
     store = FailingStore(lambda rows: TransientStoreError("away"))
     embed, _ = handler(store=store)
     outcomes = embed.handle_batch([job(payload("a")), job({}), job(payload("b"))])
@@ -259,7 +259,7 @@ def test_a_failure_of_one_collection_leaves_the_other_jobs_alone() -> None:
     assert [type(outcome) for outcome in outcomes] == [TransientStoreError, type(None)]
 
 
-def test_a_failing_forward_pass_is_tried_job_by_job() -> None:
+def test_a_failed_forward_pass_is_repeated_job_by_job() -> None:
     embed, store = handler(FailingEncoder(8))
     outcomes = embed.handle_batch(
         [job(payload("a")), job({"ids": ["b"], "texts": ["bad"]}), job(payload("c"))]
@@ -281,10 +281,10 @@ class SmallMemory(DummyEncoder):
                 raise MemoryError
             return super(SmallMemory, self)._embed(some, purpose)
 
-        return self._embed_packed(windows, 16_384, embed)
+        return self._embed_in_batches(windows, 16_384, embed)
 
 
-def test_what_memory_does_not_hold_is_embedded_in_smaller_parts_and_no_job_sees_it(
+def test_a_batch_too_large_for_memory_is_divided_and_no_job_fails(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     encoder = SmallMemory(8)
@@ -298,10 +298,10 @@ def test_what_memory_does_not_hold_is_embedded_in_smaller_parts_and_no_job_sees_
     stored = rows(store, *(f"{number}" for number in range(30)))
     assert all(np.array_equal(row.vector, vector) for row, vector in zip(stored, expected, strict=True))
     assert embed.handle_batch(jobs) == [None] * 30
-    assert encoder.failed == failed, "the ceiling is remembered"
+    assert encoder.failed == failed, "the row limit is remembered"
 
 
-def test_one_text_too_large_for_memory_fails_its_job_only_and_may_be_tried_again() -> None:
+def test_one_text_too_large_for_memory_fails_its_job_only_and_transiently() -> None:
     embed, store = handler(SmallMemory(8))
     jobs = [job(payload("a")), job({"ids": ["b"], "texts": ["x" * 2000]}), job(payload("c"))]
     outcomes = embed.handle_batch(jobs)
@@ -309,7 +309,7 @@ def test_one_text_too_large_for_memory_fails_its_job_only_and_may_be_tried_again
     assert store.count(SEGMENTS) == 2
 
 
-def test_an_over_long_text_fails_its_job_only_where_such_texts_are_rejected() -> None:
+def test_with_reject_a_too_long_text_fails_its_job_only() -> None:
     encoder = DummyEncoder(8, max_tokens=10, long_text="reject")
     embed, store = handler(encoder)
     long = job({"ids": ["b", "c"], "texts": ["short", "rather long text"]})
@@ -318,7 +318,7 @@ def test_an_over_long_text_fails_its_job_only_where_such_texts_are_rejected() ->
     assert [row.id for row in rows(store, "a", "b", "c", "d")] == ["a", "d"]
 
 
-def test_a_text_longer_than_its_field_is_stored_to_the_last_whole_character(
+def test_a_text_longer_than_its_field_is_clipped_between_characters(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     embed, store = handler()
@@ -354,7 +354,7 @@ def test_health_is_that_of_the_store() -> None:
     handler()[0].healthy()
 
 
-def test_a_collection_that_was_dropped_is_made_again() -> None:
+def test_a_dropped_collection_is_created_again() -> None:
     embed, store = handler()
     embed.handle(job(payload("a")))
     store._rows.clear()
@@ -364,14 +364,14 @@ def test_a_collection_that_was_dropped_is_made_again() -> None:
 
 
 def many(count: int, *, text: str = "字" * 1000) -> list[Job]:
-    """More than goes through the model at once."""
+    """More than one chunk."""
     return [
         job({"ids": [f"{number}"], "texts": [f"{number} {text}"]}, id=f"job-{number}")
         for number in range(count)
     ]
 
 
-def test_a_large_batch_goes_through_in_parts_and_every_job_is_answered_for_itself() -> None:
+def test_a_large_batch_is_divided_and_every_job_gets_its_own_outcome() -> None:
     encoder, store = FailingEncoder(8), FailingStore()
     embed, _ = handler(encoder, store)
     jobs = many(40)
@@ -387,7 +387,7 @@ def test_a_large_batch_goes_through_in_parts_and_every_job_is_answered_for_itsel
     assert np.array_equal(row.vector, DummyEncoder(8).encode([f"39 {'字' * 1000}"])[0])
 
 
-def test_the_next_part_is_tokenised_and_the_last_one_stored_during_a_forward_pass() -> None:
+def test_chunks_are_tokenised_and_stored_during_a_forward_pass() -> None:
     """Each stage waits until it has seen the two others at work beside it, else the barrier breaks."""
     together = threading.Barrier(3)
     calls = {"tokenize": 0, "forward": 0, "upsert": 0}
@@ -416,7 +416,7 @@ def test_the_next_part_is_tokenised_and_the_last_one_stored_during_a_forward_pas
     assert store.count(SEGMENTS) == 40
 
 
-def test_a_store_that_is_away_is_not_waited_for_by_every_part_of_a_batch() -> None:
+def test_only_one_chunk_of_a_batch_waits_for_an_unreachable_store() -> None:
     store = FailingStore(lambda rows: TransientStoreError("away"))
     embed, _ = handler(store=store)
     jobs = [*many(40), job(payload("a", collection="notes"))]
@@ -427,7 +427,7 @@ def test_a_store_that_is_away_is_not_waited_for_by_every_part_of_a_batch() -> No
     assert embed.handle_batch(jobs) == [None] * 41
 
 
-def test_how_much_is_taken_at_once_follows_the_pace() -> None:
+def test_the_batch_limit_follows_the_rate_of_the_model() -> None:
     embed, _ = handler()
     assert embed.max_batch_bytes == BATCH_BYTES[0]
     for _ in range(30):
@@ -451,10 +451,12 @@ def test_an_edited_chapter_costs_only_its_edited_texts(tmp_path: Path) -> None:
     assert [row.text_content for row in stored] == texts
     assert all(np.array_equal(row.vector, vector) for row, vector in zip(stored, expected, strict=True))
     embed.handle(job({"ids": ids, "texts": texts}))
-    assert encoder.texts == 41, "all known: the model is not asked"
+    assert encoder.texts == 41, "all texts are cached: no forward pass"
 
 
-def test_another_worker_tenant_window_or_revision(tmp_path: Path) -> None:
+def test_cached_vectors_are_shared_by_processes_but_not_by_tenants_or_models(
+    tmp_path: Path,
+) -> None:
     """Another process finds what was computed; another tenant, window or model does not."""
     settings = {"cache_bytes": 1 << 24, "data_dir": str(tmp_path)}
 
@@ -482,13 +484,13 @@ def test_a_damaged_cache_fails_no_job_and_changes_no_vector(tmp_path: Path) -> N
     assert np.array_equal(rows(store, "b")[0].vector, DummyEncoder(8).encode(["text of b"])[0])
 
 
-def test_without_a_cache_nothing_is_put_on_the_disk(tmp_path: Path) -> None:
+def test_without_a_cache_no_file_is_written(tmp_path: Path) -> None:
     embed, _ = handler(cache_bytes=0, data_dir=str(tmp_path))
     embed.handle(job(payload("a")))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_long_texts_beside_known_ones(tmp_path: Path) -> None:
+def test_with_reject_a_job_with_cached_and_too_long_texts_fails(tmp_path: Path) -> None:
     settings = {"cache_bytes": 1 << 24, "data_dir": str(tmp_path), "long_text": "reject"}
     embed, store = handler(DummyEncoder(8, max_tokens=10, long_text="reject"), **settings)
     known = job({"ids": ["a"], "texts": ["short"]})

@@ -1,0 +1,160 @@
+"""Children of the process manager without processes: the test plays their part and moves the clock."""
+
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from jobworker.worker.errors import Exit
+from jobworker.worker.ipc.channel import READY, STOPPING, Channel
+from jobworker.worker.ipc.control import ControlSocket, Message, Ready, Report, Start
+from jobworker.worker.ipc.crash_marks import CrashMarks
+from jobworker.worker.settings import Settings
+from jobworker.worker.supervision.process import Child, Process, ProcessExit
+from jobworker.worker.supervision.process_manager import ProcessManager
+from jobworker.worker.telemetry.prometheus import PrometheusCollector
+
+
+class FakeProcess(Process):
+    """A process that exists only as the exit that the test gives it."""
+
+    def __init__(self, name: str, command: Sequence[str], pass_fds: Sequence[int], mono_now_s: float) -> None:
+        self.name = name
+        self.mono_started_s = mono_now_s
+        self.ready = False
+        self.blackbox_fd = 0
+        self.pid = 4711
+        #: The child's end of its control socket.
+        self.peer = ControlSocket(socket.socket(fileno=os.dup(pass_fds[0])))
+        self.signals: list[signal.Signals] = []
+        self.process_exit: ProcessExit | None = None
+        self.used_mib = 0
+        self.computing = False
+        #: Whether it has stopped to report and to heartbeat.
+        self.silent = False
+        self.closed = False
+
+    def kill(self, number: signal.Signals) -> None:
+        """Record the signal; a SIGKILL ends the process."""
+        self.signals.append(number)
+        if number == signal.SIGKILL:
+            self.exit("SIGKILL")
+
+    def exit(self, cause: str) -> None:
+        """Let the process exit by ``exit N`` or the name of a signal; the first exit counts."""
+        self.process_exit = self.process_exit or ProcessExit(cause, cause == "exit 0", 100, "")
+
+    def collect(self) -> ProcessExit | None:
+        return self.process_exit
+
+    def wait(self, timeout_s: float) -> bool:
+        return self.process_exit is not None
+
+    def is_computing(self) -> bool:
+        return self.computing
+
+    def rss_mib(self) -> int:
+        return self.used_mib
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+
+class FakeChild(Child, FakeProcess):
+    """A child whose part the test plays."""
+
+    def become_ready(self) -> None:
+        """Report ready, as a child does after its set-up."""
+        self.peer.send(Ready())
+        if self.channel is not None:
+            self.channel.phase = READY
+
+    def leave(self) -> None:
+        """Stop in order: a worker announces it."""
+        if self.channel is not None:
+            self.channel.phase = STOPPING
+        self.exit("exit 0")
+
+    def received(self) -> list[Message]:
+        """Messages since the last call; closes the descriptors that came along."""
+        messages = []
+        while (received := self.peer.receive()) is not None:
+            messages.append(received[0])
+            for fd in received[1]:
+                os.close(fd)
+        return messages
+
+    def receive_marks(self) -> CrashMarks:
+        """The marks that a reader gets with its role. Call it before `received`."""
+        while True:
+            received = self.peer.receive()
+            assert received is not None
+            if isinstance(received[0], Start):
+                return CrashMarks(*received[1])
+
+
+class Service:
+    """A process manager with fake children and a clock."""
+
+    def __init__(self, **options: Any) -> None:
+        self.now = 1000.0
+        #: Every child ever started, oldest first.
+        self.all: list[FakeChild] = []
+        self.metrics = PrometheusCollector()
+        self.settings = Settings(**{"procs": 2, "connect_timeout_s": 60.0, "max_payload": 1024, **options})
+        self.manager = ProcessManager(self.settings, self.metrics, self._new_child)
+        self.manager.start(self.settings, self.now)
+
+    def _new_child(self, mono_now_s: float) -> FakeChild:
+        self.all.append(FakeChild(mono_now_s))
+        return self.all[-1]
+
+    def tick(self, after_s: float = 0.0) -> Exit | None:
+        """Move the clock, let living children report and run one tick."""
+        self.now += after_s
+        for child in self.living():
+            if child.silent:
+                continue
+            if child.ready and child.channel is None and child.role:
+                child.peer.send(Report())
+            elif child.channel is not None:
+                child.channel.heartbeat(self.now)
+        return self.manager.tick(self.now)
+
+    def complete(self) -> "Service":
+        """Start everything and let it become ready."""
+        for _ in range(10):
+            self.tick(2.0)
+            for child in self.living():
+                if child.role and not child.ready:
+                    child.become_ready()
+        self.tick()
+        assert self.manager.reasons() == []
+        return self
+
+    def living(self, role: str = "") -> list[FakeChild]:
+        """Children that have not exited; with a role only those."""
+        return [one for one in self.all if one.process_exit is None and role in ("", one.role)]
+
+    def child(self, role: str, slot_no: int = 0) -> FakeChild:
+        """The one living child of a slot."""
+        (child,) = (one for one in self.living(role) if one.slot_no == slot_no)
+        return child
+
+    def channel(self, child: FakeChild) -> Channel:
+        """The channel of a worker."""
+        assert child.channel is not None
+        return child.channel
+
+    def restarts(self) -> dict[tuple[str, str], float]:
+        """`z_novel_worker_restarts_total` by role and cause."""
+        samples = self.metrics.totals()["z_novel_worker_restarts_total"]
+        return {(str(one["role"]), str(one["cause"])): float(one["value"]) for one in samples}
+
+    def close(self) -> None:
+        """Release all descriptors."""
+        self.manager.kill_all()
+        for child in self.all:
+            child.peer.close()

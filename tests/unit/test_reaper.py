@@ -1,0 +1,152 @@
+"""The reaper on the store in memory: due retries, queue depths, trimming, an unavailable store, its end."""
+
+import logging
+import random
+import select
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from jobworker.worker.errors import StoreUnavailable
+from jobworker.worker.ipc.control import ControlSocket, Drain, Message, Ready, Report
+from jobworker.worker.keys import Source
+from jobworker.worker.reaper import Reaper
+from jobworker.worker.settings import Settings
+from jobworker.worker.store.memory.server import MemoryServer
+from jobworker.worker.store.memory.store import MemoryStore
+from jobworker.worker.store.ports import Promotion, Settlement
+
+SOURCE = Source("stream:test", "cg-test")
+SETTINGS = Settings(streams=(SOURCE,), host="here", instance="blue", lease_s=1.0)
+WITHIN_S = 10.0
+
+
+class World:
+    """A reaper, the store that it works on, and the supervisor's end of its socket; time passes by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 1_767_345_600.0
+        self.server = MemoryServer(lambda: self.now_s)
+        self.control, theirs = ControlSocket.pair()
+        self.reaper_end = ControlSocket(theirs)
+
+    def reaper(self, store: MemoryStore | None = None) -> Reaper:
+        store = store or MemoryStore(self.server)
+        return Reaper(store, SETTINGS, self.reaper_end, mono_s=lambda: self.now_s, rng=random.Random(0))
+
+    def read(self, consumer: str, count: int) -> MemoryStore:
+        """Let a consumer take and finish entries."""
+        store = MemoryStore(self.server, consumer)
+        store.acquire([SOURCE])
+        store.begin_read(SOURCE, count, 0)
+        store.settle([Settlement(SOURCE, done=[entry.id for entry in store.finish_read(SOURCE)])])
+        return store
+
+    def close(self) -> None:
+        self.control.close()
+        self.reaper_end.close()
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    world.close()
+
+
+@contextmanager
+def running(reaper: Reaper) -> Iterator[threading.Thread]:
+    thread = threading.Thread(target=reaper.run, daemon=True)
+    thread.start()
+    yield thread
+    thread.join(WITHIN_S)
+    assert not thread.is_alive()
+
+
+def next_message(control: ControlSocket) -> Message:
+    assert select.select([control], [], [], WITHIN_S)[0], "the reaper sent nothing"
+    received = control.receive()
+    assert received is not None
+    return received[0]
+
+
+def test_due_retries_return_to_the_stream_and_the_others_wait(world: World) -> None:
+    reaper = world.reaper()
+    world.server.schedule(SOURCE.stream, b"soon", 0.2)
+    world.server.schedule(SOURCE.stream, b"later", 60)
+    assert reaper.run_once(world.now_s) == pytest.approx(0.2), "it sleeps until the next is due"
+    assert world.server.waiting(SOURCE.stream) == [b"soon", b"later"]
+    world.now_s += 0.2
+    assert reaper.run_once(world.now_s) == 0.5, "never longer: another host may schedule an earlier one"
+    assert list(world.server.entries(SOURCE.stream).values()) == [b"soon"]
+    assert world.server.waiting(SOURCE.stream) == [b"later"]
+
+
+def test_a_long_backlog_of_due_retries_is_moved_in_one_cycle(world: World) -> None:
+    for number in range(450):
+        world.server.schedule(SOURCE.stream, b"%d" % number, 0)
+    world.reaper().run_once(world.now_s)
+    assert world.server.waiting(SOURCE.stream) == []
+    assert len(world.server.entries(SOURCE.stream)) == 450
+
+
+def test_finished_entries_and_idle_consumers_are_removed_in_time(world: World) -> None:
+    for number in range(3):
+        world.server.append(SOURCE.stream, b"%d" % number)
+    world.read("here/blue", 1)
+    world.read("elsewhere/gone", 1)
+    reaper = world.reaper()
+    world.now_s += 9
+    reaper.run_once(world.now_s)
+    assert len(world.server.entries(SOURCE.stream)) == 3, "not in every cycle"
+    world.now_s += 60
+    reaper.run_once(world.now_s)
+    assert list(world.server.entries(SOURCE.stream).values()) == [b"2"]
+    assert set(world.server.stream(SOURCE.stream).groups[SOURCE.group].consumers) == {"here/blue"}
+
+
+def test_it_reports_depths_and_ends_when_told_to_drain(world: World) -> None:
+    world.server.append(SOURCE.stream, b"1")
+    world.server.schedule(SOURCE.stream, b"2", 60)
+    with running(world.reaper()):
+        assert next_message(world.control) == Ready()
+        report = next_message(world.control)
+        world.control.send(Drain())
+    assert isinstance(report, Report)
+    gauges = {name: value for name, _, value in report.gauges}
+    assert gauges["z_novel_jobs_queued"] == 1
+    assert gauges["z_novel_retry_scheduled"] == 1
+    assert gauges["z_novel_dlq_length"] == 0
+
+
+def test_it_ends_with_the_supervisor(world: World) -> None:
+    with running(world.reaper()):
+        assert next_message(world.control) == Ready()
+        world.control.close()
+
+
+def test_an_unavailable_store_is_logged_once_reported_and_survived(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Flaky(MemoryStore):
+        failures = 3
+
+        def promote(self, stream: str, limit: int) -> Promotion:
+            self.failures -= 1
+            if self.failures >= 0:
+                raise StoreUnavailable("refused")
+            return super().promote(stream, limit)
+
+    world.server.schedule(SOURCE.stream, b"1", 0)
+    with caplog.at_level(logging.ERROR), running(world.reaper(Flaky(world.server))):
+        reports = [next_message(world.control) for _ in range(3)]
+        assert next_message(world.control) == Ready()
+        last = next_message(world.control)
+        world.control.send(Drain())
+    assert [getattr(report, "trouble", None) for report in reports] == ["refused"] * 3
+    assert isinstance(last, Report)
+    assert last.trouble is None
+    assert [record.message for record in caplog.records] == ["store.unavailable"]
+    assert list(world.server.entries(SOURCE.stream).values()) == [b"1"]
