@@ -14,6 +14,7 @@ import pytest
 
 from jobworker.handlers.settings import HandlerSettings
 from jobworker.worker import Job
+from jobworker.worker.safe_text import CONTROL
 from jobworker.worker.telemetry import log as logs
 from jobworker.worker.telemetry.current_job import current
 from jobworker.worker.telemetry.log import JsonFormatter, TextFormatter, redacted, secrets_of, set_secrets
@@ -114,6 +115,32 @@ def test_a_text_line(stderr: Callable[[], str]) -> None:
     logs.set_up("reader", "info", "text")
     logging.getLogger("jobworker.x").warning("lease.lost", extra={"entries": 3})
     assert stderr().rstrip().endswith("warning reader: lease.lost entries=3")
+
+
+HOSTILE = "x\n12:00:01 info reader: forged\r\x1b[2J\x9b2J\u202eabc\u2066\u200f\u061c\u2028\x7f\ud800"
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_a_field_cannot_start_a_line_or_control_a_terminal(stderr: Callable[[], str], form: str) -> None:
+    logs.set_up("reader", "info", form)
+    logging.getLogger("jobworker.x").warning("lost %s", HOSTILE, extra={"job_id": HOSTILE, HOSTILE: 1})
+    (line,) = stderr().splitlines()
+    assert not CONTROL.search(line)
+    assert "\\u202e" in line
+    if form == "json":
+        assert json.loads(line)["job_id"] == HOSTILE
+
+
+def test_an_exception_cannot_start_a_text_line(stderr: Callable[[], str]) -> None:
+    logs.set_up("reader", "info", "text")
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        logging.getLogger("jobworker.x").exception("failed")
+    first, *others = stderr().removesuffix("\n").split("\n")
+    assert first.endswith("error   reader: failed")
+    assert [line for line in others if "forged" in line]
+    assert all(line.startswith("    ") and not CONTROL.search(line) for line in others)
 
 
 def test_the_level_applies_to_all_loggers_and_libraries_are_quiet(stderr: Callable[[], str]) -> None:

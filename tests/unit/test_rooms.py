@@ -32,6 +32,7 @@ DOORS = {
 #: Each room and the rooms that it may import. A file directly under worker/ is a room of its own.
 CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
+    "safe_text",
     *("event_loop", "handler", "options", "extension"),
 }
 IPC = {*CORE, "telemetry", "ipc"}

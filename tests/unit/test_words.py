@@ -1,5 +1,7 @@
 """Ages, durations, display width and control characters in what operators read."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from jobworker.worker.admin.words import (
     pluralise,
     strip_control,
 )
+from jobworker.worker.safe_text import safe_json
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,20 @@ def test_cut_text_is_not_wider_than_its_width(text: str, width: int) -> None:
     assert cut == strip_control(text) or cut.endswith("…")
 
 
-@pytest.mark.parametrize("char", ["\x1b", "\x9b", "\x07", "\u202e", "\u2066", "\u2028"])
+CONTROLS = ["\x1b", "\x9b", "\x07", "\x7f", "\u200f", "\u061c", "\u202e", "\u2066", "\u2028", "\ud800"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("char", CONTROLS)
+def test_json_escapes_control_characters_and_keeps_the_value(char: str, indent: int | None) -> None:
+    value = {f"长{char}": [f"a{char}b\\"]}
+    text = safe_json(value, indent=indent)
+    assert char not in text
+    assert "长" in text
+    assert json.loads(text) == value
+
+
+@pytest.mark.parametrize("char", CONTROLS)
 def test_characters_that_control_a_terminal_are_replaced(char: str) -> None:
     assert strip_control(f"a{char}b") == "a\N{REPLACEMENT CHARACTER}b"
 

@@ -4,10 +4,9 @@ import re
 import unicodedata
 from itertools import accumulate
 
+from ..safe_text import CONTROL
+
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-#: Characters that move a terminal's cursor, change its title or reverse text. Producers choose job ids and
-#: error texts, and both are shown.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 class InvalidAge(ValueError):
@@ -24,7 +23,7 @@ def parse_age(text: str) -> float:
 
 def strip_control(text: str, width: int = 0) -> str:
     """The text without control characters, cut to a width in columns (0: not cut)."""
-    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+    text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
     if not width or columns(text) <= width:
         return text
     ends = accumulate(columns(char) for char in text)

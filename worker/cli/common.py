@@ -1,6 +1,5 @@
 """Shared parts of the ``jobworker`` verbs: options that name a deployment, exit codes, output."""
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
@@ -14,6 +13,7 @@ from ..admin.words import columns, pad, parse_age, strip_control
 from ..errors import ConfigurationError, Exit, StoreUnavailable
 from ..extension import extension
 from ..options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, REDIS_URL
+from ..safe_text import escape_control, safe_json
 from ..telemetry.log import redacted
 
 #: Exit code of a verb that ran and found something missing or wrong.
@@ -31,11 +31,11 @@ class CliGroup(click.Group):
         try:
             return super().invoke(context)
         except StoreUnavailable as error:
-            click.echo(f"jobworker: {redacted(str(error))}", err=True)
+            click.echo(f"jobworker: {escape_control(redacted(str(error)))}", err=True)
             click.echo(f"Is the job store running, and is this the right one? {DEPLOYMENT_HINT}", err=True)
             context.exit(Exit.STORE_UNREACHABLE)
         except (ConfigurationError, ValueError) as error:
-            click.echo(f"jobworker: {error}", err=True)
+            click.echo(f"jobworker: {escape_control(str(error))}", err=True)
             context.exit(Exit.USAGE)
 
 
@@ -127,7 +127,7 @@ def verb_on_deployment(group: click.Group) -> Callable[[Callable[..., None]], cl
 
 def echo_json(value: Any) -> None:
     """Print one JSON object on a line. Bytes that are not UTF-8 become replacement characters."""
-    click.echo(json.dumps(value, ensure_ascii=False, default=_to_json))
+    click.echo(safe_json(value, _to_json))
 
 
 def _to_json(value: Any) -> Any:

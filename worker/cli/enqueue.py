@@ -13,7 +13,8 @@ import click
 import msgspec
 
 from ..producer import NewJob, Producer
-from .common import JobType, complete_streams, verb
+from ..safe_text import escape_control
+from .common import JobType, complete_streams, echo_json, verb
 
 #: Jobs per call of the producer; the progress bar moves after each call.
 _BATCH_SIZE = 1000
@@ -76,11 +77,12 @@ def enqueue(
     else:
         ids = _send(url, defaults._replace(payload=_payload(payload)), count)
     if as_json:
-        click.echo(json.dumps({"ids": ids}))
+        echo_json({"ids": ids})
     elif len(ids) == 1:
-        click.echo(ids[0])
+        click.echo(escape_control(ids[0]))
     else:
-        click.echo(f"{len(ids)} jobs enqueued" + (f", {ids[0]} … {ids[-1]}" if ids else ""))
+        span = f", {ids[0]} … {ids[-1]}" if ids else ""
+        click.echo(f"{len(ids)} jobs enqueued{escape_control(span)}")
 
 
 def _payload(text: str) -> Any:

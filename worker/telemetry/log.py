@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import unquote
 
+from ..safe_text import escape_control, safe_json
 from ..settings import Settings
 from .current_job import current_log_fields
 from .log_limit import RateLimitFilter, is_summary
@@ -164,7 +165,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             event["exception"] = _text(self.formatException(record.exc_info), MAX_TRACEBACK_CHARS)
-        return json.dumps(event, ensure_ascii=False)
+        return safe_json(event)
 
 
 class TextFormatter(logging.Formatter):
@@ -175,13 +176,14 @@ class TextFormatter(logging.Formatter):
         self._role = role
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, followed by the traceback if there is one."""
+        """One line, followed by the indented traceback if there is one. No field can start a line."""
         clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
         line = f"{clock} {record.levelname.lower():7} {self._role}: {_text(record.getMessage())}"
-        line = " ".join([line, *(f"{key}={value}" for key, value in _fields(record).items())])
+        lines = [" ".join([line, *(f"{key}={value}" for key, value in _fields(record).items())])]
         if record.exc_info:
-            line += "\n" + _text(self.formatException(record.exc_info), MAX_TRACEBACK_CHARS)
-        return line
+            trace = _text(self.formatException(record.exc_info), MAX_TRACEBACK_CHARS)
+            lines += ["    " + trace_line for trace_line in trace.split("\n")]
+        return "\n".join(map(escape_control, lines))
 
 
 class _SafeHandler(logging.StreamHandler):  # type: ignore[type-arg]

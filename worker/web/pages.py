@@ -18,6 +18,7 @@ from ..admin.retries import RetrySet
 from ..admin.status_client import Service
 from ..keys import Source
 from ..outcome import Reason
+from ..safe_text import safe_json
 from ..store.redis.operator import OperatorStore
 from .background import BackgroundTasks
 from .filters import DeadFilter, format_cursor, parse_cursor
@@ -219,6 +220,6 @@ def _payload(task: bytes | None, raw: str | None) -> str:
     """The bytes of a job as text, indented if they are JSON."""
     data = task if task is not None else base64.b64decode(raw or "")
     try:
-        return json.dumps(json.loads(data), ensure_ascii=False, indent=2)
+        return safe_json(json.loads(data), indent=2)
     except (ValueError, RecursionError):
         return data.decode("utf-8", "replace")

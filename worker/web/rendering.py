@@ -1,6 +1,5 @@
 """Jinja templates, their filters and their globals. No other file imports Jinja."""
 
-import json
 import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from ..admin.words import format_duration, strip_control
+from ..safe_text import safe_json
 from ..telemetry.log import redacted
 
 #: Characters of a job or a stack trace that are shown. More would slow the browser down.
@@ -27,7 +27,7 @@ def _finalize(value: Any) -> Any:
 def text(value: Any) -> Markup:
     """Text of several lines, or any other value as indented JSON. Long text is cut, with a note."""
     if not isinstance(value, str):
-        value = json.dumps(value, ensure_ascii=False, indent=2, default=str)
+        value = safe_json(value, str, indent=2)
     cut = f"\n… {len(value) - _MAX_TEXT_CHARS} more characters" if len(value) > _MAX_TEXT_CHARS else ""
     lines = (value[:_MAX_TEXT_CHARS] + cut).expandtabs(4).split("\n")
     return Markup("\n").join(escape(strip_control(line)) for line in lines)
