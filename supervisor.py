@@ -164,8 +164,10 @@ class Supervisor:
             **service_status(self._settings, self._stores.fill(self._settings).redis_url),
             "ready": health.live and health.ready,
             "reasons": health.reasons,
+            "transient_reasons": self._processes.transient_reasons(),
             "children": self._processes.children(time.monotonic()),
             "metrics": self._metrics.totals(),
+            "histograms": self._metrics.histograms(),
         }
 
     def health(self) -> Health:

@@ -85,9 +85,23 @@ class TestPage:
         tab.locator("#busy").get_by_text(id).wait_for(state="detached")
         assert "live" in tab.locator(".live").inner_text()
 
+    def test_each_type_has_charts(self, tab: Any, guarded: Page, live: Service) -> None:
+        live.wait_for_end(live.enqueue("noop"))
+        tab.goto(guarded.url + "/types")
+        charts = tab.locator("[data-type=noop] canvas")
+        charts.nth(2).wait_for()
+        assert charts.count() == 3
+
+    def test_slash_goes_to_the_search_box(self, tab: Any, guarded: Page) -> None:
+        search = tab.get_by_role("searchbox")
+        tab.locator("body").press("/")
+        assert tab.evaluate("document.activeElement.name") == "id"
+        search.press("/")
+        assert search.input_value() == "/", "inside of a field it is a character"
+
     def test_it_fits_the_screen_and_the_colour_scheme(self, tab: Any, guarded: Page, live: Service) -> None:
         dead_jobs(live, "permanent")
-        for path in ("/", "/queues", "/workers", "/retries", "/dead"):
+        for path in ("/", "/queues", "/types", "/workers", "/retries", "/dead"):
             tab.goto(guarded.url + path)
             width = tab.evaluate("[document.documentElement.scrollWidth, innerWidth]")
             assert width[0] <= width[1], path

@@ -137,6 +137,13 @@ class TestServices:
             ("wrong", "the circuit breaker of type audit is open: its dependency does not answer"),
         ]
 
+    def test_the_restart_of_one_worker_is_a_note(self) -> None:
+        starting = {"reasons": ["worker 1 is starting"], "transient_reasons": ["worker 1 is starting"]}
+        status = {"ready": False, "version": "1", **starting}
+        assert problems(doctor.service_findings([Service("http://a", status)], False, "1")) == [
+            ("note", "worker 1 is starting")
+        ]
+
     def test_another_version_is_a_note(self) -> None:
         status = {"ready": True, "version": "2"}
         ((level, _),) = problems(doctor.service_findings([Service("http://a", status)], False, "1"))

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from jobworker.worker.admin.overview import OverviewPoller
+import pytest
+
+from jobworker.worker.admin.overview import OverviewPoller, quantile
 from jobworker.worker.admin.status_client import Service
 from jobworker.worker.cli.top import to_json
 from jobworker.worker.errors import StoreUnavailable
@@ -49,6 +51,39 @@ def test_rates_are_the_difference_of_two_answers_of_one_process() -> None:
     assert one.snapshot().rate("done") == 2.0, "a service that does not answer has no rate"
 
 
+def with_runs(url: str, counts: list[int], pid: int = 1) -> Service:
+    """A service whose tries of one type took up to 1 s, up to 10 s, and longer."""
+    samples = [{"task_type": "audit", "counts": counts}]
+    histograms = {"z_novel_job_duration_seconds": {"bounds": [1.0, 10.0], "samples": samples}}
+    return Service(url, {"pid": pid, "children": [], "histograms": histograms})
+
+
+def test_the_p95_covers_the_jobs_of_the_last_minute() -> None:
+    answers = [[with_runs("http://a", [500 + 10 * n, 0, 0])] for n in range(9)]
+    answers[8] = [with_runs("http://a", [580, 100, 0])]
+    one = poller(FakeOperatorStore(), answers)
+    assert one.snapshot().p95_s == {}, "nothing is known about the time before"
+    assert one.snapshot().p95_s == {"audit": {"run": 0.95}}
+    for _ in range(6):
+        one.snapshot()
+    assert one.snapshot().p95_s["audit"]["run"] > 5.0, "old jobs no longer hide the slow ones"
+
+
+def test_a_service_that_restarted_has_no_p95_until_the_next_snapshot() -> None:
+    answers = [[with_runs("http://a", [9, 0, 0])], [with_runs("http://a", [5, 0, 0], pid=2)]]
+    answers += [[with_runs("http://a", [5, 3, 0], pid=2)], [SILENT]]
+    one = poller(FakeOperatorStore(), answers)
+    assert [one.snapshot().p95_s for _ in range(4)] == [{}, {}, {}, {}]
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [([100, 0, 0], 0.95), ([0, 100, 0], 9.55), ([95, 5, 0], 1.0), ([0, 0, 1], 10.0), ([1, 0, 99], 10.0)],
+)
+def test_a_quantile_is_interpolated_in_its_bucket(counts: list[int], expected: float) -> None:
+    assert quantile(0.95, [1.0, 10.0], counts) == pytest.approx(expected)
+
+
 def test_the_newest_dead_letters_of_all_streams_are_shown() -> None:
     store: Any = FakeOperatorStore({"a": [letter(f"{n}-0") for n in range(1, 30)], "b": [letter("25-1")]})
     one = OverviewPoller(store, store, [Source("a", "g"), Source("b", "g")], list)
@@ -81,7 +116,7 @@ def test_the_names_of_a_snapshot_in_json_are_stable() -> None:
     store = FakeOperatorStore({SOURCE.stream: [letter("9-0")]})
     store.paused = [Pause("audit", 5.0, "disk full")]
     one = to_json(poller(store, [[service("http://a", 1), SILENT]]).snapshot())
-    assert list(one) == ["streams", "services", "totals", "rates", "paused", "failures", "trouble"]
+    assert list(one) == ["streams", "services", "totals", "rates", "p95_s", "paused", "failures", "trouble"]
     assert list(one["streams"][0]) == [
         "stream", "group", "queued", "pending", "retrying", "dead", "oldest_age_s", "lag",
     ]  # fmt: skip

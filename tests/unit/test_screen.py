@@ -61,7 +61,8 @@ def test_everything_is_on_80_columns() -> None:
 
 def test_problems_of_a_service_and_open_circuits_are_at_the_top_of_80_columns() -> None:
     overview = snapshot()
-    overview.services[0].status["reasons"] = ["reader is down"]
+    overview.services[0].status["reasons"] = ["worker 1 is starting", "reader is down"]
+    overview.services[0].status["transient_reasons"] = ["worker 1 is starting"]
     gauge = {"z_novel_circuit_open": [{"task_type": "embedding_batch", "value": 1}]}
     overview.services[0].status["metrics"] = gauge
     top = [line for line in lines(overview, 79)[:5] if line.style == "bad"]

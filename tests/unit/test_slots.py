@@ -46,6 +46,21 @@ def test_a_slot_gives_the_reason_why_it_is_not_ready(children: list[FakeChild]) 
     assert reader.reasons() == ["reader: Redis does not answer"]
 
 
+def test_a_worker_that_starts_needs_an_operator_only_if_it_fails_again_and_again(
+    children: list[FakeChild],
+) -> None:
+    slot = Slot("worker", 3)
+    assert slot.is_restarting()
+    slot.backoff.record_exit(10.0, was_ready=True, lived_s=1.0)
+    assert slot.is_restarting()
+    slot.backoff.record_exit(10.0, was_ready=False, lived_s=1.0)
+    assert not slot.is_restarting()
+    slot.child = new_child(children)
+    slot.child.ready = True
+    assert not slot.is_restarting()
+    assert not Slot("reader").is_restarting()
+
+
 def test_a_worker_is_starting_then_idle_busy_or_stopping(children: list[FakeChild]) -> None:
     assert state(None) == "starting"
     child = new_child(children)

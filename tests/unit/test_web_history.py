@@ -47,10 +47,23 @@ def test_polling_survives_an_error_and_is_woken_by_a_change() -> None:
 
 def test_missing_numbers_are_gaps_and_not_zeros() -> None:
     """A chart that falls to 0 while a store does not answer would mislead."""
-    assert sample_of(Overview(1.0))[1:] == (None,) * 7
+    assert sample_of(Overview(1.0))[1:] == (*(None,) * 7, {})
     up: dict[str, Any] = {
         "rates": {"audit": {"done": 2.0, "failed": 1.0}},
+        "p95_s": {"audit": {"run": 0.25}},
         "services": [Service("u", {"pid": 1})],
     }
     depths = [(Source("a", "g"), Depths(1, 2, 3, 4, 5.0, 0)), (Source("b", "g"), Depths(1, 1, 1, 1, 9.0, 0))]
-    assert sample_of(Overview(1.0, streams=depths, **up)) == (1.0, 2.0, 1.0, 2, 3, 4, 5, 9.0)
+    assert sample_of(Overview(1.0, streams=depths, **up)) == (
+        *(1.0, 2.0, 1.0, 2, 3, 4, 5, 9.0),
+        {"audit": (2.0, 1.0, 0.25, None)},
+    )
+
+
+def test_a_type_has_gaps_where_no_service_reported_it() -> None:
+    history = History(lambda: Overview(0.0), 60.0)
+    history.add(Overview(1.0))
+    history.add(Overview(2.0, rates={"audit": {"done": 2.0, "failed": 0.0}}))
+    assert history.since(0)["types"]["audit"]["done"] == [None, 2.0]
+    assert history.since(1)["types"]["audit"]["failed"] == [0.0]
+    assert history.since(2)["types"] == {}

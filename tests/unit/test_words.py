@@ -10,6 +10,7 @@ from jobworker.worker.admin.words import (
     InvalidAge,
     columns,
     format_duration,
+    format_latency,
     pad,
     parse_age,
     pluralise,
@@ -66,6 +67,14 @@ def test_json_escapes_control_characters_and_keeps_the_value(char: str, indent: 
 @pytest.mark.parametrize("char", CONTROLS)
 def test_characters_that_control_a_terminal_are_replaced(char: str) -> None:
     assert strip_control(f"a{char}b") == "a\N{REPLACEMENT CHARACTER}b"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0004, "0.4 ms"), (0.0251, "25.1 ms"), (1.25, "1.25 s"), (61, "61 s"), (600, "10 min")],
+)
+def test_a_latency_has_three_digits(seconds: float, text: str) -> None:
+    assert format_latency(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -181,8 +181,10 @@ def service_findings(services: Sequence[Service], default_metrics: bool, version
         status = service.status
         if status.get("ready"):
             yield Finding("ok", service.consumer, f"ready, {len(service.workers())} workers")
-        for reason in status.get("reasons", ()):
-            yield Finding("wrong", service.consumer, str(reason), "look into its log")
+        for reason in service.problems():
+            yield Finding("wrong", service.consumer, reason, "look into its log")
+        for reason in status.get("transient_reasons", ()):
+            yield Finding("note", service.consumer, str(reason))
         for job_type in sorted(service.types_with("z_novel_circuit_open")):
             says = f"the circuit breaker of type {job_type} is open: its dependency does not answer"
             yield Finding("wrong", service.consumer, says,

@@ -1,8 +1,8 @@
 """Dashboard snapshots of a deployment: streams, rates, workers and the newest dead letters."""
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,12 @@ _RATES = {
     "done": "z_novel_jobs_completed_total", "failed": "z_novel_jobs_failed_total",
     "retried": "z_novel_jobs_retried_total", "dead": "z_novel_jobs_dead_total",
 }  # fmt: skip
+#: Histograms with the label ``task_type``, by the name of their percentile.
+_DURATIONS = {"run": "z_novel_job_duration_seconds", "wait": "z_novel_job_wait_seconds"}
+#: Percentiles cover the jobs of the last minute: one snapshot's jobs are too few.
+_PERCENTILE_WINDOW_S = 60.0
+#: Jobs by job type, ``run`` or ``wait``, and number of the bucket.
+Buckets = Counter[tuple[str, str, int]]
 
 
 @dataclass
@@ -36,8 +42,9 @@ class Overview:
     """One snapshot.
 
     ``totals`` and ``rates`` (per second) are by job type and then by name, such as ``done``. ``rates`` is
-    None in the first snapshot. ``job_ids`` are by stream and entry id. ``error`` says why the store did not
-    answer; its part of the snapshot is empty then.
+    None in the first snapshot. ``p95_s`` has by job type the 95th percentile of ``run`` and ``wait`` in the
+    last minute, in seconds; a name is missing where no job started or finished. ``job_ids`` are by stream and
+    entry id. ``error`` says why the store did not answer; its part of the snapshot is empty then.
     """
 
     wall_s: float
@@ -45,6 +52,7 @@ class Overview:
     services: list[Service] = field(default_factory=list)
     totals: dict[str, dict[str, float]] = field(default_factory=dict)
     rates: dict[str, dict[str, float]] | None = None
+    p95_s: dict[str, dict[str, float]] = field(default_factory=dict)
     pauses: list[Pause] = field(default_factory=list)
     letters: list[Letter] = field(default_factory=list)
     job_ids: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -80,12 +88,16 @@ class OverviewPoller:
         self._wall_s = wall_s
         self._mono_last_s = 0.0
         self._last_counters: dict[tuple[str, int], Counter[tuple[str, str]]] | None = None
+        # The buckets of each process at earlier snapshots, back to the start of the percentiles' window.
+        self._buckets: deque[tuple[float, dict[tuple[str, int], Buckets]]] = deque()
         self._job_ids: dict[tuple[str, str], str] = {}
 
     def snapshot(self) -> Overview:
         """The current state. It does not raise if the store does not answer: see `Overview.error`."""
         overview = Overview(self._wall_s(), services=self._fetch_services())
-        self._add_rates(overview)
+        now_s = self._mono_s()
+        self._add_rates(overview, now_s)
+        self._add_percentiles(overview, now_s)
         try:
             overview.streams = [(source, self._depth_store.depths(source)) for source in self._sources]
             overview.pauses = self._store.pauses()
@@ -96,15 +108,10 @@ class OverviewPoller:
             overview.error = str(error)
         return overview
 
-    def _add_rates(self, overview: Overview) -> None:
+    def _add_rates(self, overview: Overview, now_s: float) -> None:
         """Totals over all services, and rates since the last snapshot. A restarted service counts from 0, so
         a rate is the difference of two answers of one process."""
-        now_s = self._mono_s()
-        counters = {
-            (service.url, int(service.status["pid"])): _counters(service.status)
-            for service in overview.services
-            if service.status
-        }
+        counters = _by_process(overview.services, _counters)
         overview.totals = _sum_by_type(counters.values())
         if self._last_counters is not None:
             in_both = counters.keys() & self._last_counters.keys()
@@ -117,6 +124,19 @@ class OverviewPoller:
                 for job_type in overview.totals
             }
         self._last_counters, self._mono_last_s = counters, now_s
+
+    def _add_percentiles(self, overview: Overview, now_s: float) -> None:
+        buckets = _by_process(overview.services, _duration_buckets)
+        self._buckets.append((now_s, buckets))
+        while now_s - self._buckets[0][0] > _PERCENTILE_WINDOW_S and len(self._buckets) > 2:
+            self._buckets.popleft()
+        earlier = self._buckets[0][1]
+        # A process that the first snapshot of the window lacks has started since, or did not answer then.
+        increase = sum((buckets[key] - earlier[key] for key in buckets.keys() & earlier.keys()), Buckets())
+        bounds = _duration_bounds(overview.services)
+        for job_type, name in {(job_type, name) for job_type, name, _ in increase}:
+            counts = [increase[job_type, name, number] for number in range(len(bounds[name]) + 1)]
+            overview.p95_s.setdefault(job_type, {})[name] = quantile(0.95, bounds[name], counts)
 
     def _newest_letters(self) -> list[Letter]:
         letters = [
@@ -137,6 +157,56 @@ class OverviewPoller:
     def _read_job_id(self, stream: str, entry_id: str) -> str:
         entry = self._store.entry(stream, entry_id.encode())
         return read_identity(entry.data).id if entry else ""
+
+
+def quantile(fraction: float, bounds: Sequence[float], counts: Sequence[int]) -> float:
+    """A quantile of a histogram, by linear interpolation in its bucket as `histogram_quantile` of Prometheus.
+
+    ``counts`` are the values per bucket, at least one in all; the last one is above all bounds, and a
+    quantile in it is the highest bound.
+    """
+    rank = fraction * sum(counts)
+    below = 0
+    for lower, upper, count in zip((0.0, *bounds), bounds, counts, strict=False):
+        if count and below + count >= rank:
+            return lower + (upper - lower) * (rank - below) / count
+        below += count
+    return float(bounds[-1])
+
+
+def _by_process(
+    services: Iterable[Service], read: Callable[[dict[str, Any]], Counter[Any]]
+) -> dict[tuple[str, int], Counter[Any]]:
+    """What `read` finds in the status of each service that answers, by url and process id."""
+    return {
+        (service.url, int(service.status["pid"])): read(service.status)
+        for service in services
+        if service.status
+    }
+
+
+def _histogram(status: dict[str, Any], name: str) -> dict[str, Any]:
+    """A histogram of a status page; empty in the page of an older version."""
+    return dict(status.get("histograms", {}).get(name, {}))
+
+
+def _duration_buckets(status: dict[str, Any]) -> Buckets:
+    return Buckets({
+        (str(sample["task_type"]), name, number): count
+        for name, metric in _DURATIONS.items()
+        for sample in _histogram(status, metric).get("samples", ())
+        for number, count in enumerate(sample["counts"])
+    })  # fmt: skip
+
+
+def _duration_bounds(services: Iterable[Service]) -> Mapping[str, list[float]]:
+    """Upper bounds of the buckets by name; services of one version have the same."""
+    return {
+        name: _histogram(service.status, metric).get("bounds", [])
+        for service in services
+        if service.status.get("histograms")
+        for name, metric in _DURATIONS.items()
+    }
 
 
 def _counters(status: dict[str, Any]) -> Counter[tuple[str, str]]:

@@ -36,6 +36,11 @@ class Service(NamedTuple):
             for job in (worker.get("running") or {}).get("jobs", ()):
                 yield worker, worker["running"], job
 
+    def problems(self) -> list[str]:
+        """Why it is not ready, without what passes by itself, such as the restart of one of its workers."""
+        transient = self.status.get("transient_reasons", ())
+        return [str(reason) for reason in self.status.get("reasons", ()) if reason not in transient]
+
     def types_with(self, gauge: str) -> set[str]:
         """The job types for which a gauge with the label ``task_type`` is not 0."""
         samples = self.status.get("metrics", {}).get(gauge, ())

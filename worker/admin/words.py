@@ -54,6 +54,13 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 86400:.0f} d"
 
 
+def format_latency(seconds: float) -> str:
+    """A duration with three digits: ``0.4 ms``, ``25 ms``, ``1.25 s``; from 100 s on as `format_duration`."""
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 100 else format_duration(seconds)
+
+
 def pluralise(count: int, singular: str, plural: str = "") -> str:
     """``1 worker``, ``2 workers``."""
     return f"{count} {singular if count == 1 else plural or singular + 's'}"

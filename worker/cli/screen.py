@@ -47,7 +47,7 @@ def _head(overview: Overview) -> Iterator[ScreenLine]:
     for service in overview.services:
         if not service.status:
             yield ScreenLine(f"{service.url}: {service.error}", "dim")
-        for reason in service.status.get("reasons", ()):
+        for reason in service.problems():
             yield ScreenLine(f"{service.consumer}: {reason}", "bad")
     for job_type in sorted(_open_circuits(overview)):
         yield ScreenLine(f"{job_type}: circuit open, its dependency does not answer", "bad")

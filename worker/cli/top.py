@@ -74,11 +74,12 @@ def to_json(overview: Overview) -> dict[str, Any]:
         "streams": [{**source._asdict(), **depths._asdict()} for source, depths in overview.streams],
         "services": [
             {"url": one.url, "trouble": redacted(one.error)}
-            | {key: value for key, value in one.status.items() if key != "metrics"}
+            | {key: value for key, value in one.status.items() if key not in ("metrics", "histograms")}
             for one in overview.services
         ],
         "totals": overview.totals,
         "rates": overview.rates,
+        "p95_s": overview.p95_s,
         "paused": [
             {"kind": one.kind, "wall_since_s": one.wall_since_s, "note": one.note} for one in overview.pauses
         ],

@@ -439,6 +439,12 @@ class ProcessManager:
         """Why the service is not ready; empty if it is."""
         return [reason for slot in self._slots for reason in slot.reasons()]
 
+    def transient_reasons(self) -> list[str]:
+        """The reasons that pass without an operator: a worker restarts while others are ready."""
+        if not any(slot.child and slot.child.ready for slot in self._workers):
+            return []
+        return [reason for slot in self._workers if slot.is_restarting() for reason in slot.reasons()]
+
     def children(self, now: float) -> list[dict[str, Any]]:
         """Every child as /status shows it."""
         return [

@@ -37,6 +37,11 @@ class Slot:
             reasons.append(f"{self.child.name}: {self.child.trouble}")
         return reasons
 
+    def is_restarting(self) -> bool:
+        """Whether this is a worker that starts and has not failed at it: no operator is needed."""
+        is_starting = self.child is None or not self.child.ready
+        return self.role == "worker" and is_starting and not self.backoff.exits_before_ready
+
 
 def state(child: Child | None) -> str:
     """State of a child for /status and metrics.

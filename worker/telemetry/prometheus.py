@@ -4,6 +4,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
+from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -73,6 +74,24 @@ class PrometheusCollector(Collector):
                 ]
                 for name, metric in self._metrics.items()
                 if metric.kind != "histogram"
+            }
+
+    def histograms(self) -> dict[str, dict[str, Any]]:
+        """Every histogram: ``bounds`` of its buckets, and ``samples`` with labels and ``counts``.
+
+        A sample has one count per bucket and a last one for values above all bounds. They are not cumulative.
+        """
+        with self._lock:
+            return {
+                name: {
+                    "bounds": list(metric.buckets),
+                    "samples": [
+                        {**dict(zip(metric.labels, labels, strict=True)), "counts": list(counts)}
+                        for labels, counts in self._buckets[name].items()
+                    ],
+                }
+                for name, metric in self._metrics.items()
+                if metric.kind == "histogram"
             }
 
     def page(self) -> bytes:

@@ -37,6 +37,7 @@ def _routes(pages: Pages, actions: Actions) -> list[BaseRoute]:
         Route("/", pages.overview),
         Route("/history.json", pages.history),
         Route("/queues", pages.queues),
+        Route("/types", pages.types),
         Route("/workers", pages.workers),
         Route("/retries", pages.retries),
         Route("/dead", pages.dead),

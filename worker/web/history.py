@@ -29,6 +29,19 @@ class Sample(NamedTuple):
     retrying: int | None
     dead: int | None
     oldest_s: float | None
+    types: dict[str, "TypeSample"]
+
+
+class TypeSample(NamedTuple):
+    """One point of the charts of a job type: rates per second, percentiles in seconds; None if unknown."""
+
+    done: float | None
+    failed: float | None
+    run_p95_s: float | None
+    wait_p95_s: float | None
+
+
+_NO_TYPE_SAMPLE = TypeSample(None, None, None, None)
 
 
 class History:
@@ -69,7 +82,8 @@ class History:
 
     def since(self, number: int) -> dict[str, Any]:
         """The samples after sample `number`: ``last``, the number of the latest one, and a list per field.
-        ``whole`` says that all samples are included, so that the browser drops its own."""
+        ``types`` has a list per field of each job type. ``whole`` says that all samples are included, so that
+        the browser drops its own."""
         with self._lock:
             new = max(0, min(self._count - number, len(self._samples)))
             if number > self._count:  # the browser's number is from before a restart of this process
@@ -79,7 +93,12 @@ class History:
                 "last": self._count,
                 "whole": new == len(self._samples),
                 "interval_s": self._interval_s,
-                **{name: [getattr(one, name) for one in samples] for name in Sample._fields},
+                **{
+                    name: [getattr(one, name) for one in samples]
+                    for name in Sample._fields
+                    if name != "types"
+                },
+                "types": _type_columns(samples),
             }
 
     def add(self, overview: Overview) -> None:
@@ -100,6 +119,15 @@ class History:
             self._wake.clear()
 
 
+def _type_columns(samples: list[Sample]) -> dict[str, dict[str, list[float | None]]]:
+    job_types = sorted({job_type for one in samples for job_type in one.types})
+    rows = {name: [one.types.get(name, _NO_TYPE_SAMPLE) for one in samples] for name in job_types}
+    return {
+        job_type: {name: [getattr(row, name) for row in rows[job_type]] for name in TypeSample._fields}
+        for job_type in job_types
+    }
+
+
 def sample_of(overview: Overview) -> Sample:
     """The point of the charts for a snapshot."""
     depths = [depths for _, depths in overview.streams]
@@ -114,4 +142,14 @@ def sample_of(overview: Overview) -> Sample:
         round(overview.rate("failed"), 2) if has_rates else None,
         total("queued"), total("pending"), total("retrying"), total("dead"),
         round(max(one.oldest_age_s for one in depths), 1) if depths else None,
+        {job_type: _type_sample(overview, job_type) for job_type in overview.rates or {}},
+    )  # fmt: skip
+
+
+def _type_sample(overview: Overview, job_type: str) -> TypeSample:
+    rates, p95_s = (overview.rates or {})[job_type], overview.p95_s.get(job_type, {})
+    run_s, wait_s = p95_s.get("run"), p95_s.get("wait")
+    return TypeSample(
+        round(rates["done"], 2), round(rates["failed"], 2),
+        None if run_s is None else round(run_s, 4), None if wait_s is None else round(wait_s, 4),
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from ..admin.find_job import OVERDUE_S, SILENT_S, JobFinder, JobLocation
 from ..admin.overview import Overview
 from ..admin.retries import RetrySet
 from ..admin.status_client import Service
+from ..admin.tenants import WaitingTenants, waiting_tenants
 from ..keys import Source
 from ..outcome import Reason
 from ..safe_text import safe_json
@@ -29,6 +32,8 @@ from .rendering import Renderer
 _PAGE_ROWS = 50
 #: Entries scanned for one page, and in each place for a job at first: about a second.
 SCAN_LIMIT = 20_000
+#: Tenants shown, and the interval of counting them, which reads megabytes from the store.
+_MAX_TENANTS, _COUNT_TENANTS_EVERY_S = 20, 10.0
 #: Largest scan that a visitor may ask for: about a minute on one connection.
 _MAX_SCAN = 5_000_000
 
@@ -88,8 +93,12 @@ class Site:
 class Pages:
     """One method per page. Starlette calls them in threads."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, mono_s: Callable[[], float] = time.monotonic) -> None:
         self._site = site
+        self._mono_s = mono_s
+        self._tenants_lock = threading.Lock()
+        self._latest_tenants: WaitingTenants | None = None
+        self._mono_counted_s = 0.0
 
     def health(self, request: Request) -> Response:
         """200 while the job store answers, else 503: for the monitoring of this page."""
@@ -114,7 +123,27 @@ class Pages:
         """Streams with their consumers, job types with their pauses."""
         with self._site.store() as store:
             groups = {source: store.group(source) for source in self._site.sources}
-        return self._snapshot_page(request, "queues.html", groups=groups, silent_s=SILENT_S)
+            tenants = self._tenants(store)
+        return self._snapshot_page(
+            request,
+            "queues.html",
+            groups=groups,
+            silent_s=SILENT_S,
+            tenants=tenants,
+            max_tenants=_MAX_TENANTS,
+        )
+
+    def _tenants(self, store: OperatorStore) -> WaitingTenants:
+        """The tenants with waiting jobs, counted at most every 10 s for all visitors."""
+        with self._tenants_lock:
+            if self._latest_tenants is None or self._mono_s() - self._mono_counted_s > _COUNT_TENANTS_EVERY_S:
+                self._latest_tenants = waiting_tenants(store, self._site.sources)
+                self._mono_counted_s = self._mono_s()
+            return self._latest_tenants
+
+    def types(self, request: Request) -> Response:
+        """Charts of each job type."""
+        return self._snapshot_page(request, "types.html")
 
     def _snapshot_page(self, request: Request, template: str, **values: Any) -> Response:
         overview = self._site.history.latest

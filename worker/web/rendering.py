@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from ..admin.words import format_duration, strip_control
+from ..admin.words import format_duration, format_latency, strip_control
 from ..safe_text import safe_json
 from ..telemetry.log import redacted
 
@@ -68,8 +68,8 @@ class Renderer:
             trim_blocks=True, lstrip_blocks=True, auto_reload=False,
         )  # fmt: skip
         self._templates.filters |= {
-            "duration": format_duration, "text": text, "number": number, "rate": rate, "ago": ago,
-            "redacted": redacted,
+            "duration": format_duration, "latency": format_latency, "text": text, "number": number,
+            "rate": rate, "ago": ago, "redacted": redacted,
         }  # fmt: skip
         self._templates.globals |= {"version": _version(), **template_globals}
 

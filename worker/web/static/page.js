@@ -2,6 +2,7 @@
 "use strict";
 (() => {
   const REFRESH_MS = 2000; // the default of --interval: the server has no newer numbers before
+  const MAX_SAMPLES = 900; // as the server keeps
   const live = [...document.querySelectorAll("[data-live]")].map((element) => element.id);
   const charts = [...document.querySelectorAll("[data-chart]")];
   const button = document.querySelector(".live");
@@ -62,7 +63,23 @@
     };
   };
 
-  const columns = (element) => [history.wall_s, ...element.dataset.chart.split(",").map((one) => history[one.split(":")[0]])];
+  // A chart of a job type that has no samples yet is empty.
+  const columns = (element) => {
+    const series = element.dataset.type ? history.types[element.dataset.type] ?? {} : history;
+    return [history.wall_s, ...element.dataset.chart.split(",").map((one) => series[one.split(":")[0]] ?? history.wall_s.map(() => null))];
+  };
+
+  const gaps = (count) => Array(count).fill(null);
+
+  // Adds samples of all types. A type that is missing on one side has gaps there.
+  const appendTypes = (fresh, before) => {
+    const added = fresh.wall_s.length;
+    for (const type of new Set([...Object.keys(history.types), ...Object.keys(fresh.types)])) {
+      const [old, more] = [history.types[type] ?? {}, fresh.types[type] ?? {}];
+      history.types[type] = Object.fromEntries(Object.keys({ ...old, ...more }).map((name) =>
+        [name, [...(old[name] ?? gaps(before)), ...(more[name] ?? gaps(added))].slice(-MAX_SAMPLES)]));
+    }
+  };
 
   const draw = (recreate) => {
     if (!history || history.wall_s.length < 2) return;
@@ -77,7 +94,10 @@
     if (!charts.length) return;
     const fresh = await (await fetch(`/history.json?after=${last}`, { cache: "no-store" })).json();
     if (fresh.whole || !history) history = fresh;
-    else for (const [name, values] of Object.entries(fresh)) if (Array.isArray(values)) history[name] = history[name].concat(values).slice(-900);
+    else {
+      appendTypes(fresh, history.wall_s.length);
+      for (const [name, values] of Object.entries(fresh)) if (Array.isArray(values)) history[name] = history[name].concat(values).slice(-MAX_SAMPLES);
+    }
     last = fresh.last;
     draw(false);
   };
@@ -105,6 +125,16 @@
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw(true));
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; draw(true); } });
+
+  // "/" goes to the search box, as in other tools.
+  const search = document.querySelector("[name=id][type=search]");
+  addEventListener("keydown", (event) => {
+    const isTyping = event.target.closest?.("input, textarea, select, [contenteditable]");
+    if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || isTyping || !search) return;
+    event.preventDefault();
+    search.focus();
+    search.select();
+  });
 
   // Dead letters: a box selects all on the page, and the buttons show how many are selected.
   const all = document.getElementById("all");

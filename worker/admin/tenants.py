@@ -1,0 +1,44 @@
+"""Tenants with the most waiting jobs."""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..keys import Source
+from ..store.operator import START, walk
+from .identity import read_identity
+
+if TYPE_CHECKING:  # the client library takes a while to load
+    from ..store.redis.operator import OperatorStore
+
+#: Limits of what is read of one stream: a dashboard must not slow the store down.
+MAX_ENTRIES, _MAX_BYTES = 2000, 8 * 1024 * 1024
+
+
+class WaitingTenants(NamedTuple):
+    """Queued jobs by tenant id, most first, among the ``scanned`` oldest; ``complete`` if these are all."""
+
+    jobs: list[tuple[str, int]]
+    scanned: int
+    complete: bool
+
+
+def waiting_tenants(store: "OperatorStore", sources: Sequence[Source]) -> WaitingTenants:
+    """Count the queued jobs of each tenant: in each stream the oldest 2,000, or the oldest 8 MiB.
+
+    Jobs that a reader has fetched are not queued. Raises `StoreUnavailable`.
+    """
+    counts: Counter[str] = Counter()
+    complete = True
+    for source in sources:
+        group = store.group(source)
+        entries = data_bytes = 0
+        for page in walk(partial(store.entries, source.stream), group.last_delivered if group else START):
+            counts.update(read_identity(entry.data).tenant_id for entry in page)
+            entries += len(page)
+            data_bytes += sum(len(entry.data or b"") for entry in page)
+            if entries >= MAX_ENTRIES or data_bytes >= _MAX_BYTES:
+                complete = False
+                break
+    return WaitingTenants(counts.most_common(), counts.total(), complete)
