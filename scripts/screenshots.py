@@ -113,7 +113,7 @@ def send(url: str, stopping: threading.Event) -> None:
 
 
 @contextmanager
-def sstopping(url: str) -> Iterator[None]:
+def sending(url: str) -> Iterator[None]:
     """Send load in a thread."""
     stopping = threading.Event()
     thread = threading.Thread(target=send, args=(url, stopping))
@@ -172,7 +172,8 @@ def take_every(browser: Browser, url: str, folder: Path) -> None:
     for size, dark in itertools.product(sizes, (False, True)):
         name = f"{size}-dark" if dark else size
         with logged_in(browser, url, dark=dark, size=sizes[size]) as page:
-            for path in ("/", "/queues", "/workers", "/retries", "/dead", "/dead?reason=permanent&newer=1h"):
+            plain = ("/", "/queues", "/types", "/workers", "/retries", "/dead")
+            for path in (*plain, "/dead?reason=permanent&newer=1h"):
                 page.goto(url + path)
                 page.wait_for_timeout(1500)  # the charts and the first refresh
                 label = re.sub(r"\W+", "-", path).strip("-") or "overview"
@@ -194,6 +195,11 @@ def take_for_docs(browser: Browser, url: str, folder: Path) -> None:
         with logged_in(browser, url, dark=dark, size=DESKTOP) as page:
             page.wait_for_timeout(2500)  # two refreshes: the numbers of the start are gone
             page.screenshot(path=folder / f"{name}.png")
+    with logged_in(browser, url, dark=False, size=DESKTOP) as page:
+        page.goto(f"{url}/types")
+        page.wait_for_selector("[data-type] canvas")
+        page.wait_for_timeout(1500)  # all charts
+        page.screenshot(path=folder / "web-types.png")
     with logged_in(browser, url, dark=False, size=PHONE) as page:
         page.goto(f"{url}/dead")
         page.screenshot(path=folder / "web-phone.png")
@@ -216,7 +222,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="screenshots-")))
         endpoints = stack.enter_context(service(folder))
-        stack.enter_context(sstopping(endpoints["redis_url"]))
+        stack.enter_context(sending(endpoints["redis_url"]))
         url = stack.enter_context(web(endpoints, folder))
         time.sleep(options.warm_up)  # the charts need some history
         playwright: Any = stack.enter_context(sync_playwright())

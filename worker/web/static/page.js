@@ -40,7 +40,7 @@
     const at = plot.cursor.idx ?? plot.data[0].length - 1;
     element.parentElement.querySelectorAll("output").forEach((output, i) => {
       const value = plot.data[i + 1][at];
-      const digits = value >= 100 || Number.isInteger(value) ? 0 : 1;
+      const digits = value >= 100 || Number.isInteger(value) ? 0 : value >= 1 ? 1 : 3;
       output.textContent = value == null ? "–" : value.toLocaleString("en", { maximumFractionDigits: digits }) + element.dataset.unit;
     });
     element.parentElement.querySelector("time").textContent = plot.cursor.idx == null ? "" : clock(plot.data[0][at], 8);
