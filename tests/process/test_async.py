@@ -1,4 +1,4 @@
-"""Async handlers in the running service: they run, are killed at their limit, and finish before a stop."""
+"""Async handlers in the running service: they run, are killed at their timeout, and finish before a stop."""
 
 import signal
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The embedded stores of a running service are open to the service's user only."""
+"""Only the service's user can use the embedded stores of a running service."""
 
 import json
 import os

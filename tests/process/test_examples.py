@@ -1,4 +1,4 @@
-"""The programs in examples/ do what they say, against a running service."""
+"""The programs in examples/ work against a running service."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Five hundred entries that are no jobs: every one is dead-lettered with its bytes, and no worker notices."""
+"""Five hundred malformed entries: each is dead-lettered with its bytes, and no worker is disturbed."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""A vector store that is away or stands still: its type waits, no retry is used up, the others go on."""
+"""A vector store that is down or hangs: its type waits, no retry is used up, other types continue."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""A model that is not there is one clear error at the start, at once, and says how to get it."""
+"""A missing model is one clear error at the start, which says how to get the model."""
 
 import time
 from pathlib import Path

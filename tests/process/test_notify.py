@@ -1,4 +1,4 @@
-"""What the service tells systemd, heard on a socket as systemd would."""
+"""Messages to systemd, received on a socket as systemd receives them."""
 
 import os
 import signal

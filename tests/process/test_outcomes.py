@@ -1,4 +1,4 @@
-"""Every outcome that a job can come to, seen from outside: store, handler's notes, metrics."""
+"""Every outcome of a job, seen from outside: store, handler's notes, metrics."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""An entry that ends the reader, in a real service with a planted fault: it alone is given up."""
+"""An entry that ends the reader, in a real service with a planted fault: only that entry is dead-lettered."""
 
 import base64
 import contextlib

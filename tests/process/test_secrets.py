@@ -1,4 +1,4 @@
-"""Passwords, tokens and keys that the service was given stand in no log line and no command line."""
+"""Passwords, tokens and keys of the service occur in no log line and no command line."""
 
 import json
 from collections.abc import Iterator

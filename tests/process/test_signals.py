@@ -1,4 +1,4 @@
-"""TERM, INT and HUP on the running service: it stops as asked, exchanges its workers, and drops nothing."""
+"""TERM, INT and HUP on the running service: graceful stop, rolling restart, and no job is lost."""
 
 import os
 import signal

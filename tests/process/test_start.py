@@ -1,4 +1,4 @@
-"""How a start may end: the exit code that scripts rely on, and a message that says what to change."""
+"""Failed starts: the exit code that scripts rely on, and a message that says what to change."""
 
 import socket
 import subprocess

@@ -1,4 +1,4 @@
-"""Traces over real processes: what a producer began is seen through reader, worker, model and store."""
+"""Traces over real processes: a producer's trace continues through reader, worker, model and store."""
 
 import socket
 import time

@@ -1,4 +1,4 @@
-"""Chapters in many versions, shuffled, delivered twice, while workers are killed: the newest stays."""
+"""Chapters in many versions, shuffled and repeated, while workers are killed: the newest version stays."""
 
 import random
 from pathlib import Path

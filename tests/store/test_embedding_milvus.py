@@ -1,4 +1,4 @@
-"""The embedding handler on a real Milvus Lite: what a job promises is what can be read from the store."""
+"""The embedding handler on a real Milvus Lite: rows that a job promises can be read from the store."""
 
 from collections.abc import Iterator
 from pathlib import Path

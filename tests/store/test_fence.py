@@ -1,4 +1,4 @@
-"""Write fence: admission, leases, minimum versions, and what a rebuild learns of other writes."""
+"""Write fence: admission, leases, minimum versions, and how a rebuild learns of other writes."""
 
 import time
 from collections.abc import Sequence

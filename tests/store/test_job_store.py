@@ -1,4 +1,4 @@
-"""What every job store promises: the suite for the one in memory and for real servers."""
+"""Suite of every job store: the one in memory and real servers."""
 
 import select
 import threading

@@ -1,4 +1,4 @@
-"""The server around Milvus Lite keeps every acknowledged row, whatever ends it."""
+"""The server around Milvus Lite keeps every acknowledged row, however it ends."""
 
 import contextlib
 import random

@@ -1,4 +1,4 @@
-"""What an operator's tool relies on: dead letters move whole, pauses last, a job is found where it is."""
+"""Operator's store: dead letters move whole, pauses last, a job is found wherever it is."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""What a producer puts on the wire, and what it refuses to put there."""
+"""What a producer writes to the stream, and what it refuses."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Whatever is done in whatever order: every job is in exactly one place, the one that a model says."""
+"""Lua scripts compared with a model: after any sequence of calls each job is in exactly the place of the model."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The shared memory of one worker: both ends see the same, it wakes who sleeps, and nothing stays behind."""
+"""The shared memory of one worker: both sides see the same, wake each other, and leave nothing behind."""
 
 import mmap
 import os

@@ -1,4 +1,4 @@
-"""The line between supervisor and child: whole messages, descriptors, the end of the other side."""
+"""Control socket between supervisor and child: whole messages, descriptors, the exit of the other side."""
 
 import os
 import socket

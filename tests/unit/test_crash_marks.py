@@ -1,4 +1,4 @@
-"""No entry ends the reader again and again: what a reader leaves behind, and what its successor does."""
+"""Crash marks: an entry that ends the reader is rejected by the next reader."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""On a CUDA device vectors are the model's own too, and a card that is too small is no failure."""
+"""On a CUDA device vectors equal the model's own, and a card with too little memory is no failure."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""GPUs are shared out by slot, never more copies than help, and every pool of threads is told its size."""
+"""GPUs are assigned by slot, copies are limited to what helps, and each thread pool gets its size."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The documentation keeps its word: its examples run, its options exist, its links lead somewhere."""
+"""The documentation is correct: its examples run, its options exist, its links work."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Vectors are the model's own, no text is cut short, and a missing model says at once how to get it."""
+"""Vectors equal the model's own, no text is truncated, and the error for a missing model says how to get it."""
 
 import json
 import subprocess

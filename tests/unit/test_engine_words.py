@@ -1,4 +1,4 @@
-"""The engine knows no job type: the words of the built-in ones occur nowhere below worker/."""
+"""The engine knows no job type: the words of the built-in types do not occur below worker/."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is read as a job and what is refused; what a retry and a dead letter keep."""
+"""Which entries are jobs and which are refused; what a retry and a dead letter keep."""
 
 import base64
 import json

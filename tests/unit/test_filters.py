@@ -1,4 +1,4 @@
-"""Filters as a server gets them: values beside the text from Milvus 2.5 on, quoted ids before."""
+"""Filters as a server receives them: template parameters from Milvus 2.5 on, quoted ids before."""
 
 from collections.abc import Callable
 from typing import Any

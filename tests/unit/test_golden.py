@@ -1,4 +1,4 @@
-"""Entries as the Go producers write them are run as they are, retried and dead-lettered byte for byte."""
+"""Entries as the Go producers write them run unchanged, and are retried and dead-lettered byte for byte."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Entries as the Go producers write them are carried out by the handlers that come with the service."""
+"""The built-in handlers process entries as the Go producers write them."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The in-flight table against a model, and what a new reader makes of it."""
+"""The in-flight table compared with a model, and its use by a new reader."""
 
 import os
 from collections.abc import Iterator

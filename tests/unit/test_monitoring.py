@@ -1,4 +1,4 @@
-"""Rules and dashboard ask for what is really exported, and every alert leads to a runbook."""
+"""Rules and dashboard use metrics that are exported, and every alert leads to a runbook."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What becomes of a job whose try failed."""
+"""Outcomes of failed tries: retry or dead letter, and with which reason."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""What an installation puts where: `jobworker/` and nothing else, beside a package named `supervisor`."""
+"""Installed files: only `jobworker/`, so a package named `supervisor` can be installed beside it."""
 
 import configparser
 import re

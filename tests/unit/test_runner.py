@@ -1,4 +1,4 @@
-"""The worker's loop in one process: which jobs run, together with which, and what the reader is told."""
+"""The worker's loop in one process: which jobs run, in which batches, and what the reader is told."""
 
 import asyncio
 import contextvars

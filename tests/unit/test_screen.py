@@ -1,4 +1,4 @@
-"""The page of ``jobworker top``: everything is on it, and no line is wider than the terminal."""
+"""The page of ``jobworker top``: complete, and no line is wider than the terminal."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A long text is cut where a reader would pause, and no character is ever torn."""
+"""A long text is cut at pauses of a reader, and no grapheme cluster is split."""
 
 import pytest
 import regex

@@ -1,4 +1,4 @@
-"""Handlers run by the harness for tests: every way in which a job can end that one process can show."""
+"""The harness for handler tests: every outcome of a job that one process can produce."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""The files for systemd: the template is the service under another name, and little is exposed."""
+"""The systemd units: the template equals the service, and the sandbox is tight."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""Types that only some workers run wait for these, and hold up nothing else, however many of them wait."""
+"""Types that only some workers support wait for these workers and delay no other type."""
 
 import contextlib
 import threading
