@@ -1,4 +1,4 @@
-"""Lua scripts compared with a model: after any sequence of calls each job is in exactly the place of the model."""
+"""Lua scripts compared with a model: after any sequence of calls each job is where the model has it."""
 
 from collections import Counter
 from collections.abc import Iterator

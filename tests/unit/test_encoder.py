@@ -1,4 +1,4 @@
-"""Vectors equal the model's own, no text is truncated, and the error for a missing model says how to get it."""
+"""Vectors equal the model's own, no text is truncated, and a missing model is a clear error."""
 
 import json
 import subprocess
