@@ -33,7 +33,6 @@ class MemoryFence:
         return self._collections.setdefault(collection, _Collection())
 
     def admit(self, intents: Sequence[WriteIntent]) -> list[WriteAdmission]:
-        """See `Fence.admit`."""
         with self._lock:
             return [self._admit(intent) for intent in intents]
 
@@ -60,7 +59,6 @@ class MemoryFence:
     def record_removal(
         self, intent: WriteIntent, gone: Sequence[str], min_versions: Mapping[str, int]
     ) -> None:
-        """See `Fence.record_removal`."""
         with self._lock:
             of = self._of(intent.collection)
             of.min_versions |= min_versions
@@ -68,7 +66,6 @@ class MemoryFence:
                 of.journal |= set(gone)
 
     def release(self, intents: Sequence[WriteIntent]) -> None:
-        """See `Fence.release`."""
         with self._lock:
             for intent in intents:
                 of = self._of(intent.collection)
@@ -80,7 +77,6 @@ class MemoryFence:
                     of.journal |= set(intent.ids)
 
     def begin(self, collection: str, owner: str, lease_ms: int) -> RebuildLease | str:
-        """See `Rebuilds.begin`."""
         with self._lock:
             of, now = self._of(collection), self._mono_s()
             holder = of.fields.get("owner", owner)
@@ -101,7 +97,6 @@ class MemoryFence:
         shut_ms: int | None = None,
         journal: bool | None = None,
     ) -> None:
-        """See `Rebuilds.save`."""
         with self._lock:
             of, now = self._of(collection), self._mono_s()
             if of.epoch != epoch:
@@ -115,12 +110,10 @@ class MemoryFence:
                 of.doing = of.doing if journal else set()
 
     def writers(self, collection: str) -> int:
-        """See `Rebuilds.writers`."""
         with self._lock:
             return sum(till > self._mono_s() for till in self._of(collection).writers.values())
 
     def changed(self, collection: str, done: Sequence[str], limit: int) -> list[str]:
-        """See `Rebuilds.changed`."""
         with self._lock:
             of = self._of(collection)
             of.doing -= set(done)
@@ -129,7 +122,6 @@ class MemoryFence:
             return sorted(of.doing)[:limit]
 
     def state(self, collection: str) -> dict[str, str]:
-        """See `Rebuilds.state`."""
         with self._lock:
             return dict(self._of(collection).fields)
 

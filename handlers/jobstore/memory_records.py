@@ -16,7 +16,6 @@ class MemoryRecords:
         self._mentions: dict[str, set[str]] = {}
 
     def put(self, key: RecordKey, version: int, fields: Mapping[str, str], updated_at: str) -> Put:
-        """See `Records.put`."""
         name = record_key(*key)
         with self._lock:
             if name in self._stored:
@@ -33,18 +32,15 @@ class MemoryRecords:
             return Put("stored", record)
 
     def get(self, key: RecordKey) -> Record | None:
-        """See `Records.get`."""
         with self._lock:
             owner, _, record = self._stored.get(record_key(*key), ("", "", None))
         return record if owner == key.owner else None
 
     def mention(self, chapter: RecordKey, entity_ids: Sequence[str]) -> None:
-        """See `Records.mention`."""
         with self._lock:
             self._mentions.setdefault(mentions_key(*chapter[1:]), set()).update(entity_ids)
 
     def mentioned(self, chapter: RecordKey) -> list[str]:
-        """See `Records.mentioned`."""
         with self._lock:
             return sorted(self._mentions.get(mentions_key(*chapter[1:]), ()))
 

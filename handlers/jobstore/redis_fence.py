@@ -17,14 +17,12 @@ class RedisFence(ScriptedRedis):
         super().__init__(url, scripts=script)
 
     def admit(self, intents: Sequence[WriteIntent]) -> list[WriteAdmission]:
-        """See `Fence.admit`."""
         replies = self._call_all(intents, [_admit(intent) for intent in intents])
         return [_admission(intent, reply) for intent, reply in zip(intents, replies, strict=True)]
 
     def record_removal(
         self, intent: WriteIntent, gone: Sequence[str], min_versions: Mapping[str, int]
     ) -> None:
-        """See `Fence.record_removal`."""
         on = keys.writes_keys(intent.collection)
         pairs = [part for chapter, version in min_versions.items() for part in (chapter, str(version))]
         command = script(
@@ -33,7 +31,6 @@ class RedisFence(ScriptedRedis):
         self.one(on.rebuild, command)
 
     def release(self, intents: Sequence[WriteIntent]) -> None:
-        """See `Fence.release`."""
         self._call_all(intents, [_release(intent) for intent in intents])
 
     def _call_all(self, intents: Sequence[WriteIntent], commands: Sequence[Command]) -> list[Reply]:
@@ -49,7 +46,6 @@ class RedisFence(ScriptedRedis):
     # ---- rebuilds
 
     def begin(self, collection: str, owner: str, lease_ms: int) -> RebuildLease | str:
-        """See `Rebuilds.begin`."""
         # Its error is ignored: only `explain` reads the set, and an access list may lack the key.
         self.call(keys.REBUILT_KEY, [("SADD", keys.REBUILT_KEY, collection)])
         key = keys.writes_keys(collection).rebuild
@@ -66,7 +62,6 @@ class RedisFence(ScriptedRedis):
         shut_ms: int | None = None,
         journal: bool | None = None,
     ) -> None:
-        """See `Rebuilds.save`."""
         on = keys.writes_keys(collection)
         pairs = [part for pair in fields.items() for part in pair]
         closed, recording = "" if shut_ms is None else shut_ms, "" if journal is None else int(journal)
@@ -76,20 +71,17 @@ class RedisFence(ScriptedRedis):
             raise Fenced(f"the rebuild of {collection} was taken over by another process")
 
     def writers(self, collection: str) -> int:
-        """See `Rebuilds.writers`."""
         key = keys.writes_keys(collection).writers
         leases, now = (checked(reply) for reply in self.call(key, [("HVALS", key), ("TIME",)]))
         now_ms = int(now[0]) * 1000 + int(now[1]) // 1000
         return sum(int(till) > now_ms for till in leases)
 
     def changed(self, collection: str, done: Sequence[str], limit: int) -> list[str]:
-        """See `Rebuilds.changed`."""
         on = keys.writes_keys(collection)
         ids = self.one(on.rebuild, script("journal", [on.journal, on.doing], limit, *done))
         return [id_.decode() for id_ in ids]
 
     def state(self, collection: str) -> dict[str, str]:
-        """See `Rebuilds.state`."""
         key = keys.writes_keys(collection).rebuild
         return _fields(self.one(key, ("HGETALL", key)))
 

@@ -23,25 +23,21 @@ class RedisRecords(ScriptedRedis):
         super().__init__(url, scripts=script)
 
     def put(self, key: RecordKey, version: int, fields: Mapping[str, str], updated_at: str) -> Put:
-        """See `Records.put`."""
         name = keys.record_key(*key)
         pairs = [part for pair in fields.items() for part in pair]
         verdict, *flat = self.one(name, script("record", [name], key.owner, str(version), updated_at, *pairs))
         return Put(verdict.decode(), _record(key, flat) if flat else None)
 
     def get(self, key: RecordKey) -> Record | None:
-        """See `Records.get`."""
         name = keys.record_key(*key)
         return _record(key, self.one(name, ("HGETALL", name)))
 
     def mention(self, chapter: RecordKey, entity_ids: Sequence[str]) -> None:
-        """See `Records.mention`."""
         if entity_ids:
             name = keys.mentions_key(*chapter[1:])
             self.one(name, ("SADD", name, *entity_ids))
 
     def mentioned(self, chapter: RecordKey) -> list[str]:
-        """See `Records.mentioned`."""
         name = keys.mentions_key(*chapter[1:])
         return sorted(id_.decode(errors="replace") for id_ in self.one(name, ("SMEMBERS", name)))
 
