@@ -45,10 +45,10 @@ def handler(texts: list[str], options: Report, folder: Path) -> Report:
     work = [_job(number, some) for number, some in enumerate(jobs(texts))]
     embed.handle_batch(work[:4])
     packs.clear()
-    before_ms = embed.counters["forward_milliseconds"]
+    before_s = embed.counters["forward_seconds"]
     outcomes, seconds = _timed(lambda: _in_batches(embed, work))
     assert outcomes == [None] * len(work), outcomes
-    busy_s = (embed.counters["forward_milliseconds"] - before_ms) / 1000
+    busy_s = embed.counters["forward_seconds"] - before_s
     cost, own = (sum(column) for column in zip(*packs, strict=True)) if packs else (0, 0)
     return {
         "seconds": seconds,

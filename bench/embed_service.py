@@ -66,7 +66,7 @@ def end_to_end(jobs: Sequence[Sequence[str]], procs: int, model: str) -> dict[st
         served.backlog.release(len(jobs))
         served.wait_drained()
         seconds = time.perf_counter() - began
-        busy_s = _settled(served, "z_novel_forward_milliseconds_total") / 1000
+        busy_s = _settled(served, "z_novel_forward_seconds_total")
         tokens = served.metric("z_novel_embedded_tokens_total")
         batches, batch_jobs = (
             served.metric("z_novel_batch_jobs_count"),

@@ -62,7 +62,7 @@ EXTENSION = Extension(
         ),
         "z_novel_embedding_cache_hits_total": Metric("counter", "Texts whose vectors were known"),
         "z_novel_embedding_cache_misses_total": Metric("counter", "Texts whose vectors were not known"),
-        "z_novel_forward_milliseconds_total": Metric("counter", "Time of all workers in forward passes"),
+        "z_novel_forward_seconds_total": Metric("counter", "Time of all workers in forward passes"),
         "z_novel_summaries_stored_total": Metric("counter", "Summaries that were stored"),
         "z_novel_summaries_outdated_total": Metric("counter", "Summaries that a newer version had overtaken"),
         "z_novel_llm_requests_total": Metric("counter", "Requests to the language model"),

@@ -65,7 +65,7 @@ class HandlerMembers:
     #: Only workers with a device run it (``--device``).
     needs_device: bool
     #: Running totals; ``{"words": 5}`` is exported as ``z_novel_words_total``.
-    counters: Mapping[str, int]
+    counters: Mapping[str, float]
 
     if TYPE_CHECKING:
 
@@ -123,7 +123,7 @@ class BoundHandler:
             _handle_of(handle, loop) if handle else _alone(self.handle_batch)
         )
         self.healthy: Callable[[], object] | None = _call_of("healthy", healthy, loop) if healthy else None
-        self.counters: Mapping[str, int] = getattr(handler, "counters", {})
+        self.counters: Mapping[str, float] = getattr(handler, "counters", {})
 
     @property
     def max_batch_bytes(self) -> float:

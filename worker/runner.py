@@ -85,7 +85,7 @@ class Runner:
             name: self._metrics.histogram("z_novel_job_wait_seconds", (name,)) for name in handlers
         }
         self._batches = self._metrics.histogram("z_novel_batch_jobs")
-        self._reported_totals: dict[tuple[int, str], int] = {}
+        self._reported_totals: dict[tuple[int, str], float] = {}
         self._unflushed_since: float | None = None
         self._reported_at = 0.0
         self._health_checked_at = 0.0

@@ -61,7 +61,7 @@ class Embedder:
     """Encoder and vector cache behind one interface.
 
     `prepare`, `compute` and `save_to_cache` may run in three threads, one call of each at a time. Adds
-    `forward_milliseconds` to the encoder's counters.
+    `forward_seconds` to the encoder's counters.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Embedder:
             (encoder.revision, str(encoder.dim), str(encoder.max_tokens), long_text, "document")
         )
         self._forward_s = 0.0
-        encoder.counters["forward_milliseconds"] = 0
+        encoder.counters["forward_seconds"] = 0.0
         #: Recent rate of the model, bytes of text a second.
         self.rate_bytes_s = FIRST_RATE_BYTES_S
 
@@ -129,7 +129,7 @@ class Embedder:
         vectors = self._encoder.forward(plan)
         took_s = self._mono_s() - started_s
         self._forward_s += took_s
-        self._encoder.counters["forward_milliseconds"] = int(self._forward_s * 1000)
+        self._encoder.counters["forward_seconds"] = self._forward_s
         size = sum(_utf8_bytes(prepared.texts[index]) for index in prepared.uncached)
         if size >= RATE_FROM_BYTES and took_s > 0:
             self.rate_bytes_s += RATE_WEIGHT * (size / took_s - self.rate_bytes_s)

@@ -81,7 +81,7 @@ class EmbeddingBatch:
         #: Limit of the next batch; follows the rate of the model.
         self.max_batch_bytes = BATCH_BYTES[0]
         #: Running totals of the encoder, updated in place after `setup`.
-        self.counters: dict[str, int] = {}
+        self.counters: dict[str, float] = {}
 
     def setup(self, settings: HandlerSettings) -> None:
         """Load the model, open the store, create the default collection.

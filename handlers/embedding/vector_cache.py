@@ -79,7 +79,7 @@ class VectorCache:
         path: Path,
         dim: int,
         limit_bytes: int,
-        counters: dict[str, int],
+        counters: dict[str, float],
         *,
         mono_s: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -72,7 +72,7 @@ class Encoder(Protocol):
     #: Tokens of one window, special tokens included.
     max_tokens: int
     #: Running totals: `embedded_tokens` (with special tokens, without padding) and `truncated_tokens`.
-    counters: dict[str, int]
+    counters: dict[str, float]
 
     def tokenize(self, texts: Sequence[str], purpose: Purpose = "document") -> Plan:
         """Tokenise texts and divide long ones into windows. Raises TextTooLong if `long_text` is `reject`."""
@@ -103,7 +103,7 @@ class WindowedEncoder(ABC):
     max_tokens: int
 
     def __init__(self, long_text: LongText) -> None:
-        self.counters = {"embedded_tokens": 0, "truncated_tokens": 0}
+        self.counters: dict[str, float] = {"embedded_tokens": 0, "truncated_tokens": 0}
         self._long_text = long_text
         self._normalises = True
         self._prefix: list[int] = []

@@ -145,3 +145,8 @@ def test_a_counter_of_a_users_handler_is_exported_unless_its_name_is_invalid() -
     found = samples(collector.page())
     assert found["z_novel_words_total", ()] == 7
     assert not [name for name, _ in found if "no name" in name]
+
+
+def test_metrics_are_in_base_units() -> None:
+    other = re.compile(r"_(milliseconds|ms|minutes|hours|kib|mib|gib|kilobytes|megabytes|percent)(_|$)")
+    assert not [name for name in all_metrics() if other.search(name)]
