@@ -63,13 +63,38 @@ class Stamps:
         os.write(self._fd, f"{job_id} {mono_ns}\n".encode())
 
 
-class Stamp:
-    """Handler that records when each job starts, by the clock that all processes of a host share."""
-
+class _Stamping:
     def __init__(self) -> None:
         self._stamps = Stamps(os.environ["BENCH_STAMPS"])
+
+
+class Stamp(_Stamping):
+    """Handler that records when each job starts, by the clock that all processes of a host share."""
 
     def handle(self, job: Any) -> None:
         """Read the clock first: the write is not measured."""
         mono_ns = time.monotonic_ns()
         self._stamps.write(job.id, mono_ns)
+
+
+class NoopBatch:
+    """No-op handler of batches."""
+
+    max_batch = 100
+
+    def handle_batch(self, jobs: Sequence[Any]) -> list[BaseException | None]:
+        """Do nothing."""
+        return [None] * len(jobs)
+
+
+class StampBatch(_Stamping):
+    """`Stamp` as a handler of batches."""
+
+    max_batch = 100
+
+    def handle_batch(self, jobs: Sequence[Any]) -> list[BaseException | None]:
+        """Read the clock first: the write is not measured."""
+        mono_ns = time.monotonic_ns()
+        for job in jobs:
+            self._stamps.write(job.id, mono_ns)
+        return [None] * len(jobs)

@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,6 +64,27 @@ def roles_of(supervisor_pid: int) -> dict[str, list[int]]:
         if name.startswith("jobworker: "):
             roles.setdefault(name.removeprefix("jobworker: ").split()[0], []).append(int(entry.name))
     return roles
+
+
+def tree_of(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            children.setdefault(int(_stat(int(entry.name))[_PARENT]), []).append(int(entry.name))
+    tree = [pid]
+    for one in tree:
+        tree += children.get(one, ())
+    return tree
+
+
+def pss_mib(pids: Iterable[int]) -> float:
+    """Proportional set size of processes: memory that several share counts once in their sum."""
+    rollups = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids)
+    return (
+        sum(int(line.split()[1]) for text in rollups for line in text.splitlines() if line.startswith("Pss:"))
+        / 1024
+    )
 
 
 def cpu_s(pids: Iterable[int]) -> float:

@@ -34,7 +34,7 @@ def latencies_ms(url: str, jobs: int, consumers: Consumers) -> list[float]:
         try:
             with consumers(backlog, str(stamps)):
                 sent = _send(client, backlog.stream, _WARM_UP_JOBS + jobs)
-                started = _started(stamps, len(sent))
+                started = started_ns(stamps, len(sent))
         finally:
             backlog.close()
     measured = list(sent)[_WARM_UP_JOBS:]
@@ -55,7 +55,7 @@ def _send(client: Any, stream: str, jobs: int) -> dict[str, int]:
     return sent
 
 
-def _started(stamps: Path, jobs: int) -> dict[str, int]:
+def started_ns(stamps: Path, jobs: int) -> dict[str, int]:
     """Job id -> monotonic nanoseconds of its first start."""
     give_up_at = time.monotonic() + LIMIT_S
     while len(started := _read(stamps)) < jobs:

@@ -56,10 +56,10 @@ def server(url: str) -> Iterator[str]:
         )  # fmt: skip
         try:
             url = f"redis://127.0.0.1:{port}/0"
-            _wait_until(lambda: _answers(url), process)
+            wait_until(lambda: _answers(url), process)
             yield url
         finally:
-            _end(process, signal.SIGTERM)
+            end(process, signal.SIGTERM)
 
 
 class Backlog:
@@ -152,12 +152,12 @@ def service(
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
         settings = {"JOBWORKER_REDIS_URL": url, "JOBWORKER_DATA_DIR": folder}  # a URL may hold a password
-        process = _start(command, settings | environment)
+        process = start(command, settings | environment)
         try:
-            _wait_until(lambda: _ready(f"http://127.0.0.1:{port}/readyz"), process)
+            wait_until(lambda: _ready(f"http://127.0.0.1:{port}/readyz"), process)
             yield process.pid
         finally:
-            _end(process, signal.SIGTERM)
+            end(process, signal.SIGTERM)
 
 
 @contextmanager
@@ -168,7 +168,7 @@ def bare_loops(url: str, backlog: Backlog, count: int, **environment: str) -> It
         for number in range(count):
             arguments = [backlog.stream, backlog.group, f"bare-{number}"]
             command = [sys.executable, str(_FOLDER / "bare.py"), *arguments]
-            started.append(_start(command, {"BENCH_REDIS_URL": url} | environment, stdout=subprocess.PIPE))
+            started.append(start(command, {"BENCH_REDIS_URL": url} | environment, stdout=subprocess.PIPE))
         for process in started:
             assert process.stdout is not None
             if process.stdout.readline() != b"ready\n":
@@ -176,7 +176,7 @@ def bare_loops(url: str, backlog: Backlog, count: int, **environment: str) -> It
         yield [process.pid for process in started]
     finally:
         for process in started:
-            _end(process, signal.SIGTERM)
+            end(process, signal.SIGTERM)
 
 
 def free_port() -> int:
@@ -191,10 +191,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _start(command: list[str], extra: dict[str, str], stdout: int | None = None) -> subprocess.Popen[bytes]:
+def start(command: list[str], extra: dict[str, str], stdout: int | None = None) -> subprocess.Popen[bytes]:
     """Start a command in the caller's environment without JOBWORKER_ variables, which are options."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JOBWORKER_")} | extra
-    paths = [str(_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]  # path of the handlers
+    paths = [
+        str(_FOLDER),
+        str(_FOLDER / "peers"),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]  # path of the handlers
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     return subprocess.Popen(
         command, env=environment, stdout=sys.stderr if stdout is None else stdout, preexec_fn=_dies_with_us
@@ -205,7 +209,8 @@ def _dies_with_us() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _end(process: "subprocess.Popen[bytes]", how: signal.Signals) -> None:
+def end(process: "subprocess.Popen[bytes]", how: signal.Signals = signal.SIGTERM) -> None:
+    """Signal a process and wait for its end; kill it if it takes too long."""
     process.send_signal(how)
     try:
         process.wait(LIMIT_S)
@@ -216,7 +221,7 @@ def _end(process: "subprocess.Popen[bytes]", how: signal.Signals) -> None:
         process.stdout.close()
 
 
-def _wait_until(answers: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+def wait_until(answers: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
     """Raises RuntimeError if the process ends or LIMIT_S passes before it answers."""
     give_up_at = time.monotonic() + LIMIT_S
     while not answers():

@@ -83,3 +83,29 @@ def test_the_default_output_is_a_table() -> None:
     printed = run("throughput.py", "--jobs", "50", "--procs", "1", "--repeat", "1")
     assert "service / bare:" in printed
     assert "jobs/s" in printed
+
+
+def test_all_contenders_in_one_command_make_a_report_with_plots(tmp_path: Path) -> None:
+    small = ("--no-peers", "--part", "latency", "--scale", "0.01", "--repeat", "1", "--procs", "1")
+    run("run.py", *small, "--out", str(tmp_path))
+    measured = json.loads((tmp_path / "report.json").read_text())
+    assert {figure[1] for figure in measured["figures"]} == {
+        "jobworker, handle", "jobworker, handle_batch", "bare loop",
+    }  # fmt: skip
+    assert all(figure[3] >= 0 for figure in measured["figures"])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == len({(figure[0], figure[2]) for figure in measured["figures"]})
+
+
+def test_a_report_says_what_got_worse() -> None:
+    sys.path.insert(0, str(BENCH))
+    from run import Figure, worse
+
+    before = {
+        "figures": [],
+        "ratios": [("p", "c", "jobs/s / bare", 0.5, True), ("p", "c", "ms / bare", 2.0, False)],
+    }
+    same = [Figure("p", "c", "jobs/s / bare", 0.46, True), Figure("p", "c", "ms / bare", 2.1, False)]
+    assert worse(before, same, 0.1) == []
+    slower = [Figure("p", "c", "jobs/s / bare", 0.4, True), Figure("p", "c", "ms / bare", 3.0, False)]
+    assert len(worse(before, slower, 0.1)) == 2
