@@ -37,8 +37,8 @@ suite: venv-dev tools ## all tests; one file: make suite ARGS=tests/store/test_f
 unit: venv-dev tools ## only tests/unit: about a minute
 	@$(PYTEST) tests/unit $(ARGS)
 
-bench: venv-dev ## throughput in no-op jobs/s against a bare Redis loop; more benchmarks: bench/*.py --help
-	@$(BIN)/python bench/throughput.py $(ARGS)
+bench: venv-dev ## all benchmarks beside a bare loop, Dramatiq and huey; ARGS=--quick: 3 minutes
+	@$(BIN)/python bench/run.py $(ARGS)
 
 tools: venv-dev ## fetch the programs that tests need and this machine lacks into .venv/debian
 	@scripts/fetch-tools.sh $(VENV)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pygal
-from pygal.style import LightColorizedStyle
+from pygal.style import Style
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>jobworker benchmarks</title>
 <style>body{{font:15px system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}}
@@ -36,11 +36,18 @@ def _pretty(found: Any) -> str:
     return json.dumps(found, ensure_ascii=False, indent=1)
 
 
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _bars(name: str, values: dict[str, float]) -> str:
+    style = Style(background="transparent", plot_background="transparent", colors=("#7fa8f0",),
+                  title_font_size=15, label_font_size=12, value_font_size=12)  # fmt: skip
     chart = pygal.HorizontalBar(
-        title=name, style=LightColorizedStyle, height=260, show_legend=False, print_values=True, js=[],
-        disable_xml_declaration=True, x_labels_major_count=4,
+        title=name, style=style, width=430, height=70 + 30 * len(values), js=[],
+        show_legend=False, show_x_guides=False, show_y_guides=False, show_x_labels=False, print_values=True,
+        value_formatter=_short, disable_xml_declaration=True,
     )  # fmt: skip
-    chart.x_labels = list(values)
-    chart.add(name, list(values.values()))
+    chart.x_labels = list(reversed(values))  # the first bar is the lowest one
+    chart.add(name, list(reversed(values.values())))
     return str(chart.render(is_unicode=True))
