@@ -111,8 +111,8 @@ _WORK = [
             multiple=True),
     option("--no-builtin-handlers", "Run only the types given by --handler.", False, is_flag=True),
     option("--job-timeout", "Limit in seconds where neither type nor job names one.", 300.0, SECONDS),
-    option("--linger", "How long a worker waits for more jobs where its handler takes several at once "
-            "(seconds).", 0.002, click.FloatRange(0, 1)),
+    option("--linger", "How long an idle worker waits for more jobs where its handler takes several at "
+            "once (seconds). A batch forms while the one before it runs, also with 0.", 0.0, click.FloatRange(0, 1)),
     option("--max-rss", "MiB that a worker may hold; one that grows beyond is killed while a job runs, and "
             "replaced when idle; 0 for no limit.", 0, click.IntRange(0)),
     option("--max-jobs", "Replace a worker after this number of jobs; 0 for never.", 0, click.IntRange(0)),

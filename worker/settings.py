@@ -52,7 +52,7 @@ class Settings:
     host: str = field(default_factory=socket.gethostname)
     log_level: str = "info"
     log_format: str = "json"
-    linger_s: float = 0.002
+    linger_s: float = 0.0
     threads: int = 1
     holder: Holder = NO_HOLDER
 

@@ -96,7 +96,7 @@ OPTIONS: dict[str, tuple[str, Callable[[Settings], object], object, object]] = {
     "log-format": ("text", lambda s: s.log_format, "json", "text"),
     "milvus-prefix": ("p_", lambda s: s.milvus_prefix, "z_novel_", "p_"),
     "cache": ("512MiB", lambda s: s.cache_bytes, 1 << 30, 1 << 29),
-    "linger": ("0", lambda s: s.linger_s, 0.002, 0.0),
+    "linger": ("0.02", lambda s: s.linger_s, 0.0, 0.02),
     "milvus-partitions": ("named", lambda s: s.milvus_partitions, "key", "named"),
 }
 LISTS = {"stream", "handler"}
