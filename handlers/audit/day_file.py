@@ -81,22 +81,6 @@ class DayFile:
         except OSError as error:
             raise Unavailable(f"audit archive {self.path}: {error}") from error
 
-    def archived_digests(self, stream: str, digests: set[int]) -> set[int]:
-        """Those of the digests that lines of this stream have, synced to the disk. It reads the whole file.
-
-        Raises Unavailable as `append` does.
-        """
-        if not self.path.exists():
-            return set()
-        try:
-            with self._locked():
-                of_stream = (unit for unit in self._units(0, self._end) if unit.stream == stream)
-                archived = {ref.digest for unit in of_stream for ref in unit.refs} & digests
-            self._sync()
-            return archived
-        except OSError as error:
-            raise Unavailable(f"audit archive {self.path}: {error}") from error
-
     def _append(self, stream: str, lines: Sequence[ArchiveLine]) -> int:
         distinct = list({entry_key(line.ref): line for line in lines}.values())
         data = self._pack(stream, distinct)  # outside the lock: nearly always all of them are new
@@ -289,6 +273,32 @@ class DayFile:
             return False
         opened = os.fstat(self._fd)
         return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
+
+
+def find_archived(path: Path, stream: str, digests: set[int]) -> set[int]:
+    """Those of the digests that lines of this stream in a file have, synced to the disk.
+
+    It reads every index of the file and changes nothing. Frames of other programs have no index. Raises
+    Unavailable if the disk fails.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise Unavailable(f"audit archive {path}: {error}") from error
+    try:
+        size = os.fstat(fd).st_size
+        parts = read_parts(lambda offset, count: os.pread(fd, count, offset), 0, size, checked_from=size)
+        units = (part for part in parts if isinstance(part, Unit) and part.stream == stream)
+        found = {ref.digest for unit in units for ref in unit.refs} & digests
+        if found:
+            os.fsync(fd)  # the writer may have been killed before it did
+        return found
+    except OSError as error:
+        raise Unavailable(f"audit archive {path}: {error}") from error
+    finally:
+        os.close(fd)
 
 
 def sync_folder(folder: Path) -> None:

@@ -139,6 +139,53 @@ def test_a_retry_of_an_archived_job_is_skipped(tmp_path: Path) -> None:
     assert (numbers(tmp_path), numbers(tmp_path, "2026-01-03")) == ([1], [2, 3])
 
 
+def on_day(days: int, number: int, retry_count: int = 0, **more: Any) -> Job:
+    return job(number, entry_id=f"{DAY_MS + days * 86_400_000}-{number}", retry_count=retry_count, **more)
+
+
+@pytest.mark.parametrize(
+    "created_at", ["2026-01-02T00:00:00Z", "", "0001-01-01T00:00:00Z", "2036-01-01", "?"]
+)
+@pytest.mark.parametrize("days", [2, 5, 31])
+def test_a_retry_of_an_earlier_day_is_skipped(tmp_path: Path, days: int, created_at: str) -> None:
+    """The service may be stopped for days between two tries."""
+    archive(tmp_path).handle_batch([on_day(0, 1, created_at=created_at), on_day(1, 2, created_at=created_at)])
+    later = [on_day(days, n, 1, created_at=created_at) for n in (1, 2, 3)]
+    assert archive(tmp_path).handle_batch(later) == [None] * 3
+    last = max((tmp_path / "audit").iterdir())
+    assert numbers(tmp_path, last.name.partition(".")[0]) == [3]
+
+
+def test_the_search_for_an_earlier_try_changes_no_file(tmp_path: Path) -> None:
+    one = archive(tmp_path)
+    one.handle_batch([on_day(0, 1)])
+    torn, recompressed = day_path(tmp_path), day_path(tmp_path).with_name("2026-01-03.jsonl.zst")
+    torn.write_bytes(torn.read_bytes() + torn.read_bytes()[:40])
+    recompressed.write_bytes(zstandard.compress(b'{"old": 1}\n'))
+    before = torn.read_bytes(), recompressed.read_bytes()
+    assert archive(tmp_path).handle_batch([on_day(2, 1, 1), on_day(2, 9, 1)]) == [None, None]
+    assert numbers(tmp_path, "2026-01-04") == [9]
+    assert (torn.read_bytes(), recompressed.read_bytes()) == before
+    assert len(list(torn.parent.iterdir())) == 3
+
+
+def test_a_retry_whose_first_try_is_in_a_renamed_file_is_skipped(tmp_path: Path) -> None:
+    archive(tmp_path).handle_batch([on_day(0, 1)])
+    day_path(tmp_path).rename(day_path(tmp_path).with_name("2026-01-02.123.jsonl.zst"))
+    assert (
+        archive(tmp_path).handle_batch([on_day(0, 7, 1, id="a-1", payload={"n": 1}), on_day(0, 8)])
+        == [None] * 2
+    )
+    assert numbers(tmp_path) == [8]
+
+
+def test_an_equal_job_that_is_no_retry_is_archived_beside_its_retry(tmp_path: Path) -> None:
+    archive(tmp_path).handle_batch([on_day(0, 1)])
+    same = {"id": "a-1", "payload": {"n": 1}}
+    archive(tmp_path).handle_batch([on_day(0, 2, 1, **same), on_day(0, 3, 0, **same)])
+    assert numbers(tmp_path) == [1, 1]
+
+
 @pytest.mark.parametrize("left", ["half", "header", "magic"])
 def test_a_torn_end_is_cut_off_and_saved(tmp_path: Path, left: str) -> None:
     archive(tmp_path).handle_batch([job(1)])
