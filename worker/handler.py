@@ -38,6 +38,7 @@ class Handler(Protocol):
     - ``healthy()``: raises while something that the handler needs does not answer.
     - ``alone = True``: its jobs may take minutes, so no other job waits behind one in the same worker.
     - ``needs_device = True``: only workers with a device run it (``--device``).
+    - ``exact_numbers = True``: numbers with a fraction in its payloads are ``decimal.Decimal``, not float.
     - ``counters``: a mapping of running totals, exported as metrics.
 
     ``setup``, ``handle``, ``handle_batch`` and ``healthy`` may each be ``async def``: all of them run on one
@@ -64,6 +65,8 @@ class HandlerMembers:
     alone: bool
     #: Only workers with a device run it (``--device``).
     needs_device: bool
+    #: Numbers with a fraction or an exponent in ``job.payload`` are ``decimal.Decimal``, not ``float``.
+    exact_numbers: bool
     #: Running totals; ``{"words": 5}`` is exported as ``z_novel_words_total``.
     counters: Mapping[str, int]
 
@@ -117,6 +120,7 @@ class BoundHandler:
         self.batch_timeout_s = float(getattr(handler, "batch_timeout", math.inf))
         handle, batch, healthy = (getattr(handler, name, None) for name in _CALLED[1:])
         self.alone = bool(getattr(handler, "alone", False))
+        self.exact_numbers = bool(getattr(handler, "exact_numbers", False))
         self.max_batch = max(1, int(getattr(handler, "max_batch", 32))) if batch else 1
         self.handle_batch = _batch_of(batch, loop) if batch else None
         self.handle: Callable[[Job], object] = (

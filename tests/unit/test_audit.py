@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from jobworker.handlers.audit.index import StreamIndex, entry_key
 from jobworker.handlers.audit.parts import Damage, Torn, read_parts
 from jobworker.handlers.audit.units import EntryRef, Unit, pack_unit
 from jobworker.handlers.settings import HandlerSettings
-from jobworker.worker import Job, PermanentError, Unavailable
+from jobworker.worker import Job, PermanentError, Settings, Unavailable
+from jobworker.worker.testing import Harness
 from support.tools import why_missing
 
 #: 2026-01-02T00:00:00Z.
@@ -81,6 +83,24 @@ def test_a_line_holds_the_job_as_received(tmp_path: Path) -> None:
         "project_id": "", "created_at": "2026-01-02T00:00:00Z", "metadata": {"request_id": "r"},
         "payload": payload,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "number",
+    ["1234567890123456789.5", "0.1000000000000000000000001", "1.10", "1E5", "1e-400", "-0.0", "-1.5e+300",
+     "9007199254740993", "-170141183460469231731687303715884105729", "1" + "0" * 400, "0." + "3" * 5000],
+)  # fmt: skip
+def test_a_number_keeps_every_digit_from_the_stream_to_the_archive(tmp_path: Path, number: str) -> None:
+    with Harness({"audit": Archive}, Settings(data_dir=str(tmp_path))) as world:
+        payload = f'{{"n": {number}, "list": [{{"deep": {number}}}]}}'
+        world.send(f'{{"id": "a", "type": "audit", "payload": {payload}}}'.encode())
+        world.run()
+        assert len(world.completed) == 1
+    (path,) = (tmp_path / "audit").iterdir()
+    text = zstandard.ZstdDecompressor().stream_reader(path.read_bytes(), read_across_frames=True).read()
+    line = json.loads(text, parse_float=Decimal)
+    exact = json.loads(payload, parse_float=Decimal)
+    assert (line["payload"], str(line["payload"]["n"])) == (exact, str(exact["n"]))
 
 
 @pytest.mark.skipif(NO_TOOLS is not None, reason=str(NO_TOOLS))
