@@ -15,7 +15,6 @@ from jobworker.handlers.encoder.base import DummyEncoder, Plan, Purpose, Vectors
 from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.ports import AnyRow, PermanentStoreError, Row, TransientStoreError
-from jobworker.handlers.vectors.schema import clip
 from jobworker.worker import Job, PermanentError
 
 SEGMENTS = "story_segments"
@@ -330,15 +329,6 @@ def test_a_text_longer_than_its_field_is_clipped_between_characters(
     told = vars(clipped)
     assert (told["job_id"], told["row_id"], told["stored"], told["chars"]) == ("job-1", "a", 21845, 30001)
     assert np.array_equal(stored.vector, DummyEncoder(8).encode([text])[0])
-
-
-@given(st.text(), st.integers(0, 50))
-def test_clipping_keeps_whole_characters_and_the_limit(text: str, limit: int) -> None:
-    kept = clip(text, limit)
-    assert text.startswith(kept)
-    assert len(kept.encode()) <= limit
-    if kept != text:
-        assert len(text[: len(kept) + 1].encode()) > limit
 
 
 def test_a_collection_of_another_dimension_stops_the_start() -> None:
