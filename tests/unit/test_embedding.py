@@ -116,6 +116,24 @@ def test_nothing_to_embed_is_a_success(empty: Any) -> None:
     assert store.upserts == 0
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"ids": [], "texts": [], "chapter_ids": []},
+        {"ids": None, "texts": None, "chapter_ids": []},
+        {"ids": ["a"], "texts": ["x"], "chapter_ids": [""]},
+        {"ids": ["a", "b"], "texts": ["x", "y"], "chapter_ids": ["", ""]},
+    ],
+)
+def test_replace_without_a_chapter_is_refused(given: dict[str, Any]) -> None:
+    """It would remove nothing and succeed."""
+    embed, store = handler()
+    with pytest.raises(PermanentError, match="names none: send at least one text of the chapter"):
+        embed.handle(job(given | {"version": 3, "replace": True}))
+    assert store.count(SEGMENTS) == 0
+    embed.handle(job(given | {"version": 3, "replace": False}))
+
+
 def test_several_jobs_share_one_forward_pass_and_one_upsert() -> None:
     store, encoder = FailingStore(), FailingEncoder(8)
     embed, _ = handler(encoder, store)
