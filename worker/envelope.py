@@ -1,7 +1,9 @@
 """The wire format of a job: parse, validate, write retries and dead letters."""
 
 import base64
+import decimal
 import json
+from collections.abc import Set
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -86,7 +88,15 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     retry_count: int
 
 
+def _exact_number(text: str) -> decimal.Decimal | float:
+    try:
+        return decimal.Decimal(text)
+    except decimal.InvalidOperation:  # an exponent of more than 18 digits: as a float it is 0
+        return float(text)
+
+
 _envelope = msgspec.json.Decoder(Envelope)
+_exact_envelope = msgspec.json.Decoder(Envelope, float_hook=_exact_number)
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _encode_into = msgspec.json.Encoder().encode_into
 
@@ -113,9 +123,13 @@ def read_envelope(data: bytes, scratch: bytearray | None = None) -> Envelope:
     return envelope
 
 
-def reread_envelope(data: bytes) -> Envelope:
-    """Parse what `read_envelope` has accepted before, in another process: its slower looks are spared."""
-    return _envelope.decode(data)
+def reread_envelope(data: bytes, exact_types: Set[str] = frozenset()) -> Envelope:
+    """Parse what `read_envelope` has accepted before, in another process: its slower looks are spared.
+
+    In payloads of ``exact_types``, numbers with a fraction or an exponent are `decimal.Decimal`.
+    """
+    envelope = _envelope.decode(data)
+    return _exact_envelope.decode(data) if envelope.type in exact_types else envelope
 
 
 def _why(error: Exception) -> str:

@@ -42,6 +42,7 @@ class Handler(Protocol):
     - ``healthy()``: raises while something that the handler needs does not answer.
     - ``alone = True``: its jobs may take minutes, so no other job waits behind one in the same worker.
     - ``needs_device = True``: only workers with a device run it (``--device``).
+    - ``exact_numbers = True``: numbers with a fraction in its payloads are ``decimal.Decimal``, not float.
     - ``counters``: a mapping of running totals, exported as metrics.
 
     ``setup``, ``handle``, ``handle_batch`` and ``healthy`` may each be ``async def``: all of them run on one
@@ -68,6 +69,8 @@ class HandlerMembers:
     alone: bool
     #: Only workers with a device run it (``--device``).
     needs_device: bool
+    #: Numbers with a fraction or an exponent in ``job.payload`` are ``decimal.Decimal``, not ``float``.
+    exact_numbers: bool
     #: Running totals; ``{"words": 5}`` is exported as ``z_novel_words_total``.
     counters: Mapping[str, float]
 
@@ -122,6 +125,7 @@ class BoundHandler:
         self.batch_timeout_s = float(_member(handler, "batch_timeout", math.inf))
         handle, batch, healthy = (getattr(handler, name, None) for name in _CALLED[1:])
         self.alone = _member(handler, "alone", False)
+        self.exact_numbers = _member(handler, "exact_numbers", False)
         self.max_batch = int(_member(handler, "max_batch", 32)) if batch else 1
         self.handle_batch = _batch_of(batch, loop) if batch else None
         self.handle: Callable[[Job], object] = (
@@ -281,6 +285,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_batch_bytes": (_is_positive, "a number of bytes above 0"),
     "alone": (_is_flag, "True or False"),
     "needs_device": (_is_flag, "True or False"),
+    "exact_numbers": (_is_flag, "True or False"),
     "counters": (lambda value: isinstance(value, Mapping), "a dict of numbers"),
 }
 

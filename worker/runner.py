@@ -70,6 +70,7 @@ class Runner:
         self._rows = len(self._states)
         self._control = control
         self._handlers = handlers
+        self._exact_types = {name for name, handler in handlers.items() if handler.exact_numbers}
         self._streams = streams
         self._linger_s = linger_s
         self._mono_s = mono_s
@@ -131,9 +132,10 @@ class Runner:
             decoded = self._frames.decode(frame)
             self._channel.table.taken = decoded.first_row + len(decoded.jobs)
             self._channel.jobs.release(tail)
+            exact = self._exact_types
             # A named tuple's own constructor takes four times as long, once per job.
             self._queue.extend(
-                tuple.__new__(QueuedJob, (row, stream_no, entry_id, reread_envelope(data), len(data)))
+                tuple.__new__(QueuedJob, (row, stream_no, entry_id, reread_envelope(data, exact), len(data)))
                 for row, (stream_no, entry_id, data) in enumerate(decoded.jobs, decoded.first_row)
             )
             ahead_bytes += len(frame)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from ..graphemes import Graphemes
 from .ports import AnyHit, AnyRow, EntityHit, EntityRow, Hit, PermanentStoreError, Row
 
 #: Collection of a job that names none.
@@ -257,7 +258,13 @@ def hit_of(schema: Schema, answer: dict[str, Any]) -> AnyHit:
 
 
 def clip(text: str, limit_bytes: int = TEXT_LIMIT_BYTES) -> str:
-    """The longest prefix of `text` that fits into `limit_bytes` of UTF-8."""
+    """The longest prefix of whole graphemes that fits into `limit_bytes` of UTF-8.
+
+    A grapheme that alone is longer is cut between its characters.
+    """
     if len(text) * 4 <= limit_bytes:
         return text
-    return text.encode()[:limit_bytes].decode(errors="ignore")
+    data = text.encode()
+    if len(data) <= limit_bytes:
+        return text
+    return text[: Graphemes(text).last_boundary(len(data[:limit_bytes].decode(errors="ignore")))]

@@ -15,7 +15,6 @@ from jobworker.handlers.encoder.base import DummyEncoder, Plan, Purpose, Vectors
 from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.ports import AnyRow, PermanentStoreError, Row, TransientStoreError
-from jobworker.handlers.vectors.schema import clip
 from jobworker.worker import Job, PermanentError
 
 SEGMENTS = "story_segments"
@@ -115,6 +114,24 @@ def test_nothing_to_embed_is_a_success(empty: Any) -> None:
     embed, _ = handler(store=store)
     assert embed.handle_batch([job({"ids": empty, "texts": empty})]) == [None]
     assert store.upserts == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"ids": [], "texts": [], "chapter_ids": []},
+        {"ids": None, "texts": None, "chapter_ids": []},
+        {"ids": ["a"], "texts": ["x"], "chapter_ids": [""]},
+        {"ids": ["a", "b"], "texts": ["x", "y"], "chapter_ids": ["", ""]},
+    ],
+)
+def test_replace_without_a_chapter_is_refused(given: dict[str, Any]) -> None:
+    """It would remove nothing and succeed."""
+    embed, store = handler()
+    with pytest.raises(PermanentError, match="names none: send at least one text of the chapter"):
+        embed.handle(job(given | {"version": 3, "replace": True}))
+    assert store.count(SEGMENTS) == 0
+    embed.handle(job(given | {"version": 3, "replace": False}))
 
 
 def test_several_jobs_share_one_forward_pass_and_one_upsert() -> None:
@@ -330,15 +347,6 @@ def test_a_text_longer_than_its_field_is_clipped_between_characters(
     told = vars(clipped)
     assert (told["job_id"], told["row_id"], told["stored"], told["chars"]) == ("job-1", "a", 21845, 30001)
     assert np.array_equal(stored.vector, DummyEncoder(8).encode([text])[0])
-
-
-@given(st.text(), st.integers(0, 50))
-def test_clipping_keeps_whole_characters_and_the_limit(text: str, limit: int) -> None:
-    kept = clip(text, limit)
-    assert text.startswith(kept)
-    assert len(kept.encode()) <= limit
-    if kept != text:
-        assert len(text[: len(kept) + 1].encode()) > limit
 
 
 def test_a_collection_of_another_dimension_stops_the_start() -> None:

@@ -57,7 +57,11 @@ BELOW: dict[str, set[str]] = {
 #: Command modules import their face when they are called: `jobworker web` starts the page.
 BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}
 JOB_TYPES = {"embedding", "rebuild", "summaries", "audit"}
-SHARED_BELOW = {"jobstore": set(), "vectors": {"jobstore"}, "encoder": {"vectors", "file_lock"}}
+SHARED_BELOW = {
+    "jobstore": set(),
+    "vectors": {"jobstore", "graphemes"},
+    "encoder": {"vectors", "file_lock", "graphemes"},
+}
 #: What handlers may import of the engine besides the names in worker/__init__.py.
 PUBLIC = {"scripted_redis", "testing", "extension", "options", "data_dir"}
 #: Roles and the reader know the store by its ports only; these compose adapters.
@@ -66,7 +70,7 @@ COMPOSERS = {"boot", "testing", "producer", "scripted_redis", "admin", "cli", "w
 #: Decisions without input or output: they import each other, the standard library and msgspec.
 PURE = {
     *("worker." + name for name in ("envelope", "outcome", "keys", "errors")),
-    *("handlers.encoder." + name for name in ("packing", "segmenter")),
+    *("handlers." + name for name in ("encoder.packing", "encoder.segmenter", "graphemes")),
 }
 #: The top level's names; imported bare they would find another project's, or nothing once installed.
 ROOMS = {"worker", "handlers", "supervisor"}
