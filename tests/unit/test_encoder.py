@@ -1,6 +1,5 @@
 """Vectors are the model's own, no text is cut short, and a missing model says at once how to get it."""
 
-import json
 import subprocess
 import sys
 import time
@@ -255,16 +254,6 @@ def test_a_packaged_model_is_found_without_importing_the_package(
     (folder / "modules.json").write_text("[]")
     monkeypatch.syspath_prepend(tmp_path)
     assert find_model("package:carries_a_model").folder == folder
-
-
-def test_the_revision_changes_with_any_file(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 1}))
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(bytes(2_000_000))
-    first = find_model(str(tmp_path)).revision
-    assert find_model(str(tmp_path)).revision == first
-    weights.write_bytes(bytes(1_000_000) + b"\1" * 1_000_000)
-    assert find_model(str(tmp_path)).revision != first
 
 
 def test_without_the_small_model_the_large_one_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
