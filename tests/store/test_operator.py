@@ -1,5 +1,6 @@
 """Operator's store: dead letters move whole, pauses last, a job is found wherever it is."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from jobworker.worker.store.operator import START, walk
 from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
 from jobworker.worker.store.redis.operator import OperatorStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
+from jobworker.worker.store.redis.server_facts import RedisFacts
 from support.job_worlds import RedisWorld
 
 S = Source("stream:test", "cg-test")
@@ -147,6 +149,16 @@ class TestPauses:
         assert not operator.resume("audit")
         assert redis_world.reader("host/b").paused_types() == {"embedding_batch"}
 
+    @pytest.mark.parametrize(
+        "value", [b"[" * 100_000, b'{"since": "nan"}', b'{"since": 1e300}', b'{"since": [1]}', b"\xff"]
+    )
+    def test_a_damaged_value_pauses_too(
+        self, redis_world: RedisWorld, operator: OperatorStore, value: bytes
+    ) -> None:
+        redis_world.server.client.hset("jobworker:paused", "audit", value)
+        (pause,) = operator.pauses()
+        assert (pause.kind, pause.wall_since_s) == ("audit", 0.0)
+
     def test_a_value_written_by_hand_pauses_too(
         self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
@@ -222,3 +234,22 @@ class TestLetters:
         assert letter not in LetterFilter(before_wall_s=4)
         assert LetterFilter().is_empty
         assert not LetterFilter(before_wall_s=4).is_empty
+
+
+class TestNamesOfOthers:
+    def test_names_that_are_no_text_and_damaged_deaths_end_no_report(
+        self, redis_world: RedisWorld, operator: OperatorStore
+    ) -> None:
+        _, ids = delivered(redis_world, b"{}")
+        client = redis_world.server.client
+        client.hset("deaths:stream:test", ids[0], "abc")
+        client.execute_command("XGROUP", "CREATE", S.stream, b"\xff", "0")
+        client.execute_command("XGROUP", "CREATECONSUMER", S.stream, S.group, b"\xfe")
+        client.execute_command("XCLAIM", S.stream, S.group, b"\xfe", 0, ids[0])
+        entry, lease = operator.entry(S.stream, ids[0]), operator.lease(S, ids[0])
+        assert entry is not None
+        assert entry.deaths == 0
+        assert lease is not None
+        assert lease.consumer == "\ufffd"
+        with contextlib.closing(RedisFacts(redis_world.server.url)) as facts:
+            assert set(facts.stream(S).lags) == {S.group, "\ufffd"}

@@ -30,7 +30,7 @@ from support.redis_servers import RedisServer, free_port, require
 
 S = Source("stream:test", "cg-test")
 SOON_S = 5.0
-FENCE = "fence:stream:test"
+FENCE, DEATHS = "fence:stream:test", "deaths:stream:test"
 #: Two starts of services whose lease is long.
 STARTED, STARTED_LATER = Holder("t1", "pid 1", 60.0), Holder("t2", "pid 2", 60.0)
 
@@ -107,6 +107,77 @@ class TestName:
         record["renewed"] = str(int(record["renewed"]) + 3_600_000)
         client.hset(FENCE, "/holder/a", json.dumps(record))
         redis_world.reader("a", STARTED_LATER).acquire([S])
+
+    @pytest.mark.parametrize(
+        "about",
+        [b"5", b"null", b"[1]", b'{"a": 1}', b"true"],
+        ids=["number", "null", "list", "object", "bool"],
+    )
+    def test_a_record_with_fields_of_another_kind_blocks_no_service(
+        self, redis_world: RedisWorld, about: bytes
+    ) -> None:
+        redis_world.reader("a", STARTED).acquire([S])
+        client = redis_world.server.client
+        record = client.hget(FENCE, "/holder/a")
+        for field in ("about", "token", "renewed", "lease"):
+            members = json.loads(record) | {field: json.loads(about)}
+            client.hset(FENCE, "/holder/a", json.dumps(members))
+            redis_world.reader("a", STARTED_LATER).acquire([S])
+            client.hset(FENCE, "a", json.loads(record)["epoch"])
+
+    def test_a_record_with_an_endless_lease_does_not_count(self, redis_world: RedisWorld) -> None:
+        redis_world.reader("a", STARTED).acquire([S])
+        client = redis_world.server.client
+        record = json.loads(client.hget(FENCE, "/holder/a"))
+        for lease in ("1e300", "inf", "nan", 10**15):
+            client.hset(FENCE, "/holder/a", json.dumps(record | {"lease": lease}))
+            redis_world.reader("a", STARTED_LATER).acquire([S])
+            client.hset(FENCE, "a", record["epoch"])
+
+    @pytest.mark.parametrize(
+        "epoch", [b"abc", b"", b"nan", b"inf", b"-5", b"1e400", b"0x10", b"9" * 30, b" 5"]
+    )
+    def test_a_damaged_epoch_is_replaced_and_fences_older_readers(
+        self, redis_world: RedisWorld, epoch: bytes
+    ) -> None:
+        store, ids = reader_with(redis_world, b"1", b"2")
+        client = redis_world.server.client
+        client.hset(FENCE, "a", epoch)
+        assert store.renew(S, ids) == set(), "the reader takes the name again"
+        assert client.hget(FENCE, "a").isdigit()
+        client.hset(FENCE, "a", epoch)
+        successor = redis_world.reader("a")
+        successor.acquire([S])
+        with pytest.raises(Fenced):
+            store.settle([Settlement(S, ids)])
+        assert successor.settle([Settlement(S, ids)]) == set()
+
+
+DAMAGED_COUNTS = [b"abc", b"", b"-3", b"1.5", b"1_0", b" 1", b"\xff", b"9" * 5000]
+
+
+class TestDamagedDeaths:
+    """Worker deaths that are no number: the job counts as innocent, the key is named, no reader ends."""
+
+    @pytest.mark.parametrize("count", DAMAGED_COUNTS)
+    def test_listing_pending_entries(
+        self, redis_world: RedisWorld, count: bytes, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        store, ids = reader_with(redis_world, b"1", b"2")
+        redis_world.server.client.hset(DEATHS, ids[0], count)
+        assert [entry.deaths for entry in store.own_pending(S, b"0-0", 10)] == [0, 0]
+        (record,) = [one for one in caplog.records if one.message == "deaths.damaged"]
+        assert (record.key, record.entry_id) == (DEATHS, ids[0].decode())  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize("count", DAMAGED_COUNTS)
+    def test_claiming_entries(self, redis_world: RedisWorld, count: bytes) -> None:
+        _, ids = reader_with(redis_world, b"1")
+        redis_world.server.client.hset(DEATHS, ids[0], count)
+        other = redis_world.reader("b")
+        other.acquire([S])
+        assert [entry.deaths for entry in other.claim(S, 0, 10, b"0-0")[1]] == [0]
+        assert other.set_deaths(S, {ids[0]: 1}) == {ids[0]: 1}
+        assert redis_world.server.client.hget(DEATHS, ids[0]) == b"1"
 
 
 class TestFormat:

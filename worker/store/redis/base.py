@@ -21,6 +21,9 @@ _MOVED = ("MOVED", "ASK", "CLUSTERDOWN", "MASTERDOWN")
 
 Item = TypeVar("Item")
 
+#: Most digits of a count of deaths. Other programs can write to the hash.
+_COUNT_DIGITS = 6
+
 
 class RedisStoreBase:
     """One connection per server, key names, and the raw `call`. One thread uses an object."""
@@ -87,6 +90,13 @@ def checked(reply: Reply) -> Reply:
     if str(reply).startswith("FENCED"):
         raise Fenced(str(reply))
     raise StoreUnavailable(f"the job store refused: {type(reply).__name__}: {reply}") from reply
+
+
+def death_count(value: bytes | None) -> int | None:
+    """A stored count of worker deaths: 0 where there is none, None where the value is no such count."""
+    if value is None:
+        return 0
+    return int(value) if value.isdigit() and len(value) <= _COUNT_DIGITS else None
 
 
 def chunks(ids: Sequence[bytes]) -> Iterator[Sequence[bytes]]:

@@ -7,7 +7,16 @@ from typing import Any
 from ...keys import PAUSED_KEY, Source
 from ..operator import START, Consumer, GroupState, Lease, Pause, Scheduled
 from ..ports import Entry
-from .base import RedisStoreBase, checked, chunks, chunks_by_size, is_no_group, is_no_stream, pairs
+from .base import (
+    RedisStoreBase,
+    checked,
+    chunks,
+    chunks_by_size,
+    death_count,
+    is_no_group,
+    is_no_stream,
+    pairs,
+)
 from .blocking_read import data_of
 from .lua import Command, script
 
@@ -104,7 +113,7 @@ class OperatorStore(RedisStoreBase):
         """One entry with the worker deaths recorded for it; None where the stream has no such id."""
         rows, deaths = self.call(stream, [("XRANGE", stream, id, id), ("HGET", self.deaths_key(stream), id)])
         found = checked(rows)
-        return Entry(id, data_of(found[0][1]), deaths=int(checked(deaths) or 0)) if found else None
+        return Entry(id, data_of(found[0][1]), deaths=death_count(checked(deaths)) or 0) if found else None
 
     def entries(self, stream: str, after: bytes, count: int) -> list[Entry]:
         """A page of the stream, finished or not, oldest first."""
@@ -122,20 +131,31 @@ class OperatorStore(RedisStoreBase):
         reply = self.call(source.stream, [("XPENDING", *source, first, last, count)])[0]
         if is_no_group(reply):
             return []
-        return [Lease(id, name.decode(), idle / 1000, tries) for id, name, idle, tries in checked(reply)]
+        rows = checked(reply)
+        return [
+            Lease(id, name.decode(errors="replace"), idle / 1000, tries) for id, name, idle, tries in rows
+        ]
 
     def _page(self, stream: str, command: Command) -> list[Entry]:
         return [Entry(id, data_of(fields)) for id, fields in self.one(stream, command)]
 
 
 def _consumer(facts: dict[bytes, Any]) -> Consumer:
-    return Consumer(facts[b"name"].decode(), facts[b"pending"], facts[b"idle"] / 1000)
+    return Consumer(facts[b"name"].decode(errors="replace"), facts[b"pending"], facts[b"idle"] / 1000)
+
+
+def _finite(value: Any) -> float:
+    """The value as a number; raises ValueError for one that is no time."""
+    number = float(value)
+    if not 0.0 <= number < 1e12:
+        raise ValueError(number)
+    return number
 
 
 def _pause(kind: bytes, value: bytes) -> Pause:
     """Any value pauses the type, also one that was written with another tool."""
     try:
         pause = json.loads(value)
-        return Pause(kind.decode(), float(pause["since"]), str(pause.get("note", "")))
-    except (ValueError, TypeError, KeyError, AttributeError):
+        return Pause(kind.decode(), _finite(pause["since"]), str(pause.get("note", "")))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Pause(kind.decode(errors="replace"), 0.0, value.decode(errors="replace"))

@@ -11,12 +11,24 @@ from redis.exceptions import NoPermissionError, ResponseError
 from ...errors import NameHeld
 from ...keys import NO_HOLDER, PAUSED_KEY, Holder, Source
 from ..ports import RELEASED_IDLE_S, Entry, Settlement
-from .base import SCRIPT_BYTES, SCRIPT_IDS, RedisStoreBase, checked, chunks, is_no_group, pairs
+from .base import (
+    SCRIPT_BYTES,
+    SCRIPT_IDS,
+    RedisStoreBase,
+    checked,
+    chunks,
+    death_count,
+    is_no_group,
+    pairs,
+)
 from .blocking_read import BlockingRead, GroupMissing
 from .connection import Reply
 from .lua import Command, script
 
 log = logging.getLogger(__name__)
+
+#: Most characters of a text in another service's record: they are logged and shown.
+_RECORD_CHARS = 256
 
 
 class RedisReaderStore(RedisStoreBase):
@@ -106,8 +118,10 @@ class RedisReaderStore(RedisStoreBase):
     def claim(self, source: Source, min_idle_ms: int, count: int, cursor: bytes) -> tuple[bytes, list[Entry]]:
         """See `ReaderStore.claim`. Entries of this consumer that were not renewed are returned too."""
         reply = self._run(source, "claim", [self.deaths_key(source.stream)], [min_idle_ms, count, cursor])
-        rows = _rows_of_four(reply[1:])
-        return reply[0], [Entry(id, data, int(tries), int(deaths or 0)) for id, data, tries, deaths in rows]
+        return reply[0], [
+            Entry(id, data, int(tries), self._deaths(source, id, deaths))
+            for id, data, tries, deaths in _rows_of_four(reply[1:])
+        ]
 
     def settle(self, settlements: Sequence[Settlement]) -> set[bytes]:
         """See `ReaderStore.settle`. More than 1,000 ids or 8 MiB take several steps; the settlement of each
@@ -185,10 +199,20 @@ class RedisReaderStore(RedisStoreBase):
             log.error("entry.deleted_while_pending", extra=fields)
             self.settle([Settlement(source, done=gone)])
         return [
-            Entry(id, bodies[id], tries, int(died or 0))
+            Entry(id, bodies[id], tries, self._deaths(source, id, died))
             for id, tries, died in zip(ids, deliveries, deaths, strict=True)
             if id in bodies
         ]
+
+    def _deaths(self, source: Source, id: bytes, value: bytes | None) -> int:
+        """The stored deaths of an entry. A damaged value counts as 0: the next death overwrites it."""
+        count = death_count(value)
+        if count is None:
+            key = self.deaths_key(source.stream)
+            log.error("deaths.damaged", extra={
+                "key": key, "entry_id": id.decode(), "hint": f"HDEL {key} {id.decode()}",
+            })  # fmt: skip
+        return count or 0
 
     def _take_name(self, source: Source) -> None:
         stream = source.stream
@@ -197,7 +221,7 @@ class RedisReaderStore(RedisStoreBase):
         arguments = [*self._record(), last, *self._holder.predecessors]
         reply = self.one(stream, script("acquire", keys, source.group, self._consumer, *arguments))
         if not reply[0]:
-            about, token, renewed = (part.decode(errors="replace") for part in reply[1:4])
+            about, token, renewed = (part.decode(errors="replace")[:_RECORD_CHARS] for part in reply[1:4])
             raise NameHeld(stream, about, int(reply[4]) / 1000, f"{token} {renewed}")
         self._epochs[source] = reply[0]
 
@@ -245,7 +269,7 @@ class RedisReaderStore(RedisStoreBase):
         if is_no_group(reply):
             self._recreate_group(source)
         elif isinstance(reply, ResponseError) and str(reply).startswith("UNFENCED"):
-            log.error("fence.recreated", extra={"stream": source.stream, "hint": "it was deleted"})
+            log.error("fence.recreated", extra={"stream": source.stream, "hint": "it was deleted or damaged"})
             self._take_name(source)
         else:
             return checked(reply)
