@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobworker.worker.telemetry.line_writer import LineWriter, write_all
+from jobworker.worker.telemetry.line_writer import LineWriter, write_all, write_briefly
 
 WITHIN_S = 10.0
 
@@ -115,3 +115,13 @@ def test_a_non_blocking_pipe_gets_the_whole_text() -> None:
     os.close(ours)
     os.close(theirs)
     assert received == text
+
+
+def test_last_words_do_not_keep_a_process_from_its_exit() -> None:
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    os.write(theirs, b"x" * (1 << 20))
+    os.set_blocking(theirs, True)
+    write_briefly(theirs, b"the last words")
+    os.close(ours)  # ends the thread that writes
+    os.close(theirs)

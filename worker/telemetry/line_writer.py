@@ -10,6 +10,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 #: Most bytes of lines that wait. A single line may be longer.
 MAX_BYTES = 1024 * 1024
@@ -133,6 +134,18 @@ def write_all(fd: int, data: bytes) -> None:
             poll = select.poll()
             poll.register(fd, select.POLLOUT)
             poll.poll()
+
+
+def write_briefly(fd: int, data: bytes) -> None:
+    """Write the last words of a process that is about to exit, also where the descriptor blocks."""
+    thread = threading.Thread(target=_write_or_lose, args=(fd, data), daemon=True)
+    thread.start()
+    thread.join(_FLUSH_TIMEOUT_S)
+
+
+def _write_or_lose(fd: int, data: bytes) -> None:
+    with suppress(OSError):
+        write_all(fd, data)
 
 
 #: The writer of this process's log; None before the log is set up.
