@@ -27,6 +27,7 @@ from jobworker.worker.supervision.sd_notify import notify, reloading
 from jobworker.worker.supervision.signals import SignalQueue
 from jobworker.worker.supervision.status import StatusLine, StatusMailbox, service_status
 from jobworker.worker.telemetry import log as logs
+from jobworker.worker.telemetry.line_writer import write_briefly
 from jobworker.worker.telemetry.prometheus import PrometheusCollector
 
 log = logging.getLogger("jobworker.supervisor")
@@ -267,11 +268,8 @@ def main(**options: Any) -> None:
         logs.configure("supervisor", settings, os.environ)
         with SignalQueue(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD) as queue:
             sys.exit(_supervise(settings, queue))
-    except ConfigurationError as error:
-        click.echo(f"jobworker-supervise: {error}", err=True)
-        sys.exit(Exit.USAGE)
-    except OSError as error:
-        click.echo(f"jobworker-supervise: {error}", err=True)
+    except (ConfigurationError, OSError) as error:
+        write_briefly(2, f"jobworker-supervise: {error}\n".encode("utf-8", "backslashreplace"))
         sys.exit(Exit.USAGE)
 
 

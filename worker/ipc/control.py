@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.metrics import MetricsBuffer
 
 #: Longest message. Reports and stack dumps are cut to stay well below.
@@ -154,6 +155,8 @@ class ControlSocket:
 
     def report(self, metrics: MetricsBuffer, trouble: str | None, progress: int = 0) -> None:
         """Send the metrics since the last report. They stay in the buffer while the other side's is full."""
+        if dropped := take_dropped_lines():
+            metrics.count("z_novel_log_lines_dropped_total", by=dropped)
         delta = metrics.take()
         if not self.send(Report(delta.counts, delta.gauges, delta.histograms, trouble, progress)):
             metrics.put_back(delta)

@@ -24,6 +24,7 @@ from ..ipc.control import (
 )
 from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings, cores
+from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.prometheus import PrometheusCollector
 from .process import Child, ProcessExit
 from .signals import SignalQueue
@@ -116,6 +117,7 @@ class ProcessManager:
         if now - self._mono_gauged_s > _GAUGES_EVERY_S:
             self._mono_gauged_s = now
             self._metrics.put(("z_novel_workers", (state,), n) for state, n in self.states().items())
+            self._metrics.add([("z_novel_log_lines_dropped_total", (), take_dropped_lines())])
         self._check_startup(now)
         return self._exit_code
 
