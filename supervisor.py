@@ -17,7 +17,7 @@ from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.extension import extension
 from jobworker.worker.keys import Holder
-from jobworker.worker.options import ENV_PREFIX, service_options, settings_from
+from jobworker.worker.options import ENV_PREFIX, service_options, settings_from, unknown_variables
 from jobworker.worker.settings import Settings, parse_address
 from jobworker.worker.supervision.embedded import Stores, needed
 from jobworker.worker.supervision.health import Health, HealthServer
@@ -266,6 +266,10 @@ def main(**options: Any) -> None:
         settings = settings_from(options, sys.stderr.isatty())
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
         logs.configure("supervisor", settings, os.environ)
+        for variable, similar in unknown_variables(os.environ):
+            log.warning(
+                "option.unknown_variable", extra={"variable": variable, "hint": f"did you mean {similar}?"}
+            )
         with SignalQueue(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD) as queue:
             sys.exit(_supervise(settings, queue))
     except (ConfigurationError, OSError) as error:

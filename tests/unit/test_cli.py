@@ -86,7 +86,7 @@ class TestConfigurationFileOfTheService:
         file.write_text('redis-url = "redis://127.0.0.1:1/0"\njob-timeout = 5\nstream = ["no-group"]\n')
         assert CliRunner().invoke(main, ["enqueue", "audit", "--config", str(file)]).exit_code == 5
 
-    @pytest.mark.parametrize("text", ["no toml", "redis_url = 'x'\n", "colour = 'red'\n"])
+    @pytest.mark.parametrize("text", ["no toml", "redis_uri = 'x'\n", "colour = 'red'\n"])
     def test_an_invalid_file_is_refused(self, text: str, file: Path) -> None:
         file.write_text(text)
         result = CliRunner().invoke(main, ["stats", "--config", str(file)])

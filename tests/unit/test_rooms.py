@@ -32,8 +32,7 @@ DOORS = {
 #: Each room and the rooms that it may import. A file directly under worker/ is a room of its own.
 CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
-    "safe_text",
-    *("event_loop", "handler", "options", "extension"),
+    *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
@@ -63,7 +62,7 @@ SHARED_BELOW = {
     "encoder": {"vectors", "file_lock", "graphemes"},
 }
 #: What handlers may import of the engine besides the names in worker/__init__.py.
-PUBLIC = {"scripted_redis", "testing", "extension", "options", "data_dir"}
+PUBLIC = {"scripted_redis", "testing", "extension", "options", "quantities", "data_dir"}
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")
 COMPOSERS = {"boot", "testing", "producer", "scripted_redis", "admin", "cli", "web"}

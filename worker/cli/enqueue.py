@@ -12,13 +12,14 @@ from typing import Any
 import click
 import msgspec
 
+from ..options import SECONDS
 from ..producer import NewJob, Producer
+from ..quantities import Count, Duration
 from ..safe_text import escape_control
 from .common import JobType, complete_streams, echo_json, verb
 
 #: Jobs per call of the producer; the progress bar moves after each call.
 _BATCH_SIZE = 1000
-_POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 def add_to(main: click.Group) -> None:
@@ -42,9 +43,9 @@ _OPTIONS = [
                  help="Stream to send it to.  [default: the stream of the type]"),
     click.option("--id", "job_id", default=None,
                  help="Job id; with --count a number is appended.  [default: random]"),
-    click.option("--delay", type=click.FloatRange(min=0), help="Run it this many seconds from now."),
-    click.option("--timeout", type=_POSITIVE, help="Timeout in seconds."),
-    click.option("--count", type=click.IntRange(1), default=1, show_default=True,
+    click.option("--delay", type=Duration(), help="Run it this much later (seconds, or 15m)."),
+    click.option("--timeout", type=SECONDS, help="Timeout (seconds, or 5m)."),
+    click.option("--count", type=Count(1), default=1, show_default=True,
                  help="Number of times to send it."),
     click.option("--json", "as_json", is_flag=True, help='Print {"ids": [...]}.'),
 ]  # fmt: skip

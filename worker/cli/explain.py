@@ -8,6 +8,7 @@ import click
 from ..admin.deployment import Deployment, parse_sources
 from ..admin.find_job import JobFinder, JobLocation
 from ..admin.words import strip_control
+from ..quantities import Count
 from .common import AS_JSON, BAD_NEWS, STREAMS, echo_json, verb_on_deployment
 
 #: Entries scanned in each stream, retry set and dead-letter queue: about a second for all of them.
@@ -19,7 +20,7 @@ def add_to(main: click.Group) -> None:
     command = AS_JSON(explain)
     for option in (
         STREAMS,
-        click.option("--scan", type=click.IntRange(1), default=_SCAN_LIMIT, show_default=True,
+        click.option("--scan", type=Count(1), default=_SCAN_LIMIT, show_default=True,
                      help="Maximum of entries to scan in each stream, its retries and its dead letters."),
         click.argument("id"),
     ):  # fmt: skip

@@ -10,6 +10,7 @@ import click
 from ..admin.deployment import parse_sources
 from ..admin.retries import RetrySet, ScheduledRetry
 from ..admin.words import format_duration, pluralise, strip_control
+from ..quantities import Count
 from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, JobType, echo_json, echo_missing, table, verb
 
 
@@ -45,7 +46,7 @@ def _open_retries(
 
 @verb(retry, "list")
 @_filter_options
-@click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="Maximum; 0 for all.")
+@click.option("--limit", type=Count(0), default=50, show_default=True, help="Maximum; 0 for all.")
 @AS_JSON
 def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **selection: Any) -> None:
     """List jobs that wait for a retry, soonest first.

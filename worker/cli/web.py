@@ -8,6 +8,7 @@ import click
 from ..admin.deployment import Deployment
 from ..errors import ConfigurationError
 from ..options import ENV_PREFIX
+from ..quantities import Duration
 from ..telemetry import log
 from .common import STREAMS, verb_on_deployment
 
@@ -25,7 +26,7 @@ def add_to(main: click.Group) -> None:
                      help="Allow requeue, delete, retry now, pause and resume; needs a token."),
         click.option("--show-payloads", is_flag=True, envvar=f"{ENV_PREFIX}_WEB_SHOW_PAYLOADS",
                      help="Show the payloads of jobs too (tenants' texts)."),
-        click.option("--interval", type=click.FloatRange(0.2), default=2.0, show_default=True,
+        click.option("--interval", type=Duration(0.2), default=2.0, show_default=True,
                      help="Seconds between two snapshots of the deployment."),
     )):  # fmt: skip
         command = option(command)
