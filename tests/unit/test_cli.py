@@ -14,7 +14,8 @@ from click.testing import CliRunner
 
 from jobworker.supervisor import main as supervise
 from jobworker.worker.cli import main
-from jobworker.worker.cli.common import Age
+from jobworker.worker.cli.common import Age, confirm
+from jobworker.worker.errors import ConfigurationError
 
 COMMAND = Path(sys.executable).parent / "jobworker"
 #: Limit for `--help`, in processor time: elapsed time depends on the load of the machine.
@@ -159,3 +160,43 @@ def test_an_age_is_an_option_in_seconds() -> None:
     assert Age().convert("15m", None, None) == 900.0
     with pytest.raises(click.BadParameter, match="write 90s, 15m, 2h or 7d"):
         Age().convert("soon", None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["enqueue", "audit", "--payload", "-"], "--payload -: standard input is closed"),
+        (["enqueue", "--lines", "-"], "--lines -: standard input is closed"),
+        (["retry", "now", "--all"], "the job store did not answer"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_closed_standard_input_is_told_in_a_sentence(words: list[str], told: str) -> None:
+    closed = ["sh", "-c", 'exec "$@" <&-', "sh", str(COMMAND), *words, "--redis-url", "redis://127.0.0.1:1/0"]
+    done = subprocess.run(closed, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode in (2, 5)
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"stream":7}', '{"metadata":[1]}', '{"id":[]}', '{"tenant_id":{}}', '{"delay":"1"}', '{"type":7}'],
+)
+def test_a_line_of_the_wrong_kind_is_told_with_its_number(line: str) -> None:
+    result = CliRunner().invoke(
+        main, ["enqueue", "audit", "--lines", "-", "--redis-url", "redis://127.0.0.1:1/0"], input=line
+    )
+    assert (result.exit_code, "line 1: " in result.output) == (2, True), result.output
+
+
+def test_a_payload_that_nests_too_deeply_is_told_in_a_sentence() -> None:
+    command = ["enqueue", "audit", "--payload", "-", "--redis-url", "redis://127.0.0.1:1/0"]
+    result = CliRunner().invoke(main, command, input="[" * 200_000)
+    assert (result.exit_code, "nested too deeply" in result.output) == (2, True)
+
+
+def test_a_deletion_that_cannot_be_confirmed_asks_for_yes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigurationError, match="give --yes"):
+        confirm(lambda: "delete?", yes=False)

@@ -13,7 +13,7 @@ import click
 import msgspec
 
 from ..producer import NewJob, Producer
-from .common import JobType, complete_streams, verb
+from .common import JobType, complete_streams, standard_input, verb
 
 #: Jobs per call of the producer; the progress bar moves after each call.
 _BATCH_SIZE = 1000
@@ -88,12 +88,14 @@ def _payload(text: str) -> Any:
     `click.BadParameter`."""
     try:
         if text == "-":
-            text = sys.stdin.read()
+            text = standard_input("--payload -").read().decode()
         elif text.startswith("@"):
             text = Path(text[1:]).read_text(encoding="utf-8")
         return json.loads(text)
     except OSError as error:
         raise click.BadParameter(f"--payload: {error}") from error
+    except RecursionError as error:
+        raise click.BadParameter("--payload is nested too deeply") from error
     except ValueError as error:
         raise click.BadParameter(f"--payload is not JSON: {error}") from error
 
@@ -123,7 +125,7 @@ def _send_lines(url: str, path: str, defaults: NewJob) -> list[str]:
     ids: list[str] = []
     size = 0 if path == "-" else os.path.getsize(path)
     with (
-        nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file,
+        nullcontext(standard_input("--lines -")) if path == "-" else open(path, "rb") as file,
         Producer(url) as producer,
     ):
         hidden = not size or not sys.stderr.isatty()
