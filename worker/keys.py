@@ -33,6 +33,9 @@ NO_HOLDER = Holder()
 #: Hash: type that was paused by hand -> since when and why, as JSON. One for all streams.
 PAUSED_KEY = "jobworker:paused"
 
+#: Hash: consumer name of a service -> its types and streams, as JSON. One for all streams.
+SERVICES_KEY = "jobworker:services"
+
 
 def _derived(prefix: str, stream: str, cluster: bool) -> str:
     """On a cluster the stream's name becomes the hash tag, so that both keys share one slot."""

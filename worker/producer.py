@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,13 +26,19 @@ from .envelope import (
     Envelope,
     read_envelope,
 )
-from .errors import MalformedJob
+from .errors import MalformedJob, StoreUnavailable
 from .extension import extension
 from .settings import MAX_PAYLOAD_BYTES
+from .store.announcements import Announcement
 from .store.ports import ProducerStore
 
 #: Jobs held back for one pipeline: enough to hide the round trip, little to lose when it fails.
 _BATCH_JOBS = 1000
+
+#: Pairs of type and stream that are checked, each by one short call; beyond, a producer invents names.
+_MAX_CHECKED = 1000
+#: Time between two looks for services where none has run yet (seconds).
+_CHECK_INTERVAL_S = 60.0
 
 #: Longest delay and timeout, a hundred years: the sum with the store's clock stays exact.
 _MAX_SECONDS = 3_155_760_000
@@ -43,6 +50,14 @@ _TENANT = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _encode = msgspec.json.Encoder().encode
 #: Slow, but refuses NaN and infinities, for which the quick encoder writes null.
 _dump_finite = json.JSONEncoder(allow_nan=False).encode
+
+
+class UnknownDestination(UserWarning):
+    """No service of the deployment runs the job's type, or reads its stream: probably a typing error.
+
+    The job is sent all the same. With ``warnings.simplefilter("error", UnknownDestination)`` it is not sent,
+    and the warning is raised.
+    """
 
 
 class NewJob(NamedTuple):
@@ -128,6 +143,9 @@ class Producer:
     ) -> None:
         self._stores = _StorePool(lambda: _redis(redis_url) if store is None else store)
         self._wall_now_s = wall_now_s
+        #: Pairs of type and stream that were compared with what the services announce.
+        self._checked: set[tuple[str, str]] = set()
+        self._mono_next_check_s = 0.0
 
     def enqueue(
         self,
@@ -149,7 +167,7 @@ class Producer:
         enqueuing it again under the same id is the safe thing to do.
         """
         job = NewJob(type, payload, tenant_id, project_id, stream, id, metadata, delay, timeout)
-        return self.enqueue_many([job])[0]
+        return self._send([job], None)[0]
 
     def enqueue_many(
         self, jobs: Iterable[NewJob | Mapping[str, Any]], *, stream: str | None = None
@@ -160,14 +178,19 @@ class Producer:
         order of jobs is kept within a stream. Raises as `enqueue` does; the jobs before the one that could
         not be enqueued may have been, so give them ids of your own if you mean to try again.
         """
+        return self._send(jobs, stream)
+
+    def _send(self, jobs: Iterable[NewJob | Mapping[str, Any]], stream: str | None) -> list[str]:
         ids: list[str] = []
         waiting: dict[str, list[bytes]] = {}
         try:
             for item in jobs:
                 job = _new_job(item)
                 id, data = self._encoded(job)
+                to = _stream(job, stream)
+                self._check_destination(job.type, to)
                 ids.append(id)
-                self._put(waiting, _stream(job, stream), job, data)
+                self._put(waiting, to, job, data)
         finally:
             # Also after an error: the jobs before it were accepted, and their order stands.
             for name, batch in waiting.items():
@@ -185,6 +208,31 @@ class Producer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_destination(self, type: str, stream: str) -> None:
+        """Warn once of a type or stream that no service has announced. One store call for each new pair."""
+        if (type, stream) in self._checked or len(self._checked) >= _MAX_CHECKED:
+            return
+        if time.monotonic() < self._mono_next_check_s:
+            return
+        services = self._announced_services()
+        if not services:  # no service has run yet: it finds the job when it starts
+            self._mono_next_check_s = time.monotonic() + _CHECK_INTERVAL_S
+            return
+        self._checked.add((type, stream))
+        types = {name for service in services for name in service.types}
+        streams = {name for service in services for name in service.streams}
+        for verb, name, known in (("runs the type", type, types), ("reads the stream", stream, streams)):
+            if name not in known:
+                # The level is that of the caller of `enqueue` or `enqueue_many`.
+                warnings.warn(_unknown(verb, name, known), UnknownDestination, stacklevel=4)
+
+    def _announced_services(self) -> list[Announcement]:
+        try:
+            with self._stores.borrow() as store:
+                return store.announcements()
+        except StoreUnavailable:  # sending the job reports it
+            return []
 
     def _put(self, waiting: dict[str, list[bytes]], stream: str, job: NewJob, data: bytes) -> None:
         if job.delay is not None and job.delay != 0:
@@ -230,6 +278,14 @@ class Producer:
         if isinstance(job.payload, msgspec.Raw) or data.count(b"[") + data.count(b"{") > _NESTING_LOOKED_AT:
             _check_readable(id, data)
         return id, data
+
+
+def _unknown(verb: str, name: str, known: set[str]) -> str:
+    from difflib import get_close_matches  # only then: most producers make no typing errors
+
+    close = get_close_matches(name, sorted(known), 1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known)):.500}"
+    return f"no service of this deployment {verb} {name!r:.600}: {hint}"
 
 
 def _redis(url: str) -> ProducerStore:

@@ -119,6 +119,15 @@ class TestPause:
         run(live, "resume", "nop", "noop")
 
 
+class TestEnqueue:
+    def test_a_misspelt_type_and_stream_are_named_and_the_job_is_sent(self, live: Service) -> None:
+        done = run(live, "enqueue", "shoot", "--stream", "stream:audit:lgo", "--id", "lost")
+        assert (done.exit_code, done.stdout) == (0, "lost\n")
+        assert "no service of this deployment runs the type 'shoot': " in done.stderr
+        assert "'stream:audit:lgo': did you mean 'stream:audit:log'?" in done.stderr
+        live.client.delete("stream:audit:lgo")
+
+
 class TestDoctor:
     def test_a_healthy_service_has_no_wrong_finding(self, live: Service) -> None:
         found = findings(live, "--metrics-url", live.url, code=0)

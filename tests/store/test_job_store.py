@@ -558,3 +558,21 @@ class TestProducing:
         world.producer().add(S.stream, [b"2"])
         assert store.settle([Settlement(S, ids)]) == set(ids)
         assert [e.data for e in read(store) or read(store)] == [b"2"]
+
+
+class TestAnnouncements:
+    def test_producers_see_what_each_service_handles(self, world: World) -> None:
+        producer, reaper = world.producer(), world.reaper()
+        assert producer.announcements() == []
+        reaper.announce("host/blue", ["old"], [S.stream])
+        reaper.announce("host/blue", ["shout", "audit"], [S.stream, "other"])
+        reaper.announce("host/green", ["类型"], [])
+        blue, green = sorted(producer.announcements())
+        assert (blue.service, blue.types, blue.streams) == (
+            "host/blue",
+            {"shout", "audit"},
+            {S.stream, "other"},
+        )
+        assert (green.service, green.types, green.streams) == ("host/green", {"类型"}, set())
+        assert green.is_running(green.wall_renewed_s + 80)
+        assert not green.is_running(green.wall_renewed_s + 100)

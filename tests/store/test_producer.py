@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from jobworker.worker.endpoints import read_private_endpoints, store_url
 from jobworker.worker.envelope import read_envelope
 from jobworker.worker.errors import ConfigurationError, StoreUnavailable
-from jobworker.worker.producer import NewJob, Producer
+from jobworker.worker.producer import NewJob, Producer, UnknownDestination
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore
 from support.redis_servers import free_port, running
@@ -353,3 +354,57 @@ class TestWithoutUrl:
 def write(folder: Path, endpoints: dict[str, Any]) -> None:
     (folder / "endpoints.json").write_text(json.dumps(endpoints))
     (folder / "endpoints.json").chmod(0o600)
+
+
+class TestUnknownDestinations:
+    """Warnings of types and streams that no service of the deployment handles."""
+
+    def announce(self, bench: Bench) -> None:
+        MemoryStore(bench.server).announce("host/blue", ["embedding_batch", "shout"], ["stream:story:gen"])
+
+    def test_a_misspelt_type_is_sent_with_one_warning(self, bench: Bench) -> None:
+        self.announce(bench)
+        with pytest.warns(
+            UnknownDestination, match="runs the type 'embeding_batch': did you mean 'emb"
+        ) as told:
+            bench.producer.enqueue("embeding_batch", {})
+        bench.producer.enqueue_many([NewJob("embeding_batch")] * 3)
+        assert [warning.filename for warning in told] == [__file__]
+        assert len(bench.jobs()) == 4
+
+    def test_a_misspelt_stream_too_also_for_a_delayed_job(self, bench: Bench) -> None:
+        self.announce(bench)
+        with pytest.warns(
+            UnknownDestination, match="reads the stream 'stream:story:gne': did you mean"
+        ) as told:
+            bench.producer.enqueue_many([{"type": "shout", "delay": 5}], stream="stream:story:gne")
+        assert [warning.filename for warning in told] == [__file__]
+
+    def test_as_an_error_it_keeps_the_job_back(self, bench: Bench) -> None:
+        self.announce(bench)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UnknownDestination)
+            with pytest.raises(UnknownDestination, match="known are embedding_batch, shout"):
+                bench.producer.enqueue_many([NewJob("shout"), NewJob("zzz")])
+        assert [job["type"] for job in bench.jobs()] == ["shout"]
+
+    def test_known_names_cost_one_look_for_each_pair(self, bench: Bench) -> None:
+        self.announce(bench)
+        looks = count_looks(bench.producer)
+        for _ in range(5):
+            bench.producer.enqueue_many([NewJob("shout"), NewJob("embedding_batch")])
+        assert len(looks) == 2
+
+    def test_before_the_first_service_there_is_no_warning_and_one_look(self, bench: Bench) -> None:
+        looks = count_looks(bench.producer)
+        for number in range(5):
+            bench.producer.enqueue(f"type-{number}", {})
+        assert len(looks) == 1
+
+
+def count_looks(producer: Producer) -> list[None]:
+    looks: list[None] = []
+    with producer._stores.borrow() as store:
+        look = store.announcements
+        store.announcements = lambda: looks.append(None) or look()  # type: ignore[func-returns-value, method-assign]
+    return looks

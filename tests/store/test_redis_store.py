@@ -500,3 +500,27 @@ def test_the_store_opens_no_more_connections_than_it_needs(redis_world: RedisWor
         read(store)
     client: redis.Redis = redis_world.server.client
     assert len([c for c in client.client_list() if c["name"] == "jobworker"]) <= 3
+
+
+class TestAnnouncementsThatOthersWrote:
+    def test_invalid_records_are_ignored_and_outdated_ones_deleted(self, redis_world: RedisWorld) -> None:
+        client = redis_world.server.client
+        valid = '{"types":["gone"],"streams":[],"renewed":1}'
+        client.hset("jobworker:services", mapping={
+            "no-json": "abc", "list": "[]", "kinds": valid.replace('"gone"', "1"), "old": valid,
+            "nan": valid.replace(":1}", ":NaN}"), "deep": "[" * 10_000, b"\xff": b"\xff",
+            "long": valid.replace("gone", "x" * 600_000).replace(":1}", ":1e12}"),
+        })  # fmt: skip
+        redis_world.reaper().announce("me", ["shout"], [])
+        assert [one.service for one in redis_world.producer().announcements()] == ["me"]
+        assert client.hexists("jobworker:services", "old") == 0
+
+    def test_a_key_of_another_type_or_a_forbidden_one_stops_nothing(
+        self, redis_world: RedisWorld, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        redis_world.server.client.set("jobworker:services", "text")
+        reaper = redis_world.reaper()
+        for _ in range(2):
+            reaper.announce("me", ["shout"], [])
+        assert redis_world.producer().announcements() == []
+        assert [record.msg for record in caplog.records] == ["service.not_announced"]
