@@ -128,6 +128,8 @@ _WORK = [
 _STORES = [
     REDIS_URL,
     DATA_DIR,
+    option("--valkey-port", "Port of the embedded Valkey on 127.0.0.1.  [default: that of the last run, else "
+            "a free one]", 0, click.IntRange(0, 65535)),
     option("--connect-timeout", "How long to wait for the stores at start (seconds).", 30.0, SECONDS),
     option("--lease", "Seconds after which the jobs of a lost host are claimed by others.", 30.0, SECONDS),
 ]  # fmt: skip

@@ -65,6 +65,15 @@ def test_a_taken_metrics_port_exits_2(tmp_path: Path) -> None:
     assert "in use" in said
 
 
+def test_a_taken_port_of_the_embedded_valkey_exits_2_and_names_the_option(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said = refused(
+            tmp_path, "--valkey-port", port, "--handler=noop=support.toys:Noop", "--no-builtin-handlers"
+        )
+    assert f"--valkey-port {port}: 127.0.0.1:{port}: Address already in use" in said
+
+
 def test_command_line_wins_over_environment_and_that_over_the_file(tmp_path: Path) -> None:
     config = tmp_path / "service.toml"
     config.write_text('lease = 11\nmax-retries = 1\nretry-max = 9\nhandler = ["noop=support.toys:Noop"]\n')
