@@ -63,6 +63,15 @@ def fence_key(stream: str, *, cluster: bool = False) -> str:
     return _derived("fence", stream, cluster)
 
 
+def base_stream(key: str) -> str:
+    """The stream that a derived key belongs to; any other key itself."""
+    for prefix in ("retry:", "dlq:", "deaths:", "fence:"):
+        if key.startswith(prefix):
+            stream = key.removeprefix(prefix)
+            return stream[1:-1] if stream.startswith("{") and stream.endswith("}") else stream
+    return key
+
+
 def consumer_name(host: str, instance: str) -> str:
     """The consumer that one service reads as; stable over restarts, so that it finds its own again."""
     return f"{host}/{instance}"

@@ -29,7 +29,7 @@ from .envelope import (
 from .errors import MalformedJob, StoreUnavailable
 from .extension import extension
 from .settings import MAX_PAYLOAD_BYTES
-from .store.announcements import Announcement
+from .store.announcements import Announcement, suggestion
 from .store.ports import ProducerStore
 
 #: Jobs held back for one pipeline: enough to hide the round trip, little to lose when it fails.
@@ -225,7 +225,8 @@ class Producer:
         for verb, name, known in (("runs the type", type, types), ("reads the stream", stream, streams)):
             if name not in known:
                 # The level is that of the caller of `enqueue` or `enqueue_many`.
-                warnings.warn(_unknown(verb, name, known), UnknownDestination, stacklevel=4)
+                text = f"no service of this deployment {verb} {name!r:.600}: {suggestion(name, known)}"
+                warnings.warn(text, UnknownDestination, stacklevel=4)
 
     def _announced_services(self) -> list[Announcement]:
         try:
@@ -278,14 +279,6 @@ class Producer:
         if isinstance(job.payload, msgspec.Raw) or data.count(b"[") + data.count(b"{") > _NESTING_LOOKED_AT:
             _check_readable(id, data)
         return id, data
-
-
-def _unknown(verb: str, name: str, known: set[str]) -> str:
-    from difflib import get_close_matches  # only then: most producers make no typing errors
-
-    close = get_close_matches(name, sorted(known), 1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known)):.500}"
-    return f"no service of this deployment {verb} {name!r:.600}: {hint}"
 
 
 def _redis(url: str) -> ProducerStore:

@@ -103,9 +103,7 @@ class Reaper:
 
     def _announce(self) -> None:
         service = consumer_name(self._settings.host, self._settings.instance)
-        self._store.announce(
-            service, self._settings.handlers, {source.stream for source in self._settings.streams}
-        )
+        self._store.announce(service, self._settings.handlers, self._settings.streams)
 
     def _trim(self) -> None:
         own_name = consumer_name(self._settings.host, self._settings.instance)

@@ -564,15 +564,12 @@ class TestAnnouncements:
     def test_producers_see_what_each_service_handles(self, world: World) -> None:
         producer, reaper = world.producer(), world.reaper()
         assert producer.announcements() == []
-        reaper.announce("host/blue", ["old"], [S.stream])
-        reaper.announce("host/blue", ["shout", "audit"], [S.stream, "other"])
+        other = Source("other", "cg-other")
+        reaper.announce("host/blue", ["old"], [S])
+        reaper.announce("host/blue", ["shout", "audit"], [S, other])
         reaper.announce("host/green", ["类型"], [])
         blue, green = sorted(producer.announcements())
-        assert (blue.service, blue.types, blue.streams) == (
-            "host/blue",
-            {"shout", "audit"},
-            {S.stream, "other"},
-        )
+        assert (blue.service, blue.types, blue.sources) == ("host/blue", {"shout", "audit"}, {S, other})
         assert (green.service, green.types, green.streams) == ("host/green", {"类型"}, set())
         assert green.is_running(green.wall_renewed_s + 80)
         assert not green.is_running(green.wall_renewed_s + 100)

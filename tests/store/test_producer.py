@@ -15,6 +15,7 @@ import pytest
 from jobworker.worker.endpoints import read_private_endpoints, store_url
 from jobworker.worker.envelope import read_envelope
 from jobworker.worker.errors import ConfigurationError, StoreUnavailable
+from jobworker.worker.keys import Source
 from jobworker.worker.producer import NewJob, Producer, UnknownDestination
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore
@@ -360,7 +361,9 @@ class TestUnknownDestinations:
     """Warnings of types and streams that no service of the deployment handles."""
 
     def announce(self, bench: Bench) -> None:
-        MemoryStore(bench.server).announce("host/blue", ["embedding_batch", "shout"], ["stream:story:gen"])
+        MemoryStore(bench.server).announce(
+            "host/blue", ["embedding_batch", "shout"], [Source("stream:story:gen", "cg")]
+        )
 
     def test_a_misspelt_type_is_sent_with_one_warning(self, bench: Bench) -> None:
         self.announce(bench)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from ..keys import Source
+
 #: Interval of renewals (seconds), and the age at which the service counts as stopped: two renewals missed.
 RENEW_INTERVAL_S, STOPPED_AFTER_S = 30.0, 90.0
 #: Age at which a record is deleted. It outlives a stop over night, so that producers do not warn meanwhile.
@@ -22,8 +24,13 @@ class Announcement(NamedTuple):
 
     service: str
     types: frozenset[str]
-    streams: frozenset[str]
+    sources: frozenset[Source]
     wall_renewed_s: float
+
+    @property
+    def streams(self) -> set[str]:
+        """Names of the streams."""
+        return {source.stream for source in self.sources}
 
     def is_running(self, wall_now_s: float) -> bool:
         """Whether the service renewed the record lately."""
@@ -36,16 +43,26 @@ class Announcement(NamedTuple):
 
 class _Record(msgspec.Struct):
     types: list[str]
-    streams: list[str]
+    #: Stream -> consumer group.
+    streams: dict[str, str]
     renewed: float
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What a misspelt name may have meant, in words."""
+    from difflib import get_close_matches  # only then: most names are right
+
+    names = sorted(known)
+    close = get_close_matches(name, names, 1)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names):.500}."
 
 
 _decode = msgspec.json.Decoder(_Record).decode
 
 
-def encode(types: Iterable[str], streams: Iterable[str], wall_now_s: float) -> bytes:
+def encode(types: Iterable[str], sources: Iterable[Source], wall_now_s: float) -> bytes:
     """The record of one service."""
-    return msgspec.json.encode(_Record(sorted(types), sorted(streams), round(wall_now_s, 3)))
+    return msgspec.json.encode(_Record(sorted(types), dict(sources), round(wall_now_s, 3)))
 
 
 def parse(records: Mapping[bytes, bytes]) -> list[Announcement]:
@@ -57,5 +74,6 @@ def parse(records: Mapping[bytes, bytes]) -> list[Announcement]:
         except (ValueError, RecursionError):
             continue
         name = service.decode(errors="replace")
-        found.append(Announcement(name, frozenset(record.types), frozenset(record.streams), record.renewed))
+        sources = frozenset(Source(*pair) for pair in record.streams.items())
+        found.append(Announcement(name, frozenset(record.types), sources, record.renewed))
     return found

@@ -155,7 +155,7 @@ class ReaperStore(Protocol):
     def depths(self, source: Source) -> Depths:
         """Count entries, retries and dead letters."""
 
-    def announce(self, service: str, types: Iterable[str], streams: Iterable[str]) -> None:
+    def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
         """Record what a service handles, and delete outdated records of others. Best effort: a store that
         refuses is not an error."""
 

@@ -208,10 +208,10 @@ class MemoryStore:
     def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
         self._server.schedule(stream, job, delay_s)
 
-    def announce(self, service: str, types: Iterable[str], streams: Iterable[str]) -> None:
+    def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
         with self._server.lock:
             now_s = self._server.wall_now_s()
-            self._server.services[service.encode()] = encode(types, streams, now_s)
+            self._server.services[service.encode()] = encode(types, sources, now_s)
             for one in self.announcements():
                 if one.is_outdated(now_s):
                     del self._server.services[one.service.encode()]

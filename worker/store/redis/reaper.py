@@ -50,10 +50,10 @@ class RedisReaperStore(RedisStoreBase):
         reply = self.call(source.stream, [command])[0]
         return 0 if is_no_group(reply) else int(checked(reply))
 
-    def announce(self, service: str, types: Iterable[str], streams: Iterable[str]) -> None:
+    def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
         """See `ReaperStore.announce`. A refusal is logged once: only warnings of producers depend on it."""
         now_s = time.time()
-        record = encode(types, streams, now_s)
+        record = encode(types, sources, now_s)
         stored, found = self.call(
             SERVICES_KEY, [("HSET", SERVICES_KEY, service, record), ("HGETALL", SERVICES_KEY)]
         )
