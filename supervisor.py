@@ -15,7 +15,7 @@ import setproctitle
 
 from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
-from jobworker.worker.extension import extension
+from jobworker.worker.extension import extension, require_extras
 from jobworker.worker.keys import Holder
 from jobworker.worker.options import ENV_PREFIX, service_options, settings_from, unknown_variables
 from jobworker.worker.settings import Settings, parse_address
@@ -243,6 +243,7 @@ def _take_instance(lock: InstanceLock, instance: str) -> None:
 
 def _supervise(settings: Settings, queue: SignalQueue) -> Exit:
     log.info("supervisor.starting", extra={"settings": settings.public()})
+    require_extras(settings.handlers)
     servers = needed(settings)
     data = _open_data_dir(settings) if servers else None
     stores = Stores(settings, data, [make(data) for make in servers] if data else [])

@@ -54,6 +54,8 @@ EXTENSION = Extension(
     endpoints=("milvus_uri",),
     progress="jobworker.handlers.rebuild.progress:read_progress",
     doctor="jobworker.handlers.doctor",
+    needs=dict.fromkeys(NEEDS_VECTORS, ("numpy", "pymilvus", "sentence_transformers", "torch")),
+    extra="embedding",
     packages=("torch", "sentence-transformers", "pymilvus", "milvus-lite"),
     metrics={
         "z_novel_embedded_tokens_total": Metric("counter", "Model tokens that were embedded"),

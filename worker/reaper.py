@@ -1,4 +1,6 @@
-"""The reaper role: promotes due retries, trims streams, removes idle consumers, reports queue depths.
+"""The reaper role: promotes due retries, trims streams, removes idle consumers, counts jobs.
+
+It also announces the types and streams of this service in the job store.
 
 It does not recover jobs of dead workers: the reader does. Reapers of several hosts may run at once, because
 each step is atomic in the store.
@@ -14,6 +16,7 @@ from .errors import StoreUnavailable
 from .ipc.control import ControlSocket, Drain, Ready
 from .keys import consumer_name
 from .settings import Settings
+from .store.announcements import RENEW_INTERVAL_S
 from .store.backoff import ReconnectBackoff
 from .store.ports import Depths, ReaperStore
 from .telemetry.metrics import MetricsBuffer
@@ -50,6 +53,7 @@ class Reaper:
         self._error: str | None = None
         self._backoff = ReconnectBackoff(rng or random.Random())
         self._mono_counted_s = -_COUNT_INTERVAL_S
+        self._mono_announced_s = -RENEW_INTERVAL_S
         self._mono_trimmed_s = mono_s()
 
     def run(self) -> None:
@@ -76,6 +80,9 @@ class Reaper:
         if mono_now_s - self._mono_counted_s >= _COUNT_INTERVAL_S:
             self._mono_counted_s = mono_now_s
             self._count()
+        if mono_now_s - self._mono_announced_s >= RENEW_INTERVAL_S:
+            self._mono_announced_s = mono_now_s
+            self._announce()
         if mono_now_s - self._mono_trimmed_s >= _TRIM_INTERVAL_S:
             self._mono_trimmed_s = mono_now_s
             self._trim()
@@ -93,6 +100,10 @@ class Reaper:
             depths = self._store.depths(source)
             for name, labels, value in _gauges(source.stream, source.group, depths):
                 self._metrics.gauge(name, labels, value)
+
+    def _announce(self) -> None:
+        service = consumer_name(self._settings.host, self._settings.instance)
+        self._store.announce(service, self._settings.handlers, self._settings.streams)
 
     def _trim(self) -> None:
         own_name = consumer_name(self._settings.host, self._settings.instance)

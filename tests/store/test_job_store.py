@@ -558,3 +558,18 @@ class TestProducing:
         world.producer().add(S.stream, [b"2"])
         assert store.settle([Settlement(S, ids)]) == set(ids)
         assert [e.data for e in read(store) or read(store)] == [b"2"]
+
+
+class TestAnnouncements:
+    def test_producers_see_what_each_service_handles(self, world: World) -> None:
+        producer, reaper = world.producer(), world.reaper()
+        assert producer.announcements() == []
+        other = Source("other", "cg-other")
+        reaper.announce("host/blue", ["old"], [S])
+        reaper.announce("host/blue", ["shout", "audit"], [S, other])
+        reaper.announce("host/green", ["类型"], [])
+        blue, green = sorted(producer.announcements())
+        assert (blue.service, blue.types, blue.sources) == ("host/blue", {"shout", "audit"}, {S, other})
+        assert (green.service, green.types, green.streams) == ("host/green", {"类型"}, set())
+        assert green.is_running(green.wall_renewed_s + 80)
+        assert not green.is_running(green.wall_renewed_s + 100)

@@ -11,17 +11,20 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
 from jobworker.worker import keys
 from jobworker.worker.errors import AnswerTooLarge, ConfigurationError, Fenced, NameHeld, StoreUnavailable
-from jobworker.worker.keys import Holder, Source
+from jobworker.worker.keys import Holder, Source, base_stream
 from jobworker.worker.settings import without_credentials
 from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
 from jobworker.worker.store.redis import blocking_read
 from jobworker.worker.store.redis.connect import require_version
+from jobworker.worker.store.redis.key_scan import find_streams
+from jobworker.worker.store.redis.operator import OperatorStore
 from jobworker.worker.store.redis.producer import RedisProducerStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from jobworker.worker.store.redis.reaper import RedisReaperStore
@@ -471,8 +474,12 @@ class TestUrls:
                 store.begin_read(source, 10, 0)
             ids = {source: [entry.id for entry in store.finish_read(source)] for source in (S, two)}
             assert store.settle([Settlement(source, done) for source, done in ids.items()]) == set()
-            store.close()
-            producer.close()
+            producer.schedule("stream:delayed", b"{}", 60)
+            operator = OperatorStore(url)
+            found = operator.find_streams()
+            assert found == (["stream:delayed", "stream:first", "stream:test", "stream:two"], True)
+            for one in (operator, store, producer):
+                one.close()
         finally:
             server.stop()
 
@@ -571,3 +578,62 @@ def test_the_store_opens_no_more_connections_than_it_needs(redis_world: RedisWor
         read(store)
     client: redis.Redis = redis_world.server.client
     assert len([c for c in client.client_list() if c["name"] == "jobworker"]) <= 3
+
+
+class TestAnnouncementsThatOthersWrote:
+    def test_invalid_records_are_ignored_and_outdated_ones_deleted(self, redis_world: RedisWorld) -> None:
+        client = redis_world.server.client
+        valid = '{"types":["gone"],"streams":{},"renewed":1}'
+        client.hset("jobworker:services", mapping={
+            "no-json": "abc", "list": "[]", "kinds": valid.replace('"gone"', "1"), "old": valid,
+            "nan": valid.replace(":1}", ":NaN}"), "deep": "[" * 10_000, b"\xff": b"\xff",
+            "long": valid.replace("gone", "x" * 600_000).replace(":1}", ":1e12}"),
+        })  # fmt: skip
+        redis_world.reaper().announce("me", ["shout"], [])
+        assert [one.service for one in redis_world.producer().announcements()] == ["me"]
+        assert client.hexists("jobworker:services", "old") == 0
+
+    def test_a_key_of_another_type_or_a_forbidden_one_stops_nothing(
+        self, redis_world: RedisWorld, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        redis_world.server.client.set("jobworker:services", "text")
+        reaper = redis_world.reaper()
+        for _ in range(2):
+            reaper.announce("me", ["shout"], [])
+        assert redis_world.producer().announcements() == []
+        assert [record.msg for record in caplog.records] == ["service.not_announced"]
+
+
+class TestSearchForStreams:
+    def test_streams_are_found_among_many_other_keys(self, redis_world: RedisWorld) -> None:
+        client = redis_world.server.client
+        client.mset({f"key-{number}": "text" for number in range(5000)})
+        client.xadd("stream:typo", {"data": "{}"})
+        client.zadd("retry:stream:delayed", {"{}": 1})
+        client.zadd("retry", {"{}": 1})
+        client.xadd("dlq:stream:gone", {"data": "{}"})
+        operator = OperatorStore(redis_world.server.url)
+        assert operator.find_streams() == (["stream:delayed", "stream:gone", "stream:typo"], True)
+        operator.close()
+
+    def test_a_user_who_may_not_scan_is_told(self, redis_world: RedisWorld) -> None:
+        redis_world.server.client.acl_setuser(
+            "narrow", enabled=True, passwords=["+pw"], commands=["+@all", "-scan"], keys=["*"]
+        )
+        operator = OperatorStore(redis_world.server.url.replace("//", "//narrow:pw@"))
+        try:
+            assert operator.find_streams() == ([], False)
+        finally:
+            operator.close()
+            redis_world.server.client.acl_deluser("narrow")
+
+    def test_the_search_is_bounded(self) -> None:
+        calls = []
+
+        def one(key: str, command: Any) -> Any:
+            calls.append(command)
+            return [b"7", [b"stream:%d" % len(calls)]]  # a cursor that never ends
+
+        found = find_streams(lambda key: "one server", one, base_stream)
+        assert (len(found.names), found.complete) == (200, False)
+        assert len(calls) < 500

@@ -71,7 +71,7 @@ def command_of(words: list[str]) -> click.Command:
 def server(monkeypatch: pytest.MonkeyPatch) -> MemoryServer:
     """Where a `Producer` of an example puts its jobs."""
     server = MemoryServer()
-    monkeypatch.setattr(jobworker.worker, "Producer", lambda url: Producer(store=MemoryStore(server)))
+    monkeypatch.setattr(jobworker.worker, "Producer", lambda url="": Producer(store=MemoryStore(server)))
     return server
 
 

@@ -150,3 +150,17 @@ def test_an_unavailable_store_is_logged_once_reported_and_survived(
     assert last.trouble is None
     assert [record.message for record in caplog.records] == ["store.unavailable"]
     assert list(world.server.entries(SOURCE.stream).values()) == [b"1"]
+
+
+def test_the_service_announces_its_types_and_streams_and_renews_them(world: World) -> None:
+    reaper = world.reaper()
+    store = MemoryStore(world.server)
+    reaper.run_once(world.now_s)
+    (first,) = store.announcements()
+    assert (first.service, first.streams) == ("here/blue", {SOURCE.stream})
+    world.now_s += 29
+    reaper.run_once(world.now_s)
+    assert store.announcements() == [first]
+    world.now_s += 2
+    reaper.run_once(world.now_s)
+    assert store.announcements()[0].wall_renewed_s == pytest.approx(world.now_s)

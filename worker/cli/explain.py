@@ -14,6 +14,9 @@ from .common import AS_JSON, BAD_NEWS, STREAMS, echo_json, verb_on_deployment
 #: Entries scanned in each stream, retry set and dead-letter queue: about a second for all of them.
 _SCAN_LIMIT = 100_000
 
+#: Streams that are named where a job is not found.
+_MAX_NAMED = 20
+
 
 def add_to(main: click.Group) -> None:
     """Add the verb to ``jobworker``."""
@@ -66,8 +69,10 @@ def _print(id: str, locations: list[JobLocation], finder: JobFinder) -> None:
         if one.state == "dead":
             click.echo(f"    send it again:   jobworker dlq requeue {one.facts['letter']}")
     if not locations:
+        searched = ", ".join(strip_control(name) for name in finder.searched[:_MAX_NAMED])
         click.echo(
-            f"{strip_control(id)} was not found: it is finished and trimmed, or was not sent to these streams"
+            f"{strip_control(id)} was not found. It may never have been sent, or it has ended and was "
+            f"trimmed: the job store keeps no record of either. Searched: {searched}"
         )
     if finder.incomplete:
         names = ", ".join(strip_control(name) for name in finder.incomplete)

@@ -7,6 +7,7 @@ import click
 
 from ..admin.deployment import Deployment
 from ..errors import ConfigurationError
+from ..extension import how_to_install
 from ..options import ENV_PREFIX
 from ..quantities import Duration
 from ..telemetry import log
@@ -53,7 +54,7 @@ def web(
     try:
         from ..web.serve import Options, serve
     except ModuleNotFoundError as error:
-        raise ConfigurationError(f"the page needs {error.name}: pip install 'jobworker[web]'") from error
+        raise ConfigurationError(f"the page needs {error.name}: {how_to_install('web')}") from error
     log.set_up("web", "info", "text" if sys.stderr.isatty() else "json")
     options = Options(listen, token_file, allow_actions, show_payloads, interval)
     serve(deployment, streams, options, lambda url: click.echo(f"serving {url} (pid {os.getpid()})"))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from ..keys import Source
+from .announcements import Announcement
 
 #: Idle time (seconds) that a released entry shows: above any lease. Servers refuse times before 1970.
 RELEASED_IDLE_S = 30 * 24 * 3600.0
@@ -154,6 +155,10 @@ class ReaperStore(Protocol):
     def depths(self, source: Source) -> Depths:
         """Count entries, retries and dead letters."""
 
+    def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
+        """Record what a service handles, and delete outdated records of others. Best effort: a store that
+        refuses is not an error."""
+
     def close(self) -> None:
         """Drop every connection."""
 
@@ -166,6 +171,9 @@ class ProducerStore(Protocol):
 
     def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
         """Put a job into the retry ZSET; the reaper moves it into the stream when it is due."""
+
+    def announcements(self) -> list[Announcement]:
+        """What the services of the deployment handle; empty if unknown."""
 
     def close(self) -> None:
         """Drop every connection."""

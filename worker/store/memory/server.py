@@ -101,6 +101,8 @@ class MemoryServer:
         self.lock = threading.RLock()
         #: Types that an operator has paused.
         self.paused: set[str] = set()
+        #: Consumer name of a service -> its record, see ``announcements``.
+        self.services: dict[bytes, bytes] = {}
         self._streams: dict[str, Stream] = {}
         self._arrivals = 0
         self._last_epoch = 0

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ...errors import Fenced, NameHeld, StoreUnavailable
 from ...keys import NO_HOLDER, Holder, Source
+from ..announcements import Announcement, encode, parse
 from ..ports import RELEASED_IDLE_S, Dead, Depths, Entry, Promotion, Retry, Settlement
 from .server import Group, MemoryServer, NameRecord, PendingEntry, Read, Stream, order
 
@@ -206,6 +207,17 @@ class MemoryStore:
 
     def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
         self._server.schedule(stream, job, delay_s)
+
+    def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
+        with self._server.lock:
+            now_s = self._server.wall_now_s()
+            self._server.services[service.encode()] = encode(types, sources, now_s)
+            for one in self.announcements():
+                if one.is_outdated(now_s):
+                    del self._server.services[one.service.encode()]
+
+    def announcements(self) -> list[Announcement]:
+        return parse(self._server.services)
 
     def close(self) -> None:
         """Abandon reads; the server keeps all its state."""

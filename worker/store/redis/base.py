@@ -7,6 +7,7 @@ from redis.exceptions import ReadOnlyError, ResponseError
 
 from ... import keys
 from ...errors import Fenced, StoreUnavailable
+from ..announcements import Announcement, parse
 from .connect import Endpoint, endpoint, unavailable
 from .connection import PipelinedConnection, Reply
 from .lua import Command, LuaScripts, script
@@ -121,6 +122,11 @@ def chunks_by_size(items: Iterable[Item], size_of: Callable[[Item], int]) -> Ite
 def pairs(flat: Sequence[Any]) -> dict[Any, Any]:
     """A flat reply of names and values as a dict."""
     return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def announcements_in(reply: Reply) -> list[Announcement]:
+    """The records of HGETALL; empty for any error: the key has another type, or this user may not read it."""
+    return [] if isinstance(reply, ResponseError) else parse(pairs(reply))
 
 
 def is_no_stream(reply: Reply) -> bool:

@@ -4,11 +4,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ...keys import PAUSED_KEY, Source
-from ..operator import START, Consumer, GroupState, Lease, Pause, Scheduled
+from ...keys import PAUSED_KEY, SERVICES_KEY, Source, base_stream
+from ..announcements import Announcement
+from ..operator import START, Consumer, FoundStreams, GroupState, Lease, Pause, Scheduled
 from ..ports import Entry
 from .base import (
     RedisStoreBase,
+    announcements_in,
     checked,
     chunks,
     chunks_by_size,
@@ -18,6 +20,7 @@ from .base import (
     pairs,
 )
 from .blocking_read import data_of
+from .key_scan import find_streams
 from .lua import Command, script
 
 
@@ -93,6 +96,18 @@ class OperatorStore(RedisStoreBase):
     def pauses(self) -> list[Pause]:
         """The paused types, by name."""
         return sorted(_pause(*item) for item in pairs(self.one(PAUSED_KEY, ("HGETALL", PAUSED_KEY))).items())
+
+    # -- services and streams
+
+    def announcements(self) -> list[Announcement]:
+        """What the services of the deployment handle; empty if unknown."""
+        return announcements_in(self.call(SERVICES_KEY, [("HGETALL", SERVICES_KEY)])[0])
+
+    def find_streams(self) -> FoundStreams:
+        """Every stream of the store, whether a service reads it or not. The scan is bounded."""
+        return find_streams(
+            self._endpoint.node, lambda key, command: self.call(key, [command])[0], base_stream
+        )
 
     # -- where a job is
 

@@ -1,13 +1,20 @@
 """The reaper's side of the job store on Redis."""
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ...keys import Source
+from redis.exceptions import ResponseError
+
+from ...keys import SERVICES_KEY, Source
+from ..announcements import encode
 from ..ports import Depths, Promotion
-from .base import SCRIPT_BYTES, RedisStoreBase, checked, is_no_group, is_no_stream, pairs
+from .base import SCRIPT_BYTES, RedisStoreBase, announcements_in, checked, is_no_group, is_no_stream, pairs
 from .connection import Reply
 from .lua import script
+
+log = logging.getLogger("jobworker.reaper")
 
 #: Entries that one call of trim.lua deletes; some ms of the server's time.
 _TRIM_ENTRIES = 10_000
@@ -17,6 +24,8 @@ _TRIM_CALLS = 20
 
 class RedisReaperStore(RedisStoreBase):
     """`ReaperStore` on Redis."""
+
+    _warned_not_announced = False
 
     def promote(self, stream: str, limit: int) -> Promotion:
         """See `ReaperStore.promote`. After 8 MiB of jobs it stops early, with ``next_due_s`` 0."""
@@ -40,6 +49,20 @@ class RedisReaperStore(RedisStoreBase):
         command = script("remove_consumers", two_keys, source.group, keep, idle_ms)
         reply = self.call(source.stream, [command])[0]
         return 0 if is_no_group(reply) else int(checked(reply))
+
+    def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
+        """See `ReaperStore.announce`. A refusal is logged once: only warnings of producers depend on it."""
+        now_s = time.time()
+        record = encode(types, sources, now_s)
+        stored, found = self.call(
+            SERVICES_KEY, [("HSET", SERVICES_KEY, service, record), ("HGETALL", SERVICES_KEY)]
+        )
+        if isinstance(stored, ResponseError) and not self._warned_not_announced:
+            self._warned_not_announced = True
+            log.warning("service.not_announced", extra={"key": SERVICES_KEY, "error": str(stored)})
+        outdated = [one.service for one in announcements_in(found) if one.is_outdated(now_s)]
+        if outdated:
+            self.call(SERVICES_KEY, [("HDEL", SERVICES_KEY, *outdated)])
 
     def depths(self, source: Source) -> Depths:
         """See `ReaperStore.depths`. If the server does not know the lag, the lag is the number of entries
