@@ -36,6 +36,7 @@ _STORY, _MEMORY, _AUDIT = "stream:story:gen", "stream:memory:update", "stream:au
 EXTENSION = Extension(
     handlers=BUILTIN,
     moved=MOVED,
+    moved_members={"needs_model": "needs_device"},
     streams=(
         Source(_STORY, "cg-gen-worker"),
         Source(_MEMORY, "cg-mem-writer"),

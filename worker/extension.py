@@ -45,6 +45,7 @@ class Extension:
     """The built-in job types.
 
     - ``handlers``: type -> ``module:Class``; ``moved``: targets of earlier releases -> those of today.
+    - ``moved_members``: members of handlers of earlier releases -> those of today.
     - ``streams``: read if no ``--stream`` is given; ``stream_of_type``: where producers send a type.
     - ``metrics``: by name.
     - ``settings``: ``module:Class`` of the `Settings` with their options; ``options``: the module with these.
@@ -58,6 +59,7 @@ class Extension:
 
     handlers: Mapping[str, str]
     moved: Mapping[str, str]
+    moved_members: Mapping[str, str]
     streams: tuple[Source, ...]
     stream_of_type: Mapping[str, str]
     metrics: Mapping[str, Metric]

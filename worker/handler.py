@@ -15,13 +15,11 @@ from .devices import NO_DEVICE
 from .envelope import Job
 from .errors import ConfigurationError, PermanentError
 from .event_loop import EventLoop
-from .extension import create
+from .extension import create, extension
 from .settings import Settings
 
 #: The members that a worker calls. Each is a plain function or an async one.
 _CALLED = ("setup", "handle", "handle_batch", "healthy")
-#: Members that were renamed. An old one would be ignored in silence.
-_RENAMED = {"needs_model": "needs_device"}
 
 
 @runtime_checkable
@@ -237,7 +235,7 @@ def _refuse_unrun(name: str, result: object) -> None:
 
 def _check_members(kind: str, handler: Any) -> None:
     """Raise `ConfigurationError` where a call of a member would run nothing, or a member has an old name."""
-    for old, new in _RENAMED.items():
+    for old, new in extension().moved_members.items():
         if hasattr(handler, old):
             raise ConfigurationError(f"handler of {kind}: {old} is called {new}")
     for name in _CALLED:

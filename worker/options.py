@@ -134,7 +134,7 @@ _STORES = [
     REDIS_URL,
     DATA_DIR,
     option("--valkey-port", "Port of the embedded Valkey on 127.0.0.1.  [default: that of the last run, else "
-            "a free one]", 0, click.IntRange(0, 65535)),
+            "a free one]", 0, Count(0, 65535)),
     option("--connect-timeout", "How long to wait for the stores at start (seconds).", 30.0, SECONDS),
     option("--lease", "Time after which the jobs of a lost host are claimed by others (seconds, or 1m).",
             30.0, Duration(0.1)),

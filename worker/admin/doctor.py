@@ -3,7 +3,7 @@
 No function here does input or output.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from ..store.facts import ServerFacts, StreamFacts
 from ..store.operator import Consumer, Pause
@@ -153,7 +153,7 @@ def _other_groups(facts: StreamFacts) -> Iterator[Finding]:
                           f"if it is unused: XGROUP DESTROY {facts.source.stream} {name}")  # fmt: skip
 
 
-def pause_findings(pauses: Sequence[Pause], types: Collection[str] = ()) -> Iterator[Finding]:
+def pause_findings(pauses: Sequence[Pause], types: Container[str] = ()) -> Iterator[Finding]:
     """The types that an operator paused. ``types``: those that services handle; empty if unknown."""
     for pause in pauses:
         note = f" ({pause.note})" if pause.note else ""

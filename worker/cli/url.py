@@ -19,7 +19,7 @@ def add_to(main: click.Group) -> None:
 
 
 def _names() -> list[str]:
-    """``redis``, ``metrics`` and the stores of the built-in types, for example ``milvus``."""
+    """``redis``, ``metrics`` and the stores of the built-in types."""
     return ["redis", *(_short(field) for field in extension().endpoints), "metrics"]
 
 
