@@ -97,6 +97,7 @@ class TestBesideAService:
         (found,) = run_json(live, "explain", failing, *at)["found"]
         assert 60 < found["facts"]["due_in_s"] < 200
         assert found["facts"]["retry_count"] == 1
+        assert found["facts"]["last_error"] == f"ConnectionError: try 0 of {failing}"
         assert [one["job_id"] for one in run_json(live, "retry", "list")["retries"]] == [failing]
         run(live, "retry", "now", "missing", code=1)
         assert run_json(live, "retry", "now", failing) == {"hastened": 1, "missing": [], "dry_run": False}
@@ -105,7 +106,9 @@ class TestBesideAService:
         live.dead_letter(waiting)
         (found,) = run_json(live, "explain", waiting, *at)["found"]
         assert (found["state"], found["facts"]["reason"]) == ("dead", "permanent")
-        assert f"dlq requeue {found['facts']['letter']}" in run(live, "explain", waiting, *at).stdout
+        shown = run(live, "explain", waiting, *at).stdout
+        assert f"dlq requeue {found['facts']['letter']}" in shown
+        assert 'raise PermanentError("no such chapter")' in shown
         run(live, "retry", "now", "--all")
         live.wait_for_start(failing, 3)
         live.dead_letter(failing)

@@ -7,6 +7,7 @@ import pytest
 from jobworker.worker.admin.find_job import OVERDUE_S, SILENT_S, JobFinder
 from jobworker.worker.admin.identity import read_identity
 from jobworker.worker.admin.status_client import Service
+from jobworker.worker.envelope import with_retry
 from jobworker.worker.keys import Source
 from jobworker.worker.store.announcements import Announcement
 from jobworker.worker.store.operator import Lease, Pause, Scheduled
@@ -122,6 +123,16 @@ class TestRetrying:
         )
         assert "the next try is in 60.0 s" in location.why
 
+    def test_the_last_error_says_why_it_is_tried_again(self, store: Any) -> None:
+        failed = with_retry(job("r"), 1, 0, "ValueError: 缺章", 1000)
+        store.scheduled[SOURCE.stream] = [Scheduled(NOW_S + 60, failed)]
+        location = find(store, "r")
+        assert location.facts["last_error"] == "ValueError: 缺章"
+        assert location.why.endswith("the last one failed: ValueError: 缺章")
+        store.scheduled.clear()
+        store.streams[SOURCE.stream] += [Entry(b"6-0", failed)]
+        assert find(store, "r").facts["last_error"] == "ValueError: 缺章"
+
     def test_an_overdue_retry_says_that_no_service_promotes_it(self, store: Any) -> None:
         store.scheduled[SOURCE.stream] = [Scheduled(NOW_S - OVERDUE_S - 1, job("r"))]
         assert "overdue: no running service promotes" in find(store, "r").why
@@ -144,6 +155,11 @@ class TestDead:
             "timeout",
         )
         assert "too slow" in location.why
+
+    def test_the_traceback_is_shown(self, store: Any) -> None:
+        details = {"traceback": "Traceback\n  line 1", "batch": ["1-0"]}
+        store.letters[SOURCE.stream] = [letter("9-0", "permanent", original_id="77-0", details=details)]
+        assert find(store, "9-0").facts["traceback"] == "Traceback\n  line 1"
 
 
 def test_a_search_that_the_scan_limit_ends_says_where(store: Any) -> None:

@@ -13,7 +13,7 @@ from ..store.announcements import Announcement, suggestion
 from ..store.operator import GroupState, Lease, Pause, order_of, walk
 from ..store.ports import RELEASED_IDLE_S, Entry
 from .dead_letters import read_letter
-from .identity import read_identity
+from .identity import JobIdentity, read_identity
 from .status_client import Service, handled_types
 
 if TYPE_CHECKING:  # the client library takes a while to load
@@ -31,6 +31,8 @@ _MAX_OTHERS = 50
 _RETRY_PAGE = 200
 #: States of a job that may have begun and has not ended.
 _UNDER_WAY = frozenset({"running", "pending", "retrying"})
+#: Details of a dead letter that show where the handler was.
+_TRACES = ("traceback", "stack")
 _ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}")
 #: Ids that JSON writes without escapes, so that they can be searched for before the JSON is parsed.
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_.:-]+")
@@ -148,7 +150,7 @@ class JobFinder:
     def _locate(self, source: Source, group: GroupState | None, entry: Entry) -> JobLocation:
         job = read_identity(entry.data)
         location = JobLocation("", source.stream, "", job.id, job.type, job.tenant_id)
-        location.facts = {"entry_id": entry.id.decode(), "retry_count": job.retry_count}
+        location.facts = {"entry_id": entry.id.decode(), "retry_count": job.retry_count, **_last_error(job)}
         if group is None or order_of(entry.id) > order_of(group.last_delivered):
             return self._queued(source, group, entry, location)
         lease = self._store.lease(source, entry.id)
@@ -280,7 +282,12 @@ class JobFinder:
             why += f"; then: {self._paused(job.type)}"
         elif unhandled := self._unhandled(job.type):
             why += f"; then it becomes a dead letter: {unhandled}"
-        facts = {"due_in_s": round(in_s, 3), "retry_count": job.retry_count, "deaths": job.deaths}
+        if job.last_error:
+            why += f"; the last one failed: {job.last_error}"
+        facts = {
+            "due_in_s": round(in_s, 3), "retry_count": job.retry_count, "deaths": job.deaths,
+            **_last_error(job),
+        }  # fmt: skip
         return JobLocation("retrying", stream, why, job.id, job.type, job.tenant_id, facts)
 
     def _search_dead_letters(self, stream: str, id: str) -> list[JobLocation]:
@@ -296,11 +303,18 @@ class JobFinder:
                     "failed_at": letter.failed_at, "retry_count": letter.retry_count,
                     "deaths": letter.deaths, "worker": letter.worker, "original_id": letter.original_id,
                 }  # fmt: skip
+                facts |= {
+                    name: (letter.details or {})[name] for name in _TRACES if name in (letter.details or {})
+                }
                 why = f"dead-lettered ({letter.reason}) at {letter.failed_at}: {letter.error}"
                 locations.append(
                     JobLocation("dead", stream, why, letter.job_id, letter.type, letter.tenant_id, facts)
                 )
         return locations
+
+
+def _last_error(job: JobIdentity) -> dict[str, str]:
+    return {"last_error": job.last_error} if job.last_error else {}
 
 
 def _mentions(entry: Entry, id: str) -> bool:

@@ -65,7 +65,10 @@ def _print(id: str, locations: list[JobLocation], finder: JobFinder) -> None:
         click.echo(f"{strip_control(one.job_id or id)} ({strip_control(owner)})")
         click.echo(f"  {one.state} in {strip_control(one.stream)}: {strip_control(one.why)}")
         for name, value in one.facts.items():
-            click.echo(f"    {name:16} {strip_control(str(value))}")
+            first, *others = str(value).splitlines() or [""]
+            click.echo(f"    {name:16} {strip_control(first)}")
+            for line in others:  # of a traceback
+                click.echo(" " * 21 + strip_control(line))
         if one.state == "dead":
             click.echo(f"    send it again:   jobworker dlq requeue {one.facts['letter']}")
     if not locations:

@@ -85,7 +85,7 @@ def _to_json(one: ScheduledRetry, now_s: float) -> dict[str, Any]:
     return {
         "stream": one.stream, "job_id": one.job.id, "type": one.job.type, "tenant_id": one.job.tenant_id,
         "retry_count": one.job.retry_count, "deaths": one.job.deaths,
-        "due_in_s": round(one.scheduled.due_wall_s - now_s, 3),
+        "due_in_s": round(one.scheduled.due_wall_s - now_s, 3), "last_error": one.job.last_error,
     }  # fmt: skip
 
 

@@ -175,6 +175,8 @@ class Settler:
         envelope = read_envelope(job.data)
         decision = after_failure(failure, envelope.retry_count, row.deaths, self._settings.retry, self._rng)
         fields = {**log_fields(envelope), "retry_count": envelope.retry_count, "error": failure.error}
+        if failure.traceback:
+            fields["exception"] = failure.traceback
         if isinstance(decision, GiveUp):
             log.error("job.dead_lettered", extra={**fields, "reason": decision.reason})
             self._trace("give up", envelope, row, failure.error, reason=decision.reason)
@@ -183,7 +185,8 @@ class Settler:
         log.warning("job.retry_scheduled", extra={**fields, "delay_s": round(decision.delay_s, 3)})
         self._trace("retry", envelope, row, failure.error, delay_s=decision.delay_s)
         batch.counts["z_novel_jobs_retried_total", (envelope.type,)] += 1
-        retry = with_retry(job.data, decision.retry_count, envelope.deaths + row.deaths)
+        deaths, max_payload = envelope.deaths + row.deaths, self._settings.max_payload
+        retry = with_retry(job.data, decision.retry_count, deaths, failure.error, max_payload)
         batch.retries[row.stream_no].append(Retry(row.entry_id, decision.delay_s, retry))
 
     def _trace(
@@ -209,8 +212,11 @@ class Settler:
         self, batch: SettlementBatch, job: FailedJob, reason: Reason, envelope: Envelope
     ) -> None:
         row = job.row
+        details = job.details
+        if job.failure.traceback:
+            details = {**(details or {}), "traceback": job.failure.traceback}
         dead_job = DeadJob(
-            *(job.data, row.entry_id, reason, job.failure.error, envelope), row.deaths, job.details
+            *(job.data, row.entry_id, reason, job.failure.error, envelope), row.deaths, details
         )
         type_name = self._type_names[row.type_no]
         self._add_dead_letter(batch, RejectedEntry(row.stream_no, dead_job), type_name, job.worker)

@@ -39,7 +39,8 @@ MAX_TRACEBACK_CHARS = 32 * 1024
 #: Most items of a list or mapping that are written.
 MAX_ITEMS = 64
 _DROPPED = "log.dropped"
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+_EXCEPTION = "exception"
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", _EXCEPTION}
 
 #: The secrets of this process as one pattern; see `set_secrets`.
 _secrets: re.Pattern[str] | None = None
@@ -150,6 +151,13 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     return {key: _safe(value) for key, value in {**job_fields, **extra}.items()}
 
 
+def _exception(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    """The traceback of a record: of ``exc_info``, or as text in the ``extra`` field ``exception``, which
+    comes from another process. Empty if there is none."""
+    text = formatter.formatException(record.exc_info) if record.exc_info else vars(record).get(_EXCEPTION)
+    return _text(str(text), MAX_TRACEBACK_CHARS) if text else ""
+
+
 class JsonFormatter(logging.Formatter):
     """JSON lines: ``timestamp``, ``level``, ``msg``, ``service``, ``role``, the running job, ``extra``."""
 
@@ -167,8 +175,8 @@ class JsonFormatter(logging.Formatter):
             "role": self._role,
             **_fields(record),
         }
-        if record.exc_info:
-            event["exception"] = _text(self.formatException(record.exc_info), MAX_TRACEBACK_CHARS)
+        if exception := _exception(self, record):
+            event[_EXCEPTION] = exception
         return safe_json(event)
 
 
@@ -184,9 +192,8 @@ class TextFormatter(logging.Formatter):
         clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
         line = f"{clock} {record.levelname.lower():7} {self._role}: {_text(record.getMessage())}"
         lines = [" ".join([line, *(f"{key}={value}" for key, value in _fields(record).items())])]
-        if record.exc_info:
-            trace = _text(self.formatException(record.exc_info), MAX_TRACEBACK_CHARS)
-            lines += ["    " + trace_line for trace_line in trace.split("\n")]
+        if exception := _exception(self, record):
+            lines += ["    " + trace_line for trace_line in exception.split("\n")]
         return "\n".join(map(escape_control, lines))
 
 
