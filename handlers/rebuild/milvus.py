@@ -51,12 +51,12 @@ class MilvusShadow:
     def live_collection(self, name: str) -> str:
         alias = self._full(name)
         description = self._describe(alias)
-        check_fields(alias, schemas.schema_of(name), description)
         collection = str(description["collection_name"])
         if collection == alias:
             raise PermanentStoreError(
                 f"{alias} is a collection and not an alias, so no other can replace it: use mode in_place"
             )
+        check_fields(alias, schemas.schema_of(name), description)
         return collection
 
     def exists(self, collection: str) -> bool:
