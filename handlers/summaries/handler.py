@@ -18,8 +18,9 @@ from ..jobstore.fence import Fence
 from ..jobstore.open import open_fence, open_records
 from ..jobstore.records import Record, RecordKey, Records
 from ..settings import HandlerSettings
+from ..vectors.attribution import Attribution
 from ..vectors.open import open_store
-from ..vectors.ports import AnyRow, EntityRow, Row, Vector, VectorStore
+from ..vectors.ports import AnyRow, EntityRow, Row, SuspectStoreError, Vector, VectorStore
 from ..vectors.schema import DEFAULT_COLLECTION, clip
 from ..vectors.versioned_writer import VersionedWriter
 from .extract import select_sentences, shorten, split_sentences
@@ -121,6 +122,8 @@ class WriteBack:
             raise Unavailable(str(error)) from error
         except TextTooLong as error:
             raise PermanentError(str(error)) from error
+        except SuspectStoreError as error:
+            raise Attribution(self._store).attribute(error) from error
 
     def _store_chapter(self, job_id: str, chapter: ChapterPayload) -> None:
         key = RecordKey("summary", chapter.tenant_id, chapter.project_id, chapter.chapter_id)
