@@ -40,12 +40,10 @@ class Graphemes:
             or (_is_flag(after) and _is_flag(before) and (position - self._run_start(position)) % 2 == 1)
         )
 
-    def last_boundary(self, position: int) -> int:
-        """The last boundary up to a position, but `position` itself if it is inside the first grapheme."""
-        for at in range(min(position, len(self._text)), 0, -1):
-            if self.is_boundary(at):
-                return at
-        return position
+    def last_boundary(self, position: int, after: int = 0) -> int | None:
+        """The last boundary behind `after`, up to `position`; None if one grapheme fills that range."""
+        span = range(min(position, len(self._text)), after, -1)
+        return next((at for at in span if self.is_boundary(at)), None)
 
     def _run_start(self, position: int) -> int:
         """Start of the run of flag letters that ends at a position or continues there."""

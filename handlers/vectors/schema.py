@@ -284,4 +284,5 @@ def clip(text: str, limit_bytes: int = TEXT_LIMIT_BYTES) -> str:
     data = text.encode()
     if len(data) <= limit_bytes:
         return text
-    return text[: Graphemes(text).last_boundary(len(data[:limit_bytes].decode(errors="ignore")))]
+    fitting = len(data[:limit_bytes].decode(errors="ignore"))
+    return text[: Graphemes(text).last_boundary(fitting) or fitting]
