@@ -173,6 +173,7 @@ class ProcessManager:
         self._metrics.put(report.gauges)
         self._metrics.merge(report.histograms)
         child.trouble = report.trouble
+        child.warnings = report.warnings
 
     def _handle_held_name(self, held: HeldElsewhere, now: float) -> None:
         """Another service holds the instance's name.
@@ -438,6 +439,10 @@ class ProcessManager:
     def reasons(self) -> list[str]:
         """Why the service is not ready; empty if it is."""
         return [reason for slot in self._slots for reason in slot.reasons()]
+
+    def warnings(self) -> list[str]:
+        """Faults that stop only a part of the work, such as an isolated stream."""
+        return sorted({text for slot in self._slots for child in slot.children() for text in child.warnings})
 
     def children(self, now: float) -> list[dict[str, Any]]:
         """Every child as /status shows it."""

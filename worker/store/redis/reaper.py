@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ...errors import StoreRefused
 from ...keys import Source
 from ..ports import Depths, Promotion
 from .base import SCRIPT_BYTES, RedisStoreBase, checked, is_no_group, is_no_stream, pairs
@@ -43,7 +44,7 @@ class RedisReaperStore(RedisStoreBase):
 
     def depths(self, source: Source) -> Depths:
         """See `ReaperStore.depths`. If the server does not know the lag, the lag is the number of entries
-        that are not pending: never too low."""
+        that are not pending: never too low. A retry or dead-letter key of another type counts as empty."""
         stream = source.stream
         groups, length, retrying, dead, now = self.call(
             stream,
@@ -65,11 +66,19 @@ class RedisReaperStore(RedisStoreBase):
         return Depths(
             queued=lag,
             pending=pending,
-            retrying=checked(retrying),
-            dead=checked(dead),
+            retrying=_length(retrying),
+            dead=_length(dead),
             oldest_age_s=_age_s(first[0][0], checked(now)) if first else 0.0,
             lag=lag,
         )
+
+
+def _length(reply: Reply) -> int:
+    """The length of a derived key; 0 where it cannot be counted."""
+    try:
+        return int(checked(reply))
+    except StoreRefused:
+        return 0
 
 
 def _group_named(group: str, reply: Reply) -> dict[bytes, Any]:
