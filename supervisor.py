@@ -166,6 +166,7 @@ class Supervisor:
             "ready": health.live and health.ready,
             "reasons": health.reasons,
             "transient_reasons": self._processes.transient_reasons(),
+            "warnings": self._processes.warnings(),
             "children": self._processes.children(time.monotonic()),
             "metrics": self._metrics.totals(),
             "histograms": self._metrics.histograms(),
@@ -181,7 +182,8 @@ class Supervisor:
         if silent_s > _LIVE_TIMEOUT_S:
             reasons.append(f"the supervisor's loop has not run for {silent_s:.0f} s")
         live = silent_s <= _LIVE_TIMEOUT_S
-        return Health(live, not reasons, reasons, {"workers": self._processes.states()})
+        details = {"workers": self._processes.states(), "warnings": self._processes.warnings()}
+        return Health(live, not reasons, reasons, details)
 
 
 def _open_data_dir(settings: Settings) -> DataDir:

@@ -15,7 +15,7 @@ from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
 from jobworker.worker.store.redis.operator import OperatorStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from jobworker.worker.store.redis.server_facts import RedisFacts
-from support.job_worlds import RedisWorld
+from support.job_worlds import RedisWorld, settle
 
 S = Source("stream:test", "cg-test")
 
@@ -39,7 +39,7 @@ def delivered(world: RedisWorld, *jobs: bytes) -> tuple[RedisReaderStore, list[b
 def given_up(world: RedisWorld, *letters: bytes) -> None:
     """Dead letters, made as the service makes them."""
     reader, ids = delivered(world, *(b"{}" for _ in letters))
-    reader.settle([Settlement(S, dead=[Dead(*pair) for pair in zip(ids, letters, strict=True)])])
+    settle(reader, [Settlement(S, dead=[Dead(*pair) for pair in zip(ids, letters, strict=True)])])
 
 
 def bodies(world: RedisWorld) -> list[bytes]:
@@ -115,7 +115,7 @@ class TestRetries:
         self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         reader, (a, b) = delivered(redis_world, b"a", b"b")
-        reader.settle([Settlement(S, retries=[Retry(a, 90, b"late"), Retry(b, 30, b"soon")])])
+        settle(reader, [Settlement(S, retries=[Retry(a, 90, b"late"), Retry(b, 30, b"soon")])])
         now = operator.wall_now_s(S.stream)
         soon, late = operator.retries(S.stream, 0, 10)
         assert (soon.data, late.data) == (b"soon", b"late")
@@ -126,7 +126,7 @@ class TestRetries:
         self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         reader, (a, b) = delivered(redis_world, b"a", b"b")
-        reader.settle([Settlement(S, retries=[Retry(a, 90, b"one"), Retry(b, 90, b"two")])])
+        settle(reader, [Settlement(S, retries=[Retry(a, 90, b"one"), Retry(b, 90, b"two")])])
         assert operator.retry_now(S.stream, [b"one", b"unknown"]) == 1
         assert redis_world.reaper().promote(S.stream, 10).moved == 1
         assert redis_world.waiting(S.stream) == [b"two"]
@@ -196,7 +196,7 @@ class TestWhereAJobIs:
         assert lease.idle_s < 5
         assert operator.entry(S.stream, a) == Entry(a, b"a", deaths=2)
         assert [one.id for one in operator.leases(S, START, 10)] == [a, b]
-        reader.settle([Settlement(S, done=[a])])
+        settle(reader, [Settlement(S, done=[a])])
         assert operator.lease(S, a) is None
         group = operator.group(S)
         assert group is not None

@@ -175,6 +175,7 @@ class ProcessManager:
         self._metrics.put(report.gauges)
         self._metrics.merge(report.histograms)
         child.trouble = report.trouble
+        child.warnings = report.warnings
 
     def _handle_held_name(self, held: HeldElsewhere, now: float) -> None:
         """Another service holds the instance's name.
@@ -446,6 +447,10 @@ class ProcessManager:
         if not any(slot.child and slot.child.ready for slot in self._workers):
             return []
         return [reason for slot in self._workers if slot.is_restarting() for reason in slot.reasons()]
+
+    def warnings(self) -> list[str]:
+        """Faults that stop only a part of the work, such as an isolated stream."""
+        return sorted({text for slot in self._slots for child in slot.children() for text in child.warnings})
 
     def children(self, now: float) -> list[dict[str, Any]]:
         """Every child as /status shows it."""

@@ -39,6 +39,9 @@ METRICS = {
     "z_novel_leases_lost_total": Metric(
         "counter", "Jobs that another service took over from this one", ("stream",)
     ),
+    "z_novel_stream_isolated": Metric(
+        "gauge", "1 while the store refuses commands of the stream and the role waits", ("stream", "role")
+    ),
     "z_novel_ready": Metric("gauge", "1 while every process is up and the stores answer"),
     "z_novel_workers": Metric("gauge", "Worker processes", ("state",)),
     "z_novel_worker_restarts_total": Metric("counter", "Processes started again", ("role", "cause")),

@@ -6,10 +6,13 @@ from typing import Any, TypeVar
 from redis.exceptions import ReadOnlyError, ResponseError
 
 from ... import keys
-from ...errors import Fenced, StoreUnavailable
+from ...errors import Fenced, StoreRefused, StoreUnavailable
+from ...keys import PAUSED_KEY, Source
 from ..announcements import Announcement, parse
+from ..ports import KeyFault
 from .connect import Endpoint, endpoint, unavailable
 from .connection import PipelinedConnection, Reply
+from .key_faults import concerns_one_stream, full_fault, is_full, type_faults
 from .lua import Command, LuaScripts, script
 
 #: Ids per script: the server runs nothing else meanwhile, and 1,000 take 1 to 3 ms.
@@ -83,6 +86,29 @@ class RedisStoreBase:
     def fence_key(self, stream: str) -> str:
         return keys.fence_key(stream, cluster=self._endpoint.cluster)
 
+    def key_faults(self, source: Source) -> list[KeyFault]:
+        """The keys of a stream that cannot be worked with: of another type, full, or forbidden."""
+        stream = source.stream
+        dead_key = self.dead_key(stream)
+        types = {
+            stream: "stream",
+            self.fence_key(stream): "hash",
+            self.deaths_key(stream): "hash",
+            self.retry_key(stream): "zset",
+            dead_key: "stream",
+        }
+        replies = dict(zip(types, self.call(stream, [("TYPE", key) for key in types]), strict=True))
+        faults = type_faults(types, replies, cluster=self._endpoint.cluster)
+        for key in (stream, dead_key):
+            if replies[key] == b"stream" and is_full(self.call(stream, [script("last_id", [key])])[0]):
+                faults.append(full_fault(key, is_job_stream=key == stream, cluster=self._endpoint.cluster))
+        return faults
+
+    def pause_faults(self) -> list[KeyFault]:
+        """As `key_faults`, for the key of the paused types."""
+        reply = self.call(PAUSED_KEY, [("TYPE", PAUSED_KEY)])[0]
+        return type_faults({PAUSED_KEY: "hash"}, {PAUSED_KEY: reply}, cluster=self._endpoint.cluster)
+
 
 def checked(reply: Reply) -> Reply:
     """The reply, if it is no error. Raises `Fenced` or `StoreUnavailable` for one."""
@@ -90,7 +116,8 @@ def checked(reply: Reply) -> Reply:
         return reply
     if str(reply).startswith("FENCED"):
         raise Fenced(str(reply))
-    raise StoreUnavailable(f"the job store refused: {type(reply).__name__}: {reply}") from reply
+    text = f"the job store refused: {type(reply).__name__}: {reply}"
+    raise (StoreRefused if concerns_one_stream(reply) else StoreUnavailable)(text) from reply
 
 
 def death_count(value: bytes | None) -> int | None:

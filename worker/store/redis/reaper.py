@@ -7,6 +7,7 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
+from ...errors import StoreRefused
 from ...keys import SERVICES_KEY, Source
 from ..announcements import encode
 from ..ports import Depths, Promotion
@@ -66,7 +67,7 @@ class RedisReaperStore(RedisStoreBase):
 
     def depths(self, source: Source) -> Depths:
         """See `ReaperStore.depths`. If the server does not know the lag, the lag is the number of entries
-        that are not pending: never too low."""
+        that are not pending: never too low. A retry or dead-letter key of another type counts as empty."""
         stream = source.stream
         groups, length, retrying, dead, now = self.call(
             stream,
@@ -88,11 +89,19 @@ class RedisReaperStore(RedisStoreBase):
         return Depths(
             queued=lag,
             pending=pending,
-            retrying=checked(retrying),
-            dead=checked(dead),
+            retrying=_length(retrying),
+            dead=_length(dead),
             oldest_age_s=_age_s(first[0][0], checked(now)) if first else 0.0,
             lag=lag,
         )
+
+
+def _length(reply: Reply) -> int:
+    """The length of a derived key; 0 where it cannot be counted."""
+    try:
+        return int(checked(reply))
+    except StoreRefused:
+        return 0
 
 
 def _group_named(group: str, reply: Reply) -> dict[bytes, Any]:
