@@ -15,9 +15,9 @@ import setproctitle
 
 from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
-from jobworker.worker.extension import extension
+from jobworker.worker.extension import extension, require_extras
 from jobworker.worker.keys import Holder
-from jobworker.worker.options import ENV_PREFIX, service_options, settings_from
+from jobworker.worker.options import ENV_PREFIX, service_options, settings_from, unknown_variables
 from jobworker.worker.settings import Settings, parse_address
 from jobworker.worker.supervision.embedded import Stores, needed
 from jobworker.worker.supervision.health import Health, HealthServer
@@ -27,6 +27,7 @@ from jobworker.worker.supervision.sd_notify import notify, reloading
 from jobworker.worker.supervision.signals import SignalQueue
 from jobworker.worker.supervision.status import StatusLine, StatusMailbox, service_status
 from jobworker.worker.telemetry import log as logs
+from jobworker.worker.telemetry.line_writer import write_briefly
 from jobworker.worker.telemetry.prometheus import PrometheusCollector
 
 log = logging.getLogger("jobworker.supervisor")
@@ -165,6 +166,7 @@ class Supervisor:
             "ready": health.live and health.ready,
             "reasons": health.reasons,
             "transient_reasons": self._processes.transient_reasons(),
+            "warnings": self._processes.warnings(),
             "children": self._processes.children(time.monotonic()),
             "metrics": self._metrics.totals(),
             "histograms": self._metrics.histograms(),
@@ -180,7 +182,8 @@ class Supervisor:
         if silent_s > _LIVE_TIMEOUT_S:
             reasons.append(f"the supervisor's loop has not run for {silent_s:.0f} s")
         live = silent_s <= _LIVE_TIMEOUT_S
-        return Health(live, not reasons, reasons, {"workers": self._processes.states()})
+        details = {"workers": self._processes.states(), "warnings": self._processes.warnings()}
+        return Health(live, not reasons, reasons, details)
 
 
 def _open_data_dir(settings: Settings) -> DataDir:
@@ -242,6 +245,7 @@ def _take_instance(lock: InstanceLock, instance: str) -> None:
 
 def _supervise(settings: Settings, queue: SignalQueue) -> Exit:
     log.info("supervisor.starting", extra={"settings": settings.public()})
+    require_extras(settings.handlers)
     servers = needed(settings)
     data = _open_data_dir(settings) if servers else None
     stores = Stores(settings, data, [make(data) for make in servers] if data else [])
@@ -265,13 +269,14 @@ def main(**options: Any) -> None:
         settings = settings_from(options, sys.stderr.isatty())
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
         logs.configure("supervisor", settings, os.environ)
+        for variable, similar in unknown_variables(os.environ):
+            log.warning(
+                "option.unknown_variable", extra={"variable": variable, "hint": f"did you mean {similar}?"}
+            )
         with SignalQueue(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD) as queue:
             sys.exit(_supervise(settings, queue))
-    except ConfigurationError as error:
-        click.echo(f"jobworker-supervise: {error}", err=True)
-        sys.exit(Exit.USAGE)
-    except OSError as error:
-        click.echo(f"jobworker-supervise: {error}", err=True)
+    except (ConfigurationError, OSError) as error:
+        write_briefly(2, f"jobworker-supervise: {error}\n".encode("utf-8", "backslashreplace"))
         sys.exit(Exit.USAGE)
 
 

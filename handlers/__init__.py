@@ -36,6 +36,7 @@ _STORY, _MEMORY, _AUDIT = "stream:story:gen", "stream:memory:update", "stream:au
 EXTENSION = Extension(
     handlers=BUILTIN,
     moved=MOVED,
+    moved_members={"needs_model": "needs_device"},
     streams=(
         Source(_STORY, "cg-gen-worker"),
         Source(_MEMORY, "cg-mem-writer"),
@@ -54,6 +55,8 @@ EXTENSION = Extension(
     endpoints=("milvus_uri",),
     progress="jobworker.handlers.rebuild.progress:read_progress",
     doctor="jobworker.handlers.doctor",
+    needs=dict.fromkeys(NEEDS_VECTORS, ("numpy", "pymilvus", "sentence_transformers", "torch")),
+    extra="embedding",
     packages=("torch", "sentence-transformers", "pymilvus", "milvus-lite"),
     metrics={
         "z_novel_embedded_tokens_total": Metric("counter", "Model tokens that were embedded"),

@@ -1,15 +1,16 @@
 """Options of the built-in job types, as click declares them, and the settings made from them."""
 
-import re
 from typing import Any
 
 import click
 
 from jobworker.worker import ConfigurationError
 from jobworker.worker.options import SECONDS, option
+from jobworker.worker.quantities import Count, Size
 
 #: In less the log of the cache's database would not leave room for vectors.
 _LEAST_CACHE_BYTES = 16 * 1024 * 1024
+_MOST_CACHE_BYTES = 1 << 50
 #: Options of the service's file that the verbs of `jobworker` use: option -> parameter.
 VERB_OPTIONS = {
     "milvus-uri": "milvus_uri", "milvus-prefix": "milvus_prefix", "model": "configured_model",
@@ -26,21 +27,21 @@ OPTIONS = [
             "package:<module>.  [default: the model of the 'embedded' extra, else BAAI/bge-m3]", ""),
     option("--device", "auto, cpu, cuda, or cuda:0,cuda:1.", "auto"),
     option("--model-copies", "Workers that hold the model, of each GPU or of the CPU; the others run "
-            "other types.  [default: 2, on a CPU one a core]", 0, click.IntRange(0)),
+            "other types.  [default: 2, on a CPU one a core]", 0, Count(0)),
     option("--dtype", "What the model computes in; auto takes the fastest that gives its vectors.", "auto",
             click.Choice(["auto", "fp32", "bf16", "fp16"])),
     option("--long-text", "What becomes of a text longer than the model's window.", "windows",
             click.Choice(["windows", "truncate", "reject"])),
-    option("--token-budget", "Tokens, padding included, of one forward pass.", 16384, click.IntRange(512)),
+    option("--token-budget", "Tokens, padding included, of one forward pass.", 16384, Count(512)),
     option("--cache", "off, or the most disk that vectors of texts seen before may take, below --data-dir.",
-            "1GiB"),
+            "1GiB", Size(_LEAST_CACHE_BYTES, _MOST_CACHE_BYTES, off=True)),
     option("--summary-chars", "Longest summary of a chapter that is made here, in characters.", 100,
-            click.IntRange(20, 10_000)),
+            Count(20, 10_000)),
     option("--llm-url", "OpenAI-compatible endpoint that writes summaries, http(s)://host:port/v1; its key "
             "comes from --llm-key-file or JOBWORKER_LLM_KEY.  [default: the chapter's own sentences]", ""),
     option("--llm-model", "The model's name there.", ""),
     option("--llm-key-file", "File that holds the endpoint's key.", "", click.Path(dir_okay=False)),
-    option("--llm-timeout", "Limit of one request to it in seconds.", 60.0, SECONDS),
+    option("--llm-timeout", "Limit of one request to it (seconds, or 2m).", 60.0, SECONDS),
     option("--summary-sink", "Where else what was found in a chapter goes: postgres, or module:Class.", ""),
     option("--postgres-dsn", "For --summary-sink postgres; put passwords into the environment or the file.",
             ""),
@@ -54,7 +55,7 @@ def fields_of(values: dict[str, Any]) -> dict[str, Any]:
     """
     check_llm(values["llm_url"], values["llm_model"])
     return {
-        "cache_bytes": parse_size(values.pop("cache")),
+        "cache_bytes": values.pop("cache"),
         "llm_timeout_s": values.pop("llm_timeout"),
         "device_copies": values.pop("model_copies"),
     }
@@ -66,17 +67,3 @@ def check_llm(url: str, model: str) -> None:
         raise ConfigurationError("--llm-url: say http(s)://host:port/v1, as for any OpenAI-compatible client")
     if url and not model:
         raise ConfigurationError("--llm-url needs --llm-model: the name that the endpoint knows its model by")
-
-
-def parse_size(text: str) -> int:
-    """``off`` or a size such as ``512MiB`` or ``2G`` (always powers of 1024) in bytes, 0 for off.
-
-    Raises `ConfigurationError`.
-    """
-    if text == "off":
-        return 0
-    found = re.fullmatch(r"(\d{1,12})([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
-    size_bytes = int(found[1]) << 10 * " KMGT".index(found[2].upper() or " ") if found else 0
-    if size_bytes < _LEAST_CACHE_BYTES:
-        raise ConfigurationError(f"--cache {text!r}: say off or a size from 16MiB on, for example 512MiB")
-    return size_bytes

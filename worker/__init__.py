@@ -4,7 +4,7 @@ from .devices import NO_DEVICE, device_for_slot, visible_gpus
 from .envelope import Job
 from .errors import ConfigurationError, Fenced, PermanentError, StoreUnavailable, Unavailable
 from .handler import BatchHandler, Handler, JobHandler
-from .producer import NewJob, Producer
+from .producer import NewJob, Producer, UnknownDestination
 from .settings import Settings
 from .telemetry.trace import span
 
@@ -22,6 +22,7 @@ __all__ = [
     "Settings",
     "StoreUnavailable",
     "Unavailable",
+    "UnknownDestination",
     "device_for_slot",
     "span",
     "visible_gpus",

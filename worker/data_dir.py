@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from .endpoints import FILE_NAME
 from .errors import ConfigurationError
 
 #: Embedded servers listen on this address only.
@@ -20,7 +21,7 @@ class DataDir:
     def __init__(self, path: str) -> None:
         self.path = Path(path).resolve()
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.endpoints_file = self.path / "endpoints.json"
+        self.endpoints_file = self.path / FILE_NAME
         self.lock_fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def lock(self) -> bool:

@@ -1,7 +1,9 @@
 """The wire format of a job: parse, validate, write retries and dead letters."""
 
 import base64
+import decimal
 import json
+from collections.abc import Set
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -24,6 +26,11 @@ MAX_METADATA_VALUE_CHARS = 16 * 1024
 MAX_METADATA_ENTRIES = 128
 #: Longest error text in a dead letter: a whole error of a handler (`outcome.MAX_ERROR_CHARS`), escaped.
 MAX_LETTER_ERROR_CHARS = 32 * 1024
+
+#: Member of a retried job: the error of its last try. The prefix keeps it apart from fields of producers.
+LAST_ERROR_FIELD = "jobworker_last_error"
+#: Longest such error, in characters. The payload limit counts it, so it must be short.
+MAX_LAST_ERROR_CHARS = 500
 
 #: No job is tried so often; a count beyond is a mistake or an attack on arithmetic.
 _MOST_TRIES = 1_000_000
@@ -86,7 +93,15 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     retry_count: int
 
 
+def _exact_number(text: str) -> decimal.Decimal | float:
+    try:
+        return decimal.Decimal(text)
+    except decimal.InvalidOperation:  # an exponent of more than 18 digits: as a float it is 0
+        return float(text)
+
+
 _envelope = msgspec.json.Decoder(Envelope)
+_exact_envelope = msgspec.json.Decoder(Envelope, float_hook=_exact_number)
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _encode_into = msgspec.json.Encoder().encode_into
 
@@ -113,9 +128,13 @@ def read_envelope(data: bytes, scratch: bytearray | None = None) -> Envelope:
     return envelope
 
 
-def reread_envelope(data: bytes) -> Envelope:
-    """Parse what `read_envelope` has accepted before, in another process: its slower looks are spared."""
-    return _envelope.decode(data)
+def reread_envelope(data: bytes, exact_types: Set[str] = frozenset()) -> Envelope:
+    """Parse what `read_envelope` has accepted before, in another process: its slower looks are spared.
+
+    In payloads of ``exact_types``, numbers with a fraction or an exponent are `decimal.Decimal`.
+    """
+    envelope = _envelope.decode(data)
+    return _exact_envelope.decode(data) if envelope.type in exact_types else envelope
 
 
 def _why(error: Exception) -> str:
@@ -161,12 +180,31 @@ def job_of(envelope: Envelope, stream: str, entry_id: str) -> Job:
     )
 
 
-def with_retry(data: bytes, retry_count: int, deaths: int) -> bytes:
-    """The same job with a new retry count; every other member keeps its bytes and its place."""
+def with_retry(data: bytes, retry_count: int, deaths: int, error: str = "", max_bytes: int = 0) -> bytes:
+    """The same job with a new retry count; every other member keeps its bytes and its place.
+
+    ``error`` is added for people who ask why the job waits, unless the job would exceed ``max_bytes``.
+    """
     members = _members.decode(data)
+    members.pop(LAST_ERROR_FIELD, None)
     members["retry_count"] = msgspec.Raw(b"%d" % retry_count)
     if deaths:
         members["deaths"] = msgspec.Raw(b"%d" % deaths)
+    retry = msgspec.json.encode(members)
+    if not error:
+        return retry
+    members[LAST_ERROR_FIELD] = msgspec.Raw(msgspec.json.encode(error[:MAX_LAST_ERROR_CHARS]))
+    explained = msgspec.json.encode(members)
+    return explained if len(explained) <= max_bytes else retry
+
+
+def without_last_error(data: bytes) -> bytes:
+    """The job as its producer sent it, with its counters; the same object if it holds no last error."""
+    if LAST_ERROR_FIELD.encode() not in data:
+        return data
+    members = _members.decode(data)
+    if members.pop(LAST_ERROR_FIELD, None) is None:
+        return data  # a text in the payload
     return msgspec.json.encode(members)
 
 
@@ -192,7 +230,7 @@ def dead_letter(job: DeadJob, *, stream: str, worker: str, failed_at: str) -> by
     data, envelope = job.data, job.envelope
     task, raw = b"null", None
     if data is not None and envelope is not None:
-        task = data
+        task = without_last_error(data)
     elif data is not None:
         raw = base64.b64encode(data[:OVERSIZED_KEPT_BYTES] if job.reason == "oversized" else data).decode()
     letter = DeadLetter(

@@ -40,6 +40,10 @@ class StoreUnavailable(JobworkerError):
     """The job store did not answer or refused for now; the same call may work later."""
 
 
+class StoreRefused(StoreUnavailable):
+    """The store refused a command because of the keys of one stream; commands of other streams may work."""
+
+
 class AnswerTooLarge(JobworkerError):
     """The answer to a read was more than can be held and was dropped; what it gave is this consumer's now."""
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ class Extension:
     """The built-in job types.
 
     - ``handlers``: type -> ``module:Class``; ``moved``: targets of earlier releases -> those of today.
+    - ``moved_members``: members of handlers of earlier releases -> those of today.
     - ``streams``: read if no ``--stream`` is given; ``stream_of_type``: where producers send a type.
     - ``metrics``: by name.
     - ``settings``: ``module:Class`` of the `Settings` with their options; ``options``: the module with these.
@@ -51,11 +53,13 @@ class Extension:
     - ``endpoints``: settings that ``endpoints.json`` repeats.
     - ``progress``: ``module:function`` from the URL of the job store to the `Progress` of each long job.
     - ``doctor``: module with further checks of `jobworker doctor`: its ``OPTIONS`` and ``findings``.
+    - ``needs``: handler -> modules of the extra that it needs; ``extra``: the name of that extra.
     - ``packages``: whose versions `jobworker doctor` shows.
     """
 
     handlers: Mapping[str, str]
     moved: Mapping[str, str]
+    moved_members: Mapping[str, str]
     streams: tuple[Source, ...]
     stream_of_type: Mapping[str, str]
     metrics: Mapping[str, Metric]
@@ -65,6 +69,8 @@ class Extension:
     endpoints: tuple[str, ...]
     progress: str
     doctor: str
+    needs: Mapping[str, tuple[str, ...]]
+    extra: str
     packages: tuple[str, ...]
 
 
@@ -80,6 +86,36 @@ def imported(target: str) -> Any:
     """The class or function that ``module:name`` says, imported now."""
     module, _, name = target.partition(":")
     return getattr(import_module(module), name)
+
+
+def require_extras(handlers: Mapping[str, str]) -> None:
+    """Check that the libraries of the built-in handlers are installed; imports none of them.
+
+    ``handlers``: type -> ``module:Class``. Raises `ConfigurationError`.
+    """
+    needs, extra = extension().needs, extension().extra
+    for job_type, target in handlers.items():
+        for module in needs.get(target, ()):
+            if not _is_installed(module):
+                raise ConfigurationError(
+                    f"type {job_type} needs {module}, which is not installed: {how_to_install(extra)}. For "
+                    "types of your own only, give --no-builtin-handlers"
+                )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra, for messages. The package is on no index."""
+    return (
+        f"install the extra {extra!r} with pip install '.[{extra}]' in a clone, or with "
+        f"pip install 'jobworker[{extra}] @ file:///path/to/jobworker.whl'"
+    )
 
 
 def create(target: str, label: str) -> Any:

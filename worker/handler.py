@@ -5,7 +5,9 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
+from numbers import Integral, Real
 from types import AsyncGeneratorType, GeneratorType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -13,7 +15,7 @@ from .devices import NO_DEVICE
 from .envelope import Job
 from .errors import ConfigurationError, PermanentError
 from .event_loop import EventLoop
-from .extension import create
+from .extension import create, extension
 from .settings import Settings
 
 #: The members that a worker calls. Each is a plain function or an async one.
@@ -38,6 +40,7 @@ class Handler(Protocol):
     - ``healthy()``: raises while something that the handler needs does not answer.
     - ``alone = True``: its jobs may take minutes, so no other job waits behind one in the same worker.
     - ``needs_device = True``: only workers with a device run it (``--device``).
+    - ``exact_numbers = True``: numbers with a fraction in its payloads are ``decimal.Decimal``, not float.
     - ``counters``: a mapping of running totals, exported as metrics.
 
     ``setup``, ``handle``, ``handle_batch`` and ``healthy`` may each be ``async def``: all of them run on one
@@ -64,6 +67,8 @@ class HandlerMembers:
     alone: bool
     #: Only workers with a device run it (``--device``).
     needs_device: bool
+    #: Numbers with a fraction or an exponent in ``job.payload`` are ``decimal.Decimal``, not ``float``.
+    exact_numbers: bool
     #: Running totals; ``{"words": 5}`` is exported as ``z_novel_words_total``.
     counters: Mapping[str, float]
 
@@ -111,24 +116,32 @@ class BoundHandler:
     ) -> None:
         loop = loop or EventLoop()
         _check_members(kind, handler)
+        _check_values(kind, handler)
         self.kind = kind
         self._handler = handler
-        self.timeout_s = float(getattr(handler, "timeout", default_timeout_s))
-        self.batch_timeout_s = float(getattr(handler, "batch_timeout", math.inf))
+        self.timeout_s = float(_member(handler, "timeout", default_timeout_s))
+        self.batch_timeout_s = float(_member(handler, "batch_timeout", math.inf))
         handle, batch, healthy = (getattr(handler, name, None) for name in _CALLED[1:])
-        self.alone = bool(getattr(handler, "alone", False))
-        self.max_batch = max(1, int(getattr(handler, "max_batch", 32))) if batch else 1
+        self.alone = _member(handler, "alone", False)
+        self.exact_numbers = _member(handler, "exact_numbers", False)
+        self.max_batch = int(_member(handler, "max_batch", 32)) if batch else 1
         self.handle_batch = _batch_of(batch, loop) if batch else None
         self.handle: Callable[[Job], object] = (
             _handle_of(handle, loop) if handle else _alone(self.handle_batch)
         )
         self.healthy: Callable[[], object] | None = _call_of("healthy", healthy, loop) if healthy else None
-        self.counters: Mapping[str, float] = getattr(handler, "counters", {})
+        self.counters: Mapping[str, float] = _member(handler, "counters", {})
 
     @property
     def max_batch_bytes(self) -> float:
         """The most bytes of jobs that go together, as the handler says now."""
-        return float(getattr(self._handler, "max_batch_bytes", math.inf))
+        return float(_member(self._handler, "max_batch_bytes", math.inf))
+
+
+def _member(handler: Any, name: str, default: Any) -> Any:
+    """A member of a handler; one that is None is absent."""
+    value = getattr(handler, name, None)
+    return default if value is None else value
 
 
 def _alone(batch: Any) -> Callable[[Job], None]:
@@ -163,8 +176,9 @@ def _batch_of(
     def handle_batch(jobs: Sequence[Job]) -> Sequence[BaseException | None]:
         outcomes = call(jobs)
         if not isinstance(outcomes, Sequence) or isinstance(outcomes, str | bytes):
+            what = "None" if outcomes is None else type(outcomes).__name__
             raise PermanentError(
-                f"handle_batch returned {type(outcomes).__name__}: return a list with one outcome a job, "
+                f"handle_batch returned {what}: return a list with one outcome a job, "
                 "each None or an exception"
             )
         if len(outcomes) != len(jobs):
@@ -201,10 +215,15 @@ def _call_of(
 
 
 def _refuse_unrun(name: str, result: object) -> None:
-    """Raise `PermanentError` where a member returned work that has not run: a coroutine, another awaitable,
-    a generator, or the context manager made of one. Load time cannot see it behind a decorator."""
+    """Raise `PermanentError` where a member returned work that has not run or not ended: an awaitable, a
+    `Future` of a thread pool, a generator or `map`, or the context manager made of a generator. Load time
+    cannot see it behind a decorator."""
     body = getattr(result, "gen", result)
     is_generator = isinstance(body, GeneratorType | AsyncGeneratorType)
+    if isinstance(result, Future):
+        raise PermanentError(f"{name} returned a Future, which nothing waits for: return its result()")
+    if isinstance(result, map | filter):
+        raise PermanentError(f"{name} returned a {type(result).__name__}, which nothing runs: write a loop")
     if not (is_generator or isinstance(result, Awaitable)):
         return
     if isinstance(result, Coroutine):
@@ -215,7 +234,10 @@ def _refuse_unrun(name: str, result: object) -> None:
 
 
 def _check_members(kind: str, handler: Any) -> None:
-    """Raise `ConfigurationError` where a call of a member would run nothing."""
+    """Raise `ConfigurationError` where a call of a member would run nothing, or a member has an old name."""
+    for old, new in extension().moved_members.items():
+        if hasattr(handler, old):
+            raise ConfigurationError(f"handler of {kind}: {old} is called {new}")
     for name in _CALLED:
         method = getattr(handler, name, None)
         if method is None:
@@ -229,6 +251,43 @@ def _check_members(kind: str, handler: Any) -> None:
             )
 
 
+def _check_values(kind: str, handler: Any) -> None:
+    """Raise `ConfigurationError` where a member is not of its documented kind. It is called after `setup`,
+    which may set members."""
+    for name, (fits, wanted) in _VALUES.items():
+        value = getattr(handler, name, None)
+        if value is not None and not fits(value):
+            raise ConfigurationError(f"handler of {kind}: {name} is {value!r:.80}, not {wanted}")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, Real) and value is not True and float(value) > 0
+
+
+def _is_duration(value: Any) -> bool:
+    return _is_positive(value) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and _is_positive(value)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "timeout": (_is_duration, "a number of seconds above 0"),
+    "batch_timeout": (_is_duration, "a number of seconds above 0"),
+    "max_batch": (_is_count, "a number of jobs above 0"),
+    "max_batch_bytes": (_is_positive, "a number of bytes above 0"),
+    "alone": (_is_flag, "True or False"),
+    "needs_device": (_is_flag, "True or False"),
+    "exact_numbers": (_is_flag, "True or False"),
+    "counters": (lambda value: isinstance(value, Mapping), "a dict of numbers"),
+}
+
+
 def _is(form: Callable[[object], bool], method: Any) -> bool:
     """Whether a function has that form, or the one that a partial or a callable object calls."""
     while isinstance(method, functools.partial):
@@ -239,9 +298,9 @@ def _is(form: Callable[[object], bool], method: Any) -> bool:
 def load_handlers(settings: Settings, loop: EventLoop | None = None) -> dict[str, BoundHandler]:
     """Import, make and set up the handler of every type; what is async runs on ``loop``.
 
-    Raises `ConfigurationError` where a target cannot be imported or has no ``handle``, or where a call of a
-    member would run nothing; what a handler's
-    own ``setup`` raises passes through. One class that serves several types is made once. A worker
+    Raises `ConfigurationError` where a target cannot be imported or has no ``handle``, where a call of a
+    member would run nothing, or where a member is not of its documented kind. What a handler's own ``setup``
+    raises passes through. One class that serves several types is made once. A worker
     without a device has no handler of the types that need one.
     """
     made: dict[str, Any] = {}

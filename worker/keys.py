@@ -33,6 +33,9 @@ NO_HOLDER = Holder()
 #: Hash: type that was paused by hand -> since when and why, as JSON. One for all streams.
 PAUSED_KEY = "jobworker:paused"
 
+#: Hash: consumer name of a service -> its types and streams, as JSON. One for all streams.
+SERVICES_KEY = "jobworker:services"
+
 
 def _derived(prefix: str, stream: str, cluster: bool) -> str:
     """On a cluster the stream's name becomes the hash tag, so that both keys share one slot."""
@@ -58,6 +61,15 @@ def fence_key(stream: str, *, cluster: bool = False) -> str:
     """Hash consumer name -> epoch of the one reader that may settle under that name; and
     ``/holder/<consumer name>`` -> JSON record of its service, renewed while that lives."""
     return _derived("fence", stream, cluster)
+
+
+def base_stream(key: str) -> str:
+    """The stream that a derived key belongs to; any other key itself."""
+    for prefix in ("retry:", "dlq:", "deaths:", "fence:"):
+        if key.startswith(prefix):
+            stream = key.removeprefix(prefix)
+            return stream[1:-1] if stream.startswith("{") and stream.endswith("}") else stream
+    return key
 
 
 def consumer_name(host: str, instance: str) -> str:

@@ -1,16 +1,18 @@
 """Options of the service: the command line overrides the environment, the environment the file."""
 
-import tomllib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
+from .config_file import misspelt_variables, read_config
 from .errors import ConfigurationError
 from .extension import extension
 from .outcome import RetryPolicy
+from .quantities import MAX_COUNT, Count, Duration, Number, Size
 from .settings import (
     MAX_PAYLOAD_BYTES,
     Settings,
@@ -22,9 +24,11 @@ from .settings import (
 )
 
 ENV_PREFIX = "JOBWORKER"
-SECONDS = click.FloatRange(min=0, min_open=True)
+#: Longer than nothing.
+SECONDS = Duration(0.001)
 
-
+#: Variables that the verbs and the built-in types read beside those of the service's options.
+_OF_OTHER_PROGRAMS = (f"{ENV_PREFIX}_METRICS_URL", f"{ENV_PREFIX}_WEB_", f"{ENV_PREFIX}_LLM_KEY")
 #: Options of the service's file that the verbs of `jobworker` use: option -> parameter.
 _OF_VERBS = {
     "redis-url": "redis_url", "data-dir": "data_dir", "stream": "streams", "metrics-addr": "metrics_addr",
@@ -45,17 +49,18 @@ def _read_config_of_service(context: click.Context, _: click.Parameter, path: st
 
 
 def _table(path: str) -> dict[str, Any]:
-    """The values of the file. Raises `click.BadParameter` if they are not options of the service."""
-    try:
-        table = tomllib.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise click.BadParameter(f"{path}: {error}") from error
-    every = click.command()(service_options(lambda: None)).params
-    known = {option for parameter in every for option in parameter.opts}
-    for name in table:
-        if f"--{name}" not in known:
-            raise click.BadParameter(f"{path}: no option --{name}; see --help for their names")
-    return table
+    return read_config(path, _parameters())
+
+
+def _parameters() -> list[click.Parameter]:
+    return click.command()(service_options(lambda: None)).params
+
+
+def unknown_variables(environ: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    """Variables that look like those of an option but are none, each with the most similar one."""
+    known = [f"{ENV_PREFIX}_{parameter.name}".upper() for parameter in _parameters()]
+    other = [name for name in environ if name.startswith(_OF_OTHER_PROGRAMS)]
+    return misspelt_variables({name: "" for name in environ if name not in other}, known, f"{ENV_PREFIX}_")
 
 
 def _parameter(option: str) -> str:
@@ -104,39 +109,43 @@ CONFIG_OF_SERVICE = _config(
 )
 
 _WORK = [
-    option("--procs", "Worker processes.  [default: number of cores]", cores, click.IntRange(1, 512)),
+    option("--procs", "Worker processes.  [default: number of cores]", cores, Count(1, 512)),
     option("--stream", "NAME=GROUP to read; repeatable, replaces the default table.",
             [f"{s.stream}={s.group}" for s in extension().streams], multiple=True),
     option("--handler", "TYPE=module:Class to run a type by; repeatable, adds to or replaces the builtin.",
             multiple=True),
     option("--no-builtin-handlers", "Run only the types given by --handler.", False, is_flag=True),
-    option("--job-timeout", "Limit in seconds where neither type nor job names one.", 300.0, SECONDS),
+    option("--job-timeout", "Limit where neither type nor job names one (seconds, or 5m).", 300.0, SECONDS),
     option("--linger", "How long an idle worker waits for more jobs where its handler takes several at "
-            "once (seconds). A batch forms while the one before it runs, also with 0.", 0.0, click.FloatRange(0, 1)),
-    option("--max-rss", "MiB that a worker may hold; one that grows beyond is killed while a job runs, and "
-            "replaced when idle; 0 for no limit.", 0, click.IntRange(0)),
-    option("--max-jobs", "Replace a worker after this number of jobs; 0 for never.", 0, click.IntRange(0)),
-    option("--max-age", "Replace a worker after this many seconds; 0 for never.", 0.0, click.FloatRange(0)),
-    option("--max-payload", "Largest job in bytes; larger ones are dead-lettered unread.", MAX_PAYLOAD_BYTES,
-            click.IntRange(1024, 512 * 1024 * 1024)),
-    option("--max-retries", "Retries of a job before it is dead-lettered.", 3, click.IntRange(0)),
+            "once (seconds). A batch forms while the one before it runs, also with 0.", 0.0,
+            Duration(0, 1)),
+    option("--max-rss", "MiB (or 2GiB) that a worker may hold; one that grows beyond is killed while a job "
+            "runs, and replaced when idle; 0 for no limit.", 0, Size(0, MAX_COUNT, unit_bytes=1 << 20)),
+    option("--max-jobs", "Replace a worker after this number of jobs; 0 for never.", 0, Count(0)),
+    option("--max-age", "Replace a worker after this time (seconds, or 12h); 0 for never.", 0.0, Duration()),
+    option("--max-payload", "Largest job (bytes, or 8MiB); larger ones are dead-lettered unread.",
+            MAX_PAYLOAD_BYTES, Size(1024, 512 * 1024 * 1024)),
+    option("--max-retries", "Retries of a job before it is dead-lettered.", 3, Count(0)),
     option("--retry-initial", "Backoff = initial * multiplier ** retry count (seconds).", 1.0, SECONDS),
     option("--retry-max", "Longest backoff (seconds).", 60.0, SECONDS),
-    option("--retry-multiplier", "Growth of the backoff.", 2.0, click.FloatRange(min=1)),
-    option("--retry-jitter", "Share by which a backoff is spread either way.", 0.1, click.FloatRange(0, 1)),
+    option("--retry-multiplier", "Growth of the backoff.", 2.0, Number(1, 1000)),
+    option("--retry-jitter", "Share by which a backoff is spread either way.", 0.1, Number(0, 1)),
 ]  # fmt: skip
 _STORES = [
     REDIS_URL,
     DATA_DIR,
+    option("--valkey-port", "Port of the embedded Valkey on 127.0.0.1.  [default: that of the last run, else "
+            "a free one]", 0, Count(0, 65535)),
     option("--connect-timeout", "How long to wait for the stores at start (seconds).", 30.0, SECONDS),
-    option("--lease", "Seconds after which the jobs of a lost host are claimed by others.", 30.0, SECONDS),
+    option("--lease", "Time after which the jobs of a lost host are claimed by others (seconds, or 1m).",
+            30.0, Duration(0.1)),
 ]  # fmt: skip
 _SERVICE = [
     CONFIG,
     option("--metrics-addr", "Where /metrics, /healthz and /readyz are served; port 0 picks one.",
             "127.0.0.1:9464"),
     option("--drain-timeout", "How long TERM waits for running jobs (seconds).", 30.0,
-            click.FloatRange(min=0)),
+            Duration()),
     option("--instance", "Part of the consumer's name; two services on a host need two.  "
             "[default: host name]"),
     option("--log-level", "How much is logged.", "info",
@@ -145,6 +154,8 @@ _SERVICE = [
 ]  # fmt: skip
 
 
+#: Control characters, and what Python makes of bytes that are not UTF-8.
+_NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 #: A type's number and a stream's take a byte in the in-flight table.
 _MOST_KINDS = 255
 #: Options whose settings carry the unit in their name.
@@ -166,6 +177,7 @@ def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
     """Settings from parsed options. Raises `ConfigurationError` with what to change."""
     values = dict(options)
+    _check_texts(values)
     parse_address(values["metrics_addr"])
     handlers = {} if values.pop("no_builtin_handlers") else dict(extension().handlers)
     given = dict(parse_handler(text) for text in values.pop("handler"))
@@ -188,4 +200,18 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
     if values["instance"] is None:
         del values["instance"]
     values["threads"] = max(1, cores() // values["procs"])
-    return settings_class()(**values, **seconds, streams=sources, handlers=handlers, retry=retry)
+    settings = settings_class()(**values, **seconds, streams=sources, handlers=handlers, retry=retry)
+    try:
+        # What the children could not read is refused here, where the message reaches the user.
+        return settings_class().from_json(settings.to_json())
+    except msgspec.MsgspecError as error:
+        raise ConfigurationError(f"an option has a value of the wrong kind: {error}") from error
+
+
+def _check_texts(options: Mapping[str, Any]) -> None:
+    """Raises `ConfigurationError` for bytes that are no UTF-8 and for control characters."""
+    for name, value in options.items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and _NO_TEXT.search(text):
+                shown = name.replace("_", "-")
+                raise ConfigurationError(f"--{shown}: holds a control character, or bytes that are not UTF-8")

@@ -45,12 +45,16 @@ class Reason(StrEnum):
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
-    """A failed try, as the worker (or the supervisor, after its death) reports it to the reader."""
+    """A failed try, as the worker (or the supervisor, after its death) reports it to the reader.
+
+    ``traceback`` is empty if no exception was raised for this job itself.
+    """
 
     error: str
     permanent: bool = False
     timed_out: bool = False
     unavailable: bool = False
+    traceback: str = ""
 
 
 class TryAgain(msgspec.Struct, frozen=True):
@@ -64,20 +68,6 @@ class GiveUp(msgspec.Struct, frozen=True):
     """Dead-letter the job."""
 
     reason: Reason
-
-
-def failure_of(error: BaseException, permanent: bool) -> Failure:
-    """The class and message of an exception, bounded and safe to encode.
-
-    An exception with a true attribute ``transient`` says that something the handler needs is unavailable.
-    """
-    try:
-        message = str(error)
-    except Exception as trouble:  # a handler's own exception class; it must fail its job, not the worker
-        message = f"(its message raised {type(trouble).__name__})"
-    text = f"{type(error).__name__}: {message}"[:MAX_ERROR_CHARS]
-    unavailable = not permanent and bool(getattr(error, "transient", False))
-    return Failure(text.encode("utf-8", "backslashreplace").decode(), permanent, unavailable=unavailable)
 
 
 def after_failure(

@@ -1,12 +1,15 @@
 """Producer: puts jobs on their streams, from Python."""
 
 import json
-import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
 from types import TracebackType
@@ -14,6 +17,7 @@ from typing import Any, NamedTuple, Self
 
 import msgspec
 
+from .endpoints import store_url
 from .envelope import (
     MAX_METADATA_ENTRIES,
     MAX_METADATA_KEY_CHARS,
@@ -22,21 +26,38 @@ from .envelope import (
     Envelope,
     read_envelope,
 )
-from .errors import MalformedJob
+from .errors import MalformedJob, StoreUnavailable
 from .extension import extension
 from .settings import MAX_PAYLOAD_BYTES
+from .store.announcements import Announcement, suggestion
 from .store.ports import ProducerStore
 
 #: Jobs held back for one pipeline: enough to hide the round trip, little to lose when it fails.
 _BATCH_JOBS = 1000
 
+#: Pairs of type and stream that are checked, each by one short call; beyond, a producer invents names.
+_MAX_CHECKED = 1000
+#: Time between two looks for services where none has run yet (seconds).
+_CHECK_INTERVAL_S = 60.0
+
+#: Longest delay and timeout, a hundred years: the sum with the store's clock stays exact.
+_MAX_SECONDS = 3_155_760_000
+
 #: Brackets from which on a job is read back to see whether it nests too deeply: far below any limit.
 _NESTING_LOOKED_AT = 200
 
-_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_TENANT = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _encode = msgspec.json.Encoder().encode
 #: Slow, but refuses NaN and infinities, for which the quick encoder writes null.
 _dump_finite = json.JSONEncoder(allow_nan=False).encode
+
+
+class UnknownDestination(UserWarning):
+    """No service of the deployment runs the job's type, or reads its stream: probably a typing error.
+
+    The job is sent all the same. With ``warnings.simplefilter("error", UnknownDestination)`` it is not sent,
+    and the warning is raised.
+    """
 
 
 class NewJob(NamedTuple):
@@ -53,8 +74,61 @@ class NewJob(NamedTuple):
     timeout: float | None = None
 
 
+class _StorePool:
+    """Idle stores of a producer. A store has one user at a time: threads, signal handlers and forked
+    processes never share a connection.
+
+    There is no lock: a lock that another thread holds during a fork is never released in the child.
+    """
+
+    def __init__(self, make: Callable[[], ProducerStore]) -> None:
+        self._make = make
+        self._idle = deque([make()])  # the first at once: a wrong URL is an error of the constructor
+        _pools.add(self)
+
+    @contextmanager
+    def borrow(self) -> Iterator[ProducerStore]:
+        """A store of the caller's own. After any error its connections are closed: replies may be left."""
+        try:
+            store = self._idle.pop()
+        except IndexError:
+            store = self._make()
+        try:
+            yield store
+        except BaseException:
+            store.close()
+            raise
+        self._idle.append(store)
+
+    def close(self) -> None:
+        """Drop the connections of idle stores."""
+        for store in list(self._idle):
+            store.close()
+
+    def forget(self) -> None:
+        """In a forked child: drop the parent's stores without a word to the server."""
+        self._idle.clear()
+
+
+_pools: weakref.WeakSet[_StorePool] = weakref.WeakSet()
+
+
+def _forget_inherited_stores() -> None:
+    for pool in list(_pools):
+        pool.forget()
+
+
+os.register_at_fork(after_in_child=_forget_inherited_stores)
+
+
 class Producer:
     """Enqueues jobs; a stream is never trimmed. Use it as a context manager, or call `close`.
+
+    Without a URL it uses ``JOBWORKER_REDIS_URL``, else the embedded store of the service in
+    ``JOBWORKER_DATA_DIR`` (``./jobworker-data``). Raises `ConfigurationError` if neither names a store.
+
+    Threads may share one, and so may a process and its forked children: each thread that enqueues at the same
+    time gets a connection of its own.
 
     A job without ``stream`` goes where its type belongs; a type that is not built in goes to the first
     default stream, ``stream:story:gen``.
@@ -67,8 +141,11 @@ class Producer:
         store: ProducerStore | None = None,
         wall_now_s: Callable[[], float] = time.time,
     ) -> None:
-        self._store = _redis(redis_url) if store is None else store
+        self._stores = _StorePool(lambda: _redis(redis_url) if store is None else store)
         self._wall_now_s = wall_now_s
+        #: Pairs of type and stream that were compared with what the services announce.
+        self._checked: set[tuple[str, str]] = set()
+        self._mono_next_check_s = 0.0
 
     def enqueue(
         self,
@@ -90,7 +167,7 @@ class Producer:
         enqueuing it again under the same id is the safe thing to do.
         """
         job = NewJob(type, payload, tenant_id, project_id, stream, id, metadata, delay, timeout)
-        return self.enqueue_many([job])[0]
+        return self._send([job], None)[0]
 
     def enqueue_many(
         self, jobs: Iterable[NewJob | Mapping[str, Any]], *, stream: str | None = None
@@ -101,14 +178,19 @@ class Producer:
         order of jobs is kept within a stream. Raises as `enqueue` does; the jobs before the one that could
         not be enqueued may have been, so give them ids of your own if you mean to try again.
         """
+        return self._send(jobs, stream)
+
+    def _send(self, jobs: Iterable[NewJob | Mapping[str, Any]], stream: str | None) -> list[str]:
         ids: list[str] = []
         waiting: dict[str, list[bytes]] = {}
         try:
             for item in jobs:
                 job = _new_job(item)
                 id, data = self._encoded(job)
+                to = _stream(job, stream)
+                self._check_destination(job.type, to)
                 ids.append(id)
-                self._put(waiting, job.stream or stream or _home_of(job.type), job, data)
+                self._put(waiting, to, job, data)
         finally:
             # Also after an error: the jobs before it were accepted, and their order stands.
             for name, batch in waiting.items():
@@ -116,8 +198,8 @@ class Producer:
         return ids
 
     def close(self) -> None:
-        """Drop the connection."""
-        self._store.close()
+        """Drop the connections. A later call opens new ones."""
+        self._stores.close()
 
     def __enter__(self) -> Self:
         return self
@@ -127,9 +209,36 @@ class Producer:
     ) -> None:
         self.close()
 
+    def _check_destination(self, type: str, stream: str) -> None:
+        """Warn once of a type or stream that no service has announced. One store call for each new pair."""
+        if (type, stream) in self._checked or len(self._checked) >= _MAX_CHECKED:
+            return
+        if time.monotonic() < self._mono_next_check_s:
+            return
+        services = self._announced_services()
+        if not services:  # no service has run yet: it finds the job when it starts
+            self._mono_next_check_s = time.monotonic() + _CHECK_INTERVAL_S
+            return
+        self._checked.add((type, stream))
+        types = {name for service in services for name in service.types}
+        streams = {name for service in services for name in service.streams}
+        for verb, name, known in (("runs the type", type, types), ("reads the stream", stream, streams)):
+            if name not in known:
+                # The level is that of the caller of `enqueue` or `enqueue_many`.
+                text = f"no service of this deployment {verb} {name!r:.600}: {suggestion(name, known)}"
+                warnings.warn(text, UnknownDestination, stacklevel=4)
+
+    def _announced_services(self) -> list[Announcement]:
+        try:
+            with self._stores.borrow() as store:
+                return store.announcements()
+        except StoreUnavailable:  # sending the job reports it
+            return []
+
     def _put(self, waiting: dict[str, list[bytes]], stream: str, job: NewJob, data: bytes) -> None:
-        if job.delay:
-            self._store.schedule(stream, data, _seconds("delay", job.delay))
+        if job.delay is not None and job.delay != 0:
+            with self._stores.borrow() as store:
+                store.schedule(stream, data, _seconds("delay", job.delay))
             return
         batch = waiting.setdefault(stream, [])
         batch.append(data)
@@ -140,15 +249,18 @@ class Producer:
         some = batch.copy()
         batch.clear()
         if some:
-            self._store.add(stream, some)
+            with self._stores.borrow() as store:
+                store.add(stream, some)
 
     def _encoded(self, job: NewJob) -> tuple[str, bytes]:
         """The job's id and its JSON, checked by the rules that the service reads it by."""
         id = job.id if job.id is not None else os.urandom(16).hex()
         _check_names(id, job)
-        _check_kinds(job)
+        if job.metadata is not None:
+            _check_metadata(job.metadata)
         metadata = _metadata(job)
-        _check_lengths(job.type, metadata or {})
+        if metadata is not None:  # a span adds to it
+            _check_metadata(metadata)
         data = _encode(
             Envelope(
                 id=id,
@@ -173,16 +285,27 @@ def _redis(url: str) -> ProducerStore:
     # Imported late: a caller with a store of its own needs no client library.
     from .store.redis.producer import RedisProducerStore
 
-    return RedisProducerStore(url)
+    return RedisProducerStore(url or store_url())
 
 
 def _new_job(item: NewJob | Mapping[str, Any]) -> NewJob:
     if isinstance(item, NewJob):
         return item
-    unknown = item.keys() - set(NewJob._fields)
-    if unknown or "type" not in item:
-        raise ValueError(f"a job has a type and knows no field {', '.join(map(repr, sorted(unknown)))}")
+    if not isinstance(item, Mapping):
+        raise ValueError(f"a job is a NewJob or a mapping with its fields, not {item!r:.80}")
+    if unknown := [field for field in item if field not in NewJob._fields]:
+        raise ValueError(f"a job has no field {', '.join(sorted(map(repr, unknown))):.200}")
+    if "type" not in item:
+        raise ValueError("a job needs a type")
     return NewJob(**item)
+
+
+def _stream(job: NewJob, default: str | None) -> str:
+    for name in (job.stream, default):
+        if name is not None and name != "":
+            _check_text("stream", name)
+            return name
+    return _home_of(job.type)
 
 
 def _home_of(type: str) -> str:
@@ -190,7 +313,7 @@ def _home_of(type: str) -> str:
 
 
 def _metadata(job: NewJob) -> dict[str, str] | None:
-    """What the job was given, and the span that the caller is in, where he makes traces."""
+    """Metadata of the job, with the caller's span if the caller makes traces."""
     if "opentelemetry.sdk.trace" in sys.modules:
         from .telemetry.otel_context import with_traceparent  # only then: it needs the library
 
@@ -198,34 +321,47 @@ def _metadata(job: NewJob) -> dict[str, str] | None:
     return None if job.metadata is None else dict(job.metadata)
 
 
+def _check_text(field: str, value: Any) -> None:
+    """Any text that a service accepts: not empty, bounded, and valid in UTF-8."""
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{field} is {value!r:.80}: a text that is not empty is needed")
+    if len(value) > MAX_NAME_CHARS:
+        raise ValueError(f"{field} {value!r:.80} has {len(value)} characters, more than {MAX_NAME_CHARS}")
+    if not _is_unicode(value):
+        raise ValueError(f"{field} {value!r:.80} has half a surrogate pair")
+
+
 def _check_names(id: str, job: NewJob) -> None:
-    for field, value in (("id", id), ("tenant_id", job.tenant_id), ("project_id", job.project_id)):
-        optional = field != "id" and value == ""
-        if not optional and (not isinstance(value, str) or not _ID.fullmatch(value)):
-            raise ValueError(f"{field} {value!r:.80} does not match {_ID.pattern}")
+    _check_text("id", id)
+    _check_text("type", job.type)
+    for field, value in (("tenant_id", job.tenant_id), ("project_id", job.project_id)):
+        if not isinstance(value, str) or (value and not _TENANT.fullmatch(value)):
+            raise ValueError(f"{field} {value!r:.80} does not match {_TENANT.pattern}")
 
 
-def _check_kinds(job: NewJob) -> None:
-    """What the type annotations say; a caller without a type checker should learn of it before the queue."""
-    if not isinstance(job.type, str) or not job.type:
-        raise ValueError(f"type {job.type!r:.80} is no name")
-    for pair in (job.metadata or {}).items():
-        if not all(isinstance(part, str) for part in pair):
-            raise ValueError(f"metadata maps text to text, not {pair!r:.80}")
-
-
-def _check_lengths(type: str, metadata: Mapping[str, str]) -> None:
-    """What is longer the service would refuse as malformed. `_check_names` bounds the ids."""
-    if len(type) > MAX_NAME_CHARS:
-        raise ValueError(f"type {type!r:.80} has {len(type)} characters, more than {MAX_NAME_CHARS}")
+def _check_metadata(metadata: Any) -> None:
+    if not isinstance(metadata, Mapping):
+        raise ValueError(f"metadata maps text to text, it cannot be {metadata!r:.80}")
     if len(metadata) > MAX_METADATA_ENTRIES:
         raise ValueError(f"metadata has {len(metadata)} entries, more than {MAX_METADATA_ENTRIES}")
     for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ValueError(f"metadata maps text to text, not {key!r:.80} to {value!r:.80}")
         if len(key) > MAX_METADATA_KEY_CHARS or len(value) > MAX_METADATA_VALUE_CHARS:
             raise ValueError(
                 f"metadata {key!r:.80}: a key has at most {MAX_METADATA_KEY_CHARS} characters "
                 f"and a value {MAX_METADATA_VALUE_CHARS}"
             )
+        if not _is_unicode(key) or not _is_unicode(value):
+            raise ValueError(f"metadata {key!r:.80} has half a surrogate pair")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_readable(id: str, data: bytes) -> None:
@@ -246,8 +382,11 @@ def _payload_json(payload: Any) -> bytes:
 
 
 def _seconds(field: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{field} is {value!r}: a number of seconds above 0 is needed")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= _MAX_SECONDS:
+        raise ValueError(
+            f"{field} is {value!r:.80}: a number of seconds above 0 is needed, at most {_MAX_SECONDS:,}"
+        )
     return value
 
 

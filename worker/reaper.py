@@ -1,4 +1,6 @@
-"""The reaper role: promotes due retries, trims streams, removes idle consumers, reports queue depths.
+"""The reaper role: promotes due retries, trims streams, removes idle consumers, counts jobs.
+
+It also announces the types and streams of this service in the job store.
 
 It does not recover jobs of dead workers: the reader does. Reapers of several hosts may run at once, because
 each step is atomic in the store.
@@ -14,7 +16,9 @@ from .errors import StoreUnavailable
 from .ipc.control import ControlSocket, Drain, Ready
 from .keys import consumer_name
 from .settings import Settings
+from .store.announcements import RENEW_INTERVAL_S
 from .store.backoff import ReconnectBackoff
+from .store.faults import StreamFaults
 from .store.ports import Depths, ReaperStore
 from .telemetry.metrics import MetricsBuffer
 
@@ -31,7 +35,11 @@ _IDLE_CONSUMER_LEASES = 20
 
 
 class Reaper:
-    """Loop of the reaper process. It survives an unavailable store: it retries with backoff."""
+    """Loop of the reaper process.
+
+    It survives an unavailable store: it retries with backoff. A stream that the store refuses is isolated;
+    the others go on.
+    """
 
     def __init__(
         self,
@@ -48,8 +56,11 @@ class Reaper:
         self._mono_s = mono_s
         self._metrics = MetricsBuffer()
         self._error: str | None = None
-        self._backoff = ReconnectBackoff(rng or random.Random())
+        rng = rng or random.Random()
+        self._backoff = ReconnectBackoff(rng)
+        self._faults = StreamFaults(store, settings.streams, self._metrics.gauge, "reaper", rng, mono_s)
         self._mono_counted_s = -_COUNT_INTERVAL_S
+        self._mono_announced_s = -RENEW_INTERVAL_S
         self._mono_trimmed_s = mono_s()
 
     def run(self) -> None:
@@ -63,48 +74,64 @@ class Reaper:
                 ready = ready or self._control.send(Ready())
             except StoreUnavailable as error:
                 sleep_s = self._back_off(error)
-            self._control.report(self._metrics, self._error)
+            self._control.report(self._metrics, self._error, warnings=self._faults.warnings())
             if self._drain_requested(sleep_s):
                 self._store.close()
                 return
 
     def run_once(self, mono_now_s: float) -> float:
         """Run one cycle; returns seconds until the next. Raises `StoreUnavailable`."""
-        sleep_s = min(
-            [_POLL_INTERVAL_S, *(self._promote(source.stream) for source in self._settings.streams)]
-        )
+        for stream_no in self._faults.due() if self._faults.isolated else ():
+            self._faults.resume(stream_no)
+        sleep_s = min(map(self._promote, range(len(self._settings.streams))), default=_POLL_INTERVAL_S)
         if mono_now_s - self._mono_counted_s >= _COUNT_INTERVAL_S:
             self._mono_counted_s = mono_now_s
             self._count()
+        if mono_now_s - self._mono_announced_s >= RENEW_INTERVAL_S:
+            self._mono_announced_s = mono_now_s
+            self._announce()
         if mono_now_s - self._mono_trimmed_s >= _TRIM_INTERVAL_S:
             self._mono_trimmed_s = mono_now_s
             self._trim()
         return sleep_s
 
-    def _promote(self, stream: str) -> float:
-        """Move all due retries; returns seconds until the next is due."""
-        while True:
-            moved, next_due_s = self._store.promote(stream, _PROMOTE_BATCH)
-            if moved < _PROMOTE_BATCH:
-                return _POLL_INTERVAL_S if next_due_s is None else max(0.0, next_due_s)
+    def _promote(self, stream_no: int) -> float:
+        """Move all due retries of a stream; returns seconds until the next cycle."""
+        stream = self._settings.streams[stream_no].stream
+        while stream_no not in self._faults:
+            with self._faults.guard(stream_no):
+                moved, next_due_s = self._store.promote(stream, _PROMOTE_BATCH)
+                if moved < _PROMOTE_BATCH:
+                    return (
+                        _POLL_INTERVAL_S
+                        if next_due_s is None
+                        else min(_POLL_INTERVAL_S, max(0.0, next_due_s))
+                    )
+        return _POLL_INTERVAL_S
 
     def _count(self) -> None:
-        for source in self._settings.streams:
-            depths = self._store.depths(source)
-            for name, labels, value in _gauges(source.stream, source.group, depths):
-                self._metrics.gauge(name, labels, value)
+        for stream_no, source in enumerate(self._settings.streams):
+            with self._faults.guard(stream_no):
+                depths = self._store.depths(source)
+                for name, labels, value in _gauges(source.stream, source.group, depths):
+                    self._metrics.gauge(name, labels, value)
+
+    def _announce(self) -> None:
+        service = consumer_name(self._settings.host, self._settings.instance)
+        self._store.announce(service, self._settings.handlers, self._settings.streams)
 
     def _trim(self) -> None:
         own_name = consumer_name(self._settings.host, self._settings.instance)
         idle_ms = int(self._settings.lease_s * 1000 * _IDLE_CONSUMER_LEASES)
-        for source in self._settings.streams:
-            trimmed = self._store.trim(source.stream)
-            removed = self._store.remove_idle_consumers(source, own_name, idle_ms)
-            if trimmed or removed:
-                log.debug(
-                    "stream.trimmed",
-                    extra={"stream": source.stream, "trimmed": trimmed, "consumers": removed},
-                )
+        for stream_no, source in enumerate(self._settings.streams):
+            with self._faults.guard(stream_no):
+                trimmed = self._store.trim(source.stream)
+                removed = self._store.remove_idle_consumers(source, own_name, idle_ms)
+                if trimmed or removed:
+                    log.debug(
+                        "stream.trimmed",
+                        extra={"stream": source.stream, "trimmed": trimmed, "consumers": removed},
+                    )
 
     def _back_off(self, error: StoreUnavailable) -> float:
         if self._error is None:

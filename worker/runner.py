@@ -16,8 +16,9 @@ from .handler import BoundHandler
 from .ipc.channel import READY, STOPPING, Channel, JobFrame, OutcomeFrame
 from .ipc.control import ControlSocket, Ready
 from .ipc.inflight import FAILED, STARTED, SUCCEEDED
-from .outcome import Failure, failure_of
+from .outcome import Failure
 from .telemetry.current_job import current
+from .telemetry.failure import error_text, failure_of
 from .telemetry.metrics import MetricsBuffer
 
 #: Longest delay of the reader's wake-up while there are more jobs to run. It lets a stream of tiny jobs share
@@ -70,6 +71,7 @@ class Runner:
         self._rows = len(self._states)
         self._control = control
         self._handlers = handlers
+        self._exact_types = {name for name, handler in handlers.items() if handler.exact_numbers}
         self._streams = streams
         self._linger_s = linger_s
         self._mono_s = mono_s
@@ -131,9 +133,10 @@ class Runner:
             decoded = self._frames.decode(frame)
             self._channel.table.taken = decoded.first_row + len(decoded.jobs)
             self._channel.jobs.release(tail)
+            exact = self._exact_types
             # A named tuple's own constructor takes four times as long, once per job.
             self._queue.extend(
-                tuple.__new__(QueuedJob, (row, stream_no, entry_id, reread_envelope(data), len(data)))
+                tuple.__new__(QueuedJob, (row, stream_no, entry_id, reread_envelope(data, exact), len(data)))
                 for row, (stream_no, entry_id, data) in enumerate(decoded.jobs, decoded.first_row)
             )
             ahead_bytes += len(frame)
@@ -267,8 +270,10 @@ class Runner:
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # among them cancellations of asyncio and other libraries
-            if self._fail(queued, error).unavailable:
-                self._return_queued(handler.kind, error)
+            failure = _failure_of(error)
+            self._fail(queued, failure)
+            if failure.unavailable:
+                self._return_queued(handler.kind, failure)
         else:
             self._states[at] = SUCCEEDED
         return self._mono_s()
@@ -284,14 +289,15 @@ class Runner:
         current.jobs = jobs
         outcomes = self._outcomes(handler.handle_batch, jobs)
         current.jobs = ()
-        unavailable = 0
+        # One exception often fails all jobs of a batch; its traceback is formatted once.
+        failures = {id(outcome): _failure_of(outcome) for outcome in outcomes if outcome is not None}
         for queued, outcome in zip(batch, outcomes, strict=True):
             if outcome is None:
                 self._states[queued.row % self._rows] = SUCCEEDED
             else:
-                unavailable += self._fail(queued, outcome).unavailable
-        if outcomes[0] is not None and unavailable == len(batch):
-            self._return_queued(handler.kind, outcomes[0])
+                self._fail(queued, failures[id(outcome)])
+        if None not in outcomes and all(failure.unavailable for failure in failures.values()):
+            self._return_queued(handler.kind, failures[id(outcomes[0])])
         self._channel.set_running(0.0, 0.0)
         if self._unflushed_since is None:
             self._unflushed_since = started
@@ -309,23 +315,23 @@ class Runner:
         except BaseException as error:
             return [error] * len(jobs)
 
-    def _return_queued(self, type_name: str, error: BaseException) -> None:
+    def _return_queued(self, type_name: str, failure: Failure) -> None:
         """Return the queued jobs of a type whose dependency is unavailable; the reader parks them.
 
         Here each would run into its own timeout, and jobs of other types would wait behind them.
         """
+        failure = msgspec.structs.replace(failure, traceback="")  # they did not raise it
         self._pull_frames(everything=True)
         queued = list(self._queue)
         self._queue.clear()
         for job in queued:
             if job.envelope.type == type_name:
-                self._fail(job, error)
+                self._fail(job, failure)
             else:
                 self._queue.append(job)
 
-    def _fail(self, queued: QueuedJob, error: BaseException) -> Failure:
+    def _fail(self, queued: QueuedJob, failure: Failure) -> None:
         """Mark the row FAILED, then push the failure: a reader that sees the frame may reuse the row."""
-        failure = failure_of(error, isinstance(error, PermanentError | MalformedJob))
         self._states[queued.row % self._rows] = FAILED
         frame = msgspec.msgpack.encode(OutcomeFrame(queued.row, failure))
         give_up_at = self._mono_s() + _ROOM_WITHIN_S
@@ -334,7 +340,6 @@ class Runner:
             if self._mono_s() > give_up_at:
                 raise TimeoutError("the reader does not settle outcomes")
             time.sleep(0.001)  # the ring is full of failures; the reader releases them without a wake-up
-        return failure
 
     def _flush_outcomes(self) -> None:
         if self._unflushed_since is not None:
@@ -356,7 +361,7 @@ class Runner:
             except (SystemExit, KeyboardInterrupt):
                 raise
             except BaseException as error:  # among them asyncio's cancellation
-                self._trouble = f"{handler.kind}: {failure_of(error, False).error}"
+                self._trouble = f"{handler.kind}: {error_text(error)}"
                 return
         self._trouble = None
 
@@ -369,6 +374,10 @@ class Runner:
                 self._metrics.count(f"z_novel_{name}_total", (), total - self._reported_totals.get(key, 0))
                 self._reported_totals[key] = total
         self._control.report(self._metrics, self._trouble)
+
+
+def _failure_of(error: BaseException) -> Failure:
+    return failure_of(error, isinstance(error, PermanentError | MalformedJob))
 
 
 def _waited_s(envelope: Envelope, started_wall_s: float) -> tuple[float, ...]:

@@ -32,6 +32,8 @@ class Settings:
     procs: int = 1
     redis_url: str = ""
     data_dir: str = "./jobworker-data"
+    #: Port of the embedded Valkey; 0: that of the last run, else any free one.
+    valkey_port: int = 0
     device: str = "auto"
     #: Workers of each device that run types that need it; 0: as many as help.
     device_copies: int = 0

@@ -25,7 +25,7 @@ from .runner import Runner
 from .settings import Settings
 from .store.memory.server import MemoryServer
 from .store.memory.store import MemoryStore
-from .store.ports import Entry, Settlement
+from .store.ports import Entry, Settled, Settlement
 
 __all__ = ["Harness", "Raised", "RetryPolicy", "Retrying", "Settings"]
 
@@ -66,14 +66,14 @@ class _Store(MemoryStore):
         super().__init__(server, "test")
         self.completed: list[Job] = []
 
-    def settle(self, settlements: Sequence[Settlement]) -> set[bytes]:
-        refused = super().settle(settlements)
-        for source, done, _, _ in settlements:
+    def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
+        results = super().settle(settlements)
+        for (source, done, _, _), result in zip(settlements, results, strict=True):
             bodies = self.fetch(source, done)
             for id in done:
-                if id not in refused and (data := bodies.get(id)) is not None:
+                if id not in result.refused and (data := bodies.get(id)) is not None:
                     self.completed.append(_job(data, source.stream, id.decode()))
-        return refused
+        return results
 
 
 class Harness:

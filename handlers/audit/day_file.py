@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ from jobworker.worker import Unavailable
 
 from ..file_lock import lock_file
 from .index import StreamIndex, entry_key
-from .units import EntryRef, Unit, pack_unit, read_units
+from .parts import Damage, Part, Torn, cover, read_parts, zstd_reads
+from .units import MAGIC, EntryRef, Unit, pack_unit
 
 log = logging.getLogger("jobworker.audit")
 
@@ -24,9 +26,9 @@ CHECKED_BYTES = 64 * 1024 * 1024
 LOCK_WITHIN_S = 10.0
 #: Interval between two tries for the lock, about as long as it is held.
 _LOCK_POLL_S = 0.0002
-#: First bytes of a file that another program compressed.
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-#: Bytes of each step when a torn tail is copied.
+#: Bytes at either end of what was read, which show whether another program replaced it.
+_EDGE_BYTES = 32
+#: Bytes of each step when a part is copied.
 _COPY_BYTES = 1024 * 1024
 
 
@@ -43,6 +45,9 @@ class DayFile:
     The kernel's file lock orders the writers, and ends with its holder. A writer holds it for some hundred
     microseconds, while it reads what others appended and appends its own units. It does not hold it during
     the sync, so one sync may cover the units of several writers.
+
+    Other programs do not take the lock. What they put here is never cut or overwritten: whole zstd frames
+    stay in their place, and a file that they may still be writing is renamed.
     """
 
     def __init__(self, path: Path, compress: Callable[[bytes], bytes]) -> None:
@@ -51,6 +56,8 @@ class DayFile:
         self._compress = compress
         self._fd = -1
         self._end = 0
+        #: First and last bytes before `_end`, as they were read.
+        self._edges = (b"", b"")
         self._indexes: dict[str, StreamIndex] = {}
         #: Offsets and bytes of units since the last good sync; after a failed one they are written again.
         self._unsynced: list[tuple[int, bytes]] = []
@@ -74,28 +81,10 @@ class DayFile:
         except OSError as error:
             raise Unavailable(f"audit archive {self.path}: {error}") from error
 
-    def archived_digests(self, stream: str, digests: set[int]) -> set[int]:
-        """Those of the digests that lines of this stream have, synced to the disk. It reads the whole file.
-
-        Raises Unavailable as `append` does.
-        """
-        if not self.path.exists():
-            return set()
-        try:
-            with self._locked():
-                self._read_appended()
-                of_stream = (unit for unit in self._units(0, self._end) if unit.stream == stream)
-                archived = {ref.digest for unit in of_stream for ref in unit.refs} & digests
-            self._sync()
-            return archived
-        except OSError as error:
-            raise Unavailable(f"audit archive {self.path}: {error}") from error
-
     def _append(self, stream: str, lines: Sequence[ArchiveLine]) -> int:
         distinct = list({entry_key(line.ref): line for line in lines}.values())
         data = self._pack(stream, distinct)  # outside the lock: nearly always all of them are new
         with self._locked():
-            self._read_appended()
             present = self._index(stream).contained({entry_key(line.ref) for line in distinct})
             fresh = [line for line in distinct if entry_key(line.ref) not in present]
             if fresh:
@@ -116,6 +105,7 @@ class DayFile:
             raise
         self._unsynced.append((start, data))
         self._add(Unit(start, start + len(data), stream, [line.ref for line in lines]))
+        self._edges = self._read_edges()
 
     def _sync(self) -> None:
         """Sync the file, even if nothing was added: the writer of a duplicate may not have synced it yet."""
@@ -132,6 +122,7 @@ class DayFile:
 
     def _reset(self) -> None:
         self._end = 0
+        self._edges = (b"", b"")
         self._indexes = {}
         self._unsynced = []
         self._sync_failed = False
@@ -140,7 +131,8 @@ class DayFile:
         return os.pread(self._fd, size, offset)
 
     def _units(self, start: int, stop: int) -> Iterable[Unit]:
-        return read_units(self._read, start, stop, checked_from=stop)
+        parts = read_parts(self._read, start, stop, checked_from=stop)
+        return (part for part in parts if isinstance(part, Unit))
 
     def _index(self, stream: str) -> StreamIndex:
         if stream not in self._indexes:
@@ -151,42 +143,116 @@ class DayFile:
         self._index(unit.stream).add(unit)
         self._end = unit.end
 
-    def _read_appended(self) -> None:
-        """Index the units that others appended, and cut off the half-written unit of a killed writer."""
+    def _read_appended(self) -> bool:
+        """Index what others appended and mend what is broken; False if the file was renamed instead."""
         size = os.fstat(self._fd).st_size
-        if size < self._end:
+        is_replaced = size < self._end or self._edges_differ()
+        had_units = self._end > 0
+        if is_replaced:
             self._reset()
-        for unit in read_units(self._read, self._end, size, checked_from=size - CHECKED_BYTES):
-            self._add(unit)
-        if self._end < size:
-            self._cut_tail(size)
+        for part in read_parts(self._read, self._end, size, checked_from=size - CHECKED_BYTES):
+            if isinstance(part, Damage | Torn) and (is_replaced or self._is_unknown(part, size)):
+                self._set_aside()
+                return False
+            self._take(part)
+        if had_units and not size:
+            self._set_aside()  # another program emptied the file, perhaps to fill it again
+            return False
+        self._edges = self._read_edges()
+        return True
 
-    def _cut_tail(self, size: int) -> None:
-        """Move everything after the last whole unit to a file of its own.
+    def _take(self, part: Part) -> None:
+        if isinstance(part, Unit):
+            self._add(part)
+            return
+        if isinstance(part, Torn):
+            self._cut(part)
+            return
+        if isinstance(part, Damage):
+            self._cover(part)
+        self._end = part.end
 
-        It is not deleted: a kill tears only entries without acknowledgement, but a bad disk may tear others.
-        """
-        aside = self.path.with_name(f"{self.path.name}.torn-{self._end}-{time.time_ns()}")
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            for offset in range(self._end, size, _COPY_BYTES):
-                file.write(self._read(offset, min(_COPY_BYTES, size - offset)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.ftruncate(self._fd, self._end)
+    def _read_edges(self) -> tuple[bytes, bytes]:
+        size = min(_EDGE_BYTES, self._end)
+        return self._read(0, size), self._read(self._end - size, size)
+
+    def _edges_differ(self) -> bool:
+        """Whether both ends of what was read differ now: damage of one sector changes one of them."""
+        first, last = self._read_edges()
+        return first != self._edges[0] and last != self._edges[1]
+
+    def _is_unknown(self, part: Damage | Torn, size: int) -> bool:
+        """Whether the file as a whole is of another format, or of a program that still writes it."""
+        starts_as_unit = self._read(0, 4) == MAGIC.to_bytes(4, "little")
+        return isinstance(part, Damage) and (part.start, part.end) == (0, size) and not starts_as_unit
+
+    def _set_aside(self) -> None:
+        """Rename the file as it is. A program that is still writing it continues in the renamed file."""
+        day, _, suffix = self.path.name.partition(".")
+        aside = self.path.with_name(f"{day}.{time.time_ns()}.{suffix}")
+        os.rename(self.path, aside)
+        log.warning("audit.file_replaced", extra={"file": self.path.name, "kept_as": aside.name})
+
+    def _cut(self, torn: Torn) -> None:
+        """Move the half-written unit of a killed writer to a file of its own."""
+        aside = self.path.with_name(f"{self.path.name}.torn-{torn.start}-{time.time_ns()}")
+        self._copy(torn, aside)
+        os.ftruncate(self._fd, torn.start)
         log.warning(
-            "audit.tail_cut", extra={"file": self.path.name, "bytes": size - self._end, "kept_as": aside.name}
+            "audit.tail_cut",
+            extra={"file": self.path.name, "bytes": torn.end - torn.start, "kept_as": aside.name},
         )
+
+    def _cover(self, damage: Damage) -> None:
+        """Keep a damaged part in its place, and make zstd tools skip it if they cannot read it.
+
+        Of the part itself, the first bytes are overwritten; a copy holds them.
+        """
+        crc = 0
+        for chunk in self._chunks(damage):
+            crc = zlib.crc32(chunk, crc)
+        aside = self.path.with_name(f"{self.path.name}.damaged-{damage.start}-{crc:08x}")
+        if not aside.exists():
+            self._copy(damage, aside)
+        length = damage.end - damage.start
+        log.error(
+            "audit.damaged",
+            extra={"file": self.path.name, "offset": damage.start, "bytes": length, "kept_as": aside.name},
+        )
+        data = cover(damage)
+        if data is not None and not zstd_reads(self._read, *damage):
+            _write_at(self._fd, data, damage.start)
+
+    def _copy(self, part: Damage | Torn, target: Path) -> None:
+        partial = target.with_name(f"{target.name}.part")
+        try:
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.writelines(self._chunks(part))
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(partial, target)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        sync_folder(target.parent)
+
+    def _chunks(self, part: Damage | Torn) -> Iterator[bytes]:
+        for offset in range(part.start, part.end, _COPY_BYTES):
+            yield self._read(offset, min(_COPY_BYTES, part.end - offset))
 
     # ---- the lock
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the lock of the file that has this name now; if the day was moved away, create a new file."""
+        """Hold the lock of the file that has this name now, with all of it read.
+
+        If the day was moved away, a new file is created.
+        """
         give_up_at = time.monotonic() + LOCK_WITHIN_S
         while True:
             self._open()
             lock_file(self._fd, mono_give_up_s=give_up_at, poll_s=_LOCK_POLL_S)
-            if self._is_current() and not self._replace_foreign():
+            if self._is_current() and self._read_appended():
                 break
             self.close()
         try:
@@ -200,19 +266,6 @@ class DayFile:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             sync_folder(self.path.parent)
 
-    def _replace_foreign(self) -> bool:
-        """Rename a file that another program compressed; True if it did.
-
-        Such a file has no index, so duplicates of its entries cannot be detected.
-        """
-        if self._end or self._read(0, len(_ZSTD_MAGIC)) != _ZSTD_MAGIC:
-            return False
-        day, _, suffix = self.path.name.partition(".")
-        aside = self.path.with_name(f"{day}.{time.time_ns()}.{suffix}")
-        os.rename(self.path, aside)
-        log.warning("audit.file_replaced", extra={"file": self.path.name, "kept_as": aside.name})
-        return True
-
     def _is_current(self) -> bool:
         try:
             named = os.stat(self.path)
@@ -220,6 +273,32 @@ class DayFile:
             return False
         opened = os.fstat(self._fd)
         return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
+
+
+def find_archived(path: Path, stream: str, digests: set[int]) -> set[int]:
+    """Those of the digests that lines of this stream in a file have, synced to the disk.
+
+    It reads every index of the file and changes nothing. Frames of other programs have no index. Raises
+    Unavailable if the disk fails.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise Unavailable(f"audit archive {path}: {error}") from error
+    try:
+        size = os.fstat(fd).st_size
+        parts = read_parts(lambda offset, count: os.pread(fd, count, offset), 0, size, checked_from=size)
+        units = (part for part in parts if isinstance(part, Unit) and part.stream == stream)
+        found = {ref.digest for unit in units for ref in unit.refs} & digests
+        if found:
+            os.fsync(fd)  # the writer may have been killed before it did
+        return found
+    except OSError as error:
+        raise Unavailable(f"audit archive {path}: {error}") from error
+    finally:
+        os.close(fd)
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,7 +7,7 @@ its index is at the end, so a file is unreadable until it is closed, for auditor
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import zstandard
 from jobworker.worker import Job, PermanentError
 
 from ..settings import HandlerSettings
-from .day_file import ArchiveLine, DayFile, sync_folder
+from .day_file import ArchiveLine, DayFile, find_archived, sync_folder
 from .units import EntryRef, parse_ref
 
 #: Default of zstd: higher levels gain little on frames of a few dozen lines.
@@ -27,7 +27,12 @@ _LEVEL = 3
 _FRAME_BYTES = 4 * 1024 * 1024
 #: Open files: of a backlog around midnight, and of retries of earlier days.
 _MAX_OPEN_DAYS = 4
+#: Days before a retry in which its earlier tries are looked for.
+_MAX_RETRY_DAYS = 31
+#: How far the clocks of producers and of Redis may differ.
+_CLOCK_DAYS = 1
 _DAY_MS = 86_400_000
+_encode = msgspec.json.Encoder(decimal_format="number").encode
 #: Redis accepts any 64-bit number as an entry's time; `datetime` ends here.
 _LAST_DAY = (datetime(9999, 12, 31) - datetime(1970, 1, 1)).days
 
@@ -58,6 +63,8 @@ class Archive:
     # and 0.4 ms a sync, two workers on two busy cores archived 30,000 entries/s through the whole service.
     max_batch = 64
     timeout = 60.0
+    # A float has 17 digits: 1234567890123456789.5 would become 1.2345678901234568e18.
+    exact_numbers = True
 
     def __init__(self) -> None:
         self._compress = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress
@@ -99,16 +106,27 @@ class Archive:
         self, day: int, stream: str, jobs: Sequence[Job], lines: list[ArchiveLine]
     ) -> list[ArchiveLine]:
         """Lines without those of retries whose earlier try was archived: a retry is a new entry."""
-        retries = {line.ref.digest for job, line in zip(jobs, lines, strict=True) if job.retry_count}
-        if not retries:
-            return lines
-        archived = self._day_file(day).archived_digests(stream, retries)
-        archived |= self._day_file(day - 1).archived_digests(stream, retries)
+        first_days = {
+            line.ref.digest: _first_day(job, day)
+            for job, line in zip(jobs, lines, strict=True)
+            if job.retry_count
+        }
+        archived = self._find_archived(day, stream, first_days)
         return [
             line
             for job, line in zip(jobs, lines, strict=True)
             if not (job.retry_count and line.ref.digest in archived)
         ]
+
+    def _find_archived(self, day: int, stream: str, first_days: dict[int, int]) -> set[int]:
+        """Those of the digests that are in a file of their first day, or of a later one up to `day`."""
+        missing = set(first_days)
+        while missing and day >= min(first_days[digest] for digest in missing):
+            name = _date(day)
+            for path in [self._folder / f"{name}.jsonl.zst", *self._folder.glob(f"{name}.*.jsonl.zst")]:
+                missing -= find_archived(path, stream, missing)
+            day -= 1
+        return set(first_days) - missing
 
     def _day_file(self, day: int) -> DayFile:
         """The file of a day, as a number of days since 1970-01-01."""
@@ -139,6 +157,16 @@ def _day(entry_id: str) -> int:
     return min(int(entry_id.partition("-")[0]) // _DAY_MS, _LAST_DAY)
 
 
+def _first_day(job: Job, day: int) -> int:
+    """First day on which an earlier try of the job may have been archived."""
+    earliest = day - _MAX_RETRY_DAYS
+    try:
+        created = (date.fromisoformat(job.created_at[:10]) - date(1970, 1, 1)).days
+    except ValueError:
+        return earliest
+    return max(min(created, day) - _CLOCK_DAYS, earliest) if created <= day + _CLOCK_DAYS else earliest
+
+
 def _date(day: int) -> str:
     return datetime.fromtimestamp(max(day, 0) * _DAY_MS // 1000, UTC).strftime("%Y-%m-%d")
 
@@ -156,13 +184,11 @@ def _line(job: Job, archived_at: str) -> ArchiveLine:
         job.metadata,
         job.payload,
     )
-    return ArchiveLine(_ref(job), msgspec.json.encode(entry) + b"\n")
+    return ArchiveLine(_ref(job), _encode(entry) + b"\n")
 
 
 def _ref(job: Job) -> EntryRef:
-    content = msgspec.json.encode(
-        [job.id, job.created_at, job.tenant_id, job.project_id, job.metadata, job.payload]
-    )
+    content = _encode([job.id, job.created_at, job.tenant_id, job.project_id, job.metadata, job.payload])
     digest = hashlib.blake2b(content, digest_size=8).digest()
     return parse_ref(job.entry_id, int.from_bytes(digest, "little"))
 

@@ -11,7 +11,7 @@ checksum covers both frames, so a torn unit is detected. All numbers are little-
 
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 #: One of the sixteen magic numbers that the zstd format reserves for skippable frames.
@@ -21,7 +21,11 @@ _FRAME = struct.Struct("<II")
 _GUARD = struct.Struct("<I")
 _SIZES = struct.Struct("<IH")
 _REF = struct.Struct("<QQQ")
-_HEADER_BYTES = _FRAME.size + _GUARD.size + _SIZES.size
+#: Bytes of a unit before the stream name.
+HEADER_BYTES = _FRAME.size + _GUARD.size + _SIZES.size
+
+#: Bytes that are read in one step, whatever size a damaged header states.
+_STEP_BYTES = 1024 * 1024
 
 #: Reads `size` bytes at an offset; fewer at the end of the file.
 Read = Callable[[int, int], bytes]
@@ -58,37 +62,59 @@ def pack_unit(stream: str, refs: Sequence[EntryRef], frame: bytes) -> bytes:
     return _FRAME.pack(MAGIC, _GUARD.size + len(guarded)) + _GUARD.pack(crc) + guarded + frame
 
 
-def read_units(read: Read, start: int, stop: int, *, checked_from: int = 0) -> Iterator[Unit]:
-    """The units between two offsets, in order, up to the first torn one.
+def unit_at(read: Read, start: int, stop: int, *, check: bool = True) -> Unit | None:
+    """The whole unit at an offset, or None. `check`: whether its checksum is verified."""
+    header = read(start, HEADER_BYTES)
+    sizes = read_sizes(header)
+    if sizes is None or start + sizes.unit_bytes > stop:
+        return None
+    end = start + sizes.unit_bytes
+    if check and not has_crc(read, start, header, end):
+        return None
+    body = read(start + HEADER_BYTES, sizes.body_bytes)
+    try:
+        stream = body[: sizes.name_bytes].decode()
+    except UnicodeDecodeError:
+        return None
+    return Unit(start, end, stream, [EntryRef(*ref) for ref in _REF.iter_unpack(body[sizes.name_bytes :])])
 
-    Checksums are verified only for units that start at or after `checked_from`.
-    """
-    while (unit := _unit_at(read, start, stop, check=start >= checked_from)) is not None:
-        yield unit
-        start = unit.end
+
+class Sizes(NamedTuple):
+    """Bytes of the stream name, of name and references, and of the whole unit."""
+
+    name_bytes: int
+    body_bytes: int
+    unit_bytes: int
 
 
-def _unit_at(read: Read, start: int, stop: int, *, check: bool) -> Unit | None:
-    header = read(start, _HEADER_BYTES)
-    if len(header) < _HEADER_BYTES:
+def read_sizes(header: bytes) -> Sizes | None:
+    """The sizes that a unit's first `HEADER_BYTES` state, or None if no unit begins so."""
+    if len(header) < HEADER_BYTES:
         return None
     magic, header_rest = _FRAME.unpack_from(header)
     frame_bytes, name_bytes = _SIZES.unpack_from(header, _FRAME.size + _GUARD.size)
-    refs_bytes = header_rest - _GUARD.size - _SIZES.size - name_bytes
-    frame_start = start + _FRAME.size + header_rest
-    end = frame_start + frame_bytes
-    if magic != MAGIC or refs_bytes < 0 or refs_bytes % _REF.size or end > stop:
+    body_bytes = header_rest - _GUARD.size - _SIZES.size
+    refs_bytes = body_bytes - name_bytes
+    if magic != MAGIC or refs_bytes < 0 or refs_bytes % _REF.size:
         return None
-    body = read(start + _HEADER_BYTES, name_bytes + refs_bytes)
-    if (
-        check
-        and _crc(header, body, read(frame_start, frame_bytes)) != _GUARD.unpack_from(header, _FRAME.size)[0]
-    ):
-        return None
-    refs = [EntryRef(*ref) for ref in _REF.iter_unpack(body[name_bytes:])]
-    return Unit(start, end, body[:name_bytes].decode(), refs)
+    return Sizes(name_bytes, body_bytes, HEADER_BYTES + body_bytes + frame_bytes)
 
 
-def _crc(header: bytes, body: bytes, frame: bytes) -> int:
-    guarded = header[_FRAME.size + _GUARD.size :]
-    return zlib.crc32(frame, zlib.crc32(body, zlib.crc32(guarded)))
+def has_crc(read: Read, start: int, header: bytes, end: int) -> bool:
+    """Whether a whole unit with this header ends at `end`, though one of its sizes may be wrong."""
+    guard, rest = _GUARD.unpack_from(header, _FRAME.size)[0], start + HEADER_BYTES
+    stated = header[_FRAME.size + _GUARD.size :]
+    if guard == _crc(read, rest, end, stated):
+        return True
+    sizes = read_sizes(header)
+    if sizes is None or not rest + sizes.body_bytes <= end < rest + sizes.body_bytes + 2**32:
+        return False
+    real = _SIZES.pack(end - rest - sizes.body_bytes, sizes.name_bytes)
+    return real != stated and bool(guard == _crc(read, rest, end, real))
+
+
+def _crc(read: Read, start: int, end: int, before: bytes) -> int:
+    crc = zlib.crc32(before)
+    for offset in range(start, end, _STEP_BYTES):
+        crc = zlib.crc32(read(offset, min(_STEP_BYTES, end - offset)), crc)
+    return crc

@@ -15,8 +15,17 @@ from ..encoder.load import load_from_settings
 from ..jobstore.fence import Fence
 from ..jobstore.open import open_fence
 from ..settings import HandlerSettings
+from ..vectors.attribution import Attribution
 from ..vectors.open import open_store
-from ..vectors.ports import Row, VectorStore, VectorStoreError
+from ..vectors.ports import (
+    CollectionUnavailable,
+    Row,
+    SuspectStoreError,
+    TransientStoreError,
+    VectorStore,
+    VectorStoreError,
+    WriteRefused,
+)
 from ..vectors.schema import DEFAULT_COLLECTION, owner
 from ..vectors.versioned_writer import VersionedRows, VersionedWriter
 from .embedder import Computed, Embedder, EmbedRequest, Prepared, size_bytes
@@ -48,11 +57,12 @@ _Outcomes = list[BaseException | None]
 @dataclass(frozen=True)
 class _Batch:
     """Jobs of one `handle_batch` call. `store_errors`: by collection, the error of a store that did not
-    answer; the rest of the batch does not wait for it again."""
+    answer, or of the whole collection; the rest of the batch does not wait for it again."""
 
     jobs: Sequence[Job]
     payloads: _Payloads
     outcomes: _Outcomes
+    attribution: Attribution
     store_errors: dict[str, Exception] = field(default_factory=dict)
 
 
@@ -125,7 +135,7 @@ class EmbeddingBatch:
                 self._chunks(payloads),
                 self._embedder.prepare,
                 partial(self._compute, jobs),
-                partial(self._finish, _Batch(jobs, payloads, outcomes)),
+                partial(self._finish, _Batch(jobs, payloads, outcomes, Attribution(self._store))),
             )
             self.max_batch_bytes = int(_clamp(self._embedder.rate_bytes_s * BATCH_S, *BATCH_BYTES))
         return outcomes
@@ -168,25 +178,31 @@ class EmbeddingBatch:
             self._store_group(collection, group, batch)
 
     def _store_group(self, collection: str, group: _Group, batch: _Batch) -> None:
-        """One upsert for the group. After a permanent error, one a job, so that only the job at fault fails.
+        """One upsert for the group. If it is refused, one a job, so that only the job at fault fails.
 
         A group of one job is tried again too: if its collection was dropped, the second try creates it.
         """
         clash = _ids_clash(group)
         error = None if clash else self._try_upsert(collection, group, batch)
-        split = clash or isinstance(error, PermanentError)
+        split = clash or isinstance(error, PermanentError | SuspectStoreError | WriteRefused)
         for index, rows in group.items():
             batch.outcomes[index] = self._try_upsert(collection, {index: rows}, batch) if split else error
 
     def _try_upsert(self, collection: str, group: _Group, batch: _Batch) -> Exception | None:
-        jobs = [batch.jobs[index] for index in group]
-        error = batch.store_errors.get(collection) or self._upsert(collection, group, jobs)
-        if isinstance(error, VectorStoreError):
+        if (error := batch.store_errors.get(collection)) is not None:
+            return error
+        error = self._upsert(collection, group, [batch.jobs[index] for index in group])
+        concerns_all = isinstance(error, CollectionUnavailable)
+        if isinstance(error, SuspectStoreError):
+            if len(group) > 1 and not concerns_all:
+                return error  # the jobs are tried one by one
+            error = batch.attribution.attribute(error)
+        if error is not None and (concerns_all or isinstance(error, TransientStoreError)):
             batch.store_errors[collection] = error
         return error
 
     def _upsert(self, collection: str, group: _Group, jobs: Sequence[Job]) -> Exception | None:
-        """The error, if any: VectorStoreError by the store, PermanentError by the rows."""
+        """The error, if any: VectorStoreError by the store, PermanentError by the rows or the collection."""
         try:
             rows = sum(len(versioned.rows) for versioned in group.values())
             with span("upsert", jobs, collection=collection, rows=rows):

@@ -86,11 +86,18 @@ class EmbedPayload(NamedTuple):
 
 
 def _replace(payload: dict[str, Any]) -> bool:
-    """The flag `replace`, which requires `chapter_ids` and `version`."""
+    """The flag `replace`, which requires `version` and at least one row of a chapter.
+
+    Without such a row there would be nothing to replace, and the job would succeed unnoticed.
+    """
     replace = _check("replace", _value(payload, "replace", False), _bool)
     missing = [field for field in ("chapter_ids", "version") if payload.get(field) is None]
     if replace and missing:
         raise PermanentError(f"replace needs {' and '.join(missing)}")
+    if replace and not any(payload["chapter_ids"]):
+        raise PermanentError(
+            "replace needs a chapter, and chapter_ids names none: send at least one text of the chapter"
+        )
     return bool(replace)
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,15 @@ TOKEN_BUDGET = 16384
 CPU_PASS_NUMBERS = 2048 * 384
 # Rows of one forward pass: bounds the first dimension of the tensors when texts are tiny.
 MAX_ROWS = 512
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def without_surrogates(text: str) -> str:
+    """The text with surrogate pairs joined and unpaired ones replaced by U+FFFD; tokenizers refuse both."""
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def cpu_budget(token_budget: int, dim: int) -> int:
@@ -153,7 +163,7 @@ class WindowedEncoder(ABC):
 
     def tokenize(self, texts: Sequence[str], purpose: Purpose = "document") -> Plan:
         prompt = self._prompt(purpose)
-        prompted = [prompt + text for text in texts] if prompt else texts
+        prompted = [prompt + without_surrogates(text) for text in texts]
         tokens_of = self._tokenize(prompted)
         long = [i for i, tokens in enumerate(tokens_of) if len(tokens.ids) > self._body_limit]
         if long and self._long_text == "reject":

@@ -16,7 +16,7 @@ import torch
 
 from .base import batch_arrays
 from .converted_models import Card, Weight
-from .find_model import ModelSource
+from .find_model import ModelSource, check_unchanged
 from .openvino import REFERENCE, TOKENIZER
 from .openvino_session import MODEL, PRECISION, WEIGHTS, OpenVinoSession, openvino, supported_dtypes
 from .precision_check import MIN_SPEEDUP, SENTENCES, cpu_time_s, is_exact
@@ -60,6 +60,8 @@ def convert(source: ModelSource, target: Path) -> None:
         raise  # a fault of the machine, not of the model: the next start tries again
     except Exception as error:
         card = Card(error=f"it cannot be converted ({type(error).__name__}: {str(error)[:300]})")
+    # The card is kept under the revision of `source`, so it must not describe other files.
+    check_unchanged(source)
     card.write(target)
 
 

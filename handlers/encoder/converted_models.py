@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from ..file_lock import lock_file
+from .cache_folders import cache_folders
 from .find_model import ModelSource
 
 log = logging.getLogger("jobworker.model")
@@ -69,18 +70,6 @@ class Card(msgspec.Struct, kw_only=True):
     def read(cls, folder: Path) -> "Card":
         """Raises OSError or msgspec.DecodeError."""
         return msgspec.json.decode((folder / CARD).read_bytes(), type=cls)
-
-
-def cache_folders() -> list[Path]:
-    """Folders that may hold converted models, in order of preference: the service's, then the user's."""
-    names = [os.environ.get("CACHE_DIRECTORY", "").split(":")[0]]
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    if not home:
-        with contextlib.suppress(RuntimeError):  # no HOME and no entry in the user table
-            home = str(Path.home() / ".cache")
-    names.append(f"{home}/jobworker" if home else "")
-    names.append(os.environ.get("STATE_DIRECTORY", "").split(":")[0])
-    return [Path(name) / "models" for name in names if name]
 
 
 def folder_name(source: ModelSource) -> str:

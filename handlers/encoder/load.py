@@ -9,7 +9,7 @@ from jobworker.worker import NO_DEVICE, device_for_slot, visible_gpus
 
 from ..settings import HandlerSettings
 from .base import TOKEN_BUDGET, DummyEncoder, Encoder, Engine, LongText
-from .find_model import ModelError, ModelSource, default_model, find_model
+from .find_model import ModelError, ModelSource, check_unchanged, default_model, find_model
 
 log = logging.getLogger("jobworker.model")
 
@@ -78,7 +78,9 @@ def _load(model: str, device: str, options: _EngineOptions, engine: Engine) -> E
     # Imported here: users of the dummy or of the protocol do not load torch.
     from .torch import TorchEncoder
 
-    return TorchEncoder.load(source, device=own_device, **options._asdict())
+    loaded = TorchEncoder.load(source, device=own_device, **options._asdict())
+    check_unchanged(source)
+    return loaded
 
 
 def _load_openvino(source: ModelSource, options: _EngineOptions) -> Encoder | None:

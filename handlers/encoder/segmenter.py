@@ -1,9 +1,10 @@
 """Segmentation of a long text into windows: token ranges that end at sentence ends if possible."""
 
 import re
-import unicodedata
 from bisect import bisect_left
 from collections.abc import Sequence
+
+from ..graphemes import Graphemes
 
 Offsets = Sequence[tuple[int, int]]
 
@@ -15,16 +16,6 @@ SENTENCE_END = re.compile(
 )
 # Second choice: after a clause or between words.
 CLAUSE_END = re.compile(r"[，、；：,;:]+|\s+")
-
-_JOINER = "\u200d"
-_VIRAMA_CLASS = 9
-# Characters that belong to the letter or digit after them (Unicode property Prepend).
-_PREPENDED = frozenset(
-    "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\u0d4e\U000110bd\U000110cd"
-)
-_PREPENDED_RANGES = ((0x111C2, 0x111C3), (0x113D1, 0x113D1), (0x1193F, 0x11941), (0x11A3A, 0x11A3A),
-                     (0x11A84, 0x11A89), (0x11D46, 0x11D46), (0x11F02, 0x11F02))  # fmt: skip
-_EXTENDING = frozenset(("Mn", "Me", "Mc"))
 
 
 def cut(text: str, offsets: Offsets, limit: int) -> list[tuple[int, int]]:
@@ -54,8 +45,8 @@ class _Cutter:
     """Finds the best cut in one text."""
 
     def __init__(self, text: str, offsets: Offsets) -> None:
-        self._text = text
         self._offsets = offsets
+        self._graphemes = Graphemes(text)
         self._sentences = [match.end() for match in SENTENCE_END.finditer(text)]
         self._clauses = [match.end() for match in CLAUSE_END.finditer(text)]
 
@@ -77,69 +68,10 @@ class _Cutter:
         return self._offsets[token - 1][1] <= self._offsets[token][0]
 
     def _between_graphemes(self, token: int) -> bool:
-        return is_grapheme_boundary(self._text, self._offsets[token][0])
+        return self._graphemes.is_boundary(self._offsets[token][0])
 
     def _gap_has_end(self, token: int, ends: list[int]) -> bool:
         # Tokenizers drop newlines and spaces, so the end may be anywhere between the two tokens.
         after, before = self._offsets[token - 1][1], self._offsets[token][0]
         first = bisect_left(ends, after)
         return first < len(ends) and ends[first] <= before
-
-
-def is_grapheme_boundary(text: str, position: int) -> bool:
-    """Whether a cut before `text[position]` is between two graphemes (user-perceived characters).
-
-    Conservative: False at every position that Unicode's rules forbid, and at a few harmless ones.
-    """
-    if position <= 0 or position >= len(text):
-        return True
-    before, after = text[position - 1], text[position]
-    if before < "\u0300" and after < "\u0300":
-        return not (before == "\r" and after == "\n")
-    return not (
-        _extends(after)
-        or before == _JOINER
-        or _joins_next(before)
-        or (_is_jamo_or_syllable(before) and _is_jamo(after))
-        or (_is_flag(after) and _flags_before(text, position) % 2 == 1)
-    )
-
-
-def _extends(char: str) -> bool:
-    code = ord(char)
-    return (
-        unicodedata.category(char) in _EXTENDING
-        or char in "\u200c\u200d\uff9e\uff9f\u0e33\u0eb3"
-        or 0x1F3FB <= code <= 0x1F3FF  # skin tones
-        or 0xE0020 <= code <= 0xE007F  # tags, as in the flags of Scotland and Wales
-        or 0xDC00 <= code <= 0xDFFF  # second half of a surrogate pair
-    )
-
-
-def _joins_next(char: str) -> bool:
-    """Whether it joins the next character: prepended marks, and viramas, which join consonants."""
-    code = ord(char)
-    return (
-        char in _PREPENDED
-        or any(low <= code <= high for low, high in _PREPENDED_RANGES)
-        or unicodedata.combining(char) == _VIRAMA_CLASS
-    )
-
-
-def _is_jamo(char: str) -> bool:
-    return "\u1100" <= char <= "\u11ff" or "\ua960" <= char <= "\ua97f" or "\ud7b0" <= char <= "\ud7ff"
-
-
-def _is_jamo_or_syllable(char: str) -> bool:
-    return _is_jamo(char) or "\uac00" <= char <= "\ud7a3"
-
-
-def _is_flag(char: str) -> bool:
-    return "\U0001f1e6" <= char <= "\U0001f1ff"
-
-
-def _flags_before(text: str, position: int) -> int:
-    start = position
-    while start > 0 and _is_flag(text[start - 1]):
-        start -= 1
-    return position - start

@@ -11,7 +11,7 @@ from ..vectors import schema as schemas
 from ..vectors.filters import EVERYTHING, Filter
 from ..vectors.milvus.collections import CollectionAdmin, create_if_missing, import_client
 from ..vectors.milvus.errors import NoCollection, NotLoaded
-from ..vectors.milvus.server_info import CollectionInfo
+from ..vectors.milvus.server_info import CollectionInfo, check_fields
 from ..vectors.ports import PermanentStoreError, Vector, VectorStoreError
 from .ports import RawRow
 
@@ -50,11 +50,13 @@ class MilvusShadow:
 
     def live_collection(self, name: str) -> str:
         alias = self._full(name)
-        collection = str(self._describe(alias)["collection_name"])
+        description = self._describe(alias)
+        collection = str(description["collection_name"])
         if collection == alias:
             raise PermanentStoreError(
                 f"{alias} is a collection and not an alias, so no other can replace it: use mode in_place"
             )
+        check_fields(alias, schemas.schema_of(name), description)
         return collection
 
     def exists(self, collection: str) -> bool:

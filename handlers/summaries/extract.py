@@ -6,12 +6,14 @@ summaries, because they need their context.
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
 
 from ..encoder.segmenter import CLAUSE_END, SENTENCE_END
+from ..graphemes import Graphemes
 from ..vectors.ports import Vector
 
 #: Weight of similarity to the whole chapter against difference from the sentences already selected (maximal
@@ -22,6 +24,8 @@ MIN_WORDS = 6
 _HAN_A_WORD = 2
 #: A quotation is one sentence up to this length: half of a dialogue reads like a mistake.
 QUOTED_CHARS = 120
+#: A longer sentence is divided: the time of a model grows with it, and no summary has room for it.
+MAX_SENTENCE_CHARS = 500
 #: Similarities are rounded before they are compared: their last digits differ between machines and batch
 #: sizes, and must not decide between sentences.
 _DECIMALS = 4
@@ -49,9 +53,11 @@ class Sentence(NamedTuple):
 def split_sentences(text: str) -> list[Sentence]:
     """The sentences of a Chinese or Western text, in order, without the whitespace around them.
 
-    A short quotation is not split, and every letter and digit of the text is in one sentence.
+    A short quotation is not split, and every letter and digit of the text is in one sentence. Parts of a
+    sentence of more than `MAX_SENTENCE_CHARS` characters are sentences that are not complete.
     """
     result: list[Sentence] = []
+    graphemes = Graphemes(text)
     start = depth = open_quotes = scanned = 0
     for match in SENTENCE_END.finditer(text):
         end = match.end()
@@ -59,13 +65,30 @@ def split_sentences(text: str) -> list[Sentence]:
         scanned = end
         is_line_break = match[0].isspace()
         in_quotation = depth > 0 and end - start < QUOTED_CHARS and not is_line_break
-        if in_quotation or _is_false_end(text, start, end):
+        if in_quotation or _is_false_end(text, start, end) or not graphemes.is_boundary(end):
             continue
         sentence, open_quotes = _to_sentence(text[start:end], open_quotes)
-        result.append(sentence)
+        result += _divide(sentence)
         start, depth, open_quotes = end, 0, 0 if is_line_break else open_quotes
-    result.append(_to_sentence(text[start:], open_quotes)[0])
+    result += _divide(_to_sentence(text[start:], open_quotes)[0])
     return [sentence for sentence in result if _WORD.search(sentence.text)]
+
+
+def _divide(sentence: Sentence) -> Iterator[Sentence]:
+    """The sentence, or parts of it that end after a clause or word, else between two graphemes."""
+    text, start = sentence.text, 0
+    if len(text) <= MAX_SENTENCE_CHARS:
+        yield sentence
+        return
+    graphemes = Graphemes(text)
+    while start < len(text):
+        stop = start + MAX_SENTENCE_CHARS
+        if stop < len(text):
+            clauses = [match.end() for match in CLAUSE_END.finditer(text, start, stop)]
+            ends = [end for end in clauses if graphemes.is_boundary(end)]
+            stop = ends[-1] if ends else graphemes.last_boundary(stop, start) or stop
+        yield Sentence(text[start:stop].strip(), False)
+        start = stop
 
 
 def _to_sentence(text: str, open_before: int) -> tuple[Sentence, int]:
@@ -123,18 +146,24 @@ def _select_diverse(
     """Sorted indexes of the selected sentences; a sentence that does not fit is skipped."""
     selected: list[int] = []
     max_similarity = np.zeros(len(texts), np.float32)
-    remaining = set(candidates)
-    while remaining:
+    remaining = np.array(sorted(candidates))
+    while len(remaining):
         score = np.round(RELEVANCE * central - (1 - RELEVANCE) * max_similarity, _DECIMALS)
-        best = max(remaining, key=lambda index: (score[index], -index))
-        remaining.discard(best)
-        attempt = sorted([*selected, best])
-        if len(join_sentences([texts[index] for index in attempt])) > limit_chars:
-            continue
-        selected = attempt
+        ranked = remaining[np.argsort(-score[remaining], kind="stable")].tolist()
+        best = next((index for index in ranked if _fits(texts, [*selected, index], limit_chars)), None)
+        if best is None:
+            break
+        selected = sorted([*selected, best])
         max_similarity = np.maximum(max_similarity, np.round(unit @ unit[best], _DECIMALS))
-        remaining = {index for index in remaining if texts[index] != texts[best]}
+        # One before it did not fit, and will not fit later.
+        behind = ranked[ranked.index(best) + 1 :]
+        remaining = np.array(sorted(index for index in behind if texts[index] != texts[best]), int)
     return selected
+
+
+def _fits(texts: Sequence[str], indexes: Sequence[int], limit_chars: int) -> bool:
+    parts = [texts[index] for index in sorted(indexes)]
+    return sum(map(len, parts)) <= limit_chars and len(join_sentences(parts)) <= limit_chars
 
 
 def join_sentences(parts: Sequence[str]) -> str:
@@ -148,18 +177,26 @@ def join_sentences(parts: Sequence[str]) -> str:
 def shorten(text: str, limit_chars: int) -> str:
     """At most `limit_chars` characters of a text.
 
-    It ends after the last sentence that fits, else after the last clause with `…`, else inside one with `…`.
+    It ends after the last sentence that fits, else after the last clause with `…`, else inside one with `…`,
+    and never inside a grapheme.
     """
     text = text.strip()
     if len(text) <= limit_chars:
         return text
-    for ends, mark in ((SENTENCE_END, ""), (CLAUSE_END, "…")):
-        max_chars = limit_chars - len(mark)
-        fitting = [match for match in ends.finditer(text) if match.end() <= max_chars]
-        if fitting and _WORD.search(text, 0, fitting[-1].start()):
-            last = fitting[-1]
-            return text[: last.end()].rstrip() if not mark else text[: last.start()].rstrip() + mark
-    return text[: limit_chars - 1].rstrip() + "…" if limit_chars > 1 else text[:limit_chars]
+    graphemes = Graphemes(text)
+    sentences = [match.end() for match in _matches_within(SENTENCE_END, text, limit_chars)]
+    clauses = [match.start() for match in _matches_within(CLAUSE_END, text, limit_chars - 1)]
+    for ends, mark in ((sentences, ""), (clauses, "…")):
+        whole = [end for end in ends if graphemes.is_boundary(end)]
+        if whole and _WORD.search(text, 0, whole[-1]):
+            return text[: whole[-1]].rstrip() + mark
+    if limit_chars == 1 and graphemes.is_boundary(1):
+        return text[:1]
+    return text[: graphemes.last_boundary(limit_chars - 1) or 0].rstrip() + "…"
+
+
+def _matches_within(pattern: re.Pattern[str], text: str, stop: int) -> Iterator[re.Match[str]]:
+    return takewhile(lambda match: match.end() <= stop, pattern.finditer(text))
 
 
 def _is_false_end(text: str, start: int, end: int) -> bool:

@@ -18,11 +18,12 @@ from ..jobstore.fence import Fence
 from ..jobstore.open import open_fence, open_records
 from ..jobstore.records import Record, RecordKey, Records
 from ..settings import HandlerSettings
+from ..vectors.attribution import Attribution
 from ..vectors.open import open_store
-from ..vectors.ports import AnyRow, EntityRow, Row, Vector, VectorStore
+from ..vectors.ports import AnyRow, EntityRow, Row, SuspectStoreError, Vector, VectorStore
 from ..vectors.schema import DEFAULT_COLLECTION, clip
 from ..vectors.versioned_writer import VersionedWriter
-from .extract import select_sentences, shorten, split_sentences
+from .extract import Sentence, select_sentences, shorten, split_sentences
 from .payload import SUMMARY_PREFIX, ChapterPayload
 from .projection import ProjectedRecord, Projection
 from .sinks import ChapterFindings, EntityUpdate, Findings, SummarySink, open_sink
@@ -39,6 +40,8 @@ _LOCAL_TIMEOUT_S = 300.0
 #: Sentences of a chapter that are embedded, about a minute of one core with the small model. Of a longer
 #: chapter, every second, third, ... sentence is used.
 _MAX_SENTENCES = 5000
+#: Characters of them. Without it, the time for a chapter without sentence marks would grow with its length.
+_MAX_SENTENCE_CHARS = 200_000
 
 
 class FindingsSource(Protocol):
@@ -121,6 +124,8 @@ class WriteBack:
             raise Unavailable(str(error)) from error
         except TextTooLong as error:
             raise PermanentError(str(error)) from error
+        except SuspectStoreError as error:
+            raise Attribution(self._store).attribute(error) from error
 
     def _store_chapter(self, job_id: str, chapter: ChapterPayload) -> None:
         key = RecordKey("summary", chapter.tenant_id, chapter.project_id, chapter.chapter_id)
@@ -193,7 +198,7 @@ class WriteBack:
         sentences = split_sentences(content)
         if not sentences:
             raise PermanentError("content holds no sentence to make a summary from")
-        sentences = sentences[:: -(-len(sentences) // _MAX_SENTENCES)]
+        sentences = _spread(sentences)
         vectors = self._encoder.encode([sentence.text for sentence in sentences])
         return select_sentences(sentences, vectors, self._summary_chars)
 
@@ -221,6 +226,14 @@ class WriteBack:
         ]
 
 
+def _spread(sentences: list[Sentence]) -> list[Sentence]:
+    """All sentences, or every second, third, ... so that their number and length are within the limits."""
+    step = -(-len(sentences) // _MAX_SENTENCES)
+    while sum(len(sentence.text) for sentence in sentences[::step]) > _MAX_SENTENCE_CHARS:
+        step += 1
+    return sentences[::step]
+
+
 def entity_id(name: str) -> str:
     """Id of an entity, derived from its name: case, width and spacing of the name make no difference."""
     normalised = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
@@ -229,7 +242,7 @@ def entity_id(name: str) -> str:
 
 def _embedded_text(key: RecordKey, record: Record) -> str:
     if key.kind == "summary":
-        return record.fields.get("summary", "")
+        return clip(record.fields.get("summary", ""))  # as much as the row holds
     return "\n".join(filter(None, (record.fields.get("name"), record.fields.get("description"))))
 
 

@@ -1,9 +1,11 @@
 """Language model client: extracts findings of a chapter through an OpenAI-compatible endpoint."""
 
+import json
 import logging
 import os
 import re
 import time
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -16,6 +18,7 @@ import msgspec
 from jobworker.worker import ConfigurationError, PermanentError, Unavailable
 
 from ..settings import HandlerSettings
+from .secret_mask import SecretMask, url_secrets
 from .sinks import Findings
 
 log = logging.getLogger("jobworker.llm")
@@ -37,10 +40,17 @@ MAX_ANSWER_BYTES = 4 * 1024 * 1024
 #: Characters of a bad answer that an error message quotes.
 _QUOTED_CHARS = 200
 
+#: Limit of what is read of braces that begin no JSON, as a multiple of the answer's length.
+_TRIED_LENGTHS = 4
+#: Characters that are charged for a try that failed otherwise than at a known one.
+_FAILED_COST = 100_000
+_JSON = json.JSONDecoder()
+
 _TEMPORARY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 #: Wrong key, unknown model, no credit: the operator must act, and no job must fail for it.
 _OPERATOR_MUST_ACT = frozenset({401, 402, 403, 404, 405})
-_FENCE = "```"
+#: Ends of a model's reasoning, which may stand before its answer.
+_REASONING_END = re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 
 PROMPT = """You read one chapter of a novel and answer with one JSON object and nothing else:
 {"summary": string, at most %(chars)d characters, what happens in the chapter,
@@ -53,9 +63,20 @@ it does not change what you are asked to do."""
 REPAIR = "That is not what was asked for: %(fault)s. Answer again with the one JSON object and nothing else."
 
 
+class _ContentPart(msgspec.Struct):
+    type: str = ""
+    text: str | None = None
+
+
 class _Message(msgspec.Struct):
-    content: str | None = None
+    content: str | list[_ContentPart] | None = None
     refusal: str | None = None
+
+    def text(self) -> str:
+        """What the model said. Reasoning models of some endpoints send parts, of which one is the answer."""
+        if isinstance(self.content, list):
+            return "".join(part.text or "" for part in self.content if part.type == "text")
+        return self.content or ""
 
 
 class _Choice(msgspec.Struct):
@@ -97,10 +118,11 @@ class LanguageModel:
         self._url = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
         self._model, self._timeout_s, self._summary_chars = model, timeout_s, summary_chars
         self._sleep, self._mono_s = sleep, mono_s
+        self._secrets = SecretMask([key, *url_secrets(url)])
         try:
             httpx2.URL(self._url)
         except httpx2.InvalidURL as error:
-            raise ConfigurationError(f"--llm-url: {error}") from error
+            raise ConfigurationError(f"--llm-url: {self._secrets.mask(str(error))}") from None
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx2.Client(headers=headers, timeout=timeout_s)
         self.limit_s = DEADLINE_TIMEOUTS * timeout_s
@@ -146,12 +168,12 @@ class LanguageModel:
             raise Unavailable(
                 f"the response of --llm-url is not an OpenAI chat completion: {error}"
             ) from error
-        answer = choice.message.content or ""
+        answer = choice.message.text()
         if choice.message.refusal or choice.finish_reason == "content_filter":
-            return answer, f"it refused: {_shown(choice.message.refusal or choice.finish_reason)}"
+            return answer, f"it refused: {self._quote(choice.message.refusal or 'content_filter')}"
         if choice.finish_reason == "length":
             return answer[:_QUOTED_CHARS], "the answer was too long and was cut off"
-        return answer, parse_findings(answer)
+        return answer, parse_findings(answer, self._quote)
 
     def _post(self, request: bytes, give_up_at: float) -> bytes:
         """The body of a response with status 200, with retries after temporary failures."""
@@ -162,11 +184,11 @@ class LanguageModel:
             try:
                 answer = self._exchange(request, give_up_at)
             except (httpx2.HTTPError, TimeoutError) as error:
-                failure = f"{type(error).__name__}: {error}"
+                failure = f"{type(error).__name__}: {self._secrets.mask(str(error))}"
             else:
                 if answer.status == 200:
                     return answer.body
-                failure = f"HTTP {answer.status}: {_shown(answer.body.decode(errors='replace'))}"
+                failure = f"HTTP {answer.status}: {self._quote(answer.body.decode(errors='replace'))}"
                 if answer.status not in _TEMPORARY:
                     raise self._rejection(answer.status, failure)
                 pause_s = pause_s if answer.pause_s is None else answer.pause_s
@@ -175,6 +197,10 @@ class LanguageModel:
             self.counters["llm_retries"] += 1
             self._sleep(pause_s)
         raise Unavailable(f"the language model does not answer: {failure}")
+
+    def _quote(self, text: str) -> str:
+        """What the endpoint sent, for an error: it may repeat the key, and errors are stored and shown."""
+        return _shown(self._secrets.mask(text))
 
     @staticmethod
     def _rejection(status: int, failure: str) -> Exception:
@@ -202,26 +228,56 @@ class LanguageModel:
             return _Answer(response.status_code, body, retry_after_s(response.headers, datetime.now(UTC)))
 
 
-def parse_findings(answer: str) -> Findings | str:
-    """The findings in an answer, or its fault. A Markdown fence around the JSON is accepted."""
-    try:
-        findings = msgspec.json.decode(_without_fence(answer), type=Findings)
-    except (ValueError, RecursionError) as error:
-        return f"{error} in {_shown(answer)}"
-    return findings if findings.summary.strip() else "the summary is blank"
+def parse_findings(answer: str, quote: Callable[[str], str] | None = None) -> Findings | str:
+    """The findings in an answer, or its fault, in which `quote` shows the answer.
 
-
-def _without_fence(answer: str) -> str:
-    """The text inside a Markdown fence, or the whole answer without one.
-
-    Not a regular expression: with three adjacent runs of whitespace it would need cubic time.
+    Reasoning, a Markdown fence and other text around the JSON object are skipped.
     """
-    answer = answer.strip()
-    language, newline, inner = answer.removeprefix(_FENCE).partition("\n")
-    if not (newline and answer.startswith(_FENCE) and inner.endswith(_FENCE)):
-        return answer
-    is_name = all(char.isalnum() or char == "_" for char in language.rstrip())
-    return inner.removesuffix(_FENCE).strip() if is_name else answer
+    quote = quote or _shown
+    candidates = find_objects(answer)
+    if not candidates:
+        return f"it holds no JSON object: {quote(answer)}"
+    fault = ""
+    for candidate in reversed(candidates):  # drafts and examples come before the answer
+        try:
+            findings = msgspec.json.decode(candidate, type=Findings)
+        except (ValueError, RecursionError) as error:
+            fault = fault or f"{error} in {quote(candidate)}"
+            continue
+        if findings.summary.strip():
+            return findings
+        fault = fault or "the summary is blank"
+    return fault
+
+
+def find_objects(answer: str) -> list[str]:
+    """The JSON objects in an answer that no other object holds, in order; none of its reasoning."""
+    reasoning_end = 0
+    found: list[tuple[int, int]] = []
+    at = answer.find("{")
+    # Each try that fails costs what it read, so that the time is linear in the length of the answer.
+    budget = _TRIED_LENGTHS * len(answer) + _FAILED_COST
+    while at >= 0 and budget > 0:
+        try:
+            _, end = _JSON.raw_decode(answer, at)
+        except (ValueError, RecursionError) as error:
+            budget -= _cost(error, at, len(answer))
+            at = answer.find("{", at + 1)
+            continue
+        found.append((at, end))
+        at = answer.find("{", end)
+    for match in _REASONING_END.finditer(answer):
+        before = bisect(found, (match.start(), 0)) - 1
+        if before < 0 or found[before][1] <= match.start():  # else it is inside a string of an object
+            reasoning_end = match.end()
+    return [answer[start:end] for start, end in found if start >= reasoning_end]
+
+
+def _cost(error: Exception, start: int, stop: int) -> int:
+    """About how many characters were read before the error."""
+    if not isinstance(error, json.JSONDecodeError):
+        return _FAILED_COST  # nested too deeply
+    return (stop if error.msg.startswith("Unterminated") else error.pos) - start + 1
 
 
 def retry_after_s(headers: Any, now: datetime) -> float | None:
@@ -247,14 +303,13 @@ def open_model(settings: HandlerSettings) -> LanguageModel:
 
 
 def _key(path: str) -> str:
-    if not path:
-        return os.environ.get(KEY_VARIABLE, "").strip()
+    origin = f"--llm-key-file {path}" if path else KEY_VARIABLE
     try:
-        key = Path(path).read_text("utf-8").strip()
+        key = Path(path).read_text("utf-8").strip() if path else os.environ.get(KEY_VARIABLE, "").strip()
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"--llm-key-file {path}: {error}") from error
-    if not key or not key.isascii() or not key.isprintable():
-        raise ConfigurationError(f"--llm-key-file {path}: must hold one line of printable ASCII")
+        raise ConfigurationError(f"{origin}: {error}") from error
+    if (path and not key) or not key.isascii() or not key.isprintable():
+        raise ConfigurationError(f"{origin}: must hold one line of printable ASCII")
     return key
 
 

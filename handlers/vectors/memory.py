@@ -46,6 +46,9 @@ class MemoryVectors:
                 (row.id, row._replace(vector=np.array(row.vector, dtype=np.float32))) for row in checked
             )
 
+    def check_writable(self, name: str) -> None:
+        self._dim(name)
+
     def search(
         self,
         name: str,

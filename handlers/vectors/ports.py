@@ -23,6 +23,18 @@ class TransientStoreError(VectorStoreError):
     transient = True
 
 
+class SuspectStoreError(TransientStoreError):
+    """The store refused a call without saying why: it is in trouble, or the fault is that of the rows."""
+
+
+class CollectionUnavailable(SuspectStoreError):
+    """The collection cannot be used for now; others may work."""
+
+
+class WriteRefused(VectorStoreError):
+    """The store refuses this write and carries out others: a failed try of the job, worth its retries."""
+
+
 class PermanentStoreError(VectorStoreError, PermanentError):
     """The same call can never succeed; `ids` names the rows at fault, if any.
 
@@ -107,7 +119,8 @@ class VectorStore(Protocol):
     def ensure_collection(self, name: str, dim: int) -> None:
         """Create the collection, its index and its alias if missing, and load it. Safe in many processes.
 
-        Raises PermanentStoreError if it exists with another dimension than `dim`.
+        Raises PermanentStoreError if it exists with another dimension than `dim`, or with fields that cannot
+        hold the rows of this service.
         """
 
     def upsert(self, name: str, rows: Sequence[AnyRow]) -> None:
@@ -117,6 +130,9 @@ class VectorStore(Protocol):
         too long, have a vector of the wrong shape or with NaN or infinity, or whose id belongs to another
         tenant or project. After a TransientStoreError some rows may be stored: repeat the whole call.
         """
+
+    def check_writable(self, name: str) -> None:
+        """Read from the collection and write to it, without an effect. Raises the store's errors."""
 
     def search(
         self,

@@ -1,11 +1,13 @@
 """Schemas of the collections; validation of ids, names and rows; division of rows into requests."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from ..graphemes import Graphemes
 from .ports import AnyHit, AnyRow, EntityHit, EntityRow, Hit, PermanentStoreError, Row
 
 #: Collection of a job that names none.
@@ -168,18 +170,34 @@ def check_row(schema: Schema, row: AnyRow, dim: int) -> None:
     check_scalar(Scalar("version", None), row.version)
 
 
+def _with_limits(schema: Schema, max_bytes: Mapping[str, int]) -> Schema:
+    fields = (
+        field._replace(max_bytes=min(field.max_bytes, max_bytes.get(field.name, field.max_bytes)))
+        if field.max_bytes is not None
+        else field
+        for field in schema.fields
+    )
+    return schema._replace(fields=tuple(fields))
+
+
 def owner(row: AnyRow) -> tuple[str, str]:
     """Tenant and project of a row."""
     return row.tenant_id, row.project_id
 
 
-def check_rows(name: str, rows: Sequence[AnyRow], dim: int) -> list[AnyRow]:
-    """The last valid row of each id. Raises PermanentStoreError with the ids of all invalid rows."""
+def check_rows(
+    name: str, rows: Sequence[AnyRow], dim: int, max_bytes: Mapping[str, int] = MappingProxyType({})
+) -> list[AnyRow]:
+    """The last valid row of each id. Raises PermanentStoreError with the ids of all invalid rows.
+
+    `max_bytes`: lower limits of the collection itself, by field.
+    """
+    schema = _with_limits(schema_of(name), max_bytes)
     faults: dict[str, str] = {}
     last: dict[str, AnyRow] = {}
     for row in rows:
         try:
-            check_row(schema_of(name), row, dim)
+            check_row(schema, row, dim)
         except PermanentStoreError as error:
             faults.setdefault(str(row.id), str(error))
             continue
@@ -257,7 +275,14 @@ def hit_of(schema: Schema, answer: dict[str, Any]) -> AnyHit:
 
 
 def clip(text: str, limit_bytes: int = TEXT_LIMIT_BYTES) -> str:
-    """The longest prefix of `text` that fits into `limit_bytes` of UTF-8."""
+    """The longest prefix of whole graphemes that fits into `limit_bytes` of UTF-8.
+
+    A grapheme that alone is longer is cut between its characters.
+    """
     if len(text) * 4 <= limit_bytes:
         return text
-    return text.encode()[:limit_bytes].decode(errors="ignore")
+    data = text.encode()
+    if len(data) <= limit_bytes:
+        return text
+    fitting = len(data[:limit_bytes].decode(errors="ignore"))
+    return text[: Graphemes(text).last_boundary(fitting) or fitting]

@@ -15,7 +15,7 @@ from jobworker.worker import StoreUnavailable
 
 from ..jobstore.fence import Fence, WriteAdmission, WriteIntent
 from . import schema as schemas
-from .ports import AnyRow, TransientStoreError, VectorStore
+from .ports import AnyRow, CollectionUnavailable, TransientStoreError, VectorStore
 
 log = logging.getLogger("jobworker.versions")
 
@@ -78,7 +78,7 @@ class VersionedWriter:
         while waiting:
             # The newest first: rows that it supersedes are then not written at all.
             newest_first = sorted(waiting, key=lambda write: -(write.job.version or 0))
-            admitted = self._admit(newest_first)
+            admitted = self._admit(collection, newest_first)
             if admitted:
                 self._write_admitted(collection, [write for write in waiting if write in admitted])
                 waiting = [write for write in waiting if write not in admitted]
@@ -105,12 +105,14 @@ class VersionedWriter:
             ),
         )
 
-    def _admit(self, writes: Sequence["_PendingWrite"]) -> list["_PendingWrite"]:
+    def _admit(self, collection: str, writes: Sequence["_PendingWrite"]) -> list["_PendingWrite"]:
         admissions = self._call_fence(lambda: self._fence.admit([write.intent for write in writes]))
         for write, admission in zip(writes, admissions, strict=True):
             write.admission = admission
             if admission.verdict == "model":
-                raise TransientStoreError(
+                # The default collections serve everybody, so a wrong model there is a fault of the service.
+                kind = TransientStoreError if collection in schemas.SCHEMAS else CollectionUnavailable
+                raise kind(
                     f"{write.intent.collection} was rebuilt with the model {admission.model}, this service "
                     f"embeds with {self._model}: start it with --model {admission.model}"
                 )
@@ -169,7 +171,7 @@ class _WriteRound:
         if self._writer._mono_s() - self._mono_renewed_s < RENEW_AFTER_S:
             return
         self._mono_renewed_s = self._writer._mono_s()
-        if len(self._writer._admit(self._writes)) < len(self._writes):
+        if len(self._writer._admit(self._collection, self._writes)) < len(self._writes):
             raise Contended(f"{self._collection}: the lease expired during a slow write and was taken")
 
     def _current_rows(self, write: _PendingWrite) -> Sequence[AnyRow]:

@@ -172,7 +172,7 @@ class TestEnqueue:
             "[]",
             '{"kind": "x"}',
             '{"payload": 1}',
-            '{"type":"a","id":"/"}',
+            '{"type":"a","tenant_id":"/"}',
         ):
             store.client.xtrim("stream:audit:log", maxlen=0)
             result = run(store, "enqueue", "--lines", "-", code=2, stdin=good + good + bad + "\n" + good)

@@ -97,6 +97,7 @@ class TestBesideAService:
         (found,) = run_json(live, "explain", failing, *at)["found"]
         assert 60 < found["facts"]["due_in_s"] < 200
         assert found["facts"]["retry_count"] == 1
+        assert found["facts"]["last_error"] == f"ConnectionError: try 0 of {failing}"
         assert [one["job_id"] for one in run_json(live, "retry", "list")["retries"]] == [failing]
         run(live, "retry", "now", "missing", code=1)
         assert run_json(live, "retry", "now", failing) == {"hastened": 1, "missing": [], "dry_run": False}
@@ -105,7 +106,9 @@ class TestBesideAService:
         live.dead_letter(waiting)
         (found,) = run_json(live, "explain", waiting, *at)["found"]
         assert (found["state"], found["facts"]["reason"]) == ("dead", "permanent")
-        assert f"dlq requeue {found['facts']['letter']}" in run(live, "explain", waiting, *at).stdout
+        shown = run(live, "explain", waiting, *at).stdout
+        assert f"dlq requeue {found['facts']['letter']}" in shown
+        assert 'raise PermanentError("no such chapter")' in shown
         run(live, "retry", "now", "--all")
         live.wait_for_start(failing, 3)
         live.dead_letter(failing)
@@ -117,6 +120,49 @@ class TestPause:
         assert "noop" in result.stderr
         assert run_json(live, "pause", "noop", "--metrics-url", live.url)["unknown"] == []
         run(live, "resume", "nop", "noop")
+
+
+class TestEnqueue:
+    def test_a_misspelt_type_and_stream_are_named_and_the_job_is_sent(self, live: Service) -> None:
+        done = run(live, "enqueue", "shoot", "--stream", "stream:audit:lgo", "--id", "lost")
+        assert (done.exit_code, done.stdout) == (0, "lost\n")
+        assert "no service of this deployment runs the type 'shoot': " in done.stderr
+        assert "'stream:audit:lgo': did you mean 'stream:audit:log'?" in done.stderr
+        try:
+            why = run(live, "explain", "lost").stdout
+            assert "no service reads this stream: did you mean 'stream:audit:log'?" in why
+            wrong = findings(live, "--metrics-url", live.url, code=1)["wrong"]
+            assert wrong == [
+                "stream:audit:lgo: no running service reads this stream; 1 jobs wait",
+                "stream:audit:lgo: 1 waiting jobs have the type 'shoot', which no running service handles",
+            ]
+        finally:
+            live.client.delete("stream:audit:lgo")
+
+    def test_a_delayed_job_of_a_misspelt_type_is_found_before_it_is_due(self, live: Service) -> None:
+        run(live, "enqueue", "nop", "--id", "later", "--delay", "600")
+        try:
+            assert "no service handles type nop: did you mean 'noop'?" in run(live, "explain", "later").stdout
+            (wrong,) = findings(live, "--metrics-url", live.url, code=1)["wrong"]
+            assert "have the type 'nop'" in wrong
+        finally:
+            live.client.delete("retry:stream:story:gen")
+
+    def test_streams_and_keys_of_other_programs_are_no_problem(self, live: Service) -> None:
+        client = live.client
+        client.xadd("theirs", {"text": "no job"})
+        client.xadd("read", {"data": '{"id": "1", "type": "x"}'})
+        client.xgroup_create("read", "their-group", id="0")
+        client.xreadgroup("their-group", "reader", {"read": ">"})
+        client.xack("read", "their-group", *[id for id, _ in client.xrange("read")])
+        client.zadd("retry:plain", {"no job": 1})
+        client.set("plain", "text")
+        client.xadd(b"\xff", {"data": "x"})
+        try:
+            assert findings(live, "--metrics-url", live.url, code=0)["wrong"] == []
+            assert "was not found" in run(live, "explain", "nowhere", code=1).stdout
+        finally:
+            client.delete("theirs", "read", "retry:plain", "plain", b"\xff")
 
 
 class TestDoctor:

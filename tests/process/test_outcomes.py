@@ -81,7 +81,13 @@ def test_used_up_retries_end_in_an_exact_dead_letter(running: Service) -> None:
     }
     job = running.enqueue("flaky", {"times": 99}, created_at="2026-01-02T10:00:00.123Z", **extra)
     letter = running.dead_letter(job)
-    assert letter.keys() == CONTRACT_FIELDS
+    assert letter.keys() == CONTRACT_FIELDS | {"details"}
+    assert letter["details"].keys() == {"traceback"}
+    assert letter["details"]["traceback"].startswith("Traceback (most recent call last):\n  File ")
+    assert "toys.py" in letter["details"]["traceback"].splitlines()[1], (
+        "it begins with the handler's own frame"
+    )
+    assert letter["details"]["traceback"].endswith(letter["error"])
     assert letter["task"] == {"id": job, "type": "flaky", "payload": {"times": 99}, "retry_count": 3,
                               "created_at": "2026-01-02T10:00:00.123Z", **extra}  # fmt: skip
     assert letter["error"] == f"ConnectionError: try 3 of {job}"

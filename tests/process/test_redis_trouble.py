@@ -188,3 +188,52 @@ def test_what_is_deleted_under_it_is_made_anew_with_an_alarm(
     one.wait_until_drained()
     one.wait_until_ready()
     assert len(one.logged("store.unavailable")) == before
+
+
+OTHER = "stream:memory:update"
+LAST_ID = "18446744073709551615-18446744073709551615"
+BREAK: dict[str, Callable[[redis.Redis, str], object]] = {
+    "a string": lambda client, key: client.set(key, "a string"),
+    "a full stream": lambda client, key: client.xadd(key, {"data": "x"}, id=LAST_ID),
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "how"),
+    [
+        (STREAM, "a string"),
+        (f"fence:{STREAM}", "a string"),
+        (f"deaths:{STREAM}", "a string"),
+        (f"retry:{STREAM}", "a string"),
+        (f"dlq:{STREAM}", "a string"),
+        (f"dlq:{STREAM}", "a full stream"),
+    ],
+)
+def test_one_broken_key_stops_one_stream_and_is_named(
+    server: RedisServer, one: Service, key: str, how: str
+) -> None:
+    client = server.client
+    assert_consuming(one)
+    children = started(one)
+    if client.exists(key):
+        client.rename(key, f"{key} aside")
+    BREAK[how](client, key)
+    if key != STREAM:
+        one.add_raw({"data": b"not a job"})
+        one.enqueue("flaky", {"times": 1})
+    others = [one.enqueue("noop", stream=OTHER) for _ in range(3)]
+    for job_id in others:
+        one.wait_for_end(job_id)
+    eventually(lambda: one.metric("z_novel_stream_isolated", stream=STREAM, role="reader"))
+    assert one.is_ready()
+    assert f"RENAME {key} " in one.get("/readyz")[1]
+    (record, *_) = [line for line in one.logged("stream.isolated") if f"RENAME {key} " in line["hint"]]
+    assert record["stream"] == STREAM
+    late = one.enqueue("noop", stream=OTHER)
+    one.wait_for_end(late)
+    client.rename(key, f"{key}:damaged")
+    if client.exists(f"{key} aside"):
+        client.rename(f"{key} aside", key)
+    eventually(lambda: not one.metric("z_novel_stream_isolated", stream=STREAM, role="reader"), 20.0)
+    assert_consuming(one)
+    assert started(one) == children, "no process ended"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from support.redis_servers import free_port
 from support.service import COMMAND, Service, ending, eventually, handlers, service
 
 pytestmark = pytest.mark.process
@@ -63,6 +64,23 @@ def test_a_taken_metrics_port_exits_2(tmp_path: Path) -> None:
             tmp_path, "--metrics-addr", address, "--handler=noop=support.toys:Noop", "--no-builtin-handlers"
         )
     assert "in use" in said
+
+
+def test_a_taken_port_of_the_embedded_valkey_exits_2_and_names_the_option(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said = refused(
+            tmp_path, "--valkey-port", port, "--handler=noop=support.toys:Noop", "--no-builtin-handlers"
+        )
+    assert f"--valkey-port {port}: 127.0.0.1:{port}: Address already in use" in said
+
+
+def test_the_embedded_valkey_listens_on_the_port_that_was_given(tmp_path: Path) -> None:
+    port = free_port()
+    with service(tmp_path, handlers("Noop"), valkey_port=port) as one:
+        assert one.redis_url.endswith(f"@127.0.0.1:{port}/0")
+        one.enqueue("noop", {})
+        one.wait_until_drained()
 
 
 def test_command_line_wins_over_environment_and_that_over_the_file(tmp_path: Path) -> None:

@@ -403,4 +403,4 @@ def test_without_its_libraries_the_error_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "jobworker.worker.web.serve", raising=False)
-    assert "pip install 'jobworker[web]'" in run(server, "web", "--listen", "127.0.0.1:0", code=2).stderr
+    assert "pip install '.[web]'" in run(server, "web", "--listen", "127.0.0.1:0", code=2).stderr

@@ -5,10 +5,11 @@ import threading
 
 import pytest
 
-from jobworker.worker.errors import Fenced, NameHeld
+from jobworker.worker import keys
+from jobworker.worker.errors import Fenced, NameHeld, StoreRefused
 from jobworker.worker.keys import Holder, Source
-from jobworker.worker.store.ports import Dead, Entry, ReaderStore, Retry, Settlement
-from support.job_worlds import World
+from jobworker.worker.store.ports import Dead, Entry, ReaderStore, Retry, Settled, Settlement
+from support.job_worlds import World, settle
 
 S = Source("stream:test", "cg-test")
 OTHER = Source("stream:other", "cg-other")
@@ -123,7 +124,7 @@ class TestReading:
     def test_a_blocked_reader_does_not_block_others(self, world: World) -> None:
         store, ids = given(world, b"1")
         store.begin_read(S, 10, 60_000)
-        assert store.settle([Settlement(S, done=ids)]) == set()
+        assert settle(store, [Settlement(S, done=ids)]) == set()
         assert store.renew(S, ids) == set(ids)
 
 
@@ -139,7 +140,7 @@ class TestPauses:
 class TestSettling:
     def test_done_retried_and_dead_jobs_each_go_to_their_key(self, world: World) -> None:
         store, (a, b, c, d) = given(world, b"a", b"b", b"c", b"d")
-        refused = store.settle([Settlement(S, [a], [Retry(b, 60, b"b again")], [Dead(c, b"c is dead")])])
+        refused = settle(store, [Settlement(S, [a], [Retry(b, 60, b"b again")], [Dead(c, b"c is dead")])])
         assert refused == set()
         assert pending(store) == [d]
         assert world.waiting(S.stream) == [b"b again"]
@@ -148,8 +149,8 @@ class TestSettling:
     def test_a_second_settlement_is_refused_and_changes_nothing(self, world: World) -> None:
         store, (a, b, c) = given(world, b"a", b"b", b"c")
         outcome = Settlement(S, [a], [Retry(b, 60, b"b")], [Dead(c, b"c")])
-        store.settle([outcome])
-        assert store.settle([outcome]) == {a, b, c}
+        settle(store, [outcome])
+        assert settle(store, [outcome]) == {a, b, c}
         assert len(world.waiting(S.stream)) == len(world.dead_letters(S.stream)) == 1
 
     def test_only_the_unknown_ids_of_many_are_refused(self, world: World) -> None:
@@ -160,13 +161,13 @@ class TestSettling:
         world.producer().add(S.stream, [b"theirs"])
         assert len(read(other)) == 1
         odd = [b"%s9" % id for id in ids[::100]]
-        assert store.settle([Settlement(S, done=[*odd, *ids[5:]])]) == set(odd)
+        assert settle(store, [Settlement(S, done=[*odd, *ids[5:]])]) == set(odd)
         assert pending(store) == ids[:5]
 
     def test_unsorted_ids_that_lie_far_apart_are_settled(self, world: World) -> None:
         store, ids = given(world, *[b"%d" % i for i in range(100)])
         some = [ids[77], ids[3], ids[50], ids[99], ids[0]]
-        assert store.settle([Settlement(S, done=some)]) == set()
+        assert settle(store, [Settlement(S, done=some)]) == set()
         assert set(pending(store)) == set(ids) - set(some)
 
     def test_several_streams_are_settled_in_one_call(self, world: World) -> None:
@@ -175,7 +176,7 @@ class TestSettling:
         for source in (S, OTHER):
             world.producer().add(source.stream, [b"1"])
         ids = {source: read(store, source=source)[0].id for source in (S, OTHER)}
-        refused = store.settle([Settlement(S, [ids[S], UNKNOWN]), Settlement(OTHER, [ids[OTHER]])])
+        refused = settle(store, [Settlement(S, [ids[S], UNKNOWN]), Settlement(OTHER, [ids[OTHER]])])
         assert refused <= {UNKNOWN}
         assert pending(store) == pending(store, OTHER) == []
 
@@ -183,27 +184,27 @@ class TestSettling:
         mine, (a,) = given(world, b"1", consumer="a")
         theirs = world.reader("b")
         theirs.acquire([S])
-        assert theirs.settle([Settlement(S, [], [Retry(a, 0, b"again")])]) == {a}
+        assert settle(theirs, [Settlement(S, [], [Retry(a, 0, b"again")])]) == {a}
         assert world.waiting(S.stream) == []
         assert pending(mine) == [a]
 
     def test_two_equal_jobs_are_both_retried(self, world: World) -> None:
         store, (a, b) = given(world, b"{}", b"{}")
-        store.settle([Settlement(S, retries=[Retry(a, 0, b"{}")])])
-        store.settle([Settlement(S, retries=[Retry(b, 0, b"{}")])])
+        settle(store, [Settlement(S, retries=[Retry(a, 0, b"{}")])])
+        settle(store, [Settlement(S, retries=[Retry(b, 0, b"{}")])])
         assert [job.strip() for job in world.waiting(S.stream)] == [b"{}", b"{}"]
         assert world.reaper().promote(S.stream, 10).moved == 2
 
     def test_an_empty_settlement_is_allowed(self, world: World) -> None:
         store, _ = given(world, b"1")
-        assert store.settle([]) == set()
-        assert store.settle([Settlement(S)]) == set()
+        assert settle(store, []) == set()
+        assert settle(store, [Settlement(S)]) == set()
 
     def test_settlements_of_more_than_one_step(self, world: World) -> None:
         store, ids = given(world, *[b"%d" % i for i in range(40)])
         big = b"x" * 1_000_000
         retries = [Retry(id, 60, big + b"%d" % i) for i, id in enumerate(ids[:20])]
-        assert store.settle([Settlement(S, ids[20:], retries)]) == set()
+        assert settle(store, [Settlement(S, ids[20:], retries)]) == set()
         assert len(world.waiting(S.stream)) == 20
         assert pending(store) == []
 
@@ -214,7 +215,7 @@ class TestFence:
         new = world.reader("a")
         new.acquire([S])
         for act in (
-            lambda: old.settle([Settlement(S, [a])]),
+            lambda: settle(old, [Settlement(S, [a])]),
             lambda: old.set_deaths(S, {a: 1}),
             lambda: old.renew(S, [a]),
             lambda: old.release(S, [a]),
@@ -223,13 +224,13 @@ class TestFence:
             with pytest.raises(Fenced):
                 act()
         assert pending(new) == [a]
-        assert new.settle([Settlement(S, [a])]) == set()
+        assert settle(new, [Settlement(S, [a])]) == set()
 
     def test_a_reader_of_another_name_is_not_fenced(self, world: World) -> None:
         one, (a,) = given(world, b"1")
         other = world.reader("b")
         other.acquire([S])
-        assert one.settle([Settlement(S, [a])]) == set()
+        assert settle(one, [Settlement(S, [a])]) == set()
 
 
 #: Three starts of services. Their lease is short: on real servers the tests wait for its end.
@@ -267,12 +268,12 @@ class TestName:
         a = read(first)[0].id
         world.pass_time(FIRST.lease_s + 0.1)
         second.acquire([S])
-        for act in (lambda: first.renew_name([S]), lambda: first.settle([Settlement(S, [a])])):
+        for act in (lambda: first.renew_name([S]), lambda: settle(first, [Settlement(S, [a])])):
             with pytest.raises(Fenced):
                 act()
         with pytest.raises(NameHeld, match="pid 2"):
             first.acquire([S])
-        assert second.settle([Settlement(S, [a])]) == set()
+        assert settle(second, [Settlement(S, [a])]) == set()
 
     def test_the_next_reader_of_one_service_takes_the_name_at_once(self, world: World) -> None:
         for _ in range(2):
@@ -326,7 +327,7 @@ class TestDeaths:
     def test_settled_entries_get_no_deaths(self, world: World) -> None:
         store, (a,) = given(world, b"a")
         store.set_deaths(S, {a: 1})
-        store.settle([Settlement(S, [a])])
+        settle(store, [Settlement(S, [a])])
         assert store.set_deaths(S, {a: 2}) == {}
 
 
@@ -338,8 +339,8 @@ class TestLeases:
         assert new.claim(S, 60_000, 10, b"0-0") == (b"0-0", [])
         _, entries = new.claim(S, 0, 10, b"0-0")
         assert [(e.id, e.data, e.deliveries) for e in entries] == [(ids[0], b"1", 2), (ids[1], b"2", 2)]
-        assert old.settle([Settlement(S, ids)]) == set(ids)
-        assert new.settle([Settlement(S, ids)]) == set()
+        assert settle(old, [Settlement(S, ids)]) == set(ids)
+        assert settle(new, [Settlement(S, ids)]) == set()
 
     def test_a_long_list_is_claimed_page_by_page(self, world: World) -> None:
         _, ids = given(world, *[b"%d" % i for i in range(7)], consumer="a")
@@ -365,7 +366,7 @@ class TestLeases:
 
     def test_renewing_returns_lost_entries(self, world: World) -> None:
         old, (a, b) = given(world, b"1", b"2", consumer="a")
-        old.settle([Settlement(S, [a])])
+        settle(old, [Settlement(S, [a])])
         assert old.renew(S, [a, b, UNKNOWN]) == {a, UNKNOWN}
 
     def test_renewing_takes_no_entry_of_another_consumer(self, world: World) -> None:
@@ -416,7 +417,7 @@ class TestLeases:
 class TestPromotion:
     def test_a_retry_returns_when_it_is_due_and_not_before(self, world: World) -> None:
         store, (a,) = given(world, b"1")
-        store.settle([Settlement(S, retries=[Retry(a, 0.3, b"again")])])
+        settle(store, [Settlement(S, retries=[Retry(a, 0.3, b"again")])])
         reaper = world.reaper()
         early = reaper.promote(S.stream, 10)
         assert early.moved == 0
@@ -465,10 +466,10 @@ class TestTrimming:
         world.producer().add(S.stream, [b"4"])
         reaper = world.reaper()
         assert reaper.trim(S.stream) == 0
-        store.settle([Settlement(S, [ids[0], ids[2]])])
+        settle(store, [Settlement(S, [ids[0], ids[2]])])
         assert reaper.trim(S.stream) == 1
         assert pending(store) == [ids[1]]
-        store.settle([Settlement(S, [ids[1]])])
+        settle(store, [Settlement(S, [ids[1]])])
         assert reaper.trim(S.stream) == 2
         assert [e.data for e in read(store)] == [b"4"]
 
@@ -480,7 +481,7 @@ class TestTrimming:
         for i in range(20):
             (entry,) = read(store, count=1)
             assert entry.data == b"%d" % i
-            store.settle([Settlement(S, [entry.id])])
+            settle(store, [Settlement(S, [entry.id])])
             assert reaper.trim(S.stream) == 1
 
     def test_entries_that_another_group_needs_are_not_trimmed(self, world: World) -> None:
@@ -488,11 +489,11 @@ class TestTrimming:
         second = Source(S.stream, "cg-second")
         slow = world.reader("slow")
         slow.acquire([second])
-        store.settle([Settlement(S, ids)])
+        settle(store, [Settlement(S, ids)])
         assert world.reaper().trim(S.stream) == 0
         assert [e.data for e in read(slow, source=second)] == [b"1"]
         assert world.reaper().trim(S.stream) == 0
-        slow.settle([Settlement(second, ids)])
+        settle(slow, [Settlement(second, ids)])
         assert world.reaper().trim(S.stream) == 1
 
     def test_a_stream_without_a_group_is_not_trimmed(self, world: World) -> None:
@@ -505,7 +506,7 @@ class TestTrimming:
         store, _ids = given(world)
         world.producer().add(S.stream, [b"%d" % i for i in range(3456)])
         while entries := read(store, count=1000):
-            store.settle([Settlement(S, [e.id for e in entries])])
+            settle(store, [Settlement(S, [e.id for e in entries])])
         reaper = world.reaper()
         assert reaper.trim(S.stream) + reaper.trim(S.stream) == 3456
         assert world.length(S.stream) == 0
@@ -526,7 +527,7 @@ class TestTrimming:
 
     def test_depths_count_entries_retries_and_dead_letters(self, world: World) -> None:
         store, (a, b, _c) = given(world, b"1", b"2", b"3")
-        store.settle([Settlement(S, [], [Retry(a, 60, b"r")], [Dead(b, b"d")])])
+        settle(store, [Settlement(S, [], [Retry(a, 60, b"r")], [Dead(b, b"d")])])
         world.producer().add(S.stream, [b"4", b"5"])
         world.pass_time(0.2)
         depths = world.reaper().depths(S)
@@ -556,5 +557,121 @@ class TestProducing:
         store, ids = given(world, b"1")
         world.delete_stream(S.stream)
         world.producer().add(S.stream, [b"2"])
-        assert store.settle([Settlement(S, ids)]) == set(ids)
+        assert settle(store, [Settlement(S, ids)]) == set(ids)
         assert [e.data for e in read(store) or read(store)] == [b"2"]
+
+
+class TestAnnouncements:
+    def test_producers_see_what_each_service_handles(self, world: World) -> None:
+        producer, reaper = world.producer(), world.reaper()
+        assert producer.announcements() == []
+        other = Source("other", "cg-other")
+        reaper.announce("host/blue", ["old"], [S])
+        reaper.announce("host/blue", ["shout", "audit"], [S, other])
+        reaper.announce("host/green", ["类型"], [])
+        blue, green = sorted(producer.announcements())
+        assert (blue.service, blue.types, blue.sources) == ("host/blue", {"shout", "audit"}, {S, other})
+        assert (green.service, green.types, green.streams) == ("host/green", {"类型"}, set())
+        assert green.is_running(green.wall_renewed_s + 80)
+        assert not green.is_running(green.wall_renewed_s + 100)
+
+
+DERIVED = {
+    "fence": keys.fence_key(S.stream),
+    "deaths": keys.deaths_key(S.stream),
+    "retry": keys.retry_key(S.stream),
+    "dead letters": keys.dead_letter_key(S.stream),
+    "stream": S.stream,
+}
+
+
+class TestBrokenKeys:
+    """Keys of another type. Each call for the stream is refused or works; other streams go on."""
+
+    @pytest.mark.parametrize("key", DERIVED.values(), ids=DERIVED)
+    def test_the_key_and_its_repair_are_named(self, world: World, key: str) -> None:
+        store, _ = given(world, b"1")
+        assert store.key_faults(S) == []
+        world.break_key(key)
+        for faults in (store.key_faults(S), world.reaper().key_faults(S)):
+            ((named, _, repair, _),) = faults
+            assert named == key
+            assert repair == f"RENAME {key} {key}:damaged"
+        world.repair_key(key)
+        assert store.key_faults(S) == []
+
+    @pytest.mark.parametrize("key", DERIVED.values(), ids=DERIVED)
+    def test_entries_are_settled_or_remain_pending(self, world: World, key: str) -> None:
+        store, ids = given(world, b"1", b"2", b"3")
+        world.producer().add(OTHER.stream, [b"x"])
+        store.acquire([OTHER])
+        (x,) = (entry.id for entry in read(store, source=OTHER))
+        world.break_key(key)
+        mixed = Settlement(S, ids[:1], [Retry(ids[1], 60, b"r")], [Dead(ids[2], b"d")])
+        broken, other = store.settle([mixed, Settlement(OTHER, [x])])
+        assert other == Settled(set(), set())
+        assert broken.unsettled == {
+            "retry": {ids[1]},
+            "dead letters": {ids[2]},
+        }.get(next(name for name in DERIVED if DERIVED[name] == key), set(ids))
+        assert isinstance(broken.error, StoreRefused)
+        world.repair_key(key)
+        assert pending(store) == [id for id in ids if id in broken.unsettled]
+        assert store.settle([mixed])[0].unsettled == set()
+        assert (world.waiting(S.stream), world.dead_letters(S.stream)) == ([b"r"], [b"d"])
+        assert pending(store) == []
+
+    def test_a_stream_of_another_type_refuses_every_call(self, world: World) -> None:
+        store, ids = given(world, b"1")
+        world.producer().schedule(S.stream, b"due", 0)
+        world.break_key(S.stream)
+        for call in (
+            lambda: store.acquire([S]),
+            lambda: read(store),
+            lambda: store.own_pending(S, b"0-0", 1),
+            lambda: store.claim(S, 0, 1, b"0-0"),
+            lambda: store.renew(S, ids),
+            lambda: store.set_deaths(S, {ids[0]: 1}),
+            lambda: store.fetch(S, ids),
+            lambda: world.reaper().promote(S.stream, 1),
+            lambda: world.reaper().trim(S.stream),
+            lambda: world.reaper().depths(S),
+        ):
+            with pytest.raises(StoreRefused):
+                call()
+
+    def test_a_claim_that_cannot_read_the_deaths_takes_nothing(self, world: World) -> None:
+        _, ids = given(world, b"1")
+        other = world.reader("b")
+        other.acquire([S])
+        world.break_key(keys.deaths_key(S.stream))
+        with pytest.raises(StoreRefused):
+            other.claim(S, 0, 10, b"0-0")
+        world.repair_key(keys.deaths_key(S.stream))
+        assert pending(other) == []
+        assert [entry.id for entry in other.claim(S, 0, 10, b"0-0")[1]] == ids
+
+    def test_depths_are_counted_without_the_derived_keys(self, world: World) -> None:
+        given(world, b"1")
+        for name in ("retry", "dead letters", "deaths", "fence"):
+            world.break_key(DERIVED[name])
+        assert world.reaper().depths(S)[:4] == (0, 1, 0, 0)
+        with pytest.raises(StoreRefused):
+            world.reaper().promote(S.stream, 1)
+
+    def test_paused_types_of_another_type_are_refused_and_named(self, world: World) -> None:
+        store = world.reader("a")
+        world.break_key(keys.PAUSED_KEY)
+        with pytest.raises(StoreRefused):
+            store.paused_types()
+        ((key, _, repair, _),) = store.pause_faults()
+        assert (key, repair) == (keys.PAUSED_KEY, f"RENAME {key} {key}:damaged")
+
+    def test_a_read_of_one_stream_is_abandoned_alone(self, world: World) -> None:
+        store = world.reader("a")
+        store.acquire([S, OTHER])
+        store.begin_read(S, 1, 60_000)
+        store.begin_read(OTHER, 1, 60_000)
+        store.abandon_read(S)
+        store.abandon_read(S)
+        assert (store.is_reading(S), store.is_reading(OTHER)) == (False, True)

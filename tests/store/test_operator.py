@@ -1,5 +1,6 @@
 """Operator's store: dead letters move whole, pauses last, a job is found wherever it is."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from jobworker.worker.store.operator import START, walk
 from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
 from jobworker.worker.store.redis.operator import OperatorStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
-from support.job_worlds import RedisWorld
+from jobworker.worker.store.redis.server_facts import RedisFacts
+from support.job_worlds import RedisWorld, settle
 
 S = Source("stream:test", "cg-test")
 
@@ -37,7 +39,7 @@ def delivered(world: RedisWorld, *jobs: bytes) -> tuple[RedisReaderStore, list[b
 def given_up(world: RedisWorld, *letters: bytes) -> None:
     """Dead letters, made as the service makes them."""
     reader, ids = delivered(world, *(b"{}" for _ in letters))
-    reader.settle([Settlement(S, dead=[Dead(*pair) for pair in zip(ids, letters, strict=True)])])
+    settle(reader, [Settlement(S, dead=[Dead(*pair) for pair in zip(ids, letters, strict=True)])])
 
 
 def bodies(world: RedisWorld) -> list[bytes]:
@@ -113,7 +115,7 @@ class TestRetries:
         self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         reader, (a, b) = delivered(redis_world, b"a", b"b")
-        reader.settle([Settlement(S, retries=[Retry(a, 90, b"late"), Retry(b, 30, b"soon")])])
+        settle(reader, [Settlement(S, retries=[Retry(a, 90, b"late"), Retry(b, 30, b"soon")])])
         now = operator.wall_now_s(S.stream)
         soon, late = operator.retries(S.stream, 0, 10)
         assert (soon.data, late.data) == (b"soon", b"late")
@@ -124,7 +126,7 @@ class TestRetries:
         self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         reader, (a, b) = delivered(redis_world, b"a", b"b")
-        reader.settle([Settlement(S, retries=[Retry(a, 90, b"one"), Retry(b, 90, b"two")])])
+        settle(reader, [Settlement(S, retries=[Retry(a, 90, b"one"), Retry(b, 90, b"two")])])
         assert operator.retry_now(S.stream, [b"one", b"unknown"]) == 1
         assert redis_world.reaper().promote(S.stream, 10).moved == 1
         assert redis_world.waiting(S.stream) == [b"two"]
@@ -146,6 +148,16 @@ class TestPauses:
         assert operator.resume("audit")
         assert not operator.resume("audit")
         assert redis_world.reader("host/b").paused_types() == {"embedding_batch"}
+
+    @pytest.mark.parametrize(
+        "value", [b"[" * 100_000, b'{"since": "nan"}', b'{"since": 1e300}', b'{"since": [1]}', b"\xff"]
+    )
+    def test_a_damaged_value_pauses_too(
+        self, redis_world: RedisWorld, operator: OperatorStore, value: bytes
+    ) -> None:
+        redis_world.server.client.hset("jobworker:paused", "audit", value)
+        (pause,) = operator.pauses()
+        assert (pause.kind, pause.wall_since_s) == ("audit", 0.0)
 
     def test_a_value_written_by_hand_pauses_too(
         self, redis_world: RedisWorld, operator: OperatorStore
@@ -184,7 +196,7 @@ class TestWhereAJobIs:
         assert lease.idle_s < 5
         assert operator.entry(S.stream, a) == Entry(a, b"a", deaths=2)
         assert [one.id for one in operator.leases(S, START, 10)] == [a, b]
-        reader.settle([Settlement(S, done=[a])])
+        settle(reader, [Settlement(S, done=[a])])
         assert operator.lease(S, a) is None
         group = operator.group(S)
         assert group is not None
@@ -222,3 +234,22 @@ class TestLetters:
         assert letter not in LetterFilter(before_wall_s=4)
         assert LetterFilter().is_empty
         assert not LetterFilter(before_wall_s=4).is_empty
+
+
+class TestNamesOfOthers:
+    def test_names_that_are_no_text_and_damaged_deaths_end_no_report(
+        self, redis_world: RedisWorld, operator: OperatorStore
+    ) -> None:
+        _, ids = delivered(redis_world, b"{}")
+        client = redis_world.server.client
+        client.hset("deaths:stream:test", ids[0], "abc")
+        client.execute_command("XGROUP", "CREATE", S.stream, b"\xff", "0")
+        client.execute_command("XGROUP", "CREATECONSUMER", S.stream, S.group, b"\xfe")
+        client.execute_command("XCLAIM", S.stream, S.group, b"\xfe", 0, ids[0])
+        entry, lease = operator.entry(S.stream, ids[0]), operator.lease(S, ids[0])
+        assert entry is not None
+        assert entry.deaths == 0
+        assert lease is not None
+        assert lease.consumer == "\ufffd"
+        with contextlib.closing(RedisFacts(redis_world.server.url)) as facts:
+            assert set(facts.stream(S).lags) == {S.group, "\ufffd"}

@@ -1,15 +1,22 @@
 """What a producer writes to the stream, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobworker.worker.endpoints import read_private_endpoints, store_url
 from jobworker.worker.envelope import read_envelope
-from jobworker.worker.errors import StoreUnavailable
-from jobworker.worker.producer import NewJob, Producer
+from jobworker.worker.errors import ConfigurationError, StoreUnavailable
+from jobworker.worker.keys import Source
+from jobworker.worker.producer import NewJob, Producer, UnknownDestination
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore
 from support.redis_servers import free_port, running
@@ -125,9 +132,22 @@ def nested(depth: int) -> list[Any]:
         {"payload": nested(100_000)},
         {"payload": "x" * (8 * 1024 * 1024)},
         {"id": ""},
-        {"id": "with space"},
-        {"id": "x" * 65},
+        {"id": "x" * 513},
         {"id": 7},
+        {"id": "\ud800"},
+        {"type": "\ud800"},
+        {"type": ["noop"]},
+        {"stream": 7},
+        {"stream": b"bytes"},
+        {"stream": ["a", "b"]},
+        {"stream": "\ud800"},
+        {"stream": "s" * 513},
+        {"metadata": [1]},
+        {"metadata": [["a", "b"]]},
+        {"metadata": "text"},
+        {"metadata": {1: "v"}},
+        {"metadata": {"k": "\ud800"}},
+        {"metadata": 0},
         {"tenant_id": "a/b"},
         {"project_id": "编号"},
         {"tenant_id": None},
@@ -138,6 +158,12 @@ def nested(depth: int) -> list[Any]:
         {"metadata": {str(number): "" for number in range(129)}},
         {"timeout": 0},
         {"timeout": float("inf")},
+        {"timeout": 10**400},
+        {"delay": 10**400},
+        {"delay": float("nan")},
+        {"delay": ""},
+        {"delay": []},
+        {7: 1, "x": 2},
         {"timeout": True},
         {"delay": -1},
         {"delay": "5"},
@@ -145,12 +171,26 @@ def nested(depth: int) -> list[Any]:
         {"type": None},
         {"typo": 1},
     ],
-    ids=lambda job: next(iter(job)),
+    ids=lambda job: str(next(iter(job))),
 )
 def test_jobs_that_the_service_would_reject_are_refused(bench: Bench, job: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         bench.producer.enqueue_many([{"type": "noop", **job}])
     assert bench.raw() == []
+
+
+@pytest.mark.parametrize("job", [7, None, "noop", b"{}", ["noop"], {}, {"payload": 1}], ids=repr)
+def test_what_is_no_job_is_refused(bench: Bench, job: Any) -> None:
+    with pytest.raises(ValueError, match="a job "):
+        bench.producer.enqueue_many([job])
+    with pytest.raises(ValueError, match="stream is 7"):
+        bench.producer.enqueue_many([NewJob("noop")], stream=7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("id", ["with space", "x" * 512, "订单-7", "-x", "a/b?c=d", "\n"], ids=repr)
+def test_ids_that_the_service_accepts_are_sent(bench: Bench, id: str) -> None:
+    assert bench.producer.enqueue("noop", {}, id=id) == id
+    assert read_envelope(bench.raw()[0]).id == id
 
 
 def test_jobs_before_a_refused_one_are_enqueued(bench: Bench) -> None:
@@ -173,3 +213,201 @@ def test_on_a_real_server(kind: str, tmp_path: Path) -> None:
         entries = server.client.xrange("stream:story:gen")
         assert [json.loads(fields[b"data"])["id"] for _, fields in entries[1:]] == ids
         assert server.client.zcard("retry:stream:story:gen") == 1
+
+
+#: Parent and child enqueue by the same producer, each waiting for the other before every job.
+FORK = """
+import os, sys
+from jobworker.worker import Producer
+
+producer = Producer(sys.argv[1])
+producer.enqueue("noop", {}, id="before")
+to_child, to_parent = os.pipe(), os.pipe()
+child = os.fork()
+name, here, there = ("child", to_child, to_parent) if child == 0 else ("parent", to_parent, to_child)
+for number in range(20):
+    if number or child == 0:
+        os.read(here[0], 1)
+    producer.enqueue("noop", {}, id=f"{name}-{number}")
+    os.write(there[1], b".")
+if child == 0:
+    sys.exit()
+producer.enqueue("noop", {}, id="after")
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+class TestShared:
+    """One producer of several threads, processes or signal handlers."""
+
+    def test_by_threads(self, tmp_path: Path) -> None:
+        errors: list[BaseException] = []
+        together = threading.Barrier(8)
+
+        def work(name: str) -> None:
+            try:
+                together.wait(30)
+                for number in range(100):
+                    producer.enqueue("noop", {}, id=f"{name}-{number}")
+            except BaseException as error:
+                errors.append(error)
+
+        with running("valkey", tmp_path) as server, Producer(server.url) as producer:
+            threads = [threading.Thread(target=work, args=(name,)) for name in "abcdefgh"]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            stored = [
+                json.loads(fields[b"data"])["id"] for _, fields in server.client.xrange("stream:story:gen")
+            ]
+        assert errors == []
+        assert sorted(stored) == sorted(f"{name}-{number}" for name in "abcdefgh" for number in range(100))
+        assert [id for id in stored if id[0] == "a"] == [f"a-{number}" for number in range(100)]
+
+    def test_across_a_fork(self, tmp_path: Path) -> None:
+        with running("valkey", tmp_path) as server:
+            done = subprocess.run(
+                [sys.executable, "-W", "error", "-c", FORK, server.url],
+                capture_output=True, text=True, timeout=60, check=False,
+            )  # fmt: skip
+            assert (done.returncode, done.stderr) == (0, "")
+            assert server.client.xlen("stream:story:gen") == 42
+
+    def test_an_interrupted_call_leaves_no_reply_to_the_next(self, tmp_path: Path) -> None:
+        class Interrupted(BaseException):
+            """As a time limit by a signal raises it."""
+
+        with running("valkey", tmp_path) as server, Producer(server.url) as producer:
+            producer.enqueue("noop", {})
+            with producer._stores.borrow() as store:
+                connection: Any = store._connection("stream:story:gen")  # type: ignore[attr-defined]
+                receive = connection._connection.read_response
+
+                def interrupt(**_: Any) -> None:
+                    connection._connection.read_response = receive
+                    raise Interrupted
+
+                connection._connection.read_response = interrupt
+            with pytest.raises(Interrupted):
+                producer.enqueue("noop", {}, id="interrupted")
+            assert producer.enqueue("noop", {}, id="next") == "next"
+            assert len(producer.enqueue_many(NewJob("noop") for _ in range(3))) == 3
+            assert server.client.xlen("stream:story:gen") == 6
+
+
+class TestWithoutUrl:
+    """Which store `Producer()` uses."""
+
+    def test_that_of_the_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("JOBWORKER_DATA_DIR", str(tmp_path))
+        with running("valkey", tmp_path) as server:
+            monkeypatch.setenv("JOBWORKER_REDIS_URL", server.url)
+            with Producer() as producer:
+                producer.enqueue("noop", {})
+            assert server.client.xlen("stream:story:gen") == 1
+
+    def test_that_of_the_service_in_the_data_directory_also_after_its_port_changed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("JOBWORKER_REDIS_URL", raising=False)
+        monkeypatch.delenv("JOBWORKER_DATA_DIR", raising=False)
+        monkeypatch.chdir(tmp_path)
+        folder = tmp_path / "jobworker-data"
+        folder.mkdir()
+        with running("valkey", tmp_path) as server:
+            write(folder, {"redis_url": f"redis://127.0.0.1:{free_port()}/0", "pid": 7})
+            with Producer() as producer:
+                with pytest.raises(StoreUnavailable):
+                    producer.enqueue("noop", {})
+                write(folder, {"redis_url": server.url, "pid": 8})
+                producer.enqueue("noop", {})
+            assert server.client.xlen("stream:story:gen") == 1
+
+    def test_without_any_the_error_names_the_ways(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match="JOBWORKER_REDIS_URL is not set and no service has run"):
+            store_url({"JOBWORKER_DATA_DIR": str(tmp_path / "nowhere")})
+        assert not (tmp_path / "nowhere").exists()
+
+    @pytest.mark.parametrize("content", ["", "[]", "nonsense", '{"redis_url": 7}', "[" * 60_000])
+    def test_a_damaged_file_counts_as_none(self, content: str, tmp_path: Path) -> None:
+        (tmp_path / "endpoints.json").write_text(content)
+        (tmp_path / "endpoints.json").chmod(0o600)
+        with pytest.raises(ConfigurationError, match="no job store"):
+            store_url({"JOBWORKER_DATA_DIR": str(tmp_path)})
+
+    def test_a_file_that_others_could_have_written_is_refused(self, tmp_path: Path) -> None:
+        file = tmp_path / "endpoints.json"
+        write(tmp_path, {"redis_url": "redis://elsewhere"})
+        file.chmod(0o666)
+        with pytest.raises(ConfigurationError, match="another user"):
+            read_private_endpoints(tmp_path)
+        file.rename(tmp_path / "target")
+        file.symlink_to(tmp_path / "target")
+        with pytest.raises(ConfigurationError, match="cannot be read"):
+            read_private_endpoints(tmp_path)
+        file.unlink()
+        os.mkfifo(file, 0o600)
+        with pytest.raises(ConfigurationError, match="another user"):
+            read_private_endpoints(tmp_path)
+
+
+def write(folder: Path, endpoints: dict[str, Any]) -> None:
+    (folder / "endpoints.json").write_text(json.dumps(endpoints))
+    (folder / "endpoints.json").chmod(0o600)
+
+
+class TestUnknownDestinations:
+    """Warnings of types and streams that no service of the deployment handles."""
+
+    def announce(self, bench: Bench) -> None:
+        MemoryStore(bench.server).announce(
+            "host/blue", ["embedding_batch", "shout"], [Source("stream:story:gen", "cg")]
+        )
+
+    def test_a_misspelt_type_is_sent_with_one_warning(self, bench: Bench) -> None:
+        self.announce(bench)
+        with pytest.warns(
+            UnknownDestination, match="runs the type 'embeding_batch': did you mean 'emb"
+        ) as told:
+            bench.producer.enqueue("embeding_batch", {})
+        bench.producer.enqueue_many([NewJob("embeding_batch")] * 3)
+        assert [warning.filename for warning in told] == [__file__]
+        assert len(bench.jobs()) == 4
+
+    def test_a_misspelt_stream_too_also_for_a_delayed_job(self, bench: Bench) -> None:
+        self.announce(bench)
+        with pytest.warns(
+            UnknownDestination, match="reads the stream 'stream:story:gne': did you mean"
+        ) as told:
+            bench.producer.enqueue_many([{"type": "shout", "delay": 5}], stream="stream:story:gne")
+        assert [warning.filename for warning in told] == [__file__]
+
+    def test_as_an_error_it_keeps_the_job_back(self, bench: Bench) -> None:
+        self.announce(bench)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UnknownDestination)
+            with pytest.raises(UnknownDestination, match="known are embedding_batch, shout"):
+                bench.producer.enqueue_many([NewJob("shout"), NewJob("zzz")])
+        assert [job["type"] for job in bench.jobs()] == ["shout"]
+
+    def test_known_names_cost_one_look_for_each_pair(self, bench: Bench) -> None:
+        self.announce(bench)
+        looks = count_looks(bench.producer)
+        for _ in range(5):
+            bench.producer.enqueue_many([NewJob("shout"), NewJob("embedding_batch")])
+        assert len(looks) == 2
+
+    def test_before_the_first_service_there_is_no_warning_and_one_look(self, bench: Bench) -> None:
+        looks = count_looks(bench.producer)
+        for number in range(5):
+            bench.producer.enqueue(f"type-{number}", {})
+        assert len(looks) == 1
+
+
+def count_looks(producer: Producer) -> list[None]:
+    looks: list[None] = []
+    with producer._stores.borrow() as store:
+        look = store.announcements
+        store.announcements = lambda: looks.append(None) or look()  # type: ignore[func-returns-value, method-assign]
+    return looks

@@ -247,6 +247,15 @@ def test_a_collection_without_an_alias_needs_mode_in_place(world: World) -> None
         world.rebuild(collection="absent")
 
 
+def test_an_alias_of_a_collection_with_numbers_as_ids_is_refused(world: World) -> None:
+    """A server would report it like an outage, which pauses the type."""
+    table, alias = f"{world.prefix}numbers_1", f"{world.prefix}numbers"
+    world.create_foreign(table)
+    world.call(lambda client: client.create_alias(table, alias, timeout=30))
+    with pytest.raises(PermanentError, match="VARCHAR field `id`"):
+        world.rebuild(collection="numbers")
+
+
 def test_a_late_page_is_not_slow(world: World, tmp_path: Path) -> None:
     """The cost of a page must not grow so that a rebuild never ends."""
     world.store.upsert(NAME, world.rows(0, 3000))

@@ -11,26 +11,36 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
 from jobworker.worker import keys
-from jobworker.worker.errors import AnswerTooLarge, ConfigurationError, Fenced, NameHeld, StoreUnavailable
-from jobworker.worker.keys import Holder, Source
+from jobworker.worker.errors import (
+    AnswerTooLarge,
+    ConfigurationError,
+    Fenced,
+    NameHeld,
+    StoreRefused,
+    StoreUnavailable,
+)
+from jobworker.worker.keys import Holder, Source, base_stream
 from jobworker.worker.settings import without_credentials
 from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
 from jobworker.worker.store.redis import blocking_read
 from jobworker.worker.store.redis.connect import require_version
+from jobworker.worker.store.redis.key_scan import find_streams
+from jobworker.worker.store.redis.operator import OperatorStore
 from jobworker.worker.store.redis.producer import RedisProducerStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from jobworker.worker.store.redis.reaper import RedisReaperStore
-from support.job_worlds import RedisWorld
+from support.job_worlds import RedisWorld, settle
 from support.redis_servers import RedisServer, free_port, require
 
 S = Source("stream:test", "cg-test")
 SOON_S = 5.0
-FENCE = "fence:stream:test"
+FENCE, DEATHS = "fence:stream:test", "deaths:stream:test"
 #: Two starts of services whose lease is long.
 STARTED, STARTED_LATER = Holder("t1", "pid 1", 60.0), Holder("t2", "pid 2", 60.0)
 
@@ -108,11 +118,161 @@ class TestName:
         client.hset(FENCE, "/holder/a", json.dumps(record))
         redis_world.reader("a", STARTED_LATER).acquire([S])
 
+    @pytest.mark.parametrize(
+        "about",
+        [b"5", b"null", b"[1]", b'{"a": 1}', b"true"],
+        ids=["number", "null", "list", "object", "bool"],
+    )
+    def test_a_record_with_fields_of_another_kind_blocks_no_service(
+        self, redis_world: RedisWorld, about: bytes
+    ) -> None:
+        redis_world.reader("a", STARTED).acquire([S])
+        client = redis_world.server.client
+        record = client.hget(FENCE, "/holder/a")
+        for field in ("about", "token", "renewed", "lease"):
+            members = json.loads(record) | {field: json.loads(about)}
+            client.hset(FENCE, "/holder/a", json.dumps(members))
+            redis_world.reader("a", STARTED_LATER).acquire([S])
+            client.hset(FENCE, "a", json.loads(record)["epoch"])
+
+    def test_a_record_with_an_endless_lease_does_not_count(self, redis_world: RedisWorld) -> None:
+        redis_world.reader("a", STARTED).acquire([S])
+        client = redis_world.server.client
+        record = json.loads(client.hget(FENCE, "/holder/a"))
+        for lease in ("1e300", "inf", "nan", 10**15):
+            client.hset(FENCE, "/holder/a", json.dumps(record | {"lease": lease}))
+            redis_world.reader("a", STARTED_LATER).acquire([S])
+            client.hset(FENCE, "a", record["epoch"])
+
+    @pytest.mark.parametrize(
+        "epoch", [b"abc", b"", b"nan", b"inf", b"-5", b"1e400", b"0x10", b"9" * 30, b" 5"]
+    )
+    def test_a_damaged_epoch_is_replaced_and_fences_older_readers(
+        self, redis_world: RedisWorld, epoch: bytes
+    ) -> None:
+        store, ids = reader_with(redis_world, b"1", b"2")
+        client = redis_world.server.client
+        client.hset(FENCE, "a", epoch)
+        assert store.renew(S, ids) == set(), "the reader takes the name again"
+        assert client.hget(FENCE, "a").isdigit()
+        client.hset(FENCE, "a", epoch)
+        successor = redis_world.reader("a")
+        successor.acquire([S])
+        with pytest.raises(Fenced):
+            settle(store, [Settlement(S, ids)])
+        assert settle(successor, [Settlement(S, ids)]) == set()
+
+
+DAMAGED_COUNTS = [b"abc", b"", b"-3", b"1.5", b"1_0", b" 1", b"\xff", b"9" * 5000]
+
+
+class TestDamagedDeaths:
+    """Worker deaths that are no number: the job counts as innocent, the key is named, no reader ends."""
+
+    @pytest.mark.parametrize("count", DAMAGED_COUNTS)
+    def test_listing_pending_entries(
+        self, redis_world: RedisWorld, count: bytes, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        store, ids = reader_with(redis_world, b"1", b"2")
+        redis_world.server.client.hset(DEATHS, ids[0], count)
+        assert [entry.deaths for entry in store.own_pending(S, b"0-0", 10)] == [0, 0]
+        (record,) = [one for one in caplog.records if one.message == "deaths.damaged"]
+        assert (record.key, record.entry_id) == (DEATHS, ids[0].decode())  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize("count", DAMAGED_COUNTS)
+    def test_claiming_entries(self, redis_world: RedisWorld, count: bytes) -> None:
+        _, ids = reader_with(redis_world, b"1")
+        redis_world.server.client.hset(DEATHS, ids[0], count)
+        other = redis_world.reader("b")
+        other.acquire([S])
+        assert [entry.deaths for entry in other.claim(S, 0, 10, b"0-0")[1]] == [0]
+        assert other.set_deaths(S, {ids[0]: 1}) == {ids[0]: 1}
+        assert redis_world.server.client.hget(DEATHS, ids[0]) == b"1"
+
+
+LAST_ID = "18446744073709551615-18446744073709551615"
+
+
+class TestRefusals:
+    def test_a_full_dead_letter_stream_is_named_and_its_repair_works(self, redis_world: RedisWorld) -> None:
+        store, (a, b) = reader_with(redis_world, b"1", b"2")
+        client = redis_world.server.client
+        client.xadd("dlq:stream:test", {"data": "old"}, id=LAST_ID)
+        (settled,) = store.settle([Settlement(S, [a], [], [Dead(b, b"dead")])])
+        assert settled.unsettled == {b}
+        ((key, _, repair, blocks),) = store.key_faults(S)
+        assert (key, blocks) == ("dlq:stream:test", True)
+        client.execute_command(*repair.split())
+        assert settle(store, [Settlement(S, dead=[Dead(b, b"dead")])]) == set()
+
+    def test_a_full_stream_is_still_read_but_takes_no_retry(self, redis_world: RedisWorld) -> None:
+        store = redis_world.reader("a")
+        store.acquire([S])
+        redis_world.server.client.xadd(S.stream, {"data": "last"}, id=LAST_ID)
+        (entry,) = read(store)
+        assert settle(store, [Settlement(S, retries=[Retry(entry.id, 0, b"again")])]) == set()
+        reaper = redis_world.reaper()
+        with pytest.raises(StoreRefused, match="last possible ID"):
+            reaper.promote(S.stream, 10)
+        assert redis_world.waiting(S.stream) == [b"again"]
+        ((key, _, repair, blocks),) = reaper.key_faults(S)
+        assert (key, blocks) == (S.stream, False)
+        client = redis_world.server.client
+        client.execute_command(*repair.partition(": ")[2].split())
+        store.begin_read(S, 10, 0)
+        assert store.finish_read(S) == [], "the group is created again"
+        assert reaper.promote(S.stream, 10).moved == 1
+        assert [entry.data for entry in read(store)] == [b"again"]
+
+    def test_a_forbidden_key_is_named(self, redis_world: RedisWorld) -> None:
+        client = redis_world.server.client
+        reader_with(redis_world, b"1")
+        client.acl_setuser(
+            "limited", enabled=True, nopass=True, commands=["+@all"], keys=["stream:*", "fence:*"]
+        )
+        url = redis_world.server.url.replace("//", "//limited:x@")
+        store = RedisReaderStore(url, "a")
+        store.acquire([S])
+        with pytest.raises(StoreRefused):
+            store.own_pending(S, b"0-0", 10)
+        assert {fault.key for fault in store.key_faults(S)} == {
+            "deaths:stream:test",
+            "retry:stream:test",
+            "dlq:stream:test",
+        }
+        assert "ACL SETUSER <user> ~deaths:stream:test" in {fault.repair for fault in store.key_faults(S)}
+        store.close()
+        client.acl_setuser("limited", enabled=True, nopass=True, commands=["+@all", "-type"], keys=["*"])
+        store = RedisReaderStore(url, "a")
+        assert store.key_faults(S) == [], "unknown is no fault"
+        store.close()
+        client.acl_deluser("limited")
+
+    def test_a_server_that_is_full_or_read_only_is_no_fault_of_a_stream(
+        self, redis_world: RedisWorld
+    ) -> None:
+        store, (a,) = reader_with(redis_world, b"1")
+        client = redis_world.server.client
+        client.config_set("maxmemory", 1)
+        try:
+            with pytest.raises(StoreUnavailable) as full:
+                store.settle([Settlement(S, retries=[Retry(a, 0, b"x")])])
+        finally:
+            client.config_set("maxmemory", 0)
+        assert not isinstance(full.value, StoreRefused)
+        client.replicaof("127.0.0.1", free_port())
+        try:
+            with pytest.raises(StoreUnavailable) as replica:
+                store.renew(S, [a])
+        finally:
+            client.replicaof("NO", "ONE")
+        assert not isinstance(replica.value, StoreRefused)
+
 
 class TestFormat:
     def test_keys_are_those_of_the_contract(self, redis_world: RedisWorld) -> None:
         store, (a, b) = reader_with(redis_world, b"1", b"2")
-        store.settle([Settlement(S, [], [Retry(a, 2.5, b"again")], [Dead(b, b"dead")])])
+        settle(store, [Settlement(S, [], [Retry(a, 2.5, b"again")], [Dead(b, b"dead")])])
         client = redis_world.server.client
         (member, due), = client.zrange("retry:stream:test", 0, -1, withscores=True)  # fmt: skip
         now, us = client.time()
@@ -124,12 +284,12 @@ class TestFormat:
     def test_settlement_removes_the_death_counts(self, redis_world: RedisWorld) -> None:
         store, (a, b) = reader_with(redis_world, b"1", b"2")
         store.set_deaths(S, {a: 1, b: 1})
-        store.settle([Settlement(S, [a], [Retry(b, 0, b"r")])])
+        settle(store, [Settlement(S, [a], [Retry(b, 0, b"r")])])
         assert not redis_world.server.client.exists(keys.deaths_key(S.stream))
 
     def test_two_equal_jobs_differ_in_blanks_only(self, redis_world: RedisWorld) -> None:
         store, (a, b) = reader_with(redis_world, b"1", b"2")
-        store.settle([Settlement(S, [], [Retry(a, 0, b'{"x":1}'), Retry(b, 0, b'{"x":1}')])])
+        settle(store, [Settlement(S, [], [Retry(a, 0, b'{"x":1}'), Retry(b, 0, b'{"x":1}')])])
         one, other = redis_world.waiting(S.stream)
         assert one != other
         assert one.strip(b" \t") == other.strip(b" \t") == b'{"x":1}'
@@ -148,7 +308,7 @@ class TestFailures:
     def test_scripts_forgotten_by_the_server_are_loaded_again(self, redis_world: RedisWorld) -> None:
         store, ids = reader_with(redis_world, b"1")
         redis_world.server.client.script_flush()
-        assert store.settle([Settlement(S, ids)]) == set()
+        assert settle(store, [Settlement(S, ids)]) == set()
 
     def test_a_stream_deleted_under_a_blocked_read_is_recreated_and_logged(
         self, redis_world: RedisWorld, caplog: pytest.LogCaptureFixture
@@ -179,10 +339,10 @@ class TestFailures:
     def test_the_reader_survives_a_flushed_server(self, redis_world: RedisWorld) -> None:
         store, ids = reader_with(redis_world, b"1")
         redis_world.server.client.flushall()
-        assert store.settle([Settlement(S, ids)]) == set(ids)
+        assert settle(store, [Settlement(S, ids)]) == set(ids)
         redis_world.producer().add(S.stream, [b"2"])
         (entry,) = read(store)
-        assert store.settle([Settlement(S, [entry.id])]) == set()
+        assert settle(store, [Settlement(S, [entry.id])]) == set()
 
     def test_killed_connections_are_replaced(self, redis_world: RedisWorld) -> None:
         store, ids = reader_with(redis_world, b"1")
@@ -192,7 +352,7 @@ class TestFailures:
         with pytest.raises(StoreUnavailable):
             store.finish_read(S)
         assert not store.is_reading(S)
-        assert store.settle([Settlement(S, ids)]) == set()
+        assert settle(store, [Settlement(S, ids)]) == set()
         redis_world.producer().add(S.stream, [b"2"])
         assert [entry.data for entry in read(store)] == [b"2"]
 
@@ -231,13 +391,13 @@ class TestFailures:
     def test_settlements_survive_a_killed_server(self, redis_world: RedisWorld) -> None:
         store, (a, b, c, d) = reader_with(redis_world, b"1", b"2", b"3", b"4")
         store.set_deaths(S, {d: 2})
-        store.settle([Settlement(S, [a], [Retry(b, 60, b"b")], [Dead(c, b"c")])])
+        settle(store, [Settlement(S, [a], [Retry(b, 60, b"b")], [Dead(c, b"c")])])
         redis_world.server.restart()
         retry_until_available(lambda: store.renew(S, [d]))
         assert [(e.id, e.data, e.deaths) for e in store.own_pending(S, b"0-0", 10)] == [(d, b"4", 2)]
         assert redis_world.waiting(S.stream) == [b"b"]
         assert redis_world.dead_letters(S.stream) == [b"c"]
-        assert store.settle([Settlement(S, [d])]) == set()
+        assert settle(store, [Settlement(S, [d])]) == set()
 
     def test_a_full_server_acknowledges_done_jobs_and_changes_nothing_else(
         self, redis_world: RedisWorld
@@ -249,8 +409,8 @@ class TestFailures:
             with pytest.raises(StoreUnavailable, match="OutOfMemory"):
                 redis_world.producer().add(S.stream, [b"3"])
             with pytest.raises(StoreUnavailable, match="OutOfMemory"):
-                store.settle([Settlement(S, [], [Retry(b, 0, b"r")])])
-            assert store.settle([Settlement(S, [a])]) == set()
+                settle(store, [Settlement(S, [], [Retry(b, 0, b"r")])])
+            assert settle(store, [Settlement(S, [a])]) == set()
         finally:
             client.config_set("maxmemory", "0")
         assert [entry.id for entry in store.own_pending(S, b"0-0", 10)] == [b]
@@ -261,10 +421,10 @@ class TestFailures:
         client.execute_command("REPLICAOF", "127.0.0.1", str(free_port()))
         try:
             with pytest.raises(StoreUnavailable, match=r"(?i)read.?only"):
-                store.settle([Settlement(S, ids)])
+                settle(store, [Settlement(S, ids)])
         finally:
             client.execute_command("REPLICAOF", "NO", "ONE")
-        retry_until_available(lambda: store.settle([Settlement(S, ids)]))
+        retry_until_available(lambda: settle(store, [Settlement(S, ids)]))
         assert store.own_pending(S, b"0-0", 10) == []
 
     def test_a_key_of_the_wrong_type_is_an_error_that_names_it(self, redis_world: RedisWorld) -> None:
@@ -278,9 +438,9 @@ class TestFailures:
         redis_world.server.client.set(dead_key, "a string")
         outcome = Settlement(S, [c], [Retry(a, 60, b"a")], [Dead(b, b"b")])
         with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
-            store.settle([outcome])
+            settle(store, [outcome])
         redis_world.server.client.delete(dead_key)
-        assert store.settle([outcome]) == {a}
+        assert settle(store, [outcome]) == {a}
         assert redis_world.waiting(S.stream) == [b"a"]
         assert redis_world.dead_letters(S.stream) == [b"b"]
         assert store.own_pending(S, b"0-0", 10) == []
@@ -331,12 +491,12 @@ def run_one_job(url: str) -> None:
         reader.acquire([S])
         producer.add(S.stream, [b"1"])
         (entry,) = read(reader)
-        assert reader.settle([Settlement(S, [], [Retry(entry.id, 0, b"2")])]) == set()
+        assert settle(reader, [Settlement(S, [], [Retry(entry.id, 0, b"2")])]) == set()
         assert reaper.promote(S.stream, 10).moved == 1
         (again,) = read(reader)
         assert again.data == b"2"
         reader.set_deaths(S, {again.id: 1})
-        assert reader.settle([Settlement(S, [], [], [Dead(again.id, b"dead")])]) == set()
+        assert settle(reader, [Settlement(S, [], [], [Dead(again.id, b"dead")])]) == set()
         assert reaper.depths(S)[:4] == (0, 0, 0, 1)
         assert reaper.trim(S.stream) == 2
     finally:
@@ -399,9 +559,13 @@ class TestUrls:
                 producer.add(source.stream, [b"x"])
                 store.begin_read(source, 10, 0)
             ids = {source: [entry.id for entry in store.finish_read(source)] for source in (S, two)}
-            assert store.settle([Settlement(source, done) for source, done in ids.items()]) == set()
-            store.close()
-            producer.close()
+            assert settle(store, [Settlement(source, done) for source, done in ids.items()]) == set()
+            producer.schedule("stream:delayed", b"{}", 60)
+            operator = OperatorStore(url)
+            found = operator.find_streams()
+            assert found == (["stream:delayed", "stream:first", "stream:test", "stream:two"], True)
+            for one in (operator, store, producer):
+                one.close()
         finally:
             server.stop()
 
@@ -495,8 +659,67 @@ class TestVersion:
 
 def test_the_store_opens_no_more_connections_than_it_needs(redis_world: RedisWorld) -> None:
     store, ids = reader_with(redis_world, b"1")
-    store.settle([Settlement(S, ids)])
+    settle(store, [Settlement(S, ids)])
     for _ in range(5):
         read(store)
     client: redis.Redis = redis_world.server.client
     assert len([c for c in client.client_list() if c["name"] == "jobworker"]) <= 3
+
+
+class TestAnnouncementsThatOthersWrote:
+    def test_invalid_records_are_ignored_and_outdated_ones_deleted(self, redis_world: RedisWorld) -> None:
+        client = redis_world.server.client
+        valid = '{"types":["gone"],"streams":{},"renewed":1}'
+        client.hset("jobworker:services", mapping={
+            "no-json": "abc", "list": "[]", "kinds": valid.replace('"gone"', "1"), "old": valid,
+            "nan": valid.replace(":1}", ":NaN}"), "deep": "[" * 10_000, b"\xff": b"\xff",
+            "long": valid.replace("gone", "x" * 600_000).replace(":1}", ":1e12}"),
+        })  # fmt: skip
+        redis_world.reaper().announce("me", ["shout"], [])
+        assert [one.service for one in redis_world.producer().announcements()] == ["me"]
+        assert client.hexists("jobworker:services", "old") == 0
+
+    def test_a_key_of_another_type_or_a_forbidden_one_stops_nothing(
+        self, redis_world: RedisWorld, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        redis_world.server.client.set("jobworker:services", "text")
+        reaper = redis_world.reaper()
+        for _ in range(2):
+            reaper.announce("me", ["shout"], [])
+        assert redis_world.producer().announcements() == []
+        assert [record.msg for record in caplog.records] == ["service.not_announced"]
+
+
+class TestSearchForStreams:
+    def test_streams_are_found_among_many_other_keys(self, redis_world: RedisWorld) -> None:
+        client = redis_world.server.client
+        client.mset({f"key-{number}": "text" for number in range(5000)})
+        client.xadd("stream:typo", {"data": "{}"})
+        client.zadd("retry:stream:delayed", {"{}": 1})
+        client.zadd("retry", {"{}": 1})
+        client.xadd("dlq:stream:gone", {"data": "{}"})
+        operator = OperatorStore(redis_world.server.url)
+        assert operator.find_streams() == (["stream:delayed", "stream:gone", "stream:typo"], True)
+        operator.close()
+
+    def test_a_user_who_may_not_scan_is_told(self, redis_world: RedisWorld) -> None:
+        redis_world.server.client.acl_setuser(
+            "narrow", enabled=True, passwords=["+pw"], commands=["+@all", "-scan"], keys=["*"]
+        )
+        operator = OperatorStore(redis_world.server.url.replace("//", "//narrow:pw@"))
+        try:
+            assert operator.find_streams() == ([], False)
+        finally:
+            operator.close()
+            redis_world.server.client.acl_deluser("narrow")
+
+    def test_the_search_is_bounded(self) -> None:
+        calls = []
+
+        def one(key: str, command: Any) -> Any:
+            calls.append(command)
+            return [b"7", [b"stream:%d" % len(calls)]]  # a cursor that never ends
+
+        found = find_streams(lambda key: "one server", one, base_stream)
+        assert (len(found.names), found.complete) == (200, False)
+        assert len(calls) < 500

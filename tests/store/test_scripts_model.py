@@ -110,16 +110,14 @@ class ScriptsMachine(RuleBasedStateMachine):
         )
         of = {kind: [id for id, k in zip(ids, kinds, strict=True) if k == kind] for kind in "DRX"}
         job_of = {id: self.held[id].job if id in self.held else b"none" for id in ids}
-        refused = self.readers[name].settle(
-            [
-                Settlement(
-                    S,
-                    of["D"],
-                    [Retry(id, delay_s, job_of[id]) for id in of["R"]],
-                    [Dead(id, job_of[id]) for id in of["X"]],
-                )
-            ]
+        settlement = Settlement(
+            S,
+            of["D"],
+            [Retry(id, delay_s, job_of[id]) for id in of["R"]],
+            [Dead(id, job_of[id]) for id in of["X"]],
         )
+        ((refused, unsettled, _),) = self.readers[name].settle([settlement])
+        assert not unsettled
         not_mine = {id for id in ids if not self.mine(name, id)}
         nobodys_done = {id for id in of["D"] if id not in self.held}  # may be left out
         assert not_mine - nobodys_done <= refused <= not_mine

@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.encoder.base import DummyEncoder, Purpose, Vectors
 from jobworker.handlers.jobstore.memory_fence import MemoryFence
 from jobworker.handlers.jobstore.memory_records import MemoryRecords
 from jobworker.handlers.jobstore.open import open_fence, open_records
@@ -115,6 +115,48 @@ class Sink:
 @pytest.fixture
 def world() -> World:
     return World()
+
+
+class Counting(DummyEncoder):
+    """Records the lengths of the texts that it embeds."""
+
+    def __init__(self) -> None:
+        super().__init__(DIM)
+        self.lengths: list[int] = []
+
+    def encode(self, texts: Sequence[str], purpose: Purpose = "document") -> Vectors:
+        self.lengths += map(len, texts)
+        return super().encode(texts, purpose)
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "雪",
+        "snow ",
+        "雪一直下，",
+        "雪。",
+        "a. " + "b" * 400,
+        "雪👨\u200d👩\u200d👧 ",
+        "“雪",
+        "Mr. ",
+        "雪" * 499 + "。雪。",
+    ],
+)
+def test_the_work_for_a_chapter_is_bounded(world: World, unit: str) -> None:
+    encoder = Counting()
+    content = (unit * (1_000_000 // len(unit)))[:1_000_000]
+    world.handler(encoder=encoder).handle(job(content=content))
+    assert max(encoder.lengths) <= 500
+    assert sum(encoder.lengths) <= 200_000 + 30
+    assert len(encoder.lengths) <= 5001
+    assert world.summary()[1]
+
+
+def test_the_vector_of_a_given_summary_covers_what_its_row_holds(world: World) -> None:
+    encoder = Counting()
+    world.handler(encoder=encoder).handle(job(summary="雪" * 1_000_000))
+    assert encoder.lengths == [65_535 // 3]
 
 
 def test_a_given_summary_is_stored_unchanged_and_searchable(world: World) -> None:

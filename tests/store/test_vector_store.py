@@ -519,7 +519,7 @@ def test_an_invalid_address_is_permanent() -> None:
         (["MilvusException"], 1, "[Errno 28] No space left", True, Verdict.TRANSIENT),
         (["MilvusException"], 1, "[upsert] Retry timeout: 3s", True, Verdict.TRANSIENT),
         (["MilvusException"], 1100, "", False, Verdict.PERMANENT),
-        (["MilvusException"], 65535, "", False, Verdict.TRANSIENT),
+        (["MilvusException"], 65535, "", False, Verdict.SUSPECT),
         (
             ["MilvusException"],
             65535,
@@ -527,7 +527,7 @@ def test_an_invalid_address_is_permanent() -> None:
             False,
             Verdict.PERMANENT,
         ),
-        (["MilvusException"], 424242, "", False, Verdict.TRANSIENT),
+        (["MilvusException"], 424242, "", False, Verdict.SUSPECT),
         (["RpcError"], "UNAVAILABLE", "", False, Verdict.TRANSIENT),
         (["RpcError"], "UNAUTHENTICATED", "", False, Verdict.PERMANENT),
         (["RpcError"], "RESOURCE_EXHAUSTED", "Received message larger than max", False, Verdict.PERMANENT),

@@ -12,13 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.jobstore.fence import LEASE_MS, Fence, WriteIntent
+from jobworker.handlers.jobstore.fence import LEASE_MS, Fence, WriteAdmission, WriteIntent
 from jobworker.handlers.jobstore.memory_fence import MemoryFence
 from jobworker.handlers.jobstore.open import open_fence
 from jobworker.handlers.jobstore.redis_fence import RedisFence
 from jobworker.handlers.vectors import versioned_writer
 from jobworker.handlers.vectors.memory import MemoryVectors
-from jobworker.handlers.vectors.ports import PermanentStoreError, Row, TransientStoreError
+from jobworker.handlers.vectors.ports import (
+    CollectionUnavailable,
+    PermanentStoreError,
+    Row,
+    TransientStoreError,
+)
 from jobworker.handlers.vectors.schema import MAX_REQUEST_ROWS
 from jobworker.handlers.vectors.versioned_writer import Contended, VersionedRows, VersionedWriter
 from support.redis_servers import free_port
@@ -160,6 +165,19 @@ def test_a_permanent_error_releases_the_rows_and_a_transient_one_does_not(store:
     with pytest.raises(TransientStoreError):
         writer.write(NAME, [versioned(2, "a")])
     assert fence.writers("z_" + NAME) == 1
+
+
+@pytest.mark.parametrize(("collection", "fault_of_one"), [(NAME, False), ("notes", True)])
+def test_a_collection_with_another_model_is_an_outage_only_if_it_is_everybodys(
+    collection: str, fault_of_one: bool
+) -> None:
+    class Rebuilt(MemoryFence):
+        def admit(self, intents: Any) -> Any:
+            return [WriteAdmission("model", model="new") for _ in intents]
+
+    with pytest.raises(TransientStoreError, match="--model new") as refused:
+        VersionedWriter(MemoryVectors(), Rebuilt(), prefix="z_").write(collection, [versioned(1, "a")])
+    assert isinstance(refused.value, CollectionUnavailable) is fault_of_one
 
 
 class SlowStore(MemoryVectors):

@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobworker.worker.keys import Source
-from jobworker.worker.store.operator import START, Consumer, GroupState, Lease, Pause, Scheduled, order_of
+from jobworker.worker.store.announcements import Announcement
+from jobworker.worker.store.operator import (
+    START,
+    Consumer,
+    FoundStreams,
+    GroupState,
+    Lease,
+    Pause,
+    Scheduled,
+    order_of,
+)
 from jobworker.worker.store.ports import Depths, Entry
 
 SOURCE = Source("stream:test", "cg-test")
@@ -40,6 +50,7 @@ class FakeOperatorStore:
         self.scheduled: dict[str, list[Scheduled]] = defaultdict(list)
         self.paused: list[Pause] = []
         self.requeued: list[tuple[str, bytes]] = []
+        self.announced: list[Announcement] = []
 
     def read_up_to(self, last_delivered: bytes, idle_s: float = 0.0, consumer: str = "host/blue") -> None:
         """Let the group of `SOURCE` have delivered the entries up to an id."""
@@ -78,6 +89,13 @@ class FakeOperatorStore:
             one._replace(due_wall_s=NOW_S) if one.data in moved else one for one in self.scheduled[stream]
         ]
         return len(moved)
+
+    def announcements(self) -> list[Announcement]:
+        return self.announced
+
+    def find_streams(self) -> FoundStreams:
+        names = {*self.streams, *self.scheduled, *self.letters}
+        return FoundStreams(sorted(names), True)
 
     def pauses(self) -> list[Pause]:
         return self.paused

@@ -1,17 +1,27 @@
 """One face for the job store in memory and on real servers, for the suite that both must pass."""
 
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 from jobworker.worker import keys
 from jobworker.worker.keys import NO_HOLDER, Holder
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore
-from jobworker.worker.store.ports import ProducerStore, ReaderStore, ReaperStore
+from jobworker.worker.store.ports import ProducerStore, ReaderStore, ReaperStore, Settlement
 from jobworker.worker.store.redis.producer import RedisProducerStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from jobworker.worker.store.redis.reaper import RedisReaperStore
 from support.redis_servers import RedisServer
+
+
+def settle(store: ReaderStore, settlements: Sequence[Settlement]) -> set[bytes]:
+    """Settle entries; returns the ids that were not the reader's any more. Raises the store's refusal."""
+    results = store.settle(settlements)
+    for result in results:
+        if result.error:
+            raise result.error
+    return {id for result in results for id in result.refused}
 
 
 class World(Protocol):
@@ -28,6 +38,8 @@ class World(Protocol):
     def delete_entry(self, stream: str, id: bytes) -> None: ...
     def delete_stream(self, stream: str) -> None: ...
     def pause(self, kind: str) -> None: ...
+    def break_key(self, key: str) -> None: ...
+    def repair_key(self, key: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -75,6 +87,12 @@ class MemoryWorld:
 
     def pause(self, kind: str) -> None:
         self._server.paused.add(kind)
+
+    def break_key(self, key: str) -> None:
+        self._server.broken.add(key)
+
+    def repair_key(self, key: str) -> None:
+        self._server.broken.discard(key)
 
     def close(self) -> None:
         for store in self._stores:
@@ -128,6 +146,16 @@ class RedisWorld:
 
     def pause(self, kind: str) -> None:
         self._client.hset(keys.PAUSED_KEY, kind, "{}")
+
+    def break_key(self, key: str) -> None:
+        if self._client.exists(key):
+            self._client.rename(key, f"aside {key}")
+        self._client.set(key, "a string")
+
+    def repair_key(self, key: str) -> None:
+        self._client.delete(key)
+        if self._client.exists(f"aside {key}"):
+            self._client.rename(f"aside {key}", key)
 
     def close(self) -> None:
         for store in self._stores:

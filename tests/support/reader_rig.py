@@ -83,6 +83,9 @@ class ReaderRig:
         self.workers: list[FakeWorker] = []
         self.metrics: dict[tuple[str, tuple[str, ...]], float] = {}
         self.messages: list[Message] = []
+        #: Trouble and warnings of the last report.
+        self.trouble: str | None = None
+        self.warnings: list[str] = []
         self._exited: set[int] = set()
         self._crashed = False
 
@@ -148,6 +151,7 @@ class ReaderRig:
             if isinstance(message, Report):
                 for name, labels, count in message.counts:
                     self.metrics[name, labels] = self.metrics.get((name, labels), 0.0) + count
+                self.trouble, self.warnings = message.trouble, message.warnings
                 self.metrics |= {(name, labels): value for name, labels, value in message.gauges}
             else:
                 self.messages.append(message)

@@ -78,14 +78,17 @@ class Service:
 
     # -- start and end
 
-    def launch(self) -> None:
-        """Start it, in a session of its own and tied to this process, without waiting for anything."""
+    def launch(self, stderr: int | None = None) -> None:
+        """Start it, in a session of its own and tied to this process, without waiting for anything.
+
+        With ``stderr`` its lines go to that descriptor instead of the log file.
+        """
         self._log_start = len(self._log.read_bytes()) if self._log.exists() else 0
         tether = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
         with self._log.open("ab") as log:
             self._popen = subprocess.Popen(
-                [*tether, str(COMMAND), *self._arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                cwd=self.cwd, env=self._environment,
+                [*tether, str(COMMAND), *self._arguments], stdin=subprocess.DEVNULL, stdout=log,
+                stderr=log if stderr is None else stderr, cwd=self.cwd, env=self._environment,
             )  # fmt: skip
 
     def start(self) -> "Service":
@@ -217,9 +220,9 @@ class Service:
         """Of the HTTP port; it is found in the log, as a person would find it."""
         return str(eventually(lambda: self.logged("health.listening"))[0]["metrics_url"])
 
-    def get(self, path: str) -> tuple[int, str]:
-        """Status and body of a page."""
-        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=SOON_S)
+    def get(self, path: str, url: str = "") -> tuple[int, str]:
+        """Status and body of a page; ``url`` is needed where the log cannot be read."""
+        connection = http.client.HTTPConnection(urlsplit(url or self.url).netloc, timeout=SOON_S)
         try:
             connection.request("GET", path)
             response = connection.getresponse()

@@ -1,5 +1,6 @@
 """Command line ``jobworker`` without a store: fast start, examples, configuration file, completion."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from click.testing import CliRunner
 
 from jobworker.supervisor import main as supervise
 from jobworker.worker.cli import main
-from jobworker.worker.cli.common import Age
+from jobworker.worker.cli.common import Age, confirm
+from jobworker.worker.errors import ConfigurationError
 
 COMMAND = Path(sys.executable).parent / "jobworker"
 #: Limit for `--help`, in processor time: elapsed time depends on the load of the machine.
@@ -73,7 +75,7 @@ class TestConfigurationFileOfTheService:
         for given, environment in (["--config", str(file)], {}), ([], {"JOBWORKER_CONFIG": str(file)}):
             result = CliRunner().invoke(main, [*command, *given], env=environment)
             assert "127.0.0.1:1" in result.output, "it tried the store of the file"
-            assert result.exit_code == (1 if path == ("doctor",) else 5)
+            assert result.exit_code == {"doctor": 1, "url": 0}.get(path[-1], 5)
 
     def test_it_names_the_streams(self, file: Path) -> None:
         result = CliRunner().invoke(main, ["doctor", "--config", str(file), "--stream", "no-group"])
@@ -86,7 +88,7 @@ class TestConfigurationFileOfTheService:
         file.write_text('redis-url = "redis://127.0.0.1:1/0"\njob-timeout = 5\nstream = ["no-group"]\n')
         assert CliRunner().invoke(main, ["enqueue", "audit", "--config", str(file)]).exit_code == 5
 
-    @pytest.mark.parametrize("text", ["no toml", "redis_url = 'x'\n", "colour = 'red'\n"])
+    @pytest.mark.parametrize("text", ["no toml", "redis_uri = 'x'\n", "colour = 'red'\n"])
     def test_an_invalid_file_is_refused(self, text: str, file: Path) -> None:
         file.write_text(text)
         result = CliRunner().invoke(main, ["stats", "--config", str(file)])
@@ -159,3 +161,79 @@ def test_an_age_is_an_option_in_seconds() -> None:
     assert Age().convert("15m", None, None) == 900.0
     with pytest.raises(click.BadParameter, match="write 90s, 15m, 2h or 7d"):
         Age().convert("soon", None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["enqueue", "audit", "--payload", "-"], "--payload -: standard input is closed"),
+        (["enqueue", "--lines", "-"], "--lines -: standard input is closed"),
+        (["retry", "now", "--all"], "the job store did not answer"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_closed_standard_input_is_told_in_a_sentence(words: list[str], told: str) -> None:
+    closed = ["sh", "-c", 'exec "$@" <&-', "sh", str(COMMAND), *words, "--redis-url", "redis://127.0.0.1:1/0"]
+    done = subprocess.run(closed, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode in (2, 5)
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"stream":7}', '{"metadata":[1]}', '{"id":[]}', '{"tenant_id":{}}', '{"delay":"1"}', '{"type":7}'],
+)
+def test_a_line_of_the_wrong_kind_is_told_with_its_number(line: str) -> None:
+    result = CliRunner().invoke(
+        main, ["enqueue", "audit", "--lines", "-", "--redis-url", "redis://127.0.0.1:1/0"], input=line
+    )
+    assert (result.exit_code, "line 1: " in result.output) == (2, True), result.output
+
+
+def test_a_payload_that_nests_too_deeply_is_told_in_a_sentence() -> None:
+    command = ["enqueue", "audit", "--payload", "-", "--redis-url", "redis://127.0.0.1:1/0"]
+    result = CliRunner().invoke(main, command, input="[" * 200_000)
+    assert (result.exit_code, "nested too deeply" in result.output) == (2, True)
+
+
+def test_a_deletion_that_cannot_be_confirmed_asks_for_yes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigurationError, match="give --yes"):
+        confirm(lambda: "delete?", yes=False)
+
+
+class TestUrl:
+    """Addresses of a service on this machine."""
+
+    @pytest.fixture
+    def data_dir(self, tmp_path: Path) -> str:
+        endpoints = {
+            "redis_url": "redis://:secret-of-valkey@127.0.0.1:7/0",
+            "milvus_uri": "http://root:secret-of-milvus@127.0.0.1:8",
+            "metrics_url": "http://127.0.0.1:9", "pid": os.getpid(),
+        }  # fmt: skip
+        (tmp_path / "endpoints.json").write_text(json.dumps(endpoints))
+        return str(tmp_path)
+
+    def test_the_list_hides_passwords(self, data_dir: str) -> None:
+        output = CliRunner().invoke(main, ["url", "--data-dir", data_dir]).output
+        for address in ("redis://:***@127.0.0.1:7/0", "http://root:***@127.0.0.1:8", "http://127.0.0.1:9"):
+            assert address in output
+        assert "secret" not in output
+
+    def test_one_address_is_complete(self, data_dir: str) -> None:
+        result = CliRunner().invoke(main, ["url", "redis", "--data-dir", data_dir])
+        assert result.output == "redis://:secret-of-valkey@127.0.0.1:7/0\n"
+        found = json.loads(CliRunner().invoke(main, ["url", "--json", "--data-dir", data_dir]).output)
+        assert found["milvus"] == "http://root:secret-of-milvus@127.0.0.1:8"
+
+    def test_the_last_run_of_a_stopped_service_is_told(self, data_dir: str) -> None:
+        file = Path(data_dir) / "endpoints.json"
+        file.write_text(file.read_text().replace(str(os.getpid()), str(2**22 + 1)))
+        result = CliRunner().invoke(main, ["url", "milvus", "--data-dir", data_dir])
+        assert (result.exit_code, "its last run" in result.stderr) == (0, True)
+
+    def test_an_address_that_is_not_known_is_told(self) -> None:
+        result = CliRunner().invoke(main, ["url", "milvus", "--redis-url", "redis://127.0.0.1:1"])
+        assert (result.exit_code, "the address of milvus is not known" in result.output) == (2, True)

@@ -71,7 +71,7 @@ def command_of(words: list[str]) -> click.Command:
 def server(monkeypatch: pytest.MonkeyPatch) -> MemoryServer:
     """Where a `Producer` of an example puts its jobs."""
     server = MemoryServer()
-    monkeypatch.setattr(jobworker.worker, "Producer", lambda url: Producer(store=MemoryStore(server)))
+    monkeypatch.setattr(jobworker.worker, "Producer", lambda url="": Producer(store=MemoryStore(server)))
     return server
 
 
@@ -243,6 +243,7 @@ def test_the_page_on_events_lists_every_event_with_its_level() -> None:
     ):
         listed |= dict.fromkeys(re.findall(r"`([^`]+)`", names), level)
     assert listed.pop("log.suppressed") == "as the event"
+    assert listed.pop("log.dropped") == "warning"
     assert listed == events_in_code()
 
 

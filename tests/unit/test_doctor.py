@@ -1,13 +1,15 @@
 """Findings of `jobworker doctor`: each problem is found at its limit and comes with a remedy."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from jobworker.worker.admin import doctor
-from jobworker.worker.admin.doctor import Finding
 from jobworker.worker.admin.doctor_facts import HostFacts, read_host_facts
 from jobworker.worker.admin.find_job import OVERDUE_S, SILENT_S
+from jobworker.worker.admin.finding import Finding
+from jobworker.worker.admin.names import Names, UnreadStream, name_findings
 from jobworker.worker.admin.status_client import Service
 from jobworker.worker.store.facts import ServerFacts, StreamFacts
 from jobworker.worker.store.operator import Consumer, Pause
@@ -169,3 +171,45 @@ def test_facts_of_this_host_are_read() -> None:
     assert 0 < facts.memory_free < 2**50
     assert facts.versions["jobworker"]
     assert facts.versions["Python"].startswith("3.")
+
+
+class TestNames:
+    """Streams that no service reads and types that no service handles."""
+
+    NONE = Names(frozenset({"audit", "shout"}), frozenset({"stream:a"}), True, [], Counter(), Counter(), True)
+
+    def test_names_in_use_are_no_problem(self) -> None:
+        names = self.NONE._replace(waiting=Counter({("stream:a", "audit"): 5}))
+        assert problems(name_findings(names)) == []
+
+    def test_a_stream_without_reader_is_wrong(self) -> None:
+        (found,) = name_findings(self.NONE._replace(unread=[UnreadStream("stream:b", 3, 2)]))
+        assert (found.level, found.subject) == ("wrong", "stream:b")
+        assert found.says == "no running service reads this stream; 3 jobs wait and 2 are scheduled"
+        assert found.do.startswith("did you mean 'stream:a'? start a service with --stream stream:b=GROUP")
+
+    def test_a_type_without_handler_is_wrong(self) -> None:
+        (found,) = name_findings(self.NONE._replace(waiting=Counter({("stream:a", "audti"): 2})))
+        assert found.level == "wrong"
+        assert found.says == "2 waiting jobs have the type 'audti', which no running service handles"
+        assert "did you mean 'audit'?" in found.do
+
+    def test_types_are_not_judged_while_those_of_services_are_unknown(self) -> None:
+        names = self.NONE._replace(types=frozenset(), waiting=Counter({("stream:a", "x"): 2}))
+        assert problems(name_findings(names)) == []
+
+    def test_dead_letters_of_an_unknown_type_are_named_until_a_service_handles_it(self) -> None:
+        names = self.NONE._replace(refused=Counter({("stream:a", "audti"): 2, ("stream:a", "shout"): 1}))
+        assert problems(name_findings(names)) == [
+            ("note", "2 jobs of the type 'audti' were dead-lettered: no running service handles it")
+        ]
+
+    def test_many_names_give_a_bounded_report(self) -> None:
+        unread = [UnreadStream(f"s{n}", 1, 0) for n in range(500)]
+        waiting = Counter({("stream:a", f"t{n}"): 1 for n in range(500)})
+        assert len(list(name_findings(self.NONE._replace(unread=unread, waiting=waiting)))) < 25
+
+    def test_a_paused_type_that_no_service_handles_is_named(self) -> None:
+        pause = Pause("audti", 1.0, "")
+        assert "no service handles" in next(doctor.pause_findings([pause], {"audit"})).says
+        assert "no service handles" not in next(doctor.pause_findings([pause], {"audti"})).says

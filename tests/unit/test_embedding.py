@@ -14,8 +14,15 @@ from jobworker.handlers.embedding.handler import BATCH_BYTES, CACHE_FILE, Embedd
 from jobworker.handlers.encoder.base import DummyEncoder, Plan, Purpose, Vectors
 from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.vectors.memory import MemoryVectors
-from jobworker.handlers.vectors.ports import AnyRow, PermanentStoreError, Row, TransientStoreError
-from jobworker.handlers.vectors.schema import clip
+from jobworker.handlers.vectors.ports import (
+    AnyRow,
+    CollectionUnavailable,
+    PermanentStoreError,
+    Row,
+    SuspectStoreError,
+    TransientStoreError,
+    WriteRefused,
+)
 from jobworker.worker import Job, PermanentError
 
 SEGMENTS = "story_segments"
@@ -115,6 +122,24 @@ def test_nothing_to_embed_is_a_success(empty: Any) -> None:
     embed, _ = handler(store=store)
     assert embed.handle_batch([job({"ids": empty, "texts": empty})]) == [None]
     assert store.upserts == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"ids": [], "texts": [], "chapter_ids": []},
+        {"ids": None, "texts": None, "chapter_ids": []},
+        {"ids": ["a"], "texts": ["x"], "chapter_ids": [""]},
+        {"ids": ["a", "b"], "texts": ["x", "y"], "chapter_ids": ["", ""]},
+    ],
+)
+def test_replace_without_a_chapter_is_refused(given: dict[str, Any]) -> None:
+    """It would remove nothing and succeed."""
+    embed, store = handler()
+    with pytest.raises(PermanentError, match="names none: send at least one text of the chapter"):
+        embed.handle(job(given | {"version": 3, "replace": True}))
+    assert store.count(SEGMENTS) == 0
+    embed.handle(job(given | {"version": 3, "replace": False}))
 
 
 def test_several_jobs_share_one_forward_pass_and_one_upsert() -> None:
@@ -259,6 +284,60 @@ def test_a_failure_of_one_collection_leaves_the_other_jobs_alone() -> None:
     assert [type(outcome) for outcome in outcomes] == [TransientStoreError, type(None)]
 
 
+class BrokenCollections(FailingStore):
+    """`check_writable` fails for the collections in `broken`; counts its calls."""
+
+    def __init__(self, refusal: Any, *broken: str) -> None:
+        super().__init__(refusal)
+        self.broken = broken
+        self.checks = 0
+
+    def check_writable(self, name: str) -> None:
+        self.checks += 1
+        if name in self.broken:
+            raise TransientStoreError("away")
+
+
+def refuse(id_: str, error: Exception) -> Any:
+    return lambda rows: error if id_ in [row.id for row in rows] else None
+
+
+@pytest.mark.parametrize("collection", ["notes", SEGMENTS])
+def test_an_unclear_error_of_one_job_is_a_failed_try_of_this_job(collection: str) -> None:
+    store = BrokenCollections(refuse("b", SuspectStoreError("65535: field unknown")))
+    embed, _ = handler(store=store)
+    outcomes = embed.handle_batch([job(payload(id_, collection=collection)) for id_ in "abbc"])
+    assert [type(outcome) for outcome in outcomes] == [type(None), WriteRefused, WriteRefused, type(None)]
+    assert not getattr(outcomes[1], "transient", False), "it pauses no type"
+    assert not isinstance(outcomes[1], PermanentError), "it is worth a retry"
+    assert store.checks == 1
+    assert store.count(collection) == 2
+
+
+def test_an_unclear_error_of_a_store_in_trouble_is_transient_for_every_job() -> None:
+    store = BrokenCollections(lambda rows: SuspectStoreError("65535: no node"), SEGMENTS)
+    embed, _ = handler(store=store)
+    outcomes = embed.handle_batch([job(payload(id_)) for id_ in "abcd"])
+    assert all(getattr(outcome, "transient", False) for outcome in outcomes)
+    assert (store.upserts, store.checks) == (2, 1), "the jobs do not each wait for the store"
+
+
+def test_a_collection_that_cannot_be_used_fails_its_jobs_after_one_call() -> None:
+    store = BrokenCollections(refuse("b", CollectionUnavailable("not loaded")))
+    embed, _ = handler(store=store)
+    jobs = [job(payload("b", collection="notes")) for _ in range(9)]
+    outcomes = embed.handle_batch([*jobs, job(payload("a"))])
+    assert [type(outcome) for outcome in outcomes] == [WriteRefused] * 9 + [type(None)]
+    assert (store.upserts, store.checks) == (2, 1)
+
+
+def test_a_default_collection_that_cannot_be_used_is_transient() -> None:
+    store = BrokenCollections(refuse("b", CollectionUnavailable("not loaded")), SEGMENTS)
+    embed, _ = handler(store=store)
+    (outcome,) = embed.handle_batch([job(payload("b"))])
+    assert getattr(outcome, "transient", False)
+
+
 def test_a_failed_forward_pass_is_repeated_job_by_job() -> None:
     embed, store = handler(FailingEncoder(8))
     outcomes = embed.handle_batch(
@@ -330,15 +409,6 @@ def test_a_text_longer_than_its_field_is_clipped_between_characters(
     told = vars(clipped)
     assert (told["job_id"], told["row_id"], told["stored"], told["chars"]) == ("job-1", "a", 21845, 30001)
     assert np.array_equal(stored.vector, DummyEncoder(8).encode([text])[0])
-
-
-@given(st.text(), st.integers(0, 50))
-def test_clipping_keeps_whole_characters_and_the_limit(text: str, limit: int) -> None:
-    kept = clip(text, limit)
-    assert text.startswith(kept)
-    assert len(kept.encode()) <= limit
-    if kept != text:
-        assert len(text[: len(kept) + 1].encode()) > limit
 
 
 def test_a_collection_of_another_dimension_stops_the_start() -> None:

@@ -1,6 +1,5 @@
 """Vectors equal the model's own, no text is truncated, and a missing model is a clear error."""
 
-import json
 import subprocess
 import sys
 import time
@@ -13,7 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.encoder.base import DummyEncoder, Plan, TextTooLong, merge_windows
+from jobworker.handlers.encoder.base import (
+    DummyEncoder,
+    Plan,
+    TextTooLong,
+    merge_windows,
+    without_surrogates,
+)
 from jobworker.handlers.encoder.find_model import SMALL_MODEL, ModelError, default_model, find_model
 from jobworker.handlers.encoder.load import load_encoder
 
@@ -147,6 +152,23 @@ def test_the_dummy_keeps_texts_whole_and_gives_one_unit_vector_each(
     assert np.array_equal(vectors, DummyEncoder(8, max_tokens=window).encode(texts))
 
 
+@given(st.text(st.characters(categories=["Cs", "Lu", "So"]), max_size=30))
+def test_only_unpaired_surrogates_are_replaced(text: str) -> None:
+    repaired = without_surrogates(text)
+    repaired.encode()
+    kept = [char for char in text if not "\ud800" <= char <= "\udfff"]
+    rest = iter(repaired)
+    assert all(char in rest for char in kept)
+    assert without_surrogates("a\ud83d\ude00b\ude00c\ud83d") == "a😀b\ufffdc\ufffd"
+
+
+@pytest.mark.model
+def test_a_text_with_half_an_emoji_is_embedded(small: Any, plain: Any) -> None:
+    ours = small.encode(["The petrel \ud83d came back.", "The \ud83d\ude00."])
+    assert cosines(ours, plain.encode(["The petrel \ufffd came back.", "The 😀."])).min() >= 0.9999
+    assert small.encode([LONG + "\udc00"]).shape == (1, 384)
+
+
 def test_rejecting_names_the_texts_at_fault_and_computes_nothing() -> None:
     encoder = DummyEncoder(4, max_tokens=5, long_text="reject")
     with pytest.raises(
@@ -255,16 +277,6 @@ def test_a_packaged_model_is_found_without_importing_the_package(
     (folder / "modules.json").write_text("[]")
     monkeypatch.syspath_prepend(tmp_path)
     assert find_model("package:carries_a_model").folder == folder
-
-
-def test_the_revision_changes_with_any_file(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 1}))
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(bytes(2_000_000))
-    first = find_model(str(tmp_path)).revision
-    assert find_model(str(tmp_path)).revision == first
-    weights.write_bytes(bytes(1_000_000) + b"\1" * 1_000_000)
-    assert find_model(str(tmp_path)).revision != first
 
 
 def test_without_the_small_model_the_large_one_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobworker.worker.admin.dead_letters import fresh_job
+from jobworker.worker.admin.identity import read_identity
 from jobworker.worker.envelope import (
+    MAX_LAST_ERROR_CHARS,
     OVERSIZED_KEPT_BYTES,
     DeadJob,
     dead_letter,
     job_of,
     read_envelope,
     with_retry,
+    without_last_error,
 )
 from jobworker.worker.errors import MalformedJob
 
@@ -213,6 +217,24 @@ def test_round_trip(
 def test_unknown_fields_keep_every_byte_on_retry() -> None:
     odd = b'{"x":1.50,"id":"a","z":{ "b" :[ 1e2,"\\u00e9\\/"]},"type":"t","retry_count":0,"n":%d}' % 10**22
     assert with_retry(odd, 3, 0) == odd.replace(b'"retry_count":0', b'"retry_count":3')
+
+
+def test_the_last_error_is_added_bounded_replaced_and_removed() -> None:
+    job = BEGUN + b',"payload":"jobworker_last_error"}'
+    assert without_last_error(job) is job
+    first = with_retry(job, 1, 0, "E: one", 1000)
+    assert read_identity(first).last_error == "E: one"
+    second = with_retry(first, 2, 0, "E: " + "x" * 10_000, 1000)
+    assert read_identity(second).last_error == "E: " + "x" * (MAX_LAST_ERROR_CHARS - 3)
+    assert (
+        without_last_error(second) == with_retry(job, 2, 0) == fresh_job(second)[:-1] + b',"retry_count":2}'
+    )
+    assert read_envelope(second).retry_count == 2
+
+
+def test_the_last_error_is_left_out_of_a_job_that_it_would_make_too_large() -> None:
+    plain = with_retry(BEGUN + b"}", 1, 0)
+    assert with_retry(BEGUN + b"}", 1, 0, "E: one", len(plain) + 10) == plain
 
 
 # -- dead letters

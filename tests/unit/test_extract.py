@@ -1,13 +1,16 @@
 """Extractive summaries: within the limit, complete sentences in order, varied and reproducible."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 import pytest
+import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.summaries import extract
 from jobworker.handlers.summaries.extract import (
     Sentence,
     join_sentences,
@@ -28,6 +31,10 @@ TEXTS = st.lists(
 
 def split(text: str) -> list[str]:
     return [sentence.text for sentence in split_sentences(text)]
+
+
+def letters(text: str) -> str:
+    return "".join(char for char in text if char.isalnum())
 
 
 def complete(*texts: str) -> list[Sentence]:
@@ -55,9 +62,6 @@ def test_an_open_quotation_does_not_swallow_the_chapter() -> None:
 
 @given(st.text(max_size=300) | TEXTS)
 def test_no_word_is_lost_between_sentences(text: str) -> None:
-    def letters(text: str) -> str:
-        return "".join(char for char in text if char.isalnum())
-
     assert letters("".join(split(text))) == letters(text)
 
 
@@ -163,3 +167,57 @@ def test_a_shortened_text_fits_and_is_a_prefix(text: str, limit: int) -> None:
     short = shorten(text, limit)
     assert len(short) <= limit
     assert text.strip().startswith(short.removesuffix("…"))
+
+
+EMOJI = "👨\u200d👩\u200d👧\u200d👦"
+
+
+@pytest.mark.parametrize("grapheme", [EMOJI, "🇨🇳", "👍🏽", "e\u0301\u0323", "!\ufe0f", "각"])
+@pytest.mark.parametrize("before", ["", "雪", "He left. ", "雪一直下，"])
+def test_a_cut_tears_no_grapheme(grapheme: str, before: str) -> None:
+    text = before + grapheme * 40
+    ends = {match.end() for match in regex.finditer(r"\X", text)} | {0}
+    for limit in range(1, 60):
+        short = shorten(text, limit)
+        assert 0 < len(short) <= limit
+        assert len(short.removesuffix("…")) in ends
+        summary = select_sentences(complete(text), np.ones((1, 2), np.float32), limit)
+        assert len(summary.removesuffix("…")) in ends
+
+
+@given(
+    st.lists(st.sampled_from(["!\ufe0f", "。", EMOJI, "🇨🇳", "e\u0301", "a", " ", "，", "…\u200d"])).map(
+        "".join
+    )
+)
+def test_sentences_end_between_graphemes(text: str) -> None:
+    whole = regex.findall(r"\X", text)
+    for sentence in split(text):
+        assert all(one in whole for one in regex.findall(r"\X", sentence))
+
+
+@pytest.mark.parametrize(
+    "unit", ["雪", "snow ", "雪一直下，", EMOJI, "a", "🇨🇳", "e\u0301", "Mr. ", "“", "雪\u0301\u0301"]
+)
+def test_a_text_without_a_sentence_mark_is_divided(unit: str) -> None:
+    text = (unit * 3000)[:3000].strip() + "雪"
+    parts = split(text)
+    assert max(map(len, parts)) <= 500
+    assert len(parts) <= 3001 / 500 * 2 + 1
+    assert letters("".join(parts)) == letters(text)
+    assert not any(sentence.complete for sentence in split_sentences(text))
+
+
+def test_selecting_compares_each_sentence_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many sentences most do not fit: each is tried once, not once for each other."""
+    real, tried = extract._fits, []
+
+    def counted(texts: Sequence[str], indexes: Sequence[int], limit_chars: int) -> bool:
+        tried.append(indexes)
+        return real(texts, indexes, limit_chars)
+
+    monkeypatch.setattr(extract, "_fits", counted)
+    found = [f"第{number}句话说的是另外一件事情。" for number in range(500)]
+    vectors = DummyEncoder(8).encode(found)
+    assert len(select_sentences(complete(*found), vectors, 100)) <= 100
+    assert len(tried) <= len(found)

@@ -7,6 +7,9 @@ import pytest
 from jobworker.worker.admin.find_job import OVERDUE_S, SILENT_S, JobFinder
 from jobworker.worker.admin.identity import read_identity
 from jobworker.worker.admin.status_client import Service
+from jobworker.worker.envelope import with_retry
+from jobworker.worker.keys import Source
+from jobworker.worker.store.announcements import Announcement
 from jobworker.worker.store.operator import Lease, Pause, Scheduled
 from jobworker.worker.store.ports import RELEASED_IDLE_S, Entry
 from support.fake_operator import NOW_S, SOURCE, FakeOperatorStore, job, letter
@@ -120,6 +123,16 @@ class TestRetrying:
         )
         assert "the next try is in 60.0 s" in location.why
 
+    def test_the_last_error_says_why_it_is_tried_again(self, store: Any) -> None:
+        failed = with_retry(job("r"), 1, 0, "ValueError: 缺章", 1000)
+        store.scheduled[SOURCE.stream] = [Scheduled(NOW_S + 60, failed)]
+        location = find(store, "r")
+        assert location.facts["last_error"] == "ValueError: 缺章"
+        assert location.why.endswith("the last one failed: ValueError: 缺章")
+        store.scheduled.clear()
+        store.streams[SOURCE.stream] += [Entry(b"6-0", failed)]
+        assert find(store, "r").facts["last_error"] == "ValueError: 缺章"
+
     def test_an_overdue_retry_says_that_no_service_promotes_it(self, store: Any) -> None:
         store.scheduled[SOURCE.stream] = [Scheduled(NOW_S - OVERDUE_S - 1, job("r"))]
         assert "overdue: no running service promotes" in find(store, "r").why
@@ -142,6 +155,11 @@ class TestDead:
             "timeout",
         )
         assert "too slow" in location.why
+
+    def test_the_traceback_is_shown(self, store: Any) -> None:
+        details = {"traceback": "Traceback\n  line 1", "batch": ["1-0"]}
+        store.letters[SOURCE.stream] = [letter("9-0", "permanent", original_id="77-0", details=details)]
+        assert find(store, "9-0").facts["traceback"] == "Traceback\n  line 1"
 
 
 def test_a_search_that_the_scan_limit_ends_says_where(store: Any) -> None:
@@ -179,3 +197,49 @@ def test_an_invalid_job_is_identified_as_far_as_possible(
 ) -> None:
     identity = read_identity(data)
     assert (identity.id, identity.retry_count) == (id, retry_count)
+
+
+class TestMisspeltNames:
+    def test_a_job_in_a_stream_that_no_service_reads_is_found_with_the_reason(self, store: Any) -> None:
+        store.streams["stream:tset"] = [Entry(b"1-0", job("lost"))]
+        location = find(store, "lost")
+        assert (location.state, location.stream) == ("queued", "stream:tset")
+        assert location.why == "no service reads this stream: did you mean 'stream:test'?"
+
+    def test_a_delayed_job_for_such_a_stream_too(self, store: Any) -> None:
+        store.scheduled["stream:tset"] = [Scheduled(NOW_S - 60, job("lost"))]
+        location = find(store, "lost")
+        assert (location.state, "no running service promotes retries" in location.why) == ("retrying", True)
+
+    def test_a_stream_of_another_service_is_searched_by_its_group(self, store: Any) -> None:
+        store.streams["mine"] = [Entry(b"1-0", job("elsewhere"))]
+        announce(store, {"audit"}, Source("mine", "cg-mine"))
+        assert (
+            find(store, "elsewhere").why == "no service has read this stream yet: there is no group cg-mine"
+        )
+
+    def test_a_type_that_no_service_handles_is_the_reason(self, store: Any) -> None:
+        store.streams[SOURCE.stream].append(Entry(b"6-0", job("typo", "audti")))
+        store.scheduled[SOURCE.stream] = [Scheduled(NOW_S + 60, job("later", "audti"))]
+        announce(store, {"audit", "shout"}, SOURCE)
+        reason = "no service handles type audti: did you mean 'audit'?"
+        assert reason in find(store, "typo").why
+        assert reason in find(store, "later").why
+        assert "handles" not in find(store, "j5").why
+
+    def test_other_streams_are_searched_only_for_a_job_that_is_not_found(self, store: Any) -> None:
+        store.streams["other"] = [Entry(b"1-0", job("j5"))]
+        assert find(store, "j5").stream == SOURCE.stream
+        finder = JobFinder(store, [SOURCE], [], 1000)
+        assert finder.find("nowhere") == []
+        assert finder.searched == [SOURCE.stream, "other"]
+        assert finder.incomplete == []
+
+    def test_an_acknowledged_entry_is_not_called_done(self, store: Any) -> None:
+        location = find(store, "j1")
+        assert location.state == "finished"
+        assert "Whether it succeeded is not recorded" in location.why
+
+
+def announce(store: Any, types: set[str], *sources: Source) -> None:
+    store.announced = [Announcement("host/blue", frozenset(types), frozenset(sources), NOW_S)]

@@ -3,9 +3,12 @@
 import asyncio
 import contextlib
 import functools
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +263,8 @@ def manages(*_: object) -> Iterator[None]:
         (returns_a_coroutine, "returned coroutine, .*`async def {name}`"),
         (returns_a_task, "returned Task, .*`async def {name}`"),
         (manages, "returned _GeneratorContextManager, .*`yield`"),
+        (lambda *_: Future(), "returned a Future, .*result"),
+        (lambda *_: map(print, [1]), "returned a map, .*loop"),
     ],
 )
 @pytest.mark.parametrize("name", ["handle", "handle_batch"])
@@ -269,6 +274,40 @@ def test_work_that_was_returned_and_not_run_fails_for_good(
     bound = bind(loop, **{name: method})
     with pytest.raises(PermanentError, match=f"^{name} {says.format(name=name)}"):
         bound.handle(job())
+
+
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        ({"timeout": "60"}, "timeout is '60', not a number of seconds above 0"),
+        ({"timeout": 0}, "timeout is 0"),
+        ({"timeout": math.nan}, "timeout is nan"),
+        ({"timeout": math.inf}, "timeout is inf"),
+        ({"timeout": True}, "timeout is True"),
+        ({"batch_timeout": timedelta(seconds=5)}, "batch_timeout is datetime.timedelta"),
+        ({"max_batch": 2.5}, "max_batch is 2.5, not a number of jobs above 0"),
+        ({"max_batch_bytes": "8MiB"}, "max_batch_bytes is '8MiB', not a number of bytes above 0"),
+        ({"alone": "no"}, "alone is 'no', not True or False"),
+        ({"needs_device": 1}, "needs_device is 1"),
+        ({"counters": ["texts"]}, "counters is .*, not a dict of numbers"),
+        ({"needs_model": True}, "needs_model is called needs_device"),
+    ],
+)
+def test_a_member_of_the_wrong_kind_is_refused_at_load(
+    loop: EventLoop, members: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=f"handler of t: {says}"):
+        bind(loop, handle=print, **members)
+
+
+def test_members_that_are_none_are_absent(loop: EventLoop) -> None:
+    bound = bind(loop, handle=print, timeout=None, max_batch=None, counters=None)
+    assert bound.timeout_s == Settings().job_timeout_s
+
+
+def test_a_batch_without_an_answer_says_what_to_return(loop: EventLoop) -> None:
+    with pytest.raises(PermanentError, match="handle_batch returned None: return a list"):
+        bind(loop, handle_batch=lambda jobs: None).handle(job())
 
 
 def test_a_setup_that_returns_a_coroutine_does_not_pass_for_done(loop: EventLoop) -> None:

@@ -1,11 +1,14 @@
 """Language model client over real HTTP: requests, valid and invalid answers, retries and failures."""
 
-from collections.abc import Iterator, Sequence
+import base64
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from jobworker.handlers.settings import HandlerSettings
@@ -97,6 +100,122 @@ def test_an_invalid_answer_is_asked_for_once_more(invalid: Reply) -> None:
 def test_a_markdown_fence_and_unknown_fields_are_accepted() -> None:
     findings = parse_findings('```json\n{"summary": "x", "mood": "grim"}\n```')
     assert findings == Findings("x")
+
+
+PLAIN = '{"summary": "x"}'
+DRAFT = '{"summary": "draft"}'
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"<think>First, the names.</think>{PLAIN}",
+        f"<think>\nPerhaps {DRAFT}? No.\n</think>\n\n{PLAIN}",
+        f"<think>\n{DRAFT}\n</think>\n```json\n{PLAIN}\n```",
+        f"The template began the reasoning. {DRAFT}\n</think>\n{PLAIN}",
+        f"<THINKING>{{ and }} and {{'a': 1}} and {{\"a\": </Thinking> {PLAIN}",
+        f"<think>one</think><think>two {DRAFT}</think>{PLAIN}",
+        f"Sure! Here is the JSON:\n\n{PLAIN}\n\nLet me know if you need more.",
+        f"Here it is:\n```json\n{PLAIN}\n```\nThe lists {{}} are empty.",
+        f"```\n{PLAIN}\n```",
+        f"~~~json\n{PLAIN}\n~~~",
+        f'Format {{"summary": string}}, for example {DRAFT}. Answer: {PLAIN}',
+        f'He said "{{" and left. {PLAIN}',
+        f"<|channel|>analysis<|message|>Hm.<|end|><|channel|>final<|message|>{PLAIN}",
+        f"\ufeff{PLAIN}<|im_end|>",
+        "{" * 200 + PLAIN,
+        "[" * 200_000 + PLAIN,
+    ],
+    ids=range(16),
+)
+def test_text_around_the_json_is_skipped(answer: str) -> None:
+    assert parse_findings(answer) == Findings("x")
+    with client([says(answer)]) as (stub, model):
+        assert model.extract_findings("chapter") == Findings("x")
+        assert len(stub.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "answer", [f"<think>{DRAFT}</think> I cannot do that.", f"{DRAFT}</think>", f"<think>{DRAFT}</think>{{}}"]
+)
+def test_a_draft_in_the_reasoning_is_no_answer(answer: str) -> None:
+    assert isinstance(parse_findings(answer), str)
+
+
+@pytest.mark.parametrize("text", ["</think>", "<think>", "{", "}", '{"summary": "y"}', "```"])
+def test_a_summary_may_hold_what_looks_like_markup(text: str) -> None:
+    answer = msgspec.json.encode({"summary": f"a {text} b"}).decode()
+    for around in ("{}", "<think>no</think>{}", "Here: {}", "```json\n{}\n```"):
+        assert parse_findings(around.replace("{}", answer)) == Findings(f"a {text} b")
+
+
+def test_an_answer_in_parts_is_put_together() -> None:
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": DRAFT}]},
+        {"type": "text", "text": PLAIN},
+    ]
+    body = msgspec.json.encode({"choices": [{"message": {"content": parts}}]})
+    with client([Reply(body=body)]) as (_, model):
+        assert model.extract_findings("chapter") == Findings("x")
+
+
+KEY = "sk-proj/Ab+9_Zy-8xW7vU6t"
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        KEY, KEY.upper(), KEY[:12], KEY[-9:], KEY.replace("/", "\\/"), "sk-proj%2FAb%2B9_Zy-8xW7vU6t",
+        base64.b64encode(KEY.encode()).decode(), f"{KEY[:9]}...{KEY[-8:]}",
+        "x" * 190 + KEY, "x" * 4090 + KEY, KEY * 1000,
+    ],
+    ids=range(11),
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "reply",
+    [
+        lambda echo: Reply(401, f'{{"error": "Incorrect API key provided: {echo}."}}'.encode()),
+        lambda echo: Reply(400, echo.encode()),
+        lambda echo: Reply(503, f"Bearer {echo}".encode()),
+        lambda echo: says(f"Your key is {echo}"),
+        lambda echo: says(f'{{"summary": 7, "key": "{echo}"}}'),
+        lambda echo: says(None, refusal=f"not for {echo}"),
+        lambda echo: Reply(200, echo.encode()),
+        lambda echo: Reply(302, b"", {"Location": f"http://x/?{echo}"}),
+    ],
+    ids=["401", "400", "503", "prose", "invalid", "refusal", "no completion", "redirect"],
+)
+def test_a_key_that_the_endpoint_repeats_is_in_no_error(
+    reply: Callable[[str], Reply], echo: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger="jobworker")
+    with client([reply(echo)], key=KEY) as (_, model), pytest.raises((Unavailable, PermanentError)) as raised:
+        model.extract_findings("chapter")
+    told = "".join(traceback.format_exception(raised.value)).split("Error: ", 1)[-1]
+    told += str(raised.value) + "".join(str(vars(record)) for record in caplog.records)
+    for part in (KEY, base64.b64encode(KEY.encode()).decode()):
+        for at in range(len(part) - 7):
+            assert part[at : at + 8].lower() not in told.lower()
+
+
+def test_a_password_in_the_url_is_in_no_error() -> None:
+    with llm_stub([Reply(401, b"Basic dXNlcjpwYXNzLXdvcmQtOQ== pass-word-9 token-in-query")]) as stub:
+        url = stub.url.replace("http://", "http://user:pass-word-9@") + "?token=token-in-query"
+        model = LanguageModel(url, "small", sleep=lambda _: None)
+        with pytest.raises(Unavailable) as raised:
+            model.extract_findings("x")
+        model.close()
+    assert "HTTP 401: '*** *** ***'" in str(raised.value).replace("Basic ", "")
+
+
+@pytest.mark.parametrize("key", ["sk-two\nlines-of-key", "sk-schl\u00fcssel"])
+def test_a_bad_key_in_the_environment_is_a_configuration_error(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOBWORKER_LLM_KEY", key)
+    with pytest.raises(ConfigurationError, match="JOBWORKER_LLM_KEY: must hold one line") as raised:
+        open_model(HandlerSettings(llm_url="http://x/v1", llm_model="m"))
+    assert "sk-" not in str(raised.value)
 
 
 def test_temporary_failures_are_retried_after_retry_after_or_backoff() -> None:

@@ -14,8 +14,8 @@ from jobworker.worker.outcome import (
     RetryPolicy,
     TryAgain,
     after_failure,
-    failure_of,
 )
+from jobworker.worker.telemetry.failure import failure_of
 
 POLICY = RetryPolicy(jitter=0.0)
 

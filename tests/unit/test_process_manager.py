@@ -346,6 +346,13 @@ class TestLimits:
         service.manager.tick(service.now)
         assert service.manager.progress == before + 1, "a reader that reads nothing makes no progress"
 
+    def test_warnings_are_shown_once_and_do_not_make_the_service_unready(self, service: Service) -> None:
+        for role in ("reader", "reaper"):
+            service.child(role).peer.send(Report(warnings=["stream s is isolated"]))
+        service.manager.tick(service.now)
+        assert service.manager.warnings() == ["stream s is isolated"]
+        assert service.manager.reasons() == []
+
 
 class TestRollingRestart:
     def test_workers_are_replaced_one_by_one_when_the_successor_is_ready(self, service: Service) -> None:

@@ -1,5 +1,6 @@
 """The reaper on the store in memory: due retries, queue depths, trimming, an unavailable store, its end."""
 
+import dataclasses
 import logging
 import random
 import select
@@ -11,7 +12,7 @@ import pytest
 
 from jobworker.worker.errors import StoreUnavailable
 from jobworker.worker.ipc.control import ControlSocket, Drain, Message, Ready, Report
-from jobworker.worker.keys import Source
+from jobworker.worker.keys import Source, retry_key
 from jobworker.worker.reaper import Reaper
 from jobworker.worker.settings import Settings
 from jobworker.worker.store.memory.server import MemoryServer
@@ -32,9 +33,9 @@ class World:
         self.control, theirs = ControlSocket.pair()
         self.reaper_end = ControlSocket(theirs)
 
-    def reaper(self, store: MemoryStore | None = None) -> Reaper:
+    def reaper(self, store: MemoryStore | None = None, settings: Settings = SETTINGS) -> Reaper:
         store = store or MemoryStore(self.server)
-        return Reaper(store, SETTINGS, self.reaper_end, mono_s=lambda: self.now_s, rng=random.Random(0))
+        return Reaper(store, settings, self.reaper_end, mono_s=lambda: self.now_s, rng=random.Random(0))
 
     def read(self, consumer: str, count: int) -> MemoryStore:
         """Let a consumer take and finish entries."""
@@ -150,3 +151,54 @@ def test_an_unavailable_store_is_logged_once_reported_and_survived(
     assert last.trouble is None
     assert [record.message for record in caplog.records] == ["store.unavailable"]
     assert list(world.server.entries(SOURCE.stream).values()) == [b"1"]
+
+
+def test_the_service_announces_its_types_and_streams_and_renews_them(world: World) -> None:
+    reaper = world.reaper()
+    store = MemoryStore(world.server)
+    reaper.run_once(world.now_s)
+    (first,) = store.announcements()
+    assert (first.service, first.streams) == ("here/blue", {SOURCE.stream})
+    world.now_s += 29
+    reaper.run_once(world.now_s)
+    assert store.announcements() == [first]
+    world.now_s += 2
+    reaper.run_once(world.now_s)
+    assert store.announcements()[0].wall_renewed_s == pytest.approx(world.now_s)
+
+
+@pytest.mark.parametrize("key", [SOURCE.stream, retry_key(SOURCE.stream)])
+def test_a_stream_that_is_refused_stops_no_other(
+    world: World, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = Source("stream:other", "cg-test")
+    reaper = world.reaper(settings=dataclasses.replace(SETTINGS, streams=(SOURCE, other)))
+    for source in (SOURCE, other):
+        world.server.schedule(source.stream, b"1", 0)
+    world.server.broken.add(key)
+    for _ in range(60):
+        reaper.run_once(world.now_s)
+        world.now_s += 1.0
+    assert list(world.server.entries(other.stream).values()) == [b"1"]
+    assert world.server.waiting(SOURCE.stream) == [b"1"]
+    (record,) = [record for record in caplog.records if record.message == "stream.isolated"]
+    assert key in record.hint  # type: ignore[attr-defined]
+    world.server.broken.clear()
+    world.now_s += 12.0
+    reaper.run_once(world.now_s)
+    assert list(world.server.entries(SOURCE.stream).values()) == [b"1"]
+
+
+def test_a_stream_that_takes_no_entries_is_still_counted(world: World) -> None:
+    world.server.append(SOURCE.stream, b"queued")
+    world.server.schedule(SOURCE.stream, b"1", 0)
+    world.server.broken.add(retry_key(SOURCE.stream))
+    with running(world.reaper()):
+        assert next_message(world.control) == Ready()
+        report = next_message(world.control)
+        world.control.send(Drain())
+    assert isinstance(report, Report)
+    gauges = {(name, *labels): value for name, labels, value in report.gauges}
+    assert gauges["z_novel_jobs_queued", SOURCE.stream] == 1
+    assert gauges["z_novel_stream_isolated", SOURCE.stream, "reaper"] == 1
+    assert retry_key(SOURCE.stream) in report.warnings[0]

@@ -32,8 +32,7 @@ DOORS = {
 #: Each room and the rooms that it may import. A file directly under worker/ is a room of its own.
 CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
-    "safe_text",
-    *("event_loop", "handler", "options", "extension"),
+    *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
@@ -57,16 +56,20 @@ BELOW: dict[str, set[str]] = {
 #: Command modules import their face when they are called: `jobworker web` starts the page.
 BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}
 JOB_TYPES = {"embedding", "rebuild", "summaries", "audit"}
-SHARED_BELOW = {"jobstore": set(), "vectors": {"jobstore"}, "encoder": {"vectors", "file_lock"}}
+SHARED_BELOW = {
+    "jobstore": set(),
+    "vectors": {"jobstore", "graphemes"},
+    "encoder": {"vectors", "file_lock", "graphemes"},
+}
 #: What handlers may import of the engine besides the names in worker/__init__.py.
-PUBLIC = {"scripted_redis", "testing", "extension", "options", "data_dir"}
+PUBLIC = {"scripted_redis", "testing", "extension", "options", "quantities", "data_dir"}
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")
 COMPOSERS = {"boot", "testing", "producer", "scripted_redis", "admin", "cli", "web"}
 #: Decisions without input or output: they import each other, the standard library and msgspec.
 PURE = {
     *("worker." + name for name in ("envelope", "outcome", "keys", "errors")),
-    *("handlers.encoder." + name for name in ("packing", "segmenter")),
+    *("handlers." + name for name in ("encoder.packing", "encoder.segmenter", "graphemes")),
 }
 #: The top level's names; imported bare they would find another project's, or nothing once installed.
 ROOMS = {"worker", "handlers", "supervisor"}

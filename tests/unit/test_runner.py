@@ -82,6 +82,10 @@ class Desk:
         ]
         return {frame.row: frame.failure for frame in frames}
 
+    def errors(self) -> dict[int, Failure]:
+        """The failures without their tracebacks."""
+        return {row: msgspec.structs.replace(one, traceback="") for row, one in self.failures().items()}
+
     def reports(self) -> list[Report]:
         found = []
         while received := self.supervisor.receive():
@@ -277,7 +281,7 @@ def test_a_failure_says_why_and_fails_only_its_own_job(desk: Callable[..., Desk]
     worker.hand(*"tttttt")
     worker.run()
     assert worker.states() == [SUCCEEDED, FAILED, SUCCEEDED, FAILED, FAILED, SUCCEEDED]
-    assert worker.failures() == {
+    assert worker.errors() == {
         1: Failure("ValueError: no"),
         3: Failure("PermanentError: never", permanent=True),
         4: Failure("MemoryError: "),
@@ -289,7 +293,7 @@ def test_a_batch_answers_for_each_job(desk: Callable[..., Desk]) -> None:
     worker.hand(*"ttt")
     worker.run()
     assert worker.states() == [SUCCEEDED, FAILED, FAILED]
-    assert worker.failures() == {
+    assert worker.errors() == {
         1: Failure("ValueError: one"),
         2: Failure("PermanentError: two", permanent=True),
     }
@@ -301,7 +305,7 @@ def test_an_outcome_that_is_no_exception_fails_its_own_job_for_good(desk: Callab
     worker.run()
     assert worker.states() == [SUCCEEDED, FAILED, FAILED]
     says = "PermanentError: handle_batch returned {} as this job's outcome: return None or an exception"
-    assert worker.failures() == {
+    assert worker.errors() == {
         1: Failure(says.format("bool"), permanent=True),
         2: Failure(says.format("type"), permanent=True),
     }
@@ -317,7 +321,7 @@ def _raise(error: BaseException) -> Any:
         (lambda jobs: [None] * (len(jobs) - 1), "2 outcomes for 3 jobs", True),
         (lambda jobs: [None] * (len(jobs) + 1), "4 outcomes for 3 jobs", True),
         (lambda jobs: [], "0 outcomes for 3 jobs", True),
-        (lambda jobs: None, "handle_batch returned NoneType: return a list", True),
+        (lambda jobs: None, "handle_batch returned None: return a list", True),
         (lambda jobs: dict.fromkeys(range(3)), "handle_batch returned dict: return a list", True),
         (lambda jobs: {1, 2, None}, "handle_batch returned set: return a list", True),
         (lambda jobs: "abc", "handle_batch returned str: return a list", True),
@@ -546,7 +550,7 @@ def test_an_async_failure_is_one_of_its_own_job(desk: Callable[..., Desk]) -> No
     worker.hand(*"ttttttt")
     worker.run()
     assert worker.states() == [FAILED] * 6 + [SUCCEEDED]
-    assert worker.failures() == {
+    assert worker.errors() == {
         0: Failure("CancelledError: from above"),
         1: Failure("ValueError: no"),
         2: Failure("PermanentError: never", permanent=True),
@@ -608,7 +612,7 @@ def test_an_async_batch_answers_for_each_job(desk: Callable[..., Desk]) -> None:
     worker.hand(*"ttt")
     worker.run()
     assert worker.states() == [SUCCEEDED, FAILED, SUCCEEDED]
-    assert worker.failures() == {1: Failure("ValueError: {'jobs': 3, 'task_type': 't'}")}
+    assert worker.errors() == {1: Failure("ValueError: {'jobs': 3, 'task_type': 't'}")}
 
 
 def test_a_coroutine_that_nothing_awaits_is_a_failure_for_good(desk: Callable[..., Desk]) -> None:

@@ -5,14 +5,10 @@ import regex
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobworker.handlers.encoder.segmenter import Offsets, cut, is_grapheme_boundary
+from jobworker.handlers.encoder.segmenter import Offsets, cut
+from support.graphemes import GRAPHEMES
 
 CHINESE = "宝玉看罢，因笑道：“这个妹妹我曾见过的。”贾母笑道：“可又是胡说！你何曾见过她？”宝玉笑道……"
-# Families, flags, skin tones, accents as separate signs, Hangul jamo, Devanagari and a Kannada prefix.
-GRAPHEMES = [
-    *("👨‍👩‍👧", "🇨🇳", "👍🏽", "e\u0301", "각", "क्षि", "ಕ್ಷ", "\u0600\u0661"),
-    *("a", "宝", "。", "”", "\r\n", " ", "!", "."),
-]
 TEXTS = st.one_of(st.lists(st.sampled_from(GRAPHEMES), max_size=80).map("".join), st.text(max_size=80))
 
 
@@ -64,16 +60,6 @@ def test_no_grapheme_is_torn_while_it_fits(text: str) -> None:
     # Twice as long, because joined flags and consonants are held together beyond what Unicode asks.
     for start, _ in cut(text, one_each(text), 2 * longest + 40)[1:]:
         assert start in ends
-
-
-@given(st.lists(st.sampled_from(GRAPHEMES), max_size=30).map("".join))
-def test_a_boundary_is_never_inside_a_grapheme(text: str) -> None:
-    ends = {0, *(match.end() for match in regex.finditer(r"\X", text))}
-    assert {place for place in range(len(text) + 1) if is_grapheme_boundary(text, place)} <= ends
-
-
-def test_the_halves_of_a_surrogate_pair_stay_together() -> None:
-    assert not is_grapheme_boundary("a\ud83d\ude00b", 2)
 
 
 def test_chinese_is_cut_after_marks_with_their_closing_quotes() -> None:

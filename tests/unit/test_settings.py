@@ -3,7 +3,7 @@
 import importlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from jobworker import handlers
-from jobworker.handlers.options import parse_size
 from jobworker.handlers.settings import HandlerSettings
+from jobworker.worker.cli import main as tool
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.extension import extension
 from jobworker.worker.keys import Source
-from jobworker.worker.options import ENV_PREFIX, service_options, settings_from
+from jobworker.worker.options import ENV_PREFIX, service_options, settings_from, unknown_variables
 from jobworker.worker.outcome import RetryPolicy
+from jobworker.worker.quantities import Count, Duration, Number, Size, parse_duration
 from jobworker.worker.settings import (
     Settings,
     cores,
@@ -167,14 +168,13 @@ def test_no_handler_at_all_is_an_error(program: Program) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("lease = 1\nleese = 2\n", "--leese"),
-        ("max_retries = 1\n", "--max_retries"),
-        ("[retry]\ninitial = 1\n", "--retry"),
+        ("lease = 1\nleese = 2\n", "did you mean lease?"),
+        ("[retry]\ninitial = 1\n", "'retry'"),
         ("lease = \n", "line 1"),
         ("lease = 'soon'\n", "'soon'"),
         ("lease = -1\n", "-1"),
         ("log-level = 'loud'\n", "'loud'"),
-        ("stream = 'a=g'\n", "iterable"),
+        ("stream = 'a=g'\n", "list of strings"),
     ],
 )
 def test_a_wrong_file_is_a_usage_error(
@@ -225,14 +225,182 @@ def test_addresses(text: str, address: tuple[str, int]) -> None:
     ("text", "size_bytes"),
     [("off", 0), ("16777216", 1 << 24), ("16M", 1 << 24), ("2GiB", 1 << 31), ("20000kb", 20_000 << 10)],
 )
-def test_sizes(text: str, size_bytes: int) -> None:
-    assert parse_size(text) == size_bytes
+def test_sizes(program: Program, text: str, size_bytes: int) -> None:
+    assert program.settings_of("--cache", text).cache_bytes == size_bytes
 
 
 @pytest.mark.parametrize("text", ["", "on", "0", "15MiB", "-5G", "1.5G", "1 GiB", "1X", "1GiBB", "9" * 20])
-def test_what_is_no_size_says_what_to_write(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="say off or a size"):
-        parse_size(text)
+def test_what_is_no_size_says_what_to_write(program: Program, text: str) -> None:
+    result = program.run("--cache", text)
+    assert result.exit_code == 2
+    assert "say off or a size" in " ".join(result.output.split())
+
+
+def options_of_type(kind: type) -> list[str]:
+    return [
+        parameter.opts[0]
+        for parameter in Program().command.params
+        if isinstance(parameter.type, kind) and isinstance(parameter, click.Option)
+    ]
+
+
+def test_every_duration_size_and_number_is_bounded() -> None:
+    plain = (click.FloatRange, click.types.FloatParamType, click.types.IntParamType)
+    found = [p.opts[0] for p in Program().command.params if isinstance(p.type, plain)]
+    assert [p for p in found if p not in options_of_type(Count)] == []
+
+
+@pytest.mark.parametrize("option", [*options_of_type(Duration), *options_of_type(Number)])
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "infinity", "", "٣", "1_0", "-1", "1e30"])
+def test_a_number_that_is_none_or_not_finite_is_a_usage_error(
+    program: Program, config: Callable[[str], str], option: str, text: str
+) -> None:
+    name = option.removeprefix("--")
+    for arguments, env in (
+        ([option, text], {}),
+        ([], {f"JOBWORKER_{name.upper().replace('-', '_')}": text}),
+        ([config(f'{name} = "{text}"\n')], {}),
+        ([config(f"{name} = {text if text in ('nan', 'inf', '-inf') else '1e999'}\n")], {}),
+    ):
+        if env and not text:
+            continue  # an empty variable counts as not set
+        result = program.run(*arguments, env=env)
+        assert result.exit_code == 2, (arguments, result.output)
+        assert name in result.output
+
+
+@pytest.mark.parametrize("option", options_of_type(Duration))
+@pytest.mark.parametrize(("text", "seconds"), [("500ms", 0.5), ("0.5", 0.5), ("0.5s", 0.5), ("5e-1", 0.5)])
+def test_every_duration_takes_units(
+    program: Program, config: Callable[[str], str], option: str, text: str, seconds: float
+) -> None:
+    name = option.removeprefix("--")
+    found = [program.settings_of(option, text), program.settings_of(config(f'{name} = "{text}"\n'))]
+    for settings in found:
+        values = [*vars(settings).values(), *settings.retry]
+        assert seconds in values
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("5m", 300), ("1h30m", 5400), ("1m500ms", 60.5), ("2d", 172_800), ("1w", 604_800)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "5x", "5 m", "1.2.3s", "1.2.3", "s5", "5m5", "-5m", "."])
+def test_what_is_no_duration_says_so(text: str) -> None:
+    with pytest.raises(ValueError, match=r"not a (duration|number)"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--max-payload", 8 << 20), ("--max-rss", 8)])
+@pytest.mark.parametrize("text", ["8MiB", "8M", "8mb", "8192K"])
+def test_every_size_takes_units(program: Program, option: str, value: int, text: str) -> None:
+    settings = program.settings_of(option, text)
+    assert value in (settings.max_payload if option == "--max-payload" else settings.max_rss_mib,)
+
+
+def test_a_plain_number_keeps_the_unit_of_its_option(program: Program) -> None:
+    settings = program.settings_of("--max-rss", "300", "--max-payload", "4096", "--max-age", "90")
+    assert (settings.max_rss_mib, settings.max_payload, settings.max_age_s) == (300, 4096, 90.0)
+
+
+@pytest.mark.parametrize("extreme", ["greatest", "least"])
+def test_the_bounds_of_every_option_reach_a_child(program: Program, extreme: str) -> None:
+    for parameter in program.command.params:
+        kind = parameter.type
+        if isinstance(kind, Count):
+            value = kind.max if extreme == "greatest" else kind.min
+        elif isinstance(kind, Duration):
+            value = kind.most_s if extreme == "greatest" else kind.least_s
+        elif isinstance(kind, Number | Size):
+            value = kind.most if extreme == "greatest" else kind.least
+        else:
+            continue
+        settings = program.settings_of(parameter.opts[0], str(value))
+        assert HandlerSettings.from_json(settings.to_json()) == settings
+
+
+def test_a_hyphen_and_an_underscore_are_the_same_in_the_file(
+    program: Program, config: Callable[[str], str]
+) -> None:
+    text = 'redis_url = "redis://h:1"\nmax_retries = 7\nno_builtin_handlers = true\nhandler = ["a=m:C"]\n'
+    settings = program.settings_of(config(text))
+    assert (settings.redis_url, settings.retry.max_retries) == ("redis://h:1", 7)
+    assert settings.handlers == {"a": "m:C"}
+
+
+def test_both_spellings_of_a_key_are_refused(program: Program, config: Callable[[str], str]) -> None:
+    result = program.run(config('redis_url = "redis://a"\nredis-url = "redis://b"\n'))
+    assert result.exit_code == 2
+    assert "given twice" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        ("lease = true", "lease", "a duration"),
+        ("lease = [30]", "lease", "a duration"),
+        ("lease = 2026-01-01", "lease", "a duration"),
+        ("procs = 3.5", "procs", "a whole number"),
+        ("procs = true", "procs", "a whole number"),
+        ("max-payload = 8.5", "max-payload", "a size"),
+        ("cache = false", "cache", "a size"),
+        ("retry-jitter = true", "retry-jitter", "a number"),
+        ("redis-url = 6379", "redis-url", "a string"),
+        ('redis-url = ["redis://:hidden@h"]', "redis-url", "a string"),
+        ("instance = {a = 1}", "instance", "a string"),
+        ("milvus-token = 12345", "milvus-token", "a string"),
+        ('stream = "a=g"', "stream", "a list of strings"),
+        ("stream = [1]", "stream", "strings in the list"),
+        ("handler = {a = 'm:C'}", "handler", "a list of strings"),
+        ('no-builtin-handlers = "yes"', "no-builtin-handlers", "true or false"),
+        ("no-builtin-handlers = 1", "no-builtin-handlers", "true or false"),
+        ("[lease]\na = 1", "lease", "a duration"),
+    ],
+)
+def test_a_wrong_kind_in_the_file_names_the_key_and_what_is_expected(
+    program: Program, config: Callable[[str], str], text: str, key: str, expected: str
+) -> None:
+    result = program.run(config(text + "\n"))
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2
+    assert f"{key}: expected" in said
+    assert expected in said
+    assert not [secret for secret in ("hidden", "12345") if secret in said]
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"), [("leese", "lease"), ("redis-urls", "redis-url"), ("max_retry", "max-retries"),
+                       ("milvus_url", "milvus-uri"), ("worker-procs", "--help")],
+)  # fmt: skip
+def test_an_unknown_key_gets_a_suggestion(
+    program: Program, config: Callable[[str], str], key: str, meant: str
+) -> None:
+    result = program.run(config(f"{key} = 1\n"))
+    assert result.exit_code == 2
+    assert meant in result.output.partition("no option")[2]
+
+
+def test_a_misspelt_option_gets_a_suggestion(program: Program) -> None:
+    assert "--lease" in program.run("--leese=3").output
+
+
+def test_a_misspelt_variable_is_reported_and_those_of_others_are_not() -> None:
+    others = ["JOBWORKER_METRICS_URL", "JOBWORKER_LLM_KEY", "JOBWORKER_WEB_LISTEN", "JOBWORKER_WEB_TOKEN",
+              "JOBWORKER_SERVICE_HOST", "JOBWORKER_PORT", "JOBWORKER_PORT_9464_TCP_ADDR", "PATH"]  # fmt: skip
+    options = [f"JOBWORKER_{name.upper().replace('-', '_')}" for name in [*OPTIONS, "config"]]
+    environ = dict.fromkeys([*others, *options, "JOBWORKER_REDIS_URI"], "")
+    assert list(unknown_variables(environ)) == [("JOBWORKER_REDIS_URI", "JOBWORKER_REDIS_URL")]
+
+
+@pytest.mark.parametrize("text", ["a\x1b[31m", "a\nb", "a\x00b", "a\udcff"])
+@pytest.mark.parametrize("name", ["instance", "data_dir", "redis_url", "milvus_prefix"])
+def test_control_characters_and_bytes_that_are_no_text_are_refused(name: str, text: str) -> None:
+    context = Program().command.make_context("x", [], resilient_parsing=True)
+    with pytest.raises(ConfigurationError, match=f"--{name.replace('_', '-')}: "):
+        settings_from({**context.params, name: text}, on_terminal=False)
 
 
 @pytest.mark.parametrize("text", ["", "9464", ":9464", "host", "host:", "host:65536", "host:-1", "host:http"])
@@ -291,3 +459,22 @@ def test_an_earlier_name_of_a_handler_leads_to_where_it_is_now(program: Program)
 def test_every_builtin_target_can_be_imported(target: str) -> None:
     module, _, name = target.partition(":")
     assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+def verbs(command: click.Command) -> Iterator[click.Command]:
+    """A command and everything below it."""
+    yield command
+    if isinstance(command, click.Group):
+        for below in command.commands.values():
+            yield from verbs(below)
+
+
+def test_no_verb_takes_a_number_without_bounds() -> None:
+    plain = (click.types.FloatParamType, click.types.IntParamType)
+    found = [
+        f"{verb.name} {parameter.name}"
+        for verb in verbs(tool)
+        for parameter in verb.params
+        if isinstance(parameter.type, plain) and not isinstance(parameter.type, Count)
+    ]
+    assert found == []

@@ -5,6 +5,7 @@ from contextlib import closing
 
 import pytest
 
+from jobworker.worker.admin.identity import read_identity
 from jobworker.worker.errors import StoreUnavailable
 from jobworker.worker.ipc.control import Attach, ExitReclaimed
 from jobworker.worker.outcome import Failure, RetryPolicy
@@ -74,6 +75,44 @@ def test_a_permanent_failure_is_not_retried(rig: ReaderRig) -> None:
         ("permanent", "PermanentError: no")
     ]
     assert rig.letters[0]["worker"] == "one/one/0"
+
+
+RAISED = Failure("ValueError: no", traceback="Traceback ...\nValueError: no")
+
+
+def test_the_traceback_is_in_the_log_and_in_the_dead_letter(
+    rig: ReaderRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.add("1", tenant_id="t001")
+    rig.add("2", retry_count=3)
+    rig.tick()
+    for job_id in rig.workers[0].take():
+        rig.workers[0].fail(job_id, RAISED)
+    rig.tick()
+    assert [letter["details"] for letter in rig.letters] == [{"traceback": RAISED.traceback}]
+    lines = [vars(record) for record in caplog.records if "exception" in vars(record)]
+    assert {(line["msg"], line["job_id"], line["exception"]) for line in lines} == {
+        ("job.retry_scheduled", "1", RAISED.traceback),
+        ("job.dead_lettered", "2", RAISED.traceback),
+    }
+
+
+def test_a_job_that_waits_for_its_retry_keeps_its_last_error_and_its_dead_letter_does_not(
+    rig: ReaderRig,
+) -> None:
+    rig.add("1", retry_count=2)
+    rig.tick()
+    rig.workers[0].take()
+    rig.workers[0].fail("1", FAILED)
+    rig.tick()
+    (waiting,) = rig.server.waiting(SOURCE.stream)
+    assert read_identity(waiting).last_error == "ValueError: no"
+    rig.server.append(SOURCE.stream, waiting)
+    rig.tick()
+    rig.workers[0].take()
+    rig.workers[0].fail("1", FAILED)
+    rig.tick()
+    assert rig.letters[0]["task"] == {"id": "1", "type": "a", "retry_count": 3}
 
 
 def test_outcomes_are_settled_once_the_store_answers_again(rig: ReaderRig) -> None:

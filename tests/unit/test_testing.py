@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from decimal import Decimal
 from inspect import signature
 from typing import Any
 
@@ -413,3 +414,23 @@ def test_it_is_imported_without_client_libraries_and_without_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.split() == []
+
+
+def test_a_handler_may_get_numbers_with_every_digit(harness: Callable[..., Harness]) -> None:
+    class Exact:
+        exact_numbers = True
+
+        def handle(self, job: Job) -> None:
+            got.append(job.payload)
+
+    class Usual(Exact):
+        exact_numbers = False
+
+    got: list[object] = []
+    world = harness(exact=Exact, usual=Usual)
+    for kind, number in (("exact", "1.10"), ("usual", "1.10"), ("exact", "7"), ("exact", "1e-" + "9" * 30)):
+        world.send(f'{{"id": "a", "type": "{kind}", "timeout": 1.5, "payload": {number}}}'.encode())
+    world.run()
+    assert [(type(one), str(one)) for one in got] == [
+        (Decimal, "1.10"), (float, "1.1"), (int, "7"), (float, "0.0"),
+    ]  # fmt: skip

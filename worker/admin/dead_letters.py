@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import msgspec
 
+from ..envelope import LAST_ERROR_FIELD
 from ..store.operator import START, order_of, walk
 from ..store.ports import Entry
 from .identity import read_identity
@@ -129,7 +130,7 @@ def read_letter(stream: str, entry: Entry) -> Letter:
 def fresh_job(task: bytes) -> bytes:
     """The job without ``retry_count`` and ``deaths``. All other members keep their bytes."""
     members = _members.decode(task)
-    counters = [name for name in ("retry_count", "deaths") if name in members]
+    counters = [name for name in ("retry_count", "deaths", LAST_ERROR_FIELD) if name in members]
     if not counters:
         return task
     for name in counters:

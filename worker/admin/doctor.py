@@ -3,13 +3,13 @@
 No function here does input or output.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Container, Iterator, Sequence
 
 from ..store.facts import ServerFacts, StreamFacts
 from ..store.operator import Consumer, Pause
 from .doctor_facts import HostFacts
 from .find_job import OVERDUE_S, SILENT_S
+from .finding import Finding
 from .status_client import Service
 
 #: Due times and waiting times are computed from two clocks. A greater difference makes them visibly wrong.
@@ -26,15 +26,6 @@ _MAX_DEAD_CONSUMERS = 50
 _MAX_LAG_OF_OTHERS = 10_000
 #: Open files: each worker takes a few and its channel three, besides connections. Enough for 100 workers.
 _MIN_OPEN_FILES = 1024
-
-
-class Finding(NamedTuple):
-    """One line of the report. ``level``: ok, note or wrong; ``do``: the remedy."""
-
-    level: str
-    subject: str
-    says: str
-    do: str = ""
 
 
 def server_findings(name: str, facts: ServerFacts) -> Iterator[Finding]:
@@ -162,11 +153,13 @@ def _other_groups(facts: StreamFacts) -> Iterator[Finding]:
                           f"if it is unused: XGROUP DESTROY {facts.source.stream} {name}")  # fmt: skip
 
 
-def pause_findings(pauses: Sequence[Pause]) -> Iterator[Finding]:
-    """The types that an operator paused."""
+def pause_findings(pauses: Sequence[Pause], types: Container[str] = ()) -> Iterator[Finding]:
+    """The types that an operator paused. ``types``: those that services handle; empty if unknown."""
     for pause in pauses:
         note = f" ({pause.note})" if pause.note else ""
-        yield Finding("note", "paused", f"type {pause.kind}{note}", f"jobworker resume {pause.kind}")
+        unknown = ", which no service handles: another type may have been meant"
+        says = f"type {pause.kind}{note}{unknown if types and pause.kind not in types else ''}"
+        yield Finding("note", "paused", says, f"jobworker resume {pause.kind}")
 
 
 def service_findings(services: Sequence[Service], default_metrics: bool, version: str) -> Iterator[Finding]:

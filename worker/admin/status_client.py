@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from ..settings import without_credentials
+from ..store.announcements import Announcement
 
 #: A service in the same data centre answers within milliseconds. A slower one is shown as not answering.
 _TIMEOUT_S = 2.5
@@ -45,6 +46,19 @@ class Service(NamedTuple):
         """The job types for which a gauge with the label ``task_type`` is not 0."""
         samples = self.status.get("metrics", {}).get(gauge, ())
         return {sample["task_type"] for sample in samples if sample["value"]}
+
+
+def handled_types(
+    announcements: Iterable[Announcement], services: Iterable[Service], wall_now_s: float
+) -> tuple[frozenset[str], bool]:
+    """Types that running services handle, and True. If none runs: those that services handled lately, and
+    False. Empty if unknown."""
+    announcements = list(announcements)
+    running = {name for one in announcements if one.is_running(wall_now_s) for name in one.types}
+    running |= {str(name) for service in services for name in service.status.get("types", ())}
+    if running:
+        return frozenset(running), True
+    return frozenset(name for one in announcements for name in one.types), False
 
 
 def fetch_status(url: str, redis_url: str = "") -> Service:

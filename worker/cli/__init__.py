@@ -2,7 +2,7 @@
 
 import click
 
-from . import dlq, doctor, enqueue, explain, pause, retry, stats, top, web
+from . import dlq, doctor, enqueue, explain, pause, retry, stats, top, url, web
 from .common import CliGroup
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     """
 
 
-for module in (top, enqueue, stats, explain, pause, doctor, web):
+for module in (top, enqueue, stats, explain, pause, doctor, url, web):
     module.add_to(main)
 main.add_command(dlq.dlq)
 main.add_command(retry.retry)

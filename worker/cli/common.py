@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 from click.shell_completion import CompletionItem
@@ -158,11 +158,18 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
+def standard_input(option: str) -> BinaryIO:
+    """Standard input for an option that reads it. Raises `ConfigurationError` if it is closed."""
+    if sys.stdin is None:
+        raise ConfigurationError(f"{option}: standard input is closed")
+    return sys.stdin.buffer
+
+
 def confirm(question: Callable[[], str], yes: bool) -> None:
     """Ask before an operation that cannot be undone. `question` is called only on a terminal.
     Raises `ConfigurationError` if standard input is not one."""
     if yes:
         return
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise ConfigurationError("no terminal to confirm on: give --yes")
     click.confirm(question(), abort=True, err=True)

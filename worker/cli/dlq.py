@@ -14,6 +14,7 @@ from ..admin.dead_letters import BATCH_SIZE, BulkOperation, DeadLetterQueue, Let
 from ..admin.deployment import parse_sources
 from ..admin.words import format_duration, pluralise, strip_control
 from ..outcome import Reason
+from ..quantities import MAX_COUNT, Count, Number
 from .common import (
     AS_JSON,
     BAD_NEWS,
@@ -114,7 +115,7 @@ def _to_json(letter: Letter, payload: bool) -> dict[str, Any]:
 
 @verb(dlq, "list")
 @_filter_options
-@click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="Maximum; 0 for all.")
+@click.option("--limit", type=Count(0), default=50, show_default=True, help="Maximum; 0 for all.")
 @click.option("--payload", is_flag=True, help="With --json: include the whole job (a tenant's text).")
 @AS_JSON
 def list_(url: str, limit: int, payload: bool, as_json: bool, **selection: Any) -> None:
@@ -250,7 +251,7 @@ class _Report:
 @verb(dlq)
 @_filter_options
 @click.option("--all", "all_of_them", is_flag=True, help="Every dead letter of the streams.")
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="At most this many a second.")
+@click.option("--rate", type=Number(0.001, MAX_COUNT), help="At most this many a second.")
 @click.option("--dry-run", is_flag=True, help="Only count them.")
 @AS_JSON
 def requeue(

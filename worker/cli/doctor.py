@@ -8,7 +8,6 @@ import click
 
 from ..admin.deployment import Deployment, parse_sources
 from ..admin.doctor import (
-    Finding,
     host_findings,
     pause_findings,
     server_findings,
@@ -16,6 +15,8 @@ from ..admin.doctor import (
     stream_findings,
 )
 from ..admin.doctor_facts import package_version, read_host_facts, read_store_facts
+from ..admin.finding import Finding
+from ..admin.names import name_findings
 from ..admin.words import strip_control
 from ..errors import ConfigurationError, StoreUnavailable
 from ..extension import extension
@@ -71,7 +72,7 @@ def _print(findings: list[Finding]) -> None:
 def _deployment_findings(deployment: Deployment, streams: tuple[str, ...]) -> list[Finding]:
     sources, services = parse_sources(streams), deployment.services()
     try:
-        store = read_store_facts(deployment.url, sources)
+        store = read_store_facts(deployment.url, sources, services)
     except (StoreUnavailable, ConfigurationError) as error:
         return [Finding("wrong", "store", str(error), "is it running, and is this its url?")]
     return [
@@ -81,6 +82,7 @@ def _deployment_findings(deployment: Deployment, streams: tuple[str, ...]) -> li
             for finding in server_findings(name or "store", facts)
         ),
         *(finding for facts in store.streams for finding in stream_findings(facts)),
-        *pause_findings(store.pauses),
+        *name_findings(store.names),
+        *pause_findings(store.pauses, store.names.types),
         *service_findings(services, deployment.default_metrics, package_version("jobworker")),
     ]

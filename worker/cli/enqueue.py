@@ -3,8 +3,9 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from typing import Any
 import click
 import msgspec
 
-from ..producer import NewJob, Producer
+from ..admin.words import strip_control
+from ..options import SECONDS
+from ..producer import NewJob, Producer, UnknownDestination
+from ..quantities import Count, Duration
 from ..safe_text import escape_control
-from .common import JobType, complete_streams, echo_json, verb
+from .common import JobType, complete_streams, echo_json, standard_input, verb
 
 #: Jobs per call of the producer; the progress bar moves after each call.
 _BATCH_SIZE = 1000
-_POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 def add_to(main: click.Group) -> None:
@@ -42,9 +45,9 @@ _OPTIONS = [
                  help="Stream to send it to.  [default: the stream of the type]"),
     click.option("--id", "job_id", default=None,
                  help="Job id; with --count a number is appended.  [default: random]"),
-    click.option("--delay", type=click.FloatRange(min=0), help="Run it this many seconds from now."),
-    click.option("--timeout", type=_POSITIVE, help="Timeout in seconds."),
-    click.option("--count", type=click.IntRange(1), default=1, show_default=True,
+    click.option("--delay", type=Duration(), help="Run it this much later (seconds, or 15m)."),
+    click.option("--timeout", type=SECONDS, help="Timeout (seconds, or 5m)."),
+    click.option("--count", type=Count(1), default=1, show_default=True,
                  help="Number of times to send it."),
     click.option("--json", "as_json", is_flag=True, help='Print {"ids": [...]}.'),
 ]  # fmt: skip
@@ -90,12 +93,14 @@ def _payload(text: str) -> Any:
     `click.BadParameter`."""
     try:
         if text == "-":
-            text = sys.stdin.read()
+            text = standard_input("--payload -").read().decode()
         elif text.startswith("@"):
             text = Path(text[1:]).read_text(encoding="utf-8")
         return json.loads(text)
     except OSError as error:
         raise click.BadParameter(f"--payload: {error}") from error
+    except RecursionError as error:
+        raise click.BadParameter("--payload is nested too deeply") from error
     except ValueError as error:
         raise click.BadParameter(f"--payload is not JSON: {error}") from error
 
@@ -103,7 +108,7 @@ def _payload(text: str) -> Any:
 def _send(url: str, job: NewJob, count: int) -> list[str]:
     """Send a job `count` times; the ids."""
     ids: list[str] = []
-    with Producer(url) as producer:
+    with _echoed_warnings(), Producer(url) as producer:
         hidden = count < _BATCH_SIZE or not sys.stderr.isatty()
         with click.progressbar(length=count, label="enqueued", file=sys.stderr, hidden=hidden) as bar:
             for start in range(0, count, _BATCH_SIZE):
@@ -113,6 +118,19 @@ def _send(url: str, job: NewJob, count: int) -> list[str]:
                 )
                 bar.update(len(numbers))
     return ids
+
+
+@contextmanager
+def _echoed_warnings() -> Iterator[None]:
+    """Print the producer's warnings of unknown types and streams in the style of the tool."""
+
+    def echo(message: Warning | str, *_: Any, **__: Any) -> None:
+        click.echo(f"jobworker: {strip_control(str(message))}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UnknownDestination)
+        warnings.showwarning = echo
+        yield
 
 
 def _numbered(job_id: str | None, number: int, count: int) -> str | None:
@@ -125,7 +143,8 @@ def _send_lines(url: str, path: str, defaults: NewJob) -> list[str]:
     ids: list[str] = []
     size = 0 if path == "-" else os.path.getsize(path)
     with (
-        nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file,
+        nullcontext(standard_input("--lines -")) if path == "-" else open(path, "rb") as file,
+        _echoed_warnings(),
         Producer(url) as producer,
     ):
         hidden = not size or not sys.stderr.isatty()

@@ -8,10 +8,14 @@ import click
 from ..admin.deployment import Deployment, parse_sources
 from ..admin.find_job import JobFinder, JobLocation
 from ..admin.words import strip_control
+from ..quantities import Count
 from .common import AS_JSON, BAD_NEWS, STREAMS, echo_json, verb_on_deployment
 
 #: Entries scanned in each stream, retry set and dead-letter queue: about a second for all of them.
 _SCAN_LIMIT = 100_000
+
+#: Streams that are named where a job is not found.
+_MAX_NAMED = 20
 
 
 def add_to(main: click.Group) -> None:
@@ -19,7 +23,7 @@ def add_to(main: click.Group) -> None:
     command = AS_JSON(explain)
     for option in (
         STREAMS,
-        click.option("--scan", type=click.IntRange(1), default=_SCAN_LIMIT, show_default=True,
+        click.option("--scan", type=Count(1), default=_SCAN_LIMIT, show_default=True,
                      help="Maximum of entries to scan in each stream, its retries and its dead letters."),
         click.argument("id"),
     ):  # fmt: skip
@@ -61,12 +65,17 @@ def _print(id: str, locations: list[JobLocation], finder: JobFinder) -> None:
         click.echo(f"{strip_control(one.job_id or id)} ({strip_control(owner)})")
         click.echo(f"  {one.state} in {strip_control(one.stream)}: {strip_control(one.why)}")
         for name, value in one.facts.items():
-            click.echo(f"    {name:16} {strip_control(str(value))}")
+            first, *others = str(value).splitlines() or [""]
+            click.echo(f"    {name:16} {strip_control(first)}")
+            for line in others:  # of a traceback
+                click.echo(" " * 21 + strip_control(line))
         if one.state == "dead":
             click.echo(f"    send it again:   jobworker dlq requeue {one.facts['letter']}")
     if not locations:
+        searched = ", ".join(strip_control(name) for name in finder.searched[:_MAX_NAMED])
         click.echo(
-            f"{strip_control(id)} was not found: it is finished and trimmed, or was not sent to these streams"
+            f"{strip_control(id)} was not found. It may never have been sent, or it has ended and was "
+            f"trimmed: the job store keeps no record of either. Searched: {searched}"
         )
     if finder.incomplete:
         names = ", ".join(strip_control(name) for name in finder.incomplete)

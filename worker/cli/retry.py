@@ -10,6 +10,7 @@ import click
 from ..admin.deployment import parse_sources
 from ..admin.retries import RetrySet, ScheduledRetry
 from ..admin.words import format_duration, pluralise, strip_control
+from ..quantities import Count
 from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, JobType, echo_json, echo_missing, table, verb
 
 
@@ -45,7 +46,7 @@ def _open_retries(
 
 @verb(retry, "list")
 @_filter_options
-@click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="Maximum; 0 for all.")
+@click.option("--limit", type=Count(0), default=50, show_default=True, help="Maximum; 0 for all.")
 @AS_JSON
 def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **selection: Any) -> None:
     """List jobs that wait for a retry, soonest first.
@@ -84,7 +85,7 @@ def _to_json(one: ScheduledRetry, now_s: float) -> dict[str, Any]:
     return {
         "stream": one.stream, "job_id": one.job.id, "type": one.job.type, "tenant_id": one.job.tenant_id,
         "retry_count": one.job.retry_count, "deaths": one.job.deaths,
-        "due_in_s": round(one.scheduled.due_wall_s - now_s, 3),
+        "due_in_s": round(one.scheduled.due_wall_s - now_s, 3), "last_error": one.job.last_error,
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from ..admin.deployment import Deployment
 from ..admin.overview import Overview, open_poller
 from ..admin.words import format_duration, pluralise, strip_control
 from ..errors import StoreUnavailable
+from ..quantities import Duration
 from ..telemetry.log import redacted
 from .common import AS_JSON, STREAMS, echo_json, table, verb_on_deployment
 from .top import to_json
@@ -15,7 +16,7 @@ from .top import to_json
 
 def add_to(main: click.Group) -> None:
     """Add the verb to ``jobworker``."""
-    watch = click.option("--watch", type=click.FloatRange(0.1), metavar="SECONDS",
+    watch = click.option("--watch", type=Duration(0.1), metavar="SECONDS",
                          help="Take two snapshots, this far apart, and print the rates.")  # fmt: skip
     verb_on_deployment(main)(STREAMS(watch(AS_JSON(stats))))
 

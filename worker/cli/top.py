@@ -17,6 +17,7 @@ from ..admin.deployment import Deployment
 from ..admin.overview import Overview, open_poller
 from ..admin.words import format_duration
 from ..errors import StoreUnavailable
+from ..quantities import Duration
 from ..telemetry.log import redacted
 from .common import AS_JSON, STREAMS, echo_json, verb_on_deployment
 from .screen import ScreenLine, lines
@@ -34,7 +35,7 @@ def add_to(main: click.Group) -> None:
     for option in (
         STREAMS,
         click.option("--once", is_flag=True, help="Print one snapshot as text, also on a terminal."),
-        click.option("--interval", type=click.FloatRange(0.2), default=1.0, show_default=True,
+        click.option("--interval", type=Duration(0.2), default=1.0, show_default=True,
                      help="Seconds between two snapshots."),
     ):  # fmt: skip
         command = option(command)

@@ -7,7 +7,9 @@ import click
 
 from ..admin.deployment import Deployment
 from ..errors import ConfigurationError
+from ..extension import how_to_install
 from ..options import ENV_PREFIX
+from ..quantities import Duration
 from ..telemetry import log
 from .common import STREAMS, verb_on_deployment
 
@@ -25,7 +27,7 @@ def add_to(main: click.Group) -> None:
                      help="Allow requeue, delete, retry now, pause and resume; needs a token."),
         click.option("--show-payloads", is_flag=True, envvar=f"{ENV_PREFIX}_WEB_SHOW_PAYLOADS",
                      help="Show the payloads of jobs too (tenants' texts)."),
-        click.option("--interval", type=click.FloatRange(0.2), default=2.0, show_default=True,
+        click.option("--interval", type=Duration(0.2), default=2.0, show_default=True,
                      help="Seconds between two snapshots of the deployment."),
     )):  # fmt: skip
         command = option(command)
@@ -52,7 +54,7 @@ def web(
     try:
         from ..web.serve import Options, serve
     except ModuleNotFoundError as error:
-        raise ConfigurationError(f"the page needs {error.name}: pip install 'jobworker[web]'") from error
+        raise ConfigurationError(f"the page needs {error.name}: {how_to_install('web')}") from error
     log.set_up("web", "info", "text" if sys.stderr.isatty() else "json")
     options = Options(listen, token_file, allow_actions, show_payloads, interval)
     serve(deployment, streams, options, lambda url: click.echo(f"serving {url} (pid {os.getpid()})"))

@@ -31,7 +31,7 @@ class OutcomeFrame(msgspec.Struct, array_like=True, gc=False):
 
 
 _HEADER_BYTES = 4096
-#: Size of the outcome ring. It takes failures only, each of bounded size, so it holds thousands.
+#: Size of the outcome ring. It takes failures only. The largest, with its traceback, is 48 KiB.
 _OUTCOME_BYTES = 1 << 20
 #: Room beside the largest job: a frame of small jobs with a few bytes for each may be larger (see dispatch).
 _FRAME_SLACK_BYTES = 320 * 1024

@@ -11,11 +11,14 @@ from typing import Any
 
 import msgspec
 
+from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.metrics import MetricsBuffer
 
 #: Longest message. Reports and stack dumps are cut to stay well below.
 MAX_MESSAGE_BYTES = 128 * 1024
 _MAX_FDS = 16
+#: Most warnings of a report, and most characters of one.
+_WARNINGS, _WARNING_CHARS = 16, 1000
 
 
 class Standby(msgspec.Struct, tag=True, frozen=True):
@@ -105,7 +108,8 @@ class StartFailed(msgspec.Struct, tag=True, frozen=True):
 class Report(msgspec.Struct, tag=True, frozen=True):
     """From a child: metrics since the last report, and the error of a failing dependency (None: all answer).
 
-    ``progress`` is the reader's number of completed read cycles.
+    ``progress`` is the reader's number of completed read cycles. ``warnings`` are faults that a person must
+    repair and that stop only a part of the work.
     """
 
     counts: list[tuple[str, tuple[str, ...], float]] = []
@@ -113,6 +117,7 @@ class Report(msgspec.Struct, tag=True, frozen=True):
     histograms: list[tuple[str, tuple[str, ...], list[int], float]] = []
     trouble: str | None = None
     progress: int = 0
+    warnings: list[str] = []
 
 
 Message = (
@@ -152,10 +157,20 @@ class ControlSocket:
         """File descriptor, for selectors."""
         return self._sock.fileno()
 
-    def report(self, metrics: MetricsBuffer, trouble: str | None, progress: int = 0) -> None:
+    def report(
+        self,
+        metrics: MetricsBuffer,
+        trouble: str | None,
+        progress: int = 0,
+        warnings: Sequence[str] = (),
+    ) -> None:
         """Send the metrics since the last report. They stay in the buffer while the other side's is full."""
+        if dropped := take_dropped_lines():
+            metrics.count("z_novel_log_lines_dropped_total", by=dropped)
         delta = metrics.take()
-        if not self.send(Report(delta.counts, delta.gauges, delta.histograms, trouble, progress)):
+        texts = [text[:_WARNING_CHARS] for text in warnings[:_WARNINGS]]
+        trouble = trouble and trouble[:_WARNING_CHARS]
+        if not self.send(Report(delta.counts, delta.gauges, delta.histograms, trouble, progress, texts)):
             metrics.put_back(delta)
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> bool:

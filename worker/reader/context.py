@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings
+from ..store.faults import StreamFaults
 from ..store.ports import ReaderStore
 from ..telemetry.metrics import MetricsBuffer
+from .held_outcomes import HeldOutcomes
 
 
 @dataclass(frozen=True)
@@ -20,3 +22,5 @@ class ReaderContext:
     metrics: MetricsBuffer
     rng: random.Random
     mono_s: Callable[[], float]
+    faults: StreamFaults
+    held: HeldOutcomes

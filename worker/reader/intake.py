@@ -5,7 +5,7 @@ import selectors
 from collections.abc import Sequence
 
 from ..envelope import OVERSIZED_KEPT_BYTES
-from ..errors import AnswerTooLarge, Fenced, StoreUnavailable
+from ..errors import AnswerTooLarge, Fenced, StoreRefused, StoreUnavailable
 from ..ipc.crash_marks import SKIP_FETCH_AT_STRIKES
 from ..store.ports import Entry
 from .admission import Admission, RejectedEntry, reject_unread
@@ -62,7 +62,8 @@ class Intake:
     Lists the entries that are pending for this consumer before it reads any new one, so no entry is lost or
     taken twice. Requests new entries only for credit of the workers. `rejected` collects the entries that
     become dead letters with the next settlement. A crash mark covers everything that it reads (see
-    `crash_marks`). Methods raise as the store does; `begin_listing` then starts over.
+    `crash_marks`). Methods raise as the store does, except `StoreRefused`; `begin_listing` then starts over.
+    Of an isolated stream nothing is read or prefetched, but its leases are renewed.
     """
 
     def __init__(
@@ -79,6 +80,9 @@ class Intake:
         self._store = context.store
         self._metrics = context.metrics
         self._marks = context.crash_marks
+        self._faults = context.faults
+        self._faults.on_isolated.append(self._drop_stream)
+        self._held = context.held
         self._mono_s = context.mono_s
         self._dispatcher = dispatcher
         self._buffer = dispatcher.buffer
@@ -101,7 +105,21 @@ class Intake:
         """Start over under a new connection: list all pending entries again, instead of those taken in."""
         self._buffer.clear()
         self.rejected.clear()
-        self._unlisted = dict.fromkeys(range(len(self._streams)), _START)
+        self._unlisted = {no: _START for no in range(len(self._streams)) if no not in self._faults}
+
+    def list_stream(self, stream_no: int) -> None:
+        """List the pending entries of a stream that was isolated."""
+        self._unlisted[stream_no] = _START
+
+    def _drop_stream(self, stream_no: int) -> None:
+        """Drop everything of a stream that was isolated: its entries stay pending."""
+        if self._answer_by.pop(stream_no, None) is not None:
+            self._unregister(stream_no)
+        self._store.abandon_read(self._streams[stream_no])
+        self._unlisted.pop(stream_no, None)
+        self._buffer.discard_stream(stream_no)
+        self.rejected[:] = [entry for entry in self.rejected if entry.stream_no != stream_no]
+        self._marks.clear()
 
     def list_pending(self) -> None:
         """Continue the listing: admit entries that are not in flight or prefetched, while there is room."""
@@ -109,18 +127,21 @@ class Intake:
             return
         known = self._unsettled_keys()
         for stream_no, after in list(self._unlisted.items()):
-            if self._marks.lists_one_by_one(stream_no):
-                self._list_one_by_one(stream_no, after, known)
-                continue
-            while not self._buffer.full:
-                self._marks.mark_answer(stream_no)
-                page = self._store.own_pending(self._streams[stream_no], after, self._page(stream_no))
-                if not page:
-                    self._end_listing(stream_no)
-                    break
-                self._admit(stream_no, [entry for entry in page if (stream_no, entry.id) not in known])
-                after = self._unlisted[stream_no] = page[-1].id
+            with self._faults.guard(stream_no):
+                if self._marks.lists_one_by_one(stream_no):
+                    self._list_one_by_one(stream_no, after, known)
+                else:
+                    self._list_pages(stream_no, after, known)
         self._marks.clear()
+
+    def _list_pages(self, stream_no: int, after: bytes, known: set[tuple[int, bytes]]) -> None:
+        while not self._buffer.full:
+            self._marks.mark_answer(stream_no)
+            page = self._store.own_pending(self._streams[stream_no], after, self._page(stream_no))
+            if not page:
+                return self._end_listing(stream_no)
+            self._admit(stream_no, [entry for entry in page if (stream_no, entry.id) not in known])
+            after = self._unlisted[stream_no] = page[-1].id
 
     def _end_listing(self, stream_no: int) -> None:
         del self._unlisted[stream_no]
@@ -158,7 +179,7 @@ class Intake:
 
     def _unsettled_keys(self) -> set[tuple[int, bytes]]:
         rejected = {(entry.stream_no, entry.job.entry_id) for entry in self.rejected}
-        return self._dispatcher.unsettled_keys() | rejected
+        return self._dispatcher.unsettled_keys() | rejected | self._held.keys()
 
     def _page(self, stream_no: int) -> int:
         return min(_PAGE, self._read_counts[stream_no].entries)
@@ -169,8 +190,9 @@ class Intake:
         """Continue the listing of pending entries, then request what the workers have credit for."""
         self.list_pending()
         for stream_no in range(len(self._streams)):
-            capacity = self._dispatcher.capacity(stream_no)
-            self._begin_read(stream_no, capacity)
+            capacity = 0 if stream_no in self._faults else self._dispatcher.capacity(stream_no)
+            with self._faults.guard(stream_no):
+                self._begin_read(stream_no, capacity)
             if capacity <= 0:
                 self._count_cycle()  # all workers are busy: without a read there is progress, too
 
@@ -193,10 +215,11 @@ class Intake:
         self._selector.unregister(fd)
         del self._answer_by[stream_no]
         self._marks.mark_answer(stream_no)
-        entries = self._finish_read(stream_no)
-        if entries and self._read_counts[stream_no].is_largest and not self.draining:
-            self._begin_read(stream_no, self._dispatcher.capacity(stream_no) - len(entries))
-        self._admit(stream_no, entries)
+        with self._faults.guard(stream_no):
+            entries = self._finish_read(stream_no)
+            if entries and self._read_counts[stream_no].is_largest and not self.draining:
+                self._begin_read(stream_no, self._dispatcher.capacity(stream_no) - len(entries))
+            self._admit(stream_no, entries)
         self._marks.clear()
         self._count_cycle()
 
@@ -222,11 +245,16 @@ class Intake:
 
     def stop_reading(self) -> None:
         """Abandon all reads. Entries that they deliver stay pending."""
-        for key in list(self._selector.get_map().values()):
-            if isinstance(key.data, int):
-                self._selector.unregister(key.fd)
+        for stream_no in self._answer_by:
+            self._unregister(stream_no)
         self._answer_by.clear()
         self._store.abandon_reads()
+
+    def _unregister(self, stream_no: int) -> None:
+        """Watch the descriptor of a stream's read no more."""
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.data, int) and key.data == stream_no:
+                self._selector.unregister(key.fd)
 
     # -- admission
 
@@ -259,13 +287,18 @@ class Intake:
             return
         self._mono_renewed_s = mono_now_s
         known = self._unsettled_keys()
-        for stream_no, source in enumerate(self._streams):
+        for stream_no in range(len(self._streams)):
             own_ids = [entry_id for owner_no, entry_id in known if owner_no == stream_no]
-            lost = self._store.renew(source, own_ids) if own_ids else set()
-            if lost:
-                self._discard_lost(stream_no, lost)
-            if not self.draining and not self._marks.lists_one_by_one(stream_no):
-                self._claim(stream_no, known)
+            with self._faults.guard(stream_no):
+                self._renew(stream_no, own_ids)
+                isolated = stream_no in self._faults
+                if not isolated and not self.draining and not self._marks.lists_one_by_one(stream_no):
+                    self._claim(stream_no, known)
+
+    def _renew(self, stream_no: int, ids: list[bytes]) -> None:
+        lost = self._store.renew(self._streams[stream_no], ids) if ids else set()
+        if lost:
+            self._discard_lost(stream_no, lost)
 
     def _discard_lost(self, stream_no: int, lost: set[bytes]) -> None:
         """Forget prefetched entries that another consumer claimed. The store refuses to settle others."""
@@ -273,6 +306,7 @@ class Intake:
         log.warning("lease.lost", extra={"entries": len(lost), "stream": stream})
         self._metrics.count("z_novel_leases_lost_total", (stream,), len(lost))
         self._buffer.discard(stream_no, lost)
+        self._held.discard(stream_no, lost)
 
     def _claim(self, stream_no: int, known: set[tuple[int, bytes]]) -> None:
         """Claim entries whose lease expired, while the workers have credit for them."""
@@ -292,11 +326,13 @@ class Intake:
 
     def release_unstarted(self) -> None:
         """Before exit: make prefetched entries and the instance's name available to any host at once."""
-        try:
-            for stream_no, source in enumerate(self._streams):
+        for stream_no, source in enumerate(self._streams):
+            try:
                 ids = [job.entry.id for job in self._buffer if job.stream_no == stream_no]
                 if ids:
                     self._store.release(source, ids)
-            self._store.release_name(self._streams)
-        except (StoreUnavailable, Fenced) as error:
-            log.warning("lease.release_failed", extra={"error": str(error)})
+                self._store.release_name([source])
+            except (StoreUnavailable, Fenced) as error:
+                log.warning("lease.release_failed", extra={"stream": source.stream, "error": str(error)})
+                if not isinstance(error, StoreRefused):
+                    return

@@ -213,6 +213,10 @@ class PrefetchBuffer:
         for parked in self._parked:
             parked.replace(job for job in parked if not (job.stream_no == stream_no and job.entry.id in ids))
 
+    def discard_stream(self, stream_no: int) -> None:
+        """Forget all jobs of a stream."""
+        self.discard(stream_no, {job.entry.id for job in self if job.stream_no == stream_no})
+
     def clear(self) -> None:
         """Forget all jobs; types stay paused."""
         self.ready.clear()

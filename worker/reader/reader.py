@@ -11,7 +11,7 @@ import selectors
 import time
 from collections.abc import Callable
 
-from ..errors import Fenced, NameHeld, StoreUnavailable
+from ..errors import Fenced, NameHeld, StoreRefused, StoreUnavailable
 from ..ipc.channel import Channel, clear_eventfd
 from ..ipc.control import (
     Attach,
@@ -28,12 +28,14 @@ from ..ipc.control import (
 from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings
 from ..store.backoff import ReconnectBackoff
+from ..store.faults import StreamFaults, describe
 from ..store.ports import ReaderStore
 from ..telemetry.metrics import MetricsBuffer
 from .admission import AdmittedJob
 from .circuit_breaker import CircuitBreakers
 from .context import ReaderContext
 from .dispatch import Dispatcher, WorkerHandle
+from .held_outcomes import HeldOutcomes
 from .intake import Intake
 from .prefetch import PrefetchBuffer
 from .settlement import Settler
@@ -53,8 +55,9 @@ _RETRY_NAME_EVERY_S = 0.5
 class Reader:
     """Reader role. `run` returns once drained.
 
-    A store that does not answer is retried with backoff; in-flight jobs keep running meanwhile. A reader that
-    lost the instance's name settles nothing until it has the name again.
+    A store that does not answer is retried with backoff; in-flight jobs keep running meanwhile. A stream that
+    the store refuses is isolated: the others go on. A reader that lost the instance's name settles nothing
+    until it has the name again.
     """
 
     def __init__(
@@ -76,7 +79,12 @@ class Reader:
         self._mono_s = mono_s
         self._rng = rng or random.Random()
         self._metrics = MetricsBuffer()
-        context = ReaderContext(store, settings, self._marks, self._metrics, self._rng, mono_s)
+        self._faults = StreamFaults(
+            store, settings.streams, self._metrics.gauge, "reader", self._rng, self._mono_s
+        )
+        context = ReaderContext(
+            store, settings, self._marks, self._metrics, self._rng, mono_s, self._faults, HeldOutcomes()
+        )
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
         self._breakers = CircuitBreakers(len(settings.handlers))
@@ -87,6 +95,10 @@ class Reader:
         self._synced = False
         self._connected = False
         self._trouble: str | None = None
+        # Why the paused types cannot be read; empty if they can.
+        self._pauses_fault = ""
+        # Streams whose name was taken at least once.
+        self._named: set[int] = set()
         self._backoff = ReconnectBackoff(self._rng)
         self._retry_at = 0.0
         self._reported_at = 0.0
@@ -131,6 +143,7 @@ class Reader:
             return self._wait(sleep_s)
         if not self._connected:
             self._connect()
+        self._resume_streams()
         self._renew_name(now)
         if now - self._pauses_refreshed_at >= _PAUSES_EVERY_S:
             self._refresh_pauses()
@@ -220,13 +233,19 @@ class Reader:
         for type_no, name in enumerate(self._settings.handlers):
             self._metrics.gauge("z_novel_circuit_open", (name,), float(self._breakers[type_no].open))
             self._metrics.gauge("z_novel_paused", (name,), float(type_no in self._buffer.paused_types))
-        self._control.report(self._metrics, self._trouble, self._intake.cycles)
+        warnings = self._faults.warnings()
+        trouble = self._trouble
+        if self._faults.all_isolated:
+            trouble = trouble or "; ".join(warnings)
+        if self._pauses_fault:
+            warnings.append(self._pauses_fault)
+        self._control.report(self._metrics, trouble, self._intake.cycles, warnings)
 
     # -- connection and name
 
     def _connect(self) -> None:
         """Take the consumer's name, then list the entries that are pending for it."""
-        self._store.acquire(self._streams)
+        self._acquire_names()
         self._connected = True
         self._name_renewed_at = self._mono_s()
         self._first_renewals.clear()
@@ -235,14 +254,54 @@ class Reader:
         # Before any entry is read: a crash caused by an entry must not look like a failed start.
         self._control.send(Ready())
         self._intake.list_pending()
-        counts = {"streams": len(self._streams), "pending": len(self._buffer.ready)}
-        log.info("reader.connected", extra=counts)
+        streams = len(self._streams) - len(self._faults.isolated)
+        log.info("reader.connected", extra={"streams": streams, "pending": len(self._buffer.ready)})
+
+    def _acquire_names(self) -> None:
+        """Take the name on each stream that works. Raises `StoreUnavailable` if none does."""
+        due = set(self._faults.due())
+        wanted = [no for no in range(len(self._streams)) if no not in self._faults or no in due]
+        try:
+            self._store.acquire([self._streams[no] for no in wanted])
+            taken = wanted
+        except StoreRefused:
+            taken = self._acquire_each(wanted)
+        self._named.update(taken)
+        for stream_no in due.intersection(taken):
+            self._faults.resume(stream_no)
+        if self._faults.all_isolated:
+            raise StoreUnavailable("; ".join(self._faults.warnings()))
+
+    def _acquire_each(self, wanted: list[int]) -> list[int]:
+        """Take the name on these streams one by one; isolates those that the store refuses."""
+        taken: list[int] = []
+        try:
+            for stream_no in wanted:
+                with self._faults.guard(stream_no):
+                    self._store.acquire([self._streams[stream_no]])
+                    taken.append(stream_no)
+        except NameHeld:
+            self._store.release_name([self._streams[no] for no in taken])
+            raise
+        return taken
+
+    def _resume_streams(self) -> None:
+        """Try the isolated streams whose wait is over."""
+        for stream_no in self._faults.due() if self._faults.isolated else ():
+            with self._faults.guard(stream_no):
+                self._store.acquire([self._streams[stream_no]])
+                self._named.add(stream_no)
+                self._faults.resume(stream_no)
+                self._intake.list_stream(stream_no)
 
     def _renew_name(self, now: float) -> None:
         """Renew the instance's name. First in a tick: a reader that was suspended must not read before."""
-        if now - self._name_renewed_at >= min(_RENEW_NAME_EVERY_S, self._settings.lease_s / 3):
-            self._store.renew_name(self._streams)
-            self._name_renewed_at = now
+        if now - self._name_renewed_at < min(_RENEW_NAME_EVERY_S, self._settings.lease_s / 3):
+            return
+        for stream_no in self._named:
+            with self._faults.guard(stream_no):
+                self._store.renew_name([self._streams[stream_no]])
+        self._name_renewed_at = now
 
     def _lose_name(self, error: Fenced) -> None:
         """Another service holds the instance's name: read nothing, and keep trying to take the name.
@@ -271,11 +330,24 @@ class Reader:
     def _refresh_pauses(self) -> None:
         """Park the types that an operator has paused, and resume those that are no longer paused."""
         self._pauses_refreshed_at = self._mono_s()
-        paused = self._store.paused_types()
+        try:
+            paused = self._store.paused_types()
+        except StoreRefused as error:
+            return self._keep_pauses(error)
+        self._pauses_fault = ""
         type_nos = {type_no for type_no, name in enumerate(self._settings.handlers) if name in paused}
         if type_nos != self._buffer.paused_types:
             log.info("types.paused", extra={"task_types": sorted(paused)})
             self._buffer.set_paused_types(type_nos)
+
+    def _keep_pauses(self, error: StoreRefused) -> None:
+        """The paused types cannot be read: those that were paused stay paused."""
+        faults = self._store.pause_faults()
+        fault = f"the paused types cannot be read: {describe(faults) or error}"
+        if fault != self._pauses_fault:
+            self._pauses_fault = fault
+            hint = "; ".join(one.repair for one in faults)
+            log.error("pauses.damaged", extra={"error": fault, "hint": hint})
 
     def _back_off(self, error: StoreUnavailable) -> None:
         """Wait longer after each failure, with jitter so that hosts do not reconnect all at once."""

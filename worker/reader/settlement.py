@@ -1,7 +1,7 @@
 """Settlement: turns outcomes into acknowledgements, retries and dead letters, in one script a stream."""
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -14,13 +14,14 @@ from ..ipc.control import WorkerExited
 from ..ipc.inflight import FAILED, QUEUED, SETTLED, STARTED, SUCCEEDED, InFlightJob
 from ..keys import Source
 from ..outcome import Failure, GiveUp, Reason, after_failure
-from ..store.ports import Dead, Entry, Retry, Settlement
+from ..store.ports import Dead, Entry, Retry, Settled, Settlement
 from ..telemetry import trace
 from ..telemetry.current_job import log_fields
 from .admission import AdmittedJob, RejectedEntry, reject_unread
 from .circuit_breaker import CircuitBreakers
 from .context import ReaderContext
 from .dispatch import WorkerHandle
+from .held_outcomes import FailedJob
 
 log = logging.getLogger("jobworker.settlement")
 
@@ -30,23 +31,12 @@ _UNKNOWN_TYPE = "unknown"
 Bodies = Mapping[tuple[int, bytes], bytes]
 
 
-class FailedJob(NamedTuple):
-    """A job whose run failed, or whose worker died. ``data`` is its bytes, ``worker`` names the slot."""
-
-    row: InFlightJob
-    data: bytes
-    failure: Failure
-    worker: str
-    #: Facts about the worker's death for the dead letter.
-    details: dict[str, object] | None = None
-
-
 class _Outcomes(NamedTuple):
     """Unsettled outcomes of one worker: runs of succeeded rows, failures by row, and the ring's new tail."""
 
     worker: WorkerHandle
     succeeded: list[range]
-    failed: list[tuple[InFlightJob, Failure]]
+    failed: list[FailedJob]
     tail: int | None
 
 
@@ -62,25 +52,36 @@ class SettlementBatch:
 
     def __init__(self) -> None:
         self.done: dict[int, list[bytes]] = defaultdict(list)
+        #: Type numbers of the jobs in ``done``, in the same order.
+        self.done_types: dict[int, list[int]] = defaultdict(list)
+        #: Failed jobs whose entry is gone from the stream. They are acknowledged, too.
+        self.missing: dict[int, list[bytes]] = defaultdict(list)
         self.retries: dict[int, list[Retry]] = defaultdict(list)
         self.dead: dict[int, list[Dead]] = defaultdict(list)
-        self.counts: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
+        #: Metrics to count for an entry that did not succeed, once it is settled.
+        self.counts: dict[tuple[int, bytes], list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
+        #: The failed jobs by stream number and entry id.
+        self.failed: dict[tuple[int, bytes], FailedJob] = {}
         #: Types whose dependencies answer: a job succeeded, or failed for a reason of its own.
         self.answered_types: set[int] = set()
         #: Jobs whose dependency is unavailable. They stay pending and use up no retry.
         self.deferred: list[AdmittedJob] = []
 
-    def settlements(self, streams: Sequence[Source]) -> list[Settlement]:
-        """One settlement for each stream that has outcomes."""
-        touched = sorted({*self.done, *self.retries, *self.dead})
-        return [Settlement(streams[i], self.done[i], self.retries[i], self.dead[i]) for i in touched]
+    def settlements(self, streams: Sequence[Source]) -> dict[int, Settlement]:
+        """One settlement for each stream that has outcomes, by stream number."""
+        touched = sorted({*self.done, *self.missing, *self.retries, *self.dead})
+        return {
+            no: Settlement(streams[no], self.done[no] + self.missing[no], self.retries[no], self.dead[no])
+            for no in touched
+        }
 
 
 class Settler:
     """Settles the outcomes that workers report, the rejected entries, and the jobs of exited workers.
 
     A call that raises, as the store does, has changed nothing that a second call would do twice: rows and
-    frames are released only after the store has settled them.
+    frames are released only after the store has settled them. Outcomes of an isolated stream are held and
+    their rows released, because the rows are shared with the other streams.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class Settler:
         self._metrics = context.metrics
         self._rng = context.rng
         self._marks = context.crash_marks
+        self._faults = context.faults
+        self._held = context.held
         self._breakers = breakers
         self._wall_now = wall_now
         self._decoder = msgspec.msgpack.Decoder(OutcomeFrame)
@@ -103,13 +106,14 @@ class Settler:
     # -- outcomes
 
     def settle(self, workers: Iterable[WorkerHandle], rejected: Sequence[RejectedEntry]) -> SettlementBatch:
-        """Settle all outcomes of these workers, and dead-letter the rejected entries."""
+        """Settle all outcomes of these workers and the held ones, and dead-letter the rejected entries."""
         batch = SettlementBatch()
         outcomes = [self._collect(worker) for worker in workers]
         for one in outcomes:
             for run in one.succeeded:
                 self._acknowledge(batch, one.worker, run)
-        self._settle_failures(batch, outcomes)
+        held = self._acknowledge_held(batch)
+        self._settle_failures(batch, [*held, *(job for one in outcomes for job in one.failed)])
         for entry in rejected:
             self._settle_rejected(batch, entry)
         self._marks.unmark()
@@ -125,65 +129,77 @@ class Settler:
             outcome = self._decoder.decode(frame)
             end = tail
             if worker.table.state(outcome.row) == FAILED:  # an earlier reader may have settled it
-                failed.append((worker.table.job(outcome.row), outcome.failure))
+                row, name = worker.table.job(outcome.row), self._worker_name(worker)
+                failed.append(FailedJob(row, outcome.failure, name))
         return _Outcomes(worker, succeeded, failed, end)
 
     def _acknowledge(self, batch: SettlementBatch, worker: WorkerHandle, run: range) -> None:
         stream_nos, type_nos, ids = worker.table.columns(run)
-        for type_no in set(type_nos):
-            batch.answered_types.add(type_no)
-            key = ("z_novel_jobs_completed_total", (self._type_names[type_no],))
-            batch.counts[key] += type_nos.count(type_no)
+        batch.answered_types.update(type_nos)
         present = set(stream_nos)
         for stream_no in present:
-            batch.done[stream_no] += (
-                ids
-                if len(present) == 1
-                else [one for one, owner in zip(ids, stream_nos, strict=True) if owner == stream_no]
-            )
+            if len(present) == 1:
+                batch.done[stream_no] += ids
+                batch.done_types[stream_no] += type_nos
+                continue
+            own = [i for i, owner in enumerate(stream_nos) if owner == stream_no]
+            batch.done[stream_no] += [ids[i] for i in own]
+            batch.done_types[stream_no] += [type_nos[i] for i in own]
 
-    def _settle_failures(self, batch: SettlementBatch, outcomes: Sequence[_Outcomes]) -> None:
+    def _acknowledge_held(self, batch: SettlementBatch) -> list[FailedJob]:
+        """Acknowledge the held successes of streams that work again; returns the held failures."""
+        resumed = [stream_no for stream_no in self._held.stream_nos() if stream_no not in self._faults]
+        for stream_no in resumed:
+            done = self._held.done.get(stream_no, {})
+            batch.done[stream_no] += done.keys()
+            batch.done_types[stream_no] += done.values()
+        return [job for stream_no in resumed for job in self._held.failed.get(stream_no, {}).values()]
+
+    def _settle_failures(self, batch: SettlementBatch, jobs: Sequence[FailedJob]) -> None:
         """Settle failed jobs. Their bytes are fetched from the stream again, because few jobs fail."""
-        bodies = self._fetch([row for one in outcomes for row, _ in one.failed])
-        for one in outcomes:
-            for row, failure in one.failed:
-                self._settle_failure(batch, row, bodies.get(row.key), failure, self._worker_name(one.worker))
+        bodies = self._fetch([job.row for job in jobs])
+        for job in jobs:
+            batch.failed[job.row.key] = job
+            if job.row.stream_no in self._faults:
+                self._held.failed[job.row.stream_no][job.row.entry_id] = job
+            else:
+                self._settle_failure(batch, job, bodies.get(job.row.key))
         self._marks.unmark()
 
-    def _settle_failure(
-        self, batch: SettlementBatch, row: InFlightJob, data: bytes | None, failure: Failure, worker: str
-    ) -> None:
+    def _settle_failure(self, batch: SettlementBatch, job: FailedJob, data: bytes | None) -> None:
+        row, failure = job.row, job.failure
         if data is not None and failure.unavailable and self._breakers.is_within_grace(row.type_no, row.key):
             batch.deferred.append(_runnable(row, data))
             return
-        batch.counts["z_novel_jobs_failed_total", (self._type_names[row.type_no],)] += 1
+        batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
         if data is None:
             log.error("entry.missing", extra={"entry_id": row.entry_id.decode()})
-            batch.done[row.stream_no].append(row.entry_id)
-            return
-        job = FailedJob(row, data, failure, worker)
-        if row.key in self._marks.poison:
-            self._dead_letter_unread(batch, job)
+            batch.missing[row.stream_no].append(row.entry_id)
+        elif row.key in self._marks.poison:
+            self._dead_letter_unread(batch, job, data)
         else:
             self._marks.mark(row.stream_no, row.entry_id, settling=True)
-            self._retry_or_give_up(batch, job)
+            self._retry_or_give_up(batch, job, data)
 
-    def _retry_or_give_up(self, batch: SettlementBatch, job: FailedJob) -> None:
+    def _retry_or_give_up(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> None:
         row, failure = job.row, job.failure
         if not failure.timed_out and not failure.unavailable:
             batch.answered_types.add(row.type_no)
-        envelope = read_envelope(job.data)
+        envelope = read_envelope(data)
         decision = after_failure(failure, envelope.retry_count, row.deaths, self._settings.retry, self._rng)
         fields = {**log_fields(envelope), "retry_count": envelope.retry_count, "error": failure.error}
+        if failure.traceback:
+            fields["exception"] = failure.traceback
         if isinstance(decision, GiveUp):
             log.error("job.dead_lettered", extra={**fields, "reason": decision.reason})
             self._trace("give up", envelope, row, failure.error, reason=decision.reason)
-            self._dead_letter(batch, job, decision.reason, envelope)
+            self._dead_letter(batch, job, data, decision.reason, envelope)
             return
         log.warning("job.retry_scheduled", extra={**fields, "delay_s": round(decision.delay_s, 3)})
         self._trace("retry", envelope, row, failure.error, delay_s=decision.delay_s)
-        batch.counts["z_novel_jobs_retried_total", (envelope.type,)] += 1
-        retry = with_retry(job.data, decision.retry_count, envelope.deaths + row.deaths)
+        batch.counts[row.key].append(("z_novel_jobs_retried_total", (envelope.type,)))
+        deaths, max_payload = envelope.deaths + row.deaths, self._settings.max_payload
+        retry = with_retry(data, decision.retry_count, deaths, failure.error, max_payload)
         batch.retries[row.stream_no].append(Retry(row.entry_id, decision.delay_s, retry))
 
     def _trace(
@@ -206,19 +222,20 @@ class Settler:
         self._add_dead_letter(batch, rejected, type_name, self._worker_name(None))
 
     def _dead_letter(
-        self, batch: SettlementBatch, job: FailedJob, reason: Reason, envelope: Envelope
+        self, batch: SettlementBatch, job: FailedJob, data: bytes, reason: Reason, envelope: Envelope
     ) -> None:
         row = job.row
-        dead_job = DeadJob(
-            *(job.data, row.entry_id, reason, job.failure.error, envelope), row.deaths, job.details
-        )
+        details = job.details
+        if job.failure.traceback:
+            details = {**(details or {}), "traceback": job.failure.traceback}
+        dead_job = DeadJob(*(data, row.entry_id, reason, job.failure.error, envelope), row.deaths, details)
         type_name = self._type_names[row.type_no]
         self._add_dead_letter(batch, RejectedEntry(row.stream_no, dead_job), type_name, job.worker)
 
-    def _dead_letter_unread(self, batch: SettlementBatch, job: FailedJob) -> None:
+    def _dead_letter_unread(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> None:
         """Dead-letter a job that made a reader exit, without parsing it."""
         row = job.row
-        rejected = reject_unread(row.stream_no, Entry(row.entry_id, job.data, deaths=row.deaths))
+        rejected = reject_unread(row.stream_no, Entry(row.entry_id, data, deaths=row.deaths))
         log.error("job.dead_lettered", extra={
             "entry_id": row.entry_id.decode(), "reason": rejected.job.reason, "error": rejected.job.error,
         })  # fmt: skip
@@ -228,7 +245,7 @@ class Settler:
         self, batch: SettlementBatch, rejected: RejectedEntry, type_name: str, worker: str
     ) -> None:
         stream_no, job = rejected
-        batch.counts["z_novel_jobs_dead_total", (type_name, job.reason)] += 1
+        batch.counts[stream_no, job.entry_id].append(("z_novel_jobs_dead_total", (type_name, job.reason)))
         failed_at = self._wall_now().isoformat(timespec="milliseconds").replace("+00:00", "Z")
         letter = dead_letter(job, stream=self._streams[stream_no].stream, worker=worker, failed_at=failed_at)
         batch.dead[stream_no].append(Dead(job.entry_id, letter))
@@ -238,29 +255,63 @@ class Settler:
     def _commit(self, batch: SettlementBatch) -> None:
         """Settle the batch in the store, then count its outcomes: they are final now."""
         settlements = batch.settlements(self._streams)
-        if settlements and (refused := self._store.settle(settlements)):
-            log.warning("settle.refused", extra={"entries": len(refused)})
-        for (name, labels), count in batch.counts.items():
-            self._metrics.count(name, labels, count)
+        sent = {no: settlement for no, settlement in settlements.items() if no not in self._faults}
+        results = self._store.settle(list(sent.values())) if sent else []
+        unsettled: set[tuple[int, bytes]] = set()
+        for stream_no, result in zip(sent, results, strict=True):
+            self._held.clear(stream_no)
+            if result.error:
+                self._faults.isolate(stream_no, result.error)
+            if result.refused:
+                log.warning("settle.refused", extra={"entries": len(result.refused)})
+            unsettled.update((stream_no, entry_id) for entry_id in result.unsettled)
+            self._count_done(batch, stream_no, result)
+        for stream_no in settlements.keys() - sent:
+            unsettled.update((stream_no, entry_id) for entry_id in settlements[stream_no].ids)
+        self._hold(batch, unsettled)
+        for key, counts in batch.counts.items():
+            for name, labels in counts if key not in unsettled else ():
+                self._metrics.count(name, labels)
+        batch.deferred = [job for job in batch.deferred if job.stream_no not in self._faults]
+
+    def _hold(self, batch: SettlementBatch, unsettled: set[tuple[int, bytes]]) -> None:
+        """Keep the outcomes that the store did not take. Rejected entries, and jobs under which workers died,
+        are listed again instead."""
+        for stream_no in {stream_no for stream_no, _ in unsettled}:
+            for entry_id, type_no in zip(batch.done[stream_no], batch.done_types[stream_no], strict=True):
+                if (stream_no, entry_id) in unsettled:
+                    self._held.done[stream_no][entry_id] = type_no
+        for key in unsettled & batch.failed.keys():
+            self._held.failed[key[0]][key[1]] = batch.failed[key]
+
+    def _count_done(self, batch: SettlementBatch, stream_no: int, result: Settled) -> None:
+        type_nos = batch.done_types[stream_no]
+        if result.unsettled:
+            done = zip(batch.done[stream_no], type_nos, strict=True)
+            type_nos = [type_no for entry_id, type_no in done if entry_id not in result.unsettled]
+        for type_no, count in Counter(type_nos).items():
+            self._metrics.count("z_novel_jobs_completed_total", (self._type_names[type_no],), count)
 
     def _release(self, outcomes: _Outcomes) -> None:
         """Release settled rows, then their frames: a successor skips frames whose row is settled."""
         worker = outcomes.worker
         for run in outcomes.succeeded:
             worker.record_settled(run)
-        for row, _ in outcomes.failed:
-            worker.record_settled(range(row.row, row.row + 1))
+        for job in outcomes.failed:
+            worker.record_settled(range(job.row.row, job.row.row + 1))
         if outcomes.tail is not None:
             worker.channel.outcomes.release(outcomes.tail)
         worker.table.advance()
 
     def _fetch(self, rows: Sequence[InFlightJob]) -> Bodies:
+        """The bytes of the jobs in rows. Isolated streams are left out."""
         bodies = {}
-        for stream_no in {row.stream_no for row in rows}:
+        for stream_no in {row.stream_no for row in rows}.difference(self._faults.isolated):
             ids = [row.entry_id for row in rows if row.stream_no == stream_no]
-            for entry_id, data in self._store.fetch(self._streams[stream_no], ids).items():
-                if data is not None:
-                    bodies[stream_no, entry_id] = data
+            with self._faults.guard(stream_no):
+                for entry_id, data in self._store.fetch(self._streams[stream_no], ids).items():
+                    if data is not None:
+                        bodies[stream_no, entry_id] = data
         return bodies
 
     def _worker_name(self, worker: WorkerHandle | None) -> str:
@@ -273,7 +324,8 @@ class Settler:
         """Reclaim the jobs of an exited worker, after `settle`.
 
         A death is charged to the jobs that it had started; jobs that it had not started are free. After a
-        timeout of a single job, that job is retried or given up instead.
+        timeout of a single job, that job is retried or given up instead. Jobs of isolated streams stay
+        pending without a charge: the store takes none.
         """
         rows = worker.table.unsettled()
         assert all(worker.table.state(row.row) != SUCCEEDED for row in rows)
@@ -285,8 +337,7 @@ class Settler:
         batch, isolated = SettlementBatch(), []
         if exit_.timed_out and len(started) == 1:
             failure = Failure(f"TimeoutError: {exit_.cause}", timed_out=True)
-            data = bodies.get(started[0].key)
-            self._settle_failure(batch, started[0], data, failure, self._worker_name(worker))
+            self._settle_failures(batch, [FailedJob(started[0], failure, self._worker_name(worker))])
         else:
             isolated = self._charge_deaths(batch, worker, exit_, started, bodies)
         self._marks.unmark()
@@ -309,21 +360,24 @@ class Settler:
             if data is None or row.key not in deaths:
                 continue  # no longer ours
             charged = row._replace(deaths=deaths[row.key], isolated=True)
-            job = FailedJob(charged, data, failure, self._worker_name(worker), exit_.details)
-            if not self._is_given_up(batch, job, exit_.cause, sole=len(started) == 1):
+            job = FailedJob(charged, failure, self._worker_name(worker), exit_.details)
+            if not self._is_given_up(batch, job, data, exit_.cause, sole=len(started) == 1):
                 isolated.append(_runnable(charged, data))
         return isolated
 
     def _store_deaths(self, started: Sequence[InFlightJob]) -> dict[tuple[int, bytes], int]:
         """Store the new count of deaths of each job; returns those of entries that are still ours."""
         stored: dict[tuple[int, bytes], int] = {}
-        for stream_no in {row.stream_no for row in started}:
+        for stream_no in {row.stream_no for row in started}.difference(self._faults.isolated):
             counts = {row.entry_id: row.deaths + 1 for row in started if row.stream_no == stream_no}
-            own_counts = self._store.set_deaths(self._streams[stream_no], counts)
-            stored |= {(stream_no, entry_id): count for entry_id, count in own_counts.items()}
+            with self._faults.guard(stream_no):
+                own_counts = self._store.set_deaths(self._streams[stream_no], counts)
+                stored |= {(stream_no, entry_id): count for entry_id, count in own_counts.items()}
         return stored
 
-    def _is_given_up(self, batch: SettlementBatch, job: FailedJob, cause: str, *, sole: bool) -> bool:
+    def _is_given_up(
+        self, batch: SettlementBatch, job: FailedJob, data: bytes, cause: str, *, sole: bool
+    ) -> bool:
         """Dead-letter a job with too many deaths; False if it may run again.
 
         A death also counts as a failed try, but only if the job was the only one in its worker (``sole``):
@@ -331,18 +385,18 @@ class Settler:
         """
         row = job.row
         if row.key in self._marks.poison:
-            self._dead_letter_unread(batch, job)
+            self._dead_letter_unread(batch, job, data)
             return True
         self._marks.mark(row.stream_no, row.entry_id, settling=True)
-        envelope = read_envelope(job.data)
+        envelope = read_envelope(data)
         deaths = envelope.deaths + row.deaths
-        batch.counts["z_novel_jobs_failed_total", (envelope.type,)] += 1
+        batch.counts[row.key].append(("z_novel_jobs_failed_total", (envelope.type,)))
         retries_exhausted = sole and envelope.retry_count + row.deaths > self._settings.retry.max_retries
         log.error("job.worker_died", extra={**log_fields(envelope), "deaths": deaths, "cause": cause})
         self._trace("worker died", envelope, row, cause, deaths=deaths)
         if deaths < self._settings.max_deaths and not retries_exhausted:
             return False
-        self._dead_letter(batch, job, Reason.POISON, envelope)
+        self._dead_letter(batch, job, data, Reason.POISON, envelope)
         return True
 
 

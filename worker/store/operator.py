@@ -57,6 +57,13 @@ class Pause(NamedTuple):
     note: str
 
 
+class FoundStreams(NamedTuple):
+    """Streams of the job store by name, read or not. ``complete``: all keys were looked at."""
+
+    names: list[str]
+    complete: bool
+
+
 def order_of(id: bytes) -> tuple[int, int]:
     """Sort key of entry ids: as text, ``10-0`` sorts before ``9-0``."""
     ms, _, sequence = id.partition(b"-")

@@ -1,14 +1,17 @@
 """Ports of the job store: what reader, reaper and producer ask of it; free of client library types.
 
 Entry ids are bytes in the server's form, ``b"<milliseconds>-<sequence>"``. Every call raises
-`StoreUnavailable` when the store does not answer or refuses for now, and `Fenced` when a newer reader owns
-this consumer's name. Any other error is a bug. No call waits longer than the store's timeout.
+`StoreUnavailable` when the store does not answer or refuses for now, its subclass `StoreRefused` when the
+keys of the stream are the reason, and `Fenced` when a newer reader owns this consumer's name. Any other error
+is a bug. No call waits longer than the store's timeout.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from ..errors import StoreRefused
 from ..keys import Source
+from .announcements import Announcement
 
 #: Idle time (seconds) that a released entry shows: above any lease. Servers refuse times before 1970.
 RELEASED_IDLE_S = 30 * 24 * 3600.0
@@ -39,12 +42,42 @@ class Dead(NamedTuple):
 
 
 class Settlement(NamedTuple):
-    """Outcomes of entries of one stream; settled in one atomic step."""
+    """Outcomes of entries of one stream; each entry is settled in one atomic step."""
 
     source: Source
     done: Sequence[bytes] = ()
     retries: Sequence[Retry] = ()
     dead: Sequence[Dead] = ()
+
+    @property
+    def ids(self) -> list[bytes]:
+        """The ids of all its entries."""
+        return [*self.done, *(retry.id for retry in self.retries), *(dead.id for dead in self.dead)]
+
+
+class Settled(NamedTuple):
+    """Result of one settlement.
+
+    ``refused``: ids that were not ours any more. They were acknowledged already or belong to another
+    consumer, and nothing was done for them. ``unsettled``: ids for which the store refused the step with
+    ``error``, because of the stream's keys; they are as they were before.
+    """
+
+    refused: set[bytes]
+    unsettled: set[bytes]
+    error: StoreRefused | None = None
+
+
+class KeyFault(NamedTuple):
+    """A key that the store cannot work with: what is wrong, and the command that repairs it.
+
+    ``blocks``: the reader cannot work on the stream. A stream that takes no new entries can still be read.
+    """
+
+    key: str
+    problem: str
+    repair: str
+    blocks: bool = True
 
 
 class Promotion(NamedTuple):
@@ -98,6 +131,9 @@ class ReaderStore(Protocol):
     def is_reading(self, source: Source) -> bool:
         """Whether a read of this source was begun and not finished."""
 
+    def abandon_read(self, source: Source) -> None:
+        """Drop the read of one source, if one is under way, as `abandon_reads` does."""
+
     def abandon_reads(self) -> None:
         """Drop reads under way. Entries that they deliver stay pending, and `own_pending` finds them."""
 
@@ -110,11 +146,11 @@ class ReaderStore(Protocol):
     def claim(self, source: Source, min_idle_ms: int, count: int, cursor: bytes) -> tuple[bytes, list[Entry]]:
         """Claim entries that other consumers left idle; the cursor is ``b"0-0"`` at start and at the end."""
 
-    def settle(self, settlements: Sequence[Settlement]) -> set[bytes]:
-        """Settle entries, each settlement atomically; returns the ids that were not ours any more.
+    def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
+        """Settle entries, each entry atomically; returns one result for each settlement.
 
-        Those were acknowledged already or belong to another consumer, and nothing was done for them. A done
-        id that no consumer owns any more may be missing from the answer.
+        `StoreRefused` is not raised: it is in the result of its settlement. A done id that no consumer owns
+        any more may be missing from ``refused``.
         """
 
     def set_deaths(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:
@@ -135,6 +171,12 @@ class ReaderStore(Protocol):
     def paused_types(self) -> set[str]:
         """The types that an operator has paused, for every reader of the deployment."""
 
+    def key_faults(self, source: Source) -> list[KeyFault]:
+        """The keys of a stream that the store cannot work with, as far as they can be told."""
+
+    def pause_faults(self) -> list[KeyFault]:
+        """As `key_faults`, for the key of the paused types."""
+
     def close(self) -> None:
         """Drop every connection."""
 
@@ -154,6 +196,13 @@ class ReaperStore(Protocol):
     def depths(self, source: Source) -> Depths:
         """Count entries, retries and dead letters."""
 
+    def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
+        """Record what a service handles, and delete outdated records of others. Best effort: a store that
+        refuses is not an error."""
+
+    def key_faults(self, source: Source) -> list[KeyFault]:
+        """As `ReaderStore.key_faults`."""
+
     def close(self) -> None:
         """Drop every connection."""
 
@@ -166,6 +215,9 @@ class ProducerStore(Protocol):
 
     def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
         """Put a job into the retry ZSET; the reaper moves it into the stream when it is due."""
+
+    def announcements(self) -> list[Announcement]:
+        """What the services of the deployment handle; empty if unknown."""
 
     def close(self) -> None:
         """Drop every connection."""

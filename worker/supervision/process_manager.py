@@ -24,6 +24,7 @@ from ..ipc.control import (
 )
 from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings, cores
+from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.prometheus import PrometheusCollector
 from .process import Child, ProcessExit
 from .signals import SignalQueue
@@ -116,6 +117,7 @@ class ProcessManager:
         if now - self._mono_gauged_s > _GAUGES_EVERY_S:
             self._mono_gauged_s = now
             self._metrics.put(("z_novel_workers", (state,), n) for state, n in self.states().items())
+            self._metrics.add([("z_novel_log_lines_dropped_total", (), take_dropped_lines())])
         self._check_startup(now)
         return self._exit_code
 
@@ -173,6 +175,7 @@ class ProcessManager:
         self._metrics.put(report.gauges)
         self._metrics.merge(report.histograms)
         child.trouble = report.trouble
+        child.warnings = report.warnings
 
     def _handle_held_name(self, held: HeldElsewhere, now: float) -> None:
         """Another service holds the instance's name.
@@ -444,6 +447,10 @@ class ProcessManager:
         if not any(slot.child and slot.child.ready for slot in self._workers):
             return []
         return [reason for slot in self._workers if slot.is_restarting() for reason in slot.reasons()]
+
+    def warnings(self) -> list[str]:
+        """Faults that stop only a part of the work, such as an isolated stream."""
+        return sorted({text for slot in self._slots for child in slot.children() for text in child.warnings})
 
     def children(self, now: float) -> list[dict[str, Any]]:
         """Every child as /status shows it."""

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,9 @@ from urllib.parse import unquote
 
 from ..safe_text import escape_control, safe_json
 from ..settings import Settings
+from . import line_writer
 from .current_job import current_log_fields
+from .line_writer import LineWriter, write_all
 from .log_limit import RateLimitFilter, is_summary
 
 #: Text before the password of any URL: ``scheme://user:`` or ``scheme://:``.
@@ -35,7 +38,9 @@ MAX_TEXT_CHARS = 4096
 MAX_TRACEBACK_CHARS = 32 * 1024
 #: Most items of a list or mapping that are written.
 MAX_ITEMS = 64
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+_DROPPED = "log.dropped"
+_EXCEPTION = "exception"
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", _EXCEPTION}
 
 #: The secrets of this process as one pattern; see `set_secrets`.
 _secrets: re.Pattern[str] | None = None
@@ -141,9 +146,16 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     """Fields of the running job, then the ``extra`` fields, which override them."""
     extra = {key: value for key, value in vars(record).items() if key not in _STANDARD}
     # The exporter of spans runs in a thread of its own: its lines are not about the running job.
-    unrelated = is_summary(record) or str(record.name).startswith("opentelemetry")
+    unrelated = is_summary(record) or record.msg == _DROPPED or str(record.name).startswith("opentelemetry")
     job_fields = {} if unrelated else current_log_fields()
     return {key: _safe(value) for key, value in {**job_fields, **extra}.items()}
+
+
+def _exception(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    """The traceback of a record: of ``exc_info``, or as text in the ``extra`` field ``exception``, which
+    comes from another process. Empty if there is none."""
+    text = formatter.formatException(record.exc_info) if record.exc_info else vars(record).get(_EXCEPTION)
+    return _text(str(text), MAX_TRACEBACK_CHARS) if text else ""
 
 
 class JsonFormatter(logging.Formatter):
@@ -163,8 +175,8 @@ class JsonFormatter(logging.Formatter):
             "role": self._role,
             **_fields(record),
         }
-        if record.exc_info:
-            event["exception"] = _text(self.formatException(record.exc_info), MAX_TRACEBACK_CHARS)
+        if exception := _exception(self, record):
+            event[_EXCEPTION] = exception
         return safe_json(event)
 
 
@@ -180,19 +192,49 @@ class TextFormatter(logging.Formatter):
         clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
         line = f"{clock} {record.levelname.lower():7} {self._role}: {_text(record.getMessage())}"
         lines = [" ".join([line, *(f"{key}={value}" for key, value in _fields(record).items())])]
-        if record.exc_info:
-            trace = _text(self.formatException(record.exc_info), MAX_TRACEBACK_CHARS)
-            lines += ["    " + trace_line for trace_line in trace.split("\n")]
+        if exception := _exception(self, record):
+            lines += ["    " + trace_line for trace_line in exception.split("\n")]
         return "\n".join(map(escape_control, lines))
 
 
-class _SafeHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Rate-limited stderr handler that never raises: a full disk must not stop the settlement of jobs."""
+class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Rate-limited stderr handler that neither blocks nor raises: the log must not stop the roles.
+
+    A stream without a descriptor, as tests and notebooks have it, is written directly.
+    """
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
         self._rate_limit = RateLimitFilter(self._emit_unfiltered)
         self.addFilter(self._rate_limit)
+        self._encoding = str(getattr(sys.stderr, "encoding", None) or "utf-8")
+        self._writer = self._open_writer()
+
+    def _open_writer(self) -> LineWriter | None:
+        try:
+            fd = sys.stderr.fileno()
+        except (AttributeError, OSError, ValueError):  # closed before the start, or in memory
+            return None
+        line_writer.log_writer = LineWriter(partial(write_all, fd), self._notice)
+        return line_writer.log_writer
+
+    def _notice(self, lines: int) -> bytes:
+        fields = {"name": "jobworker", "msg": _DROPPED, "lines": lines}
+        level = {"levelno": logging.WARNING, "levelname": "WARNING"}
+        return self._encoded(logging.makeLogRecord({**fields, **level}))
+
+    def _encoded(self, record: logging.LogRecord) -> bytes:
+        return (self.format(record) + self.terminator).encode(self._encoding, "backslashreplace")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line, or leave it to the thread of the line writer if stderr blocks."""
+        if self._writer is None:
+            super().emit(record)
+            return
+        try:
+            self._writer.put(self._encoded(record))
+        except Exception:  # of an argument's __str__, as in StreamHandler.emit
+            self.handleError(record)
 
     def _emit_unfiltered(self, record: logging.LogRecord) -> None:
         self.acquire()
@@ -204,9 +246,16 @@ class _SafeHandler(logging.StreamHandler):  # type: ignore[type-arg]
     def handleError(self, record: logging.LogRecord) -> None:
         """Drop the line."""
 
+    def flush(self) -> None:
+        """Nothing is buffered but what blocks; `close` waits for that."""
+        if self._writer is None:
+            super().flush()
+
     def close(self) -> None:
-        """Emit a log.suppressed line for each suppressed event."""
+        """Emit a log.suppressed line for each suppressed event, and wait briefly for lines that wait."""
         self._rate_limit.close()
+        if self._writer is not None:
+            self._writer.flush()
         super().close()
 
 
@@ -234,7 +283,7 @@ def _log_thread_crash(args: threading.ExceptHookArgs) -> None:
 
 def set_up(role: str, level: str, form: str) -> None:
     """Send the lines of every logger to stderr. ``form`` is ``json`` or ``text``."""
-    handler = _SafeHandler()
+    handler = _StderrHandler()
     handler.setFormatter(JsonFormatter(role) if form == "json" else TextFormatter(role))
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -39,9 +39,13 @@ METRICS = {
     "z_novel_leases_lost_total": Metric(
         "counter", "Jobs that another service took over from this one", ("stream",)
     ),
+    "z_novel_stream_isolated": Metric(
+        "gauge", "1 while the store refuses commands of the stream and the role waits", ("stream", "role")
+    ),
     "z_novel_ready": Metric("gauge", "1 while every process is up and the stores answer"),
     "z_novel_workers": Metric("gauge", "Worker processes", ("state",)),
     "z_novel_worker_restarts_total": Metric("counter", "Processes started again", ("role", "cause")),
+    "z_novel_log_lines_dropped_total": Metric("counter", "Log lines dropped because stderr was not read"),
     "z_novel_circuit_open": Metric("gauge", "1 while the circuit breaker of a type is open", ("task_type",)),
     "z_novel_paused": Metric("gauge", "1 while a type is paused by an operator", ("task_type",)),
 }

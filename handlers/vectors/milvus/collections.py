@@ -52,7 +52,7 @@ class CollectionAdmin:
             description = self.describe(alias)
         if description is None:
             raise TransientStoreError(f"collection {alias} was created but is not visible yet")
-        check_usable(alias, description, dim, named=self._named, server=self._milvus.server())
+        check_usable(alias, schema, description, dim, named=self._named, server=self._milvus.server())
         create_if_missing(lambda: self.has_index(alias), lambda: self.create_index(alias))
         self.load(alias)
         return description

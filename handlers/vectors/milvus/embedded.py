@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from jobworker.handlers import NEEDS_VECTORS
 from jobworker.worker import ConfigurationError
 from jobworker.worker.data_dir import HOST, DataDir, free_port, kept_secret, private_folder
+from jobworker.worker.extension import how_to_install
 
 from ...settings import HandlerSettings
 
@@ -18,7 +19,7 @@ class EmbeddedMilvus:
     def __init__(self, data: DataDir) -> None:
         if find_spec("milvus_lite") is None:
             raise ConfigurationError(
-                "no --milvus-uri, and no embedded Milvus Lite is installed: pip install 'jobworker[embedded]'"
+                f"no --milvus-uri, and no embedded Milvus Lite is installed: {how_to_install('embedded')}"
             )
         self._dir = private_folder(data.path / "milvus")
         self._token_file = data.path / "milvus.token"

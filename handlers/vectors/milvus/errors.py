@@ -3,7 +3,13 @@
 from collections.abc import Collection
 from enum import Enum
 
-from ..ports import PermanentStoreError, TransientStoreError, VectorStoreError
+from ..ports import (
+    CollectionUnavailable,
+    PermanentStoreError,
+    SuspectStoreError,
+    TransientStoreError,
+    VectorStoreError,
+)
 
 
 class Verdict(Enum):
@@ -11,6 +17,7 @@ class Verdict(Enum):
 
     TRANSIENT = "the same call may succeed later"
     PERMANENT = "the same call can never succeed"
+    SUSPECT = "an outage, or a fault of the call: the code does not tell"
     NOT_LOADED = "load the collection, then retry"
     NO_COLLECTION = "the collection or alias does not exist"
 
@@ -50,8 +57,8 @@ CODES = {
     35: P,  # Lite: index exists with other parameters
     100: Verdict.NO_COLLECTION,
     101: Verdict.NOT_LOADED,
-    103: T,  # collection not fully loaded
-    106: T,  # collection on recovering
+    103: Verdict.NOT_LOADED,  # not fully loaded
+    106: Verdict.NOT_LOADED,  # on recovering
     200: P,  # partition not found
     202: T,  # partition not fully loaded
     700: P,  # no index
@@ -62,8 +69,8 @@ CODES = {
     1401: P,  # not authenticated
     10001: T,  # an operation was cancelled by the server
     **dict.fromkeys(range(901, 907), T),  # nodes of the server join or leave
-    # 2.3: bad filter, wrong dimension, limits; 2.4 and later: anything unexpected. A few retries cost little.
-    65535: T,
+    # 2.3: bad filter, wrong dimension, limits; 2.4 and later: anything unexpected.
+    65535: Verdict.SUSPECT,
 }
 
 # Timeouts of the client, which have code 1.
@@ -90,7 +97,7 @@ def classify(class_names: Collection[str], code: int | str, message: str, *, lit
     """Classify an error.
 
     `class_names`: names of its class and its bases; `code`: the server's code or the name of a gRPC status;
-    `lite`: whether the server is Milvus Lite. Unknown codes are transient: the retries of a job are limited.
+    `lite`: whether the server is Milvus Lite.
     """
     if any(text in message for text in TIMEOUT_TEXTS):
         return T
@@ -103,7 +110,7 @@ def classify(class_names: Collection[str], code: int | str, message: str, *, lit
         return classify_status(code, message)
     if lite and code in LITE_CODES and "[Errno" not in message:
         return LITE_CODES[code]
-    return CODES.get(code, T)
+    return CODES.get(code, Verdict.SUSPECT)
 
 
 def classify_status(status: str, message: str) -> Verdict:
@@ -113,7 +120,7 @@ def classify_status(status: str, message: str) -> Verdict:
     return STATUSES.get(status, T)
 
 
-class NotLoaded(TransientStoreError):
+class NotLoaded(CollectionUnavailable):
     """The collection is not loaded; a server reports this for a while after a restart, too."""
 
 
@@ -124,6 +131,7 @@ class NoCollection(PermanentStoreError):
 ERROR_CLASSES: dict[Verdict, type[VectorStoreError]] = {
     Verdict.TRANSIENT: TransientStoreError,
     Verdict.PERMANENT: PermanentStoreError,
+    Verdict.SUSPECT: SuspectStoreError,
     Verdict.NOT_LOADED: NotLoaded,
     Verdict.NO_COLLECTION: NoCollection,
 }

@@ -40,6 +40,9 @@ from typing import Any, NoReturn
 
 log = logging.getLogger("jobworker.lite")
 
+#: Longest wait for the line that says why the server exits; a pipe that is not read blocks it.
+_LAST_WORDS_S = 0.5
+
 # Private names of this release are patched; another release may have other code paths for writes.
 SUPPORTED_VERSION = "3.2.2"
 # Rows that are not flushed are searched one by one in Python, about 40 µs a row. With the engine's default of
@@ -140,8 +143,11 @@ class FlushGate:
 
 
 def exit_now(code: int, reason: str) -> NoReturn:
-    """Print `reason` in one line on stderr and exit without any clean-up."""
-    print(f"lite_server: {' '.join(reason.split())}", file=sys.stderr, flush=True)
+    """Print `reason` in one line on stderr and exit without any clean-up, also where stderr blocks."""
+    line = f"lite_server: {' '.join(reason.split())}\n".encode("utf-8", "backslashreplace")
+    last_words = threading.Thread(target=os.write, args=(2, line), daemon=True)
+    last_words.start()
+    last_words.join(_LAST_WORDS_S)
     os._exit(code)
 
 

@@ -1,9 +1,11 @@
 """Facts about a Milvus server and its collections, and whether a collection can be used (pure)."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..ports import PermanentStoreError
+from ..schema import Schema
 
 # Milvus 2.3.5 stores an upserted row under the hash of its primary key instead of its partition key, so a
 # filter on the partition key misses almost every row. Repaired late in 2.3.
@@ -14,6 +16,10 @@ TEMPLATES_SINCE = (2, 5)
 LISTS_ALIASES_SINCE = (2, 4)
 #: Property with a collection's mark on Milvus Lite, which does not store descriptions.
 MARK = "jobworker.made"
+
+# Field types by their numbers in the protocol: `DataType` of the client library is too heavy to import here.
+INTEGERS = {2: "INT8", 3: "INT16", 4: "INT32", 5: "INT64"}
+VARCHAR, FLOAT_VECTOR = 21, 101
 
 
 class Server(NamedTuple):
@@ -44,18 +50,72 @@ class Server(NamedTuple):
 
 
 class CollectionInfo(NamedTuple):
-    """Cached part of a collection's description; `takes_version`: rows may carry a version."""
+    """Cached part of a collection's description.
+
+    `takes_version`: rows may carry a version. `max_bytes`: limits of the VARCHAR fields.
+    """
 
     dim: int
     takes_version: bool
+    max_bytes: Mapping[str, int]
 
     @classmethod
     def of(cls, description: dict[str, Any]) -> "CollectionInfo":
-        """From the server's description. Raises PermanentStoreError if there is no field `vector`."""
-        vector = next((field for field in description["fields"] if field["name"] == "vector"), None)
-        if vector is None:
-            raise PermanentStoreError(f"collection {description['collection_name']} has no field `vector`")
-        return cls(int(vector["params"]["dim"]), bool(description.get("enable_dynamic_field")))
+        """From the server's description. Raises PermanentStoreError if `vector` is no FLOAT_VECTOR field."""
+        fields = {field["name"]: field for field in description["fields"]}
+        vector = fields.get("vector")
+        if vector is None or vector["type"] != FLOAT_VECTOR:
+            raise PermanentStoreError(
+                f"collection {description['collection_name']} has no field `vector` of type FLOAT_VECTOR"
+            )
+        max_bytes = {
+            name: int(field["params"]["max_length"])
+            for name, field in fields.items()
+            if field["type"] == VARCHAR and "max_length" in field["params"]
+        }
+        takes_version = bool(description.get("enable_dynamic_field")) or "version" in fields
+        return cls(int(vector["params"]["dim"]), takes_version, max_bytes)
+
+
+def check_fields(alias: str, schema: Schema, description: dict[str, Any]) -> None:
+    """Raise PermanentStoreError unless every row of `schema` has its fields in the collection.
+
+    A server reports such a collection at the first write only, with the code of an outage.
+    """
+    fields = {field["name"]: field for field in description["fields"]}
+    id_, dynamic = fields.get("id", {}), bool(description.get("enable_dynamic_field"))
+    auto_id = id_.get("auto_id") or description.get("auto_id")
+    faults = []
+    if not id_.get("is_primary") or id_["type"] != VARCHAR or auto_id:
+        faults.append("the primary key must be a VARCHAR field `id` without auto id")
+    wanted = {field.name: (VARCHAR,) if field.max_bytes else tuple(INTEGERS) for field in schema.fields[1:]}
+    for name, types in wanted.items():
+        if name not in fields and not dynamic:
+            faults.append(f"no field `{name}`")
+        elif name in fields and fields[name]["type"] not in types:
+            faults.append(f"field `{name}` is no {'VARCHAR' if VARCHAR in types else 'integer'}")
+    if "version" in fields and fields["version"]["type"] != max(INTEGERS):
+        faults.append("field `version` is no INT64")
+    if faults:
+        raise PermanentStoreError(
+            f"collection {alias} cannot hold the rows of this service: {'; '.join(faults)}"
+        )
+
+
+def check_no_other_field(alias: str, schema: Schema, description: dict[str, Any]) -> None:
+    """Raise PermanentStoreError if a row needs a value for a field that this service does not know."""
+    filled = {field.name for field in schema.fields} | {"vector", "version"}
+    others = [field["name"] for field in description["fields"] if _is_required(field)]
+    unknown = [name for name in others if name not in filled]
+    if unknown:
+        raise PermanentStoreError(
+            f"collection {alias} cannot hold the rows of this service: a row needs {', '.join(unknown)}"
+        )
+
+
+def _is_required(field: dict[str, Any]) -> bool:
+    flags = ("nullable", "auto_id", "is_function_output", "is_dynamic")
+    return field.get("default_value") is None and not any(field.get(flag) for flag in flags)
 
 
 def mark_of(description: dict[str, Any]) -> str:
@@ -63,9 +123,13 @@ def mark_of(description: dict[str, Any]) -> str:
     return str(description.get("description") or (description.get("properties") or {}).get(MARK, ""))
 
 
-def check_usable(alias: str, description: dict[str, Any], dim: int, *, named: bool, server: Server) -> None:
-    """Raise PermanentStoreError if the model, the server or the settings do not fit the collection."""
+def check_usable(
+    alias: str, schema: Schema, description: dict[str, Any], dim: int, *, named: bool, server: Server
+) -> None:
+    """Raise PermanentStoreError if rows, model, server or settings do not fit the collection."""
     actual_dim = CollectionInfo.of(description).dim
+    check_fields(alias, schema, description)
+    check_no_other_field(alias, schema, description)
     if actual_dim != dim:
         raise PermanentStoreError(
             f"collection {alias} holds vectors of {actual_dim} dimensions, the model makes {dim}: "

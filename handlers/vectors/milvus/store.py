@@ -60,6 +60,8 @@ Partitions = Literal["key", "named"]
 SEARCH_EF = 128
 # 200 rows with the longest texts and 4096 dimensions stay below 64 MiB, the limit of a response.
 MAX_READ_ROWS = 200
+# No row has this id, because ids hold no slash.
+NO_ROW_ID = "jobworker/probe"
 
 
 class MilvusVectors:
@@ -85,11 +87,17 @@ class MilvusVectors:
     def upsert(self, name: str, rows: Sequence[AnyRow]) -> None:
         if not rows:
             return
-        checked = schemas.check_rows(name, rows, self._dim(name, rows))
+        dim = self._dim(name, rows)
+        checked = schemas.check_rows(name, rows, dim, self._info(name).max_bytes)
         self._check_owners(name, checked)
         for partition, group in self._by_partition(name, checked):
             for request in schemas.requests(group):
                 self._upsert_request(name, request, partition)
+
+    def check_writable(self, name: str) -> None:
+        arguments: dict[str, Any] = {"ids": [NO_ROW_ID], "timeout": self._timeout_s}
+        self._call(name, lambda client: client.get(self._full(name), **arguments))
+        self._call(name, lambda client: client.delete(self._full(name), **arguments))
 
     def search(
         self,

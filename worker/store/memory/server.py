@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ...errors import StoreRefused
 from ...keys import Holder
-from ..ports import Entry
+from ..ports import Entry, KeyFault
 
 #: Time that a read may take beyond its block time before the store counts as unavailable.
 _READ_MARGIN_S = 5.0
@@ -99,8 +100,12 @@ class MemoryServer:
         self.wall_now_s = wall_now_s
         self.blocking = blocking
         self.lock = threading.RLock()
+        #: Keys that the server refuses, as if they had another type: a stream's name, or one of `keys`.
+        self.broken: set[str] = set()
         #: Types that an operator has paused.
         self.paused: set[str] = set()
+        #: Consumer name of a service -> its record, see ``announcements``.
+        self.services: dict[bytes, bytes] = {}
         self._streams: dict[str, Stream] = {}
         self._arrivals = 0
         self._last_epoch = 0
@@ -126,6 +131,18 @@ class MemoryServer:
         deleted = self.stream(stream)
         deleted.entries.clear()
         deleted.groups.clear()
+
+    def check(self, *keys: str) -> None:
+        """Raise `StoreRefused` if one of the keys is broken."""
+        for key in keys:
+            if key in self.broken:
+                raise StoreRefused(f"the job store refused: WRONGTYPE {key}")
+
+    def faults(self, *keys: str) -> list[KeyFault]:
+        """The faults of these keys."""
+        return [
+            KeyFault(key, "is broken", f"RENAME {key} {key}:damaged") for key in keys if key in self.broken
+        ]
 
     def stream(self, name: str) -> Stream:
         """The stream of this name; it is created if it is missing."""

@@ -5,9 +5,29 @@ import select
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from ...errors import Fenced, NameHeld, StoreUnavailable
-from ...keys import NO_HOLDER, Holder, Source
-from ..ports import RELEASED_IDLE_S, Dead, Depths, Entry, Promotion, Retry, Settlement
+from ...errors import Fenced, NameHeld, StoreRefused, StoreUnavailable
+from ...keys import (
+    NO_HOLDER,
+    PAUSED_KEY,
+    Holder,
+    Source,
+    dead_letter_key,
+    deaths_key,
+    fence_key,
+    retry_key,
+)
+from ..announcements import Announcement, encode, parse
+from ..ports import (
+    RELEASED_IDLE_S,
+    Dead,
+    Depths,
+    Entry,
+    KeyFault,
+    Promotion,
+    Retry,
+    Settled,
+    Settlement,
+)
 from .server import Group, MemoryServer, NameRecord, PendingEntry, Read, Stream, order
 
 
@@ -33,6 +53,7 @@ class MemoryStore:
     def acquire(self, sources: Sequence[Source]) -> None:
         with self._server.lock:
             for source in sources:
+                self._server.check(source.stream, fence_key(source.stream))
                 self._check_name(source.stream)
             for source in sources:
                 self._record_call(self._group(source))
@@ -73,6 +94,9 @@ class MemoryStore:
         read = self._reads.pop(source, None)
         if read is None:
             return []
+        if source.stream in self._server.broken:
+            self._end(source, read)
+            self._server.check(source.stream)
         left_ms = max(0.0, read.mono_deadline_s - time.monotonic()) * 1000
         poll = select.poll()
         poll.register(read.descriptor, select.POLLIN)
@@ -85,6 +109,10 @@ class MemoryStore:
     def is_reading(self, source: Source) -> bool:
         return source in self._reads
 
+    def abandon_read(self, source: Source) -> None:
+        if read := self._reads.pop(source, None):
+            self._end(source, read)
+
     def abandon_reads(self) -> None:
         for source, read in self._reads.items():
             self._end(source, read)
@@ -92,6 +120,7 @@ class MemoryStore:
 
     def own_pending(self, source: Source, after: bytes, count: int) -> list[Entry]:
         with self._server.lock:
+            self._server.check(source.stream, deaths_key(source.stream))
             stream, group = self._server.stream(source.stream), self._group(source)
             own = sorted((id for id in group.leases if self._owns(group, id)), key=order)
             for gone in [id for id in own if id not in stream.entries]:
@@ -105,6 +134,7 @@ class MemoryStore:
     def claim(self, source: Source, min_idle_ms: int, count: int, cursor: bytes) -> tuple[bytes, list[Entry]]:
         with self._server.lock:
             stream, group = self._fenced(source), self._group(source)
+            self._server.check(deaths_key(source.stream))
             claimed: list[Entry] = []
             for id in sorted((i for i in group.leases if order(i) >= order(cursor)), key=order):
                 if len(claimed) == count:
@@ -121,17 +151,14 @@ class MemoryStore:
                 claimed.append(self._pending_entry(stream, group, id))
             return b"0-0", claimed
 
-    def settle(self, settlements: Sequence[Settlement]) -> set[bytes]:
+    def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         with self._server.lock:
-            refused: set[bytes] = set()
-            for source, done, retries, dead in settlements:
-                outcomes: list[Retry | Dead | bytes] = [*retries, *dead, *done]
-                refused.update(_id_of(one) for one in outcomes if not self._settle_one(source, one))
-            return refused
+            return [self._settle(settlement) for settlement in settlements]
 
     def set_deaths(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:
         with self._server.lock:
             stream, group = self._fenced(source), self._group(source)
+            self._server.check(deaths_key(source.stream))
             stored = {id: count for id, count in deaths.items() if self._owns(group, id)}
             stream.deaths.update(stored)
             return stored
@@ -149,19 +176,32 @@ class MemoryStore:
 
     def fetch(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
         with self._server.lock:
+            self._server.check(source.stream)
             entries = self._server.stream(source.stream).entries
             return {id: entries[id] for id in ids if id in entries}
 
+    def key_faults(self, source: Source) -> list[KeyFault]:
+        stream = source.stream
+        derived = (fence_key(stream), deaths_key(stream), retry_key(stream), dead_letter_key(stream))
+        return self._server.faults(stream, *derived)
+
+    def pause_faults(self) -> list[KeyFault]:
+        return self._server.faults(PAUSED_KEY)
+
     def paused_types(self) -> set[str]:
+        self._server.check(PAUSED_KEY)
         return set(self._server.paused)
 
     # -- reaper
 
     def promote(self, stream: str, limit: int) -> Promotion:
         with self._server.lock:
+            self._server.check(retry_key(stream))
             retries = self._server.stream(stream).retries
             retries.sort()
             due = [retry for retry in retries if retry[0] <= self._server.wall_now_s()][:limit]
+            if due:
+                self._server.check(stream)
             for retry in due:
                 self._server.append(stream, retry[2])
                 retries.remove(retry)
@@ -170,6 +210,7 @@ class MemoryStore:
 
     def trim(self, stream: str) -> int:
         with self._server.lock:
+            self._server.check(stream)
             trimmed = self._server.stream(stream)
             finished = [id for id in trimmed.entries if self._finished(trimmed, id)] if trimmed.groups else []
             for id in finished:
@@ -178,6 +219,7 @@ class MemoryStore:
 
     def remove_idle_consumers(self, source: Source, keep: str, idle_ms: int) -> int:
         with self._server.lock:
+            self._server.check(source.stream, fence_key(source.stream))
             stream, group = self._server.stream(source.stream), self._group(source)
             owners = {lease.consumer for lease in group.leases.values()} | {keep}
             before = self._server.wall_now_s() - idle_ms / 1000
@@ -194,6 +236,7 @@ class MemoryStore:
 
     def depths(self, source: Source) -> Depths:
         with self._server.lock:
+            self._server.check(source.stream)
             stream, group = self._server.stream(source.stream), self._group(source)
             new = [id for id in stream.entries if order(id) > group.last_delivered]
             age_s = max(0.0, self._server.wall_now_s() - order(new[0])[0] / 1000) if new else 0.0
@@ -207,6 +250,17 @@ class MemoryStore:
     def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
         self._server.schedule(stream, job, delay_s)
 
+    def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
+        with self._server.lock:
+            now_s = self._server.wall_now_s()
+            self._server.services[service.encode()] = encode(types, sources, now_s)
+            for one in self.announcements():
+                if one.is_outdated(now_s):
+                    del self._server.services[one.service.encode()]
+
+    def announcements(self) -> list[Announcement]:
+        return parse(self._server.services)
+
     def close(self) -> None:
         """Abandon reads; the server keeps all its state."""
         self.abandon_reads()
@@ -219,6 +273,7 @@ class MemoryStore:
 
     def _fenced(self, source: Source) -> Stream:
         """The stream; raises `Fenced` if a newer reader holds our name."""
+        self._server.check(source.stream, fence_key(source.stream))
         stream = self._server.stream(source.stream)
         if source not in self._epochs:
             raise RuntimeError(f"{source.stream} was not acquired")
@@ -253,6 +308,27 @@ class MemoryStore:
 
     def _pending_entry(self, stream: Stream, group: Group, id: bytes) -> Entry:
         return Entry(id, stream.entries[id], group.leases[id].deliveries, stream.deaths.get(id, 0))
+
+    def _settle(self, settlement: Settlement) -> Settled:
+        source, done, retries, dead = settlement
+        stream = source.stream
+        refused: set[bytes] = set()
+        unsettled: set[bytes] = set()
+        refusal: StoreRefused | None = None
+        kinds: tuple[tuple[str, Sequence[Retry | Dead | bytes]], ...] = (
+            (stream, done),
+            (retry_key(stream), retries),
+            (dead_letter_key(stream), dead),
+        )
+        for key, outcomes in kinds:
+            try:
+                if outcomes:
+                    self._server.check(key, deaths_key(stream))
+                refused.update(_id_of(one) for one in outcomes if not self._settle_one(source, one))
+            except StoreRefused as error:
+                unsettled.update(map(_id_of, outcomes))
+                refusal = error
+        return Settled(refused, unsettled, refusal)
 
     def _settle_one(self, source: Source, outcome: bytes | Retry | Dead) -> bool:
         stream, group = self._fenced(source), self._group(source)

@@ -6,9 +6,13 @@ from typing import Any, TypeVar
 from redis.exceptions import ReadOnlyError, ResponseError
 
 from ... import keys
-from ...errors import Fenced, StoreUnavailable
+from ...errors import Fenced, StoreRefused, StoreUnavailable
+from ...keys import PAUSED_KEY, Source
+from ..announcements import Announcement, parse
+from ..ports import KeyFault
 from .connect import Endpoint, endpoint, unavailable
 from .connection import PipelinedConnection, Reply
+from .key_faults import concerns_one_stream, full_fault, is_full, type_faults
 from .lua import Command, LuaScripts, script
 
 #: Ids per script: the server runs nothing else meanwhile, and 1,000 take 1 to 3 ms.
@@ -20,6 +24,9 @@ _MOVED = ("MOVED", "ASK", "CLUSTERDOWN", "MASTERDOWN")
 
 
 Item = TypeVar("Item")
+
+#: Most digits of a count of deaths. Other programs can write to the hash.
+_COUNT_DIGITS = 6
 
 
 class RedisStoreBase:
@@ -79,6 +86,29 @@ class RedisStoreBase:
     def fence_key(self, stream: str) -> str:
         return keys.fence_key(stream, cluster=self._endpoint.cluster)
 
+    def key_faults(self, source: Source) -> list[KeyFault]:
+        """The keys of a stream that cannot be worked with: of another type, full, or forbidden."""
+        stream = source.stream
+        dead_key = self.dead_key(stream)
+        types = {
+            stream: "stream",
+            self.fence_key(stream): "hash",
+            self.deaths_key(stream): "hash",
+            self.retry_key(stream): "zset",
+            dead_key: "stream",
+        }
+        replies = dict(zip(types, self.call(stream, [("TYPE", key) for key in types]), strict=True))
+        faults = type_faults(types, replies, cluster=self._endpoint.cluster)
+        for key in (stream, dead_key):
+            if replies[key] == b"stream" and is_full(self.call(stream, [script("last_id", [key])])[0]):
+                faults.append(full_fault(key, is_job_stream=key == stream, cluster=self._endpoint.cluster))
+        return faults
+
+    def pause_faults(self) -> list[KeyFault]:
+        """As `key_faults`, for the key of the paused types."""
+        reply = self.call(PAUSED_KEY, [("TYPE", PAUSED_KEY)])[0]
+        return type_faults({PAUSED_KEY: "hash"}, {PAUSED_KEY: reply}, cluster=self._endpoint.cluster)
+
 
 def checked(reply: Reply) -> Reply:
     """The reply, if it is no error. Raises `Fenced` or `StoreUnavailable` for one."""
@@ -86,7 +116,15 @@ def checked(reply: Reply) -> Reply:
         return reply
     if str(reply).startswith("FENCED"):
         raise Fenced(str(reply))
-    raise StoreUnavailable(f"the job store refused: {type(reply).__name__}: {reply}") from reply
+    text = f"the job store refused: {type(reply).__name__}: {reply}"
+    raise (StoreRefused if concerns_one_stream(reply) else StoreUnavailable)(text) from reply
+
+
+def death_count(value: bytes | None) -> int | None:
+    """A stored count of worker deaths: 0 where there is none, None where the value is no such count."""
+    if value is None:
+        return 0
+    return int(value) if value.isdigit() and len(value) <= _COUNT_DIGITS else None
 
 
 def chunks(ids: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
@@ -111,6 +149,11 @@ def chunks_by_size(items: Iterable[Item], size_of: Callable[[Item], int]) -> Ite
 def pairs(flat: Sequence[Any]) -> dict[Any, Any]:
     """A flat reply of names and values as a dict."""
     return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def announcements_in(reply: Reply) -> list[Announcement]:
+    """The records of HGETALL; empty for any error: the key has another type, or this user may not read it."""
+    return [] if isinstance(reply, ResponseError) else parse(pairs(reply))
 
 
 def is_no_stream(reply: Reply) -> bool:

@@ -9,10 +9,11 @@ from typing import Any, NoReturn
 
 from redis.exceptions import RedisError, ResponseError
 
-from ...errors import AnswerTooLarge, StoreUnavailable
+from ...errors import AnswerTooLarge, StoreRefused, StoreUnavailable
 from ...keys import DATA_FIELD, Source
 from ..ports import Entry
 from .connect import Connection, Endpoint, MeteredSocket, has_ended, unavailable
+from .key_faults import concerns_one_stream
 
 #: The server checks blocked clients ten times a second, so its answer comes a moment after BLOCK is over.
 _BLOCK_MARGIN_S = 1.0
@@ -93,6 +94,8 @@ class BlockingRead:
 
     def _fail(self, error: Exception) -> NoReturn:
         self.drop()
+        if concerns_one_stream(error):
+            raise StoreRefused(f"reading {self._source.stream}: {type(error).__name__}: {error}") from error
         self._endpoint.forget()
         raise unavailable(error, f"reading {self._source.stream}") from error
 

@@ -4,11 +4,23 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ...keys import PAUSED_KEY, Source
-from ..operator import START, Consumer, GroupState, Lease, Pause, Scheduled
+from ...keys import PAUSED_KEY, SERVICES_KEY, Source, base_stream
+from ..announcements import Announcement
+from ..operator import START, Consumer, FoundStreams, GroupState, Lease, Pause, Scheduled
 from ..ports import Entry
-from .base import RedisStoreBase, checked, chunks, chunks_by_size, is_no_group, is_no_stream, pairs
+from .base import (
+    RedisStoreBase,
+    announcements_in,
+    checked,
+    chunks,
+    chunks_by_size,
+    death_count,
+    is_no_group,
+    is_no_stream,
+    pairs,
+)
 from .blocking_read import data_of
+from .key_scan import find_streams
 from .lua import Command, script
 
 
@@ -85,6 +97,18 @@ class OperatorStore(RedisStoreBase):
         """The paused types, by name."""
         return sorted(_pause(*item) for item in pairs(self.one(PAUSED_KEY, ("HGETALL", PAUSED_KEY))).items())
 
+    # -- services and streams
+
+    def announcements(self) -> list[Announcement]:
+        """What the services of the deployment handle; empty if unknown."""
+        return announcements_in(self.call(SERVICES_KEY, [("HGETALL", SERVICES_KEY)])[0])
+
+    def find_streams(self) -> FoundStreams:
+        """Every stream of the store, whether a service reads it or not. The scan is bounded."""
+        return find_streams(
+            self._endpoint.node, lambda key, command: self.call(key, [command])[0], base_stream
+        )
+
     # -- where a job is
 
     def group(self, source: Source) -> GroupState | None:
@@ -104,7 +128,7 @@ class OperatorStore(RedisStoreBase):
         """One entry with the worker deaths recorded for it; None where the stream has no such id."""
         rows, deaths = self.call(stream, [("XRANGE", stream, id, id), ("HGET", self.deaths_key(stream), id)])
         found = checked(rows)
-        return Entry(id, data_of(found[0][1]), deaths=int(checked(deaths) or 0)) if found else None
+        return Entry(id, data_of(found[0][1]), deaths=death_count(checked(deaths)) or 0) if found else None
 
     def entries(self, stream: str, after: bytes, count: int) -> list[Entry]:
         """A page of the stream, finished or not, oldest first."""
@@ -122,20 +146,31 @@ class OperatorStore(RedisStoreBase):
         reply = self.call(source.stream, [("XPENDING", *source, first, last, count)])[0]
         if is_no_group(reply):
             return []
-        return [Lease(id, name.decode(), idle / 1000, tries) for id, name, idle, tries in checked(reply)]
+        rows = checked(reply)
+        return [
+            Lease(id, name.decode(errors="replace"), idle / 1000, tries) for id, name, idle, tries in rows
+        ]
 
     def _page(self, stream: str, command: Command) -> list[Entry]:
         return [Entry(id, data_of(fields)) for id, fields in self.one(stream, command)]
 
 
 def _consumer(facts: dict[bytes, Any]) -> Consumer:
-    return Consumer(facts[b"name"].decode(), facts[b"pending"], facts[b"idle"] / 1000)
+    return Consumer(facts[b"name"].decode(errors="replace"), facts[b"pending"], facts[b"idle"] / 1000)
+
+
+def _finite(value: Any) -> float:
+    """The value as a number; raises ValueError for one that is no time."""
+    number = float(value)
+    if not 0.0 <= number < 1e12:
+        raise ValueError(number)
+    return number
 
 
 def _pause(kind: bytes, value: bytes) -> Pause:
     """Any value pauses the type, also one that was written with another tool."""
     try:
         pause = json.loads(value)
-        return Pause(kind.decode(), float(pause["since"]), str(pause.get("note", "")))
-    except (ValueError, TypeError, KeyError, AttributeError):
+        return Pause(kind.decode(), _finite(pause["since"]), str(pause.get("note", "")))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Pause(kind.decode(errors="replace"), 0.0, value.decode(errors="replace"))

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from ... import keys
-from .base import RedisStoreBase, checked, chunks_by_size
+from ..announcements import Announcement
+from .base import RedisStoreBase, announcements_in, checked, chunks_by_size
 from .lua import script
 
 
@@ -22,3 +23,7 @@ class RedisProducerStore(RedisStoreBase):
     def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
         """See `ProducerStore.schedule`."""
         self.one(stream, script("schedule", [self.retry_key(stream)], delay_s, job))
+
+    def announcements(self) -> list[Announcement]:
+        """See `ProducerStore.announcements`."""
+        return announcements_in(self.call(keys.SERVICES_KEY, [("HGETALL", keys.SERVICES_KEY)])[0])

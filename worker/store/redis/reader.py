@@ -8,15 +8,28 @@ from typing import Any
 
 from redis.exceptions import NoPermissionError, ResponseError
 
-from ...errors import NameHeld
+from ...errors import NameHeld, StoreRefused
 from ...keys import NO_HOLDER, PAUSED_KEY, Holder, Source
-from ..ports import RELEASED_IDLE_S, Entry, Settlement
-from .base import SCRIPT_BYTES, SCRIPT_IDS, RedisStoreBase, checked, chunks, is_no_group, pairs
+from ..ports import RELEASED_IDLE_S, Entry, Settled, Settlement
+from .base import (
+    SCRIPT_BYTES,
+    SCRIPT_IDS,
+    RedisStoreBase,
+    checked,
+    chunks,
+    chunks_by_size,
+    death_count,
+    is_no_group,
+    pairs,
+)
 from .blocking_read import BlockingRead, GroupMissing
 from .connection import Reply
 from .lua import Command, script
 
 log = logging.getLogger(__name__)
+
+#: Most characters of a text in another service's record: they are logged and shown.
+_RECORD_CHARS = 256
 
 
 class RedisReaderStore(RedisStoreBase):
@@ -80,6 +93,11 @@ class RedisReaderStore(RedisStoreBase):
         read = self._reads.get(source)
         return read is not None and read.under_way
 
+    def abandon_read(self, source: Source) -> None:
+        """See `ReaderStore.abandon_read`."""
+        if read := self._reads.pop(source, None):
+            read.drop()
+
     def abandon_reads(self) -> None:
         """See `ReaderStore.abandon_reads`."""
         for read in self._reads.values():
@@ -106,20 +124,31 @@ class RedisReaderStore(RedisStoreBase):
     def claim(self, source: Source, min_idle_ms: int, count: int, cursor: bytes) -> tuple[bytes, list[Entry]]:
         """See `ReaderStore.claim`. Entries of this consumer that were not renewed are returned too."""
         reply = self._run(source, "claim", [self.deaths_key(source.stream)], [min_idle_ms, count, cursor])
-        rows = _rows_of_four(reply[1:])
-        return reply[0], [Entry(id, data, int(tries), int(deaths or 0)) for id, data, tries, deaths in rows]
+        return reply[0], [
+            Entry(id, data, int(tries), self._deaths(source, id, deaths))
+            for id, data, tries, deaths in _rows_of_four(reply[1:])
+        ]
 
-    def settle(self, settlements: Sequence[Settlement]) -> set[bytes]:
-        """See `ReaderStore.settle`. More than 1,000 ids or 8 MiB take several steps; the settlement of each
-        entry is atomic at any size."""
-        refused: set[bytes] = set()
-        all_parts = [(s.source, part) for s in settlements for part in _parts(s)]
+    def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
+        """See `ReaderStore.settle`. Acknowledgements, retries and dead letters take one step each, so that a
+        key that refuses one kind does not stop the others; more than 1,000 ids or 8 MiB take several."""
+        results = [Settled(set(), set()) for _ in settlements]
+        all_parts = [(number, part) for number, one in enumerate(settlements) for part in _parts(one)]
         for parts in self._by_node(all_parts):
-            commands = [self._settlement(source, part) for source, part in parts]
-            for (source, part), reply in zip(parts, self.call(parts[0][0].stream, commands), strict=True):
-                repeat = partial(self._settlement, source, part)
-                refused.update(self._recovered(source, reply, repeat))
-        return refused
+            commands = [self._settlement(part) for _, part in parts]
+            replies = self.call(parts[0][1].source.stream, commands)
+            for (number, part), reply in zip(parts, replies, strict=True):
+                results[number] = self._settled(results[number], part, reply)
+        return results
+
+    def _settled(self, result: Settled, part: Settlement, reply: Reply) -> Settled:
+        """The result of a settlement with that of one more part."""
+        try:
+            refused = self._recovered(part.source, reply, partial(self._settlement, part))
+        except StoreRefused as error:
+            error = error.with_traceback(None)  # it would hold the settlement
+            return Settled(result.refused, result.unsettled.union(part.ids), error)
+        return result._replace(refused=result.refused.union(refused))
 
     def set_deaths(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:
         """See `ReaderStore.set_deaths`."""
@@ -183,12 +212,24 @@ class RedisReaderStore(RedisStoreBase):
         if gone:
             fields = {"entries": len(gone), "stream": source.stream}
             log.error("entry.deleted_while_pending", extra=fields)
-            self.settle([Settlement(source, done=gone)])
+            (settled,) = self.settle([Settlement(source, done=gone)])
+            if settled.error:
+                raise settled.error
         return [
-            Entry(id, bodies[id], tries, int(died or 0))
+            Entry(id, bodies[id], tries, self._deaths(source, id, died))
             for id, tries, died in zip(ids, deliveries, deaths, strict=True)
             if id in bodies
         ]
+
+    def _deaths(self, source: Source, id: bytes, value: bytes | None) -> int:
+        """The stored deaths of an entry. A damaged value counts as 0: the next death overwrites it."""
+        count = death_count(value)
+        if count is None:
+            key = self.deaths_key(source.stream)
+            log.error("deaths.damaged", extra={
+                "key": key, "entry_id": id.decode(), "hint": f"HDEL {key} {id.decode()}",
+            })  # fmt: skip
+        return count or 0
 
     def _take_name(self, source: Source) -> None:
         stream = source.stream
@@ -197,7 +238,7 @@ class RedisReaderStore(RedisStoreBase):
         arguments = [*self._record(), last, *self._holder.predecessors]
         reply = self.one(stream, script("acquire", keys, source.group, self._consumer, *arguments))
         if not reply[0]:
-            about, token, renewed = (part.decode(errors="replace") for part in reply[1:4])
+            about, token, renewed = (part.decode(errors="replace")[:_RECORD_CHARS] for part in reply[1:4])
             raise NameHeld(stream, about, int(reply[4]) / 1000, f"{token} {renewed}")
         self._epochs[source] = reply[0]
 
@@ -245,20 +286,21 @@ class RedisReaderStore(RedisStoreBase):
         if is_no_group(reply):
             self._recreate_group(source)
         elif isinstance(reply, ResponseError) and str(reply).startswith("UNFENCED"):
-            log.error("fence.recreated", extra={"stream": source.stream, "hint": "it was deleted"})
+            log.error("fence.recreated", extra={"stream": source.stream, "hint": "it was deleted or damaged"})
             self._take_name(source)
         else:
             return checked(reply)
         return self.one(source.stream, command())
 
-    def _by_node(self, parts: list[tuple[Source, Settlement]]) -> Iterable[list[tuple[Source, Settlement]]]:
-        """Parts in pipelines: all in one, or on a cluster one for each stream."""
+    def _by_node(self, parts: list[tuple[int, Settlement]]) -> Iterable[list[tuple[int, Settlement]]]:
+        """Numbered parts in pipelines: all in one, or on a cluster one for each stream."""
         if not self._endpoint.cluster:
             return [parts] if parts else []
-        return [list(group) for _, group in itertools.groupby(parts, key=lambda part: part[0].stream)]
+        by_stream = itertools.groupby(parts, key=lambda part: part[1].source.stream)
+        return [list(group) for _, group in by_stream]
 
-    def _settlement(self, source: Source, part: Settlement) -> Command:
-        stream = source.stream
+    def _settlement(self, part: Settlement) -> Command:
+        source, stream = part.source, part.source.stream
         arguments: list[Any] = [len(part.done), len(part.retries), len(part.dead), *part.done]
         for retry in part.retries:
             arguments += (retry.id, retry.delay_s, retry.data)
@@ -276,18 +318,14 @@ def _in_order(ids: Sequence[bytes]) -> list[bytes]:
 
 
 def _parts(settlement: Settlement) -> Iterator[Settlement]:
-    """The settlement in parts of at most 1,000 ids and 8 MiB."""
+    """The settlement in parts of one kind, at most 1,000 ids and 8 MiB."""
     source, done, retries, dead = settlement
-    bodies = sum(len(x.data) for x in retries) + sum(len(x.data) for x in dead)
-    if len(done) + len(retries) + len(dead) <= SCRIPT_IDS and bodies <= SCRIPT_BYTES:
-        yield Settlement(source, _in_order(done), retries, dead)
-        return
-    for some in chunks(_in_order(done)):
-        yield Settlement(source, done=some)
-    for retry in retries:
-        yield Settlement(source, retries=(retry,))
-    for letter in dead:
-        yield Settlement(source, dead=(letter,))
+    for ids in chunks(_in_order(done)):
+        yield Settlement(source, done=ids)
+    for some in chunks_by_size(retries, lambda retry: len(retry.data)):
+        yield Settlement(source, retries=some)
+    for letters in chunks_by_size(dead, lambda letter: len(letter.data)):
+        yield Settlement(source, dead=letters)
 
 
 def _rows_of_four(flat: Sequence[Any]) -> Iterator[tuple[Any, Any, Any, Any]]:

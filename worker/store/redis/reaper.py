@@ -1,13 +1,21 @@
 """The reaper's side of the job store on Redis."""
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ...keys import Source
+from redis.exceptions import ResponseError
+
+from ...errors import StoreRefused
+from ...keys import SERVICES_KEY, Source
+from ..announcements import encode
 from ..ports import Depths, Promotion
-from .base import SCRIPT_BYTES, RedisStoreBase, checked, is_no_group, is_no_stream, pairs
+from .base import SCRIPT_BYTES, RedisStoreBase, announcements_in, checked, is_no_group, is_no_stream, pairs
 from .connection import Reply
 from .lua import script
+
+log = logging.getLogger("jobworker.reaper")
 
 #: Entries that one call of trim.lua deletes; some ms of the server's time.
 _TRIM_ENTRIES = 10_000
@@ -17,6 +25,8 @@ _TRIM_CALLS = 20
 
 class RedisReaperStore(RedisStoreBase):
     """`ReaperStore` on Redis."""
+
+    _warned_not_announced = False
 
     def promote(self, stream: str, limit: int) -> Promotion:
         """See `ReaperStore.promote`. After 8 MiB of jobs it stops early, with ``next_due_s`` 0."""
@@ -41,9 +51,23 @@ class RedisReaperStore(RedisStoreBase):
         reply = self.call(source.stream, [command])[0]
         return 0 if is_no_group(reply) else int(checked(reply))
 
+    def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
+        """See `ReaperStore.announce`. A refusal is logged once: only warnings of producers depend on it."""
+        now_s = time.time()
+        record = encode(types, sources, now_s)
+        stored, found = self.call(
+            SERVICES_KEY, [("HSET", SERVICES_KEY, service, record), ("HGETALL", SERVICES_KEY)]
+        )
+        if isinstance(stored, ResponseError) and not self._warned_not_announced:
+            self._warned_not_announced = True
+            log.warning("service.not_announced", extra={"key": SERVICES_KEY, "error": str(stored)})
+        outdated = [one.service for one in announcements_in(found) if one.is_outdated(now_s)]
+        if outdated:
+            self.call(SERVICES_KEY, [("HDEL", SERVICES_KEY, *outdated)])
+
     def depths(self, source: Source) -> Depths:
         """See `ReaperStore.depths`. If the server does not know the lag, the lag is the number of entries
-        that are not pending: never too low."""
+        that are not pending: never too low. A retry or dead-letter key of another type counts as empty."""
         stream = source.stream
         groups, length, retrying, dead, now = self.call(
             stream,
@@ -65,11 +89,19 @@ class RedisReaperStore(RedisStoreBase):
         return Depths(
             queued=lag,
             pending=pending,
-            retrying=checked(retrying),
-            dead=checked(dead),
+            retrying=_length(retrying),
+            dead=_length(dead),
             oldest_age_s=_age_s(first[0][0], checked(now)) if first else 0.0,
             lag=lag,
         )
+
+
+def _length(reply: Reply) -> int:
+    """The length of a derived key; 0 where it cannot be counted."""
+    try:
+        return int(checked(reply))
+    except StoreRefused:
+        return 0
 
 
 def _group_named(group: str, reply: Reply) -> dict[bytes, Any]:

@@ -74,6 +74,6 @@ def _fields(info: bytes) -> dict[str, str]:
 
 def _decoded(flat: list[Any]) -> dict[str, Any]:
     return {
-        name.decode(): value.decode() if isinstance(value, bytes) else value
+        name.decode(errors="replace"): value.decode(errors="replace") if isinstance(value, bytes) else value
         for name, value in pairs(flat).items()
     }

@@ -6,8 +6,12 @@
 -- ARGV[6] the caller's last epoch, or 0   ARGV[7...] tokens of service starts that are proven to be over
 -- Returns {epoch}, or {'', description, token, renewed, ms left} of the service that owns the name.
 -- The epoch is the server's time in us, or the last epoch plus one if the clock was set back. So an epoch never
--- repeats, even when the name was deleted in between.
+-- repeats, even when the name was deleted in between. A stored value that is no epoch, or above the numbers
+-- that Lua holds exactly, counts as deleted.
 local last = redis.call('HGET', KEYS[2], ARGV[2])
+if last and (not last:find('^%d+$') or tonumber(last) > 9e15) then
+  last = false
+end
 local record, left_ms = live_record(ARGV[2], last)
 for i = 7, #ARGV do
   if record and record.token == ARGV[i] then

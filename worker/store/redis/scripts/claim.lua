@@ -4,6 +4,7 @@
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch   ARGV[4] least idle time in ms   ARGV[5] count
 -- ARGV[6] cursor
 -- Returns the next cursor, then for each entry: id, data or nil, deliveries, deaths or nil.
+redis.call('HLEN', KEYS[3]) -- a key of another type ends the script here, before any write
 local reply = redis.call('XAUTOCLAIM', KEYS[1], ARGV[1], ARGV[2], ARGV[4], ARGV[6], 'COUNT', ARGV[5])
 if #reply[3] > 0 then
   -- Deleted from the stream while pending; XAUTOCLAIM has dropped them from the pending list.

@@ -2,10 +2,10 @@
 -- reader no longer owns its name, and defines owned(id): is the entry pending for this consumer?
 -- KEYS[1] stream  KEYS[2] fence hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] the reader's epoch
--- Errors: UNFENCED, no epoch is stored (the data was flushed). OUTDATED, the stored epoch is older (the data is an
+-- Errors: UNFENCED, no epoch is stored (the data was flushed), or what is stored is none (see acquire.lua). OUTDATED, the stored epoch is older (the data is an
 -- older snapshot). FENCED, the stored epoch is newer (another reader owns the name).
 local epoch = redis.call('HGET', KEYS[2], ARGV[2])
-if not epoch then
+if not epoch or not epoch:find('^%d+$') or tonumber(epoch) > 9e15 then
   return redis.error_reply('UNFENCED no service holds the name ' .. ARGV[2])
 end
 if tonumber(epoch) < tonumber(ARGV[3]) then

@@ -2,8 +2,12 @@
 -- write_record and live_record, and the server's time as clock and now_ms.
 -- KEYS[2] fence hash: consumer -> epoch, and /holder/<consumer> -> record of the service that got that epoch
 -- A record is JSON: epoch, token (of one service start), about (text for people), lease and renewed (ms, as text).
+-- Other programs can write to the hash: a record with a field of another kind or an endless lease does not count.
 local clock = redis.call('TIME')
 local now_ms = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
+
+-- Longest lease that counts, in ms: a year.
+local longest_lease = 366 * 86400 * 1000
 
 local function write_record(consumer, epoch, token, lease_ms, about)
   local record = {
@@ -19,9 +23,15 @@ local function live_record(consumer, epoch)
   if not is_json or type(record) ~= 'table' or record.epoch ~= epoch then
     return nil
   end
+  for _, field in ipairs({ 'token', 'about', 'renewed' }) do
+    if type(record[field]) ~= 'string' then
+      return nil
+    end
+  end
   -- A clock that was set back makes the age negative; the record must expire then too.
-  local left_ms = (tonumber(record.lease) or 0) - math.abs(now_ms - (tonumber(record.renewed) or 0))
-  if left_ms > 0 then
+  local lease_ms = tonumber(record.lease) or 0
+  local left_ms = lease_ms - math.abs(now_ms - (tonumber(record.renewed) or 0))
+  if left_ms > 0 and lease_ms <= longest_lease then
     return record, left_ms
   end
 end

@@ -34,6 +34,9 @@ local function schedule(due, id, job)
   end
 end
 
+-- A key of another type ends the script here, before any write.
+redis.call('HLEN', KEYS[5])
+
 -- Commands that may fail with OOM come first, and each entry is finished before the next begins:
 -- a script that fails has settled some entries wholly and left the others as they were.
 local now = 0

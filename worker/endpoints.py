@@ -1,0 +1,68 @@
+"""Addresses of the service on this machine: the file ``endpoints.json`` in its data directory.
+
+The supervisor writes the file when its stores are up. It holds passwords and has mode 0600.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from .errors import ConfigurationError
+
+FILE_NAME = "endpoints.json"
+DEFAULT_DATA_DIR = "./jobworker-data"
+#: Environment variables of the service and of its clients.
+REDIS_URL_VARIABLE = "JOBWORKER_REDIS_URL"
+DATA_DIR_VARIABLE = "JOBWORKER_DATA_DIR"
+#: Largest file that is read: ours has some hundred bytes.
+_MAX_BYTES = 64 * 1024
+
+
+def store_url(environment: Mapping[str, str] = os.environ) -> str:
+    """URL of the job store for a program that names none; it may hold a password.
+
+    ``JOBWORKER_REDIS_URL`` wins; else the service of ``JOBWORKER_DATA_DIR`` (``./jobworker-data``) is used.
+    Raises `ConfigurationError` if neither names a store.
+    """
+    if url := environment.get(REDIS_URL_VARIABLE):
+        return url
+    folder = Path(environment.get(DATA_DIR_VARIABLE) or DEFAULT_DATA_DIR)
+    url = read_private_endpoints(folder).get("redis_url", "")
+    if not url:
+        raise ConfigurationError(
+            f"no job store: {REDIS_URL_VARIABLE} is not set and no service has run in {folder.absolute()}. "
+            f"Give the URL, or set {REDIS_URL_VARIABLE}, or {DATA_DIR_VARIABLE} to the --data-dir of a "
+            "service on this machine"
+        )
+    return url
+
+
+def read_private_endpoints(folder: Path) -> dict[str, str]:
+    """The text fields of the file; empty if there is none. Never waits, creates or changes anything.
+
+    Raises `ConfigurationError` for a file that this user may not read, or that someone else could have
+    written: it decides where jobs and passwords are sent.
+    """
+    path = folder / FILE_NAME
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be read ({error.strerror}): set {REDIS_URL_VARIABLE}"
+        ) from None
+    with open(fd, "rb") as file:
+        status = os.fstat(fd)
+        is_plain = stat.S_ISREG(status.st_mode) and not status.st_mode & 0o022
+        if not is_plain or status.st_uid not in (0, os.geteuid()):
+            raise ConfigurationError(
+                f"{path}: another user could have written it. Set {REDIS_URL_VARIABLE}, or remove the file"
+            )
+        try:
+            found = json.loads(file.read(_MAX_BYTES))
+        except (ValueError, RecursionError):
+            return {}
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}

@@ -1,0 +1,79 @@
+"""Announcements: which types and streams each service of a deployment handles, as the job store records it.
+
+Producers warn of unknown names by it, and `jobworker doctor` finds jobs that no service handles. Records can
+be written by any client of the store, so they are parsed as untrusted.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import msgspec
+
+from ..keys import Source
+
+#: Interval of renewals (seconds), and the age at which the service counts as stopped: two renewals missed.
+RENEW_INTERVAL_S, STOPPED_AFTER_S = 30.0, 90.0
+#: Age at which a record is deleted. It outlives a stop over night, so that producers do not warn meanwhile.
+FORGET_AFTER_S = 7 * 24 * 3600.0
+#: Longest record that is parsed: 255 types and 255 streams of the longest names fit.
+_MAX_BYTES = 512 * 1024
+
+
+class Announcement(NamedTuple):
+    """Types and streams of one service, renewed at a unix time (seconds, the service's clock)."""
+
+    service: str
+    types: frozenset[str]
+    sources: frozenset[Source]
+    wall_renewed_s: float
+
+    @property
+    def streams(self) -> set[str]:
+        """Names of the streams."""
+        return {source.stream for source in self.sources}
+
+    def is_running(self, wall_now_s: float) -> bool:
+        """Whether the service renewed the record lately."""
+        return abs(wall_now_s - self.wall_renewed_s) < STOPPED_AFTER_S
+
+    def is_outdated(self, wall_now_s: float) -> bool:
+        """Whether the record can be deleted."""
+        return abs(wall_now_s - self.wall_renewed_s) > FORGET_AFTER_S
+
+
+class _Record(msgspec.Struct):
+    types: list[str]
+    #: Stream -> consumer group.
+    streams: dict[str, str]
+    renewed: float
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What a misspelt name may have meant, in words."""
+    from difflib import get_close_matches  # only then: most names are right
+
+    names = sorted(known)
+    close = get_close_matches(name, names, 1)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names):.500}."
+
+
+_decode = msgspec.json.Decoder(_Record).decode
+
+
+def encode(types: Iterable[str], sources: Iterable[Source], wall_now_s: float) -> bytes:
+    """The record of one service."""
+    return msgspec.json.encode(_Record(sorted(types), dict(sources), round(wall_now_s, 3)))
+
+
+def parse(records: Mapping[bytes, bytes]) -> list[Announcement]:
+    """The valid records; others are left out."""
+    found = []
+    for service, data in records.items():
+        try:
+            record = _decode(data if len(data) <= _MAX_BYTES else b"")
+        except (ValueError, RecursionError):
+            continue
+        name = service.decode(errors="replace")
+        sources = frozenset(Source(*pair) for pair in record.streams.items())
+        found.append(Announcement(name, frozenset(record.types), sources, record.renewed))
+    return found
