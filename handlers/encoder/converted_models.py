@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,12 +21,13 @@ import msgspec
 from ..file_lock import lock_file
 from .cache_folders import cache_folders
 from .find_model import ModelSource
+from .window_format import WindowFormat
 
 log = logging.getLogger("jobworker.model")
 
 # Part of the folder's name. Increase it when the files of a folder or the sentences of the precision check
 # change.
-FORMAT = 1
+FORMAT = 2
 CARD = "card.json"
 # The supervisor gives a worker 600 s to start; a model of 2 GiB was converted within one minute.
 CONVERT_WITHIN_S = 540.0
@@ -33,6 +35,9 @@ CONVERT_WITHIN_S = 540.0
 _LOCK_POLL_S = 0.05
 # End of the conversion's output that an error message quotes.
 _OUTPUT_CHARS = 400
+
+# Signals that a fault of the program causes, not an operator or a lack of memory.
+_CRASHES = (signal.SIGFPE, signal.SIGSEGV, signal.SIGILL)
 
 
 class EngineUnavailable(Exception):
@@ -50,13 +55,13 @@ class Card(msgspec.Struct, kw_only=True):
     """Metadata of a converted model; `error`: the reason why it could not be converted."""
 
     error: str = ""
-    max_tokens: int = 0
+    #: By purpose: `document` or `query`.
+    formats: dict[str, WindowFormat] = {}
+    dim: int = 0
     pad_id: int = 0
     pads_left: bool = False
-    prefix: list[int] = []
-    suffix: list[int] = []
-    normalises: bool = False
-    prompts: dict[str, str] = {}
+    #: Whether padding would change the vectors.
+    equal_lengths: bool = False
     #: By name of the graph's input.
     weights: dict[str, Weight] = {}
     #: Dtypes that pass the precision check, the fastest on this processor first.
@@ -177,7 +182,11 @@ def _convert_in_subprocess(source: ModelSource, part: Path) -> None:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise EngineUnavailable(f"the conversion took longer than {CONVERT_WITHIN_S:.0f} s") from None
-    if done.returncode:
+    if -done.returncode in _CRASHES:
+        # OpenVINO crashes on some models, and would do so in each worker and at each start.
+        reason = f"OpenVINO crashes on it ({signal.Signals(-done.returncode).name})"
+        Card(error=reason).write(part)
+    elif done.returncode:
         raise EngineUnavailable(
             f"the conversion exited with {done.returncode}: {done.stderr.strip()[-_OUTPUT_CHARS:]}"
         )

@@ -71,7 +71,7 @@ def _load(model: str, device: str, options: _EngineOptions, engine: Engine) -> E
     own_device = device_for_slot(device, 0, visible_gpus())
     if own_device == NO_DEVICE:
         raise ModelError(f"model {model}: this worker process is not one of those that load it")
-    if own_device == "cpu" and engine != "torch" and (encoder := _load_openvino(source, options)):
+    if own_device == "cpu" and engine != "torch" and (encoder := _load_openvino(source, options, engine)):
         return encoder
     if engine == "openvino":
         raise ModelError(f"model {model} cannot be run by OpenVINO on {own_device}")
@@ -83,8 +83,8 @@ def _load(model: str, device: str, options: _EngineOptions, engine: Engine) -> E
     return loaded
 
 
-def _load_openvino(source: ModelSource, options: _EngineOptions) -> Encoder | None:
-    """The OpenVINO encoder; None if torch has to run the model."""
+def _load_openvino(source: ModelSource, options: _EngineOptions, engine: Engine) -> Encoder | None:
+    """The OpenVINO encoder; None if torch has to run the model. Raises ModelError if `engine` is openvino."""
     if importlib.util.find_spec("openvino") is None:
         return None
     from .converted_models import EngineUnavailable
@@ -93,6 +93,8 @@ def _load_openvino(source: ModelSource, options: _EngineOptions) -> Encoder | No
     try:
         return OpenVinoEncoder.load(source, **options._asdict())
     except EngineUnavailable as error:
+        if engine == "openvino":
+            raise ModelError(f"model {source.name} cannot be run by OpenVINO: {error}") from error
         log.warning(
             "model.engine_fallback", extra={"model": source.name, "engine": "torch", "error": str(error)}
         )
