@@ -167,23 +167,40 @@ def test_a_job_that_kills_three_workers_is_poison(rig: ReaderRig) -> None:
     assert rig.pending == 0
 
 
-def test_deaths_of_a_batch_exhaust_no_retries_but_deaths_of_a_single_job_do() -> None:
-    with reader_rig(max_deaths=10, retry=RetryPolicy(max_retries=0)) as rig:
-        rig.add("1", "2")
+@pytest.mark.parametrize("max_retries", [0, 1, 2, 20])
+@pytest.mark.parametrize("retry_count", [0, 1])
+def test_a_job_is_poison_after_three_deaths_whatever_the_limit_of_retries(
+    max_retries: int, retry_count: int
+) -> None:
+    with reader_rig(retry=RetryPolicy(max_retries=max_retries)) as rig:
+        rig.add("1", retry_count=retry_count)
+        deaths = 0
+        while not rig.letters:
+            rig.tick()
+            worker = rig.workers[-1]
+            assert worker.take() == ["1"]
+            worker.start("1")
+            rig.exit(worker, "SIGSEGV")
+            rig.tick()
+            rig.attach()
+            deaths += 1
+        assert (deaths, rig.letters[0]["reason"], rig.letters[0]["deaths"]) == (3, "poison", 3)
+
+
+def test_a_death_counts_as_a_failed_try_of_a_job_that_fails_later() -> None:
+    with reader_rig(retry=RetryPolicy(max_retries=1)) as rig:
+        rig.add("1")
         rig.tick()
         (worker,) = rig.workers
         worker.take()
-        worker.start("1", "2")
+        worker.start("1")
         rig.exit(worker)
+        successor = rig.attach()
         rig.tick()
-        assert rig.letters == [], "either of the two may have killed the worker"
-        worker = rig.attach()
+        assert successor.take() == ["1"]
+        successor.fail("1", FAILED)
         rig.tick()
-        (job_id,) = worker.take()
-        worker.start(job_id)
-        rig.exit(worker)
-        rig.tick()
-        assert [letter["task"]["id"] for letter in rig.letters] == [job_id]
+        assert [letter["reason"] for letter in rig.letters] == ["exhausted"]
 
 
 def test_a_worker_that_was_stopped_on_purpose_charges_no_job(rig: ReaderRig) -> None:

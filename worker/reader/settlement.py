@@ -357,7 +357,7 @@ class Settler:
                 continue  # no longer ours
             charged = row._replace(deaths=deaths[row.key], isolated=True)
             job = FailedJob(charged, failure, self._worker_name(worker), exit_.details)
-            if not self._is_given_up(batch, job, data, exit_.cause, sole=len(started) == 1):
+            if not self._is_given_up(batch, job, data, exit_.cause):
                 isolated.append(_runnable(charged, data))
         return isolated
 
@@ -371,13 +371,11 @@ class Settler:
                 stored |= {(stream_no, entry_id): count for entry_id, count in own_counts.items()}
         return stored
 
-    def _is_given_up(
-        self, batch: SettlementBatch, job: FailedJob, data: bytes, cause: str, *, sole: bool
-    ) -> bool:
+    def _is_given_up(self, batch: SettlementBatch, job: FailedJob, data: bytes, cause: str) -> bool:
         """Dead-letter a job with too many deaths; False if it may run again.
 
-        A death also counts as a failed try, but only if the job was the only one in its worker (``sole``):
-        otherwise it is not proven to have caused the death.
+        The limit of retries does not count here: deaths have a limit of their own. They count as tries once
+        the job fails otherwise (see `after_failure`).
         """
         row = job.row
         if row.key in self._marks.poison:
@@ -387,10 +385,9 @@ class Settler:
         envelope = read_envelope(data)
         deaths = envelope.deaths + row.deaths
         batch.counts[row.key].append(("z_novel_jobs_failed_total", (envelope.type,)))
-        retries_exhausted = sole and envelope.retry_count + row.deaths > self._settings.retry.max_retries
         log.error("job.worker_died", extra={**log_fields(envelope), "deaths": deaths, "cause": cause})
         self._trace("worker died", envelope, row, cause, deaths=deaths)
-        if deaths < self._settings.max_deaths and not retries_exhausted:
+        if deaths < self._settings.max_deaths:
             return False
         self._dead_letter(batch, job, data, Reason.POISON, envelope)
         return True
