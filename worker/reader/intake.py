@@ -83,6 +83,7 @@ class Intake:
         self._faults = context.faults
         self._faults.on_isolated.append(self._drop_stream)
         self._held = context.held
+        self._lost_leases = context.lost_leases
         self._mono_s = context.mono_s
         self._dispatcher = dispatcher
         self._buffer = dispatcher.buffer
@@ -97,7 +98,6 @@ class Intake:
         self._mono_renewed_s = context.mono_s()
         for source in settings.streams:  # start at 0, so that alerts see the first event as a rise
             self._metrics.count("z_novel_leases_taken_over_total", (source.stream,), 0)
-            self._metrics.count("z_novel_leases_lost_total", (source.stream,), 0)
 
     # -- pending entries of this consumer
 
@@ -296,17 +296,13 @@ class Intake:
                     self._claim(stream_no, known)
 
     def _renew(self, stream_no: int, ids: list[bytes]) -> None:
+        """Renew leases, and forget entries that another consumer claimed. Their jobs may be running here: the
+        store refuses their outcomes."""
         lost = self._store.renew(self._streams[stream_no], ids) if ids else set()
+        self._lost_leases.record_renewal(stream_no, lost)
         if lost:
-            self._discard_lost(stream_no, lost)
-
-    def _discard_lost(self, stream_no: int, lost: set[bytes]) -> None:
-        """Forget prefetched entries that another consumer claimed. The store refuses to settle others."""
-        stream = self._streams[stream_no].stream
-        log.warning("lease.lost", extra={"entries": len(lost), "stream": stream})
-        self._metrics.count("z_novel_leases_lost_total", (stream,), len(lost))
-        self._buffer.discard(stream_no, lost)
-        self._held.discard(stream_no, lost)
+            self._buffer.discard(stream_no, lost)
+            self._held.discard(stream_no, lost)
 
     def _claim(self, stream_no: int, known: set[tuple[int, bytes]]) -> None:
         """Claim entries whose lease expired, while the workers have credit for them."""
