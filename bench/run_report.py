@@ -48,7 +48,8 @@ def _bars(name: str, values: dict[str, float]) -> str:
     longest = max(values.values()) or 1.0
     rows = (
         f"<tr><th>{html.escape(contender)}</th>"
-        f'<td><div style="width:{100 * value / longest:.1f}%"></div></td><td class="n">{_short(value)}</td></tr>'
+        f'<td><div style="width:{100 * value / longest:.1f}%"></div></td>'
+        f'<td class="n">{_short(value)}</td></tr>'
         for contender, value in values.items()
     )
     return f"<table><caption>{html.escape(name)}</caption>{''.join(rows)}</table>"

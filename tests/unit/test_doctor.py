@@ -13,6 +13,7 @@ from jobworker.worker.admin.names import Names, UnreadStream, name_findings
 from jobworker.worker.admin.status_client import Service
 from jobworker.worker.store.facts import ServerFacts, StreamFacts
 from jobworker.worker.store.operator import Consumer, Pause
+from jobworker.worker.store.ports import KeyFault
 from support.fake_operator import SOURCE
 
 GROUP = SOURCE.group
@@ -104,6 +105,19 @@ def test_a_user_without_info_gets_a_note_and_no_false_alarm() -> None:
 def test_a_problem_of_a_stream_is_found(changes: dict[str, Any], level: str, says: str) -> None:
     ((found_level, found_says),) = stream(**changes)
     assert (found_level, says in found_says) == (level, True)
+
+
+def test_keys_that_the_store_refuses_are_named_with_their_repair() -> None:
+    retry = KeyFault("retry:s", "is a string, not a zset", "RENAME retry:s retry:s:damaged")
+    full = KeyFault(SOURCE.stream, "takes no more entries", "RENAME a b", blocks=False)
+    found = list(doctor.stream_findings(HEALTHY_STREAM._replace(faults=[retry, full])))
+    assert [one.do for one in found if one.level == "wrong"] == [retry.repair, full.repair]
+    assert "key retry:s is a string, not a zset" in found[0].says
+    wrong_type = KeyFault(SOURCE.stream, "is a string, not a stream", "RENAME c d")
+    (only,) = doctor.stream_findings(HEALTHY_STREAM._replace(faults=[wrong_type], lags={}))
+    assert only.do == "RENAME c d"
+    (paused,) = doctor.fault_findings("paused", [KeyFault("jobworker:paused", "is a list", "RENAME e f")])
+    assert paused == Finding("wrong", "paused", "key jobworker:paused is a list", "RENAME e f")
 
 
 def test_dead_consumers_are_found() -> None:

@@ -12,6 +12,7 @@ from ..keys import Source
 from ..settings import cores
 from ..store.facts import ServerFacts, StreamFacts
 from ..store.operator import Pause
+from ..store.ports import KeyFault
 from .names import Names, read_names
 from .status_client import Service
 
@@ -30,12 +31,13 @@ class HostFacts(NamedTuple):
 
 
 class StoreFacts(NamedTuple):
-    """The servers of a job store by name (empty for a single one), its streams, the paused types and the
-    names that jobs and services use."""
+    """The servers of a job store by name (empty for a single one), its streams, the paused types, what is
+    wrong with their key, and the names that jobs and services use."""
 
     servers: dict[str, ServerFacts]
     streams: list[StreamFacts]
     pauses: list[Pause]
+    pause_faults: list[KeyFault]
     names: Names
 
 
@@ -55,7 +57,9 @@ def read_store_facts(url: str, sources: list[Source], services: Sequence[Service
     try:
         servers = {name: store.server(stream) for name, stream in store.nodes(sources).items()}
         streams = [store.stream(source) for source in sources]
-        return StoreFacts(servers, streams, store.pauses(), read_names(store, sources, services))
+        pause_faults = store.pause_faults()
+        pauses = [] if pause_faults else store.pauses()
+        return StoreFacts(servers, streams, pauses, pause_faults, read_names(store, sources, services))
     finally:
         store.close()
 

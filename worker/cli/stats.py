@@ -58,6 +58,8 @@ def _print(overview: Overview) -> None:
             for source, depths in overview.streams
         ],
     )
+    for text in overview.refused:
+        click.echo(strip_control(redacted(text)), err=True)
     for pause in overview.pauses:
         click.echo(f"{strip_control(pause.kind)} is paused: jobworker resume {strip_control(pause.kind)}")
     for service in (one for one in overview.services if not one.status):

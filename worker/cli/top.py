@@ -88,6 +88,7 @@ def to_json(overview: Overview) -> dict[str, Any]:
             {key: value for key, value in asdict(letter).items() if key not in ("task", "raw", "details")}
             for letter in overview.letters
         ],
+        "refused": [redacted(text) for text in overview.refused],
         "trouble": redacted(overview.error),
     }
 

@@ -43,6 +43,8 @@ class WorkerHandle:
         self.table = channel.table
         self.exited: WorkerExited | None = None
         self.retired = False
+        #: Until its outcomes are collected once: an earlier reader may have settled the first ones.
+        self.is_new = True
         self._settled_jobs = 0
         self._measured_at = mono_now_s
         self._jobs_per_s = 0.0

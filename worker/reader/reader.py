@@ -37,6 +37,7 @@ from .context import ReaderContext
 from .dispatch import Dispatcher, WorkerHandle
 from .held_outcomes import HeldOutcomes
 from .intake import Intake
+from .lost_leases import LostLeases
 from .prefetch import PrefetchBuffer
 from .settlement import Settler
 
@@ -83,7 +84,10 @@ class Reader:
             store, settings.streams, self._metrics.gauge, "reader", self._rng, self._mono_s
         )
         context = ReaderContext(
-            store, settings, self._marks, self._metrics, self._rng, mono_s, self._faults, HeldOutcomes()
+            *(store, settings, self._marks, self._metrics, self._rng, mono_s),
+            faults=self._faults,
+            held=HeldOutcomes(),
+            lost_leases=LostLeases(settings.streams, self._metrics),
         )
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
@@ -153,7 +157,7 @@ class Reader:
             self._dispatcher.dispatch(now)
             self._intake.request_more()
         self._intake.renew_leases(now)
-        self._wait(0.0 if self._intake.lists_one_by_one else sleep_s)
+        self._wait(0.0 if self._intake.must_continue else sleep_s)
         self._intake.check_reads()
 
     # -- jobs

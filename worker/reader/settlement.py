@@ -9,6 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from ..envelope import DeadJob, Envelope, dead_letter, read_envelope, with_retry
+from ..errors import Fenced, StoreUnavailable
 from ..ipc.channel import OutcomeFrame
 from ..ipc.control import WorkerExited
 from ..ipc.inflight import FAILED, QUEUED, SETTLED, STARTED, SUCCEEDED, InFlightJob
@@ -99,6 +100,9 @@ class Settler:
         self._marks = context.crash_marks
         self._faults = context.faults
         self._held = context.held
+        self._lost_leases = context.lost_leases
+        # Outcomes that were perhaps settled already: the answer was lost, or an earlier reader died.
+        self._unsure: set[tuple[int, bytes]] = set()
         self._breakers = breakers
         self._wall_now = wall_now
         self._decoder = msgspec.msgpack.Decoder(OutcomeFrame)
@@ -120,6 +124,9 @@ class Settler:
         self._commit(batch)
         for one in outcomes:
             self._release(one)
+        if self._unsure:  # what is not in flight any more was never sent again
+            in_flight = {row.key for one in outcomes for row in one.worker.table.unsettled()}
+            self._unsure &= in_flight | self._held.keys()
         return batch
 
     def _collect(self, worker: WorkerHandle) -> _Outcomes:
@@ -131,6 +138,10 @@ class Settler:
             if worker.table.state(outcome.row) == FAILED:  # an earlier reader may have settled it
                 row, name = worker.table.job(outcome.row), self._worker_name(worker)
                 failed.append(FailedJob(row, outcome.failure, name))
+        if worker.is_new:
+            worker.is_new = False
+            rows = [worker.table.job(row) for run in succeeded for row in run]
+            self._unsure.update(row.key for row in (*rows, *(job.row for job in failed)))
         return _Outcomes(worker, succeeded, failed, end)
 
     def _acknowledge(self, batch: SettlementBatch, worker: WorkerHandle, run: range) -> None:
@@ -256,23 +267,45 @@ class Settler:
         """Settle the batch in the store, then count its outcomes: they are final now."""
         settlements = batch.settlements(self._streams)
         sent = {no: settlement for no, settlement in settlements.items() if no not in self._faults}
-        results = self._store.settle(list(sent.values())) if sent else []
+        results = self._send(sent) if sent else []
         unsettled: set[tuple[int, bytes]] = set()
+        uncounted: set[tuple[int, bytes]] = set()
         for stream_no, result in zip(sent, results, strict=True):
             self._held.clear(stream_no)
             if result.error:
                 self._faults.isolate(stream_no, result.error)
-            if result.refused:
-                log.warning("settle.refused", extra={"entries": len(result.refused)})
+            lost = self._lost(stream_no, sent[stream_no], result)
             unsettled.update((stream_no, entry_id) for entry_id in result.unsettled)
-            self._count_done(batch, stream_no, result)
+            uncounted.update((stream_no, entry_id) for entry_id in lost)
+            self._count_done(batch, stream_no, lost | result.unsettled)
         for stream_no in settlements.keys() - sent:
             unsettled.update((stream_no, entry_id) for entry_id in settlements[stream_no].ids)
         self._hold(batch, unsettled)
         for key, counts in batch.counts.items():
-            for name, labels in counts if key not in unsettled else ():
+            for name, labels in counts if key not in unsettled and key not in uncounted else ():
                 self._metrics.count(name, labels)
         batch.deferred = [job for job in batch.deferred if job.stream_no not in self._faults]
+
+    def _send(self, settlements: Mapping[int, Settlement]) -> list[Settled]:
+        """Settle in the store. If the answer is lost, the outcomes may be settled or not."""
+        try:
+            return self._store.settle(list(settlements.values()))
+        except (StoreUnavailable, Fenced):
+            self._unsure.update((no, entry_id) for no, one in settlements.items() for entry_id in one.ids)
+            raise
+
+    def _lost(self, stream_no: int, settlement: Settlement, result: Settled) -> set[bytes]:
+        """The ids that another consumer has taken over; they are counted as lost leases.
+
+        A refused id whose settlement was sent before is ours: that one has arrived.
+        """
+        if not (result.refused or self._unsure):
+            return result.refused
+        ids = set(settlement.ids)
+        lost = {entry_id for entry_id in result.refused if (stream_no, entry_id) not in self._unsure}
+        self._lost_leases.record_settlement(stream_no, lost, ids - result.unsettled)
+        self._unsure.difference_update((stream_no, entry_id) for entry_id in ids - result.unsettled)
+        return lost
 
     def _hold(self, batch: SettlementBatch, unsettled: set[tuple[int, bytes]]) -> None:
         """Keep the outcomes that the store did not take. Rejected entries, and jobs under which workers died,
@@ -284,11 +317,12 @@ class Settler:
         for key in unsettled & batch.failed.keys():
             self._held.failed[key[0]][key[1]] = batch.failed[key]
 
-    def _count_done(self, batch: SettlementBatch, stream_no: int, result: Settled) -> None:
+    def _count_done(self, batch: SettlementBatch, stream_no: int, others: set[bytes]) -> None:
+        """Count the jobs that are completed: all but ``others``."""
         type_nos = batch.done_types[stream_no]
-        if result.unsettled:
+        if others:
             done = zip(batch.done[stream_no], type_nos, strict=True)
-            type_nos = [type_no for entry_id, type_no in done if entry_id not in result.unsettled]
+            type_nos = [type_no for entry_id, type_no in done if entry_id not in others]
         for type_no, count in Counter(type_nos).items():
             self._metrics.count("z_novel_jobs_completed_total", (self._type_names[type_no],), count)
 
@@ -361,7 +395,7 @@ class Settler:
                 continue  # no longer ours
             charged = row._replace(deaths=deaths[row.key], isolated=True)
             job = FailedJob(charged, failure, self._worker_name(worker), exit_.details)
-            if not self._is_given_up(batch, job, data, exit_.cause, sole=len(started) == 1):
+            if not self._is_given_up(batch, job, data, exit_.cause):
                 isolated.append(_runnable(charged, data))
         return isolated
 
@@ -375,13 +409,11 @@ class Settler:
                 stored |= {(stream_no, entry_id): count for entry_id, count in own_counts.items()}
         return stored
 
-    def _is_given_up(
-        self, batch: SettlementBatch, job: FailedJob, data: bytes, cause: str, *, sole: bool
-    ) -> bool:
+    def _is_given_up(self, batch: SettlementBatch, job: FailedJob, data: bytes, cause: str) -> bool:
         """Dead-letter a job with too many deaths; False if it may run again.
 
-        A death also counts as a failed try, but only if the job was the only one in its worker (``sole``):
-        otherwise it is not proven to have caused the death.
+        The limit of retries does not count here: deaths have a limit of their own. They count as tries once
+        the job fails otherwise (see `after_failure`).
         """
         row = job.row
         if row.key in self._marks.poison:
@@ -391,10 +423,9 @@ class Settler:
         envelope = read_envelope(data)
         deaths = envelope.deaths + row.deaths
         batch.counts[row.key].append(("z_novel_jobs_failed_total", (envelope.type,)))
-        retries_exhausted = sole and envelope.retry_count + row.deaths > self._settings.retry.max_retries
         log.error("job.worker_died", extra={**log_fields(envelope), "deaths": deaths, "cause": cause})
         self._trace("worker died", envelope, row, cause, deaths=deaths)
-        if deaths < self._settings.max_deaths and not retries_exhausted:
+        if deaths < self._settings.max_deaths:
             return False
         self._dead_letter(batch, job, data, Reason.POISON, envelope)
         return True
