@@ -49,7 +49,8 @@ class QueuedJob(NamedTuple):
 class Runner:
     """Worker role. It runs one job or one batch at a time.
 
-    ``stop`` may be set from a signal handler: the running job is finished, no other is started. The state
+    ``stop`` may be set from a signal handler, and the supervisor requests the same in the channel: the
+    running job is finished, no other is started. The state
     byte in the in-flight table changes before and after each run, so that the reader knows which jobs had
     started when the worker dies.
     """
@@ -65,7 +66,7 @@ class Runner:
         mono_s: Callable[[], float] = time.monotonic,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
-        self.stop = False
+        self._stop = False
         self._channel = channel
         self._states = channel.table.states
         self._rows = len(self._states)
@@ -92,6 +93,15 @@ class Runner:
         self._reported_at = 0.0
         self._health_checked_at = 0.0
         self._trouble: str | None = None
+
+    @property
+    def stop(self) -> bool:
+        """Whether no other job may be started."""
+        return self._stop or self._channel.stop_requested
+
+    @stop.setter
+    def stop(self, value: bool) -> None:
+        self._stop = value
 
     def run(self) -> None:
         """Run until `stop` is set. The reader dispatches the jobs that were not started to other workers."""

@@ -155,6 +155,20 @@ class Hang(Recorded):
             time.sleep(0.01)
 
 
+class Deaf(Recorded):
+    """Makes its worker deaf to SIGTERM: ``payload.how`` is ignore, block or raise."""
+
+    def work(self, job: Job) -> None:
+        how = job.payload["how"]
+        if how == "block":
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if how == "ignore" else self._interrupted)
+
+    def _interrupted(self, *_: object) -> None:
+        raise InterruptedError("SIGTERM")
+
+
 class Batch:
     """Takes up to 32 jobs at once; the one whose payload has ``how`` takes the worker along."""
 

@@ -358,6 +358,21 @@ def test_stopping_finishes_the_job_under_way_and_begins_no_other(desk: Callable[
     assert [held.row for held in worker.lane.table.unsettled()] == list(range(6))
 
 
+def test_a_stop_that_the_supervisor_requests_needs_no_signal(desk: Callable[..., Desk]) -> None:
+    """A handler may ignore or block SIGTERM."""
+    worker = desk(t=Single())
+
+    def stop_at_two(job: Job) -> None:
+        if job.id == "2":
+            worker.lane.channel.request_stop()
+
+    worker.runner._handlers["t"].handle = stop_at_two
+    worker.hand(*"tttttt")
+    worker.runner.run()
+    assert worker.states() == [SUCCEEDED] * 3 + [QUEUED] * 3
+    assert worker.channel.phase == STOPPING
+
+
 def test_the_limit_stands_while_a_job_runs_and_only_then(desk: Callable[..., Desk]) -> None:
     seen: list[tuple[float, int]] = []
 

@@ -38,8 +38,8 @@ _FRAME_SLACK_BYTES = 320 * 1024
 
 (
     _JOBS_HEAD, _JOBS_TAIL, _OUT_HEAD, _OUT_TAIL, _TABLE_TAIL, _TABLE_TAKEN, _PHASE, _BATCH_HINT, _FINISHED,
-    _UNSUPPORTED, _EXCLUSIVE,
-) = range(11)  # fmt: skip
+    _UNSUPPORTED, _EXCLUSIVE, _STOP,
+) = range(12)  # fmt: skip
 # From here on the words are floats: seconds of the monotonic clock, which all processes of a host share.
 _DEADLINE, _HEARTBEAT, _STARTED = range(16, 19)
 
@@ -118,6 +118,16 @@ class Channel:
     @exclusive_types.setter
     def exclusive_types(self, type_mask: int) -> None:
         self._words[_EXCLUSIVE] = type_mask
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the worker must finish the running job and exit (written by the supervisor)."""
+        return bool(self._words[_STOP])
+
+    def request_stop(self) -> None:
+        """Ask the worker to stop; no handler can block or ignore this, as it can SIGTERM (supervisor)."""
+        self._words[_STOP] = 1
+        self.wake_worker()
 
     @property
     def finished(self) -> int:

@@ -26,6 +26,7 @@ from ..ipc.control import (
     WorkerExited,
 )
 from ..ipc.crash_marks import CrashMarks
+from ..ipc.inflight import FAILED, STARTED, SUCCEEDED
 from ..settings import Settings
 from ..store.backoff import ReconnectBackoff
 from ..store.faults import StreamFaults, describe
@@ -115,7 +116,10 @@ class Reader:
         """Run until drained, then release what was not started."""
         while not self.drained:
             self.run_once(_REPORT_EVERY_S)
-        self._intake.release_unstarted()
+        if self._connected:
+            self._intake.release_unstarted()
+        elif self._trouble:
+            log.warning("lease.release_failed", extra={"error": self._trouble})
         self._store.close()
         self._marks.close()
         self.report()
@@ -132,6 +136,7 @@ class Reader:
         if now - self._reported_at >= _REPORT_EVERY_S:
             self.report()
         if now < self._retry_at:
+            self._detach_idle_workers()
             return self._wait(min(sleep_s, self._retry_at - now))
         try:
             self._tick(now, sleep_s)
@@ -331,6 +336,17 @@ class Reader:
         for worker in [worker for worker in self._dispatcher.workers if worker.exited]:
             self._detach(worker)
 
+    def _detach_idle_workers(self) -> None:
+        """Let a drain end while the store is unavailable: detach exited workers without an outcome to settle.
+
+        Jobs that they had not started stay pending and run again.
+        """
+        if not self._intake.draining:
+            return
+        for worker in [worker for worker in self._dispatcher.workers if worker.exited]:
+            if not _owes_settlement(worker):
+                self._detach(worker)
+
     def _refresh_pauses(self) -> None:
         """Park the types that an operator has paused, and resume those that are no longer paused."""
         self._pauses_refreshed_at = self._mono_s()
@@ -359,7 +375,15 @@ class Reader:
         self._marks.clear()
         self._connected = False
         self._retry_at = self._mono_s() + self._backoff.next_wait_s()
+        self._detach_idle_workers()
         is_new, self._trouble = self._trouble is None, str(error)
         if is_new:
             log.error("store.unavailable", extra={"error": str(error)})
             self.report()  # at once: the next attempt may take as long as the store's timeout
+
+
+def _owes_settlement(worker: WorkerHandle) -> bool:
+    """Whether an exited worker left an outcome, or a job that is charged with the exit."""
+    assert worker.exited is not None
+    states = {worker.table.state(row.row) for row in worker.table.unsettled()}
+    return bool(states & {SUCCEEDED, FAILED}) or (STARTED in states and worker.exited.charge)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..ipc.channel import Channel
+from ..ipc.channel import STARTING, Channel
 from ..ipc.control import ControlSocket, Message, Standby, Start
 from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings
@@ -156,7 +156,10 @@ class Child(Process):
         #: Whether it used a CPU when it was found overdue.
         self.was_computing = False
         self.stopping = False
-        self.killed_by_drain = False
+        #: When a limit on its stop began to count; None while it is not stopping.
+        self.mono_stopping_s: float | None = None
+        #: Whether the supervisor killed it to stop it: its jobs are released without a death count.
+        self.killed_by_stop = False
         self._outbox: deque[tuple[Message, tuple[int, ...]]] = deque()
         self.control, theirs = ControlSocket.pair()
         command = [sys.executable, "-m", "jobworker.worker.boot", str(theirs.fileno())]
@@ -193,6 +196,18 @@ class Child(Process):
         """Send queued messages until the socket is full."""
         while self._outbox and self.control.send(*self._outbox[0]):
             self._outbox.popleft()
+
+    def stop(self) -> None:
+        """Ask a worker to finish its job and exit.
+
+        A running worker reads the request in the channel. It gets no signal: a handler may have replaced the
+        signal's action by one that raises. A worker that is still starting is ended by the signal.
+        """
+        self.stopping = True
+        assert self.channel is not None
+        self.channel.request_stop()
+        if self.channel.phase == STARTING:
+            self.kill(signal.SIGTERM)
 
     def close(self) -> None:
         """Close everything but the channel, which the reader may still read."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import Exit
-from ..ipc.channel import READY, STOPPING, Channel
+from ..ipc.channel import READY, STARTING, STOPPING, Channel
 from ..ipc.control import (
     Attach,
     Drain,
@@ -39,6 +39,8 @@ _DUMP_S = 0.3
 _STUCK_AFTER_S = 15.0
 #: Time limit for the set-up of a child. A handler may load gigabytes from a slow disk.
 _SETUP_TIMEOUT_S = 600.0
+#: A worker that is asked to stop during its set-up gets this long: imported code may ignore SIGTERM.
+_STOP_START_WITHIN_S = 5.0
 #: A child is past its imports, which use a whole CPU, after this time. The rest of its set-up mostly waits.
 _IMPORTS_S = 1.0
 #: Workers that may import at once on a machine with few CPUs.
@@ -301,6 +303,7 @@ class ProcessManager:
     # -- limits
 
     def _enforce_limits(self, child: Child, now: float) -> None:
+        self._end_stopped_start(child, now)
         kill_cause = self._kill_cause(child, now)
         if not kill_cause:
             child.mono_overdue_s = None
@@ -311,6 +314,16 @@ class ProcessManager:
             child.kill(signal.SIGUSR2)
         elif now - child.mono_overdue_s > (_DUMP_S if kill_cause != "rss" else 0.0):
             child.kill(signal.SIGKILL)  # a process over its memory limit gets no time to grow further
+
+    def _end_stopped_start(self, child: Child, now: float) -> None:
+        """Kill a worker whose set-up continues although it was asked to stop; it has no job."""
+        if not child.stopping or child.channel is None or child.channel.phase != STARTING:
+            return
+        if child.mono_stopping_s is None:
+            child.mono_stopping_s = now
+        elif now - child.mono_stopping_s > _STOP_START_WITHIN_S:
+            child.killed_by_stop = True
+            child.kill(signal.SIGKILL)
 
     def _kill_cause(self, child: Child, now: float) -> str:
         """The limit that the child exceeds: ``boot``, ``stuck``, ``timeout`` or ``rss``; empty if none."""
@@ -323,8 +336,9 @@ class ProcessManager:
             if now > deadline:
                 return "timeout"
             return "rss" if self._exceeds_rss(child) else ""
-        idle = child.channel.phase == READY and now - child.channel.mono_heartbeat_s > _STUCK_AFTER_S
-        return "stuck" if idle else ""
+        # A worker without a job that neither takes one nor exits.
+        idle = child.channel.phase in (READY, STOPPING)
+        return "stuck" if idle and now - child.channel.mono_heartbeat_s > _STUCK_AFTER_S else ""
 
     def _exceeds_rss(self, child: Child) -> bool:
         return bool(self._settings.max_rss_mib) and child.rss_mib() > self._settings.max_rss_mib
@@ -386,8 +400,7 @@ class ProcessManager:
 
     def _stop_worker(self, child: Child) -> None:
         self._send_to_reader(Retire(child.slot_no, child.generation))
-        child.stopping = True
-        child.kill(signal.SIGTERM)
+        child.stop()
 
     def drain(self) -> None:
         """Let running jobs finish and read nothing new."""
@@ -396,9 +409,9 @@ class ProcessManager:
         if self._reaper.child:
             self._reaper.child.send(Drain())
         for child in self._children():
-            child.stopping = True
             if child.channel is not None:
-                child.kill(signal.SIGTERM)
+                child.stop()
+            child.stopping = True
         for child in self._standbys:
             child.kill(signal.SIGKILL)
 
@@ -422,7 +435,7 @@ class ProcessManager:
         """Kill all workers when the drain timeout is over. Their jobs are released without a death count."""
         for child in self._children():
             if child.channel is not None:
-                child.killed_by_drain = True
+                child.killed_by_stop = True
                 child.kill(signal.SIGKILL)
 
     def kill_all(self) -> None:
@@ -480,4 +493,4 @@ def _is_expected(child: Child, exited: ProcessExit) -> bool:
     # stop: a job that kills its worker, also by using up memory, is charged with it even during a drain.
     if child.channel is None:
         return child.stopping and exited.clean
-    return announced or (child.stopping and (exited.cause == "SIGTERM" or child.killed_by_drain))
+    return announced or (child.stopping and (exited.cause == "SIGTERM" or child.killed_by_stop))

@@ -100,6 +100,7 @@ def serve(
     # uvicorn raises the signal again after its shutdown: the default handler would change the exit code.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the program that started this one may have blocked them
     history.start()
     try:
         on_listening(_url(listener))
