@@ -28,6 +28,7 @@ from jobworker.worker.supervision.signals import SignalQueue
 from jobworker.worker.supervision.status import StatusLine, StatusMailbox, service_status
 from jobworker.worker.telemetry import log as logs
 from jobworker.worker.telemetry.prometheus import PrometheusCollector
+from jobworker.worker.urls import parse_redis_url
 
 log = logging.getLogger("jobworker.supervisor")
 
@@ -263,6 +264,8 @@ def main(**options: Any) -> None:
         settings = settings_from(options, sys.stderr.isatty())
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
         logs.configure("supervisor", settings, os.environ)
+        if settings.redis_url and (ignored := parse_redis_url(settings.redis_url).ignored):
+            log.info("redis_url.options_ignored", extra={"options": ignored})
         for variable, similar in unknown_variables(os.environ):
             log.warning(
                 "option.unknown_variable", extra={"variable": variable, "hint": f"did you mean {similar}?"}

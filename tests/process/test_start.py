@@ -23,6 +23,7 @@ def refused(folder: Path, *arguments: str) -> str:
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
+    assert not (folder / "data" / "valkey" / "valkey.conf").exists(), "nothing was started"
     return done.stderr
 
 
@@ -41,6 +42,10 @@ def end_of(one: Service, within_s: float = 30) -> int:
     (["--handler", "shout"], "TYPE=module:Class"),
     (["--stream", "stream:story:gen"], "NAME=GROUP"),
     (["--metrics-addr", "everywhere"], "HOST:PORT"),
+    (["--redis-url", "localhost:6379"], "redis://host:6379/0"),
+    (["--redis-url", "redis://h?foo=1"], "'foo'"),
+    (["--milvus-uri", "localhost:19530"], "--milvus-uri"),
+    (["--lease", "nan"], "--lease"),
     (["--no-builtin-handlers"], "no handler"),
     (["--config", "absent.toml"], "absent.toml"),
 ])  # fmt: skip

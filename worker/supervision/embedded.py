@@ -36,7 +36,8 @@ class EmbeddedValkey:
     @property
     def url(self) -> str:
         """Holds the password: never log it."""
-        return f"redis://:{self._password}@{HOST}:{self._port}/0"
+        # With the user: redis-cli 7.0 takes an empty one at its word.
+        return f"redis://default:{self._password}@{HOST}:{self._port}/0"
 
     @classmethod
     def needed(cls, settings: Settings) -> bool:
