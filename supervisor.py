@@ -18,6 +18,7 @@ from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.extension import extension
 from jobworker.worker.keys import Holder
 from jobworker.worker.options import ENV_PREFIX, service_options, settings_from, unknown_variables
+from jobworker.worker.process_env import prepare_process
 from jobworker.worker.settings import Settings, parse_address
 from jobworker.worker.supervision.embedded import Stores, needed
 from jobworker.worker.supervision.health import Health, HealthServer
@@ -62,9 +63,17 @@ class Supervisor:
         self._mailbox = StatusMailbox()
         self._status_line = StatusLine(settings.procs)
         self._reported_reasons = ""
-        self._server = HealthServer(
-            parse_address(settings.metrics_addr), self._metrics, self.health, self._mailbox.request
-        )
+        self._server = self._listen()
+
+    def _listen(self) -> HealthServer:
+        address = parse_address(self._settings.metrics_addr)
+        try:
+            return HealthServer(address, self._metrics, self.health, self._mailbox.request)
+        except OSError as error:
+            raise ConfigurationError(
+                f"--metrics-addr {self._settings.metrics_addr}: cannot listen there: "
+                f"{error.strerror or error}; give another address, or port 0 for any free one"
+            ) from error
 
     def run(self, queue: SignalQueue) -> Exit:
         """Run until a stop signal or a fatal error. No child is left, also after an exception."""
@@ -260,6 +269,7 @@ def main(**options: Any) -> None:
     Exit codes: 0 stopped as asked, 2 bad usage or configuration, 3 a child could not start, 4 crash loop,
     5 a store could not be reached.
     """
+    prepare_process()
     try:
         settings = settings_from(options, sys.stderr.isatty())
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")

@@ -68,6 +68,7 @@ def test_a_taken_metrics_port_exits_2(tmp_path: Path) -> None:
             tmp_path, "--metrics-addr", address, "--handler=noop=support.toys:Noop", "--no-builtin-handlers"
         )
     assert "in use" in said
+    assert f"--metrics-addr {address}" in said
 
 
 def test_command_line_wins_over_environment_and_that_over_the_file(tmp_path: Path) -> None:
@@ -128,6 +129,23 @@ def test_where_memory_is_short_the_kernel_takes_a_worker_first(tmp_path: Path) -
     assert scores.pop("worker 0") == 500
     assert set(scores) == {"supervisor", "reader", "reaper", "valkey"}
     assert max(scores.values()) < 500
+
+
+@pytest.mark.parametrize("name", ["with blank", "a'b\"c\\d", "小说 数据", "#hash %s $HOME [x]*"])
+def test_a_data_directory_may_have_any_name(tmp_path: Path, name: str) -> None:
+    with service(tmp_path, handlers("Noop"), procs=1, data_dir=tmp_path / name) as one:
+        one.wait_for_end(one.enqueue("noop"))
+        assert list((tmp_path / name / "valkey").glob("appendonlydir/*.incr.aof"))
+
+
+def test_closed_standard_streams_do_not_stop_the_service(tmp_path: Path) -> None:
+    one = Service(tmp_path, handlers("Noop"), procs=1)
+    with ending(one):
+        one.launch(redirections="<&- >&- 2>&-")
+        eventually(lambda: (one.data_dir / "endpoints.json").exists())
+        one.wait_for_end(one.enqueue("noop"))
+        assert one.terminate() == 0
+        one.assert_nothing_left()
 
 
 def test_services_beside_each_other_need_only_folders_of_their_own(tmp_path: Path) -> None:

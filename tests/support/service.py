@@ -78,14 +78,18 @@ class Service:
 
     # -- start and end
 
-    def launch(self) -> None:
-        """Start it, in a session of its own and tied to this process, without waiting for anything."""
+    def launch(self, redirections: str = "") -> None:
+        """Start it, in a session of its own and tied to this process, without waiting for anything.
+
+        ``redirections`` of its standard streams, as a shell writes them.
+        """
         self._log_start = len(self._log.read_bytes()) if self._log.exists() else 0
         tether = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
+        shell = ["/bin/sh", "-c", f'exec "$0" "$@" {redirections}'] if redirections else []
         with self._log.open("ab") as log:
             self._popen = subprocess.Popen(
-                [*tether, str(COMMAND), *self._arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                cwd=self.cwd, env=self._environment,
+                [*tether, *shell, str(COMMAND), *self._arguments], stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, cwd=self.cwd, env=self._environment,
             )  # fmt: skip
 
     def start(self) -> "Service":

@@ -52,9 +52,10 @@ class EmbeddedValkey:
         """Writes the configuration first: the password must not be in the command line."""
         config = self._dir / "valkey.conf"
         lines = [
-            f"bind {HOST}", f"port {self._port}", f"dir {self._dir}", f"requirepass {self._password}",
+            f"bind {HOST}", f"port {self._port}", f"dir {quoted(str(self._dir))}",
+            f"requirepass {quoted(self._password)}",
             "appendonly yes", "appendfsync everysec", 'save ""', "maxmemory-policy noeviction",
-            "daemonize no", f'logfile "{self._dir / "valkey.log"}"',
+            "daemonize no", f"logfile {quoted(str(self._dir / 'valkey.log'))}",
         ]  # fmt: skip
         write_private(config, "\n".join(lines) + "\n")
         return [self._binary, str(config)]
@@ -69,6 +70,13 @@ class EmbeddedValkey:
                     return answers.readline() == b"+OK\r\n" and answers.readline() == b"+PONG\r\n"
         except OSError:
             return False
+
+
+def quoted(text: str) -> str:
+    """The text as one argument in Valkey's configuration file."""
+    return (
+        '"' + "".join(f"\\x{ord(char):02x}" if char in '"\\' or char < " " else char for char in text) + '"'
+    )
 
 
 class Embedded(Protocol):
