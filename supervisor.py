@@ -18,6 +18,7 @@ from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.extension import extension, require_extras
 from jobworker.worker.keys import Holder
 from jobworker.worker.options import ENV_PREFIX, service_options, settings_from, unknown_variables
+from jobworker.worker.process_env import prepare_process
 from jobworker.worker.settings import Settings, parse_address
 from jobworker.worker.supervision.embedded import Stores, needed
 from jobworker.worker.supervision.health import Health, HealthServer
@@ -29,6 +30,7 @@ from jobworker.worker.supervision.status import StatusLine, StatusMailbox, servi
 from jobworker.worker.telemetry import log as logs
 from jobworker.worker.telemetry.line_writer import write_briefly
 from jobworker.worker.telemetry.prometheus import PrometheusCollector
+from jobworker.worker.urls import parse_redis_url
 
 log = logging.getLogger("jobworker.supervisor")
 
@@ -62,9 +64,17 @@ class Supervisor:
         self._mailbox = StatusMailbox()
         self._status_line = StatusLine(settings.procs)
         self._reported_reasons = ""
-        self._server = HealthServer(
-            parse_address(settings.metrics_addr), self._metrics, self.health, self._mailbox.request
-        )
+        self._server = self._listen()
+
+    def _listen(self) -> HealthServer:
+        address = parse_address(self._settings.metrics_addr)
+        try:
+            return HealthServer(address, self._metrics, self.health, self._mailbox.request)
+        except OSError as error:
+            raise ConfigurationError(
+                f"--metrics-addr {self._settings.metrics_addr}: cannot listen there: "
+                f"{error.strerror or error}; give another address, or port 0 for any free one"
+            ) from error
 
     def run(self, queue: SignalQueue) -> Exit:
         """Run until a stop signal or a fatal error. No child is left, also after an exception."""
@@ -265,10 +275,13 @@ def main(**options: Any) -> None:
     Exit codes: 0 stopped as asked, 2 bad usage or configuration, 3 a child could not start, 4 crash loop,
     5 a store could not be reached.
     """
+    prepare_process()
     try:
         settings = settings_from(options, sys.stderr.isatty())
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
         logs.configure("supervisor", settings, os.environ)
+        if settings.redis_url and (ignored := parse_redis_url(settings.redis_url).ignored):
+            log.info("redis_url.options_ignored", extra={"options": ignored})
         for variable, similar in unknown_variables(os.environ):
             log.warning(
                 "option.unknown_variable", extra={"variable": variable, "hint": f"did you mean {similar}?"}

@@ -53,8 +53,9 @@ def write_private(path: Path, text: str) -> None:
     """Replace the file in one step by one that only its user can read."""
     draft = path.with_name(f"{path.name}.draft")
     draft.unlink(missing_ok=True)
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
+    # As bytes: the name of a folder may have bytes that are no UTF-8.
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(os.fsencode(text))
     draft.replace(path)
 
 

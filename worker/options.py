@@ -1,5 +1,6 @@
 """Options of the service: the command line overrides the environment, the environment the file."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
@@ -22,6 +23,7 @@ from .settings import (
     parse_source,
     settings_class,
 )
+from .urls import parse_redis_url
 
 ENV_PREFIX = "JOBWORKER"
 #: Longer than nothing.
@@ -178,6 +180,7 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
     values = dict(options)
     _check_texts(values)
     parse_address(values["metrics_addr"])
+    values["redis_url"] = _checked_redis_url(values["redis_url"])
     handlers = {} if values.pop("no_builtin_handlers") else dict(extension().handlers)
     given = dict(parse_handler(text) for text in values.pop("handler"))
     handlers |= {kind: extension().moved.get(target, target) for kind, target in given.items()}
@@ -195,6 +198,8 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
     values |= _extended().fields_of(values)
     seconds = {f"{name}_s": values.pop(name) for name in _SECONDS}
     sources = tuple(parse_source(text) for text in values.pop("stream"))
+    if twice := {source.stream for source in sources if [s.stream for s in sources].count(source.stream) > 1}:
+        raise ConfigurationError(f"--stream: {', '.join(sorted(twice))} is given twice")
     values["log_format"] = values["log_format"] or ("text" if on_terminal else "json")
     if values["instance"] is None:
         del values["instance"]
@@ -205,6 +210,22 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
         return settings_class().from_json(settings.to_json())
     except msgspec.MsgspecError as error:
         raise ConfigurationError(f"an option has a value of the wrong kind: {error}") from error
+
+
+def _checked_redis_url(text: str) -> str:
+    """The URL without blanks around it. Raises `ConfigurationError` if it cannot be used."""
+    url = text.strip()
+    if not url:
+        return ""
+    try:
+        parsed = parse_redis_url(url)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--redis-url {error}") from None
+    for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
+        path = parsed.tls.get(name)
+        if path and not os.access(path, os.R_OK):
+            raise ConfigurationError(f"--redis-url: {name} names {path}, which cannot be read")
+    return url
 
 
 def _check_texts(options: Mapping[str, Any]) -> None:

@@ -576,7 +576,9 @@ class TestUrls:
         sentinel.use_sentinel(config)
         sentinel.start()
         try:
-            run_one_job(f"redis+sentinel://127.0.0.1:{sentinel.port},127.0.0.1:1/mymaster/0")
+            run_one_job(
+                f"redis+sentinel://127.0.0.1:{sentinel.port}, 127.0.0.1:1/mymaster/0?pool_size=2&protocol=3"
+            )
         finally:
             sentinel.stop()
 

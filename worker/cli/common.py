@@ -15,6 +15,7 @@ from ..extension import extension
 from ..options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, REDIS_URL
 from ..safe_text import escape_control, safe_json
 from ..telemetry.log import redacted
+from ..urls import parse_http_url
 
 #: Exit code of a verb that ran and found something missing or wrong.
 BAD_NEWS = 1
@@ -114,6 +115,8 @@ def verb_on_deployment(group: click.Group) -> Callable[[Callable[..., None]], cl
             redis_url: str, data_dir: str, metrics_urls: tuple[str, ...], metrics_addr: str, **options: Any
         ) -> None:
             endpoints = {} if redis_url else read_endpoints(data_dir)
+            for metrics_url in metrics_urls:
+                parse_http_url(metrics_url, "--metrics-url", f"http://{_METRICS_ADDR}")
             default_url = str(endpoints.get("metrics_url", f"http://{metrics_addr}"))
             url = require_store_url(redis_url or str(endpoints.get("redis_url", "")))
             command(Deployment(url, metrics_urls or (default_url,), not metrics_urls, endpoints), **options)

@@ -37,7 +37,8 @@ class EmbeddedValkey:
     @property
     def url(self) -> str:
         """Holds the password: never log it."""
-        return f"redis://:{self._password}@{HOST}:{self._port}/0"
+        # With the user: redis-cli 7.0 takes an empty one at its word.
+        return f"redis://default:{self._password}@{HOST}:{self._port}/0"
 
     @classmethod
     def needed(cls, settings: Settings) -> bool:
@@ -52,9 +53,10 @@ class EmbeddedValkey:
         """Writes the configuration first: the password must not be in the command line."""
         config = self._dir / "valkey.conf"
         lines = [
-            f"bind {HOST}", f"port {self._port}", f"dir {self._dir}", f"requirepass {self._password}",
+            f"bind {HOST}", f"port {self._port}", f"dir {quoted(str(self._dir))}",
+            f"requirepass {quoted(self._password)}",
             "appendonly yes", "appendfsync everysec", 'save ""', "maxmemory-policy noeviction",
-            "daemonize no", f'logfile "{self._dir / "valkey.log"}"',
+            "daemonize no", f"logfile {quoted(str(self._dir / 'valkey.log'))}",
         ]  # fmt: skip
         write_private(config, "\n".join(lines) + "\n")
         return [self._binary, str(config)]
@@ -69,6 +71,13 @@ class EmbeddedValkey:
                     return answers.readline() == b"+OK\r\n" and answers.readline() == b"+PONG\r\n"
         except OSError:
             return False
+
+
+def quoted(text: str) -> str:
+    """The text as one argument in Valkey's configuration file."""
+    return (
+        '"' + "".join(f"\\x{ord(char):02x}" if char in '"\\' or char < " " else char for char in text) + '"'
+    )
 
 
 class Embedded(Protocol):

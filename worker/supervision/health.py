@@ -47,7 +47,7 @@ class HealthServer:
     def url(self) -> str:
         """Base URL; for port 0 with the port that the kernel picked."""
         host, port = self._server.server_address[:2]
-        return f"http://{host!s}:{port}"
+        return f"http://[{host!s}]:{port}" if ":" in str(host) else f"http://{host!s}:{port}"
 
     def close(self) -> None:
         """Stop serving and release the port."""

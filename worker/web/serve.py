@@ -118,7 +118,9 @@ def _listen(address: tuple[str, int]) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise ConfigurationError(f"cannot listen on {address[0]}:{address[1]}: {error}") from error
+        raise ConfigurationError(
+            f"--listen {address[0]}:{address[1]}: cannot listen there: {error.strerror or error}"
+        ) from error
     listener.listen(_BACKLOG)
     return listener
 
