@@ -199,10 +199,10 @@ class Supervisor:
 def _open_data_dir(settings: Settings) -> DataDir:
     """Lock the data directory. Raises ConfigurationError if another service holds it."""
     data = DataDir(settings.data_dir)
-    holder_pid = _wait_for_lock(data.lock, lambda: data.endpoints().get("pid", 0))
+    holder_pid = _wait_for_lock(data.lock, data.holder_pid)
     if holder_pid is not None:
         raise ConfigurationError(
-            f"data directory {data.path} is held by another service (pid {holder_pid}): "
+            f"data directory {data.path} is held by {_describe_holder(holder_pid)}: "
             "stop that one, or give this one its own --data-dir"
         )
     return data
@@ -220,6 +220,14 @@ def _wait_for_lock(try_lock: Callable[[], bool], read_holder_pid: Callable[[], i
             return pid
         time.sleep(0.05)  # the lock of an exiting process offers no event to wait for
     return None
+
+
+def _describe_holder(pid: int) -> str:
+    if not pid:
+        return "another service, whose pid is not known"
+    if os.path.exists(f"/proc/{pid}"):
+        return f"another service (pid {pid})"
+    return f"processes of another service, which outlived its supervisor (pid {pid})"
 
 
 @contextmanager
@@ -248,8 +256,8 @@ def _take_instance(lock: InstanceLock, instance: str) -> None:
     holder_pid = _wait_for_lock(lock.try_lock, lock.holder_pid)
     if holder_pid is not None:
         raise ConfigurationError(
-            f"instance {instance!r} is held by pid {holder_pid} in data directory {lock.folder}: "
-            "stop that service, or give this one its own --instance"
+            f"instance {instance!r} is held by {_describe_holder(holder_pid)} in data directory "
+            f"{lock.folder}: stop that service, or give this one its own --instance"
         )
 
 

@@ -30,7 +30,15 @@ class DataDir:
             fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        pid = str(os.getpid()).encode()
+        os.pwrite(self.lock_fd, pid, 0)
+        os.ftruncate(self.lock_fd, len(pid))
         return True
+
+    def holder_pid(self) -> int:
+        """Process id of the service that locked the folder last; 0 if the file does not say."""
+        text = os.pread(self.lock_fd, 20, 0)
+        return int(text) if text.isdigit() else 0
 
     def endpoints(self) -> dict[str, Any]:
         """Where the service of this folder listens (or last listened); empty where none ever ran."""

@@ -205,7 +205,8 @@ class TestPauses:
         ]  # fmt: skip
         assert "disk is full" in run(store, "pause").stdout
         assert run_json(store, "resume", "audit") == {"resumed": {"audit": True}}
-        run(store, "resume", "audit", code=1)
+        told = run(store, "resume", "audit", "nosuch", code=1).stderr
+        assert "nosuch was not paused, so nothing changed; paused are: embedding_batch" in told
         assert [one["type"] for one in run_json(store, "pause")["paused"]] == ["embedding_batch"]
 
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import click
 from click.shell_completion import CompletionItem
@@ -161,6 +161,11 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a standard stream is a terminal; False for a closed one, which is None."""
+    return stream is not None and stream.isatty()
+
+
 def standard_input(option: str) -> BinaryIO:
     """Standard input for an option that reads it. Raises `ConfigurationError` if it is closed."""
     if sys.stdin is None:
@@ -173,6 +178,6 @@ def confirm(question: Callable[[], str], yes: bool) -> None:
     Raises `ConfigurationError` if standard input is not one."""
     if yes:
         return
-    if sys.stdin is None or not sys.stdin.isatty():
+    if not is_terminal(sys.stdin):
         raise ConfigurationError("no terminal to confirm on: give --yes")
     click.confirm(question(), abort=True, err=True)

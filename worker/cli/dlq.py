@@ -26,6 +26,7 @@ from .common import (
     confirm,
     echo_json,
     echo_missing,
+    is_terminal,
     table,
     verb,
 )
@@ -224,7 +225,7 @@ class _Report:
         """Run the operation with a progress bar. The number processed is reported even if it is
         interrupted."""
         label = f"{self._verb_done}{' (dry run)' if self._operation.dry_run else ''}"
-        hidden = not sys.stderr.isatty()
+        hidden = not is_terminal(sys.stderr)
         total = self._queue.count()
         try:
             with click.progressbar(length=total, label=label, file=sys.stderr, hidden=hidden) as bar:
