@@ -64,7 +64,11 @@ def read_fields() -> Iterator[tuple[str, str, set[str]]]:
     yield "vectors.md", "## Rebuilding: `index_rebuild`", payload.names
 
 
-@pytest.mark.parametrize(("page", "heading", "names"), list(read_fields()), ids=lambda given: str(given)[:20])
+@pytest.mark.parametrize(
+    ("page", "heading", "names"),
+    list(read_fields()),
+    ids=lambda given: given if isinstance(given, str) else "fields",
+)
 def test_the_page_lists_every_field_that_is_read(page: str, heading: str, names: set[str]) -> None:
     assert set(rows(page, heading)) == names
     producers = (DOCS / "producers.md").read_text()
