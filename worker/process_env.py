@@ -29,10 +29,11 @@ def open_standard_streams() -> None:
                 os.dup2(opened, fd)
                 os.close(opened)
             os.set_inheritable(fd, True)
-    for name in ("stdin", "stdout", "stderr"):
+    # `sys.stdin` stays None: a command that needs input says that it is closed.
+    for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             # Not the number itself, which a library may have got since the start.
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  (stays open)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (stays open)
 
 
 def exempt_loopback_from_proxies(environ: MutableMapping[str, str]) -> None:
