@@ -70,8 +70,8 @@ class TorchEncoder(WindowedEncoder):
 
     def _learn(self, purpose: Purpose) -> None:
         """Learn how the model takes texts of a purpose, then compare with the model itself."""
-        learned = learn_input(self._model, purpose)
         document = self._inputs.get("document")
+        learned = learn_input(self._model, purpose, document)
         # Most models compute queries as documents, with another prompt at most. They load faster so.
         known = document is not None and document.modules == learned.modules
         limit = self._positions if known else position_limit(self._model, purpose, learned)
@@ -80,6 +80,10 @@ class TorchEncoder(WindowedEncoder):
             self._positions = limit
         self._inputs[purpose] = learned
         self._formats[purpose] = msgspec.structs.replace(learned.form, max_tokens=window)
+        if self._long_text == "truncate" and learned.truncated and window == learned.form.max_tokens:
+            text, kept = learned.truncated
+            if self._plan([text], purpose, "truncate").windows != [kept]:
+                raise ModelError("it truncates in a way of its own: use --long-text windows or reject")
         rope = rope_types(learned.modules)
         if window > rope.get("dynamic", window):
             raise ModelError("its position encoding (dynamic RoPE) depends on the texts embedded before")

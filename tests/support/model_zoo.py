@@ -37,8 +37,10 @@ def with_config(**values: Any) -> Build:
     return edited("config_sentence_transformers.json", options={"prompts": PROMPTS}, **values)
 
 
-def architecture(name: str, *, tokens: str = "bert", pooling: str = "mean", **config: Any) -> Build:
-    """A transformer of another architecture, with random weights."""
+def architecture(
+    name: str, *, tokens: str = "bert", pooling: str = "mean", head: str = "", **config: Any
+) -> Build:
+    """A transformer of another architecture, with random weights; with a `head`, it has no modules.json."""
 
     def build(folder: Path) -> None:
         import torch
@@ -52,8 +54,11 @@ def architecture(name: str, *, tokens: str = "bert", pooling: str = "mean", **co
         torch.manual_seed(3)
         settings = getattr(transformers, f"{name}Config")(**base, **config)
         with_encoder = getattr(transformers, f"{name}EncoderModel", None)
-        (with_encoder or getattr(transformers, f"{name}Model"))(settings).save_pretrained(folder)
+        made = with_encoder or getattr(transformers, f"{name}{head or 'Model'}")
+        made(settings).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if head:
+            (folder / "modules.json").unlink()
 
     return build
 
@@ -185,6 +190,24 @@ def layer_pooling() -> Any:
 BERT_ROUTE = [transformer(), POOLING]
 XLM_ROUTE = [transformer("xlm-r"), POOLING, NORMALIZE]
 
+CHAT = "{% for one in messages %}{{ 'query ' + one['content'] + ' passage' }}{% endfor %}"
+
+
+def chat_template(**options: Any) -> Build:
+    """A model that wraps texts in a chat template, as sentence-transformers saves it."""
+
+    def build(folder: Path) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        bare(folder)
+        tokenizer = tiny_tokenizer("bert")
+        tokenizer.chat_template = CHAT
+        tokenizer.save_pretrained(folder)
+        SentenceTransformer(str(folder), device="cpu", **options).save(str(folder))
+
+    return build
+
+
 #: Models whose vectors must be those of sentence-transformers.
 COMPUTED: dict[str, Build] = {
     "mean": bert(),
@@ -214,6 +237,7 @@ COMPUTED: dict[str, Build] = {
     "router, static documents": modules(router(BERT_ROUTE, [static()])),
     "router, then normalize": modules(router(BERT_ROUTE, [transformer("xlm-r"), POOLING]), NORMALIZE),
     "bare": lambda folder: bare(folder),
+    "chat template": chat_template(),
     "bf16": bert(dtype="bfloat16"),
     "prompts": bert(prompts=PROMPTS),
     "prompt of passages": bert(prompts={"query": "query: ", "passage": "passage: "}),
@@ -299,8 +323,16 @@ COMPUTED: dict[str, Build] = {
 
 #: Models that are refused, with a part of the reason.
 REFUSED: dict[str, tuple[Build, str]] = {
+    "sparse encoder": (lambda folder: sparse_encoder(folder), "sparse vectors"),
+    "multi-vector encoder": (lambda folder: multi_vector_encoder(folder), "one vector a token"),
+    "cross-encoder": (lambda folder: cross_encoder(folder), "scores of pairs"),
+    "bare language model": (
+        lambda folder: architecture("Bert", head="ForMaskedLM", **SIZES, max_position_embeddings=40)(folder),
+        "language model or SPLADE",
+    ),
     "word embeddings": (modules(words(), POOLING), "WordEmbeddings, has the tokenizer WhitespaceTokenizer"),
     "bag of words": (modules(words("BoW")), "bag of words"),
+    "chat template with a prompt": (chat_template(prompts=PROMPTS), "other tokens"),
     "window of two": (bert(window=2), "no room"),
     "prompt longer than the window": (bert(window=4, prompts={"document": "the petrel came: "}), "no room"),
     "no pooling": (lambda folder: without_pooling(folder), "encode_document fails"),
@@ -321,6 +353,30 @@ REFUSED: dict[str, tuple[Build, str]] = {
         "dynamic RoPE",
     ),
 }
+
+
+def sparse_encoder(folder: Path) -> None:
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.sparse_encoder.modules import SpladePooling, Transformer
+
+    masked = folder.with_suffix(".masked")
+    architecture("Bert", head="ForMaskedLM", **SIZES, max_position_embeddings=40)(masked)
+    masked_model = Transformer(str(masked), transformer_task="fill-mask")
+    SparseEncoder(modules=[masked_model, SpladePooling()], device="cpu").save(str(folder))
+
+
+def multi_vector_encoder(folder: Path) -> None:
+    from sentence_transformers.multi_vector_encoder import MultiVectorEncoder
+
+    bare(folder.with_suffix(".bare"))
+    MultiVectorEncoder(str(folder.with_suffix(".bare")), device="cpu").save_pretrained(str(folder))
+
+
+def cross_encoder(folder: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    bare(folder.with_suffix(".bare"))
+    CrossEncoder(str(folder.with_suffix(".bare")), num_labels=1, device="cpu").save_pretrained(str(folder))
 
 
 def bare(folder: Path) -> None:
