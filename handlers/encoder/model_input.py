@@ -159,7 +159,7 @@ def learn_input(model: Any, purpose: str, other: ModelInput | None = None) -> Mo
             suffix=suffix,
             prompt=prompt,
             truncates_left=_truncates_left(source),
-            normalises=type(seen.modules[-1]).__name__ == "Normalize",
+            normalises=_normalises(seen.modules[-1]),
             embeds_nothing=is_flat,
         ),
         word=word,
@@ -170,6 +170,11 @@ def learn_input(model: Any, purpose: str, other: ModelInput | None = None) -> Mo
         pad_id=getattr(source, "pad_token_id", None) or 0,
         pads_left=getattr(source, "padding_side", "right") == "left",
     )
+
+
+def _normalises(last: Any) -> bool:
+    output = getattr(last, "module_output_name", "sentence_embedding")
+    return type(last).__name__ == "Normalize" and output == "sentence_embedding"
 
 
 def _prompt(model: Any, purpose: str) -> str:

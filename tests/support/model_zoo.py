@@ -238,6 +238,13 @@ COMPUTED: dict[str, Build] = {
     "router, then normalize": modules(router(BERT_ROUTE, [transformer("xlm-r"), POOLING]), NORMALIZE),
     "bare": lambda folder: bare(folder),
     "chat template": chat_template(),
+    "no pooler": lambda folder: broken(drop("pooler"))(folder),
+    "normalised beside": modules(transformer(), POOLING, part("Normalize", "sentence_embedding", "other")),
+    "normalised tokens": modules(transformer(), part("Normalize", "token_embeddings"), POOLING),
+    "truncate_dim, negative": with_config(truncate_dim=-4),
+    "fnet": architecture("FNet", **SIZES, max_position_embeddings=40),
+    "xlnet": architecture("XLNet", d_model=HIDDEN, n_layer=2, n_head=4, d_inner=64),
+    "bloom": architecture("Bloom", pooling="weightedmean", hidden_size=HIDDEN, n_layer=2, n_head=4),
     "bf16": bert(dtype="bfloat16"),
     "prompts": bert(prompts=PROMPTS),
     "prompt of passages": bert(prompts={"query": "query: ", "passage": "passage: "}),
@@ -337,7 +344,10 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "prompt longer than the window": (bert(window=4, prompts={"document": "the petrel came: "}), "no room"),
     "no pooling": (lambda folder: without_pooling(folder), "encode_document fails"),
     "truncate_dim 0": (with_config(truncate_dim=0), "no vector of fixed length"),
-    "nan": (lambda folder: broken(folder), "differ"),
+    "nan": (lambda folder: broken(make_nan)(folder), "differ"),
+    "a layer missing": (lambda folder: broken(drop("encoder.layer.1"))(folder), "lacks weights"),
+    "no weights": (lambda folder: broken(drop("."))(folder), "lacks weights"),
+    "configuration of a wrong type": (edited("config.json", vocab_size="many"), "cannot be loaded"),
     "unknown default prompt": (with_config(default_prompt_name="other"), "other"),
     "router without a route for documents": (
         modules(
@@ -392,12 +402,30 @@ def without_pooling(folder: Path) -> None:
     (folder / "modules.json").write_text(json.dumps(listed[:1]))
 
 
-def broken(folder: Path) -> None:
-    """A weight that is not a number."""
-    from safetensors.torch import load_file, save_file
+def broken(change: Callable[[dict[str, Any]], Any]) -> Build:
+    """A model whose weights are changed after they were saved."""
 
-    tiny_model(folder, "bert")
-    (path,) = folder.glob("*.safetensors")
-    tensors = load_file(path)
+    def build(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tiny_model(folder, "bert")
+        (path,) = folder.glob("*.safetensors")
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return build
+
+
+def make_nan(tensors: dict[str, Any]) -> None:
     tensors["encoder.layer.1.output.dense.bias"][3] = float("nan")
-    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def drop(part: str) -> Callable[[dict[str, Any]], None]:
+    """Remove the weights whose names hold `part`."""
+
+    def change(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if part in name]:
+            del tensors[name]
+
+    return change
