@@ -28,6 +28,8 @@ log = logging.getLogger("jobworker.model")
 # Part of the folder's name. Increase it when the files of a folder or the sentences of the precision check
 # change.
 FORMAT = 2
+#: Packages that decide what a converted model computes, or whether a model can be converted.
+CONVERTED_BY = ("openvino", "sentence-transformers", "tokenizers", "torch", "transformers")
 CARD = "card.json"
 # The supervisor gives a worker 600 s to start; a model of 2 GiB was converted within one minute.
 CONVERT_WITHIN_S = 540.0
@@ -78,11 +80,18 @@ class Card(msgspec.Struct, kw_only=True):
 
 
 def folder_name(source: ModelSource) -> str:
-    """Name of the folder for a revision of a model, a version of OpenVINO and a type of processor."""
-    parts = (FORMAT, metadata.version("openvino"), _processor())
+    """Name of the folder for a revision of a model, versions of the packages and a type of processor."""
+    parts = (FORMAT, *map(_version, CONVERTED_BY), _processor())
     platform_hash = hashlib.blake2b(repr(parts).encode(), digest_size=4).hexdigest()
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", source.name)[-60:].strip("-.")
     return f"{slug}-{source.revision}-{platform_hash}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _processor() -> str:

@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 
 from .find_model import ModelError
 from .packing import is_out_of_memory
+from .precision_check import SENTENCES
 from .window_format import WindowFormat
 
 # Names of the prompt for stored texts, in the order of sentence-transformers.
 PROMPT_NAMES = {"document": ("document", "passage", "corpus"), "query": ("query",)}
 # Words of which one at least has a token in the vocabulary of every model.
 TRIAL_WORDS = ("a", "一", "1", "the", "#")
-# Numbers of words in the texts that show the window.
-TRIAL_LENGTHS = (600, 10_000, 200_000)
+# Repetitions of a sentence of about 45 tokens in the texts that show the window.
+TRIAL_REPEATS = (15, 250, 5_000)
 # Window of a transformer that takes texts of any length; every BERT-like model supports this one.
 FALLBACK_WINDOW = 512
 # Window of a static model, whose cost grows with the tokens only.
@@ -50,6 +51,8 @@ class ModelInput:
     form: WindowFormat
     #: A word with at least one token.
     word: str
+    #: A text beyond the window, and what the model keeps of its tokens; None if it has no window.
+    truncated: tuple[str, list[int]] | None
     #: Entries of the input that are no tensors, such as the task and the length of the prompt.
     extras: dict[str, Any]
     #: Names of the input's tensors: PADDED or FLAT.
@@ -126,11 +129,15 @@ def _one_row(vectors: Any) -> Any:
     return vectors[0]
 
 
-def learn_input(model: Any, purpose: str) -> ModelInput:
-    """Observe how the model takes texts of a purpose. Raises ModelError with what cannot be repeated."""
+def learn_input(model: Any, purpose: str, other: ModelInput | None = None) -> ModelInput:
+    """Observe how the model takes texts of a purpose. Raises ModelError with what cannot be repeated.
+
+    `other`: the input of another purpose. Its tokenizer is used again if both have the same first module.
+    """
     first = observe(model, TRIAL_WORDS[0], purpose, whole=False).modules[0]
     source = getattr(first, "tokenizer", None)
-    tokenizer = _copy_tokenizer(first, source)
+    shared = other is not None and other.modules[0] is first
+    tokenizer = other.tokenizer if other and shared else _copy_tokenizer(first, source)
     prompt = _prompt(model, purpose)
     word, prefix, suffix = _around(model, purpose, tokenizer, prompt)
     seen = observe(model, word, purpose)
@@ -142,25 +149,32 @@ def learn_input(model: Any, purpose: str) -> ModelInput:
     def tokens_of(text: str) -> int:
         return len(tokenizer.encode(prompt + text, add_special_tokens=False).ids) + len(prefix) + len(suffix)
 
-    window = _window(model, purpose, word, tokens_of)
+    truncated = _truncated(model, purpose, word, tokens_of)
+    unlimited = STATIC_WINDOW if is_flat else FALLBACK_WINDOW
     return ModelInput(
         tokenizer=tokenizer,
         form=WindowFormat(
-            max_tokens=window or (STATIC_WINDOW if is_flat else FALLBACK_WINDOW),
+            max_tokens=len(truncated[1]) if truncated else unlimited,
             prefix=prefix,
             suffix=suffix,
             prompt=prompt,
             truncates_left=_truncates_left(source),
-            normalises=type(seen.modules[-1]).__name__ == "Normalize",
+            normalises=_normalises(seen.modules[-1]),
             embeds_nothing=is_flat,
         ),
         word=word,
+        truncated=truncated,
         extras={name: value for name, value in seen.features.items() if name not in tensors},
         tensors=tensors,
         modules=seen.modules,
         pad_id=getattr(source, "pad_token_id", None) or 0,
         pads_left=getattr(source, "padding_side", "right") == "left",
     )
+
+
+def _normalises(last: Any) -> bool:
+    output = getattr(last, "module_output_name", "sentence_embedding")
+    return type(last).__name__ == "Normalize" and output == "sentence_embedding"
 
 
 def _prompt(model: Any, purpose: str) -> str:
@@ -213,11 +227,13 @@ def _around(model: Any, purpose: str, tokenizer: Any, prompt: str) -> tuple[str,
     raise ModelError("its tokenizer has no token for any of " + " ".join(TRIAL_WORDS))
 
 
-def _window(model: Any, purpose: str, word: str, tokens_of: Callable[[str], int]) -> int | None:
-    """Tokens to which the model cuts a long text; None if it does not."""
-    for words in TRIAL_LENGTHS:
-        text = " ".join([word] * words)
-        kept = len(observe(model, text, purpose, whole=False).ids)
-        if kept < tokens_of(text):
-            return kept
+def _truncated(
+    model: Any, purpose: str, word: str, tokens_of: Callable[[str], int]
+) -> tuple[str, list[int]] | None:
+    """A text that is too long for the model, and the token ids that the model keeps; None if it keeps all."""
+    for repeats in TRIAL_REPEATS:
+        text = f"{word} {SENTENCES[-1]} " * repeats
+        kept = observe(model, text, purpose, whole=False).ids
+        if len(kept) < tokens_of(text):
+            return text, kept
     return None

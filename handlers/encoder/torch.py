@@ -70,8 +70,8 @@ class TorchEncoder(WindowedEncoder):
 
     def _learn(self, purpose: Purpose) -> None:
         """Learn how the model takes texts of a purpose, then compare with the model itself."""
-        learned = learn_input(self._model, purpose)
         document = self._inputs.get("document")
+        learned = learn_input(self._model, purpose, document)
         # Most models compute queries as documents, with another prompt at most. They load faster so.
         known = document is not None and document.modules == learned.modules
         limit = self._positions if known else position_limit(self._model, purpose, learned)
@@ -80,6 +80,10 @@ class TorchEncoder(WindowedEncoder):
             self._positions = limit
         self._inputs[purpose] = learned
         self._formats[purpose] = msgspec.structs.replace(learned.form, max_tokens=window)
+        if self._long_text == "truncate" and learned.truncated and window == learned.form.max_tokens:
+            text, kept = learned.truncated
+            if self._plan([text], purpose, "truncate").windows != [kept]:
+                raise ModelError("it truncates in a way of its own: use --long-text windows or reject")
         rope = rope_types(learned.modules)
         if window > rope.get("dynamic", window):
             raise ModelError("its position encoding (dynamic RoPE) depends on the texts embedded before")
@@ -126,6 +130,21 @@ class TorchEncoder(WindowedEncoder):
         if self._equal_lengths:
             log.info("model.padding_avoided", extra={"model": self.name, "difference": round(off, 3)})
 
+    def _check_complete(self) -> None:
+        """Raises ModelError if the vectors depend on weights that are not in the files but drawn at load.
+
+        Some are drawn in many models, such as those of a pooler that is not used, so the vectors decide.
+        """
+        import torch
+
+        text = " ".join([self._inputs["document"].word] * 3)
+        ours = observe(self._model, text, "document").vector
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)  # torch starts with another one
+            twin, _ = _read_model(self._source, "cpu")
+        if not difference(observe(twin, text, "document").vector[None], ours[None]) <= MAX_DIFFERENCE:
+            raise ModelError(f"model {self.name} lacks weights: each load would give other vectors")
+
     @classmethod
     def load(
         cls,
@@ -150,9 +169,14 @@ class TorchEncoder(WindowedEncoder):
         torch.set_num_threads(threads)
         if device != "cpu" and torch.cuda.device_count() == 0:
             raise ModelError(f"--device {device}: torch {torch.__version__} finds no usable CUDA device")
+        complete = False
         for step in dtypes_to_try(dtype, _cpu_dtypes() if device == "cpu" else GPU_DTYPES):
             # Read again for each step: rounded weights cannot be restored.
-            encoder = cls(_read_model(source, device), source, long_text=long_text, token_budget=token_budget)
+            model, is_random = _read_model(source, device)
+            encoder = cls(model, source, long_text=long_text, token_budget=token_budget)
+            if is_random and not complete:
+                encoder._check_complete()
+            complete = True
             if step == "fp32" or encoder._reduce_precision(step, timed=dtype == "auto" and device == "cpu"):
                 break
         log.info(
@@ -298,12 +322,15 @@ def _cpu_dtypes() -> tuple[Dtype, ...]:
     return ("bf16",) if any(capabilities.get(feature) for feature in CPU_BF16) else ()
 
 
-def _read_model(source: ModelSource, device: str) -> Any:
-    """The SentenceTransformer on its device, converted to fp32 from any dtype of the files."""
+def _read_model(source: ModelSource, device: str) -> tuple[Any, bool]:
+    """The SentenceTransformer in fp32 on its device, and whether any weight was drawn at random."""
+    import torch
     from sentence_transformers import SentenceTransformer
 
+    before = torch.get_rng_state()
     try:
         model = SentenceTransformer(str(source.folder), device=device, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"model {source.name} in {source.folder} cannot be loaded: {error}") from error
-    return model.eval().float()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"model {source.name} in {source.folder} cannot be loaded ({reason})") from error
+    return model.eval().float(), not torch.equal(before, torch.get_rng_state())

@@ -37,8 +37,10 @@ def with_config(**values: Any) -> Build:
     return edited("config_sentence_transformers.json", options={"prompts": PROMPTS}, **values)
 
 
-def architecture(name: str, *, tokens: str = "bert", pooling: str = "mean", **config: Any) -> Build:
-    """A transformer of another architecture, with random weights."""
+def architecture(
+    name: str, *, tokens: str = "bert", pooling: str = "mean", head: str = "", **config: Any
+) -> Build:
+    """A transformer of another architecture, with random weights; with a `head`, it has no modules.json."""
 
     def build(folder: Path) -> None:
         import torch
@@ -52,8 +54,11 @@ def architecture(name: str, *, tokens: str = "bert", pooling: str = "mean", **co
         torch.manual_seed(3)
         settings = getattr(transformers, f"{name}Config")(**base, **config)
         with_encoder = getattr(transformers, f"{name}EncoderModel", None)
-        (with_encoder or getattr(transformers, f"{name}Model"))(settings).save_pretrained(folder)
+        made = with_encoder or getattr(transformers, f"{name}{head or 'Model'}")
+        made(settings).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if head:
+            (folder / "modules.json").unlink()
 
     return build
 
@@ -185,6 +190,24 @@ def layer_pooling() -> Any:
 BERT_ROUTE = [transformer(), POOLING]
 XLM_ROUTE = [transformer("xlm-r"), POOLING, NORMALIZE]
 
+CHAT = "{% for one in messages %}{{ 'query ' + one['content'] + ' passage' }}{% endfor %}"
+
+
+def chat_template(**options: Any) -> Build:
+    """A model that wraps texts in a chat template, as sentence-transformers saves it."""
+
+    def build(folder: Path) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        bare(folder)
+        tokenizer = tiny_tokenizer("bert")
+        tokenizer.chat_template = CHAT
+        tokenizer.save_pretrained(folder)
+        SentenceTransformer(str(folder), device="cpu", **options).save(str(folder))
+
+    return build
+
+
 #: Models whose vectors must be those of sentence-transformers.
 COMPUTED: dict[str, Build] = {
     "mean": bert(),
@@ -214,6 +237,14 @@ COMPUTED: dict[str, Build] = {
     "router, static documents": modules(router(BERT_ROUTE, [static()])),
     "router, then normalize": modules(router(BERT_ROUTE, [transformer("xlm-r"), POOLING]), NORMALIZE),
     "bare": lambda folder: bare(folder),
+    "chat template": chat_template(),
+    "no pooler": lambda folder: broken(drop("pooler"))(folder),
+    "normalised beside": modules(transformer(), POOLING, part("Normalize", "sentence_embedding", "other")),
+    "normalised tokens": modules(transformer(), part("Normalize", "token_embeddings"), POOLING),
+    "truncate_dim, negative": with_config(truncate_dim=-4),
+    "fnet": architecture("FNet", **SIZES, max_position_embeddings=40),
+    "xlnet": architecture("XLNet", d_model=HIDDEN, n_layer=2, n_head=4, d_inner=64),
+    "bloom": architecture("Bloom", pooling="weightedmean", hidden_size=HIDDEN, n_layer=2, n_head=4),
     "bf16": bert(dtype="bfloat16"),
     "prompts": bert(prompts=PROMPTS),
     "prompt of passages": bert(prompts={"query": "query: ", "passage": "passage: "}),
@@ -299,13 +330,24 @@ COMPUTED: dict[str, Build] = {
 
 #: Models that are refused, with a part of the reason.
 REFUSED: dict[str, tuple[Build, str]] = {
+    "sparse encoder": (lambda folder: sparse_encoder(folder), "sparse vectors"),
+    "multi-vector encoder": (lambda folder: multi_vector_encoder(folder), "one vector a token"),
+    "cross-encoder": (lambda folder: cross_encoder(folder), "scores of pairs"),
+    "bare language model": (
+        lambda folder: architecture("Bert", head="ForMaskedLM", **SIZES, max_position_embeddings=40)(folder),
+        "language model or SPLADE",
+    ),
     "word embeddings": (modules(words(), POOLING), "WordEmbeddings, has the tokenizer WhitespaceTokenizer"),
     "bag of words": (modules(words("BoW")), "bag of words"),
+    "chat template with a prompt": (chat_template(prompts=PROMPTS), "other tokens"),
     "window of two": (bert(window=2), "no room"),
     "prompt longer than the window": (bert(window=4, prompts={"document": "the petrel came: "}), "no room"),
     "no pooling": (lambda folder: without_pooling(folder), "encode_document fails"),
     "truncate_dim 0": (with_config(truncate_dim=0), "no vector of fixed length"),
-    "nan": (lambda folder: broken(folder), "differ"),
+    "nan": (lambda folder: broken(make_nan)(folder), "differ"),
+    "a layer missing": (lambda folder: broken(drop("encoder.layer.1"))(folder), "lacks weights"),
+    "no weights": (lambda folder: broken(drop("."))(folder), "lacks weights"),
+    "configuration of a wrong type": (edited("config.json", vocab_size="many"), "cannot be loaded"),
     "unknown default prompt": (with_config(default_prompt_name="other"), "other"),
     "router without a route for documents": (
         modules(
@@ -323,6 +365,30 @@ REFUSED: dict[str, tuple[Build, str]] = {
 }
 
 
+def sparse_encoder(folder: Path) -> None:
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.sparse_encoder.modules import SpladePooling, Transformer
+
+    masked = folder.with_suffix(".masked")
+    architecture("Bert", head="ForMaskedLM", **SIZES, max_position_embeddings=40)(masked)
+    masked_model = Transformer(str(masked), transformer_task="fill-mask")
+    SparseEncoder(modules=[masked_model, SpladePooling()], device="cpu").save(str(folder))
+
+
+def multi_vector_encoder(folder: Path) -> None:
+    from sentence_transformers.multi_vector_encoder import MultiVectorEncoder
+
+    bare(folder.with_suffix(".bare"))
+    MultiVectorEncoder(str(folder.with_suffix(".bare")), device="cpu").save_pretrained(str(folder))
+
+
+def cross_encoder(folder: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    bare(folder.with_suffix(".bare"))
+    CrossEncoder(str(folder.with_suffix(".bare")), num_labels=1, device="cpu").save_pretrained(str(folder))
+
+
 def bare(folder: Path) -> None:
     """Only a transformer, as older repositories have it: sentence-transformers adds mean pooling."""
     tiny_model(folder, "bert")
@@ -336,12 +402,30 @@ def without_pooling(folder: Path) -> None:
     (folder / "modules.json").write_text(json.dumps(listed[:1]))
 
 
-def broken(folder: Path) -> None:
-    """A weight that is not a number."""
-    from safetensors.torch import load_file, save_file
+def broken(change: Callable[[dict[str, Any]], Any]) -> Build:
+    """A model whose weights are changed after they were saved."""
 
-    tiny_model(folder, "bert")
-    (path,) = folder.glob("*.safetensors")
-    tensors = load_file(path)
+    def build(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tiny_model(folder, "bert")
+        (path,) = folder.glob("*.safetensors")
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return build
+
+
+def make_nan(tensors: dict[str, Any]) -> None:
     tensors["encoder.layer.1.output.dense.bias"][3] = float("nan")
-    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def drop(part: str) -> Callable[[dict[str, Any]], None]:
+    """Remove the weights whose names hold `part`."""
+
+    def change(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if part in name]:
+            del tensors[name]
+
+    return change

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,16 @@ def test_another_revision_or_processor_has_a_folder_of_its_own(monkeypatch: pyte
     monkeypatch.setattr(converted_models, "_processor", lambda: "another")
     assert converted_models.folder_name(source()) != first
     assert "/" not in first
+
+
+@pytest.mark.parametrize("package", converted_models.CONVERTED_BY)
+def test_another_version_of_a_package_has_a_folder_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    first = converted_models.folder_name(source())
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "99" if name == package else version(name))
+    assert converted_models.folder_name(source()) != first
 
 
 def test_a_card_that_cannot_be_read_says_which_folder_to_delete(empty_cache: Path) -> None:
