@@ -6,6 +6,7 @@ from .errors import ConfigurationError, Fenced, PermanentError, StoreUnavailable
 from .handler import BatchHandler, Handler, JobHandler
 from .producer import NewJob, Producer
 from .settings import Settings
+from .telemetry.current_job import report_progress
 from .telemetry.trace import span
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "StoreUnavailable",
     "Unavailable",
     "device_for_slot",
+    "report_progress",
     "span",
     "visible_gpus",
 ]

@@ -35,6 +35,8 @@ class Handler(Protocol):
     - ``batch_timeout``: seconds for all jobs of a batch (or the longest of their own limits); without it
       the sum of their limits.
     - ``timeout``: seconds a job may take (default: the service's ``--job-timeout``).
+    - ``max_timeout``: with this, each `report_progress` starts the timeout again, at most until this many
+      seconds after the start.
     - ``healthy()``: raises while something that the handler needs does not answer.
     - ``alone = True``: its jobs may take minutes, so no other job waits behind one in the same worker.
     - ``needs_device = True``: only workers with a device run it (``--device``).
@@ -60,6 +62,9 @@ class HandlerMembers:
 
     #: Timeout of a job in seconds, if the job has none. Default: ``--job-timeout``.
     timeout: float
+    #: Latest end in seconds after the start, for a handler that calls `report_progress`: each call starts the
+    #: timeout again. Default: progress moves nothing.
+    max_timeout: float
     #: An exclusive type: no other job is queued on a worker behind one of its jobs.
     alone: bool
     #: Only workers with a device run it (``--device``).
@@ -115,6 +120,7 @@ class BoundHandler:
         self._handler = handler
         self.timeout_s = float(getattr(handler, "timeout", default_timeout_s))
         self.batch_timeout_s = float(getattr(handler, "batch_timeout", math.inf))
+        self.max_timeout_s = float(getattr(handler, "max_timeout", 0.0))
         handle, batch, healthy = (getattr(handler, name, None) for name in _CALLED[1:])
         self.alone = bool(getattr(handler, "alone", False))
         self.max_batch = max(1, int(getattr(handler, "max_batch", 32))) if batch else 1

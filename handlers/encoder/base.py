@@ -3,17 +3,20 @@
 import gc
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from jobworker.worker import report_progress
 
 from .packing import RowLimits, pack, run_batches
 from .precision_check import SENTENCES
 from .segmenter import Offsets, cut
 
+T = TypeVar("T")
 Vectors = NDArray[np.float32]
 Purpose = Literal["document", "query"]
 LongText = Literal["windows", "truncate", "reject"]
@@ -132,9 +135,10 @@ class WindowedEncoder(ABC):
         )
         # All passes are queued before the first result is read, so that a GPU computes one while the CPU
         # prepares the next.
-        parts = [(batch, self._to_numpy(rows)) for batch, rows in list(batches)]
-        vectors = np.empty((len(windows), parts[0][1].shape[1]), np.float32)
-        for batch, rows in parts:
+        parts = list(_reporting(batches))
+        arrays = list(_reporting((batch, self._to_numpy(rows)) for batch, rows in parts))
+        vectors = np.empty((len(windows), arrays[0][1].shape[1]), np.float32)
+        for batch, rows in arrays:
             vectors[batch] = rows
         return vectors
 
@@ -203,6 +207,13 @@ class WindowedEncoder(ABC):
             plan.windows.append(self._prefix + body + self._suffix)
             plan.owners.append(index)
             plan.weights.append(max(1, stop - start))
+
+
+def _reporting(passes: Iterable[T]) -> Iterator[T]:
+    """Report each pass as progress: one text of some megabytes takes minutes."""
+    for one in passes:
+        yield one
+        report_progress()
 
 
 def batch_arrays(
