@@ -37,6 +37,8 @@ class Handler(Protocol):
     - ``batch_timeout``: seconds for all jobs of a batch (or the longest of their own limits); without it
       the sum of their limits.
     - ``timeout``: seconds a job may take (default: the service's ``--job-timeout``).
+    - ``max_timeout``: with this, each `report_progress` starts the timeout again, at most until this many
+      seconds after the start.
     - ``healthy()``: raises while something that the handler needs does not answer.
     - ``alone = True``: its jobs may take minutes, so no other job waits behind one in the same worker.
     - ``needs_device = True``: only workers with a device run it (``--device``).
@@ -63,6 +65,9 @@ class HandlerMembers:
 
     #: Timeout of a job in seconds, if the job has none. Default: ``--job-timeout``.
     timeout: float
+    #: Latest end in seconds after the start, for a handler that calls `report_progress`: each call starts the
+    #: timeout again. Default: progress moves nothing.
+    max_timeout: float
     #: An exclusive type: no other job is queued on a worker behind one of its jobs.
     alone: bool
     #: Only workers with a device run it (``--device``).
@@ -121,6 +126,7 @@ class BoundHandler:
         self._handler = handler
         self.timeout_s = float(_member(handler, "timeout", default_timeout_s))
         self.batch_timeout_s = float(_member(handler, "batch_timeout", math.inf))
+        self.max_timeout_s = float(_member(handler, "max_timeout", 0.0))
         handle, batch, healthy = (getattr(handler, name, None) for name in _CALLED[1:])
         self.alone = _member(handler, "alone", False)
         self.exact_numbers = _member(handler, "exact_numbers", False)
@@ -279,6 +285,7 @@ def _is_flag(value: Any) -> bool:
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "timeout": (_is_duration, "a number of seconds above 0"),
     "batch_timeout": (_is_duration, "a number of seconds above 0"),
+    "max_timeout": (lambda value: value == 0 or _is_duration(value), "a number of seconds"),
     "max_batch": (_is_count, "a number of jobs above 0"),
     "max_batch_bytes": (_is_positive, "a number of bytes above 0"),
     "alone": (_is_flag, "True or False"),

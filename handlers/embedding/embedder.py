@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -152,6 +152,18 @@ class Embedder:
         """Cache the vectors that were not cached before."""
         if self._cache:
             self._cache.put(entry for part in computed for entry in part.cache_entries)
+
+
+def divide(request: EmbedRequest, part_bytes: float) -> Iterator[EmbedRequest]:
+    """The texts in order, in parts of about `part_bytes` bytes of UTF-8, at least one text each."""
+    start, filled = 0, 0
+    for stop, text in enumerate(request.texts, 1):
+        filled += _utf8_bytes(text)
+        if filled >= part_bytes:
+            yield request._replace(texts=request.texts[start:stop])
+            start, filled = stop, 0
+    if start < len(request.texts):
+        yield request._replace(texts=request.texts[start:])
 
 
 def size_bytes(request: EmbedRequest) -> int:

@@ -4,18 +4,21 @@ import gc
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
+from jobworker.worker import report_progress
 
 from .packing import RowLimits, pack, run_batches
 from .precision_check import SENTENCES
 from .segmenter import Offsets, cut
 from .window_format import WindowFormat
 
+T = TypeVar("T")
 Vectors = NDArray[np.float32]
 Purpose = Literal["document", "query"]
 LongText = Literal["windows", "truncate", "reject"]
@@ -163,9 +166,10 @@ class WindowedEncoder(ABC):
         )
         # All passes are queued before the first result is read, so that a GPU computes one while the CPU
         # prepares the next.
-        parts = [(batch, self._to_numpy(rows)) for batch, rows in list(batches)]
-        vectors = np.empty((len(windows), parts[0][1].shape[1]), np.float32)
-        for batch, rows in parts:
+        parts = list(_reporting(batches))
+        arrays = list(_reporting((batch, self._to_numpy(rows)) for batch, rows in parts))
+        vectors = np.empty((len(windows), arrays[0][1].shape[1]), np.float32)
+        for batch, rows in arrays:
             vectors[batch] = rows
         return vectors
 
@@ -244,6 +248,13 @@ def _divide(text: str, tokens: Tokens, prompt: list[int], limit: int) -> list[tu
     head = _common_prefix(ids, prompt)
     ranges = cut(text, tokens.offsets[head:], max(1, limit - head))
     return [(ids[:head] + ids[head + start : head + stop], stop - start) for start, stop in ranges]
+
+
+def _reporting(passes: Iterable[T]) -> Iterator[T]:
+    """Report each pass as progress: one text of some megabytes takes minutes."""
+    for one in passes:
+        yield one
+        report_progress()
 
 
 def batch_arrays(

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from jobworker.worker import Job, PermanentError, Unavailable
+from jobworker.worker import Job, PermanentError, Unavailable, report_progress
 from jobworker.worker.event_loop import EventLoop
 from jobworker.worker.handler import BoundHandler
 from jobworker.worker.ipc.channel import READY, STARTING, STOPPING, Channel, OutcomeFrame, clear_eventfd
@@ -714,3 +714,30 @@ def test_a_cancellation_in_the_check_of_health_is_trouble_and_not_the_end(desk: 
 @pytest.mark.parametrize("name", ["run_succeeding", "run_failing"])
 def test_killed_at_any_instruction(name: str) -> None:
     assert int(programs.run("kill_scenarios", name)) > 100
+
+
+def test_a_job_past_its_first_timeout_is_given_no_further_jobs_to_wait_behind_it(
+    desk: Callable[..., Desk],
+) -> None:
+    hints = []
+
+    class Long:
+        timeout, max_timeout = 0.02, 60.0
+        max_batch = 4
+
+        def handle_batch(self, jobs: Sequence[Job]) -> list[BaseException | None]:
+            report_progress()
+            hints.append(one.channel.batch_hint)
+            started = time.monotonic()
+            while time.monotonic() - started < 0.1:
+                pass  # the runner's clock is the real one
+            report_progress()
+            hints.append(one.channel.batch_hint)
+            return [None] * len(jobs)
+
+    one = desk(long=Long())
+    one.hand("long")
+    one.run()
+    assert hints == [4, 0]
+    assert one.channel.mono_deadline_s == 0
+    assert one.channel.batch_hint == 4, "without it, the reader would give it no job any more"

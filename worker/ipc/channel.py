@@ -153,6 +153,10 @@ class Channel:
         self._times[_STARTED] = mono_since_s
         self._times[_DEADLINE] = mono_deadline_s
 
+    def extend_deadline(self, mono_deadline_s: float) -> None:
+        """Publish a later deadline of the running jobs (worker)."""
+        self._times[_DEADLINE] = mono_deadline_s
+
     @property
     def mono_heartbeat_s(self) -> float:
         """Time of the last heartbeat (written by the worker)."""
