@@ -157,7 +157,7 @@ class Reader:
             self._dispatcher.dispatch(now)
             self._intake.request_more()
         self._intake.renew_leases(now)
-        self._wait(0.0 if self._intake.lists_one_by_one else sleep_s)
+        self._wait(0.0 if self._intake.must_continue else sleep_s)
         self._intake.check_reads()
 
     # -- jobs
