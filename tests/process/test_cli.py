@@ -292,11 +292,13 @@ class TestDoctor:
             found = findings(store, *silent, code=1)
             printed = run(store, "doctor", *silent, code=1)
             stats = run(store, "stats", *silent)
+            enqueue = run(store, "enqueue", "noop", "--stream", broken[0], code=5)
         finally:
             client.delete(*broken)
         for key in broken:
             assert any(f"key {key} is a string" in line for line in found["wrong"])
             assert f"→ RENAME {key} {key}:damaged" in printed.stdout
+        assert "jobworker doctor names the key" in enqueue.stderr
         assert STREAM in stats.stdout
         assert "stream:audit:log" in stats.stdout
         assert "stream stream:memory:update: the job store refused" in stats.stderr

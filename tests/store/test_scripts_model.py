@@ -195,7 +195,7 @@ class ScriptsMachine(RuleBasedStateMachine):
         old, new = self.readers[name], RedisReaderStore(self.server.url, name)
         new.acquire([S])
         with pytest.raises(Fenced):
-            old.settle([Settlement(S, sorted(self.held))])
+            old.settle([Settlement(S, [*sorted(self.held), b"1-1"])])
         old.close()
         self.readers[name] = new
         mine = [(id, held) for id, held in sorted(self.held.items(), key=order) if held.owner == name]

@@ -14,7 +14,7 @@ import os, sys
 from jobworker.worker.process_env import open_standard_streams
 open_standard_streams()
 fd = os.open(os.devnull, os.O_RDONLY)
-print("out"); print("err", file=sys.stderr); sys.stderr.isatty(); sys.stdin.read()
+print("out"); print("err", file=sys.stderr); sys.stderr.isatty(); sys.stdin and sys.stdin.read()
 os.write(int(sys.argv[1]), f"{fd} {os.get_inheritable(2)}".encode())
 """
 

@@ -10,7 +10,7 @@ from click.shell_completion import CompletionItem
 
 from ..admin.deployment import DEPLOYMENT_HINT, Deployment, read_endpoints, require_store_url
 from ..admin.words import columns, pad, parse_age, strip_control
-from ..errors import ConfigurationError, Exit, StoreUnavailable
+from ..errors import ConfigurationError, Exit, StoreRefused, StoreUnavailable
 from ..extension import extension
 from ..options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, REDIS_URL
 from ..safe_text import escape_control, safe_json
@@ -33,7 +33,13 @@ class CliGroup(click.Group):
             return super().invoke(context)
         except StoreUnavailable as error:
             click.echo(f"jobworker: {escape_control(redacted(str(error)))}", err=True)
-            click.echo(f"Is the job store running, and is this the right one? {DEPLOYMENT_HINT}", err=True)
+            if isinstance(error, StoreRefused):
+                hint = (
+                    "The job store answers. jobworker doctor names the key and the command that repairs it."
+                )
+            else:
+                hint = f"Is the job store running, and is this the right one? {DEPLOYMENT_HINT}"
+            click.echo(hint, err=True)
             context.exit(Exit.STORE_UNREACHABLE)
         except (ConfigurationError, ValueError) as error:
             click.echo(f"jobworker: {escape_control(str(error))}", err=True)

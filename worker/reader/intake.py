@@ -158,7 +158,7 @@ class Intake:
 
     @property
     def must_continue(self) -> bool:
-        """Whether a listing continues without a wait: one by one, or after its rejects are settled."""
+        """Whether a listing continues at once: one by one, or after the settlement of what it rejected."""
         if self.rejected and self._unlisted:
             return True
         return not self._full and any(map(self._marks.lists_one_by_one, self._unlisted))
