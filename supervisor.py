@@ -23,6 +23,8 @@ from jobworker.worker.settings import Settings, parse_address
 from jobworker.worker.supervision.embedded import Stores, needed
 from jobworker.worker.supervision.health import Health, HealthServer
 from jobworker.worker.supervision.instance import InstanceLock, new_holder
+from jobworker.worker.supervision.pdeathsig import become_subreaper
+from jobworker.worker.supervision.process_groups import GroupGuard, reap_adopted
 from jobworker.worker.supervision.process_manager import ProcessManager
 from jobworker.worker.supervision.sd_notify import notify, reloading
 from jobworker.worker.supervision.signals import SignalQueue
@@ -57,6 +59,7 @@ class Supervisor:
         self._stores = stores
         self._metrics = PrometheusCollector()
         self._processes = ProcessManager(settings, self._metrics)
+        self._guard = GroupGuard(f"jobworker: guard [{settings.instance}]")
         self._mono_last_tick_s = time.monotonic()
         self._mono_stop_by_s: float | None = None
         self._reported_ready = False
@@ -82,6 +85,7 @@ class Supervisor:
             return self._run(queue)
         finally:
             self._processes.kill_all()
+            self._guard.close()
             self._stores.stop()
             self._server.close()
 
@@ -97,6 +101,8 @@ class Supervisor:
                 return code
             if self._stores.ready and (code := self._tick(now)) is not None:
                 return code
+            self._guard.update(self._processes.group_leaders(), now)
+            reap_adopted()
             self._processes.wait(_TICK_S, queue)
 
     def _tick(self, now: float) -> Exit | None:
@@ -294,6 +300,7 @@ def main(**options: Any) -> None:
             log.warning(
                 "option.unknown_variable", extra={"variable": variable, "hint": f"did you mean {similar}?"}
             )
+        become_subreaper()
         with SignalQueue(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD) as queue:
             sys.exit(_supervise(settings, queue))
     except (ConfigurationError, OSError) as error:

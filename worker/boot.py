@@ -63,7 +63,9 @@ def main() -> int:
     # Ctrl-C and a terminal's end reach the whole group; only the supervisor decides what they mean.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    if start.role != "worker":
+    if start.role == "worker":
+        os.setpgid(0, 0)  # the supervisor ends the group: what handlers start ends with the worker
+    else:
         # So does a service manager's TERM; these two have to outlive the jobs that are running.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable(start.blackbox_fd)

@@ -24,7 +24,7 @@ class FakeProcess(Process):
         self.mono_started_s = mono_now_s
         self.ready = False
         self.blackbox_fd = 0
-        self.pid = 4711
+        self.pid = 1 << 30  # above every process id
         #: The child's end of its control socket.
         self.peer = ControlSocket(socket.socket(fileno=os.dup(pass_fds[0])))
         self.signals: list[signal.Signals] = []

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -167,6 +168,20 @@ class Deaf(Recorded):
 
     def _interrupted(self, *_: object) -> None:
         raise InterruptedError("SIGTERM")
+
+
+class Spawner(Recorded):
+    """Starts ``payload.command`` and leaves it running, then waits at ``payload.gate``, if there is one.
+
+    With ``payload.session`` the command gets a session of its own.
+    """
+
+    def work(self, job: Job) -> None:
+        command = ["sh", "-c", job.payload["command"]]
+        subprocess.Popen(command, start_new_session=job.payload.get("session", False))
+        if "gate" in job.payload:
+            record("spawned", [job])
+            Gate().work(job)
 
 
 class Batch:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from ..ipc.channel import STARTING, Channel
 from ..ipc.control import ControlSocket, Message, Standby, Start
@@ -73,6 +73,9 @@ class ProcessExit(NamedTuple):
 class Process:
     """A running command with a pidfd, which becomes readable when the process exits."""
 
+    #: Processes whose exit status `collect` has not taken yet, of all objects.
+    uncollected: ClassVar[set[int]] = set()
+
     def __init__(self, name: str, command: Sequence[str], pass_fds: Sequence[int], mono_now_s: float) -> None:
         self.name = name
         self.mono_started_s = mono_now_s
@@ -82,6 +85,7 @@ class Process:
             command, pass_fds=(*pass_fds, self.blackbox_fd), stdin=subprocess.DEVNULL
         )
         self.pid = self._popen.pid
+        self.uncollected.add(self.pid)
         self.pidfd = os.pidfd_open(self.pid)
 
     def kill(self, number: signal.Signals) -> None:
@@ -96,6 +100,7 @@ class Process:
         pid, status, usage = os.wait4(self.pid, os.WNOHANG)
         if pid == 0:
             return None
+        self.uncollected.discard(self.pid)
         code = os.waitstatus_to_exitcode(status)
         self._popen.returncode = code  # stops Popen from waiting for a pid that the kernel may reuse
         cause = signal.Signals(-code).name if code < 0 else f"exit {code}"

@@ -27,6 +27,7 @@ from ..settings import Settings, cores
 from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.prometheus import PrometheusCollector
 from .process import Child, ProcessExit
+from .process_groups import ProcessGroups
 from .signals import SignalQueue
 from .slots import Slot, Standbys, state
 from .status import child_status
@@ -74,6 +75,7 @@ class ProcessManager:
         self._workers = [Slot("worker", number) for number in range(settings.procs)]
         self._slots = [self._reader, self._reaper, *self._workers]
         self._standbys = Standbys(new_child)
+        self._groups = ProcessGroups()
         self._marks = CrashMarks.create()
         self._exited: dict[tuple[int, int], tuple[WorkerExited, Channel]] = {}
         # Slots to restart: the worker of this generation or an earlier one is replaced.
@@ -112,6 +114,7 @@ class ProcessManager:
                 self._enforce_limits(child, now)
                 child.flush()
             self._schedule_recycle(slot, now)
+        self._groups.tick(now)
         self._continue_restart(now)
         # A starting standby must not take CPU time from children that the service waits for.
         wanted = self._steady and not self._draining and not self._count_importing(now)
@@ -201,6 +204,8 @@ class ProcessManager:
         if exited is None:
             return
         self._receive(child, now)
+        if child.channel is not None:
+            self._groups.end(child.pid, now)
         if child is slot.successor:
             slot.successor = None
             self._to_restart.clear()
@@ -428,8 +433,12 @@ class ProcessManager:
 
     @property
     def drained(self) -> bool:
-        """Whether every child has exited and every job is settled or released."""
-        return self._settled and not any(True for _ in self._children())
+        """Whether every child and subprocess has exited and every job is settled or released."""
+        return self._settled and not self._groups and not any(True for _ in self._children())
+
+    def group_leaders(self) -> set[int]:
+        """Process ids of the workers whose process groups end with the service."""
+        return self._groups.leader_pids | {child.pid for slot in self._workers for child in slot.children()}
 
     def kill_workers(self) -> None:
         """Kill all workers when the drain timeout is over. Their jobs are released without a death count."""
@@ -439,12 +448,14 @@ class ProcessManager:
                 child.kill(signal.SIGKILL)
 
     def kill_all(self) -> None:
-        """Kill and collect every child."""
+        """Kill and collect every child, and the subprocesses of workers."""
         for child in self._children():
             child.kill(signal.SIGKILL)
         for child in self._children():
-            child.wait(_STUCK_AFTER_S)
+            if child.wait(_STUCK_AFTER_S) and child.channel is not None:
+                self._groups.end(child.pid, 0.0)
             child.close()
+        self._groups.kill_all()
         for slot in self._slots:
             slot.child = slot.successor = None
         self._standbys.clear()
