@@ -25,7 +25,7 @@ from jobworker.worker.supervision.instance import InstanceLock, new_holder
 from jobworker.worker.supervision.process_manager import ProcessManager
 from jobworker.worker.supervision.sd_notify import notify, reloading
 from jobworker.worker.supervision.signals import SignalQueue
-from jobworker.worker.supervision.status import StatusLine, StatusMailbox, service_status
+from jobworker.worker.supervision.status import StatusLine, StatusMailbox, flagged_types, service_status
 from jobworker.worker.telemetry import log as logs
 from jobworker.worker.telemetry.prometheus import PrometheusCollector
 
@@ -178,7 +178,9 @@ class Supervisor:
         if silent_s > _LIVE_TIMEOUT_S:
             reasons.append(f"the supervisor's loop has not run for {silent_s:.0f} s")
         live = silent_s <= _LIVE_TIMEOUT_S
-        return Health(live, not reasons, reasons, {"workers": self._processes.states()})
+        slowed = flagged_types(self._metrics.totals(), "z_novel_crash_circuits_open")
+        details = {"workers": self._processes.states(), "slowed_types": slowed}
+        return Health(live, not reasons, reasons, details)
 
 
 def _open_data_dir(settings: Settings) -> DataDir:

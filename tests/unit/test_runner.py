@@ -699,3 +699,19 @@ def test_a_cancellation_in_the_check_of_health_is_trouble_and_not_the_end(desk: 
 @pytest.mark.parametrize("name", ["run_succeeding", "run_failing"])
 def test_killed_at_any_instruction(name: str) -> None:
     assert int(programs.run("kill_scenarios", name)) > 100
+
+
+@pytest.mark.parametrize(("timeout", "limit_s"), [(0.001, 0.1), (90, 90.0), (1e300, 86_400.0)])
+def test_the_timeout_of_a_job_has_a_least_and_a_largest_value(
+    desk: Callable[..., Desk], timeout: float, limit_s: float
+) -> None:
+    class Limit:
+        def handle(self, job: Job) -> None:
+            channel = worker.channel
+            limits.append(channel.mono_deadline_s - channel.mono_since_s)
+
+    limits: list[float] = []
+    worker = desk(t=Limit())
+    worker.hand("t", timeout=timeout)
+    worker.run()
+    assert limits == [pytest.approx(limit_s)]

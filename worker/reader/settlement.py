@@ -20,6 +20,7 @@ from ..telemetry.current_job import log_fields
 from .admission import AdmittedJob, RejectedEntry, reject_unread
 from .circuit_breaker import CircuitBreakers
 from .context import ReaderContext
+from .crash_breaker import CrashKey
 from .dispatch import WorkerHandle
 
 log = logging.getLogger("jobworker.settlement")
@@ -67,6 +68,8 @@ class SettlementBatch:
         self.counts: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
         #: Types whose dependencies answer: a job succeeded, or failed for a reason of its own.
         self.answered_types: set[int] = set()
+        #: Jobs that were the only ones in a worker that died.
+        self.worker_deaths: list[CrashKey] = []
         #: Jobs whose dependency is unavailable. They stay pending and use up no retry.
         self.deferred: list[AdmittedJob] = []
 
@@ -97,6 +100,8 @@ class Settler:
         self._rng = context.rng
         self._marks = context.crash_marks
         self._breakers = breakers
+        self._crashes = breakers.crashes
+        self._mono_s = context.mono_s
         self._wall_now = wall_now
         self._decoder = msgspec.msgpack.Decoder(OutcomeFrame)
 
@@ -109,6 +114,8 @@ class Settler:
         for one in outcomes:
             for run in one.succeeded:
                 self._acknowledge(batch, one.worker, run)
+            for row, _ in one.failed:
+                self._crashes.record_survival(row.stream_no, [row.entry_id])
         self._settle_failures(batch, outcomes)
         for entry in rejected:
             self._settle_rejected(batch, entry)
@@ -141,6 +148,8 @@ class Settler:
                 if len(present) == 1
                 else [one for one, owner in zip(ids, stream_nos, strict=True) if owner == stream_no]
             )
+            if self._crashes.watching:
+                self._crashes.record_survival(stream_no, batch.done[stream_no])
 
     def _settle_failures(self, batch: SettlementBatch, outcomes: Sequence[_Outcomes]) -> None:
         """Settle failed jobs. Their bytes are fetched from the stream again, because few jobs fail."""
@@ -173,6 +182,8 @@ class Settler:
         if not failure.timed_out and not failure.unavailable:
             batch.answered_types.add(row.type_no)
         envelope = read_envelope(job.data)
+        if failure.timed_out:
+            batch.worker_deaths.append(CrashKey(row.type_no, envelope.tenant_id))
         decision = after_failure(failure, envelope.retry_count, row.deaths, self._settings.retry, self._rng)
         fields = {**log_fields(envelope), "retry_count": envelope.retry_count, "error": failure.error}
         if failure.traceback:
@@ -297,6 +308,8 @@ class Settler:
             isolated = self._charge_deaths(batch, worker, exit_, started, bodies)
         self._marks.unmark()
         self._commit(batch)
+        for key in batch.worker_deaths:
+            self._crashes.record_death(key, self._mono_s())
         worker.table.mark([row.row for row in rows], SETTLED)
         worker.table.advance()
         return Reclaimed(_runnable_jobs(unstarted, bodies), isolated)
@@ -342,6 +355,8 @@ class Settler:
         self._marks.mark(row.stream_no, row.entry_id, settling=True)
         envelope = read_envelope(job.data)
         deaths = envelope.deaths + row.deaths
+        if sole:
+            batch.worker_deaths.append(CrashKey(row.type_no, envelope.tenant_id))
         batch.counts["z_novel_jobs_failed_total", (envelope.type,)] += 1
         retries_exhausted = sole and envelope.retry_count + row.deaths > self._settings.retry.max_retries
         log.error("job.worker_died", extra={**log_fields(envelope), "deaths": deaths, "cause": cause})
