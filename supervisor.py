@@ -28,7 +28,7 @@ from jobworker.worker.supervision.process_groups import GroupGuard, reap_adopted
 from jobworker.worker.supervision.process_manager import ProcessManager
 from jobworker.worker.supervision.sd_notify import notify, reloading
 from jobworker.worker.supervision.signals import SignalQueue
-from jobworker.worker.supervision.status import StatusLine, StatusMailbox, service_status
+from jobworker.worker.supervision.status import StatusLine, StatusMailbox, flagged_types, service_status
 from jobworker.worker.telemetry import log as logs
 from jobworker.worker.telemetry.line_writer import write_briefly
 from jobworker.worker.telemetry.prometheus import PrometheusCollector
@@ -198,7 +198,11 @@ class Supervisor:
         if silent_s > _LIVE_TIMEOUT_S:
             reasons.append(f"the supervisor's loop has not run for {silent_s:.0f} s")
         live = silent_s <= _LIVE_TIMEOUT_S
-        details = {"workers": self._processes.states(), "warnings": self._processes.warnings()}
+        slowed = flagged_types(self._metrics.totals(), "z_novel_crash_circuits_open")
+        details = {
+            "workers": self._processes.states(), "warnings": self._processes.warnings(),
+            "slowed_types": slowed,
+        }  # fmt: skip
         return Health(live, not reasons, reasons, details)
 
 

@@ -32,6 +32,9 @@ _HEALTH_EVERY_S = 5.0
 _ROOM_WITHIN_S = 60.0
 #: Most bytes of queued jobs. Large jobs stay in the ring, whose size is bounded, and no batch is much larger.
 _AHEAD_BYTES = 32 * 1024 * 1024
+#: Least and largest timeout that a job can set. Each timeout costs a worker, whose successor may have to load
+#: a model; and a job that hangs must not occupy a worker for ever.
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.1, 86_400.0
 #: Shortest timeout of poll(), which rounds up. A shorter rest of the linger time is not waited for.
 _SHORTEST_POLL_S = 0.001
 
@@ -245,7 +248,9 @@ class Runner:
         return batch
 
     def _limit_s(self, handler: BoundHandler, envelope: Envelope) -> float:
-        return handler.timeout_s if envelope.timeout is None else envelope.timeout
+        if envelope.timeout is None:
+            return handler.timeout_s
+        return min(max(envelope.timeout, MIN_TIMEOUT_S), MAX_TIMEOUT_S)
 
     def _allow_progress(self, handler: BoundHandler, limit_s: float, envelopes: Sequence[Envelope]) -> None:
         """Let progress extend the deadline, unless a producer has set the timeout of one of the jobs."""

@@ -146,11 +146,15 @@ class TestServices:
         assert problems(doctor.service_findings(silent, True, "1")) == [("note", "no status: refused")]
 
     def test_problems_that_a_service_reports_are_passed_on(self) -> None:
-        gauge = {"z_novel_circuit_open": [{"task_type": "audit", "value": 1}]}
+        gauge = {
+            name: [{"task_type": "audit", "value": 1}]
+            for name in ("z_novel_circuit_open", "z_novel_crash_circuits_open")
+        }
         status = {"ready": False, "reasons": ["no reader"], "version": "1", "metrics": gauge}
         assert problems(doctor.service_findings([Service("http://a", status)], False, "1")) == [
             ("wrong", "no reader"),
             ("wrong", "the circuit breaker of type audit is open: its dependency does not answer"),
+            ("wrong", "jobs of type audit kill worker after worker, so their tenants are slowed down"),
         ]
 
     def test_the_restart_of_one_worker_is_a_note(self) -> None:

@@ -103,6 +103,12 @@ class TestPending:
         store.paused = [Pause("audit", NOW_S, "")]
         assert "type audit is paused" in find(store, "j2").why
 
+    def test_jobs_that_kill_workers_are_the_reason(self, store: Any) -> None:
+        lease(store, 1.0)
+        gauge = {"z_novel_crash_circuits_open": [{"task_type": "audit", "value": 1}]}
+        why = find(store, "j2", [service(children=[], metrics=gauge)]).why
+        assert "jobs of type audit kill worker after worker" in why
+
     def test_worker_deaths_are_reported(self, store: Any) -> None:
         lease(store, 1.0, deaths=2)
         location = find(store, "j2")

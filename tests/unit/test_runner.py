@@ -741,3 +741,19 @@ def test_a_job_past_its_first_timeout_is_given_no_further_jobs_to_wait_behind_it
     assert hints == [4, 0]
     assert one.channel.mono_deadline_s == 0
     assert one.channel.batch_hint == 4, "without it, the reader would give it no job any more"
+
+
+@pytest.mark.parametrize(("timeout", "limit_s"), [(0.001, 0.1), (90, 90.0), (1e300, 86_400.0)])
+def test_the_timeout_of_a_job_has_a_least_and_a_largest_value(
+    desk: Callable[..., Desk], timeout: float, limit_s: float
+) -> None:
+    class Limit:
+        def handle(self, job: Job) -> None:
+            channel = worker.channel
+            limits.append(channel.mono_deadline_s - channel.mono_since_s)
+
+    limits: list[float] = []
+    worker = desk(t=Limit())
+    worker.hand("t", timeout=timeout)
+    worker.run()
+    assert limits == [pytest.approx(limit_s)]

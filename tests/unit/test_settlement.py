@@ -202,8 +202,9 @@ def test_a_job_that_kills_three_workers_is_poison(rig: ReaderRig) -> None:
         worker.start("1")
         rig.exit(worker, "SIGSEGV")
         rig.tick()
-        rig.attach()
-    rig.tick()
+        rig.restart(worker)
+        rig.tick()
+        rig.advance(1.0)
     (letter,) = rig.letters
     assert (letter["reason"], letter["error"], letter["deaths"]) == ("poison", "WorkerDied: SIGSEGV", 3)
     assert letter["details"]["batch"] == [letter["original_id"]]

@@ -197,6 +197,10 @@ def service_findings(services: Sequence[Service], default_metrics: bool, version
             says = f"the circuit breaker of type {job_type} is open: its dependency does not answer"
             yield Finding("wrong", service.consumer, says,
                           "repair the dependency; the jobs then resume without further action")  # fmt: skip
+        for job_type in sorted(service.types_with("z_novel_crash_circuits_open")):
+            says = f"jobs of type {job_type} kill worker after worker, so their tenants are slowed down"
+            advice = "read crashes.slowed in the log for the tenant, then: jobworker dlq list"
+            yield Finding("wrong", service.consumer, says, advice)
         if status.get("version") != version:
             says = f"its version is {status.get('version')}, the version of this tool is {version}"
             yield Finding("note", service.consumer, says)

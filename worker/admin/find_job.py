@@ -242,6 +242,13 @@ class JobFinder:
                 f"the circuit breaker of type {location.type} is open, because its dependency does not "
                 f"answer; one job is tried now and then; {holder}"
             )
+        if any(
+            location.type in service.types_with("z_novel_crash_circuits_open") for service in self._services
+        ):
+            return (
+                f"jobs of type {location.type} kill worker after worker; those of the same tenant run "
+                f"one after another; {holder}"
+            )
         return f"{holder}; it waits for a worker there, or runs"
 
     def _unhandled(self, job_type: str) -> str:

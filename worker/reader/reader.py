@@ -71,6 +71,7 @@ class Reader:
         marks: CrashMarks | None = None,
         mono_s: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
+        slow_crashes: bool = True,
     ) -> None:
         self._store = store
         self._settings = settings
@@ -92,7 +93,7 @@ class Reader:
         )
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
-        self._breakers = CircuitBreakers(len(settings.handlers))
+        self._breakers = CircuitBreakers(len(settings.handlers), slow_crashes=slow_crashes)
         self._buffer = PrefetchBuffer(self._breakers)
         self._dispatcher = Dispatcher(settings.streams, self._buffer)
         self._intake = Intake(context, self._dispatcher, self._selector)
@@ -158,6 +159,7 @@ class Reader:
             self._refresh_pauses()
         self._settle(now)
         self._reclaim_exited_workers()
+        self._log_slowdowns()
         if not self._intake.draining:
             self._dispatcher.dispatch(now)
             self._intake.request_more()
@@ -185,11 +187,24 @@ class Reader:
         """Make jobs of exited workers runnable again: unstarted ones first in line, started ones isolated."""
         for worker in [worker for worker in self._dispatcher.workers if worker.exited]:
             assert worker.exited is not None
+            if worker.exited.charge:
+                self._dispatcher.record_exit(worker, self._mono_s())
             reclaimed = self._settler.reclaim(worker, worker.exited)
             self._detach(worker)
             for job in reclaimed.isolated:
-                self._buffer.add(job)
+                self._buffer.add(job, self._mono_s() + self._breakers.crashes.rerun_after_s(job.entry.deaths))
             self._buffer.requeue(reclaimed.unstarted)
+
+    def _log_slowdowns(self) -> None:
+        """Report tenants and types whose jobs kill worker after worker, or no longer do."""
+        changes, self._breakers.crashes.changes = self._breakers.crashes.changes, []
+        for key, is_open, deaths in changes:
+            tenant = {} if key.tenant_id is None else {"tenant_id": key.tenant_id}
+            fields = {"task_type": tuple(self._settings.handlers)[key.type_no], **tenant, "deaths": deaths}
+            if is_open:
+                log.error("crashes.slowed", extra=fields)
+            else:
+                log.info("crashes.ended", extra=fields)
 
     def _detach(self, worker: WorkerHandle) -> None:
         self._selector.unregister(worker.channel.fds[2])
@@ -241,6 +256,8 @@ class Reader:
         self._reported_at = self._mono_s()
         for type_no, name in enumerate(self._settings.handlers):
             self._metrics.gauge("z_novel_circuit_open", (name,), float(self._breakers[type_no].open))
+            slowed = self._breakers.crashes.slowed(type_no)
+            self._metrics.gauge("z_novel_crash_circuits_open", (name,), float(slowed))
             self._metrics.gauge("z_novel_paused", (name,), float(type_no in self._buffer.paused_types))
         warnings = self._faults.warnings()
         trouble = self._trouble

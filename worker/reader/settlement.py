@@ -21,6 +21,7 @@ from ..telemetry.current_job import log_fields
 from .admission import AdmittedJob, RejectedEntry, reject_unread
 from .circuit_breaker import CircuitBreakers
 from .context import ReaderContext
+from .crash_breaker import CrashKey
 from .dispatch import WorkerHandle
 from .held_outcomes import FailedJob
 
@@ -65,6 +66,8 @@ class SettlementBatch:
         self.failed: dict[tuple[int, bytes], FailedJob] = {}
         #: Types whose dependencies answer: a job succeeded, or failed for a reason of its own.
         self.answered_types: set[int] = set()
+        #: Jobs that were the only ones in a worker that died.
+        self.worker_deaths: list[CrashKey] = []
         #: Jobs whose dependency is unavailable. They stay pending and use up no retry.
         self.deferred: list[AdmittedJob] = []
 
@@ -104,6 +107,8 @@ class Settler:
         # Outcomes that were perhaps settled already: the answer was lost, or an earlier reader died.
         self._unsure: set[tuple[int, bytes]] = set()
         self._breakers = breakers
+        self._crashes = breakers.crashes
+        self._mono_s = context.mono_s
         self._wall_now = wall_now
         self._decoder = msgspec.msgpack.Decoder(OutcomeFrame)
 
@@ -116,6 +121,9 @@ class Settler:
         for one in outcomes:
             for run in one.succeeded:
                 self._acknowledge(batch, one.worker, run)
+        for one in outcomes:
+            for job in one.failed:
+                self._crashes.record_survival(job.row.stream_no, [job.row.entry_id])
         held = self._acknowledge_held(batch)
         self._settle_failures(batch, [*held, *(job for one in outcomes for job in one.failed)])
         for entry in rejected:
@@ -152,10 +160,12 @@ class Settler:
             if len(present) == 1:
                 batch.done[stream_no] += ids
                 batch.done_types[stream_no] += type_nos
-                continue
-            own = [i for i, owner in enumerate(stream_nos) if owner == stream_no]
-            batch.done[stream_no] += [ids[i] for i in own]
-            batch.done_types[stream_no] += [type_nos[i] for i in own]
+            else:
+                own = [i for i, owner in enumerate(stream_nos) if owner == stream_no]
+                batch.done[stream_no] += [ids[i] for i in own]
+                batch.done_types[stream_no] += [type_nos[i] for i in own]
+            if self._crashes.watching:
+                self._crashes.record_survival(stream_no, batch.done[stream_no])
 
     def _acknowledge_held(self, batch: SettlementBatch) -> list[FailedJob]:
         """Acknowledge the held successes of streams that work again; returns the held failures."""
@@ -197,6 +207,8 @@ class Settler:
         if not failure.timed_out and not failure.unavailable:
             batch.answered_types.add(row.type_no)
         envelope = read_envelope(data)
+        if failure.timed_out:
+            batch.worker_deaths.append(CrashKey(row.type_no, envelope.tenant_id))
         decision = after_failure(failure, envelope.retry_count, row.deaths, self._settings.retry, self._rng)
         fields = {**log_fields(envelope), "retry_count": envelope.retry_count, "error": failure.error}
         if failure.traceback:
@@ -376,6 +388,8 @@ class Settler:
             isolated = self._charge_deaths(batch, worker, exit_, started, bodies)
         self._marks.unmark()
         self._commit(batch)
+        for key in batch.worker_deaths:
+            self._crashes.record_death(key, self._mono_s())
         worker.table.mark([row.row for row in rows], SETTLED)
         worker.table.advance()
         return Reclaimed(_runnable_jobs(unstarted, bodies), isolated)
@@ -395,7 +409,7 @@ class Settler:
                 continue  # no longer ours
             charged = row._replace(deaths=deaths[row.key], isolated=True)
             job = FailedJob(charged, failure, self._worker_name(worker), exit_.details)
-            if not self._is_given_up(batch, job, data, exit_.cause):
+            if not self._is_given_up(batch, job, data, exit_.cause, sole=len(started) == 1):
                 isolated.append(_runnable(charged, data))
         return isolated
 
@@ -409,11 +423,14 @@ class Settler:
                 stored |= {(stream_no, entry_id): count for entry_id, count in own_counts.items()}
         return stored
 
-    def _is_given_up(self, batch: SettlementBatch, job: FailedJob, data: bytes, cause: str) -> bool:
+    def _is_given_up(
+        self, batch: SettlementBatch, job: FailedJob, data: bytes, cause: str, *, sole: bool
+    ) -> bool:
         """Dead-letter a job with too many deaths; False if it may run again.
 
-        The limit of retries does not count here: deaths have a limit of their own. They count as tries once
-        the job fails otherwise (see `after_failure`).
+        Only the job that was alone in its worker (``sole``) is proven to have caused the death. The limit of
+        retries does not count here: deaths have a limit of their own. They count as tries once the job fails
+        otherwise (see `after_failure`).
         """
         row = job.row
         if row.key in self._marks.poison:
@@ -422,6 +439,8 @@ class Settler:
         self._marks.mark(row.stream_no, row.entry_id, settling=True)
         envelope = read_envelope(data)
         deaths = envelope.deaths + row.deaths
+        if sole:
+            batch.worker_deaths.append(CrashKey(row.type_no, envelope.tenant_id))
         batch.counts[row.key].append(("z_novel_jobs_failed_total", (envelope.type,)))
         log.error("job.worker_died", extra={**log_fields(envelope), "deaths": deaths, "cause": cause})
         self._trace("worker died", envelope, row, cause, deaths=deaths)

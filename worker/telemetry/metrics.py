@@ -51,6 +51,9 @@ METRICS = {
     "z_novel_worker_restarts_total": Metric("counter", "Processes started again", ("role", "cause")),
     "z_novel_log_lines_dropped_total": Metric("counter", "Log lines dropped because stderr was not read"),
     "z_novel_circuit_open": Metric("gauge", "1 while the circuit breaker of a type is open", ("task_type",)),
+    "z_novel_crash_circuits_open": Metric(
+        "gauge", "Tenants of a type whose jobs kill workers and are slowed down", ("task_type",)
+    ),
     "z_novel_paused": Metric("gauge", "1 while a type is paused by an operator", ("task_type",)),
 }
 
