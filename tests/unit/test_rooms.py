@@ -32,7 +32,17 @@ DOORS = {
 #: Each room and the rooms that it may import. A file directly under worker/ is a room of its own.
 CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
-    *("event_loop", "handler", "options", "extension", "quantities", "config_file", "urls", "process_env"),
+    *(
+        "event_loop",
+        "handler",
+        "options",
+        "extension",
+        "quantities",
+        "config_file",
+        "urls",
+        "process_env",
+        "cgroup",
+    ),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
@@ -58,7 +68,7 @@ BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}
 JOB_TYPES = {"embedding", "rebuild", "summaries", "audit"}
 SHARED_BELOW = {"jobstore": set(), "vectors": {"jobstore"}, "encoder": {"vectors", "file_lock"}}
 #: What handlers may import of the engine besides the names in worker/__init__.py.
-PUBLIC = {"scripted_redis", "testing", "extension", "options", "quantities", "urls", "data_dir"}
+PUBLIC = {"scripted_redis", "testing", "extension", "options", "quantities", "urls", "data_dir", "cgroup"}
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")
 COMPOSERS = {"boot", "testing", "producer", "scripted_redis", "admin", "cli", "web"}
