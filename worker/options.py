@@ -88,7 +88,7 @@ DATA_DIR = option(
     "--data-dir",
     "Where the embedded stores and archives live.",
     "./jobworker-data",
-    click.Path(file_okay=False),
+    click.Path(file_okay=False, readable=False),
     envvar=f"{ENV_PREFIX}_DATA_DIR",
 )
 

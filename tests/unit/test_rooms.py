@@ -32,17 +32,8 @@ DOORS = {
 #: Each room and the rooms that it may import. A file directly under worker/ is a room of its own.
 CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
-    *(
-        "event_loop",
-        "handler",
-        "options",
-        "extension",
-        "quantities",
-        "config_file",
-        "urls",
-        "process_env",
-        "cgroup",
-    ),
+    *("event_loop", "handler", "options", "extension", "quantities", "config_file", "urls"),
+    *("process_env", "cgroup"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
