@@ -162,7 +162,7 @@ _SECONDS = ("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age
 
 
 def _extended() -> Any:
-    """Module with the options of the built-in types: ``OPTIONS``, ``GROUPS``, ``VERB_OPTIONS``, ``fields_of``."""
+    """Module with the options of the built-in types: OPTIONS, GROUPS, VERB_OPTIONS, fields_of."""
     return import_module(extension().options)
 
 
