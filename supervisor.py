@@ -17,7 +17,13 @@ from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.extension import extension, require_extras
 from jobworker.worker.keys import Holder
-from jobworker.worker.options import ENV_PREFIX, service_options, settings_from, unknown_variables
+from jobworker.worker.options import (
+    ENV_PREFIX,
+    ServiceCommand,
+    service_options,
+    settings_from,
+    unknown_variables,
+)
 from jobworker.worker.process_env import prepare_process
 from jobworker.worker.settings import Settings, parse_address
 from jobworker.worker.supervision.embedded import Stores, needed
@@ -281,7 +287,9 @@ def _supervise(settings: Settings, queue: SignalQueue) -> Exit:
         return Supervisor(replace(settings, holder=holder), data, stores).run(queue)
 
 
-@click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "max_content_width": 110})
+@click.command(
+    cls=ServiceCommand, context_settings={"auto_envvar_prefix": ENV_PREFIX, "max_content_width": 110}
+)
 @click.version_option(package_name="jobworker")
 @service_options
 def main(**options: Any) -> None:

@@ -49,7 +49,7 @@ def _milvus(given: str, found: str) -> tuple[str, str]:
 
 def _model(model: str, device: str, milvus: tuple[str, str], prefix: str) -> Iterator[Found]:
     """Look in a process of its own; ``milvus``: its uri and token."""
-    command = [sys.executable, "-m", "jobworker.handlers.encoder.doctor", model, device, prefix]
+    command = [sys.executable, "-P", "-m", "jobworker.handlers.encoder.doctor", model, device, prefix]
     try:
         done = subprocess.run(
             # Not as arguments: every user of the host can read those.

@@ -53,6 +53,17 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+#: Groups of the help text, beside the options that it shows first.
+GROUPS = {
+    "Milvus": ("milvus-token", "milvus-prefix", "milvus-partitions"),
+    "Model": ("device", "model-copies", "dtype", "long-text", "token-budget", "cache"),
+    "Summaries": (
+        "summary-chars", "llm-url", "llm-model", "llm-key-file", "llm-timeout", "summary-sink",
+        "postgres-dsn",
+    ),
+}  # fmt: skip
+
+
 def fields_of(values: dict[str, Any]) -> dict[str, Any]:
     """Fields of `HandlerSettings`; takes the options that have other names out of ``values``.
 

@@ -88,7 +88,7 @@ DATA_DIR = option(
     "--data-dir",
     "Where the embedded stores and archives live.",
     "./jobworker-data",
-    click.Path(file_okay=False),
+    click.Path(file_okay=False, readable=False),
     envvar=f"{ENV_PREFIX}_DATA_DIR",
 )
 
@@ -164,7 +164,7 @@ _SECONDS = ("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age
 
 
 def _extended() -> Any:
-    """The module with the options of the built-in types: ``OPTIONS``, ``fields_of`` and ``VERB_OPTIONS``."""
+    """Module with the options of the built-in types: OPTIONS, GROUPS, VERB_OPTIONS, fields_of."""
     return import_module(extension().options)
 
 
@@ -173,6 +173,38 @@ def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed([*_WORK, *_STORES, *_extended().OPTIONS, *_SERVICE]):
         command = option(command)
     return command
+
+
+#: The options that most services need, in the order of the help text. Each is in one group only.
+_FIRST = ("redis-url", "milvus-uri", "data-dir", "model", "procs", "handler", "stream", "instance",
+          "metrics-addr", "config")  # fmt: skip
+#: Groups of the other options of the engine; those of the built-in types follow.
+_GROUPS = {
+    "Work": ("no-builtin-handlers", "job-timeout", "linger", "max-payload"),
+    "Worker replacement": ("max-rss", "max-jobs", "max-age", "drain-timeout"),
+    "Retries": ("max-retries", "retry-initial", "retry-multiplier", "retry-max", "retry-jitter"),
+    "Stores": ("connect-timeout", "lease"),
+}
+_LOGS = {"Logs": ("log-level", "log-format")}
+
+
+class ServiceCommand(click.Command):
+    """Command whose help lists the most needed options first, and the others in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section a group; options of no group come last."""
+        records = {
+            parameter.opts[0].removeprefix("--"): record
+            for parameter in self.get_params(ctx)
+            if (record := parameter.get_help_record(ctx)) is not None
+        }
+        groups = {"Most needed options": _FIRST, **_GROUPS, **_extended().GROUPS, **_LOGS}
+        grouped = {name for names in groups.values() for name in names}
+        groups["Other"] = tuple(name for name in records if name not in grouped)
+        for title, names in groups.items():
+            if rows := [records[name] for name in names if name in records]:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
 
 def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:

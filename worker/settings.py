@@ -1,6 +1,5 @@
 """Settings: one frozen record of every option; children get it as JSON over a pipe."""
 
-import os
 import re
 import socket
 from dataclasses import dataclass, field, fields
@@ -8,6 +7,7 @@ from typing import Any, ClassVar, Self
 
 import msgspec
 
+from .cgroup import usable_cpus
 from .errors import ConfigurationError
 from .extension import extension, imported
 from .keys import NO_HOLDER, Holder, Source
@@ -106,8 +106,8 @@ def parse_address(text: str, option: str = "--metrics-addr") -> tuple[str, int]:
 
 
 def cores() -> int:
-    """Processors that this process may use, which on a shared machine are fewer than it has."""
-    return len(os.sched_getaffinity(0))
+    """Processors that this process may use, by affinity and CPU quota; the machine may have more."""
+    return usable_cpus()
 
 
 def without_credentials(url: str, mark: str = "") -> str:

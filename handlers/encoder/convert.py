@@ -4,7 +4,6 @@
 """
 
 import logging
-import os
 import sys
 import warnings
 from functools import partial
@@ -13,6 +12,8 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+
+from jobworker.worker.cgroup import usable_cpus
 
 from .base import Purpose, batch_arrays
 from .converted_models import Card, Weight
@@ -55,7 +56,7 @@ class _TraceableModel(torch.nn.Module):
 def convert(source: ModelSource, target: Path) -> None:
     """Fill the folder `target`. For a model that cannot be converted, the card gives the reason."""
     try:
-        encoder = TorchEncoder.load(source, device="cpu", dtype="fp32", threads=len(os.sched_getaffinity(0)))
+        encoder = TorchEncoder.load(source, device="cpu", dtype="fp32", threads=usable_cpus())
         card = _convert(encoder, target)
     except (OSError, MemoryError):
         raise  # a fault of the machine, not of the model: the next start tries again

@@ -178,8 +178,8 @@ def _convert_in_subprocess(source: ModelSource, part: Path) -> None:
     """Convert in a subprocess: this process does not load torch, and the memory is freed afterwards."""
     log.info("model.converting", extra={"model": source.name, "hint": "once for this machine"})
     # The wrapper kills the subprocess when this process exits, also by SIGKILL.
-    wrapper = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
-    program = [sys.executable, "-m", "jobworker.handlers.encoder.convert"]
+    wrapper = [sys.executable, "-P", "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
+    program = [sys.executable, "-P", "-m", "jobworker.handlers.encoder.convert"]
     command = [*wrapper, *program, source.name, str(source.folder), source.revision, str(part)]
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     for pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

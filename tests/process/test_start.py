@@ -166,6 +166,20 @@ def test_closed_standard_streams_do_not_stop_the_service(tmp_path: Path) -> None
         one.assert_nothing_left()
 
 
+def test_children_import_nothing_from_the_current_folder_but_handlers(tmp_path: Path) -> None:
+    one = Service(tmp_path, {"own": "own_jobs:Own"}, procs=1)
+    trace = tmp_path / "imported"
+    for name in ("setproctitle", "redis", "msgspec", "click"):
+        (one.cwd / f"{name}.py").write_text(f"open({str(trace)!r}, 'a').write('{name} ')\n")
+    (one.cwd / "own_jobs.py").write_text("class Own:\n    def handle(self, job):\n        pass\n")
+    with ending(one):
+        one.start()
+        one.enqueue("own")
+        one.wait_until_drained()
+        assert one.terminate() == 0
+    assert not trace.exists(), trace.read_text()
+
+
 def test_services_beside_each_other_need_only_folders_of_their_own(tmp_path: Path) -> None:
     both = []
     for name in ("a", "b"):

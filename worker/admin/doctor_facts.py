@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+from ..cgroup import free_memory_bytes
 from ..extension import extension
 from ..keys import Source
 from ..settings import cores
@@ -44,7 +45,7 @@ class StoreFacts(NamedTuple):
 def read_host_facts() -> HostFacts:
     """Facts about this machine."""
     return HostFacts(
-        cores(), resource.getrlimit(resource.RLIMIT_NOFILE)[0], _memory_free(), _gpus(), _versions()
+        cores(), resource.getrlimit(resource.RLIMIT_NOFILE)[0], free_memory_bytes(), _gpus(), _versions()
     )
 
 
@@ -78,19 +79,6 @@ def package_version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-def _memory_free() -> int:
-    """Bytes free on this machine, or in this control group if that is less."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    path = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
-    group = Path("/sys/fs/cgroup") / path.lstrip("/")
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
-        return min(free, int(limit) - int(used)) if limit != "max" else free
-    except (OSError, ValueError):
-        return free
 
 
 def _gpus() -> list[str]:

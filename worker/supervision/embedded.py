@@ -59,7 +59,7 @@ class EmbeddedValkey:
             "daemonize no", f"logfile {quoted(str(self._dir / 'valkey.log'))}",
         ]  # fmt: skip
         write_private(config, "\n".join(lines) + "\n")
-        return [self._binary, str(config)]
+        return [self._binary, escaped_pattern(str(config))]
 
     def answers(self) -> bool:
         """Whether it has loaded its data and takes commands."""
@@ -78,6 +78,16 @@ def quoted(text: str) -> str:
     return (
         '"' + "".join(f"\\x{ord(char):02x}" if char in '"\\' or char < " " else char for char in text) + '"'
     )
+
+
+def escaped_pattern(path: str) -> str:
+    """A path as an argument for Valkey, which takes one with ``*``, ``?`` or ``[`` as a pattern.
+
+    A pattern without a match is no error: the server would start without a password and on all addresses.
+    """
+    if not any(char in path for char in "*?["):
+        return path
+    return "".join(f"\\{char}" if char in "*?[]\\" else char for char in path)
 
 
 class Embedded(Protocol):
@@ -201,7 +211,7 @@ class Stores:
             log.info("embedded.ready", extra={"store": kept.store.name})
 
     def _start(self, store: Embedded, now: float) -> Process:
-        tether = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
+        tether = [sys.executable, "-P", "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
         assert self._data is not None
         return Process(store.name, [*tether, *store.command()], [self._data.lock_fd], now)
 

@@ -167,7 +167,7 @@ class Child(Process):
         self.killed_by_stop = False
         self._outbox: deque[tuple[Message, tuple[int, ...]]] = deque()
         self.control, theirs = ControlSocket.pair()
-        command = [sys.executable, "-m", "jobworker.worker.boot", str(theirs.fileno())]
+        command = [sys.executable, "-P", "-m", "jobworker.worker.boot", str(theirs.fileno())]
         with theirs:
             super().__init__("standby", command, [theirs.fileno()], mono_now_s)
 

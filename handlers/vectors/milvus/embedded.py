@@ -46,7 +46,7 @@ class EmbeddedMilvus:
         """Command line of the server, which writes the port file when it is ready."""
         self._port_file.unlink(missing_ok=True)
         return [
-            sys.executable, "-m", "jobworker.handlers.vectors.milvus.lite_server",
+            sys.executable, "-P", "-m", "jobworker.handlers.vectors.milvus.lite_server",
             "--data-dir", str(self._dir),
             "--port", str(self._port), "--port-file", str(self._port_file),
             "--token-file", str(self._token_file),
