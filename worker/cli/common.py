@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
-from typing import Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import click
 from click.shell_completion import CompletionItem
@@ -14,8 +14,12 @@ from ..errors import ConfigurationError, Exit, StoreRefused, StoreUnavailable
 from ..extension import extension
 from ..options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, REDIS_URL
 from ..safe_text import escape_control, safe_json
+from ..store.announcements import suggestion
 from ..telemetry.log import redacted
 from ..urls import parse_http_url
+
+if TYPE_CHECKING:  # the client library takes a while to load
+    from ..store.redis.operator import OperatorStore
 
 #: Exit code of a verb that ran and found something missing or wrong.
 BAD_NEWS = 1
@@ -153,6 +157,17 @@ def echo_missing(ids: frozenset[str], found: Iterable[str]) -> list[str]:
     for id in missing[:MAX_IDS_NAMED]:
         click.echo(f"not found: {strip_control(id)}; try: jobworker explain {strip_control(id)}", err=True)
     return missing
+
+
+def echo_unread_streams(store: "OperatorStore", given: Sequence[str]) -> None:
+    """Note on standard error which of the streams of --stream no service reads: a name may be misspelt."""
+    if not given:
+        return
+    read = {name for one in store.announcements() for name in one.streams}
+    for name in given if read else ():
+        if name not in read:
+            text = f"no service of this deployment reads the stream {name!r}: {suggestion(name, read)}"
+            click.echo(f"jobworker: {strip_control(text)}", err=True)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

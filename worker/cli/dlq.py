@@ -26,6 +26,7 @@ from .common import (
     confirm,
     echo_json,
     echo_missing,
+    echo_unread_streams,
     is_terminal,
     table,
     verb,
@@ -77,6 +78,7 @@ class _SelectedByOptions(DeadLetterQueue):
         store = OperatorStore(url)
         names = [source.stream for source in parse_sources(streams, need_group=False)]
         self.now_s = store.wall_now_s(names[0])
+        echo_unread_streams(store, names if streams else ())
         selected = LetterFilter(
             frozenset(ids), frozenset(reasons), frozenset(types), frozenset(tenants), error
         )

@@ -11,7 +11,18 @@ from ..admin.deployment import parse_sources
 from ..admin.retries import RetrySet, ScheduledRetry
 from ..admin.words import format_duration, pluralise, strip_control
 from ..quantities import Count
-from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, JobType, echo_json, echo_missing, table, verb
+from .common import (
+    AS_JSON,
+    BAD_NEWS,
+    STREAMS,
+    CliGroup,
+    JobType,
+    echo_json,
+    echo_missing,
+    echo_unread_streams,
+    table,
+    verb,
+)
 
 
 @click.group("retry", cls=CliGroup)
@@ -41,7 +52,9 @@ def _open_retries(
     from ..store.redis.operator import OperatorStore
 
     names = [source.stream for source in parse_sources(streams, need_group=False)]
-    return RetrySet(OperatorStore(url), names, frozenset(ids), frozenset(types), frozenset(tenants))
+    store = OperatorStore(url)
+    echo_unread_streams(store, names if streams else ())
+    return RetrySet(store, names, frozenset(ids), frozenset(types), frozenset(tenants))
 
 
 @verb(retry, "list")
