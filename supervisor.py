@@ -70,6 +70,7 @@ class Supervisor:
         self._mono_stop_by_s: float | None = None
         self._reported_ready = False
         self._progress = 0
+        self._health = Health(True, False, ["starting"], {"workers": self._processes.states()})
         self._mailbox = StatusMailbox()
         self._status_line = StatusLine(settings.procs)
         self._reported_reasons = ""
@@ -98,7 +99,8 @@ class Supervisor:
     def _run(self, queue: SignalQueue) -> Exit:
         log.info("health.listening", extra={"metrics_url": self._server.url, "pid": os.getpid()})
         while True:
-            now = self._mono_last_tick_s = time.monotonic()
+            now = time.monotonic()
+            self._health, self._mono_last_tick_s = self._assess(), now
             self._mailbox.answer(self._status)
             for number in queue.take():
                 if (code := self._handle_signal(number)) is not None:
@@ -161,7 +163,7 @@ class Supervisor:
         return None
 
     def _report(self, now: float) -> None:
-        health = self.health()
+        self._health = health = self._assess()
         self._metrics.put([("z_novel_ready", (), float(health.ready))])
         if health.ready and not self._reported_ready and not self._processes.restarting:
             self._reported_ready = True
@@ -182,7 +184,7 @@ class Supervisor:
             self._reported_reasons = ""
 
     def _status(self) -> dict[str, Any]:
-        health = self.health()
+        health = self._health
         return {
             **service_status(self._settings, self._stores.fill(self._settings).redis_url),
             "ready": health.live and health.ready,
@@ -195,21 +197,22 @@ class Supervisor:
         }
 
     def health(self) -> Health:
-        """Liveness and readiness (loop and HTTP threads)."""
+        """Liveness and readiness as of the loop's last cycle (HTTP threads)."""
         silent_s = time.monotonic() - self._mono_last_tick_s
-        reasons = self._stores.reasons()
-        if self._mono_stop_by_s is not None:
-            reasons.append("stopping")
-        reasons += self._processes.reasons()
-        if silent_s > _LIVE_TIMEOUT_S:
-            reasons.append(f"the supervisor's loop has not run for {silent_s:.0f} s")
-        live = silent_s <= _LIVE_TIMEOUT_S
-        slowed = flagged_types(self._metrics.totals(), "z_novel_crash_circuits_open")
+        if silent_s <= _LIVE_TIMEOUT_S:
+            return self._health
+        reason = f"the supervisor's loop has not run for {silent_s:.0f} s"
+        return Health(False, False, [*self._health.reasons, reason], self._health.details)
+
+    def _assess(self) -> Health:
+        """Health of the children and stores. Only the loop may look: it closes the channels."""
+        stopping = ["stopping"] if self._mono_stop_by_s is not None else []
+        reasons = [*self._stores.reasons(), *stopping, *self._processes.reasons()]
         details = {
             "workers": self._processes.states(), "warnings": self._processes.warnings(),
-            "slowed_types": slowed,
+            "slowed_types": flagged_types(self._metrics.totals(), "z_novel_crash_circuits_open"),
         }  # fmt: skip
-        return Health(live, not reasons, reasons, details)
+        return Health(True, not reasons, reasons, details)
 
 
 def _open_data_dir(settings: Settings) -> DataDir:

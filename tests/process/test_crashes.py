@@ -13,7 +13,7 @@ from support.service import GROUP, STREAM, Service, ending, eventually, handlers
 
 pytestmark = pytest.mark.process
 
-ROLES = {"supervisor", "reader", "reaper", "worker 0", "worker 1", "valkey"}
+ROLES = {"supervisor", "guard", "reader", "reaper", "worker 0", "worker 1", "valkey"}
 STANDBYS = {"spare 0", "spare 1"}
 
 #: Two seconds are promised for a machine that has the time; this one may be running other suites.

@@ -113,6 +113,23 @@ class TestStart:
             assert (code == Exit.CRASH_LOOP) == (exits == 6), exits
             service.tick(31.0)
 
+    def test_a_system_that_is_short_of_descriptors_ends_no_running_service(self, service: Service) -> None:
+        service.start_error = OSError(24, "Too many open files")
+        service.child("worker", 0).exit("SIGKILL")
+        service.manager.restart_workers()
+        for _ in range(20):
+            assert service.tick(31.0) is None
+        assert [worker.slot_no for worker in service.living("worker")] == [1]
+        service.start_error = None
+        service.tick(31.0)
+        assert service.child("worker", 0)
+
+    def test_a_system_that_is_short_of_descriptors_ends_the_first_start(self, make: Make) -> None:
+        service = make(procs=1)
+        service.start_error = OSError(24, "Too many open files")
+        codes = [service.tick(2.0) for _ in range(4)]
+        assert Exit.BOOT_FAILED in codes
+
     def test_one_worker_that_stays_up_is_no_crash_loop(self, service: Service) -> None:
         for _ in range(10):
             service.child("worker", 1).exit("exit 1")

@@ -71,14 +71,23 @@ class Channel:
     def create(cls, max_payload: int) -> Self:
         """New shared memory for one worker. ``max_payload`` is the size of the largest job in bytes.
 
-        The kernel allocates pages when they are first touched.
+        The kernel allocates pages when they are first touched. Raises OSError and leaves nothing open if
+        descriptors or memory are short.
         """
         size = _HEADER_BYTES + _aligned(TABLE_BYTES) + _OUTCOME_BYTES
         size += _aligned(2 * (max_payload + _FRAME_SLACK_BYTES))
-        memory_fd = os.memfd_create("jobworker", os.MFD_CLOEXEC)
-        os.ftruncate(memory_fd, size)
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
-        return cls(memory_fd, os.eventfd(0, flags), os.eventfd(0, flags))
+        fds: list[int] = []
+        try:
+            fds.append(os.memfd_create("jobworker", os.MFD_CLOEXEC))
+            os.ftruncate(fds[0], size)
+            for _ in range(2):
+                fds.append(os.eventfd(0, flags))
+            return cls(*fds)
+        except OSError:
+            for fd in fds:
+                os.close(fd)
+            raise
 
     @property
     def phase(self) -> int:

@@ -198,7 +198,7 @@ class Stores:
         process = kept.process
         if process is None:
             if not kept.backoff.wait_s(now):
-                kept.process = self._start(kept.store, now)
+                self._restart(kept, now)
             return
         ended = process.collect()
         if ended is not None:
@@ -209,6 +209,15 @@ class Stores:
         elif not process.ready and kept.store.answers():
             process.ready = True
             log.info("embedded.ready", extra={"store": kept.store.name})
+
+    def _restart(self, kept: _Kept, now: float) -> None:
+        try:
+            kept.process = self._start(kept.store, now)
+        except OSError as error:
+            if not self._was_ready:
+                raise
+            log.error("child.spawn_failed", extra={"child": kept.store.name, "error": str(error)})
+            kept.backoff.record_exit(now, was_ready=False, lived_s=0.0)
 
     def _start(self, store: Embedded, now: float) -> Process:
         tether = [sys.executable, "-P", "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]

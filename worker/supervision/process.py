@@ -71,7 +71,10 @@ class ProcessExit(NamedTuple):
 
 
 class Process:
-    """A running command with a pidfd, which becomes readable when the process exits."""
+    """A running command with a pidfd, which becomes readable when the process exits.
+
+    Raises OSError if the system cannot start it, and leaves nothing open.
+    """
 
     #: Processes whose exit status `collect` has not taken yet, of all objects.
     uncollected: ClassVar[set[int]] = set()
@@ -81,12 +84,23 @@ class Process:
         self.mono_started_s = mono_now_s
         self.ready = False
         self.blackbox_fd = os.memfd_create("blackbox")
-        self._popen = subprocess.Popen(
-            command, pass_fds=(*pass_fds, self.blackbox_fd), stdin=subprocess.DEVNULL
-        )
+        try:
+            self._popen = subprocess.Popen(
+                command, pass_fds=(*pass_fds, self.blackbox_fd), stdin=subprocess.DEVNULL
+            )
+        except OSError:
+            os.close(self.blackbox_fd)
+            raise
         self.pid = self._popen.pid
         self.uncollected.add(self.pid)
-        self.pidfd = os.pidfd_open(self.pid)
+        try:
+            self.pidfd = os.pidfd_open(self.pid)
+        except OSError:
+            self._popen.kill()
+            self._popen.wait()
+            self.uncollected.discard(self.pid)
+            os.close(self.blackbox_fd)
+            raise
 
     def kill(self, number: signal.Signals) -> None:
         """Send a signal. Does nothing if the process has exited."""
@@ -108,7 +122,9 @@ class Process:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for the exit and collect it. Returns False if the process still runs after ``timeout_s``."""
-        select.select([self.pidfd], [], [], max(0.0, timeout_s))
+        poll = select.poll()  # select() takes no descriptor above 1023
+        poll.register(self.pidfd, select.POLLIN)
+        poll.poll(max(0.0, timeout_s) * 1000)
         return self.collect() is not None
 
     def _stack(self) -> str:
@@ -168,8 +184,12 @@ class Child(Process):
         self._outbox: deque[tuple[Message, tuple[int, ...]]] = deque()
         self.control, theirs = ControlSocket.pair()
         command = [sys.executable, "-P", "-m", "jobworker.worker.boot", str(theirs.fileno())]
-        with theirs:
-            super().__init__("standby", command, [theirs.fileno()], mono_now_s)
+        try:
+            with theirs:
+                super().__init__("standby", command, [theirs.fileno()], mono_now_s)
+        except OSError:
+            self.control.close()
+            raise
 
     def make_standby(self, number: int, settings: Settings) -> None:
         """Let it import the modules of reader and reaper and wait for `start_role`."""

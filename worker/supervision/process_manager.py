@@ -255,7 +255,7 @@ class ProcessManager:
     def _ensure_child(self, slot: Slot, now: float) -> None:
         wanted = not self._draining or (slot is self._reader and not self._settled)
         if slot.child is None and wanted and not slot.backoff.wait_s(now) and self._may_start(slot, now):
-            slot.child = self._spawn(slot, now)
+            slot.child = self._try_spawn(slot, now)
 
     def _may_start(self, slot: Slot, now: float) -> bool:
         """Whether a start may begin now.
@@ -270,11 +270,27 @@ class ProcessManager:
         children = (child for slot in self._slots for child in slot.children())
         return sum(not child.ready and now - child.mono_started_s < _IMPORTS_S for child in children)
 
+    def _try_spawn(self, slot: Slot, now: float) -> Child | None:
+        """Start a child. None if the system is short of descriptors, processes or memory: try again later.
+
+        Only a service that was never complete gives up after some attempts.
+        """
+        try:
+            return self._spawn(slot, now)
+        except OSError as error:
+            slot.backoff.record_exit(now, was_ready=self._was_complete, lived_s=0.0)
+            log.error("child.spawn_failed", extra={"child": slot.role, "error": str(error)})
+            return None
+
     def _spawn(self, slot: Slot, now: float) -> Child:
         slot.generation += 1
         if slot.role == "worker":
             channel = Channel.create(self._settings.max_payload)
-            child = self._new_child(now)
+            try:
+                child = self._new_child(now)
+            except OSError:
+                channel.close()
+                raise
             child.start_role(slot.role, slot.number, slot.generation, self._settings, now, channel)
             self._send_to_reader(Attach(child.slot_no, child.generation), channel.fds)
             return child
@@ -385,8 +401,8 @@ class ProcessManager:
         if slot.successor is None:
             if slot.child.generation > generation:
                 self._to_restart.popleft()
-            else:
-                slot.successor = self._spawn(slot, now)
+            elif not slot.backoff.wait_s(now):
+                slot.successor = self._try_spawn(slot, now)
         elif slot.successor.ready and not slot.child.stopping:
             self._stop_worker(slot.child)
 
