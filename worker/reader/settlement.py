@@ -42,6 +42,13 @@ class FailedJob(NamedTuple):
     details: dict[str, object] | None = None
 
 
+class DeferredJob(NamedTuple):
+    """A job whose dependency is unavailable, and what it reported."""
+
+    job: AdmittedJob
+    failure: Failure
+
+
 class _Outcomes(NamedTuple):
     """Unsettled outcomes of one worker: runs of succeeded rows, failures by row, and the ring's new tail."""
 
@@ -71,7 +78,7 @@ class SettlementBatch:
         #: Jobs that were the only ones in a worker that died.
         self.worker_deaths: list[CrashKey] = []
         #: Jobs whose dependency is unavailable. They stay pending and use up no retry.
-        self.deferred: list[AdmittedJob] = []
+        self.deferred: list[DeferredJob] = []
 
     def settlements(self, streams: Sequence[Source]) -> list[Settlement]:
         """One settlement for each stream that has outcomes."""
@@ -160,17 +167,18 @@ class Settler:
         self._marks.unmark()
 
     def _settle_failure(
-        self, batch: SettlementBatch, row: InFlightJob, data: bytes | None, failure: Failure, worker: str
-    ) -> None:
+        self, batch: SettlementBatch, row: InFlightJob, data: bytes | None, failure: Failure, worker: str,
+        details: dict[str, object] | None = None,
+    ) -> None:  # fmt: skip
         if data is not None and failure.unavailable and self._breakers.is_within_grace(row.type_no, row.key):
-            batch.deferred.append(_runnable(row, data))
+            batch.deferred.append(DeferredJob(_runnable(row, data), failure))
             return
         batch.counts["z_novel_jobs_failed_total", (self._type_names[row.type_no],)] += 1
         if data is None:
             log.error("entry.missing", extra={"entry_id": row.entry_id.decode()})
             batch.done[row.stream_no].append(row.entry_id)
             return
-        job = FailedJob(row, data, failure, worker)
+        job = FailedJob(row, data, failure, worker, details)
         if row.key in self._marks.poison:
             self._dead_letter_unread(batch, job)
         else:
@@ -303,7 +311,8 @@ class Settler:
         if exit_.timed_out and len(started) == 1:
             failure = Failure(f"TimeoutError: {exit_.cause}", timed_out=True)
             data = bodies.get(started[0].key)
-            self._settle_failure(batch, started[0], data, failure, self._worker_name(worker))
+            name = self._worker_name(worker)
+            self._settle_failure(batch, started[0], data, failure, name, exit_.details)
         else:
             isolated = self._charge_deaths(batch, worker, exit_, started, bodies)
         self._marks.unmark()
