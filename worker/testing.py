@@ -270,7 +270,8 @@ class Harness:
         try:
             self._worker.run_once(0.0)
         except _WorkerKilled:
-            self._end_worker("SIGKILL (timeout)", charge=True, timed_out=True)
+            limit_s = self._channel.mono_deadline_s - self._channel.mono_since_s
+            self._end_worker(f"SIGKILL (timeout of {limit_s:.6g} s)", charge=True, timed_out=True)
         except SystemExit as leaving:
             self._end_worker(f"exit {leaving.code or 0}", charge=True)
         finally:

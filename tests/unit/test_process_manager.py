@@ -303,7 +303,7 @@ class TestLimits:
         service.tick()
         exited = service.child("reader").received()[0]
         assert isinstance(exited, WorkerExited)
-        assert (exited.cause, exited.charge, exited.timed_out) == ("SIGKILL (timeout)", True, True)
+        assert (exited.cause, exited.charge, exited.timed_out) == ("SIGKILL (timeout of 5 s)", True, True)
         assert service.restarts() == {("worker", "timeout"): 1}
 
     def test_a_job_that_ends_during_the_stack_dump_keeps_its_worker(self, service: Service) -> None:
@@ -324,6 +324,9 @@ class TestLimits:
         service.tick()
         service.tick(0.01)
         assert worker.signals == [signal.SIGUSR2, signal.SIGKILL]
+        service.tick()
+        causes = [one.cause for one in service.child("reader").received() if isinstance(one, WorkerExited)]
+        assert causes == ["SIGKILL (rss above 500 MiB)"]
 
     def test_a_reader_that_stops_reporting_is_replaced(self, service: Service) -> None:
         reader = service.child("reader")

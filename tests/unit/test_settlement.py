@@ -144,6 +144,18 @@ def test_outcomes_are_settled_once_the_store_answers_again(rig: ReaderRig) -> No
     assert rig.metric("z_novel_jobs_completed_total", "a") == 1
 
 
+def test_an_opened_circuit_breaker_says_what_the_job_reported(
+    rig: ReaderRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.add("1")
+    rig.tick()
+    rig.workers[0].take()
+    rig.workers[0].fail("1", UNAVAILABLE)
+    rig.tick()
+    (line,) = [vars(record) for record in caplog.records if record.msg == "circuit.opened"]
+    assert (line["task_type"], line["error"]) == ("a", UNAVAILABLE.error)
+
+
 # -- exited workers
 
 

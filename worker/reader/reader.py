@@ -27,6 +27,7 @@ from ..ipc.control import (
 )
 from ..ipc.crash_marks import CrashMarks
 from ..ipc.inflight import FAILED, STARTED, SUCCEEDED
+from ..outcome import Failure
 from ..settings import Settings
 from ..store.backoff import ReconnectBackoff
 from ..store.faults import StreamFaults, describe
@@ -174,13 +175,15 @@ class Reader:
         batch = self._settler.settle(self._dispatcher.workers, self._intake.rejected)
         self._intake.rejected.clear()
         self._buffer.record_success(batch.answered_types)
-        for job in batch.deferred:
-            self._defer(job, now)
+        for job, failure in batch.deferred:
+            self._defer(job, failure, now)
         self._buffer.release_probes(now)
 
-    def _defer(self, job: AdmittedJob, now: float) -> None:
+    def _defer(self, job: AdmittedJob, failure: Failure, now: float) -> None:
         if not self._breakers[job.type_no].open:
-            log.warning("circuit.opened", extra={"task_type": tuple(self._settings.handlers)[job.type_no]})
+            exception = {"exception": failure.traceback} if failure.traceback else {}
+            task_type = tuple(self._settings.handlers)[job.type_no]
+            log.warning("circuit.opened", extra={"task_type": task_type, "error": failure.error, **exception})
         self._buffer.defer(job, now)
 
     def _reclaim_exited_workers(self) -> None:

@@ -33,6 +33,13 @@ _UNKNOWN_TYPE = "unknown"
 Bodies = Mapping[tuple[int, bytes], bytes]
 
 
+class DeferredJob(NamedTuple):
+    """A job whose dependency is unavailable, and what it reported."""
+
+    job: AdmittedJob
+    failure: Failure
+
+
 class _Outcomes(NamedTuple):
     """Unsettled outcomes of one worker: runs of succeeded rows, failures by row, and the ring's new tail."""
 
@@ -69,7 +76,7 @@ class SettlementBatch:
         #: Jobs that were the only ones in a worker that died.
         self.worker_deaths: list[CrashKey] = []
         #: Jobs whose dependency is unavailable. They stay pending and use up no retry.
-        self.deferred: list[AdmittedJob] = []
+        self.deferred: list[DeferredJob] = []
 
     def settlements(self, streams: Sequence[Source]) -> dict[int, Settlement]:
         """One settlement for each stream that has outcomes, by stream number."""
@@ -190,7 +197,7 @@ class Settler:
     def _settle_failure(self, batch: SettlementBatch, job: FailedJob, data: bytes | None) -> None:
         row, failure = job.row, job.failure
         if data is not None and failure.unavailable and self._breakers.is_within_grace(row.type_no, row.key):
-            batch.deferred.append(_runnable(row, data))
+            batch.deferred.append(DeferredJob(_runnable(row, data), failure))
             return
         batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
         if data is None:
@@ -383,7 +390,8 @@ class Settler:
         batch, isolated = SettlementBatch(), []
         if exit_.timed_out and len(started) == 1:
             failure = Failure(f"TimeoutError: {exit_.cause}", timed_out=True)
-            self._settle_failures(batch, [FailedJob(started[0], failure, self._worker_name(worker))])
+            name = self._worker_name(worker)
+            self._settle_failures(batch, [FailedJob(started[0], failure, name, exit_.details)])
         else:
             isolated = self._charge_deaths(batch, worker, exit_, started, bodies)
         self._marks.unmark()

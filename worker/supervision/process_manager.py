@@ -246,7 +246,7 @@ class ProcessManager:
     def _record_exit(self, child: Child, channel: Channel, exited: ProcessExit, *, charge: bool) -> None:
         """Keep the exit of a worker until the reader has reclaimed its jobs, and report it to the reader."""
         timed_out = child.kill_cause == "timeout"
-        cause = f"{exited.cause} ({child.kill_cause})" if child.kill_cause else exited.cause
+        cause = f"{exited.cause} ({self._limit(child, channel)})" if child.kill_cause else exited.cause
         details = {"peak_rss_mib": exited.peak_rss_mib, "stack": exited.stack}
         message = WorkerExited(child.slot_no, child.generation, cause, charge, timed_out, details)
         self._exited[child.slot_no, child.generation] = (message, channel)
@@ -360,6 +360,19 @@ class ProcessManager:
         # A worker without a job that neither takes one nor exits.
         idle = child.channel.phase in (READY, STOPPING)
         return "stuck" if idle and now - child.channel.mono_heartbeat_s > _STUCK_AFTER_S else ""
+
+    def _limit(self, child: Child, channel: Channel) -> str:
+        """The limit that the child exceeded, with its number."""
+        match child.kill_cause:
+            case "timeout" if channel.mono_deadline_s:
+                return f"timeout of {channel.mono_deadline_s - channel.mono_since_s:.6g} s"
+            case "rss":
+                return f"rss above {self._settings.max_rss_mib} MiB"
+            case "boot":
+                return f"boot of more than {_SETUP_TIMEOUT_S:.0f} s"
+            case "stuck":
+                return f"stuck for {_STUCK_AFTER_S:.0f} s"
+        return child.kill_cause
 
     def _exceeds_rss(self, child: Child) -> bool:
         return bool(self._settings.max_rss_mib) and child.rss_mib() > self._settings.max_rss_mib

@@ -139,7 +139,7 @@ def _running(child: Child, settings: Settings, mono_now_s: float) -> dict[str, A
     ]  # fmt: skip
     return {
         "for_s": round(mono_now_s - since_s, 3),
-        "limit_in_s": round(deadline_s - mono_now_s, 3),
+        "limit_in_s": round(deadline_s - mono_now_s, 3) + 0.0,  # not -0.0
         "count": len(jobs),
         "jobs": jobs[:_MAX_JOBS_LISTED],
     }
