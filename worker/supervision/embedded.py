@@ -47,7 +47,7 @@ class EmbeddedValkey:
         return not settings.redis_url
 
     def settings(self) -> dict[str, str]:
-        """Its address for the service: nobody else can listen there and be sent the password."""
+        """Its address for the service: only this user can listen there and get the password."""
         return {"redis_url": f"unix://default:{self._password}@{self._socket}?db=0"}
 
     def endpoints(self) -> dict[str, str]:

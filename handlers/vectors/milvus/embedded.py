@@ -35,7 +35,7 @@ class EmbeddedMilvus:
         return not settings.milvus_uri and any(one in NEEDS_VECTORS for one in settings.handlers.values())
 
     def settings(self) -> dict[str, str]:
-        """Settings for the service's processes: nobody else can listen there and be sent the token."""
+        """Settings for the service's processes: only this user can listen there and get the token."""
         return {"milvus_uri": f"unix:{self._socket}", "milvus_token": self._token}
 
     def endpoints(self) -> dict[str, str]:
