@@ -74,6 +74,7 @@ class Supervisor:
         self._mailbox = StatusMailbox()
         self._status_line = StatusLine(settings.procs)
         self._reported_reasons = ""
+        self._announced: dict[str, Any] = {}
         self._server = self._listen()
 
     def _listen(self) -> HealthServer:
@@ -116,6 +117,7 @@ class Supervisor:
     def _tick(self, now: float) -> Exit | None:
         if not self._processes.started:
             self._start_processes(now)
+        self._announce()
         code = self._processes.tick(now)
         if code is None and self._mono_stop_by_s is not None:
             return self._continue_drain(now)
@@ -123,12 +125,19 @@ class Supervisor:
         return code
 
     def _start_processes(self, now: float) -> None:
-        """Write endpoints.json for tools on this machine, then start the processes: the stores are up."""
-        settings = self._stores.fill(self._settings)
-        if self._data is not None:
-            addresses = {name: getattr(settings, name) for name in ("redis_url", *extension().endpoints)}
-            self._data.announce({**addresses, "metrics_url": self._server.url, "pid": os.getpid()})
-        self._processes.start(settings, now)
+        """Start the processes: the stores are up."""
+        self._announce()
+        self._processes.start(self._stores.fill(self._settings), now)
+
+    def _announce(self) -> None:
+        """Write endpoints.json for tools on this machine, if something has changed."""
+        if self._data is None:
+            return
+        given = {name: getattr(self._settings, name) for name in ("redis_url", *extension().endpoints)}
+        found = {**given, **self._stores.endpoints(), "metrics_url": self._server.url, "pid": os.getpid()}
+        if found != self._announced:
+            self._data.announce(found)
+            self._announced = found
 
     def _handle_signal(self, number: signal.Signals) -> Exit | None:
         if number == signal.SIGHUP:
@@ -185,8 +194,9 @@ class Supervisor:
 
     def _status(self) -> dict[str, Any]:
         health = self._health
+        store = self._stores.endpoints().get("redis_url", self._settings.redis_url)
         return {
-            **service_status(self._settings, self._stores.fill(self._settings).redis_url),
+            **service_status(self._settings, store),
             "ready": health.live and health.ready,
             "reasons": health.reasons,
             "transient_reasons": self._processes.transient_reasons(),

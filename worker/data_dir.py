@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import socket
 import stat
@@ -15,8 +16,11 @@ from typing import Any
 from .endpoints import FILE_NAME
 from .errors import ConfigurationError
 
-#: Embedded servers listen on this address only.
+#: Embedded servers listen on this address, for tools, and on Unix sockets, for the service.
 HOST = "127.0.0.1"
+#: The kernel's limit is 107 bytes.
+_MAX_SOCKET_PATH = 100
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_./-]+")
 
 
 class DataDir:
@@ -172,6 +176,18 @@ def _require_own(path: Path, found: os.stat_result, is_kind: Callable[[int], boo
 
 def _is_file_or_socket(mode: int) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+
+
+def socket_path(folder: Path, name: str) -> str:
+    """Path of a Unix socket in a private folder, for the service and its children while the service runs.
+
+    A long path does not fit into a socket's address, and URLs and gRPC give some characters a meaning. The
+    path then leads through a descriptor of this process.
+    """
+    path = str(folder / name)
+    if len(path) <= _MAX_SOCKET_PATH and _PLAIN_PATH.fullmatch(path):
+        return path
+    return f"/proc/{os.getpid()}/fd/{os.open(folder, os.O_PATH | os.O_CLOEXEC)}/{name}"
 
 
 def free_port(last_url: str | None) -> int:

@@ -303,7 +303,7 @@ class Settler:
         for key, counts in batch.counts.items():
             for name, labels in counts if key not in unsettled and key not in uncounted else ():
                 self._metrics.count(name, labels)
-        batch.deferred = [job for job in batch.deferred if job.stream_no not in self._faults]
+        batch.deferred = [one for one in batch.deferred if one.job.stream_no not in self._faults]
 
     def _send(self, settlements: Mapping[int, Settlement]) -> list[Settled]:
         """Settle in the store. If the answer is lost, the outcomes may be settled or not."""

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..data_dir import HOST, DataDir, free_port, kept_secret, private_folder, write_private
+from ..data_dir import HOST, DataDir, free_port, kept_secret, private_folder, socket_path, write_private
 from ..errors import ConfigurationError, Exit
 from ..extension import extension, how_to_install, imported
 from ..settings import Settings
@@ -21,6 +21,7 @@ from .process import Process, RestartBackoff
 
 #: A probe answers at once or not at all: both are on this machine.
 _PROBE_TIMEOUT_S = 1.0
+_SOCKET_NAME = "valkey.sock"
 
 
 class EmbeddedValkey:
@@ -33,10 +34,11 @@ class EmbeddedValkey:
         self._port = _free(port) if port else free_port(data.endpoints().get("redis_url"))
         self._password = kept_secret(self._dir / "password")
         self._binary = _valkey_binary()
+        self._socket = socket_path(self._dir, _SOCKET_NAME)
 
     @property
     def url(self) -> str:
-        """Holds the password: never log it."""
+        """Address for tools on this machine. Holds the password: never log it."""
         # With the user: redis-cli 7.0 takes an empty one at its word.
         return f"redis://default:{self._password}@{HOST}:{self._port}/0"
 
@@ -46,26 +48,40 @@ class EmbeddedValkey:
         return not settings.redis_url
 
     def settings(self) -> dict[str, str]:
-        """Its address."""
+        """Its address for the service: only this user can listen there and get the password."""
+        return {"redis_url": f"unix://default:{self._password}@{self._socket}?db=0"}
+
+    def endpoints(self) -> dict[str, str]:
+        """Its address for tools."""
         return {"redis_url": self.url}
 
     def command(self) -> list[str]:
-        """Writes the configuration first: the password must not be in the command line."""
+        """Writes the configuration first: the password must not be in the command line.
+
+        The port changes if another program has taken it.
+        """
+        self._port = free_port(self.url)
         config = self._dir / "valkey.conf"
         lines = [
             f"bind {HOST}", f"port {self._port}", f"dir {quoted(str(self._dir))}",
             f"requirepass {quoted(self._password)}",
             "appendonly yes", "appendfsync everysec", 'save ""', "maxmemory-policy noeviction",
+            f"unixsocket {quoted(self._socket)}", "unixsocketperm 700",
             "daemonize no", f"logfile {quoted(str(self._dir / 'valkey.log'))}",
         ]  # fmt: skip
         write_private(config, "\n".join(lines) + "\n")
         return [self._binary, escaped_pattern(str(config))]
 
+    def remove_socket(self) -> None:
+        """Remove its Unix socket, which a killed server leaves."""
+        (self._dir / _SOCKET_NAME).unlink(missing_ok=True)
+
     def answers(self) -> bool:
         """Whether it has loaded its data and takes commands."""
         try:
-            with socket.create_connection((HOST, self._port), _PROBE_TIMEOUT_S) as sock:
+            with socket.socket(socket.AF_UNIX) as sock:
                 sock.settimeout(_PROBE_TIMEOUT_S)
+                sock.connect(self._socket)
                 sock.sendall(f"AUTH {self._password}\r\nPING\r\n".encode())
                 with sock.makefile("rb") as answers:
                     return answers.readline() == b"+OK\r\n" and answers.readline() == b"+PONG\r\n"
@@ -106,7 +122,13 @@ class Embedded(Protocol):
         """Whether it serves."""
 
     def settings(self) -> dict[str, str]:
-        """Fields of the settings that it fills in. They may hold secrets."""
+        """Fields of the settings that it fills in for the service's processes. They may hold secrets."""
+
+    def endpoints(self) -> dict[str, str]:
+        """Addresses for tools on this machine. They may hold secrets, and change at a restart."""
+
+    def remove_socket(self) -> None:
+        """Remove its Unix socket, which a killed server leaves."""
 
 
 def needed(settings: Settings) -> list[Callable[[DataDir], Embedded]]:
@@ -172,6 +194,13 @@ class Stores:
             fields |= kept.store.settings()
         return replace(settings, **fields)
 
+    def endpoints(self) -> dict[str, str]:
+        """The addresses of the embedded servers for tools. They hold secrets: never log them."""
+        found: dict[str, str] = {}
+        for kept in self._kept:
+            found |= kept.store.endpoints()
+        return found
+
     @property
     def ready(self) -> bool:
         """Whether all have answered once since the start of the service: from then on the roles run, and
@@ -235,3 +264,5 @@ class Stores:
                 process.kill(signal.SIGKILL)
                 process.wait(_STOP_WITHIN_S)
             process.close()
+        for kept in self._kept:
+            kept.store.remove_socket()
