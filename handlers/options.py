@@ -53,6 +53,8 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+#: Options among those that most services need.
+FIRST = ("milvus-uri", "model")
 #: Groups of the help text, beside the options that it shows first.
 GROUPS = {
     "Milvus": ("milvus-token", "milvus-prefix", "milvus-partitions"),

@@ -164,7 +164,7 @@ _SECONDS = ("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age
 
 
 def _extended() -> Any:
-    """Module with the options of the built-in types: OPTIONS, GROUPS, VERB_OPTIONS, fields_of."""
+    """Module with the options of the built-in types: OPTIONS, FIRST, GROUPS, VERB_OPTIONS, fields_of."""
     return import_module(extension().options)
 
 
@@ -175,15 +175,14 @@ def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-#: The options that most services need, in the order of the help text. Each is in one group only.
-_FIRST = ("redis-url", "milvus-uri", "data-dir", "model", "procs", "handler", "stream", "instance",
-          "metrics-addr", "config")  # fmt: skip
+#: The options that most services need; those of the built-in types follow. Each is in one group only.
+_FIRST = ("redis-url", "data-dir", "procs", "handler", "stream", "instance", "metrics-addr", "config")
 #: Groups of the other options of the engine; those of the built-in types follow.
 _GROUPS = {
     "Work": ("no-builtin-handlers", "job-timeout", "linger", "max-payload"),
     "Worker replacement": ("max-rss", "max-jobs", "max-age", "drain-timeout"),
     "Retries": ("max-retries", "retry-initial", "retry-multiplier", "retry-max", "retry-jitter"),
-    "Stores": ("connect-timeout", "lease"),
+    "Stores": ("valkey-port", "connect-timeout", "lease"),
 }
 _LOGS = {"Logs": ("log-level", "log-format")}
 
@@ -198,7 +197,8 @@ class ServiceCommand(click.Command):
             for parameter in self.get_params(ctx)
             if (record := parameter.get_help_record(ctx)) is not None
         }
-        groups = {"Most needed options": _FIRST, **_GROUPS, **_extended().GROUPS, **_LOGS}
+        more = _extended()
+        groups = {"Most needed options": (*_FIRST, *more.FIRST), **_GROUPS, **more.GROUPS, **_LOGS}
         grouped = {name for names in groups.values() for name in names}
         groups["Other"] = tuple(name for name in records if name not in grouped)
         for title, names in groups.items():

@@ -1,4 +1,4 @@
-"""A job that takes longer than its timeout: it runs to its end, and goes on where a killed worker was."""
+"""A job that takes longer than its timeout: it runs to its end, and continues where a killed worker was."""
 
 import sqlite3
 from pathlib import Path

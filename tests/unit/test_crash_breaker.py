@@ -41,7 +41,7 @@ def kill(rig: ReaderRig, worker: FakeWorker, *, restart: bool = True, **more: bo
 def open_breaker(rig: ReaderRig, tenant: str = "bad", **more: bool) -> None:
     """Three jobs of a tenant kill a worker each and are given up."""
     for number in range(3):
-        rig.add(f"{tenant}{number}", tenant_id=tenant, retry_count=3)
+        rig.add(f"{tenant}{number}", tenant_id=tenant, deaths=2)
         (worker,) = run_ids(rig).values()
         kill(rig, worker, **more)
 
@@ -171,7 +171,7 @@ def test_a_success_of_another_tenant_does_not_end_it(rig: ReaderRig) -> None:
 
 def test_jobs_that_a_dead_worker_had_not_started_are_slowed_too() -> None:
     with reader_rig(1, batch_hint=8) as rig:
-        rig.add(*"abcdefgh", tenant_id="bad", retry_count=3)
+        rig.add(*"abcdefgh", tenant_id="bad", deaths=2)
         deaths = 0
         for _ in range(20):
             rig.tick()
@@ -186,7 +186,7 @@ def test_jobs_that_a_dead_worker_had_not_started_are_slowed_too() -> None:
 
 def test_a_whole_type_is_slowed_if_it_kills_workers_for_tenant_after_tenant(rig: ReaderRig) -> None:
     for number in range(8):
-        rig.add(str(number), tenant_id=f"t{number}", retry_count=3)
+        rig.add(str(number), tenant_id=f"t{number}", deaths=2)
         (worker,) = run_ids(rig).values()
         kill(rig, worker)
     rig.add("next", tenant_id="another")

@@ -237,7 +237,7 @@ class TestMisspeltNames:
     def test_a_delayed_job_for_such_a_stream_too(self, store: Any) -> None:
         store.scheduled["stream:tset"] = [Scheduled(NOW_S - 60, job("lost"))]
         location = find(store, "lost")
-        assert (location.state, "no running service promotes retries" in location.why) == ("retrying", True)
+        assert (location.state, "no running service promotes jobs" in location.why) == ("delayed", True)
 
     def test_a_stream_of_another_service_is_searched_by_its_group(self, store: Any) -> None:
         store.streams["mine"] = [Entry(b"1-0", job("elsewhere"))]

@@ -321,7 +321,7 @@ def _raise(error: BaseException) -> Any:
         (lambda jobs: [None] * (len(jobs) - 1), "2 outcomes for 3 jobs", True),
         (lambda jobs: [None] * (len(jobs) + 1), "4 outcomes for 3 jobs", True),
         (lambda jobs: [], "0 outcomes for 3 jobs", True),
-        (lambda jobs: None, "handle_batch returned None: return a list", True),
+        (lambda jobs: None, "handle_batch returned NoneType: return a list", True),
         (lambda jobs: dict.fromkeys(range(3)), "handle_batch returned dict: return a list", True),
         (lambda jobs: {1, 2, None}, "handle_batch returned set: return a list", True),
         (lambda jobs: "abc", "handle_batch returned str: return a list", True),

@@ -230,17 +230,18 @@ def test_a_job_is_poison_after_three_deaths_whatever_the_limit_of_retries(
 ) -> None:
     with reader_rig(retry=RetryPolicy(max_retries=max_retries)) as rig:
         rig.add("1", retry_count=retry_count)
-        deaths = 0
-        while not rig.letters:
-            rig.tick()
+        rig.tick()
+        for _ in range(3):
+            assert not rig.letters
+            rig.advance(2.0)  # it waits after the second death
             worker = rig.workers[-1]
             assert worker.take() == ["1"]
             worker.start("1")
             rig.exit(worker, "SIGSEGV")
+            rig.restart(worker)
             rig.tick()
-            rig.attach()
-            deaths += 1
-        assert (deaths, rig.letters[0]["reason"], rig.letters[0]["deaths"]) == (3, "poison", 3)
+        (letter,) = rig.letters
+        assert (letter["reason"], letter["deaths"]) == ("poison", 3)
 
 
 def test_a_death_counts_as_a_failed_try_of_a_job_that_fails_later() -> None:
