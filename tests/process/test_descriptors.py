@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,7 +15,7 @@ from support.service import Service, ending, handlers
 
 pytestmark = pytest.mark.process
 
-LIMIT, CLIENTS = 256, 356
+LIMIT, CLIENTS = 128, 300
 
 
 def test_half_open_connections_keep_no_worker_from_starting(tmp_path: Path) -> None:
@@ -28,7 +29,9 @@ def test_half_open_connections_keep_no_worker_from_starting(tmp_path: Path) -> N
         one.wait_until_ready()
         address = urlsplit(one.url)
         for _ in range(CLIENTS):
-            stack.enter_context(socket.create_connection((str(address.hostname), int(address.port or 0))))
+            client = socket.create_connection((str(address.hostname), int(address.port or 0)))
+            stack.enter_context(client)
+            time.sleep(0.005)  # acceptance by the server sends no event, and a full queue delays by a second
         for _ in range(3):
             worker = one.roles()["worker 0"]
             os.kill(worker, signal.SIGKILL)
