@@ -17,18 +17,28 @@ from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.extension import extension, require_extras
 from jobworker.worker.keys import Holder
-from jobworker.worker.options import ENV_PREFIX, service_options, settings_from, unknown_variables
+from jobworker.worker.options import (
+    ENV_PREFIX,
+    ServiceCommand,
+    service_options,
+    settings_from,
+    unknown_variables,
+)
+from jobworker.worker.process_env import prepare_process
 from jobworker.worker.settings import Settings, parse_address
 from jobworker.worker.supervision.embedded import Stores, needed
 from jobworker.worker.supervision.health import Health, HealthServer
 from jobworker.worker.supervision.instance import InstanceLock, new_holder
+from jobworker.worker.supervision.pdeathsig import become_subreaper
+from jobworker.worker.supervision.process_groups import GroupGuard, reap_adopted
 from jobworker.worker.supervision.process_manager import ProcessManager
 from jobworker.worker.supervision.sd_notify import notify, reloading
 from jobworker.worker.supervision.signals import SignalQueue
-from jobworker.worker.supervision.status import StatusLine, StatusMailbox, service_status
+from jobworker.worker.supervision.status import StatusLine, StatusMailbox, flagged_types, service_status
 from jobworker.worker.telemetry import log as logs
 from jobworker.worker.telemetry.line_writer import write_briefly
 from jobworker.worker.telemetry.prometheus import PrometheusCollector
+from jobworker.worker.urls import parse_redis_url
 
 log = logging.getLogger("jobworker.supervisor")
 
@@ -55,16 +65,27 @@ class Supervisor:
         self._stores = stores
         self._metrics = PrometheusCollector()
         self._processes = ProcessManager(settings, self._metrics)
+        self._guard = GroupGuard(f"jobworker: guard [{settings.instance}]")
         self._mono_last_tick_s = time.monotonic()
         self._mono_stop_by_s: float | None = None
         self._reported_ready = False
         self._progress = 0
+        self._health = Health(True, False, ["starting"], {"workers": self._processes.states()})
         self._mailbox = StatusMailbox()
         self._status_line = StatusLine(settings.procs)
         self._reported_reasons = ""
-        self._server = HealthServer(
-            parse_address(settings.metrics_addr), self._metrics, self.health, self._mailbox.request
-        )
+        self._announced: dict[str, Any] = {}
+        self._server = self._listen()
+
+    def _listen(self) -> HealthServer:
+        address = parse_address(self._settings.metrics_addr)
+        try:
+            return HealthServer(address, self._metrics, self.health, self._mailbox.request)
+        except OSError as error:
+            raise ConfigurationError(
+                f"--metrics-addr {self._settings.metrics_addr}: cannot listen there: "
+                f"{error.strerror or error}; give another address, or port 0 for any free one"
+            ) from error
 
     def run(self, queue: SignalQueue) -> Exit:
         """Run until a stop signal or a fatal error. No child is left, also after an exception."""
@@ -72,13 +93,15 @@ class Supervisor:
             return self._run(queue)
         finally:
             self._processes.kill_all()
+            self._guard.close()
             self._stores.stop()
             self._server.close()
 
     def _run(self, queue: SignalQueue) -> Exit:
         log.info("health.listening", extra={"metrics_url": self._server.url, "pid": os.getpid()})
         while True:
-            now = self._mono_last_tick_s = time.monotonic()
+            now = time.monotonic()
+            self._health, self._mono_last_tick_s = self._assess(), now
             self._mailbox.answer(self._status)
             for number in queue.take():
                 if (code := self._handle_signal(number)) is not None:
@@ -87,11 +110,14 @@ class Supervisor:
                 return code
             if self._stores.ready and (code := self._tick(now)) is not None:
                 return code
+            self._guard.update(self._processes.group_leaders(), now)
+            reap_adopted()
             self._processes.wait(_TICK_S, queue)
 
     def _tick(self, now: float) -> Exit | None:
         if not self._processes.started:
             self._start_processes(now)
+        self._announce()
         code = self._processes.tick(now)
         if code is None and self._mono_stop_by_s is not None:
             return self._continue_drain(now)
@@ -99,12 +125,19 @@ class Supervisor:
         return code
 
     def _start_processes(self, now: float) -> None:
-        """Write endpoints.json for tools on this machine, then start the processes: the stores are up."""
-        settings = self._stores.fill(self._settings)
-        if self._data is not None:
-            addresses = {name: getattr(settings, name) for name in ("redis_url", *extension().endpoints)}
-            self._data.announce({**addresses, "metrics_url": self._server.url, "pid": os.getpid()})
-        self._processes.start(settings, now)
+        """Start the processes: the stores are up."""
+        self._announce()
+        self._processes.start(self._stores.fill(self._settings), now)
+
+    def _announce(self) -> None:
+        """Write endpoints.json for tools on this machine, if something has changed."""
+        if self._data is None:
+            return
+        given = {name: getattr(self._settings, name) for name in ("redis_url", *extension().endpoints)}
+        found = {**given, **self._stores.endpoints(), "metrics_url": self._server.url, "pid": os.getpid()}
+        if found != self._announced:
+            self._data.announce(found)
+            self._announced = found
 
     def _handle_signal(self, number: signal.Signals) -> Exit | None:
         if number == signal.SIGHUP:
@@ -139,7 +172,7 @@ class Supervisor:
         return None
 
     def _report(self, now: float) -> None:
-        health = self.health()
+        self._health = health = self._assess()
         self._metrics.put([("z_novel_ready", (), float(health.ready))])
         if health.ready and not self._reported_ready and not self._processes.restarting:
             self._reported_ready = True
@@ -160,9 +193,10 @@ class Supervisor:
             self._reported_reasons = ""
 
     def _status(self) -> dict[str, Any]:
-        health = self.health()
+        health = self._health
+        store = self._stores.endpoints().get("redis_url", self._settings.redis_url)
         return {
-            **service_status(self._settings, self._stores.fill(self._settings).redis_url),
+            **service_status(self._settings, store),
             "ready": health.live and health.ready,
             "reasons": health.reasons,
             "transient_reasons": self._processes.transient_reasons(),
@@ -173,26 +207,31 @@ class Supervisor:
         }
 
     def health(self) -> Health:
-        """Liveness and readiness (loop and HTTP threads)."""
+        """Liveness and readiness as of the loop's last cycle (HTTP threads)."""
         silent_s = time.monotonic() - self._mono_last_tick_s
-        reasons = self._stores.reasons()
-        if self._mono_stop_by_s is not None:
-            reasons.append("stopping")
-        reasons += self._processes.reasons()
-        if silent_s > _LIVE_TIMEOUT_S:
-            reasons.append(f"the supervisor's loop has not run for {silent_s:.0f} s")
-        live = silent_s <= _LIVE_TIMEOUT_S
-        details = {"workers": self._processes.states(), "warnings": self._processes.warnings()}
-        return Health(live, not reasons, reasons, details)
+        if silent_s <= _LIVE_TIMEOUT_S:
+            return self._health
+        reason = f"the supervisor's loop has not run for {silent_s:.0f} s"
+        return Health(False, False, [*self._health.reasons, reason], self._health.details)
+
+    def _assess(self) -> Health:
+        """Health of the children and stores. Only the loop may look: it closes the channels."""
+        stopping = ["stopping"] if self._mono_stop_by_s is not None else []
+        reasons = [*self._stores.reasons(), *stopping, *self._processes.reasons()]
+        details = {
+            "workers": self._processes.states(), "warnings": self._processes.warnings(),
+            "slowed_types": flagged_types(self._metrics.totals(), "z_novel_crash_circuits_open"),
+        }  # fmt: skip
+        return Health(True, not reasons, reasons, details)
 
 
 def _open_data_dir(settings: Settings) -> DataDir:
     """Lock the data directory. Raises ConfigurationError if another service holds it."""
     data = DataDir(settings.data_dir)
-    holder_pid = _wait_for_lock(data.lock, lambda: data.endpoints().get("pid", 0))
+    holder_pid = _wait_for_lock(data.lock, data.holder_pid)
     if holder_pid is not None:
         raise ConfigurationError(
-            f"data directory {data.path} is held by another service (pid {holder_pid}): "
+            f"data directory {data.path} is held by {_describe_holder(holder_pid)}: "
             "stop that one, or give this one its own --data-dir"
         )
     return data
@@ -210,6 +249,14 @@ def _wait_for_lock(try_lock: Callable[[], bool], read_holder_pid: Callable[[], i
             return pid
         time.sleep(0.05)  # the lock of an exiting process offers no event to wait for
     return None
+
+
+def _describe_holder(pid: int) -> str:
+    if not pid:
+        return "another service, whose pid is not known"
+    if os.path.exists(f"/proc/{pid}"):
+        return f"another service (pid {pid})"
+    return f"processes of another service, which outlived its supervisor (pid {pid})"
 
 
 @contextmanager
@@ -238,8 +285,8 @@ def _take_instance(lock: InstanceLock, instance: str) -> None:
     holder_pid = _wait_for_lock(lock.try_lock, lock.holder_pid)
     if holder_pid is not None:
         raise ConfigurationError(
-            f"instance {instance!r} is held by pid {holder_pid} in data directory {lock.folder}: "
-            "stop that service, or give this one its own --instance"
+            f"instance {instance!r} is held by {_describe_holder(holder_pid)} in data directory "
+            f"{lock.folder}: stop that service, or give this one its own --instance"
         )
 
 
@@ -253,7 +300,9 @@ def _supervise(settings: Settings, queue: SignalQueue) -> Exit:
         return Supervisor(replace(settings, holder=holder), data, stores).run(queue)
 
 
-@click.command(context_settings={"auto_envvar_prefix": ENV_PREFIX, "max_content_width": 110})
+@click.command(
+    cls=ServiceCommand, context_settings={"auto_envvar_prefix": ENV_PREFIX, "max_content_width": 110}
+)
 @click.version_option(package_name="jobworker")
 @service_options
 def main(**options: Any) -> None:
@@ -265,14 +314,18 @@ def main(**options: Any) -> None:
     Exit codes: 0 stopped as asked, 2 bad usage or configuration, 3 a child could not start, 4 crash loop,
     5 a store could not be reached.
     """
+    prepare_process()
     try:
         settings = settings_from(options, sys.stderr.isatty())
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
         logs.configure("supervisor", settings, os.environ)
+        if settings.redis_url and (ignored := parse_redis_url(settings.redis_url).ignored):
+            log.info("redis_url.options_ignored", extra={"options": ignored})
         for variable, similar in unknown_variables(os.environ):
             log.warning(
                 "option.unknown_variable", extra={"variable": variable, "hint": f"did you mean {similar}?"}
             )
+        become_subreaper()
         with SignalQueue(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD) as queue:
             sys.exit(_supervise(settings, queue))
     except (ConfigurationError, OSError) as error:

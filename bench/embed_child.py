@@ -179,8 +179,8 @@ def _record_packing() -> list[tuple[int, int]]:
 
     real, seen = packing.pack, []
 
-    def pack(lengths: Any, *limits: Any) -> Any:
-        batches = real(lengths, *limits)
+    def pack(lengths: Any, *limits: Any, **options: Any) -> Any:
+        batches = real(lengths, *limits, **options)
         for batch in batches:
             own = [lengths[index] for index in batch]
             seen.append((max(own) * len(own), sum(own)))

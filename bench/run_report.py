@@ -1,16 +1,19 @@
-"""Report of ``run.py`` as one HTML page: a bar chart for each figure, and the further programs' reports."""
+"""Report of ``run.py`` as one HTML page: a bar chart for each figure, and the further programs' reports.
+
+Bars are table cells with a width in percent: a plotting library would be the largest dependency of the tests.
+"""
 
 import html
 import json
 from pathlib import Path
 from typing import Any
 
-import pygal
-from pygal.style import Style
-
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>jobworker benchmarks</title>
-<style>body{{font:15px system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}}
-figure{{display:inline-block;width:32%;min-width:330px;margin:0}}pre{{overflow:auto;background:#f4f5f7;padding:1rem}}</style>
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>jobworker benchmarks</title><style>
+body{{font:15px system-ui,sans-serif;max-width:1150px;margin:2rem auto;padding:0 1rem}}
+.charts{{display:flex;flex-wrap:wrap;gap:1rem 2rem}} table{{width:350px;border-collapse:collapse}}
+caption{{text-align:left;font-weight:600}} th{{text-align:left;font-weight:400;width:170px}}
+td{{padding:2px 0}} td div{{background:#2f6fde;height:12px;min-width:1px}} td.n{{width:70px;text-align:right}}
+pre{{overflow:auto;background:#f4f5f7;padding:1rem}}</style>
 <h1>jobworker benchmarks</h1><p>{facts}</p>{parts}{others}</html>"""
 
 
@@ -20,8 +23,9 @@ def write_html(report: dict[str, Any], path: Path) -> None:
     for part, contender, name, value, _ in report["figures"]:
         charts.setdefault(part, {}).setdefault(name, {})[contender] = value
     parts = "".join(
-        f"<h2>{html.escape(part)}</h2>"
-        + "".join(f"<figure>{_bars(name, values)}</figure>" for name, values in by_name.items())
+        f'<h2>{html.escape(part)}</h2><div class="charts">'
+        + "".join(_bars(name, values) for name, values in by_name.items())
+        + "</div>"
         for part, by_name in charts.items()
     )
     others = "".join(
@@ -41,13 +45,11 @@ def _short(value: float) -> str:
 
 
 def _bars(name: str, values: dict[str, float]) -> str:
-    style = Style(background="transparent", plot_background="transparent", colors=("#7fa8f0",),
-                  title_font_size=15, label_font_size=12, value_font_size=12)  # fmt: skip
-    chart = pygal.HorizontalBar(
-        title=name, style=style, width=430, height=70 + 30 * len(values), js=[],
-        show_legend=False, show_x_guides=False, show_y_guides=False, show_x_labels=False, print_values=True,
-        value_formatter=_short, disable_xml_declaration=True,
-    )  # fmt: skip
-    chart.x_labels = list(reversed(values))  # the first bar is the lowest one
-    chart.add(name, list(reversed(values.values())))
-    return str(chart.render(is_unicode=True))
+    longest = max(values.values()) or 1.0
+    rows = (
+        f"<tr><th>{html.escape(contender)}</th>"
+        f'<td><div style="width:{100 * value / longest:.1f}%"></div></td>'
+        f'<td class="n">{_short(value)}</td></tr>'
+        for contender, value in values.items()
+    )
+    return f"<table><caption>{html.escape(name)}</caption>{''.join(rows)}</table>"

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import click
 
 from jobworker.worker.options import ENV_PREFIX
+from jobworker.worker.urls import parse_http_url
 
 #: Level (ok, note or wrong), subject, what was found, what to do.
 Found = tuple[str, str, str] | tuple[str, str, str, str]
@@ -33,6 +34,8 @@ OPTIONS = (
 def findings(options: Mapping[str, str], endpoints: Mapping[str, Any]) -> Iterator[Found]:
     """Nothing without ``--model``. ``endpoints``: addresses of the service on this machine."""
     if options["model"] != _NO_MODEL:
+        if options["milvus_uri"]:
+            parse_http_url(options["milvus_uri"], "--milvus-uri", "http://milvus.example:19530")
         milvus = _milvus(options["milvus_uri"], str(endpoints.get("milvus_uri", "")))
         model = options["model"] or options["configured_model"]
         yield from _model(model, options["device"], milvus, options["milvus_prefix"])
@@ -46,7 +49,7 @@ def _milvus(given: str, found: str) -> tuple[str, str]:
 
 def _model(model: str, device: str, milvus: tuple[str, str], prefix: str) -> Iterator[Found]:
     """Look in a process of its own; ``milvus``: its uri and token."""
-    command = [sys.executable, "-m", "jobworker.handlers.encoder.doctor", model, device, prefix]
+    command = [sys.executable, "-P", "-m", "jobworker.handlers.encoder.doctor", model, device, prefix]
     try:
         done = subprocess.run(
             # Not as arguments: every user of the host can read those.

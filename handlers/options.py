@@ -1,16 +1,21 @@
 """Options of the built-in job types, as click declares them, and the settings made from them."""
 
+import re
 from typing import Any
 
 import click
 
-from jobworker.worker import ConfigurationError
+from jobworker.worker import NO_DEVICE, ConfigurationError
 from jobworker.worker.options import SECONDS, option
 from jobworker.worker.quantities import Count, Size
+from jobworker.worker.urls import parse_http_url
 
 #: In less the log of the cache's database would not leave room for vectors.
 _LEAST_CACHE_BYTES = 16 * 1024 * 1024
 _MOST_CACHE_BYTES = 1 << 50
+_PREFIX = re.compile(r"(?:[A-Za-z_][A-Za-z0-9_]{0,63})?")
+_TARGET = re.compile(r"[\w.]+:[A-Za-z_]\w*")
+_DEVICE = re.compile(r"cpu|cuda:[0-9]{1,3}")
 #: Options of the service's file that the verbs of `jobworker` use: option -> parameter.
 VERB_OPTIONS = {
     "milvus-uri": "milvus_uri", "milvus-prefix": "milvus_prefix", "model": "configured_model",
@@ -48,22 +53,63 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+#: Options among those that most services need.
+FIRST = ("milvus-uri", "model")
+#: Groups of the help text, beside the options that it shows first.
+GROUPS = {
+    "Milvus": ("milvus-token", "milvus-prefix", "milvus-partitions"),
+    "Model": ("device", "model-copies", "dtype", "long-text", "token-budget", "cache"),
+    "Summaries": (
+        "summary-chars", "llm-url", "llm-model", "llm-key-file", "llm-timeout", "summary-sink",
+        "postgres-dsn",
+    ),
+}  # fmt: skip
+
+
 def fields_of(values: dict[str, Any]) -> dict[str, Any]:
     """Fields of `HandlerSettings`; takes the options that have other names out of ``values``.
 
     Raises `ConfigurationError` with what to change.
     """
+    check_milvus_uri(values["milvus_uri"])
     check_llm(values["llm_url"], values["llm_model"])
+    if not _PREFIX.fullmatch(values["milvus_prefix"]):
+        raise ConfigurationError("--milvus-prefix: must be letters, digits and _, and not begin with a digit")
+    sink = values["summary_sink"]
+    if sink == "postgres" and not values["postgres_dsn"]:
+        raise ConfigurationError("--summary-sink postgres needs --postgres-dsn")
+    if sink not in ("", "postgres") and not _TARGET.fullmatch(sink):
+        raise ConfigurationError(f"--summary-sink {sink!r}: must be postgres or module:Class")
     return {
         "cache_bytes": values.pop("cache"),
+        "device": parse_device(values.pop("device")),
+        "milvus_uri": values.pop("milvus_uri").strip(),
         "llm_timeout_s": values.pop("llm_timeout"),
         "device_copies": values.pop("model_copies"),
     }
 
 
+def check_milvus_uri(uri: str) -> None:
+    """Raises `ConfigurationError` unless it is empty or ``http(s)://[user:password@]host[:port][/database]``."""
+    if uri:
+        parts = parse_http_url(uri, "--milvus-uri", "http://milvus.example:19530")
+        if parts.query or parts.fragment:
+            raise ConfigurationError(
+                "--milvus-uri takes no options behind ? or #; in a password write %3F and %23"
+            )
+
+
+def parse_device(text: str) -> str:
+    """``auto``, ``cpu``, ``cuda``, or names joined by commas, without blanks. Raises `ConfigurationError`."""
+    names = [name.strip() for name in text.split(",")]
+    if names in (["auto"], ["cuda"], [NO_DEVICE]) or all(map(_DEVICE.fullmatch, names)):
+        return ",".join(names)
+    raise ConfigurationError(f"--device {text!r}: say auto, cpu, cuda, or names such as cuda:0,cuda:1")
+
+
 def check_llm(url: str, model: str) -> None:
     """``--llm-url`` and ``--llm-model`` belong together. Raises `ConfigurationError`."""
-    if url and not url.startswith(("http://", "https://")):
-        raise ConfigurationError("--llm-url: say http(s)://host:port/v1, as for any OpenAI-compatible client")
+    if url:
+        parse_http_url(url, "--llm-url", "http://host:port/v1, as for any OpenAI-compatible client")
     if url and not model:
         raise ConfigurationError("--llm-url needs --llm-model: the name that the endpoint knows its model by")

@@ -6,6 +6,7 @@ from .errors import ConfigurationError, Fenced, PermanentError, StoreUnavailable
 from .handler import BatchHandler, Handler, JobHandler
 from .producer import NewJob, Producer, UnknownDestination
 from .settings import Settings
+from .telemetry.current_job import report_progress
 from .telemetry.trace import span
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Unavailable",
     "UnknownDestination",
     "device_for_slot",
+    "report_progress",
     "span",
     "visible_gpus",
 ]

@@ -29,6 +29,7 @@ from .ipc.control import ControlSocket, Message, Standby, Start, StartFailed
 from .ipc.crash_marks import CrashMarks
 from .keys import consumer_name
 from .outcome import MAX_ERROR_CHARS
+from .process_env import open_standard_streams
 from .settings import Settings, settings_class
 from .supervision.pdeathsig import tie_to_parent
 from .telemetry import log as logs
@@ -49,6 +50,7 @@ _OOM_SCORE_ADJ = "500"
 
 def main() -> int:
     """Run one role; the exit code is 0 after a proper end, 3 or 5 where the role could not start."""
+    open_standard_streams()
     link = ControlSocket(socket.socket(fileno=int(sys.argv[1])))
     start, fds = _first_message(link)
     settings = settings_class().from_json(start.settings)
@@ -61,7 +63,9 @@ def main() -> int:
     # Ctrl-C and a terminal's end reach the whole group; only the supervisor decides what they mean.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    if start.role != "worker":
+    if start.role == "worker":
+        os.setpgid(0, 0)  # the supervisor ends the group: what handlers start ends with the worker
+    else:
         # So does a service manager's TERM; these two have to outlive the jobs that are running.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable(start.blackbox_fd)

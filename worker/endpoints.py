@@ -28,8 +28,10 @@ def store_url(environment: Mapping[str, str] = os.environ) -> str:
     """
     if url := environment.get(REDIS_URL_VARIABLE):
         return url
-    folder = Path(environment.get(DATA_DIR_VARIABLE) or DEFAULT_DATA_DIR)
-    url = read_private_endpoints(folder).get("redis_url", "")
+    named = environment.get(DATA_DIR_VARIABLE)
+    folder = Path(named or DEFAULT_DATA_DIR)
+    # Anybody who may write into the current folder could have put a data directory there.
+    url = read_private_endpoints(folder, any_owner=bool(named)).get("redis_url", "")
     if not url:
         raise ConfigurationError(
             f"no job store: {REDIS_URL_VARIABLE} is not set and no service has run in {folder.absolute()}. "
@@ -39,11 +41,12 @@ def store_url(environment: Mapping[str, str] = os.environ) -> str:
     return url
 
 
-def read_private_endpoints(folder: Path) -> dict[str, str]:
+def read_private_endpoints(folder: Path, *, any_owner: bool = False) -> dict[str, str]:
     """The text fields of the file; empty if there is none. Never waits, creates or changes anything.
 
     Raises `ConfigurationError` for a file that this user may not read, or that someone else could have
-    written: it decides where jobs and passwords are sent.
+    written: it decides where jobs and passwords are sent. ``any_owner``: the folder was named by the user, so
+    its service may run as another user.
     """
     path = folder / FILE_NAME
     try:
@@ -57,7 +60,7 @@ def read_private_endpoints(folder: Path) -> dict[str, str]:
     with open(fd, "rb") as file:
         status = os.fstat(fd)
         is_plain = stat.S_ISREG(status.st_mode) and not status.st_mode & 0o022
-        if not is_plain or status.st_uid not in (0, os.geteuid()):
+        if not is_plain or not (any_owner or status.st_uid in (0, os.geteuid())):
             raise ConfigurationError(
                 f"{path}: another user could have written it. Set {REDIS_URL_VARIABLE}, or remove the file"
             )

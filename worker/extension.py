@@ -121,11 +121,12 @@ def how_to_install(extra: str) -> str:
 def create(target: str, label: str) -> Any:
     """An instance of the class that a user names by ``module:Class``, created without arguments.
 
-    Modules in the current directory can be imported, as with `python -m`. Raises `ConfigurationError`, which
-    starts with ``label`` and the target, if there is no such class.
+    Modules in the current directory can be imported too, after everything that is installed. Raises
+    `ConfigurationError`, which starts with ``label`` and the target, if there is no such class.
     """
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+    ours = target.startswith(f"{__package__.partition('.')[0]}.")
+    if not ours and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
     try:
         return imported(target)()
     except (ImportError, AttributeError) as error:

@@ -4,12 +4,12 @@ import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from numbers import Integral, Real
 from types import AsyncGeneratorType, GeneratorType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
 from .devices import NO_DEVICE
 from .envelope import Job
@@ -20,6 +20,11 @@ from .settings import Settings
 
 #: The members that a worker calls. Each is a plain function or an async one.
 _CALLED = ("setup", "handle", "handle_batch", "healthy")
+#: Methods that tell work under way from other values: futures of any library, results of
+#: `multiprocessing.Pool`, threads and processes, `subprocess.Popen`.
+_UNFINISHED = (("add_done_callback",), ("ready", "successful"), ("is_alive", "join"), ("poll", "communicate"))
+#: Items of a returned container that are looked at.
+_CHECKED_ITEMS = 1000
 
 
 @runtime_checkable
@@ -37,6 +42,8 @@ class Handler(Protocol):
     - ``batch_timeout``: seconds for all jobs of a batch (or the longest of their own limits); without it
       the sum of their limits.
     - ``timeout``: seconds a job may take (default: the service's ``--job-timeout``).
+    - ``max_timeout``: with this, each `report_progress` starts the timeout again, at most until this many
+      seconds after the start.
     - ``healthy()``: raises while something that the handler needs does not answer.
     - ``alone = True``: its jobs may take minutes, so no other job waits behind one in the same worker.
     - ``needs_device = True``: only workers with a device run it (``--device``).
@@ -63,6 +70,9 @@ class HandlerMembers:
 
     #: Timeout of a job in seconds, if the job has none. Default: ``--job-timeout``.
     timeout: float
+    #: Latest end in seconds after the start, for a handler that calls `report_progress`: each call starts the
+    #: timeout again. Default: progress moves nothing.
+    max_timeout: float
     #: An exclusive type: no other job is queued on a worker behind one of its jobs.
     alone: bool
     #: Only workers with a device run it (``--device``).
@@ -108,7 +118,7 @@ class BoundHandler:
     """A handler as the runner uses it: one batch call, a limit, and defaults for what it leaves out.
 
     Every call returns after the work: async members run on ``loop``, which the handlers of a worker share.
-    Raises `ConfigurationError` where a member is a generator function.
+    Raises `ConfigurationError` where a member is a generator function or a value of the wrong type.
     """
 
     def __init__(
@@ -119,29 +129,24 @@ class BoundHandler:
         _check_values(kind, handler)
         self.kind = kind
         self._handler = handler
-        self.timeout_s = float(_member(handler, "timeout", default_timeout_s))
-        self.batch_timeout_s = float(_member(handler, "batch_timeout", math.inf))
+        self.timeout_s = float(getattr(handler, "timeout", default_timeout_s))
+        self.batch_timeout_s = float(getattr(handler, "batch_timeout", math.inf))
+        self.max_timeout_s = float(getattr(handler, "max_timeout", 0.0))
         handle, batch, healthy = (getattr(handler, name, None) for name in _CALLED[1:])
-        self.alone = _member(handler, "alone", False)
-        self.exact_numbers = _member(handler, "exact_numbers", False)
-        self.max_batch = int(_member(handler, "max_batch", 32)) if batch else 1
+        self.alone = bool(getattr(handler, "alone", False))
+        self.exact_numbers = bool(getattr(handler, "exact_numbers", False))
+        self.max_batch = int(getattr(handler, "max_batch", 32)) if batch else 1
         self.handle_batch = _batch_of(batch, loop) if batch else None
         self.handle: Callable[[Job], object] = (
             _handle_of(handle, loop) if handle else _alone(self.handle_batch)
         )
         self.healthy: Callable[[], object] | None = _call_of("healthy", healthy, loop) if healthy else None
-        self.counters: Mapping[str, float] = _member(handler, "counters", {})
+        self.counters: Mapping[str, float] = getattr(handler, "counters", {})
 
     @property
     def max_batch_bytes(self) -> float:
         """The most bytes of jobs that go together, as the handler says now."""
-        return float(_member(self._handler, "max_batch_bytes", math.inf))
-
-
-def _member(handler: Any, name: str, default: Any) -> Any:
-    """A member of a handler; one that is None is absent."""
-    value = getattr(handler, name, None)
-    return default if value is None else value
+        return float(getattr(self._handler, "max_batch_bytes", math.inf))
 
 
 def _alone(batch: Any) -> Callable[[Job], None]:
@@ -176,10 +181,9 @@ def _batch_of(
     def handle_batch(jobs: Sequence[Job]) -> Sequence[BaseException | None]:
         outcomes = call(jobs)
         if not isinstance(outcomes, Sequence) or isinstance(outcomes, str | bytes):
-            what = "None" if outcomes is None else type(outcomes).__name__
             raise PermanentError(
-                f"handle_batch returned {what}: return a list with one outcome a job, "
-                "each None or an exception"
+                f"handle_batch returned {type(outcomes).__name__}: return a list with one outcome a job, "
+                "each None or an exception; [None] * len(jobs) if all succeeded"
             )
         if len(outcomes) != len(jobs):
             raise PermanentError(f"handle_batch: {len(outcomes)} outcomes for {len(jobs)} jobs")
@@ -215,22 +219,97 @@ def _call_of(
 
 
 def _refuse_unrun(name: str, result: object) -> None:
-    """Raise `PermanentError` where a member returned work that has not run or not ended: an awaitable, a
-    `Future` of a thread pool, a generator or `map`, or the context manager made of a generator. Load time
-    cannot see it behind a decorator."""
-    body = getattr(result, "gen", result)
-    is_generator = isinstance(body, GeneratorType | AsyncGeneratorType)
-    if isinstance(result, Future):
-        raise PermanentError(f"{name} returned a Future, which nothing waits for: return its result()")
+    """Raise `PermanentError` where a member returned work that has not run or may not have ended.
+
+    It is a coroutine, another awaitable, a generator or the context manager made of one, a lazy iterator, a
+    future, a thread or a process; or one of these in a list. Load time cannot see it behind a decorator.
+    """
+    parts = [result, *_items(name, result)]
+    for one in parts:
+        if not (advice := _advice(name, one)):
+            continue
+        for coroutine in parts:
+            if isinstance(coroutine, Coroutine):
+                with suppress(
+                    Exception
+                ):  # of its own clean-up, if it has begun: it would hide the error below
+                    coroutine.close()
+        where = "" if one is result else f"a {type(result).__name__} with "
+        raise PermanentError(f"{name} returned {where}{type(one).__name__}, {advice}")
+
+
+def _items(name: str, result: object) -> Iterable[object]:
+    """Items of a returned container; those of a batch are checked as outcomes."""
+    if name == "handle_batch" or not isinstance(result, list | tuple | set | frozenset | dict):
+        return ()
+    return islice(result.values() if isinstance(result, dict) else result, _CHECKED_ITEMS)
+
+
+def _advice(name: str, result: object) -> str:
+    """What to write instead of returning this; empty for a value that stands for no work."""
+    if isinstance(getattr(result, "gen", result), GeneratorType | AsyncGeneratorType):
+        return "which nothing runs: remove its `yield`"
+    if isinstance(result, Awaitable):
+        return f"which nothing runs: write `async def {name}` and await it there"
     if isinstance(result, map | filter):
-        raise PermanentError(f"{name} returned a {type(result).__name__}, which nothing runs: write a loop")
-    if not (is_generator or isinstance(result, Awaitable)):
-        return
-    if isinstance(result, Coroutine):
-        with suppress(Exception):  # of its own clean-up, where it has begun; it would hide the error below
-            result.close()
-    advice = "remove its `yield`" if is_generator else f"write `async def {name}` and await it there"
-    raise PermanentError(f"{name} returned {type(result).__name__}, which nothing runs: {advice}")
+        return "which nothing runs: write a loop"
+    # Looked up in the class: a test's mock has every attribute.
+    if any(all(hasattr(type(result), one) for one in names) for names in _UNFINISHED):
+        return f"whose end nothing waits for: wait for it in {name}, for example by result(), get() or join()"
+    return ""
+
+
+def _check_values(kind: str, handler: Any) -> None:
+    """Raise `ConfigurationError` where a member that is a value has another type or range."""
+    for name, (is_valid, expected) in _VALUES.items():
+        value = getattr(handler, name, _ABSENT)
+        if value is not _ABSENT and not is_valid(value):
+            raise ConfigurationError(
+                f"handler of {kind}: {name} is {value!r:.80}: give {expected}, or leave it out"
+            )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    if value is True or value is False:
+        return False
+    return isinstance(value, Real) and not math.isnan(float(value))
+
+
+def _is_positive(value: object) -> TypeGuard[float]:
+    return _is_number(value) and value > 0
+
+
+def _is_finite(value: object) -> bool:
+    return _is_positive(value) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return _is_positive(value) and isinstance(value, Integral)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_counters(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and _is_number(total) for name, total in value.items()
+    )
+
+
+_ABSENT = object()
+#: Members that are values: whether one is valid, and what to give.
+_VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "timeout": (_is_finite, "a number of seconds above 0"),
+    "batch_timeout": (_is_positive, "a number of seconds above 0"),
+    "max_timeout": (lambda value: value == 0 or _is_finite(value), "a number of seconds"),
+    "max_batch": (_is_count, "a whole number of jobs above 0"),
+    "max_batch_bytes": (_is_positive, "a number of bytes above 0"),
+    "alone": (_is_flag, "True or False"),
+    "needs_device": (_is_flag, "True or False"),
+    "exact_numbers": (_is_flag, "True or False"),
+    "counters": (_is_counters, "a mapping of names to numbers"),
+}
 
 
 def _check_members(kind: str, handler: Any) -> None:
@@ -249,43 +328,6 @@ def _check_members(kind: str, handler: Any) -> None:
                 f"handler of {kind}: {name} contains `yield`, so a call of it runs nothing: "
                 f"write `def {name}` or `async def {name}` without `yield`"
             )
-
-
-def _check_values(kind: str, handler: Any) -> None:
-    """Raise `ConfigurationError` where a member is not of its documented kind. It is called after `setup`,
-    which may set members."""
-    for name, (fits, wanted) in _VALUES.items():
-        value = getattr(handler, name, None)
-        if value is not None and not fits(value):
-            raise ConfigurationError(f"handler of {kind}: {name} is {value!r:.80}, not {wanted}")
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, Real) and value is not True and float(value) > 0
-
-
-def _is_duration(value: Any) -> bool:
-    return _is_positive(value) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and _is_positive(value)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "timeout": (_is_duration, "a number of seconds above 0"),
-    "batch_timeout": (_is_duration, "a number of seconds above 0"),
-    "max_batch": (_is_count, "a number of jobs above 0"),
-    "max_batch_bytes": (_is_positive, "a number of bytes above 0"),
-    "alone": (_is_flag, "True or False"),
-    "needs_device": (_is_flag, "True or False"),
-    "exact_numbers": (_is_flag, "True or False"),
-    "counters": (lambda value: isinstance(value, Mapping), "a dict of numbers"),
-}
 
 
 def _is(form: Callable[[object], bool], method: Any) -> bool:

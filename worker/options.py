@@ -1,5 +1,6 @@
 """Options of the service: the command line overrides the environment, the environment the file."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
@@ -22,6 +23,7 @@ from .settings import (
     parse_source,
     settings_class,
 )
+from .urls import parse_redis_url
 
 ENV_PREFIX = "JOBWORKER"
 #: Longer than nothing.
@@ -86,7 +88,7 @@ DATA_DIR = option(
     "--data-dir",
     "Where the embedded stores and archives live.",
     "./jobworker-data",
-    click.Path(file_okay=False),
+    click.Path(file_okay=False, readable=False),
     envvar=f"{ENV_PREFIX}_DATA_DIR",
 )
 
@@ -163,7 +165,7 @@ _SECONDS = ("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age
 
 
 def _extended() -> Any:
-    """The module with the options of the built-in types: ``OPTIONS``, ``fields_of`` and ``VERB_OPTIONS``."""
+    """Module with the options of the built-in types: OPTIONS, FIRST, GROUPS, VERB_OPTIONS, fields_of."""
     return import_module(extension().options)
 
 
@@ -174,11 +176,44 @@ def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+#: The options that most services need; those of the built-in types follow. Each is in one group only.
+_FIRST = ("redis-url", "data-dir", "procs", "handler", "stream", "instance", "metrics-addr", "config")
+#: Groups of the other options of the engine; those of the built-in types follow.
+_GROUPS = {
+    "Work": ("no-builtin-handlers", "job-timeout", "linger", "max-payload"),
+    "Worker replacement": ("max-rss", "max-jobs", "max-age", "drain-timeout"),
+    "Retries": ("max-retries", "retry-initial", "retry-multiplier", "retry-max", "retry-jitter"),
+    "Stores": ("valkey-port", "connect-timeout", "lease"),
+}
+_LOGS = {"Logs": ("log-level", "log-format")}
+
+
+class ServiceCommand(click.Command):
+    """Command whose help lists the most needed options first, and the others in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section a group; options of no group come last."""
+        records = {
+            parameter.opts[0].removeprefix("--"): record
+            for parameter in self.get_params(ctx)
+            if (record := parameter.get_help_record(ctx)) is not None
+        }
+        more = _extended()
+        groups = {"Most needed options": (*_FIRST, *more.FIRST), **_GROUPS, **more.GROUPS, **_LOGS}
+        grouped = {name for names in groups.values() for name in names}
+        groups["Other"] = tuple(name for name in records if name not in grouped)
+        for title, names in groups.items():
+            if rows := [records[name] for name in names if name in records]:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
 def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
     """Settings from parsed options. Raises `ConfigurationError` with what to change."""
     values = dict(options)
     _check_texts(values)
     parse_address(values["metrics_addr"])
+    values["redis_url"] = _checked_redis_url(values["redis_url"])
     handlers = {} if values.pop("no_builtin_handlers") else dict(extension().handlers)
     given = dict(parse_handler(text) for text in values.pop("handler"))
     handlers |= {kind: extension().moved.get(target, target) for kind, target in given.items()}
@@ -196,6 +231,8 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
     values |= _extended().fields_of(values)
     seconds = {f"{name}_s": values.pop(name) for name in _SECONDS}
     sources = tuple(parse_source(text) for text in values.pop("stream"))
+    if twice := {source.stream for source in sources if [s.stream for s in sources].count(source.stream) > 1}:
+        raise ConfigurationError(f"--stream: {', '.join(sorted(twice))} is given twice")
     values["log_format"] = values["log_format"] or ("text" if on_terminal else "json")
     if values["instance"] is None:
         del values["instance"]
@@ -206,6 +243,22 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
         return settings_class().from_json(settings.to_json())
     except msgspec.MsgspecError as error:
         raise ConfigurationError(f"an option has a value of the wrong kind: {error}") from error
+
+
+def _checked_redis_url(text: str) -> str:
+    """The URL without blanks around it. Raises `ConfigurationError` if it cannot be used."""
+    url = text.strip()
+    if not url:
+        return ""
+    try:
+        parsed = parse_redis_url(url)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--redis-url {error}") from None
+    for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
+        path = parsed.tls.get(name)
+        if path and not os.access(path, os.R_OK):
+            raise ConfigurationError(f"--redis-url: {name} names {path}, which cannot be read")
+    return url
 
 
 def _check_texts(options: Mapping[str, Any]) -> None:

@@ -256,10 +256,8 @@ class Producer:
         """The job's id and its JSON, checked by the rules that the service reads it by."""
         id = job.id if job.id is not None else os.urandom(16).hex()
         _check_names(id, job)
-        if job.metadata is not None:
-            _check_metadata(job.metadata)
         metadata = _metadata(job)
-        if metadata is not None:  # a span adds to it
+        if metadata is not None:
             _check_metadata(metadata)
         data = _encode(
             Envelope(
@@ -313,7 +311,9 @@ def _home_of(type: str) -> str:
 
 
 def _metadata(job: NewJob) -> dict[str, str] | None:
-    """Metadata of the job, with the caller's span if the caller makes traces."""
+    """Metadata of the job, with the caller's span if the caller makes traces. Raises ValueError."""
+    if job.metadata is not None and not isinstance(job.metadata, Mapping):
+        raise ValueError(f"metadata maps text to text, it cannot be {job.metadata!r:.80}")
     if "opentelemetry.sdk.trace" in sys.modules:
         from .telemetry.otel_context import with_traceparent  # only then: it needs the library
 
@@ -339,9 +339,7 @@ def _check_names(id: str, job: NewJob) -> None:
             raise ValueError(f"{field} {value!r:.80} does not match {_TENANT.pattern}")
 
 
-def _check_metadata(metadata: Any) -> None:
-    if not isinstance(metadata, Mapping):
-        raise ValueError(f"metadata maps text to text, it cannot be {metadata!r:.80}")
+def _check_metadata(metadata: Mapping[Any, Any]) -> None:
     if len(metadata) > MAX_METADATA_ENTRIES:
         raise ValueError(f"metadata has {len(metadata)} entries, more than {MAX_METADATA_ENTRIES}")
     for key, value in metadata.items():

@@ -32,6 +32,9 @@ _HEALTH_EVERY_S = 5.0
 _ROOM_WITHIN_S = 60.0
 #: Most bytes of queued jobs. Large jobs stay in the ring, whose size is bounded, and no batch is much larger.
 _AHEAD_BYTES = 32 * 1024 * 1024
+#: Least and largest timeout that a job can set. Each timeout costs a worker, and its successor may need long
+#: to start; and a job that hangs must not occupy a worker for ever.
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.1, 86_400.0
 #: Shortest timeout of poll(), which rounds up. A shorter rest of the linger time is not waited for.
 _SHORTEST_POLL_S = 0.001
 
@@ -49,7 +52,8 @@ class QueuedJob(NamedTuple):
 class Runner:
     """Worker role. It runs one job or one batch at a time.
 
-    ``stop`` may be set from a signal handler: the running job is finished, no other is started. The state
+    ``stop`` may be set from a signal handler, and the supervisor requests the same in the channel: the
+    running job is finished, no other is started. The state
     byte in the in-flight table changes before and after each run, so that the reader knows which jobs had
     started when the worker dies.
     """
@@ -65,7 +69,7 @@ class Runner:
         mono_s: Callable[[], float] = time.monotonic,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
-        self.stop = False
+        self._stop = False
         self._channel = channel
         self._states = channel.table.states
         self._rows = len(self._states)
@@ -92,6 +96,17 @@ class Runner:
         self._reported_at = 0.0
         self._health_checked_at = 0.0
         self._trouble: str | None = None
+        # Seconds by which progress extends the deadline, and the latest deadline after the start, 0 for none.
+        self._progress_s = self._max_timeout_s = 0.0
+
+    @property
+    def stop(self) -> bool:
+        """Whether no other job may be started."""
+        return self._stop or self._channel.stop_requested
+
+    @stop.setter
+    def stop(self, value: bool) -> None:
+        self._stop = value
 
     def run(self) -> None:
         """Run until `stop` is set. The reader dispatches the jobs that were not started to other workers."""
@@ -163,13 +178,18 @@ class Runner:
         """Run the oldest queued job, together with others of its type if the handler takes batches."""
         handler = self._handlers[self._queue[0].envelope.type]
         self._set_batch_hint(handler.max_batch)
-        if handler.handle_batch is None:
-            self._run_singly(handler)
-        else:
-            self._linger(handler)
-            if self.stop:
-                return
-            self._run_batch(handler, self._take_batch(handler))
+        current.extend_deadline = self._extend_deadline
+        try:
+            if handler.handle_batch is None:
+                self._run_singly(handler)
+            else:
+                self._linger(handler)
+                if self.stop:
+                    return
+                self._run_batch(handler, self._take_batch(handler))
+        finally:
+            current.extend_deadline = None
+        self._set_batch_hint(handler.max_batch)
         if self._unflushed_since is not None and (
             not self._queue or self._mono_s() - self._unflushed_since > _FLUSH_AFTER_S
         ):
@@ -228,7 +248,25 @@ class Runner:
         return batch
 
     def _limit_s(self, handler: BoundHandler, envelope: Envelope) -> float:
-        return handler.timeout_s if envelope.timeout is None else envelope.timeout
+        if envelope.timeout is None:
+            return handler.timeout_s
+        return min(max(envelope.timeout, MIN_TIMEOUT_S), MAX_TIMEOUT_S)
+
+    def _allow_progress(self, handler: BoundHandler, limit_s: float, envelopes: Sequence[Envelope]) -> None:
+        """Let progress extend the deadline, unless a producer has set the timeout of one of the jobs."""
+        extends = all(envelope.timeout is None for envelope in envelopes)
+        self._progress_s = limit_s
+        self._max_timeout_s = handler.max_timeout_s if extends else 0.0
+
+    def _extend_deadline(self) -> None:
+        """The running job has made progress: its timeout starts again. It may be called in another thread."""
+        now, since, deadline_s = self._mono_s(), self._channel.mono_since_s, self._channel.mono_deadline_s
+        extended_s = min(now + self._progress_s, since + self._max_timeout_s)
+        if not deadline_s or extended_s <= deadline_s:
+            return
+        self._channel.extend_deadline(extended_s)
+        if now > since + self._progress_s:
+            self._channel.batch_hint = 0  # no more jobs are to wait behind a long one
 
     def _job(self, queued: QueuedJob) -> Job:
         return job_of(queued.envelope, self._streams[queued.stream_no], queued.entry_id.decode())
@@ -239,6 +277,7 @@ class Runner:
         The end of each job is the start of the next: this reads the clock once a job.
         """
         queue, type_name = self._queue, handler.kind
+        self._max_timeout_s = 0.0
         started = self._mono_s()
         wall_ahead_s = self._wall_s() - started
         if self._unflushed_since is None:
@@ -261,7 +300,10 @@ class Runner:
 
     def _run_one(self, handler: BoundHandler, queued: QueuedJob, started: float) -> float:
         """Run a job; returns the time of its end."""
-        self._channel.set_running(started, started + self._limit_s(handler, queued.envelope))
+        limit_s = self._limit_s(handler, queued.envelope)
+        if handler.max_timeout_s:
+            self._allow_progress(handler, limit_s, (queued.envelope,))
+        self._channel.set_running(started, started + limit_s)
         at = queued.row % self._rows
         self._states[at] = STARTED
         try:
@@ -284,6 +326,7 @@ class Runner:
         started = self._mono_s()
         limits_s = [self._limit_s(handler, queued.envelope) for queued in batch]
         limit_s = min(sum(limits_s), max(handler.batch_timeout_s, *limits_s))
+        self._allow_progress(handler, limit_s, [queued.envelope for queued in batch])
         self._channel.set_running(started, started + limit_s)
         self._channel.table.mark([queued.row for queued in batch], STARTED)
         current.jobs = jobs

@@ -1,12 +1,13 @@
 """Settings: one frozen record of every option; children get it as JSON over a pipe."""
 
-import os
+import re
 import socket
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 import msgspec
 
+from .cgroup import usable_cpus
 from .errors import ConfigurationError
 from .extension import extension, imported
 from .keys import NO_HOLDER, Holder, Source
@@ -75,7 +76,7 @@ class Settings:
 
 def parse_source(text: str) -> Source:
     """``NAME=GROUP`` of ``--stream``. Raises `ConfigurationError`."""
-    stream, _, group = text.rpartition("=")
+    stream, _, group = (part.strip() for part in text.rpartition("="))
     if not stream or not group:
         raise ConfigurationError(
             f"--stream {text!r}: say NAME=GROUP, for example stream:story:gen=cg-gen-worker"
@@ -85,7 +86,7 @@ def parse_source(text: str) -> Source:
 
 def parse_handler(text: str) -> tuple[str, str]:
     """``TYPE=module:Class`` of ``--handler``. Raises `ConfigurationError`."""
-    kind, _, target = text.partition("=")
+    kind, _, target = (part.strip() for part in text.partition("="))
     module, _, name = target.partition(":")
     if not kind or not module or not name.isidentifier():
         raise ConfigurationError(
@@ -96,15 +97,17 @@ def parse_handler(text: str) -> tuple[str, str]:
 
 def parse_address(text: str, option: str = "--metrics-addr") -> tuple[str, int]:
     """``HOST:PORT`` as an option has it. Raises `ConfigurationError`."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigurationError(f"{option} {text!r}: say HOST:PORT, for example 127.0.0.1:9464")
-    return host.strip("[]"), int(port)
+    found = re.fullmatch(r"(\[[0-9a-fA-F:.]+(?:%\w+)?\]|[^\s\[\]:/@]+):([0-9]{1,5})", text.strip())
+    if found is None or int(found[2]) > 65535:
+        raise ConfigurationError(
+            f"{option} {text!r}: say HOST:PORT, for example 127.0.0.1:9464 or [::1]:9464"
+        )
+    return found[1].strip("[]"), int(found[2])
 
 
 def cores() -> int:
-    """Processors that this process may use, which on a shared machine are fewer than it has."""
-    return len(os.sched_getaffinity(0))
+    """Processors that this process may use, by affinity and CPU quota; the machine may have more."""
+    return usable_cpus()
 
 
 def without_credentials(url: str, mark: str = "") -> str:

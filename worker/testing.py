@@ -105,7 +105,8 @@ class Harness:
         self._sockets: list[ControlSocket] = []
         clock, rng = self.mono_now_s, random.Random(0)
         self._to_reader, control = self._control_pair()
-        self._reader = Reader(self._store, self.settings, control, mono_s=clock, rng=rng)
+        # Slowing down after worker deaths would only make tests wait.
+        self._reader = Reader(self._store, self.settings, control, mono_s=clock, rng=rng, slow_crashes=False)
         self._to_reaper, control = self._control_pair()
         self._reaper = Reaper(MemoryStore(self._server), self.settings, control, mono_s=clock, rng=rng)
         self._generation = 0
@@ -269,7 +270,8 @@ class Harness:
         try:
             self._worker.run_once(0.0)
         except _WorkerKilled:
-            self._end_worker("SIGKILL (timeout)", charge=True, timed_out=True)
+            limit_s = self._channel.mono_deadline_s - self._channel.mono_since_s
+            self._end_worker(f"SIGKILL (timeout of {limit_s:.6g} s)", charge=True, timed_out=True)
         except SystemExit as leaving:
             self._end_worker(f"exit {leaving.code or 0}", charge=True)
         finally:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from jobworker.worker import PermanentError
 
-from ..encoder.base import Encoder, Plan, TextTooLong, Vectors
+from ..encoder.base import Encoder, Plan, UnsuitableText, Vectors
 from .vector_cache import Key, VectorCache, cache_key
 
 log = logging.getLogger("jobworker.embed")
@@ -99,11 +99,11 @@ class Embedder:
         while prepared.uncached and prepared.plan is None:
             try:
                 prepared.plan = self._encoder.tokenize([prepared.texts[i] for i in prepared.uncached])
-            except TextTooLong as error:
-                too_long = {prepared.jobs_of_texts[prepared.uncached[index]] for index in error.indexes}
-                prepared.failed |= dict.fromkeys(too_long, PermanentError(str(error)))
+            except UnsuitableText as error:
+                unsuitable = {prepared.jobs_of_texts[prepared.uncached[index]] for index in error.indexes}
+                prepared.failed |= dict.fromkeys(unsuitable, PermanentError(str(error)))
                 jobs = prepared.jobs_of_texts
-                prepared.uncached = [i for i in prepared.uncached if jobs[i] not in too_long]
+                prepared.uncached = [i for i in prepared.uncached if jobs[i] not in unsuitable]
             except Exception:
                 return  # `compute` tries the jobs one by one and reports the error
 
@@ -141,7 +141,7 @@ class Embedder:
         own = [index for index in prepared.uncached if prepared.jobs_of_texts[index] == job]
         try:
             computed = self._encoder.encode([prepared.texts[index] for index in own])
-        except TextTooLong as error:
+        except UnsuitableText as error:
             failed[job] = PermanentError(str(error))
         except Exception as error:
             failed[job] = error
@@ -152,6 +152,18 @@ class Embedder:
         """Cache the vectors that were not cached before."""
         if self._cache:
             self._cache.put(entry for part in computed for entry in part.cache_entries)
+
+
+def divide(request: EmbedRequest, part_bytes: float) -> Iterator[EmbedRequest]:
+    """The texts in order, in parts of about `part_bytes` bytes of UTF-8, at least one text each."""
+    start, filled = 0, 0
+    for stop, text in enumerate(request.texts, 1):
+        filled += _utf8_bytes(text)
+        if filled >= part_bytes:
+            yield request._replace(texts=request.texts[start:stop])
+            start, filled = stop, 0
+    if start < len(request.texts):
+        yield request._replace(texts=request.texts[start:])
 
 
 def size_bytes(request: EmbedRequest) -> int:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from jobworker.worker import Job, PermanentError, span
+import numpy as np
 
-from ..encoder.base import Encoder
+from jobworker.worker import Job, PermanentError, report_progress, span
+
+from ..encoder.base import Encoder, Vectors
 from ..encoder.load import load_from_settings
 from ..jobstore.fence import Fence
 from ..jobstore.open import open_fence
@@ -28,7 +30,7 @@ from ..vectors.ports import (
 )
 from ..vectors.schema import DEFAULT_COLLECTION, owner
 from ..vectors.versioned_writer import VersionedRows, VersionedWriter
-from .embedder import Computed, Embedder, EmbedRequest, Prepared, size_bytes
+from .embedder import Computed, Embedder, EmbedRequest, Prepared, divide, size_bytes
 from .payload import EmbedPayload
 from .pipeline import run_pipeline
 from .vector_cache import VectorCache
@@ -45,6 +47,9 @@ BATCH_BYTES = (24 * 1024, 4 * 1024 * 1024)
 CHUNK_S = 0.5
 CHUNKS_PER_BATCH = 4
 MIN_CHUNK_BYTES = 6 * 1024
+# A longer job is divided into parts of this duration: each is cached and stored when it is computed, so that
+# a retry continues there. Some forward passes long, so that division costs no throughput.
+PART_S = 2.5
 CACHE_FILE = "embedding-cache.sqlite3"
 
 
@@ -57,13 +62,30 @@ _Outcomes = list[BaseException | None]
 @dataclass(frozen=True)
 class _Batch:
     """Jobs of one `handle_batch` call. `store_errors`: by collection, the error of a store that did not
-    answer, or of the whole collection; the rest of the batch does not wait for it again."""
+    answer, or of the whole collection; the rest of the batch does not wait for it again. `unwritten`: vectors
+    of the latest parts of a job; `written`: the number of its texts before them."""
 
     jobs: Sequence[Job]
     payloads: _Payloads
     outcomes: _Outcomes
     attribution: Attribution
+    unwritten: dict[int, list[Vectors]] = field(default_factory=dict)
+    written: dict[int, int] = field(default_factory=dict)
     store_errors: dict[str, Exception] = field(default_factory=dict)
+
+    def fail(self, index: int, error: BaseException | None) -> None:
+        """Set the outcome of a job if there is an error; the first one stays.
+
+        Two threads call it for parts of one job, so a success never takes the place of an error.
+        """
+        if error is not None and self.outcomes[index] is None:
+            self.outcomes[index] = error
+
+    def fail_unfinished(self) -> None:
+        """Fail the jobs whose rows are not all written; none is expected."""
+        for index, payload in self.payloads.items():
+            if self.written.get(index, 0) < len(payload.texts):
+                self.fail(index, RuntimeError("not all texts were embedded"))
 
 
 class EmbeddingBatch:
@@ -82,6 +104,8 @@ class EmbeddingBatch:
     timeout = 120.0
     # Not multiplied by the number of jobs: a batch is a few seconds of work, so a hung pass is found by then.
     batch_timeout = 120.0
+    # A job of 8 MiB takes minutes or hours; each pass and each write starts the timeout again.
+    max_timeout = 12 * 3600.0
 
     def __init__(
         self, encoder: Encoder | None = None, store: VectorStore | None = None, fence: Fence | None = None
@@ -131,49 +155,60 @@ class EmbeddingBatch:
         outcomes: _Outcomes = [None] * len(jobs)
         payloads = _parse_all(jobs, outcomes, self._prefix)
         if payloads:
+            batch = _Batch(jobs, payloads, outcomes, Attribution(self._store))
             run_pipeline(
                 self._chunks(payloads),
                 self._embedder.prepare,
-                partial(self._compute, jobs),
-                partial(self._finish, _Batch(jobs, payloads, outcomes, Attribution(self._store))),
+                partial(self._compute, batch),
+                partial(self._finish, batch),
             )
+            batch.fail_unfinished()
             self.max_batch_bytes = int(_clamp(self._embedder.rate_bytes_s * BATCH_S, *BATCH_BYTES))
         return outcomes
 
     def _chunks(self, payloads: _Payloads) -> list[dict[int, EmbedRequest]]:
-        """The jobs in order, divided into chunks of some forward passes each; a job is never divided."""
+        """The jobs in order, divided into chunks of some forward passes each.
+
+        A chunk holds one part of a job that takes longer than a part, and all texts of any other job.
+        """
         requests = {index: EmbedRequest(one.tenant_id, one.texts) for index, one in payloads.items()}
-        sizes = {index: size_bytes(request) for index, request in requests.items()}
         max_bytes = self._embedder.rate_bytes_s * CHUNK_S
-        limit = max(MIN_CHUNK_BYTES, min(max_bytes, sum(sizes.values()) / CHUNKS_PER_BATCH))
+        limit = max(
+            MIN_CHUNK_BYTES, min(max_bytes, sum(map(size_bytes, requests.values())) / CHUNKS_PER_BATCH)
+        )
+        part_bytes = max(MIN_CHUNK_BYTES, self._embedder.rate_bytes_s * PART_S)
         chunks: list[dict[int, EmbedRequest]] = []
         filled = limit
         for index, request in requests.items():
-            if filled >= limit:
-                chunks.append({})
-                filled = 0
-            chunks[-1][index] = request
-            filled += sizes[index]
+            for part in divide(request, part_bytes):
+                if filled >= limit or index in chunks[-1]:
+                    chunks.append({})
+                    filled = 0
+                chunks[-1][index] = part
+                filled += size_bytes(part)
         return chunks
 
-    def _compute(self, jobs: Sequence[Job], prepared: Prepared) -> Computed:
+    def _compute(self, batch: _Batch, prepared: Prepared) -> Computed:
+        if all(batch.outcomes[index] is not None for index in prepared.requests):
+            return Computed({}, {}, [])  # earlier parts of the jobs have failed
         texts, cached = len(prepared.texts), len(prepared.texts) - len(prepared.uncached)
-        with span("embed", [jobs[index] for index in prepared.requests], texts=texts, known=cached):
-            return self._embedder.compute(prepared)
+        with span("embed", [batch.jobs[index] for index in prepared.requests], texts=texts, known=cached):
+            computed = self._embedder.compute(prepared)
+        for index, error in computed.failed.items():
+            batch.fail(index, error)
+        report_progress()
+        return computed
 
     def _finish(self, batch: _Batch, computed: Sequence[Computed]) -> None:
         """Write the vectors to the cache and the store; the rows of several jobs share requests."""
         self._embedder.save_to_cache(computed)
-        groups: dict[str, _Group] = {}
         for part in computed:
-            for index, error in part.failed.items():
-                batch.outcomes[index] = error
             for index, vectors in part.vectors.items():
-                payload, job = batch.payloads[index], batch.jobs[index]
-                rows = payload.rows(vectors)
-                _log_clipped(job, payload, rows)
-                versioned = VersionedRows(job.id, rows, payload.version, payload.replace)
-                groups.setdefault(payload.collection, {})[index] = versioned
+                batch.unwritten.setdefault(index, []).append(vectors)
+        groups: dict[str, _Group] = {}
+        for index in list(batch.unwritten):
+            if (versioned := _take_rows(batch, index)) is not None:
+                groups.setdefault(batch.payloads[index].collection, {})[index] = versioned
         for collection, group in groups.items():
             self._store_group(collection, group, batch)
 
@@ -186,7 +221,7 @@ class EmbeddingBatch:
         error = None if clash else self._try_upsert(collection, group, batch)
         split = clash or isinstance(error, PermanentError | SuspectStoreError | WriteRefused)
         for index, rows in group.items():
-            batch.outcomes[index] = self._try_upsert(collection, {index: rows}, batch) if split else error
+            batch.fail(index, self._try_upsert(collection, {index: rows}, batch) if split else error)
 
     def _try_upsert(self, collection: str, group: _Group, batch: _Batch) -> Exception | None:
         if (error := batch.store_errors.get(collection)) is not None:
@@ -245,6 +280,26 @@ def _parse_all(jobs: Sequence[Job], outcomes: _Outcomes, prefix: str) -> _Payloa
             if payload.ids:
                 payloads[index] = payload
     return payloads
+
+
+def _take_rows(batch: _Batch, index: int) -> VersionedRows | None:
+    """The rows of a job that can be written now; None if there are none.
+
+    A job with `replace` is written as a whole: its rows take the place of others.
+    """
+    payload, start = batch.payloads[index], batch.written.get(index, 0)
+    stop = start + sum(map(len, batch.unwritten[index]))
+    failed = batch.outcomes[index] is not None
+    if payload.replace and stop < len(payload.texts) and not failed:
+        return None
+    vectors = batch.unwritten.pop(index)
+    if failed:
+        return None
+    batch.written[index] = stop
+    part = payload.part(start, stop)
+    rows = part.rows(np.concatenate(vectors))
+    _log_clipped(batch.jobs[index], part, rows)
+    return VersionedRows(batch.jobs[index].id, rows, payload.version, payload.replace)
 
 
 def _log_clipped(job: Job, payload: EmbedPayload, rows: Sequence[Row]) -> None:

@@ -58,6 +58,17 @@ class EmbedPayload(NamedTuple):
             _replace(payload),
         )
 
+    def part(self, start: int, stop: int) -> "EmbedPayload":
+        """The payload with some of its texts."""
+        part = slice(start, stop)
+        return self._replace(
+            ids=self.ids[part],
+            texts=self.texts[part],
+            chapter_ids=self.chapter_ids[part],
+            story_times=self.story_times[part],
+            segment_types=self.segment_types[part],
+        )
+
     def rows(self, vectors: Vector) -> list[Row]:
         """Rows from vectors of shape (texts, dim); a text too long for its field is clipped."""
         columns = zip(

@@ -28,7 +28,7 @@ Vector = NDArray[np.float32]
 T = TypeVar("T")
 
 # A file with another layout is replaced.
-LAYOUT = 1
+LAYOUT = 2
 # Three vectors of 1024 dimensions fill a page to seven eighths; at 4096 bytes each would take two pages.
 PAGE_BYTES = 16_384
 # SQLite's write-ahead log: written back at half of this size and truncated to it.
@@ -37,6 +37,11 @@ WAL_BYTES = 8 * 1024 * 1024
 MIN_LIMIT_BYTES = 2 * WAL_BYTES
 # A row without its vector: key (in table and index), checksum, lengths.
 ROW_OVERHEAD_BYTES = 72
+# An entry of the index of keys, and a mark of a used row, in pages that are half full.
+INDEX_ENTRY_BYTES, MARK_BYTES = 96, 24
+# Rows in use that are moved away from the end where rows are evicted: in one write, which bounds its time,
+# and in one transaction, which bounds the write-ahead log.
+MAX_MOVED_BYTES, MAX_MOVED_AT_ONCE_BYTES = 16 * 1024 * 1024, 1024 * 1024
 # Additional share that is evicted, so that not every write has to evict.
 SPARE_SHARE = 1 / 32
 # SQLite allows 32,766 parameters in a statement.
@@ -68,10 +73,11 @@ def cache_key(tenant_id: str, identity: str, text: str) -> Key:
 
 
 class VectorCache:
-    """Least-recently-used cache of vectors of `dim` numbers in at most `limit_bytes` of disk.
+    """Cache of vectors of `dim` numbers in at most `limit_bytes` of disk.
 
-    Safe for several threads and processes. No method raises. Keeps the totals `embedding_cache_hits` and
-    `embedding_cache_misses` in `counters`.
+    It evicts the oldest vectors that were not used since they were written. Safe for several threads and
+    processes. No method raises. Keeps the totals `embedding_cache_hits` and `embedding_cache_misses` in
+    `counters`.
     """
 
     def __init__(
@@ -174,11 +180,14 @@ class _CacheFile:
         self._db.execute(f"PRAGMA wal_autocheckpoint = {WAL_BYTES // 2 // PAGE_BYTES}")
         self._db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
         self._db.execute(f"PRAGMA max_page_count = {self.limit_bytes // PAGE_BYTES}")
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS vectors"
-            " (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, value BLOB NOT NULL)"
-        )
+        # A file with another layout is left as it is: it may have no room for a further table.
         if not self._number("PRAGMA user_version"):
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS vectors"
+                " (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, value BLOB NOT NULL)"
+            )
+            # Ids of rows that were used since they were written.
+            self._db.execute("CREATE TABLE IF NOT EXISTS used (id INTEGER PRIMARY KEY)")
             self._db.execute(f"PRAGMA user_version = {LAYOUT}")
 
     @property
@@ -205,38 +214,90 @@ class _CacheFile:
         return self._number("SELECT min(id) / 2 + max(id) / 2 FROM vectors")
 
     def write(self, rows: Sequence[tuple[Key, bytes]], used: Sequence[Key], row_bytes: int) -> None:
-        """Mark `used` as newest, evict, insert `rows`: in one transaction."""
+        """Mark `used`, make room for `rows`, insert them. A failure in between costs only some entries."""
+        if used:
+            mark = "INSERT OR IGNORE INTO used (id) SELECT id FROM vectors WHERE key = ?"
+            with self._transaction():
+                self._db.executemany(mark, [(key,) for key in used])
+        moves_left = min(MAX_MOVED_BYTES, self.limit_bytes // 8) // row_bytes
+        while moves_left > 0 and self._excess_bytes(len(rows), row_bytes) > 0:
+            with self._transaction():
+                moves_left -= 1 + self._evict_unused(len(rows), row_bytes)
+        try:
+            self._insert(rows, row_bytes, spare_bytes=0)
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_FULL:
+                raise
+            # The estimate of the pages was too low, or the disk is full: then this fails as well.
+            self._insert(rows, row_bytes, spare_bytes=int(self.limit_bytes * 4 * SPARE_SHARE))
+
+    def _evict_unused(self, rows: int, row_bytes: int) -> int:
+        """Delete the oldest rows, but move those that were used to the other end; returns how many moved.
+
+        Whole pages become free, because rows next to each other go. To move a row when it is used would take
+        a new page and leave a hole in the old one.
+        """
+        spare_bytes = int(self.limit_bytes * SPARE_SHARE)
+        last = self._oldest(self._excess_bytes(rows, row_bytes) + spare_bytes, row_bytes)
+        at_once = MAX_MOVED_AT_ONCE_BYTES // row_bytes + 1
+        nth_used = self._number("SELECT id FROM used ORDER BY id LIMIT 1 OFFSET ?", at_once)
+        last = min(last, nth_used or last)
+        moved = self._db.execute(
+            "SELECT key, value FROM vectors JOIN used USING (id) WHERE id <= ?", (last,)
+        ).fetchall()
+        self._delete_until(last)
+        self._put(moved)
+        return len(moved)
+
+    def _insert(self, rows: Sequence[tuple[Key, bytes]], row_bytes: int, spare_bytes: int) -> None:
+        """Insert; if there is no room, delete the oldest rows first, used or not."""
+        with self._transaction():
+            excess = self._excess_bytes(len(rows), row_bytes)
+            while excess + spare_bytes > 0 and self._delete_until(
+                self._oldest(excess + spare_bytes, row_bytes)
+            ):
+                excess, spare_bytes = self._excess_bytes(len(rows), row_bytes), 0
+            self._put(rows)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            newest = self._number("SELECT max(id) FROM vectors")
-            order = [(newest + offset, key) for offset, key in enumerate(used, 1)]
-            self._db.executemany("UPDATE vectors SET id = ? WHERE key = ?", order)
-            self._evict(len(rows), row_bytes)
-            self._db.executemany("INSERT OR REPLACE INTO vectors (key, value) VALUES (?, ?)", rows)
+            yield
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
 
-    def _evict(self, rows: int, row_bytes: int) -> None:
-        """Delete the oldest rows until `rows` more fit. Partly free pages do not count as free."""
-        excess = self._used_bytes() + 2 * rows * row_bytes - self.limit_bytes
-        while excess > 0:
-            oldest = excess // row_bytes + 1 + int(self.limit_bytes * SPARE_SHARE) // row_bytes
-            deleted = self._db.execute(
-                "DELETE FROM vectors WHERE id IN (SELECT id FROM vectors ORDER BY id LIMIT ?)", (oldest,)
-            )
-            if not deleted.rowcount:
-                return
-            excess = self._used_bytes() + 2 * rows * row_bytes - self.limit_bytes
+    def _oldest(self, size_bytes: int, row_bytes: int) -> int:
+        """The last id of the oldest rows that take `size_bytes`; 0 if there are none."""
+        query = "SELECT max(id) FROM (SELECT id FROM vectors ORDER BY id LIMIT ?)"
+        return self._number(query, size_bytes // row_bytes + 1)
+
+    def _delete_until(self, last: int) -> int:
+        self._db.execute("DELETE FROM used WHERE id <= ?", (last,))
+        return self._db.execute("DELETE FROM vectors WHERE id <= ?", (last,)).rowcount
+
+    def _put(self, rows: Sequence[tuple[Key, bytes]]) -> None:
+        self._db.executemany("INSERT OR REPLACE INTO vectors (key, value) VALUES (?, ?)", rows)
+
+    def _excess_bytes(self, rows: int, row_bytes: int) -> int:
+        """Bytes by which `rows` more exceed the limit. Partly free pages do not count as free."""
+        most_rows = self.limit_bytes // row_bytes
+        # Keys are random, so each new one may divide a page of the index.
+        index_pages = min(rows, most_rows * INDEX_ENTRY_BYTES // PAGE_BYTES + 1)
+        reserved = 2 * rows * row_bytes + index_pages * PAGE_BYTES + most_rows // 2 * MARK_BYTES
+        return self._used_bytes() + reserved - self.limit_bytes
 
     def _used_bytes(self) -> int:
         free = self._number("PRAGMA freelist_count")
         return (self._number("PRAGMA page_count") - free) * PAGE_BYTES
 
-    def _number(self, query: str) -> int:
-        return int(self._db.execute(query).fetchone()[0] or 0)
+    def _number(self, query: str, *values: int) -> int:
+        """The number that a query gives; 0 if it is null or there is no row."""
+        row = self._db.execute(query, values).fetchone()
+        return int(row[0] or 0) if row else 0
 
     def close(self) -> None:
         """Close; an error here adds nothing to the one that led to the close."""

@@ -4,17 +4,21 @@ import gc
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jobworker.worker import report_progress
+
 from .packing import RowLimits, pack, run_batches
 from .precision_check import SENTENCES
 from .segmenter import Offsets, cut
+from .window_format import WindowFormat
 
+T = TypeVar("T")
 Vectors = NDArray[np.float32]
 Purpose = Literal["document", "query"]
 LongText = Literal["windows", "truncate", "reject"]
@@ -45,12 +49,28 @@ def cpu_budget(token_budget: int, dim: int) -> int:
     return min(token_budget, max(1, CPU_PASS_NUMBERS // dim))
 
 
-class TextTooLong(Exception):
-    """Texts longer than the model's window, with `long_text` set to `reject`; `indexes` names the texts."""
+class UnsuitableText(Exception):
+    """Texts that this model cannot embed; `indexes` names the texts."""
+
+    def __init__(self, message: str, indexes: Sequence[int]) -> None:
+        super().__init__(message)
+        self.indexes = tuple(indexes)
+
+
+class TextTooLong(UnsuitableText):
+    """Texts longer than the model's window, with `long_text` set to `reject`."""
 
     def __init__(self, indexes: Sequence[int], tokens: int, limit: int) -> None:
-        super().__init__(f"{len(indexes)} text(s) of up to {tokens} tokens; the model's window holds {limit}")
-        self.indexes = tuple(indexes)
+        message = f"{len(indexes)} text(s) of up to {tokens} tokens; the model's window holds {limit}"
+        super().__init__(message, indexes)
+
+
+class TextWithoutTokens(UnsuitableText):
+    """Texts, such as the empty one, that have no token for a model without special tokens."""
+
+    def __init__(self, indexes: Sequence[int]) -> None:
+        message = f"{len(indexes)} text(s) without a token: the model cannot embed an empty text"
+        super().__init__(message, indexes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +105,17 @@ class Encoder(Protocol):
     counters: dict[str, float]
 
     def tokenize(self, texts: Sequence[str], purpose: Purpose = "document") -> Plan:
-        """Tokenise texts and divide long ones into windows. Raises TextTooLong if `long_text` is `reject`."""
+        """Tokenise texts and divide long ones into windows.
+
+        Raises TextTooLong if `long_text` is `reject`, and TextWithoutTokens.
+        """
 
     def forward(self, plan: Plan) -> Vectors:
         """One vector a text, shape (plan.texts, dim), in the order of the texts."""
 
     def encode(self, texts: Sequence[str], purpose: Purpose = "document") -> Vectors:
-        """`tokenize`, then `forward`. Vectors have unit length if the model's configuration says so."""
+        """`tokenize`, then `forward`. A text of one window gets what `SentenceTransformer.encode_document`
+        (or `encode_query`) gives; the vector has unit length if the model normalises."""
 
 
 class Tokens(Protocol):
@@ -115,13 +139,13 @@ class WindowedEncoder(ABC):
     def __init__(self, long_text: LongText) -> None:
         self.counters: dict[str, float] = {"embedded_tokens": 0, "truncated_tokens": 0}
         self._long_text = long_text
-        self._normalises = True
-        self._prefix: list[int] = []
-        self._suffix: list[int] = []
+        self._formats: dict[Purpose, WindowFormat] = {}
+        #: Whether padding would change the vectors, so that all windows of a batch have the same length.
+        self._equal_lengths = False
         self._row_limits = RowLimits()
 
     @abstractmethod
-    def _tokenize(self, texts: Sequence[str]) -> Sequence[Tokens]:
+    def _tokenize(self, texts: Sequence[str], purpose: Purpose) -> Sequence[Tokens]:
         """Tokenise without special tokens and without truncation."""
 
     @abstractmethod
@@ -135,16 +159,17 @@ class WindowedEncoder(ABC):
         lengths = [len(window) for window in windows]
         batches = run_batches(
             lengths,
-            pack(lengths, budget, MAX_ROWS),
+            pack(lengths, budget, MAX_ROWS, equal_lengths=self._equal_lengths),
             self._row_limits,
             lambda batch: embed([windows[index] for index in batch]),
             self._free_memory,
         )
         # All passes are queued before the first result is read, so that a GPU computes one while the CPU
         # prepares the next.
-        parts = [(batch, self._to_numpy(rows)) for batch, rows in list(batches)]
-        vectors = np.empty((len(windows), parts[0][1].shape[1]), np.float32)
-        for batch, rows in parts:
+        parts = list(_reporting(batches))
+        arrays = list(_reporting((batch, self._to_numpy(rows)) for batch, rows in parts))
+        vectors = np.empty((len(windows), arrays[0][1].shape[1]), np.float32)
+        for batch, rows in arrays:
             vectors[batch] = rows
         return vectors
 
@@ -157,62 +182,79 @@ class WindowedEncoder(ABC):
         """Free the memory of a pass that ran out of memory."""
         gc.collect()
 
-    def _prompt(self, purpose: Purpose) -> str:
-        """The prefix that the model requires before a text."""
-        return ""
-
     def tokenize(self, texts: Sequence[str], purpose: Purpose = "document") -> Plan:
-        prompt = self._prompt(purpose)
-        prompted = [prompt + without_surrogates(text) for text in texts]
-        tokens_of = self._tokenize(prompted)
-        long = [i for i, tokens in enumerate(tokens_of) if len(tokens.ids) > self._body_limit]
-        if long and self._long_text == "reject":
+        plan = self._plan(texts, purpose, self._long_text)
+        empty = [owner for window, owner in zip(plan.windows, plan.owners, strict=True) if not window]
+        if empty and not self._formats[purpose].embeds_nothing:
+            raise TextWithoutTokens(empty)
+        return plan
+
+    def _plan(self, texts: Sequence[str], purpose: Purpose, long_text: LongText) -> Plan:
+        form = self._formats[purpose]
+        prompted = [form.prompt + without_surrogates(text) for text in texts]
+        tokens_of = self._tokenize(prompted, purpose)
+        long = [i for i, tokens in enumerate(tokens_of) if len(tokens.ids) > form.body_limit]
+        if long and long_text == "reject":
             longest = max(len(tokens_of[index].ids) for index in long)
-            raise TextTooLong(long, longest + self.max_tokens - self._body_limit, self.max_tokens)
-        prompt_ids = self._tokenize([prompt])[0].ids if prompt and long else []
-        plan = Plan(len(texts), [], [], [], self._count_truncated(tokens_of, long), purpose)
+            raise TextTooLong(long, longest + form.max_tokens - form.body_limit, form.max_tokens)
+        truncates = long_text == "truncate"
+        lost = sum(len(tokens_of[index].ids) - form.body_limit for index in long) if truncates else 0
+        prompt = self._tokenize([form.prompt], purpose)[0].ids if form.prompt and long else []
+        plan = Plan(len(texts), [], [], [], lost, purpose)
         for index, tokens in enumerate(tokens_of):
-            self._add_windows(plan, index, prompted[index], tokens, prompt_ids)
+            kept = form.truncate(tokens.ids)
+            whole = truncates or len(kept) == len(tokens.ids)
+            bodies = (
+                [(kept, len(kept))] if whole else _divide(prompted[index], tokens, prompt, form.body_limit)
+            )
+            for body, weight in bodies:
+                plan.windows.append(form.window(body))
+                plan.owners.append(index)
+                plan.weights.append(max(1, weight))
         return plan
 
     def forward(self, plan: Plan) -> Vectors:
         if not plan.texts:
             return np.zeros((0, self.dim), np.float32)
-        vectors = merge_windows(self._embed(plan.windows, plan.purpose), plan, normalise=self._normalises)
+        windows = self._embed(plan.windows, plan.purpose)
+        normalises = self._formats[plan.purpose].normalises
+        vectors = self._finish(merge_windows(windows, plan, normalise=normalises), plan.purpose)
         self.counters["embedded_tokens"] += sum(map(len, plan.windows))
         self.counters["truncated_tokens"] += plan.truncated_tokens
         return vectors
+
+    def _finish(self, vectors: Vectors, purpose: Purpose) -> Vectors:
+        """Length 1 also in half precision, then the dimensions that the model keeps (`truncate_dim`)."""
+        if self._formats[purpose].normalises:
+            vectors = _unit_length(vectors)
+        return vectors if vectors.shape[1] == self.dim else np.ascontiguousarray(vectors[:, : self.dim])
 
     def encode(self, texts: Sequence[str], purpose: Purpose = "document") -> Vectors:
         return self.forward(self.tokenize(texts, purpose))
 
     def probe(self) -> Vectors:
         """Vectors of the sentences of the precision check, one a window; not counted."""
-        return self._embed(self.tokenize(SENTENCES).windows, "document")
+        return self._embed(self._probe_windows(), "document")
 
-    @property
-    def _body_limit(self) -> int:
-        return self.max_tokens - len(self._prefix) - len(self._suffix)
+    def _probe_windows(self) -> list[list[int]]:
+        return [window for window in self._plan(SENTENCES, "document", "windows").windows if window]
 
-    def _count_truncated(self, tokens_of: Sequence[Tokens], long: Sequence[int]) -> int:
-        if self._long_text != "truncate":
-            return 0
-        return sum(len(tokens_of[index].ids) - self._body_limit for index in long)
 
-    def _add_windows(self, plan: Plan, index: int, text: str, tokens: Tokens, prompt: list[int]) -> None:
-        ids = tokens.ids
-        if len(ids) <= self._body_limit or self._long_text == "truncate":
-            head, ranges = 0, [(0, min(len(ids), self._body_limit))]
-        else:
-            # Every window starts with the prompt. The tokenizer may have joined the prompt's last token with
-            # the first word of the text.
-            head = _common_prefix(ids, prompt)
-            ranges = cut(text, tokens.offsets[head:], max(1, self._body_limit - head))
-        for start, stop in ranges:
-            body = ids[:head] + ids[head + start : head + stop]
-            plan.windows.append(self._prefix + body + self._suffix)
-            plan.owners.append(index)
-            plan.weights.append(max(1, stop - start))
+def _divide(text: str, tokens: Tokens, prompt: list[int], limit: int) -> list[tuple[list[int], int]]:
+    """Tokens of each window, at most `limit`, with the number of them that are not the prompt's."""
+    ids = tokens.ids
+    # Every window starts with the prompt. The tokenizer may have joined the prompt's last token with the
+    # first word of the text.
+    head = _common_prefix(ids, prompt)
+    ranges = cut(text, tokens.offsets[head:], max(1, limit - head))
+    return [(ids[:head] + ids[head + start : head + stop], stop - start) for start, stop in ranges]
+
+
+def _reporting(passes: Iterable[T]) -> Iterator[T]:
+    """Report each pass as progress: one text of some megabytes takes minutes."""
+    for one in passes:
+        yield one
+        report_progress()
 
 
 def batch_arrays(
@@ -272,8 +314,11 @@ class DummyEncoder(WindowedEncoder):
         super().__init__(long_text)
         self.name, self.revision = f"dummy:{dim}", "1"
         self.dim, self.max_tokens = dim, max_tokens
+        self._formats = dict.fromkeys(
+            get_args(Purpose), WindowFormat(max_tokens=max_tokens, embeds_nothing=True)
+        )
 
-    def _tokenize(self, texts: Sequence[str]) -> Sequence[Tokens]:
+    def _tokenize(self, texts: Sequence[str], purpose: Purpose) -> Sequence[Tokens]:
         return [
             _Characters(list(map(ord, text)), [(start, start + 1) for start in range(len(text))])
             for text in texts

@@ -4,29 +4,32 @@
 """
 
 import logging
-import os
 import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from .base import batch_arrays
+from jobworker.worker.cgroup import usable_cpus
+
+from .base import Purpose, batch_arrays
 from .converted_models import Card, Weight
 from .find_model import ModelSource, check_unchanged
 from .openvino import REFERENCE, TOKENIZER
 from .openvino_session import MODEL, PRECISION, WEIGHTS, OpenVinoSession, openvino, supported_dtypes
 from .precision_check import MIN_SPEEDUP, SENTENCES, cpu_time_s, is_exact
-from .torch import TorchEncoder
+from .torch import TorchEncoder, rope_types
 
 # With fewer bytes of matrices, they stay inside the graph: each process then has its own copy in the
 # processor's layout and is faster by 2 or 3 % (bench/engines.py). With more, memory matters more.
 SHARE_FROM_BYTES = 128 * 1024 * 1024
 # Smaller matrices stay in the graph: the gain is less than the overhead of an input.
 MATRIX_BYTES = 64 * 1024
+# Length of the text that shows whether the graph holds for other lengths than those of the trace.
+LONG_TOKENS = 1024
 # One memory page, so that no two matrices share one.
 ALIGNMENT = 4096
 
@@ -40,21 +43,20 @@ class _TraceableModel(torch.nn.Module):
 
     def __init__(self, encoder: TorchEncoder) -> None:
         super().__init__()
-        self._model = encoder._model
-        self._wants_types = encoder._wants_types
+        self._model, self._input = encoder._model, encoder._inputs["document"]
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        features = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self._wants_types:
+        features = {"input_ids": input_ids, "attention_mask": attention_mask, **self._input.extras}
+        if "token_type_ids" in self._input.tensors:
             features["token_type_ids"] = torch.zeros_like(input_ids)
-        vectors: torch.Tensor = self._model(features)["sentence_embedding"]
+        vectors: torch.Tensor = self._model(features, task="document")["sentence_embedding"]
         return vectors
 
 
 def convert(source: ModelSource, target: Path) -> None:
     """Fill the folder `target`. For a model that cannot be converted, the card gives the reason."""
     try:
-        encoder = TorchEncoder.load(source, device="cpu", dtype="fp32", threads=len(os.sched_getaffinity(0)))
+        encoder = TorchEncoder.load(source, device="cpu", dtype="fp32", threads=usable_cpus())
         card = _convert(encoder, target)
     except (OSError, MemoryError):
         raise  # a fault of the machine, not of the model: the next start tries again
@@ -66,20 +68,19 @@ def convert(source: ModelSource, target: Path) -> None:
 
 
 def _convert(encoder: TorchEncoder, target: Path) -> Card:
-    if any(getattr(module, "include_prompt", True) is False for module in encoder._model):
-        raise _NotConvertible("its pooling leaves prompts out")
+    own = encoder._inputs["document"]
+    if reason := _not_convertible(encoder):
+        raise _NotConvertible(reason)
     reference = encoder.probe()
     np.save(target / REFERENCE, reference)
-    encoder._tokenizer.save(str(target / TOKENIZER))
+    own.tokenizer.save(str(target / TOKENIZER))
     graph = _trace(encoder)
     card = Card(
-        max_tokens=encoder.max_tokens,
-        pad_id=encoder._pad_id,
-        pads_left=encoder._pads_left,
-        prefix=encoder._prefix,
-        suffix=encoder._suffix,
-        normalises=encoder._normalises,
-        prompts={purpose: encoder._prompt(purpose) for purpose in ("document", "query")},
+        formats={str(purpose): form for purpose, form in encoder._formats.items()},
+        dim=encoder.dim,
+        pad_id=own.pad_id,
+        pads_left=own.pads_left,
+        equal_lengths=encoder._equal_lengths,
         weights=_extract_matrices(graph, target / WEIGHTS),
     )
     openvino.save_model(graph, target / MODEL, compress_to_fp16=False)
@@ -89,9 +90,25 @@ def _convert(encoder: TorchEncoder, target: Path) -> Card:
     return card
 
 
+def _not_convertible(encoder: TorchEncoder) -> str | None:
+    """Why one graph, one tokenizer and one mask are not enough for the model."""
+    document, query = (encoder._inputs.get(purpose) for purpose in get_args(Purpose))
+    if document is None or query is None or encoder._refusals:
+        return "it embeds no queries"
+    if document.is_flat:
+        return "it is a static model, which torch runs as fast"
+    if any(getattr(module, "include_prompt", True) is False for module in document.modules):
+        return "its pooling leaves prompts out"
+    if document.modules != query.modules or document.tensors != query.tensors:
+        return "its queries take another route than its documents"
+    if "longrope" in rope_types(document.modules):
+        return "its position encoding (longrope) depends on the length of the text"
+    return None
+
+
 def _trace(encoder: TorchEncoder) -> Any:
     # Two rows of different lengths, so that the traced graph keeps the mask.
-    windows = encoder.tokenize(["one two three four", "one"]).windows
+    windows = encoder._plan(["one two three four", "one"], "document", "truncate").windows
     features = encoder._features(windows, "document")
     example = {name: features[name] for name in ("input_ids", "attention_mask")}
     with torch.inference_mode(), warnings.catch_warnings():
@@ -157,17 +174,27 @@ def _replace_by_input(graph: Any, node: Any, name: str) -> None:
 
 def _rank_dtypes(encoder: TorchEncoder, reference: Any, target: Path, card: Card) -> list[str]:
     """Dtypes that pass the precision check, the fastest first; fp32 precedes those that gain too little."""
-    batch = _arrays(card, encoder.tokenize(["".join(SENTENCES)] * 4).windows[:4])
+    form = encoder._formats["document"]
+    windows = encoder._probe_windows()
+    timed = _arrays(card, encoder._plan(["".join(SENTENCES)] * 4, "document", "truncate").windows)
+    long = form.window(_repeat(windows[0], min(form.body_limit, LONG_TOKENS)))
+    expected = np.concatenate([reference, encoder._embed([long], "document")])
     cost = {}
     for dtype in PRECISION:
         if dtype not in supported_dtypes():
             continue
         session = OpenVinoSession(target, card, dtype=dtype, threads=1)
-        vectors = [session(*_arrays(card, [window])) for window in encoder.tokenize(SENTENCES).windows]
-        together = session(*_arrays(card, encoder.tokenize(SENTENCES).windows))
-        if is_exact(np.concatenate(vectors), reference) and is_exact(together, reference):
-            cost[dtype] = cpu_time_s(partial(session, *batch)) * (1 if dtype == "fp32" else MIN_SPEEDUP)
+        alone = [session(*_arrays(card, [window])) for window in [*windows, long]]
+        exact = is_exact(np.concatenate(alone), expected)
+        if exact and not card.equal_lengths:
+            exact = is_exact(session(*_arrays(card, windows)), reference)
+        if exact:
+            cost[dtype] = cpu_time_s(partial(session, *timed)) * (1 if dtype == "fp32" else MIN_SPEEDUP)
     return sorted(cost, key=lambda dtype: cost[dtype])
+
+
+def _repeat(tokens: list[int], length: int) -> list[int]:
+    return (tokens * (length // len(tokens) + 1))[:length]
 
 
 def _arrays(card: Card, windows: list[list[int]]) -> Any:

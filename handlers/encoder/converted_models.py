@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,12 +21,15 @@ import msgspec
 from ..file_lock import lock_file
 from .cache_folders import cache_folders
 from .find_model import ModelSource
+from .window_format import WindowFormat
 
 log = logging.getLogger("jobworker.model")
 
 # Part of the folder's name. Increase it when the files of a folder or the sentences of the precision check
 # change.
-FORMAT = 1
+FORMAT = 2
+#: Packages that decide what a converted model computes, or whether a model can be converted.
+CONVERTED_BY = ("openvino", "sentence-transformers", "tokenizers", "torch", "transformers")
 CARD = "card.json"
 # The supervisor gives a worker 600 s to start; a model of 2 GiB was converted within one minute.
 CONVERT_WITHIN_S = 540.0
@@ -33,6 +37,9 @@ CONVERT_WITHIN_S = 540.0
 _LOCK_POLL_S = 0.05
 # End of the conversion's output that an error message quotes.
 _OUTPUT_CHARS = 400
+
+# Signals that a fault of the program causes, not an operator or a lack of memory.
+_CRASHES = (signal.SIGFPE, signal.SIGSEGV, signal.SIGILL)
 
 
 class EngineUnavailable(Exception):
@@ -50,13 +57,13 @@ class Card(msgspec.Struct, kw_only=True):
     """Metadata of a converted model; `error`: the reason why it could not be converted."""
 
     error: str = ""
-    max_tokens: int = 0
+    #: By purpose: `document` or `query`.
+    formats: dict[str, WindowFormat] = {}
+    dim: int = 0
     pad_id: int = 0
     pads_left: bool = False
-    prefix: list[int] = []
-    suffix: list[int] = []
-    normalises: bool = False
-    prompts: dict[str, str] = {}
+    #: Whether padding would change the vectors.
+    equal_lengths: bool = False
     #: By name of the graph's input.
     weights: dict[str, Weight] = {}
     #: Dtypes that pass the precision check, the fastest on this processor first.
@@ -73,11 +80,18 @@ class Card(msgspec.Struct, kw_only=True):
 
 
 def folder_name(source: ModelSource) -> str:
-    """Name of the folder for a revision of a model, a version of OpenVINO and a type of processor."""
-    parts = (FORMAT, metadata.version("openvino"), _processor())
+    """Name of the folder for a revision of a model, versions of the packages and a type of processor."""
+    parts = (FORMAT, *map(_version, CONVERTED_BY), _processor())
     platform_hash = hashlib.blake2b(repr(parts).encode(), digest_size=4).hexdigest()
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", source.name)[-60:].strip("-.")
     return f"{slug}-{source.revision}-{platform_hash}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _processor() -> str:
@@ -164,8 +178,8 @@ def _convert_in_subprocess(source: ModelSource, part: Path) -> None:
     """Convert in a subprocess: this process does not load torch, and the memory is freed afterwards."""
     log.info("model.converting", extra={"model": source.name, "hint": "once for this machine"})
     # The wrapper kills the subprocess when this process exits, also by SIGKILL.
-    wrapper = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
-    program = [sys.executable, "-m", "jobworker.handlers.encoder.convert"]
+    wrapper = [sys.executable, "-P", "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
+    program = [sys.executable, "-P", "-m", "jobworker.handlers.encoder.convert"]
     command = [*wrapper, *program, source.name, str(source.folder), source.revision, str(part)]
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     for pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -177,7 +191,11 @@ def _convert_in_subprocess(source: ModelSource, part: Path) -> None:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise EngineUnavailable(f"the conversion took longer than {CONVERT_WITHIN_S:.0f} s") from None
-    if done.returncode:
+    if -done.returncode in _CRASHES:
+        # OpenVINO crashes on some models, and would do so in each worker and at each start.
+        reason = f"OpenVINO crashes on it ({signal.Signals(-done.returncode).name})"
+        Card(error=reason).write(part)
+    elif done.returncode:
         raise EngineUnavailable(
             f"the conversion exited with {done.returncode}: {done.stderr.strip()[-_OUTPUT_CHARS:]}"
         )

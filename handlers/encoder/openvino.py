@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +26,10 @@ class OpenVinoEncoder(WindowedEncoder):
     ) -> None:
         super().__init__(long_text)
         self.name, self._source = source.name, source
-        self.max_tokens = card.max_tokens
         self._card, self._tokenizer = card, tokenizer
-        self._normalises = card.normalises
-        self._prefix, self._suffix = card.prefix, card.suffix
+        self._formats = {purpose: card.formats[purpose] for purpose in get_args(Purpose)}
+        self.max_tokens, self.dim = card.formats["document"].max_tokens, card.dim
+        self._equal_lengths = card.equal_lengths
         self._budget = token_budget
 
     @classmethod
@@ -58,8 +58,7 @@ class OpenVinoEncoder(WindowedEncoder):
             self._session = OpenVinoSession(folder, self._card, dtype=step, threads=threads)
             vectors = self.probe()
             if is_exact(vectors, reference):
-                self.dim = int(vectors.shape[1])
-                self._budget = cpu_budget(self._budget, self.dim)
+                self._budget = cpu_budget(self._budget, vectors.shape[1])
                 self.revision = self._source.revision_by("openvino", step)
                 log.info(
                     "model.loaded",
@@ -72,12 +71,9 @@ class OpenVinoEncoder(WindowedEncoder):
             )
         raise EngineUnavailable("the converted model does not give the vectors of the original")
 
-    def _tokenize(self, texts: Sequence[str]) -> Sequence[Tokens]:
+    def _tokenize(self, texts: Sequence[str], purpose: Purpose) -> Sequence[Tokens]:
         tokens: list[Tokens] = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return tokens
-
-    def _prompt(self, purpose: Purpose) -> str:
-        return self._card.prompts.get(purpose, "")
 
     def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
         return self._embed_in_batches(

@@ -16,13 +16,16 @@ MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")
 MEMORY_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 
 
-def pack(lengths: Sequence[int], budget: int, max_rows: int) -> list[list[int]]:
+def pack(
+    lengths: Sequence[int], budget: int, max_rows: int, *, equal_lengths: bool = False
+) -> list[list[int]]:
     """Group the indices of `lengths` into batches, the longest texts first.
 
     `lengths` are tokens, each >= 0. A batch costs its longest length times its rows, because shorter rows
     are padded. It has at most `budget` tokens (a longer text is a batch of its own) and `max_rows` rows. Its
-    padding is at most `MAX_PADDING_SHARE` of its cost or `MIN_PADDING_TOKENS`, whichever is more. Every index
-    is in exactly one batch. Raises ValueError if `budget` or `max_rows` is below 1.
+    padding is at most `MAX_PADDING_SHARE` of its cost or `MIN_PADDING_TOKENS`, whichever is more; with
+    `equal_lengths` it has none. Every index is in exactly one batch. Raises ValueError if `budget` or
+    `max_rows` is below 1.
     """
     if budget < 1 or max_rows < 1:
         raise ValueError(f"budget {budget} and max_rows {max_rows} must be at least 1")
@@ -32,7 +35,9 @@ def pack(lengths: Sequence[int], budget: int, max_rows: int) -> list[list[int]]:
     for index in order:
         length = lengths[index]
         cost = longest * (len(batches[-1]) + 1) if batches else 0
-        if batches and _fits(len(batches[-1]), cost, cost - tokens - length, budget, max_rows):
+        padding = cost - tokens - length
+        allowed = 0.0 if equal_lengths else max(cost * MAX_PADDING_SHARE, MIN_PADDING_TOKENS)
+        if batches and len(batches[-1]) < max_rows and cost <= budget and padding <= allowed:
             batches[-1].append(index)
             tokens += length
         else:
@@ -114,8 +119,3 @@ def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> f
     """Share of padding in the computed tokens, 0 to 1; 0 without batches."""
     cost = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
     return 1 - sum(lengths[index] for batch in batches for index in batch) / cost if cost else 0.0
-
-
-def _fits(rows: int, cost: int, padding: int, budget: int, max_rows: int) -> bool:
-    allowed = max(cost * MAX_PADDING_SHARE, MIN_PADDING_TOKENS)
-    return rows < max_rows and cost <= budget and padding <= allowed

@@ -3,13 +3,16 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from .base import (
     TOKEN_BUDGET,
     LongText,
+    Plan,
     Purpose,
     Tokens,
     Vectors,
@@ -18,14 +21,18 @@ from .base import (
     cpu_budget,
 )
 from .find_model import ModelError, ModelSource
-from .precision_check import MIN_SPEEDUP, Dtype, cpu_time_s, dtypes_to_try, is_exact, min_cosine
+from .model_input import TRIAL_WORDS, ModelInput, learn_input, observe
+from .packing import is_out_of_memory
+from .precision_check import MIN_SPEEDUP, SENTENCES, Dtype, cpu_time_s, dtypes_to_try, is_exact, min_cosine
 
 log = logging.getLogger("jobworker.model")
 
-# Window of a model that does not state it; every BERT-like model supports this length.
-FALLBACK_WINDOW = 512
-# Names of the prompt for stored texts, in the order of sentence-transformers.
-DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+# Texts whose vectors are compared at load; their lengths differ, so that batches of them are padded.
+TRIAL_TEXTS = (SENTENCES[0], SENTENCES[2], SENTENCES[3], TRIAL_WORDS[0])
+# Tokens of a model whose positions do not end.
+UNLIMITED = 2**31
+# Largest relative difference to the vectors of sentence-transformers: rounding gives less than a tenth of it.
+MAX_DIFFERENCE = 0.005
 # On a GPU, half precision is several times as fast. fp16 is more exact, bf16 does not overflow.
 GPU_DTYPES: tuple[Dtype, ...] = ("fp16", "bf16")
 # Features of processors that multiply in bf16. On some of them it is twice as fast as fp32, on others slower
@@ -37,21 +44,106 @@ class TorchEncoder(WindowedEncoder):
     """A sentence-transformers model with its own modules, pooling and normalisation."""
 
     def __init__(self, model: Any, source: ModelSource, *, long_text: LongText, token_budget: int) -> None:
-        """`model` is a SentenceTransformer on its device. Raises ModelError without a fast tokenizer."""
+        """`model` is a SentenceTransformer in fp32 on its device.
+
+        Raises ModelError if its vectors cannot be computed here; compares some with its own.
+        """
         super().__init__(long_text)
         self._model, self._source = model, source
         self.name, self.revision = source.name, source.revision_by("torch", "fp32")
-        self._tokenizer = _fast_tokenizer(model, source.name)
-        self._pad_id = getattr(model.tokenizer, "pad_token_id", None) or 0
-        self._pads_left = getattr(model.tokenizer, "padding_side", "right") == "left"
-        self._wants_types = "token_type_ids" in getattr(model.tokenizer, "model_input_names", ())
-        self._normalises = any(type(module).__name__ == "Normalize" for module in model)
-        self._prefix, self._suffix = _special_tokens(self._tokenizer)
-        self.max_tokens = _window(model)
         self._budget = token_budget
-        self.dim = int(self._embed([self._prefix + self._suffix], "document").shape[1])
+        #: Why texts of a purpose cannot be embedded; not for documents, without which the model is refused.
+        self._refusals: dict[Purpose, str] = {}
+        self._inputs: dict[Purpose, ModelInput] = {}
+        self._positions = UNLIMITED
+        try:
+            self._learn("document")
+        except ModelError as error:
+            raise ModelError(f"model {source.name} cannot be used: {error}") from error
+        try:
+            self._learn("query")
+        except ModelError as error:
+            self._refusals["query"] = f"model {source.name} cannot embed queries: {error}"
+        self.max_tokens = self._formats["document"].max_tokens
         if model.device.type == "cpu":
             self._budget = cpu_budget(token_budget, self.dim)
+
+    def _learn(self, purpose: Purpose) -> None:
+        """Learn how the model takes texts of a purpose, then compare with the model itself."""
+        document = self._inputs.get("document")
+        learned = learn_input(self._model, purpose, document)
+        # Most models compute queries as documents, with another prompt at most. They load faster so.
+        known = document is not None and document.modules == learned.modules
+        limit = self._positions if known else position_limit(self._model, purpose, learned)
+        window = min(learned.form.max_tokens, limit)
+        if purpose == "document":
+            self._positions = limit
+        self._inputs[purpose] = learned
+        self._formats[purpose] = msgspec.structs.replace(learned.form, max_tokens=window)
+        if self._long_text == "truncate" and learned.truncated and window == learned.form.max_tokens:
+            text, kept = learned.truncated
+            if self._plan([text], purpose, "truncate").windows != [kept]:
+                raise ModelError("it truncates in a way of its own: use --long-text windows or reject")
+        rope = rope_types(learned.modules)
+        if window > rope.get("dynamic", window):
+            raise ModelError("its position encoding (dynamic RoPE) depends on the texts embedded before")
+        self._equal_lengths = self._equal_lengths or "longrope" in rope
+        self._compare(purpose, whole=not known)
+
+    def _compare(self, purpose: Purpose, *, whole: bool) -> None:
+        """Compare with what the model itself gives for each trial text alone: tokens; if `whole`, vectors."""
+        windows: list[list[int]] = []
+        vectors: list[Vectors] = []
+        for text in map(partial(self._shorten, purpose=purpose), TRIAL_TEXTS):
+            (window,) = self._plan([text], purpose, "truncate").windows
+            if not window:
+                continue
+            truth = observe(self._model, text, purpose, whole=whole)
+            if window != truth.ids:
+                raise ModelError(f"the text {text[:20]!r} has other tokens than in sentence-transformers")
+            if not whole:
+                continue
+            if not windows and purpose == "document":
+                self.dim = len(truth.vector)
+            vectors.append(self._embed([window], purpose))
+            off = difference(self._finish(vectors[-1], purpose), truth.vector[None])
+            if not off <= MAX_DIFFERENCE:
+                raise ModelError(f"its vectors differ from those of sentence-transformers (by {off:.1%})")
+            windows.append(window)
+        if whole and not self._inputs[purpose].is_flat:
+            self._check_padding(windows, np.concatenate(vectors), purpose)
+
+    def _shorten(self, text: str, purpose: Purpose) -> str:
+        """The text, or a part for which the model has positions: it fails on a longer one."""
+        own, form = self._inputs[purpose], self._formats[purpose]
+        while form.max_tokens < own.form.max_tokens and len(text) > 1:
+            if len(self._tokenize([form.prompt + text], purpose)[0].ids) <= form.body_limit:
+                break
+            text = text[: len(text) // 2]
+        return text
+
+    def _check_padding(self, windows: list[list[int]], alone: Vectors, purpose: Purpose) -> None:
+        """Find out whether texts have other vectors in a batch than alone; then texts are never padded."""
+        together = self._to_numpy(self._pass(windows, purpose))
+        if not (off := difference(together, alone)) <= MAX_DIFFERENCE:
+            self._equal_lengths = True
+        if self._equal_lengths:
+            log.info("model.padding_avoided", extra={"model": self.name, "difference": round(off, 3)})
+
+    def _check_complete(self) -> None:
+        """Raises ModelError if the vectors depend on weights that are not in the files but drawn at load.
+
+        Some are drawn in many models, such as those of a pooler that is not used, so the vectors decide.
+        """
+        import torch
+
+        text = " ".join([self._inputs["document"].word] * 3)
+        ours = observe(self._model, text, "document").vector
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)  # torch starts with another one
+            twin, _ = _read_model(self._source, "cpu")
+        if not difference(observe(twin, text, "document").vector[None], ours[None]) <= MAX_DIFFERENCE:
+            raise ModelError(f"model {self.name} lacks weights: each load would give other vectors")
 
     @classmethod
     def load(
@@ -77,9 +169,14 @@ class TorchEncoder(WindowedEncoder):
         torch.set_num_threads(threads)
         if device != "cpu" and torch.cuda.device_count() == 0:
             raise ModelError(f"--device {device}: torch {torch.__version__} finds no usable CUDA device")
+        complete = False
         for step in dtypes_to_try(dtype, _cpu_dtypes() if device == "cpu" else GPU_DTYPES):
             # Read again for each step: rounded weights cannot be restored.
-            encoder = cls(_read_model(source, device), source, long_text=long_text, token_budget=token_budget)
+            model, is_random = _read_model(source, device)
+            encoder = cls(model, source, long_text=long_text, token_budget=token_budget)
+            if is_random and not complete:
+                encoder._check_complete()
+            complete = True
             if step == "fp32" or encoder._reduce_precision(step, timed=dtype == "auto" and device == "cpu"):
                 break
         log.info(
@@ -93,27 +190,37 @@ class TorchEncoder(WindowedEncoder):
         `timed`, if it is not MIN_SPEEDUP times as fast."""
         import torch
 
+        if self._inputs["document"].is_flat:
+            return False  # one addition a token: nothing to gain
         reference = self.probe()
         exact_s = cpu_time_s(self.probe) if timed else 0.0
-        self._model.to({"fp16": torch.float16, "bf16": torch.bfloat16}[step])
+        try:
+            self._model.to({"fp16": torch.float16, "bf16": torch.bfloat16}[step])
+            vectors = self.probe()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            # Not every operation exists in every number format.
+            self._reject_precision(step, error=str(error)[:300])
+            return False
         self.revision = self._source.revision_by("torch", step)
-        if not is_exact(vectors := self.probe(), reference):
-            cosine = round(float(min_cosine(vectors, reference)), 5)
-            log.warning(
-                "model.precision_rejected", extra={"model": self.name, "dtype": step, "cosine": cosine}
-            )
+        if not is_exact(vectors, reference):
+            self._reject_precision(step, cosine=round(float(min_cosine(vectors, reference)), 5))
             return False
         return not timed or cpu_time_s(self.probe) * MIN_SPEEDUP < exact_s
 
-    def _tokenize(self, texts: Sequence[str]) -> Sequence[Tokens]:
-        tokens: list[Tokens] = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    def _reject_precision(self, step: Dtype, **reason: Any) -> None:
+        log.warning("model.precision_rejected", extra={"model": self.name, "dtype": step, **reason})
+
+    def _tokenize(self, texts: Sequence[str], purpose: Purpose) -> Sequence[Tokens]:
+        tokenizer = self._inputs[purpose].tokenizer
+        tokens: list[Tokens] = tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return tokens
 
-    def _prompt(self, purpose: Purpose) -> str:
-        prompts: dict[str, str] = self._model.prompts
-        names = DOCUMENT_PROMPTS if purpose == "document" else ("query",)
-        by_purpose = next((prompts[name] for name in names if prompts.get(name)), "")
-        return by_purpose or prompts.get(self._model.default_prompt_name or "", "")
+    def tokenize(self, texts: Sequence[str], purpose: Purpose = "document") -> Plan:
+        if purpose in self._refusals:
+            raise ModelError(self._refusals[purpose])
+        return super().tokenize(texts, purpose)
 
     def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
         return self._embed_in_batches(windows, self._budget, lambda batch: self._pass(batch, purpose))
@@ -122,7 +229,7 @@ class TorchEncoder(WindowedEncoder):
         import torch
 
         with torch.inference_mode():
-            return self._model(self._features(windows, purpose))["sentence_embedding"]
+            return self._model(self._features(windows, purpose), task=purpose)["sentence_embedding"]
 
     def _to_numpy(self, rows: Any) -> Vectors:
         vectors: Vectors = rows.float().cpu().numpy()
@@ -136,18 +243,75 @@ class TorchEncoder(WindowedEncoder):
             torch.cuda.empty_cache()
 
     def _features(self, windows: Sequence[list[int]], purpose: Purpose) -> dict[str, Any]:
+        """The input of one pass, as the model's own tokenizer would make it."""
         import torch
 
-        ids, mask = batch_arrays(windows, self._pad_id, left=self._pads_left)
-        arrays = {"input_ids": ids, "attention_mask": mask}
-        if self._wants_types:
+        own = self._inputs[purpose]
+        if own.is_flat:
+            lengths = [len(window) for window in windows]
+            ids = np.asarray([token for window in windows for token in window], np.int64)
+            arrays = {"input_ids": ids, "offsets": np.cumsum([0, *lengths[:-1]])}
+        else:
+            ids, mask = batch_arrays(windows, own.pad_id, left=own.pads_left)
+            arrays = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in own.tensors:
             arrays["token_type_ids"] = np.zeros_like(ids)
         device = self._model.device
-        features: dict[str, Any] = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
-        if prompt := self._prompt(purpose):
-            # Used by models whose pooling leaves the prompt out.
-            features["prompt_length"] = len(self._prefix) + len(self._tokenize([prompt])[0].ids)
-        return features
+        return own.extras | {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
+
+
+def position_limit(model: Any, purpose: Purpose, own: ModelInput) -> int:
+    """Tokens for which the model has positions; UNLIMITED if it has them for every length.
+
+    Found by the rows that two short texts read of the embedding tables: a table of positions is read one row
+    further for each token. Some models start at a later row, which sentence-transformers does not subtract.
+    """
+    import torch
+
+    class Reads(torch.overrides.TorchFunctionMode):
+        """Last row and number of rows of each table that is read once for each token."""
+
+        def __init__(self, tokens: int) -> None:
+            super().__init__()
+            self.tokens = tokens
+            self.tables: dict[int, tuple[int, int]] = {}
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.nn.functional.embedding and args[0].numel() == self.tokens:
+                self.tables[id(args[1])] = int(args[0].max()), len(args[1])
+            return func(*args, **(kwargs or {}))
+
+    short, long = (" ".join([own.word] * words) for words in (1, 5))
+    reads = []
+    for text in (short, long):
+        with Reads(len(observe(model, text, purpose, whole=False).ids)) as mode:
+            observe(model, text, purpose)
+        reads.append(mode)
+    first, second = reads
+    grown = second.tokens - first.tokens
+    limits = [UNLIMITED]
+    for table, (last, rows) in second.tables.items():
+        if grown and last - first.tables.get(table, (last, 0))[0] == grown:
+            limits.append(rows - (last + 1 - second.tokens))
+    return min(limits)
+
+
+def rope_types(modules: Sequence[Any]) -> dict[str, int]:
+    """Kinds of rotary position encoding (`default`, `dynamic`, `longrope` ...) and their trained lengths."""
+    found: dict[str, int] = {}
+    for part in (part for module in modules for part in module.modules()):
+        kind = getattr(part, "rope_type", None)
+        for name in kind.values() if isinstance(kind, dict) else [kind]:
+            if isinstance(name, str):
+                found[name] = int(getattr(part, "original_max_seq_len", 0))
+    return found
+
+
+def difference(vectors: Vectors, truth: Vectors) -> float:
+    """Largest distance of a row to its truth, as a share of the truth's length; NaN if any number is NaN."""
+    lengths = np.linalg.norm(truth, axis=1)
+    distances = np.linalg.norm(vectors - truth, axis=1) if vectors.shape == truth.shape else lengths + np.inf
+    return float((distances / np.maximum(lengths, np.finfo(np.float32).tiny)).max())
 
 
 def _cpu_dtypes() -> tuple[Dtype, ...]:
@@ -158,34 +322,15 @@ def _cpu_dtypes() -> tuple[Dtype, ...]:
     return ("bf16",) if any(capabilities.get(feature) for feature in CPU_BF16) else ()
 
 
-def _read_model(source: ModelSource, device: str) -> Any:
-    """The SentenceTransformer on its device, converted to fp32 from any dtype of the files."""
+def _read_model(source: ModelSource, device: str) -> tuple[Any, bool]:
+    """The SentenceTransformer in fp32 on its device, and whether any weight was drawn at random."""
+    import torch
     from sentence_transformers import SentenceTransformer
 
+    before = torch.get_rng_state()
     try:
         model = SentenceTransformer(str(source.folder), device=device, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"model {source.name} in {source.folder} cannot be loaded: {error}") from error
-    return model.eval().float()
-
-
-def _fast_tokenizer(model: Any, name: str) -> Any:
-    backend = getattr(getattr(model, "tokenizer", None), "backend_tokenizer", None)
-    if backend is None:
-        raise ModelError(f"model {name} has no fast tokenizer (tokenizer.json): it cannot be used here")
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The token ids that the model requires before and after every text."""
-    probe = tokenizer.encode("a", add_special_tokens=True)
-    own = [index for index, special in enumerate(probe.special_tokens_mask) if not special]
-    return list(probe.ids[: own[0]]), list(probe.ids[own[-1] + 1 :])
-
-
-def _window(model: Any) -> int:
-    stated = model.max_seq_length or FALLBACK_WINDOW
-    # A tokenizer without a limit reports 10**30.
-    return int(stated) if stated < 10**9 else FALLBACK_WINDOW
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"model {source.name} in {source.folder} cannot be loaded ({reason})") from error
+    return model.eval().float(), not torch.equal(before, torch.get_rng_state())

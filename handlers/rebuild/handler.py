@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Self
 
 from jobworker.worker import Job, PermanentError, StoreUnavailable, Unavailable
 
-from ..encoder.base import Encoder
+from ..encoder.base import Encoder, UnsuitableText
 from ..encoder.find_model import ModelError
 from ..encoder.load import load_from_settings
 from ..jobstore.fence import Rebuilds
@@ -111,6 +111,8 @@ class IndexRebuild:
                 self._rebuilds.save(alias, lease.epoch, {}, lease_ms=0)
         except StoreUnavailable as error:
             raise Unavailable(str(error)) from error
+        except UnsuitableText as error:
+            raise PermanentError(str(error)) from error
 
     def _rebuild_in_place(self, request: RebuildRequest, rebuild: Rebuild, epoch: int) -> None:
         rebuild.finish_switch()

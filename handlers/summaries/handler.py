@@ -12,7 +12,7 @@ import msgspec
 
 from jobworker.worker import Job, PermanentError, StoreUnavailable, Unavailable, span
 
-from ..encoder.base import Encoder, TextTooLong
+from ..encoder.base import Encoder, UnsuitableText
 from ..encoder.load import load_from_settings
 from ..jobstore.fence import Fence
 from ..jobstore.open import open_fence, open_records
@@ -122,7 +122,7 @@ class WriteBack:
             self._store_chapter(job.id, chapter)
         except StoreUnavailable as error:
             raise Unavailable(str(error)) from error
-        except TextTooLong as error:
+        except UnsuitableText as error:
             raise PermanentError(str(error)) from error
         except SuspectStoreError as error:
             raise Attribution(self._store).attribute(error) from error

@@ -18,6 +18,7 @@ import msgspec
 from jobworker.worker import ConfigurationError, PermanentError, Unavailable
 
 from ..settings import HandlerSettings
+from ..vectors.schema import shown
 from .secret_mask import SecretMask, url_secrets
 from .sinks import Findings
 
@@ -313,6 +314,5 @@ def _key(path: str) -> str:
     return key
 
 
-def _shown(text: object) -> str:
-    shown = ascii(text)
-    return shown if len(shown) <= _QUOTED_CHARS else shown[:_QUOTED_CHARS] + "…"
+def _shown(text: str) -> str:
+    return shown(text, _QUOTED_CHARS)

@@ -72,10 +72,16 @@ def schema_of(name: str) -> Schema:
     return SCHEMAS.get(name, SEGMENTS)
 
 
-def shown(value: object) -> str:
-    """`value` for an error message: ASCII only, truncated."""
-    text = ascii(value)
-    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}…"
+def shown(value: object, limit_chars: int = SHOWN_CHARS) -> str:
+    """`value` for an error message: any script as it is written, control characters escaped, truncated."""
+    try:
+        # Texts and lists may have megabytes.
+        text = repr(value[: limit_chars + 1] if isinstance(value, str | bytes | list) else value)
+    except RecursionError:
+        text = f"{type(value).__name__} that is nested too deeply"
+    if len(text) <= limit_chars:
+        return text
+    return f"{text[: Graphemes(text).last_boundary(limit_chars) or limit_chars]}…"
 
 
 def check_id(what: str, value: object) -> str:

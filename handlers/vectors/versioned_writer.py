@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from jobworker.worker import StoreUnavailable
+from jobworker.worker import StoreUnavailable, report_progress
 
 from ..jobstore.fence import Fence, WriteAdmission, WriteIntent
 from . import schema as schemas
@@ -162,6 +162,7 @@ class _WriteRound:
         for request in schemas.requests(rows):
             self._renew_lease()
             self._store.upsert(self._collection, request)
+            report_progress()
         for write in self._writes:
             if write.job.replace:
                 self._remove_older(write)

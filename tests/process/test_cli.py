@@ -205,7 +205,8 @@ class TestPauses:
         ]  # fmt: skip
         assert "disk is full" in run(store, "pause").stdout
         assert run_json(store, "resume", "audit") == {"resumed": {"audit": True}}
-        run(store, "resume", "audit", code=1)
+        told = run(store, "resume", "audit", "nosuch", code=1).stderr
+        assert "nosuch was not paused, so nothing changed; paused are: embedding_batch" in told
         assert [one["type"] for one in run_json(store, "pause")["paused"]] == ["embedding_batch"]
 
 
@@ -280,6 +281,28 @@ class TestExplainWithoutAService:
 
 
 class TestDoctor:
+    def test_a_broken_key_hides_nothing_else(self, store: RedisServer) -> None:
+        client, silent = store.client, ["--metrics-url", "http://127.0.0.1:1"]
+        client.xadd(STREAM, {"data": "{}"})
+        broken = ("stream:memory:update", "retry:stream:audit:log", "jobworker:paused")
+        for key in broken:
+            client.delete(key)
+            client.set(key, "a string")
+        try:
+            found = findings(store, *silent, code=1)
+            printed = run(store, "doctor", *silent, code=1)
+            stats = run(store, "stats", *silent)
+            enqueue = run(store, "enqueue", "noop", "--stream", broken[0], code=5)
+        finally:
+            client.delete(*broken)
+        for key in broken:
+            assert any(f"key {key} is a string" in line for line in found["wrong"])
+            assert f"→ RENAME {key} {key}:damaged" in printed.stdout
+        assert "jobworker doctor names the key" in enqueue.stderr
+        assert STREAM in stats.stdout
+        assert "stream:audit:log" in stats.stdout
+        assert "stream stream:memory:update: the job store refused" in stats.stderr
+
     def test_each_problem_is_named_with_its_remedy(self, store: RedisServer) -> None:
         client, stream, group = store.client, STREAM, "cg-gen-worker"
         for number in range(10):

@@ -165,6 +165,14 @@ class TestEnqueue:
             client.delete("theirs", "read", "retry:plain", "plain", b"\xff")
 
 
+class TestStreamOption:
+    @pytest.mark.parametrize("verb", [["dlq", "list"], ["retry", "list"]], ids=" ".join)
+    def test_a_misspelt_stream_is_noted_beside_the_empty_answer(self, live: Service, verb: list[str]) -> None:
+        told = run(live, *verb, "--stream", "stream:audit:lgo").stderr
+        assert "reads the stream 'stream:audit:lgo': did you mean 'stream:audit:log'?" in told
+        assert "no service" not in run(live, *verb, "--stream", "stream:audit:log").stderr
+
+
 class TestDoctor:
     def test_a_healthy_service_has_no_wrong_finding(self, live: Service) -> None:
         found = findings(live, "--metrics-url", live.url, code=0)

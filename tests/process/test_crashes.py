@@ -13,7 +13,7 @@ from support.service import GROUP, STREAM, Service, ending, eventually, handlers
 
 pytestmark = pytest.mark.process
 
-ROLES = {"supervisor", "reader", "reaper", "worker 0", "worker 1", "valkey"}
+ROLES = {"supervisor", "guard", "reader", "reaper", "worker 0", "worker 1", "valkey"}
 STANDBYS = {"spare 0", "spare 1"}
 
 #: Two seconds are promised for a machine that has the time; this one may be running other suites.
@@ -110,10 +110,9 @@ def test_a_row_of_poisonous_jobs_does_not_hold_up_what_stands_behind_it(tmp_path
         # Two deaths are known already, so that each job costs one worker only.
         poison = {"type": "die", "payload": {"how": "SIGKILL"}, "deaths": 2}
         one.enqueue_many([poison] * 9)
-        eventually(lambda: len(one.dead_letters()) == 9, within_s=40)
-        starts = [event.mono_s for event in one.events("start")]
-        assert max(after - before for before, after in pairwise(starts)) < RECOVERED_WITHIN_S
-        one.wait_for_end(one.enqueue("noop"), RECOVERED_WITHIN_S)
+        while len(one.dead_letters()) < 9:  # slower and slower, for they are one tenant's
+            one.wait_for_end(one.enqueue("noop"), RECOVERED_WITHIN_S)
+        assert one.metric("z_novel_crash_circuits_open", task_type="die") >= 1
 
 
 def test_killing_the_reader_again_and_again_under_load_repeats_and_loses_nothing(tmp_path: Path) -> None:

@@ -1,10 +1,15 @@
 """Only the service's user can use the embedded stores of a running service."""
 
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -152,3 +157,68 @@ def test_a_copied_data_directory_is_closed_again_and_an_empty_secret_is_replaced
         assert all(path.read_text() for path in secrets)
     finally:
         data.close()
+
+
+@contextmanager
+def listener_on(port: int) -> Iterator[list[bytes]]:
+    """A program of another user that takes a port; yields what it is sent."""
+    received: list[bytes] = []
+    with eventually(lambda: bound_to(port), WITHIN_S) as server:
+        server.listen()
+
+        def receive() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.settimeout(1)
+                    with contextlib.suppress(OSError):
+                        received.append(connection.recv(4096))
+
+        thread = threading.Thread(target=receive)
+        thread.start()
+        try:
+            yield received
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def bound_to(port: int) -> socket.socket | None:
+    """A socket on the port, or None while another program has it."""
+    server = socket.socket()
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        server.bind(("127.0.0.1", port))
+    except OSError:
+        server.close()
+        return None
+    return server
+
+
+@pytest.mark.parametrize(("store", "name"), [("valkey", "redis_url"), ("milvus", "milvus_uri")])
+def test_who_takes_the_port_of_a_store_that_is_down_is_sent_no_secret(
+    embedded: Service, store: str, name: str
+) -> None:
+    before = urlsplit(endpoints(embedded)[name])
+    pid = embedded.roles()[store]
+    ready = len(embedded.logged("embedded.ready", store=store))
+    os.kill(embedded.pid, signal.SIGSTOP)  # so that it does not start the store before the port is taken
+    try:
+        embedded.kill_role(store)
+        with listener_on(before.port or 0) as received:
+            os.kill(embedded.pid, signal.SIGCONT)
+            embedded.wait_for_successor(store, pid)
+            eventually(lambda: len(embedded.logged("embedded.ready", store=store)) > ready, WITHIN_S)
+            eventually(lambda: urlsplit(endpoints(embedded)[name]).port != before.port, WITHIN_S)
+            late = f"late-{store}"
+            embedded.enqueue("embedding_batch", {"ids": [late], "texts": [late]}, **SCOPE)
+            embedded.wait_until_drained(WITHIN_S)
+    finally:
+        os.kill(embedded.pid, signal.SIGCONT)
+    assert received == []
+    after = urlsplit(endpoints(embedded)[name])
+    assert (after.username, after.password) == (before.username, before.password)
+    assert embedded.dead_letters() == []

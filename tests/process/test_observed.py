@@ -132,7 +132,7 @@ def test_the_workers_gauge_says_what_they_do(observed: Service) -> None:
 
 
 def test_every_process_names_itself_and_its_instance(observed: Service) -> None:
-    roles = ("reader", "reaper", "spare 0", "spare 1", "supervisor", "worker 0", "worker 1")
+    roles = ("guard", "reader", "reaper", "spare 0", "spare 1", "supervisor", "worker 0", "worker 1")
     titles = [f"jobworker: {role} [green]" for role in roles]
     eventually(lambda: sorted(observed.everyone().values()) == titles)
 
@@ -167,7 +167,7 @@ def test_readiness_follows_the_store_and_secrets_stay_out_of_every_page_and_line
 
 def test_the_embedded_stores_password_is_in_no_command_line_and_no_log(tmp_path: Path) -> None:
     with service(tmp_path, handlers("Noop"), procs=1) as one:
-        password = re.match("redis://:(.+)@", one.redis_url)
+        password = re.match("redis://default:(.+)@", one.redis_url)
         assert password is not None
         assert one.everyone().keys() >= set(one.roles().values())
         assert password[1] not in "".join([*one.everyone().values(), one.log_text])

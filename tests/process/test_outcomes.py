@@ -122,7 +122,9 @@ def test_a_job_past_its_time_is_stopped_and_given_up_as_timeout(running: Service
 
 def test_the_envelopes_own_timeout_counts(running: Service) -> None:
     job = running.enqueue("sleep", {"s": 60}, timeout=0.3, retry_count=MAX_RETRIES)
-    assert running.dead_letter(job)["reason"] == "timeout"
+    letter = running.dead_letter(job)
+    assert (letter["reason"], letter["error"]) == ("timeout", "TimeoutError: SIGKILL (timeout of 0.3 s)")
+    assert "toys.py" in letter["details"]["stack"], "it shows where the job was"
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV", "exit 7", "exit 0"])

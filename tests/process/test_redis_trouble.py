@@ -237,3 +237,22 @@ def test_one_broken_key_stops_one_stream_and_is_named(
     eventually(lambda: not one.metric("z_novel_stream_isolated", stream=STREAM, role="reader"), 20.0)
     assert_consuming(one)
     assert started(one) == children, "no process ended"
+
+
+def test_a_damaged_epoch_ends_no_process(server: RedisServer, one: Service) -> None:
+    one.wait_until_ready()
+    children = started(one)
+    key = f"fence:{STREAM}"
+    before = len(one.logged("fence.recreated", stream=STREAM))
+    for value in ("abc", "nan", "9" * 40):
+        for consumer in client_names(server, key):
+            server.client.hset(key, consumer, value)
+        assert_consuming(one)
+    assert len(one.logged("fence.recreated", stream=STREAM)) > before
+    assert one.is_ready()
+    assert started(one) == children
+
+
+def client_names(server: RedisServer, key: str) -> list[bytes]:
+    """The consumers that have an epoch."""
+    return [name for name in server.client.hkeys(key) if not name.startswith(b"/holder/")]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from support.redis_servers import RedisServer, require
 from support.service import STREAM, Service, ending, eventually, handlers, service
 
 pytestmark = pytest.mark.process
@@ -122,3 +123,56 @@ def test_hup_exchanges_every_worker_without_dropping_or_repeating_a_job(tmp_path
         assert len(one.events("end")) == 801
         assert [e for e in one.log() if e["level"] in ("error", "critical")] == []
         assert one.client.hgetall(f"deaths:{STREAM}") == {}
+
+
+@pytest.mark.parametrize("how", ["ignore", "block", "raise"])
+def test_a_handler_that_is_deaf_to_term_holds_up_neither_hup_nor_a_stop(tmp_path: Path, how: str) -> None:
+    with service(tmp_path, handlers("Deaf", "Noop"), procs=1, drain_timeout=60) as one:
+        for _ in range(2):
+            one.wait_for_end(one.enqueue("deaf", {"how": how}))
+            worker = one.roles()["worker 0"]
+            one.send(signal.SIGHUP)
+            eventually(lambda pid=worker: pid not in one.everyone())
+            one.wait_until_ready()
+        one.wait_for_end(one.enqueue("deaf", {"how": how}))
+        assert one.terminate() == 0
+        assert one.logged("child.exited") == []
+
+
+def test_a_recycled_worker_may_be_deaf_to_term(tmp_path: Path) -> None:
+    with service(tmp_path, handlers("Deaf"), procs=1, max_jobs=1) as one:
+        worker = one.wait_for_end(one.enqueue("deaf", {"how": "ignore"})).pid
+        eventually(lambda: worker not in one.everyone())
+        one.wait_for_end(one.enqueue("deaf", {"how": "block"}))
+
+
+def test_a_service_that_was_started_with_blocked_signals_stops_as_asked(tmp_path: Path) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD})
+    try:
+        with ending(Service(tmp_path, handlers("Noop"), procs=1)) as one:
+            one.start()
+            one.wait_for_end(one.enqueue("noop"))
+            assert one.terminate() == 0
+            one.assert_nothing_left()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["gone", "silent"])
+def test_a_stop_without_the_store_does_not_wait_if_nothing_runs(tmp_path: Path, silent: bool) -> None:
+    for folder in ("redis", "service"):
+        (tmp_path / folder).mkdir()
+    server = RedisServer(require("valkey"), tmp_path / "redis").start()
+    try:
+        options = {"redis_url": server.url, "procs": 2, "drain_timeout": 120}
+        with ending(Service(tmp_path / "service", handlers("Noop"), **options)) as one:  # type: ignore[arg-type]
+            one.start()
+            one.wait_for_end(one.enqueue("noop"))
+            one.wait_until_drained()
+            os.kill(server.pid, signal.SIGSTOP if silent else signal.SIGKILL)
+            eventually(lambda: one.logged("store.unavailable", role="reader"))
+            assert one.terminate(within_s=60) == 0
+            assert one.logged("drain.incomplete") == []
+            one.assert_nothing_left()
+    finally:
+        server.stop()

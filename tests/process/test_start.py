@@ -24,6 +24,7 @@ def refused(folder: Path, *arguments: str) -> str:
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
+    assert not (folder / "data" / "valkey" / "valkey.conf").exists(), "nothing was started"
     return done.stderr
 
 
@@ -42,6 +43,10 @@ def end_of(one: Service, within_s: float = 30) -> int:
     (["--handler", "shout"], "TYPE=module:Class"),
     (["--stream", "stream:story:gen"], "NAME=GROUP"),
     (["--metrics-addr", "everywhere"], "HOST:PORT"),
+    (["--redis-url", "localhost:6379"], "redis://host:6379/0"),
+    (["--redis-url", "redis://h?foo=1"], "'foo'"),
+    (["--milvus-uri", "localhost:19530"], "--milvus-uri"),
+    (["--lease", "nan"], "--lease"),
     (["--no-builtin-handlers"], "no handler"),
     (["--config", "absent.toml"], "absent.toml"),
 ])  # fmt: skip
@@ -64,6 +69,7 @@ def test_a_taken_metrics_port_exits_2(tmp_path: Path) -> None:
             tmp_path, "--metrics-addr", address, "--handler=noop=support.toys:Noop", "--no-builtin-handlers"
         )
     assert "in use" in said
+    assert f"--metrics-addr {address}" in said
 
 
 def test_a_taken_port_of_the_embedded_valkey_exits_2_and_names_the_option(tmp_path: Path) -> None:
@@ -141,6 +147,37 @@ def test_where_memory_is_short_the_kernel_takes_a_worker_first(tmp_path: Path) -
     assert scores.pop("worker 0") == 500
     assert set(scores) == {"supervisor", "reader", "reaper", "valkey"}
     assert max(scores.values()) < 500
+
+
+@pytest.mark.parametrize("name", ["with blank", "a'b\"c\\d", "小说 数据", "#hash %s $HOME [x]*"])
+def test_a_data_directory_may_have_any_name(tmp_path: Path, name: str) -> None:
+    with service(tmp_path, handlers("Noop"), procs=1, data_dir=tmp_path / name) as one:
+        one.wait_for_end(one.enqueue("noop"))
+        assert list((tmp_path / name / "valkey").glob("appendonlydir/*.incr.aof"))
+
+
+def test_closed_standard_streams_do_not_stop_the_service(tmp_path: Path) -> None:
+    one = Service(tmp_path, handlers("Noop"), procs=1)
+    with ending(one):
+        one.launch(redirections="<&- >&- 2>&-")
+        eventually(lambda: (one.data_dir / "endpoints.json").exists())
+        one.wait_for_end(one.enqueue("noop"))
+        assert one.terminate() == 0
+        one.assert_nothing_left()
+
+
+def test_children_import_nothing_from_the_current_folder_but_handlers(tmp_path: Path) -> None:
+    one = Service(tmp_path, {"own": "own_jobs:Own"}, procs=1)
+    trace = tmp_path / "imported"
+    for name in ("setproctitle", "redis", "msgspec", "click"):
+        (one.cwd / f"{name}.py").write_text(f"open({str(trace)!r}, 'a').write('{name} ')\n")
+    (one.cwd / "own_jobs.py").write_text("class Own:\n    def handle(self, job):\n        pass\n")
+    with ending(one):
+        one.start()
+        one.enqueue("own")
+        one.wait_until_drained()
+        assert one.terminate() == 0
+    assert not trace.exists(), trace.read_text()
 
 
 def test_services_beside_each_other_need_only_folders_of_their_own(tmp_path: Path) -> None:

@@ -387,6 +387,8 @@ class TestActions:
         eventually(lambda: "disk full" in guarded.get("/queues").body)
         assert guarded.act("/types/resume", {"type": "audit"}).status == 303
         assert store.client.hlen("jobworker:paused") == 0
+        answer = guarded.act("/types/resume", {"type": "nosuch"})
+        assert (answer.status, "is not paused, so nothing changed" in answer.body) == (404, True)
 
 
 def test_the_page_loads_neither_torch_nor_a_vector_client() -> None:

@@ -576,6 +576,21 @@ class TestAnnouncements:
         assert not green.is_running(green.wall_renewed_s + 100)
 
 
+class TestRefused:
+    @pytest.mark.parametrize("others_pending", [False, True])
+    def test_every_id_that_is_no_longer_ours_is_named(self, world: World, others_pending: bool) -> None:
+        """Claimed by another consumer, perhaps finished there; finished here before; or never delivered."""
+        store, ids = given(world, *(b"%d" % number for number in range(6)))
+        other = world.reader("b")
+        other.acquire([S])
+        other.claim(S, 0, 2, b"0-0")
+        other.settle([Settlement(S, done=ids[: 1 if others_pending else 2])])
+        store.settle([Settlement(S, done=ids[2:3])])
+        (settled,) = store.settle([Settlement(S, done=[*ids, UNKNOWN])])
+        assert settled.refused == {*ids[:3], UNKNOWN}
+        assert pending(store) == []
+
+
 DERIVED = {
     "fence": keys.fence_key(S.stream),
     "deaths": keys.deaths_key(S.stream),

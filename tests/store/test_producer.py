@@ -329,6 +329,19 @@ class TestWithoutUrl:
             store_url({"JOBWORKER_DATA_DIR": str(tmp_path / "nowhere")})
         assert not (tmp_path / "nowhere").exists()
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+    def test_another_users_service_is_used_only_if_its_folder_was_named(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / "jobworker-data"
+        folder.mkdir()
+        write(folder, {"redis_url": "redis://theirs"})
+        os.chown(folder / "endpoints.json", 65534, 65534)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ConfigurationError, match="another user"):
+            store_url({})
+        assert store_url({"JOBWORKER_DATA_DIR": str(folder)}) == "redis://theirs"
+
     @pytest.mark.parametrize("content", ["", "[]", "nonsense", '{"redis_url": 7}', "[" * 60_000])
     def test_a_damaged_file_counts_as_none(self, content: str, tmp_path: Path) -> None:
         (tmp_path / "endpoints.json").write_text(content)

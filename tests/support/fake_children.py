@@ -24,7 +24,7 @@ class FakeProcess(Process):
         self.mono_started_s = mono_now_s
         self.ready = False
         self.blackbox_fd = 0
-        self.pid = 4711
+        self.pid = 1 << 30  # above every process id
         #: The child's end of its control socket.
         self.peer = ControlSocket(socket.socket(fileno=os.dup(pass_fds[0])))
         self.signals: list[signal.Signals] = []
@@ -102,12 +102,16 @@ class Service:
         self.now = 1000.0
         #: Every child ever started, oldest first.
         self.all: list[FakeChild] = []
+        #: Raised by each start of a child.
+        self.start_error: OSError | None = None
         self.metrics = PrometheusCollector()
         self.settings = Settings(**{"procs": 2, "connect_timeout_s": 60.0, "max_payload": 1024, **options})
         self.manager = ProcessManager(self.settings, self.metrics, self._new_child)
         self.manager.start(self.settings, self.now)
 
     def _new_child(self, mono_now_s: float) -> FakeChild:
+        if self.start_error:
+            raise self.start_error
         self.all.append(FakeChild(mono_now_s))
         return self.all[-1]
 

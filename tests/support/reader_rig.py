@@ -25,7 +25,8 @@ WALL_START_S = 1_767_345_600.0
 class FakeWorker:
     """The worker's side of a channel. Jobs are named by their ids."""
 
-    def __init__(self, batch_hint: int) -> None:
+    def __init__(self, batch_hint: int, slot: int = 0, generation: int = 1) -> None:
+        self.slot, self.generation = slot, generation
         self.channel = Channel.create(64 * 1024)
         self.channel.batch_hint, self.channel.phase = batch_hint, READY
         self._rows: dict[str, int] = {}
@@ -86,14 +87,21 @@ class ReaderRig:
         #: Trouble and warnings of the last report.
         self.trouble: str | None = None
         self.warnings: list[str] = []
-        self._exited: set[int] = set()
+        self._exited: list[FakeWorker] = []
         self._crashed = False
 
     def attach(self, batch_hint: int = 8) -> FakeWorker:
-        """Attach a ready worker."""
-        worker = FakeWorker(batch_hint)
+        """Attach a ready worker in a new slot."""
+        slots = {worker.slot for worker in self.workers}
+        return self._attach(FakeWorker(batch_hint, len(slots)))
+
+    def restart(self, worker: FakeWorker) -> FakeWorker:
+        """Attach the ready successor of a worker that exited."""
+        return self._attach(FakeWorker(worker.channel.batch_hint, worker.slot, worker.generation + 1))
+
+    def _attach(self, worker: FakeWorker) -> FakeWorker:
         self.workers.append(worker)
-        self.control.send(Attach(len(self.workers) - 1, 1), worker.channel.fds)
+        self.control.send(Attach(worker.slot, worker.generation), worker.channel.fds)
         return worker
 
     def sync(self) -> None:
@@ -103,9 +111,8 @@ class ReaderRig:
 
     def exit(self, worker: FakeWorker, cause: str = "SIGKILL", *, charge: bool = True, **more: Any) -> None:
         """Tell the reader that a worker exited."""
-        slot = self.workers.index(worker)
-        self._exited.add(slot)
-        self.control.send(WorkerExited(slot, 1, cause, charge, details={}, **more))
+        self._exited.append(worker)
+        self.control.send(WorkerExited(worker.slot, worker.generation, cause, charge, details={}, **more))
 
     def add(self, *job_ids: str, type_name: str = "a", **fields: Any) -> None:
         """Enqueue jobs."""
@@ -159,8 +166,8 @@ class ReaderRig:
     def drain(self) -> None:
         """Drain the reader: its workers exit first."""
         self.control.send(Drain())
-        for slot, worker in enumerate(self.workers):
-            if slot not in self._exited:
+        for worker in self.workers:
+            if worker not in self._exited:
                 self.exit(worker, "exit 0", charge=False)
         for _ in range(100):
             if self.reader.drained:

@@ -35,7 +35,7 @@ GROUPS = {STREAM: GROUP, "stream:memory:update": "cg-mem-writer", "stream:audit:
 
 T = TypeVar("T")
 
-_TITLE = re.compile(r"jobworker: (supervisor|reader|reaper|spare \d+|worker \d+) \[")
+_TITLE = re.compile(r"jobworker: (supervisor|reader|reaper|guard|spare \d+|worker \d+) \[")
 
 
 def eventually(look: Callable[[], T], within_s: float = SOON_S, saying: object = "") -> T:
@@ -78,16 +78,18 @@ class Service:
 
     # -- start and end
 
-    def launch(self, stderr: int | None = None) -> None:
+    def launch(self, redirections: str = "", stderr: int | None = None) -> None:
         """Start it, in a session of its own and tied to this process, without waiting for anything.
 
-        With ``stderr`` its lines go to that descriptor instead of the log file.
+        ``redirections`` of its standard streams, as a shell writes them. With ``stderr`` its lines go to that
+        descriptor instead of the log file.
         """
         self._log_start = len(self._log.read_bytes()) if self._log.exists() else 0
         tether = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
+        shell = ["/bin/sh", "-c", f'exec "$0" "$@" {redirections}'] if redirections else []
         with self._log.open("ab") as log:
             self._popen = subprocess.Popen(
-                [*tether, str(COMMAND), *self._arguments], stdin=subprocess.DEVNULL, stdout=log,
+                [*tether, *shell, str(COMMAND), *self._arguments], stdin=subprocess.DEVNULL, stdout=log,
                 stderr=log if stderr is None else stderr, cwd=self.cwd, env=self._environment,
             )  # fmt: skip
 

@@ -12,6 +12,7 @@ WORDS = (
     *("query", "passage"),
 )
 MARKS = tuple(":。，？“”.,")
+SPECIALS = {"bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]"), "xlm-r": ("<s>", "<pad>", "</s>", "<unk>")}
 
 
 def tiny_model(
@@ -29,9 +30,8 @@ def tiny_model(
     import torch
     from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
 
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if kind == "bert" else ["<s>", "<pad>", "</s>", "<unk>"]
     shape: dict[str, Any] = {
-        "vocab_size": len(specials) + len(WORDS) + len(MARKS),
+        "vocab_size": len(SPECIALS[kind]) + len(WORDS) + len(MARKS),
         "hidden_size": HIDDEN,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -47,12 +47,13 @@ def tiny_model(
     else:
         model = XLMRobertaModel(XLMRobertaConfig(**shape, pad_token_id=1, type_vocab_size=1))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
-    _tokenizer(kind, specials).save_pretrained(folder)
+    tiny_tokenizer(kind).save_pretrained(folder)
     _modules(folder, pooling, normalise, prompts or {}, include_prompt, window)
     return folder
 
 
-def _tokenizer(kind: str, specials: list[str]) -> Any:
+def tiny_tokenizer(kind: str) -> Any:
+    """The tokenizer of the tiny models of `kind`."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.normalizers import Lowercase
@@ -60,7 +61,7 @@ def _tokenizer(kind: str, specials: list[str]) -> Any:
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: number for number, word in enumerate([*specials, *WORDS, *MARKS])}
+    words = {word: number for number, word in enumerate([*SPECIALS[kind], *WORDS, *MARKS])}
     bert = kind == "bert"
     first, last = ("[CLS]", "[SEP]") if bert else ("<s>", "</s>")
     unknown, pad = ("[UNK]", "[PAD]") if bert else ("<unk>", "<pad>")

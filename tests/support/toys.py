@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -153,6 +154,34 @@ class Hang(Recorded):
             re.match(r"(a+)+$", "a" * 64 + "b")  # 2 ** 64 steps, none of which lets another thread run
         while True:
             time.sleep(0.01)
+
+
+class Deaf(Recorded):
+    """Makes its worker deaf to SIGTERM: ``payload.how`` is ignore, block or raise."""
+
+    def work(self, job: Job) -> None:
+        how = job.payload["how"]
+        if how == "block":
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if how == "ignore" else self._interrupted)
+
+    def _interrupted(self, *_: object) -> None:
+        raise InterruptedError("SIGTERM")
+
+
+class Spawner(Recorded):
+    """Starts ``payload.command`` and leaves it running, then waits at ``payload.gate``, if there is one.
+
+    With ``payload.session`` the command gets a session of its own.
+    """
+
+    def work(self, job: Job) -> None:
+        command = ["sh", "-c", job.payload["command"]]
+        subprocess.Popen(command, start_new_session=job.payload.get("session", False))
+        if "gate" in job.payload:
+            record("spawned", [job])
+            Gate().work(job)
 
 
 class Batch:

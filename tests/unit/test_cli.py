@@ -237,3 +237,19 @@ class TestUrl:
     def test_an_address_that_is_not_known_is_told(self) -> None:
         result = CliRunner().invoke(main, ["url", "milvus", "--redis-url", "redis://127.0.0.1:1"])
         assert (result.exit_code, "the address of milvus is not known" in result.output) == (2, True)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("verb", ["top", "stats", "enqueue audit", "dlq requeue --all", "pause", "web"])
+def test_closed_standard_streams_end_no_verb_with_a_traceback(verb: str, closed: str, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    command = f"{COMMAND} {verb} --redis-url redis://127.0.0.1:1/0 --metrics-url http://127.0.0.1:1"
+    if verb == "web":
+        command += " --listen nowhere"
+    if verb.split()[0] in ("enqueue", "dlq"):
+        command = command.partition(" --metrics-url")[0]
+    with told.open("w") as output:
+        script = f"exec {command} {closed}"
+        done = subprocess.run(["sh", "-c", script], stdout=output, stderr=output, timeout=60, check=False)
+    assert done.returncode in (2, 5)
+    assert "Traceback" not in told.read_text()

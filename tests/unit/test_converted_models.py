@@ -4,7 +4,9 @@ import importlib.util
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +23,7 @@ def source(name: str = "some/model") -> ModelSource:
 
 
 def leave_card(_: ModelSource, part: Path) -> None:
-    Card(max_tokens=9, dtypes=["fp32"]).write(part)
+    Card(dim=9, dtypes=["fp32"]).write(part)
 
 
 # Slow enough for the other processes to start meanwhile.
@@ -34,9 +36,9 @@ from jobworker.handlers.encoder.find_model import ModelSource
 def convert(_, part):
     (part.parent / f"tried-{os.getpid()}").touch()
     time.sleep(0.5)
-    Card(max_tokens=9).write(part)
+    Card(dim=9).write(part)
 
-print(find_or_convert(ModelSource("some/model", Path("/nowhere"), "0123456789abcdef"), convert)[1].max_tokens)
+print(find_or_convert(ModelSource("some/model", Path("/nowhere"), "0123456789abcdef"), convert)[1].dim)
 """
 
 
@@ -82,13 +84,31 @@ def test_a_model_that_cannot_be_converted_is_tried_once(empty_cache: Path) -> No
     assert len(tried) == 1
 
 
+@pytest.mark.parametrize(("ends_by", "tries"), [("SEGV", 1), ("FPE", 1), ("KILL", 2), ("TERM", 2)])
+def test_a_model_on_which_openvino_crashes_is_tried_once(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, ends_by: str, tries: int
+) -> None:
+    run = subprocess.run
+    tried = []
+
+    def crash(command: list[str], **options: Any) -> Any:
+        tried.append(command)
+        return run(["sh", "-c", f"kill -{ends_by} $$"], **options)
+
+    monkeypatch.setattr(subprocess, "run", crash)
+    for _ in range(2):
+        with pytest.raises(EngineUnavailable, match="crashes on it" if tries == 1 else "exited with -"):
+            find_or_convert(source())
+    assert len(tried) == tries
+
+
 def test_a_failure_of_the_machine_is_retried(empty_cache: Path) -> None:
     def full(_: ModelSource, part: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(EngineUnavailable, match="can be written"):
         find_or_convert(source(), full)
-    assert find_or_convert(source(), leave_card)[1].max_tokens == 9
+    assert find_or_convert(source(), leave_card)[1].dim == 9
 
 
 def test_the_next_folder_is_used_if_one_is_not_writable(
@@ -134,8 +154,18 @@ def test_another_revision_or_processor_has_a_folder_of_its_own(monkeypatch: pyte
     assert "/" not in first
 
 
+@pytest.mark.parametrize("package", converted_models.CONVERTED_BY)
+def test_another_version_of_a_package_has_a_folder_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    first = converted_models.folder_name(source())
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "99" if name == package else version(name))
+    assert converted_models.folder_name(source()) != first
+
+
 def test_a_card_that_cannot_be_read_says_which_folder_to_delete(empty_cache: Path) -> None:
     folder, _ = find_or_convert(source(), leave_card)
-    (folder / CARD).write_text(json.dumps({"max_tokens": "nine"}))
+    (folder / CARD).write_text(json.dumps({"dim": "nine"}))
     with pytest.raises(EngineUnavailable, match="delete the folder"):
         find_or_convert(source())

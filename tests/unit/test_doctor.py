@@ -13,6 +13,7 @@ from jobworker.worker.admin.names import Names, UnreadStream, name_findings
 from jobworker.worker.admin.status_client import Service
 from jobworker.worker.store.facts import ServerFacts, StreamFacts
 from jobworker.worker.store.operator import Consumer, Pause
+from jobworker.worker.store.ports import KeyFault
 from support.fake_operator import SOURCE
 
 GROUP = SOURCE.group
@@ -106,6 +107,19 @@ def test_a_problem_of_a_stream_is_found(changes: dict[str, Any], level: str, say
     assert (found_level, says in found_says) == (level, True)
 
 
+def test_keys_that_the_store_refuses_are_named_with_their_repair() -> None:
+    retry = KeyFault("retry:s", "is a string, not a zset", "RENAME retry:s retry:s:damaged")
+    full = KeyFault(SOURCE.stream, "takes no more entries", "RENAME a b", blocks=False)
+    found = list(doctor.stream_findings(HEALTHY_STREAM._replace(faults=[retry, full])))
+    assert [one.do for one in found if one.level == "wrong"] == [retry.repair, full.repair]
+    assert "key retry:s is a string, not a zset" in found[0].says
+    wrong_type = KeyFault(SOURCE.stream, "is a string, not a stream", "RENAME c d")
+    (only,) = doctor.stream_findings(HEALTHY_STREAM._replace(faults=[wrong_type], lags={}))
+    assert only.do == "RENAME c d"
+    (paused,) = doctor.fault_findings("paused", [KeyFault("jobworker:paused", "is a list", "RENAME e f")])
+    assert paused == Finding("wrong", "paused", "key jobworker:paused is a list", "RENAME e f")
+
+
 def test_dead_consumers_are_found() -> None:
     reading = Consumer("host/blue", 0, 1.0)
     assert stream(consumers=[reading, Consumer("host/red", 3, 61.0)]) == [
@@ -132,11 +146,15 @@ class TestServices:
         assert problems(doctor.service_findings(silent, True, "1")) == [("note", "no status: refused")]
 
     def test_problems_that_a_service_reports_are_passed_on(self) -> None:
-        gauge = {"z_novel_circuit_open": [{"task_type": "audit", "value": 1}]}
+        gauge = {
+            name: [{"task_type": "audit", "value": 1}]
+            for name in ("z_novel_circuit_open", "z_novel_crash_circuits_open")
+        }
         status = {"ready": False, "reasons": ["no reader"], "version": "1", "metrics": gauge}
         assert problems(doctor.service_findings([Service("http://a", status)], False, "1")) == [
             ("wrong", "no reader"),
             ("wrong", "the circuit breaker of type audit is open: its dependency does not answer"),
+            ("wrong", "jobs of type audit kill worker after worker, so their tenants are slowed down"),
         ]
 
     def test_the_restart_of_one_worker_is_a_note(self) -> None:

@@ -24,6 +24,7 @@ from jobworker.handlers.vectors.ports import (
     WriteRefused,
 )
 from jobworker.worker import Job, PermanentError
+from jobworker.worker.testing import Harness
 
 SEGMENTS = "story_segments"
 
@@ -569,3 +570,91 @@ def test_with_reject_a_job_with_cached_and_too_long_texts_fails(tmp_path: Path) 
     outcomes = embed.handle_batch([mixed, known, job({"ids": ["d"], "texts": ["other"]})])
     assert [type(outcome) for outcome in outcomes] == [PermanentError, type(None), type(None)]
     assert [row.id for row in rows(store, "a", "b", "c", "d")] == ["a", "d"]
+
+
+class CountingEncoder(DummyEncoder):
+    """Takes time, and is killed at pass `dies_at`."""
+
+    passes = 0
+    texts = 0
+    dies_at = -1
+    pass_s = 30.0
+
+    def forward(self, plan: Plan) -> Vectors:
+        self.passes += 1
+        if self.passes == self.dies_at:
+            raise SystemExit(1)
+        if self.harness is not None:
+            self.harness.advance(self.pass_s)
+        self.texts += plan.texts
+        return super().forward(plan)
+
+    harness: Harness | None = None
+
+
+def long_payload(count: int, **more: Any) -> dict[str, Any]:
+    ids = [f"{number}" for number in range(count)]
+    return {"ids": ids, "texts": [f"{id_} " + "字" * 200 for id_ in ids], **more}
+
+
+def settings(tmp_path: Path) -> HandlerSettings:
+    return HandlerSettings(data_dir=str(tmp_path), cache_bytes=1 << 24)
+
+
+def test_a_job_that_takes_longer_than_its_timeout_runs_to_its_end(tmp_path: Path) -> None:
+    encoder, store = CountingEncoder(8), MemoryVectors()
+    with Harness({"embedding_batch": EmbeddingBatch(encoder, store)}, settings(tmp_path)) as harness:
+        encoder.harness = harness
+        harness.enqueue("embedding_batch", long_payload(400), tenant_id="t001", project_id="p123")
+        harness.run()
+        assert len(harness.completed) == 1
+        assert harness.raised == []
+    assert encoder.passes * encoder.pass_s > EmbeddingBatch.timeout
+    assert store.count(SEGMENTS) == 400
+
+
+@pytest.mark.parametrize("more", [{}, {"chapter_ids": ["c"] * 400, "version": 3, "replace": True}])
+def test_a_retry_continues_where_the_killed_worker_was(tmp_path: Path, more: dict[str, Any]) -> None:
+    encoder, store = CountingEncoder(8), MemoryVectors()
+    encoder.dies_at = 8
+    embed = EmbeddingBatch(encoder, store)
+    embed.setup(settings(tmp_path))
+    with pytest.raises(SystemExit):
+        embed.handle_batch([job(long_payload(400, **more))])
+    computed, written = encoder.texts, store.count(SEGMENTS)
+    assert 0 < computed < 400
+    assert written == 0 if more else written > computed / 2, "a chapter is replaced as a whole"
+    again = EmbeddingBatch(encoder, store)
+    again.setup(settings(tmp_path))
+    assert again.handle_batch([job(long_payload(400, **more))]) == [None]
+    reused = 400 - (encoder.texts - computed)
+    assert computed / 2 < reused <= computed, "only the last parts may wait to be stored when a worker dies"
+    expected = DummyEncoder(8).encode(long_payload(400)["texts"])
+    stored = rows(store, *long_payload(400)["ids"])
+    assert all(np.array_equal(row.vector, vector) for row, vector in zip(stored, expected, strict=True))
+
+
+def test_a_long_job_that_is_refused_stops_at_once(tmp_path: Path) -> None:
+    encoder, store = CountingEncoder(8), FailingStore(lambda rows: PermanentStoreError("foreign"))
+    embed, _ = handler(encoder, store)
+    outcomes = embed.handle_batch([job(long_payload(2000)), job(payload("a"))])
+    assert [type(outcome) for outcome in outcomes] == [PermanentError, PermanentError]
+    assert encoder.texts < 1500
+
+
+def test_a_part_that_fails_fails_its_job_only_and_stays_its_outcome(tmp_path: Path) -> None:
+    embed, store = handler(FailingEncoder(8))
+    bad = long_payload(400)
+    bad["texts"][200] = "bad"
+    outcomes = embed.handle_batch([job(payload("x")), job(bad), job(payload("y"))])
+    assert [type(outcome) for outcome in outcomes] == [type(None), RuntimeError, type(None)]
+    assert [row.id for row in rows(store, "x", "y")] == ["x", "y"]
+
+
+def test_a_later_text_of_one_id_wins_across_parts() -> None:
+    embed, store = handler()
+    long = long_payload(400)
+    long["ids"][399] = "0"
+    assert embed.handle_batch([job(long)]) == [None]
+    assert rows(store, "0")[0].text_content.startswith("399 ")
+    assert store.count(SEGMENTS) == 399

@@ -52,6 +52,10 @@ def cosines(left: Any, right: Any) -> Any:
     return (left * right).sum(axis=1) / lengths
 
 
+def tokenizer_of(encoder: Any) -> Any:
+    return encoder._inputs["document"].tokenizer
+
+
 def with_mode(encoder: Any, mode: str) -> Any:
     from jobworker.handlers.encoder.torch import TorchEncoder
 
@@ -82,10 +86,10 @@ def test_truncating_agrees_with_sentence_transformers_and_counts_what_is_lost(sm
 def test_windows_hold_every_token_once_and_end_at_sentences(small: Any) -> None:
     plan = small.tokenize(["short", LONG])
     content = [token for window in plan.windows[1:] for token in window[1:-1]]
-    assert content == small._tokenizer.encode(LONG, add_special_tokens=False).ids
+    assert content == tokenizer_of(small).encode(LONG, add_special_tokens=False).ids
     assert max(map(len, plan.windows)) <= small.max_tokens == 256
     assert plan.truncated_tokens == 0
-    stops = {small._tokenizer.token_to_id(mark) for mark in "。？"}
+    stops = {tokenizer_of(small).token_to_id(mark) for mark in "。？"}
     assert all(window[-2] in stops for window in plan.windows[1:])
 
 
@@ -94,7 +98,7 @@ def test_a_long_text_is_the_mean_of_its_windows_by_tokens(small: Any, plain: Any
     text = "The harbour master wrote everything down. Nobody had seen the petrel, not even Anna. " * 30
     plan = small.tokenize([text])
     assert len(plan.windows) > 2
-    texts = [small._tokenizer.decode(window) for window in plan.windows]
+    texts = [tokenizer_of(small).decode(window) for window in plan.windows]
     mean = (plain.encode(texts) * np.asarray(plan.weights)[:, None]).sum(axis=0)
     vector = small.encode([text])
     assert cosines(vector, mean[None]).min() >= 0.999
@@ -109,16 +113,17 @@ def test_the_order_of_texts_does_not_matter(small: Any) -> None:
 
 @pytest.mark.model
 def test_prompts_of_the_model_are_put_before_texts_and_every_window(small: Any, plain: Any) -> None:
-    prompts = {"query": "query: ", "passage": "passage: "}
+    prompts = {"query": "query: ", "document": "passage: "}
     old, small._model.prompts = small._model.prompts, prompts
     try:
-        ours = [small.encode(SHORT), small.encode(SHORT, "query")]
-        windows = small.tokenize([LONG]).windows
+        prompted = with_mode(small, "windows")
     finally:
         small._model.prompts = old
-    for vectors, prompt in zip(ours, ("passage: ", "query: "), strict=True):
-        assert cosines(vectors, plain.encode([prompt + text for text in SHORT])).min() >= 0.9999
-    prompt_ids = small._tokenizer.encode("passage:", add_special_tokens=False).ids
+    for purpose, name in (("document", "document"), ("query", "query")):
+        expected = plain.encode([prompts[name] + text for text in SHORT])
+        assert cosines(prompted.encode(SHORT, purpose), expected).min() >= 0.9999
+    windows = prompted.tokenize([LONG]).windows
+    prompt_ids = tokenizer_of(small).encode("passage:", add_special_tokens=False).ids
     assert all(window[1 : 1 + len(prompt_ids)] == prompt_ids for window in windows)
     assert max(map(len, windows)) <= small.max_tokens
 

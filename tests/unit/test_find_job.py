@@ -78,6 +78,21 @@ class TestPending:
         assert (location.facts["running_for_s"], location.facts["limit_in_s"]) == (3.0, 57.0)
 
     @pytest.mark.parametrize(
+        ("limit_in_s", "why"),
+        [
+            (57.4, "it times out in 57 s"),
+            (0.3, "it times out in 0.3 s"),
+            (0.0, "it is 0.0 s past its timeout: its worker is being killed"),
+            (-0.3, "it is 0.3 s past its timeout: its worker is being killed"),
+        ],
+    )
+    def test_the_time_that_is_left_is_never_negative(self, store: Any, limit_in_s: float, why: str) -> None:
+        lease(store, 1.0)
+        running = service()
+        running.status["children"][0]["running"]["limit_in_s"] = limit_in_s
+        assert find(store, "j2", [running]).why.endswith(why)
+
+    @pytest.mark.parametrize(
         ("idle_s", "why"),
         [
             (1.0, "waits for a worker there, or runs"),
@@ -102,6 +117,12 @@ class TestPending:
         )
         store.paused = [Pause("audit", NOW_S, "")]
         assert "type audit is paused" in find(store, "j2").why
+
+    def test_jobs_that_kill_workers_are_the_reason(self, store: Any) -> None:
+        lease(store, 1.0)
+        gauge = {"z_novel_crash_circuits_open": [{"task_type": "audit", "value": 1}]}
+        why = find(store, "j2", [service(children=[], metrics=gauge)]).why
+        assert "jobs of type audit kill worker after worker" in why
 
     def test_worker_deaths_are_reported(self, store: Any) -> None:
         lease(store, 1.0, deaths=2)
@@ -140,8 +161,15 @@ class TestRetrying:
         assert "overdue" not in find(store, "r").why
 
     def test_the_entry_of_an_earlier_try_is_not_shown_beside_it(self, store: Any) -> None:
-        store.scheduled[SOURCE.stream] = [Scheduled(NOW_S + 60, job("j1"))]
+        store.scheduled[SOURCE.stream] = [Scheduled(NOW_S + 60, job("j1", retry_count=1))]
         assert find(store, "j1").state == "retrying"
+
+    def test_a_job_that_was_sent_with_a_delay_has_had_no_try(self, store: Any) -> None:
+        store.scheduled[SOURCE.stream] = [Scheduled(NOW_S + 60, job("r"))]
+        location = find(store, "r")
+        assert (location.state, location.why) == ("delayed", "its delayed start is in 60.0 s")
+        store.scheduled[SOURCE.stream] = [Scheduled(NOW_S + 60, job("r", deaths=1))]
+        assert find(store, "r").state == "retrying"
 
 
 class TestDead:
@@ -209,7 +237,7 @@ class TestMisspeltNames:
     def test_a_delayed_job_for_such_a_stream_too(self, store: Any) -> None:
         store.scheduled["stream:tset"] = [Scheduled(NOW_S - 60, job("lost"))]
         location = find(store, "lost")
-        assert (location.state, "no running service promotes retries" in location.why) == ("retrying", True)
+        assert (location.state, "no running service promotes jobs" in location.why) == ("delayed", True)
 
     def test_a_stream_of_another_service_is_searched_by_its_group(self, store: Any) -> None:
         store.streams["mine"] = [Entry(b"1-0", job("elsewhere"))]

@@ -1,6 +1,7 @@
 """A model's revision covers every byte of its files, and unchanged files are read once."""
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable
@@ -100,6 +101,29 @@ def test_files_behind_links_count_and_a_loop_of_links_ends(model: Path, tmp_path
     (elsewhere / "loop").symlink_to(model)
     first = revision(model)
     overwrite(elsewhere / "weights", 50)
+    assert revision(model) != first
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("adapter_config.json", "base_model_name_or_path"),
+        ("0_Transformer/adapter_config.json", "base_model_name_or_path"),
+        ("sentence_bert_config.json", "tokenizer_name_or_path"),
+    ],
+)
+def test_files_of_another_model_that_it_uses_count(model: Path, tmp_path: Path, file: str, key: str) -> None:
+    (base := tmp_path / "base").mkdir()
+    (base / "weights").write_bytes(bytes(100))
+    (model / file).parent.mkdir(exist_ok=True)
+    (model / file).write_text(json.dumps({key: str(base)}))
+    first = revision(model)
+    overwrite(base / "weights", 50)
+    assert revision(model) != first
+    (model / file).write_text(json.dumps({key: str(tmp_path / "gone")}))
+    with pytest.raises(ModelError, match="gone: the folder does not exist"):
+        find_model(str(model))
+    (model / file).write_text("{")
     assert revision(model) != first
 
 

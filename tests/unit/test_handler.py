@@ -6,11 +6,15 @@ import functools
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
+from fractions import Fraction
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -263,8 +267,10 @@ def manages(*_: object) -> Iterator[None]:
         (returns_a_coroutine, "returned coroutine, .*`async def {name}`"),
         (returns_a_task, "returned Task, .*`async def {name}`"),
         (manages, "returned _GeneratorContextManager, .*`yield`"),
-        (lambda *_: Future(), "returned a Future, .*result"),
-        (lambda *_: map(print, [1]), "returned a map, .*loop"),
+        (lambda *_: Future[None](), "returned Future, .*wait for it"),
+        (lambda *_: threading.Thread(), "returned Thread, .*wait for it"),
+        (lambda *_: AsyncResult.__new__(AsyncResult), "returned ApplyResult, .*wait for it"),
+        (lambda *_: map(print, "ab"), "returned map, .*loop"),
     ],
 )
 @pytest.mark.parametrize("name", ["handle", "handle_batch"])
@@ -276,38 +282,51 @@ def test_work_that_was_returned_and_not_run_fails_for_good(
         bound.handle(job())
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("collect", [list, tuple, lambda parts: dict(enumerate(parts))])
+def test_work_in_a_returned_container_fails_too(
+    loop: EventLoop, collect: Callable[[list[object]], object]
+) -> None:
+    bound = bind(loop, handle=lambda job: collect([None, Future(), nothing()]))
+    with pytest.raises(PermanentError, match=r"^handle returned a \w+ with Future"):
+        bound.handle(job())
+
+
+def test_a_mock_is_an_ordinary_result(loop: EventLoop) -> None:
+    bind(loop, handle=lambda job: MagicMock()).handle(job())
+
+
+def test_a_batch_without_outcomes_says_what_to_return(loop: EventLoop) -> None:
+    bound = bind(loop, handle_batch=lambda jobs: None)
+    with pytest.raises(PermanentError, match=r"handle_batch returned NoneType: .*\[None\] \* len\(jobs\)"):
+        bound.handle(job())
+
+
 @pytest.mark.parametrize(
-    ("members", "says"),
+    ("member", "values"),
     [
-        ({"timeout": "60"}, "timeout is '60', not a number of seconds above 0"),
-        ({"timeout": 0}, "timeout is 0"),
-        ({"timeout": math.nan}, "timeout is nan"),
-        ({"timeout": math.inf}, "timeout is inf"),
-        ({"timeout": True}, "timeout is True"),
-        ({"batch_timeout": timedelta(seconds=5)}, "batch_timeout is datetime.timedelta"),
-        ({"max_batch": 2.5}, "max_batch is 2.5, not a number of jobs above 0"),
-        ({"max_batch_bytes": "8MiB"}, "max_batch_bytes is '8MiB', not a number of bytes above 0"),
-        ({"alone": "no"}, "alone is 'no', not True or False"),
-        ({"needs_device": 1}, "needs_device is 1"),
-        ({"counters": ["texts"]}, "counters is .*, not a dict of numbers"),
-        ({"needs_model": True}, "needs_model is called needs_device"),
+        ("timeout", ["60", 0, -1, True, None, math.nan, math.inf, timedelta(minutes=1)]),
+        ("batch_timeout", ["60", 0, math.nan, [60]]),
+        ("max_batch", ["32", 0, 1.5, True, math.inf]),
+        ("max_batch_bytes", ["1MiB", 0, None]),
+        ("alone", ["no", 1, None]),
+        ("needs_device", ["false", 0]),
+        ("counters", [[("words", 5)], {"words": "5"}, {5: 5}, None]),
     ],
 )
-def test_a_member_of_the_wrong_kind_is_refused_at_load(
-    loop: EventLoop, members: dict[str, Any], says: str
+def test_a_value_of_the_wrong_type_is_refused_at_load(
+    loop: EventLoop, member: str, values: list[object]
 ) -> None:
-    with pytest.raises(ConfigurationError, match=f"handler of t: {says}"):
-        bind(loop, handle=print, **members)
+    for value in values:
+        with pytest.raises(
+            ConfigurationError, match=f"handler of t: {member} is .*: give .*, or leave it out"
+        ):
+            bind(loop, handle=print, **{member: value})
 
 
-def test_members_that_are_none_are_absent(loop: EventLoop) -> None:
-    bound = bind(loop, handle=print, timeout=None, max_batch=None, counters=None)
-    assert bound.timeout_s == Settings().job_timeout_s
-
-
-def test_a_batch_without_an_answer_says_what_to_return(loop: EventLoop) -> None:
-    with pytest.raises(PermanentError, match="handle_batch returned None: return a list"):
-        bind(loop, handle_batch=lambda jobs: None).handle(job())
+def test_numbers_of_other_libraries_are_values(loop: EventLoop) -> None:
+    members = {"timeout": Fraction(5, 2), "batch_timeout": math.inf, "max_batch_bytes": math.inf}
+    assert bind(loop, handle=print, alone=True, counters={"words": 0.5}, **members).timeout_s == 2.5
 
 
 def test_a_setup_that_returns_a_coroutine_does_not_pass_for_done(loop: EventLoop) -> None:

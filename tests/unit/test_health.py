@@ -1,5 +1,6 @@
 """HTTP port of the supervisor, as a load balancer, an orchestrator and Prometheus use it."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -9,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobworker.worker.supervision.health import Health, HealthServer
+from jobworker.worker.supervision import health
+from jobworker.worker.supervision.health import _MAX_CONNECTIONS, Health, HealthServer
 from jobworker.worker.telemetry.prometheus import CONTENT_TYPE, PrometheusCollector
 
 WITHIN_S = 10
@@ -112,3 +114,55 @@ def test_scrapes_leave_no_line_on_stderr(service: Service, capfd: pytest.Capture
     service.get("/metrics")
     service.get("/nothing")
     assert capfd.readouterr().err == ""
+
+
+def connect(service: Service) -> socket.socket:
+    host, port = service.server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=WITHIN_S)
+
+
+def test_half_open_connections_are_bounded_and_keep_no_probe_out(service: Service) -> None:
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connect(service)) for _ in range(2 * _MAX_CONNECTIONS)]
+        for number, client in enumerate(silent):
+            client.sendall(b"GET /metrics HTTP/1.0\r\n" * (number % 2))
+        for _ in range(3):
+            assert service.get("/healthz")[0] == 200
+        oldest = silent[: _MAX_CONNECTIONS - 1]
+        for client in oldest:
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(1) == b"", "closed by the server"
+        assert len(service.server._server._connections) <= _MAX_CONNECTIONS
+
+
+def test_a_request_that_is_being_answered_outlives_half_open_connections(service: Service) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def status() -> dict[str, object]:
+        asked.set()
+        assert go_on.wait(WITHIN_S)
+        return {"children": []}
+
+    service.server.close()
+    service.server = HealthServer(("127.0.0.1", 0), PrometheusCollector(), lambda: service.health, status)
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(connect(service))
+        client.sendall(b"GET /status HTTP/1.0\r\n\r\n")
+        assert asked.wait(WITHIN_S)
+        for _ in range(_MAX_CONNECTIONS + 1):
+            stack.enter_context(connect(service))
+        assert service.get("/healthz")[0] == 200
+        go_on.set()
+        assert client.recv(100).startswith(b"HTTP/1.0 200")
+
+
+def test_connections_leave_descriptors_for_children(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connect(service) as probe:
+        limit = probe.fileno() + 20
+    monkeypatch.setattr(health.resource, "getrlimit", lambda _: (limit, limit))
+    with connect(service) as refused, contextlib.suppress(ConnectionResetError):
+        assert refused.recv(1) == b""
+    monkeypatch.undo()
+    assert service.get("/healthz")[0] == 200

@@ -1,7 +1,7 @@
 """Isolated streams: a key that the store refuses stops its own stream only, and nothing is lost."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 import pytest
@@ -11,7 +11,7 @@ from jobworker.worker.ipc.control import Ready
 from jobworker.worker.keys import PAUSED_KEY, Source, dead_letter_key, deaths_key, fence_key, retry_key
 from jobworker.worker.outcome import Failure
 from jobworker.worker.store.memory.store import MemoryStore
-from jobworker.worker.store.ports import Entry
+from jobworker.worker.store.ports import Entry, Settled, Settlement
 from support.reader_rig import SOURCE, ReaderRig, reader_rig
 
 OTHER = SOURCE._replace(stream="other")
@@ -124,6 +124,32 @@ def test_refused_dead_letters_are_kept_once_and_not_written_twice(
     rig.tick(100)
     assert (len(rig.letters), rig.pending) == (100, 0)
     assert rig.metric("z_novel_jobs_dead_total", "unknown", "malformed") == 100
+
+
+@pytest.mark.parametrize(("count", "size"), [(5000, 10), (200, 1024 * 1024)])
+def test_rejected_entries_are_listed_in_bounded_parts(count: int, size: int) -> None:
+    """They fill no prefetch buffer, so it does not bound them."""
+    with closing(ReaderRig()) as rig:
+        for _ in range(count):
+            rig.server.append(NAME, b"x" * size)
+        before = MemoryStore(rig.server, "one/one")
+        before.acquire([SOURCE])
+        before.begin_read(SOURCE, count, 0)
+        assert len(before.finish_read(SOURCE)) == count
+        sizes: list[list[int]] = []
+        settle = rig.store.settle
+
+        def watch(settlements: Sequence[Settlement]) -> list[Settled]:
+            sizes.append([len(letter.data) for one in settlements for letter in one.dead])
+            return settle(settlements)
+
+        rig.store.settle = watch  # type: ignore[method-assign]
+        rig.attach()
+        rig.sync()
+        rig.tick(50)
+        assert (rig.pending, len(rig.letters)) == (0, count)
+        assert max(map(len, sizes)) <= 1024 + 256
+        assert max(map(sum, sizes)) <= 32 * 1024 * 1024
 
 
 def test_a_service_starts_with_the_streams_that_work() -> None:

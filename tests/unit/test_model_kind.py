@@ -65,6 +65,10 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
         RERANKER,
     ),
     "bare reranker": ({"config.json": {"architectures": ["XLMRobertaForSequenceClassification"]}}, RERANKER),
+    "bare splade": (
+        {"config.json": {"architectures": ["DistilBertForMaskedLM"]}},
+        "language model or SPLADE",
+    ),
     "bare colbert": ({"config.json": {"architectures": ["HF_ColBERT"]}}, COLBERT),
     "bare visual retriever": ({"config.json": {"architectures": ["ColPaliForRetrieval"]}}, COLBERT),
 }

@@ -7,10 +7,10 @@ import pytest
 from jobworker.worker.admin.overview import OverviewPoller, quantile
 from jobworker.worker.admin.status_client import Service
 from jobworker.worker.cli.top import to_json
-from jobworker.worker.errors import StoreUnavailable
+from jobworker.worker.errors import StoreRefused, StoreUnavailable
 from jobworker.worker.keys import Source
 from jobworker.worker.store.operator import Pause
-from jobworker.worker.store.ports import Entry
+from jobworker.worker.store.ports import Depths, Entry
 from support.fake_operator import SOURCE, FakeOperatorStore, job, letter
 
 
@@ -111,12 +111,33 @@ def test_a_store_that_does_not_answer_leaves_its_part_empty() -> None:
     assert (overview.error, overview.pauses, len(overview.services)) == ("the store did not answer", [], 1)
 
 
+def test_a_refused_key_leaves_out_its_own_part() -> None:
+    class Refusing(FakeOperatorStore):
+        def depths(self, source: Source) -> Depths:
+            if source.stream == "a":
+                raise StoreRefused("WRONGTYPE")
+            return super().depths(source)
+
+        def pauses(self) -> list[Pause]:
+            raise StoreRefused("WRONGTYPE")
+
+    store: Any = Refusing({"a": [letter("1-0")], "b": [letter("2-0")]})
+    sources = [Source("a", "g"), Source("b", "g")]
+    overview = OverviewPoller(store, store, sources, lambda: [service("http://a", 1)]).snapshot()
+    assert [source.stream for source, _ in overview.streams] == ["b"]
+    assert [one.id for one in overview.letters] == [b"2-0"]
+    assert [text.partition(":")[0] for text in overview.refused] == ["stream a", "paused types"]
+    assert (overview.error, len(overview.totals)) == ("", 2)
+
+
 def test_the_names_of_a_snapshot_in_json_are_stable() -> None:
     """Scripts depend on them."""
     store = FakeOperatorStore({SOURCE.stream: [letter("9-0")]})
     store.paused = [Pause("audit", 5.0, "disk full")]
     one = to_json(poller(store, [[service("http://a", 1), SILENT]]).snapshot())
-    assert list(one) == ["streams", "services", "totals", "rates", "p95_s", "paused", "failures", "trouble"]
+    assert list(one) == [
+        "streams", "services", "totals", "rates", "p95_s", "paused", "failures", "refused", "trouble",
+    ]  # fmt: skip
     assert list(one["streams"][0]) == [
         "stream", "group", "queued", "pending", "retrying", "dead", "oldest_age_s", "lag",
     ]  # fmt: skip

@@ -22,7 +22,7 @@ def ready(buffer: PrefetchBuffer) -> list[bytes]:
 
 
 def isolated(buffer: PrefetchBuffer) -> list[bytes]:
-    return [job.entry.id for job in buffer.isolated]
+    return [job.entry.id for job in (*buffer.isolated, *buffer.suspects)]
 
 
 def buffer_of(*jobs: AdmittedJob, types: int = 2) -> PrefetchBuffer:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from jobworker.worker.errors import Exit
+from jobworker.worker.ipc.channel import STOPPING
 from jobworker.worker.ipc.control import (
     Attach,
     Drain,
@@ -111,6 +112,23 @@ class TestStart:
             code = service.tick(1.0)
             assert (code == Exit.CRASH_LOOP) == (exits == 6), exits
             service.tick(31.0)
+
+    def test_a_system_that_is_short_of_descriptors_ends_no_running_service(self, service: Service) -> None:
+        service.start_error = OSError(24, "Too many open files")
+        service.child("worker", 0).exit("SIGKILL")
+        service.manager.restart_workers()
+        for _ in range(20):
+            assert service.tick(31.0) is None
+        assert [worker.slot_no for worker in service.living("worker")] == [1]
+        service.start_error = None
+        service.tick(31.0)
+        assert service.child("worker", 0)
+
+    def test_a_system_that_is_short_of_descriptors_ends_the_first_start(self, make: Make) -> None:
+        service = make(procs=1)
+        service.start_error = OSError(24, "Too many open files")
+        codes = [service.tick(2.0) for _ in range(4)]
+        assert Exit.BOOT_FAILED in codes
 
     def test_one_worker_that_stays_up_is_no_crash_loop(self, service: Service) -> None:
         for _ in range(10):
@@ -285,7 +303,7 @@ class TestLimits:
         service.tick()
         exited = service.child("reader").received()[0]
         assert isinstance(exited, WorkerExited)
-        assert (exited.cause, exited.charge, exited.timed_out) == ("SIGKILL (timeout)", True, True)
+        assert (exited.cause, exited.charge, exited.timed_out) == ("SIGKILL (timeout of 5 s)", True, True)
         assert service.restarts() == {("worker", "timeout"): 1}
 
     def test_a_job_that_ends_during_the_stack_dump_keeps_its_worker(self, service: Service) -> None:
@@ -306,6 +324,9 @@ class TestLimits:
         service.tick()
         service.tick(0.01)
         assert worker.signals == [signal.SIGUSR2, signal.SIGKILL]
+        service.tick()
+        causes = [one.cause for one in service.child("reader").received() if isinstance(one, WorkerExited)]
+        assert causes == ["SIGKILL (rss above 500 MiB)"]
 
     def test_a_reader_that_stops_reporting_is_replaced(self, service: Service) -> None:
         reader = service.child("reader")
@@ -365,7 +386,7 @@ class TestRollingRestart:
         assert first.signals == [], "the successor is not ready"
         successor.become_ready()
         service.tick()
-        assert first.signals == [signal.SIGTERM]
+        assert service.channel(first).stop_requested
         assert reader.received() == [Attach(0, 2), Retire(0, 1)]
         assert len(service.living("worker")) == 3, "the next worker waits for its turn"
         first.leave()
@@ -436,7 +457,8 @@ class TestDrain:
         workers = service.living("worker")
         service.manager.drain()
         assert reader.received() == reaper.received() == [Drain()]
-        assert [worker.signals for worker in workers] == [[signal.SIGTERM]] * 2
+        assert all(service.channel(worker).stop_requested for worker in workers)
+        assert [worker.signals for worker in workers] == [[], []], "a handler may have replaced the action"
         assert [child for child in service.living() if not child.role] == [], "standbys are killed"
         for worker in workers:
             worker.leave()
@@ -482,6 +504,30 @@ class TestDrain:
         service.tick()
         exits = [one for one in service.child("reader").received() if isinstance(one, WorkerExited)]
         assert [one.charge for one in exits] == [charge, charge]
+
+    def test_a_worker_that_does_not_exit_after_its_stop_is_killed(self, service: Service) -> None:
+        first, second = service.living("worker")
+        service.manager.drain()
+        for worker in (first, second):
+            service.channel(worker).phase = STOPPING
+            worker.silent = True
+        second.exit("exit 0")
+        for _ in range(3):
+            service.tick(8.0)
+        assert first.signals == [signal.SIGUSR2, signal.SIGKILL]
+
+    def test_a_worker_whose_set_up_ignores_the_signal_is_killed_without_a_charge(self, make: Make) -> None:
+        service = make(procs=1)
+        service.tick(2.0)
+        service.tick(2.0)
+        (worker,) = service.living("worker")
+        service.manager.drain()
+        for _ in range(4):
+            service.tick(3.0)
+        assert worker.signals == [signal.SIGTERM, signal.SIGKILL]
+        exits = [one for one in service.child("reader").received() if isinstance(one, WorkerExited)]
+        assert [one.charge for one in exits] == [False]
+        assert service.restarts() == {}
 
     def test_a_term_before_the_worker_handles_it_is_a_regular_stop(self, make: Make) -> None:
         service = make()

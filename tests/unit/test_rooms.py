@@ -33,6 +33,7 @@ DOORS = {
 CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
+    *("urls", "process_env", "cgroup"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
@@ -62,7 +63,7 @@ SHARED_BELOW = {
     "encoder": {"vectors", "file_lock", "graphemes"},
 }
 #: What handlers may import of the engine besides the names in worker/__init__.py.
-PUBLIC = {"scripted_redis", "testing", "extension", "options", "quantities", "data_dir"}
+PUBLIC = {"scripted_redis", "testing", "extension", "options", "quantities", "urls", "data_dir", "cgroup"}
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")
 COMPOSERS = {"boot", "testing", "producer", "scripted_redis", "admin", "cli", "web"}

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from jobworker.worker import Job, PermanentError, Unavailable
+from jobworker.worker import Job, PermanentError, Unavailable, report_progress
 from jobworker.worker.event_loop import EventLoop
 from jobworker.worker.handler import BoundHandler
 from jobworker.worker.ipc.channel import READY, STARTING, STOPPING, Channel, OutcomeFrame, clear_eventfd
@@ -321,7 +321,7 @@ def _raise(error: BaseException) -> Any:
         (lambda jobs: [None] * (len(jobs) - 1), "2 outcomes for 3 jobs", True),
         (lambda jobs: [None] * (len(jobs) + 1), "4 outcomes for 3 jobs", True),
         (lambda jobs: [], "0 outcomes for 3 jobs", True),
-        (lambda jobs: None, "handle_batch returned None: return a list", True),
+        (lambda jobs: None, "handle_batch returned NoneType: return a list", True),
         (lambda jobs: dict.fromkeys(range(3)), "handle_batch returned dict: return a list", True),
         (lambda jobs: {1, 2, None}, "handle_batch returned set: return a list", True),
         (lambda jobs: "abc", "handle_batch returned str: return a list", True),
@@ -356,6 +356,21 @@ def test_stopping_finishes_the_job_under_way_and_begins_no_other(desk: Callable[
     assert worker.channel.phase == STOPPING
     assert clear_eventfd(worker.channel.fds[2]), "the reader was not woken"
     assert [held.row for held in worker.lane.table.unsettled()] == list(range(6))
+
+
+def test_a_stop_that_the_supervisor_requests_needs_no_signal(desk: Callable[..., Desk]) -> None:
+    """A handler may ignore or block SIGTERM."""
+    worker = desk(t=Single())
+
+    def stop_at_two(job: Job) -> None:
+        if job.id == "2":
+            worker.lane.channel.request_stop()
+
+    worker.runner._handlers["t"].handle = stop_at_two
+    worker.hand(*"tttttt")
+    worker.runner.run()
+    assert worker.states() == [SUCCEEDED] * 3 + [QUEUED] * 3
+    assert worker.channel.phase == STOPPING
 
 
 def test_the_limit_stands_while_a_job_runs_and_only_then(desk: Callable[..., Desk]) -> None:
@@ -699,3 +714,46 @@ def test_a_cancellation_in_the_check_of_health_is_trouble_and_not_the_end(desk: 
 @pytest.mark.parametrize("name", ["run_succeeding", "run_failing"])
 def test_killed_at_any_instruction(name: str) -> None:
     assert int(programs.run("kill_scenarios", name)) > 100
+
+
+def test_a_job_past_its_first_timeout_is_given_no_further_jobs_to_wait_behind_it(
+    desk: Callable[..., Desk],
+) -> None:
+    hints = []
+
+    class Long:
+        timeout, max_timeout = 0.02, 60.0
+        max_batch = 4
+
+        def handle_batch(self, jobs: Sequence[Job]) -> list[BaseException | None]:
+            report_progress()
+            hints.append(one.channel.batch_hint)
+            started = time.monotonic()
+            while time.monotonic() - started < 0.1:
+                pass  # the runner's clock is the real one
+            report_progress()
+            hints.append(one.channel.batch_hint)
+            return [None] * len(jobs)
+
+    one = desk(long=Long())
+    one.hand("long")
+    one.run()
+    assert hints == [4, 0]
+    assert one.channel.mono_deadline_s == 0
+    assert one.channel.batch_hint == 4, "without it, the reader would give it no job any more"
+
+
+@pytest.mark.parametrize(("timeout", "limit_s"), [(0.001, 0.1), (90, 90.0), (1e300, 86_400.0)])
+def test_the_timeout_of_a_job_has_a_least_and_a_largest_value(
+    desk: Callable[..., Desk], timeout: float, limit_s: float
+) -> None:
+    class Limit:
+        def handle(self, job: Job) -> None:
+            channel = worker.channel
+            limits.append(channel.mono_deadline_s - channel.mono_since_s)
+
+    limits: list[float] = []
+    worker = desk(t=Limit())
+    worker.hand("t", timeout=timeout)
+    worker.run()
+    assert limits == [pytest.approx(limit_s)]

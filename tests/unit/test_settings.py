@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from jobworker import handlers
 from jobworker.handlers.settings import HandlerSettings
+from jobworker.supervisor import main as service
 from jobworker.worker.cli import main as tool
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.extension import extension
@@ -101,6 +103,7 @@ OPTIONS: dict[str, tuple[str, Callable[[Settings], object], object, object]] = {
     "milvus-partitions": ("named", lambda s: s.milvus_partitions, "key", "named"),
 }
 LISTS = {"stream", "handler"}
+HELP = [click.Option(["--help"])]
 
 
 def toml(name: str, value: str) -> str:
@@ -478,3 +481,55 @@ def test_no_verb_takes_a_number_without_bounds() -> None:
         if isinstance(parameter.type, plain) and not isinstance(parameter.type, Count)
     ]
     assert found == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--redis-url", "localhost:6379"], "--redis-url"),
+        (["--redis-url", "redis://h?foo=1"], "'foo'"),
+        (["--redis-url", "rediss://h?ssl_ca_certs=/does/not/exist"], "ssl_ca_certs"),
+        (["--milvus-uri", "localhost:19530"], "--milvus-uri"),
+        (["--milvus-uri", "http://h:19530?x=1"], "--milvus-uri"),
+        (["--llm-url", "localhost:11434/v1", "--llm-model", "m"], "--llm-url"),
+        (["--llm-url", "http:///v1", "--llm-model", "m"], "--llm-url"),
+        (["--device", "gpu"], "--device"),
+        (["--device", "cuda:0,,cuda:1"], "--device"),
+        (["--device", "cuda:0,auto"], "--device"),
+        (["--milvus-prefix", "1-x"], "--milvus-prefix"),
+        (["--summary-sink", "mysql"], "--summary-sink"),
+        (["--summary-sink", "postgres"], "--postgres-dsn"),
+        (["--stream", "a=g", "--stream", "a=h"], "given twice"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_the_start(
+    program: Program, arguments: list[str], said: str
+) -> None:
+    result = program.run(*arguments)
+    assert isinstance(result.exception, ConfigurationError)
+    assert said in str(result.exception)
+
+
+def test_blanks_around_the_parts_of_an_option_do_not_matter(program: Program) -> None:
+    found = program.settings_of(
+        "--device", "cuda:0, cuda:1", "--stream", "a = g", "--handler", "x = m:C",
+        "--redis-url", " redis+cluster://a:1, b:2 ", "--milvus-uri", "http://h:19530 ",
+    )  # fmt: skip
+    assert found.device == "cuda:0,cuda:1"
+    assert found.streams == (Source("a", "g"),)
+    assert found.handlers["x"] == "m:C"
+    assert (found.redis_url, found.milvus_uri) == ("redis+cluster://a:1, b:2", "http://h:19530")
+
+
+def test_the_help_shows_ten_options_first_and_each_in_one_group() -> None:
+    text = CliRunner().invoke(service, ["--help"]).output
+    sections = re.split(r"^(\w[\w ]*):$", text, flags=re.MULTILINE)[1:]
+    listed = {
+        title: re.findall(r"^  --([\w-]+)", body, re.MULTILINE)
+        for title, body in zip(sections[::2], sections[1::2], strict=True)
+    }
+    assert len(listed["Most needed options"]) == 10
+    assert next(iter(listed)) == "Most needed options"
+    every = [name for names in listed.values() for name in names]
+    assert sorted(every) == sorted(p.opts[0].removeprefix("--") for p in [*service.params, *HELP])
+    assert listed["Other"] == ["version", "help"]

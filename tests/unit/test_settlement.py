@@ -1,14 +1,18 @@
 """Settlement: what becomes of jobs that succeed, fail, or lose their worker."""
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 import pytest
 
 from jobworker.worker.admin.identity import read_identity
-from jobworker.worker.errors import StoreUnavailable
-from jobworker.worker.ipc.control import Attach, ExitReclaimed
+from jobworker.worker.errors import Fenced, StoreUnavailable
+from jobworker.worker.ipc.control import Attach, ExitReclaimed, WorkerExited
 from jobworker.worker.outcome import Failure, RetryPolicy
+from jobworker.worker.store.memory.store import MemoryStore
+from jobworker.worker.store.ports import Settled, Settlement
 from support.reader_rig import SOURCE, ReaderRig, reader_rig
 
 FAILED = Failure("ValueError: no")
@@ -140,6 +144,18 @@ def test_outcomes_are_settled_once_the_store_answers_again(rig: ReaderRig) -> No
     assert rig.metric("z_novel_jobs_completed_total", "a") == 1
 
 
+def test_an_opened_circuit_breaker_says_what_the_job_reported(
+    rig: ReaderRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.add("1")
+    rig.tick()
+    rig.workers[0].take()
+    rig.workers[0].fail("1", UNAVAILABLE)
+    rig.tick()
+    (line,) = [vars(record) for record in caplog.records if record.msg == "circuit.opened"]
+    assert (line["task_type"], line["error"]) == ("a", UNAVAILABLE.error)
+
+
 # -- exited workers
 
 
@@ -198,31 +214,50 @@ def test_a_job_that_kills_three_workers_is_poison(rig: ReaderRig) -> None:
         worker.start("1")
         rig.exit(worker, "SIGSEGV")
         rig.tick()
-        rig.attach()
-    rig.tick()
+        rig.restart(worker)
+        rig.tick()
+        rig.advance(1.0)
     (letter,) = rig.letters
     assert (letter["reason"], letter["error"], letter["deaths"]) == ("poison", "WorkerDied: SIGSEGV", 3)
     assert letter["details"]["batch"] == [letter["original_id"]]
     assert rig.pending == 0
 
 
-def test_deaths_of_a_batch_exhaust_no_retries_but_deaths_of_a_single_job_do() -> None:
-    with reader_rig(max_deaths=10, retry=RetryPolicy(max_retries=0)) as rig:
-        rig.add("1", "2")
+@pytest.mark.parametrize("max_retries", [0, 1, 2, 20])
+@pytest.mark.parametrize("retry_count", [0, 1])
+def test_a_job_is_poison_after_three_deaths_whatever_the_limit_of_retries(
+    max_retries: int, retry_count: int
+) -> None:
+    with reader_rig(retry=RetryPolicy(max_retries=max_retries)) as rig:
+        rig.add("1", retry_count=retry_count)
+        rig.tick()
+        for _ in range(3):
+            assert not rig.letters
+            rig.advance(2.0)  # it waits after the second death
+            worker = rig.workers[-1]
+            assert worker.take() == ["1"]
+            worker.start("1")
+            rig.exit(worker, "SIGSEGV")
+            rig.restart(worker)
+            rig.tick()
+        (letter,) = rig.letters
+        assert (letter["reason"], letter["deaths"]) == ("poison", 3)
+
+
+def test_a_death_counts_as_a_failed_try_of_a_job_that_fails_later() -> None:
+    with reader_rig(retry=RetryPolicy(max_retries=1)) as rig:
+        rig.add("1")
         rig.tick()
         (worker,) = rig.workers
         worker.take()
-        worker.start("1", "2")
+        worker.start("1")
         rig.exit(worker)
+        successor = rig.attach()
         rig.tick()
-        assert rig.letters == [], "either of the two may have killed the worker"
-        worker = rig.attach()
+        assert successor.take() == ["1"]
+        successor.fail("1", FAILED)
         rig.tick()
-        (job_id,) = worker.take()
-        worker.start(job_id)
-        rig.exit(worker)
-        rig.tick()
-        assert [letter["task"]["id"] for letter in rig.letters] == [job_id]
+        assert [letter["reason"] for letter in rig.letters] == ["exhausted"]
 
 
 def test_a_worker_that_was_stopped_on_purpose_charges_no_job(rig: ReaderRig) -> None:
@@ -334,3 +369,147 @@ def test_a_type_whose_dependency_is_unavailable_is_parked_and_probed(rig: Reader
     assert len(worker.take()) == 2
     assert (rig.retries, rig.letters, rig.metric("z_novel_circuit_open", "a")) == ([], [], 0)
     assert rig.metric("z_novel_jobs_failed_total", "a") == 0
+
+
+# -- lost leases
+
+LEASE_S = 30.0
+ENDED = {
+    "done": None,
+    "failed": FAILED,
+    "given up": PERMANENT,
+}
+
+
+def taken_over(rig: ReaderRig) -> MemoryStore:
+    """Another host claims everything that is pending."""
+    other = MemoryStore(rig.server, "other/one")
+    other.acquire([SOURCE])
+    assert len(other.claim(SOURCE, 0, 100, b"0-0")[1]) == rig.pending
+    return other
+
+
+def end(rig: ReaderRig, *job_ids: str) -> None:
+    for job_id in job_ids:
+        if failure := ENDED.get(job_id):
+            rig.workers[0].fail(job_id, failure)
+        else:
+            rig.workers[0].succeed(job_id)
+    rig.tick()
+
+
+def counted(rig: ReaderRig) -> dict[str, float]:
+    """The counters of settlements that are not 0."""
+    names = {
+        "completed": ("z_novel_jobs_completed_total", "a"),
+        "failed": ("z_novel_jobs_failed_total", "a"),
+        "retried": ("z_novel_jobs_retried_total", "a"),
+        "dead": ("z_novel_jobs_dead_total", "a", "permanent"),
+        "lost": ("z_novel_leases_lost_total", SOURCE.stream),
+    }
+    return {name: value for name, metric in names.items() if (value := rig.metric(*metric))}
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_outcomes_of_jobs_that_another_host_took_over_are_counted_as_lost(
+    rig: ReaderRig, is_finished: bool
+) -> None:
+    rig.add(*ENDED)
+    rig.tick()
+    rig.workers[0].take()
+    other = taken_over(rig)
+    if is_finished:
+        ids = [entry.id for entry in other.own_pending(SOURCE, b"0-0", 10)]
+        other.settle([Settlement(SOURCE, done=ids)])
+    rig.add("ours")
+    rig.tick()
+    rig.workers[0].take()
+    end(rig, *ENDED, "ours")
+    assert counted(rig) == {"completed": 1, "lost": 3}
+    assert (rig.retries, rig.letters) == ([], [])
+
+
+def test_equal_entry_ids_of_two_streams_are_told_apart() -> None:
+    other = SOURCE._replace(stream="other")
+    with reader_rig(streams=(SOURCE, other)) as rig:
+        rig.add("1")
+        rig.server.append("other", b'{"id":"2","type":"b"}')
+        assert rig.server.entries(SOURCE.stream).keys() == rig.server.entries("other").keys()
+        rig.tick()
+        rig.workers[0].take()
+        taken_over(rig)
+        end(rig, "1", "2")
+        assert [rig.metric("z_novel_jobs_completed_total", name) for name in "ab"] == [0, 1]
+        assert [rig.metric("z_novel_leases_lost_total", one) for one in (SOURCE.stream, "other")] == [1, 0]
+
+
+def test_a_lost_lease_is_counted_once_however_long_the_job_runs() -> None:
+    with reader_rig(lease_s=LEASE_S) as rig:
+        rig.add("done")
+        rig.tick()
+        rig.workers[0].take()
+        other = taken_over(rig)
+        for _ in range(3):
+            rig.advance(LEASE_S / 2)
+            other.renew(SOURCE, list(rig.server.entries(SOURCE.stream)))
+        assert counted(rig) == {"lost": 1}
+        end(rig, "done")
+        assert counted(rig) == {"lost": 1}
+
+
+def test_a_job_whose_lease_was_lost_and_claimed_back_is_completed() -> None:
+    with reader_rig(lease_s=LEASE_S) as rig:
+        rig.add("done")
+        rig.tick()
+        rig.workers[0].take()
+        taken_over(rig)
+        for _ in range(3):
+            rig.advance(LEASE_S / 2)
+        end(rig, "done")
+        assert counted(rig) == {"completed": 1, "lost": 1}
+        assert rig.workers[0].take() == [], "it does not run twice here"
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable("no answer"), Fenced("lost")])
+def test_outcomes_are_counted_once_where_the_answer_of_their_settlement_was_lost(
+    rig: ReaderRig, error: Exception
+) -> None:
+    settle, errors = rig.store.settle, iter([error])
+
+    def lose_an_answer(settlements: Sequence[Settlement]) -> list[Settled]:
+        results = settle(settlements)
+        if lost := next(errors, None):
+            raise lost
+        return results
+
+    rig.store.settle = lose_an_answer  # type: ignore[method-assign]
+    rig.add(*ENDED)
+    rig.tick()
+    rig.workers[0].take()
+    end(rig, *ENDED)
+    rig.advance(5.0)
+    rig.tick(20)
+    assert counted(rig) == {"completed": 1, "failed": 2, "retried": 1, "dead": 1}
+    assert (len(rig.retries), len(rig.letters), rig.pending) == (1, 1, 0)
+    assert rig.reader._settler._unsure == set()
+
+
+def test_outcomes_that_a_dead_reader_had_settled_are_no_lost_leases() -> None:
+    with closing(ReaderRig()) as first:
+        worker = first.attach()
+        first.sync()
+        first.add("done")
+        first.tick()
+        worker.take()
+        first.reader._settler._release = lambda outcomes: sys.exit()  # type: ignore[method-assign]
+        worker.succeed("done")
+        with pytest.raises(SystemExit):
+            first.tick()
+        first.crash()
+        with closing(ReaderRig(server=first.server)) as second:
+            second.control.send(Attach(0, 1), [os.dup(fd) for fd in worker.channel.fds])
+            second.sync()
+            second.tick()
+            assert counted(second) == {"completed": 1}
+            second.control.send(WorkerExited(0, 1, "end of test", False, details={}))
+            second.drain()

@@ -19,6 +19,7 @@ def totals(completed: float, **flags: float) -> Totals:
         "z_novel_dlq_length": [{"stream": "s", "value": 4}],
         "z_novel_paused": [{"task_type": "a", "value": flags.get("paused", 0)}],
         "z_novel_circuit_open": [{"task_type": "b", "value": flags.get("opened", 0)}],
+        "z_novel_crash_circuits_open": [{"task_type": "c", "value": flags.get("crashes", 0)}],
     }
 
 
@@ -36,8 +37,8 @@ def test_the_first_rate_is_zero() -> None:
 
 
 def test_paused_types_and_open_circuits_are_named() -> None:
-    line = StatusLine(1).render(totals(0, paused=1, opened=1), 5.0)
-    assert line.endswith("; a is paused; b waits for its dependency")
+    line = StatusLine(1).render(totals(0, paused=1, opened=1, crashes=2), 5.0)
+    assert line.endswith("; a is paused; b waits for its dependency; c kills workers and is slowed down")
 
 
 def test_an_http_thread_gets_a_status_that_the_loop_makes_for_it() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobworker.worker import Job, PermanentError, Producer, Settings, Unavailable
+from jobworker.worker import Job, PermanentError, Producer, Settings, Unavailable, report_progress
 from jobworker.worker.testing import Harness, RetryPolicy
 
 
@@ -434,3 +434,71 @@ def test_a_handler_may_get_numbers_with_every_digit(harness: Callable[..., Harne
     assert [(type(one), str(one)) for one in got] == [
         (Decimal, "1.10"), (float, "1.1"), (int, "7"), (float, "0.0"),
     ]  # fmt: skip
+
+
+class Steps:
+    """Runs for as many steps of 50 s as the payload says, and reports each; -1 is a step that never ends."""
+
+    timeout = 60.0
+    max_timeout = 300.0
+    harness: Harness
+
+    def handle(self, job: Job) -> None:
+        for step in job.payload:
+            self.harness.advance(50 if step else 61)
+            report_progress()
+
+
+class Unbounded(Steps):
+    """Reports progress without a bound, so that its timeout stays."""
+
+    max_timeout = 0.0
+
+
+class StepsOfBatches(Steps):
+    """The same in batches."""
+
+    handle = None  # type: ignore[assignment]
+    max_batch = 4
+    batch_timeout = 60.0
+
+    def handle_batch(self, jobs: Sequence[Job]) -> list[BaseException | None]:
+        for job in jobs:
+            super().handle(job)
+        return [None] * len(jobs)
+
+
+@pytest.mark.parametrize("kind", [Steps, StepsOfBatches])
+@pytest.mark.parametrize(
+    ("steps", "more", "ends"),
+    [
+        ([1] * 5, {}, True),
+        ([1] * 7, {}, False),  # past max_timeout
+        ([1, 0], {}, False),  # a step that takes longer than the timeout
+        ([1, 1], {"timeout": 70}, False),  # the producer's own timeout
+    ],
+)
+def test_progress_starts_the_timeout_again_up_to_its_bound(
+    harness: Callable[..., Harness], kind: type[Steps], steps: list[int], more: dict[str, Any], ends: bool
+) -> None:
+    one = harness(Settings(retry=RetryPolicy(max_retries=0)), steps=kind)
+    kind.harness = one
+    one.enqueue("steps", steps, **more)
+    one.run()
+    assert (len(one.completed) == 1) is ends
+    assert [reason for _, reason in reasons(one)] == ([] if ends else ["timeout"])
+
+
+def test_progress_moves_no_timeout_of_a_handler_without_a_bound(harness: Callable[..., Harness]) -> None:
+    one = harness(Settings(retry=RetryPolicy(max_retries=0)), steps=StepsOfBatches, unbounded=Unbounded)
+    Steps.harness = StepsOfBatches.harness = one
+    one.enqueue("steps", [1, 1])
+    one.enqueue("unbounded", [1, 1])
+    one.run()
+    assert [job.type for job in one.completed] == ["steps"]
+    assert [reason for _, reason in reasons(one)] == ["timeout"]
+
+
+def test_progress_outside_a_worker_does_nothing() -> None:
+    program = "from jobworker.worker import report_progress; report_progress()"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.supervisor import main
+from jobworker.worker.errors import Exit
 from support.tools import why_missing
 
 SYSTEMD = Path(__file__).resolve().parents[2] / "systemd"
@@ -34,6 +35,10 @@ def test_the_template_is_the_service_under_another_name() -> None:
     assert settings(SYSTEMD / "jobworker@.service") == expected
 
 
+def test_a_restart_is_not_tried_where_it_cannot_help() -> None:
+    assert f"RestartPreventExitStatus={Exit.USAGE:d}" in settings(UNIT)
+
+
 def test_the_unit_waits_longer_than_the_service() -> None:
     limits = {name: float(value) for name, value in re.findall(r"(\w+Sec)=(\d+)$", UNIT.read_text(), re.M)}
     drain = next(one.default for one in main.params if one.name == "drain_timeout")
@@ -42,8 +47,10 @@ def test_the_unit_waits_longer_than_the_service() -> None:
 
 
 def test_the_example_of_an_environment_names_options_that_exist() -> None:
-    names = re.findall(r"^JOBWORKER_(\w+)=", (SYSTEMD / "jobworker.env.example").read_text(), re.M)
+    text = (SYSTEMD / "jobworker.env.example").read_text()
+    names = re.findall(r"^#JOBWORKER_(\w+)=", text, re.M)
     assert names
+    assert [line for line in text.splitlines() if not line.startswith("#")] == [], "a copy changes nothing"
     assert {name.lower() for name in names} <= {parameter.name for parameter in main.params}
 
 

@@ -191,6 +191,22 @@ def test_without_a_usable_file_lookups_miss_and_one_warning_is_logged(
     assert caplog.text.count("cache.paused") == 2
 
 
+def test_a_full_file_of_an_earlier_layout_is_replaced(path: Path) -> None:
+    path.parent.mkdir()
+    pages = (MIN_LIMIT_BYTES - WAL_BYTES) // 16_384
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA page_size = 16384")
+        db.execute("CREATE TABLE vectors (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, value BLOB)")
+        db.execute("INSERT INTO vectors (key, value) VALUES (x'00', zeroblob(?))", ((pages - 4) * 16_380,))
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    cache = VectorCache(path, DIM, MIN_LIMIT_BYTES, {})
+    (one,) = keys("one")
+    cache.put([(one, vector(1))])
+    assert one in cache.lookup([one])
+    cache.close()
+
+
 def test_a_file_with_another_layout_is_replaced(path: Path, cache: VectorCache) -> None:
     path.parent.mkdir()
     edit(path, "PRAGMA user_version = 99")
@@ -231,6 +247,31 @@ def test_the_file_stays_within_its_limit_and_keeps_used_entries(path: Path) -> N
     assert set(rest[-1000:]) <= kept.keys(), "the newest are there"
     room = 24 * 1024 * 1024 // (4 * dim)
     assert room // 2 < len(kept) <= room
+    cache.close()
+
+
+@pytest.mark.parametrize(("dim", "share"), [(384, 0.05), (384, 1.0), (1024, 0.2), (4096, 0.5)])
+def test_a_full_cache_takes_new_rows_whatever_is_looked_up(
+    path: Path, caplog: pytest.LogCaptureFixture, dim: int, share: float
+) -> None:
+    """In each round a part of the entries, scattered over the file, is used and a few rows are new."""
+    cache = VectorCache(path, dim, MIN_LIMIT_BYTES, {})
+    some, choose = vector(1, dim), np.random.default_rng(1)
+    count = 3 * (MIN_LIMIT_BYTES - WAL_BYTES) // (4 * dim + 90)
+    stored = keys(*map(str, range(count)))
+    for start in range(0, count, 1000):
+        cache.put([(key, some) for key in stored[start : start + 1000]])
+    stored = list(cache.lookup(stored))
+    for round_ in range(12):
+        used = choose.choice(len(stored), max(1, int(share * len(stored))), replace=False)
+        hits = cache.lookup([stored[index] for index in used])
+        new = keys(*(f"new {round_} {row}" for row in range((10, 1, 30)[round_ % 3])))
+        cache.put([(key, some) for key in new])
+        assert cache.lookup(new).keys() == set(new)
+        assert len(cache.lookup(list(hits))) > 0.4 * len(hits), "entries in use are not evicted first"
+        stored = [*cache.lookup(stored), *new]
+        assert size(path) <= MIN_LIMIT_BYTES
+    assert "cache.paused" not in caplog.text
     cache.close()
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data_dir import DataDir
+from ..data_dir import read_endpoints_file
 from ..errors import ConfigurationError
 from ..extension import extension
 from ..keys import Source
@@ -38,14 +38,17 @@ class Deployment(NamedTuple):
 
 def read_endpoints(data_dir: str) -> dict[str, Any]:
     """The addresses on which the service of a data directory listens or last listened; empty if none has
-    run there."""
-    if not Path(data_dir).is_dir():
-        return {}
-    data = DataDir(data_dir)
+    run there. Nothing is created. Raises `ConfigurationError` if this user may not read them."""
+    folder = Path(data_dir)
     try:
-        return data.endpoints()
-    finally:
-        data.close()
+        return read_endpoints_file(folder / "endpoints.json")
+    except NotADirectoryError:
+        return {}
+    except OSError as error:
+        raise ConfigurationError(
+            f"data directory {folder} can be read by the user of its service only: run this as that user, or "
+            "give --redis-url (or JOBWORKER_REDIS_URL)"
+        ) from error
 
 
 def require_store_url(url: str) -> str:

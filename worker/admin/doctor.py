@@ -7,6 +7,7 @@ from collections.abc import Container, Iterator, Sequence
 
 from ..store.facts import ServerFacts, StreamFacts
 from ..store.operator import Consumer, Pause
+from ..store.ports import KeyFault
 from .doctor_facts import HostFacts
 from .find_job import OVERDUE_S, SILENT_S
 from .finding import Finding
@@ -96,6 +97,9 @@ def _persistence(info: dict[str, str], config: dict[str, str]) -> Iterator[Findi
 def stream_findings(facts: StreamFacts) -> Iterator[Finding]:
     """Readers, lost jobs, other groups, overdue retries and dead letters of one stream."""
     stream, group = facts.source
+    yield from fault_findings(stream, facts.faults)
+    if any(fault.key == stream and fault.blocks for fault in facts.faults):
+        return
     if group not in facts.lags:
         level = "wrong" if facts.length else "note"
         what = f"{facts.length} entries wait and there is" if facts.length else "there is"
@@ -111,6 +115,15 @@ def stream_findings(facts: StreamFacts) -> Iterator[Finding]:
                       "run a service that has this stream in its --stream table")  # fmt: skip
     if facts.dead:
         yield Finding("note", stream, f"{facts.dead} dead letters", f"jobworker dlq list --stream {stream}")
+
+
+def fault_findings(subject: str, faults: Sequence[KeyFault]) -> Iterator[Finding]:
+    """Keys that the store refuses."""
+    for fault in faults:
+        says = f"key {fault.key} {fault.problem}"
+        if fault.blocks:
+            says += ": the stream is isolated, its jobs wait" if subject != "paused" else ""
+        yield Finding("wrong", subject, says, fault.repair)
 
 
 def _readers(stream: str, waiting: int, consumers: Sequence[Consumer]) -> Iterator[Finding]:
@@ -178,10 +191,16 @@ def service_findings(services: Sequence[Service], default_metrics: bool, version
             yield Finding("wrong", service.consumer, reason, "look into its log")
         for reason in status.get("transient_reasons", ()):
             yield Finding("note", service.consumer, str(reason))
+        for warning in status.get("warnings", ()):
+            yield Finding("wrong", service.consumer, str(warning), "run the command that it names")
         for job_type in sorted(service.types_with("z_novel_circuit_open")):
             says = f"the circuit breaker of type {job_type} is open: its dependency does not answer"
             yield Finding("wrong", service.consumer, says,
                           "repair the dependency; the jobs then resume without further action")  # fmt: skip
+        for job_type in sorted(service.types_with("z_novel_crash_circuits_open")):
+            says = f"jobs of type {job_type} kill worker after worker, so their tenants are slowed down"
+            advice = "read crashes.slowed in the log for the tenant, then: jobworker dlq list"
+            yield Finding("wrong", service.consumer, says, advice)
         if status.get("version") != version:
             says = f"its version is {status.get('version')}, the version of this tool is {version}"
             yield Finding("note", service.consumer, says)

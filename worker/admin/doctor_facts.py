@@ -7,11 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+from ..cgroup import free_memory_bytes
 from ..extension import extension
 from ..keys import Source
 from ..settings import cores
 from ..store.facts import ServerFacts, StreamFacts
 from ..store.operator import Pause
+from ..store.ports import KeyFault
 from .names import Names, read_names
 from .status_client import Service
 
@@ -30,19 +32,20 @@ class HostFacts(NamedTuple):
 
 
 class StoreFacts(NamedTuple):
-    """The servers of a job store by name (empty for a single one), its streams, the paused types and the
-    names that jobs and services use."""
+    """The servers of a job store by name (empty for a single one), its streams, the paused types, what is
+    wrong with their key, and the names that jobs and services use."""
 
     servers: dict[str, ServerFacts]
     streams: list[StreamFacts]
     pauses: list[Pause]
+    pause_faults: list[KeyFault]
     names: Names
 
 
 def read_host_facts() -> HostFacts:
     """Facts about this machine."""
     return HostFacts(
-        cores(), resource.getrlimit(resource.RLIMIT_NOFILE)[0], _memory_free(), _gpus(), _versions()
+        cores(), resource.getrlimit(resource.RLIMIT_NOFILE)[0], free_memory_bytes(), _gpus(), _versions()
     )
 
 
@@ -55,7 +58,9 @@ def read_store_facts(url: str, sources: list[Source], services: Sequence[Service
     try:
         servers = {name: store.server(stream) for name, stream in store.nodes(sources).items()}
         streams = [store.stream(source) for source in sources]
-        return StoreFacts(servers, streams, store.pauses(), read_names(store, sources, services))
+        pause_faults = store.pause_faults()
+        pauses = [] if pause_faults else store.pauses()
+        return StoreFacts(servers, streams, pauses, pause_faults, read_names(store, sources, services))
     finally:
         store.close()
 
@@ -74,19 +79,6 @@ def package_version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-def _memory_free() -> int:
-    """Bytes free on this machine, or in this control group if that is less."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    path = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
-    group = Path("/sys/fs/cgroup") / path.lstrip("/")
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
-        return min(free, int(limit) - int(used)) if limit != "max" else free
-    except (OSError, ValueError):
-        return free
 
 
 def _gpus() -> list[str]:

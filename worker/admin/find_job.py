@@ -40,7 +40,10 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9_.:-]+")
 
 @dataclass
 class JobLocation:
-    """One place where the job is. ``state``: queued, running, pending, retrying, dead or finished."""
+    """One place where the job is.
+
+    ``state``: queued, delayed, running, pending, retrying, dead or finished.
+    """
 
     state: str
     stream: str
@@ -218,7 +221,7 @@ class JobFinder:
                     }  # fmt: skip
                     location.why = (
                         f"worker {name} (pid {worker['pid']}) has run it for {running['for_s']:.1f} s; "
-                        f"it times out in {running['limit_in_s']:.0f} s"
+                        f"{_time_left(running['limit_in_s'])}"
                     )
                     return location
         location.why = self._why_pending(lease, location)
@@ -241,6 +244,13 @@ class JobFinder:
             return (
                 f"the circuit breaker of type {location.type} is open, because its dependency does not "
                 f"answer; one job is tried now and then; {holder}"
+            )
+        if any(
+            location.type in service.types_with("z_novel_crash_circuits_open") for service in self._services
+        ):
+            return (
+                f"jobs of type {location.type} kill worker after worker; those of the same tenant run "
+                f"one after another; {holder}"
             )
         return f"{holder}; it waits for a worker there, or runs"
 
@@ -275,9 +285,10 @@ class JobFinder:
     def _retrying(self, stream: str, due_wall_s: float, data: bytes) -> JobLocation:
         job = read_identity(data)
         in_s = due_wall_s - self._now_s
-        why = f"the next try is in {max(0.0, in_s):.1f} s"
+        what = "its delayed start" if job.is_delayed else "the next try"
+        why = f"{what} is in {max(0.0, in_s):.1f} s"
         if in_s < -OVERDUE_S:
-            why = f"the next try is {-in_s:.0f} s overdue: no running service promotes retries of this stream"
+            why = f"{what} is {-in_s:.0f} s overdue: no running service promotes jobs of this stream"
         elif job.type in self._pauses:
             why += f"; then: {self._paused(job.type)}"
         elif unhandled := self._unhandled(job.type):
@@ -285,10 +296,11 @@ class JobFinder:
         if job.last_error:
             why += f"; the last one failed: {job.last_error}"
         facts = {
-            "due_in_s": round(in_s, 3), "retry_count": job.retry_count, "deaths": job.deaths,
+            "due_in_s": round(in_s, 3) + 0.0, "retry_count": job.retry_count, "deaths": job.deaths,
             **_last_error(job),
         }  # fmt: skip
-        return JobLocation("retrying", stream, why, job.id, job.type, job.tenant_id, facts)
+        state = "delayed" if job.is_delayed else "retrying"
+        return JobLocation(state, stream, why, job.id, job.type, job.tenant_id, facts)
 
     def _search_dead_letters(self, stream: str, id: str) -> list[JobLocation]:
         locations = []
@@ -311,6 +323,12 @@ class JobFinder:
                     JobLocation("dead", stream, why, letter.job_id, letter.type, letter.tenant_id, facts)
                 )
         return locations
+
+
+def _time_left(limit_in_s: float) -> str:
+    if limit_in_s <= 0:
+        return f"it is {abs(limit_in_s):.1f} s past its timeout: its worker is being killed"
+    return f"it times out in {limit_in_s:.1f} s" if limit_in_s < 10 else f"it times out in {limit_in_s:.0f} s"
 
 
 def _last_error(job: JobIdentity) -> dict[str, str]:

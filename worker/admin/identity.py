@@ -20,6 +20,11 @@ class JobIdentity(_Names):
     #: Error of the last try, for a job that is tried again.
     last_error: str = msgspec.field(default="", name=LAST_ERROR_FIELD)
 
+    @property
+    def is_delayed(self) -> bool:
+        """For a job in the retry set: whether it waits for its first try, not for another one."""
+        return not (self.retry_count or self.deaths or self.last_error)
+
 
 _identity = msgspec.json.Decoder(JobIdentity)
 _names = msgspec.json.Decoder(_Names)

@@ -5,9 +5,10 @@ Both are mostly typing errors of producers. `read_names` only reads; `name_findi
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import StoreUnavailable
+from ..errors import StoreRefused, StoreUnavailable
 from ..keys import Source
 from ..store.announcements import suggestion
 from ..store.operator import START, walk
@@ -70,9 +71,10 @@ def read_names(store: "RedisFacts", sources: Sequence[Source], services: Sequenc
             continue
     refused: Counter[tuple[str, str]] = Counter()
     for source in sources:
-        group = store.group(source)
-        _count_types(store, source.stream, group.last_delivered if group else START, waiting)
-        refused.update((source.stream, job_type) for job_type in _refused_types(store, source.stream))
+        with suppress(StoreRefused):  # other findings name the key
+            group = store.group(source)
+            _count_types(store, source.stream, group.last_delivered if group else START, waiting)
+            refused.update((source.stream, job_type) for job_type in _refused_types(store, source.stream))
     return Names(types, frozenset(read), services_run, unread, waiting, refused, found.complete)
 
 

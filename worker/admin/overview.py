@@ -2,11 +2,12 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import StoreUnavailable
+from ..errors import StoreRefused, StoreUnavailable
 from ..keys import Source
 from ..store.operator import START, Pause
 from ..store.ports import Depths, ReaperStore
@@ -44,7 +45,8 @@ class Overview:
     ``totals`` and ``rates`` (per second) are by job type and then by name, such as ``done``. ``rates`` is
     None in the first snapshot. ``p95_s`` has by job type the 95th percentile of ``run`` and ``wait`` in the
     last minute, in seconds; a name is missing where no job started or finished. ``job_ids`` are by stream and
-    entry id. ``error`` says why the store did not answer; its part of the snapshot is empty then.
+    entry id. ``refused`` says which streams the store refused; their part of the snapshot is missing.
+    ``error`` says why the store did not answer; its whole part is empty then.
     """
 
     wall_s: float
@@ -56,6 +58,7 @@ class Overview:
     pauses: list[Pause] = field(default_factory=list)
     letters: list[Letter] = field(default_factory=list)
     job_ids: dict[tuple[str, str], str] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
     error: str = ""
 
     def workers(self) -> Counter[str]:
@@ -99,14 +102,23 @@ class OverviewPoller:
         self._add_rates(overview, now_s)
         self._add_percentiles(overview, now_s)
         try:
-            overview.streams = [(source, self._depth_store.depths(source)) for source in self._sources]
-            overview.pauses = self._store.pauses()
-            overview.wall_s = self._store.wall_now_s(self._sources[0].stream)
-            overview.letters = self._newest_letters()
+            self._add_queues(overview)
             overview.job_ids = self._look_up_job_ids(overview.services)
         except StoreUnavailable as error:
             overview.error = str(error)
         return overview
+
+    def _add_queues(self, overview: Overview) -> None:
+        """Depths, pauses and dead letters, except those whose keys the store refuses."""
+        overview.wall_s = self._store.wall_now_s(self._sources[0].stream)
+        letters: list[Letter] = []
+        for source in self._sources:
+            with _note_refusal(overview, f"stream {source.stream}"):
+                overview.streams.append((source, self._depth_store.depths(source)))
+                letters += self._newest_letters(source.stream)
+        overview.letters = sorted(letters, key=lambda letter: letter.wall_s, reverse=True)[:_MAX_LETTERS]
+        with _note_refusal(overview, "paused types"):
+            overview.pauses = self._store.pauses()
 
     def _add_rates(self, overview: Overview, now_s: float) -> None:
         """Totals over all services, and rates since the last snapshot. A restarted service counts from 0, so
@@ -138,13 +150,8 @@ class OverviewPoller:
             counts = [increase[job_type, name, number] for number in range(len(bounds[name]) + 1)]
             overview.p95_s.setdefault(job_type, {})[name] = quantile(0.95, bounds[name], counts)
 
-    def _newest_letters(self) -> list[Letter]:
-        letters = [
-            read_letter(source.stream, entry)
-            for source in self._sources
-            for entry in self._store.dead_before(source.stream, START, _MAX_LETTERS)
-        ]
-        return sorted(letters, key=lambda letter: letter.wall_s, reverse=True)[:_MAX_LETTERS]
+    def _newest_letters(self, stream: str) -> list[Letter]:
+        return [read_letter(stream, entry) for entry in self._store.dead_before(stream, START, _MAX_LETTERS)]
 
     def _look_up_job_ids(self, services: Sequence[Service]) -> dict[tuple[str, str], str]:
         """Ids of the running jobs. Ids from the last snapshot are reused."""
@@ -155,7 +162,10 @@ class OverviewPoller:
         return self._job_ids
 
     def _read_job_id(self, stream: str, entry_id: str) -> str:
-        entry = self._store.entry(stream, entry_id.encode())
+        try:
+            entry = self._store.entry(stream, entry_id.encode())
+        except StoreRefused:
+            return ""
         return read_identity(entry.data).id if entry else ""
 
 
@@ -207,6 +217,15 @@ def _duration_bounds(services: Iterable[Service]) -> Mapping[str, list[float]]:
         if service.status.get("histograms")
         for name, metric in _DURATIONS.items()
     }
+
+
+@contextmanager
+def _note_refusal(overview: Overview, what: str) -> Iterator[None]:
+    """Note that the store refuses ``what`` if it does; the rest of the block is left out."""
+    try:
+        yield
+    except StoreRefused as error:
+        overview.refused.append(f"{what}: {error}; jobworker doctor names the key and its repair")
 
 
 def _counters(status: dict[str, Any]) -> Counter[tuple[str, str]]:

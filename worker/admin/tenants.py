@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..errors import StoreRefused
 from ..keys import Source
 from ..store.operator import START, walk
 from .identity import read_identity
@@ -27,18 +28,27 @@ class WaitingTenants(NamedTuple):
 def waiting_tenants(store: "OperatorStore", sources: Sequence[Source]) -> WaitingTenants:
     """Count the queued jobs of each tenant: in each stream the oldest 2,000, or the oldest 8 MiB.
 
-    Jobs that a reader has fetched are not queued. Raises `StoreUnavailable`.
+    Jobs that a reader has fetched are not queued. A stream that the store refuses is left out. Raises
+    `StoreUnavailable`.
     """
     counts: Counter[str] = Counter()
     complete = True
     for source in sources:
-        group = store.group(source)
-        entries = data_bytes = 0
-        for page in walk(partial(store.entries, source.stream), group.last_delivered if group else START):
-            counts.update(read_identity(entry.data).tenant_id for entry in page)
-            entries += len(page)
-            data_bytes += sum(len(entry.data or b"") for entry in page)
-            if entries >= MAX_ENTRIES or data_bytes >= _MAX_BYTES:
-                complete = False
-                break
+        try:
+            complete = _count(store, source, counts) and complete
+        except StoreRefused:
+            complete = False
     return WaitingTenants(counts.most_common(), counts.total(), complete)
+
+
+def _count(store: "OperatorStore", source: Source, counts: Counter[str]) -> bool:
+    """Whether all queued jobs of the stream were counted."""
+    group = store.group(source)
+    entries = data_bytes = 0
+    for page in walk(partial(store.entries, source.stream), group.last_delivered if group else START):
+        counts.update(read_identity(entry.data).tenant_id for entry in page)
+        entries += len(page)
+        data_bytes += sum(len(entry.data or b"") for entry in page)
+        if entries >= MAX_ENTRIES or data_bytes >= _MAX_BYTES:
+            return False
+    return True

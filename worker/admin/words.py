@@ -47,7 +47,11 @@ def pad(text: str, width: int) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration with one unit: ``0.4 s``, ``12 s``, ``3 min``, ``5 h``, ``9 d``."""
+    """A duration with one unit: ``0.4 s``, ``12 s``, ``3 min``, ``5 h``, ``9 d``.
+
+    A negative one, by two clocks that differ a little, is 0.
+    """
+    seconds = max(0.0, seconds)
     for limit, unit_s, unit in ((10, 0, ""), (120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
         if seconds < limit:
             return f"{seconds:.1f} s" if not unit else f"{seconds / unit_s:.0f} {unit}"

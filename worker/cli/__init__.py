@@ -2,6 +2,7 @@
 
 import click
 
+from ..process_env import prepare_process
 from . import dlq, doctor, enqueue, explain, pause, retry, stats, top, url, web
 from .common import CliGroup
 
@@ -25,6 +26,7 @@ def main() -> None:
     Exit codes: 0 done, 1 done, but something is missing or wrong, 2 bad usage, 5 the job store
     does not answer.
     """
+    prepare_process()
 
 
 for module in (top, enqueue, stats, explain, pause, doctor, url, web):

@@ -3,18 +3,23 @@
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import click
 from click.shell_completion import CompletionItem
 
 from ..admin.deployment import DEPLOYMENT_HINT, Deployment, read_endpoints, require_store_url
 from ..admin.words import columns, pad, parse_age, strip_control
-from ..errors import ConfigurationError, Exit, StoreUnavailable
+from ..errors import ConfigurationError, Exit, StoreRefused, StoreUnavailable
 from ..extension import extension
 from ..options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, REDIS_URL
 from ..safe_text import escape_control, safe_json
+from ..store.announcements import suggestion
 from ..telemetry.log import redacted
+from ..urls import parse_http_url
+
+if TYPE_CHECKING:  # the client library takes a while to load
+    from ..store.redis.operator import OperatorStore
 
 #: Exit code of a verb that ran and found something missing or wrong.
 BAD_NEWS = 1
@@ -32,7 +37,13 @@ class CliGroup(click.Group):
             return super().invoke(context)
         except StoreUnavailable as error:
             click.echo(f"jobworker: {escape_control(redacted(str(error)))}", err=True)
-            click.echo(f"Is the job store running, and is this the right one? {DEPLOYMENT_HINT}", err=True)
+            if isinstance(error, StoreRefused):
+                hint = (
+                    "The job store answers. jobworker doctor names the key and the command that repairs it."
+                )
+            else:
+                hint = f"Is the job store running, and is this the right one? {DEPLOYMENT_HINT}"
+            click.echo(hint, err=True)
             context.exit(Exit.STORE_UNREACHABLE)
         except (ConfigurationError, ValueError) as error:
             click.echo(f"jobworker: {escape_control(str(error))}", err=True)
@@ -114,6 +125,8 @@ def verb_on_deployment(group: click.Group) -> Callable[[Callable[..., None]], cl
             redis_url: str, data_dir: str, metrics_urls: tuple[str, ...], metrics_addr: str, **options: Any
         ) -> None:
             endpoints = {} if redis_url else read_endpoints(data_dir)
+            for metrics_url in metrics_urls:
+                parse_http_url(metrics_url, "--metrics-url", f"http://{_METRICS_ADDR}")
             default_url = str(endpoints.get("metrics_url", f"http://{metrics_addr}"))
             url = require_store_url(redis_url or str(endpoints.get("redis_url", "")))
             command(Deployment(url, metrics_urls or (default_url,), not metrics_urls, endpoints), **options)
@@ -146,6 +159,17 @@ def echo_missing(ids: frozenset[str], found: Iterable[str]) -> list[str]:
     return missing
 
 
+def echo_unread_streams(store: "OperatorStore", given: Sequence[str]) -> None:
+    """Note on standard error which of the streams of --stream no service reads: a name may be misspelt."""
+    if not given:
+        return
+    read = {name for one in store.announcements() for name in one.streams}
+    for name in given if read else ():
+        if name not in read:
+            text = f"no service of this deployment reads the stream {name!r}: {suggestion(name, read)}"
+            click.echo(f"jobworker: {strip_control(text)}", err=True)
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print columns as wide as their longest cell. A heading that ends in ``>`` aligns its column right."""
     names = [heading.rstrip(">") for heading in headings]
@@ -156,6 +180,11 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             for cell, width, heading in zip(row, widths, headings, strict=True)
         ]
         click.echo("  ".join(cells).rstrip())
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a standard stream is a terminal; False for a closed one, which is None."""
+    return stream is not None and stream.isatty()
 
 
 def standard_input(option: str) -> BinaryIO:
@@ -170,6 +199,6 @@ def confirm(question: Callable[[], str], yes: bool) -> None:
     Raises `ConfigurationError` if standard input is not one."""
     if yes:
         return
-    if sys.stdin is None or not sys.stdin.isatty():
+    if not is_terminal(sys.stdin):
         raise ConfigurationError("no terminal to confirm on: give --yes")
     click.confirm(question(), abort=True, err=True)

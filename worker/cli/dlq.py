@@ -26,6 +26,8 @@ from .common import (
     confirm,
     echo_json,
     echo_missing,
+    echo_unread_streams,
+    is_terminal,
     table,
     verb,
 )
@@ -76,6 +78,7 @@ class _SelectedByOptions(DeadLetterQueue):
         store = OperatorStore(url)
         names = [source.stream for source in parse_sources(streams, need_group=False)]
         self.now_s = store.wall_now_s(names[0])
+        echo_unread_streams(store, names if streams else ())
         selected = LetterFilter(
             frozenset(ids), frozenset(reasons), frozenset(types), frozenset(tenants), error
         )
@@ -224,7 +227,7 @@ class _Report:
         """Run the operation with a progress bar. The number processed is reported even if it is
         interrupted."""
         label = f"{self._verb_done}{' (dry run)' if self._operation.dry_run else ''}"
-        hidden = not sys.stderr.isatty()
+        hidden = not is_terminal(sys.stderr)
         total = self._queue.count()
         try:
             with click.progressbar(length=total, label=label, file=sys.stderr, hidden=hidden) as bar:

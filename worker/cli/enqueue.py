@@ -18,7 +18,7 @@ from ..options import SECONDS
 from ..producer import NewJob, Producer, UnknownDestination
 from ..quantities import Count, Duration
 from ..safe_text import escape_control
-from .common import JobType, complete_streams, echo_json, standard_input, verb
+from .common import JobType, complete_streams, echo_json, is_terminal, standard_input, verb
 
 #: Jobs per call of the producer; the progress bar moves after each call.
 _BATCH_SIZE = 1000
@@ -109,7 +109,7 @@ def _send(url: str, job: NewJob, count: int) -> list[str]:
     """Send a job `count` times; the ids."""
     ids: list[str] = []
     with _echoed_warnings(), Producer(url) as producer:
-        hidden = count < _BATCH_SIZE or not sys.stderr.isatty()
+        hidden = count < _BATCH_SIZE or not is_terminal(sys.stderr)
         with click.progressbar(length=count, label="enqueued", file=sys.stderr, hidden=hidden) as bar:
             for start in range(0, count, _BATCH_SIZE):
                 numbers = range(start, min(start + _BATCH_SIZE, count))
@@ -147,7 +147,7 @@ def _send_lines(url: str, path: str, defaults: NewJob) -> list[str]:
         _echoed_warnings(),
         Producer(url) as producer,
     ):
-        hidden = not size or not sys.stderr.isatty()
+        hidden = not size or not is_terminal(sys.stderr)
         with click.progressbar(length=size, label="enqueued", file=sys.stderr, hidden=hidden) as bar:
             numbered = enumerate(file, 1)
             while batch := list(islice(numbered, _BATCH_SIZE)):

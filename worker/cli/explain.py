@@ -35,8 +35,8 @@ def explain(deployment: Deployment, id: str, scan: int, streams: tuple[str, ...]
     """Find a job and say why it waits.
 
     ID is the id of the job or of its entry in the stream. The answer says whether the job is queued (behind
-    how many), running (where, since when), pending (leased by which service), retrying (when), paused or
-    dead (for what reason). A requeued job may be in two places; both are shown.
+    how many), running (where, since when), pending (leased by which service), retrying or delayed (until
+    when), paused or dead (for what reason). A requeued job may be in two places; both are shown.
 
     \b
     jobworker explain job-1

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import click
 
 from ..admin.deployment import Deployment
-from ..admin.status_client import Service
+from ..admin.status_client import handled_types
 from ..admin.words import format_duration, strip_control
 from ..keys import PAUSED_KEY
 from ..store.operator import Pause
@@ -40,8 +40,11 @@ def pause(deployment: Deployment, types: tuple[str, ...], note: str, as_json: bo
     store = OperatorStore(deployment.url)
     for job_type in types:
         store.pause(job_type, note)
-    unknown = _echo_unknown(types, deployment.answering_services()) if types else []
     pauses, now_s = store.pauses(), store.wall_now_s(PAUSED_KEY)
+    unknown: list[str] = []
+    if types:
+        served, _ = handled_types(store.announcements(), deployment.answering_services(), now_s)
+        unknown = _echo_unknown(types, served)
     if as_json:
         echo_json({"paused": [_to_json(one) for one in pauses], "unknown": unknown})
         return
@@ -59,14 +62,16 @@ def pause(deployment: Deployment, types: tuple[str, ...], note: str, as_json: bo
         click.echo("nothing is paused")
 
 
-def _echo_unknown(types: tuple[str, ...], services: list[Service]) -> list[str]:
-    """Warn of types that no answering service runs: a typing error would leave the right type running.
-    Returns them; none if no service answers."""
-    served = sorted({str(job_type) for service in services for job_type in service.status.get("types", ())})
+def _echo_unknown(types: tuple[str, ...], served: frozenset[str]) -> list[str]:
+    """Warn of types that no service handles: a typing error would leave the right type running.
+    Returns them; none if those of the services are unknown."""
     unknown = [job_type for job_type in types if served and job_type not in served]
     for job_type in unknown:
-        listed = ", ".join(strip_control(one) for one in served)
-        click.echo(f"no answering service runs {strip_control(job_type)}; they run: {listed}", err=True)
+        listed = ", ".join(strip_control(one) for one in sorted(served))
+        click.echo(
+            f"no service handles {strip_control(job_type)}; it is paused all the same. They handle: {listed}",
+            err=True,
+        )
     return unknown
 
 
@@ -87,9 +92,18 @@ def resume(url: str, types: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         echo_json({"resumed": resumed})
     for job_type, was_paused in resumed.items() if not as_json else ():
-        click.echo(f"{strip_control(job_type)} {'resumed' if was_paused else 'was not paused'}")
+        if was_paused:
+            click.echo(f"{strip_control(job_type)} resumed")
     if not all(resumed.values()):
+        _echo_not_paused([job_type for job_type in types if not resumed[job_type]], store.pauses())
         sys.exit(BAD_NEWS)
+
+
+def _echo_not_paused(types: list[str], pauses: list[Pause]) -> None:
+    paused = ", ".join(strip_control(pause.kind) for pause in pauses)
+    hint = f"paused are: {paused}" if paused else "no type is paused"
+    for job_type in types:
+        click.echo(f"{strip_control(job_type)} was not paused, so nothing changed; {hint}", err=True)
 
 
 def _to_json(pause: Pause) -> dict[str, str]:

@@ -11,7 +11,18 @@ from ..admin.deployment import parse_sources
 from ..admin.retries import RetrySet, ScheduledRetry
 from ..admin.words import format_duration, pluralise, strip_control
 from ..quantities import Count
-from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, JobType, echo_json, echo_missing, table, verb
+from .common import (
+    AS_JSON,
+    BAD_NEWS,
+    STREAMS,
+    CliGroup,
+    JobType,
+    echo_json,
+    echo_missing,
+    echo_unread_streams,
+    table,
+    verb,
+)
 
 
 @click.group("retry", cls=CliGroup)
@@ -41,7 +52,9 @@ def _open_retries(
     from ..store.redis.operator import OperatorStore
 
     names = [source.stream for source in parse_sources(streams, need_group=False)]
-    return RetrySet(OperatorStore(url), names, frozenset(ids), frozenset(types), frozenset(tenants))
+    store = OperatorStore(url)
+    echo_unread_streams(store, names if streams else ())
+    return RetrySet(store, names, frozenset(ids), frozenset(types), frozenset(tenants))
 
 
 @verb(retry, "list")
@@ -49,7 +62,7 @@ def _open_retries(
 @click.option("--limit", type=Count(0), default=50, show_default=True, help="Maximum; 0 for all.")
 @AS_JSON
 def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **selection: Any) -> None:
-    """List jobs that wait for a retry, soonest first.
+    """List jobs that wait for a retry or a delayed start, soonest first.
 
     \b
     jobworker retry list --tenant t001
@@ -63,7 +76,7 @@ def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **selec
         echo_json({"retries": [_to_json(one, now_s) for one in jobs], "more": more})
         return
     rows = [
-        [_due(one.scheduled.due_wall_s - now_s), str(one.job.retry_count), strip_control(one.job.type, 20),
+        [_due(one.scheduled.due_wall_s - now_s), _retry_count(one), strip_control(one.job.type, 20),
          strip_control(one.job.id, 36), strip_control(one.job.tenant_id, 16), one.stream]
         for one in jobs
     ]  # fmt: skip
@@ -72,9 +85,13 @@ def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **selec
     click.echo(
         "… and more: --limit 0 lists all"
         if more
-        else f"{pluralise(len(rows), 'job waits', 'jobs wait')} for a retry",
+        else f"{pluralise(len(rows), 'job waits', 'jobs wait')} for a retry or a delayed start",
         err=True,
     )
+
+
+def _retry_count(one: ScheduledRetry) -> str:
+    return "delayed" if one.job.is_delayed else str(one.job.retry_count)
 
 
 def _due(in_s: float) -> str:
@@ -85,7 +102,8 @@ def _to_json(one: ScheduledRetry, now_s: float) -> dict[str, Any]:
     return {
         "stream": one.stream, "job_id": one.job.id, "type": one.job.type, "tenant_id": one.job.tenant_id,
         "retry_count": one.job.retry_count, "deaths": one.job.deaths,
-        "due_in_s": round(one.scheduled.due_wall_s - now_s, 3), "last_error": one.job.last_error,
+        "due_in_s": round(one.scheduled.due_wall_s - now_s, 3) + 0.0, "delayed": one.job.is_delayed,
+        "last_error": one.job.last_error,
     }  # fmt: skip
 
 

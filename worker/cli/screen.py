@@ -44,11 +44,15 @@ def _head(overview: Overview) -> Iterator[ScreenLine]:
     yield ScreenLine(f"{clock}  {counts}{states and f' ({states})'}{rate}", "head")
     if overview.error:
         yield ScreenLine(overview.error, "bad")
+    for text in overview.refused:
+        yield ScreenLine(text, "bad")
     for service in overview.services:
         if not service.status:
             yield ScreenLine(f"{service.url}: {service.error}", "dim")
         for reason in service.problems():
             yield ScreenLine(f"{service.consumer}: {reason}", "bad")
+        for warning in service.status.get("warnings", ()):
+            yield ScreenLine(f"{service.consumer}: {warning}", "bad")
     for job_type in sorted(_open_circuits(overview)):
         yield ScreenLine(f"{job_type}: circuit open, its dependency does not answer", "bad")
     for pause in overview.pauses:

@@ -24,9 +24,10 @@ def add_to(main: click.Group) -> None:
 def stats(deployment: Deployment, streams: tuple[str, ...], watch: float | None, as_json: bool) -> None:
     """Print queued, pending, retrying and dead jobs by stream.
 
-    QUEUED: not read by any service yet. PENDING: read and not finished. RETRYING: waits for a retry. DEAD:
-    dead letters. OLDEST: age of the oldest queued job. If services answer at --metrics-url, their workers
-    follow, and with --watch the rates by type.
+    QUEUED: not read by any service yet. PENDING: read by a service and not settled: running, prefetched or
+    parked. RETRYING: waits for a retry, or was sent with a delay. DEAD: dead letters. OLDEST: age of the
+    oldest queued job. If services answer at --metrics-url, their workers follow, and with --watch the rates
+    by type.
 
     \b
     jobworker stats
@@ -58,6 +59,8 @@ def _print(overview: Overview) -> None:
             for source, depths in overview.streams
         ],
     )
+    for text in overview.refused:
+        click.echo(strip_control(redacted(text)), err=True)
     for pause in overview.pauses:
         click.echo(f"{strip_control(pause.kind)} is paused: jobworker resume {strip_control(pause.kind)}")
     for service in (one for one in overview.services if not one.status):

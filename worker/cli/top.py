@@ -19,7 +19,7 @@ from ..admin.words import format_duration
 from ..errors import StoreUnavailable
 from ..quantities import Duration
 from ..telemetry.log import redacted
-from .common import AS_JSON, STREAMS, echo_json, verb_on_deployment
+from .common import AS_JSON, STREAMS, echo_json, is_terminal, verb_on_deployment
 from .screen import ScreenLine, lines
 
 #: Longest delay until a key press takes effect.
@@ -54,7 +54,7 @@ def top(deployment: Deployment, interval: float, once: bool, streams: tuple[str,
     jobworker top --metrics-url http://a:9464 --metrics-url http://b:9464
     """
     poller = open_poller(deployment, streams)
-    if as_json or once or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+    if as_json or once or not is_terminal(sys.stdout) or os.environ.get("TERM", "dumb") == "dumb":
         poller.snapshot()
         time.sleep(_FIRST_INTERVAL_S)  # rates need two snapshots
         overview = poller.snapshot()
@@ -88,6 +88,7 @@ def to_json(overview: Overview) -> dict[str, Any]:
             {key: value for key, value in asdict(letter).items() if key not in ("task", "raw", "details")}
             for letter in overview.letters
         ],
+        "refused": [redacted(text) for text in overview.refused],
         "trouble": redacted(overview.error),
     }
 

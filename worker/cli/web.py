@@ -11,7 +11,7 @@ from ..extension import how_to_install
 from ..options import ENV_PREFIX
 from ..quantities import Duration
 from ..telemetry import log
-from .common import STREAMS, verb_on_deployment
+from .common import STREAMS, is_terminal, verb_on_deployment
 
 
 def add_to(main: click.Group) -> None:
@@ -55,6 +55,6 @@ def web(
         from ..web.serve import Options, serve
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"the page needs {error.name}: {how_to_install('web')}") from error
-    log.set_up("web", "info", "text" if sys.stderr.isatty() else "json")
+    log.set_up("web", "info", "text" if is_terminal(sys.stderr) else "json")
     options = Options(listen, token_file, allow_actions, show_payloads, interval)
     serve(deployment, streams, options, lambda url: click.echo(f"serving {url} (pid {os.getpid()})"))

@@ -38,8 +38,8 @@ _FRAME_SLACK_BYTES = 320 * 1024
 
 (
     _JOBS_HEAD, _JOBS_TAIL, _OUT_HEAD, _OUT_TAIL, _TABLE_TAIL, _TABLE_TAKEN, _PHASE, _BATCH_HINT, _FINISHED,
-    _UNSUPPORTED, _EXCLUSIVE,
-) = range(11)  # fmt: skip
+    _UNSUPPORTED, _EXCLUSIVE, _STOP,
+) = range(12)  # fmt: skip
 # From here on the words are floats: seconds of the monotonic clock, which all processes of a host share.
 _DEADLINE, _HEARTBEAT, _STARTED = range(16, 19)
 
@@ -71,14 +71,23 @@ class Channel:
     def create(cls, max_payload: int) -> Self:
         """New shared memory for one worker. ``max_payload`` is the size of the largest job in bytes.
 
-        The kernel allocates pages when they are first touched.
+        The kernel allocates pages when they are first touched. Raises OSError and leaves nothing open if
+        descriptors or memory are short.
         """
         size = _HEADER_BYTES + _aligned(TABLE_BYTES) + _OUTCOME_BYTES
         size += _aligned(2 * (max_payload + _FRAME_SLACK_BYTES))
-        memory_fd = os.memfd_create("jobworker", os.MFD_CLOEXEC)
-        os.ftruncate(memory_fd, size)
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
-        return cls(memory_fd, os.eventfd(0, flags), os.eventfd(0, flags))
+        fds: list[int] = []
+        try:
+            fds.append(os.memfd_create("jobworker", os.MFD_CLOEXEC))
+            os.ftruncate(fds[0], size)
+            for _ in range(2):
+                fds.append(os.eventfd(0, flags))
+            return cls(*fds)
+        except OSError:
+            for fd in fds:
+                os.close(fd)
+            raise
 
     @property
     def phase(self) -> int:
@@ -120,6 +129,16 @@ class Channel:
         self._words[_EXCLUSIVE] = type_mask
 
     @property
+    def stop_requested(self) -> bool:
+        """Whether the worker must finish the running job and exit (written by the supervisor)."""
+        return bool(self._words[_STOP])
+
+    def request_stop(self) -> None:
+        """Ask the worker to stop; no handler can block or ignore this, as it can SIGTERM (supervisor)."""
+        self._words[_STOP] = 1
+        self.wake_worker()
+
+    @property
     def finished(self) -> int:
         """Number of jobs that this worker has finished (written by the worker)."""
         return int(self._words[_FINISHED])
@@ -141,6 +160,10 @@ class Channel:
     def set_running(self, mono_since_s: float, mono_deadline_s: float) -> None:
         """Publish start and deadline of the running jobs (worker); 0.0 and 0.0: none runs."""
         self._times[_STARTED] = mono_since_s
+        self._times[_DEADLINE] = mono_deadline_s
+
+    def extend_deadline(self, mono_deadline_s: float) -> None:
+        """Publish a later deadline of the running jobs (worker)."""
         self._times[_DEADLINE] = mono_deadline_s
 
     @property

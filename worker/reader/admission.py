@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import msgspec
+
 from ..envelope import DeadJob, Envelope, read_envelope
 from ..errors import MalformedJob
 from ..outcome import Reason
@@ -84,6 +86,21 @@ class Admission:
             return _reject(stream_no, entry, Reason.POISON, error, envelope)
         isolated = deaths > 0 or deliveries >= ISOLATED_FROM_DELIVERIES
         return _new(AdmittedJob, (stream_no, type_no, entry, isolated))
+
+
+class _Tenant(msgspec.Struct):
+    tenant_id: str = ""
+
+
+_tenants = msgspec.json.Decoder(_Tenant)
+
+
+def tenant_of(data: bytes | None) -> str:
+    """The tenant of a job; empty if there is none, or the bytes are no job."""
+    try:
+        return _tenants.decode(data or b"").tenant_id
+    except (ValueError, RecursionError):
+        return ""
 
 
 def reject_unread(stream_no: int, entry: Entry) -> RejectedEntry:

@@ -1,5 +1,7 @@
 """Circuit breakers: one per job type, opened while a dependency of the type's handler does not answer."""
 
+from .crash_breaker import CrashBreakers
+
 #: First and longest time between two probes of an open breaker (seconds).
 _PROBE_S = (1.0, 15.0)
 #: A probe without an outcome for this long may be lost with its worker: another one starts. Longer than
@@ -52,9 +54,13 @@ class CircuitBreaker:
 
 
 class CircuitBreakers:
-    """Circuit breakers of all types, by type number, and the free retries of single jobs."""
+    """Circuit breakers of all types, by type number, and the free retries of single jobs.
 
-    def __init__(self, types: int) -> None:
+    ``crashes`` are the breakers that look at worker deaths instead of dependencies.
+    """
+
+    def __init__(self, types: int, *, slow_crashes: bool = True) -> None:
+        self.crashes = CrashBreakers(enabled=slow_crashes)
         self._breakers = [CircuitBreaker() for _ in range(types)]
         # Free retries of a job, and the recoveries of its type at the last one.
         self._free_retries: dict[tuple[int, bytes], tuple[int, int]] = {}

@@ -10,6 +10,7 @@ from ..store.faults import StreamFaults
 from ..store.ports import ReaderStore
 from ..telemetry.metrics import MetricsBuffer
 from .held_outcomes import HeldOutcomes
+from .lost_leases import LostLeases
 
 
 @dataclass(frozen=True)
@@ -24,3 +25,4 @@ class ReaderContext:
     mono_s: Callable[[], float]
     faults: StreamFaults
     held: HeldOutcomes
+    lost_leases: LostLeases

@@ -25,6 +25,10 @@ _FRAME_BYTES = 256 * 1024
 _FRAME_JOBS = 512
 #: Entries that are read beyond jobs that wait for certain workers: other workers may find jobs behind them.
 _LOOK_PAST = 1024
+#: One in this number of workers may run suspects, or start again after one; at least one may.
+_SUSPECT_SHARE = 4
+#: A worker that died under a suspect and has no successor for this long no longer counts (seconds).
+_SUCCESSOR_S = 60.0
 #: The in-flight table stores the deaths of a job in one byte.
 _MAX_STORED_DEATHS = 255
 
@@ -43,11 +47,13 @@ class WorkerHandle:
         self.table = channel.table
         self.exited: WorkerExited | None = None
         self.retired = False
+        #: Until its outcomes are collected once: an earlier reader may have settled the first ones.
+        self.is_new = True
         self._settled_jobs = 0
         self._measured_at = mono_now_s
         self._jobs_per_s = 0.0
         self._restore_head()
-        self.reserved = self.has_exclusive_job
+        self.reserved = self.has_exclusive_job or self.runs_suspect
         channel.wake_worker()
 
     def _restore_head(self) -> None:
@@ -86,6 +92,11 @@ class WorkerHandle:
     def has_exclusive_job(self) -> bool:
         """Whether a job of an exclusive type is in flight on it."""
         return any(self.is_exclusive(job.type_no) for job in self.table.unsettled())
+
+    @property
+    def runs_suspect(self) -> bool:
+        """Whether an isolated job is in flight on it."""
+        return any(job.isolated for job in self.table.unsettled())
 
     def dispatch(self, jobs: Sequence[AdmittedJob]) -> int:
         """Push jobs in frames; returns how many it took (fewer if its ring is full)."""
@@ -148,6 +159,11 @@ class Dispatcher:
         self.buffer = buffer
         self.workers: list[WorkerHandle] = []
         self._streams = streams
+        self._crashes = buffer.crashes
+        # Slots whose worker died under a suspect, and when: no successor is ready yet.
+        self._lost_slots: dict[int, float] = {}
+        self._suspects_from_s = 0.0
+        self._openings = 0
 
     def find(self, slot: int, generation: int) -> WorkerHandle | None:
         """The worker of this slot and generation, or None if it is not attached."""
@@ -177,12 +193,44 @@ class Dispatcher:
         """Hand over what the workers can take now."""
         for worker in self.workers:
             worker.update_rate(mono_now_s)
+        if self._crashes.watching or self._lost_slots or len(self.buffer.suspects):
+            self._pace_suspects(mono_now_s)
         exclusive_types = (worker.channel.exclusive_types for worker in self.workers)
         self.buffer.set_exclusive_types(reduce(or_, exclusive_types, 0))
-        self._dispatch_isolated(self.buffer.isolated)
-        self._dispatch_ready(self.buffer.ready)
+        self._dispatch_isolated(self.buffer.isolated, mono_now_s)
+        self._dispatch_ready(self.buffer.ready, mono_now_s)
 
-    def _dispatch_isolated(self, queue: deque[AdmittedJob]) -> None:
+    def record_exit(self, worker: WorkerHandle, mono_now_s: float) -> None:
+        """A worker died; if it ran a suspect, its slot counts as running one until it is ready again."""
+        if worker.runs_suspect:
+            self._lost_slots[worker.slot] = mono_now_s
+
+    def _pace_suspects(self, mono_now_s: float) -> None:
+        """Let suspects run on a share of the workers, and none of a tenant before its time."""
+        self._crashes.expire(mono_now_s)
+        if self._openings != self._crashes.openings:
+            self._openings = self._crashes.openings
+            self.buffer.hold_slowed()
+        running = [one for one in self.workers if not one.exited]
+        for slot, died_s in list(self._lost_slots.items()):
+            ready = any(one.slot == slot and one.channel.phase == READY for one in running)
+            if ready or mono_now_s - died_s > _SUCCESSOR_S:
+                del self._lost_slots[slot]
+                # The only worker works as long for others as its restart took.
+                self._suspects_from_s = 2 * mono_now_s - died_s
+        if not len(self.buffer.suspects):
+            return
+        slots = {one.slot for one in running} | self._lost_slots.keys()
+        if len(slots) == 1 and mono_now_s < self._suspects_from_s:
+            return
+        suspects = sum(job.isolated for job in self.buffer.isolated)
+        busy = sum(one.reserved and one.runs_suspect for one in running)
+        room = max(1, len(slots) // _SUSPECT_SHARE) - suspects - busy - len(self._lost_slots)
+        self.buffer.release_suspects(
+            mono_now_s, room, lambda type_no: any(one.supports(type_no) for one in running)
+        )
+
+    def _dispatch_isolated(self, queue: deque[AdmittedJob], mono_now_s: float) -> None:
         """Dispatch each isolated or exclusive job to an idle worker.
 
         If none is idle, stop feeding the least-loaded worker so that it drains.
@@ -197,6 +245,7 @@ class Dispatcher:
             if job and worker.dispatch([job]):
                 queue.remove(job)
                 worker.reserved = True
+                self._crashes.record_start([job], mono_now_s)
                 self._trace([job])
         # Under steady load no worker is ever idle. One at a time drains, beside those with exclusive jobs.
         if not any(worker.reserved and not worker.has_exclusive_job for worker in self.workers):
@@ -204,7 +253,7 @@ class Dispatcher:
             if busy:
                 min(busy, key=_load).reserved = True
 
-    def _dispatch_ready(self, queue: deque[AdmittedJob]) -> None:
+    def _dispatch_ready(self, queue: deque[AdmittedJob], mono_now_s: float) -> None:
         """Share ready jobs evenly between the workers with credit, the least-loaded first."""
         unmatched: list[WorkerHandle] = []
         while queue:
@@ -218,6 +267,8 @@ class Dispatcher:
                 unmatched.append(worker)
                 continue
             pushed = worker.dispatch(jobs)
+            if self._crashes.watching:
+                self._crashes.record_start(jobs[:pushed], mono_now_s)
             self._trace(jobs[:pushed])
             queue.extendleft(reversed(jobs[pushed:]))
             if not pushed:

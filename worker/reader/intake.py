@@ -26,6 +26,8 @@ _ANSWER_BYTES = 4 * 1024 * 1024
 _FIRST_ENTRIES = 8
 #: Most entries of a page of the pending list or of a claim.
 _PAGE = 256
+#: Most rejected entries and their bytes that wait for the next settlement. They fill no prefetch buffer.
+_REJECTED, _REJECTED_BYTES = 1024, 16 * 1024 * 1024
 #: Entry id where a listing of pending entries starts and, for claims, ends.
 _START = b"0-0"
 #: Entries that one tick lists one by one: they are dispatched before the next crash of a reader.
@@ -83,6 +85,7 @@ class Intake:
         self._faults = context.faults
         self._faults.on_isolated.append(self._drop_stream)
         self._held = context.held
+        self._lost_leases = context.lost_leases
         self._mono_s = context.mono_s
         self._dispatcher = dispatcher
         self._buffer = dispatcher.buffer
@@ -97,7 +100,6 @@ class Intake:
         self._mono_renewed_s = context.mono_s()
         for source in settings.streams:  # start at 0, so that alerts see the first event as a rise
             self._metrics.count("z_novel_leases_taken_over_total", (source.stream,), 0)
-            self._metrics.count("z_novel_leases_lost_total", (source.stream,), 0)
 
     # -- pending entries of this consumer
 
@@ -123,7 +125,7 @@ class Intake:
 
     def list_pending(self) -> None:
         """Continue the listing: admit entries that are not in flight or prefetched, while there is room."""
-        if not self._unlisted or self._buffer.full:
+        if not self._unlisted or self._full:
             return
         known = self._unsettled_keys()
         for stream_no, after in list(self._unlisted.items()):
@@ -135,7 +137,7 @@ class Intake:
         self._marks.clear()
 
     def _list_pages(self, stream_no: int, after: bytes, known: set[tuple[int, bytes]]) -> None:
-        while not self._buffer.full:
+        while not self._full:
             self._marks.mark_answer(stream_no)
             page = self._store.own_pending(self._streams[stream_no], after, self._page(stream_no))
             if not page:
@@ -143,14 +145,23 @@ class Intake:
             self._admit(stream_no, [entry for entry in page if (stream_no, entry.id) not in known])
             after = self._unlisted[stream_no] = page[-1].id
 
+    @property
+    def _full(self) -> bool:
+        """Whether nothing more should be admitted before the next dispatch or settlement."""
+        if self._buffer.full or len(self.rejected) >= _REJECTED:
+            return True
+        return sum(len(entry.job.data or b"") for entry in self.rejected) >= _REJECTED_BYTES
+
     def _end_listing(self, stream_no: int) -> None:
         del self._unlisted[stream_no]
         self._marks.end_one_by_one(stream_no)
 
     @property
-    def lists_one_by_one(self) -> bool:
-        """Whether such a listing is running and has room: the next tick must continue without a wait."""
-        return not self._buffer.full and any(map(self._marks.lists_one_by_one, self._unlisted))
+    def must_continue(self) -> bool:
+        """Whether a listing continues at once: one by one, or after the settlement of what it rejected."""
+        if self.rejected and self._unlisted:
+            return True
+        return not self._full and any(map(self._marks.lists_one_by_one, self._unlisted))
 
     def _list_one_by_one(self, stream_no: int, after: bytes, known: set[tuple[int, bytes]]) -> None:
         """Fetch a few entries that made a reader exit, each under its own mark.
@@ -159,7 +170,7 @@ class Intake:
         """
         ids = self._store.own_ids(self._streams[stream_no], after, _ONE_BY_ONE)
         for entry_id in ids:
-            if self._buffer.full:
+            if self._full:
                 return
             if (stream_no, entry_id) not in known:
                 self._marks.mark(stream_no, entry_id)
@@ -296,17 +307,13 @@ class Intake:
                     self._claim(stream_no, known)
 
     def _renew(self, stream_no: int, ids: list[bytes]) -> None:
+        """Renew leases, and forget entries that another consumer claimed. Their jobs may be running here: the
+        store refuses their outcomes."""
         lost = self._store.renew(self._streams[stream_no], ids) if ids else set()
+        self._lost_leases.record_renewal(stream_no, lost)
         if lost:
-            self._discard_lost(stream_no, lost)
-
-    def _discard_lost(self, stream_no: int, lost: set[bytes]) -> None:
-        """Forget prefetched entries that another consumer claimed. The store refuses to settle others."""
-        stream = self._streams[stream_no].stream
-        log.warning("lease.lost", extra={"entries": len(lost), "stream": stream})
-        self._metrics.count("z_novel_leases_lost_total", (stream,), len(lost))
-        self._buffer.discard(stream_no, lost)
-        self._held.discard(stream_no, lost)
+            self._buffer.discard(stream_no, lost)
+            self._held.discard(stream_no, lost)
 
     def _claim(self, stream_no: int, known: set[tuple[int, bytes]]) -> None:
         """Claim entries whose lease expired, while the workers have credit for them."""

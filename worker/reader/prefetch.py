@@ -2,16 +2,19 @@
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from .admission import AdmittedJob
 from .circuit_breaker import CircuitBreakers
+from .suspects import SuspectQueue
 
 #: Most jobs and bytes of one stream that a paused type may park, so that other types behind them continue.
 #: Beyond that the stream waits. This bounds the reader's memory.
 _PARKED_JOBS, _PARKED_BYTES = 10_000, 64 * 1024 * 1024
 #: Most bytes of runnable jobs. Beyond it nothing is read, however much credit the workers have.
 _RUNNABLE_BYTES = 64 * 1024 * 1024
+#: Tenants whose suspects are looked at in one tick.
+_TURNS = 64
 
 
 class ParkedJobs:
@@ -62,18 +65,20 @@ class PrefetchBuffer:
     """Queues of admitted jobs, in order of arrival.
 
     ``ready`` jobs may go to any worker. ``isolated`` jobs go one at a time to an idle worker: they may kill
-    it, or they are of an exclusive type. Jobs of a paused type, or of a type whose circuit breaker is open,
-    are parked.
+    it, or they are of an exclusive type. ``suspects`` may kill a worker and wait for `release_suspects`. Jobs
+    of a paused type, or of a type whose circuit breaker is open, are parked.
     """
 
     def __init__(self, breakers: CircuitBreakers) -> None:
         self.ready: deque[AdmittedJob] = deque()
         self.isolated: deque[AdmittedJob] = deque()
+        self.suspects = SuspectQueue()
         #: Types that an operator has paused.
         self.paused_types: set[int] = set()
         # Bitmask of type numbers. Bits are never cleared: their workers may be gone for a moment only.
         self._exclusive_types = 0
         self._breakers = breakers
+        self.crashes = breakers.crashes
         self._parked = [ParkedJobs() for _ in range(len(breakers))]
         # Size of the largest job since the buffer was last empty: a cheap upper bound for all of them.
         self._largest_bytes = 0
@@ -81,20 +86,24 @@ class PrefetchBuffer:
     def __iter__(self) -> Iterator[AdmittedJob]:
         yield from self.ready
         yield from self.isolated
+        yield from self.suspects
         for parked in self._parked:
             yield from parked
 
-    def add(self, job: AdmittedJob) -> None:
-        """Append a job to its queue."""
+    def add(self, job: AdmittedJob, mono_due_s: float = 0.0) -> None:
+        """Append a job to its queue; a suspect may start from ``mono_due_s`` on."""
         self._largest_bytes = max(self._largest_bytes, len(job.entry.data or b""))
         if self._is_parked(job.type_no):
             self._parked[job.type_no].put(job)
+        elif job.isolated or self.crashes.slows(job):
+            self.suspects.put(self.crashes.key_of(job), job, mono_due_s)
         else:
             self._queue_of(job).append(job)
 
     def extend(self, jobs: Sequence[AdmittedJob]) -> None:
         """Append each job to its queue. The usual case, ready jobs only, takes no step per job."""
         special = self._exclusive_types or self.paused_types or self._breakers.any_open
+        special = special or self.crashes.watching
         if special or any(job.isolated for job in jobs):
             for job in jobs:
                 self.add(job)
@@ -107,7 +116,7 @@ class PrefetchBuffer:
         """Put jobs that an exited worker had not started in front of the ready ones, in their order."""
         front = []
         for job in jobs:
-            if self._is_parked(job.type_no) or self._is_isolated(job):
+            if self._is_parked(job.type_no) or self._is_isolated(job) or self.crashes.slows(job):
                 self.add(job)
             else:
                 self._largest_bytes = max(self._largest_bytes, len(job.entry.data or b""))
@@ -147,10 +156,13 @@ class PrefetchBuffer:
     def waiting(self, stream_no: int) -> int:
         """Jobs that count against reading more of a stream: all runnable jobs of any stream.
 
-        Parked jobs of the stream count only once there are too many of a type. Until then other types behind
-        them continue.
+        Parked jobs and suspects of the stream count only once there are too many. Until then other jobs
+        behind them continue.
         """
         parked = sum(parked.count(stream_no) for parked in self._parked if parked.full(stream_no))
+        suspects, suspect_bytes = self.suspects.count(stream_no), self.suspects.size_bytes(stream_no)
+        if suspects >= _PARKED_JOBS or suspect_bytes >= _PARKED_BYTES:
+            parked += suspects
         return parked + len(self.ready) + len(self.isolated)
 
     @property
@@ -177,7 +189,7 @@ class PrefetchBuffer:
         self.isolated = self._park(self.isolated, type_nos)
         for type_no in resumed:
             if not self._breakers[type_no].open:
-                self._unpark(type_no, len(self._parked[type_no]))
+                self._resume(type_no)
 
     def _park(self, queue: deque[AdmittedJob], type_nos: set[int]) -> deque[AdmittedJob]:
         """Park the jobs of some types; returns the rest of the queue."""
@@ -192,7 +204,7 @@ class PrefetchBuffer:
             if self._breakers[type_no].open:
                 self._breakers[type_no].record_success()
                 if type_no not in self.paused_types:
-                    self._unpark(type_no, len(self._parked[type_no]))
+                    self._resume(type_no)
 
     def release_probes(self, mono_now_s: float) -> None:
         """Make one job of each type runnable whose breaker is due for a probe."""
@@ -202,7 +214,38 @@ class PrefetchBuffer:
                 and len(parked)
                 and self._breakers[type_no].try_half_open(mono_now_s)
             ):
-                self._unpark(type_no, 1)
+                job = parked.take()  # also a suspect: the probe is one job
+                self._queue_of(job).append(job)
+
+    def release_suspects(self, mono_now_s: float, room: int, supported: Callable[[int], bool]) -> None:
+        """Make at most ``room`` suspects runnable, of types that a worker supports now; tenants take turns.
+
+        Jobs of a tenant that is no longer slowed down become ordinary again.
+        """
+        for key in self.suspects.keys(_TURNS):
+            if self._is_parked(key.type_no):
+                for job in self.suspects.take_if(key, lambda _: True):
+                    self._parked[key.type_no].put(job)
+                continue
+            if not self.crashes.is_open(key):
+                for job in self.suspects.take_if(key, lambda job: not job.isolated):
+                    self._queue_of(job).append(job)
+            while room > 0 and supported(key.type_no) and self.crashes.may_start(key, mono_now_s):
+                suspect = self.suspects.take_due(key, mono_now_s)
+                if suspect is None:
+                    break
+                self.isolated.append(suspect._replace(isolated=True))
+                self.crashes.record_start([suspect], mono_now_s)
+                room -= 1
+
+    def hold_slowed(self) -> None:
+        """Take ready jobs of tenants that are slowed down out of the queue."""
+        slowed = [job for job in self.ready if self.crashes.slows(job)]
+        if slowed:
+            taken = {(job.stream_no, job.entry.id) for job in slowed}
+            self.ready = deque(job for job in self.ready if (job.stream_no, job.entry.id) not in taken)
+            for job in slowed:
+                self.add(job)
 
     def discard(self, stream_no: int, ids: set[bytes]) -> None:
         """Forget entries that another consumer has claimed."""
@@ -210,6 +253,7 @@ class PrefetchBuffer:
             rest = [job for job in queue if not (job.stream_no == stream_no and job.entry.id in ids)]
             queue.clear()
             queue.extend(rest)
+        self.suspects.discard(lambda job: job.stream_no == stream_no and job.entry.id in ids)
         for parked in self._parked:
             parked.replace(job for job in parked if not (job.stream_no == stream_no and job.entry.id in ids))
 
@@ -221,11 +265,11 @@ class PrefetchBuffer:
         """Forget all jobs; types stay paused."""
         self.ready.clear()
         self.isolated.clear()
+        self.suspects = SuspectQueue()
         for parked in self._parked:
             parked.replace(())
 
-    def _unpark(self, type_no: int, count: int) -> None:
-        """Move the oldest parked jobs to the queues where they would be without the pause."""
-        for _ in range(count):
-            job = self._parked[type_no].take()
-            self._queue_of(job).append(job)
+    def _resume(self, type_no: int) -> None:
+        """Move all parked jobs of a type to the queues where they would be without the pause."""
+        for _ in range(len(self._parked[type_no])):
+            self.add(self._parked[type_no].take())

@@ -26,6 +26,8 @@ from ..ipc.control import (
     WorkerExited,
 )
 from ..ipc.crash_marks import CrashMarks
+from ..ipc.inflight import FAILED, STARTED, SUCCEEDED
+from ..outcome import Failure
 from ..settings import Settings
 from ..store.backoff import ReconnectBackoff
 from ..store.faults import StreamFaults, describe
@@ -37,6 +39,7 @@ from .context import ReaderContext
 from .dispatch import Dispatcher, WorkerHandle
 from .held_outcomes import HeldOutcomes
 from .intake import Intake
+from .lost_leases import LostLeases
 from .prefetch import PrefetchBuffer
 from .settlement import Settler
 
@@ -69,6 +72,7 @@ class Reader:
         marks: CrashMarks | None = None,
         mono_s: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
+        slow_crashes: bool = True,
     ) -> None:
         self._store = store
         self._settings = settings
@@ -83,11 +87,14 @@ class Reader:
             store, settings.streams, self._metrics.gauge, "reader", self._rng, self._mono_s
         )
         context = ReaderContext(
-            store, settings, self._marks, self._metrics, self._rng, mono_s, self._faults, HeldOutcomes()
+            *(store, settings, self._marks, self._metrics, self._rng, mono_s),
+            faults=self._faults,
+            held=HeldOutcomes(),
+            lost_leases=LostLeases(settings.streams, self._metrics),
         )
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
-        self._breakers = CircuitBreakers(len(settings.handlers))
+        self._breakers = CircuitBreakers(len(settings.handlers), slow_crashes=slow_crashes)
         self._buffer = PrefetchBuffer(self._breakers)
         self._dispatcher = Dispatcher(settings.streams, self._buffer)
         self._intake = Intake(context, self._dispatcher, self._selector)
@@ -111,7 +118,10 @@ class Reader:
         """Run until drained, then release what was not started."""
         while not self.drained:
             self.run_once(_REPORT_EVERY_S)
-        self._intake.release_unstarted()
+        if self._connected:
+            self._intake.release_unstarted()
+        elif self._trouble:
+            log.warning("lease.release_failed", extra={"error": self._trouble})
         self._store.close()
         self._marks.close()
         self.report()
@@ -128,6 +138,7 @@ class Reader:
         if now - self._reported_at >= _REPORT_EVERY_S:
             self.report()
         if now < self._retry_at:
+            self._detach_idle_workers()
             return self._wait(min(sleep_s, self._retry_at - now))
         try:
             self._tick(now, sleep_s)
@@ -149,11 +160,12 @@ class Reader:
             self._refresh_pauses()
         self._settle(now)
         self._reclaim_exited_workers()
+        self._log_slowdowns()
         if not self._intake.draining:
             self._dispatcher.dispatch(now)
             self._intake.request_more()
         self._intake.renew_leases(now)
-        self._wait(0.0 if self._intake.lists_one_by_one else sleep_s)
+        self._wait(0.0 if self._intake.must_continue else sleep_s)
         self._intake.check_reads()
 
     # -- jobs
@@ -163,24 +175,39 @@ class Reader:
         batch = self._settler.settle(self._dispatcher.workers, self._intake.rejected)
         self._intake.rejected.clear()
         self._buffer.record_success(batch.answered_types)
-        for job in batch.deferred:
-            self._defer(job, now)
+        for job, failure in batch.deferred:
+            self._defer(job, failure, now)
         self._buffer.release_probes(now)
 
-    def _defer(self, job: AdmittedJob, now: float) -> None:
+    def _defer(self, job: AdmittedJob, failure: Failure, now: float) -> None:
         if not self._breakers[job.type_no].open:
-            log.warning("circuit.opened", extra={"task_type": tuple(self._settings.handlers)[job.type_no]})
+            exception = {"exception": failure.traceback} if failure.traceback else {}
+            task_type = tuple(self._settings.handlers)[job.type_no]
+            log.warning("circuit.opened", extra={"task_type": task_type, "error": failure.error, **exception})
         self._buffer.defer(job, now)
 
     def _reclaim_exited_workers(self) -> None:
         """Make jobs of exited workers runnable again: unstarted ones first in line, started ones isolated."""
         for worker in [worker for worker in self._dispatcher.workers if worker.exited]:
             assert worker.exited is not None
+            if worker.exited.charge:
+                self._dispatcher.record_exit(worker, self._mono_s())
             reclaimed = self._settler.reclaim(worker, worker.exited)
             self._detach(worker)
             for job in reclaimed.isolated:
-                self._buffer.add(job)
+                self._buffer.add(job, self._mono_s() + self._breakers.crashes.rerun_after_s(job.entry.deaths))
             self._buffer.requeue(reclaimed.unstarted)
+
+    def _log_slowdowns(self) -> None:
+        """Report tenants and types whose jobs kill worker after worker, or no longer do."""
+        changes, self._breakers.crashes.changes = self._breakers.crashes.changes, []
+        for key, is_open, deaths in changes:
+            tenant = {} if key.tenant_id is None else {"tenant_id": key.tenant_id}
+            fields = {"task_type": tuple(self._settings.handlers)[key.type_no], **tenant, "deaths": deaths}
+            if is_open:
+                log.error("crashes.slowed", extra=fields)
+            else:
+                log.info("crashes.ended", extra=fields)
 
     def _detach(self, worker: WorkerHandle) -> None:
         self._selector.unregister(worker.channel.fds[2])
@@ -232,6 +259,8 @@ class Reader:
         self._reported_at = self._mono_s()
         for type_no, name in enumerate(self._settings.handlers):
             self._metrics.gauge("z_novel_circuit_open", (name,), float(self._breakers[type_no].open))
+            slowed = self._breakers.crashes.slowed(type_no)
+            self._metrics.gauge("z_novel_crash_circuits_open", (name,), float(slowed))
             self._metrics.gauge("z_novel_paused", (name,), float(type_no in self._buffer.paused_types))
         warnings = self._faults.warnings()
         trouble = self._trouble
@@ -327,6 +356,17 @@ class Reader:
         for worker in [worker for worker in self._dispatcher.workers if worker.exited]:
             self._detach(worker)
 
+    def _detach_idle_workers(self) -> None:
+        """Let a drain end while the store is unavailable: detach exited workers without an outcome to settle.
+
+        Jobs that they had not started stay pending and run again.
+        """
+        if not self._intake.draining:
+            return
+        for worker in [worker for worker in self._dispatcher.workers if worker.exited]:
+            if not _owes_settlement(worker):
+                self._detach(worker)
+
     def _refresh_pauses(self) -> None:
         """Park the types that an operator has paused, and resume those that are no longer paused."""
         self._pauses_refreshed_at = self._mono_s()
@@ -355,7 +395,15 @@ class Reader:
         self._marks.clear()
         self._connected = False
         self._retry_at = self._mono_s() + self._backoff.next_wait_s()
+        self._detach_idle_workers()
         is_new, self._trouble = self._trouble is None, str(error)
         if is_new:
             log.error("store.unavailable", extra={"error": str(error)})
             self.report()  # at once: the next attempt may take as long as the store's timeout
+
+
+def _owes_settlement(worker: WorkerHandle) -> bool:
+    """Whether an exited worker left an outcome, or a job that is charged with the exit."""
+    assert worker.exited is not None
+    states = {worker.table.state(row.row) for row in worker.table.unsettled()}
+    return bool(states & {SUCCEEDED, FAILED}) or (STARTED in states and worker.exited.charge)

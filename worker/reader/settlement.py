@@ -9,6 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from ..envelope import DeadJob, Envelope, dead_letter, read_envelope, with_retry
+from ..errors import Fenced, StoreUnavailable
 from ..ipc.channel import OutcomeFrame
 from ..ipc.control import WorkerExited
 from ..ipc.inflight import FAILED, QUEUED, SETTLED, STARTED, SUCCEEDED, InFlightJob
@@ -20,6 +21,7 @@ from ..telemetry.current_job import log_fields
 from .admission import AdmittedJob, RejectedEntry, reject_unread
 from .circuit_breaker import CircuitBreakers
 from .context import ReaderContext
+from .crash_breaker import CrashKey
 from .dispatch import WorkerHandle
 from .held_outcomes import FailedJob
 
@@ -29,6 +31,13 @@ log = logging.getLogger("jobworker.settlement")
 _UNKNOWN_TYPE = "unknown"
 #: Bytes of jobs by stream number and entry id; entries that are gone from their stream are missing.
 Bodies = Mapping[tuple[int, bytes], bytes]
+
+
+class DeferredJob(NamedTuple):
+    """A job whose dependency is unavailable, and what it reported."""
+
+    job: AdmittedJob
+    failure: Failure
 
 
 class _Outcomes(NamedTuple):
@@ -64,8 +73,10 @@ class SettlementBatch:
         self.failed: dict[tuple[int, bytes], FailedJob] = {}
         #: Types whose dependencies answer: a job succeeded, or failed for a reason of its own.
         self.answered_types: set[int] = set()
+        #: Jobs that were the only ones in a worker that died.
+        self.worker_deaths: list[CrashKey] = []
         #: Jobs whose dependency is unavailable. They stay pending and use up no retry.
-        self.deferred: list[AdmittedJob] = []
+        self.deferred: list[DeferredJob] = []
 
     def settlements(self, streams: Sequence[Source]) -> dict[int, Settlement]:
         """One settlement for each stream that has outcomes, by stream number."""
@@ -99,7 +110,12 @@ class Settler:
         self._marks = context.crash_marks
         self._faults = context.faults
         self._held = context.held
+        self._lost_leases = context.lost_leases
+        # Outcomes that were perhaps settled already: the answer was lost, or an earlier reader died.
+        self._unsure: set[tuple[int, bytes]] = set()
         self._breakers = breakers
+        self._crashes = breakers.crashes
+        self._mono_s = context.mono_s
         self._wall_now = wall_now
         self._decoder = msgspec.msgpack.Decoder(OutcomeFrame)
 
@@ -112,6 +128,9 @@ class Settler:
         for one in outcomes:
             for run in one.succeeded:
                 self._acknowledge(batch, one.worker, run)
+        for one in outcomes:
+            for job in one.failed:
+                self._crashes.record_survival(job.row.stream_no, [job.row.entry_id])
         held = self._acknowledge_held(batch)
         self._settle_failures(batch, [*held, *(job for one in outcomes for job in one.failed)])
         for entry in rejected:
@@ -120,6 +139,9 @@ class Settler:
         self._commit(batch)
         for one in outcomes:
             self._release(one)
+        if self._unsure:  # what is not in flight any more was never sent again
+            in_flight = {row.key for one in outcomes for row in one.worker.table.unsettled()}
+            self._unsure &= in_flight | self._held.keys()
         return batch
 
     def _collect(self, worker: WorkerHandle) -> _Outcomes:
@@ -131,6 +153,10 @@ class Settler:
             if worker.table.state(outcome.row) == FAILED:  # an earlier reader may have settled it
                 row, name = worker.table.job(outcome.row), self._worker_name(worker)
                 failed.append(FailedJob(row, outcome.failure, name))
+        if worker.is_new:
+            worker.is_new = False
+            rows = [worker.table.job(row) for run in succeeded for row in run]
+            self._unsure.update(row.key for row in (*rows, *(job.row for job in failed)))
         return _Outcomes(worker, succeeded, failed, end)
 
     def _acknowledge(self, batch: SettlementBatch, worker: WorkerHandle, run: range) -> None:
@@ -141,10 +167,12 @@ class Settler:
             if len(present) == 1:
                 batch.done[stream_no] += ids
                 batch.done_types[stream_no] += type_nos
-                continue
-            own = [i for i, owner in enumerate(stream_nos) if owner == stream_no]
-            batch.done[stream_no] += [ids[i] for i in own]
-            batch.done_types[stream_no] += [type_nos[i] for i in own]
+            else:
+                own = [i for i, owner in enumerate(stream_nos) if owner == stream_no]
+                batch.done[stream_no] += [ids[i] for i in own]
+                batch.done_types[stream_no] += [type_nos[i] for i in own]
+            if self._crashes.watching:
+                self._crashes.record_survival(stream_no, batch.done[stream_no])
 
     def _acknowledge_held(self, batch: SettlementBatch) -> list[FailedJob]:
         """Acknowledge the held successes of streams that work again; returns the held failures."""
@@ -169,7 +197,7 @@ class Settler:
     def _settle_failure(self, batch: SettlementBatch, job: FailedJob, data: bytes | None) -> None:
         row, failure = job.row, job.failure
         if data is not None and failure.unavailable and self._breakers.is_within_grace(row.type_no, row.key):
-            batch.deferred.append(_runnable(row, data))
+            batch.deferred.append(DeferredJob(_runnable(row, data), failure))
             return
         batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
         if data is None:
@@ -186,6 +214,8 @@ class Settler:
         if not failure.timed_out and not failure.unavailable:
             batch.answered_types.add(row.type_no)
         envelope = read_envelope(data)
+        if failure.timed_out:
+            batch.worker_deaths.append(CrashKey(row.type_no, envelope.tenant_id))
         decision = after_failure(failure, envelope.retry_count, row.deaths, self._settings.retry, self._rng)
         fields = {**log_fields(envelope), "retry_count": envelope.retry_count, "error": failure.error}
         if failure.traceback:
@@ -256,23 +286,45 @@ class Settler:
         """Settle the batch in the store, then count its outcomes: they are final now."""
         settlements = batch.settlements(self._streams)
         sent = {no: settlement for no, settlement in settlements.items() if no not in self._faults}
-        results = self._store.settle(list(sent.values())) if sent else []
+        results = self._send(sent) if sent else []
         unsettled: set[tuple[int, bytes]] = set()
+        uncounted: set[tuple[int, bytes]] = set()
         for stream_no, result in zip(sent, results, strict=True):
             self._held.clear(stream_no)
             if result.error:
                 self._faults.isolate(stream_no, result.error)
-            if result.refused:
-                log.warning("settle.refused", extra={"entries": len(result.refused)})
+            lost = self._lost(stream_no, sent[stream_no], result)
             unsettled.update((stream_no, entry_id) for entry_id in result.unsettled)
-            self._count_done(batch, stream_no, result)
+            uncounted.update((stream_no, entry_id) for entry_id in lost)
+            self._count_done(batch, stream_no, lost | result.unsettled)
         for stream_no in settlements.keys() - sent:
             unsettled.update((stream_no, entry_id) for entry_id in settlements[stream_no].ids)
         self._hold(batch, unsettled)
         for key, counts in batch.counts.items():
-            for name, labels in counts if key not in unsettled else ():
+            for name, labels in counts if key not in unsettled and key not in uncounted else ():
                 self._metrics.count(name, labels)
-        batch.deferred = [job for job in batch.deferred if job.stream_no not in self._faults]
+        batch.deferred = [one for one in batch.deferred if one.job.stream_no not in self._faults]
+
+    def _send(self, settlements: Mapping[int, Settlement]) -> list[Settled]:
+        """Settle in the store. If the answer is lost, the outcomes may be settled or not."""
+        try:
+            return self._store.settle(list(settlements.values()))
+        except (StoreUnavailable, Fenced):
+            self._unsure.update((no, entry_id) for no, one in settlements.items() for entry_id in one.ids)
+            raise
+
+    def _lost(self, stream_no: int, settlement: Settlement, result: Settled) -> set[bytes]:
+        """The ids that another consumer has taken over; they are counted as lost leases.
+
+        A refused id whose settlement was sent before is ours: that one has arrived.
+        """
+        if not (result.refused or self._unsure):
+            return result.refused
+        ids = set(settlement.ids)
+        lost = {entry_id for entry_id in result.refused if (stream_no, entry_id) not in self._unsure}
+        self._lost_leases.record_settlement(stream_no, lost, ids - result.unsettled)
+        self._unsure.difference_update((stream_no, entry_id) for entry_id in ids - result.unsettled)
+        return lost
 
     def _hold(self, batch: SettlementBatch, unsettled: set[tuple[int, bytes]]) -> None:
         """Keep the outcomes that the store did not take. Rejected entries, and jobs under which workers died,
@@ -284,11 +336,12 @@ class Settler:
         for key in unsettled & batch.failed.keys():
             self._held.failed[key[0]][key[1]] = batch.failed[key]
 
-    def _count_done(self, batch: SettlementBatch, stream_no: int, result: Settled) -> None:
+    def _count_done(self, batch: SettlementBatch, stream_no: int, others: set[bytes]) -> None:
+        """Count the jobs that are completed: all but ``others``."""
         type_nos = batch.done_types[stream_no]
-        if result.unsettled:
+        if others:
             done = zip(batch.done[stream_no], type_nos, strict=True)
-            type_nos = [type_no for entry_id, type_no in done if entry_id not in result.unsettled]
+            type_nos = [type_no for entry_id, type_no in done if entry_id not in others]
         for type_no, count in Counter(type_nos).items():
             self._metrics.count("z_novel_jobs_completed_total", (self._type_names[type_no],), count)
 
@@ -337,11 +390,14 @@ class Settler:
         batch, isolated = SettlementBatch(), []
         if exit_.timed_out and len(started) == 1:
             failure = Failure(f"TimeoutError: {exit_.cause}", timed_out=True)
-            self._settle_failures(batch, [FailedJob(started[0], failure, self._worker_name(worker))])
+            name = self._worker_name(worker)
+            self._settle_failures(batch, [FailedJob(started[0], failure, name, exit_.details)])
         else:
             isolated = self._charge_deaths(batch, worker, exit_, started, bodies)
         self._marks.unmark()
         self._commit(batch)
+        for key in batch.worker_deaths:
+            self._crashes.record_death(key, self._mono_s())
         worker.table.mark([row.row for row in rows], SETTLED)
         worker.table.advance()
         return Reclaimed(_runnable_jobs(unstarted, bodies), isolated)
@@ -380,8 +436,9 @@ class Settler:
     ) -> bool:
         """Dead-letter a job with too many deaths; False if it may run again.
 
-        A death also counts as a failed try, but only if the job was the only one in its worker (``sole``):
-        otherwise it is not proven to have caused the death.
+        Only the job that was alone in its worker (``sole``) is proven to have caused the death. The limit of
+        retries does not count here: deaths have a limit of their own. They count as tries once the job fails
+        otherwise (see `after_failure`).
         """
         row = job.row
         if row.key in self._marks.poison:
@@ -390,11 +447,12 @@ class Settler:
         self._marks.mark(row.stream_no, row.entry_id, settling=True)
         envelope = read_envelope(data)
         deaths = envelope.deaths + row.deaths
+        if sole:
+            batch.worker_deaths.append(CrashKey(row.type_no, envelope.tenant_id))
         batch.counts[row.key].append(("z_novel_jobs_failed_total", (envelope.type,)))
-        retries_exhausted = sole and envelope.retry_count + row.deaths > self._settings.retry.max_retries
         log.error("job.worker_died", extra={**log_fields(envelope), "deaths": deaths, "cause": cause})
         self._trace("worker died", envelope, row, cause, deaths=deaths)
-        if deaths < self._settings.max_deaths and not retries_exhausted:
+        if deaths < self._settings.max_deaths:
             return False
         self._dead_letter(batch, job, data, Reason.POISON, envelope)
         return True

@@ -20,7 +20,7 @@ _MAX_BYTES = 512 * 1024
 
 
 class Announcement(NamedTuple):
-    """Types and streams of one service, renewed at a unix time (seconds, the service's clock)."""
+    """Types and streams of one service, renewed at a unix time (seconds, the store's clock)."""
 
     service: str
     types: frozenset[str]

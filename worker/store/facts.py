@@ -1,9 +1,11 @@
 """Facts that `jobworker doctor` judges: plain values about a server and its streams."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..keys import Source
 from .operator import Consumer
+from .ports import KeyFault
 
 
 class ServerFacts(NamedTuple):
@@ -18,7 +20,8 @@ class ServerFacts(NamedTuple):
 
 class StreamFacts(NamedTuple):
     """One stream. ``lags``: undelivered entries of every group by the server's count (None: unknown).
-    ``missing``: how many of the oldest pending entries are gone from the stream."""
+    ``missing``: how many of the oldest pending entries are gone from the stream. ``faults``: keys that the
+    server refuses; what depends on them is empty."""
 
     source: Source
     exists: bool
@@ -29,3 +32,4 @@ class StreamFacts(NamedTuple):
     missing: int
     overdue_s: float
     dead: int
+    faults: Sequence[KeyFault] = ()

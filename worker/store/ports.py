@@ -149,8 +149,7 @@ class ReaderStore(Protocol):
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         """Settle entries, each entry atomically; returns one result for each settlement.
 
-        `StoreRefused` is not raised: it is in the result of its settlement. A done id that no consumer owns
-        any more may be missing from ``refused``.
+        `StoreRefused` is not raised: it is in the result of its settlement.
         """
 
     def set_deaths(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:

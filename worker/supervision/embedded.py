@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..data_dir import HOST, DataDir, free_port, kept_secret, private_folder, write_private
+from ..data_dir import HOST, DataDir, free_port, kept_secret, private_folder, socket_path, write_private
 from ..errors import ConfigurationError, Exit
 from ..extension import extension, how_to_install, imported
 from ..settings import Settings
@@ -21,6 +21,7 @@ from .process import Process, RestartBackoff
 
 #: A probe answers at once or not at all: both are on this machine.
 _PROBE_TIMEOUT_S = 1.0
+_SOCKET_NAME = "valkey.sock"
 
 
 class EmbeddedValkey:
@@ -33,11 +34,13 @@ class EmbeddedValkey:
         self._port = _free(port) if port else free_port(data.endpoints().get("redis_url"))
         self._password = kept_secret(self._dir / "password")
         self._binary = _valkey_binary()
+        self._socket = socket_path(self._dir, _SOCKET_NAME)
 
     @property
     def url(self) -> str:
-        """Holds the password: never log it."""
-        return f"redis://:{self._password}@{HOST}:{self._port}/0"
+        """Address for tools on this machine. Holds the password: never log it."""
+        # With the user: redis-cli 7.0 takes an empty one at its word.
+        return f"redis://default:{self._password}@{HOST}:{self._port}/0"
 
     @classmethod
     def needed(cls, settings: Settings) -> bool:
@@ -45,30 +48,62 @@ class EmbeddedValkey:
         return not settings.redis_url
 
     def settings(self) -> dict[str, str]:
-        """Its address."""
+        """Its address for the service: only this user can listen there and get the password."""
+        return {"redis_url": f"unix://default:{self._password}@{self._socket}?db=0"}
+
+    def endpoints(self) -> dict[str, str]:
+        """Its address for tools."""
         return {"redis_url": self.url}
 
     def command(self) -> list[str]:
-        """Writes the configuration first: the password must not be in the command line."""
+        """Writes the configuration first: the password must not be in the command line.
+
+        The port changes if another program has taken it.
+        """
+        self._port = free_port(self.url)
         config = self._dir / "valkey.conf"
         lines = [
-            f"bind {HOST}", f"port {self._port}", f"dir {self._dir}", f"requirepass {self._password}",
+            f"bind {HOST}", f"port {self._port}", f"dir {quoted(str(self._dir))}",
+            f"requirepass {quoted(self._password)}",
             "appendonly yes", "appendfsync everysec", 'save ""', "maxmemory-policy noeviction",
-            "daemonize no", f'logfile "{self._dir / "valkey.log"}"',
+            f"unixsocket {quoted(self._socket)}", "unixsocketperm 700",
+            "daemonize no", f"logfile {quoted(str(self._dir / 'valkey.log'))}",
         ]  # fmt: skip
         write_private(config, "\n".join(lines) + "\n")
-        return [self._binary, str(config)]
+        return [self._binary, escaped_pattern(str(config))]
+
+    def remove_socket(self) -> None:
+        """Remove its Unix socket, which a killed server leaves."""
+        (self._dir / _SOCKET_NAME).unlink(missing_ok=True)
 
     def answers(self) -> bool:
         """Whether it has loaded its data and takes commands."""
         try:
-            with socket.create_connection((HOST, self._port), _PROBE_TIMEOUT_S) as sock:
+            with socket.socket(socket.AF_UNIX) as sock:
                 sock.settimeout(_PROBE_TIMEOUT_S)
+                sock.connect(self._socket)
                 sock.sendall(f"AUTH {self._password}\r\nPING\r\n".encode())
                 with sock.makefile("rb") as answers:
                     return answers.readline() == b"+OK\r\n" and answers.readline() == b"+PONG\r\n"
         except OSError:
             return False
+
+
+def quoted(text: str) -> str:
+    """The text as one argument in Valkey's configuration file."""
+    return (
+        '"' + "".join(f"\\x{ord(char):02x}" if char in '"\\' or char < " " else char for char in text) + '"'
+    )
+
+
+def escaped_pattern(path: str) -> str:
+    """A path as an argument for Valkey, which takes one with ``*``, ``?`` or ``[`` as a pattern.
+
+    A pattern without a match is no error: the server would start without a password and on all addresses.
+    """
+    if not any(char in path for char in "*?["):
+        return path
+    return "".join(f"\\{char}" if char in "*?[]\\" else char for char in path)
 
 
 class Embedded(Protocol):
@@ -87,7 +122,13 @@ class Embedded(Protocol):
         """Whether it serves."""
 
     def settings(self) -> dict[str, str]:
-        """Fields of the settings that it fills in. They may hold secrets."""
+        """Fields of the settings that it fills in for the service's processes. They may hold secrets."""
+
+    def endpoints(self) -> dict[str, str]:
+        """Addresses for tools on this machine. They may hold secrets, and change at a restart."""
+
+    def remove_socket(self) -> None:
+        """Remove its Unix socket, which a killed server leaves."""
 
 
 def needed(settings: Settings) -> list[Callable[[DataDir], Embedded]]:
@@ -153,6 +194,13 @@ class Stores:
             fields |= kept.store.settings()
         return replace(settings, **fields)
 
+    def endpoints(self) -> dict[str, str]:
+        """The addresses of the embedded servers for tools. They hold secrets: never log them."""
+        found: dict[str, str] = {}
+        for kept in self._kept:
+            found |= kept.store.endpoints()
+        return found
+
     @property
     def ready(self) -> bool:
         """Whether all have answered once since the start of the service: from then on the roles run, and
@@ -179,7 +227,7 @@ class Stores:
         process = kept.process
         if process is None:
             if not kept.backoff.wait_s(now):
-                kept.process = self._start(kept.store, now)
+                self._restart(kept, now)
             return
         ended = process.collect()
         if ended is not None:
@@ -191,8 +239,17 @@ class Stores:
             process.ready = True
             log.info("embedded.ready", extra={"store": kept.store.name})
 
+    def _restart(self, kept: _Kept, now: float) -> None:
+        try:
+            kept.process = self._start(kept.store, now)
+        except OSError as error:
+            if not self._was_ready:
+                raise
+            log.error("child.spawn_failed", extra={"child": kept.store.name, "error": str(error)})
+            kept.backoff.record_exit(now, was_ready=False, lived_s=0.0)
+
     def _start(self, store: Embedded, now: float) -> Process:
-        tether = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
+        tether = [sys.executable, "-P", "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
         assert self._data is not None
         return Process(store.name, [*tether, *store.command()], [self._data.lock_fd], now)
 
@@ -207,3 +264,5 @@ class Stores:
                 process.kill(signal.SIGKILL)
                 process.wait(_STOP_WITHIN_S)
             process.close()
+        for kept in self._kept:
+            kept.store.remove_socket()

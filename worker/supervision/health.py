@@ -1,14 +1,20 @@
 """HTTP server of the supervisor for /metrics, /healthz, /readyz and /status; runs in its own threads."""
 
 import json
+import resource
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
 from ..telemetry.prometheus import CONTENT_TYPE, PrometheusCollector
 
+#: Open connections. Above this the oldest one is closed, first among those without a complete request.
+_MAX_CONNECTIONS = 32
+#: Descriptors that connections leave to the rest of the supervisor: a child takes up to ten to start.
+_RESERVED_FDS = 64
 #: The connection of a client that stops sending or reading is closed after this time.
 _CLIENT_TIMEOUT_S = 10.0
 
@@ -36,10 +42,8 @@ class HealthServer:
         callbacks = {"health": staticmethod(health), "status": staticmethod(status)}
         handler = type("Handler", (_Handler,), {"metrics": metrics, **callbacks})
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        server = type("Server", (ThreadingHTTPServer,), {"address_family": family})
+        server = type("Server", (_Server,), {"address_family": family})
         self._server = server(address, handler)
-        self._server.daemon_threads = True
-        self._server.handle_error = lambda *_: None  # a client that disconnects is not an error
         self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
         self._thread.start()
 
@@ -47,7 +51,7 @@ class HealthServer:
     def url(self) -> str:
         """Base URL; for port 0 with the port that the kernel picked."""
         host, port = self._server.server_address[:2]
-        return f"http://{host!s}:{port}"
+        return f"http://[{host!s}]:{port}" if ":" in str(host) else f"http://{host!s}:{port}"
 
     def close(self) -> None:
         """Stop serving and release the port."""
@@ -56,7 +60,64 @@ class HealthServer:
         self._thread.join(_CLIENT_TIMEOUT_S)
 
 
+class _Server(ThreadingHTTPServer):
+    """Server with a bounded number of connections.
+
+    A client that connects and sends nothing, or does not read its answer, costs a descriptor and a thread.
+    The newest connection is always served, so that such clients cannot keep probes out.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128  # a probe that finds the queue full connects a second later
+
+    def __init__(self, address: tuple[str, int], handler: type["_Handler"]) -> None:
+        self._lock = threading.Lock()
+        # Open connections, oldest first, and whether the request is complete.
+        self._connections: dict[socket.socket, bool] = {}
+        super().__init__(address, handler)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection. Raises OSError if the process is short of descriptors."""
+        connection, address = super().get_request()
+        # The kernel gives the lowest free number: this is how many descriptors are open.
+        if connection.fileno() >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _RESERVED_FDS:
+            self._close_oldest()
+            connection.close()
+            raise OSError("too few descriptors are left")
+        with self._lock:
+            self._connections[connection] = False
+            too_many = len(self._connections) > _MAX_CONNECTIONS
+        if too_many:
+            self._close_oldest()
+        return connection, address
+
+    def begin_answer(self, connection: socket.socket) -> None:
+        """Record that the request of a connection is complete."""
+        with self._lock:
+            if connection in self._connections:
+                self._connections[connection] = True
+
+    def _close_oldest(self) -> None:
+        """Shut a connection down; its thread then reads or writes in vain and closes it."""
+        with self._lock:
+            oldest = min(self._connections, key=self._connections.__getitem__, default=None)
+            if oldest is not None:
+                del self._connections[oldest]
+                with suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+
+    def close_request(self, request: Any) -> None:
+        """Close a connection."""
+        with self._lock:
+            self._connections.pop(request, None)
+            super().close_request(request)
+
+    def handle_error(self, *_: object) -> None:
+        """Ignore a client that disconnects."""
+
+
 class _Handler(BaseHTTPRequestHandler):
+    server: _Server
     metrics: PrometheusCollector
     health: Callable[[], Health]
     status: Callable[[], dict[str, Any] | None]
@@ -65,6 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Serve one of the paths."""
+        self.server.begin_answer(self.connection)
         match self.path.partition("?")[0]:
             case "/metrics":
                 self._answer(200, CONTENT_TYPE, self.metrics.page())

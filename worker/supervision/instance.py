@@ -13,6 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ..data_dir import open_own, safe_folder
 from ..keys import Holder
 from ..settings import Settings
 
@@ -25,16 +26,16 @@ _CREDENTIALS = re.compile(r"^([^:/]+://)[^/]*@|[?].*$", re.DOTALL)
 class InstanceLock:
     """Lock file of an instance, opened but not yet locked: call `try_lock`.
 
-    Raises OSError if the data directory cannot be used.
+    Raises OSError if the data directory cannot be used, ConfigurationError if others may change it.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.folder = Path(settings.data_dir).resolve()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        safe_folder(self.folder)
         store = _CREDENTIALS.sub(r"\1", settings.redis_url)
         name = hashlib.sha256(f"{store}\n{settings.instance}".encode()).hexdigest()[:16]
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(self.folder / f"instance-{name}.lock", flags, 0o600)
+        self._fd = open_own(self.folder / f"instance-{name}.lock", os.O_RDWR | os.O_CREAT)
         self._settings = settings
 
     def try_lock(self) -> bool:

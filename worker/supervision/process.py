@@ -7,9 +7,9 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from ..ipc.channel import Channel
+from ..ipc.channel import STARTING, Channel
 from ..ipc.control import ControlSocket, Message, Standby, Start
 from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings
@@ -71,18 +71,36 @@ class ProcessExit(NamedTuple):
 
 
 class Process:
-    """A running command with a pidfd, which becomes readable when the process exits."""
+    """A running command with a pidfd, which becomes readable when the process exits.
+
+    Raises OSError if the system cannot start it, and leaves nothing open.
+    """
+
+    #: Processes whose exit status `collect` has not taken yet, of all objects.
+    uncollected: ClassVar[set[int]] = set()
 
     def __init__(self, name: str, command: Sequence[str], pass_fds: Sequence[int], mono_now_s: float) -> None:
         self.name = name
         self.mono_started_s = mono_now_s
         self.ready = False
         self.blackbox_fd = os.memfd_create("blackbox")
-        self._popen = subprocess.Popen(
-            command, pass_fds=(*pass_fds, self.blackbox_fd), stdin=subprocess.DEVNULL
-        )
+        try:
+            self._popen = subprocess.Popen(
+                command, pass_fds=(*pass_fds, self.blackbox_fd), stdin=subprocess.DEVNULL
+            )
+        except OSError:
+            os.close(self.blackbox_fd)
+            raise
         self.pid = self._popen.pid
-        self.pidfd = os.pidfd_open(self.pid)
+        self.uncollected.add(self.pid)
+        try:
+            self.pidfd = os.pidfd_open(self.pid)
+        except OSError:
+            self._popen.kill()
+            self._popen.wait()
+            self.uncollected.discard(self.pid)
+            os.close(self.blackbox_fd)
+            raise
 
     def kill(self, number: signal.Signals) -> None:
         """Send a signal. Does nothing if the process has exited."""
@@ -96,6 +114,7 @@ class Process:
         pid, status, usage = os.wait4(self.pid, os.WNOHANG)
         if pid == 0:
             return None
+        self.uncollected.discard(self.pid)
         code = os.waitstatus_to_exitcode(status)
         self._popen.returncode = code  # stops Popen from waiting for a pid that the kernel may reuse
         cause = signal.Signals(-code).name if code < 0 else f"exit {code}"
@@ -103,7 +122,9 @@ class Process:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for the exit and collect it. Returns False if the process still runs after ``timeout_s``."""
-        select.select([self.pidfd], [], [], max(0.0, timeout_s))
+        poll = select.poll()  # select() takes no descriptor above 1023
+        poll.register(self.pidfd, select.POLLIN)
+        poll.poll(max(0.0, timeout_s) * 1000)
         return self.collect() is not None
 
     def _stack(self) -> str:
@@ -156,12 +177,19 @@ class Child(Process):
         #: Whether it used a CPU when it was found overdue.
         self.was_computing = False
         self.stopping = False
-        self.killed_by_drain = False
+        #: When a limit on its stop began to count; None while it is not stopping.
+        self.mono_stopping_s: float | None = None
+        #: Whether the supervisor killed it to stop it: its jobs are released without a death count.
+        self.killed_by_stop = False
         self._outbox: deque[tuple[Message, tuple[int, ...]]] = deque()
         self.control, theirs = ControlSocket.pair()
-        command = [sys.executable, "-m", "jobworker.worker.boot", str(theirs.fileno())]
-        with theirs:
-            super().__init__("standby", command, [theirs.fileno()], mono_now_s)
+        command = [sys.executable, "-P", "-m", "jobworker.worker.boot", str(theirs.fileno())]
+        try:
+            with theirs:
+                super().__init__("standby", command, [theirs.fileno()], mono_now_s)
+        except OSError:
+            self.control.close()
+            raise
 
     def make_standby(self, number: int, settings: Settings) -> None:
         """Let it import the modules of reader and reaper and wait for `start_role`."""
@@ -193,6 +221,18 @@ class Child(Process):
         """Send queued messages until the socket is full."""
         while self._outbox and self.control.send(*self._outbox[0]):
             self._outbox.popleft()
+
+    def stop(self) -> None:
+        """Ask a worker to finish its job and exit.
+
+        A running worker reads the request in the channel. It gets no signal: a handler may have replaced the
+        signal's action by one that raises. A worker that is still starting is ended by the signal.
+        """
+        self.stopping = True
+        assert self.channel is not None
+        self.channel.request_stop()
+        if self.channel.phase == STARTING:
+            self.kill(signal.SIGTERM)
 
     def close(self) -> None:
         """Close everything but the channel, which the reader may still read."""

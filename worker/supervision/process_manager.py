@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import Exit
-from ..ipc.channel import READY, STOPPING, Channel
+from ..ipc.channel import READY, STARTING, STOPPING, Channel
 from ..ipc.control import (
     Attach,
     Drain,
@@ -27,6 +27,7 @@ from ..settings import Settings, cores
 from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.prometheus import PrometheusCollector
 from .process import Child, ProcessExit
+from .process_groups import ProcessGroups
 from .signals import SignalQueue
 from .slots import Slot, Standbys, state
 from .status import child_status
@@ -39,6 +40,8 @@ _DUMP_S = 0.3
 _STUCK_AFTER_S = 15.0
 #: Time limit for the set-up of a child. A handler may load gigabytes from a slow disk.
 _SETUP_TIMEOUT_S = 600.0
+#: A worker that is asked to stop during its set-up gets this long: imported code may ignore SIGTERM.
+_STOP_START_WITHIN_S = 5.0
 #: A child is past its imports, which use a whole CPU, after this time. The rest of its set-up mostly waits.
 _IMPORTS_S = 1.0
 #: Workers that may import at once on a machine with few CPUs.
@@ -72,6 +75,7 @@ class ProcessManager:
         self._workers = [Slot("worker", number) for number in range(settings.procs)]
         self._slots = [self._reader, self._reaper, *self._workers]
         self._standbys = Standbys(new_child)
+        self._groups = ProcessGroups()
         self._marks = CrashMarks.create()
         self._exited: dict[tuple[int, int], tuple[WorkerExited, Channel]] = {}
         # Slots to restart: the worker of this generation or an earlier one is replaced.
@@ -110,6 +114,7 @@ class ProcessManager:
                 self._enforce_limits(child, now)
                 child.flush()
             self._schedule_recycle(slot, now)
+        self._groups.tick(now)
         self._continue_restart(now)
         # A starting standby must not take CPU time from children that the service waits for.
         wanted = self._steady and not self._draining and not self._count_importing(now)
@@ -199,6 +204,8 @@ class ProcessManager:
         if exited is None:
             return
         self._receive(child, now)
+        if child.channel is not None:
+            self._groups.end(child.pid, now)
         if child is slot.successor:
             slot.successor = None
             self._to_restart.clear()
@@ -239,7 +246,7 @@ class ProcessManager:
     def _record_exit(self, child: Child, channel: Channel, exited: ProcessExit, *, charge: bool) -> None:
         """Keep the exit of a worker until the reader has reclaimed its jobs, and report it to the reader."""
         timed_out = child.kill_cause == "timeout"
-        cause = f"{exited.cause} ({child.kill_cause})" if child.kill_cause else exited.cause
+        cause = f"{exited.cause} ({self._limit(child, channel)})" if child.kill_cause else exited.cause
         details = {"peak_rss_mib": exited.peak_rss_mib, "stack": exited.stack}
         message = WorkerExited(child.slot_no, child.generation, cause, charge, timed_out, details)
         self._exited[child.slot_no, child.generation] = (message, channel)
@@ -248,7 +255,7 @@ class ProcessManager:
     def _ensure_child(self, slot: Slot, now: float) -> None:
         wanted = not self._draining or (slot is self._reader and not self._settled)
         if slot.child is None and wanted and not slot.backoff.wait_s(now) and self._may_start(slot, now):
-            slot.child = self._spawn(slot, now)
+            slot.child = self._try_spawn(slot, now)
 
     def _may_start(self, slot: Slot, now: float) -> bool:
         """Whether a start may begin now.
@@ -263,11 +270,27 @@ class ProcessManager:
         children = (child for slot in self._slots for child in slot.children())
         return sum(not child.ready and now - child.mono_started_s < _IMPORTS_S for child in children)
 
+    def _try_spawn(self, slot: Slot, now: float) -> Child | None:
+        """Start a child. None if the system is short of descriptors, processes or memory: try again later.
+
+        Only a service that was never complete gives up after some attempts.
+        """
+        try:
+            return self._spawn(slot, now)
+        except OSError as error:
+            slot.backoff.record_exit(now, was_ready=self._was_complete, lived_s=0.0)
+            log.error("child.spawn_failed", extra={"child": slot.role, "error": str(error)})
+            return None
+
     def _spawn(self, slot: Slot, now: float) -> Child:
         slot.generation += 1
         if slot.role == "worker":
             channel = Channel.create(self._settings.max_payload)
-            child = self._new_child(now)
+            try:
+                child = self._new_child(now)
+            except OSError:
+                channel.close()
+                raise
             child.start_role(slot.role, slot.number, slot.generation, self._settings, now, channel)
             self._send_to_reader(Attach(child.slot_no, child.generation), channel.fds)
             return child
@@ -301,6 +324,7 @@ class ProcessManager:
     # -- limits
 
     def _enforce_limits(self, child: Child, now: float) -> None:
+        self._end_stopped_start(child, now)
         kill_cause = self._kill_cause(child, now)
         if not kill_cause:
             child.mono_overdue_s = None
@@ -311,6 +335,16 @@ class ProcessManager:
             child.kill(signal.SIGUSR2)
         elif now - child.mono_overdue_s > (_DUMP_S if kill_cause != "rss" else 0.0):
             child.kill(signal.SIGKILL)  # a process over its memory limit gets no time to grow further
+
+    def _end_stopped_start(self, child: Child, now: float) -> None:
+        """Kill a worker whose set-up continues although it was asked to stop; it has no job."""
+        if not child.stopping or child.channel is None or child.channel.phase != STARTING:
+            return
+        if child.mono_stopping_s is None:
+            child.mono_stopping_s = now
+        elif now - child.mono_stopping_s > _STOP_START_WITHIN_S:
+            child.killed_by_stop = True
+            child.kill(signal.SIGKILL)
 
     def _kill_cause(self, child: Child, now: float) -> str:
         """The limit that the child exceeds: ``boot``, ``stuck``, ``timeout`` or ``rss``; empty if none."""
@@ -323,8 +357,22 @@ class ProcessManager:
             if now > deadline:
                 return "timeout"
             return "rss" if self._exceeds_rss(child) else ""
-        idle = child.channel.phase == READY and now - child.channel.mono_heartbeat_s > _STUCK_AFTER_S
-        return "stuck" if idle else ""
+        # A worker without a job that neither takes one nor exits.
+        idle = child.channel.phase in (READY, STOPPING)
+        return "stuck" if idle and now - child.channel.mono_heartbeat_s > _STUCK_AFTER_S else ""
+
+    def _limit(self, child: Child, channel: Channel) -> str:
+        """The limit that the child exceeded, with its number."""
+        match child.kill_cause:
+            case "timeout" if channel.mono_deadline_s:
+                return f"timeout of {channel.mono_deadline_s - channel.mono_since_s:.6g} s"
+            case "rss":
+                return f"rss above {self._settings.max_rss_mib} MiB"
+            case "boot":
+                return f"boot of more than {_SETUP_TIMEOUT_S:.0f} s"
+            case "stuck":
+                return f"stuck for {_STUCK_AFTER_S:.0f} s"
+        return child.kill_cause
 
     def _exceeds_rss(self, child: Child) -> bool:
         return bool(self._settings.max_rss_mib) and child.rss_mib() > self._settings.max_rss_mib
@@ -366,8 +414,8 @@ class ProcessManager:
         if slot.successor is None:
             if slot.child.generation > generation:
                 self._to_restart.popleft()
-            else:
-                slot.successor = self._spawn(slot, now)
+            elif not slot.backoff.wait_s(now):
+                slot.successor = self._try_spawn(slot, now)
         elif slot.successor.ready and not slot.child.stopping:
             self._stop_worker(slot.child)
 
@@ -386,8 +434,7 @@ class ProcessManager:
 
     def _stop_worker(self, child: Child) -> None:
         self._send_to_reader(Retire(child.slot_no, child.generation))
-        child.stopping = True
-        child.kill(signal.SIGTERM)
+        child.stop()
 
     def drain(self) -> None:
         """Let running jobs finish and read nothing new."""
@@ -396,9 +443,9 @@ class ProcessManager:
         if self._reaper.child:
             self._reaper.child.send(Drain())
         for child in self._children():
-            child.stopping = True
             if child.channel is not None:
-                child.kill(signal.SIGTERM)
+                child.stop()
+            child.stopping = True
         for child in self._standbys:
             child.kill(signal.SIGKILL)
 
@@ -415,23 +462,29 @@ class ProcessManager:
 
     @property
     def drained(self) -> bool:
-        """Whether every child has exited and every job is settled or released."""
-        return self._settled and not any(True for _ in self._children())
+        """Whether every child and subprocess has exited and every job is settled or released."""
+        return self._settled and not self._groups and not any(True for _ in self._children())
+
+    def group_leaders(self) -> set[int]:
+        """Process ids of the workers whose process groups end with the service."""
+        return self._groups.leader_pids | {child.pid for slot in self._workers for child in slot.children()}
 
     def kill_workers(self) -> None:
         """Kill all workers when the drain timeout is over. Their jobs are released without a death count."""
         for child in self._children():
             if child.channel is not None:
-                child.killed_by_drain = True
+                child.killed_by_stop = True
                 child.kill(signal.SIGKILL)
 
     def kill_all(self) -> None:
-        """Kill and collect every child."""
+        """Kill and collect every child, and the subprocesses of workers."""
         for child in self._children():
             child.kill(signal.SIGKILL)
         for child in self._children():
-            child.wait(_STUCK_AFTER_S)
+            if child.wait(_STUCK_AFTER_S) and child.channel is not None:
+                self._groups.end(child.pid, 0.0)
             child.close()
+        self._groups.kill_all()
         for slot in self._slots:
             slot.child = slot.successor = None
         self._standbys.clear()
@@ -480,4 +533,4 @@ def _is_expected(child: Child, exited: ProcessExit) -> bool:
     # stop: a job that kills its worker, also by using up memory, is charged with it even during a drain.
     if child.channel is None:
         return child.stopping and exited.clean
-    return announced or (child.stopping and (exited.cause == "SIGTERM" or child.killed_by_drain))
+    return announced or (child.stopping and (exited.cause == "SIGTERM" or child.killed_by_stop))

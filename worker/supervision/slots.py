@@ -1,10 +1,13 @@
 """Process slots (a role, its child and restarts) and warm standbys for reader and reaper."""
 
+import logging
 from collections.abc import Callable, Iterator
 
 from ..ipc.channel import STOPPING
 from ..settings import Settings
 from .process import Child, RestartBackoff
+
+log = logging.getLogger("jobworker.process_manager")
 
 
 class Slot:
@@ -93,7 +96,12 @@ class Standbys:
             due = now - self._mono_last_start_s > _START_INTERVAL_S and not self._backoff.wait_s(now)
             if wanted and due and self._children[number] is None:
                 self._mono_last_start_s = now
-                self._children[number] = child = self._new_child(now)
+                try:
+                    self._children[number] = child = self._new_child(now)
+                except OSError as error:
+                    log.error("child.spawn_failed", extra={"child": "standby", "error": str(error)})
+                    self._backoff.record_exit(now, was_ready=False, lived_s=0.0)
+                    return
                 child.make_standby(number, settings)
 
     def clear(self) -> None:

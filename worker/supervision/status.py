@@ -41,16 +41,21 @@ class StatusLine:
         retrying, dead = _sum(totals, "z_novel_retry_scheduled"), _sum(totals, "z_novel_dlq_length")
         workers = f"{self._workers} worker{'s' * (self._workers != 1)}"
         text = f"{workers}, {rate:.0f} jobs/s, {retrying:.0f} retrying, {dead:.0f} dead"
-        flags = {"z_novel_paused": "is paused", "z_novel_circuit_open": "waits for its dependency"}
+        flags = {
+            "z_novel_paused": "is paused",
+            "z_novel_circuit_open": "waits for its dependency",
+            "z_novel_crash_circuits_open": "kills workers and is slowed down",
+        }
         return "; ".join([text, *(f"{task_type} {condition}" for name, condition in flags.items()
-                                  for task_type in _flagged(totals, name))])  # fmt: skip
+                                  for task_type in flagged_types(totals, name))])  # fmt: skip
 
 
 def _sum(totals: Totals, name: str) -> float:
     return sum(float(sample["value"]) for sample in totals.get(name, ()))
 
 
-def _flagged(totals: Totals, name: str) -> list[str]:
+def flagged_types(totals: Totals, name: str) -> list[str]:
+    """The types for which a gauge is not 0."""
     return [str(sample["task_type"]) for sample in totals.get(name, ()) if sample["value"]]
 
 
@@ -134,7 +139,7 @@ def _running(child: Child, settings: Settings, mono_now_s: float) -> dict[str, A
     ]  # fmt: skip
     return {
         "for_s": round(mono_now_s - since_s, 3),
-        "limit_in_s": round(deadline_s - mono_now_s, 3),
+        "limit_in_s": round(deadline_s - mono_now_s, 3) + 0.0,  # not -0.0
         "count": len(jobs),
         "jobs": jobs[:_MAX_JOBS_LISTED],
     }

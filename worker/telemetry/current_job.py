@@ -1,6 +1,6 @@
 """The job(s) that this process runs; used to tag log lines and spans."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 #: Metadata of a producer that log lines repeat, so that its request is found in the log.
@@ -25,17 +25,31 @@ class JobLike(Protocol):
 class CurrentJob:
     """Holder of the running job: ``jobs`` is one job, a batch, or empty.
 
+    ``extend_deadline`` moves its deadline; None outside a worker.
+
     This is no context variable: a worker runs one job or batch at a time, and threads that its handler starts
     belong to it.
     """
 
-    __slots__ = ("jobs",)
+    __slots__ = ("extend_deadline", "jobs")
 
     def __init__(self) -> None:
         self.jobs: JobLike | Sequence[JobLike] = ()
+        self.extend_deadline: Callable[[], None] | None = None
 
 
 current = CurrentJob()
+
+
+def report_progress() -> None:
+    """Report that the running job or batch has done a part of its work: its timeout starts again.
+
+    The deadline moves until ``max_timeout`` of the handler is over. It does not move for a handler without
+    one, or if the job has a timeout of its own. Outside a worker nothing happens. Report work that is done,
+    never that a thread is alive: a hung job must run into its timeout.
+    """
+    if current.extend_deadline is not None:
+        current.extend_deadline()
 
 
 def log_fields(job: JobLike) -> dict[str, str]:

@@ -15,11 +15,13 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 10, 30
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 METRICS = {
-    "z_novel_jobs_queued": Metric("gauge", "Jobs that no worker was given yet", ("stream",)),
+    "z_novel_jobs_queued": Metric("gauge", "Jobs in the stream that no service has read yet", ("stream",)),
     "z_novel_oldest_queued_seconds": Metric(
-        "gauge", "Age of the oldest job that no worker was given yet", ("stream",)
+        "gauge", "Age of the oldest job that no service has read yet", ("stream",)
     ),
-    "z_novel_jobs_pending": Metric("gauge", "Jobs delivered to some service and not settled", ("stream",)),
+    "z_novel_jobs_pending": Metric(
+        "gauge", "Jobs that a service has read and not settled: running, prefetched or parked", ("stream",)
+    ),
     "z_novel_jobs_completed_total": Metric("counter", "Jobs that were acknowledged", ("task_type",)),
     "z_novel_jobs_failed_total": Metric("counter", "Tries that failed", ("task_type",)),
     "z_novel_jobs_retried_total": Metric("counter", "Retries that were scheduled", ("task_type",)),
@@ -31,7 +33,9 @@ METRICS = {
         "gauge", "Entries not yet delivered to the group", ("stream", "consumer_group")
     ),
     "z_novel_dlq_length": Metric("gauge", "Dead letters", ("stream",)),
-    "z_novel_retry_scheduled": Metric("gauge", "Jobs that wait for their next try", ("stream",)),
+    "z_novel_retry_scheduled": Metric(
+        "gauge", "Jobs that wait for a retry or were enqueued with a delay", ("stream",)
+    ),
     "z_novel_read_cycles_total": Metric("counter", "Reads that the store answered, or was spared"),
     "z_novel_leases_taken_over_total": Metric(
         "counter", "Jobs taken over from a service that has fallen silent", ("stream",)
@@ -47,6 +51,9 @@ METRICS = {
     "z_novel_worker_restarts_total": Metric("counter", "Processes started again", ("role", "cause")),
     "z_novel_log_lines_dropped_total": Metric("counter", "Log lines dropped because stderr was not read"),
     "z_novel_circuit_open": Metric("gauge", "1 while the circuit breaker of a type is open", ("task_type",)),
+    "z_novel_crash_circuits_open": Metric(
+        "gauge", "Tenants of a type whose jobs kill workers and are slowed down", ("task_type",)
+    ),
     "z_novel_paused": Metric("gauge", "1 while a type is paused by an operator", ("task_type",)),
 }
 

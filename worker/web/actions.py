@@ -211,9 +211,14 @@ class Actions:
         form = await self._read_action(request)
         type = first_value(form, "type")
         _log_action(request, "resume", type=type)
-        return await run_in_threadpool(self._change_pauses, lambda store: store.resume(type))
 
-    def _change_pauses(self, change: Callable[[OperatorStore], object]) -> Response:
+        def change(store: OperatorStore) -> None:
+            if not store.resume(type):
+                raise HTTPException(404, f"The type {type!r:.80} is not paused, so nothing changed.")
+
+        return await run_in_threadpool(self._change_pauses, change)
+
+    def _change_pauses(self, change: Callable[[OperatorStore], None]) -> Response:
         with self._site.store() as store:
             change(store)
         self._site.history.refresh()

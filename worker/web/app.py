@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from ..admin.words import InvalidAge
-from ..errors import StoreUnavailable
+from ..errors import StoreRefused, StoreUnavailable
 from ..telemetry.log import redacted
 from .access import Access
 from .actions import Actions
@@ -69,7 +69,8 @@ def _error_pages(site: Site) -> dict[Any, Callable[[Request, Exception], Respons
         return error_page(request, error.status_code, error.detail)
 
     def unavailable(request: Request, error: Exception) -> Response:
-        return error_page(request, 503, f"The job store does not answer: {redacted(str(error))}")
+        what = "refuses a key" if isinstance(error, StoreRefused) else "does not answer"
+        return error_page(request, 503, f"The job store {what}: {redacted(str(error))}")
 
     def invalid_age(request: Request, error: Exception) -> Response:
         assert isinstance(error, InvalidAge)

@@ -100,6 +100,7 @@ def serve(
     # uvicorn raises the signal again after its shutdown: the default handler would change the exit code.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the program that started this one may have blocked them
     history.start()
     try:
         on_listening(_url(listener))
@@ -117,7 +118,9 @@ def _listen(address: tuple[str, int]) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise ConfigurationError(f"cannot listen on {address[0]}:{address[1]}: {error}") from error
+        raise ConfigurationError(
+            f"--listen {address[0]}:{address[1]}: cannot listen there: {error.strerror or error}"
+        ) from error
     listener.listen(_BACKLOG)
     return listener
 

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 import grpc
 from pymilvus import DataType, MilvusClient
@@ -42,6 +43,13 @@ OLD_NOTE = (
     "this version misplaces upserted rows in collections with a partition key: new collections get none, and "
     "filters alone separate tenants; use Milvus 2.4 or later"
 )
+
+
+def grpc_options(uri: str) -> dict[str, Any]:
+    """gRPC's options for a server. One on this machine is never reached through a proxy."""
+    host = urlsplit(uri).hostname or ""
+    local = host in ("localhost", "::1") or host.startswith("127.")
+    return {**GRPC_OPTIONS, "grpc.enable_http_proxy": 0} if local else dict(GRPC_OPTIONS)
 
 
 class MilvusClientHandle:
@@ -91,7 +99,7 @@ class MilvusClientHandle:
                     timeout=timeout_s,
                     # Otherwise, clients of one address share a connection, and one close ends it for all.
                     dedicated=True,
-                    grpc_options=GRPC_OPTIONS,
+                    grpc_options=grpc_options(self._uri),
                 )
                 self._server = detect_server(client, timeout_s)
                 self._client = client

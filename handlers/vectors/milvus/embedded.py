@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 from jobworker.handlers import NEEDS_VECTORS
 from jobworker.worker import ConfigurationError
-from jobworker.worker.data_dir import HOST, DataDir, free_port, kept_secret, private_folder
+from jobworker.worker.data_dir import HOST, DataDir, free_port, kept_secret, private_folder, socket_path
 from jobworker.worker.extension import how_to_install
 
 from ...settings import HandlerSettings
@@ -27,6 +27,8 @@ class EmbeddedMilvus:
         self._port_file = data.path / "milvus.port"
         self._port_file.unlink(missing_ok=True)
         self._port = free_port(data.endpoints().get("milvus_uri"))
+        self._socket_file = data.path / "milvus.sock"
+        self._socket = socket_path(data.path, self._socket_file.name)
 
     @classmethod
     def needed(cls, settings: HandlerSettings) -> bool:
@@ -34,8 +36,16 @@ class EmbeddedMilvus:
         return not settings.milvus_uri and any(one in NEEDS_VECTORS for one in settings.handlers.values())
 
     def settings(self) -> dict[str, str]:
-        """Settings for its clients. The token is empty: clients prefer it to the one in the URI."""
-        return {"milvus_uri": self.url, "milvus_token": ""}
+        """Settings for the service's processes: only this user can listen there and get the token."""
+        return {"milvus_uri": f"unix:{self._socket}", "milvus_token": self._token}
+
+    def endpoints(self) -> dict[str, str]:
+        """Its address for tools."""
+        return {"milvus_uri": self.url}
+
+    def remove_socket(self) -> None:
+        """Remove its Unix socket, which a killed server leaves."""
+        self._socket_file.unlink(missing_ok=True)
 
     @property
     def url(self) -> str:
@@ -43,13 +53,17 @@ class EmbeddedMilvus:
         return f"http://{self._token}@{HOST}:{self._port}"
 
     def command(self) -> list[str]:
-        """Command line of the server, which writes the port file when it is ready."""
+        """Command line of the server, which writes the port file when it is ready.
+
+        The port changes if another program has taken it.
+        """
         self._port_file.unlink(missing_ok=True)
+        self._port = free_port(self.url)
         return [
-            sys.executable, "-m", "jobworker.handlers.vectors.milvus.lite_server",
+            sys.executable, "-P", "-m", "jobworker.handlers.vectors.milvus.lite_server",
             "--data-dir", str(self._dir),
             "--port", str(self._port), "--port-file", str(self._port_file),
-            "--token-file", str(self._token_file),
+            "--token-file", str(self._token_file), "--socket", self._socket,
         ]  # fmt: skip
 
     def answers(self) -> bool:

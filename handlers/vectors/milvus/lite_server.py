@@ -378,6 +378,16 @@ def build_server(database: Any, gate: FlushGate, token: str) -> Any:
     return server
 
 
+def bind_socket(server: Any, path: str) -> None:
+    """Bind to a Unix socket too; exits with 2 if that fails. The umask makes it private."""
+    try:
+        bound = path == "" or bool(server.add_insecure_port(f"unix:{path}"))
+    except RuntimeError:
+        bound = False
+    if not bound:
+        exit_now(EXIT_USAGE, f"socket {path} cannot be used")
+
+
 def bind(server: Any, port: int) -> int:
     """Bind to the loopback address and return the port. Exits with 2 if the port is in use."""
     try:
@@ -405,7 +415,9 @@ def close(server: Any, database: Any) -> None:
     closing.join(CLOSE_LIMIT_S)
 
 
-def serve(data_dir: Path, port_file: Path, port: int, token: str, stop: threading.Event) -> None:
+def serve(
+    data_dir: Path, port_file: Path, port: int, socket: str, token: str, stop: threading.Event
+) -> None:  # fmt: skip
     """Serve `data_dir` until `stop` is set; `port_file` exists while calls are answered."""
     database = open_database(data_dir)
     from milvus_lite.engine.collection import Collection
@@ -417,6 +429,7 @@ def serve(data_dir: Path, port_file: Path, port: int, token: str, stop: threadin
     guard_open(database, gate)
     server = build_server(database, gate, token)
     bound = bind(server, port)
+    bind_socket(server, socket)
     load_all_collections(database)
     server.start()
     publish_port(port_file, bound)
@@ -434,6 +447,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--token-file", type=Path, required=True, help="file with the token of the clients")
     parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1; 0 picks a free one")
+    parser.add_argument("--socket", default="", help="path of a Unix socket to listen on too")
     return parser.parse_args(argv)
 
 
@@ -447,7 +461,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     token = read_token(options.token_file)
     os.umask(0o077)  # the engine's files hold every tenant's rows
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    serve(options.data_dir, options.port_file, options.port, token, stop)
+    serve(options.data_dir, options.port_file, options.port, options.socket, token, stop)
     # Threads of the engine may still build an index, which the next start does not need.
     sys.stderr.flush()
     os._exit(0)

@@ -6,10 +6,8 @@ become `StoreUnavailable`.
 
 import functools
 import math
-import re
 import socket
 from typing import Any, Protocol
-from urllib.parse import unquote
 
 import redis
 from redis.cluster import ClusterNode, RedisCluster
@@ -17,17 +15,12 @@ from redis.exceptions import RedisError
 from redis.sentinel import Sentinel
 
 from ...errors import AnswerTooLarge, ConfigurationError, StoreUnavailable
-from ...settings import without_credentials
+from ...urls import parse_redis_url
 
 #: Bytes per system call: a batch of some hundred jobs.
 _SOCKET_READ_BYTES = 256 * 1024
 #: TCP keepalive: seconds of silence before the first probe, seconds between probes, number of probes.
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 10, 5, 3
-
-_MANY_HOSTS = re.compile(
-    r"redis\+(?P<kind>sentinel|cluster)://(?:(?P<user>[^:@/]*):(?P<password>[^@/]*)@)?"
-    r"(?P<hosts>[^/?@]+)(?:/(?P<master>[^/?]*))?(?:/(?P<db>\d+))?/?"
-)
 
 #: The library gives this class no types.
 _ClusterNode: Any = ClusterNode
@@ -95,23 +88,30 @@ class Endpoint(Protocol):
 
 
 def endpoint(url: str, timeout_s: float) -> Endpoint:
-    """Parse a URL: ``redis://``, ``rediss://``, ``unix://``,
-    ``redis+sentinel://[user:password@]host:port,…/master/db`` or ``redis+cluster://…host:port,…``.
+    """Endpoint of a URL, for which `parse_redis_url` lists the forms.
 
     Nothing is contacted yet. Raises `ConfigurationError` for a URL that cannot be parsed; its text never
     shows the password.
     """
     if not url:
         raise ConfigurationError("the URL of the job store is empty")
-    limits = _limits(timeout_s)
-    try:
-        if url.startswith("redis+"):
-            return _many_hosts(url, limits)
-        return _Single(url, limits)
-    except (ValueError, RedisError):
-        # The cause stays out: parsers quote parts of their input.
-        shown = without_credentials(url, "***@")
-        raise ConfigurationError(f"cannot be read as a Redis URL: {shown}") from None
+    parsed = parse_redis_url(url)
+    options = _limits(timeout_s) | parsed.tls_arguments()
+    options |= {"db": parsed.db, "username": parsed.username, "password": parsed.password}
+    if parsed.kind == "unix":
+        return _Single(redis.UnixDomainSocketConnection, options | {"path": parsed.path})
+    options |= _keepalive(timeout_s)
+    match parsed.kind:
+        case "cluster":
+            del options["db"]
+            return _Cluster(list(parsed.hosts), options | ({"ssl": True} if parsed.secure else {}))
+        case "sentinel":
+            secure = {"ssl": True} if parsed.secure else {}
+            return _Sentinel(list(parsed.hosts), parsed.master, options | secure)
+        case _:
+            ((host, port),) = parsed.hosts
+            kind = redis.SSLConnection if parsed.secure else redis.Connection
+            return _Single(kind, options | {"host": host, "port": port})
 
 
 def unavailable(error: Exception, doing: str) -> StoreUnavailable:
@@ -171,10 +171,8 @@ class _Single:
 
     cluster = False
 
-    def __init__(self, url: str, limits: dict[str, Any]) -> None:
-        if not url.startswith("unix://"):
-            limits = limits | _keepalive(limits["socket_timeout"])
-        self._pool = redis.ConnectionPool.from_url(url, **limits)
+    def __init__(self, connection_class: Any, options: dict[str, Any]) -> None:
+        self._pool = redis.ConnectionPool(connection_class=connection_class, **options)
 
     def node(self, key: str) -> str:
         return ""
@@ -236,25 +234,3 @@ class _Cluster:
         if self._client is not None:
             self._client.close()
             self._client = None
-
-
-def _many_hosts(url: str, limits: dict[str, Any]) -> Endpoint:
-    parts = _MANY_HOSTS.fullmatch(url)
-    if parts is None:
-        raise ValueError("not of the form kind://hosts/master/db")
-    options = limits | _keepalive(limits["socket_timeout"])
-    if parts["password"]:
-        options["password"] = unquote(parts["password"])
-    if parts["user"]:
-        options["username"] = unquote(parts["user"])
-    if parts["kind"] == "cluster":
-        return _Cluster(_addresses(parts["hosts"], 6379), options)
-    if not parts["master"]:
-        raise ValueError("the master's name is missing")
-    options["db"] = int(parts["db"] or 0)
-    return _Sentinel(_addresses(parts["hosts"], 26379), parts["master"], options)
-
-
-def _addresses(hosts: str, default_port: int) -> list[tuple[str, int]]:
-    pairs = (host.split(":", 1) if ":" in host else (host, default_port) for host in hosts.split(","))
-    return [(str(name), int(port)) for name, port in pairs]

@@ -258,7 +258,7 @@ class RedisReaderStore(RedisStoreBase):
         """Delete counts of entries that are gone with their stream: no settlement removes them."""
         key = self.deaths_key(source.stream)
         ids = self.one(source.stream, ("HKEYS", key))
-        if gone := set(ids) - self.fetch(source, ids).keys():
+        if gone := set(ids) - self.fetch(source, list(filter(_is_entry_id, ids))).keys():
             self.one(source.stream, ("HDEL", key, *gone))
 
     def _reader_script(
@@ -308,6 +308,14 @@ class RedisReaderStore(RedisStoreBase):
             arguments += dead
         more_keys = [self.retry_key(stream), self.dead_key(stream), self.deaths_key(stream)]
         return self._reader_script(source, "settle", more_keys, arguments)
+
+
+def _is_entry_id(field: bytes) -> bool:
+    """Whether a field that any program may have written is an entry id: the server refuses others."""
+    numbers = field.split(b"-")
+    return len(numbers) == 2 and all(
+        number.isdigit() and len(number) <= 20 and int(number) < 2**64 for number in numbers
+    )
 
 
 def _in_order(ids: Sequence[bytes]) -> list[bytes]:

@@ -1,7 +1,6 @@
 """The reaper's side of the job store on Redis."""
 
 import logging
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -53,7 +52,8 @@ class RedisReaperStore(RedisStoreBase):
 
     def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
         """See `ReaperStore.announce`. A refusal is logged once: only warnings of producers depend on it."""
-        now_s = time.time()
+        seconds, microseconds = self.one(SERVICES_KEY, ("TIME",))
+        now_s = int(seconds) + int(microseconds) / 1e6
         record = encode(types, sources, now_s)
         stored, found = self.call(
             SERVICES_KEY, [("HSET", SERVICES_KEY, service, record), ("HGETALL", SERVICES_KEY)]

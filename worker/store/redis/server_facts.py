@@ -3,6 +3,9 @@
 import time
 from typing import Any
 
+from redis.exceptions import ResponseError
+
+from ...errors import StoreRefused
 from ...keys import Source
 from ..facts import ServerFacts, StreamFacts
 from .base import checked, is_no_group, pairs
@@ -34,7 +37,16 @@ class RedisFacts(OperatorStore):
         )
 
     def stream(self, source: Source) -> StreamFacts:
-        """One stream: lengths, groups, consumers, overdue retries."""
+        """One stream: lengths, groups, consumers, overdue retries, and keys that the server refuses."""
+        faults = self.key_faults(source)
+        try:
+            return self._stream(source)._replace(faults=faults)
+        except StoreRefused:
+            if not faults:
+                raise
+            return StreamFacts(source, True, 0, {}, {}, [], 0, 0.0, 0, faults)
+
+    def _stream(self, source: Source) -> StreamFacts:
         stream = source.stream
         exists, length, dead, first = self.call(
             stream,
@@ -46,7 +58,7 @@ class RedisFacts(OperatorStore):
             ],
         )
         groups = [_decoded(flat) for flat in self.one(stream, ("XINFO", "GROUPS", stream))] if exists else []
-        due = checked(first)
+        due = [] if isinstance(first, ResponseError) else first
         group = self.group(source) if exists else None
         return StreamFacts(
             source,
@@ -57,7 +69,7 @@ class RedisFacts(OperatorStore):
             group.consumers if group else [],
             self._missing(source) if group else 0,
             max(0.0, self.wall_now_s(stream) - float(due[1])) if due else 0.0,
-            checked(dead),
+            0 if isinstance(dead, ResponseError) else dead,
         )
 
     def _missing(self, source: Source) -> int:

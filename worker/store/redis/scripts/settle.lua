@@ -65,14 +65,19 @@ for _ = 1, dead do
   at = at + 2
 end
 
--- If no other consumer owns entries in this group, all pending ones are ours: one command answers for all.
+-- If no other consumer owns entries in this group, all pending ones are ours: no id has to be looked up.
 local function is_only_owner()
   local owners = redis.call('XPENDING', KEYS[1], ARGV[1])[4]
   return owners and #owners == 1 and owners[1][1] == ARGV[2]
 end
 
 if done > 0 and is_only_owner() then
-  redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, 7, 6 + done))
+  -- One by one, because the number of acknowledged ids does not tell which were not pending any more.
+  for i = 7, 6 + done do
+    if redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) == 0 then
+      refused[#refused + 1] = ARGV[i]
+    end
+  end
   if redis.call('EXISTS', KEYS[5]) == 1 then
     redis.call('HDEL', KEYS[5], unpack(ARGV, 7, 6 + done))
   end
