@@ -55,6 +55,7 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
     timed_out: bool = False
     unavailable: bool = False
     traceback: str = ""
+    malformed: bool = False
 
 
 class TryAgain(msgspec.Struct, frozen=True):
@@ -75,6 +76,8 @@ def after_failure(
 ) -> TryAgain | GiveUp:
     """Decide about a job whose try failed; deaths under it are tries too."""
     tries = retry_count + deaths
+    if failure.malformed:
+        return GiveUp(Reason.MALFORMED)
     if failure.permanent:
         return GiveUp(Reason.PERMANENT)
     if tries >= policy.max_retries:

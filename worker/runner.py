@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from .envelope import Envelope, Job, job_of, reread_envelope
+from .envelope import Envelope, Job, job_of, read_payload
 from .errors import MalformedJob, PermanentError
 from .handler import BoundHandler
 from .ipc.channel import READY, STOPPING, Channel, JobFrame, OutcomeFrame
@@ -148,15 +148,23 @@ class Runner:
             decoded = self._frames.decode(frame)
             self._channel.table.taken = decoded.first_row + len(decoded.jobs)
             self._channel.jobs.release(tail)
-            exact = self._exact_types
-            # A named tuple's own constructor takes four times as long, once per job.
-            self._queue.extend(
-                tuple.__new__(QueuedJob, (row, stream_no, entry_id, reread_envelope(data, exact), len(data)))
-                for row, (stream_no, entry_id, data) in enumerate(decoded.jobs, decoded.first_row)
-            )
+            self._queue_jobs(decoded)
             ahead_bytes += len(frame)
             if len(self._queue) >= most or ahead_bytes >= most_bytes:
                 return
+
+    def _queue_jobs(self, frame: JobFrame) -> None:
+        exact = self._exact_types
+        for row, (stream_no, entry_id, data) in enumerate(frame.jobs, frame.first_row):
+            try:
+                envelope = read_payload(data, exact)
+            except MalformedJob as error:  # the reader does not look into payloads
+                self._fail(row, Failure(f"MalformedJob: {error}", malformed=True))
+                self._channel.finished += 1
+                self._unflushed_since = self._unflushed_since or self._mono_s()
+                continue
+            # A named tuple's own constructor takes four times as long, once per job.
+            self._queue.append(tuple.__new__(QueuedJob, (row, stream_no, entry_id, envelope, len(data))))
 
     def _idle(self, now: float, sleep_s: float) -> None:
         self._flush_outcomes()
@@ -313,7 +321,7 @@ class Runner:
             raise
         except BaseException as error:  # among them cancellations of asyncio and other libraries
             failure = _failure_of(error)
-            self._fail(queued, failure)
+            self._fail(queued.row, failure)
             if failure.unavailable:
                 self._return_queued(handler.kind, failure)
         else:
@@ -338,7 +346,7 @@ class Runner:
             if outcome is None:
                 self._states[queued.row % self._rows] = SUCCEEDED
             else:
-                self._fail(queued, failures[id(outcome)])
+                self._fail(queued.row, failures[id(outcome)])
         if None not in outcomes and all(failure.unavailable for failure in failures.values()):
             self._return_queued(handler.kind, failures[id(outcomes[0])])
         self._channel.set_running(0.0, 0.0)
@@ -369,14 +377,14 @@ class Runner:
         self._queue.clear()
         for job in queued:
             if job.envelope.type == type_name:
-                self._fail(job, failure)
+                self._fail(job.row, failure)
             else:
                 self._queue.append(job)
 
-    def _fail(self, queued: QueuedJob, failure: Failure) -> None:
+    def _fail(self, row: int, failure: Failure) -> None:
         """Mark the row FAILED, then push the failure: a reader that sees the frame may reuse the row."""
-        self._states[queued.row % self._rows] = FAILED
-        frame = msgspec.msgpack.encode(OutcomeFrame(queued.row, failure))
+        self._states[row % self._rows] = FAILED
+        frame = msgspec.msgpack.encode(OutcomeFrame(row, failure))
         give_up_at = self._mono_s() + _ROOM_WITHIN_S
         while not self._channel.outcomes.push(frame):
             self._channel.wake_reader()

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from .admin.dead_letters import Letter, read_letter
-from .envelope import Job, job_of, reread_envelope
+from .envelope import Job, job_of, read_payload
 from .event_loop import EventLoop
 from .handler import BoundHandler, set_up
 from .ipc.channel import Channel
@@ -340,4 +340,4 @@ class Harness:
 
 
 def _job(data: bytes, stream: str, entry_id: str) -> Job:
-    return job_of(reread_envelope(data), stream, entry_id)
+    return job_of(read_payload(data), stream, entry_id)

@@ -13,14 +13,14 @@ from support.service import STREAM, TESTS, Service, ending, handlers
 
 pytestmark = pytest.mark.process
 
-#: Python runs a module of this name at each start. Only the reader calls `read_envelope`.
+#: Python runs a module of this name at each start. Only the reader calls `read_header`.
 FAULT = """
 import os, signal, sys
 if "jobworker.worker.boot" in sys.orig_argv:
     from jobworker.worker import envelope
-    from jobworker.worker.reader import admission as triage
-    real = envelope.read_envelope
-    def read_envelope(data, *rest):
+    from jobworker.worker.reader import admission, settlement
+    real = envelope.read_header
+    def read_header(data, *rest):
         if b"SIGSEGV" in data or b"SIGKILL" in data:
             os.kill(os.getpid(), signal.SIGSEGV if b"SIGSEGV" in data else signal.SIGKILL)
         while b"spin" in data:
@@ -28,7 +28,7 @@ if "jobworker.worker.boot" in sys.orig_argv:
         if b"raise" in data:
             raise RuntimeError("planted")
         return real(data, *rest)
-    envelope.read_envelope = triage.read_envelope = read_envelope
+    envelope.read_header = admission.read_header = settlement.read_header = read_header
 """
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from jobworker.worker.envelope import read_header
 from jobworker.worker.ipc.channel import READY, Channel, JobFrame, OutcomeFrame
 from jobworker.worker.ipc.control import Attach, ControlSocket, Drain, Message, Report, SyncDone, WorkerExited
 from jobworker.worker.ipc.inflight import FAILED, STARTED, SUCCEEDED
@@ -38,7 +39,7 @@ class FakeWorker:
         for frame, tail in self.channel.jobs.frames():
             decoded = self._decode(frame)
             for row, (_, _, data) in enumerate(decoded.jobs, decoded.first_row):
-                ids.append(json.loads(data)["id"])
+                ids.append(read_header(data).id)
                 self._rows[ids[-1]] = row
             self.channel.table.taken = decoded.first_row + len(decoded.jobs)
             self.channel.jobs.release(tail)

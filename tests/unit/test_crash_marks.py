@@ -180,7 +180,7 @@ def test_an_entry_that_ends_readers_is_dead_lettered_and_the_others_are_run(
 ) -> None:
     """The first death blames an answer of many entries, the second the entry; unless they were kills that
     may have come from outside."""
-    monkeypatch.setattr(admission, "read_envelope", deadly(admission.read_envelope))
+    monkeypatch.setattr(admission, "read_header", deadly(admission.read_header))
     bench.proven = proven
     bench.add(20)
     bench.read_until_one_lives()
@@ -195,7 +195,7 @@ def test_an_entry_that_ends_readers_is_dead_lettered_and_the_others_are_run(
 
 
 def test_one_that_came_alone_ends_one_reader(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "read_envelope", deadly(admission.read_envelope))
+    monkeypatch.setattr(admission, "read_header", deadly(admission.read_header))
     bench.server.append(SOURCE.stream, job(KILLER))
     bench.read_until_one_lives()
     assert bench.deaths == 1
@@ -257,7 +257,7 @@ def test_one_that_ends_the_reader_as_its_failure_is_settled(
     for state in (STARTED, FAILED):
         bench.channel.table.states[row] = state
     bench.channel.outcomes.push(msgspec.msgpack.encode(OutcomeFrame(row, Failure("ValueError: no"))))
-    monkeypatch.setattr(settlement, "read_envelope", deadly(settlement.read_envelope))
+    monkeypatch.setattr(settlement, "read_header", deadly(settlement.read_header))
     bench.read_until_one_lives()
     assert bench.deaths == 1
     (letter,) = bench.letters()
@@ -269,14 +269,14 @@ def test_readers_that_are_killed_all_the_time_give_nothing_up(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each entry that is parsed is as likely to be hit as any other, and the first ones are hit often."""
-    real, rng = admission.read_envelope, random.Random(20260102)
+    real, rng = admission.read_header, random.Random(20260102)
 
     def read(data: bytes, *rest: Any) -> Any:
         if rng.random() < 0.1:
             raise Died
         return real(data, *rest)
 
-    monkeypatch.setattr(admission, "read_envelope", read)
+    monkeypatch.setattr(admission, "read_header", read)
     bench.proven = False
     bench.add(300)
     while not bench.read():

@@ -19,6 +19,7 @@ from jobworker.worker.envelope import (
     dead_letter,
     job_of,
     read_envelope,
+    read_header,
     with_retry,
     without_last_error,
 )
@@ -132,6 +133,22 @@ def test_malformed(data: bytes) -> None:
     with pytest.raises(MalformedJob) as caught:
         read_envelope(data)
     assert str(caught.value)
+
+
+@pytest.mark.parametrize(("data", "as_expected"), ACCEPTED.values(), ids=ACCEPTED.keys())
+def test_the_header_shows_all_but_the_payload(data: bytes, as_expected: Callable[[Any], bool]) -> None:
+    header, envelope = msgspec.structs.asdict(read_header(data)), msgspec.structs.asdict(read_envelope(data))
+    assert envelope | header | {"payload": None} == envelope | {"payload": None}
+
+
+@pytest.mark.parametrize("payload", [b'"\xff"', b"1e999"])
+@pytest.mark.parametrize("reason", ["poison", "unknown_type"])
+def test_a_dead_letter_of_a_job_whose_payload_was_never_read_is_json(payload: bytes, reason: str) -> None:
+    data = BEGUN + b',"payload":' + payload + b"}"
+    job = DeadJob(data, b"17-1", reason, "no", read_header(data))
+    found = json.loads(dead_letter(job, stream="s", worker="w", failed_at="t").decode())
+    assert found["task"] is None
+    assert base64.b64decode(found["raw"]) == data
 
 
 @pytest.mark.parametrize(("data", "as_expected"), ACCEPTED.values(), ids=ACCEPTED.keys())

@@ -143,6 +143,17 @@ class Batch:
         return self.answer(jobs)
 
 
+def test_a_malformed_payload_reaches_no_handler_and_stops_no_other_job(desk: Callable[..., Desk]) -> None:
+    handler = Single()
+    worker = desk(t=handler)
+    worker.hand("t", "t", payload=msgspec.Raw(b'"\xff"'))
+    worker.hand("t", payload="fine")
+    worker.run()
+    assert handler.log == ["2"]
+    assert worker.states() == [FAILED, FAILED, SUCCEEDED]
+    assert all(one.malformed and "utf-8" in one.error for one in worker.failures().values())
+
+
 def test_jobs_run_in_their_order_over_several_frames(desk: Callable[..., Desk]) -> None:
     handler = Single()
     worker = desk(t=handler)

@@ -1,5 +1,6 @@
 """Settlement: what becomes of jobs that succeed, fail, or lose their worker."""
 
+import base64
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -67,6 +68,18 @@ def test_a_failed_job_is_retried_until_its_retries_are_exhausted(rig: ReaderRig)
     assert [(job["id"], job["retry_count"]) for job in rig.retries] == [("1", 1)]
     assert [(letter["reason"], letter["task"]["id"]) for letter in rig.letters] == [("exhausted", "2")]
     assert (rig.pending, rig.metric("z_novel_jobs_failed_total", "a")) == (0, 2)
+
+
+def test_a_malformed_payload_is_kept_as_it_was(rig: ReaderRig) -> None:
+    data = b'{"id":"1","type":"a","payload":"\xff"}'
+    rig.server.append(SOURCE.stream, data)
+    rig.tick()
+    rig.workers[0].take()
+    rig.workers[0].fail("1", Failure("MalformedJob: not UTF-8", malformed=True))
+    rig.tick()
+    (letter,) = rig.letters
+    assert (letter["reason"], letter["task"], base64.b64decode(letter["raw"])) == ("malformed", None, data)
+    assert (rig.pending, rig.metric("z_novel_jobs_dead_total", "a", "malformed")) == (0, 1)
 
 
 def test_a_permanent_failure_is_not_retried(rig: ReaderRig) -> None:

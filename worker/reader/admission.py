@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ..envelope import DeadJob, Envelope, read_envelope
+from ..envelope import DeadJob, Header, read_header
 from ..errors import MalformedJob
 from ..outcome import Reason
 from ..store.ports import Entry
@@ -73,7 +73,7 @@ class Admission:
             error = f"OversizedJob: {len(data)} bytes, at most {self._max_payload} are taken"
             return _reject(stream_no, entry, Reason.OVERSIZED, error)
         try:
-            envelope = read_envelope(data, self._scratch)
+            envelope = read_header(data, self._scratch)
         except MalformedJob as malformed:
             return _reject(stream_no, entry, Reason.MALFORMED, f"MalformedJob: {malformed}")
         type_no = self._type_nos.get(envelope.type)
@@ -109,7 +109,7 @@ def reject_unread(stream_no: int, entry: Entry) -> RejectedEntry:
 
 
 def _reject(
-    stream_no: int, entry: Entry, reason: Reason, error: str, envelope: Envelope | None = None
+    stream_no: int, entry: Entry, reason: Reason, error: str, envelope: Header | None = None
 ) -> RejectedEntry:
     dead_job = DeadJob(entry.data, entry.id, reason, error, envelope, entry.deaths)
     return RejectedEntry(stream_no, dead_job)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ..envelope import DeadJob, Envelope, dead_letter, read_envelope, with_retry
+from ..envelope import DeadJob, Header, dead_letter, read_header, with_retry
 from ..errors import Fenced, StoreUnavailable
 from ..ipc.channel import OutcomeFrame
 from ..ipc.control import WorkerExited
@@ -213,7 +213,7 @@ class Settler:
         row, failure = job.row, job.failure
         if not failure.timed_out and not failure.unavailable:
             batch.answered_types.add(row.type_no)
-        envelope = read_envelope(data)
+        envelope = read_header(data)
         if failure.timed_out:
             batch.worker_deaths.append(CrashKey(row.type_no, envelope.tenant_id))
         decision = after_failure(failure, envelope.retry_count, row.deaths, self._settings.retry, self._rng)
@@ -223,7 +223,8 @@ class Settler:
         if isinstance(decision, GiveUp):
             log.error("job.dead_lettered", extra={**fields, "reason": decision.reason})
             self._trace("give up", envelope, row, failure.error, reason=decision.reason)
-            self._dead_letter(batch, job, data, decision.reason, envelope)
+            is_readable = decision.reason != Reason.MALFORMED
+            self._dead_letter(batch, job, data, decision.reason, envelope if is_readable else None)
             return
         log.warning("job.retry_scheduled", extra={**fields, "delay_s": round(decision.delay_s, 3)})
         self._trace("retry", envelope, row, failure.error, delay_s=decision.delay_s)
@@ -233,7 +234,7 @@ class Settler:
         batch.retries[row.stream_no].append(Retry(row.entry_id, decision.delay_s, retry))
 
     def _trace(
-        self, what: str, envelope: Envelope, row: InFlightJob, error: str, **attributes: str | int | float
+        self, what: str, envelope: Header, row: InFlightJob, error: str, **attributes: str | int | float
     ) -> None:
         stream = self._streams[row.stream_no].stream
         trace.settled(what, envelope, stream, row.entry_id, error=error, **attributes)
@@ -252,7 +253,7 @@ class Settler:
         self._add_dead_letter(batch, rejected, type_name, self._worker_name(None))
 
     def _dead_letter(
-        self, batch: SettlementBatch, job: FailedJob, data: bytes, reason: Reason, envelope: Envelope
+        self, batch: SettlementBatch, job: FailedJob, data: bytes, reason: Reason, envelope: Header | None
     ) -> None:
         row = job.row
         details = job.details
@@ -445,7 +446,7 @@ class Settler:
             self._dead_letter_unread(batch, job, data)
             return True
         self._marks.mark(row.stream_no, row.entry_id, settling=True)
-        envelope = read_envelope(data)
+        envelope = read_header(data)
         deaths = envelope.deaths + row.deaths
         if sole:
             batch.worker_deaths.append(CrashKey(row.type_no, envelope.tenant_id))

@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import Decision
 from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
-from ..envelope import Envelope, Job, reread_envelope
+from ..envelope import Header, Job, read_header
 from ..errors import ConfigurationError
 from ..handler import BoundHandler
 from ..settings import Settings
@@ -67,7 +67,7 @@ class Spans:
 
     def dispatched(self, stream: str, entry_id: str, data: bytes) -> None:
         """Make the ``queue`` span. It starts when the entry was written, by the clock of the job store."""
-        job = reread_envelope(data)
+        job = read_header(data)
         now_ns = time.time_ns()
         written_ns = int(entry_id.partition("-")[0]) * 1_000_000
         sender = sent_by(job.metadata or {})
@@ -82,7 +82,7 @@ class Spans:
         span.end(now_ns)
 
     def settled(
-        self, what: str, envelope: Envelope, stream: str, entry_id: str, attributes: Attributes
+        self, what: str, envelope: Header, stream: str, entry_id: str, attributes: Attributes
     ) -> None:
         """Make a span of no duration: the worker's own span may have been lost with the worker."""
         all_attributes = {**_job_attributes(envelope, stream, entry_id), **_redacted_values(attributes)}
@@ -151,7 +151,7 @@ class Spans:
             if token is not None:
                 contexts.detach(token)
 
-    def _queue(self, job: Job | Envelope, stream: str, entry_id: str) -> SpanContext:
+    def _queue(self, job: Job | Header, stream: str, entry_id: str) -> SpanContext:
         """Context of the reader's ``queue`` span for this entry, derived from the entry id."""
         sender = sent_by(job.metadata or {})
         span_id = _queue_span_id(stream, entry_id)
@@ -213,7 +213,7 @@ def _within(process: Span) -> Context:
     return contexts.get_current() if same else api.set_span_in_context(process, Context())
 
 
-def _job_attributes(job: Job | Envelope, stream: str, entry_id: str) -> dict[str, str | int | float]:
+def _job_attributes(job: Job | Header, stream: str, entry_id: str) -> dict[str, str | int | float]:
     """Attributes that identify the job. The payload is never among them."""
     attributes: dict[str, str | int | float] = {
         "messaging.system": "redis",

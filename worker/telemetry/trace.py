@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-from ..envelope import Envelope, Job
+from ..envelope import Header, Job
 from ..handler import BoundHandler
 from .current_job import current
 
@@ -21,7 +21,7 @@ class Tracing(Protocol):
         """The job was dispatched to a worker: the end of its time in the queue."""
 
     def settled(
-        self, what: str, envelope: Envelope, stream: str, entry_id: str, attributes: Attributes
+        self, what: str, envelope: Header, stream: str, entry_id: str, attributes: Attributes
     ) -> None:
         """An attempt failed; ``what`` is the decision that follows."""
 
@@ -66,7 +66,7 @@ def dispatched(stream: str, entry_id: bytes, data: bytes) -> None:
 
 
 def settled(
-    what: str, envelope: Envelope, stream: str, entry_id: bytes, **attributes: str | int | float
+    what: str, envelope: Header, stream: str, entry_id: bytes, **attributes: str | int | float
 ) -> None:
     """Record a failed attempt; ``what`` is ``retry``, ``give up`` or ``worker died``."""
     if _tracing is not None:
