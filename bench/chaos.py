@@ -171,11 +171,13 @@ class Run:
         }
 
     def _tracebacks(self) -> list[str]:
+        """Tracebacks of the service, without those of planned failures of handlers."""
         return [
             f"{service.name}: {message.get('msg', '')[:200]}"
             for service in self._services
             for message in service.messages()
-            if "exception" in message or str(message.get("msg", "")).startswith("Traceback")
+            if ("exception" in message and message.get("msg") not in _FAILED_JOBS)
+            or str(message.get("msg", "")).startswith("Traceback")
         ]
 
     def close(self) -> None:
@@ -184,6 +186,10 @@ class Run:
             service.stop()
         self._server.stop()
         self._event_log.close()
+
+
+#: Events with the traceback of a handler.
+_FAILED_JOBS = {"job.retry_scheduled", "job.dead_lettered", "circuit.opened"}
 
 
 def _kinds(_: click.Context, __: click.Parameter, text: str) -> list[str]:

@@ -100,7 +100,8 @@ def private_folder(path: Path) -> Path:
 def safe_folder(path: Path) -> Path:
     """The folder, made if need be for its user only.
 
-    Raises `ConfigurationError` if other users own it, may write to it, or if it cannot be made.
+    Raises `ConfigurationError` if other users own it or something in it, if they may write to it, or if it
+    cannot be made. Symbolic links of this user are fine here: the archive may be on another disk.
     """
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -116,6 +117,9 @@ def safe_folder(path: Path) -> Path:
         raise ConfigurationError(
             f"other users may write to data directory {path}: run chmod go-w on it, or give a folder below it"
         )
+    with suppress(PermissionError):
+        for inside in path.iterdir():
+            _require_owner(inside, inside.lstat())
     return path
 
 
@@ -164,9 +168,14 @@ def read_endpoints_file(path: Path) -> dict[str, Any]:
 
 
 def _require_own(path: Path, found: os.stat_result, is_kind: Callable[[int], bool]) -> None:
-    """Raises `ConfigurationError`. Files of root are accepted: nothing protects from root."""
+    """Raises `ConfigurationError` for a link, another kind of file, or another user's."""
     if stat.S_ISLNK(found.st_mode) or not is_kind(found.st_mode):
         raise ConfigurationError(f"{path} is a symbolic link or of an unexpected kind: remove it")
+    _require_owner(path, found)
+
+
+def _require_owner(path: Path, found: os.stat_result) -> None:
+    """Raises `ConfigurationError` unless it is this user's or root's, from whom nothing protects."""
     if found.st_uid not in (os.geteuid(), 0):
         raise ConfigurationError(
             f"{path} belongs to another user (uid {found.st_uid}): run as that user, "

@@ -85,7 +85,7 @@ class Service:
         descriptor instead of the log file.
         """
         self._log_start = len(self._log.read_bytes()) if self._log.exists() else 0
-        tether = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
+        tether = [sys.executable, "-P", "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
         shell = ["/bin/sh", "-c", f'exec "$0" "$@" {redirections}'] if redirections else []
         with self._log.open("ab") as log:
             self._popen = subprocess.Popen(

@@ -82,6 +82,19 @@ def test_a_file_of_another_user_is_refused(folder: Path, name: str) -> None:
         EmbeddedValkey(DataDir(str(folder)))
 
 
+@AS_ROOT
+@pytest.mark.parametrize("name", ["audit", "embedding-cache.sqlite3"])
+@pytest.mark.parametrize("use", [open_data, lock_instance])
+def test_what_another_user_left_for_the_handlers_is_refused(
+    folder: Path, tmp_path: Path, use: Callable[[Path], None], name: str
+) -> None:
+    (folder / name).symlink_to(tmp_path)
+    use(folder)
+    os.chown(folder / name, STRANGER, STRANGER, follow_symlinks=False)
+    with pytest.raises(ConfigurationError, match="belongs to another user"):
+        use(folder)
+
+
 @pytest.mark.parametrize(
     "name",
     ["lock", "endpoints.json", "valkey", "valkey/password", "valkey/valkey.conf", "valkey/valkey.log"],

@@ -12,7 +12,7 @@ class RedisProducerStore(RedisStoreBase):
     """`ProducerStore` on Redis."""
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
-        """See `ProducerStore.add`. When it raises, some of the jobs may be in the stream."""
+        """When it raises, some of the jobs may be in the stream."""
         added = 0
         for part in chunks_by_size(jobs, len):
             for reply in self.call(stream, [("XADD", stream, "*", keys.DATA_FIELD, job) for job in part]):
@@ -21,9 +21,7 @@ class RedisProducerStore(RedisStoreBase):
         return added
 
     def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        """See `ProducerStore.schedule`."""
         self.one(stream, script("schedule", [self.retry_key(stream)], delay_s, job))
 
     def announcements(self) -> list[Announcement]:
-        """See `ProducerStore.announcements`."""
         return announcements_in(self.call(keys.SERVICES_KEY, [("HGETALL", keys.SERVICES_KEY)])[0])

@@ -49,7 +49,7 @@ class RedisReaderStore(RedisStoreBase):
         self._warned_no_pauses = False
 
     def acquire(self, sources: Sequence[Source]) -> None:
-        """See `ReaderStore.acquire`. Raises `ConfigurationError` too, for a server that is too old."""
+        """Raises `ConfigurationError` too, for a server that is too old."""
         taken: list[Source] = []
         try:
             for source in sources:
@@ -60,19 +60,16 @@ class RedisReaderStore(RedisStoreBase):
             raise
 
     def renew_name(self, sources: Sequence[Source]) -> None:
-        """See `ReaderStore.renew_name`."""
         for source in sources:
             self._run(source, "renew_name", [], self._record())
 
     def release_name(self, sources: Sequence[Source]) -> None:
-        """See `ReaderStore.release_name`."""
         for source in sources:
             if (epoch := self._epochs.get(source)) is not None:
                 keys = [source.stream, self.fence_key(source.stream)]
                 self.one(source.stream, script("release_name", keys, self._consumer, epoch))
 
     def begin_read(self, source: Source, count: int, block_ms: int) -> int:
-        """See `ReaderStore.begin_read`."""
         read = self._reads.get(source)
         if read is None:
             read = BlockingRead(self._endpoint, source, self._consumer, self._timeout_s)
@@ -80,7 +77,7 @@ class RedisReaderStore(RedisStoreBase):
         return read.begin(count, block_ms)
 
     def finish_read(self, source: Source) -> list[Entry]:
-        """See `ReaderStore.finish_read`. Blocks if the descriptor is not readable yet."""
+        """Blocks if the descriptor is not readable yet."""
         read = self._reads.get(source)
         try:
             return read.finish() if read else []
@@ -89,23 +86,20 @@ class RedisReaderStore(RedisStoreBase):
             return []
 
     def is_reading(self, source: Source) -> bool:
-        """See `ReaderStore.is_reading`."""
         read = self._reads.get(source)
         return read is not None and read.under_way
 
     def abandon_read(self, source: Source) -> None:
-        """See `ReaderStore.abandon_read`."""
         if read := self._reads.pop(source, None):
             read.drop()
 
     def abandon_reads(self) -> None:
-        """See `ReaderStore.abandon_reads`."""
         for read in self._reads.values():
             read.drop()
         self._reads.clear()
 
     def own_pending(self, source: Source, after: bytes, count: int) -> list[Entry]:
-        """See `ReaderStore.own_pending`. Entries that were deleted from the stream are acknowledged; where
+        """Entries that were deleted from the stream are acknowledged; where
         a page has no others, the next page is returned."""
         while True:
             rows = self._pending_rows(source, after, count)
@@ -118,11 +112,10 @@ class RedisReaderStore(RedisStoreBase):
             after = ids[-1]
 
     def own_ids(self, source: Source, after: bytes, count: int) -> list[bytes]:
-        """See `ReaderStore.own_ids`."""
         return [row[0] for row in self._pending_rows(source, after, count)]
 
     def claim(self, source: Source, min_idle_ms: int, count: int, cursor: bytes) -> tuple[bytes, list[Entry]]:
-        """See `ReaderStore.claim`. Entries of this consumer that were not renewed are returned too."""
+        """Entries of this consumer that were not renewed are returned too."""
         reply = self._run(source, "claim", [self.deaths_key(source.stream)], [min_idle_ms, count, cursor])
         return reply[0], [
             Entry(id, data, int(tries), self._deaths(source, id, deaths))
@@ -130,7 +123,7 @@ class RedisReaderStore(RedisStoreBase):
         ]
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
-        """See `ReaderStore.settle`. Acknowledgements, retries and dead letters take one step each, so that a
+        """Acknowledgements, retries and dead letters take one step each, so that a
         key that refuses one kind does not stop the others; more than 1,000 ids or 8 MiB take several."""
         results = [Settled(set(), set()) for _ in settlements]
         all_parts = [(number, part) for number, one in enumerate(settlements) for part in _parts(one)]
@@ -151,7 +144,6 @@ class RedisReaderStore(RedisStoreBase):
         return result._replace(refused=result.refused.union(refused))
 
     def set_deaths(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:
-        """See `ReaderStore.set_deaths`."""
         charged: dict[bytes, int] = {}
         for some in chunks(list(deaths)):
             arguments = [value for id in some for value in (id, deaths[id])]
@@ -160,7 +152,6 @@ class RedisReaderStore(RedisStoreBase):
         return charged
 
     def renew(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
-        """See `ReaderStore.renew`."""
         lost: set[bytes] = set()
         for some in chunks(_in_order(ids)):
             reply = self._run(source, "renew", [], some)
@@ -168,12 +159,11 @@ class RedisReaderStore(RedisStoreBase):
         return lost
 
     def release(self, source: Source, ids: Sequence[bytes]) -> None:
-        """See `ReaderStore.release`."""
         for some in chunks(ids):
             self._run(source, "release", [], [round(RELEASED_IDLE_S * 1000), *some])
 
     def fetch(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
-        """See `ReaderStore.fetch`. One script per 1,000 entries or 8 MiB, whichever is reached first."""
+        """One script per 1,000 entries or 8 MiB, whichever is reached first."""
         bodies: dict[bytes, bytes | None] = {}
         done = 0
         while done < len(ids):
@@ -186,7 +176,6 @@ class RedisReaderStore(RedisStoreBase):
         return bodies
 
     def paused_types(self) -> set[str]:
-        """See `ReaderStore.paused_types`."""
         reply = self.call(PAUSED_KEY, [("HKEYS", PAUSED_KEY)])[0]
         if isinstance(reply, NoPermissionError):  # an access list from before pauses existed
             if not self._warned_no_pauses:

@@ -28,13 +28,13 @@ class RedisReaperStore(RedisStoreBase):
     _warned_not_announced = False
 
     def promote(self, stream: str, limit: int) -> Promotion:
-        """See `ReaperStore.promote`. After 8 MiB of jobs it stops early, with ``next_due_s`` 0."""
+        """After 8 MiB of jobs it stops early, with ``next_due_s`` 0."""
         command = script("promote", [stream, self.retry_key(stream)], limit, SCRIPT_BYTES)
         moved, next_due_s = self.one(stream, command)
         return Promotion(moved, None if next_due_s is None else float(next_due_s))
 
     def trim(self, stream: str) -> int:
-        """See `ReaperStore.trim`. A long backlog takes several calls."""
+        """A long backlog takes several calls."""
         total = 0
         for _ in range(_TRIM_CALLS):
             deleted = self.one(stream, script("trim", [stream], _TRIM_ENTRIES))
@@ -44,14 +44,13 @@ class RedisReaperStore(RedisStoreBase):
         return total
 
     def remove_idle_consumers(self, source: Source, keep: str, idle_ms: int) -> int:
-        """See `ReaperStore.remove_idle_consumers`."""
         two_keys = [source.stream, self.fence_key(source.stream)]
         command = script("remove_consumers", two_keys, source.group, keep, idle_ms)
         reply = self.call(source.stream, [command])[0]
         return 0 if is_no_group(reply) else int(checked(reply))
 
     def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
-        """See `ReaperStore.announce`. A refusal is logged once: only warnings of producers depend on it."""
+        """A refusal is logged once: only warnings of producers depend on it."""
         seconds, microseconds = self.one(SERVICES_KEY, ("TIME",))
         now_s = int(seconds) + int(microseconds) / 1e6
         record = encode(types, sources, now_s)
@@ -66,7 +65,7 @@ class RedisReaperStore(RedisStoreBase):
             self.call(SERVICES_KEY, [("HDEL", SERVICES_KEY, *outdated)])
 
     def depths(self, source: Source) -> Depths:
-        """See `ReaperStore.depths`. If the server does not know the lag, the lag is the number of entries
+        """If the server does not know the lag, the lag is the number of entries
         that are not pending: never too low. A retry or dead-letter key of another type counts as empty."""
         stream = source.stream
         groups, length, retrying, dead, now = self.call(
