@@ -178,9 +178,11 @@ def _run_worker(settings: Settings, link: ControlSocket, channel: Channel) -> No
     if handlers is None:
         raise SystemExit(Exit.BOOT_FAILED)
     streams = [source.stream for source in settings.streams]
-    refused = [kind not in handlers for kind in settings.handlers]
+    refused = [type_name not in handlers for type_name in settings.handlers]
     channel.unsupported_types = _mask(refused)
-    channel.exclusive_types = _mask(kind in handlers and handlers[kind].alone for kind in settings.handlers)
+    channel.exclusive_types = _mask(
+        type_name in handlers and handlers[type_name].alone for type_name in settings.handlers
+    )
     trace.watch(handlers)
     runner = Runner(channel, link, handlers, streams, linger_s=settings.linger_s)
 

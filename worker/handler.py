@@ -24,7 +24,7 @@ _CALLED = ("setup", "handle", "handle_batch", "healthy")
 #: `multiprocessing.Pool`, threads and processes, `subprocess.Popen`.
 _UNFINISHED = (("add_done_callback",), ("ready", "successful"), ("is_alive", "join"), ("poll", "communicate"))
 #: Items of a returned container that are looked at.
-_CHECKED_ITEMS = 1000
+_CHECKED_ITEMS = 32
 
 
 @runtime_checkable
@@ -122,12 +122,12 @@ class BoundHandler:
     """
 
     def __init__(
-        self, kind: str, handler: Any, default_timeout_s: float, loop: EventLoop | None = None
+        self, type_name: str, handler: Any, default_timeout_s: float, loop: EventLoop | None = None
     ) -> None:
         loop = loop or EventLoop()
-        _check_members(kind, handler)
-        _check_values(kind, handler)
-        self.kind = kind
+        _check_members(type_name, handler)
+        _check_values(type_name, handler)
+        self.type_name = type_name
         self._handler = handler
         self.timeout_s = float(getattr(handler, "timeout", default_timeout_s))
         self.batch_timeout_s = float(getattr(handler, "batch_timeout", math.inf))
@@ -259,13 +259,13 @@ def _advice(name: str, result: object) -> str:
     return ""
 
 
-def _check_values(kind: str, handler: Any) -> None:
+def _check_values(type_name: str, handler: Any) -> None:
     """Raise `ConfigurationError` where a member that is a value has another type or range."""
     for name, (is_valid, expected) in _VALUES.items():
         value = getattr(handler, name, _ABSENT)
         if value is not _ABSENT and not is_valid(value):
             raise ConfigurationError(
-                f"handler of {kind}: {name} is {value!r:.80}: give {expected}, or leave it out"
+                f"handler of {type_name}: {name} is {value!r:.80}: give {expected}, or leave it out"
             )
 
 
@@ -312,20 +312,20 @@ _VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 
 
-def _check_members(kind: str, handler: Any) -> None:
+def _check_members(type_name: str, handler: Any) -> None:
     """Raise `ConfigurationError` where a call of a member would run nothing, or a member has an old name."""
     for old, new in extension().moved_members.items():
         if hasattr(handler, old):
-            raise ConfigurationError(f"handler of {kind}: {old} is called {new}")
+            raise ConfigurationError(f"handler of {type_name}: {old} is called {new}")
     for name in _CALLED:
         method = getattr(handler, name, None)
         if method is None:
             continue
         if not callable(method):
-            raise ConfigurationError(f"handler of {kind}: {name} is not a function")
+            raise ConfigurationError(f"handler of {type_name}: {name} is not a function")
         if _is(inspect.isgeneratorfunction, method) or _is(inspect.isasyncgenfunction, method):
             raise ConfigurationError(
-                f"handler of {kind}: {name} contains `yield`, so a call of it runs nothing: "
+                f"handler of {type_name}: {name} contains `yield`, so a call of it runs nothing: "
                 f"write `def {name}` or `async def {name}` without `yield`"
             )
 
@@ -349,7 +349,9 @@ def load_handlers(settings: Settings, loop: EventLoop | None = None) -> dict[str
     for target in settings.handlers.values():
         if target not in made:
             made[target] = _make(target)
-    return set_up({kind: made[target] for kind, target in settings.handlers.items()}, settings, loop)
+    return set_up(
+        {type_name: made[target] for type_name, target in settings.handlers.items()}, settings, loop
+    )
 
 
 def set_up(
@@ -358,15 +360,20 @@ def set_up(
     """Let each object be set up, once though it may serve several types; types that need a device are
     left out in a worker without one."""
     if settings.device == NO_DEVICE:
-        handlers = {kind: one for kind, one in handlers.items() if not getattr(one, "needs_device", False)}
+        handlers = {
+            type_name: one for type_name, one in handlers.items() if not getattr(one, "needs_device", False)
+        }
     loop = loop or EventLoop()
-    for kind, handler in handlers.items():
-        _check_members(kind, handler)
+    for type_name, handler in handlers.items():
+        _check_members(type_name, handler)
     for handler in {id(one): one for one in handlers.values()}.values():
         setup = getattr(handler, "setup", None)
         if setup is not None:
             _call_of("setup", setup, loop, keep_tasks=True)(settings)
-    return {kind: BoundHandler(kind, one, settings.job_timeout_s, loop) for kind, one in handlers.items()}
+    return {
+        type_name: BoundHandler(type_name, one, settings.job_timeout_s, loop)
+        for type_name, one in handlers.items()
+    }
 
 
 def _make(target: str) -> Any:

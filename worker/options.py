@@ -216,7 +216,7 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
     values["redis_url"] = _checked_redis_url(values["redis_url"])
     handlers = {} if values.pop("no_builtin_handlers") else dict(extension().handlers)
     given = dict(parse_handler(text) for text in values.pop("handler"))
-    handlers |= {kind: extension().moved.get(target, target) for kind, target in given.items()}
+    handlers |= {name: extension().moved.get(target, target) for name, target in given.items()}
     if not handlers:
         raise ConfigurationError(
             "no handler: give --handler TYPE=module:Class, or drop --no-builtin-handlers"

@@ -231,7 +231,7 @@ class Runner:
         return (
             len(self._queue) < handler.max_batch
             and size_bytes < handler.max_batch_bytes
-            and all(job.envelope.type == handler.kind for job in self._queue)
+            and all(job.envelope.type == handler.type_name for job in self._queue)
         )
 
     def _take_batch(self, handler: BoundHandler) -> list[QueuedJob]:
@@ -244,7 +244,7 @@ class Runner:
         size_bytes, most_bytes = 0, handler.max_batch_bytes
         while self._queue and len(batch) < handler.max_batch:
             queued = self._queue.popleft()
-            if queued.envelope.type != handler.kind:
+            if queued.envelope.type != handler.type_name:
                 others.append(queued)
                 continue
             size_bytes += queued.size_bytes
@@ -284,7 +284,7 @@ class Runner:
 
         The end of each job is the start of the next: this reads the clock once a job.
         """
-        queue, type_name = self._queue, handler.kind
+        queue, type_name = self._queue, handler.type_name
         self._max_timeout_s = 0.0
         started = self._mono_s()
         wall_ahead_s = self._wall_s() - started
@@ -323,7 +323,7 @@ class Runner:
             failure = _failure_of(error)
             self._fail(queued.row, failure)
             if failure.unavailable:
-                self._return_queued(handler.kind, failure)
+                self._return_queued(handler.type_name, failure)
         else:
             self._states[at] = SUCCEEDED
         return self._mono_s()
@@ -348,12 +348,14 @@ class Runner:
             else:
                 self._fail(queued.row, failures[id(outcome)])
         if None not in outcomes and all(failure.unavailable for failure in failures.values()):
-            self._return_queued(handler.kind, failures[id(outcomes[0])])
+            self._return_queued(handler.type_name, failures[id(outcomes[0])])
         self._channel.set_running(0.0, 0.0)
         if self._unflushed_since is None:
             self._unflushed_since = started
         self._channel.finished += len(batch)
-        self._record_metrics(handler.kind, [queued.envelope for queued in batch], self._mono_s() - started)
+        self._record_metrics(
+            handler.type_name, [queued.envelope for queued in batch], self._mono_s() - started
+        )
 
     def _outcomes(
         self, handle_batch: Callable[[Sequence[Job]], Sequence[BaseException | None]], jobs: list[Job]
@@ -412,7 +414,7 @@ class Runner:
             except (SystemExit, KeyboardInterrupt):
                 raise
             except BaseException as error:  # among them asyncio's cancellation
-                self._trouble = f"{handler.kind}: {error_text(error)}"
+                self._trouble = f"{handler.type_name}: {error_text(error)}"
                 return
         self._trouble = None
 

@@ -86,13 +86,13 @@ def parse_source(text: str) -> Source:
 
 def parse_handler(text: str) -> tuple[str, str]:
     """``TYPE=module:Class`` of ``--handler``. Raises `ConfigurationError`."""
-    kind, _, target = (part.strip() for part in text.partition("="))
+    type_name, _, target = (part.strip() for part in text.partition("="))
     module, _, name = target.partition(":")
-    if not kind or not module or not name.isidentifier():
+    if not type_name or not module or not name.isidentifier():
         raise ConfigurationError(
             f"--handler {text!r}: say TYPE=module:Class, for example shout=mypkg.jobs:Shout"
         )
-    return kind, target
+    return type_name, target
 
 
 def parse_address(text: str, option: str = "--metrics-addr") -> tuple[str, int]:

@@ -86,7 +86,9 @@ class Harness:
 
     def __init__(self, handlers: Mapping[str, Any], settings: Settings | None = None) -> None:
         settings = settings or Settings(retry=_RETRY, instance="test", host="test")
-        names = {kind: f"{type(one).__module__}:{type(one).__name__}" for kind, one in handlers.items()}
+        names = {
+            type_name: f"{type(one).__module__}:{type(one).__name__}" for type_name, one in handlers.items()
+        }
         self.settings = dataclasses.replace(settings, handlers=names, linger_s=0.0)
         #: The jobs of each call of a handler, in order.
         self.batches: list[list[Job]] = []
@@ -228,7 +230,9 @@ class Harness:
         return ours, self._sockets[-1]
 
     def _set_up(self) -> dict[str, BoundHandler]:
-        made = {kind: one() if isinstance(one, type) else one for kind, one in self._handlers.items()}
+        made = {
+            type_name: one() if isinstance(one, type) else one for type_name, one in self._handlers.items()
+        }
         self._loop = EventLoop()
         try:
             bound = set_up(made, self.settings, self._loop)
