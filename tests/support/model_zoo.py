@@ -1,6 +1,7 @@
 """Tiny random models: one for each module type and option of sentence-transformers that decides a vector."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,15 @@ from .tiny_models import HIDDEN, tiny_model, tiny_tokenizer
 
 Build = Callable[[Path], Any]
 PROMPTS = {"query": "query: ", "document": "passage: "}
+
+
+def _modules() -> Any:
+    """The classes of modules by their old name, which models on disk use; its first import warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from sentence_transformers import models
+
+    return models
 
 
 def edit(folder: Path, name: str, **values: Any) -> None:
@@ -117,7 +127,7 @@ def transformer(kind: str = "bert", **options: Any) -> Callable[[], Any]:
     def make() -> Any:
         import tempfile
 
-        from sentence_transformers import models
+        models = _modules()
 
         with tempfile.TemporaryDirectory() as folder:
             tiny_model(Path(folder) / "t", kind)
@@ -130,7 +140,7 @@ def part(name: str, *arguments: Any, **options: Any) -> Callable[[], Any]:
     """A module by its class in `sentence_transformers.models`."""
 
     def make() -> Any:
-        from sentence_transformers import models
+        models = _modules()
 
         return getattr(models, name)(*arguments, **options)
 
@@ -143,7 +153,7 @@ NORMALIZE = part("Normalize")
 
 def static(*, truncation: int = 0, direction: str = "right") -> Callable[[], Any]:
     def make() -> Any:
-        from sentence_transformers import models
+        models = _modules()
 
         tokenizer = tiny_tokenizer("bert").backend_tokenizer
         if truncation:
@@ -156,7 +166,8 @@ def static(*, truncation: int = 0, direction: str = "right") -> Callable[[], Any
 def words(name: str = "WordEmbeddings") -> Callable[[], Any]:
     def make() -> Any:
         import numpy as np
-        from sentence_transformers import models
+
+        models = _modules()
         from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
 
         vocabulary = ["the", "petrel", "came", "back"]
@@ -172,7 +183,7 @@ def router(
     query: list[Callable[[], Any]], document: list[Callable[[], Any]], **options: Any
 ) -> Callable[[], Any]:
     def make() -> Any:
-        from sentence_transformers import models
+        models = _modules()
 
         return models.Router.for_query_document(
             query_modules=[one() for one in query], document_modules=[one() for one in document], **options
@@ -182,7 +193,7 @@ def router(
 
 
 def layer_pooling() -> Any:
-    from sentence_transformers import models
+    models = _modules()
 
     return models.WeightedLayerPooling(HIDDEN, num_hidden_layers=2, layer_start=1)
 

@@ -75,7 +75,7 @@ def job(id: str = "good") -> Job:
 
 def test_a_handler_beside_the_start_folder_is_found(module: str) -> None:
     bound = load(shout=f"{module}:Single")["shout"]
-    assert (bound.kind, bound.timeout_s, bound.max_batch, bound.handle_batch) == ("shout", 2.5, 1, None)
+    assert (bound.type_name, bound.timeout_s, bound.max_batch, bound.handle_batch) == ("shout", 2.5, 1, None)
     assert (bound.healthy, dict(bound.counters)) == (None, {})
 
 
