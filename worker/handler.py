@@ -24,7 +24,7 @@ _CALLED = ("setup", "handle", "handle_batch", "healthy")
 #: `multiprocessing.Pool`, threads and processes, `subprocess.Popen`.
 _UNFINISHED = (("add_done_callback",), ("ready", "successful"), ("is_alive", "join"), ("poll", "communicate"))
 #: Items of a returned container that are looked at.
-_CHECKED_ITEMS = 1000
+_CHECKED_ITEMS = 32
 
 
 @runtime_checkable

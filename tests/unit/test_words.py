@@ -29,7 +29,8 @@ def test_an_invalid_age_is_refused_with_examples(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (12.4, "12 s"), (200, "3 min"), (7300, "2 h"), (1e6, "12 d")]
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (-0.3, "0.0 s"), (12.4, "12 s"), (200, "3 min"), (7300, "2 h"), (1e6, "12 d")],
 )
 def test_a_duration_has_one_unit(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
