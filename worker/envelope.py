@@ -3,7 +3,8 @@
 import base64
 import decimal
 import json
-from collections.abc import Set
+from collections.abc import Callable, Set
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -150,6 +151,11 @@ def read_payload(data: bytes, exact_types: Set[str] = frozenset()) -> Envelope:
         return _exact_envelope.decode(data) if envelope.type in exact_types else envelope
     except (ValueError, RecursionError) as error:
         raise MalformedJob(_why(error)) from None
+
+
+def payload_parser(exact_types: Set[str]) -> Callable[[bytes], Envelope]:
+    """`read_payload` for many jobs. It may raise ValueError or RecursionError too."""
+    return partial(read_payload, exact_types=exact_types) if exact_types else _envelope.decode
 
 
 def read_envelope(data: bytes) -> Envelope:

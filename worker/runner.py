@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from .envelope import Envelope, Job, job_of, read_payload
+from .envelope import Envelope, Job, job_of, payload_parser, read_payload
 from .errors import MalformedJob, PermanentError
 from .handler import BoundHandler
 from .ipc.channel import READY, STOPPING, Channel, JobFrame, OutcomeFrame
@@ -76,6 +76,7 @@ class Runner:
         self._control = control
         self._handlers = handlers
         self._exact_types = {name for name, handler in handlers.items() if handler.exact_numbers}
+        self._parse = payload_parser(self._exact_types)
         self._streams = streams
         self._linger_s = linger_s
         self._mono_s = mono_s
@@ -154,17 +155,26 @@ class Runner:
                 return
 
     def _queue_jobs(self, frame: JobFrame) -> None:
-        exact = self._exact_types
+        try:
+            # A named tuple's own constructor takes four times as long, once per job.
+            self._queue.extend([
+                tuple.__new__(QueuedJob, (row, stream_no, entry_id, self._parse(data), len(data)))
+                for row, (stream_no, entry_id, data) in enumerate(frame.jobs, frame.first_row)
+            ])  # fmt: skip
+        except (MalformedJob, ValueError, RecursionError):
+            self._queue_valid_jobs(frame)
+
+    def _queue_valid_jobs(self, frame: JobFrame) -> None:
+        """Queue the jobs of a frame one by one, and fail those with a malformed payload."""
         for row, (stream_no, entry_id, data) in enumerate(frame.jobs, frame.first_row):
             try:
-                envelope = read_payload(data, exact)
-            except MalformedJob as error:  # the reader does not look into payloads
+                envelope = read_payload(data, self._exact_types)
+            except MalformedJob as error:
                 self._fail(row, Failure(f"MalformedJob: {error}", malformed=True))
                 self._channel.finished += 1
                 self._unflushed_since = self._unflushed_since or self._mono_s()
                 continue
-            # A named tuple's own constructor takes four times as long, once per job.
-            self._queue.append(tuple.__new__(QueuedJob, (row, stream_no, entry_id, envelope, len(data))))
+            self._queue.append(QueuedJob(row, stream_no, entry_id, envelope, len(data)))
 
     def _idle(self, now: float, sleep_s: float) -> None:
         self._flush_outcomes()

@@ -68,11 +68,11 @@ class _Store(MemoryStore):
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         results = super().settle(settlements)
-        for (source, done, _, _), result in zip(settlements, results, strict=True):
-            bodies = self.fetch(source, done)
-            for id in done:
+        for one, result in zip(settlements, results, strict=True):
+            bodies = self.fetch(one.source, one.done)
+            for id in one.done:
                 if id not in result.refused and (data := bodies.get(id)) is not None:
-                    self.completed.append(_job(data, source.stream, id.decode()))
+                    self.completed.append(_job(data, one.source.stream, id.decode()))
         return results
 
 

@@ -70,6 +70,27 @@ def test_a_failed_job_is_retried_until_its_retries_are_exhausted(rig: ReaderRig)
     assert (rig.pending, rig.metric("z_novel_jobs_failed_total", "a")) == (0, 2)
 
 
+def test_refusals_are_looked_for_only_once_leases_may_have_expired(
+    rig: ReaderRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sure: list[bool] = []
+    settle = rig.store.settle
+
+    def noting(settlements: Sequence[Settlement]) -> list[Settled]:
+        sure.extend(one.sure for one in settlements)
+        return settle(settlements)
+
+    monkeypatch.setattr(rig.store, "settle", noting)
+    for late_s in (0.0, rig.settings.lease_s * 0.6):
+        rig.add(str(late_s))
+        rig.tick()
+        rig.workers[0].take()
+        rig.workers[0].succeed(str(late_s))
+        rig.now_s += late_s
+        rig.reader.run_once(0.0)
+    assert sure == [True, False]
+
+
 def test_a_malformed_payload_is_kept_as_it_was(rig: ReaderRig) -> None:
     data = b'{"id":"1","type":"a","payload":"\xff"}'
     rig.server.append(SOURCE.stream, data)

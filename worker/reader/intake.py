@@ -97,7 +97,7 @@ class Intake:
         self._unlisted: dict[int, bytes] = {}
         # Time by which the answer to each read must arrive: a network that drops packets reports nothing.
         self._answer_by: dict[int, float] = {}
-        self._mono_renewed_s = context.mono_s()
+        self._mono_renewed_s = self._lost_leases.mono_renewed_s = context.mono_s()
         for source in settings.streams:  # start at 0, so that alerts see the first event as a rise
             self._metrics.count("z_novel_leases_taken_over_total", (source.stream,), 0)
 
@@ -298,6 +298,7 @@ class Intake:
             return
         self._mono_renewed_s = mono_now_s
         known = self._unsettled_keys()
+        isolated_before = len(self._faults.isolated)
         for stream_no in range(len(self._streams)):
             own_ids = [entry_id for owner_no, entry_id in known if owner_no == stream_no]
             with self._faults.guard(stream_no):
@@ -305,6 +306,8 @@ class Intake:
                 isolated = stream_no in self._faults
                 if not isolated and not self.draining and not self._marks.lists_one_by_one(stream_no):
                     self._claim(stream_no, known)
+        if not isolated_before and not self._faults.isolated:
+            self._lost_leases.mono_renewed_s = mono_now_s
 
     def _renew(self, stream_no: int, ids: list[bytes]) -> None:
         """Renew leases, and forget entries that another consumer claimed. Their jobs may be running here: the

@@ -20,6 +20,8 @@ class LostLeases:
         self._streams = streams
         self._metrics = metrics
         self._lost: dict[int, set[bytes]] = defaultdict(set)
+        #: When the leases of all streams were last renewed. Entries that were read since have newer ones.
+        self.mono_renewed_s = 0.0
         for source in streams:  # start at 0, so that alerts see the first event as a rise
             metrics.count("z_novel_leases_lost_total", (source.stream,), 0)
 

@@ -78,11 +78,13 @@ class SettlementBatch:
         #: Jobs whose dependency is unavailable. They stay pending and use up no retry.
         self.deferred: list[DeferredJob] = []
 
-    def settlements(self, streams: Sequence[Source]) -> dict[int, Settlement]:
+    def settlements(self, streams: Sequence[Source], *, sure: bool) -> dict[int, Settlement]:
         """One settlement for each stream that has outcomes, by stream number."""
         touched = sorted({*self.done, *self.missing, *self.retries, *self.dead})
         return {
-            no: Settlement(streams[no], self.done[no] + self.missing[no], self.retries[no], self.dead[no])
+            no: Settlement(
+                streams[no], self.done[no] + self.missing[no], self.retries[no], self.dead[no], sure
+            )
             for no in touched
         }
 
@@ -285,7 +287,7 @@ class Settler:
 
     def _commit(self, batch: SettlementBatch) -> None:
         """Settle the batch in the store, then count its outcomes: they are final now."""
-        settlements = batch.settlements(self._streams)
+        settlements = batch.settlements(self._streams, sure=self._has_fresh_leases())
         sent = {no: settlement for no, settlement in settlements.items() if no not in self._faults}
         results = self._send(sent) if sent else []
         unsettled: set[tuple[int, bytes]] = set()
@@ -305,6 +307,11 @@ class Settler:
             for name, labels in counts if key not in unsettled and key not in uncounted else ():
                 self._metrics.count(name, labels)
         batch.deferred = [one for one in batch.deferred if one.job.stream_no not in self._faults]
+
+    def _has_fresh_leases(self) -> bool:
+        """Whether no other consumer can have claimed what is in flight, and no outcome was sent before."""
+        since_s = self._mono_s() - self._lost_leases.mono_renewed_s
+        return not self._unsure and not self._faults.isolated and since_s < self._settings.lease_s / 2
 
     def _send(self, settlements: Mapping[int, Settlement]) -> list[Settled]:
         """Settle in the store. If the answer is lost, the outcomes may be settled or not."""

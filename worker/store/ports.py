@@ -42,12 +42,16 @@ class Dead(NamedTuple):
 
 
 class Settlement(NamedTuple):
-    """Outcomes of entries of one stream; each entry is settled in one atomic step."""
+    """Outcomes of entries of one stream; each entry is settled in one atomic step.
+
+    ``sure``: the leases of ``done`` cannot have expired. Their refusals are not looked for, which is quicker.
+    """
 
     source: Source
     done: Sequence[bytes] = ()
     retries: Sequence[Retry] = ()
     dead: Sequence[Dead] = ()
+    sure: bool = False
 
     @property
     def ids(self) -> list[bytes]:

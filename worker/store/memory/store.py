@@ -310,7 +310,7 @@ class MemoryStore:
         return Entry(id, stream.entries[id], group.leases[id].deliveries, stream.deaths.get(id, 0))
 
     def _settle(self, settlement: Settlement) -> Settled:
-        source, done, retries, dead = settlement
+        source, done, retries, dead, _ = settlement
         stream = source.stream
         refused: set[bytes] = set()
         unsettled: set[bytes] = set()

@@ -290,7 +290,8 @@ class RedisReaderStore(RedisStoreBase):
 
     def _settlement(self, part: Settlement) -> Command:
         source, stream = part.source, part.source.stream
-        arguments: list[Any] = [len(part.done), len(part.retries), len(part.dead), *part.done]
+        counts = [len(part.done), len(part.retries), len(part.dead)]
+        arguments: list[Any] = [*counts, int(part.sure), *part.done]
         for retry in part.retries:
             arguments += (retry.id, retry.delay_s, retry.data)
         for dead in part.dead:
@@ -316,9 +317,9 @@ def _in_order(ids: Sequence[bytes]) -> list[bytes]:
 
 def _parts(settlement: Settlement) -> Iterator[Settlement]:
     """The settlement in parts of one kind, at most 1,000 ids and 8 MiB."""
-    source, done, retries, dead = settlement
+    source, done, retries, dead, sure = settlement
     for ids in chunks(_in_order(done)):
-        yield Settlement(source, done=ids)
+        yield Settlement(source, done=ids, sure=sure)
     for some in chunks_by_size(retries, lambda retry: len(retry.data)):
         yield Settlement(source, retries=some)
     for letters in chunks_by_size(dead, lambda letter: len(letter.data)):

@@ -4,10 +4,11 @@
 -- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] retry ZSET  KEYS[4] dead-letter stream  KEYS[5] deaths hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch
 -- ARGV[4] number of ids done   ARGV[5] number of retries   ARGV[6] number of dead
--- ARGV[7...] the ids done, then (id, delay in s, job) for each retry, then (id, letter) for each dead
+-- ARGV[7] 1 if no other consumer can have taken an id that is done; then refusals of these are not looked for
+-- ARGV[8...] the ids done, then (id, delay in s, job) for each retry, then (id, letter) for each dead
 -- Returns the ids that were refused because they were not pending for this consumer.
 local done, retries, dead = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local refused, at = {}, 7 + done
+local refused, at = {}, 8 + done
 
 local function acknowledge(id)
   redis.call('XACK', KEYS[1], ARGV[1], id)
@@ -72,19 +73,23 @@ local function is_only_owner()
 end
 
 if done > 0 and is_only_owner() then
-  -- One by one, because the number of acknowledged ids does not tell which were not pending any more.
-  for i = 7, 6 + done do
-    if redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) == 0 then
-      refused[#refused + 1] = ARGV[i]
+  if ARGV[7] == '1' then
+    redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, 8, 7 + done))
+  else
+    -- One by one, because the number of acknowledged ids does not tell which were not pending any more.
+    for i = 8, 7 + done do
+      if redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) == 0 then
+        refused[#refused + 1] = ARGV[i]
+      end
     end
   end
   if redis.call('EXISTS', KEYS[5]) == 1 then
-    redis.call('HDEL', KEYS[5], unpack(ARGV, 7, 6 + done))
+    redis.call('HDEL', KEYS[5], unpack(ARGV, 8, 7 + done))
   end
   return refused
 end
 local finished = {}
-for i = 7, 6 + done do
+for i = 8, 7 + done do
   local id = ARGV[i]
   if owned(id) then
     finished[#finished + 1] = id
