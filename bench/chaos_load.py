@@ -14,6 +14,8 @@ from chaos_events import effect_key
 
 STREAM, PROBE_STREAM, GROUP = "chaos:jobs", "chaos:probes", "chaos"
 ONE, MANY = "chaos_one", "chaos_many"
+#: Type and tenant of the probes. Types and tenants whose jobs kill worker after worker are slowed on purpose.
+PROBE, _PROBE_TENANT = "chaos_probe", "t99"
 #: Share of each fate; other jobs succeed. Flaky jobs fail once, exhausted ones at every try.
 SHARES = {"flaky": 0.045, "exhausted": 0.005, "permanent": 0.01, "malformed": 0.01, "poison": 0.005}
 #: Share of the jobs with a batch handler.
@@ -49,7 +51,7 @@ def plan(jobs: int, rng: random.Random) -> list[Planned]:
 
 def probe(number: int) -> Planned:
     """A job whose start shows that the system works."""
-    return _job(f"probe-{number:06d}", "ok", ONE, "t00", "probe")
+    return _job(f"probe-{number:06d}", "ok", PROBE, _PROBE_TENANT, "probe")
 
 
 def _planned(id: str, fate: str, number: int, rng: random.Random) -> Planned:

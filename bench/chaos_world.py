@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import redis
 from chaos_events import FOLDER_VARIABLE
-from chaos_load import GROUP, MANY, ONE, PROBE_STREAM, STREAM
+from chaos_load import GROUP, MANY, ONE, PROBE, PROBE_STREAM, STREAM
 from hosts import roles_of
 from rig import connect, free_port
 
@@ -90,7 +90,8 @@ class Service:
         streams = [f"--stream={stream}={GROUP}" for stream in (STREAM, PROBE_STREAM)]
         self._command = [
             sys.executable, "-m", "jobworker.supervisor", f"--procs={procs}", "--no-builtin-handlers",
-            f"--handler={ONE}=chaos_handlers:One", f"--handler={MANY}=chaos_handlers:Many", *streams,
+            f"--handler={ONE}=chaos_handlers:One", f"--handler={MANY}=chaos_handlers:Many",
+            f"--handler={PROBE}=chaos_handlers:One", *streams,
             f"--metrics-addr=127.0.0.1:{port}", f"--instance={name}", f"--lease={lease_s}",
             "--retry-initial=0.1", "--retry-max=2", "--log-format=json", f"--data-dir={folder}",
         ]  # fmt: skip
