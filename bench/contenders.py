@@ -14,13 +14,12 @@ from typing import Any, Protocol
 
 from chaos_peer import Peer
 from hosts import tree_of
-from rig import JOB_TYPE, LIMIT_S, Backlog, bare_loops, end, job, service, start, wait_until
+from rig import JOB_TYPE, LIMIT_S, Backlog, bare_loops, end, job, paced, service, start, wait_until
 
 from jobworker.worker import Producer
 
 #: A first fill is followed by this pause: the other workers connect while one runs the first job.
 _SETTLE_S = 1.0
-_POLL_S = 0.005
 
 
 class Contender(Protocol):
@@ -70,7 +69,8 @@ class Ours:
         """Enqueue with the Python producer."""
         sent: dict[str, int] = {}
         with Producer(self._url) as producer:
-            for job_id in _paced(jobs, every_s):
+            for number in paced(jobs, every_s):
+                job_id = f"bench-{number:012d}"
                 payload = {"tenant_id": "t001", "ids": ["seg-1"], "texts": ["It snowed."]}
                 sent[job_id] = time.monotonic_ns()
                 producer.enqueue(JOB_TYPE, payload, id=job_id, stream=self._backlog.stream)
@@ -171,14 +171,6 @@ class Other:
         """Delete its keys."""
         for key in self._client.scan_iter(match=f"{self._system.queue.partition(':')[0].partition('.')[0]}*"):
             self._client.unlink(key)
-
-
-def _paced(jobs: int, every_s: float) -> Iterator[str]:
-    due_s = time.monotonic()
-    for number in range(jobs):
-        due_s += every_s
-        time.sleep(max(0.0, due_s - time.monotonic()))  # the interval is intended
-        yield f"bench-{number:012d}"
 
 
 def _job_with(payload: str) -> Any:

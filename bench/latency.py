@@ -16,11 +16,11 @@ from typing import Any
 
 import click
 from hosts import format_facts, host_facts, table
-from rig import LIMIT_S, STAMP, Backlog, bare_loops, connect, job, say, server, service
+from rig import LIMIT_S, STAMP, Backlog, bare_loops, connect, job, paced, say, server, service
 
-_EVERY_S = 0.020
+EVERY_S = 0.020
 #: Jobs that are not measured: the first ones pay for connections, imports and caches.
-_WARM_UP_JOBS = 10
+WARM_UP_JOBS = 10
 _PERCENTILES = (50, 95, 99)
 
 Consumers = Callable[[Backlog, str], AbstractContextManager[Any]]
@@ -33,23 +33,24 @@ def latencies_ms(url: str, jobs: int, consumers: Consumers) -> list[float]:
         stamps.touch()
         try:
             with consumers(backlog, str(stamps)):
-                sent = _send(client, backlog.stream, _WARM_UP_JOBS + jobs)
+                sent = _send(client, backlog.stream, WARM_UP_JOBS + jobs)
                 started = started_ns(stamps, len(sent))
         finally:
             backlog.close()
-    measured = list(sent)[_WARM_UP_JOBS:]
-    return [(started[job_id] - sent[job_id]) / 1e6 for job_id in measured]
+    return delays_ms(sent, started)
+
+
+def delays_ms(sent: dict[str, int], started: dict[str, int]) -> list[float]:
+    """Milliseconds from sending to start of each measured job, by the nanoseconds of both."""
+    return [(started[job_id] - sent[job_id]) / 1e6 for job_id in list(sent)[WARM_UP_JOBS:]]
 
 
 def _send(client: Any, stream: str, jobs: int) -> dict[str, int]:
     """Job id -> monotonic nanoseconds just before its XADD, in order."""
     sent: dict[str, int] = {}
-    due_s = time.monotonic()
-    for number in range(jobs):
+    for number in paced(jobs, EVERY_S):
         data = job(number)
         job_id = json.loads(data)["id"]
-        due_s += _EVERY_S
-        time.sleep(max(0.0, due_s - time.monotonic()))
         sent[job_id] = time.monotonic_ns()
         client.xadd(stream, {"data": data})
     return sent
@@ -61,7 +62,7 @@ def started_ns(stamps: Path, jobs: int) -> dict[str, int]:
     while len(started := _read(stamps)) < jobs:
         if time.monotonic() > give_up_at:
             raise RuntimeError(f"{len(started)} of {jobs} jobs were started within {LIMIT_S:.0f} s")
-        time.sleep(_EVERY_S)  # a file has no event for "long enough"
+        time.sleep(EVERY_S)  # a file has no event for "long enough"
     return started
 
 
@@ -83,7 +84,7 @@ def measure(url: str, seconds: float, procs: int, repeat: int) -> dict[str, Any]
     """Measure service and bare loop in turns; percentiles are over the jobs of all turns."""
     with connect(url) as client:
         facts = host_facts(client)
-    jobs = max(1, round(seconds / _EVERY_S))
+    jobs = max(1, round(seconds / EVERY_S))
     found: dict[str, list[float]] = {"service": [], "bare": []}
     consumers: dict[str, Consumers] = {
         "service": lambda backlog, path: service(url, backlog, STAMP, procs, BENCH_STAMPS=path),
@@ -100,7 +101,7 @@ def measure(url: str, seconds: float, procs: int, repeat: int) -> dict[str, Any]
         "job_bytes": len(job(0)),
         "procs": procs,
         "repeat": repeat,
-        "every_ms": _EVERY_S * 1000,
+        "every_ms": EVERY_S * 1000,
         "ms": {name: percentiles(sorted(ms)) for name, ms in found.items()},
     }
 

@@ -125,6 +125,15 @@ class Backlog:
             self._client.unlink(key)
 
 
+def paced(jobs: int, every_s: float) -> Iterator[int]:
+    """Numbers of jobs, one each interval; it does not fall behind if sending one takes time."""
+    due_s = time.monotonic()
+    for number in range(jobs):
+        due_s += every_s
+        time.sleep(max(0.0, due_s - time.monotonic()))  # the interval is intended
+        yield number
+
+
 def job(number: int) -> bytes:
     """A job of about 400 bytes in the compact JSON and field order of the Go producers."""
     text = "Snow had fallen on the pass all night, and the road below the inn was gone by the morning."

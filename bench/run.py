@@ -23,14 +23,12 @@ from typing import Any, NamedTuple
 import click
 from contenders import PEER_SYSTEMS, Bare, Contender, Other, Ours, PeerSystem, trees
 from hosts import cpu_s, format_facts, host_facts, pss_mib, table
-from latency import percentiles, started_ns
+from latency import EVERY_S, WARM_UP_JOBS, delays_ms, percentiles, started_ns
 from rig import LIMIT_S, connect, say, server
 from run_report import write_html
 
 _FOLDER = Path(__file__).resolve().parent
 _POLL_S = 0.005
-#: Interval of the jobs of the latency part, and jobs at its start that are not measured.
-_EVERY_S, _WARM_UP_JOBS = 0.020, 10
 #: Pause before the memory of an idle tree is read, and the time over which its CPU is measured.
 _IDLE_AFTER_S, _IDLE_S = 3.0, 5.0
 #: Workers of the second idle tree: those of the systemd unit.
@@ -127,10 +125,9 @@ def latency(make: Make, jobs: int, procs: int) -> dict[str, float]:
         stamps = Path(folder) / "stamps"
         stamps.touch()
         with contender.running(procs, BENCH_STAMPS=str(stamps)):
-            sent = contender.send(_WARM_UP_JOBS + jobs, _EVERY_S)
+            sent = contender.send(WARM_UP_JOBS + jobs, EVERY_S)
             started = started_ns(stamps, len(sent))
-    ms = sorted((started[job_id] - sent[job_id]) / 1e6 for job_id in list(sent)[_WARM_UP_JOBS:])
-    found = percentiles(ms)
+    found = percentiles(sorted(delays_ms(sent, started)))
     return {"p50 ms": found["p50"], "p99 ms": found["p99"]}
 
 
@@ -300,11 +297,16 @@ def main(
     print(format_report(report))
     print(f"\n{out / 'report.html'}")
     if before is not None:
-        same_machine = before["host"]["cpu"] == facts["cpu"]
-        ours = [one for one in figures if one.contender.startswith(_OURS)]
-        found = worse(before, [*(ours if same_machine else ()), *ratios(figures)], tolerance)
-        print("\n".join(["worse:", *found]) if found else "nothing got worse")
-        sys.exit(1 if found else 0)
+        sys.exit(_compare(before, report, tolerance))
+
+
+def _compare(before: dict[str, Any], report: dict[str, Any], tolerance: float) -> int:
+    """Print what got worse; returns the exit code."""
+    same_machine = before["host"]["cpu"] == report["host"]["cpu"]
+    ours = [one for one in report["figures"] if one.contender.startswith(_OURS)]
+    found = worse(before, [*(ours if same_machine else ()), *report["ratios"]], tolerance)
+    print("\n".join(["worse:", *found]) if found else "nothing got worse")
+    return 1 if found else 0
 
 
 def format_report(report: dict[str, Any]) -> str:
