@@ -94,8 +94,7 @@ class Runner:
         self._batches = self._metrics.histogram("z_novel_batch_jobs")
         self._reported_totals: dict[tuple[int, str], float] = {}
         self._unflushed_since: float | None = None
-        self._reported_at = 0.0
-        self._health_checked_at = 0.0
+        self._reported_at = self._health_checked_at = 0.0
         self._trouble: str | None = None
         # Seconds by which progress extends the deadline, and the latest deadline after the start, 0 for none.
         self._progress_s = self._max_timeout_s = 0.0

@@ -150,11 +150,10 @@ def learn_input(model: Any, purpose: str, other: ModelInput | None = None) -> Mo
         return len(tokenizer.encode(prompt + text, add_special_tokens=False).ids) + len(prefix) + len(suffix)
 
     truncated = _truncated(model, purpose, word, tokens_of)
-    unlimited = STATIC_WINDOW if is_flat else FALLBACK_WINDOW
     return ModelInput(
         tokenizer=tokenizer,
         form=WindowFormat(
-            max_tokens=len(truncated[1]) if truncated else unlimited,
+            max_tokens=len(truncated[1]) if truncated else STATIC_WINDOW if is_flat else FALLBACK_WINDOW,
             prefix=prefix,
             suffix=suffix,
             prompt=prompt,

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings
@@ -26,3 +27,14 @@ class ReaderContext:
     faults: StreamFaults
     held: HeldOutcomes
     lost_leases: LostLeases
+
+    @classmethod
+    def create(
+        cls, store: ReaderStore, settings: Settings, crash_marks: CrashMarks, rng: random.Random,
+        mono_s: Callable[[], float],
+    ) -> Self:  # fmt: skip
+        """The context of a new reader."""
+        metrics = MetricsBuffer()
+        faults = StreamFaults(store, settings.streams, metrics.gauge, "reader", rng, mono_s)
+        lost_leases = LostLeases(settings.streams, metrics)
+        return cls(store, settings, crash_marks, metrics, rng, mono_s, faults, HeldOutcomes(), lost_leases)

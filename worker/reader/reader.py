@@ -30,16 +30,13 @@ from ..ipc.inflight import FAILED, STARTED, SUCCEEDED
 from ..outcome import Failure
 from ..settings import Settings
 from ..store.backoff import ReconnectBackoff
-from ..store.faults import StreamFaults, describe
+from ..store.faults import describe
 from ..store.ports import ReaderStore
-from ..telemetry.metrics import MetricsBuffer
 from .admission import AdmittedJob
 from .circuit_breaker import CircuitBreakers
 from .context import ReaderContext
 from .dispatch import Dispatcher, WorkerHandle
-from .held_outcomes import HeldOutcomes
 from .intake import Intake
-from .lost_leases import LostLeases
 from .prefetch import PrefetchBuffer
 from .settlement import Settler
 
@@ -82,16 +79,8 @@ class Reader:
         self._marks = marks or CrashMarks.create()
         self._mono_s = mono_s
         self._rng = rng or random.Random()
-        self._metrics = MetricsBuffer()
-        self._faults = StreamFaults(
-            store, settings.streams, self._metrics.gauge, "reader", self._rng, self._mono_s
-        )
-        context = ReaderContext(
-            *(store, settings, self._marks, self._metrics, self._rng, mono_s),
-            faults=self._faults,
-            held=HeldOutcomes(),
-            lost_leases=LostLeases(settings.streams, self._metrics),
-        )
+        context = ReaderContext.create(store, settings, self._marks, self._rng, mono_s)
+        self._metrics, self._faults = context.metrics, context.faults
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
         self._breakers = CircuitBreakers(len(settings.handlers), slow_crashes=slow_crashes)
@@ -107,10 +96,7 @@ class Reader:
         # Streams whose name was taken at least once.
         self._named: set[int] = set()
         self._backoff = ReconnectBackoff(self._rng)
-        self._retry_at = 0.0
-        self._reported_at = 0.0
-        self._pauses_refreshed_at = 0.0
-        self._name_renewed_at = 0.0
+        self._retry_at = self._reported_at = self._pauses_refreshed_at = self._name_renewed_at = 0.0
         # Stream -> renewal of the name by another service, as first observed.
         self._first_renewals: dict[str, str] = {}
 
