@@ -110,6 +110,12 @@ class ReaderRig:
         self.control.send(SyncDone())
         self.tick()
 
+    def other_host(self) -> MemoryStore:
+        """The store of a reader of another host, which may claim entries."""
+        other = MemoryStore(self.server, "other/one")
+        other.acquire([SOURCE])
+        return other
+
     def exit(self, worker: FakeWorker, cause: str = "SIGKILL", *, charge: bool = True, **more: Any) -> None:
         """Tell the reader that a worker exited."""
         self._exited.append(worker)

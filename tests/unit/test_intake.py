@@ -155,8 +155,7 @@ def test_a_full_service_claims_nothing(rig: ReaderRig) -> None:
 def test_leases_of_running_and_prefetched_jobs_are_renewed(rig: ReaderRig) -> None:
     rig.add(*map(str, range(16)))
     rig.tick()
-    other = MemoryStore(rig.server, "other/one")
-    other.acquire([SOURCE])
+    other = rig.other_host()
     for _ in range(6):
         rig.advance(LEASE_S / 2)
         assert other.claim(SOURCE, int(LEASE_S * 1000), 100, b"0-0")[1] == []
@@ -167,8 +166,7 @@ def test_a_prefetched_job_that_another_host_claimed_is_not_run(rig: ReaderRig) -
     rig.advance(1.0)
     rig.add("1", type_name="b")
     rig.tick()
-    other = MemoryStore(rig.server, "other/one")
-    other.acquire([SOURCE])
+    other = rig.other_host()
     assert len(other.claim(SOURCE, 0, 100, b"0-0")[1]) == 1
     rig.advance(LEASE_S)
     rig.server.paused.clear()
@@ -186,8 +184,7 @@ def test_a_drained_reader_hands_back_what_was_not_started_at_once() -> None:
     worker.take()
     worker.succeed("1")
     rig.drain()
-    other = MemoryStore(rig.server, "other/one")
-    other.acquire([SOURCE])
+    other = rig.other_host()
     claimed = other.claim(SOURCE, int(LEASE_S * 1000), 100, b"0-0")[1]
     assert [json.loads(entry.data or b"")["id"] for entry in claimed] == ["2", "3"]
     assert [entry.deliveries for entry in claimed] == [1, 1], "the first delivery does not count"

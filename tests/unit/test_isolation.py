@@ -192,8 +192,7 @@ def test_leases_of_an_isolated_stream_are_renewed(rig: ReaderRig) -> None:
     rig.tick()
     rig.server.broken.add(dead_letter_key(NAME))
     work(rig)
-    other = MemoryStore(rig.server, "other/one")
-    other.acquire([SOURCE])
+    other = rig.other_host()
     for _ in range(10):
         rig.advance(LEASE_S / 2)
         assert other.claim(SOURCE, int(LEASE_S * 1000), 100, b"0-0")[1] == []
@@ -204,8 +203,7 @@ def test_a_held_outcome_of_a_job_that_another_host_claimed_is_dropped(rig: Reade
     rig.tick()
     rig.server.broken.add(dead_letter_key(NAME))
     work(rig)
-    other = MemoryStore(rig.server, "other/one")
-    other.acquire([SOURCE])
+    other = rig.other_host()
     assert len(other.claim(SOURCE, 0, 100, b"0-0")[1]) == 1
     rig.advance(LEASE_S)
     assert rig.metric("z_novel_leases_lost_total", NAME) == 1

@@ -23,12 +23,12 @@ TEXTS = [
     "the petrel",
     "The petrel came back on Thursday.",
     "宝玉看罢，笑道：“这个。”",
-    "nobody had seen the harbour master. the petrel came back.",
+    "petrel had seen the harbour master. the petrel came back.",
     "unknown",
     "master master",
     "petrel",
 ]
-LONG = "Nobody had seen the harbour master on Thursday. The petrel came back. 宝玉看罢笑道。" * 6
+LONG = "Petrel had seen the harbour master on Thursday. The petrel came back. 宝玉看罢笑道。" * 6
 ENGINES = ["torch", *(["auto"] if importlib.util.find_spec("openvino") else [])]
 #: Models that both engines run; a conversion takes seconds, so those with the same graph are left to torch.
 ALL_CONVERTED = (

@@ -23,10 +23,10 @@ TEXTS = [
     "The petrel came back on Thursday.",
     "",
     "宝玉看罢，笑道：“这个。”",
-    "nobody had seen the harbour master. " * 2,
+    "petrel had seen the harbour master. " * 2,
     "unknown words entirely",
 ]
-LONG = "Nobody had seen the harbour master on Thursday. The petrel came back. 宝玉看罢笑道。" * 6
+LONG = "Petrel had seen the harbour master on Thursday. The petrel came back. 宝玉看罢笑道。" * 6
 PROMPTS = {"query": "query: ", "document": "passage: "}
 
 

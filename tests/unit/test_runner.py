@@ -31,13 +31,13 @@ from support import programs
 WITHIN_S = 20.0
 
 
-class Desk:
+class RunnerRig:
     """A worker with its channel, and what it is told and tells."""
 
     def __init__(self, linger_s: float = 0.0, **handlers: Any) -> None:
         self.channel = Channel.create(64 * 1024)
         self.channel.phase = READY
-        self.lane = WorkerHandle(0, 0, self.channel, 0.0)
+        self.handle = WorkerHandle(0, 0, self.channel, 0.0)
         self.supervisor, theirs = ControlSocket.pair()
         self.link = ControlSocket(theirs)
         self.kinds = list(handlers)
@@ -50,7 +50,7 @@ class Desk:
             mono_s=self.mono_s,
             wall_s=lambda: 1767348010.0,
         )
-        self.handed = 0
+        self.dispatched = 0
 
     def mono_s(self) -> float:
         """The clock; once all is done it ends the loop, as a signal would between two jobs."""
@@ -58,23 +58,23 @@ class Desk:
             self.runner.stop = True
         return time.monotonic()
 
-    def hand(self, *kinds: str, **more: Any) -> None:
+    def dispatch(self, *kinds: str, **more: Any) -> None:
         """Give it one job for each kind; their ids are 0, 1, 2, …"""
         arrivals = []
-        for number, kind in enumerate(kinds, self.handed):
+        for number, kind in enumerate(kinds, self.dispatched):
             body = msgspec.json.encode({"id": str(number), "type": kind, **more})
             entry = Entry(b"%d-0" % number, body)
             arrivals.append(AdmittedJob(number % 2, self.kinds.index(kind), entry, False))
-        assert self.lane.dispatch(arrivals) == len(kinds)
-        self.handed += len(kinds)
+        assert self.handle.dispatch(arrivals) == len(kinds)
+        self.dispatched += len(kinds)
 
     def run(self) -> None:
         """Until every job has ended."""
-        self.stop_after = self.handed
+        self.stop_after = self.dispatched
         self.runner.run()
 
     def states(self) -> list[int]:
-        return [self.channel.table.state(row) for row in range(self.handed)]
+        return [self.channel.table.state(row) for row in range(self.dispatched)]
 
     def failures(self) -> dict[int, Failure]:
         frames = [
@@ -101,12 +101,15 @@ class Desk:
         self.link.close()
 
 
-@pytest.fixture
-def desk() -> Iterator[Callable[..., Desk]]:
-    made: list[Desk] = []
+Make = Callable[..., RunnerRig]
 
-    def make(linger_s: float = 0.0, **handlers: Any) -> Desk:
-        made.append(Desk(linger_s, **handlers))
+
+@pytest.fixture
+def make_rig() -> Iterator[Make]:
+    made: list[RunnerRig] = []
+
+    def make(linger_s: float = 0.0, **handlers: Any) -> RunnerRig:
+        made.append(RunnerRig(linger_s, **handlers))
         return made[-1]
 
     yield make
@@ -143,48 +146,56 @@ class Batch:
         return self.answer(jobs)
 
 
-def test_a_malformed_payload_reaches_no_handler_and_stops_no_other_job(desk: Callable[..., Desk]) -> None:
+def test_a_malformed_payload_reaches_no_handler_and_stops_no_other_job(
+    make_rig: Make,
+) -> None:
     handler = Single()
-    worker = desk(t=handler)
-    worker.hand("t", "t", payload=msgspec.Raw(b'"\xff"'))
-    worker.hand("t", payload="fine")
+    worker = make_rig(t=handler)
+    worker.dispatch("t", "t", payload=msgspec.Raw(b'"\xff"'))
+    worker.dispatch("t", payload="fine")
     worker.run()
     assert handler.log == ["2"]
     assert worker.states() == [FAILED, FAILED, SUCCEEDED]
     assert all(one.malformed and "utf-8" in one.error for one in worker.failures().values())
 
 
-def test_jobs_run_in_their_order_over_several_frames(desk: Callable[..., Desk]) -> None:
+def test_jobs_run_in_their_order_over_several_frames(make_rig: Make) -> None:
     handler = Single()
-    worker = desk(t=handler)
+    worker = make_rig(t=handler)
     for _ in range(5):
-        worker.hand("t", "t", "t", "t")
+        worker.dispatch("t", "t", "t", "t")
     worker.run()
     assert handler.log == [str(i) for i in range(20)]
     assert worker.states() == [SUCCEEDED] * 20
     assert (worker.failures(), worker.channel.finished) == ({}, 20)
 
 
-def test_a_handler_sees_the_whole_job(desk: Callable[..., Desk]) -> None:
+def test_a_handler_sees_the_whole_job(make_rig: Make) -> None:
     seen: list[Job] = []
     handler = Single()
     handler.handle = seen.append  # type: ignore[method-assign]
-    worker = desk(t=handler)
-    worker.hand("t", "t", tenant_id="t1", payload={"a": [1]}, metadata=None, retry_count=2, created_at="x")
+    worker = make_rig(t=handler)
+    worker.dispatch(
+        "t", "t", tenant_id="t1", payload={"a": [1]}, metadata=None, retry_count=2, created_at="x"
+    )
     worker.run()
     assert seen[1] == Job("1", "t", "t1", "", {"a": [1]}, {}, "x", "s1", "1-0", 2)
 
 
-def test_jobs_of_one_type_are_gathered_and_the_others_keep_their_places(desk: Callable[..., Desk]) -> None:
+def test_jobs_of_one_type_are_gathered_and_the_others_keep_their_places(
+    make_rig: Make,
+) -> None:
     log: list[Any] = []
-    worker = desk(a=Batch(log), b=Single(log))
-    worker.hand("a", "b", "a", "a", "a", "b", "a", "b")
+    worker = make_rig(a=Batch(log), b=Single(log))
+    worker.dispatch("a", "b", "a", "a", "a", "b", "a", "b")
     worker.run()
     assert log == [["0", "2", "3"], "1", ["4", "6"], "5", "7"]
     assert worker.states() == [SUCCEEDED] * 8
 
 
-def test_a_batch_is_limited_in_bytes_as_its_handler_says_at_the_time(desk: Callable[..., Desk]) -> None:
+def test_a_batch_is_limited_in_bytes_as_its_handler_says_at_the_time(
+    make_rig: Make,
+) -> None:
     log: list[Any] = []
     handler = Batch(log)
     handler.max_batch_bytes = 1000  # type: ignore[attr-defined]
@@ -194,11 +205,11 @@ def test_a_batch_is_limited_in_bytes_as_its_handler_says_at_the_time(desk: Calla
         return [None] * len(jobs)
 
     handler.answer = answer
-    worker = desk(a=handler, b=Single(log))
-    worker.hand("a", "b", payload="x" * 400)
-    worker.hand("a", "a", payload="x" * 400)
-    worker.hand("a", payload="x" * 5000)
-    worker.hand("a", "a", payload="x" * 400)
+    worker = make_rig(a=handler, b=Single(log))
+    worker.dispatch("a", "b", payload="x" * 400)
+    worker.dispatch("a", "a", payload="x" * 400)
+    worker.dispatch("a", payload="x" * 5000)
+    worker.dispatch("a", "a", payload="x" * 400)
     worker.run()
     assert log == [["0", "2"], "1", ["3"], ["4"], ["5", "6"]]
     assert worker.states() == [SUCCEEDED] * 7
@@ -206,16 +217,16 @@ def test_a_batch_is_limited_in_bytes_as_its_handler_says_at_the_time(desk: Calla
 
 @pytest.mark.parametrize("kind", [Single, Batch])
 def test_jobs_that_wait_for_what_is_away_go_back_untried_and_the_others_run(
-    kind: Any, desk: Callable[..., Desk]
+    kind: Any, make_rig: Make
 ) -> None:
     log: list[Any] = []
     handler = Single(log, id0=Unavailable("away"))
     if kind is Batch:
         handler = Batch(log)
         handler.answer = lambda jobs: [Unavailable("away")] * len(jobs)
-    worker = desk(a=handler, b=Single(log))
-    worker.hand("a", "b", *["a"] * 7)
-    worker.hand("a", "b")
+    worker = make_rig(a=handler, b=Single(log))
+    worker.dispatch("a", "b", *["a"] * 7)
+    worker.dispatch("a", "b")
     worker.stop_after = 3 if kind is Single else 5
     worker.runner.run()
     assert log == ["0", "1", "10"] if kind is Single else [["0", "2", "3"], "1", "10"]
@@ -225,7 +236,9 @@ def test_jobs_that_wait_for_what_is_away_go_back_untried_and_the_others_run(
     assert all(failure.unavailable for failure in failures.values())
 
 
-def test_a_worker_asks_for_as_many_as_it_takes_of_the_type_at_hand(desk: Callable[..., Desk]) -> None:
+def test_a_worker_asks_for_as_many_as_it_takes_of_the_type_at_hand(
+    make_rig: Make,
+) -> None:
     asked: list[int] = []
 
     def look(jobs: Any) -> Any:
@@ -234,17 +247,17 @@ def test_a_worker_asks_for_as_many_as_it_takes_of_the_type_at_hand(desk: Callabl
 
     single = Single()
     single.handle = lambda job: look([job])  # type: ignore[method-assign]
-    worker = desk(single=single, batch=Batch(answer=look))
-    worker.hand("single", "batch", "batch", "single")
+    worker = make_rig(single=single, batch=Batch(answer=look))
+    worker.dispatch("single", "batch", "batch", "single")
     worker.run()
     assert asked == [1, Batch.max_batch, 1]
 
 
-def test_company_that_comes_within_the_linger_goes_along(desk: Callable[..., Desk]) -> None:
+def test_company_that_comes_within_the_linger_goes_along(make_rig: Make) -> None:
     log: list[Any] = []
-    worker = desk(20.0, a=Batch(log))
-    worker.hand("a")
-    later = threading.Timer(0.05, worker.hand, "aa")
+    worker = make_rig(20.0, a=Batch(log))
+    worker.dispatch("a")
+    later = threading.Timer(0.05, worker.dispatch, "aa")
     later.start()
     began = time.monotonic()
     worker.stop_after = 3
@@ -255,31 +268,31 @@ def test_company_that_comes_within_the_linger_goes_along(desk: Callable[..., Des
 
 
 @pytest.mark.parametrize(("linger_s", "least_s"), [(0.0, 0.0), (0.3, 0.3)])
-def test_no_job_waits_for_company_longer_than_it_may(
-    desk: Callable[..., Desk], linger_s: float, least_s: float
-) -> None:
+def test_no_job_waits_for_company_longer_than_it_may(make_rig: Make, linger_s: float, least_s: float) -> None:
     log: list[Any] = []
-    worker = desk(linger_s, a=Batch(log))
-    worker.hand("a")
+    worker = make_rig(linger_s, a=Batch(log))
+    worker.dispatch("a")
     began = time.monotonic()
     worker.run()
     assert log == [["0"]]
     assert least_s <= time.monotonic() - began < least_s + 1
 
 
-def test_nobody_waits_where_another_type_is_next_or_one_job_goes_at_a_time(desk: Callable[..., Desk]) -> None:
+def test_no_job_waits_where_another_type_is_next_or_one_job_goes_at_a_time(
+    make_rig: Make,
+) -> None:
     log: list[Any] = []
-    worker = desk(20.0, a=Batch(log), b=Single(log))
-    worker.hand("a", "b")
+    worker = make_rig(20.0, a=Batch(log), b=Single(log))
+    worker.dispatch("a", "b")
     began = time.monotonic()
     worker.run()
     assert log == [["0"], "1"]
     assert time.monotonic() - began < 10
 
 
-def test_whoever_waits_for_company_ends_with_the_supervisor(desk: Callable[..., Desk]) -> None:
-    worker = desk(20.0, a=Batch())
-    worker.hand("a")
+def test_whoever_waits_for_company_ends_with_the_supervisor(make_rig: Make) -> None:
+    worker = make_rig(20.0, a=Batch())
+    worker.dispatch("a")
     worker.supervisor.close()
     began = time.monotonic()
     worker.runner.run()
@@ -287,9 +300,9 @@ def test_whoever_waits_for_company_ends_with_the_supervisor(desk: Callable[..., 
     assert worker.states() == [QUEUED], "no job is begun any more"
 
 
-def test_a_failure_says_why_and_fails_only_its_own_job(desk: Callable[..., Desk]) -> None:
-    worker = desk(t=Single(id1=ValueError("no"), id3=PermanentError("never"), id4=MemoryError()))
-    worker.hand(*"tttttt")
+def test_a_failure_says_why_and_fails_only_its_own_job(make_rig: Make) -> None:
+    worker = make_rig(t=Single(id1=ValueError("no"), id3=PermanentError("never"), id4=MemoryError()))
+    worker.dispatch(*"tttttt")
     worker.run()
     assert worker.states() == [SUCCEEDED, FAILED, SUCCEEDED, FAILED, FAILED, SUCCEEDED]
     assert worker.errors() == {
@@ -299,9 +312,9 @@ def test_a_failure_says_why_and_fails_only_its_own_job(desk: Callable[..., Desk]
     }
 
 
-def test_a_batch_answers_for_each_job(desk: Callable[..., Desk]) -> None:
-    worker = desk(t=Batch(answer=lambda jobs: [None, ValueError("one"), PermanentError("two")]))
-    worker.hand(*"ttt")
+def test_a_batch_answers_for_each_job(make_rig: Make) -> None:
+    worker = make_rig(t=Batch(answer=lambda jobs: [None, ValueError("one"), PermanentError("two")]))
+    worker.dispatch(*"ttt")
     worker.run()
     assert worker.states() == [SUCCEEDED, FAILED, FAILED]
     assert worker.errors() == {
@@ -310,9 +323,11 @@ def test_a_batch_answers_for_each_job(desk: Callable[..., Desk]) -> None:
     }
 
 
-def test_an_outcome_that_is_no_exception_fails_its_own_job_for_good(desk: Callable[..., Desk]) -> None:
-    worker = desk(t=Batch(answer=lambda jobs: [None, True, ValueError]))
-    worker.hand(*"ttt")
+def test_an_outcome_that_is_no_exception_fails_its_own_job_for_good(
+    make_rig: Make,
+) -> None:
+    worker = make_rig(t=Batch(answer=lambda jobs: [None, True, ValueError]))
+    worker.dispatch(*"ttt")
     worker.run()
     assert worker.states() == [SUCCEEDED, FAILED, FAILED]
     says = "PermanentError: handle_batch returned {} as this job's outcome: return None or an exception"
@@ -342,11 +357,11 @@ def _raise(error: BaseException) -> Any:
     ],
 )
 def test_a_batch_that_fails_as_a_whole_fails_every_job(
-    desk: Callable[..., Desk], answer: Callable[[Sequence[Job]], Any], says: str, permanent: bool
+    make_rig: Make, answer: Callable[[Sequence[Job]], Any], says: str, permanent: bool
 ) -> None:
     """None may be taken for done: which of them were is not known."""
-    worker = desk(t=Batch(answer=answer))
-    worker.hand(*"ttt")
+    worker = make_rig(t=Batch(answer=answer))
+    worker.dispatch(*"ttt")
     worker.run()
     assert worker.states() == [FAILED] * 3
     failures = worker.failures()
@@ -354,37 +369,37 @@ def test_a_batch_that_fails_as_a_whole_fails_every_job(
     assert all(says in failure.error and failure.permanent == permanent for failure in failures.values())
 
 
-def test_stopping_finishes_the_job_under_way_and_begins_no_other(desk: Callable[..., Desk]) -> None:
-    worker = desk(t=Single())
+def test_stopping_finishes_the_job_under_way_and_begins_no_other(make_rig: Make) -> None:
+    worker = make_rig(t=Single())
 
     def stop_at_two(job: Job) -> None:
         worker.runner.stop = job.id == "2"
 
     worker.runner._handlers["t"].handle = stop_at_two
-    worker.hand(*"tttttt")
+    worker.dispatch(*"tttttt")
     worker.runner.run()
     assert worker.states() == [SUCCEEDED] * 3 + [QUEUED] * 3
     assert worker.channel.phase == STOPPING
     assert clear_eventfd(worker.channel.fds[2]), "the reader was not woken"
-    assert [held.row for held in worker.lane.table.unsettled()] == list(range(6))
+    assert [held.row for held in worker.handle.table.unsettled()] == list(range(6))
 
 
-def test_a_stop_that_the_supervisor_requests_needs_no_signal(desk: Callable[..., Desk]) -> None:
+def test_a_stop_that_the_supervisor_requests_needs_no_signal(make_rig: Make) -> None:
     """A handler may ignore or block SIGTERM."""
-    worker = desk(t=Single())
+    worker = make_rig(t=Single())
 
     def stop_at_two(job: Job) -> None:
         if job.id == "2":
-            worker.lane.channel.request_stop()
+            worker.handle.channel.request_stop()
 
     worker.runner._handlers["t"].handle = stop_at_two
-    worker.hand(*"tttttt")
+    worker.dispatch(*"tttttt")
     worker.runner.run()
     assert worker.states() == [SUCCEEDED] * 3 + [QUEUED] * 3
     assert worker.channel.phase == STOPPING
 
 
-def test_the_limit_stands_while_a_job_runs_and_only_then(desk: Callable[..., Desk]) -> None:
+def test_the_limit_stands_while_a_job_runs_and_only_then(make_rig: Make) -> None:
     seen: list[tuple[float, int]] = []
 
     class Watching:
@@ -396,10 +411,10 @@ def test_the_limit_stands_while_a_job_runs_and_only_then(desk: Callable[..., Des
             if job.id == "2":
                 raise ValueError
 
-    worker = desk(t=Watching())
-    worker.hand("t")
-    worker.hand("t", timeout=500)
-    worker.hand("t", timeout=0.5)
+    worker = make_rig(t=Watching())
+    worker.dispatch("t")
+    worker.dispatch("t", timeout=500)
+    worker.dispatch("t", timeout=0.5)
     worker.run()
     for (left_s, state), limit_s in zip(seen, (7.0, 500.0, 0.5), strict=True):
         assert limit_s - 5 < left_s <= limit_s
@@ -407,41 +422,41 @@ def test_the_limit_stands_while_a_job_runs_and_only_then(desk: Callable[..., Des
     assert (worker.channel.mono_deadline_s, worker.channel.mono_since_s) == (0.0, 0.0)
 
 
-def test_a_batch_has_the_time_of_all_its_jobs(desk: Callable[..., Desk]) -> None:
+def test_a_batch_has_the_time_of_all_its_jobs(make_rig: Make) -> None:
     seen: list[float] = []
-    worker = desk(
+    worker = make_rig(
         t=Batch(answer=lambda jobs: [seen.append(worker.channel.mono_deadline_s - time.monotonic())] * 3)
     )
-    worker.hand("t", "t", timeout=100)
-    worker.hand("t")
+    worker.dispatch("t", "t", timeout=100)
+    worker.dispatch("t")
     worker.run()
     assert 250 < seen[0] <= 260
     assert worker.channel.mono_deadline_s == 0.0
 
 
 @pytest.mark.parametrize(("limit_s", "most_s"), [(30, 100), (150, 150), (500, 260)])
-def test_a_batch_has_the_limit_of_its_handler(
-    desk: Callable[..., Desk], limit_s: float, most_s: float
-) -> None:
+def test_a_batch_has_the_limit_of_its_handler(make_rig: Make, limit_s: float, most_s: float) -> None:
     seen: list[float] = []
     handler = Batch(answer=lambda jobs: [seen.append(worker.channel.mono_deadline_s - time.monotonic())] * 3)
     handler.batch_timeout = limit_s  # type: ignore[attr-defined]
-    worker = desk(t=handler)
-    worker.hand("t", "t", timeout=100)
-    worker.hand("t")
+    worker = make_rig(t=handler)
+    worker.dispatch("t", "t", timeout=100)
+    worker.dispatch("t")
     worker.run()
     assert most_s - 5 < seen[0] <= most_s
 
 
-def test_an_idle_worker_is_woken_by_a_job_and_ends_with_its_supervisor(desk: Callable[..., Desk]) -> None:
+def test_an_idle_worker_is_woken_by_a_job_and_ends_with_its_supervisor(
+    make_rig: Make,
+) -> None:
     ran = threading.Event()
     handler = Single()
     handler.handle = lambda job: ran.set()  # type: ignore[method-assign]
-    worker = desk(t=handler)
+    worker = make_rig(t=handler)
     thread = threading.Thread(target=worker.runner.run)
     thread.start()
     try:
-        worker.hand("t")
+        worker.dispatch("t")
         assert ran.wait(WITHIN_S)
     finally:
         worker.supervisor.close()
@@ -451,9 +466,9 @@ def test_an_idle_worker_is_woken_by_a_job_and_ends_with_its_supervisor(desk: Cal
 
 
 def test_a_worker_that_says_it_is_ready_is_given_jobs_already(
-    desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+    make_rig: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = desk(a=Single())
+    worker = make_rig(a=Single())
     worker.channel.phase = STARTING
     said: list[Any] = []
 
@@ -467,14 +482,14 @@ def test_a_worker_that_says_it_is_ready_is_given_jobs_already(
     assert said[0] == (Ready(), READY)
 
 
-def test_what_is_reported(desk: Callable[..., Desk]) -> None:
+def test_what_is_reported(make_rig: Make) -> None:
     """Durations and waits by type, sizes of batches, the handlers' own counters as differences."""
     handler = Batch()
     handler.counters = {"embedded_tokens": 5}  # type: ignore[attr-defined]
-    worker = desk(a=handler, same=handler)
-    worker.hand("a", "a", "a", created_at="2026-01-02T10:00:07.123456789Z")
-    worker.hand("a", created_at="yesterday")
-    worker.hand("a", created_at="0001-01-01T00:00:00")
+    worker = make_rig(a=handler, same=handler)
+    worker.dispatch("a", "a", "a", created_at="2026-01-02T10:00:07.123456789Z")
+    worker.dispatch("a", created_at="yesterday")
+    worker.dispatch("a", created_at="0001-01-01T00:00:00")
     worker.run()
     reports = worker.reports()
     counts = [count for report in reports for count in report.counts]
@@ -491,11 +506,11 @@ def test_what_is_reported(desk: Callable[..., Desk]) -> None:
     assert 3 * 2.8 < wait_s <= 3 * 2.9
 
 
-def test_trouble_of_any_length_is_reported(desk: Callable[..., Desk]) -> None:
+def test_trouble_of_any_length_is_reported(make_rig: Make) -> None:
     handler = Single()
     handler.healthy = lambda: _raise(ConnectionError("字" * 10**6))  # type: ignore[attr-defined]
-    worker = desk(t=handler)
-    worker.hand("t")
+    worker = make_rig(t=handler)
+    worker.dispatch("t")
     worker.runner._check_health()
     worker.run()
     trouble = worker.reports()[-1].trouble
@@ -503,10 +518,10 @@ def test_trouble_of_any_length_is_reported(desk: Callable[..., Desk]) -> None:
     assert trouble.startswith("t: ConnectionError: 字字")
 
 
-def test_many_failures_wait_for_the_reader_to_make_room(desk: Callable[..., Desk]) -> None:
+def test_many_failures_wait_for_the_reader_to_make_room(make_rig: Make) -> None:
     """More failures than the ring of outcomes takes: none is lost and none is said twice."""
-    worker = desk(t=Single(**{f"id{i}": ValueError("字" * 4000) for i in range(400)}))
-    worker.hand(*["t"] * 400)
+    worker = make_rig(t=Single(**{f"id{i}": ValueError("字" * 4000) for i in range(400)}))
+    worker.dispatch(*["t"] * 400)
     thread = threading.Thread(target=worker.run)
     thread.start()
     rows: list[int] = []
@@ -531,7 +546,7 @@ class Async:
         await self.work(job)
 
 
-def test_async_jobs_run_one_after_another_on_a_loop_that_is_kept(desk: Callable[..., Desk]) -> None:
+def test_async_jobs_run_one_after_another_on_a_loop_that_is_kept(make_rig: Make) -> None:
     seen: list[Any] = []
     queue: asyncio.Queue[str] = asyncio.Queue()  # bound to the loop of its first use
 
@@ -542,8 +557,8 @@ def test_async_jobs_run_one_after_another_on_a_loop_that_is_kept(desk: Callable[
         await queue.put(job.id)
         assert await queue.get() == job.id
 
-    worker = desk(t=Async(work), other=Single())
-    worker.hand("t", "t", "other", "t")
+    worker = make_rig(t=Async(work), other=Single())
+    worker.dispatch("t", "t", "other", "t")
     worker.run()
     assert worker.states() == [SUCCEEDED] * 4
     assert [(id, told) for id, _, told in seen] == [("0", "0"), ("1", "1"), ("3", "3")]
@@ -551,7 +566,7 @@ def test_async_jobs_run_one_after_another_on_a_loop_that_is_kept(desk: Callable[
     assert current.jobs == ()
 
 
-def test_an_async_failure_is_one_of_its_own_job(desk: Callable[..., Desk]) -> None:
+def test_an_async_failure_is_one_of_its_own_job(make_rig: Make) -> None:
     errors = [
         asyncio.CancelledError("from above"),
         ValueError("no"),
@@ -572,8 +587,8 @@ def test_an_async_failure_is_one_of_its_own_job(desk: Callable[..., Desk]) -> No
             asyncio.get_running_loop().stop()
             await asyncio.sleep(60)
 
-    worker = desk(t=Async(work))
-    worker.hand(*"ttttttt")
+    worker = make_rig(t=Async(work))
+    worker.dispatch(*"ttttttt")
     worker.run()
     assert worker.states() == [FAILED] * 6 + [SUCCEEDED]
     assert worker.errors() == {
@@ -607,13 +622,13 @@ def test_a_handler_that_exits_leaves_no_noise_behind() -> None:
 
 @pytest.mark.parametrize("error", [SystemExit(7), KeyboardInterrupt()])
 def test_what_ends_the_worker_ends_it_from_a_coroutine_too(
-    desk: Callable[..., Desk], error: BaseException, caplog: pytest.LogCaptureFixture
+    make_rig: Make, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def work(job: Job) -> None:
         raise error
 
-    worker = desk(t=Async(work))
-    worker.hand("t")
+    worker = make_rig(t=Async(work))
+    worker.dispatch("t")
     with pytest.raises(type(error)):
         worker.run()
     assert worker.states() == [STARTED]
@@ -621,7 +636,7 @@ def test_what_ends_the_worker_ends_it_from_a_coroutine_too(
     assert caplog.records == []
 
 
-def test_an_async_batch_answers_for_each_job(desk: Callable[..., Desk]) -> None:
+def test_an_async_batch_answers_for_each_job(make_rig: Make) -> None:
     class AsyncBatch:
         max_batch = 3
 
@@ -634,21 +649,21 @@ def test_an_async_batch_answers_for_each_job(desk: Callable[..., Desk]) -> None:
             if job.id == "1":
                 raise ValueError(current_log_fields())
 
-    worker = desk(t=AsyncBatch())
-    worker.hand(*"ttt")
+    worker = make_rig(t=AsyncBatch())
+    worker.dispatch(*"ttt")
     worker.run()
     assert worker.states() == [SUCCEEDED, FAILED, SUCCEEDED]
     assert worker.errors() == {1: Failure("ValueError: {'jobs': 3, 'task_type': 't'}")}
 
 
-def test_a_coroutine_that_nothing_awaits_is_a_failure_for_good(desk: Callable[..., Desk]) -> None:
+def test_a_coroutine_that_nothing_awaits_is_a_failure_for_good(make_rig: Make) -> None:
     async def work(job: Job) -> None:
         raise AssertionError("never awaited")
 
     single = Single()
     single.handle = lambda job: work(job)  # type: ignore[method-assign]
-    worker = desk(t=single)
-    worker.hand("t")
+    worker = make_rig(t=single)
+    worker.dispatch("t")
     worker.run()
     assert worker.states() == [FAILED]
     assert worker.failures()[0].permanent
@@ -656,7 +671,7 @@ def test_a_coroutine_that_nothing_awaits_is_a_failure_for_good(desk: Callable[..
 
 
 def test_tasks_that_a_job_leaves_running_end_with_it_and_those_of_before_stay(
-    desk: Callable[..., Desk], caplog: pytest.LogCaptureFixture
+    make_rig: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     ended: list[Any] = []
     ticks: list[str] = []
@@ -681,9 +696,9 @@ def test_tasks_that_a_job_leaves_running_end_with_it_and_those_of_before_stay(
         if job.id == "1":
             raise ValueError
 
-    worker = desk(t=Async(work))
+    worker = make_rig(t=Async(work))
     worker.loop.run(open_client(), keep_tasks=True)
-    worker.hand(*"tt")
+    worker.dispatch(*"tt")
     with caplog.at_level(logging.WARNING):
         worker.run()
     assert worker.states() == [SUCCEEDED, FAILED]
@@ -695,7 +710,9 @@ def test_tasks_that_a_job_leaves_running_end_with_it_and_those_of_before_stay(
     ]
 
 
-def test_a_context_variable_of_one_async_job_is_not_seen_by_the_next(desk: Callable[..., Desk]) -> None:
+def test_a_context_variable_of_one_async_job_is_not_seen_by_the_next(
+    make_rig: Make,
+) -> None:
     variable = contextvars.ContextVar("variable", default="unset")
     seen: list[str] = []
 
@@ -703,20 +720,22 @@ def test_a_context_variable_of_one_async_job_is_not_seen_by_the_next(desk: Calla
         seen.append(variable.get())
         variable.set(job.id)
 
-    worker = desk(t=Async(work))
-    worker.hand(*"tt")
+    worker = make_rig(t=Async(work))
+    worker.dispatch(*"tt")
     variable.set("outside")
     worker.run()
     assert seen == ["outside", "outside"]
 
 
-def test_a_cancellation_in_the_check_of_health_is_trouble_and_not_the_end(desk: Callable[..., Desk]) -> None:
+def test_a_cancellation_in_the_check_of_health_is_trouble_and_not_the_end(
+    make_rig: Make,
+) -> None:
     class Away(Single):
         async def healthy(self) -> None:
             raise asyncio.CancelledError("gone")
 
-    worker = desk(t=Away())
-    worker.hand("t")
+    worker = make_rig(t=Away())
+    worker.dispatch("t")
     worker.runner._check_health()
     worker.run()
     assert worker.reports()[-1].trouble == "t: CancelledError: gone"
@@ -728,7 +747,7 @@ def test_killed_at_any_instruction(name: str) -> None:
 
 
 def test_a_job_past_its_first_timeout_is_given_no_further_jobs_to_wait_behind_it(
-    desk: Callable[..., Desk],
+    make_rig: Make,
 ) -> None:
     hints = []
 
@@ -746,8 +765,8 @@ def test_a_job_past_its_first_timeout_is_given_no_further_jobs_to_wait_behind_it
             hints.append(one.channel.batch_hint)
             return [None] * len(jobs)
 
-    one = desk(long=Long())
-    one.hand("long")
+    one = make_rig(long=Long())
+    one.dispatch("long")
     one.run()
     assert hints == [4, 0]
     assert one.channel.mono_deadline_s == 0
@@ -756,7 +775,7 @@ def test_a_job_past_its_first_timeout_is_given_no_further_jobs_to_wait_behind_it
 
 @pytest.mark.parametrize(("timeout", "limit_s"), [(0.001, 0.1), (90, 90.0), (1e300, 86_400.0)])
 def test_the_timeout_of_a_job_has_a_least_and_a_largest_value(
-    desk: Callable[..., Desk], timeout: float, limit_s: float
+    make_rig: Make, timeout: float, limit_s: float
 ) -> None:
     class Limit:
         def handle(self, job: Job) -> None:
@@ -764,7 +783,7 @@ def test_the_timeout_of_a_job_has_a_least_and_a_largest_value(
             limits.append(channel.mono_deadline_s - channel.mono_since_s)
 
     limits: list[float] = []
-    worker = desk(t=Limit())
-    worker.hand("t", timeout=timeout)
+    worker = make_rig(t=Limit())
+    worker.dispatch("t", timeout=timeout)
     worker.run()
     assert limits == [pytest.approx(limit_s)]

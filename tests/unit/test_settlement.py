@@ -417,8 +417,7 @@ ENDED = {
 
 def taken_over(rig: ReaderRig) -> MemoryStore:
     """Another host claims everything that is pending."""
-    other = MemoryStore(rig.server, "other/one")
-    other.acquire([SOURCE])
+    other = rig.other_host()
     assert len(other.claim(SOURCE, 0, 100, b"0-0")[1]) == rig.pending
     return other
 
