@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .endpoints import FILE_NAME
+from .endpoints import FILE_NAME, parse_endpoints
 from .errors import ConfigurationError
 
 #: Embedded servers listen on this address, for tools, and on Unix sockets, for the service.
@@ -160,11 +160,7 @@ def open_own(path: Path, flags: int) -> int:
 
 def read_endpoints_file(path: Path) -> dict[str, Any]:
     """The addresses in an ``endpoints.json``; empty if there is none. Raises `ConfigurationError`."""
-    try:
-        found = json.loads(read_own(path) or b"null")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    return parse_endpoints(read_own(path) or b"null")
 
 
 def _require_own(path: Path, found: os.stat_result, is_kind: Callable[[int], bool]) -> None:

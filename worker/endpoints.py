@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .errors import ConfigurationError
 
@@ -64,8 +65,14 @@ def read_private_endpoints(folder: Path, *, any_owner: bool = False) -> dict[str
             raise ConfigurationError(
                 f"{path}: another user could have written it. Set {REDIS_URL_VARIABLE}, or remove the file"
             )
-        try:
-            found = json.loads(file.read(_MAX_BYTES))
-        except (ValueError, RecursionError):
-            return {}
-    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+        found = parse_endpoints(file.read(_MAX_BYTES))
+    return {name: value for name, value in found.items() if isinstance(value, str)}
+
+
+def parse_endpoints(data: bytes) -> dict[str, Any]:
+    """The fields of the file's content; empty if it is not a JSON object."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data_dir import read_endpoints_file
+from ..endpoints import FILE_NAME
 from ..errors import ConfigurationError
 from ..extension import extension
 from ..keys import Source
@@ -41,7 +42,7 @@ def read_endpoints(data_dir: str) -> dict[str, Any]:
     run there. Nothing is created. Raises `ConfigurationError` if this user may not read them."""
     folder = Path(data_dir)
     try:
-        return read_endpoints_file(folder / "endpoints.json")
+        return read_endpoints_file(folder / FILE_NAME)
     except NotADirectoryError:
         return {}
     except OSError as error:

@@ -6,13 +6,13 @@ Both are mostly typing errors of producers. `read_names` only reads; `name_findi
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import StoreRefused, StoreUnavailable
 from ..keys import Source
 from ..store.announcements import suggestion
-from ..store.operator import START, walk
-from ..store.ports import Entry
+from ..store.operator import START, sample, walk
 from .dead_letters import read_letter
 from .find_job import SILENT_S
 from .finding import Finding
@@ -98,7 +98,7 @@ def _unread(store: "RedisFacts", name: str, waiting: Counter[tuple[str, str]]) -
 
 def _count_types(store: "OperatorStore", stream: str, start: bytes, types: Counter[tuple[str, str]]) -> int:
     """Count the types of jobs that wait in a stream and its retry set; returns the number in the set."""
-    for entry in _sample(walk(lambda at, count: store.entries(stream, at, count), start)):
+    for entry in sample(walk(partial(store.entries, stream), start), _SAMPLE_JOBS, _SAMPLE_BYTES):
         _count(entry.data, stream, types)
     scheduled, size = 0, 0
     while page := store.retries(stream, scheduled, _RETRY_PAGE):
@@ -117,19 +117,8 @@ def _count(data: bytes | None, stream: str, types: Counter[tuple[str, str]]) -> 
         types[stream, job.type] += 1
 
 
-def _sample(pages: Iterator[list[Entry]]) -> Iterator[Entry]:
-    """Entries up to the limits of a sample."""
-    count, size = 0, 0
-    for page in pages:
-        yield from page
-        count += len(page)
-        size += sum(len(entry.data or b"") for entry in page)
-        if count >= _SAMPLE_JOBS or size > _SAMPLE_BYTES:
-            return
-
-
 def _refused_types(store: "OperatorStore", stream: str) -> Iterator[str]:
-    for entry in _sample(walk(lambda at, count: store.dead_before(stream, at, count))):
+    for entry in sample(walk(partial(store.dead_before, stream)), _SAMPLE_JOBS, _SAMPLE_BYTES):
         letter = read_letter(stream, entry)
         if letter.reason == "unknown_type" and letter.type:
             yield letter.type

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import StoreRefused
 from ..keys import Source
-from ..store.operator import START, walk
+from ..store.operator import START, sample, walk
 from .identity import read_identity
 
 if TYPE_CHECKING:  # the client library takes a while to load
@@ -44,11 +44,8 @@ def waiting_tenants(store: "OperatorStore", sources: Sequence[Source]) -> Waitin
 def _count(store: "OperatorStore", source: Source, counts: Counter[str]) -> bool:
     """Whether all queued jobs of the stream were counted."""
     group = store.group(source)
-    entries = data_bytes = 0
-    for page in walk(partial(store.entries, source.stream), group.last_delivered if group else START):
-        counts.update(read_identity(entry.data).tenant_id for entry in page)
-        entries += len(page)
-        data_bytes += sum(len(entry.data or b"") for entry in page)
-        if entries >= MAX_ENTRIES or data_bytes >= _MAX_BYTES:
-            return False
-    return True
+    last_id = group.last_delivered if group else START
+    for entry in sample(walk(partial(store.entries, source.stream), last_id), MAX_ENTRIES, _MAX_BYTES):
+        counts[read_identity(entry.data).tenant_id] += 1
+        last_id = entry.id
+    return not store.entries(source.stream, last_id, 1)

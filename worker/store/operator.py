@@ -78,3 +78,14 @@ def walk(page: Callable[[bytes, int], list[Entry]], start: bytes = START) -> Ite
         start = entries[-1].id
         mean = sum(len(entry.data or b"") for entry in entries) / len(entries)
         count = max(1, min(_PAGE, int(_PAGE_BYTES / max(1.0, mean))))
+
+
+def sample(pages: Iterator[list[Entry]], max_entries: int, max_bytes: int) -> Iterator[Entry]:
+    """The entries of pages up to the end of the page that reaches a limit."""
+    count = size_bytes = 0
+    for page in pages:
+        yield from page
+        count += len(page)
+        size_bytes += sum(len(entry.data or b"") for entry in page)
+        if count >= max_entries or size_bytes >= max_bytes:
+            return
