@@ -1,4 +1,4 @@
-"""Reconnect backoff of reader and reaper after a failed call to the job store."""
+"""Backoff of reader and reaper after a failed call to the job store, or after a refusal of one stream."""
 
 import random
 
@@ -9,16 +9,17 @@ FIRST_S, MAX_S = 0.05, 1.0
 class ReconnectBackoff:
     """Exponential wait with jitter, so that many hosts do not reconnect in the same instant."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, first_s: float = FIRST_S, max_s: float = MAX_S) -> None:
         self._rng = rng
-        self._base_s = FIRST_S
+        self._first_s = self._base_s = first_s
+        self._max_s = max_s
 
     def reset(self) -> None:
         """Start again with the shortest wait, after a successful call."""
-        self._base_s = FIRST_S
+        self._base_s = self._first_s
 
     def next_wait_s(self) -> float:
-        """Seconds to wait after one more failure: 50 to 100 % of a value that doubles up to `MAX_S`."""
+        """Seconds to wait after one more failure: 50 to 100 % of a value that doubles up to ``max_s``."""
         wait_s = self._base_s * self._rng.uniform(0.5, 1.0)
-        self._base_s = min(MAX_S, 2.0 * self._base_s)
+        self._base_s = min(self._max_s, 2.0 * self._base_s)
         return wait_s

@@ -12,12 +12,13 @@ from typing import Protocol
 
 from ..errors import StoreRefused
 from ..keys import Source
+from .backoff import ReconnectBackoff
 from .ports import KeyFault
 
 log = logging.getLogger("jobworker.faults")
 
 #: First and longest wait (seconds) before a refused stream is tried again.
-_FIRST_S, _MAX_S = 0.5, 10.0
+_FIRST_S, _MAX_S = 1.0, 10.0
 #: A stream that worked for this long (seconds) starts again with the shortest wait.
 _STABLE_S = 60.0
 #: Most characters of the store's error in a text.
@@ -67,9 +68,8 @@ class StreamFaults:
         self._streams = streams
         self._set_gauge = set_gauge
         self._role = role
-        self._rng = rng
         self._mono_s = mono_s
-        self._refusals: dict[int, int] = {}
+        self._backoffs = [ReconnectBackoff(rng, _FIRST_S, _MAX_S) for _ in streams]
         self._mono_retry_at_s: dict[int, float] = {}
         self._mono_resumed_s: dict[int, float] = {}
         self._guards = [_Guard(self, stream_no) for stream_no in range(len(streams))]
@@ -93,7 +93,7 @@ class StreamFaults:
         if was_isolated:
             return
         if self._mono_s() - self._mono_resumed_s.get(stream_no, 0.0) > _STABLE_S:
-            self._refusals[stream_no] = 0
+            self._backoffs[stream_no].reset()
         self._postpone(stream_no)
         self._report(stream_no)
         for callback in self.on_isolated:
@@ -120,9 +120,7 @@ class StreamFaults:
         log.info("stream.resumed", extra={"stream": self._streams[stream_no].stream})
 
     def _postpone(self, stream_no: int) -> None:
-        refusals = self._refusals[stream_no] = self._refusals.get(stream_no, 0) + 1
-        wait_s = min(_MAX_S, _FIRST_S * 2 ** min(refusals, 10))
-        self._mono_retry_at_s[stream_no] = self._mono_s() + wait_s * self._rng.uniform(0.5, 1.0)
+        self._mono_retry_at_s[stream_no] = self._mono_s() + self._backoffs[stream_no].next_wait_s()
 
     def _describe(self, stream_no: int, faults: Sequence[KeyFault], error: str) -> None:
         """Say why the stream is isolated, once for each reason."""
