@@ -19,7 +19,6 @@ _DURATION_PART = re.compile(r"([0-9.]{1,20})(ms|[smhdw])")
 _PLAIN_NUMBER = re.compile(r"[+-]?[0-9]{0,20}(?:\.[0-9]{0,20})?(?:[eE][+-]?[0-9]{1,3})?")
 _SIZE = re.compile(r"([0-9]{1,18})([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _UNITS_OF_SIZE = "KMGT"
-_MIB = 1 << 20
 
 #: Longest duration of any option: a year. Waits of the kernel and of libraries overflow far beyond it.
 MAX_DURATION_S = 366 * 86400.0
