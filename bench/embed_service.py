@@ -7,7 +7,7 @@ import signal
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,16 +56,24 @@ def running(jobs: Sequence[Sequence[str]], procs: int, model: str, **environment
             yield Running(pid, backlog, f"http://127.0.0.1:{port}/metrics")
 
 
-def end_to_end(jobs: Sequence[Sequence[str]], procs: int, model: str) -> dict[str, Any]:
+def end_to_end(
+    jobs: Sequence[Sequence[str]],
+    procs: int,
+    model: str,
+    *,
+    observer: AbstractContextManager[object] | None = None,
+    **environment: str,
+) -> dict[str, Any]:
     """Seconds from the first job to the last acknowledgement, with the workers' first passes.
 
-    The idle share is the time of all workers without a forward pass.
+    `observer` is open during that time. The idle share is the time of all workers without a forward pass.
     """
-    with running(jobs, procs, model) as served:
-        began = time.perf_counter()
-        served.backlog.release(len(jobs))
-        served.wait_drained()
-        seconds = time.perf_counter() - began
+    with running(jobs, procs, model, **environment) as served:
+        with observer or nullcontext():
+            began = time.perf_counter()
+            served.backlog.release(len(jobs))
+            served.wait_drained()
+            seconds = time.perf_counter() - began
         busy_s = _settled(served, "z_novel_forward_seconds_total")
         tokens = served.metric("z_novel_embedded_tokens_total")
         batches, batch_jobs = (

@@ -76,9 +76,7 @@ class OpenVinoEncoder(WindowedEncoder):
         return tokens
 
     def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
-        return self._embed_in_batches(
-            windows, self._budget, lambda batch: self._session(*self._arrays(batch))
-        )
+        return self._embed_in_batches(windows, lambda batch: self._session(*self._arrays(batch)))
 
     def _arrays(self, windows: Sequence[list[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return batch_arrays(windows, self._card.pad_id, left=self._card.pads_left)
