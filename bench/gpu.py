@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import click
 import torch
 from embed_models import BGE_M3, MINILM, Shape, compiled, write_model
-from embed_service import end_to_end
+from embed_service import EMBED, EMBED_WITHOUT_STORE, end_to_end
 from embed_texts import TEXTS_A_JOB
 from hosts import format_facts, machine_facts, table
 
@@ -223,8 +223,11 @@ class _BusyShare:
             self.samples.append(self._read().gpu / 100)
 
 
-def service(count: int, device: str, procs: int) -> Report:
-    """The whole service with a model of bge-m3's shape: tokens/s into Milvus Lite, and the GPU's idle share.
+_STORES = {"memory": EMBED_WITHOUT_STORE, "Milvus Lite": EMBED}
+
+
+def service(count: int, device: str, procs: int, store: str) -> Report:
+    """The whole service with a model of bge-m3's shape: tokens/s into a store, and the GPU's idle share.
 
     `count` jobs of mixed texts.
     """
@@ -234,10 +237,13 @@ def service(count: int, device: str, procs: int) -> Report:
     busy = _BusyShare(device)
     with tempfile.TemporaryDirectory(prefix="jobworker-bench") as above:
         folder = write_model(Path(above, "bge-m3"), BGE_M3, texts)
-        found = end_to_end(jobs, procs, str(folder), observer=busy, JOBWORKER_DEVICE=device)
-    say(f"service, {procs} workers: done")
+        found = end_to_end(
+            jobs, procs, str(folder), handler=_STORES[store], observer=busy, JOBWORKER_DEVICE=device
+        )
+    say(f"service, {procs} workers, {store}: done")
     shares = busy.samples or [0.0]
     return {
+        "store": store,
         "procs": procs,
         "jobs": count,
         "seconds": round(found["seconds"], 2),
@@ -274,11 +280,11 @@ def format_report(report: Report) -> str:
         for variant, loads in found.items():
             rows += [(variant, load, *_cells(one, stated, reached)) for load, one in loads.items()]
         lines += ["", f"{model}, random weights", table(rows)]
-    if found := report["service"]:
+    for found in report["services"]:
         lines += [
-            "",
-            f"service with {found['procs']} workers, mixed texts: {found['tokens_per_s']:,} tokens/s into "
-            f"Milvus Lite, {found['jobs_a_batch']} jobs a batch, GPU idle {found['gpu_idle_share']:.1%}",
+            f"service with {found['procs']} workers, mixed texts into {found['store']}: "
+            f"{found['tokens_per_s']:,} tokens/s, {found['jobs_a_batch']} jobs a batch, "
+            f"GPU idle {found['gpu_idle_share']:.1%}"
         ]
     return "\n".join(lines)
 
@@ -332,7 +338,9 @@ def main(
     card = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
     report: Report = {"bench": "gpu", "host": machine_facts(), "card": card, "device": device}
     report |= {"stated_tflops": _stated_tflops(card), "product_tflops": product_tflops(device, product)}
-    report["service"] = service(jobs, device, procs) if jobs and device != "cpu" else None
+    report["services"] = [
+        service(jobs, device, procs, store) for store in _STORES if jobs and device != "cpu"
+    ]
     report["models"] = {
         name: measure(name, shape, count, device, repeat) for name, shape in shapes.items() if count
     }

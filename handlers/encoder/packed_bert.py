@@ -81,8 +81,8 @@ class PackedBert:
         shape = (len(windows), longest)
         tokens = hidden.new_zeros((*shape, hidden.shape[1]))
         tokens[rows_d, columns_d] = hidden
-        mask = ids_d.new_zeros(shape, dtype=torch.int64)
-        mask[rows_d, columns_d] = 1
+        # Computed on the device: to set numbers of the host would wait for the passes that are queued.
+        mask = (torch.arange(longest, device=self.device) < starts_d.diff()[:, None]).long()
         features = extras | {"token_embeddings": tokens, "attention_mask": mask}
         for module in modules:
             features = module(features)
