@@ -129,7 +129,8 @@ def ours(folder: Path, shape: Shape, loads: dict[str, list[str]], device: str, r
         exact = compared if name == _EXACT else exact
         for load, vectors in compared.items():
             found[name][load] |= {"ran_as": encoder.revision.partition("-")[2], "vectors": vectors}
-        say(f"{folder.name}, {name}: done")
+        for load, one in found[name].items():
+            say(f"{folder.name}, {name}, {load}: {one['forward_tokens_per_s']:,} tokens/s")
         del encoder  # before the next one is loaded
     for loads_of in found.values():
         for load, one in loads_of.items():

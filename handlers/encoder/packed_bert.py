@@ -69,9 +69,9 @@ class PackedBert:
         starts = np.cumsum(np.concatenate([[0], lengths])).astype(np.int32)
         rows = np.repeat(np.arange(len(windows), dtype=np.int32), lengths)
         columns = np.arange(len(ids), dtype=np.int32) - starts[rows]
-        positions = columns if self._pad_id is None else self._padding_based(ids, starts[rows])
+        positions = columns if self._pad_id is None else padding_based(ids, starts[rows], self._pad_id)
         # One transfer from pinned memory: others wait for the passes that are queued.
-        packed = torch.from_numpy(np.concatenate([ids, positions, rows, columns, starts]))
+        packed: Any = torch.from_numpy(np.concatenate([ids, positions, rows, columns, starts]))
         if self.device.type == "cuda":
             packed = packed.pin_memory().to(self.device, non_blocking=True)
         sizes = [len(ids)] * 4 + [len(starts)]
@@ -87,15 +87,6 @@ class PackedBert:
         for module in modules:
             features = module(features)
         return features["sentence_embedding"]
-
-    def _padding_based(self, ids: Any, starts: Any) -> Any:
-        """Positions as in `create_position_ids_from_input_ids` of transformers.
-
-        `starts`: of the window of each token.
-        """
-        counted = (ids != self._pad_id).astype(np.int32)
-        before = np.concatenate([[0], np.cumsum(counted)]).astype(np.int32)
-        return (before[1:] - before[starts]) * counted + np.int32(self._pad_id)
 
     def _forward(self, ids: Any, positions: Any, starts: Any, longest: int) -> Any:
         """Hidden states of the last layer, shape (tokens, hidden)."""
@@ -113,6 +104,16 @@ class PackedBert:
             wide = torch._addmm_activation(up_b, hidden, up_w, use_gelu=True)
             hidden = norm(hidden.addmm_(wide, down_w))
         return hidden
+
+
+def padding_based(ids: Any, starts: Any, pad_id: int) -> Any:
+    """Positions as in `create_position_ids_from_input_ids` of transformers, one for each id.
+
+    `starts`: index of the first token of each token's window.
+    """
+    counted = (ids != pad_id).astype(np.int32)
+    before = np.concatenate([[0], np.cumsum(counted)]).astype(np.int32)
+    return (before[1:] - before[starts]) * counted + np.int32(pad_id)
 
 
 def packed_bert(modules: Sequence[Any]) -> PackedBert | None:
