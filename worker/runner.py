@@ -180,8 +180,8 @@ class Runner:
         if now - self._health_checked_at > _HEALTH_EVERY_S:
             self._health_checked_at = now
             self._check_health()
-        self._channel.wait_for_jobs(sleep_s, self._control.fileno())
-        self._receive()
+        if self._channel.wait_for_jobs(sleep_s, self._control.fileno()).control:
+            self._receive()
 
     def _receive(self) -> None:
         """Stop when the supervisor exits. It sends a worker no messages that matter here."""
@@ -231,8 +231,8 @@ class Runner:
             if left_s < _SHORTEST_POLL_S:
                 return
             self._flush_outcomes()
-            self._channel.wait_for_jobs(left_s, self._control.fileno())
-            self._receive()
+            if self._channel.wait_for_jobs(left_s, self._control.fileno()).control:
+                self._receive()
             self._pull_frames()
 
     def _has_room(self, handler: BoundHandler) -> bool:

@@ -123,9 +123,15 @@ class Settler:
 
     # -- outcomes
 
-    def settle(self, workers: Iterable[WorkerHandle], rejected: Sequence[RejectedEntry]) -> SettlementBatch:
+    def settle(self, workers: Sequence[WorkerHandle], rejected: Sequence[RejectedEntry]) -> SettlementBatch:
         """Settle all outcomes of these workers and the held ones, and dead-letter the rejected entries."""
         batch = SettlementBatch()
+        if not (rejected or self._held.done or self._held.failed or any(len(one.table) for one in workers)):
+            # An idle service: a new job waits for the end of this tick.
+            self._unsure.clear()
+            for worker in workers:
+                worker.is_new = False
+            return batch
         outcomes = [self._collect(worker) for worker in workers]
         for one in outcomes:
             for run in one.succeeded:
