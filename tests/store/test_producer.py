@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobworker.worker.endpoints import read_private_endpoints, store_url
+from jobworker.worker.endpoints import read_endpoints, store_url
 from jobworker.worker.envelope import read_envelope
 from jobworker.worker.errors import ConfigurationError, StoreUnavailable
 from jobworker.worker.keys import Source
@@ -354,15 +354,15 @@ class TestWithoutUrl:
         write(tmp_path, {"redis_url": "redis://elsewhere"})
         file.chmod(0o666)
         with pytest.raises(ConfigurationError, match="another user"):
-            read_private_endpoints(tmp_path)
+            read_endpoints(str(tmp_path))
         file.rename(tmp_path / "target")
         file.symlink_to(tmp_path / "target")
         with pytest.raises(ConfigurationError, match="cannot be read"):
-            read_private_endpoints(tmp_path)
+            read_endpoints(str(tmp_path))
         file.unlink()
         os.mkfifo(file, 0o600)
         with pytest.raises(ConfigurationError, match="another user"):
-            read_private_endpoints(tmp_path)
+            read_endpoints(str(tmp_path))
 
 
 def write(folder: Path, endpoints: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from jobworker.worker.admin.deployment import read_endpoints
 from jobworker.worker.cli import main
 from jobworker.worker.data_dir import DataDir, kept_secret, private_folder, write_private
+from jobworker.worker.endpoints import read_endpoints
 from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.settings import Settings
 from jobworker.worker.supervision.embedded import EmbeddedValkey, escaped_pattern, quoted
