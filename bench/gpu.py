@@ -7,7 +7,6 @@ with special tokens. `--device cpu --layers 2` runs the program without a GPU.
 """
 
 import gc
-import json
 import random
 import statistics
 import sys
@@ -27,6 +26,7 @@ from jobworker.handlers.encoder.find_model import find_model
 from jobworker.handlers.encoder.packing import pack, padding_share
 from jobworker.handlers.encoder.precision_check import min_cosine
 from jobworker.handlers.encoder.torch import TorchEncoder
+from jobworker.worker.safe_text import safe_json
 
 Report = dict[str, Any]
 #: Peak of dense bf16 products stated by the vendor, in TFLOP/s.
@@ -234,7 +234,7 @@ def main(device: str, layers: int, count: int, repeat: int, product: int, as_jso
     report: Report = {"bench": "gpu", "host": machine_facts(), "card": card, "device": device}
     report |= {"stated_tflops": _stated_tflops(card), "product_tflops": product_tflops(device, product)}
     report["models"] = {name: measure(name, shape, count, device, repeat) for name, shape in shapes.items()}
-    print(json.dumps(report) if as_json else format_report(report))
+    print(safe_json(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import decimal
 # orjson does not show a key that stands twice.
 import json
 from collections.abc import Callable, Set
-from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -97,7 +96,7 @@ def _exact_number(text: str) -> decimal.Decimal | float:
 
 
 #: Bytes at the start of a job in which its type is looked for.
-_TYPE_WITHIN = 512
+_TYPE_WITHIN = 128
 
 _header = msgspec.json.Decoder(Header)
 _envelope = msgspec.json.Decoder(Envelope)
@@ -138,12 +137,6 @@ def read_payload(data: bytes, exact_types: Set[str] = frozenset()) -> Envelope:
     the parser's depth.
     """
     try:
-        # Most jobs name their type early, and as it is spelled here: those are parsed once.
-        for name in exact_types:
-            if data.find(b'"%s"' % name.encode(), 0, _TYPE_WITHIN) >= 0:
-                exact = _exact_envelope.decode(data)
-                if exact.type in exact_types:
-                    return exact
         envelope = _envelope.decode(data)
         return _exact_envelope.decode(data) if envelope.type in exact_types else envelope
     except (ValueError, RecursionError) as error:
@@ -152,7 +145,20 @@ def read_payload(data: bytes, exact_types: Set[str] = frozenset()) -> Envelope:
 
 def payload_parser(exact_types: Set[str]) -> Callable[[bytes], Envelope]:
     """`read_payload` for many jobs. It may raise ValueError or RecursionError too."""
-    return partial(read_payload, exact_types=exact_types) if exact_types else _envelope.decode
+    if not exact_types:
+        return _envelope.decode
+    marks = [b'"%s"' % name.encode() for name in exact_types]
+
+    def parse(data: bytes) -> Envelope:
+        # Nearly every job names its type early and without escapes: it is parsed once.
+        for mark in marks:
+            if data.find(mark, 0, _TYPE_WITHIN) >= 0:
+                envelope = _exact_envelope.decode(data)
+                return envelope if envelope.type in exact_types else _envelope.decode(data)
+        envelope = _envelope.decode(data)
+        return _exact_envelope.decode(data) if envelope.type in exact_types else envelope
+
+    return parse
 
 
 def read_envelope(data: bytes) -> Envelope:
