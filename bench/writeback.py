@@ -70,7 +70,7 @@ class Service:
             environment |= {"JOBWORKER_MILVUS_URI": milvus_uri, "JOBWORKER_MILVUS_PREFIX": _prefix(folder)}
         pdeathsig_command = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
         self.process = subprocess.Popen([*pdeathsig_command, *command], stderr=self._log, env=environment)
-        wait_until(lambda: '"msg": "service.ready"' in self.log or self.process.poll() is not None, "ready")
+        wait_until(lambda: '"msg":"service.ready"' in self.log or self.process.poll() is not None, "ready")
         if self.process.poll() is not None:
             raise RuntimeError(f"the service ended:\n{self.log[-2000:]}")
 

@@ -5,6 +5,7 @@ import decimal
 
 # orjson does not show a key that stands twice.
 import json
+import math
 from collections.abc import Callable, Set
 from typing import Annotated, Any, NamedTuple
 
@@ -89,10 +90,13 @@ class Job(msgspec.Struct, frozen=True, gc=False):
 
 
 def _exact_number(text: str) -> decimal.Decimal | float:
+    rounded = float(text)
+    if math.isinf(rounded):
+        raise ValueError("Number out of range")
     try:
         return decimal.Decimal(text)
     except decimal.InvalidOperation:  # an exponent of more than 18 digits: as a float it is 0
-        return float(text)
+        return rounded
 
 
 #: Bytes at the start of a job in which its type is looked for.
