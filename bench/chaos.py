@@ -9,7 +9,6 @@ The printed seed reproduces jobs and faults, but not their timing. Exit code 0: 
 1: at least one was broken.
 """
 
-import json
 import random
 import shutil
 import sys
@@ -37,6 +36,7 @@ from chaos_world import LIMIT_S, POLL_S, Server, Service
 from hosts import host_facts
 from tqdm import tqdm
 
+from jobworker.worker.safe_text import safe_json
 from jobworker.worker.supervision.slots import STANDBYS
 
 #: Timeout of a recovery in seconds; after it, the recovery counts as missed.
@@ -239,7 +239,7 @@ def main(as_json: bool, keep: bool, **options: Any) -> None:
             print(f"kept {folder}", file=sys.stderr)
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(report) if as_json else format_report(report))
+    print(safe_json(report) if as_json else format_report(report))
     sys.exit(0 if report["pass"] else 1)
 
 

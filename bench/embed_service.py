@@ -1,6 +1,5 @@
 """Embedding in the running service: end-to-end speed into Milvus Lite, memory of workers, recovery."""
 
-import json
 import os
 import re
 import signal
@@ -11,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
 from hosts import roles_of
 from rig import JOB_TYPE, LIMIT_S, Backlog, connect, free_port, server, service
 
@@ -134,7 +134,7 @@ def _job(number: int, texts: Sequence[str]) -> bytes:
         "payload": {"ids": [f"{number}.{index}" for index in range(len(texts))], "texts": list(texts)},
         "created_at": "2026-01-02T10:00:00Z",
     }
-    return json.dumps(job, ensure_ascii=False, separators=(",", ":")).encode()
+    return orjson.dumps(job)
 
 
 def _pss_kib(pid: int) -> int:

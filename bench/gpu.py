@@ -7,7 +7,6 @@ with special tokens. `--device cpu --layers 2` runs the program without a GPU.
 """
 
 import gc
-import json
 import random
 import statistics
 import sys
@@ -31,6 +30,7 @@ from jobworker.handlers.encoder.find_model import find_model
 from jobworker.handlers.encoder.packing import padding_share
 from jobworker.handlers.encoder.precision_check import min_cosine
 from jobworker.handlers.encoder.torch import TorchEncoder
+from jobworker.worker.safe_text import safe_json
 
 Report = dict[str, Any]
 #: Peak of dense bf16 products stated by the vendor, in TFLOP/s.
@@ -345,7 +345,7 @@ def main(
     report["models"] = {
         name: measure(name, shape, count, device, repeat) for name, shape in shapes.items() if count
     }
-    print(json.dumps(report) if as_json else format_report(report))
+    print(safe_json(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

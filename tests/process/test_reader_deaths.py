@@ -46,7 +46,7 @@ def deadly(tmp_path: Path) -> Iterator[Service]:
 def reader_ends(one: Service) -> list[str]:
     """The log lines of readers that ended unasked."""
     return [
-        line for line in one.log_text.splitlines() if '"msg": "child.exited"' in line and '"reader"' in line
+        line for line in one.log_text.splitlines() if '"msg":"child.exited"' in line and '"reader"' in line
     ]
 
 

@@ -71,7 +71,7 @@ def test_every_block_of_the_tutorial_and_the_first_job_of_the_readme_run(tmp_pat
     (tmp_path / "readme.py").write_text(send)
     stop = commands.pop()
     outputs = run_in_shell([*commands, SEND_AND_WAIT, stop], tmp_path)
-    assert '"dead_letters": []' in outputs[-2]
+    assert '"dead_letters":[]' in outputs[-2]
     assert len(expected) >= 7
     for number, text in expected.items():
         assert re.fullmatch(pattern(text), outputs[number], re.DOTALL), outputs[number]

@@ -198,6 +198,21 @@ def test_the_secrets_of_the_service_are_redacted_everywhere(
     assert "ConnectionError: refused ***!" in text
 
 
+@pytest.mark.parametrize("ascii", [True, False])
+def test_a_secret_inside_of_json_is_redacted_with_letters_escaped_or_not(ascii: bool) -> None:
+    secret = 'p"ä-wörter'
+    set_secrets({secret})
+    assert redacted(json.dumps(["got", secret], ensure_ascii=ascii)) == '["got", "***"]'
+
+
+def test_a_line_holds_what_the_json_library_refuses(stderr: Callable[[], str]) -> None:
+    logs.set_up("reader", "info", "json")
+    extra = {"large": 2**64, "none": float("nan"), "half": "\ud800", "by": {7: float("inf")}}
+    logging.getLogger("jobworker.x").info("odd", extra=extra)
+    event = json.loads(stderr(), parse_constant=pytest.fail)
+    assert {name: event[name] for name in extra} == extra | {"none": None, "by": {"7": None}}
+
+
 def test_a_key_in_a_file_is_a_secret_and_a_missing_file_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("sk-from-a-file\n")
     assert "sk-from-a-file" in secrets_of(HandlerSettings(llm_key_file=str(tmp_path / "key")), {})

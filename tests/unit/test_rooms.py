@@ -63,11 +63,14 @@ SHARED_BELOW = {
     "encoder": {"vectors", "file_lock", "graphemes"},
 }
 #: What handlers may import of the engine besides the names in worker/__init__.py.
-PUBLIC = {"scripted_redis", "testing", "extension", "options", "quantities", "urls", "data_dir", "cgroup"}
+PUBLIC = {
+    *("scripted_redis", "testing", "extension", "options", "quantities", "urls", "data_dir", "cgroup"),
+    "safe_text",
+}
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")
 COMPOSERS = {"boot", "testing", "producer", "scripted_redis", "admin", "cli", "web"}
-#: Decisions without input or output: they import each other, the standard library and msgspec.
+#: Decisions without input or output: they import each other, the standard library, msgspec and orjson.
 PURE = {
     *("worker." + name for name in ("envelope", "outcome", "keys", "errors")),
     *("handlers." + name for name in ("encoder.packing", "encoder.segmenter", "graphemes")),
@@ -153,7 +156,7 @@ def breaks(module: str, path: str, name: str) -> str | None:
         and name.startswith(ADAPTERS)
         and engine_room(module) not in {*COMPOSERS, "store"},
         "pure files import pure files": module in PURE and ours and not pure_name(name),
-        "pure files import no library but msgspec": module in PURE and not ours and third_party(target),
+        "pure files import no library but JSON": module in PURE and not ours and third_party(target),
     }
     return next((rule for rule, broken in rules.items() if broken), None)
 
@@ -173,7 +176,7 @@ def pure_name(name: str) -> bool:
 
 
 def third_party(library: str) -> bool:
-    return library not in sys.stdlib_module_names and library not in {"msgspec", "jobworker"}
+    return library not in sys.stdlib_module_names and library not in {"msgspec", "orjson", "jobworker"}
 
 
 def module_of(path: str) -> str:

@@ -1,5 +1,6 @@
 """Log lines on stderr: one JSON object per event, or one text line on a terminal, without secrets."""
 
+# The escaped forms of a secret: orjson escapes no letters.
 import json
 import logging
 import re
@@ -94,8 +95,9 @@ def set_secrets(secrets: Iterable[str]) -> None:
     """Redact these strings in every text from now on; replaces the strings of an earlier call."""
     global _secrets
     long_enough = [one for one in secrets if len(one) >= _MIN_SECRET_CHARS]
-    # Also in the form that they have inside of a quoted text.
-    forms = {form for one in long_enough for form in (one, repr(one)[1:-1], json.dumps(one)[1:-1])}
+    # Also in the forms that they have inside of a quoted text.
+    escaped = [json.dumps(one, ensure_ascii=ascii)[1:-1] for one in long_enough for ascii in (True, False)]
+    forms = {*long_enough, *escaped, *(repr(one)[1:-1] for one in long_enough)}
     long_first = sorted(forms, key=len, reverse=True)
     _secrets = re.compile("|".join(map(re.escape, long_first))) if long_first else None
 
