@@ -24,7 +24,12 @@ DOORS = {
     "jinja2": ["worker/web/rendering.py"],
     "pymilvus": ["handlers/vectors/milvus/*.py", "handlers/rebuild/milvus.py"],
     "milvus_lite": ["handlers/vectors/milvus/lite_server.py"],
-    "torch": ["handlers/encoder/base.py", "handlers/encoder/torch.py", "handlers/encoder/convert.py"],
+    "torch": [
+        "handlers/encoder/base.py",
+        "handlers/encoder/torch.py",
+        "handlers/encoder/packed_bert.py",
+        "handlers/encoder/convert.py",
+    ],
     "sentence_transformers": ["handlers/encoder/torch.py", "handlers/encoder/convert.py"],
     "transformers": ["handlers/encoder/torch.py", "handlers/encoder/convert.py"],
 }
