@@ -343,7 +343,7 @@ def _check_members(type_name: str, handler: Any) -> None:
 
 
 def _takes(method: Any, count: int) -> bool:
-    """Whether it can be called with so many positional arguments; True if it does not say what it takes."""
+    """Whether it can be called with ``count`` positional arguments; True if it does not say what it takes."""
     try:
         # Of a decorated function the outer one, which is called: a decorator may add arguments.
         signature = inspect.signature(method, follow_wrapped=False)

@@ -24,6 +24,7 @@ from .find_model import ModelError, ModelSource
 from .model_input import TRIAL_WORDS, ModelInput, learn_input, observe
 from .packing import is_out_of_memory
 from .precision_check import MIN_SPEEDUP, SENTENCES, Dtype, cpu_time_s, dtypes_to_try, is_exact, min_cosine
+from .unknown_tokens import unknown_token_id
 
 log = logging.getLogger("jobworker.model")
 
@@ -65,6 +66,7 @@ class TorchEncoder(WindowedEncoder):
         except ModelError as error:
             self._refusals["query"] = f"model {source.name} cannot embed queries: {error}"
         self.max_tokens = self._formats["document"].max_tokens
+        self.unknown_id = unknown_token_id(self._inputs["document"].tokenizer)
         if model.device.type == "cpu":
             self._budget = cpu_budget(token_budget, self.dim)
 
