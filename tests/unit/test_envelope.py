@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from jobworker.worker.envelope import (
     MAX_LAST_ERROR_CHARS,
     OVERSIZED_KEPT_BYTES,
     DeadJob,
+    Job,
     dead_letter,
     job_of,
     read_envelope,
@@ -321,3 +323,16 @@ def test_a_job_that_must_not_be_parsed_keeps_its_raw_bytes() -> None:
 def test_an_entry_without_data_has_nothing_to_keep() -> None:
     found = letter(None, "malformed")
     assert (found["task"], "raw" in found) == (None, False)
+
+
+def test_a_jobs_key_names_it_alone_and_is_safe_in_a_path() -> None:
+    def key(*, id: str = "a", type: str = "t", tenant: str = "", project: str = "", tries: int = 0) -> str:
+        return Job(id, type, tenant, project, None, {}, "", "s", "1-1", tries).key
+
+    others = [
+        key(id="b"), key(type="u"), key(tenant="a"), key(project="a"), key(id="../a"), key(id="A"),
+        key(id="1:a"), key(tenant="t", id="ta"), key(tenant="tt", id="a"), key(id="\ud800"),
+    ]  # fmt: skip
+    assert key() == key(tries=3)
+    assert len({key(), *others}) == 1 + len(others)
+    assert all(re.fullmatch("[0-9a-f]{64}", one) for one in others)
