@@ -93,18 +93,16 @@ EXAMPLES = [page.read_text() for page in [DOCS.parent / "README.md", *sorted(DOC
 
 
 def test_row_ids_in_examples_are_unique_over_all_tenants() -> None:
-    texts = [*EXAMPLES, str(enqueue.callback.__doc__)]
-    lists = [ids for text in texts for ids in re.findall(r'"ids": (?:\[\]string)?[\[{]([^]}]+)[]}]', text)]
+    lists = [ids for text in EXAMPLES for ids in re.findall(r'"ids": (?:\[\]string)?[\[{]([^]}]+)[]}]', text)]
     ids = [id for one in lists for id in re.findall(r'"([^"]+)"', one)]
     assert len(ids) > 8
     assert [id for id in ids if not id.startswith("t001:p123:")] == []
     assert [chapter for text in EXAMPLES for chapter in re.findall(r'"chapter_id": "(\w+-\d+)"', text)] == []
 
 
-def test_the_examples_of_enqueue_are_jobs_of_their_type() -> None:
-    given = str(enqueue.callback.__doc__).replace("\\\n", " ")
-    (text,) = re.findall(r"enqueue embedding_batch .*--payload '([^']+)'", given)
-    assert embedding.EmbedPayload.parse(job(json.loads(text)), "z_").texts == ["It rained."]
+def test_the_example_of_enqueue_is_a_job_of_its_type() -> None:
+    (text,) = re.findall(r"enqueue shout .*--payload '([^']+)'", str(enqueue.callback.__doc__))
+    assert isinstance(json.loads(text).pop("text"), str), "the payload of the handler in README and tutorial"
 
 
 @pytest.mark.parametrize("value", [3.0, 1.5, True, "3", None, 2**63, -(2**63) - 1, [1]])

@@ -64,9 +64,7 @@ def enqueue(
     handlers then leave one effect if each line has its own id.
 
     \b
-    jobworker enqueue embedding_batch --tenant t001 --project p123 \\
-        --payload '{"ids": ["t001:p123:c7:1"], "texts": ["It rained."]}'
-    jobworker enqueue shout --payload '{"text": "hello"}'  # a type of your own
+    jobworker enqueue shout --tenant t001 --payload '{"text": "hello"}'
     jobworker enqueue --lines jobs.jsonl
     jobworker enqueue audit --lines - < events.jsonl      # lines like {"payload": {"who": "me"}}
     """
