@@ -19,7 +19,6 @@ from jobworker.worker.extension import extension, require_extras
 from jobworker.worker.keys import Holder
 from jobworker.worker.options import (
     ENV_PREFIX,
-    ServiceCommand,
     service_options,
     settings_from,
     unknown_variables,
@@ -32,11 +31,11 @@ from jobworker.worker.supervision.instance import InstanceLock, new_holder
 from jobworker.worker.supervision.pdeathsig import become_subreaper
 from jobworker.worker.supervision.process_groups import GroupGuard, reap_adopted
 from jobworker.worker.supervision.process_manager import ProcessManager
+from jobworker.worker.supervision.refusal import RefusingCommand, default_format, refuse
 from jobworker.worker.supervision.sd_notify import notify, reloading
 from jobworker.worker.supervision.signals import SignalQueue
 from jobworker.worker.supervision.status import StatusLine, StatusMailbox, flagged_types, service_status
 from jobworker.worker.telemetry import log as logs
-from jobworker.worker.telemetry.line_writer import write_briefly
 from jobworker.worker.telemetry.prometheus import PrometheusCollector
 from jobworker.worker.urls import parse_redis_url
 
@@ -48,6 +47,9 @@ _LOCK_TIMEOUT_S = 5.0
 _TICK_S = 0.1
 #: /healthz reports "not live" when the loop has not run for this long.
 _LIVE_TIMEOUT_S = 10.0
+#: The same signal again within this time is a copy of the first: `timeout` and many other programs signal the
+#: process and then its group, and a terminal signals the group while `make` or `uv run` pass it on.
+_STOP_COPY_S = 0.25
 #: Time for reader and reaper to settle after the last worker has exited, beyond the drain timeout.
 _SETTLE_TIMEOUT_S = 5.0
 
@@ -68,6 +70,9 @@ class Supervisor:
         self._guard = GroupGuard(f"jobworker: guard [{settings.instance}]")
         self._mono_last_tick_s = time.monotonic()
         self._mono_stop_by_s: float | None = None
+        # The signal that began the drain, and when.
+        self._stop_signal: signal.Signals | None = None
+        self._mono_stop_s = 0.0
         self._reported_ready = False
         self._progress = 0
         self._health = Health(True, False, ["starting"], {"workers": self._processes.states()})
@@ -111,6 +116,7 @@ class Supervisor:
             if self._stores.ready and (code := self._tick(now)) is not None:
                 return code
             self._guard.update(self._processes.group_leaders(), now)
+            self._metrics.add(self._guard.take_restarts())
             reap_adopted()
             self._processes.wait(_TICK_S, queue)
 
@@ -146,14 +152,24 @@ class Supervisor:
             self._reported_ready = False
             self._processes.restart_workers()
         elif number in (signal.SIGTERM, signal.SIGINT):
-            if self._mono_stop_by_s is not None or not self._processes.started:
-                log.warning("stop.immediate", extra={"signal": number.name})
-                return Exit.STOPPED
-            timeout_s = self._settings.drain_timeout_s
-            log.info("drain.begun", extra={"signal": number.name, "timeout_s": timeout_s})
-            notify(STOPPING="1")
-            self._mono_stop_by_s = time.monotonic() + timeout_s
-            self._processes.drain()
+            return self._stop(number, time.monotonic())
+        return None
+
+    def _stop(self, number: signal.Signals, now: float) -> Exit | None:
+        """Begin a drain, or stop now if one has begun."""
+        if number == self._stop_signal and now - self._mono_stop_s < _STOP_COPY_S:
+            hint = f"the same signal {_STOP_COPY_S:.0f} s or more after the first stops the service now"
+            log.info("stop.copy_ignored", extra={"signal": number.name, "hint": hint})
+            return None
+        if self._mono_stop_by_s is not None or not self._processes.started:
+            log.warning("stop.immediate", extra={"signal": number.name})
+            return Exit.STOPPED
+        timeout_s = self._settings.drain_timeout_s
+        log.info("drain.begun", extra={"signal": number.name, "timeout_s": timeout_s})
+        notify(STOPPING="1")
+        self._stop_signal, self._mono_stop_s = number, now
+        self._mono_stop_by_s = now + timeout_s
+        self._processes.drain()
         return None
 
     def _continue_drain(self, now: float) -> Exit | None:
@@ -301,7 +317,7 @@ def _supervise(settings: Settings, queue: SignalQueue) -> Exit:
 
 
 @click.command(
-    cls=ServiceCommand, context_settings={"auto_envvar_prefix": ENV_PREFIX, "max_content_width": 110}
+    cls=RefusingCommand, context_settings={"auto_envvar_prefix": ENV_PREFIX, "max_content_width": 110}
 )
 @click.version_option(package_name="jobworker")
 @service_options
@@ -309,7 +325,8 @@ def main(**options: Any) -> None:
     """Run background jobs from Redis Streams.
 
     Without --redis-url and --milvus-uri it starts stores of its own, with their data in --data-dir. TERM or
-    INT finishes the running jobs and stops; a second one stops now; HUP restarts the workers one by one.
+    INT finishes the running jobs and stops; a second one stops now (the same signal within 0.25 s counts once);
+    HUP restarts the workers one by one.
 
     Exit codes: 0 stopped as asked, 2 bad usage or configuration, 3 a child could not start, 4 crash loop,
     5 a store could not be reached.
@@ -329,7 +346,7 @@ def main(**options: Any) -> None:
         with SignalQueue(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD) as queue:
             sys.exit(_supervise(settings, queue))
     except (ConfigurationError, OSError) as error:
-        write_briefly(2, f"jobworker-supervise: {error}\n".encode("utf-8", "backslashreplace"))
+        refuse(str(error), options["log_format"] or default_format())
         sys.exit(Exit.USAGE)
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import decimal
+import hashlib
 
 # orjson does not show a key that stands twice.
 import json
@@ -87,6 +88,16 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     stream: str
     entry_id: str
     retry_count: int
+
+    @property
+    def key(self) -> str:
+        """Name of the job's effects, 64 hexadecimal digits: safe in paths, URLs and headers, as `id` is not.
+
+        It is the same in each try, and in each job with this type, tenant, project and id.
+        """
+        names = (self.type, self.tenant_id, self.project_id, self.id)
+        joined = "".join(f"{len(name)}:{name}" for name in names)
+        return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _exact_number(text: str) -> decimal.Decimal | float:

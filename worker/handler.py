@@ -2,10 +2,12 @@
 
 import functools
 import inspect
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from itertools import islice
 from numbers import Integral, Real
 from types import AsyncGeneratorType, GeneratorType
@@ -18,8 +20,13 @@ from .event_loop import EventLoop
 from .extension import create, extension
 from .settings import Settings
 
-#: The members that a worker calls. Each is a plain function or an async one.
-_CALLED = ("setup", "handle", "handle_batch", "healthy")
+log = logging.getLogger("jobworker.handler")
+
+#: The members that a worker calls, with their arguments. Each is a plain function or an async one.
+_ARGUMENTS = {"setup": ("settings",), "handle": ("job",), "handle_batch": ("jobs",), "healthy": ()}
+_CALLED = tuple(_ARGUMENTS)
+#: How similar a name is to that of a member if it is probably a misspelling: `timout`, `handel`, `set_up`.
+_SIMILARITY = 0.8
 #: Methods that tell work under way from other values: futures of any library, results of
 #: `multiprocessing.Pool`, threads and processes, `subprocess.Popen`.
 _UNFINISHED = (("add_done_callback",), ("ready", "successful"), ("is_alive", "join"), ("poll", "communicate"))
@@ -328,6 +335,38 @@ def _check_members(type_name: str, handler: Any) -> None:
                 f"handler of {type_name}: {name} contains `yield`, so a call of it runs nothing: "
                 f"write `def {name}` or `async def {name}` without `yield`"
             )
+        if not _takes(method, len(_ARGUMENTS[name])):
+            raise ConfigurationError(
+                f"handler of {type_name}: {name} cannot be called with the arguments that it is given: "
+                f"write `def {name}({', '.join(('self', *_ARGUMENTS[name]))})`"
+            )
+
+
+def _takes(method: Any, count: int) -> bool:
+    """Whether it can be called with ``count`` positional arguments; True if it does not say what it takes."""
+    try:
+        # Of a decorated function the outer one, which is called: a decorator may add arguments.
+        signature = inspect.signature(method, follow_wrapped=False)
+    except (TypeError, ValueError):  # of an extension module
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def _warn_of_misspellings(type_name: str, handler: Any) -> None:
+    """Log attributes whose names are similar to those of members that the handler does not have."""
+    for name in sorted({*dir(type(handler)), *getattr(handler, "__dict__", ())}):
+        if name.startswith("_"):
+            continue
+        is_function = callable(inspect.getattr_static(handler, name, None))
+        known = _CALLED if is_function else _VALUES
+        missing = [member for member in known if not hasattr(handler, member)]
+        if name not in known and (close := get_close_matches(name, missing, 1, _SIMILARITY)):
+            hint = f"a handler has no member {name}: did you mean {close[0]}?"
+            log.warning("handler.member_misspelt", extra={"task_type": type_name, "hint": hint})
 
 
 def _is(form: Callable[[object], bool], method: Any) -> bool:
@@ -370,6 +409,8 @@ def set_up(
         setup = getattr(handler, "setup", None)
         if setup is not None:
             _call_of("setup", setup, loop, keep_tasks=True)(settings)
+    for type_name, handler in {id(one): (name, one) for name, one in handlers.items()}.values():
+        _warn_of_misspellings(type_name, handler)  # after setup, which may set values
     return {
         type_name: BoundHandler(type_name, one, settings.job_timeout_s, loop)
         for type_name, one in handlers.items()
@@ -379,5 +420,7 @@ def set_up(
 def _make(target: str) -> Any:
     handler = create(target, "handler")
     if not (hasattr(handler, "handle") or hasattr(handler, "handle_batch")):
-        raise ConfigurationError(f"handler {target} has neither handle(job) nor handle_batch(jobs)")
+        close = get_close_matches("handle", dir(handler), 1, _SIMILARITY)
+        hint = f": did you mean handle where it has {close[0]}?" if close else ""
+        raise ConfigurationError(f"handler {target} has neither handle(job) nor handle_batch(jobs){hint}")
     return handler

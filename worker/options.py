@@ -153,6 +153,8 @@ _SERVICE = [
     option("--log-level", "How much is logged.", "info",
             click.Choice(["debug", "info", "warning", "error"])),
     option("--log-format", "[default: text on a terminal, else json]", None, click.Choice(["json", "text"])),
+    option("--log-limit", "Most lines of one event (one message of one logger) in 10 s, by each process; the "
+            "others are counted in one line; 0 for no limit.", 100, Count(0)),
 ]  # fmt: skip
 
 
@@ -185,7 +187,7 @@ _GROUPS = {
     "Retries": ("max-retries", "retry-initial", "retry-multiplier", "retry-max", "retry-jitter"),
     "Stores": ("valkey-port", "connect-timeout", "lease"),
 }
-_LOGS = {"Logs": ("log-level", "log-format")}
+_LOGS = {"Logs": ("log-level", "log-format", "log-limit")}
 
 
 class ServiceCommand(click.Command):

@@ -55,6 +55,8 @@ class Settings:
     host: str = field(default_factory=socket.gethostname)
     log_level: str = "info"
     log_format: str = "json"
+    #: Most lines of one event in 10 s; 0: no limit.
+    log_limit: int = 100
     linger_s: float = 0.0
     threads: int = 1
     holder: Holder = NO_HOLDER

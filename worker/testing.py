@@ -8,12 +8,14 @@ import dataclasses
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from .admin.dead_letters import Letter, read_letter
 from .envelope import Job, job_of, read_payload
 from .event_loop import EventLoop
+from .extension import Metric
 from .handler import BoundHandler, set_up
 from .ipc.channel import Channel
 from .ipc.control import Attach, ControlSocket, Drain, Report, SyncDone, WorkerExited
@@ -26,6 +28,8 @@ from .settings import Settings
 from .store.memory.server import MemoryServer
 from .store.memory.store import MemoryStore
 from .store.ports import Entry, Settled, Settlement
+from .telemetry.current_job import current
+from .telemetry.metrics import all_metrics
 
 __all__ = ["Harness", "Raised", "RetryPolicy", "Retrying", "Settings"]
 
@@ -39,6 +43,8 @@ _QUIET_ROUNDS = 3
 _STEP_S = 1.0
 #: Without jitter retries wait exactly 2, 4 and 8 seconds.
 _RETRY = RetryPolicy(jitter=0.0)
+#: Definition of every counter of a handler.
+_HANDLER_COUNTER = Metric("counter", "Counted by a handler")
 
 
 class Raised(NamedTuple):
@@ -193,12 +199,37 @@ class Harness:
         return sum(depth.queued + depth.pending for depth in depths)
 
     def metric(self, name: str, *labels: str) -> float:
-        """Value of a counter or gauge; 0.0 if it was never set."""
+        """Value of a counter or gauge; 0.0 if it is not set yet.
+
+        ``labels`` are the values of its labels, in order. Raises ValueError for a name, type or stream that
+        neither the service nor a handler of this harness has, and for a wrong number of labels.
+        """
+        self._check_metric(name, labels)
         self._reader.report()
         if self._worker is not None:
             self._worker.report()
         self._receive_reports()
         return self._counts.get((name, labels), 0.0)
+
+    def _check_metric(self, name: str, labels: tuple[str, ...]) -> None:
+        own = {f"z_novel_{counter}_total" for one in self._bound.values() for counter in one.counters}
+        known = {**dict.fromkeys(own, _HANDLER_COUNTER), **all_metrics()}
+        if name not in known:
+            close = get_close_matches(name, known, 1) or [one for one in known if f"_{name}_" in one]
+            declare = "a handler declares a counter in `counters`, with 0, in `__init__` or `setup`"
+            hint = f"did you mean {close[0]}?" if close else declare
+            raise ValueError(f"no metric {name!r}: {hint}")
+        metric = known[name]
+        if metric.kind == "histogram":
+            raise ValueError(f"{name} is a histogram: metric() has counters and gauges only")
+        if len(labels) != len(metric.labels):
+            wanted = ", ".join(metric.labels) or "none"
+            raise ValueError(f"{name} has {len(metric.labels)} labels ({wanted}), not {len(labels)}")
+        streams = [source.stream for source in self.settings.streams]
+        values = {"task_type": [*self.settings.handlers, "unknown"], "stream": streams}
+        for label, value in zip(metric.labels, labels, strict=True):
+            if value not in values.get(label, [value]):
+                raise ValueError(f"{name}: no {label} {value!r} in this harness, only {values[label]}")
 
     # -- the end
 
@@ -241,6 +272,7 @@ class Harness:
             raise
         for one in bound.values():
             self._record(one)
+        self._bound = bound
         return bound
 
     def _start_worker(self, bound: dict[str, BoundHandler]) -> Runner:
@@ -258,6 +290,7 @@ class Harness:
     def _end_worker(self, cause: str, *, charge: bool, timed_out: bool = False) -> None:
         self._to_reader.send(WorkerExited(0, self._generation, cause, charge, timed_out, {}))
         self._worker = None
+        current.jobs, current.extend_deadline = (), None  # of the killed worker
         self._loop.close()
         self._channel.close()
 

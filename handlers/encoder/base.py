@@ -101,6 +101,8 @@ class Encoder(Protocol):
     dim: int
     #: Tokens of one window, special tokens included.
     max_tokens: int
+    #: Token of unknown words and characters; None if the tokenizer has none.
+    unknown_id: int | None
     #: Running totals: `embedded_tokens` (with special tokens, without padding) and `truncated_tokens`.
     counters: dict[str, float]
 
@@ -135,6 +137,7 @@ class WindowedEncoder(ABC):
     revision: str
     dim: int
     max_tokens: int
+    unknown_id: int | None = None
 
     def __init__(self, long_text: LongText) -> None:
         self.counters: dict[str, float] = {"embedded_tokens": 0, "truncated_tokens": 0}

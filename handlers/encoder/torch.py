@@ -27,6 +27,7 @@ from .model_input import TRIAL_WORDS, ModelInput, learn_input, observe
 from .packed_bert import MAX_POOLED, PackedBert, packed_bert
 from .packing import MIN_PADDING_TOKENS, is_out_of_memory, pack, pack_unpadded
 from .precision_check import MIN_SPEEDUP, SENTENCES, Dtype, dtypes_to_try, fastest_s, is_exact, min_cosine
+from .unknown_tokens import unknown_token_id
 
 log = logging.getLogger("jobworker.model")
 
@@ -77,6 +78,7 @@ class TorchEncoder(WindowedEncoder):
         except ModelError as error:
             self._refusals["query"] = f"model {source.name} cannot embed queries: {error}"
         self.max_tokens = self._formats["document"].max_tokens
+        self.unknown_id = unknown_token_id(self._inputs["document"].tokenizer)
         if model.device.type == "cpu":
             self._budget = cpu_budget(token_budget, self.dim)
 

@@ -110,9 +110,15 @@ def test_the_batch_handler_writes_one_row_a_job_and_fails_bad_jobs_alone(running
 def test_the_webhook_waits_for_its_endpoint_without_using_up_retries(
     running: Service, endpoint: Endpoint
 ) -> None:
-    id = running.enqueue("notify", {"text": "chapter 7 is ready"})
+    running.enqueue(
+        "notify", {"text": "chapter 7 is ready"}, id="雪\nX-Other: 1"
+    )  # no id that a header can hold
     eventually(lambda: [post for post in endpoint.posts if post[2] == 204], within_s=60)
-    assert endpoint.posts[:3] == [(id, {"text": "chapter 7 is ready"}, status) for status in (503, 503, 204)]
+    assert [post[1:] for post in endpoint.posts[:3]] == [
+        ({"text": "chapter 7 is ready"}, status) for status in (503, 503, 204)
+    ]
+    (key,) = {post[0] for post in endpoint.posts[:3]}
+    assert re.fullmatch("[0-9a-f]{64}", key)
     running.wait_until_drained()
     assert running.metric("z_novel_jobs_retried_total", task_type="notify") == 0
     assert running.dead_letter(running.enqueue("notify", "bad"))["reason"] == "permanent"

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from collections import Counter
 from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
@@ -99,10 +100,20 @@ class GroupGuard:
         self._socket: socket.socket | None = None
         self._backoff = RestartBackoff()
         self._protected: Set[int] = frozenset()
+        self._restarts: Counter[str] = Counter()
+
+    def take_restarts(self) -> list[tuple[str, tuple[str, ...], float]]:
+        """Unexpected exits since the last call, as counts of z_novel_worker_restarts_total."""
+        taken, self._restarts = self._restarts, Counter()
+        return [("z_novel_worker_restarts_total", ("guard", cause), n) for cause, n in taken.items()]
 
     def update(self, leader_pids: Set[int], mono_now_s: float) -> None:
         """Tell the guard which groups there are, and start it if it does not run."""
-        if self._process is not None and self._process.collect() is not None:
+        if self._process is not None and (exited := self._process.collect()) is not None:
+            log.error("child.exited", extra={
+                "child": "guard", "process_id": self._process.pid, "cause": exited.cause,
+            })  # fmt: skip
+            self._restarts[exited.cause] += 1
             lived_s = mono_now_s - self._process.mono_started_s
             self._backoff.record_exit(mono_now_s, was_ready=True, lived_s=lived_s)
             self._process.close()
