@@ -102,7 +102,8 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     retry_count: int
 
 
-def _exact_number(text: str) -> decimal.Decimal | float:
+def exact_number(text: str) -> decimal.Decimal | float:
+    """A number of JSON with a fraction or an exponent, with every digit."""
     try:
         return decimal.Decimal(text)
     except decimal.InvalidOperation:  # an exponent of more than 18 digits: as a float it is 0
@@ -111,7 +112,7 @@ def _exact_number(text: str) -> decimal.Decimal | float:
 
 _header = msgspec.json.Decoder(Header)
 _envelope = msgspec.json.Decoder(Envelope)
-_exact_envelope = msgspec.json.Decoder(Envelope, float_hook=_exact_number)
+_exact_envelope = msgspec.json.Decoder(Envelope, float_hook=exact_number)
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _encode_into = msgspec.json.Encoder().encode_into
 
@@ -133,7 +134,7 @@ def read_header(data: bytes, scratch: bytearray | None = None) -> Header:
         _encode_into(header, encoded)
         repeated = len(encoded) != len(data) and _repeats_a_key(data)
     except (ValueError, RecursionError) as error:  # both parsers' errors and bad UTF-8 are ValueErrors
-        raise MalformedJob(_why(error)) from None
+        raise MalformedJob(why_malformed(error)) from None
     if repeated:
         raise MalformedJob("a field stands twice")
     return header
@@ -150,12 +151,23 @@ def read_payload(data: bytes, exact_types: Set[str] = frozenset()) -> Envelope:
         envelope = _envelope.decode(data)
         return _exact_envelope.decode(data) if envelope.type in exact_types else envelope
     except (ValueError, RecursionError) as error:
-        raise MalformedJob(_why(error)) from None
+        raise MalformedJob(why_malformed(error)) from None
 
 
-def payload_parser(exact_types: Set[str]) -> Callable[[bytes], Envelope]:
-    """`read_payload` for many jobs. It may raise ValueError or RecursionError too."""
-    return partial(read_payload, exact_types=exact_types) if exact_types else _envelope.decode
+def payload_parser(exact_types: Set[str], raw_types: Set[str] = frozenset()) -> Callable[[bytes], Header]:
+    """`read_payload` for many jobs. It may raise ValueError or RecursionError too.
+
+    Payloads of ``raw_types`` stay bytes: their handlers parse them into a type of their own.
+    """
+    parse = partial(read_payload, exact_types=exact_types) if exact_types else _envelope.decode
+    if not raw_types:
+        return parse
+
+    def parse_others(data: bytes) -> Header:
+        header = _header.decode(data)
+        return header if header.type in raw_types else parse(data)
+
+    return parse_others
 
 
 def read_envelope(data: bytes) -> Envelope:
@@ -173,7 +185,8 @@ def _is_valid(data: bytes) -> bool:
     return True
 
 
-def _why(error: Exception) -> str:
+def why_malformed(error: Exception) -> str:
+    """What an error of a parser says about the job."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return str(error)
@@ -200,7 +213,7 @@ def _repeats_a_key_by_parsing(data: bytes) -> bool:
     return len(set(keys)) < len(keys)
 
 
-def job_of(envelope: Envelope, stream: str, entry_id: str) -> Job:
+def job_of(envelope: Header, stream: str, entry_id: str) -> Job:
     """The handler's view of a job."""
     return Job(
         envelope.id,
