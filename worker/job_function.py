@@ -4,7 +4,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import Field
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -29,7 +29,7 @@ class _Dataclass(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
 
-class _PydanticModel(Protocol):
+class _Pydantic(Protocol):
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray) -> Any: ...
 
@@ -37,7 +37,7 @@ class _PydanticModel(Protocol):
 #: Types that a payload is validated by, as far as a type checker can tell.
 _Payload = TypeVar(
     "_Payload",
-    bound=msgspec.Struct | _Dataclass | _PydanticModel | Mapping[str, Any] | Collection[Any]
+    bound=msgspec.Struct | _Dataclass | _Pydantic | Mapping[str, Any] | Iterable[Any]
     | float | date | time | timedelta | Decimal | UUID | Enum | None,
 )  # fmt: skip
 _Result = TypeVar("_Result")
@@ -84,7 +84,9 @@ def job(
     With ``max_batch`` above 1 and a parameter ``list[...]`` the function takes several jobs and returns one
     outcome a job. The options are the members of a handler class. Raises `ConfigurationError`.
     """
-    _check_type(type)
+    if callable(type):
+        raise ConfigurationError('write @job("type"), with the type of the jobs')
+    check_job_type(type, f"@job({type!r:.80})")
     given = {
         "timeout": timeout, "max_timeout": max_timeout, "max_batch": max_batch,
         "max_batch_bytes": max_batch_bytes, "batch_timeout": batch_timeout, "alone": alone,
@@ -111,19 +113,15 @@ def job(
 _CLASS = type
 
 
-def _check_type(name: object) -> None:
-    """Raise `ConfigurationError` for what cannot be the type of a job."""
-    if callable(name):
-        raise ConfigurationError('write @job("type"), with the type of the jobs')
+def check_job_type(name: object, label: str) -> None:
+    """Raise `ConfigurationError`, which starts with ``label``, for what cannot be the type of a job."""
     if (
         not isinstance(name, str)
         or not 0 < len(name) <= MAX_NAME_CHARS
         or _CONTROL.search(name)
         or name != name.strip()
     ):
-        raise ConfigurationError(
-            f"@job({name!r:.80}): give a type of 1 to {MAX_NAME_CHARS} printable characters"
-        )
+        raise ConfigurationError(f"{label}: give a type of 1 to {MAX_NAME_CHARS} printable characters")
 
 
 def job_type_of(function: object) -> str | None:

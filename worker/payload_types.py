@@ -9,7 +9,7 @@ from msgspec import inspect
 from .envelope import exact_number
 from .errors import ConfigurationError, MalformedPayload
 
-#: Errors of a pydantic model that are named; a list of a million wrong items has as many.
+#: Errors of one payload that are named; a list of a million wrong items has as many.
 _NAMED_ERRORS = 5
 
 #: Parses and validates a payload. Raises `MalformedPayload`.
@@ -20,8 +20,9 @@ def payload_reader(annotation: Any, *, exact_numbers: bool = False) -> PayloadRe
     """A function that parses and validates the bytes of a payload in one pass, into the annotated type.
 
     ``annotation``: anything that msgspec decodes (Struct, dataclass, TypedDict, containers, numbers, Any), or
-    a type with pydantic models or pydantic dataclasses in it. With ``exact_numbers``, numbers with a fraction
-    are `decimal.Decimal` where the annotation says Any. Raises `ConfigurationError` for any other annotation.
+    a type with BaseModel classes or dataclasses of pydantic in it. With ``exact_numbers``, numbers with a
+    fraction are `decimal.Decimal` where the annotation says Any. Raises `ConfigurationError` for any other
+    annotation.
     """
     try:
         info = inspect.type_info(annotation)
@@ -35,7 +36,7 @@ def payload_reader(annotation: Any, *, exact_numbers: bool = False) -> PayloadRe
         if classes:
             raise ConfigurationError(
                 f"{classes[0].__qualname__} is no type of JSON: use a msgspec.Struct, a dataclass, "
-                "a pydantic model, a TypedDict, dict, list or a plain value"
+                "a BaseModel, a TypedDict, dict, list or a plain value"
             )
         return _msgspec_reader(annotation, exact_numbers)
     except ConfigurationError:

@@ -34,7 +34,7 @@ DOORS = {
 CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
-    *("urls", "process_env", "cgroup", "payload_types", "job_function", "app"),
+    *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
