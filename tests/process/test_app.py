@@ -1,4 +1,4 @@
-"""`--app` and `--reload` in the running service: functions run, and new code replaces old and loses no job."""
+"""`--app` and `--reload` in the running service: functions run, and new code replaces old code."""
 
 import json
 import os

@@ -22,7 +22,7 @@ log = logging.getLogger("jobworker.reloader")
 _POLL_S = 0.5
 #: Longest import of the modules after a change.
 _IMPORT_WITHIN_S = 60.0
-#: Modules of this package; nobody edits them while the service runs.
+#: Modules of this package are not watched.
 _OURS = f"{__name__.partition('.')[0]}."
 #: Files of a change that are named.
 _NAMED_FILES = 10
