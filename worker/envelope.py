@@ -8,6 +8,7 @@ from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
+from msgspec.structs import force_setattr
 
 from .errors import MalformedJob
 
@@ -113,6 +114,7 @@ def exact_number(text: str) -> decimal.Decimal | float:
 _header = msgspec.json.Decoder(Header)
 _envelope = msgspec.json.Decoder(Envelope)
 _exact_envelope = msgspec.json.Decoder(Envelope, float_hook=exact_number)
+_payload = msgspec.json.Decoder()
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _encode_into = msgspec.json.Encoder().encode_into
 
@@ -165,7 +167,13 @@ def payload_parser(exact_types: Set[str], raw_types: Set[str] = frozenset()) -> 
 
     def parse_others(data: bytes) -> Header:
         header = _header.decode(data)
-        return header if header.type in raw_types else parse(data)
+        if header.type in raw_types:
+            return header
+        if header.type in exact_types:
+            return parse(data)
+        # Quicker than parsing the whole job again.
+        force_setattr(header, "payload", _payload.decode(header.payload))
+        return header
 
     return parse_others
 

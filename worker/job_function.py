@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, overload
 from uuid import UUID
 
 import msgspec
+from msgspec.structs import force_setattr
 
 from .envelope import MAX_NAME_CHARS, Job
 from .errors import ConfigurationError
@@ -175,7 +176,7 @@ class FunctionHandler:
         """Parse and validate the payload of a job, and put it into the job. Raises `MalformedPayload`."""
         assert self._read is not None
         payload = self._read(job.payload)
-        msgspec.structs.force_setattr(job, "payload", payload)  # the job is new: nothing has read it
+        force_setattr(job, "payload", payload)  # the job is new: nothing has read it
         return payload
 
     def _one(self, function: Callable[..., Any], signature: _Signature) -> Callable[[Job], Any]:
