@@ -7,6 +7,7 @@ OTHERS are JSON lists of modules.
 import inspect
 import json
 import os
+import site
 import sys
 import sysconfig
 import traceback
@@ -28,8 +29,9 @@ from .job_function import FunctionHandler, check_job_type, job_type_of
 _SHOWN_FRAMES = 10
 _MAX_ERROR_CHARS = 4096
 #: Folders whose files no developer edits while a service runs.
-_INSTALLED = tuple(
-    {sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+_INSTALLED = (
+    site.getusersitepackages() + os.sep,
+    *{sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")},
 )
 _OURS = str(Path(__file__).resolve().parents[1]) + os.sep
 

@@ -223,6 +223,8 @@ def _signature(function: Callable[..., Any], mark: _Mark) -> _Signature:
         raise ConfigurationError(f"{where}: {_EXPECTED}, not {len(annotations)} parameters without a default")
     max_batch = mark.options.get("max_batch", 1)
     is_batch = isinstance(max_batch, int) and max_batch > 1 and _is_list(annotations[0])
+    if annotations[0] in (list, Sequence) and isinstance(max_batch, int) and max_batch > 1:
+        raise ConfigurationError(f"{where}: with max_batch, say what is in the list, for example list[dict]")
     first, *second = [_item(one) if is_batch else one for one in annotations]
     if is_batch and second and not _is_list(annotations[1]):
         raise ConfigurationError(

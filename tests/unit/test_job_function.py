@@ -420,6 +420,7 @@ def _wrong_functions() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     def inner(payload: dict[str, threading.Event]) -> None: ...
     def missing(payload: "NoSuchType") -> None: ...  # type: ignore[name-defined]  # noqa: F821
     def batch(payloads: list[Text], job: Job) -> list[None]: ...
+    def bare(payloads: list) -> list[None]: ...  # type: ignore[type-arg]
     def seconds(payload: Text) -> None: ...
 
     return {
@@ -435,6 +436,7 @@ def _wrong_functions() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "Event is no type of JSON": (inner, {}),
         "name 'NoSuchType' is not defined": (missing, {}),
         "the second parameter is list[Job]": (batch, {"max_batch": 8}),
+        "say what is in the list": (bare, {"max_batch": 8}),
         "timeout is '60': give a number of seconds above 0": (seconds, {"timeout": "60"}),
     }
 
