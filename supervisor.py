@@ -32,6 +32,7 @@ from jobworker.worker.supervision.pdeathsig import become_subreaper
 from jobworker.worker.supervision.process_groups import GroupGuard, reap_adopted
 from jobworker.worker.supervision.process_manager import ProcessManager
 from jobworker.worker.supervision.refusal import RefusingCommand, default_format, refuse
+from jobworker.worker.supervision.reloader import Reloader, Restart
 from jobworker.worker.supervision.sd_notify import notify, reloading
 from jobworker.worker.supervision.signals import SignalQueue
 from jobworker.worker.supervision.status import StatusLine, StatusMailbox, flagged_types, service_status
@@ -77,6 +78,9 @@ class Supervisor:
         self._progress = 0
         self._health = Health(True, False, ["starting"], {"workers": self._processes.states()})
         self._mailbox = StatusMailbox()
+        self._reloader = Reloader(settings) if settings.reload else None
+        #: Whether the service is to be started again after its end: it has other job types.
+        self.start_again = False
         self._status_line = StatusLine(settings.procs)
         self._reported_reasons = ""
         self._announced: dict[str, Any] = {}
@@ -98,6 +102,8 @@ class Supervisor:
             return self._run(queue)
         finally:
             self._processes.kill_all()
+            if self._reloader is not None:
+                self._reloader.close()
             self._guard.close()
             self._stores.stop()
             self._server.close()
@@ -127,8 +133,18 @@ class Supervisor:
         code = self._processes.tick(now)
         if code is None and self._mono_stop_by_s is not None:
             return self._continue_drain(now)
+        self._reload(now)
         self._report(now)
         return code
+
+    def _reload(self, now: float) -> None:
+        """Restart what uses a source file that has changed. Running jobs finish."""
+        restart = self._reloader.tick(now) if self._reloader is not None else None
+        if restart is Restart.WORKERS:
+            self._restart_workers()
+        elif restart is Restart.SERVICE:
+            self.start_again = True
+            self._begin_drain("reload")
 
     def _start_processes(self, now: float) -> None:
         """Start the processes: the stores are up."""
@@ -147,30 +163,39 @@ class Supervisor:
 
     def _handle_signal(self, number: signal.Signals) -> Exit | None:
         if number == signal.SIGHUP:
-            log.info("restart.begun")
-            reloading()
-            self._reported_ready = False
-            self._processes.restart_workers()
+            self._restart_workers()
         elif number in (signal.SIGTERM, signal.SIGINT):
+            if self.start_again:
+                self.start_again = False
+                return None  # it drains already
             return self._stop(number, time.monotonic())
         return None
 
     def _stop(self, number: signal.Signals, now: float) -> Exit | None:
         """Begin a drain, or stop now if one has begun."""
         if number == self._stop_signal and now - self._mono_stop_s < _STOP_COPY_S:
-            hint = f"the same signal {_STOP_COPY_S:.0f} s or more after the first stops the service now"
+            hint = f"the same signal {_STOP_COPY_S} s or more after the first stops the service now"
             log.info("stop.copy_ignored", extra={"signal": number.name, "hint": hint})
             return None
         if self._mono_stop_by_s is not None or not self._processes.started:
             log.warning("stop.immediate", extra={"signal": number.name})
             return Exit.STOPPED
-        timeout_s = self._settings.drain_timeout_s
-        log.info("drain.begun", extra={"signal": number.name, "timeout_s": timeout_s})
-        notify(STOPPING="1")
         self._stop_signal, self._mono_stop_s = number, now
-        self._mono_stop_by_s = now + timeout_s
-        self._processes.drain()
+        self._begin_drain(number.name)
         return None
+
+    def _restart_workers(self) -> None:
+        log.info("restart.begun")
+        reloading()
+        self._reported_ready = False
+        self._processes.restart_workers()
+
+    def _begin_drain(self, cause: str) -> None:
+        timeout_s = self._settings.drain_timeout_s
+        log.info("drain.begun", extra={"signal": cause, "timeout_s": timeout_s})
+        notify(STOPPING="1")
+        self._mono_stop_by_s = time.monotonic() + timeout_s
+        self._processes.drain()
 
     def _continue_drain(self, now: float) -> Exit | None:
         assert self._mono_stop_by_s is not None
@@ -306,14 +331,16 @@ def _take_instance(lock: InstanceLock, instance: str) -> None:
         )
 
 
-def _supervise(settings: Settings, queue: SignalQueue) -> Exit:
+def _supervise(settings: Settings, queue: SignalQueue) -> tuple[Exit, bool]:
+    """Run the service; returns its exit code, and whether it is to be started again."""
     log.info("supervisor.starting", extra={"settings": settings.public()})
     require_extras(settings.handlers)
     servers = needed(settings)
     data = _open_data_dir(settings) if servers else None
     stores = Stores(settings, data, [make(data) for make in servers] if data else [])
     with _instance_lock(settings) as holder:
-        return Supervisor(replace(settings, holder=holder), data, stores).run(queue)
+        supervisor = Supervisor(replace(settings, holder=holder), data, stores)
+        return supervisor.run(queue), supervisor.start_again
 
 
 @click.command(
@@ -325,8 +352,8 @@ def main(**options: Any) -> None:
     """Run background jobs from Redis Streams.
 
     Without --redis-url and --milvus-uri it starts stores of its own, with their data in --data-dir. TERM or
-    INT finishes the running jobs and stops; a second one stops now (the same signal within 0.25 s counts once);
-    HUP restarts the workers one by one.
+    INT finishes the running jobs and stops; a second one stops now (a copy within 0.25 s does not count); HUP
+    restarts the workers one by one.
 
     Exit codes: 0 stopped as asked, 2 bad usage or configuration, 3 a child could not start, 4 crash loop,
     5 a store could not be reached.
@@ -344,7 +371,10 @@ def main(**options: Any) -> None:
             )
         become_subreaper()
         with SignalQueue(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD) as queue:
-            sys.exit(_supervise(settings, queue))
+            code, start_again = _supervise(settings, queue)
+        if start_again and code is Exit.STOPPED:
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        sys.exit(code)
     except (ConfigurationError, OSError) as error:
         refuse(str(error), options["log_format"] or default_format())
         sys.exit(Exit.USAGE)

@@ -7,18 +7,20 @@ the service.
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from .admin.dead_letters import Letter, read_letter
 from .envelope import Job, job_of, read_payload
+from .errors import MalformedPayload
 from .event_loop import EventLoop
 from .extension import Metric
 from .handler import BoundHandler, set_up
 from .ipc.channel import Channel
 from .ipc.control import Attach, ControlSocket, Drain, Report, SyncDone, WorkerExited
+from .job_function import FunctionHandler, job_type_of
 from .outcome import RetryPolicy
 from .producer import Producer
 from .reader.reader import Reader
@@ -85,12 +87,17 @@ class _Store(MemoryStore):
 class Harness:
     """The service with one worker, for tests. Only `advance` moves its clock.
 
-    ``handlers`` maps types to handler classes (one object a worker, as in the service) or to objects. Of the
-    ``settings``, these have an effect: streams, retry, max_payload, max_deaths and job_timeout_s. The default
-    settings have no jitter. Errors of a handler's ``setup`` are raised here.
+    ``handlers`` maps types to handler classes (one object a worker, as in the service), to objects or to
+    functions with `job`; a list of such functions will do, for each has its type. Of the ``settings``, these
+    have an effect: streams, retry, max_payload, max_deaths and job_timeout_s. The default settings have no
+    jitter. Errors of a handler's ``setup`` are raised here.
     """
 
-    def __init__(self, handlers: Mapping[str, Any], settings: Settings | None = None) -> None:
+    def __init__(
+        self, handlers: Mapping[str, Any] | Iterable[Callable[..., Any]], settings: Settings | None = None
+    ) -> None:
+        if not isinstance(handlers, Mapping):
+            handlers = _by_type(handlers)
         settings = settings or Settings(retry=_RETRY, instance="test", host="test")
         names = {
             type_name: f"{type(one).__module__}:{type(one).__name__}" for type_name, one in handlers.items()
@@ -261,9 +268,7 @@ class Harness:
         return ours, self._sockets[-1]
 
     def _set_up(self) -> dict[str, BoundHandler]:
-        made = {
-            type_name: one() if isinstance(one, type) else one for type_name, one in self._handlers.items()
-        }
+        made = {type_name: _made(one) for type_name, one in self._handlers.items()}
         self._loop = EventLoop()
         try:
             bound = set_up(made, self.settings, self._loop)
@@ -353,6 +358,9 @@ class Harness:
             self.batches.append([job])
             try:
                 handle(job)
+            except MalformedPayload:
+                self.batches.pop()  # the function was not called
+                raise
             except BaseException as error:
                 self.raised.append(Raised(job, error))
                 raise
@@ -369,8 +377,12 @@ class Harness:
             except BaseException as error:
                 self.raised += [Raised(job, error) for job in jobs]
                 raise
+            called = [job for job, error in zip(jobs, outcomes, strict=True) if not _is_malformed(error)]
+            self.batches[-1:] = [called] if called else []
             pairs = zip(jobs, outcomes, strict=True)
-            self.raised += [Raised(job, error) for job, error in pairs if error is not None]
+            self.raised += [
+                Raised(job, error) for job, error in pairs if error is not None and not _is_malformed(error)
+            ]
             return outcomes
 
         return recorded
@@ -378,3 +390,26 @@ class Harness:
 
 def _job(data: bytes, stream: str, entry_id: str) -> Job:
     return job_of(read_payload(data), stream, entry_id)
+
+
+def _made(one: Any) -> Any:
+    """The handler object of a class, a decorated function or an object."""
+    if job_type_of(one) is not None:
+        return FunctionHandler(one)
+    return one() if isinstance(one, type) else one
+
+
+def _by_type(functions: Iterable[Callable[..., Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for one in functions:
+        type_name = job_type_of(one)
+        if type_name is None:
+            raise TypeError(f"{one!r} has no @job: give a mapping of types to handlers")
+        if type_name in found:
+            raise TypeError(f"two functions have the type {type_name}")
+        found[type_name] = one
+    return found
+
+
+def _is_malformed(error: BaseException | None) -> bool:
+    return isinstance(error, MalformedPayload)

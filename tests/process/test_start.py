@@ -49,6 +49,9 @@ def end_of(one: Service, within_s: float = 30) -> int:
     (["--milvus-uri", "localhost:19530"], "--milvus-uri"),
     (["--lease", "nan"], "--lease"),
     (["--no-builtin-handlers"], "no handler"),
+    (["--app", "no_such_module"], "there is no module no_such_module"),
+    (["--app", "my_app.py"], "for example my_app"),
+    (["--app", "json", "--no-builtin-handlers"], "no handler found in"),
     (["--config", "absent.toml"], "absent.toml"),
 ])  # fmt: skip
 def test_bad_usage_exits_2_and_names_the_option(tmp_path: Path, arguments: list[str], said: str) -> None:

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -138,7 +139,7 @@ def test_the_handler_of_the_readme_does_what_it_says(capsys: pytest.CaptureFixtu
         harness.enqueue("shout", {"text": "hello"})
         harness.enqueue("shout", "no text")
         harness.run()
-        assert capsys.readouterr().out == "HELLO\n"
+        assert capsys.readouterr().out == "HELLO!\n"
         assert [letter.reason for letter in harness.dead] == ["permanent"]
 
 
@@ -157,6 +158,19 @@ def test_the_idempotent_handler_writes_one_file_for_each_job_and_only_in_its_fol
     assert [path.read_text() for path in files] == ["second"] * 5
 
 
+def test_the_function_of_the_readme_does_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(block_with("README.md", "@job("), names)
+    with Harness([names["shout"]]) as harness:
+        harness.enqueue("shout", {"text": "hello"})
+        harness.enqueue("shout", {"text": 5})
+        harness.run()
+        assert capsys.readouterr().out == "HELLO\n"
+        assert [(letter.reason, "$.payload.text" in letter.error) for letter in harness.dead] == [
+            ("malformed", True)
+        ]
+
+
 def test_the_handler_and_the_tests_of_the_page_on_handlers_run(tmp_path: Path) -> None:
     for text in blocks(ROOT / "docs" / "handlers.md", "python"):
         (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
@@ -165,7 +179,7 @@ def test_the_handler_and_the_tests_of_the_page_on_handlers_run(tmp_path: Path) -
         capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert "4 passed" in done.stdout
+    assert "7 passed" in done.stdout
 
 
 def test_the_producers_of_the_pages_send_jobs(server: MemoryServer) -> None:

@@ -404,6 +404,18 @@ class TestRollingRestart:
         assert service.living("worker") == [successor, next_successor]
         assert service.restarts() == {}
 
+    def test_any_number_of_failed_restarts_ends_no_service_with_a_living_worker(self, make: Make) -> None:
+        """Each restart brings other code, so failed starts before it neither count nor delay it."""
+        service = make(procs=1).complete()
+        before = service.living("worker")
+        for _ in range(10):
+            service.manager.restart_workers()
+            service.tick()
+            (successor,) = (one for one in service.living("worker") if one not in before)
+            successor.exit("exit 3")
+            assert service.tick() is None
+        assert service.living("worker") == before
+
     def test_a_successor_that_does_not_start_ends_the_restart_and_no_worker_is_lost(
         self, service: Service
     ) -> None:

@@ -19,6 +19,7 @@ DOORS = {
     "valkey": [],
     "prometheus_client": ["worker/telemetry/prometheus.py"],
     "opentelemetry": ["worker/telemetry/otel.py", "worker/telemetry/otel_context.py"],
+    "pydantic": ["worker/payload_types.py"],
     "starlette": ["worker/web/*.py"],
     "uvicorn": ["worker/web/serve.py"],
     "jinja2": ["worker/web/rendering.py"],
@@ -38,7 +39,7 @@ DOORS = {
 CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
-    *("urls", "process_env", "cgroup"),
+    *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {

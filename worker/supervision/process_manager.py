@@ -26,7 +26,7 @@ from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings, cores
 from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.prometheus import PrometheusCollector
-from .process import Child, ProcessExit
+from .process import Child, ProcessExit, RestartBackoff
 from .process_groups import ProcessGroups
 from .signals import SignalQueue
 from .slots import Slot, Standbys, state
@@ -397,7 +397,12 @@ class ProcessManager:
     # -- rolling restart, drain, stop
 
     def restart_workers(self) -> None:
-        """Replace every worker, one by one. Each is stopped only when its successor is ready."""
+        """Replace every worker, one by one. Each is stopped only when its successor is ready.
+
+        Failed starts before it do not count: the successors have other code.
+        """
+        for slot in self._workers:
+            slot.backoff = RestartBackoff()
         self._to_restart = deque((slot, slot.generation) for slot in self._workers)
 
     @property
