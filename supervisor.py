@@ -27,9 +27,11 @@ from jobworker.worker.options import (
 from jobworker.worker.process_env import prepare_process
 from jobworker.worker.settings import Settings, parse_address
 from jobworker.worker.supervision.embedded import Stores, needed
+from jobworker.worker.supervision.forkserver import ForkServer
 from jobworker.worker.supervision.health import Health, HealthServer
 from jobworker.worker.supervision.instance import InstanceLock, new_holder
 from jobworker.worker.supervision.pdeathsig import become_subreaper
+from jobworker.worker.supervision.process import Process
 from jobworker.worker.supervision.process_groups import GroupGuard, reap_adopted
 from jobworker.worker.supervision.process_manager import ProcessManager
 from jobworker.worker.supervision.sd_notify import notify, reloading
@@ -64,8 +66,9 @@ class Supervisor:
         self._data = data
         self._stores = stores
         self._metrics = PrometheusCollector()
-        self._processes = ProcessManager(settings, self._metrics)
-        self._guard = GroupGuard(f"jobworker: guard [{settings.instance}]")
+        server = ForkServer(f"jobworker: forkserver [{settings.instance}]", Process.uncollected)
+        self._processes = ProcessManager(settings, self._metrics, server)
+        self._guard = GroupGuard(server, f"jobworker: guard [{settings.instance}]")
         self._mono_last_tick_s = time.monotonic()
         self._mono_stop_by_s: float | None = None
         self._reported_ready = False
@@ -150,9 +153,10 @@ class Supervisor:
                 log.warning("stop.immediate", extra={"signal": number.name})
                 return Exit.STOPPED
             timeout_s = self._settings.drain_timeout_s
+            self._mono_stop_by_s = time.monotonic() + timeout_s
+            self._health = self._assess()  # not ready from now on
             log.info("drain.begun", extra={"signal": number.name, "timeout_s": timeout_s})
             notify(STOPPING="1")
-            self._mono_stop_by_s = time.monotonic() + timeout_s
             self._processes.drain()
         return None
 
