@@ -46,8 +46,9 @@ log = logging.getLogger("jobworker.supervisor")
 
 #: How long processes of a service that was just killed may still hold a lock.
 _LOCK_TIMEOUT_S = 5.0
-#: Longest sleep of the loop, and so the longest delay until an exceeded job timeout is detected.
-_TICK_S = 0.1
+#: Longest sleep of the loop: the longest delay until an exceeded job timeout is detected. A worker that
+#: starts its first job does not wake the loop.
+_TICK_S, _IDLE_TICK_S = 0.1, 0.25
 #: /healthz reports "not live" when the loop has not run for this long.
 _LIVE_TIMEOUT_S = 10.0
 #: Time for reader and reaper to settle after the last worker has exited, beyond the drain timeout.
@@ -115,7 +116,8 @@ class Supervisor:
                 return code
             self._guard.update(self._processes.group_leaders(), now)
             reap_adopted()
-            self._processes.wait(_TICK_S, queue)
+            is_idle = self._reported_ready and self._mono_stop_by_s is None and self._processes.idle
+            self._processes.wait(_IDLE_TICK_S if is_idle else _TICK_S, queue)
 
     def _tick(self, now: float) -> Exit | None:
         if not self._processes.started:
@@ -222,9 +224,10 @@ class Supervisor:
         """Health of the children and stores. Only the loop may look: it closes the channels."""
         stopping = ["stopping"] if self._mono_stop_by_s is not None else []
         reasons = [*self._stores.reasons(), *stopping, *self._processes.reasons()]
+        slowed = "z_novel_crash_circuits_open"
         details = {
             "workers": self._processes.states(), "warnings": self._processes.warnings(),
-            "slowed_types": flagged_types(self._metrics.totals(), "z_novel_crash_circuits_open"),
+            "slowed_types": flagged_types(self._metrics.totals(slowed), slowed),
         }  # fmt: skip
         return Health(True, not reasons, reasons, details)
 

@@ -431,6 +431,13 @@ class ProcessManager:
         self._to_restart = deque((slot, slot.generation) for slot in self._workers)
 
     @property
+    def idle(self) -> bool:
+        """Whether every child is ready and no worker runs a job."""
+        return not self._to_restart and all(
+            state(slot.child) in ("idle", "running") and slot.successor is None for slot in self._slots
+        )
+
+    @property
     def restarting(self) -> bool:
         """Whether a restart of workers is in progress."""
         return bool(self._to_restart)
