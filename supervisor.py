@@ -26,9 +26,11 @@ from jobworker.worker.options import (
 from jobworker.worker.process_env import prepare_process
 from jobworker.worker.settings import Settings, parse_address
 from jobworker.worker.supervision.embedded import Stores, needed
+from jobworker.worker.supervision.forkserver import ForkServer
 from jobworker.worker.supervision.health import Health, HealthServer
 from jobworker.worker.supervision.instance import InstanceLock, new_holder
 from jobworker.worker.supervision.pdeathsig import become_subreaper
+from jobworker.worker.supervision.process import Process
 from jobworker.worker.supervision.process_groups import GroupGuard, reap_adopted
 from jobworker.worker.supervision.process_manager import ProcessManager
 from jobworker.worker.supervision.refusal import RefusingCommand, default_format, refuse
@@ -44,8 +46,9 @@ log = logging.getLogger("jobworker.supervisor")
 
 #: How long processes of a service that was just killed may still hold a lock.
 _LOCK_TIMEOUT_S = 5.0
-#: Longest sleep of the loop, and so the longest delay until an exceeded job timeout is detected.
-_TICK_S = 0.1
+#: Longest sleep of the loop: the longest delay until an exceeded job timeout is detected. A worker that
+#: starts its first job does not wake the loop.
+_TICK_S, _IDLE_TICK_S = 0.1, 0.25
 #: /healthz reports "not live" when the loop has not run for this long.
 _LIVE_TIMEOUT_S = 10.0
 #: The same signal again within this time is a copy of the first: `timeout` and many other programs signal the
@@ -67,8 +70,9 @@ class Supervisor:
         self._data = data
         self._stores = stores
         self._metrics = PrometheusCollector()
-        self._processes = ProcessManager(settings, self._metrics)
-        self._guard = GroupGuard(f"jobworker: guard [{settings.instance}]")
+        server = ForkServer(f"jobworker: forkserver [{settings.instance}]", Process.uncollected)
+        self._processes = ProcessManager(settings, self._metrics, server)
+        self._guard = GroupGuard(server, f"jobworker: guard [{settings.instance}]")
         self._mono_last_tick_s = time.monotonic()
         self._mono_stop_by_s: float | None = None
         # The signal that began the drain, and when.
@@ -124,7 +128,8 @@ class Supervisor:
             self._guard.update(self._processes.group_leaders(), now)
             self._metrics.add(self._guard.take_restarts())
             reap_adopted()
-            self._processes.wait(_TICK_S, queue)
+            is_idle = self._reported_ready and self._mono_stop_by_s is None and self._processes.idle
+            self._processes.wait(_IDLE_TICK_S if is_idle else _TICK_S, queue)
 
     def _tick(self, now: float) -> Exit | None:
         if not self._processes.started:
@@ -192,9 +197,10 @@ class Supervisor:
 
     def _begin_drain(self, cause: str) -> None:
         timeout_s = self._settings.drain_timeout_s
+        self._mono_stop_by_s = time.monotonic() + timeout_s
+        self._health = self._assess()  # not ready from now on
         log.info("drain.begun", extra={"signal": cause, "timeout_s": timeout_s})
         notify(STOPPING="1")
-        self._mono_stop_by_s = time.monotonic() + timeout_s
         self._processes.drain()
 
     def _continue_drain(self, now: float) -> Exit | None:
@@ -259,9 +265,10 @@ class Supervisor:
         """Health of the children and stores. Only the loop may look: it closes the channels."""
         stopping = ["stopping"] if self._mono_stop_by_s is not None else []
         reasons = [*self._stores.reasons(), *stopping, *self._processes.reasons()]
+        slowed = "z_novel_crash_circuits_open"
         details = {
             "workers": self._processes.states(), "warnings": self._processes.warnings(),
-            "slowed_types": flagged_types(self._metrics.totals(), "z_novel_crash_circuits_open"),
+            "slowed_types": flagged_types(self._metrics.totals(slowed), slowed),
         }  # fmt: skip
         return Health(True, not reasons, reasons, details)
 

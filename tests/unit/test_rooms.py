@@ -58,6 +58,7 @@ BELOW: dict[str, set[str]] = {
     "cli": {*CORE, "store", "telemetry", "producer", "admin"},
     "web": {*CORE, "store", "telemetry", "producer", "admin"},
     "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision"},
+    "preload": {*IPC, "store", "reader", "runner", "reaper", "supervision", "boot"},
     "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin"},
 }
 #: Command modules import their face when they are called: `jobworker web` starts the page.
@@ -75,7 +76,7 @@ PUBLIC = {
 }
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")
-COMPOSERS = {"boot", "testing", "producer", "scripted_redis", "admin", "cli", "web"}
+COMPOSERS = {"boot", "preload", "testing", "producer", "scripted_redis", "admin", "cli", "web"}
 #: Decisions without input or output: they import each other, the standard library, msgspec and orjson.
 PURE = {
     *("worker." + name for name in ("envelope", "outcome", "keys", "errors")),

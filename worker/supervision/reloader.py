@@ -15,7 +15,7 @@ from enum import Enum
 from ..app import AppListing, checked_handlers, listing_command, read_listing
 from ..errors import ConfigurationError
 from ..settings import Settings
-from .process import Process
+from .process import Command
 
 log = logging.getLogger("jobworker.reloader")
 
@@ -55,7 +55,7 @@ class Reloader:
         #: The files at the last look, if that differed.
         self._unsettled: dict[str, Stamp] | None = None
         self._known: set[tuple[str, str]] | None = None
-        self._process: Process | None = None
+        self._process: Command | None = None
         self._answer_fd = -1
         self._wall_since_ns = time.time_ns()
         self._mono_next_s = 0.0
@@ -97,13 +97,13 @@ class Reloader:
         self._answer_fd = os.memfd_create("app", os.MFD_CLOEXEC)
         try:
             command = listing_command(self._apps, self._others, self._answer_fd)
-            self._process = Process("app listing", command, [self._answer_fd], now)
+            self._process = Command("app listing", command, [self._answer_fd], now)
         except OSError as error:  # short of processes or memory: the next change tries again
             os.close(self._answer_fd)
             _log_failure(str(error))
             self._known = self._known or set()
 
-    def _continue_listing(self, process: Process, now: float) -> Restart | None:
+    def _continue_listing(self, process: Command, now: float) -> Restart | None:
         exited = process.collect()
         if exited is None:
             if now - process.mono_started_s > _IMPORT_WITHIN_S:
@@ -118,7 +118,7 @@ class Reloader:
         finally:
             self._end_listing(process)
 
-    def _end_listing(self, process: Process) -> None:
+    def _end_listing(self, process: Command) -> None:
         process.close()
         os.close(self._answer_fd)
         self._process = None
