@@ -1,6 +1,5 @@
 """App modules of ``--app``: which job types they have, without importing them in this process."""
 
-import json
 import os
 import re
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
+import orjson
 
 from .errors import ConfigurationError
 
@@ -104,7 +104,7 @@ def listing_command(apps: Sequence[str], others: Sequence[str], fd: int) -> list
     tied = [sys.executable, "-P", "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
     return [
         *tied, sys.executable, "-P", "-m", "jobworker.worker.app_listing", str(fd),
-        json.dumps([*apps]), json.dumps([*others]),
+        orjson.dumps([*apps]).decode(), orjson.dumps([*others]).decode(),
     ]  # fmt: skip
 
 

@@ -5,7 +5,6 @@ OTHERS are JSON lists of modules.
 """
 
 import inspect
-import json
 import os
 import site
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import msgspec
+import orjson
 
 from .app import AppListing
 from .errors import ConfigurationError
@@ -38,7 +38,7 @@ _OURS = str(Path(__file__).resolve().parents[1]) + os.sep
 
 def main() -> None:
     """Import and list; whatever the modules have started ends with the process."""
-    fd, apps, others = int(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    fd, apps, others = int(sys.argv[1]), orjson.loads(sys.argv[2]), orjson.loads(sys.argv[3])
     search_current_folder()
     listing = AppListing()
     for name in apps:

@@ -50,7 +50,7 @@ def _prepare(parent_pid: int, title: str) -> None:
     configure("forkserver", settings, os.environ)
     # The roles make many short-lived objects and no cycles: looking for cycles this rarely costs nothing.
     gc.set_threshold(50_000, 20, 50)
-    # A collection in a child would write to the shared pages. One here would leave holes in them, which the
+    # The collector of a child would write to the shared pages. A run of it here would leave holes, which the
     # children fill.
     gc.freeze()
 
