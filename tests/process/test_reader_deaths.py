@@ -13,8 +13,7 @@ from support.service import STREAM, TESTS, Service, ending, handlers
 
 pytestmark = pytest.mark.process
 
-#: Python runs a module of this name at each start, of the forkserver too. Only the reader calls
-#: `read_header`.
+#: Python runs a module of this name at each start, of the forkserver too. Only the reader uses `read_header`.
 FAULT = """
 import os, signal
 if "_JOBWORKER_FORKSERVER" in os.environ:
