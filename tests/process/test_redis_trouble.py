@@ -249,7 +249,7 @@ def test_a_damaged_epoch_ends_no_process(server: RedisServer, one: Service) -> N
             server.client.hset(key, consumer, value)
         assert_consuming(one)
     assert len(one.logged("fence.recreated", stream=STREAM)) > before
-    assert one.is_ready()
+    eventually(one.is_ready)
     assert started(one) == children
 
 
