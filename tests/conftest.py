@@ -1,4 +1,4 @@
-"""Set-up of every test run: order, no network for models, Hypothesis profiles, no child process left behind."""
+"""Set-up of every run: order of tests, no network for models, Hypothesis profiles, no child left behind."""
 
 import os
 import signal
@@ -48,7 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> int:
         if REAL_MILVUS in item.nodeid:
             return -1
-        return next((at for at, path in enumerate(LONG_FIRST) if item.nodeid.startswith(path)), len(LONG_FIRST))
+        return next(
+            (at for at, path in enumerate(LONG_FIRST) if item.nodeid.startswith(path)), len(LONG_FIRST)
+        )
 
     items.sort(key=rank)
 

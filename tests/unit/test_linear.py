@@ -1,7 +1,8 @@
 """No text from outside keeps a process busy: every pattern, and every function that reads text, is linear.
 
 Each is given hostile texts of 50,000 characters. What is linear needs a millisecond for one; what is
-quadratic needs a second or more, what is cubic days. The limit is no measure of speed: it ends an endless test.
+quadratic needs a second or more, what is cubic days. The limit is no measure of speed: it ends an endless
+test.
 """
 
 import ast
