@@ -1,4 +1,4 @@
-"""Set-up of every run: order of tests, no network for models, one Hypothesis profile, no child left behind."""
+"""Set-up of every run: order of tests, no network for models, Hypothesis profile, no child left behind."""
 
 import os
 import signal
