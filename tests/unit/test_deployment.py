@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.worker.admin.deployment import Deployment, parse_sources, read_endpoints, require_store_url
+from jobworker.worker.admin.deployment import Deployment, parse_sources, require_store_url
+from jobworker.worker.endpoints import read_endpoints
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.extension import extension
 from jobworker.worker.keys import Source

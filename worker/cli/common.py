@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 import click
 from click.shell_completion import CompletionItem
 
-from ..admin.deployment import DEPLOYMENT_HINT, Deployment, read_endpoints, require_store_url
+from ..admin.deployment import DEPLOYMENT_HINT, Deployment, require_store_url
 from ..admin.words import columns, pad, parse_age, strip_control
+from ..endpoints import read_endpoints
 from ..errors import ConfigurationError, Exit, StoreRefused, StoreUnavailable
 from ..extension import extension
 from ..options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, REDIS_URL
