@@ -26,6 +26,8 @@ from .settings import (
 from .urls import parse_redis_url
 
 ENV_PREFIX = "JOBWORKER"
+#: Key of the configuration file's path in the `meta` of a verb's context.
+CONFIG_PATH = "jobworker.config"
 #: Longer than nothing.
 SECONDS = Duration(0.001)
 
@@ -46,6 +48,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: str | None) -
 def _read_config_of_service(context: click.Context, _: click.Parameter, path: str | None) -> None:
     """For a verb: what the service's file says of where it is."""
     if path is not None:
+        context.meta[CONFIG_PATH] = path
         names = {**_OF_VERBS, **_extended().VERB_OPTIONS}
         context.default_map = {names[name]: value for name, value in _table(path).items() if name in names}
 

@@ -78,9 +78,9 @@ class TestConfigurationFileOfTheService:
             assert result.exit_code == {"doctor": 1, "url": 0}.get(path[-1], 5)
 
     def test_it_names_the_streams(self, file: Path) -> None:
-        result = CliRunner().invoke(main, ["doctor", "--config", str(file), "--stream", "no-group"])
+        result = CliRunner().invoke(main, ["doctor", "--config", str(file), "--stream", "=no-name"])
         assert (result.exit_code, "NAME=GROUP" in result.output) == (2, True), "the command line wins"
-        file.write_text('redis-url = "redis://127.0.0.1:1/0"\nstream = ["no-group"]\n')
+        file.write_text('redis-url = "redis://127.0.0.1:1/0"\nstream = ["=no-name"]\n')
         result = CliRunner().invoke(main, ["doctor", "--config", str(file)])
         assert (result.exit_code, "NAME=GROUP" in result.output) == (2, True)
 

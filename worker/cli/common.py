@@ -1,19 +1,23 @@
 """Shared parts of the ``jobworker`` verbs: options that name a deployment, exit codes, output."""
 
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from ..admin.deployment import DEPLOYMENT_HINT, Deployment, read_endpoints, require_store_url
 from ..admin.words import columns, pad, parse_age, strip_control
 from ..errors import ConfigurationError, Exit, StoreRefused, StoreUnavailable
 from ..extension import extension
-from ..options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, REDIS_URL
+from ..options import CONFIG_OF_SERVICE, CONFIG_PATH, DATA_DIR, ENV_PREFIX, REDIS_URL
 from ..safe_text import escape_control, safe_json
+from ..settings import without_credentials
 from ..store.announcements import suggestion
 from ..telemetry.log import redacted
 from ..urls import parse_http_url
@@ -27,6 +31,8 @@ BAD_NEWS = 1
 _METRICS_ADDR = "127.0.0.1:9464"
 #: Ids that are named one by one in an error report.
 MAX_IDS_NAMED = 10
+#: A command in advice. Options follow it.
+_COMMAND = re.compile(r"\bjobworker (?:dlq [a-z]+|retry [a-z]+|explain|resume|stats|doctor)\b")
 
 
 class CliGroup(click.Group):
@@ -90,7 +96,8 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 STREAMS = click.option(
     "--stream", "streams", multiple=True, envvar=f"{ENV_PREFIX}_STREAM", metavar="NAME=GROUP",
     shell_complete=complete_streams,
-    help="Stream and its group, as given to the service; repeatable.  [default: the service's own table]",
+    help="Stream and its group, as given to the service; repeatable. The group of a stream that a registered "
+    "service reads may be left out.  [default: those of the registered services, else the built-in ones]",
 )  # fmt: skip
 METRICS_URL = click.option(
     "--metrics-url", "metrics_urls", multiple=True, envvar=f"{ENV_PREFIX}_METRICS_URL",
@@ -155,22 +162,54 @@ def echo_missing(ids: frozenset[str], found: Iterable[str]) -> list[str]:
     """Report ids that were given and not found, `MAX_IDS_NAMED` of them by name. Returns all of them."""
     missing = sorted(ids.difference(found))
     for id in missing[:MAX_IDS_NAMED]:
-        click.echo(f"not found: {strip_control(id)}; try: jobworker explain {strip_control(id)}", err=True)
+        click.echo(f"not found: {strip_control(id)}; try: {explain_command(id)}", err=True)
     return missing
 
 
+def explain_command(id: str) -> str:
+    """The command that searches everywhere for an id, ready to be run."""
+    return with_deployment(f"jobworker explain {shlex.quote(strip_control(id))}")
+
+
+def with_deployment(advice: str) -> str:
+    """The text, whose commands name the same deployment as this command line does. A password is masked."""
+    context = click.get_current_context(silent=True)
+    options = [
+        f" --{name.replace('_', '-')} {shlex.quote(without_credentials(str(value), '***'))}"
+        for name in ("config", "redis_url", "data_dir")
+        if context is not None
+        and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        and (value := context.params.get(name) or context.meta.get(CONFIG_PATH))
+    ]
+    return _COMMAND.sub(lambda found: found[0] + "".join(options), advice)
+
+
 def echo_unread_streams(store: "OperatorStore", given: Sequence[str]) -> None:
-    """Note on standard error which of the streams of --stream no service reads: a name may be misspelt."""
+    """Note on standard error which of the streams of --stream do not exist, or are read by no service: a name
+    may be misspelt."""
     if not given:
         return
     read = {name for one in store.announcements() for name in one.streams}
-    for name in given if read else ():
-        if name not in read:
-            text = f"no service of this deployment reads the stream {name!r}: {suggestion(name, read)}"
-            click.echo(f"jobworker: {strip_control(text)}", err=True)
+    for name in given:
+        if name in read:
+            continue
+        if not store.exists(name):
+            text = f"there is no stream {name!r}"
+        elif read:
+            text = f"no service of this deployment reads the stream {name!r}"
+        else:
+            continue
+        hint = f": {suggestion(name, read)}" if read else ""
+        click.echo(f"jobworker: {strip_control(text + hint)}", err=True)
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def name_streams(streams: Sequence[str]) -> str:
+    """The streams in words, at most `MAX_IDS_NAMED` of them."""
+    names = ", ".join(strip_control(name) for name in streams[:MAX_IDS_NAMED])
+    return names + (f" and {len(streams) - MAX_IDS_NAMED} more" if len(streams) > MAX_IDS_NAMED else "")
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print columns as wide as their longest cell. A heading that ends in ``>`` aligns its column right."""
     names = [heading.rstrip(">") for heading in headings]
     widths = [max([len(name), *(columns(row[i]) for row in rows)]) for i, name in enumerate(names)]

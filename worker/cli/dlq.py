@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ..admin.dead_letters import BATCH_SIZE, BulkOperation, DeadLetterQueue, Letter, LetterFilter
-from ..admin.deployment import parse_sources
+from ..admin.deployment import StreamTable
 from ..admin.words import format_duration, pluralise, strip_control
 from ..outcome import Reason
 from ..quantities import MAX_COUNT, Count, Number
@@ -27,8 +27,10 @@ from .common import (
     echo_json,
     echo_missing,
     echo_unread_streams,
+    explain_command,
     is_terminal,
-    table,
+    name_streams,
+    print_table,
     verb,
 )
 
@@ -76,7 +78,7 @@ class _SelectedByOptions(DeadLetterQueue):
         from ..store.redis.operator import OperatorStore
 
         store = OperatorStore(url)
-        names = [source.stream for source in parse_sources(streams, need_group=False)]
+        names = StreamTable(streams, need_group=False).names(store)
         self.now_s = store.wall_now_s(names[0])
         echo_unread_streams(store, names if streams else ())
         selected = LetterFilter(
@@ -144,8 +146,9 @@ def list_(url: str, limit: int, payload: bool, as_json: bool, **selection: Any) 
         for letter in letters
     ]  # fmt: skip
     if rows:
-        table(["ID", "AGE>", "REASON", "TYPE", "JOB", "TENANT", "ERROR"], rows)
-    click.echo("… and more: --limit 0 lists all" if more else pluralise(len(rows), "dead letter"), err=True)
+        print_table(["ID", "AGE>", "REASON", "TYPE", "JOB", "TENANT", "ERROR"], rows)
+    total = f"{pluralise(len(rows), 'dead letter')} of {name_streams(queue.streams)}"
+    click.echo("… and more: --limit 0 lists all" if more else total, err=True)
 
 
 @verb(dlq)
@@ -171,9 +174,8 @@ def show(url: str, id: str, payload: bool, streams: tuple[str, ...], as_json: bo
     for letter in letters if not as_json else ():
         _print(letter, payload, queue.now_s)
     if not letters:
-        click.echo(
-            f"no dead letter {strip_control(id)}; try: jobworker explain {strip_control(id)}", err=True
-        )
+        missing = f"no dead letter {strip_control(id)} of {name_streams(queue.streams)}"
+        click.echo(f"{missing}; try: {explain_command(id)}", err=True)
         sys.exit(BAD_NEWS)
 
 

@@ -10,7 +10,7 @@ from ..admin.status_client import handled_types
 from ..admin.words import format_duration, strip_control
 from ..keys import PAUSED_KEY
 from ..store.operator import Pause
-from .common import AS_JSON, BAD_NEWS, JobType, echo_json, table, verb, verb_on_deployment
+from .common import AS_JSON, BAD_NEWS, JobType, echo_json, print_table, verb, verb_on_deployment
 
 
 def add_to(main: click.Group) -> None:
@@ -57,7 +57,7 @@ def pause(deployment: Deployment, types: tuple[str, ...], note: str, as_json: bo
         for one in pauses
     ]
     if rows:
-        table(["PAUSED", "FOR>", "NOTE"], rows)
+        print_table(["PAUSED", "FOR>", "NOTE"], rows)
     else:
         click.echo("nothing is paused")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..admin.deployment import parse_sources
+from ..admin.deployment import StreamTable
 from ..admin.retries import RetrySet, ScheduledRetry
 from ..admin.words import format_duration, pluralise, strip_control
 from ..quantities import Count
@@ -20,7 +20,8 @@ from .common import (
     echo_json,
     echo_missing,
     echo_unread_streams,
-    table,
+    name_streams,
+    print_table,
     verb,
 )
 
@@ -51,8 +52,8 @@ def _open_retries(
 ) -> RetrySet:
     from ..store.redis.operator import OperatorStore
 
-    names = [source.stream for source in parse_sources(streams, need_group=False)]
     store = OperatorStore(url)
+    names = StreamTable(streams, need_group=False).names(store)
     echo_unread_streams(store, names if streams else ())
     return RetrySet(store, names, frozenset(ids), frozenset(types), frozenset(tenants))
 
@@ -81,11 +82,12 @@ def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **selec
         for one in jobs
     ]  # fmt: skip
     if rows:
-        table(["DUE>", "RETRY>", "TYPE", "JOB", "TENANT", "STREAM"], rows)
+        print_table(["DUE>", "RETRY>", "TYPE", "JOB", "TENANT", "STREAM"], rows)
     click.echo(
         "… and more: --limit 0 lists all"
         if more
-        else f"{pluralise(len(rows), 'job waits', 'jobs wait')} for a retry or a delayed start",
+        else f"{pluralise(len(rows), 'job waits', 'jobs wait')} for a retry or a delayed start in "
+        f"{name_streams(retries.streams)}",
         err=True,
     )
 

@@ -9,7 +9,7 @@ from ..admin.words import strip_control
 from ..errors import ConfigurationError
 from ..extension import extension
 from ..telemetry.log import redacted
-from .common import AS_JSON, echo_json, table, verb_on_deployment
+from .common import AS_JSON, echo_json, print_table, verb_on_deployment
 
 
 def add_to(main: click.Group) -> None:
@@ -44,7 +44,9 @@ def url(deployment: Deployment, name: str | None, as_json: bool) -> None:
     if as_json:
         echo_json({name: addresses[name]} if name and name in addresses else {} if name else addresses)
     elif name is None:
-        table(["NAME", "ADDRESS"], [[key, strip_control(redacted(one))] for key, one in addresses.items()])
+        print_table(
+            ["NAME", "ADDRESS"], [[key, strip_control(redacted(one))] for key, one in addresses.items()]
+        )
     elif name not in addresses:
         raise ConfigurationError(f"the address of {name} is not known here: endpoints.json does not list it")
     else:

@@ -20,11 +20,12 @@ _MAX_BYTES = 512 * 1024
 
 
 class Announcement(NamedTuple):
-    """Types and streams of one service, renewed at a unix time (seconds, the store's clock)."""
+    """Types and streams of one service, renewed at a unix time (seconds, the store's clock). ``sources`` keep
+    the order of its --stream table."""
 
     service: str
     types: frozenset[str]
-    sources: frozenset[Source]
+    sources: tuple[Source, ...]
     wall_renewed_s: float
 
     @property
@@ -74,6 +75,6 @@ def parse(records: Mapping[bytes, bytes]) -> list[Announcement]:
         except (ValueError, RecursionError):
             continue
         name = service.decode(errors="replace")
-        sources = frozenset(Source(*pair) for pair in record.streams.items())
+        sources = tuple(Source(*pair) for pair in record.streams.items())
         found.append(Announcement(name, frozenset(record.types), sources, record.renewed))
     return found
