@@ -17,6 +17,7 @@ DEFAULT_DATA_DIR = "./jobworker-data"
 #: Environment variables of the service and of its clients.
 REDIS_URL_VARIABLE = "JOBWORKER_REDIS_URL"
 DATA_DIR_VARIABLE = "JOBWORKER_DATA_DIR"
+STREAM_VARIABLE = "JOBWORKER_STREAM"
 #: Largest file that is read: ours has some hundred bytes.
 _MAX_BYTES = 64 * 1024
 
@@ -40,6 +41,12 @@ def store_url(environment: Mapping[str, str] = os.environ) -> str:
             "service on this machine"
         )
     return url
+
+
+def only_stream(environment: Mapping[str, str] = os.environ) -> str:
+    """The stream that ``JOBWORKER_STREAM`` names; empty if it names none or several."""
+    names = [text.rpartition("=")[0] or text for text in environment.get(STREAM_VARIABLE, "").split()]
+    return names[0] if len(names) == 1 else ""
 
 
 def read_private_endpoints(folder: Path, *, any_owner: bool = False) -> dict[str, str]:

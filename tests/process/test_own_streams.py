@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from jobworker.worker.cli import main
 from support.operator import findings, run, run_json
+from support.redis_servers import RedisServer
 from support.service import Service, eventually, handlers, service
 
 pytestmark = pytest.mark.process
@@ -83,3 +84,16 @@ def test_a_stream_that_does_not_exist_is_named(live: Service, verb: list[str]) -
 
 def test_a_misspelt_stream_without_group_is_refused(live: Service) -> None:
     assert "did you mean 'jobs:wc'?" in run(live, "stats", "--stream", "jobs:cw", code=2).stderr
+
+
+def test_a_job_without_stream_reaches_the_service(live: Service) -> None:
+    (id,) = run_json(live, "enqueue", "noop")["ids"]
+    live.wait_for_end(id)
+    assert not live.client.exists("stream:story:gen")
+
+
+def test_a_type_that_no_service_is_known_for_is_noted(store: RedisServer) -> None:
+    said = run(store, "enqueue", "wc").stderr
+    assert "type wc go to stream:story:gen" in said
+    assert "JOBWORKER_STREAM" in said
+    assert run(store, "enqueue", "audit").stderr == ""

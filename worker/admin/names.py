@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import StoreRefused, StoreUnavailable
+from ..extension import extension
 from ..keys import Source
 from ..store.announcements import suggestion
 from ..store.operator import START, sample, walk
@@ -130,7 +131,8 @@ def name_findings(names: Names) -> Iterator[Finding]:
     for stream in names.unread[:_MAX_FINDINGS]:
         jobs = [f"{stream.waiting} jobs wait"] if stream.waiting else []
         jobs += [f"{stream.scheduled} are scheduled"] if stream.scheduled else []
-        option = f"--stream {shlex.quote(f'{stream.name}=workers')}"
+        group = dict(extension().streams).get(stream.name, "workers")
+        option = f"--stream {shlex.quote(f'{stream.name}={group}')}"
         do = f"restart a service of these jobs with {option} beside its other --stream: it then runs them"
         yield Finding("wrong", stream.name, f"no running service reads this stream; {' and '.join(jobs)}",
                       f"{suggestion(stream.name, names.streams)} {do}")  # fmt: skip

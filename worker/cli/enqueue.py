@@ -14,11 +14,12 @@ import click
 import msgspec
 
 from ..admin.words import strip_control
+from ..extension import extension
 from ..options import SECONDS
 from ..producer import NewJob, Producer, UnknownDestination
 from ..quantities import Count, Duration
 from ..safe_text import escape_control
-from .common import JobType, complete_streams, echo_json, is_terminal, standard_input, verb
+from .common import MAX_IDS_NAMED, JobType, complete_streams, echo_json, is_terminal, standard_input, verb
 
 #: Jobs per call of the producer; the progress bar moves after each call.
 _BATCH_SIZE = 1000
@@ -42,7 +43,8 @@ _OPTIONS = [
     click.option("--tenant", default="", help="Tenant of the job."),
     click.option("--project", default="", help="Project of the tenant."),
     click.option("--stream", default=None, shell_complete=complete_streams,
-                 help="Stream to send it to.  [default: the stream of the type]"),
+                 help="Stream to send it to.  [default: the stream of the type, else that of a registered "
+                 "service that handles it, else JOBWORKER_STREAM]"),
     click.option("--id", "job_id", default=None,
                  help="Job id; with --count a number is appended.  [default: random]"),
     click.option("--delay", type=Duration(), help="Run it this much later (seconds, or 15m)."),
@@ -108,7 +110,7 @@ def _payload(text: str) -> Any:
 def _send(url: str, job: NewJob, count: int) -> list[str]:
     """Send a job `count` times; the ids."""
     ids: list[str] = []
-    with _echoed_warnings(), Producer(url) as producer:
+    with _echoed_warnings(), Producer(url) as producer, _echoed_guesses(producer):
         hidden = count < _BATCH_SIZE or not is_terminal(sys.stderr)
         with click.progressbar(length=count, label="enqueued", file=sys.stderr, hidden=hidden) as bar:
             for start in range(0, count, _BATCH_SIZE):
@@ -133,6 +135,21 @@ def _echoed_warnings() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _echoed_guesses(producer: Producer) -> Iterator[None]:
+    """Say which types went to the default stream because no service is known: it may read another one."""
+    try:
+        yield
+    finally:
+        stream = extension().streams[0].stream
+        for job_type in sorted(producer.guessed)[:MAX_IDS_NAMED]:
+            click.echo(
+                f"jobworker: no service is registered yet, so jobs of type {strip_control(job_type)} go to "
+                f"{stream}; if their service reads another stream, give --stream or set JOBWORKER_STREAM",
+                err=True,
+            )
+
+
 def _numbered(job_id: str | None, number: int, count: int) -> str | None:
     return job_id if job_id is None or count == 1 else f"{job_id}-{number}"
 
@@ -146,6 +163,7 @@ def _send_lines(url: str, path: str, defaults: NewJob) -> list[str]:
         nullcontext(standard_input("--lines -")) if path == "-" else open(path, "rb") as file,
         _echoed_warnings(),
         Producer(url) as producer,
+        _echoed_guesses(producer),
     ):
         hidden = not size or not is_terminal(sys.stderr)
         with click.progressbar(length=size, label="enqueued", file=sys.stderr, hidden=hidden) as bar:

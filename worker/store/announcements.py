@@ -42,6 +42,19 @@ class Announcement(NamedTuple):
         return abs(wall_now_s - self.wall_renewed_s) > FORGET_AFTER_S
 
 
+def stream_for(
+    job_type: str, announcements: Iterable[Announcement], preferred: str, wall_now_s: float
+) -> str | None:
+    """The stream of the services that handle a type: ``preferred`` if one of them reads it, else the first
+    stream of the first service by name. Running services come first. None if no service handles the type."""
+    handling = [one for one in announcements if job_type in one.types and one.sources]
+    running = [one for one in handling if one.is_running(wall_now_s)]
+    candidates = sorted(running or handling, key=lambda one: one.service)
+    if any(preferred in one.streams for one in candidates):
+        return preferred
+    return candidates[0].sources[0].stream if candidates else None
+
+
 class _Record(msgspec.Struct):
     types: list[str]
     #: Stream -> consumer group.
