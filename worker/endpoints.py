@@ -26,11 +26,11 @@ def store_url(environment: Mapping[str, str] = os.environ) -> str:
     """URL of the job store for a program that names none; it may hold a password.
 
     ``JOBWORKER_REDIS_URL`` wins; else the service of ``JOBWORKER_DATA_DIR`` (``./jobworker-data``) is used.
-    Raises `ConfigurationError` if neither names a store.
+    Raises `ConfigurationError` if neither names a store, or if a variable is set and empty.
     """
-    if url := environment.get(REDIS_URL_VARIABLE):
+    if url := _filled(environment, REDIS_URL_VARIABLE):
         return url
-    named = environment.get(DATA_DIR_VARIABLE)
+    named = _filled(environment, DATA_DIR_VARIABLE)
     folder = Path(named or DEFAULT_DATA_DIR)
     # Anybody who may write into the current folder could have put a data directory there.
     url = read_private_endpoints(folder, any_owner=bool(named)).get("redis_url", "")
@@ -43,9 +43,18 @@ def store_url(environment: Mapping[str, str] = os.environ) -> str:
     return url
 
 
+def _filled(environment: Mapping[str, str], variable: str) -> str:
+    """The value; empty if it is not set. A secret that was not filled in must not select another store."""
+    value = environment.get(variable)
+    if value is not None and not value.strip():
+        raise ConfigurationError(f"{variable} is set and empty: give it a value, or unset it")
+    return value or ""
+
+
 def only_stream(environment: Mapping[str, str] = os.environ) -> str:
-    """The stream that ``JOBWORKER_STREAM`` names; empty if it names none or several."""
-    names = [text.rpartition("=")[0] or text for text in environment.get(STREAM_VARIABLE, "").split()]
+    """The stream that ``JOBWORKER_STREAM`` names; empty if it is not set or names several. Raises
+    `ConfigurationError` if it is set and empty."""
+    names = [text.rpartition("=")[0] or text for text in _filled(environment, STREAM_VARIABLE).split()]
     return names[0] if len(names) == 1 else ""
 
 

@@ -371,6 +371,12 @@ def write(folder: Path, endpoints: dict[str, Any]) -> None:
     (folder / "endpoints.json").chmod(0o600)
 
 
+@pytest.mark.parametrize("variable", ["JOBWORKER_REDIS_URL", "JOBWORKER_DATA_DIR"])
+def test_an_empty_variable_selects_no_other_store(variable: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{variable} is set and empty"):
+        store_url({variable: ""})
+
+
 class TestOwnTypes:
     """Streams of types that are not built in."""
 

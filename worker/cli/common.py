@@ -15,7 +15,7 @@ from ..admin.deployment import DEPLOYMENT_HINT, Deployment, read_endpoints, requ
 from ..admin.words import columns, pad, parse_age, strip_control
 from ..errors import ConfigurationError, Exit, StoreRefused, StoreUnavailable
 from ..extension import extension
-from ..options import CONFIG_OF_SERVICE, CONFIG_PATH, DATA_DIR, ENV_PREFIX, REDIS_URL
+from ..options import CONFIG_OF_SERVICE, CONFIG_PATH, DATA_DIR, ENV_PREFIX, REDIS_URL, ExplicitOption
 from ..safe_text import escape_control, safe_json
 from ..settings import without_credentials
 from ..store.announcements import suggestion
@@ -94,18 +94,22 @@ def complete_streams(ctx: click.Context, param: click.Parameter, incomplete: str
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for scripts.")
 STREAMS = click.option(
-    "--stream", "streams", multiple=True, envvar=f"{ENV_PREFIX}_STREAM", metavar="NAME=GROUP",
-    shell_complete=complete_streams,
+    "--stream", "streams", cls=ExplicitOption, multiple=True, envvar=f"{ENV_PREFIX}_STREAM",
+    metavar="NAME=GROUP", shell_complete=complete_streams,
     help="Stream and its group, as given to the service; repeatable. The group of a stream that a registered "
     "service reads may be left out.  [default: those of the registered services, else the built-in ones]",
 )  # fmt: skip
 METRICS_URL = click.option(
-    "--metrics-url", "metrics_urls", multiple=True, envvar=f"{ENV_PREFIX}_METRICS_URL",
+    "--metrics-url", "metrics_urls", cls=ExplicitOption, multiple=True, envvar=f"{ENV_PREFIX}_METRICS_URL",
     help="Where a service serves /status; repeatable.  [default: that of --data-dir, else of "
     f"{ENV_PREFIX}_METRICS_ADDR, else http://{_METRICS_ADDR}]",
 )  # fmt: skip
 _METRICS_ADDR_ENV = click.option(
-    "--metrics-addr", hidden=True, default=_METRICS_ADDR, envvar=f"{ENV_PREFIX}_METRICS_ADDR"
+    "--metrics-addr",
+    cls=ExplicitOption,
+    hidden=True,
+    default=_METRICS_ADDR,
+    envvar=f"{ENV_PREFIX}_METRICS_ADDR",
 )
 
 

@@ -15,7 +15,7 @@ import msgspec
 
 from ..admin.words import strip_control
 from ..extension import extension
-from ..options import SECONDS
+from ..options import SECONDS, ExplicitOption
 from ..producer import NewJob, Producer, UnknownDestination
 from ..quantities import Count, Duration
 from ..safe_text import escape_control
@@ -42,7 +42,7 @@ _OPTIONS = [
                  "the defaults of a line."),
     click.option("--tenant", default="", help="Tenant of the job."),
     click.option("--project", default="", help="Project of the tenant."),
-    click.option("--stream", default=None, shell_complete=complete_streams,
+    click.option("--stream", cls=ExplicitOption, default=None, shell_complete=complete_streams,
                  help="Stream to send it to.  [default: the stream of the type, else that of a registered "
                  "service that handles it, else JOBWORKER_STREAM]"),
     click.option("--id", "job_id", default=None,

@@ -44,9 +44,12 @@ class Options:
 
 def read_token(path: str) -> str:
     """The token from the file, else from the environment, else empty. Raises `ConfigurationError` for a file
-    that cannot be read or is empty."""
+    that cannot be read or is empty, and for an empty variable."""
     if not path:
-        return os.environ.get(TOKEN_VARIABLE, "").strip()
+        token = os.environ.get(TOKEN_VARIABLE)
+        if token is not None and not token.strip():
+            raise ConfigurationError(f"{TOKEN_VARIABLE} is set and empty: give it a token, or unset it")
+        return (token or "").strip()
     try:
         token = Path(path).read_text().strip()
     except (OSError, ValueError) as error:
