@@ -97,3 +97,18 @@ def test_a_type_that_no_service_is_known_for_is_noted(store: RedisServer) -> Non
     assert "type wc go to stream:story:gen" in said
     assert "JOBWORKER_STREAM" in said
     assert run(store, "enqueue", "audit").stderr == ""
+
+
+def test_a_malformed_job_is_found_by_its_id(live: Service) -> None:
+    live.client.delete(f"dlq:{STREAM}")
+    job = {"id": "broken", "type": "noop", "tenant_id": "t1", "timeout": "soon"}
+    live.client.xadd(STREAM, {"data": json.dumps(job)})
+    eventually(lambda: live.client.xlen(f"dlq:{STREAM}"))
+    (found,) = run_json(live, "explain", "broken")["found"]
+    assert (found["state"], found["type"], found["tenant_id"]) == ("dead", "noop", "t1")
+    (letter,) = run_json(live, "dlq", "show", "broken")["dead_letters"]
+    assert (letter["job_id"], letter["reason"]) == ("broken", "malformed")
+    assert run_json(live, "dlq", "list", "--type", "noop")["dead_letters"] == [
+        {name: value for name, value in letter.items() if name != "details"}
+    ]
+    run(live, "dlq", "purge", "broken", "--yes")

@@ -4,6 +4,7 @@ The store requeues or deletes each letter in one atomic step. An operation that 
 and sends no job twice; running it again completes it.
 """
 
+import base64
 import contextlib
 import heapq
 import math
@@ -18,7 +19,7 @@ import msgspec
 from ..envelope import LAST_ERROR_FIELD
 from ..store.operator import START, order_of, walk
 from ..store.ports import Entry
-from .identity import read_identity
+from .identity import read_identity, read_malformed_identity
 
 if TYPE_CHECKING:  # the client library takes a while to load
     from ..store.redis.operator import OperatorStore
@@ -47,7 +48,10 @@ class _StoredLetter(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Letter:
-    """One dead letter. ``task`` holds the bytes of the job as received; None if they are not a job."""
+    """One dead letter. ``task`` holds the bytes of the job as received; None if they are not a job.
+
+    The names of a malformed job are read from ``raw``, as far as they are valid.
+    """
 
     stream: str
     id: bytes
@@ -120,11 +124,22 @@ def read_letter(stream: str, entry: Entry) -> Letter:
         stored = _StoredLetter(error=f"not a dead letter: {error}")
     task = bytes(stored.task)
     job = read_identity(task)
+    readable = bool(job.id and job.type)
+    if stored.raw:
+        job = read_malformed_identity(_decode_raw(stored.raw))
     return Letter(
         stream, entry.id, job.id, job.type, job.tenant_id, job.project_id, stored.reason, stored.error,
         stored.failed_at, stored.original_id, stored.worker, stored.retry_count, stored.deaths,
-        task if job.id and job.type else None, stored.raw, stored.details,
+        task if readable else None, stored.raw, stored.details,
     )  # fmt: skip
+
+
+def _decode_raw(text: str) -> bytes:
+    """The bytes of a job that is kept as base64; empty if it is damaged."""
+    try:
+        return base64.b64decode(text)
+    except ValueError:
+        return b""
 
 
 def fresh_job(task: bytes) -> bytes:

@@ -336,7 +336,9 @@ def _last_error(job: JobIdentity) -> dict[str, str]:
 
 
 def _mentions(entry: Entry, id: str) -> bool:
-    return id.encode() in (entry.data or b"") or id.encode() == entry.id
+    """Whether a dead letter may name the id. A malformed job is kept as base64, so that is always read."""
+    data = entry.data or b""
+    return id.encode() in data or id.encode() == entry.id or b'"raw"' in data
 
 
 def _matcher(id: str) -> Callable[[bytes | None], bool]:
