@@ -91,8 +91,24 @@ class JobFinder:
                 locations += self._search(source, id)
         # The entry of an earlier try remains in the stream until it is trimmed: it is shown only alone.
         locations = [one for one in locations if one.state != "finished"] or locations
+        for one in locations:
+            if one.state == "finished":
+                one.why += self._how_it_ended(one, by_entry=bool(_ENTRY_ID.fullmatch(id)))
         self._add_progress([one for one in locations if one.state in _UNDER_WAY])
         return locations
+
+    def _how_it_ended(self, location: JobLocation, *, by_entry: bool) -> str:
+        """What is known of an acknowledged entry, beside which the search found neither retry nor letter."""
+        if f"dead letters of {location.stream}" in self.incomplete:
+            return "; not all dead letters were searched for it"
+        if by_entry:
+            return f", and it has no dead letter; search for job {location.job_id} to see a later try of it"
+        if f"retries of {location.stream}" in self.incomplete:
+            return "; not all retries were searched for it"
+        return (
+            ", and it has neither a retry nor a dead letter: so it is after a success. "
+            "The job store keeps no further record"
+        )
 
     def _search(self, source: Source, id: str) -> list[JobLocation]:
         self.searched.append(source.stream)
@@ -159,10 +175,7 @@ class JobFinder:
         lease = self._store.lease(source, entry.id)
         if lease is None:
             location.state = "finished"
-            location.why = (
-                f"no longer pending in group {source.group}: acknowledged, and its entry is not trimmed yet. "
-                "Whether it succeeded is not recorded: its dead letter may have been purged"
-            )
+            location.why = f"acknowledged in group {source.group}"
             return location
         location.facts |= {"deliveries": lease.deliveries, "deaths": entry.deaths + job.deaths}
         return self._pending(lease, location)
