@@ -179,6 +179,32 @@ class TestEnqueue:
             assert result.stderr.startswith("jobworker: line 3: "), bad
             assert store.client.xlen("stream:audit:log") == 2, bad
 
+    def test_a_stop_says_which_lines_are_stored_and_how_to_send_the_others(
+        self, store: RedisServer, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "my jobs.jsonl"
+        file.write_text('{"id": "a"}\n{"id": "b"}\nno json\n{"id": "c"}\n')
+        result = run(store, "enqueue", "audit", "--lines", str(file), "--tenant", "t", code=2)
+        assert "lines 1 to 2 are stored; send the others: " in result.stderr
+        file.write_text(file.read_text().replace("no json", '{"id": "x"}'))
+        command = result.stderr.partition("send the others: ")[2].strip()
+        path = f"{COMMAND.parent}:{os.environ['PATH']}"
+        environment = {**os.environ, "JOBWORKER_REDIS_URL": store.url, "PATH": path}
+        subprocess.run(command, shell=True, check=True, env=environment, timeout=COMMAND_S)
+        assert [job["id"] for job in jobs(store, "stream:audit:log")] == ["a", "b", "x", "c"]
+        assert {job["tenant_id"] for job in jobs(store, "stream:audit:log")} == {"t"}
+
+    def test_a_store_that_fails_in_between_says_what_is_known(
+        self, store: RedisServer, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "jobs.jsonl"
+        file.write_text("{}\n" * 1500)
+        store.client.delete("stream:audit:log")
+        store.client.set("stream:audit:log", "not a stream")
+        result = run(store, "enqueue", "audit", "--lines", str(file), code=5)
+        assert "no line before is stored; send the others: tail -n +1 " in result.stderr
+        assert "some of the lines 1 to 1000 may be stored too" in result.stderr
+
     def test_delayed_lines_are_scheduled(self, store: RedisServer) -> None:
         run(store, "enqueue", "audit", "--lines", "-", "--delay", "60", stdin="{}\n{}\n")
         assert store.client.zcard("retry:stream:audit:log") == 2

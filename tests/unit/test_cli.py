@@ -234,6 +234,17 @@ class TestUrl:
         result = CliRunner().invoke(main, ["url", "milvus", "--data-dir", data_dir])
         assert (result.exit_code, "its last run" in result.stderr) == (0, True)
 
+    @pytest.mark.parametrize("verb", [["stats"], ["dlq", "list"], ["enqueue", "audit"]], ids=" ".join)
+    def test_verbs_say_that_the_service_is_stopped_and_how_to_start_it(
+        self, data_dir: str, verb: list[str]
+    ) -> None:
+        addresses = {"redis_url": "redis://127.0.0.1:1", "pid": 2**30}
+        Path(data_dir, "endpoints.json").write_text(json.dumps(addresses))
+        result = CliRunner().invoke(main, [*verb, "--data-dir", data_dir])
+        assert result.exit_code == 5
+        assert "is stopped" in result.stderr
+        assert f"jobworker-supervise --data-dir {data_dir}" in result.stderr
+
     def test_an_address_that_is_not_known_is_told(self) -> None:
         result = CliRunner().invoke(main, ["url", "milvus", "--redis-url", "redis://127.0.0.1:1"])
         assert (result.exit_code, "the address of milvus is not known" in result.output) == (2, True)

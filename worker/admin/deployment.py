@@ -1,5 +1,6 @@
 """The deployment that an operator works on: its job store, its services and its streams."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,6 +55,18 @@ def read_endpoints(data_dir: str) -> dict[str, Any]:
             f"data directory {folder} can be read by the user of its service only: run this as that user, or "
             "give --redis-url (or JOBWORKER_REDIS_URL)"
         ) from error
+
+
+def stopped_service(data_dir: str, endpoints: Mapping[str, Any]) -> str:
+    """In words, that the service of a data directory is stopped, and how to start it; empty if it runs, or
+    none has run there."""
+    pid = endpoints.get("pid")
+    if not isinstance(pid, int) or Path(f"/proc/{pid}").exists():
+        return ""
+    return (
+        f"The service of the data directory {data_dir} is stopped; an embedded store stops with it. Start it "
+        f"with the options that it had: jobworker-supervise --data-dir {shlex.quote(data_dir)}"
+    )
 
 
 def require_store_url(url: str) -> str:

@@ -94,7 +94,12 @@ def _persistence(info: dict[str, str], config: dict[str, str]) -> Iterator[Findi
     yield by_fsync.get(fsync, unknown)
     for field in ("aof_last_write_status", "aof_last_bgrewrite_status"):
         if info.get(field, "ok") != "ok":
-            yield Finding("wrong", "persistence", f"{field} is {info[field]}", "look at the store's disk")
+            yield Finding(
+                "wrong",
+                "persistence",
+                f"{field} is {info[field]}",
+                "free space on the disk of the store; --data-dir is that of the embedded one",
+            )
 
 
 def stream_findings(facts: StreamFacts) -> Iterator[Finding]:

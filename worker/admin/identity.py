@@ -73,7 +73,8 @@ def read_malformed_identity(data: bytes) -> JobIdentity:
                 names[key] = value
     except (ValueError, RecursionError):  # the rest cannot be read
         pass
-    return JobIdentity(**{key: value for key, value in names.items() if key not in repeated})
+    id, type, tenant_id, project_id = ("" if one in repeated else names.get(one, "") for one in _NAMES)
+    return JobIdentity(id, type, tenant_id, project_id)
 
 
 def _members(text: str) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,13 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from ..admin.deployment import DEPLOYMENT_HINT, Deployment, read_endpoints, require_store_url
+from ..admin.deployment import (
+    DEPLOYMENT_HINT,
+    Deployment,
+    read_endpoints,
+    require_store_url,
+    stopped_service,
+)
 from ..admin.words import columns, pad, parse_age, strip_control
 from ..errors import ConfigurationError, Exit, StoreRefused, StoreUnavailable
 from ..extension import extension
@@ -19,6 +25,7 @@ from ..options import CONFIG_OF_SERVICE, CONFIG_PATH, DATA_DIR, ENV_PREFIX, REDI
 from ..safe_text import escape_control, safe_json
 from ..settings import without_credentials
 from ..store.announcements import suggestion
+from ..store_advice import store_advice
 from ..telemetry.log import redacted
 from ..urls import parse_http_url
 
@@ -31,8 +38,10 @@ BAD_NEWS = 1
 _METRICS_ADDR = "127.0.0.1:9464"
 #: Ids that are named one by one in an error report.
 MAX_IDS_NAMED = 10
+#: Key of a hint in the `meta` of a context: the service of --data-dir is stopped, and how to start it.
+STOPPED_SERVICE = "jobworker.stopped"
 #: A command in advice. Options follow it.
-_COMMAND = re.compile(r"\bjobworker (?:dlq [a-z]+|retry [a-z]+|explain|resume|stats|doctor)\b")
+_COMMAND = re.compile(r"\bjobworker (?:dlq [a-z]+|retry [a-z]+|enqueue|explain|resume|stats|doctor)\b")
 
 
 class CliGroup(click.Group):
@@ -48,8 +57,8 @@ class CliGroup(click.Group):
                     "The job store answers. jobworker doctor names the key and the command that repairs it."
                 )
             else:
-                hint = f"Is the job store running, and is this the right one? {DEPLOYMENT_HINT}"
-            click.echo(hint, err=True)
+                hint = repair_of_store(str(error))
+            click.echo(f"jobworker: {hint}", err=True)
             context.exit(Exit.STORE_UNREACHABLE)
         except (ConfigurationError, ValueError) as error:
             click.echo(f"jobworker: {escape_control(str(error))}", err=True)
@@ -119,8 +128,8 @@ def verb(group: click.Group, name: str | None = None) -> Callable[[Callable[...,
     def decorate(command: Callable[..., None]) -> click.Command:
         @wraps(command)
         def with_url(redis_url: str, data_dir: str, **options: Any) -> None:
-            url = redis_url or str(read_endpoints(data_dir).get("redis_url", ""))
-            command(require_store_url(url), **options)
+            endpoints = {} if redis_url else _endpoints_of(data_dir)
+            command(require_store_url(redis_url or str(endpoints.get("redis_url", ""))), **options)
 
         return group.command(name)(CONFIG_OF_SERVICE(REDIS_URL(DATA_DIR(with_url))))
 
@@ -135,7 +144,7 @@ def verb_on_deployment(group: click.Group) -> Callable[[Callable[..., None]], cl
         def with_deployment(
             redis_url: str, data_dir: str, metrics_urls: tuple[str, ...], metrics_addr: str, **options: Any
         ) -> None:
-            endpoints = {} if redis_url else read_endpoints(data_dir)
+            endpoints = {} if redis_url else _endpoints_of(data_dir)
             for metrics_url in metrics_urls:
                 parse_http_url(metrics_url, "--metrics-url", f"http://{_METRICS_ADDR}")
             default_url = str(endpoints.get("metrics_url", f"http://{metrics_addr}"))
@@ -147,6 +156,21 @@ def verb_on_deployment(group: click.Group) -> Callable[[Callable[..., None]], cl
         return group.command()(with_deployment)
 
     return decorate
+
+
+def _endpoints_of(data_dir: str) -> dict[str, Any]:
+    """As `read_endpoints`. Notes the hint for the case that the store does not answer."""
+    endpoints = read_endpoints(data_dir)
+    if stopped := stopped_service(data_dir, endpoints):
+        click.get_current_context().meta[STOPPED_SERVICE] = stopped
+    return endpoints
+
+
+def repair_of_store(error: str) -> str:
+    """What to do about a store that does not answer, by the text of the error."""
+    stopped = click.get_current_context().meta.get(STOPPED_SERVICE)
+    is_gone = "refused" in error or "No such file" in error
+    return stopped if stopped and is_gone else f"{store_advice(error)}. {DEPLOYMENT_HINT}"
 
 
 def echo_json(value: Any) -> None:

@@ -22,7 +22,15 @@ from ..admin.words import strip_control
 from ..errors import ConfigurationError, StoreUnavailable
 from ..extension import extension
 from ..telemetry.log import redacted
-from .common import AS_JSON, BAD_NEWS, STREAMS, echo_json, verb_on_deployment, with_deployment
+from .common import (
+    AS_JSON,
+    BAD_NEWS,
+    STREAMS,
+    echo_json,
+    repair_of_store,
+    verb_on_deployment,
+    with_deployment,
+)
 
 
 def add_to(main: click.Group) -> None:
@@ -77,7 +85,7 @@ def _deployment_findings(deployment: Deployment, streams: tuple[str, ...]) -> li
     except UnknownGroup:
         raise
     except (StoreUnavailable, ConfigurationError) as error:
-        return [Finding("wrong", "store", str(error), "is it running, and is this its url?")]
+        return [Finding("wrong", "store", str(error), repair_of_store(str(error)))]
     return [
         *(
             finding

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,12 +15,22 @@ import click
 import msgspec
 
 from ..admin.words import strip_control
+from ..errors import StoreUnavailable
 from ..extension import extension
 from ..options import SECONDS, ExplicitOption
 from ..producer import NewJob, Producer, UnknownDestination
 from ..quantities import Count, Duration
 from ..safe_text import escape_control
-from .common import MAX_IDS_NAMED, JobType, complete_streams, echo_json, is_terminal, standard_input, verb
+from .common import (
+    MAX_IDS_NAMED,
+    JobType,
+    complete_streams,
+    echo_json,
+    is_terminal,
+    standard_input,
+    verb,
+    with_deployment,
+)
 
 #: Jobs per call of the producer; the progress bar moves after each call.
 _BATCH_SIZE = 1000
@@ -154,10 +165,36 @@ def _numbered(job_id: str | None, number: int, count: int) -> str | None:
     return job_id if job_id is None or count == 1 else f"{job_id}-{number}"
 
 
+class _InvalidLine(ValueError):
+    """A line that is no job; the lines before it were sent."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(f"line {number}: {text}")
+        self.number = number
+
+
+def _how_to_continue(path: str, stored: int) -> str:
+    """Which lines are stored, and the command that sends the others."""
+    lines = f"lines 1 to {stored} are stored" if stored else "no line before is stored"
+    if path == "-":
+        return f"{lines}: send the lines from {stored + 1} on again"
+    options = [
+        f" --{name} {shlex.quote(str(value))}"
+        for name in ("tenant", "project", "stream", "delay", "timeout")
+        if (value := click.get_current_context().params.get(name))
+    ]
+    job_type = click.get_current_context().params.get("type")
+    command = (
+        f"jobworker enqueue --lines -{''.join(options)}{f' {shlex.quote(job_type)}' if job_type else ''}"
+    )
+    return f"{lines}; send the others: tail -n +{stored + 1} {shlex.quote(path)} | {with_deployment(command)}"
+
+
 def _send_lines(url: str, path: str, defaults: NewJob) -> list[str]:
     """Send one job per line; the ids. Raises ValueError for the first invalid line; the lines before it
-    were sent."""
+    were sent. Every error says which lines are stored and how to send the others."""
     ids: list[str] = []
+    stored = 0
     size = 0 if path == "-" else os.path.getsize(path)
     with (
         nullcontext(standard_input("--lines -")) if path == "-" else open(path, "rb") as file,
@@ -169,7 +206,14 @@ def _send_lines(url: str, path: str, defaults: NewJob) -> list[str]:
         with click.progressbar(length=size, label="enqueued", file=sys.stderr, hidden=hidden) as bar:
             numbered = enumerate(file, 1)
             while batch := list(islice(numbered, _BATCH_SIZE)):
-                ids += _send_batch(producer, _parse_lines(batch, defaults))
+                try:
+                    ids += _send_batch(producer, _parse_lines(batch, defaults))
+                except _InvalidLine as error:
+                    raise ValueError(f"{error}; {_how_to_continue(path, error.number - 1)}") from None
+                except StoreUnavailable as error:
+                    doubt = f"; some of the lines {stored + 1} to {batch[-1][0]} may be stored too"
+                    raise type(error)(f"{error}; {_how_to_continue(path, stored)}{doubt}") from error
+                stored = batch[-1][0]
                 bar.update(sum(len(line) for _, line in batch))
     return ids
 
@@ -184,9 +228,10 @@ def _send_batch(producer: Producer, jobs: Iterator[tuple[int, NewJob]]) -> list[
 
     try:
         return producer.enqueue_many(remember_number())
+    except _InvalidLine:
+        raise
     except ValueError as error:
-        text = str(error)
-        raise ValueError(text if text.startswith("line ") else f"line {number}: {text}") from None
+        raise _InvalidLine(number, str(error)) from None
 
 
 def _parse_lines(lines: list[tuple[int, bytes]], defaults: NewJob) -> Iterator[tuple[int, NewJob]]:
@@ -199,13 +244,13 @@ def _parse_line(number: int, line: bytes, defaults: NewJob) -> NewJob:
     try:
         fields = _decode(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"line {number}: not a JSON object: {error}") from None
+        raise _InvalidLine(number, f"not a JSON object: {error}") from None
     unknown = fields.keys() - set(NewJob._fields)
     if unknown:
-        raise ValueError(f"line {number}: a job has no field {', '.join(map(repr, sorted(unknown)))}")
+        raise _InvalidLine(number, f"a job has no field {', '.join(map(repr, sorted(unknown)))}")
     job = defaults._replace(**fields)
     if not job.type:
-        raise ValueError(f"line {number}: no type, and no TYPE was given as default")
+        raise _InvalidLine(number, "no type, and no TYPE was given as default")
     return job
 
 

@@ -1,10 +1,8 @@
 """``jobworker url``: print the addresses of a deployment."""
 
-from pathlib import Path
-
 import click
 
-from ..admin.deployment import Deployment
+from ..admin.deployment import Deployment, stopped_service
 from ..admin.words import strip_control
 from ..errors import ConfigurationError
 from ..extension import extension
@@ -38,8 +36,7 @@ def url(deployment: Deployment, name: str | None, as_json: bool) -> None:
     redis-cli -u "$(jobworker url redis)"
     """
     addresses = _addresses(deployment)
-    pid = deployment.endpoints.get("pid")
-    if isinstance(pid, int) and not Path(f"/proc/{pid}").exists():
+    if stopped_service("", deployment.endpoints):
         click.echo("jobworker: no service runs there: these are the addresses of its last run", err=True)
     if as_json:
         echo_json({name: addresses[name]} if name and name in addresses else {} if name else addresses)
