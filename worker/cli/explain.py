@@ -71,7 +71,7 @@ def _print(id: str, locations: list[JobLocation], finder: JobFinder) -> None:
             for line in others:  # of a traceback
                 click.echo(" " * 21 + strip_control(line))
         if one.state == "dead":
-            again = f"jobworker dlq requeue --stream {shlex.quote(one.stream)} {one.facts['letter']}"
+            again = f"jobworker dlq requeue {one.facts['letter']} --stream {shlex.quote(one.stream)}"
             click.echo(f"    send it again:   {strip_control(with_deployment(again))}")
     if not locations:
         searched = ", ".join(strip_control(name) for name in finder.searched[:_MAX_NAMED])
