@@ -179,6 +179,8 @@ class Producer:
     ) -> str:
         """Put one job on its stream, or let it wait ``delay`` seconds first; returns its id.
 
+        A service counts a ``timeout`` below 0.1 s as 0.1 s, and one above 24 h as 24 h.
+
         When this returns the store has acknowledged the job. Raises `ValueError` for a job that the service
         would refuse, `StoreUnavailable` when the store did not answer: the job may have been taken then, and
         enqueuing it again under the same id is the safe thing to do.

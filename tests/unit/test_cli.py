@@ -191,6 +191,18 @@ def test_a_line_of_the_wrong_kind_is_told_with_its_number(line: str) -> None:
     assert (result.exit_code, "line 1: " in result.output) == (2, True), result.output
 
 
+@pytest.mark.parametrize("timeout", ["48h", "0", "0.05", "-1"])
+def test_a_timeout_that_a_service_would_change_is_refused(timeout: str) -> None:
+    given = ["enqueue", "wc", "--redis-url", "redis://127.0.0.1:1"]
+    result = CliRunner().invoke(main, [*given, "--timeout", timeout])
+    assert result.exit_code == 2
+    if timeout != "-1":
+        assert "is not between 100ms and 1d" in result.stderr
+    line = json.dumps({"timeout": 172_800})
+    result = CliRunner().invoke(main, [*given, "--lines", "-"], input=line)
+    assert (result.exit_code, "0.1 to 86,400 seconds" in result.stderr) == (2, True)
+
+
 def test_a_payload_that_nests_too_deeply_is_told_in_a_sentence() -> None:
     command = ["enqueue", "audit", "--payload", "-", "--redis-url", "redis://127.0.0.1:1/0"]
     result = CliRunner().invoke(main, command, input="[" * 200_000)

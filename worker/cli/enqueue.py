@@ -15,9 +15,10 @@ import click
 import msgspec
 
 from ..admin.words import strip_control
+from ..envelope import MAX_TIMEOUT_S, MIN_TIMEOUT_S
 from ..errors import StoreUnavailable
 from ..extension import extension
-from ..options import SECONDS, ExplicitOption
+from ..options import ExplicitOption
 from ..producer import NewJob, Producer, UnknownDestination
 from ..quantities import Count, Duration
 from ..safe_text import escape_control
@@ -59,7 +60,8 @@ _OPTIONS = [
     click.option("--id", "job_id", default=None,
                  help="Job id; with --count a number is appended.  [default: random]"),
     click.option("--delay", type=Duration(), help="Run it this much later (seconds, or 15m)."),
-    click.option("--timeout", type=SECONDS, help="Timeout (seconds, or 5m)."),
+    click.option("--timeout", type=Duration(MIN_TIMEOUT_S, MAX_TIMEOUT_S),
+                 help="Timeout (seconds, or 5m), from 0.1 s to 24 h."),
     click.option("--count", type=Count(1), default=1, show_default=True,
                  help="Number of times to send it."),
     click.option("--json", "as_json", is_flag=True, help='Print {"ids": [...]}.'),
@@ -251,6 +253,9 @@ def _parse_line(number: int, line: bytes, defaults: NewJob) -> NewJob:
     job = defaults._replace(**fields)
     if not job.type:
         raise _InvalidLine(number, "no type, and no TYPE was given as default")
+    if isinstance(job.timeout, int | float) and not MIN_TIMEOUT_S <= job.timeout <= MAX_TIMEOUT_S:
+        limits = f"{MIN_TIMEOUT_S:g} to {MAX_TIMEOUT_S:,.0f} seconds"
+        raise _InvalidLine(number, f"timeout is {job.timeout}: a service takes {limits}")
     return job
 
 
