@@ -12,7 +12,7 @@ from ..errors import StoreRefused, StoreUnavailable
 from ..keys import Source
 from ..store.operator import START, Pause
 from ..store.ports import Depths, ReaperStore
-from .dead_letters import Letter, read_letter
+from .dead_letters import Letter, read_letter, refusal
 from .deployment import Deployment, StreamTable
 from .identity import read_identity
 from .status_client import Service
@@ -227,7 +227,7 @@ def _note_refusal(overview: Overview, what: str) -> Iterator[None]:
     try:
         yield
     except StoreRefused as error:
-        overview.refused.append(f"{what}: {error}; jobworker doctor names the key and its repair")
+        overview.refused.append(refusal(what, error))
 
 
 def _counters(status: dict[str, Any]) -> Counter[tuple[str, str]]:

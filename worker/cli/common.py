@@ -231,6 +231,15 @@ def echo_unread_streams(store: "OperatorStore", given: Sequence[str]) -> None:
         click.echo(f"jobworker: {strip_control(text + hint)}", err=True)
 
 
+def exit_if_refused(refused: Iterable[str]) -> None:
+    """Report what the store refused to show, on standard error; exits with 1 if there is any."""
+    texts = list(refused)
+    for text in texts:
+        click.echo(f"jobworker: {strip_control(redacted(with_deployment(text)))}", err=True)
+    if texts:
+        sys.exit(BAD_NEWS)
+
+
 def name_streams(streams: Sequence[str]) -> str:
     """The streams in words, at most `MAX_IDS_NAMED` of them."""
     names = ", ".join(strip_control(name) for name in streams[:MAX_IDS_NAMED])

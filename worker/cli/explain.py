@@ -10,7 +10,15 @@ from ..admin.deployment import Deployment, StreamTable
 from ..admin.find_job import JobFinder, JobLocation
 from ..admin.words import strip_control
 from ..quantities import Count
-from .common import AS_JSON, BAD_NEWS, STREAMS, echo_json, verb_on_deployment, with_deployment
+from .common import (
+    AS_JSON,
+    BAD_NEWS,
+    STREAMS,
+    echo_json,
+    exit_if_refused,
+    verb_on_deployment,
+    with_deployment,
+)
 
 #: Entries scanned in each stream, retry set and dead-letter queue: about a second for all of them.
 _SCAN_LIMIT = 100_000
@@ -52,9 +60,11 @@ def explain(deployment: Deployment, id: str, scan: int, streams: tuple[str, ...]
     locations = finder.find(id)
     if as_json:
         echo_json({"id": id, "found": [asdict(one) for one in locations], "complete": not finder.incomplete,
-                   "given_up": finder.incomplete, "looked_at": finder.scanned})  # fmt: skip
+                   "given_up": finder.incomplete, "looked_at": finder.scanned,
+                   "refused": finder.refused})  # fmt: skip
     else:
         _print(id, locations, finder)
+    exit_if_refused(finder.refused)
     if not locations:
         sys.exit(BAD_NEWS)
 
@@ -81,4 +91,5 @@ def _print(id: str, locations: list[JobLocation], finder: JobFinder) -> None:
         )
     if finder.incomplete:
         names = ", ".join(strip_control(name) for name in finder.incomplete)
-        click.echo(f"scanned {finder.scanned} entries, but not all of: {names}; --scan N scans more")
+        more = "" if finder.refused else "; --scan N scans more"
+        click.echo(f"scanned {finder.scanned} entries, but not all of: {names}{more}")

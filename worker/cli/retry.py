@@ -20,6 +20,7 @@ from .common import (
     echo_json,
     echo_missing,
     echo_unread_streams,
+    exit_if_refused,
     name_streams,
     print_table,
     verb,
@@ -55,7 +56,7 @@ def _open_retries(
     store = OperatorStore(url)
     names = StreamTable(streams, need_group=False).names(store)
     echo_unread_streams(store, names if streams else ())
-    return RetrySet(store, names, frozenset(ids), frozenset(types), frozenset(tenants))
+    return RetrySet(store, names, frozenset(ids), frozenset(types), frozenset(tenants), {})
 
 
 @verb(retry, "list")
@@ -74,7 +75,9 @@ def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **selec
     jobs = jobs[:limit] if limit else jobs
     now_s = retries.store.wall_now_s(retries.streams[0])
     if as_json:
-        echo_json({"retries": [_to_json(one, now_s) for one in jobs], "more": more})
+        refused = list((retries.refused or {}).values())
+        echo_json({"retries": [_to_json(one, now_s) for one in jobs], "more": more, "refused": refused})
+        exit_if_refused(refused)
         return
     rows = [
         [_due(one.scheduled.due_wall_s - now_s), _retry_count(one), strip_control(one.job.type, 20),
@@ -90,6 +93,7 @@ def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **selec
         f"{name_streams(retries.streams)}",
         err=True,
     )
+    exit_if_refused((retries.refused or {}).values())
 
 
 def _retry_count(one: ScheduledRetry) -> str:
@@ -137,5 +141,6 @@ def now(
         echo_json({"hastened": moved, "missing": missing, "dry_run": dry_run})
     else:
         click.echo(f"{pluralise(moved, 'job')} {'would be' if dry_run else 'made'} due now")
+    exit_if_refused((retries.refused or {}).values())
     if missing:
         sys.exit(BAD_NEWS)
