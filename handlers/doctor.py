@@ -1,6 +1,5 @@
 """Checks of `jobworker doctor` for the built-in types: the model, and whether its vectors fit."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import click
+import orjson
 
 from jobworker.worker.options import ENV_PREFIX
 from jobworker.worker.urls import parse_http_url
@@ -56,7 +56,7 @@ def _model(model: str, device: str, milvus: tuple[str, str], prefix: str) -> Ite
             command, input="\n".join(milvus).encode(), capture_output=True, timeout=_MODEL_WITHIN_S,
             check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
-        found: dict[str, Any] = json.loads(done.stdout)
+        found: dict[str, Any] = orjson.loads(done.stdout)
     except subprocess.TimeoutExpired:
         yield ("wrong", "model", f"not loaded within {_MODEL_WITHIN_S:.0f} s", "a nearer disk?")
         return

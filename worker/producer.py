@@ -1,5 +1,6 @@
 """Producer: puts jobs on their streams, from Python."""
 
+# orjson writes null for NaN and infinities, which must be refused.
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import msgspec
+import orjson
 
 from .endpoints import only_stream, store_url
 from .envelope import (
@@ -23,11 +25,11 @@ from .envelope import (
     MAX_METADATA_KEY_CHARS,
     MAX_METADATA_VALUE_CHARS,
     MAX_NAME_CHARS,
-    Envelope,
     read_envelope,
 )
 from .errors import MalformedJob, StoreUnavailable
 from .extension import extension
+from .safe_text import is_unicode
 from .settings import MAX_PAYLOAD_BYTES
 from .store.announcements import Announcement, stream_for, suggestion
 from .store.ports import ProducerStore
@@ -50,9 +52,8 @@ _MAX_SECONDS = 3_155_760_000
 _NESTING_LOOKED_AT = 200
 
 _TENANT = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-_encode = msgspec.json.Encoder().encode
-#: Slow, but refuses NaN and infinities, for which the quick encoder writes null.
-_dump_finite = json.JSONEncoder(allow_nan=False).encode
+#: msgspec writes these: with Z for UTC, and with the private fields of dataclasses.
+_OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 
 
 class UnknownDestination(UserWarning):
@@ -310,22 +311,23 @@ class Producer:
         metadata = _metadata(job)
         if metadata is not None:
             _check_metadata(metadata)
-        data = _encode(
-            Envelope(
-                id=id,
-                type=job.type,
-                tenant_id=job.tenant_id,
-                project_id=job.project_id,
-                payload=msgspec.Raw(_payload_json(job.payload)),
-                metadata=metadata,
-                created_at=_rfc3339(self._wall_now_s()),
-                timeout=None if job.timeout is None else _seconds("timeout", job.timeout),
-            )
-        )
+        wire: dict[str, Any] = {"id": id, "type": job.type}
+        if job.tenant_id:
+            wire["tenant_id"] = job.tenant_id
+        if job.project_id:
+            wire["project_id"] = job.project_id
+        wire["payload"] = job.payload
+        if metadata is not None:
+            wire["metadata"] = metadata
+        wire["created_at"] = _rfc3339(self._wall_now_s())
+        if job.timeout is not None:
+            wire["timeout"] = _seconds("timeout", job.timeout)
+        data = _wire_json(wire)
         # A service with the default limit would dead-letter it at once.
         if len(data) > MAX_PAYLOAD_BYTES:
             raise ValueError(f"job {id} is {len(data)} bytes of JSON, more than {MAX_PAYLOAD_BYTES}")
-        if isinstance(job.payload, msgspec.Raw) or data.count(b"[") + data.count(b"{") > _NESTING_LOOKED_AT:
+        brackets = data.count(b"[") + data.count(b"{")
+        if isinstance(job.payload, orjson.Fragment) or brackets > _NESTING_LOOKED_AT:
             _check_readable(id, data)
         return id, data
 
@@ -375,7 +377,7 @@ def _check_text(field: str, value: Any) -> None:
         raise ValueError(f"{field} is {value!r:.80}: a text that is not empty is needed")
     if len(value) > MAX_NAME_CHARS:
         raise ValueError(f"{field} {value!r:.80} has {len(value)} characters, more than {MAX_NAME_CHARS}")
-    if not _is_unicode(value):
+    if not is_unicode(value):
         raise ValueError(f"{field} {value!r:.80} has half a surrogate pair")
 
 
@@ -398,16 +400,8 @@ def _check_metadata(metadata: Mapping[Any, Any]) -> None:
                 f"metadata {key!r:.80}: a key has at most {MAX_METADATA_KEY_CHARS} characters "
                 f"and a value {MAX_METADATA_VALUE_CHARS}"
             )
-        if not _is_unicode(key) or not _is_unicode(value):
+        if not is_unicode(key) or not is_unicode(value):
             raise ValueError(f"metadata {key!r:.80} has half a surrogate pair")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_readable(id: str, data: bytes) -> None:
@@ -417,14 +411,40 @@ def _check_readable(id: str, data: bytes) -> None:
         raise ValueError(f"job {id} would be refused: {error}") from None
 
 
-def _payload_json(payload: Any) -> bytes:
+def _wire_json(wire: dict[str, Any]) -> bytes:
+    """The JSON of a job. Raises ValueError for a payload that JSON cannot hold."""
+    payload = wire["payload"]
     try:
-        data = _encode(payload)
+        try:
+            data = orjson.dumps(wire, _fragment, _OPTIONS)
+        except orjson.JSONEncodeError:
+            # It refuses integers beyond 64 bits, keys that are numbers, and 255 levels. msgspec says what
+            # else may be wrong.
+            data = orjson.dumps({**wire, "payload": _fragment(payload)}, option=orjson.OPT_NON_STR_KEYS)
+            payload = msgspec.to_builtins(payload, enc_hook=_checked)
         if b"null" in data:
-            _dump_finite(msgspec.to_builtins(payload))
+            _refuse_nan(payload)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"the payload is no JSON: {error}") from None
     return data
+
+
+def _fragment(value: Any) -> orjson.Fragment:
+    """What msgspec takes and orjson does not: structs, sets, bytes, `msgspec.Raw`, ..."""
+    data = msgspec.json.encode(value)
+    msgspec.json.decode(data)  # a `msgspec.Raw` may hold anything
+    return orjson.Fragment(data)
+
+
+def _builtins(value: Any) -> Any:
+    return None if isinstance(value, orjson.Fragment) else msgspec.to_builtins(value, enc_hook=_checked)
+
+
+def _checked(value: Any) -> None:
+    """A `msgspec.Raw` in a payload: `_fragment` has seen that it holds no NaN."""
+
+
+_refuse_nan = json.JSONEncoder(allow_nan=False, default=_builtins).encode
 
 
 def _seconds(field: str, value: float) -> float:

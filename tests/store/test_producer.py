@@ -7,13 +7,17 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import orjson
 import pytest
 
-from jobworker.worker.endpoints import read_private_endpoints, store_url
-from jobworker.worker.envelope import read_envelope
+from jobworker.worker.endpoints import read_endpoints, store_url
+from jobworker.worker.envelope import read_envelope, read_header
 from jobworker.worker.errors import ConfigurationError, StoreUnavailable
 from jobworker.worker.keys import Source
 from jobworker.worker.producer import NewJob, Producer, UnknownDestination
@@ -123,11 +127,61 @@ def nested(depth: int) -> list[Any]:
     return inner
 
 
+class _Text(str):
+    pass
+
+
+class _Struct(msgspec.Struct):
+    value: Any
+
+
+@dataclass
+class _Data:
+    _private: Any
+    value: Any
+
+
+@pytest.mark.parametrize(
+    ("payload", "sent"),
+    [
+        ([2**64, -(10**30), None], b"[18446744073709551616,-1000000000000000000000000000000,null]"),
+        ({1: "a", 1.5: None}, b'{"1":"a","1.5":null}'),
+        ([_Text("a"), None], b'["a",null]'),
+        (_Struct([None]), b'{"value":[null]}'),
+        (_Data(1, {2}), b'{"_private":1,"value":[2]}'),
+        ([b"ab", (1, 2)], b'["YWI=",[1,2]]'),
+        (datetime(2026, 1, 2, tzinfo=UTC), b'"2026-01-02T00:00:00Z"'),
+        (
+            msgspec.Raw(b' {"n": 1234567890123456789.50, "o": null} '),
+            b'{"n": 1234567890123456789.50, "o": null}',
+        ),
+        ({"a": msgspec.Raw(b"1e5")}, b'{"a":1e5}'),
+        (orjson.Fragment(b"[1.0]"), b"[1.0]"),
+        (nested(300), b"[" * 301 + b"]" * 301),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_payload_is_sent_as_json(bench: Bench, payload: Any, sent: bytes) -> None:
+    bench.producer.enqueue("noop", payload)
+    assert bytes(read_header(bench.raw()[0]).payload).strip() == sent
+    assert read_envelope(bench.raw()[0]).id
+
+
 @pytest.mark.parametrize(
     "job",
     [
         {"payload": float("nan")},
         {"payload": {"x": [None, float("-inf")]}},
+        {"payload": {1: [None, float("nan")]}},
+        {"payload": [None, 10**30, float("nan")]},
+        {"payload": _Struct([None, float("nan")])},
+        {"payload": _Struct(msgspec.Raw(b"NaN"))},
+        {"payload": msgspec.Raw(b'{"a": NaN}')},
+        {"payload": msgspec.Raw(b"[1] ]")},
+        {"payload": [msgspec.Raw(b'"\\ud800"')]},
+        {"payload": msgspec.Raw(b'"\xff"')},
+        {"payload": orjson.Fragment(b"[NaN]")},
+        {"payload": [object(), None]},
         {"payload": object()},
         {"payload": {"text": "\ud800"}},
         {"payload": nested(100_000)},
@@ -355,15 +409,15 @@ class TestWithoutUrl:
         write(tmp_path, {"redis_url": "redis://elsewhere"})
         file.chmod(0o666)
         with pytest.raises(ConfigurationError, match="another user"):
-            read_private_endpoints(tmp_path)
+            read_endpoints(str(tmp_path))
         file.rename(tmp_path / "target")
         file.symlink_to(tmp_path / "target")
         with pytest.raises(ConfigurationError, match="cannot be read"):
-            read_private_endpoints(tmp_path)
+            read_endpoints(str(tmp_path))
         file.unlink()
         os.mkfifo(file, 0o600)
         with pytest.raises(ConfigurationError, match="another user"):
-            read_private_endpoints(tmp_path)
+            read_endpoints(str(tmp_path))
 
 
 def write(folder: Path, endpoints: dict[str, Any]) -> None:

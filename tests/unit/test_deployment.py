@@ -6,12 +6,8 @@ from typing import Any
 
 import pytest
 
-from jobworker.worker.admin.deployment import (
-    Deployment,
-    StreamTable,
-    read_endpoints,
-    require_store_url,
-)
+from jobworker.worker.admin.deployment import Deployment, StreamTable, require_store_url
+from jobworker.worker.endpoints import read_endpoints
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.extension import extension
 from jobworker.worker.keys import Source

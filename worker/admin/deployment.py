@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..data_dir import read_endpoints_file
-from ..endpoints import FILE_NAME
 from ..errors import ConfigurationError
 from ..extension import extension
 from ..keys import Source
@@ -40,21 +38,6 @@ class Deployment(NamedTuple):
     def answering_services(self) -> list[Service]:
         """The services that answer."""
         return [service for service in self.services() if service.status]
-
-
-def read_endpoints(data_dir: str) -> dict[str, Any]:
-    """The addresses on which the service of a data directory listens or last listened; empty if none has
-    run there. Nothing is created. Raises `ConfigurationError` if this user may not read them."""
-    folder = Path(data_dir)
-    try:
-        return read_endpoints_file(folder / FILE_NAME)
-    except NotADirectoryError:
-        return {}
-    except OSError as error:
-        raise ConfigurationError(
-            f"data directory {folder} can be read by the user of its service only: run this as that user, or "
-            "give --redis-url (or JOBWORKER_REDIS_URL)"
-        ) from error
 
 
 def stopped_service(data_dir: str, endpoints: Mapping[str, Any]) -> str:

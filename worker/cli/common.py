@@ -14,11 +14,11 @@ from click.shell_completion import CompletionItem
 from ..admin.deployment import (
     DEPLOYMENT_HINT,
     Deployment,
-    read_endpoints,
     require_store_url,
     stopped_service,
 )
 from ..admin.words import columns, pad, parse_age, strip_control
+from ..endpoints import read_endpoints
 from ..errors import ConfigurationError, Exit, StoreRefused, StoreUnavailable
 from ..extension import extension
 from ..options import CONFIG_OF_SERVICE, CONFIG_PATH, DATA_DIR, ENV_PREFIX, REDIS_URL, ExplicitOption

@@ -1,7 +1,6 @@
 """``jobworker dlq``: list, show, requeue and purge dead letters."""
 
 import base64
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +8,8 @@ from itertools import islice
 from typing import Any
 
 import click
+import msgspec
+import orjson
 
 from ..admin.dead_letters import BATCH_SIZE, BulkOperation, DeadLetterQueue, Letter, LetterFilter
 from ..admin.deployment import StreamTable
@@ -115,7 +116,8 @@ def _to_json(letter: Letter, payload: bool) -> dict[str, Any]:
         "bytes": len(letter.task or letter.raw or ""),
     }  # fmt: skip
     if payload:
-        fields["task"] = json.loads(letter.task) if letter.task else None
+        # As it was received: parsing would round numbers. Only white space is taken out.
+        fields["task"] = orjson.Fragment(msgspec.json.format(letter.task, indent=-1)) if letter.task else None
         fields["raw"] = letter.raw
     return fields
 
