@@ -335,7 +335,7 @@ class TestAnnouncements:
         reaper.announce("host/blue", ["shout", "audit"], [S, other])
         reaper.announce("host/green", ["类型"], [])
         blue, green = sorted(producer.announcements())
-        assert (blue.service, blue.types, blue.sources) == ("host/blue", {"shout", "audit"}, {S, other})
+        assert (blue.service, blue.types, blue.sources) == ("host/blue", {"shout", "audit"}, (S, other))
         assert (green.service, green.types, green.streams) == ("host/green", {"类型"}, set())
         assert green.is_running(green.wall_renewed_s + 80)
         assert not green.is_running(green.wall_renewed_s + 100)
