@@ -13,6 +13,7 @@ import msgspec
 from .envelope import MAX_TIMEOUT_S, MIN_TIMEOUT_S, Header, Job, job_of, payload_parser, why_malformed
 from .errors import MalformedJob, MalformedPayload, PermanentError
 from .handler import BoundHandler
+from .health_check import HealthChecks
 from .ipc.channel import READY, STOPPING, Channel, JobFrame, OutcomeFrame
 from .ipc.control import ControlSocket, Ready
 from .ipc.inflight import FAILED, STARTED, SUCCEEDED
@@ -94,6 +95,7 @@ class Runner:
         self._reported_totals: dict[tuple[int, str], float] = {}
         self._unflushed_since: float | None = None
         self._reported_at = self._health_checked_at = 0.0
+        self._health = HealthChecks(handlers.values())
         self._trouble: str | None = None
         # Seconds by which progress extends the deadline, and the latest deadline after the start, 0 for none.
         self._progress_s = self._max_timeout_s = 0.0
@@ -193,6 +195,10 @@ class Runner:
     def _run_next(self) -> None:
         """Run the oldest queued job, together with others of its type if the handler takes batches."""
         handler = self._handlers[self._queue[0].envelope.type]
+        if reason := self._health.unfinished(handler):
+            self._return_queued(handler.type_name, Failure(reason, unavailable=True))
+            self._channel.wake_reader()
+            return
         self._set_batch_hint(handler.max_batch)
         current.extend_deadline = self._extend_deadline
         try:
@@ -415,16 +421,7 @@ class Runner:
         self._waits[type_name].extend(list(chain.from_iterable(waits_s)))
 
     def _check_health(self) -> None:
-        for handler in self._handlers.values():
-            try:
-                if handler.healthy is not None:
-                    handler.healthy()
-            except (SystemExit, KeyboardInterrupt):
-                raise
-            except BaseException as error:  # among them asyncio's cancellation
-                self._trouble = f"{handler.type_name}: {error_text(error)}"
-                return
-        self._trouble = None
+        self._trouble = self._health.trouble(lambda: self._channel.heartbeat(self._mono_s()))
 
     def report(self) -> None:
         """Send the metrics to the supervisor, with the handlers' own counters."""
