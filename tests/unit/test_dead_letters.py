@@ -1,5 +1,6 @@
 """Dead letters: pages over several streams, filters, and bulk operations."""
 
+import base64
 from typing import Any
 
 import pytest
@@ -141,3 +142,27 @@ def test_an_invalid_letter_is_shown_with_an_error(data: bytes | None) -> None:
 def test_a_job_with_invalid_counters_keeps_its_names_and_can_be_requeued() -> None:
     one = read_letter("a", Entry(b"1-0", b'{"task": {"id": "j", "type": "audit", "deaths": "x"}}'))
     assert (one.job_id, one.task is not None) == ("j", True)
+
+
+@pytest.mark.parametrize(
+    ("raw", "readable"),
+    [
+        (b'{"id": "r", "type": "audit", "payload": {"n": 1}}', True),
+        (b'{"id": "r", "type": "audit", "payload": {"n"', False),
+        (b'{"id": "r", "type": "audit", "id": "s"}', False),
+        (b'{"type": "audit"}', False),
+        (b"\xff", False),
+    ],
+)
+def test_a_job_that_stands_only_in_raw_is_requeued_if_it_is_valid(raw: bytes, readable: bool) -> None:
+    encoded = base64.b64encode(raw).decode()
+    letter_queue = queue({"a": [letter("1-0", job_id=None, raw=encoded)]})
+    operation = BulkOperation(letter_queue)
+    operation.requeue()
+    assert (operation.done, operation.skipped) == ((1, 0) if readable else (0, 1))
+    [read] = [read_letter("a", letter("1-0", job_id=None, raw=encoded))]
+    assert (read.task, read.job_id) == ((raw, "r") if readable else (None, ""))
+
+
+def test_bytes_in_raw_that_are_no_base64_are_no_job() -> None:
+    assert read_letter("a", letter("1-0", job_id=None, raw="{}é")).task is None

@@ -4,6 +4,7 @@ The store requeues or deletes each letter in one atomic step. An operation that 
 and sends no job twice; running it again completes it.
 """
 
+import base64
 import contextlib
 import heapq
 import math
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import msgspec
 
-from ..envelope import LAST_ERROR_FIELD
+from ..envelope import LAST_ERROR_FIELD, read_envelope
+from ..errors import MalformedJob
 from ..store.operator import START, order_of, walk
 from ..store.ports import Entry
 from .identity import read_identity
@@ -47,7 +49,8 @@ class _StoredLetter(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Letter:
-    """One dead letter. ``task`` holds the bytes of the job as received; None if they are not a job."""
+    """One dead letter. ``task`` holds the bytes of the job as received, from the member ``raw`` if they are
+    there only; None if they are not a job."""
 
     stream: str
     id: bytes
@@ -119,12 +122,24 @@ def read_letter(stream: str, entry: Entry) -> Letter:
     except (ValueError, RecursionError) as error:
         stored = _StoredLetter(error=f"not a dead letter: {error}")
     task = bytes(stored.task)
+    if stored.raw and stored.task == _NULL:
+        task = _readable_job(stored.raw)
     job = read_identity(task)
     return Letter(
         stream, entry.id, job.id, job.type, job.tenant_id, job.project_id, stored.reason, stored.error,
         stored.failed_at, stored.original_id, stored.worker, stored.retry_count, stored.deaths,
         task if job.id and job.type else None, stored.raw, stored.details,
     )  # fmt: skip
+
+
+def _readable_job(raw: str) -> bytes:
+    """The job in the base64 of a letter; empty if it is none. The reader may die before it parses it."""
+    try:
+        job = base64.b64decode(raw, validate=True)
+        read_envelope(job)
+    except (ValueError, MalformedJob):
+        return b""
+    return job
 
 
 def fresh_job(task: bytes) -> bytes:
