@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import msgspec
 
-from ..envelope import LAST_ERROR_FIELD
-from ..errors import StoreRefused
+from ..envelope import LAST_ERROR_FIELD, read_envelope
+from ..errors import MalformedJob, StoreRefused
 from ..store.operator import START, order_of, walk
 from ..store.ports import Entry
 from .identity import read_identity, read_malformed_identity
@@ -49,7 +49,8 @@ class _StoredLetter(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Letter:
-    """One dead letter. ``task`` holds the bytes of the job as received; None if they are not a job.
+    """One dead letter. ``task`` holds the bytes of the job as received, from the member ``raw`` if they are
+    there only; None if they are not a job.
 
     The names of a malformed job are read from ``raw``, as far as they are valid.
     """
@@ -124,9 +125,11 @@ def read_letter(stream: str, entry: Entry) -> Letter:
     except (ValueError, RecursionError) as error:
         stored = _StoredLetter(error=f"not a dead letter: {error}")
     task = bytes(stored.task)
+    if stored.raw and stored.task == _NULL:
+        task = _readable_job(stored.raw)
     job = read_identity(task)
     readable = bool(job.id and job.type)
-    if stored.raw:
+    if stored.raw and not readable:
         job = read_malformed_identity(_decode_raw(stored.raw))
     return Letter(
         stream, entry.id, job.id, job.type, job.tenant_id, job.project_id, stored.reason, stored.error,
@@ -143,9 +146,19 @@ def refusal(what: str, error: StoreRefused) -> str:
 def _decode_raw(text: str) -> bytes:
     """The bytes of a job that is kept as base64; empty if it is damaged."""
     try:
-        return base64.b64decode(text)
+        return base64.b64decode(text, validate=True)
     except ValueError:
         return b""
+
+
+def _readable_job(raw: str) -> bytes:
+    """The job in the base64 of a letter; empty if it is none. The reader may die before it parses it."""
+    job = _decode_raw(raw)
+    try:
+        read_envelope(job)
+    except (ValueError, MalformedJob):
+        return b""
+    return job
 
 
 def fresh_job(task: bytes) -> bytes:
