@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import msgspec
 
-from ..envelope import LAST_ERROR_FIELD
+from ..envelope import fresh_job
 from ..store.operator import START, order_of, walk
 from ..store.ports import Entry
 from .identity import read_identity
@@ -109,7 +109,6 @@ class LetterFilter:
 
 
 _stored = msgspec.json.Decoder(_StoredLetter, strict=False)
-_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def read_letter(stream: str, entry: Entry) -> Letter:
@@ -125,17 +124,6 @@ def read_letter(stream: str, entry: Entry) -> Letter:
         stored.failed_at, stored.original_id, stored.worker, stored.retry_count, stored.deaths,
         task if job.id and job.type else None, stored.raw, stored.details,
     )  # fmt: skip
-
-
-def fresh_job(task: bytes) -> bytes:
-    """The job without ``retry_count`` and ``deaths``. All other members keep their bytes."""
-    members = _members.decode(task)
-    counters = [name for name in ("retry_count", "deaths", LAST_ERROR_FIELD) if name in members]
-    if not counters:
-        return task
-    for name in counters:
-        del members[name]
-    return msgspec.json.encode(members)
 
 
 class Cursor(NamedTuple):
