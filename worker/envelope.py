@@ -41,6 +41,11 @@ MAX_LAST_ERROR_CHARS = 500
 #: Least and largest timeout that a job can set. Each timeout costs a worker, and its successor may need long
 #: to start; and a job that hangs must not occupy a worker for ever.
 MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.1, 86_400.0
+#: Members that the service adds to a job for its retries.
+OWN_FIELDS = ("retry_count", "deaths", LAST_ERROR_FIELD)
+#: Allowance for the first two beyond the payload limit; with seven digits each they take 39 bytes.
+OWN_FIELDS_BYTES = 64
+
 #: No job is tried so often; a count beyond is a mistake or an attack on arithmetic.
 _MOST_TRIES = 1_000_000
 
@@ -286,6 +291,32 @@ def without_last_error(data: bytes) -> bytes:
     if members.pop(LAST_ERROR_FIELD, None) is None:
         return data  # a text in the payload
     return msgspec.json.encode(members)
+
+
+def fresh_job(data: bytes) -> bytes:
+    """The job without `OWN_FIELDS`; the same object if it has none. All other members keep their bytes."""
+    members = _members.decode(data)
+    own = [name for name in OWN_FIELDS if name in members]
+    if not own:
+        return data
+    for name in own:
+        del members[name]
+    return msgspec.json.encode(members)
+
+
+def is_oversized(data: bytes, max_payload: int) -> bool:
+    """Whether a job exceeds the limit without what the service adds to it for a retry.
+
+    A job far beyond the limit is not parsed.
+    """
+    if len(data) <= max_payload:
+        return False
+    if len(data) > max_payload + OWN_FIELDS_BYTES:
+        return True
+    try:
+        return len(fresh_job(data)) > max_payload
+    except (ValueError, RecursionError):
+        return True
 
 
 class DeadJob(NamedTuple):

@@ -20,6 +20,7 @@ from .event_loop import EventLoop
 from .extension import extension, instance_of, load
 from .job_function import FunctionHandler, job_type_of
 from .settings import Settings
+from .telemetry.handler_counters import is_taken
 
 log = logging.getLogger("jobworker.handler")
 
@@ -347,14 +348,29 @@ def _check_values(type_name: str, handler: Any) -> None:
         value = getattr(handler, name, _ABSENT)
         if value is not _ABSENT and not is_valid(value):
             raise ConfigurationError(
-                f"handler of {type_name}: {name} is {value!r:.80}: give {expected}, or leave it out"
+                f"handler of {type_name}: {name} is {_shown(value)}: give {expected}, or leave it out"
             )
+    if taken := [counter for counter in getattr(handler, "counters", {}) if is_taken(counter)]:
+        raise ConfigurationError(
+            f"handler of {type_name}: the service has counters of its own called {', '.join(taken):.200}: "
+            "give those in `counters` other names"
+        )
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # of a number with more digits than Python writes
+        return "a number that is too large"
 
 
 def _is_number(value: object) -> TypeGuard[float]:
     if value is True or value is False:
         return False
-    return isinstance(value, Real) and not math.isnan(float(value))
+    try:
+        return isinstance(value, Real) and not math.isnan(float(value))
+    except OverflowError:  # of a number with more than 308 digits
+        return False
 
 
 def _is_positive(value: object) -> TypeGuard[float]:

@@ -20,6 +20,7 @@ from .ipc.inflight import FAILED, STARTED, SUCCEEDED
 from .outcome import Failure
 from .telemetry.current_job import current
 from .telemetry.failure import error_text, failure_of
+from .telemetry.handler_counters import HandlerCounters
 from .telemetry.metrics import MetricsBuffer
 
 #: Longest delay of the reader's wake-up while there are more jobs to run. It lets a stream of tiny jobs share
@@ -92,7 +93,7 @@ class Runner:
             name: self._metrics.histogram("z_novel_job_wait_seconds", (name,)) for name in handlers
         }
         self._batches = self._metrics.histogram("z_novel_batch_jobs")
-        self._reported_totals: dict[tuple[int, str], float] = {}
+        self._counters = HandlerCounters({name: handler.counters for name, handler in handlers.items()})
         self._unflushed_since: float | None = None
         self._reported_at = self._health_checked_at = 0.0
         self._health = HealthChecks(handlers.values())
@@ -426,11 +427,8 @@ class Runner:
     def report(self) -> None:
         """Send the metrics to the supervisor, with the handlers' own counters."""
         self._reported_at = self._mono_s()
-        for handler in self._handlers.values():
-            for name, total in handler.counters.items():
-                key = (id(handler.counters), name)  # one handler may serve several types
-                self._metrics.count(f"z_novel_{name}_total", (), total - self._reported_totals.get(key, 0))
-                self._reported_totals[key] = total
+        for name, by in self._counters.take():
+            self._metrics.count(name, (), by)
         self._control.report(self._metrics, self._trouble)
 
 

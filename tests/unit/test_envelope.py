@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.worker.admin.dead_letters import fresh_job
 from jobworker.worker.admin.identity import read_identity
 from jobworker.worker.envelope import (
     MAX_LAST_ERROR_CHARS,
@@ -20,6 +19,7 @@ from jobworker.worker.envelope import (
     DeadJob,
     Job,
     dead_letter,
+    fresh_job,
     job_of,
     payload_parser,
     read_envelope,

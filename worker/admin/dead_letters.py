@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import msgspec
 
-from ..envelope import LAST_ERROR_FIELD, read_envelope
+from ..envelope import fresh_job, read_envelope
 from ..errors import MalformedJob, StoreRefused
 from ..store.operator import START, order_of, walk
 from ..store.ports import Entry
@@ -115,7 +115,6 @@ class LetterFilter:
 
 
 _stored = msgspec.json.Decoder(_StoredLetter, strict=False)
-_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def read_letter(stream: str, entry: Entry) -> Letter:
@@ -159,17 +158,6 @@ def _readable_job(raw: str) -> bytes:
     except (ValueError, MalformedJob):
         return b""
     return job
-
-
-def fresh_job(task: bytes) -> bytes:
-    """The job without ``retry_count`` and ``deaths``. All other members keep their bytes."""
-    members = _members.decode(task)
-    counters = [name for name in ("retry_count", "deaths", LAST_ERROR_FIELD) if name in members]
-    if not counters:
-        return task
-    for name in counters:
-        del members[name]
-    return msgspec.json.encode(members)
 
 
 class Cursor(NamedTuple):

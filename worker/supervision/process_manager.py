@@ -152,6 +152,8 @@ class ProcessManager:
                 self._handle(child, received[0], now)
         except EOFError:
             return  # the child has exited or is about to; `_collect` handles it
+        except ValueError:  # no message of ours: a handler wrote to the descriptor
+            log.error("control.unexpected_message", extra={"child": child.name})
 
     def _handle(self, child: Child, message: Message, now: float) -> None:
         match message:
