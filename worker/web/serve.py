@@ -44,12 +44,9 @@ class Options:
 
 def read_token(path: str) -> str:
     """The token from the file, else from the environment, else empty. Raises `ConfigurationError` for a file
-    that cannot be read or is empty, and for an empty variable."""
+    that cannot be read or is empty."""
     if not path:
-        token = os.environ.get(TOKEN_VARIABLE)
-        if token is not None and not token.strip():
-            raise ConfigurationError(f"{TOKEN_VARIABLE} is set and empty: give it a token, or unset it")
-        return (token or "").strip()
+        return os.environ.get(TOKEN_VARIABLE, "").strip()
     try:
         token = Path(path).read_text().strip()
     except (OSError, ValueError) as error:
