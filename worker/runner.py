@@ -12,6 +12,7 @@ import msgspec
 
 from .envelope import Header, Job, job_of, payload_parser, why_malformed
 from .errors import MalformedJob, MalformedPayload, PermanentError
+from .fork_guard import ForkGuard
 from .handler import BoundHandler
 from .ipc.channel import READY, STOPPING, Channel, JobFrame, OutcomeFrame
 from .ipc.control import ControlSocket, Ready
@@ -328,7 +329,8 @@ class Runner:
         self._states[at] = STARTED
         try:
             current.jobs = job = self._job(queued)
-            handler.handle(job)
+            with ForkGuard():
+                handler.handle(job)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # among them cancellations of asyncio and other libraries
@@ -374,7 +376,8 @@ class Runner:
     ) -> Sequence[BaseException | None]:
         """One outcome for each job, also if the handler raises."""
         try:
-            return handle_batch(jobs)
+            with ForkGuard():
+                return handle_batch(jobs)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
@@ -422,7 +425,8 @@ class Runner:
         for handler in self._handlers.values():
             try:
                 if handler.healthy is not None:
-                    handler.healthy()
+                    with ForkGuard():
+                        handler.healthy()
             except (SystemExit, KeyboardInterrupt):
                 raise
             except BaseException as error:  # among them asyncio's cancellation
