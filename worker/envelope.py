@@ -142,9 +142,11 @@ def read_header(data: bytes, scratch: bytearray | None = None) -> Header:
     try:
         header = _header.decode(data)
         # Parsing keeps one of each key, so what is as long as its own members holds nothing twice. That
-        # spares compact JSON, which every producer but a person writes, the slow look.
+        # spares compact JSON, which every producer but a person writes, the slow look. A timeout is the one
+        # member that may be written longer than it was: 1e9 becomes 1000000000.0.
         _encode_into(header, encoded)
-        repeated = len(encoded) != len(data) and _repeats_a_key(data)
+        as_long = header.timeout is None and len(encoded) == len(data)
+        repeated = not as_long and _repeats_a_key(data)
     except (ValueError, RecursionError) as error:  # both parsers' errors and bad UTF-8 are ValueErrors
         raise MalformedJob(why_malformed(error)) from None
     if repeated:
