@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from jobworker.worker.admin.identity import read_identity
 from jobworker.worker.envelope import (
     MAX_LAST_ERROR_CHARS,
+    MAX_NESTING,
     OVERSIZED_KEPT_BYTES,
     DeadJob,
     Job,
     dead_letter,
     fresh_job,
     job_of,
+    nesting_of,
     payload_parser,
     read_envelope,
     read_header,
@@ -361,6 +363,35 @@ def test_a_jobs_key_names_it_alone_and_is_safe_in_a_path() -> None:
     assert key() == key(tries=3)
     assert len({key(), *others}) == 1 + len(others)
     assert all(re.fullmatch("[0-9a-f]{64}", one) for one in others)
+
+
+def test_the_promised_levels_are_read_on_a_stack_of_a_hundred_frames() -> None:
+    data = BEGUN + b',"payload":' + b"[" * (MAX_NESTING - 1) + b"]" * (MAX_NESTING - 1) + b"}"
+
+    def read(frames: int) -> None:
+        if frames:
+            read(frames - 1)
+        else:
+            read_envelope(data)
+
+    read(100)
+
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.text('[]{}\\",x\u00e9\n'),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text('[]{}\\",x'), inner),
+)
+
+
+def levels_of(value: object) -> int:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return 1 + max(map(levels_of, value), default=0) if isinstance(value, list) else 0
+
+
+@given(JSON, st.booleans())
+def test_levels_are_counted_outside_of_texts(value: object, ascii_only: bool) -> None:
+    assert nesting_of(json.dumps(value, ensure_ascii=ascii_only).encode()) == levels_of(value)
 
 
 SPACES = st.sampled_from([b"", b"", b"", b" ", b"\n\t"])
