@@ -49,6 +49,9 @@ OWN_FIELDS = ("retry_count", "deaths", LAST_ERROR_FIELD)
 #: Allowance for the first two beyond the payload limit; with seven digits each they take 39 bytes.
 OWN_FIELDS_BYTES = 64
 
+#: Least and largest timeout that a job can set. Each timeout costs a worker, and its successor may need long
+#: to start; and a job that hangs must not occupy a worker for ever.
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.1, 86_400.0
 #: No job is tried so often; a count beyond is a mistake or an attack on arithmetic.
 _MOST_TRIES = 1_000_000
 
