@@ -17,6 +17,7 @@ import setproctitle
 from .devices import LEAST_COPIES, NO_DEVICE, device_for_slot, set_pools, visible_gpus
 from .errors import ConfigurationError, Exit, JobworkerError
 from .event_loop import EventLoop
+from .fork_guard import ForkGuard
 from .handler import BoundHandler, load_handlers
 from .ipc.channel import MASKED_TYPES, Channel
 from .ipc.control import ControlSocket, StartFailed
@@ -187,7 +188,8 @@ def _set_up(settings: Settings, link: ControlSocket) -> dict[str, BoundHandler] 
     loop = EventLoop()
     while True:
         try:
-            return load_handlers(settings, loop)
+            with ForkGuard():
+                return load_handlers(settings, loop)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # asyncio's cancellation among them

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable
 
+from .fork_guard import ForkGuard
 from .handler import HEALTHY_WITHIN_S, BoundHandler
 from .telemetry.failure import error_text
 
@@ -76,7 +77,8 @@ class _Call(threading.Thread):
 
 def _error_of(healthy: Callable[[], object]) -> BaseException | None:
     try:
-        healthy()
+        with ForkGuard():
+            healthy()
     except BaseException as error:  # among them asyncio's cancellation
         return error
     return None

@@ -25,6 +25,8 @@ from .envelope import (
     MAX_METADATA_KEY_CHARS,
     MAX_METADATA_VALUE_CHARS,
     MAX_NAME_CHARS,
+    MAX_NESTING,
+    nesting_of,
     read_envelope,
 )
 from .errors import MalformedJob, StoreUnavailable
@@ -409,6 +411,8 @@ def _check_readable(id: str, data: bytes) -> None:
         read_envelope(data)
     except MalformedJob as error:
         raise ValueError(f"job {id} would be refused: {error}") from None
+    if (levels := nesting_of(data)) > MAX_NESTING:
+        raise ValueError(f"job {id} has {levels} levels of lists and objects, more than {MAX_NESTING}")
 
 
 def _wire_json(wire: dict[str, Any]) -> bytes:

@@ -12,6 +12,7 @@ import msgspec
 
 from .envelope import MAX_TIMEOUT_S, MIN_TIMEOUT_S, Header, Job, job_of, payload_parser, why_malformed
 from .errors import MalformedJob, MalformedPayload, PermanentError
+from .fork_guard import ForkGuard
 from .handler import BoundHandler
 from .health_check import HealthChecks
 from .ipc.channel import READY, STOPPING, Channel, JobFrame, OutcomeFrame
@@ -331,7 +332,8 @@ class Runner:
         self._states[at] = STARTED
         try:
             current.jobs = job = self._job(queued)
-            handler.handle(job)
+            with ForkGuard():
+                handler.handle(job)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # among them cancellations of asyncio and other libraries
@@ -377,7 +379,8 @@ class Runner:
     ) -> Sequence[BaseException | None]:
         """One outcome for each job, also if the handler raises."""
         try:
-            return handle_batch(jobs)
+            with ForkGuard():
+                return handle_batch(jobs)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:

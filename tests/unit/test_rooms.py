@@ -44,6 +44,9 @@ CORE = {
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
     **dict.fromkeys(CORE, CORE),
+    # A counter of a handler must not have the name of a metric.
+    "handler": {*CORE, "telemetry"},
+    "fork_guard": {"telemetry"},
     "store": CORE,
     "telemetry": CORE,
     "ipc": IPC,
@@ -51,7 +54,8 @@ BELOW: dict[str, set[str]] = {
     "scripted_redis": {"store"},
     "worker": {*CORE, "telemetry", "producer"},
     "reader": {*IPC, "store"},
-    "runner": IPC,
+    "health_check": {*CORE, "telemetry", "fork_guard"},
+    "runner": {*IPC, "health_check", "fork_guard"},
     "reaper": {*IPC, "store"},
     "supervision": IPC,
     "admin": {*CORE, "store", "telemetry", "producer"},
