@@ -8,7 +8,7 @@ import pytest
 from jobworker.worker import keys
 from jobworker.worker.errors import Fenced, NameHeld, StoreRefused
 from jobworker.worker.keys import Holder, Source
-from jobworker.worker.store.ports import Dead, Entry, ReaderStore, Retry, Settled, Settlement
+from jobworker.worker.store.ports import Dead, Depths, Entry, ReaderStore, Retry, Settled, Settlement
 from support.job_worlds import World, settle
 
 S = Source("stream:test", "cg-test")
@@ -535,8 +535,13 @@ class TestTrimming:
         assert depths.lag == 2
         assert 0.2 <= depths.oldest_age_s < 10
 
+    def test_depths_name_the_other_groups(self, world: World) -> None:
+        given(world, b"1")
+        world.reader("stranger").acquire([Source(S.stream, "cg-stranger")])
+        assert world.reaper().depths(S).other_groups == ("cg-stranger",)
+
     def test_depths_of_a_missing_stream(self, world: World) -> None:
-        assert world.reaper().depths(S) == (0, 0, 0, 0, 0.0, 0)
+        assert world.reaper().depths(S) == Depths(0, 0, 0, 0, 0.0, 0)
 
 
 class TestProducing:
