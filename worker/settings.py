@@ -89,7 +89,7 @@ def parse_source(text: str) -> Source:
         )
     if is_derived(stream):
         raise ConfigurationError(
-            f"--stream {text!r}: the service keeps its own records under this name; name the stream of the jobs"
+            f"--stream {text!r}: the service keeps its own records under this name; give the jobs' stream"
         )
     return Source(stream, group)
 

@@ -51,7 +51,7 @@ BELOW: dict[str, set[str]] = {
     "scripted_redis": {"store"},
     "worker": {*CORE, "telemetry", "producer"},
     "reader": {*IPC, "store"},
-    "health_check": "telemetry",
+    "health_check": {*CORE, "telemetry"},
     "runner": {*IPC, "health_check"},
     "reaper": {*IPC, "store"},
     "supervision": IPC,

@@ -1,7 +1,10 @@
 """HTTP client of a service's ``/status`` page."""
 
 import re
+import socket
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -14,6 +17,9 @@ from ..store.announcements import Announcement
 _TIMEOUT_S = 2.5
 #: Largest status page accepted. 512 workers with 16 jobs each stay far below it.
 _MAX_PAGE_BYTES = 8 * 1024 * 1024
+
+
+_TOO_SLOW = f"no complete answer within {_TIMEOUT_S:g} s"
 
 
 class Service(NamedTuple):
@@ -90,17 +96,46 @@ def _fetch(url: str) -> dict[str, Any]:
         parts.netloc, timeout=_TIMEOUT_S
     )
     try:
-        connection.request("GET", f"{parts.path.rstrip('/')}/status")
-        response = connection.getresponse()
-        body = response.read(_MAX_PAGE_BYTES)
+        connection.connect()
+        with _deadline(connection.sock):
+            connection.request("GET", f"{parts.path.rstrip('/')}/status")
+            response = connection.getresponse()
+            body = response.read(_MAX_PAGE_BYTES + 1)
         if response.status != 200:
             raise ValueError(f"HTTP status {response.status}")
     finally:
         connection.close()
+    if len(body) > _MAX_PAGE_BYTES:
+        raise ValueError(f"the answer is larger than {_MAX_PAGE_BYTES >> 20} MiB")
     status = orjson.loads(body)
     if not isinstance(status, dict) or "children" not in status:
         raise ValueError("the answer is not a jobworker status page")
     return status
+
+
+@contextmanager
+def _deadline(connected: socket.socket) -> Iterator[None]:
+    """Raises TimeoutError if the block takes longer than the timeout, which a socket applies to each recv."""
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        with suppress(OSError):
+            socket.socket.shutdown(
+                connected, socket.SHUT_RDWR
+            )  # not that of TLS, which sends a message first
+
+    timer = threading.Timer(_TIMEOUT_S, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, ValueError, AttributeError) as error:
+        raise error if not expired.is_set() else TimeoutError(_TOO_SLOW) from error
+    finally:
+        timer.cancel()
+    if expired.is_set():
+        raise TimeoutError(_TOO_SLOW)
 
 
 def same_store(one: str, other: str) -> bool:
