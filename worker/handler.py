@@ -160,7 +160,7 @@ class BoundHandler:
             _handle_of(name or "handle", handle, loop) if handle else _alone(self.handle_batch)
         )
         self.healthy_is_async = bool(healthy) and _is(inspect.iscoroutinefunction, healthy)
-        check = _with_deadline(healthy) if self.healthy_is_async else healthy
+        check = _with_deadline(healthy) if healthy and self.healthy_is_async else healthy
         self.healthy: Callable[[], object] | None = _call_of("healthy", check, loop) if check else None
         #: The same number for all types that one handler object serves.
         self.instance = id(handler)

@@ -21,7 +21,7 @@ DOORS = {
     "opentelemetry": ["worker/telemetry/otel.py", "worker/telemetry/otel_context.py"],
     "pydantic": ["worker/payload_types.py"],
     "starlette": ["worker/web/*.py"],
-    "uvicorn": ["worker/web/serve.py"],
+    "uvicorn": ["worker/web/server.py"],
     "jinja2": ["worker/web/rendering.py"],
     "pymilvus": ["handlers/vectors/milvus/*.py", "handlers/rebuild/milvus.py"],
     "milvus_lite": ["handlers/vectors/milvus/lite_server.py"],

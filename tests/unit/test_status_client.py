@@ -53,6 +53,12 @@ def test_a_status_page_is_read() -> None:
         (b"no json", 200, "ValueError"),
         (b"[]", 200, "not a jobworker status page"),
         (b'{"status": "ok"}', 200, "not a jobworker status page"),
+        (b'{"children": 5}', 200, "Expected `array`, got `int` - at `$.children`"),
+        (b'{"children": [{"role": "worker", "running": [1]}]}', 200, "$.children[0].running"),
+        (b'{"children": [], "metrics": {"m": [5]}}', 200, "$.metrics"),
+        (b'{"children": [], "histograms": {"h": {"bounds": 5}}}', 200, "$.histograms"),
+        (b'{"children": [], "reasons": 5}', 200, "$.reasons"),
+        (b'{"children": [], "lease_s": -1}', 200, "$.lease_s"),
         (b"{}", 503, "HTTP status 503"),
     ],
 )

@@ -5,9 +5,10 @@ import socket
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
+import msgspec
 import orjson
 
 from ..settings import without_credentials
@@ -17,6 +18,51 @@ from ..store.announcements import Announcement
 _TIMEOUT_S = 2.5
 #: Largest status page accepted. 512 workers with 16 jobs each stay far below it.
 _MAX_PAGE_BYTES = 8 * 1024 * 1024
+
+
+class _Running(msgspec.Struct):
+    count: int = 0
+    for_s: float = 0.0
+    limit_in_s: float = 0.0
+    jobs: list[dict[str, str | int]] = []
+
+
+class _Child(msgspec.Struct):
+    role: str = ""
+    state: str = ""
+    pid: int | None = None
+    rss_mib: float | None = None
+    finished: int | None = None
+    restarts: int | None = None
+    running: _Running | None = None
+
+
+class _Sample(msgspec.Struct):
+    value: float | None
+    task_type: str = ""
+
+
+class _Histogram(msgspec.Struct):
+    bounds: list[float] = []
+    samples: list[dict[str, str | list[float]]] = []
+
+
+class _Page(msgspec.Struct):
+    """Types of the fields that are used here. A field may be missing: older versions have fewer."""
+
+    children: list[_Child]
+    host: str = ""
+    instance: str = ""
+    version: str = ""
+    store: str = ""
+    ready: bool = False
+    lease_s: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    types: list[str] = []
+    reasons: list[str] = []
+    transient_reasons: list[str] = []
+    warnings: list[str] = []
+    metrics: dict[str, list[_Sample]] = {}
+    histograms: dict[str, _Histogram] = {}
 
 
 _TOO_SLOW = f"no complete answer within {_TIMEOUT_S:g} s"
@@ -110,6 +156,10 @@ def _fetch(url: str) -> dict[str, Any]:
     status = orjson.loads(body)
     if not isinstance(status, dict) or "children" not in status:
         raise ValueError("the answer is not a jobworker status page")
+    try:
+        msgspec.convert(status, _Page)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"the answer is not a jobworker status page: {error}") from error
     return status
 
 
