@@ -10,11 +10,11 @@ import logging
 import random
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from .errors import StoreUnavailable
 from .ipc.control import ControlSocket, Drain, Ready
-from .keys import consumer_name
+from .keys import OTHER_GROUP, Source, consumer_name
 from .settings import Settings
 from .store.announcements import RENEW_INTERVAL_S
 from .store.backoff import ReconnectBackoff
@@ -59,6 +59,7 @@ class Reaper:
         rng = rng or random.Random()
         self._backoff = ReconnectBackoff(rng)
         self._faults = StreamFaults(store, settings.streams, self._metrics.gauge, "reaper", rng, mono_s)
+        self._known_groups: set[tuple[str, str]] = set()
         self._mono_counted_s = -_COUNT_INTERVAL_S
         self._mono_announced_s = -RENEW_INTERVAL_S
         self._mono_trimmed_s = mono_s()
@@ -118,6 +119,22 @@ class Reaper:
                 depths = self._store.depths(source)
                 for name, labels, value in _gauges(source.stream, source.group, depths):
                     self._metrics.gauge(name, labels, value)
+                self._warn_of_groups(source, depths.other_groups)
+
+    def _warn_of_groups(self, source: Source, others: Iterable[str]) -> None:
+        """Warn once of each further group of a stream."""
+        for other in others:
+            if (source.stream, other) not in self._known_groups:
+                self._known_groups.add((source.stream, other))
+                log.warning(
+                    "stream.other_group",
+                    extra={
+                        "stream": source.stream,
+                        "group": source.group,
+                        "other": other,
+                        "hint": OTHER_GROUP,
+                    },
+                )
 
     def _announce(self) -> None:
         service = consumer_name(self._settings.host, self._settings.instance)

@@ -10,7 +10,7 @@ import msgspec
 from .cgroup import usable_cpus
 from .errors import ConfigurationError
 from .extension import extension, imported
-from .keys import NO_HOLDER, Holder, Source
+from .keys import NO_HOLDER, Holder, Source, is_derived
 from .outcome import RetryPolicy
 
 #: Default limit of one entry; larger ones are refused before they are parsed.
@@ -81,11 +81,15 @@ class Settings:
 
 
 def parse_source(text: str) -> Source:
-    """``NAME=GROUP`` of ``--stream``. Raises `ConfigurationError`."""
+    """``NAME=GROUP`` of ``--stream``. Raises `ConfigurationError`, also for a key of the service's own."""
     stream, _, group = (part.strip() for part in text.rpartition("="))
     if not stream or not group:
         raise ConfigurationError(
             f"--stream {text!r}: say NAME=GROUP, for example stream:story:gen=cg-gen-worker"
+        )
+    if is_derived(stream):
+        raise ConfigurationError(
+            f"--stream {text!r}: the service keeps its own records under this name; give the jobs' stream"
         )
     return Source(stream, group)
 

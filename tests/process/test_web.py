@@ -1,16 +1,19 @@
 """``jobworker web`` over HTTP: its pages, its access control and its actions."""
 
+import contextlib
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import pytest
 
+from jobworker.worker.web.server import MAX_CONNECTIONS
 from support.operator import COMMAND_S, run
 from support.redis_servers import RedisServer
 from support.service import STREAM, eventually
@@ -35,6 +38,52 @@ def guarded(server: RedisServer) -> Iterator[Page]:
     with page(server, "--allow-actions", "--show-payloads", token=TOKEN) as one:
         assert one.log_in().status == 303
         yield one
+
+
+def test_an_unfinished_request_is_closed_and_does_not_block_others(open_page: Page) -> None:
+    address = urlsplit(open_page.url)
+    host, port = str(address.hostname), int(str(address.port))
+    heads = [
+        b"",
+        b"GET / HTTP/1.1\r\nX: ",
+        b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\na",
+    ]
+    with contextlib.ExitStack() as opened:
+        slow = []
+        for head in heads:
+            peer = opened.enter_context(socket.create_connection((host, port), COMMAND_S))
+            peer.sendall(head)
+            slow.append(peer)
+        assert open_page.get("/healthz").status == 200
+        for peer in slow:
+            with contextlib.suppress(ConnectionResetError):
+                while peer.recv(4096):
+                    pass
+
+
+def test_connections_beyond_the_limit_are_closed(server: RedisServer) -> None:
+    with page(server) as one, contextlib.ExitStack() as opened:
+        address = urlsplit(one.url)
+        host, port = str(address.hostname), int(str(address.port))
+        peers = [
+            opened.enter_context(socket.create_connection((host, port), COMMAND_S))
+            for _ in range(MAX_CONNECTIONS + 1)
+        ]
+        with contextlib.suppress(ConnectionResetError):
+            assert peers[-1].recv(1) == b""
+
+
+def test_term_ends_the_page_while_a_service_does_not_answer(server: RedisServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        more = [word for _ in range(8) for word in ("--metrics-url", url)]
+        with page(server, *more) as one:
+            address = urlsplit(one.url)
+            with socket.create_connection((str(address.hostname), int(str(address.port)))) as peer:
+                peer.sendall(b"GET /job?id=a HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                silent.accept()[0].close()
+                one.popen.terminate()
+                assert one.popen.wait(10) == 0
 
 
 def letter(store: RedisServer, id: str, reason: str = "exhausted", dlq: str = DLQ, **more: Any) -> str:

@@ -21,7 +21,7 @@ DOORS = {
     "opentelemetry": ["worker/telemetry/otel.py", "worker/telemetry/otel_context.py"],
     "pydantic": ["worker/payload_types.py"],
     "starlette": ["worker/web/*.py"],
-    "uvicorn": ["worker/web/serve.py"],
+    "uvicorn": ["worker/web/server.py"],
     "jinja2": ["worker/web/rendering.py"],
     "pymilvus": ["handlers/vectors/milvus/*.py", "handlers/rebuild/milvus.py"],
     "milvus_lite": ["handlers/vectors/milvus/lite_server.py"],
@@ -47,6 +47,7 @@ BELOW: dict[str, set[str]] = {
     # A counter of a handler must not have the name of a metric.
     "handler": {*CORE, "telemetry"},
     "fork_guard": {"telemetry"},
+    "event_loop": {*CORE, "fork_guard"},
     "store": CORE,
     "telemetry": CORE,
     "ipc": IPC,
@@ -61,7 +62,7 @@ BELOW: dict[str, set[str]] = {
     "admin": {*CORE, "store", "telemetry", "producer"},
     "cli": {*CORE, "store", "telemetry", "producer", "admin"},
     "web": {*CORE, "store", "telemetry", "producer", "admin"},
-    "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision"},
+    "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision", "fork_guard"},
     "preload": {*IPC, "store", "reader", "runner", "reaper", "supervision", "boot"},
     "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin"},
 }

@@ -3,19 +3,16 @@
 import asyncio
 import contextvars
 import logging
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from jobworker.worker import Job, PermanentError
-from jobworker.worker.health_check import HealthChecks
-from jobworker.worker.ipc.inflight import FAILED, QUEUED, STARTED, SUCCEEDED
+from jobworker.worker.ipc.inflight import FAILED, STARTED, SUCCEEDED
 from jobworker.worker.outcome import Failure
 from jobworker.worker.telemetry.current_job import current, current_log_fields
-from support.runner_rig import WITHIN_S, Make, RunnerRig, Single
+from support.runner_rig import Make, RunnerRig, Single
 
 
 @pytest.fixture
@@ -217,46 +214,6 @@ def test_a_cancellation_in_the_check_of_health_is_trouble_and_not_the_end(
     assert worker.reports()[-1].trouble == "t: CancelledError: gone"
 
 
-class Hanging(Single):
-    """Its check of health hangs until the test says otherwise."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls, self.answers = 0, threading.Event()
-
-    def healthy(self) -> None:
-        self.calls += 1
-        self.answers.wait(WITHIN_S)
-
-
-def test_a_hanging_check_of_health_stops_its_own_type_alone(make_rig: Make) -> None:
-    hanging, other = Hanging(), Single()
-    worker = make_rig(t=hanging, same=hanging, o=other)
-    worker.runner._health = HealthChecks(worker.runner._handlers.values(), within_s=0.05)
-    for _ in range(3):
-        worker.runner._check_health()
-    worker.runner.report()
-    assert worker.reports()[-1].trouble == "t: healthy() has not returned within 5 s"
-    assert hanging.calls == 1, "no second call beside the first"
-    worker.dispatch("t", "o", "same", "t")
-    while worker.states()[1] != SUCCEEDED or QUEUED in worker.states():
-        worker.runner.run_once(0.1)
-    assert worker.states() == [FAILED, SUCCEEDED, FAILED, FAILED]
-    assert all(failure.unavailable for failure in worker.failures().values())
-    assert hanging.log == []
-
-    hanging.answers.set()
-    for thread in threading.enumerate():
-        if thread.name == "healthy":
-            thread.join(WITHIN_S)
-    worker.runner._check_health()
-    worker.dispatch("t")
-    worker.runner.run_once(0.1)
-    worker.runner.report()
-    assert hanging.log == ["4"]
-    assert worker.reports()[-1].trouble is None
-
-
 def test_a_hanging_async_check_of_health_is_cancelled(
     make_rig: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,11 +234,3 @@ def test_a_hanging_async_check_of_health_is_cancelled(
     worker.run()
     assert worker.reports()[-1].trouble == "t: TimeoutError: healthy() has not returned within 0.05 s"
     assert done == ["0"]
-
-
-def test_an_exit_in_the_check_of_health_ends_the_worker(make_rig: Make) -> None:
-    handler = Single()
-    handler.healthy = lambda: sys.exit(3)  # type: ignore[attr-defined]
-    worker = make_rig(t=handler)
-    with pytest.raises(SystemExit):
-        worker.runner._check_health()

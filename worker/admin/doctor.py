@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Container, Iterator, Sequence
 
 from ..extension import extension
-from ..keys import Source
+from ..keys import OTHER_GROUP, Source
 from ..store.facts import ServerFacts, StreamFacts
 from ..store.operator import Consumer, Pause
 from ..store.ports import KeyFault
@@ -178,10 +178,11 @@ def _other_groups(facts: StreamFacts) -> Iterator[Finding]:
     for name in facts.lags.keys() - {facts.source.group}:
         lag = facts.lags[name]
         behind = (facts.length if lag is None else lag) + facts.pendings[name]
+        level = "wrong" if behind > _MAX_LAG_OF_OTHERS else "note"
         says = f"group {name}, not ours, is {behind} entries behind: they cannot be trimmed"
-        if behind:
-            yield Finding("wrong" if behind > _MAX_LAG_OF_OTHERS else "note", facts.source.stream, says,
-                          f"if it is unused: XGROUP DESTROY {facts.source.stream} {name}")  # fmt: skip
+        yield Finding(
+            level, facts.source.stream, says if behind else f"has a second group, {name}", OTHER_GROUP
+        )
 
 
 def pause_findings(pauses: Sequence[Pause], types: Container[str] = ()) -> Iterator[Finding]:

@@ -100,6 +100,7 @@ class Depths(NamedTuple):
     dead: int
     oldest_age_s: float
     lag: int
+    other_groups: tuple[str, ...] = ()
 
 
 class ReaderStore(Protocol):

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import uvicorn
-
 from ..admin.deployment import Deployment, StreamTable
 from ..admin.overview import open_poller
 from ..errors import ConfigurationError
@@ -21,6 +19,7 @@ from .background import BackgroundTasks
 from .history import History
 from .pages import Site
 from .rendering import Renderer
+from .server import BoundedServer, config
 
 TOKEN_VARIABLE = "JOBWORKER_WEB_TOKEN"
 #: A person waits for the page: a slower store gets an error page.
@@ -92,12 +91,7 @@ def serve(
         lambda: OperatorStore(deployment.url, timeout_s=_STORE_TIMEOUT_S),
         deployment.answering_services, options.show_payloads,
     )  # fmt: skip
-    server = uvicorn.Server(
-        uvicorn.Config(
-            application(site, access, allow_actions=options.allow_actions), log_config=None, access_log=False,
-            server_header=False, lifespan="off", ws="none", timeout_graceful_shutdown=_DRAIN_S,
-        )
-    )  # fmt: skip
+    server = BoundedServer(config(application(site, access, allow_actions=options.allow_actions), _DRAIN_S))
     # Its INFO events are about uvicorn itself.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     # uvicorn raises the signal again after its shutdown: the default handler would change the exit code.

@@ -240,7 +240,9 @@ class MemoryStore:
             stream, group = self._server.stream(source.stream), self._group(source)
             new = [id for id in stream.entries if order(id) > group.last_delivered]
             age_s = max(0.0, self._server.wall_now_s() - order(new[0])[0] / 1000) if new else 0.0
-            return Depths(len(new), len(group.leases), len(stream.retries), len(stream.dead), age_s, len(new))
+            others = tuple(name for name in stream.groups if name != source.group)
+            retrying, dead = len(stream.retries), len(stream.dead)
+            return Depths(len(new), len(group.leases), retrying, dead, age_s, len(new), others)
 
     # -- producer
 

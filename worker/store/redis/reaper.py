@@ -92,6 +92,7 @@ class RedisReaperStore(RedisStoreBase):
             dead=_length(dead),
             oldest_age_s=_age_s(first[0][0], checked(now)) if first else 0.0,
             lag=lag,
+            other_groups=_names_of_others(source.group, groups),
         )
 
 
@@ -111,6 +112,13 @@ def _group_named(group: str, reply: Reply) -> dict[bytes, Any]:
         if facts[b"name"] == group.encode():
             return facts
     return {}
+
+
+def _names_of_others(group: str, reply: Reply) -> tuple[str, ...]:
+    if is_no_stream(reply):
+        return ()
+    names = (facts[b"name"].decode(errors="replace") for facts in map(pairs, checked(reply)))
+    return tuple(name for name in names if name != group)
 
 
 def _age_s(id: bytes, now: Sequence[bytes]) -> float:
