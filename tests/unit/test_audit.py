@@ -552,3 +552,11 @@ def test_the_index_contains_exactly_the_added_entries(parts: list[list[int]], as
         there = {n for part in parts for n in part}
         keys = {entry_key(ref): ref.digest for ref in refs(sorted(asked))}
         assert {keys[key] for key in index.contained(set(keys))} == asked & there
+
+
+def test_a_missing_folder_is_named_as_missing(tmp_path: Path) -> None:
+    one = archive(tmp_path)
+    one.healthy()
+    (tmp_path / "audit").rmdir()
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        one.healthy()
