@@ -1,6 +1,7 @@
 """Dead letters: pages over several streams, filters, and bulk operations."""
 
 import base64
+import json
 from typing import Any
 
 import pytest
@@ -160,9 +161,43 @@ def test_a_job_that_stands_only_in_raw_is_requeued_if_it_is_valid(raw: bytes, re
     operation = BulkOperation(letter_queue)
     operation.requeue()
     assert (operation.done, operation.skipped) == ((1, 0) if readable else (0, 1))
-    [read] = [read_letter("a", letter("1-0", job_id=None, raw=encoded))]
-    assert (read.task, read.job_id) == ((raw, "r") if readable else (None, ""))
+    assert read_letter("a", letter("1-0", job_id=None, raw=encoded)).task == (raw if readable else None)
 
 
 def test_bytes_in_raw_that_are_no_base64_are_no_job() -> None:
     assert read_letter("a", letter("1-0", job_id=None, raw="{}é")).task is None
+
+
+def malformed(data: bytes) -> Entry:
+    raw = base64.b64encode(data).decode()
+    return Entry(b"1-0", json.dumps({"task": None, "reason": "malformed", "raw": raw}).encode())
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        (b'{"id": "j", "type": "wc", "tenant_id": "t1", "timeout": "soon"}', ("j", "wc", "t1")),
+        (b'{"payload": {"id": "inner"}, "id": "j", "type": 7, "tenant_id": "t1"}', ("j", "", "t1")),
+        (b' {"type":"wc" ,\n"id" : "j","payload": {"text": "cut of', ("j", "wc", "")),
+        (b'{"id":"j","type":"wc","payload":' + b"[" * 50_000, ("j", "wc", "")),
+        (b'{"id":"j","type":"wc","payload":' + b"1" * 20_000 + b"}", ("j", "wc", "")),
+        (b'{"id":"j","id":"k","type":"wc"}', ("", "wc", "")),
+        (b'{"id":"' + b"j" * 513 + b'","type":"wc"}', ("", "wc", "")),
+        (b'{"id":"j\xff","type":"\\ud800","tenant_id":"t1"}', ("", "", "t1")),
+        (b'["id", "j"]', ("", "", "")),
+        (b"no json", ("", "", "")),
+        (b'{"id": "j", ["type"]: "wc"}', ("j", "", "")),
+        (b"", ("", "", "")),
+    ],
+)
+def test_a_malformed_job_is_identified_as_far_as_its_names_are_valid(
+    data: bytes, names: tuple[str, str, str]
+) -> None:
+    letter = read_letter("a", malformed(data))
+    assert (letter.job_id, letter.type, letter.tenant_id) == names
+    assert letter.task is None, "it cannot be requeued"
+
+
+def test_damaged_base64_hides_nothing_else() -> None:
+    entry = Entry(b"1-0", json.dumps({"reason": "malformed", "raw": "A", "error": "e"}).encode())
+    assert read_letter("a", entry).error == "e"

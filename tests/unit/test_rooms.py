@@ -39,7 +39,7 @@ DOORS = {
 CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
-    *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing"),
+    *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing", "store_advice"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {

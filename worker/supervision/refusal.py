@@ -36,7 +36,7 @@ def refuse(error: str, log_format: str) -> None:
 
 
 def require_open_files(workers: int) -> None:
-    """Raises `ConfigurationError` if the limit on open files is too low for a supervisor of so many workers.
+    """Raises `ConfigurationError` if the limit on open files is too low for a supervisor of these workers.
 
     It would refuse every probe, to keep the last descriptors for restarts of workers.
     """
