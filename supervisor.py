@@ -33,7 +33,7 @@ from jobworker.worker.supervision.pdeathsig import become_subreaper
 from jobworker.worker.supervision.process import Process
 from jobworker.worker.supervision.process_groups import GroupGuard, reap_adopted
 from jobworker.worker.supervision.process_manager import ProcessManager
-from jobworker.worker.supervision.refusal import RefusingCommand, default_format, refuse
+from jobworker.worker.supervision.refusal import RefusingCommand, default_format, refuse, require_open_files
 from jobworker.worker.supervision.reloader import Reloader, Restart
 from jobworker.worker.supervision.sd_notify import notify, reloading
 from jobworker.worker.supervision.signals import SignalQueue
@@ -376,6 +376,7 @@ def main(**options: Any) -> None:
             log.warning(
                 "option.unknown_variable", extra={"variable": variable, "hint": f"did you mean {similar}?"}
             )
+        require_open_files(settings.procs)
         become_subreaper()
         with SignalQueue(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD) as queue:
             code, start_again = _supervise(settings, queue)

@@ -455,3 +455,17 @@ def test_without_its_libraries_the_error_names_the_extra(
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "jobworker.worker.web.serve", raising=False)
     assert "pip install '.[web]'" in run(server, "web", "--listen", "127.0.0.1:0", code=2).stderr
+
+
+@pytest.mark.parametrize("number", ["1", "x", "9" * 5000], ids=("unused", "text", "long"))
+def test_an_unknown_task_is_not_found(open_page: Page, number: str) -> None:
+    answer = open_page.get(f"/dead/progress/{number}")
+    assert (answer.status, "content-security-policy" in {name.lower() for name in answer.headers}) == (
+        404,
+        True,
+    )
+
+
+@pytest.mark.parametrize("address", ["/retries?offset=", "/history.json?after=", "/job?id=x&scan="])
+def test_a_number_of_many_digits_breaks_no_page(open_page: Page, address: str) -> None:
+    assert open_page.get(address + "9" * 5000).status in (200, 404)

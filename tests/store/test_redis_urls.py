@@ -138,6 +138,10 @@ class TestUrls:
             assert found == (["stream:delayed", "stream:first", "stream:test", "stream:two"], True)
             for one in (operator, store, producer):
                 one.close()
+            plain = RedisReaderStore(f"redis://127.0.0.1:{server.port}", "b")
+            with pytest.raises(StoreUnavailable, match=r"must begin with redis\+cluster://"):
+                plain.acquire([S])
+            plain.close()
         finally:
             server.stop()
 

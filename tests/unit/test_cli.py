@@ -172,6 +172,21 @@ def test_an_age_is_an_option_in_seconds() -> None:
         Age().convert("soon", None, None)
 
 
+def test_an_empty_id_is_refused() -> None:
+    """Each entry that cannot be read has the empty id."""
+    done = CliRunner().invoke(main, ["explain", "", "--redis-url", "redis://127.0.0.1:1/0"])
+    assert (done.exit_code, "the id is empty" in done.output) == (2, True)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["stats", "--help"], ["--version"]], ids=" ".join)
+def test_an_output_that_takes_nothing_is_told_in_a_sentence(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [COMMAND, *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "jobworker: [Errno 28] No space left on device\n")
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

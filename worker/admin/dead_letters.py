@@ -123,13 +123,12 @@ def read_letter(stream: str, entry: Entry) -> Letter:
         stored = _stored.decode(entry.data or b"")
     except (ValueError, RecursionError) as error:
         stored = _StoredLetter(error=f"not a dead letter: {error}")
-    task = bytes(stored.task)
-    if stored.raw and stored.task == _NULL:
-        task = _readable_job(stored.raw)
+    raw = _decode_raw(stored.raw) if stored.raw else b""
+    task = raw if stored.task == _NULL and _is_job(raw) else bytes(stored.task)
     job = read_identity(task)
     readable = bool(job.id and job.type)
-    if stored.raw and not readable:
-        job = read_malformed_identity(_decode_raw(stored.raw))
+    if raw and not readable:
+        job = read_malformed_identity(raw)
     return Letter(
         stream, entry.id, job.id, job.type, job.tenant_id, job.project_id, stored.reason, stored.error,
         stored.failed_at, stored.original_id, stored.worker, stored.retry_count, stored.deaths,
@@ -150,14 +149,13 @@ def _decode_raw(text: str) -> bytes:
         return b""
 
 
-def _readable_job(raw: str) -> bytes:
-    """The job in the base64 of a letter; empty if it is none. The reader may die before it parses it."""
-    job = _decode_raw(raw)
+def _is_job(data: bytes) -> bool:
+    """Whether the service would accept the bytes. The reader may die before it parses a valid job."""
     try:
-        read_envelope(job)
-    except (ValueError, MalformedJob):
-        return b""
-    return job
+        read_envelope(data)
+    except MalformedJob:
+        return False
+    return True
 
 
 class Cursor(NamedTuple):
