@@ -13,6 +13,7 @@ from typing import Any
 import click
 import setproctitle
 
+from jobworker.worker.cron_config import load_cron_tables
 from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.extension import extension, require_extras
@@ -20,6 +21,7 @@ from jobworker.worker.keys import Holder
 from jobworker.worker.options import (
     ENV_PREFIX,
     ServiceCommand,
+    config_file,
     service_options,
     settings_from,
     unknown_variables,
@@ -144,6 +146,7 @@ class Supervisor:
             log.info("restart.begun")
             reloading()
             self._reported_ready = False
+            self._reload_cron()
             self._processes.restart_workers()
         elif number in (signal.SIGTERM, signal.SIGINT):
             if self._mono_stop_by_s is not None or not self._processes.started:
@@ -155,6 +158,20 @@ class Supervisor:
             self._mono_stop_by_s = time.monotonic() + timeout_s
             self._processes.drain()
         return None
+
+    def _reload_cron(self) -> None:
+        """Read the cron tables again; those of before stay where the file is wrong."""
+        try:
+            tables = load_cron_tables(self._settings)
+        except ConfigurationError as error:
+            log.error(
+                "cron.rejected", extra={"error": str(error), "hint": "the tables of before stay in force"}
+            )
+            return
+        if tables != self._settings.cron:
+            log.info("cron.reloaded", extra={"names": [table.name for table in tables]})
+            self._settings = replace(self._settings, cron=tables)
+            self._processes.set_cron(tables)
 
     def _continue_drain(self, now: float) -> Exit | None:
         assert self._mono_stop_by_s is not None
@@ -316,7 +333,8 @@ def main(**options: Any) -> None:
     """
     prepare_process()
     try:
-        settings = settings_from(options, sys.stderr.isatty())
+        settings = replace(settings_from(options, sys.stderr.isatty()), config_file=config_file())
+        settings = replace(settings, cron=load_cron_tables(settings))
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
         logs.configure("supervisor", settings, os.environ)
         if settings.redis_url and (ignored := parse_redis_url(settings.redis_url).ignored):

@@ -24,6 +24,7 @@ DOORS = {
     "jinja2": ["worker/web/rendering.py"],
     "pymilvus": ["handlers/vectors/milvus/*.py", "handlers/rebuild/milvus.py"],
     "milvus_lite": ["handlers/vectors/milvus/lite_server.py"],
+    "cronsim": ["worker/cron_schedule.py"],
     "torch": ["handlers/encoder/base.py", "handlers/encoder/torch.py", "handlers/encoder/convert.py"],
     "sentence_transformers": ["handlers/encoder/torch.py", "handlers/encoder/convert.py"],
     "transformers": ["handlers/encoder/torch.py", "handlers/encoder/convert.py"],
@@ -33,7 +34,7 @@ DOORS = {
 CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
-    *("urls", "process_env", "cgroup"),
+    *("urls", "process_env", "cgroup", "cron_schedule", "cron_table", "durations"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
@@ -46,13 +47,15 @@ BELOW: dict[str, set[str]] = {
     "worker": {*CORE, "telemetry", "producer"},
     "reader": {*IPC, "store"},
     "runner": IPC,
-    "reaper": {*IPC, "store"},
+    "cron": {*CORE, "store", "telemetry", "producer"},
+    "cron_config": {*CORE, "store", "producer"},
+    "reaper": {*IPC, "store", "cron"},
     "supervision": IPC,
-    "admin": {*CORE, "store", "telemetry", "producer"},
-    "cli": {*CORE, "store", "telemetry", "producer", "admin"},
-    "web": {*CORE, "store", "telemetry", "producer", "admin"},
+    "admin": {*CORE, "store", "telemetry", "producer", "cron"},
+    "cli": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
+    "web": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
     "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision"},
-    "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin"},
+    "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin", "cron_config"},
 }
 #: Command modules import their face when they are called: `jobworker web` starts the page.
 BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}
