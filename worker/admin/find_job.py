@@ -79,20 +79,27 @@ class JobFinder:
 
     def find(self, id: str) -> list[JobLocation]:
         """Every place that holds a job, or an entry, with this id."""
-        self._pauses = {pause.kind: pause for pause in self._store.pauses()}
-        self._now_s = self._store.wall_now_s(self._sources[0].stream)
-        self._announcements = self._store.announcements()
-        self._types, _ = handled_types(self._announcements, self._services, self._now_s)
+        self._read_context()
         locations: list[JobLocation] = []
         for source in self._sources:
             locations += self._search(source, id)
         for source in () if locations else self._other_sources():
             with suppress(StoreUnavailable):  # the key may have another type
                 locations += self._search(source, id)
-        # The entry of an earlier try remains in the stream until it is trimmed: it is shown only alone.
-        locations = [one for one in locations if one.state != "finished"] or locations
+        locations = _unfinished_first(locations)
         self._add_progress([one for one in locations if one.state in _UNDER_WAY])
         return locations
+
+    def find_in(self, source: Source, id: str) -> list[JobLocation]:
+        """Every place of one stream that holds the job, without the progress of a long one."""
+        self._read_context()
+        return _unfinished_first(self._search(source, id))
+
+    def _read_context(self) -> None:
+        self._pauses = {pause.kind: pause for pause in self._store.pauses()}
+        self._now_s = self._store.wall_now_s(self._sources[0].stream)
+        self._announcements = self._store.announcements()
+        self._types, _ = handled_types(self._announcements, self._services, self._now_s)
 
     def _search(self, source: Source, id: str) -> list[JobLocation]:
         self.searched.append(source.stream)
@@ -323,6 +330,11 @@ class JobFinder:
                     JobLocation("dead", stream, why, letter.job_id, letter.type, letter.tenant_id, facts)
                 )
         return locations
+
+
+def _unfinished_first(locations: list[JobLocation]) -> list[JobLocation]:
+    """The entry of an earlier try remains in the stream until it is trimmed: it is shown only alone."""
+    return [one for one in locations if one.state != "finished"] or locations
 
 
 def _time_left(limit_in_s: float) -> str:

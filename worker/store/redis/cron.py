@@ -14,7 +14,9 @@ from ..cron import (
     encode_pause,
     parse_cron_hash,
 )
+from ..ports import KeyFault
 from .base import RedisStoreBase, checked, pairs
+from .key_faults import type_faults
 from .lua import script
 
 
@@ -45,6 +47,13 @@ class RedisCronStore(RedisStoreBase):
         command = script("cron_take", both, version, tick.name, tick.tick_s, tick.job_id, tick.data)
         outcome, cursor_s = self.one(stream, command)
         return TakenTick(Taken(outcome), cursor_s)
+
+    def cron_faults(self, stream: str) -> list[KeyFault]:
+        """As `key_faults`, for the key of the cron tables. The stream's jobs do not need it."""
+        key = self.cron_key(stream)
+        reply = self.call(stream, [("TYPE", key)])[0]
+        found = type_faults({key: "hash"}, {key: reply}, cluster=self._endpoint.cluster)
+        return [fault._replace(blocks=False) for fault in found]
 
     def cron_pause(self, stream: str, name: str, note: str) -> None:
         seconds, microseconds = self.one(stream, ("TIME",))
