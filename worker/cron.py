@@ -58,6 +58,8 @@ class _StreamState:
     outdated: bool = False
     mono_due_s: float = 0.0
     mono_publish_s: float = 0.0
+    #: The store's clock minus ours, at the last answer.
+    wall_offset_s: float = 0.0
     ticks_left: int = 0
     error: str = ""
 
@@ -116,6 +118,7 @@ class CronEnqueuer:
             except StoreRefused as error:
                 state.mono_due_s = now + _REFUSED_INTERVAL_S
                 self._note_refusal(state, error)
+                self._gauge(state, now + state.wall_offset_s)
         return max(0.0, state.mono_due_s - now)
 
     def _note_refusal(self, state: _StreamState, error: StoreRefused) -> None:
@@ -135,12 +138,10 @@ class CronEnqueuer:
             version, wall_now_s = self._store.cron_clock(state.stream)
         if version != state.version or state.outdated:
             self._load(state)
-        state.ticks_left = _MAX_TICKS
-        try:
-            for name in list(state.running):
-                self._take_ticks(state, name, wall_now_s)
-        finally:
-            self._gauge(state, wall_now_s)
+        state.ticks_left, state.wall_offset_s = _MAX_TICKS, wall_now_s - mono_now_s
+        for name in list(state.running):
+            self._take_ticks(state, name, wall_now_s)
+        self._gauge(state, wall_now_s)
         if not state.running:
             return _CHECK_INTERVAL_S if state.version else _CHECK_NONE_INTERVAL_S
         dues = [running.next_s - wall_now_s for running in state.running.values() if running.next_s]

@@ -16,6 +16,8 @@ import jobworker.worker
 from jobworker.supervisor import main as service
 from jobworker.worker import Job, Producer
 from jobworker.worker.cli import main as tool
+from jobworker.worker.cron_config import parse_cron_tables
+from jobworker.worker.extension import extension
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore
 from jobworker.worker.testing import Harness
@@ -100,6 +102,8 @@ def test_a_configuration_file_is_understood(text: str, tmp_path: Path) -> None:
     parsed = service.make_context("jobworker-supervise", ["--config", str(file)]).params
     given = {name.replace("-", "_"): value for name, value in tomllib.loads(text).items()}
     assert given
+    tables = parse_cron_tables(given.pop("cron", []), [source.stream for source in extension().streams])
+    assert len(tables) == text.count("[[cron]]")
     assert {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in parsed.items()
