@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import orjson
 import pytest
@@ -17,9 +18,11 @@ from jobworker.worker.settings import Settings
 from jobworker.worker.store.cron import CronStore, StoredTable, Taken, TickJob
 from jobworker.worker.store.redis.connection import Reply
 from jobworker.worker.store.redis.lua import Command
+from jobworker.worker.store.redis.operator import OperatorStore
 from jobworker.worker.store.redis.reaper import RedisReaperStore
 from jobworker.worker.telemetry.metrics import MetricsBuffer
 from support.job_worlds import RedisWorld, World
+from support.redis_servers import RedisServer, free_port, require
 from support.service import SOON_S, eventually
 
 S = Source("stream:test", "cg-test")
@@ -202,3 +205,33 @@ def test_two_hosts_that_are_killed_between_all_commands_take_each_tick_once(redi
     )
     assert len(kills) > 10
     assert set(kills) == {"a", "b"}
+
+
+def test_on_a_cluster_the_tables_are_in_the_slot_of_their_stream(tmp_path: Path) -> None:
+    # Its own bus port: the usual one is 10,000 higher, which no high port has room for.
+    options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
+    server = RedisServer(require("valkey"), tmp_path, options=options).start()
+    try:
+        server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+        url = f"redis+cluster://127.0.0.1:{server.port}"
+        eventually(lambda: server.client.cluster("info")["cluster_state"] == "ok")
+        streams = (S, Source("stream:two", "cg"))
+        tables = tuple(CronTable(one.stream[-3:], "@every 1s", "report", one.stream) for one in streams)
+        store = RedisReaperStore(url)
+        settings = Settings(streams=streams, host="a", instance="x", cron=tables)
+        host = CronEnqueuer(store, settings, MetricsBuffer(), time.monotonic)
+
+        def every_stream_has_jobs() -> bool:
+            host.run_once()
+            return all(server.client.xlen(one.stream) >= 2 for one in streams)
+
+        eventually(every_stream_has_jobs)
+        operator = OperatorStore(url)
+        assert operator.find_streams().names == [one.stream for one in streams]
+        assert operator.cron_hash("stream:two").runs.keys() == {"two"}
+        operator.cron_pause("stream:two", "two", "")
+        assert operator.cron_resume("stream:two", "two")
+        for one in (operator, store):
+            one.close()
+    finally:
+        server.stop()

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -144,6 +145,12 @@ def test_the_handler_of_the_readme_does_what_it_says(capsys: pytest.CaptureFixtu
         harness.run()
         assert capsys.readouterr().out == "HELLO\n"
         assert [letter.reason for letter in harness.dead] == ["permanent"]
+
+
+def test_the_test_of_the_page_on_cron_passes() -> None:
+    names: dict[str, Any] = {}
+    exec(block_with("docs/cron.md", "class Report"), names)
+    names["test_a_report_each_night"]()
 
 
 def test_the_handler_and_the_tests_of_the_page_on_handlers_run(tmp_path: Path) -> None:
