@@ -163,9 +163,11 @@ class CronEnqueuer:
             try:
                 table = decode_table(data)
                 schedule = parse_schedule(table.schedule, table.timezone)
-                cursor_s = found.cursors_s[name]
-            except (ValueError, KeyError) as error:
-                error_text = f"{type(error).__name__}: {error}"
+            except ValueError as error:
+                log.error("cron.table_unusable", extra={"cron": name, "error": str(error)})
+                continue
+            if (cursor_s := found.cursors_s.get(name)) is None:
+                error_text = f"its last tick is missing: delete the key of {state.stream}'s cron tables"
                 log.error("cron.table_unusable", extra={"cron": name, "error": error_text})
                 continue
             state.running[name] = _Running(table, schedule, cursor_s, next_tick(schedule, cursor_s))

@@ -107,9 +107,10 @@ def test_missed_ticks_after_a_down_time(
 def test_a_host_that_was_suspended_takes_no_tick_of_the_others_for_missed(world: World) -> None:
     suspended = world.host(CATCH_UP, name="b")
     suspended.run_once()
-    world.run(world.host(CATCH_UP), 3 * HOUR + 10)
+    world.run(world.host(CATCH_UP), 4 * HOUR - 1)
+    world.now_s = START + 4 * HOUR
     suspended.run_once()
-    assert len(world.ids()) == 3
+    assert len(world.ids()) == 4
     assert world.count("missed_total") == 0
 
 
@@ -179,8 +180,22 @@ def test_tables_are_published_again_where_the_key_was_deleted(world: World) -> N
     host = world.host(HOURLY)
     world.run(host, 10)
     world.server.stream(S.stream).cron.clear()
+    world.run(host, 3)
+    assert MemoryStore(world.server).cron_hash(S.stream).tables.keys() == {"hourly"}
     world.run(host, HOUR)
     assert world.ids() == ["hourly:2026-01-02T01"]
+
+
+def test_a_table_without_its_last_tick_is_named_with_the_repair(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = world.host(HOURLY)
+    host.run_once()
+    del world.server.stream(S.stream).cron[b"last/hourly"]
+    with caplog.at_level(logging.ERROR):
+        world.run(host, HOUR + 10)
+    (record,) = caplog.records
+    assert "delete the key" in record.__dict__["error"]
 
 
 def test_a_table_of_a_later_version_is_named_and_the_others_run(
