@@ -37,7 +37,6 @@ from hosts import host_facts
 from tqdm import tqdm
 
 from jobworker.worker.safe_text import safe_json
-from jobworker.worker.supervision.slots import STANDBYS
 
 #: Timeout of a recovery in seconds; after it, the recovery counts as missed.
 _RECOVERY_WITHIN_S = 30.0
@@ -112,10 +111,7 @@ class Run:
 
     def _await_ready(self) -> None:
         give_up_at = time.monotonic() + LIMIT_S
-        # Including the standbys: the supervisor holds descriptors for them too.
-        while not all(
-            one.ready() and len(one.roles().get("spare", [])) == STANDBYS for one in self._services
-        ):
+        while not all(one.ready() for one in self._services):
             if time.monotonic() > give_up_at:
                 raise TimeoutError("the services do not become ready")
             time.sleep(POLL_S)  # a page sends no event

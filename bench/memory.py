@@ -112,7 +112,7 @@ def measure(jobs: int, large_jobs: int, still_jobs: int, seconds: float) -> dict
 
 def format_report(report: dict[str, Any]) -> str:
     """A table with one row a scenario."""
-    roles = ("supervisor", "reader", "reaper", "spare", "worker")
+    roles = ("supervisor", "forkserver", "reader", "reaper", "worker")
     rows = [("peak MiB", *roles)]
     rows += [
         (name, *(str(peaks.get(role, "-")) for role in roles)) for name, peaks in report["peak_mib"].items()

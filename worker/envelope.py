@@ -2,6 +2,7 @@
 
 import base64
 import decimal
+import hashlib
 
 # orjson does not show a key that stands twice.
 import json
@@ -11,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import orjson
+from msgspec.structs import force_setattr
 
 from .errors import MalformedJob
 
@@ -88,8 +90,19 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     entry_id: str
     retry_count: int
 
+    @property
+    def key(self) -> str:
+        """Name of the job's effects, 64 hexadecimal digits: safe in paths, URLs and headers, as `id` is not.
 
-def _exact_number(text: str) -> decimal.Decimal | float:
+        It is the same in each try, and in each job with this type, tenant, project and id.
+        """
+        names = (self.type, self.tenant_id, self.project_id, self.id)
+        joined = "".join(f"{len(name)}:{name}" for name in names)
+        return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def exact_number(text: str) -> decimal.Decimal | float:
+    """A number of JSON with a fraction or an exponent, with every digit. Raises ValueError beyond a float."""
     rounded = float(text)
     if math.isinf(rounded):
         raise ValueError("Number out of range")
@@ -104,7 +117,8 @@ _TYPE_WITHIN = 128
 
 _header = msgspec.json.Decoder(Header)
 _envelope = msgspec.json.Decoder(Envelope)
-_exact_envelope = msgspec.json.Decoder(Envelope, float_hook=_exact_number)
+_exact_envelope = msgspec.json.Decoder(Envelope, float_hook=exact_number)
+_payload = msgspec.json.Decoder()
 #: Members as bytes, to be written as they are: `orjson.Fragment` would need a copy of each.
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _encode_into = msgspec.json.Encoder().encode_into
@@ -127,7 +141,7 @@ def read_header(data: bytes, scratch: bytearray | None = None) -> Header:
         _encode_into(header, encoded)
         repeated = len(encoded) != len(data) and _repeats_a_key(data)
     except (ValueError, RecursionError) as error:  # both parsers' errors and bad UTF-8 are ValueErrors
-        raise MalformedJob(_why(error)) from None
+        raise MalformedJob(why_malformed(error)) from None
     if repeated:
         raise MalformedJob("a field stands twice")
     return header
@@ -144,13 +158,32 @@ def read_payload(data: bytes, exact_types: Set[str] = frozenset()) -> Envelope:
         envelope = _envelope.decode(data)
         return _exact_envelope.decode(data) if envelope.type in exact_types else envelope
     except (ValueError, RecursionError) as error:
-        raise MalformedJob(_why(error)) from None
+        raise MalformedJob(why_malformed(error)) from None
 
 
-def payload_parser(exact_types: Set[str]) -> Callable[[bytes], Envelope]:
-    """`read_payload` for many jobs. It may raise ValueError or RecursionError too."""
-    if not exact_types:
-        return _envelope.decode
+def payload_parser(exact_types: Set[str], raw_types: Set[str] = frozenset()) -> Callable[[bytes], Header]:
+    """`read_payload` for many jobs. It may raise ValueError or RecursionError too.
+
+    Payloads of ``raw_types`` stay bytes: their handlers parse them into a type of their own.
+    """
+    parse = _exact_parser(exact_types) if exact_types else _envelope.decode
+    if not raw_types:
+        return parse
+
+    def parse_others(data: bytes) -> Header:
+        header = _header.decode(data)
+        if header.type in raw_types:
+            return header
+        if header.type in exact_types:
+            return parse(data)
+        # Quicker than parsing the whole job again.
+        force_setattr(header, "payload", _payload.decode(header.payload))
+        return header
+
+    return parse_others
+
+
+def _exact_parser(exact_types: Set[str]) -> Callable[[bytes], Envelope]:
     marks = [b'"%s"' % name.encode() for name in exact_types]
 
     def parse(data: bytes) -> Envelope:
@@ -180,7 +213,8 @@ def _is_valid(data: bytes) -> bool:
     return True
 
 
-def _why(error: Exception) -> str:
+def why_malformed(error: Exception) -> str:
+    """What an error of a parser says about the job."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return str(error)
@@ -207,7 +241,7 @@ def _repeats_a_key_by_parsing(data: bytes) -> bool:
     return len(set(keys)) < len(keys)
 
 
-def job_of(envelope: Envelope, stream: str, entry_id: str) -> Job:
+def job_of(envelope: Header, stream: str, entry_id: str) -> Job:
     """The handler's view of a job."""
     return Job(
         envelope.id,

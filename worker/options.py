@@ -9,6 +9,7 @@ from typing import Any
 import click
 import msgspec
 
+from .app import app_handlers, parse_app
 from .config_file import misspelt_variables, read_config
 from .errors import ConfigurationError
 from .extension import extension
@@ -124,7 +125,10 @@ _WORK = [
             [f"{s.stream}={s.group}" for s in extension().streams], multiple=True),
     option("--handler", "TYPE=module:Class to run a type by; repeatable, adds to or replaces the builtin.",
             multiple=True),
-    option("--no-builtin-handlers", "Run only the types given by --handler.", False, is_flag=True),
+    option("--app", "Module whose @job functions and handler classes to run; repeatable.", multiple=True),
+    option("--reload", "For development: restart the workers when a source file of --app or --handler "
+            "changes.", False, is_flag=True),
+    option("--no-builtin-handlers", "Run only the types given by --app and --handler.", False, is_flag=True),
     option("--job-timeout", "Limit where neither type nor job names one (seconds, or 5m).", 300.0, SECONDS),
     option("--linger", "How long an idle worker waits for more jobs where its handler takes several at "
             "once (seconds). A batch forms while the one before it runs, also with 0.", 0.0,
@@ -161,6 +165,8 @@ _SERVICE = [
     option("--log-level", "How much is logged.", "info",
             click.Choice(["debug", "info", "warning", "error"])),
     option("--log-format", "[default: text on a terminal, else json]", None, click.Choice(["json", "text"])),
+    option("--log-limit", "Most lines of one event (one message of one logger) in 10 s, by each process; the "
+            "others are counted in one line; 0 for no limit.", 100, Count(0)),
 ]  # fmt: skip
 
 
@@ -185,15 +191,15 @@ def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 #: The options that most services need; those of the built-in types follow. Each is in one group only.
-_FIRST = ("redis-url", "data-dir", "procs", "handler", "stream", "instance", "metrics-addr", "config")
+_FIRST = ("redis-url", "data-dir", "procs", "app", "handler", "stream", "instance", "metrics-addr", "config")
 #: Groups of the other options of the engine; those of the built-in types follow.
 _GROUPS = {
-    "Work": ("no-builtin-handlers", "job-timeout", "linger", "max-payload"),
+    "Work": ("no-builtin-handlers", "reload", "job-timeout", "linger", "max-payload"),
     "Worker replacement": ("max-rss", "max-jobs", "max-age", "drain-timeout"),
     "Retries": ("max-retries", "retry-initial", "retry-multiplier", "retry-max", "retry-jitter"),
     "Stores": ("valkey-port", "connect-timeout", "lease"),
 }
-_LOGS = {"Logs": ("log-level", "log-format")}
+_LOGS = {"Logs": ("log-level", "log-format", "log-limit")}
 
 
 class ServiceCommand(click.Command):
@@ -224,10 +230,14 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
     values["redis_url"] = _checked_redis_url(values["redis_url"])
     handlers = {} if values.pop("no_builtin_handlers") else dict(extension().handlers)
     given = dict(parse_handler(text) for text in values.pop("handler"))
-    handlers |= {name: extension().moved.get(target, target) for name, target in given.items()}
+    given = {name: extension().moved.get(target, target) for name, target in given.items()}
+    values["apps"] = tuple(dict.fromkeys(parse_app(text) for text in values.pop("app")))
+    if values["apps"]:
+        handlers |= app_handlers(values["apps"], handlers, given)
+    handlers |= given
     if not handlers:
         raise ConfigurationError(
-            "no handler: give --handler TYPE=module:Class, or drop --no-builtin-handlers"
+            "no handler: give --app MODULE or --handler TYPE=module:Class, or drop --no-builtin-handlers"
         )
     if len(handlers) > _MOST_KINDS or len(values["stream"]) > _MOST_KINDS:
         raise ConfigurationError(f"at most {_MOST_KINDS} types and as many streams")

@@ -118,8 +118,9 @@ def test_a_service_with_a_wrong_table_does_not_start(tmp_path: Path, text: str, 
         env={**os.environ, "JOBWORKER_REDIS_URL": "redis://127.0.0.1:1"},
     )  # fmt: skip
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert says in done.stderr
-    assert str(file) in done.stderr
+    error = json.loads(done.stderr)["error"]
+    assert says in error
+    assert str(file) in error
 
 
 class TestVerbs:

@@ -134,7 +134,7 @@ def busiest(one: Service) -> dict[str, float]:
 
 def started(one: Service) -> dict[str, int]:
     """Process ids of those that have work to do."""
-    return {role: pid for role, pid in one.roles().items() if not role.startswith("spare")}
+    return {role: pid for role, pid in one.roles().items() if role != "forkserver"}
 
 
 def assert_consuming(one: Service) -> None:

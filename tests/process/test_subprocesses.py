@@ -56,7 +56,11 @@ def test_they_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
     with ending(Service(tmp_path, handlers("Spawner"), procs=1)) as one:
         one.start()
         hold(one)
-        one.wait_for_successor("guard", one.kill_role("guard"))
+        guard = one.kill_role("guard")
+        one.wait_for_successor("guard", guard)
+        (exited,) = eventually(lambda: one.logged("child.exited", child="guard"))
+        assert (exited["process_id"], exited["cause"]) == (guard, "SIGKILL")
+        eventually(lambda: one.metric("z_novel_worker_restarts_total", role="guard", cause="SIGKILL") == 1)
         one.kill()
         eventually(lambda: not one.everyone())
 

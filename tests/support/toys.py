@@ -8,12 +8,14 @@ import asyncio
 import ctypes
 import json
 import logging
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import shared_memory
 from pathlib import Path
 from typing import NamedTuple
 
@@ -182,6 +184,28 @@ class Spawner(Recorded):
         if "gate" in job.payload:
             record("spawned", [job])
             Gate().work(job)
+
+
+class Multiprocess(Recorded):
+    """Uses `multiprocessing` as a program of its own does: default start method, named shared memory."""
+
+    def work(self, job: Job) -> None:
+        assert multiprocessing.get_start_method() == "fork"
+        memory = shared_memory.SharedMemory(create=True, size=8)
+        try:
+            child = multiprocessing.Process(target=_fill, args=(memory.name,))
+            child.start()
+            child.join()
+            assert (child.exitcode, memory.buf[0]) == (0, 7)
+        finally:
+            memory.close()
+            memory.unlink()
+
+
+def _fill(name: str) -> None:
+    memory = shared_memory.SharedMemory(name)
+    memory.buf[0] = 7
+    memory.close()
 
 
 class Batch:

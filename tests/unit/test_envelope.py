@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -17,6 +18,7 @@ from jobworker.worker.envelope import (
     MAX_LAST_ERROR_CHARS,
     OVERSIZED_KEPT_BYTES,
     DeadJob,
+    Job,
     dead_letter,
     job_of,
     payload_parser,
@@ -345,3 +347,16 @@ def test_only_types_that_ask_for_exact_numbers_get_them(data: bytes, number: Any
 def test_every_parser_refuses_a_malformed_payload(exact: frozenset[str], payload: bytes) -> None:
     with pytest.raises((MalformedJob, ValueError)):
         payload_parser(exact)(b'{"id":"a","type":"t","payload":%s}' % payload)
+
+
+def test_a_jobs_key_names_it_alone_and_is_safe_in_a_path() -> None:
+    def key(*, id: str = "a", type: str = "t", tenant: str = "", project: str = "", tries: int = 0) -> str:
+        return Job(id, type, tenant, project, None, {}, "", "s", "1-1", tries).key
+
+    others = [
+        key(id="b"), key(type="u"), key(tenant="a"), key(project="a"), key(id="../a"), key(id="A"),
+        key(id="1:a"), key(tenant="t", id="ta"), key(tenant="tt", id="a"), key(id="\ud800"),
+    ]  # fmt: skip
+    assert key() == key(tries=3)
+    assert len({key(), *others}) == 1 + len(others)
+    assert all(re.fullmatch("[0-9a-f]{64}", one) for one in others)

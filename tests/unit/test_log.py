@@ -3,9 +3,12 @@
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +55,15 @@ NOISY = ("httpx", "sentence_transformers", "urllib3", "pymilvus")
 )
 def test_passwords_in_urls_are_replaced(text: str, safe: str) -> None:
     assert redacted(text) == safe
+
+
+@contextmanager
+def restored_hooks() -> Iterator[None]:
+    """Undo what `configure` sets beside the loggers."""
+    hooks = sys.excepthook, threading.excepthook
+    yield
+    sys.excepthook, threading.excepthook = hooks
+    logging.captureWarnings(False)
 
 
 @pytest.fixture
@@ -115,6 +127,24 @@ def test_a_text_line(stderr: Callable[[], str]) -> None:
     logs.set_up("reader", "info", "text")
     logging.getLogger("jobworker.x").warning("lease.lost", extra={"entries": 3})
     assert stderr().rstrip().endswith("warning reader: lease.lost entries=3")
+
+
+def test_a_text_line_has_the_date_unless_a_terminal_shows_it(stderr: Callable[[], str]) -> None:
+    logs.set_up("reader", "info", "text")
+    logging.getLogger("jobworker.x").warning("lease.lost")
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d warning reader", stderr())
+    record = logging.makeLogRecord({"msg": "lease.lost", "levelname": "WARNING"})
+    assert re.match(r"\d\d:\d\d:\d\d warning reader", TextFormatter("reader").format(record))
+
+
+@pytest.mark.parametrize(("limit", "written"), [(3, 3), (0, 150)])
+def test_the_limit_of_lines_is_an_option(stderr: Callable[[], str], limit: int, written: int) -> None:
+    settings = HandlerSettings(log_format="text", log_limit=limit)
+    with restored_hooks():
+        logs.configure("worker 0", settings, {})
+    for number in range(150):
+        logging.getLogger("mine").info("page %d", number)
+    assert stderr().count("page") == written
 
 
 HOSTILE = "x\n12:00:01 info reader: forged\r\x1b[2J\x9b2J\u202eabc\u2066\u200f\u061c\u2028\x7f\ud800"

@@ -19,13 +19,19 @@ DOORS = {
     "valkey": [],
     "prometheus_client": ["worker/telemetry/prometheus.py"],
     "opentelemetry": ["worker/telemetry/otel.py", "worker/telemetry/otel_context.py"],
+    "pydantic": ["worker/payload_types.py"],
     "starlette": ["worker/web/*.py"],
     "uvicorn": ["worker/web/serve.py"],
     "jinja2": ["worker/web/rendering.py"],
     "pymilvus": ["handlers/vectors/milvus/*.py", "handlers/rebuild/milvus.py"],
     "milvus_lite": ["handlers/vectors/milvus/lite_server.py"],
     "cronsim": ["worker/cron_schedule.py"],
-    "torch": ["handlers/encoder/base.py", "handlers/encoder/torch.py", "handlers/encoder/convert.py"],
+    "torch": [
+        "handlers/encoder/base.py",
+        "handlers/encoder/torch.py",
+        "handlers/encoder/packed_bert.py",
+        "handlers/encoder/convert.py",
+    ],
     "sentence_transformers": ["handlers/encoder/torch.py", "handlers/encoder/convert.py"],
     "transformers": ["handlers/encoder/torch.py", "handlers/encoder/convert.py"],
 }
@@ -34,7 +40,8 @@ DOORS = {
 CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
-    *("urls", "process_env", "cgroup", "cron_schedule", "cron_table", "durations"),
+    *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing"),
+    *("cron_schedule", "cron_table", "durations"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
@@ -55,6 +62,7 @@ BELOW: dict[str, set[str]] = {
     "cli": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
     "web": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
     "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision"},
+    "preload": {*IPC, "store", "reader", "runner", "reaper", "supervision", "boot"},
     "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin", "cron_config"},
 }
 #: Command modules import their face when they are called: `jobworker web` starts the page.
@@ -72,7 +80,7 @@ PUBLIC = {
 }
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")
-COMPOSERS = {"boot", "testing", "producer", "scripted_redis", "admin", "cli", "web"}
+COMPOSERS = {"boot", "preload", "testing", "producer", "scripted_redis", "admin", "cli", "web"}
 #: Decisions without input or output: they import each other, the standard library, msgspec and orjson.
 PURE = {
     *("worker." + name for name in ("envelope", "outcome", "keys", "errors")),

@@ -59,12 +59,12 @@ def enqueue(
 ) -> None:  # fmt: skip
     """Send a job of TYPE, or one for each line of --lines.
 
-    Exit code 0: the job store has accepted every job. After an interruption some jobs were sent. Give each
-    line its own id: then the whole file can be sent again.
+    Exit code 0: the job store has accepted every job. After an interruption some jobs were sent. A file that
+    is sent again runs its jobs again, also under the same ids: the service does not deduplicate. Idempotent
+    handlers then leave one effect if each line has its own id.
 
     \b
-    jobworker enqueue shout --tenant t1 --project p1 \\
-        --payload '{"tenant_id": "t1", "project_id": "p1", "ids": ["s1"], "texts": ["It rained."]}'
+    jobworker enqueue shout --tenant t001 --payload '{"text": "hello"}'
     jobworker enqueue --lines jobs.jsonl
     jobworker enqueue audit --lines - < events.jsonl      # lines like {"payload": {"who": "me"}}
     """

@@ -20,7 +20,7 @@ from ..settings import Settings
 from . import line_writer
 from .current_job import current_log_fields
 from .line_writer import LineWriter, write_all
-from .log_limit import RateLimitFilter, is_summary
+from .log_limit import DEFAULT_MAX_LINES, RateLimitFilter, is_summary
 
 #: Text before the password of any URL: ``scheme://user:`` or ``scheme://:``.
 _BEFORE_PASSWORD = re.compile(r"(?<=\w://)[^\s:/@]*:")
@@ -183,15 +183,16 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Text lines: ``12:00:01 warning reader: lease.lost entries=3``."""
+    """Text lines: ``12:00:01 warning reader: lease.lost entries=3``, with the date if asked for."""
 
-    def __init__(self, role: str) -> None:
+    def __init__(self, role: str, *, with_date: bool = False) -> None:
         super().__init__()
         self._role = role
+        self._clock_format = "%Y-%m-%d %H:%M:%S" if with_date else "%H:%M:%S"
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, followed by the indented traceback if there is one. No field can start a line."""
-        clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
+        clock = datetime.fromtimestamp(record.created).strftime(self._clock_format)
         line = f"{clock} {record.levelname.lower():7} {self._role}: {_text(record.getMessage())}"
         lines = [" ".join([line, *(f"{key}={value}" for key, value in _fields(record).items())])]
         if exception := _exception(self, record):
@@ -205,9 +206,9 @@ class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
     A stream without a descriptor, as tests and notebooks have it, is written directly.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_lines: int) -> None:
         super().__init__(sys.stderr)
-        self._rate_limit = RateLimitFilter(self._emit_unfiltered)
+        self._rate_limit = RateLimitFilter(self._emit_unfiltered, max_lines=max_lines)
         self.addFilter(self._rate_limit)
         self._encoding = str(getattr(sys.stderr, "encoding", None) or "utf-8")
         self._writer = self._open_writer()
@@ -268,7 +269,7 @@ def configure(role: str, settings: Settings, environment: Mapping[str, str]) -> 
     them.
     """
     set_secrets(secrets_of(settings, environment))
-    set_up(role, settings.log_level, settings.log_format)
+    set_up(role, settings.log_level, settings.log_format, settings.log_limit)
     logging.captureWarnings(True)
     sys.excepthook = _log_crash
     threading.excepthook = _log_thread_crash
@@ -283,10 +284,15 @@ def _log_thread_crash(args: threading.ExceptHookArgs) -> None:
         _log_crash(args.exc_type, args.exc_value, args.exc_traceback)
 
 
-def set_up(role: str, level: str, form: str) -> None:
-    """Send the lines of every logger to stderr. ``form`` is ``json`` or ``text``."""
-    handler = _StderrHandler()
-    handler.setFormatter(JsonFormatter(role) if form == "json" else TextFormatter(role))
+def set_up(role: str, level: str, form: str, max_lines: int = DEFAULT_MAX_LINES) -> None:
+    """Send the lines of every logger to stderr. ``form`` is ``json`` or ``text``.
+
+    ``max_lines`` is that of the log rate limiter.
+    """
+    handler = _StderrHandler(max_lines)
+    on_terminal = bool(sys.stderr and sys.stderr.isatty())
+    text_formatter = TextFormatter(role, with_date=not on_terminal)
+    handler.setFormatter(JsonFormatter(role) if form == "json" else text_formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
