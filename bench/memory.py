@@ -81,7 +81,10 @@ def with_stalled_peer(url: str, jobs: int, seconds: float) -> dict[str, int]:
         at = f"127.0.0.1:{peer.getsockname()[1]}"
         with (
             filled(url, jobs, large_job(_STALLED_BYTES), 100) as backlog,
-            service(url, backlog, "bench_handlers:WaitsForPeer", 2, BENCH_PEER=at) as pid,
+            # Its jobs never end: a drain would wait for its whole limit.
+            service(
+                url, backlog, "bench_handlers:WaitsForPeer", 2, BENCH_PEER=at, JOBWORKER_DRAIN_TIMEOUT="0.5"
+            ) as pid,
         ):
             backlog.release(jobs)
             time.sleep(seconds)  # the measurement is a length of time

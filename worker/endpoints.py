@@ -18,6 +18,7 @@ DEFAULT_DATA_DIR = "./jobworker-data"
 #: Environment variables of the service and of its clients.
 REDIS_URL_VARIABLE = "JOBWORKER_REDIS_URL"
 DATA_DIR_VARIABLE = "JOBWORKER_DATA_DIR"
+STREAM_VARIABLE = "JOBWORKER_STREAM"
 #: Largest file that is read: ours has some hundred bytes.
 _MAX_BYTES = 64 * 1024
 
@@ -26,11 +27,11 @@ def store_url(environment: Mapping[str, str] = os.environ) -> str:
     """URL of the job store for a program that names none; it may hold a password.
 
     ``JOBWORKER_REDIS_URL`` wins; else the service of ``JOBWORKER_DATA_DIR`` (``./jobworker-data``) is used.
-    Raises `ConfigurationError` if neither names a store.
+    Raises `ConfigurationError` if neither names a store, or if a variable is set and empty.
     """
-    if url := environment.get(REDIS_URL_VARIABLE):
-        return url
-    named = environment.get(DATA_DIR_VARIABLE)
+    if given := _filled(environment, REDIS_URL_VARIABLE):
+        return given
+    named = _filled(environment, DATA_DIR_VARIABLE)
     data_dir = named or DEFAULT_DATA_DIR
     url = read_endpoints(data_dir).get("redis_url")
     if not isinstance(url, str) or not url:
@@ -40,6 +41,21 @@ def store_url(environment: Mapping[str, str] = os.environ) -> str:
             "to the --data-dir of a service on this machine"
         )
     return url
+
+
+def _filled(environment: Mapping[str, str], variable: str) -> str:
+    """The value; empty if it is not set. A secret that was not filled in must not select another store."""
+    value = environment.get(variable)
+    if value is not None and not value.strip():
+        raise ConfigurationError(f"{variable} is set and empty: give it a value, or unset it")
+    return value or ""
+
+
+def only_stream(environment: Mapping[str, str] = os.environ) -> str:
+    """The stream that ``JOBWORKER_STREAM`` names; empty if it is not set or names several. Raises
+    `ConfigurationError` if it is set and empty."""
+    names = [text.rpartition("=")[0] or text for text in _filled(environment, STREAM_VARIABLE).split()]
+    return names[0] if len(names) == 1 else ""
 
 
 def read_endpoints(data_dir: str) -> dict[str, Any]:

@@ -38,6 +38,9 @@ LAST_ERROR_FIELD = "jobworker_last_error"
 #: Longest such error, in characters. The payload limit counts it, so it must be short.
 MAX_LAST_ERROR_CHARS = 500
 
+#: Least and largest timeout that a job can set. Each timeout costs a worker, and its successor may need long
+#: to start; and a job that hangs must not occupy a worker for ever.
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.1, 86_400.0
 #: No job is tried so often; a count beyond is a mistake or an attack on arithmetic.
 _MOST_TRIES = 1_000_000
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from .app import app_handlers, parse_app
 from .config_file import misspelt_variables, read_config
@@ -27,8 +28,10 @@ from .settings import (
 from .urls import parse_redis_url
 
 ENV_PREFIX = "JOBWORKER"
-#: Key of `click.Context.meta`: path of the configuration file.
+#: Key of the configuration file's absolute path in the `meta` of the service's context.
 _CONFIG_FILE = f"{__name__}.config_file"
+#: Key of the configuration file's path in the `meta` of a verb's context.
+CONFIG_PATH = "jobworker.config"
 #: Longer than nothing.
 SECONDS = Duration(0.001)
 
@@ -50,6 +53,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: str | None) -
 def _read_config_of_service(context: click.Context, _: click.Parameter, path: str | None) -> None:
     """For a verb: what the service's file says of where it is."""
     if path is not None:
+        context.meta[CONFIG_PATH] = path
         names = {**_OF_VERBS, **_extended().VERB_OPTIONS}
         context.default_map = {names[name]: value for name, value in _table(path).items() if name in names}
 
@@ -78,12 +82,46 @@ def _parameter(option: str) -> str:
     return option.replace("-", "_")
 
 
+class ExplicitOption(click.Option):
+    """Option that refuses an empty value, also in its environment variable. A variable of a script, or a
+    secret, that was not filled in must not select the default."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """As click's. Raises `click.BadParameter` for a variable that is set and empty."""
+        named = [self.envvar] if isinstance(self.envvar, str) else list(self.envvar or ())
+        if ctx.auto_envvar_prefix and self.name:
+            named.append(f"{ctx.auto_envvar_prefix}_{self.name.upper()}")
+        for variable in named:
+            if not ctx.resilient_parsing and not os.environ.get(variable, variable).strip():
+                raise click.BadParameter(
+                    f"{variable} is set and empty: unset it for {self._default_in_words()}", ctx
+                )
+        return super().resolve_envvar_value(ctx)
+
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, ParameterSource]:
+        """As click's. Raises `click.BadParameter` for an empty value on the command line."""
+        value, source = super().consume_value(ctx, opts)
+        values = value if isinstance(value, list | tuple) else [value]
+        given = source is ParameterSource.COMMANDLINE and not ctx.resilient_parsing
+        if given and any(isinstance(one, str) and not one.strip() for one in values):
+            raise click.BadParameter(
+                f"an empty value: leave the option out for {self._default_in_words()}", ctx
+            )
+        return value, source
+
+    def _default_in_words(self) -> str:
+        """The default as the help text has it, such as the embedded store."""
+        text = (self.help or "").partition("[default: ")[2].rstrip("]")
+        return f"its default ({text})" if text else "its default"
+
+
 def option(name: str, text: str, default: Any = None, kind: Any = None, **more: Any) -> Callable[[Any], Any]:
     """An option that shows its default (where that says anything) and its environment variable."""
     shown = default not in (None, "") and not callable(default) and default is not False
     return click.option(
-        name, help=text, default=default, type=kind, show_default=shown, show_envvar=True, **more
-    )
+        name, cls=ExplicitOption, help=text, default=default, type=kind, show_default=shown, show_envvar=True,
+        **more,
+    )  # fmt: skip
 
 
 REDIS_URL = option(
@@ -105,8 +143,8 @@ DATA_DIR = option(
 def _config(callback: Callable[..., None], text: str) -> Callable[[Any], Any]:
     """Read before all other options, which take their defaults from it."""
     return click.option(
-        "--config", help=text, type=click.Path(exists=True, dir_okay=False), is_eager=True,
-        expose_value=False, callback=callback, envvar=f"{ENV_PREFIX}_CONFIG", show_envvar=True,
+        "--config", cls=ExplicitOption, help=text, type=click.Path(exists=True, dir_okay=False),
+        is_eager=True, expose_value=False, callback=callback, envvar=f"{ENV_PREFIX}_CONFIG", show_envvar=True,
     )  # fmt: skip
 
 

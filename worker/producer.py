@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 import msgspec
 import orjson
 
-from .endpoints import store_url
+from .endpoints import only_stream, store_url
 from .envelope import (
     MAX_METADATA_ENTRIES,
     MAX_METADATA_KEY_CHARS,
@@ -31,7 +31,7 @@ from .errors import MalformedJob, StoreUnavailable
 from .extension import extension
 from .safe_text import is_unicode
 from .settings import MAX_PAYLOAD_BYTES
-from .store.announcements import Announcement, suggestion
+from .store.announcements import Announcement, stream_for, suggestion
 from .store.ports import ProducerStore
 
 #: Jobs held back for one pipeline: enough to hide the round trip, little to lose when it fails.
@@ -39,8 +39,11 @@ _BATCH_JOBS = 1000
 
 #: Pairs of type and stream that are checked, each by one short call; beyond, a producer invents names.
 _MAX_CHECKED = 1000
-#: Time between two looks for services where none has run yet (seconds).
-_CHECK_INTERVAL_S = 60.0
+#: Time between two looks for services where none has run yet (seconds). Jobs of a type that is not built in
+#: may go to the wrong stream meanwhile.
+_CHECK_INTERVAL_S = 5.0
+#: How long a type is sent to the stream that a registered service named (seconds).
+_ROUTE_LIFETIME_S = 60.0
 
 #: Longest delay and timeout, a hundred years: the sum with the store's clock stays exact.
 _MAX_SECONDS = 3_155_760_000
@@ -73,6 +76,13 @@ class NewJob(NamedTuple):
     metadata: Mapping[str, str] | None = None
     delay: float | None = None
     timeout: float | None = None
+
+
+class _Route(NamedTuple):
+    """The stream of a type, and when the services are looked at again (monotonic seconds)."""
+
+    stream: str
+    mono_until_s: float
 
 
 class _StorePool:
@@ -131,8 +141,9 @@ class Producer:
     Threads may share one, and so may a process and its forked children: each thread that enqueues at the same
     time gets a connection of its own.
 
-    A job without ``stream`` goes where its type belongs; a type that is not built in goes to the first
-    default stream, ``stream:story:gen``.
+    A job without ``stream`` goes where its type belongs. A type that is not built in goes to a stream of a
+    registered service that handles it (``stream:story:gen`` if that service reads it, else its first one);
+    else to the one of ``JOBWORKER_STREAM`` if that names exactly one; else to ``stream:story:gen``.
     """
 
     def __init__(
@@ -147,6 +158,12 @@ class Producer:
         #: Pairs of type and stream that were compared with what the services announce.
         self._checked: set[tuple[str, str]] = set()
         self._mono_next_check_s = 0.0
+        #: Streams of types that are not built in.
+        self._routes: dict[str, _Route] = {}
+        #: The environment is not for a store of the caller's own, such as that of a test.
+        self._own_stream = only_stream() if store is None else ""
+        #: Types that were sent to the default stream because no service was registered.
+        self.guessed: set[str] = set()
 
     def enqueue(
         self,
@@ -162,6 +179,8 @@ class Producer:
         timeout: float | None = None,
     ) -> str:
         """Put one job on its stream, or let it wait ``delay`` seconds first; returns its id.
+
+        A service counts a ``timeout`` below 0.1 s as 0.1 s, and one above 24 h as 24 h.
 
         When this returns the store has acknowledged the job. Raises `ValueError` for a job that the service
         would refuse, `StoreUnavailable` when the store did not answer: the job may have been taken then, and
@@ -188,7 +207,7 @@ class Producer:
             for item in jobs:
                 job = _new_job(item)
                 id, data = encode_job(job, self._wall_now_s())
-                to = _stream(job, stream)
+                to = _named_stream(job, stream) or self._home_of(job.type)
                 self._check_destination(job.type, to)
                 ids.append(id)
                 self._put(waiting, to, job, data)
@@ -210,6 +229,34 @@ class Producer:
     ) -> None:
         self.close()
 
+    def _home_of(self, type: str) -> str:
+        """The stream of a type. Raises `StoreUnavailable` if a type of the user cannot be looked up: a guess
+        might leave the job on a stream that no service reads."""
+        if (built_in := extension().stream_of_type.get(type)) is not None:
+            return built_in
+        now_s = time.monotonic()
+        route = self._routes.get(type)
+        if route is None or route.mono_until_s <= now_s:
+            if len(self._routes) >= _MAX_CHECKED:
+                self._routes.clear()
+            self._routes[type] = route = self._find_route(type, now_s)
+        return route.stream
+
+    def _find_route(self, type: str, mono_now_s: float) -> _Route:
+        default = extension().streams[0].stream
+        services: list[Announcement] = []
+        if mono_now_s >= self._mono_next_check_s:
+            with self._stores.borrow() as store:
+                services = store.announcements()
+            self._note_services(services)
+        found = stream_for(type, services, default, self._wall_now_s())
+        if found is not None:
+            self._checked.add((type, found))
+            return _Route(found, mono_now_s + _ROUTE_LIFETIME_S)
+        if not services and not self._own_stream and len(self.guessed) < _MAX_CHECKED:
+            self.guessed.add(type)
+        return _Route(self._own_stream or default, mono_now_s + _CHECK_INTERVAL_S)
+
     def _check_destination(self, type: str, stream: str) -> None:
         """Warn once of a type or stream that no service has announced. One store call for each new pair."""
         if (type, stream) in self._checked or len(self._checked) >= _MAX_CHECKED:
@@ -217,8 +264,8 @@ class Producer:
         if time.monotonic() < self._mono_next_check_s:
             return
         services = self._announced_services()
-        if not services:  # no service has run yet: it finds the job when it starts
-            self._mono_next_check_s = time.monotonic() + _CHECK_INTERVAL_S
+        self._note_services(services)
+        if not services:
             return
         self._checked.add((type, stream))
         types = {name for service in services for name in service.types}
@@ -228,6 +275,10 @@ class Producer:
                 # The level is that of the caller of `enqueue` or `enqueue_many`.
                 text = f"no service of this deployment {verb} {name!r:.600}: {suggestion(name, known)}"
                 warnings.warn(text, UnknownDestination, stacklevel=4)
+
+    def _note_services(self, services: list[Announcement]) -> None:
+        if not services:  # no service has run yet: it finds the job when it starts
+            self._mono_next_check_s = time.monotonic() + _CHECK_INTERVAL_S
 
     def _announced_services(self) -> list[Announcement]:
         try:
@@ -301,12 +352,13 @@ def _new_job(item: NewJob | Mapping[str, Any]) -> NewJob:
     return NewJob(**item)
 
 
-def _stream(job: NewJob, default: str | None) -> str:
+def _named_stream(job: NewJob, default: str | None) -> str:
+    """The stream that the caller names; empty if the type decides. Raises ValueError."""
     for name in (job.stream, default):
         if name is not None and name != "":
             _check_text("stream", name)
             return name
-    return home_stream(job.type)
+    return ""
 
 
 def home_stream(type: str) -> str:

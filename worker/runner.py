@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from .envelope import Header, Job, job_of, payload_parser, why_malformed
+from .envelope import MAX_TIMEOUT_S, MIN_TIMEOUT_S, Header, Job, job_of, payload_parser, why_malformed
 from .errors import MalformedJob, MalformedPayload, PermanentError
 from .handler import BoundHandler
 from .ipc.channel import READY, STOPPING, Channel, JobFrame, OutcomeFrame
@@ -32,9 +32,6 @@ _HEALTH_EVERY_S = 5.0
 _ROOM_WITHIN_S = 60.0
 #: Most bytes of queued jobs. Large jobs stay in the ring, whose size is bounded, and no batch is much larger.
 _AHEAD_BYTES = 32 * 1024 * 1024
-#: Least and largest timeout that a job can set. Each timeout costs a worker, and its successor may need long
-#: to start; and a job that hangs must not occupy a worker for ever.
-MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.1, 86_400.0
 #: Shortest timeout of poll(), which rounds up. A shorter rest of the linger time is not waited for.
 _SHORTEST_POLL_S = 0.001
 

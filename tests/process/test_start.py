@@ -150,6 +150,7 @@ def test_an_unreachable_store_exits_5_when_the_connect_timeout_is_over(tmp_path:
     assert end_of(one) == 5
     assert 1.0 <= time.monotonic() - launched_s < 1.0 + SLACK_S
     assert "store.unreachable" in one.log_text
+    assert "no server listens at this address: check host and port in --redis-url" in one.log_text
     assert "wrong-horse" not in one.log_text
 
 

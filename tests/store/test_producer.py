@@ -21,6 +21,7 @@ from jobworker.worker.envelope import read_envelope, read_header
 from jobworker.worker.errors import ConfigurationError, StoreUnavailable
 from jobworker.worker.keys import Source
 from jobworker.worker.producer import NewJob, Producer, UnknownDestination
+from jobworker.worker.store.announcements import encode
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore
 from support.redis_servers import free_port, running
@@ -422,6 +423,62 @@ class TestWithoutUrl:
 def write(folder: Path, endpoints: dict[str, Any]) -> None:
     (folder / "endpoints.json").write_text(json.dumps(endpoints))
     (folder / "endpoints.json").chmod(0o600)
+
+
+@pytest.mark.parametrize("variable", ["JOBWORKER_REDIS_URL", "JOBWORKER_DATA_DIR"])
+def test_an_empty_variable_selects_no_other_store(variable: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{variable} is set and empty"):
+        store_url({variable: ""})
+
+
+class TestOwnTypes:
+    """Streams of types that are not built in."""
+
+    def announce(self, bench: Bench, service: str, *streams: str, type: str = "wc") -> None:
+        MemoryStore(bench.server).announce(service, [type], [Source(stream, "g") for stream in streams])
+
+    def test_a_registered_service_names_the_stream(self, bench: Bench) -> None:
+        self.announce(bench, "host/blue", "stream:audit:log", type="audit")
+        self.announce(bench, "host/green", "jobs:z", "jobs:a")
+        looks = count_looks(bench.producer)
+        bench.producer.enqueue_many([NewJob("wc"), NewJob("audit")])
+        bench.producer.enqueue("wc", {})
+        assert len(bench.jobs("jobs:z")) == 2, "the first stream of its table"
+        assert len(bench.jobs("stream:audit:log")) == 1, "built-in types stay on theirs"
+        assert len(looks) == 2, "one for each pair of type and stream"
+
+    def test_the_default_stream_is_preferred_if_a_service_of_the_type_reads_it(self, bench: Bench) -> None:
+        self.announce(bench, "host/a", "jobs:a")
+        self.announce(bench, "host/b", "jobs:b", "stream:story:gen")
+        bench.producer.enqueue("wc", {})
+        assert len(bench.jobs()) == 1
+
+    def test_a_running_service_is_preferred(self, bench: Bench) -> None:
+        self.announce(bench, "host/a", "jobs:old")
+        bench.server.services[b"host/a"] = encode(["wc"], [Source("jobs:old", "g")], WALL_S - 3600)
+        self.announce(bench, "host/b", "jobs:new")
+        bench.producer.enqueue("wc", {})
+        assert len(bench.jobs("jobs:new")) == 1
+
+    def test_without_a_service_the_one_stream_of_the_environment_is_used(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for value, stream in [("jobs:wc=workers", "jobs:wc"), ("a=b c=d", "stream:story:gen")]:
+            monkeypatch.setenv("JOBWORKER_STREAM", value)
+            monkeypatch.setattr("jobworker.worker.producer._redis", lambda _: MemoryStore(bench.server))
+            with Producer("redis://unused") as producer:
+                producer.enqueue("wc", {})
+                assert producer.guessed == ({"wc"} if stream == "stream:story:gen" else set())
+            assert len(bench.jobs(stream)) == 1
+
+    def test_a_failed_look_sends_nothing(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(_: MemoryStore) -> list[Any]:
+            raise StoreUnavailable("loading")
+
+        monkeypatch.setattr(MemoryStore, "announcements", fail)
+        with pytest.raises(StoreUnavailable):
+            bench.producer.enqueue("wc", {})
+        assert bench.jobs() == []
 
 
 class TestUnknownDestinations:

@@ -89,9 +89,9 @@ class TestConfigurationFileOfTheService:
             assert result.exit_code == {"doctor": 1, "url": 0}.get(path[-1], 5)
 
     def test_it_names_the_streams(self, file: Path) -> None:
-        result = CliRunner().invoke(main, ["doctor", "--config", str(file), "--stream", "no-group"])
+        result = CliRunner().invoke(main, ["doctor", "--config", str(file), "--stream", "=no-name"])
         assert (result.exit_code, "NAME=GROUP" in result.output) == (2, True), "the command line wins"
-        file.write_text('redis-url = "redis://127.0.0.1:1/0"\nstream = ["no-group"]\n')
+        file.write_text('redis-url = "redis://127.0.0.1:1/0"\nstream = ["=no-name"]\n')
         result = CliRunner().invoke(main, ["doctor", "--config", str(file)])
         assert (result.exit_code, "NAME=GROUP" in result.output) == (2, True)
 
@@ -202,6 +202,18 @@ def test_a_line_of_the_wrong_kind_is_told_with_its_number(line: str) -> None:
     assert (result.exit_code, "line 1: " in result.output) == (2, True), result.output
 
 
+@pytest.mark.parametrize("timeout", ["48h", "0", "0.05", "-1"])
+def test_a_timeout_that_a_service_would_change_is_refused(timeout: str) -> None:
+    given = ["enqueue", "wc", "--redis-url", "redis://127.0.0.1:1"]
+    result = CliRunner().invoke(main, [*given, "--timeout", timeout])
+    assert result.exit_code == 2
+    if timeout != "-1":
+        assert "is not between 100ms and 1d" in result.stderr
+    line = json.dumps({"timeout": 172_800})
+    result = CliRunner().invoke(main, [*given, "--lines", "-"], input=line)
+    assert (result.exit_code, "0.1 to 86,400 seconds" in result.stderr) == (2, True)
+
+
 EXACT = '{"n":1234567890123456789.50,"big":1180591620717411303424,"none":null}'
 
 
@@ -308,6 +320,17 @@ class TestUrl:
         file.write_text(file.read_text().replace(str(os.getpid()), str(2**22 + 1)))
         result = CliRunner().invoke(main, ["url", "milvus", "--data-dir", data_dir])
         assert (result.exit_code, "its last run" in result.stderr) == (0, True)
+
+    @pytest.mark.parametrize("verb", [["stats"], ["dlq", "list"], ["enqueue", "audit"]], ids=" ".join)
+    def test_verbs_say_that_the_service_is_stopped_and_how_to_start_it(
+        self, data_dir: str, verb: list[str]
+    ) -> None:
+        addresses = {"redis_url": "redis://127.0.0.1:1", "pid": 2**30}
+        Path(data_dir, "endpoints.json").write_text(json.dumps(addresses))
+        result = CliRunner().invoke(main, [*verb, "--data-dir", data_dir])
+        assert result.exit_code == 5
+        assert "is stopped" in result.stderr
+        assert f"jobworker-supervise --data-dir {data_dir}" in result.stderr
 
     def test_an_address_that_is_not_known_is_told(self) -> None:
         result = CliRunner().invoke(main, ["url", "milvus", "--redis-url", "redis://127.0.0.1:1"])

@@ -40,7 +40,7 @@ DOORS = {
 CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
-    *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing"),
+    *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing", "store_advice"),
     *("cron_schedule", "cron_table", "durations"),
 }
 IPC = {*CORE, "telemetry", "ipc"}

@@ -15,11 +15,11 @@ from ..admin.cron import (
     read_cron,
     select_entries,
 )
-from ..admin.deployment import parse_sources
+from ..admin.deployment import StreamTable
 from ..admin.words import format_duration, strip_control
 from ..cron_table import tick_text
 from ..keys import Source
-from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, echo_json, table, verb
+from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, echo_json, print_table, verb, with_deployment
 
 if TYPE_CHECKING:  # the client library takes a while to load
     from ..store.redis.operator import OperatorStore
@@ -38,8 +38,9 @@ def cron() -> None:
     """
 
 
-def _sources(store: "OperatorStore", streams: tuple[str, ...]) -> list[Source]:
-    return cron_sources(parse_sources(streams) if streams else [], store.announcements())
+def _sources(store: "OperatorStore", streams: tuple[str, ...], *, need_group: bool = False) -> list[Source]:
+    given = StreamTable(streams, need_group=need_group).sources(store) if streams else []
+    return cron_sources(given, store.announcements())
 
 
 @verb(cron, "list")
@@ -57,7 +58,7 @@ def list_tables(url: str, streams: tuple[str, ...], as_json: bool) -> None:
     from ..store.redis.operator import OperatorStore
 
     store = OperatorStore(url)
-    sources = {source.stream: source for source in _sources(store, streams)}
+    sources = {source.stream: source for source in _sources(store, streams, need_group=True)}
     found = read_cron(store, sources)
     entries = cron_entries(found)
     states = [last_state(store, sources[entry.table.stream], entry) for entry in entries]
@@ -70,7 +71,7 @@ def list_tables(url: str, streams: tuple[str, ...], as_json: bool) -> None:
     for text in late_entries(entries):
         click.echo(strip_control(text), err=True)
     for stream, service, _ in differing:
-        text = f"{service} has other tables for {stream} in its file: jobworker doctor"
+        text = f"{service} has other tables for {stream} in its file: {with_deployment('jobworker doctor')}"
         click.echo(strip_control(text), err=True)
 
 
@@ -87,7 +88,7 @@ def _print(entries: list[CronEntry], states: list[str], wall_now_s: float) -> No
         ]
         for entry, state in zip(entries, states, strict=True)
     ]
-    table(["NAME", "SCHEDULE", "TIMEZONE", "TYPE", "NEXT", "LAST"], rows)
+    print_table(["NAME", "SCHEDULE", "TIMEZONE", "TYPE", "NEXT", "LAST"], rows)
 
 
 def _next(entry: CronEntry, wall_now_s: float) -> str:

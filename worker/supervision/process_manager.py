@@ -28,6 +28,7 @@ from ..ipc.control import (
 )
 from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings, cores
+from ..store_advice import store_advice
 from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.prometheus import PrometheusCollector
 from .forkserver import ForkServer
@@ -425,7 +426,8 @@ class ProcessManager:
             reader = self._reader.child
             if now > self._mono_connect_by_s and not (reader and reader.ready):
                 trouble = reader.trouble if reader else None
-                log.critical("store.unreachable", extra={"error": trouble})
+                hint = store_advice(trouble or "")
+                log.critical("store.unreachable", extra={"error": trouble, "hint": hint})
                 self._exit_code = Exit.STORE_UNREACHABLE
             elif any(slot.backoff.exits_before_ready >= _MAX_START_ATTEMPTS for slot in self._slots):
                 self._exit_code = Exit.BOOT_FAILED

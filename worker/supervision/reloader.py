@@ -100,8 +100,7 @@ class Reloader:
             self._process = Command("app listing", command, [self._answer_fd], now)
         except OSError as error:  # short of processes or memory: the next change tries again
             os.close(self._answer_fd)
-            _log_failure(str(error))
-            self._known = self._known or set()
+            self._fail(error)
 
     def _continue_listing(self, process: Command, now: float) -> Restart | None:
         exited = process.collect()
@@ -112,11 +111,17 @@ class Reloader:
         try:
             return self._judge(read_listing(self._answer_fd, exited.cause))
         except ConfigurationError as error:
-            _log_failure(str(error))
-            self._known = self._known or set()
+            self._fail(error)
             return None
         finally:
             self._end_listing(process)
+
+    def _fail(self, error: Exception) -> None:
+        """Log why the modules cannot be imported. The types stay those with which the service has started."""
+        _log_failure(str(error))
+        if self._known is None:
+            of_apps = tuple(f"{name}{end}" for name in self._apps for end in ".:")
+            self._known = {one for one in self._handlers.items() if one[1].startswith(of_apps)}
 
     def _end_listing(self, process: Command) -> None:
         process.close()

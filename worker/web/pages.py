@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from ..admin.dead_letters import Cursor, DeadLetterQueue, Letter, LetterFilter
+from ..admin.deployment import StreamTable
 from ..admin.find_job import OVERDUE_S, SILENT_S, JobFinder, JobLocation
 from ..admin.overview import Overview
 from ..admin.retries import RetrySet
@@ -44,7 +45,7 @@ class Site:
     """What the pages are made of. ``open_store`` opens a connection for one request; ``fetch_services``
     fetches the status of the services that answer."""
 
-    sources: list[Source]
+    table: StreamTable
     history: History
     tasks: BackgroundTasks
     renderer: Renderer
@@ -53,9 +54,14 @@ class Site:
     show_payloads: bool
 
     @property
+    def sources(self) -> list[Source]:
+        """The streams of the last snapshot."""
+        return self.table.latest
+
+    @property
     def streams(self) -> list[str]:
-        """Names of the streams."""
-        return [source.stream for source in self.sources]
+        """Their names, each once."""
+        return list(dict.fromkeys(source.stream for source in self.sources))
 
     @contextmanager
     def store(self) -> Iterator[OperatorStore]:

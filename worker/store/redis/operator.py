@@ -114,6 +114,10 @@ class OperatorStore(RedisCronStore):
 
     # -- where a job is
 
+    def exists(self, stream: str) -> bool:
+        """Whether the store has the stream's key."""
+        return bool(self.one(stream, ("EXISTS", stream)))
+
     def group(self, source: Source) -> GroupState | None:
         """The state of a group; None where it or its stream does not exist."""
         groups, consumers = self.call(
