@@ -134,7 +134,11 @@ class TestVerbs:
                 "stream": STREAM, "missed": "skip", "last": None, "last_job_id": None, "last_state": None,
                 "late_s": 0.0, "paused": None,
             }  # fmt: skip
-            (id,) = run_json(store, "cron", "run", "nightly")["enqueued"].values()
+            (named,) = run_json(store, "cron", "list", "--stream", STREAM)["cron"]
+            assert named["name"] == "nightly"
+            elsewhere = run(store, "cron", "list", "--stream", "stream:elsewhere=workers")
+            assert "there is no stream 'stream:elsewhere'" in elsewhere.stderr
+            (id,) = run_json(store, "cron", "run", "nightly", "--stream", STREAM)["enqueued"].values()
             assert id.startswith("cron:nightly:run:")
             one.wait_for_end(id)
             run(store, "cron", "pause", "nightly", "--note", "import")

@@ -19,7 +19,17 @@ from ..admin.deployment import StreamTable
 from ..admin.words import format_duration, strip_control
 from ..cron_table import tick_text
 from ..keys import Source
-from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, echo_json, print_table, verb, with_deployment
+from .common import (
+    AS_JSON,
+    BAD_NEWS,
+    STREAMS,
+    CliGroup,
+    echo_json,
+    echo_unread_streams,
+    print_table,
+    verb,
+    with_deployment,
+)
 
 if TYPE_CHECKING:  # the client library takes a while to load
     from ..store.redis.operator import OperatorStore
@@ -59,6 +69,7 @@ def list_tables(url: str, streams: tuple[str, ...], as_json: bool) -> None:
 
     store = OperatorStore(url)
     sources = {source.stream: source for source in _sources(store, streams, need_group=True)}
+    echo_unread_streams(store, list(sources) if streams else [])
     found = read_cron(store, sources)
     entries = cron_entries(found)
     states = [last_state(store, sources[entry.table.stream], entry) for entry in entries]
