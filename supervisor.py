@@ -13,12 +13,14 @@ from typing import Any
 import click
 import setproctitle
 
+from jobworker.worker.cron_config import load_cron_tables
 from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.extension import extension, require_extras
 from jobworker.worker.keys import Holder
 from jobworker.worker.options import (
     ENV_PREFIX,
+    config_file,
     service_options,
     settings_from,
     unknown_variables,
@@ -168,6 +170,7 @@ class Supervisor:
 
     def _handle_signal(self, number: signal.Signals) -> Exit | None:
         if number == signal.SIGHUP:
+            self._reload_cron()
             self._restart_workers()
         elif number in (signal.SIGTERM, signal.SIGINT):
             if self.start_again:
@@ -175,6 +178,20 @@ class Supervisor:
                 return None  # it drains already
             return self._stop(number, time.monotonic())
         return None
+
+    def _reload_cron(self) -> None:
+        """Read the cron tables again; those of before stay where the file is wrong."""
+        try:
+            tables = load_cron_tables(self._settings)
+        except ConfigurationError as error:
+            log.error(
+                "cron.rejected", extra={"error": str(error), "hint": "the tables of before stay in force"}
+            )
+            return
+        if tables != self._settings.cron:
+            log.info("cron.reloaded", extra={"names": [table.name for table in tables]})
+            self._settings = replace(self._settings, cron=tables)
+            self._processes.set_cron(tables)
 
     def _stop(self, number: signal.Signals, now: float) -> Exit | None:
         """Begin a drain, or stop now if one has begun."""
@@ -367,7 +384,8 @@ def main(**options: Any) -> None:
     """
     prepare_process()
     try:
-        settings = settings_from(options, sys.stderr.isatty())
+        settings = replace(settings_from(options, sys.stderr.isatty()), config_file=config_file())
+        settings = replace(settings, cron=load_cron_tables(settings))
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
         logs.configure("supervisor", settings, os.environ)
         if settings.redis_url and (ignored := parse_redis_url(settings.redis_url).ignored):

@@ -12,6 +12,9 @@ import click
 _KINDS = {bool: "a boolean", int: "an integer", float: "a float", str: "a string", list: "an array",
           dict: "a table"}  # fmt: skip
 
+#: Arrays of tables that are no options: `cron_config` reads them.
+_TABLES = frozenset({"cron"})
+
 #: Names are compared up to this length; the time grows with its square.
 _LONGEST_NAME = 64
 
@@ -30,6 +33,8 @@ def read_config(path: str, parameters: Sequence[click.Parameter]) -> dict[str, A
     values: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("_", "-")
+        if key in _TABLES:
+            continue
         if name not in by_name:
             raise click.BadParameter(f"{path}: no option {key!r}{did_you_mean(name, by_name)}")
         if name in values:

@@ -69,9 +69,15 @@ def fence_key(stream: str, *, cluster: bool = False) -> str:
     return _derived("fence", stream, cluster)
 
 
+def cron_key(stream: str, *, cluster: bool = False) -> str:
+    """Hash: the cron tables whose jobs go to the stream, with the last tick of each (see
+    ``cron_publish.lua``)."""
+    return _derived("cron", stream, cluster)
+
+
 def base_stream(key: str) -> str:
     """The stream that a derived key belongs to; any other key itself."""
-    for prefix in ("retry:", "dlq:", "deaths:", "fence:"):
+    for prefix in ("retry:", "dlq:", "deaths:", "fence:", "cron:"):
         if key.startswith(prefix):
             stream = key.removeprefix(prefix)
             return stream[1:-1] if stream.startswith("{") and stream.endswith("}") else stream

@@ -28,6 +28,8 @@ from .settings import (
 from .urls import parse_redis_url
 
 ENV_PREFIX = "JOBWORKER"
+#: Key of the configuration file's absolute path in the `meta` of the service's context.
+_CONFIG_FILE = f"{__name__}.config_file"
 #: Key of the configuration file's path in the `meta` of a verb's context.
 CONFIG_PATH = "jobworker.config"
 #: Longer than nothing.
@@ -45,6 +47,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: str | None) -
     """Make the file's values the defaults; they have the options' own names."""
     if path is not None:
         context.default_map = {_parameter(name): value for name, value in _table(path).items()}
+        context.meta[_CONFIG_FILE] = os.path.abspath(path)
 
 
 def _read_config_of_service(context: click.Context, _: click.Parameter, path: str | None) -> None:
@@ -68,6 +71,11 @@ def unknown_variables(environ: Mapping[str, str]) -> Iterable[tuple[str, str]]:
     known = [f"{ENV_PREFIX}_{parameter.name}".upper() for parameter in _parameters()]
     other = [name for name in environ if name.startswith(_OF_OTHER_PROGRAMS)]
     return misspelt_variables({name: "" for name in environ if name not in other}, known, f"{ENV_PREFIX}_")
+
+
+def config_file() -> str:
+    """Absolute path of the file that the running command was given; empty if there is none."""
+    return str(click.get_current_context().meta.get(_CONFIG_FILE, ""))
 
 
 def _parameter(option: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import msgspec
 
 from .cgroup import usable_cpus
+from .cron_table import CronTable
 from .errors import ConfigurationError
 from .extension import extension, imported
 from .keys import NO_HOLDER, Holder, Source, is_derived
@@ -64,6 +65,9 @@ class Settings:
     linger_s: float = 0.0
     threads: int = 1
     holder: Holder = NO_HOLDER
+    #: The TOML file of `--config`; empty without one. `SIGHUP` reads its ``[[cron]]`` tables again.
+    config_file: str = ""
+    cron: tuple[CronTable, ...] = ()
 
     def to_json(self) -> bytes:
         """For a child of the service; it holds the secrets too, so it goes over a pipe only."""
@@ -76,7 +80,7 @@ class Settings:
 
     def public(self) -> dict[str, Any]:
         """The options without the secrets, for the log."""
-        left_out = {*self.secret_urls, *self.secret_tokens, "holder"}
+        left_out = {*self.secret_urls, *self.secret_tokens, "holder", "cron"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
 

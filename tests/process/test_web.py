@@ -13,6 +13,9 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 
+from jobworker.worker.cron_table import CronTable, digest, encode_table
+from jobworker.worker.store.cron import StoredTable
+from jobworker.worker.store.redis.operator import OperatorStore
 from jobworker.worker.web.server import MAX_CONNECTIONS
 from support.operator import COMMAND_S, run
 from support.redis_servers import RedisServer
@@ -141,6 +144,25 @@ class TestPages:
 
         eventually(shown)
         assert open_page.get("/healthz").body == "ok\n"
+
+    def test_cron_tables_are_shown_with_their_next_tick(self, open_page: Page, store: RedisServer) -> None:
+        tables = [
+            CronTable(name, "@hourly", "audit", STREAM, timezone="Europe/Berlin") for name in ("on", "off")
+        ]
+        stored = [StoredTable(table.name, table.rule, encode_table(table)) for table in tables]
+        cron = OperatorStore(store.url)
+        cron.cron_publish(STREAM, "host/blue", digest(tables), stored)
+        cron.cron_pause(STREAM, "off", "<b>import</b>")
+        cron.close()
+
+        def body() -> str:
+            text = open_page.get("/queues").body
+            return text if "<h2>Cron</h2>" in text else ""
+
+        shown = eventually(body)
+        assert "<code>@hourly</code> Europe/Berlin" in shown
+        assert re.search(r'data-label="Next in">\d+ (s|min)<', shown)
+        assert "&lt;b&gt;import&lt;/b&gt;" in shown
 
     def test_the_history_sends_only_new_samples(self, open_page: Page, store: RedisServer) -> None:
         def history(after: int) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jobworker.worker.keys import Source
 from jobworker.worker.store.announcements import Announcement
+from jobworker.worker.store.cron import CronHash, parse_cron_hash
 from jobworker.worker.store.operator import (
     START,
     Consumer,
@@ -49,6 +50,7 @@ class FakeOperatorStore:
         self.leased: dict[bytes, Lease] = {}
         self.scheduled: dict[str, list[Scheduled]] = defaultdict(list)
         self.paused: list[Pause] = []
+        self.cron: dict[str, CronHash] = {}
         self.requeued: list[tuple[str, bytes]] = []
         self.announced: list[Announcement] = []
 
@@ -96,6 +98,9 @@ class FakeOperatorStore:
     def find_streams(self) -> FoundStreams:
         names = {*self.streams, *self.scheduled, *self.letters}
         return FoundStreams(sorted(names), True)
+
+    def cron_hash(self, stream: str) -> CronHash:
+        return self.cron.get(stream) or parse_cron_hash({})
 
     def pauses(self) -> list[Pause]:
         return self.paused

@@ -25,6 +25,7 @@ DOORS = {
     "jinja2": ["worker/web/rendering.py"],
     "pymilvus": ["handlers/vectors/milvus/*.py", "handlers/rebuild/milvus.py"],
     "milvus_lite": ["handlers/vectors/milvus/lite_server.py"],
+    "cronsim": ["worker/cron_schedule.py"],
     "torch": [
         "handlers/encoder/base.py",
         "handlers/encoder/torch.py",
@@ -40,6 +41,7 @@ CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
     *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing", "store_advice"),
+    *("cron_schedule", "cron_table", "durations"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
@@ -57,14 +59,16 @@ BELOW: dict[str, set[str]] = {
     "reader": {*IPC, "store"},
     "health_check": {*CORE, "telemetry", "fork_guard"},
     "runner": {*IPC, "health_check", "fork_guard"},
-    "reaper": {*IPC, "store"},
+    "cron": {*CORE, "store", "telemetry", "producer"},
+    "cron_config": {*CORE, "store", "producer"},
+    "reaper": {*IPC, "store", "cron"},
     "supervision": IPC,
-    "admin": {*CORE, "store", "telemetry", "producer"},
-    "cli": {*CORE, "store", "telemetry", "producer", "admin"},
-    "web": {*CORE, "store", "telemetry", "producer", "admin"},
+    "admin": {*CORE, "store", "telemetry", "producer", "cron"},
+    "cli": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
+    "web": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
     "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision", "fork_guard"},
     "preload": {*IPC, "store", "reader", "runner", "reaper", "supervision", "boot"},
-    "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin"},
+    "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin", "cron_config"},
 }
 #: Command modules import their face when they are called: `jobworker web` starts the page.
 BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}

@@ -42,7 +42,7 @@ MAX_IDS_NAMED = 10
 #: Key of a hint in the `meta` of a context: the service of --data-dir is stopped, and how to start it.
 STOPPED_SERVICE = "jobworker.stopped"
 #: A command in advice. Options follow it.
-_COMMAND = re.compile(r"\bjobworker (?:dlq [a-z]+|retry [a-z]+|enqueue|explain|resume|stats|doctor)\b")
+_COMMAND = re.compile(r"\bjobworker (?:(?:dlq|retry|cron) [a-z]+|enqueue|explain|resume|stats|doctor)\b")
 
 
 class CliGroup(click.Group):

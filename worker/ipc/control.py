@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from ..cron_table import CronTable
 from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.metrics import MetricsBuffer
 
@@ -61,6 +62,12 @@ class Drain(msgspec.Struct, tag=True, frozen=True):
     """To reader and reaper: take nothing new, finish the work under way, exit."""
 
 
+class SetCron(msgspec.Struct, tag=True, frozen=True):
+    """To the reaper: the cron tables of the configuration file, read again."""
+
+    tables: tuple[CronTable, ...]
+
+
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """From a child: it is set up and running."""
 
@@ -105,6 +112,7 @@ Message = (
     | ExitReclaimed
     | Retire
     | Drain
+    | SetCron
     | Ready
     | HeldElsewhere
     | StartFailed

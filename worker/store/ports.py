@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from ..errors import StoreRefused
 from ..keys import Source
 from .announcements import Announcement
+from .cron import CronStore
 
 #: Idle time (seconds) that a released entry shows: above any lease. Servers refuse times before 1970.
 RELEASED_IDLE_S = 30 * 24 * 3600.0
@@ -185,8 +186,8 @@ class ReaderStore(Protocol):
         """Drop every connection."""
 
 
-class ReaperStore(Protocol):
-    """Maintenance of streams: due retries, trimming, idle consumers, depths."""
+class ReaperStore(CronStore, Protocol):
+    """Maintenance of streams: due retries, trimming, idle consumers, depths, cron."""
 
     def promote(self, stream: str, limit: int) -> Promotion:
         """Move at most ``limit`` due retries into the stream, in one atomic step."""

@@ -5,9 +5,11 @@ import select
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..cron_table import CronTable
 from ..errors import Exit
 from ..ipc.channel import READY, STARTING, STOPPING, Channel
 from ..ipc.control import (
@@ -19,6 +21,7 @@ from ..ipc.control import (
     Ready,
     Report,
     Retire,
+    SetCron,
     StartFailed,
     SyncDone,
     WorkerExited,
@@ -107,6 +110,12 @@ class ProcessManager:
         self._settings = settings
         self._mono_started_s = now
         self._mono_connect_by_s = now + settings.connect_timeout_s
+
+    def set_cron(self, tables: tuple[CronTable, ...]) -> None:
+        """Replace the cron tables for this reaper and every later one."""
+        self._settings = replace(self._settings, cron=tables)
+        if self._reaper.child is not None:
+            self._reaper.child.send(SetCron(tables))
 
     def tick(self, now: float) -> Exit | None:
         """Take one step towards the desired state. Returns an exit code if that state is out of reach."""

@@ -28,6 +28,7 @@ from ..ports import (
     Settled,
     Settlement,
 )
+from .cron import MemoryCronStore
 from .server import Group, MemoryServer, NameRecord, PendingEntry, Read, Stream, order
 
 
@@ -35,7 +36,7 @@ def _id_of(outcome: Retry | Dead | bytes) -> bytes:
     return outcome if isinstance(outcome, bytes) else outcome.id
 
 
-class MemoryStore:
+class MemoryStore(MemoryCronStore):
     """`ReaderStore`, `ReaperStore` and `ProducerStore` over one `MemoryServer`.
 
     The ports document the methods.

@@ -10,7 +10,6 @@ from ..announcements import Announcement
 from ..operator import START, Consumer, FoundStreams, GroupState, Lease, Pause, Scheduled
 from ..ports import Entry
 from .base import (
-    RedisStoreBase,
     announcements_in,
     checked,
     chunks,
@@ -21,11 +20,12 @@ from .base import (
     pairs,
 )
 from .blocking_read import data_of
+from .cron import RedisCronStore
 from .key_scan import find_streams
 from .lua import Command, script
 
 
-class OperatorStore(RedisStoreBase):
+class OperatorStore(RedisCronStore):
     """The streams, retries, dead letters and pauses of a deployment.
 
     It takes no consumer's name, so it may run beside any service. Every call raises `StoreUnavailable` when

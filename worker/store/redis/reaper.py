@@ -10,8 +10,9 @@ from ...errors import StoreRefused
 from ...keys import SERVICES_KEY, Source
 from ..announcements import encode
 from ..ports import Depths, Promotion
-from .base import SCRIPT_BYTES, RedisStoreBase, announcements_in, checked, is_no_group, is_no_stream, pairs
+from .base import SCRIPT_BYTES, announcements_in, checked, is_no_group, is_no_stream, pairs
 from .connection import Reply
+from .cron import RedisCronStore
 from .lua import script
 
 log = logging.getLogger("jobworker.reaper")
@@ -22,7 +23,7 @@ _TRIM_ENTRIES = 10_000
 _TRIM_CALLS = 20
 
 
-class RedisReaperStore(RedisStoreBase):
+class RedisReaperStore(RedisCronStore):
     """`ReaperStore` on Redis."""
 
     _warned_not_announced = False
