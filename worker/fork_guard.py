@@ -38,6 +38,20 @@ class ForkGuard:
             _leave(error)
 
 
+def generation() -> int:
+    """Number of forks between the first process and this one; see `leave_if_forked`."""
+    return _generation
+
+
+def leave_if_forked(entered: int, error: BaseException | None = None) -> None:
+    """What `ForkGuard` does at its end, for calls that each job makes: it takes a fifth of the time.
+
+    ``entered`` is the `generation` before the call.
+    """
+    if _generation != entered:
+        _leave(error)
+
+
 def _leave(error: BaseException | None) -> None:
     """Exit without the interpreter's shutdown, which would write the parent's buffers once more."""
     has_exited = isinstance(error, SystemExit)

@@ -12,7 +12,7 @@ import msgspec
 
 from .envelope import MAX_TIMEOUT_S, MIN_TIMEOUT_S, Header, Job, job_of, payload_parser, why_malformed
 from .errors import MalformedJob, MalformedPayload, PermanentError
-from .fork_guard import ForkGuard
+from .fork_guard import ForkGuard, generation, leave_if_forked
 from .handler import BoundHandler
 from .health_check import HealthChecks
 from .ipc.channel import READY, STOPPING, Channel, JobFrame, OutcomeFrame
@@ -70,6 +70,7 @@ class Runner:
         wall_s: Callable[[], float] = time.time,
     ) -> None:
         self._stop = False
+        self._generation = generation()
         self._channel = channel
         self._states = channel.table.states
         self._rows = len(self._states)
@@ -332,11 +333,13 @@ class Runner:
         self._states[at] = STARTED
         try:
             current.jobs = job = self._job(queued)
-            with ForkGuard():
-                handler.handle(job)
-        except (SystemExit, KeyboardInterrupt):
+            handler.handle(job)
+            leave_if_forked(self._generation)
+        except (SystemExit, KeyboardInterrupt) as error:
+            leave_if_forked(self._generation, error)
             raise
         except BaseException as error:  # among them cancellations of asyncio and other libraries
+            leave_if_forked(self._generation, error)
             failure = _failure_of(error)
             self._fail(queued.row, failure)
             if failure.unavailable:
