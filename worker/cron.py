@@ -32,7 +32,7 @@ _MAX_TICKS = 500
 
 
 @dataclass
-class _Running:
+class _InForce:
     """A published table. ``cursor_s`` is its last tick, as far as this host knows."""
 
     table: CronTable
@@ -52,7 +52,7 @@ class _StreamState:
 
     stream: str
     own: list[CronTable] = field(default_factory=list)
-    running: dict[str, _Running] = field(default_factory=dict)
+    running: dict[str, _InForce] = field(default_factory=dict)
     version: bytes = b""
     #: The tables or last ticks may have changed without a new version.
     outdated: bool = False
@@ -170,7 +170,7 @@ class CronEnqueuer:
                 error_text = f"its last tick is missing: delete the key of {state.stream}'s cron tables"
                 log.error("cron.table_unusable", extra={"cron": name, "error": error_text})
                 continue
-            state.running[name] = _Running(table, schedule, cursor_s, next_tick(schedule, cursor_s))
+            state.running[name] = _InForce(table, schedule, cursor_s, next_tick(schedule, cursor_s))
         state.version, state.outdated = found.version, False
 
     def _due(self, state: _StreamState, name: str, wall_now_s: float) -> DueTicks:

@@ -70,7 +70,6 @@ class Runner:
         wall_s: Callable[[], float] = time.time,
     ) -> None:
         self._stop = False
-        self._generation = generation()
         self._channel = channel
         self._states = channel.table.states
         self._rows = len(self._states)
@@ -329,17 +328,17 @@ class Runner:
         if handler.max_timeout_s:
             self._allow_progress(handler, limit_s, (queued.envelope,))
         self._channel.set_running(started, started + limit_s)
-        at = queued.row % self._rows
+        at, entered = queued.row % self._rows, generation()
         self._states[at] = STARTED
         try:
             current.jobs = job = self._job(queued)
             handler.handle(job)
-            leave_if_forked(self._generation)
+            leave_if_forked(entered)
         except (SystemExit, KeyboardInterrupt) as error:
-            leave_if_forked(self._generation, error)
+            leave_if_forked(entered, error)
             raise
         except BaseException as error:  # among them cancellations of asyncio and other libraries
-            leave_if_forked(self._generation, error)
+            leave_if_forked(entered, error)
             failure = _failure_of(error)
             self._fail(queued.row, failure)
             if failure.unavailable:
