@@ -12,7 +12,7 @@ from jobworker.worker import Job, PermanentError
 from jobworker.worker.ipc.inflight import FAILED, STARTED, SUCCEEDED
 from jobworker.worker.outcome import Failure
 from jobworker.worker.telemetry.current_job import current, current_log_fields
-from support.runner_rig import Make, RunnerRig, Single
+from support.runner_rig import WITHIN_S, Make, RunnerRig, Single
 
 
 @pytest.fixture
