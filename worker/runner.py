@@ -199,6 +199,7 @@ class Runner:
         handler = self._handlers[self._queue[0].envelope.type]
         if reason := self._health.unfinished(handler):
             self._return_queued(handler.type_name, Failure(reason, unavailable=True))
+            self._unflushed_since = None
             self._channel.wake_reader()
             return
         self._set_batch_hint(handler.max_batch)

@@ -365,7 +365,8 @@ def test_a_hanging_check_of_health_stops_its_own_type_alone(make_rig: Make) -> N
             thread.join(WITHIN_S)
     worker.runner._check_health()
     worker.dispatch("t")
-    worker.runner.run_once(0.1)
+    while worker.states()[-1] != SUCCEEDED:
+        worker.runner.run_once(0.1)
     worker.runner.report()
     assert hanging.log == ["4"]
     assert worker.reports()[-1].trouble is None

@@ -96,7 +96,7 @@ def serve(
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     # uvicorn raises the signal again after its shutdown: the default handler would change the exit code.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, server.handle_exit)  # also before uvicorn sets its own
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the program that started this one may have blocked them
     history.start()
     try:
