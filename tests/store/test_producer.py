@@ -160,7 +160,7 @@ class _Data:
         (nested(300), b"[" * 301 + b"]" * 301),
         (nested(MAX_NESTING - 2), b"[" * (MAX_NESTING - 1) + b"]" * (MAX_NESTING - 1)),
     ],
-    ids=lambda value: repr(value)[:30],
+    ids=lambda value: repr(value).partition(" object at")[0][:30],
 )
 def test_a_payload_is_sent_as_json(bench: Bench, payload: Any, sent: bytes) -> None:
     bench.producer.enqueue("noop", payload)
