@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -18,20 +18,7 @@ from jobworker.worker.ipc.control import Ready
 from jobworker.worker.ipc.inflight import FAILED, QUEUED, STARTED, SUCCEEDED
 from jobworker.worker.outcome import Failure
 from support import programs
-from support.runner_rig import WITHIN_S, Batch, Make, RunnerRig, Single
-
-
-@pytest.fixture
-def make_rig() -> Iterator[Make]:
-    made: list[RunnerRig] = []
-
-    def make(linger_s: float = 0.0, **handlers: Any) -> RunnerRig:
-        made.append(RunnerRig(linger_s, **handlers))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+from support.runner_rig import WITHIN_S, Batch, Make, Single
 
 
 def test_a_malformed_payload_reaches_no_handler_and_stops_no_other_job(

@@ -3,7 +3,7 @@
 import asyncio
 import contextvars
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,20 +12,7 @@ from jobworker.worker import Job, PermanentError
 from jobworker.worker.ipc.inflight import FAILED, STARTED, SUCCEEDED
 from jobworker.worker.outcome import Failure
 from jobworker.worker.telemetry.current_job import current, current_log_fields
-from support.runner_rig import WITHIN_S, Make, RunnerRig, Single
-
-
-@pytest.fixture
-def make_rig() -> Iterator[Make]:
-    made: list[RunnerRig] = []
-
-    def make(linger_s: float = 0.0, **handlers: Any) -> RunnerRig:
-        made.append(RunnerRig(linger_s, **handlers))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+from support.runner_rig import WITHIN_S, Make, Single
 
 
 class Async:
