@@ -20,3 +20,14 @@ def make_rig() -> Iterator[Make]:
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rebuild reads and writes in small steps, so that a few rows take many."""
+    from jobworker.handlers.rebuild import rebuild  # here: most unit tests do without it
+
+    monkeypatch.setattr(rebuild, "PAGE_ROWS", 20)
+    monkeypatch.setattr(rebuild, "MIN_PAGE_ROWS", 20)
+    monkeypatch.setattr(rebuild, "CHANGED_ROWS", 7)
+    monkeypatch.setattr(rebuild, "REMAINING_ROWS", 3)
