@@ -536,7 +536,7 @@ class TestTrimming:
         assert 0.2 <= depths.oldest_age_s < 10
 
     def test_depths_of_a_missing_stream(self, world: World) -> None:
-        assert world.reaper().depths(S) == (0, 0, 0, 0, 0.0, 0)
+        assert world.reaper().depths(S) == (0, 0, 0, 0, 0.0, 0, 0)
 
 
 class TestProducing:
