@@ -73,12 +73,16 @@ def done(store: ReaderStore, entries: Iterable[Entry]) -> None:
     assert settle(store, [Settlement(S, done=[entry.id for entry in entries])]) == set()
 
 
+def waiting(store: ReaderStore) -> int:
+    return sum(store.backlog(S).waiting.values())
+
+
 class TestMoves:
     def test_a_sorted_job_waits_and_is_not_pending(self, world: World) -> None:
         store = reader(world)
         add(world, store, job("1"), job("2"))
         assert pending(store) == []
-        assert store.backlog(S).waiting == 2
+        assert waiting(store) == 2
         depths = world.reaper().depths(S)
         assert (depths.queued, depths.lag, depths.waiting, depths.pending) == (2, 0, 2, 0)
 
@@ -104,7 +108,7 @@ class TestMoves:
         world.producer().add(S.stream, [job("1")])
         entries = read(one)
         assert sort(two, entries) == {entries[0].id}
-        assert two.backlog(S).waiting == 0
+        assert waiting(two) == 0
         assert pending(one) == ["1"]
 
     def test_sorting_again_after_a_lost_answer_changes_nothing(self, world: World) -> None:
@@ -113,7 +117,7 @@ class TestMoves:
         entries = read(store)
         sort(store, entries)
         assert sort(store, entries) == {entries[0].id}
-        assert store.backlog(S).waiting == 1
+        assert waiting(store) == 1
 
     def test_a_fenced_reader_moves_nothing(self, world: World) -> None:
         old = reader(world)
@@ -134,7 +138,7 @@ class TestMoves:
         sort(store, entries)
         world.delete_entry(S.stream, entries[0].id)
         assert names(take(store)) == ["2"]
-        assert store.backlog(S).waiting == 0
+        assert waiting(store) == 0
 
     def test_a_job_that_another_host_runs_is_not_taken_from_it(self, world: World) -> None:
         """A group that was created again delivers entries that wait in lanes, too."""
@@ -162,7 +166,7 @@ class TestMoves:
         world.reaper().trim(S.stream)
         assert world.length(S.stream) <= 31
         settle(store, [Settlement(S, retries=[Retry(finished[0].id, 0.0, b"{}")])])
-        assert store.backlog(S).waiting == 29
+        assert waiting(store) == 29
 
     def test_a_refused_outcome_deletes_no_waiting_job(self, world: World) -> None:
         store = reader(world)
@@ -236,7 +240,7 @@ class TestTurns:
         store = reader(world)
         add(world, store, *(job(f"{n}", type="a") for n in range(50)), job("b", type="b"))
         assert names(take(store, types=["b"])) == ["b"]
-        assert store.backlog(S).waiting == 50
+        assert waiting(store) == 50
         assert len(take(store, types=["a"])) == 50
 
     def test_any_names_are_kept_apart(self, world: World) -> None:

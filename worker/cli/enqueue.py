@@ -14,6 +14,7 @@ import click
 import msgspec
 
 from ..admin.words import strip_control
+from ..flow import HIGHEST_PRIORITY
 from ..options import SECONDS
 from ..producer import NewJob, Producer, UnknownDestination
 from ..quantities import Count, Duration
@@ -45,6 +46,8 @@ _OPTIONS = [
                  help="Stream to send it to.  [default: the stream of the type]"),
     click.option("--id", "job_id", default=None,
                  help="Job id; with --count a number is appended.  [default: random]"),
+    click.option("--priority", type=Count(0, HIGHEST_PRIORITY),
+                 help="0 to 10; higher is more urgent.  [default: 5]"),
     click.option("--delay", type=Duration(), help="Run it this much later (seconds, or 15m)."),
     click.option("--timeout", type=SECONDS, help="Timeout (seconds, or 5m)."),
     click.option("--count", type=Count(1), default=1, show_default=True,
@@ -55,7 +58,8 @@ _OPTIONS = [
 
 def enqueue(
     url: str, type: str, payload: str, lines: str | None, tenant: str, project: str, stream: str | None,
-    job_id: str | None, delay: float | None, timeout: float | None, count: int, as_json: bool,
+    job_id: str | None, priority: int | None, delay: float | None, timeout: float | None, count: int,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Send a job of TYPE, or one for each line of --lines.
 
@@ -68,7 +72,8 @@ def enqueue(
     jobworker enqueue --lines jobs.jsonl
     jobworker enqueue audit --lines - < events.jsonl      # lines like {"payload": {"who": "me"}}
     """
-    defaults = NewJob(type, None, tenant, project, stream, job_id, None, delay, timeout)
+    metadata = None if priority is None else {"priority": str(priority)}
+    defaults = NewJob(type, None, tenant, project, stream, job_id, metadata, delay, timeout)
     if lines is not None:
         if job_id is not None or count != 1 or payload != "{}":
             raise click.UsageError(

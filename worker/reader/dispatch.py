@@ -68,6 +68,11 @@ class WorkerHandle:
         self.table.head = max(self.table.head, self.table.taken)
 
     @property
+    def jobs_per_s(self) -> float:
+        """The rate at its last measurement."""
+        return self._jobs_per_s
+
+    @property
     def accepts_jobs(self) -> bool:
         """Whether it may get any job now."""
         return not (self.exited or self.retired or self.reserved) and self.channel.phase == READY
@@ -173,6 +178,11 @@ class Dispatcher:
     def credit(self) -> int:
         """Number of jobs that the workers can take; 0 while the prefetch buffer is full."""
         return 0 if self.buffer.full else sum(worker.credit for worker in self.workers)
+
+    @property
+    def jobs_per_s(self) -> float:
+        """Jobs that the workers finish per second."""
+        return sum(worker.jobs_per_s for worker in self.workers)
 
     def capacity(self, stream_no: int) -> int:
         """Number of entries of a stream that may be read now."""

@@ -78,6 +78,11 @@ class SettlementBatch:
         #: Jobs whose dependency is unavailable. They stay pending and use up no retry.
         self.deferred: list[DeferredJob] = []
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether any job is settled."""
+        return bool(self.done or self.missing or self.retries or self.dead)
+
     def settlements(self, streams: Sequence[Source], *, sure: bool) -> dict[int, Settlement]:
         """One settlement for each stream that has outcomes, by stream number."""
         touched = sorted({*self.done, *self.missing, *self.retries, *self.dead})

@@ -78,10 +78,10 @@ class Taken(NamedTuple):
 
 
 class Backlog(NamedTuple):
-    """Jobs of a stream that are not delivered yet (``lag``) and those in lanes; and the limits' version."""
+    """Jobs of a stream that are not delivered yet (``lag``), jobs in lanes by type, version of the limits."""
 
     lag: int
-    waiting: int
+    waiting: dict[str, int]
     version: int
 
 

@@ -49,6 +49,13 @@ class MemoryLanes:
     def __len__(self) -> int:
         return sum(len(one.jobs) for one in self.lanes.values())
 
+    def by_type(self) -> dict[str, int]:
+        """Number of waiting jobs by type."""
+        counts: Counter[str] = Counter()
+        for one in self.lanes.values():
+            counts[one.lane.type] += len(one.jobs)
+        return dict(counts)
+
     def ids(self) -> set[bytes]:
         """Entries that wait."""
         return {job.id for one in self.lanes.values() for job in one.jobs}

@@ -208,7 +208,7 @@ class MemoryStore:
             self._server.check(source.stream, ready_key(source.stream))
             stream, group = self._server.stream(source.stream), self._group(source)
             lag = sum(order(id) > group.last_delivered for id in stream.entries)
-            return Backlog(lag, len(stream.lanes), stream.lanes.config.version)
+            return Backlog(lag, stream.lanes.by_type(), stream.lanes.config.version)
 
     def flow_config(self, source: Source) -> FlowConfig:
         return self._server.stream(source.stream).lanes.config

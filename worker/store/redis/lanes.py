@@ -30,7 +30,7 @@ def backlog_commands(source: Source, ready: str) -> list[Command]:
     return [
         ("XINFO", "GROUPS", source.stream),
         ("XLEN", source.stream),
-        ("HGET", ready, "n"),
+        ("HGETALL", ready),
         ("HGET", f"{ready}/config", "version"),
     ]
 
@@ -43,7 +43,12 @@ def backlog(source: Source, replies: Sequence[Reply]) -> Backlog:
         if facts[b"name"] == source.group.encode():
             known = facts.get(b"lag")
             lag = max(int(checked(length)) - facts[b"pending"], 0) if known is None else int(known)
-    return Backlog(lag, int(checked(waiting) or 0), int(checked(version) or 0))
+    by_type = {
+        field.removeprefix(b"type/").decode(errors="replace"): int(count)
+        for field, count in pairs(checked(waiting)).items()
+        if field.startswith(b"type/")
+    }
+    return Backlog(lag, by_type, int(checked(version) or 0))
 
 
 def config_commands(ready: str) -> list[Command]:
