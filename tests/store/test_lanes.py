@@ -433,3 +433,14 @@ class TestChanges:
         assert not store.configure(S, FlowConfig(0))
         assert store.flow_config(S) == FlowConfig(1, (ONE_A_TENANT,), {"t1": 2.0})
         assert store.backlog(S).version == 1
+
+
+def test_the_types_that_were_asked_to_wait_are_known_until_then(world: World) -> None:
+    store = reader(world)
+    add(world, store, job("1"))
+    (entry,) = take(store)
+    back = PutBack(WaitingJob(entry.id, 1), Lane("a", 5, "t1").encode(), tenant_key("a", "t1"), 0.2)
+    settle(store, [Settlement(S, put_back=[back])])
+    assert store.backlog(S).asked_types == {"a"}
+    world.pass_time(1.5)
+    assert store.backlog(S).asked_types == set()

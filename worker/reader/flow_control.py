@@ -5,7 +5,7 @@ While little waits and no limit applies, entries pass straight to the prefetch b
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..flow import LaneRules, read_flow_header
 from ..store.ports import Entry, WaitingJob
@@ -30,11 +30,11 @@ class _StreamState:
     """Flow control of one stream."""
 
     def __init__(self) -> None:
-        self.rules = LaneRules()
-        self.version = 0
         #: Whether all new entries are sorted.
         self.sorts_all = False
         self.waiting = 0
+        #: Types of which handlers asked jobs to wait.
+        self.asked_types: frozenset[str] = frozenset()
         #: No take before this time, unless an event may have made room.
         self.mono_take_s = 0.0
 
@@ -52,6 +52,8 @@ class FlowControl:
         self._buffer = dispatcher.buffer
         self._states = [_StreamState() for _ in self._streams]
         self._mono_checked_s = 0.0
+        self._rules = context.lane_rules
+        self._rules.update({stream_no: (LaneRules(), 0) for stream_no in range(len(self._streams))})
 
     # -- state of the store
 
@@ -64,17 +66,20 @@ class FlowControl:
             if stream_no not in self._faults:
                 with self._faults.guard(stream_no):
                     self._check(stream_no)
+        self._dispatcher.is_sorted = any(state.sorts_all for state in self._states)
 
     def _check(self, stream_no: int) -> None:
         state, source = self._states[stream_no], self._streams[stream_no]
         backlog = self._store.backlog(source)
-        if backlog.version != state.version:
+        if backlog.version != self._rules[stream_no][1]:
             config = self._store.flow_config(source)
-            state.rules, state.version = LaneRules(config.limits), config.version
+            self._rules[stream_no] = LaneRules(config.limits), config.version
+            log.info("limits.changed", extra={"stream": source.stream, "version": config.version})
             self._sort_prefetched(stream_no)
         unlimited = any(
-            count for name, count in backlog.waiting.items() if name not in state.rules.limited_types
+            count for name, count in backlog.waiting.items() if name not in self._limited(stream_no)
         )
+        state.asked_types = backlog.asked_types
         sorts_all = unlimited or backlog.lag > self._window()
         if sorts_all != state.sorts_all:
             fields = {
@@ -96,7 +101,7 @@ class FlowControl:
 
     def _sort_prefetched(self, stream_no: int) -> None:
         """Limits have changed: prefetched jobs without the slots that they need now must wait for them."""
-        limited = self._states[stream_no].rules.limited_types
+        limited = self._limited(stream_no)
         jobs = [
             job
             for job in self._buffer
@@ -120,7 +125,7 @@ class FlowControl:
         Jobs that are not new were delivered before: they wait only if they lack the slots of a limit.
         """
         state = self._states[stream_no]
-        limited = state.rules.limited_types
+        limited = self._limited(stream_no)
         if not jobs or not (limited or (is_new and state.sorts_all)):
             return jobs
         must_wait = [
@@ -135,18 +140,22 @@ class FlowControl:
         waiting_ids = {job.entry.id for job in must_wait}
         return [job for job in jobs if job.entry.id not in waiting_ids]
 
+    def _limited(self, stream_no: int) -> frozenset[str]:
+        """Types whose jobs must be taken out of lanes."""
+        return self._rules[stream_no][0].limited_types | self._states[stream_no].asked_types
+
     def _with_slots(self, stream_no: int, jobs: Sequence[AdmittedJob]) -> list[AdmittedJob]:
         ids = [job.entry.id for job in jobs]
         holders = self._store.slot_holders(self._streams[stream_no], ids) if ids else set()
         return [job for job in jobs if job.entry.id in holders]
 
     def _sort(self, stream_no: int, jobs: Iterable[AdmittedJob]) -> None:
-        state = self._states[stream_no]
+        state, (rules, version) = self._states[stream_no], self._rules[stream_no]
         lanes: defaultdict[bytes, list[WaitingJob]] = defaultdict(list)
         for _, _, (entry_id, data, _, _), _ in jobs:
             assert data is not None, "an admitted job has data"
-            lanes[state.rules.name_of(read_flow_header(data))].append(WaitingJob(entry_id, len(data)))
-        refused = self._store.sort(self._streams[stream_no], state.version, lanes)
+            lanes[rules.name_of(read_flow_header(data))].append(WaitingJob(entry_id, len(data)))
+        refused = self._store.sort(self._streams[stream_no], version, lanes)
         state.waiting += sum(map(len, lanes.values())) - len(refused)
         state.mono_take_s = 0.0
 
@@ -180,10 +189,13 @@ class FlowControl:
     def _runnable_types(self) -> list[str]:
         return [name for type_no, name in enumerate(self._type_names) if not self._buffer.is_parked(type_no)]
 
-    def record_settled(self) -> None:
-        """Jobs have ended: their slots may let others start."""
-        for state in self._states:
+    def record_settled(self, put_back: Mapping[int, Sequence[object]]) -> None:
+        """Jobs have ended: their slots may let others start. Some were put back into lanes."""
+        for stream_no, state in enumerate(self._states):
             state.mono_take_s = 0.0
+            if stream_no in put_back:
+                with self._faults.guard(stream_no):
+                    self._check(stream_no)
 
     def sleep_s(self, limit_s: float) -> float:
         """Longest sleep before the next take."""

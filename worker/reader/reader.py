@@ -164,7 +164,7 @@ class Reader:
         self._intake.rejected.clear()
         self._buffer.record_success(batch.answered_types)
         if batch.has_ended:
-            self._intake.flow.record_settled()
+            self._intake.flow.record_settled(batch.put_back)
         for job, failure in batch.deferred:
             self._defer(job, failure, now)
         self._buffer.release_probes(now)

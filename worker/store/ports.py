@@ -78,11 +78,15 @@ class Taken(NamedTuple):
 
 
 class Backlog(NamedTuple):
-    """Jobs of a stream that are not delivered yet (``lag``), jobs in lanes by type, version of the limits."""
+    """Jobs of a stream that are not delivered yet (``lag``), jobs in lanes by type, version of the limits.
+
+    Handlers asked jobs of ``asked_types`` to wait.
+    """
 
     lag: int
     waiting: dict[str, int]
     version: int
+    asked_types: frozenset[str]
 
 
 class Settlement(NamedTuple):

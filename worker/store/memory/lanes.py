@@ -45,6 +45,7 @@ class MemoryLanes:
         self._tags: dict[tuple[str, tuple[int, str]], float] = {}
         self._starts: dict[str, list[float]] = {}
         self._until: dict[str, float] = {}
+        self._asked: dict[str, float] = {}
 
     def __len__(self) -> int:
         return sum(len(one.jobs) for one in self.lanes.values())
@@ -113,8 +114,14 @@ class MemoryLanes:
         for key in self.slots.pop(id, ()):
             self._wake(key)
 
-    def wait_for(self, key: str, wait_s: float) -> None:
+    def asked_types(self) -> frozenset[str]:
+        """Types of which jobs were asked to wait."""
+        now_s = self._wall_now_s()
+        return frozenset(name for name, until_s in self._asked.items() if until_s > now_s)
+
+    def wait_for(self, key: str, type_name: str, wait_s: float) -> None:
         """Let the jobs of a key wait."""
+        self._asked[type_name] = max(self._asked.get(type_name, 0.0), self._wall_now_s() + wait_s)
         self._until[key] = max(self._until.get(key, 0.0), self._wall_now_s() + wait_s)
 
     def configure(self, config: FlowConfig) -> bool:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from ...errors import Fenced, NameHeld, StoreRefused, StoreUnavailable
-from ...flow import FlowConfig
+from ...flow import FlowConfig, Lane
 from ...keys import (
     NO_HOLDER,
     PAUSED_KEY,
@@ -208,7 +208,9 @@ class MemoryStore:
             self._server.check(source.stream, ready_key(source.stream))
             stream, group = self._server.stream(source.stream), self._group(source)
             lag = sum(order(id) > group.last_delivered for id in stream.entries)
-            return Backlog(lag, stream.lanes.by_type(), stream.lanes.config.version)
+            return Backlog(
+                lag, stream.lanes.by_type(), stream.lanes.config.version, stream.lanes.asked_types()
+            )
 
     def flow_config(self, source: Source) -> FlowConfig:
         return self._server.stream(source.stream).lanes.config
@@ -416,7 +418,7 @@ class MemoryStore:
         elif isinstance(outcome, Dead):
             stream.dead.append(outcome.data)
         elif isinstance(outcome, PutBack):
-            stream.lanes.wait_for(outcome.key, outcome.wait_s)
+            stream.lanes.wait_for(outcome.key, Lane.decode(outcome.lane).type, outcome.wait_s)
             stream.lanes.put(outcome.lane, [outcome.job], version, in_front=True)
             del group.leases[id]
             stream.lanes.release(id)

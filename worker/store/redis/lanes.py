@@ -32,12 +32,13 @@ def backlog_commands(source: Source, ready: str) -> list[Command]:
         ("XLEN", source.stream),
         ("HGETALL", ready),
         ("HGET", f"{ready}/config", "version"),
+        ("SMEMBERS", f"{ready}/asked"),
     ]
 
 
 def backlog(source: Source, replies: Sequence[Reply]) -> Backlog:
     """Their result. If the server does not know the lag, it is the number of entries that are not pending."""
-    groups, length, waiting, version = replies
+    groups, length, waiting, version, asked = replies
     lag = 0
     for facts in () if is_no_stream(groups) else map(pairs, checked(groups)):
         if facts[b"name"] == source.group.encode():
@@ -48,7 +49,8 @@ def backlog(source: Source, replies: Sequence[Reply]) -> Backlog:
         for field, count in pairs(checked(waiting)).items()
         if field.startswith(b"type/")
     }
-    return Backlog(lag, by_type, int(checked(version) or 0))
+    asked_types = frozenset(name.decode(errors="replace") for name in checked(asked))
+    return Backlog(lag, by_type, int(checked(version) or 0), asked_types)
 
 
 def config_commands(ready: str) -> list[Command]:

@@ -9,6 +9,7 @@
 --   config   HASH: version and limits   old   SET of lanes whose limits have changed
 --   slots   HASH entry id -> limit keys that the running job holds   running   HASH limit key -> running jobs
 --   starts/<limit key>   LIST of the times (ms) of the last starts   until   HASH key -> time (ms) until which it waits
+--   asked   SET of types with such a key
 --   parked/<key>   ZSET lane -> tag: lanes that wait for a key   timers   ZSET key -> time (ms) at which one is woken
 -- A flow is a tenant and a priority: '<10 - priority>/<length>/<tenant>'. A lane's name is '<length>/<type>/<flow>', then
 -- its limit keys as a JSON list, if it has any.
@@ -156,16 +157,19 @@ local function release_slots(ids)
   end
 end
 
--- Lets the jobs of a key wait for some time, or longer if they do already.
-local function wait_for(key, ms)
+-- Lets the jobs of a key wait for some time, or longer if they do already. Readers sort the jobs of the type meanwhile.
+local function wait_for(key, type, ms)
   local time = redis.call('TIME')
   local due = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000) + ms
   local waits = ready .. '/until'
   if due > tonumber(redis.call('HGET', waits, key) or 0) then
     redis.call('HSET', waits, key, string.format('%.0f', due))
+    redis.call('SADD', ready .. '/asked', type)
     -- Keys that no job asks for again are forgotten together.
-    if redis.call('PTTL', waits) < ms + 1000 then
-      redis.call('PEXPIRE', waits, ms + 1000)
+    for _, name in ipairs({ waits, ready .. '/asked' }) do
+      if redis.call('PTTL', name) < ms + 1000 then
+        redis.call('PEXPIRE', name, ms + 1000)
+      end
     end
   end
 end

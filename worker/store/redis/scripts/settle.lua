@@ -88,7 +88,7 @@ while at <= #ARGV do
     count_jobs({ [ARGV[at + 1]] = 1 })
     redis.call('XACK', KEYS[1], ARGV[1], id)
     own[id] = false
-    wait_for(key, ms)
+    wait_for(key, read_lane(ARGV[at + 1]).type, ms)
     release_slots({ id })
   else
     refused[#refused + 1] = id
