@@ -13,6 +13,7 @@ from typing import Any
 import click
 import setproctitle
 
+from jobworker.worker.config_file import read_flow
 from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.extension import extension, require_extras
@@ -144,6 +145,7 @@ class Supervisor:
             log.info("restart.begun")
             reloading()
             self._reported_ready = False
+            self._read_flow()
             self._processes.restart_workers()
         elif number in (signal.SIGTERM, signal.SIGINT):
             if self._mono_stop_by_s is not None or not self._processes.started:
@@ -155,6 +157,18 @@ class Supervisor:
             self._mono_stop_by_s = time.monotonic() + timeout_s
             self._processes.drain()
         return None
+
+    def _read_flow(self) -> None:
+        """Read limits and weights again; a file that cannot be read changes nothing."""
+        if not self._settings.config_file:
+            return
+        try:
+            flow = read_flow(self._settings.config_file)
+        except click.BadParameter as error:
+            log.error("config.refused", extra={"error": error.message})
+            return
+        if flow is not None:
+            self._processes.configure(flow)
 
     def _continue_drain(self, now: float) -> Exit | None:
         assert self._mono_stop_by_s is not None

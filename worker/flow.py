@@ -1,5 +1,6 @@
 """Flow control: priorities, weights and limits of jobs, and the lanes in which jobs wait. Pure decisions."""
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,9 @@ DEFAULT_PRIORITY = 5
 HIGHEST_PRIORITY = 10
 #: Most limits of a deployment; each costs a few commands a job of its type.
 _MAX_LIMITS = 100
+#: Most weights of a configuration file: they travel in one message between processes.
+_MAX_WEIGHTS = 1000
+_MAX_TENANT_CHARS = 64
 #: Most starts of one rate limit: the server keeps the time of each.
 _MAX_STARTS = 10_000
 _MAX_CONCURRENCY = 1_000_000
@@ -21,6 +25,7 @@ _PRIORITIES = {str(number): number for number in range(HIGHEST_PRIORITY + 1)}
 _PERIODS_MS = {"s": 1000, "min": 60_000, "h": 3_600_000, "day": 86_400_000}
 _RATE = re.compile(r"([0-9]{1,5})/([0-9]{0,3})(s|min|h|day)")
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+_METADATA_KEY = re.compile(r"metadata\..{1,100}", re.DOTALL)
 _KEYS = ("tenant", "project", "global")
 _METADATA = "metadata."
 
@@ -186,7 +191,7 @@ def _parse_limit(table: Mapping[str, Any]) -> Limit:
     type_name, key = table.get("type"), table.get("key", "global")
     if not isinstance(type_name, str) or not type_name:
         raise ConfigurationError('[[limit]]: say of which type, such as type = "shout"')
-    if not isinstance(key, str) or (key not in _KEYS and not key.removeprefix(_METADATA) != key):
+    if not isinstance(key, str) or (key not in _KEYS and not _METADATA_KEY.fullmatch(key)):
         raise ConfigurationError(f"[[limit]] key {key!r}: say tenant, project, global or metadata.NAME")
     name = table.get("name", f"{type_name}/{key}")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -215,8 +220,28 @@ def parse_rate(text: Any, name: str) -> tuple[int, int]:
 
 def parse_weights(table: Mapping[str, Any]) -> dict[str, float]:
     """The ``[weights]`` table: tenant -> weight. Raises `ConfigurationError`."""
+    if len(table) > _MAX_WEIGHTS or any(len(tenant) > _MAX_TENANT_CHARS for tenant in table):
+        raise ConfigurationError(
+            f"[weights]: at most {_MAX_WEIGHTS} tenants, of at most {_MAX_TENANT_CHARS} characters"
+        )
     for tenant, weight in table.items():
         is_number = type(weight) in (int, float) and math.isfinite(weight) and 0.001 <= weight <= 1000
         if not is_number:
             raise ConfigurationError(f"[weights] {tenant}: a weight is a number from 0.001 to 1000")
     return {tenant: float(weight) for tenant, weight in table.items()}
+
+
+def parse_flow(tables: Mapping[str, Any]) -> FlowConfig | None:
+    """Limits and weights of the configuration file; None if it has neither table.
+
+    Raises `ConfigurationError`.
+    """
+    if not tables:
+        return None
+    limit_tables, weight_table = tables.get("limit", []), tables.get("weights", {})
+    is_list = isinstance(limit_tables, list) and all(isinstance(one, dict) for one in limit_tables)
+    if not is_list or not isinstance(weight_table, dict):
+        raise ConfigurationError("write limits as [[limit]] and weights as [weights]")
+    config = FlowConfig(limits=parse_limits(limit_tables), weights=parse_weights(weight_table))
+    origin = hashlib.sha256(msgspec.json.encode(config, order="deterministic")).hexdigest()[:16]
+    return msgspec.structs.replace(config, origin=origin)

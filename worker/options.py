@@ -9,7 +9,7 @@ from typing import Any
 import click
 import msgspec
 
-from .config_file import misspelt_variables, read_config
+from .config_file import misspelt_variables, read_config, read_flow
 from .errors import ConfigurationError
 from .extension import extension
 from .outcome import RetryPolicy
@@ -31,6 +31,8 @@ SECONDS = Duration(0.001)
 
 #: Variables that the verbs and the built-in types read beside those of the service's options.
 _OF_OTHER_PROGRAMS = (f"{ENV_PREFIX}_METRICS_URL", f"{ENV_PREFIX}_WEB_", f"{ENV_PREFIX}_LLM_KEY")
+#: Limits and weights of the file, in the context of the command.
+_FLOW = f"{__name__}.flow"
 #: Options of the service's file that the verbs of `jobworker` use: option -> parameter.
 _OF_VERBS = {
     "redis-url": "redis_url", "data-dir": "data_dir", "stream": "streams", "metrics-addr": "metrics_addr",
@@ -41,6 +43,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: str | None) -
     """Make the file's values the defaults; they have the options' own names."""
     if path is not None:
         context.default_map = {_parameter(name): value for name, value in _table(path).items()}
+        context.meta[_FLOW] = {"flow": read_flow(path), "config_file": os.path.abspath(path)}
 
 
 def _read_config_of_service(context: click.Context, _: click.Parameter, path: str | None) -> None:
@@ -236,6 +239,8 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
     values["log_format"] = values["log_format"] or ("text" if on_terminal else "json")
     if values["instance"] is None:
         del values["instance"]
+    context = click.get_current_context(silent=True)
+    values |= context.meta.get(_FLOW, {}) if context else {}
     values["threads"] = max(1, cores() // values["procs"])
     settings = settings_class()(**values, **seconds, streams=sources, handlers=handlers, retry=retry)
     try:

@@ -10,6 +10,7 @@ import msgspec
 from .cgroup import usable_cpus
 from .errors import ConfigurationError
 from .extension import extension, imported
+from .flow import FlowConfig
 from .keys import NO_HOLDER, Holder, Source
 from .outcome import RetryPolicy
 
@@ -58,6 +59,9 @@ class Settings:
     linger_s: float = 0.0
     threads: int = 1
     holder: Holder = NO_HOLDER
+    #: Limits and weights of the configuration file, if it has any, and the file.
+    flow: FlowConfig | None = None
+    config_file: str = ""
 
     def to_json(self) -> bytes:
         """For a child of the service; it holds the secrets too, so it goes over a pipe only."""

@@ -54,7 +54,8 @@ def test_without_a_deployment_the_error_says_how_to_name_one(
     path: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    needs = {"enqueue": ["audit"], "explain": ["x"], "show": ["x"], "resume": ["x"]}
+    needs = {"enqueue": ["audit"], "explain": ["x"], "show": ["x"], "resume": ["x"],
+             "set": ["x", "--concurrency=1"], "clear": ["x"]}  # fmt: skip
     result = CliRunner().invoke(main, [*path, *needs.get(path[-1], [])], env={"JOBWORKER_REDIS_URL": None})
     assert result.exit_code == 2
     assert "JOBWORKER_REDIS_URL" in result.output
@@ -70,6 +71,7 @@ class TestConfigurationFileOfTheService:
     @pytest.mark.parametrize("path", ONE_SHOT, ids=" ".join)
     def test_it_names_the_deployment(self, path: tuple[str, ...], file: Path) -> None:
         needs = {"enqueue": ["audit"], "explain": ["x"], "show": ["x"], "resume": ["x"],
+                 "set": ["x", "--concurrency=1"], "clear": ["x"],
                  "now": ["--all"], "requeue": ["--all"], "purge": ["--all", "--yes"]}  # fmt: skip
         command = [*path, *needs.get(path[-1], [])]
         for given, environment in (["--config", str(file)], {}), ([], {"JOBWORKER_CONFIG": str(file)}):

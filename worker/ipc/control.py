@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from ..flow import FlowConfig
 from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.metrics import MetricsBuffer
 
@@ -83,6 +84,12 @@ class Drain(msgspec.Struct, tag=True, frozen=True):
     """To reader and reaper: take nothing new, finish the work under way, exit."""
 
 
+class Configure(msgspec.Struct, tag=True, frozen=True):
+    """To the reader: limits and weights of the configuration file, which was read again."""
+
+    flow: FlowConfig
+
+
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """From a child: it is set up and running."""
 
@@ -129,6 +136,7 @@ Message = (
     | ExitReclaimed
     | Retire
     | Drain
+    | Configure
     | Ready
     | HeldElsewhere
     | StartFailed

@@ -7,6 +7,8 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+import msgspec
+
 from ..flow import LaneRules, read_flow_header
 from ..store.ports import Entry, WaitingJob
 from .admission import AdmittedJob
@@ -52,6 +54,8 @@ class FlowControl:
         self._buffer = dispatcher.buffer
         self._states = [_StreamState() for _ in self._streams]
         self._mono_checked_s = 0.0
+        #: Limits and weights of the configuration file that are not on the server yet.
+        self.file = context.settings.flow
         self._rules = context.lane_rules
         self._rules.update({stream_no: (LaneRules(), 0) for stream_no in range(len(self._streams))})
 
@@ -65,8 +69,19 @@ class FlowControl:
         for stream_no in range(len(self._streams)):
             if stream_no not in self._faults:
                 with self._faults.guard(stream_no):
+                    self._apply_file(stream_no)
                     self._check(stream_no)
+        if not self._faults.isolated:
+            self.file = None
         self._dispatcher.is_sorted = any(state.sorts_all for state in self._states)
+
+    def _apply_file(self, stream_no: int) -> None:
+        """Store the file's limits and weights once: a restart does not undo later changes by operators."""
+        while self.file is not None:
+            present = self._store.flow_config(self._streams[stream_no])
+            new = msgspec.structs.replace(self.file, version=present.version)
+            if present.origin == new.origin or self._store.configure(self._streams[stream_no], new):
+                return
 
     def _check(self, stream_no: int) -> None:
         state, source = self._states[stream_no], self._streams[stream_no]

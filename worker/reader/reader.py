@@ -15,6 +15,7 @@ from ..errors import Fenced, NameHeld, StoreRefused, StoreUnavailable
 from ..ipc.channel import Channel, clear_eventfd
 from ..ipc.control import (
     Attach,
+    Configure,
     ControlSocket,
     Drain,
     ExitReclaimed,
@@ -236,6 +237,9 @@ class Reader:
             case Retire(slot, generation):
                 if worker_or_none := self._dispatcher.find(slot, generation):
                     worker_or_none.retired = True
+            case Configure(flow):
+                self._intake.flow.file = flow
+                self._intake.flow.refresh(self._mono_s(), at_once=True) if self._connected else None
             case SyncDone():
                 self._synced = True
             case Drain():

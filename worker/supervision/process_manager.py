@@ -5,12 +5,15 @@ import select
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from ..errors import Exit
+from ..flow import FlowConfig
 from ..ipc.channel import READY, STARTING, STOPPING, Channel
 from ..ipc.control import (
     Attach,
+    Configure,
     Drain,
     ExitReclaimed,
     HeldElsewhere,
@@ -399,6 +402,11 @@ class ProcessManager:
     def restart_workers(self) -> None:
         """Replace every worker, one by one. Each is stopped only when its successor is ready."""
         self._to_restart = deque((slot, slot.generation) for slot in self._workers)
+
+    def configure(self, flow: FlowConfig) -> None:
+        """Apply limits and weights that were read from the configuration file again."""
+        self._settings = replace(self._settings, flow=flow)
+        self._send_to_reader(Configure(flow))
 
     @property
     def restarting(self) -> bool:

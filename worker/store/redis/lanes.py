@@ -5,8 +5,9 @@ from typing import Any
 
 import msgspec
 
-from ...flow import FlowConfig, Limit
+from ...flow import FlowConfig, Lane, LaneRules, Limit, read_flow_header, tenant_key, type_key
 from ...keys import Source
+from ..operator import LaneCounts
 from ..ports import Backlog, Entry, Taken, WaitingJob
 from .base import SCRIPT_IDS, checked, is_no_stream, pairs
 from .connection import Reply
@@ -111,3 +112,46 @@ def taken(reply: Sequence[Any], deaths_of: Callable[[bytes, bytes | None], int])
     entries = [Entry(id, data, 1, deaths_of(id, deaths)) for id, data, deaths in rows]
     due_s = None if due_ms < 0 else due_ms / 1000
     return Taken(entries[outdated:], entries[:outdated], waiting, due_s)
+
+
+def counts_commands(ready: str) -> list[Command]:
+    """Commands that count jobs in lanes."""
+    return [
+        ("HGETALL", ready),
+        ("ZRANGE", f"{ready}/tenants", 0, 9, "REV", "WITHSCORES"),
+        ("HGETALL", f"{ready}/running"),
+    ]
+
+
+def counts(replies: Sequence[Reply]) -> LaneCounts:
+    """Their result."""
+    fields, tenants, running = (pairs(checked(reply)) for reply in replies)
+    by_priority = {
+        int(field.removeprefix(b"priority/")): int(count)
+        for field, count in fields.items()
+        if field.startswith(b"priority/") and int(count) > 0
+    }
+    return LaneCounts(
+        int(fields.get(b"n", 0)),
+        dict(sorted(by_priority.items(), reverse=True)),
+        {tenant.decode(errors="replace"): int(count) for tenant, count in tenants.items()},
+        {key.decode(errors="replace"): int(count) for key, count in running.items()},
+    )
+
+
+def jobs_key(ready: str, lane: bytes) -> bytes:
+    """List: the jobs of a lane."""
+    return f"{ready}/jobs/".encode() + lane
+
+
+def whereabouts(entry: Entry, config: FlowConfig) -> tuple[bytes, bytes]:
+    """Name of the lane in which an entry would wait, and its item there. Raises ValueError for a malformed
+    one."""
+    data = entry.data or b""
+    return LaneRules(config.limits).name_of(read_flow_header(data)), b"%s %d" % (entry.id, len(data))
+
+
+def keys_of(name: bytes) -> list[str]:
+    """The keys for which a lane may wait."""
+    lane = Lane.decode(name)
+    return [type_key(lane.type), tenant_key(lane.type, lane.tenant_id), *lane.limit_keys]
