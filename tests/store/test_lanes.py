@@ -444,3 +444,66 @@ def test_the_types_that_were_asked_to_wait_are_known_until_then(world: World) ->
     assert store.backlog(S).asked_types == {"a"}
     world.pass_time(1.5)
     assert store.backlog(S).asked_types == set()
+
+
+class Killed(Exception):
+    """The reader's process ends here."""
+
+
+class Steps:
+    """Lets a reader make so many calls of its store, and kills it before the next one or after it."""
+
+    def __init__(self, store: ReaderStore, calls: int, *, answered: bool) -> None:
+        self._store = store
+        self._left = calls
+        self._answered = answered
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+
+        def call(*args: Any, **more: Any) -> Any:
+            if self._left == 0:
+                if not self._answered:
+                    method(*args, **more)  # the store carries it out, and nobody takes the answer
+                raise Killed
+            self._left -= 1
+            return method(*args, **more)
+
+        return call
+
+
+def work(store: Any, ran: list[str], *, rounds: int = 30) -> None:
+    """What a reader does: recovers its pending entries, then reads, sorts, takes and settles."""
+    for entry in store.own_pending(S, b"0-0", 100):
+        if entry.id in store.slot_holders(S, [entry.id]):
+            ran += names([entry])
+            store.settle([Settlement(S, done=[entry.id])])
+        else:
+            sort(store, [entry])
+    for _ in range(rounds):
+        store.begin_read(S, 3, 0)
+        if entries := store.finish_read(S):
+            sort(store, entries)
+        for entry in store.take(S, TYPES, 2).entries:
+            ran += names([entry])
+            store.settle([Settlement(S, done=[entry.id])])
+
+
+@pytest.mark.parametrize("answered", [True, False])
+@pytest.mark.parametrize("calls", range(1, 40))
+def test_a_kill_at_any_call_loses_no_job_and_leaves_no_slot(world: World, calls: int, answered: bool) -> None:
+    store = reader(world)
+    limit(world, store, Limit("a", "a", "tenant", concurrency=1))
+    world.producer().add(S.stream, [job(str(number), f"t{number % 2}") for number in range(8)])
+    ran: list[str] = []
+    with pytest.raises(Killed):
+        work(Steps(store, calls, answered=answered), ran)
+    successor = reader(world)
+    before = len(ran)
+    work(successor, ran)
+    assert set(ran) == {str(number) for number in range(8)}
+    assert len(ran) - 8 <= 1, "only the job that was running may run again"
+    assert before <= 8
+    assert waiting(successor) == 0
+    assert pending(successor) == []
+    assert world.reaper().mend_slots(S) == 0
