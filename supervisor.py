@@ -20,7 +20,6 @@ from jobworker.worker.extension import extension, require_extras
 from jobworker.worker.keys import Holder
 from jobworker.worker.options import (
     ENV_PREFIX,
-    ServiceCommand,
     service_options,
     settings_from,
     unknown_variables,
@@ -28,16 +27,19 @@ from jobworker.worker.options import (
 from jobworker.worker.process_env import prepare_process
 from jobworker.worker.settings import Settings, parse_address
 from jobworker.worker.supervision.embedded import Stores, needed
+from jobworker.worker.supervision.forkserver import ForkServer
 from jobworker.worker.supervision.health import Health, HealthServer
 from jobworker.worker.supervision.instance import InstanceLock, new_holder
 from jobworker.worker.supervision.pdeathsig import become_subreaper
+from jobworker.worker.supervision.process import Process
 from jobworker.worker.supervision.process_groups import GroupGuard, reap_adopted
 from jobworker.worker.supervision.process_manager import ProcessManager
+from jobworker.worker.supervision.refusal import RefusingCommand, default_format, refuse
+from jobworker.worker.supervision.reloader import Reloader, Restart
 from jobworker.worker.supervision.sd_notify import notify, reloading
 from jobworker.worker.supervision.signals import SignalQueue
 from jobworker.worker.supervision.status import StatusLine, StatusMailbox, flagged_types, service_status
 from jobworker.worker.telemetry import log as logs
-from jobworker.worker.telemetry.line_writer import write_briefly
 from jobworker.worker.telemetry.prometheus import PrometheusCollector
 from jobworker.worker.urls import parse_redis_url
 
@@ -45,10 +47,14 @@ log = logging.getLogger("jobworker.supervisor")
 
 #: How long processes of a service that was just killed may still hold a lock.
 _LOCK_TIMEOUT_S = 5.0
-#: Longest sleep of the loop, and so the longest delay until an exceeded job timeout is detected.
-_TICK_S = 0.1
+#: Longest sleep of the loop: the longest delay until an exceeded job timeout is detected. A worker that
+#: starts its first job does not wake the loop.
+_TICK_S, _IDLE_TICK_S = 0.1, 0.25
 #: /healthz reports "not live" when the loop has not run for this long.
 _LIVE_TIMEOUT_S = 10.0
+#: The same signal again within this time is a copy of the first: `timeout` and many other programs signal the
+#: process and then its group, and a terminal signals the group while `make` or `uv run` pass it on.
+_STOP_COPY_S = 0.25
 #: Time for reader and reaper to settle after the last worker has exited, beyond the drain timeout.
 _SETTLE_TIMEOUT_S = 5.0
 
@@ -65,14 +71,21 @@ class Supervisor:
         self._data = data
         self._stores = stores
         self._metrics = PrometheusCollector()
-        self._processes = ProcessManager(settings, self._metrics)
-        self._guard = GroupGuard(f"jobworker: guard [{settings.instance}]")
+        server = ForkServer(f"jobworker: forkserver [{settings.instance}]", Process.uncollected)
+        self._processes = ProcessManager(settings, self._metrics, server)
+        self._guard = GroupGuard(server, f"jobworker: guard [{settings.instance}]")
         self._mono_last_tick_s = time.monotonic()
         self._mono_stop_by_s: float | None = None
+        # The signal that began the drain, and when.
+        self._stop_signal: signal.Signals | None = None
+        self._mono_stop_s = 0.0
         self._reported_ready = False
         self._progress = 0
         self._health = Health(True, False, ["starting"], {"workers": self._processes.states()})
         self._mailbox = StatusMailbox()
+        self._reloader = Reloader(settings) if settings.reload else None
+        #: Whether the service is to be started again after its end: it has other job types.
+        self.start_again = False
         self._status_line = StatusLine(settings.procs)
         self._reported_reasons = ""
         self._announced: dict[str, Any] = {}
@@ -94,6 +107,8 @@ class Supervisor:
             return self._run(queue)
         finally:
             self._processes.kill_all()
+            if self._reloader is not None:
+                self._reloader.close()
             self._guard.close()
             self._stores.stop()
             self._server.close()
@@ -112,8 +127,10 @@ class Supervisor:
             if self._stores.ready and (code := self._tick(now)) is not None:
                 return code
             self._guard.update(self._processes.group_leaders(), now)
+            self._metrics.add(self._guard.take_restarts())
             reap_adopted()
-            self._processes.wait(_TICK_S, queue)
+            is_idle = self._reported_ready and self._mono_stop_by_s is None and self._processes.idle
+            self._processes.wait(_IDLE_TICK_S if is_idle else _TICK_S, queue)
 
     def _tick(self, now: float) -> Exit | None:
         if not self._processes.started:
@@ -122,8 +139,18 @@ class Supervisor:
         code = self._processes.tick(now)
         if code is None and self._mono_stop_by_s is not None:
             return self._continue_drain(now)
+        self._reload(now)
         self._report(now)
         return code
+
+    def _reload(self, now: float) -> None:
+        """Restart what uses a source file that has changed. Running jobs finish."""
+        restart = self._reloader.tick(now) if self._reloader is not None else None
+        if restart is Restart.WORKERS:
+            self._restart_workers()
+        elif restart is Restart.SERVICE:
+            self.start_again = True
+            self._begin_drain("reload")
 
     def _start_processes(self, now: float) -> None:
         """Start the processes: the stores are up."""
@@ -142,20 +169,12 @@ class Supervisor:
 
     def _handle_signal(self, number: signal.Signals) -> Exit | None:
         if number == signal.SIGHUP:
-            log.info("restart.begun")
-            reloading()
-            self._reported_ready = False
-            self._read_flow()
-            self._processes.restart_workers()
+            self._restart_workers()
         elif number in (signal.SIGTERM, signal.SIGINT):
-            if self._mono_stop_by_s is not None or not self._processes.started:
-                log.warning("stop.immediate", extra={"signal": number.name})
-                return Exit.STOPPED
-            timeout_s = self._settings.drain_timeout_s
-            log.info("drain.begun", extra={"signal": number.name, "timeout_s": timeout_s})
-            notify(STOPPING="1")
-            self._mono_stop_by_s = time.monotonic() + timeout_s
-            self._processes.drain()
+            if self.start_again:
+                self.start_again = False
+                return None  # it drains already
+            return self._stop(number, time.monotonic())
         return None
 
     def _read_flow(self) -> None:
@@ -169,6 +188,34 @@ class Supervisor:
             return
         if flow is not None:
             self._processes.configure(flow)
+
+    def _stop(self, number: signal.Signals, now: float) -> Exit | None:
+        """Begin a drain, or stop now if one has begun."""
+        if number == self._stop_signal and now - self._mono_stop_s < _STOP_COPY_S:
+            hint = f"the same signal {_STOP_COPY_S} s or more after the first stops the service now"
+            log.info("stop.copy_ignored", extra={"signal": number.name, "hint": hint})
+            return None
+        if self._mono_stop_by_s is not None or not self._processes.started:
+            log.warning("stop.immediate", extra={"signal": number.name})
+            return Exit.STOPPED
+        self._stop_signal, self._mono_stop_s = number, now
+        self._begin_drain(number.name)
+        return None
+
+    def _restart_workers(self) -> None:
+        log.info("restart.begun")
+        reloading()
+        self._reported_ready = False
+        self._read_flow()
+        self._processes.restart_workers()
+
+    def _begin_drain(self, cause: str) -> None:
+        timeout_s = self._settings.drain_timeout_s
+        self._mono_stop_by_s = time.monotonic() + timeout_s
+        self._health = self._assess()  # not ready from now on
+        log.info("drain.begun", extra={"signal": cause, "timeout_s": timeout_s})
+        notify(STOPPING="1")
+        self._processes.drain()
 
     def _continue_drain(self, now: float) -> Exit | None:
         assert self._mono_stop_by_s is not None
@@ -232,9 +279,10 @@ class Supervisor:
         """Health of the children and stores. Only the loop may look: it closes the channels."""
         stopping = ["stopping"] if self._mono_stop_by_s is not None else []
         reasons = [*self._stores.reasons(), *stopping, *self._processes.reasons()]
+        slowed = "z_novel_crash_circuits_open"
         details = {
             "workers": self._processes.states(), "warnings": self._processes.warnings(),
-            "slowed_types": flagged_types(self._metrics.totals(), "z_novel_crash_circuits_open"),
+            "slowed_types": flagged_types(self._metrics.totals(slowed), slowed),
         }  # fmt: skip
         return Health(True, not reasons, reasons, details)
 
@@ -304,18 +352,20 @@ def _take_instance(lock: InstanceLock, instance: str) -> None:
         )
 
 
-def _supervise(settings: Settings, queue: SignalQueue) -> Exit:
+def _supervise(settings: Settings, queue: SignalQueue) -> tuple[Exit, bool]:
+    """Run the service; returns its exit code, and whether it is to be started again."""
     log.info("supervisor.starting", extra={"settings": settings.public()})
     require_extras(settings.handlers)
     servers = needed(settings)
     data = _open_data_dir(settings) if servers else None
     stores = Stores(settings, data, [make(data) for make in servers] if data else [])
     with _instance_lock(settings) as holder:
-        return Supervisor(replace(settings, holder=holder), data, stores).run(queue)
+        supervisor = Supervisor(replace(settings, holder=holder), data, stores)
+        return supervisor.run(queue), supervisor.start_again
 
 
 @click.command(
-    cls=ServiceCommand, context_settings={"auto_envvar_prefix": ENV_PREFIX, "max_content_width": 110}
+    cls=RefusingCommand, context_settings={"auto_envvar_prefix": ENV_PREFIX, "max_content_width": 110}
 )
 @click.version_option(package_name="jobworker")
 @service_options
@@ -323,7 +373,8 @@ def main(**options: Any) -> None:
     """Run background jobs from Redis Streams.
 
     Without --redis-url and --milvus-uri it starts stores of its own, with their data in --data-dir. TERM or
-    INT finishes the running jobs and stops; a second one stops now; HUP restarts the workers one by one.
+    INT finishes the running jobs and stops; a second one stops now (a copy within 0.25 s does not count); HUP
+    restarts the workers one by one.
 
     Exit codes: 0 stopped as asked, 2 bad usage or configuration, 3 a child could not start, 4 crash loop,
     5 a store could not be reached.
@@ -341,9 +392,12 @@ def main(**options: Any) -> None:
             )
         become_subreaper()
         with SignalQueue(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD) as queue:
-            sys.exit(_supervise(settings, queue))
+            code, start_again = _supervise(settings, queue)
+        if start_again and code is Exit.STOPPED:
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        sys.exit(code)
     except (ConfigurationError, OSError) as error:
-        write_briefly(2, f"jobworker-supervise: {error}\n".encode("utf-8", "backslashreplace"))
+        refuse(str(error), options["log_format"] or default_format())
         sys.exit(Exit.USAGE)
 
 

@@ -3,7 +3,6 @@
 Afterwards every line is read back: each entry must be there exactly once, also after worker kills.
 """
 
-import json
 import os
 import random
 import signal
@@ -15,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import orjson
 import zstandard
 from hosts import cpu_s, format_facts, host_facts, roles_of
 from rig import JOB_TYPE, LIMIT_S, Backlog, connect, server, service
+
+from jobworker.worker.safe_text import safe_json
 
 _HANDLER = "jobworker.handlers.audit.handler:Archive"
 _POLL_S = 0.01
@@ -34,7 +36,7 @@ def entry(number: int) -> bytes:
         "metadata": {"request_id": f"req-{number:012d}", "idempotency_key": f"bench-{number:012d}"},
         "created_at": "2026-01-02T10:00:00.123456789Z",
     }  # fmt: skip
-    return json.dumps(fields).encode()
+    return orjson.dumps(fields)
 
 
 def measure(url: str, folder: Path, entries: int, procs: int, kills: int) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def check(folder: Path, entries: int) -> int:
     for path in files:
         with path.open("rb") as file:
             reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-            seen.update(json.loads(line)["payload"]["n"] for line in reader.read().splitlines())
+            seen.update(orjson.loads(line)["payload"]["n"] for line in reader.read().splitlines())
     doubled = sum(count > 1 for count in seen.values())
     if missing := entries - len(seen) or doubled:
         raise RuntimeError(f"{missing} entries are missing or more than once in {len(seen)}")
@@ -114,7 +116,7 @@ def main(entries: int, procs: int, kills: int, redis_url: str, folder: str | Non
     with server(redis_url) as url, tempfile.TemporaryDirectory(dir=folder) as data_dir:
         report = measure(url, Path(data_dir), entries, procs, kills)
     if as_json:
-        print(json.dumps(report))
+        print(safe_json(report))
         return
     print(format_facts(report["host"]))
     print(

@@ -6,12 +6,12 @@ It is the baseline: any at-least-once consumer on the same server and client has
 it is killed.
 """
 
-import json
 import os
 import signal
 import sys
 import time
 
+import orjson
 from bench_handlers import Stamps
 from rig import connect
 
@@ -37,7 +37,7 @@ def consume(url: str, stream: str, group: str, consumer: str) -> None:
             entries = reply[0][1] if reply else []
             if stamps is not None:
                 for _, fields in entries:
-                    stamps.write(json.loads(fields[b"data"])["id"], mono_ns)
+                    stamps.write(orjson.loads(fields[b"data"])["id"], mono_ns)
             done = [entry_id for entry_id, _ in entries]
 
 

@@ -9,7 +9,6 @@ The printed seed reproduces jobs and faults, but not their timing. Exit code 0: 
 1: at least one was broken.
 """
 
-import json
 import random
 import shutil
 import sys
@@ -37,7 +36,7 @@ from chaos_world import LIMIT_S, POLL_S, Server, Service
 from hosts import host_facts
 from tqdm import tqdm
 
-from jobworker.worker.supervision.slots import STANDBYS
+from jobworker.worker.safe_text import safe_json
 
 #: Timeout of a recovery in seconds; after it, the recovery counts as missed.
 _RECOVERY_WITHIN_S = 30.0
@@ -112,10 +111,7 @@ class Run:
 
     def _await_ready(self) -> None:
         give_up_at = time.monotonic() + LIMIT_S
-        # Including the standbys: the supervisor holds descriptors for them too.
-        while not all(
-            one.ready() and len(one.roles().get("spare", [])) == STANDBYS for one in self._services
-        ):
+        while not all(one.ready() for one in self._services):
             if time.monotonic() > give_up_at:
                 raise TimeoutError("the services do not become ready")
             time.sleep(POLL_S)  # a page sends no event
@@ -239,7 +235,7 @@ def main(as_json: bool, keep: bool, **options: Any) -> None:
             print(f"kept {folder}", file=sys.stderr)
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(report) if as_json else format_report(report))
+    print(safe_json(report) if as_json else format_report(report))
     sys.exit(0 if report["pass"] else 1)
 
 

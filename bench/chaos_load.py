@@ -1,6 +1,5 @@
 """Load of the chaos test: a seeded mix of jobs, and a producer that records what the server confirmed."""
 
-import json
 import queue
 import random
 import threading
@@ -9,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import orjson
 import redis
 from chaos_events import effect_key
 
@@ -69,7 +69,7 @@ def _job(id: str, fate: str, kind: str, tenant: str, text: str) -> Planned:
     succeeds = fate in ("ok", "flaky")
     return Planned(
         id, fate, effect_key(tenant, id, text) if succeeds else "",
-        {b"data": json.dumps(wire, ensure_ascii=False).encode()},
+        {b"data": orjson.dumps(wire)},
     )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ _MALFORMED: Sequence[Any] = (
     _bad('{"id": "@", "id": "@", "type": "chaos_one"}'),
     _bad('{"id": "@", "type": "chaos_one", "metadata": [1]}'),
     lambda id: ("malformed", "", {b"body": id.encode()}),
-    lambda id: ("unknown_type", "", {b"data": json.dumps({"id": id, "type": "unknown"}).encode()}),
+    lambda id: ("unknown_type", "", {b"data": orjson.dumps({"id": id, "type": "unknown"})}),
 )
 
 

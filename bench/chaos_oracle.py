@@ -1,12 +1,12 @@
 """Oracle of the chaos test: compares confirmed jobs with recorded events, effects and dead letters."""
 
 import base64
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import orjson
 from chaos_events import END, FAIL, START, Event, EventLog
 from chaos_load import PROBE_STREAM, STREAM, Ledger, Planned
 
@@ -87,7 +87,7 @@ def _letters(client: Any, ledger: Ledger) -> list[Letter]:
     found = []
     for stream in (STREAM, PROBE_STREAM):
         for _, fields in client.xrange(f"dlq:{stream}"):
-            found.append(_letter(json.loads(fields[b"data"]), by_entry, ledger.planned))
+            found.append(_letter(orjson.loads(fields[b"data"]), by_entry, ledger.planned))
     return found
 
 

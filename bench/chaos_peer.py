@@ -1,6 +1,5 @@
 """Another job system under test: its virtual environment, worker processes and client."""
 
-import json
 import os
 import random
 import subprocess
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import orjson
 from chaos_events import FOLDER_VARIABLE
 from chaos_load import GROUP, ONE, STREAM, Planned
 from chaos_world import LIMIT_S, POLL_S, is_alive, pdeathsig_command
@@ -223,7 +223,7 @@ class Feed:
         for job in jobs:
             tenant_id, _, text = job.effect.partition(".") if job.effect else ("t00", "", "")
             wire = {"id": job.id, "fate": job.fate, "tenant_id": tenant_id, "text": text}
-            self._process.stdin.write(json.dumps(wire) + "\n")
+            self._process.stdin.write(orjson.dumps(wire).decode() + "\n")
             self._sent += 1
         self._process.stdin.flush()
 

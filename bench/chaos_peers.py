@@ -11,7 +11,6 @@ because some systems recover jobs of dead workers only while there is work.
 """
 
 import contextlib
-import json
 import random
 import shutil
 import sys
@@ -28,6 +27,8 @@ from chaos_report import percentile
 from chaos_world import POLL_S, Server
 from hosts import host_facts, table
 from tqdm import tqdm
+
+from jobworker.worker.safe_text import safe_json
 
 #: A job that was not started for this long counts as never done. RQ waits for 60 s and more.
 _QUIET_S = 120.0
@@ -208,7 +209,7 @@ def main(peers: list[Peer], as_json: bool, keep: bool, **options: Any) -> None:
                 print(f"kept {folder}", file=sys.stderr)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps({"options": options, "peers": reports}) if as_json else _table(reports))
+    print(safe_json({"options": options, "peers": reports}) if as_json else _table(reports))
 
 
 if __name__ == "__main__":

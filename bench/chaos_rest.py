@@ -47,7 +47,7 @@ def descriptors(services: Sequence[Service]) -> dict[str, int]:
     found = {}
     for service in services:
         for role, pids in service.roles().items():
-            if role not in ("worker", "spare"):  # these come and go
+            if role != "worker":  # these come and go
                 found[f"{service.name} {role}"] = len(os.listdir(f"/proc/{pids[0]}/fd"))
     return found
 

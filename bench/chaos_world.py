@@ -1,6 +1,5 @@
 """System under the chaos test: a server that can be killed, and services that are restarted."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
 import redis
 from chaos_events import FOLDER_VARIABLE
 from chaos_load import GROUP, MANY, ONE, PROBE, PROBE_STREAM, STREAM
@@ -202,7 +202,7 @@ class Service:
         found = []
         for line in self.log.read_text(errors="replace").splitlines():
             try:
-                found.append(json.loads(line))
+                found.append(orjson.loads(line))
             except ValueError:
                 found.append({"level": "error", "msg": line})
         return found

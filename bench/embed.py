@@ -6,7 +6,6 @@ job, when its workers are ready, and stops at the last acknowledgement, when all
 are those of the service's tokenizer for all ways, with special tokens.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 
 import click
 import numpy as np
+import orjson
 from embed_models import ONE_GIB, write_model
 from embed_service import end_to_end, memory, recovery
 from embed_texts import SEGMENT_CHARS, TEXTS_A_JOB, chapters, jobs, take_segments
@@ -27,6 +27,7 @@ from hosts import format_facts, machine_facts, table
 from rig import say
 
 from jobworker.handlers.encoder.find_model import default_model, find_model
+from jobworker.worker.safe_text import safe_json
 
 _CHILD = Path(__file__).resolve().parent / "embed_child.py"
 # Timeout in seconds of one way, also on a busy machine.
@@ -107,8 +108,8 @@ def _write_inputs(folder: Path, texts: list[str], model: str) -> None:
         "folder": "" if model.startswith("dummy:") else str(find_model(model).folder),
         "threads": len(os.sched_getaffinity(0)),
     }
-    (folder / "texts.json").write_text(json.dumps(texts), "utf-8")
-    (folder / "options.json").write_text(json.dumps(options), "utf-8")
+    (folder / "texts.json").write_text(orjson.dumps(texts).decode(), "utf-8")
+    (folder / "options.json").write_text(orjson.dumps(options).decode(), "utf-8")
 
 
 def _child(way: str, folder: Path, python: str) -> Report:
@@ -124,7 +125,7 @@ def _child(way: str, folder: Path, python: str) -> Report:
     )
     if done.returncode:
         raise RuntimeError(f"{way}: {done.stderr[-2000:]}")
-    report: Report = json.loads(done.stdout.splitlines()[-1])
+    report: Report = orjson.loads(done.stdout.splitlines()[-1])
     return report
 
 
@@ -261,7 +262,7 @@ def main(
             name, found = measures[part]()
             report[name] = found
             say(f"{part}: done")
-    print(json.dumps(report) if as_json else format_report(report))
+    print(safe_json(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ Prints one line of JSON: `seconds` without imports, loading and warm-up, and fur
 
 import asyncio
 import importlib
+
+# Other programs' environments, which run this file, have no orjson.
 import json
 import os
 import sys

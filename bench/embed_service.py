@@ -1,20 +1,22 @@
 """Embedding in the running service: end-to-end speed into Milvus Lite, memory of workers, recovery."""
 
-import json
 import os
 import re
 import signal
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
 from hosts import roles_of
 from rig import JOB_TYPE, LIMIT_S, Backlog, connect, free_port, server, service
 
-_HANDLER = "jobworker.handlers.embedding.handler:EmbeddingBatch"
+#: The handler of `embedding_batch`, and the same with a store that keeps the rows of its process in memory.
+EMBED = "jobworker.handlers.embedding.handler:EmbeddingBatch"
+EMBED_WITHOUT_STORE = "bench_embed_handler:EmbedWithoutStore"
 # Poll interval: short compared with everything that is measured here.
 _POLL_S = 0.01
 
@@ -45,27 +47,38 @@ class Running(NamedTuple):
 
 
 @contextmanager
-def running(jobs: Sequence[Sequence[str]], procs: int, model: str, **environment: str) -> Iterator[Running]:
+def running(
+    jobs: Sequence[Sequence[str]], procs: int, model: str, handler: str = EMBED, **environment: str
+) -> Iterator[Running]:
     """A ready service with a model in each worker, and a backlog of one job for each list of texts."""
     with server("") as url, connect(url) as client:
         backlog = Backlog(client, lambda number: _job(number, jobs[number]))
         backlog.fill(len(jobs))
         port = free_port()
         options = {"JOBWORKER_CACHE": "off", "JOBWORKER_MODEL": model} | environment
-        with service(url, backlog, _HANDLER, procs, port, **options) as pid:
+        with service(url, backlog, handler, procs, port, **options) as pid:
             yield Running(pid, backlog, f"http://127.0.0.1:{port}/metrics")
 
 
-def end_to_end(jobs: Sequence[Sequence[str]], procs: int, model: str) -> dict[str, Any]:
+def end_to_end(
+    jobs: Sequence[Sequence[str]],
+    procs: int,
+    model: str,
+    *,
+    handler: str = EMBED,
+    observer: AbstractContextManager[object] | None = None,
+    **environment: str,
+) -> dict[str, Any]:
     """Seconds from the first job to the last acknowledgement, with the workers' first passes.
 
-    The idle share is the time of all workers without a forward pass.
+    `observer` is open during that time. The idle share is the time of all workers without a forward pass.
     """
-    with running(jobs, procs, model) as served:
-        began = time.perf_counter()
-        served.backlog.release(len(jobs))
-        served.wait_drained()
-        seconds = time.perf_counter() - began
+    with running(jobs, procs, model, handler, **environment) as served:
+        with observer or nullcontext():
+            began = time.perf_counter()
+            served.backlog.release(len(jobs))
+            served.wait_drained()
+            seconds = time.perf_counter() - began
         busy_s = _settled(served, "z_novel_forward_seconds_total")
         tokens = served.metric("z_novel_embedded_tokens_total")
         batches, batch_jobs = (
@@ -121,7 +134,7 @@ def _job(number: int, texts: Sequence[str]) -> bytes:
         "payload": {"ids": [f"{number}.{index}" for index in range(len(texts))], "texts": list(texts)},
         "created_at": "2026-01-02T10:00:00Z",
     }
-    return json.dumps(job, ensure_ascii=False, separators=(",", ":")).encode()
+    return orjson.dumps(job)
 
 
 def _pss_kib(pid: int) -> int:

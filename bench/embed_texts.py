@@ -1,8 +1,9 @@
 """Texts of the embedding benchmarks: chapters, segments, and jobs of segments."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+
+import orjson
 
 SEGMENT_CHARS = 200
 TEXTS_A_JOB = 4
@@ -14,7 +15,7 @@ def chapters(file: Path | None) -> list[str]:
     if file is None:
         return [path.read_text("utf-8") for path in sorted(_NOVEL.rglob("*.md")) if path.parent != _NOVEL]
     with file.open(encoding="utf-8") as lines:
-        return [str(json.loads(line)["content"]) for line in lines if line.strip()]
+        return [str(orjson.loads(line)["content"]) for line in lines if line.strip()]
 
 
 def segments(chapter: str) -> list[str]:

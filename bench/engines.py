@@ -6,6 +6,8 @@ those of the service's tokenizer, with special tokens.
 """
 
 import importlib
+
+# Other programs' environments, which run this file, have no orjson.
 import json
 import os
 import subprocess

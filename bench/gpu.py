@@ -7,26 +7,30 @@ with special tokens. `--device cpu --layers 2` runs the program without a GPU.
 """
 
 import gc
-import json
 import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
 from embed_models import BGE_M3, MINILM, Shape, compiled, write_model
+from embed_service import EMBED, EMBED_WITHOUT_STORE, end_to_end
+from embed_texts import TEXTS_A_JOB
 from hosts import format_facts, machine_facts, table
 
+from jobworker.handlers.encoder.base import TOKEN_BUDGET
 from jobworker.handlers.encoder.find_model import find_model
-from jobworker.handlers.encoder.packing import pack, padding_share
+from jobworker.handlers.encoder.packing import padding_share
 from jobworker.handlers.encoder.precision_check import min_cosine
 from jobworker.handlers.encoder.torch import TorchEncoder
+from jobworker.worker.safe_text import safe_json
 
 Report = dict[str, Any]
 #: Peak of dense bf16 products stated by the vendor, in TFLOP/s.
@@ -39,14 +43,27 @@ _MIXED = (16, 510)
 _PRODUCTS = 20
 # Texts whose vectors are compared with full precision, which is slow.
 _COMPARED = 64
-# Variants of our encoder: dtype, token budget, compiled or not.
-_VARIANTS: dict[str, tuple[str, int, bool]] = {
-    "as the service does": ("auto", 16384, False),
-    "fp32": ("fp32", 16384, False),
-    "bf16": ("bf16", 16384, False),
-    "fp16, 64 Ki tokens a pass": ("fp16", 65536, False),
-    "bf16, 64 Ki tokens a pass": ("bf16", 65536, False),
-    "fp16, 64 Ki tokens, compiled": ("fp16", 65536, True),
+
+
+class _Variant(NamedTuple):
+    """A way to run our encoder."""
+
+    dtype: str = "auto"
+    token_budget: int = TOKEN_BUDGET
+    packs: bool = True
+    compiles: bool = False
+
+
+_EXACT = "fp32"
+# The driver updates its number about this often.
+_SAMPLE_S = 0.2
+_VARIANTS = {
+    "as the service does": _Variant(),
+    _EXACT: _Variant("fp32"),
+    "bf16": _Variant("bf16"),
+    "16 Ki tokens a pass": _Variant(token_budget=16384),
+    "with padding": _Variant(packs=False),
+    "with padding, compiled": _Variant(packs=False, compiles=True),
 }
 
 
@@ -90,22 +107,30 @@ def ours(folder: Path, shape: Shape, loads: dict[str, list[str]], device: str, r
     source = find_model(str(folder))
     exact: dict[str, Any] = {}
     found: Report = {}
-    for name, (dtype, budget, compile_it) in _VARIANTS.items():
+    for name, variant in _VARIANTS.items():
         _free_memory(device)
         encoder: Any = TorchEncoder.load(
-            source, device=device, threads=torch.get_num_threads(), dtype=dtype, token_budget=budget
+            source,
+            device=device,
+            threads=torch.get_num_threads(),
+            dtype=variant.dtype,
+            token_budget=variant.token_budget,
         )
+        if not variant.packs:
+            encoder._packed = None
+            encoder._measure_pass()
         try:
-            encoder = compiled(encoder) if compile_it else encoder
+            encoder = compiled(encoder) if variant.compiles else encoder
             found[name] = {load: _one(encoder, shape, texts, repeat) for load, texts in loads.items()}
             compared = {load: encoder.encode(texts[:_COMPARED]) for load, texts in loads.items()}
         except Exception as error:  # e.g. a missing compiler; other variants continue
             say(f"{name}: {type(error).__name__}: {str(error)[:300]}")
             continue
-        exact = compared if name == "fp32" else exact
+        exact = compared if name == _EXACT else exact
         for load, vectors in compared.items():
             found[name][load] |= {"ran_as": encoder.revision.partition("-")[2], "vectors": vectors}
-        say(f"{folder.name}, {name}: done")
+        for load, one in found[name].items():
+            say(f"{folder.name}, {name}, {load}: {one['forward_tokens_per_s']:,} tokens/s")
         del encoder  # before the next one is loaded
     for loads_of in found.values():
         for load, one in loads_of.items():
@@ -127,7 +152,7 @@ def _one(encoder: Any, shape: Shape, texts: list[str], repeat: int) -> Report:
     encoder.forward(plan)  # kernels are chosen and compiled
     forward_s = statistics.median(_timed(lambda: encoder.forward(plan), device) for _ in range(repeat))
     encode_s = statistics.median(_timed(lambda: encoder.encode(texts), device) for _ in range(repeat))
-    batches = pack(lengths, encoder._budget, max_rows=len(lengths))
+    batches = [] if encoder._packed else encoder._batches(lengths)
     return {
         "forward_tokens_per_s": round(sum(lengths) / forward_s),
         "encode_tokens_per_s": round(sum(lengths) / encode_s),
@@ -171,6 +196,65 @@ def measure(name: str, shape: Shape, count: int, device: str, repeat: int) -> Re
         return {**ours(folder, shape, loads, device, repeat), **plain(folder, loads, device, repeat)}
 
 
+class _BusyShare:
+    """Share of the time in which a kernel runs on a GPU, as the driver counts it; for all processes."""
+
+    def __init__(self, device: str) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        self._read = partial(
+            pynvml.nvmlDeviceGetUtilizationRates, pynvml.nvmlDeviceGetHandleByIndex(int(device[5:] or 0))
+        )
+        self._ended = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self.samples: list[float] = []
+
+    def __enter__(self) -> None:
+        self._sampler.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._sampler.join()
+
+    def _sample(self) -> None:
+        # The driver's number is that of up to one second before.
+        self._ended.wait(1.0)
+        while not self._ended.wait(_SAMPLE_S):
+            self.samples.append(self._read().gpu / 100)
+
+
+_STORES = {"memory": EMBED_WITHOUT_STORE, "Milvus Lite": EMBED}
+
+
+def service(count: int, device: str, procs: int, store: str) -> Report:
+    """The whole service with a model of bge-m3's shape: tokens/s into a store, and the GPU's idle share.
+
+    `count` jobs of mixed texts.
+    """
+    rng = random.Random(_RANDOM)
+    texts = texts_of([rng.randint(*_MIXED) for _ in range(TEXTS_A_JOB * count)], rng)
+    jobs = [texts[start : start + TEXTS_A_JOB] for start in range(0, len(texts), TEXTS_A_JOB)]
+    busy = _BusyShare(device)
+    with tempfile.TemporaryDirectory(prefix="jobworker-bench") as above:
+        folder = write_model(Path(above, "bge-m3"), BGE_M3, texts)
+        found = end_to_end(
+            jobs, procs, str(folder), handler=_STORES[store], observer=busy, JOBWORKER_DEVICE=device
+        )
+    say(f"service, {procs} workers, {store}: done")
+    shares = busy.samples or [0.0]
+    return {
+        "store": store,
+        "procs": procs,
+        "jobs": count,
+        "seconds": round(found["seconds"], 2),
+        "tokens_per_s": round(found["tokens"] / found["seconds"]),
+        "jobs_a_batch": round(found["jobs_a_batch"], 1),
+        "gpu_idle_share": round(1 - statistics.mean(shares), 4),
+        "gpu_busy_samples": [round(share, 2) for share in shares],
+    }
+
+
 def _stated_tflops(card: str) -> float | None:
     return next((stated for name, stated in _STATED_TFLOPS.items() if name in card), None)
 
@@ -197,6 +281,12 @@ def format_report(report: Report) -> str:
         for variant, loads in found.items():
             rows += [(variant, load, *_cells(one, stated, reached)) for load, one in loads.items()]
         lines += ["", f"{model}, random weights", table(rows)]
+    for found in report["services"]:
+        lines += [
+            f"service with {found['procs']} workers, mixed texts into {found['store']}: "
+            f"{found['tokens_per_s']:,} tokens/s, {found['jobs_a_batch']} jobs a batch, "
+            f"GPU idle {found['gpu_idle_share']:.1%}"
+        ]
     return "\n".join(lines)
 
 
@@ -220,11 +310,27 @@ def _cells(one: Report, stated: float | None, reached: float) -> tuple[str, ...]
 @click.option(
     "--layers", type=click.IntRange(0), default=0, help="Layers of the models; 0 for their own number."
 )
-@click.option("--count", type=click.IntRange(1), default=512, show_default=True, help="Texts of 512 tokens.")
+@click.option(
+    "--count",
+    type=click.IntRange(0),
+    default=512,
+    show_default=True,
+    help="Texts of 512 tokens; 0: no encoder.",
+)
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs of each.")
 @click.option("--product", type=click.IntRange(64), default=8192, show_default=True, help="Matrix size.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(0),
+    default=6000,
+    show_default=True,
+    help="Jobs of the whole service, of 4 texts each; 0 leaves it out.",
+)
+@click.option("--procs", type=click.IntRange(1), default=2, show_default=True, help="Workers of the service.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the tables.")
-def main(device: str, layers: int, count: int, repeat: int, product: int, as_json: bool) -> None:
+def main(
+    device: str, layers: int, count: int, repeat: int, product: int, jobs: int, procs: int, as_json: bool
+) -> None:
     """Measure and print."""
     shapes = {"bge-m3": BGE_M3, "MiniLM-L6": MINILM}
     if layers:
@@ -233,8 +339,13 @@ def main(device: str, layers: int, count: int, repeat: int, product: int, as_jso
     card = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
     report: Report = {"bench": "gpu", "host": machine_facts(), "card": card, "device": device}
     report |= {"stated_tflops": _stated_tflops(card), "product_tflops": product_tflops(device, product)}
-    report["models"] = {name: measure(name, shape, count, device, repeat) for name, shape in shapes.items()}
-    print(json.dumps(report) if as_json else format_report(report))
+    report["services"] = [
+        service(jobs, device, procs, store) for store in _STORES if jobs and device != "cpu"
+    ]
+    report["models"] = {
+        name: measure(name, shape, count, device, repeat) for name, shape in shapes.items() if count
+    }
+    print(safe_json(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

@@ -54,15 +54,11 @@ def _version_or_none(package: str) -> str | None:
 def roles_of(supervisor_pid: int) -> dict[str, list[int]]:
     """Process ids of a service by role, read from the process titles."""
     roles: dict[str, list[int]] = {"supervisor": [supervisor_pid]}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if int(_stat(int(entry.name))[_PARENT]) != supervisor_pid:
-                continue
-            name = (entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile
-        if name.startswith("jobworker: "):
-            roles.setdefault(name.removeprefix("jobworker: ").split()[0], []).append(int(entry.name))
+    for pid in tree_of(supervisor_pid)[1:]:
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
+            if title.startswith("jobworker: "):
+                roles.setdefault(title.removeprefix("jobworker: ").split()[0], []).append(pid)
     return roles
 
 

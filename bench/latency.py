@@ -5,7 +5,6 @@ handler, or when the bare loop's client returns the entry. All processes of a ho
 consumer has a stream of its own and is measured alone; with --repeat they take turns.
 """
 
-import json
 import sys
 import tempfile
 import time
@@ -15,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+import orjson
 from hosts import format_facts, host_facts, table
 from rig import LIMIT_S, STAMP, Backlog, bare_loops, connect, job, paced, say, server, service
+
+from jobworker.worker.safe_text import safe_json
 
 EVERY_S = 0.020
 #: Jobs that are not measured: the first ones pay for connections, imports and caches.
@@ -50,7 +52,7 @@ def _send(client: Any, stream: str, jobs: int) -> dict[str, int]:
     sent: dict[str, int] = {}
     for number in paced(jobs, EVERY_S):
         data = job(number)
-        job_id = json.loads(data)["id"]
+        job_id = orjson.loads(data)["id"]
         sent[job_id] = time.monotonic_ns()
         client.xadd(stream, {"data": data})
     return sent
@@ -126,7 +128,7 @@ def main(seconds: float, procs: int, repeat: int, redis_url: str, as_json: bool)
     """Measure and print."""
     with server(redis_url) as url:
         report = measure(url, seconds, procs, repeat)
-    print(json.dumps(report) if as_json else format_report(report))
+    print(safe_json(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

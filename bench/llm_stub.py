@@ -1,12 +1,13 @@
 """Local endpoint of a language model: real HTTP; answers with the first sentences of a chapter."""
 
-import json
 import re
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import orjson
 
 _SENTENCE = re.compile(r"[^。！？.!?]+[。！？.!?]+[”’」』]*")
 _SPEAKER = re.compile(r"(?:^|[。！？”\s])([\u4e00-\u9fff]{2,3})(?:笑道|说道|问道|忙道|道：)")
@@ -20,9 +21,9 @@ def llm_stub(chars: int, delay_s: float) -> Iterator[str]:
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            request = orjson.loads(self.rfile.read(int(self.headers["Content-Length"])))
             time.sleep(delay_s)  # simulated inference
-            body = json.dumps(_completion(request["messages"][-1]["content"], chars)).encode()
+            body = orjson.dumps(_completion(request["messages"][-1]["content"], chars))
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
@@ -59,5 +60,5 @@ def _completion(chapter: str, chars: int) -> dict[str, object]:
         "new_events": [{"description": summary[:50] or "…", "participants": names}],
         "relation_changes": [],
     }
-    message = {"role": "assistant", "content": json.dumps(found, ensure_ascii=False)}
+    message = {"role": "assistant", "content": orjson.dumps(found).decode()}
     return {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}

@@ -3,7 +3,6 @@
 Figures are the high-water marks of the processes (VmHWM); of several workers, the largest.
 """
 
-import json
 import socket
 import sys
 import time
@@ -13,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+import orjson
 from hosts import format_facts, host_facts, roles_of, table
 from rig import JOB_TYPE, LIMIT_S, Backlog, connect, job, say, server, service
+
+from jobworker.worker.safe_text import safe_json
 
 _MIB = 1024 * 1024
 #: The largest payload: the limit of an entry without its other fields.
@@ -31,7 +33,7 @@ def large_job(size_bytes: int) -> Callable[[int], bytes]:
 
     def make(number: int) -> bytes:
         text = "x" * (size_bytes - 200)
-        return json.dumps({"id": f"large-{number}", "type": JOB_TYPE, "payload": {"text": text}}).encode()
+        return orjson.dumps({"id": f"large-{number}", "type": JOB_TYPE, "payload": {"text": text}})
 
     return make
 
@@ -79,7 +81,10 @@ def with_stalled_peer(url: str, jobs: int, seconds: float) -> dict[str, int]:
         at = f"127.0.0.1:{peer.getsockname()[1]}"
         with (
             filled(url, jobs, large_job(_STALLED_BYTES), 100) as backlog,
-            service(url, backlog, "bench_handlers:WaitsForPeer", 2, BENCH_PEER=at) as pid,
+            # Its jobs never end: a drain would wait for its whole limit.
+            service(
+                url, backlog, "bench_handlers:WaitsForPeer", 2, BENCH_PEER=at, JOBWORKER_DRAIN_TIMEOUT="0.5"
+            ) as pid,
         ):
             backlog.release(jobs)
             time.sleep(seconds)  # the measurement is a length of time
@@ -110,7 +115,7 @@ def measure(jobs: int, large_jobs: int, still_jobs: int, seconds: float) -> dict
 
 def format_report(report: dict[str, Any]) -> str:
     """A table with one row a scenario."""
-    roles = ("supervisor", "reader", "reaper", "spare", "worker")
+    roles = ("supervisor", "forkserver", "reader", "reaper", "worker")
     rows = [("peak MiB", *roles)]
     rows += [
         (name, *(str(peaks.get(role, "-")) for role in roles)) for name, peaks in report["peak_mib"].items()
@@ -129,7 +134,7 @@ def format_report(report: dict[str, Any]) -> str:
 def main(jobs: int, large_jobs: int, still_jobs: int, seconds: float, as_json: bool) -> None:
     """Measure and print."""
     report = measure(jobs, large_jobs, still_jobs, seconds)
-    print(json.dumps(report) if as_json else format_report(report))
+    print(safe_json(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

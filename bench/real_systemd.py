@@ -6,7 +6,6 @@ and prints the commands with their output. The libraries are those of the enviro
 code 1: a check failed.
 """
 
-import json
 import re
 import shutil
 import signal
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import orjson
 from nspawn import Machine, make_base, missing, wait_for
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +83,7 @@ class Host:
 
     def stats(self) -> Any:
         """`jobworker stats` as JSON."""
-        return json.loads(self.quiet("jobworker", "stats", "--json", f"--config={_CONFIG}"))
+        return orjson.loads(self.quiet("jobworker", "stats", "--json", f"--config={_CONFIG}"))
 
     def done(self, kind: str) -> float:
         """Finished jobs of a type since the start of the supervisor."""

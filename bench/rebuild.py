@@ -6,7 +6,6 @@ compared with the last write, and search results with an exact search. Then the 
 place, during which searches fail.
 """
 
-import json
 import os
 import secrets
 import signal
@@ -21,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import orjson
+
+from jobworker.worker.safe_text import safe_json
 
 # Processes start while clients talk to Milvus; the fork handlers of gRPC would break both.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
@@ -210,7 +212,7 @@ def rebuild(world: World, backlog: Backlog, rebuilds: Rebuilds, mode: str, kills
         payload = {"collection": _NAME, "mode": mode}
         job = {"id": f"rebuild-{mode}-{kills}", "type": JOB_TYPE, "payload": payload}
         started = time.monotonic()
-        backlog.last_id = backlog._client.xadd(backlog.stream, {"data": json.dumps(job)})
+        backlog.last_id = backlog._client.xadd(backlog.stream, {"data": orjson.dumps(job).decode()})
         while not backlog.drained:
             if running.kills < kills and progress(rebuilds) >= (running.kills + 0.5) / kills:
                 running.kill()
@@ -353,7 +355,7 @@ def main(
     """Measure and print."""
     with server(redis_url) as url, milvus(milvus_uri) as uri:
         report = measure(uri, url, rows, dim, kills, in_place)
-    print(json.dumps(report) if as_json else format_report(report))
+    print(safe_json(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ All contenders take turns on one new server, so that a noisy machine disturbs th
 medians of --repeat runs. Compare ratios of one run; absolute figures depend on the machine.
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -21,11 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import orjson
 from contenders import PEER_SYSTEMS, Bare, Contender, Other, Ours, PeerSystem, trees
 from hosts import cpu_s, format_facts, host_facts, pss_mib, table
 from latency import EVERY_S, WARM_UP_JOBS, delays_ms, percentiles, started_ns
 from rig import LIMIT_S, connect, say, server
 from run_report import write_html
+
+from jobworker.worker.safe_text import safe_json
 
 _FOLDER = Path(__file__).resolve().parent
 _POLL_S = 0.005
@@ -176,7 +178,7 @@ class Comparison:
 
     def chapters(self) -> Iterator[Figure]:
         """Drain of jobs with Chinese text."""
-        payload = json.dumps({"tenant_id": "t001", "texts": [_CHAPTER]}, ensure_ascii=False)
+        payload = orjson.dumps({"tenant_id": "t001", "texts": [_CHAPTER]}).decode()
         run = partial(throughput, jobs=self._sizes.chapters, procs=self._procs)
         yield from self._medians(
             "Throughput, chapters of 5 kB", self._ours("Noop", payload), run, higher="jobs/s"
@@ -227,7 +229,9 @@ def run_others() -> dict[str, Any]:
         command = [sys.executable, str(_FOLDER / program), *arguments, "--json"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         lines = done.stdout.strip().splitlines()
-        reports[name] = json.loads(lines[-1]) if done.returncode == 0 and lines else f"exit {done.returncode}"
+        reports[name] = (
+            orjson.loads(lines[-1]) if done.returncode == 0 and lines else f"exit {done.returncode}"
+        )
     return reports
 
 
@@ -273,7 +277,7 @@ def main(
     tolerance: float,
 ) -> None:
     """Measure, write the report, compare."""
-    before = json.loads(against.read_text()) if against else None
+    before = orjson.loads(against.read_text()) if against else None
     sizes, systems = (QUICK if quick else FULL).scaled(scale), PEER_SYSTEMS if peers else {}
     if repeat:
         sizes = sizes._replace(repeat=repeat)
@@ -292,7 +296,7 @@ def main(
         "others": {} if quick or parts else run_others(),
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1))
+    (out / "report.json").write_text(safe_json(report, indent=True))
     write_html(report, out / "report.html")
     print(format_report(report))
     print(f"\n{out / 'report.html'}")

@@ -4,9 +4,10 @@ Bars are table cells with a width in percent: a plotting library would be the la
 """
 
 import html
-import json
 from pathlib import Path
 from typing import Any
+
+from jobworker.worker.safe_text import safe_json
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>jobworker benchmarks</title><style>
 body{{font:15px system-ui,sans-serif;max-width:1150px;margin:2rem auto;padding:0 1rem}}
@@ -37,7 +38,7 @@ def write_html(report: dict[str, Any], path: Path) -> None:
 
 
 def _pretty(found: Any) -> str:
-    return json.dumps(found, ensure_ascii=False, indent=1)
+    return safe_json(found, indent=True)
 
 
 def _short(value: float) -> str:

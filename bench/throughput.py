@@ -10,7 +10,6 @@ CPU time comes from /proc/<pid>/stat for the processes and from INFO for the ser
 commands, including those in scripts; this program's own commands are subtracted.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -22,6 +21,8 @@ from typing import Any
 import click
 from hosts import cpu_s, format_facts, host_facts, roles_of, table
 from rig import LIMIT_S, NOOP, Backlog, bare_loops, connect, job, say, server, service
+
+from jobworker.worker.safe_text import safe_json
 
 #: Bare consumers; the same number as in the comparison with other job systems.
 _BARE_PROCESSES = 2
@@ -201,7 +202,7 @@ def main(jobs: int, procs: int, repeat: int, redis_url: str, as_json: bool) -> N
     """Measure and print."""
     with server(redis_url) as url:
         report = measure(url, jobs, procs, repeat)
-    print(json.dumps(report) if as_json else format_report(report))
+    print(safe_json(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

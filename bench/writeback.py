@@ -9,7 +9,6 @@ the service's model, and by a language model, which is a local stub over real HT
 object a line, with `chapter` and `content`.
 """
 
-import json
 import os
 import random
 import re
@@ -22,6 +21,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import orjson
+
+from jobworker.worker.safe_text import safe_json
 
 # Processes start while clients talk to Milvus; the fork handlers of gRPC would break both.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
@@ -67,7 +70,7 @@ class Service:
             environment |= {"JOBWORKER_MILVUS_URI": milvus_uri, "JOBWORKER_MILVUS_PREFIX": _prefix(folder)}
         pdeathsig_command = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
         self.process = subprocess.Popen([*pdeathsig_command, *command], stderr=self._log, env=environment)
-        wait_until(lambda: '"msg": "service.ready"' in self.log or self.process.poll() is not None, "ready")
+        wait_until(lambda: '"msg":"service.ready"' in self.log or self.process.poll() is not None, "ready")
         if self.process.poll() is not None:
             raise RuntimeError(f"the service ended:\n{self.log[-2000:]}")
 
@@ -89,7 +92,7 @@ class Service:
 
     @property
     def _endpoints(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self._folder / "endpoints.json").read_text())
+        found: dict[str, Any] = orjson.loads((self._folder / "endpoints.json").read_text())
         return found
 
     def kill_worker(self, shuffle: random.Random) -> None:
@@ -150,7 +153,7 @@ def write_back(chapter: int, version: int) -> bytes:
         "id": f"ch-{chapter}.{version}", "type": "summary_write_back", "tenant_id": _TENANT,
         "project_id": _PROJECT, "payload": payload, "created_at": "2026-01-02T10:00:00Z",
     }  # fmt: skip
-    return json.dumps(fields).encode()
+    return orjson.dumps(fields)
 
 
 def under_kills(
@@ -208,7 +211,7 @@ def check(client: Any, store: VectorStore, chapters: int, versions: int) -> list
 
 def read_chapters(path: Path) -> list[dict[str, Any]]:
     """Chapters of a file with one JSON object a line, with `chapter` and `content`."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return [orjson.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 
 def summarise(chapters: list[dict[str, Any]], settings: HandlerSettings) -> list[dict[str, Any]]:
@@ -301,7 +304,7 @@ def main(
         settings = {"model": model, "summary_chars": summary_chars, "threads": os.cpu_count() or 1}
         result["summaries"] = both_ways(chapters, limit, settings, llm_delay)
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(safe_json(result))
     else:
         show(result)
 

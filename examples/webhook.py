@@ -24,7 +24,7 @@ class Notify:
     """Posts each payload to NOTIFY_URL.
 
     While the endpoint is down, `Unavailable` opens the circuit breaker of this type: its jobs wait, one is
-    tried now and then, and no retry is used up. The receiver gets the job's id as an idempotency key.
+    tried now and then, and no retry is used up. The receiver gets the job's key as an idempotency key.
     """
 
     timeout = 30.0
@@ -46,7 +46,7 @@ class Notify:
     def handle(self, job: Job) -> None:
         """Post one job. Raises Unavailable while the endpoint is down, PermanentError where it rejects it."""
         try:
-            answer = self._client.post(self._url, json=job.payload, headers={"Idempotency-Key": job.id})
+            answer = self._client.post(self._url, json=job.payload, headers={"Idempotency-Key": job.key})
         except httpx2.TransportError as error:
             raise Unavailable(f"the endpoint does not answer: {error}") from error
         if answer.status_code == 429 or answer.status_code >= 500:

@@ -1,6 +1,5 @@
 """Checks of `jobworker doctor` for the built-in types: the model, and whether its vectors fit."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,8 +8,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import click
+import orjson
 
-from jobworker.worker.options import ENV_PREFIX
+from jobworker.worker.options import ENV_PREFIX, ExplicitOption
 from jobworker.worker.urls import parse_http_url
 
 #: Level (ok, note or wrong), subject, what was found, what to do.
@@ -19,12 +19,14 @@ Found = tuple[str, str, str] | tuple[str, str, str, str]
 _MODEL_WITHIN_S = 600.0
 _NO_MODEL = "\0"
 OPTIONS = (
-    click.option("--milvus-prefix", default="z_novel_", envvar=f"{ENV_PREFIX}_MILVUS_PREFIX",
-                 help="Prefix of the collection names."),
-    click.option("--milvus-uri", default="", envvar=f"{ENV_PREFIX}_MILVUS_URI",
+    click.option("--milvus-prefix", cls=ExplicitOption, default="z_novel_",
+                 envvar=f"{ENV_PREFIX}_MILVUS_PREFIX", help="Prefix of the collection names."),
+    click.option("--milvus-uri", cls=ExplicitOption, default="", envvar=f"{ENV_PREFIX}_MILVUS_URI",
                  help="With --model: compare it with the collections there."),
-    click.option("--device", default="auto", envvar=f"{ENV_PREFIX}_DEVICE", help="With --model."),
-    click.option("--configured-model", hidden=True, default="", envvar=f"{ENV_PREFIX}_MODEL"),
+    click.option("--device", cls=ExplicitOption, default="auto", envvar=f"{ENV_PREFIX}_DEVICE",
+                 help="With --model."),
+    click.option("--configured-model", cls=ExplicitOption, hidden=True, default="",
+                 envvar=f"{ENV_PREFIX}_MODEL"),
     click.option("--model", is_flag=False, flag_value="", default=_NO_MODEL, show_default=False,
                  help="Load a model too, in a process of its own, and report its dimension. Without a name: "
                  "the service's model."),
@@ -56,7 +58,7 @@ def _model(model: str, device: str, milvus: tuple[str, str], prefix: str) -> Ite
             command, input="\n".join(milvus).encode(), capture_output=True, timeout=_MODEL_WITHIN_S,
             check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
-        found: dict[str, Any] = json.loads(done.stdout)
+        found: dict[str, Any] = orjson.loads(done.stdout)
     except subprocess.TimeoutExpired:
         yield ("wrong", "model", f"not loaded within {_MODEL_WITHIN_S:.0f} s", "a nearer disk?")
         return

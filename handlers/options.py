@@ -37,7 +37,7 @@ OPTIONS = [
             click.Choice(["auto", "fp32", "bf16", "fp16"])),
     option("--long-text", "What becomes of a text longer than the model's window.", "windows",
             click.Choice(["windows", "truncate", "reject"])),
-    option("--token-budget", "Tokens, padding included, of one forward pass.", 16384, Count(512)),
+    option("--token-budget", "Tokens, padding included, of one forward pass.", 65536, Count(512)),
     option("--cache", "off, or the most disk that vectors of texts seen before may take, below --data-dir.",
             "1GiB", Size(_LEAST_CACHE_BYTES, _MOST_CACHE_BYTES, off=True)),
     option("--summary-chars", "Longest summary of a chapter that is made here, in characters.", 100,

@@ -20,7 +20,7 @@ class HandlerSettings(Settings):
     milvus_partitions: str = "key"
     model: str = ""
     long_text: str = "windows"
-    token_budget: int = 16384
+    token_budget: int = 65536
     dtype: str = "auto"
     #: 0: no cache. In settings of their own, as tests make them, nothing is put on the disk.
     cache_bytes: int = 0

@@ -9,7 +9,6 @@ of a desktop and of a phone, for a visual check.
 
 import argparse
 import itertools
-import json
 import os
 import random
 import re
@@ -26,6 +25,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import orjson
 from playwright.sync_api import Browser, Page, sync_playwright
 from terminal_svg import render_terminal
 
@@ -89,7 +89,7 @@ def service(folder: Path) -> Iterator[dict[str, str]]:
             if time.monotonic() > give_up_at:
                 raise TimeoutError((folder / "jobworker-supervise.log").read_text()[-2000:])
             time.sleep(0.1)  # without inotify there is no event for a file of another process
-        yield json.loads(endpoints.read_text())
+        yield orjson.loads(endpoints.read_text())
 
 
 def send(url: str, stopping: threading.Event) -> None:

@@ -1,4 +1,4 @@
-"""Set-up of every test run: no network for models, one Hypothesis profile, no child process left behind."""
+"""Set-up of every run: order of tests, no network for models, Hypothesis profile, no child left behind."""
 
 import os
 import signal
@@ -37,8 +37,26 @@ settings.register_profile("jobworker", deadline=None, database=None, print_blob=
 settings.load_profile("jobworker")
 
 
+#: Folders and files with the longest tests, the longest first: what starts last must be short.
+LONG_FIRST = ("tests/chaos/", "tests/process/", "tests/unit/test_model_zoo.py", "tests/unit/test_bench.py",
+              "tests/unit/test_openvino.py", "tests/store/", "tests/unit/")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of a real Milvus first, which mostly wait for it, and long files before short ones."""
+
+    def rank(item: pytest.Item) -> int:
+        if REAL_MILVUS in item.nodeid:
+            return -1
+        return next(
+            (at for at, path in enumerate(LONG_FIRST) if item.nodeid.startswith(path)), len(LONG_FIRST)
+        )
+
+    items.sort(key=rank)
+
+
 class ByFile(LoadFileScheduling):
-    """Side by side (`-n 2`), the tests of a file share its servers, and those of a real Milvus that one."""
+    """Side by side (`-n 3`), the tests of a file share its servers, and those of a real Milvus that one."""
 
     def _split_scope(self, nodeid: str) -> str:
         # Its etcd listens on a fixed port: a second one would not start beside it.

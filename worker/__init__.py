@@ -4,6 +4,7 @@ from .devices import NO_DEVICE, device_for_slot, visible_gpus
 from .envelope import Job
 from .errors import ConfigurationError, Fenced, PermanentError, RateLimited, StoreUnavailable, Unavailable
 from .handler import BatchHandler, Handler, JobHandler
+from .job_function import job
 from .producer import NewJob, Producer, UnknownDestination
 from .settings import Settings
 from .telemetry.current_job import report_progress
@@ -26,6 +27,7 @@ __all__ = [
     "Unavailable",
     "UnknownDestination",
     "device_for_slot",
+    "job",
     "report_progress",
     "span",
     "visible_gpus",

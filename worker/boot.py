@@ -1,21 +1,15 @@
-"""Child entry point: settings become adapters, adapters become a role, the role runs.
-
-``python -m jobworker.worker.boot FD``, where FD is the child's end of its line to the supervisor.
-"""
+"""Child entry point: settings become adapters, adapters become a role, the role runs."""
 
 import faulthandler
-import gc
 import logging
 import os
-import select
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import setproctitle
@@ -25,11 +19,10 @@ from .errors import ConfigurationError, Exit, JobworkerError
 from .event_loop import EventLoop
 from .handler import BoundHandler, load_handlers
 from .ipc.channel import MASKED_TYPES, Channel
-from .ipc.control import ControlSocket, Message, Standby, Start, StartFailed
+from .ipc.control import ControlSocket, StartFailed
 from .ipc.crash_marks import CrashMarks
 from .keys import consumer_name
 from .outcome import MAX_ERROR_CHARS
-from .process_env import open_standard_streams
 from .settings import Settings, settings_class
 from .supervision.pdeathsig import tie_to_parent
 from .telemetry import log as logs
@@ -37,44 +30,52 @@ from .telemetry import trace
 
 log = logging.getLogger("jobworker.boot")
 
-#: How long to wait for the first message; the supervisor sends it right after the start.
-_START_WITHIN_S = 10.0
-_ALONE = "started without a supervisor: run jobworker-supervise"
 #: Pause between tries to set a handler up while a store that it needs does not answer yet.
 _SETUP_RETRY_S = 0.5
-#: What takes time at the start of a reader or reaper; a spare has it behind it.
-_IMPORTS_OF_ROLES = ("reader.reader", "reaper", "store.redis.reader", "store.redis.reaper")
+#: Process id of the forkserver, which has imported this module before it forked this process.
+_FORKSERVER_PID = os.getpid()
 #: Half of what there is, out of 1000: before any other process of the service, after what asks to go first.
 _OOM_SCORE_ADJ = "500"
 
 
-def main() -> int:
-    """Run one role; the exit code is 0 after a proper end, 3 or 5 where the role could not start."""
-    open_standard_streams()
-    link = ControlSocket(socket.socket(fileno=int(sys.argv[1])))
-    start, fds = _first_message(link)
-    settings = settings_class().from_json(start.settings)
-    if start.role == "worker":
-        settings = replace(settings, device=_place(settings, start.slot))
-    name = start.role if start.role != "worker" else f"worker {start.slot}"
+def main(role: str, slot: int, settings_json: bytes, control_fd: int, blackbox_fd: int, *fds: int) -> None:
+    """Run one role in a process that the forkserver has forked.
+
+    ``control_fd`` is its end of the control socket. ``fds`` are those of a worker's channel or of the
+    reader's crash marks. Raises SystemExit: 0 after a proper end, 2, 3 or 5 if the role could not start.
+    """
+    tie_to_parent(_FORKSERVER_PID)
+    try:
+        sys.exit(_main(role, slot, settings_json, control_fd, blackbox_fd, fds))
+    except SystemExit:
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+    finally:
+        logging.shutdown()
+
+
+def _main(
+    role: str, slot: int, settings_json: bytes, control_fd: int, blackbox_fd: int, fds: Sequence[int]
+) -> int:
+    # The forkserver ignores what a terminal or service manager sends to all: only the supervisor decides what
+    # that means. Reader and reaper have to outlive the running jobs; a worker can be stopped while it starts.
+    if role == "worker":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.setpgid(0, 0)  # the supervisor ends the group: what handlers start ends with the worker
+    faulthandler.enable(blackbox_fd)
+    faulthandler.register(signal.SIGUSR2, blackbox_fd)
+    link = ControlSocket(socket.socket(fileno=control_fd))
+    settings = settings_class().from_json(settings_json)
+    if role == "worker":
+        settings = replace(settings, device=_place(settings, slot))
+    name = role if role != "worker" else f"worker {slot}"
     setproctitle.setproctitle(f"jobworker: {name} [{settings.instance}]")
     logs.configure(name, settings, os.environ)
     _begin_tracing(name, settings)
-    # Ctrl-C and a terminal's end reach the whole group; only the supervisor decides what they mean.
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    if start.role == "worker":
-        os.setpgid(0, 0)  # the supervisor ends the group: what handlers start ends with the worker
-    else:
-        # So does a service manager's TERM; these two have to outlive the jobs that are running.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    faulthandler.enable(start.blackbox_fd)
-    faulthandler.register(signal.SIGUSR2, start.blackbox_fd)
-    tie_to_parent(start.parent_pid)
-    # The roles make many short-lived objects and no cycles: looking for cycles this rarely costs nothing.
-    gc.set_threshold(50_000, 20, 50)
     try:
-        _run(start.role, settings, link, fds)
+        _run(role, settings, link, fds)
         trace.close()
     except ConfigurationError as error:  # of the store; what a handler says is dealt with where it is loaded
         return _fail(link, str(error), Exit.USAGE)
@@ -103,38 +104,7 @@ def _fail(link: ControlSocket, error: str, code: Exit) -> int:
     return code
 
 
-def _first_message(link: ControlSocket) -> tuple[Start, list[int]]:
-    message, fds = _await(link, _START_WITHIN_S)
-    if isinstance(message, Standby):
-        _stand_by(message)
-        message, fds = _await(link, None)  # for as long as no other ends; the supervisor's own end is heard
-    if not isinstance(message, Start):
-        raise SystemExit(_ALONE)
-    return message, fds
-
-
-def _await(link: ControlSocket, within_s: float | None) -> tuple[Message, list[int]]:
-    select.select([link], [], [], within_s)
-    try:
-        received = link.receive()
-    except EOFError:  # the supervisor was killed right after it had started us, or while we stood by
-        raise SystemExit("the supervisor is gone") from None
-    if received is None:
-        raise SystemExit(_ALONE)
-    return received
-
-
-def _stand_by(standby: Standby) -> None:
-    """Get behind us what need not wait until a reader or reaper has ended."""
-    setproctitle.setproctitle(f"jobworker: spare {standby.number} [{standby.instance}]")
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    tie_to_parent(standby.parent_pid)
-    for module in _IMPORTS_OF_ROLES:
-        import_module(f"{__package__}.{module}")
-
-
-def _run(role: str, settings: Settings, link: ControlSocket, fds: list[int]) -> None:
+def _run(role: str, settings: Settings, link: ControlSocket, fds: Sequence[int]) -> None:
     match role:
         case "reader":
             _run_reader(settings, link, CrashMarks(*fds))
@@ -172,6 +142,8 @@ def _run_reaper(settings: Settings, link: ControlSocket) -> None:
 def _run_worker(settings: Settings, link: ControlSocket, channel: Channel) -> None:
     from .runner import Runner
 
+    if channel.stop_requested:  # the signal may have come before it had an effect
+        signal.raise_signal(signal.SIGTERM)
     _go_first_when_memory_is_short()
     set_pools(settings.threads)
     handlers = _set_up(settings, link)
@@ -232,7 +204,3 @@ def _set_up(settings: Settings, link: ControlSocket) -> dict[str, BoundHandler] 
             log.critical("handler.setup_failed", extra={"error": text}, exc_info=None if transient else error)
             link.send(StartFailed(text[:MAX_ERROR_CHARS], code))
             return None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

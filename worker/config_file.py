@@ -90,10 +90,18 @@ def _checked(parameter: click.Parameter, value: Any) -> Any:
         return _of_kind(value, (bool,), "true or false")
     if parameter.multiple:
         every = _of_kind(value, (list,), 'a list of strings, such as ["a", "b"]')
-        return [_of_kind(one, (str,), "strings in the list") for one in every]
+        if not every:
+            raise click.BadParameter("an empty list: leave the key out for the default")
+        return [_not_empty(_of_kind(one, (str,), "strings in the list")) for one in every]
     kinds = getattr(parameter.type, "kinds", (str,))
-    value = _of_kind(value, kinds, getattr(parameter.type, "expected", "a string"))
+    value = _not_empty(_of_kind(value, kinds, getattr(parameter.type, "expected", "a string")))
     parameter.type.convert(value, None, None)
+    return value
+
+
+def _not_empty(value: Any) -> Any:
+    if isinstance(value, str) and not value.strip():
+        raise click.BadParameter("an empty value: leave the key out for the default")
     return value
 
 

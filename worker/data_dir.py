@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import re
 import secrets
@@ -12,6 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from .endpoints import FILE_NAME, parse_endpoints
 from .errors import ConfigurationError
@@ -49,11 +50,11 @@ class DataDir:
 
     def endpoints(self) -> dict[str, Any]:
         """Where the service of this folder listens (or last listened); empty where none ever ran."""
-        return read_endpoints_file(self.endpoints_file)
+        return parse_endpoints(read_own(self.endpoints_file) or b"null")
 
     def announce(self, endpoints: dict[str, Any]) -> None:
         """Write where everything listens, for tools on this machine; readable by its user only."""
-        write_private(self.endpoints_file, json.dumps(endpoints))
+        write_private(self.endpoints_file, orjson.dumps(endpoints).decode())
 
     def close(self) -> None:
         """Let go of the lock (stores that still run keep it)."""
@@ -156,11 +157,6 @@ def open_own(path: Path, flags: int) -> int:
         os.close(fd)
         raise
     return fd
-
-
-def read_endpoints_file(path: Path) -> dict[str, Any]:
-    """The addresses in an ``endpoints.json``; empty if there is none. Raises `ConfigurationError`."""
-    return parse_endpoints(read_own(path) or b"null")
 
 
 def _require_own(path: Path, found: os.stat_result, is_kind: Callable[[int], bool]) -> None:

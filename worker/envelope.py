@@ -2,12 +2,17 @@
 
 import base64
 import decimal
+import hashlib
+
+# orjson does not show a key that stands twice.
 import json
+import math
 from collections.abc import Callable, Set
-from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
+import orjson
+from msgspec.structs import force_setattr
 
 from .errors import MalformedJob
 
@@ -33,6 +38,9 @@ LAST_ERROR_FIELD = "jobworker_last_error"
 #: Longest such error, in characters. The payload limit counts it, so it must be short.
 MAX_LAST_ERROR_CHARS = 500
 
+#: Least and largest timeout that a job can set. Each timeout costs a worker, and its successor may need long
+#: to start; and a job that hangs must not occupy a worker for ever.
+MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.1, 86_400.0
 #: No job is tried so often; a count beyond is a mistake or an attack on arithmetic.
 _MOST_TRIES = 1_000_000
 
@@ -71,22 +79,6 @@ class Envelope(Header, frozen=True, gc=False, omit_defaults=True):
     payload: Any = None
 
 
-class DeadLetter(msgspec.Struct, omit_defaults=True):
-    """What an entry of ``dlq:<stream>`` holds. ``raw`` is base64, only where the task could not be read."""
-
-    task: msgspec.Raw
-    error: str
-    failed_at: str
-    reason: str
-    original_stream: str
-    original_id: str
-    worker: str
-    retry_count: int | None = None
-    deaths: int | None = None
-    raw: str | None = None
-    details: dict[str, Any] | None = None
-
-
 class Job(msgspec.Struct, frozen=True, gc=False):
     """What a handler is given."""
 
@@ -101,17 +93,36 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     entry_id: str
     retry_count: int
 
+    @property
+    def key(self) -> str:
+        """Name of the job's effects, 64 hexadecimal digits: safe in paths, URLs and headers, as `id` is not.
 
-def _exact_number(text: str) -> decimal.Decimal | float:
+        It is the same in each try, and in each job with this type, tenant, project and id.
+        """
+        names = (self.type, self.tenant_id, self.project_id, self.id)
+        joined = "".join(f"{len(name)}:{name}" for name in names)
+        return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def exact_number(text: str) -> decimal.Decimal | float:
+    """A number of JSON with a fraction or an exponent, with every digit. Raises ValueError beyond a float."""
+    rounded = float(text)
+    if math.isinf(rounded):
+        raise ValueError("Number out of range")
     try:
         return decimal.Decimal(text)
     except decimal.InvalidOperation:  # an exponent of more than 18 digits: as a float it is 0
-        return float(text)
+        return rounded
 
+
+#: Bytes at the start of a job in which its type is looked for.
+_TYPE_WITHIN = 128
 
 _header = msgspec.json.Decoder(Header)
 _envelope = msgspec.json.Decoder(Envelope)
-_exact_envelope = msgspec.json.Decoder(Envelope, float_hook=_exact_number)
+_exact_envelope = msgspec.json.Decoder(Envelope, float_hook=exact_number)
+_payload = msgspec.json.Decoder()
+#: Members as bytes, to be written as they are: `orjson.Fragment` would need a copy of each.
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _encode_into = msgspec.json.Encoder().encode_into
 
@@ -133,7 +144,7 @@ def read_header(data: bytes, scratch: bytearray | None = None) -> Header:
         _encode_into(header, encoded)
         repeated = len(encoded) != len(data) and _repeats_a_key(data)
     except (ValueError, RecursionError) as error:  # both parsers' errors and bad UTF-8 are ValueErrors
-        raise MalformedJob(_why(error)) from None
+        raise MalformedJob(why_malformed(error)) from None
     if repeated:
         raise MalformedJob("a field stands twice")
     return header
@@ -150,12 +161,44 @@ def read_payload(data: bytes, exact_types: Set[str] = frozenset()) -> Envelope:
         envelope = _envelope.decode(data)
         return _exact_envelope.decode(data) if envelope.type in exact_types else envelope
     except (ValueError, RecursionError) as error:
-        raise MalformedJob(_why(error)) from None
+        raise MalformedJob(why_malformed(error)) from None
 
 
-def payload_parser(exact_types: Set[str]) -> Callable[[bytes], Envelope]:
-    """`read_payload` for many jobs. It may raise ValueError or RecursionError too."""
-    return partial(read_payload, exact_types=exact_types) if exact_types else _envelope.decode
+def payload_parser(exact_types: Set[str], raw_types: Set[str] = frozenset()) -> Callable[[bytes], Header]:
+    """`read_payload` for many jobs. It may raise ValueError or RecursionError too.
+
+    Payloads of ``raw_types`` stay bytes: their handlers parse them into a type of their own.
+    """
+    parse = _exact_parser(exact_types) if exact_types else _envelope.decode
+    if not raw_types:
+        return parse
+
+    def parse_others(data: bytes) -> Header:
+        header = _header.decode(data)
+        if header.type in raw_types:
+            return header
+        if header.type in exact_types:
+            return parse(data)
+        # Quicker than parsing the whole job again.
+        force_setattr(header, "payload", _payload.decode(header.payload))
+        return header
+
+    return parse_others
+
+
+def _exact_parser(exact_types: Set[str]) -> Callable[[bytes], Envelope]:
+    marks = [b'"%s"' % name.encode() for name in exact_types]
+
+    def parse(data: bytes) -> Envelope:
+        # Nearly every job names its type early and without escapes: it is parsed once.
+        for mark in marks:
+            if data.find(mark, 0, _TYPE_WITHIN) >= 0:
+                envelope = _exact_envelope.decode(data)
+                return envelope if envelope.type in exact_types else _envelope.decode(data)
+        envelope = _envelope.decode(data)
+        return _exact_envelope.decode(data) if envelope.type in exact_types else envelope
+
+    return parse
 
 
 def read_envelope(data: bytes) -> Envelope:
@@ -173,7 +216,8 @@ def _is_valid(data: bytes) -> bool:
     return True
 
 
-def _why(error: Exception) -> str:
+def why_malformed(error: Exception) -> str:
+    """What an error of a parser says about the job."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return str(error)
@@ -200,7 +244,7 @@ def _repeats_a_key_by_parsing(data: bytes) -> bool:
     return len(set(keys)) < len(keys)
 
 
-def job_of(envelope: Envelope, stream: str, entry_id: str) -> Job:
+def job_of(envelope: Header, stream: str, entry_id: str) -> Job:
     """The handler's view of a job."""
     return Job(
         envelope.id,
@@ -229,7 +273,7 @@ def with_retry(data: bytes, retry_count: int, deaths: int, error: str = "", max_
     retry = msgspec.json.encode(members)
     if not error:
         return retry
-    members[LAST_ERROR_FIELD] = msgspec.Raw(msgspec.json.encode(error[:MAX_LAST_ERROR_CHARS]))
+    members[LAST_ERROR_FIELD] = msgspec.Raw(orjson.dumps(error[:MAX_LAST_ERROR_CHARS]))
     explained = msgspec.json.encode(members)
     return explained if len(explained) <= max_bytes else retry
 
@@ -262,24 +306,26 @@ class DeadJob(NamedTuple):
 
 
 def dead_letter(job: DeadJob, *, stream: str, worker: str, failed_at: str) -> bytes:
-    """The dead letter's JSON."""
+    """The JSON of an entry of ``dlq:<stream>``. ``raw`` is base64, only where the task could not be read."""
     data, envelope = job.data, job.envelope
     task, raw = b"null", None
     if data is not None and envelope is not None and _is_valid(data):
         task = without_last_error(data)
     elif data is not None:
         raw = base64.b64encode(data[:OVERSIZED_KEPT_BYTES] if job.reason == "oversized" else data).decode()
-    letter = DeadLetter(
-        task=msgspec.Raw(task),
-        error=job.error[:MAX_LETTER_ERROR_CHARS],
-        failed_at=failed_at,
-        reason=job.reason,
-        original_stream=stream,
-        original_id=job.entry_id.decode(),
-        worker=worker,
-        retry_count=envelope.retry_count if envelope else 0,
-        deaths=job.deaths + (envelope.deaths if envelope else 0),
-        raw=raw,
-        details=job.details,
-    )
-    return msgspec.json.encode(letter)
+    letter: dict[str, Any] = {
+        "task": orjson.Fragment(task),
+        "error": job.error[:MAX_LETTER_ERROR_CHARS],
+        "failed_at": failed_at,
+        "reason": job.reason,
+        "original_stream": stream,
+        "original_id": job.entry_id.decode(),
+        "worker": worker,
+        "retry_count": envelope.retry_count if envelope else 0,
+        "deaths": job.deaths + (envelope.deaths if envelope else 0),
+    }
+    if raw is not None:
+        letter["raw"] = raw
+    if job.details is not None:
+        letter["details"] = job.details
+    return orjson.dumps(letter)

@@ -55,6 +55,10 @@ class MalformedJob(JobworkerError):
     """An entry that is not a job: not JSON, not an object, a field missing or of the wrong kind."""
 
 
+class MalformedPayload(MalformedJob):
+    """A payload that is not of the type that its handler takes; the message names the field by its path."""
+
+
 class StoreUnavailable(JobworkerError):
     """The job store did not answer or refused for now; the same call may work later."""
 

@@ -118,16 +118,34 @@ def how_to_install(extra: str) -> str:
     )
 
 
-def create(target: str, label: str) -> Any:
-    """An instance of the class that a user names by ``module:Class``, created without arguments.
+def load(target: str, label: str) -> Any:
+    """The class or function that a user names by ``module:name``.
 
     Modules in the current directory can be imported too, after everything that is installed. Raises
-    `ConfigurationError`, which starts with ``label`` and the target, if there is no such class.
+    `ConfigurationError`, which starts with ``label`` and the target, if there is none.
     """
-    ours = target.startswith(f"{__package__.partition('.')[0]}.")
-    if not ours and (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
+    if not target.startswith(f"{__package__.partition('.')[0]}."):
+        search_current_folder()
     try:
-        return imported(target)()
+        return imported(target)
     except (ImportError, AttributeError) as error:
         raise ConfigurationError(f"{label} {target}: {error}") from error
+
+
+def search_current_folder() -> None:
+    """Let modules in the current directory be imported, after everything that is installed."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+
+
+def instance_of(found: Any, target: str, label: str) -> Any:
+    """An instance of a class, created without arguments. Raises as `load` does."""
+    try:
+        return found()
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"{label} {target}: {error}") from error
+
+
+def create(target: str, label: str) -> Any:
+    """An instance of the class that a user names by ``module:Class``. Raises as `load` does."""
+    return instance_of(load(target, label), target, label)

@@ -2,10 +2,12 @@
 
 import functools
 import inspect
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from itertools import islice
 from numbers import Integral, Real
 from types import AsyncGeneratorType, GeneratorType
@@ -15,11 +17,17 @@ from .devices import NO_DEVICE
 from .envelope import Job
 from .errors import ConfigurationError, PermanentError
 from .event_loop import EventLoop
-from .extension import create, extension
+from .extension import extension, instance_of, load
+from .job_function import FunctionHandler, job_type_of
 from .settings import Settings
 
-#: The members that a worker calls. Each is a plain function or an async one.
-_CALLED = ("setup", "handle", "handle_batch", "healthy")
+log = logging.getLogger("jobworker.handler")
+
+#: The members that a worker calls, with their arguments. Each is a plain function or an async one.
+_ARGUMENTS = {"setup": ("settings",), "handle": ("job",), "handle_batch": ("jobs",), "healthy": ()}
+_CALLED = tuple(_ARGUMENTS)
+#: How similar a name is to that of a member if it is probably a misspelling: `timout`, `handel`, `set_up`.
+_SIMILARITY = 0.8
 #: Methods that tell work under way from other values: futures of any library, results of
 #: `multiprocessing.Pool`, threads and processes, `subprocess.Popen`.
 _UNFINISHED = (("add_done_callback",), ("ready", "successful"), ("is_alive", "join"), ("poll", "communicate"))
@@ -68,6 +76,8 @@ class HandlerMembers:
     Inheriting is optional: the service looks at the members of a handler, never at its base classes.
     """
 
+    #: The type that it runs, for ``--app``; ``--handler`` names one itself.
+    job_type: str
     #: Timeout of a job in seconds, if the job has none. Default: ``--job-timeout``.
     timeout: float
     #: Latest end in seconds after the start, for a handler that calls `report_progress`: each call starts the
@@ -136,9 +146,15 @@ class BoundHandler:
         self.alone = bool(getattr(handler, "alone", False))
         self.exact_numbers = bool(getattr(handler, "exact_numbers", False))
         self.max_batch = int(getattr(handler, "max_batch", 32)) if batch else 1
-        self.handle_batch = _batch_of(batch, loop) if batch else None
+        function = handler if isinstance(handler, FunctionHandler) else None
+        #: Whether the handler parses and validates payloads itself, from their bytes.
+        self.validates = function is not None and function.validates
+        name = function.name if function else ""
+        self.handle_batch = _batch_of(name or "handle_batch", batch, loop) if batch else None
+        if self.validates and function and self.handle_batch:
+            self.handle_batch = _batch_of_valid(function.validate, self.handle_batch)
         self.handle: Callable[[Job], object] = (
-            _handle_of(handle, loop) if handle else _alone(self.handle_batch)
+            _handle_of(name or "handle", handle, loop) if handle else _alone(self.handle_batch)
         )
         self.healthy: Callable[[], object] | None = _call_of("healthy", healthy, loop) if healthy else None
         self.counters: Mapping[str, float] = getattr(handler, "counters", {})
@@ -160,49 +176,87 @@ def _alone(batch: Any) -> Callable[[Job], None]:
     return handle
 
 
-def _handle_of(method: Callable[[Job], object], loop: EventLoop) -> Callable[[Job], object]:
+def _handle_of(name: str, method: Callable[[Job], object], loop: EventLoop) -> Callable[[Job], object]:
     """``handle`` as the runner calls it, once a job: its own function, for one argument costs half of any."""
     if _is(inspect.iscoroutinefunction, method):
-        return _call_of("handle", method, loop)
+        return _call_of(name, method, loop)
 
     def handle(job: Job) -> None:
         if (result := method(job)) is not None:
-            _refuse_unrun("handle", result)
+            _refuse_unrun(name, result)
 
     return handle
 
 
 def _batch_of(
-    method: Callable[[Sequence[Job]], object], loop: EventLoop
+    name: str, method: Callable[[Sequence[Job]], object], loop: EventLoop
 ) -> Callable[[Sequence[Job]], Sequence[BaseException | None]]:
     """``handle_batch`` with its answer checked: one outcome a job, each None or an exception."""
-    call = _call_of("handle_batch", method, loop)
+    call = _call_of(name, method, loop, is_batch=True)
 
     def handle_batch(jobs: Sequence[Job]) -> Sequence[BaseException | None]:
         outcomes = call(jobs)
         if not isinstance(outcomes, Sequence) or isinstance(outcomes, str | bytes):
             raise PermanentError(
-                f"handle_batch returned {type(outcomes).__name__}: return a list with one outcome a job, "
+                f"{name} returned {type(outcomes).__name__}: return a list with one outcome a job, "
                 "each None or an exception; [None] * len(jobs) if all succeeded"
             )
         if len(outcomes) != len(jobs):
-            raise PermanentError(f"handle_batch: {len(outcomes)} outcomes for {len(jobs)} jobs")
+            raise PermanentError(f"{name}: {len(outcomes)} outcomes for {len(jobs)} jobs")
         # One call for the usual case, where all jobs are done.
-        return outcomes if outcomes.count(None) == len(jobs) else [_outcome(one) for one in outcomes]
+        return outcomes if outcomes.count(None) == len(jobs) else [_outcome(name, one) for one in outcomes]
 
     return handle_batch
 
 
-def _outcome(given: object) -> BaseException | None:
+def _batch_of_valid(
+    validate: Callable[[Job], object], batch: Callable[[Sequence[Job]], Sequence[BaseException | None]]
+) -> Callable[[Sequence[Job]], Sequence[BaseException | None]]:
+    """``handle_batch`` that is called with the jobs whose payload is valid, and fails the others."""
+
+    def handle_batch(jobs: Sequence[Job]) -> Sequence[BaseException | None]:
+        refused: dict[int, Exception] = {}
+        for number, job in enumerate(jobs):
+            try:
+                validate(job)
+            except Exception as error:  # also of a validator in the user's type
+                refused[number] = error
+        if not refused:
+            return batch(jobs)
+        valid = [job for number, job in enumerate(jobs) if number not in refused]
+        outcomes = iter(_outcomes_of(batch, valid))
+        return [refused[number] if number in refused else next(outcomes) for number in range(len(jobs))]
+
+    return handle_batch
+
+
+def _outcomes_of(
+    batch: Callable[[Sequence[Job]], Sequence[BaseException | None]], jobs: Sequence[Job]
+) -> Sequence[BaseException | None]:
+    """One outcome for each job, also if the handler raises."""
+    try:
+        return batch(jobs) if jobs else []
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # asyncio's cancellation among them
+        return [error] * len(jobs)
+
+
+def _outcome(name: str, given: object) -> BaseException | None:
     if given is None or isinstance(given, BaseException):
         return given
     return PermanentError(
-        f"handle_batch returned {type(given).__name__} as this job's outcome: return None or an exception"
+        f"{name} returned {type(given).__name__} as this job's outcome: return None or an exception"
     )
 
 
 def _call_of(
-    name: str, method: Callable[..., Any], loop: EventLoop, *, keep_tasks: bool = False
+    name: str,
+    method: Callable[..., Any],
+    loop: EventLoop,
+    *,
+    keep_tasks: bool = False,
+    is_batch: bool = False,
 ) -> Callable[..., Any]:
     """A member as a function that returns after the work."""
     is_async = _is(inspect.iscoroutinefunction, method)
@@ -212,19 +266,20 @@ def _call_of(
         if is_async and isinstance(result, Coroutine):  # a decorator may have run it already
             result = loop.run(result, keep_tasks=keep_tasks)
         if result is not None:
-            _refuse_unrun(name, result)
+            _refuse_unrun(name, result, is_batch=is_batch)
         return result
 
     return call
 
 
-def _refuse_unrun(name: str, result: object) -> None:
+def _refuse_unrun(name: str, result: object, *, is_batch: bool = False) -> None:
     """Raise `PermanentError` where a member returned work that has not run or may not have ended.
 
     It is a coroutine, another awaitable, a generator or the context manager made of one, a lazy iterator, a
     future, a thread or a process; or one of these in a list. Load time cannot see it behind a decorator.
     """
-    parts = [result, *_items(name, result)]
+    # The items of a batch's answer are checked as outcomes.
+    parts = [result, *(() if is_batch else _items(result))]
     for one in parts:
         if not (advice := _advice(name, one)):
             continue
@@ -238,9 +293,9 @@ def _refuse_unrun(name: str, result: object) -> None:
         raise PermanentError(f"{name} returned {where}{type(one).__name__}, {advice}")
 
 
-def _items(name: str, result: object) -> Iterable[object]:
-    """Items of a returned container; those of a batch are checked as outcomes."""
-    if name == "handle_batch" or not isinstance(result, list | tuple | set | frozenset | dict):
+def _items(result: object) -> Iterable[object]:
+    """Items of a returned container."""
+    if not isinstance(result, list | tuple | set | frozenset | dict):
         return ()
     return islice(result.values() if isinstance(result, dict) else result, _CHECKED_ITEMS)
 
@@ -328,6 +383,38 @@ def _check_members(type_name: str, handler: Any) -> None:
                 f"handler of {type_name}: {name} contains `yield`, so a call of it runs nothing: "
                 f"write `def {name}` or `async def {name}` without `yield`"
             )
+        if not _takes(method, len(_ARGUMENTS[name])):
+            raise ConfigurationError(
+                f"handler of {type_name}: {name} cannot be called with the arguments that it is given: "
+                f"write `def {name}({', '.join(('self', *_ARGUMENTS[name]))})`"
+            )
+
+
+def _takes(method: Any, count: int) -> bool:
+    """Whether it can be called with ``count`` positional arguments; True if it does not say what it takes."""
+    try:
+        # Of a decorated function the outer one, which is called: a decorator may add arguments.
+        signature = inspect.signature(method, follow_wrapped=False)
+    except (TypeError, ValueError):  # of an extension module
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def _warn_of_misspellings(type_name: str, handler: Any) -> None:
+    """Log attributes whose names are similar to those of members that the handler does not have."""
+    for name in sorted({*dir(type(handler)), *getattr(handler, "__dict__", ())}):
+        if name.startswith("_"):
+            continue
+        is_function = callable(inspect.getattr_static(handler, name, None))
+        known = _CALLED if is_function else _VALUES
+        missing = [member for member in known if not hasattr(handler, member)]
+        if name not in known and (close := get_close_matches(name, missing, 1, _SIMILARITY)):
+            hint = f"a handler has no member {name}: did you mean {close[0]}?"
+            log.warning("handler.member_misspelt", extra={"task_type": type_name, "hint": hint})
 
 
 def _is(form: Callable[[object], bool], method: Any) -> bool:
@@ -366,10 +453,16 @@ def set_up(
     loop = loop or EventLoop()
     for type_name, handler in handlers.items():
         _check_members(type_name, handler)
-    for handler in {id(one): one for one in handlers.values()}.values():
+    done: list[object] = []
+    for handler in handlers.values():
         setup = getattr(handler, "setup", None)
-        if setup is not None:
+        # Functions often share one; an object may serve several types.
+        owner = setup if isinstance(handler, FunctionHandler) else handler
+        if setup is not None and not any(owner is one for one in done):
+            done.append(owner)
             _call_of("setup", setup, loop, keep_tasks=True)(settings)
+    for type_name, handler in {id(one): (name, one) for name, one in handlers.items()}.values():
+        _warn_of_misspellings(type_name, handler)  # after setup, which may set values
     return {
         type_name: BoundHandler(type_name, one, settings.job_timeout_s, loop)
         for type_name, one in handlers.items()
@@ -377,7 +470,12 @@ def set_up(
 
 
 def _make(target: str) -> Any:
-    handler = create(target, "handler")
+    found = load(target, "handler")
+    if job_type_of(found) is not None:
+        return FunctionHandler(found)
+    handler = instance_of(found, target, "handler")
     if not (hasattr(handler, "handle") or hasattr(handler, "handle_batch")):
-        raise ConfigurationError(f"handler {target} has neither handle(job) nor handle_batch(jobs)")
+        close = get_close_matches("handle", dir(handler), 1, _SIMILARITY)
+        hint = f": did you mean handle where it has {close[0]}?" if close else ""
+        raise ConfigurationError(f"handler {target} has neither handle(job) nor handle_batch(jobs){hint}")
     return handler

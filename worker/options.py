@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 import msgspec
+from click.core import ParameterSource
 
+from .app import app_handlers, parse_app
 from .config_file import misspelt_variables, read_config, read_flow
 from .errors import ConfigurationError
 from .extension import extension
@@ -26,6 +28,8 @@ from .settings import (
 from .urls import parse_redis_url
 
 ENV_PREFIX = "JOBWORKER"
+#: Key of the configuration file's path in the `meta` of a verb's context.
+CONFIG_PATH = "jobworker.config"
 #: Longer than nothing.
 SECONDS = Duration(0.001)
 
@@ -49,6 +53,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: str | None) -
 def _read_config_of_service(context: click.Context, _: click.Parameter, path: str | None) -> None:
     """For a verb: what the service's file says of where it is."""
     if path is not None:
+        context.meta[CONFIG_PATH] = path
         names = {**_OF_VERBS, **_extended().VERB_OPTIONS}
         context.default_map = {names[name]: value for name, value in _table(path).items() if name in names}
 
@@ -72,12 +77,46 @@ def _parameter(option: str) -> str:
     return option.replace("-", "_")
 
 
+class ExplicitOption(click.Option):
+    """Option that refuses an empty value, also in its environment variable. A variable of a script, or a
+    secret, that was not filled in must not select the default."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """As click's. Raises `click.BadParameter` for a variable that is set and empty."""
+        named = [self.envvar] if isinstance(self.envvar, str) else list(self.envvar or ())
+        if ctx.auto_envvar_prefix and self.name:
+            named.append(f"{ctx.auto_envvar_prefix}_{self.name.upper()}")
+        for variable in named:
+            if not ctx.resilient_parsing and not os.environ.get(variable, variable).strip():
+                raise click.BadParameter(
+                    f"{variable} is set and empty: unset it for {self._default_in_words()}", ctx
+                )
+        return super().resolve_envvar_value(ctx)
+
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, ParameterSource]:
+        """As click's. Raises `click.BadParameter` for an empty value on the command line."""
+        value, source = super().consume_value(ctx, opts)
+        values = value if isinstance(value, list | tuple) else [value]
+        given = source is ParameterSource.COMMANDLINE and not ctx.resilient_parsing
+        if given and any(isinstance(one, str) and not one.strip() for one in values):
+            raise click.BadParameter(
+                f"an empty value: leave the option out for {self._default_in_words()}", ctx
+            )
+        return value, source
+
+    def _default_in_words(self) -> str:
+        """The default as the help text has it, such as the embedded store."""
+        text = (self.help or "").partition("[default: ")[2].rstrip("]")
+        return f"its default ({text})" if text else "its default"
+
+
 def option(name: str, text: str, default: Any = None, kind: Any = None, **more: Any) -> Callable[[Any], Any]:
     """An option that shows its default (where that says anything) and its environment variable."""
     shown = default not in (None, "") and not callable(default) and default is not False
     return click.option(
-        name, help=text, default=default, type=kind, show_default=shown, show_envvar=True, **more
-    )
+        name, cls=ExplicitOption, help=text, default=default, type=kind, show_default=shown, show_envvar=True,
+        **more,
+    )  # fmt: skip
 
 
 REDIS_URL = option(
@@ -99,8 +138,8 @@ DATA_DIR = option(
 def _config(callback: Callable[..., None], text: str) -> Callable[[Any], Any]:
     """Read before all other options, which take their defaults from it."""
     return click.option(
-        "--config", help=text, type=click.Path(exists=True, dir_okay=False), is_eager=True,
-        expose_value=False, callback=callback, envvar=f"{ENV_PREFIX}_CONFIG", show_envvar=True,
+        "--config", cls=ExplicitOption, help=text, type=click.Path(exists=True, dir_okay=False),
+        is_eager=True, expose_value=False, callback=callback, envvar=f"{ENV_PREFIX}_CONFIG", show_envvar=True,
     )  # fmt: skip
 
 
@@ -119,7 +158,10 @@ _WORK = [
             [f"{s.stream}={s.group}" for s in extension().streams], multiple=True),
     option("--handler", "TYPE=module:Class to run a type by; repeatable, adds to or replaces the builtin.",
             multiple=True),
-    option("--no-builtin-handlers", "Run only the types given by --handler.", False, is_flag=True),
+    option("--app", "Module whose @job functions and handler classes to run; repeatable.", multiple=True),
+    option("--reload", "For development: restart the workers when a source file of --app or --handler "
+            "changes.", False, is_flag=True),
+    option("--no-builtin-handlers", "Run only the types given by --app and --handler.", False, is_flag=True),
     option("--job-timeout", "Limit where neither type nor job names one (seconds, or 5m).", 300.0, SECONDS),
     option("--linger", "How long an idle worker waits for more jobs where its handler takes several at "
             "once (seconds). A batch forms while the one before it runs, also with 0.", 0.0,
@@ -156,6 +198,8 @@ _SERVICE = [
     option("--log-level", "How much is logged.", "info",
             click.Choice(["debug", "info", "warning", "error"])),
     option("--log-format", "[default: text on a terminal, else json]", None, click.Choice(["json", "text"])),
+    option("--log-limit", "Most lines of one event (one message of one logger) in 10 s, by each process; the "
+            "others are counted in one line; 0 for no limit.", 100, Count(0)),
 ]  # fmt: skip
 
 
@@ -180,15 +224,15 @@ def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 #: The options that most services need; those of the built-in types follow. Each is in one group only.
-_FIRST = ("redis-url", "data-dir", "procs", "handler", "stream", "instance", "metrics-addr", "config")
+_FIRST = ("redis-url", "data-dir", "procs", "app", "handler", "stream", "instance", "metrics-addr", "config")
 #: Groups of the other options of the engine; those of the built-in types follow.
 _GROUPS = {
-    "Work": ("no-builtin-handlers", "job-timeout", "linger", "max-payload"),
+    "Work": ("no-builtin-handlers", "reload", "job-timeout", "linger", "max-payload"),
     "Worker replacement": ("max-rss", "max-jobs", "max-age", "drain-timeout"),
     "Retries": ("max-retries", "retry-initial", "retry-multiplier", "retry-max", "retry-jitter"),
     "Stores": ("valkey-port", "connect-timeout", "lease"),
 }
-_LOGS = {"Logs": ("log-level", "log-format")}
+_LOGS = {"Logs": ("log-level", "log-format", "log-limit")}
 
 
 class ServiceCommand(click.Command):
@@ -219,10 +263,14 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
     values["redis_url"] = _checked_redis_url(values["redis_url"])
     handlers = {} if values.pop("no_builtin_handlers") else dict(extension().handlers)
     given = dict(parse_handler(text) for text in values.pop("handler"))
-    handlers |= {name: extension().moved.get(target, target) for name, target in given.items()}
+    given = {name: extension().moved.get(target, target) for name, target in given.items()}
+    values["apps"] = tuple(dict.fromkeys(parse_app(text) for text in values.pop("app")))
+    if values["apps"]:
+        handlers |= app_handlers(values["apps"], handlers, given)
+    handlers |= given
     if not handlers:
         raise ConfigurationError(
-            "no handler: give --handler TYPE=module:Class, or drop --no-builtin-handlers"
+            "no handler: give --app MODULE or --handler TYPE=module:Class, or drop --no-builtin-handlers"
         )
     if len(handlers) > _MOST_KINDS or len(values["stream"]) > _MOST_KINDS:
         raise ConfigurationError(f"at most {_MOST_KINDS} types and as many streams")

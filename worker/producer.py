@@ -1,5 +1,6 @@
 """Producer: puts jobs on their streams, from Python."""
 
+# orjson writes null for NaN and infinities, which must be refused.
 import json
 import os
 import re
@@ -16,20 +17,21 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import msgspec
+import orjson
 
-from .endpoints import store_url
+from .endpoints import only_stream, store_url
 from .envelope import (
     MAX_METADATA_ENTRIES,
     MAX_METADATA_KEY_CHARS,
     MAX_METADATA_VALUE_CHARS,
     MAX_NAME_CHARS,
-    Envelope,
     read_envelope,
 )
 from .errors import MalformedJob, StoreUnavailable
 from .extension import extension
+from .safe_text import is_unicode
 from .settings import MAX_PAYLOAD_BYTES
-from .store.announcements import Announcement, suggestion
+from .store.announcements import Announcement, stream_for, suggestion
 from .store.ports import ProducerStore
 
 #: Jobs held back for one pipeline: enough to hide the round trip, little to lose when it fails.
@@ -37,8 +39,11 @@ _BATCH_JOBS = 1000
 
 #: Pairs of type and stream that are checked, each by one short call; beyond, a producer invents names.
 _MAX_CHECKED = 1000
-#: Time between two looks for services where none has run yet (seconds).
-_CHECK_INTERVAL_S = 60.0
+#: Time between two looks for services where none has run yet (seconds). Jobs of a type that is not built in
+#: may go to the wrong stream meanwhile.
+_CHECK_INTERVAL_S = 5.0
+#: How long a type is sent to the stream that a registered service named (seconds).
+_ROUTE_LIFETIME_S = 60.0
 
 #: Longest delay and timeout, a hundred years: the sum with the store's clock stays exact.
 _MAX_SECONDS = 3_155_760_000
@@ -47,9 +52,8 @@ _MAX_SECONDS = 3_155_760_000
 _NESTING_LOOKED_AT = 200
 
 _TENANT = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-_encode = msgspec.json.Encoder().encode
-#: Slow, but refuses NaN and infinities, for which the quick encoder writes null.
-_dump_finite = json.JSONEncoder(allow_nan=False).encode
+#: msgspec writes these: with Z for UTC, and with the private fields of dataclasses.
+_OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 
 
 class UnknownDestination(UserWarning):
@@ -72,6 +76,13 @@ class NewJob(NamedTuple):
     metadata: Mapping[str, str] | None = None
     delay: float | None = None
     timeout: float | None = None
+
+
+class _Route(NamedTuple):
+    """The stream of a type, and when the services are looked at again (monotonic seconds)."""
+
+    stream: str
+    mono_until_s: float
 
 
 class _StorePool:
@@ -130,8 +141,9 @@ class Producer:
     Threads may share one, and so may a process and its forked children: each thread that enqueues at the same
     time gets a connection of its own.
 
-    A job without ``stream`` goes where its type belongs; a type that is not built in goes to the first
-    default stream, ``stream:story:gen``.
+    A job without ``stream`` goes where its type belongs. A type that is not built in goes to a stream of a
+    registered service that handles it (``stream:story:gen`` if that service reads it, else its first one);
+    else to the one of ``JOBWORKER_STREAM`` if that names exactly one; else to ``stream:story:gen``.
     """
 
     def __init__(
@@ -146,6 +158,12 @@ class Producer:
         #: Pairs of type and stream that were compared with what the services announce.
         self._checked: set[tuple[str, str]] = set()
         self._mono_next_check_s = 0.0
+        #: Streams of types that are not built in.
+        self._routes: dict[str, _Route] = {}
+        #: The environment is not for a store of the caller's own, such as that of a test.
+        self._own_stream = only_stream() if store is None else ""
+        #: Types that were sent to the default stream because no service was registered.
+        self.guessed: set[str] = set()
 
     def enqueue(
         self,
@@ -161,6 +179,8 @@ class Producer:
         timeout: float | None = None,
     ) -> str:
         """Put one job on its stream, or let it wait ``delay`` seconds first; returns its id.
+
+        A service counts a ``timeout`` below 0.1 s as 0.1 s, and one above 24 h as 24 h.
 
         When this returns the store has acknowledged the job. Raises `ValueError` for a job that the service
         would refuse, `StoreUnavailable` when the store did not answer: the job may have been taken then, and
@@ -187,7 +207,7 @@ class Producer:
             for item in jobs:
                 job = _new_job(item)
                 id, data = self._encoded(job)
-                to = _stream(job, stream)
+                to = _named_stream(job, stream) or self._home_of(job.type)
                 self._check_destination(job.type, to)
                 ids.append(id)
                 self._put(waiting, to, job, data)
@@ -209,6 +229,34 @@ class Producer:
     ) -> None:
         self.close()
 
+    def _home_of(self, type: str) -> str:
+        """The stream of a type. Raises `StoreUnavailable` if a type of the user cannot be looked up: a guess
+        might leave the job on a stream that no service reads."""
+        if (built_in := extension().stream_of_type.get(type)) is not None:
+            return built_in
+        now_s = time.monotonic()
+        route = self._routes.get(type)
+        if route is None or route.mono_until_s <= now_s:
+            if len(self._routes) >= _MAX_CHECKED:
+                self._routes.clear()
+            self._routes[type] = route = self._find_route(type, now_s)
+        return route.stream
+
+    def _find_route(self, type: str, mono_now_s: float) -> _Route:
+        default = extension().streams[0].stream
+        services: list[Announcement] = []
+        if mono_now_s >= self._mono_next_check_s:
+            with self._stores.borrow() as store:
+                services = store.announcements()
+            self._note_services(services)
+        found = stream_for(type, services, default, self._wall_now_s())
+        if found is not None:
+            self._checked.add((type, found))
+            return _Route(found, mono_now_s + _ROUTE_LIFETIME_S)
+        if not services and not self._own_stream and len(self.guessed) < _MAX_CHECKED:
+            self.guessed.add(type)
+        return _Route(self._own_stream or default, mono_now_s + _CHECK_INTERVAL_S)
+
     def _check_destination(self, type: str, stream: str) -> None:
         """Warn once of a type or stream that no service has announced. One store call for each new pair."""
         if (type, stream) in self._checked or len(self._checked) >= _MAX_CHECKED:
@@ -216,8 +264,8 @@ class Producer:
         if time.monotonic() < self._mono_next_check_s:
             return
         services = self._announced_services()
-        if not services:  # no service has run yet: it finds the job when it starts
-            self._mono_next_check_s = time.monotonic() + _CHECK_INTERVAL_S
+        self._note_services(services)
+        if not services:
             return
         self._checked.add((type, stream))
         types = {name for service in services for name in service.types}
@@ -227,6 +275,10 @@ class Producer:
                 # The level is that of the caller of `enqueue` or `enqueue_many`.
                 text = f"no service of this deployment {verb} {name!r:.600}: {suggestion(name, known)}"
                 warnings.warn(text, UnknownDestination, stacklevel=4)
+
+    def _note_services(self, services: list[Announcement]) -> None:
+        if not services:  # no service has run yet: it finds the job when it starts
+            self._mono_next_check_s = time.monotonic() + _CHECK_INTERVAL_S
 
     def _announced_services(self) -> list[Announcement]:
         try:
@@ -259,22 +311,23 @@ class Producer:
         metadata = _metadata(job)
         if metadata is not None:
             _check_metadata(metadata)
-        data = _encode(
-            Envelope(
-                id=id,
-                type=job.type,
-                tenant_id=job.tenant_id,
-                project_id=job.project_id,
-                payload=msgspec.Raw(_payload_json(job.payload)),
-                metadata=metadata,
-                created_at=_rfc3339(self._wall_now_s()),
-                timeout=None if job.timeout is None else _seconds("timeout", job.timeout),
-            )
-        )
+        wire: dict[str, Any] = {"id": id, "type": job.type}
+        if job.tenant_id:
+            wire["tenant_id"] = job.tenant_id
+        if job.project_id:
+            wire["project_id"] = job.project_id
+        wire["payload"] = job.payload
+        if metadata is not None:
+            wire["metadata"] = metadata
+        wire["created_at"] = _rfc3339(self._wall_now_s())
+        if job.timeout is not None:
+            wire["timeout"] = _seconds("timeout", job.timeout)
+        data = _wire_json(wire)
         # A service with the default limit would dead-letter it at once.
         if len(data) > MAX_PAYLOAD_BYTES:
             raise ValueError(f"job {id} is {len(data)} bytes of JSON, more than {MAX_PAYLOAD_BYTES}")
-        if isinstance(job.payload, msgspec.Raw) or data.count(b"[") + data.count(b"{") > _NESTING_LOOKED_AT:
+        brackets = data.count(b"[") + data.count(b"{")
+        if isinstance(job.payload, orjson.Fragment) or brackets > _NESTING_LOOKED_AT:
             _check_readable(id, data)
         return id, data
 
@@ -298,16 +351,13 @@ def _new_job(item: NewJob | Mapping[str, Any]) -> NewJob:
     return NewJob(**item)
 
 
-def _stream(job: NewJob, default: str | None) -> str:
+def _named_stream(job: NewJob, default: str | None) -> str:
+    """The stream that the caller names; empty if the type decides. Raises ValueError."""
     for name in (job.stream, default):
         if name is not None and name != "":
             _check_text("stream", name)
             return name
-    return _home_of(job.type)
-
-
-def _home_of(type: str) -> str:
-    return extension().stream_of_type.get(type, extension().streams[0].stream)
+    return ""
 
 
 def _metadata(job: NewJob) -> dict[str, str] | None:
@@ -327,7 +377,7 @@ def _check_text(field: str, value: Any) -> None:
         raise ValueError(f"{field} is {value!r:.80}: a text that is not empty is needed")
     if len(value) > MAX_NAME_CHARS:
         raise ValueError(f"{field} {value!r:.80} has {len(value)} characters, more than {MAX_NAME_CHARS}")
-    if not _is_unicode(value):
+    if not is_unicode(value):
         raise ValueError(f"{field} {value!r:.80} has half a surrogate pair")
 
 
@@ -350,16 +400,8 @@ def _check_metadata(metadata: Mapping[Any, Any]) -> None:
                 f"metadata {key!r:.80}: a key has at most {MAX_METADATA_KEY_CHARS} characters "
                 f"and a value {MAX_METADATA_VALUE_CHARS}"
             )
-        if not _is_unicode(key) or not _is_unicode(value):
+        if not is_unicode(key) or not is_unicode(value):
             raise ValueError(f"metadata {key!r:.80} has half a surrogate pair")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_readable(id: str, data: bytes) -> None:
@@ -369,14 +411,40 @@ def _check_readable(id: str, data: bytes) -> None:
         raise ValueError(f"job {id} would be refused: {error}") from None
 
 
-def _payload_json(payload: Any) -> bytes:
+def _wire_json(wire: dict[str, Any]) -> bytes:
+    """The JSON of a job. Raises ValueError for a payload that JSON cannot hold."""
+    payload = wire["payload"]
     try:
-        data = _encode(payload)
+        try:
+            data = orjson.dumps(wire, _fragment, _OPTIONS)
+        except orjson.JSONEncodeError:
+            # It refuses integers beyond 64 bits, keys that are numbers, and 255 levels. msgspec says what
+            # else may be wrong.
+            data = orjson.dumps({**wire, "payload": _fragment(payload)}, option=orjson.OPT_NON_STR_KEYS)
+            payload = msgspec.to_builtins(payload, enc_hook=_checked)
         if b"null" in data:
-            _dump_finite(msgspec.to_builtins(payload))
+            _refuse_nan(payload)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"the payload is no JSON: {error}") from None
     return data
+
+
+def _fragment(value: Any) -> orjson.Fragment:
+    """What msgspec takes and orjson does not: structs, sets, bytes, `msgspec.Raw`, ..."""
+    data = msgspec.json.encode(value)
+    msgspec.json.decode(data)  # a `msgspec.Raw` may hold anything
+    return orjson.Fragment(data)
+
+
+def _builtins(value: Any) -> Any:
+    return None if isinstance(value, orjson.Fragment) else msgspec.to_builtins(value, enc_hook=_checked)
+
+
+def _checked(value: Any) -> None:
+    """A `msgspec.Raw` in a payload: `_fragment` has seen that it holds no NaN."""
+
+
+_refuse_nan = json.JSONEncoder(allow_nan=False, default=_builtins).encode
 
 
 def _seconds(field: str, value: float) -> float:

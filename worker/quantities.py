@@ -110,6 +110,17 @@ class Count(click.IntRange):
 
     def __init__(self, least: int, most: int = MAX_COUNT) -> None:
         super().__init__(least, most)
+        self.least, self.most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number. Raises `click.BadParameter`."""
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            self.fail(f"{str(value)[:40]!r} is not a whole number", param, ctx)
+        if not self.least <= number <= self.most:
+            self.fail(f"{str(value)[:40]} is not between {self.least} and {self.most}", param, ctx)
+        return number
 
 
 class Size(click.ParamType[int]):

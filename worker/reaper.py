@@ -65,14 +65,17 @@ class Reaper:
 
     def run(self) -> None:
         """Run cycles until the supervisor says drain or exits."""
-        ready = False
+        ready = connected = False
         while True:
             try:
                 sleep_s = self.run_once(self._mono_s())
-                self._error = None
+                if not connected:
+                    log.info("reaper.connected")
+                connected, self._error = True, None
                 self._backoff.reset()
                 ready = ready or self._control.send(Ready())
             except StoreUnavailable as error:
+                connected = False
                 sleep_s = self._back_off(error)
             self._control.report(self._metrics, self._error, warnings=self._faults.warnings())
             if self._drain_requested(sleep_s):

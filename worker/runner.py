@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from .envelope import Envelope, Job, job_of, payload_parser, read_payload
-from .errors import MalformedJob, PermanentError
+from .envelope import MAX_TIMEOUT_S, MIN_TIMEOUT_S, Header, Job, job_of, payload_parser, why_malformed
+from .errors import MalformedJob, MalformedPayload, PermanentError
 from .handler import BoundHandler
 from .ipc.channel import READY, STOPPING, Channel, JobFrame, OutcomeFrame
 from .ipc.control import ControlSocket, Ready
@@ -32,9 +32,6 @@ _HEALTH_EVERY_S = 5.0
 _ROOM_WITHIN_S = 60.0
 #: Most bytes of queued jobs. Large jobs stay in the ring, whose size is bounded, and no batch is much larger.
 _AHEAD_BYTES = 32 * 1024 * 1024
-#: Least and largest timeout that a job can set. Each timeout costs a worker, and its successor may need long
-#: to start; and a job that hangs must not occupy a worker for ever.
-MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.1, 86_400.0
 #: Shortest timeout of poll(), which rounds up. A shorter rest of the linger time is not waited for.
 _SHORTEST_POLL_S = 0.001
 
@@ -45,7 +42,7 @@ class QueuedJob(NamedTuple):
     row: int
     stream_no: int
     entry_id: bytes
-    envelope: Envelope
+    envelope: Header
     size_bytes: int
 
 
@@ -75,8 +72,10 @@ class Runner:
         self._rows = len(self._states)
         self._control = control
         self._handlers = handlers
-        self._exact_types = {name for name, handler in handlers.items() if handler.exact_numbers}
-        self._parse = payload_parser(self._exact_types)
+        self._parse = payload_parser(
+            {name for name, handler in handlers.items() if handler.exact_numbers},
+            {name for name, handler in handlers.items() if handler.validates},
+        )
         self._streams = streams
         self._linger_s = linger_s
         self._mono_s = mono_s
@@ -167,9 +166,9 @@ class Runner:
         """Queue the jobs of a frame one by one, and fail those with a malformed payload."""
         for row, (stream_no, entry_id, data) in enumerate(frame.jobs, frame.first_row):
             try:
-                envelope = read_payload(data, self._exact_types)
-            except MalformedJob as error:
-                self._fail(row, Failure(f"MalformedJob: {error}", malformed=True))
+                envelope = self._parse(data)
+            except (MalformedJob, ValueError, RecursionError) as error:
+                self._fail(row, Failure(f"MalformedJob: {why_malformed(error)}", malformed=True))
                 self._channel.finished += 1
                 self._unflushed_since = self._unflushed_since or self._mono_s()
                 continue
@@ -180,8 +179,8 @@ class Runner:
         if now - self._health_checked_at > _HEALTH_EVERY_S:
             self._health_checked_at = now
             self._check_health()
-        self._channel.wait_for_jobs(sleep_s, self._control.fileno())
-        self._receive()
+        if self._channel.wait_for_jobs(sleep_s, self._control.fileno()).control:
+            self._receive()
 
     def _receive(self) -> None:
         """Stop when the supervisor exits. It sends a worker no messages that matter here."""
@@ -231,8 +230,8 @@ class Runner:
             if left_s < _SHORTEST_POLL_S:
                 return
             self._flush_outcomes()
-            self._channel.wait_for_jobs(left_s, self._control.fileno())
-            self._receive()
+            if self._channel.wait_for_jobs(left_s, self._control.fileno()).control:
+                self._receive()
             self._pull_frames()
 
     def _has_room(self, handler: BoundHandler) -> bool:
@@ -264,12 +263,12 @@ class Runner:
         self._queue.extendleft(reversed(others))
         return batch
 
-    def _limit_s(self, handler: BoundHandler, envelope: Envelope) -> float:
+    def _limit_s(self, handler: BoundHandler, envelope: Header) -> float:
         if envelope.timeout is None:
             return handler.timeout_s
         return min(max(envelope.timeout, MIN_TIMEOUT_S), MAX_TIMEOUT_S)
 
-    def _allow_progress(self, handler: BoundHandler, limit_s: float, envelopes: Sequence[Envelope]) -> None:
+    def _allow_progress(self, handler: BoundHandler, limit_s: float, envelopes: Sequence[Header]) -> None:
         """Let progress extend the deadline, unless a producer has set the timeout of one of the jobs."""
         extends = all(envelope.timeout is None for envelope in envelopes)
         self._progress_s = limit_s
@@ -408,7 +407,7 @@ class Runner:
             self._unflushed_since = None
             self._channel.wake_reader()
 
-    def _record_metrics(self, type_name: str, envelopes: Sequence[Envelope], took_s: float) -> None:
+    def _record_metrics(self, type_name: str, envelopes: Sequence[Header], took_s: float) -> None:
         self._durations[type_name].add(took_s, len(envelopes))
         self._batches.add(len(envelopes))
         started_wall_s = self._wall_s() - took_s
@@ -439,10 +438,12 @@ class Runner:
 
 
 def _failure_of(error: BaseException) -> Failure:
+    if isinstance(error, MalformedPayload):  # its traceback says nothing that the message does not
+        return Failure(error_text(error), malformed=True)
     return failure_of(error, isinstance(error, PermanentError | MalformedJob))
 
 
-def _waited_s(envelope: Envelope, started_wall_s: float) -> tuple[float, ...]:
+def _waited_s(envelope: Header, started_wall_s: float) -> tuple[float, ...]:
     """Seconds from creation to start; empty if the job has no valid creation time."""
     created_wall_s = _unix_s(envelope.created_at)
     return () if created_wall_s is None else (max(0.0, started_wall_s - created_wall_s),)

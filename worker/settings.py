@@ -41,6 +41,10 @@ class Settings:
     device_copies: int = 0
     streams: tuple[Source, ...] = field(default_factory=lambda: extension().streams)
     handlers: dict[str, str] = field(default_factory=dict)
+    #: Modules whose handlers are in ``handlers`` too.
+    apps: tuple[str, ...] = ()
+    #: Restart the workers when a source file changes.
+    reload: bool = False
     metrics_addr: str = "127.0.0.1:9464"
     lease_s: float = 30.0
     retry: RetryPolicy = field(default_factory=RetryPolicy)
@@ -56,6 +60,8 @@ class Settings:
     host: str = field(default_factory=socket.gethostname)
     log_level: str = "info"
     log_format: str = "json"
+    #: Most lines of one event in 10 s; 0: no limit.
+    log_limit: int = 100
     linger_s: float = 0.0
     threads: int = 1
     holder: Holder = NO_HOLDER

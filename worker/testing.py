@@ -7,16 +7,20 @@ the service.
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from .admin.dead_letters import Letter, read_letter
 from .envelope import Job, job_of, read_payload
+from .errors import MalformedPayload
 from .event_loop import EventLoop
+from .extension import Metric
 from .handler import BoundHandler, set_up
 from .ipc.channel import Channel
 from .ipc.control import Attach, ControlSocket, Drain, Report, SyncDone, WorkerExited
+from .job_function import FunctionHandler, job_type_of
 from .outcome import RetryPolicy
 from .producer import Producer
 from .reader.reader import Reader
@@ -26,6 +30,8 @@ from .settings import Settings
 from .store.memory.server import MemoryServer
 from .store.memory.store import MemoryStore
 from .store.ports import Entry, Settled, Settlement
+from .telemetry.current_job import current
+from .telemetry.metrics import all_metrics
 
 __all__ = ["Harness", "Raised", "RetryPolicy", "Retrying", "Settings"]
 
@@ -39,6 +45,8 @@ _QUIET_ROUNDS = 3
 _STEP_S = 1.0
 #: Without jitter retries wait exactly 2, 4 and 8 seconds.
 _RETRY = RetryPolicy(jitter=0.0)
+#: Definition of every counter of a handler.
+_HANDLER_COUNTER = Metric("counter", "Counted by a handler")
 
 
 class Raised(NamedTuple):
@@ -79,12 +87,17 @@ class _Store(MemoryStore):
 class Harness:
     """The service with one worker, for tests. Only `advance` moves its clock.
 
-    ``handlers`` maps types to handler classes (one object a worker, as in the service) or to objects. Of the
-    ``settings``, these have an effect: streams, retry, max_payload, max_deaths and job_timeout_s. The default
-    settings have no jitter. Errors of a handler's ``setup`` are raised here.
+    ``handlers`` maps types to handler classes (one object a worker, as in the service), to objects or to
+    functions with `job`; a list of such functions will do, for each has its type. Of the ``settings``, these
+    have an effect: streams, retry, max_payload, max_deaths and job_timeout_s. The default settings have no
+    jitter. Errors of a handler's ``setup`` are raised here.
     """
 
-    def __init__(self, handlers: Mapping[str, Any], settings: Settings | None = None) -> None:
+    def __init__(
+        self, handlers: Mapping[str, Any] | Iterable[Callable[..., Any]], settings: Settings | None = None
+    ) -> None:
+        if not isinstance(handlers, Mapping):
+            handlers = _by_type(handlers)
         settings = settings or Settings(retry=_RETRY, instance="test", host="test")
         names = {
             type_name: f"{type(one).__module__}:{type(one).__name__}" for type_name, one in handlers.items()
@@ -193,12 +206,37 @@ class Harness:
         return sum(depth.queued + depth.pending for depth in depths)
 
     def metric(self, name: str, *labels: str) -> float:
-        """Value of a counter or gauge; 0.0 if it was never set."""
+        """Value of a counter or gauge; 0.0 if it is not set yet.
+
+        ``labels`` are the values of its labels, in order. Raises ValueError for a name, type or stream that
+        neither the service nor a handler of this harness has, and for a wrong number of labels.
+        """
+        self._check_metric(name, labels)
         self._reader.report()
         if self._worker is not None:
             self._worker.report()
         self._receive_reports()
         return self._counts.get((name, labels), 0.0)
+
+    def _check_metric(self, name: str, labels: tuple[str, ...]) -> None:
+        own = {f"z_novel_{counter}_total" for one in self._bound.values() for counter in one.counters}
+        known = {**dict.fromkeys(own, _HANDLER_COUNTER), **all_metrics()}
+        if name not in known:
+            close = get_close_matches(name, known, 1) or [one for one in known if f"_{name}_" in one]
+            declare = "a handler declares a counter in `counters`, with 0, in `__init__` or `setup`"
+            hint = f"did you mean {close[0]}?" if close else declare
+            raise ValueError(f"no metric {name!r}: {hint}")
+        metric = known[name]
+        if metric.kind == "histogram":
+            raise ValueError(f"{name} is a histogram: metric() has counters and gauges only")
+        if len(labels) != len(metric.labels):
+            wanted = ", ".join(metric.labels) or "none"
+            raise ValueError(f"{name} has {len(metric.labels)} labels ({wanted}), not {len(labels)}")
+        streams = [source.stream for source in self.settings.streams]
+        values = {"task_type": [*self.settings.handlers, "unknown"], "stream": streams}
+        for label, value in zip(metric.labels, labels, strict=True):
+            if value not in values.get(label, [value]):
+                raise ValueError(f"{name}: no {label} {value!r} in this harness, only {values[label]}")
 
     # -- the end
 
@@ -230,9 +268,7 @@ class Harness:
         return ours, self._sockets[-1]
 
     def _set_up(self) -> dict[str, BoundHandler]:
-        made = {
-            type_name: one() if isinstance(one, type) else one for type_name, one in self._handlers.items()
-        }
+        made = {type_name: _made(one) for type_name, one in self._handlers.items()}
         self._loop = EventLoop()
         try:
             bound = set_up(made, self.settings, self._loop)
@@ -241,6 +277,7 @@ class Harness:
             raise
         for one in bound.values():
             self._record(one)
+        self._bound = bound
         return bound
 
     def _start_worker(self, bound: dict[str, BoundHandler]) -> Runner:
@@ -258,6 +295,7 @@ class Harness:
     def _end_worker(self, cause: str, *, charge: bool, timed_out: bool = False) -> None:
         self._to_reader.send(WorkerExited(0, self._generation, cause, charge, timed_out, {}))
         self._worker = None
+        current.jobs, current.extend_deadline = (), None  # of the killed worker
         self._loop.close()
         self._channel.close()
 
@@ -320,6 +358,9 @@ class Harness:
             self.batches.append([job])
             try:
                 handle(job)
+            except MalformedPayload:
+                self.batches.pop()  # the function was not called
+                raise
             except BaseException as error:
                 self.raised.append(Raised(job, error))
                 raise
@@ -336,8 +377,12 @@ class Harness:
             except BaseException as error:
                 self.raised += [Raised(job, error) for job in jobs]
                 raise
+            called = [job for job, error in zip(jobs, outcomes, strict=True) if not _is_malformed(error)]
+            self.batches[-1:] = [called] if called else []
             pairs = zip(jobs, outcomes, strict=True)
-            self.raised += [Raised(job, error) for job, error in pairs if error is not None]
+            self.raised += [
+                Raised(job, error) for job, error in pairs if error is not None and not _is_malformed(error)
+            ]
             return outcomes
 
         return recorded
@@ -345,3 +390,26 @@ class Harness:
 
 def _job(data: bytes, stream: str, entry_id: str) -> Job:
     return job_of(read_payload(data), stream, entry_id)
+
+
+def _made(one: Any) -> Any:
+    """The handler object of a class, a decorated function or an object."""
+    if job_type_of(one) is not None:
+        return FunctionHandler(one)
+    return one() if isinstance(one, type) else one
+
+
+def _by_type(functions: Iterable[Callable[..., Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for one in functions:
+        type_name = job_type_of(one)
+        if type_name is None:
+            raise TypeError(f"{one!r} has no @job: give a mapping of types to handlers")
+        if type_name in found:
+            raise TypeError(f"two functions have the type {type_name}")
+        found[type_name] = one
+    return found
+
+
+def _is_malformed(error: BaseException | None) -> bool:
+    return isinstance(error, MalformedPayload)

@@ -1,6 +1,8 @@
 """``feed.py MODULE``: enqueues jobs from stdin, one JSON a line, and prints the result of each."""
 
 import importlib
+
+# The environments of the peers have no orjson.
 import json
 import sys
 

@@ -32,6 +32,7 @@ _MAX_RETRY_DAYS = 31
 #: How far the clocks of producers and of Redis may differ.
 _CLOCK_DAYS = 1
 _DAY_MS = 86_400_000
+#: orjson writes neither `decimal.Decimal` nor integers beyond 64 bits.
 _encode = msgspec.json.Encoder(decimal_format="number").encode
 #: Redis accepts any 64-bit number as an entry's time; `datetime` ends here.
 _LAST_DAY = (datetime(9999, 12, 31) - datetime(1970, 1, 1)).days

@@ -11,6 +11,7 @@ import numpy as np
 from jobworker.worker import PermanentError
 
 from ..encoder.base import Encoder, Plan, UnsuitableText, Vectors
+from ..encoder.unknown_tokens import UnknownTokens
 from .vector_cache import Key, VectorCache, cache_key
 
 log = logging.getLogger("jobworker.embed")
@@ -76,6 +77,7 @@ class Embedder:
         self._identity = "\0".join(
             (encoder.revision, str(encoder.dim), str(encoder.max_tokens), long_text, "document")
         )
+        self._unknown_tokens = UnknownTokens(encoder.name, encoder.unknown_id)
         self._forward_s = 0.0
         encoder.counters["forward_seconds"] = 0.0
         #: Recent rate of the model, bytes of text a second.
@@ -106,6 +108,8 @@ class Embedder:
                 prepared.uncached = [i for i in prepared.uncached if jobs[i] not in unsuitable]
             except Exception:
                 return  # `compute` tries the jobs one by one and reports the error
+            else:
+                self._unknown_tokens.watch(prepared.plan)
 
     def compute(self, prepared: Prepared) -> Computed:
         """Run the forward pass. If it fails, run it job by job, so that only the jobs at fault fail."""

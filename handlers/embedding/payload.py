@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jobworker.worker import Job, PermanentError
+from jobworker.worker.safe_text import is_unicode
 
 from ..vectors.ports import Row, Vector
 from ..vectors.schema import DEFAULT_COLLECTION, ID, INT64_MAX, INT64_MIN, clip, plain_name, shown
@@ -168,12 +169,12 @@ def _id_or_empty(value: Any) -> str | None:
 
 
 def _text(value: Any) -> str | None:
-    valid = isinstance(value, str) and _is_unicode(value)
+    valid = isinstance(value, str) and is_unicode(value)
     return None if valid else "a string without unpaired surrogates"
 
 
 def _segment_type(value: Any) -> str | None:
-    valid = isinstance(value, str) and _is_unicode(value) and len(value.encode()) <= SEGMENT_TYPE_LIMIT_BYTES
+    valid = isinstance(value, str) and is_unicode(value) and len(value.encode()) <= SEGMENT_TYPE_LIMIT_BYTES
     return None if valid else f"a string of at most {SEGMENT_TYPE_LIMIT_BYTES} bytes"
 
 
@@ -185,11 +186,3 @@ def _int64(value: Any) -> str | None:
 
 def _bool(value: Any) -> str | None:
     return None if isinstance(value, bool) else "true or false"
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

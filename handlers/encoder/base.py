@@ -26,7 +26,7 @@ LongText = Literal["windows", "truncate", "reject"]
 Engine = Literal["auto", "openvino", "torch"]
 
 # Padded tokens of one forward pass: the default of text-embeddings-inference, far less than fits into 8 GB.
-TOKEN_BUDGET = 16384
+TOKEN_BUDGET = 65536
 # Tokens times dimensions of one forward pass on a CPU: 2048 tokens of MiniLM. Eight times as many leave the
 # processor's caches and are slower by a tenth. A model of 1024 dimensions is as fast with 512 tokens as with
 # 2048, which take 130 MiB more in every worker.
@@ -101,6 +101,8 @@ class Encoder(Protocol):
     dim: int
     #: Tokens of one window, special tokens included.
     max_tokens: int
+    #: Token of unknown words and characters; None if the tokenizer has none.
+    unknown_id: int | None
     #: Running totals: `embedded_tokens` (with special tokens, without padding) and `truncated_tokens`.
     counters: dict[str, float]
 
@@ -135,11 +137,14 @@ class WindowedEncoder(ABC):
     revision: str
     dim: int
     max_tokens: int
+    unknown_id: int | None = None
 
     def __init__(self, long_text: LongText) -> None:
         self.counters: dict[str, float] = {"embedded_tokens": 0, "truncated_tokens": 0}
         self._long_text = long_text
         self._formats: dict[Purpose, WindowFormat] = {}
+        #: Tokens of one pass.
+        self._budget = TOKEN_BUDGET
         #: Whether padding would change the vectors, so that all windows of a batch have the same length.
         self._equal_lengths = False
         self._row_limits = RowLimits()
@@ -152,14 +157,18 @@ class WindowedEncoder(ABC):
     def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
         """One vector a window, in order."""
 
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """The indices of windows of these lengths, grouped into passes."""
+        return pack(lengths, self._budget, MAX_ROWS, equal_lengths=self._equal_lengths)
+
     def _embed_in_batches(
-        self, windows: Sequence[list[int]], budget: int, embed: Callable[[list[list[int]]], Any]
+        self, windows: Sequence[list[int]], embed: Callable[[list[list[int]]], Any]
     ) -> Vectors:
-        """`_embed` in batches of up to `budget` padded tokens, or smaller ones if memory is short."""
+        """`_embed` in the batches of `_batches`, or smaller ones if memory is short."""
         lengths = [len(window) for window in windows]
         batches = run_batches(
             lengths,
-            pack(lengths, budget, MAX_ROWS, equal_lengths=self._equal_lengths),
+            self._batches(lengths),
             self._row_limits,
             lambda batch: embed([windows[index] for index in batch]),
             self._free_memory,

@@ -20,7 +20,7 @@ from .converted_models import Card, Weight
 from .find_model import ModelSource, check_unchanged
 from .openvino import REFERENCE, TOKENIZER
 from .openvino_session import MODEL, PRECISION, WEIGHTS, OpenVinoSession, openvino, supported_dtypes
-from .precision_check import MIN_SPEEDUP, SENTENCES, cpu_time_s, is_exact
+from .precision_check import MIN_SPEEDUP, SENTENCES, fastest_s, is_exact
 from .torch import TorchEncoder, rope_types
 
 # With fewer bytes of matrices, they stay inside the graph: each process then has its own copy in the
@@ -189,7 +189,7 @@ def _rank_dtypes(encoder: TorchEncoder, reference: Any, target: Path, card: Card
         if exact and not card.equal_lengths:
             exact = is_exact(session(*_arrays(card, windows)), reference)
         if exact:
-            cost[dtype] = cpu_time_s(partial(session, *timed)) * (1 if dtype == "fp32" else MIN_SPEEDUP)
+            cost[dtype] = fastest_s(partial(session, *timed)) * (1 if dtype == "fp32" else MIN_SPEEDUP)
     return sorted(cost, key=lambda dtype: cost[dtype])
 
 

@@ -5,13 +5,13 @@ the operator's tool must not load torch. Standard input has two lines, the URI o
 users of the host can read a command line. Each of the five values may be empty. Prints one JSON object.
 """
 
-import json
 import os
 import sys
 import time
 from typing import Any
 
 from jobworker.worker import ConfigurationError
+from jobworker.worker.safe_text import safe_json
 
 #: Collections of the service, without their prefix.
 COLLECTIONS = ("story_segments", "entity_profiles")
@@ -62,7 +62,9 @@ def main(model: str, device: str, prefix: str) -> None:
     report: dict[str, Any] = {"model": check_model(model, device)}
     if uri:
         report["milvus"] = check_collections(uri, token, prefix)
-    print(json.dumps(report), flush=True)
+    # As bytes: the reader expects UTF-8 in every locale.
+    sys.stdout.buffer.write(safe_json(report).encode())
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
+import orjson
 
 from jobworker.worker import ConfigurationError
 
@@ -85,8 +85,8 @@ def _referenced(folder: Path) -> list[str]:
     for pattern, key in REFERENCES.items():
         for path in folder.rglob(pattern):
             try:
-                content = msgspec.json.decode(path.read_bytes())
-            except (msgspec.DecodeError, RecursionError):
+                content = orjson.loads(path.read_bytes())
+            except orjson.JSONDecodeError:
                 continue
             if isinstance(content, dict) and isinstance(name := content.get(key), str) and name:
                 names.add(name)

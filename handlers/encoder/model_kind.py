@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
+import orjson
 
 KIND = "SentenceTransformer"
 #: Kinds of `model_type` in config_sentence_transformers.json, and what they give.
@@ -89,6 +89,6 @@ def _object(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> Any:
     """Content of a JSON file; None if it is missing or damaged, which sentence-transformers tells better."""
     try:
-        return msgspec.json.decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError, RecursionError):
+        return orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError):
         return None

@@ -12,6 +12,7 @@ from .base import LongText, Purpose, Tokens, Vectors, WindowedEncoder, batch_arr
 from .converted_models import Card, EngineUnavailable, find_or_convert
 from .find_model import ModelSource
 from .precision_check import dtypes_to_try, is_exact, min_cosine
+from .unknown_tokens import unknown_token_id
 
 log = logging.getLogger("jobworker.model")
 
@@ -27,6 +28,7 @@ class OpenVinoEncoder(WindowedEncoder):
         super().__init__(long_text)
         self.name, self._source = source.name, source
         self._card, self._tokenizer = card, tokenizer
+        self.unknown_id = unknown_token_id(tokenizer)
         self._formats = {purpose: card.formats[purpose] for purpose in get_args(Purpose)}
         self.max_tokens, self.dim = card.formats["document"].max_tokens, card.dim
         self._equal_lengths = card.equal_lengths
@@ -76,9 +78,7 @@ class OpenVinoEncoder(WindowedEncoder):
         return tokens
 
     def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
-        return self._embed_in_batches(
-            windows, self._budget, lambda batch: self._session(*self._arrays(batch))
-        )
+        return self._embed_in_batches(windows, lambda batch: self._session(*self._arrays(batch)))
 
     def _arrays(self, windows: Sequence[list[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return batch_arrays(windows, self._card.pad_id, left=self._card.pads_left)

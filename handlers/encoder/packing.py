@@ -17,13 +17,18 @@ MEMORY_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memor
 
 
 def pack(
-    lengths: Sequence[int], budget: int, max_rows: int, *, equal_lengths: bool = False
+    lengths: Sequence[int],
+    budget: int,
+    max_rows: int,
+    *,
+    equal_lengths: bool = False,
+    min_padding_tokens: int = MIN_PADDING_TOKENS,
 ) -> list[list[int]]:
     """Group the indices of `lengths` into batches, the longest texts first.
 
     `lengths` are tokens, each >= 0. A batch costs its longest length times its rows, because shorter rows
     are padded. It has at most `budget` tokens (a longer text is a batch of its own) and `max_rows` rows. Its
-    padding is at most `MAX_PADDING_SHARE` of its cost or `MIN_PADDING_TOKENS`, whichever is more; with
+    padding is at most `MAX_PADDING_SHARE` of its cost or `min_padding_tokens`, whichever is more; with
     `equal_lengths` it has none. Every index is in exactly one batch. Raises ValueError if `budget` or
     `max_rows` is below 1.
     """
@@ -36,13 +41,32 @@ def pack(
         length = lengths[index]
         cost = longest * (len(batches[-1]) + 1) if batches else 0
         padding = cost - tokens - length
-        allowed = 0.0 if equal_lengths else max(cost * MAX_PADDING_SHARE, MIN_PADDING_TOKENS)
+        allowed = 0.0 if equal_lengths else max(cost * MAX_PADDING_SHARE, min_padding_tokens)
         if batches and len(batches[-1]) < max_rows and cost <= budget and padding <= allowed:
             batches[-1].append(index)
             tokens += length
         else:
             batches.append([index])
             longest = tokens = length
+    return batches
+
+
+def pack_unpadded(lengths: Sequence[int], budget: int, max_rows: int, max_padded: int) -> list[list[int]]:
+    """Group the indices of `lengths` into batches of an encoder that does not pad, the longest texts first.
+
+    A batch has at most `budget` tokens (a longer text is a batch of its own) and `max_rows` rows. Its longest
+    length times its rows is at most `max_padded`. Every index is in exactly one batch.
+    """
+    batches: list[list[int]] = []
+    longest = tokens = 0
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        rows = len(batches[-1]) + 1 if batches else 0
+        if 0 < rows <= max_rows and tokens + lengths[index] <= budget and rows * longest <= max_padded:
+            batches[-1].append(index)
+            tokens += lengths[index]
+        else:
+            batches.append([index])
+            longest = tokens = lengths[index]
     return batches
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import msgspec
 import numpy as np
 
 from .base import (
+    MAX_ROWS,
     TOKEN_BUDGET,
     LongText,
     Plan,
@@ -22,8 +24,10 @@ from .base import (
 )
 from .find_model import ModelError, ModelSource
 from .model_input import TRIAL_WORDS, ModelInput, learn_input, observe
-from .packing import is_out_of_memory
-from .precision_check import MIN_SPEEDUP, SENTENCES, Dtype, cpu_time_s, dtypes_to_try, is_exact, min_cosine
+from .packed_bert import MAX_POOLED, PackedBert, packed_bert
+from .packing import MIN_PADDING_TOKENS, is_out_of_memory, pack, pack_unpadded
+from .precision_check import MIN_SPEEDUP, SENTENCES, Dtype, dtypes_to_try, fastest_s, is_exact, min_cosine
+from .unknown_tokens import unknown_token_id
 
 log = logging.getLogger("jobworker.model")
 
@@ -35,6 +39,11 @@ UNLIMITED = 2**31
 MAX_DIFFERENCE = 0.005
 # On a GPU, half precision is several times as fast. fp16 is more exact, bf16 does not overflow.
 GPU_DTYPES: tuple[Dtype, ...] = ("fp16", "bf16")
+# Rows of one unpadded pass, which has no dimension of texts before the pooling.
+MAX_PACKED_ROWS = 4096
+# Tokens of the large pass in the measurement of what starting a pass costs: 25 ms on an H100, where a small
+# pass takes as long.
+TRIAL_TOKENS = 8192
 # Features of processors that multiply in bf16. On some of them it is twice as fast as fp32, on others slower
 # (bench/engines.py), so its speed is measured at load.
 CPU_BF16 = ("avx512_bf16", "amx_bf16")
@@ -56,6 +65,10 @@ class TorchEncoder(WindowedEncoder):
         self._refusals: dict[Purpose, str] = {}
         self._inputs: dict[Purpose, ModelInput] = {}
         self._positions = UNLIMITED
+        #: Computes the first module without padding, in half precision on a GPU.
+        self._packed: PackedBert | None = None
+        #: Tokens of padding that cost less than another pass.
+        self._pass_tokens = MIN_PADDING_TOKENS
         try:
             self._learn("document")
         except ModelError as error:
@@ -65,6 +78,7 @@ class TorchEncoder(WindowedEncoder):
         except ModelError as error:
             self._refusals["query"] = f"model {source.name} cannot embed queries: {error}"
         self.max_tokens = self._formats["document"].max_tokens
+        self.unknown_id = unknown_token_id(self._inputs["document"].tokenizer)
         if model.device.type == "cpu":
             self._budget = cpu_budget(token_budget, self.dim)
 
@@ -179,11 +193,26 @@ class TorchEncoder(WindowedEncoder):
             complete = True
             if step == "fp32" or encoder._reduce_precision(step, timed=dtype == "auto" and device == "cpu"):
                 break
+        if device != "cpu" and not encoder._packed:
+            encoder._measure_pass()
         log.info(
             "model.loaded",
             extra={"model": source.name, "engine": "torch", "device": device, "dtype": step},
         )
         return encoder
+
+    def _measure_pass(self) -> None:
+        """Find the number of tokens that a GPU computes in the time that starting a pass takes."""
+        if self._inputs["document"].is_flat:
+            return
+        window = self._probe_windows()[0]
+        length = min(self.max_tokens, TRIAL_TOKENS)
+        many = [(window * length)[:length]] * (TRIAL_TOKENS // length)
+        small_s, large_s = (
+            fastest_s(partial(self._embed, windows, "document"), time.perf_counter)
+            for windows in ([window], many)
+        )
+        self._pass_tokens = max(MIN_PADDING_TOKENS, int(TRIAL_TOKENS * min(1.0, small_s / large_s)))
 
     def _reduce_precision(self, step: Dtype, *, timed: bool) -> bool:
         """Convert the weights from fp32 to `step`. False if the vectors fail the precision check or, with
@@ -193,10 +222,12 @@ class TorchEncoder(WindowedEncoder):
         if self._inputs["document"].is_flat:
             return False  # one addition a token: nothing to gain
         reference = self.probe()
-        exact_s = cpu_time_s(self.probe) if timed else 0.0
+        exact_s = fastest_s(self.probe) if timed else 0.0
         try:
             self._model.to({"fp16": torch.float16, "bf16": torch.bfloat16}[step])
-            vectors = self.probe()
+            vectors = self._packed_probe(reference)
+            if vectors is None:
+                vectors = self.probe()
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -207,7 +238,27 @@ class TorchEncoder(WindowedEncoder):
         if not is_exact(vectors, reference):
             self._reject_precision(step, cosine=round(float(min_cosine(vectors, reference)), 5))
             return False
-        return not timed or cpu_time_s(self.probe) * MIN_SPEEDUP < exact_s
+        return not timed or fastest_s(self.probe) * MIN_SPEEDUP < exact_s
+
+    def _packed_probe(self, reference: Vectors) -> Vectors | None:
+        """Vectors of the unpadded pass if it computes this model, else None; it is used from then on."""
+        if self._model.device.type == "cpu":
+            return None
+        first, *others = (own.modules for own in self._inputs.values())
+        if all(modules[0] is first[0] for modules in others):
+            self._packed = packed_bert(first)
+        if self._packed:
+            try:
+                vectors = self.probe()
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                log.info("model.padded", extra={"model": self.name, "error": str(error)[:300]})
+            else:
+                if is_exact(vectors, reference):
+                    return vectors
+        self._packed = None
+        return None
 
     def _reject_precision(self, step: Dtype, **reason: Any) -> None:
         log.warning("model.precision_rejected", extra={"model": self.name, "dtype": step, **reason})
@@ -223,12 +274,26 @@ class TorchEncoder(WindowedEncoder):
         return super().tokenize(texts, purpose)
 
     def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
-        return self._embed_in_batches(windows, self._budget, lambda batch: self._pass(batch, purpose))
+        return self._embed_in_batches(windows, lambda batch: self._pass(batch, purpose))
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        if self._packed:
+            return pack_unpadded(lengths, self._budget, MAX_PACKED_ROWS, MAX_POOLED * self._budget)
+        return pack(
+            lengths,
+            self._budget,
+            MAX_ROWS,
+            equal_lengths=self._equal_lengths,
+            min_padding_tokens=self._pass_tokens,
+        )
 
     def _pass(self, windows: Sequence[list[int]], purpose: Purpose) -> Any:
         import torch
 
+        own = self._inputs[purpose]
         with torch.inference_mode():
+            if self._packed:
+                return self._packed.embed(windows, own.modules[1:], own.extras)
             return self._model(self._features(windows, purpose), task=purpose)["sentence_embedding"]
 
     def _to_numpy(self, rows: Any) -> Vectors:

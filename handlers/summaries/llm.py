@@ -1,5 +1,6 @@
 """Language model client: extracts findings of a chapter through an OpenAI-compatible endpoint."""
 
+# orjson does not read an object inside other text.
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import httpx2
 import msgspec
+import orjson
 
 from jobworker.worker import ConfigurationError, PermanentError, Unavailable
 
@@ -162,7 +164,7 @@ class LanguageModel:
             "temperature": 0,
             "response_format": {"type": "json_object"},
         }
-        body = self._post(msgspec.json.encode(request), give_up_at)
+        body = self._post(orjson.dumps(request), give_up_at)
         try:
             choice = msgspec.json.decode(body, type=_Completion).choices[0]
         except (ValueError, IndexError) as error:

@@ -1,6 +1,8 @@
 """Mask of secrets in texts that another program sends: an endpoint may repeat the key that it was given."""
 
 import base64
+
+# The escaped forms of a secret: orjson escapes no letters.
 import json
 from collections.abc import Iterable, Iterator
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -41,8 +43,9 @@ class SecretMask:
 
 def _spellings(secret: str) -> set[str]:
     encoded = base64.b64encode(secret.encode(errors="replace")).decode().rstrip("=")
-    as_json = json.dumps(secret)[1:-1]
-    texts = (secret, as_json, as_json.replace("/", "\\/"), quote(secret, safe=""), encoded)
+    as_json = [json.dumps(secret, ensure_ascii=ascii)[1:-1] for ascii in (True, False)]
+    slashed = [text.replace("/", "\\/") for text in as_json]
+    texts = (secret, *as_json, *slashed, quote(secret, safe=""), encoded)
     return {text.translate(_LOWER) for text in texts}
 
 

@@ -81,7 +81,7 @@ class TestDeadLetters:
         assert "--yes" in run(store, "dlq", "purge", "--all", code=2).stderr
         assert store.client.xlen(DLQ) == 1
         assert run_json(store, "dlq", "purge", "--all", "--yes") == {
-            "purged": 1, "gone": 0, "skipped": 0, "missing": [], "dry_run": False,
+            "purged": 1, "gone": 0, "skipped": 0, "missing": [], "dry_run": False, "refused": [],
         }  # fmt: skip
         assert store.client.xlen(DLQ) == 0
 
@@ -178,6 +178,32 @@ class TestEnqueue:
             result = run(store, "enqueue", "--lines", "-", code=2, stdin=good + good + bad + "\n" + good)
             assert result.stderr.startswith("jobworker: line 3: "), bad
             assert store.client.xlen("stream:audit:log") == 2, bad
+
+    def test_a_stop_says_which_lines_are_stored_and_how_to_send_the_others(
+        self, store: RedisServer, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "my jobs.jsonl"
+        file.write_text('{"id": "a"}\n{"id": "b"}\nno json\n{"id": "c"}\n')
+        result = run(store, "enqueue", "audit", "--lines", str(file), "--tenant", "t", code=2)
+        assert "lines 1 to 2 are stored; send the others: " in result.stderr
+        file.write_text(file.read_text().replace("no json", '{"id": "x"}'))
+        command = result.stderr.partition("send the others: ")[2].strip()
+        path = f"{COMMAND.parent}:{os.environ['PATH']}"
+        environment = {**os.environ, "JOBWORKER_REDIS_URL": store.url, "PATH": path}
+        subprocess.run(command, shell=True, check=True, env=environment, timeout=COMMAND_S)
+        assert [job["id"] for job in jobs(store, "stream:audit:log")] == ["a", "b", "x", "c"]
+        assert {job["tenant_id"] for job in jobs(store, "stream:audit:log")} == {"t"}
+
+    def test_a_store_that_fails_in_between_says_what_is_known(
+        self, store: RedisServer, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "jobs.jsonl"
+        file.write_text("{}\n" * 1500)
+        store.client.delete("stream:audit:log")
+        store.client.set("stream:audit:log", "not a stream")
+        result = run(store, "enqueue", "audit", "--lines", str(file), code=5)
+        assert "no line before is stored; send the others: tail -n +1 " in result.stderr
+        assert "some of the lines 1 to 1000 may be stored too" in result.stderr
 
     def test_delayed_lines_are_scheduled(self, store: RedisServer) -> None:
         run(store, "enqueue", "audit", "--lines", "-", "--delay", "60", stdin="{}\n{}\n")
@@ -344,3 +370,44 @@ class TestDoctor:
         found = findings(store, "--model", "/nowhere", code=1)
         assert any(line.startswith("model: ") for line in found["wrong"])
         assert "model: " not in json.dumps(findings(store, code=1))
+
+
+class TestBrokenKeys:
+    """A key of another type hides its own stream only."""
+
+    @pytest.fixture
+    def broken(self, store: RedisServer) -> RedisServer:
+        letter(store, "j1")
+        run(store, "enqueue", "embedding_batch", "--id", "later", "--delay", "60")
+        for key in ("dlq:stream:audit:log", "retry:stream:audit:log", "stream:memory:update"):
+            store.client.set(key, "no stream")
+        return store
+
+    @pytest.mark.parametrize("verb", [["list"], ["show", "j1"]], ids=" ".join)
+    def test_dead_letters_of_the_others_are_shown(self, broken: RedisServer, verb: list[str]) -> None:
+        answer = run_json(broken, "dlq", *verb, code=1)
+        assert [one["job_id"] for one in answer["dead_letters"]] == ["j1"]
+        (refused,) = answer["refused"]
+        assert refused.startswith("dead letters of stream:audit:log: ")
+        told = run(broken, "dlq", *verb, code=1)
+        assert "j1" in told.stdout
+        assert "jobworker doctor names the key" in told.stderr
+
+    def test_bulk_operations_process_the_others(self, broken: RedisServer) -> None:
+        answer = run_json(broken, "dlq", "requeue", "--all", code=1)
+        assert (answer["requeued"], len(answer["refused"])) == (1, 1)
+        letter(broken, "j2")
+        assert run_json(broken, "dlq", "purge", "--all", "--yes", code=1)["purged"] == 1
+
+    def test_retries_of_the_others_are_shown_and_made_due(self, broken: RedisServer) -> None:
+        answer = run_json(broken, "retry", "list", code=1)
+        assert [one["job_id"] for one in answer["retries"]] == ["later"]
+        assert answer["refused"][0].startswith("retries of stream:audit:log: ")
+        assert run_json(broken, "retry", "now", "--all", code=1)["hastened"] == 1
+
+    def test_a_job_in_another_stream_is_found(self, broken: RedisServer) -> None:
+        answer = run_json(broken, "explain", "j1", code=1)
+        assert [one["state"] for one in answer["found"]] == ["dead"]
+        assert (answer["complete"], len(answer["refused"])) == (False, 3)
+        told = run(broken, "explain", "nowhere", code=1)
+        assert told.stderr.count("jobworker doctor names the key") == 3

@@ -116,10 +116,20 @@ class TestBesideAService:
 
 class TestPause:
     def test_a_type_that_no_service_runs_is_named(self, live: Service) -> None:
-        result = run(live, "pause", "nop", "--metrics-url", live.url)
+        refused = run(live, "pause", "noop", "nop", "--metrics-url", live.url, code=2)
+        assert "flaky, gate, noop, permanent" in refused.stderr
+        assert "--force" in refused.stderr
+        assert run_json(live, "pause")["paused"] == [], "the right one is not paused either"
+        result = run(live, "pause", "nop", "--force", "--metrics-url", live.url)
         assert "noop" in result.stderr
-        assert run_json(live, "pause", "noop", "--metrics-url", live.url)["unknown"] == []
+        answer = run_json(live, "pause", "noop", "--metrics-url", live.url)
+        assert (answer["unknown"], answer["waiting"]) == ([], [])
+        (consumer,) = answer["following"]
+        assert consumer.endswith("/blue")
+        assert live.metric("z_novel_paused", task_type="noop") == 1, "it is in effect when the command ends"
         run(live, "resume", "nop", "noop")
+        assert "within 1 s" in run(live, "pause", "noop").stderr, "services on other hosts"
+        run(live, "resume", "noop")
 
 
 class TestEnqueue:
@@ -169,7 +179,7 @@ class TestStreamOption:
     @pytest.mark.parametrize("verb", [["dlq", "list"], ["retry", "list"]], ids=" ".join)
     def test_a_misspelt_stream_is_noted_beside_the_empty_answer(self, live: Service, verb: list[str]) -> None:
         told = run(live, *verb, "--stream", "stream:audit:lgo").stderr
-        assert "reads the stream 'stream:audit:lgo': did you mean 'stream:audit:log'?" in told
+        assert "there is no stream 'stream:audit:lgo': did you mean 'stream:audit:log'?" in told
         assert "no service" not in run(live, *verb, "--stream", "stream:audit:log").stderr
 
 

@@ -75,8 +75,9 @@ def endpoint() -> Iterator[Endpoint]:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory, endpoint: Endpoint) -> Iterator[Service]:
-    """The service with all three handlers, found by the path as a user's own modules are."""
+    """The service with all handlers, found by the path as a user's own modules are."""
     environment = {"PYTHONPATH": os.pathsep.join([str(TESTS), str(EXAMPLES)]), "NOTIFY_URL": endpoint.url}
+    environment["JOBWORKER_APP"] = "functions"
     with service(tmp_path_factory.mktemp("examples"), HANDLERS, environment=environment) as one:
         yield one
         one.wait_until_drained()
@@ -91,6 +92,20 @@ def test_the_smallest_handler_runs_and_dead_letters_a_bad_payload(running: Servi
     letter = running.dead_letter(running.enqueue("greet", {"nom": "Ada"}))
     eventually(lambda: greeted(running, "Ada"))
     assert (letter["reason"], letter["retry_count"]) == ("permanent", 0)
+
+
+def test_the_functions_run_and_a_bad_payload_is_malformed(running: Service) -> None:
+    running.enqueue("welcome", {"name": "Ada"})
+    invitation = running.enqueue("invite", {"name": "Ada", "languages": ["en", "fr"]})
+    running.enqueue("total", {"item": "tea", "cents": 250})
+    eventually(lambda: running.logged("welcome", text="Welcome, Ada!"))
+    eventually(lambda: len(running.logged("invited", request=invitation)) == 2)
+    eventually(lambda: running.logged("total", cents=250))
+    letter = running.dead_letter(running.enqueue("welcome", {"nom": "Ada"}))
+    assert (letter["reason"], letter["retry_count"]) == ("malformed", 0)
+    assert (
+        running.dead_letter(running.enqueue("total", {"item": "tea", "cents": -1}))["reason"] == "permanent"
+    )
 
 
 def test_the_batch_handler_writes_one_row_a_job_and_fails_bad_jobs_alone(running: Service) -> None:
@@ -110,9 +125,15 @@ def test_the_batch_handler_writes_one_row_a_job_and_fails_bad_jobs_alone(running
 def test_the_webhook_waits_for_its_endpoint_without_using_up_retries(
     running: Service, endpoint: Endpoint
 ) -> None:
-    id = running.enqueue("notify", {"text": "chapter 7 is ready"})
+    running.enqueue(
+        "notify", {"text": "chapter 7 is ready"}, id="雪\nX-Other: 1"
+    )  # no id that a header can hold
     eventually(lambda: [post for post in endpoint.posts if post[2] == 204], within_s=60)
-    assert endpoint.posts[:3] == [(id, {"text": "chapter 7 is ready"}, status) for status in (503, 503, 204)]
+    assert [post[1:] for post in endpoint.posts[:3]] == [
+        ({"text": "chapter 7 is ready"}, status) for status in (503, 503, 204)
+    ]
+    (key,) = {post[0] for post in endpoint.posts[:3]}
+    assert re.fullmatch("[0-9a-f]{64}", key)
     running.wait_until_drained()
     assert running.metric("z_novel_jobs_retried_total", task_type="notify") == 0
     assert running.dead_letter(running.enqueue("notify", "bad"))["reason"] == "permanent"

@@ -17,7 +17,7 @@ from support.service import STREAM, Service, eventually, service
 pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
 
 #: How long an outage lasts; MILVUS_DOWN_S=60 makes it as long as a real one.
-DOWN_S = float(os.environ.get("MILVUS_DOWN_S", "4"))
+DOWN_S = float(os.environ.get("MILVUS_DOWN_S", "2"))
 #: A paused type is tried again after 15 s at the latest, then everything that waited has to be run.
 BACK_WITHIN_S = 90.0
 SCOPE: dict[str, Any] = {"tenant_id": "t", "project_id": "p"}

@@ -132,7 +132,7 @@ def test_the_workers_gauge_says_what_they_do(observed: Service) -> None:
 
 
 def test_every_process_names_itself_and_its_instance(observed: Service) -> None:
-    roles = ("guard", "reader", "reaper", "spare 0", "spare 1", "supervisor", "worker 0", "worker 1")
+    roles = ("forkserver", "guard", "reader", "reaper", "supervisor", "worker 0", "worker 1")
     titles = [f"jobworker: {role} [green]" for role in roles]
     eventually(lambda: sorted(observed.everyone().values()) == titles)
 

@@ -13,10 +13,10 @@ from support.service import STREAM, TESTS, Service, ending, handlers
 
 pytestmark = pytest.mark.process
 
-#: Python runs a module of this name at each start. Only the reader calls `read_header`.
+#: Python runs a module of this name at each start, of the forkserver too. Only the reader uses `read_header`.
 FAULT = """
-import os, signal, sys
-if "jobworker.worker.boot" in sys.orig_argv:
+import os, signal
+if "_JOBWORKER_FORKSERVER" in os.environ:
     from jobworker.worker import envelope
     from jobworker.worker.reader import admission, settlement
     real = envelope.read_header
@@ -46,7 +46,7 @@ def deadly(tmp_path: Path) -> Iterator[Service]:
 def reader_ends(one: Service) -> list[str]:
     """The log lines of readers that ended unasked."""
     return [
-        line for line in one.log_text.splitlines() if '"msg": "child.exited"' in line and '"reader"' in line
+        line for line in one.log_text.splitlines() if '"msg":"child.exited"' in line and '"reader"' in line
     ]
 
 

@@ -1,5 +1,6 @@
 """Failed starts: the exit code that scripts rely on, and a message that says what to change."""
 
+import json
 import socket
 import subprocess
 import time
@@ -48,6 +49,9 @@ def end_of(one: Service, within_s: float = 30) -> int:
     (["--milvus-uri", "localhost:19530"], "--milvus-uri"),
     (["--lease", "nan"], "--lease"),
     (["--no-builtin-handlers"], "no handler"),
+    (["--app", "no_such_module"], "there is no module no_such_module"),
+    (["--app", "my_app.py"], "for example my_app"),
+    (["--app", "json", "--no-builtin-handlers"], "no handler found in"),
     (["--config", "absent.toml"], "absent.toml"),
 ])  # fmt: skip
 def test_bad_usage_exits_2_and_names_the_option(tmp_path: Path, arguments: list[str], said: str) -> None:
@@ -60,6 +64,24 @@ def test_bad_usage_exits_2_and_names_the_option(tmp_path: Path, arguments: list[
 def test_a_bad_config_file_exits_2_and_says_where(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "bad.toml").write_text(text)
     assert said in refused(tmp_path, "--config", "bad.toml")
+
+
+@pytest.mark.parametrize("arguments", [["--procs", "two"], ["--stream", "x"], ["--config", "bad.toml"]])
+def test_bad_usage_is_a_line_of_the_json_log(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "bad.toml").write_text("procs = 'two'")
+    (line,) = refused(tmp_path, *arguments).splitlines()
+    event = json.loads(line)
+    assert (event["msg"], event["level"]) == ("config.invalid", "critical")
+    assert arguments[0] in event["error"]
+    (*_, last) = refused(tmp_path, *arguments, "--log-format", "text").splitlines()
+    assert arguments[0] in last
+    assert not last.startswith("{")
+
+
+def test_a_number_in_words_is_refused_plainly(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("procs = 'two'")
+    assert "procs: 'two' is not a whole number" in refused(tmp_path, "--config", "bad.toml")
+    assert "513 is not between 1 and 512" in refused(tmp_path, "--procs", "513")
 
 
 def test_a_taken_metrics_port_exits_2(tmp_path: Path) -> None:
@@ -128,6 +150,7 @@ def test_an_unreachable_store_exits_5_when_the_connect_timeout_is_over(tmp_path:
     assert end_of(one) == 5
     assert 1.0 <= time.monotonic() - launched_s < 1.0 + SLACK_S
     assert "store.unreachable" in one.log_text
+    assert "no server listens at this address: check host and port in --redis-url" in one.log_text
     assert "wrong-horse" not in one.log_text
 
 
@@ -145,7 +168,7 @@ def test_where_memory_is_short_the_kernel_takes_a_worker_first(tmp_path: Path) -
     with service(tmp_path, handlers("Noop"), procs=1) as one:
         scores = {role: score(pid) for role, pid in one.roles().items()}
     assert scores.pop("worker 0") == 500
-    assert set(scores) == {"supervisor", "guard", "reader", "reaper", "valkey"}
+    assert set(scores) == {"supervisor", "forkserver", "guard", "reader", "reaper", "valkey"}
     assert max(scores.values()) < 500
 
 

@@ -1,5 +1,6 @@
 """Subprocesses that a handler leaves behind: they end with their worker, however it ends."""
 
+import contextlib
 import os
 import signal
 from contextlib import suppress
@@ -22,6 +23,15 @@ def left(one: Service) -> list[int]:
     return [pid for pid, command in one.everyone().items() if SLEEP in command]
 
 
+def groups(one: Service) -> set[int]:
+    """Process groups of the subprocesses."""
+    found = set()
+    for pid in left(one):
+        with contextlib.suppress(ProcessLookupError):  # ended since
+            found.add(os.getpgid(pid))
+    return found
+
+
 def hold(one: Service, **fields: object) -> int:
     """Run a job that starts subprocesses and waits; returns the worker's process id."""
     job = one.enqueue("spawner", {"command": COMMAND, "gate": "0"}, **fields)
@@ -40,7 +50,7 @@ def test_they_end_with_their_worker(tmp_path: Path, end: str) -> None:
             one.send(signal.SIGHUP)
             one.open_gate("0")
         eventually(lambda: worker not in one.everyone())
-        eventually(lambda: worker not in map(os.getpgid, left(one)))
+        eventually(lambda: worker not in groups(one))
         one.open_gate("0")  # for the job that runs again
 
 
@@ -56,7 +66,11 @@ def test_they_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
     with ending(Service(tmp_path, handlers("Spawner"), procs=1)) as one:
         one.start()
         hold(one)
-        one.wait_for_successor("guard", one.kill_role("guard"))
+        guard = one.kill_role("guard")
+        one.wait_for_successor("guard", guard)
+        (exited,) = eventually(lambda: one.logged("child.exited", child="guard"))
+        assert (exited["process_id"], exited["cause"]) == (guard, "SIGKILL")
+        eventually(lambda: one.metric("z_novel_worker_restarts_total", role="guard", cause="SIGKILL") == 1)
         one.kill()
         eventually(lambda: not one.everyone())
 

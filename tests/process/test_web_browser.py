@@ -42,7 +42,12 @@ def browser() -> Iterator[Any]:
         one.close()
 
 
-@pytest.fixture(params=["light desk", "dark phone"])
+#: For what depends on the screen; each other test uses one of them.
+ON_BOTH = pytest.mark.parametrize("tab", ["light desk", "dark phone"], indirect=True)
+ON_PHONE = pytest.mark.parametrize("tab", ["dark phone"], indirect=True)
+
+
+@pytest.fixture(params=["light desk"])
 def tab(request: pytest.FixtureRequest, browser: Any, guarded: Page) -> Iterator[Any]:
     """A logged-in browser tab. At its end the console must hold no error and no warning."""
     light, size = request.param.split()
@@ -74,6 +79,7 @@ def dead_jobs(live: Service, kind: str, count: int = 1, **payload: Any) -> list[
 
 
 class TestPage:
+    @ON_BOTH
     def test_charts_and_tables_refresh(self, tab: Any, live: Service) -> None:
         tab.wait_for_selector(".chart canvas")
         assert tab.locator(".chart canvas").count() == 4
@@ -99,6 +105,7 @@ class TestPage:
         search.press("/")
         assert search.input_value() == "/", "inside of a field it is a character"
 
+    @ON_BOTH
     def test_it_fits_the_screen_and_the_colour_scheme(self, tab: Any, guarded: Page, live: Service) -> None:
         dead_jobs(live, "permanent")
         for path in ("/", "/queues", "/types", "/workers", "/retries", "/dead"):
@@ -109,6 +116,7 @@ class TestPage:
         brightness = sum(int(number) for number in re.findall(r"\d+", colour)[:3]) / 3
         assert brightness > 200 if tab.light == "light" else brightness < 60
 
+    @ON_PHONE
     def test_a_selected_letter_is_requeued(self, tab: Any, guarded: Page, live: Service) -> None:
         (id,) = dead_jobs(live, "permanent")
         tab.goto(f"{guarded.url}/dead?type=permanent")
@@ -139,6 +147,7 @@ class TestPage:
         tab.get_by_text(f"{before} deleted").wait_for()
         assert live.client.xlen(f"dlq:{STREAM}") == 0
 
+    @ON_PHONE
     def test_a_job_is_found_by_its_id_and_retried_now(self, tab: Any, live: Service) -> None:
         id = live.enqueue("flaky", {"times": 1})
         eventually(lambda: live.client.zcard(f"retry:{STREAM}"))

@@ -451,7 +451,7 @@ class Killed(Exception):
 
 
 class Steps:
-    """Lets a reader make so many calls of its store, and kills it before the next one or after it."""
+    """Lets a reader make a number of calls of its store, and kills it at the next one."""
 
     def __init__(self, store: ReaderStore, calls: int, *, answered: bool) -> None:
         self._store = store
@@ -464,7 +464,7 @@ class Steps:
         def call(*args: Any, **more: Any) -> Any:
             if self._left == 0:
                 if not self._answered:
-                    method(*args, **more)  # the store carries it out, and nobody takes the answer
+                    method(*args, **more)  # the store carries it out, and the answer is lost
                 raise Killed
             self._left -= 1
             return method(*args, **more)

@@ -145,6 +145,8 @@ class TestPauses:
         ]
         assert operator.pauses()[0].wall_since_s == pytest.approx(operator.wall_now_s(S.stream), abs=5)
         assert redis_world.reader("host/b").paused_types() == {"audit", "embedding_batch"}
+        operator.pause("embedding_batch", "bytes \udcff of a terminal")
+        assert operator.pauses()[1].note == "bytes ? of a terminal"
         assert operator.resume("audit")
         assert not operator.resume("audit")
         assert redis_world.reader("host/b").paused_types() == {"embedding_batch"}

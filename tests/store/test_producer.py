@@ -7,16 +7,21 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import orjson
 import pytest
 
-from jobworker.worker.endpoints import read_private_endpoints, store_url
-from jobworker.worker.envelope import read_envelope
+from jobworker.worker.endpoints import read_endpoints, store_url
+from jobworker.worker.envelope import read_envelope, read_header
 from jobworker.worker.errors import ConfigurationError, StoreUnavailable
 from jobworker.worker.keys import Source
 from jobworker.worker.producer import NewJob, Producer, UnknownDestination
+from jobworker.worker.store.announcements import encode
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore
 from support.redis_servers import free_port, running
@@ -122,11 +127,61 @@ def nested(depth: int) -> list[Any]:
     return inner
 
 
+class _Text(str):
+    pass
+
+
+class _Struct(msgspec.Struct):
+    value: Any
+
+
+@dataclass
+class _Data:
+    _private: Any
+    value: Any
+
+
+@pytest.mark.parametrize(
+    ("payload", "sent"),
+    [
+        ([2**64, -(10**30), None], b"[18446744073709551616,-1000000000000000000000000000000,null]"),
+        ({1: "a", 1.5: None}, b'{"1":"a","1.5":null}'),
+        ([_Text("a"), None], b'["a",null]'),
+        (_Struct([None]), b'{"value":[null]}'),
+        (_Data(1, {2}), b'{"_private":1,"value":[2]}'),
+        ([b"ab", (1, 2)], b'["YWI=",[1,2]]'),
+        (datetime(2026, 1, 2, tzinfo=UTC), b'"2026-01-02T00:00:00Z"'),
+        (
+            msgspec.Raw(b' {"n": 1234567890123456789.50, "o": null} '),
+            b'{"n": 1234567890123456789.50, "o": null}',
+        ),
+        ({"a": msgspec.Raw(b"1e5")}, b'{"a":1e5}'),
+        (orjson.Fragment(b"[1.0]"), b"[1.0]"),
+        (nested(300), b"[" * 301 + b"]" * 301),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_payload_is_sent_as_json(bench: Bench, payload: Any, sent: bytes) -> None:
+    bench.producer.enqueue("noop", payload)
+    assert bytes(read_header(bench.raw()[0]).payload).strip() == sent
+    assert read_envelope(bench.raw()[0]).id
+
+
 @pytest.mark.parametrize(
     "job",
     [
         {"payload": float("nan")},
         {"payload": {"x": [None, float("-inf")]}},
+        {"payload": {1: [None, float("nan")]}},
+        {"payload": [None, 10**30, float("nan")]},
+        {"payload": _Struct([None, float("nan")])},
+        {"payload": _Struct(msgspec.Raw(b"NaN"))},
+        {"payload": msgspec.Raw(b'{"a": NaN}')},
+        {"payload": msgspec.Raw(b"[1] ]")},
+        {"payload": [msgspec.Raw(b'"\\ud800"')]},
+        {"payload": msgspec.Raw(b'"\xff"')},
+        {"payload": orjson.Fragment(b"[NaN]")},
+        {"payload": [object(), None]},
         {"payload": object()},
         {"payload": {"text": "\ud800"}},
         {"payload": nested(100_000)},
@@ -354,20 +409,76 @@ class TestWithoutUrl:
         write(tmp_path, {"redis_url": "redis://elsewhere"})
         file.chmod(0o666)
         with pytest.raises(ConfigurationError, match="another user"):
-            read_private_endpoints(tmp_path)
+            read_endpoints(str(tmp_path))
         file.rename(tmp_path / "target")
         file.symlink_to(tmp_path / "target")
         with pytest.raises(ConfigurationError, match="cannot be read"):
-            read_private_endpoints(tmp_path)
+            read_endpoints(str(tmp_path))
         file.unlink()
         os.mkfifo(file, 0o600)
         with pytest.raises(ConfigurationError, match="another user"):
-            read_private_endpoints(tmp_path)
+            read_endpoints(str(tmp_path))
 
 
 def write(folder: Path, endpoints: dict[str, Any]) -> None:
     (folder / "endpoints.json").write_text(json.dumps(endpoints))
     (folder / "endpoints.json").chmod(0o600)
+
+
+@pytest.mark.parametrize("variable", ["JOBWORKER_REDIS_URL", "JOBWORKER_DATA_DIR"])
+def test_an_empty_variable_selects_no_other_store(variable: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{variable} is set and empty"):
+        store_url({variable: ""})
+
+
+class TestOwnTypes:
+    """Streams of types that are not built in."""
+
+    def announce(self, bench: Bench, service: str, *streams: str, type: str = "wc") -> None:
+        MemoryStore(bench.server).announce(service, [type], [Source(stream, "g") for stream in streams])
+
+    def test_a_registered_service_names_the_stream(self, bench: Bench) -> None:
+        self.announce(bench, "host/blue", "stream:audit:log", type="audit")
+        self.announce(bench, "host/green", "jobs:z", "jobs:a")
+        looks = count_looks(bench.producer)
+        bench.producer.enqueue_many([NewJob("wc"), NewJob("audit")])
+        bench.producer.enqueue("wc", {})
+        assert len(bench.jobs("jobs:z")) == 2, "the first stream of its table"
+        assert len(bench.jobs("stream:audit:log")) == 1, "built-in types stay on theirs"
+        assert len(looks) == 2, "one for each pair of type and stream"
+
+    def test_the_default_stream_is_preferred_if_a_service_of_the_type_reads_it(self, bench: Bench) -> None:
+        self.announce(bench, "host/a", "jobs:a")
+        self.announce(bench, "host/b", "jobs:b", "stream:story:gen")
+        bench.producer.enqueue("wc", {})
+        assert len(bench.jobs()) == 1
+
+    def test_a_running_service_is_preferred(self, bench: Bench) -> None:
+        self.announce(bench, "host/a", "jobs:old")
+        bench.server.services[b"host/a"] = encode(["wc"], [Source("jobs:old", "g")], WALL_S - 3600)
+        self.announce(bench, "host/b", "jobs:new")
+        bench.producer.enqueue("wc", {})
+        assert len(bench.jobs("jobs:new")) == 1
+
+    def test_without_a_service_the_one_stream_of_the_environment_is_used(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for value, stream in [("jobs:wc=workers", "jobs:wc"), ("a=b c=d", "stream:story:gen")]:
+            monkeypatch.setenv("JOBWORKER_STREAM", value)
+            monkeypatch.setattr("jobworker.worker.producer._redis", lambda _: MemoryStore(bench.server))
+            with Producer("redis://unused") as producer:
+                producer.enqueue("wc", {})
+                assert producer.guessed == ({"wc"} if stream == "stream:story:gen" else set())
+            assert len(bench.jobs(stream)) == 1
+
+    def test_a_failed_look_sends_nothing(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(_: MemoryStore) -> list[Any]:
+            raise StoreUnavailable("loading")
+
+        monkeypatch.setattr(MemoryStore, "announcements", fail)
+        with pytest.raises(StoreUnavailable):
+            bench.producer.enqueue("wc", {})
+        assert bench.jobs() == []
 
 
 class TestUnknownDestinations:

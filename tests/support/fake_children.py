@@ -8,31 +8,35 @@ from typing import Any
 
 from jobworker.worker.errors import Exit
 from jobworker.worker.ipc.channel import READY, STOPPING, Channel
-from jobworker.worker.ipc.control import ControlSocket, Message, Ready, Report, Start
+from jobworker.worker.ipc.control import ControlSocket, Message, Ready, Report
 from jobworker.worker.ipc.crash_marks import CrashMarks
 from jobworker.worker.settings import Settings
-from jobworker.worker.supervision.process import Child, Process, ProcessExit
+from jobworker.worker.supervision.forkserver import ForkServer, PassedFd
+from jobworker.worker.supervision.process import Child, ForkedProcess, Process, ProcessExit
 from jobworker.worker.supervision.process_manager import ProcessManager
 from jobworker.worker.telemetry.prometheus import PrometheusCollector
 
 
-class FakeProcess(Process):
+class FakeProcess(ForkedProcess):
     """A process that exists only as the exit that the test gives it."""
 
-    def __init__(self, name: str, command: Sequence[str], pass_fds: Sequence[int], mono_now_s: float) -> None:
-        self.name = name
-        self.mono_started_s = mono_now_s
-        self.ready = False
-        self.blackbox_fd = 0
+    def __init__(
+        self, server: ForkServer, name: str, target: str, arguments: Sequence[Any], mono_now_s: float
+    ) -> None:
+        Process.__init__(self, name, mono_now_s)
         self.pid = 1 << 30  # above every process id
+        control, blackbox, *self._fds = [os.dup(one.fd) for one in arguments if isinstance(one, PassedFd)]
         #: The child's end of its control socket.
-        self.peer = ControlSocket(socket.socket(fileno=os.dup(pass_fds[0])))
+        self.peer = ControlSocket(socket.socket(fileno=control))
+        os.close(blackbox)
         self.signals: list[signal.Signals] = []
         self.process_exit: ProcessExit | None = None
         self.used_mib = 0
         self.computing = False
         #: Whether it has stopped to report and to heartbeat.
         self.silent = False
+        #: Whether the forkserver does not answer about it.
+        self.unanswered = False
         self.closed = False
 
     def kill(self, number: signal.Signals) -> None:
@@ -41,9 +45,10 @@ class FakeProcess(Process):
         if number == signal.SIGKILL:
             self.exit("SIGKILL")
 
-    def exit(self, cause: str) -> None:
+    def exit(self, cause: str, *, with_forkserver: bool = False) -> None:
         """Let the process exit by ``exit N`` or the name of a signal; the first exit counts."""
-        self.process_exit = self.process_exit or ProcessExit(cause, cause == "exit 0", 100, "")
+        exited = ProcessExit(cause, cause == "exit 0", 100, "", with_forkserver)
+        self.process_exit = self.process_exit or exited
 
     def collect(self) -> ProcessExit | None:
         return self.process_exit
@@ -56,6 +61,12 @@ class FakeProcess(Process):
 
     def rss_mib(self) -> int:
         return self.used_mib
+
+    def sample_peak(self) -> None:
+        pass
+
+    def is_unanswered(self) -> bool:
+        return self.unanswered
 
     def close(self) -> None:
         assert not self.closed
@@ -86,13 +97,24 @@ class FakeChild(Child, FakeProcess):
                 os.close(fd)
         return messages
 
-    def receive_marks(self) -> CrashMarks:
-        """The marks that a reader gets with its role. Call it before `received`."""
-        while True:
-            received = self.peer.receive()
-            assert received is not None
-            if isinstance(received[0], Start):
-                return CrashMarks(*received[1])
+    def marks(self) -> CrashMarks:
+        """The marks that a reader gets with its role."""
+        return CrashMarks(*self._fds)
+
+
+class FakeServer(ForkServer):
+    """A forkserver that exists only as the exit that the test gives it."""
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+
+    def kill(self) -> None:
+        """Let it exit."""
+        self.exit_code = -signal.SIGKILL
+
+    def collect(self, *, wait: bool = False) -> int | None:
+        code, self.exit_code = self.exit_code, None
+        return code
 
 
 class Service:
@@ -105,14 +127,15 @@ class Service:
         #: Raised by each start of a child.
         self.start_error: OSError | None = None
         self.metrics = PrometheusCollector()
+        self.server = FakeServer()
         self.settings = Settings(**{"procs": 2, "connect_timeout_s": 60.0, "max_payload": 1024, **options})
-        self.manager = ProcessManager(self.settings, self.metrics, self._new_child)
+        self.manager = ProcessManager(self.settings, self.metrics, self.server, self._new_child)
         self.manager.start(self.settings, self.now)
 
-    def _new_child(self, mono_now_s: float) -> FakeChild:
+    def _new_child(self, *arguments: Any, **options: Any) -> FakeChild:
         if self.start_error:
             raise self.start_error
-        self.all.append(FakeChild(mono_now_s))
+        self.all.append(FakeChild(*arguments, **options))
         return self.all[-1]
 
     def tick(self, after_s: float = 0.0) -> Exit | None:
@@ -121,7 +144,7 @@ class Service:
         for child in self.living():
             if child.silent:
                 continue
-            if child.ready and child.channel is None and child.role:
+            if child.ready and child.channel is None:
                 child.peer.send(Report())
             elif child.channel is not None:
                 child.channel.heartbeat(self.now)
@@ -132,7 +155,7 @@ class Service:
         for _ in range(10):
             self.tick(2.0)
             for child in self.living():
-                if child.role and not child.ready:
+                if not child.ready:
                     child.become_ready()
         self.tick()
         assert self.manager.reasons() == []

@@ -11,13 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
-from support.toys import FOLDER_VARIABLE, Event, read_events
+from support.toys import EVENTS_FILE, FOLDER_VARIABLE, Event, read_event
 
 COMMAND = Path(sys.executable).parent / "jobworker-supervise"
 TESTS = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ GROUPS = {STREAM: GROUP, "stream:memory:update": "cg-mem-writer", "stream:audit:
 
 T = TypeVar("T")
 
-_TITLE = re.compile(r"jobworker: (supervisor|reader|reaper|guard|spare \d+|worker \d+) \[")
+_TITLE = re.compile(r"jobworker: (supervisor|reader|reaper|guard|forkserver|worker \d+) \[")
 
 
 def eventually(look: Callable[[], T], within_s: float = SOON_S, saying: object = "") -> T:
@@ -46,6 +46,42 @@ def eventually(look: Callable[[], T], within_s: float = SOON_S, saying: object =
         assert time.monotonic() < give_up_at, f"not within {within_s} s: {text} {answer!r}"
         time.sleep(0.01)  # other processes' state, seen through /proc, HTTP or the store, sends no event
     return answer
+
+
+L = TypeVar("L")
+
+
+class Lines(Generic[L]):
+    """A growing file, each line of which is read and parsed once: tests look at it many times a second.
+
+    ``parse`` gives None for a line to leave out. A line is seen once it is whole.
+    """
+
+    def __init__(self, path: Path, parse: Callable[[str], L | None]) -> None:
+        self.path, self._parse = path, parse
+        self._parsed: list[L] = []
+        self._read_bytes = 0
+
+    def restart(self) -> None:
+        """Forget what the file holds now."""
+        self._read_bytes = self.path.stat().st_size if self.path.exists() else 0
+        self._parsed = []
+
+    def since_restart(self) -> list[L]:
+        """Every line since the last `restart`, parsed; a new list."""
+        if self.path.exists() and self.path.stat().st_size > self._read_bytes:
+            with self.path.open("rb") as file:
+                file.seek(self._read_bytes)
+                whole, end, _ = file.read().rpartition(b"\n")
+            self._read_bytes += len(whole + end)
+            lines = whole.decode(errors="replace").splitlines()
+            self._parsed += [one for line in lines if (one := self._parse(line)) is not None]
+        return list(self._parsed)
+
+
+def _log_event(line: str) -> dict[str, Any] | None:
+    """The event of a log line; None for other text."""
+    return json.loads(line) if line.startswith("{") and line.endswith("}") else None
 
 
 class Service:
@@ -62,7 +98,6 @@ class Service:
         self.cwd = folder / "cwd"
         for made in (self.toys_dir, self.tmp_dir, self.cwd):
             made.mkdir(exist_ok=True)
-        self._log = folder / "service.log"
         options = {"metrics_addr": "127.0.0.1:0", "data_dir": self.data_dir, "procs": procs} | options
         options |= {"redis_url": redis_url} if redis_url else {}
         self._arguments = ["--no-builtin-handlers", *_flags(options)]
@@ -71,7 +106,8 @@ class Service:
         self._environment = {**os.environ, "PYTHONPATH": python_path, "TMPDIR": str(self.tmp_dir),
                              FOLDER_VARIABLE: str(self.toys_dir), **(environment or {})}  # fmt: skip
         self._redis_url = redis_url or (environment or {}).get("JOBWORKER_REDIS_URL", "")
-        self._log_start = 0
+        self._log = Lines(folder / "service.log", _log_event)
+        self._events = Lines(self.toys_dir / EVENTS_FILE, read_event)
         self._popen: subprocess.Popen[bytes] | None = None
         self._client: Any = None
         self._client_url = ""
@@ -84,10 +120,10 @@ class Service:
         ``redirections`` of its standard streams, as a shell writes them. With ``stderr`` its lines go to that
         descriptor instead of the log file.
         """
-        self._log_start = len(self._log.read_bytes()) if self._log.exists() else 0
+        self._log.restart()
         tether = [sys.executable, "-P", "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
         shell = ["/bin/sh", "-c", f'exec "$0" "$@" {redirections}'] if redirections else []
-        with self._log.open("ab") as log:
+        with self._log.path.open("ab") as log:
             self._popen = subprocess.Popen(
                 [*tether, *shell, str(COMMAND), *self._arguments], stdin=subprocess.DEVNULL, stdout=log,
                 stderr=log if stderr is None else stderr, cwd=self.cwd, env=self._environment,
@@ -206,12 +242,11 @@ class Service:
     @property
     def log_text(self) -> str:
         """Everything that it and its children wrote, over all of its starts."""
-        return self._log.read_text(errors="replace")
+        return self._log.path.read_text(errors="replace")
 
     def log(self) -> list[dict[str, Any]]:
         """The events since the last start."""
-        lines = self._log.read_bytes()[self._log_start :].decode(errors="replace").splitlines()
-        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        return self._log.since_restart()
 
     def logged(self, message: str, **fields: object) -> list[dict[str, Any]]:
         """The events since the last start with this message and these fields."""
@@ -328,7 +363,7 @@ class Service:
 
     def events(self, what: str, id: str | None = None) -> list[Event]:
         """What the toys wrote down: every ``start`` or ``end``, of one job or of all."""
-        return [e for e in read_events(self.toys_dir) if e.what == what and id in (None, e.id)]
+        return [e for e in self._events.since_restart() if e.what == what and id in (None, e.id)]
 
     def wait_for_start(self, id: str, count: int = 1) -> Event:
         """Wait until a job has started `times` times; returns the last start."""

@@ -8,12 +8,14 @@ import asyncio
 import ctypes
 import json
 import logging
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import shared_memory
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,8 @@ from jobworker.worker import Job, PermanentError
 FOLDER_VARIABLE = "TOYS_DIR"
 #: A gate that a failed test never opened must not hold its worker for ever.
 GATE_LIMIT_S = 60.0
+#: In the folder: one line for each event, in the order of their writes.
+EVENTS_FILE = "events"
 
 
 class Event(NamedTuple):
@@ -44,18 +48,16 @@ def record(what: str, jobs: Sequence[Job]) -> None:
     """Append one line for each job, all in one write."""
     now = time.monotonic()
     lines = [json.dumps(Event(what, job.id, job.retry_count, os.getpid(), now)) + "\n" for job in jobs]
-    fd = os.open(folder() / "events", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    fd = os.open(folder() / EVENTS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         os.write(fd, "".join(lines).encode())
     finally:
         os.close(fd)
 
 
-def read_events(path: Path) -> list[Event]:
-    """Every event in a folder, in the order of their writes; a line that is being written is left out."""
-    file = path / "events"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [Event(*json.loads(line)) for line in lines if line.endswith("\n")]
+def read_event(line: str) -> Event:
+    """The event of a whole line."""
+    return Event(*json.loads(line))
 
 
 class Recorded:
@@ -182,6 +184,28 @@ class Spawner(Recorded):
         if "gate" in job.payload:
             record("spawned", [job])
             Gate().work(job)
+
+
+class Multiprocess(Recorded):
+    """Uses `multiprocessing` as a program of its own does: default start method, named shared memory."""
+
+    def work(self, job: Job) -> None:
+        assert multiprocessing.get_start_method() == "fork"
+        memory = shared_memory.SharedMemory(create=True, size=8)
+        try:
+            child = multiprocessing.Process(target=_fill, args=(memory.name,))
+            child.start()
+            child.join()
+            assert (child.exitcode, memory.buf[0]) == (0, 7)
+        finally:
+            memory.close()
+            memory.unlink()
+
+
+def _fill(name: str) -> None:
+    memory = shared_memory.SharedMemory(name)
+    memory.buf[0] = 7
+    memory.close()
 
 
 class Batch:

@@ -69,8 +69,8 @@ def test_the_worker_is_woken_by_jobs(ends: tuple[Channel, Channel]) -> None:
     quiet, _writing_end = os.pipe()
     one.wake_worker()
     one.wake_worker()
-    assert other.wait_for_jobs(5.0, quiet)
-    assert not other.wait_for_jobs(0.0, quiet), "two wakes are one"
+    assert other.wait_for_jobs(5.0, quiet) == (True, False)
+    assert other.wait_for_jobs(0.0, quiet) == (False, False), "two wakes are one"
     os.close(quiet)
     os.close(_writing_end)
 
@@ -79,7 +79,7 @@ def test_the_worker_is_woken_by_the_supervisors_line(ends: tuple[Channel, Channe
     reading, writing = os.pipe()
     os.close(writing)
     started = time.monotonic()
-    assert not ends[1].wait_for_jobs(30.0, reading)
+    assert ends[1].wait_for_jobs(30.0, reading) == (False, True)
     assert time.monotonic() - started < 10
     os.close(reading)
 

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,9 +16,16 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from jobworker.supervisor import main as supervise
+from jobworker.worker.admin.dead_letters import read_letter
 from jobworker.worker.cli import main
-from jobworker.worker.cli.common import Age, confirm
+from jobworker.worker.cli.common import Age, confirm, echo_json
+from jobworker.worker.cli.dlq import _to_json as letter_fields
+from jobworker.worker.envelope import read_header
 from jobworker.worker.errors import ConfigurationError
+from jobworker.worker.producer import Producer
+from jobworker.worker.store.memory.server import MemoryServer
+from jobworker.worker.store.memory.store import MemoryStore
+from jobworker.worker.store.ports import Entry
 
 COMMAND = Path(sys.executable).parent / "jobworker"
 #: Limit for `--help`, in processor time: elapsed time depends on the load of the machine.
@@ -80,9 +89,9 @@ class TestConfigurationFileOfTheService:
             assert result.exit_code == {"doctor": 1, "url": 0}.get(path[-1], 5)
 
     def test_it_names_the_streams(self, file: Path) -> None:
-        result = CliRunner().invoke(main, ["doctor", "--config", str(file), "--stream", "no-group"])
+        result = CliRunner().invoke(main, ["doctor", "--config", str(file), "--stream", "=no-name"])
         assert (result.exit_code, "NAME=GROUP" in result.output) == (2, True), "the command line wins"
-        file.write_text('redis-url = "redis://127.0.0.1:1/0"\nstream = ["no-group"]\n')
+        file.write_text('redis-url = "redis://127.0.0.1:1/0"\nstream = ["=no-name"]\n')
         result = CliRunner().invoke(main, ["doctor", "--config", str(file)])
         assert (result.exit_code, "NAME=GROUP" in result.output) == (2, True)
 
@@ -193,6 +202,82 @@ def test_a_line_of_the_wrong_kind_is_told_with_its_number(line: str) -> None:
     assert (result.exit_code, "line 1: " in result.output) == (2, True), result.output
 
 
+@pytest.mark.parametrize("timeout", ["48h", "0", "0.05", "-1"])
+def test_a_timeout_that_a_service_would_change_is_refused(timeout: str) -> None:
+    given = ["enqueue", "wc", "--redis-url", "redis://127.0.0.1:1"]
+    result = CliRunner().invoke(main, [*given, "--timeout", timeout])
+    assert result.exit_code == 2
+    if timeout != "-1":
+        assert "is not between 100ms and 1d" in result.stderr
+    line = json.dumps({"timeout": 172_800})
+    result = CliRunner().invoke(main, [*given, "--lines", "-"], input=line)
+    assert (result.exit_code, "0.1 to 86,400 seconds" in result.stderr) == (2, True)
+
+
+EXACT = '{"n":1234567890123456789.50,"big":1180591620717411303424,"none":null}'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--payload", EXACT], ""),
+        (["--payload", "-"], EXACT),
+        (["--lines", "-"], f'{{"payload":{EXACT},"id":"a"}}'),
+    ],
+    ids=["argument", "standard input", "line"],
+)
+def test_a_payload_is_sent_with_every_digit(
+    arguments: list[str], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = MemoryServer(time.time)
+    monkeypatch.setattr(
+        "jobworker.worker.cli.enqueue.Producer", lambda _: Producer(store=MemoryStore(server))
+    )
+    command = ["enqueue", "audit", *arguments, "--redis-url", "redis://127.0.0.1:1/0"]
+    result = CliRunner().invoke(main, command, input=text)
+    assert result.exit_code == 0, result.output
+    (sent,) = server.entries("stream:audit:log").values()
+    assert sent is not None
+    assert bytes(read_header(sent).payload).decode() == EXACT
+
+
+def test_a_dead_letter_is_printed_with_every_digit(capsys: pytest.CaptureFixture[str]) -> None:
+    job = f'{{"id": "a", "type": "t",\n "payload": {EXACT}}}'
+    letter = read_letter("s", Entry(b"1-0", f'{{"task": {job}, "retry_count": {10**30}}}'.encode()))
+    for fields in (letter_fields(letter, True), letter_fields(replace(letter, retry_count=0), True)):
+        echo_json({"dead_letters": [fields]})
+    line, exact_line = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["dead_letters"][0]["task"]["payload"]["big"] == 2**70
+    assert f'"payload":{EXACT}}}' in exact_line
+
+
+@pytest.mark.parametrize(
+    ("payload", "told"),
+    [
+        ("{\n  oops", "line 2 column 3"),
+        ("NaN", "line 1 column 1"),
+        ('["\\ud800"]', "surrogate"),
+        ("1e999", "infinity"),
+        ("", "empty"),
+    ],
+)
+def test_a_payload_that_is_no_json_is_told_with_its_place(payload: str, told: str) -> None:
+    for arguments, text in (
+        (["--payload", payload], ""),
+        (["--lines", "-"], payload.replace("\n", " ") or "["),
+    ):
+        command = ["enqueue", "audit", *arguments, "--redis-url", "redis://127.0.0.1:1/0"]
+        result = CliRunner().invoke(main, command, input=text)
+        assert result.exit_code == 2, result.output
+        assert (told if arguments[0] == "--payload" else "line 1: not a JSON object") in result.output
+
+
+def test_a_line_that_is_no_utf_8_is_told_with_its_place() -> None:
+    command = ["enqueue", "audit", "--lines", "-", "--redis-url", "redis://127.0.0.1:1/0"]
+    result = CliRunner().invoke(main, command, input=b'{"payload":"\xff"}')
+    assert (result.exit_code, "line 1: " in result.output, "position 12" in result.output) == (2, True, True)
+
+
 def test_a_payload_that_nests_too_deeply_is_told_in_a_sentence() -> None:
     command = ["enqueue", "audit", "--payload", "-", "--redis-url", "redis://127.0.0.1:1/0"]
     result = CliRunner().invoke(main, command, input="[" * 200_000)
@@ -235,6 +320,17 @@ class TestUrl:
         file.write_text(file.read_text().replace(str(os.getpid()), str(2**22 + 1)))
         result = CliRunner().invoke(main, ["url", "milvus", "--data-dir", data_dir])
         assert (result.exit_code, "its last run" in result.stderr) == (0, True)
+
+    @pytest.mark.parametrize("verb", [["stats"], ["dlq", "list"], ["enqueue", "audit"]], ids=" ".join)
+    def test_verbs_say_that_the_service_is_stopped_and_how_to_start_it(
+        self, data_dir: str, verb: list[str]
+    ) -> None:
+        addresses = {"redis_url": "redis://127.0.0.1:1", "pid": 2**30}
+        Path(data_dir, "endpoints.json").write_text(json.dumps(addresses))
+        result = CliRunner().invoke(main, [*verb, "--data-dir", data_dir])
+        assert result.exit_code == 5
+        assert "is stopped" in result.stderr
+        assert f"jobworker-supervise --data-dir {data_dir}" in result.stderr
 
     def test_an_address_that_is_not_known_is_told(self) -> None:
         result = CliRunner().invoke(main, ["url", "milvus", "--redis-url", "redis://127.0.0.1:1"])

@@ -16,13 +16,11 @@ from jobworker.worker.ipc.control import (
     Ready,
     Report,
     Retire,
-    Start,
     StartFailed,
     WorkerExited,
 )
 
 MESSAGES: list[Message] = [
-    Start("worker", 3, 4711, 9, b'{"redis_url":"redis://x"}'),
     Attach(0, 7),
     WorkerExited(1, 2, "SIGKILL", True, timed_out=True, details={"peak_rss_mib": 312, "stack": "…"}),
     ExitReclaimed(1, 2),

@@ -8,6 +8,7 @@ import pytest
 
 from jobworker.handlers.encoder.find_model import SMALL_MODEL, find_model
 from jobworker.handlers.encoder.load import load_encoder
+from jobworker.handlers.encoder.packing import MIN_PADDING_TOKENS
 from jobworker.handlers.encoder.precision_check import is_exact
 from jobworker.worker import visible_gpus
 
@@ -38,6 +39,21 @@ def test_vectors_are_those_of_full_precision(dtype: str, exact: Any) -> None:
     assert encoder.revision.endswith("-torch-fp16" if dtype == "auto" else f"-torch-{dtype}")
     assert is_exact(encoder.encode([LONG, *TEXTS]), exact.encode([LONG, *TEXTS]))
     assert encoder.counters["truncated_tokens"] == 0
+
+
+def test_half_precision_is_computed_without_padding(exact: Any) -> None:
+    encoder: Any = load_encoder(SMALL_MODEL, DEVICE, dtype="fp16")
+    texts = [LONG[:length] for length in range(1, 400, 7)]
+    assert encoder._packed
+    assert len(encoder._batches([len(window) for window in encoder.tokenize(texts).windows])) == 1
+    assert is_exact(encoder.encode(texts), exact.encode(texts))
+
+
+def test_a_model_that_is_padded_allows_the_padding_of_small_passes(exact: Any) -> None:
+    encoder: Any = load_encoder(SMALL_MODEL, DEVICE, dtype="fp32")
+    texts = [LONG[:length] for length in range(1, 400, 7)]
+    assert encoder._pass_tokens > MIN_PADDING_TOKENS
+    assert is_exact(encoder.encode(texts), exact.encode(texts))
 
 
 @pytest.fixture

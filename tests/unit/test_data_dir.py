@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from jobworker.worker.admin.deployment import read_endpoints
 from jobworker.worker.cli import main
 from jobworker.worker.data_dir import DataDir, kept_secret, private_folder, write_private
+from jobworker.worker.endpoints import DEFAULT_DATA_DIR, read_endpoints, store_url
 from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.settings import Settings
 from jobworker.worker.supervision.embedded import EmbeddedValkey, escaped_pattern, quoted
@@ -151,6 +151,28 @@ def test_the_tool_reads_the_addresses_and_creates_nothing(folder: Path, tmp_path
     assert read_endpoints(str(folder)) == {"redis_url": "redis://h"}
     (folder / "endpoints.json").write_text("[1]")
     assert read_endpoints(str(folder)) == {}
+
+
+@AS_ROOT
+def test_the_tool_and_the_producer_trust_the_same_addresses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(DEFAULT_DATA_DIR).mkdir(mode=0o700)
+    write_private(Path(DEFAULT_DATA_DIR, "endpoints.json"), json.dumps({"redis_url": "redis://h", "pid": 7}))
+    named = str(Path(DEFAULT_DATA_DIR).resolve())
+    for folder in (DEFAULT_DATA_DIR, named):
+        assert read_endpoints(folder) == {"redis_url": "redis://h", "pid": 7}
+    os.chown(Path(named, "endpoints.json"), STRANGER, STRANGER)
+    assert read_endpoints(named)["redis_url"] == store_url({"JOBWORKER_DATA_DIR": named}) == "redis://h"
+    with pytest.raises(ConfigurationError, match="another user"):
+        read_endpoints(DEFAULT_DATA_DIR)
+    with pytest.raises(ConfigurationError, match="another user"):
+        store_url({})
+    result = CliRunner().invoke(
+        main, ["stats"], env={"JOBWORKER_REDIS_URL": None, "JOBWORKER_DATA_DIR": None}
+    )
+    assert (result.exit_code, "another user" in result.output) == (Exit.USAGE, True)
 
 
 @AS_ROOT

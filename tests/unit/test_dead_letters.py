@@ -1,5 +1,7 @@
 """Dead letters: pages over several streams, filters, and bulk operations."""
 
+import base64
+import json
 from typing import Any
 
 import pytest
@@ -141,3 +143,38 @@ def test_an_invalid_letter_is_shown_with_an_error(data: bytes | None) -> None:
 def test_a_job_with_invalid_counters_keeps_its_names_and_can_be_requeued() -> None:
     one = read_letter("a", Entry(b"1-0", b'{"task": {"id": "j", "type": "audit", "deaths": "x"}}'))
     assert (one.job_id, one.task is not None) == ("j", True)
+
+
+def malformed(data: bytes) -> Entry:
+    raw = base64.b64encode(data).decode()
+    return Entry(b"1-0", json.dumps({"task": None, "reason": "malformed", "raw": raw}).encode())
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        (b'{"id": "j", "type": "wc", "tenant_id": "t1", "timeout": "soon"}', ("j", "wc", "t1")),
+        (b'{"payload": {"id": "inner"}, "id": "j", "type": 7, "tenant_id": "t1"}', ("j", "", "t1")),
+        (b' {"type":"wc" ,\n"id" : "j","payload": {"text": "cut of', ("j", "wc", "")),
+        (b'{"id":"j","type":"wc","payload":' + b"[" * 50_000, ("j", "wc", "")),
+        (b'{"id":"j","type":"wc","payload":' + b"1" * 20_000 + b"}", ("j", "wc", "")),
+        (b'{"id":"j","id":"k","type":"wc"}', ("", "wc", "")),
+        (b'{"id":"' + b"j" * 513 + b'","type":"wc"}', ("", "wc", "")),
+        (b'{"id":"j\xff","type":"\\ud800","tenant_id":"t1"}', ("", "", "t1")),
+        (b'["id", "j"]', ("", "", "")),
+        (b"no json", ("", "", "")),
+        (b'{"id": "j", ["type"]: "wc"}', ("j", "", "")),
+        (b"", ("", "", "")),
+    ],
+)
+def test_a_malformed_job_is_identified_as_far_as_its_names_are_valid(
+    data: bytes, names: tuple[str, str, str]
+) -> None:
+    letter = read_letter("a", malformed(data))
+    assert (letter.job_id, letter.type, letter.tenant_id) == names
+    assert letter.task is None, "it cannot be requeued"
+
+
+def test_damaged_base64_hides_nothing_else() -> None:
+    entry = Entry(b"1-0", json.dumps({"reason": "malformed", "raw": "A", "error": "e"}).encode())
+    assert read_letter("a", entry).error == "e"

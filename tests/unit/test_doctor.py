@@ -204,7 +204,7 @@ class TestNames:
         (found,) = name_findings(self.NONE._replace(unread=[UnreadStream("stream:b", 3, 2)]))
         assert (found.level, found.subject) == ("wrong", "stream:b")
         assert found.says == "no running service reads this stream; 3 jobs wait and 2 are scheduled"
-        assert found.do.startswith("did you mean 'stream:a'? start a service with --stream stream:b=GROUP")
+        assert found.do.startswith("did you mean 'stream:a'? restart a service of these jobs with --stream ")
 
     def test_a_type_without_handler_is_wrong(self) -> None:
         (found,) = name_findings(self.NONE._replace(waiting=Counter({("stream:a", "audti"): 2})))

@@ -361,7 +361,7 @@ class SmallMemory(DummyEncoder):
                 raise MemoryError
             return super(SmallMemory, self)._embed(some, purpose)
 
-        return self._embed_in_batches(windows, 16_384, embed)
+        return self._embed_in_batches(windows, embed)
 
 
 def test_a_batch_too_large_for_memory_is_divided_and_no_job_fails(

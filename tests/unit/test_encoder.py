@@ -217,6 +217,7 @@ class OnGpu(DummyEncoder):
 
     def __init__(self) -> None:
         super().__init__(4)
+        self._budget = 8
         self.steps: list[str] = []
 
     def _embed(self, windows: Any, purpose: Any) -> Any:
@@ -224,7 +225,7 @@ class OnGpu(DummyEncoder):
             self.steps.append("begin")
             return lambda: super(OnGpu, self)._embed(some, purpose)
 
-        return self._embed_in_batches(windows, 8, begin)
+        return self._embed_in_batches(windows, begin)
 
     def _to_numpy(self, rows: Any) -> Any:
         self.steps.append("fetch")

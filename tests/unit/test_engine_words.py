@@ -12,9 +12,10 @@ WORDS = re.compile(
     r"(?![a-z])",
     re.IGNORECASE,
 )
-#: The standard library, HTML, a log summary, and a line of the driver's file.
+#: The standard library, HTML, a log summary, a line of the driver's file, and names of pydantic.
 ALLOWED = re.compile(
     r"collections(?:\.abc)? import|</?summary>|summary \{|is_summary|_SUMMARY|a summary of|'Model:'"
+    r"|BaseModel|model_validate_json"
 )
 #: Where a word begins within a CamelCase name.
 CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import re
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -16,8 +18,10 @@ from jobworker.worker.envelope import (
     MAX_LAST_ERROR_CHARS,
     OVERSIZED_KEPT_BYTES,
     DeadJob,
+    Job,
     dead_letter,
     job_of,
+    payload_parser,
     read_envelope,
     read_header,
     with_retry,
@@ -321,3 +325,38 @@ def test_a_job_that_must_not_be_parsed_keeps_its_raw_bytes() -> None:
 def test_an_entry_without_data_has_nothing_to_keep() -> None:
     found = letter(None, "malformed")
     assert (found["task"], "raw" in found) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("data", "number"),
+    [
+        (b'{"id":"a","type":"exact","payload":1234567890123456789.50}', Decimal("1234567890123456789.50")),
+        (b'{"payload":1.50,"pad":"%s","id":"a","type":"exact"}' % (b"x" * 600), Decimal("1.50")),
+        (b'{"id":"a","type":"ex\\u0061ct","payload":1.50}', Decimal("1.50")),
+        (b'{"id":"exact","type":"t","payload":1.50}', 1.5),
+        (b'{"id":"a","type":"t","payload":1.50}', 1.5),
+    ],
+)
+def test_only_types_that_ask_for_exact_numbers_get_them(data: bytes, number: Any) -> None:
+    found = payload_parser(frozenset({"exact", "other"}))(data).payload
+    assert (type(found), str(found)) == (type(number), str(number))
+
+
+@pytest.mark.parametrize("payload", [b"NaN", b"1e999", b'"\xff"', b'"\\ud800"'])
+@pytest.mark.parametrize("exact", [frozenset(), frozenset({"t"}), frozenset({"u"})])
+def test_every_parser_refuses_a_malformed_payload(exact: frozenset[str], payload: bytes) -> None:
+    with pytest.raises((MalformedJob, ValueError)):
+        payload_parser(exact)(b'{"id":"a","type":"t","payload":%s}' % payload)
+
+
+def test_a_jobs_key_names_it_alone_and_is_safe_in_a_path() -> None:
+    def key(*, id: str = "a", type: str = "t", tenant: str = "", project: str = "", tries: int = 0) -> str:
+        return Job(id, type, tenant, project, None, {}, "", "s", "1-1", tries).key
+
+    others = [
+        key(id="b"), key(type="u"), key(tenant="a"), key(project="a"), key(id="../a"), key(id="A"),
+        key(id="1:a"), key(tenant="t", id="ta"), key(tenant="tt", id="a"), key(id="\ud800"),
+    ]  # fmt: skip
+    assert key() == key(tries=3)
+    assert len({key(), *others}) == 1 + len(others)
+    assert all(re.fullmatch("[0-9a-f]{64}", one) for one in others)

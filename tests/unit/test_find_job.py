@@ -263,11 +263,15 @@ class TestMisspeltNames:
         assert finder.searched == [SOURCE.stream, "other"]
         assert finder.incomplete == []
 
-    def test_an_acknowledged_entry_is_not_called_done(self, store: Any) -> None:
+    def test_an_acknowledged_entry_is_explained_by_what_was_searched(self, store: Any) -> None:
         location = find(store, "j1")
         assert location.state == "finished"
-        assert "Whether it succeeded is not recorded" in location.why
+        assert "neither a retry nor a dead letter" in location.why
+        by_entry = find(store, location.facts["entry_id"])
+        assert "no dead letter; search for job j1" in by_entry.why
+        store.letters[SOURCE.stream] = [letter(f"{number}-0") for number in range(1, 30)]
+        assert "not all dead letters were searched" in find(store, "j1", scan_limit=20).why
 
 
 def announce(store: Any, types: set[str], *sources: Source) -> None:
-    store.announced = [Announcement("host/blue", frozenset(types), frozenset(sources), NOW_S)]
+    store.announced = [Announcement("host/blue", frozenset(types), sources, NOW_S)]

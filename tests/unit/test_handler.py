@@ -362,3 +362,101 @@ def test_without_async_handlers_asyncio_is_not_imported() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("name", "method", "said"), [
+    ("handle", lambda: None, r"`def handle\(self, job\)`"),
+    ("handle", lambda job, more: None, r"`def handle\(self, job\)`"),
+    ("handle", lambda job, *, more: None, r"`def handle\(self, job\)`"),
+    ("handle_batch", lambda: [],  # noqa: PIE807
+      r"`def handle_batch\(self, jobs\)`"),
+    ("setup", lambda: None, r"`def setup\(self, settings\)`"),
+    ("healthy", lambda settings: None, r"`def healthy\(self\)`"),
+])  # fmt: skip
+def test_a_member_that_takes_other_arguments_is_refused(
+    loop: EventLoop, name: str, method: Callable[..., Any], said: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        bind(loop, **{"handle": print, name: method})
+
+
+def test_a_method_without_its_job_is_refused() -> None:
+    class Forgetful:
+        def handle(self) -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"handler of t: handle cannot be called"):
+        set_up({"t": Forgetful()}, Settings())
+
+
+def with_client(method: Callable[..., None]) -> Callable[..., None]:
+    """A decorator that gives a method one more argument."""
+
+    @functools.wraps(method)
+    def call(self: object, job: object) -> None:
+        method(self, job, "client")
+
+    return call
+
+
+def test_members_that_take_more_than_they_must_are_not_refused(loop: EventLoop) -> None:
+    class Injected:
+        @with_client
+        def handle(self, job: Job, client: str) -> None: ...
+
+        def setup(self, settings: Settings, retries: int = 3, **more: object) -> None: ...
+
+    set_up({"t": Injected()}, Settings(), loop)
+    bind(loop, handle=lambda *args: None, setup=functools.partial(print, "x"), healthy=print)
+
+
+def misspellings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    found = [record for record in caplog.records if record.message == "handler.member_misspelt"]
+    return [str(vars(record)["hint"]).partition("did you mean ")[2] for record in found]
+
+
+def test_a_name_similar_to_that_of_a_missing_member_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Misspelt:
+        timout = 60
+        max_bacth = 3
+
+        def set_up(self, settings: Settings) -> None: ...
+
+        def handle(self, job: Job) -> None: ...
+
+    handler = Misspelt()
+    set_up({"t": handler, "u": handler}, Settings())
+    assert misspellings(caplog) == ["max_batch?", "setup?", "timeout?"]
+
+
+def test_attributes_of_a_users_own_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    class Own:
+        timeout = 60
+        timeouts = (1, 2)
+        handled = 0
+        counter = None
+        model = "x"
+        _timout = 3
+
+        def __init__(self) -> None:
+            self.counters = {"a": 0}
+            self.batches = self.client = self.pool = self.time = self.healthy_since = None
+
+        def handle(self, job: Job) -> None: ...
+
+        def handle_page(self, page: str) -> None: ...
+
+        def handler(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    set_up({"t": Own()}, Settings())
+    assert misspellings(caplog) == []
+
+
+def test_a_class_whose_handle_is_misspelt_is_refused_with_both_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "misspelt_handle.py").write_text("class Shout:\n    def handel(self, job): pass\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError, match="did you mean handle where it has handel"):
+        load_handlers(Settings(handlers={"t": "misspelt_handle:Shout"}))

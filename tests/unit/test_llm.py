@@ -1,6 +1,7 @@
 """Language model client over real HTTP: requests, valid and invalid answers, retries and failures."""
 
 import base64
+import json
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from jobworker.handlers.summaries.llm import (
     parse_findings,
     retry_after_s,
 )
+from jobworker.handlers.summaries.secret_mask import SecretMask
 from jobworker.handlers.summaries.sinks import EntityUpdate, Event, Findings, RelationChange
 from jobworker.worker import ConfigurationError, PermanentError, Unavailable
 from support.llm_stub import Reply, Stub, llm_stub, says
@@ -196,6 +198,12 @@ def test_a_key_that_the_endpoint_repeats_is_in_no_error(
     for part in (KEY, base64.b64encode(KEY.encode()).decode()):
         for at in range(len(part) - 7):
             assert part[at : at + 8].lower() not in told.lower()
+
+
+@pytest.mark.parametrize("ascii", [True, False])
+def test_a_key_is_masked_in_json_with_letters_escaped_or_not(ascii: bool) -> None:
+    text = json.dumps(['p"ä-wö'], ensure_ascii=ascii)
+    assert SecretMask(['p"ä-wö']).mask(text) == '["***"]'
 
 
 def test_a_password_in_the_url_is_in_no_error() -> None:

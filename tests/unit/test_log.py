@@ -3,9 +3,12 @@
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +55,15 @@ NOISY = ("httpx", "sentence_transformers", "urllib3", "pymilvus")
 )
 def test_passwords_in_urls_are_replaced(text: str, safe: str) -> None:
     assert redacted(text) == safe
+
+
+@contextmanager
+def restored_hooks() -> Iterator[None]:
+    """Undo what `configure` sets beside the loggers."""
+    hooks = sys.excepthook, threading.excepthook
+    yield
+    sys.excepthook, threading.excepthook = hooks
+    logging.captureWarnings(False)
 
 
 @pytest.fixture
@@ -115,6 +127,24 @@ def test_a_text_line(stderr: Callable[[], str]) -> None:
     logs.set_up("reader", "info", "text")
     logging.getLogger("jobworker.x").warning("lease.lost", extra={"entries": 3})
     assert stderr().rstrip().endswith("warning reader: lease.lost entries=3")
+
+
+def test_a_text_line_has_the_date_unless_a_terminal_shows_it(stderr: Callable[[], str]) -> None:
+    logs.set_up("reader", "info", "text")
+    logging.getLogger("jobworker.x").warning("lease.lost")
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d warning reader", stderr())
+    record = logging.makeLogRecord({"msg": "lease.lost", "levelname": "WARNING"})
+    assert re.match(r"\d\d:\d\d:\d\d warning reader", TextFormatter("reader").format(record))
+
+
+@pytest.mark.parametrize(("limit", "written"), [(3, 3), (0, 150)])
+def test_the_limit_of_lines_is_an_option(stderr: Callable[[], str], limit: int, written: int) -> None:
+    settings = HandlerSettings(log_format="text", log_limit=limit)
+    with restored_hooks():
+        logs.configure("worker 0", settings, {})
+    for number in range(150):
+        logging.getLogger("mine").info("page %d", number)
+    assert stderr().count("page") == written
 
 
 HOSTILE = "x\n12:00:01 info reader: forged\r\x1b[2J\x9b2J\u202eabc\u2066\u200f\u061c\u2028\x7f\ud800"
@@ -196,6 +226,21 @@ def test_the_secrets_of_the_service_are_redacted_everywhere(
     for way in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]):
         assert way not in text
     assert "ConnectionError: refused ***!" in text
+
+
+@pytest.mark.parametrize("ascii", [True, False])
+def test_a_secret_inside_of_json_is_redacted_with_letters_escaped_or_not(ascii: bool) -> None:
+    secret = 'p"ä-wörter'
+    set_secrets({secret})
+    assert redacted(json.dumps(["got", secret], ensure_ascii=ascii)) == '["got", "***"]'
+
+
+def test_a_line_holds_what_the_json_library_refuses(stderr: Callable[[], str]) -> None:
+    logs.set_up("reader", "info", "json")
+    extra = {"large": 2**64, "none": float("nan"), "half": "\ud800", "by": {7: float("inf")}}
+    logging.getLogger("jobworker.x").info("odd", extra=extra)
+    event = json.loads(stderr(), parse_constant=pytest.fail)
+    assert {name: event[name] for name in extra} == extra | {"none": None, "by": {"7": None}}
 
 
 def test_a_key_in_a_file_is_a_secret_and_a_missing_file_is_no_error(tmp_path: Path) -> None:

@@ -63,3 +63,8 @@ def test_suppressed_lines_are_reported_with_the_next_line_and_when_the_log_close
     limit.filter(record_of("b"))
     limit.close()
     assert [(vars(line)["event"], vars(line)["times"]) for line in reported] == [("a", 2), ("b", 1)]
+
+
+def test_a_limit_of_0_suppresses_nothing() -> None:
+    limit = RateLimitFilter(lambda record: None, max_lines=0)
+    assert all(limit.filter(record_of("a")) for _ in range(1000))

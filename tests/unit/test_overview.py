@@ -31,7 +31,12 @@ def poller(store: Any, answers: list[list[Service]]) -> OverviewPoller:
     """A poller whose clock advances by 10 s with each snapshot."""
     clock = iter(range(0, 1000, 10))
     return OverviewPoller(
-        store, store, [SOURCE], lambda: answers.pop(0), mono_s=lambda: float(next(clock)), wall_s=lambda: 1.0
+        store,
+        store,
+        lambda: [SOURCE],
+        lambda: answers.pop(0),
+        mono_s=lambda: float(next(clock)),
+        wall_s=lambda: 1.0,
     )
 
 
@@ -86,7 +91,7 @@ def test_a_quantile_is_interpolated_in_its_bucket(counts: list[int], expected: f
 
 def test_the_newest_dead_letters_of_all_streams_are_shown() -> None:
     store: Any = FakeOperatorStore({"a": [letter(f"{n}-0") for n in range(1, 30)], "b": [letter("25-1")]})
-    one = OverviewPoller(store, store, [Source("a", "g"), Source("b", "g")], list)
+    one = OverviewPoller(store, store, lambda: [Source("a", "g"), Source("b", "g")], list)
     ids = [x.id for x in one.snapshot().letters]
     assert ids[:6] == [b"29-0", b"28-0", b"27-0", b"26-0", b"25-0", b"25-1"]
     assert len(ids) == 10
@@ -123,7 +128,7 @@ def test_a_refused_key_leaves_out_its_own_part() -> None:
 
     store: Any = Refusing({"a": [letter("1-0")], "b": [letter("2-0")]})
     sources = [Source("a", "g"), Source("b", "g")]
-    overview = OverviewPoller(store, store, sources, lambda: [service("http://a", 1)]).snapshot()
+    overview = OverviewPoller(store, store, lambda: sources, lambda: [service("http://a", 1)]).snapshot()
     assert [source.stream for source, _ in overview.streams] == ["b"]
     assert [one.id for one in overview.letters] == [b"2-0"]
     assert [text.partition(":")[0] for text in overview.refused] == ["stream a", "paused types"]

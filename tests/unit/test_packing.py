@@ -12,6 +12,7 @@ from jobworker.handlers.encoder.packing import (
     RowLimits,
     is_out_of_memory,
     pack,
+    pack_unpadded,
     padding_share,
     run_batches,
 )
@@ -54,8 +55,32 @@ def test_the_longest_texts_go_first_so_that_a_lack_of_memory_shows_at_once() -> 
     assert pack([5, 300, 7, 299], 700, 10) == [[1, 3], [2, 0]]
 
 
+@given(LENGTHS, LIMITS, st.integers(1, 8))
+def test_unpadded_batches_respect_tokens_rows_and_the_padded_size(
+    lengths: list[int], limits: tuple[int, int], times: int
+) -> None:
+    budget, max_rows = limits
+    batches = pack_unpadded(lengths, budget, max_rows, times * budget)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        own = [lengths[index] for index in batch]
+        assert len(batch) == 1 or (
+            len(batch) <= max_rows and sum(own) <= budget and len(batch) * max(own) <= times * budget
+        )
+
+
+def test_unpadded_batches_mix_lengths() -> None:
+    assert pack_unpadded([512, 16, 16, 480], 1024, 64, 4096) == [[0, 3, 1, 2]]
+
+
+def test_more_padding_is_allowed_where_a_pass_costs_more() -> None:
+    lengths = [100, 60, 40]
+    assert pack(lengths, 1000, 8) == [[0, 1], [2]]
+    assert pack(lengths, 1000, 8, min_padding_tokens=100) == [[0, 1, 2]]
+
+
 def test_nothing_to_pack() -> None:
-    assert pack([], 100, 1) == []
+    assert pack([], 100, 1) == pack_unpadded([], 100, 1, 100) == []
     assert padding_share([], []) == 0
 
 

@@ -1,5 +1,6 @@
 """The pages state every field of the payloads and every limit, and errors show what was sent."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,9 @@ from jobworker.handlers.rebuild.handler import RebuildPayload
 from jobworker.handlers.summaries import payload as summaries
 from jobworker.handlers.vectors.schema import COLLECTION, ID, shown
 from jobworker.worker import Job, PermanentError
+from jobworker.worker.cli import main as tool
 
+enqueue = tool.commands["enqueue"]
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
@@ -84,6 +87,22 @@ def test_the_pages_state_the_limits() -> None:
     assert f"{embedding.SEGMENT_TYPE_LIMIT_BYTES} bytes" in embed["segment_types"]
     assert f"{summaries.MAX_CONTENT_CHARS:,} characters" in summary["content"]
     assert f"{summaries.CHAPTER_ID_CHARS} at most" in summary["chapter_id"]
+
+
+EXAMPLES = [page.read_text() for page in [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]]
+
+
+def test_row_ids_in_examples_are_unique_over_all_tenants() -> None:
+    lists = [ids for text in EXAMPLES for ids in re.findall(r'"ids": (?:\[\]string)?[\[{]([^]}]+)[]}]', text)]
+    ids = [id for one in lists for id in re.findall(r'"([^"]+)"', one)]
+    assert len(ids) > 8
+    assert [id for id in ids if not id.startswith("t001:p123:")] == []
+    assert [chapter for text in EXAMPLES for chapter in re.findall(r'"chapter_id": "(\w+-\d+)"', text)] == []
+
+
+def test_the_example_of_enqueue_is_a_job_of_its_type() -> None:
+    (text,) = re.findall(r"enqueue shout .*--payload '([^']+)'", str(enqueue.callback.__doc__))
+    assert isinstance(json.loads(text).pop("text"), str), "the payload of the handler in README and tutorial"
 
 
 @pytest.mark.parametrize("value", [3.0, 1.5, True, "3", None, 2**63, -(2**63) - 1, [1]])

@@ -15,7 +15,6 @@ from jobworker.worker.ipc.control import (
     HeldElsewhere,
     Report,
     Retire,
-    Start,
     StartFailed,
     SyncDone,
     WorkerExited,
@@ -192,8 +191,7 @@ class TestExits:
         service.tick(2.0)
         service.child("reader").exit("SIGKILL")
         service.tick()
-        start, *messages = [one for one in service.child("reader").received() if not standby(one)]
-        assert isinstance(start, Start)
+        messages = service.child("reader").received()
         assert messages[:2] == [Attach(0, 2), Attach(1, 2)], "living workers"
         attached, exited, done = messages[2:]
         assert attached == Attach(0, 1)
@@ -201,33 +199,26 @@ class TestExits:
         assert (exited.slot, exited.generation) == (0, 1)
         assert done == SyncDone()
 
-    def test_a_standby_becomes_the_next_reader(self, service: Service) -> None:
-        service.tick(1.0)
-        service.tick(1.0)
-        standbys = service.living("")
-        oldest = next(child for child in standbys if not child.role)
-        service.child("reader").exit("SIGKILL")
+    def test_jobs_are_not_charged_with_the_end_of_the_forkserver(self, service: Service) -> None:
+        reader = service.child("reader")
+        service.server.kill()
+        service.child("worker", 0).exit("SIGKILL", with_forkserver=True)
+        service.child("worker", 1).exit("SIGSEGV")
         service.tick()
-        assert service.child("reader") is oldest
+        charged = {one.slot: one.charge for one in reader.received() if isinstance(one, WorkerExited)}
+        assert charged == {0: False, 1: True}
+        assert service.restarts()["forkserver", "SIGKILL"] == 1
 
-    def test_a_standby_waits_while_a_worker_is_at_its_imports(self, service: Service) -> None:
-        service.tick(1.0)
-        for child in service.living():
-            if not child.role:
-                child.exit("SIGKILL")
-        service.child("worker", 0).exit("SIGKILL")
-        service.tick(0.5)
-        started = len(service.all)
-        service.tick(0.4)
-        assert len(service.all) == started
+    def test_a_forkserver_that_does_not_answer_is_killed(self, service: Service) -> None:
+        service.child("worker", 0).unanswered = True
         service.tick(10.0)
-        assert len(service.all) == started + 1
-        assert not service.all[-1].role
-
-
-def standby(message: object) -> bool:
-    """Whether a message is the one that makes a child a standby."""
-    return type(message).__name__ == "Standby"
+        service.child("worker", 0).unanswered = False
+        service.tick(10.0)
+        assert service.server.exit_code is None
+        service.child("worker", 0).unanswered = True
+        service.tick(10.0)
+        service.tick(20.0)
+        assert service.server.exit_code == -signal.SIGKILL
 
 
 class TestReaderDeaths:
@@ -237,7 +228,7 @@ class TestReaderDeaths:
 
     def strikes(self, service: Service) -> int:
         """Strikes of the entry that are enough to refuse it, as the next reader sees them; else 0."""
-        marks = service.child("reader").receive_marks()
+        marks = service.child("reader").marks()
         strikes = marks.poison.get(self.ENTRY, 0)
         marks.close()
         return strikes
@@ -246,7 +237,7 @@ class TestReaderDeaths:
         """The reader, while it reads the entry."""
         service.tick(2.0)
         reader = service.child("reader")
-        marks = reader.receive_marks()
+        marks = reader.marks()
         marks.mark(*self.ENTRY)
         marks.close()
         return reader
@@ -404,6 +395,18 @@ class TestRollingRestart:
         assert service.living("worker") == [successor, next_successor]
         assert service.restarts() == {}
 
+    def test_any_number_of_failed_restarts_ends_no_service_with_a_living_worker(self, make: Make) -> None:
+        """Each restart brings other code, so failed starts before it neither count nor delay it."""
+        service = make(procs=1).complete()
+        before = service.living("worker")
+        for _ in range(10):
+            service.manager.restart_workers()
+            service.tick()
+            (successor,) = (one for one in service.living("worker") if one not in before)
+            successor.exit("exit 3")
+            assert service.tick() is None
+        assert service.living("worker") == before
+
     def test_a_successor_that_does_not_start_ends_the_restart_and_no_worker_is_lost(
         self, service: Service
     ) -> None:
@@ -459,7 +462,6 @@ class TestDrain:
         assert reader.received() == reaper.received() == [Drain()]
         assert all(service.channel(worker).stop_requested for worker in workers)
         assert [worker.signals for worker in workers] == [[], []], "a handler may have replaced the action"
-        assert [child for child in service.living() if not child.role] == [], "standbys are killed"
         for worker in workers:
             worker.leave()
         started = len(service.all)

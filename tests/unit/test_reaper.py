@@ -153,6 +153,27 @@ def test_an_unavailable_store_is_logged_once_reported_and_survived(
     assert list(world.server.entries(SOURCE.stream).values()) == [b"1"]
 
 
+def test_it_says_when_it_is_connected_and_when_it_is_again(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Interrupted(MemoryStore):
+        calls = 0
+
+        def promote(self, stream: str, limit: int) -> Promotion:
+            self.calls += 1
+            if self.calls == 2:
+                raise StoreUnavailable("refused")
+            return super().promote(stream, limit)
+
+    with caplog.at_level(logging.INFO), running(world.reaper(Interrupted(world.server))):
+        troubles = [getattr(next_message(world.control), "trouble", None) for _ in range(4)]
+        world.control.send(Drain())
+    assert troubles == [None, None, "refused", None]
+    assert [record.message for record in caplog.records] == [
+        "reaper.connected", "store.unavailable", "reaper.connected",
+    ]  # fmt: skip
+
+
 def test_the_service_announces_its_types_and_streams_and_renews_them(world: World) -> None:
     reaper = world.reaper()
     store = MemoryStore(world.server)

@@ -19,12 +19,18 @@ DOORS = {
     "valkey": [],
     "prometheus_client": ["worker/telemetry/prometheus.py"],
     "opentelemetry": ["worker/telemetry/otel.py", "worker/telemetry/otel_context.py"],
+    "pydantic": ["worker/payload_types.py"],
     "starlette": ["worker/web/*.py"],
     "uvicorn": ["worker/web/serve.py"],
     "jinja2": ["worker/web/rendering.py"],
     "pymilvus": ["handlers/vectors/milvus/*.py", "handlers/rebuild/milvus.py"],
     "milvus_lite": ["handlers/vectors/milvus/lite_server.py"],
-    "torch": ["handlers/encoder/base.py", "handlers/encoder/torch.py", "handlers/encoder/convert.py"],
+    "torch": [
+        "handlers/encoder/base.py",
+        "handlers/encoder/torch.py",
+        "handlers/encoder/packed_bert.py",
+        "handlers/encoder/convert.py",
+    ],
     "sentence_transformers": ["handlers/encoder/torch.py", "handlers/encoder/convert.py"],
     "transformers": ["handlers/encoder/torch.py", "handlers/encoder/convert.py"],
 }
@@ -33,7 +39,17 @@ DOORS = {
 CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
-    *("urls", "process_env", "cgroup", "flow"),
+    *(
+        "urls",
+        "process_env",
+        "cgroup",
+        "flow",
+        "payload_types",
+        "job_function",
+        "app",
+        "app_listing",
+        "store_advice",
+    ),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
@@ -52,6 +68,7 @@ BELOW: dict[str, set[str]] = {
     "cli": {*CORE, "store", "telemetry", "producer", "admin"},
     "web": {*CORE, "store", "telemetry", "producer", "admin"},
     "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision"},
+    "preload": {*IPC, "store", "reader", "runner", "reaper", "supervision", "boot"},
     "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin"},
 }
 #: Command modules import their face when they are called: `jobworker web` starts the page.
@@ -63,11 +80,14 @@ SHARED_BELOW = {
     "encoder": {"vectors", "file_lock", "graphemes"},
 }
 #: What handlers may import of the engine besides the names in worker/__init__.py.
-PUBLIC = {"scripted_redis", "testing", "extension", "options", "quantities", "urls", "data_dir", "cgroup"}
+PUBLIC = {
+    *("scripted_redis", "testing", "extension", "options", "quantities", "urls", "data_dir", "cgroup"),
+    "safe_text",
+}
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")
-COMPOSERS = {"boot", "testing", "producer", "scripted_redis", "admin", "cli", "web"}
-#: Decisions without input or output: they import each other, the standard library and msgspec.
+COMPOSERS = {"boot", "preload", "testing", "producer", "scripted_redis", "admin", "cli", "web"}
+#: Decisions without input or output: they import each other, the standard library, msgspec and orjson.
 PURE = {
     *("worker." + name for name in ("envelope", "outcome", "keys", "errors", "flow")),
     *("handlers." + name for name in ("encoder.packing", "encoder.segmenter", "graphemes")),
@@ -153,7 +173,7 @@ def breaks(module: str, path: str, name: str) -> str | None:
         and name.startswith(ADAPTERS)
         and engine_room(module) not in {*COMPOSERS, "store"},
         "pure files import pure files": module in PURE and ours and not pure_name(name),
-        "pure files import no library but msgspec": module in PURE and not ours and third_party(target),
+        "pure files import no library but JSON": module in PURE and not ours and third_party(target),
     }
     return next((rule for rule, broken in rules.items() if broken), None)
 
@@ -173,7 +193,7 @@ def pure_name(name: str) -> bool:
 
 
 def third_party(library: str) -> bool:
-    return library not in sys.stdlib_module_names and library not in {"msgspec", "jobworker"}
+    return library not in sys.stdlib_module_names and library not in {"msgspec", "orjson", "jobworker"}
 
 
 def module_of(path: str) -> str:

@@ -1,15 +1,13 @@
-"""Slots and standbys: why a slot is not ready, and how many warm processes wait."""
+"""Slots: why a slot is not ready."""
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import pytest
 
 from jobworker.worker.ipc.channel import Channel
-from jobworker.worker.ipc.control import Standby
 from jobworker.worker.settings import Settings
-from jobworker.worker.supervision.slots import STANDBYS, Slot, Standbys, state
-from support.fake_children import FakeChild
+from jobworker.worker.supervision.slots import Slot, state
+from support.fake_children import FakeChild, FakeServer
 
 SETTINGS = Settings(instance="one")
 
@@ -25,13 +23,9 @@ def children() -> Iterator[list[FakeChild]]:
         child.peer.close()
 
 
-def new_child(children: list[FakeChild], now: float = 1000.0) -> FakeChild:
-    children.append(FakeChild(now))
+def new_child(children: list[FakeChild]) -> FakeChild:
+    children.append(FakeChild(FakeServer(), "worker", 0, 1, SETTINGS, 1000.0))
     return children[-1]
-
-
-def standbys_of(children: list[FakeChild]) -> Standbys:
-    return Standbys(lambda now: new_child(children, now))
 
 
 def test_a_slot_gives_the_reason_why_it_is_not_ready(children: list[FakeChild]) -> None:
@@ -74,45 +68,3 @@ def test_a_worker_is_starting_then_idle_busy_or_stopping(children: list[FakeChil
     child.leave()
     assert state(child) == "stopping"
     child.channel.close()
-
-
-def test_standbys_start_one_after_another_only_while_wanted(children: list[FakeChild]) -> None:
-    standbys = standbys_of(children)
-    standbys.maintain(SETTINGS, 1000.0, wanted=False)
-    assert list(standbys) == []
-    standbys.maintain(SETTINGS, 1000.0, wanted=True)
-    standbys.maintain(SETTINGS, 1000.1, wanted=True)
-    assert len(list(standbys)) == 1, "the first is at its imports"
-    for step in range(5):
-        standbys.maintain(SETTINGS, 1001.0 + step, wanted=True)
-    assert len(list(standbys)) == STANDBYS
-    first, second = (child.received() for child in children)
-    assert isinstance(first[0], Standby)
-    assert isinstance(second[0], Standby)
-    assert (first[0].number, second[0].number, first[0].instance) == (0, 1, "one")
-
-
-def test_the_oldest_standby_is_taken_and_replaced(children: list[FakeChild]) -> None:
-    standbys = standbys_of(children)
-    for now in (1000.0, 1001.0):
-        standbys.maintain(SETTINGS, now, wanted=True)
-    assert standbys.take() is children[0]
-    standbys.maintain(SETTINGS, 1002.0, wanted=True)
-    assert standbys.take() is children[1]
-    assert standbys.take() is children[2]
-    assert standbys.take() is None
-
-
-def test_standbys_that_exit_are_replaced_after_a_growing_pause(children: list[FakeChild]) -> None:
-    standbys = standbys_of(children)
-    starts = []
-    for tick in range(1000):
-        now = 1000.0 + tick * 0.1
-        before = len(children)
-        standbys.maintain(SETTINGS, now, wanted=True)
-        if len(children) > before:
-            starts.append(now)
-            children[-1].exit("exit 1")
-    pauses = [after - before for before, after in pairwise(starts)]
-    assert pauses[-1] > 10
-    assert all(child.closed for child in children[:-1])

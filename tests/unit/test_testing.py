@@ -22,6 +22,7 @@ from jobworker.worker import (
     Unavailable,
     report_progress,
 )
+from jobworker.worker.telemetry.current_job import current_log_fields
 from jobworker.worker.testing import Harness, RetryPolicy
 
 
@@ -316,6 +317,44 @@ def test_a_handlers_own_counters_are_metrics(harness: Callable[..., Harness]) ->
     one.run()
     assert one.metric("z_novel_words_total") == 3
     assert one.metric("z_novel_words_total") == 3, "asking does not count"
+
+
+@pytest.mark.parametrize(("name", "labels", "said"), [
+    ("words", (), "did you mean z_novel_words_total"),
+    ("z_novel_wrods_total", (), "did you mean z_novel_words_total"),
+    ("pages", (), "declares a counter"),
+    ("z_novel_words_total", ("counting",), "0 labels"),
+    ("z_novel_jobs_completed_total", (), "1 labels .task_type."),
+    ("z_novel_jobs_completed_total", ("couting",), "no task_type 'couting'"),
+    ("z_novel_dlq_length", ("no:such:stream",), "no stream"),
+    ("z_novel_job_duration_seconds", ("counting",), "is a histogram"),
+])  # fmt: skip
+def test_a_metric_that_does_not_exist_is_no_zero(
+    harness: Callable[..., Harness], name: str, labels: tuple[str, ...], said: str
+) -> None:
+    class Counting(Listed):
+        def setup(self, settings: Settings) -> None:
+            self.counters = {"words": 0}
+
+    one = harness(counting=Counting)
+    assert one.metric("z_novel_words_total") == 0.0
+    assert one.metric("z_novel_jobs_dead_total", "counting", "exhausted") == 0.0
+    with pytest.raises(ValueError, match=said):
+        one.metric(name, *labels)
+
+
+def test_lines_that_a_test_logs_after_a_timeout_belong_to_no_job(harness: Callable[..., Harness]) -> None:
+    class Slow(Listed):
+        timeout = 5.0
+
+        def handle(self, job: Job) -> None:
+            one.advance(6.0)
+
+    one = harness(slow=Slow)
+    one.enqueue("slow", 1)
+    one.run()
+    assert len(one.retrying) == 1
+    assert current_log_fields() == {}
 
 
 def test_other_streams_are_read_too(harness: Callable[..., Harness]) -> None:

@@ -1,7 +1,11 @@
 """Ages, durations, display width and control characters in what operators read."""
 
 import json
+import math
+from decimal import Decimal
+from typing import Any, NamedTuple
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,14 +59,46 @@ def test_cut_text_is_not_wider_than_its_width(text: str, width: int) -> None:
 CONTROLS = ["\x1b", "\x9b", "\x07", "\x7f", "\u200f", "\u061c", "\u202e", "\u2066", "\u2028", "\ud800"]
 
 
-@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("indent", [False, True])
 @pytest.mark.parametrize("char", CONTROLS)
-def test_json_escapes_control_characters_and_keeps_the_value(char: str, indent: int | None) -> None:
+def test_json_escapes_control_characters_and_keeps_the_value(char: str, indent: bool) -> None:
     value = {f"长{char}": [f"a{char}b\\"]}
     text = safe_json(value, indent=indent)
     assert char not in text
     assert "长" in text
     assert json.loads(text) == value
+
+
+class _Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@pytest.mark.parametrize("indent", [False, True])
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ([math.nan, -math.inf, 1.5], [None, None, 1.5]),
+        ([2**64, -(10**30), math.nan], [2**64, -(10**30), None]),
+        ({2: "a", None: "b", True: "c"}, {"2": "a", "null": "b", "true": "c"}),
+        (_Pair(1, [2**70]), [1, [2**70]]),
+        ({"\ud800": "\udcff"}, {"\ud800": "\udcff"}),
+        ([frozenset({1})], [[1]]),
+        (orjson.Fragment(b'{"n":1234567890123456789.50}'), {"n": Decimal("1234567890123456789.50")}),
+        ([orjson.Fragment(b'{"n":"\xff"}')], [{"n": "\ufffd"}]),
+        ([orjson.Fragment(b"[1]"), 2**64], [[1], 2**64]),
+    ],
+    ids=str,
+)
+def test_json_holds_what_the_library_refuses(value: Any, shown: Any, indent: bool) -> None:
+    text = safe_json(value, list, indent=indent)
+    assert json.loads(text, parse_constant=pytest.fail, parse_float=Decimal) == shown
+    assert text.isprintable() or indent
+
+
+def test_what_is_no_json_is_refused() -> None:
+    with pytest.raises(TypeError, match="object"):
+        safe_json([object()])
 
 
 @pytest.mark.parametrize("char", CONTROLS)

@@ -4,11 +4,12 @@ The store requeues or deletes each letter in one atomic step. An operation that 
 and sends no job twice; running it again completes it.
 """
 
-import contextlib
+import base64
 import heapq
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import msgspec
 
 from ..envelope import LAST_ERROR_FIELD
+from ..errors import StoreRefused
 from ..store.operator import START, order_of, walk
 from ..store.ports import Entry
-from .identity import read_identity
+from .identity import read_identity, read_malformed_identity
 
 if TYPE_CHECKING:  # the client library takes a while to load
     from ..store.redis.operator import OperatorStore
@@ -47,7 +49,10 @@ class _StoredLetter(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Letter:
-    """One dead letter. ``task`` holds the bytes of the job as received; None if they are not a job."""
+    """One dead letter. ``task`` holds the bytes of the job as received; None if they are not a job.
+
+    The names of a malformed job are read from ``raw``, as far as they are valid.
+    """
 
     stream: str
     id: bytes
@@ -120,11 +125,27 @@ def read_letter(stream: str, entry: Entry) -> Letter:
         stored = _StoredLetter(error=f"not a dead letter: {error}")
     task = bytes(stored.task)
     job = read_identity(task)
+    readable = bool(job.id and job.type)
+    if stored.raw:
+        job = read_malformed_identity(_decode_raw(stored.raw))
     return Letter(
         stream, entry.id, job.id, job.type, job.tenant_id, job.project_id, stored.reason, stored.error,
         stored.failed_at, stored.original_id, stored.worker, stored.retry_count, stored.deaths,
-        task if job.id and job.type else None, stored.raw, stored.details,
+        task if readable else None, stored.raw, stored.details,
     )  # fmt: skip
+
+
+def refusal(what: str, error: StoreRefused) -> str:
+    """That the store refuses a part of a deployment, in words."""
+    return f"{what}: {error}; jobworker doctor names the key and its repair"
+
+
+def _decode_raw(text: str) -> bytes:
+    """The bytes of a job that is kept as base64; empty if it is damaged."""
+    try:
+        return base64.b64decode(text)
+    except ValueError:
+        return b""
 
 
 def fresh_job(task: bytes) -> bytes:
@@ -156,16 +177,40 @@ class LetterPage(NamedTuple):
 
 class DeadLetterQueue:
     """The dead letters of some streams that match a filter. Every call raises `StoreUnavailable` as the
-    store does."""
+    store does, but not for streams whose keys the store refuses if they are to be left out."""
 
-    def __init__(self, store: "OperatorStore", streams: Sequence[str], letter_filter: LetterFilter) -> None:
+    def __init__(
+        self,
+        store: "OperatorStore",
+        streams: Sequence[str],
+        letter_filter: LetterFilter,
+        *,
+        leave_out_refused: bool = False,
+    ) -> None:
+        self._leaves_out_refused = leave_out_refused
+        #: The streams that were left out, in words.
+        self.refused: dict[str, str] = {}
         self.store = store
         self.streams = list(streams)
         self.filter = letter_filter
 
     def count(self) -> int:
         """The number of letters in the streams, matching or not."""
-        return sum(self.store.dead_count(stream) for stream in self.streams)
+        total = 0
+        for stream in self.streams:
+            with self.guard(stream):
+                total += self.store.dead_count(stream)
+        return total
+
+    @contextmanager
+    def guard(self, stream: str) -> Iterator[None]:
+        """Leave out the rest of the block, and note the stream, if the store refuses its keys."""
+        try:
+            yield
+        except StoreRefused as error:
+            if not self._leaves_out_refused:
+                raise
+            self.refused[stream] = refusal(f"dead letters of {stream}", error)
 
     def get(self, cursor: Cursor) -> Letter | None:
         """The letter at a cursor; None if it was requeued or deleted."""
@@ -207,11 +252,12 @@ class DeadLetterQueue:
         return START if math.isinf(newest_s) else b"%d-0" % (int(newest_s * 1000) + 1)
 
     def _scan_stream(self, stream: str, start: bytes) -> Iterator[Letter]:
-        for entries in walk(lambda before, count: self.store.dead_before(stream, before, count), start):
-            for letter in _read_all(stream, entries):
-                if letter.wall_s < self.filter.after_wall_s:
-                    return
-                yield letter
+        with self.guard(stream):
+            for entries in walk(lambda before, count: self.store.dead_before(stream, before, count), start):
+                for letter in _read_all(stream, entries):
+                    if letter.wall_s < self.filter.after_wall_s:
+                        return
+                    yield letter
 
     def oldest_first(self, stream: str, on_scanned: Callable[[int], None]) -> Iterator[Letter]:
         """The matching letters that exist now. Letters written later are not returned: a requeued job that
@@ -304,14 +350,15 @@ class BulkOperation:
         batch_sizes = batch_sizes or repeat(BATCH_SIZE)
         for stream in self.queue.streams:
             letters = self.queue.oldest_first(stream, on_scanned)
-            while batch := list(islice(letters, next(batch_sizes))):
-                with _defer_sigint():
-                    done, gone = operation(stream, batch)
-                    self.done += done
-                    self.gone += gone
+            with self.queue.guard(stream):
+                while batch := list(islice(letters, next(batch_sizes))):
+                    with _defer_sigint():
+                        done, gone = operation(stream, batch)
+                        self.done += done
+                        self.gone += gone
 
 
-@contextlib.contextmanager
+@contextmanager
 def _defer_sigint() -> Iterator[None]:
     """Hold Ctrl-C back until a batch is counted: the report on an interrupted operation must be true."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -1,16 +1,19 @@
 """The deployment that an operator works on: its job store, its services and its streams."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..data_dir import read_endpoints_file
-from ..endpoints import FILE_NAME
 from ..errors import ConfigurationError
 from ..extension import extension
 from ..keys import Source
 from ..settings import parse_source
+from ..store.announcements import suggestion
 from .status_client import Service, fetch_all_statuses
+
+if TYPE_CHECKING:  # the client library takes a while to load
+    from ..store.redis.operator import OperatorStore
 
 DEPLOYMENT_HINT = (
     "Give --redis-url (or JOBWORKER_REDIS_URL), the --config FILE of its service, or the --data-dir of a "
@@ -37,19 +40,16 @@ class Deployment(NamedTuple):
         return [service for service in self.services() if service.status]
 
 
-def read_endpoints(data_dir: str) -> dict[str, Any]:
-    """The addresses on which the service of a data directory listens or last listened; empty if none has
-    run there. Nothing is created. Raises `ConfigurationError` if this user may not read them."""
-    folder = Path(data_dir)
-    try:
-        return read_endpoints_file(folder / FILE_NAME)
-    except NotADirectoryError:
-        return {}
-    except OSError as error:
-        raise ConfigurationError(
-            f"data directory {folder} can be read by the user of its service only: run this as that user, or "
-            "give --redis-url (or JOBWORKER_REDIS_URL)"
-        ) from error
+def stopped_service(data_dir: str, endpoints: Mapping[str, Any]) -> str:
+    """In words, that the service of a data directory is stopped, and how to start it; empty if it runs, or
+    none has run there."""
+    pid = endpoints.get("pid")
+    if not isinstance(pid, int) or Path(f"/proc/{pid}").exists():
+        return ""
+    return (
+        f"The service of the data directory {data_dir} is stopped; an embedded store stops with it. Start it "
+        f"with the options that it had: jobworker-supervise --data-dir {shlex.quote(data_dir)}"
+    )
 
 
 def require_store_url(url: str) -> str:
@@ -59,15 +59,52 @@ def require_store_url(url: str) -> str:
     return url
 
 
-def parse_sources(streams: Sequence[str], *, need_group: bool = True) -> list[Source]:
-    """The streams of --stream, or the default ones if there are none.
+class UnknownGroup(ConfigurationError):
+    """A stream was given without its group, and no service tells it."""
 
-    A default stream may be given without its group. So may any stream unless `need_group`; its group is
-    empty then. Raises `ConfigurationError`.
-    """
-    default = {source.stream: source for source in extension().streams}
 
-    def parse(text: str) -> Source:
-        return default.get(text) or (parse_source(text) if need_group or "=" in text else Source(text, ""))
+class StreamTable:
+    """The streams that a verb looks at: those of --stream; without any, those of the services that the job
+    store has registered, running or stopped lately; the default ones if no service is registered."""
 
-    return [parse(text) for text in streams] or list(extension().streams)
+    def __init__(self, streams: Sequence[str], *, need_group: bool = True) -> None:
+        """Raises `ConfigurationError` for an invalid stream. A stream of a registered service may be given
+        without its group, and so may any stream unless `need_group`; its group is empty then."""
+        self._need_group = need_group
+        self._given = [_parse_source(text) for text in streams]
+        #: The answer of the last call of `sources`.
+        self.latest = self._given or list(extension().streams)
+
+    def sources(self, store: "OperatorStore") -> list[Source]:
+        """The streams now, at least one. Raises `StoreUnavailable`, and `UnknownGroup` if a group is needed.
+        Given streams raise nothing after a first success."""
+        self.latest = self._find(store)
+        return self.latest
+
+    def _find(self, store: "OperatorStore") -> list[Source]:
+        if self._given and all(source.group for source in self._given):
+            return self._given
+        registered = list(dict.fromkeys(source for one in store.announcements() for source in one.sources))
+        if not self._given:
+            return registered or list(extension().streams)
+        groups = dict([*extension().streams, *registered])
+        self._given = [self._with_group(source, groups) for source in self._given]
+        return self._given
+
+    def names(self, store: "OperatorStore") -> list[str]:
+        """The names of `sources`, each once."""
+        return list(dict.fromkeys(source.stream for source in self.sources(store)))
+
+    def _with_group(self, source: Source, groups: Mapping[str, str]) -> Source:
+        group = source.group or groups.get(source.stream, "")
+        if self._need_group and not group:
+            raise UnknownGroup(
+                f"--stream {source.stream!r}: no registered service reads this stream, so say NAME=GROUP; "
+                f"{suggestion(source.stream, groups)}"
+            )
+        return Source(source.stream, group)
+
+
+def _parse_source(text: str) -> Source:
+    """``NAME=GROUP`` or ``NAME``. Raises `ConfigurationError`."""
+    return Source(text, "") if "=" not in text and text.strip() else parse_source(text)

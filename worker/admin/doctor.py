@@ -3,8 +3,11 @@
 No function here does input or output.
 """
 
+import shlex
 from collections.abc import Container, Iterator, Sequence
 
+from ..extension import extension
+from ..keys import Source
 from ..store.facts import ServerFacts, StreamFacts
 from ..store.operator import Consumer, Pause
 from ..store.ports import KeyFault
@@ -91,7 +94,12 @@ def _persistence(info: dict[str, str], config: dict[str, str]) -> Iterator[Findi
     yield by_fsync.get(fsync, unknown)
     for field in ("aof_last_write_status", "aof_last_bgrewrite_status"):
         if info.get(field, "ok") != "ok":
-            yield Finding("wrong", "persistence", f"{field} is {info[field]}", "look at the store's disk")
+            yield Finding(
+                "wrong",
+                "persistence",
+                f"{field} is {info[field]}",
+                "free space on the disk of the store; --data-dir is that of the embedded one",
+            )
 
 
 def stream_findings(facts: StreamFacts) -> Iterator[Finding]:
@@ -104,17 +112,18 @@ def stream_findings(facts: StreamFacts) -> Iterator[Finding]:
         level = "wrong" if facts.length else "note"
         what = f"{facts.length} entries wait and there is" if facts.length else "there is"
         yield Finding(level, stream, f"{what} no group {group}: no service has read it yet",
-                      "start jobworker-supervise; give it --stream if the names differ")  # fmt: skip
+                      _start(facts.source))  # fmt: skip
         return
     lag, pending = facts.lags[group], facts.pendings[group]
-    yield from _readers(stream, lag or pending or 0, facts.consumers)
+    yield from _readers(facts.source, lag or pending or 0, facts.consumers)
     yield from _lost_jobs(stream, facts, lag)
     yield from _other_groups(facts)
     if facts.overdue_s > OVERDUE_S:
         yield Finding("wrong", stream, f"the oldest retry is {facts.overdue_s:.0f} s overdue",
                       "run a service that has this stream in its --stream table")  # fmt: skip
     if facts.dead:
-        yield Finding("note", stream, f"{facts.dead} dead letters", f"jobworker dlq list --stream {stream}")
+        yield Finding("note", stream, f"{facts.dead} dead letters",
+                      f"jobworker dlq list --stream {shlex.quote(stream)}")  # fmt: skip
 
 
 def fault_findings(subject: str, faults: Sequence[KeyFault]) -> Iterator[Finding]:
@@ -126,7 +135,16 @@ def fault_findings(subject: str, faults: Sequence[KeyFault]) -> Iterator[Finding
         yield Finding("wrong", subject, says, fault.repair)
 
 
-def _readers(stream: str, waiting: int, consumers: Sequence[Consumer]) -> Iterator[Finding]:
+def _start(source: Source) -> str:
+    """How to start a service that reads a stream."""
+    if source in extension().streams:
+        return "start jobworker-supervise; give it --stream if the names differ"
+    option = f"--stream {shlex.quote('='.join(source))}"
+    return f"start its service: jobworker-supervise with {option}, and --handler for the types of its jobs"
+
+
+def _readers(source: Source, waiting: int, consumers: Sequence[Consumer]) -> Iterator[Finding]:
+    stream = source.stream
     reading = [consumer for consumer in consumers if consumer.idle_s <= SILENT_S]
     if reading:
         yield Finding("ok", stream, f"read by {', '.join(consumer.name for consumer in reading[:4])}")
@@ -134,7 +152,7 @@ def _readers(stream: str, waiting: int, consumers: Sequence[Consumer]) -> Iterat
         level = "wrong" if waiting else "note"
         silence = f" for {min(c.idle_s for c in consumers):.0f} s" if consumers else ""
         yield Finding(level, stream, f"no service reads it{silence}; {waiting} jobs wait",
-                      "start jobworker-supervise")  # fmt: skip
+                      _start(source))  # fmt: skip
     for consumer in consumers:
         if consumer.pending and consumer.idle_s > _DEAD_CONSUMER_S:
             says = (
@@ -172,7 +190,7 @@ def pause_findings(pauses: Sequence[Pause], types: Container[str] = ()) -> Itera
         note = f" ({pause.note})" if pause.note else ""
         unknown = ", which no service handles: another type may have been meant"
         says = f"type {pause.kind}{note}{unknown if types and pause.kind not in types else ''}"
-        yield Finding("note", "paused", says, f"jobworker resume {pause.kind}")
+        yield Finding("note", "paused", says, f"jobworker resume {shlex.quote(pause.kind)}")
 
 
 def service_findings(services: Sequence[Service], default_metrics: bool, version: str) -> Iterator[Finding]:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from ..cgroup import free_memory_bytes
 from ..extension import extension
-from ..keys import Source
 from ..settings import cores
 from ..store.facts import ServerFacts, StreamFacts
 from ..store.operator import Pause
 from ..store.ports import KeyFault
+from .deployment import StreamTable
 from .names import Names, read_names
 from .status_client import Service
 
@@ -49,13 +49,14 @@ def read_host_facts() -> HostFacts:
     )
 
 
-def read_store_facts(url: str, sources: list[Source], services: Sequence[Service]) -> StoreFacts:
+def read_store_facts(url: str, table: StreamTable, services: Sequence[Service]) -> StoreFacts:
     """Facts about the job store. Raises `StoreUnavailable` if it does not answer and `ConfigurationError`
     if the url or the server cannot be used."""
     from ..store.redis.server_facts import RedisFacts
 
     store = RedisFacts(url)
     try:
+        sources = table.sources(store)
         servers = {name: store.server(stream) for name, stream in store.nodes(sources).items()}
         streams = [store.stream(source) for source in sources]
         pause_faults = store.pause_faults()

@@ -2,17 +2,18 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..errors import StoreUnavailable
+from ..errors import StoreRefused, StoreUnavailable
 from ..extension import extension, imported
 from ..keys import Source
 from ..store.announcements import Announcement, suggestion
 from ..store.operator import GroupState, LanePlace, Lease, Pause, order_of, walk
 from ..store.ports import RELEASED_IDLE_S, Entry
-from .dead_letters import read_letter
+from .dead_letters import read_letter, refusal
 from .identity import JobIdentity, read_identity
 from .status_client import Service, handled_types
 
@@ -76,31 +77,64 @@ class JobFinder:
         self.scanned = 0
         #: Names of the streams and sets that were not scanned to their end.
         self.incomplete: list[str] = []
+        #: What the store refused to show, in words.
+        self.refused: list[str] = []
 
     def find(self, id: str) -> list[JobLocation]:
         """Every place that holds a job, or an entry, with this id."""
-        self._pauses = {pause.kind: pause for pause in self._store.pauses()}
+        with self._note_refusal("paused types"):
+            self._pauses = {pause.kind: pause for pause in self._store.pauses()}
         self._now_s = self._store.wall_now_s(self._sources[0].stream)
         self._announcements = self._store.announcements()
         self._types, _ = handled_types(self._announcements, self._services, self._now_s)
         locations: list[JobLocation] = []
         for source in self._sources:
-            locations += self._search(source, id)
+            self.searched.append(source.stream)
+            for name, search in self._searches(source, id):
+                with self._note_refusal(name):
+                    locations += search()
         for source in () if locations else self._other_sources():
+            self.searched.append(source.stream)
             with suppress(StoreUnavailable):  # the key may have another type
-                locations += self._search(source, id)
+                locations += [one for _, search in self._searches(source, id) for one in search()]
         # The entry of an earlier try remains in the stream until it is trimmed: it is shown only alone.
         locations = [one for one in locations if one.state != "finished"] or locations
+        for one in locations:
+            if one.state == "finished":
+                one.why += self._how_it_ended(one, by_entry=bool(_ENTRY_ID.fullmatch(id)))
         self._add_progress([one for one in locations if one.state in _UNDER_WAY])
         return locations
 
-    def _search(self, source: Source, id: str) -> list[JobLocation]:
-        self.searched.append(source.stream)
+    def _how_it_ended(self, location: JobLocation, *, by_entry: bool) -> str:
+        """What is known of an acknowledged entry, beside which the search found neither retry nor letter."""
+        if f"dead letters of {location.stream}" in self.incomplete:
+            return "; not all dead letters were searched for it"
+        if by_entry:
+            return f", and it has no dead letter; search for job {location.job_id} to see a later try of it"
+        if f"retries of {location.stream}" in self.incomplete:
+            return "; not all retries were searched for it"
+        return (
+            ", and it has neither a retry nor a dead letter: so it is after a success. "
+            "The job store keeps no further record"
+        )
+
+    def _searches(self, source: Source, id: str) -> list[tuple[str, Callable[[], list[JobLocation]]]]:
+        """The places of a stream, each with its name and its search."""
+        stream = source.stream
         return [
-            *self._search_stream(source, id),
-            *self._search_retries(source.stream, id),
-            *self._search_dead_letters(source.stream, id),
+            (f"stream {stream}", partial(self._search_stream, source, id)),
+            (f"retries of {stream}", partial(self._search_retries, stream, id)),
+            (f"dead letters of {stream}", partial(self._search_dead_letters, stream, id)),
         ]
+
+    @contextmanager
+    def _note_refusal(self, what: str) -> Iterator[None]:
+        """Note that the store refuses ``what`` if it does; the rest of the block is left out."""
+        try:
+            yield
+        except StoreRefused as error:
+            self.refused.append(refusal(what, error))
+            self.incomplete.append(what)
 
     def _other_sources(self) -> list[Source]:
         """Further streams that services read, and those that no service reads: names may be misspelt."""
@@ -161,10 +195,7 @@ class JobFinder:
             return self._waiting(place, location)
         if lease is None:
             location.state = "finished"
-            location.why = (
-                f"no longer pending in group {source.group}: acknowledged, and its entry is not trimmed yet. "
-                "Whether it succeeded is not recorded: its dead letter may have been purged"
-            )
+            location.why = f"acknowledged in group {source.group}"
             return location
         location.facts |= {"deliveries": lease.deliveries, "deaths": entry.deaths + job.deaths}
         return self._pending(lease, location)
@@ -361,7 +392,9 @@ def _last_error(job: JobIdentity) -> dict[str, str]:
 
 
 def _mentions(entry: Entry, id: str) -> bool:
-    return id.encode() in (entry.data or b"") or id.encode() == entry.id
+    """Whether a dead letter may name the id. A malformed job is kept as base64, so that is always read."""
+    data = entry.data or b""
+    return id.encode() in data or id.encode() == entry.id or b'"raw"' in data
 
 
 def _matcher(id: str) -> Callable[[bytes | None], bool]:

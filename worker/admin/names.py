@@ -3,6 +3,7 @@
 Both are mostly typing errors of producers. `read_names` only reads; `name_findings` does no input or output.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -10,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import StoreRefused, StoreUnavailable
+from ..extension import extension
 from ..keys import Source
 from ..store.announcements import suggestion
 from ..store.operator import START, sample, walk
@@ -129,7 +131,9 @@ def name_findings(names: Names) -> Iterator[Finding]:
     for stream in names.unread[:_MAX_FINDINGS]:
         jobs = [f"{stream.waiting} jobs wait"] if stream.waiting else []
         jobs += [f"{stream.scheduled} are scheduled"] if stream.scheduled else []
-        do = f"start a service with --stream {stream.name}=GROUP, or send them again to the right stream"
+        group = dict(extension().streams).get(stream.name, "workers")
+        option = f"--stream {shlex.quote(f'{stream.name}={group}')}"
+        do = f"restart a service of these jobs with {option} beside its other --stream: it then runs them"
         yield Finding("wrong", stream.name, f"no running service reads this stream; {' and '.join(jobs)}",
                       f"{suggestion(stream.name, names.streams)} {do}")  # fmt: skip
     if len(names.unread) > _MAX_FINDINGS:
@@ -151,5 +155,5 @@ def _type_findings(names: Names) -> Iterator[Finding]:
     refused = [(key, count) for key, count in names.refused.most_common() if key[1] not in names.types]
     for (stream, job_type), count in refused[:_MAX_FINDINGS]:
         says = f"{count} jobs of the type {job_type!r:.100} were dead-lettered: {whose} it"
-        do = f"jobworker dlq list --reason unknown_type --stream {stream}"
+        do = f"jobworker dlq list --reason unknown_type --stream {shlex.quote(stream)}"
         yield Finding("note", stream, says, f"{suggestion(job_type, names.types)} {do}")

@@ -5,14 +5,15 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreRefused, StoreUnavailable
 from ..keys import Source
 from ..store.operator import START, LaneCounts, Pause
 from ..store.ports import Depths, ReaperStore
-from .dead_letters import Letter, read_letter
-from .deployment import Deployment, parse_sources
+from .dead_letters import Letter, read_letter, refusal
+from .deployment import Deployment, StreamTable
 from .identity import read_identity
 from .status_client import Service
 
@@ -79,7 +80,7 @@ class OverviewPoller:
         self,
         depth_store: ReaperStore,
         store: "OperatorStore",
-        sources: Sequence[Source],
+        fetch_sources: Callable[[], Sequence[Source]],
         fetch_services: Callable[[], list[Service]],
         *,
         mono_s: Callable[[], float] = time.monotonic,
@@ -87,7 +88,7 @@ class OverviewPoller:
     ) -> None:
         self._depth_store = depth_store
         self._store = store
-        self._sources = sources
+        self._fetch_sources = fetch_sources
         self._fetch_services = fetch_services
         self._mono_s = mono_s
         self._wall_s = wall_s
@@ -112,9 +113,10 @@ class OverviewPoller:
 
     def _add_queues(self, overview: Overview) -> None:
         """Depths, pauses and dead letters, except those whose keys the store refuses."""
-        overview.wall_s = self._store.wall_now_s(self._sources[0].stream)
+        sources = self._fetch_sources()
+        overview.wall_s = self._store.wall_now_s(sources[0].stream)
         letters: list[Letter] = []
-        for source in self._sources:
+        for source in sources:
             with _note_refusal(overview, f"stream {source.stream}"):
                 depths = self._depth_store.depths(source)
                 overview.streams.append((source, depths))
@@ -230,7 +232,7 @@ def _note_refusal(overview: Overview, what: str) -> Iterator[None]:
     try:
         yield
     except StoreRefused as error:
-        overview.refused.append(f"{what}: {error}; jobworker doctor names the key and its repair")
+        overview.refused.append(refusal(what, error))
 
 
 def _counters(status: dict[str, Any]) -> Counter[tuple[str, str]]:
@@ -251,14 +253,15 @@ def _sum_by_type(counters: Iterable[Counter[tuple[str, str]]]) -> dict[str, dict
     return totals
 
 
-def open_poller(deployment: Deployment, streams: Sequence[str]) -> OverviewPoller:
-    """A poller of the deployment's store and services. Raises `ConfigurationError` for an invalid stream."""
+def open_poller(deployment: Deployment, table: StreamTable) -> OverviewPoller:
+    """A poller of the deployment's store and services."""
     from ..store.redis.operator import OperatorStore
     from ..store.redis.reaper import RedisReaperStore
 
+    store = OperatorStore(deployment.url, timeout_s=_TIMEOUT_S)
     return OverviewPoller(
         RedisReaperStore(deployment.url, timeout_s=_TIMEOUT_S),
-        OperatorStore(deployment.url, timeout_s=_TIMEOUT_S),
-        parse_sources(streams),
+        store,
+        partial(table.sources, store),
         deployment.services,
     )

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from ..errors import StoreRefused
 from ..store.operator import Scheduled
+from .dead_letters import refusal
 from .identity import JobIdentity, read_identity
 
 if TYPE_CHECKING:  # the client library takes a while to load
@@ -42,6 +44,8 @@ class RetrySet:
     ids: frozenset[str] = frozenset()
     types: frozenset[str] = frozenset()
     tenants: frozenset[str] = frozenset()
+    #: Leave out streams whose keys the store refuses, and note them here in words; None: raise.
+    refused: dict[str, str] | None = None
 
     def __contains__(self, job: JobIdentity) -> bool:
         return (
@@ -73,9 +77,14 @@ class RetrySet:
     def _scan(self) -> Iterator[ScheduledRetry]:
         for stream in self.streams:
             start = 0
-            while page := self.store.retries(stream, start, _BATCH_SIZE):
-                start += len(page)
-                yield from (ScheduledRetry(stream, one, read_identity(one.data)) for one in page)
+            try:
+                while page := self.store.retries(stream, start, _BATCH_SIZE):
+                    start += len(page)
+                    yield from (ScheduledRetry(stream, one, read_identity(one.data)) for one in page)
+            except StoreRefused as error:
+                if self.refused is None:
+                    raise
+                self.refused[stream] = refusal(f"retries of {stream}", error)
 
     def make_due_now(self, *, dry_run: bool = False) -> int:
         """Skip the remaining backoff. Returns how many jobs it was skipped for; in a dry run, how many

@@ -1,10 +1,11 @@
 """HTTP client of a service's ``/status`` page."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+
+import orjson
 
 from ..settings import without_credentials
 from ..store.announcements import Announcement
@@ -96,7 +97,7 @@ def _fetch(url: str) -> dict[str, Any]:
             raise ValueError(f"HTTP status {response.status}")
     finally:
         connection.close()
-    status = json.loads(body)
+    status = orjson.loads(body)
     if not isinstance(status, dict) or "children" not in status:
         raise ValueError("the answer is not a jobworker status page")
     return status

@@ -1,20 +1,31 @@
 """Shared parts of the ``jobworker`` verbs: options that name a deployment, exit codes, output."""
 
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from ..admin.deployment import DEPLOYMENT_HINT, Deployment, read_endpoints, require_store_url
+from ..admin.deployment import (
+    DEPLOYMENT_HINT,
+    Deployment,
+    require_store_url,
+    stopped_service,
+)
 from ..admin.words import columns, pad, parse_age, strip_control
+from ..endpoints import read_endpoints
 from ..errors import ConfigurationError, Exit, StoreRefused, StoreUnavailable
 from ..extension import extension
-from ..options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, REDIS_URL
+from ..options import CONFIG_OF_SERVICE, CONFIG_PATH, DATA_DIR, ENV_PREFIX, REDIS_URL, ExplicitOption
 from ..safe_text import escape_control, safe_json
+from ..settings import without_credentials
 from ..store.announcements import suggestion
+from ..store_advice import store_advice
 from ..telemetry.log import redacted
 from ..urls import parse_http_url
 
@@ -27,6 +38,10 @@ BAD_NEWS = 1
 _METRICS_ADDR = "127.0.0.1:9464"
 #: Ids that are named one by one in an error report.
 MAX_IDS_NAMED = 10
+#: Key of a hint in the `meta` of a context: the service of --data-dir is stopped, and how to start it.
+STOPPED_SERVICE = "jobworker.stopped"
+#: A command in advice. Options follow it.
+_COMMAND = re.compile(r"\bjobworker (?:dlq [a-z]+|retry [a-z]+|enqueue|explain|resume|stats|doctor)\b")
 
 
 class CliGroup(click.Group):
@@ -42,8 +57,8 @@ class CliGroup(click.Group):
                     "The job store answers. jobworker doctor names the key and the command that repairs it."
                 )
             else:
-                hint = f"Is the job store running, and is this the right one? {DEPLOYMENT_HINT}"
-            click.echo(hint, err=True)
+                hint = repair_of_store(str(error))
+            click.echo(f"jobworker: {hint}", err=True)
             context.exit(Exit.STORE_UNREACHABLE)
         except (ConfigurationError, ValueError) as error:
             click.echo(f"jobworker: {escape_control(str(error))}", err=True)
@@ -88,17 +103,22 @@ def complete_streams(ctx: click.Context, param: click.Parameter, incomplete: str
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for scripts.")
 STREAMS = click.option(
-    "--stream", "streams", multiple=True, envvar=f"{ENV_PREFIX}_STREAM", metavar="NAME=GROUP",
-    shell_complete=complete_streams,
-    help="Stream and its group, as given to the service; repeatable.  [default: the service's own table]",
+    "--stream", "streams", cls=ExplicitOption, multiple=True, envvar=f"{ENV_PREFIX}_STREAM",
+    metavar="NAME=GROUP", shell_complete=complete_streams,
+    help="Stream and its group, as given to the service; repeatable. The group of a stream that a registered "
+    "service reads may be left out.  [default: those of the registered services, else the built-in ones]",
 )  # fmt: skip
 METRICS_URL = click.option(
-    "--metrics-url", "metrics_urls", multiple=True, envvar=f"{ENV_PREFIX}_METRICS_URL",
+    "--metrics-url", "metrics_urls", cls=ExplicitOption, multiple=True, envvar=f"{ENV_PREFIX}_METRICS_URL",
     help="Where a service serves /status; repeatable.  [default: that of --data-dir, else of "
     f"{ENV_PREFIX}_METRICS_ADDR, else http://{_METRICS_ADDR}]",
 )  # fmt: skip
 _METRICS_ADDR_ENV = click.option(
-    "--metrics-addr", hidden=True, default=_METRICS_ADDR, envvar=f"{ENV_PREFIX}_METRICS_ADDR"
+    "--metrics-addr",
+    cls=ExplicitOption,
+    hidden=True,
+    default=_METRICS_ADDR,
+    envvar=f"{ENV_PREFIX}_METRICS_ADDR",
 )
 
 
@@ -108,8 +128,8 @@ def verb(group: click.Group, name: str | None = None) -> Callable[[Callable[...,
     def decorate(command: Callable[..., None]) -> click.Command:
         @wraps(command)
         def with_url(redis_url: str, data_dir: str, **options: Any) -> None:
-            url = redis_url or str(read_endpoints(data_dir).get("redis_url", ""))
-            command(require_store_url(url), **options)
+            endpoints = {} if redis_url else _endpoints_of(data_dir)
+            command(require_store_url(redis_url or str(endpoints.get("redis_url", ""))), **options)
 
         return group.command(name)(CONFIG_OF_SERVICE(REDIS_URL(DATA_DIR(with_url))))
 
@@ -124,7 +144,7 @@ def verb_on_deployment(group: click.Group) -> Callable[[Callable[..., None]], cl
         def with_deployment(
             redis_url: str, data_dir: str, metrics_urls: tuple[str, ...], metrics_addr: str, **options: Any
         ) -> None:
-            endpoints = {} if redis_url else read_endpoints(data_dir)
+            endpoints = {} if redis_url else _endpoints_of(data_dir)
             for metrics_url in metrics_urls:
                 parse_http_url(metrics_url, "--metrics-url", f"http://{_METRICS_ADDR}")
             default_url = str(endpoints.get("metrics_url", f"http://{metrics_addr}"))
@@ -136,6 +156,21 @@ def verb_on_deployment(group: click.Group) -> Callable[[Callable[..., None]], cl
         return group.command()(with_deployment)
 
     return decorate
+
+
+def _endpoints_of(data_dir: str) -> dict[str, Any]:
+    """As `read_endpoints`. Notes the hint for the case that the store does not answer."""
+    endpoints = read_endpoints(data_dir)
+    if stopped := stopped_service(data_dir, endpoints):
+        click.get_current_context().meta[STOPPED_SERVICE] = stopped
+    return endpoints
+
+
+def repair_of_store(error: str) -> str:
+    """What to do about a store that does not answer, by the text of the error."""
+    stopped = click.get_current_context().meta.get(STOPPED_SERVICE)
+    is_gone = "refused" in error or "No such file" in error
+    return stopped if stopped and is_gone else f"{store_advice(error)}. {DEPLOYMENT_HINT}"
 
 
 def echo_json(value: Any) -> None:
@@ -155,22 +190,63 @@ def echo_missing(ids: frozenset[str], found: Iterable[str]) -> list[str]:
     """Report ids that were given and not found, `MAX_IDS_NAMED` of them by name. Returns all of them."""
     missing = sorted(ids.difference(found))
     for id in missing[:MAX_IDS_NAMED]:
-        click.echo(f"not found: {strip_control(id)}; try: jobworker explain {strip_control(id)}", err=True)
+        click.echo(f"not found: {strip_control(id)}; try: {explain_command(id)}", err=True)
     return missing
 
 
+def explain_command(id: str) -> str:
+    """The command that searches everywhere for an id, ready to be run."""
+    return with_deployment(f"jobworker explain {shlex.quote(strip_control(id))}")
+
+
+def with_deployment(advice: str) -> str:
+    """The text, whose commands name the same deployment as this command line does. A password is masked."""
+    context = click.get_current_context(silent=True)
+    options = [
+        f" --{name.replace('_', '-')} {shlex.quote(without_credentials(str(value), '***'))}"
+        for name in ("config", "redis_url", "data_dir")
+        if context is not None
+        and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        and (value := context.params.get(name) or context.meta.get(CONFIG_PATH))
+    ]
+    return _COMMAND.sub(lambda found: found[0] + "".join(options), advice)
+
+
 def echo_unread_streams(store: "OperatorStore", given: Sequence[str]) -> None:
-    """Note on standard error which of the streams of --stream no service reads: a name may be misspelt."""
+    """Note on standard error which of the streams of --stream do not exist, or are read by no service: a name
+    may be misspelt."""
     if not given:
         return
     read = {name for one in store.announcements() for name in one.streams}
-    for name in given if read else ():
-        if name not in read:
-            text = f"no service of this deployment reads the stream {name!r}: {suggestion(name, read)}"
-            click.echo(f"jobworker: {strip_control(text)}", err=True)
+    for name in given:
+        if name in read:
+            continue
+        if not store.exists(name):
+            text = f"there is no stream {name!r}"
+        elif read:
+            text = f"no service of this deployment reads the stream {name!r}"
+        else:
+            continue
+        hint = f": {suggestion(name, read)}" if read else ""
+        click.echo(f"jobworker: {strip_control(text + hint)}", err=True)
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def exit_if_refused(refused: Iterable[str]) -> None:
+    """Report what the store refused to show, on standard error; exits with 1 if there is any."""
+    texts = list(refused)
+    for text in texts:
+        click.echo(f"jobworker: {strip_control(redacted(with_deployment(text)))}", err=True)
+    if texts:
+        sys.exit(BAD_NEWS)
+
+
+def name_streams(streams: Sequence[str]) -> str:
+    """The streams in words, at most `MAX_IDS_NAMED` of them."""
+    names = ", ".join(strip_control(name) for name in streams[:MAX_IDS_NAMED])
+    return names + (f" and {len(streams) - MAX_IDS_NAMED} more" if len(streams) > MAX_IDS_NAMED else "")
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print columns as wide as their longest cell. A heading that ends in ``>`` aligns its column right."""
     names = [heading.rstrip(">") for heading in headings]
     widths = [max([len(name), *(columns(row[i]) for row in rows)]) for i, name in enumerate(names)]

@@ -1,7 +1,6 @@
 """``jobworker dlq``: list, show, requeue and purge dead letters."""
 
 import base64
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,9 +8,11 @@ from itertools import islice
 from typing import Any
 
 import click
+import msgspec
+import orjson
 
 from ..admin.dead_letters import BATCH_SIZE, BulkOperation, DeadLetterQueue, Letter, LetterFilter
-from ..admin.deployment import parse_sources
+from ..admin.deployment import StreamTable
 from ..admin.words import format_duration, pluralise, strip_control
 from ..outcome import Reason
 from ..quantities import MAX_COUNT, Count, Number
@@ -27,8 +28,11 @@ from .common import (
     echo_json,
     echo_missing,
     echo_unread_streams,
+    exit_if_refused,
+    explain_command,
     is_terminal,
-    table,
+    name_streams,
+    print_table,
     verb,
 )
 
@@ -76,13 +80,14 @@ class _SelectedByOptions(DeadLetterQueue):
         from ..store.redis.operator import OperatorStore
 
         store = OperatorStore(url)
-        names = [source.stream for source in parse_sources(streams, need_group=False)]
+        names = StreamTable(streams, need_group=False).names(store)
         self.now_s = store.wall_now_s(names[0])
         echo_unread_streams(store, names if streams else ())
         selected = LetterFilter(
             frozenset(ids), frozenset(reasons), frozenset(types), frozenset(tenants), error
         )
-        super().__init__(store, names, selected.with_ages(self.now_s, older_than, newer_than))
+        super().__init__(store, names, selected.with_ages(self.now_s, older_than, newer_than),
+                         leave_out_refused=True)  # fmt: skip
 
     def require_filter(self, all_of_them: bool) -> None:
         """Raises `click.UsageError` if nothing limits the selection and --all is not given."""
@@ -111,7 +116,8 @@ def _to_json(letter: Letter, payload: bool) -> dict[str, Any]:
         "bytes": len(letter.task or letter.raw or ""),
     }  # fmt: skip
     if payload:
-        fields["task"] = json.loads(letter.task) if letter.task else None
+        # As it was received: parsing would round numbers. Only white space is taken out.
+        fields["task"] = orjson.Fragment(msgspec.json.format(letter.task, indent=-1)) if letter.task else None
         fields["raw"] = letter.raw
     return fields
 
@@ -134,7 +140,9 @@ def list_(url: str, limit: int, payload: bool, as_json: bool, **selection: Any) 
     more = bool(limit) and len(letters) > limit
     letters = letters[:limit] if limit else letters
     if as_json:
-        echo_json({"dead_letters": [_to_json(letter, payload) for letter in letters], "more": more})
+        echo_json({"dead_letters": [_to_json(letter, payload) for letter in letters], "more": more,
+                   "refused": list(queue.refused.values())})  # fmt: skip
+        exit_if_refused(queue.refused.values())
         return
     rows = [
         [letter.id.decode(), format_duration(max(0.0, queue.now_s - letter.wall_s)),
@@ -144,8 +152,10 @@ def list_(url: str, limit: int, payload: bool, as_json: bool, **selection: Any) 
         for letter in letters
     ]  # fmt: skip
     if rows:
-        table(["ID", "AGE>", "REASON", "TYPE", "JOB", "TENANT", "ERROR"], rows)
-    click.echo("… and more: --limit 0 lists all" if more else pluralise(len(rows), "dead letter"), err=True)
+        print_table(["ID", "AGE>", "REASON", "TYPE", "JOB", "TENANT", "ERROR"], rows)
+    total = f"{pluralise(len(rows), 'dead letter')} of {name_streams(queue.streams)}"
+    click.echo("… and more: --limit 0 lists all" if more else total, err=True)
+    exit_if_refused(queue.refused.values())
 
 
 @verb(dlq)
@@ -167,14 +177,15 @@ def show(url: str, id: str, payload: bool, streams: tuple[str, ...], as_json: bo
     letters = list(queue.newest_first())
     if as_json:
         shown = [_to_json(letter, payload) | {"details": letter.details} for letter in letters]
-        echo_json({"dead_letters": shown})
+        echo_json({"dead_letters": shown, "refused": list(queue.refused.values())})
     for letter in letters if not as_json else ():
         _print(letter, payload, queue.now_s)
     if not letters:
-        click.echo(
-            f"no dead letter {strip_control(id)}; try: jobworker explain {strip_control(id)}", err=True
-        )
+        missing = f"no dead letter {strip_control(id)} of {name_streams(queue.streams)}"
+        click.echo(f"{missing}; try: {explain_command(id)}", err=True)
+        exit_if_refused(queue.refused.values())
         sys.exit(BAD_NEWS)
+    exit_if_refused(queue.refused.values())
 
 
 def _print(letter: Letter, payload: bool, now_s: float) -> None:
@@ -242,11 +253,13 @@ class _Report:
         operation = self._operation
         if as_json:
             echo_json({self._verb_done: operation.done, "gone": operation.gone, "skipped": operation.skipped,
-                       "missing": self._missing, "dry_run": operation.dry_run})  # fmt: skip
+                       "missing": self._missing, "dry_run": operation.dry_run,
+                       "refused": list(self._queue.refused.values())})  # fmt: skip
         else:
             skipped = f", {operation.skipped} skipped that hold no readable job" if operation.skipped else ""
             would_be = "would be " if operation.dry_run else ""
             click.echo(f"{operation.done} {would_be}{self._verb_done}{skipped}")
+        exit_if_refused(self._queue.refused.values())
         if self._queue.filter.ids and (operation.skipped or self._missing or not operation.done):
             sys.exit(BAD_NEWS)
 

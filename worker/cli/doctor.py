@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..admin.deployment import Deployment, parse_sources
+from ..admin.deployment import Deployment, StreamTable, UnknownGroup
 from ..admin.doctor import (
     fault_findings,
     host_findings,
@@ -22,7 +22,15 @@ from ..admin.words import strip_control
 from ..errors import ConfigurationError, StoreUnavailable
 from ..extension import extension
 from ..telemetry.log import redacted
-from .common import AS_JSON, BAD_NEWS, STREAMS, echo_json, verb_on_deployment
+from .common import (
+    AS_JSON,
+    BAD_NEWS,
+    STREAMS,
+    echo_json,
+    repair_of_store,
+    verb_on_deployment,
+    with_deployment,
+)
 
 
 def add_to(main: click.Group) -> None:
@@ -67,15 +75,17 @@ def _print(findings: list[Finding]) -> None:
         level = click.style(f"{finding.level:5}", fg=colour)
         click.echo(f"{level}  {strip_control(finding.subject)}: {strip_control(redacted(finding.says))}")
         if finding.do:
-            click.echo(f"       → {strip_control(finding.do)}")
+            click.echo(f"       → {strip_control(with_deployment(finding.do))}")
 
 
 def _deployment_findings(deployment: Deployment, streams: tuple[str, ...]) -> list[Finding]:
-    sources, services = parse_sources(streams), deployment.services()
+    table, services = StreamTable(streams), deployment.services()
     try:
-        store = read_store_facts(deployment.url, sources, services)
+        store = read_store_facts(deployment.url, table, services)
+    except UnknownGroup:
+        raise
     except (StoreUnavailable, ConfigurationError) as error:
-        return [Finding("wrong", "store", str(error), "is it running, and is this its url?")]
+        return [Finding("wrong", "store", str(error), repair_of_store(str(error)))]
     return [
         *(
             finding

@@ -1,7 +1,7 @@
 """``jobworker enqueue``: send one job, the same job many times, or one job per line of a file."""
 
-import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,14 +12,27 @@ from typing import Any
 
 import click
 import msgspec
+import orjson
 
 from ..admin.words import strip_control
+from ..envelope import MAX_TIMEOUT_S, MIN_TIMEOUT_S
+from ..errors import StoreUnavailable
+from ..extension import extension
 from ..flow import HIGHEST_PRIORITY
-from ..options import SECONDS
+from ..options import ExplicitOption
 from ..producer import NewJob, Producer, UnknownDestination
 from ..quantities import Count, Duration
 from ..safe_text import escape_control
-from .common import JobType, complete_streams, echo_json, is_terminal, standard_input, verb
+from .common import (
+    MAX_IDS_NAMED,
+    JobType,
+    complete_streams,
+    echo_json,
+    is_terminal,
+    standard_input,
+    verb,
+    with_deployment,
+)
 
 #: Jobs per call of the producer; the progress bar moves after each call.
 _BATCH_SIZE = 1000
@@ -42,14 +55,16 @@ _OPTIONS = [
                  "the defaults of a line."),
     click.option("--tenant", default="", help="Tenant of the job."),
     click.option("--project", default="", help="Project of the tenant."),
-    click.option("--stream", default=None, shell_complete=complete_streams,
-                 help="Stream to send it to.  [default: the stream of the type]"),
+    click.option("--stream", cls=ExplicitOption, default=None, shell_complete=complete_streams,
+                 help="Stream to send it to.  [default: the stream of the type, else that of a registered "
+                 "service that handles it, else JOBWORKER_STREAM]"),
     click.option("--id", "job_id", default=None,
                  help="Job id; with --count a number is appended.  [default: random]"),
     click.option("--priority", type=Count(0, HIGHEST_PRIORITY),
                  help="0 to 10; higher is more urgent.  [default: 5]"),
     click.option("--delay", type=Duration(), help="Run it this much later (seconds, or 15m)."),
-    click.option("--timeout", type=SECONDS, help="Timeout (seconds, or 5m)."),
+    click.option("--timeout", type=Duration(MIN_TIMEOUT_S, MAX_TIMEOUT_S),
+                 help="Timeout (seconds, or 5m), from 0.1 s to 24 h."),
     click.option("--count", type=Count(1), default=1, show_default=True,
                  help="Number of times to send it."),
     click.option("--json", "as_json", is_flag=True, help='Print {"ids": [...]}.'),
@@ -63,12 +78,12 @@ def enqueue(
 ) -> None:  # fmt: skip
     """Send a job of TYPE, or one for each line of --lines.
 
-    Exit code 0: the job store has accepted every job. After an interruption some jobs were sent. Give each
-    line its own id: then the whole file can be sent again.
+    Exit code 0: the job store has accepted every job. After an interruption some jobs were sent. A file that
+    is sent again runs its jobs again, also under the same ids: the service does not deduplicate. Idempotent
+    handlers then leave one effect if each line has its own id.
 
     \b
-    jobworker enqueue shout --tenant t1 --project p1 \\
-        --payload '{"tenant_id": "t1", "project_id": "p1", "ids": ["s1"], "texts": ["It rained."]}'
+    jobworker enqueue shout --tenant t001 --payload '{"text": "hello"}'
     jobworker enqueue --lines jobs.jsonl
     jobworker enqueue audit --lines - < events.jsonl      # lines like {"payload": {"who": "me"}}
     """
@@ -94,26 +109,31 @@ def enqueue(
 
 
 def _payload(text: str) -> Any:
-    """JSON from the text, from a file (``@FILE``) or from standard input (``-``). Raises
-    `click.BadParameter`."""
+    """JSON from the text, from a file (``@FILE``) or from standard input (``-``), with every digit of its
+    numbers. Raises `click.BadParameter`."""
     try:
         if text == "-":
             text = standard_input("--payload -").read().decode()
         elif text.startswith("@"):
             text = Path(text[1:]).read_text(encoding="utf-8")
-        return json.loads(text)
+        orjson.loads(text)  # its errors name the line and column
+        return msgspec.Raw(text.encode())
     except OSError as error:
         raise click.BadParameter(f"--payload: {error}") from error
-    except RecursionError as error:
-        raise click.BadParameter("--payload is nested too deeply") from error
     except ValueError as error:
-        raise click.BadParameter(f"--payload is not JSON: {error}") from error
+        raise click.BadParameter(f"--payload is not JSON: {_fault(error)}") from error
+
+
+def _fault(error: ValueError) -> str:
+    """What is wrong with a text, and where."""
+    text = str(error)
+    return f"nested too deeply: {text}" if " limit " in text else text
 
 
 def _send(url: str, job: NewJob, count: int) -> list[str]:
     """Send a job `count` times; the ids."""
     ids: list[str] = []
-    with _echoed_warnings(), Producer(url) as producer:
+    with _echoed_warnings(), Producer(url) as producer, _echoed_guesses(producer):
         hidden = count < _BATCH_SIZE or not is_terminal(sys.stderr)
         with click.progressbar(length=count, label="enqueued", file=sys.stderr, hidden=hidden) as bar:
             for start in range(0, count, _BATCH_SIZE):
@@ -138,25 +158,74 @@ def _echoed_warnings() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _echoed_guesses(producer: Producer) -> Iterator[None]:
+    """Say which types went to the default stream because no service is known: it may read another one."""
+    try:
+        yield
+    finally:
+        stream = extension().streams[0].stream
+        for job_type in sorted(producer.guessed)[:MAX_IDS_NAMED]:
+            click.echo(
+                f"jobworker: no service is registered yet, so jobs of type {strip_control(job_type)} go to "
+                f"{stream}; if their service reads another stream, give --stream or set JOBWORKER_STREAM",
+                err=True,
+            )
+
+
 def _numbered(job_id: str | None, number: int, count: int) -> str | None:
     return job_id if job_id is None or count == 1 else f"{job_id}-{number}"
 
 
+class _InvalidLine(ValueError):
+    """A line that is no job; the lines before it were sent."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(f"line {number}: {text}")
+        self.number = number
+
+
+def _how_to_continue(path: str, stored: int) -> str:
+    """Which lines are stored, and the command that sends the others."""
+    lines = f"lines 1 to {stored} are stored" if stored else "no line before is stored"
+    if path == "-":
+        return f"{lines}: send the lines from {stored + 1} on again"
+    options = [
+        f" --{name} {shlex.quote(str(value))}"
+        for name in ("tenant", "project", "stream", "delay", "timeout")
+        if (value := click.get_current_context().params.get(name))
+    ]
+    job_type = click.get_current_context().params.get("type")
+    command = (
+        f"jobworker enqueue --lines -{''.join(options)}{f' {shlex.quote(job_type)}' if job_type else ''}"
+    )
+    return f"{lines}; send the others: tail -n +{stored + 1} {shlex.quote(path)} | {with_deployment(command)}"
+
+
 def _send_lines(url: str, path: str, defaults: NewJob) -> list[str]:
     """Send one job per line; the ids. Raises ValueError for the first invalid line; the lines before it
-    were sent."""
+    were sent. Every error says which lines are stored and how to send the others."""
     ids: list[str] = []
+    stored = 0
     size = 0 if path == "-" else os.path.getsize(path)
     with (
         nullcontext(standard_input("--lines -")) if path == "-" else open(path, "rb") as file,
         _echoed_warnings(),
         Producer(url) as producer,
+        _echoed_guesses(producer),
     ):
         hidden = not size or not is_terminal(sys.stderr)
         with click.progressbar(length=size, label="enqueued", file=sys.stderr, hidden=hidden) as bar:
             numbered = enumerate(file, 1)
             while batch := list(islice(numbered, _BATCH_SIZE)):
-                ids += _send_batch(producer, _parse_lines(batch, defaults))
+                try:
+                    ids += _send_batch(producer, _parse_lines(batch, defaults))
+                except _InvalidLine as error:
+                    raise ValueError(f"{error}; {_how_to_continue(path, error.number - 1)}") from None
+                except StoreUnavailable as error:
+                    doubt = f"; some of the lines {stored + 1} to {batch[-1][0]} may be stored too"
+                    raise type(error)(f"{error}; {_how_to_continue(path, stored)}{doubt}") from error
+                stored = batch[-1][0]
                 bar.update(sum(len(line) for _, line in batch))
     return ids
 
@@ -171,9 +240,10 @@ def _send_batch(producer: Producer, jobs: Iterator[tuple[int, NewJob]]) -> list[
 
     try:
         return producer.enqueue_many(remember_number())
+    except _InvalidLine:
+        raise
     except ValueError as error:
-        text = str(error)
-        raise ValueError(text if text.startswith("line ") else f"line {number}: {text}") from None
+        raise _InvalidLine(number, str(error)) from None
 
 
 def _parse_lines(lines: list[tuple[int, bytes]], defaults: NewJob) -> Iterator[tuple[int, NewJob]]:
@@ -184,16 +254,29 @@ def _parse_lines(lines: list[tuple[int, bytes]], defaults: NewJob) -> Iterator[t
 
 def _parse_line(number: int, line: bytes, defaults: NewJob) -> NewJob:
     try:
-        fields = _decode(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"line {number}: not a JSON object: {error}") from None
+        fields = orjson.loads(line.decode())  # its own error for bad UTF-8 names no place
+    except ValueError as error:
+        raise _InvalidLine(number, f"not a JSON object: {_fault(error)}") from None
+    if not isinstance(fields, dict):
+        raise _InvalidLine(number, f"not a JSON object, but {line.strip()!r:.80}")
     unknown = fields.keys() - set(NewJob._fields)
     if unknown:
-        raise ValueError(f"line {number}: a job has no field {', '.join(map(repr, sorted(unknown)))}")
+        raise _InvalidLine(number, f"a job has no field {', '.join(map(repr, sorted(unknown)))}")
+    if "payload" in fields:
+        fields["payload"] = _line.decode(line).payload
     job = defaults._replace(**fields)
     if not job.type:
-        raise ValueError(f"line {number}: no type, and no TYPE was given as default")
+        raise _InvalidLine(number, "no type, and no TYPE was given as default")
+    if isinstance(job.timeout, int | float) and not MIN_TIMEOUT_S <= job.timeout <= MAX_TIMEOUT_S:
+        limits = f"{MIN_TIMEOUT_S:g} to {MAX_TIMEOUT_S:,.0f} seconds"
+        raise _InvalidLine(number, f"timeout is {job.timeout}: a service takes {limits}")
     return job
 
 
-_decode = msgspec.json.Decoder(dict[str, Any]).decode
+class _Line(msgspec.Struct):
+    """The part of a line that is sent as it is: parsing would round numbers."""
+
+    payload: msgspec.Raw
+
+
+_line = msgspec.json.Decoder(_Line)

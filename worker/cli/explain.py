@@ -1,15 +1,24 @@
 """``jobworker explain``: find a job and say why it waits."""
 
+import shlex
 import sys
 from dataclasses import asdict
 
 import click
 
-from ..admin.deployment import Deployment, parse_sources
+from ..admin.deployment import Deployment, StreamTable
 from ..admin.find_job import JobFinder, JobLocation
 from ..admin.words import strip_control
 from ..quantities import Count
-from .common import AS_JSON, BAD_NEWS, STREAMS, echo_json, verb_on_deployment
+from .common import (
+    AS_JSON,
+    BAD_NEWS,
+    STREAMS,
+    echo_json,
+    exit_if_refused,
+    verb_on_deployment,
+    with_deployment,
+)
 
 #: Entries scanned in each stream, retry set and dead-letter queue: about a second for all of them.
 _SCAN_LIMIT = 100_000
@@ -47,13 +56,15 @@ def explain(deployment: Deployment, id: str, scan: int, streams: tuple[str, ...]
     from ..store.redis.operator import OperatorStore
 
     store = OperatorStore(deployment.url)
-    finder = JobFinder(store, parse_sources(streams), deployment.answering_services(), scan)
+    finder = JobFinder(store, StreamTable(streams).sources(store), deployment.answering_services(), scan)
     locations = finder.find(id)
     if as_json:
         echo_json({"id": id, "found": [asdict(one) for one in locations], "complete": not finder.incomplete,
-                   "given_up": finder.incomplete, "looked_at": finder.scanned})  # fmt: skip
+                   "given_up": finder.incomplete, "looked_at": finder.scanned,
+                   "refused": finder.refused})  # fmt: skip
     else:
         _print(id, locations, finder)
+    exit_if_refused(finder.refused)
     if not locations:
         sys.exit(BAD_NEWS)
 
@@ -63,14 +74,15 @@ def _print(id: str, locations: list[JobLocation], finder: JobFinder) -> None:
         job_type = one.type or "unreadable"
         owner = f"{job_type}, tenant {one.tenant_id}" if one.tenant_id else job_type
         click.echo(f"{strip_control(one.job_id or id)} ({strip_control(owner)})")
-        click.echo(f"  {one.state} in {strip_control(one.stream)}: {strip_control(one.why)}")
+        click.echo(f"  {one.state} in {strip_control(one.stream)}: {strip_control(with_deployment(one.why))}")
         for name, value in one.facts.items():
             first, *others = str(value).splitlines() or [""]
             click.echo(f"    {name:16} {strip_control(first)}")
             for line in others:  # of a traceback
                 click.echo(" " * 21 + strip_control(line))
         if one.state == "dead":
-            click.echo(f"    send it again:   jobworker dlq requeue {one.facts['letter']}")
+            again = f"jobworker dlq requeue {one.facts['letter']} --stream {shlex.quote(one.stream)}"
+            click.echo(f"    send it again:   {strip_control(with_deployment(again))}")
     if not locations:
         searched = ", ".join(strip_control(name) for name in finder.searched[:_MAX_NAMED])
         click.echo(
@@ -79,4 +91,5 @@ def _print(id: str, locations: list[JobLocation], finder: JobFinder) -> None:
         )
     if finder.incomplete:
         names = ", ".join(strip_control(name) for name in finder.incomplete)
-        click.echo(f"scanned {finder.scanned} entries, but not all of: {names}; --scan N scans more")
+        more = "" if finder.refused else "; --scan N scans more"
+        click.echo(f"scanned {finder.scanned} entries, but not all of: {names}{more}")

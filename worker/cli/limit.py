@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from ..admin.deployment import parse_sources
+from ..admin.deployment import StreamTable
 from ..admin.words import strip_control
 from ..flow import FlowConfig, Limit, parse_limits
 from ..quantities import Count
-from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, JobType, echo_json, table, verb
+from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, JobType, echo_json, print_table, verb
 
 if TYPE_CHECKING:  # the client library takes a while to load
     from ..store.redis.operator import OperatorStore
@@ -37,7 +37,8 @@ def limit() -> None:
 def _open(url: str, streams: Sequence[str]) -> tuple["OperatorStore", list[str]]:
     from ..store.redis.operator import OperatorStore
 
-    return OperatorStore(url), [source.stream for source in parse_sources(streams, need_group=False)]
+    store = OperatorStore(url)
+    return store, list(StreamTable(streams, need_group=False).names(store))
 
 
 def _change(
@@ -69,7 +70,7 @@ def list_(url: str, streams: tuple[str, ...], as_json: bool) -> None:
         return echo_json({"streams": {name: msgspec.to_builtins(one) for name, one in configs.items()}})
     rows = [_row(name, one) for name, config in configs.items() for one in config.limits]
     if rows:
-        table(["STREAM", "NAME", "TYPE", "KEY", "CONCURRENCY>", "RATE>"], rows)
+        print_table(["STREAM", "NAME", "TYPE", "KEY", "CONCURRENCY>", "RATE>"], rows)
     else:
         click.echo("no limits")
     for name, config in configs.items():

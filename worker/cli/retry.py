@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..admin.deployment import parse_sources
+from ..admin.deployment import StreamTable
 from ..admin.retries import RetrySet, ScheduledRetry
 from ..admin.words import format_duration, pluralise, strip_control
 from ..quantities import Count
@@ -20,7 +20,9 @@ from .common import (
     echo_json,
     echo_missing,
     echo_unread_streams,
-    table,
+    exit_if_refused,
+    name_streams,
+    print_table,
     verb,
 )
 
@@ -51,10 +53,10 @@ def _open_retries(
 ) -> RetrySet:
     from ..store.redis.operator import OperatorStore
 
-    names = [source.stream for source in parse_sources(streams, need_group=False)]
     store = OperatorStore(url)
+    names = StreamTable(streams, need_group=False).names(store)
     echo_unread_streams(store, names if streams else ())
-    return RetrySet(store, names, frozenset(ids), frozenset(types), frozenset(tenants))
+    return RetrySet(store, names, frozenset(ids), frozenset(types), frozenset(tenants), {})
 
 
 @verb(retry, "list")
@@ -73,7 +75,9 @@ def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **selec
     jobs = jobs[:limit] if limit else jobs
     now_s = retries.store.wall_now_s(retries.streams[0])
     if as_json:
-        echo_json({"retries": [_to_json(one, now_s) for one in jobs], "more": more})
+        refused = list((retries.refused or {}).values())
+        echo_json({"retries": [_to_json(one, now_s) for one in jobs], "more": more, "refused": refused})
+        exit_if_refused(refused)
         return
     rows = [
         [_due(one.scheduled.due_wall_s - now_s), _retry_count(one), strip_control(one.job.type, 20),
@@ -81,13 +85,15 @@ def list_(url: str, limit: int, as_json: bool, streams: tuple[str, ...], **selec
         for one in jobs
     ]  # fmt: skip
     if rows:
-        table(["DUE>", "RETRY>", "TYPE", "JOB", "TENANT", "STREAM"], rows)
+        print_table(["DUE>", "RETRY>", "TYPE", "JOB", "TENANT", "STREAM"], rows)
     click.echo(
         "… and more: --limit 0 lists all"
         if more
-        else f"{pluralise(len(rows), 'job waits', 'jobs wait')} for a retry or a delayed start",
+        else f"{pluralise(len(rows), 'job waits', 'jobs wait')} for a retry or a delayed start in "
+        f"{name_streams(retries.streams)}",
         err=True,
     )
+    exit_if_refused((retries.refused or {}).values())
 
 
 def _retry_count(one: ScheduledRetry) -> str:
@@ -135,5 +141,6 @@ def now(
         echo_json({"hastened": moved, "missing": missing, "dry_run": dry_run})
     else:
         click.echo(f"{pluralise(moved, 'job')} {'would be' if dry_run else 'made'} due now")
+    exit_if_refused((retries.refused or {}).values())
     if missing:
         sys.exit(BAD_NEWS)

@@ -1,17 +1,26 @@
 """``jobworker stats``: queue depths, workers and rates, printed once."""
 
+import shlex
 import time
 
 import click
 
-from ..admin.deployment import Deployment
+from ..admin.deployment import Deployment, StreamTable
 from ..admin.overview import Overview, open_poller
 from ..admin.words import format_duration, pluralise, strip_control
 from ..errors import StoreUnavailable
 from ..quantities import Duration
 from ..store.operator import LaneCounts
 from ..telemetry.log import redacted
-from .common import AS_JSON, STREAMS, echo_json, table, verb_on_deployment
+from .common import (
+    AS_JSON,
+    STREAMS,
+    echo_json,
+    echo_unread_streams,
+    print_table,
+    verb_on_deployment,
+    with_deployment,
+)
 from .top import to_json
 
 
@@ -35,13 +44,18 @@ def stats(deployment: Deployment, streams: tuple[str, ...], watch: float | None,
     jobworker stats
     jobworker stats --watch 5 --json
     """
-    poller = open_poller(deployment, streams)
+    table = StreamTable(streams)
+    poller = open_poller(deployment, table)
     overview = poller.snapshot()
     if watch:
         time.sleep(watch)  # rates need two snapshots
         overview = poller.snapshot()
     if overview.error:
         raise StoreUnavailable(overview.error)
+    if streams:
+        from ..store.redis.operator import OperatorStore
+
+        echo_unread_streams(OperatorStore(deployment.url), [source.stream for source in table.latest])
     if as_json:
         echo_json(to_json(overview))
         return
@@ -52,11 +66,11 @@ def _print_lanes(stream: str, counts: LaneCounts) -> None:
     by_priority = ", ".join(f"{number}: {count}" for number, count in counts.by_priority.items())
     click.echo(f"{stream}: {counts.waiting} of the queued jobs are sorted; by priority {by_priority}")
     rows = [[strip_control(tenant), str(count)] for tenant, count in counts.largest_tenants.items()]
-    table(["TENANT", "WAITING>"], rows)
+    print_table(["TENANT", "WAITING>"], rows)
 
 
 def _print(overview: Overview) -> None:
-    table(
+    print_table(
         ["STREAM", "GROUP", "QUEUED>", "PENDING>", "RETRYING>", "DEAD>", "OLDEST>"],
         [
             [
@@ -71,9 +85,10 @@ def _print(overview: Overview) -> None:
     for stream, counts in overview.lanes.items():
         _print_lanes(stream, counts)
     for text in overview.refused:
-        click.echo(strip_control(redacted(text)), err=True)
+        click.echo(strip_control(redacted(with_deployment(text))), err=True)
     for pause in overview.pauses:
-        click.echo(f"{strip_control(pause.kind)} is paused: jobworker resume {strip_control(pause.kind)}")
+        resume = f"jobworker resume {shlex.quote(strip_control(pause.kind))}"
+        click.echo(f"{strip_control(pause.kind)} is paused: {with_deployment(resume)}")
     for service in (one for one in overview.services if not one.status):
         message = f"no service answers at {service.url}: {strip_control(redacted(service.error))}"
         click.echo(f"{message}; give the url of each service by --metrics-url", err=True)
@@ -87,4 +102,4 @@ def _print(overview: Overview) -> None:
             [strip_control(job_type), *(f"{rates[name]:.1f}" for name in names)]
             for job_type, rates in sorted(overview.rates.items())
         ]
-        table(["TYPE", *(f"{name.upper()}/s>" for name in names)], rows)
+        print_table(["TYPE", *(f"{name.upper()}/s>" for name in names)], rows)

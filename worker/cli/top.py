@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from ..admin.deployment import Deployment
+from ..admin.deployment import Deployment, StreamTable
 from ..admin.overview import Overview, open_poller
 from ..admin.words import format_duration
 from ..errors import StoreUnavailable
@@ -53,7 +53,7 @@ def top(deployment: Deployment, interval: float, once: bool, streams: tuple[str,
     jobworker top
     jobworker top --metrics-url http://a:9464 --metrics-url http://b:9464
     """
-    poller = open_poller(deployment, streams)
+    poller = open_poller(deployment, StreamTable(streams))
     if as_json or once or not is_terminal(sys.stdout) or os.environ.get("TERM", "dumb") == "dumb":
         poller.snapshot()
         time.sleep(_FIRST_INTERVAL_S)  # rates need two snapshots

@@ -1,15 +1,13 @@
 """``jobworker url``: print the addresses of a deployment."""
 
-from pathlib import Path
-
 import click
 
-from ..admin.deployment import Deployment
+from ..admin.deployment import Deployment, stopped_service
 from ..admin.words import strip_control
 from ..errors import ConfigurationError
 from ..extension import extension
 from ..telemetry.log import redacted
-from .common import AS_JSON, echo_json, table, verb_on_deployment
+from .common import AS_JSON, echo_json, print_table, verb_on_deployment
 
 
 def add_to(main: click.Group) -> None:
@@ -38,13 +36,14 @@ def url(deployment: Deployment, name: str | None, as_json: bool) -> None:
     redis-cli -u "$(jobworker url redis)"
     """
     addresses = _addresses(deployment)
-    pid = deployment.endpoints.get("pid")
-    if isinstance(pid, int) and not Path(f"/proc/{pid}").exists():
+    if stopped_service("", deployment.endpoints):
         click.echo("jobworker: no service runs there: these are the addresses of its last run", err=True)
     if as_json:
         echo_json({name: addresses[name]} if name and name in addresses else {} if name else addresses)
     elif name is None:
-        table(["NAME", "ADDRESS"], [[key, strip_control(redacted(one))] for key, one in addresses.items()])
+        print_table(
+            ["NAME", "ADDRESS"], [[key, strip_control(redacted(one))] for key, one in addresses.items()]
+        )
     elif name not in addresses:
         raise ConfigurationError(f"the address of {name} is not known here: endpoints.json does not list it")
     else:

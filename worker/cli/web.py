@@ -8,7 +8,7 @@ import click
 from ..admin.deployment import Deployment
 from ..errors import ConfigurationError
 from ..extension import how_to_install
-from ..options import ENV_PREFIX
+from ..options import ENV_PREFIX, ExplicitOption
 from ..quantities import Duration
 from ..telemetry import log
 from .common import STREAMS, is_terminal, verb_on_deployment
@@ -18,9 +18,10 @@ def add_to(main: click.Group) -> None:
     """Add the verb to ``jobworker``."""
     command = STREAMS(web)
     for option in reversed((
-        click.option("--listen", default="127.0.0.1:9465", show_default=True, metavar="HOST:PORT",
-                     envvar=f"{ENV_PREFIX}_WEB_LISTEN", help="Address to listen on; port 0 picks one."),
-        click.option("--token-file", default="", type=click.Path(dir_okay=False),
+        click.option("--listen", cls=ExplicitOption, default="127.0.0.1:9465", show_default=True,
+                     metavar="HOST:PORT", envvar=f"{ENV_PREFIX}_WEB_LISTEN",
+                     help="Address to listen on; port 0 picks one."),
+        click.option("--token-file", cls=ExplicitOption, default="", type=click.Path(dir_okay=False),
                      envvar=f"{ENV_PREFIX}_WEB_TOKEN_FILE",
                      help=f"File with the token for logging in.  [default: {ENV_PREFIX}_WEB_TOKEN]"),
         click.option("--allow-actions", is_flag=True, envvar=f"{ENV_PREFIX}_WEB_ALLOW_ACTIONS",

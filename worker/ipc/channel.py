@@ -7,7 +7,7 @@ program ends, and no resource tracker unlinks it under a living process.
 import mmap
 import os
 import select
-from typing import Self
+from typing import NamedTuple, Self
 
 import msgspec
 
@@ -28,6 +28,13 @@ class OutcomeFrame(msgspec.Struct, array_like=True, gc=False):
 
     row: int
     failure: Failure
+
+
+class Woken(NamedTuple):
+    """What ended a wait: there may be jobs, the control socket has a message; neither after the timeout."""
+
+    jobs: bool
+    control: bool
 
 
 _HEADER_BYTES = 4096
@@ -183,13 +190,13 @@ class Channel:
         """Signal that there are outcomes, or that the phase or the batch hint changed."""
         os.eventfd_write(self.fds[2], 1)
 
-    def wait_for_jobs(self, timeout_s: float, control_fd: int) -> bool:
-        """Wait for jobs, a message on ``control_fd`` or the timeout (worker). True if there may be jobs."""
+    def wait_for_jobs(self, timeout_s: float, control_fd: int) -> Woken:
+        """Wait for jobs, a message on ``control_fd`` or the timeout (worker)."""
         poll = select.poll()
         poll.register(self.fds[1], select.POLLIN)
         poll.register(control_fd, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(timeout_s * 1000)]
-        return self.fds[1] in ready and clear_eventfd(self.fds[1])
+        return Woken(self.fds[1] in ready and clear_eventfd(self.fds[1]), control_fd in ready)
 
     def close(self) -> None:
         """Unmap and close. The kernel frees the memory once every process has done so."""

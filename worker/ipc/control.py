@@ -22,28 +22,6 @@ _MAX_FDS = 16
 _WARNINGS, _WARNING_CHARS = 16, 1000
 
 
-class Standby(msgspec.Struct, tag=True, frozen=True):
-    """To a child: wait as a warm standby until Start makes it the next reader or reaper."""
-
-    number: int
-    parent_pid: int
-    instance: str
-
-
-class Start(msgspec.Struct, tag=True, frozen=True):
-    """To a child: its role and the settings as JSON. Only Standby may precede it.
-
-    The descriptors of a worker's channel or of the reader's crash marks are attached. ``blackbox_fd`` is
-    inherited under that number: faulthandler writes the stacks of a crash there.
-    """
-
-    role: str
-    slot: int
-    parent_pid: int
-    blackbox_fd: int
-    settings: bytes
-
-
 class Attach(msgspec.Struct, tag=True, frozen=True):
     """To the reader: worker ``slot`` has a new channel, whose three descriptors are attached."""
 
@@ -128,9 +106,7 @@ class Report(msgspec.Struct, tag=True, frozen=True):
 
 
 Message = (
-    Standby
-    | Start
-    | Attach
+    Attach
     | SyncDone
     | WorkerExited
     | ExitReclaimed
@@ -155,7 +131,7 @@ class ControlSocket:
 
     @classmethod
     def pair(cls) -> tuple["ControlSocket", socket.socket]:
-        """The parent's end, and the socket that the child inherits."""
+        """The parent's end, and the socket that the child gets."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MAX_MESSAGE_BYTES)

@@ -23,6 +23,8 @@ _ANSWER_MARGIN_S = 2.0
 _MOST_ENTRIES = 1024
 #: Target size of an answer (bytes).
 _ANSWER_BYTES = 4 * 1024 * 1024
+#: Entries of an answer that are worth reading on before they are admitted.
+_MANY = 64
 #: Entries of the first read, while no size is known: as many of the largest jobs as a host can hold.
 _FIRST_ENTRIES = 8
 #: Most entries of a page of the pending list or of a claim.
@@ -234,7 +236,7 @@ class Intake:
         """Take the answer of a read whose descriptor became readable.
 
         The next read starts before the entries are admitted if they are many, so that the server works in
-        parallel.
+        parallel. Else the workers come first: the server would compete with them.
         """
         if stream_no not in self._answer_by:
             return  # a Drain of the same select() has ended the read
@@ -243,7 +245,7 @@ class Intake:
         self._marks.mark_answer(stream_no)
         with self._faults.guard(stream_no):
             entries = self._finish_read(stream_no)
-            if entries and self._read_counts[stream_no].is_largest and not self.draining:
+            if len(entries) >= _MANY and self._read_counts[stream_no].is_largest and not self.draining:
                 self._begin_read(stream_no, self._dispatcher.capacity(stream_no) - len(entries))
             self._admit(stream_no, entries, is_new=True)
         self._marks.clear()

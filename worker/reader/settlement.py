@@ -140,9 +140,15 @@ class Settler:
 
     # -- outcomes
 
-    def settle(self, workers: Iterable[WorkerHandle], rejected: Sequence[RejectedEntry]) -> SettlementBatch:
+    def settle(self, workers: Sequence[WorkerHandle], rejected: Sequence[RejectedEntry]) -> SettlementBatch:
         """Settle all outcomes of these workers and the held ones, and dead-letter the rejected entries."""
         batch = SettlementBatch()
+        if not (rejected or self._held.done or self._held.failed or any(len(one.table) for one in workers)):
+            # An idle service: a new job waits for the end of this tick.
+            self._unsure.clear()
+            for worker in workers:
+                worker.is_new = False
+            return batch
         outcomes = [self._collect(worker) for worker in workers]
         for one in outcomes:
             for run in one.succeeded:
@@ -261,8 +267,7 @@ class Settler:
         if isinstance(decision, GiveUp):
             log.error("job.dead_lettered", extra={**fields, "reason": decision.reason})
             self._trace("give up", envelope, row, failure.error, reason=decision.reason)
-            is_readable = decision.reason != Reason.MALFORMED
-            self._dead_letter(batch, job, data, decision.reason, envelope if is_readable else None)
+            self._dead_letter(batch, job, data, decision.reason, envelope)
             return
         log.warning("job.retry_scheduled", extra={**fields, "delay_s": round(decision.delay_s, 3)})
         self._trace("retry", envelope, row, failure.error, delay_s=decision.delay_s)
@@ -291,7 +296,7 @@ class Settler:
         self._add_dead_letter(batch, rejected, type_name, self._worker_name(None))
 
     def _dead_letter(
-        self, batch: SettlementBatch, job: FailedJob, data: bytes, reason: Reason, envelope: Header | None
+        self, batch: SettlementBatch, job: FailedJob, data: bytes, reason: Reason, envelope: Header
     ) -> None:
         row = job.row
         details = job.details

@@ -20,11 +20,12 @@ _MAX_BYTES = 512 * 1024
 
 
 class Announcement(NamedTuple):
-    """Types and streams of one service, renewed at a unix time (seconds, the store's clock)."""
+    """Types and streams of one service, renewed at a unix time (seconds, the store's clock). ``sources`` keep
+    the order of its --stream table."""
 
     service: str
     types: frozenset[str]
-    sources: frozenset[Source]
+    sources: tuple[Source, ...]
     wall_renewed_s: float
 
     @property
@@ -39,6 +40,19 @@ class Announcement(NamedTuple):
     def is_outdated(self, wall_now_s: float) -> bool:
         """Whether the record can be deleted."""
         return abs(wall_now_s - self.wall_renewed_s) > FORGET_AFTER_S
+
+
+def stream_for(
+    job_type: str, announcements: Iterable[Announcement], preferred: str, wall_now_s: float
+) -> str | None:
+    """The stream of the services that handle a type: ``preferred`` if one of them reads it, else the first
+    stream of the first service by name. Running services come first. None if no service handles the type."""
+    handling = [one for one in announcements if job_type in one.types and one.sources]
+    running = [one for one in handling if one.is_running(wall_now_s)]
+    candidates = sorted(running or handling, key=lambda one: one.service)
+    if any(preferred in one.streams for one in candidates):
+        return preferred
+    return candidates[0].sources[0].stream if candidates else None
 
 
 class _Record(msgspec.Struct):
@@ -74,6 +88,6 @@ def parse(records: Mapping[bytes, bytes]) -> list[Announcement]:
         except (ValueError, RecursionError):
             continue
         name = service.decode(errors="replace")
-        sources = frozenset(Source(*pair) for pair in record.streams.items())
+        sources = tuple(Source(*pair) for pair in record.streams.items())
         found.append(Announcement(name, frozenset(record.types), sources, record.renewed))
     return found

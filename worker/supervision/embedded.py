@@ -17,7 +17,7 @@ from ..data_dir import HOST, DataDir, free_port, kept_secret, private_folder, so
 from ..errors import ConfigurationError, Exit
 from ..extension import extension, how_to_install, imported
 from ..settings import Settings
-from .process import Process, RestartBackoff
+from .process import Command, RestartBackoff
 
 #: A probe answers at once or not at all: both are on this machine.
 _PROBE_TIMEOUT_S = 1.0
@@ -173,7 +173,7 @@ class _Kept:
 
     def __init__(self, store: Embedded) -> None:
         self.store = store
-        self.process: Process | None = None
+        self.process: Command | None = None
         self.backoff = RestartBackoff()
         self.asked_at = 0.0
 
@@ -248,10 +248,10 @@ class Stores:
             log.error("child.spawn_failed", extra={"child": kept.store.name, "error": str(error)})
             kept.backoff.record_exit(now, was_ready=False, lived_s=0.0)
 
-    def _start(self, store: Embedded, now: float) -> Process:
+    def _start(self, store: Embedded, now: float) -> Command:
         tether = [sys.executable, "-P", "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
         assert self._data is not None
-        return Process(store.name, [*tether, *store.command()], [self._data.lock_fd], now)
+        return Command(store.name, [*tether, *store.command()], [self._data.lock_fd], now)
 
     def stop(self) -> None:
         """Ask all to end, then make them."""

@@ -1,14 +1,8 @@
-"""Guard process: kills the process groups of the workers when the supervisor exits for any cause.
-
-``python -I guard.py FD TITLE``. Each message on the socket FD lists the process ids of all group leaders.
-The end of the socket means that the supervisor has exited. The file imports nothing of the service, so that
-the process stays small.
-"""
+"""Guard process: kills the process groups of the workers when the supervisor exits for any cause."""
 
 import os
 import signal
 import socket
-import sys
 from contextlib import suppress
 
 from setproctitle import setproctitle
@@ -17,21 +11,18 @@ from setproctitle import setproctitle
 _MESSAGE_BYTES = 64 * 1024
 
 
-def main() -> None:
-    """Run until the socket ends, then kill the groups of the last message."""
-    sock = socket.socket(fileno=int(sys.argv[1]))
-    setproctitle(sys.argv[2])
-    # A terminal or service manager signals every process, and the supervisor may still need this one.
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    os.setsid()
+def main(socket_fd: int, title: str) -> None:
+    """Run until the socket ends, then kill the groups of the last message.
+
+    Each message lists the process ids of all group leaders. The end of the socket means that the supervisor
+    has exited. The forkserver may exit before: nothing ties this process to it.
+    """
+    sock = socket.socket(fileno=socket_fd)
+    setproctitle(title)
+    os.setsid()  # the forkserver ignores what a terminal or service manager sends to all, and so do we
     leader_pids: list[int] = []
     while message := sock.recv(_MESSAGE_BYTES):
         leader_pids = [int(pid) for pid in message.split()]
     for pid in leader_pids:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main()

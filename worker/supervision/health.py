@@ -1,6 +1,5 @@
 """HTTP server of the supervisor for /metrics, /healthz, /readyz and /status; runs in its own threads."""
 
-import json
 import resource
 import socket
 import threading
@@ -9,6 +8,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
+from ..safe_text import safe_json
 from ..telemetry.prometheus import CONTENT_TYPE, PrometheusCollector
 
 #: Open connections. Above this the oldest one is closed, first among those without a complete request.
@@ -26,6 +26,10 @@ class Health(NamedTuple):
     ready: bool
     reasons: list[str]
     details: dict[str, Any]
+
+
+def _json_line(value: dict[str, Any]) -> bytes:
+    return safe_json(value).encode() + b"\n"
 
 
 class HealthServer:
@@ -138,19 +142,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer_json(health.live and health.ready, health)
             case "/status":
                 status = self.status()
-                body = (
-                    json.dumps(
-                        status or {"error": "the supervisor did not answer within 2 s; try again"}
-                    ).encode()
-                    + b"\n"
-                )
-                self._answer(200 if status else 503, "application/json", body)
+                error = {"error": "the supervisor did not answer within 2 s; try again"}
+                self._answer(200 if status else 503, "application/json", _json_line(status or error))
             case _:
                 self._answer(404, "text/plain", b"try /metrics, /healthz, /readyz or /status\n")
 
     def _answer_json(self, ok: bool, health: Health) -> None:
         body = {"ok": ok, "reasons": health.reasons, **health.details}
-        self._answer(200 if ok else 503, "application/json", json.dumps(body).encode() + b"\n")
+        self._answer(200 if ok else 503, "application/json", _json_line(body))
 
     def _answer(self, status: int, content_type: str, body: bytes) -> None:
         self.send_response(status)

@@ -16,14 +16,14 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 def tie_to_parent(parent_pid: int) -> None:
     """Let the kernel send SIGKILL to this process when its parent exits (Linux, prctl(2)).
 
-    Exits at once if the parent has already exited: the kernel sends no signal for that. Raises OSError if the
-    kernel refuses.
+    If the parent has already exited, this function sends the signal: the kernel sends none for that. Raises
+    OSError if the kernel refuses.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent_pid:
-        sys.exit("the parent is gone")
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def become_subreaper() -> None:

@@ -8,12 +8,12 @@ import logging
 import os
 import signal
 import socket
-import sys
+from collections import Counter
 from collections.abc import Set
 from contextlib import suppress
-from pathlib import Path
 
-from .process import Process, RestartBackoff
+from .forkserver import ForkServer, PassedFd
+from .process import ForkedProcess, Process, RestartBackoff
 
 log = logging.getLogger("jobworker.process_groups")
 
@@ -21,7 +21,6 @@ log = logging.getLogger("jobworker.process_groups")
 _GRACE_S = 1.0
 #: Time after which a process that SIGKILL does not end is left alone: it must not hold up a stop.
 _GIVE_UP_S = 3.0
-_GUARD = Path(__file__).with_name("guard.py")
 #: How long the guard may take to exit once its socket is closed.
 _GUARD_EXIT_S = 2.0
 
@@ -41,8 +40,8 @@ class ProcessGroups:
         return set(self._mono_kill_at_s)
 
     def end(self, leader_pid: int, mono_now_s: float) -> None:
-        """End the group of a worker that has exited and was collected."""
-        if _reap(leader_pid):
+        """End the group of a worker that has exited and was collected; 0 if it was never forked."""
+        if leader_pid and _reap(leader_pid):
             _signal(leader_pid, signal.SIGTERM)
             self._mono_kill_at_s[leader_pid] = mono_now_s + _GRACE_S
 
@@ -93,16 +92,27 @@ def reap_adopted() -> None:
 class GroupGuard:
     """Process that kills the workers' groups when the supervisor is killed; restarted if it exits."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, server: ForkServer, title: str) -> None:
+        self._server = server
         self._title = title
-        self._process: Process | None = None
+        self._process: ForkedProcess | None = None
         self._socket: socket.socket | None = None
         self._backoff = RestartBackoff()
         self._protected: Set[int] = frozenset()
+        self._restarts: Counter[str] = Counter()
+
+    def take_restarts(self) -> list[tuple[str, tuple[str, ...], float]]:
+        """Unexpected exits since the last call, as counts of z_novel_worker_restarts_total."""
+        taken, self._restarts = self._restarts, Counter()
+        return [("z_novel_worker_restarts_total", ("guard", cause), n) for cause, n in taken.items()]
 
     def update(self, leader_pids: Set[int], mono_now_s: float) -> None:
         """Tell the guard which groups there are, and start it if it does not run."""
-        if self._process is not None and self._process.collect() is not None:
+        if self._process is not None and (exited := self._process.collect()) is not None:
+            log.error("child.exited", extra={
+                "child": "guard", "process_id": self._process.pid, "cause": exited.cause,
+            })  # fmt: skip
+            self._restarts[exited.cause] += 1
             lived_s = mono_now_s - self._process.mono_started_s
             self._backoff.record_exit(mono_now_s, was_ready=True, lived_s=lived_s)
             self._process.close()
@@ -126,8 +136,10 @@ class GroupGuard:
         self._socket.setblocking(False)
         self._protected = frozenset()
         with theirs:
-            command = [sys.executable, "-I", str(_GUARD), str(theirs.fileno()), self._title]
-            self._process = Process("guard", command, [theirs.fileno()], mono_now_s)
+            self._process = ForkedProcess(
+                self._server, "guard", "jobworker.worker.supervision.guard:main",
+                (PassedFd(theirs.fileno()), self._title), mono_now_s,
+            )  # fmt: skip
 
     def _send(self, leader_pids: Set[int]) -> bool:
         assert self._socket is not None

@@ -6,6 +6,7 @@ import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..errors import Exit
@@ -27,12 +28,14 @@ from ..ipc.control import (
 )
 from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings, cores
+from ..store_advice import store_advice
 from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.prometheus import PrometheusCollector
-from .process import Child, ProcessExit
+from .forkserver import ForkServer
+from .process import Child, ProcessExit, RestartBackoff
 from .process_groups import ProcessGroups
 from .signals import SignalQueue
-from .slots import Slot, Standbys, state
+from .slots import Slot, state
 from .status import child_status
 
 log = logging.getLogger("jobworker.process_manager")
@@ -52,6 +55,8 @@ _MIN_PARALLEL_STARTS = 2
 #: Consecutive exits before becoming ready, after which we stop restarting: at the first start, and later.
 _MAX_START_ATTEMPTS, _CRASH_LOOP_EXITS = 3, 6
 _GAUGES_EVERY_S = 0.5
+#: Interval of memory samples: while a job runs, which may use up the memory, and otherwise.
+_SAMPLE_BUSY_EVERY_S, _SAMPLE_IDLE_EVERY_S = 0.1, 2.0
 #: Causes that an operator or the kernel (out of memory) can produce at any moment: no proof against an entry.
 _EXTERNAL_CAUSES = frozenset({"SIGKILL", "SIGTERM"})
 
@@ -68,16 +73,17 @@ class ProcessManager:
         self,
         settings: Settings,
         metrics: PrometheusCollector,
-        new_child: Callable[[float], Child] = Child,
+        server: ForkServer,
+        new_child: Callable[..., Child] = Child,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
+        self._server = server
         self._new_child = new_child
         self._reader = Slot("reader")
         self._reaper = Slot("reaper")
         self._workers = [Slot("worker", number) for number in range(settings.procs)]
         self._slots = [self._reader, self._reaper, *self._workers]
-        self._standbys = Standbys(new_child)
         self._groups = ProcessGroups()
         self._marks = CrashMarks.create()
         self._exited: dict[tuple[int, int], tuple[WorkerExited, Channel]] = {}
@@ -107,6 +113,7 @@ class ProcessManager:
 
     def tick(self, now: float) -> Exit | None:
         """Take one step towards the desired state. Returns an exit code if that state is out of reach."""
+        self._collect_server()
         for slot in self._slots:
             for child in slot.children():
                 self._receive(child, now)
@@ -119,9 +126,6 @@ class ProcessManager:
             self._schedule_recycle(slot, now)
         self._groups.tick(now)
         self._continue_restart(now)
-        # A starting standby must not take CPU time from children that the service waits for.
-        wanted = self._steady and not self._draining and not self._count_importing(now)
-        self._standbys.maintain(self._settings, now, wanted=wanted)
         if now - self._mono_gauged_s > _GAUGES_EVERY_S:
             self._mono_gauged_s = now
             self._metrics.put(("z_novel_workers", (state,), n) for state, n in self.states().items())
@@ -134,14 +138,13 @@ class ProcessManager:
         poll = select.poll()
         poll.register(queue, select.POLLIN)
         for child in self._children():
-            poll.register(child.pidfd, select.POLLIN)
+            poll.register(child.event_fd, select.POLLIN)
             poll.register(child.control, select.POLLIN)
         poll.poll(timeout_s * 1000)
 
     def _children(self) -> Iterator[Child]:
         for slot in self._slots:
             yield from slot.children()
-        yield from self._standbys
 
     # -- messages from children
 
@@ -202,6 +205,15 @@ class ProcessManager:
 
     # -- exits and starts
 
+    def _collect_server(self) -> None:
+        """Log the exit of the forkserver. The next start of a child starts its successor."""
+        code = self._server.collect()
+        if code is None:
+            return
+        cause = signal.Signals(-code).name if code < 0 else f"exit {code}"
+        log.error("child.exited", extra={"child": "forkserver", "cause": cause})
+        self._metrics.add([("z_novel_worker_restarts_total", ("forkserver", cause), 1)])
+
     def _collect(self, slot: Slot, child: Child, now: float) -> None:
         exited = child.collect()
         if exited is None:
@@ -230,7 +242,8 @@ class ProcessManager:
             slot.unexpected_exits += 1
             slot.backoff.record_exit(now, was_ready=child.ready, lived_s=now - child.mono_started_s)
         if child.channel is not None:
-            self._record_exit(child, child.channel, exited, charge=not expected)
+            charge = not expected and not exited.with_forkserver  # no job is to blame for that
+            self._record_exit(child, child.channel, exited, charge=charge)
         elif slot is self._reader:
             self._count_reader_death(child, exited)
 
@@ -287,20 +300,19 @@ class ProcessManager:
 
     def _spawn(self, slot: Slot, now: float) -> Child:
         slot.generation += 1
+        new_child = partial(
+            self._new_child, self._server, slot.role, slot.number, slot.generation, self._settings, now
+        )
         if slot.role == "worker":
             channel = Channel.create(self._settings.max_payload)
             try:
-                child = self._new_child(now)
+                child = new_child(channel=channel)
             except OSError:
                 channel.close()
                 raise
-            child.start_role(slot.role, slot.number, slot.generation, self._settings, now, channel)
             self._send_to_reader(Attach(child.slot_no, child.generation), channel.fds)
             return child
-        # A drain ends the standbys as well, so none is taken then.
-        child = (None if self._draining else self._standbys.take()) or self._new_child(now)
-        marks = self._marks if slot is self._reader else None
-        child.start_role(slot.role, slot.number, slot.generation, self._settings, now, marks=marks)
+        child = new_child(marks=self._marks if slot is self._reader else None)
         child.stopping = self._draining
         if slot is self._reader:
             self._resync_reader(child)
@@ -327,6 +339,8 @@ class ProcessManager:
     # -- limits
 
     def _enforce_limits(self, child: Child, now: float) -> None:
+        self._check_server(child, now)
+        self._sample_memory(child, now)
         self._end_stopped_start(child, now)
         kill_cause = self._kill_cause(child, now)
         if not kill_cause:
@@ -338,6 +352,23 @@ class ProcessManager:
             child.kill(signal.SIGUSR2)
         elif now - child.mono_overdue_s > (_DUMP_S if kill_cause != "rss" else 0.0):
             child.kill(signal.SIGKILL)  # a process over its memory limit gets no time to grow further
+
+    def _check_server(self, child: Child, now: float) -> None:
+        """Kill a forkserver that is stuck: it does not report a start or an exit."""
+        if not child.is_unanswered():
+            child.mono_unanswered_s = None
+        elif child.mono_unanswered_s is None:
+            child.mono_unanswered_s = now
+        elif now - child.mono_unanswered_s > _STUCK_AFTER_S:
+            log.error("forkserver.stuck", extra={"child": child.name})
+            self._server.kill()
+
+    def _sample_memory(self, child: Child, now: float) -> None:
+        """Read the peak of its memory: the kernel no longer has it when the process has exited."""
+        is_busy = child.channel is not None and child.channel.mono_deadline_s
+        if now - child.mono_sampled_s > (_SAMPLE_BUSY_EVERY_S if is_busy else _SAMPLE_IDLE_EVERY_S):
+            child.mono_sampled_s = now
+            child.sample_peak()
 
     def _end_stopped_start(self, child: Child, now: float) -> None:
         """Kill a worker whose set-up continues although it was asked to stop; it has no job."""
@@ -389,7 +420,8 @@ class ProcessManager:
             reader = self._reader.child
             if now > self._mono_connect_by_s and not (reader and reader.ready):
                 trouble = reader.trouble if reader else None
-                log.critical("store.unreachable", extra={"error": trouble})
+                hint = store_advice(trouble or "")
+                log.critical("store.unreachable", extra={"error": trouble, "hint": hint})
                 self._exit_code = Exit.STORE_UNREACHABLE
             elif any(slot.backoff.exits_before_ready >= _MAX_START_ATTEMPTS for slot in self._slots):
                 self._exit_code = Exit.BOOT_FAILED
@@ -400,13 +432,25 @@ class ProcessManager:
     # -- rolling restart, drain, stop
 
     def restart_workers(self) -> None:
-        """Replace every worker, one by one. Each is stopped only when its successor is ready."""
+        """Replace every worker, one by one. Each is stopped only when its successor is ready.
+
+        Failed starts before it do not count: the successors have other code.
+        """
+        for slot in self._workers:
+            slot.backoff = RestartBackoff()
         self._to_restart = deque((slot, slot.generation) for slot in self._workers)
 
     def configure(self, flow: FlowConfig) -> None:
         """Apply limits and weights that were read from the configuration file again."""
         self._settings = replace(self._settings, flow=flow)
         self._send_to_reader(Configure(flow))
+
+    @property
+    def idle(self) -> bool:
+        """Whether every child is ready and no worker runs a job."""
+        return not self._to_restart and all(
+            state(slot.child) in ("idle", "running") and slot.successor is None for slot in self._slots
+        )
 
     @property
     def restarting(self) -> bool:
@@ -454,14 +498,6 @@ class ProcessManager:
             if child.channel is not None:
                 child.stop()
             child.stopping = True
-        for child in self._standbys:
-            child.kill(signal.SIGKILL)
-
-    @property
-    def _steady(self) -> bool:
-        """Whether reader and reaper are ready, so that a standby may start."""
-        both = (self._reader.child, self._reaper.child)
-        return self._was_complete and all(child is not None and child.ready for child in both)
 
     @property
     def _settled(self) -> bool:
@@ -475,7 +511,8 @@ class ProcessManager:
 
     def group_leaders(self) -> set[int]:
         """Process ids of the workers whose process groups end with the service."""
-        return self._groups.leader_pids | {child.pid for slot in self._workers for child in slot.children()}
+        workers = {child.pid for slot in self._workers for child in slot.children()}
+        return self._groups.leader_pids | (workers - {0})  # 0: not forked yet
 
     def kill_workers(self) -> None:
         """Kill all workers when the drain timeout is over. Their jobs are released without a death count."""
@@ -485,7 +522,9 @@ class ProcessManager:
                 child.kill(signal.SIGKILL)
 
     def kill_all(self) -> None:
-        """Kill and collect every child, and the subprocesses of workers."""
+        """Kill and collect every child, the forkserver and the subprocesses of workers."""
+        self._server.kill()
+        self._server.collect(wait=True)
         for child in self._children():
             child.kill(signal.SIGKILL)
         for child in self._children():
@@ -495,7 +534,6 @@ class ProcessManager:
         self._groups.kill_all()
         for slot in self._slots:
             slot.child = slot.successor = None
-        self._standbys.clear()
 
     # -- state
 

@@ -16,8 +16,8 @@ _MAX_RELATED = 16
 _WORKER = __name__.rpartition(".telemetry.")[0]
 #: Modules between the runner and a handler. Their frames say nothing about an error of the handler.
 _ENGINE = frozenset({
-    f"{_WORKER}.runner", f"{_WORKER}.handler", f"{_WORKER}.event_loop", f"{_WORKER}.testing",
-    "asyncio.runners", "asyncio.base_events",
+    f"{_WORKER}.runner", f"{_WORKER}.handler", f"{_WORKER}.job_function", f"{_WORKER}.payload_types",
+    f"{_WORKER}.event_loop", f"{_WORKER}.testing", "asyncio.runners", "asyncio.base_events",
 })  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Log lines on stderr: one JSON object per event, or one text line on a terminal, without secrets."""
 
+# The escaped forms of a secret: orjson escapes no letters.
 import json
 import logging
 import re
@@ -19,7 +20,7 @@ from ..settings import Settings
 from . import line_writer
 from .current_job import current_log_fields
 from .line_writer import LineWriter, write_all
-from .log_limit import RateLimitFilter, is_summary
+from .log_limit import DEFAULT_MAX_LINES, RateLimitFilter, is_summary
 
 #: Text before the password of any URL: ``scheme://user:`` or ``scheme://:``.
 _BEFORE_PASSWORD = re.compile(r"(?<=\w://)[^\s:/@]*:")
@@ -94,8 +95,9 @@ def set_secrets(secrets: Iterable[str]) -> None:
     """Redact these strings in every text from now on; replaces the strings of an earlier call."""
     global _secrets
     long_enough = [one for one in secrets if len(one) >= _MIN_SECRET_CHARS]
-    # Also in the form that they have inside of a quoted text.
-    forms = {form for one in long_enough for form in (one, repr(one)[1:-1], json.dumps(one)[1:-1])}
+    # Also in the forms that they have inside of a quoted text.
+    escaped = [json.dumps(one, ensure_ascii=ascii)[1:-1] for one in long_enough for ascii in (True, False)]
+    forms = {*long_enough, *escaped, *(repr(one)[1:-1] for one in long_enough)}
     long_first = sorted(forms, key=len, reverse=True)
     _secrets = re.compile("|".join(map(re.escape, long_first))) if long_first else None
 
@@ -181,15 +183,16 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Text lines: ``12:00:01 warning reader: lease.lost entries=3``."""
+    """Text lines: ``12:00:01 warning reader: lease.lost entries=3``, with the date if asked for."""
 
-    def __init__(self, role: str) -> None:
+    def __init__(self, role: str, *, with_date: bool = False) -> None:
         super().__init__()
         self._role = role
+        self._clock_format = "%Y-%m-%d %H:%M:%S" if with_date else "%H:%M:%S"
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, followed by the indented traceback if there is one. No field can start a line."""
-        clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
+        clock = datetime.fromtimestamp(record.created).strftime(self._clock_format)
         line = f"{clock} {record.levelname.lower():7} {self._role}: {_text(record.getMessage())}"
         lines = [" ".join([line, *(f"{key}={value}" for key, value in _fields(record).items())])]
         if exception := _exception(self, record):
@@ -203,9 +206,9 @@ class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
     A stream without a descriptor, as tests and notebooks have it, is written directly.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_lines: int) -> None:
         super().__init__(sys.stderr)
-        self._rate_limit = RateLimitFilter(self._emit_unfiltered)
+        self._rate_limit = RateLimitFilter(self._emit_unfiltered, max_lines=max_lines)
         self.addFilter(self._rate_limit)
         self._encoding = str(getattr(sys.stderr, "encoding", None) or "utf-8")
         self._writer = self._open_writer()
@@ -266,7 +269,7 @@ def configure(role: str, settings: Settings, environment: Mapping[str, str]) -> 
     them.
     """
     set_secrets(secrets_of(settings, environment))
-    set_up(role, settings.log_level, settings.log_format)
+    set_up(role, settings.log_level, settings.log_format, settings.log_limit)
     logging.captureWarnings(True)
     sys.excepthook = _log_crash
     threading.excepthook = _log_thread_crash
@@ -281,10 +284,15 @@ def _log_thread_crash(args: threading.ExceptHookArgs) -> None:
         _log_crash(args.exc_type, args.exc_value, args.exc_traceback)
 
 
-def set_up(role: str, level: str, form: str) -> None:
-    """Send the lines of every logger to stderr. ``form`` is ``json`` or ``text``."""
-    handler = _StderrHandler()
-    handler.setFormatter(JsonFormatter(role) if form == "json" else TextFormatter(role))
+def set_up(role: str, level: str, form: str, max_lines: int = DEFAULT_MAX_LINES) -> None:
+    """Send the lines of every logger to stderr. ``form`` is ``json`` or ``text``.
+
+    ``max_lines`` is that of the log rate limiter.
+    """
+    handler = _StderrHandler(max_lines)
+    on_terminal = bool(sys.stderr and sys.stderr.isatty())
+    text_formatter = TextFormatter(role, with_date=not on_terminal)
+    handler.setFormatter(JsonFormatter(role) if form == "json" else text_formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 #: Most lines of one event within a period: enough to see what happens and to which jobs.
-MAX_LINES, PERIOD_S = 100, 10.0
+DEFAULT_MAX_LINES, PERIOD_S = 100, 10.0
 
 _SUMMARY = "log.suppressed"
 #: An event name is cut to this length: a handler may log a whole text as its message.
@@ -30,14 +30,14 @@ class RateLimitFilter(logging.Filter):
     """Passes the first lines of an event and emits a summary of the rest at the end of the period.
 
     An event is a logger's message before its arguments are formatted, at one level and for one job type.
-    Critical lines always pass.
+    Critical lines always pass. ``max_lines`` 0 means no limit.
     """
 
     def __init__(
         self,
         emit: Callable[[logging.LogRecord], None],
         *,
-        max_lines: int = MAX_LINES,
+        max_lines: int = DEFAULT_MAX_LINES,
         period_s: float = PERIOD_S,
         mono_s: Callable[[], float] = time.monotonic,
         call_later: Callable[[float, Callable[[], None]], None] = _call_later,
@@ -52,7 +52,7 @@ class RateLimitFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the line is written."""
-        if record.levelno >= logging.CRITICAL:
+        if record.levelno >= logging.CRITICAL or not self._max_lines:
             return True
         with self._lock:
             now = self._mono_s()

@@ -64,8 +64,8 @@ class PrometheusCollector(Collector):
                 for i, n in enumerate(counts):
                     totals[i] += n
 
-    def totals(self) -> dict[str, list[dict[str, str | float]]]:
-        """Samples of every counter and gauge, each with its labels and its ``value``."""
+    def totals(self, *names: str) -> dict[str, list[dict[str, str | float]]]:
+        """Samples of these counters and gauges (default: all), each with its labels and its ``value``."""
         with self._lock:
             return {
                 name: [
@@ -73,7 +73,7 @@ class PrometheusCollector(Collector):
                     for labels, value in self._values[name].items()
                 ]
                 for name, metric in self._metrics.items()
-                if metric.kind != "histogram"
+                if metric.kind != "histogram" and (not names or name in names)
             }
 
     def histograms(self) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Read-only pages: overview, queues, workers, retries, dead letters, one job, and a task's progress."""
 
 import base64
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,11 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from ..admin.dead_letters import Cursor, DeadLetterQueue, Letter, LetterFilter
+from ..admin.deployment import StreamTable
 from ..admin.find_job import OVERDUE_S, SILENT_S, JobFinder, JobLocation
 from ..admin.overview import Overview
 from ..admin.retries import RetrySet
@@ -43,7 +45,7 @@ class Site:
     """What the pages are made of. ``open_store`` opens a connection for one request; ``fetch_services``
     fetches the status of the services that answer."""
 
-    sources: list[Source]
+    table: StreamTable
     history: History
     tasks: BackgroundTasks
     renderer: Renderer
@@ -52,9 +54,14 @@ class Site:
     show_payloads: bool
 
     @property
+    def sources(self) -> list[Source]:
+        """The streams of the last snapshot."""
+        return self.table.latest
+
+    @property
     def streams(self) -> list[str]:
-        """Names of the streams."""
-        return [source.stream for source in self.sources]
+        """Their names, each once."""
+        return list(dict.fromkeys(source.stream for source in self.sources))
 
     @contextmanager
     def store(self) -> Iterator[OperatorStore]:
@@ -109,7 +116,8 @@ class Pages:
     def history(self, request: Request) -> Response:
         """The samples of the charts as JSON, after the sample number ``after``."""
         after = request.query_params.get("after", "0")
-        return JSONResponse(self._site.history.since(int(after) if after.isdecimal() else 0))
+        samples = self._site.history.since(int(after) if after.isdecimal() else 0)
+        return Response(orjson.dumps(samples), media_type="application/json")
 
     def overview(self, request: Request) -> Response:
         """Numbers, charts and the newest dead letters."""
@@ -249,6 +257,7 @@ def _payload(task: bytes | None, raw: str | None) -> str:
     """The bytes of a job as text, indented if they are JSON."""
     data = task if task is not None else base64.b64decode(raw or "")
     try:
-        return safe_json(json.loads(data), indent=2)
+        # orjson would round integers beyond 64 bits.
+        return safe_json(msgspec.json.decode(data), indent=True)
     except (ValueError, RecursionError):
         return data.decode("utf-8", "replace")

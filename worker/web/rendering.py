@@ -27,7 +27,7 @@ def _finalize(value: Any) -> Any:
 def text(value: Any) -> Markup:
     """Text of several lines, or any other value as indented JSON. Long text is cut, with a note."""
     if not isinstance(value, str):
-        value = safe_json(value, str, indent=2)
+        value = safe_json(value, str, indent=True)
     cut = f"\n… {len(value) - _MAX_TEXT_CHARS} more characters" if len(value) > _MAX_TEXT_CHARS else ""
     lines = (value[:_MAX_TEXT_CHARS] + cut).expandtabs(4).split("\n")
     return Markup("\n").join(escape(strip_control(line)) for line in lines)

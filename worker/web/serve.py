@@ -10,7 +10,7 @@ from pathlib import Path
 
 import uvicorn
 
-from ..admin.deployment import Deployment, parse_sources
+from ..admin.deployment import Deployment, StreamTable
 from ..admin.overview import open_poller
 from ..errors import ConfigurationError
 from ..settings import parse_address
@@ -44,9 +44,12 @@ class Options:
 
 def read_token(path: str) -> str:
     """The token from the file, else from the environment, else empty. Raises `ConfigurationError` for a file
-    that cannot be read or is empty."""
+    that cannot be read or is empty, and for an empty variable."""
     if not path:
-        return os.environ.get(TOKEN_VARIABLE, "").strip()
+        token = os.environ.get(TOKEN_VARIABLE)
+        if token is not None and not token.strip():
+            raise ConfigurationError(f"{TOKEN_VARIABLE} is set and empty: give it a token, or unset it")
+        return (token or "").strip()
     try:
         token = Path(path).read_text().strip()
     except (OSError, ValueError) as error:
@@ -78,14 +81,17 @@ def serve(
     address = check(options, token)
     access = Access(token)
     listener = _listen(address)
-    history = History(open_poller(deployment, streams).snapshot, options.interval_s)
+    table = StreamTable(streams)
+    if streams:  # an unknown group is an error of the start
+        table.sources(OperatorStore(deployment.url, timeout_s=_STORE_TIMEOUT_S))
+    history = History(open_poller(deployment, table).snapshot, options.interval_s)
     renderer = Renderer(
         allow_actions=options.allow_actions,
         show_payloads=options.show_payloads,
         requires_token=access.requires_token,
     )
     site = Site(
-        parse_sources(streams), history, BackgroundTasks(), renderer,
+        table, history, BackgroundTasks(), renderer,
         lambda: OperatorStore(deployment.url, timeout_s=_STORE_TIMEOUT_S),
         deployment.answering_services, options.show_payloads,
     )  # fmt: skip

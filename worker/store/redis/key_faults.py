@@ -1,8 +1,8 @@
 """Refusals of a stream's keys: which errors they are, what is wrong, and the command that repairs it."""
 
-import json
 from collections.abc import Mapping
 
+import orjson
 from redis.exceptions import (
     ClusterError,
     ExecAbortError,
@@ -75,4 +75,4 @@ def _set_aside(key: str, suffix: str, cluster: bool) -> str:
 def _word(text: str) -> str:
     """The text as one argument of redis-cli."""
     plain = text.isprintable() and not set(text) & set(" \"'\\")
-    return text if plain else json.dumps(text, ensure_ascii=False)
+    return text if plain else orjson.dumps(text).decode()

@@ -1,8 +1,9 @@
 """The store that operators' tools use: dead letters, retries, pauses, and where a job is."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
+
+import orjson
 
 from ...flow import FlowConfig
 from ...keys import PAUSED_KEY, SERVICES_KEY, Source, base_stream
@@ -98,8 +99,10 @@ class OperatorStore(RedisStoreBase):
 
     def pause(self, kind: str, note: str) -> None:
         """Stop every reader of the deployment from dispatching jobs of a type, until `resume`."""
-        pause = {"since": self.wall_now_s(PAUSED_KEY), "note": note}
-        self.one(PAUSED_KEY, ("HSET", PAUSED_KEY, kind, json.dumps(pause)))
+        # A terminal may pass bytes that are no UTF-8.
+        readable = note.encode("utf-8", "replace").decode()
+        pause = orjson.dumps({"since": self.wall_now_s(PAUSED_KEY), "note": readable})
+        self.one(PAUSED_KEY, ("HSET", PAUSED_KEY, kind, pause))
 
     def resume(self, kind: str) -> bool:
         """End a pause; False where the type was not paused."""
@@ -148,6 +151,10 @@ class OperatorStore(RedisStoreBase):
         )
 
     # -- where a job is
+
+    def exists(self, stream: str) -> bool:
+        """Whether the store has the stream's key."""
+        return bool(self.one(stream, ("EXISTS", stream)))
 
     def group(self, source: Source) -> GroupState | None:
         """The state of a group; None where it or its stream does not exist."""
@@ -208,7 +215,7 @@ def _finite(value: Any) -> float:
 def _pause(kind: bytes, value: bytes) -> Pause:
     """Any value pauses the type, also one that was written with another tool."""
     try:
-        pause = json.loads(value)
+        pause = orjson.loads(value)
         return Pause(kind.decode(), _finite(pause["since"]), str(pause.get("note", "")))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Pause(kind.decode(errors="replace"), 0.0, value.decode(errors="replace"))

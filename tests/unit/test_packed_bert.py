@@ -1,0 +1,75 @@
+"""The unpadded forward pass gives the vectors of the model itself, for each family that it computes."""
+
+from typing import Any
+
+import pytest
+
+from jobworker.handlers.encoder.packed_bert import PackedBert, packed_bert
+from jobworker.handlers.encoder.precision_check import min_cosine
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+PAD, VOCABULARY, WINDOW, HIDDEN = 1, 50, 40, 32
+# Lengths differ, one window has one token, and one has the padding token in the middle of its text.
+WINDOWS = [[0, 7, 8, 9, 2], [4], [0, 11, PAD, 12, 13, 2], list(range(5, 45))]
+
+
+def attend(query: Any, key: Any, value: Any, starts: Any, _: Any, *longest: int) -> Any:
+    """What `varlen_attn` of torch computes, which needs a GPU."""
+    parts = []
+    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        window = (one[start:end].transpose(0, 1) for one in (query, key, value))
+        parts.append(torch.nn.functional.scaled_dot_product_attention(*window).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def model(family: str, **options: Any) -> Any:
+    """A small model whose weights and biases are all random."""
+    config = transformers.AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        # RoBERTa keeps two positions for padding.
+        max_position_embeddings=WINDOW + 2,
+        pad_token_id=PAD if family != "bert" else 0,
+        **options,
+    )
+    torch.manual_seed(3)
+    core = transformers.AutoModel.from_config(config).eval()
+    for weights in core.parameters():
+        torch.nn.init.normal_(weights, std=0.2)
+    return core
+
+
+class Mean(torch.nn.Module):  # type: ignore[misc]
+    """Mean pooling."""
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        mask = features["attention_mask"][..., None]
+        return features | {"sentence_embedding": (features["token_embeddings"] * mask).sum(1) / mask.sum(1)}
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta"])
+def test_vectors_are_those_of_the_model_itself(family: str) -> None:
+    core = model(family)
+    with torch.inference_mode():
+        found = PackedBert(core, attend).embed(WINDOWS, [Mean()], {"task": "document"})
+        alone = [core(input_ids=torch.tensor([window])).last_hidden_state.mean(1) for window in WINDOWS]
+    assert min_cosine(found.numpy(), torch.cat(alone).numpy()) > 0.99999
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("bert", {"hidden_act": "relu"}), ("bert", {"is_decoder": True}), ("distilbert", {})],
+)
+def test_a_model_that_it_does_not_compute_is_left_to_its_own_modules(
+    family: str, options: dict[str, Any]
+) -> None:
+    class First:
+        auto_model = model(family, **options)
+
+    assert packed_bert([First(), Mean()]) is None
