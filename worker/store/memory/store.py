@@ -401,7 +401,7 @@ class MemoryStore:
         for key, outcomes in kinds:
             try:
                 if outcomes:
-                    self._server.check(key, deaths_key(stream))
+                    self._server.check(key, deaths_key(stream), ready_key(stream))
                 refused.update(_id_of(one) for one in outcomes if not self._settle_one(source, one, version))
             except StoreRefused as error:
                 unsettled.update(map(_id_of, outcomes))
