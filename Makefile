@@ -62,3 +62,4 @@ $(VENV)/.stamp-dev: setup.cfg pyproject.toml constraints.txt
 
 clean: ## remove .venv, caches and build results (not jobworker-data)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

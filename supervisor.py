@@ -13,13 +13,14 @@ from typing import Any
 import click
 import setproctitle
 
-from jobworker.worker.config_file import read_flow
+from jobworker.worker.config_tables import ConfigTables
 from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.extension import extension, require_extras
 from jobworker.worker.keys import Holder
 from jobworker.worker.options import (
     ENV_PREFIX,
+    config_file,
     service_options,
     settings_from,
     unknown_variables,
@@ -34,7 +35,7 @@ from jobworker.worker.supervision.pdeathsig import become_subreaper
 from jobworker.worker.supervision.process import Process
 from jobworker.worker.supervision.process_groups import GroupGuard, reap_adopted
 from jobworker.worker.supervision.process_manager import ProcessManager
-from jobworker.worker.supervision.refusal import RefusingCommand, default_format, refuse
+from jobworker.worker.supervision.refusal import RefusingCommand, default_format, refuse, require_open_files
 from jobworker.worker.supervision.reloader import Reloader, Restart
 from jobworker.worker.supervision.sd_notify import notify, reloading
 from jobworker.worker.supervision.signals import SignalQueue
@@ -169,6 +170,7 @@ class Supervisor:
 
     def _handle_signal(self, number: signal.Signals) -> Exit | None:
         if number == signal.SIGHUP:
+            self._reload_tables()
             self._restart_workers()
         elif number in (signal.SIGTERM, signal.SIGINT):
             if self.start_again:
@@ -177,17 +179,21 @@ class Supervisor:
             return self._stop(number, time.monotonic())
         return None
 
-    def _read_flow(self) -> None:
-        """Read limits and weights again; a file that cannot be read changes nothing."""
-        if not self._settings.config_file:
-            return
+    def _reload_tables(self) -> None:
+        """Read the tables of the configuration file again; those of before stay where it is wrong."""
         try:
-            flow = read_flow(self._settings.config_file)
-        except click.BadParameter as error:
-            log.error("config.refused", extra={"error": error.message})
+            tables = ConfigTables.load(self._settings)
+        except ConfigurationError as error:
+            log.error(
+                "tables.rejected", extra={"error": str(error), "hint": "the tables of before stay in force"}
+            )
             return
-        if flow is not None:
-            self._processes.configure(flow)
+        if tables.cron != self._settings.cron:
+            log.info("cron.reloaded", extra={"names": [table.name for table in tables.cron]})
+            self._processes.set_cron(tables.cron)
+        if tables.flow is not None:
+            self._processes.configure(tables.flow)
+        self._settings = replace(self._settings, cron=tables.cron, flow=tables.flow)
 
     def _stop(self, number: signal.Signals, now: float) -> Exit | None:
         """Begin a drain, or stop now if one has begun."""
@@ -206,7 +212,6 @@ class Supervisor:
         log.info("restart.begun")
         reloading()
         self._reported_ready = False
-        self._read_flow()
         self._processes.restart_workers()
 
     def _begin_drain(self, cause: str) -> None:
@@ -381,7 +386,9 @@ def main(**options: Any) -> None:
     """
     prepare_process()
     try:
-        settings = settings_from(options, sys.stderr.isatty())
+        settings = replace(settings_from(options, sys.stderr.isatty()), config_file=config_file())
+        tables = ConfigTables.load(settings)
+        settings = replace(settings, cron=tables.cron, flow=tables.flow)
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
         logs.configure("supervisor", settings, os.environ)
         if settings.redis_url and (ignored := parse_redis_url(settings.redis_url).ignored):
@@ -390,6 +397,7 @@ def main(**options: Any) -> None:
             log.warning(
                 "option.unknown_variable", extra={"variable": variable, "hint": f"did you mean {similar}?"}
             )
+        require_open_files(settings.procs)
         become_subreaper()
         with SignalQueue(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD) as queue:
             code, start_again = _supervise(settings, queue)

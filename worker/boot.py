@@ -17,16 +17,19 @@ import setproctitle
 from .devices import LEAST_COPIES, NO_DEVICE, device_for_slot, set_pools, visible_gpus
 from .errors import ConfigurationError, Exit, JobworkerError
 from .event_loop import EventLoop
+from .fork_guard import ForkGuard
 from .handler import BoundHandler, load_handlers
 from .ipc.channel import MASKED_TYPES, Channel
 from .ipc.control import ControlSocket, StartFailed
 from .ipc.crash_marks import CrashMarks
 from .keys import consumer_name
 from .outcome import MAX_ERROR_CHARS
+from .safe_text import text_of
 from .settings import Settings, settings_class
 from .supervision.pdeathsig import tie_to_parent
 from .telemetry import log as logs
 from .telemetry import trace
+from .telemetry.failure import error_text, is_transient
 
 log = logging.getLogger("jobworker.boot")
 
@@ -187,20 +190,18 @@ def _set_up(settings: Settings, link: ControlSocket) -> dict[str, BoundHandler] 
     loop = EventLoop()
     while True:
         try:
-            return load_handlers(settings, loop)
+            with ForkGuard():
+                return load_handlers(settings, loop)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # asyncio's cancellation among them
-            transient = bool(getattr(error, "transient", False))
+            transient = is_transient(error)
             if transient and time.monotonic() < give_up_at:
                 time.sleep(_SETUP_RETRY_S)  # a store that does not listen yet offers no event to wait on
                 continue
             code = Exit.STORE_UNREACHABLE if transient else Exit.BOOT_FAILED
-            text = (
-                str(error)
-                if isinstance(error, JobworkerError) or transient
-                else f"{type(error).__name__}: {error}"
-            )
+            known = isinstance(error, JobworkerError) or transient
+            text = text_of(error) if known else error_text(error)
             log.critical("handler.setup_failed", extra={"error": text}, exc_info=None if transient else error)
             link.send(StartFailed(text[:MAX_ERROR_CHARS], code))
             return None

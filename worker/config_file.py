@@ -8,14 +8,12 @@ from typing import Any
 
 import click
 
-from .errors import ConfigurationError
-from .flow import FlowConfig, parse_flow
-
-#: Tables of the file that are no options.
-_FLOW_TABLES = ("limit", "weights")
 #: TOML's words for the types of `tomllib`; dates and times are all called so.
 _KINDS = {bool: "a boolean", int: "an integer", float: "a float", str: "a string", list: "an array",
           dict: "a table"}  # fmt: skip
+
+#: Tables of the file that are no options: `config_tables` reads them.
+_TABLES = frozenset({"cron", "limit", "weights"})
 
 #: Names are compared up to this length; the time grows with its square.
 _LONGEST_NAME = 64
@@ -26,14 +24,17 @@ def read_config(path: str, parameters: Sequence[click.Parameter]) -> dict[str, A
 
     Raises `click.BadParameter`, which names the file and the key.
     """
-    table = _read(path)
+    try:
+        table = tomllib.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise click.BadParameter(f"{path}: {error or 'nested too deeply'}") from error
     by_name = {option.removeprefix("--"): parameter for parameter in parameters for option in parameter.opts}
     by_name.pop("config", None)
     values: dict[str, Any] = {}
     for key, value in table.items():
-        if key in _FLOW_TABLES:
-            continue
         name = key.replace("_", "-")
+        if key in _TABLES:
+            continue
         if name not in by_name:
             raise click.BadParameter(f"{path}: no option {key!r}{did_you_mean(name, by_name)}")
         if name in values:
@@ -45,22 +46,6 @@ def read_config(path: str, parameters: Sequence[click.Parameter]) -> dict[str, A
         except ValueError as error:  # a number with thousands of digits
             raise click.BadParameter(f"{path}: {name}: {error}") from None
     return values
-
-
-def read_flow(path: str) -> FlowConfig | None:
-    """Limits and weights of the file; None if it has neither. Raises `click.BadParameter`."""
-    tables = {key: value for key, value in _read(path).items() if key in _FLOW_TABLES}
-    try:
-        return parse_flow(tables)
-    except ConfigurationError as error:
-        raise click.BadParameter(f"{path}: {error}") from None
-
-
-def _read(path: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise click.BadParameter(f"{path}: {error or 'nested too deeply'}") from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -56,6 +56,14 @@ class DataDir:
         """Write where everything listens, for tools on this machine; readable by its user only."""
         write_private(self.endpoints_file, orjson.dumps(endpoints).decode())
 
+    def is_in_place(self) -> bool:
+        """Whether the folder has its name and its lock file still: it may be deleted, renamed or replaced."""
+        try:
+            named = os.stat(self.path / "lock", follow_symlinks=False)
+        except OSError:
+            return False
+        return os.path.samestat(named, os.fstat(self.lock_fd))
+
     def close(self) -> None:
         """Let go of the lock (stores that still run keep it)."""
         os.close(self.lock_fd)

@@ -7,7 +7,9 @@ import hashlib
 # orjson does not show a key that stands twice.
 import json
 import math
+import re
 from collections.abc import Callable, Set
+from itertools import accumulate
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -33,10 +35,19 @@ MAX_METADATA_ENTRIES = 128
 #: Longest error text in a dead letter: a whole error of a handler (`outcome.MAX_ERROR_CHARS`), escaped.
 MAX_LETTER_ERROR_CHARS = 32 * 1024
 
+#: Most levels of lists and objects in a job that every service reads. The parser's own limit is the depth
+#: that Python's stack has left: nearly 1,000, less in a deep stack.
+MAX_NESTING = 800
+
 #: Member of a retried job: the error of its last try. The prefix keeps it apart from fields of producers.
 LAST_ERROR_FIELD = "jobworker_last_error"
 #: Longest such error, in characters. The payload limit counts it, so it must be short.
 MAX_LAST_ERROR_CHARS = 500
+
+#: Members that the service adds to a job for its retries.
+OWN_FIELDS = ("retry_count", "deaths", LAST_ERROR_FIELD)
+#: Allowance for the first two beyond the payload limit; with seven digits each they take 39 bytes.
+OWN_FIELDS_BYTES = 64
 
 #: Least and largest timeout that a job can set. Each timeout costs a worker, and its successor may need long
 #: to start; and a job that hangs must not occupy a worker for ever.
@@ -115,6 +126,10 @@ def exact_number(text: str) -> decimal.Decimal | float:
         return rounded
 
 
+_LEVELS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_NO_BRACKETS = bytes(set(range(256)) - {*_LEVELS, ord('"')})
+_STRING = re.compile(rb'"[^"]*"')
+
 #: Bytes at the start of a job in which its type is looked for.
 _TYPE_WITHIN = 128
 
@@ -140,9 +155,11 @@ def read_header(data: bytes, scratch: bytearray | None = None) -> Header:
     try:
         header = _header.decode(data)
         # Parsing keeps one of each key, so what is as long as its own members holds nothing twice. That
-        # spares compact JSON, which every producer but a person writes, the slow look.
+        # spares compact JSON, which every producer but a person writes, the slow look. A timeout is the one
+        # member that may be written longer than it was: 1e9 becomes 1000000000.0.
         _encode_into(header, encoded)
-        repeated = len(encoded) != len(data) and _repeats_a_key(data)
+        as_long = header.timeout is None and len(encoded) == len(data)
+        repeated = not as_long and _repeats_a_key(data)
     except (ValueError, RecursionError) as error:  # both parsers' errors and bad UTF-8 are ValueErrors
         raise MalformedJob(why_malformed(error)) from None
     if repeated:
@@ -205,6 +222,13 @@ def read_envelope(data: bytes) -> Envelope:
     """Parse one job with every check. Raises `MalformedJob`, as `read_header` and `read_payload` do."""
     read_header(data)
     return read_payload(data)
+
+
+def nesting_of(data: bytes) -> int:
+    """Levels of lists and objects in valid JSON. The time is linear."""
+    bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")  # the quotes that are left begin or end a string
+    brackets = _STRING.sub(b"", bare.translate(None, _NO_BRACKETS))
+    return max(accumulate(map(_LEVELS.__getitem__, brackets)), default=0)
 
 
 def _is_valid(data: bytes) -> bool:
@@ -286,6 +310,32 @@ def without_last_error(data: bytes) -> bytes:
     if members.pop(LAST_ERROR_FIELD, None) is None:
         return data  # a text in the payload
     return msgspec.json.encode(members)
+
+
+def fresh_job(data: bytes) -> bytes:
+    """The job without `OWN_FIELDS`; the same object if it has none. All other members keep their bytes."""
+    members = _members.decode(data)
+    own = [name for name in OWN_FIELDS if name in members]
+    if not own:
+        return data
+    for name in own:
+        del members[name]
+    return msgspec.json.encode(members)
+
+
+def is_oversized(data: bytes, max_payload: int) -> bool:
+    """Whether a job exceeds the limit without what the service adds to it for a retry.
+
+    A job far beyond the limit is not parsed.
+    """
+    if len(data) <= max_payload:
+        return False
+    if len(data) > max_payload + OWN_FIELDS_BYTES:
+        return True
+    try:
+        return len(fresh_job(data)) > max_payload
+    except (ValueError, RecursionError):
+        return True
 
 
 class DeadJob(NamedTuple):

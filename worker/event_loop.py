@@ -5,6 +5,8 @@ import logging
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .fork_guard import ForkGuard
+
 if TYPE_CHECKING:
     import asyncio
 
@@ -40,7 +42,8 @@ class EventLoop:
         runner = self._runner = self._runner or asyncio.Runner(loop_factory=asyncio.new_event_loop)
         earlier = asyncio.all_tasks(runner.get_loop())
         try:
-            result = runner.run(coroutine, context=contextvars.copy_context())
+            with ForkGuard():  # a child must not close the loop: it shares the parent's epoll
+                result = runner.run(coroutine, context=contextvars.copy_context())
         except (SystemExit, KeyboardInterrupt):
             self.close()  # or asyncio reports at the interpreter's end that nothing retrieved the exception
             raise

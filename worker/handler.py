@@ -20,12 +20,15 @@ from .event_loop import EventLoop
 from .extension import extension, instance_of, load
 from .job_function import FunctionHandler, job_type_of
 from .settings import Settings
+from .telemetry.handler_counters import is_taken
 
 log = logging.getLogger("jobworker.handler")
 
 #: The members that a worker calls, with their arguments. Each is a plain function or an async one.
 _ARGUMENTS = {"setup": ("settings",), "handle": ("job",), "handle_batch": ("jobs",), "healthy": ()}
 _CALLED = tuple(_ARGUMENTS)
+#: Deadline of ``healthy()``. The heartbeat of an idle worker waits for it, so it is below the stuck timeout.
+HEALTHY_WITHIN_S = 5.0
 #: How similar a name is to that of a member if it is probably a misspelling: `timout`, `handel`, `set_up`.
 _SIMILARITY = 0.8
 #: Methods that tell work under way from other values: futures of any library, results of
@@ -52,7 +55,8 @@ class Handler(Protocol):
     - ``timeout``: seconds a job may take (default: the service's ``--job-timeout``).
     - ``max_timeout``: with this, each `report_progress` starts the timeout again, at most until this many
       seconds after the start.
-    - ``healthy()``: raises while something that the handler needs does not answer.
+    - ``healthy()``: raises while something that the handler needs does not answer. A sync one is called in a
+      thread of its own; if it does not return within 5 s, jobs of the type wait until it does.
     - ``alone = True``: its jobs may take minutes, so no other job waits behind one in the same worker.
     - ``needs_device = True``: only workers with a device run it (``--device``).
     - ``exact_numbers = True``: numbers with a fraction in its payloads are ``decimal.Decimal``, not float.
@@ -156,7 +160,11 @@ class BoundHandler:
         self.handle: Callable[[Job], object] = (
             _handle_of(name or "handle", handle, loop) if handle else _alone(self.handle_batch)
         )
-        self.healthy: Callable[[], object] | None = _call_of("healthy", healthy, loop) if healthy else None
+        self.healthy_is_async = healthy is not None and _is(inspect.iscoroutinefunction, healthy)
+        check = _with_deadline(healthy) if healthy is not None and self.healthy_is_async else healthy
+        self.healthy: Callable[[], object] | None = _call_of("healthy", check, loop) if check else None
+        #: The same number for all types that one handler object serves.
+        self.instance = id(handler)
         self.counters: Mapping[str, float] = getattr(handler, "counters", {})
 
     @property
@@ -174,6 +182,26 @@ def _alone(batch: Any) -> Callable[[Job], None]:
             raise outcome
 
     return handle
+
+
+def _with_deadline(healthy: Callable[[], object]) -> Callable[[], Coroutine[Any, Any, object]]:
+    """An async ``healthy`` that raises TimeoutError after its deadline."""
+
+    async def check() -> object:
+        import asyncio
+
+        try:
+            async with asyncio.timeout(HEALTHY_WITHIN_S) as deadline:
+                result = healthy()
+                return (
+                    await result if isinstance(result, Awaitable) else result
+                )  # a decorator may have run it
+        except TimeoutError:
+            if deadline.expired():
+                raise TimeoutError(f"healthy() has not returned within {HEALTHY_WITHIN_S:g} s") from None
+            raise
+
+    return check
 
 
 def _handle_of(name: str, method: Callable[[Job], object], loop: EventLoop) -> Callable[[Job], object]:
@@ -320,14 +348,29 @@ def _check_values(type_name: str, handler: Any) -> None:
         value = getattr(handler, name, _ABSENT)
         if value is not _ABSENT and not is_valid(value):
             raise ConfigurationError(
-                f"handler of {type_name}: {name} is {value!r:.80}: give {expected}, or leave it out"
+                f"handler of {type_name}: {name} is {_shown(value)}: give {expected}, or leave it out"
             )
+    if taken := [counter for counter in getattr(handler, "counters", {}) if is_taken(counter)]:
+        raise ConfigurationError(
+            f"handler of {type_name}: the service has counters of its own called {', '.join(taken):.200}: "
+            "give those in `counters` other names"
+        )
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # of a number with more digits than Python writes
+        return "a number that is too large"
 
 
 def _is_number(value: object) -> TypeGuard[float]:
     if value is True or value is False:
         return False
-    return isinstance(value, Real) and not math.isnan(float(value))
+    try:
+        return isinstance(value, Real) and not math.isnan(float(value))
+    except OverflowError:  # of a number with more than 308 digits
+        return False
 
 
 def _is_positive(value: object) -> TypeGuard[float]:

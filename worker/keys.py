@@ -30,6 +30,12 @@ class Holder(NamedTuple):
 #: Of stores that are opened without one: all of them count as one start.
 NO_HOLDER = Holder()
 
+#: Consequence of a second group on a stream, and the remedy.
+OTHER_GROUP = (
+    "each group runs every job, but retries and dead letters are shared: a retry of one group runs in "
+    "all groups; give each service a stream of its own, or XGROUP DESTROY a group that is unused"
+)
+
 #: Hash: type that was paused by hand -> since when and why, as JSON. One for all streams.
 PAUSED_KEY = "jobworker:paused"
 
@@ -69,13 +75,24 @@ def ready_key(stream: str, *, cluster: bool = False) -> str:
     return _derived("ready", stream, cluster)
 
 
+def cron_key(stream: str, *, cluster: bool = False) -> str:
+    """Hash: the cron tables whose jobs go to the stream, with the last tick of each (see
+    ``cron_publish.lua``)."""
+    return _derived("cron", stream, cluster)
+
+
 def base_stream(key: str) -> str:
     """The stream that a derived key belongs to; any other key itself."""
-    for prefix in ("retry:", "dlq:", "deaths:", "fence:", "ready:"):
+    for prefix in ("retry:", "dlq:", "deaths:", "fence:", "ready:", "cron:"):
         if key.startswith(prefix):
             stream = key.removeprefix(prefix)
             return stream[1:-1] if stream.startswith("{") and stream.endswith("}") else stream
     return key
+
+
+def is_derived(key: str) -> bool:
+    """Whether the service keeps a stream's retries, dead letters or other records under this key."""
+    return base_stream(key) != key or key in (PAUSED_KEY, SERVICES_KEY)
 
 
 def consumer_name(host: str, instance: str) -> str:

@@ -11,7 +11,7 @@ import msgspec
 from click.core import ParameterSource
 
 from .app import app_handlers, parse_app
-from .config_file import misspelt_variables, read_config, read_flow
+from .config_file import misspelt_variables, read_config
 from .errors import ConfigurationError
 from .extension import extension
 from .outcome import RetryPolicy
@@ -28,6 +28,8 @@ from .settings import (
 from .urls import parse_redis_url
 
 ENV_PREFIX = "JOBWORKER"
+#: Key of the configuration file's absolute path in the `meta` of the service's context.
+_CONFIG_FILE = f"{__name__}.config_file"
 #: Key of the configuration file's path in the `meta` of a verb's context.
 CONFIG_PATH = "jobworker.config"
 #: Longer than nothing.
@@ -35,8 +37,6 @@ SECONDS = Duration(0.001)
 
 #: Variables that the verbs and the built-in types read beside those of the service's options.
 _OF_OTHER_PROGRAMS = (f"{ENV_PREFIX}_METRICS_URL", f"{ENV_PREFIX}_WEB_", f"{ENV_PREFIX}_LLM_KEY")
-#: Limits and weights of the file, in the context of the command.
-_FLOW = f"{__name__}.flow"
 #: Options of the service's file that the verbs of `jobworker` use: option -> parameter.
 _OF_VERBS = {
     "redis-url": "redis_url", "data-dir": "data_dir", "stream": "streams", "metrics-addr": "metrics_addr",
@@ -47,7 +47,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: str | None) -
     """Make the file's values the defaults; they have the options' own names."""
     if path is not None:
         context.default_map = {_parameter(name): value for name, value in _table(path).items()}
-        context.meta[_FLOW] = {"flow": read_flow(path), "config_file": os.path.abspath(path)}
+        context.meta[_CONFIG_FILE] = os.path.abspath(path)
 
 
 def _read_config_of_service(context: click.Context, _: click.Parameter, path: str | None) -> None:
@@ -71,6 +71,11 @@ def unknown_variables(environ: Mapping[str, str]) -> Iterable[tuple[str, str]]:
     known = [f"{ENV_PREFIX}_{parameter.name}".upper() for parameter in _parameters()]
     other = [name for name in environ if name.startswith(_OF_OTHER_PROGRAMS)]
     return misspelt_variables({name: "" for name in environ if name not in other}, known, f"{ENV_PREFIX}_")
+
+
+def config_file() -> str:
+    """Absolute path of the file that the running command was given; empty if there is none."""
+    return str(click.get_current_context().meta.get(_CONFIG_FILE, ""))
 
 
 def _parameter(option: str) -> str:
@@ -287,8 +292,6 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
     values["log_format"] = values["log_format"] or ("text" if on_terminal else "json")
     if values["instance"] is None:
         del values["instance"]
-    context = click.get_current_context(silent=True)
-    values |= context.meta.get(_FLOW, {}) if context else {}
     values["threads"] = max(1, cores() // values["procs"])
     settings = settings_class()(**values, **seconds, streams=sources, handlers=handlers, retry=retry)
     try:

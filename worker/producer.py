@@ -25,6 +25,8 @@ from .envelope import (
     MAX_METADATA_KEY_CHARS,
     MAX_METADATA_VALUE_CHARS,
     MAX_NAME_CHARS,
+    MAX_NESTING,
+    nesting_of,
     read_envelope,
 )
 from .errors import MalformedJob, StoreUnavailable
@@ -206,7 +208,7 @@ class Producer:
         try:
             for item in jobs:
                 job = _new_job(item)
-                id, data = self._encoded(job)
+                id, data = encode_job(job, self._wall_now_s())
                 to = _named_stream(job, stream) or self._home_of(job.type)
                 self._check_destination(job.type, to)
                 ids.append(id)
@@ -304,32 +306,33 @@ class Producer:
             with self._stores.borrow() as store:
                 store.add(stream, some)
 
-    def _encoded(self, job: NewJob) -> tuple[str, bytes]:
-        """The job's id and its JSON, checked by the rules that the service reads it by."""
-        id = job.id if job.id is not None else os.urandom(16).hex()
-        _check_names(id, job)
-        metadata = _metadata(job)
-        if metadata is not None:
-            _check_metadata(metadata)
-        wire: dict[str, Any] = {"id": id, "type": job.type}
-        if job.tenant_id:
-            wire["tenant_id"] = job.tenant_id
-        if job.project_id:
-            wire["project_id"] = job.project_id
-        wire["payload"] = job.payload
-        if metadata is not None:
-            wire["metadata"] = metadata
-        wire["created_at"] = _rfc3339(self._wall_now_s())
-        if job.timeout is not None:
-            wire["timeout"] = _seconds("timeout", job.timeout)
-        data = _wire_json(wire)
-        # A service with the default limit would dead-letter it at once.
-        if len(data) > MAX_PAYLOAD_BYTES:
-            raise ValueError(f"job {id} is {len(data)} bytes of JSON, more than {MAX_PAYLOAD_BYTES}")
-        brackets = data.count(b"[") + data.count(b"{")
-        if isinstance(job.payload, orjson.Fragment) or brackets > _NESTING_LOOKED_AT:
-            _check_readable(id, data)
-        return id, data
+
+def encode_job(job: NewJob, wall_now_s: float) -> tuple[str, bytes]:
+    """The job's id and its JSON, checked by the rules that the service reads it by. Raises ValueError."""
+    id = job.id if job.id is not None else os.urandom(16).hex()
+    _check_names(id, job)
+    metadata = _metadata(job)
+    if metadata is not None:
+        _check_metadata(metadata)
+    wire: dict[str, Any] = {"id": id, "type": job.type}
+    if job.tenant_id:
+        wire["tenant_id"] = job.tenant_id
+    if job.project_id:
+        wire["project_id"] = job.project_id
+    wire["payload"] = job.payload
+    if metadata is not None:
+        wire["metadata"] = metadata
+    wire["created_at"] = _rfc3339(wall_now_s)
+    if job.timeout is not None:
+        wire["timeout"] = _seconds("timeout", job.timeout)
+    data = _wire_json(wire)
+    # A service with the default limit would dead-letter it at once.
+    if len(data) > MAX_PAYLOAD_BYTES:
+        raise ValueError(f"job {id} is {len(data)} bytes of JSON, more than {MAX_PAYLOAD_BYTES}")
+    brackets = data.count(b"[") + data.count(b"{")
+    if isinstance(job.payload, orjson.Fragment) or brackets > _NESTING_LOOKED_AT:
+        _check_readable(id, data)
+    return id, data
 
 
 def _redis(url: str) -> ProducerStore:
@@ -358,6 +361,11 @@ def _named_stream(job: NewJob, default: str | None) -> str:
             _check_text("stream", name)
             return name
     return ""
+
+
+def home_stream(type: str) -> str:
+    """The stream of a job that names none: that of its type, else the first default stream."""
+    return extension().stream_of_type.get(type, extension().streams[0].stream)
 
 
 def _metadata(job: NewJob) -> dict[str, str] | None:
@@ -409,6 +417,8 @@ def _check_readable(id: str, data: bytes) -> None:
         read_envelope(data)
     except MalformedJob as error:
         raise ValueError(f"job {id} would be refused: {error}") from None
+    if (levels := nesting_of(data)) > MAX_NESTING:
+        raise ValueError(f"job {id} has {levels} levels of lists and objects, more than {MAX_NESTING}")
 
 
 def _wire_json(wire: dict[str, Any]) -> bytes:

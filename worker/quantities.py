@@ -3,38 +3,20 @@
 A number without a unit means what the option says: seconds, bytes or MiB.
 """
 
-import math
 import re
 from typing import Any
 
 import click
 
+from .durations import MAX_DURATION_S, PLAIN_NUMBER, UNITS_S, finite, parse_duration
+
 __all__ = ["Count", "Duration", "Number", "Size", "parse_duration", "parse_size"]
 
-_UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-#: ``0.5s``, ``1h30m``; bounded, so that no text takes long.
-_DURATION = re.compile(r"(?:[0-9.]{1,20}(?:ms|[smhdw])){1,6}")
-_DURATION_PART = re.compile(r"([0-9.]{1,20})(ms|[smhdw])")
-#: ``1e-3`` and the like; without underscores and digits of other scripts, which `float` takes too.
-_PLAIN_NUMBER = re.compile(r"[+-]?[0-9]{0,20}(?:\.[0-9]{0,20})?(?:[eE][+-]?[0-9]{1,3})?")
 _SIZE = re.compile(r"([0-9]{1,18})([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _UNITS_OF_SIZE = "KMGT"
 
-#: Longest duration of any option: a year. Waits of the kernel and of libraries overflow far beyond it.
-MAX_DURATION_S = 366 * 86400.0
 #: Largest count of any option. All of them fit the integers of every library.
 MAX_COUNT = 1_000_000_000
-DURATION_HINT = "say a duration such as 30, 0.5s, 250ms, 5m or 1h30m"
-
-
-def parse_duration(text: str) -> float:
-    """``90`` (seconds), ``250ms``, ``5m`` or ``1h30m``, in seconds. Raises ValueError."""
-    text = text.strip()
-    if text and _PLAIN_NUMBER.fullmatch(text):
-        return _finite(text)
-    if not _DURATION.fullmatch(text):
-        raise ValueError(f"{text[:40]!r} is not a duration: {DURATION_HINT}")
-    return math.fsum(_finite(number) * _UNITS_S[unit] for number, unit in _DURATION_PART.findall(text))
 
 
 def parse_size(text: str, unit_bytes: int = 1) -> int:
@@ -47,16 +29,6 @@ def parse_size(text: str, unit_bytes: int = 1) -> int:
     if not prefix and found[0].isdecimal():
         return number * unit_bytes
     return number << 10 * (_UNITS_OF_SIZE.index(prefix) + 1 if prefix else 0)
-
-
-def _finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:40]!r} is not a number")
-    return value
 
 
 class Duration(click.ParamType[float]):
@@ -94,7 +66,7 @@ class Number(click.ParamType[float]):
         """The number. Raises `click.BadParameter`."""
         text = str(value).strip()
         try:
-            number = _finite(text if _PLAIN_NUMBER.fullmatch(text) else "no number")
+            number = finite(text if PLAIN_NUMBER.fullmatch(text) else "no number")
         except ValueError:
             self.fail(f"{text[:40]!r} is not a number", param, ctx)
         if not self.least <= number <= self.most:
@@ -163,6 +135,6 @@ class Size(click.ParamType[int]):
 
 def _as_s(seconds: float) -> str:
     for unit in ("d", "h", "m", "s"):
-        if seconds and not seconds % _UNITS_S[unit]:
-            return f"{seconds / _UNITS_S[unit]:.0f}{unit}"
+        if seconds and not seconds % UNITS_S[unit]:
+            return f"{seconds / UNITS_S[unit]:.0f}{unit}"
     return f"{seconds * 1000:g}ms" if seconds else "0"

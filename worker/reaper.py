@@ -1,6 +1,6 @@
-"""The reaper role: promotes due retries, trims streams, removes idle consumers, counts jobs.
+"""The reaper role: promotes due retries, enqueues cron jobs, trims streams, counts jobs.
 
-It also announces the types and streams of this service in the job store.
+It also removes idle consumers, and announces the types and streams of this service in the job store.
 
 It does not recover jobs of dead workers: the reader does. Reapers of several hosts may run at once, because
 each step is atomic in the store.
@@ -10,11 +10,12 @@ import logging
 import random
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from .cron import CronEnqueuer
 from .errors import StoreUnavailable
-from .ipc.control import ControlSocket, Drain, Ready
-from .keys import consumer_name
+from .ipc.control import ControlSocket, Drain, Ready, SetCron
+from .keys import OTHER_GROUP, Source, consumer_name
 from .settings import Settings
 from .store.announcements import RENEW_INTERVAL_S
 from .store.backoff import ReconnectBackoff
@@ -59,6 +60,8 @@ class Reaper:
         rng = rng or random.Random()
         self._backoff = ReconnectBackoff(rng)
         self._faults = StreamFaults(store, settings.streams, self._metrics.gauge, "reaper", rng, mono_s)
+        self._known_groups: set[tuple[str, str]] = set()
+        self._cron = CronEnqueuer(store, settings, self._metrics, mono_s)
         self._mono_counted_s = -_COUNT_INTERVAL_S
         self._mono_announced_s = -RENEW_INTERVAL_S
         self._mono_trimmed_s = mono_s()
@@ -77,7 +80,7 @@ class Reaper:
             except StoreUnavailable as error:
                 connected = False
                 sleep_s = self._back_off(error)
-            self._control.report(self._metrics, self._error, warnings=self._faults.warnings())
+            self.report()
             if self._drain_requested(sleep_s):
                 self._store.close()
                 return
@@ -87,6 +90,7 @@ class Reaper:
         for stream_no in self._faults.due() if self._faults.isolated else ():
             self._faults.resume(stream_no)
         sleep_s = min(map(self._promote, range(len(self._settings.streams))), default=_POLL_INTERVAL_S)
+        sleep_s = min(sleep_s, self._cron.run_once(self._faults.isolated))
         if mono_now_s - self._mono_counted_s >= _COUNT_INTERVAL_S:
             self._mono_counted_s = mono_now_s
             self._count()
@@ -97,6 +101,15 @@ class Reaper:
             self._mono_trimmed_s = mono_now_s
             self._trim()
         return sleep_s
+
+    def next_cron_s(self) -> float | None:
+        """The time of the next tick of a cron table (unix seconds); None where there is none."""
+        return self._cron.next_due_s()
+
+    def report(self) -> None:
+        """Send the supervisor metrics, error and warnings."""
+        warnings = [*self._faults.warnings(), *self._cron.warnings()]
+        self._control.report(self._metrics, self._error, warnings=warnings)
 
     def _promote(self, stream_no: int) -> float:
         """Move all due retries of a stream; returns seconds until the next cycle."""
@@ -118,6 +131,22 @@ class Reaper:
                 depths = self._store.depths(source)
                 for name, labels, value in _gauges(source.stream, source.group, depths):
                     self._metrics.gauge(name, labels, value)
+                self._warn_of_groups(source, depths.other_groups)
+
+    def _warn_of_groups(self, source: Source, others: Iterable[str]) -> None:
+        """Warn once of each further group of a stream."""
+        for other in others:
+            if (source.stream, other) not in self._known_groups:
+                self._known_groups.add((source.stream, other))
+                log.warning(
+                    "stream.other_group",
+                    extra={
+                        "stream": source.stream,
+                        "group": source.group,
+                        "other": other,
+                        "hint": OTHER_GROUP,
+                    },
+                )
 
     def _announce(self) -> None:
         service = consumer_name(self._settings.host, self._settings.instance)
@@ -149,8 +178,11 @@ class Reaper:
         select.select([self._control], [], [], sleep_s)
         try:
             while (received := self._control.receive()) is not None:
-                if isinstance(received[0], Drain):
-                    return True
+                match received[0]:
+                    case Drain():
+                        return True
+                    case SetCron(tables):
+                        self._cron.set_tables(tables)
         except EOFError:
             return True
         return False

@@ -12,13 +12,16 @@ import msgspec
 
 from .envelope import MAX_TIMEOUT_S, MIN_TIMEOUT_S, Header, Job, job_of, payload_parser, why_malformed
 from .errors import MalformedJob, MalformedPayload, PermanentError
+from .fork_guard import ForkGuard, generation, leave_if_forked
 from .handler import BoundHandler
+from .health_check import HealthChecks
 from .ipc.channel import READY, STOPPING, Channel, JobFrame, OutcomeFrame
 from .ipc.control import ControlSocket, Ready
 from .ipc.inflight import FAILED, STARTED, SUCCEEDED
 from .outcome import Failure
 from .telemetry.current_job import current
 from .telemetry.failure import error_text, failure_of
+from .telemetry.handler_counters import HandlerCounters
 from .telemetry.metrics import MetricsBuffer
 
 #: Longest delay of the reader's wake-up while there are more jobs to run. It lets a stream of tiny jobs share
@@ -91,9 +94,10 @@ class Runner:
             name: self._metrics.histogram("z_novel_job_wait_seconds", (name,)) for name in handlers
         }
         self._batches = self._metrics.histogram("z_novel_batch_jobs")
-        self._reported_totals: dict[tuple[int, str], float] = {}
+        self._counters = HandlerCounters({name: handler.counters for name, handler in handlers.items()})
         self._unflushed_since: float | None = None
         self._reported_at = self._health_checked_at = 0.0
+        self._health = HealthChecks(handlers.values())
         self._trouble: str | None = None
         # Seconds by which progress extends the deadline, and the latest deadline after the start, 0 for none.
         self._progress_s = self._max_timeout_s = 0.0
@@ -193,6 +197,11 @@ class Runner:
     def _run_next(self) -> None:
         """Run the oldest queued job, together with others of its type if the handler takes batches."""
         handler = self._handlers[self._queue[0].envelope.type]
+        if reason := self._health.unfinished(handler):
+            self._return_queued(handler.type_name, Failure(reason, unavailable=True))
+            self._unflushed_since = None
+            self._channel.wake_reader()
+            return
         self._set_batch_hint(handler.max_batch)
         current.extend_deadline = self._extend_deadline
         try:
@@ -320,14 +329,17 @@ class Runner:
         if handler.max_timeout_s:
             self._allow_progress(handler, limit_s, (queued.envelope,))
         self._channel.set_running(started, started + limit_s)
-        at = queued.row % self._rows
+        at, entered = queued.row % self._rows, generation()
         self._states[at] = STARTED
         try:
             current.jobs = job = self._job(queued)
             handler.handle(job)
-        except (SystemExit, KeyboardInterrupt):
+            leave_if_forked(entered)
+        except (SystemExit, KeyboardInterrupt) as error:
+            leave_if_forked(entered, error)
             raise
         except BaseException as error:  # among them cancellations of asyncio and other libraries
+            leave_if_forked(entered, error)
             failure = _failure_of(error)
             self._fail(queued.row, failure)
             if failure.unavailable:
@@ -370,7 +382,8 @@ class Runner:
     ) -> Sequence[BaseException | None]:
         """One outcome for each job, also if the handler raises."""
         try:
-            return handle_batch(jobs)
+            with ForkGuard():
+                return handle_batch(jobs)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
@@ -415,25 +428,13 @@ class Runner:
         self._waits[type_name].extend(list(chain.from_iterable(waits_s)))
 
     def _check_health(self) -> None:
-        for handler in self._handlers.values():
-            try:
-                if handler.healthy is not None:
-                    handler.healthy()
-            except (SystemExit, KeyboardInterrupt):
-                raise
-            except BaseException as error:  # among them asyncio's cancellation
-                self._trouble = f"{handler.type_name}: {error_text(error)}"
-                return
-        self._trouble = None
+        self._trouble = self._health.trouble(lambda: self._channel.heartbeat(self._mono_s()))
 
     def report(self) -> None:
         """Send the metrics to the supervisor, with the handlers' own counters."""
         self._reported_at = self._mono_s()
-        for handler in self._handlers.values():
-            for name, total in handler.counters.items():
-                key = (id(handler.counters), name)  # one handler may serve several types
-                self._metrics.count(f"z_novel_{name}_total", (), total - self._reported_totals.get(key, 0))
-                self._reported_totals[key] = total
+        for name, by in self._counters.take():
+            self._metrics.count(name, (), by)
         self._control.report(self._metrics, self._trouble)
 
 

@@ -25,6 +25,16 @@ def escape_control(text: str) -> str:
     return CONTROL.sub(_escape, text)
 
 
+def text_of(value: object, convert: Callable[[object], str] = str) -> str:
+    """``str(value)``; a short stand-in if that raises, as a handler's own class may do. It never raises."""
+    try:
+        return convert(value)
+    except Exception as error:
+        if isinstance(value, int):  # Python refuses to write more than 4,300 digits
+            return f"<int of {value.bit_length()} bits>"
+        return f"<{type(value).__name__}: its text raised {type(error).__name__}>"
+
+
 def is_unicode(text: str) -> bool:
     """Whether the text has no unpaired surrogate, so that UTF-8 can hold it."""
     try:

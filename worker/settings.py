@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Self
 import msgspec
 
 from .cgroup import usable_cpus
+from .cron_table import CronTable
 from .errors import ConfigurationError
 from .extension import extension, imported
 from .flow import FlowConfig
-from .keys import NO_HOLDER, Holder, Source
+from .keys import NO_HOLDER, Holder, Source, is_derived
 from .outcome import RetryPolicy
 
 #: Default limit of one entry; larger ones are refused before they are parsed.
@@ -65,9 +66,11 @@ class Settings:
     linger_s: float = 0.0
     threads: int = 1
     holder: Holder = NO_HOLDER
-    #: Limits and weights of the configuration file, if it has any, and the file.
-    flow: FlowConfig | None = None
+    #: The TOML file of `--config`; empty without one. `SIGHUP` reads its tables again.
     config_file: str = ""
+    #: Limits and weights of that file, if it has any.
+    flow: FlowConfig | None = None
+    cron: tuple[CronTable, ...] = ()
 
     def to_json(self) -> bytes:
         """For a child of the service; it holds the secrets too, so it goes over a pipe only."""
@@ -80,16 +83,20 @@ class Settings:
 
     def public(self) -> dict[str, Any]:
         """The options without the secrets, for the log."""
-        left_out = {*self.secret_urls, *self.secret_tokens, "holder"}
+        left_out = {*self.secret_urls, *self.secret_tokens, "holder", "cron"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
 
 def parse_source(text: str) -> Source:
-    """``NAME=GROUP`` of ``--stream``. Raises `ConfigurationError`."""
+    """``NAME=GROUP`` of ``--stream``. Raises `ConfigurationError`, also for a key of the service's own."""
     stream, _, group = (part.strip() for part in text.rpartition("="))
     if not stream or not group:
         raise ConfigurationError(
             f"--stream {text!r}: say NAME=GROUP, for example stream:story:gen=cg-gen-worker"
+        )
+    if is_derived(stream):
+        raise ConfigurationError(
+            f"--stream {text!r}: the service keeps its own records under this name; give the jobs' stream"
         )
     return Source(stream, group)
 

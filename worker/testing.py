@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from .admin.dead_letters import Letter, read_letter
+from .cron_config import parse_cron_tables
 from .envelope import Job, job_of, read_payload
 from .errors import MalformedPayload
 from .event_loop import EventLoop
@@ -90,11 +91,16 @@ class Harness:
     ``handlers`` maps types to handler classes (one object a worker, as in the service), to objects or to
     functions with `job`; a list of such functions will do, for each has its type. Of the ``settings``, these
     have an effect: streams, retry, max_payload, max_deaths and job_timeout_s. The default settings have no
-    jitter. Errors of a handler's ``setup`` are raised here.
+    jitter. ``cron`` are tables with the keys of ``[[cron]]`` in the configuration file; `advance` enqueues
+    their jobs. Errors of a handler's ``setup`` are raised here, and `ValueError` for a wrong table.
     """
 
     def __init__(
-        self, handlers: Mapping[str, Any] | Iterable[Callable[..., Any]], settings: Settings | None = None
+        self,
+        handlers: Mapping[str, Any] | Iterable[Callable[..., Any]],
+        settings: Settings | None = None,
+        *,
+        cron: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if not isinstance(handlers, Mapping):
             handlers = _by_type(handlers)
@@ -102,7 +108,10 @@ class Harness:
         names = {
             type_name: f"{type(one).__module__}:{type(one).__name__}" for type_name, one in handlers.items()
         }
-        self.settings = dataclasses.replace(settings, handlers=names, linger_s=0.0)
+        tables = parse_cron_tables(list(cron), [source.stream for source in settings.streams])
+        self.settings = dataclasses.replace(
+            settings, handlers=names, linger_s=0.0, cron=tables or settings.cron
+        )
         #: The jobs of each call of a handler, in order.
         self.batches: list[list[Job]] = []
         #: The failed tries, in order.
@@ -213,6 +222,7 @@ class Harness:
         """
         self._check_metric(name, labels)
         self._reader.report()
+        self._reaper.report()
         if self._worker is not None:
             self._worker.report()
         self._receive_reports()
@@ -343,6 +353,8 @@ class Harness:
         store = self._store
         dues = [store.promote(source.stream, 0).next_due_s for source in self.settings.streams]
         steps = [_STEP_S] if self.unfinished else []
+        if (tick_s := self._reaper.next_cron_s()) is not None:
+            steps.append(max(0.0, tick_s - self.wall_now_s()))
         return min([float("inf"), *steps, *(due for due in dues if due is not None)])
 
     # -- records of handler calls

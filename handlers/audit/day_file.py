@@ -226,7 +226,9 @@ class DayFile:
     def _copy(self, part: Damage | Torn, target: Path) -> None:
         partial = target.with_name(f"{target.name}.part")
         try:
-            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            with open(
+                os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb"
+            ) as file:
                 file.writelines(self._chunks(part))
                 file.flush()
                 os.fsync(file.fileno())
@@ -263,12 +265,14 @@ class DayFile:
 
     def _open(self) -> None:
         if self._fd < 0:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # Not through a symbolic link: it would lead to a file that is no archive.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._fd = os.open(self.path, flags, 0o600)
             sync_folder(self.path.parent)
 
     def _is_current(self) -> bool:
         try:
-            named = os.stat(self.path)
+            named = os.lstat(self.path)
         except FileNotFoundError:
             return False
         opened = os.fstat(self._fd)

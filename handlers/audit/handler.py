@@ -80,7 +80,11 @@ class Archive:
         sync_folder(self._folder.parent)
 
     def healthy(self) -> None:
-        """Raise OSError if the folder is not writable."""
+        """Raise OSError if the folder is missing or not writable."""
+        if not self._folder.is_dir():
+            raise FileNotFoundError(
+                f"the folder {self._folder} is missing: mount or restore it, or create it"
+            )
         if not os.access(self._folder, os.W_OK | os.X_OK):
             raise PermissionError(f"cannot write to {self._folder}")
 

@@ -108,7 +108,10 @@ class PostgresSink:
             connection.close()
 
     def _run(self, action: Callable[[psycopg.Connection[Any]], object]) -> None:
-        """Run one transaction. Raises Unavailable or PermanentError for the errors of psycopg."""
+        """Run one transaction. Raises Unavailable or PermanentError for the errors of psycopg.
+
+        A missing right is Unavailable: the operator must act, and no job must fail for it.
+        """
         try:
             connection = self._connect()
             with connection.transaction():
@@ -116,6 +119,10 @@ class PostgresSink:
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             self.close()
             raise Unavailable(f"PostgreSQL: {type(error).__name__}: {error}") from error
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise Unavailable(
+                f"PostgreSQL: check the rights of the user in --postgres-dsn: {error}"
+            ) from error
         except (psycopg.DataError, psycopg.IntegrityError) as error:
             raise PermanentError(f"PostgreSQL: {type(error).__name__}: {error}") from error
 

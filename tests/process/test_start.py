@@ -129,6 +129,7 @@ def test_command_line_wins_over_environment_and_that_over_the_file(tmp_path: Pat
     ("support.toys:NoSuchClass", "NoSuchClass"),
     ("support.toys:Event", "Event"),
     ("support.toys:Unable", "the licence has run out"),
+    ("support.toys:Speechless", "SpeechlessError: (its message raised RuntimeError)"),
 ])  # fmt: skip
 def test_a_handler_that_cannot_be_set_up_exits_3_with_its_own_error(
     tmp_path: Path, target: str, said: str

@@ -1,16 +1,22 @@
 """``jobworker web`` over HTTP: its pages, its access control and its actions."""
 
+import contextlib
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import pytest
 
+from jobworker.worker.cron_table import CronTable, digest, encode_table
+from jobworker.worker.store.cron import StoredTable
+from jobworker.worker.store.redis.operator import OperatorStore
+from jobworker.worker.web.server import MAX_CONNECTIONS
 from support.operator import COMMAND_S, run
 from support.redis_servers import RedisServer
 from support.service import STREAM, eventually
@@ -35,6 +41,52 @@ def guarded(server: RedisServer) -> Iterator[Page]:
     with page(server, "--allow-actions", "--show-payloads", token=TOKEN) as one:
         assert one.log_in().status == 303
         yield one
+
+
+def test_an_unfinished_request_is_closed_and_does_not_block_others(open_page: Page) -> None:
+    address = urlsplit(open_page.url)
+    host, port = str(address.hostname), int(str(address.port))
+    heads = [
+        b"",
+        b"GET / HTTP/1.1\r\nX: ",
+        b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\na",
+    ]
+    with contextlib.ExitStack() as opened:
+        slow = []
+        for head in heads:
+            peer = opened.enter_context(socket.create_connection((host, port), COMMAND_S))
+            peer.sendall(head)
+            slow.append(peer)
+        assert open_page.get("/healthz").status == 200
+        for peer in slow:
+            with contextlib.suppress(ConnectionResetError):
+                while peer.recv(4096):
+                    pass
+
+
+def test_connections_beyond_the_limit_are_closed(server: RedisServer) -> None:
+    with page(server) as one, contextlib.ExitStack() as opened:
+        address = urlsplit(one.url)
+        host, port = str(address.hostname), int(str(address.port))
+        peers = [
+            opened.enter_context(socket.create_connection((host, port), COMMAND_S))
+            for _ in range(MAX_CONNECTIONS + 1)
+        ]
+        with contextlib.suppress(ConnectionResetError):
+            assert peers[-1].recv(1) == b""
+
+
+def test_term_ends_the_page_while_a_service_does_not_answer(server: RedisServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        more = [word for _ in range(8) for word in ("--metrics-url", url)]
+        with page(server, *more) as one:
+            address = urlsplit(one.url)
+            with socket.create_connection((str(address.hostname), int(str(address.port)))) as peer:
+                peer.sendall(b"GET /job?id=a HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                silent.accept()[0].close()
+                one.popen.terminate()
+                assert one.popen.wait(10) == 0
 
 
 def letter(store: RedisServer, id: str, reason: str = "exhausted", dlq: str = DLQ, **more: Any) -> str:
@@ -92,6 +144,25 @@ class TestPages:
 
         eventually(shown)
         assert open_page.get("/healthz").body == "ok\n"
+
+    def test_cron_tables_are_shown_with_their_next_tick(self, open_page: Page, store: RedisServer) -> None:
+        tables = [
+            CronTable(name, "@hourly", "audit", STREAM, timezone="Europe/Berlin") for name in ("on", "off")
+        ]
+        stored = [StoredTable(table.name, table.rule, encode_table(table)) for table in tables]
+        cron = OperatorStore(store.url)
+        cron.cron_publish(STREAM, "host/blue", digest(tables), stored)
+        cron.cron_pause(STREAM, "off", "<b>import</b>")
+        cron.close()
+
+        def body() -> str:
+            text = open_page.get("/queues").body
+            return text if "<h2>Cron</h2>" in text else ""
+
+        shown = eventually(body)
+        assert "<code>@hourly</code> Europe/Berlin" in shown
+        assert re.search(r'data-label="Next in">\d+ (s|min)<', shown)
+        assert "&lt;b&gt;import&lt;/b&gt;" in shown
 
     def test_the_history_sends_only_new_samples(self, open_page: Page, store: RedisServer) -> None:
         def history(after: int) -> Any:
@@ -404,5 +475,20 @@ def test_without_its_libraries_the_error_names_the_extra(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "jobworker.worker.web.serve", raising=False)
+    for module in ("serve", "server"):
+        monkeypatch.delitem(sys.modules, f"jobworker.worker.web.{module}", raising=False)
     assert "pip install '.[web]'" in run(server, "web", "--listen", "127.0.0.1:0", code=2).stderr
+
+
+@pytest.mark.parametrize("number", ["1", "x", "9" * 5000], ids=("unused", "text", "long"))
+def test_an_unknown_task_is_not_found(open_page: Page, number: str) -> None:
+    answer = open_page.get(f"/dead/progress/{number}")
+    assert (answer.status, "content-security-policy" in {name.lower() for name in answer.headers}) == (
+        404,
+        True,
+    )
+
+
+@pytest.mark.parametrize("address", ["/retries?offset=", "/history.json?after=", "/job?id=x&scan="])
+def test_a_number_of_many_digits_breaks_no_page(open_page: Page, address: str) -> None:
+    assert open_page.get(address + "9" * 5000).status in (200, 404)

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from jobworker.worker.keys import Source
-from jobworker.worker.store.ports import Dead, Retry, Settlement
+from jobworker.worker.store.ports import Dead, Depths, Retry, Settlement
 from support.job_store_steps import OTHER, SOON_S, UNKNOWN, S, given, pending, read, readable
 from support.job_worlds import World, settle
 
@@ -300,8 +300,13 @@ class TestTrimming:
         assert depths.lag == 2
         assert 0.2 <= depths.oldest_age_s < 10
 
+    def test_depths_name_the_other_groups(self, world: World) -> None:
+        given(world, b"1")
+        world.reader("stranger").acquire([Source(S.stream, "cg-stranger")])
+        assert world.reaper().depths(S).other_groups == ("cg-stranger",)
+
     def test_depths_of_a_missing_stream(self, world: World) -> None:
-        assert world.reaper().depths(S) == (0, 0, 0, 0, 0.0, 0, 0)
+        assert world.reaper().depths(S) == Depths(0, 0, 0, 0, 0.0, 0)
 
 
 class TestProducing:

@@ -11,7 +11,7 @@ from pymilvus import MilvusClient
 from pymilvus.exceptions import MilvusException
 from pymilvus.grpc_gen import milvus_pb2, milvus_pb2_grpc
 
-from jobworker.handlers.vectors.milvus.store import Row, VectorStoreError, open_vectors
+from jobworker.handlers.vectors.milvus.store import Row, TransientStoreError, open_vectors
 from support.milvus import LITE_START_S, TOKEN, LiteServer, lite_server
 
 NAME, TABLE, DIM, ROWS = "story_segments", "z_novel_story_segments", 8, 3
@@ -108,7 +108,7 @@ def test_pymilvus_gets_in_by_the_token_in_the_uri_or_beside_it_and_not_without(s
         with pytest.raises(MilvusException):
             MilvusClient(server.open_uri, timeout=3, **more)
     stranger = open_vectors(server.open_uri, timeout_s=3)
-    with pytest.raises(VectorStoreError):
+    with pytest.raises(TransientStoreError, match="--milvus-token"):
         stranger.count(NAME)
     stranger.close()
 

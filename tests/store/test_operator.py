@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobworker.worker.admin.dead_letters import LetterFilter, fresh_job, read_letter
+from jobworker.worker.admin.dead_letters import LetterFilter, read_letter
+from jobworker.worker.envelope import fresh_job
 from jobworker.worker.errors import StoreUnavailable
 from jobworker.worker.keys import Source
 from jobworker.worker.store.operator import START, walk

@@ -165,6 +165,18 @@ def test_an_outage_is_unavailable_and_the_sink_reconnects(sink: Any, server: Pos
     sink.healthy()
 
 
+def test_a_missing_right_is_unavailable(sink: Any, database: Any) -> None:
+    database.execute("DROP ROLE IF EXISTS stranger")
+    database.execute("CREATE ROLE stranger")
+    try:
+        sink._run(lambda connection: connection.execute("SET ROLE stranger"))
+        with pytest.raises(Unavailable, match="--postgres-dsn"):
+            sink.store(chapter(1))
+    finally:
+        sink.close()
+        database.execute("DROP ROLE stranger")
+
+
 @pytest.mark.parametrize("dsn", ["", "nonsense hunter2", "postgresql://u:hunter2@[bad"])
 def test_a_bad_dsn_is_a_configuration_error_without_its_password(dsn: str) -> None:
     with pytest.raises(ConfigurationError, match="--postgres-dsn") as caught:

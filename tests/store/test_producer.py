@@ -17,7 +17,7 @@ import orjson
 import pytest
 
 from jobworker.worker.endpoints import read_endpoints, store_url
-from jobworker.worker.envelope import read_envelope, read_header
+from jobworker.worker.envelope import MAX_NESTING, read_envelope, read_header
 from jobworker.worker.errors import ConfigurationError, StoreUnavailable
 from jobworker.worker.keys import Source
 from jobworker.worker.producer import NewJob, Producer, UnknownDestination
@@ -158,8 +158,9 @@ class _Data:
         ({"a": msgspec.Raw(b"1e5")}, b'{"a":1e5}'),
         (orjson.Fragment(b"[1.0]"), b"[1.0]"),
         (nested(300), b"[" * 301 + b"]" * 301),
+        (nested(MAX_NESTING - 2), b"[" * (MAX_NESTING - 1) + b"]" * (MAX_NESTING - 1)),
     ],
-    ids=lambda value: repr(value)[:30],
+    ids=lambda value: repr(value).partition(" object at")[0][:30],
 )
 def test_a_payload_is_sent_as_json(bench: Bench, payload: Any, sent: bytes) -> None:
     bench.producer.enqueue("noop", payload)
@@ -185,6 +186,8 @@ def test_a_payload_is_sent_as_json(bench: Bench, payload: Any, sent: bytes) -> N
         {"payload": object()},
         {"payload": {"text": "\ud800"}},
         {"payload": nested(100_000)},
+        {"payload": nested(MAX_NESTING - 1)},
+        {"payload": orjson.Fragment(b"[" * MAX_NESTING + b"]" * MAX_NESTING)},
         {"payload": "x" * (8 * 1024 * 1024)},
         {"id": ""},
         {"id": "x" * 513},

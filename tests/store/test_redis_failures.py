@@ -6,7 +6,6 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable
 
 import pytest
 
@@ -16,49 +15,21 @@ from jobworker.worker.errors import (
     StoreRefused,
     StoreUnavailable,
 )
-from jobworker.worker.keys import Source
-from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
+from jobworker.worker.store.ports import Dead, Retry, Settlement
 from jobworker.worker.store.redis import blocking_read
 from jobworker.worker.store.redis.producer import RedisProducerStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from jobworker.worker.store.redis.reaper import RedisReaperStore
+from support.job_store_steps import SOON_S, S, given, read, retry_until_available
 from support.job_worlds import RedisWorld, settle
 from support.redis_servers import free_port
-
-S = Source("stream:test", "cg-test")
-SOON_S = 5.0
-
-
-def read(store: RedisReaderStore, count: int = 100) -> list[Entry]:
-    store.begin_read(S, count, 0)
-    return store.finish_read(S)
-
-
-def reader_with(world: RedisWorld, *jobs: bytes) -> tuple[RedisReaderStore, list[bytes]]:
-    store = world.reader("a")
-    store.acquire([S])
-    world.producer().add(S.stream, jobs)
-    return store, [entry.id for entry in read(store)]
-
-
-def retry_until_available(act: Callable[[], object]) -> None:
-    """Repeat `act` while the store is unavailable, as a caller would."""
-    deadline = time.monotonic() + SOON_S
-    while True:
-        try:
-            act()
-            return
-        except StoreUnavailable:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)  # the caller's backoff
-
 
 LAST_ID = "18446744073709551615-18446744073709551615"
 
 
 class TestRefusals:
     def test_a_full_dead_letter_stream_is_named_and_its_repair_works(self, redis_world: RedisWorld) -> None:
-        store, (a, b) = reader_with(redis_world, b"1", b"2")
+        store, (a, b) = given(redis_world, b"1", b"2")
         client = redis_world.server.client
         client.xadd("dlq:stream:test", {"data": "old"}, id=LAST_ID)
         (settled,) = store.settle([Settlement(S, [a], [], [Dead(b, b"dead")])])
@@ -89,7 +60,7 @@ class TestRefusals:
 
     def test_a_forbidden_key_is_named(self, redis_world: RedisWorld) -> None:
         client = redis_world.server.client
-        reader_with(redis_world, b"1")
+        given(redis_world, b"1")
         client.acl_setuser(
             "limited", enabled=True, nopass=True, commands=["+@all"], keys=["stream:*", "fence:*"]
         )
@@ -115,7 +86,7 @@ class TestRefusals:
     def test_a_server_that_is_full_or_read_only_is_no_fault_of_a_stream(
         self, redis_world: RedisWorld
     ) -> None:
-        store, (a,) = reader_with(redis_world, b"1")
+        store, (a,) = given(redis_world, b"1")
         client = redis_world.server.client
         client.config_set("maxmemory", 1)
         try:
@@ -135,14 +106,14 @@ class TestRefusals:
 
 class TestFailures:
     def test_scripts_forgotten_by_the_server_are_loaded_again(self, redis_world: RedisWorld) -> None:
-        store, ids = reader_with(redis_world, b"1")
+        store, ids = given(redis_world, b"1")
         redis_world.server.client.script_flush()
         assert settle(store, [Settlement(S, ids)]) == set()
 
     def test_a_stream_deleted_under_a_blocked_read_is_recreated_and_logged(
         self, redis_world: RedisWorld, caplog: pytest.LogCaptureFixture
     ) -> None:
-        store, _ = reader_with(redis_world, b"1")
+        store, _ = given(redis_world, b"1")
         fd = store.begin_read(S, 10, 60_000)
         redis_world.server.client.delete(S.stream)
         redis_world.producer().add(S.stream, [b"2"])
@@ -155,7 +126,7 @@ class TestFailures:
     def test_deaths_go_with_a_deleted_stream_and_stay_with_a_deleted_group(
         self, redis_world: RedisWorld
     ) -> None:
-        store, (a, b) = reader_with(redis_world, b"1", b"2")
+        store, (a, b) = given(redis_world, b"1", b"2")
         store.set_deaths(S, {a: 1, b: 2})
         client = redis_world.server.client
         client.xgroup_destroy(S.stream, S.group)
@@ -166,7 +137,7 @@ class TestFailures:
         assert not client.exists(keys.deaths_key(S.stream))
 
     def test_the_reader_survives_a_flushed_server(self, redis_world: RedisWorld) -> None:
-        store, ids = reader_with(redis_world, b"1")
+        store, ids = given(redis_world, b"1")
         redis_world.server.client.flushall()
         assert settle(store, [Settlement(S, ids)]) == set(ids)
         redis_world.producer().add(S.stream, [b"2"])
@@ -174,7 +145,7 @@ class TestFailures:
         assert settle(store, [Settlement(S, [entry.id])]) == set()
 
     def test_killed_connections_are_replaced(self, redis_world: RedisWorld) -> None:
-        store, ids = reader_with(redis_world, b"1")
+        store, ids = given(redis_world, b"1")
         fd = store.begin_read(S, 10, 60_000)
         redis_world.server.client.client_kill_filter(_type="normal", skipme=True)
         assert select.select([fd], [], [], SOON_S)[0]
@@ -218,7 +189,7 @@ class TestFailures:
         assert stats["cmdstat_evalsha"]["calls"] == 4, "1,000 entries or 8 MiB each"
 
     def test_settlements_survive_a_killed_server(self, redis_world: RedisWorld) -> None:
-        store, (a, b, c, d) = reader_with(redis_world, b"1", b"2", b"3", b"4")
+        store, (a, b, c, d) = given(redis_world, b"1", b"2", b"3", b"4")
         store.set_deaths(S, {d: 2})
         settle(store, [Settlement(S, [a], [Retry(b, 60, b"b")], [Dead(c, b"c")])])
         redis_world.server.restart()
@@ -231,7 +202,7 @@ class TestFailures:
     def test_a_full_server_acknowledges_done_jobs_and_changes_nothing_else(
         self, redis_world: RedisWorld
     ) -> None:
-        store, (a, b) = reader_with(redis_world, b"1", b"2")
+        store, (a, b) = given(redis_world, b"1", b"2")
         client = redis_world.server.client
         client.config_set("maxmemory", "1")
         try:
@@ -245,7 +216,7 @@ class TestFailures:
         assert [entry.id for entry in store.own_pending(S, b"0-0", 10)] == [b]
 
     def test_a_replica_refuses_until_it_is_promoted(self, redis_world: RedisWorld) -> None:
-        store, ids = reader_with(redis_world, b"1")
+        store, ids = given(redis_world, b"1")
         client = redis_world.server.client
         client.execute_command("REPLICAOF", "127.0.0.1", str(free_port()))
         try:
@@ -262,7 +233,7 @@ class TestFailures:
             redis_world.reader("a").acquire([S])
 
     def test_a_failing_settlement_leaves_each_job_settled_or_pending(self, redis_world: RedisWorld) -> None:
-        store, (a, b, c) = reader_with(redis_world, b"1", b"2", b"3")
+        store, (a, b, c) = given(redis_world, b"1", b"2", b"3")
         dead_key = keys.dead_letter_key(S.stream)
         redis_world.server.client.set(dead_key, "a string")
         outcome = Settlement(S, [c], [Retry(a, 60, b"a")], [Dead(b, b"b")])

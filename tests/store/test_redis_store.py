@@ -10,27 +10,14 @@ from jobworker.worker.errors import (
     NameHeld,
     StoreUnavailable,
 )
-from jobworker.worker.keys import Holder, Source
-from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
-from jobworker.worker.store.redis.reader import RedisReaderStore
+from jobworker.worker.keys import Holder
+from jobworker.worker.store.ports import Dead, Retry, Settlement
+from support.job_store_steps import S, given, read
 from support.job_worlds import RedisWorld, settle
 
-S = Source("stream:test", "cg-test")
 FENCE, DEATHS = "fence:stream:test", "deaths:stream:test"
 #: Two starts of services whose lease is long.
 STARTED, STARTED_LATER = Holder("t1", "pid 1", 60.0), Holder("t2", "pid 2", 60.0)
-
-
-def read(store: RedisReaderStore, count: int = 100) -> list[Entry]:
-    store.begin_read(S, count, 0)
-    return store.finish_read(S)
-
-
-def reader_with(world: RedisWorld, *jobs: bytes) -> tuple[RedisReaderStore, list[bytes]]:
-    store = world.reader("a")
-    store.acquire([S])
-    world.producer().add(S.stream, jobs)
-    return store, [entry.id for entry in read(store)]
 
 
 class TestName:
@@ -114,7 +101,7 @@ class TestName:
     def test_a_damaged_epoch_is_replaced_and_fences_older_readers(
         self, redis_world: RedisWorld, epoch: bytes
     ) -> None:
-        store, ids = reader_with(redis_world, b"1", b"2")
+        store, ids = given(redis_world, b"1", b"2")
         client = redis_world.server.client
         client.hset(FENCE, "a", epoch)
         assert store.renew(S, ids) == set(), "the reader takes the name again"
@@ -137,7 +124,7 @@ class TestDamagedDeaths:
     def test_listing_pending_entries(
         self, redis_world: RedisWorld, count: bytes, caplog: pytest.LogCaptureFixture
     ) -> None:
-        store, ids = reader_with(redis_world, b"1", b"2")
+        store, ids = given(redis_world, b"1", b"2")
         redis_world.server.client.hset(DEATHS, ids[0], count)
         assert [entry.deaths for entry in store.own_pending(S, b"0-0", 10)] == [0, 0]
         (record,) = [one for one in caplog.records if one.message == "deaths.damaged"]
@@ -145,7 +132,7 @@ class TestDamagedDeaths:
 
     @pytest.mark.parametrize("count", DAMAGED_COUNTS)
     def test_claiming_entries(self, redis_world: RedisWorld, count: bytes) -> None:
-        _, ids = reader_with(redis_world, b"1")
+        _, ids = given(redis_world, b"1")
         redis_world.server.client.hset(DEATHS, ids[0], count)
         other = redis_world.reader("b")
         other.acquire([S])
@@ -161,7 +148,7 @@ class TestDamagedFields:
     def test_fields_that_are_no_ids_do_not_hinder_a_deleted_stream(
         self, redis_world: RedisWorld, field: str
     ) -> None:
-        store, ids = reader_with(redis_world, b"1")
+        store, ids = given(redis_world, b"1")
         client = redis_world.server.client
         client.hset(DEATHS, mapping={field: 1, ids[0].decode(): 1})
         client.delete(S.stream)
@@ -173,7 +160,7 @@ class TestDamagedFields:
 
 class TestFormat:
     def test_keys_are_those_of_the_contract(self, redis_world: RedisWorld) -> None:
-        store, (a, b) = reader_with(redis_world, b"1", b"2")
+        store, (a, b) = given(redis_world, b"1", b"2")
         settle(store, [Settlement(S, [], [Retry(a, 2.5, b"again")], [Dead(b, b"dead")])])
         client = redis_world.server.client
         (member, due), = client.zrange("retry:stream:test", 0, -1, withscores=True)  # fmt: skip
@@ -184,20 +171,20 @@ class TestFormat:
         assert client.xrange("dlq:stream:test")[0][1] == {b"data": b"dead"}
 
     def test_settlement_removes_the_death_counts(self, redis_world: RedisWorld) -> None:
-        store, (a, b) = reader_with(redis_world, b"1", b"2")
+        store, (a, b) = given(redis_world, b"1", b"2")
         store.set_deaths(S, {a: 1, b: 1})
         settle(store, [Settlement(S, [a], [Retry(b, 0, b"r")])])
         assert not redis_world.server.client.exists(keys.deaths_key(S.stream))
 
     def test_two_equal_jobs_differ_in_blanks_only(self, redis_world: RedisWorld) -> None:
-        store, (a, b) = reader_with(redis_world, b"1", b"2")
+        store, (a, b) = given(redis_world, b"1", b"2")
         settle(store, [Settlement(S, [], [Retry(a, 0, b'{"x":1}'), Retry(b, 0, b'{"x":1}')])])
         one, other = redis_world.waiting(S.stream)
         assert one != other
         assert one.strip(b" \t") == other.strip(b" \t") == b'{"x":1}'
 
     def test_an_empty_read_costs_the_server_one_command(self, redis_world: RedisWorld) -> None:
-        store, _ = reader_with(redis_world, b"1")
+        store, _ = given(redis_world, b"1")
         client = redis_world.server.client
         client.config_resetstat()
         read(store)

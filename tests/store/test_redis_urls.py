@@ -2,8 +2,6 @@
 
 import shutil
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from jobworker.worker.errors import (
 )
 from jobworker.worker.keys import Source, base_stream
 from jobworker.worker.settings import without_credentials
-from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
+from jobworker.worker.store.ports import Dead, Retry, Settlement
 from jobworker.worker.store.redis import blocking_read
 from jobworker.worker.store.redis.connect import require_version
 from jobworker.worker.store.redis.key_scan import find_streams
@@ -25,35 +23,9 @@ from jobworker.worker.store.redis.operator import OperatorStore
 from jobworker.worker.store.redis.producer import RedisProducerStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from jobworker.worker.store.redis.reaper import RedisReaperStore
+from support.job_store_steps import S, given, read, retry_until_available
 from support.job_worlds import RedisWorld, settle
 from support.redis_servers import RedisServer, free_port, require
-
-S = Source("stream:test", "cg-test")
-SOON_S = 5.0
-
-
-def read(store: RedisReaderStore, count: int = 100) -> list[Entry]:
-    store.begin_read(S, count, 0)
-    return store.finish_read(S)
-
-
-def reader_with(world: RedisWorld, *jobs: bytes) -> tuple[RedisReaderStore, list[bytes]]:
-    store = world.reader("a")
-    store.acquire([S])
-    world.producer().add(S.stream, jobs)
-    return store, [entry.id for entry in read(store)]
-
-
-def retry_until_available(act: Callable[[], object]) -> None:
-    """Repeat `act` while the store is unavailable, as a caller would."""
-    deadline = time.monotonic() + SOON_S
-    while True:
-        try:
-            act()
-            return
-        except StoreUnavailable:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)  # the caller's backoff
 
 
 def run_one_job(url: str) -> None:
@@ -138,6 +110,10 @@ class TestUrls:
             assert found == (["stream:delayed", "stream:first", "stream:test", "stream:two"], True)
             for one in (operator, store, producer):
                 one.close()
+            plain = RedisReaderStore(f"redis://127.0.0.1:{server.port}", "b")
+            with pytest.raises(StoreUnavailable, match=r"must begin with redis\+cluster://"):
+                plain.acquire([S])
+            plain.close()
         finally:
             server.stop()
 
@@ -232,7 +208,7 @@ class TestVersion:
 
 
 def test_the_store_opens_no_more_connections_than_it_needs(redis_world: RedisWorld) -> None:
-    store, ids = reader_with(redis_world, b"1")
+    store, ids = given(redis_world, b"1")
     settle(store, [Settlement(S, ids)])
     for _ in range(5):
         read(store)

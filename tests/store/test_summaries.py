@@ -349,7 +349,7 @@ def test_a_sink_is_loaded_by_its_class_name() -> None:
 
 
 class Killed(BaseException):
-    """Stands in for SIGKILL."""
+    """Simulates SIGKILL."""
 
 
 class Chaotic:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jobworker.worker.keys import Source
 from jobworker.worker.store.announcements import Announcement
+from jobworker.worker.store.cron import CronHash, parse_cron_hash
 from jobworker.worker.store.operator import (
     START,
     Consumer,
@@ -52,6 +53,7 @@ class FakeOperatorStore:
         #: Entry id -> place of a job that was sorted.
         self.lanes: dict[bytes, LanePlace] = {}
         self.paused: list[Pause] = []
+        self.cron: dict[str, CronHash] = {}
         self.requeued: list[tuple[str, bytes]] = []
         self.announced: list[Announcement] = []
 
@@ -102,6 +104,9 @@ class FakeOperatorStore:
     def find_streams(self) -> FoundStreams:
         names = {*self.streams, *self.scheduled, *self.letters}
         return FoundStreams(sorted(names), True)
+
+    def cron_hash(self, stream: str) -> CronHash:
+        return self.cron.get(stream) or parse_cron_hash({})
 
     def pauses(self) -> list[Pause]:
         return self.paused

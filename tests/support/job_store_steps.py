@@ -1,7 +1,10 @@
 """Steps that tests of the job store share: sources, jobs that are given, what is pending."""
 
 import select
+import time
+from collections.abc import Callable
 
+from jobworker.worker.errors import StoreUnavailable
 from jobworker.worker.keys import Source
 from jobworker.worker.store.ports import Entry, ReaderStore
 from support.job_worlds import World
@@ -34,3 +37,15 @@ def pending(store: ReaderStore, source: Source = S) -> list[bytes]:
 
 def readable(fd: int, limit_s: float) -> bool:
     return bool(select.select([fd], [], [], limit_s)[0])
+
+
+def retry_until_available(act: Callable[[], object]) -> None:
+    """Repeat `act` while the store is unavailable, as a caller would."""
+    deadline = time.monotonic() + SOON_S
+    while True:
+        try:
+            act()
+            return
+        except StoreUnavailable:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)  # the caller's backoff

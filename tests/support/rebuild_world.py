@@ -26,7 +26,7 @@ OLD = DummyEncoder(8)
 
 
 class Killed(BaseException):
-    """Stands in for SIGKILL: no later call reaches a store."""
+    """Simulates SIGKILL: no later call reaches a store."""
 
 
 class World:

@@ -231,6 +231,20 @@ class Unable:
         """Never reached."""
 
 
+class SpeechlessError(Exception):
+    """An exception without a text, as a mistake in a handler's own class makes it."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class Speechless(Noop):
+    """A handler whose setup raises an exception without a text."""
+
+    def setup(self, settings: object) -> None:
+        raise SpeechlessError
+
+
 class AsyncGate:
     """The same as `Gate` on the worker's event loop, with a lock made in ``setup``, and a log line."""
 

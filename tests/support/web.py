@@ -86,7 +86,7 @@ def start(
 ) -> "subprocess.Popen[str]":
     """Start the command; it may exit with an error."""
     environment = {
-        **os.environ, "JOBWORKER_REDIS_URL": url, "JOBWORKER_WEB_TOKEN": token,
+        **os.environ, "JOBWORKER_REDIS_URL": url, **({"JOBWORKER_WEB_TOKEN": token} if token else {}),
         "JOBWORKER_METRICS_URL": metrics_url,
     }  # fmt: skip
     command = [str(COMMAND), "web", *options]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jobworker.worker.envelope import DeadJob
+from jobworker.worker.envelope import DeadJob, with_retry
 from jobworker.worker.outcome import Reason
 from jobworker.worker.reader.admission import (
     ISOLATED_FROM_DELIVERIES,
@@ -58,6 +58,19 @@ def test_a_job_of_exactly_the_limit_is_admitted(admission: Admission, length: in
     assert len(data) == length
     result = admission.check(0, Entry(b"1-1", data))
     assert isinstance(result, AdmittedJob) if fits else rejected(result).reason == Reason.OVERSIZED
+
+
+def test_a_job_of_exactly_the_limit_is_admitted_in_each_try(admission: Admission) -> None:
+    """The service's own fields do not count: they would make the first retry too large."""
+    data = sized(MAX_PAYLOAD)
+    for tries in (1, 2, 1_000_000):
+        data = with_retry(data, tries, 1, "ValueError: boom", MAX_PAYLOAD)
+        assert isinstance(admission.check(0, Entry(b"1-1", data)), AdmittedJob)
+
+
+def test_the_fields_of_a_retry_admit_nothing_larger(admission: Admission) -> None:
+    retry = with_retry(sized(MAX_PAYLOAD + 1), 1, 0)
+    assert rejected(admission.check(0, Entry(b"1-1", retry))).reason == Reason.OVERSIZED
 
 
 def test_the_size_is_checked_before_anything_is_parsed(admission: Admission) -> None:

@@ -552,3 +552,22 @@ def test_the_index_contains_exactly_the_added_entries(parts: list[list[int]], as
         there = {n for part in parts for n in part}
         keys = {entry_key(ref): ref.digest for ref in refs(sorted(asked))}
         assert {keys[key] for key in index.contained(set(keys))} == asked & there
+
+
+def test_a_missing_folder_is_named_as_missing(tmp_path: Path) -> None:
+    one = archive(tmp_path)
+    one.healthy()
+    (tmp_path / "audit").rmdir()
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        one.healthy()
+
+
+def test_a_symbolic_link_in_the_place_of_the_day_is_not_followed(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("not an archive")
+    path = tmp_path / "day.jsonl.zst"
+    path.symlink_to(other)
+    day = DayFile(path, zstandard.ZstdCompressor().compress)
+    with pytest.raises(Unavailable, match="symbolic link"):
+        day.append("s", [])
+    assert other.read_text() == "not an archive"

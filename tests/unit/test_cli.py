@@ -63,8 +63,8 @@ def test_without_a_deployment_the_error_says_how_to_name_one(
     path: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    needs = {"enqueue": ["audit"], "explain": ["x"], "show": ["x"], "resume": ["x"],
-             "set": ["x", "--concurrency=1"], "clear": ["x"]}  # fmt: skip
+    needs = {"enqueue": ["audit"], "explain": ["x"], "show": ["x"], "resume": ["x"], "run": ["x"],
+             "pause": ["x"], "set": ["x", "--concurrency=1"], "clear": ["x"]}  # fmt: skip
     result = CliRunner().invoke(main, [*path, *needs.get(path[-1], [])], env={"JOBWORKER_REDIS_URL": None})
     assert result.exit_code == 2
     assert "JOBWORKER_REDIS_URL" in result.output
@@ -80,8 +80,9 @@ class TestConfigurationFileOfTheService:
     @pytest.mark.parametrize("path", ONE_SHOT, ids=" ".join)
     def test_it_names_the_deployment(self, path: tuple[str, ...], file: Path) -> None:
         needs = {"enqueue": ["audit"], "explain": ["x"], "show": ["x"], "resume": ["x"],
-                 "set": ["x", "--concurrency=1"], "clear": ["x"],
-                 "now": ["--all"], "requeue": ["--all"], "purge": ["--all", "--yes"]}  # fmt: skip
+                 "run": ["x"], "pause": ["x"], "set": ["x", "--concurrency=1"], "clear": ["x"],
+                 "now": ["--all"], "requeue": ["--all"],
+                 "purge": ["--all", "--yes"]}  # fmt: skip
         command = [*path, *needs.get(path[-1], [])]
         for given, environment in (["--config", str(file)], {}), ([], {"JOBWORKER_CONFIG": str(file)}):
             result = CliRunner().invoke(main, [*command, *given], env=environment)
@@ -172,6 +173,21 @@ def test_an_age_is_an_option_in_seconds() -> None:
     assert Age().convert("15m", None, None) == 900.0
     with pytest.raises(click.BadParameter, match="write 90s, 15m, 2h or 7d"):
         Age().convert("soon", None, None)
+
+
+def test_an_empty_id_is_refused() -> None:
+    """Each entry that cannot be read has the empty id."""
+    done = CliRunner().invoke(main, ["explain", "", "--redis-url", "redis://127.0.0.1:1/0"])
+    assert (done.exit_code, "the id is empty" in done.output) == (2, True)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["stats", "--help"], ["--version"]], ids=" ".join)
+def test_an_output_that_takes_nothing_is_told_in_a_sentence(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [COMMAND, *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "jobworker: [Errno 28] No space left on device\n")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from jobworker.worker.data_dir import DataDir, kept_secret, private_folder, writ
 from jobworker.worker.endpoints import DEFAULT_DATA_DIR, read_endpoints, store_url
 from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.settings import Settings
-from jobworker.worker.supervision.embedded import EmbeddedValkey, escaped_pattern, quoted
+from jobworker.worker.supervision.embedded import EmbeddedValkey, Stores, escaped_pattern, quoted
 from jobworker.worker.supervision.instance import InstanceLock
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="root: only it can give files to another user")
@@ -220,3 +220,22 @@ def test_a_text_is_quoted_for_the_configuration_file(text: str, shown: str) -> N
 def test_a_path_is_no_pattern_for_the_server() -> None:
     assert escaped_pattern("/a b/\\c") == "/a b/\\c"
     assert escaped_pattern("/a[x]*?\\") == r"/a\[x\]\*\?" + "\\\\"
+
+
+@pytest.mark.parametrize("change", ["deleted", "renamed", "replaced", "emptied"])
+def test_a_data_directory_that_is_gone_is_reported(folder: Path, change: str) -> None:
+    data = DataDir(str(folder))
+    stores = Stores(Settings(), data, [])
+    assert stores.reasons() == []
+    if change == "renamed":
+        folder.rename(folder.with_name("moved"))
+    else:
+        (folder / "lock").unlink()
+    if change in ("deleted", "replaced"):
+        folder.rmdir()
+    if change == "replaced":
+        folder.mkdir(mode=0o700)
+        (folder / "lock").touch()
+    (reason,) = stores.reasons()
+    assert str(folder) in reason
+    data.close()

@@ -178,3 +178,26 @@ def test_a_malformed_job_is_identified_as_far_as_its_names_are_valid(
 def test_damaged_base64_hides_nothing_else() -> None:
     entry = Entry(b"1-0", json.dumps({"reason": "malformed", "raw": "A", "error": "e"}).encode())
     assert read_letter("a", entry).error == "e"
+
+
+@pytest.mark.parametrize(
+    ("raw", "readable"),
+    [
+        (b'{"id": "r", "type": "audit", "payload": {"n": 1}}', True),
+        (b'{"id": "r", "type": "audit", "payload": {"n"', False),
+        (b'{"id": "r", "type": "audit", "id": "s"}', False),
+        (b'{"type": "audit"}', False),
+        (b"\xff", False),
+    ],
+)
+def test_a_job_that_stands_only_in_raw_is_requeued_if_it_is_valid(raw: bytes, readable: bool) -> None:
+    encoded = base64.b64encode(raw).decode()
+    letter_queue = queue({"a": [letter("1-0", job_id=None, raw=encoded)]})
+    operation = BulkOperation(letter_queue)
+    operation.requeue()
+    assert (operation.done, operation.skipped) == ((1, 0) if readable else (0, 1))
+    assert read_letter("a", letter("1-0", job_id=None, raw=encoded)).task == (raw if readable else None)
+
+
+def test_bytes_in_raw_that_are_no_base64_are_no_job() -> None:
+    assert read_letter("a", letter("1-0", job_id=None, raw="{}é")).task is None

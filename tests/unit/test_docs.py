@@ -17,6 +17,8 @@ import jobworker.worker
 from jobworker.supervisor import main as service
 from jobworker.worker import Job, Producer
 from jobworker.worker.cli import main as tool
+from jobworker.worker.cron_config import parse_cron_tables
+from jobworker.worker.extension import extension
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore
 from jobworker.worker.testing import Harness, Settings
@@ -99,10 +101,12 @@ def test_a_configuration_file_is_understood(text: str, tmp_path: Path) -> None:
     file = tmp_path / "jobworker.toml"
     file.write_text(text)
     parsed = service.make_context("jobworker-supervise", ["--config", str(file)]).params
-    tables = {"limit", "weights"}  # checked when the file is read; they are no options
     given = {name.replace("-", "_"): value for name, value in tomllib.loads(text).items()}
     assert given
-    given = {name: value for name, value in given.items() if name not in tables}
+    for name in ("limit", "weights"):  # no options
+        given.pop(name, None)
+    tables = parse_cron_tables(given.pop("cron", []), [source.stream for source in extension().streams])
+    assert len(tables) == text.count("[[cron]]")
     assert {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in parsed.items()
@@ -143,6 +147,12 @@ def test_the_handler_of_the_readme_does_what_it_says(capsys: pytest.CaptureFixtu
         harness.run()
         assert capsys.readouterr().out == "HELLO!\n"
         assert [letter.reason for letter in harness.dead] == ["permanent"]
+
+
+def test_the_test_of_the_page_on_cron_passes() -> None:
+    names: dict[str, Any] = {}
+    exec(block_with("docs/cron.md", "class Report"), names)
+    names["test_a_report_each_night"]()
 
 
 def test_the_idempotent_handler_writes_one_file_for_each_job_and_only_in_its_folder(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_a_user_without_info_gets_a_note_and_no_false_alarm() -> None:
         ({"overdue_s": OVERDUE_S + 1}, "wrong", "overdue"),
         ({"dead": 4}, "note", "4 dead letters"),
         ({"lags": {GROUP: 5, "other": 3}, "pendings": {GROUP: 0, "other": 1}}, "note", "4 entries behind"),
+        ({"lags": {GROUP: 5, "other": 0}, "pendings": {GROUP: 0, "other": 0}}, "note", "second group, other"),
         ({"lags": {GROUP: 5, "other": 10_001}, "pendings": {GROUP: 0, "other": 0}}, "wrong", "10001 entries"),
     ],
 )

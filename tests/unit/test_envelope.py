@@ -12,15 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.worker.admin.dead_letters import fresh_job
 from jobworker.worker.admin.identity import read_identity
 from jobworker.worker.envelope import (
     MAX_LAST_ERROR_CHARS,
+    MAX_NESTING,
     OVERSIZED_KEPT_BYTES,
     DeadJob,
     Job,
     dead_letter,
+    fresh_job,
     job_of,
+    nesting_of,
     payload_parser,
     read_envelope,
     read_header,
@@ -88,6 +90,7 @@ MALFORMED = {
     "type twice, once escaped": BEGUN + b',"\\u0074ype":"u"}',
     "unknown field twice": BEGUN + b',"x":1,"x":2}',
     "unknown field twice, spaced": b'{ "id": "a", "type": "t", "x": 1, "x": 2 }',
+    "id twice, as much shorter as the timeout is longer": BEGUN + b',"id":"b","timeout":1e9}',
     "payload twice": BEGUN + b',"payload":{},"payload":{}}',
     "number as tenant": BEGUN + b',"tenant_id":1}',
     "null tenant": BEGUN + b',"tenant_id":null}',
@@ -360,3 +363,93 @@ def test_a_jobs_key_names_it_alone_and_is_safe_in_a_path() -> None:
     assert key() == key(tries=3)
     assert len({key(), *others}) == 1 + len(others)
     assert all(re.fullmatch("[0-9a-f]{64}", one) for one in others)
+
+
+def test_the_promised_levels_are_read_on_a_stack_of_a_hundred_frames() -> None:
+    data = BEGUN + b',"payload":' + b"[" * (MAX_NESTING - 1) + b"]" * (MAX_NESTING - 1) + b"}"
+
+    def read(frames: int) -> None:
+        if frames:
+            read(frames - 1)
+        else:
+            read_envelope(data)
+
+    read(100)
+
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.text('[]{}\\",x\u00e9\n'),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text('[]{}\\",x'), inner),
+)
+
+
+def levels_of(value: object) -> int:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return 1 + max(map(levels_of, value), default=0) if isinstance(value, list) else 0
+
+
+@given(JSON, st.booleans())
+def test_levels_are_counted_outside_of_texts(value: object, ascii_only: bool) -> None:
+    assert nesting_of(json.dumps(value, ensure_ascii=ascii_only).encode()) == levels_of(value)
+
+
+SPACES = st.sampled_from([b"", b"", b"", b" ", b"\n\t"])
+KEYS = [
+    "id",
+    "type",
+    "payload",
+    "timeout",
+    "retry_count",
+    "deaths",
+    "metadata",
+    "created_at",
+    "other",
+    "\u00e9",
+]
+NUMBERS = st.integers(0, 400).map(lambda exponent: b"1e%d" % exponent) | st.sampled_from(
+    [
+        b"1e0",
+        b"1E+9",
+        b"10e-1",
+        b"0.1e11",
+        b"100000000000000000000",
+        b"5",
+        b"5.0",
+        b"0.50",
+        b"0",
+        b"-0",
+        b"1.0",
+    ]
+)
+TEXTS = st.sampled_from(
+    [b'"a"', b'"\\u0061"', b'"\\/"', b'"\x7f"', b'""', '"\u00e9\u2028"'.encode(), b'"\\u00e9"']
+)
+VALUES = NUMBERS | TEXTS | st.sampled_from([b"null", b"{}", b'{"a":"b","a":"c"}', b"[1, 2]", b"true"])
+
+
+@st.composite
+def objects(draw: st.DrawFn) -> bytes:
+    """JSON that may be a job: keys that may stand twice or be escaped, numbers in any form, spaces."""
+    members = []
+    for key in ["id", "type", *draw(st.lists(st.sampled_from(KEYS), max_size=5))]:
+        escaped = json.dumps(key) if draw(st.booleans()) else f'"\\u{ord(key[0]):04x}{key[1:]}"'
+        written = escaped.encode() if draw(st.booleans()) else f'"{key}"'.encode()
+        kind = {"id": TEXTS, "type": TEXTS, "timeout": NUMBERS, "created_at": TEXTS}.get(key, VALUES)
+        members.append(draw(SPACES) + written + draw(SPACES) + b":" + draw(SPACES) + draw(kind))
+    return b"{" + b",".join(draw(st.permutations(members))) + draw(SPACES) + b"}"
+
+
+@given(objects())
+def test_a_field_that_stands_twice_is_found_however_it_is_written(data: bytes) -> None:
+    keys: list[str] = []
+    json.loads(data, object_pairs_hook=lambda pairs: keys.__setitem__(slice(None), [key for key, _ in pairs]))
+    try:
+        read_header(data)
+    except MalformedJob as error:
+        if str(error) != "a field stands twice":
+            return
+        twice = True
+    else:
+        twice = False
+    assert twice == (len(set(keys)) < len(keys))

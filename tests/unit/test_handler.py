@@ -311,7 +311,7 @@ def test_a_batch_without_outcomes_says_what_to_return(loop: EventLoop) -> None:
         ("max_batch_bytes", ["1MiB", 0, None]),
         ("alone", ["no", 1, None]),
         ("needs_device", ["false", 0]),
-        ("counters", [[("words", 5)], {"words": "5"}, {5: 5}, None]),
+        ("counters", [[("words", 5)], {"words": "5"}, {5: 5}, {"words": 10**400}, {"words": 10**5000}, None]),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_at_load(
@@ -322,6 +322,12 @@ def test_a_value_of_the_wrong_type_is_refused_at_load(
             ConfigurationError, match=f"handler of t: {member} is .*: give .*, or leave it out"
         ):
             bind(loop, handle=print, **{member: value})
+
+
+@pytest.mark.parametrize("name", ["jobs_completed", "jobs_dead", "worker_restarts", "read_cycles"])
+def test_a_counter_with_the_name_of_one_of_the_service_is_refused_at_load(loop: EventLoop, name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"handler of t: the service has counters .* {name}: give"):
+        bind(loop, handle=print, counters={"words": 0, name: 5})
 
 
 def test_numbers_of_other_libraries_are_values(loop: EventLoop) -> None:

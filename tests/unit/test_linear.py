@@ -35,7 +35,7 @@ from jobworker.worker.telemetry.current_job import log_fields, traceparent_trace
 
 LONG = 50_000
 #: Of this process's own processor time, so that a busy machine changes nothing.
-LIMIT_S = 0.5
+LIMIT_S = 1.0
 #: What hostile texts are made of. Each is repeated, alone or behind a beginning, and given an end that spoils
 #: what a pattern had hoped for.
 PIECES = [

@@ -300,13 +300,6 @@ def test_a_line_of_a_handler_carries_the_running_job(stderr: Callable[[], str]) 
     assert "priority" not in event
 
 
-def test_a_field_of_the_handler_overrides_that_of_the_running_job(stderr: Callable[[], str]) -> None:
-    logs.set_up("worker 0", "info", "json")
-    current.jobs = a_job("j1")
-    logging.getLogger("theirs").info("stored", extra={"job_id": "its own"})
-    assert json.loads(stderr())["job_id"] == "its own"
-
-
 def test_a_line_of_a_batch_carries_the_fields_that_its_jobs_share(stderr: Callable[[], str]) -> None:
     logs.set_up("worker 0", "info", "json")
     current.jobs = [a_job("j1", project_id="p1"), a_job("j2", project_id="p2")]
@@ -351,3 +344,97 @@ def test_a_crash_and_a_warning_are_events() -> None:
     assert "ZeroDivisionError" in events[1]["exception"]
     assert "RuntimeError: lost ***" in events[2]["exception"]
     assert done.returncode == 1
+
+
+class Unprintable:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no comparison")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _contains_itself(items: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    found |= {str(number): found for number in range(items)}
+    return found
+
+
+def _nested(levels: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(levels):
+        found = [found]
+    return found
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+@pytest.mark.parametrize(
+    ("message", "args", "parts"),
+    [
+        ("a %s %d", ("x",), ["a %s %d", "'x'", "not enough arguments"]),
+        ("100%", ("x",), ["100%", "'x'"]),
+        ("a %s %s", (Unprintable(), "y"), ["a %s %s", "<Unprintable: ", "'y'"]),
+        ("big %d", (10**5000,), ["big %d", "<int of 16610 bits>"]),
+        ("%(name)s", ({"other": 1},), ["%(name)s", "other"]),
+        (Unprintable(), (), ["<Unprintable: "]),
+    ],
+    ids=("missing", "percent", "unprintable", "big", "mapping", "message"),
+)
+def test_a_message_that_cannot_be_formatted_is_written_with_its_arguments(
+    stderr: Callable[[], str], form: str, message: Any, args: tuple[Any, ...], parts: list[str]
+) -> None:
+    logs.set_up("reader", "info", form)
+    logging.getLogger("mine").warning(message, *args)
+    (line,) = stderr().splitlines()
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+@pytest.mark.parametrize(
+    "value",
+    [Unprintable(), {"a": Unprintable()}, 10**5000, _contains_itself(1), _contains_itself(60), _nested(3000),
+     float("nan"), [float("inf"), 2**70], {Unprintable: 1}],
+    ids=map(str, range(9)),
+)  # fmt: skip
+def test_a_field_of_any_kind_is_written(stderr: Callable[[], str], form: str, value: Any) -> None:
+    logs.set_up("reader", "info", form)
+    logging.getLogger("mine").warning("read", extra={"v": value, "task_type": value})
+    (line,) = stderr().splitlines()
+    assert len(line) < 2_000_000
+    if form == "json":
+        event = json.loads(line, parse_constant=pytest.fail)
+        assert event["msg"] == "read"
+        assert "v" in event
+
+
+def test_an_exception_of_any_kind_is_written(stderr: Callable[[], str]) -> None:
+    class Odd(Exception):
+        __str__ = Unprintable.__str__
+
+        @property
+        def __cause__(self) -> BaseException:  # type: ignore[override]
+            raise RuntimeError("no cause")
+
+    logs.set_up("reader", "info", "json")
+    logging.getLogger("mine").warning("read", exc_info=Odd())
+    event = json.loads(stderr())
+    assert event["msg"] == "read"
+    assert "Odd" in event["exception"]
+
+
+def test_a_field_cannot_replace_those_of_the_line_and_of_the_job(stderr: Callable[[], str]) -> None:
+    logs.set_up("worker 3", "info", "json")
+    names = ("timestamp", "level", "service", "role", "job_id", "other")
+    with_job = Job("j", "audit", "", "", None, {}, "", "s", "1-1", 0)
+    current.jobs = with_job
+    logging.getLogger("mine").warning("read", extra={**dict.fromkeys(names, "forged"), "task_type": "audit"})
+    event = json.loads(stderr())
+    assert event | {"level": "warning", "service": "jobworker", "role": "worker 3", "job_id": "j"} == event
+    assert event["timestamp"] != "forged"
+    assert [event[f"{name}_"] for name in names[:-1]] == ["forged"] * 5
+    assert (event["other"], event["task_type"]) == ("forged", "audit")
+    assert "task_type_" not in event

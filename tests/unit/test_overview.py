@@ -142,9 +142,11 @@ def test_the_names_of_a_snapshot_in_json_are_stable() -> None:
     one = to_json(poller(store, [[service("http://a", 1), SILENT]]).snapshot())
     assert list(one) == [
         "streams", "services", "totals", "rates", "p95_s", "paused", "failures", "refused", "trouble",
+        "cron",
     ]  # fmt: skip
     assert list(one["streams"][0]) == [
         "stream", "group", "queued", "pending", "retrying", "dead", "oldest_age_s", "lag", "waiting",
+        "other_groups",
     ]  # fmt: skip
     assert one["paused"] == [{"kind": "audit", "wall_since_s": 5.0, "note": "disk full"}]
     assert one["services"][1] == {"url": "http://b", "trouble": "refused"}

@@ -1,5 +1,6 @@
 """Process manager: starts, limits, exits, restarts and the drain, with fake children on the test's clock."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -364,6 +365,18 @@ class TestLimits:
         service.manager.tick(service.now)
         assert service.manager.warnings() == ["stream s is isolated"]
         assert service.manager.reasons() == []
+
+    def test_no_message_of_a_worker_stops_the_supervisor(self, service: Service) -> None:
+        """A handler may write to any descriptor, and report what the service has no metric for."""
+        worker = service.child("worker")
+        os.write(worker.peer.fileno(), b"no message")
+        worker.peer.send(Report([("z_novel_jobs_completed_total", (), 5.0), ("\n", ("x",), 1.0)]))
+        worker.peer.send(Report(gauges=[("z_novel_x", (), 5.0)], histograms=[("z_novel_x", (), [1], 5.0)]))
+        worker.peer.send(Report([("z_novel_words_total", (), 5.0)]))
+        for _ in range(5):
+            service.tick()
+        assert b"z_novel_words_total 5.0" in service.metrics.page()
+        assert service.metrics.totals()["z_novel_jobs_completed_total"] == []
 
 
 class TestRollingRestart:

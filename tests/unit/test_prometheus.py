@@ -1,5 +1,6 @@
 """Prometheus collector: the names, labels and buckets of dashboards, and totals over all processes."""
 
+import math
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobworker.worker.telemetry.metrics import MetricsBuffer, all_metrics
-from jobworker.worker.telemetry.prometheus import PrometheusCollector
+from jobworker.worker.telemetry.prometheus import MAX_HANDLER_COUNTERS, PrometheusCollector
 
 #: Names and labels that the dashboards and alert rules of users depend on.
 PROMISED = {
@@ -145,6 +146,31 @@ def test_a_counter_of_a_users_handler_is_exported_unless_its_name_is_invalid() -
     found = samples(collector.page())
     assert found["z_novel_words_total", ()] == 7
     assert not [name for name, _ in found if "no name" in name]
+
+
+def test_what_cannot_be_shown_is_left_out() -> None:
+    """A handler's counter with the name of another metric would end every scrape, and the supervisor."""
+    collector = one_of_each()
+    before = samples(collector.page())
+    for name, metric in all_metrics().items():
+        labels = (*metric.labels, "one more")
+        collector.add([(name, labels, 5), (name, (), math.nan), (name, (), -1)])
+        collector.put([(name, labels, 5), ("z_novel_unheard", (), 5)])
+        collector.merge([(name, labels, [1] * 17, 5.0), ("z_novel_unheard", (), [1], 5.0)])
+        if metric.kind == "histogram":
+            collector.add([(name, metric.labels, 5)])
+            collector.merge([(name, metric.labels, [1], 5.0)])
+    assert samples(collector.page()) == before
+    assert collector.totals()
+    assert collector.histograms()
+
+
+def test_handlers_that_invent_names_do_not_fill_the_memory() -> None:
+    collector = PrometheusCollector()
+    collector.add((f"z_novel_n{n}_total", (), 1) for n in range(2 * MAX_HANDLER_COUNTERS))
+    found = samples(collector.page())
+    assert sum(name.startswith("z_novel_n") for name, _ in found) == MAX_HANDLER_COUNTERS
+    assert ("z_novel_n0_total", ()) in found
 
 
 def test_metrics_are_in_base_units() -> None:

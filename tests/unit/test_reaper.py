@@ -108,6 +108,16 @@ def test_finished_entries_and_idle_consumers_are_removed_in_time(world: World) -
     assert set(world.server.stream(SOURCE.stream).groups[SOURCE.group].consumers) == {"here/blue"}
 
 
+def test_a_second_group_is_reported_once(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    MemoryStore(world.server, "a").acquire([SOURCE, Source(SOURCE.stream, "cg-stranger")])
+    reaper = world.reaper()
+    for _ in range(3):
+        reaper.run_once(world.now_s)
+        world.now_s += 10
+    (record,) = caplog.records
+    assert (record.message, record.__dict__["other"]) == ("stream.other_group", "cg-stranger")
+
+
 def test_it_reports_depths_and_ends_when_told_to_drain(world: World) -> None:
     world.server.append(SOURCE.stream, b"1")
     world.server.schedule(SOURCE.stream, b"2", 60)

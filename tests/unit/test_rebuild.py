@@ -16,13 +16,7 @@ from jobworker.handlers.vectors.ports import Row, TransientStoreError
 from jobworker.worker import PermanentError
 from support.rebuild_world import ALIAS, NAME, OLD, SCOPE, Killed, World, kill_at
 
-
-@pytest.fixture(autouse=True)
-def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rebuild, "PAGE_ROWS", 20)
-    monkeypatch.setattr(rebuild, "MIN_PAGE_ROWS", 20)
-    monkeypatch.setattr(rebuild, "CHANGED_ROWS", 7)
-    monkeypatch.setattr(rebuild, "REMAINING_ROWS", 3)
+pytestmark = pytest.mark.usefixtures("small_pages")
 
 
 def test_the_new_collection_holds_every_row_and_the_old_one_is_dropped() -> None:

@@ -11,17 +11,10 @@ from hypothesis import strategies as st
 
 from jobworker.handlers.encoder.base import DummyEncoder
 from jobworker.handlers.jobstore.fence import WriteIntent
-from jobworker.handlers.rebuild import rebuild
 from jobworker.handlers.vectors.ports import Row, TransientStoreError
 from support.rebuild_world import ALIAS, NAME, OLD, Killed, LaggingReads, World, count_steps, kill_at
 
-
-@pytest.fixture(autouse=True)
-def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rebuild, "PAGE_ROWS", 20)
-    monkeypatch.setattr(rebuild, "MIN_PAGE_ROWS", 20)
-    monkeypatch.setattr(rebuild, "CHANGED_ROWS", 7)
-    monkeypatch.setattr(rebuild, "REMAINING_ROWS", 3)
+pytestmark = pytest.mark.usefixtures("small_pages")
 
 
 @pytest.mark.parametrize("until_s", [0, 60])

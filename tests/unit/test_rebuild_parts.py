@@ -17,13 +17,7 @@ from jobworker.handlers.vectors.schema import plain_name
 from jobworker.worker import Job, PermanentError
 from support.rebuild_world import ALIAS, NAME, OLD, World
 
-
-@pytest.fixture(autouse=True)
-def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rebuild, "PAGE_ROWS", 20)
-    monkeypatch.setattr(rebuild, "MIN_PAGE_ROWS", 20)
-    monkeypatch.setattr(rebuild, "CHANGED_ROWS", 7)
-    monkeypatch.setattr(rebuild, "REMAINING_ROWS", 3)
+pytestmark = pytest.mark.usefixtures("small_pages")
 
 
 @given(st.lists(st.integers(0, 40), max_size=30), st.integers(1, 60))

@@ -21,10 +21,11 @@ DOORS = {
     "opentelemetry": ["worker/telemetry/otel.py", "worker/telemetry/otel_context.py"],
     "pydantic": ["worker/payload_types.py"],
     "starlette": ["worker/web/*.py"],
-    "uvicorn": ["worker/web/serve.py"],
+    "uvicorn": ["worker/web/server.py"],
     "jinja2": ["worker/web/rendering.py"],
     "pymilvus": ["handlers/vectors/milvus/*.py", "handlers/rebuild/milvus.py"],
     "milvus_lite": ["handlers/vectors/milvus/lite_server.py"],
+    "cronsim": ["worker/cron_schedule.py"],
     "torch": [
         "handlers/encoder/base.py",
         "handlers/encoder/torch.py",
@@ -39,21 +40,16 @@ DOORS = {
 CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
-    *(
-        "urls",
-        "process_env",
-        "cgroup",
-        "flow",
-        "payload_types",
-        "job_function",
-        "app",
-        "app_listing",
-        "store_advice",
-    ),
+    *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing", "store_advice"),
+    *("cron_schedule", "cron_table", "durations", "flow"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
     **dict.fromkeys(CORE, CORE),
+    # A counter of a handler must not have the name of a metric.
+    "handler": {*CORE, "telemetry"},
+    "fork_guard": {"telemetry"},
+    "event_loop": {*CORE, "fork_guard"},
     "store": CORE,
     "telemetry": CORE,
     "ipc": IPC,
@@ -61,15 +57,19 @@ BELOW: dict[str, set[str]] = {
     "scripted_redis": {"store"},
     "worker": {*CORE, "telemetry", "producer"},
     "reader": {*IPC, "store"},
-    "runner": IPC,
-    "reaper": {*IPC, "store"},
+    "health_check": {*CORE, "telemetry", "fork_guard"},
+    "runner": {*IPC, "health_check", "fork_guard"},
+    "cron": {*CORE, "store", "telemetry", "producer"},
+    "cron_config": {*CORE, "store", "producer"},
+    "config_tables": {*CORE, "cron_config"},
+    "reaper": {*IPC, "store", "cron"},
     "supervision": IPC,
-    "admin": {*CORE, "store", "telemetry", "producer"},
-    "cli": {*CORE, "store", "telemetry", "producer", "admin"},
-    "web": {*CORE, "store", "telemetry", "producer", "admin"},
-    "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision"},
+    "admin": {*CORE, "store", "telemetry", "producer", "cron"},
+    "cli": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
+    "web": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
+    "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision", "fork_guard"},
     "preload": {*IPC, "store", "reader", "runner", "reaper", "supervision", "boot"},
-    "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin"},
+    "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin", "cron_config"},
 }
 #: Command modules import their face when they are called: `jobworker web` starts the page.
 BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}

@@ -5,32 +5,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import pytest
 
 from jobworker.worker import Job, PermanentError, Unavailable, report_progress
+from jobworker.worker.health_check import HealthChecks
 from jobworker.worker.ipc.channel import READY, STARTING, STOPPING, OutcomeFrame, clear_eventfd
 from jobworker.worker.ipc.control import Ready
 from jobworker.worker.ipc.inflight import FAILED, QUEUED, STARTED, SUCCEEDED
 from jobworker.worker.outcome import Failure
 from support import programs
-from support.runner_rig import WITHIN_S, Batch, Make, RunnerRig, Single
-
-
-@pytest.fixture
-def make_rig() -> Iterator[Make]:
-    made: list[RunnerRig] = []
-
-    def make(linger_s: float = 0.0, **handlers: Any) -> RunnerRig:
-        made.append(RunnerRig(linger_s, **handlers))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+from support.runner_rig import WITHIN_S, Batch, Make, Single
 
 
 def test_a_malformed_payload_reaches_no_handler_and_stops_no_other_job(
@@ -328,3 +316,52 @@ def test_the_timeout_of_a_job_has_a_least_and_a_largest_value(
     worker.dispatch("t", timeout=timeout)
     worker.run()
     assert limits == [pytest.approx(limit_s)]
+
+
+class Hanging(Single):
+    """Its check of health hangs until the test says otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.answers = 0, threading.Event()
+
+    def healthy(self) -> None:
+        self.calls += 1
+        self.answers.wait(WITHIN_S)
+
+
+def test_a_hanging_check_of_health_stops_its_own_type_alone(make_rig: Make) -> None:
+    hanging, other = Hanging(), Single()
+    worker = make_rig(t=hanging, same=hanging, o=other)
+    worker.runner._health = HealthChecks(worker.runner._handlers.values(), within_s=0.05)
+    for _ in range(3):
+        worker.runner._check_health()
+    worker.runner.report()
+    assert worker.reports()[-1].trouble == "t: healthy() has not returned within 5 s"
+    assert hanging.calls == 1, "no second call beside the first"
+    worker.dispatch("t", "o", "same", "t")
+    while worker.states()[1] != SUCCEEDED or QUEUED in worker.states():
+        worker.runner.run_once(0.1)
+    assert worker.states() == [FAILED, SUCCEEDED, FAILED, FAILED]
+    assert all(failure.unavailable for failure in worker.failures().values())
+    assert hanging.log == []
+
+    hanging.answers.set()
+    for thread in threading.enumerate():
+        if thread.name == "healthy":
+            thread.join(WITHIN_S)
+    worker.runner._check_health()
+    worker.dispatch("t")
+    while worker.states()[-1] != SUCCEEDED:
+        worker.runner.run_once(0.1)
+    worker.runner.report()
+    assert hanging.log == ["4"]
+    assert worker.reports()[-1].trouble is None
+
+
+def test_an_exit_in_the_check_of_health_ends_the_worker(make_rig: Make) -> None:
+    handler = Single()
+    handler.healthy = lambda: sys.exit(3)  # type: ignore[attr-defined]
+    worker = make_rig(t=handler)
+    with pytest.raises(SystemExit):
+        worker.runner._check_health()

@@ -3,7 +3,7 @@
 import asyncio
 import contextvars
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,20 +12,7 @@ from jobworker.worker import Job, PermanentError
 from jobworker.worker.ipc.inflight import FAILED, STARTED, SUCCEEDED
 from jobworker.worker.outcome import Failure
 from jobworker.worker.telemetry.current_job import current, current_log_fields
-from support.runner_rig import Make, RunnerRig, Single
-
-
-@pytest.fixture
-def make_rig() -> Iterator[Make]:
-    made: list[RunnerRig] = []
-
-    def make(linger_s: float = 0.0, **handlers: Any) -> RunnerRig:
-        made.append(RunnerRig(linger_s, **handlers))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+from support.runner_rig import WITHIN_S, Make, Single
 
 
 class Async:
@@ -212,3 +199,25 @@ def test_a_cancellation_in_the_check_of_health_is_trouble_and_not_the_end(
     worker.runner._check_health()
     worker.run()
     assert worker.reports()[-1].trouble == "t: CancelledError: gone"
+
+
+def test_a_hanging_async_check_of_health_is_cancelled(
+    make_rig: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobworker.worker.handler.HEALTHY_WITHIN_S", 0.05)
+
+    class Away(Async):
+        async def healthy(self) -> None:
+            await asyncio.sleep(WITHIN_S)
+
+    done: list[str] = []
+
+    async def work(job: Job) -> None:
+        done.append(job.id)
+
+    worker = make_rig(t=Away(work))
+    worker.runner._check_health()
+    worker.dispatch("t")
+    worker.run()
+    assert worker.reports()[-1].trouble == "t: TimeoutError: healthy() has not returned within 0.05 s"
+    assert done == ["0"]

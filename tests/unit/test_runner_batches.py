@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,20 +10,7 @@ import pytest
 from jobworker.worker import Job, PermanentError
 from jobworker.worker.ipc.inflight import FAILED, QUEUED, SUCCEEDED
 from jobworker.worker.outcome import Failure
-from support.runner_rig import Batch, Make, RunnerRig, Single
-
-
-@pytest.fixture
-def make_rig() -> Iterator[Make]:
-    made: list[RunnerRig] = []
-
-    def make(linger_s: float = 0.0, **handlers: Any) -> RunnerRig:
-        made.append(RunnerRig(linger_s, **handlers))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+from support.runner_rig import Batch, Make, Single
 
 
 def test_jobs_of_one_type_are_gathered_and_the_others_keep_their_places(

@@ -141,6 +141,14 @@ def test_the_file_may_be_named_by_the_environment(program: Program, config: Call
     assert program.settings_of(env={"JOBWORKER_CONFIG": path}).lease_s == 7.0
 
 
+@pytest.mark.parametrize(
+    "name", ["dlq:s", "retry:s", "deaths:s", "fence:{s}", "dlq:dlq:s", "jobworker:paused"]
+)
+def test_keys_of_the_service_are_no_streams(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="own records"):
+        parse_source(f"{name}=g")
+
+
 def test_streams_given_replace_the_table(program: Program) -> None:
     found = program.settings_of("--stream", "a=g", "--stream", "stream:with=equals=h").streams
     assert found == (Source("a", "g"), Source("stream:with=equals", "h"))

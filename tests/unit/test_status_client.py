@@ -1,6 +1,8 @@
 """Client of /status: answers, services that do not answer, and services of another store."""
 
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +53,12 @@ def test_a_status_page_is_read() -> None:
         (b"no json", 200, "ValueError"),
         (b"[]", 200, "not a jobworker status page"),
         (b'{"status": "ok"}', 200, "not a jobworker status page"),
+        (b'{"children": 5}', 200, "Expected `array`, got `int` - at `$.children`"),
+        (b'{"children": [{"role": "worker", "running": [1]}]}', 200, "$.children[0].running"),
+        (b'{"children": [], "metrics": {"m": [5]}}', 200, "$.metrics"),
+        (b'{"children": [], "histograms": {"h": {"bounds": 5}}}', 200, "$.histograms"),
+        (b'{"children": [], "reasons": 5}', 200, "$.reasons"),
+        (b'{"children": [], "lease_s": -1}', 200, "$.lease_s"),
         (b"{}", 503, "HTTP status 503"),
     ],
 )
@@ -59,6 +67,37 @@ def test_another_page_counts_as_no_answer(body: bytes, code: int, error: str) ->
         service = fetch_status(url)
     assert service.status == {}
     assert error in service.error or "JSONDecodeError" in service.error
+
+
+@pytest.mark.parametrize(
+    "head", [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["headers", "body"]
+)
+def test_an_answer_in_drops_has_one_deadline(monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
+    monkeypatch.setattr("jobworker.worker.admin.status_client._TIMEOUT_S", 0.3)
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            peer, _ = listener.accept()
+            with peer, contextlib.suppress(OSError):
+                peer.sendall(head)
+                while not stop.wait(0.05):  # far below the timeout of one recv
+                    peer.sendall(b" ")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        try:
+            service = fetch_status(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        finally:
+            stop.set()
+            thread.join()
+    assert service.error.startswith("TimeoutError: no complete answer within")
+
+
+def test_a_page_over_the_limit_counts_as_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobworker.worker.admin.status_client._MAX_PAGE_BYTES", 1 << 20)
+    with serving(b" " * ((1 << 20) + 1)) as url:
+        assert "larger than 1 MiB" in fetch_status(url).error
 
 
 def test_a_closed_port_counts_as_no_answer() -> None:

@@ -62,7 +62,22 @@ def test_loopback_names_are_recognised(host: str) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["", "evil.example", "127.0.0.1.evil.example", "0.0.0.0", "[::]:9465", "10.0.0.1:9465", "localhost.x"],
+    [
+        "",
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "0.0.0.0",
+        "[::]:9465",
+        "10.0.0.1:9465",
+        "localhost.x",
+        "[::1].evil.example",
+        "[::1]x",
+        "[::1",
+        "::1]",
+        "[]",
+        "localhost:80.evil.example",
+        "127.0.0.1:",
+    ],
 )
 def test_other_names_are_not_loopback(host: str) -> None:
     assert not is_loopback(host)

@@ -88,7 +88,7 @@ class _Pair(NamedTuple):
         ([orjson.Fragment(b'{"n":"\xff"}')], [{"n": "\ufffd"}]),
         ([orjson.Fragment(b"[1]"), 2**64], [[1], 2**64]),
     ],
-    ids=str,
+    ids=["nan", "large", "keys", "tuple", "surrogates", "set", "fragment", "bad UTF-8", "fragment and large"],
 )
 def test_json_holds_what_the_library_refuses(value: Any, shown: Any, indent: bool) -> None:
     text = safe_json(value, list, indent=indent)

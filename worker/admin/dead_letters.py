@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import msgspec
 
-from ..envelope import LAST_ERROR_FIELD
-from ..errors import StoreRefused
+from ..envelope import fresh_job, read_envelope
+from ..errors import MalformedJob, StoreRefused
 from ..store.operator import START, order_of, walk
 from ..store.ports import Entry
 from .identity import read_identity, read_malformed_identity
@@ -49,7 +49,8 @@ class _StoredLetter(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Letter:
-    """One dead letter. ``task`` holds the bytes of the job as received; None if they are not a job.
+    """One dead letter. ``task`` holds the bytes of the job as received, from the member ``raw`` if they are
+    there only; None if they are not a job.
 
     The names of a malformed job are read from ``raw``, as far as they are valid.
     """
@@ -114,7 +115,6 @@ class LetterFilter:
 
 
 _stored = msgspec.json.Decoder(_StoredLetter, strict=False)
-_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def read_letter(stream: str, entry: Entry) -> Letter:
@@ -123,11 +123,12 @@ def read_letter(stream: str, entry: Entry) -> Letter:
         stored = _stored.decode(entry.data or b"")
     except (ValueError, RecursionError) as error:
         stored = _StoredLetter(error=f"not a dead letter: {error}")
-    task = bytes(stored.task)
+    raw = _decode_raw(stored.raw) if stored.raw else b""
+    task = raw if stored.task == _NULL and _is_job(raw) else bytes(stored.task)
     job = read_identity(task)
     readable = bool(job.id and job.type)
-    if stored.raw:
-        job = read_malformed_identity(_decode_raw(stored.raw))
+    if raw and not readable:
+        job = read_malformed_identity(raw)
     return Letter(
         stream, entry.id, job.id, job.type, job.tenant_id, job.project_id, stored.reason, stored.error,
         stored.failed_at, stored.original_id, stored.worker, stored.retry_count, stored.deaths,
@@ -143,20 +144,18 @@ def refusal(what: str, error: StoreRefused) -> str:
 def _decode_raw(text: str) -> bytes:
     """The bytes of a job that is kept as base64; empty if it is damaged."""
     try:
-        return base64.b64decode(text)
+        return base64.b64decode(text, validate=True)
     except ValueError:
         return b""
 
 
-def fresh_job(task: bytes) -> bytes:
-    """The job without ``retry_count`` and ``deaths``. All other members keep their bytes."""
-    members = _members.decode(task)
-    counters = [name for name in ("retry_count", "deaths", LAST_ERROR_FIELD) if name in members]
-    if not counters:
-        return task
-    for name in counters:
-        del members[name]
-    return msgspec.json.encode(members)
+def _is_job(data: bytes) -> bool:
+    """Whether the service would accept the bytes. The reader may die before it parses a valid job."""
+    try:
+        read_envelope(data)
+    except MalformedJob:
+        return False
+    return True
 
 
 class Cursor(NamedTuple):

@@ -7,10 +7,11 @@ import shlex
 from collections.abc import Container, Iterator, Sequence
 
 from ..extension import extension
-from ..keys import Source
+from ..keys import OTHER_GROUP, Source
 from ..store.facts import ServerFacts, StreamFacts
 from ..store.operator import Consumer, Pause
 from ..store.ports import KeyFault
+from .cron import CronHashes, cron_entries, differing_hosts, late_entries
 from .doctor_facts import HostFacts
 from .find_job import OVERDUE_S, SILENT_S
 from .finding import Finding
@@ -178,10 +179,11 @@ def _other_groups(facts: StreamFacts) -> Iterator[Finding]:
     for name in facts.lags.keys() - {facts.source.group}:
         lag = facts.lags[name]
         behind = (facts.length if lag is None else lag) + facts.pendings[name]
+        level = "wrong" if behind > _MAX_LAG_OF_OTHERS else "note"
         says = f"group {name}, not ours, is {behind} entries behind: they cannot be trimmed"
-        if behind:
-            yield Finding("wrong" if behind > _MAX_LAG_OF_OTHERS else "note", facts.source.stream, says,
-                          f"if it is unused: XGROUP DESTROY {facts.source.stream} {name}")  # fmt: skip
+        yield Finding(
+            level, facts.source.stream, says if behind else f"has a second group, {name}", OTHER_GROUP
+        )
 
 
 def pause_findings(pauses: Sequence[Pause], types: Container[str] = ()) -> Iterator[Finding]:
@@ -191,6 +193,28 @@ def pause_findings(pauses: Sequence[Pause], types: Container[str] = ()) -> Itera
         unknown = ", which no service handles: another type may have been meant"
         says = f"type {pause.kind}{note}{unknown if types and pause.kind not in types else ''}"
         yield Finding("note", "paused", says, f"jobworker resume {shlex.quote(pause.kind)}")
+
+
+def cron_findings(found: CronHashes, faults: Sequence[KeyFault] = ()) -> Iterator[Finding]:
+    """Cron tables: late and paused ones, and services with other tables in their file."""
+    yield from fault_findings("cron", faults)
+    entries = cron_entries(found)
+    if entries:
+        names = ", ".join(entry.table.name for entry in entries[:8])
+        yield Finding("ok", "cron", f"{len(entries)} in force: {names}")
+    for text in late_entries(entries):
+        yield Finding("wrong", "cron", text, "start a service that reads its stream")
+    for entry in entries:
+        if entry.pause:
+            note = f" ({entry.pause.note})" if entry.pause.note else ""
+            says = f"{entry.table.name} is paused{note}"
+            yield Finding("note", "cron", says, f"jobworker cron resume {entry.table.name}")
+    for stream, service, has_none in differing_hosts(found):
+        says = f"{service} has other tables for {stream} in its file than those in force"
+        if has_none:
+            says = f"{service} has no tables for {stream} in its file; those of another service are in force"
+        do = "give every host the same [[cron]] tables and send HUP; the last change is in force"
+        yield Finding("note" if has_none else "wrong", "cron", says, do)
 
 
 def service_findings(services: Sequence[Service], default_metrics: bool, version: str) -> Iterator[Finding]:

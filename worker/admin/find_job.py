@@ -82,11 +82,7 @@ class JobFinder:
 
     def find(self, id: str) -> list[JobLocation]:
         """Every place that holds a job, or an entry, with this id."""
-        with self._note_refusal("paused types"):
-            self._pauses = {pause.kind: pause for pause in self._store.pauses()}
-        self._now_s = self._store.wall_now_s(self._sources[0].stream)
-        self._announcements = self._store.announcements()
-        self._types, _ = handled_types(self._announcements, self._services, self._now_s)
+        self._read_context()
         locations: list[JobLocation] = []
         for source in self._sources:
             self.searched.append(source.stream)
@@ -97,13 +93,26 @@ class JobFinder:
             self.searched.append(source.stream)
             with suppress(StoreUnavailable):  # the key may have another type
                 locations += [one for _, search in self._searches(source, id) for one in search()]
-        # The entry of an earlier try remains in the stream until it is trimmed: it is shown only alone.
-        locations = [one for one in locations if one.state != "finished"] or locations
+        locations = _unfinished_first(locations)
         for one in locations:
             if one.state == "finished":
                 one.why += self._how_it_ended(one, by_entry=bool(_ENTRY_ID.fullmatch(id)))
         self._add_progress([one for one in locations if one.state in _UNDER_WAY])
         return locations
+
+    def find_in(self, source: Source, id: str) -> list[JobLocation]:
+        """Every place of one stream that holds the job, without the progress of a long one. Raises
+        `StoreRefused` if one of the places cannot be read."""
+        self._read_context()
+        self.searched.append(source.stream)
+        return _unfinished_first([one for _, search in self._searches(source, id) for one in search()])
+
+    def _read_context(self) -> None:
+        with self._note_refusal("paused types"):
+            self._pauses = {pause.kind: pause for pause in self._store.pauses()}
+        self._now_s = self._store.wall_now_s(self._sources[0].stream)
+        self._announcements = self._store.announcements()
+        self._types, _ = handled_types(self._announcements, self._services, self._now_s)
 
     def _how_it_ended(self, location: JobLocation, *, by_entry: bool) -> str:
         """What is known of an acknowledged entry, beside which the search found neither retry nor letter."""
@@ -379,6 +388,11 @@ class JobFinder:
                     JobLocation("dead", stream, why, letter.job_id, letter.type, letter.tenant_id, facts)
                 )
         return locations
+
+
+def _unfinished_first(locations: list[JobLocation]) -> list[JobLocation]:
+    """The entry of an earlier try remains in the stream until it is trimmed: it is shown only alone."""
+    return [one for one in locations if one.state != "finished"] or locations
 
 
 def _time_left(limit_in_s: float) -> str:

@@ -1,5 +1,6 @@
 """Id, type, tenant and counters of a job, read from its bytes as far as they are valid."""
 
+# orjson reads no member of a job whose end cannot be read.
 import json
 import re
 from collections.abc import Iterator

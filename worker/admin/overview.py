@@ -12,6 +12,7 @@ from ..errors import StoreRefused, StoreUnavailable
 from ..keys import Source
 from ..store.operator import START, LaneCounts, Pause
 from ..store.ports import Depths, ReaperStore
+from .cron import CronEntry, cron_entries, read_cron
 from .dead_letters import Letter, read_letter, refusal
 from .deployment import Deployment, StreamTable
 from .identity import read_identity
@@ -59,6 +60,7 @@ class Overview:
     p95_s: dict[str, dict[str, float]] = field(default_factory=dict)
     lanes: dict[str, LaneCounts] = field(default_factory=dict)
     pauses: list[Pause] = field(default_factory=list)
+    cron: list[CronEntry] = field(default_factory=list)
     letters: list[Letter] = field(default_factory=list)
     job_ids: dict[tuple[str, str], str] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
@@ -126,6 +128,9 @@ class OverviewPoller:
         overview.letters = sorted(letters, key=lambda letter: letter.wall_s, reverse=True)[:_MAX_LETTERS]
         with _note_refusal(overview, "paused types"):
             overview.pauses = self._store.pauses()
+        with _note_refusal(overview, "cron tables"):
+            streams = [source.stream for source in sources]
+            overview.cron = cron_entries(read_cron(self._store, streams))
 
     def _add_rates(self, overview: Overview, now_s: float) -> None:
         """Totals over all services, and rates since the last snapshot. A restarted service counts from 0, so

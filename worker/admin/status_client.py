@@ -1,10 +1,14 @@
 """HTTP client of a service's ``/status`` page."""
 
 import re
+import socket
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from contextlib import contextmanager, suppress
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
+import msgspec
 import orjson
 
 from ..settings import without_credentials
@@ -14,6 +18,54 @@ from ..store.announcements import Announcement
 _TIMEOUT_S = 2.5
 #: Largest status page accepted. 512 workers with 16 jobs each stay far below it.
 _MAX_PAGE_BYTES = 8 * 1024 * 1024
+
+
+class _Running(msgspec.Struct):
+    count: int = 0
+    for_s: float = 0.0
+    limit_in_s: float = 0.0
+    jobs: list[dict[str, str | int]] = []
+
+
+class _Child(msgspec.Struct):
+    role: str = ""
+    state: str = ""
+    pid: int | None = None
+    rss_mib: float | None = None
+    finished: int | None = None
+    restarts: int | None = None
+    running: _Running | None = None
+
+
+class _Sample(msgspec.Struct):
+    value: float | None
+    task_type: str = ""
+
+
+class _Histogram(msgspec.Struct):
+    bounds: list[float] = []
+    samples: list[dict[str, str | list[float]]] = []
+
+
+class _Page(msgspec.Struct):
+    """Types of the fields that are used here. A field may be missing: older versions have fewer."""
+
+    children: list[_Child]
+    host: str = ""
+    instance: str = ""
+    version: str = ""
+    store: str = ""
+    ready: bool = False
+    lease_s: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    types: list[str] = []
+    reasons: list[str] = []
+    transient_reasons: list[str] = []
+    warnings: list[str] = []
+    metrics: dict[str, list[_Sample]] = {}
+    histograms: dict[str, _Histogram] = {}
+
+
+_TOO_SLOW = f"no complete answer within {_TIMEOUT_S:g} s"
 
 
 class Service(NamedTuple):
@@ -90,17 +142,50 @@ def _fetch(url: str) -> dict[str, Any]:
         parts.netloc, timeout=_TIMEOUT_S
     )
     try:
-        connection.request("GET", f"{parts.path.rstrip('/')}/status")
-        response = connection.getresponse()
-        body = response.read(_MAX_PAGE_BYTES)
+        connection.connect()
+        with _deadline(connection.sock):
+            connection.request("GET", f"{parts.path.rstrip('/')}/status")
+            response = connection.getresponse()
+            body = response.read(_MAX_PAGE_BYTES + 1)
         if response.status != 200:
             raise ValueError(f"HTTP status {response.status}")
     finally:
         connection.close()
+    if len(body) > _MAX_PAGE_BYTES:
+        raise ValueError(f"the answer is larger than {_MAX_PAGE_BYTES >> 20} MiB")
     status = orjson.loads(body)
     if not isinstance(status, dict) or "children" not in status:
         raise ValueError("the answer is not a jobworker status page")
+    try:
+        msgspec.convert(status, _Page)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"the answer is not a jobworker status page: {error}") from error
     return status
+
+
+@contextmanager
+def _deadline(connected: socket.socket) -> Iterator[None]:
+    """Raises TimeoutError if the block takes longer than the timeout, which a socket applies to each recv."""
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        with suppress(OSError):
+            socket.socket.shutdown(
+                connected, socket.SHUT_RDWR
+            )  # not that of TLS, which sends a message first
+
+    timer = threading.Timer(_TIMEOUT_S, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, ValueError, AttributeError) as error:
+        raise error if not expired.is_set() else TimeoutError(_TOO_SLOW) from error
+    finally:
+        timer.cancel()
+    if expired.is_set():
+        raise TimeoutError(_TOO_SLOW)
 
 
 def same_store(one: str, other: str) -> bool:

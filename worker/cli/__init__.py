@@ -3,7 +3,7 @@
 import click
 
 from ..process_env import prepare_process
-from . import dlq, doctor, enqueue, explain, limit, pause, retry, stats, top, url, web
+from . import cron, dlq, doctor, enqueue, explain, limit, pause, retry, stats, top, url, web
 from .common import CliGroup
 
 
@@ -19,6 +19,7 @@ def main() -> None:
     jobworker doctor                           is anything wrong, and how is it fixed?
     jobworker stats                            queued, pending, retrying and dead jobs
     jobworker dlq requeue --reason timeout     send dead letters again
+    jobworker cron list                        what is enqueued by a schedule, and when next
     jobworker stats --config /etc/jobworker/jobworker.toml
     jobworker VERB --help                      more, with examples
     eval "$(_JOBWORKER_COMPLETE=bash_source jobworker)"    Tab completes verbs and options (also zsh, fish)
@@ -34,3 +35,4 @@ for module in (top, enqueue, stats, explain, pause, doctor, url, web):
 main.add_command(dlq.dlq)
 main.add_command(retry.retry)
 main.add_command(limit.limit)
+main.add_command(cron.cron)

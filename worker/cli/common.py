@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
@@ -41,11 +42,20 @@ MAX_IDS_NAMED = 10
 #: Key of a hint in the `meta` of a context: the service of --data-dir is stopped, and how to start it.
 STOPPED_SERVICE = "jobworker.stopped"
 #: A command in advice. Options follow it.
-_COMMAND = re.compile(r"\bjobworker (?:dlq [a-z]+|retry [a-z]+|enqueue|explain|resume|stats|doctor)\b")
+_COMMAND = re.compile(r"\bjobworker (?:(?:dlq|retry|cron) [a-z]+|enqueue|explain|resume|stats|doctor)\b")
 
 
 class CliGroup(click.Group):
     """Command group that turns errors which the user can fix into one line and an exit code."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """As click's. An `OSError` exits with 1."""
+        try:
+            return super().main(*args, **options)
+        except OSError as error:  # click handles a closed pipe; this is a full disk or an unreadable file
+            _discard_output()
+            click.echo(f"jobworker: {escape_control(str(error))}", err=True)
+            sys.exit(BAD_NEWS)
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -63,6 +73,17 @@ class CliGroup(click.Group):
         except (ConfigurationError, ValueError) as error:
             click.echo(f"jobworker: {escape_control(str(error))}", err=True)
             context.exit(Exit.USAGE)
+
+
+def _discard_output() -> None:
+    """Give up what standard output does not take: Python would write it again at the exit."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):
+            sys.stdout.close()
 
 
 class Age(click.ParamType[float]):

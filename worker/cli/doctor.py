@@ -8,6 +8,7 @@ import click
 
 from ..admin.deployment import Deployment, StreamTable, UnknownGroup
 from ..admin.doctor import (
+    cron_findings,
     fault_findings,
     host_findings,
     pause_findings,
@@ -95,6 +96,7 @@ def _deployment_findings(deployment: Deployment, streams: tuple[str, ...]) -> li
         *(finding for facts in store.streams for finding in stream_findings(facts)),
         *name_findings(store.names),
         *fault_findings("paused", store.pause_faults),
+        *cron_findings(store.cron, store.cron_faults),
         *pause_findings(store.pauses, store.names.types),
         *service_findings(services, deployment.default_metrics, package_version("jobworker")),
     ]

@@ -9,6 +9,7 @@ import click
 from ..admin.deployment import Deployment, StreamTable
 from ..admin.find_job import JobFinder, JobLocation
 from ..admin.words import strip_control
+from ..errors import ConfigurationError
 from ..quantities import Count
 from .common import (
     AS_JSON,
@@ -55,6 +56,8 @@ def explain(deployment: Deployment, id: str, scan: int, streams: tuple[str, ...]
     """
     from ..store.redis.operator import OperatorStore
 
+    if not id:
+        raise ConfigurationError("the id is empty: give the id of a job or of its entry")
     store = OperatorStore(deployment.url)
     finder = JobFinder(store, StreamTable(streams).sources(store), deployment.answering_services(), scan)
     locations = finder.find(id)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,10 @@ def pause(
         return
     if types:
         click.echo(_effect(following, waiting), err=True)
+    _print_pauses(pauses, now_s)
+
+
+def _print_pauses(pauses: Sequence[Pause], now_s: float) -> None:
     rows = [
         [
             strip_control(one.kind),

@@ -90,6 +90,10 @@ def to_json(overview: Overview) -> dict[str, Any]:
         ],
         "refused": [redacted(text) for text in overview.refused],
         "trouble": redacted(overview.error),
+        "cron": [
+            {"name": one.table.name, "next_s": one.next_s, "late_s": one.late_s, "paused": bool(one.pause)}
+            for one in overview.cron
+        ],
     }
 
 

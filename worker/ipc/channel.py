@@ -40,7 +40,8 @@ class Woken(NamedTuple):
 _HEADER_BYTES = 4096
 #: Size of the outcome ring. It takes failures only. The largest, with its traceback, is 48 KiB.
 _OUTCOME_BYTES = 1 << 20
-#: Room beside the largest job: a frame of small jobs with a few bytes for each may be larger (see dispatch).
+#: Room beside the largest job: for the fields of its retries. A frame of small jobs with a few bytes for each
+#: may be larger, too (see dispatch).
 _FRAME_SLACK_BYTES = 320 * 1024
 
 (

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from ..cron_table import CronTable
 from ..flow import FlowConfig
 from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.metrics import MetricsBuffer
@@ -68,6 +69,12 @@ class Configure(msgspec.Struct, tag=True, frozen=True):
     flow: FlowConfig
 
 
+class SetCron(msgspec.Struct, tag=True, frozen=True):
+    """To the reaper: the cron tables of the configuration file, read again."""
+
+    tables: tuple[CronTable, ...]
+
+
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """From a child: it is set up and running."""
 
@@ -113,6 +120,7 @@ Message = (
     | Retire
     | Drain
     | Configure
+    | SetCron
     | Ready
     | HeldElsewhere
     | StartFailed

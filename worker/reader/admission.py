@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ..envelope import DeadJob, Header, read_header
+from ..envelope import DeadJob, Header, is_oversized, read_header
 from ..errors import MalformedJob
 from ..outcome import Reason
 from ..store.ports import Entry
@@ -65,11 +65,11 @@ class Admission:
         return admitted, rejected
 
     def check(self, stream_no: int, entry: Entry) -> AdmittedJob | RejectedEntry:
-        """Check one entry. Its size is checked before anything is parsed."""
+        """Check one entry. One that is larger than the limit is not parsed."""
         _, data, deliveries, entry_deaths = entry
         if data is None:
             return _reject(stream_no, entry, Reason.MALFORMED, "MalformedJob: the entry has no field 'data'")
-        if len(data) > self._max_payload:
+        if is_oversized(data, self._max_payload):
             error = f"OversizedJob: {len(data)} bytes, at most {self._max_payload} are taken"
             return _reject(stream_no, entry, Reason.OVERSIZED, error)
         try:

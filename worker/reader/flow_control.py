@@ -28,7 +28,7 @@ _SMALL_BACKLOG, _LARGE_BACKLOG = 128, 4096
 _TAKE_AGAIN_S = 0.1
 
 
-class _StreamState:
+class _FlowState:
     """Flow control of one stream."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class FlowControl:
         self._mono_s = context.mono_s
         self._dispatcher = dispatcher
         self._buffer = dispatcher.buffer
-        self._states = [_StreamState() for _ in self._streams]
+        self._states = [_FlowState() for _ in self._streams]
         self._mono_checked_s = 0.0
         #: Limits and weights of the configuration file that are not on the server yet.
         self.file = context.settings.flow

@@ -4,7 +4,7 @@ import logging
 import selectors
 from collections.abc import Sequence
 
-from ..envelope import OVERSIZED_KEPT_BYTES
+from ..envelope import OVERSIZED_KEPT_BYTES, OWN_FIELDS_BYTES
 from ..errors import AnswerTooLarge, Fenced, StoreRefused, StoreUnavailable
 from ..ipc.crash_marks import SKIP_FETCH_AT_STRIKES
 from ..store.ports import Entry
@@ -304,7 +304,8 @@ class Intake:
         """Reject an entry that made readers exit, without parsing it; False if it did not."""
         if (stream_no, entry.id) not in self._marks.poison:
             return False
-        if entry.data is not None and len(entry.data) > self._settings.max_payload:
+        largest = self._settings.max_payload + OWN_FIELDS_BYTES
+        if entry.data is not None and len(entry.data) > largest:
             entry = entry._replace(data=entry.data[:OVERSIZED_KEPT_BYTES])
         self.rejected.append(reject_unread(stream_no, entry))
         return True

@@ -14,6 +14,7 @@ from ..errors import StoreRefused
 from ..flow import FlowConfig
 from ..keys import Source
 from .announcements import Announcement
+from .cron import CronStore
 
 #: Idle time (seconds) that a released entry shows: above any lease. Servers refuse times before 1970.
 RELEASED_IDLE_S = 30 * 24 * 3600.0
@@ -64,7 +65,7 @@ class PutBack(NamedTuple):
         return self.job.id
 
 
-class Taken(NamedTuple):
+class TakenJobs(NamedTuple):
     """Jobs whose turn it is; they are pending for this consumer now.
 
     The limits of ``outdated`` have changed: they must be sorted again. ``waiting`` counts the jobs that still
@@ -156,6 +157,7 @@ class Depths(NamedTuple):
     oldest_age_s: float
     lag: int
     waiting: int = 0
+    other_groups: tuple[str, ...] = ()
 
 
 class ReaderStore(Protocol):
@@ -251,7 +253,7 @@ class ReaderStore(Protocol):
         ``version`` is that of the limits by which the lanes were chosen.
         """
 
-    def take(self, source: Source, types: Iterable[str], count: int) -> Taken:
+    def take(self, source: Source, types: Iterable[str], count: int) -> TakenJobs:
         """Take at most ``count`` jobs of these types out of their lanes, atomically.
 
         They are those whose turn it is, within the limits.
@@ -264,8 +266,8 @@ class ReaderStore(Protocol):
         """Drop every connection."""
 
 
-class ReaperStore(Protocol):
-    """Maintenance of streams: due retries, trimming, idle consumers, depths."""
+class ReaperStore(CronStore, Protocol):
+    """Maintenance of streams: due retries, trimming, idle consumers, depths, cron."""
 
     def promote(self, stream: str, limit: int) -> Promotion:
         """Move at most ``limit`` due retries into the stream, in one atomic step."""

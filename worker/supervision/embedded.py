@@ -208,8 +208,15 @@ class Stores:
         return self._was_ready
 
     def reasons(self) -> list[str]:
-        """Which stores do not answer now."""
-        return [f"{k.store.name} is starting" for k in self._kept if not (k.process and k.process.ready)]
+        """Which stores do not answer now, and whether their folder is gone."""
+        lost = []
+        if self._data and not self._data.is_in_place():
+            lost = [
+                f"the data directory {self._data.path} was deleted or replaced: its stores lose their data"
+            ]
+        return lost + [
+            f"{k.store.name} is starting" for k in self._kept if not (k.process and k.process.ready)
+        ]
 
     def turn(self, mono_now_s: float) -> Exit | None:
         """Hold each store up; an exit code where one could not be brought up at the service's start."""

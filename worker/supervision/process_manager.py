@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..cron_table import CronTable
 from ..errors import Exit
 from ..flow import FlowConfig
 from ..ipc.channel import READY, STARTING, STOPPING, Channel
@@ -22,6 +23,7 @@ from ..ipc.control import (
     Ready,
     Report,
     Retire,
+    SetCron,
     StartFailed,
     SyncDone,
     WorkerExited,
@@ -111,6 +113,12 @@ class ProcessManager:
         self._mono_started_s = now
         self._mono_connect_by_s = now + settings.connect_timeout_s
 
+    def set_cron(self, tables: tuple[CronTable, ...]) -> None:
+        """Replace the cron tables for this reaper and every later one."""
+        self._settings = replace(self._settings, cron=tables)
+        if self._reaper.child is not None:
+            self._reaper.child.send(SetCron(tables))
+
     def tick(self, now: float) -> Exit | None:
         """Take one step towards the desired state. Returns an exit code if that state is out of reach."""
         self._collect_server()
@@ -155,6 +163,8 @@ class ProcessManager:
                 self._handle(child, received[0], now)
         except EOFError:
             return  # the child has exited or is about to; `_collect` handles it
+        except ValueError:  # no message of ours: a handler wrote to the descriptor
+            log.error("control.unexpected_message", extra={"child": child.name})
 
     def _handle(self, child: Child, message: Message, now: float) -> None:
         match message:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,13 +10,17 @@ from typing import IO, Any
 
 import click
 
-from ..errors import Exit
+from ..errors import ConfigurationError, Exit
 from ..options import ENV_PREFIX, ServiceCommand
 from ..telemetry import log as logs
 from ..telemetry.line_writer import write_briefly
 
 log = logging.getLogger("jobworker.supervisor")
 
+#: What a supervisor opens without workers, with the descriptors that its HTTP server keeps free.
+_BASE_OPEN_FILES = 112
+#: What it opens for each worker: rings, pipes, a pidfd.
+_OPEN_FILES_PER_WORKER = 9
 _OPTION = "--log-format"
 _FORMATS = ("json", "text")
 
@@ -28,6 +33,20 @@ def refuse(error: str, log_format: str) -> None:
     if not logging.getLogger().handlers:
         logs.set_up("supervisor", "info", log_format)
     log.critical("config.invalid", extra={"error": error, "hint": "see jobworker-supervise --help"})
+
+
+def require_open_files(workers: int) -> None:
+    """Raises `ConfigurationError` if the limit on open files is too low for a supervisor of these workers.
+
+    It would refuse every probe, to keep the last descriptors for restarts of workers.
+    """
+    needed = _BASE_OPEN_FILES + workers * _OPEN_FILES_PER_WORKER
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if allowed != resource.RLIM_INFINITY and allowed < needed:
+        raise ConfigurationError(
+            f"only {allowed} open files are allowed, and {workers} workers need {needed}: "
+            f"raise the limit (ulimit -n {needed}, or LimitNOFILE={needed} of systemd)"
+        )
 
 
 def default_format() -> str:

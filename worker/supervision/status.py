@@ -101,6 +101,17 @@ def service_status(settings: Settings, redis_url: str) -> dict[str, Any]:
         "store": redacted(redis_url),
         "streams": [source._asdict() for source in settings.streams],
         "types": list(settings.handlers),
+        "cron": [
+            {
+                "name": table.name,
+                "schedule": table.schedule,
+                "timezone": table.timezone,
+                "type": table.type,
+                "stream": table.stream,
+                "missed": table.missed,
+            }
+            for table in settings.cron
+        ],
         "lease_s": settings.lease_s,
         "max_retries": settings.retry.max_retries,
     }

@@ -29,11 +29,12 @@ def failure_of(error: BaseException, permanent: bool) -> Failure:
     if issubclass(type(error), RateLimited):  # not isinstance: it asks a class that may be broken
         assert isinstance(error, RateLimited)
         return Failure(error_text(error), wait_s=error.after_s, wait_key=error.key)
-    unavailable = not permanent and _is_transient(error)
+    unavailable = not permanent and is_transient(error)
     return Failure(error_text(error), permanent, unavailable=unavailable, traceback=traceback_text(error))
 
 
-def _is_transient(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
+    """Whether the exception says that something which the handler needs is unavailable; it never raises."""
     try:
         return bool(getattr(error, "transient", False))
     except Exception:  # a property of a handler's own class

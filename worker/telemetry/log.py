@@ -15,12 +15,12 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import unquote
 
-from ..safe_text import escape_control, safe_json
+from ..safe_text import escape_control, safe_json, text_of
 from ..settings import Settings
 from . import line_writer
 from .current_job import current_log_fields
 from .line_writer import LineWriter, write_all
-from .log_limit import DEFAULT_MAX_LINES, RateLimitFilter, is_summary
+from .log_limit import DEFAULT_MAX_LINES, RateLimitFilter, is_event, is_summary
 
 #: Text before the password of any URL: ``scheme://user:`` or ``scheme://:``.
 _BEFORE_PASSWORD = re.compile(r"(?<=\w://)[^\s:/@]*:")
@@ -39,6 +39,12 @@ MAX_TEXT_CHARS = 4096
 MAX_TRACEBACK_CHARS = 32 * 1024
 #: Most items of a list or mapping that are written.
 MAX_ITEMS = 64
+#: Most levels of lists and mappings in a field, and most lists and mappings in it.
+MAX_DEPTH, MAX_CONTAINERS = 16, 256
+#: Larger integers are written as text: no reader of JSON takes them as numbers.
+_MAX_INT_BITS = 1024
+#: Fields of each line that no ``extra`` may replace: readers trust them.
+_OWN_FIELDS = frozenset({"timestamp", "level", "service", "role"})
 _DROPPED = "log.dropped"
 _EXCEPTION = "exception"
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", _EXCEPTION}
@@ -127,16 +133,34 @@ def _content(path: str) -> str:
         return ""
 
 
-def _safe(value: Any) -> Any:
-    """A field without secrets, bounded, as a JSON type."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {_text(str(key)): _safe(one) for key, one in islice(value.items(), MAX_ITEMS)}
-    if isinstance(value, list | tuple):
+class _FieldReader:
+    """Turns a field into JSON types without secrets, bounded. A value that contains itself has an end."""
+
+    def __init__(self) -> None:
+        self._containers_left = MAX_CONTAINERS
+
+    def read(self, value: Any) -> Any:
+        """The field. It never raises, whatever a handler's own class does."""
+        try:
+            return self._read(value, 0)
+        except Exception as error:
+            return f"<{type(value).__name__}: cannot be read: {type(error).__name__}>"
+
+    def _read(self, value: Any, depth: int) -> Any:
+        if value is None or isinstance(value, bool | float):
+            return value
+        if isinstance(value, int):
+            return value if value.bit_length() <= _MAX_INT_BITS else text_of(value)
+        if not isinstance(value, Mapping | list | tuple):
+            return _text(text_of(value))
+        if depth == MAX_DEPTH or not self._containers_left:
+            return "[... nested too deeply ...]"
+        self._containers_left -= 1
+        if isinstance(value, Mapping):
+            items = islice(value.items(), MAX_ITEMS)
+            return {_text(text_of(key)): self._read(one, depth + 1) for key, one in items}
         left_out = [f"[... {len(value) - MAX_ITEMS} items ...]"] if len(value) > MAX_ITEMS else []
-        return [_safe(one) for one in value[:MAX_ITEMS]] + left_out
-    return _text(str(value))
+        return [self._read(one, depth + 1) for one in value[:MAX_ITEMS]] + left_out
 
 
 def _text(text: str, max_chars: int = MAX_TEXT_CHARS) -> str:
@@ -144,20 +168,58 @@ def _text(text: str, max_chars: int = MAX_TEXT_CHARS) -> str:
     return bounded(redacted(text), max_chars)
 
 
+def _message(record: logging.LogRecord) -> str:
+    """The message with its arguments filled in, or both beside the error if they do not fit."""
+    try:
+        message = record.getMessage()
+    except Exception as error:
+        trouble = f"{type(error).__name__}: {text_of(error)}"
+        message = (
+            f"{text_of(record.msg)} (arguments {_arguments(record.args)} cannot be filled in: {trouble})"
+        )
+    return _text(message)
+
+
+def _arguments(args: object) -> str:
+    """The arguments of a message; one that cannot be written does not hide the others."""
+    if not isinstance(args, tuple):
+        return text_of(args, repr)
+    return f"({', '.join(text_of(one, repr) for one in args)})"
+
+
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    """Fields of the running job, then the ``extra`` fields, which override them."""
-    extra = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    """Fields of the running job, then the ``extra`` fields.
+
+    An ``extra`` field that is named like a field of the line or of the running job gets a trailing
+    underscore. The service's own lines may name another job.
+    """
+    extra = {text_of(key): value for key, value in vars(record).items() if key not in _STANDARD}
+    from_service = text_of(record.name).partition(".")[0] == "jobworker"
     # The exporter of spans runs in a thread of its own: its lines are not about the running job.
-    unrelated = is_summary(record) or record.msg == _DROPPED or str(record.name).startswith("opentelemetry")
+    unrelated = (
+        is_summary(record) or is_event(record, _DROPPED) or text_of(record.name).startswith("opentelemetry")
+    )
     job_fields = {} if unrelated else current_log_fields()
-    return {key: _safe(value) for key, value in {**job_fields, **extra}.items()}
+    fields = {key: _FieldReader().read(value) for key, value in job_fields.items()}
+    kept = _OWN_FIELDS if from_service else _OWN_FIELDS | fields.keys()
+    for key, value in extra.items():
+        field = _FieldReader().read(value)
+        taken = key in kept and not (key in fields and fields[key] == field)
+        fields[_text(key) + "_" * taken] = field
+    return fields
 
 
 def _exception(formatter: logging.Formatter, record: logging.LogRecord) -> str:
     """The traceback of a record: of ``exc_info``, or as text in the ``extra`` field ``exception``, which
     comes from another process. Empty if there is none."""
-    text = formatter.formatException(record.exc_info) if record.exc_info else vars(record).get(_EXCEPTION)
-    return _text(str(text), MAX_TRACEBACK_CHARS) if text else ""
+    if not record.exc_info:
+        text = vars(record).get(_EXCEPTION)
+        return "" if text is None else _text(text_of(text), MAX_TRACEBACK_CHARS)
+    try:
+        text = formatter.formatException(record.exc_info)
+    except Exception as error:  # a handler's own exception class may break any attribute
+        text = f"{text_of(record.exc_info[0])} (the traceback cannot be formatted: {type(error).__name__})"
+    return _text(text, MAX_TRACEBACK_CHARS)
 
 
 class JsonFormatter(logging.Formatter):
@@ -172,7 +234,7 @@ class JsonFormatter(logging.Formatter):
         event = {
             "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            "msg": _text(record.getMessage()),
+            "msg": _message(record),
             "service": "jobworker",
             "role": self._role,
             **_fields(record),
@@ -193,7 +255,7 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line, followed by the indented traceback if there is one. No field can start a line."""
         clock = datetime.fromtimestamp(record.created).strftime(self._clock_format)
-        line = f"{clock} {record.levelname.lower():7} {self._role}: {_text(record.getMessage())}"
+        line = f"{clock} {record.levelname.lower():7} {self._role}: {_message(record)}"
         lines = [" ".join([line, *(f"{key}={value}" for key, value in _fields(record).items())])]
         if exception := _exception(self, record):
             lines += ["    " + trace_line for trace_line in exception.split("\n")]
@@ -236,7 +298,7 @@ class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
             return
         try:
             self._writer.put(self._encoded(record))
-        except Exception:  # of an argument's __str__, as in StreamHandler.emit
+        except Exception:  # as in StreamHandler.emit
             self.handleError(record)
 
     def _emit_unfiltered(self, record: logging.LogRecord) -> None:

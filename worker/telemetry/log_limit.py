@@ -6,6 +6,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from ..safe_text import text_of
+
 #: Most lines of one event within a period: enough to see what happens and to which jobs.
 DEFAULT_MAX_LINES, PERIOD_S = 100, 10.0
 
@@ -17,7 +19,12 @@ _Key = tuple[str, int, str, str]
 
 def is_summary(record: logging.LogRecord) -> bool:
     """Whether it is a summary of suppressed lines, which belongs to no single job."""
-    return record.msg == _SUMMARY
+    return is_event(record, _SUMMARY)
+
+
+def is_event(record: logging.LogRecord, name: str) -> bool:
+    """Whether it is this event. A message may be of any class, with a comparison of its own."""
+    return isinstance(record.msg, str) and record.msg == name
 
 
 def _call_later(delay_s: float, call: Callable[[], None]) -> None:
@@ -58,7 +65,8 @@ class RateLimitFilter(logging.Filter):
             now = self._mono_s()
             if now - self._mono_period_start_s >= self._period_s:
                 self._start_period(now)
-            event, task_type = str(record.msg)[:_EVENT_CHARS], str(getattr(record, "task_type", ""))
+            event = text_of(record.msg)[:_EVENT_CHARS]
+            task_type = text_of(getattr(record, "task_type", ""))
             key = (record.name, record.levelno, event, task_type)
             self._counts[key] += 1
             if self._counts[key] <= self._max_lines:

@@ -58,6 +58,13 @@ METRICS = {
     "z_novel_crash_circuits_open": Metric(
         "gauge", "Tenants of a type whose jobs kill workers and are slowed down", ("task_type",)
     ),
+    "z_novel_cron_enqueued_total": Metric("counter", "Jobs that a cron table enqueued", ("name",)),
+    "z_novel_cron_missed_total": Metric(
+        "counter", "Ticks of a cron table that got no job, because no service ran", ("name",)
+    ),
+    "z_novel_cron_late_seconds": Metric(
+        "gauge", "Time for which a tick of a cron table has been due and not taken", ("name",)
+    ),
     "z_novel_paused": Metric("gauge", "1 while a type is paused by an operator", ("task_type",)),
 }
 

@@ -1,5 +1,6 @@
 """Prometheus collector: totals over all processes. The only file that imports a metrics library."""
 
+import math
 import re
 import threading
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 #: Definition of every counter of a user's handler. A counter whose name is not valid is left out.
 _HANDLER_COUNTER = Metric("counter", "Counted by a handler")
 _VALID_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_]*")
+#: Most counters of handlers: a handler that invents names must not fill the memory of the supervisor.
+MAX_HANDLER_COUNTERS = 5000
 
 
 class PrometheusCollector(Collector):
@@ -41,25 +44,43 @@ class PrometheusCollector(Collector):
         self._registry.register(self)
 
     def add(self, counts: Iterable[tuple[str, Labels, float]]) -> None:
-        """Add to counters."""
+        """Add to counters. What cannot be shown is left out: no report may stop the supervisor."""
         with self._lock:
             for name, labels, by in counts:
-                if not _VALID_NAME.fullmatch(name):
-                    continue
-                values = self._values.setdefault(name, {})
-                values[tuple(labels)] = values.get(tuple(labels), 0.0) + by
+                if 0 <= by < math.inf and (
+                    self._is(name, labels, "counter") or self._is_of_handler(name, labels)
+                ):
+                    self._add(name, tuple(labels), by)
+
+    def _add(self, name: str, labels: Labels, by: float) -> None:
+        values = self._values.setdefault(name, {})
+        values[labels] = values.get(labels, 0.0) + by
+
+    def _is(self, name: str, labels: Labels, kind: str) -> bool:
+        metric = self._metrics.get(name)
+        return metric is not None and metric.kind == kind and len(metric.labels) == len(labels)
+
+    def _is_of_handler(self, name: str, labels: Labels) -> bool:
+        if labels or name in self._metrics or not _VALID_NAME.fullmatch(name):
+            return False
+        return name in self._values or len(self._values) < len(self._metrics) + MAX_HANDLER_COUNTERS
 
     def put(self, gauges: Iterable[tuple[str, Labels, float]]) -> None:
         """Set gauges."""
         with self._lock:
             for name, labels, value in gauges:
-                self._values[name][tuple(labels)] = value
+                if self._is(name, labels, "gauge"):
+                    self._values[name][tuple(labels)] = value
 
     def merge(self, histograms: Iterable[tuple[str, Labels, list[int], float]]) -> None:
         """Add to histograms: one count per bucket (the last is above all bounds) and the sum."""
-        self.add((name, labels, total) for name, labels, _, total in histograms)
         with self._lock:
-            for name, labels, counts, _ in histograms:
+            for name, labels, counts, total in histograms:
+                if not self._is(name, labels, "histogram") or not math.isfinite(total):
+                    continue
+                if len(counts) != len(self._metrics[name].buckets) + 1:
+                    continue
+                self._add(name, tuple(labels), total)
                 totals = self._buckets[name].setdefault(tuple(labels), [0] * len(counts))
                 for i, n in enumerate(counts):
                     totals[i] += n

@@ -43,7 +43,7 @@ def _routes(pages: Pages, actions: Actions) -> list[BaseRoute]:
         Route("/dead", pages.dead),
         Route("/dead/letter", pages.letter),
         Route("/job", pages.job),
-        Route("/dead/progress/{number:int}", pages.task),
+        Route("/dead/progress/{number}", pages.task),
         Route("/healthz", pages.health),
         Route("/login", actions.login_form),
         Route("/login", actions.log_in, methods=["POST"]),

@@ -38,6 +38,8 @@ SCAN_LIMIT = 20_000
 _MAX_TENANTS, _COUNT_TENANTS_EVERY_S = 20, 10.0
 #: Largest scan that a visitor may ask for: about a minute on one connection.
 _MAX_SCAN = 5_000_000
+#: Longest number in an address: Redis takes no larger ones as positions.
+_MAX_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Pages:
     def history(self, request: Request) -> Response:
         """The samples of the charts as JSON, after the sample number ``after``."""
         after = request.query_params.get("after", "0")
-        samples = self._site.history.since(int(after) if after.isdecimal() else 0)
+        samples = self._site.history.since(_number(after))
         return Response(orjson.dumps(samples), media_type="application/json")
 
     def overview(self, request: Request) -> Response:
@@ -166,7 +168,7 @@ class Pages:
         offset = request.query_params.get("offset", "0")
         with self._site.store() as store:
             retries = self._site.retries(store, wanted["type"], wanted["tenant"])
-            page = retries.page(_PAGE_ROWS, SCAN_LIMIT, int(offset) if offset.isdecimal() else 0)
+            page = retries.page(_PAGE_ROWS, SCAN_LIMIT, _number(offset))
             now_s = store.wall_now_s(self._site.streams[0])
         return self._site.renderer.page(
             request, "retries.html", page=page, wanted=wanted, offset=offset, wall_now_s=now_s,
@@ -205,7 +207,7 @@ class Pages:
         """Where a job is and why it waits: the answer of ``jobworker explain``."""
         id = request.query_params.get("id", "").strip()
         scan = request.query_params.get("scan", "")
-        scan_limit = min(int(scan), _MAX_SCAN) if scan.isdecimal() and int(scan) else SCAN_LIMIT
+        scan_limit = min(_number(scan), _MAX_SCAN) or SCAN_LIMIT
         if not id:
             return self._site.renderer.page(
                 request, "job.html", id="", found=[], finder=None, scan_limit=scan_limit
@@ -236,7 +238,7 @@ class Pages:
 
     def task(self, request: Request) -> Response:
         """Progress and outcome of a background task."""
-        task = self._site.tasks.get(request.path_params["number"])
+        task = self._site.tasks.get(_number(request.path_params["number"]))
         if task is None:
             raise HTTPException(
                 404, "There is no such task: it was started before the last restart of this page."
@@ -251,6 +253,11 @@ def _cursor_of(letter: Letter) -> Cursor:
 def _job_types(overview: Overview) -> list[str]:
     """The job types that services reported, for the suggestions of a form."""
     return sorted(overview.totals)
+
+
+def _number(text: str) -> int:
+    """A number of an address; 0 for anything else."""
+    return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS else 0
 
 
 def _payload(task: bytes | None, raw: str | None) -> str:

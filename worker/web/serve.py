@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import uvicorn
-
 from ..admin.deployment import Deployment, StreamTable
 from ..admin.overview import open_poller
 from ..errors import ConfigurationError
@@ -21,6 +19,7 @@ from .background import BackgroundTasks
 from .history import History
 from .pages import Site
 from .rendering import Renderer
+from .server import BoundedServer, config
 
 TOKEN_VARIABLE = "JOBWORKER_WEB_TOKEN"
 #: A person waits for the page: a slower store gets an error page.
@@ -44,12 +43,9 @@ class Options:
 
 def read_token(path: str) -> str:
     """The token from the file, else from the environment, else empty. Raises `ConfigurationError` for a file
-    that cannot be read or is empty, and for an empty variable."""
+    that cannot be read or is empty."""
     if not path:
-        token = os.environ.get(TOKEN_VARIABLE)
-        if token is not None and not token.strip():
-            raise ConfigurationError(f"{TOKEN_VARIABLE} is set and empty: give it a token, or unset it")
-        return (token or "").strip()
+        return os.environ.get(TOKEN_VARIABLE, "").strip()
     try:
         token = Path(path).read_text().strip()
     except (OSError, ValueError) as error:
@@ -95,17 +91,12 @@ def serve(
         lambda: OperatorStore(deployment.url, timeout_s=_STORE_TIMEOUT_S),
         deployment.answering_services, options.show_payloads,
     )  # fmt: skip
-    server = uvicorn.Server(
-        uvicorn.Config(
-            application(site, access, allow_actions=options.allow_actions), log_config=None, access_log=False,
-            server_header=False, lifespan="off", ws="none", timeout_graceful_shutdown=_DRAIN_S,
-        )
-    )  # fmt: skip
+    server = BoundedServer(config(application(site, access, allow_actions=options.allow_actions), _DRAIN_S))
     # Its INFO events are about uvicorn itself.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     # uvicorn raises the signal again after its shutdown: the default handler would change the exit code.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, server.handle_exit)  # also before uvicorn sets its own
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the program that started this one may have blocked them
     history.start()
     try:

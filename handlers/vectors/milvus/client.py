@@ -12,7 +12,7 @@ from pymilvus.exceptions import MilvusException
 
 from .. import schema as schemas
 from ..filters import Filter
-from .errors import ERROR_CLASSES, classify
+from .errors import ERROR_CLASSES, REFUSING_STATUSES, classify
 from .server_info import MARK, Server
 
 T = TypeVar("T")
@@ -29,6 +29,8 @@ GRPC_OPTIONS = {
 }
 # A health check should be fast, but a busy server needs a few seconds.
 PING_TIMEOUT_S = 3.0
+# Causes of an error that are looked at.
+_MAX_CAUSES = 8
 # The default depends on the Milvus version; all of them permit 64.
 NUM_PARTITIONS = 64
 INDEX = {"index_type": "HNSW", "metric_type": "COSINE", "params": {"M": 16, "efConstruction": 200}}
@@ -115,10 +117,24 @@ class MilvusClientHandle:
 
 def code_and_message(error: Any) -> tuple[int | str, str]:
     """The server's error code or the name of the gRPC status, and the message."""
+    if refusal := _refusal(error):
+        return refusal.code().name, str(refusal.details())
     if isinstance(error, grpc.RpcError):
         return error.code().name, str(error.details())
     # After its retries of a gRPC error, pymilvus has the status in the field for the number.
     return (int(error.code) if isinstance(error.code, int) else error.code.name), str(error.message)
+
+
+def _refusal(error: BaseException) -> Any:
+    """The gRPC error that refuses the credentials, if any: pymilvus hides it behind "Fail connecting"."""
+    cause: BaseException | None = error
+    for _ in range(_MAX_CAUSES):
+        if cause is None:
+            return None
+        if isinstance(cause, grpc.Call) and cause.code().name in REFUSING_STATUSES:
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def detect_server(client: Any, timeout_s: float) -> Server:

@@ -16,13 +16,14 @@ class Verdict(Enum):
     """Remedy for an error."""
 
     TRANSIENT = "the same call may succeed later"
+    REFUSED = "the server refuses the credentials: the operator must act, and no job is at fault"
     PERMANENT = "the same call can never succeed"
     SUSPECT = "an outage, or a fault of the call: the code does not tell"
     NOT_LOADED = "load the collection, then retry"
     NO_COLLECTION = "the collection or alias does not exist"
 
 
-T, P = Verdict.TRANSIENT, Verdict.PERMANENT
+T, P, R = Verdict.TRANSIENT, Verdict.PERMANENT, Verdict.REFUSED
 
 # The client's own errors all have code 1, so they are classified by class.
 CLASSES = {
@@ -65,8 +66,8 @@ CODES = {
     1100: P,  # invalid parameter
     1101: P,  # missing parameter
     1102: P,  # parameter too large
-    1400: P,  # no permission
-    1401: P,  # not authenticated
+    1400: R,  # no permission
+    1401: R,  # not authenticated
     10001: T,  # an operation was cancelled by the server
     **dict.fromkeys(range(901, 907), T),  # nodes of the server join or leave
     # 2.3: bad filter, wrong dimension, limits; 2.4 and later: anything unexpected.
@@ -82,13 +83,13 @@ LIMIT_TEXT = "exceeds max configuration"
 # Lite uses code 1 for anything unexpected. For a full disk or a damaged file, the message has an errno.
 LITE_CODES = {1: P}
 
+REFUSING_STATUSES = ("PERMISSION_DENIED", "UNAUTHENTICATED")
 STATUSES = {
     "UNAVAILABLE": T,
     "DEADLINE_EXCEEDED": T,
     "CANCELLED": T,
     "INVALID_ARGUMENT": P,
-    "PERMISSION_DENIED": P,
-    "UNAUTHENTICATED": P,
+    **dict.fromkeys(REFUSING_STATUSES, R),
     "UNIMPLEMENTED": P,
 }
 
@@ -120,6 +121,13 @@ def classify_status(status: str, message: str) -> Verdict:
     return STATUSES.get(status, T)
 
 
+class CredentialsRefused(TransientStoreError):
+    """The server refuses the token, or its user lacks a right; no job is at fault."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message}: check --milvus-token and the rights of its user; restart the service")
+
+
 class NotLoaded(CollectionUnavailable):
     """The collection is not loaded; a server reports this for a while after a restart, too."""
 
@@ -130,6 +138,7 @@ class NoCollection(PermanentStoreError):
 
 ERROR_CLASSES: dict[Verdict, type[VectorStoreError]] = {
     Verdict.TRANSIENT: TransientStoreError,
+    Verdict.REFUSED: CredentialsRefused,
     Verdict.PERMANENT: PermanentStoreError,
     Verdict.SUSPECT: SuspectStoreError,
     Verdict.NOT_LOADED: NotLoaded,

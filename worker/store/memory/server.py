@@ -64,6 +64,8 @@ class Stream:
     #: (due time in unix seconds, order of arrival, job)
     retries: list[tuple[float, int, bytes]] = field(default_factory=list)
     dead: list[bytes] = field(default_factory=list)
+    #: Fields of the hash of cron tables.
+    cron: dict[bytes, bytes] = field(default_factory=dict)
 
 
 class Read:

@@ -31,9 +31,10 @@ from ..ports import (
     Retry,
     Settled,
     Settlement,
-    Taken,
+    TakenJobs,
     WaitingJob,
 )
+from .cron import MemoryCronStore
 from .server import Group, MemoryServer, NameRecord, PendingEntry, Read, Stream, order
 
 #: Jobs of lanes with changed limits that one call returns, to be sorted again.
@@ -44,7 +45,7 @@ def _id_of(outcome: Retry | Dead | PutBack | bytes) -> bytes:
     return outcome if isinstance(outcome, bytes) else outcome.id
 
 
-class MemoryStore:
+class MemoryStore(MemoryCronStore):
     """`ReaderStore`, `ReaperStore` and `ProducerStore` over one `MemoryServer`.
 
     The ports document the methods.
@@ -234,14 +235,14 @@ class MemoryStore:
                     stream.lanes.release(job.id)
             return refused
 
-    def take(self, source: Source, types: Iterable[str], count: int) -> Taken:
+    def take(self, source: Source, types: Iterable[str], count: int) -> TakenJobs:
         with self._server.lock:
             stream = self._fenced(source)
             self._server.check(deaths_key(source.stream), ready_key(source.stream))
             outdated = stream.lanes.take_outdated(_OUTDATED_JOBS)
             jobs = stream.lanes.take(set(types), count)
             lists = [self._give_lease(source, one) for one in (jobs, outdated)]
-            return Taken(lists[0], lists[1], len(stream.lanes), stream.lanes.due_s())
+            return TakenJobs(lists[0], lists[1], len(stream.lanes), stream.lanes.due_s())
 
     def _give_lease(self, source: Source, jobs: Sequence[WaitingJob]) -> list[Entry]:
         """Make jobs pending for this consumer. Entries that were deleted meanwhile are dropped."""
@@ -316,8 +317,9 @@ class MemoryStore:
             waiting = stream.lanes.ids()
             first_ms = min((order(id)[0] for id in (*new[:1], *waiting)), default=None)
             age_s = 0.0 if first_ms is None else max(0.0, self._server.wall_now_s() - first_ms / 1000)
+            others = tuple(name for name in stream.groups if name != source.group)
             counts = (len(new) + len(waiting), len(group.leases), len(stream.retries), len(stream.dead))
-            return Depths(*counts, age_s, len(new), len(waiting))
+            return Depths(*counts, age_s, len(new), len(waiting), others)
 
     # -- producer
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from redis.exceptions import ReadOnlyError, ResponseError
+from redis.exceptions import ClusterCrossSlotError, MovedError, ReadOnlyError, ResponseError
 
 from ... import keys
 from ...errors import Fenced, StoreRefused, StoreUnavailable
@@ -21,6 +21,8 @@ SCRIPT_IDS = 1000
 SCRIPT_BYTES = 8 * 1024 * 1024
 #: Errors that need another address: the data has moved, or this server is a replica now.
 _MOVED = ("MOVED", "ASK", "CLUSTERDOWN", "MASTERDOWN")
+#: Replies that only nodes of a cluster give.
+_CLUSTER_REFUSALS = (MovedError, ClusterCrossSlotError)
 
 
 Item = TypeVar("Item")
@@ -51,6 +53,10 @@ class RedisStoreBase:
         An error reply is an exception object at its index. Raises `StoreUnavailable`.
         """
         replies = self._connection(stream).call(commands)
+        if not self._endpoint.cluster and any(isinstance(reply, _CLUSTER_REFUSALS) for reply in replies):
+            raise StoreUnavailable(
+                "the job store is a Redis Cluster: its URL must begin with redis+cluster:// or rediss+cluster://"
+            )
         if any(isinstance(reply, ResponseError) and self._is_elsewhere(reply) for reply in replies):
             self.close()
             self._endpoint.forget()

@@ -8,7 +8,7 @@ import msgspec
 from ...flow import FlowConfig, Lane, LaneRules, Limit, read_flow_header, tenant_key, type_key
 from ...keys import Source
 from ..operator import LaneCounts
-from ..ports import Backlog, Entry, Taken, WaitingJob
+from ..ports import Backlog, Entry, TakenJobs, WaitingJob
 from .base import SCRIPT_IDS, checked, is_no_stream, pairs
 from .connection import Reply
 from .lua import Argument, Command, script
@@ -105,13 +105,13 @@ def sort_arguments(lanes: Mapping[bytes, Sequence[WaitingJob]]) -> Iterator[list
         yield part
 
 
-def taken(reply: Sequence[Any], deaths_of: Callable[[bytes, bytes | None], int]) -> Taken:
+def taken(reply: Sequence[Any], deaths_of: Callable[[bytes, bytes | None], int]) -> TakenJobs:
     """The result of take.lua."""
     waiting, due_ms, outdated = reply[:3]
     rows = zip(reply[3::3], reply[4::3], reply[5::3], strict=True)
     entries = [Entry(id, data, 1, deaths_of(id, deaths)) for id, data, deaths in rows]
     due_s = None if due_ms < 0 else due_ms / 1000
-    return Taken(entries[outdated:], entries[:outdated], waiting, due_s)
+    return TakenJobs(entries[outdated:], entries[:outdated], waiting, due_s)
 
 
 def counts_commands(ready: str) -> list[Command]:

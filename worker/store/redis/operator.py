@@ -22,7 +22,6 @@ from ..operator import (
 from ..ports import Entry
 from . import lanes
 from .base import (
-    RedisStoreBase,
     announcements_in,
     checked,
     chunks,
@@ -33,11 +32,12 @@ from .base import (
     pairs,
 )
 from .blocking_read import data_of
+from .cron import RedisCronStore
 from .key_scan import find_streams
 from .lua import Command, script
 
 
-class OperatorStore(RedisStoreBase):
+class OperatorStore(RedisCronStore):
     """The streams, retries, dead letters and pauses of a deployment.
 
     It takes no consumer's name, so it may run beside any service. Every call raises `StoreUnavailable` when

@@ -11,7 +11,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 from ...errors import NameHeld, StoreRefused
 from ...flow import FlowConfig
 from ...keys import NO_HOLDER, PAUSED_KEY, Holder, Source
-from ..ports import RELEASED_IDLE_S, Backlog, Entry, Settled, Settlement, Taken, WaitingJob
+from ..ports import RELEASED_IDLE_S, Backlog, Entry, Settled, Settlement, TakenJobs, WaitingJob
 from . import lanes
 from .base import (
     SCRIPT_BYTES,
@@ -204,7 +204,7 @@ class RedisReaderStore(RedisStoreBase):
             refused.update(self._run(source, "sort", [self._ready(source)], [version, *arguments]))
         return refused
 
-    def take(self, source: Source, types: Iterable[str], count: int) -> Taken:
+    def take(self, source: Source, types: Iterable[str], count: int) -> TakenJobs:
         more_keys = [self.deaths_key(source.stream), self._ready(source)]
         most = min(count, SCRIPT_IDS)
         reply = self._run(source, "take", more_keys, [most, lanes.TAKE_BYTES, lanes.OUTDATED_IDS, *types])

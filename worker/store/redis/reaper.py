@@ -10,8 +10,9 @@ from ...errors import StoreRefused
 from ...keys import SERVICES_KEY, Source
 from ..announcements import encode
 from ..ports import Depths, Promotion
-from .base import SCRIPT_BYTES, RedisStoreBase, announcements_in, checked, is_no_group, is_no_stream, pairs
+from .base import SCRIPT_BYTES, announcements_in, checked, is_no_group, is_no_stream, pairs
 from .connection import Reply
+from .cron import RedisCronStore
 from .lua import script
 
 log = logging.getLogger("jobworker.reaper")
@@ -22,7 +23,7 @@ _TRIM_ENTRIES = 10_000
 _TRIM_CALLS = 20
 
 
-class RedisReaperStore(RedisStoreBase):
+class RedisReaperStore(RedisCronStore):
     """`ReaperStore` on Redis."""
 
     _warned_not_announced = False
@@ -104,6 +105,7 @@ class RedisReaperStore(RedisStoreBase):
             oldest_age_s=max((_age_s(id, checked(now)) for id in arrived), default=0.0),
             lag=lag,
             waiting=in_lanes,
+            other_groups=_names_of_others(source.group, groups),
         )
 
 
@@ -123,6 +125,13 @@ def _group_named(group: str, reply: Reply) -> dict[bytes, Any]:
         if facts[b"name"] == group.encode():
             return facts
     return {}
+
+
+def _names_of_others(group: str, reply: Reply) -> tuple[str, ...]:
+    if is_no_stream(reply):
+        return ()
+    names = (facts[b"name"].decode(errors="replace") for facts in map(pairs, checked(reply)))
+    return tuple(name for name in names if name != group)
 
 
 def _age_s(id: bytes, now: Sequence[bytes]) -> float:
