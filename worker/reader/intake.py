@@ -214,7 +214,7 @@ class Intake:
     def take_waiting(self) -> None:
         """Take jobs out of lanes for the workers' credit, which the streams share.
 
-        Quick jobs are taken many at a time: a step of the server for each of them would take longer than they.
+        Quick jobs are taken many at a time: a step of the server for each would take longer than the job.
         """
         if not self._dispatcher.runs_low:
             return
