@@ -55,7 +55,7 @@ class FlowControl:
         self._buffer = dispatcher.buffer
         self._states = [_FlowState() for _ in self._streams]
         self._mono_checked_s = 0.0
-        # The last two measured rates of all workers: one alone may fall between two groups of outcomes. Before
+        # The last two measured rates of all workers: one may fall between two groups of outcomes. Before
         # the first, no backlog is known to be long.
         self._rates = (math.inf, math.inf)
         #: Limits and weights of the configuration file that are not on the server yet.
