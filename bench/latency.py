@@ -97,21 +97,23 @@ STEPS = {
 }
 
 
-def trace(url: str, jobs: int, procs: int) -> dict[str, float]:
+def trace(url: str, jobs: int, procs: int) -> dict[str, Any]:
     """Median microseconds that end with each hand-over, by the name of the step."""
     with connect(url) as client, tempfile.TemporaryDirectory() as folder:
-        backlog, stamps, handovers = Backlog(client), Path(folder) / "stamps", Path(folder) / "handovers"
+        facts, backlog = host_facts(client), Backlog(client)
+        stamps, handovers = Path(folder) / "stamps", Path(folder) / "handovers"
         stamps.touch()
         site = str(Path(__file__).parent / "handover")
-        extra = {"BENCH_STAMPS": str(stamps), "BENCH_HANDOVERS": str(handovers), "PYTHONPATH": site}
+        paths = {"BENCH_STAMPS": str(stamps), "BENCH_HANDOVERS": str(handovers), "PYTHONPATH": site}
         try:
-            with service(url, backlog, STAMP, procs, **extra):
+            with service(url, backlog, STAMP, procs, 0, **paths):
                 sent = _send(client, backlog.stream, WARM_UP_JOBS + jobs)
                 started = started_ns(stamps, len(sent))
         finally:
             backlog.close()
         found = [line.split() for line in handovers.read_text().splitlines()]
-    return step_us(sent, started, [(step, int(mono_ns)) for step, mono_ns in found])
+    steps = step_us(sent, started, [(step, int(mono_ns)) for step, mono_ns in found])
+    return {"bench": "latency", "host": facts, "jobs": jobs, "procs": procs, "steps_us": steps}
 
 
 def step_us(sent: dict[str, int], started: dict[str, int], stamps: list[tuple[str, int]]) -> dict[str, float]:
@@ -179,13 +181,14 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n".join([format_facts(report["host"]), how, table(rows)])
 
 
-def format_steps(steps: dict[str, float]) -> str:
+def format_trace(report: dict[str, Any]) -> str:
     """The steps as a table, with the time since the XADD was sent."""
-    rows, since_us = [("median us", "since XADD", "until")], 0.0
-    for step, us in steps.items():
+    rows, since_us = [("us", "since XADD", "until")], 0.0
+    for step, us in report["steps_us"].items():
         since_us += us
         rows.append((f"{us:.0f}", f"{since_us:.0f}", STEPS[step]))
-    return table(rows)
+    how = f"medians of {report['jobs']} jobs, {report['procs']} workers, of the service alone"
+    return "\n".join([format_facts(report["host"]), how, table(rows)])
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
@@ -199,11 +202,11 @@ def main(seconds: float, procs: int, repeat: int, traced: bool, redis_url: str, 
     """Measure and print."""
     with server(redis_url) as url:
         if traced:
-            steps = trace(url, max(2, round(seconds / EVERY_S)), procs)
-            print(safe_json({"bench": "latency", "steps_us": steps}) if as_json else format_steps(steps))
-            return
-        report = measure(url, seconds, procs, repeat)
-    print(safe_json(report) if as_json else format_report(report))
+            report = trace(url, max(2, round(seconds / EVERY_S)), procs)
+        else:
+            report = measure(url, seconds, procs, repeat)
+    in_words = format_trace if traced else format_report
+    print(safe_json(report) if as_json else in_words(report))
 
 
 if __name__ == "__main__":
