@@ -140,6 +140,17 @@ class TestMoves:
         assert names(take(store)) == ["2"]
         assert waiting(store) == 0
 
+    def test_the_oldest_job_of_each_of_the_ten_largest_tenants_is_known(self, world: World) -> None:
+        store = reader(world)
+        add(world, store, *(job(f"{tenant}", f"t{tenant}") for tenant in range(12)))
+        world.pass_time(0.05)
+        add(world, store, *(job(f"{tenant}-2", f"t{tenant}", priority="9") for tenant in range(2, 12)))
+        ages_s = world.reaper().depths(S).tenant_ages_s
+        assert sorted(ages_s) == sorted(f"t{tenant}" for tenant in range(2, 12))
+        assert min(ages_s.values()) >= 0.04, "the oldest job of a tenant counts"
+        done(store, take(store))
+        assert world.reaper().depths(S).tenant_ages_s == {}
+
     def test_a_job_that_another_host_runs_is_not_taken_from_it(self, world: World) -> None:
         """A group that was created again delivers entries that wait in lanes, too."""
         one, two = reader(world, "one"), reader(world, "two")

@@ -18,6 +18,8 @@ from .cron import CronStore
 
 #: Idle time (seconds) that a released entry shows: above any lease. Servers refuse times before 1970.
 RELEASED_IDLE_S = 30 * 24 * 3600.0
+#: Tenants that are shown by themselves: those with the most waiting jobs.
+LARGEST_TENANTS = 10
 
 
 class Entry(NamedTuple):
@@ -148,6 +150,8 @@ class Depths(NamedTuple):
     """Queue depths of one stream and group; ages are seconds.
 
     ``queued`` counts the undelivered entries (``lag``) and the jobs in lanes (``waiting``).
+    ``tenant_ages_s`` has the age of the oldest job in lanes of the `LARGEST_TENANTS` with the most jobs
+    there.
     """
 
     queued: int
@@ -158,6 +162,7 @@ class Depths(NamedTuple):
     lag: int
     waiting: int = 0
     other_groups: tuple[str, ...] = ()
+    tenant_ages_s: Mapping[str, float] = {}
 
 
 class ReaderStore(Protocol):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from ...flow import FlowConfig, Lane, Limit, tenant_key, type_key
-from ..ports import WaitingJob
+from ..ports import LARGEST_TENANTS, WaitingJob
 
 
 @dataclass
@@ -60,6 +60,16 @@ class MemoryLanes:
     def ids(self) -> set[bytes]:
         """Entries that wait."""
         return {job.id for one in self.lanes.values() for job in one.jobs}
+
+    def oldest_by_tenant(self) -> dict[str, float]:
+        """Arrival (unix seconds) of the oldest job of each of the tenants with the most jobs."""
+        numbers: Counter[str] = Counter()
+        oldest_ms: dict[str, int] = {}
+        for one in self.lanes.values():
+            tenant = one.lane.tenant_id
+            numbers[tenant] += len(one.jobs)
+            oldest_ms[tenant] = min(oldest_ms.get(tenant, one.arrived[0]), one.arrived[0])
+        return {tenant: oldest_ms[tenant] / 1000 for tenant, _ in numbers.most_common(LARGEST_TENANTS)}
 
     def put(self, name: bytes, jobs: Iterable[WaitingJob], version: int, *, in_front: bool = False) -> None:
         """Add jobs to a lane."""

@@ -319,7 +319,12 @@ class MemoryStore(MemoryCronStore):
             age_s = 0.0 if first_ms is None else max(0.0, self._server.wall_now_s() - first_ms / 1000)
             others = tuple(name for name in stream.groups if name != source.group)
             counts = (len(new) + len(waiting), len(group.leases), len(stream.retries), len(stream.dead))
-            return Depths(*counts, age_s, len(new), len(waiting), others)
+            wall_now_s = self._server.wall_now_s()
+            ages_s = {
+                tenant: max(0.0, wall_now_s - wall_s)
+                for tenant, wall_s in stream.lanes.oldest_by_tenant().items()
+            }
+            return Depths(*counts, age_s, len(new), len(waiting), others, ages_s)
 
     # -- producer
 

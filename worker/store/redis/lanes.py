@@ -8,7 +8,7 @@ import msgspec
 from ...flow import FlowConfig, Lane, LaneRules, Limit, read_flow_header, tenant_key, type_key
 from ...keys import Source
 from ..operator import LaneCounts
-from ..ports import Backlog, Entry, TakenJobs, WaitingJob
+from ..ports import LARGEST_TENANTS, Backlog, Entry, TakenJobs, WaitingJob
 from .base import SCRIPT_IDS, checked, is_no_stream, pairs
 from .connection import Reply
 from .lua import Argument, Command, script
@@ -17,6 +17,8 @@ from .lua import Argument, Command, script
 TAKE_BYTES = 4 * 1024 * 1024
 #: Jobs of lanes with changed limits that one call of take.lua returns, to be sorted again.
 OUTDATED_IDS = 500
+#: Lanes that are looked at to find the oldest job of each large tenant, and those of one page.
+_MAX_HEADS, _HEADS_PAGE = 10_000, 1000
 
 _limits = msgspec.json.Decoder(tuple[Limit, ...])
 
@@ -114,11 +116,35 @@ def taken(reply: Sequence[Any], deaths_of: Callable[[bytes, bytes | None], int])
     return TakenJobs(entries[outdated:], entries[:outdated], waiting, due_s)
 
 
+def oldest_by_tenant(ready: str, one: Callable[[Command], Any]) -> dict[str, float]:
+    """Arrival (unix seconds) of the oldest job in lanes of each of the tenants with the most jobs there.
+
+    ``one`` sends a command. Lanes are looked at from the oldest on, at most 10,000. A tenant whose lanes are
+    all younger gets the arrival of the last one.
+    """
+    largest = one(("ZRANGE", f"{ready}/tenants", 0, LARGEST_TENANTS - 1, "REV"))
+    found: dict[str, float] = {}
+    missing = {tenant.decode(errors="replace") for tenant in largest}
+    arrived_s = None
+    for start in range(0, _MAX_HEADS, _HEADS_PAGE):
+        if not missing:
+            break
+        heads = one(("ZRANGE", f"{ready}/heads", start, start + _HEADS_PAGE - 1, "WITHSCORES"))
+        for name, arrived_ms in zip(heads[::2], heads[1::2], strict=True):
+            tenant, arrived_s = Lane.decode(name).tenant_id, float(arrived_ms) / 1000
+            if tenant in missing:
+                found[tenant] = arrived_s
+                missing.remove(tenant)
+        if len(heads) < 2 * _HEADS_PAGE:
+            break
+    return found | ({} if arrived_s is None else dict.fromkeys(missing, arrived_s))
+
+
 def counts_commands(ready: str) -> list[Command]:
     """Commands that count jobs in lanes."""
     return [
         ("HGETALL", ready),
-        ("ZRANGE", f"{ready}/tenants", 0, 9, "REV", "WITHSCORES"),
+        ("ZRANGE", f"{ready}/tenants", 0, LARGEST_TENANTS - 1, "REV", "WITHSCORES"),
         ("HGETALL", f"{ready}/running"),
     ]
 
