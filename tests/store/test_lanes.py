@@ -95,7 +95,7 @@ class TestMoves:
         assert taken.waiting == 1
 
     def test_taking_from_no_lanes_gives_nothing(self, world: World) -> None:
-        assert reader(world).take(S, TYPES, 10) == ([], [], 0, None)
+        assert reader(world).take(S, TYPES, 10) == ([], [], 0, None, {})
 
     def test_each_job_is_taken_once_by_two_hosts(self, world: World) -> None:
         one, two = reader(world, "one"), reader(world, "two")
@@ -278,6 +278,24 @@ class TestConcurrency:
         assert take(store) == []
         done(store, [entry for entry in first if names([entry]) == ["1"]])
         assert names(take(store)) == ["2"]
+
+    def test_a_job_that_waited_for_a_limit_is_counted_once(self, world: World) -> None:
+        store = reader(world)
+        limit(world, store, Limit("a/tenant", "a", "tenant", concurrency=2))
+        add(world, store, *(job(f"{n}", tenant) for tenant in ("t1", "t2", "t3") for n in range(2)))
+        add(world, store, job("2", "t1"), job("3", "t1"), job("1", type="b"))
+        taken = store.take(S, TYPES, 100)
+        assert (len(taken.entries), dict(taken.limited)) == (7, {})
+        counted = Counter[str]()
+        entries = taken.entries
+        while entries:
+            done(store, entries)
+            again = store.take(S, TYPES, 1)
+            entries = again.entries
+            counted.update(again.limited)
+        assert counted == {"a": 2}, "the third and fourth job of the first tenant"
+        add(world, store, job("5", "t1"))
+        assert store.take(S, TYPES, 1).limited == {}, "its lane was empty"
 
     @pytest.mark.parametrize("outcome", ["retry", "dead", "put back", "sort"])
     def test_each_end_of_a_job_gives_its_slot_back(self, world: World, outcome: str) -> None:

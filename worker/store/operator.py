@@ -28,10 +28,14 @@ class LaneCounts(NamedTuple):
 
 
 class LanePlace(NamedTuple):
-    """A job's place in its lane: jobs of the lane before it, and the key for which the lane waits, if any."""
+    """A job's place in its lane: jobs of the lane before it, and the key for which the lane waits, if any.
+
+    ``is_outdated``: limits have changed since, and a reader will sort the lane again.
+    """
 
     ahead: int
     blocked_by: str | None
+    is_outdated: bool = False
 
 
 class Scheduled(NamedTuple):

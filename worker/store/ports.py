@@ -72,12 +72,14 @@ class TakenJobs(NamedTuple):
 
     The limits of ``outdated`` have changed: they must be sorted again. ``waiting`` counts the jobs that still
     wait, ``due_s`` is the time until one of them may start (None: only another event lets one start).
+    ``limited`` counts by type those of ``entries`` whose lane a limit has blocked since it was last empty.
     """
 
     entries: list[Entry]
     outdated: list[Entry]
     waiting: int
     due_s: float | None
+    limited: Mapping[str, int] = {}
 
 
 class Backlog(NamedTuple):

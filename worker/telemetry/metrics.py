@@ -25,7 +25,7 @@ METRICS = {
     "z_novel_jobs_completed_total": Metric("counter", "Jobs that were acknowledged", ("task_type",)),
     "z_novel_jobs_failed_total": Metric("counter", "Tries that failed", ("task_type",)),
     "z_novel_jobs_limited_total": Metric(
-        "counter", "Jobs that a handler put back with RateLimited", ("task_type",)
+        "counter", "Jobs that waited for a limit, or that a handler put back with RateLimited", ("task_type",)
     ),
     "z_novel_jobs_waiting": Metric("gauge", "Jobs that wait, by place: stream, lanes", ("stream", "place")),
     "z_novel_tenant_waiting_seconds": Metric(

@@ -10,13 +10,17 @@ from ..ports import LARGEST_TENANTS, WaitingJob
 
 @dataclass
 class WaitingLane:
-    """A lane and its jobs. ``parked_by`` is the key that it waits for. ``outdated``: its limits changed."""
+    """A lane and its jobs. ``parked_by`` is the key that it waits for. ``outdated``: its limits changed.
+
+    ``limited``: a limit has blocked it.
+    """
 
     lane: Lane
     jobs: deque[WaitingJob] = field(default_factory=deque)
     parked_by: str | None = None
     parked_tag: float = 0.0
     outdated: bool = False
+    limited: bool = False
 
     @property
     def flow(self) -> tuple[int, str]:
@@ -46,6 +50,8 @@ class MemoryLanes:
         self._starts: dict[str, list[float]] = {}
         self._until: dict[str, float] = {}
         self._asked: dict[str, float] = {}
+        #: Jobs of the last `take` that waited for a limit, by type.
+        self.taken_limited: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return sum(len(one.jobs) for one in self.lanes.values())
@@ -97,15 +103,19 @@ class MemoryLanes:
     def take(self, types: set[str], count: int) -> list[WaitingJob]:
         """Remove the jobs whose turn it is, and let them hold their slots."""
         self._wake_due()
+        self.taken_limited.clear()
         taken: list[WaitingJob] = []
         while len(taken) < count and (waiting := self._next(types)):
             key = next((key for key in self._keys(waiting.lane) if self._wait_s(key) != 0.0), None)
             start = max(self._tags[waiting.lane.type, waiting.flow], self._virtual_time)
             if key is not None:
                 waiting.parked_by, waiting.parked_tag = key, start
+                waiting.limited |= self._limit(key) is not None
                 self._close(waiting)
             else:
                 taken.append(self._serve(waiting, start))
+                if waiting.limited:
+                    self.taken_limited[waiting.lane.type] += 1
             for other in waiting.lane.limit_keys:
                 if other != key and self._wait_s(other) == 0.0:
                     self._wake(other)

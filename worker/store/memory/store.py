@@ -242,7 +242,8 @@ class MemoryStore(MemoryCronStore):
             outdated = stream.lanes.take_outdated(_OUTDATED_JOBS)
             jobs = stream.lanes.take(set(types), count)
             lists = [self._give_lease(source, one) for one in (jobs, outdated)]
-            return TakenJobs(lists[0], lists[1], len(stream.lanes), stream.lanes.due_s())
+            limited = dict(stream.lanes.taken_limited)
+            return TakenJobs(lists[0], lists[1], len(stream.lanes), stream.lanes.due_s(), limited)
 
     def _give_lease(self, source: Source, jobs: Sequence[WaitingJob]) -> list[Entry]:
         """Make jobs pending for this consumer. Entries that were deleted meanwhile are dropped."""

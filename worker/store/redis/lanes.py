@@ -1,6 +1,6 @@
 """Commands and replies of the lanes in which jobs wait (see ``prelude_flow.lua`` for their keys)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -109,11 +109,12 @@ def sort_arguments(lanes: Mapping[bytes, Sequence[WaitingJob]]) -> Iterator[list
 
 def taken(reply: Sequence[Any], deaths_of: Callable[[bytes, bytes | None], int]) -> TakenJobs:
     """The result of take.lua."""
-    waiting, due_ms, outdated = reply[:3]
-    rows = zip(reply[3::3], reply[4::3], reply[5::3], strict=True)
+    waiting, due_ms, outdated, limited = reply[:4]
+    rows = zip(reply[4::3], reply[5::3], reply[6::3], strict=True)
     entries = [Entry(id, data, 1, deaths_of(id, deaths)) for id, data, deaths in rows]
     due_s = None if due_ms < 0 else due_ms / 1000
-    return TakenJobs(entries[outdated:], entries[:outdated], waiting, due_s)
+    by_type = {name.decode(errors="replace"): count for name, count in pairs(limited).items()}
+    return TakenJobs(entries[outdated:], entries[:outdated], waiting, due_s, by_type)
 
 
 def oldest_by_tenant(ready: str, one: Callable[[Command], Any]) -> dict[str, float]:
@@ -175,6 +176,12 @@ def whereabouts(entry: Entry, config: FlowConfig) -> tuple[bytes, bytes]:
     one."""
     data = entry.data or b""
     return LaneRules(config.limits).name_of(read_flow_header(data)), b"%s %d" % (entry.id, len(data))
+
+
+def siblings(name: bytes, others: Iterable[bytes]) -> list[bytes]:
+    """The lanes of the same type, priority and tenant, whatever their limits are."""
+    own = Lane.decode(name)._replace(limit_keys=())
+    return [other for other in others if Lane.decode(other)._replace(limit_keys=()) == own]
 
 
 def keys_of(name: bytes) -> list[str]:

@@ -132,11 +132,19 @@ class OperatorStore(RedisCronStore):
         name, job = lanes.whereabouts(entry, self.flow_config(stream))
         rank = self.one(stream, ("LPOS", lanes.jobs_key(ready, name), job))
         if rank is None:
-            return None
+            return self._outdated_place(stream, name, job)
         keys = lanes.keys_of(name)
         scores = self.call(stream, [("ZSCORE", f"{ready}/parked/{key}", name) for key in keys])
         blocked = [key for key, score in zip(keys, scores, strict=True) if checked(score) is not None]
         return LanePlace(int(rank), next(iter(blocked), None))
+
+    def _outdated_place(self, stream: str, name: bytes, job: bytes) -> LanePlace | None:
+        """The place in a lane of former limits, which readers have not sorted again yet."""
+        ready = self.ready_key(stream)
+        outdated = lanes.siblings(name, self.one(stream, ("SMEMBERS", f"{ready}/old")))
+        commands = [("LPOS", lanes.jobs_key(ready, one), job) for one in outdated]
+        ranks = map(checked, self.call(stream, commands) if commands else ())
+        return next((LanePlace(int(rank), None, True) for rank in ranks if rank is not None), None)
 
     # -- services and streams
 

@@ -10,6 +10,7 @@
 --   slots   HASH entry id -> limit keys that the running job holds   running   HASH limit key -> running jobs
 --   starts/<limit key>   LIST of the times (ms) of the last starts   until   HASH key -> time (ms) until which it waits
 --   asked   SET of types with such a key
+--   limited   SET of lanes that a limit has blocked since they were last empty
 --   parked/<key>   ZSET lane -> tag: lanes that wait for a key   timers   ZSET key -> time (ms) at which one is woken
 -- A flow is a tenant and a priority: '<10 - priority>/<length>/<tenant>'. A lane's name is '<length>/<type>/<flow>', then
 -- its limit keys as a JSON list, if it has any.
