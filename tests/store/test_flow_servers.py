@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from jobworker.worker.admin.limits import limit_states
 from jobworker.worker.flow import FlowConfig, LaneRules, Limit, read_flow_header, tenant_key
 from jobworker.worker.keys import Source
 from jobworker.worker.store.operator import LanePlace
@@ -47,7 +48,10 @@ def run_jobs_within_a_limit(url: str) -> list[bytes]:
     taken = reader.take(S, ["a"], 100).entries
     assert len(taken) == 4, "two of each tenant"
     assert reader.take(S, ["a"], 100).entries == []
-    assert operator.lane_counts(S.stream).running == {"a/tenant=t0": 2, "a/tenant=t1": 2}
+    counts = operator.lane_counts(S.stream)
+    assert counts.running == counts.parked == {"a/tenant=t0": 2, "a/tenant=t1": 2}
+    (state,) = limit_states(S.stream, config, counts)
+    assert (state.running, state.waiting, state.busy["t0"]) == (4, 4, (2, 2))
     first, second = taken[:2]
     put_back = PutBack(waiting_job(first), lane_of[first.id], tenant_key("a", "nobody"), 0.1)
     retry = Retry(second.id, 0.0, second.data or b"")

@@ -1,5 +1,6 @@
 """Commands and replies of the lanes in which jobs wait (see ``prelude_flow.lua`` for their keys)."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ TAKE_BYTES = 4 * 1024 * 1024
 OUTDATED_IDS = 500
 #: Lanes that are looked at to find the oldest job of each large tenant, and those of one page.
 _MAX_HEADS, _HEADS_PAGE = 10_000, 1000
+#: Keys of limits whose waiting jobs are counted.
+_MAX_PARKED_KEYS = 1000
 
 _limits = msgspec.json.Decoder(tuple[Limit, ...])
 
@@ -147,12 +150,30 @@ def counts_commands(ready: str) -> list[Command]:
         ("HGETALL", ready),
         ("ZRANGE", f"{ready}/tenants", 0, LARGEST_TENANTS - 1, "REV", "WITHSCORES"),
         ("HGETALL", f"{ready}/running"),
+        ("ZRANGE", f"{ready}/timers", 0, _MAX_PARKED_KEYS - 1),
     ]
 
 
-def counts(replies: Sequence[Reply]) -> LaneCounts:
+def parked_jobs(
+    ready: str, replies: Sequence[Reply], call: Callable[[Sequence[Command]], Sequence[Reply]]
+) -> dict[str, int]:
+    """Jobs that wait for a key: a key at its limit has running jobs or a timer. ``replies`` are those of
+    `counts_commands`, ``call`` sends commands. At most some thousand lanes are counted."""
+    keys = sorted({*pairs(checked(replies[2])), *checked(replies[3])})[:_MAX_PARKED_KEYS]
+    lanes_key = f"{ready}/parked/".encode()
+    found = call([("ZRANGE", lanes_key + key, 0, _MAX_PARKED_KEYS - 1) for key in keys]) if keys else ()
+    parked = [(key, lane) for key, lanes in zip(keys, found, strict=True) for lane in checked(lanes)]
+    parked = parked[:_MAX_HEADS]
+    lengths = call([("LLEN", jobs_key(ready, lane)) for _, lane in parked]) if parked else ()
+    numbers: Counter[str] = Counter()
+    for (key, _), length in zip(parked, lengths, strict=True):
+        numbers[key.decode(errors="replace")] += int(checked(length))
+    return dict(numbers)
+
+
+def counts(replies: Sequence[Reply], parked: dict[str, int]) -> LaneCounts:
     """Their result."""
-    fields, tenants, running = (pairs(checked(reply)) for reply in replies)
+    fields, tenants, running = (pairs(checked(reply)) for reply in replies[:3])
     by_priority = {
         int(field.removeprefix(b"priority/")): int(count)
         for field, count in fields.items()
@@ -163,6 +184,7 @@ def counts(replies: Sequence[Reply]) -> LaneCounts:
         dict(sorted(by_priority.items(), reverse=True)),
         {tenant.decode(errors="replace"): int(count) for tenant, count in tenants.items()},
         {key.decode(errors="replace"): int(count) for key, count in running.items()},
+        parked,
     )
 
 

@@ -1,6 +1,7 @@
 """The store that operators' tools use: dead letters, retries, pauses, and where a job is."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import orjson
@@ -124,7 +125,9 @@ class OperatorStore(RedisCronStore):
 
     def lane_counts(self, stream: str) -> LaneCounts:
         """Count the jobs that wait in lanes."""
-        return lanes.counts(self.call(stream, lanes.counts_commands(self.ready_key(stream))))
+        ready = self.ready_key(stream)
+        replies = self.call(stream, lanes.counts_commands(ready))
+        return lanes.counts(replies, lanes.parked_jobs(ready, replies, partial(self.call, stream)))
 
     def lane_place(self, stream: str, entry: Entry) -> LanePlace | None:
         """The place of an entry in its lane; None where it waits in none."""
