@@ -34,8 +34,9 @@ _COUNTED = {
 @click.command(help=__doc__)
 @click.option("--kills", default=200, show_default=True, type=click.IntRange(4))
 @click.option("--seed", type=int, default=None, help="Seed of the run to repeat.  [default: random]")
+@click.option("--keep", is_flag=True, help="Keep the folder with logs and events, and print its name.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
-def main(kills: int, seed: int | None, as_json: bool) -> None:
+def main(kills: int, seed: int | None, as_json: bool, keep: bool) -> None:
     """See the help above."""
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     print(f"seed {seed}", file=sys.stderr, flush=True)
@@ -51,7 +52,10 @@ def main(kills: int, seed: int | None, as_json: bool) -> None:
         finally:
             run.close()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if keep:
+            print(f"kept {folder}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
     report = summary(found, kills)
     print(safe_json(report) if as_json else _format(report))
     sys.exit(0 if report["pass"] else 1)

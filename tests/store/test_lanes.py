@@ -151,6 +151,44 @@ class TestMoves:
         done(store, take(store))
         assert world.reaper().depths(S).tenant_ages_s == {}
 
+    def test_jobs_out_of_order_in_their_lane_are_not_trimmed(self, world: World) -> None:
+        """A reader that was lost had old entries; they are sorted behind younger ones."""
+        store = reader(world)
+        world.producer().add(S.stream, [job(f"old {n}") for n in range(3)])
+        old = read(store)
+        world.pass_time(0.05)
+        add(world, store, *(job(f"young {n}") for n in range(2)))
+        world.pass_time(0.05)
+        sort(store, old)
+        world.pass_time(0.05)
+        add(world, store, job("last"))
+        ran = []
+        for _ in range(6):
+            taken = take(store, 1)
+            done(store, taken)
+            world.reaper().trim(S.stream)
+            ran += names(taken)
+        assert ran == ["young 0", "young 1", "old 0", "old 1", "old 2", "last"]
+
+    def test_a_job_that_was_put_back_is_not_trimmed(self, world: World) -> None:
+        store = reader(world)
+        add(world, store, *(job(f"{n}") for n in range(3)))
+        world.pass_time(0.05)
+        add(world, store, *(job(f"{n}") for n in range(3, 6)))
+        first = take(store, 3)
+        lane = Lane("a", 5, "t1").encode()
+        for entry in first:
+            put_back = PutBack(WaitingJob(entry.id, 1), lane, tenant_key("b", "t1"), 60.0)
+            version = store.flow_config(S).version
+            assert settle(store, [Settlement(S, put_back=[put_back], version=version)]) == set()
+        ran = []
+        for _ in range(6):
+            world.reaper().trim(S.stream)
+            taken = take(store, 1)
+            done(store, taken)
+            ran += names(taken)
+        assert sorted(ran) == [f"{n}" for n in range(6)]
+
     def test_a_job_that_another_host_runs_is_not_taken_from_it(self, world: World) -> None:
         """A group that was created again delivers entries that wait in lanes, too."""
         one, two = reader(world, "one"), reader(world, "two")

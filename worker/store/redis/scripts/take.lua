@@ -36,6 +36,12 @@ local function take_out(name, number)
   left_by_lane[name] = (left_by_lane[name] or 0) - #jobs
   local first = redis.call('LINDEX', lane.jobs, 0)
   arrivals[name] = first and arrival(first)
+  for _, job in ipairs(jobs) do
+    forget_late(job:match('^%S+'))
+  end
+  if not first and any_late() then
+    redis.call('HDEL', ready .. '/newest', name)
+  end
   if not first and has_limited then
     redis.call('SREM', ready .. '/limited', name)
   end
@@ -273,6 +279,7 @@ end
 local waiting = count_jobs(left_by_lane)
 if waiting <= 0 then
   redis.call('DEL', ready, ready .. '/finish', ready .. '/tenants', ready .. '/timers', ready .. '/limited')
+  redis.call('DEL', ready .. '/late', ready .. '/newest')
 elseif virtual_time then
   redis.call('HSET', ready, 'v', tag(virtual_time))
   for flow, finish in pairs(finishes) do
