@@ -41,6 +41,12 @@ def jobs(store: RedisServer, stream: str = STREAM) -> list[Any]:
 
 
 class TestDeadLetters:
+    def test_nothing_is_older_than_the_clock(self, store: RedisServer) -> None:
+        letter(store, "j1")
+        for age in ("999999999w", "1e300"):
+            assert run_json(store, "dlq", "list", "--older-than", age)["dead_letters"] == []
+            assert len(run_json(store, "dlq", "list", "--newer-than", age)["dead_letters"]) == 1
+
     def test_they_are_listed_newest_first_and_filtered(self, store: RedisServer) -> None:
         for number in range(5):
             letter(store, f"j{number}", "poison" if number % 2 else "timeout", tenant=f"t{number}")

@@ -249,7 +249,7 @@ class DeadLetterQueue:
             already_shown = ranks[stream] <= ranks.get(cursor.stream, -1)
             return cursor.id if already_shown else _next_id(cursor.id)
         newest_s = self.filter.before_wall_s
-        return START if math.isinf(newest_s) else b"%d-0" % (int(newest_s * 1000) + 1)
+        return START if math.isinf(newest_s) else b"%d-0" % (max(0, int(newest_s * 1000)) + 1)
 
     def _scan_stream(self, stream: str, start: bytes) -> Iterator[Letter]:
         with self.guard(stream):

@@ -82,7 +82,7 @@ class Site:
 
     def dead_letters(self, store: OperatorStore, filter: DeadFilter, wall_now_s: float) -> DeadLetterQueue:
         """The dead letters that a filter selects. Raises `HTTPException` for an unknown stream and
-        `InvalidAge`."""
+        `InvalidDuration`."""
         return DeadLetterQueue(
             store, self.streams_of(filter), filter.letter_filter(wall_now_s), leave_out_refused=True
         )
