@@ -152,6 +152,18 @@ class MemoryStore(MemoryCronStore):
                 claimed.append(self._pending_entry(stream, group, id))
             return b"0-0", claimed
 
+    def has_lost(self, source: Source, min_idle_ms: int) -> bool:
+        with self._server.lock:
+            self._server.check(source.stream, fence_key(source.stream))
+            stream, group = self._server.stream(source.stream), self._group(source)
+            before = self._server.wall_now_s() - min_idle_ms / 1000
+            return any(
+                lease.consumer != self._consumer
+                and lease.wall_since_s <= before
+                and not self._left_s(stream, lease.consumer)
+                for lease in group.leases.values()
+            )
+
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         with self._server.lock:
             return [self._settle(settlement) for settlement in settlements]

@@ -11,7 +11,7 @@ Command = Sequence[Argument]
 #: Scripts that act for a reader: they check its epoch and the ownership of entries first.
 _EPOCH_SCRIPTS = frozenset({"settle", "set_deaths", "renew", "release", "claim", "renew_name"})
 #: Scripts that use the record of the service that owns a consumer's name.
-_NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers"})
+_NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lost"})
 
 
 class LuaScripts:

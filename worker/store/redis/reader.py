@@ -115,12 +115,18 @@ class RedisReaderStore(RedisStoreBase):
         return [row[0] for row in self._pending_rows(source, after, count)]
 
     def claim(self, source: Source, min_idle_ms: int, count: int, cursor: bytes) -> tuple[bytes, list[Entry]]:
-        """Entries of this consumer that were not renewed are returned too."""
-        reply = self._run(source, "claim", [self.deaths_key(source.stream)], [min_idle_ms, count, cursor])
+        """Entries of this consumer that were not renewed are returned too. After 8 MiB of jobs it stops early."""
+        arguments = [min_idle_ms, count, cursor, SCRIPT_BYTES]
+        reply = self._run(source, "claim", [self.deaths_key(source.stream)], arguments)
         return reply[0], [
             Entry(id, data, int(tries), self._deaths(source, id, deaths))
             for id, data, tries, deaths in _rows_of_four(reply[1:])
         ]
+
+    def has_lost(self, source: Source, min_idle_ms: int) -> bool:
+        two_keys = [source.stream, self.fence_key(source.stream)]
+        command = script("find_lost", two_keys, source.group, self._consumer, min_idle_ms)
+        return bool(self._send(source, lambda: command))
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         """Acknowledgements, retries and dead letters take one step each, so that a
