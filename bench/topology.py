@@ -1,6 +1,6 @@
 """Trials of services on several hosts: a host is lost, and every job is counted.
 
-``python bench/topology.py`` runs all trials and prints a table; ``--json`` prints the figures as JSON. A trial
+``python bench/topology.py`` runs all trials and prints a table; ``--json`` prints the figures as JSON. It
 exits with 1 if a job is lost.
 
 lost host: a host reads all jobs and falls silent. Two other services take its jobs over once its leases have
@@ -127,7 +127,7 @@ def lost_host(url: str, jobs: int, lease_s: float, procs: int, limit_s: float) -
 
 
 def _is_settled(client: Any, backlog: Backlog, *, new_too: bool = False) -> bool:
-    """Whether the lost host owns no job any more, and all services together few; or none, with the new ones."""
+    """Whether the lost host owns no job any more; with ``new_too`` whether all jobs are settled."""
     pending = client.xpending(backlog.stream, backlog.group)
     if new_too:
         groups = client.xinfo_groups(backlog.stream)

@@ -212,7 +212,7 @@ class TestFailures:
         fresh.release(S, [last])
         store = redis_world.reader("b")
         store.acquire([S])
-        cursor, entries = store.claim(S, 3_600_000, 1000, b"0-0")
+        _, entries = store.claim(S, 3_600_000, 1000, b"0-0")
         assert [entry.id for entry in entries] == [last], "in one call"
 
     def test_settlements_survive_a_killed_server(self, redis_world: RedisWorld) -> None:

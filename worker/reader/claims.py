@@ -11,7 +11,7 @@ log = logging.getLogger("jobworker.reader")
 #: Longest interval between two looks for a service that is gone. Its name expires one lease after its last
 #: heartbeat, so its jobs are taken over this much later at most.
 _LOOK_EVERY_S = 2.0
-#: Shortest interval between two log lines about the claims of one stream: a lost host may have had 100,000 jobs.
+#: Shortest interval between two log lines about one stream: a lost host may have had 100,000 jobs.
 _LOG_EVERY_S = 1.0
 #: Entry id where a sweep starts and ends.
 _START = b"0-0"

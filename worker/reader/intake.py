@@ -168,8 +168,8 @@ class Intake:
 
     @property
     def must_continue(self) -> bool:
-        """Whether the next tick follows at once: claimed entries are dispatched, or a listing or a sweep continues
-        one by one or after the settlement of what it rejected."""
+        """Whether the next tick follows at once: it dispatches claimed entries, or continues a listing or
+        sweep: one by one, or after the settlement of what it rejected."""
         if self.has_claimed or (self.rejected and (self._unlisted or self._claims.under_way)):
             return True
         return not self._full and any(map(self._marks.lists_one_by_one, self._unlisted))

@@ -239,7 +239,9 @@ class MemoryStore(MemoryCronStore):
             idle = [
                 name
                 for name, last_call in group.consumers.items()
-                if name not in owners and last_call <= before and not self._left_s(stream, name)
+                if name not in owners
+                and max(last_call, self._renewed_s(stream, name)) <= before
+                and not self._left_s(stream, name)
             ]
             for name in idle:
                 del group.consumers[name]
@@ -312,6 +314,11 @@ class MemoryStore(MemoryCronStore):
         if record is None or record.epoch != stream.fence.get(name):
             return 0.0
         return max(0.0, record.holder.lease_s - abs(self._server.wall_now_s() - record.wall_renewed_s))
+
+    def _renewed_s(self, stream: Stream, name: str) -> float:
+        """When a name was last renewed (unix seconds); 0.0 if its record is gone."""
+        record = stream.names.get(name)
+        return record.wall_renewed_s if record and record.epoch == stream.fence.get(name) else 0.0
 
     def _renew_record(self, source: Source) -> None:
         stream = self._server.stream(source.stream)

@@ -115,7 +115,7 @@ class RedisReaderStore(RedisStoreBase):
         return [row[0] for row in self._pending_rows(source, after, count)]
 
     def claim(self, source: Source, min_idle_ms: int, count: int, cursor: bytes) -> tuple[bytes, list[Entry]]:
-        """Entries of this consumer that were not renewed are returned too. After 8 MiB of jobs it stops early."""
+        """Entries of this consumer that were not renewed are returned too. It stops after 8 MiB of jobs."""
         arguments = [min_idle_ms, count, cursor, SCRIPT_BYTES]
         reply = self._run(source, "claim", [self.deaths_key(source.stream)], arguments)
         return reply[0], [
