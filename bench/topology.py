@@ -113,8 +113,12 @@ def lost_host(url: str, jobs: int, lease_s: float, procs: int, limit_s: float) -
         backlog.fill(jobs + 1)  # all but the last
         paths = [folder / name for name in ("a", "b")]
         for path in paths:
-            options = {"JOBWORKER_INSTANCE": path.name, "JOBWORKER_LEASE": str(lease_s)}
-            stack.enter_context(service(url, backlog, STAMP, procs, BENCH_STAMPS=str(path), **options))
+            stack.enter_context(
+                service(
+                    url, backlog, STAMP, procs, BENCH_STAMPS=str(path),
+                    JOBWORKER_INSTANCE=path.name, JOBWORKER_LEASE=str(lease_s),
+                )
+            )  # fmt: skip
         owned, died_ns = LostHost(url, Source(backlog.stream, backlog.group), lease_s).take(client)
         if owned != jobs:
             raise RuntimeError("the lost host did not get all jobs")

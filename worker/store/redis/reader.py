@@ -243,10 +243,11 @@ class RedisReaderStore(RedisStoreBase):
     def _recreate_group(self, source: Source) -> None:
         """Create the group again, without touching the fence: a fenced reader stays fenced."""
         stream, group = source
-        log.error("group.recreated", extra={"group": group, "stream": stream, "hint": "it was deleted"})
         reply = self.call(stream, [("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")])[0]
-        if not str(reply).startswith("BUSYGROUP"):  # another reader was quicker
-            checked(reply)
+        if str(reply).startswith("BUSYGROUP"):
+            return  # another reader was quicker, or the stream moved to another node with its group
+        checked(reply)
+        log.error("group.recreated", extra={"group": group, "stream": stream, "hint": "it was deleted"})
         self._forget_deaths(source)
 
     def _forget_deaths(self, source: Source) -> None:
