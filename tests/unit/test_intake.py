@@ -169,6 +169,18 @@ def test_new_jobs_are_run_while_a_lost_host_is_taken_over() -> None:
         assert min(new, len(done) - new) >= len(done) // 4, "both share the workers"
 
 
+def test_a_sorted_backlog_does_not_delay_a_take_over_and_is_not_delayed_by_it() -> None:
+    with closing(ReaderRig(lease_s=LEASE_S)) as rig:
+        lost_host(rig, *(f"old {number}" for number in range(200)))
+        rig.attach(batch_hint=1)
+        rig.sync()
+        rig.add(*(f"new {number}" for number in range(2000)))
+        rig.advance(LEASE_S + 1)
+        done = work_off(rig, 300)
+        new = sum(job_id.startswith("new") for job_id in done)
+        assert min(new, len(done) - new) >= len(done) // 4, "both share the worker"
+
+
 def test_a_stopped_service_is_noticed_long_before_the_next_sweep() -> None:
     with closing(ReaderRig(lease_s=LEASE_S)) as rig:
         worker = rig.attach()
