@@ -369,11 +369,12 @@ def _supervise(settings: Settings, queue: SignalQueue) -> tuple[Exit, bool]:
     """Run the service; returns its exit code, and whether it is to be started again."""
     log.info("supervisor.starting", extra={"settings": settings.public()})
     require_extras(settings.handlers)
+    # First, because the time limits of the stores' start begin below.
+    copy_size: CopySize | None = imported(extension().copy_size)(settings)
     servers = needed(settings)
     data = _open_data_dir(settings) if servers else None
     stores = Stores(settings, data, [make(data) for make in servers] if data else [])
     with _instance_lock(settings) as holder:
-        copy_size: CopySize | None = imported(extension().copy_size)(settings)
         supervisor = Supervisor(replace(settings, holder=holder), data, stores, copy_size)
         return supervisor.run(queue), supervisor.start_again
 
