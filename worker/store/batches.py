@@ -76,7 +76,10 @@ class BatchProducerStore(Protocol):
     """Batches as a producer fills them."""
 
     def batch_open(self, stream: str, id: str, fields: Mapping[str, bytes]) -> bool:
-        """Create the record of a batch on its home stream, or add missing fields. False if it has finished."""
+        """Create the record of a batch on its home stream, or add missing fields to it.
+
+        False if the batch has finished.
+        """
 
     def batch_add(self, stream: str, id: str, home: str, jobs: Sequence[BatchJob]) -> bool:
         """Enqueue jobs and add them to the total, in one atomic step for each 1,000 jobs or 8 MiB.

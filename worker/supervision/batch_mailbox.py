@@ -1,4 +1,4 @@
-"""Hand-over of questions about batches from HTTP threads to the reaper, which has the connection to the store."""
+"""Hand-over of questions about batches from HTTP threads to the reaper, which asks the job store."""
 
 import threading
 from typing import Any, NamedTuple

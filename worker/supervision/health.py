@@ -1,4 +1,4 @@
-"""HTTP server of the supervisor for /metrics, /healthz, /readyz, /status and /batches; runs in its own threads."""
+"""HTTP server of the supervisor: /metrics, /healthz, /readyz, /status, /batches; runs in its own threads."""
 
 import resource
 import socket

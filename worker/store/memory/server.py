@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ...errors import StoreRefused
 from ...keys import Holder
 from ..ports import Entry, KeyFault
-from .batches import MemoryBatches
+from .batch_counts import MemoryBatches
 from .lanes import MemoryLanes
 
 #: Time that a read may take beyond its block time before the store counts as unavailable.
