@@ -23,7 +23,7 @@ from .telemetry.metrics import MetricsBuffer
 log = logging.getLogger("jobworker.batches")
 
 #: Interval at which open batches are looked at although no job told of their end (seconds).
-_SWEEP_INTERVAL_S = 30.0
+_SWEEP_INTERVAL_S = 10.0
 _MAX_ERROR_CHARS = 300
 
 

@@ -1,4 +1,4 @@
-"""Batches in every job store: exact counts, callbacks that are enqueued once, kills, damaged keys, cluster."""
+"""Batches in every job store: exact counts, callbacks that are enqueued once, kills, bad keys, a cluster."""
 
 import json
 import random
