@@ -83,7 +83,7 @@ def read_batch(store: BatchFinder, home: str, id: str) -> Batch | None:
     return Batch(id, home, record, total, sum(one.done for one in parts), sum(one.dead for one in parts))
 
 
-def batch_summary(batch: Batch) -> dict[str, Any]:
+def batch_facts(batch: Batch) -> dict[str, Any]:
     """A batch as JSON for people and programs."""
     record = batch.record
     return {

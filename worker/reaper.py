@@ -12,7 +12,7 @@ import select
 import time
 from collections.abc import Callable, Iterable
 
-from .batches import BatchFinisher, batch_summary
+from .batches import BatchFinisher, batch_facts
 from .cron import CronEnqueuer
 from .errors import StoreUnavailable
 from .ipc.control import BatchShown, ControlSocket, Drain, Ready, SetCron, ShowBatch
@@ -188,7 +188,7 @@ class Reaper:
         """Answer a question of an HTTP client."""
         try:
             batch = self._batches.find(request.id)
-            body, error = (batch_summary(batch) if batch else None), ""
+            body, error = (batch_facts(batch) if batch else None), ""
         except StoreUnavailable as failure:
             body, error = None, str(failure)
         self._control.send(BatchShown(request.number, body, error))

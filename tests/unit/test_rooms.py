@@ -67,7 +67,7 @@ BELOW: dict[str, set[str]] = {
     "reaper": {*IPC, "store", "cron", "batches"},
     "supervision": IPC,
     "admin": {*CORE, "store", "telemetry", "producer", "cron", "batches"},
-    "cli": {*CORE, "store", "telemetry", "producer", "cron", "batches", "admin"},
+    "cli": {*CORE, "store", "telemetry", "producer", "producer_batch", "cron", "batches", "admin"},
     "web": {*CORE, "store", "telemetry", "producer", "cron", "batches", "admin"},
     "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision", "fork_guard"},
     "preload": {*IPC, "store", "reader", "runner", "reaper", "supervision", "boot"},

@@ -8,7 +8,7 @@ import click
 from ..admin.batches import list_batches
 from ..admin.deployment import StreamTable
 from ..admin.words import format_duration, strip_control
-from ..batches import Batch, batch_summary, callback_id, find_batch
+from ..batches import Batch, batch_facts, callback_id, find_batch
 from ..quantities import Count
 from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, echo_json, echo_unread_streams, print_table, verb
 
@@ -54,7 +54,7 @@ def list_(url: str, limit: int, streams: tuple[str, ...], as_json: bool) -> None
     names = _streams(store, streams)
     found = list_batches(store, names, limit)
     if as_json:
-        return echo_json({"batches": [batch_summary(one) for one in found]})
+        return echo_json({"batches": [batch_facts(one) for one in found]})
     if not found:
         click.echo("there are no batches")
         return
@@ -104,7 +104,7 @@ def show(url: str, id: str, streams: tuple[str, ...], as_json: bool) -> None:
         click.echo(f"jobworker: there is no batch {strip_control(id)!r:.80}", err=True)
         sys.exit(BAD_NEWS)
     if as_json:
-        return echo_json(batch_summary(one))
+        return echo_json(batch_facts(one))
     for name, text in _facts(one, store.wall_now_s(one.home)):
         click.echo(f"{name:<10}{strip_control(text)}".rstrip())
 
