@@ -45,6 +45,11 @@ class Batch(NamedTuple):
         return "open" if self.record.wall_closed_s is None else "closed"
 
     @property
+    def callback_id(self) -> str:
+        """Id of the callback."""
+        return f"batch:{self.id}"
+
+    @property
     def ended(self) -> int:
         """Jobs that are done or dead."""
         return self.done + self.dead
@@ -92,7 +97,7 @@ def batch_facts(batch: Batch) -> dict[str, Any]:
         "streams": [batch.home, *record.streams],
         "created_at": _time_text(record.wall_created_s), "closed_at": _time_text(record.wall_closed_s),
         "finished_at": _time_text(record.wall_finished_s),
-        "callback_id": callback_id(batch.id) if record.callback else None, "error": record.error or None,
+        "callback_id": batch.callback_id if record.callback else None, "error": record.error or None,
     }  # fmt: skip
 
 
@@ -103,11 +108,6 @@ def _time_text(wall_s: float | None) -> str | None:
         return datetime.fromtimestamp(wall_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     except (ValueError, OverflowError, OSError):  # another program wrote the field
         return None
-
-
-def callback_id(batch_id: str) -> str:
-    """Id of the callback of a batch."""
-    return f"batch:{batch_id}"
 
 
 class _Callback(msgspec.Struct):
@@ -137,7 +137,7 @@ def callback_job(batch: Batch, wall_now_s: float) -> bytes:
     metadata["completed_batch_id"] = batch.id
     job = NewJob(
         wanted.type, orjson.Fragment(bytes(wanted.payload)), wanted.tenant_id or batch.record.tenant_id,
-        wanted.project_id, id=callback_id(batch.id), metadata=metadata, timeout=wanted.timeout,
+        wanted.project_id, id=batch.callback_id, metadata=metadata, timeout=wanted.timeout,
     )  # fmt: skip
     return encode_job(job, wall_now_s)[1]
 
@@ -219,6 +219,6 @@ class BatchFinisher:
     def _record(self, batch: Batch, *, has_callback: bool) -> None:
         self._metrics.count("z_novel_batches_finished_total", (batch.home,))
         self._mono_sweep_s[batch.home] = 0.0  # one open batch less
-        callback = {"job_id": callback_id(batch.id)} if has_callback else {}
+        callback = {"job_id": batch.callback_id} if has_callback else {}
         counts = {"total": batch.total, "completed": batch.done, "dead": batch.dead}
         log.info("batch.finished", extra={"batch": batch.id, "stream": batch.home, **counts, **callback})

@@ -120,3 +120,23 @@ def test_verbs_page_http_and_metrics_show_a_batch(tmp_path: Path, store: RedisSe
         (finished,) = eventually(lambda: one.logged("batch.finished"))
         assert (finished["batch"], finished["completed"], finished["dead"]) == ("import-8", 2, 1)
         assert one.metric("z_novel_batches_finished_total", stream=STREAM) == 1
+
+
+def test_lines_are_sent_into_a_batch_and_an_interrupted_command_is_continued(
+    tmp_path: Path, store: RedisServer
+) -> None:
+    with ending(host(tmp_path, store, "one")) as one:
+        one.start()
+        lines = tmp_path / "jobs.jsonl"
+        lines.write_text('{"payload": 1}\n{"payload": 2}\n{"payload": \n{"payload": 4}\n')
+        into = ["--tenant", "t1", "--batch", "import-9", "--on-complete", "sleep"]
+        failed = run(store, "enqueue", "noop", "--lines", str(lines), *into, code=2)
+        assert "--batch import-9 --on-complete sleep" in failed.output
+        assert run_json(store, "batch", "show", "import-9")["state"] == "open"
+        run(store, "enqueue", "noop", "--lines", "-", *into, stdin='{"payload": 3}\n{"payload": 4}\n')
+        shown = eventually(
+            lambda: (now := run_json(store, "batch", "show", "import-9"))["finished_at"] and now
+        )
+        assert (shown["total"], shown["done"], shown["tenant_id"]) == (4, 4, "t1")
+        assert shown["callback_id"] == "batch:import-9"
+        assert "needs --batch" in run(store, "enqueue", "noop", "--on-complete", "noop", code=2).output

@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..admin.batches import list_batches
 from ..admin.deployment import StreamTable
 from ..admin.words import format_duration, strip_control
-from ..batches import Batch, batch_facts, callback_id, find_batch
 from ..quantities import Count
 from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, echo_json, echo_unread_streams, print_table, verb
 
-if TYPE_CHECKING:  # the client library takes a while to load
+if TYPE_CHECKING:  # these take a while to load
+    from ..batches import Batch
     from ..store.redis.operator import OperatorStore
 
 _BAR_CHARS = 40
@@ -48,6 +47,8 @@ def list_(url: str, limit: int, streams: tuple[str, ...], as_json: bool) -> None
     jobworker batch list
     jobworker batch list --json
     """
+    from ..admin.batches import list_batches
+    from ..batches import batch_facts
     from ..store.redis.operator import OperatorStore
 
     store = OperatorStore(url)
@@ -65,7 +66,7 @@ def list_(url: str, limit: int, streams: tuple[str, ...], as_json: bool) -> None
     )
 
 
-def _row(one: Batch, wall_now_s: float) -> list[str]:
+def _row(one: "Batch", wall_now_s: float) -> list[str]:
     texts = [one.id, one.record.name or "-", one.record.tenant_id or "-", one.state]
     total = "?" if one.total is None else str(one.total)
     return [
@@ -74,7 +75,7 @@ def _row(one: Batch, wall_now_s: float) -> list[str]:
     ]  # fmt: skip
 
 
-def _percent(one: Batch) -> str:
+def _percent(one: "Batch") -> str:
     return "?" if one.percent is None else f"{one.percent:.1f} %"
 
 
@@ -95,6 +96,7 @@ def show(url: str, id: str, streams: tuple[str, ...], as_json: bool) -> None:
 
     Exit code 1: there is no such batch. The record of a finished one is kept for --batch-ttl.
     """
+    from ..batches import batch_facts, find_batch
     from ..store.redis.operator import OperatorStore
 
     store = OperatorStore(url)
@@ -109,7 +111,7 @@ def show(url: str, id: str, streams: tuple[str, ...], as_json: bool) -> None:
         click.echo(f"{name:<10}{strip_control(text)}".rstrip())
 
 
-def _facts(one: Batch, wall_now_s: float) -> list[tuple[str, str]]:
+def _facts(one: "Batch", wall_now_s: float) -> list[tuple[str, str]]:
     record = one.record
     left = "" if one.total is None else f", {max(0, one.total - one.ended)} left"
     facts = [
@@ -119,12 +121,12 @@ def _facts(one: Batch, wall_now_s: float) -> list[tuple[str, str]]:
         ("progress", f"{_bar(one)} {_percent(one)}"),
         ("jobs", f"{'?' if one.total is None else one.total}: {one.done} done, {one.dead} dead{left}"),
         ("streams", ", ".join([one.home, *record.streams])),
-        ("callback", callback_id(one.id) if record.callback else record.error),
+        ("callback", one.callback_id if record.callback else record.error),
     ]
     return [(name, text) for name, text in facts if text]
 
 
-def _state(one: Batch, wall_now_s: float) -> str:
+def _state(one: "Batch", wall_now_s: float) -> str:
     record = one.record
     match one.state:
         case "finished":
@@ -135,6 +137,6 @@ def _state(one: Batch, wall_now_s: float) -> str:
             return "open: more jobs may follow"
 
 
-def _bar(one: Batch) -> str:
+def _bar(one: "Batch") -> str:
     filled = 0 if one.percent is None else int(one.percent * _BAR_CHARS / 100)
     return f"[{'#' * filled}{'-' * (_BAR_CHARS - filled)}]"
