@@ -100,7 +100,9 @@ class Supervisor:
     def _listen(self) -> HealthServer:
         address = parse_address(self._settings.metrics_addr)
         try:
-            return HealthServer(address, self._metrics, self.health, self._mailbox.request)
+            return HealthServer(
+                address, self._metrics, self.health, self._mailbox.request, self._processes.batches.request
+            )
         except OSError as error:
             raise ConfigurationError(
                 f"--metrics-addr {self._settings.metrics_addr}: cannot listen there: "
@@ -125,6 +127,7 @@ class Supervisor:
             now = time.monotonic()
             self._health, self._mono_last_tick_s = self._assess(), now
             self._mailbox.answer(self._status)
+            self._processes.pass_questions()
             for number in queue.take():
                 if (code := self._handle_signal(number)) is not None:
                     return code
