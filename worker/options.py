@@ -182,7 +182,7 @@ _WORK = [
     option("--retry-max", "Longest backoff (seconds).", 60.0, SECONDS),
     option("--retry-multiplier", "Growth of the backoff.", 2.0, Number(1, 1000)),
     option("--batch-ttl", "How long the counts of a finished batch are kept (seconds, or 7d).",
-            7 * 24 * 3600.0, Duration(1)),
+            7 * 24 * 3600.0, Duration(0.1)),
     option("--retry-jitter", "Share by which a backoff is spread either way.", 0.1, Number(0, 1)),
 ]  # fmt: skip
 _STORES = [

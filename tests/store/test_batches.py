@@ -379,6 +379,16 @@ class TestOnServers:
         assert counts(reaper, id) == (2, 2, 0, "finished")
         operator.close()
 
+    def test_a_job_whose_group_was_deleted_is_counted_when_it_has_run(self, redis_world: RedisWorld) -> None:
+        store, reaper = reader(redis_world), redis_world.reaper()
+        id = fill(redis_world, 1)
+        admit(store)
+        redis_world.server.client.xgroup_destroy(*S)
+        assert reaper.mend_batches(S, b"0")[1] == 0
+        assert read(store) == []
+        settle(store, [Settlement(S, admit(store))])
+        assert counts(reaper, id) == (1, 1, 0, "closed")
+
     def test_nothing_is_kept_for_jobs_without_a_batch(self, redis_world: RedisWorld) -> None:
         store = reader(redis_world)
         redis_world.producer().add(S.stream, [b'{"id": "j", "type": "a"}'])

@@ -1,9 +1,10 @@
 """Batches of a deployment, for people: the list and one batch."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..batches import Batch, read_batch
+from ..errors import StoreRefused
 
 if TYPE_CHECKING:  # the client library takes a while to load
     from ..store.redis.operator import OperatorStore
@@ -12,18 +13,34 @@ if TYPE_CHECKING:  # the client library takes a while to load
 _NEWEST = float("inf")
 
 
-def list_batches(store: "OperatorStore", streams: Iterable[str], limit: int) -> list[Batch]:
+class BatchList(NamedTuple):
+    """Batches, and what the store refused to show, in words."""
+
+    batches: list[Batch]
+    refused: list[str]
+
+
+def list_batches(store: "OperatorStore", streams: Iterable[str], limit: int) -> BatchList:
     """The batches whose home is one of the streams: unfinished ones, then finished ones, each newest first.
 
     At most ``limit`` of each stream, and in all.
     """
-    found = [
-        batch
-        for stream in dict.fromkeys(streams)
-        for id in store.batch_ids(stream, limit)
-        if (batch := read_batch(store, stream, id)) is not None
-    ]
-    return sorted(found, key=_rank)[:limit]
+    found, refused = list[Batch](), list[str]()
+    for stream in dict.fromkeys(streams):
+        try:
+            ids = store.batch_ids(stream, limit)
+        except StoreRefused as error:
+            refused.append(f"batches of {stream}: {error}")
+            continue
+        for id in ids:
+            try:
+                batch = read_batch(store, stream, id)
+            except StoreRefused as error:
+                refused.append(f"batch {id} of {stream}: {error}")
+                continue
+            if batch is not None:
+                found.append(batch)
+    return BatchList(sorted(found, key=_rank)[:limit], refused)
 
 
 def ended_since(batch: Batch, wall_s: float) -> bool:

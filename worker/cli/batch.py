@@ -8,7 +8,17 @@ import click
 from ..admin.deployment import StreamTable
 from ..admin.words import format_duration, strip_control
 from ..quantities import Count
-from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, echo_json, echo_unread_streams, print_table, verb
+from .common import (
+    AS_JSON,
+    BAD_NEWS,
+    STREAMS,
+    CliGroup,
+    echo_json,
+    echo_unread_streams,
+    exit_if_refused,
+    print_table,
+    verb,
+)
 
 if TYPE_CHECKING:  # these take a while to load
     from ..batches import Batch
@@ -53,17 +63,18 @@ def list_(url: str, limit: int, streams: tuple[str, ...], as_json: bool) -> None
 
     store = OperatorStore(url)
     names = _streams(store, streams)
-    found = list_batches(store, names, limit)
+    found, refused = list_batches(store, names, limit)
     if as_json:
-        return echo_json({"batches": [batch_facts(one) for one in found]})
-    if not found:
+        echo_json({"batches": [batch_facts(one) for one in found], "refused": refused})
+    elif found:
+        now_s = store.wall_now_s(names[0])
+        print_table(
+            ["ID", "NAME", "TENANT", "STATE", "TOTAL>", "DONE>", "DEAD>", "PROGRESS>", "AGE>"],
+            [_row(one, now_s) for one in found],
+        )
+    elif not refused:
         click.echo("there are no batches")
-        return
-    now_s = store.wall_now_s(names[0])
-    print_table(
-        ["ID", "NAME", "TENANT", "STATE", "TOTAL>", "DONE>", "DEAD>", "PROGRESS>", "AGE>"],
-        [_row(one, now_s) for one in found],
-    )
+    exit_if_refused(refused)
 
 
 def _row(one: "Batch", wall_now_s: float) -> list[str]:

@@ -150,23 +150,18 @@ class Pages:
         with self._site.store() as store:
             groups, refused = _read_groups(store, self._site.sources)
             tenants = self._tenants(store)
-            batches = self._batches(store)
+            batches, refused_batches = list_batches(store, self._site.streams, _MAX_BATCHES)
+        since_s = self._site.history.latest.wall_s - _BATCHES_SINCE_S
         return self._snapshot_page(
             request,
             "queues.html",
             groups=groups,
-            refused=refused,
+            refused=[*refused, *refused_batches],
             silent_s=SILENT_S,
             tenants=tenants,
             max_tenants=_MAX_TENANTS,
-            batches=batches,
+            batches=[batch for batch in batches if ended_since(batch, since_s)],
         )
-
-    def _batches(self, store: OperatorStore) -> list[Batch]:
-        """Unfinished batches, and those that finished in the last day."""
-        since_s = self._site.history.latest.wall_s - _BATCHES_SINCE_S
-        found = list_batches(store, self._site.streams, _MAX_BATCHES)
-        return [batch for batch in found if ended_since(batch, since_s)]
 
     def _tenants(self, store: OperatorStore) -> WaitingTenants:
         """The tenants with waiting jobs, counted at most every 10 s for all visitors."""

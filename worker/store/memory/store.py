@@ -294,7 +294,7 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore):
             self._check_batches(source.stream)
             stream = self._server.stream(source.stream)
             pending = {id for group in stream.groups.values() for id in group.leases}
-            gone = [id for id in stream.batches.members if id not in pending]
+            gone = [id for id in stream.batches.members if id not in pending and id not in stream.entries]
             stream.batches.leave(gone, "dead")
             return b"0", len(gone)
 

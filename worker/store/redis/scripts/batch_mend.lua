@@ -1,4 +1,4 @@
--- Counts jobs as dead whose entry is not pending any more and was not settled: it was deleted by hand, or its group was.
+-- Counts jobs as dead whose entry was not settled and is gone: it was deleted by hand, alone or with its stream.
 -- Called by RedisReaperStore.mend_batches, after prelude_batch.lua. Atomic: an entry may end at any moment.
 -- KEYS[1] stream  KEYS[2] ready hash (names the other keys)
 -- ARGV[1] cursor   ARGV[2] about how many entries to look at
@@ -16,7 +16,9 @@ for i = 1, #page[2], 2 do
     local rows = redis.pcall('XPENDING', KEYS[1], group[2], id, id, 1)
     is_pending = is_pending or (not rows.err and #rows > 0)
   end
-  if not is_pending then
+  -- If only the group was deleted, the entry is delivered again.
+  local entries = is_pending and {} or redis.pcall('XRANGE', KEYS[1], id, id)
+  if not is_pending and (entries.err or #entries == 0) then
     gone[#gone + 1] = id
   end
 end
