@@ -78,8 +78,8 @@ class Embedder:
             (encoder.revision, str(encoder.dim), str(encoder.max_tokens), long_text, "document")
         )
         self._unknown_tokens = UnknownTokens(encoder.name, encoder.unknown_id)
-        self._forward_s = 0.0
-        encoder.counters["forward_seconds"] = 0.0
+        # Several job types share an encoder.
+        encoder.counters.setdefault("forward_seconds", 0.0)
         #: Recent rate of the model, bytes of text a second.
         self.rate_bytes_s = FIRST_RATE_BYTES_S
 
@@ -132,8 +132,7 @@ class Embedder:
         started_s = self._mono_s()
         vectors = self._encoder.forward(plan)
         took_s = self._mono_s() - started_s
-        self._forward_s += took_s
-        self._encoder.counters["forward_seconds"] = self._forward_s
+        self._encoder.counters["forward_seconds"] += took_s
         size = sum(_utf8_bytes(prepared.texts[index]) for index in prepared.uncached)
         if size >= RATE_FROM_BYTES and took_s > 0:
             self.rate_bytes_s += RATE_WEIGHT * (size / took_s - self.rate_bytes_s)

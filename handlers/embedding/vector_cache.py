@@ -92,7 +92,8 @@ class VectorCache:
         self._path, self._dim, self._mono_s = path, dim, mono_s
         self._limit_bytes = max(limit_bytes, MIN_LIMIT_BYTES) - WAL_BYTES
         self._counters = counters
-        counters |= {"embedding_cache_hits": 0, "embedding_cache_misses": 0}
+        for name in ("embedding_cache_hits", "embedding_cache_misses"):
+            counters.setdefault(name, 0)
         self._lock = threading.Lock()
         self._file: _CacheFile | None = None
         self._paused_until_s = 0.0

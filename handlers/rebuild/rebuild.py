@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -111,6 +111,8 @@ class Rebuild:
         self._mono_reported_s = -REPORT_EVERY_S
         #: Ids in the journal whose rows a read of the live collection did not return.
         self._missing: set[str] = set()
+        #: Number of reads that this process announced.
+        self._reads = 0
         #: Rows that this process wrote to the new collection, those of the journal included.
         self.rows_written = 0
 
@@ -211,15 +213,22 @@ class Rebuild:
             return
         mono_start_s, copied_before = self._clock.mono_s(), int(self._fields["copied"])
         limit = MIN_PAGE_ROWS
-        while rows := self._shadow.page(source, self._fields["cursor"], limit):
+        while rows := self._read(self._shadow.page, source, self._fields["cursor"], limit):
             mono_page_s = self._clock.mono_s()
             self._write(rows)
             limit = next_page_rows(rows, self._clock.mono_s() - mono_page_s)
             copied = int(self._fields["copied"]) + len(rows)
             sample = thin_sample([*filter(None, self._fields["sample"].split(",")), rows[0]["id"]])
-            self._save(cursor=rows[-1]["id"], copied=str(copied), sample=",".join(sample))
+            self._save(cursor=rows[-1]["id"], copied=str(copied), sample=",".join(sample), reading="")
             self._report_progress(copied, copied - copied_before, mono_start_s)
-        self._save(phase="verify")
+        self._save(phase="verify", reading="")
+
+    def _read(self, read: Callable[..., list[RawRow]], *arguments: Any) -> list[RawRow]:
+        """Read rows to copy. They are announced first: a deletion waits until they are written, and then
+        deletes them from the new collection too."""
+        self._reads += 1
+        self._save(reading=str(self._reads))
+        return read(*arguments)
 
     def _write(self, rows: Sequence[RawRow]) -> None:
         if self._request.model:
@@ -342,9 +351,10 @@ class Rebuild:
 
     def _copy_rows(self, ids: Sequence[str]) -> None:
         """Copy rows from the live collection; ids that it does not return are kept in `_missing`."""
-        rows = self._shadow.fetch(self._fields["source"], ids)
+        rows = self._read(self._shadow.fetch, self._fields["source"], ids)
         if rows:
             self._write(rows)
+        self._save(reading="")
         self._missing.update(ids)
         self._missing.difference_update(row["id"] for row in rows)
 

@@ -57,5 +57,8 @@ class Projection:
             by_collection.setdefault(item.collection, []).append(row)
         for collection, collection_rows in by_collection.items():
             # Without a version, since the record has decided which one is newest. The minimum version of a
-            # replaced chapter applies to its texts, not to its summary.
-            self._writer.write(collection, [VersionedRows(owner, collection_rows)])
+            # replaced chapter applies to its texts, not to its summary. Each row is a write of its own: the
+            # records may be of jobs before and after a deletion.
+            self._writer.write(
+                collection, [VersionedRows(f"{owner}/{row.id}", [row]) for row in collection_rows]
+            )

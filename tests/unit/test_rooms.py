@@ -72,7 +72,7 @@ BELOW: dict[str, set[str]] = {
 }
 #: Command modules import their face when they are called: `jobworker web` starts the page.
 BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}
-JOB_TYPES = {"embedding", "rebuild", "summaries", "audit"}
+JOB_TYPES = {"embedding", "rebuild", "summaries", "audit", "erasure"}
 SHARED_BELOW = {
     "jobstore": set(),
     "vectors": {"jobstore", "graphemes"},
