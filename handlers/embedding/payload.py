@@ -176,13 +176,6 @@ class EntityPayload(NamedTuple):
         for field, owner in (("tenant_id", job.tenant_id), ("project_id", job.project_id)):
             _check_owner(field, owner, payload.get(field))
         entities = _column(payload, "entities", None, _object)
-        columns = [
-            [
-                _check(f"entities[{index}].{field}", one.get(field, default), rule)
-                for index, one in enumerate(entities)
-            ]
-            for field, rule, default in _ENTITY_FIELDS
-        ]
         version = payload.get("version")
         replace = _check("replace", _value(payload, "replace", False), _bool)
         if replace and (version is None or not entities):
@@ -190,7 +183,10 @@ class EntityPayload(NamedTuple):
         return cls(
             job.tenant_id,
             job.project_id,
-            *([value or "" for value in column] for column in columns),
+            _members(entities, "entity_id", _id),
+            _members(entities, "name", _name),
+            _members(entities, "entity_type", _optional_type),
+            _members(entities, "description", _optional_text),
             None if version is None else _check("version", version, _int64),
             replace,
             created_us(job),
@@ -344,10 +340,7 @@ def _optional_type(value: Any) -> str | None:
     return None if value is None else _segment_type(value)
 
 
-#: Field of an entity, its rule, and its default. Go encodes an absent text as null or "".
-_ENTITY_FIELDS: tuple[tuple[str, _Rule, Any], ...] = (
-    ("entity_id", _id, None),
-    ("name", _name, None),
-    ("entity_type", _optional_type, ""),
-    ("description", _optional_text, ""),
-)
+def _members(entities: list[dict[str, Any]], field: str, rule: _Rule) -> list[str]:
+    """One field of every entity; Go encodes an absent text as null or ""."""
+    values = ((index, one.get(field)) for index, one in enumerate(entities))
+    return [_check(f"entities[{index}].{field}", value, rule) or "" for index, value in values]

@@ -50,13 +50,6 @@ class Busy(Exception):
     """Another job works on the same rows for too long, or deletes the same scope: worth a retry."""
 
 
-class Clock(NamedTuple):
-    """Monotonic time and sleep, so that tests can replace them."""
-
-    mono_s: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
-
-
 class EraseRequest(NamedTuple):
     """One deletion: the job, what, until when it was created, and plain names of collections (none: all)."""
 
@@ -86,10 +79,12 @@ class Eraser:
         *,
         prefix: str,
         ttl_ms: int,
-        clock: Clock | None = None,
+        mono_s: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.store, self.fence, self.erasures, self.records = store, fence, erasures, records
-        self.prefix, self.ttl_ms, self.clock = prefix, ttl_ms, clock or Clock()
+        self.prefix, self.ttl_ms = prefix, ttl_ms
+        self.mono_s, self.sleep = mono_s, sleep
 
     def erase(self, request: EraseRequest) -> Erased:
         """Delete; repeatable. Raises Busy if other jobs are in the way for too long."""
@@ -162,10 +157,11 @@ class _Erasure:
     def __init__(self, eraser: Eraser, request: EraseRequest) -> None:
         self._eraser, self._request = eraser, request
         self._store, self._fence = eraser.store, eraser.fence
-        self._erasures, self._records, self._clock = eraser.erasures, eraser.records, eraser.clock
+        self._erasures, self._records = eraser.erasures, eraser.records
+        self._mono_s, self._sleep = eraser.mono_s, eraser.sleep
         self._tombstones: list[Tombstones] = []
         self._exclusive = True
-        self._mono_renewed_s = self._clock.mono_s()
+        self._mono_renewed_s = self._mono_s()
         self._rows: dict[str, int] = {}
 
     def run(self) -> Erased:
@@ -178,8 +174,10 @@ class _Erasure:
         self._exclude({name: scope_of(name, scope) for name in self._tombstoned(existing)}, existing)
         found = self._eraser.find_records(request)
         scopes = {name: scope_of(name, scope) for name in existing}
-        if scope.chapter_ids and scopes.pop(ENTITIES_COLLECTION, None) and found.entities:
-            scopes[ENTITIES_COLLECTION] = self._exclude_entities(found.entities)
+        if scope.chapter_ids and ENTITIES_COLLECTION in scopes:
+            del scopes[ENTITIES_COLLECTION]
+            if found.entities:
+                scopes[ENTITIES_COLLECTION] = self._exclude_entities(found.entities)
         self._publish_cached(scopes.get(DEFAULT_COLLECTION))
         for tombstones in self._tombstones:
             self._erasures.forget(tombstones.collection, scope)
@@ -228,21 +226,21 @@ class _Erasure:
         return dict(writes)
 
     def _wait_for_writes(self, name: str, writes: dict[str, int], *, sweeps: bool) -> None:
-        mono_start_s = mono_swept_s = self._clock.mono_s()
+        mono_start_s = mono_swept_s = self._mono_s()
         while left := writes.keys() & self._erasures.writing(self._full(name)):
             self._renew()
-            now = self._clock.mono_s()
+            now = self._mono_s()
             # Newer work that is under way has not held its ids: its rows could be taken for old ones.
             only_older = all(writes[token] <= self._request.cutoff_us for token in left)
             if sweeps and only_older and now - mono_start_s > EARLY_S and now - mono_swept_s > EARLY_S:
                 self._sweep_once(name, scope_of(name, self._request.scope), wait_s=0.0)
-                mono_swept_s = self._clock.mono_s()
-            self._clock.sleep(POLL_S)
+                mono_swept_s = self._mono_s()
+            self._sleep(POLL_S)
 
     def _renew(self, *, always: bool = False) -> None:
         report_progress()
-        if always or self._clock.mono_s() - self._mono_renewed_s > RENEW_AFTER_S:
-            self._mono_renewed_s = self._clock.mono_s()
+        if always or self._mono_s() - self._mono_renewed_s > RENEW_AFTER_S:
+            self._mono_renewed_s = self._mono_s()
             for tombstones in self._tombstones:
                 self._record(tombstones)
 
@@ -268,14 +266,14 @@ class _Erasure:
     def _sweep(self, name: str, scope: Scope) -> None:
         """Delete old rows until no read finds one, for as long as reads may miss some."""
         lag_s = self._store.max_read_lag_s()
-        trusted_at = self._clock.mono_s() + lag_s
+        trusted_at = self._mono_s() + lag_s
         while True:
             if self._sweep_once(name, scope):
-                trusted_at = self._clock.mono_s() + lag_s
-            elif self._clock.mono_s() >= trusted_at:
+                trusted_at = self._mono_s() + lag_s
+            elif self._mono_s() >= trusted_at:
                 return
             else:
-                self._clock.sleep(POLL_S * 10)
+                self._sleep(POLL_S * 10)
 
     def _sweep_once(self, name: str, scope: Scope, wait_s: float = WAIT_S) -> int:
         """Delete the old rows of all pages. Without a wait, pages with rows that others hold are left out."""
@@ -297,13 +295,13 @@ class _Erasure:
         """Delete the rows that are still old while this job holds their ids."""
         held = tuple(f"i/{id_}" for id_ in ids)
         intent = WriteIntent(self._full(name), os.urandom(8).hex(), self._request.owner, tuple(ids), held)
-        give_up_at = self._clock.mono_s() + wait_s
+        give_up_at = self._mono_s() + wait_s
         while self._fence.admit([intent])[0].verdict != "in":
             if not wait_s:
                 return 0
-            if self._clock.mono_s() > give_up_at:
+            if self._mono_s() > give_up_at:
                 raise Busy(f"{self._full(name)}: other jobs hold rows that are to be deleted")
-            self._clock.sleep(POLL_S)
+            self._sleep(POLL_S)
         tenant_id = self._request.scope.tenant_id
         page = self._store.scan(name, Scope(tenant_id, project_id, ids=tuple(ids)), "", PAGE_ROWS)
         old = [row.id for row in self._old(page)]
@@ -315,12 +313,12 @@ class _Erasure:
     def _sweep_copies(self, name: str, scope: Scope) -> None:
         """Delete the rows that a running rebuild has copied, and those that it is about to write."""
         full = self._full(name)
-        give_up_at = self._clock.mono_s() + WAIT_S
+        give_up_at = self._mono_s() + WAIT_S
         while (state := self._erasures.state(full)).get("phase") == "switch":
-            if self._clock.mono_s() > give_up_at:
+            if self._mono_s() > give_up_at:
                 raise Busy(f"{full}: a rebuild is about to take its place")
             self._renew()
-            self._clock.sleep(POLL_S)
+            self._sleep(POLL_S)
         if state.get("phase", "done") == "done":
             return
         copy = state.get("source" if state["phase"] == "drop" else "target", "")
@@ -328,7 +326,7 @@ class _Erasure:
         self._store.erase_copy(copy, scope, self._request.cutoff_us)
         while reading and self._erasures.copying(full) == reading:
             self._renew()
-            self._clock.sleep(POLL_S)
+            self._sleep(POLL_S)
         if reading:
             self._store.erase_copy(copy, scope, self._request.cutoff_us)
 

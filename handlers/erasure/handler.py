@@ -1,6 +1,8 @@
 """Handler of `vectors_delete`: deletes rows, records and cached vectors of a scope."""
 
 import logging
+import time
+from collections.abc import Callable
 
 from jobworker.worker import Job, StoreUnavailable, Unavailable
 
@@ -12,7 +14,7 @@ from ..settings import HandlerSettings
 from ..vectors.attribution import Attribution
 from ..vectors.open import open_store
 from ..vectors.ports import SuspectStoreError, VectorStore
-from .erase import Clock, Eraser, EraseRequest
+from .erase import Eraser, EraseRequest
 from .payload import DeletePayload
 
 log = logging.getLogger("jobworker.erasure")
@@ -34,11 +36,12 @@ class VectorsDelete:
         fence: Fence | None = None,
         erasures: Erasures | None = None,
         records: Records | None = None,
-        clock: Clock | None = None,
+        mono_s: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Arguments replace the parts that `setup` would create from the settings."""
         self._given = (store, fence, erasures, records)
-        self._clock = clock
+        self._mono_s, self._sleep = mono_s, sleep
         #: Running totals of this process.
         self.counters = {"scopes_erased": 0, "erased_rows": 0}
 
@@ -54,7 +57,8 @@ class VectorsDelete:
             records or open_records(settings.redis_url),
             prefix=settings.milvus_prefix,
             ttl_ms=int(settings.tombstone_ttl_s * 1000),
-            clock=self._clock,
+            mono_s=self._mono_s,
+            sleep=self._sleep,
         )
 
     def healthy(self) -> None:

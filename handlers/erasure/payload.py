@@ -38,8 +38,10 @@ class DeletePayload(NamedTuple):
         scope = Scope(job.tenant_id, job.project_id)
         if given == ["all"] and payload["all"] is not True:
             raise PermanentError(f"all must be true, not {shown(payload['all'])}")
-        if given != ["all"]:
-            scope = scope._replace(**{given[0]: _ids(given[0], payload[given[0]])})
+        if given == ["ids"]:
+            scope = scope._replace(ids=_ids("ids", payload["ids"]))
+        elif given == ["chapter_ids"]:
+            scope = scope._replace(chapter_ids=_ids("chapter_ids", payload["chapter_ids"]))
         cutoff_us = created_us(job)
         if not cutoff_us:
             raise PermanentError("the job has neither a valid created_at nor the id of a stream entry")

@@ -283,8 +283,10 @@ def row_of(schema: Schema, answer: dict[str, Any]) -> AnyRow:
 
 def stored_row(answer: Mapping[str, Any]) -> StoredRow:
     """What a deletion reads of a row, from the server's response."""
-    texts = [str(answer.get(field) or "") for field in ("id", "project_id", "chapter_id", "entity_id")]
-    return StoredRow(*texts, created_us=int(answer.get("created_us") or 0))
+    id_, project, chapter, entity = (
+        str(answer.get(field) or "") for field in ("id", "project_id", "chapter_id", "entity_id")
+    )
+    return StoredRow(id_, project, chapter, entity, int(answer.get("created_us") or 0))
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from jobworker.handlers.encoder.base import DummyEncoder
-from jobworker.handlers.erasure.erase import Clock
 from jobworker.handlers.erasure.handler import VectorsDelete
 from jobworker.handlers.jobstore.memory_fence import MemoryFence
 from jobworker.handlers.jobstore.memory_records import MemoryRecords
@@ -101,12 +100,11 @@ class ErasureWorld:
         job: str = "erase",
         project: str = "p",
         around: Around | None = None,
-        clock: Clock | None = None,
         **payload: Any,
     ) -> None:
         """Run `vectors_delete`; of the whole project unless the payload says what."""
         parts = [wrapped(around, part) for part in (self.store, self.fence, self.fence, self.records)]
-        handler = VectorsDelete(*parts, clock or Clock(lambda: self.now_s, self.sleep))
+        handler = VectorsDelete(*parts, lambda: self.now_s, self.sleep)
         handler.setup(HandlerSettings())
         handler.handle(made("vectors_delete", job, payload or {"all": True}, created_us, project))
 

@@ -363,6 +363,7 @@ def _first_page(
     query: Callable[..., list[dict[str, Any]]], scope: Scope, after: str, order: dict[str, Any]
 ) -> list[StoredRow]:
     """The next rows of a scope after an id; a page of ids without a row is passed over."""
+    pages: Iterator[list[dict[str, Any]]]
     if scope.ids:
         ids = sorted(id_ for id_ in scope.ids if id_ > after)
         pages = (query(filters.of_ids(part)) for part in schemas.chunks(ids, order["limit"]))
