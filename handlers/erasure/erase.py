@@ -42,8 +42,8 @@ POLL_S = 0.05
 EARLY_S = 2.0
 #: Age at which the lease of the deletion is renewed; a step takes less than the rest of it.
 RENEW_AFTER_S = 5.0
-#: Longest wait for rows that another job holds, and for the switch of a rebuild.
-WAIT_S = 20.0
+#: Longest wait for rows that another job holds, and for a rebuild that has paused writes (45 s if it died).
+WAIT_S = 60.0
 
 
 class Busy(Exception):

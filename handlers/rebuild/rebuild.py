@@ -55,6 +55,7 @@ OLD_SEARCHES_S = 10.0
 INDEX_WITHIN_S = 3600.0
 # Rows whose neighbours are compared with an exact search, neighbours of each, and the lowest recall accepted.
 SAMPLE_ROWS, NEIGHBOURS, MIN_RECALL = 100, 10, 0.95
+MEASURE_TRIES = 5
 REPORT_EVERY_S = 5.0
 
 #: New vectors for rows, one a row, in order.
@@ -265,7 +266,7 @@ class Rebuild:
         self._copy_changes(REMAINING_ROWS)
         self._shadow.flush(target)
         self._wait_for_index()
-        recall = self.measure_recall(target, self._fields["sample"].split(","))
+        recall = self._settled_recall(target)
         fields = {
             "collection": self._request.alias,
             "target": target,
@@ -276,6 +277,15 @@ class Rebuild:
             self.discard()
             raise PermanentError(f"{target}: recall@{NEIGHBOURS} is {recall:.3f}, less than {MIN_RECALL}")
         self._save(phase="settle", recall=f"{recall:.4f}")
+
+    def _settled_recall(self, target: str) -> float:
+        """The recall, measured again while a deletion removes rows: those would count as not found."""
+        for _ in range(MEASURE_TRIES):
+            rows = self._shadow.count(target)
+            recall = self.measure_recall(target, self._fields["sample"].split(","))
+            if recall >= MIN_RECALL or self._shadow.count(target) == rows:
+                break
+        return recall
 
     def _wait_for_index(self) -> None:
         give_up_at = self._clock.mono_s() + INDEX_WITHIN_S
