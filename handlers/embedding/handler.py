@@ -15,7 +15,8 @@ from jobworker.worker import Job, PermanentError, report_progress, span
 from ..encoder.base import Encoder, Vectors
 from ..encoder.load import load_from_settings
 from ..jobstore.fence import Fence
-from ..jobstore.open import open_fence
+from ..jobstore.open import open_erasures, open_fence
+from ..jobstore.usage import Usage, UsageMeter, open_usages
 from ..settings import HandlerSettings
 from ..vectors.attribution import Attribution
 from ..vectors.open import open_store
@@ -30,10 +31,11 @@ from ..vectors.ports import (
 )
 from ..vectors.schema import DEFAULT_COLLECTION, ENTITIES_COLLECTION, owner
 from ..vectors.versioned_writer import VersionedRows, VersionedWriter
+from .cache_erasures import CacheErasures
 from .embedder import Computed, Embedder, EmbedRequest, Prepared, divide, size_bytes
 from .payload import EmbedPayload, EntityPayload, Payload
 from .pipeline import run_pipeline
-from .vector_cache import VectorCache
+from .vector_cache import Origin, VectorCache
 
 log = logging.getLogger("jobworker.embed")
 
@@ -136,9 +138,12 @@ class EmbeddingBatch:
         fence = self._given_fence or open_fence(settings.redis_url)
         self._writer = VersionedWriter(self._store, fence, prefix=self._prefix, model=self._encoder.name)
         self.counters = self._encoder.counters
-        self._embedder = Embedder(
-            self._encoder, _open_cache(settings, self._encoder), long_text=settings.long_text
-        )
+        cache = _open_cache(settings, self._encoder)
+        self._embedder = Embedder(self._encoder, cache, long_text=settings.long_text)
+        if cache is not None and settings.redis_url:
+            erasures = open_erasures(settings.redis_url)
+            CacheErasures(cache, erasures, kept_s=settings.tombstone_ttl_s).start()
+        self._usage = UsageMeter(open_usages(settings.redis_url))
         for collection in dict.fromkeys((DEFAULT_COLLECTION, self.collection)):
             self._ensure(collection)
         fields = {"model": self._encoder.name, "revision": self._encoder.revision, "dim": self._encoder.dim}
@@ -167,6 +172,7 @@ class EmbeddingBatch:
                 partial(self._finish, batch),
             )
             batch.fail_unfinished()
+            self._usage.flush()
             self.max_batch_bytes = int(_clamp(self._embedder.rate_bytes_s * BATCH_S, *BATCH_BYTES))
         return outcomes
 
@@ -188,7 +194,7 @@ class EmbeddingBatch:
 
         A chunk holds one part of a job that takes longer than a part, and all texts of any other job.
         """
-        requests = {index: EmbedRequest(one.tenant_id, one.texts) for index, one in payloads.items()}
+        requests = {index: _request(one) for index, one in payloads.items()}
         max_bytes = self._embedder.rate_bytes_s * CHUNK_S
         limit = max(
             MIN_CHUNK_BYTES, min(max_bytes, sum(map(size_bytes, requests.values())) / CHUNKS_PER_BATCH)
@@ -220,6 +226,7 @@ class EmbeddingBatch:
         """Write the vectors to the cache and the store; the rows of several jobs share requests."""
         self._embedder.save_to_cache(computed)
         for part in computed:
+            self._usage.add(part.usage)
             for index, vectors in part.vectors.items():
                 batch.unwritten.setdefault(index, []).append(vectors)
         groups: dict[str, _Group] = {}
@@ -260,6 +267,9 @@ class EmbeddingBatch:
             with span("upsert", jobs, collection=collection, rows=rows):
                 self._ensure(collection)
                 self._writer.write(collection, list(group.values()))
+            for versioned in group.values():
+                tenant_id, _ = owner(versioned.rows[0])
+                self._usage.add({tenant_id: Usage(rows=len(versioned.rows))})
         except VectorStoreError as error:
             # It may have been dropped: the next try ensures it again.
             self._ensured_collections.discard(collection)
@@ -279,6 +289,13 @@ class EntityUpsert(EmbeddingBatch):
 
     collection = ENTITIES_COLLECTION
     parse: Callable[[Job, str], Payload] = staticmethod(EntityPayload.parse)
+
+
+def _request(payload: Payload) -> EmbedRequest:
+    places = zip(payload.chapter_ids, payload.ids, strict=True)
+    scope = (payload.tenant_id, payload.project_id)
+    origins = [Origin(*scope, chapter_id, row_id, payload.created_us) for chapter_id, row_id in places]
+    return EmbedRequest(payload.tenant_id, payload.texts, origins)
 
 
 def _open_cache(settings: HandlerSettings, encoder: Encoder) -> VectorCache | None:

@@ -40,6 +40,11 @@ def writes_keys(collection: str) -> WritesKeys:
     return WritesKeys(*(f"writes:{{{collection}}}:{field}" for field in WritesKeys._fields))
 
 
+def usage_key(day: str) -> str:
+    """Hash: counters of tenants on a day."""
+    return f"jobworker:usage:{day}"
+
+
 def record_key(kind: str, tenant_id: str, project_id: str, id: str) -> str:
     """Hash: record of a chapter (``summary``) or an entity (``entity``), with its version."""
     return f"{kind}:{tenant_id}:{project_id}:{id}"
