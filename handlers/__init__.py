@@ -63,6 +63,7 @@ EXTENSION = Extension(
     endpoints=("milvus_uri",),
     progress="jobworker.handlers.rebuild.progress:read_progress",
     doctor="jobworker.handlers.doctor",
+    verbs=("jobworker.handlers.verbs:add_to",),
     needs=dict.fromkeys(NEEDS_VECTORS, ("numpy", "pymilvus", "sentence_transformers", "torch")),
     extra="embedding",
     packages=("torch", "sentence-transformers", "pymilvus", "milvus-lite"),

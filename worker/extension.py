@@ -54,6 +54,7 @@ class Extension:
     - ``progress``: ``module:function`` from the URL of the job store to the `Progress` of each long job.
     - ``doctor``: module with further checks of `jobworker doctor`: its ``OPTIONS`` and ``findings``.
     - ``needs``: handler -> modules of the extra that it needs; ``extra``: the name of that extra.
+    - ``verbs``: functions ``module:name`` that add commands to the group of `jobworker`.
     - ``packages``: whose versions `jobworker doctor` shows.
     """
 
@@ -72,6 +73,7 @@ class Extension:
     needs: Mapping[str, tuple[str, ...]]
     extra: str
     packages: tuple[str, ...]
+    verbs: tuple[str, ...] = ()
 
 
 @cache

@@ -220,7 +220,7 @@ def _usage(
     prepared: Prepared, vectors: Mapping[int, Vectors], tokens: Mapping[int, int], took_s: float
 ) -> dict[str, Usage]:
     """What was spent for each tenant; the time is divided by tokens."""
-    usage: Mapping[str, Usage] = MappingProxyType({})
+    usage: dict[str, Usage] = {}
     us_a_token = 1e6 * took_s / max(1, sum(tokens[index] for index in vectors))
     for index, job in enumerate(prepared.jobs_of_texts):
         tenant_id = prepared.requests[job].tenant_id
