@@ -51,7 +51,9 @@ class CacheErasures:
     def apply(self) -> None:
         """Apply what was published since the last call of any worker. Raises StoreUnavailable."""
         now = self._wall_s()
-        position, read_s = self._cache.position()
+        if (noted := self._cache.position()) is None:
+            return
+        position, read_s = noted
         if read_s and now - read_s > self._kept_s * 0.9 and not self._cache.clear():
             return
         while page := self._erasures.published(position):

@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NewType, TypeVar
 
@@ -173,9 +173,12 @@ class VectorCache:
         if rows or used or shared:
             self._attempt(lambda file: file.write(rows, used, shared, _row_bytes(self._dim)), None)
 
-    def position(self) -> tuple[str, float]:
-        """What `erase` and `move_on` were given last: where the reading of deletions stopped, and when."""
-        return self._attempt(lambda file: file.position(), ("", 0.0))
+    def position(self) -> tuple[str, float] | None:
+        """What `move_on` was given last: where the reading of deletions stopped, and when (unix seconds).
+
+        ``("", 0.0)`` for a new file; None if the file cannot be read now.
+        """
+        return self._attempt(lambda file: file.position(), None)
 
     def move_on(self, position: str, wall_now_s: float) -> None:
         """Note how far the log of deletions was read."""
@@ -389,8 +392,9 @@ class _CacheFile:
                 for table in ("used", "vectors"):
                     self._db.executemany(f"DELETE FROM {table} WHERE id = ?", [(id_,) for id_ in ids])
         self._db.execute("PRAGMA secure_delete = OFF")
-        # The log holds copies of deleted pages; a reader may keep it for now.
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        # The log holds copies of deleted pages. While another worker reads it, it stays until a later write.
+        with suppress(sqlite3.OperationalError):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return True
 
     def position(self) -> tuple[str, float]:

@@ -137,5 +137,4 @@ def test_nothing_of_a_project_is_left_with_kills_and_200_late_retries(tmp_path: 
         add(one, work(0, datetime.now(UTC)))
         one.wait_until_drained(DRAINED_WITHIN_S)
         assert rows_of(milvus.uri, "p") == 5, "newer work is stored"
-        print("DEBUG", [x for x in one.log() if "cache" in str(x["msg"])][-5:], cached_of(tmp_path, "q"))
         assert cached_of(tmp_path, "p") == 5

@@ -1,17 +1,23 @@
 """Deletions in the job store: tombstones, admission meanwhile, records; in memory and on real servers."""
 
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from jobworker.handlers.embedding.handler import EmbeddingBatch, EntityUpsert
+from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.erasure.handler import VectorsDelete
 from jobworker.handlers.jobstore.erasures import Published, Scope, Tombstones
 from jobworker.handlers.jobstore.fence import WriteIntent
 from jobworker.handlers.jobstore.memory_records import MemoryRecords
 from jobworker.handlers.jobstore.open import open_erasures, open_records
 from jobworker.handlers.jobstore.records import RecordKey, Records
-from jobworker.worker import ConfigurationError
-from support.redis_servers import RedisServer
+from jobworker.handlers.settings import HandlerSettings
+from jobworker.handlers.vectors.milvus.store import open_vectors
+from jobworker.worker import ConfigurationError, Job
+from support.redis_servers import RedisServer, running
 from support.tools import BY_CONSTRUCTION
 
 NAME, HOUR_MS = "z_a", 3_600_000
@@ -243,3 +249,54 @@ def test_a_record_of_newer_work_is_kept(records: Records) -> None:
     assert records.get(entity) is None
     records.discard_mentions(key)
     assert records.mentioned(key) == []
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running("redis7", tmp_path_factory.mktemp("redis"), appendfsync="always") as server:
+        yield server.url
+
+
+@pytest.mark.parametrize("server", ["lite", "milvus-2.3.5"])
+def test_rows_are_deleted_from_a_server_and_late_retries_store_nothing(
+    milvus: Callable[[str], str], server: str, redis_url: str
+) -> None:
+    settings = HandlerSettings(
+        redis_url=redis_url, milvus_uri=milvus(server), milvus_prefix=f"d{uuid.uuid4().hex[:8]}_"
+    )
+    embed, upsert, delete = EmbeddingBatch(DummyEncoder(8)), EntityUpsert(DummyEncoder(8)), VectorsDelete()
+    for handler in (embed, upsert, delete):
+        handler.setup(settings)
+    store = open_vectors(settings.milvus_uri, prefix=settings.milvus_prefix)
+
+    def run(handler: Any, payload: dict[str, Any], created_us: int) -> None:
+        handler.handle(Job("j", "any", "t", "p", payload, {}, "", "s", f"{created_us // 1000}-0", 0))
+
+    def write(created_us: int) -> None:
+        ids = [f"{server}:{number}" for number in range(1200)]
+        chapters = [f"c{number % 2}" for number in range(1200)]
+        run(embed, {"ids": ids, "texts": ids, "chapter_ids": chapters}, created_us)
+        run(embed, {"ids": [f"n:{server}"], "texts": ["x"], "collection": "notes"}, created_us)
+        run(upsert, {"entities": [{"entity_id": "e", "name": "Ann"}]}, created_us)
+
+    def rows(*scope: Any) -> int:
+        count = 0
+        for name in store.collections():
+            after = ""
+            while page := store.scan(name, Scope("t", *scope), after, 500):
+                count, after = count + len(page), page[-1].id
+        return count
+
+    write(OLD)
+    assert rows() == 1202
+    run(delete, {"chapter_ids": ["c0"]}, OLD + 1000)
+    assert (rows("p", ("c0",)), rows()) == (0, 602)
+    run(delete, {"ids": ["e"]}, OLD + 1000)
+    assert rows() == 601
+    run(delete, {"all": True}, OLD + 2000)
+    assert rows() == 0
+    write(OLD)
+    assert rows() == 0
+    write(OLD + 3000)
+    assert rows() == 1202
+    store.close()
