@@ -19,8 +19,8 @@ from jobworker.worker.cli.common import (
 )
 from jobworker.worker.urls import parse_http_url
 
-from . import doctor
-from .settings import HandlerSettings
+from .. import doctor
+from ..settings import HandlerSettings
 
 _MILVUS = doctor.OPTIONS[:2]
 _TENANT = click.option("--tenant", required=True, help="The tenant.")
@@ -84,11 +84,11 @@ def erase(
 
 def _count(redis_url: str, milvus_uri: str, prefix: str, tenant: str, project: str) -> dict[str, Any]:
     """What a deletion of the scope finds now."""
-    from .erasure.erase import Eraser, EraseRequest
-    from .jobstore.erasures import Scope
-    from .jobstore.open import open_erasures, open_fence, open_records
-    from .vectors.open import open_store
-    from .vectors.schema import check_id
+    from ..jobstore.erasures import Scope
+    from ..jobstore.open import open_erasures, open_fence, open_records
+    from ..vectors.open import open_store
+    from ..vectors.schema import check_id
+    from .erase import Eraser, EraseRequest
 
     if not milvus_uri:
         raise ConfigurationError("--dry-run counts rows: give --milvus-uri, or the --data-dir of the service")
@@ -116,7 +116,7 @@ def usage(url: str, since_s: float, tenant: str, as_json: bool) -> None:
     jobworker usage --since 30d
     jobworker usage --since 1d --tenant t001 --json
     """
-    from .jobstore.usage import RedisUsages, days_since
+    from ..jobstore.usage import RedisUsages, days_since
 
     days = days_since(since_s, time.time())
     found = {
