@@ -13,10 +13,10 @@ from typing import Any
 import click
 import setproctitle
 
-from jobworker.worker.cron_config import load_cron_tables
+from jobworker.worker.config_tables import ConfigTables
 from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
-from jobworker.worker.extension import extension, require_extras
+from jobworker.worker.extension import CopySize, extension, imported, require_extras
 from jobworker.worker.keys import Holder
 from jobworker.worker.options import (
     ENV_PREFIX,
@@ -27,6 +27,7 @@ from jobworker.worker.options import (
 )
 from jobworker.worker.process_env import prepare_process
 from jobworker.worker.settings import Settings, parse_address
+from jobworker.worker.supervision.device_copies import CopyPlan, copies_status, fit_copies
 from jobworker.worker.supervision.embedded import Stores, needed
 from jobworker.worker.supervision.forkserver import ForkServer
 from jobworker.worker.supervision.health import Health, HealthServer
@@ -67,8 +68,12 @@ class Supervisor:
     `StatusMailbox`.
     """
 
-    def __init__(self, settings: Settings, data: DataDir | None, stores: Stores) -> None:
+    def __init__(
+        self, settings: Settings, data: DataDir | None, stores: Stores, copy_size: CopySize | None = None
+    ) -> None:
         self._settings = settings
+        self._copy_size = copy_size
+        self._copy_plan: CopyPlan | None = None
         self._data = data
         self._stores = stores
         self._metrics = PrometheusCollector()
@@ -156,6 +161,8 @@ class Supervisor:
     def _start_processes(self, now: float) -> None:
         """Start the processes: the stores are up."""
         self._announce()
+        # Now, because the memory that the embedded stores take is not free.
+        self._settings, self._copy_plan = fit_copies(self._settings, self._copy_size)
         self._processes.start(self._stores.fill(self._settings), now)
 
     def _announce(self) -> None:
@@ -170,7 +177,7 @@ class Supervisor:
 
     def _handle_signal(self, number: signal.Signals) -> Exit | None:
         if number == signal.SIGHUP:
-            self._reload_cron()
+            self._reload_tables()
             self._restart_workers()
         elif number in (signal.SIGTERM, signal.SIGINT):
             if self.start_again:
@@ -179,19 +186,21 @@ class Supervisor:
             return self._stop(number, time.monotonic())
         return None
 
-    def _reload_cron(self) -> None:
-        """Read the cron tables again; those of before stay where the file is wrong."""
+    def _reload_tables(self) -> None:
+        """Read the tables of the configuration file again; those of before stay where it is wrong."""
         try:
-            tables = load_cron_tables(self._settings)
+            tables = ConfigTables.load(self._settings)
         except ConfigurationError as error:
             log.error(
-                "cron.rejected", extra={"error": str(error), "hint": "the tables of before stay in force"}
+                "tables.rejected", extra={"error": str(error), "hint": "the tables of before stay in force"}
             )
             return
-        if tables != self._settings.cron:
-            log.info("cron.reloaded", extra={"names": [table.name for table in tables]})
-            self._settings = replace(self._settings, cron=tables)
-            self._processes.set_cron(tables)
+        if tables.cron != self._settings.cron:
+            log.info("cron.reloaded", extra={"names": [table.name for table in tables.cron]})
+            self._processes.set_cron(tables.cron)
+        if tables.flow is not None:
+            self._processes.configure(tables.flow)
+        self._settings = replace(self._settings, cron=tables.cron, flow=tables.flow)
 
     def _stop(self, number: signal.Signals, now: float) -> Exit | None:
         """Begin a drain, or stop now if one has begun."""
@@ -261,6 +270,7 @@ class Supervisor:
         store = self._stores.endpoints().get("redis_url", self._settings.redis_url)
         return {
             **service_status(self._settings, store),
+            "device_copies": copies_status(self._copy_plan),
             "ready": health.live and health.ready,
             "reasons": health.reasons,
             "transient_reasons": self._processes.transient_reasons(),
@@ -363,7 +373,8 @@ def _supervise(settings: Settings, queue: SignalQueue) -> tuple[Exit, bool]:
     data = _open_data_dir(settings) if servers else None
     stores = Stores(settings, data, [make(data) for make in servers] if data else [])
     with _instance_lock(settings) as holder:
-        supervisor = Supervisor(replace(settings, holder=holder), data, stores)
+        copy_size: CopySize | None = imported(extension().copy_size)(settings)
+        supervisor = Supervisor(replace(settings, holder=holder), data, stores, copy_size)
         return supervisor.run(queue), supervisor.start_again
 
 
@@ -385,7 +396,8 @@ def main(**options: Any) -> None:
     prepare_process()
     try:
         settings = replace(settings_from(options, sys.stderr.isatty()), config_file=config_file())
-        settings = replace(settings, cron=load_cron_tables(settings))
+        tables = ConfigTables.load(settings)
+        settings = replace(settings, cron=tables.cron, flow=tables.flow)
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
         logs.configure("supervisor", settings, os.environ)
         if settings.redis_url and (ignored := parse_redis_url(settings.redis_url).ignored):

@@ -1,8 +1,8 @@
 """What a handler's author and a producer in Python use; everything else is the service's own."""
 
-from .devices import NO_DEVICE, device_for_slot, visible_gpus
+from .devices import NO_DEVICE, device_for_slot, device_names, visible_gpus
 from .envelope import Job
-from .errors import ConfigurationError, Fenced, PermanentError, StoreUnavailable, Unavailable
+from .errors import ConfigurationError, Fenced, PermanentError, RateLimited, StoreUnavailable, Unavailable
 from .handler import BatchHandler, Handler, JobHandler
 from .job_function import job
 from .producer import NewJob, Producer, UnknownDestination
@@ -21,11 +21,13 @@ __all__ = [
     "NewJob",
     "PermanentError",
     "Producer",
+    "RateLimited",
     "Settings",
     "StoreUnavailable",
     "Unavailable",
     "UnknownDestination",
     "device_for_slot",
+    "device_names",
     "job",
     "report_progress",
     "span",

@@ -11,6 +11,7 @@ from .cgroup import usable_cpus
 from .cron_table import CronTable
 from .errors import ConfigurationError
 from .extension import extension, imported
+from .flow import FlowConfig
 from .keys import NO_HOLDER, Holder, Source, is_derived
 from .outcome import RetryPolicy
 
@@ -39,6 +40,8 @@ class Settings:
     device: str = "auto"
     #: Workers of each device that run types that need it; 0: as many as help.
     device_copies: int = 0
+    #: Threads of a worker with a device; 0: as many as every worker has.
+    device_threads: int = 0
     streams: tuple[Source, ...] = field(default_factory=lambda: extension().streams)
     handlers: dict[str, str] = field(default_factory=dict)
     #: Modules whose handlers are in ``handlers`` too.
@@ -65,8 +68,10 @@ class Settings:
     linger_s: float = 0.0
     threads: int = 1
     holder: Holder = NO_HOLDER
-    #: The TOML file of `--config`; empty without one. `SIGHUP` reads its ``[[cron]]`` tables again.
+    #: The TOML file of `--config`; empty without one. `SIGHUP` reads its tables again.
     config_file: str = ""
+    #: Limits and weights of that file, if it has any.
+    flow: FlowConfig | None = None
     cron: tuple[CronTable, ...] = ()
 
     def to_json(self) -> bytes:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreRefused, StoreUnavailable
 from ..keys import Source
-from ..store.operator import START, Pause
-from ..store.ports import Depths, ReaperStore
+from ..store.operator import START, LaneCounts, Pause
+from ..store.ports import Depths, KeyFault, ReaperStore
 from .cron import CronEntry, cron_entries, read_cron
-from .dead_letters import Letter, read_letter, refusal
+from .dead_letters import Letter, read_letter
 from .deployment import Deployment, StreamTable
 from .identity import read_identity
+from .refusals import refusal
 from .status_client import Service
 
 if TYPE_CHECKING:  # the client library takes a while to load
@@ -46,7 +47,8 @@ class Overview:
 
     ``totals`` and ``rates`` (per second) are by job type and then by name, such as ``done``. ``rates`` is
     None in the first snapshot. ``p95_s`` has by job type the 95th percentile of ``run`` and ``wait`` in the
-    last minute, in seconds; a name is missing where no job started or finished. ``job_ids`` are by stream and
+    last minute, in seconds; a name is missing where no job started or finished. ``lanes`` has the streams of
+    which jobs wait in lanes. ``job_ids`` are by stream and
     entry id. ``refused`` says which streams the store refused; their part of the snapshot is missing.
     ``error`` says why the store did not answer; its whole part is empty then.
     """
@@ -57,6 +59,7 @@ class Overview:
     totals: dict[str, dict[str, float]] = field(default_factory=dict)
     rates: dict[str, dict[str, float]] | None = None
     p95_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    lanes: dict[str, LaneCounts] = field(default_factory=dict)
     pauses: list[Pause] = field(default_factory=list)
     cron: list[CronEntry] = field(default_factory=list)
     letters: list[Letter] = field(default_factory=list)
@@ -117,15 +120,18 @@ class OverviewPoller:
         overview.wall_s = self._store.wall_now_s(sources[0].stream)
         letters: list[Letter] = []
         for source in sources:
-            with _note_refusal(overview, f"stream {source.stream}"):
-                overview.streams.append((source, self._depth_store.depths(source)))
+            with _note_refusal(overview, f"stream {source.stream}", partial(self._store.key_faults, source)):
+                depths = self._depth_store.depths(source)
+                overview.streams.append((source, depths))
+                if depths.waiting:
+                    overview.lanes[source.stream] = self._store.lane_counts(source.stream)
                 letters += self._newest_letters(source.stream)
         overview.letters = sorted(letters, key=lambda letter: letter.wall_s, reverse=True)[:_MAX_LETTERS]
-        with _note_refusal(overview, "paused types"):
+        with _note_refusal(overview, "paused types", self._store.pause_faults):
             overview.pauses = self._store.pauses()
-        with _note_refusal(overview, "cron tables"):
-            streams = [source.stream for source in sources]
-            overview.cron = cron_entries(read_cron(self._store, streams))
+        cron = read_cron(self._store, [source.stream for source in sources])
+        overview.cron = cron_entries(cron)
+        overview.refused += cron.refused.values()
 
     def _add_rates(self, overview: Overview, now_s: float) -> None:
         """Totals over all services, and rates since the last snapshot. A restarted service counts from 0, so
@@ -227,12 +233,12 @@ def _duration_bounds(services: Iterable[Service]) -> Mapping[str, list[float]]:
 
 
 @contextmanager
-def _note_refusal(overview: Overview, what: str) -> Iterator[None]:
+def _note_refusal(overview: Overview, what: str, read_faults: Callable[[], list[KeyFault]]) -> Iterator[None]:
     """Note that the store refuses ``what`` if it does; the rest of the block is left out."""
     try:
         yield
     except StoreRefused as error:
-        overview.refused.append(refusal(what, error))
+        overview.refused.append(refusal(what, error, read_faults))
 
 
 def _counters(status: dict[str, Any]) -> Counter[tuple[str, str]]:

@@ -4,7 +4,7 @@ import click
 
 from ..extension import extension, imported
 from ..process_env import prepare_process
-from . import cron, dlq, doctor, enqueue, explain, pause, retry, stats, top, url, web
+from . import cron, dlq, doctor, enqueue, explain, limit, pause, retry, stats, top, url, web
 from .common import CliGroup
 
 
@@ -37,4 +37,5 @@ for target in extension().verbs:
     imported(target)(main)
 main.add_command(dlq.dlq)
 main.add_command(retry.retry)
+main.add_command(limit.limit)
 main.add_command(cron.cron)

@@ -21,8 +21,10 @@ SCRIPT_IDS = 1000
 SCRIPT_BYTES = 8 * 1024 * 1024
 #: Keys that are hashed to reach every server of a cluster.
 PROBES = 2000
-#: Errors that need another address: the data has moved, or this server is a replica now.
+#: Errors that need another address: the data has moved, this server is a replica now, or it has lost its
+#: replicas, as a master that a failover has replaced.
 _MOVED = ("MOVED", "ASK", "CLUSTERDOWN", "MASTERDOWN")
+_LOST_REPLICAS = "NOREPLICAS"
 #: Replies that only nodes of a cluster give.
 _CLUSTER_REFUSALS = (MovedError, ClusterCrossSlotError)
 
@@ -92,7 +94,7 @@ class RedisStoreBase:
     @staticmethod
     def _is_elsewhere(reply: ResponseError) -> bool:
         moved = type(reply).__name__.removesuffix("Error").upper()
-        return isinstance(reply, ReadOnlyError) or moved in _MOVED
+        return isinstance(reply, ReadOnlyError) or moved in _MOVED or str(reply).startswith(_LOST_REPLICAS)
 
     def retry_key(self, stream: str) -> str:
         return keys.retry_key(stream, cluster=self._endpoint.cluster)
@@ -106,6 +108,9 @@ class RedisStoreBase:
     def fence_key(self, stream: str) -> str:
         return keys.fence_key(stream, cluster=self._endpoint.cluster)
 
+    def ready_key(self, stream: str) -> str:
+        return keys.ready_key(stream, cluster=self._endpoint.cluster)
+
     def key_faults(self, source: Source) -> list[KeyFault]:
         """The keys of a stream that cannot be worked with: of another type, full, or forbidden."""
         stream = source.stream
@@ -116,6 +121,7 @@ class RedisStoreBase:
             self.deaths_key(stream): "hash",
             self.retry_key(stream): "zset",
             dead_key: "stream",
+            self.ready_key(stream): "hash",
         }
         replies = dict(zip(types, self.call(stream, [("TYPE", key) for key in types]), strict=True))
         faults = type_faults(types, replies, cluster=self._endpoint.cluster)

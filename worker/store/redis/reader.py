@@ -9,8 +9,10 @@ from typing import Any
 from redis.exceptions import NoPermissionError, ResponseError
 
 from ...errors import NameHeld, StoreRefused
+from ...flow import FlowConfig
 from ...keys import NO_HOLDER, PAUSED_KEY, Holder, Source
-from ..ports import RELEASED_IDLE_S, Entry, Settled, Settlement
+from ..ports import RELEASED_IDLE_S, Backlog, Entry, Settled, Settlement, TakenJobs, WaitingJob
+from . import lanes
 from .base import (
     SCRIPT_BYTES,
     SCRIPT_IDS,
@@ -115,12 +117,18 @@ class RedisReaderStore(RedisStoreBase):
         return [row[0] for row in self._pending_rows(source, after, count)]
 
     def claim(self, source: Source, min_idle_ms: int, count: int, cursor: bytes) -> tuple[bytes, list[Entry]]:
-        """Entries of this consumer that were not renewed are returned too."""
-        reply = self._run(source, "claim", [self.deaths_key(source.stream)], [min_idle_ms, count, cursor])
+        """Entries of this consumer that were not renewed are returned too. It stops after 8 MiB of jobs."""
+        arguments = [min_idle_ms, count, cursor, SCRIPT_BYTES]
+        reply = self._run(source, "claim", [self.deaths_key(source.stream)], arguments)
         return reply[0], [
             Entry(id, data, int(tries), self._deaths(source, id, deaths))
             for id, data, tries, deaths in _rows_of_four(reply[1:])
         ]
+
+    def has_lost(self, source: Source, min_idle_ms: int) -> bool:
+        two_keys = [source.stream, self.fence_key(source.stream)]
+        command = script("find_lost", two_keys, source.group, self._consumer, min_idle_ms)
+        return bool(self._send(source, lambda: command))
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         """Acknowledgements, retries and dead letters take one step each, so that a
@@ -185,6 +193,37 @@ class RedisReaderStore(RedisStoreBase):
             return set()
         return {kind.decode(errors="replace") for kind in checked(reply)}
 
+    def backlog(self, source: Source) -> Backlog:
+        return lanes.backlog(
+            source, self.call(source.stream, lanes.backlog_commands(source, self._ready(source)))
+        )
+
+    def flow_config(self, source: Source) -> FlowConfig:
+        return lanes.flow_config(self.call(source.stream, lanes.config_commands(self._ready(source))))
+
+    def configure(self, source: Source, config: FlowConfig) -> bool:
+        return self.one(source.stream, lanes.configure(self._ready(source), config)) is not None
+
+    def sort(self, source: Source, version: int, lanes_: Mapping[bytes, Sequence[WaitingJob]]) -> set[bytes]:
+        refused: set[bytes] = set()
+        for arguments in lanes.sort_arguments(lanes_):
+            refused.update(self._run(source, "sort", [self._ready(source)], [version, *arguments]))
+        return refused
+
+    def take(self, source: Source, types: Iterable[str], count: int) -> TakenJobs:
+        more_keys = [self.deaths_key(source.stream), self._ready(source)]
+        most = min(count, SCRIPT_IDS)
+        reply = self._run(source, "take", more_keys, [most, lanes.TAKE_BYTES, lanes.OUTDATED_IDS, *types])
+        return lanes.taken(reply, partial(self._deaths, source))
+
+    def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
+        slots = lanes.slots_key(self._ready(source))
+        held = [self.one(source.stream, ("HMGET", slots, *some)) for some in chunks(ids)]
+        return {id for id, keys in zip(ids, itertools.chain(*held), strict=True) if keys is not None}
+
+    def _ready(self, source: Source) -> str:
+        return self.ready_key(source.stream)
+
     def close(self) -> None:
         """Drop every connection."""
         self.abandon_reads()
@@ -237,10 +276,11 @@ class RedisReaderStore(RedisStoreBase):
     def _recreate_group(self, source: Source) -> None:
         """Create the group again, without touching the fence: a fenced reader stays fenced."""
         stream, group = source
-        log.error("group.recreated", extra={"group": group, "stream": stream, "hint": "it was deleted"})
         reply = self.call(stream, [("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")])[0]
-        if not str(reply).startswith("BUSYGROUP"):  # another reader was quicker
-            checked(reply)
+        if str(reply).startswith("BUSYGROUP"):
+            return  # another reader was quicker, or the stream moved to another node with its group
+        checked(reply)
+        log.error("group.recreated", extra={"group": group, "stream": stream, "hint": "it was deleted"})
         self._forget_deaths(source)
 
     def _forget_deaths(self, source: Source) -> None:
@@ -291,12 +331,19 @@ class RedisReaderStore(RedisStoreBase):
     def _settlement(self, part: Settlement) -> Command:
         source, stream = part.source, part.source.stream
         counts = [len(part.done), len(part.retries), len(part.dead)]
-        arguments: list[Any] = [*counts, int(part.sure), *part.done]
+        arguments: list[Any] = [*counts, int(part.sure), part.version, *part.done]
         for retry in part.retries:
             arguments += (retry.id, retry.delay_s, retry.data)
         for dead in part.dead:
             arguments += dead
-        more_keys = [self.retry_key(stream), self.dead_key(stream), self.deaths_key(stream)]
+        for job, lane, key, wait_s in part.put_back:
+            arguments += (job.id, lane, job.cost, key, round(wait_s * 1000))
+        more_keys = [
+            self.retry_key(stream),
+            self.dead_key(stream),
+            self.deaths_key(stream),
+            self._ready(source),
+        ]
         return self._reader_script(source, "settle", more_keys, arguments)
 
 
@@ -317,13 +364,15 @@ def _in_order(ids: Sequence[bytes]) -> list[bytes]:
 
 def _parts(settlement: Settlement) -> Iterator[Settlement]:
     """The settlement in parts of one kind, at most 1,000 ids and 8 MiB."""
-    source, done, retries, dead, sure = settlement
+    source, done, retries, dead, sure, put_back, version = settlement
     for ids in chunks(_in_order(done)):
         yield Settlement(source, done=ids, sure=sure)
     for some in chunks_by_size(retries, lambda retry: len(retry.data)):
         yield Settlement(source, retries=some)
     for letters in chunks_by_size(dead, lambda letter: len(letter.data)):
         yield Settlement(source, dead=letters)
+    for some_back in chunks_by_size(put_back, lambda job: len(job.lane)):
+        yield Settlement(source, put_back=some_back, version=version)
 
 
 def _rows_of_four(flat: Sequence[Any]) -> Iterator[tuple[Any, Any, Any, Any]]:
