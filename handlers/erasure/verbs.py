@@ -20,10 +20,9 @@ from jobworker.worker.cli.common import (
 from jobworker.worker.urls import parse_http_url
 
 from .. import doctor
-from ..settings import HandlerSettings
 
 _MILVUS = doctor.OPTIONS[:2]
-_TENANT = click.option("--tenant", required=True, help="The tenant.")
+_TENANT = click.option("--tenant", default="", help="The tenant; required.")
 _PROJECT = click.option("--project", default="", help="Only this project of it.")
 _DRY_RUN = click.option("--dry-run", is_flag=True, help="Count what would be deleted, and delete nothing.")
 _YES = click.option("--yes", is_flag=True, help="Do not ask.")
@@ -51,17 +50,18 @@ def erase(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Delete all rows, summaries, entities and cached vectors of a tenant or project.
+    """Delete everything of a tenant or project.
 
-    Enqueues a job vectors_delete. Work that was enqueued before it and runs later stores nothing. Jobs in
-    streams and dead letters stay, and so do usage counters.
+    Enqueues a job vectors_delete: rows, summaries, entities and cached vectors are deleted. Work that was
+    enqueued before it and runs later stores nothing. Jobs in streams and dead letters stay, and so do usage
+    counters.
 
     \b
     jobworker erase --tenant t001 --dry-run
     jobworker erase --tenant t001 --project p123 --yes
     """
     if not tenant:
-        raise ConfigurationError("--tenant is empty")
+        raise ConfigurationError("name a tenant by --tenant")
     whose = f"tenant {tenant}" + (f", project {project}" if project else " with all its projects")
     if dry_run:
         uri = milvus_uri or str(deployment.endpoints.get("milvus_uri", ""))
@@ -86,6 +86,7 @@ def _count(redis_url: str, milvus_uri: str, prefix: str, tenant: str, project: s
     """What a deletion of the scope finds now."""
     from ..jobstore.erasures import Scope
     from ..jobstore.open import open_erasures, open_fence, open_records
+    from ..settings import HandlerSettings
     from ..vectors.open import open_store
     from ..vectors.schema import check_id
     from .erase import Eraser, EraseRequest
