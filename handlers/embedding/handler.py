@@ -326,7 +326,8 @@ def _take_rows(batch: _Batch, index: int) -> VersionedRows | None:
     part = payload.part(start, stop)
     rows = part.rows(np.concatenate(vectors))
     _log_clipped(batch.jobs[index], part, rows)
-    return VersionedRows(batch.jobs[index].id, rows, payload.version, payload.replace)
+    job = batch.jobs[index]
+    return VersionedRows(job.id, rows, payload.version, payload.replace, f"{job.stream}/{job.entry_id}")
 
 
 def _log_clipped(job: Job, payload: Payload, rows: Sequence[AnyRow]) -> None:

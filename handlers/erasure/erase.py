@@ -294,7 +294,8 @@ class _Erasure:
     def _delete(self, name: str, project_id: str, ids: Sequence[str], wait_s: float) -> int:
         """Delete the rows that are still old while this job holds their ids."""
         held = tuple(f"i/{id_}" for id_ in ids)
-        intent = WriteIntent(self._full(name), os.urandom(8).hex(), self._request.owner, tuple(ids), held)
+        owner = self._request.owner
+        intent = WriteIntent(self._full(name), os.urandom(8).hex(), owner, tuple(ids), held, delivery=owner)
         give_up_at = self._mono_s() + wait_s
         while self._fence.admit([intent])[0].verdict != "in":
             if not wait_s:

@@ -72,7 +72,8 @@ class VectorsDelete:
         if a store does not answer, and other errors of the stores.
         """
         payload = DeletePayload.parse(job, self._prefix)
-        request = EraseRequest(f"{job.id}@erase", payload.scope, payload.cutoff_us, payload.collections)
+        owner = "/".join((*payload.scope[:2], f"{job.id}@erase"))
+        request = EraseRequest(owner, payload.scope, payload.cutoff_us, payload.collections)
         try:
             erased = self._eraser.erase(request)
         except StoreUnavailable as error:

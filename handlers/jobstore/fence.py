@@ -16,11 +16,12 @@ LEASE_MS = 90_000
 class WriteIntent(NamedTuple):
     """Request of one job for admission.
 
-    `token` is unique to this attempt, `owner` common to all attempts of the job. `held`: ids and chapters
-    that no other writer may write meanwhile, empty for a write without a version. `ids`: every row of the
-    write. `model`: the model of its vectors, empty for any. `tenant_id`, `project_id` and `created_us` (when
-    the job was created, unix microseconds) are compared with the tombstones of deletions; without a tenant
-    they are not.
+    - `token` is unique to this attempt, `owner` common to all attempts of the job.
+    - `ids`: every row of the write. `held`: ids and chapters that no other writer may write meanwhile, empty for
+      a write without a version. `model`: the model of its vectors, empty for any.
+    - `tenant_id`, `project_id`, `created_us` (when the job was created, unix microseconds) and `chapters` are
+      compared with the tombstones of deletions; without a tenant nothing is compared.
+    - `delivery` names the entry that is run: another attempt with it means that the one before has died.
     """
 
     collection: str
@@ -33,6 +34,7 @@ class WriteIntent(NamedTuple):
     tenant_id: str = ""
     project_id: str = ""
     created_us: int = 0
+    delivery: str = ""
 
 
 class WriteAdmission(NamedTuple):
@@ -69,8 +71,8 @@ class Fence(Protocol):
         """End finished writes; whether each was still admitted."""
 
     def abandon(self, intents: Sequence[WriteIntent]) -> None:
-        """Leave writes to their leases, whose requests may still run on the server: not even the next attempt
-        of the job ends them."""
+        """Leave writes to their leases, whose requests may still run on the server: not even another attempt
+        of the delivery ends them."""
 
     def close(self) -> None:
         """Drop the connection."""

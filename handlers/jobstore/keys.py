@@ -15,7 +15,7 @@ class WritesKeys(NamedTuple):
 
     Each field's name is part of its key.
 
-    - `writers`: hash token -> end of its lease in ms; `attempts`: hash owner -> latest token, creation in us.
+    - `writers`: hash token -> end of its lease in ms; `attempts`: hash delivery -> latest token, creation.
     - `held`: hash id or chapter -> end of the lease, owner.
     - `floors`: hash chapter -> minimum version (tombstone of a replaced chapter).
     - `rebuild`: hash with the state of a rebuild; `journal`: set of ids written while one runs; `doing`: set

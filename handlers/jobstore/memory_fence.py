@@ -24,12 +24,12 @@ class _Collection:
         self.erased: dict[str, int] = {}
         self.erasing: dict[str, tuple[float, bool, str]] = {}
 
-    def end_attempt(self, owner: str, token: str = "") -> None:
+    def end_attempt(self, delivery: str, token: str = "") -> None:
         """A new attempt, `token`, ends the one before."""
-        before, _ = self.attempts.get(owner, ("", 0))
+        before, _ = self.attempts.get(delivery, ("", 0))
         if before and before != token:
             self.writers.pop(before, None)
-            del self.attempts[owner]
+            del self.attempts[delivery]
 
 
 class MemoryFence:
@@ -54,7 +54,7 @@ class MemoryFence:
 
     def _admit(self, intent: WriteIntent) -> WriteAdmission:
         of, now = self._of(intent.collection), self._mono_s()
-        of.end_attempt(intent.owner, intent.token)
+        of.end_attempt(intent.delivery or intent.token, intent.token)
         if of.closed_until > now and intent.token not in of.writers:
             return WriteAdmission("closed")
         live = of.fields.get("live_model", "")
@@ -72,7 +72,7 @@ class MemoryFence:
                 return WriteAdmission("held", erased=erased)
         till = now + LEASE_MS / 1000
         of.writers[intent.token] = till
-        of.attempts[intent.owner] = (intent.token, intent.created_us)
+        of.attempts[intent.delivery or intent.token] = (intent.token, intent.created_us)
         of.held |= dict.fromkeys(intent.held, (till, intent.owner))
         if of.journal is not None:
             of.journal |= set(intent.ids)
@@ -112,8 +112,9 @@ class MemoryFence:
 
     def _forget_attempt(self, intent: WriteIntent) -> None:
         of = self._of(intent.collection)
-        if of.attempts.get(intent.owner, ("", 0))[0] == intent.token:
-            del of.attempts[intent.owner]
+        delivery = intent.delivery or intent.token
+        if of.attempts.get(delivery, ("", 0))[0] == intent.token:
+            del of.attempts[delivery]
 
     def begin(self, collection: str, owner: str, lease_ms: int) -> RebuildLease | str:
         with self._lock:

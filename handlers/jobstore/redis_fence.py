@@ -194,7 +194,7 @@ class RedisFence(ScriptedRedis):
 def _admit(intent: WriteIntent) -> Command:
     on = keys.writes_keys(intent.collection)
     all_keys = [on.writers, on.held, on.floors, on.rebuild, on.journal, on.attempts, on.erased, on.erasing]
-    work = (intent.tenant_id, intent.project_id, intent.created_us)
+    work = (intent.tenant_id, intent.project_id, intent.created_us, intent.delivery or intent.token)
     counts = (len(intent.held), len(intent.chapters))
     lists = (*intent.held, *intent.chapters, *intent.ids)
     fixed = (intent.token, intent.owner, LEASE_MS, intent.model)
@@ -204,7 +204,8 @@ def _admit(intent: WriteIntent) -> Command:
 def _release(intent: WriteIntent, *, abandon: bool = False) -> Command:
     on = keys.writes_keys(intent.collection)
     all_keys = [on.writers, on.held, on.rebuild, on.journal, on.attempts]
-    fixed = (intent.token, intent.owner, int(abandon), len(intent.held))
+    name = intent.delivery or intent.token
+    fixed = (intent.token, intent.owner, int(abandon), name, len(intent.held))
     return script("release", all_keys, *fixed, *intent.held, *intent.ids)
 
 

@@ -121,7 +121,7 @@ class WriteBack:
         """
         chapter = ChapterPayload.parse(job)
         try:
-            self._store_chapter(job.id, chapter)
+            self._store_chapter(job, chapter)
         except StoreUnavailable as error:
             raise Unavailable(str(error)) from error
         except UnsuitableText as error:
@@ -129,31 +129,31 @@ class WriteBack:
         except SuspectStoreError as error:
             raise Attribution(self._store).attribute(error) from error
 
-    def _store_chapter(self, job_id: str, chapter: ChapterPayload) -> None:
+    def _store_chapter(self, job: Job, chapter: ChapterPayload) -> None:
         key = RecordKey("summary", chapter.tenant_id, chapter.project_id, chapter.chapter_id)
         stored = self._records.get(key)
         if stored is not None and stored.version > chapter.chapter_version:
-            self._skip_stale(job_id, key, chapter, stored.version)
+            self._skip_stale(job, key, chapter, stored.version)
             return
         with span("summarise", characters=len(chapter.content)):
-            findings = self._findings(job_id, chapter)
-        put = self._put_records(job_id, key, chapter, findings)
+            findings = self._findings(job.id, chapter)
+        put = self._put_records(job, key, chapter, findings)
         if put is None:
-            log.info("summary.erased_skipped", extra={"job_id": job_id, "chapter_id": chapter.chapter_id})
+            log.info("summary.erased_skipped", extra={"job_id": job.id, "chapter_id": chapter.chapter_id})
             return
         if put.verdict == "older":
-            self._skip_stale(job_id, key, chapter, put.record.version if put.record else 0)
+            self._skip_stale(job, key, chapter, put.record.version if put.record else 0)
             return
         self.counters["summaries_stored"] += put.verdict == "stored"
-        self._update_rows(job_id, key)
+        self._update_rows(job, key)
         self._sink.store(
             ChapterFindings(
                 chapter.tenant_id, chapter.project_id, chapter.chapter_id, chapter.chapter_version, findings
             )
         )
-        self._findings_cache.pop((job_id, chapter.chapter_version, chapter.chapter_id), None)
+        self._findings_cache.pop((job.id, chapter.chapter_version, chapter.chapter_id), None)
 
-    def _skip_stale(self, job_id: str, key: RecordKey, chapter: ChapterPayload, version: int) -> None:
+    def _skip_stale(self, job: Job, key: RecordKey, chapter: ChapterPayload, version: int) -> None:
         """Store nothing, since a newer version is stored; but update its row, because its job may have been
         killed between record and row."""
         self.counters["summaries_outdated"] += 1
@@ -162,10 +162,10 @@ class WriteBack:
             "version": version,
             "stale_version": chapter.chapter_version,
         }
-        log.info("summary.stale_skipped", extra={"job_id": job_id, **fields})
-        self._update_rows(job_id, key)
+        log.info("summary.stale_skipped", extra={"job_id": job.id, **fields})
+        self._update_rows(job, key)
 
-    def _update_rows(self, job_id: str, key: RecordKey) -> None:
+    def _update_rows(self, job: Job, key: RecordKey) -> None:
         """Update the chapter's row and those of all entities that any version of it mentioned.
 
         All of them, because a killed job may have left an outdated row, and the model may find other entities
@@ -174,7 +174,9 @@ class WriteBack:
         mentioned = (key._replace(kind="entity", id=id_) for id_ in self._records.mentioned(key))
         entities = [ProjectedRecord(entity, ENTITIES_COLLECTION) for entity in mentioned]
         with span("upsert", collection=DEFAULT_COLLECTION):
-            self._projection.update(job_id, [ProjectedRecord(key, DEFAULT_COLLECTION), *entities])
+            self._projection.update(
+                job.id, _delivery(job), [ProjectedRecord(key, DEFAULT_COLLECTION), *entities]
+            )
 
     # ---- the summary
 
@@ -203,7 +205,7 @@ class WriteBack:
     # ---- records and rows
 
     def _put_records(
-        self, job_id: str, key: RecordKey, chapter: ChapterPayload, findings: Findings
+        self, job: Job, key: RecordKey, chapter: ChapterPayload, findings: Findings
     ) -> Put | None:
         """Store summary and entities; None if the chapter was deleted after the job was created.
 
@@ -211,9 +213,10 @@ class WriteBack:
         """
         ids = [entity_id(update.name) for update in findings.entity_updates]
         intent = WriteIntent(
-            "", "", f"{job_id}@records", (SUMMARY_PREFIX + chapter.chapter_id,),
+            "", "", f"{job.id}@records", (SUMMARY_PREFIX + chapter.chapter_id,),
             chapters=("/".join((*key[1:3], chapter.chapter_id)),),
             tenant_id=key.tenant_id, project_id=key.project_id, created_us=chapter.created_us,
+            delivery=_delivery(job),
         )  # fmt: skip
         row_ids = {id_: entity_row_id(*key[1:3], id_) for id_ in ids}
         of_entities = intent._replace(ids=tuple(row_ids.values()))
@@ -317,6 +320,10 @@ def _entity_row(key: RecordKey, record: Record, vector: Vector) -> EntityRow:
         version=record.version,
         created_us=record.created_us,
     )
+
+
+def _delivery(job: Job) -> str:
+    return f"{job.stream}/{job.entry_id}"
 
 
 def _now() -> str:

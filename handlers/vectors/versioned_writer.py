@@ -44,13 +44,14 @@ class VersionedRows(NamedTuple):
 
     `owner` names the job, and is the same in every retry. All rows belong to one tenant and project. With
     `replace`, rows of the same chapters are removed after the write, if they have an older version and an id
-    that is not in `rows`.
+    that is not in `rows`. `delivery` names the stream entry that is run, if the job has one.
     """
 
     owner: str
     rows: Sequence[AnyRow]
     version: int | None = None
     replace: bool = False
+    delivery: str = ""
 
 
 class VersionedWriter:
@@ -145,6 +146,7 @@ class VersionedWriter:
             tenant,
             project,
             min(row.created_us for row in job.rows),
+            job.delivery,
         )
         return _PendingWrite(job, intent)
 

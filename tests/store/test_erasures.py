@@ -79,13 +79,21 @@ def test_a_deletion_learns_of_the_writes_that_were_admitted_before(fence: Any) -
 
 
 def test_the_next_attempt_of_a_job_ends_the_write_of_the_one_that_died(fence: Any) -> None:
-    fence.admit([intent("died", "a", owner="job"), intent("abandoned", "a", owner="other")])
-    fence.abandon([intent("abandoned", "a", owner="other")])
+    fence.admit([intent("died", "a", delivery="1-0"), intent("abandoned", "a", delivery="2-0")])
+    fence.abandon([intent("abandoned", "a", delivery="2-0")])
     writes = record(fence, "p")
     assert writes == {"died": OLD, "abandoned": 0}
-    assert verdict(fence, intent("again", "a", owner="job")) == "held"
-    assert verdict(fence, intent("again too", "a", owner="other")) == "held"
+    assert verdict(fence, intent("again", "a", delivery="1-0")) == "held"
+    assert verdict(fence, intent("again too", "a", delivery="2-0")) == "held"
     assert fence.writing(NAME) == {"abandoned"}, "its request may still run"
+
+
+def test_other_jobs_of_one_name_end_no_write(fence: Any) -> None:
+    fence.admit(
+        [intent("one", "a", owner="job", delivery="1-0"), intent("two", "b", owner="job", delivery="2-0")]
+    )
+    fence.admit([intent("three", "c", owner="job")])
+    assert fence.writing(NAME) == {"one", "two", "three"}
 
 
 def test_newer_work_waits_and_then_holds_its_ids(fence: Any) -> None:

@@ -73,7 +73,7 @@ class ErasureWorld:
             Row(id_, vector, "t", project, chapter, 0, "", f"text of {id_}", version or 0, created_us)
             for id_ in ids
         ]
-        writer.write(collection, [VersionedRows(job, rows, version, version is not None)])
+        writer.write(collection, [VersionedRows(job, rows, version, version is not None, job)])
 
     def summarise(
         self,

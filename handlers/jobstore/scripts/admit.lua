@@ -5,22 +5,22 @@
 -- KEYS[5] journal set  KEYS[6] attempts hash  KEYS[7] erased ZSET (tombstones)  KEYS[8] erasing hash
 -- ARGV[1] token of the attempt   ARGV[2] owner: the job   ARGV[3] lease in ms   ARGV[4] model, '' for any
 -- ARGV[5] tenant, '' to ignore deletions   ARGV[6] project   ARGV[7] creation of the job in us
--- ARGV[8] number of ids and chapters to hold   ARGV[9] number of chapters
--- ARGV[10...] the ids and chapters to hold, then the chapters, then the ids of the rows
+-- ARGV[8] name of the delivery or the token   ARGV[9] number of ids and chapters to hold   ARGV[10] number of chapters
+-- ARGV[11...] the ids and chapters to hold, then the chapters, then the ids of the rows
 -- Returns {'closed'}, {'model', the model in use}, {'held' | 'hold', {}, erased scopes}, or
 -- {'in', minimum version of each chapter or nil, erased scopes}.
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-local lease, held, chapters = tonumber(ARGV[3]), tonumber(ARGV[8]), tonumber(ARGV[9])
-local first_chapter, first_id = 10 + held, 10 + held + chapters
+local lease, held, chapters = tonumber(ARGV[3]), tonumber(ARGV[9]), tonumber(ARGV[10])
+local first_chapter, first_id = 11 + held, 11 + held + chapters
 
--- A new attempt of a job means that the one before ended without a release: its worker died.
-local before = redis.call('HGET', KEYS[6], ARGV[2])
+-- Another attempt of a delivery means that the one before ended without a release: its worker died.
+local before = redis.call('HGET', KEYS[6], ARGV[8])
 if before then
   before = before:match('^%S+')
   if before ~= ARGV[1] then
     redis.call('HDEL', KEYS[1], before)
-    redis.call('HDEL', KEYS[6], ARGV[2])
+    redis.call('HDEL', KEYS[6], ARGV[8])
   end
 end
 
@@ -77,7 +77,7 @@ if verdict then
   return {verdict, {}, erased}
 end
 
-for i = 10, 9 + held do
+for i = 11, 10 + held do
   local holder = redis.call('HGET', KEYS[2], ARGV[i])
   if holder then
     local till, owner = holder:match('^(%d+) (.*)$')
@@ -90,9 +90,9 @@ end
 local till = string.format('%d', now + lease)
 redis.call('HSET', KEYS[1], ARGV[1], till)
 redis.call('PEXPIRE', KEYS[1], lease)
-redis.call('HSET', KEYS[6], ARGV[2], ARGV[1] .. ' ' .. ARGV[7])
+redis.call('HSET', KEYS[6], ARGV[8], ARGV[1] .. ' ' .. ARGV[7])
 redis.call('PEXPIRE', KEYS[6], lease)
-for i = 10, 9 + held do
+for i = 11, 10 + held do
   redis.call('HSET', KEYS[2], ARGV[i], till .. ' ' .. ARGV[2])
 end
 if held > 0 then

@@ -2,17 +2,18 @@
 -- Called by RedisFence.release and abandon. Atomic: only what the caller still holds may be released.
 -- KEYS[1] writers hash  KEYS[2] held hash  KEYS[3] rebuild hash  KEYS[4] journal set  KEYS[5] attempts hash
 -- ARGV[1] token of the attempt   ARGV[2] owner: the job   ARGV[3] 1 to leave it to its lease
--- ARGV[4] number of ids and chapters held   ARGV[5...] the ids and chapters held, then the ids of the rows
+-- ARGV[4] name of the delivery or the token   ARGV[5] number of ids and chapters held
+-- ARGV[6...] the ids and chapters held, then the ids of the rows
 -- Returns 1 if the write was still admitted, 0 if its lease was over.
-local attempt = redis.call('HGET', KEYS[5], ARGV[2])
+local attempt = redis.call('HGET', KEYS[5], ARGV[4])
 if attempt and attempt:match('^%S+') == ARGV[1] then
-  redis.call('HDEL', KEYS[5], ARGV[2])
+  redis.call('HDEL', KEYS[5], ARGV[4])
 end
 if ARGV[3] == '1' then
   return redis.call('HEXISTS', KEYS[1], ARGV[1])
 end
-local held = tonumber(ARGV[4])
-for i = 5, 4 + held do
+local held = tonumber(ARGV[5])
+for i = 6, 5 + held do
   local holder = redis.call('HGET', KEYS[2], ARGV[i])
   if holder and holder:match('^%d+ (.*)$') == ARGV[2] then
     redis.call('HDEL', KEYS[2], ARGV[i])
@@ -20,7 +21,7 @@ for i = 5, 4 + held do
 end
 -- Recorded again: the rebuild may have copied the rows between the admission and the write.
 if redis.call('HEXISTS', KEYS[3], 'active') == 1 then
-  for i = 5 + held, #ARGV do
+  for i = 6 + held, #ARGV do
     redis.call('SADD', KEYS[4], ARGV[i])
   end
 end
