@@ -17,8 +17,8 @@ class WriteIntent(NamedTuple):
     """Request of one job for admission.
 
     - `token` is unique to this attempt, `owner` common to all attempts of the job.
-    - `ids`: every row of the write. `held`: ids and chapters that no other writer may write meanwhile, empty for
-      a write without a version. `model`: the model of its vectors, empty for any.
+    - `ids`: every row of the write. `held`: ids and chapters that no other writer may write meanwhile, empty
+      for a write without a version. `model`: the model of its vectors, empty for any.
     - `tenant_id`, `project_id`, `created_us` (when the job was created, unix microseconds) and `chapters` are
       compared with the tombstones of deletions; without a tenant nothing is compared.
     - `delivery` names the entry that is run: another attempt with it means that the one before has died.
