@@ -10,7 +10,6 @@ The order makes every step repeatable, and leaves no row in any order of events:
 After a kill the next attempt repeats all steps.
 """
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from jobworker.worker import report_progress
 from ..jobstore.erasures import Erasures, Published, Scope, Tombstones, cache_name
 from ..jobstore.fence import Fence, WriteIntent
 from ..jobstore.records import FoundRecords, RecordKey, Records
-from ..vectors.ports import StoredRow, VectorStore
+from ..vectors.ports import StoredRow, TransientStoreError, VectorStore
 from ..vectors.schema import (
     DEFAULT_COLLECTION,
     ENTITIES_COLLECTION,
@@ -31,8 +30,6 @@ from ..vectors.schema import (
     SUMMARY_PREFIX,
     entity_row_id,
 )
-
-log = logging.getLogger("jobworker.erasure")
 
 #: Rows of one step: they are held, read again, and deleted.
 PAGE_ROWS = 500
@@ -171,6 +168,7 @@ class _Erasure:
         names = scope_of(ENTITIES_COLLECTION, scope).names
         self._erasures.publish(Published(names, request.cutoff_us, full_names), self._eraser.ttl_ms)
         existing = self._eraser.collections(request)
+        self._publish_cached(existing)
         self._exclude({name: scope_of(name, scope) for name in self._tombstoned(existing)}, existing)
         found = self._eraser.find_records(request)
         scopes = {name: scope_of(name, scope) for name in existing}
@@ -178,7 +176,7 @@ class _Erasure:
             del scopes[ENTITIES_COLLECTION]
             if found.entities:
                 scopes[ENTITIES_COLLECTION] = self._exclude_entities(found.entities)
-        self._publish_cached(scopes.get(DEFAULT_COLLECTION))
+        self._publish_cached(existing)
         for tombstones in self._tombstones:
             self._erasures.forget(tombstones.collection, scope)
         if scope.ids:
@@ -254,14 +252,21 @@ class _Erasure:
 
     # ---- rows and records
 
-    def _publish_cached(self, scope: Scope | None) -> None:
-        """Cached vectors are kept by chapter: name those of single rows before the rows are gone."""
-        if scope is None or not scope.ids:
+    def _publish_cached(self, existing: Sequence[str]) -> None:
+        """Cached vectors are kept by chapter: name those of single rows while the rows are there."""
+        scope = self._request.scope
+        if not scope.ids:
             return
         owner = (scope.tenant_id, scope.project_id)
-        pages = self._eraser.pages(DEFAULT_COLLECTION, scope)
-        names = tuple(sorted({cache_name(*owner, row.chapter_id) for page in pages for row in page}))
-        self._erasures.publish(Published(names, self._request.cutoff_us), self._eraser.ttl_ms)
+        chapters = {
+            row.chapter_id
+            for name in existing
+            for page in self._eraser.pages(name, scope_of(name, scope))
+            for row in page
+        }
+        if chapters:
+            names = tuple(cache_name(*owner, chapter_id) for chapter_id in sorted(chapters))
+            self._erasures.publish(Published(names, self._request.cutoff_us), self._eraser.ttl_ms)
 
     def _sweep(self, name: str, scope: Scope) -> None:
         """Delete old rows until no read finds one, for as long as reads may miss some."""
@@ -297,9 +302,11 @@ class _Erasure:
         owner = self._request.owner
         intent = WriteIntent(self._full(name), os.urandom(8).hex(), owner, tuple(ids), held, delivery=owner)
         give_up_at = self._mono_s() + wait_s
-        while self._fence.admit([intent])[0].verdict != "in":
+        while (verdict := self._fence.admit([intent])[0].verdict) != "in":
             if not wait_s:
                 return 0
+            if self._mono_s() > give_up_at and verdict == "closed":
+                raise TransientStoreError(f"{self._full(name)} is closed while its index is built")
             if self._mono_s() > give_up_at:
                 raise Busy(f"{self._full(name)}: other jobs hold rows that are to be deleted")
             self._sleep(POLL_S)
