@@ -75,7 +75,7 @@ BELOW: dict[str, set[str]] = {
 }
 #: Command modules import their face when they are called: `jobworker web` starts the page.
 BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}
-JOB_TYPES = {"embedding", "rebuild", "summaries", "audit"}
+JOB_TYPES = {"embedding", "rebuild", "summaries", "audit", "erasure"}
 SHARED_BELOW = {
     "jobstore": set(),
     "vectors": {"jobstore", "graphemes"},
@@ -84,7 +84,7 @@ SHARED_BELOW = {
 #: What handlers may import of the engine besides the names in worker/__init__.py.
 PUBLIC = {
     *("scripted_redis", "testing", "extension", "options", "quantities", "urls", "data_dir", "cgroup"),
-    "safe_text",
+    *("safe_text", "cli"),
 }
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")

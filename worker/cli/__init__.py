@@ -2,6 +2,7 @@
 
 import click
 
+from ..extension import extension, imported
 from ..process_env import prepare_process
 from . import batch, cron, dlq, doctor, enqueue, explain, limit, pause, retry, stats, top, url, web
 from .common import CliGroup
@@ -33,6 +34,8 @@ def main() -> None:
 
 for module in (top, enqueue, stats, explain, pause, doctor, url, web):
     module.add_to(main)
+for target in extension().verbs:
+    imported(target)(main)
 main.add_command(dlq.dlq)
 main.add_command(retry.retry)
 main.add_command(limit.limit)

@@ -160,7 +160,7 @@ class OperatorStore(RedisCronStore, RedisBatchStore):
     def find_streams(self) -> FoundStreams:
         """Every stream of the store, whether a service reads it or not. The scan is bounded."""
         return find_streams(
-            self._endpoint.node, lambda key, command: self.call(key, [command])[0], base_stream
+            self.one_key_a_server(), lambda key, command: self.call(key, [command])[0], base_stream
         )
 
     # -- where a job is
