@@ -24,7 +24,6 @@ from ..admin.refusals import faults_of, refusal
 from ..admin.retries import RetrySet
 from ..admin.status_client import Service
 from ..admin.tenants import WaitingTenants, waiting_tenants
-from ..batches import Batch
 from ..errors import StoreRefused
 from ..keys import Source
 from ..outcome import Reason
