@@ -48,6 +48,8 @@ class Settings:
     reload: bool = False
     metrics_addr: str = "127.0.0.1:9464"
     lease_s: float = 30.0
+    #: Time for which an idempotency key is taken; 0: keys do not count.
+    unique_window_s: float = 86_400.0
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     max_deaths: int = 3
     max_payload: int = MAX_PAYLOAD_BYTES

@@ -38,10 +38,42 @@ class Retry(NamedTuple):
 
 
 class Dead(NamedTuple):
-    """Settlement of one entry by a dead letter: the letter's JSON."""
+    """Settlement of one entry by a dead letter: the letter's JSON.
+
+    If the job owns ``unique``, that is free again. ``first_id`` is the id of the job's first entry.
+    """
 
     id: bytes
     data: bytes
+    unique: str = ""
+    first_id: bytes = b""
+
+
+class Claim(NamedTuple):
+    """A job that may not run before the store has compared it with others (see `conditions`).
+
+    ``data`` is the job as it waits in the retry ZSET until ``due_s`` (unix seconds); empty if it is due.
+    """
+
+    id: bytes
+    first_id: bytes
+    unique: str = ""
+    series: str = ""
+    due_s: float = 0.0
+    data: bytes = b""
+
+
+class Screened(NamedTuple):
+    """Jobs that may not run, by entry id.
+
+    ``duplicates`` and ``superseded`` name the first entry of the job that runs instead. ``delayed`` were moved
+    into the retry ZSET. ``lost`` are not ours any more.
+    """
+
+    duplicates: dict[bytes, bytes]
+    superseded: dict[bytes, bytes]
+    delayed: set[bytes]
+    lost: set[bytes]
 
 
 class WaitingJob(NamedTuple):
@@ -81,13 +113,15 @@ class TakenJobs(NamedTuple):
 class Backlog(NamedTuple):
     """Jobs of a stream that are not delivered yet (``lag``), jobs in lanes by type, version of the limits.
 
-    Handlers asked jobs of ``asked_types`` to wait.
+    Handlers asked jobs of ``asked_types`` to wait. ``in_series`` counts the jobs in lanes that have a
+    supersede key; ``waiting`` counts the others.
     """
 
     lag: int
     waiting: dict[str, int]
     version: int
     asked_types: frozenset[str]
+    in_series: int = 0
 
 
 class Settlement(NamedTuple):
@@ -104,11 +138,13 @@ class Settlement(NamedTuple):
     put_back: Sequence[PutBack] = ()
     #: Version of the limits by which the lanes of ``put_back`` were chosen.
     version: int = 0
+    #: Entries that are acknowledged without having been run.
+    dropped: Sequence[bytes] = ()
 
     @property
     def ids(self) -> list[bytes]:
         """The ids of all its entries."""
-        others = [one.id for one in self.retries], [one.id for one in self.dead]
+        others = self.dropped, [one.id for one in self.retries], [one.id for one in self.dead]
         return [*self.done, *itertools.chain(*others, (one.id for one in self.put_back))]
 
 
@@ -259,6 +295,13 @@ class ReaderStore(Protocol):
         They are those whose turn it is, within the limits.
         """
 
+    def screen(self, source: Source, claims: Sequence[Claim], window_s: float) -> Screened:
+        """Compare jobs with others of their idempotency and supersede keys, and delay those that are not due.
+
+        Each job is decided atomically, and a repeated call decides the same. An idempotency key is taken for
+        ``window_s``.
+        """
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         """The ids of entries that hold slots of limits."""
 
@@ -300,9 +343,6 @@ class ProducerStore(Protocol):
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
         """Append jobs in order, pipelined; returns how many the store acknowledged."""
-
-    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        """Put a job into the retry ZSET; the reaper moves it into the stream when it is due."""
 
     def announcements(self) -> list[Announcement]:
         """What the services of the deployment handle; empty if unknown."""

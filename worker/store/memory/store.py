@@ -22,6 +22,7 @@ from ..announcements import Announcement, encode, parse
 from ..ports import (
     RELEASED_IDLE_S,
     Backlog,
+    Claim,
     Dead,
     Depths,
     Entry,
@@ -29,6 +30,7 @@ from ..ports import (
     Promotion,
     PutBack,
     Retry,
+    Screened,
     Settled,
     Settlement,
     TakenJobs,
@@ -209,9 +211,9 @@ class MemoryStore(MemoryCronStore):
             self._server.check(source.stream, ready_key(source.stream))
             stream, group = self._server.stream(source.stream), self._group(source)
             lag = sum(order(id) > group.last_delivered for id in stream.entries)
-            return Backlog(
-                lag, stream.lanes.by_type(), stream.lanes.config.version, stream.lanes.asked_types()
-            )
+            lanes = stream.lanes
+            facts = lag, lanes.by_type(), lanes.config.version, lanes.asked_types()
+            return Backlog(*facts, in_series=lanes.in_series)
 
     def flow_config(self, source: Source) -> FlowConfig:
         return self._server.stream(source.stream).lanes.config
@@ -255,6 +257,47 @@ class MemoryStore(MemoryCronStore):
                 group.leases[job.id] = PendingEntry(self._consumer, self._server.wall_now_s(), 1)
                 entries.append(self._pending_entry(stream, group, job.id))
         return entries
+
+    # -- idempotency and supersede keys
+
+    def screen(self, source: Source, claims: Sequence[Claim], window_s: float) -> Screened:
+        with self._server.lock:
+            self._fenced(source)
+            self._server.check(deaths_key(source.stream), ready_key(source.stream))
+            screened = Screened({}, {}, set(), set())
+            simple = [one for one in claims if not one.series and not one.data]
+            others = [one for one in claims if one.series or one.data]
+            newest_first = sorted(others, key=lambda one: order(one.first_id), reverse=True)
+            for one in (*simple, *newest_first):
+                self._screen_one(source, one, window_s, screened)
+            return screened
+
+    def _screen_one(self, source: Source, claim: Claim, window_s: float, screened: Screened) -> None:
+        stream, group = self._server.stream(source.stream), self._group(source)
+        conditions = stream.conditions
+        if claim.unique and (owner := conditions.claim(claim.unique, claim.first_id, window_s)):
+            screened.duplicates[claim.id] = owner
+            return
+        if not (claim.series or claim.data):
+            return
+        if not self._owns(group, claim.id):
+            screened.lost.add(claim.id)
+            return
+        if claim.series:
+            due_s = claim.due_s if claim.data else 0.0
+            newer, replaced = conditions.lead(claim.series, claim.id, claim.first_id, due_s)
+            if replaced:
+                self._server.hasten(source.stream, b'"jobworker_first_id":"%s"' % replaced)
+            if newer:
+                screened.superseded[claim.id] = newer
+                return
+        if claim.data:
+            delay_s = claim.due_s - self._server.wall_now_s()
+            self._server.schedule(source.stream, claim.data, delay_s)
+            self._forget(stream, group, claim.id)
+            if len(stream.lanes) and len(stream.groups) == 1:
+                stream.entries.pop(claim.id, None)
+            screened.delayed.add(claim.id)
 
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         return set(ids) & self._server.stream(source.stream).lanes.slots.keys()
@@ -326,9 +369,6 @@ class MemoryStore(MemoryCronStore):
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
         return sum(1 for job in jobs if self._server.append(stream, job))
 
-    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        self._server.schedule(stream, job, delay_s)
-
     def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
         with self._server.lock:
             now_s = self._server.wall_now_s()
@@ -389,13 +429,13 @@ class MemoryStore(MemoryCronStore):
         return Entry(id, stream.entries[id], group.leases[id].deliveries, stream.deaths.get(id, 0))
 
     def _settle(self, settlement: Settlement) -> Settled:
-        source, done, retries, dead, _, put_back, version = settlement
+        source, done, retries, dead, _, put_back, version, dropped = settlement
         stream = source.stream
         refused: set[bytes] = set()
         unsettled: set[bytes] = set()
         refusal: StoreRefused | None = None
         kinds: tuple[tuple[str, Sequence[Retry | Dead | PutBack | bytes]], ...] = (
-            (stream, done),
+            (stream, [*done, *dropped]),
             (retry_key(stream), retries),
             (dead_letter_key(stream), dead),
             (ready_key(stream), put_back),
@@ -419,6 +459,7 @@ class MemoryStore(MemoryCronStore):
             self._server.schedule(source.stream, outcome.data, outcome.delay_s)
         elif isinstance(outcome, Dead):
             stream.dead.append(outcome.data)
+            stream.conditions.free(outcome.unique, outcome.first_id)
         elif isinstance(outcome, PutBack):
             stream.lanes.wait_for(outcome.key, Lane.decode(outcome.lane).type, outcome.wait_s)
             stream.lanes.put(outcome.lane, [outcome.job], version, in_front=True)

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from ... import keys
 from ..announcements import Announcement
 from .base import RedisStoreBase, announcements_in, checked, chunks_by_size
-from .lua import script
 
 
 class RedisProducerStore(RedisStoreBase):
@@ -19,9 +18,6 @@ class RedisProducerStore(RedisStoreBase):
                 checked(reply)
                 added += 1
         return added
-
-    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        self.one(stream, script("schedule", [self.retry_key(stream)], delay_s, job))
 
     def announcements(self) -> list[Announcement]:
         return announcements_in(self.call(keys.SERVICES_KEY, [("HGETALL", keys.SERVICES_KEY)])[0])

@@ -11,7 +11,17 @@ from redis.exceptions import NoPermissionError, ResponseError
 from ...errors import NameHeld, StoreRefused
 from ...flow import FlowConfig
 from ...keys import NO_HOLDER, PAUSED_KEY, Holder, Source
-from ..ports import RELEASED_IDLE_S, Backlog, Entry, Settled, Settlement, TakenJobs, WaitingJob
+from ..ports import (
+    RELEASED_IDLE_S,
+    Backlog,
+    Claim,
+    Entry,
+    Screened,
+    Settled,
+    Settlement,
+    TakenJobs,
+    WaitingJob,
+)
 from . import lanes
 from .base import (
     SCRIPT_BYTES,
@@ -25,6 +35,7 @@ from .base import (
     pairs,
 )
 from .blocking_read import BlockingRead, GroupMissing
+from .conditions import screen_calls
 from .connection import Reply
 from .lua import Command, script
 
@@ -210,6 +221,15 @@ class RedisReaderStore(RedisStoreBase):
         reply = self._run(source, "take", more_keys, [most, lanes.TAKE_BYTES, lanes.OUTDATED_IDS, *types])
         return lanes.taken(reply, partial(self._deaths, source))
 
+    def screen(self, source: Source, claims: Sequence[Claim], window_s: float) -> Screened:
+        """At most 1,000 jobs or 8 MiB a script."""
+        stream = source.stream
+        more_keys = [self.retry_key(stream), self.deaths_key(stream), self._ready(source)]
+        screened = Screened({}, {}, set(), set())
+        for one in screen_calls(claims, window_s):
+            one.add_reply(self._run(source, "screen", more_keys, one.arguments), screened)
+        return screened
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         slots = lanes.slots_key(self._ready(source))
         held = [self.one(source.stream, ("HMGET", slots, *some)) for some in chunks(ids)]
@@ -323,12 +343,13 @@ class RedisReaderStore(RedisStoreBase):
 
     def _settlement(self, part: Settlement) -> Command:
         source, stream = part.source, part.source.stream
-        counts = [len(part.done), len(part.retries), len(part.dead)]
-        arguments: list[Any] = [*counts, int(part.sure), part.version, *part.done]
+        done = [*part.done, *part.dropped]
+        counts = [len(done), len(part.retries), len(part.dead)]
+        arguments: list[Any] = [*counts, int(part.sure), part.version, *done]
         for retry in part.retries:
             arguments += (retry.id, retry.delay_s, retry.data)
         for dead in part.dead:
-            arguments += dead
+            arguments += dead.id, dead.data, dead.unique, dead.first_id
         for job, lane, key, wait_s in part.put_back:
             arguments += (job.id, lane, job.cost, key, round(wait_s * 1000))
         more_keys = [
@@ -357,9 +378,11 @@ def _in_order(ids: Sequence[bytes]) -> list[bytes]:
 
 def _parts(settlement: Settlement) -> Iterator[Settlement]:
     """The settlement in parts of one kind, at most 1,000 ids and 8 MiB."""
-    source, done, retries, dead, sure, put_back, version = settlement
+    source, done, retries, dead, sure, put_back, version, dropped = settlement
     for ids in chunks(_in_order(done)):
         yield Settlement(source, done=ids, sure=sure)
+    for ids in chunks(_in_order(dropped)):
+        yield Settlement(source, dropped=ids)
     for some in chunks_by_size(retries, lambda retry: len(retry.data)):
         yield Settlement(source, retries=some)
     for letters in chunks_by_size(dead, lambda letter: len(letter.data)):
