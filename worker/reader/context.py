@@ -42,6 +42,4 @@ class ReaderContext:
         faults = StreamFaults(store, settings.streams, metrics.gauge, "reader", rng, mono_s)
         lost_leases = LostLeases(settings.streams, metrics)
         held = HeldOutcomes()
-        return cls(
-            store, settings, crash_marks, metrics, rng, mono_s, wall_s, faults, held, lost_leases, {}
-        )
+        return cls(store, settings, crash_marks, metrics, rng, mono_s, wall_s, faults, held, lost_leases, {})

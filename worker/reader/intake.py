@@ -67,9 +67,9 @@ class Intake:
 
     Lists the entries that are pending for this consumer before it reads any new one, so no entry is lost or
     taken twice. Requests new entries only for credit of the workers. `rejected` collects the entries that
-    become dead letters, or are dropped, with the next settlement. A crash mark covers everything that it reads (see
-    `crash_marks`). Methods raise as the store does, except `StoreRefused`; `begin_listing` then starts over.
-    Of an isolated stream nothing is read or prefetched, but its leases are renewed.
+    become dead letters, or are dropped, with the next settlement. A crash mark covers everything that it
+    reads (see `crash_marks`). Methods raise as the store does, except `StoreRefused`; `begin_listing` then
+    starts over. Of an isolated stream nothing is read or prefetched, but its leases are renewed.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""Screening: compares admitted jobs with others of their idempotency and supersede keys, and delays those that
-are not due."""
+"""Screening: compares admitted jobs with others of their idempotency and supersede keys; delays those that are
+not due."""
 
 import logging
 import math

@@ -66,8 +66,8 @@ class Claim(NamedTuple):
 class Screened(NamedTuple):
     """Jobs that may not run, by entry id.
 
-    ``duplicates`` and ``superseded`` name the first entry of the job that runs instead. ``delayed`` were moved
-    into the retry ZSET. ``lost`` are not ours any more.
+    ``duplicates`` and ``superseded`` name the first entry of the job that runs instead. ``delayed`` were
+    moved into the retry ZSET. ``lost`` are not ours any more.
     """
 
     duplicates: dict[bytes, bytes]

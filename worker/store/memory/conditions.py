@@ -44,7 +44,9 @@ class MemoryConditions:
         if unique and self._owners.get(unique, (b"", 0.0))[0] == first_id:
             del self._owners[unique]
 
-    def lead(self, series: str, id: bytes, first_id: bytes, due_s: float) -> tuple[bytes | None, bytes | None]:
+    def lead(
+        self, series: str, id: bytes, first_id: bytes, due_s: float
+    ) -> tuple[bytes | None, bytes | None]:
         """Make a job the newest of its series. Returns the first entry of a newer one, then that of a delayed
         one that it replaces."""
         before = self._newest_of(series)
