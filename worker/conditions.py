@@ -22,6 +22,10 @@ CONDITION_KEYS = frozenset({NOT_BEFORE, EXPIRES_AT, IDEMPOTENCY_KEY, SUPERSEDE_K
 
 #: Start of the limit key of a series. No limit has this name, because a limit's name has no ``~``.
 SERIES = "~="
+#: Longest idempotency key that the store has as it is (characters); a UUID has 36.
+_LONGEST_PLAIN_KEY = 40
+#: Pairs of type and tenant whose digests are kept.
+_MOST_SCOPES = 10_000
 #: The end of the year 9999, the last time that RFC 3339 can express (unix seconds).
 _LATEST_S = 253_402_300_799
 
@@ -36,33 +40,64 @@ _metadata = msgspec.json.Decoder(_Metadata)
 class Conditions(NamedTuple):
     """Start conditions of an entry. Times are unix seconds.
 
-    ``first_id`` is the id of the job's first entry: it orders jobs by age and names the job in the store.
-    ``unique`` is shared by jobs of which one is run, ``series`` by jobs of which the newest is run; both are
-    empty for none. A job whose entry is not its first has waited for its ``due_s`` already.
+    ``first_id`` is the id of the job's first entry: it orders jobs by age and names the job in the store. Of
+    the jobs of a ``series`` the newest is run; empty for none. A job whose entry is not its first has waited
+    for its ``due_s`` already.
     """
 
     first_id: bytes
-    unique: str = ""
     series: str = ""
     due_s: float = 0.0
     expires_s: float = math.inf
 
 
-def read_conditions(job: Header, entry_id: bytes, *, unique: bool = True) -> Conditions:
-    """The start conditions of an entry. ``unique``: whether idempotency keys count.
+def read_conditions(job: Header, entry_id: bytes) -> Conditions:
+    """The start conditions of an entry, except for its idempotency key (see `UniqueKeys`).
 
-    Once an operator requeues a job, its idempotency key and its times do not count. Raises `MalformedJob` for
-    a time that cannot be read.
+    Once an operator requeues a job, its times do not count. Raises `MalformedJob` for a time that cannot be
+    read.
     """
     metadata = job.metadata or {}
     first_id = job.first_id.encode() or entry_id
     series = series_of(job.type, job.tenant_id, metadata)
     if job.requeued:
-        return Conditions(first_id, "", series)
+        return Conditions(first_id, series)
     due_s = 0.0 if job.first_id else _time(metadata, NOT_BEFORE, 0.0)
-    expires_s = _time(metadata, EXPIRES_AT, math.inf)
-    digest = unique_of(job.type, job.tenant_id, metadata) if unique else ""
-    return Conditions(first_id, digest, series, due_s, expires_s)
+    return Conditions(first_id, series, due_s, _time(metadata, EXPIRES_AT, math.inf))
+
+
+class UniqueKeys:
+    """Names of idempotency keys in the store. One object serves many jobs, because each job has one."""
+
+    def __init__(self) -> None:
+        #: Digests by type and tenant.
+        self._scopes: dict[tuple[str, str], str] = {}
+
+    def name_of(self, type_name: str, tenant_id: str, key: str) -> str:
+        """The name of a key: the digest of type and tenant, then the key itself, or its digest if it is long.
+
+        A digest of each key would cost the reader more time than all else that it does about the key.
+        """
+        scope = self._scopes.get((type_name, tenant_id))
+        if scope is None:
+            if len(self._scopes) >= _MOST_SCOPES:
+                self._scopes.clear()
+            scope = self._scopes[type_name, tenant_id] = _scope(type_name, tenant_id)
+        if len(key) > _LONGEST_PLAIN_KEY:
+            key = _hash(key, size=32).hex()
+        return scope + key
+
+
+def unique_name(job: Header) -> str:
+    """The name of a job's idempotency key; empty if it has none that counts."""
+    key = (job.metadata or {}).get(IDEMPOTENCY_KEY)
+    return UniqueKeys().name_of(job.type, job.tenant_id, key) if key and not job.requeued else ""
+
+
+def unique_bucket(first_id: bytes, window_s: float) -> str:
+    """The part of the key space in which a job claims its idempotency key: jobs of one window share one."""
+    window_ms = max(1, round(window_s * 1000))
+    return f"{window_ms}/{int(first_id.partition(b'-')[0]) // window_ms}"
 
 
 def requeued(task: bytes, original_id: str) -> bytes:
@@ -85,16 +120,10 @@ def has_keys(job: Header) -> bool:
     return bool(metadata.get(IDEMPOTENCY_KEY) or metadata.get(SUPERSEDE_KEY))
 
 
-def unique_of(type_name: str, tenant_id: str, metadata: Mapping[str, str] | None) -> str:
-    """Digest of type, tenant and idempotency key; empty if there is no key."""
-    key = metadata.get(IDEMPOTENCY_KEY) if metadata else None
-    return _digest(type_name, tenant_id, key) if key else ""
-
-
 def series_of(type_name: str, tenant_id: str, metadata: Mapping[str, str] | None) -> str:
     """Limit key of type, tenant and supersede key; empty if there is no key."""
     key = metadata.get(SUPERSEDE_KEY) if metadata else None
-    return SERIES + _digest(type_name, tenant_id, key) if key else ""
+    return SERIES + _hash(type_name, tenant_id, key, size=16).hex() if key else ""
 
 
 def parse_time(text: str) -> float:
@@ -127,8 +156,11 @@ def _time(metadata: Mapping[str, str], key: str, default: float) -> float:
         raise MalformedJob(f"metadata.{key}: {error}") from None
 
 
-def _digest(*names: str) -> str:
-    """22 characters: short, because the store keeps one for each job of the last day."""
+def _scope(type_name: str, tenant_id: str) -> str:
+    """11 characters: short, because each key of the last day begins with one."""
+    return base64.b64encode(_hash(type_name, tenant_id, size=8))[:11].decode()
+
+
+def _hash(*names: str, size: int) -> bytes:
     joined = "".join([f"{len(name)}:{name}" for name in names])
-    raw = hashlib.blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    return base64.urlsafe_b64encode(raw)[:22].decode()
+    return hashlib.blake2b(joined.encode(), digest_size=size).digest()

@@ -158,6 +158,7 @@ class Reaper:
         for stream_no, source in enumerate(self._settings.streams):
             with self._faults.guard(stream_no):
                 trimmed = self._store.trim(source.stream)
+                self._store.forget_keys(source.stream)
                 if freed := self._store.mend_slots(source):
                     log.warning("slots.freed", extra={"stream": source.stream, "entries": freed})
                 removed = self._store.remove_idle_consumers(source, own_name, idle_ms)

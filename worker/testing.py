@@ -92,7 +92,8 @@ class Harness:
     functions with `job`; a list of such functions will do, for each has its type. Of the ``settings``, these
     have an effect: streams, retry, max_payload, max_deaths, job_timeout_s and unique_window_s. The default
     settings have no jitter. ``cron`` are tables with the keys of ``[[cron]]`` in the configuration file;
-    `advance` enqueues their jobs. Errors of a handler's ``setup`` are raised here, and `ValueError` for a wrong table.
+    `advance` enqueues their jobs. Errors of a handler's ``setup`` are raised here, and `ValueError` for a
+    wrong table.
     """
 
     def __init__(

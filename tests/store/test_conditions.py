@@ -1,5 +1,6 @@
 """Suite of idempotency keys, supersede keys and delays: the store in memory and real servers decide alike."""
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from jobworker.worker.conditions import read_conditions
+from jobworker.worker.conditions import read_conditions, unique_bucket, unique_name
 from jobworker.worker.envelope import read_header, with_first_id, with_retry
 from jobworker.worker.errors import Fenced, StoreRefused
 from jobworker.worker.flow import LaneRules, read_flow_header
 from jobworker.worker.keys import Source, ready_key
 from jobworker.worker.store.ports import (
-    Claim,
+    Candidate,
     Dead,
     Entry,
+    OwnedKey,
     ReaderStore,
     Retry,
     Screened,
@@ -53,19 +55,30 @@ def given(world: World, store: ReaderStore, *jobs: bytes) -> list[Entry]:
     return read(store)
 
 
-def claim(entry: Entry, delay_until_s: float = 0.0) -> Claim:
+def candidate(entry: Entry, delay_until_s: float = 0.0) -> Candidate:
     data = entry.data or b""
-    first_id, unique, series, _, _ = read_conditions(read_header(data), entry.id)
+    first_id, series, _, _ = read_conditions(read_header(data), entry.id)
     moved = with_first_id(data, first_id.decode()) if delay_until_s else b""
-    return Claim(entry.id, first_id, unique, series, delay_until_s, moved)
+    return Candidate(entry.id, first_id, series, delay_until_s, moved)
 
 
-def screen(store: ReaderStore, entries: Iterable[Entry], window_s: float = WINDOW_S) -> Screened:
-    return store.screen(S, [claim(entry) for entry in entries], window_s)
+def screen(store: ReaderStore, entries: Iterable[Entry]) -> Screened:
+    return store.screen(S, [candidate(entry) for entry in entries])
 
 
 def delay(store: ReaderStore, entry: Entry, due_s: float) -> Screened:
-    return store.screen(S, [claim(entry, due_s)], WINDOW_S)
+    return store.screen(S, [candidate(entry, due_s)])
+
+
+def claim(store: ReaderStore, *entries: Entry, window_s: float = WINDOW_S) -> dict[bytes, bytes]:
+    keys = [(entry.id, unique_name(read_header(entry.data or b""))) for entry in entries]
+    return store.claim_keys(S, keys, window_s)
+
+
+def dead(entry: Entry) -> Settlement:
+    name = unique_name(read_header(entry.data or b""))
+    key = OwnedKey(unique_bucket(entry.id, WINDOW_S), name, entry.id)
+    return Settlement(S, dead=[Dead(entry.id, b"{}", key)])
 
 
 def sort(store: ReaderStore, entries: Iterable[Entry]) -> None:
@@ -87,97 +100,110 @@ def names(entries: Iterable[Entry]) -> list[str]:
     return [json.loads(entry.data or b"")["id"] for entry in entries]
 
 
-RUNS: Screened = Screened({}, {}, set(), set())
+RUNS = Screened({}, set(), set())
 
 
 class TestIdempotencyKeys:
     def test_a_second_job_with_the_key_is_a_duplicate(self, world: World) -> None:
         store = reader(world)
         first, second = given(world, store, job("1", idempotency_key="k"), job("2", idempotency_key="k"))
-        assert screen(store, [first, second]) == Screened({second.id: first.id}, {}, set(), set())
+        assert claim(store, first, second) == {second.id: first.id}
 
-    def test_type_tenant_and_key_must_be_the_same(self, world: World) -> None:
+    @pytest.mark.parametrize("key", ["k", "编" * 40, "x" * 41, "y" * 16_000], ids=len)
+    def test_type_tenant_and_key_must_be_the_same(self, world: World, key: str) -> None:
         store = reader(world)
-        entries = given(
-            world, store, job("1", idempotency_key="k"), job("2", idempotency_key="l"),
-            job("3", tenant="t2", idempotency_key="k"), job("4", type="b", idempotency_key="k"),
+        one, *others, again = given(
+            world, store, job("1", idempotency_key=key), job("2", idempotency_key=key + "2"),
+            job("3", tenant="t2", idempotency_key=key), job("4", type="b", idempotency_key=key),
+            job("5", tenant="1", type="at", idempotency_key=key), job("6", idempotency_key=key),
         )  # fmt: skip
-        assert screen(store, entries) == RUNS
+        assert claim(store, one, *others) == {}
+        assert claim(store, again) == {again.id: one.id}
 
     def test_a_job_that_is_delivered_again_owns_its_key(self, world: World) -> None:
         store = reader(world)
         (entry,) = given(world, store, job("1", idempotency_key="k"))
         for _ in range(3):
-            assert screen(store, [entry]) == RUNS
+            assert claim(store, entry) == {}
         other = reader(world, "two")
         (claimed,) = other.claim(S, 0, 10, b"0-0")[1]
-        assert screen(other, [claimed]) == RUNS
-
-    def test_a_retry_owns_its_key(self, world: World) -> None:
-        store = reader(world)
-        (entry,) = given(world, store, job("1", idempotency_key="k"))
-        screen(store, [entry])
-        data = with_retry(entry.data or b"", 1, 0, first_id=entry.id.decode())
-        settle(store, [Settlement(S, retries=[Retry(entry.id, 0.0, data)])])
-        world.reaper().promote(S.stream, 10)
-        (again,) = read(store)
-        assert again.id != entry.id
-        assert screen(store, [again]) == RUNS
-        (late,) = given(world, store, job("2", idempotency_key="k"))
-        assert screen(store, [late]).duplicates == {late.id: entry.id}
+        assert claim(other, claimed) == {}
 
     def test_a_key_stays_taken_after_success_until_the_window_ends(self, world: World) -> None:
         store = reader(world)
         (entry,) = given(world, store, job("1", idempotency_key="k"))
-        screen(store, [entry], 0.3)
+        claim(store, entry, window_s=0.5)
         settle(store, [Settlement(S, [entry.id])])
-        late, later = given(world, store, job("2", idempotency_key="k"), job("3", idempotency_key="k"))
-        assert screen(store, [late], 0.3).duplicates == {late.id: entry.id}
-        world.pass_time(0.4)
-        assert screen(store, [later], 0.3) == RUNS
+        (late,) = given(world, store, job("2", idempotency_key="k"))
+        assert claim(store, late, window_s=0.5) == {late.id: entry.id}
+        world.pass_time(0.6)
+        (later,) = given(world, store, job("3", idempotency_key="k"))
+        assert claim(store, later, window_s=0.5) == {}
+
+    def test_a_key_is_taken_across_the_border_of_buckets(self, world: World) -> None:
+        store = reader(world)
+        owners = []
+        for number in range(8):
+            (entry,) = given(world, store, job(str(number), idempotency_key="k"))
+            owners.append(claim(store, entry, window_s=0.5).get(entry.id, entry.id))
+            world.pass_time(0.15)
+        starts = sorted({int(owner.partition(b"-")[0]) for owner in owners})
+        assert len(starts) > 1
+        assert all(later - earlier >= 500 for earlier, later in itertools.pairwise(starts))
+
+    def test_keys_are_deleted_after_two_windows(self, world: World) -> None:
+        store = reader(world)
+        (entry,) = given(world, store, job("1", idempotency_key="k"))
+        claim(store, entry, window_s=0.2)
+        claim(store, entry, window_s=WINDOW_S)
+        world.pass_time(1.5)
+        assert world.reaper().forget_keys(S.stream) == 1
+        assert world.reaper().forget_keys(S.stream) == 0
+        (late,) = given(world, store, job("2", idempotency_key="k"))
+        assert claim(store, late) == {late.id: entry.id}
 
     def test_a_dead_letter_frees_the_key_that_the_job_owns(self, world: World) -> None:
         store = reader(world)
         entry, second = given(world, store, job("1", idempotency_key="k"), job("2", idempotency_key="k"))
-        screen(store, [entry])
-        unique = claim(entry).unique
-        settle(store, [Settlement(S, dead=[Dead(second.id, b"{}", unique, second.id)])])
+        claim(store, entry)
+        settle(store, [dead(second)])
         (third,) = given(world, store, job("3", idempotency_key="k"))
-        assert screen(store, [third]).duplicates == {third.id: entry.id}
-        settle(store, [Settlement(S, dead=[Dead(entry.id, b"{}", unique, entry.id)])])
-        assert screen(store, [third]) == RUNS
+        assert claim(store, third) == {third.id: entry.id}
+        settle(store, [dead(entry)])
+        assert claim(store, third) == {}
 
     def test_of_many_jobs_on_two_hosts_one_owns_each_key(self, world: World) -> None:
         one, two = reader(world, "one"), reader(world, "two")
-        jobs = [job(str(number), idempotency_key=f"k{number % 7}") for number in range(3000)]
+        jobs = [job(str(number), idempotency_key=f"k{number % 1200}") for number in range(4800)]
         world.producer().add(S.stream, jobs)
-        one.begin_read(S, 1500, 0)
+        one.begin_read(S, 2400, 0)
         mine, others = one.finish_read(S), read(two)
-        duplicates = screen(one, mine).duplicates.keys() | screen(two, others).duplicates.keys()
-        assert len(duplicates) == 3000 - 7
+        duplicates = claim(one, *mine) | claim(two, *others)
+        assert len(duplicates) == 3600
+        assert set(duplicates.values()) == {entry.id for entry in mine[:1200]}
 
     def test_a_fenced_reader_takes_no_key(self, world: World) -> None:
         old = reader(world)
         (entry,) = given(world, old, job("1", idempotency_key="k"))
         reader(world)
         with pytest.raises(Fenced):
-            screen(old, [entry])
+            claim(old, entry)
 
     def test_a_broken_key_of_the_stream_is_refused(self, world: World) -> None:
         store = reader(world)
         (entry,) = given(world, store, job("1", idempotency_key="k"))
         world.break_key(ready_key(S.stream))
         with pytest.raises(StoreRefused):
-            screen(store, [entry])
+            claim(store, entry)
         world.repair_key(ready_key(S.stream))
-        assert screen(store, [entry]) == RUNS
+        assert claim(store, entry) == {}
 
 
 class TestDelays:
     def test_a_job_waits_until_its_time(self, world: World) -> None:
         store = reader(world)
         (entry,) = given(world, store, job("1"))
-        assert delay(store, entry, now_s(entry) + 0.4) == Screened({}, {}, {entry.id}, set())
+        assert delay(store, entry, now_s(entry) + 0.4) == Screened({}, {entry.id}, set())
         depths = world.reaper().depths(S)
         assert (depths.pending, depths.retrying) == (0, 1)
         assert world.reaper().promote(S.stream, 10).moved == 0
@@ -206,12 +232,6 @@ class TestDelays:
         (entry,) = given(world, one, job("1"))
         assert delay(two, entry, now_s(entry) + 60).lost == {entry.id}
         assert world.waiting(S.stream) == []
-
-    def test_a_delayed_job_has_its_key_already(self, world: World) -> None:
-        store = reader(world)
-        first, second = given(world, store, job("1", idempotency_key="k"), job("2", idempotency_key="k"))
-        delay(store, first, now_s(first) + 60)
-        assert screen(store, [second]).duplicates == {second.id: first.id}
 
 
 class TestSupersedeKeys:
@@ -318,10 +338,11 @@ def test_on_a_cluster_all_keys_are_in_the_slot_of_their_stream(tmp_path: Path) -
         metadata: dict[str, Any] = {"idempotency_key": "k", "supersede_key": "c7"}
         producer.add(S.stream, [job("1", **metadata), job("2", supersede_key="c7")])
         first, second = read(store)
+        assert claim(store, first) == {}
         assert screen(store, [first, second]).superseded == {first.id: second.id}
         assert delay(store, second, now_s(second) + 60).delayed == {second.id}
-        keys = server.client.keys("ready:{stream:test}/*")
-        assert len(keys) == 2
+        keys = server.client.keys("ready:{stream:test}/*/*")
+        assert len(keys) == 2  # bucket, newest of the series
         store.close()
         producer.close()
     finally:

@@ -6,7 +6,14 @@ from typing import NamedTuple
 
 import msgspec
 
-from ..conditions import CONDITION_KEYS, EXPIRES_AT, IDEMPOTENCY_KEY, Conditions, read_conditions
+from ..conditions import (
+    CONDITION_KEYS,
+    EXPIRES_AT,
+    IDEMPOTENCY_KEY,
+    Conditions,
+    UniqueKeys,
+    read_conditions,
+)
 from ..envelope import DeadJob, Header, is_oversized, read_header
 from ..errors import MalformedJob
 from ..outcome import Drop, Reason
@@ -24,13 +31,15 @@ READER_DIED = "ReaderDied: the reader ended while it read this job, so no other 
 class AdmittedJob(NamedTuple):
     """A job that may run. ``isolated``: it may have killed a worker, so it runs alone.
 
-    ``conditions`` are None where it has none, or they were checked when it was first admitted.
+    ``unique`` is the name of its idempotency key, if it has to be claimed. ``conditions`` are None where it
+    has none, or they were checked when it was first admitted.
     """
 
     stream_no: int
     type_no: int
     entry: Entry
     isolated: bool
+    unique: str = ""
     conditions: Conditions | None = None
 
 
@@ -41,6 +50,8 @@ class RejectedEntry(NamedTuple):
     stream_no: int
     job: DeadJob
 
+
+_OTHER_CONDITIONS = CONDITION_KEYS - {IDEMPOTENCY_KEY}
 
 _new = tuple.__new__  # a named tuple's own constructor takes four times as long, once per job
 
@@ -61,8 +72,7 @@ class Admission:
         unique: bool = True,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
-        self._unique = unique
-        self._condition_keys = CONDITION_KEYS if unique else CONDITION_KEYS - {IDEMPOTENCY_KEY}
+        self._unique_keys = UniqueKeys() if unique else None
         self._wall_s = wall_s
         self._type_nos = type_nos
         self._max_payload = max_payload
@@ -104,13 +114,20 @@ class Admission:
             error = f"PoisonJob: {deaths} workers died under it, {deliveries} deliveries without an end"
             return _reject(stream_no, entry, Reason.POISON, error, envelope)
         isolated = deaths > 0 or deliveries >= ISOLATED_FROM_DELIVERIES
-        if envelope.metadata and not self._condition_keys.isdisjoint(envelope.metadata):
-            return self._with_conditions(AdmittedJob(stream_no, type_no, entry, isolated), envelope)
-        return _new(AdmittedJob, (stream_no, type_no, entry, isolated, None))
+        unique = ""
+        if metadata := envelope.metadata:
+            key = metadata.get(IDEMPOTENCY_KEY)
+            # Any later entry of a job is that of the key's owner.
+            if key and self._unique_keys and not envelope.first_id:
+                unique = self._unique_keys.name_of(envelope.type, envelope.tenant_id, key)
+            if not _OTHER_CONDITIONS.isdisjoint(metadata):
+                job = AdmittedJob(stream_no, type_no, entry, isolated, unique)
+                return self._with_conditions(job, envelope)
+        return _new(AdmittedJob, (stream_no, type_no, entry, isolated, unique, None))
 
     def _with_conditions(self, job: AdmittedJob, envelope: Header) -> AdmittedJob | RejectedEntry:
         try:
-            conditions = read_conditions(envelope, job.entry.id, unique=self._unique)
+            conditions = read_conditions(envelope, job.entry.id)
         except MalformedJob as malformed:
             error = f"MalformedJob: {malformed}"
             return _reject(job.stream_no, job.entry, Reason.MALFORMED, error, envelope)

@@ -175,7 +175,7 @@ class FlowControl:
     def _sort(self, stream_no: int, jobs: Iterable[AdmittedJob]) -> None:
         state, (rules, version) = self._states[stream_no], self._rules[stream_no]
         lanes: defaultdict[bytes, list[WaitingJob]] = defaultdict(list)
-        for _, _, (entry_id, data, _, _), _, _ in jobs:
+        for _, _, (entry_id, data, _, _), _, _, _ in jobs:
             assert data is not None, "an admitted job has data"
             lanes[rules.name_of(read_flow_header(data))].append(WaitingJob(entry_id, len(data)))
         refused = self._store.sort(self._streams[stream_no], version, lanes)

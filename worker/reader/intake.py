@@ -305,8 +305,8 @@ class Intake:
         jobs, rejected = self._admission.check_all(stream_no, entries)
         self.rejected += rejected
         in_series = False
-        if conditional := [job for job in jobs if job.conditions is not None]:
-            in_series = has_series(conditional)
+        if any(job.unique or job.conditions for job in jobs):
+            in_series = has_series(jobs)
             jobs, dropped = self._screening.screen(stream_no, jobs, is_taken=is_taken)
             self.rejected += dropped
         if not is_taken:

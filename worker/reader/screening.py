@@ -1,5 +1,4 @@
-"""Screening: compares admitted jobs with others of their idempotency and supersede keys; delays those that are
-not due."""
+"""Screening: compares admitted jobs with others of their keys, and delays those that are not due."""
 
 import logging
 import math
@@ -7,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ..envelope import read_header, with_first_id
 from ..outcome import Drop
-from ..store.ports import Claim
+from ..store.ports import Candidate
 from .admission import AdmittedJob, RejectedEntry, drop, reject_expired
 from .context import ReaderContext
 from .prefetch import PrefetchBuffer
@@ -39,41 +38,46 @@ class Screening:
         Jobs that were taken out of lanes were screened before; only a newer job of their series may have
         arrived since.
         """
-        claims = []
-        for _, _, entry, _, conditions in jobs:
-            if conditions is None:
-                continue
-            self._wall_next_expiry_s = min(self._wall_next_expiry_s, conditions.expires_s)
-            first_id, unique, series, due_s, _ = conditions
-            if is_taken:
-                unique, due_s = "", 0.0
-            data = b""
-            if due_s > self._wall_s():
-                assert entry.data is not None, "an admitted job has data"
-                data = with_first_id(entry.data, first_id.decode())
-            if unique or series or data:
-                claims.append(Claim(entry.id, first_id, unique, series, due_s, data))
-        return self._decide(stream_no, jobs, claims) if claims else (jobs, [])
+        dropped: list[RejectedEntry] = []
+        keys = [] if is_taken else [(job.entry.id, job.unique) for job in jobs if job.unique]
+        if keys and (owners := self._store.claim_keys(self._streams[stream_no], keys, self._window_s)):
+            dropped = [
+                drop(job, Drop.DUPLICATE, owners[job.entry.id]) for job in jobs if job.entry.id in owners
+            ]
+            jobs = [job for job in jobs if job.entry.id not in owners]
+        if candidates := [one for job in jobs if (one := self._candidate(job, is_taken=is_taken))]:
+            jobs = self._compare(stream_no, jobs, candidates, dropped)
+        return jobs, dropped
 
-    def _decide(
-        self, stream_no: int, jobs: Sequence[AdmittedJob], claims: Sequence[Claim]
-    ) -> tuple[Sequence[AdmittedJob], list[RejectedEntry]]:
-        screened = self._store.screen(self._streams[stream_no], claims, self._window_s)
-        if not any(screened):
-            return jobs, []
+    def _candidate(self, job: AdmittedJob, *, is_taken: bool) -> Candidate | None:
+        """A job that must be compared or delayed."""
+        if job.conditions is None:
+            return None
+        first_id, series, due_s, expires_s = job.conditions
+        self._wall_next_expiry_s = min(self._wall_next_expiry_s, expires_s)
+        data = b""
+        if due_s > self._wall_s() and not is_taken:
+            assert job.entry.data is not None, "an admitted job has data"
+            data = with_first_id(job.entry.data, first_id.decode())
+        return Candidate(job.entry.id, first_id, series, due_s, data) if series or data else None
+
+    def _compare(
+        self,
+        stream_no: int,
+        jobs: Sequence[AdmittedJob],
+        candidates: Sequence[Candidate],
+        dropped: list[RejectedEntry],
+    ) -> Sequence[AdmittedJob]:
+        """The jobs that may run; adds those that are superseded to ``dropped``."""
+        screened = self._store.screen(self._streams[stream_no], candidates)
         if screened.delayed:
             fields = {"stream": self._streams[stream_no].stream, "jobs": len(screened.delayed)}
             log.debug("jobs.delayed", extra=fields)
-        kept, dropped = [], []
         for job in jobs:
-            id = job.entry.id
-            if id in screened.duplicates:
-                dropped.append(drop(job, Drop.DUPLICATE, screened.duplicates[id]))
-            elif id in screened.superseded:
-                dropped.append(drop(job, Drop.SUPERSEDED, screened.superseded[id]))
-            elif id not in screened.delayed and id not in screened.lost:
-                kept.append(job)
-        return kept, dropped
+            if by := screened.superseded.get(job.entry.id):
+                dropped.append(drop(job, Drop.SUPERSEDED, by))
+        gone = screened.superseded.keys() | screened.delayed | screened.lost
+        return [job for job in jobs if job.entry.id not in gone]
 
     def take_expired(self) -> list[RejectedEntry]:
         """Remove the prefetched jobs whose latest start has passed."""

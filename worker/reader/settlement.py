@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ..conditions import expires_s, has_keys, unique_of
+from ..conditions import expires_s, has_keys, unique_bucket, unique_name
 from ..envelope import DeadJob, Header, dead_letter, read_header, with_retry
 from ..errors import Fenced, StoreUnavailable
 from ..flow import read_flow_header, tenant_key
@@ -17,7 +17,7 @@ from ..ipc.control import WorkerExited
 from ..ipc.inflight import FAILED, QUEUED, SETTLED, STARTED, SUCCEEDED, InFlightJob
 from ..keys import Source
 from ..outcome import Drop, Failure, GiveUp, Reason, TryAgain, after_failure
-from ..store.ports import Dead, Entry, PutBack, Retry, Settled, Settlement, WaitingJob
+from ..store.ports import Dead, Entry, OwnedKey, PutBack, Retry, Settled, Settlement, WaitingJob
 from ..telemetry import trace
 from ..telemetry.current_job import log_fields
 from .admission import AdmittedJob, RejectedEntry, reject_unread
@@ -346,11 +346,15 @@ class Settler:
         batch.counts[stream_no, job.entry_id].append(("z_novel_jobs_dead_total", (type_name, job.reason)))
         failed_at = self._wall_now().isoformat(timespec="milliseconds").replace("+00:00", "Z")
         letter = dead_letter(job, stream=self._streams[stream_no].stream, worker=worker, failed_at=failed_at)
-        unique, first_id = "", b""
-        if job.envelope is not None and not job.envelope.requeued:
-            unique = unique_of(job.envelope.type, job.envelope.tenant_id, job.envelope.metadata)
-            first_id = job.envelope.first_id.encode() or job.entry_id
-        batch.dead[stream_no].append(Dead(job.entry_id, letter, unique, first_id))
+        batch.dead[stream_no].append(Dead(job.entry_id, letter, self._owned_key(job)))
+
+    def _owned_key(self, job: DeadJob) -> OwnedKey | None:
+        """The idempotency key that a dead letter frees, if the job owns it."""
+        window_s = self._settings.unique_window_s
+        if job.envelope is None or not window_s or not (name := unique_name(job.envelope)):
+            return None
+        first_id = job.envelope.first_id.encode() or job.entry_id
+        return OwnedKey(unique_bucket(first_id, window_s), name, first_id)
 
     # -- the store
 

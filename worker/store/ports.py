@@ -37,19 +37,23 @@ class Retry(NamedTuple):
     data: bytes
 
 
-class Dead(NamedTuple):
-    """Settlement of one entry by a dead letter: the letter's JSON.
+class OwnedKey(NamedTuple):
+    """An idempotency key: its bucket and name, and the first entry of the job that may own it."""
 
-    If the job owns ``unique``, that is free again. ``first_id`` is the id of the job's first entry.
-    """
+    bucket: str
+    name: str
+    first_id: bytes
+
+
+class Dead(NamedTuple):
+    """Settlement of one entry by a dead letter: the letter's JSON. ``key`` is freed if the job owns it."""
 
     id: bytes
     data: bytes
-    unique: str = ""
-    first_id: bytes = b""
+    key: OwnedKey | None = None
 
 
-class Claim(NamedTuple):
+class Candidate(NamedTuple):
     """A job that may not run before the store has compared it with others (see `conditions`).
 
     ``data`` is the job as it waits in the retry ZSET until ``due_s`` (unix seconds); empty if it is due.
@@ -57,7 +61,6 @@ class Claim(NamedTuple):
 
     id: bytes
     first_id: bytes
-    unique: str = ""
     series: str = ""
     due_s: float = 0.0
     data: bytes = b""
@@ -66,11 +69,10 @@ class Claim(NamedTuple):
 class Screened(NamedTuple):
     """Jobs that may not run, by entry id.
 
-    ``duplicates`` and ``superseded`` name the first entry of the job that runs instead. ``delayed`` were
-    moved into the retry ZSET. ``lost`` are not ours any more.
+    ``superseded`` names the first entry of the job that runs instead. ``delayed`` were moved into the retry
+    ZSET. ``lost`` are not ours any more.
     """
 
-    duplicates: dict[bytes, bytes]
     superseded: dict[bytes, bytes]
     delayed: set[bytes]
     lost: set[bytes]
@@ -295,11 +297,19 @@ class ReaderStore(Protocol):
         They are those whose turn it is, within the limits.
         """
 
-    def screen(self, source: Source, claims: Sequence[Claim], window_s: float) -> Screened:
-        """Compare jobs with others of their idempotency and supersede keys, and delay those that are not due.
+    def claim_keys(
+        self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
+    ) -> dict[bytes, bytes]:
+        """Claim idempotency keys atomically: first entry of each job and name of its key.
 
-        Each job is decided atomically, and a repeated call decides the same. An idempotency key is taken for
-        ``window_s``.
+        Returns the owner's first entry for each entry whose key another job owns: one that was sent less than
+        ``window_s`` before. A repeated call returns the same.
+        """
+
+    def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
+        """Compare jobs with others of their supersede keys, and delay those that are not due.
+
+        Each job is decided atomically, and a repeated call decides the same.
         """
 
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
@@ -320,6 +330,9 @@ class ReaperStore(CronStore, Protocol):
 
     def remove_idle_consumers(self, source: Source, keep: str, idle_ms: int) -> int:
         """Delete consumers other than ``keep`` that own nothing and were idle for ``idle_ms``, atomically."""
+
+    def forget_keys(self, stream: str) -> int:
+        """Delete idempotency keys whose window has passed, by buckets; returns the number of buckets."""
 
     def mend_slots(self, source: Source) -> int:
         """Free the slots of entries that are no longer pending; returns the number of these entries."""

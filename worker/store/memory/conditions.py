@@ -1,7 +1,9 @@
-"""Idempotency and supersede keys of one stream in memory: the same decisions as the script ``screen``."""
+"""Idempotency and supersede keys of one stream in memory: the same decisions as the scripts."""
 
 from collections.abc import Callable
 from typing import NamedTuple
+
+from ..ports import OwnedKey
 
 #: Time for which the newest job of a series is known, from its due time on (seconds).
 _KEEP_NEWEST_S = 24 * 3600.0
@@ -26,23 +28,36 @@ class MemoryConditions:
 
     def __init__(self, wall_now_s: Callable[[], float]) -> None:
         self._wall_now_s = wall_now_s
-        #: Digest -> first entry of the owner, and the end of its claim.
-        self._owners: dict[str, tuple[bytes, float]] = {}
+        #: Bucket -> name of a key -> first entry of the owner.
+        self._buckets: dict[str, dict[str, bytes]] = {}
         self._newest: dict[str, _Newest] = {}
 
-    def claim(self, unique: str, first_id: bytes, window_s: float) -> bytes | None:
-        """Take an idempotency key; the first entry of another job that has it."""
-        now_s = self._wall_now_s()
-        owner, until_s = self._owners.get(unique, (first_id, 0.0))
-        if until_s > now_s:
-            return None if owner == first_id else owner
-        self._owners[unique] = first_id, now_s + window_s
+    def claim(self, name: str, first_id: bytes, window_ms: int) -> bytes | None:
+        """Claim an idempotency key; the first entry of another job that owns it."""
+        number = _order(first_id)[0] // window_ms
+        for other in (number - 1, number, number + 1):
+            owner = self._buckets.get(f"{window_ms}/{other}", {}).get(name, first_id)
+            if owner != first_id and abs(_order(first_id)[0] - _order(owner)[0]) < window_ms:
+                return owner
+        self._buckets.setdefault(f"{window_ms}/{number}", {})[name] = first_id
         return None
 
-    def free(self, unique: str, first_id: bytes) -> None:
-        """Free an idempotency key that the job owns."""
-        if unique and self._owners.get(unique, (b"", 0.0))[0] == first_id:
-            del self._owners[unique]
+    def free(self, key: OwnedKey) -> None:
+        """Free an idempotency key if the job owns it."""
+        bucket = self._buckets.get(key.bucket, {})
+        if bucket.get(key.name) == key.first_id:
+            del bucket[key.name]
+
+    def forget(self) -> int:
+        """Delete the buckets whose window has passed; returns their number."""
+        outdated = []
+        for bucket in self._buckets:
+            window_ms, number = map(int, bucket.split("/"))
+            if (number + 2) * window_ms <= int(self._wall_now_s()) * 1000:
+                outdated.append(bucket)
+        for bucket in outdated:
+            del self._buckets[bucket]
+        return len(outdated)
 
     def lead(
         self, series: str, id: bytes, first_id: bytes, due_s: float

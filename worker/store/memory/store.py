@@ -22,7 +22,7 @@ from ..announcements import Announcement, encode, parse
 from ..ports import (
     RELEASED_IDLE_S,
     Backlog,
-    Claim,
+    Candidate,
     Dead,
     Depths,
     Entry,
@@ -260,26 +260,28 @@ class MemoryStore(MemoryCronStore):
 
     # -- idempotency and supersede keys
 
-    def screen(self, source: Source, claims: Sequence[Claim], window_s: float) -> Screened:
+    def claim_keys(
+        self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
+    ) -> dict[bytes, bytes]:
+        with self._server.lock:
+            conditions = self._fenced(source).conditions
+            self._server.check(ready_key(source.stream))
+            window_ms = max(1, round(window_s * 1000))
+            found = {id: conditions.claim(name, id, window_ms) for id, name in keys}
+            return {id: owner for id, owner in found.items() if owner is not None}
+
+    def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
         with self._server.lock:
             self._fenced(source)
             self._server.check(deaths_key(source.stream), ready_key(source.stream))
-            screened = Screened({}, {}, set(), set())
-            simple = [one for one in claims if not one.series and not one.data]
-            others = [one for one in claims if one.series or one.data]
-            newest_first = sorted(others, key=lambda one: order(one.first_id), reverse=True)
-            for one in (*simple, *newest_first):
-                self._screen_one(source, one, window_s, screened)
+            screened = Screened({}, set(), set())
+            for one in sorted(candidates, key=lambda one: order(one.first_id), reverse=True):
+                self._screen_one(source, one, screened)
             return screened
 
-    def _screen_one(self, source: Source, claim: Claim, window_s: float, screened: Screened) -> None:
+    def _screen_one(self, source: Source, claim: Candidate, screened: Screened) -> None:
         stream, group = self._server.stream(source.stream), self._group(source)
         conditions = stream.conditions
-        if claim.unique and (owner := conditions.claim(claim.unique, claim.first_id, window_s)):
-            screened.duplicates[claim.id] = owner
-            return
-        if not (claim.series or claim.data):
-            return
         if not self._owns(group, claim.id):
             screened.lost.add(claim.id)
             return
@@ -301,6 +303,10 @@ class MemoryStore(MemoryCronStore):
 
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         return set(ids) & self._server.stream(source.stream).lanes.slots.keys()
+
+    def forget_keys(self, stream: str) -> int:
+        with self._server.lock:
+            return self._server.stream(stream).conditions.forget()
 
     def mend_slots(self, source: Source) -> int:
         with self._server.lock:
@@ -459,7 +465,8 @@ class MemoryStore(MemoryCronStore):
             self._server.schedule(source.stream, outcome.data, outcome.delay_s)
         elif isinstance(outcome, Dead):
             stream.dead.append(outcome.data)
-            stream.conditions.free(outcome.unique, outcome.first_id)
+            if outcome.key:
+                stream.conditions.free(outcome.key)
         elif isinstance(outcome, PutBack):
             stream.lanes.wait_for(outcome.key, Lane.decode(outcome.lane).type, outcome.wait_s)
             stream.lanes.put(outcome.lane, [outcome.job], version, in_front=True)

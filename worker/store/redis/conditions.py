@@ -1,53 +1,75 @@
-"""Arguments and reply of ``screen.lua``, which compares jobs with others of their keys."""
+"""Arguments and replies of the scripts that compare jobs with others of their keys."""
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
-from ..ports import Claim, Screened
-from .base import chunks_by_size
+import msgspec
+
+from ..ports import Candidate, Screened
+from .base import SCRIPT_IDS, chunks_by_size
 from .lua import Argument
 
 #: Time for which the newest job of a series is known, from its due time on: no older one waits as long.
 _KEEP_NEWEST_MS = 24 * 3600 * 1000
 
+#: First entry of a job, and name of its idempotency key.
+Key = tuple[bytes, str]
 
-class ScreenCall:
-    """One call of ``screen.lua``: its arguments, and the jobs in their order."""
 
-    def __init__(self, claims: Sequence[Claim], window_s: float) -> None:
-        simple = [one for one in claims if not one.series and not one.data]
-        others = [one for one in claims if one.series or one.data]
-        self._claims = simple + others
-        # At least 1 ms: the server refuses shorter times.
-        self.arguments: list[Argument] = [max(1, round(window_s * 1000)), _KEEP_NEWEST_MS, len(simple)]
-        for one in simple:
-            self.arguments += (one.first_id, one.unique)
-        for one in others:
+def key_calls(keys: Sequence[Key], window_s: float) -> Iterator[tuple[Sequence[Key], list[Argument]]]:
+    """Calls of ``claim_keys.lua``: the keys and the arguments of each, one bucket and no key twice."""
+    window_ms = max(1, round(window_s * 1000))
+    for part in _parts(keys):
+        numbers = (
+            int(part[0][0].partition(b"-")[0]) // window_ms,
+            int(part[-1][0].partition(b"-")[0]) // window_ms,
+        )
+        by_bucket = [(numbers[0], part)] if numbers[0] == numbers[1] else _by_bucket(part, window_ms)
+        for number, some in by_bucket:
+            # The server's decoder knows texts, and not the newer type for bytes.
+            names, ids = [name for _, name in some], [id.decode() for id, _ in some]
+            yield some, [window_ms, number, msgspec.msgpack.encode(names), msgspec.msgpack.encode(ids)]
+
+
+def _parts(keys: Sequence[Key]) -> Iterator[Sequence[Key]]:
+    """Keys in parts that a script takes, in which each name stands once."""
+    while keys:
+        first: dict[str, Key] = {}
+        again = [key for key in keys if first.setdefault(key[1], key) is not key]
+        once = list(first.values()) if again else keys
+        yield from (once[start : start + SCRIPT_IDS] for start in range(0, len(once), SCRIPT_IDS))
+        keys = again
+
+
+def _by_bucket(keys: Sequence[Key], window_ms: int) -> Iterator[tuple[int, list[Key]]]:
+    for number, some in groupby(keys, key=lambda key: int(key[0].partition(b"-")[0]) // window_ms):
+        yield number, list(some)
+
+
+def screen_calls(candidates: Sequence[Candidate]) -> Iterator[tuple[list[Candidate], list[Argument]]]:
+    """Calls of ``screen.lua``: the jobs and the arguments of each. The newest of each series comes first."""
+    for part in chunks_by_size(sorted(candidates, key=_age, reverse=True), lambda one: len(one.data)):
+        arguments: list[Argument] = [_KEEP_NEWEST_MS]
+        for one in part:
             due = f"{one.due_s:.6f}" if one.data else "0"
-            self.arguments += (one.id, one.first_id, one.unique, one.series, due, one.data)
-
-    def add_reply(self, reply: Sequence[Any], screened: Screened) -> None:
-        """Add the jobs that may not run."""
-        for number, verdict, by in zip(reply[::3], reply[1::3], reply[2::3], strict=True):
-            id = self._claims[number - 1].id
-            match verdict:
-                case b"duplicate":
-                    screened.duplicates[id] = by
-                case b"superseded":
-                    screened.superseded[id] = by
-                case b"delayed":
-                    screened.delayed.add(id)
-                case _:
-                    screened.lost.add(id)
+            arguments += (one.id, one.first_id, one.series, due, one.data)
+        yield part, arguments
 
 
-def screen_calls(claims: Sequence[Claim], window_s: float) -> Iterator[ScreenCall]:
-    """The calls for these jobs, the newest of each series first."""
-    in_order = sorted(claims, key=lambda one: _age(one) if one.series else (0, 0), reverse=True)
-    for part in chunks_by_size(in_order, lambda one: len(one.data)):
-        yield ScreenCall(part, window_s)
+def add_screened(part: Sequence[Candidate], reply: Sequence[Any], screened: Screened) -> None:
+    """Add the jobs of one call that may not run."""
+    for number, verdict, by in zip(reply[::3], reply[1::3], reply[2::3], strict=True):
+        id = part[number - 1].id
+        match verdict:
+            case b"superseded":
+                screened.superseded[id] = by
+            case b"delayed":
+                screened.delayed.add(id)
+            case _:
+                screened.lost.add(id)
 
 
-def _age(claim: Claim) -> tuple[int, int]:
-    ms, _, sequence = claim.first_id.partition(b"-")
+def _age(candidate: Candidate) -> tuple[int, int]:
+    ms, _, sequence = candidate.first_id.partition(b"-")
     return int(ms), int(sequence)

@@ -14,7 +14,7 @@ from ...keys import NO_HOLDER, PAUSED_KEY, Holder, Source
 from ..ports import (
     RELEASED_IDLE_S,
     Backlog,
-    Claim,
+    Candidate,
     Entry,
     Screened,
     Settled,
@@ -35,7 +35,7 @@ from .base import (
     pairs,
 )
 from .blocking_read import BlockingRead, GroupMissing
-from .conditions import screen_calls
+from .conditions import add_screened, key_calls, screen_calls
 from .connection import Reply
 from .lua import Command, script
 
@@ -221,13 +221,23 @@ class RedisReaderStore(RedisStoreBase):
         reply = self._run(source, "take", more_keys, [most, lanes.TAKE_BYTES, lanes.OUTDATED_IDS, *types])
         return lanes.taken(reply, partial(self._deaths, source))
 
-    def screen(self, source: Source, claims: Sequence[Claim], window_s: float) -> Screened:
+    def claim_keys(
+        self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
+    ) -> dict[bytes, bytes]:
+        """At most 1,000 keys a script."""
+        owners: dict[bytes, bytes] = {}
+        for some, arguments in key_calls(keys, window_s):
+            reply = self._run(source, "claim_keys", [self._ready(source)], arguments)
+            owners |= {some[number - 1][0]: by for number, by in zip(reply[::2], reply[1::2], strict=True)}
+        return owners
+
+    def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
         """At most 1,000 jobs or 8 MiB a script."""
         stream = source.stream
         more_keys = [self.retry_key(stream), self.deaths_key(stream), self._ready(source)]
-        screened = Screened({}, {}, set(), set())
-        for one in screen_calls(claims, window_s):
-            one.add_reply(self._run(source, "screen", more_keys, one.arguments), screened)
+        screened = Screened({}, set(), set())
+        for some, arguments in screen_calls(candidates):
+            add_screened(some, self._run(source, "screen", more_keys, arguments), screened)
         return screened
 
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
@@ -349,7 +359,7 @@ class RedisReaderStore(RedisStoreBase):
         for retry in part.retries:
             arguments += (retry.id, retry.delay_s, retry.data)
         for dead in part.dead:
-            arguments += dead.id, dead.data, dead.unique, dead.first_id
+            arguments += dead.id, dead.data, *(dead.key or ("", "", ""))
         for job, lane, key, wait_s in part.put_back:
             arguments += (job.id, lane, job.cost, key, round(wait_s * 1000))
         more_keys = [

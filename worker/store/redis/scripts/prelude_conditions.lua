@@ -1,6 +1,7 @@
 -- Prelude of the scripts that compare jobs with others (see lua.py), after prelude_flow.lua. Its keys begin with the name of
 -- the ready hash and a slash, so all are in the stream's slot:
---   unique/<digest>   STRING: first entry of the job that took the idempotency key; expires with the window
+--   unique/<window in ms>/<number>   HASH idempotency key -> first entry of the job that owns it: a bucket, for the jobs
+--     that were sent within one window   unique   ZSET bucket -> time (ms) at which it is deleted
 --   newest/<series>   STRING 'first entry, entry, due time in s' of the newest job of a series (see conditions.py)
 -- A job's first entry names it: retries and delayed jobs get new entries, and keep the id of the first one.
 
@@ -17,16 +18,13 @@ local function is_older(a, b)
   return a_ms < b_ms
 end
 
--- Takes an idempotency key for a job. Returns the first entry of another job that has it.
-local function claim_unique(digest, first, window_ms)
-  local owner = redis.call('SET', ready .. '/unique/' .. digest, first, 'NX', 'GET', 'PX', window_ms)
-  return owner and owner ~= first and owner
+local function unique_bucket(number)
+  return ready .. '/unique/' .. number
 end
 
-local function free_unique(digest, first)
-  local key = ready .. '/unique/' .. digest
-  if redis.call('GET', key) == first then
-    redis.call('DEL', key)
+local function free_unique(number, name, first)
+  if redis.call('HGET', unique_bucket(number), name) == first then
+    redis.call('HDEL', unique_bucket(number), name)
   end
 end
 

@@ -1,14 +1,13 @@
--- Compares jobs with others of their idempotency and supersede keys, and moves those that are not due into the retry ZSET.
+-- Compares jobs with others of their supersede keys, and moves those that are not due into the retry ZSET.
 -- Called by RedisReaderStore.screen, after prelude_epoch.lua, prelude_flow.lua and prelude_conditions.lua. Atomic: of two jobs
 -- with one key that several hosts read at once, one runs; a delayed job is pending or in the ZSET.
 -- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] retry ZSET  KEYS[4] deaths hash
 -- KEYS[5] ready hash
--- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch   ARGV[4] ms for which an idempotency key is taken
--- ARGV[5] ms for which the newest job of a series is known, from its due time on   ARGV[6] number of jobs with only a key
--- ARGV[7...] (first entry, digest) of each of these, then (entry, first entry, digest, series, due time, job) of each other
--- one; digest and series may be empty, and so is the job if it is due. The newest of a series comes first.
+-- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch   ARGV[4] ms for which the newest job of a series is known, from its due
+-- time on   ARGV[5...] (entry, first entry, series, due time, job) of each job: series may be empty, and so is the job if it
+-- is due; the newest of a series comes first
 -- Returns number of the job, verdict and first entry of the other job, for each job that may not run.
-local reply, number, at = {}, 0, 7
+local reply, number, at = {}, 0, 5
 redis.call('HLEN', KEYS[4])
 redis.call('HLEN', ready) -- a key of another type ends the script here, before any write
 
@@ -38,7 +37,7 @@ local function lead(series, id, first, due)
   if newest_first and is_older(first, newest_first) then
     return newest_first
   end
-  local keep_ms = tonumber(ARGV[5]) + math.max(0, math.ceil((tonumber(due) - now) * 1000))
+  local keep_ms = tonumber(ARGV[4]) + math.max(0, math.ceil((tonumber(due) - now) * 1000))
   local record = first .. ' ' .. id .. ' ' .. due
   redis.call('SET', ready .. '/newest/' .. series, record, 'PX', string.format('%.0f', keep_ms))
   if newest_first and newest_first ~= first and newest_due ~= '0' then
@@ -57,21 +56,10 @@ local function delay(id, due, job)
   end
 end
 
-for _ = 1, tonumber(ARGV[6]) do
-  number = number + 1
-  local owner = claim_unique(ARGV[at + 1], ARGV[at], ARGV[4])
-  if owner then
-    refuse('duplicate', owner)
-  end
-  at = at + 2
-end
 while at <= #ARGV do
   number = number + 1
-  local id, first, digest, series, due, job = unpack(ARGV, at, at + 5)
-  local owner = digest ~= '' and claim_unique(digest, first, ARGV[4])
-  if owner then
-    refuse('duplicate', owner)
-  elseif not owned(id) then
+  local id, first, series, due, job = unpack(ARGV, at, at + 4)
+  if not owned(id) then
     refuse('lost', '')
   else
     local newer = series ~= '' and lead(series, id, first, due)
@@ -82,6 +70,6 @@ while at <= #ARGV do
       refuse('delayed', '')
     end
   end
-  at = at + 6
+  at = at + 5
 end
 return reply

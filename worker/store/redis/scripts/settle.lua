@@ -7,9 +7,9 @@
 -- ARGV[4] number of ids done   ARGV[5] number of retries   ARGV[6] number of dead
 -- ARGV[7] 1 if no other consumer can have taken an id that is done; then refusals of these are not looked for
 -- ARGV[8] version of the limits by which lanes were chosen
--- ARGV[9...] the ids done, then (id, delay in s, job) for each retry, then for each dead (id, letter, digest of its
--- idempotency key or '', first entry): the key is free again; then for each job that waits (id, lane, cost, key, ms): it is
--- the first of its lane again, and the key waits
+-- ARGV[9...] the ids done, then (id, delay in s, job) for each retry, then for each dead (id, letter, bucket of its
+-- idempotency key or '', key, first entry): the key is free again; then for each job that waits (id, lane, cost, key, ms): it
+-- is the first of its lane again, and the key waits
 -- Returns the ids that were refused because they were not pending for this consumer.
 local done, retries, dead = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local refused, at = {}, 9 + done
@@ -76,13 +76,13 @@ for _ = 1, dead do
   if owned(id) then
     redis.call('XADD', KEYS[4], '*', 'data', ARGV[at + 1])
     if ARGV[at + 2] ~= '' then
-      free_unique(ARGV[at + 2], ARGV[at + 3])
+      free_unique(ARGV[at + 2], ARGV[at + 3], ARGV[at + 4])
     end
     acknowledge(id)
   else
     refused[#refused + 1] = id
   end
-  at = at + 4
+  at = at + 5
 end
 
 while at <= #ARGV do
