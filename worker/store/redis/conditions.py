@@ -28,8 +28,11 @@ def key_calls(keys: Sequence[Key], window_s: float) -> Iterator[tuple[Sequence[K
         by_bucket = [(numbers[0], part)] if numbers[0] == numbers[1] else _by_bucket(part, window_ms)
         for number, some in by_bucket:
             # The server's decoder knows texts, and not the newer type for bytes.
-            names, ids = [name for _, name in some], [id.decode() for id, _ in some]
-            yield some, [window_ms, number, msgspec.msgpack.encode(names), msgspec.msgpack.encode(ids)]
+            names, claims = (
+                [name for _, name in some],
+                [part for id, name in some for part in (name, id.decode())],
+            )
+            yield some, [window_ms, number, msgspec.msgpack.encode(names), msgspec.msgpack.encode(claims)]
 
 
 def _parts(keys: Sequence[Key]) -> Iterator[Sequence[Key]]:
