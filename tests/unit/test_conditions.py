@@ -319,6 +319,86 @@ def test_a_reader_that_is_killed_after_it_claimed_a_key_does_not_lose_the_job(ri
     other.close()
 
 
+class Killed(BaseException):
+    """The reader is killed."""
+
+
+#: Calls of the store that change something.
+_CALLS = ("finish_read", "claim_keys", "screen", "settle", "sort", "take")
+
+
+def kill_at(rig: ReaderRig, number: int) -> None:
+    """Kill the reader before (even numbers) or after (odd ones) a call of its store."""
+    calls = iter(range(0, 2 * 10**6, 2))
+
+    def doomed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any) -> Any:
+            at = next(calls)
+            if at == number:
+                raise Killed
+            result = call(*args)
+            if at + 1 == number:
+                raise Killed
+            return result
+
+        return called
+
+    for name in _CALLS:
+        setattr(rig.store, name, doomed(getattr(rig.store, name)))
+
+
+def run_through(rigs: list[ReaderRig]) -> list[str]:
+    """Run all jobs for some seconds; a killed reader gets a successor. Returns the ids that ran."""
+    ran: list[str] = []
+    for _ in range(10):
+        rig = rigs[-1]
+        rigs[0].now_s = rig.now_s + 0.5  # the server's clock is that of the first reader
+        try:
+            rig.advance(0.5)
+            for id in rig.workers[0].take():
+                ran.append(id)
+                rig.workers[0].succeed(id)
+            rig.tick()
+        except Killed:
+            rig.crash()
+            rigs.append(ReaderRig(rig.server))
+            rigs[-1].now_s = rig.now_s
+            rigs[-1].attach()
+            rigs[-1].sync()
+        rigs[-1].store.promote("stream", 100)
+    return ran
+
+
+def last(ids: list[str], start: str) -> str:
+    return [id for id in ids if id.startswith(start)][-1]
+
+
+def test_a_reader_that_is_killed_at_any_call_loses_no_job_and_runs_no_other() -> None:
+    kills = 0
+    for number in range(200):
+        with ExitStack() as stack:
+            one = ReaderRig()
+            rigs = [one]
+            stack.callback(lambda rigs=rigs: [each.close() for each in rigs])
+            one.attach()
+            one.sync()
+            soon = str(one.server.wall_now_s() + 1)
+            one.add("u1", "u2", metadata={"idempotency_key": "k"})
+            one.add("s1", "s2", metadata={"supersede_key": "c", "not_before": soon})
+            one.add("r1", "r2", metadata={"supersede_key": "d"})
+            one.add("late", metadata={"expires_at": "1"})
+            kill_at(one, number)
+            ran = run_through(rigs)
+            kills += len(rigs) > 1
+            assert set(ran) - {"r1"} == {"u1", "s2", "r2"}, number
+            assert last(ran, "r") == "r2", number
+            assert [one["task"]["id"] for one in rigs[-1].letters] == ["late"], number
+            assert (rigs[-1].pending, rigs[-1].retries) == (0, []), number
+            if len(rigs) == 1:
+                break
+    assert kills > 10
+
+
 @pytest.mark.parametrize(
     "text", ["", "now", "12:00", "2026-01-02", "2026-01-02T10:00:00", "nan", "inf", "-1", "1e18"], ids=repr
 )

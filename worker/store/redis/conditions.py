@@ -1,14 +1,17 @@
 """Arguments and replies of the scripts that compare jobs with others of their keys."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
 import msgspec
 
-from ..ports import Candidate, Screened
+from ...conditions import series_of, unique_name
+from ...envelope import read_header
+from ..operator import Rivals
+from ..ports import Candidate, Entry, Screened
 from .base import SCRIPT_IDS, chunks_by_size
-from .lua import Argument
+from .lua import Argument, Command
 
 #: Time for which the newest job of a series is known, from its due time on: no older one waits as long.
 _KEEP_NEWEST_MS = 24 * 3600 * 1000
@@ -76,3 +79,21 @@ def add_screened(part: Sequence[Candidate], reply: Sequence[Any], screened: Scre
 def _age(candidate: Candidate) -> tuple[int, int]:
     ms, _, sequence = candidate.first_id.partition(b"-")
     return int(ms), int(sequence)
+
+
+def rivals(run: Callable[[Command], Any], ready: str, entry: Entry) -> Rivals:
+    """The jobs that run instead of an entry's. ``run`` runs a command on its stream's server.
+
+    Raises `MalformedJob` for an entry that is no job.
+    """
+    job = read_header(entry.data or b"")
+    first_id = job.first_id.encode() or entry.id
+    owner = newest = b""
+    if name := unique_name(job):
+        for bucket in run(("ZRANGE", f"{ready}/unique", 0, -1)):
+            window_ms, _, number = bucket.decode().rpartition("/unique/")[2].partition("/")
+            if int(number) == int(first_id.partition(b"-")[0]) // int(window_ms):
+                owner = run(("HGET", bucket, name)) or owner
+    if series := series_of(job.type, job.tenant_id, job.metadata):
+        newest = (run(("GET", f"{ready}/newest/{series}")) or b"").partition(b" ")[0]
+    return Rivals(*(b"" if one == first_id else one for one in (owner, newest)))

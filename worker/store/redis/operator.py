@@ -17,6 +17,7 @@ from ..operator import (
     LanePlace,
     Lease,
     Pause,
+    Rivals,
     Scheduled,
 )
 from ..ports import Entry
@@ -32,6 +33,7 @@ from .base import (
     pairs,
 )
 from .blocking_read import data_of
+from .conditions import rivals
 from .cron import RedisCronStore
 from .key_scan import find_streams
 from .lua import Command, script
@@ -137,6 +139,10 @@ class OperatorStore(RedisCronStore):
         scores = self.call(stream, [("ZSCORE", f"{ready}/parked/{key}", name) for key in keys])
         blocked = [key for key, score in zip(keys, scores, strict=True) if checked(score) is not None]
         return LanePlace(int(rank), next(iter(blocked), None))
+
+    def rivals(self, stream: str, entry: Entry) -> Rivals:
+        """The jobs that run instead of an entry's. Raises `MalformedJob` for an entry that is no job."""
+        return rivals(lambda command: self.one(stream, command), self.ready_key(stream), entry)
 
     # -- services and streams
 
