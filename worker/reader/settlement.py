@@ -311,10 +311,12 @@ class Settler:
         """Acknowledge a job in favour of another one."""
         stream_no, job = dropped
         assert job.envelope is not None
-        log.info(f"job.{job.reason}", extra={
-            "stream": self._streams[stream_no].stream, "entry_id": job.entry_id.decode(),
-            "by": job.error, **log_fields(job.envelope),
-        })  # fmt: skip
+        fields = {"stream": self._streams[stream_no].stream, "entry_id": job.entry_id.decode()}
+        fields |= {"by": job.error, **log_fields(job.envelope)}
+        if job.reason == Drop.DUPLICATE:
+            log.info("job.duplicate", extra=fields)
+        else:
+            log.info("job.superseded", extra=fields)
         name = f"z_novel_jobs_{job.reason}_total"
         batch.counts[stream_no, job.entry_id].append((name, (job.envelope.type,)))
         batch.dropped[stream_no].append(job.entry_id)
