@@ -1,6 +1,7 @@
 """The documentation is correct: its examples run, its options exist, its links work."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess

@@ -24,7 +24,7 @@ _EPOCH_SCRIPTS = frozenset(
     }
 )
 #: Scripts that use the record of the service that owns a consumer's name.
-_NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers"})
+_NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lost"})
 #: Scripts that move jobs into lanes or out of them, or that end jobs which hold slots.
 _FLOW_SCRIPTS = frozenset({"sort", "take", "settle", "configure", "mend_slots", "screen", "claim_keys"})
 #: Scripts that compare jobs with others of their idempotency and supersede keys.
