@@ -442,11 +442,11 @@ def test_a_cache_follows_the_log_of_deletions_from_where_any_worker_stopped(
     ]
     follower.apply()
     cache.put(entries)
-    fence.publish(Published(("c/t/p/c1",), 20), 1)
+    fence.publish(Published(("c/t/p/c1",), 20, ("*",)), 1)
     follower.apply()
     assert stored(path) == 4
     other = VectorCache(path, DIM, MIN_LIMIT_BYTES, {})
-    fence.publish(Published(("p/t/p",), 20), 1)
+    fence.publish(Published(("p/t/p",), 20, ("*",)), 1)
     CacheErasures(other, fence, kept_s=100.0, wall_s=lambda: now[0]).apply()
     assert stored(path) == 2
     assert [one.position() for one in (cache, other)] == [("2", 1000.0)] * 2
