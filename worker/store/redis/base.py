@@ -122,6 +122,8 @@ class RedisStoreBase:
             self.retry_key(stream): "zset",
             dead_key: "stream",
             self.ready_key(stream): "hash",
+            keys.batches_key(stream, "jobs", cluster=self._endpoint.cluster): "hash",
+            keys.batches_key(stream, "due", cluster=self._endpoint.cluster): "hash",
         }
         replies = dict(zip(types, self.call(stream, [("TYPE", key) for key in types]), strict=True))
         faults = type_faults(types, replies, cluster=self._endpoint.cluster)
