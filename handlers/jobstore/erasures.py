@@ -116,8 +116,8 @@ class Erasures(Protocol):
 class Published(NamedTuple):
     """One entry of the log of deletions.
 
-    `names`: of tombstones, or of parts of the cache (`cache_name`). `collections`: full names, or a prefix with
-    `*` behind it for all that begin so.
+    `names`: of tombstones, or of parts of the cache (`cache_name`). `collections`: full names, or a prefix
+    with `*` behind it for all that begin so.
     """
 
     names: tuple[str, ...]
