@@ -76,7 +76,7 @@ class Supervisor:
         self._metrics = PrometheusCollector()
         server = ForkServer(f"jobworker: forkserver [{settings.instance}]", Process.uncollected)
         self._api_listener = self._listen_api()
-        api_fd = self._api_listener and self._api_listener.fileno()
+        api_fd = self._api_listener.fileno() if self._api_listener else None
         self._processes = ProcessManager(settings, self._metrics, server, api_fd=api_fd)
         self._guard = GroupGuard(server, f"jobworker: guard [{settings.instance}]")
         self._mono_last_tick_s = time.monotonic()

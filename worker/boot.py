@@ -27,6 +27,7 @@ from .ipc.crash_marks import CrashMarks
 from .keys import consumer_name
 from .outcome import MAX_ERROR_CHARS
 from .safe_text import text_of
+from .scheduling import make_room, run_soon
 from .settings import Settings, cores, settings_class
 from .supervision.pdeathsig import tie_to_parent
 from .telemetry import log as logs
@@ -41,8 +42,6 @@ _SETUP_RETRY_S = 0.5
 _FORKSERVER_PID = os.getpid()
 #: Half of what there is, out of 1000: before any other process of the service, after what asks to go first.
 _OOM_SCORE_ADJ = "500"
-#: Niceness of workers beside the role ``api``: a question gets a processor at once, and all else nine tenths.
-_NICE_BESIDE_API = 10
 
 
 def main(role: str, slot: int, settings_json: bytes, control_fd: int, blackbox_fd: int, *fds: int) -> None:
@@ -150,8 +149,9 @@ def _run_reaper(settings: Settings, link: ControlSocket) -> None:
 
 def _run_api(settings: Settings, link: ControlSocket, listener_fd: int) -> None:
     _go_first_when_memory_is_short()
-    # All of the processor: a question is short, and workers make room for it.
-    settings = replace(settings, threads=cores(), device=_place(settings, 0))
+    run_soon()
+    # A question is short, and workers make room for it. A second thread on the same core gains nothing.
+    settings = replace(settings, threads=max(1, cores() // 2), device=_place(settings, 0))
     set_pools(settings.threads)
     run = imported(extension().api)
     run(settings, ApiLink(link), socket.socket(fileno=listener_fd))
@@ -167,7 +167,7 @@ def _run_worker(settings: Settings, link: ControlSocket, channel: Channel) -> No
         signal.raise_signal(signal.SIGTERM)
     _go_first_when_memory_is_short()
     if settings.serve_addr:
-        os.nice(_NICE_BESIDE_API)
+        make_room()
     set_pools(settings.threads)
     handlers = _set_up(settings, link)
     if handlers is None:

@@ -130,7 +130,7 @@ def unit_length(vectors: Vectors) -> Vectors:
 
 def embeddings_body(vectors: Vectors, encoding: str, model: str, tokens: int) -> dict[str, Any]:
     """The answer of ``/v1/embeddings``; base64 holds little-endian float32 numbers."""
-    rows: Sequence[Any] = vectors
+    rows: Sequence[Any] = list(vectors)
     if encoding == "base64":
         rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
     data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]

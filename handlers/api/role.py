@@ -67,7 +67,7 @@ class _Role:
         drain_s = max(1, int(min(settings.drain_timeout_s, DEADLINE_S)))
         server = SupervisedServer(config(api.application(), drain_s, ApiProtocol))
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._link, lambda: self._link.stop_requested() and server.stop())
+        loop.add_reader(self._link, self._on_message, server)
         tasks = [
             loop.create_task(self._load(models, searcher, server)),
             loop.create_task(self._report(models)),
@@ -80,6 +80,10 @@ class _Role:
         searcher.close()
         if self._failure:
             raise SystemExit(3)
+
+    def _on_message(self, server: SupervisedServer) -> None:
+        if self._link.stop_requested():
+            server.stop()
 
     async def _load(self, models: Models, searcher: Searcher, server: SupervisedServer) -> None:
         try:

@@ -49,6 +49,7 @@ BELOW: dict[str, set[str]] = {
     # A counter of a handler must not have the name of a metric.
     "handler": {*CORE, "telemetry"},
     "http_server": set(),
+    "scheduling": set(),
     "api_role": IPC,
     "fork_guard": {"telemetry"},
     "event_loop": {*CORE, "fork_guard"},
@@ -68,7 +69,17 @@ BELOW: dict[str, set[str]] = {
     "admin": {*CORE, "store", "telemetry", "producer", "cron"},
     "cli": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
     "web": {*CORE, "store", "telemetry", "producer", "cron", "admin", "http_server"},
-    "boot": {*IPC, "api_role", "store", "reader", "runner", "reaper", "supervision", "fork_guard"},
+    "boot": {
+        *IPC,
+        "api_role",
+        "scheduling",
+        "store",
+        "reader",
+        "runner",
+        "reaper",
+        "supervision",
+        "fork_guard",
+    },
     "preload": {*IPC, "store", "reader", "runner", "reaper", "supervision", "boot"},
     "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin", "cron_config"},
 }

@@ -305,7 +305,7 @@ class Child(ForkedProcess):
             self.control, theirs = ControlSocket.pair()
             undo.callback(self.control.close)
             with theirs:
-                fds = channel.fds if channel else (marks.fd,) if marks else ()
+                fds: tuple[int, ...] = channel.fds if channel else (marks.fd,) if marks else ()
                 fds += () if listener_fd is None else (listener_fd,)
                 passed = [PassedFd(fd) for fd in (theirs.fileno(), self.blackbox_fd, *fds)]
                 name = role if channel is None else f"{role} {slot_no}"
