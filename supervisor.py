@@ -14,7 +14,7 @@ from typing import Any
 import click
 import setproctitle
 
-from jobworker.worker.cron_config import load_cron_tables
+from jobworker.worker.config_tables import ConfigTables
 from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.extension import extension, require_extras
@@ -107,7 +107,7 @@ class Supervisor:
             ) from error
 
     def _listen_api(self) -> socket.socket | None:
-        """Socket of the role ``api``. It stays open here: clients of a restarting api wait and are not refused."""
+        """Socket of the role ``api``. It stays open here: clients of a restarting api wait."""
         if not self._settings.serve_addr:
             return None
         option = "--serve-addr"
@@ -190,7 +190,7 @@ class Supervisor:
 
     def _handle_signal(self, number: signal.Signals) -> Exit | None:
         if number == signal.SIGHUP:
-            self._reload_cron()
+            self._reload_tables()
             self._restart_workers()
         elif number in (signal.SIGTERM, signal.SIGINT):
             if self.start_again:
@@ -199,19 +199,21 @@ class Supervisor:
             return self._stop(number, time.monotonic())
         return None
 
-    def _reload_cron(self) -> None:
-        """Read the cron tables again; those of before stay where the file is wrong."""
+    def _reload_tables(self) -> None:
+        """Read the tables of the configuration file again; those of before stay where it is wrong."""
         try:
-            tables = load_cron_tables(self._settings)
+            tables = ConfigTables.load(self._settings)
         except ConfigurationError as error:
             log.error(
-                "cron.rejected", extra={"error": str(error), "hint": "the tables of before stay in force"}
+                "tables.rejected", extra={"error": str(error), "hint": "the tables of before stay in force"}
             )
             return
-        if tables != self._settings.cron:
-            log.info("cron.reloaded", extra={"names": [table.name for table in tables]})
-            self._settings = replace(self._settings, cron=tables)
-            self._processes.set_cron(tables)
+        if tables.cron != self._settings.cron:
+            log.info("cron.reloaded", extra={"names": [table.name for table in tables.cron]})
+            self._processes.set_cron(tables.cron)
+        if tables.flow is not None:
+            self._processes.configure(tables.flow)
+        self._settings = replace(self._settings, cron=tables.cron, flow=tables.flow)
 
     def _stop(self, number: signal.Signals, now: float) -> Exit | None:
         """Begin a drain, or stop now if one has begun."""
@@ -406,7 +408,8 @@ def main(**options: Any) -> None:
     prepare_process()
     try:
         settings = replace(settings_from(options, sys.stderr.isatty()), config_file=config_file())
-        settings = replace(settings, cron=load_cron_tables(settings))
+        tables = ConfigTables.load(settings)
+        settings = replace(settings, cron=tables.cron, flow=tables.flow)
         setproctitle.setproctitle(f"jobworker: supervisor [{settings.instance}]")
         logs.configure("supervisor", settings, os.environ)
         if settings.redis_url and (ignored := parse_redis_url(settings.redis_url).ignored):

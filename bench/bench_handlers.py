@@ -66,6 +66,7 @@ class Stamps:
 class _Stamping:
     def __init__(self) -> None:
         self._stamps = Stamps(os.environ["BENCH_STAMPS"])
+        self._work_s = float(os.environ.get("BENCH_WORK_MS", "0")) / 1000
 
 
 class Stamp(_Stamping):
@@ -75,6 +76,8 @@ class Stamp(_Stamping):
         """Read the clock first: the write is not measured."""
         mono_ns = time.monotonic_ns()
         self._stamps.write(job.id, mono_ns)
+        if self._work_s:
+            time.sleep(self._work_s)  # simulated work
 
 
 class NoopBatch:

@@ -102,6 +102,11 @@ class Backlog:
         return bool(group["last-delivered-id"] == self.last_id and group["pending"] == 0)
 
     @property
+    def all_read(self) -> bool:
+        """Whether the group has read the last job."""
+        return bool(self._group_info()["last-delivered-id"] == self.last_id)
+
+    @property
     def acknowledged(self) -> int:
         """Number of acknowledged jobs since the release."""
         group = self._group_info()

@@ -150,9 +150,7 @@ def bulk(
         if served.backlog.drained:
             raise RuntimeError("the queue is empty: give more --count")
         speeds[name].append((tokens / seconds, cpu_s / seconds))
-        say(
-            f"bulk {turn + 1}/{2 * rounds} {name}: {tokens / seconds:,.0f} tokens/s, {cpu_s / seconds:.3f} CPUs"
-        )
+        say(f"{turn + 1}/{2 * rounds} {name}: {tokens / seconds:,.0f} tokens/s, {cpu_s / seconds:.3f} CPUs")
     tokens_per_s = {name: statistics.mean(one[0] for one in found) for name, found in speeds.items()}
     cpus = {name: statistics.mean(one[1] for one in found) for name, found in speeds.items()}
     loss = 1 - cpus["beside questions"] / cpus["alone"]

@@ -11,13 +11,10 @@ from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
-from support.tools import untested, use_fetched
+from support.tools import REAL_MILVUS, untested, use_fetched
 
 #: How long a child that was told to end may take to be gone from the process table.
 CHILD_GRACE_S = 5.0
-
-#: What a test's parameter says where it needs the real server.
-REAL_MILVUS = "milvus-2.3.5"
 
 #: Python's own helpers of multiprocessing live as long as the interpreter that started them.
 HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")

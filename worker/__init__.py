@@ -2,7 +2,7 @@
 
 from .devices import NO_DEVICE, device_for_slot, visible_gpus
 from .envelope import Job
-from .errors import ConfigurationError, Fenced, PermanentError, StoreUnavailable, Unavailable
+from .errors import ConfigurationError, Fenced, PermanentError, RateLimited, StoreUnavailable, Unavailable
 from .handler import BatchHandler, Handler, JobHandler
 from .job_function import job
 from .producer import NewJob, Producer, UnknownDestination
@@ -21,6 +21,7 @@ __all__ = [
     "NewJob",
     "PermanentError",
     "Producer",
+    "RateLimited",
     "Settings",
     "StoreUnavailable",
     "Unavailable",

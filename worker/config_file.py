@@ -12,8 +12,8 @@ import click
 _KINDS = {bool: "a boolean", int: "an integer", float: "a float", str: "a string", list: "an array",
           dict: "a table"}  # fmt: skip
 
-#: Arrays of tables that are no options: `cron_config` reads them.
-_TABLES = frozenset({"cron"})
+#: Tables of the file that are no options: `config_tables` reads them.
+_TABLES = frozenset({"cron", "limit", "weights"})
 
 #: Names are compared up to this length; the time grows with its square.
 _LONGEST_NAME = 64

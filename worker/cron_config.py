@@ -1,17 +1,13 @@
 """The ``[[cron]]`` tables of the configuration file: read and checked."""
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from .cron_schedule import parse_schedule
 from .cron_table import CronTable, encode_table
 from .envelope import read_header
-from .errors import ConfigurationError
 from .producer import NewJob, encode_job, home_stream
-from .settings import Settings
 from .store.announcements import suggestion
 
 #: Most bytes of all tables as JSON: they are sent to the reaper in one message.
@@ -27,20 +23,6 @@ _KINDS: dict[str, tuple[type, ...]] = {
 _REQUIRED = ("name", "schedule", "type")
 #: Set for each job, so a table cannot set them.
 _OWN_METADATA = ("idempotency_key", "cron_tick")
-
-
-def load_cron_tables(settings: Settings) -> tuple[CronTable, ...]:
-    """The tables of the service's configuration file. Raises `ConfigurationError`."""
-    if not settings.config_file:
-        return ()
-    try:
-        found = tomllib.loads(Path(settings.config_file).read_text("utf-8")).get("cron", [])
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{settings.config_file}: {error or 'nested too deeply'}") from error
-    try:
-        return parse_cron_tables(found, [source.stream for source in settings.streams])
-    except ValueError as error:
-        raise ConfigurationError(f"{settings.config_file}: {error}") from error
 
 
 def parse_cron_tables(found: Any, streams: Sequence[str]) -> tuple[CronTable, ...]:

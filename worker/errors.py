@@ -13,6 +13,10 @@ class Exit(IntEnum):
     STORE_UNREACHABLE = 5
 
 
+#: Longest wait that `RateLimited` may ask for (seconds).
+LONGEST_WAIT_S = 86400.0
+
+
 class JobworkerError(Exception):
     """Base of every error that this package raises on purpose."""
 
@@ -26,6 +30,21 @@ class Unavailable(JobworkerError):
     then; no retry is used up. (Any exception with a true attribute ``transient`` is taken so.)"""
 
     transient = True
+
+
+class RateLimited(JobworkerError):
+    """Raised by a handler: a dependency takes no more for now. The job waits for ``after_s`` seconds, and so
+    do the other jobs of its type with the same ``key``; no retry is used up.
+
+    ``key``: tenant (the default), global, or the key of a ``[[limit]]`` of the type.
+    """
+
+    def __init__(self, after_s: float, key: str | None = None) -> None:
+        super().__init__(f"again in {after_s} s, by {key or 'tenant'}")
+        if not 0.0 <= after_s <= LONGEST_WAIT_S:
+            raise ValueError(f"after_s is {after_s}: a wait takes 0 to {LONGEST_WAIT_S:.0f} seconds")
+        self.after_s = float(after_s)
+        self.key = key or "tenant"
 
 
 class ConfigurationError(JobworkerError):

@@ -69,6 +69,12 @@ def fence_key(stream: str, *, cluster: bool = False) -> str:
     return _derived("fence", stream, cluster)
 
 
+def ready_key(stream: str, *, cluster: bool = False) -> str:
+    """Hash: counts of the jobs that wait in lanes. Its companions' names begin with this and a slash (see
+    ``prelude_flow.lua``)."""
+    return _derived("ready", stream, cluster)
+
+
 def cron_key(stream: str, *, cluster: bool = False) -> str:
     """Hash: the cron tables whose jobs go to the stream, with the last tick of each (see
     ``cron_publish.lua``)."""
@@ -77,7 +83,7 @@ def cron_key(stream: str, *, cluster: bool = False) -> str:
 
 def base_stream(key: str) -> str:
     """The stream that a derived key belongs to; any other key itself."""
-    for prefix in ("retry:", "dlq:", "deaths:", "fence:", "cron:"):
+    for prefix in ("retry:", "dlq:", "deaths:", "fence:", "ready:", "cron:"):
         if key.startswith(prefix):
             stream = key.removeprefix(prefix)
             return stream[1:-1] if stream.startswith("{") and stream.endswith("}") else stream

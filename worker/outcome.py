@@ -56,6 +56,9 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
     unavailable: bool = False
     traceback: str = ""
     malformed: bool = False
+    #: The job must wait for this long (seconds), with all jobs of ``wait_key``; None: it failed.
+    wait_s: float | None = None
+    wait_key: str = ""
 
 
 class TryAgain(msgspec.Struct, frozen=True):

@@ -158,6 +158,8 @@ class Reaper:
         for stream_no, source in enumerate(self._settings.streams):
             with self._faults.guard(stream_no):
                 trimmed = self._store.trim(source.stream)
+                if freed := self._store.mend_slots(source):
+                    log.warning("slots.freed", extra={"stream": source.stream, "entries": freed})
                 removed = self._store.remove_idle_consumers(source, own_name, idle_ms)
                 if trimmed or removed:
                     log.debug(
@@ -189,6 +191,8 @@ class Reaper:
 def _gauges(stream: str, group: str, depths: Depths) -> list[tuple[str, tuple[str, ...], float]]:
     return [
         ("z_novel_jobs_queued", (stream,), depths.queued),
+        ("z_novel_jobs_waiting", (stream, "stream"), depths.lag),
+        ("z_novel_jobs_waiting", (stream, "lanes"), depths.waiting),
         ("z_novel_jobs_pending", (stream,), depths.pending),
         ("z_novel_oldest_queued_seconds", (stream,), depths.oldest_age_s),
         ("z_novel_redis_stream_lag", (stream, group), depths.lag),

@@ -11,6 +11,7 @@ from .cgroup import usable_cpus
 from .cron_table import CronTable
 from .errors import ConfigurationError
 from .extension import extension, imported
+from .flow import FlowConfig
 from .keys import NO_HOLDER, Holder, Source, is_derived
 from .outcome import RetryPolicy
 
@@ -68,8 +69,10 @@ class Settings:
     linger_s: float = 0.0
     threads: int = 1
     holder: Holder = NO_HOLDER
-    #: The TOML file of `--config`; empty without one. `SIGHUP` reads its ``[[cron]]`` tables again.
+    #: The TOML file of `--config`; empty without one. `SIGHUP` reads its tables again.
     config_file: str = ""
+    #: Limits and weights of that file, if it has any.
+    flow: FlowConfig | None = None
     cron: tuple[CronTable, ...] = ()
 
     def to_json(self) -> bytes:

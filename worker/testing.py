@@ -76,9 +76,9 @@ class _Store(MemoryStore):
         self.completed: list[Job] = []
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
+        all_bodies = [self.fetch(one.source, one.done) for one in settlements]
         results = super().settle(settlements)
-        for one, result in zip(settlements, results, strict=True):
-            bodies = self.fetch(one.source, one.done)
+        for one, bodies, result in zip(settlements, all_bodies, results, strict=True):
             for id in one.done:
                 if id not in result.refused and (data := bodies.get(id)) is not None:
                     self.completed.append(_job(data, one.source.stream, id.decode()))

@@ -85,7 +85,7 @@ def test_hup_reloads_the_tables_and_refuses_a_wrong_one(tmp_path: Path, store: R
         eventually(lambda: one.events("start"))
         config(one.folder, NIGHTLY + SECONDLY.replace("@every 1s", "61 * * * *"))
         one.send(signal.SIGHUP)
-        (rejected,) = eventually(lambda: one.logged("cron.rejected"))
+        (rejected,) = eventually(lambda: one.logged("tables.rejected"))
         assert "[[cron]] 'secondly'" in rejected["error"]
         assert "Bad minute" in rejected["error"]
         seen = len(one.events("start"))

@@ -1,8 +1,8 @@
 """Servers to test with: Redis and Valkey as long as the module, Milvus as long as the session."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from jobworker.handlers.jobstore.redis_fence import RedisFence
 from support.job_worlds import MemoryWorld, RedisWorld, World
 from support.milvus import start_lite, start_real, why_no_real_milvus
 from support.redis_servers import RedisServer, running
+from support.tools import REAL_MILVUS
 
 
 @pytest.fixture(scope="module", params=["redis7", "valkey"])
@@ -58,16 +59,45 @@ def fence(any_server: RedisServer | None) -> Iterator[Any]:
     made.close()
 
 
+class MilvusServers:
+    """Milvus servers by name, each started by the first test that asks for it."""
+
+    def __init__(self, make_folder: Callable[[str], Path]) -> None:
+        self._make_folder = make_folder
+        self._running: dict[str, tuple[str, contextlib.ExitStack]] = {}
+
+    def uri(self, name: str) -> str:
+        """The uri of "lite" or "milvus-2.3.5"; skips the test where that cannot run."""
+        if name == REAL_MILVUS and (reason := why_no_real_milvus()):
+            pytest.skip(reason)
+        if name not in self._running:
+            start, stack = {"lite": start_lite, REAL_MILVUS: start_real}[name], contextlib.ExitStack()
+            self._running[name] = stack.enter_context(start(self._make_folder(name))), stack
+        return self._running[name][0]
+
+    def stop(self, name: str) -> None:
+        if name in self._running:
+            self._running.pop(name)[1].close()
+
+
+_SERVERS = pytest.StashKey[MilvusServers]()
+
+
 @pytest.fixture(scope="session")
-def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+def milvus(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], str]]:
     """Gives the uri of "lite" or "milvus-2.3.5", or skips the test; the first to ask waits for the start."""
-    starts = {"lite": start_lite, "milvus-2.3.5": start_real}
-    with contextlib.ExitStack() as servers:
+    servers = pytestconfig.stash[_SERVERS] = MilvusServers(tmp_path_factory.mktemp)
+    yield servers.uri
+    for name in ("lite", REAL_MILVUS):
+        servers.stop(name)
 
-        @functools.cache
-        def uri(backend: str) -> str:
-            if backend == "milvus-2.3.5" and (reason := why_no_real_milvus()):
-                pytest.skip(reason)
-            return servers.enter_context(starts[backend](tmp_path_factory.mktemp(backend)))
 
-        yield uri
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """A real Milvus takes a quarter of a core while it has nothing to do, so it ends after its last test."""
+    yield
+    is_last = nextitem is None or REAL_MILVUS not in nextitem.nodeid
+    if REAL_MILVUS in item.nodeid and is_last and _SERVERS in item.config.stash:
+        item.config.stash[_SERVERS].stop(REAL_MILVUS)

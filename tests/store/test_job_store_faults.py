@@ -29,6 +29,7 @@ DERIVED = {
     "deaths": keys.deaths_key(S.stream),
     "retry": keys.retry_key(S.stream),
     "dead letters": keys.dead_letter_key(S.stream),
+    "ready": keys.ready_key(S.stream),
     "stream": S.stream,
 }
 

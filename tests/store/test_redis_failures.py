@@ -73,6 +73,7 @@ class TestRefusals:
             "deaths:stream:test",
             "retry:stream:test",
             "dlq:stream:test",
+            "ready:stream:test",
         }
         assert "ACL SETUSER <user> ~deaths:stream:test" in {fault.repair for fault in store.key_faults(S)}
         store.close()

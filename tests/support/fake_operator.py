@@ -13,6 +13,7 @@ from jobworker.worker.store.operator import (
     Consumer,
     FoundStreams,
     GroupState,
+    LanePlace,
     Lease,
     Pause,
     Scheduled,
@@ -49,6 +50,8 @@ class FakeOperatorStore:
         self.groups: dict[str, GroupState] = {}
         self.leased: dict[bytes, Lease] = {}
         self.scheduled: dict[str, list[Scheduled]] = defaultdict(list)
+        #: Entry id -> place of a job that was sorted.
+        self.lanes: dict[bytes, LanePlace] = {}
         self.paused: list[Pause] = []
         self.cron: dict[str, CronHash] = {}
         self.requeued: list[tuple[str, bytes]] = []
@@ -94,6 +97,9 @@ class FakeOperatorStore:
 
     def announcements(self) -> list[Announcement]:
         return self.announced
+
+    def lane_place(self, stream: str, entry: Entry) -> LanePlace | None:
+        return self.lanes.get(entry.id)
 
     def find_streams(self) -> FoundStreams:
         names = {*self.streams, *self.scheduled, *self.letters}

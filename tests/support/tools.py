@@ -12,6 +12,9 @@ FETCHED = Path(sys.prefix) / "debian"
 #: Skip reasons that start with this text are correct on every machine; the others name something missing.
 BY_CONSTRUCTION = "by construction: "
 
+#: What a test's parameter says where it needs the real server.
+REAL_MILVUS = "milvus-2.3.5"
+
 
 def use_fetched() -> None:
     """Let this process and its children find the fetched programs, before the machine's own."""

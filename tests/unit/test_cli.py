@@ -64,7 +64,7 @@ def test_without_a_deployment_the_error_says_how_to_name_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     needs = {"enqueue": ["audit"], "explain": ["x"], "show": ["x"], "resume": ["x"], "run": ["x"],
-             "pause": ["x"]}  # fmt: skip
+             "pause": ["x"], "set": ["x", "--concurrency=1"], "clear": ["x"]}  # fmt: skip
     result = CliRunner().invoke(main, [*path, *needs.get(path[-1], [])], env={"JOBWORKER_REDIS_URL": None})
     assert result.exit_code == 2
     assert "JOBWORKER_REDIS_URL" in result.output
@@ -80,7 +80,8 @@ class TestConfigurationFileOfTheService:
     @pytest.mark.parametrize("path", ONE_SHOT, ids=" ".join)
     def test_it_names_the_deployment(self, path: tuple[str, ...], file: Path) -> None:
         needs = {"enqueue": ["audit"], "explain": ["x"], "show": ["x"], "resume": ["x"],
-                 "run": ["x"], "pause": ["x"], "now": ["--all"], "requeue": ["--all"],
+                 "run": ["x"], "pause": ["x"], "set": ["x", "--concurrency=1"], "clear": ["x"],
+                 "now": ["--all"], "requeue": ["--all"],
                  "purge": ["--all", "--yes"]}  # fmt: skip
         command = [*path, *needs.get(path[-1], [])]
         for given, environment in (["--config", str(file)], {}), ([], {"JOBWORKER_CONFIG": str(file)}):

@@ -7,8 +7,9 @@ from pathlib import Path
 import orjson
 import pytest
 
+from jobworker.worker.config_tables import ConfigTables
 from jobworker.worker.cron import tick_job
-from jobworker.worker.cron_config import load_cron_tables, parse_cron_tables
+from jobworker.worker.cron_config import parse_cron_tables
 from jobworker.worker.cron_table import CronTable, decode_table, digest, encode_table
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.keys import Source
@@ -113,14 +114,14 @@ def test_the_file_is_read_again_and_named_in_errors(tmp_path: Path) -> None:
     file = tmp_path / "jobworker.toml"
     settings = Settings(config_file=str(file), streams=(Source(STREAM, "g"),))
     file.write_text(ALL)
-    assert [table.name for table in load_cron_tables(settings)] == ["nightly"]
+    assert [table.name for table in ConfigTables.load(settings).cron] == ["nightly"]
     file.write_text("procs = 1\n")
-    assert load_cron_tables(settings) == ()
+    assert ConfigTables.load(settings).cron == ()
     for text in ("[[cron", ALL.replace("0 3", "61 3")):
         file.write_text(text)
         with pytest.raises(ConfigurationError, match=re.escape(str(file))):
-            load_cron_tables(settings)
+            ConfigTables.load(settings)
     file.unlink()
     with pytest.raises(ConfigurationError, match=re.escape(str(file))):
-        load_cron_tables(settings)
-    assert load_cron_tables(Settings()) == ()
+        ConfigTables.load(settings)
+    assert ConfigTables.load(Settings()).cron == ()

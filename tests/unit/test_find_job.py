@@ -10,7 +10,7 @@ from jobworker.worker.admin.status_client import Service
 from jobworker.worker.envelope import with_retry
 from jobworker.worker.keys import Source
 from jobworker.worker.store.announcements import Announcement
-from jobworker.worker.store.operator import Lease, Pause, Scheduled
+from jobworker.worker.store.operator import LanePlace, Lease, Pause, Scheduled
 from jobworker.worker.store.ports import RELEASED_IDLE_S, Entry
 from support.fake_operator import NOW_S, SOURCE, FakeOperatorStore, job, letter
 
@@ -275,3 +275,24 @@ class TestMisspeltNames:
 
 def announce(store: Any, types: set[str], *sources: Source) -> None:
     store.announced = [Announcement("host/blue", frozenset(types), sources, NOW_S)]
+
+
+@pytest.mark.parametrize(
+    ("blocked_by", "says"),
+    [
+        (None, "waits for the turn of its tenant and priority; 7 jobs"),
+        ("audit/tenant=t1", "limit audit/tenant is reached for t1; 7 jobs"),
+        ("audit/global=", "limit audit/global is reached; 7 jobs"),
+        ("=audit", "a handler asked jobs of its type to wait"),
+    ],
+)
+def test_a_sorted_job_is_queued_and_says_what_it_waits_for(
+    store: Any, blocked_by: str | None, says: str
+) -> None:
+    store.lanes[b"2-0"] = LanePlace(7, blocked_by)
+    found = find(store, "j2")
+    assert found.state == "queued"
+    assert says in found.why
+    assert found.facts["ahead_in_lane"] == 7
+    store.paused = [Pause("audit", NOW_S - 5.0, "")]
+    assert "is paused" in find(store, "j2").why

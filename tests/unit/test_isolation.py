@@ -8,7 +8,15 @@ import pytest
 
 from jobworker.worker.errors import StoreRefused
 from jobworker.worker.ipc.control import Ready
-from jobworker.worker.keys import PAUSED_KEY, Source, dead_letter_key, deaths_key, fence_key, retry_key
+from jobworker.worker.keys import (
+    PAUSED_KEY,
+    Source,
+    dead_letter_key,
+    deaths_key,
+    fence_key,
+    ready_key,
+    retry_key,
+)
 from jobworker.worker.outcome import Failure
 from jobworker.worker.store.memory.store import MemoryStore
 from jobworker.worker.store.ports import Entry, Settled, Settlement
@@ -17,7 +25,7 @@ from support.reader_rig import SOURCE, ReaderRig, reader_rig
 OTHER = SOURCE._replace(stream="other")
 STREAMS = (SOURCE, OTHER)
 NAME = SOURCE.stream
-DERIVED = [fence_key(NAME), deaths_key(NAME), retry_key(NAME), dead_letter_key(NAME)]
+DERIVED = [fence_key(NAME), deaths_key(NAME), retry_key(NAME), dead_letter_key(NAME), ready_key(NAME)]
 FAILURES = {
     "failed": Failure("ValueError: no"),
     "given up": Failure("PermanentError: no", permanent=True),

@@ -145,7 +145,7 @@ def test_the_names_of_a_snapshot_in_json_are_stable() -> None:
         "cron",
     ]  # fmt: skip
     assert list(one["streams"][0]) == [
-        "stream", "group", "queued", "pending", "retrying", "dead", "oldest_age_s", "lag",
+        "stream", "group", "queued", "pending", "retrying", "dead", "oldest_age_s", "lag", "waiting",
         "other_groups",
     ]  # fmt: skip
     assert one["paused"] == [{"kind": "audit", "wall_since_s": 5.0, "note": "disk full"}]

@@ -73,9 +73,9 @@ def test_the_next_read_is_begun_before_the_jobs_of_a_large_one_are_gone_through(
     with closing(Watched(server)) as store, reading(store) as reader:
         order: list[str] = []
         admit = reader._intake._admit
-        reader._intake._admit = lambda *args: (
+        reader._intake._admit = lambda *args, **more: (
             order.append("".join(map(str, store.seen[-2:]))),
-            admit(*args),
+            admit(*args, **more),
         )[1]  # type: ignore[method-assign]
         for _ in range(60):
             reader.run_once(0.0)

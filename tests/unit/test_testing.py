@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 
-from jobworker.worker import Job, PermanentError, Producer, Settings, Unavailable, report_progress
+from jobworker.worker import (
+    Job,
+    PermanentError,
+    Producer,
+    RateLimited,
+    Settings,
+    Unavailable,
+    report_progress,
+)
 from jobworker.worker.telemetry.current_job import current_log_fields
 from jobworker.worker.testing import Harness, RetryPolicy
 
@@ -543,3 +551,32 @@ def test_progress_moves_no_timeout_of_a_handler_without_a_bound(harness: Callabl
 def test_progress_outside_a_worker_does_nothing() -> None:
     program = "from jobworker.worker import report_progress; report_progress()"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+class Limited:
+    """Handler whose dependency takes one job, then asks the rest to wait."""
+
+    def __init__(self) -> None:
+        self.tries: list[str] = []
+
+    def handle(self, job: Job) -> None:
+        self.tries.append(job.id)
+        if job.tenant_id == "busy" and len(self.tries) == 1:
+            raise RateLimited(30.0)
+
+
+def test_a_rate_limited_job_waits_with_its_tenant_and_uses_no_retry() -> None:
+    handler = Limited()
+    with Harness({"a": handler}) as harness:
+        harness.enqueue("a", {}, tenant_id="busy", id="1")
+        harness.run()
+        harness.enqueue("a", {}, tenant_id="busy", id="2")
+        harness.enqueue("a", {}, tenant_id="other", id="3")
+        harness.run()
+        assert [job.id for job in harness.completed] == ["3"]
+        harness.advance(29.0)
+        assert handler.tries == ["1", "3"]
+        assert (harness.retrying, harness.dead) == ([], [])
+        harness.advance(2.0)
+        assert [job.id for job in harness.completed] == ["3", "1", "2"]
+        assert harness.metric("z_novel_jobs_limited_total", "a") == 1

@@ -11,7 +11,7 @@ from ..errors import StoreRefused, StoreUnavailable
 from ..extension import extension, imported
 from ..keys import Source
 from ..store.announcements import Announcement, suggestion
-from ..store.operator import GroupState, Lease, Pause, order_of, walk
+from ..store.operator import GroupState, LanePlace, Lease, Pause, order_of, walk
 from ..store.ports import RELEASED_IDLE_S, Entry
 from .dead_letters import read_letter, refusal
 from .identity import JobIdentity, read_identity
@@ -200,12 +200,37 @@ class JobFinder:
         if group is None or order_of(entry.id) > order_of(group.last_delivered):
             return self._queued(source, group, entry, location)
         lease = self._store.lease(source, entry.id)
+        if lease is None and (place := self._lane_place(source.stream, entry)):
+            return self._waiting(place, location)
         if lease is None:
             location.state = "finished"
             location.why = f"acknowledged in group {source.group}"
             return location
         location.facts |= {"deliveries": lease.deliveries, "deaths": entry.deaths + job.deaths}
         return self._pending(lease, location)
+
+    def _lane_place(self, stream: str, entry: Entry) -> LanePlace | None:
+        try:
+            return self._store.lane_place(stream, entry)
+        except ValueError:  # no job
+            return None
+
+    def _waiting(self, place: LanePlace, location: JobLocation) -> JobLocation:
+        """A job that was sorted and waits for its turn."""
+        location.state = "queued"
+        location.facts |= {"ahead_in_lane": place.ahead, "blocked_by": place.blocked_by}
+        position = f"{place.ahead} jobs of its tenant, type and priority ahead of it"
+        if location.type in self._pauses:
+            location.why = f"{self._paused(location.type)}; {position}"
+        elif place.blocked_by is None:
+            location.why = f"sorted: waits for the turn of its tenant and priority; {position}"
+        elif place.blocked_by.startswith("="):
+            location.why = f"a handler asked jobs of its type to wait (RateLimited); {position}"
+        else:
+            name, _, value = place.blocked_by.partition("=")
+            of = f" for {value}" if value else ""
+            location.why = f"limit {name} is reached{of}; {position}"
+        return location
 
     def _queued(
         self, source: Source, group: GroupState | None, entry: Entry, location: JobLocation

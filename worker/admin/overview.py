@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreRefused, StoreUnavailable
 from ..keys import Source
-from ..store.operator import START, Pause
+from ..store.operator import START, LaneCounts, Pause
 from ..store.ports import Depths, ReaperStore
 from .cron import CronEntry, cron_entries, read_cron
 from .dead_letters import Letter, read_letter, refusal
@@ -46,7 +46,8 @@ class Overview:
 
     ``totals`` and ``rates`` (per second) are by job type and then by name, such as ``done``. ``rates`` is
     None in the first snapshot. ``p95_s`` has by job type the 95th percentile of ``run`` and ``wait`` in the
-    last minute, in seconds; a name is missing where no job started or finished. ``job_ids`` are by stream and
+    last minute, in seconds; a name is missing where no job started or finished. ``lanes`` has the streams of
+    which jobs wait in lanes. ``job_ids`` are by stream and
     entry id. ``refused`` says which streams the store refused; their part of the snapshot is missing.
     ``error`` says why the store did not answer; its whole part is empty then.
     """
@@ -57,6 +58,7 @@ class Overview:
     totals: dict[str, dict[str, float]] = field(default_factory=dict)
     rates: dict[str, dict[str, float]] | None = None
     p95_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    lanes: dict[str, LaneCounts] = field(default_factory=dict)
     pauses: list[Pause] = field(default_factory=list)
     cron: list[CronEntry] = field(default_factory=list)
     letters: list[Letter] = field(default_factory=list)
@@ -118,7 +120,10 @@ class OverviewPoller:
         letters: list[Letter] = []
         for source in sources:
             with _note_refusal(overview, f"stream {source.stream}"):
-                overview.streams.append((source, self._depth_store.depths(source)))
+                depths = self._depth_store.depths(source)
+                overview.streams.append((source, depths))
+                if depths.waiting:
+                    overview.lanes[source.stream] = self._store.lane_counts(source.stream)
                 letters += self._newest_letters(source.stream)
         overview.letters = sorted(letters, key=lambda letter: letter.wall_s, reverse=True)[:_MAX_LETTERS]
         with _note_refusal(overview, "paused types"):

@@ -3,7 +3,7 @@
 import click
 
 from ..process_env import prepare_process
-from . import cron, dlq, doctor, enqueue, explain, pause, retry, stats, top, url, web
+from . import cron, dlq, doctor, enqueue, explain, limit, pause, retry, stats, top, url, web
 from .common import CliGroup
 
 
@@ -34,4 +34,5 @@ for module in (top, enqueue, stats, explain, pause, doctor, url, web):
     module.add_to(main)
 main.add_command(dlq.dlq)
 main.add_command(retry.retry)
+main.add_command(limit.limit)
 main.add_command(cron.cron)

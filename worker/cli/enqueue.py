@@ -18,6 +18,7 @@ from ..admin.words import strip_control
 from ..envelope import MAX_TIMEOUT_S, MIN_TIMEOUT_S
 from ..errors import StoreUnavailable
 from ..extension import extension
+from ..flow import HIGHEST_PRIORITY
 from ..options import ExplicitOption
 from ..producer import NewJob, Producer, UnknownDestination
 from ..quantities import Count, Duration
@@ -59,6 +60,8 @@ _OPTIONS = [
                  "service that handles it, else JOBWORKER_STREAM]"),
     click.option("--id", "job_id", default=None,
                  help="Job id; with --count a number is appended.  [default: random]"),
+    click.option("--priority", type=Count(0, HIGHEST_PRIORITY),
+                 help="0 to 10; higher is more urgent.  [default: 5]"),
     click.option("--delay", type=Duration(), help="Run it this much later (seconds, or 15m)."),
     click.option("--timeout", type=Duration(MIN_TIMEOUT_S, MAX_TIMEOUT_S),
                  help="Timeout (seconds, or 5m), from 0.1 s to 24 h."),
@@ -70,7 +73,8 @@ _OPTIONS = [
 
 def enqueue(
     url: str, type: str, payload: str, lines: str | None, tenant: str, project: str, stream: str | None,
-    job_id: str | None, delay: float | None, timeout: float | None, count: int, as_json: bool,
+    job_id: str | None, priority: int | None, delay: float | None, timeout: float | None, count: int,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Send a job of TYPE, or one for each line of --lines.
 
@@ -83,7 +87,8 @@ def enqueue(
     jobworker enqueue --lines jobs.jsonl
     jobworker enqueue audit --lines - < events.jsonl      # lines like {"payload": {"who": "me"}}
     """
-    defaults = NewJob(type, None, tenant, project, stream, job_id, None, delay, timeout)
+    metadata = None if priority is None else {"priority": str(priority)}
+    defaults = NewJob(type, None, tenant, project, stream, job_id, metadata, delay, timeout)
     if lines is not None:
         if job_id is not None or count != 1 or payload != "{}":
             raise click.UsageError(

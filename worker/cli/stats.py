@@ -10,6 +10,7 @@ from ..admin.overview import Overview, open_poller
 from ..admin.words import format_duration, pluralise, strip_control
 from ..errors import StoreUnavailable
 from ..quantities import Duration
+from ..store.operator import LaneCounts
 from ..telemetry.log import redacted
 from .common import (
     AS_JSON,
@@ -33,7 +34,8 @@ def add_to(main: click.Group) -> None:
 def stats(deployment: Deployment, streams: tuple[str, ...], watch: float | None, as_json: bool) -> None:
     """Print queued, pending, retrying and dead jobs by stream.
 
-    QUEUED: not read by any service yet. PENDING: read by a service and not settled: running, prefetched or
+    QUEUED: not started; where many wait, they are sorted, and those by priority and of the ten largest
+    tenants follow. PENDING: read by a service and not settled: running, prefetched or
     parked. RETRYING: waits for a retry, or was sent with a delay. DEAD: dead letters. OLDEST: age of the
     oldest queued job. If services answer at --metrics-url, their workers follow, and with --watch the rates
     by type.
@@ -60,6 +62,13 @@ def stats(deployment: Deployment, streams: tuple[str, ...], watch: float | None,
     _print(overview)
 
 
+def _print_lanes(stream: str, counts: LaneCounts) -> None:
+    by_priority = ", ".join(f"{number}: {count}" for number, count in counts.by_priority.items())
+    click.echo(f"{stream}: {counts.waiting} of the queued jobs are sorted; by priority {by_priority}")
+    rows = [[strip_control(tenant), str(count)] for tenant, count in counts.largest_tenants.items()]
+    print_table(["TENANT", "WAITING>"], rows)
+
+
 def _print(overview: Overview) -> None:
     print_table(
         ["STREAM", "GROUP", "QUEUED>", "PENDING>", "RETRYING>", "DEAD>", "OLDEST>"],
@@ -73,6 +82,8 @@ def _print(overview: Overview) -> None:
             for source, depths in overview.streams
         ],
     )
+    for stream, counts in overview.lanes.items():
+        _print_lanes(stream, counts)
     for text in overview.refused:
         click.echo(strip_control(redacted(with_deployment(text))), err=True)
     for pause in overview.pauses:

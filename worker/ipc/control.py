@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from ..cron_table import CronTable
+from ..flow import FlowConfig
 from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.metrics import MetricsBuffer
 
@@ -60,6 +61,12 @@ class SyncDone(msgspec.Struct, tag=True, frozen=True):
 
 class Drain(msgspec.Struct, tag=True, frozen=True):
     """To reader and reaper: take nothing new, finish the work under way, exit."""
+
+
+class Configure(msgspec.Struct, tag=True, frozen=True):
+    """To the reader: limits and weights of the configuration file, which was read again."""
+
+    flow: FlowConfig
 
 
 class SetCron(msgspec.Struct, tag=True, frozen=True):
@@ -112,6 +119,7 @@ Message = (
     | ExitReclaimed
     | Retire
     | Drain
+    | Configure
     | SetCron
     | Ready
     | HeldElsewhere

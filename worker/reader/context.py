@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
+from ..flow import LaneRules
 from ..ipc.crash_marks import CrashMarks
 from ..settings import Settings
 from ..store.faults import StreamFaults
@@ -27,6 +28,8 @@ class ReaderContext:
     faults: StreamFaults
     held: HeldOutcomes
     lost_leases: LostLeases
+    #: By stream number: the rules by which its jobs are sorted, and their version on the server.
+    lane_rules: dict[int, tuple[LaneRules, int]]
 
     @classmethod
     def create(
@@ -37,4 +40,6 @@ class ReaderContext:
         metrics = MetricsBuffer()
         faults = StreamFaults(store, settings.streams, metrics.gauge, "reader", rng, mono_s)
         lost_leases = LostLeases(settings.streams, metrics)
-        return cls(store, settings, crash_marks, metrics, rng, mono_s, faults, HeldOutcomes(), lost_leases)
+        return cls(
+            store, settings, crash_marks, metrics, rng, mono_s, faults, HeldOutcomes(), lost_leases, {}
+        )

@@ -18,6 +18,8 @@ from .prefetch import PrefetchBuffer
 #: A worker's credit covers the jobs that it finishes in this time: enough that it never runs dry between two
 #: ticks of the reader, little enough that the last jobs of a backlog do not queue behind one worker.
 _QUEUE_S = 0.2
+#: The same while a backlog is sorted: an urgent job, or one of another tenant, waits behind these jobs only.
+_SORTED_QUEUE_S = 0.01
 #: Interval at which a worker's rate is measured (seconds).
 _MEASURE_EVERY_S = 0.05
 #: Most bytes and jobs of one frame: with small frames a worker starts while the next frame is encoded.
@@ -52,6 +54,8 @@ class WorkerHandle:
         self._settled_jobs = 0
         self._measured_at = mono_now_s
         self._jobs_per_s = 0.0
+        #: Time in which it finishes the jobs that its credit covers (seconds).
+        self.queue_s = _QUEUE_S
         self._restore_head()
         self.reserved = self.has_exclusive_job or self.runs_suspect
         channel.wake_worker()
@@ -68,6 +72,11 @@ class WorkerHandle:
         self.table.head = max(self.table.head, self.table.taken)
 
     @property
+    def jobs_per_s(self) -> float:
+        """The rate at its last measurement."""
+        return self._jobs_per_s
+
+    @property
     def accepts_jobs(self) -> bool:
         """Whether it may get any job now."""
         return not (self.exited or self.retired or self.reserved) and self.channel.phase == READY
@@ -77,7 +86,7 @@ class WorkerHandle:
         """Number of jobs that it may get now."""
         if not self.accepts_jobs:
             return 0
-        window = max(2 * self.channel.batch_hint, int(self._jobs_per_s * _QUEUE_S))
+        window = max(2 * self.channel.batch_hint, int(self._jobs_per_s * self.queue_s))
         return max(0, min(window, ROWS) - len(self.table))
 
     def supports(self, type_no: int) -> bool:
@@ -158,6 +167,8 @@ class Dispatcher:
     def __init__(self, streams: Sequence[Source], buffer: PrefetchBuffer) -> None:
         self.buffer = buffer
         self.workers: list[WorkerHandle] = []
+        #: Whether the jobs of a stream are sorted: little is queued at the workers then.
+        self.is_sorted = False
         self._streams = streams
         self._crashes = buffer.crashes
         # Slots whose worker died under a suspect, and when: no successor is ready yet.
@@ -173,6 +184,11 @@ class Dispatcher:
     def credit(self) -> int:
         """Number of jobs that the workers can take; 0 while the prefetch buffer is full."""
         return 0 if self.buffer.full else sum(worker.credit for worker in self.workers)
+
+    @property
+    def jobs_per_s(self) -> float:
+        """Jobs that the workers finish per second."""
+        return sum(worker.jobs_per_s for worker in self.workers)
 
     def capacity(self, stream_no: int) -> int:
         """Number of entries of a stream that may be read now."""
@@ -193,6 +209,7 @@ class Dispatcher:
         """Hand over what the workers can take now."""
         for worker in self.workers:
             worker.update_rate(mono_now_s)
+            worker.queue_s = _SORTED_QUEUE_S if self.is_sorted else _QUEUE_S
         if self._crashes.watching or self._lost_slots or len(self.buffer.suspects):
             self._pace_suspects(mono_now_s)
         exclusive_types = (worker.channel.exclusive_types for worker in self.workers)

@@ -11,6 +11,7 @@ from ..store.ports import Entry
 from .admission import Admission, RejectedEntry, reject_unread
 from .context import ReaderContext
 from .dispatch import Dispatcher
+from .flow_control import FlowControl
 
 log = logging.getLogger("jobworker.reader")
 
@@ -92,6 +93,7 @@ class Intake:
         self._dispatcher = dispatcher
         self._buffer = dispatcher.buffer
         self._selector = selector
+        self.flow = FlowControl(context, dispatcher)
         type_nos = {name: type_no for type_no, name in enumerate(settings.handlers)}
         self._admission = Admission(type_nos, settings.max_payload, settings.max_deaths)
         self._read_counts = [ReadCount() for _ in settings.streams]
@@ -206,11 +208,24 @@ class Intake:
             capacity = 0 if stream_no in self._faults else self._dispatcher.capacity(stream_no)
             with self._faults.guard(stream_no):
                 self._begin_read(stream_no, capacity)
-            if capacity <= 0:
+            if capacity <= 0 and not self.flow.sorts_all(stream_no):
                 self._count_cycle()  # all workers are busy: without a read there is progress, too
+
+    def take_waiting(self) -> None:
+        """Take jobs out of lanes for the workers' credit, which the streams share."""
+        wanted = [stream_no for stream_no in self.flow.wanted() if stream_no not in self._unlisted]
+        shares = {one: -(-self._dispatcher.capacity(one) // len(wanted)) for one in wanted}
+        for stream_no, share in shares.items():
+            if share > 0:
+                self._marks.mark_answer(stream_no)
+                with self._faults.guard(stream_no):
+                    self._admit(stream_no, self.flow.take(stream_no, share), is_taken=True)
+        self._marks.clear()
 
     def _begin_read(self, stream_no: int, capacity: int) -> None:
         source = self._streams[stream_no]
+        if self.flow.sorts_all(stream_no):
+            capacity = _MOST_ENTRIES
         if capacity > 0 and stream_no not in self._unlisted and not self._store.is_reading(source):
             count = min(capacity, self._read_counts[stream_no].entries)
             fd = self._store.begin_read(source, count, _BLOCK_MS)
@@ -232,7 +247,7 @@ class Intake:
             entries = self._finish_read(stream_no)
             if len(entries) >= _MANY and self._read_counts[stream_no].is_largest and not self.draining:
                 self._begin_read(stream_no, self._dispatcher.capacity(stream_no) - len(entries))
-            self._admit(stream_no, entries)
+            self._admit(stream_no, entries, is_new=True)
         self._marks.clear()
         self._count_cycle()
 
@@ -271,15 +286,17 @@ class Intake:
 
     # -- admission
 
-    def _admit(self, stream_no: int, entries: list[Entry]) -> None:
+    def _admit(
+        self, stream_no: int, entries: list[Entry], *, is_new: bool = False, is_taken: bool = False
+    ) -> None:
         if self._marks.poison:
             entries = [entry for entry in entries if not self._reject_poison(stream_no, entry)]
         if len(entries) == 1:
             self._marks.mark(stream_no, entries[0].id)
         admitted, rejected = self._admission.check_all(stream_no, entries)
-        self._buffer.extend(admitted)
         self.rejected += rejected
-        if entries:
+        self._buffer.extend(admitted if is_taken else self.flow.divert(stream_no, admitted, is_new=is_new))
+        if entries and not is_taken:
             self._read_counts[stream_no].learn(entries)
         self._marks.unmark()
 

@@ -93,7 +93,7 @@ class PrefetchBuffer:
     def add(self, job: AdmittedJob, mono_due_s: float = 0.0) -> None:
         """Append a job to its queue; a suspect may start from ``mono_due_s`` on."""
         self._largest_bytes = max(self._largest_bytes, len(job.entry.data or b""))
-        if self._is_parked(job.type_no):
+        if self.is_parked(job.type_no):
             self._parked[job.type_no].put(job)
         elif job.isolated or self.crashes.slows(job):
             self.suspects.put(self.crashes.key_of(job), job, mono_due_s)
@@ -116,7 +116,7 @@ class PrefetchBuffer:
         """Put jobs that an exited worker had not started in front of the ready ones, in their order."""
         front = []
         for job in jobs:
-            if self._is_parked(job.type_no) or self._is_isolated(job) or self.crashes.slows(job):
+            if self.is_parked(job.type_no) or self._is_isolated(job) or self.crashes.slows(job):
                 self.add(job)
             else:
                 self._largest_bytes = max(self._largest_bytes, len(job.entry.data or b""))
@@ -132,7 +132,8 @@ class PrefetchBuffer:
             for job in queued:
                 self._queue_of(job).append(job)
 
-    def _is_parked(self, type_no: int) -> bool:
+    def is_parked(self, type_no: int) -> bool:
+        """Whether jobs of a type may not start now: it is paused, or its circuit breaker is open."""
         return self._breakers[type_no].open or type_no in self.paused_types
 
     def _is_isolated(self, job: AdmittedJob) -> bool:
@@ -223,7 +224,7 @@ class PrefetchBuffer:
         Jobs of a tenant that is no longer slowed down become ordinary again.
         """
         for key in self.suspects.keys(_TURNS):
-            if self._is_parked(key.type_no):
+            if self.is_parked(key.type_no):
                 for job in self.suspects.take_if(key, lambda _: True):
                     self._parked[key.type_no].put(job)
                 continue

@@ -15,6 +15,7 @@ from ..errors import Fenced, NameHeld, StoreRefused, StoreUnavailable
 from ..ipc.channel import Channel, clear_eventfd
 from ..ipc.control import (
     Attach,
+    Configure,
     ControlSocket,
     Drain,
     ExitReclaimed,
@@ -144,14 +145,16 @@ class Reader:
         self._renew_name(now)
         if now - self._pauses_refreshed_at >= _PAUSES_EVERY_S:
             self._refresh_pauses()
+        self._intake.flow.refresh(now)
         self._settle(now)
         self._reclaim_exited_workers()
         self._log_slowdowns()
         if not self._intake.draining:
+            self._intake.take_waiting()
             self._dispatcher.dispatch(now)
             self._intake.request_more()
         self._intake.renew_leases(now)
-        self._wait(0.0 if self._intake.must_continue else sleep_s)
+        self._wait(0.0 if self._intake.must_continue else self._intake.flow.sleep_s(sleep_s))
         self._intake.check_reads()
 
     # -- jobs
@@ -161,6 +164,8 @@ class Reader:
         batch = self._settler.settle(self._dispatcher.workers, self._intake.rejected)
         self._intake.rejected.clear()
         self._buffer.record_success(batch.answered_types)
+        if batch.has_ended:
+            self._intake.flow.record_settled(batch.put_back)
         for job, failure in batch.deferred:
             self._defer(job, failure, now)
         self._buffer.release_probes(now)
@@ -232,6 +237,9 @@ class Reader:
             case Retire(slot, generation):
                 if worker_or_none := self._dispatcher.find(slot, generation):
                     worker_or_none.retired = True
+            case Configure(flow):
+                self._intake.flow.file = flow
+                self._intake.flow.refresh(self._mono_s(), at_once=True) if self._connected else None
             case SyncDone():
                 self._synced = True
             case Drain():
@@ -266,6 +274,7 @@ class Reader:
         self._first_renewals.clear()
         self._intake.begin_listing()
         self._refresh_pauses()
+        self._intake.flow.refresh(self._mono_s(), at_once=True)
         # Before any entry is read: a crash caused by an entry must not look like a failed start.
         self._control.send(Ready())
         self._intake.list_pending()

@@ -10,12 +10,13 @@ import msgspec
 
 from ..envelope import DeadJob, Header, dead_letter, read_header, with_retry
 from ..errors import Fenced, StoreUnavailable
+from ..flow import read_flow_header, tenant_key
 from ..ipc.channel import OutcomeFrame
 from ..ipc.control import WorkerExited
 from ..ipc.inflight import FAILED, QUEUED, SETTLED, STARTED, SUCCEEDED, InFlightJob
 from ..keys import Source
 from ..outcome import Failure, GiveUp, Reason, after_failure
-from ..store.ports import Dead, Entry, Retry, Settled, Settlement
+from ..store.ports import Dead, Entry, PutBack, Retry, Settled, Settlement, WaitingJob
 from ..telemetry import trace
 from ..telemetry.current_job import log_fields
 from .admission import AdmittedJob, RejectedEntry, reject_unread
@@ -67,6 +68,8 @@ class SettlementBatch:
         self.missing: dict[int, list[bytes]] = defaultdict(list)
         self.retries: dict[int, list[Retry]] = defaultdict(list)
         self.dead: dict[int, list[Dead]] = defaultdict(list)
+        #: Jobs that wait in their lanes again.
+        self.put_back: dict[int, list[PutBack]] = defaultdict(list)
         #: Metrics to count for an entry that did not succeed, once it is settled.
         self.counts: dict[tuple[int, bytes], list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
         #: The failed jobs by stream number and entry id.
@@ -78,12 +81,25 @@ class SettlementBatch:
         #: Jobs whose dependency is unavailable. They stay pending and use up no retry.
         self.deferred: list[DeferredJob] = []
 
-    def settlements(self, streams: Sequence[Source], *, sure: bool) -> dict[int, Settlement]:
+    @property
+    def has_ended(self) -> bool:
+        """Whether any job is settled."""
+        return bool(self.done or self.missing or self.retries or self.dead or self.put_back)
+
+    def settlements(
+        self, streams: Sequence[Source], versions: Mapping[int, int], *, sure: bool
+    ) -> dict[int, Settlement]:
         """One settlement for each stream that has outcomes, by stream number."""
-        touched = sorted({*self.done, *self.missing, *self.retries, *self.dead})
+        touched = sorted({*self.done, *self.missing, *self.retries, *self.dead, *self.put_back})
         return {
             no: Settlement(
-                streams[no], self.done[no] + self.missing[no], self.retries[no], self.dead[no], sure
+                streams[no],
+                self.done[no] + self.missing[no],
+                self.retries[no],
+                self.dead[no],
+                sure,
+                self.put_back.get(no, ()),
+                versions[no],
             )
             for no in touched
         }
@@ -112,6 +128,7 @@ class Settler:
         self._marks = context.crash_marks
         self._faults = context.faults
         self._held = context.held
+        self._lane_rules = context.lane_rules
         self._lost_leases = context.lost_leases
         # Outcomes that were perhaps settled already: the answer was lost, or an earlier reader died.
         self._unsure: set[tuple[int, bytes]] = set()
@@ -207,6 +224,9 @@ class Settler:
         if data is not None and failure.unavailable and self._breakers.is_within_grace(row.type_no, row.key):
             batch.deferred.append(DeferredJob(_runnable(row, data), failure))
             return
+        if data is not None and failure.wait_s is not None and row.key not in self._marks.poison:
+            self._put_back(batch, job, data)
+            return
         batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
         if data is None:
             log.error("entry.missing", extra={"entry_id": row.entry_id.decode()})
@@ -216,6 +236,22 @@ class Settler:
         else:
             self._marks.mark(row.stream_no, row.entry_id, settling=True)
             self._retry_or_give_up(batch, job, data)
+
+    def _put_back(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> None:
+        """Let a job wait in its lane, and the jobs of its key with it. No retry is used up."""
+        row, failure = job.row, job.failure
+        assert failure.wait_s is not None
+        self._marks.mark(row.stream_no, row.entry_id, settling=True)
+        batch.answered_types.add(row.type_no)
+        header = read_flow_header(data)
+        rules, _ = self._lane_rules[row.stream_no]
+        key = rules.wait_key(header, failure.wait_key) or tenant_key(header.type, header.tenant_id)
+        log.info(
+            "job.rate_limited", extra={**log_fields(read_header(data)), "key": key, "wait_s": failure.wait_s}
+        )
+        waiting = WaitingJob(row.entry_id, len(data))
+        batch.counts[row.key].append(("z_novel_jobs_limited_total", (header.type,)))
+        batch.put_back[row.stream_no].append(PutBack(waiting, rules.name_of(header), key, failure.wait_s))
 
     def _retry_or_give_up(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> None:
         row, failure = job.row, job.failure
@@ -292,7 +328,8 @@ class Settler:
 
     def _commit(self, batch: SettlementBatch) -> None:
         """Settle the batch in the store, then count its outcomes: they are final now."""
-        settlements = batch.settlements(self._streams, sure=self._has_fresh_leases())
+        versions = {stream_no: version for stream_no, (_, version) in self._lane_rules.items()}
+        settlements = batch.settlements(self._streams, versions, sure=self._has_fresh_leases())
         sent = {no: settlement for no, settlement in settlements.items() if no not in self._faults}
         results = self._send(sent) if sent else []
         unsettled: set[tuple[int, bytes]] = set()

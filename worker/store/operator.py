@@ -17,6 +17,23 @@ _FIRST_PAGE, _PAGE = 16, 1000
 _PAGE_BYTES = 2 * 1024 * 1024
 
 
+class LaneCounts(NamedTuple):
+    """Jobs of a stream that wait in lanes: by priority, of the ten tenants with the most; and running jobs by
+    limit key."""
+
+    waiting: int
+    by_priority: dict[int, int]
+    largest_tenants: dict[str, int]
+    running: dict[str, int]
+
+
+class LanePlace(NamedTuple):
+    """A job's place in its lane: jobs of the lane before it, and the key for which the lane waits, if any."""
+
+    ahead: int
+    blocked_by: str | None
+
+
 class Scheduled(NamedTuple):
     """A job in the retry ZSET, due at a unix time (seconds, the store's clock)."""
 

@@ -6,10 +6,12 @@ keys of the stream are the reason, and `Fenced` when a newer reader owns this co
 is a bug. No call waits longer than the store's timeout.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from ..errors import StoreRefused
+from ..flow import FlowConfig
 from ..keys import Source
 from .announcements import Announcement
 from .cron import CronStore
@@ -42,6 +44,52 @@ class Dead(NamedTuple):
     data: bytes
 
 
+class WaitingJob(NamedTuple):
+    """A job for a lane: the id of its entry and its cost (bytes)."""
+
+    id: bytes
+    cost: int
+
+
+class PutBack(NamedTuple):
+    """Settlement of one entry by its return to its lane. Jobs with ``key`` wait for ``wait_s``."""
+
+    job: WaitingJob
+    lane: bytes
+    key: str
+    wait_s: float
+
+    @property
+    def id(self) -> bytes:
+        """The id of the entry."""
+        return self.job.id
+
+
+class TakenJobs(NamedTuple):
+    """Jobs whose turn it is; they are pending for this consumer now.
+
+    The limits of ``outdated`` have changed: they must be sorted again. ``waiting`` counts the jobs that still
+    wait, ``due_s`` is the time until one of them may start (None: only another event lets one start).
+    """
+
+    entries: list[Entry]
+    outdated: list[Entry]
+    waiting: int
+    due_s: float | None
+
+
+class Backlog(NamedTuple):
+    """Jobs of a stream that are not delivered yet (``lag``), jobs in lanes by type, version of the limits.
+
+    Handlers asked jobs of ``asked_types`` to wait.
+    """
+
+    lag: int
+    waiting: dict[str, int]
+    version: int
+    asked_types: frozenset[str]
+
+
 class Settlement(NamedTuple):
     """Outcomes of entries of one stream; each entry is settled in one atomic step.
 
@@ -53,11 +101,15 @@ class Settlement(NamedTuple):
     retries: Sequence[Retry] = ()
     dead: Sequence[Dead] = ()
     sure: bool = False
+    put_back: Sequence[PutBack] = ()
+    #: Version of the limits by which the lanes of ``put_back`` were chosen.
+    version: int = 0
 
     @property
     def ids(self) -> list[bytes]:
         """The ids of all its entries."""
-        return [*self.done, *(retry.id for retry in self.retries), *(dead.id for dead in self.dead)]
+        others = [one.id for one in self.retries], [one.id for one in self.dead]
+        return [*self.done, *itertools.chain(*others, (one.id for one in self.put_back))]
 
 
 class Settled(NamedTuple):
@@ -93,7 +145,10 @@ class Promotion(NamedTuple):
 
 
 class Depths(NamedTuple):
-    """Queue depths of one stream and group. ``queued`` counts undelivered entries; ages are seconds."""
+    """Queue depths of one stream and group; ages are seconds.
+
+    ``queued`` counts the undelivered entries (``lag``) and the jobs in lanes (``waiting``).
+    """
 
     queued: int
     pending: int
@@ -101,6 +156,7 @@ class Depths(NamedTuple):
     dead: int
     oldest_age_s: float
     lag: int
+    waiting: int = 0
     other_groups: tuple[str, ...] = ()
 
 
@@ -182,6 +238,30 @@ class ReaderStore(Protocol):
     def pause_faults(self) -> list[KeyFault]:
         """As `key_faults`, for the key of the paused types."""
 
+    def backlog(self, source: Source) -> Backlog:
+        """Count the jobs that wait."""
+
+    def flow_config(self, source: Source) -> FlowConfig:
+        """Limits and weights of the stream."""
+
+    def configure(self, source: Source, config: FlowConfig) -> bool:
+        """Replace limits and weights; False, without effect, if ``config.version`` is no longer current."""
+
+    def sort(self, source: Source, version: int, lanes: Mapping[bytes, Sequence[WaitingJob]]) -> set[bytes]:
+        """Move entries of this consumer into lanes, atomically. Returns the ids that are not ours any more.
+
+        ``version`` is that of the limits by which the lanes were chosen.
+        """
+
+    def take(self, source: Source, types: Iterable[str], count: int) -> TakenJobs:
+        """Take at most ``count`` jobs of these types out of their lanes, atomically.
+
+        They are those whose turn it is, within the limits.
+        """
+
+    def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
+        """The ids of entries that hold slots of limits."""
+
     def close(self) -> None:
         """Drop every connection."""
 
@@ -197,6 +277,9 @@ class ReaperStore(CronStore, Protocol):
 
     def remove_idle_consumers(self, source: Source, keep: str, idle_ms: int) -> int:
         """Delete consumers other than ``keep`` that own nothing and were idle for ``idle_ms``, atomically."""
+
+    def mend_slots(self, source: Source) -> int:
+        """Free the slots of entries that are no longer pending; returns the number of these entries."""
 
     def depths(self, source: Source) -> Depths:
         """Count entries, retries and dead letters."""

@@ -11,9 +11,11 @@ from typing import Any
 
 from ..cron_table import CronTable
 from ..errors import Exit
+from ..flow import FlowConfig
 from ..ipc.channel import READY, STARTING, STOPPING, Channel
 from ..ipc.control import (
     Attach,
+    Configure,
     Drain,
     ExitReclaimed,
     HeldElsewhere,
@@ -459,6 +461,11 @@ class ProcessManager:
         for slot in self._workers:
             slot.backoff = RestartBackoff()
         self._to_restart = deque((slot, slot.generation) for slot in self._workers)
+
+    def configure(self, flow: FlowConfig) -> None:
+        """Apply limits and weights that were read from the configuration file again."""
+        self._settings = replace(self._settings, flow=flow)
+        self._send_to_reader(Configure(flow))
 
     @property
     def idle(self) -> bool:

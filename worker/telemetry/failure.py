@@ -3,6 +3,7 @@
 import traceback
 from types import TracebackType
 
+from ..errors import RateLimited
 from ..outcome import MAX_ERROR_CHARS, Failure
 from .log import bounded, redacted
 
@@ -25,6 +26,9 @@ def failure_of(error: BaseException, permanent: bool) -> Failure:
 
     An exception with a true attribute ``transient`` says that something the handler needs is unavailable.
     """
+    if issubclass(type(error), RateLimited):  # not isinstance: it asks a class that may be broken
+        assert isinstance(error, RateLimited)
+        return Failure(error_text(error), wait_s=error.after_s, wait_key=error.key)
     unavailable = not permanent and is_transient(error)
     return Failure(error_text(error), permanent, unavailable=unavailable, traceback=traceback_text(error))
 

@@ -24,6 +24,10 @@ METRICS = {
     ),
     "z_novel_jobs_completed_total": Metric("counter", "Jobs that were acknowledged", ("task_type",)),
     "z_novel_jobs_failed_total": Metric("counter", "Tries that failed", ("task_type",)),
+    "z_novel_jobs_limited_total": Metric(
+        "counter", "Jobs that a handler put back with RateLimited", ("task_type",)
+    ),
+    "z_novel_jobs_waiting": Metric("gauge", "Jobs that wait, by place: stream, lanes", ("stream", "place")),
     "z_novel_jobs_retried_total": Metric("counter", "Retries that were scheduled", ("task_type",)),
     "z_novel_jobs_dead_total": Metric("counter", "Jobs that were given up", ("task_type", "reason")),
     "z_novel_job_duration_seconds": Metric("histogram", "Time a try took", ("task_type",), SECONDS),

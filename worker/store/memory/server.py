@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ...errors import StoreRefused
 from ...keys import Holder
 from ..ports import Entry, KeyFault
+from .lanes import MemoryLanes
 
 #: Time that a read may take beyond its block time before the store counts as unavailable.
 _READ_MARGIN_S = 5.0
@@ -51,8 +52,9 @@ class NameRecord:
 
 @dataclass
 class Stream:
-    """A stream with its groups, retries, dead letters and fences."""
+    """A stream with its groups, retries, dead letters, fences and lanes."""
 
+    lanes: MemoryLanes
     entries: dict[bytes, bytes | None] = field(default_factory=dict)
     last_id: tuple[int, int] = (0, 0)
     groups: dict[str, Group] = field(default_factory=dict)
@@ -148,7 +150,9 @@ class MemoryServer:
 
     def stream(self, name: str) -> Stream:
         """The stream of this name; it is created if it is missing."""
-        return self._streams.setdefault(name, Stream())
+        if name not in self._streams:
+            self._streams[name] = Stream(MemoryLanes(self.wall_now_s))
+        return self._streams[name]
 
     def append(self, name: str, data: bytes | None) -> bytes:
         """Append an entry (None: one without the data field); returns its id."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from ...errors import Fenced, NameHeld, StoreRefused, StoreUnavailable
+from ...flow import FlowConfig, Lane
 from ...keys import (
     NO_HOLDER,
     PAUSED_KEY,
@@ -14,25 +15,33 @@ from ...keys import (
     dead_letter_key,
     deaths_key,
     fence_key,
+    ready_key,
     retry_key,
 )
 from ..announcements import Announcement, encode, parse
 from ..ports import (
     RELEASED_IDLE_S,
+    Backlog,
     Dead,
     Depths,
     Entry,
     KeyFault,
     Promotion,
+    PutBack,
     Retry,
     Settled,
     Settlement,
+    TakenJobs,
+    WaitingJob,
 )
 from .cron import MemoryCronStore
 from .server import Group, MemoryServer, NameRecord, PendingEntry, Read, Stream, order
 
+#: Jobs of lanes with changed limits that one call returns, to be sorted again.
+_OUTDATED_JOBS = 500
 
-def _id_of(outcome: Retry | Dead | bytes) -> bytes:
+
+def _id_of(outcome: Retry | Dead | PutBack | bytes) -> bytes:
     return outcome if isinstance(outcome, bytes) else outcome.id
 
 
@@ -184,7 +193,7 @@ class MemoryStore(MemoryCronStore):
     def key_faults(self, source: Source) -> list[KeyFault]:
         stream = source.stream
         derived = (fence_key(stream), deaths_key(stream), retry_key(stream), dead_letter_key(stream))
-        return self._server.faults(stream, *derived)
+        return self._server.faults(stream, *derived, ready_key(stream))
 
     def pause_faults(self) -> list[KeyFault]:
         return self._server.faults(PAUSED_KEY)
@@ -192,6 +201,71 @@ class MemoryStore(MemoryCronStore):
     def paused_types(self) -> set[str]:
         self._server.check(PAUSED_KEY)
         return set(self._server.paused)
+
+    # -- lanes
+
+    def backlog(self, source: Source) -> Backlog:
+        with self._server.lock:
+            self._server.check(source.stream, ready_key(source.stream))
+            stream, group = self._server.stream(source.stream), self._group(source)
+            lag = sum(order(id) > group.last_delivered for id in stream.entries)
+            return Backlog(
+                lag, stream.lanes.by_type(), stream.lanes.config.version, stream.lanes.asked_types()
+            )
+
+    def flow_config(self, source: Source) -> FlowConfig:
+        return self._server.stream(source.stream).lanes.config
+
+    def configure(self, source: Source, config: FlowConfig) -> bool:
+        with self._server.lock:
+            return self._server.stream(source.stream).lanes.configure(config)
+
+    def sort(self, source: Source, version: int, lanes: Mapping[bytes, Sequence[WaitingJob]]) -> set[bytes]:
+        with self._server.lock:
+            stream, group = self._fenced(source), self._group(source)
+            self._server.check(ready_key(source.stream))
+            refused: set[bytes] = set()
+            for name, jobs in lanes.items():
+                own = [job for job in jobs if self._owns(group, job.id)]
+                refused.update(job.id for job in jobs if not self._owns(group, job.id))
+                if own:
+                    stream.lanes.put(name, own, version)
+                for job in own:
+                    del group.leases[job.id]
+                    stream.lanes.release(job.id)
+            return refused
+
+    def take(self, source: Source, types: Iterable[str], count: int) -> TakenJobs:
+        with self._server.lock:
+            stream = self._fenced(source)
+            self._server.check(deaths_key(source.stream), ready_key(source.stream))
+            outdated = stream.lanes.take_outdated(_OUTDATED_JOBS)
+            jobs = stream.lanes.take(set(types), count)
+            lists = [self._give_lease(source, one) for one in (jobs, outdated)]
+            return TakenJobs(lists[0], lists[1], len(stream.lanes), stream.lanes.due_s())
+
+    def _give_lease(self, source: Source, jobs: Sequence[WaitingJob]) -> list[Entry]:
+        """Make jobs pending for this consumer. Entries that were deleted meanwhile are dropped."""
+        stream, group = self._server.stream(source.stream), self._group(source)
+        entries = []
+        for job in jobs:
+            if job.id not in stream.entries:
+                stream.lanes.release(job.id)
+            elif job.id not in group.leases:
+                group.leases[job.id] = PendingEntry(self._consumer, self._server.wall_now_s(), 1)
+                entries.append(self._pending_entry(stream, group, job.id))
+        return entries
+
+    def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
+        return set(ids) & self._server.stream(source.stream).lanes.slots.keys()
+
+    def mend_slots(self, source: Source) -> int:
+        with self._server.lock:
+            stream, group = self._server.stream(source.stream), self._group(source)
+            gone = stream.lanes.slots.keys() - group.leases.keys()
+            for id in gone:
+                stream.lanes.release(id)
+            return len(gone)
 
     # -- reaper
 
@@ -240,10 +314,12 @@ class MemoryStore(MemoryCronStore):
             self._server.check(source.stream)
             stream, group = self._server.stream(source.stream), self._group(source)
             new = [id for id in stream.entries if order(id) > group.last_delivered]
-            age_s = max(0.0, self._server.wall_now_s() - order(new[0])[0] / 1000) if new else 0.0
+            waiting = stream.lanes.ids()
+            first_ms = min((order(id)[0] for id in (*new[:1], *waiting)), default=None)
+            age_s = 0.0 if first_ms is None else max(0.0, self._server.wall_now_s() - first_ms / 1000)
             others = tuple(name for name in stream.groups if name != source.group)
-            retrying, dead = len(stream.retries), len(stream.dead)
-            return Depths(len(new), len(group.leases), retrying, dead, age_s, len(new), others)
+            counts = (len(new) + len(waiting), len(group.leases), len(stream.retries), len(stream.dead))
+            return Depths(*counts, age_s, len(new), len(waiting), others)
 
     # -- producer
 
@@ -313,27 +389,28 @@ class MemoryStore(MemoryCronStore):
         return Entry(id, stream.entries[id], group.leases[id].deliveries, stream.deaths.get(id, 0))
 
     def _settle(self, settlement: Settlement) -> Settled:
-        source, done, retries, dead, _ = settlement
+        source, done, retries, dead, _, put_back, version = settlement
         stream = source.stream
         refused: set[bytes] = set()
         unsettled: set[bytes] = set()
         refusal: StoreRefused | None = None
-        kinds: tuple[tuple[str, Sequence[Retry | Dead | bytes]], ...] = (
+        kinds: tuple[tuple[str, Sequence[Retry | Dead | PutBack | bytes]], ...] = (
             (stream, done),
             (retry_key(stream), retries),
             (dead_letter_key(stream), dead),
+            (ready_key(stream), put_back),
         )
         for key, outcomes in kinds:
             try:
                 if outcomes:
-                    self._server.check(key, deaths_key(stream))
-                refused.update(_id_of(one) for one in outcomes if not self._settle_one(source, one))
+                    self._server.check(key, deaths_key(stream), ready_key(stream))
+                refused.update(_id_of(one) for one in outcomes if not self._settle_one(source, one, version))
             except StoreRefused as error:
                 unsettled.update(map(_id_of, outcomes))
                 refusal = error
         return Settled(refused, unsettled, refusal)
 
-    def _settle_one(self, source: Source, outcome: bytes | Retry | Dead) -> bool:
+    def _settle_one(self, source: Source, outcome: bytes | Retry | Dead | PutBack, version: int) -> bool:
         stream, group = self._fenced(source), self._group(source)
         id = _id_of(outcome)
         if not self._owns(group, id):
@@ -342,7 +419,15 @@ class MemoryStore(MemoryCronStore):
             self._server.schedule(source.stream, outcome.data, outcome.delay_s)
         elif isinstance(outcome, Dead):
             stream.dead.append(outcome.data)
+        elif isinstance(outcome, PutBack):
+            stream.lanes.wait_for(outcome.key, Lane.decode(outcome.lane).type, outcome.wait_s)
+            stream.lanes.put(outcome.lane, [outcome.job], version, in_front=True)
+            del group.leases[id]
+            stream.lanes.release(id)
+            return True
         self._forget(stream, group, id)
+        if len(stream.lanes) and len(stream.groups) == 1:  # trimming cannot pass the entries that wait
+            stream.entries.pop(id, None)
         return True
 
     def _set_idle(self, source: Source, ids: Sequence[bytes], idle_s: float) -> set[bytes]:
@@ -363,12 +448,14 @@ class MemoryStore(MemoryCronStore):
     def _forget(stream: Stream, group: Group, id: bytes) -> None:
         group.leases.pop(id, None)
         stream.deaths.pop(id, None)
+        stream.lanes.release(id)
 
     @staticmethod
     def _finished(stream: Stream, id: bytes) -> bool:
         """Whether every group has read and acknowledged the entry and all entries before it."""
         groups = stream.groups.values()
         open_ids = [order(lease) for group in groups for lease in group.leases]
+        open_ids += map(order, stream.lanes.ids())
         return all(order(id) <= group.last_delivered for group in groups) and order(id) < min(
             open_ids, default=(order(id)[0] + 1, 0)
         )

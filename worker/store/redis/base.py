@@ -92,6 +92,9 @@ class RedisStoreBase:
     def fence_key(self, stream: str) -> str:
         return keys.fence_key(stream, cluster=self._endpoint.cluster)
 
+    def ready_key(self, stream: str) -> str:
+        return keys.ready_key(stream, cluster=self._endpoint.cluster)
+
     def key_faults(self, source: Source) -> list[KeyFault]:
         """The keys of a stream that cannot be worked with: of another type, full, or forbidden."""
         stream = source.stream
@@ -102,6 +105,7 @@ class RedisStoreBase:
             self.deaths_key(stream): "hash",
             self.retry_key(stream): "zset",
             dead_key: "stream",
+            self.ready_key(stream): "hash",
         }
         replies = dict(zip(types, self.call(stream, [("TYPE", key) for key in types]), strict=True))
         faults = type_faults(types, replies, cluster=self._endpoint.cluster)

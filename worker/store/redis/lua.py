@@ -9,9 +9,13 @@ Argument = bytes | str | int | float
 Command = Sequence[Argument]
 
 #: Scripts that act for a reader: they check its epoch and the ownership of entries first.
-_EPOCH_SCRIPTS = frozenset({"settle", "set_deaths", "renew", "release", "claim", "renew_name"})
+_EPOCH_SCRIPTS = frozenset(
+    {"settle", "set_deaths", "renew", "release", "claim", "renew_name", "sort", "take"}
+)
 #: Scripts that use the record of the service that owns a consumer's name.
 _NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers"})
+#: Scripts that move jobs into lanes or out of them, or that end jobs which hold slots.
+_FLOW_SCRIPTS = frozenset({"sort", "take", "settle", "configure", "mend_slots"})
 
 
 class LuaScripts:
@@ -44,5 +48,5 @@ class LuaScripts:
 #: The scripts of the engine itself.
 script = LuaScripts(
     files("jobworker.worker.store.redis") / "scripts",
-    {"prelude_epoch": _EPOCH_SCRIPTS, "prelude_name": _NAME_SCRIPTS},
+    {"prelude_epoch": _EPOCH_SCRIPTS, "prelude_name": _NAME_SCRIPTS, "prelude_flow": _FLOW_SCRIPTS},
 )

@@ -5,10 +5,22 @@ from typing import Any
 
 import orjson
 
+from ...flow import FlowConfig
 from ...keys import PAUSED_KEY, SERVICES_KEY, Source, base_stream
 from ..announcements import Announcement
-from ..operator import START, Consumer, FoundStreams, GroupState, Lease, Pause, Scheduled
+from ..operator import (
+    START,
+    Consumer,
+    FoundStreams,
+    GroupState,
+    LaneCounts,
+    LanePlace,
+    Lease,
+    Pause,
+    Scheduled,
+)
 from ..ports import Entry
+from . import lanes
 from .base import (
     announcements_in,
     checked,
@@ -99,6 +111,32 @@ class OperatorStore(RedisCronStore):
     def pauses(self) -> list[Pause]:
         """The paused types, by name."""
         return sorted(_pause(*item) for item in pairs(self.one(PAUSED_KEY, ("HGETALL", PAUSED_KEY))).items())
+
+    # -- lanes
+
+    def flow_config(self, stream: str) -> FlowConfig:
+        """Limits and weights of a stream."""
+        return lanes.flow_config(self.call(stream, lanes.config_commands(self.ready_key(stream))))
+
+    def configure(self, stream: str, config: FlowConfig) -> bool:
+        """Replace limits and weights; False, without effect, if ``config.version`` is no longer current."""
+        return self.one(stream, lanes.configure(self.ready_key(stream), config)) is not None
+
+    def lane_counts(self, stream: str) -> LaneCounts:
+        """Count the jobs that wait in lanes."""
+        return lanes.counts(self.call(stream, lanes.counts_commands(self.ready_key(stream))))
+
+    def lane_place(self, stream: str, entry: Entry) -> LanePlace | None:
+        """The place of an entry in its lane; None where it waits in none."""
+        ready = self.ready_key(stream)
+        name, job = lanes.whereabouts(entry, self.flow_config(stream))
+        rank = self.one(stream, ("LPOS", lanes.jobs_key(ready, name), job))
+        if rank is None:
+            return None
+        keys = lanes.keys_of(name)
+        scores = self.call(stream, [("ZSCORE", f"{ready}/parked/{key}", name) for key in keys])
+        blocked = [key for key, score in zip(keys, scores, strict=True) if checked(score) is not None]
+        return LanePlace(int(rank), next(iter(blocked), None))
 
     # -- services and streams
 

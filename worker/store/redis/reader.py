@@ -9,8 +9,10 @@ from typing import Any
 from redis.exceptions import NoPermissionError, ResponseError
 
 from ...errors import NameHeld, StoreRefused
+from ...flow import FlowConfig
 from ...keys import NO_HOLDER, PAUSED_KEY, Holder, Source
-from ..ports import RELEASED_IDLE_S, Entry, Settled, Settlement
+from ..ports import RELEASED_IDLE_S, Backlog, Entry, Settled, Settlement, TakenJobs, WaitingJob
+from . import lanes
 from .base import (
     SCRIPT_BYTES,
     SCRIPT_IDS,
@@ -185,6 +187,37 @@ class RedisReaderStore(RedisStoreBase):
             return set()
         return {kind.decode(errors="replace") for kind in checked(reply)}
 
+    def backlog(self, source: Source) -> Backlog:
+        return lanes.backlog(
+            source, self.call(source.stream, lanes.backlog_commands(source, self._ready(source)))
+        )
+
+    def flow_config(self, source: Source) -> FlowConfig:
+        return lanes.flow_config(self.call(source.stream, lanes.config_commands(self._ready(source))))
+
+    def configure(self, source: Source, config: FlowConfig) -> bool:
+        return self.one(source.stream, lanes.configure(self._ready(source), config)) is not None
+
+    def sort(self, source: Source, version: int, lanes_: Mapping[bytes, Sequence[WaitingJob]]) -> set[bytes]:
+        refused: set[bytes] = set()
+        for arguments in lanes.sort_arguments(lanes_):
+            refused.update(self._run(source, "sort", [self._ready(source)], [version, *arguments]))
+        return refused
+
+    def take(self, source: Source, types: Iterable[str], count: int) -> TakenJobs:
+        more_keys = [self.deaths_key(source.stream), self._ready(source)]
+        most = min(count, SCRIPT_IDS)
+        reply = self._run(source, "take", more_keys, [most, lanes.TAKE_BYTES, lanes.OUTDATED_IDS, *types])
+        return lanes.taken(reply, partial(self._deaths, source))
+
+    def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
+        slots = lanes.slots_key(self._ready(source))
+        held = [self.one(source.stream, ("HMGET", slots, *some)) for some in chunks(ids)]
+        return {id for id, keys in zip(ids, itertools.chain(*held), strict=True) if keys is not None}
+
+    def _ready(self, source: Source) -> str:
+        return self.ready_key(source.stream)
+
     def close(self) -> None:
         """Drop every connection."""
         self.abandon_reads()
@@ -291,12 +324,19 @@ class RedisReaderStore(RedisStoreBase):
     def _settlement(self, part: Settlement) -> Command:
         source, stream = part.source, part.source.stream
         counts = [len(part.done), len(part.retries), len(part.dead)]
-        arguments: list[Any] = [*counts, int(part.sure), *part.done]
+        arguments: list[Any] = [*counts, int(part.sure), part.version, *part.done]
         for retry in part.retries:
             arguments += (retry.id, retry.delay_s, retry.data)
         for dead in part.dead:
             arguments += dead
-        more_keys = [self.retry_key(stream), self.dead_key(stream), self.deaths_key(stream)]
+        for job, lane, key, wait_s in part.put_back:
+            arguments += (job.id, lane, job.cost, key, round(wait_s * 1000))
+        more_keys = [
+            self.retry_key(stream),
+            self.dead_key(stream),
+            self.deaths_key(stream),
+            self._ready(source),
+        ]
         return self._reader_script(source, "settle", more_keys, arguments)
 
 
@@ -317,13 +357,15 @@ def _in_order(ids: Sequence[bytes]) -> list[bytes]:
 
 def _parts(settlement: Settlement) -> Iterator[Settlement]:
     """The settlement in parts of one kind, at most 1,000 ids and 8 MiB."""
-    source, done, retries, dead, sure = settlement
+    source, done, retries, dead, sure, put_back, version = settlement
     for ids in chunks(_in_order(done)):
         yield Settlement(source, done=ids, sure=sure)
     for some in chunks_by_size(retries, lambda retry: len(retry.data)):
         yield Settlement(source, retries=some)
     for letters in chunks_by_size(dead, lambda letter: len(letter.data)):
         yield Settlement(source, dead=letters)
+    for some_back in chunks_by_size(put_back, lambda job: len(job.lane)):
+        yield Settlement(source, put_back=some_back, version=version)
 
 
 def _rows_of_four(flat: Sequence[Any]) -> Iterator[tuple[Any, Any, Any, Any]]:

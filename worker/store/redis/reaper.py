@@ -38,7 +38,7 @@ class RedisReaperStore(RedisCronStore):
         """A long backlog takes several calls."""
         total = 0
         for _ in range(_TRIM_CALLS):
-            deleted = self.one(stream, script("trim", [stream], _TRIM_ENTRIES))
+            deleted = self.one(stream, script("trim", [stream, self.ready_key(stream)], _TRIM_ENTRIES))
             total += deleted
             if deleted < _TRIM_ENTRIES // 2:
                 break
@@ -65,11 +65,16 @@ class RedisReaperStore(RedisCronStore):
         if outdated:
             self.call(SERVICES_KEY, [("HDEL", SERVICES_KEY, *outdated)])
 
+    def mend_slots(self, source: Source) -> int:
+        command = script("mend_slots", [source.stream, self.ready_key(source.stream)], source.group)
+        return int(self.one(source.stream, command))
+
     def depths(self, source: Source) -> Depths:
         """If the server does not know the lag, the lag is the number of entries
         that are not pending: never too low. A retry or dead-letter key of another type counts as empty."""
         stream = source.stream
-        groups, length, retrying, dead, now = self.call(
+        ready = self.ready_key(stream)
+        groups, length, retrying, dead, now, waiting, oldest = self.call(
             stream,
             [
                 ("XINFO", "GROUPS", stream),
@@ -77,6 +82,8 @@ class RedisReaperStore(RedisCronStore):
                 ("ZCARD", self.retry_key(stream)),
                 ("XLEN", self.dead_key(stream)),
                 ("TIME",),
+                ("HGET", ready, "n"),
+                ("ZRANGE", f"{ready}/heads", 0, 0, "WITHSCORES"),
             ],
         )
         group = _group_named(source.group, groups)
@@ -86,13 +93,18 @@ class RedisReaperStore(RedisCronStore):
         lag = group.get(b"lag")
         if lag is None:
             lag = max(checked(length) - pending, 0) if first else 0
+        in_lanes = 0 if isinstance(waiting, ResponseError) else int(waiting or 0)
+        arrived = [first[0][0]] if first else []
+        if in_lanes and not isinstance(oldest, ResponseError) and oldest:
+            arrived.append(b"%d-0" % float(oldest[1]))
         return Depths(
-            queued=lag,
+            queued=lag + in_lanes,
             pending=pending,
             retrying=_length(retrying),
             dead=_length(dead),
-            oldest_age_s=_age_s(first[0][0], checked(now)) if first else 0.0,
+            oldest_age_s=max((_age_s(id, checked(now)) for id in arrived), default=0.0),
             lag=lag,
+            waiting=in_lanes,
             other_groups=_names_of_others(source.group, groups),
         )
 

@@ -1,19 +1,33 @@
--- Settles entries: acknowledges each and, in the same step, schedules a retry or adds a dead letter.
--- Called by RedisReaderStore.settle, after prelude_epoch.lua. Atomic: a job is never in two places or in none, and a
--- reader that lost an entry changes nothing.
+-- Settles entries: acknowledges each and, in the same step, schedules a retry, adds a dead letter or puts it back to wait.
+-- Called by RedisReaderStore.settle, after prelude_epoch.lua and prelude_flow.lua. Atomic: a job is never in two places or
+-- in none, its slots are free when it has ended, and a reader that lost an entry changes nothing.
 -- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] retry ZSET  KEYS[4] dead-letter stream  KEYS[5] deaths hash
+-- KEYS[6] ready hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch
 -- ARGV[4] number of ids done   ARGV[5] number of retries   ARGV[6] number of dead
 -- ARGV[7] 1 if no other consumer can have taken an id that is done; then refusals of these are not looked for
--- ARGV[8...] the ids done, then (id, delay in s, job) for each retry, then (id, letter) for each dead
+-- ARGV[8] version of the limits by which lanes were chosen
+-- ARGV[9...] the ids done, then (id, delay in s, job) for each retry, then (id, letter) for each dead, then for each job
+-- that waits (id, lane, cost, key, ms): it is the first of its lane again, and the key waits
 -- Returns the ids that were refused because they were not pending for this consumer.
 local done, retries, dead = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local refused, at = {}, 8 + done
+local refused, at = {}, 9 + done
+local ended = {}
 
 local function acknowledge(id)
   redis.call('XACK', KEYS[1], ARGV[1], id)
   redis.call('HDEL', KEYS[5], id)
   own[id] = false
+  ended[#ended + 1] = id
+end
+
+-- While jobs wait in lanes, trimming cannot pass their entries, so entries that ended are deleted here: unless another
+-- group may still need them.
+local function finish(ids)
+  release_slots(ids)
+  if #ids > 0 and redis.call('EXISTS', ready) == 1 and #redis.call('XINFO', 'GROUPS', KEYS[1]) == 1 then
+    redis.call('XDEL', KEYS[1], unpack(ids))
+  end
 end
 
 -- Two jobs may be equal byte for byte, but a ZSET has each member once. JSON may end in blanks, so the second job ends
@@ -37,6 +51,7 @@ end
 
 -- A key of another type ends the script here, before any write.
 redis.call('HLEN', KEYS[5])
+redis.call('HLEN', ready)
 
 -- Commands that may fail with OOM come first, and each entry is finished before the next begins:
 -- a script that fails has settled some entries wholly and left the others as they were.
@@ -66,6 +81,22 @@ for _ = 1, dead do
   at = at + 2
 end
 
+while at <= #ARGV do
+  local id, key, ms = ARGV[at], ARGV[at + 3], tonumber(ARGV[at + 4])
+  if owned(id) then
+    put_jobs(ARGV[at + 1], { id .. ' ' .. ARGV[at + 2] }, true, ARGV[8])
+    count_jobs({ [ARGV[at + 1]] = 1 })
+    redis.call('XACK', KEYS[1], ARGV[1], id)
+    own[id] = false
+    wait_for(key, read_lane(ARGV[at + 1]).type, ms)
+    release_slots({ id })
+  else
+    refused[#refused + 1] = id
+  end
+  at = at + 5
+end
+finish(ended)
+
 -- If no other consumer owns entries in this group, all pending ones are ours: no id has to be looked up.
 local function is_only_owner()
   local owners = redis.call('XPENDING', KEYS[1], ARGV[1])[4]
@@ -73,23 +104,28 @@ local function is_only_owner()
 end
 
 if done > 0 and is_only_owner() then
+  local acknowledged
   if ARGV[7] == '1' then
-    redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, 8, 7 + done))
+    redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, 9, 8 + done))
   else
     -- One by one, because the number of acknowledged ids does not tell which were not pending any more.
-    for i = 8, 7 + done do
-      if redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) == 0 then
-        refused[#refused + 1] = ARGV[i]
-      end
+    acknowledged = {}
+    for i = 9, 8 + done do
+      local is_ours = redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) == 1
+      local list = is_ours and acknowledged or refused
+      list[#list + 1] = ARGV[i]
     end
   end
   if redis.call('EXISTS', KEYS[5]) == 1 then
-    redis.call('HDEL', KEYS[5], unpack(ARGV, 8, 7 + done))
+    redis.call('HDEL', KEYS[5], unpack(ARGV, 9, 8 + done))
+  end
+  if redis.call('EXISTS', ready, ready .. '/slots') > 0 then
+    finish(acknowledged or { unpack(ARGV, 9, 8 + done) })
   end
   return refused
 end
 local finished = {}
-for i = 8, 7 + done do
+for i = 9, 8 + done do
   local id = ARGV[i]
   if owned(id) then
     finished[#finished + 1] = id
@@ -103,5 +139,6 @@ if #finished > 0 then
   if redis.call('EXISTS', KEYS[5]) == 1 then
     redis.call('HDEL', KEYS[5], unpack(finished))
   end
+  finish(finished)
 end
 return refused

@@ -1,6 +1,6 @@
--- Deletes the entries that every group of the stream has read and acknowledged.
+-- Deletes the entries that every group of the stream has read and acknowledged, and that do not wait in a lane.
 -- Called by RedisReaperStore.trim. Atomic: no group may be created between the comparison and the deletion.
--- KEYS[1] stream
+-- KEYS[1] stream  KEYS[2] ready hash
 -- ARGV[1] about how many at most in one call
 -- Returns the number of deleted entries; 0 for a stream without a group.
 
@@ -48,6 +48,10 @@ for _, flat in ipairs(redis.call('EXISTS', KEYS[1]) == 1 and redis.call('XINFO',
 end
 if not min_id then
   return 0
+end
+local waiting = redis.call('ZRANGE', KEYS[2] .. '/heads', 0, 0, 'WITHSCORES')[2]
+if waiting and less(string.format('%.0f-0', waiting), min_id) then
+  min_id = string.format('%.0f-0', waiting)
 end
 -- Whole nodes first, because they are freed at once; part of a node only when no whole one is left.
 local dropped = redis.call('XTRIM', KEYS[1], 'MINID', '~', min_id, 'LIMIT', ARGV[1])

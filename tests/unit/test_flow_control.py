@@ -1,0 +1,166 @@
+"""Flow control in the reader: short queues pass straight through, backlogs and limited jobs wait in lanes."""
+
+import contextlib
+from typing import Any
+
+import pytest
+
+from jobworker.worker.flow import FlowConfig, Limit
+from jobworker.worker.outcome import Failure
+from support.reader_rig import SOURCE, ReaderRig, reader_rig
+
+
+def configure(rig: ReaderRig, *limits: Limit, **weights: float) -> None:
+    config = rig.store.flow_config(SOURCE)
+    assert rig.store.configure(SOURCE, FlowConfig(config.version, limits, weights))
+
+
+def waiting(rig: ReaderRig) -> int:
+    return sum(rig.store.backlog(SOURCE).waiting.values())
+
+
+def flood(rig: ReaderRig, jobs: int = 500, **fields: Any) -> None:
+    rig.add(*(f"flood-{number}" for number in range(jobs)), **{"tenant_id": "flood", **fields})
+    rig.advance(1.1)  # the backlog is noticed
+
+
+def test_a_short_queue_is_not_sorted() -> None:
+    with reader_rig(batch_hint=1) as rig:
+        flood(rig, 50)
+        assert waiting(rig) == 0
+        assert rig.store.depths(SOURCE).lag > 0
+
+
+def test_a_backlog_is_sorted_and_another_tenant_is_next() -> None:
+    with reader_rig(batch_hint=1) as rig:
+        (worker,) = rig.workers
+        flood(rig)
+        assert rig.store.depths(SOURCE).lag == 0
+        assert waiting(rig) > 400
+        rig.add("other", tenant_id="t2")
+        rig.tick()
+        ran: list[str] = []
+        while "other" not in ran:
+            taken = worker.take()
+            worker.succeed(*taken)
+            ran += taken
+            rig.tick()
+        assert len(ran) < 10
+
+
+def test_all_jobs_of_a_backlog_run_once() -> None:
+    with reader_rig(workers=2) as rig:
+        flood(rig, 700)
+        ran: list[str] = []
+        while len(ran) < 700:
+            for worker in rig.workers:
+                taken = worker.take()
+                worker.succeed(*taken)
+                ran += taken
+            rig.tick(2)
+        rig.advance(1.1)
+        assert sorted(ran) == sorted(f"flood-{number}" for number in range(700))
+        assert rig.pending == waiting(rig) == 0
+        rig.add("after")
+        rig.tick()
+        assert rig.workers[0].take() + rig.workers[1].take() == ["after"]
+
+
+def test_a_paused_type_stays_in_its_lane_and_others_go_on() -> None:
+    with reader_rig() as rig:
+        rig.server.paused.add("a")
+        rig.advance(1.0)
+        flood(rig)
+        before = waiting(rig)
+        rig.add("other", type_name="b")
+        rig.tick()
+        assert rig.workers[0].take() == ["other"]
+        assert waiting(rig) == before
+        rig.server.paused.clear()
+        rig.advance(1.0)
+        assert rig.workers[0].take()
+
+
+def test_a_limit_holds_and_the_next_job_starts_when_one_ends() -> None:
+    with reader_rig(workers=2, batch_hint=8) as rig:
+        configure(rig, Limit("one", "a", "tenant", concurrency=1))
+        rig.advance(1.1)
+        rig.add("1", "2", "3", tenant_id="t1")
+        rig.add("4", tenant_id="t2")
+        rig.add("5", type_name="b")
+        rig.tick()
+        taken = {id: worker for worker in rig.workers for id in worker.take()}
+        assert sorted(taken) == ["1", "4", "5"]
+        taken["1"].succeed("1")
+        rig.tick()
+        assert [id for worker in rig.workers for id in worker.take()] == ["2"]
+
+
+def test_a_retry_gives_its_slot_back() -> None:
+    with reader_rig() as rig:
+        configure(rig, Limit("one", "a", "global", concurrency=1))
+        rig.advance(1.1)
+        rig.add("1", "2")
+        rig.tick()
+        (worker,) = rig.workers
+        assert worker.take() == ["1"]
+        worker.fail("1", Failure("boom"))
+        rig.tick()
+        assert worker.take() == ["2"]
+
+
+def test_a_reader_that_was_killed_leaves_its_slots_to_the_next_one() -> None:
+    with contextlib.closing(ReaderRig()) as first:
+        first.attach()
+        configure(first, Limit("one", "a", "global", concurrency=1))
+        first.sync()
+        first.add("1", "2", "3")
+        first.tick()
+        assert first.workers[0].take() == ["1"]
+        first.crash()
+        with contextlib.closing(ReaderRig(first.server)) as second:
+            second.attach()
+            second.sync()
+            assert second.workers[0].take() == ["1"]
+            second.workers[0].succeed("1")
+            second.tick()
+            assert second.workers[0].take() == ["2"]
+
+
+def test_entries_read_and_not_sorted_wait_for_slots_in_the_next_reader() -> None:
+    with contextlib.closing(ReaderRig()) as first:
+        configure(first, Limit("one", "a", "global", concurrency=1))
+        first.store.acquire([SOURCE])
+        first.add("1", "2")
+        first.store.begin_read(SOURCE, 10, 0)
+        assert len(first.store.finish_read(SOURCE)) == 2
+        first.crash()
+        with contextlib.closing(ReaderRig(first.server)) as second:
+            second.attach()
+            second.sync()
+            second.tick()
+            assert second.workers[0].take() == ["1"]
+
+
+def test_a_new_limit_holds_for_jobs_that_are_prefetched() -> None:
+    with reader_rig(batch_hint=1) as rig:
+        (worker,) = rig.workers
+        rig.add(*"123456789")
+        rig.tick()
+        started = worker.take()
+        configure(rig, Limit("one", "a", "global", concurrency=1))
+        rig.advance(1.1)
+        worker.succeed(*started)
+        rig.tick()
+        assert len(worker.take()) == 1
+
+
+@pytest.mark.parametrize("limits", [(), (Limit("one", "a", "tenant", concurrency=1),)])
+def test_a_drain_leaves_waiting_jobs_in_their_lanes(limits: tuple[Limit, ...]) -> None:
+    with reader_rig(batch_hint=1) as rig:
+        configure(rig, *limits)
+        flood(rig)
+        before = waiting(rig)
+        assert before > 400
+        rig.drain()
+        assert waiting(rig) == before

@@ -1,0 +1,219 @@
+"""Flow control of one reader: sorts jobs that wait into lanes and takes them out when it is their turn.
+
+While little waits and no limit applies, entries pass straight to the prefetch buffer.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from ..flow import LaneRules, read_flow_header
+from ..store.ports import Entry, WaitingJob
+from .admission import AdmittedJob
+from .context import ReaderContext
+from .dispatch import Dispatcher
+
+log = logging.getLogger("jobworker.reader")
+
+#: Interval at which waiting jobs are counted and changed limits are noticed: three short commands a stream.
+_CHECK_EVERY_S = 1.0
+#: A backlog is sorted if it takes longer than this to run (seconds), so no job waits longer behind others.
+_WINDOW_S = 1.0
+#: Backlogs that are not sorted, and that are always sorted, whatever the rate (jobs).
+_SMALL_BACKLOG, _LARGE_BACKLOG = 128, 4096
+#: Interval at which a take is repeated after one that found no job within the limits: another host may have
+#: ended one.
+_TAKE_AGAIN_S = 0.1
+
+
+class _FlowState:
+    """Flow control of one stream."""
+
+    def __init__(self) -> None:
+        #: Whether all new entries are sorted.
+        self.sorts_all = False
+        self.waiting = 0
+        #: Types of which handlers asked jobs to wait.
+        self.asked_types: frozenset[str] = frozenset()
+        #: No take before this time, unless an event may have made room.
+        self.mono_take_s = 0.0
+
+
+class FlowControl:
+    """Sorts entries of each stream into lanes and takes jobs out of them. Methods raise as the store does."""
+
+    def __init__(self, context: ReaderContext, dispatcher: Dispatcher) -> None:
+        self._store = context.store
+        self._streams = context.settings.streams
+        self._type_names = tuple(context.settings.handlers)
+        self._faults = context.faults
+        self._mono_s = context.mono_s
+        self._dispatcher = dispatcher
+        self._buffer = dispatcher.buffer
+        self._states = [_FlowState() for _ in self._streams]
+        self._mono_checked_s = 0.0
+        #: Limits and weights of the configuration file that are not on the server yet.
+        self.file = context.settings.flow
+        self._rules = context.lane_rules
+        self._rules.update({stream_no: (LaneRules(), 0) for stream_no in range(len(self._streams))})
+
+    # -- state of the store
+
+    def refresh(self, mono_now_s: float, *, at_once: bool = False) -> None:
+        """Count waiting jobs and read changed limits, if it is time."""
+        if mono_now_s - self._mono_checked_s < _CHECK_EVERY_S and not at_once:
+            return
+        self._mono_checked_s = mono_now_s
+        for stream_no in range(len(self._streams)):
+            if stream_no not in self._faults:
+                with self._faults.guard(stream_no):
+                    self._apply_file(stream_no)
+                    self._check(stream_no)
+        if not self._faults.isolated:
+            self.file = None
+        self._dispatcher.is_sorted = any(state.sorts_all for state in self._states)
+
+    def _apply_file(self, stream_no: int) -> None:
+        """Store the file's limits and weights once: a restart does not undo later changes by operators."""
+        while self.file is not None:
+            present = self._store.flow_config(self._streams[stream_no])
+            new = msgspec.structs.replace(self.file, version=present.version)
+            if present.origin == new.origin or self._store.configure(self._streams[stream_no], new):
+                return
+
+    def _check(self, stream_no: int) -> None:
+        state, source = self._states[stream_no], self._streams[stream_no]
+        backlog = self._store.backlog(source)
+        if backlog.version != self._rules[stream_no][1]:
+            config = self._store.flow_config(source)
+            self._rules[stream_no] = LaneRules(config.limits), config.version
+            log.info("limits.changed", extra={"stream": source.stream, "version": config.version})
+            self._sort_prefetched(stream_no)
+        unlimited = any(
+            count for name, count in backlog.waiting.items() if name not in self._limited(stream_no)
+        )
+        state.asked_types = backlog.asked_types
+        sorts_all = unlimited or backlog.lag > self._window()
+        if sorts_all != state.sorts_all:
+            fields = {
+                "stream": source.stream,
+                "queued": backlog.lag,
+                "waiting": sum(backlog.waiting.values()),
+            }
+            if sorts_all:
+                log.info("backlog.sorted", extra=fields)
+            else:
+                log.info("backlog.ended", extra=fields)
+        state.sorts_all = sorts_all
+        state.waiting = sum(backlog.waiting.values())
+
+    def _window(self) -> float:
+        """Number of jobs that may wait unsorted."""
+        in_window = self._dispatcher.jobs_per_s * _WINDOW_S
+        return min(_LARGE_BACKLOG, max(_SMALL_BACKLOG, in_window))
+
+    def _sort_prefetched(self, stream_no: int) -> None:
+        """Limits have changed: prefetched jobs without the slots that they need now must wait for them."""
+        limited = self._limited(stream_no)
+        jobs = [
+            job
+            for job in self._buffer
+            if job.stream_no == stream_no and self._type_names[job.type_no] in limited
+        ]
+        kept = {job.entry.id for job in self._with_slots(stream_no, jobs)}
+        must_wait = [job for job in jobs if job.entry.id not in kept]
+        if must_wait:
+            self._buffer.discard(stream_no, {job.entry.id for job in must_wait})
+            self._sort(stream_no, must_wait)
+
+    # -- into lanes
+
+    def sorts_all(self, stream_no: int) -> bool:
+        """Whether all new entries of a stream are sorted, so that reading needs no credit of workers."""
+        return self._states[stream_no].sorts_all
+
+    def divert(self, stream_no: int, jobs: Sequence[AdmittedJob], *, is_new: bool) -> Sequence[AdmittedJob]:
+        """Sort the jobs that must wait for their turn; returns the others.
+
+        Jobs that are not new were delivered before: they wait only if they lack the slots of a limit.
+        """
+        state = self._states[stream_no]
+        limited = self._limited(stream_no)
+        if not jobs or not (limited or (is_new and state.sorts_all)):
+            return jobs
+        must_wait = [
+            job for job in jobs if (is_new and state.sorts_all) or self._type_names[job.type_no] in limited
+        ]
+        if must_wait and not is_new:
+            with_slots = {job.entry.id for job in self._with_slots(stream_no, must_wait)}
+            must_wait = [job for job in must_wait if job.entry.id not in with_slots]
+        if not must_wait:
+            return jobs
+        self._sort(stream_no, must_wait)
+        waiting_ids = {job.entry.id for job in must_wait}
+        return [job for job in jobs if job.entry.id not in waiting_ids]
+
+    def _limited(self, stream_no: int) -> frozenset[str]:
+        """Types whose jobs must be taken out of lanes."""
+        return self._rules[stream_no][0].limited_types | self._states[stream_no].asked_types
+
+    def _with_slots(self, stream_no: int, jobs: Sequence[AdmittedJob]) -> list[AdmittedJob]:
+        ids = [job.entry.id for job in jobs]
+        holders = self._store.slot_holders(self._streams[stream_no], ids) if ids else set()
+        return [job for job in jobs if job.entry.id in holders]
+
+    def _sort(self, stream_no: int, jobs: Iterable[AdmittedJob]) -> None:
+        state, (rules, version) = self._states[stream_no], self._rules[stream_no]
+        lanes: defaultdict[bytes, list[WaitingJob]] = defaultdict(list)
+        for _, _, (entry_id, data, _, _), _ in jobs:
+            assert data is not None, "an admitted job has data"
+            lanes[rules.name_of(read_flow_header(data))].append(WaitingJob(entry_id, len(data)))
+        refused = self._store.sort(self._streams[stream_no], version, lanes)
+        state.waiting += sum(map(len, lanes.values())) - len(refused)
+        state.mono_take_s = 0.0
+
+    # -- out of lanes
+
+    def wanted(self) -> list[int]:
+        """Streams of which jobs may be taken now."""
+        now_s = self._mono_s()
+        return [
+            stream_no
+            for stream_no, state in enumerate(self._states)
+            if state.waiting and state.mono_take_s <= now_s and stream_no not in self._faults
+        ]
+
+    def take(self, stream_no: int, count: int) -> list[Entry]:
+        """Take jobs whose turn it is; sorts those again whose limits have changed."""
+        state, source = self._states[stream_no], self._streams[stream_no]
+        taken = self._store.take(source, self._runnable_types(), count)
+        state.waiting = taken.waiting
+        if taken.outdated:
+            self._check(stream_no)
+            jobs = (
+                AdmittedJob(stream_no, 0, entry, False) for entry in taken.outdated if entry.data is not None
+            )
+            self._sort(stream_no, jobs)
+        elif not taken.entries:
+            wait_s = _TAKE_AGAIN_S if taken.due_s is None else min(_TAKE_AGAIN_S, taken.due_s)
+            state.mono_take_s = self._mono_s() + wait_s
+        return taken.entries
+
+    def _runnable_types(self) -> list[str]:
+        return [name for type_no, name in enumerate(self._type_names) if not self._buffer.is_parked(type_no)]
+
+    def record_settled(self, put_back: Mapping[int, Sequence[object]]) -> None:
+        """Jobs have ended: their slots may let others start. Some were put back into lanes."""
+        for stream_no, state in enumerate(self._states):
+            state.mono_take_s = 0.0
+            if stream_no in put_back:
+                with self._faults.guard(stream_no):
+                    self._check(stream_no)
+
+    def sleep_s(self, limit_s: float) -> float:
+        """Longest sleep before the next take."""
+        now_s = self._mono_s()
+        waits = [max(0.0, one.mono_take_s - now_s) for one in self._states if one.waiting and one.mono_take_s]
+        return min([limit_s, *waits]) if self._dispatcher.credit else limit_s

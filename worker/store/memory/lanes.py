@@ -1,0 +1,226 @@
+"""Lanes of one stream in memory: the same decisions as the scripts ``sort``, ``take`` and ``configure``."""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ...flow import FlowConfig, Lane, Limit, tenant_key, type_key
+from ..ports import WaitingJob
+
+
+@dataclass
+class WaitingLane:
+    """A lane and its jobs. ``parked_by`` is the key that it waits for. ``outdated``: its limits changed."""
+
+    lane: Lane
+    jobs: deque[WaitingJob] = field(default_factory=deque)
+    parked_by: str | None = None
+    parked_tag: float = 0.0
+    outdated: bool = False
+
+    @property
+    def flow(self) -> tuple[int, str]:
+        """Sorts by urgency."""
+        return 10 - self.lane.priority, self.lane.tenant_id
+
+    @property
+    def arrived(self) -> tuple[int, int]:
+        """Position of its first job."""
+        ms, _, sequence = self.jobs[0].id.partition(b"-")
+        return int(ms), int(sequence)
+
+
+class MemoryLanes:
+    """Waiting jobs, slots and limits of one stream. ``wall_now_s`` is the server's clock (unix seconds)."""
+
+    def __init__(self, wall_now_s: Callable[[], float]) -> None:
+        self.config = FlowConfig()
+        self.lanes: dict[bytes, WaitingLane] = {}
+        #: Entry id -> the limit keys of which the running job holds a slot.
+        self.slots: dict[bytes, tuple[str, ...]] = {}
+        self._wall_now_s = wall_now_s
+        self._virtual_time = 0.0
+        self._finish: dict[tuple[int, str], float] = {}
+        #: Type and flow -> start tag.
+        self._tags: dict[tuple[str, tuple[int, str]], float] = {}
+        self._starts: dict[str, list[float]] = {}
+        self._until: dict[str, float] = {}
+        self._asked: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return sum(len(one.jobs) for one in self.lanes.values())
+
+    def by_type(self) -> dict[str, int]:
+        """Number of waiting jobs by type."""
+        counts: Counter[str] = Counter()
+        for one in self.lanes.values():
+            counts[one.lane.type] += len(one.jobs)
+        return dict(counts)
+
+    def ids(self) -> set[bytes]:
+        """Entries that wait."""
+        return {job.id for one in self.lanes.values() for job in one.jobs}
+
+    def put(self, name: bytes, jobs: Iterable[WaitingJob], version: int, *, in_front: bool = False) -> None:
+        """Add jobs to a lane."""
+        is_new = name not in self.lanes
+        waiting = self.lanes.setdefault(name, WaitingLane(Lane.decode(name)))
+        for job in jobs:
+            waiting.jobs.appendleft(job) if in_front else waiting.jobs.append(job)
+        if version == self.config.version:
+            if is_new or waiting.outdated:
+                waiting.outdated = False
+                self._open(waiting)
+        elif is_new:
+            waiting.outdated = True
+
+    def take_outdated(self, count: int) -> list[WaitingJob]:
+        """Remove jobs whose limits have changed."""
+        taken: list[WaitingJob] = []
+        for name, one in list(self.lanes.items()):
+            while one.outdated and one.jobs and len(taken) < count:
+                taken.append(one.jobs.popleft())
+            if not one.jobs:
+                del self.lanes[name]
+        return taken
+
+    def take(self, types: set[str], count: int) -> list[WaitingJob]:
+        """Remove the jobs whose turn it is, and let them hold their slots."""
+        self._wake_due()
+        taken: list[WaitingJob] = []
+        while len(taken) < count and (waiting := self._next(types)):
+            key = next((key for key in self._keys(waiting.lane) if self._wait_s(key) != 0.0), None)
+            start = max(self._tags[waiting.lane.type, waiting.flow], self._virtual_time)
+            if key is not None:
+                waiting.parked_by, waiting.parked_tag = key, start
+                self._close(waiting)
+            else:
+                taken.append(self._serve(waiting, start))
+            for other in waiting.lane.limit_keys:
+                if other != key and self._wait_s(other) == 0.0:
+                    self._wake(other)
+        if not self.lanes:
+            self._finish.clear()
+            self._virtual_time = 0.0
+        return taken
+
+    def due_s(self) -> float | None:
+        """Seconds until a parked lane may be woken by time alone."""
+        waits = [self._wait_s(one.parked_by) for one in self.lanes.values() if one.parked_by is not None]
+        return min((wait for wait in waits if wait is not None), default=None)
+
+    def release(self, id: bytes) -> None:
+        """The job has ended: free its slots."""
+        for key in self.slots.pop(id, ()):
+            self._wake(key)
+
+    def asked_types(self) -> frozenset[str]:
+        """Types of which jobs were asked to wait."""
+        now_s = self._wall_now_s()
+        return frozenset(name for name, until_s in self._asked.items() if until_s > now_s)
+
+    def wait_for(self, key: str, type_name: str, wait_s: float) -> None:
+        """Let the jobs of a key wait."""
+        self._asked[type_name] = max(self._asked.get(type_name, 0.0), self._wall_now_s() + wait_s)
+        self._until[key] = max(self._until.get(key, 0.0), self._wall_now_s() + wait_s)
+
+    def configure(self, config: FlowConfig) -> bool:
+        """Replace limits and weights if the version is the present one."""
+        if config.version != self.config.version:
+            return False
+        before, after = (
+            {(limit.name, limit.type, limit.key) for limit in one.limits} for one in (self.config, config)
+        )
+        affected = {type_name for _, type_name, _ in before ^ after}
+        for one in self.lanes.values():
+            if one.lane.type in affected:
+                one.parked_by, one.outdated = None, True
+                self._close(one)
+            elif one.parked_by in one.lane.limit_keys:
+                one.parked_by = None
+                self._open(one)
+        self.config = FlowConfig(config.version + 1, config.limits, config.weights, config.origin)
+        return True
+
+    # -- turns
+
+    def _open_lanes(self, type_name: str, flow: tuple[int, str]) -> list[WaitingLane]:
+        return [
+            one
+            for one in self.lanes.values()
+            if (one.lane.type, one.flow) == (type_name, flow) and not one.outdated and one.parked_by is None
+        ]
+
+    def _open(self, waiting: WaitingLane) -> None:
+        start = max(self._virtual_time, self._finish.get(waiting.flow, 0.0))
+        self._tags.setdefault((waiting.lane.type, waiting.flow), start)
+
+    def _close(self, waiting: WaitingLane) -> None:
+        if not self._open_lanes(waiting.lane.type, waiting.flow):
+            self._tags.pop((waiting.lane.type, waiting.flow), None)
+
+    def _next(self, types: set[str]) -> WaitingLane | None:
+        """The lane whose turn it is."""
+        while queues := [(tag, flow, name) for (name, flow), tag in self._tags.items() if name in types]:
+            tag, flow, type_name = min(queues)
+            finish = self._finish.get(flow, 0.0)
+            if finish > max(tag, self._virtual_time):  # it was served in another type
+                self._tags[type_name, flow] = finish
+            else:
+                return min(self._open_lanes(type_name, flow), key=lambda one: one.arrived)
+        return None
+
+    def _serve(self, waiting: WaitingLane, start: float) -> WaitingJob:
+        lane = waiting.lane
+        job = waiting.jobs.popleft()
+        if not waiting.jobs:
+            del self.lanes[lane.encode()]
+            self._close(waiting)
+        if lane.limit_keys:
+            self.slots[job.id] = lane.limit_keys
+        for key in lane.limit_keys:
+            self._starts.setdefault(key, []).append(self._wall_now_s())
+        weight = self.config.weights.get(lane.tenant_id, 1.0) * 2.0**lane.priority
+        finish = start + max(1, job.cost) / weight
+        self._finish[waiting.flow] = finish
+        self._virtual_time = start
+        if (lane.type, waiting.flow) in self._tags:
+            self._tags[lane.type, waiting.flow] = finish
+        return job
+
+    # -- limits
+
+    def _keys(self, lane: Lane) -> tuple[str, ...]:
+        return (type_key(lane.type), tenant_key(lane.type, lane.tenant_id), *lane.limit_keys)
+
+    def _limit(self, key: str) -> Limit | None:
+        return next((one for one in self.config.limits if one.name == key.partition("=")[0]), None)
+
+    def _wait_s(self, key: str) -> float | None:
+        """Seconds until the key has room: 0.0 if it has, None where only the end of a job makes room."""
+        now_s = self._wall_now_s()
+        if self._until.get(key, 0.0) > now_s:
+            return self._until[key] - now_s
+        limit = self._limit(key)
+        if limit is None:
+            return 0.0
+        running = Counter(key for keys in self.slots.values() for key in keys)[key]
+        if limit.concurrency and running >= limit.concurrency:
+            return None
+        starts = self._starts.get(key, [])
+        if limit.starts and len(starts) >= limit.starts:
+            return max(0.0, starts[-limit.starts] + limit.per_ms / 1000 - now_s)
+        return 0.0
+
+    def _wake(self, key: str) -> None:
+        parked = [one for one in self.lanes.values() if one.parked_by == key]
+        if parked:
+            first = min(parked, key=lambda one: (one.parked_tag, one.lane.encode()))
+            first.parked_by = None
+            self._open(first)
+
+    def _wake_due(self) -> None:
+        for one in self.lanes.values():
+            if one.parked_by is not None and self._wait_s(one.parked_by) == 0.0:
+                one.parked_by = None
+                self._open(one)

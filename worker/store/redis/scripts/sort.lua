@@ -1,0 +1,34 @@
+-- Moves pending entries of the caller into lanes: their bytes stay in the stream, their ids wait for a turn.
+-- Called by RedisReaderStore.sort, after prelude_epoch.lua and prelude_flow.lua. Atomic: a job is pending or in a lane,
+-- never in both or neither.
+-- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] ready hash
+-- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch   ARGV[4] version of the limits by which the lanes were chosen
+-- ARGV[5...] for each lane: its name, number of jobs, then id and cost in bytes of each job
+-- Returns the ids that were not pending for this consumer.
+local refused, at, added = {}, 5, {}
+redis.call('HINCRBY', ready, 'n', 0) -- without memory, or with a key of another type, it ends here
+while at <= #ARGV do
+  local name, last = ARGV[at], at + 1 + 2 * tonumber(ARGV[at + 1])
+  local ids, jobs = {}, {}
+  for i = at + 2, last, 2 do
+    local id = ARGV[i]
+    if owned(id) then
+      ids[#ids + 1] = id
+      jobs[#jobs + 1] = id .. ' ' .. ARGV[i + 1]
+      own[id] = false
+    else
+      refused[#refused + 1] = id
+    end
+  end
+  if #ids > 0 then
+    put_jobs(name, jobs, false, ARGV[4])
+    added[name] = (added[name] or 0) + #jobs
+    redis.call('XACK', KEYS[1], ARGV[1], unpack(ids))
+    release_slots(ids)
+  end
+  at = last + 1
+end
+if count_jobs(added) == 0 then
+  redis.call('DEL', ready)
+end
+return refused

@@ -1,0 +1,299 @@
+-- Takes the jobs whose turn it is out of their lanes and makes them pending for the caller, by start-time fair queueing:
+-- the flow with the lowest start tag is served, and its next tag is higher by cost / weight.
+-- Called by RedisReaderStore.take, after prelude_epoch.lua and prelude_flow.lua. Atomic: a job is in a lane or pending, and
+-- a limit is checked and used in one step.
+-- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] deaths hash  KEYS[4] ready hash
+-- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch   ARGV[4] most jobs   ARGV[5] bytes after which to stop
+-- ARGV[6] most jobs of lanes whose limits have changed   ARGV[7...] types that the caller runs now
+-- Returns the number of waiting jobs, ms until a lane may be woken (-1: none), the number of jobs that must be sorted
+-- again, then id, data and deaths of each job: first those to be sorted, then those to be run.
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local most, bytes, again = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+-- Lanes that are looked at without taking a job: bounds the time that the server runs nothing else.
+local looks = 1000
+local ids, names, sorted_again = {}, {}, 0
+redis.call('HLEN', KEYS[3])
+if redis.call('EXISTS', ready) == 0 then
+  return { 0, -1, 0 }
+end
+
+-- Jobs that leave their lanes, as negative numbers.
+local left_by_lane = {}
+local function take_out(name, number)
+  local lane = read_lane(name)
+  local jobs = redis.call('LPOP', lane.jobs, number) or {}
+  left_by_lane[name] = (left_by_lane[name] or 0) - #jobs
+  local first = redis.call('LINDEX', lane.jobs, 0)
+  arrivals[name] = first and arrival(first)
+  return jobs, first
+end
+
+while again > 0 do
+  local name = redis.call('SRANDMEMBER', ready .. '/old')
+  if not name then
+    break
+  end
+  local jobs, first = take_out(name, again)
+  for _, job in ipairs(jobs) do
+    ids[#ids + 1] = job:match('^%S+')
+  end
+  again = again - #jobs
+  if not first then
+    redis.call('SREM', ready .. '/old', name)
+  end
+end
+sorted_again = #ids
+
+local limits, is_limited = {}, {}
+for _, limit in ipairs(cjson.decode(redis.call('HGET', ready .. '/config', 'limits') or '[]')) do
+  limits[limit.name] = limit
+  is_limited[limit.type] = true
+end
+local has_waits = redis.call('EXISTS', ready .. '/until') == 1
+
+-- Returns whether a key has room for one more job and, where only time helps, when (ms).
+local function room(key)
+  local until_ms = has_waits and tonumber(redis.call('HGET', ready .. '/until', key) or 0) or 0
+  if until_ms > now then
+    return false, until_ms
+  elseif until_ms > 0 then
+    redis.call('HDEL', ready .. '/until', key)
+  end
+  local limit = limits[key:match('^[^=]*')]
+  if not limit then
+    return true
+  end
+  if limit.concurrency then
+    local running = tonumber(redis.call('HGET', ready .. '/running', key) or 0)
+    if running >= limit.concurrency then
+      return false
+    end
+  end
+  if limit.starts then
+    local first = redis.call('LINDEX', ready .. '/starts/' .. key, limit.starts - 1)
+    if first and tonumber(first) + limit.per_ms > now then
+      return false, tonumber(first) + limit.per_ms
+    end
+  end
+  return true
+end
+
+-- The keys of a lane; those of its type and tenant count only while a handler asked one to wait.
+local function keys_of(lane)
+  if not has_waits then
+    return lane.keys
+  end
+  local keys = { '=' .. lane.type, '==' .. #lane.type .. '=' .. lane.type .. lane.tenant }
+  for _, key in ipairs(lane.keys) do
+    keys[#keys + 1] = key
+  end
+  return keys
+end
+
+-- After a lane was served or parked, another lane may use the room of a key that they share.
+local function wake_others(lane, but)
+  for _, key in ipairs(lane.keys) do
+    if key ~= but then
+      local has_room, at = room(key)
+      if has_room then
+        wake(key)
+      elseif at and redis.call('EXISTS', ready .. '/parked/' .. key) == 1 then
+        redis.call('ZADD', ready .. '/timers', at, key)
+      end
+    end
+  end
+end
+
+for _, key in ipairs(redis.call('ZRANGEBYSCORE', ready .. '/timers', '-inf', now, 'LIMIT', 0, 100)) do
+  redis.call('ZREM', ready .. '/timers', key)
+  if key:sub(1, 1) == '=' then
+    -- No limit has this key, so serving one lane wakes no other.
+    for _ = 1, 100 do
+      if not wake(key) then
+        break
+      end
+    end
+    if redis.call('EXISTS', ready .. '/parked/' .. key) == 1 then
+      redis.call('ZADD', ready .. '/timers', now, key)
+    end
+  else
+    wake(key)
+  end
+end
+
+local heads = {}
+local function look(type)
+  local lowest = redis.call('ZRANGE', ready .. '/flows/' .. type, 0, 0, 'WITHSCORES')
+  heads[type] = #lowest > 0 and { lowest[1], tonumber(lowest[2]) } or nil
+end
+for i = 7, #ARGV do
+  look(ARGV[i])
+end
+
+local function next_type()
+  local best
+  for type, head in pairs(heads) do
+    local other = best and heads[best]
+    if not other or head[2] < other[2] or (head[2] == other[2] and head[1] < other[1]) then
+      best = type
+    end
+  end
+  return best
+end
+
+local function blocked_by(lane)
+  for _, key in ipairs(keys_of(lane)) do
+    local has_room, at = room(key)
+    if not has_room then
+      return key, at
+    end
+  end
+end
+
+local function use_limits(lane, id)
+  if #lane.keys == 0 then
+    return
+  end
+  redis.call('HSET', ready .. '/slots', id, cjson.encode(lane.keys))
+  for _, key in ipairs(lane.keys) do
+    redis.call('HINCRBY', ready .. '/running', key, 1)
+    local limit = limits[key:match('^[^=]*')]
+    if limit and limit.starts then
+      local starts = ready .. '/starts/' .. key
+      redis.call('LPUSH', starts, now)
+      redis.call('LTRIM', starts, 0, limit.starts - 1)
+      redis.call('PEXPIRE', starts, limit.per_ms)
+    end
+  end
+end
+
+local weights = {}
+local function weight(lane)
+  local own = weights[lane.tenant]
+  if not own then
+    own = tonumber(redis.call('HGET', ready .. '/weights', lane.tenant) or 1) or 1
+    weights[lane.tenant] = own
+  end
+  return own * 2 ^ lane.priority
+end
+
+local function serve(name, lane, start)
+  local jobs, first = take_out(name, 1)
+  local finish = start
+  if jobs[1] then
+    local id, cost = jobs[1]:match('^(%S+) (%d+)')
+    ids[#ids + 1] = id
+    bytes = bytes - tonumber(cost)
+    use_limits(lane, id)
+    finish = start + math.max(1, tonumber(cost)) / weight(lane)
+    finishes[lane.flow] = finish
+    virtual_time = start
+  end
+  if not first then
+    close_lane(name)
+  elseif lane.lanes then
+    redis.call('ZADD', lane.lanes, arrivals[name], name)
+  end
+  if first or lane.lanes then
+    redis.call('ZADD', lane.flows, 'XX', tag(finish), lane.flow)
+  end
+  wake_others(lane)
+end
+
+local taken = 0
+while taken < most and bytes > 0 and looks > 0 do
+  local type = next_type()
+  if not type then
+    break
+  end
+  local flow, start = heads[type][1], math.max(heads[type][2], now_virtual())
+  local finish = finish_of(flow)
+  local name = #type .. '/' .. type .. '/' .. flow
+  if is_limited[type] then
+    name = redis.call('ZRANGE', ready .. '/lanes/' .. name, 0, 0)[1]
+  end
+  if not name then
+    redis.call('ZREM', ready .. '/flows/' .. type, flow)
+    looks = looks - 1
+  elseif finish > start then -- it was served in another type
+    redis.call('ZADD', ready .. '/flows/' .. type, tag(finish), flow)
+    looks = looks - 1
+  else
+    local lane = read_lane(name)
+    local key, at = blocked_by(lane)
+    if key then
+      close_lane(name)
+      redis.call('ZADD', ready .. '/parked/' .. key, tag(start), name)
+      if at then
+        redis.call('ZADD', ready .. '/timers', at, key)
+      end
+      wake_others(lane, key)
+      looks = looks - 1
+    else
+      serve(name, lane, start)
+      taken = #ids - sorted_again
+    end
+  end
+  look(type)
+end
+
+for name, number in pairs(left_by_lane) do
+  if number == 0 then
+    left_by_lane[name] = nil
+  end
+  if arrivals[name] then
+    redis.call('ZADD', ready .. '/heads', arrivals[name], name)
+  else
+    redis.call('ZREM', ready .. '/heads', name)
+  end
+end
+local waiting = count_jobs(left_by_lane)
+if waiting <= 0 then
+  redis.call('DEL', ready, ready .. '/finish', ready .. '/tenants', ready .. '/timers')
+elseif virtual_time then
+  redis.call('HSET', ready, 'v', tag(virtual_time))
+  for flow, finish in pairs(finishes) do
+    if finish > virtual_time then
+      redis.call('ZADD', ready .. '/finish', tag(finish), flow)
+    end
+  end
+  redis.call('ZREMRANGEBYSCORE', ready .. '/finish', '-inf', tag(virtual_time))
+end
+
+local due = redis.call('ZRANGE', ready .. '/timers', 0, 0, 'WITHSCORES')
+local due_ms = #due > 0 and math.max(0, tonumber(due[2]) - now) or -1
+local reply = { waiting, due_ms, sorted_again }
+if #ids == 0 then
+  return reply
+end
+
+-- The idle time is longer than any: entries that are pending already, for whichever consumer, are left alone.
+local command = { KEYS[1], ARGV[1], ARGV[2], '1000000000000000', unpack(ids) }
+for _, word in ipairs({ 'RETRYCOUNT', '1', 'FORCE' }) do
+  command[#command + 1] = word
+end
+local data_by_id = {}
+for _, entry in ipairs(redis.call('XCLAIM', unpack(command))) do
+  data_by_id[entry[1]] = false
+  for i = 1, #entry[2], 2 do
+    if entry[2][i] == 'data' then
+      data_by_id[entry[1]] = entry[2][i + 1]
+    end
+  end
+end
+local has_deaths, gone = redis.call('EXISTS', KEYS[3]) == 1, {}
+for i, id in ipairs(ids) do
+  if data_by_id[id] == nil then
+    gone[#gone + 1] = id -- deleted from the stream while it waited
+    if i <= sorted_again then
+      reply[3] = reply[3] - 1
+    end
+  else
+    reply[#reply + 1] = id
+    reply[#reply + 1] = data_by_id[id]
+    reply[#reply + 1] = has_deaths and redis.call('HGET', KEYS[3], id)
+  end
+end
+release_slots(gone)
+return reply
