@@ -37,10 +37,18 @@ CONFIG_PATH = "jobworker.config"
 SECONDS = Duration(0.001)
 
 #: Variables that the verbs and the built-in types read beside those of the service's options.
-_OF_OTHER_PROGRAMS = (f"{ENV_PREFIX}_METRICS_URL", f"{ENV_PREFIX}_WEB_", f"{ENV_PREFIX}_LLM_KEY")
+_OF_OTHER_PROGRAMS = (
+    f"{ENV_PREFIX}_METRICS_URL",
+    f"{ENV_PREFIX}_WEB_",
+    f"{ENV_PREFIX}_LLM_KEY",
+    f"{ENV_PREFIX}_SERVE_URL",
+    f"{ENV_PREFIX}_SERVE_TOKEN",
+    f"{ENV_PREFIX}_SERVE_CLIENT_",
+)
 #: Options of the service's file that the verbs of `jobworker` use: option -> parameter.
 _OF_VERBS = {
     "redis-url": "redis_url", "data-dir": "data_dir", "stream": "streams", "metrics-addr": "metrics_addr",
+    "serve-addr": "serve_addr",
 }  # fmt: skip
 
 

@@ -4,18 +4,22 @@ import json
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
 
 from jobworker.handlers.vectors.milvus.store import open_vectors
 from support.api import ApiClient
+from support.operator import COMMAND, COMMAND_S
 from support.service import Service, ending, eventually, service
+from support.web import page
 
 pytestmark = [pytest.mark.process, pytest.mark.model, pytest.mark.timeout(240)]
 
@@ -285,3 +289,75 @@ def test_a_stop_finishes_the_requests_in_progress(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert set(statuses) == {200}
+
+
+def run_search(one: Service, *options: str, token: str = "") -> "subprocess.CompletedProcess[str]":
+    command = [str(COMMAND), "search", *options, "--data-dir", str(one.data_dir)]
+    environment = {**os.environ, **({"JOBWORKER_SERVE_TOKEN": token} if token else {})}
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=COMMAND_S, check=False
+    )
+
+
+def test_the_command_searches_through_the_api(one: Service) -> None:
+    scope = ("--tenant", "t1", "--project", "p1")
+    shown = run_search(one, "When did the bird return?", *scope, "--limit", "1")
+    assert shown.returncode == 0, shown.stderr
+    assert "s1" in shown.stdout
+    assert TEXTS["s1"] in shown.stdout
+    asked = run_search(one, "bird", *scope, "--chapter", "c2", "--from", "9", "--json")
+    assert [row["id"] for row in json.loads(asked.stdout)["results"]] == ["s3"]
+    nothing = run_search(one, "bird", "--tenant", "t9", "--project", "p1")
+    assert (nothing.returncode, nothing.stdout) == (1, "")
+    refused = run_search(one, "bird", "--tenant", "a b", "--project", "p1")
+    assert refused.returncode == 1
+    assert "tenant_id" in refused.stderr
+    unknown = subprocess.run(
+        [str(COMMAND), "search", "bird", *scope, "--data-dir", str(one.cwd / "none")],
+        capture_output=True, text=True, timeout=COMMAND_S, check=False,
+    )  # fmt: skip
+    assert unknown.returncode == 2
+    assert "--serve-addr" in unknown.stderr
+
+
+def test_the_page_searches_through_the_api(one: Service) -> None:
+    path = "/search?" + urlencode({"query": "When did the bird return?", "tenant": "t1", "project": "p1"})
+    options = (f"--serve-url={ApiClient(one).url}",)
+    with page(one, *options) as hidden, page(one, *options, "--show-payloads") as shown:
+        assert 'href="/search"' in hidden.get("/").body
+        assert hidden.get("/search").status == 200
+        assert "<code>s1</code>" in hidden.get(path).body
+        assert TEXTS["s1"] not in hidden.get(path).body
+        assert TEXTS["s1"] in shown.get(path).body
+        wrong = shown.get("/search?query=a&tenant=%22&project=p1")
+        assert wrong.status == 502
+        assert "tenant_id" in wrong.body
+    with page(one) as without:
+        assert 'href="/search"' not in without.get("/").body
+        assert without.get("/search").status == 404
+
+
+def test_searches_during_a_rebuild_use_the_model_of_the_collection(tmp_path: Path) -> None:
+    """A question of a stored text finds it with score 1, if question and row have one model."""
+    handlers = {**HANDLERS, "index_rebuild": "jobworker.handlers.rebuild.handler:IndexRebuild"}
+    options = {"serve_addr": "127.0.0.1:0", "model": "dummy:8"}
+    with service(tmp_path, handlers, procs=2, **options) as one:
+        texts = [f"text {number}" for number in range(300)]
+        one.enqueue("embedding_batch", {"ids": [f"i{n}" for n in range(300)], "texts": texts}, **SCOPE)
+        one.wait_until_drained(60.0)
+        client, seen, later = ApiClient(one), set(), 0
+        job = one.enqueue("index_rebuild", {"collection": "story_segments", "model": "dummy:16"})
+        give_up_at = time.monotonic() + 90.0
+        while time.monotonic() < give_up_at and (one.unfinished() or "dummy:16" not in seen):
+            answer = client.post("/v1/search", {**SCOPE, "query": "text 7", "limit": 1})
+            if answer.status == 503:
+                assert answer.json()["error"]["code"] in ("model_loading", "unavailable")
+                later += 1
+                continue
+            assert answer.status == 200, answer
+            (row,) = answer.json()["results"]
+            assert row["text_content"] == "text 7"
+            assert row["score"] == pytest.approx(1, abs=1e-3)
+            seen.add(answer.json()["model"])
+        assert seen == {"dummy:8", "dummy:16"}, (job, one.dead_letters())
+        assert later < 20

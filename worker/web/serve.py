@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..admin.deployment import Deployment, StreamTable
 from ..admin.overview import open_poller
+from ..admin.search_client import SearchClient
 from ..errors import ConfigurationError
 from ..http_server import BoundedServer, config
 from ..listening import listen, url_of
@@ -38,6 +39,7 @@ class Options:
     allow_actions: bool
     show_payloads: bool
     interval_s: float
+    search: SearchClient | None = None
 
 
 def read_token(path: str) -> str:
@@ -84,11 +86,12 @@ def serve(
         allow_actions=options.allow_actions,
         show_payloads=options.show_payloads,
         requires_token=access.requires_token,
+        search_page=(("/search", "Search"),) if options.search else (),
     )
     site = Site(
         table, history, BackgroundTasks(), renderer,
         lambda: OperatorStore(deployment.url, timeout_s=_STORE_TIMEOUT_S),
-        deployment.answering_services, options.show_payloads,
+        deployment.answering_services, options.show_payloads, options.search,
     )  # fmt: skip
     server = BoundedServer(config(application(site, access, allow_actions=options.allow_actions), _DRAIN_S))
     # Its INFO events are about uvicorn itself.
