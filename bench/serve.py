@@ -1,8 +1,8 @@
 """HTTP API: time of a question on an idle service and beside a full queue, and what the queue loses.
 
-Parts: ``idle`` asks one question after another. ``bulk`` asks at a fixed rate while jobs with chapters wait,
-and compares the tokens of the jobs in windows with and without questions. ``clients`` lets several clients
-ask at once. With ``--peer URL`` the same clients ask another server with OpenAI's form, in turns.
+Parts: ``idle`` asks one question after another. ``clients`` lets several clients ask at once, with
+``--peer URL`` also of another server with OpenAI's form, in turns. ``bulk`` asks at a fixed rate while jobs
+with chapters wait, and measures the share of the processor time that the questions take from the jobs.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ import click
 import orjson
 from embed_service import EMBED, Running, running
 from embed_texts import chapters, jobs, take_segments
-from hosts import format_facts, machine_facts, table
+from hosts import cpu_s, format_facts, machine_facts, roles_of, table
 from latency import percentiles
 from rig import LIMIT_S, free_port, say
 
@@ -135,34 +135,32 @@ def bulk(
     """Seconds of questions beside a full queue, and its tokens a second with and without them."""
     served.backlog.release(count)
     asyncio.run(at_rate(url, "", rate, 2.0))  # every worker has its first batch
+    roles = roles_of(served.supervisor_pid)
     took_s: list[float] = []
-    speeds: dict[str, list[tuple[float, float]]] = {"alone": [], "beside questions": []}
+    tokens_per_s: dict[str, list[float]] = {"alone": [], "beside questions": []}
+    shares = []
     for turn in range(2 * rounds):
         name = "beside questions" if turn % 2 else "alone"
-        before, began = (_tokens(served), _cpu_s(served)), time.perf_counter()
+        tokens, began = _tokens(served), time.perf_counter()
+        before = [cpu_s(roles["api"]), cpu_s(roles["worker"])]
         if turn % 2:
             took_s += asyncio.run(at_rate(url, "", rate, window_s))
         else:
             time.sleep(window_s)  # the window is intended
-        seconds = time.perf_counter() - began
+        api_s, worker_s = cpu_s(roles["api"]) - before[0], cpu_s(roles["worker"]) - before[1]
         asked = round(rate * window_s) * 32 if turn % 2 else 0
-        tokens, cpu_s = _tokens(served) - before[0] - asked, _cpu_s(served) - before[1]
+        speed = (_tokens(served) - tokens - asked) / (time.perf_counter() - began)
         if served.backlog.drained:
             raise RuntimeError("the queue is empty: give more --count")
-        speeds[name].append((tokens / seconds, cpu_s / seconds))
-        say(f"{turn + 1}/{2 * rounds} {name}: {tokens / seconds:,.0f} tokens/s, {cpu_s / seconds:.3f} CPUs")
-    tokens_per_s = {name: statistics.mean(one[0] for one in found) for name, found in speeds.items()}
-    cpus = {name: statistics.mean(one[1] for one in found) for name, found in speeds.items()}
-    loss = 1 - cpus["beside questions"] / cpus["alone"]
-    return took_s, {"tokens_per_s": tokens_per_s, "worker_cpus": cpus, "loss": loss}
-
-
-def _cpu_s(served: Running) -> float:
-    """Processor time of all workers, which is exact to a tick; their counters grow a batch at a time."""
-    fields = [
-        Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in served.worker_pids()
-    ]
-    return sum(int(one[11]) + int(one[12]) for one in fields) / os.sysconf("SC_CLK_TCK")
+        tokens_per_s[name].append(speed)
+        if turn % 2:
+            shares.append(api_s / (api_s + worker_s))
+        say(
+            f"{turn + 1}/{2 * rounds} {name}: {speed:,.0f} tokens/s, api {api_s:.2f} s, workers {worker_s:.2f} s"
+        )
+    medians = {name: statistics.median(found) for name, found in tokens_per_s.items()}
+    # Counters of the queue grow a batch of seconds at a time; processor time is exact to a hundredth.
+    return took_s, {"tokens_per_s": medians, "api_cpu_share": statistics.median(shares)}
 
 
 def _tokens(served: Running) -> float:
@@ -204,12 +202,12 @@ def format_report(report: Report) -> str:
     names = list(next(iter(report["ms"].values())))
     rows = [("ms, one question of 32 tokens", *names)]
     rows += [(name, *(f"{ms[one]:.1f}" for one in names)) for name, ms in report["ms"].items()]
-    speed, cpus = report["bulk"]["tokens_per_s"], report["bulk"]["worker_cpus"]
+    speed, share = report["bulk"]["tokens_per_s"], report["bulk"]["api_cpu_share"]
     lines = [format_facts(report["host"]), table(rows)]
     lines.append(
-        f"queue: {speed['alone']:,.0f} tokens/s and {cpus['alone']:.3f} CPUs of the workers alone, "
-        f"{speed['beside questions']:,.0f} and {cpus['beside questions']:.3f} beside {report['rate']:g} "
-        f"questions/s: {report['bulk']['loss']:.1%} less processor time; {report['procs']} workers"
+        f"queue: {speed['alone']:,.0f} tokens/s alone, {speed['beside questions']:,.0f} beside "
+        f"{report['rate']:g} questions/s, which take {share:.1%} of the processor time; "
+        f"{report['procs']} workers"
     )
     lines += [
         f"{report['clients']} clients at once: {name} {value:,.0f} questions/s"
