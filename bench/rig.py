@@ -95,6 +95,10 @@ class Backlog:
         pipe.xadd(self.stream, {"data": self._make_job(jobs - 1)})
         self.last_id = pipe.execute()[-1]
 
+    def end_hold(self) -> None:
+        """Let a reaper trim entries, while the group stays after them."""
+        self._client.xgroup_destroy(self.stream, _HOLD_GROUP)
+
     @property
     def drained(self) -> bool:
         """Whether all jobs are delivered and acknowledged: lag and pending entries are 0."""
@@ -211,7 +215,7 @@ def start(command: list[str], extra: dict[str, str], stdout: int | None = None) 
     paths = [
         str(_FOLDER),
         str(_FOLDER / "peers"),
-        *filter(None, [os.environ.get("PYTHONPATH")]),
+        *filter(None, [extra.get("PYTHONPATH"), os.environ.get("PYTHONPATH")]),
     ]  # path of the handlers
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     return subprocess.Popen(

@@ -75,6 +75,10 @@ METRICS = {
         "histogram", "Requests that went through the model together", (), BATCH_SIZES
     ),
     "z_novel_api_waiting_tokens": Metric("gauge", "Tokens of requests that wait for the model or are in it"),
+    "z_novel_batches_open": Metric("gauge", "Batches that have not finished, by home stream", ("stream",)),
+    "z_novel_batches_finished_total": Metric(
+        "counter", "Batches whose jobs have all ended, by home stream", ("stream",)
+    ),
     "z_novel_paused": Metric("gauge", "1 while a type is paused by an operator", ("task_type",)),
 }
 

@@ -11,7 +11,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 from ...errors import NameHeld, StoreRefused
 from ...flow import FlowConfig
 from ...keys import NO_HOLDER, PAUSED_KEY, Holder, Source
-from ..ports import RELEASED_IDLE_S, Backlog, Entry, Settled, Settlement, TakenJobs, WaitingJob
+from ..ports import RELEASED_IDLE_S, Backlog, Dead, Entry, Settled, Settlement, TakenJobs, WaitingJob
 from . import lanes
 from .base import (
     SCRIPT_BYTES,
@@ -117,12 +117,18 @@ class RedisReaderStore(RedisStoreBase):
         return [row[0] for row in self._pending_rows(source, after, count)]
 
     def claim(self, source: Source, min_idle_ms: int, count: int, cursor: bytes) -> tuple[bytes, list[Entry]]:
-        """Entries of this consumer that were not renewed are returned too."""
-        reply = self._run(source, "claim", [self.deaths_key(source.stream)], [min_idle_ms, count, cursor])
+        """Entries of this consumer that were not renewed are returned too. It stops after 8 MiB of jobs."""
+        arguments = [min_idle_ms, count, cursor, SCRIPT_BYTES]
+        reply = self._run(source, "claim", [self.deaths_key(source.stream)], arguments)
         return reply[0], [
             Entry(id, data, int(tries), self._deaths(source, id, deaths))
             for id, data, tries, deaths in _rows_of_four(reply[1:])
         ]
+
+    def has_lost(self, source: Source, min_idle_ms: int) -> bool:
+        two_keys = [source.stream, self.fence_key(source.stream)]
+        command = script("find_lost", two_keys, source.group, self._consumer, min_idle_ms)
+        return bool(self._send(source, lambda: command))
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         """Acknowledgements, retries and dead letters take one step each, so that a
@@ -210,6 +216,13 @@ class RedisReaderStore(RedisStoreBase):
         reply = self._run(source, "take", more_keys, [most, lanes.TAKE_BYTES, lanes.OUTDATED_IDS, *types])
         return lanes.taken(reply, partial(self._deaths, source))
 
+    def register_batches(self, source: Source, batches: Mapping[bytes, str]) -> set[str]:
+        unknown: set[str] = set()
+        for some in chunks(_in_order(list(batches))):
+            arguments = [value for id in some for value in (id, batches[id])]
+            unknown.update(id.decode() for id in self._run(source, "batch_register", [], arguments))
+        return unknown
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         slots = lanes.slots_key(self._ready(source))
         held = [self.one(source.stream, ("HMGET", slots, *some)) for some in chunks(ids)]
@@ -234,7 +247,7 @@ class RedisReaderStore(RedisStoreBase):
         if gone:
             fields = {"entries": len(gone), "stream": source.stream}
             log.error("entry.deleted_while_pending", extra=fields)
-            (settled,) = self.settle([Settlement(source, done=gone)])
+            (settled,) = self.settle([Settlement(source, dead=[Dead(id, b"") for id in gone])])
             if settled.error:
                 raise settled.error
         return [
@@ -270,10 +283,11 @@ class RedisReaderStore(RedisStoreBase):
     def _recreate_group(self, source: Source) -> None:
         """Create the group again, without touching the fence: a fenced reader stays fenced."""
         stream, group = source
-        log.error("group.recreated", extra={"group": group, "stream": stream, "hint": "it was deleted"})
         reply = self.call(stream, [("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")])[0]
-        if not str(reply).startswith("BUSYGROUP"):  # another reader was quicker
-            checked(reply)
+        if str(reply).startswith("BUSYGROUP"):
+            return  # another reader was quicker, or the stream moved to another node with its group
+        checked(reply)
+        log.error("group.recreated", extra={"group": group, "stream": stream, "hint": "it was deleted"})
         self._forget_deaths(source)
 
     def _forget_deaths(self, source: Source) -> None:
