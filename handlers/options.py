@@ -32,7 +32,7 @@ OPTIONS = [
             "package:<module>.  [default: the model of the 'embedded' extra, else BAAI/bge-m3]", ""),
     option("--device", "auto, cpu, cuda, or cuda:0,cuda:1.", "auto"),
     option("--model-copies", "Workers that hold the model, of each GPU or of the CPU; the others run "
-            "other types.  [default: 2, on a CPU one a core]", 0, Count(0)),
+            "other types.  [default: 2, on a CPU one a core, fewer where memory is short]", 0, Count(0)),
     option("--dtype", "What the model computes in; auto takes the fastest that gives its vectors.", "auto",
             click.Choice(["auto", "fp32", "bf16", "fp16"])),
     option("--long-text", "What becomes of a text longer than the model's window.", "windows",
@@ -40,6 +40,10 @@ OPTIONS = [
     option("--token-budget", "Tokens, padding included, of one forward pass.", 65536, Count(512)),
     option("--cache", "off, or the most disk that vectors of texts seen before may take, below --data-dir.",
             "1GiB", Size(_LEAST_CACHE_BYTES, _MOST_CACHE_BYTES, off=True)),
+    option("--serve-model-name", "Further name by which clients of --serve-addr may call the model; "
+            "repeatable.", multiple=True),
+    option("--tombstone-ttl", "How long work that is older than a deletion is kept out (days: 30d).",
+            30 * 86_400.0, SECONDS),
     option("--summary-chars", "Longest summary of a chapter that is made here, in characters.", 100,
             Count(20, 10_000)),
     option("--llm-url", "OpenAI-compatible endpoint that writes summaries, http(s)://host:port/v1; its key "
@@ -57,8 +61,8 @@ OPTIONS = [
 FIRST = ("milvus-uri", "model")
 #: Groups of the help text, beside the options that it shows first.
 GROUPS = {
-    "Milvus": ("milvus-token", "milvus-prefix", "milvus-partitions"),
-    "Model": ("device", "model-copies", "dtype", "long-text", "token-budget", "cache"),
+    "Milvus": ("milvus-token", "milvus-prefix", "milvus-partitions", "tombstone-ttl"),
+    "Model": ("serve-model-name", "device", "model-copies", "dtype", "long-text", "token-budget", "cache"),
     "Summaries": (
         "summary-chars", "llm-url", "llm-model", "llm-key-file", "llm-timeout", "summary-sink",
         "postgres-dsn",
@@ -81,7 +85,9 @@ def fields_of(values: dict[str, Any]) -> dict[str, Any]:
     if sink not in ("", "postgres") and not _TARGET.fullmatch(sink):
         raise ConfigurationError(f"--summary-sink {sink!r}: must be postgres or module:Class")
     return {
+        "serve_model_names": tuple(values.pop("serve_model_name")),
         "cache_bytes": values.pop("cache"),
+        "tombstone_ttl_s": values.pop("tombstone_ttl"),
         "device": parse_device(values.pop("device")),
         "milvus_uri": values.pop("milvus_uri").strip(),
         "llm_timeout_s": values.pop("llm_timeout"),

@@ -19,18 +19,23 @@ from typing import Any, NamedTuple, Self
 import msgspec
 import orjson
 
+from .conditions import EXPIRES_AT, NOT_BEFORE, parse_time
 from .endpoints import only_stream, store_url
 from .envelope import (
+    BATCH_FIELD,
     MAX_METADATA_ENTRIES,
     MAX_METADATA_KEY_CHARS,
     MAX_METADATA_VALUE_CHARS,
     MAX_NAME_CHARS,
     MAX_NESTING,
+    is_batch_id,
     nesting_of,
     read_envelope,
 )
 from .errors import MalformedJob, StoreUnavailable
 from .extension import extension
+from .keys import base_stream, is_derived
+from .producer_batch import OpenBatch, PreparedJob
 from .safe_text import is_unicode
 from .settings import MAX_PAYLOAD_BYTES
 from .store.announcements import Announcement, stream_for, suggestion
@@ -58,6 +63,10 @@ _TENANT = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 
 
+#: A point in time as callers give it.
+Time = datetime | str | float
+
+
 class UnknownDestination(UserWarning):
     """No service of the deployment runs the job's type, or reads its stream: probably a typing error.
 
@@ -67,7 +76,10 @@ class UnknownDestination(UserWarning):
 
 
 class NewJob(NamedTuple):
-    """A job to be enqueued. ``delay`` and ``timeout`` are seconds; ``stream`` and ``id`` None are chosen."""
+    """A job to be enqueued. ``delay`` and ``timeout`` are seconds; ``stream`` and ``id`` None are chosen.
+
+    ``run_at`` and ``expires_at`` are times: RFC 3339, unix seconds, or a `datetime` with a time zone.
+    """
 
     type: str
     payload: Any = None
@@ -78,6 +90,8 @@ class NewJob(NamedTuple):
     metadata: Mapping[str, str] | None = None
     delay: float | None = None
     timeout: float | None = None
+    run_at: Time | None = None
+    expires_at: Time | None = None
 
 
 class _Route(NamedTuple):
@@ -179,16 +193,22 @@ class Producer:
         metadata: Mapping[str, str] | None = None,
         delay: float | None = None,
         timeout: float | None = None,
+        run_at: Time | None = None,
+        expires_at: Time | None = None,
     ) -> str:
-        """Put one job on its stream, or let it wait ``delay`` seconds first; returns its id.
+        """Put one job on its stream; returns its id.
 
-        A service counts a ``timeout`` below 0.1 s as 0.1 s, and one above 24 h as 24 h.
+        It starts after ``delay`` seconds, or not before ``run_at``. If it has not started by ``expires_at``
+        it is dead-lettered. Both times are RFC 3339, unix seconds, or a `datetime` with a time zone; they are
+        sent in ``metadata``. A service counts a ``timeout`` below 0.1 s as 0.1 s, and one above 24 h as 24 h.
 
         When this returns the store has acknowledged the job. Raises `ValueError` for a job that the service
         would refuse, `StoreUnavailable` when the store did not answer: the job may have been taken then, and
         enqueuing it again under the same id is the safe thing to do.
         """
-        job = NewJob(type, payload, tenant_id, project_id, stream, id, metadata, delay, timeout)
+        job = NewJob(
+            type, payload, tenant_id, project_id, stream, id, metadata, delay, timeout, run_at, expires_at
+        )
         return self._send([job], None)[0]
 
     def enqueue_many(
@@ -202,17 +222,70 @@ class Producer:
         """
         return self._send(jobs, stream)
 
+    def batch(
+        self,
+        tenant_id: str = "",
+        *,
+        on_complete: NewJob | Mapping[str, Any] | None = None,
+        name: str = "",
+        id: str | None = None,
+    ) -> OpenBatch:
+        """Open a batch: jobs that are counted together. Use it as a context manager.
+
+        When the batch is closed and all its jobs have ended, done or dead-lettered, the job ``on_complete``
+        is enqueued once, with the counts in its metadata. Its fields are those of `NewJob` except ``id`` and
+        ``delay``. ``tenant_id`` is that of the callback and of jobs that name none. ``name`` is for people.
+        A batch of the same ``id`` that has not finished is continued.
+
+        Raises `ValueError` for a wrong argument and for a batch that has finished, and `StoreUnavailable`.
+        """
+        id = os.urandom(16).hex() if id is None else id
+        if not isinstance(id, str) or not is_batch_id(id):
+            raise ValueError(f"id {id!r:.80}: a batch has at most 64 letters, digits, '_', '.', ':' or '-'")
+        if tenant_id:
+            _check_tenant("tenant_id", tenant_id)
+        if name:
+            _check_text("name", name)
+        fields, home = {"name": name.encode(), "tenant_id": tenant_id.encode()}, ""
+        if on_complete is not None:
+            prepared = self._prepare_callback(_new_job(on_complete), id, tenant_id)
+            home, fields["on_complete"] = prepared.stream, prepared.data
+
+        def prepare(item: NewJob | Mapping[str, Any], stream: str | None) -> PreparedJob:
+            job = _new_job(item)
+            metadata = {**(job.metadata or {}), BATCH_FIELD: id}
+            return self._prepare(
+                job._replace(tenant_id=job.tenant_id or tenant_id, metadata=metadata), stream
+            )
+
+        return OpenBatch(id, home, extension().streams[0].stream, fields, self._stores.borrow, prepare)
+
+    def _prepare_callback(self, job: NewJob, batch: str, tenant_id: str) -> PreparedJob:
+        if job.id is not None or job.delay is not None:
+            raise ValueError("on_complete: the batch gives the job its id, and it cannot have a delay")
+        if job.metadata and job.metadata.get(BATCH_FIELD) == batch:
+            raise ValueError("on_complete: the callback cannot be a job of its own batch")
+        return self._prepare(job._replace(tenant_id=job.tenant_id or tenant_id), None)
+
+    def _prepare(self, job: NewJob, stream: str | None) -> PreparedJob:
+        """Check and encode a job, and find its stream."""
+        id, data = encode_job(job, self._wall_now_s())
+        to = _named_stream(job, stream) or self._home_of(job.type)
+        _refuse_derived(to)
+        self._check_destination(job.type, to)
+        return PreparedJob(id, to, data)
+
     def _send(self, jobs: Iterable[NewJob | Mapping[str, Any]], stream: str | None) -> list[str]:
         ids: list[str] = []
         waiting: dict[str, list[bytes]] = {}
         try:
             for item in jobs:
-                job = _new_job(item)
-                id, data = encode_job(job, self._wall_now_s())
-                to = _named_stream(job, stream) or self._home_of(job.type)
-                self._check_destination(job.type, to)
+                id, to, data = self._prepare(_new_job(item), stream)
                 ids.append(id)
-                self._put(waiting, to, job, data)
+                batch = waiting.setdefault(to, [])
+                batch.append(data)
+                if len(batch) >= _BATCH_JOBS:
+                    self._flush(to, batch)
         finally:
             # Also after an error: the jobs before it were accepted, and their order stands.
             for name, batch in waiting.items():
@@ -276,7 +349,7 @@ class Producer:
             if name not in known:
                 # The level is that of the caller of `enqueue` or `enqueue_many`.
                 text = f"no service of this deployment {verb} {name!r:.600}: {suggestion(name, known)}"
-                warnings.warn(text, UnknownDestination, stacklevel=4)
+                warnings.warn(text, UnknownDestination, stacklevel=5)
 
     def _note_services(self, services: list[Announcement]) -> None:
         if not services:  # no service has run yet: it finds the job when it starts
@@ -288,16 +361,6 @@ class Producer:
                 return store.announcements()
         except StoreUnavailable:  # sending the job reports it
             return []
-
-    def _put(self, waiting: dict[str, list[bytes]], stream: str, job: NewJob, data: bytes) -> None:
-        if job.delay is not None and job.delay != 0:
-            with self._stores.borrow() as store:
-                store.schedule(stream, data, _seconds("delay", job.delay))
-            return
-        batch = waiting.setdefault(stream, [])
-        batch.append(data)
-        if len(batch) >= _BATCH_JOBS:
-            self._flush(stream, batch)
 
     def _flush(self, stream: str, batch: list[bytes]) -> None:
         some = batch.copy()
@@ -311,7 +374,7 @@ def encode_job(job: NewJob, wall_now_s: float) -> tuple[str, bytes]:
     """The job's id and its JSON, checked by the rules that the service reads it by. Raises ValueError."""
     id = job.id if job.id is not None else os.urandom(16).hex()
     _check_names(id, job)
-    metadata = _metadata(job)
+    metadata = _with_times(_metadata(job), job, wall_now_s)
     if metadata is not None:
         _check_metadata(metadata)
     wire: dict[str, Any] = {"id": id, "type": job.type}
@@ -363,6 +426,18 @@ def _named_stream(job: NewJob, default: str | None) -> str:
     return ""
 
 
+@lru_cache(maxsize=_MAX_CHECKED)  # an error is not kept
+def _refuse_derived(stream: str) -> None:
+    """Raises ValueError for a key of the service: a job would damage its records, and never run."""
+    if is_derived(stream):
+        base = base_stream(stream)
+        other = f"stream {base!r:.600}" if base != stream else "a stream that a service reads"
+        raise ValueError(
+            f"stream {stream!r:.600} is a key in which the service keeps records: send the job to {other}, "
+            "with a delay if it is to run later; jobworker dlq requeue sends dead letters back"
+        )
+
+
 def home_stream(type: str) -> str:
     """The stream of a job that names none: that of its type, else the first default stream."""
     return extension().stream_of_type.get(type, extension().streams[0].stream)
@@ -379,6 +454,38 @@ def _metadata(job: NewJob) -> dict[str, str] | None:
     return None if job.metadata is None else dict(job.metadata)
 
 
+def _with_times(metadata: dict[str, str] | None, job: NewJob, wall_now_s: float) -> dict[str, str] | None:
+    """Metadata with the job's times. Raises ValueError for times that no service could read."""
+    times: dict[str, str] = {}
+    delay_s = None if job.delay is None or job.delay == 0 else _seconds("delay", job.delay)
+    if delay_s is not None and job.run_at is not None:
+        raise ValueError("give delay or run_at, not both")
+    if delay_s is not None:
+        times[NOT_BEFORE] = _rfc3339(wall_now_s + delay_s)
+    if job.run_at is not None:
+        times[NOT_BEFORE] = _checked_time("run_at", job.run_at)
+    if job.expires_at is not None:
+        times[EXPIRES_AT] = _checked_time("expires_at", job.expires_at)
+    for key in (NOT_BEFORE, EXPIRES_AT):
+        if metadata and metadata.get(key):
+            _checked_time(f"metadata.{key}", metadata[key])
+    return {**(metadata or {}), **times} if times else metadata
+
+
+def _checked_time(field: str, value: Any) -> str:
+    """A time as the wire has it. Raises ValueError."""
+    if isinstance(value, datetime):
+        value = value.isoformat()
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{field} is {value!r:.80}: give RFC 3339, unix seconds or a datetime")
+    text = value if isinstance(value, str) else f"{value:.6f}"
+    try:
+        parse_time(text)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+    return text
+
+
 def _check_text(field: str, value: Any) -> None:
     """Any text that a service accepts: not empty, bounded, and valid in UTF-8."""
     if not isinstance(value, str) or not value:
@@ -393,8 +500,13 @@ def _check_names(id: str, job: NewJob) -> None:
     _check_text("id", id)
     _check_text("type", job.type)
     for field, value in (("tenant_id", job.tenant_id), ("project_id", job.project_id)):
-        if not isinstance(value, str) or (value and not _TENANT.fullmatch(value)):
-            raise ValueError(f"{field} {value!r:.80} does not match {_TENANT.pattern}")
+        if not isinstance(value, str) or value:
+            _check_tenant(field, value)
+
+
+def _check_tenant(field: str, value: Any) -> None:
+    if not isinstance(value, str) or not _TENANT.fullmatch(value):
+        raise ValueError(f"{field} {value!r:.80} does not match {_TENANT.pattern}")
 
 
 def _check_metadata(metadata: Mapping[Any, Any]) -> None:

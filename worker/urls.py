@@ -6,7 +6,7 @@ Errors name the part that is wrong and never show a password.
 import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, ip_address
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -22,6 +22,8 @@ _EXAMPLES = (
     "redis://host:6379/0, rediss://…, unix:///path, redis+sentinel://host:26379,host:26379/master/0 or "
     "redis+cluster://host:6379,host:6379"
 )
+#: A name or an IPv6 address in brackets, and a port.
+_HOST_HEADER = re.compile(r"(?:\[(?P<address>[^\[\]]*)\]|(?P<name>[^:\[\]]*))(?::[0-9]{1,5})?")
 _DEFAULT_PORT = {"single": 6379, "cluster": 6379, "sentinel": 26379, "unix": 0}
 _HOST = re.compile(r"[\w.-]{1,255}")
 _TRUE, _FALSE = ("1", "true", "yes", "y", "on", "t"), ("0", "false", "no", "n", "off", "f")
@@ -41,7 +43,18 @@ _WITHOUT_EFFECT = frozenset({
     "socket_read_size", "retry_on_timeout", "health_check_interval", "decode_responses", "encoding",
     "encoding_errors", "protocol", "legacy_responses", "client_name", "lib_name", "lib_version",
 })  # fmt: skip
-_WITH_EFFECT = ("db", "username", "password", "ssl", "ssl_cert_reqs", "skip_verify", *_TLS_TEXTS, *_TLS_FLAGS)
+_WITH_EFFECT = (
+    "db",
+    "username",
+    "password",
+    "sentinel_username",
+    "sentinel_password",
+    "ssl",
+    "ssl_cert_reqs",
+    "skip_verify",
+    *_TLS_TEXTS,
+    *_TLS_FLAGS,
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,9 @@ class RedisUrl:
     password: str | None = field(default=None, repr=False)
     secure: bool = False
     tls: dict[str, Any] = field(default_factory=dict, repr=False)
+    #: User and password of the sentinels; user and password of the URL are those of the master.
+    sentinel_username: str | None = None
+    sentinel_password: str | None = field(default=None, repr=False)
     #: Options that are accepted and change nothing.
     ignored: tuple[str, ...] = ()
 
@@ -83,6 +99,8 @@ def _parse(url: str) -> RedisUrl:
     username, password = _credentials(user_info)
     options = _options(query)
     secure = _flag("ssl", options["ssl"]) if "ssl" in options else secure
+    if kind != "sentinel" and (given := [name for name in options if name.startswith("sentinel_")]):
+        raise ValueError(f"the option {given[0]} needs redis+sentinel://")
     if secure and kind == "unix":
         raise ValueError("the option ssl: a Unix socket has no TLS")
     master, db = _place(kind, path, options.get("db"))
@@ -94,6 +112,8 @@ def _parse(url: str) -> RedisUrl:
         db=db,
         username=options.get("username", username) or None,
         password=options.get("password", password) or None,
+        sentinel_username=options.get("sentinel_username") or None,
+        sentinel_password=options.get("sentinel_password") or None,
         secure=secure,
         tls=_tls(options),
         ignored=tuple(name for name in options if name in _WITHOUT_EFFECT),
@@ -237,3 +257,17 @@ def _is_ipv6(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a Host header or an address is a loopback name.
+
+    A page without a token refuses other names: they belong to a site whose name was pointed at this machine
+    (DNS rebinding).
+    """
+    in_header = _HOST_HEADER.fullmatch(host)
+    name = (in_header["address"] or in_header["name"] or "") if in_header else host
+    try:
+        return name.lower() == "localhost" or ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from jobworker.worker.keys import Source
+from jobworker.worker.keys import Holder, Source
 from jobworker.worker.store.ports import Dead, Depths, Retry, Settlement
 from support.job_store_steps import OTHER, SOON_S, UNKNOWN, S, given, pending, read, readable
 from support.job_worlds import World, settle
@@ -193,9 +193,9 @@ class TestPromotion:
         assert [e.data for e in read(store)] == [b"again"]
 
     def test_the_soonest_retries_are_promoted_first_up_to_the_limit(self, world: World) -> None:
-        producer, reaper = world.producer(), world.reaper()
+        reaper = world.reaper()
         for job, delay_s in ((b"c", 0.6), (b"a", 0.2), (b"b", 0.4), (b"later", 60)):
-            producer.schedule(S.stream, job, delay_s)
+            world.schedule(S.stream, job, delay_s)
         world.pass_time(0.8)
         assert reaper.promote(S.stream, 2).moved == 2
         rest = reaper.promote(S.stream, 50)
@@ -209,9 +209,8 @@ class TestPromotion:
         assert world.reaper().promote(S.stream, 10) == (0, None)
 
     def test_two_reapers_move_each_job_once(self, world: World) -> None:
-        producer = world.producer()
         for i in range(50):
-            producer.schedule(S.stream, b"%d" % i, 0.0)
+            world.schedule(S.stream, b"%d" % i, 0.0)
         moved: list[int] = []
         reapers = [world.reaper(), world.reaper()]
         threads = [
@@ -290,6 +289,18 @@ class TestTrimming:
         assert len(pending(owner)) == 1
         readers["held"].renew_name([S])
 
+    def test_the_consumer_of_a_service_that_renewed_its_name_lately_is_kept(self, world: World) -> None:
+        """An idle service whose lease ran out in a short stall: its consumer was idle for long before."""
+        idle = world.reader("idle", Holder("t1", "pid 1", 0.1))
+        idle.acquire([S])
+        world.pass_time(0.5)
+        idle.renew_name([S])
+        world.pass_time(0.2)
+        reaper = world.reaper()
+        assert reaper.remove_idle_consumers(S, "me", 400) == 0
+        world.pass_time(0.3)
+        assert reaper.remove_idle_consumers(S, "me", 400) == 1
+
     def test_depths_count_entries_retries_and_dead_letters(self, world: World) -> None:
         store, (a, b, _c) = given(world, b"1", b"2", b"3")
         settle(store, [Settlement(S, [], [Retry(a, 60, b"r")], [Dead(b, b"d")])])
@@ -316,12 +327,6 @@ class TestProducing:
         store = world.reader("a")
         store.acquire([S])
         assert [e.data for e in read(store, count=5000)] == jobs
-
-    def test_equal_jobs_can_wait_side_by_side(self, world: World) -> None:
-        producer = world.producer()
-        for _ in range(3):
-            producer.schedule(S.stream, b"{}", 0.0)
-        assert world.reaper().promote(S.stream, 10).moved == 3
 
     def test_a_deleted_stream_is_read_again_from_its_start(self, world: World) -> None:
         store, ids = given(world, b"1")

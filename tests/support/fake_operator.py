@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobworker.worker.flow import FlowConfig
-from jobworker.worker.keys import Source
+from jobworker.worker.keys import Source, dead_letter_key, retry_key
 from jobworker.worker.store.announcements import Announcement
 from jobworker.worker.store.cron import CronHash, parse_cron_hash
 from jobworker.worker.store.operator import (
@@ -17,10 +17,11 @@ from jobworker.worker.store.operator import (
     LanePlace,
     Lease,
     Pause,
+    Rivals,
     Scheduled,
     order_of,
 )
-from jobworker.worker.store.ports import Depths, Entry
+from jobworker.worker.store.ports import Depths, Entry, KeyFault
 
 SOURCE = Source("stream:test", "cg-test")
 #: The clock of the fake store (unix seconds).
@@ -53,10 +54,20 @@ class FakeOperatorStore:
         self.scheduled: dict[str, list[Scheduled]] = defaultdict(list)
         #: Entry id -> place of a job that was sorted.
         self.lanes: dict[bytes, LanePlace] = {}
+        #: Entry id -> jobs that have its keys.
+        self.known_rivals: dict[bytes, Rivals] = {}
         self.paused: list[Pause] = []
         self.cron: dict[str, CronHash] = {}
         self.requeued: list[tuple[str, bytes]] = []
         self.announced: list[Announcement] = []
+
+    retry_key, dead_key = staticmethod(retry_key), staticmethod(dead_letter_key)
+
+    def key_faults(self, source: Source) -> list[KeyFault]:
+        return []
+
+    def pause_faults(self) -> list[KeyFault]:
+        return []
 
     def read_up_to(self, last_delivered: bytes, idle_s: float = 0.0, consumer: str = "host/blue") -> None:
         """Let the group of `SOURCE` have delivered the entries up to an id."""
@@ -104,6 +115,9 @@ class FakeOperatorStore:
 
     def flow_config(self, stream: str) -> FlowConfig:
         return FlowConfig()
+
+    def rivals(self, stream: str, entry: Entry) -> Rivals:
+        return self.known_rivals.get(entry.id, Rivals())
 
     def find_streams(self) -> FoundStreams:
         names = {*self.streams, *self.scheduled, *self.letters}

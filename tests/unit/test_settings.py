@@ -16,6 +16,7 @@ from jobworker import handlers
 from jobworker.handlers.settings import HandlerSettings
 from jobworker.supervisor import main as service
 from jobworker.worker.cli import main as tool
+from jobworker.worker.durations import InvalidDuration
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.extension import extension
 from jobworker.worker.keys import Source
@@ -91,6 +92,7 @@ OPTIONS: dict[str, tuple[str, Callable[[Settings], object], object, object]] = {
     "retry-max": ("600", lambda s: s.retry.max_s, 60.0, 600.0),
     "retry-multiplier": ("1", lambda s: s.retry.multiplier, 2.0, 1.0),
     "retry-jitter": ("0", lambda s: s.retry.jitter, 0.1, 0.0),
+    "unique-window": ("3600", lambda s: s.unique_window_s, 86_400.0, 3600.0),
     "max-payload": ("2048", lambda s: s.max_payload, 8 * 1024 * 1024, 2048),
     "drain-timeout": ("0", lambda s: s.drain_timeout_s, 30.0, 0.0),
     "connect-timeout": ("1.5", lambda s: s.connect_timeout_s, 30.0, 1.5),
@@ -291,15 +293,37 @@ def test_every_duration_takes_units(
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("5m", 300), ("1h30m", 5400), ("1m500ms", 60.5), ("2d", 172_800), ("1w", 604_800)]
-)
+    ("text", "seconds"), [("5m", 300), ("1h30m", 5400), ("1m500ms", 60.5), ("2d", 172_800), ("1w", 604_800),
+                          ("90", 90), ("90s", 90), ("1.5m", 90), (" 2h ", 7200)],
+)  # fmt: skip
 def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "m", "5x", "5 m", "1.2.3s", "1.2.3", "s5", "5m5", "-5m", "."])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "m",
+        "5x",
+        "5 m",
+        "1.2.3s",
+        "1.2.3",
+        "s5",
+        "5m5",
+        "-5m",
+        ".",
+        "-1",
+        "-1e3",
+        "h",
+        "1y",
+        "2 h",
+        "inf",
+        "1e999",
+    ],
+)
 def test_what_is_no_duration_says_so(text: str) -> None:
-    with pytest.raises(ValueError, match=r"not a (duration|number)"):
+    with pytest.raises(InvalidDuration, match=r"not a (duration|number).*: say a duration such as 30"):
         parse_duration(text)
 
 

@@ -1,6 +1,7 @@
 """Intake: reads new entries, recovers pending ones, renews and claims leases, and admits all of them."""
 
 import logging
+import math
 import selectors
 from collections.abc import Sequence
 
@@ -8,10 +9,12 @@ from ..envelope import OVERSIZED_KEPT_BYTES, OWN_FIELDS_BYTES
 from ..errors import AnswerTooLarge, Fenced, StoreRefused, StoreUnavailable
 from ..ipc.crash_marks import SKIP_FETCH_AT_STRIKES
 from ..store.ports import Entry
-from .admission import Admission, RejectedEntry, reject_unread
+from .admission import Admission, AdmittedJob, RejectedEntry, reject_unread
+from .claims import Claims
 from .context import ReaderContext
 from .dispatch import Dispatcher
 from .flow_control import FlowControl
+from .screening import Screening, has_series
 
 log = logging.getLogger("jobworker.reader")
 
@@ -27,7 +30,7 @@ _ANSWER_BYTES = 4 * 1024 * 1024
 _MANY = 64
 #: Entries of the first read, while no size is known: as many of the largest jobs as a host can hold.
 _FIRST_ENTRIES = 8
-#: Most entries of a page of the pending list or of a claim.
+#: Most entries of a page of the pending list.
 _PAGE = 256
 #: Most rejected entries and their bytes that wait for the next settlement. They fill no prefetch buffer.
 _REJECTED, _REJECTED_BYTES = 1024, 16 * 1024 * 1024
@@ -66,9 +69,9 @@ class Intake:
 
     Lists the entries that are pending for this consumer before it reads any new one, so no entry is lost or
     taken twice. Requests new entries only for credit of the workers. `rejected` collects the entries that
-    become dead letters with the next settlement. A crash mark covers everything that it reads (see
-    `crash_marks`). Methods raise as the store does, except `StoreRefused`; `begin_listing` then starts over.
-    Of an isolated stream nothing is read or prefetched, but its leases are renewed.
+    become dead letters, or are dropped, with the next settlement. A crash mark covers everything that it
+    reads (see `crash_marks`). Methods raise as the store does, except `StoreRefused`; `begin_listing` then
+    starts over. Of an isolated stream nothing is read or prefetched, but its leases are renewed.
     """
 
     def __init__(
@@ -78,6 +81,9 @@ class Intake:
         self.rejected: list[RejectedEntry] = []
         #: While draining, nothing new is taken in; leases are still renewed.
         self.draining = False
+        #: Whether the last call of `renew_leases` claimed entries: they are dispatched in the next tick.
+        self.has_claimed = False
+        self._is_claims_turn = True
         #: Completed read cycles. The supervisor restarts a reader whose number does not grow.
         self.cycles = 0
         self._settings = settings
@@ -89,21 +95,30 @@ class Intake:
         self._faults.on_isolated.append(self._drop_stream)
         self._held = context.held
         self._lost_leases = context.lost_leases
+        self._claims = Claims(context)
         self._mono_s = context.mono_s
         self._dispatcher = dispatcher
         self._buffer = dispatcher.buffer
         self._selector = selector
         self.flow = FlowControl(context, dispatcher)
         type_nos = {name: type_no for type_no, name in enumerate(settings.handlers)}
-        self._admission = Admission(type_nos, settings.max_payload, settings.max_deaths)
+        self._screening = Screening(context, self._buffer)
+        self._admission = Admission(
+            type_nos,
+            settings.max_payload,
+            settings.max_deaths,
+            unique=settings.unique_window_s > 0,
+            wall_s=context.wall_s,
+        )
         self._read_counts = [ReadCount() for _ in settings.streams]
         # Streams whose pending entries are still being listed, and the last id that was listed.
         self._unlisted: dict[int, bytes] = {}
         # Time by which the answer to each read must arrive: a network that drops packets reports nothing.
         self._answer_by: dict[int, float] = {}
+        # When all entries taken in so far were renewed. Entries that were read since have newer leases; those
+        # that were listed may not.
+        self._mono_all_renewed_s = -math.inf
         self._mono_renewed_s = self._lost_leases.mono_renewed_s = context.mono_s()
-        for source in settings.streams:  # start at 0, so that alerts see the first event as a rise
-            self._metrics.count("z_novel_leases_taken_over_total", (source.stream,), 0)
 
     # -- pending entries of this consumer
 
@@ -123,6 +138,7 @@ class Intake:
             self._unregister(stream_no)
         self._store.abandon_read(self._streams[stream_no])
         self._unlisted.pop(stream_no, None)
+        self._claims.drop(stream_no)
         self._buffer.discard_stream(stream_no)
         self.rejected[:] = [entry for entry in self.rejected if entry.stream_no != stream_no]
         self._marks.clear()
@@ -158,12 +174,14 @@ class Intake:
 
     def _end_listing(self, stream_no: int) -> None:
         del self._unlisted[stream_no]
+        self._mono_all_renewed_s = -math.inf
         self._marks.end_one_by_one(stream_no)
 
     @property
     def must_continue(self) -> bool:
-        """Whether a listing continues at once: one by one, or after the settlement of what it rejected."""
-        if self.rejected and self._unlisted:
+        """Whether the next tick follows at once: it dispatches claimed entries, or continues a listing or
+        sweep: one by one, or after the settlement of what it rejected."""
+        if self.has_claimed or (self.rejected and (self._unlisted or self._claims.under_way)):
             return True
         return not self._full and any(map(self._marks.lists_one_by_one, self._unlisted))
 
@@ -298,12 +316,34 @@ class Intake:
             entries = [entry for entry in entries if not self._reject_poison(stream_no, entry)]
         if len(entries) == 1:
             self._marks.mark(stream_no, entries[0].id)
-        admitted, rejected = self._admission.check_all(stream_no, entries)
+        jobs: Sequence[AdmittedJob]
+        jobs, rejected = self._admission.check_all(stream_no, entries)
+        batches = self._admission.take_batches()
+        in_series = False
+        if any(job.unique or job.conditions for job in jobs):
+            in_series = has_series(jobs)
+            jobs, dropped = self._screening.screen(stream_no, jobs, is_taken=is_taken)
+            rejected += dropped
+        if not is_taken:
+            jobs = self.flow.divert(stream_no, jobs, is_new=is_new, in_series=in_series)
+        if batches:
+            # Jobs that wait in lanes or for their time are registered when they come from there.
+            kept = [job.entry.id for job in jobs] + [one.job.entry_id for one in rejected]
+            self._register(stream_no, {id: batches[id] for id in kept if id in batches})
         self.rejected += rejected
-        self._buffer.extend(admitted if is_taken else self.flow.divert(stream_no, admitted, is_new=is_new))
+        self._buffer.extend(jobs)
+        if entries and (is_new or is_taken):
+            self._is_claims_turn = True
         if entries and not is_taken:
             self._read_counts[stream_no].learn(entries)
         self._marks.unmark()
+
+    def _register(self, stream_no: int, batches: dict[bytes, str]) -> None:
+        """Let the store count the end of these entries in their batches, before any of them can end."""
+        source = self._streams[stream_no]
+        unknown = self._store.register_batches(source, batches) if batches else ()
+        for batch in sorted(unknown):
+            log.warning("batch.unknown", extra={"batch": batch, "stream": source.stream})
 
     def _reject_poison(self, stream_no: int, entry: Entry) -> bool:
         """Reject an entry that made readers exit, without parsing it; False if it did not."""
@@ -315,12 +355,23 @@ class Intake:
         self.rejected.append(reject_unread(stream_no, entry))
         return True
 
+    def reject_expired(self) -> None:
+        """Reject the prefetched jobs whose latest start has passed."""
+        self.rejected += self._screening.take_expired()
+
     # -- leases
 
     def renew_leases(self, mono_now_s: float) -> None:
-        """Each third of a lease: renew all unsettled entries, then claim those of lost hosts."""
-        if mono_now_s - self._mono_renewed_s <= self._settings.lease_s / 3:
-            return
+        """Each third of a lease: renew all unsettled entries, then claim those of lost hosts. Claims continue
+        in each tick until no expired entry is left."""
+        if mono_now_s - self._mono_renewed_s > self._settings.lease_s / 3 or self._finds_lost():
+            self._renew_all(mono_now_s)
+        self.has_claimed = False
+        if not self.draining:
+            self._claim_all()
+        self._claims.log()
+
+    def _renew_all(self, mono_now_s: float) -> None:
         self._mono_renewed_s = mono_now_s
         known = self._unsettled_keys()
         isolated_before = len(self._faults.isolated)
@@ -328,11 +379,9 @@ class Intake:
             own_ids = [entry_id for owner_no, entry_id in known if owner_no == stream_no]
             with self._faults.guard(stream_no):
                 self._renew(stream_no, own_ids)
-                isolated = stream_no in self._faults
-                if not isolated and not self.draining and not self._marks.lists_one_by_one(stream_no):
-                    self._claim(stream_no, known)
+                self._claims.begin(stream_no)
         if not isolated_before and not self._faults.isolated:
-            self._lost_leases.mono_renewed_s = mono_now_s
+            self._lost_leases.mono_renewed_s = self._mono_all_renewed_s = mono_now_s
 
     def _renew(self, stream_no: int, ids: list[bytes]) -> None:
         """Renew leases, and forget entries that another consumer claimed. Their jobs may be running here: the
@@ -343,21 +392,60 @@ class Intake:
             self._buffer.discard(stream_no, lost)
             self._held.discard(stream_no, lost)
 
-    def _claim(self, stream_no: int, known: set[tuple[int, bytes]]) -> None:
-        """Claim entries whose lease expired, while the workers have credit for them."""
-        source, cursor = self._streams[stream_no], _START
-        idle_ms = int(self._settings.lease_s * 1000)
-        while self._dispatcher.credit > self._buffer.waiting(stream_no):
-            self._marks.mark_answer(stream_no)
-            cursor, entries = self._store.claim(source, idle_ms, self._page(stream_no), cursor)
-            claimed = [entry for entry in entries if (stream_no, entry.id) not in known]
-            if claimed:
-                log.warning("lease.claimed", extra={"entries": len(claimed), "stream": source.stream})
-                self._metrics.count("z_novel_leases_taken_over_total", (source.stream,), len(claimed))
-            self._admit(stream_no, claimed)
-            self._marks.clear()
-            if cursor == _START:
+    def claim_in_turn(self) -> None:
+        """In turns claim before new jobs use up the workers' credit, so that neither waits for the other."""
+        if self._is_claims_turn and not self.draining:
+            self._claim_all()
+
+    def _finds_lost(self) -> bool:
+        """Whether a service is gone: its jobs are claimed without waiting for the next sweep."""
+        if self.draining or self._claims.under_way or not self._claims.look_is_due():
+            return False
+        found = False
+        for stream_no in range(len(self._streams)):
+            if stream_no not in self._faults and not found:
+                with self._faults.guard(stream_no):
+                    found = self._claims.look(stream_no)
+        return found
+
+    def _claim_all(self) -> None:
+        """Claim entries whose lease expired, while the workers have credit for them; streams take turns."""
+        while turns := [no for no in self._claims.under_way if self._may_claim(no)]:
+            for stream_no in turns:
+                if (room := self._room(stream_no)) > 0:
+                    with self._faults.guard(stream_no):
+                        self._claim(stream_no, room)
+            if not any(self._room(stream_no) > 0 for stream_no in turns):
                 return
+
+    def _may_claim(self, stream_no: int) -> bool:
+        return stream_no not in self._faults and not self._marks.lists_one_by_one(stream_no)
+
+    def _room(self, stream_no: int) -> int:
+        """Number of entries that may be claimed now."""
+        return 0 if self._full else self._dispatcher.credit - self._buffer.waiting(stream_no)
+
+    def _claim(self, stream_no: int, room: int) -> None:
+        """Claim a page. Entries of ours that were not renewed in time come with it."""
+        self._marks.mark_answer(stream_no)
+        entries = self._claims.claim(stream_no, min(room, self._read_counts[stream_no].entries))
+        known = self._claimable_known(stream_no) if entries else set()
+        claimed = [entry for entry in entries if entry.id not in known]
+        if claimed:
+            self.has_claimed, self._is_claims_turn = True, False
+            self._claims.record(stream_no, len(claimed))
+        self._admit(stream_no, claimed)
+        self._marks.clear()
+
+    def _claimable_known(self, stream_no: int) -> set[bytes]:
+        """Ids that are in flight or prefetched here, as far as a claim can return them.
+
+        While all leases are fresh, these are only those that another consumer had taken over.
+        """
+        renewed_s_ago = self._mono_s() - self._mono_all_renewed_s
+        if renewed_s_ago < self._settings.lease_s / 2 and not self._unlisted:
+            return self._lost_leases.in_flight(stream_no)
+        return {entry_id for owner_no, entry_id in self._unsettled_keys() if owner_no == stream_no}
 
     def release_unstarted(self) -> None:
         """Before exit: make prefetched entries and the instance's name available to any host at once."""

@@ -39,6 +39,14 @@ class LanePlace(NamedTuple):
     is_outdated: bool = False
 
 
+class Rivals(NamedTuple):
+    """First entries of the job that owns an entry's idempotency key, and of the newest job with its supersede
+    key; empty where that is the entry's own job, or unknown."""
+
+    owner: bytes = b""
+    newest: bytes = b""
+
+
 class Scheduled(NamedTuple):
     """A job in the retry ZSET, due at a unix time (seconds, the store's clock)."""
 
@@ -56,7 +64,8 @@ class Lease(NamedTuple):
 
 
 class Consumer(NamedTuple):
-    """A reader of a group: number of its pending entries, seconds since its last command."""
+    """A reader of a group: number of its pending entries, seconds since its last command
+    or heartbeat."""
 
     name: str
     pending: int

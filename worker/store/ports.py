@@ -14,6 +14,7 @@ from ..errors import StoreRefused
 from ..flow import FlowConfig
 from ..keys import Source
 from .announcements import Announcement
+from .batches import BatchProducerStore, BatchStore
 from .cron import CronStore
 
 #: Idle time (seconds) that a released entry shows: above any lease. Servers refuse times before 1970.
@@ -39,11 +40,46 @@ class Retry(NamedTuple):
     data: bytes
 
 
+class OwnedKey(NamedTuple):
+    """An idempotency key: its bucket and name, and the first entry of the job that may own it."""
+
+    bucket: str
+    name: str
+    first_id: bytes
+
+
 class Dead(NamedTuple):
-    """Settlement of one entry by a dead letter: the letter's JSON."""
+    """Settlement of one entry by a dead letter: the letter's JSON. Empty: the entry is gone from the stream,
+    and there is nothing to keep. ``key`` is freed if the job owns it."""
 
     id: bytes
     data: bytes
+    key: OwnedKey | None = None
+
+
+class Candidate(NamedTuple):
+    """A job that may not run before the store has compared it with others (see `conditions`).
+
+    ``data`` is the job as it waits in the retry ZSET until ``due_s`` (unix seconds); empty if it is due.
+    """
+
+    id: bytes
+    first_id: bytes
+    series: str = ""
+    due_s: float = 0.0
+    data: bytes = b""
+
+
+class Screened(NamedTuple):
+    """Jobs that may not run, by entry id.
+
+    ``superseded`` names the first entry of the job that runs instead. ``delayed`` were moved into the retry
+    ZSET. ``lost`` are not ours any more.
+    """
+
+    superseded: dict[bytes, bytes]
+    delayed: set[bytes]
+    lost: set[bytes]
 
 
 class WaitingJob(NamedTuple):
@@ -85,13 +121,15 @@ class TakenJobs(NamedTuple):
 class Backlog(NamedTuple):
     """Jobs of a stream that are not delivered yet (``lag``), jobs in lanes by type, version of the limits.
 
-    Handlers asked jobs of ``asked_types`` to wait.
+    Handlers asked jobs of ``asked_types`` to wait. ``in_series`` counts the jobs in lanes that have a
+    supersede key; ``waiting`` counts the others.
     """
 
     lag: int
     waiting: dict[str, int]
     version: int
     asked_types: frozenset[str]
+    in_series: int = 0
 
 
 class Settlement(NamedTuple):
@@ -108,11 +146,13 @@ class Settlement(NamedTuple):
     put_back: Sequence[PutBack] = ()
     #: Version of the limits by which the lanes of ``put_back`` were chosen.
     version: int = 0
+    #: Entries that are acknowledged without having been run.
+    dropped: Sequence[bytes] = ()
 
     @property
     def ids(self) -> list[bytes]:
         """The ids of all its entries."""
-        others = [one.id for one in self.retries], [one.id for one in self.dead]
+        others = self.dropped, [one.id for one in self.retries], [one.id for one in self.dead]
         return [*self.done, *itertools.chain(*others, (one.id for one in self.put_back))]
 
 
@@ -213,7 +253,13 @@ class ReaderStore(Protocol):
         """The ids of such a page without the entries; some may be gone from the stream."""
 
     def claim(self, source: Source, min_idle_ms: int, count: int, cursor: bytes) -> tuple[bytes, list[Entry]]:
-        """Claim entries that other consumers left idle; the cursor is ``b"0-0"`` at start and at the end."""
+        """Claim entries that other consumers left idle; the cursor is ``b"0-0"`` at start and at the end.
+
+        Fewer than ``count`` may be returned before the end, even none.
+        """
+
+    def has_lost(self, source: Source, min_idle_ms: int) -> bool:
+        """Whether a consumer whose name no service holds has entries that can be claimed. A cheap look."""
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         """Settle entries, each entry atomically; returns one result for each settlement.
@@ -266,6 +312,27 @@ class ReaderStore(Protocol):
         They are those whose turn it is, within the limits.
         """
 
+    def register_batches(self, source: Source, batches: Mapping[bytes, str]) -> set[str]:
+        """Record the batches of pending entries, by entry id, so that their end is counted.
+
+        Returns the batches that have no record: their jobs are not counted. Safe to repeat.
+        """
+
+    def claim_keys(
+        self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
+    ) -> dict[bytes, bytes]:
+        """Claim idempotency keys atomically: first entry of each job and name of its key.
+
+        Returns the owner's first entry for each entry whose key another job owns: one that was sent less than
+        ``window_s`` before. A repeated call returns the same.
+        """
+
+    def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
+        """Compare jobs with others of their supersede keys, and delay those that are not due.
+
+        Each job is decided atomically, and a repeated call decides the same.
+        """
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         """The ids of entries that hold slots of limits."""
 
@@ -273,8 +340,8 @@ class ReaderStore(Protocol):
         """Drop every connection."""
 
 
-class ReaperStore(CronStore, Protocol):
-    """Maintenance of streams: due retries, trimming, idle consumers, depths, cron."""
+class ReaperStore(CronStore, BatchStore, Protocol):
+    """Maintenance of streams: due retries, trimming, idle consumers, depths, cron, batches."""
 
     def promote(self, stream: str, limit: int) -> Promotion:
         """Move at most ``limit`` due retries into the stream, in one atomic step."""
@@ -285,8 +352,17 @@ class ReaperStore(CronStore, Protocol):
     def remove_idle_consumers(self, source: Source, keep: str, idle_ms: int) -> int:
         """Delete consumers other than ``keep`` that own nothing and were idle for ``idle_ms``, atomically."""
 
+    def forget_keys(self, stream: str) -> int:
+        """Delete idempotency keys whose window has passed, by buckets; returns the number of buckets."""
+
     def mend_slots(self, source: Source) -> int:
         """Free the slots of entries that are no longer pending; returns the number of these entries."""
+
+    def mend_batches(self, source: Source, cursor: bytes) -> tuple[bytes, int]:
+        """Count the jobs of batches whose entries were deleted by hand as dead. It looks at a page of them.
+
+        Returns the cursor of the next call (``b"0"``: from the start), and the number of these entries.
+        """
 
     def depths(self, source: Source) -> Depths:
         """Count entries, retries and dead letters."""
@@ -302,14 +378,11 @@ class ReaperStore(CronStore, Protocol):
         """Drop every connection."""
 
 
-class ProducerStore(Protocol):
+class ProducerStore(BatchProducerStore, Protocol):
     """Enqueueing of jobs."""
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
         """Append jobs in order, pipelined; returns how many the store acknowledged."""
-
-    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        """Put a job into the retry ZSET; the reaper moves it into the stream when it is due."""
 
     def announcements(self) -> list[Announcement]:
         """What the services of the deployment handle; empty if unknown."""

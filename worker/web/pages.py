@@ -3,9 +3,10 @@
 import base64
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -14,17 +15,24 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from ..admin.batches import ended_since, list_batches
 from ..admin.dead_letters import Cursor, DeadLetterQueue, Letter, LetterFilter
 from ..admin.deployment import StreamTable
 from ..admin.find_job import OVERDUE_S, SILENT_S, JobFinder, JobLocation
 from ..admin.overview import Overview
+from ..admin.refusals import faults_of, refusal
 from ..admin.retries import RetrySet
+from ..admin.search_client import SearchClient, SearchRefused
 from ..admin.status_client import Service
 from ..admin.tenants import WaitingTenants, waiting_tenants
+from ..errors import StoreRefused
 from ..keys import Source
 from ..outcome import Reason
 from ..safe_text import safe_json
+from ..store.operator import GroupState
+from ..store.ports import KeyFault
 from ..store.redis.operator import OperatorStore
+from ..telemetry.log import redacted
 from .background import BackgroundTasks
 from .filters import DeadFilter, format_cursor, parse_cursor
 from .history import History
@@ -34,8 +42,12 @@ from .rendering import Renderer
 _PAGE_ROWS = 50
 #: Entries scanned for one page, and in each place for a job at first: about a second.
 SCAN_LIMIT = 20_000
+#: Rows of a search.
+_SEARCH_ROWS = 20
 #: Tenants shown, and the interval of counting them, which reads megabytes from the store.
 _MAX_TENANTS, _COUNT_TENANTS_EVERY_S = 20, 10.0
+#: Batches shown, and for how long finished ones are.
+_MAX_BATCHES, _BATCHES_SINCE_S = 50, 24 * 3600.0
 #: Largest scan that a visitor may ask for: about a minute on one connection.
 _MAX_SCAN = 5_000_000
 #: Longest number in an address: Redis takes no larger ones as positions.
@@ -45,7 +57,7 @@ _MAX_DIGITS = 18
 @dataclass(frozen=True)
 class Site:
     """What the pages are made of. ``open_store`` opens a connection for one request; ``fetch_services``
-    fetches the status of the services that answer."""
+    fetches the status of the services that answer. ``search`` is None if no API is known."""
 
     table: StreamTable
     history: History
@@ -54,6 +66,7 @@ class Site:
     open_store: Callable[[], OperatorStore]
     fetch_services: Callable[[], list[Service]]
     show_payloads: bool
+    search: SearchClient | None = None
 
     @property
     def sources(self) -> list[Source]:
@@ -76,8 +89,10 @@ class Site:
 
     def dead_letters(self, store: OperatorStore, filter: DeadFilter, wall_now_s: float) -> DeadLetterQueue:
         """The dead letters that a filter selects. Raises `HTTPException` for an unknown stream and
-        `InvalidAge`."""
-        return DeadLetterQueue(store, self.streams_of(filter), filter.letter_filter(wall_now_s))
+        `InvalidDuration`."""
+        return DeadLetterQueue(
+            store, self.streams_of(filter), filter.letter_filter(wall_now_s), leave_out_refused=True
+        )
 
     def streams_of(self, filter: DeadFilter) -> list[str]:
         """The streams that a filter selects. Raises `HTTPException` for an unknown one."""
@@ -95,7 +110,11 @@ class Site:
     def retries(self, store: OperatorStore, type: str, tenant: str) -> RetrySet:
         """The waiting retries of a type and a tenant; an empty string selects all."""
         return RetrySet(
-            store, self.streams, types=frozenset({type} - {""}), tenants=frozenset({tenant} - {""})
+            store,
+            self.streams,
+            types=frozenset({type} - {""}),
+            tenants=frozenset({tenant} - {""}),
+            refused={},
         )
 
 
@@ -132,15 +151,19 @@ class Pages:
     def queues(self, request: Request) -> Response:
         """Streams with their consumers, job types with their pauses."""
         with self._site.store() as store:
-            groups = {source: store.group(source) for source in self._site.sources}
+            groups, refused = _read_groups(store, self._site.sources)
             tenants = self._tenants(store)
+            batches, refused_batches = list_batches(store, self._site.streams, _MAX_BATCHES)
+        since_s = self._site.history.latest.wall_s - _BATCHES_SINCE_S
         return self._snapshot_page(
             request,
             "queues.html",
             groups=groups,
+            refused=[*refused, *refused_batches],
             silent_s=SILENT_S,
             tenants=tenants,
             max_tenants=_MAX_TENANTS,
+            batches=[batch for batch in batches if ended_since(batch, since_s)],
         )
 
     def _tenants(self, store: OperatorStore) -> WaitingTenants:
@@ -172,7 +195,8 @@ class Pages:
             now_s = store.wall_now_s(self._site.streams[0])
         return self._site.renderer.page(
             request, "retries.html", page=page, wanted=wanted, offset=offset, wall_now_s=now_s,
-            overdue_s=OVERDUE_S, job_types=_job_types(self._site.history.latest),
+            refused=list((retries.refused or {}).values()), overdue_s=OVERDUE_S,
+            job_types=_job_types(self._site.history.latest),
         )  # fmt: skip
 
     def dead(self, request: Request) -> Response:
@@ -186,14 +210,19 @@ class Pages:
             count = queue.count()
         return self._site.renderer.page(
             request, "dead.html", page=page, filter=filter, after=after, count=count, wall_now_s=now_s,
-            streams=self._site.streams, reasons=list(Reason), cursor_of=_cursor_of,
-            format_cursor=format_cursor, job_types=_job_types(self._site.history.latest),
+            refused=list(queue.refused.values()), streams=self._site.streams, reasons=list(Reason),
+            cursor_of=_cursor_of, format_cursor=format_cursor,
+            job_types=_job_types(self._site.history.latest),
         )  # fmt: skip
 
     def letter(self, request: Request) -> Response:
         """One dead letter in full."""
         cursor = self._site.cursor(request.query_params.get("at", ""))
-        with self._site.store() as store:
+        what = f"dead letters of {cursor.stream}"
+        with (
+            self._site.store() as store,
+            named_refusal(what, partial(faults_of, store, cursor.stream, store.dead_key)),
+        ):
             letter = DeadLetterQueue(store, self._site.streams, LetterFilter()).get(cursor)
             now_s = store.wall_now_s(cursor.stream)
         if letter is None:
@@ -236,6 +265,27 @@ class Pages:
         entry = store.entry(location.stream, entry_id.encode())
         return None, _payload(entry.data, None) if entry else None
 
+    def search(self, request: Request) -> Response:
+        """Rows of a tenant and project that are nearest to a question."""
+        if self._site.search is None:
+            raise HTTPException(404, "No service with --serve-addr is known here: give --serve-url.")
+        names = ("query", "tenant", "project", "collection", "chapter")
+        asked = {name: request.query_params.get(name, "").strip() for name in names}
+        found, error = None, ""
+        if asked["query"]:
+            body = {
+                "query": asked["query"], "tenant_id": asked["tenant"], "project_id": asked["project"],
+                "collection": asked["collection"] or "story_segments", "limit": _SEARCH_ROWS,
+                "chapter_ids": [asked["chapter"]] if asked["chapter"] else [],
+            }  # fmt: skip
+            try:
+                found = self._site.search.search(body)
+            except SearchRefused as refused:
+                error = str(refused)
+        return self._site.renderer.page(
+            request, "search.html", 200 if not error else 502, asked=asked, found=found, error=error
+        )
+
     def task(self, request: Request) -> Response:
         """Progress and outcome of a background task."""
         task = self._site.tasks.get(_number(request.path_params["number"]))
@@ -244,6 +294,28 @@ class Pages:
                 404, "There is no such task: it was started before the last restart of this page."
             )
         return self._site.renderer.page(request, "task.html", task=task)
+
+
+@contextmanager
+def named_refusal(what: str, read_faults: Callable[[], Sequence[KeyFault]]) -> Iterator[None]:
+    """An error page that names the key, where the store refuses the only one that the block needs."""
+    try:
+        yield
+    except StoreRefused as error:
+        raise HTTPException(503, redacted(refusal(what, error, read_faults))) from error
+
+
+def _read_groups(
+    store: OperatorStore, sources: list[Source]
+) -> tuple[dict[Source, GroupState | None], list[str]]:
+    """The groups of the streams, except of those whose keys the store refuses, which are described."""
+    groups, refused = {}, []
+    for source in sources:
+        try:
+            groups[source] = store.group(source)
+        except StoreRefused as error:
+            refused.append(refusal(f"stream {source.stream}", error, partial(store.key_faults, source)))
+    return groups, refused
 
 
 def _cursor_of(letter: Letter) -> Cursor:

@@ -12,6 +12,7 @@ from ...keys import (
     PAUSED_KEY,
     Holder,
     Source,
+    batches_key,
     dead_letter_key,
     deaths_key,
     fence_key,
@@ -22,6 +23,7 @@ from ..announcements import Announcement, encode, parse
 from ..ports import (
     RELEASED_IDLE_S,
     Backlog,
+    Candidate,
     Dead,
     Depths,
     Entry,
@@ -29,11 +31,13 @@ from ..ports import (
     Promotion,
     PutBack,
     Retry,
+    Screened,
     Settled,
     Settlement,
     TakenJobs,
     WaitingJob,
 )
+from .batches import MemoryBatchStore
 from .cron import MemoryCronStore
 from .server import Group, MemoryServer, NameRecord, PendingEntry, Read, Stream, order
 
@@ -45,7 +49,7 @@ def _id_of(outcome: Retry | Dead | PutBack | bytes) -> bytes:
     return outcome if isinstance(outcome, bytes) else outcome.id
 
 
-class MemoryStore(MemoryCronStore):
+class MemoryStore(MemoryCronStore, MemoryBatchStore):
     """`ReaderStore`, `ReaperStore` and `ProducerStore` over one `MemoryServer`.
 
     The ports document the methods.
@@ -161,6 +165,18 @@ class MemoryStore(MemoryCronStore):
                 claimed.append(self._pending_entry(stream, group, id))
             return b"0-0", claimed
 
+    def has_lost(self, source: Source, min_idle_ms: int) -> bool:
+        with self._server.lock:
+            self._server.check(source.stream, fence_key(source.stream))
+            stream, group = self._server.stream(source.stream), self._group(source)
+            before = self._server.wall_now_s() - min_idle_ms / 1000
+            return any(
+                lease.consumer != self._consumer
+                and lease.wall_since_s <= before
+                and not self._left_s(stream, lease.consumer)
+                for lease in group.leases.values()
+            )
+
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         with self._server.lock:
             return [self._settle(settlement) for settlement in settlements]
@@ -193,7 +209,8 @@ class MemoryStore(MemoryCronStore):
     def key_faults(self, source: Source) -> list[KeyFault]:
         stream = source.stream
         derived = (fence_key(stream), deaths_key(stream), retry_key(stream), dead_letter_key(stream))
-        return self._server.faults(stream, *derived, ready_key(stream))
+        of_batches = [batches_key(stream, part) for part in ("jobs", "due")]
+        return self._server.faults(stream, *derived, ready_key(stream), *of_batches)
 
     def pause_faults(self) -> list[KeyFault]:
         return self._server.faults(PAUSED_KEY)
@@ -209,9 +226,9 @@ class MemoryStore(MemoryCronStore):
             self._server.check(source.stream, ready_key(source.stream))
             stream, group = self._server.stream(source.stream), self._group(source)
             lag = sum(order(id) > group.last_delivered for id in stream.entries)
-            return Backlog(
-                lag, stream.lanes.by_type(), stream.lanes.config.version, stream.lanes.asked_types()
-            )
+            lanes = stream.lanes
+            facts = lag, lanes.by_type(), lanes.config.version, lanes.asked_types()
+            return Backlog(*facts, in_series=lanes.in_series)
 
     def flow_config(self, source: Source) -> FlowConfig:
         return self._server.stream(source.stream).lanes.config
@@ -223,7 +240,7 @@ class MemoryStore(MemoryCronStore):
     def sort(self, source: Source, version: int, lanes: Mapping[bytes, Sequence[WaitingJob]]) -> set[bytes]:
         with self._server.lock:
             stream, group = self._fenced(source), self._group(source)
-            self._server.check(ready_key(source.stream))
+            self._check_batches(source.stream, ready_key(source.stream))
             refused: set[bytes] = set()
             for name, jobs in lanes.items():
                 own = [job for job in jobs if self._owns(group, job.id)]
@@ -233,6 +250,7 @@ class MemoryStore(MemoryCronStore):
                 for job in own:
                     del group.leases[job.id]
                     stream.lanes.release(job.id)
+                stream.batches.leave(job.id for job in own)
             return refused
 
     def take(self, source: Source, types: Iterable[str], count: int) -> TakenJobs:
@@ -257,8 +275,81 @@ class MemoryStore(MemoryCronStore):
                 entries.append(self._pending_entry(stream, group, job.id))
         return entries
 
+    # -- idempotency and supersede keys
+
+    def claim_keys(
+        self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
+    ) -> dict[bytes, bytes]:
+        with self._server.lock:
+            conditions = self._fenced(source).conditions
+            self._server.check(ready_key(source.stream))
+            window_ms = max(1, round(window_s * 1000))
+            found = {id: conditions.claim(name, id, window_ms) for id, name in keys}
+            return {id: owner for id, owner in found.items() if owner is not None}
+
+    def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
+        with self._server.lock:
+            self._fenced(source)
+            self._server.check(deaths_key(source.stream), ready_key(source.stream))
+            screened = Screened({}, set(), set())
+            for one in sorted(candidates, key=lambda one: order(one.first_id), reverse=True):
+                self._screen_one(source, one, screened)
+            return screened
+
+    def _screen_one(self, source: Source, claim: Candidate, screened: Screened) -> None:
+        stream, group = self._server.stream(source.stream), self._group(source)
+        conditions = stream.conditions
+        if not self._owns(group, claim.id):
+            screened.lost.add(claim.id)
+            return
+        if claim.series:
+            due_s = claim.due_s if claim.data else 0.0
+            newer, replaced = conditions.lead(claim.series, claim.id, claim.first_id, due_s)
+            if replaced:
+                self._server.hasten(source.stream, b'"jobworker_first_id":"%s"' % replaced)
+            if newer:
+                screened.superseded[claim.id] = newer
+                return
+        if claim.data:
+            delay_s = claim.due_s - self._server.wall_now_s()
+            self._server.schedule(source.stream, claim.data, delay_s)
+            self._forget(stream, group, claim.id)
+            if len(stream.lanes) and len(stream.groups) == 1:
+                stream.entries.pop(claim.id, None)
+            screened.delayed.add(claim.id)
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         return set(ids) & self._server.stream(source.stream).lanes.slots.keys()
+
+    # -- batches
+
+    def register_batches(self, source: Source, batches: Mapping[bytes, str]) -> set[str]:
+        with self._server.lock:
+            stream, group = self._fenced(source), self._group(source)
+            self._check_batches(source.stream)
+            known = {batch for batch in batches.values() if stream.batches.get(batch) is not None}
+            for id, batch in batches.items():
+                if batch in known and self._owns(group, id):
+                    stream.batches.members[id] = batch
+            for batch in known:
+                stream.batches.touch(batch)
+            return set(batches.values()) - known
+
+    def mend_batches(self, source: Source, cursor: bytes) -> tuple[bytes, int]:
+        with self._server.lock:
+            self._check_batches(source.stream)
+            stream = self._server.stream(source.stream)
+            pending = {id for group in stream.groups.values() for id in group.leases}
+            gone = [id for id in stream.batches.members if id not in pending and id not in stream.entries]
+            stream.batches.leave(gone, "dead")
+            return b"0", len(gone)
+
+    def _check_batches(self, stream: str, *keys: str) -> None:
+        self._server.check(*keys, *(batches_key(stream, part) for part in ("jobs", "due")))
+
+    def forget_keys(self, stream: str) -> int:
+        with self._server.lock:
+            return self._server.stream(stream).conditions.forget()
 
     def mend_slots(self, source: Source) -> int:
         with self._server.lock:
@@ -302,7 +393,9 @@ class MemoryStore(MemoryCronStore):
             idle = [
                 name
                 for name, last_call in group.consumers.items()
-                if name not in owners and last_call <= before and not self._left_s(stream, name)
+                if name not in owners
+                and max(last_call, self._renewed_s(stream, name)) <= before
+                and not self._left_s(stream, name)
             ]
             for name in idle:
                 del group.consumers[name]
@@ -331,9 +424,6 @@ class MemoryStore(MemoryCronStore):
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
         return sum(1 for job in jobs if self._server.append(stream, job))
-
-    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        self._server.schedule(stream, job, delay_s)
 
     def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
         with self._server.lock:
@@ -383,6 +473,11 @@ class MemoryStore(MemoryCronStore):
             return 0.0
         return max(0.0, record.holder.lease_s - abs(self._server.wall_now_s() - record.wall_renewed_s))
 
+    def _renewed_s(self, stream: Stream, name: str) -> float:
+        """When a name was last renewed (unix seconds); 0.0 if its record is gone."""
+        record = stream.names.get(name)
+        return record.wall_renewed_s if record and record.epoch == stream.fence.get(name) else 0.0
+
     def _renew_record(self, source: Source) -> None:
         stream = self._server.stream(source.stream)
         now_s = self._server.wall_now_s()
@@ -395,13 +490,13 @@ class MemoryStore(MemoryCronStore):
         return Entry(id, stream.entries[id], group.leases[id].deliveries, stream.deaths.get(id, 0))
 
     def _settle(self, settlement: Settlement) -> Settled:
-        source, done, retries, dead, _, put_back, version = settlement
+        source, done, retries, dead, _, put_back, version, dropped = settlement
         stream = source.stream
         refused: set[bytes] = set()
         unsettled: set[bytes] = set()
         refusal: StoreRefused | None = None
         kinds: tuple[tuple[str, Sequence[Retry | Dead | PutBack | bytes]], ...] = (
-            (stream, done),
+            (stream, [*done, *dropped]),
             (retry_key(stream), retries),
             (dead_letter_key(stream), dead),
             (ready_key(stream), put_back),
@@ -409,7 +504,7 @@ class MemoryStore(MemoryCronStore):
         for key, outcomes in kinds:
             try:
                 if outcomes:
-                    self._server.check(key, deaths_key(stream), ready_key(stream))
+                    self._check_batches(stream, key, deaths_key(stream), ready_key(stream))
                 refused.update(_id_of(one) for one in outcomes if not self._settle_one(source, one, version))
             except StoreRefused as error:
                 unsettled.update(map(_id_of, outcomes))
@@ -423,14 +518,22 @@ class MemoryStore(MemoryCronStore):
             return False
         if isinstance(outcome, Retry):
             self._server.schedule(source.stream, outcome.data, outcome.delay_s)
+            stream.batches.leave([id])
         elif isinstance(outcome, Dead):
-            stream.dead.append(outcome.data)
+            if outcome.data:
+                stream.dead.append(outcome.data)
+            if outcome.key:
+                stream.conditions.free(outcome.key)
+            stream.batches.leave([id], "dead")
         elif isinstance(outcome, PutBack):
             stream.lanes.wait_for(outcome.key, Lane.decode(outcome.lane).type, outcome.wait_s)
             stream.lanes.put(outcome.lane, [outcome.job], version, in_front=True)
             del group.leases[id]
             stream.lanes.release(id)
+            stream.batches.leave([id])
             return True
+        else:
+            stream.batches.leave([id], "done")
         self._forget(stream, group, id)
         if len(stream.lanes) and len(stream.groups) == 1:  # trimming cannot pass the entries that wait
             stream.entries.pop(id, None)

@@ -19,8 +19,12 @@ from .lua import Command, LuaScripts, script
 SCRIPT_IDS = 1000
 #: Bytes of jobs per script or pipeline: bounds the server's memory when jobs are megabytes.
 SCRIPT_BYTES = 8 * 1024 * 1024
-#: Errors that need another address: the data has moved, or this server is a replica now.
+#: Keys that are hashed to reach every server of a cluster.
+PROBES = 2000
+#: Errors that need another address: the data has moved, this server is a replica now, or it has lost its
+#: replicas, as a master that a failover has replaced.
 _MOVED = ("MOVED", "ASK", "CLUSTERDOWN", "MASTERDOWN")
+_LOST_REPLICAS = "NOREPLICAS"
 #: Replies that only nodes of a cluster give.
 _CLUSTER_REFUSALS = (MovedError, ClusterCrossSlotError)
 
@@ -66,6 +70,18 @@ class RedisStoreBase:
         """Run one command; raises `StoreUnavailable` or `Fenced` for an error reply."""
         return checked(self.call(stream, [command])[0])
 
+    def one_key_a_server(self) -> list[str]:
+        """A key for each server, so that a command with it reaches the server; one without a cluster.
+
+        Raises `StoreUnavailable`.
+        """
+        if not self._endpoint.cluster:
+            return [""]
+        try:
+            return list({self._endpoint.node(str(number)): str(number) for number in range(PROBES)}.values())
+        except Exception as error:  # a cluster that cannot be reached fails in many ways
+            raise unavailable(error, "the cluster did not answer") from error
+
     def _connection(self, stream: str) -> PipelinedConnection:
         try:
             node = self._endpoint.node(stream)
@@ -78,7 +94,7 @@ class RedisStoreBase:
     @staticmethod
     def _is_elsewhere(reply: ResponseError) -> bool:
         moved = type(reply).__name__.removesuffix("Error").upper()
-        return isinstance(reply, ReadOnlyError) or moved in _MOVED
+        return isinstance(reply, ReadOnlyError) or moved in _MOVED or str(reply).startswith(_LOST_REPLICAS)
 
     def retry_key(self, stream: str) -> str:
         return keys.retry_key(stream, cluster=self._endpoint.cluster)
@@ -106,6 +122,8 @@ class RedisStoreBase:
             self.retry_key(stream): "zset",
             dead_key: "stream",
             self.ready_key(stream): "hash",
+            keys.batches_key(stream, "jobs", cluster=self._endpoint.cluster): "hash",
+            keys.batches_key(stream, "due", cluster=self._endpoint.cluster): "hash",
         }
         replies = dict(zip(types, self.call(stream, [("TYPE", key) for key in types]), strict=True))
         faults = type_faults(types, replies, cluster=self._endpoint.cluster)

@@ -1,11 +1,15 @@
 """The store that operators' tools use: dead letters, retries, pauses, and where a job is."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import orjson
+from redis.exceptions import ResponseError
 
+from ...envelope import batch_of
 from ...flow import FlowConfig
 from ...keys import PAUSED_KEY, SERVICES_KEY, Source, base_stream
 from ..announcements import Announcement
@@ -18,6 +22,7 @@ from ..operator import (
     LanePlace,
     Lease,
     Pause,
+    Rivals,
     Scheduled,
 )
 from ..ports import Entry
@@ -32,13 +37,19 @@ from .base import (
     is_no_stream,
     pairs,
 )
+from .batches import RedisBatchStore
 from .blocking_read import data_of
+from .conditions import rivals
+from .connection import Reply
 from .cron import RedisCronStore
 from .key_scan import find_streams
 from .lua import Command, script
 
+#: Fields of the fence hash that name the service of a consumer (see prelude_name.lua).
+_HOLDER = b"/holder/"
 
-class OperatorStore(RedisCronStore):
+
+class OperatorStore(RedisCronStore, RedisBatchStore):
     """The streams, retries, dead letters and pauses of a deployment.
 
     It takes no consumer's name, so it may run beside any service. Every call raises `StoreUnavailable` when
@@ -70,12 +81,16 @@ class OperatorStore(RedisCronStore):
 
         False for a letter that was gone already; its job is not added then.
         """
-        both = [stream, self.dead_key(stream)]
         moved: list[bool] = []
         for part in chunks_by_size(jobs, lambda pair: len(pair[1])):
-            replies = self.call(stream, [script("requeue", both, id, job) for id, job in part])
+            replies = self.call(stream, [self._requeue(stream, id, job) for id, job in part])
             moved += [bool(checked(reply)) for reply in replies]
         return moved
+
+    def _requeue(self, stream: str, id: bytes, job: bytes) -> Command:
+        batch = batch_of(job)
+        of_batch = [self.batch_key(stream, batch)] if batch else []
+        return script("requeue", [stream, self.dead_key(stream), *of_batch], id, job)
 
     def purge(self, stream: str, ids: Sequence[bytes]) -> int:
         """Delete dead letters; returns how many still existed."""
@@ -149,6 +164,10 @@ class OperatorStore(RedisCronStore):
         ranks = map(checked, self.call(stream, commands) if commands else ())
         return next((LanePlace(int(rank), None, True) for rank in ranks if rank is not None), None)
 
+    def rivals(self, stream: str, entry: Entry) -> Rivals:
+        """The jobs that run instead of an entry's. Raises `MalformedJob` for an entry that is no job."""
+        return rivals(lambda command: self.one(stream, command), self.ready_key(stream), entry)
+
     # -- services and streams
 
     def announcements(self) -> list[Announcement]:
@@ -158,7 +177,7 @@ class OperatorStore(RedisCronStore):
     def find_streams(self) -> FoundStreams:
         """Every stream of the store, whether a service reads it or not. The scan is bounded."""
         return find_streams(
-            self._endpoint.node, lambda key, command: self.call(key, [command])[0], base_stream
+            self.one_key_a_server(), lambda key, command: self.call(key, [command])[0], base_stream
         )
 
     # -- where a job is
@@ -169,14 +188,21 @@ class OperatorStore(RedisCronStore):
 
     def group(self, source: Source) -> GroupState | None:
         """The state of a group; None where it or its stream does not exist."""
-        groups, consumers = self.call(
-            source.stream, [("XINFO", "GROUPS", source.stream), ("XINFO", "CONSUMERS", *source)]
+        groups, consumers, fence, now = self.call(
+            source.stream,
+            [
+                ("XINFO", "GROUPS", source.stream),
+                ("XINFO", "CONSUMERS", *source),
+                ("HGETALL", self.fence_key(source.stream)),
+                ("TIME",),
+            ],
         )
         if is_no_group(consumers) or is_no_stream(groups) or is_no_stream(consumers):
             return None
         for facts in map(pairs, checked(groups)):
             if facts[b"name"] == source.group.encode():
-                readers = [_consumer(pairs(flat)) for flat in checked(consumers)]
+                renewed_s_ago = _renewed_s_ago(fence, checked(now))
+                readers = [_consumer(pairs(flat), renewed_s_ago) for flat in checked(consumers)]
                 return GroupState(facts[b"last-delivered-id"], facts[b"pending"], readers)
         return None
 
@@ -211,8 +237,23 @@ class OperatorStore(RedisCronStore):
         return [Entry(id, data_of(fields)) for id, fields in self.one(stream, command)]
 
 
-def _consumer(facts: dict[bytes, Any]) -> Consumer:
-    return Consumer(facts[b"name"].decode(errors="replace"), facts[b"pending"], facts[b"idle"] / 1000)
+def _consumer(facts: dict[bytes, Any], renewed_s_ago: Mapping[bytes, float]) -> Consumer:
+    """The heartbeat of its service counts too: for Redis 7.0 a consumer whose reads find nothing is idle."""
+    name = facts[b"name"]
+    idle_s = min(facts[b"idle"] / 1000, renewed_s_ago.get(name, math.inf))
+    return Consumer(name.decode(errors="replace"), facts[b"pending"], idle_s)
+
+
+def _renewed_s_ago(fence: Reply, now: Sequence[bytes]) -> dict[bytes, float]:
+    """Seconds since the services renewed their consumers' names; any program can write to the hash."""
+    wall_now_s = int(now[0]) + int(now[1]) / 1e6
+    ages: dict[bytes, float] = {}
+    for field, value in ({} if isinstance(fence, ResponseError) else pairs(fence)).items():
+        if field.startswith(_HOLDER):
+            with suppress(ValueError, KeyError, TypeError):
+                age_s = wall_now_s - _finite(float(orjson.loads(value)["renewed"]) / 1000)
+                ages[field.removeprefix(_HOLDER)] = max(0.0, age_s)
+    return ages
 
 
 def _finite(value: Any) -> float:

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 from ... import keys
 from ..announcements import Announcement
-from .base import RedisStoreBase, announcements_in, checked, chunks_by_size
-from .lua import script
+from .base import announcements_in, checked, chunks_by_size
+from .batches import RedisBatchStore
 
 
-class RedisProducerStore(RedisStoreBase):
+class RedisProducerStore(RedisBatchStore):
     """`ProducerStore` on Redis."""
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
@@ -19,9 +19,6 @@ class RedisProducerStore(RedisStoreBase):
                 checked(reply)
                 added += 1
         return added
-
-    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        self.one(stream, script("schedule", [self.retry_key(stream)], delay_s, job))
 
     def announcements(self) -> list[Announcement]:
         return announcements_in(self.call(keys.SERVICES_KEY, [("HGETALL", keys.SERVICES_KEY)])[0])

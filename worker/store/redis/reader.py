@@ -11,7 +11,18 @@ from redis.exceptions import NoPermissionError, ResponseError
 from ...errors import NameHeld, StoreRefused
 from ...flow import FlowConfig
 from ...keys import NO_HOLDER, PAUSED_KEY, Holder, Source
-from ..ports import RELEASED_IDLE_S, Backlog, Entry, Settled, Settlement, TakenJobs, WaitingJob
+from ..ports import (
+    RELEASED_IDLE_S,
+    Backlog,
+    Candidate,
+    Dead,
+    Entry,
+    Screened,
+    Settled,
+    Settlement,
+    TakenJobs,
+    WaitingJob,
+)
 from . import lanes
 from .base import (
     SCRIPT_BYTES,
@@ -25,6 +36,7 @@ from .base import (
     pairs,
 )
 from .blocking_read import BlockingRead, GroupMissing
+from .conditions import add_screened, key_calls, screen_calls
 from .connection import Reply
 from .lua import Command, script
 
@@ -117,12 +129,18 @@ class RedisReaderStore(RedisStoreBase):
         return [row[0] for row in self._pending_rows(source, after, count)]
 
     def claim(self, source: Source, min_idle_ms: int, count: int, cursor: bytes) -> tuple[bytes, list[Entry]]:
-        """Entries of this consumer that were not renewed are returned too."""
-        reply = self._run(source, "claim", [self.deaths_key(source.stream)], [min_idle_ms, count, cursor])
+        """Entries of this consumer that were not renewed are returned too. It stops after 8 MiB of jobs."""
+        arguments = [min_idle_ms, count, cursor, SCRIPT_BYTES]
+        reply = self._run(source, "claim", [self.deaths_key(source.stream)], arguments)
         return reply[0], [
             Entry(id, data, int(tries), self._deaths(source, id, deaths))
             for id, data, tries, deaths in _rows_of_four(reply[1:])
         ]
+
+    def has_lost(self, source: Source, min_idle_ms: int) -> bool:
+        two_keys = [source.stream, self.fence_key(source.stream)]
+        command = script("find_lost", two_keys, source.group, self._consumer, min_idle_ms)
+        return bool(self._send(source, lambda: command))
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         """Acknowledgements, retries and dead letters take one step each, so that a
@@ -210,6 +228,32 @@ class RedisReaderStore(RedisStoreBase):
         reply = self._run(source, "take", more_keys, [most, lanes.TAKE_BYTES, lanes.OUTDATED_IDS, *types])
         return lanes.taken(reply, partial(self._deaths, source))
 
+    def register_batches(self, source: Source, batches: Mapping[bytes, str]) -> set[str]:
+        unknown: set[str] = set()
+        for some in chunks(_in_order(list(batches))):
+            arguments = [value for id in some for value in (id, batches[id])]
+            unknown.update(id.decode() for id in self._run(source, "batch_register", [], arguments))
+        return unknown
+
+    def claim_keys(
+        self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
+    ) -> dict[bytes, bytes]:
+        """At most 1,000 keys a script."""
+        owners: dict[bytes, bytes] = {}
+        for some, arguments in key_calls(keys, window_s):
+            reply = self._run(source, "claim_keys", [self._ready(source)], arguments)
+            owners |= {some[number - 1][0]: by for number, by in zip(reply[::2], reply[1::2], strict=True)}
+        return owners
+
+    def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
+        """At most 1,000 jobs or 8 MiB a script."""
+        stream = source.stream
+        more_keys = [self.retry_key(stream), self.deaths_key(stream), self._ready(source)]
+        screened = Screened({}, set(), set())
+        for some, arguments in screen_calls(candidates):
+            add_screened(some, self._run(source, "screen", more_keys, arguments), screened)
+        return screened
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         slots = lanes.slots_key(self._ready(source))
         held = [self.one(source.stream, ("HMGET", slots, *some)) for some in chunks(ids)]
@@ -234,7 +278,7 @@ class RedisReaderStore(RedisStoreBase):
         if gone:
             fields = {"entries": len(gone), "stream": source.stream}
             log.error("entry.deleted_while_pending", extra=fields)
-            (settled,) = self.settle([Settlement(source, done=gone)])
+            (settled,) = self.settle([Settlement(source, dead=[Dead(id, b"") for id in gone])])
             if settled.error:
                 raise settled.error
         return [
@@ -270,10 +314,11 @@ class RedisReaderStore(RedisStoreBase):
     def _recreate_group(self, source: Source) -> None:
         """Create the group again, without touching the fence: a fenced reader stays fenced."""
         stream, group = source
-        log.error("group.recreated", extra={"group": group, "stream": stream, "hint": "it was deleted"})
         reply = self.call(stream, [("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")])[0]
-        if not str(reply).startswith("BUSYGROUP"):  # another reader was quicker
-            checked(reply)
+        if str(reply).startswith("BUSYGROUP"):
+            return  # another reader was quicker, or the stream moved to another node with its group
+        checked(reply)
+        log.error("group.recreated", extra={"group": group, "stream": stream, "hint": "it was deleted"})
         self._forget_deaths(source)
 
     def _forget_deaths(self, source: Source) -> None:
@@ -323,12 +368,13 @@ class RedisReaderStore(RedisStoreBase):
 
     def _settlement(self, part: Settlement) -> Command:
         source, stream = part.source, part.source.stream
-        counts = [len(part.done), len(part.retries), len(part.dead)]
-        arguments: list[Any] = [*counts, int(part.sure), part.version, *part.done]
+        done = [*part.done, *part.dropped]
+        counts = [len(done), len(part.retries), len(part.dead)]
+        arguments: list[Any] = [*counts, int(part.sure), part.version, *done]
         for retry in part.retries:
             arguments += (retry.id, retry.delay_s, retry.data)
         for dead in part.dead:
-            arguments += dead
+            arguments += dead.id, dead.data, *(dead.key or ("", "", ""))
         for job, lane, key, wait_s in part.put_back:
             arguments += (job.id, lane, job.cost, key, round(wait_s * 1000))
         more_keys = [
@@ -357,9 +403,11 @@ def _in_order(ids: Sequence[bytes]) -> list[bytes]:
 
 def _parts(settlement: Settlement) -> Iterator[Settlement]:
     """The settlement in parts of one kind, at most 1,000 ids and 8 MiB."""
-    source, done, retries, dead, sure, put_back, version = settlement
+    source, done, retries, dead, sure, put_back, version, dropped = settlement
     for ids in chunks(_in_order(done)):
         yield Settlement(source, done=ids, sure=sure)
+    for ids in chunks(_in_order(dropped)):
+        yield Settlement(source, dropped=ids)
     for some in chunks_by_size(retries, lambda retry: len(retry.data)):
         yield Settlement(source, retries=some)
     for letters in chunks_by_size(dead, lambda letter: len(letter.data)):
