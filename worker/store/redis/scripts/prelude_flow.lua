@@ -138,8 +138,9 @@ local function forget_late(id)
   end
 end
 
-local function youngest(name)
-  local last = redis.call('LINDEX', read_lane(name).jobs, -1)
+-- Arrival of the youngest job of a lane but its last ones, which were just added.
+local function youngest(name, added)
+  local last = redis.call('LINDEX', read_lane(name).jobs, -1 - added)
   local kept = any_late() and redis.call('HGET', ready .. '/newest', name)
   return math.max(last and tonumber(arrival(last)) or 0, tonumber(kept or 0))
 end
@@ -172,13 +173,12 @@ local function put_jobs(name, jobs, in_front, version)
     current_version = redis.call('HGET', ready .. '/config', 'version') or '0'
     has_old = redis.call('EXISTS', ready .. '/old') == 1
   end
-  local newest = youngest(name)
   local is_new = redis.call(in_front and 'LPUSH' or 'RPUSH', read_lane(name).jobs, unpack(jobs)) == #jobs
   if in_front and not is_new then
     redis.call('ZADD', ready .. '/late', arrival(jobs[1]), jobs[1]:match('^%S+'))
     has_late = true
   elseif not in_front then
-    note_late(name, jobs, is_new and 0 or newest)
+    note_late(name, jobs, is_new and 0 or youngest(name, #jobs))
   end
   if is_new then
     arrivals[name] = arrival(jobs[1])
