@@ -155,9 +155,7 @@ def bulk(
         tokens_per_s[name].append(speed)
         if turn % 2:
             shares.append(api_s / (api_s + worker_s))
-        say(
-            f"{turn + 1}/{2 * rounds} {name}: {speed:,.0f} tokens/s, api {api_s:.2f}, jobs {worker_s:.2f} s"
-        )
+        say(f"{turn + 1}/{2 * rounds} {name}: {speed:,.0f} tokens/s, api {api_s:.2f}, jobs {worker_s:.2f} s")
     medians = {name: statistics.median(found) for name, found in tokens_per_s.items()}
     # Counters of the queue grow a batch of seconds at a time; processor time is exact to a hundredth.
     return took_s, {"tokens_per_s": medians, "api_cpu_share": statistics.median(shares)}

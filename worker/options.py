@@ -193,6 +193,8 @@ _WORK = [
     option("--batch-ttl", "How long the counts of a finished batch are kept (seconds, or 7d).",
             7 * 24 * 3600.0, Duration(0.1)),
     option("--retry-jitter", "Share by which a backoff is spread either way.", 0.1, Number(0, 1)),
+    option("--unique-window", "Time in which one of several jobs with the same type, tenant and "
+            "idempotency_key runs (seconds, or 1h); 0 runs all.", 86_400.0, Duration()),
 ]  # fmt: skip
 _STORES = [
     REDIS_URL,
@@ -228,7 +230,10 @@ _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 #: A type's number and a stream's take a byte in the in-flight table.
 _MOST_KINDS = 255
 #: Options whose settings carry the unit in their name.
-_SECONDS = ("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "linger", "batch_ttl")
+_SECONDS = (
+    *("lease", "unique_window", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "linger"),
+    "batch_ttl",
+)
 
 
 def _extended() -> Any:
@@ -247,7 +252,15 @@ def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _FIRST = ("redis-url", "data-dir", "procs", "app", "handler", "stream", "instance", "metrics-addr", "config")
 #: Groups of the other options of the engine; those of the built-in types follow.
 _GROUPS = {
-    "Work": ("no-builtin-handlers", "reload", "job-timeout", "linger", "max-payload", "batch-ttl"),
+    "Work": (
+        "no-builtin-handlers",
+        "reload",
+        "job-timeout",
+        "linger",
+        "max-payload",
+        "unique-window",
+        "batch-ttl",
+    ),
     "Worker replacement": ("max-rss", "max-jobs", "max-age", "drain-timeout"),
     "Retries": ("max-retries", "retry-initial", "retry-multiplier", "retry-max", "retry-jitter"),
     "Questions over HTTP": ("serve-addr", "serve-token-file"),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from ..conditions import expires_s, has_keys, unique_bucket, unique_name
 from ..envelope import DeadJob, Header, dead_letter, read_header, with_retry
 from ..errors import Fenced, StoreUnavailable
 from ..flow import read_flow_header, tenant_key
@@ -15,8 +16,8 @@ from ..ipc.channel import OutcomeFrame
 from ..ipc.control import WorkerExited
 from ..ipc.inflight import FAILED, QUEUED, SETTLED, STARTED, SUCCEEDED, InFlightJob
 from ..keys import Source
-from ..outcome import Failure, GiveUp, Reason, after_failure
-from ..store.ports import Dead, Entry, PutBack, Retry, Settled, Settlement, WaitingJob
+from ..outcome import Drop, Failure, GiveUp, Reason, TryAgain, after_failure
+from ..store.ports import Dead, Entry, OwnedKey, PutBack, Retry, Settled, Settlement, WaitingJob
 from ..telemetry import trace
 from ..telemetry.current_job import log_fields
 from .admission import AdmittedJob, RejectedEntry, reject_unread
@@ -66,6 +67,8 @@ class SettlementBatch:
         self.done_types: dict[int, list[int]] = defaultdict(list)
         #: Failed jobs whose entry is gone from the stream. They are acknowledged, too.
         self.missing: dict[int, list[bytes]] = defaultdict(list)
+        #: Entries that are acknowledged in favour of other jobs.
+        self.dropped: dict[int, list[bytes]] = defaultdict(list)
         self.retries: dict[int, list[Retry]] = defaultdict(list)
         self.dead: dict[int, list[Dead]] = defaultdict(list)
         #: Jobs that wait in their lanes again.
@@ -84,13 +87,14 @@ class SettlementBatch:
     @property
     def has_ended(self) -> bool:
         """Whether any job is settled."""
-        return bool(self.done or self.missing or self.retries or self.dead or self.put_back)
+        all_kinds = (self.done, self.missing, self.dropped, self.retries, self.dead, self.put_back)
+        return any(all_kinds)
 
     def settlements(
         self, streams: Sequence[Source], versions: Mapping[int, int], *, sure: bool
     ) -> dict[int, Settlement]:
         """One settlement for each stream that has outcomes, by stream number."""
-        touched = sorted({*self.done, *self.missing, *self.retries, *self.dead, *self.put_back})
+        touched = {*self.done, *self.missing, *self.dropped, *self.retries, *self.dead, *self.put_back}
         return {
             no: Settlement(
                 streams[no],
@@ -100,8 +104,9 @@ class SettlementBatch:
                 sure,
                 self.put_back.get(no, ()),
                 versions[no],
+                self.dropped.get(no, ()),
             )
-            for no in touched
+            for no in sorted(touched)
         }
 
 
@@ -135,6 +140,7 @@ class Settler:
         self._breakers = breakers
         self._crashes = breakers.crashes
         self._mono_s = context.mono_s
+        self._wall_s = context.wall_s
         self._wall_now = wall_now
         self._decoder = msgspec.msgpack.Decoder(OutcomeFrame)
 
@@ -227,7 +233,8 @@ class Settler:
         if data is not None and failure.wait_s is not None and row.key not in self._marks.poison:
             self._put_back(batch, job, data)
             return
-        batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
+        if not failure.expired:
+            batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
         if data is None:
             log.error("entry.missing", extra={"entry_id": row.entry_id.decode()})
             batch.missing[row.stream_no].append(row.entry_id)
@@ -261,6 +268,8 @@ class Settler:
         if failure.timed_out:
             batch.worker_deaths.append(CrashKey(row.type_no, envelope.tenant_id))
         decision = after_failure(failure, envelope.retry_count, row.deaths, self._settings.retry, self._rng)
+        if isinstance(decision, TryAgain) and self._wall_s() + decision.delay_s >= expires_s(envelope):
+            decision = GiveUp(Reason.EXPIRED)
         fields = {**log_fields(envelope), "retry_count": envelope.retry_count, "error": failure.error}
         if failure.traceback:
             fields["exception"] = failure.traceback
@@ -273,7 +282,8 @@ class Settler:
         self._trace("retry", envelope, row, failure.error, delay_s=decision.delay_s)
         batch.counts[row.key].append(("z_novel_jobs_retried_total", (envelope.type,)))
         deaths, max_payload = envelope.deaths + row.deaths, self._settings.max_payload
-        retry = with_retry(data, decision.retry_count, deaths, failure.error, max_payload)
+        first_id = "" if envelope.first_id or not has_keys(envelope) else row.entry_id.decode()
+        retry = with_retry(data, decision.retry_count, deaths, failure.error, max_payload, first_id)
         batch.retries[row.stream_no].append(Retry(row.entry_id, decision.delay_s, retry))
 
     def _trace(
@@ -288,12 +298,28 @@ class Settler:
         stream_no, job = rejected
         self._marks.mark(stream_no, job.entry_id, settling=True)
         envelope = job.envelope
+        if isinstance(job.reason, Drop):
+            return self._drop(batch, rejected)
         log.error("job.rejected", extra={
             "stream": self._streams[stream_no].stream, "entry_id": job.entry_id.decode(),
             "reason": job.reason, "error": job.error, **(log_fields(envelope) if envelope else {}),
         })  # fmt: skip
         type_name = envelope.type if envelope and envelope.type in self._type_names else _UNKNOWN_TYPE
         self._add_dead_letter(batch, rejected, type_name, self._worker_name(None))
+
+    def _drop(self, batch: SettlementBatch, dropped: RejectedEntry) -> None:
+        """Acknowledge a job in favour of another one."""
+        stream_no, job = dropped
+        assert job.envelope is not None
+        fields = {"stream": self._streams[stream_no].stream, "entry_id": job.entry_id.decode()}
+        fields |= {"by": job.error, **log_fields(job.envelope)}
+        if job.reason == Drop.DUPLICATE:
+            log.info("job.duplicate", extra=fields)
+        else:
+            log.info("job.superseded", extra=fields)
+        name = f"z_novel_jobs_{job.reason}_total"
+        batch.counts[stream_no, job.entry_id].append((name, (job.envelope.type,)))
+        batch.dropped[stream_no].append(job.entry_id)
 
     def _dead_letter(
         self, batch: SettlementBatch, job: FailedJob, data: bytes, reason: Reason, envelope: Header
@@ -322,7 +348,15 @@ class Settler:
         batch.counts[stream_no, job.entry_id].append(("z_novel_jobs_dead_total", (type_name, job.reason)))
         failed_at = self._wall_now().isoformat(timespec="milliseconds").replace("+00:00", "Z")
         letter = dead_letter(job, stream=self._streams[stream_no].stream, worker=worker, failed_at=failed_at)
-        batch.dead[stream_no].append(Dead(job.entry_id, letter))
+        batch.dead[stream_no].append(Dead(job.entry_id, letter, self._owned_key(job)))
+
+    def _owned_key(self, job: DeadJob) -> OwnedKey | None:
+        """The idempotency key that a dead letter frees, if the job owns it."""
+        window_s = self._settings.unique_window_s
+        if job.envelope is None or not window_s or not (name := unique_name(job.envelope)):
+            return None
+        first_id = job.envelope.first_id.encode() or job.entry_id
+        return OwnedKey(unique_bucket(first_id, window_s), name, first_id)
 
     # -- the store
 

@@ -38,12 +38,46 @@ class Retry(NamedTuple):
     data: bytes
 
 
+class OwnedKey(NamedTuple):
+    """An idempotency key: its bucket and name, and the first entry of the job that may own it."""
+
+    bucket: str
+    name: str
+    first_id: bytes
+
+
 class Dead(NamedTuple):
     """Settlement of one entry by a dead letter: the letter's JSON. Empty: the entry is gone from the stream,
-    and there is nothing to keep."""
+    and there is nothing to keep. ``key`` is freed if the job owns it."""
 
     id: bytes
     data: bytes
+    key: OwnedKey | None = None
+
+
+class Candidate(NamedTuple):
+    """A job that may not run before the store has compared it with others (see `conditions`).
+
+    ``data`` is the job as it waits in the retry ZSET until ``due_s`` (unix seconds); empty if it is due.
+    """
+
+    id: bytes
+    first_id: bytes
+    series: str = ""
+    due_s: float = 0.0
+    data: bytes = b""
+
+
+class Screened(NamedTuple):
+    """Jobs that may not run, by entry id.
+
+    ``superseded`` names the first entry of the job that runs instead. ``delayed`` were moved into the retry
+    ZSET. ``lost`` are not ours any more.
+    """
+
+    superseded: dict[bytes, bytes]
+    delayed: set[bytes]
+    lost: set[bytes]
 
 
 class WaitingJob(NamedTuple):
@@ -83,13 +117,15 @@ class TakenJobs(NamedTuple):
 class Backlog(NamedTuple):
     """Jobs of a stream that are not delivered yet (``lag``), jobs in lanes by type, version of the limits.
 
-    Handlers asked jobs of ``asked_types`` to wait.
+    Handlers asked jobs of ``asked_types`` to wait. ``in_series`` counts the jobs in lanes that have a
+    supersede key; ``waiting`` counts the others.
     """
 
     lag: int
     waiting: dict[str, int]
     version: int
     asked_types: frozenset[str]
+    in_series: int = 0
 
 
 class Settlement(NamedTuple):
@@ -106,11 +142,13 @@ class Settlement(NamedTuple):
     put_back: Sequence[PutBack] = ()
     #: Version of the limits by which the lanes of ``put_back`` were chosen.
     version: int = 0
+    #: Entries that are acknowledged without having been run.
+    dropped: Sequence[bytes] = ()
 
     @property
     def ids(self) -> list[bytes]:
         """The ids of all its entries."""
-        others = [one.id for one in self.retries], [one.id for one in self.dead]
+        others = self.dropped, [one.id for one in self.retries], [one.id for one in self.dead]
         return [*self.done, *itertools.chain(*others, (one.id for one in self.put_back))]
 
 
@@ -273,6 +311,21 @@ class ReaderStore(Protocol):
         Returns the batches that have no record: their jobs are not counted. Safe to repeat.
         """
 
+    def claim_keys(
+        self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
+    ) -> dict[bytes, bytes]:
+        """Claim idempotency keys atomically: first entry of each job and name of its key.
+
+        Returns the owner's first entry for each entry whose key another job owns: one that was sent less than
+        ``window_s`` before. A repeated call returns the same.
+        """
+
+    def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
+        """Compare jobs with others of their supersede keys, and delay those that are not due.
+
+        Each job is decided atomically, and a repeated call decides the same.
+        """
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         """The ids of entries that hold slots of limits."""
 
@@ -291,6 +344,9 @@ class ReaperStore(CronStore, BatchStore, Protocol):
 
     def remove_idle_consumers(self, source: Source, keep: str, idle_ms: int) -> int:
         """Delete consumers other than ``keep`` that own nothing and were idle for ``idle_ms``, atomically."""
+
+    def forget_keys(self, stream: str) -> int:
+        """Delete idempotency keys whose window has passed, by buckets; returns the number of buckets."""
 
     def mend_slots(self, source: Source) -> int:
         """Free the slots of entries that are no longer pending; returns the number of these entries."""
@@ -320,9 +376,6 @@ class ProducerStore(BatchProducerStore, Protocol):
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
         """Append jobs in order, pipelined; returns how many the store acknowledged."""
-
-    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        """Put a job into the retry ZSET; the reaper moves it into the stream when it is due."""
 
     def announcements(self) -> list[Announcement]:
         """What the services of the deployment handle; empty if unknown."""

@@ -10,6 +10,7 @@ from ...errors import StoreRefused
 from ...keys import Holder
 from ..ports import Entry, KeyFault
 from .batch_counts import MemoryBatches
+from .conditions import MemoryConditions
 from .lanes import MemoryLanes
 
 #: Time that a read may take beyond its block time before the store counts as unavailable.
@@ -53,10 +54,11 @@ class NameRecord:
 
 @dataclass
 class Stream:
-    """A stream with its groups, retries, dead letters, fences, lanes and batches."""
+    """A stream with its groups, retries, dead letters, fences, lanes, batches and keys of jobs."""
 
     lanes: MemoryLanes
     batches: MemoryBatches
+    conditions: MemoryConditions
     entries: dict[bytes, bytes | None] = field(default_factory=dict)
     last_id: tuple[int, int] = (0, 0)
     groups: dict[str, Group] = field(default_factory=dict)
@@ -153,7 +155,9 @@ class MemoryServer:
     def stream(self, name: str) -> Stream:
         """The stream of this name; it is created if it is missing."""
         if name not in self._streams:
-            self._streams[name] = Stream(MemoryLanes(self.wall_now_s), MemoryBatches(self.wall_now_s))
+            conditions = MemoryConditions(self.wall_now_s)
+            batches = MemoryBatches(self.wall_now_s)
+            self._streams[name] = Stream(MemoryLanes(self.wall_now_s, conditions), batches, conditions)
         return self._streams[name]
 
     def append(self, name: str, data: bytes | None) -> bytes:
@@ -174,6 +178,15 @@ class MemoryServer:
         with self.lock:
             self._arrivals += 1
             self.stream(name).retries.append((self.wall_now_s() + delay_s, self._arrivals, job))
+
+    def hasten(self, name: str, mark: bytes) -> None:
+        """Make the scheduled job that contains these bytes due now."""
+        with self.lock:
+            retries = self.stream(name).retries
+            retries[:] = [
+                (min(due_s, self.wall_now_s()) if mark in job else due_s, number, job)
+                for due_s, number, job in retries
+            ]
 
     def new_epoch(self) -> int:
         """An epoch that no reader has had."""

@@ -23,6 +23,7 @@ from ..announcements import Announcement, encode, parse
 from ..ports import (
     RELEASED_IDLE_S,
     Backlog,
+    Candidate,
     Dead,
     Depths,
     Entry,
@@ -30,6 +31,7 @@ from ..ports import (
     Promotion,
     PutBack,
     Retry,
+    Screened,
     Settled,
     Settlement,
     TakenJobs,
@@ -224,9 +226,9 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore):
             self._server.check(source.stream, ready_key(source.stream))
             stream, group = self._server.stream(source.stream), self._group(source)
             lag = sum(order(id) > group.last_delivered for id in stream.entries)
-            return Backlog(
-                lag, stream.lanes.by_type(), stream.lanes.config.version, stream.lanes.asked_types()
-            )
+            lanes = stream.lanes
+            facts = lag, lanes.by_type(), lanes.config.version, lanes.asked_types()
+            return Backlog(*facts, in_series=lanes.in_series)
 
     def flow_config(self, source: Source) -> FlowConfig:
         return self._server.stream(source.stream).lanes.config
@@ -272,6 +274,49 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore):
                 entries.append(self._pending_entry(stream, group, job.id))
         return entries
 
+    # -- idempotency and supersede keys
+
+    def claim_keys(
+        self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
+    ) -> dict[bytes, bytes]:
+        with self._server.lock:
+            conditions = self._fenced(source).conditions
+            self._server.check(ready_key(source.stream))
+            window_ms = max(1, round(window_s * 1000))
+            found = {id: conditions.claim(name, id, window_ms) for id, name in keys}
+            return {id: owner for id, owner in found.items() if owner is not None}
+
+    def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
+        with self._server.lock:
+            self._fenced(source)
+            self._server.check(deaths_key(source.stream), ready_key(source.stream))
+            screened = Screened({}, set(), set())
+            for one in sorted(candidates, key=lambda one: order(one.first_id), reverse=True):
+                self._screen_one(source, one, screened)
+            return screened
+
+    def _screen_one(self, source: Source, claim: Candidate, screened: Screened) -> None:
+        stream, group = self._server.stream(source.stream), self._group(source)
+        conditions = stream.conditions
+        if not self._owns(group, claim.id):
+            screened.lost.add(claim.id)
+            return
+        if claim.series:
+            due_s = claim.due_s if claim.data else 0.0
+            newer, replaced = conditions.lead(claim.series, claim.id, claim.first_id, due_s)
+            if replaced:
+                self._server.hasten(source.stream, b'"jobworker_first_id":"%s"' % replaced)
+            if newer:
+                screened.superseded[claim.id] = newer
+                return
+        if claim.data:
+            delay_s = claim.due_s - self._server.wall_now_s()
+            self._server.schedule(source.stream, claim.data, delay_s)
+            self._forget(stream, group, claim.id)
+            if len(stream.lanes) and len(stream.groups) == 1:
+                stream.entries.pop(claim.id, None)
+            screened.delayed.add(claim.id)
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         return set(ids) & self._server.stream(source.stream).lanes.slots.keys()
 
@@ -300,6 +345,10 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore):
 
     def _check_batches(self, stream: str, *keys: str) -> None:
         self._server.check(*keys, *(batches_key(stream, part) for part in ("jobs", "due")))
+
+    def forget_keys(self, stream: str) -> int:
+        with self._server.lock:
+            return self._server.stream(stream).conditions.forget()
 
     def mend_slots(self, source: Source) -> int:
         with self._server.lock:
@@ -370,9 +419,6 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore):
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
         return sum(1 for job in jobs if self._server.append(stream, job))
 
-    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        self._server.schedule(stream, job, delay_s)
-
     def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
         with self._server.lock:
             now_s = self._server.wall_now_s()
@@ -438,13 +484,13 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore):
         return Entry(id, stream.entries[id], group.leases[id].deliveries, stream.deaths.get(id, 0))
 
     def _settle(self, settlement: Settlement) -> Settled:
-        source, done, retries, dead, _, put_back, version = settlement
+        source, done, retries, dead, _, put_back, version, dropped = settlement
         stream = source.stream
         refused: set[bytes] = set()
         unsettled: set[bytes] = set()
         refusal: StoreRefused | None = None
         kinds: tuple[tuple[str, Sequence[Retry | Dead | PutBack | bytes]], ...] = (
-            (stream, done),
+            (stream, [*done, *dropped]),
             (retry_key(stream), retries),
             (dead_letter_key(stream), dead),
             (ready_key(stream), put_back),
@@ -470,6 +516,8 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore):
         elif isinstance(outcome, Dead):
             if outcome.data:
                 stream.dead.append(outcome.data)
+            if outcome.key:
+                stream.conditions.free(outcome.key)
             stream.batches.leave([id], "dead")
         elif isinstance(outcome, PutBack):
             stream.lanes.wait_for(outcome.key, Lane.decode(outcome.lane).type, outcome.wait_s)

@@ -51,7 +51,10 @@ def backlog(source: Source, replies: Sequence[Reply]) -> Backlog:
         if field.startswith(b"type/")
     }
     asked_types = frozenset(name.decode(errors="replace") for name in checked(asked))
-    return Backlog(lag, by_type, int(checked(version) or 0), asked_types)
+    in_series = sum(
+        int(count) for field, count in pairs(checked(waiting)).items() if field.startswith(b"series/")
+    )
+    return Backlog(lag, by_type, int(checked(version) or 0), asked_types, in_series)
 
 
 def config_commands(ready: str) -> list[Command]:

@@ -6,7 +6,6 @@ from ... import keys
 from ..announcements import Announcement
 from .base import announcements_in, checked, chunks_by_size
 from .batches import RedisBatchStore
-from .lua import script
 
 
 class RedisProducerStore(RedisBatchStore):
@@ -20,9 +19,6 @@ class RedisProducerStore(RedisBatchStore):
                 checked(reply)
                 added += 1
         return added
-
-    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        self.one(stream, script("schedule", [self.retry_key(stream)], delay_s, job))
 
     def announcements(self) -> list[Announcement]:
         return announcements_in(self.call(keys.SERVICES_KEY, [("HGETALL", keys.SERVICES_KEY)])[0])
