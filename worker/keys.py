@@ -81,6 +81,11 @@ def cron_key(stream: str, *, cluster: bool = False) -> str:
     return _derived("cron", stream, cluster)
 
 
+def result_key(stream: str, job_id: str, *, cluster: bool = False) -> str:
+    """String: the kept result of a job, as JSON (see ``results.py``)."""
+    return f"{_derived('result', stream, cluster)}/{job_id}"
+
+
 def base_stream(key: str) -> str:
     """The stream that a derived key belongs to; any other key itself."""
     for prefix in ("retry:", "dlq:", "deaths:", "fence:", "ready:", "cron:"):

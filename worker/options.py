@@ -196,6 +196,10 @@ _SERVICE = [
     CONFIG,
     option("--metrics-addr", "Where /metrics, /healthz and /readyz are served; port 0 picks one.",
             "127.0.0.1:9464"),
+    option("--cancel-grace", "How long a cancelled job may run on before its worker is ended (seconds).",
+            10.0, Duration()),
+    option("--result-ttl", "How long the result of a job that asks for it is kept (seconds, or 1h).", 3600.0,
+            SECONDS),
     option("--drain-timeout", "How long TERM waits for running jobs (seconds).", 30.0,
             Duration()),
     option("--instance", "Part of the consumer's name; two services on a host need two.  "
@@ -213,7 +217,10 @@ _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 #: A type's number and a stream's take a byte in the in-flight table.
 _MOST_KINDS = 255
 #: Options whose settings carry the unit in their name.
-_SECONDS = ("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "linger")
+_SECONDS = (
+    *("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "linger", "cancel_grace"),
+    "result_ttl",
+)
 
 
 def _extended() -> Any:
@@ -232,7 +239,15 @@ def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _FIRST = ("redis-url", "data-dir", "procs", "app", "handler", "stream", "instance", "metrics-addr", "config")
 #: Groups of the other options of the engine; those of the built-in types follow.
 _GROUPS = {
-    "Work": ("no-builtin-handlers", "reload", "job-timeout", "linger", "max-payload"),
+    "Work": (
+        "no-builtin-handlers",
+        "reload",
+        "job-timeout",
+        "cancel-grace",
+        "result-ttl",
+        "linger",
+        "max-payload",
+    ),
     "Worker replacement": ("max-rss", "max-jobs", "max-age", "drain-timeout"),
     "Retries": ("max-retries", "retry-initial", "retry-multiplier", "retry-max", "retry-jitter"),
     "Stores": ("valkey-port", "connect-timeout", "lease"),

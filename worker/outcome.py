@@ -42,6 +42,7 @@ class Reason(StrEnum):
     MALFORMED = "malformed"
     UNKNOWN_TYPE = "unknown_type"
     OVERSIZED = "oversized"
+    CANCELLED = "cancelled"
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
@@ -59,6 +60,8 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
     #: The job must wait for this long (seconds), with all jobs of ``wait_key``; None: it failed.
     wait_s: float | None = None
     wait_key: str = ""
+    #: The worker did not start the job, because it was cancelled.
+    cancelled: bool = False
 
 
 class TryAgain(msgspec.Struct, frozen=True):

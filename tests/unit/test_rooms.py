@@ -41,7 +41,7 @@ CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
     *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing", "store_advice"),
-    *("cron_schedule", "cron_table", "durations", "flow"),
+    *("cron_schedule", "cron_table", "durations", "flow", "results"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
@@ -53,7 +53,8 @@ BELOW: dict[str, set[str]] = {
     "store": CORE,
     "telemetry": CORE,
     "ipc": IPC,
-    "producer": {*CORE, "store", "telemetry"},
+    "cancel": {*CORE, "store"},
+    "producer": {*CORE, "store", "telemetry", "cancel"},
     "scripted_redis": {"store"},
     "worker": {*CORE, "telemetry", "producer"},
     "reader": {*IPC, "store"},
@@ -65,7 +66,7 @@ BELOW: dict[str, set[str]] = {
     "reaper": {*IPC, "store", "cron"},
     "supervision": IPC,
     "admin": {*CORE, "store", "telemetry", "producer", "cron"},
-    "cli": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
+    "cli": {*CORE, "store", "telemetry", "producer", "cron", "admin", "cancel"},
     "web": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
     "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision", "fork_guard"},
     "preload": {*IPC, "store", "reader", "runner", "reaper", "supervision", "boot"},

@@ -97,7 +97,10 @@ def test_an_outcome_that_is_no_exception_fails_its_own_job_for_good(
     worker.dispatch(*"ttt")
     worker.run()
     assert worker.states() == [SUCCEEDED, FAILED, FAILED]
-    says = "PermanentError: handle_batch returned {} as this job's outcome: return None or an exception"
+    says = (
+        "PermanentError: handle_batch returned {} as this job's outcome: return None, "
+        "Returned(value) or an exception"
+    )
     assert worker.errors() == {
         1: Failure(says.format("bool"), permanent=True),
         2: Failure(says.format("type"), permanent=True),

@@ -30,6 +30,8 @@ class ReaderContext:
     lost_leases: LostLeases
     #: By stream number: the rules by which its jobs are sorted, and their version on the server.
     lane_rules: dict[int, tuple[LaneRules, int]]
+    #: Cancelled entries by stream number and id, and whether each becomes a dead letter. Some may have ended.
+    cancels: dict[tuple[int, bytes], bool]
 
     @classmethod
     def create(
@@ -41,5 +43,5 @@ class ReaderContext:
         faults = StreamFaults(store, settings.streams, metrics.gauge, "reader", rng, mono_s)
         lost_leases = LostLeases(settings.streams, metrics)
         return cls(
-            store, settings, crash_marks, metrics, rng, mono_s, faults, HeldOutcomes(), lost_leases, {}
+            store, settings, crash_marks, metrics, rng, mono_s, faults, HeldOutcomes(), lost_leases, {}, {}
         )

@@ -9,6 +9,7 @@ from ..errors import AnswerTooLarge, Fenced, StoreRefused, StoreUnavailable
 from ..ipc.crash_marks import SKIP_FETCH_AT_STRIKES
 from ..store.ports import Entry
 from .admission import Admission, RejectedEntry, reject_unread
+from .cancellation import Cancellations
 from .context import ReaderContext
 from .dispatch import Dispatcher
 from .flow_control import FlowControl
@@ -93,7 +94,8 @@ class Intake:
         self._dispatcher = dispatcher
         self._buffer = dispatcher.buffer
         self._selector = selector
-        self.flow = FlowControl(context, dispatcher)
+        self._cancels = Cancellations(context, dispatcher)
+        self.flow = FlowControl(context, dispatcher, self._cancels)
         type_nos = {name: type_no for type_no, name in enumerate(settings.handlers)}
         self._admission = Admission(type_nos, settings.max_payload, settings.max_deaths)
         self._read_counts = [ReadCount() for _ in settings.streams]
@@ -104,6 +106,11 @@ class Intake:
         self._mono_renewed_s = self._lost_leases.mono_renewed_s = context.mono_s()
         for source in settings.streams:  # start at 0, so that alerts see the first event as a rise
             self._metrics.count("z_novel_leases_taken_over_total", (source.stream,), 0)
+
+    def refresh(self, mono_now_s: float, *, at_once: bool = False) -> None:
+        """If it is time, look at what changed in the store: backlogs, limits, cancelled jobs."""
+        if self.flow.refresh(mono_now_s, at_once=at_once):
+            self.rejected += self._cancels.enforce()
 
     # -- pending entries of this consumer
 
@@ -294,8 +301,9 @@ class Intake:
         if len(entries) == 1:
             self._marks.mark(stream_no, entries[0].id)
         admitted, rejected = self._admission.check_all(stream_no, entries)
-        self.rejected += rejected
-        self._buffer.extend(admitted if is_taken else self.flow.divert(stream_no, admitted, is_new=is_new))
+        runnable, cancelled = self._cancels.reject(admitted)
+        self.rejected += rejected + cancelled
+        self._buffer.extend(runnable if is_taken else self.flow.divert(stream_no, runnable, is_new=is_new))
         if entries and not is_taken:
             self._read_counts[stream_no].learn(entries)
         self._marks.unmark()

@@ -8,6 +8,7 @@ is a bug. No call waits longer than the store's timeout.
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from ..errors import StoreRefused
@@ -38,10 +39,23 @@ class Retry(NamedTuple):
 
 
 class Dead(NamedTuple):
-    """Settlement of one entry by a dead letter: the letter's JSON."""
+    """Settlement of one entry by a dead letter: the letter's JSON.
+
+    ``result`` is the record that is kept as the result of job ``job_id``; empty: none is.
+    """
 
     id: bytes
     data: bytes
+    job_id: str = ""
+    result: bytes = b""
+
+
+class Kept(NamedTuple):
+    """Settlement of one entry as done, with the record that is kept as the result of job ``job_id``."""
+
+    id: bytes
+    job_id: str
+    result: bytes
 
 
 class WaitingJob(NamedTuple):
@@ -81,13 +95,16 @@ class TakenJobs(NamedTuple):
 class Backlog(NamedTuple):
     """Jobs of a stream that are not delivered yet (``lag``), jobs in lanes by type, version of the limits.
 
-    Handlers asked jobs of ``asked_types`` to wait.
+    Handlers asked jobs of ``asked_types`` to wait. ``cancels`` is another number after each new entry of
+    `ReaderStore.cancels`; ``cancelled`` counts the jobs of the stream that were cancelled while they waited.
     """
 
     lag: int
     waiting: dict[str, int]
     version: int
     asked_types: frozenset[str]
+    cancels: int = 0
+    cancelled: int = 0
 
 
 class Settlement(NamedTuple):
@@ -104,12 +121,19 @@ class Settlement(NamedTuple):
     put_back: Sequence[PutBack] = ()
     #: Version of the limits by which the lanes of ``put_back`` were chosen.
     version: int = 0
+    kept: Sequence[Kept] = ()
+    result_ttl_s: float = 3600.0
 
     @property
     def ids(self) -> list[bytes]:
         """The ids of all its entries."""
-        others = [one.id for one in self.retries], [one.id for one in self.dead]
-        return [*self.done, *itertools.chain(*others, (one.id for one in self.put_back))]
+        others = (
+            [one.id for one in self.retries],
+            [one.id for one in self.dead],
+            [one.id for one in self.put_back],
+            [one.id for one in self.kept],
+        )
+        return [*self.done, *itertools.chain(*others)]
 
 
 class Settled(NamedTuple):
@@ -117,12 +141,15 @@ class Settled(NamedTuple):
 
     ``refused``: ids that were not ours any more. They were acknowledged already or belong to another
     consumer, and nothing was done for them. ``unsettled``: ids for which the store refused the step with
-    ``error``, because of the stream's keys; they are as they were before.
+    ``error``, because of the stream's keys; they are as they were before. ``cancelled``: ids that should have
+    been retried or put back, but were cancelled; they are as they were before, too. The value is that of
+    `ReaderStore.cancels`.
     """
 
     refused: set[bytes]
     unsettled: set[bytes]
     error: StoreRefused | None = None
+    cancelled: Mapping[bytes, bool] = {}
 
 
 class KeyFault(NamedTuple):
@@ -259,6 +286,12 @@ class ReaderStore(Protocol):
         They are those whose turn it is, within the limits.
         """
 
+    def cancels(self, source: Source) -> dict[bytes, bool]:
+        """Entries that were cancelled, perhaps ended since, and whether each becomes a dead letter."""
+
+    def end_cancels(self, source: Source, ids: Sequence[bytes]) -> None:
+        """Forget cancelled entries that have ended."""
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         """The ids of entries that hold slots of limits."""
 
@@ -295,8 +328,62 @@ class ReaperStore(CronStore, Protocol):
         """Drop every connection."""
 
 
-class ProducerStore(Protocol):
-    """Enqueueing of jobs."""
+class CancelRequest(NamedTuple):
+    """A job that is to be cancelled.
+
+    ``entry_id`` is empty for a job of the retry ZSET, which ``data`` names. If the job waits, ``letter``
+    becomes a dead letter and ``result`` the result of ``job_id``, unless they are empty.
+    """
+
+    entry_id: bytes
+    data: bytes
+    letter: bytes = b""
+    job_id: str = ""
+    result: bytes = b""
+
+
+class CancelReply(IntEnum):
+    """What `CancelStore.cancel` did with one job."""
+
+    #: It has ended, or it is in another place by now.
+    GONE = 0
+    #: It waited in the stream or in a lane, and was removed.
+    REMOVED = 1
+    #: It waited in the retry ZSET, and was removed.
+    UNSCHEDULED = 2
+    #: A service has it: that ends it.
+    ASKED = 3
+
+
+class CancelStore(Protocol):
+    """Cancellation of jobs, by producers and operators."""
+
+    def stream_page(self, stream: str, after: bytes, count: int) -> list[Entry]:
+        """A page of the stream, finished entries too, oldest first, after an id."""
+
+    def last_id(self, stream: str) -> bytes:
+        """The id of the newest entry; ``0-0`` for a stream that does not exist."""
+
+    def retry_page(self, stream: str, start: int, count: int) -> list[bytes]:
+        """A page of the retry ZSET, soonest first, from a rank on."""
+
+    def cancel(
+        self, stream: str, requests: Sequence[CancelRequest], *, result_ttl_s: float, dry_run: bool = False
+    ) -> list[CancelReply]:
+        """Cancel jobs, each in one atomic step; with ``dry_run``, only say what would be done."""
+
+    def announcements(self) -> list[Announcement]:
+        """As `ProducerStore.announcements`."""
+
+    def close(self) -> None:
+        """Drop every connection."""
+
+
+class ProducerStore(CancelStore, Protocol):
+    """Enqueueing of jobs, their results and their cancellation."""
+
+    def result(self, stream: str, job_id: str) -> bytes | None:
+        """The kept result of a job; None if there is none."""
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
         """Append jobs in order, pipelined; returns how many the store acknowledged."""

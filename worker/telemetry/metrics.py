@@ -27,6 +27,12 @@ METRICS = {
     "z_novel_jobs_limited_total": Metric(
         "counter", "Jobs that a handler put back with RateLimited", ("task_type",)
     ),
+    "z_novel_jobs_cancelled_total": Metric(
+        "counter", "Cancelled jobs that a service had prefetched or ran", ("task_type",)
+    ),
+    "z_novel_jobs_cancelled_waiting": Metric(
+        "gauge", "Jobs of the stream that were cancelled while they waited, ever", ("stream",)
+    ),
     "z_novel_jobs_waiting": Metric("gauge", "Jobs that wait, by place: stream, lanes", ("stream", "place")),
     "z_novel_jobs_retried_total": Metric("counter", "Retries that were scheduled", ("task_type",)),
     "z_novel_jobs_dead_total": Metric("counter", "Jobs that were given up", ("task_type", "reason")),

@@ -25,6 +25,7 @@ from ..ports import (
     Dead,
     Depths,
     Entry,
+    Kept,
     KeyFault,
     Promotion,
     PutBack,
@@ -34,6 +35,7 @@ from ..ports import (
     TakenJobs,
     WaitingJob,
 )
+from .cancel import MemoryCancelStore
 from .cron import MemoryCronStore
 from .server import Group, MemoryServer, NameRecord, PendingEntry, Read, Stream, order
 
@@ -41,11 +43,14 @@ from .server import Group, MemoryServer, NameRecord, PendingEntry, Read, Stream,
 _OUTDATED_JOBS = 500
 
 
-def _id_of(outcome: Retry | Dead | PutBack | bytes) -> bytes:
+_Outcome = Retry | Dead | PutBack | Kept | bytes
+
+
+def _id_of(outcome: _Outcome) -> bytes:
     return outcome if isinstance(outcome, bytes) else outcome.id
 
 
-class MemoryStore(MemoryCronStore):
+class MemoryStore(MemoryCronStore, MemoryCancelStore):
     """`ReaderStore`, `ReaperStore` and `ProducerStore` over one `MemoryServer`.
 
     The ports document the methods.
@@ -209,9 +214,9 @@ class MemoryStore(MemoryCronStore):
             self._server.check(source.stream, ready_key(source.stream))
             stream, group = self._server.stream(source.stream), self._group(source)
             lag = sum(order(id) > group.last_delivered for id in stream.entries)
-            return Backlog(
-                lag, stream.lanes.by_type(), stream.lanes.config.version, stream.lanes.asked_types()
-            )
+            version, asked_types = stream.lanes.config.version, stream.lanes.asked_types()
+            counts = stream.cancel_requests, stream.cancelled
+            return Backlog(lag, stream.lanes.by_type(), version, asked_types, *counts)
 
     def flow_config(self, source: Source) -> FlowConfig:
         return self._server.stream(source.stream).lanes.config
@@ -255,6 +260,15 @@ class MemoryStore(MemoryCronStore):
                 group.leases[job.id] = PendingEntry(self._consumer, self._server.wall_now_s(), 1)
                 entries.append(self._pending_entry(stream, group, job.id))
         return entries
+
+    def cancels(self, source: Source) -> dict[bytes, bool]:
+        with self._server.lock:
+            return dict(self._server.stream(source.stream).cancels)
+
+    def end_cancels(self, source: Source, ids: Sequence[bytes]) -> None:
+        with self._server.lock:
+            for id in ids:
+                self._server.stream(source.stream).cancels.pop(id, None)
 
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         return set(ids) & self._server.stream(source.stream).lanes.slots.keys()
@@ -389,28 +403,39 @@ class MemoryStore(MemoryCronStore):
         return Entry(id, stream.entries[id], group.leases[id].deliveries, stream.deaths.get(id, 0))
 
     def _settle(self, settlement: Settlement) -> Settled:
-        source, done, retries, dead, _, put_back, version = settlement
+        source, done, retries, dead, _, put_back, _, kept, _ = settlement
         stream = source.stream
         refused: set[bytes] = set()
+        cancelled: dict[bytes, bool] = {}
         unsettled: set[bytes] = set()
         refusal: StoreRefused | None = None
-        kinds: tuple[tuple[str, Sequence[Retry | Dead | PutBack | bytes]], ...] = (
+        kinds: tuple[tuple[str, Sequence[_Outcome]], ...] = (
             (stream, done),
             (retry_key(stream), retries),
             (dead_letter_key(stream), dead),
+            (stream, kept),
             (ready_key(stream), put_back),
         )
         for key, outcomes in kinds:
             try:
                 if outcomes:
                     self._server.check(key, deaths_key(stream), ready_key(stream))
-                refused.update(_id_of(one) for one in outcomes if not self._settle_one(source, one, version))
+                cancelled |= self._cancelled(source, outcomes)
+                left = [one for one in outcomes if _id_of(one) not in cancelled]
+                refused.update(_id_of(one) for one in left if not self._settle_one(settlement, one))
             except StoreRefused as error:
                 unsettled.update(map(_id_of, outcomes))
                 refusal = error
-        return Settled(refused, unsettled, refusal)
+        return Settled(refused, unsettled, refusal, cancelled)
 
-    def _settle_one(self, source: Source, outcome: bytes | Retry | Dead | PutBack, version: int) -> bool:
+    def _cancelled(self, source: Source, outcomes: Sequence[_Outcome]) -> dict[bytes, bool]:
+        """The entries that must neither be retried nor wait, because they were cancelled."""
+        stream, group = self._server.stream(source.stream), self._group(source)
+        ids = [one.id for one in outcomes if isinstance(one, Retry | PutBack)]
+        return {id: stream.cancels[id] for id in ids if id in stream.cancels and self._owns(group, id)}
+
+    def _settle_one(self, settlement: Settlement, outcome: _Outcome) -> bool:
+        source = settlement.source
         stream, group = self._fenced(source), self._group(source)
         id = _id_of(outcome)
         if not self._owns(group, id):
@@ -419,9 +444,15 @@ class MemoryStore(MemoryCronStore):
             self._server.schedule(source.stream, outcome.data, outcome.delay_s)
         elif isinstance(outcome, Dead):
             stream.dead.append(outcome.data)
+            if outcome.result:
+                ttl_s = settlement.result_ttl_s
+                self._server.keep_result(source.stream, outcome.job_id, outcome.result, ttl_s)
+        elif isinstance(outcome, Kept):
+            ttl_s = settlement.result_ttl_s
+            self._server.keep_result(source.stream, outcome.job_id, outcome.result, ttl_s)
         elif isinstance(outcome, PutBack):
             stream.lanes.wait_for(outcome.key, Lane.decode(outcome.lane).type, outcome.wait_s)
-            stream.lanes.put(outcome.lane, [outcome.job], version, in_front=True)
+            stream.lanes.put(outcome.lane, [outcome.job], settlement.version, in_front=True)
             del group.leases[id]
             stream.lanes.release(id)
             return True

@@ -15,7 +15,9 @@ _EPOCH_SCRIPTS = frozenset(
 #: Scripts that use the record of the service that owns a consumer's name.
 _NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers"})
 #: Scripts that move jobs into lanes or out of them, or that end jobs which hold slots.
-_FLOW_SCRIPTS = frozenset({"sort", "take", "settle", "configure", "mend_slots"})
+_FLOW_SCRIPTS = frozenset({"sort", "take", "settle", "configure", "mend_slots", "cancel"})
+#: Scripts that compare entry ids.
+_ID_SCRIPTS = frozenset({"trim", "cancel"})
 
 
 class LuaScripts:
@@ -48,5 +50,12 @@ class LuaScripts:
 #: The scripts of the engine itself.
 script = LuaScripts(
     files("jobworker.worker.store.redis") / "scripts",
-    {"prelude_epoch": _EPOCH_SCRIPTS, "prelude_name": _NAME_SCRIPTS, "prelude_flow": _FLOW_SCRIPTS},
+    {
+        "prelude_epoch": _EPOCH_SCRIPTS,
+        "prelude_name": _NAME_SCRIPTS,
+        "prelude_ids": _ID_SCRIPTS,
+        "prelude_flow": _FLOW_SCRIPTS,
+        "prelude_cancel": frozenset({"settle", "cancel"}),
+        "prelude_results": frozenset({"settle"}),
+    },
 )

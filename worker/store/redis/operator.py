@@ -32,12 +32,13 @@ from .base import (
     pairs,
 )
 from .blocking_read import data_of
+from .cancel import RedisCancelStore
 from .cron import RedisCronStore
 from .key_scan import find_streams
 from .lua import Command, script
 
 
-class OperatorStore(RedisCronStore):
+class OperatorStore(RedisCronStore, RedisCancelStore):
     """The streams, retries, dead letters and pauses of a deployment.
 
     It takes no consumer's name, so it may run beside any service. Every call raises `StoreUnavailable` when
@@ -151,6 +152,10 @@ class OperatorStore(RedisCronStore):
         )
 
     # -- where a job is
+
+    def cancel_is_asked(self, stream: str, id: bytes) -> bool:
+        """Whether a pending entry was cancelled, and the service that has it was asked to end it."""
+        return bool(self.one(stream, ("HEXISTS", lanes.cancels_key(self.ready_key(stream)), id)))
 
     def exists(self, stream: str) -> bool:
         """Whether the store has the stream's key."""

@@ -4,11 +4,12 @@ from collections.abc import Iterable
 
 from ... import keys
 from ..announcements import Announcement
-from .base import RedisStoreBase, announcements_in, checked, chunks_by_size
+from .base import announcements_in, checked, chunks_by_size
+from .cancel import RedisCancelStore
 from .lua import script
 
 
-class RedisProducerStore(RedisStoreBase):
+class RedisProducerStore(RedisCancelStore):
     """`ProducerStore` on Redis."""
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
@@ -22,6 +23,10 @@ class RedisProducerStore(RedisStoreBase):
 
     def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
         self.one(stream, script("schedule", [self.retry_key(stream)], delay_s, job))
+
+    def result(self, stream: str, job_id: str) -> bytes | None:
+        found = self.one(stream, ("GET", self.result_key(stream, job_id)))
+        return None if found is None else bytes(found)
 
     def announcements(self) -> list[Announcement]:
         return announcements_in(self.call(keys.SERVICES_KEY, [("HGETALL", keys.SERVICES_KEY)])[0])
