@@ -21,10 +21,8 @@ from .store.ports import CancelReply, CancelRequest, CancelStore, Entry
 
 #: Entries and retries that a search for one id looks at in each stream: about a second for all of them.
 SCAN_LIMIT = 100_000
-#: Jobs per store call: one script each.
+#: Jobs per store call: one script each. Retries come with their payloads, which may be megabytes.
 _BATCH = 100
-#: Retries per store call. Each comes with its payload, which may be megabytes.
-_RETRY_PAGE = 100
 #: Ids that JSON writes without escapes, so that they can be searched for before the JSON is parsed.
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_.:-]+")
 _ERROR = "JobCancelled: it was cancelled while it waited"
@@ -112,10 +110,28 @@ class Canceller:
         The retries are looked at before and after the stream: a job may leave one for the other meanwhile.
         """
         for stream in self._streams:
-            for search in (self._retries, self._entries, self._retries):
-                found = self._matching(stream, search(stream))
-                while batch := list(islice(found, _BATCH)):
-                    yield from self._cancel(stream, batch)
+            yield from self._cancel_retries(stream)
+            yield from self._cancel_entries(stream)
+            if not self._dry_run:
+                yield from self._cancel_retries(stream)
+
+    def _cancel_entries(self, stream: str) -> Iterator[CancelledJob]:
+        entries = self._bounded(stream, self._entries(stream))
+        found = (one for entry in entries if (one := self._match(entry)))
+        while batch := list(islice(found, _BATCH)):
+            yield from self._cancel(stream, batch)
+
+    def _cancel_retries(self, stream: str) -> Iterator[CancelledJob]:
+        """The ranks of the jobs behind a removed one change with each step."""
+        start = looked_at = 0
+        while page := self._store.retry_page(stream, start, _BATCH):
+            entries = self._bounded(stream, (Entry(b"", data) for data in page), looked_at)
+            cancelled = self._cancel(stream, [one for entry in entries if (one := self._match(entry))])
+            yield from cancelled
+            looked_at += len(page)
+            start += len(page) if self._dry_run else len(page) - len(cancelled)
+            if stream in self.incomplete:
+                return
 
     def _entries(self, stream: str) -> Iterator[Entry]:
         last = order_of(self._store.last_id(stream))
@@ -125,28 +141,27 @@ class Canceller:
                     return
                 yield entry
 
-    def _retries(self, stream: str) -> Iterator[Entry]:
-        start = 0
-        while page := self._store.retry_page(stream, start, _RETRY_PAGE):
-            start += len(page)
-            yield from (Entry(b"", data) for data in page)
-
-    def _matching(self, stream: str, entries: Iterator[Entry]) -> Iterator[tuple[Entry, Header]]:
-        for number, entry in enumerate(entries):
+    def _bounded(self, stream: str, entries: Iterator[Entry], looked_at: int = 0) -> Iterator[Entry]:
+        """The entries up to the scan limit; notes the stream if that cuts some off."""
+        for number, entry in enumerate(entries, looked_at):
             if number == self._scan_limit:
                 self.incomplete.append(stream)
                 return
             self.scanned += 1
-            if entry.data is None or not self._selected.may_match(entry.id, entry.data):
-                continue
-            try:
-                header = read_header(entry.data)
-            except MalformedJob:  # it becomes a dead letter by itself
-                continue
-            if self._selected.matches(entry.id, header):
-                yield entry, header
+            yield entry
+
+    def _match(self, entry: Entry) -> tuple[Entry, Header] | None:
+        if entry.data is None or not self._selected.may_match(entry.id, entry.data):
+            return None
+        try:
+            header = read_header(entry.data)
+        except MalformedJob:  # it becomes a dead letter by itself
+            return None
+        return (entry, header) if self._selected.matches(entry.id, header) else None
 
     def _cancel(self, stream: str, jobs: Sequence[tuple[Entry, Header]]) -> list[CancelledJob]:
+        if not jobs:
+            return []
         requests = [self._request(stream, entry, header) for entry, header in jobs]
         replies = self._store.cancel(stream, requests, result_ttl_s=self._result_ttl_s, dry_run=self._dry_run)
         return [
@@ -154,7 +169,7 @@ class Canceller:
                 stream, entry.id.decode(), header.id, header.type, header.tenant_id, _OUTCOMES[reply]
             )
             for (entry, header), reply in zip(jobs, replies, strict=True)
-            if entry.id or reply != CancelReply.GONE  # a retry that left its set is looked for elsewhere
+            if entry.id or reply != CancelReply.GONE  # a retry that left its set is found elsewhere
         ]
 
     def _request(self, stream: str, entry: Entry, header: Header) -> CancelRequest:

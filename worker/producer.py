@@ -9,7 +9,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -213,12 +213,12 @@ class Producer:
         """
         return self._send(jobs, stream)
 
-    def result(self, id: str, timeout: float, *, stream: str | None = None) -> JobResult:
+    def result(self, id: str, timeout: float, *, stream: str | Sequence[str] | None = None) -> JobResult:
         """Wait until a job that was enqueued with ``keep_result`` has ended, at most ``timeout`` seconds.
 
-        Without ``stream``, the streams of all registered services are looked at. Raises `TimeoutError` if
-        there is no result by then, `StoreUnavailable` as the store does, and `ValueError` for a record that
-        is damaged.
+        Without ``stream`` (one name or several), the streams of all registered services are looked at. Raises
+        `TimeoutError` if there is no result by then, `StoreUnavailable` as the store does, and `ValueError`
+        for a record that is damaged.
         """
         _check_text("id", id)
         if (
@@ -256,11 +256,13 @@ class Producer:
             )  # fmt: skip
             return outcome_of(list(search.run()))
 
-    def _streams_of(self, stream: str | None) -> list[str]:
+    def _streams_of(self, stream: str | Sequence[str] | None) -> list[str]:
         """The streams in which a job may be."""
         if stream is not None:
-            _check_text("stream", stream)
-            return [stream]
+            names = [stream] if isinstance(stream, str) else list(stream)
+            for name in names:
+                _check_text("stream", name)
+            return names
         with self._stores.borrow() as store:
             announced = [name for one in store.announcements() for name in one.streams]
         routes = [route.stream for route in self._routes.values()]

@@ -76,6 +76,19 @@ def test_a_retry_is_removed(any_world: World) -> None:
     assert letters(any_world) == {"j1": "cancelled"}
 
 
+def test_every_retry_of_many_is_removed(any_world: World) -> None:
+    store, ids = given(any_world, *(job(f"j{n}", f"t{n % 2}") for n in range(450)))
+    while len(ids) < 450:
+        ids += [entry.id for entry in read(store)]
+    retries = [Retry(id, 60.0, job(f"j{n}", f"t{n % 2}", retry_count=1)) for n, id in enumerate(ids)]
+    settle(store, [Settlement(S, retries=retries)])
+    cancelled = [
+        one.id for one in cancel(any_world, tenants=["t0"], discard=True) if one.outcome == "cancelled"
+    ]
+    assert len(cancelled) == len(set(cancelled)) == 225
+    assert len(any_world.waiting(S.stream)) == 225
+
+
 def test_a_job_in_a_lane_is_removed_with_its_count(any_world: World) -> None:
     store, _ = given(any_world)
     any_world.producer().add(S.stream, [job(f"j{n}") for n in range(4)])

@@ -207,7 +207,11 @@ class JobFinder:
             location.why = f"acknowledged in group {source.group}"
             return location
         location.facts |= {"deliveries": lease.deliveries, "deaths": entry.deaths + job.deaths}
-        return self._pending(lease, location)
+        self._pending(lease, location)
+        if self._store.cancel_is_asked(source.stream, entry.id):
+            location.facts["cancelled"] = True
+            location.why += "; it was cancelled, so the service that has it ends it"
+        return location
 
     def _lane_place(self, stream: str, entry: Entry) -> LanePlace | None:
         try:

@@ -3,7 +3,7 @@
 import click
 
 from ..process_env import prepare_process
-from . import cron, dlq, doctor, enqueue, explain, limit, pause, retry, stats, top, url, web
+from . import cancel, cron, dlq, doctor, enqueue, explain, limit, pause, result, retry, stats, top, url, web
 from .common import CliGroup
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     prepare_process()
 
 
-for module in (top, enqueue, stats, explain, pause, doctor, url, web):
+for module in (top, enqueue, stats, explain, cancel, result, pause, doctor, url, web):
     module.add_to(main)
 main.add_command(dlq.dlq)
 main.add_command(retry.retry)

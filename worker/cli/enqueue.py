@@ -51,7 +51,7 @@ _OPTIONS = [
     click.option("--payload", default="{}", show_default=True, help="JSON, @FILE, or - for standard input."),
     click.option("--lines", type=click.Path(exists=True, allow_dash=True, dir_okay=False), metavar="FILE",
                  help="One JSON object per line (- for standard input): type, payload, tenant_id, "
-                 "project_id, id, stream, metadata, delay, timeout. TYPE and the options are "
+                 "project_id, id, stream, metadata, delay, timeout, keep_result. TYPE and the options are "
                  "the defaults of a line."),
     click.option("--tenant", default="", help="Tenant of the job."),
     click.option("--project", default="", help="Project of the tenant."),
@@ -65,6 +65,7 @@ _OPTIONS = [
     click.option("--delay", type=Duration(), help="Run it this much later (seconds, or 15m)."),
     click.option("--timeout", type=Duration(MIN_TIMEOUT_S, MAX_TIMEOUT_S),
                  help="Timeout (seconds, or 5m), from 0.1 s to 24 h."),
+    click.option("--keep-result", is_flag=True, help="Keep what its handler returns: see jobworker result."),
     click.option("--count", type=Count(1), default=1, show_default=True,
                  help="Number of times to send it."),
     click.option("--json", "as_json", is_flag=True, help='Print {"ids": [...]}.'),
@@ -73,8 +74,8 @@ _OPTIONS = [
 
 def enqueue(
     url: str, type: str, payload: str, lines: str | None, tenant: str, project: str, stream: str | None,
-    job_id: str | None, priority: int | None, delay: float | None, timeout: float | None, count: int,
-    as_json: bool,
+    job_id: str | None, priority: int | None, delay: float | None, timeout: float | None, keep_result: bool,
+    count: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Send a job of TYPE, or one for each line of --lines.
 
@@ -88,7 +89,7 @@ def enqueue(
     jobworker enqueue audit --lines - < events.jsonl      # lines like {"payload": {"who": "me"}}
     """
     metadata = None if priority is None else {"priority": str(priority)}
-    defaults = NewJob(type, None, tenant, project, stream, job_id, metadata, delay, timeout)
+    defaults = NewJob(type, None, tenant, project, stream, job_id, metadata, delay, timeout, keep_result)
     if lines is not None:
         if job_id is not None or count != 1 or payload != "{}":
             raise click.UsageError(
@@ -195,6 +196,8 @@ def _how_to_continue(path: str, stored: int) -> str:
         for name in ("tenant", "project", "stream", "delay", "timeout")
         if (value := click.get_current_context().params.get(name))
     ]
+    if click.get_current_context().params.get("keep_result"):
+        options.append(" --keep-result")
     job_type = click.get_current_context().params.get("type")
     command = (
         f"jobworker enqueue --lines -{''.join(options)}{f' {shlex.quote(job_type)}' if job_type else ''}"
