@@ -7,7 +7,6 @@ is asked to end it.
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from typing import NamedTuple
@@ -36,8 +35,7 @@ _OUTCOMES = {
 }
 
 
-@dataclass(frozen=True)
-class JobFilter:
+class JobFilter(NamedTuple):
     """Conditions on jobs; a job must meet all that are set. ``ids`` are those of jobs or of their entries."""
 
     ids: frozenset[str] = frozenset()

@@ -35,7 +35,7 @@ class Unavailable(JobworkerError):
 class JobCancelled(JobworkerError):
     """Raised by a handler that saw `Job.cancelled`: the job is settled as cancelled, not retried.
 
-    For a job that nobody cancelled it is a failed try."""
+    For a job that was not cancelled it is a failed try."""
 
 
 class RateLimited(JobworkerError):

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Self
 import msgspec
 import orjson
 
-from .cancel import SCAN_LIMIT, Canceller, JobFilter, outcome_of
 from .endpoints import only_stream, store_url
 from .envelope import (
     MAX_METADATA_ENTRIES,
@@ -247,6 +246,13 @@ class Producer:
         A cancelled job becomes a dead letter, or is dropped with ``discard``. The job is searched for: at
         most 100,000 entries and retries of each stream are read. Raises `StoreUnavailable` as the store does.
         """
+        from .cancel import (
+            SCAN_LIMIT,
+            Canceller,
+            JobFilter,
+            outcome_of,
+        )  # few programs cancel
+
         _check_text("id", id)
         streams = self._streams_of(stream)
         with self._stores.borrow() as store:

@@ -181,6 +181,17 @@ def test_a_flagged_job_that_succeeds_is_done(any_world: World) -> None:
 # -- which jobs
 
 
+def test_requests_whose_entries_have_ended_are_forgotten(redis_world: RedisWorld) -> None:
+    store, (first,) = given(redis_world, job("j1"))
+    ended = {f"1-{number}": "1" for number in range(2000)}
+    redis_world.server.client.hset(f"ready:{S.stream}/cancels", mapping=ended)
+    for _ in range(80):
+        cancel(redis_world, "j1")
+    left = store.cancels(S)
+    assert left[first]
+    assert len(left) <= 1001
+
+
 def test_a_filter_selects_by_type_and_tenant(any_world: World) -> None:
     given(any_world)
     jobs = [job("j1"), job("j2", "t2"), job("j3", type="b"), job("j4", "t2", "b")]

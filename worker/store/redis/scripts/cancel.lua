@@ -36,18 +36,41 @@ if not entry then
   return GONE
 end
 
-local groups, is_pending, is_unread = redis.call('XINFO', 'GROUPS', KEYS[1]), false, false
-for _, flat in ipairs(groups) do
+local groups, is_unread = {}, false
+for _, flat in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
   local group = {}
   for i = 1, #flat, 2 do
     group[flat[i]] = flat[i + 1]
   end
-  is_pending = is_pending or #redis.call('XPENDING', KEYS[1], group['name'], id, id, 1) > 0
+  groups[#groups + 1] = group['name']
   is_unread = is_unread or less(group['last-delivered-id'], id)
 end
 
-if is_pending then
+local function pending(one)
+  for _, group in ipairs(groups) do
+    if #redis.call('XPENDING', KEYS[1], group, one, one, 1) > 0 then
+      return true
+    end
+  end
+  return false
+end
+
+-- Entries that ended before they could be cancelled leave a field. Without this, a deployment that cancels running jobs
+-- all the time would keep the fields of two days.
+local function forget_ended()
+  if redis.call('HLEN', cancels) < 1000 or redis.call('EXISTS', ready) == 1 then
+    return
+  end
+  for _, one in ipairs(redis.call('HRANDFIELD', cancels, 100)) do
+    if not pending(one) then
+      redis.call('HDEL', cancels, one)
+    end
+  end
+end
+
+if pending(id) then
   if not is_dry then
+    forget_ended()
     redis.call('HSET', cancels, id, ARGV[3] ~= '' and '1' or '0')
     redis.call('EXPIRE', cancels, ARGV[7])
     redis.call('HINCRBY', ready .. '/config', 'cancels', 1)
