@@ -116,7 +116,7 @@ class ScriptsMachine(RuleBasedStateMachine):
             [Retry(id, delay_s, job_of[id]) for id in of["R"]],
             [Dead(id, job_of[id]) for id in of["X"]],
         )
-        ((refused, unsettled, _),) = self.readers[name].settle([settlement])
+        ((refused, unsettled, *_),) = self.readers[name].settle([settlement])
         assert not unsettled
         not_mine = {id for id in ids if not self.mine(name, id)}
         assert refused == not_mine

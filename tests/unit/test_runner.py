@@ -273,7 +273,7 @@ def test_a_handler_that_exits_leaves_no_noise_behind() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
 
 
-@pytest.mark.parametrize("name", ["run_succeeding", "run_failing"])
+@pytest.mark.parametrize("name", ["run_succeeding", "run_failing", "run_keeping"])
 def test_killed_at_any_instruction(name: str) -> None:
     assert int(programs.run("kill_scenarios", name)) > 100
 
