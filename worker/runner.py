@@ -29,7 +29,7 @@ from .ipc.channel import READY, STOPPING, Channel, JobFrame, KeptValue, OutcomeF
 from .ipc.control import ControlSocket, Ready
 from .ipc.inflight import FAILED, STARTED, SUCCEEDED
 from .outcome import Failure
-from .results import Returned, encode_value, is_kept
+from .results import KEEP_RESULT, Returned, encode_value, is_kept
 from .telemetry.current_job import current, log_fields
 from .telemetry.failure import error_text, failure_of
 from .telemetry.handler_counters import HandlerCounters
@@ -355,14 +355,15 @@ class Runner:
 
     def _run_one(self, handler: BoundHandler, queued: QueuedJob, started: float) -> float:
         """Run a job; returns the time of its end."""
-        if self._cancelled[queued.row % self._rows]:
+        at = queued.row % self._rows
+        if self._cancelled[at]:
             self._fail(queued.row, _CANCELLED)
             return started
         limit_s = self._limit_s(handler, queued.envelope)
         if handler.max_timeout_s:
             self._allow_progress(handler, limit_s, (queued.envelope,))
         self._channel.set_running(started, started + limit_s)
-        at, entered = queued.row % self._rows, generation()
+        entered = generation()
         self._states[at] = STARTED
         try:
             current.jobs = job = self._job(queued)
@@ -378,7 +379,8 @@ class Runner:
             if failure.unavailable:
                 self._return_queued(handler.type_name, failure)
         else:
-            if is_kept(queued.envelope.metadata):
+            # Without a call for jobs that do not ask: this is done once a job.
+            if (metadata := queued.envelope.metadata) and KEEP_RESULT in metadata and is_kept(metadata):
                 self._keep(queued, result)
             else:
                 self._states[at] = SUCCEEDED
