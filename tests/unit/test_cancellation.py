@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from jobworker.worker.cancel import Canceller, JobFilter
+from jobworker.worker.errors import StoreUnavailable
 from jobworker.worker.outcome import Failure
 from support.reader_rig import SOURCE, ReaderRig, reader_rig
 
@@ -132,6 +133,23 @@ def test_a_cancelled_job_whose_worker_dies_is_not_run_again(rig: ReaderRig) -> N
     successor = rig.restart(worker)
     rig.tick()
     assert successor.take() == ["2"]
+
+
+def test_a_store_that_does_not_forget_a_request_settles_nothing_twice(rig: ReaderRig) -> None:
+    def unavailable(*_: object) -> None:
+        raise StoreUnavailable("no answer")
+
+    (worker,) = rig.workers
+    rig.add("1")
+    rig.tick()
+    worker.take()
+    cancel(rig, "1")
+    rig.store.end_cancels = unavailable  # type: ignore[method-assign]
+    worker.fail("1", FAILED)
+    rig.tick()
+    assert (reasons(rig), rig.pending) == ({"1": "cancelled"}, 0)
+    assert rig.metric("z_novel_leases_lost_total", "stream") == 0
+    assert rig.metric("z_novel_jobs_cancelled_total", "a") == 1
 
 
 def test_a_new_reader_knows_what_was_cancelled(rig: ReaderRig) -> None:

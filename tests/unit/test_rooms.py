@@ -67,7 +67,7 @@ BELOW: dict[str, set[str]] = {
     "supervision": IPC,
     "admin": {*CORE, "store", "telemetry", "producer", "cron"},
     "cli": {*CORE, "store", "telemetry", "producer", "cron", "admin", "cancel"},
-    "web": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
+    "web": {*CORE, "store", "telemetry", "producer", "cron", "admin", "cancel"},
     "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision", "fork_guard"},
     "preload": {*IPC, "store", "reader", "runner", "reaper", "supervision", "boot"},
     "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin", "cron_config"},

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -358,11 +359,12 @@ class Settler:
         """Forget requests to cancel jobs that have ended: all of the batch but ``others``."""
         for stream_no, entry_ids in batch.cancelled.items():
             ids = [entry_id for entry_id in entry_ids if (stream_no, entry_id) not in others]
-            if ids and stream_no not in self._faults:
-                with self._faults.guard(stream_no):
+            for entry_id in ids:
+                self._cancels.pop((stream_no, entry_id), None)
+            if ids:
+                # The outcomes are settled, so an error must not repeat them; the store forgets the requests later.
+                with suppress(StoreUnavailable):
                     self._store.end_cancels(self._streams[stream_no], ids)
-                    for entry_id in ids:
-                        self._cancels.pop((stream_no, entry_id), None)
 
     # -- dead letters
 
