@@ -95,6 +95,10 @@ class Backlog:
         pipe.xadd(self.stream, {"data": self._make_job(jobs - 1)})
         self.last_id = pipe.execute()[-1]
 
+    def end_hold(self) -> None:
+        """Let a reaper trim entries, while the group stays after them."""
+        self._client.xgroup_destroy(self.stream, _HOLD_GROUP)
+
     @property
     def drained(self) -> bool:
         """Whether all jobs are delivered and acknowledged: lag and pending entries are 0."""

@@ -41,7 +41,18 @@ _WITHOUT_EFFECT = frozenset({
     "socket_read_size", "retry_on_timeout", "health_check_interval", "decode_responses", "encoding",
     "encoding_errors", "protocol", "legacy_responses", "client_name", "lib_name", "lib_version",
 })  # fmt: skip
-_WITH_EFFECT = ("db", "username", "password", "ssl", "ssl_cert_reqs", "skip_verify", *_TLS_TEXTS, *_TLS_FLAGS)
+_WITH_EFFECT = (
+    "db",
+    "username",
+    "password",
+    "sentinel_username",
+    "sentinel_password",
+    "ssl",
+    "ssl_cert_reqs",
+    "skip_verify",
+    *_TLS_TEXTS,
+    *_TLS_FLAGS,
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,9 @@ class RedisUrl:
     password: str | None = field(default=None, repr=False)
     secure: bool = False
     tls: dict[str, Any] = field(default_factory=dict, repr=False)
+    #: User and password of the sentinels; user and password of the URL are those of the master.
+    sentinel_username: str | None = None
+    sentinel_password: str | None = field(default=None, repr=False)
     #: Options that are accepted and change nothing.
     ignored: tuple[str, ...] = ()
 
@@ -83,6 +97,8 @@ def _parse(url: str) -> RedisUrl:
     username, password = _credentials(user_info)
     options = _options(query)
     secure = _flag("ssl", options["ssl"]) if "ssl" in options else secure
+    if kind != "sentinel" and (given := [name for name in options if name.startswith("sentinel_")]):
+        raise ValueError(f"the option {given[0]} needs redis+sentinel://")
     if secure and kind == "unix":
         raise ValueError("the option ssl: a Unix socket has no TLS")
     master, db = _place(kind, path, options.get("db"))
@@ -94,6 +110,8 @@ def _parse(url: str) -> RedisUrl:
         db=db,
         username=options.get("username", username) or None,
         password=options.get("password", password) or None,
+        sentinel_username=options.get("sentinel_username") or None,
+        sentinel_password=options.get("sentinel_password") or None,
         secure=secure,
         tls=_tls(options),
         ignored=tuple(name for name in options if name in _WITHOUT_EFFECT),

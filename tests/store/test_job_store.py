@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from jobworker.worker.keys import Source
+from jobworker.worker.keys import Holder, Source
 from jobworker.worker.store.ports import Dead, Depths, Retry, Settlement
 from support.job_store_steps import OTHER, SOON_S, UNKNOWN, S, given, pending, read, readable
 from support.job_worlds import World, settle
@@ -289,6 +289,18 @@ class TestTrimming:
         assert reaper.remove_idle_consumers(S, "me", 10) == 0
         assert len(pending(owner)) == 1
         readers["held"].renew_name([S])
+
+    def test_the_consumer_of_a_service_that_renewed_its_name_lately_is_kept(self, world: World) -> None:
+        """An idle service whose lease ran out in a short stall: its consumer was idle for long before."""
+        idle = world.reader("idle", Holder("t1", "pid 1", 0.1))
+        idle.acquire([S])
+        world.pass_time(0.5)
+        idle.renew_name([S])
+        world.pass_time(0.2)
+        reaper = world.reaper()
+        assert reaper.remove_idle_consumers(S, "me", 400) == 0
+        world.pass_time(0.3)
+        assert reaper.remove_idle_consumers(S, "me", 400) == 1
 
     def test_depths_count_entries_retries_and_dead_letters(self, world: World) -> None:
         store, (a, b, _c) = given(world, b"1", b"2", b"3")

@@ -154,6 +154,31 @@ class TestLeases:
             first = False
         assert taken == ids
 
+    def test_a_service_is_lost_once_its_name_and_its_leases_have_expired(self, world: World) -> None:
+        old, _ = given(world, b"1", consumer="a")
+        assert not old.has_lost(S, 0), "its own entries are not lost"
+        new = world.reader("b")
+        new.acquire([S])
+        assert not new.has_lost(S, 0), "it holds its name"
+        old.release_name([S])
+        assert not new.has_lost(S, 60_000), "it may still run its jobs"
+        assert new.has_lost(S, 0)
+
+    def test_a_service_that_released_its_jobs_is_lost_at_once(self, world: World) -> None:
+        old, ids = given(world, b"1", b"2", consumer="a")
+        new = world.reader("b")
+        new.acquire([S])
+        old.release(S, ids)
+        old.release_name([S])
+        assert new.has_lost(S, 3_600_000)
+        new.claim(S, 3_600_000, 10, b"0-0")
+        assert not new.has_lost(S, 0), "it has no jobs left"
+
+    def test_where_no_stream_is_nothing_is_lost(self, world: World) -> None:
+        store, _ = given(world, b"1")
+        world.delete_stream(S.stream)
+        assert not store.has_lost(S, 0)
+
     def test_renewed_entries_cannot_be_claimed(self, world: World) -> None:
         old, (a, b) = given(world, b"1", b"2", consumer="a")
         new = world.reader("b")

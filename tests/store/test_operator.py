@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -189,6 +190,21 @@ class TestWhereAJobIs:
         redis_world.producer().add(S.stream, [b"x"])
         assert operator.group(S) is None
         assert operator.leases(S, START, 5) == []
+
+    def test_a_reader_that_finds_nothing_is_not_silent(
+        self, redis_world: RedisWorld, operator: OperatorStore
+    ) -> None:
+        reader, (a,) = delivered(redis_world, b"a")
+        settle(reader, [Settlement(S, [a])])
+        time.sleep(0.5)  # the server counts the idle time
+        reader.renew_name([S])
+        group = operator.group(S)
+        assert group is not None
+        assert group.consumers[0].idle_s < 0.4
+        redis_world.server.client.hset("fence:stream:test", "/holder/host/a", '{"renewed": ["x"]}')
+        group = operator.group(S)
+        assert group is not None
+        assert group.consumers[0].idle_s >= 0.5, "a damaged record does not count"
 
     def test_leases_name_their_consumer(self, redis_world: RedisWorld, operator: OperatorStore) -> None:
         reader, (a, b) = delivered(redis_world, b"a", b"b")

@@ -188,6 +188,34 @@ class TestFailures:
         stats = redis_world.server.client.info("commandstats")
         assert stats["cmdstat_evalsha"]["calls"] == 4, "1,000 entries or 8 MiB each"
 
+    def test_a_claim_stops_at_its_bytes_and_continues_behind_them(self, redis_world: RedisWorld) -> None:
+        jobs = [b"x" * 3_000_000] * 12 + [b"y"] * 30
+        _, ids = given(redis_world, *jobs[:4], consumer="a")
+        redis_world.producer().add(S.stream, jobs[4:])
+        dead = redis_world.reader("a2")
+        dead.acquire([S])
+        ids += [entry.id for count in (4, 4, 30) for entry in read(dead, count)]
+        store = redis_world.reader("b")
+        store.acquire([S])
+        cursor, pages = b"0-0", []
+        while not pages or cursor != b"0-0":
+            cursor, entries = store.claim(S, 0, 1000, cursor)
+            pages.append(entries)
+        assert [entry.id for page in pages for entry in page] == ids
+        assert {entry.deliveries for page in pages for entry in page} == {2}
+        assert max(sum(len(entry.data or b"") for entry in page) for page in pages) <= 24_000_000
+
+    def test_a_claim_passes_over_many_entries_that_are_not_idle(self, redis_world: RedisWorld) -> None:
+        fresh, ids = given(redis_world, *[b"%d" % number for number in range(3000)], consumer="a")
+        fresh.own_pending(S, b"0-0", 10)
+        more = [entry.id for count in [100] * 29 for entry in read(fresh, count)]
+        (last,) = (ids + more)[-1:]
+        fresh.release(S, [last])
+        store = redis_world.reader("b")
+        store.acquire([S])
+        _, entries = store.claim(S, 3_600_000, 1000, b"0-0")
+        assert [entry.id for entry in entries] == [last], "in one call"
+
     def test_settlements_survive_a_killed_server(self, redis_world: RedisWorld) -> None:
         store, (a, b, c, d) = given(redis_world, b"1", b"2", b"3", b"4")
         store.set_deaths(S, {d: 2})

@@ -77,10 +77,10 @@ class RedisServer:
         assert self._process is not None, "the server is not running"
         return self._process.pid
 
-    def use_sentinel(self, config: Path) -> None:
+    def use_sentinel(self, config: Path, bind: Sequence[str] = ("127.0.0.1",)) -> None:
         """Run as a sentinel with this configuration file; before `start`."""
         binary = self._command[0]
-        self._command = [binary, str(config), "--sentinel", "--port", str(self.port), "--bind", "127.0.0.1"]
+        self._command = [binary, str(config), "--sentinel", "--port", str(self.port), "--bind", *bind]
 
     def start(self) -> "RedisServer":
         """Start it and wait until it has loaded its data and answers."""

@@ -133,6 +133,91 @@ def test_jobs_of_a_lost_host_are_claimed_once_their_lease_is_over() -> None:
         assert rig.metric("z_novel_leases_taken_over_total", SOURCE.stream) == 2
 
 
+def work_off(rig: ReaderRig, ticks: int) -> list[str]:
+    """Let all workers finish what they get; returns the ids in order."""
+    ids: list[str] = []
+    for _ in range(ticks):
+        rig.tick(1)
+        for worker in rig.workers:
+            taken = worker.take()
+            worker.start(*taken)
+            worker.succeed(*taken)
+            ids += taken
+    return ids
+
+
+def test_all_jobs_of_a_lost_host_are_taken_over_at_the_pace_of_the_workers() -> None:
+    jobs = [str(number) for number in range(2000)]
+    with closing(ReaderRig(lease_s=LEASE_S)) as rig:
+        lost_host(rig, *jobs)
+        rig.attach(batch_hint=50)
+        rig.sync()
+        rig.advance(LEASE_S + 1)
+        done = work_off(rig, 50)
+        assert sorted(done, key=int) == jobs, "in one sweep, without another third of a lease"
+
+
+def test_new_jobs_are_run_while_a_lost_host_is_taken_over() -> None:
+    with closing(ReaderRig(lease_s=LEASE_S)) as rig:
+        lost_host(rig, *(f"old {number}" for number in range(400)))
+        rig.attach(batch_hint=5)
+        rig.sync()
+        rig.now_s += LEASE_S + 1
+        rig.add(*(f"new {number}" for number in range(400)))
+        done = work_off(rig, 40)
+        new = sum(job_id.startswith("new") for job_id in done)
+        assert min(new, len(done) - new) >= len(done) // 4, "both share the workers"
+
+
+def test_a_sorted_backlog_does_not_delay_a_take_over_and_is_not_delayed_by_it() -> None:
+    with closing(ReaderRig(lease_s=LEASE_S)) as rig:
+        lost_host(rig, *(f"old {number}" for number in range(200)))
+        rig.attach(batch_hint=1)
+        rig.sync()
+        rig.add(*(f"new {number}" for number in range(2000)))
+        rig.advance(LEASE_S + 1)
+        done = work_off(rig, 300)
+        new = sum(job_id.startswith("new") for job_id in done)
+        assert min(new, len(done) - new) >= len(done) // 4, "both share the worker"
+
+
+def test_a_stopped_service_is_noticed_long_before_the_next_sweep() -> None:
+    with closing(ReaderRig(lease_s=LEASE_S)) as rig:
+        worker = rig.attach()
+        rig.sync()
+        rig.advance(1.0)
+        store = MemoryStore(rig.server, "lost/one")
+        store.acquire([SOURCE])
+        store.abandon_reads()
+        rig.reader._intake.stop_reading()
+        rig.add("1")
+        store.begin_read(SOURCE, 1, 0)
+        (entry,) = store.finish_read(SOURCE)
+        store.release(SOURCE, [entry.id])
+        store.release_name([SOURCE])
+        rig.advance(2.5)
+        assert worker.take() == ["1"]
+
+
+def test_rejected_entries_of_a_lost_host_wait_within_their_limit() -> None:
+    with closing(ReaderRig(lease_s=LEASE_S)) as rig:
+        store = MemoryStore(rig.server, "lost/one")
+        store.acquire([SOURCE])
+        for _ in range(5000):
+            rig.server.append(SOURCE.stream, b"no job")
+        store.begin_read(SOURCE, 5000, 0)
+        store.finish_read(SOURCE)
+        rig.attach(batch_hint=256)
+        rig.sync()
+        rig.now_s += LEASE_S + 1
+        most = 0
+        for _ in range(60):
+            rig.reader.run_once(0.0)
+            most = max(most, len(rig.reader._intake.rejected))
+        assert 0 < most <= 1024 + 512
+        assert len(rig.letters) == 5000
+
+
 def test_a_draining_reader_claims_nothing() -> None:
     with closing(ReaderRig(lease_s=LEASE_S)) as rig:
         lost_host(rig, "1")
@@ -168,7 +253,7 @@ def test_a_prefetched_job_that_another_host_claimed_is_not_run(rig: ReaderRig) -
     rig.tick()
     other = rig.other_host()
     assert len(other.claim(SOURCE, 0, 100, b"0-0")[1]) == 1
-    rig.advance(LEASE_S)
+    rig.advance(LEASE_S / 2)
     rig.server.paused.clear()
     rig.advance(1.0)
     assert rig.workers[0].take() == []

@@ -3,6 +3,7 @@
 import pytest
 
 from jobworker.worker.errors import ConfigurationError
+from jobworker.worker.store.redis import connect
 from jobworker.worker.store.redis.connect import endpoint
 from jobworker.worker.urls import parse_http_url, parse_redis_url
 
@@ -82,7 +83,10 @@ def test_a_connection_can_be_made_from_what_is_accepted(url: str, options: str) 
 
 
 @pytest.mark.parametrize("url", ["redis+sentinel://[::1]:1, h/m/2?ssl=true", "redis+sentinel://u:p@h/m/2"])
-def test_a_sentinel_url_becomes_connections_to_the_masters_database(url: str) -> None:
+def test_a_sentinel_url_becomes_connections_to_the_masters_database(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "find_master", lambda *_: ("::1", 6379))
     connection = endpoint(url, 1.0).connection("k")
     assert (connection.db, connection.protocol) == (2, 2)
 
@@ -106,6 +110,7 @@ def test_a_sentinel_url_becomes_connections_to_the_masters_database(url: str) ->
         ("redis://h?ssl=maybe", "ssl must be true or false"),
         ("redis://h?ssl_cert_reqs=never", "ssl_cert_reqs must be"),
         ("unix:///s?ssl=1", "no TLS"),
+        ("redis://h?sentinel_password=x", "sentinel_password needs redis+sentinel://"),
         ("unix://s", "needs a path"),
         ("redis://h:0", "port must be"),
         ("redis://h:65536", "port must be"),

@@ -1,6 +1,7 @@
 """Intake: reads new entries, recovers pending ones, renews and claims leases, and admits all of them."""
 
 import logging
+import math
 import selectors
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from ..ipc.crash_marks import SKIP_FETCH_AT_STRIKES
 from ..store.ports import Entry
 from .admission import Admission, RejectedEntry, reject_unread
 from .cancellation import Cancellations
+from .claims import Claims
 from .context import ReaderContext
 from .dispatch import Dispatcher
 from .flow_control import FlowControl
@@ -28,7 +30,7 @@ _ANSWER_BYTES = 4 * 1024 * 1024
 _MANY = 64
 #: Entries of the first read, while no size is known: as many of the largest jobs as a host can hold.
 _FIRST_ENTRIES = 8
-#: Most entries of a page of the pending list or of a claim.
+#: Most entries of a page of the pending list.
 _PAGE = 256
 #: Most rejected entries and their bytes that wait for the next settlement. They fill no prefetch buffer.
 _REJECTED, _REJECTED_BYTES = 1024, 16 * 1024 * 1024
@@ -79,6 +81,9 @@ class Intake:
         self.rejected: list[RejectedEntry] = []
         #: While draining, nothing new is taken in; leases are still renewed.
         self.draining = False
+        #: Whether the last call of `renew_leases` claimed entries: they are dispatched in the next tick.
+        self.has_claimed = False
+        self._is_claims_turn = True
         #: Completed read cycles. The supervisor restarts a reader whose number does not grow.
         self.cycles = 0
         self._settings = settings
@@ -90,6 +95,7 @@ class Intake:
         self._faults.on_isolated.append(self._drop_stream)
         self._held = context.held
         self._lost_leases = context.lost_leases
+        self._claims = Claims(context)
         self._mono_s = context.mono_s
         self._dispatcher = dispatcher
         self._buffer = dispatcher.buffer
@@ -103,9 +109,10 @@ class Intake:
         self._unlisted: dict[int, bytes] = {}
         # Time by which the answer to each read must arrive: a network that drops packets reports nothing.
         self._answer_by: dict[int, float] = {}
+        # When all entries taken in so far were renewed. Entries that were read since have newer leases; those
+        # that were listed may not.
+        self._mono_all_renewed_s = -math.inf
         self._mono_renewed_s = self._lost_leases.mono_renewed_s = context.mono_s()
-        for source in settings.streams:  # start at 0, so that alerts see the first event as a rise
-            self._metrics.count("z_novel_leases_taken_over_total", (source.stream,), 0)
 
     def refresh(self, mono_now_s: float, *, at_once: bool = False) -> None:
         """If it is time, look at what changed in the store: backlogs, limits, cancelled jobs."""
@@ -130,6 +137,7 @@ class Intake:
             self._unregister(stream_no)
         self._store.abandon_read(self._streams[stream_no])
         self._unlisted.pop(stream_no, None)
+        self._claims.drop(stream_no)
         self._buffer.discard_stream(stream_no)
         self.rejected[:] = [entry for entry in self.rejected if entry.stream_no != stream_no]
         self._marks.clear()
@@ -165,12 +173,14 @@ class Intake:
 
     def _end_listing(self, stream_no: int) -> None:
         del self._unlisted[stream_no]
+        self._mono_all_renewed_s = -math.inf
         self._marks.end_one_by_one(stream_no)
 
     @property
     def must_continue(self) -> bool:
-        """Whether a listing continues at once: one by one, or after the settlement of what it rejected."""
-        if self.rejected and self._unlisted:
+        """Whether the next tick follows at once: it dispatches claimed entries, or continues a listing or
+        sweep: one by one, or after the settlement of what it rejected."""
+        if self.has_claimed or (self.rejected and (self._unlisted or self._claims.under_way)):
             return True
         return not self._full and any(map(self._marks.lists_one_by_one, self._unlisted))
 
@@ -309,6 +319,8 @@ class Intake:
         runnable, cancelled = self._cancels.reject(admitted)
         self.rejected += rejected + cancelled
         self._buffer.extend(runnable if is_taken else self.flow.divert(stream_no, runnable, is_new=is_new))
+        if entries and (is_new or is_taken):
+            self._is_claims_turn = True
         if entries and not is_taken:
             self._read_counts[stream_no].learn(entries)
         self._marks.unmark()
@@ -326,9 +338,16 @@ class Intake:
     # -- leases
 
     def renew_leases(self, mono_now_s: float) -> None:
-        """Each third of a lease: renew all unsettled entries, then claim those of lost hosts."""
-        if mono_now_s - self._mono_renewed_s <= self._settings.lease_s / 3:
-            return
+        """Each third of a lease: renew all unsettled entries, then claim those of lost hosts. Claims continue
+        in each tick until no expired entry is left."""
+        if mono_now_s - self._mono_renewed_s > self._settings.lease_s / 3 or self._finds_lost():
+            self._renew_all(mono_now_s)
+        self.has_claimed = False
+        if not self.draining:
+            self._claim_all()
+        self._claims.log()
+
+    def _renew_all(self, mono_now_s: float) -> None:
         self._mono_renewed_s = mono_now_s
         known = self._unsettled_keys()
         isolated_before = len(self._faults.isolated)
@@ -336,11 +355,9 @@ class Intake:
             own_ids = [entry_id for owner_no, entry_id in known if owner_no == stream_no]
             with self._faults.guard(stream_no):
                 self._renew(stream_no, own_ids)
-                isolated = stream_no in self._faults
-                if not isolated and not self.draining and not self._marks.lists_one_by_one(stream_no):
-                    self._claim(stream_no, known)
+                self._claims.begin(stream_no)
         if not isolated_before and not self._faults.isolated:
-            self._lost_leases.mono_renewed_s = mono_now_s
+            self._lost_leases.mono_renewed_s = self._mono_all_renewed_s = mono_now_s
 
     def _renew(self, stream_no: int, ids: list[bytes]) -> None:
         """Renew leases, and forget entries that another consumer claimed. Their jobs may be running here: the
@@ -351,21 +368,60 @@ class Intake:
             self._buffer.discard(stream_no, lost)
             self._held.discard(stream_no, lost)
 
-    def _claim(self, stream_no: int, known: set[tuple[int, bytes]]) -> None:
-        """Claim entries whose lease expired, while the workers have credit for them."""
-        source, cursor = self._streams[stream_no], _START
-        idle_ms = int(self._settings.lease_s * 1000)
-        while self._dispatcher.credit > self._buffer.waiting(stream_no):
-            self._marks.mark_answer(stream_no)
-            cursor, entries = self._store.claim(source, idle_ms, self._page(stream_no), cursor)
-            claimed = [entry for entry in entries if (stream_no, entry.id) not in known]
-            if claimed:
-                log.warning("lease.claimed", extra={"entries": len(claimed), "stream": source.stream})
-                self._metrics.count("z_novel_leases_taken_over_total", (source.stream,), len(claimed))
-            self._admit(stream_no, claimed)
-            self._marks.clear()
-            if cursor == _START:
+    def claim_in_turn(self) -> None:
+        """In turns claim before new jobs use up the workers' credit, so that neither waits for the other."""
+        if self._is_claims_turn and not self.draining:
+            self._claim_all()
+
+    def _finds_lost(self) -> bool:
+        """Whether a service is gone: its jobs are claimed without waiting for the next sweep."""
+        if self.draining or self._claims.under_way or not self._claims.look_is_due():
+            return False
+        found = False
+        for stream_no in range(len(self._streams)):
+            if stream_no not in self._faults and not found:
+                with self._faults.guard(stream_no):
+                    found = self._claims.look(stream_no)
+        return found
+
+    def _claim_all(self) -> None:
+        """Claim entries whose lease expired, while the workers have credit for them; streams take turns."""
+        while turns := [no for no in self._claims.under_way if self._may_claim(no)]:
+            for stream_no in turns:
+                if (room := self._room(stream_no)) > 0:
+                    with self._faults.guard(stream_no):
+                        self._claim(stream_no, room)
+            if not any(self._room(stream_no) > 0 for stream_no in turns):
                 return
+
+    def _may_claim(self, stream_no: int) -> bool:
+        return stream_no not in self._faults and not self._marks.lists_one_by_one(stream_no)
+
+    def _room(self, stream_no: int) -> int:
+        """Number of entries that may be claimed now."""
+        return 0 if self._full else self._dispatcher.credit - self._buffer.waiting(stream_no)
+
+    def _claim(self, stream_no: int, room: int) -> None:
+        """Claim a page. Entries of ours that were not renewed in time come with it."""
+        self._marks.mark_answer(stream_no)
+        entries = self._claims.claim(stream_no, min(room, self._read_counts[stream_no].entries))
+        known = self._claimable_known(stream_no) if entries else set()
+        claimed = [entry for entry in entries if entry.id not in known]
+        if claimed:
+            self.has_claimed, self._is_claims_turn = True, False
+            self._claims.record(stream_no, len(claimed))
+        self._admit(stream_no, claimed)
+        self._marks.clear()
+
+    def _claimable_known(self, stream_no: int) -> set[bytes]:
+        """Ids that are in flight or prefetched here, as far as a claim can return them.
+
+        While all leases are fresh, these are only those that another consumer had taken over.
+        """
+        renewed_s_ago = self._mono_s() - self._mono_all_renewed_s
+        if renewed_s_ago < self._settings.lease_s / 2 and not self._unlisted:
+            return self._lost_leases.in_flight(stream_no)
+        return {entry_id for owner_no, entry_id in self._unsettled_keys() if owner_no == stream_no}
 
     def release_unstarted(self) -> None:
         """Before exit: make prefetched entries and the instance's name available to any host at once."""

@@ -25,6 +25,10 @@ class LostLeases:
         for source in streams:  # start at 0, so that alerts see the first event as a rise
             metrics.count("z_novel_leases_lost_total", (source.stream,), 0)
 
+    def in_flight(self, stream_no: int) -> set[bytes]:
+        """The lost entries of a stream that were in flight at its last renewal."""
+        return self._lost[stream_no]
+
     def record_renewal(self, stream_no: int, lost: set[bytes]) -> None:
         """The renewal of all entries of a stream found these lost; any other one is ours, perhaps again."""
         if new := lost - self._lost[stream_no]:

@@ -150,6 +150,7 @@ class Reader:
         self._reclaim_exited_workers()
         self._log_slowdowns()
         if not self._intake.draining:
+            self._intake.claim_in_turn()
             self._intake.take_waiting()
             self._dispatcher.dispatch(now)
             self._intake.request_more()

@@ -362,7 +362,7 @@ class Settler:
             for entry_id in ids:
                 self._cancels.pop((stream_no, entry_id), None)
             if ids:
-                # The outcomes are settled, so an error must not repeat them; the store forgets the requests later.
+                # The outcomes are settled: an error must not repeat them. The requests expire.
                 with suppress(StoreUnavailable):
                     self._store.end_cancels(self._streams[stream_no], ids)
 

@@ -51,7 +51,8 @@ class Lease(NamedTuple):
 
 
 class Consumer(NamedTuple):
-    """A reader of a group: number of its pending entries, seconds since its last command."""
+    """A reader of a group: number of its pending entries, seconds since its last command
+    or heartbeat."""
 
     name: str
     pending: int

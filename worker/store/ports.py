@@ -233,7 +233,13 @@ class ReaderStore(Protocol):
         """The ids of such a page without the entries; some may be gone from the stream."""
 
     def claim(self, source: Source, min_idle_ms: int, count: int, cursor: bytes) -> tuple[bytes, list[Entry]]:
-        """Claim entries that other consumers left idle; the cursor is ``b"0-0"`` at start and at the end."""
+        """Claim entries that other consumers left idle; the cursor is ``b"0-0"`` at start and at the end.
+
+        Fewer than ``count`` may be returned before the end, even none.
+        """
+
+    def has_lost(self, source: Source, min_idle_ms: int) -> bool:
+        """Whether a consumer whose name no service holds has entries that can be claimed. A cheap look."""
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         """Settle entries, each entry atomically; returns one result for each settlement.

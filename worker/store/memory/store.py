@@ -166,6 +166,18 @@ class MemoryStore(MemoryCronStore, MemoryCancelStore):
                 claimed.append(self._pending_entry(stream, group, id))
             return b"0-0", claimed
 
+    def has_lost(self, source: Source, min_idle_ms: int) -> bool:
+        with self._server.lock:
+            self._server.check(source.stream, fence_key(source.stream))
+            stream, group = self._server.stream(source.stream), self._group(source)
+            before = self._server.wall_now_s() - min_idle_ms / 1000
+            return any(
+                lease.consumer != self._consumer
+                and lease.wall_since_s <= before
+                and not self._left_s(stream, lease.consumer)
+                for lease in group.leases.values()
+            )
+
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         with self._server.lock:
             return [self._settle(settlement) for settlement in settlements]
@@ -315,7 +327,9 @@ class MemoryStore(MemoryCronStore, MemoryCancelStore):
             idle = [
                 name
                 for name, last_call in group.consumers.items()
-                if name not in owners and last_call <= before and not self._left_s(stream, name)
+                if name not in owners
+                and max(last_call, self._renewed_s(stream, name)) <= before
+                and not self._left_s(stream, name)
             ]
             for name in idle:
                 del group.consumers[name]
@@ -390,6 +404,11 @@ class MemoryStore(MemoryCronStore, MemoryCancelStore):
         if record is None or record.epoch != stream.fence.get(name):
             return 0.0
         return max(0.0, record.holder.lease_s - abs(self._server.wall_now_s() - record.wall_renewed_s))
+
+    def _renewed_s(self, stream: Stream, name: str) -> float:
+        """When a name was last renewed (unix seconds); 0.0 if its record is gone."""
+        record = stream.names.get(name)
+        return record.wall_renewed_s if record and record.epoch == stream.fence.get(name) else 0.0
 
     def _renew_record(self, source: Source) -> None:
         stream = self._server.stream(source.stream)

@@ -19,8 +19,10 @@ from .lua import Command, LuaScripts, script
 SCRIPT_IDS = 1000
 #: Bytes of jobs per script or pipeline: bounds the server's memory when jobs are megabytes.
 SCRIPT_BYTES = 8 * 1024 * 1024
-#: Errors that need another address: the data has moved, or this server is a replica now.
+#: Errors that need another address: the data has moved, this server is a replica now, or it has lost its
+#: replicas, as a master that a failover has replaced.
 _MOVED = ("MOVED", "ASK", "CLUSTERDOWN", "MASTERDOWN")
+_LOST_REPLICAS = "NOREPLICAS"
 #: Replies that only nodes of a cluster give.
 _CLUSTER_REFUSALS = (MovedError, ClusterCrossSlotError)
 
@@ -78,7 +80,7 @@ class RedisStoreBase:
     @staticmethod
     def _is_elsewhere(reply: ResponseError) -> bool:
         moved = type(reply).__name__.removesuffix("Error").upper()
-        return isinstance(reply, ReadOnlyError) or moved in _MOVED
+        return isinstance(reply, ReadOnlyError) or moved in _MOVED or str(reply).startswith(_LOST_REPLICAS)
 
     def retry_key(self, stream: str) -> str:
         return keys.retry_key(stream, cluster=self._endpoint.cluster)

@@ -22,8 +22,12 @@ _BLOCK_MARGIN_S = 1.0
 _ANSWER_BYTES = 64 * 1024 * 1024
 
 
+#: A read that was blocked while its stream was deleted. UNBLOCKED alone has other causes, such as a failover.
+_STREAM_DELETED = "UNBLOCKED the stream key no longer exists"
+
+
 class GroupMissing(Exception):
-    """The stream or its group was deleted."""
+    """The stream or its group is not on this server: it was deleted, or moved to another node."""
 
 
 class BlockingRead:
@@ -80,7 +84,7 @@ class BlockingRead:
             self.drop()
             raise
         except (RedisError, OSError) as error:
-            if isinstance(error, ResponseError) and str(error).startswith(("NOGROUP", "UNBLOCKED")):
+            if isinstance(error, ResponseError) and str(error).startswith(("NOGROUP", _STREAM_DELETED)):
                 raise GroupMissing(self._source.stream) from error
             self._fail(error)
         return entries_of(reply[0][1]) if reply else []

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import redis
 from redis.cluster import ClusterNode, RedisCluster
 from redis.exceptions import RedisError
-from redis.sentinel import Sentinel
 
 from ...errors import AnswerTooLarge, ConfigurationError, StoreUnavailable
-from ...urls import parse_redis_url
+from ...urls import RedisUrl, parse_redis_url
+from .discovery import find_master, living_nodes
 
 #: Bytes per system call: a batch of some hundred jobs.
 _SOCKET_READ_BYTES = 256 * 1024
@@ -106,8 +106,7 @@ def endpoint(url: str, timeout_s: float) -> Endpoint:
             del options["db"]
             return _Cluster(list(parsed.hosts), options | ({"ssl": True} if parsed.secure else {}))
         case "sentinel":
-            secure = {"ssl": True} if parsed.secure else {}
-            return _Sentinel(list(parsed.hosts), parsed.master, options | secure)
+            return _Sentinel(parsed, options)
         case _:
             ((host, port),) = parsed.hosts
             kind = redis.SSLConnection if parsed.secure else redis.Connection
@@ -161,7 +160,6 @@ def _keepalive(timeout_s: float) -> dict[str, Any]:
 
 def _from_pool(pool: redis.ConnectionPool) -> Connection:
     # Not make_connection(): the pool would count connections that it never gets back.
-    # Sentinel's client takes no read size before version 8 of the library, its connections do.
     arguments = pool.connection_kwargs | {"socket_read_size": _SOCKET_READ_BYTES}
     return _metering(pool.connection_class)(**arguments)
 
@@ -185,26 +183,35 @@ class _Single:
 
 
 class _Sentinel:
-    """The master of a Sentinel group; each new connection asks the sentinels for it."""
+    """The master of a Sentinel group; the sentinels are asked at the first use and after `forget`."""
 
     cluster = False
 
-    def __init__(self, hosts: list[tuple[str, int]], master: str, options: dict[str, Any]) -> None:
+    def __init__(self, parsed: RedisUrl, options: dict[str, Any]) -> None:
+        self._sentinels = list(parsed.hosts)
+        self._name = parsed.master
+        self._options = options | ({"ssl": True} if parsed.secure else {})
         # The URL's database, user and password are those of the master, not of the sentinels.
-        sentinel_kwargs = {k: v for k, v in options.items() if k not in ("db", "username", "password")}
-        sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
-            hosts, sentinel_kwargs=sentinel_kwargs, **options
-        )
-        self._pool = sentinel.master_for(master).connection_pool
+        self._sentinel_options = self._options | {
+            "db": 0,
+            "username": parsed.sentinel_username,
+            "password": parsed.sentinel_password,
+        }
+        self._kind = redis.SSLConnection if parsed.secure else redis.Connection
+        self._pool: redis.ConnectionPool | None = None
 
     def node(self, key: str) -> str:
         return ""
 
     def connection(self, key: str) -> Connection:
+        if self._pool is None:
+            host, port = find_master(self._sentinels, self._name, self._sentinel_options, self._options)
+            options = {key: value for key, value in self._options.items() if key != "ssl"}
+            self._pool = redis.ConnectionPool(connection_class=self._kind, host=host, port=port, **options)
         return _from_pool(self._pool)
 
     def forget(self) -> None:
-        self._pool.reset()
+        self._pool = None
 
 
 class _Cluster:
@@ -219,7 +226,9 @@ class _Cluster:
 
     def _owner(self, key: str) -> tuple[Any, Any]:
         if self._client is None:
-            nodes = [_ClusterNode(host, port) for host, port in self._hosts]
+            # The library asks one node after the other, and waits for a hung one as long as for any command.
+            living = living_nodes(self._hosts, self._options)
+            nodes = [_ClusterNode(host, port) for host, port in living]
             self._client = RedisCluster(startup_nodes=nodes, **self._options)
         return self._client, self._client.get_node_from_key(key)
 

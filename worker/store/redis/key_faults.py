@@ -6,6 +6,7 @@ import orjson
 from redis.exceptions import (
     ClusterError,
     ExecAbortError,
+    MovedError,
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -16,11 +17,11 @@ from ..ports import KeyFault
 from .connection import Reply
 
 #: Errors of a whole server, or of a reader's name, by class and by first word. Any other concerns a stream.
-_OF_THE_SERVER = (ReadOnlyError, OutOfMemoryError, ClusterError, ExecAbortError)
+_OF_THE_SERVER = (ReadOnlyError, OutOfMemoryError, ClusterError, ExecAbortError, MovedError)
 _SERVER_CODES = frozenset(
     {
         *("OOM", "READONLY", "MISCONF", "NOREPLICAS", "BUSY", "LOADING", "TRYAGAIN", "NOAUTH", "MASTERDOWN"),
-        *("UNKILLABLE", "UNFENCED", "OUTDATED"),
+        *("UNKILLABLE", "UNFENCED", "OUTDATED", "UNBLOCKED"),
     }
 )
 #: The last possible entry id: a stream that has reached it takes no more entries.

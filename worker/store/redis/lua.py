@@ -13,7 +13,7 @@ _EPOCH_SCRIPTS = frozenset(
     {"settle", "set_deaths", "renew", "release", "claim", "renew_name", "sort", "take"}
 )
 #: Scripts that use the record of the service that owns a consumer's name.
-_NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers"})
+_NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lost"})
 #: Scripts that move jobs into lanes or out of them, or that end jobs which hold slots.
 _FLOW_SCRIPTS = frozenset({"sort", "take", "settle", "configure", "mend_slots", "cancel"})
 #: Scripts that compare entry ids.

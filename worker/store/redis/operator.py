@@ -1,9 +1,12 @@
 """The store that operators' tools use: dead letters, retries, pauses, and where a job is."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import orjson
+from redis.exceptions import ResponseError
 
 from ...flow import FlowConfig
 from ...keys import PAUSED_KEY, SERVICES_KEY, Source, base_stream
@@ -33,9 +36,13 @@ from .base import (
 )
 from .blocking_read import data_of
 from .cancel import RedisCancelStore
+from .connection import Reply
 from .cron import RedisCronStore
 from .key_scan import find_streams
 from .lua import Command, script
+
+#: Fields of the fence hash that name the service of a consumer (see prelude_name.lua).
+_HOLDER = b"/holder/"
 
 
 class OperatorStore(RedisCronStore, RedisCancelStore):
@@ -163,14 +170,21 @@ class OperatorStore(RedisCronStore, RedisCancelStore):
 
     def group(self, source: Source) -> GroupState | None:
         """The state of a group; None where it or its stream does not exist."""
-        groups, consumers = self.call(
-            source.stream, [("XINFO", "GROUPS", source.stream), ("XINFO", "CONSUMERS", *source)]
+        groups, consumers, fence, now = self.call(
+            source.stream,
+            [
+                ("XINFO", "GROUPS", source.stream),
+                ("XINFO", "CONSUMERS", *source),
+                ("HGETALL", self.fence_key(source.stream)),
+                ("TIME",),
+            ],
         )
         if is_no_group(consumers) or is_no_stream(groups) or is_no_stream(consumers):
             return None
         for facts in map(pairs, checked(groups)):
             if facts[b"name"] == source.group.encode():
-                readers = [_consumer(pairs(flat)) for flat in checked(consumers)]
+                renewed_s_ago = _renewed_s_ago(fence, checked(now))
+                readers = [_consumer(pairs(flat), renewed_s_ago) for flat in checked(consumers)]
                 return GroupState(facts[b"last-delivered-id"], facts[b"pending"], readers)
         return None
 
@@ -205,8 +219,23 @@ class OperatorStore(RedisCronStore, RedisCancelStore):
         return [Entry(id, data_of(fields)) for id, fields in self.one(stream, command)]
 
 
-def _consumer(facts: dict[bytes, Any]) -> Consumer:
-    return Consumer(facts[b"name"].decode(errors="replace"), facts[b"pending"], facts[b"idle"] / 1000)
+def _consumer(facts: dict[bytes, Any], renewed_s_ago: Mapping[bytes, float]) -> Consumer:
+    """The heartbeat of its service counts too: for Redis 7.0 a consumer whose reads find nothing is idle."""
+    name = facts[b"name"]
+    idle_s = min(facts[b"idle"] / 1000, renewed_s_ago.get(name, math.inf))
+    return Consumer(name.decode(errors="replace"), facts[b"pending"], idle_s)
+
+
+def _renewed_s_ago(fence: Reply, now: Sequence[bytes]) -> dict[bytes, float]:
+    """Seconds since the services renewed their consumers' names; any program can write to the hash."""
+    wall_now_s = int(now[0]) + int(now[1]) / 1e6
+    ages: dict[bytes, float] = {}
+    for field, value in ({} if isinstance(fence, ResponseError) else pairs(fence)).items():
+        if field.startswith(_HOLDER):
+            with suppress(ValueError, KeyError, TypeError):
+                age_s = wall_now_s - _finite(float(orjson.loads(value)["renewed"]) / 1000)
+                ages[field.removeprefix(_HOLDER)] = max(0.0, age_s)
+    return ages
 
 
 def _finite(value: Any) -> float:

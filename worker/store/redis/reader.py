@@ -117,12 +117,18 @@ class RedisReaderStore(RedisStoreBase):
         return [row[0] for row in self._pending_rows(source, after, count)]
 
     def claim(self, source: Source, min_idle_ms: int, count: int, cursor: bytes) -> tuple[bytes, list[Entry]]:
-        """Entries of this consumer that were not renewed are returned too."""
-        reply = self._run(source, "claim", [self.deaths_key(source.stream)], [min_idle_ms, count, cursor])
+        """Entries of this consumer that were not renewed are returned too. It stops after 8 MiB of jobs."""
+        arguments = [min_idle_ms, count, cursor, SCRIPT_BYTES]
+        reply = self._run(source, "claim", [self.deaths_key(source.stream)], arguments)
         return reply[0], [
             Entry(id, data, int(tries), self._deaths(source, id, deaths))
             for id, data, tries, deaths in _rows_of_four(reply[1:])
         ]
+
+    def has_lost(self, source: Source, min_idle_ms: int) -> bool:
+        two_keys = [source.stream, self.fence_key(source.stream)]
+        command = script("find_lost", two_keys, source.group, self._consumer, min_idle_ms)
+        return bool(self._send(source, lambda: command))
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         """Acknowledgements, retries and dead letters take one step each, so that a
@@ -280,10 +286,11 @@ class RedisReaderStore(RedisStoreBase):
     def _recreate_group(self, source: Source) -> None:
         """Create the group again, without touching the fence: a fenced reader stays fenced."""
         stream, group = source
-        log.error("group.recreated", extra={"group": group, "stream": stream, "hint": "it was deleted"})
         reply = self.call(stream, [("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")])[0]
-        if not str(reply).startswith("BUSYGROUP"):  # another reader was quicker
-            checked(reply)
+        if str(reply).startswith("BUSYGROUP"):
+            return  # another reader was quicker, or the stream moved to another node with its group
+        checked(reply)
+        log.error("group.recreated", extra={"group": group, "stream": stream, "hint": "it was deleted"})
         self._forget_deaths(source)
 
     def _forget_deaths(self, source: Source) -> None:

@@ -1,5 +1,5 @@
 -- Prelude of the scripts that use the record of the service that owns a consumer's name (see lua.py). It defines
--- write_record and live_record, and the server's time as clock and now_ms.
+-- write_record, last_record and live_record, and the server's time as clock and now_ms.
 -- KEYS[2] fence hash: consumer -> epoch, and /holder/<consumer> -> record of the service that got that epoch
 -- A record is JSON: epoch, token (of one service start), about (text for people), lease and renewed (ms, as text).
 -- Other programs can write to the hash: a record with a field of another kind or an endless lease does not count.
@@ -16,9 +16,9 @@ local function write_record(consumer, epoch, token, lease_ms, about)
   redis.call('HSET', KEYS[2], '/holder/' .. consumer, cjson.encode(record))
 end
 
--- Returns the record and the ms that its lease still has, or nothing if the name is free. A record of another epoch does
--- not count: versions of the service that write no record took the name after it.
-local function live_record(consumer, epoch)
+-- Returns the record of the last service that held the name, and the ms since its last renewal; or nothing. A record of
+-- another epoch does not count: versions of the service that write no record took the name after it.
+local function last_record(consumer, epoch)
   local is_json, record = pcall(cjson.decode, redis.call('HGET', KEYS[2], '/holder/' .. consumer) or '')
   if not is_json or type(record) ~= 'table' or record.epoch ~= epoch then
     return nil
@@ -29,10 +29,15 @@ local function live_record(consumer, epoch)
     end
   end
   -- A clock that was set back makes the age negative; the record must expire then too.
-  local lease_ms = tonumber(record.lease) or 0
-  local left_ms = lease_ms - math.abs(now_ms - (tonumber(record.renewed) or 0))
-  if left_ms > 0 and lease_ms <= longest_lease then
-    return record, left_ms
+  return record, math.abs(now_ms - (tonumber(record.renewed) or 0))
+end
+
+-- Returns the record and the ms that its lease still has, or nothing if the name is free.
+local function live_record(consumer, epoch)
+  local record, age_ms = last_record(consumer, epoch)
+  local lease_ms = record and tonumber(record.lease) or 0
+  if record and age_ms < lease_ms and lease_ms <= longest_lease then
+    return record, lease_ms - age_ms
   end
 end
 

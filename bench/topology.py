@@ -1,0 +1,208 @@
+"""Trials of services on several hosts: a host is lost, and every job is counted.
+
+``python bench/topology.py`` runs all trials and prints a table; ``--json`` prints the figures as JSON. It
+exits with 1 if a job is lost.
+
+lost host: a host reads all jobs and falls silent. Two other services take its jobs over once its leases have
+expired, while new jobs arrive at a steady rate.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from hosts import format_facts, host_facts, table
+from rig import LIMIT_S, STAMP, Backlog, connect, job, say, server, service
+
+from jobworker.worker.keys import Holder, Source
+from jobworker.worker.store.redis.reader import RedisReaderStore
+
+#: New jobs per second while the jobs of the lost host are taken over.
+_NEW_PER_S = 200
+#: Number of the first new job: the lost host has those below.
+_FIRST_NEW = 10_000_000
+_READ_AT_ONCE = 1000
+_POLL_S = 0.05
+
+
+class Trial(NamedTuple):
+    """Figures of one trial; times in seconds.
+
+    ``lost`` jobs never started, ``repeated`` started more than once. ``silence``: from the loss to the first
+    job that was taken over. ``done``: from the loss to the last one. ``per_s``: jobs per second in between.
+    ``new_p50`` and ``new_max``: time that a new job waited meanwhile. ``shares``: jobs by surviving service.
+    """
+
+    name: str
+    jobs: int
+    lost: int
+    repeated: int
+    silence: float
+    done: float
+    per_s: float
+    new_p50: float
+    new_max: float
+    shares: list[int]
+
+
+class LostHost:
+    """A reader that owns jobs of a stream from one moment on, and never renews their leases."""
+
+    name = "lost/one"
+
+    def __init__(self, url: str, source: Source, lease_s: float) -> None:
+        holder = Holder("lost", "the lost host of the trial", lease_s)
+        self._store = RedisReaderStore(url, self.name, holder=holder)
+        self._source = source
+
+    def take(self, client: Any) -> tuple[int, int]:
+        """Own all jobs of the stream, which no reader has seen; returns their number and the time (ns)."""
+        self._store.acquire([self._source])
+        ids, start = [], "-"
+        while page := client.xrange(self._source.stream, start, "+", _READ_AT_ONCE):
+            ids += [entry_id for entry_id, _ in page]
+            start = b"(" + ids[-1]
+        since_ns = time.monotonic_ns()
+        for at in range(0, len(ids), _READ_AT_ONCE):
+            some = ids[at : at + _READ_AT_ONCE]
+            client.xclaim(*self._source, self.name, 0, some, retrycount=1, force=True, justid=True)
+        return len(ids), since_ns
+
+
+class NewJobs:
+    """A producer of new jobs at a steady rate."""
+
+    def __init__(self, url: str, stream: str) -> None:
+        self._client = connect(url)
+        self._stream = stream
+        self._stop = threading.Event()
+        self.added_ns: dict[int, int] = {}
+        self._thread = threading.Thread(target=self._produce, daemon=True)
+        self._thread.start()
+
+    def _produce(self) -> None:
+        number = _FIRST_NEW
+        while not self._stop.wait(1 / _NEW_PER_S):
+            self.added_ns[number] = time.monotonic_ns()
+            self._client.xadd(self._stream, {"data": job(number)})
+            number += 1
+
+    def stop(self) -> None:
+        """End the production."""
+        self._stop.set()
+        self._thread.join()
+        self._client.close()
+
+
+def lost_host(url: str, jobs: int, lease_s: float, procs: int, limit_s: float) -> Trial:
+    """The jobs of a lost host."""
+    with ExitStack() as stack:
+        client = stack.enter_context(connect(url))
+        backlog = Backlog(client)
+        stack.callback(backlog.close)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        backlog.fill(jobs + 1)  # all but the last
+        paths = [folder / name for name in ("a", "b")]
+        for path in paths:
+            stack.enter_context(
+                service(
+                    url, backlog, STAMP, procs, BENCH_STAMPS=str(path),
+                    JOBWORKER_INSTANCE=path.name, JOBWORKER_LEASE=str(lease_s),
+                )
+            )  # fmt: skip
+        owned, died_ns = LostHost(url, Source(backlog.stream, backlog.group), lease_s).take(client)
+        if owned != jobs:
+            raise RuntimeError("the lost host did not get all jobs")
+        backlog.end_hold()
+        new_jobs = NewJobs(url, backlog.stream)
+        _wait(lambda: _is_settled(client, backlog), limit_s)
+        new_jobs.stop()
+        _wait(lambda: _is_settled(client, backlog, new_too=True), limit_s)
+        return _judge(jobs, [path.read_text().splitlines() for path in paths], new_jobs.added_ns, died_ns)
+
+
+def _is_settled(client: Any, backlog: Backlog, *, new_too: bool = False) -> bool:
+    """Whether the lost host owns no job any more; with ``new_too`` whether all jobs are settled."""
+    pending = client.xpending(backlog.stream, backlog.group)
+    if new_too:
+        groups = client.xinfo_groups(backlog.stream)
+        return not pending["pending"] and not any(group["lag"] for group in groups)
+    return not any(one["name"] == LostHost.name.encode() for one in pending["consumers"])
+
+
+def _wait(is_over: Callable[[], bool], limit_s: float) -> None:
+    give_up_at = time.monotonic() + limit_s
+    while not is_over() and time.monotonic() < give_up_at:
+        time.sleep(_POLL_S)  # the state of a stream sends no event
+
+
+def _judge(jobs: int, starts: list[list[str]], added_ns: dict[int, int], died_ns: int) -> Trial:
+    seen: Counter[int] = Counter()
+    first_ns: dict[int, int] = {}
+    shares = []
+    for lines in starts:
+        stamps = [line.split() for line in lines]
+        shares.append(0)
+        for job_id, mono_ns in stamps:
+            number = int(job_id.removeprefix("bench-"))
+            seen[number] += 1
+            first_ns[number] = min(first_ns.get(number, int(mono_ns)), int(mono_ns))
+            shares[-1] += number < jobs
+    taken = sorted(mono_ns for number, mono_ns in first_ns.items() if number < jobs)
+    waits = [(mono_ns - added_ns[n]) / 1e9 for n, mono_ns in first_ns.items() if n in added_ns]
+    span_s = (taken[-1] - taken[0]) / 1e9 if len(taken) > 1 else 0.0
+    return Trial(
+        "lost host",
+        jobs + len(added_ns),
+        jobs + len(added_ns) - len(seen),
+        sum(count > 1 for count in seen.values()),
+        silence=round((taken[0] - died_ns) / 1e9, 2) if taken else -1.0,
+        done=round((taken[-1] - died_ns) / 1e9, 2) if taken else -1.0,
+        per_s=round(len(taken) / span_s) if span_s else 0,
+        new_p50=round(statistics.median(waits), 4) if waits else -1.0,
+        new_max=round(max(waits), 3) if waits else -1.0,
+        shares=shares,
+    )
+
+
+def _print(trials: list[Trial], facts: dict[str, Any]) -> None:
+    say(format_facts(facts))
+    head = "trial|jobs|lost|repeated|silence s|done s|jobs/s|new p50 s|new max s|shares"
+    rows = [tuple(head.split("|"))]
+    for one in trials:
+        cells = (one.jobs, one.lost, one.repeated, one.silence, one.done, one.per_s, one.new_p50, one.new_max)
+        rows.append((one.name, *map(str, cells), " : ".join(map(str, one.shares))))
+    print(table(rows))
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--url", default="", help="Server; none starts a Valkey for the trials.")
+@click.option("--jobs", default=100_000, help="Jobs of the lost host.")
+@click.option("--lease", "lease_s", default=3.0, help="Lease of all services (seconds).")
+@click.option("--procs", default=1, help="Workers of each surviving service.")
+@click.option("--limit", "limit_s", default=LIMIT_S, help="End a trial after so many seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def main(url: str, jobs: int, lease_s: float, procs: int, limit_s: float, as_json: bool) -> None:
+    """Count the jobs of services on several hosts while one of them is lost."""
+    with server(url) as at:
+        with connect(at) as client:
+            facts = host_facts(client)
+        trials = [lost_host(at, jobs, lease_s, procs, limit_s)]
+    if as_json:
+        print(json.dumps({"host": facts, "trials": [one._asdict() for one in trials]}, indent=2))
+    else:
+        _print(trials, facts)
+    sys.exit(1 if any(one.lost for one in trials) else 0)
+
+
+if __name__ == "__main__":
+    main()
