@@ -181,6 +181,8 @@ _WORK = [
     option("--retry-initial", "Backoff = initial * multiplier ** retry count (seconds).", 1.0, SECONDS),
     option("--retry-max", "Longest backoff (seconds).", 60.0, SECONDS),
     option("--retry-multiplier", "Growth of the backoff.", 2.0, Number(1, 1000)),
+    option("--batch-ttl", "How long the counts of a finished batch are kept (seconds, or 7d).",
+            7 * 24 * 3600.0, Duration(0.1)),
     option("--retry-jitter", "Share by which a backoff is spread either way.", 0.1, Number(0, 1)),
 ]  # fmt: skip
 _STORES = [
@@ -220,6 +222,7 @@ _MOST_KINDS = 255
 _SECONDS = (
     *("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "linger", "cancel_grace"),
     "result_ttl",
+    "batch_ttl",
 )
 
 
@@ -247,6 +250,7 @@ _GROUPS = {
         "result-ttl",
         "linger",
         "max-payload",
+        "batch-ttl",
     ),
     "Worker replacement": ("max-rss", "max-jobs", "max-age", "drain-timeout"),
     "Retries": ("max-retries", "retry-initial", "retry-multiplier", "retry-max", "retry-jitter"),

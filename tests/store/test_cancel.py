@@ -9,7 +9,7 @@ from jobworker.worker.cancel import CancelledJob, Canceller, JobFilter, outcome_
 from jobworker.worker.flow import FlowConfig, Lane, LaneRules, Limit, read_flow_header
 from jobworker.worker.producer import Producer
 from jobworker.worker.results import CancelOutcome
-from jobworker.worker.store.ports import PutBack, ReaderStore, Retry, Settlement, WaitingJob
+from jobworker.worker.store.ports import Dead, PutBack, ReaderStore, Retry, Settlement, WaitingJob
 from support.job_store_steps import S, given, pending, read
 from support.job_worlds import RedisWorld, World, settle
 
@@ -249,6 +249,28 @@ def test_a_cancelled_job_that_asks_for_it_has_a_result(any_world: World) -> None
         assert (result.state, result.value, result.reason) == ("cancelled", None, "cancelled")
         with pytest.raises(TimeoutError, match="job j2 has no result after 0 s"):
             producer.result("j2", 0, stream=S.stream)
+
+
+def test_cancelled_jobs_count_as_dead_in_their_batch(any_world: World) -> None:
+    store, _ = given(any_world)
+    with Producer(store=any_world.producer()) as producer, producer.batch("t1") as batch:
+        ids = [batch.enqueue("a", number, stream=S.stream) for number in range(4)]
+        ids.append(batch.enqueue("a", 4, stream=S.stream, delay=60.0))
+    (running,) = read(store, 1)
+    assert store.register_batches(S, {running.id: batch.id}) == set()
+    cancel(any_world, ids[1])
+    cancel(any_world, ids[4], discard=True)
+    sort(store)
+    cancel(any_world, ids[2], dry_run=True)
+    cancel(any_world, ids[0], ids[2], discard=True)
+    found = any_world.producer().batch_hash(S.stream, batch.id)
+    assert found is not None
+    assert (found.total, found.done, found.dead) == (5, 0, 3)
+    settle(store, [Settlement(S, dead=[Dead(running.id, b"", ids[0], b"cancelled")])])
+    found = any_world.producer().batch_hash(S.stream, batch.id)
+    assert found is not None
+    assert (found.done, found.dead) == (0, 4)
+    assert any_world.producer().result(S.stream, ids[0]) == b"cancelled"
 
 
 def test_a_search_ends_at_its_limit(any_world: World) -> None:

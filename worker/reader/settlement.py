@@ -74,14 +74,13 @@ class SettlementBatch:
         self.done: dict[int, list[bytes]] = defaultdict(list)
         #: Type numbers of the jobs in ``done``, in the same order.
         self.done_types: dict[int, list[int]] = defaultdict(list)
-        #: Failed jobs whose entry is gone from the stream, and cancelled ones that are dropped. They are
-        #: acknowledged, too.
+        #: Failed jobs whose entry is gone from the stream. They are acknowledged, too.
         self.missing: dict[int, list[bytes]] = defaultdict(list)
         self.retries: dict[int, list[Retry]] = defaultdict(list)
         self.dead: dict[int, list[Dead]] = defaultdict(list)
         #: Jobs that wait in their lanes again.
         self.put_back: dict[int, list[PutBack]] = defaultdict(list)
-        #: Jobs whose result is kept: they succeeded, or were cancelled and are dropped.
+        #: Jobs that succeeded and whose result is kept.
         self.kept: dict[int, list[Kept]] = defaultdict(list)
         #: Cancelled entries that end with this batch.
         self.cancelled: dict[int, list[bytes]] = defaultdict(list)
@@ -111,9 +110,9 @@ class SettlementBatch:
         return {
             no: Settlement(
                 streams[no],
-                self.done[no] + self.missing[no],
+                self.done[no],
                 self.retries[no],
-                self.dead[no],
+                self.dead[no] + [Dead(id, b"") for id in self.missing[no]],
                 sure,
                 self.put_back.get(no, ()),
                 versions[no],
@@ -350,10 +349,9 @@ class Settler:
         batch.cancelled[stream_no].append(job.entry_id)
         if is_kept_letter:
             self._add_dead_letter(batch, rejected, envelope.type, worker)
-        elif record := self._result_of(job):
-            batch.kept[stream_no].append(Kept(job.entry_id, envelope.id, record))
         else:
-            batch.missing[stream_no].append(job.entry_id)
+            dropped = Dead(job.entry_id, b"", envelope.id, self._result_of(job))
+            batch.dead[stream_no].append(dropped)
 
     def _end_cancels(self, batch: SettlementBatch, others: set[tuple[int, bytes]]) -> None:
         """Forget requests to cancel jobs that have ended: all of the batch but ``others``."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ...envelope import batch_of
 from ..ports import CancelReply, CancelRequest, Entry
 from .server import MemoryServer, order
 
@@ -62,6 +63,8 @@ class MemoryCancelStore:
     def _record(self, name: str, request: CancelRequest, ttl_s: float) -> None:
         stream = self._server.stream(name)
         stream.cancelled += 1
+        if batch := batch_of(request.data):
+            stream.batches.count(batch, "dead", 1)
         if request.letter:
             stream.dead.append(request.letter)
         if request.result:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ...envelope import batch_of
 from ..ports import CancelReply, CancelRequest, Entry
 from . import lanes
 from .base import RedisStoreBase, checked, chunks_by_size, is_no_stream
@@ -39,7 +40,7 @@ class RedisCancelStore(RedisStoreBase):
             if request.entry_id:
                 where, _ = lanes.whereabouts(Entry(request.entry_id, request.data), config)
             result_key = self.result_key(stream, request.job_id) if request.result else ""
-            last = (ttl_ms, _REMEMBERED_S, int(dry_run))
+            last = (ttl_ms, _REMEMBERED_S, int(dry_run), batch_of(request.data))
             return script("cancel", keys, request.entry_id, where, request.letter, result_key,
                           request.result, *last)  # fmt: skip
 

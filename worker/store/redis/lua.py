@@ -10,7 +10,7 @@ Command = Sequence[Argument]
 
 #: Scripts that act for a reader: they check its epoch and the ownership of entries first.
 _EPOCH_SCRIPTS = frozenset(
-    {"settle", "set_deaths", "renew", "release", "claim", "renew_name", "sort", "take"}
+    {"settle", "set_deaths", "renew", "release", "claim", "renew_name", "sort", "take", "batch_register"}
 )
 #: Scripts that use the record of the service that owns a consumer's name.
 _NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lost"})
@@ -18,6 +18,14 @@ _NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lo
 _FLOW_SCRIPTS = frozenset({"sort", "take", "settle", "configure", "mend_slots", "cancel"})
 #: Scripts that compare entry ids.
 _ID_SCRIPTS = frozenset({"trim", "cancel"})
+
+#: Scripts that count the jobs of batches.
+_BATCH_SCRIPTS = frozenset(
+    {
+        *("settle", "sort", "batch_register", "batch_open", "batch_close", "batch_finish", "batch_sweep"),
+        *("batch_mend", "cancel"),
+    }
+)
 
 
 class LuaScripts:
@@ -55,6 +63,7 @@ script = LuaScripts(
         "prelude_name": _NAME_SCRIPTS,
         "prelude_ids": _ID_SCRIPTS,
         "prelude_flow": _FLOW_SCRIPTS,
+        "prelude_batch": _BATCH_SCRIPTS,
         "prelude_cancel": frozenset({"settle", "cancel"}),
         "prelude_results": frozenset({"settle"}),
     },

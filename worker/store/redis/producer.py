@@ -5,11 +5,12 @@ from collections.abc import Iterable
 from ... import keys
 from ..announcements import Announcement
 from .base import announcements_in, checked, chunks_by_size
+from .batches import RedisBatchStore
 from .cancel import RedisCancelStore
 from .lua import script
 
 
-class RedisProducerStore(RedisCancelStore):
+class RedisProducerStore(RedisBatchStore, RedisCancelStore):
     """`ProducerStore` on Redis."""
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:

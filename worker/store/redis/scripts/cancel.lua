@@ -1,10 +1,12 @@
 -- Cancels one job: removes it if it waits, or asks the service that has it to end it.
--- Called by RedisCancelStore.cancel, after prelude_ids.lua, prelude_flow.lua and prelude_cancel.lua. Atomic: a job that
--- begins at this moment is either removed or asked, and a removed one has its dead letter and its result.
+-- Called by RedisCancelStore.cancel, after prelude_ids.lua, prelude_flow.lua, prelude_batch.lua and prelude_cancel.lua.
+-- Atomic: a job that begins at this moment is either removed or asked, and a removed one has its dead letter and its result,
+-- and counts in its batch.
 -- KEYS[1] stream  KEYS[2] retry ZSET  KEYS[3] dead-letter stream  KEYS[4] deaths hash  KEYS[5] ready hash
 -- ARGV[1] entry id; empty for a job of the retry ZSET   ARGV[2] lane in which the entry may wait, or the job in the ZSET
 -- ARGV[3] dead letter, or empty   ARGV[4] key of the result, or empty   ARGV[5] result   ARGV[6] its lifetime in ms
 -- ARGV[7] how long a request is remembered, in s   ARGV[8] 1: change nothing
+-- ARGV[9] id of its batch, or empty
 -- Returns a number of `CancelReply` in worker/store/ports.py.
 local GONE, REMOVED, UNSCHEDULED, ASKED = 0, 1, 2, 3
 local id, is_dry = ARGV[1], ARGV[8] == '1'
@@ -18,6 +20,9 @@ local function record()
     redis.call('SET', ARGV[4], ARGV[5], 'PX', ARGV[6])
   end
   redis.call('HINCRBY', ready .. '/config', 'cancelled', 1)
+  if ARGV[9] ~= '' then
+    count_in_batch(ARGV[9], 'dead', 1)
+  end
 end
 
 if id == '' then
