@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import NamedTuple
 
+from .conditions import unique_name
 from .envelope import DeadJob, Header, dead_letter, read_header
 from .errors import MalformedJob
 from .outcome import Reason
@@ -180,7 +181,8 @@ class Canceller:
             letter = dead_letter(job, stream=stream, worker=self._by, failed_at=now_text)
         if is_kept(header.metadata):
             result = encode_result(CANCELLED, now_text, error=_ERROR, reason=Reason.CANCELLED)
-        return CancelRequest(entry.id, entry.data, letter, header.id, result)
+        first_id = header.first_id.encode() or entry.id
+        return CancelRequest(entry.id, entry.data, letter, header.id, result, unique_name(header), first_id)
 
 
 def outcome_of(jobs: Sequence[CancelledJob]) -> CancelOutcome:

@@ -184,6 +184,8 @@ _WORK = [
     option("--batch-ttl", "How long the counts of a finished batch are kept (seconds, or 7d).",
             7 * 24 * 3600.0, Duration(0.1)),
     option("--retry-jitter", "Share by which a backoff is spread either way.", 0.1, Number(0, 1)),
+    option("--unique-window", "Time in which one of several jobs with the same type, tenant and "
+            "idempotency_key runs (seconds, or 1h); 0 runs all.", 86_400.0, Duration()),
 ]  # fmt: skip
 _STORES = [
     REDIS_URL,
@@ -220,8 +222,8 @@ _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _MOST_KINDS = 255
 #: Options whose settings carry the unit in their name.
 _SECONDS = (
-    *("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "linger", "cancel_grace"),
-    "result_ttl",
+    *("lease", "unique_window", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "linger"),
+    *("cancel_grace", "result_ttl"),
     "batch_ttl",
 )
 
@@ -250,6 +252,7 @@ _GROUPS = {
         "result-ttl",
         "linger",
         "max-payload",
+        "unique-window",
         "batch-ttl",
     ),
     "Worker replacement": ("max-rss", "max-jobs", "max-age", "drain-timeout"),

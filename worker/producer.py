@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self
 import msgspec
 import orjson
 
+from .conditions import EXPIRES_AT, NOT_BEFORE, parse_time
 from .endpoints import only_stream, store_url
 from .envelope import (
     BATCH_FIELD,
@@ -39,7 +40,6 @@ from .results import KEEP_RESULT, CancelOutcome, JobResult, decode_result
 from .safe_text import is_unicode
 from .settings import MAX_PAYLOAD_BYTES
 from .store.announcements import Announcement, stream_for, suggestion
-from .store.batches import BatchJob
 from .store.ports import ProducerStore
 
 #: Jobs held back for one pipeline: enough to hide the round trip, little to lose when it fails.
@@ -67,6 +67,10 @@ _TENANT = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 
 
+#: A point in time as callers give it.
+Time = datetime | str | float
+
+
 class UnknownDestination(UserWarning):
     """No service of the deployment runs the job's type, or reads its stream: probably a typing error.
 
@@ -77,6 +81,8 @@ class UnknownDestination(UserWarning):
 
 class NewJob(NamedTuple):
     """A job to be enqueued. ``delay`` and ``timeout`` are seconds; ``stream`` and ``id`` None are chosen.
+
+    ``run_at`` and ``expires_at`` are times: RFC 3339, unix seconds, or a `datetime` with a time zone.
 
     With ``keep_result``, what its handler returns is kept for `Producer.result`.
     """
@@ -90,6 +96,8 @@ class NewJob(NamedTuple):
     metadata: Mapping[str, str] | None = None
     delay: float | None = None
     timeout: float | None = None
+    run_at: Time | None = None
+    expires_at: Time | None = None
     keep_result: bool = False
 
 
@@ -192,18 +200,37 @@ class Producer:
         metadata: Mapping[str, str] | None = None,
         delay: float | None = None,
         timeout: float | None = None,
+        run_at: Time | None = None,
+        expires_at: Time | None = None,
         keep_result: bool = False,
     ) -> str:
-        """Put one job on its stream, or let it wait ``delay`` seconds first; returns its id.
+        """Put one job on its stream; returns its id.
 
-        A service counts a ``timeout`` below 0.1 s as 0.1 s, and one above 24 h as 24 h. With ``keep_result``,
-        `result` returns what the handler returned; ``id`` must be unique in its stream then.
+        It starts after ``delay`` seconds, or not before ``run_at``. If it has not started by ``expires_at``
+        it is dead-lettered. Both times are RFC 3339, unix seconds, or a `datetime` with a time zone; they are
+        sent in ``metadata``. A service counts a ``timeout`` below 0.1 s as 0.1 s, and one above 24 h as 24 h.
+
+        With ``keep_result``, `result` returns what the handler returned; ``id`` must be unique in its stream
+        then.
 
         When this returns the store has acknowledged the job. Raises `ValueError` for a job that the service
         would refuse, `StoreUnavailable` when the store did not answer: the job may have been taken then, and
         enqueuing it again under the same id is the safe thing to do.
         """
-        job = NewJob(type, payload, tenant_id, project_id, stream, id, metadata, delay, timeout, keep_result)
+        job = NewJob(
+            type,
+            payload,
+            tenant_id,
+            project_id,
+            stream,
+            id,
+            metadata,
+            delay,
+            timeout,
+            run_at,
+            expires_at,
+            keep_result,
+        )
         return self._send([job], None)[0]
 
     def enqueue_many(
@@ -307,7 +334,7 @@ class Producer:
         fields, home = {"name": name.encode(), "tenant_id": tenant_id.encode()}, ""
         if on_complete is not None:
             prepared = self._prepare_callback(_new_job(on_complete), id, tenant_id)
-            home, fields["on_complete"] = prepared.stream, prepared.job.data
+            home, fields["on_complete"] = prepared.stream, prepared.data
 
         def prepare(item: NewJob | Mapping[str, Any], stream: str | None) -> PreparedJob:
             job = _new_job(item)
@@ -331,17 +358,19 @@ class Producer:
         to = _named_stream(job, stream) or self._home_of(job.type)
         _refuse_derived(to)
         self._check_destination(job.type, to)
-        delay_s = _seconds("delay", job.delay) if job.delay is not None and job.delay != 0 else 0.0
-        return PreparedJob(id, to, BatchJob(data, delay_s))
+        return PreparedJob(id, to, data)
 
     def _send(self, jobs: Iterable[NewJob | Mapping[str, Any]], stream: str | None) -> list[str]:
         ids: list[str] = []
         waiting: dict[str, list[bytes]] = {}
         try:
             for item in jobs:
-                id, to, (data, delay_s) = self._prepare(_new_job(item), stream)
+                id, to, data = self._prepare(_new_job(item), stream)
                 ids.append(id)
-                self._put(waiting, to, data, delay_s)
+                batch = waiting.setdefault(to, [])
+                batch.append(data)
+                if len(batch) >= _BATCH_JOBS:
+                    self._flush(to, batch)
         finally:
             # Also after an error: the jobs before it were accepted, and their order stands.
             for name, batch in waiting.items():
@@ -418,16 +447,6 @@ class Producer:
         except StoreUnavailable:  # sending the job reports it
             return []
 
-    def _put(self, waiting: dict[str, list[bytes]], stream: str, data: bytes, delay_s: float) -> None:
-        if delay_s:
-            with self._stores.borrow() as store:
-                store.schedule(stream, data, delay_s)
-            return
-        batch = waiting.setdefault(stream, [])
-        batch.append(data)
-        if len(batch) >= _BATCH_JOBS:
-            self._flush(stream, batch)
-
     def _flush(self, stream: str, batch: list[bytes]) -> None:
         some = batch.copy()
         batch.clear()
@@ -440,7 +459,7 @@ def encode_job(job: NewJob, wall_now_s: float) -> tuple[str, bytes]:
     """The job's id and its JSON, checked by the rules that the service reads it by. Raises ValueError."""
     id = job.id if job.id is not None else os.urandom(16).hex()
     _check_names(id, job)
-    metadata = _metadata(job)
+    metadata = _with_times(_metadata(job), job, wall_now_s)
     if metadata is not None:
         _check_metadata(metadata)
     wire: dict[str, Any] = {"id": id, "type": job.type}
@@ -521,6 +540,38 @@ def _metadata(job: NewJob) -> dict[str, str] | None:
     if not isinstance(job.keep_result, bool):
         raise ValueError(f"keep_result is {job.keep_result!r:.80}: True or False is needed")
     return {**(metadata or {}), KEEP_RESULT: "true"} if job.keep_result else metadata
+
+
+def _with_times(metadata: dict[str, str] | None, job: NewJob, wall_now_s: float) -> dict[str, str] | None:
+    """Metadata with the job's times. Raises ValueError for times that no service could read."""
+    times: dict[str, str] = {}
+    delay_s = None if job.delay is None or job.delay == 0 else _seconds("delay", job.delay)
+    if delay_s is not None and job.run_at is not None:
+        raise ValueError("give delay or run_at, not both")
+    if delay_s is not None:
+        times[NOT_BEFORE] = _rfc3339(wall_now_s + delay_s)
+    if job.run_at is not None:
+        times[NOT_BEFORE] = _checked_time("run_at", job.run_at)
+    if job.expires_at is not None:
+        times[EXPIRES_AT] = _checked_time("expires_at", job.expires_at)
+    for key in (NOT_BEFORE, EXPIRES_AT):
+        if metadata and metadata.get(key):
+            _checked_time(f"metadata.{key}", metadata[key])
+    return {**(metadata or {}), **times} if times else metadata
+
+
+def _checked_time(field: str, value: Any) -> str:
+    """A time as the wire has it. Raises ValueError."""
+    if isinstance(value, datetime):
+        value = value.isoformat()
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{field} is {value!r:.80}: give RFC 3339, unix seconds or a datetime")
+    text = value if isinstance(value, str) else f"{value:.6f}"
+    try:
+        parse_time(text)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+    return text
 
 
 def _check_text(field: str, value: Any) -> None:

@@ -169,6 +169,7 @@ class Reaper:
         for stream_no, source in enumerate(self._settings.streams):
             with self._faults.guard(stream_no):
                 trimmed = self._store.trim(source.stream)
+                self._store.forget_keys(source.stream)
                 if freed := self._store.mend_slots(source):
                     log.warning("slots.freed", extra={"stream": source.stream, "entries": freed})
                 self._mend_batches(stream_no, source)

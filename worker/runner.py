@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from .conditions import EXPIRES_AT, expires_s
 from .envelope import (
     MAX_TIMEOUT_S,
     MIN_TIMEOUT_S,
@@ -294,6 +295,8 @@ class Runner:
             if queued.envelope.type != handler.type_name:
                 others.append(queued)
                 continue
+            if self._is_expired(queued):
+                continue
             size_bytes += queued.size_bytes
             if batch and size_bytes > most_bytes:
                 others.append(queued)
@@ -301,6 +304,16 @@ class Runner:
             batch.append(queued)
         self._queue.extendleft(reversed(others))
         return batch
+
+    def _is_expired(self, queued: QueuedJob) -> bool:
+        """Fail a job whose latest start passed while it was queued; False if it may start."""
+        metadata = queued.envelope.metadata
+        if not metadata or EXPIRES_AT not in metadata or expires_s(queued.envelope) > self._wall_s():
+            return False
+        self._fail(queued.row, Failure(f"ExpiredJob: not started by {metadata[EXPIRES_AT]}", expired=True))
+        self._channel.finished += 1
+        self._unflushed_since = self._unflushed_since or self._mono_s()
+        return True
 
     def _limit_s(self, handler: BoundHandler, envelope: Header) -> float:
         if envelope.timeout is None:
@@ -342,6 +355,8 @@ class Runner:
         waited_s: list[float] = []
         while queue and queue[0].envelope.type == type_name and started <= flush_at and not self.stop:
             job = queue.popleft()
+            if self._is_expired(job):
+                continue
             waited_s += _waited_s(job.envelope, started + wall_ahead_s)
             ended = self._run_one(handler, job, started)
             took_s.append(ended - started)
@@ -388,7 +403,9 @@ class Runner:
 
     def _run_batch(self, handler: BoundHandler, batch: list[QueuedJob]) -> None:
         assert handler.handle_batch is not None
-        if self._channel.has_cancels and not (batch := self._without_cancelled(batch)):
+        if self._channel.has_cancels:
+            batch = self._without_cancelled(batch)
+        if not batch:  # all have expired or were cancelled
             return
         jobs = [self._job(queued) for queued in batch]
         started = self._mono_s()

@@ -52,6 +52,8 @@ class Settings:
     lease_s: float = 30.0
     #: Time for which a finished batch is kept.
     batch_ttl_s: float = 7 * 24 * 3600.0
+    #: Time for which an idempotency key is taken; 0: keys do not count.
+    unique_window_s: float = 86_400.0
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     max_deaths: int = 3
     max_payload: int = MAX_PAYLOAD_BYTES

@@ -101,10 +101,10 @@ class Harness:
 
     ``handlers`` maps types to handler classes (one object a worker, as in the service), to objects or to
     functions with `job`; a list of such functions will do, for each has its type. Of the ``settings``, these
-    have an effect: streams, retry, max_payload, max_deaths, job_timeout_s, cancel_grace_s and result_ttl_s.
-    The default settings have no
-    jitter. ``cron`` are tables with the keys of ``[[cron]]`` in the configuration file; `advance` enqueues
-    their jobs. Errors of a handler's ``setup`` are raised here, and `ValueError` for a wrong table.
+    have an effect: streams, retry, max_payload, max_deaths, job_timeout_s, unique_window_s, cancel_grace_s
+    and result_ttl_s. The default settings have no jitter. ``cron`` are tables with the keys of ``[[cron]]``
+    in the configuration file; `advance` enqueues their jobs. Errors of a handler's ``setup`` are raised here,
+    and `ValueError` for a wrong table.
     """
 
     def __init__(
@@ -142,7 +142,10 @@ class Harness:
         clock, rng = self.mono_now_s, random.Random(0)
         self._to_reader, control = self._control_pair()
         # Slowing down after worker deaths would only make tests wait.
-        self._reader = Reader(self._store, self.settings, control, mono_s=clock, rng=rng, slow_crashes=False)
+        wall = self.wall_now_s
+        self._reader = Reader(
+            self._store, self.settings, control, mono_s=clock, wall_s=wall, rng=rng, slow_crashes=False
+        )
         self._to_reaper, control = self._control_pair()
         reaper_store = MemoryStore(self._server)
         self._reaper = Reaper(

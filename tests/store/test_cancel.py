@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import pytest
 
 from jobworker.worker.cancel import CancelledJob, Canceller, JobFilter, outcome_of
+from jobworker.worker.conditions import unique_name
+from jobworker.worker.envelope import read_header
 from jobworker.worker.flow import FlowConfig, Lane, LaneRules, Limit, read_flow_header
 from jobworker.worker.producer import Producer
 from jobworker.worker.results import CancelOutcome
@@ -266,11 +268,27 @@ def test_cancelled_jobs_count_as_dead_in_their_batch(any_world: World) -> None:
     found = any_world.producer().batch_hash(S.stream, batch.id)
     assert found is not None
     assert (found.total, found.done, found.dead) == (5, 0, 3)
-    settle(store, [Settlement(S, dead=[Dead(running.id, b"", ids[0], b"cancelled")])])
+    settle(store, [Settlement(S, dead=[Dead(running.id, b"", None, ids[0], b"cancelled")])])
     found = any_world.producer().batch_hash(S.stream, batch.id)
     assert found is not None
     assert (found.done, found.dead) == (0, 4)
     assert any_world.producer().result(S.stream, ids[0]) == b"cancelled"
+
+
+def test_the_key_of_a_cancelled_job_is_free_again(any_world: World) -> None:
+    store, _ = given(any_world)
+    again = job("j2", metadata={"idempotency_key": "k"})
+    any_world.producer().add(S.stream, [job("j1", metadata={"idempotency_key": "k"})])
+    (first,) = read(store)
+    name = unique_name(read_header(again))
+    assert store.claim_keys(S, [(first.id, name)], 3600.0) == {}
+    waits = job("j1", metadata={"idempotency_key": "k"}, jobworker_first_id=first.id.decode())
+    settle(store, [Settlement(S, retries=[Retry(first.id, 60.0, waits)])])
+    any_world.producer().add(S.stream, [again])
+    (second,) = read(store)
+    assert store.claim_keys(S, [(second.id, name)], 3600.0) == {second.id: first.id}
+    cancel(any_world, "j1", discard=True)
+    assert store.claim_keys(S, [(second.id, name)], 3600.0) == {}
 
 
 def test_a_search_ends_at_its_limit(any_world: World) -> None:

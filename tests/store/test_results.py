@@ -46,7 +46,7 @@ def test_results_are_kept_with_the_acknowledgement(any_world: World) -> None:
 def test_a_dead_letter_keeps_its_reason_as_the_result(any_world: World) -> None:
     reader, (first, second) = delivered(any_world, "j1", "j2")
     record = encode_result(DEAD, AT, error="ValueError: no", reason="exhausted")
-    dead = [Dead(first.id, b"letter 1", "j1", record), Dead(second.id, b"letter 2")]
+    dead = [Dead(first.id, b"letter 1", None, "j1", record), Dead(second.id, b"letter 2")]
     assert settle(reader, [Settlement(SOURCE, dead=dead)]) == set()
     assert any_world.dead_letters("s") == [b"letter 1", b"letter 2"]
     assert result_of(any_world, "j1") == JobResult("dead", None, "ValueError: no", "exhausted")
@@ -58,7 +58,7 @@ def test_an_entry_that_is_not_ours_leaves_no_result(any_world: World) -> None:
     assert settle(reader, [Settlement(SOURCE, [first.id])]) == set()
     late = [Kept(one.id, id, encode_result(SUCCEEDED, AT)) for one, id in ((first, "j1"), (second, "j2"))]
     assert settle(reader, [Settlement(SOURCE, kept=late)]) == {first.id}
-    dead = [Dead(second.id, b"letter", "j1", encode_result(DEAD, AT))]
+    dead = [Dead(second.id, b"letter", None, "j1", encode_result(DEAD, AT))]
     assert settle(reader, [Settlement(SOURCE, dead=dead)]) == {second.id}
     assert (result_of(any_world, "j1"), any_world.dead_letters("s")) == (None, [])
     assert result_of(any_world, "j2") == JobResult("succeeded")

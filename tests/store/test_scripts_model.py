@@ -23,6 +23,7 @@ from jobworker.worker.store.ports import Dead, Entry, Kept, Retry, Settlement
 from jobworker.worker.store.redis.producer import RedisProducerStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from jobworker.worker.store.redis.reaper import RedisReaperStore
+from support.job_worlds import schedule
 from support.redis_servers import RedisServer, running
 
 S = Source("stream:model", "cg-model")
@@ -88,7 +89,7 @@ class ScriptsMachine(RuleBasedStateMachine):
 
     @rule(job=JOBS, delay_s=DELAYS)
     def schedule(self, job: list[bytes], delay_s: float) -> None:
-        self.producer.schedule(S.stream, job[0], delay_s)
+        schedule(self.client, S.stream, job[0], delay_s)
         (self.later if delay_s else self.due).append(job[0])
 
     @precondition(lambda self: self.new)
@@ -114,7 +115,7 @@ class ScriptsMachine(RuleBasedStateMachine):
             S,
             of["D"],
             [Retry(id, delay_s, job_of[id]) for id in of["R"]],
-            [Dead(id, job_of[id], id.decode(), b"dead") for id in of["X"]],
+            [Dead(id, job_of[id], None, id.decode(), b"dead") for id in of["X"]],
             kept=[Kept(id, id.decode(), b"kept") for id in of["K"]],
         )
         self.client.delete(*(keys.result_key(S.stream, id.decode()) for id in ids))

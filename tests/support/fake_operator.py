@@ -16,6 +16,7 @@ from jobworker.worker.store.operator import (
     LanePlace,
     Lease,
     Pause,
+    Rivals,
     Scheduled,
     order_of,
 )
@@ -54,6 +55,8 @@ class FakeOperatorStore:
         self.scheduled: dict[str, list[Scheduled]] = defaultdict(list)
         #: Entry id -> place of a job that was sorted.
         self.lanes: dict[bytes, LanePlace] = {}
+        #: Entry id -> jobs that have its keys.
+        self.known_rivals: dict[bytes, Rivals] = {}
         self.paused: list[Pause] = []
         self.cron: dict[str, CronHash] = {}
         self.requeued: list[tuple[str, bytes]] = []
@@ -110,6 +113,9 @@ class FakeOperatorStore:
 
     def lane_place(self, stream: str, entry: Entry) -> LanePlace | None:
         return self.lanes.get(entry.id)
+
+    def rivals(self, stream: str, entry: Entry) -> Rivals:
+        return self.known_rivals.get(entry.id, Rivals())
 
     def find_streams(self) -> FoundStreams:
         names = {*self.streams, *self.scheduled, *self.letters}

@@ -80,6 +80,7 @@ class ReaderRig:
             self.settings,
             self._reader_end,
             mono_s=lambda: 1000.0 + self.now_s,
+            wall_s=self.server.wall_now_s,
             rng=random.Random(0),
         )
         self.workers: list[FakeWorker] = []

@@ -28,8 +28,8 @@ from jobworker.worker.store.memory.store import MemoryStore
 from jobworker.worker.store.ports import Entry
 
 COMMAND = Path(sys.executable).parent / "jobworker"
-#: Limit for `--help`, in processor time: elapsed time depends on the load of the machine.
-HELP_CPU_S = 0.3
+#: Most modules that `--help` may load, Python's own among them: each costs time at every call.
+HELP_MODULES = 350
 
 
 def verbs(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -113,24 +113,17 @@ def test_both_commands_print_their_version(command: click.Command) -> None:
     assert version("jobworker") in CliRunner().invoke(command, ["--version"]).output
 
 
-def test_help_starts_fast() -> None:
-    def cost_s() -> float:
-        with subprocess.Popen([str(COMMAND), "--help"], stdout=subprocess.DEVNULL) as one:
-            _, status, usage = os.wait4(one.pid, 0)
-            one.returncode = os.waitstatus_to_exitcode(status)
-        assert one.returncode == 0
-        return usage.ru_utime + usage.ru_stime
-
-    assert min(cost_s() for _ in range(3)) < HELP_CPU_S
-
-
-def test_help_loads_no_client_library() -> None:
-    heavy = {"redis", "torch", "pymilvus"}
-    code = f"import sys, jobworker.worker.cli; print(*sorted({heavy!r} & sys.modules.keys()))"
+def test_help_loads_few_modules_and_no_heavy_library() -> None:
+    heavy = {"redis", "torch", "pymilvus", "numpy", "asyncio", "ssl", "jinja2", "prometheus_client"}
+    code = (
+        f"import sys, jobworker.worker.cli; print(len(sys.modules), *sorted({heavy!r} & sys.modules.keys()))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
-    assert done.stdout.split() == []
+    number, *loaded = done.stdout.split()
+    assert loaded == []
+    assert int(number) <= HELP_MODULES
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -41,7 +41,7 @@ CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
     *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing", "store_advice"),
-    *("cron_schedule", "cron_table", "durations", "flow", "results"),
+    *("cron_schedule", "cron_table", "durations", "flow", "conditions", "results"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
@@ -92,7 +92,7 @@ ADAPTERS = ("worker.store.redis", "worker.store.memory")
 COMPOSERS = {"boot", "preload", "testing", "producer", "scripted_redis", "admin", "cli", "web"}
 #: Decisions without input or output: they import each other, the standard library, msgspec and orjson.
 PURE = {
-    *("worker." + name for name in ("envelope", "outcome", "keys", "errors", "flow")),
+    *("worker." + name for name in ("envelope", "outcome", "keys", "errors", "flow", "conditions")),
     *("handlers." + name for name in ("encoder.packing", "encoder.segmenter", "graphemes")),
 }
 #: The top level's names; imported bare they would find another project's, or nothing once installed.

@@ -117,7 +117,7 @@ class FlowControl:
             else:
                 log.info("backlog.ended", extra=fields)
         state.sorts_all = sorts_all
-        state.waiting = sum(backlog.waiting.values())
+        state.waiting = sum(backlog.waiting.values()) + backlog.in_series
 
     def _window(self) -> float:
         """Number of jobs that may wait unsorted."""
@@ -143,17 +143,25 @@ class FlowControl:
         """Whether all new entries of a stream are sorted, so that reading needs no credit of workers."""
         return self._states[stream_no].sorts_all
 
-    def divert(self, stream_no: int, jobs: Sequence[AdmittedJob], *, is_new: bool) -> Sequence[AdmittedJob]:
+    def divert(
+        self, stream_no: int, jobs: Sequence[AdmittedJob], *, is_new: bool, in_series: bool = False
+    ) -> Sequence[AdmittedJob]:
         """Sort the jobs that must wait for their turn; returns the others.
 
         Jobs that are not new were delivered before: they wait only if they lack the slots of a limit.
+        ``in_series``: whether jobs may have a supersede key. These take turns within their series.
         """
         state = self._states[stream_no]
         limited = self._limited(stream_no)
-        if not jobs or not (limited or (is_new and state.sorts_all)):
+        sorts_all = is_new and state.sorts_all
+        if not jobs or not (limited or sorts_all or in_series):
             return jobs
         must_wait = [
-            job for job in jobs if (is_new and state.sorts_all) or self._type_names[job.type_no] in limited
+            job
+            for job in jobs
+            if sorts_all
+            or self._type_names[job.type_no] in limited
+            or (job.conditions is not None and job.conditions.series)
         ]
         if must_wait and not is_new:
             with_slots = {job.entry.id for job in self._with_slots(stream_no, must_wait)}
@@ -176,7 +184,7 @@ class FlowControl:
     def _sort(self, stream_no: int, jobs: Iterable[AdmittedJob]) -> None:
         state, (rules, version) = self._states[stream_no], self._rules[stream_no]
         lanes: defaultdict[bytes, list[WaitingJob]] = defaultdict(list)
-        for _, _, (entry_id, data, _, _), _ in jobs:
+        for _, _, (entry_id, data, _, _), _, _, _ in jobs:
             assert data is not None, "an admitted job has data"
             lanes[rules.name_of(read_flow_header(data))].append(WaitingJob(entry_id, len(data)))
         refused = self._store.sort(self._streams[stream_no], version, lanes)

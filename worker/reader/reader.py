@@ -69,6 +69,7 @@ class Reader:
         *,
         marks: CrashMarks | None = None,
         mono_s: Callable[[], float] = time.monotonic,
+        wall_s: Callable[[], float] = time.time,
         rng: random.Random | None = None,
         slow_crashes: bool = True,
     ) -> None:
@@ -80,7 +81,7 @@ class Reader:
         self._marks = marks or CrashMarks.create()
         self._mono_s = mono_s
         self._rng = rng or random.Random()
-        context = ReaderContext.create(store, settings, self._marks, self._rng, mono_s)
+        context = ReaderContext.create(store, settings, self._marks, self._rng, mono_s, wall_s)
         self._metrics, self._faults = context.metrics, context.faults
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
@@ -152,6 +153,7 @@ class Reader:
         if not self._intake.draining:
             self._intake.claim_in_turn()
             self._intake.take_waiting()
+            self._intake.reject_expired()
             self._dispatcher.dispatch(now)
             self._intake.request_more()
         self._intake.renew_leases(now)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from ..conditions import expires_s, has_keys, unique_bucket, unique_name
 from ..envelope import DeadJob, Header, dead_letter, read_header, with_retry
 from ..errors import Fenced, StoreUnavailable
 from ..flow import read_flow_header, tenant_key
@@ -16,10 +17,10 @@ from ..ipc.channel import OutcomeFrame
 from ..ipc.control import WorkerExited
 from ..ipc.inflight import FAILED, QUEUED, SETTLED, STARTED, SUCCEEDED, InFlightJob
 from ..keys import Source
-from ..outcome import Failure, GiveUp, Reason, after_failure
+from ..outcome import Drop, Failure, GiveUp, Reason, TryAgain, after_failure
 from ..results import CANCELLED, DEAD, encode_result, is_kept
 from ..results import SUCCEEDED as RESULT_SUCCEEDED
-from ..store.ports import Dead, Entry, Kept, PutBack, Retry, Settled, Settlement, WaitingJob
+from ..store.ports import Dead, Entry, Kept, OwnedKey, PutBack, Retry, Settled, Settlement, WaitingJob
 from ..telemetry import trace
 from ..telemetry.current_job import log_fields
 from .admission import AdmittedJob, RejectedEntry, reject_unread
@@ -76,6 +77,8 @@ class SettlementBatch:
         self.done_types: dict[int, list[int]] = defaultdict(list)
         #: Failed jobs whose entry is gone from the stream. They are acknowledged, too.
         self.missing: dict[int, list[bytes]] = defaultdict(list)
+        #: Entries that are acknowledged in favour of other jobs.
+        self.dropped: dict[int, list[bytes]] = defaultdict(list)
         self.retries: dict[int, list[Retry]] = defaultdict(list)
         self.dead: dict[int, list[Dead]] = defaultdict(list)
         #: Jobs that wait in their lanes again.
@@ -99,14 +102,15 @@ class SettlementBatch:
     @property
     def has_ended(self) -> bool:
         """Whether any job is settled."""
-        return bool(self.done or self.missing or self.retries or self.dead or self.put_back or self.kept)
+        all_kinds = (self.done, self.missing, self.dropped, self.retries, self.dead, self.put_back, self.kept)
+        return any(all_kinds)
 
     def settlements(
         self, streams: Sequence[Source], versions: Mapping[int, int], result_ttl_s: float, *, sure: bool
     ) -> dict[int, Settlement]:
         """One settlement for each stream that has outcomes, by stream number."""
-        outcomes = (self.done, self.missing, self.retries, self.dead, self.put_back, self.kept)
-        touched = sorted({stream_no for one in outcomes for stream_no in one})
+        outcomes = (self.done, self.missing, self.dropped, self.retries, self.dead, self.put_back, self.kept)
+        touched = {stream_no for one in outcomes for stream_no in one}
         return {
             no: Settlement(
                 streams[no],
@@ -116,10 +120,11 @@ class SettlementBatch:
                 sure,
                 self.put_back.get(no, ()),
                 versions[no],
+                self.dropped.get(no, ()),
                 self.kept.get(no, ()),
                 result_ttl_s,
             )
-            for no in touched
+            for no in sorted(touched)
         }
 
 
@@ -154,6 +159,7 @@ class Settler:
         self._breakers = breakers
         self._crashes = breakers.crashes
         self._mono_s = context.mono_s
+        self._wall_s = context.wall_s
         self._wall_now = wall_now
         self._decoder = msgspec.msgpack.Decoder(OutcomeFrame)
 
@@ -267,7 +273,8 @@ class Settler:
         if data is not None and failure.wait_s is not None and row.key not in self._marks.poison:
             self._put_back(batch, job, data)
             return
-        batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
+        if not failure.expired:
+            batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
         if data is None:
             log.error("entry.missing", extra={"entry_id": row.entry_id.decode()})
             batch.missing[row.stream_no].append(row.entry_id)
@@ -301,6 +308,8 @@ class Settler:
         if failure.timed_out:
             batch.worker_deaths.append(CrashKey(row.type_no, envelope.tenant_id))
         decision = after_failure(failure, envelope.retry_count, row.deaths, self._settings.retry, self._rng)
+        if isinstance(decision, TryAgain) and self._wall_s() + decision.delay_s >= expires_s(envelope):
+            decision = GiveUp(Reason.EXPIRED)
         fields = {**log_fields(envelope), "retry_count": envelope.retry_count, "error": failure.error}
         if failure.traceback:
             fields["exception"] = failure.traceback
@@ -313,7 +322,8 @@ class Settler:
         self._trace("retry", envelope, row, failure.error, delay_s=decision.delay_s)
         batch.counts[row.key].append(("z_novel_jobs_retried_total", (envelope.type,)))
         deaths, max_payload = envelope.deaths + row.deaths, self._settings.max_payload
-        retry = with_retry(data, decision.retry_count, deaths, failure.error, max_payload)
+        first_id = "" if envelope.first_id or not has_keys(envelope) else row.entry_id.decode()
+        retry = with_retry(data, decision.retry_count, deaths, failure.error, max_payload, first_id)
         batch.retries[row.stream_no].append(Retry(row.entry_id, decision.delay_s, retry))
 
     def _trace(
@@ -350,7 +360,8 @@ class Settler:
         if is_kept_letter:
             self._add_dead_letter(batch, rejected, envelope.type, worker)
         else:
-            dropped = Dead(job.entry_id, b"", envelope.id, self._result_of(job))
+            key, record = self._owned_key(job), self._result_of(job)
+            dropped = Dead(job.entry_id, b"", key, envelope.id, record)
             batch.dead[stream_no].append(dropped)
 
     def _end_cancels(self, batch: SettlementBatch, others: set[tuple[int, bytes]]) -> None:
@@ -370,6 +381,8 @@ class Settler:
         stream_no, job = rejected
         self._marks.mark(stream_no, job.entry_id, settling=True)
         envelope = job.envelope
+        if isinstance(job.reason, Drop):
+            return self._drop(batch, rejected)
         if job.reason == Reason.CANCELLED:
             self._settle_cancelled(batch, rejected, self._worker_name(None))
             return
@@ -379,6 +392,20 @@ class Settler:
         })  # fmt: skip
         type_name = envelope.type if envelope and envelope.type in self._type_names else _UNKNOWN_TYPE
         self._add_dead_letter(batch, rejected, type_name, self._worker_name(None))
+
+    def _drop(self, batch: SettlementBatch, dropped: RejectedEntry) -> None:
+        """Acknowledge a job in favour of another one."""
+        stream_no, job = dropped
+        assert job.envelope is not None
+        fields = {"stream": self._streams[stream_no].stream, "entry_id": job.entry_id.decode()}
+        fields |= {"by": job.error, **log_fields(job.envelope)}
+        if job.reason == Drop.DUPLICATE:
+            log.info("job.duplicate", extra=fields)
+        else:
+            log.info("job.superseded", extra=fields)
+        name = f"z_novel_jobs_{job.reason}_total"
+        batch.counts[stream_no, job.entry_id].append((name, (job.envelope.type,)))
+        batch.dropped[stream_no].append(job.entry_id)
 
     def _dead_letter(
         self, batch: SettlementBatch, job: FailedJob, data: bytes, reason: Reason, envelope: Header
@@ -406,7 +433,9 @@ class Settler:
         stream = self._streams[stream_no].stream
         letter = dead_letter(job, stream=stream, worker=worker, failed_at=self._now_text())
         job_id = job.envelope.id if job.envelope else ""
-        batch.dead[stream_no].append(Dead(job.entry_id, letter, job_id, self._result_of(job)))
+        batch.dead[stream_no].append(
+            Dead(job.entry_id, letter, self._owned_key(job), job_id, self._result_of(job))
+        )
 
     def _result_of(self, job: DeadJob) -> bytes:
         """The record of a job that is given up or cancelled; empty if it does not ask for its result."""
@@ -417,6 +446,14 @@ class Settler:
 
     def _now_text(self) -> str:
         return self._wall_now().isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+    def _owned_key(self, job: DeadJob) -> OwnedKey | None:
+        """The idempotency key that a dead letter frees, if the job owns it."""
+        window_s = self._settings.unique_window_s
+        if job.envelope is None or not window_s or not (name := unique_name(job.envelope)):
+            return None
+        first_id = job.envelope.first_id.encode() or job.entry_id
+        return OwnedKey(unique_bucket(first_id, window_s), name, first_id)
 
     # -- the store
 

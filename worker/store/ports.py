@@ -39,16 +39,25 @@ class Retry(NamedTuple):
     data: bytes
 
 
+class OwnedKey(NamedTuple):
+    """An idempotency key: its bucket and name, and the first entry of the job that may own it."""
+
+    bucket: str
+    name: str
+    first_id: bytes
+
+
 class Dead(NamedTuple):
     """Settlement of one entry by a dead letter: the letter's JSON.
 
     Empty: none is made, because the entry is gone from the stream, or its job was cancelled and is dropped.
-
-    ``result`` is the record that is kept as the result of job ``job_id``; empty: none is.
+    ``key`` is freed if the job owns it. ``result`` is the record that is kept as the result of job
+    ``job_id``; empty: none is.
     """
 
     id: bytes
     data: bytes
+    key: OwnedKey | None = None
     job_id: str = ""
     result: bytes = b""
 
@@ -59,6 +68,31 @@ class Kept(NamedTuple):
     id: bytes
     job_id: str
     result: bytes
+
+
+class Candidate(NamedTuple):
+    """A job that may not run before the store has compared it with others (see `conditions`).
+
+    ``data`` is the job as it waits in the retry ZSET until ``due_s`` (unix seconds); empty if it is due.
+    """
+
+    id: bytes
+    first_id: bytes
+    series: str = ""
+    due_s: float = 0.0
+    data: bytes = b""
+
+
+class Screened(NamedTuple):
+    """Jobs that may not run, by entry id.
+
+    ``superseded`` names the first entry of the job that runs instead. ``delayed`` were moved into the retry
+    ZSET. ``lost`` are not ours any more.
+    """
+
+    superseded: dict[bytes, bytes]
+    delayed: set[bytes]
+    lost: set[bytes]
 
 
 class WaitingJob(NamedTuple):
@@ -98,14 +132,17 @@ class TakenJobs(NamedTuple):
 class Backlog(NamedTuple):
     """Jobs of a stream that are not delivered yet (``lag``), jobs in lanes by type, version of the limits.
 
-    Handlers asked jobs of ``asked_types`` to wait. ``cancels`` is another number after each new entry of
-    `ReaderStore.cancels`; ``cancelled`` counts the jobs of the stream that were cancelled while they waited.
+    Handlers asked jobs of ``asked_types`` to wait. ``in_series`` counts the jobs in lanes that have a
+    supersede key; ``waiting`` counts the others.
+    ``cancels`` is another number after each new entry of `ReaderStore.cancels`; ``cancelled`` counts the jobs
+    of the stream that were cancelled while they waited.
     """
 
     lag: int
     waiting: dict[str, int]
     version: int
     asked_types: frozenset[str]
+    in_series: int = 0
     cancels: int = 0
     cancelled: int = 0
 
@@ -124,6 +161,8 @@ class Settlement(NamedTuple):
     put_back: Sequence[PutBack] = ()
     #: Version of the limits by which the lanes of ``put_back`` were chosen.
     version: int = 0
+    #: Entries that are acknowledged without having been run.
+    dropped: Sequence[bytes] = ()
     kept: Sequence[Kept] = ()
     result_ttl_s: float = 3600.0
 
@@ -131,6 +170,7 @@ class Settlement(NamedTuple):
     def ids(self) -> list[bytes]:
         """The ids of all its entries."""
         others = (
+            self.dropped,
             [one.id for one in self.retries],
             [one.id for one in self.dead],
             [one.id for one in self.put_back],
@@ -307,6 +347,21 @@ class ReaderStore(Protocol):
         Returns the batches that have no record: their jobs are not counted. Safe to repeat.
         """
 
+    def claim_keys(
+        self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
+    ) -> dict[bytes, bytes]:
+        """Claim idempotency keys atomically: first entry of each job and name of its key.
+
+        Returns the owner's first entry for each entry whose key another job owns: one that was sent less than
+        ``window_s`` before. A repeated call returns the same.
+        """
+
+    def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
+        """Compare jobs with others of their supersede keys, and delay those that are not due.
+
+        Each job is decided atomically, and a repeated call decides the same.
+        """
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         """The ids of entries that hold slots of limits."""
 
@@ -325,6 +380,9 @@ class ReaperStore(CronStore, BatchStore, Protocol):
 
     def remove_idle_consumers(self, source: Source, keep: str, idle_ms: int) -> int:
         """Delete consumers other than ``keep`` that own nothing and were idle for ``idle_ms``, atomically."""
+
+    def forget_keys(self, stream: str) -> int:
+        """Delete idempotency keys whose window has passed, by buckets; returns the number of buckets."""
 
     def mend_slots(self, source: Source) -> int:
         """Free the slots of entries that are no longer pending; returns the number of these entries."""
@@ -353,7 +411,8 @@ class CancelRequest(NamedTuple):
     """A job that is to be cancelled.
 
     ``entry_id`` is empty for a job of the retry ZSET, which ``data`` names. If the job waits, ``letter``
-    becomes a dead letter and ``result`` the result of ``job_id``, unless they are empty.
+    becomes a dead letter and ``result`` the result of ``job_id``, unless they are empty; and the idempotency
+    key ``unique`` is free again, if the job with the entry ``first_id`` owns it.
     """
 
     entry_id: bytes
@@ -361,6 +420,8 @@ class CancelRequest(NamedTuple):
     letter: bytes = b""
     job_id: str = ""
     result: bytes = b""
+    unique: str = ""
+    first_id: bytes = b""
 
 
 class CancelReply(IntEnum):
@@ -408,9 +469,6 @@ class ProducerStore(BatchProducerStore, CancelStore, Protocol):
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
         """Append jobs in order, pipelined; returns how many the store acknowledged."""
-
-    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        """Put a job into the retry ZSET; the reaper moves it into the stream when it is due."""
 
     def announcements(self) -> list[Announcement]:
         """What the services of the deployment handle; empty if unknown."""

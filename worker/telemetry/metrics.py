@@ -33,6 +33,12 @@ METRICS = {
     "z_novel_jobs_cancelled_waiting": Metric(
         "gauge", "Jobs of the stream that were cancelled while they waited, ever", ("stream",)
     ),
+    "z_novel_jobs_duplicate_total": Metric(
+        "counter", "Jobs that were not run because another one had their idempotency key", ("task_type",)
+    ),
+    "z_novel_jobs_superseded_total": Metric(
+        "counter", "Jobs that were not run because a newer one had their supersede key", ("task_type",)
+    ),
     "z_novel_jobs_waiting": Metric("gauge", "Jobs that wait, by place: stream, lanes", ("stream", "place")),
     "z_novel_jobs_retried_total": Metric("counter", "Retries that were scheduled", ("task_type",)),
     "z_novel_jobs_dead_total": Metric("counter", "Jobs that were given up", ("task_type", "reason")),

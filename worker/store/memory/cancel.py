@@ -65,6 +65,8 @@ class MemoryCancelStore:
         stream.cancelled += 1
         if batch := batch_of(request.data):
             stream.batches.count(batch, "dead", 1)
+        if request.unique:
+            stream.conditions.free_name(request.unique, request.first_id)
         if request.letter:
             stream.dead.append(request.letter)
         if request.result:

@@ -10,6 +10,7 @@ from ...errors import StoreRefused
 from ...keys import Holder
 from ..ports import Entry, KeyFault
 from .batch_counts import MemoryBatches
+from .conditions import MemoryConditions
 from .lanes import MemoryLanes
 
 #: Time that a read may take beyond its block time before the store counts as unavailable.
@@ -53,10 +54,11 @@ class NameRecord:
 
 @dataclass
 class Stream:
-    """A stream with its groups, retries, dead letters, fences, lanes and batches."""
+    """A stream with its groups, retries, dead letters, fences, lanes, batches and keys of jobs."""
 
     lanes: MemoryLanes
     batches: MemoryBatches
+    conditions: MemoryConditions
     entries: dict[bytes, bytes | None] = field(default_factory=dict)
     last_id: tuple[int, int] = (0, 0)
     groups: dict[str, Group] = field(default_factory=dict)
@@ -160,7 +162,9 @@ class MemoryServer:
     def stream(self, name: str) -> Stream:
         """The stream of this name; it is created if it is missing."""
         if name not in self._streams:
-            self._streams[name] = Stream(MemoryLanes(self.wall_now_s), MemoryBatches(self.wall_now_s))
+            conditions = MemoryConditions(self.wall_now_s)
+            batches = MemoryBatches(self.wall_now_s)
+            self._streams[name] = Stream(MemoryLanes(self.wall_now_s, conditions), batches, conditions)
         return self._streams[name]
 
     def append(self, name: str, data: bytes | None) -> bytes:
@@ -185,6 +189,15 @@ class MemoryServer:
     def keep_result(self, name: str, job_id: str, record: bytes, ttl_s: float) -> None:
         """Keep the result of a job for some time."""
         self.stream(name).results[job_id] = (self.wall_now_s() + ttl_s, record)
+
+    def hasten(self, name: str, mark: bytes) -> None:
+        """Make the scheduled job that contains these bytes due now."""
+        with self.lock:
+            retries = self.stream(name).retries
+            retries[:] = [
+                (min(due_s, self.wall_now_s()) if mark in job else due_s, number, job)
+                for due_s, number, job in retries
+            ]
 
     def new_epoch(self) -> int:
         """An epoch that no reader has had."""

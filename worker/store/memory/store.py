@@ -23,6 +23,7 @@ from ..announcements import Announcement, encode, parse
 from ..ports import (
     RELEASED_IDLE_S,
     Backlog,
+    Candidate,
     Dead,
     Depths,
     Entry,
@@ -31,6 +32,7 @@ from ..ports import (
     Promotion,
     PutBack,
     Retry,
+    Screened,
     Settled,
     Settlement,
     TakenJobs,
@@ -229,9 +231,9 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
             self._server.check(source.stream, ready_key(source.stream))
             stream, group = self._server.stream(source.stream), self._group(source)
             lag = sum(order(id) > group.last_delivered for id in stream.entries)
-            version, asked_types = stream.lanes.config.version, stream.lanes.asked_types()
-            counts = stream.cancel_requests, stream.cancelled
-            return Backlog(lag, stream.lanes.by_type(), version, asked_types, *counts)
+            lanes = stream.lanes
+            facts = lag, lanes.by_type(), lanes.config.version, lanes.asked_types()
+            return Backlog(*facts, lanes.in_series, stream.cancel_requests, stream.cancelled)
 
     def flow_config(self, source: Source) -> FlowConfig:
         return self._server.stream(source.stream).lanes.config
@@ -286,6 +288,49 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
             for id in ids:
                 self._server.stream(source.stream).cancels.pop(id, None)
 
+    # -- idempotency and supersede keys
+
+    def claim_keys(
+        self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
+    ) -> dict[bytes, bytes]:
+        with self._server.lock:
+            conditions = self._fenced(source).conditions
+            self._server.check(ready_key(source.stream))
+            window_ms = max(1, round(window_s * 1000))
+            found = {id: conditions.claim(name, id, window_ms) for id, name in keys}
+            return {id: owner for id, owner in found.items() if owner is not None}
+
+    def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
+        with self._server.lock:
+            self._fenced(source)
+            self._server.check(deaths_key(source.stream), ready_key(source.stream))
+            screened = Screened({}, set(), set())
+            for one in sorted(candidates, key=lambda one: order(one.first_id), reverse=True):
+                self._screen_one(source, one, screened)
+            return screened
+
+    def _screen_one(self, source: Source, claim: Candidate, screened: Screened) -> None:
+        stream, group = self._server.stream(source.stream), self._group(source)
+        conditions = stream.conditions
+        if not self._owns(group, claim.id):
+            screened.lost.add(claim.id)
+            return
+        if claim.series:
+            due_s = claim.due_s if claim.data else 0.0
+            newer, replaced = conditions.lead(claim.series, claim.id, claim.first_id, due_s)
+            if replaced:
+                self._server.hasten(source.stream, b'"jobworker_first_id":"%s"' % replaced)
+            if newer:
+                screened.superseded[claim.id] = newer
+                return
+        if claim.data:
+            delay_s = claim.due_s - self._server.wall_now_s()
+            self._server.schedule(source.stream, claim.data, delay_s)
+            self._forget(stream, group, claim.id)
+            if len(stream.lanes) and len(stream.groups) == 1:
+                stream.entries.pop(claim.id, None)
+            screened.delayed.add(claim.id)
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         return set(ids) & self._server.stream(source.stream).lanes.slots.keys()
 
@@ -314,6 +359,10 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
 
     def _check_batches(self, stream: str, *keys: str) -> None:
         self._server.check(*keys, *(batches_key(stream, part) for part in ("jobs", "due")))
+
+    def forget_keys(self, stream: str) -> int:
+        with self._server.lock:
+            return self._server.stream(stream).conditions.forget()
 
     def mend_slots(self, source: Source) -> int:
         with self._server.lock:
@@ -384,9 +433,6 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
         return sum(1 for job in jobs if self._server.append(stream, job))
 
-    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        self._server.schedule(stream, job, delay_s)
-
     def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
         with self._server.lock:
             now_s = self._server.wall_now_s()
@@ -452,14 +498,14 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
         return Entry(id, stream.entries[id], group.leases[id].deliveries, stream.deaths.get(id, 0))
 
     def _settle(self, settlement: Settlement) -> Settled:
-        source, done, retries, dead, _, put_back, _, kept, _ = settlement
+        source, done, retries, dead, _, put_back, _, dropped, kept, _ = settlement
         stream = source.stream
         refused: set[bytes] = set()
         cancelled: dict[bytes, bool] = {}
         unsettled: set[bytes] = set()
         refusal: StoreRefused | None = None
         kinds: tuple[tuple[str, Sequence[_Outcome]], ...] = (
-            (stream, done),
+            (stream, [*done, *dropped]),
             (retry_key(stream), retries),
             (dead_letter_key(stream), dead),
             (stream, kept),
@@ -498,6 +544,8 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
             if outcome.result:
                 ttl_s = settlement.result_ttl_s
                 self._server.keep_result(source.stream, outcome.job_id, outcome.result, ttl_s)
+            if outcome.key:
+                stream.conditions.free(outcome.key)
             stream.batches.leave([id], "dead")
         elif isinstance(outcome, Kept):
             ttl_s = settlement.result_ttl_s

@@ -40,7 +40,8 @@ class RedisCancelStore(RedisStoreBase):
             if request.entry_id:
                 where, _ = lanes.whereabouts(Entry(request.entry_id, request.data), config)
             result_key = self.result_key(stream, request.job_id) if request.result else ""
-            last = (ttl_ms, _REMEMBERED_S, int(dry_run), batch_of(request.data))
+            last = (ttl_ms, _REMEMBERED_S, int(dry_run), batch_of(request.data), request.unique,
+                    request.first_id)  # fmt: skip
             return script("cancel", keys, request.entry_id, where, request.letter, result_key,
                           request.result, *last)  # fmt: skip
 

@@ -57,7 +57,10 @@ def backlog(source: Source, replies: Sequence[Reply]) -> Backlog:
     }
     asked_types = frozenset(name.decode(errors="replace") for name in checked(asked))
     version, cancels, cancelled = (int(number or 0) for number in checked(config))
-    return Backlog(lag, by_type, version, asked_types, cancels, cancelled)
+    in_series = sum(
+        int(count) for field, count in pairs(checked(waiting)).items() if field.startswith(b"series/")
+    )
+    return Backlog(lag, by_type, version, asked_types, in_series, cancels, cancelled)
 
 
 def config_commands(ready: str) -> list[Command]:

@@ -21,6 +21,7 @@ from ..operator import (
     LanePlace,
     Lease,
     Pause,
+    Rivals,
     Scheduled,
 )
 from ..ports import Entry
@@ -38,6 +39,7 @@ from .base import (
 from .batches import RedisBatchStore
 from .blocking_read import data_of
 from .cancel import RedisCancelStore
+from .conditions import rivals
 from .connection import Reply
 from .cron import RedisCronStore
 from .key_scan import find_streams
@@ -151,6 +153,10 @@ class OperatorStore(RedisCronStore, RedisBatchStore, RedisCancelStore):
         scores = self.call(stream, [("ZSCORE", f"{ready}/parked/{key}", name) for key in keys])
         blocked = [key for key, score in zip(keys, scores, strict=True) if checked(score) is not None]
         return LanePlace(int(rank), next(iter(blocked), None))
+
+    def rivals(self, stream: str, entry: Entry) -> Rivals:
+        """The jobs that run instead of an entry's. Raises `MalformedJob` for an entry that is no job."""
+        return rivals(lambda command: self.one(stream, command), self.ready_key(stream), entry)
 
     # -- services and streams
 

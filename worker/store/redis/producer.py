@@ -7,7 +7,6 @@ from ..announcements import Announcement
 from .base import announcements_in, checked, chunks_by_size
 from .batches import RedisBatchStore
 from .cancel import RedisCancelStore
-from .lua import script
 
 
 class RedisProducerStore(RedisBatchStore, RedisCancelStore):
@@ -21,9 +20,6 @@ class RedisProducerStore(RedisBatchStore, RedisCancelStore):
                 checked(reply)
                 added += 1
         return added
-
-    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        self.one(stream, script("schedule", [self.retry_key(stream)], delay_s, job))
 
     def result(self, stream: str, job_id: str) -> bytes | None:
         found = self.one(stream, ("GET", self.result_key(stream, job_id)))

@@ -11,7 +11,18 @@ from redis.exceptions import NoPermissionError, ResponseError
 from ...errors import NameHeld, StoreRefused
 from ...flow import FlowConfig
 from ...keys import NO_HOLDER, PAUSED_KEY, Holder, Source
-from ..ports import RELEASED_IDLE_S, Backlog, Dead, Entry, Settled, Settlement, TakenJobs, WaitingJob
+from ..ports import (
+    RELEASED_IDLE_S,
+    Backlog,
+    Candidate,
+    Dead,
+    Entry,
+    Screened,
+    Settled,
+    Settlement,
+    TakenJobs,
+    WaitingJob,
+)
 from . import lanes
 from .base import (
     SCRIPT_BYTES,
@@ -25,6 +36,7 @@ from .base import (
     pairs,
 )
 from .blocking_read import BlockingRead, GroupMissing
+from .conditions import add_screened, key_calls, screen_calls
 from .connection import Reply
 from .lua import Command, script
 
@@ -233,6 +245,25 @@ class RedisReaderStore(RedisStoreBase):
             unknown.update(id.decode() for id in self._run(source, "batch_register", [], arguments))
         return unknown
 
+    def claim_keys(
+        self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
+    ) -> dict[bytes, bytes]:
+        """At most 1,000 keys a script."""
+        owners: dict[bytes, bytes] = {}
+        for some, arguments in key_calls(keys, window_s):
+            reply = self._run(source, "claim_keys", [self._ready(source)], arguments)
+            owners |= {some[number - 1][0]: by for number, by in zip(reply[::2], reply[1::2], strict=True)}
+        return owners
+
+    def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
+        """At most 1,000 jobs or 8 MiB a script."""
+        stream = source.stream
+        more_keys = [self.retry_key(stream), self.deaths_key(stream), self._ready(source)]
+        screened = Screened({}, set(), set())
+        for some, arguments in screen_calls(candidates):
+            add_screened(some, self._run(source, "screen", more_keys, arguments), screened)
+        return screened
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         slots = lanes.slots_key(self._ready(source))
         held = [self.one(source.stream, ("HMGET", slots, *some)) for some in chunks(ids)]
@@ -347,12 +378,13 @@ class RedisReaderStore(RedisStoreBase):
 
     def _settlement(self, part: Settlement) -> Command:
         source, stream = part.source, part.source.stream
-        counts = [len(part.done), len(part.retries), len(part.dead)]
-        arguments: list[Any] = [*counts, int(part.sure), part.version, *part.done]
+        done = [*part.done, *part.dropped]
+        counts = [len(done), len(part.retries), len(part.dead)]
+        arguments: list[Any] = [*counts, int(part.sure), part.version, *done]
         for retry in part.retries:
             arguments += (retry.id, retry.delay_s, retry.data)
         for dead in part.dead:
-            arguments += (dead.id, dead.data)
+            arguments += dead.id, dead.data, *(dead.key or ("", "", ""))
         for job, lane, key, wait_s in part.put_back:
             arguments += (job.id, lane, job.cost, key, round(wait_s * 1000))
         arguments += self._results(part)
@@ -394,9 +426,11 @@ def _in_order(ids: Sequence[bytes]) -> list[bytes]:
 
 def _parts(settlement: Settlement) -> Iterator[Settlement]:
     """The settlement in parts of one kind, at most 1,000 ids and 8 MiB."""
-    source, done, retries, dead, sure, put_back, version, kept, result_ttl_s = settlement
+    source, done, retries, dead, sure, put_back, version, dropped, kept, result_ttl_s = settlement
     for ids in chunks(_in_order(done)):
         yield Settlement(source, done=ids, sure=sure)
+    for ids in chunks(_in_order(dropped)):
+        yield Settlement(source, dropped=ids)
     for some in chunks_by_size(retries, lambda retry: len(retry.data)):
         yield Settlement(source, retries=some)
     for letters in chunks_by_size(dead, lambda letter: len(letter.data) + len(letter.result)):

@@ -6,7 +6,7 @@
 -- ARGV[1] entry id; empty for a job of the retry ZSET   ARGV[2] lane in which the entry may wait, or the job in the ZSET
 -- ARGV[3] dead letter, or empty   ARGV[4] key of the result, or empty   ARGV[5] result   ARGV[6] its lifetime in ms
 -- ARGV[7] how long a request is remembered, in s   ARGV[8] 1: change nothing
--- ARGV[9] id of its batch, or empty
+-- ARGV[9] id of its batch, or empty   ARGV[10] name of its idempotency key, or empty   ARGV[11] its first entry
 -- Returns a number of `CancelReply` in worker/store/ports.py.
 local GONE, REMOVED, UNSCHEDULED, ASKED = 0, 1, 2, 3
 local id, is_dry = ARGV[1], ARGV[8] == '1'
@@ -22,6 +22,12 @@ local function record()
   redis.call('HINCRBY', ready .. '/config', 'cancelled', 1)
   if ARGV[9] ~= '' then
     count_in_batch(ARGV[9], 'dead', 1)
+  end
+  -- The key is free again, whatever the window of the services is.
+  for _, bucket in ipairs(ARGV[10] ~= '' and redis.call('ZRANGE', ready .. '/unique', 0, -1) or {}) do
+    if redis.call('HGET', bucket, ARGV[10]) == ARGV[11] then
+      redis.call('HDEL', bucket, ARGV[10])
+    end
   end
 end
 
