@@ -4,7 +4,7 @@ import click
 
 from ..extension import extension, imported
 from ..process_env import prepare_process
-from . import batch, cron, dlq, doctor, enqueue, explain, limit, pause, retry, stats, top, url, web
+from . import batch, cron, dlq, doctor, enqueue, explain, limit, pause, retry, search, stats, top, url, web
 from .common import CliGroup
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     prepare_process()
 
 
-for module in (top, enqueue, stats, explain, pause, doctor, url, web):
+for module in (top, enqueue, stats, explain, pause, search, doctor, url, web):
     module.add_to(main)
 for target in extension().verbs:
     imported(target)(main)
