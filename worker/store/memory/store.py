@@ -303,7 +303,7 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
     def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
         with self._server.lock:
             self._fenced(source)
-            self._server.check(deaths_key(source.stream), ready_key(source.stream))
+            self._check_batches(source.stream, deaths_key(source.stream), ready_key(source.stream))
             screened = Screened({}, set(), set())
             for one in sorted(candidates, key=lambda one: order(one.first_id), reverse=True):
                 self._screen_one(source, one, screened)
@@ -327,6 +327,7 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
             delay_s = claim.due_s - self._server.wall_now_s()
             self._server.schedule(source.stream, claim.data, delay_s)
             self._forget(stream, group, claim.id)
+            stream.batches.leave([claim.id])
             if len(stream.lanes) and len(stream.groups) == 1:
                 stream.entries.pop(claim.id, None)
             screened.delayed.add(claim.id)
