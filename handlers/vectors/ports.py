@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from jobworker.worker import PermanentError
 
+from ..jobstore.erasures import Scope
+
 Vector = NDArray[np.float32]
 
 
@@ -46,11 +48,31 @@ class PermanentStoreError(VectorStoreError, PermanentError):
         self.ids = tuple(ids)
 
 
+class CollectionMissing(PermanentStoreError):
+    """The collection does not exist."""
+
+
+class SearchFilter(NamedTuple):
+    """Rows that a search may find: of one of these chapters, of one of these types, and in the time range.
+
+    An empty tuple or None sets no limit. Only collections of segments have these fields.
+    """
+
+    chapter_ids: tuple[str, ...] = ()
+    segment_types: tuple[str, ...] = ()
+    story_time_from: int | None = None
+    story_time_to: int | None = None
+
+
+NO_FILTER = SearchFilter()
+
+
 class Row(NamedTuple):
     """One row of `story_segments`; `vector` has shape (dim,), float32.
 
-    `version` is stored if the collection permits dynamic fields, as all collections created here do. It tells
-    which version of a text the row belongs to.
+    `version` and `created_us` are stored if the collection permits dynamic fields, as all collections created
+    here do. They tell which version of a text the row belongs to, and when its job was created (unix
+    microseconds, 0 for unknown).
     """
 
     id: str
@@ -62,6 +84,7 @@ class Row(NamedTuple):
     segment_type: str = ""
     text_content: str = ""
     version: int = 0
+    created_us: int = 0
 
 
 class EntityRow(NamedTuple):
@@ -76,6 +99,17 @@ class EntityRow(NamedTuple):
     name: str = ""
     description: str = ""
     version: int = 0
+    created_us: int = 0
+
+
+class StoredRow(NamedTuple):
+    """What a deletion needs to know of a row; a field that the collection lacks is empty."""
+
+    id: str
+    project_id: str
+    chapter_id: str
+    entity_id: str
+    created_us: int
 
 
 AnyRow = Row | EntityRow
@@ -89,6 +123,7 @@ class Hit(NamedTuple):
     text_content: str = ""
     chapter_id: str = ""
     segment_type: str = ""
+    story_time: int = 0
 
 
 class EntityHit(NamedTuple):
@@ -143,6 +178,7 @@ class VectorStore(Protocol):
         project_id: str,
         limit: int = 5,
         strong: bool = False,
+        where: SearchFilter = NO_FILTER,
     ) -> list[AnyHit]:
         """The rows of one tenant and project nearest to `vector` (dim,), the nearest first.
 
@@ -165,8 +201,30 @@ class VectorStore(Protocol):
     ) -> dict[str, int]:
         """Id -> version of all rows of a chapter, including every finished write."""
 
+    def scan(self, name: str, scope: Scope, after: str, limit: int) -> list[StoredRow]:
+        """The next rows of a scope after the id `after`, in the order of ids, with every finished write.
+
+        It may return fewer than `limit`; it returns none only at the end.
+        """
+
+    def erase_copy(self, collection: str, scope: Scope, cutoff_us: int) -> int:
+        """Delete the rows of a scope that were created until `cutoff_us` from a collection by its full name,
+        which a rebuild fills or has replaced; returns how many. Without an effect if it does not exist."""
+
+    def collections(self) -> list[str]:
+        """Plain names of all collections with the prefix that can hold rows of tenants."""
+
+    def max_read_lag_s(self) -> float:
+        """For how many seconds reads may miss existing rows; 0.0 if they never do."""
+
     def delete(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> None:
         """Delete the rows of one tenant and project with these ids; missing ids are no error."""
+
+    def collection_behind(self, name: str) -> str:
+        """Full name of the collection that answers now: the name itself is an alias.
+
+        Raises CollectionMissing.
+        """
 
     def count(self, name: str) -> int:
         """Number of rows of all tenants, including every finished write (slow)."""

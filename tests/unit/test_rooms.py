@@ -20,8 +20,8 @@ DOORS = {
     "prometheus_client": ["worker/telemetry/prometheus.py"],
     "opentelemetry": ["worker/telemetry/otel.py", "worker/telemetry/otel_context.py"],
     "pydantic": ["worker/payload_types.py"],
-    "starlette": ["worker/web/*.py"],
-    "uvicorn": ["worker/web/server.py"],
+    "starlette": ["worker/web/*.py", "handlers/api/*.py"],
+    "uvicorn": ["worker/http_server.py"],
     "jinja2": ["worker/web/rendering.py"],
     "pymilvus": ["handlers/vectors/milvus/*.py", "handlers/rebuild/milvus.py"],
     "milvus_lite": ["handlers/vectors/milvus/lite_server.py"],
@@ -42,47 +42,64 @@ CORE = {
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
     *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing", "store_advice"),
     *("cron_schedule", "cron_table", "durations", "flow", "conditions"),
+    *("bearer_tokens", "listening"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
     **dict.fromkeys(CORE, CORE),
     # A counter of a handler must not have the name of a metric.
     "handler": {*CORE, "telemetry"},
+    "http_server": set(),
+    "scheduling": set(),
+    "api_role": IPC,
     "fork_guard": {"telemetry"},
     "event_loop": {*CORE, "fork_guard"},
     "store": CORE,
     "telemetry": CORE,
     "ipc": IPC,
-    "producer": {*CORE, "store", "telemetry"},
+    "producer_batch": {*CORE, "store"},
+    "producer": {*CORE, "store", "telemetry", "producer_batch"},
     "scripted_redis": {"store"},
     "worker": {*CORE, "telemetry", "producer"},
     "reader": {*IPC, "store"},
     "health_check": {*CORE, "telemetry", "fork_guard"},
     "runner": {*IPC, "health_check", "fork_guard"},
     "cron": {*CORE, "store", "telemetry", "producer"},
+    "batches": {*CORE, "store", "telemetry", "producer"},
     "cron_config": {*CORE, "store", "producer"},
     "config_tables": {*CORE, "cron_config"},
-    "reaper": {*IPC, "store", "cron"},
+    "reaper": {*IPC, "store", "cron", "batches"},
     "supervision": IPC,
-    "admin": {*CORE, "store", "telemetry", "producer", "cron"},
-    "cli": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
-    "web": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
-    "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision", "fork_guard"},
+    "admin": {*CORE, "store", "telemetry", "producer", "cron", "batches"},
+    "cli": {*CORE, "store", "telemetry", "producer", "producer_batch", "cron", "batches", "admin"},
+    "web": {*CORE, "store", "telemetry", "producer", "cron", "batches", "admin", "http_server"},
+    "boot": {
+        *IPC,
+        "api_role",
+        "scheduling",
+        "store",
+        "reader",
+        "runner",
+        "reaper",
+        "supervision",
+        "fork_guard",
+    },
     "preload": {*IPC, "store", "reader", "runner", "reaper", "supervision", "boot"},
-    "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin", "cron_config"},
+    "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin", "cron_config", "batches"},
 }
 #: Command modules import their face when they are called: `jobworker web` starts the page.
 BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}
-JOB_TYPES = {"embedding", "rebuild", "summaries", "audit"}
+JOB_TYPES = {"embedding", "rebuild", "summaries", "audit", "erasure"}
 SHARED_BELOW = {
     "jobstore": set(),
     "vectors": {"jobstore", "graphemes"},
     "encoder": {"vectors", "file_lock", "graphemes"},
+    "api": {"vectors", "encoder", "jobstore"},
 }
 #: What handlers may import of the engine besides the names in worker/__init__.py.
 PUBLIC = {
     *("scripted_redis", "testing", "extension", "options", "quantities", "urls", "data_dir", "cgroup"),
-    "safe_text",
+    *("safe_text", "cli", "api_role", "bearer_tokens", "http_server"),
 }
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")

@@ -318,20 +318,32 @@ class Intake:
             self._marks.mark(stream_no, entries[0].id)
         jobs: Sequence[AdmittedJob]
         jobs, rejected = self._admission.check_all(stream_no, entries)
-        self.rejected += rejected
+        batches = self._admission.take_batches()
         in_series = False
         if any(job.unique or job.conditions for job in jobs):
             in_series = has_series(jobs)
             jobs, dropped = self._screening.screen(stream_no, jobs, is_taken=is_taken)
-            self.rejected += dropped
+            rejected += dropped
         if not is_taken:
             jobs = self.flow.divert(stream_no, jobs, is_new=is_new, in_series=in_series)
+        if batches:
+            # Jobs that wait in lanes or for their time are registered when they come from there.
+            kept = [job.entry.id for job in jobs] + [one.job.entry_id for one in rejected]
+            self._register(stream_no, {id: batches[id] for id in kept if id in batches})
+        self.rejected += rejected
         self._buffer.extend(jobs)
         if entries and (is_new or is_taken):
             self._is_claims_turn = True
         if entries and not is_taken:
             self._read_counts[stream_no].learn(entries)
         self._marks.unmark()
+
+    def _register(self, stream_no: int, batches: dict[bytes, str]) -> None:
+        """Let the store count the end of these entries in their batches, before any of them can end."""
+        source = self._streams[stream_no]
+        unknown = self._store.register_batches(source, batches) if batches else ()
+        for batch in sorted(unknown):
+            log.warning("batch.unknown", extra={"batch": batch, "stream": source.stream})
 
     def _reject_poison(self, stream_no: int, entry: Entry) -> bool:
         """Reject an entry that made readers exit, without parsing it; False if it did not."""

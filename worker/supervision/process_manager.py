@@ -15,6 +15,7 @@ from ..flow import FlowConfig
 from ..ipc.channel import READY, STARTING, STOPPING, Channel
 from ..ipc.control import (
     Attach,
+    BatchShown,
     Configure,
     Drain,
     ExitReclaimed,
@@ -24,6 +25,7 @@ from ..ipc.control import (
     Report,
     Retire,
     SetCron,
+    ShowBatch,
     StartFailed,
     SyncDone,
     WorkerExited,
@@ -33,6 +35,7 @@ from ..settings import Settings, cores
 from ..store_advice import store_advice
 from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.prometheus import PrometheusCollector
+from .batch_mailbox import BatchAnswer, BatchMailbox
 from .forkserver import ForkServer
 from .process import Child, ProcessExit, RestartBackoff
 from .process_groups import ProcessGroups
@@ -77,7 +80,10 @@ class ProcessManager:
         metrics: PrometheusCollector,
         server: ForkServer,
         new_child: Callable[..., Child] = Child,
+        *,
+        api_fd: int | None = None,
     ) -> None:
+        """``api_fd``: listening socket of the role ``api``; None: there is no such role."""
         self._settings = settings
         self._metrics = metrics
         self._server = server
@@ -85,7 +91,9 @@ class ProcessManager:
         self._reader = Slot("reader")
         self._reaper = Slot("reaper")
         self._workers = [Slot("worker", number) for number in range(settings.procs)]
-        self._slots = [self._reader, self._reaper, *self._workers]
+        self._api = None if api_fd is None else Slot("api")
+        self._api_fd = api_fd
+        self._slots = [self._reader, self._reaper, *self._workers, *filter(None, [self._api])]
         self._groups = ProcessGroups()
         self._marks = CrashMarks.create()
         self._exited: dict[tuple[int, int], tuple[WorkerExited, Channel]] = {}
@@ -93,6 +101,8 @@ class ProcessManager:
         self._to_restart: deque[tuple[Slot, int]] = deque()
         #: Increases while the reader completes read cycles; the watchdog of systemd follows it.
         self.progress = 0
+        #: Questions about batches, which the reaper answers.
+        self.batches = BatchMailbox()
         self._exit_code: Exit | None = None
         self._was_complete = False
         self._draining = False
@@ -118,6 +128,12 @@ class ProcessManager:
         self._settings = replace(self._settings, cron=tables)
         if self._reaper.child is not None:
             self._reaper.child.send(SetCron(tables))
+
+    def pass_questions(self) -> None:
+        """Pass questions about batches to the reaper."""
+        for number, id in self.batches.take().items():
+            if self._reaper.child is not None:
+                self._reaper.child.send(ShowBatch(number, id))
 
     def tick(self, now: float) -> Exit | None:
         """Take one step towards the desired state. Returns an exit code if that state is out of reach."""
@@ -178,6 +194,8 @@ class ProcessManager:
                 self._exited.pop((slot, generation))[1].close()
             case HeldElsewhere():
                 self._handle_held_name(message, now)
+            case BatchShown(number, batch, error):
+                self.batches.answer(number, BatchAnswer(batch, error))
             case StartFailed(error, exit_code):
                 child.trouble = error
                 # This ends the service at its first start, and whenever no later attempt can succeed.
@@ -322,7 +340,10 @@ class ProcessManager:
                 raise
             self._send_to_reader(Attach(child.slot_no, child.generation), channel.fds)
             return child
-        child = new_child(marks=self._marks if slot is self._reader else None)
+        child = new_child(
+            marks=self._marks if slot is self._reader else None,
+            listener_fd=self._api_fd if slot is self._api else None,
+        )
         child.stopping = self._draining
         if slot is self._reader:
             self._resync_reader(child)
@@ -444,8 +465,12 @@ class ProcessManager:
     def restart_workers(self) -> None:
         """Replace every worker, one by one. Each is stopped only when its successor is ready.
 
-        Failed starts before it do not count: the successors have other code.
+        Failed starts before it do not count: the successors have other code. The api is restarted at once:
+        its socket stays open, so no client is refused.
         """
+        if self._api is not None and self._api.child is not None:
+            self._api.child.stopping = True
+            self._api.child.send(Drain())
         for slot in self._workers:
             slot.backoff = RestartBackoff()
         self._to_restart = deque((slot, slot.generation) for slot in self._workers)
@@ -502,8 +527,9 @@ class ProcessManager:
         """Let running jobs finish and read nothing new."""
         self._draining = True
         self._send_to_reader(Drain())
-        if self._reaper.child:
-            self._reaper.child.send(Drain())
+        for slot in filter(None, (self._reaper, self._api)):
+            if slot.child:
+                slot.child.send(Drain())
         for child in self._children():
             if child.channel is not None:
                 child.stop()
@@ -552,10 +578,10 @@ class ProcessManager:
         return [reason for slot in self._slots for reason in slot.reasons()]
 
     def transient_reasons(self) -> list[str]:
-        """The reasons that pass without an operator: a worker restarts while others are ready."""
+        """The reasons that pass without an operator: a worker or the api restarts while workers are ready."""
         if not any(slot.child and slot.child.ready for slot in self._workers):
             return []
-        return [reason for slot in self._workers if slot.is_restarting() for reason in slot.reasons()]
+        return [reason for slot in self._slots if slot.is_restarting() for reason in slot.reasons()]
 
     def warnings(self) -> list[str]:
         """Faults that stop only a part of the work, such as an isolated stream."""

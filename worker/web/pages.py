@@ -15,12 +15,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from ..admin.batches import ended_since, list_batches
 from ..admin.dead_letters import Cursor, DeadLetterQueue, Letter, LetterFilter
 from ..admin.deployment import StreamTable
 from ..admin.find_job import OVERDUE_S, SILENT_S, JobFinder, JobLocation
 from ..admin.overview import Overview
 from ..admin.refusals import faults_of, refusal
 from ..admin.retries import RetrySet
+from ..admin.search_client import SearchClient, SearchRefused
 from ..admin.status_client import Service
 from ..admin.tenants import WaitingTenants, waiting_tenants
 from ..errors import StoreRefused
@@ -40,8 +42,12 @@ from .rendering import Renderer
 _PAGE_ROWS = 50
 #: Entries scanned for one page, and in each place for a job at first: about a second.
 SCAN_LIMIT = 20_000
+#: Rows of a search.
+_SEARCH_ROWS = 20
 #: Tenants shown, and the interval of counting them, which reads megabytes from the store.
 _MAX_TENANTS, _COUNT_TENANTS_EVERY_S = 20, 10.0
+#: Batches shown, and for how long finished ones are.
+_MAX_BATCHES, _BATCHES_SINCE_S = 50, 24 * 3600.0
 #: Largest scan that a visitor may ask for: about a minute on one connection.
 _MAX_SCAN = 5_000_000
 #: Longest number in an address: Redis takes no larger ones as positions.
@@ -51,7 +57,7 @@ _MAX_DIGITS = 18
 @dataclass(frozen=True)
 class Site:
     """What the pages are made of. ``open_store`` opens a connection for one request; ``fetch_services``
-    fetches the status of the services that answer."""
+    fetches the status of the services that answer. ``search`` is None if no API is known."""
 
     table: StreamTable
     history: History
@@ -60,6 +66,7 @@ class Site:
     open_store: Callable[[], OperatorStore]
     fetch_services: Callable[[], list[Service]]
     show_payloads: bool
+    search: SearchClient | None = None
 
     @property
     def sources(self) -> list[Source]:
@@ -146,14 +153,17 @@ class Pages:
         with self._site.store() as store:
             groups, refused = _read_groups(store, self._site.sources)
             tenants = self._tenants(store)
+            batches, refused_batches = list_batches(store, self._site.streams, _MAX_BATCHES)
+        since_s = self._site.history.latest.wall_s - _BATCHES_SINCE_S
         return self._snapshot_page(
             request,
             "queues.html",
             groups=groups,
-            refused=refused,
+            refused=[*refused, *refused_batches],
             silent_s=SILENT_S,
             tenants=tenants,
             max_tenants=_MAX_TENANTS,
+            batches=[batch for batch in batches if ended_since(batch, since_s)],
         )
 
     def _tenants(self, store: OperatorStore) -> WaitingTenants:
@@ -254,6 +264,27 @@ class Pages:
             return None, None
         entry = store.entry(location.stream, entry_id.encode())
         return None, _payload(entry.data, None) if entry else None
+
+    def search(self, request: Request) -> Response:
+        """Rows of a tenant and project that are nearest to a question."""
+        if self._site.search is None:
+            raise HTTPException(404, "No service with --serve-addr is known here: give --serve-url.")
+        names = ("query", "tenant", "project", "collection", "chapter")
+        asked = {name: request.query_params.get(name, "").strip() for name in names}
+        found, error = None, ""
+        if asked["query"]:
+            body = {
+                "query": asked["query"], "tenant_id": asked["tenant"], "project_id": asked["project"],
+                "collection": asked["collection"] or "story_segments", "limit": _SEARCH_ROWS,
+                "chapter_ids": [asked["chapter"]] if asked["chapter"] else [],
+            }  # fmt: skip
+            try:
+                found = self._site.search.search(body)
+            except SearchRefused as refused:
+                error = str(refused)
+        return self._site.renderer.page(
+            request, "search.html", 200 if not error else 502, asked=asked, found=found, error=error
+        )
 
     def task(self, request: Request) -> Response:
         """Progress and outcome of a background task."""

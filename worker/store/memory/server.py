@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ...errors import StoreRefused
 from ...keys import Holder
 from ..ports import Entry, KeyFault
+from .batch_counts import MemoryBatches
 from .conditions import MemoryConditions
 from .lanes import MemoryLanes
 
@@ -53,9 +54,10 @@ class NameRecord:
 
 @dataclass
 class Stream:
-    """A stream with its groups, retries, dead letters, fences, lanes and keys of jobs."""
+    """A stream with its groups, retries, dead letters, fences, lanes, batches and keys of jobs."""
 
     lanes: MemoryLanes
+    batches: MemoryBatches
     conditions: MemoryConditions
     entries: dict[bytes, bytes | None] = field(default_factory=dict)
     last_id: tuple[int, int] = (0, 0)
@@ -154,7 +156,8 @@ class MemoryServer:
         """The stream of this name; it is created if it is missing."""
         if name not in self._streams:
             conditions = MemoryConditions(self.wall_now_s)
-            self._streams[name] = Stream(MemoryLanes(self.wall_now_s, conditions), conditions)
+            batches = MemoryBatches(self.wall_now_s)
+            self._streams[name] = Stream(MemoryLanes(self.wall_now_s, conditions), batches, conditions)
         return self._streams[name]
 
     def append(self, name: str, data: bytes | None) -> bytes:

@@ -21,6 +21,7 @@ _EPOCH_SCRIPTS = frozenset(
         "take",
         "screen",
         "claim_keys",
+        "batch_register",
     }
 )
 #: Scripts that use the record of the service that owns a consumer's name.
@@ -29,6 +30,14 @@ _NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lo
 _FLOW_SCRIPTS = frozenset({"sort", "take", "settle", "configure", "mend_slots", "screen", "claim_keys"})
 #: Scripts that compare jobs with others of their idempotency and supersede keys.
 _CONDITION_SCRIPTS = frozenset({"screen", "claim_keys", "take", "settle"})
+
+#: Scripts that count the jobs of batches.
+_BATCH_SCRIPTS = frozenset(
+    {
+        *("settle", "sort", "batch_register", "batch_open", "batch_close", "batch_finish", "batch_sweep"),
+        "batch_mend",
+    }
+)
 
 
 class LuaScripts:
@@ -65,6 +74,7 @@ script = LuaScripts(
         "prelude_epoch": _EPOCH_SCRIPTS,
         "prelude_name": _NAME_SCRIPTS,
         "prelude_flow": _FLOW_SCRIPTS,
+        "prelude_batch": _BATCH_SCRIPTS,
         "prelude_conditions": _CONDITION_SCRIPTS,
     },
 )

@@ -15,6 +15,7 @@ from ..ports import (
     RELEASED_IDLE_S,
     Backlog,
     Candidate,
+    Dead,
     Entry,
     Screened,
     Settled,
@@ -227,6 +228,13 @@ class RedisReaderStore(RedisStoreBase):
         reply = self._run(source, "take", more_keys, [most, lanes.TAKE_BYTES, lanes.OUTDATED_IDS, *types])
         return lanes.taken(reply, partial(self._deaths, source))
 
+    def register_batches(self, source: Source, batches: Mapping[bytes, str]) -> set[str]:
+        unknown: set[str] = set()
+        for some in chunks(_in_order(list(batches))):
+            arguments = [value for id in some for value in (id, batches[id])]
+            unknown.update(id.decode() for id in self._run(source, "batch_register", [], arguments))
+        return unknown
+
     def claim_keys(
         self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
     ) -> dict[bytes, bytes]:
@@ -270,7 +278,7 @@ class RedisReaderStore(RedisStoreBase):
         if gone:
             fields = {"entries": len(gone), "stream": source.stream}
             log.error("entry.deleted_while_pending", extra=fields)
-            (settled,) = self.settle([Settlement(source, done=gone)])
+            (settled,) = self.settle([Settlement(source, dead=[Dead(id, b"") for id in gone])])
             if settled.error:
                 raise settled.error
         return [
