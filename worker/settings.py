@@ -30,7 +30,7 @@ class Settings:
     #: file.
     secret_urls: ClassVar[tuple[str, ...]] = ("redis_url",)
     secret_tokens: ClassVar[tuple[str, ...]] = ()
-    secret_files: ClassVar[tuple[str, ...]] = ()
+    secret_files: ClassVar[tuple[str, ...]] = ("serve_token_file",)
 
     procs: int = 1
     redis_url: str = ""
@@ -49,6 +49,9 @@ class Settings:
     #: Restart the workers when a source file changes.
     reload: bool = False
     metrics_addr: str = "127.0.0.1:9464"
+    #: Where the role ``api`` answers questions over HTTP; empty: there is no such role.
+    serve_addr: str = ""
+    serve_token_file: str = ""
     lease_s: float = 30.0
     #: Time for which a finished batch is kept.
     batch_ttl_s: float = 7 * 24 * 3600.0

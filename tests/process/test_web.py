@@ -14,9 +14,9 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from jobworker.worker.cron_table import CronTable, digest, encode_table
+from jobworker.worker.http_server import MAX_CONNECTIONS
 from jobworker.worker.store.cron import StoredTable
 from jobworker.worker.store.redis.operator import OperatorStore
-from jobworker.worker.web.server import MAX_CONNECTIONS
 from support.operator import COMMAND_S, run
 from support.redis_servers import RedisServer
 from support.service import STREAM, eventually

@@ -43,6 +43,9 @@ def verbs(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], cli
 ALL = dict(verbs(main))
 #: The verbs that print an answer and end; `web` keeps running.
 ONE_SHOT = [path for path in ALL if path != ("web",)]
+#: Asks the API of a service instead of the job store.
+SEARCH = ("search",)
+OF_THE_STORE = [path for path in ALL if path != SEARCH]
 
 
 def test_all_agreed_verbs_exist() -> None:
@@ -54,11 +57,14 @@ def test_all_agreed_verbs_exist() -> None:
 def test_every_verb_has_an_example_and_json_output(path: tuple[str, ...]) -> None:
     text = CliRunner().invoke(main, [*path, "--help"]).output
     assert f"jobworker {' '.join(path)}" in text.partition("Options:")[0].partition("\n\n")[2], "an example"
-    wanted = {"--redis-url", "JOBWORKER_REDIS_URL", *(["--json"] if path in ONE_SHOT else [])}
+    named = (
+        {"--serve-url", "JOBWORKER_SERVE_URL"} if path == SEARCH else {"--redis-url", "JOBWORKER_REDIS_URL"}
+    )
+    wanted = named | ({"--json"} if path in ONE_SHOT else set())
     assert wanted <= {*text.replace("]", " ").split()}
 
 
-@pytest.mark.parametrize("path", ALL, ids=" ".join)
+@pytest.mark.parametrize("path", OF_THE_STORE, ids=" ".join)
 def test_without_a_deployment_the_error_says_how_to_name_one(
     path: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,7 +84,7 @@ class TestConfigurationFileOfTheService:
         file.write_text('redis-url = "redis://127.0.0.1:1/0"\nprocs = 3\nstream = ["a=b"]\n')
         return file
 
-    @pytest.mark.parametrize("path", ONE_SHOT, ids=" ".join)
+    @pytest.mark.parametrize("path", [path for path in ONE_SHOT if path != SEARCH], ids=" ".join)
     def test_it_names_the_deployment(self, path: tuple[str, ...], file: Path) -> None:
         needs = {"enqueue": ["audit"], "explain": ["x"], "show": ["x"], "resume": ["x"],
                  "run": ["x"], "pause": ["x"], "set": ["x", "--concurrency=1"], "clear": ["x"],
@@ -89,6 +95,12 @@ class TestConfigurationFileOfTheService:
             result = CliRunner().invoke(main, [*command, *given], env=environment)
             assert "127.0.0.1:1" in result.output, "it tried the store of the file"
             assert result.exit_code == {"doctor": 1, "url": 0}.get(path[-1], 5)
+
+    def test_it_names_the_api(self, file: Path) -> None:
+        file.write_text('serve-addr = "127.0.0.1:1"\n')
+        words = ["search", "x", "--tenant=t", "--project=p", "--config", str(file)]
+        result = CliRunner().invoke(main, words)
+        assert (result.exit_code, "http://127.0.0.1:1" in result.output) == (1, True)
 
     def test_it_names_the_streams(self, file: Path) -> None:
         result = CliRunner().invoke(main, ["doctor", "--config", str(file), "--stream", "=no-name"])

@@ -20,8 +20,8 @@ DOORS = {
     "prometheus_client": ["worker/telemetry/prometheus.py"],
     "opentelemetry": ["worker/telemetry/otel.py", "worker/telemetry/otel_context.py"],
     "pydantic": ["worker/payload_types.py"],
-    "starlette": ["worker/web/*.py"],
-    "uvicorn": ["worker/web/server.py"],
+    "starlette": ["worker/web/*.py", "handlers/api/*.py"],
+    "uvicorn": ["worker/http_server.py"],
     "jinja2": ["worker/web/rendering.py"],
     "pymilvus": ["handlers/vectors/milvus/*.py", "handlers/rebuild/milvus.py"],
     "milvus_lite": ["handlers/vectors/milvus/lite_server.py"],
@@ -42,12 +42,16 @@ CORE = {
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
     *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing", "store_advice"),
     *("cron_schedule", "cron_table", "durations", "flow", "conditions", "results"),
+    *("bearer_tokens", "listening"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
     **dict.fromkeys(CORE, CORE),
     # A counter of a handler must not have the name of a metric.
     "handler": {*CORE, "telemetry"},
+    "http_server": set(),
+    "scheduling": set(),
+    "api_role": IPC,
     "fork_guard": {"telemetry"},
     "event_loop": {*CORE, "fork_guard"},
     "store": CORE,
@@ -69,8 +73,18 @@ BELOW: dict[str, set[str]] = {
     "supervision": IPC,
     "admin": {*CORE, "store", "telemetry", "producer", "cron", "batches"},
     "cli": {*CORE, "store", "telemetry", "producer", "producer_batch", "cron", "batches", "admin", "cancel"},
-    "web": {*CORE, "store", "telemetry", "producer", "cron", "batches", "admin", "cancel"},
-    "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision", "fork_guard"},
+    "web": {*CORE, "store", "telemetry", "producer", "cron", "batches", "admin", "http_server", "cancel"},
+    "boot": {
+        *IPC,
+        "api_role",
+        "scheduling",
+        "store",
+        "reader",
+        "runner",
+        "reaper",
+        "supervision",
+        "fork_guard",
+    },
     "preload": {*IPC, "store", "reader", "runner", "reaper", "supervision", "boot"},
     "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin", "cron_config", "batches"},
 }
@@ -81,11 +95,12 @@ SHARED_BELOW = {
     "jobstore": set(),
     "vectors": {"jobstore", "graphemes"},
     "encoder": {"vectors", "file_lock", "graphemes"},
+    "api": {"vectors", "encoder", "jobstore"},
 }
 #: What handlers may import of the engine besides the names in worker/__init__.py.
 PUBLIC = {
     *("scripted_redis", "testing", "extension", "options", "quantities", "urls", "data_dir", "cgroup"),
-    *("safe_text", "cli"),
+    *("safe_text", "cli", "api_role", "bearer_tokens", "http_server"),
 }
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")

@@ -16,6 +16,7 @@ from . import (
     pause,
     result,
     retry,
+    search,
     stats,
     top,
     url,
@@ -48,7 +49,7 @@ def main() -> None:
     prepare_process()
 
 
-for module in (top, enqueue, stats, explain, cancel, result, pause, doctor, url, web):
+for module in (top, enqueue, stats, explain, cancel, result, pause, search, doctor, url, web):
     module.add_to(main)
 for target in extension().verbs:
     imported(target)(main)

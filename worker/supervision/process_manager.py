@@ -80,7 +80,10 @@ class ProcessManager:
         metrics: PrometheusCollector,
         server: ForkServer,
         new_child: Callable[..., Child] = Child,
+        *,
+        api_fd: int | None = None,
     ) -> None:
+        """``api_fd``: listening socket of the role ``api``; None: there is no such role."""
         self._settings = settings
         self._metrics = metrics
         self._server = server
@@ -88,7 +91,9 @@ class ProcessManager:
         self._reader = Slot("reader")
         self._reaper = Slot("reaper")
         self._workers = [Slot("worker", number) for number in range(settings.procs)]
-        self._slots = [self._reader, self._reaper, *self._workers]
+        self._api = None if api_fd is None else Slot("api")
+        self._api_fd = api_fd
+        self._slots = [self._reader, self._reaper, *self._workers, *filter(None, [self._api])]
         self._groups = ProcessGroups()
         self._marks = CrashMarks.create()
         self._exited: dict[tuple[int, int], tuple[WorkerExited, Channel]] = {}
@@ -336,7 +341,10 @@ class ProcessManager:
                 raise
             self._send_to_reader(Attach(child.slot_no, child.generation), channel.fds)
             return child
-        child = new_child(marks=self._marks if slot is self._reader else None)
+        child = new_child(
+            marks=self._marks if slot is self._reader else None,
+            listener_fd=self._api_fd if slot is self._api else None,
+        )
         child.stopping = self._draining
         if slot is self._reader:
             self._resync_reader(child)
@@ -462,8 +470,12 @@ class ProcessManager:
     def restart_workers(self) -> None:
         """Replace every worker, one by one. Each is stopped only when its successor is ready.
 
-        Failed starts before it do not count: the successors have other code.
+        Failed starts before it do not count: the successors have other code. The api is restarted at once:
+        its socket stays open, so no client is refused.
         """
+        if self._api is not None and self._api.child is not None:
+            self._api.child.stopping = True
+            self._api.child.send(Drain())
         for slot in self._workers:
             slot.backoff = RestartBackoff()
         self._to_restart = deque((slot, slot.generation) for slot in self._workers)
@@ -520,8 +532,9 @@ class ProcessManager:
         """Let running jobs finish and read nothing new."""
         self._draining = True
         self._send_to_reader(Drain())
-        if self._reaper.child:
-            self._reaper.child.send(Drain())
+        for slot in filter(None, (self._reaper, self._api)):
+            if slot.child:
+                slot.child.send(Drain())
         for child in self._children():
             if child.channel is not None:
                 child.stop()
@@ -570,10 +583,10 @@ class ProcessManager:
         return [reason for slot in self._slots for reason in slot.reasons()]
 
     def transient_reasons(self) -> list[str]:
-        """The reasons that pass without an operator: a worker restarts while others are ready."""
+        """The reasons that pass without an operator: a worker or the api restarts while workers are ready."""
         if not any(slot.child and slot.child.ready for slot in self._workers):
             return []
-        return [reason for slot in self._workers if slot.is_restarting() for reason in slot.reasons()]
+        return [reason for slot in self._slots if slot.is_restarting() for reason in slot.reasons()]
 
     def warnings(self) -> list[str]:
         """Faults that stop only a part of the work, such as an isolated stream."""

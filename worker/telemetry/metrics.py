@@ -77,6 +77,16 @@ METRICS = {
     "z_novel_cron_late_seconds": Metric(
         "gauge", "Time for which a tick of a cron table has been due and not taken", ("name",)
     ),
+    "z_novel_api_requests_total": Metric(
+        "counter", "Requests of the HTTP API that were answered", ("path", "status")
+    ),
+    "z_novel_api_request_seconds": Metric(
+        "histogram", "Time of a request of the HTTP API", ("path",), SECONDS
+    ),
+    "z_novel_api_batch_requests": Metric(
+        "histogram", "Requests that went through the model together", (), BATCH_SIZES
+    ),
+    "z_novel_api_waiting_tokens": Metric("gauge", "Tokens of requests that wait for the model or are in it"),
     "z_novel_batches_open": Metric("gauge", "Batches that have not finished, by home stream", ("stream",)),
     "z_novel_batches_finished_total": Metric(
         "counter", "Batches whose jobs have all ended, by home stream", ("stream",)

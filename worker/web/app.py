@@ -43,6 +43,7 @@ def _routes(pages: Pages, actions: Actions) -> list[BaseRoute]:
         Route("/dead", pages.dead),
         Route("/dead/letter", pages.letter),
         Route("/job", pages.job),
+        Route("/search", pages.search),
         Route("/dead/progress/{number}", pages.task),
         Route("/healthz", pages.health),
         Route("/login", actions.login_form),
