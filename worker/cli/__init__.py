@@ -21,6 +21,7 @@ from . import (
     top,
     url,
     web,
+    weight,
 )
 from .common import CliGroup
 
@@ -56,5 +57,6 @@ for target in extension().verbs:
 main.add_command(dlq.dlq)
 main.add_command(retry.retry)
 main.add_command(limit.limit)
+main.add_command(weight.weight)
 main.add_command(cron.cron)
 main.add_command(batch.batch)
