@@ -102,6 +102,21 @@ class Envelope(Header, frozen=True, gc=False, omit_defaults=True):
     payload: Any = None
 
 
+class Cancellation:
+    """How a process learns that jobs which it runs were cancelled; both None outside a worker."""
+
+    __slots__ = ("of_all", "of_job")
+
+    def __init__(self) -> None:
+        #: Whether a job was cancelled.
+        self.of_job: Callable[[Job], bool] | None = None
+        #: Whether all running jobs were cancelled.
+        self.of_all: Callable[[], bool] | None = None
+
+
+cancellation = Cancellation()
+
+
 class Job(msgspec.Struct, frozen=True, gc=False):
     """What a handler is given."""
 
@@ -115,6 +130,14 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     stream: str
     entry_id: str
     retry_count: int
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether an operator or the producer cancelled the job while it ran.
+
+        A handler that sees it raises `JobCancelled`, or returns if the work is done all the same.
+        """
+        return cancellation.of_job is not None and cancellation.of_job(self)
 
     @property
     def key(self) -> str:

@@ -213,6 +213,10 @@ _SERVICE = [
             "/v1/search; port 0 picks one.  [default: not served]", ""),
     option("--serve-token-file", "File with the bearer tokens of its clients, TOKEN or TENANT TOKEN a line; "
             "needed beyond loopback.", "", click.Path(dir_okay=False)),
+    option("--cancel-grace", "How long a cancelled job may run on before its worker is ended (seconds).",
+            10.0, Duration()),
+    option("--result-ttl", "How long the result of a job that asks for it is kept (seconds, or 1h).", 3600.0,
+            SECONDS),
     option("--drain-timeout", "How long TERM waits for running jobs (seconds).", 30.0,
             Duration()),
     option("--instance", "Part of the consumer's name; two services on a host need two.  "
@@ -232,6 +236,7 @@ _MOST_KINDS = 255
 #: Options whose settings carry the unit in their name.
 _SECONDS = (
     *("lease", "unique_window", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "linger"),
+    *("cancel_grace", "result_ttl"),
     "batch_ttl",
 )
 
@@ -256,6 +261,8 @@ _GROUPS = {
         "no-builtin-handlers",
         "reload",
         "job-timeout",
+        "cancel-grace",
+        "result-ttl",
         "linger",
         "max-payload",
         "unique-window",

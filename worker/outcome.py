@@ -42,6 +42,7 @@ class Reason(StrEnum):
     MALFORMED = "malformed"
     UNKNOWN_TYPE = "unknown_type"
     OVERSIZED = "oversized"
+    CANCELLED = "cancelled"
     EXPIRED = "expired"
 
 
@@ -67,6 +68,8 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
     #: The job must wait for this long (seconds), with all jobs of ``wait_key``; None: it failed.
     wait_s: float | None = None
     wait_key: str = ""
+    #: The worker did not start the job, because it was cancelled.
+    cancelled: bool = False
     #: The job was not run, because its latest start has passed.
     expired: bool = False
 

@@ -9,7 +9,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -36,6 +36,7 @@ from .errors import MalformedJob, StoreUnavailable
 from .extension import extension
 from .keys import base_stream, is_derived
 from .producer_batch import OpenBatch, PreparedJob
+from .results import KEEP_RESULT, CancelOutcome, JobResult, decode_result
 from .safe_text import is_unicode
 from .settings import MAX_PAYLOAD_BYTES
 from .store.announcements import Announcement, stream_for, suggestion
@@ -51,6 +52,9 @@ _MAX_CHECKED = 1000
 _CHECK_INTERVAL_S = 5.0
 #: How long a type is sent to the stream that a registered service named (seconds).
 _ROUTE_LIFETIME_S = 60.0
+
+#: First and longest pause between two looks for a result (seconds).
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
 
 #: Longest delay and timeout, a hundred years: the sum with the store's clock stays exact.
 _MAX_SECONDS = 3_155_760_000
@@ -79,6 +83,8 @@ class NewJob(NamedTuple):
     """A job to be enqueued. ``delay`` and ``timeout`` are seconds; ``stream`` and ``id`` None are chosen.
 
     ``run_at`` and ``expires_at`` are times: RFC 3339, unix seconds, or a `datetime` with a time zone.
+
+    With ``keep_result``, what its handler returns is kept for `Producer.result`.
     """
 
     type: str
@@ -92,6 +98,7 @@ class NewJob(NamedTuple):
     timeout: float | None = None
     run_at: Time | None = None
     expires_at: Time | None = None
+    keep_result: bool = False
 
 
 class _Route(NamedTuple):
@@ -195,6 +202,7 @@ class Producer:
         timeout: float | None = None,
         run_at: Time | None = None,
         expires_at: Time | None = None,
+        keep_result: bool = False,
     ) -> str:
         """Put one job on its stream; returns its id.
 
@@ -202,12 +210,26 @@ class Producer:
         it is dead-lettered. Both times are RFC 3339, unix seconds, or a `datetime` with a time zone; they are
         sent in ``metadata``. A service counts a ``timeout`` below 0.1 s as 0.1 s, and one above 24 h as 24 h.
 
+        With ``keep_result``, `result` returns what the handler returned; ``id`` must be unique in its stream
+        then.
+
         When this returns the store has acknowledged the job. Raises `ValueError` for a job that the service
         would refuse, `StoreUnavailable` when the store did not answer: the job may have been taken then, and
         enqueuing it again under the same id is the safe thing to do.
         """
         job = NewJob(
-            type, payload, tenant_id, project_id, stream, id, metadata, delay, timeout, run_at, expires_at
+            type,
+            payload,
+            tenant_id,
+            project_id,
+            stream,
+            id,
+            metadata,
+            delay,
+            timeout,
+            run_at,
+            expires_at,
+            keep_result,
         )
         return self._send([job], None)[0]
 
@@ -221,6 +243,69 @@ class Producer:
         not be enqueued may have been, so give them ids of your own if you mean to try again.
         """
         return self._send(jobs, stream)
+
+    def result(self, id: str, timeout: float, *, stream: str | Sequence[str] | None = None) -> JobResult:
+        """Wait until a job that was enqueued with ``keep_result`` has ended, at most ``timeout`` seconds.
+
+        Without ``stream`` (one name or several), the streams of all registered services are looked at. Raises
+        `TimeoutError` if there is no result by then, `StoreUnavailable` as the store does, and `ValueError`
+        for a record that is damaged.
+        """
+        _check_text("id", id)
+        if (
+            isinstance(timeout, bool)
+            or not isinstance(timeout, int | float)
+            or not 0 <= timeout <= _MAX_SECONDS
+        ):
+            raise ValueError(f"timeout is {timeout!r:.80}: a number of seconds from 0 on is needed")
+        streams = self._streams_of(stream)
+        give_up_s = time.monotonic() + timeout
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            with self._stores.borrow() as store:
+                for name in streams:
+                    if (record := store.result(name, id)) is not None:
+                        return decode_result(record)
+            left_s = give_up_s - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError(f"job {id} has no result after {timeout:g} s")
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(_LONGEST_PAUSE_S, 1.5 * pause_s)
+
+    def cancel(self, id: str, *, stream: str | None = None, discard: bool = False) -> CancelOutcome:
+        """Cancel a job: remove it if it waits, or ask the service that runs it to end it.
+
+        A cancelled job becomes a dead letter, or is dropped with ``discard``. The job is searched for: at
+        most 100,000 entries and retries of each stream are read. Raises `StoreUnavailable` as the store does.
+        """
+        from .cancel import (
+            SCAN_LIMIT,
+            Canceller,
+            JobFilter,
+            outcome_of,
+        )  # few programs cancel
+
+        _check_text("id", id)
+        streams = self._streams_of(stream)
+        with self._stores.borrow() as store:
+            search = Canceller(
+                store, streams, JobFilter(frozenset([id])), by="producer", discard=discard,
+                scan_limit=SCAN_LIMIT, wall_now_s=self._wall_now_s,
+            )  # fmt: skip
+            return outcome_of(list(search.run()))
+
+    def _streams_of(self, stream: str | Sequence[str] | None) -> list[str]:
+        """The streams in which a job may be."""
+        if stream is not None:
+            names = [stream] if isinstance(stream, str) else list(stream)
+            for name in names:
+                _check_text("stream", name)
+            return names
+        with self._stores.borrow() as store:
+            announced = [name for one in store.announcements() for name in one.streams]
+        routes = [route.stream for route in self._routes.values()]
+        own = [self._own_stream] if self._own_stream else []
+        return list(dict.fromkeys([*announced, *own, *routes, *(one.stream for one in extension().streams)]))
 
     def batch(
         self,
@@ -447,11 +532,14 @@ def _metadata(job: NewJob) -> dict[str, str] | None:
     """Metadata of the job, with the caller's span if the caller makes traces. Raises ValueError."""
     if job.metadata is not None and not isinstance(job.metadata, Mapping):
         raise ValueError(f"metadata maps text to text, it cannot be {job.metadata!r:.80}")
+    metadata = None if job.metadata is None else dict(job.metadata)
     if "opentelemetry.sdk.trace" in sys.modules:
         from .telemetry.otel_context import with_traceparent  # only then: it needs the library
 
-        return with_traceparent(job.metadata)
-    return None if job.metadata is None else dict(job.metadata)
+        metadata = with_traceparent(metadata)
+    if not isinstance(job.keep_result, bool):
+        raise ValueError(f"keep_result is {job.keep_result!r:.80}: True or False is needed")
+    return {**(metadata or {}), KEEP_RESULT: "true"} if job.keep_result else metadata
 
 
 def _with_times(metadata: dict[str, str] | None, job: NewJob, wall_now_s: float) -> dict[str, str] | None:

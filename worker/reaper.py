@@ -206,7 +206,10 @@ class Reaper:
 
     def _drain_requested(self, sleep_s: float) -> bool:
         """Sleep, or less if the supervisor sends a message. True if it says drain or has exited."""
-        select.select([self._control], [], [], sleep_s)
+        # Not select(): it takes no descriptor above 1,023.
+        waiter = select.poll()
+        waiter.register(self._control, select.POLLIN)
+        waiter.poll(sleep_s * 1000)
         try:
             while (received := self._control.receive()) is not None:
                 match received[0]:

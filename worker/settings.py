@@ -63,6 +63,9 @@ class Settings:
     drain_timeout_s: float = 30.0
     connect_timeout_s: float = 30.0
     job_timeout_s: float = 300.0
+    #: How long a cancelled job may run on before its worker is ended.
+    cancel_grace_s: float = 10.0
+    result_ttl_s: float = 3600.0
     max_rss_mib: int = 0
     max_jobs: int = 0
     max_age_s: float = 0.0

@@ -51,6 +51,8 @@ class FakeOperatorStore:
         self.streams: dict[str, list[Entry]] = defaultdict(list)
         self.groups: dict[str, GroupState] = {}
         self.leased: dict[bytes, Lease] = {}
+        #: Pending entries that were cancelled.
+        self.cancelled: set[bytes] = set()
         self.scheduled: dict[str, list[Scheduled]] = defaultdict(list)
         #: Entry id -> place of a job that was sorted.
         self.lanes: dict[bytes, LanePlace] = {}
@@ -140,6 +142,9 @@ class FakeOperatorStore:
 
     def lease(self, source: Source, id: bytes) -> Lease | None:
         return self.leased.get(id)
+
+    def cancel_is_asked(self, stream: str, id: bytes) -> bool:
+        return id in self.cancelled
 
     def depths(self, source: Source) -> Depths:
         return Depths(0, 0, 0, 0, 0.0, 0)

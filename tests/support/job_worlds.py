@@ -111,26 +111,28 @@ class MemoryWorld:
 
 
 class RedisWorld:
-    """A real server, emptied first."""
+    """A real server, emptied first; it may be a cluster of one node."""
 
-    def __init__(self, server: RedisServer) -> None:
+    def __init__(self, server: RedisServer, *, cluster: bool = False) -> None:
         self.server = server
+        self._cluster = cluster
+        self._url = f"redis+cluster://127.0.0.1:{server.port}" if cluster else server.url
         self._client = server.client
         self._client.flushall()
         self._stores: list[RedisReaderStore | RedisReaperStore | RedisProducerStore] = []
 
     def reader(self, consumer: str, holder: Holder = NO_HOLDER) -> RedisReaderStore:
-        store = RedisReaderStore(self.server.url, consumer, holder=holder)
+        store = RedisReaderStore(self._url, consumer, holder=holder)
         self._stores.append(store)
         return store
 
     def reaper(self) -> ReaperStore:
-        store = RedisReaperStore(self.server.url)
+        store = RedisReaperStore(self._url)
         self._stores.append(store)
         return store
 
     def producer(self) -> ProducerStore:
-        store = RedisProducerStore(self.server.url)
+        store = RedisProducerStore(self._url)
         self._stores.append(store)
         return store
 
@@ -141,10 +143,11 @@ class RedisWorld:
         schedule(self._client, stream, job, delay_s)
 
     def dead_letters(self, stream: str) -> list[bytes]:
-        return [fields[b"data"] for _, fields in self._client.xrange(keys.dead_letter_key(stream))]
+        key = keys.dead_letter_key(stream, cluster=self._cluster)
+        return [fields[b"data"] for _, fields in self._client.xrange(key)]
 
     def waiting(self, stream: str) -> list[bytes]:
-        return list(self._client.zrange(keys.retry_key(stream), 0, -1))
+        return list(self._client.zrange(keys.retry_key(stream, cluster=self._cluster), 0, -1))
 
     def length(self, stream: str) -> int:
         return int(self._client.xlen(stream))

@@ -69,7 +69,8 @@ def test_without_a_deployment_the_error_says_how_to_name_one(
     path: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    needs = {"enqueue": ["audit"], "explain": ["x"], "show": ["x"], "resume": ["x"], "run": ["x"],
+    needs = {"enqueue": ["audit"], "explain": ["x"], "cancel": ["x"], "result": ["x"],
+             "show": ["x"], "resume": ["x"], "run": ["x"],
              "pause": ["x"], "set": ["x", "--concurrency=1"], "clear": ["x"]}  # fmt: skip
     command = [*path, *(["x", "3"] if path == ("weight", "set") else needs.get(path[-1], []))]
     result = CliRunner().invoke(main, command, env={"JOBWORKER_REDIS_URL": None})
@@ -89,7 +90,7 @@ class TestConfigurationFileOfTheService:
         needs = {"enqueue": ["audit"], "explain": ["x"], "show": ["x"], "resume": ["x"],
                  "run": ["x"], "pause": ["x"], "set": ["x", "--concurrency=1"], "clear": ["x"],
                  "now": ["--all"], "requeue": ["--all"], "erase": ["--tenant", "x", "--yes"],
-                 "purge": ["--all", "--yes"]}  # fmt: skip
+                 "purge": ["--all", "--yes"], "cancel": ["x"], "result": ["x"]}  # fmt: skip
         command = [*path, *(["x", "3"] if path == ("weight", "set") else needs.get(path[-1], []))]
         for given, environment in (["--config", str(file)], {}), ([], {"JOBWORKER_CONFIG": str(file)}):
             result = CliRunner().invoke(main, [*command, *given], env=environment)

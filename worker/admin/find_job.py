@@ -212,7 +212,11 @@ class JobFinder:
         if lease is None:
             return self._finished(source, entry, location)
         location.facts |= {"deliveries": lease.deliveries, "deaths": entry.deaths + job.deaths}
-        return self._pending(lease, location)
+        self._pending(lease, location)
+        if self._store.cancel_is_asked(source.stream, entry.id):
+            location.facts["cancelled"] = True
+            location.why += "; it was cancelled, so the service that has it ends it"
+        return location
 
     def _finished(self, source: Source, entry: Entry, location: JobLocation) -> JobLocation:
         """An acknowledged entry. Its job was perhaps not run, because another one was."""

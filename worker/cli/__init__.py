@@ -6,6 +6,7 @@ from ..extension import extension, imported
 from ..process_env import prepare_process
 from . import (
     batch,
+    cancel,
     cron,
     dlq,
     doctor,
@@ -13,6 +14,7 @@ from . import (
     explain,
     limit,
     pause,
+    result,
     retry,
     search,
     stats,
@@ -48,7 +50,7 @@ def main() -> None:
     prepare_process()
 
 
-for module in (top, enqueue, stats, explain, pause, search, doctor, url, web):
+for module in (top, enqueue, stats, explain, result, cancel, pause, search, doctor, url, web):
     module.add_to(main)
 for target in extension().verbs:
     imported(target)(main)

@@ -52,8 +52,8 @@ _OPTIONS = [
     click.option("--payload", default="{}", show_default=True, help="JSON, @FILE, or - for standard input."),
     click.option("--lines", type=click.Path(exists=True, allow_dash=True, dir_okay=False), metavar="FILE",
                  help="One JSON object per line (- for standard input): type, payload, tenant_id, "
-                 "project_id, id, stream, metadata, delay, run_at, expires_at, timeout. TYPE and the "
-                 "options are the defaults of a line."),
+                 "project_id, id, stream, metadata, delay, run_at, expires_at, timeout, keep_result. TYPE "
+                 "and the options are the defaults of a line."),
     click.option("--tenant", default="", help="Tenant of the job."),
     click.option("--project", default="", help="Project of the tenant."),
     click.option("--stream", cls=ExplicitOption, default=None, shell_complete=complete_streams,
@@ -69,6 +69,7 @@ _OPTIONS = [
     click.option("--expires-at", metavar="TIME", help="Dead-letter it if it has not started by this time."),
     click.option("--timeout", type=Duration(MIN_TIMEOUT_S, MAX_TIMEOUT_S),
                  help="Timeout (seconds, or 5m), from 0.1 s to 24 h."),
+    click.option("--keep-result", is_flag=True, help="Keep what its handler returns: see jobworker result."),
     click.option("--count", type=Count(1), default=1, show_default=True,
                  help="Number of times to send it."),
     click.option("--batch", default="", metavar="ID",
@@ -82,7 +83,8 @@ _OPTIONS = [
 def enqueue(
     url: str, type: str, payload: str, lines: str | None, tenant: str, project: str, stream: str | None,
     job_id: str | None, priority: int | None, delay: float | None, run_at: str | None,
-    expires_at: str | None, timeout: float | None, count: int, batch: str, on_complete: str, as_json: bool,
+    expires_at: str | None, timeout: float | None, keep_result: bool, count: int, batch: str,
+    on_complete: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Send a job of TYPE, or one for each line of --lines.
 
@@ -101,7 +103,7 @@ def enqueue(
         raise click.UsageError("--on-complete needs --batch ID")
     into = _BatchOptions(batch, on_complete, tenant)
     defaults = NewJob(
-        type, None, tenant, project, stream, job_id, metadata, delay, timeout, run_at, expires_at
+        type, None, tenant, project, stream, job_id, metadata, delay, timeout, run_at, expires_at, keep_result
     )
     if lines is not None:
         if job_id is not None or count != 1 or payload != "{}":
@@ -232,6 +234,8 @@ def _how_to_continue(path: str, stored: int) -> str:
         )
         if (value := click.get_current_context().params.get(name.replace("-", "_")))
     ]
+    if click.get_current_context().params.get("keep_result"):
+        options.append(" --keep-result")
     job_type = click.get_current_context().params.get("type")
     command = (
         f"jobworker enqueue --lines -{''.join(options)}{f' {shlex.quote(job_type)}' if job_type else ''}"

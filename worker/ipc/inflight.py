@@ -8,6 +8,9 @@ took out. From then on only the state byte changes:
     QUEUED -> STARTED -> SUCCEEDED | FAILED     by the worker
     SUCCEEDED | FAILED -> SETTLED               by the reader, once the store has settled it
 
+FAILED means that a frame in the outcome ring says how the job ended: it failed, or it succeeded and its
+result is kept. Beside the state, the reader may mark a row cancelled at any time.
+
 If either of the two dies, the other one (or its successor) knows which jobs were started.
 """
 
@@ -22,8 +25,8 @@ QUEUED, STARTED, SUCCEEDED, FAILED, SETTLED = 1, 2, 3, 4, 5
 ROWS = 4096
 #: Longest entry id: two 64-bit numbers in decimal and a dash.
 _ID_BYTES = 41
-#: State, type number, stream number, deaths and isolation: one byte each, then the id.
-TABLE_BYTES = ROWS * (5 + _ID_BYTES)
+#: State, type number, stream number, deaths, isolation and cancellation: one byte each, then the id.
+TABLE_BYTES = ROWS * (6 + _ID_BYTES)
 
 _SUCCEEDED_RUN = re.compile(bytes([SUCCEEDED]) + b"+")
 
@@ -61,7 +64,8 @@ class InFlight:
         self._stream_nos = area[2 * ROWS : 3 * ROWS]
         self._deaths = area[3 * ROWS : 4 * ROWS]
         self._isolated = area[4 * ROWS : 5 * ROWS]
-        self._ids = area[5 * ROWS : TABLE_BYTES]
+        self.cancelled = area[5 * ROWS : 6 * ROWS]
+        self._ids = area[6 * ROWS : TABLE_BYTES]
 
     @property
     def tail(self) -> int:
@@ -99,6 +103,7 @@ class InFlight:
             self._type_nos[to:end] = bytes(type_nos[start:stop])
             self._deaths[to:end] = bytes(deaths[start:stop])
             self._isolated[to:end] = bytes(isolated[start:stop])
+            self.cancelled[to:end] = bytes(stop - start)
             padded = b"".join([entry_id.ljust(_ID_BYTES, b"\0") for entry_id in ids[start:stop]])
             self._ids[to * _ID_BYTES : end * _ID_BYTES] = padded
             self.states[to:end] = bytes([QUEUED]) * (stop - start)
@@ -125,6 +130,19 @@ class InFlight:
     def state(self, row: int) -> int:
         """State of a row."""
         return int(self.states[row % ROWS])
+
+    def is_cancelled(self, row: int) -> bool:
+        """Whether the job of a row was cancelled."""
+        return bool(self.cancelled[row % ROWS])
+
+    def cancel(self, row: int) -> None:
+        """Mark the job of a row cancelled (reader)."""
+        self.cancelled[row % ROWS] = 1
+
+    def runs_only_cancelled(self) -> bool:
+        """Whether jobs run, and all of them were cancelled; for any process that shares the table."""
+        started = self.started()
+        return bool(started) and all(self.is_cancelled(job.row) for job in started)
 
     def mark(self, rows: Iterable[int], state: int) -> None:
         """Set the state of rows (worker: STARTED and the outcomes; reader: SETTLED)."""

@@ -31,6 +31,8 @@ class ReaderContext:
     lost_leases: LostLeases
     #: By stream number: the rules by which its jobs are sorted, and their version on the server.
     lane_rules: dict[int, tuple[LaneRules, int]]
+    #: Cancelled entries by stream number and id, and whether each becomes a dead letter. Some may have ended.
+    cancels: dict[tuple[int, bytes], bool]
 
     @classmethod
     def create(
@@ -42,4 +44,6 @@ class ReaderContext:
         faults = StreamFaults(store, settings.streams, metrics.gauge, "reader", rng, mono_s)
         lost_leases = LostLeases(settings.streams, metrics)
         held = HeldOutcomes()
-        return cls(store, settings, crash_marks, metrics, rng, mono_s, wall_s, faults, held, lost_leases, {})
+        return cls(
+            store, settings, crash_marks, metrics, rng, mono_s, wall_s, faults, held, lost_leases, {}, {}
+        )

@@ -13,6 +13,7 @@ import msgspec
 from ..flow import LaneRules, read_flow_header
 from ..store.ports import Entry, WaitingJob
 from .admission import AdmittedJob
+from .cancellation import Cancellations
 from .context import ReaderContext
 from .dispatch import Dispatcher
 
@@ -45,7 +46,8 @@ class _FlowState:
 class FlowControl:
     """Sorts entries of each stream into lanes and takes jobs out of them. Methods raise as the store does."""
 
-    def __init__(self, context: ReaderContext, dispatcher: Dispatcher) -> None:
+    def __init__(self, context: ReaderContext, dispatcher: Dispatcher, cancels: Cancellations) -> None:
+        self._cancels = cancels
         self._store = context.store
         self._streams = context.settings.streams
         self._type_names = tuple(context.settings.handlers)
@@ -66,10 +68,10 @@ class FlowControl:
 
     # -- state of the store
 
-    def refresh(self, mono_now_s: float, *, at_once: bool = False) -> None:
-        """Count waiting jobs and read changed limits, if it is time."""
+    def refresh(self, mono_now_s: float, *, at_once: bool = False) -> bool:
+        """If it is time, count waiting jobs, and read changed limits and cancelled entries; else False."""
         if mono_now_s - self._mono_checked_s < _CHECK_EVERY_S and not at_once:
-            return
+            return False
         self._mono_checked_s = mono_now_s
         if not at_once:
             self._rates = (self._rates[1], self._dispatcher.jobs_per_s)
@@ -81,6 +83,7 @@ class FlowControl:
         if not self._faults.isolated:
             self.file = None
         self._dispatcher.is_sorted = any(state.sorts_all for state in self._states)
+        return True
 
     def _apply_file(self, stream_no: int) -> None:
         """Store the file's limits and weights once: a restart does not undo later changes by operators."""
@@ -93,6 +96,7 @@ class FlowControl:
     def _check(self, stream_no: int) -> None:
         state, source = self._states[stream_no], self._streams[stream_no]
         backlog = self._store.backlog(source)
+        self._cancels.refresh(stream_no, backlog.cancels, backlog.cancelled)
         if backlog.version != self._rules[stream_no][1]:
             config = self._store.flow_config(source)
             self._rules[stream_no] = LaneRules(config.limits), config.version

@@ -10,6 +10,7 @@ from ..errors import AnswerTooLarge, Fenced, StoreRefused, StoreUnavailable
 from ..ipc.crash_marks import SKIP_FETCH_AT_STRIKES
 from ..store.ports import Entry
 from .admission import Admission, AdmittedJob, RejectedEntry, reject_unread
+from .cancellation import Cancellations
 from .claims import Claims
 from .context import ReaderContext
 from .dispatch import Dispatcher
@@ -100,7 +101,8 @@ class Intake:
         self._dispatcher = dispatcher
         self._buffer = dispatcher.buffer
         self._selector = selector
-        self.flow = FlowControl(context, dispatcher)
+        self._cancels = Cancellations(context, dispatcher)
+        self.flow = FlowControl(context, dispatcher, self._cancels)
         type_nos = {name: type_no for type_no, name in enumerate(settings.handlers)}
         self._screening = Screening(context, self._buffer)
         self._admission = Admission(
@@ -119,6 +121,11 @@ class Intake:
         # that were listed may not.
         self._mono_all_renewed_s = -math.inf
         self._mono_renewed_s = self._lost_leases.mono_renewed_s = context.mono_s()
+
+    def refresh(self, mono_now_s: float, *, at_once: bool = False) -> None:
+        """If it is time, look at what changed in the store: backlogs, limits, cancelled jobs."""
+        if self.flow.refresh(mono_now_s, at_once=at_once):
+            self.rejected += self._cancels.enforce()
 
     # -- pending entries of this consumer
 
@@ -318,10 +325,13 @@ class Intake:
             self._marks.mark(stream_no, entries[0].id)
         jobs: Sequence[AdmittedJob]
         jobs, rejected = self._admission.check_all(stream_no, entries)
+        jobs, cancelled = self._cancels.reject(jobs)
+        rejected += cancelled
         batches = self._admission.take_batches()
         in_series = False
-        if any(job.unique or job.conditions for job in jobs):
-            in_series = has_series(jobs)
+        conditional = [job for job in jobs if job.conditions is not None]
+        if conditional or any(job.unique for job in jobs):
+            in_series = has_series(conditional)
             jobs, dropped = self._screening.screen(stream_no, jobs, is_taken=is_taken)
             rejected += dropped
         if not is_taken:

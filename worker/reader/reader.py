@@ -146,7 +146,7 @@ class Reader:
         self._renew_name(now)
         if now - self._pauses_refreshed_at >= _PAUSES_EVERY_S:
             self._refresh_pauses()
-        self._intake.flow.refresh(now)
+        self._intake.refresh(now)
         self._settle(now)
         self._reclaim_exited_workers()
         self._log_slowdowns()
@@ -159,6 +159,11 @@ class Reader:
         self._intake.renew_leases(now)
         self._wait(0.0 if self._intake.must_continue else self._intake.flow.sleep_s(sleep_s))
         self._intake.check_reads()
+
+    def refresh(self) -> None:
+        """Look at once at what changed in the store, such as cancelled jobs."""
+        if self._connected:
+            self._intake.refresh(self._mono_s(), at_once=True)
 
     # -- jobs
 
@@ -242,7 +247,7 @@ class Reader:
                     worker_or_none.retired = True
             case Configure(flow):
                 self._intake.flow.file = flow
-                self._intake.flow.refresh(self._mono_s(), at_once=True) if self._connected else None
+                self.refresh()
             case SyncDone():
                 self._synced = True
             case Drain():
@@ -277,7 +282,7 @@ class Reader:
         self._first_renewals.clear()
         self._intake.begin_listing()
         self._refresh_pauses()
-        self._intake.flow.refresh(self._mono_s(), at_once=True)
+        self._intake.refresh(self._mono_s(), at_once=True)
         # Before any entry is read: a crash caused by an entry must not look like a failed start.
         self._control.send(Ready())
         self._intake.list_pending()

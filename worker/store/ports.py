@@ -8,6 +8,7 @@ is a bug. No call waits longer than the store's timeout.
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from ..errors import StoreRefused
@@ -49,12 +50,26 @@ class OwnedKey(NamedTuple):
 
 
 class Dead(NamedTuple):
-    """Settlement of one entry by a dead letter: the letter's JSON. Empty: the entry is gone from the stream,
-    and there is nothing to keep. ``key`` is freed if the job owns it."""
+    """Settlement of one entry by a dead letter: the letter's JSON.
+
+    Empty: none is made, because the entry is gone from the stream, or its job was cancelled and is dropped.
+    ``key`` is freed if the job owns it. ``result`` is the record that is kept as the result of job
+    ``job_id``; empty: none is.
+    """
 
     id: bytes
     data: bytes
     key: OwnedKey | None = None
+    job_id: str = ""
+    result: bytes = b""
+
+
+class Kept(NamedTuple):
+    """Settlement of one entry as done, with the record that is kept as the result of job ``job_id``."""
+
+    id: bytes
+    job_id: str
+    result: bytes
 
 
 class Candidate(NamedTuple):
@@ -123,6 +138,8 @@ class Backlog(NamedTuple):
 
     Handlers asked jobs of ``asked_types`` to wait. ``in_series`` counts the jobs in lanes that have a
     supersede key; ``waiting`` counts the others.
+    ``cancels`` is another number after each new entry of `ReaderStore.cancels`; ``cancelled`` counts the jobs
+    of the stream that were cancelled while they waited.
     """
 
     lag: int
@@ -130,6 +147,8 @@ class Backlog(NamedTuple):
     version: int
     asked_types: frozenset[str]
     in_series: int = 0
+    cancels: int = 0
+    cancelled: int = 0
 
 
 class Settlement(NamedTuple):
@@ -148,12 +167,20 @@ class Settlement(NamedTuple):
     version: int = 0
     #: Entries that are acknowledged without having been run.
     dropped: Sequence[bytes] = ()
+    kept: Sequence[Kept] = ()
+    result_ttl_s: float = 3600.0
 
     @property
     def ids(self) -> list[bytes]:
         """The ids of all its entries."""
-        others = self.dropped, [one.id for one in self.retries], [one.id for one in self.dead]
-        return [*self.done, *itertools.chain(*others, (one.id for one in self.put_back))]
+        others = (
+            self.dropped,
+            [one.id for one in self.retries],
+            [one.id for one in self.dead],
+            [one.id for one in self.put_back],
+            [one.id for one in self.kept],
+        )
+        return [*self.done, *itertools.chain(*others)]
 
 
 class Settled(NamedTuple):
@@ -161,12 +188,15 @@ class Settled(NamedTuple):
 
     ``refused``: ids that were not ours any more. They were acknowledged already or belong to another
     consumer, and nothing was done for them. ``unsettled``: ids for which the store refused the step with
-    ``error``, because of the stream's keys; they are as they were before.
+    ``error``, because of the stream's keys; they are as they were before. ``cancelled``: ids that should have
+    been retried or put back, but were cancelled; they are as they were before, too. The value is that of
+    `ReaderStore.cancels`.
     """
 
     refused: set[bytes]
     unsettled: set[bytes]
     error: StoreRefused | None = None
+    cancelled: Mapping[bytes, bool] = {}
 
 
 class KeyFault(NamedTuple):
@@ -312,6 +342,12 @@ class ReaderStore(Protocol):
         They are those whose turn it is, within the limits.
         """
 
+    def cancels(self, source: Source) -> dict[bytes, bool]:
+        """Entries that were cancelled, perhaps ended since, and whether each becomes a dead letter."""
+
+    def end_cancels(self, source: Source, ids: Sequence[bytes]) -> None:
+        """Forget cancelled entries that have ended."""
+
     def register_batches(self, source: Source, batches: Mapping[bytes, str]) -> set[str]:
         """Record the batches of pending entries, by entry id, so that their end is counted.
 
@@ -378,8 +414,65 @@ class ReaperStore(CronStore, BatchStore, Protocol):
         """Drop every connection."""
 
 
-class ProducerStore(BatchProducerStore, Protocol):
-    """Enqueueing of jobs."""
+class CancelRequest(NamedTuple):
+    """A job that is to be cancelled.
+
+    ``entry_id`` is empty for a job of the retry ZSET, which ``data`` names. If the job waits, ``letter``
+    becomes a dead letter and ``result`` the result of ``job_id``, unless they are empty; and the idempotency
+    key ``unique`` is free again, if the job with the entry ``first_id`` owns it.
+    """
+
+    entry_id: bytes
+    data: bytes
+    letter: bytes = b""
+    job_id: str = ""
+    result: bytes = b""
+    unique: str = ""
+    first_id: bytes = b""
+
+
+class CancelReply(IntEnum):
+    """What `CancelStore.cancel` did with one job."""
+
+    #: It has ended, or it is in another place by now.
+    GONE = 0
+    #: It waited in the stream or in a lane, and was removed.
+    REMOVED = 1
+    #: It waited in the retry ZSET, and was removed.
+    UNSCHEDULED = 2
+    #: A service has it: that ends it.
+    ASKED = 3
+
+
+class CancelStore(Protocol):
+    """Cancellation of jobs, by producers and operators."""
+
+    def stream_page(self, stream: str, after: bytes, count: int) -> list[Entry]:
+        """A page of the stream, finished entries too, oldest first, after an id."""
+
+    def last_id(self, stream: str) -> bytes:
+        """The id of the newest entry; ``0-0`` for a stream that does not exist."""
+
+    def retry_page(self, stream: str, start: int, count: int) -> list[bytes]:
+        """A page of the retry ZSET, soonest first, from a rank on."""
+
+    def cancel(
+        self, stream: str, requests: Sequence[CancelRequest], *, result_ttl_s: float, dry_run: bool = False
+    ) -> list[CancelReply]:
+        """Cancel jobs, each in one atomic step; with ``dry_run``, only say what would be done."""
+
+    def announcements(self) -> list[Announcement]:
+        """As `ProducerStore.announcements`."""
+
+    def close(self) -> None:
+        """Drop every connection."""
+
+
+class ProducerStore(BatchProducerStore, CancelStore, Protocol):
+    """Enqueueing of jobs, their results and their cancellation."""
+
+    def result(self, stream: str, job_id: str) -> bytes | None:
+        """The kept result of a job; None if there is none."""
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
         """Append jobs in order, pipelined; returns how many the store acknowledged."""

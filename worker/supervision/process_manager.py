@@ -270,7 +270,8 @@ class ProcessManager:
             slot.unexpected_exits += 1
             slot.backoff.record_exit(now, was_ready=child.ready, lived_s=now - child.mono_started_s)
         if child.channel is not None:
-            charge = not expected and not exited.with_forkserver  # no job is to blame for that
+            # No job is to blame for the exit of the forkserver; one that was cancelled is not charged.
+            charge = not expected and not exited.with_forkserver and child.kill_cause != "cancelled"
             self._record_exit(child, child.channel, exited, charge=charge)
         elif slot is self._reader:
             self._count_reader_death(child, exited)
@@ -412,7 +413,7 @@ class ProcessManager:
             child.kill(signal.SIGKILL)
 
     def _kill_cause(self, child: Child, now: float) -> str:
-        """The limit that the child exceeds: ``boot``, ``stuck``, ``timeout`` or ``rss``; empty if none."""
+        """The limit that the child exceeds: boot, stuck, timeout, cancelled or rss; empty if none."""
         if not child.ready:
             return "boot" if now - child.mono_started_s > _SETUP_TIMEOUT_S else ""
         if child.channel is None:
@@ -421,6 +422,8 @@ class ProcessManager:
         if deadline:
             if now > deadline:
                 return "timeout"
+            if child.channel.is_cancel_overdue(now):
+                return "cancelled"
             return "rss" if self._exceeds_rss(child) else ""
         # A worker without a job that neither takes one nor exits.
         idle = child.channel.phase in (READY, STOPPING)
@@ -431,6 +434,8 @@ class ProcessManager:
         match child.kill_cause:
             case "timeout" if channel.mono_deadline_s:
                 return f"timeout of {channel.mono_deadline_s - channel.mono_since_s:.6g} s"
+            case "cancelled":
+                return f"its jobs were cancelled, and ran for {self._settings.cancel_grace_s:.6g} s more"
             case "rss":
                 return f"rss above {self._settings.max_rss_mib} MiB"
             case "boot":

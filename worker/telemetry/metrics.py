@@ -27,6 +27,12 @@ METRICS = {
     "z_novel_jobs_limited_total": Metric(
         "counter", "Jobs that waited for a limit, or that a handler put back with RateLimited", ("task_type",)
     ),
+    "z_novel_jobs_cancelled_total": Metric(
+        "counter", "Cancelled jobs that a service had prefetched or ran", ("task_type",)
+    ),
+    "z_novel_jobs_cancelled_waiting": Metric(
+        "gauge", "Jobs of the stream that were cancelled while they waited, ever", ("stream",)
+    ),
     "z_novel_jobs_duplicate_total": Metric(
         "counter", "Jobs that were not run because another one had their idempotency key", ("task_type",)
     ),

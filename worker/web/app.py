@@ -52,6 +52,7 @@ def _routes(pages: Pages, actions: Actions) -> list[BaseRoute]:
         Route("/dead/confirm", actions.confirm, methods=["POST"]),
         Route("/dead/do", actions.start_operation, methods=["POST"]),
         Route("/retries/now", actions.retry_now, methods=["POST"]),
+        Route("/job/cancel", actions.cancel, methods=["POST"]),
         Route("/types/pause", actions.pause, methods=["POST"]),
         Route("/types/resume", actions.resume, methods=["POST"]),
         Mount("/static", StaticFiles(directory=Path(__file__).with_name("static"))),

@@ -48,6 +48,11 @@ class MemoryConditions:
         if bucket.get(key.name) == key.first_id:
             del bucket[key.name]
 
+    def free_name(self, name: str, first_id: bytes) -> None:
+        """Free an idempotency key in every bucket in which the job owns it."""
+        for bucket in self._buckets:
+            self.free(OwnedKey(bucket, name, first_id))
+
     def forget(self) -> int:
         """Delete the buckets whose window has passed; returns their number."""
         outdated = []

@@ -108,6 +108,18 @@ class MemoryLanes:
         elif is_new:
             waiting.outdated = True
 
+    def remove(self, id: bytes) -> bool:
+        """Remove a job from its lane; False if it waits in none."""
+        for name, one in list(self.lanes.items()):
+            for job in one.jobs:
+                if job.id == id:
+                    one.jobs.remove(job)
+                    if not one.jobs:
+                        del self.lanes[name]
+                        self._close(one)
+                    return True
+        return False
+
     def take_outdated(self, count: int) -> list[WaitingJob]:
         """Remove jobs whose limits have changed."""
         taken: list[WaitingJob] = []

@@ -68,6 +68,13 @@ class Stream:
     #: (due time in unix seconds, order of arrival, job)
     retries: list[tuple[float, int, bytes]] = field(default_factory=list)
     dead: list[bytes] = field(default_factory=list)
+    #: Pending entries that were cancelled, and whether each becomes a dead letter.
+    cancels: dict[bytes, bool] = field(default_factory=dict)
+    #: Number of requests to cancel pending entries, and of cancelled jobs that waited.
+    cancel_requests: int = 0
+    cancelled: int = 0
+    #: Job id -> expiry (unix seconds) and record of its result.
+    results: dict[str, tuple[float, bytes]] = field(default_factory=dict)
     #: Fields of the hash of cron tables.
     cron: dict[bytes, bytes] = field(default_factory=dict)
 
@@ -178,6 +185,10 @@ class MemoryServer:
         with self.lock:
             self._arrivals += 1
             self.stream(name).retries.append((self.wall_now_s() + delay_s, self._arrivals, job))
+
+    def keep_result(self, name: str, job_id: str, record: bytes, ttl_s: float) -> None:
+        """Keep the result of a job for some time."""
+        self.stream(name).results[job_id] = (self.wall_now_s() + ttl_s, record)
 
     def hasten(self, name: str, mark: bytes) -> None:
         """Make the scheduled job that contains these bytes due now."""

@@ -27,7 +27,11 @@ _EPOCH_SCRIPTS = frozenset(
 #: Scripts that use the record of the service that owns a consumer's name.
 _NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lost"})
 #: Scripts that move jobs into lanes or out of them, or that end jobs which hold slots.
-_FLOW_SCRIPTS = frozenset({"sort", "take", "settle", "configure", "mend_slots", "screen", "claim_keys"})
+_FLOW_SCRIPTS = frozenset(
+    {"sort", "take", "settle", "configure", "mend_slots", "screen", "claim_keys", "cancel"}
+)
+#: Scripts that compare entry ids.
+_ID_SCRIPTS = frozenset({"trim", "cancel"})
 #: Scripts that compare jobs with others of their idempotency and supersede keys.
 _CONDITION_SCRIPTS = frozenset({"screen", "claim_keys", "take", "settle"})
 
@@ -35,7 +39,7 @@ _CONDITION_SCRIPTS = frozenset({"screen", "claim_keys", "take", "settle"})
 _BATCH_SCRIPTS = frozenset(
     {
         *("settle", "sort", "batch_register", "batch_open", "batch_close", "batch_finish", "batch_sweep"),
-        "batch_mend",
+        *("batch_mend", "cancel", "screen"),
     }
 )
 
@@ -73,8 +77,11 @@ script = LuaScripts(
     {
         "prelude_epoch": _EPOCH_SCRIPTS,
         "prelude_name": _NAME_SCRIPTS,
+        "prelude_ids": _ID_SCRIPTS,
         "prelude_flow": _FLOW_SCRIPTS,
         "prelude_batch": _BATCH_SCRIPTS,
         "prelude_conditions": _CONDITION_SCRIPTS,
+        "prelude_cancel": frozenset({"settle", "cancel"}),
+        "prelude_results": frozenset({"settle"}),
     },
 )

@@ -39,6 +39,7 @@ from .base import (
 )
 from .batches import RedisBatchStore
 from .blocking_read import data_of
+from .cancel import RedisCancelStore
 from .conditions import rivals
 from .connection import Reply
 from .cron import RedisCronStore
@@ -49,7 +50,7 @@ from .lua import Command, script
 _HOLDER = b"/holder/"
 
 
-class OperatorStore(RedisCronStore, RedisBatchStore):
+class OperatorStore(RedisCronStore, RedisBatchStore, RedisCancelStore):
     """The streams, retries, dead letters and pauses of a deployment.
 
     It takes no consumer's name, so it may run beside any service. Every call raises `StoreUnavailable` when
@@ -181,6 +182,10 @@ class OperatorStore(RedisCronStore, RedisBatchStore):
         )
 
     # -- where a job is
+
+    def cancel_is_asked(self, stream: str, id: bytes) -> bool:
+        """Whether a pending entry was cancelled, and the service that has it was asked to end it."""
+        return bool(self.one(stream, ("HEXISTS", lanes.cancels_key(self.ready_key(stream)), id)))
 
     def exists(self, stream: str) -> bool:
         """Whether the store has the stream's key."""

@@ -157,11 +157,13 @@ class RedisReaderStore(RedisStoreBase):
     def _settled(self, result: Settled, part: Settlement, reply: Reply) -> Settled:
         """The result of a settlement with that of one more part."""
         try:
-            refused = self._recovered(part.source, reply, partial(self._settlement, part))
+            reported = self._recovered(part.source, reply, partial(self._settlement, part))
         except StoreRefused as error:
             error = error.with_traceback(None)  # it would hold the settlement
-            return Settled(result.refused, result.unsettled.union(part.ids), error)
-        return result._replace(refused=result.refused.union(refused))
+            return result._replace(unsettled=result.unsettled.union(part.ids), error=error)
+        cancelled = {id[2:]: id[1:2] == b"1" for id in reported if id.startswith(b"!")}
+        refused = result.refused.union(id for id in reported if not id.startswith(b"!"))
+        return result._replace(refused=refused, cancelled={**result.cancelled, **cancelled})
 
     def set_deaths(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:
         charged: dict[bytes, int] = {}
@@ -227,6 +229,14 @@ class RedisReaderStore(RedisStoreBase):
         most = min(count, SCRIPT_IDS)
         reply = self._run(source, "take", more_keys, [most, lanes.TAKE_BYTES, lanes.OUTDATED_IDS, *types])
         return lanes.taken(reply, partial(self._deaths, source))
+
+    def cancels(self, source: Source) -> dict[bytes, bool]:
+        found = pairs(self.one(source.stream, ("HGETALL", lanes.cancels_key(self._ready(source)))))
+        return {id: keeps == b"1" for id, keeps in found.items()}
+
+    def end_cancels(self, source: Source, ids: Sequence[bytes]) -> None:
+        for some in chunks(ids):
+            self.one(source.stream, ("HDEL", lanes.cancels_key(self._ready(source)), *some))
 
     def register_batches(self, source: Source, batches: Mapping[bytes, str]) -> set[str]:
         unknown: set[str] = set()
@@ -377,6 +387,7 @@ class RedisReaderStore(RedisStoreBase):
             arguments += dead.id, dead.data, *(dead.key or ("", "", ""))
         for job, lane, key, wait_s in part.put_back:
             arguments += (job.id, lane, job.cost, key, round(wait_s * 1000))
+        arguments += self._results(part)
         more_keys = [
             self.retry_key(stream),
             self.dead_key(stream),
@@ -384,6 +395,18 @@ class RedisReaderStore(RedisStoreBase):
             self._ready(source),
         ]
         return self._reader_script(source, "settle", more_keys, arguments)
+
+    def _results(self, part: Settlement) -> list[Any]:
+        """The end of the arguments: see prelude_results.lua."""
+        stream = part.source.stream
+        arguments: list[Any] = []
+        for kept in part.kept:
+            arguments += (kept.id, self.result_key(stream, kept.job_id), kept.result, 1)
+        for dead in part.dead:
+            if dead.result:
+                arguments += (dead.id, self.result_key(stream, dead.job_id), dead.result, 0)
+        number = len(arguments) // 4
+        return [*arguments, max(1, round(part.result_ttl_s * 1000)), number] if number else [0]
 
 
 def _is_entry_id(field: bytes) -> bool:
@@ -403,15 +426,17 @@ def _in_order(ids: Sequence[bytes]) -> list[bytes]:
 
 def _parts(settlement: Settlement) -> Iterator[Settlement]:
     """The settlement in parts of one kind, at most 1,000 ids and 8 MiB."""
-    source, done, retries, dead, sure, put_back, version, dropped = settlement
+    source, done, retries, dead, sure, put_back, version, dropped, kept, result_ttl_s = settlement
     for ids in chunks(_in_order(done)):
         yield Settlement(source, done=ids, sure=sure)
     for ids in chunks(_in_order(dropped)):
         yield Settlement(source, dropped=ids)
     for some in chunks_by_size(retries, lambda retry: len(retry.data)):
         yield Settlement(source, retries=some)
-    for letters in chunks_by_size(dead, lambda letter: len(letter.data)):
-        yield Settlement(source, dead=letters)
+    for letters in chunks_by_size(dead, lambda letter: len(letter.data) + len(letter.result)):
+        yield Settlement(source, dead=letters, result_ttl_s=result_ttl_s)
+    for results in chunks_by_size(kept, lambda one: len(one.result)):
+        yield Settlement(source, kept=results, result_ttl_s=result_ttl_s)
     for some_back in chunks_by_size(put_back, lambda job: len(job.lane)):
         yield Settlement(source, put_back=some_back, version=version)
 
