@@ -100,6 +100,18 @@ local function wake(key)
   return #woken > 0
 end
 
+-- What is kept of a lane that is empty now, and of all lanes when none has a job.
+local function forget_lane(name)
+  redis.call('HDEL', ready .. '/newest', name)
+  redis.call('SREM', ready .. '/limited', name)
+end
+
+local function forget_all()
+  for _, part in ipairs({ '', '/finish', '/tenants', '/timers', '/limited', '/late', '/newest' }) do
+    redis.call('DEL', ready .. part)
+  end
+end
+
 -- Counts jobs that came to lanes, or left them (negative numbers): a table by lane. Returns the number of all waiting
 -- jobs.
 local function count_jobs(by_lane)

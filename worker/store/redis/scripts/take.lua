@@ -40,11 +40,8 @@ local function take_out(name, number)
   for _, job in ipairs(jobs) do
     forget_late(job:match('^%S+'))
   end
-  if not first and any_late() then
-    redis.call('HDEL', ready .. '/newest', name)
-  end
-  if not first and has_limited then
-    redis.call('SREM', ready .. '/limited', name)
+  if not first and (has_limited or any_late()) then
+    forget_lane(name)
   end
   return jobs, first
 end
@@ -298,8 +295,7 @@ for name, number in pairs(left_by_lane) do
 end
 local waiting = count_jobs(left_by_lane)
 if waiting <= 0 then
-  redis.call('DEL', ready, ready .. '/finish', ready .. '/tenants', ready .. '/timers', ready .. '/limited')
-  redis.call('DEL', ready .. '/late', ready .. '/newest')
+  forget_all()
 elseif virtual_time then
   redis.call('HSET', ready, 'v', tag(virtual_time))
   for flow, finish in pairs(finishes) do
