@@ -7,7 +7,6 @@ lost host: a host reads all jobs and falls silent. Two other services take its j
 expired, while new jobs arrive at a steady rate.
 """
 
-import json
 import statistics
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from hosts import format_facts, host_facts, table
 from rig import LIMIT_S, STAMP, Backlog, connect, job, say, server, service
 
 from jobworker.worker.keys import Holder, Source
+from jobworker.worker.safe_text import safe_json
 from jobworker.worker.store.redis.reader import RedisReaderStore
 
 #: New jobs per second while the jobs of the lost host are taken over.
@@ -198,7 +198,7 @@ def main(url: str, jobs: int, lease_s: float, procs: int, limit_s: float, as_jso
             facts = host_facts(client)
         trials = [lost_host(at, jobs, lease_s, procs, limit_s)]
     if as_json:
-        print(json.dumps({"host": facts, "trials": [one._asdict() for one in trials]}, indent=2))
+        print(safe_json({"host": facts, "trials": [one._asdict() for one in trials]}))
     else:
         _print(trials, facts)
     sys.exit(1 if any(one.lost for one in trials) else 0)

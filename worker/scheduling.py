@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import struct
+from contextlib import suppress
 
 #: Niceness of workers beside the role ``api``. Its requests get nine tenths of a processor that both want.
 WORKERS_NICE = 10
@@ -18,7 +19,8 @@ _SCHED_ATTR = struct.Struct("IIQiIQQQ")
 
 def make_room() -> None:
     """Let the threads of this process, and those that it starts, run after those of the role ``api``."""
-    os.nice(WORKERS_NICE)
+    with suppress(OSError):  # a sandbox that forbids it
+        os.nice(WORKERS_NICE)
 
 
 def run_soon() -> None:

@@ -249,7 +249,10 @@ class _CacheFile:
     def __init__(self, path: Path, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         # Vectors reveal their texts: for the service's user only. SQLite gives its log the same mode.
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        # A file that exists must not be opened here: to close it would drop the locks of other connections of
+        # this process, and the next process that ends would delete the log under all others.
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         self.inode = path.stat().st_ino
         self._db = sqlite3.connect(
             path, timeout=BUSY_MS / 1000, isolation_level=None, check_same_thread=False

@@ -26,7 +26,7 @@ from jobworker.worker.store.ports import (
 )
 from jobworker.worker.store.redis.producer import RedisProducerStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
-from support.job_worlds import World, settle
+from support.job_worlds import RedisWorld, World, settle
 from support.redis_servers import RedisServer, free_port, require
 from support.service import eventually
 
@@ -197,6 +197,20 @@ class TestIdempotencyKeys:
             claim(store, entry)
         world.repair_key(ready_key(S.stream))
         assert claim(store, entry) == {}
+
+
+def test_jobs_run_while_the_server_has_no_memory_for_their_keys(redis_world: RedisWorld) -> None:
+    store, client = reader(redis_world), redis_world.server.client
+    first, second = given(
+        redis_world, store, job("1", idempotency_key="k"), job("2", idempotency_key="k"),
+    )  # fmt: skip
+    client.config_set("maxmemory", 1)
+    try:
+        assert claim(store, first) == {}
+    finally:
+        client.config_set("maxmemory", 0)
+    assert claim(store, second) == {}
+    assert claim(store, first) == {first.id: second.id}
 
 
 class TestDelays:

@@ -197,6 +197,11 @@ class ReaderRig:
         self._reader_end.close()
         for worker in self.workers:
             worker.channel.close()
+        if self._crashed:  # a process that ends closes its descriptors
+            for handle in self.reader._dispatcher.workers:
+                handle.channel.close()
+            self.reader._selector.close()
+            self.reader._marks.close()
 
 
 @contextlib.contextmanager

@@ -141,8 +141,8 @@ def test_the_names_of_a_snapshot_in_json_are_stable() -> None:
     store.paused = [Pause("audit", 5.0, "disk full")]
     one = to_json(poller(store, [[service("http://a", 1), SILENT]]).snapshot())
     assert list(one) == [
-        "streams", "services", "totals", "rates", "p95_s", "paused", "failures", "refused", "trouble",
-        "cron",
+        "streams", "services", "totals", "rates", "p95_s", "paused", "failures", "lanes", "limits", "refused",
+        "trouble", "cron",
     ]  # fmt: skip
     assert list(one["streams"][0]) == [
         "stream", "group", "queued", "pending", "retrying", "dead", "oldest_age_s", "lag", "waiting",

@@ -462,3 +462,19 @@ def test_deleted_vectors_are_no_longer_in_the_file(cache: VectorCache, path: Pat
     assert cache.erase(["c/t/p/c1"], 20)
     files = b"".join(file.read_bytes() for file in path.parent.iterdir() if file.is_file())
     assert np.asarray(vector(1), "<f4").tobytes() not in files
+
+
+def test_a_second_cache_of_a_process_keeps_the_locks_of_the_first(cache: VectorCache, path: Path) -> None:
+    """Without them a process that ends takes itself for the last one and deletes the log under the others."""
+    one, two = keys("one", "two")
+    cache.put([(one, vector(1))])
+    second = VectorCache(path, DIM, MIN_LIMIT_BYTES, {})
+    second.put([(two, vector(2))])
+    second.close()
+    read = (
+        "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute('SELECT 1 FROM used'); db.close()"
+    )
+    subprocess.run([sys.executable, "-c", read, str(path)], check=True)
+    assert path.with_name(f"{path.name}-wal").exists()
+    cache.put([(one, vector(3))])
+    assert stored(path) == 2

@@ -14,6 +14,8 @@ from .common import AS_JSON, BAD_NEWS, echo_json
 
 #: Characters of a row's text that are shown; --json has all of it.
 _TEXT_CHARS = 300
+#: A 64-bit integer, as the field in Milvus.
+_STORY_TIME = Count(-(1 << 63), (1 << 63) - 1)
 
 
 def add_to(main: click.Group) -> None:
@@ -28,8 +30,8 @@ def add_to(main: click.Group) -> None:
         click.option("--limit", type=Count(1, 200), default=5, show_default=True, help="Most rows."),
         click.option("--chapter", "chapters", multiple=True, help="Only this chapter; repeatable."),
         click.option("--segment-type", "types", multiple=True, help="Only this segment type; repeatable."),
-        click.option("--from", "time_from", type=int, help="Story time of the first row."),
-        click.option("--to", "time_to", type=int, help="Story time of the last row."),
+        click.option("--from", "time_from", type=_STORY_TIME, help="Story time of the first row."),
+        click.option("--to", "time_to", type=_STORY_TIME, help="Story time of the last row."),
         click.option("--min-score", type=Number(-1, 1), help="Least cosine."),
         click.option("--serve-url", default="", envvar=f"{ENV_PREFIX}_SERVE_URL", show_envvar=True,
                      cls=ExplicitOption,

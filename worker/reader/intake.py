@@ -329,8 +329,9 @@ class Intake:
         rejected += cancelled
         batches = self._admission.take_batches()
         in_series = False
-        if any(job.unique or job.conditions for job in jobs):
-            in_series = has_series(jobs)
+        conditional = [job for job in jobs if job.conditions is not None]
+        if conditional or any(job.unique for job in jobs):
+            in_series = has_series(conditional)
             jobs, dropped = self._screening.screen(stream_no, jobs, is_taken=is_taken)
             rejected += dropped
         if not is_taken:

@@ -45,7 +45,8 @@ class Screening:
                 drop(job, Drop.DUPLICATE, owners[job.entry.id]) for job in jobs if job.entry.id in owners
             ]
             jobs = [job for job in jobs if job.entry.id not in owners]
-        if candidates := [one for job in jobs if (one := self._candidate(job, is_taken=is_taken))]:
+        conditional = [job for job in jobs if job.conditions is not None]
+        if candidates := [one for job in conditional if (one := self._candidate(job, is_taken=is_taken))]:
             jobs = self._compare(stream_no, jobs, candidates, dropped)
         return jobs, dropped
 

@@ -41,9 +41,12 @@ def key_calls(keys: Sequence[Key], window_s: float) -> Iterator[tuple[Sequence[K
 def _parts(keys: Sequence[Key]) -> Iterator[Sequence[Key]]:
     """Keys in parts that a script takes, in which each name stands once."""
     while keys:
-        first: dict[str, Key] = {}
-        again = [key for key in keys if first.setdefault(key[1], key) is not key]
-        once = list(first.values()) if again else keys
+        once: Sequence[Key] = keys
+        again: list[Key] = []
+        if len({name for _, name in keys}) < len(keys):
+            first: dict[str, Key] = {}
+            again = [key for key in keys if first.setdefault(key[1], key) is not key]
+            once = list(first.values())
         yield from (once[start : start + SCRIPT_IDS] for start in range(0, len(once), SCRIPT_IDS))
         keys = again
 

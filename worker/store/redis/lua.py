@@ -39,7 +39,7 @@ _CONDITION_SCRIPTS = frozenset({"screen", "claim_keys", "take", "settle"})
 _BATCH_SCRIPTS = frozenset(
     {
         *("settle", "sort", "batch_register", "batch_open", "batch_close", "batch_finish", "batch_sweep"),
-        *("batch_mend", "cancel"),
+        *("batch_mend", "cancel", "screen"),
     }
 )
 

@@ -46,7 +46,11 @@ if has_owners then
   claims = free
 end
 if #claims > 0 then
-  redis.call('HSET', bucket, unpack(claims))
+  local set = redis.pcall('HSET', bucket, unpack(claims))
+  if type(set) == 'table' and set.err then
+    -- Without memory the jobs run unclaimed: else a full server could never be emptied by running its jobs.
+    return set.err:find('OOM', 1, true) and reply or set
+  end
 end
 if not exists then
   -- The last job of the bucket is a window old after two windows. The reaper deletes it then, in the background.

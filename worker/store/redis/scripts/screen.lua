@@ -1,6 +1,6 @@
 -- Compares jobs with others of their supersede keys, and moves those that are not due into the retry ZSET.
--- Called by RedisReaderStore.screen, after prelude_epoch.lua, prelude_flow.lua and prelude_conditions.lua. Atomic: of two jobs
--- with one key that several hosts read at once, one runs; a delayed job is pending or in the ZSET.
+-- Called by RedisReaderStore.screen, after prelude_epoch.lua, prelude_flow.lua, prelude_batch.lua and prelude_conditions.lua.
+-- Atomic: of two jobs with one key that several hosts read at once, one runs; a delayed job is pending or in the ZSET.
 -- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] retry ZSET  KEYS[4] deaths hash
 -- KEYS[5] ready hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch   ARGV[4] ms for which the newest job of a series is known, from its due
@@ -10,6 +10,7 @@
 local reply, number, at = {}, 0, 5
 redis.call('HLEN', KEYS[4])
 redis.call('HLEN', ready) -- a key of another type ends the script here, before any write
+check_batches()
 
 local function refuse(verdict, by)
   reply[#reply + 1] = number
@@ -51,6 +52,7 @@ local function delay(id, due, job)
   redis.call('HDEL', KEYS[4], id)
   own[id] = false
   release_slots({ id })
+  leave_batches({ id })
   if redis.call('EXISTS', ready) == 1 and #redis.call('XINFO', 'GROUPS', KEYS[1]) == 1 then
     redis.call('XDEL', KEYS[1], id) -- trimming cannot pass it while jobs wait in lanes
   end
