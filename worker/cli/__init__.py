@@ -16,7 +16,6 @@ from . import (
     pause,
     result,
     retry,
-    search,
     stats,
     top,
     url,
@@ -50,7 +49,7 @@ def main() -> None:
     prepare_process()
 
 
-for module in (top, enqueue, stats, explain, result, cancel, pause, search, doctor, url, web):
+for module in (top, enqueue, stats, explain, result, cancel, pause, doctor, url, web):
     module.add_to(main)
 for target in extension().verbs:
     imported(target)(main)

@@ -89,9 +89,9 @@ METRICS = {
         "histogram", "Time of a request of the HTTP API", ("path",), SECONDS
     ),
     "z_novel_api_batch_requests": Metric(
-        "histogram", "Requests that went through the model together", (), BATCH_SIZES
+        "histogram", "Requests that were computed together", (), BATCH_SIZES
     ),
-    "z_novel_api_waiting_tokens": Metric("gauge", "Tokens of requests that wait for the model or are in it"),
+    "z_novel_api_waiting_tokens": Metric("gauge", "Tokens of requests that wait or are being computed"),
     "z_novel_batches_open": Metric("gauge", "Batches that have not finished, by home stream", ("stream",)),
     "z_novel_batches_finished_total": Metric(
         "counter", "Batches whose jobs have all ended, by home stream", ("stream",)
