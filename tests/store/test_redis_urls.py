@@ -246,6 +246,6 @@ class TestSearchForStreams:
             calls.append(command)
             return [b"7", [b"stream:%d" % len(calls)]]  # a cursor that never ends
 
-        found = find_streams(lambda key: "one server", one, base_stream)
+        found = find_streams(["one server"], one, base_stream)
         assert (len(found.names), found.complete) == (200, False)
         assert len(calls) < 500

@@ -7,6 +7,7 @@ import msgspec
 
 from ..admin.words import strip_control
 from ..flow import parse_weights
+from ..quantities import Number
 from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, echo_json, print_table, verb
 from .limit import change_config, open_store
 
@@ -51,7 +52,7 @@ def list_(url: str, streams: tuple[str, ...], as_json: bool) -> None:
 
 @verb(weight, "set")
 @click.argument("tenant")
-@click.argument("number", type=float)
+@click.argument("number", type=Number(0.001, 1000.0))
 @STREAMS
 @AS_JSON
 def set_(url: str, tenant: str, number: float, streams: tuple[str, ...], as_json: bool) -> None:
@@ -60,7 +61,6 @@ def set_(url: str, tenant: str, number: float, streams: tuple[str, ...], as_json
     \b
     jobworker weight set big-publisher 3
     """
-    parse_weights({tenant: number})
     store, names = open_store(url, streams)
     for stream in names:
         change_config(
