@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class ByFile(LoadFileScheduling):
-    """Side by side (`-n 4`), the tests of a file share its servers, and those of a real Milvus that one."""
+    """Side by side (`-n 3`), the tests of a file share its servers, and those of a real Milvus that one."""
 
     def _split_scope(self, nodeid: str) -> str:
         # Its etcd listens on a fixed port: a second one would not start beside it.
