@@ -89,7 +89,7 @@ if pending(id) then
   return ASKED
 end
 
--- The job as it stands in its lane: 'id, blank, cost'.
+-- The item of the job in its lane: 'id, blank, cost'.
 local item
 for i = 1, #entry[2], 2 do
   if entry[2][i] == 'data' then
