@@ -189,7 +189,7 @@ def _print(trials: list[Trial], facts: dict[str, Any]) -> None:
 @click.option("--jobs", default=100_000, help="Jobs of the lost host.")
 @click.option("--lease", "lease_s", default=3.0, help="Lease of all services (seconds).")
 @click.option("--procs", default=1, help="Workers of each surviving service.")
-@click.option("--limit", "limit_s", default=LIMIT_S, help="End a trial after so many seconds.")
+@click.option("--limit", "limit_s", default=LIMIT_S, help="Longest time of a trial, in seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def main(url: str, jobs: int, lease_s: float, procs: int, limit_s: float, as_json: bool) -> None:
     """Count the jobs of services on several hosts while one of them is lost."""

@@ -53,7 +53,7 @@ def run_jobs_within_a_limit(url: str) -> list[bytes]:
     (state,) = limit_states(S.stream, config, counts)
     assert (state.running, state.waiting, state.busy["t0"]) == (4, 4, (2, 2))
     first, second = taken[:2]
-    put_back = PutBack(waiting_job(first), lane_of[first.id], tenant_key("a", "nobody"), 0.1)
+    put_back = PutBack(waiting_job(first), lane_of[first.id], tenant_key("a", "absent"), 0.1)
     retry = Retry(second.id, 0.0, second.data or b"")
     settlement = Settlement(S, retries=[retry], put_back=[put_back], version=config.version)
     assert settle(reader, [settlement]) == set()
