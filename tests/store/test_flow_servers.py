@@ -14,8 +14,7 @@ from jobworker.worker.store.redis.producer import RedisProducerStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from jobworker.worker.store.redis.reaper import RedisReaperStore
 from support.job_worlds import RedisWorld, settle
-from support.redis_servers import RedisServer, free_port, require
-from support.service import eventually
+from support.topologies import cluster
 
 S = Source("stream:test", "cg-test")
 TWO = Limit("a/tenant", "a", "tenant", concurrency=2, starts=1000, per_ms=1000)
@@ -74,21 +73,15 @@ def run_jobs_within_a_limit(url: str) -> list[bytes]:
 
 
 def test_on_a_cluster_lanes_are_in_the_slot_of_their_stream(tmp_path: Path) -> None:
-    # Its own bus port: the usual one is 10,000 higher, which no high port has room for.
-    options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
-    server = RedisServer(require("valkey"), tmp_path, options=options).start()
-    try:
-        server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
-        eventually(lambda: server.client.cluster("info")["cluster_state"] == "ok")
-        ended = run_jobs_within_a_limit(f"redis+cluster://127.0.0.1:{server.port}")
+    with cluster(tmp_path, masters=1) as nodes:
+        (server,) = nodes.servers
+        ended = run_jobs_within_a_limit(nodes.url())
         assert len(ended) == len(set(ended)) == 7
         keys = [key.decode() if isinstance(key, bytes) else key for key in server.client.keys("ready:*")]
         assert f"ready:{{{S.stream}}}/config" in keys
         assert {server.client.execute_command("CLUSTER", "KEYSLOT", key) for key in keys} == {
             server.client.execute_command("CLUSTER", "KEYSLOT", S.stream)
         }
-    finally:
-        server.stop()
 
 
 def test_the_documented_rights_of_a_redis_user_are_enough(redis_world: RedisWorld) -> None:
