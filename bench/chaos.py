@@ -216,6 +216,23 @@ def _kinds(_: click.Context, __: click.Parameter, text: str) -> list[str]:
     return kinds
 
 
+def run_once(options: dict[str, Any], prefix: str, *, keep: bool) -> dict[str, Any]:
+    """Run in a new folder, which is deleted unless it is to be kept; returns the report."""
+    print(f"seed {options['seed']}", file=sys.stderr, flush=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    try:
+        run = Run(folder, options)
+        try:
+            return run()
+        finally:
+            run.close()
+    finally:
+        if keep:
+            print(f"kept {folder}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @click.command(help=__doc__)
 @click.option("--jobs", default=20_000, show_default=True, type=click.IntRange(10))
 @click.option("--kills", default=268, show_default=True, type=click.IntRange(1), help="Faults of all kinds.")
@@ -245,19 +262,7 @@ def main(as_json: bool, keep: bool, **options: Any) -> None:
         options["seed"] = random.SystemRandom().randrange(10**6)
     if HOST in options["faults"] and options["services"] < 2:
         raise click.UsageError(f"{HOST} needs --services 2: another service must claim the jobs")
-    print(f"seed {options['seed']}", file=sys.stderr, flush=True)
-    folder = Path(tempfile.mkdtemp(prefix="jobworker-chaos"))
-    try:
-        run = Run(folder, options)
-        try:
-            report = run()
-        finally:
-            run.close()
-    finally:
-        if keep:
-            print(f"kept {folder}", file=sys.stderr)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+    report = run_once(options, "jobworker-chaos", keep=keep)
     print(safe_json(report) if as_json else format_report(report))
     sys.exit(0 if report["pass"] else 1)
 

@@ -8,14 +8,11 @@ Exit code 0: no limit was exceeded and every job ended once; 1: otherwise.
 """
 
 import random
-import shutil
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import click
-from chaos import Run
+from chaos import run_once
 from chaos_load import AT_ONCE, STARTS
 from hosts import format_facts, table
 
@@ -39,23 +36,11 @@ _COUNTED = {
 def main(kills: int, seed: int | None, as_json: bool, keep: bool) -> None:
     """See the help above."""
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
-    print(f"seed {seed}", file=sys.stderr, flush=True)
     options = {
         "seed": seed, "jobs": kills * _JOBS_PER_KILL, "kills": kills, "faults": _FAULTS, "duration": 0.0,
         "procs": _PROCS, "services": _SERVICES, "lease": _LEASE_S, "limits": True,
     }  # fmt: skip
-    folder = Path(tempfile.mkdtemp(prefix="jobworker-limits"))
-    try:
-        run = Run(folder, options)
-        try:
-            found = run()
-        finally:
-            run.close()
-    finally:
-        if keep:
-            print(f"kept {folder}", file=sys.stderr)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+    found = run_once(options, "jobworker-limits", keep=keep)
     report = summary(found, kills)
     print(safe_json(report) if as_json else _format(report))
     sys.exit(0 if report["pass"] else 1)
