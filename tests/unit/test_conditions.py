@@ -324,7 +324,7 @@ class Killed(BaseException):
 
 
 #: Calls of the store that change something.
-_CALLS = ("finish_read", "claim_keys", "screen", "settle", "sort", "take")
+_CALLS = ("finish_read", "begin_claim", "finish_claim", "screen", "settle", "sort", "take")
 
 
 def kill_at(rig: ReaderRig, number: int) -> None:

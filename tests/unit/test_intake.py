@@ -28,7 +28,7 @@ def test_small_entries_are_soon_requested_by_the_hundred() -> None:
     count = ReadCount()
     for _ in range(7):
         count.learn(entries(*[200] * count.entries))
-    assert (count.entries, count.is_largest) == (1024, True)
+    assert (count.entries, count.is_largest) == (1000, True)
 
 
 def test_the_first_answer_is_bounded_whatever_comes() -> None:

@@ -23,8 +23,8 @@ log = logging.getLogger("jobworker.reader")
 _BLOCK_MS = 2000
 #: Time that an answer may take beyond the block time.
 _ANSWER_MARGIN_S = 2.0
-#: Most entries of one answer: enough to spread the cost of a round trip.
-_MOST_ENTRIES = 1024
+#: Most entries of one answer: enough to spread the cost of a round trip, and no more than one script takes.
+_MOST_ENTRIES = 1000
 #: Target size of an answer (bytes).
 _ANSWER_BYTES = 4 * 1024 * 1024
 #: Entries of an answer that are worth reading on before they are admitted.
@@ -85,6 +85,8 @@ class Intake:
         #: Whether the last call of `renew_leases` claimed entries: they are dispatched in the next tick.
         self.has_claimed = False
         self._is_claims_turn = True
+        # Whether the last call of `finish_claims` dropped entries: they are settled in the next tick.
+        self._has_dropped = False
         #: Completed read cycles. The supervisor restarts a reader whose number does not grow.
         self.cycles = 0
         self._settings = settings
@@ -112,6 +114,8 @@ class Intake:
             unique=settings.unique_window_s > 0,
             wall_s=context.wall_s,
         )
+        #: Jobs by stream number whose idempotency keys are being claimed: neither prefetched nor in flight.
+        self._claiming: dict[int, Sequence[AdmittedJob]] = {}
         self._read_counts = [ReadCount() for _ in settings.streams]
         # Streams whose pending entries are still being listed, and the last id that was listed.
         self._unlisted: dict[int, bytes] = {}
@@ -132,6 +136,7 @@ class Intake:
     def begin_listing(self) -> None:
         """Start over under a new connection: list all pending entries again, instead of those taken in."""
         self._buffer.clear()
+        self._claiming.clear()
         self.rejected.clear()
         self._unlisted = {no: _START for no in range(len(self._streams)) if no not in self._faults}
 
@@ -147,6 +152,7 @@ class Intake:
         self._unlisted.pop(stream_no, None)
         self._claims.drop(stream_no)
         self._buffer.discard_stream(stream_no)
+        self._claiming.pop(stream_no, None)
         self.rejected[:] = [entry for entry in self.rejected if entry.stream_no != stream_no]
         self._marks.clear()
 
@@ -188,7 +194,9 @@ class Intake:
     def must_continue(self) -> bool:
         """Whether the next tick follows at once: it dispatches claimed entries, or continues a listing or
         sweep: one by one, or after the settlement of what it rejected."""
-        if self.has_claimed or (self.rejected and (self._unlisted or self._claims.under_way)):
+        if self.has_claimed or self._has_dropped:
+            return True
+        if self.rejected and (self._unlisted or self._claims.under_way):
             return True
         return not self._full and any(map(self._marks.lists_one_by_one, self._unlisted))
 
@@ -219,7 +227,8 @@ class Intake:
 
     def _unsettled_keys(self) -> set[tuple[int, bytes]]:
         rejected = {(entry.stream_no, entry.job.entry_id) for entry in self.rejected}
-        return self._dispatcher.unsettled_keys() | rejected | self._held.keys()
+        claiming = {(job.stream_no, job.entry.id) for jobs in self._claiming.values() for job in jobs}
+        return self._dispatcher.unsettled_keys() | rejected | claiming | self._held.keys()
 
     def _page(self, stream_no: int) -> int:
         return min(_PAGE, self._read_counts[stream_no].entries)
@@ -328,25 +337,59 @@ class Intake:
         jobs, cancelled = self._cancels.reject(jobs)
         rejected += cancelled
         batches = self._admission.take_batches()
-        in_series = False
-        conditional = [job for job in jobs if job.conditions is not None]
-        if conditional or any(job.unique for job in jobs):
-            in_series = has_series(conditional)
-            jobs, dropped = self._screening.screen(stream_no, jobs, is_taken=is_taken)
+        if is_new and not (rejected or batches) and self._screening.begin(stream_no, jobs):
+            self._claiming[stream_no] = jobs
+        else:
+            jobs, dropped = self._screen(stream_no, jobs, is_new=is_new, is_taken=is_taken)
             rejected += dropped
-        if not is_taken:
-            jobs = self.flow.divert(stream_no, jobs, is_new=is_new, in_series=in_series)
-        if batches:
-            # Jobs that wait in lanes or for their time are registered when they come from there.
-            kept = [job.entry.id for job in jobs] + [one.job.entry_id for one in rejected]
-            self._register(stream_no, {id: batches[id] for id in kept if id in batches})
-        self.rejected += rejected
-        self._buffer.extend(jobs)
+            if batches:
+                # Jobs that wait in lanes or for their time are registered when they come from there.
+                kept = [job.entry.id for job in jobs] + [one.job.entry_id for one in rejected]
+                self._register(stream_no, {id: batches[id] for id in kept if id in batches})
+            self.rejected += rejected
+            self._buffer.extend(jobs)
         if entries and (is_new or is_taken):
             self._is_claims_turn = True
         if entries and not is_taken:
             self._read_counts[stream_no].learn(entries)
         self._marks.unmark()
+
+    def _screen(
+        self,
+        stream_no: int,
+        jobs: Sequence[AdmittedJob],
+        *,
+        is_new: bool = False,
+        is_taken: bool = False,
+        is_begun: bool = False,
+    ) -> tuple[Sequence[AdmittedJob], list[RejectedEntry]]:
+        """The jobs to be prefetched, and those that are dropped. The others wait for their turn or time."""
+        dropped: list[RejectedEntry] = []
+        conditional = [job for job in jobs if job.conditions is not None]
+        in_series = has_series(conditional)
+        if conditional or is_begun or any(job.unique for job in jobs):
+            jobs, dropped = self._screening.screen(stream_no, jobs, is_taken=is_taken, is_begun=is_begun)
+        if not is_taken:
+            jobs = self.flow.divert(stream_no, jobs, is_new=is_new, in_series=in_series)
+        return jobs, dropped
+
+    def finish_claims(self) -> None:
+        """Prefetch the jobs whose keys are claimed. The claim was sent before the settlement of this tick, so
+        its reply has come with that one: it takes no round trip of its own."""
+        self._has_dropped = False
+        for stream_no, jobs in list(self._claiming.items()):
+            del self._claiming[stream_no]
+            self._marks.mark_answer(stream_no)
+            if len(jobs) == 1:
+                self._marks.mark(stream_no, jobs[0].entry.id)
+            with self._faults.guard(stream_no):
+                # Requests to cancel may have been read since the claim began.
+                jobs, cancelled = self._cancels.reject(jobs)
+                jobs, dropped = self._screen(stream_no, jobs, is_new=True, is_begun=True)
+                self.rejected += cancelled + dropped
+                self._has_dropped = self._has_dropped or bool(dropped or cancelled)
+                self._buffer.extend(jobs)
+            self._marks.clear()
 
     def _register(self, stream_no: int, batches: dict[bytes, str]) -> None:
         """Let the store count the end of these entries in their batches, before any of them can end."""
@@ -461,7 +504,8 @@ class Intake:
         """Before exit: make prefetched entries and the instance's name available to any host at once."""
         for stream_no, source in enumerate(self._streams):
             try:
-                ids = [job.entry.id for job in self._buffer if job.stream_no == stream_no]
+                claiming = self._claiming.get(stream_no, ())
+                ids = [job.entry.id for job in (*self._buffer, *claiming) if job.stream_no == stream_no]
                 if ids:
                     self._store.release(source, ids)
                 self._store.release_name([source])

@@ -30,17 +30,28 @@ class Screening:
         #: The earliest time at which a prefetched job expires (unix seconds).
         self._wall_next_expiry_s = math.inf
 
+    def begin(self, stream_no: int, jobs: Sequence[AdmittedJob]) -> bool:
+        """Begin to claim the keys of jobs, so that the store does it meanwhile; False if they have none."""
+        keys = _keys(jobs)
+        if keys:
+            self._store.begin_claim(self._streams[stream_no], keys, self._window_s)
+        return bool(keys)
+
     def screen(
-        self, stream_no: int, jobs: Sequence[AdmittedJob], *, is_taken: bool
+        self, stream_no: int, jobs: Sequence[AdmittedJob], *, is_taken: bool, is_begun: bool
     ) -> tuple[Sequence[AdmittedJob], list[RejectedEntry]]:
         """The jobs that may run, and those that are dropped. Delayed jobs are in neither list.
 
         Jobs that were taken out of lanes were screened before; only a newer job of their series may have
-        arrived since.
+        arrived since. ``is_begun``: whether `begin` was called for the jobs.
         """
         dropped: list[RejectedEntry] = []
-        keys = [] if is_taken else [(job.entry.id, job.unique) for job in jobs if job.unique]
-        if keys and (owners := self._store.claim_keys(self._streams[stream_no], keys, self._window_s)):
+        source, owners = self._streams[stream_no], {}
+        if is_begun:
+            owners = self._store.finish_claim(source)
+        elif keys := () if is_taken else _keys(jobs):
+            owners = self._store.claim_keys(source, keys, self._window_s)
+        if owners:
             dropped = [
                 drop(job, Drop.DUPLICATE, owners[job.entry.id]) for job in jobs if job.entry.id in owners
             ]
@@ -92,6 +103,10 @@ class Screening:
         left = (job.conditions.expires_s for job in limited if job.conditions)
         self._wall_next_expiry_s = min((one for one in left if one > now_s), default=math.inf)
         return [reject_expired(job, read_header(job.entry.data or b"")) for job in expired]
+
+
+def _keys(jobs: Iterable[AdmittedJob]) -> list[tuple[bytes, str]]:
+    return [(job.entry.id, job.unique) for job in jobs if job.unique]
 
 
 def has_series(jobs: Iterable[AdmittedJob]) -> bool:

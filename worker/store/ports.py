@@ -363,6 +363,15 @@ class ReaderStore(Protocol):
         ``window_s`` before. A repeated call returns the same.
         """
 
+    def begin_claim(self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float) -> None:
+        """As `claim_keys`, without waiting for the result: `finish_claim` returns it.
+
+        One claim of a source may be under way; other calls may come before its end.
+        """
+
+    def finish_claim(self, source: Source) -> dict[bytes, bytes]:
+        """The result of the claim that was begun last; empty if there is none."""
+
     def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
         """Compare jobs with others of their supersede keys, and delay those that are not due.
 

@@ -66,6 +66,7 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
         self._holder = holder
         self._epochs: dict[Source, int] = {}
         self._reads: dict[Source, Read] = {}
+        self._claims: dict[Source, dict[bytes, bytes]] = {}
 
     # -- reader
 
@@ -300,6 +301,12 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
             window_ms = max(1, round(window_s * 1000))
             found = {id: conditions.claim(name, id, window_ms) for id, name in keys}
             return {id: owner for id, owner in found.items() if owner is not None}
+
+    def begin_claim(self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float) -> None:
+        self._claims[source] = self.claim_keys(source, keys, window_s)
+
+    def finish_claim(self, source: Source) -> dict[bytes, bytes]:
+        return self._claims.pop(source, {})
 
     def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
         with self._server.lock:

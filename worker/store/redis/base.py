@@ -11,7 +11,7 @@ from ...keys import PAUSED_KEY, Source
 from ..announcements import Announcement, parse
 from ..ports import KeyFault
 from .connect import Endpoint, endpoint, unavailable
-from .connection import PipelinedConnection, Reply
+from .connection import Begun, PipelinedConnection, Reply
 from .key_faults import concerns_one_stream, full_fault, is_full, type_faults
 from .lua import Command, LuaScripts, script
 
@@ -56,7 +56,17 @@ class RedisStoreBase:
 
         An error reply is an exception object at its index. Raises `StoreUnavailable`.
         """
-        replies = self._connection(stream).call(commands)
+        return self._examined(self._connection(stream).call(commands))
+
+    def begin(self, stream: str, commands: Sequence[Command]) -> Begun:
+        """Send a few commands to the server of a stream without waiting. Raises `StoreUnavailable`."""
+        return self._connection(stream).begin(commands)
+
+    def finish(self, begun: Begun) -> list[Reply]:
+        """The replies to commands that were begun, as of `call`; it waits for those that have not come."""
+        return self._examined(begun.connection.finish(begun))
+
+    def _examined(self, replies: list[Reply]) -> list[Reply]:
         if not self._endpoint.cluster and any(isinstance(reply, _CLUSTER_REFUSALS) for reply in replies):
             raise StoreUnavailable(
                 "the job store is a Redis Cluster: its URL must begin with redis+cluster:// or rediss+cluster://"

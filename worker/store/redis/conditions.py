@@ -18,9 +18,11 @@ _KEEP_NEWEST_MS = 24 * 3600 * 1000
 
 #: First entry of a job, and name of its idempotency key.
 Key = tuple[bytes, str]
+#: The keys of one call of ``claim_keys.lua``, and its arguments.
+KeyCall = tuple[Sequence[Key], list[Argument]]
 
 
-def key_calls(keys: Sequence[Key], window_s: float) -> Iterator[tuple[Sequence[Key], list[Argument]]]:
+def key_calls(keys: Sequence[Key], window_s: float) -> Iterator[KeyCall]:
     """Calls of ``claim_keys.lua``: the keys and the arguments of each, one bucket and no key twice."""
     window_ms = max(1, round(window_s * 1000))
     for part in _parts(keys):
@@ -31,11 +33,8 @@ def key_calls(keys: Sequence[Key], window_s: float) -> Iterator[tuple[Sequence[K
         by_bucket = [(numbers[0], part)] if numbers[0] == numbers[1] else _by_bucket(part, window_ms)
         for number, some in by_bucket:
             # The server's decoder knows texts, and not the newer type for bytes.
-            names, claims = (
-                [name for _, name in some],
-                [part for id, name in some for part in (name, id.decode())],
-            )
-            yield some, [window_ms, number, msgspec.msgpack.encode(names), msgspec.msgpack.encode(claims)]
+            claims = [part for id, name in some for part in (name, id.decode())]
+            yield some, [window_ms, number, msgspec.msgpack.encode(claims)]
 
 
 def _parts(keys: Sequence[Key]) -> Iterator[Sequence[Key]]:

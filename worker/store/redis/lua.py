@@ -27,13 +27,11 @@ _EPOCH_SCRIPTS = frozenset(
 #: Scripts that use the record of the service that owns a consumer's name.
 _NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lost"})
 #: Scripts that move jobs into lanes or out of them, or that end jobs which hold slots.
-_FLOW_SCRIPTS = frozenset(
-    {"sort", "take", "settle", "configure", "mend_slots", "screen", "claim_keys", "cancel"}
-)
+_FLOW_SCRIPTS = frozenset({"sort", "take", "settle", "configure", "mend_slots", "screen", "cancel"})
 #: Scripts that compare entry ids.
 _ID_SCRIPTS = frozenset({"trim", "cancel", "screen"})
 #: Scripts that compare jobs with others of their idempotency and supersede keys.
-_CONDITION_SCRIPTS = frozenset({"screen", "claim_keys", "take", "settle"})
+_CONDITION_SCRIPTS = frozenset({"screen", "take", "settle"})
 #: Scripts that count the jobs of batches.
 _BATCH_SCRIPTS = frozenset(
     {

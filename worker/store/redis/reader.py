@@ -36,8 +36,8 @@ from .base import (
     pairs,
 )
 from .blocking_read import BlockingRead, GroupMissing
-from .conditions import add_screened, key_calls, screen_calls
-from .connection import Reply
+from .conditions import KeyCall, add_screened, key_calls, screen_calls
+from .connection import Begun, Reply
 from .lua import Command, script
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ class RedisReaderStore(RedisStoreBase):
         self._epochs: dict[Source, bytes] = {}
         self._reads: dict[Source, BlockingRead] = {}
         self._warned_no_pauses = False
+        # Claims of keys under way.
+        self._claims: dict[Source, tuple[list[KeyCall], Begun]] = {}
 
     def acquire(self, sources: Sequence[Source]) -> None:
         """Raises `ConfigurationError` too, for a server that is too old."""
@@ -249,11 +251,28 @@ class RedisReaderStore(RedisStoreBase):
         self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
     ) -> dict[bytes, bytes]:
         """At most 1,000 keys a script."""
+        self.begin_claim(source, keys, window_s)
+        return self.finish_claim(source)
+
+    def begin_claim(self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float) -> None:
+        """The server claims the keys while the caller does other things, even other calls."""
+        calls = list(key_calls(keys, window_s))
+        commands = [self._claim_command(source, call) for call in calls]
+        self._claims[source] = calls, self.begin(source.stream, commands)
+
+    def finish_claim(self, source: Source) -> dict[bytes, bytes]:
+        """Takes the reply at once if it came with that of a later call."""
+        if source not in self._claims:
+            return {}
+        calls, begun = self._claims.pop(source)
         owners: dict[bytes, bytes] = {}
-        for some, arguments in key_calls(keys, window_s):
-            reply = self._run(source, "claim_keys", [self._ready(source)], arguments)
-            owners |= {some[number - 1][0]: by for number, by in zip(reply[::2], reply[1::2], strict=True)}
+        for call, reply in zip(calls, self.finish(begun), strict=True):
+            found = self._recovered(source, reply, partial(self._claim_command, source, call))
+            owners |= {call[0][number - 1][0]: by for number, by in zip(found[::2], found[1::2], strict=True)}
         return owners
+
+    def _claim_command(self, source: Source, call: KeyCall) -> Command:
+        return self._reader_script(source, "claim_keys", [self._ready(source)], call[1])
 
     def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
         """At most 1,000 jobs or 8 MiB a script."""

@@ -1,17 +1,28 @@
 -- Claims idempotency keys for jobs that are read for the first time, or again.
--- Called by RedisReaderStore.claim_keys, after prelude_epoch.lua, prelude_flow.lua and prelude_conditions.lua. Atomic: of two
--- jobs with one key that two hosts read at once, one gets it.
+-- Called by RedisReaderStore.claim_keys, after prelude_epoch.lua. Atomic: of two jobs with one key that two hosts read
+-- at once, one gets it.
 -- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] ready hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch   ARGV[4] window in ms   ARGV[5] number of the bucket: the time of each
 -- entry divided by the window
--- ARGV[6] names of the keys, at most 1,000, and no name twice   ARGV[7] name and first entry of each job; both lists in
--- msgpack: that takes the caller a fraction of the time of as many arguments
+-- ARGV[6] name and first entry of each job, at most 1,000, and no name twice, as one list in msgpack: that takes the caller a
+-- fraction of the time of as many arguments
 -- Returns number and owner, for each job whose key another one owns.
+local ready = KEYS[3]
 redis.call('HLEN', ready) -- a key of another type ends the script here, before any write
-local names, claims = cmsgpack.unpack(ARGV[6]), cmsgpack.unpack(ARGV[7])
-local window, number = tonumber(ARGV[4]), tonumber(ARGV[5])
-local bucket = unique_bucket(ARGV[4] .. '/' .. ARGV[5])
+local claims, window, number = cmsgpack.unpack(ARGV[6]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local buckets = ready .. '/unique/' .. ARGV[4] .. '/'
+local bucket = buckets .. ARGV[5]
+local before, after = buckets .. string.format('%.0f', number - 1), buckets .. string.format('%.0f', number + 1)
 local exists = redis.call('EXISTS', bucket) == 1
+
+local names = {}
+for i = 1, #claims, 2 do
+  names[#names + 1] = claims[i]
+end
+
+local function arrival(id)
+  return tonumber(id:match('^%d+'))
+end
 
 local owners, has_owners = {}, false
 local function look(key)
@@ -24,11 +35,12 @@ local function look(key)
     end
   end
 end
-for _, other in ipairs({ number - 1, number, number + 1 }) do
-  local key = unique_bucket(ARGV[4] .. '/' .. string.format('%.0f', other))
-  if redis.call('EXISTS', key) == 1 then
-    look(key)
-  end
+if exists then
+  look(bucket)
+end
+if redis.call('EXISTS', before, after) > 0 then
+  look(before)
+  look(after)
 end
 
 local reply = {}
