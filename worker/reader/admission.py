@@ -14,7 +14,7 @@ from ..conditions import (
     UniqueKeys,
     read_conditions,
 )
-from ..envelope import DeadJob, Header, batch_in, batch_of, is_oversized, read_header
+from ..envelope import BATCH_FIELD, DeadJob, Header, batch_in, batch_of, is_oversized, read_header
 from ..errors import MalformedJob
 from ..outcome import Drop, Reason
 from ..store.ports import Entry
@@ -72,7 +72,7 @@ class Admission:
         unique: bool = True,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
-        self._unique_keys = UniqueKeys() if unique else None
+        self._key_name = UniqueKeys().name_of if unique else None
         self._wall_s = wall_s
         self._type_nos = type_nos
         self._max_payload = max_payload
@@ -96,10 +96,10 @@ class Admission:
         rejected: list[RejectedEntry] = []
         for entry in entries:
             result = self.check(stream_no, entry)
-            if isinstance(result, RejectedEntry):
-                rejected.append(result)
-            else:
+            if isinstance(result, AdmittedJob):
                 admitted.append(result)
+            else:
+                rejected.append(result)
         return admitted, rejected
 
     def check(self, stream_no: int, entry: Entry) -> AdmittedJob | RejectedEntry:
@@ -107,7 +107,7 @@ class Admission:
         _, data, deliveries, entry_deaths = entry
         if data is None:
             return _reject(stream_no, entry, Reason.MALFORMED, "MalformedJob: the entry has no field 'data'")
-        if is_oversized(data, self._max_payload):
+        if len(data) > self._max_payload and is_oversized(data, self._max_payload):
             error = f"OversizedJob: {len(data)} bytes, at most {self._max_payload} are taken"
             self._note_batch(entry.id, batch_of(data))
             return _reject(stream_no, entry, Reason.OVERSIZED, error)
@@ -115,8 +115,9 @@ class Admission:
             envelope = read_header(data, self._scratch)
         except MalformedJob as malformed:
             return _reject(stream_no, entry, Reason.MALFORMED, f"MalformedJob: {malformed}")
-        if envelope.metadata:
-            self._note_batch(entry.id, batch_in(envelope.metadata))
+        metadata = envelope.metadata
+        if metadata and BATCH_FIELD in metadata:
+            self._note_batch(entry.id, batch_in(metadata))
         type_no = self._type_nos.get(envelope.type)
         if type_no is None:
             error = f"UnknownType: no handler for {envelope.type!r}; known: {', '.join(self._type_nos)}"
@@ -127,11 +128,10 @@ class Admission:
             return _reject(stream_no, entry, Reason.POISON, error, envelope)
         isolated = deaths > 0 or deliveries >= ISOLATED_FROM_DELIVERIES
         unique = ""
-        if metadata := envelope.metadata:
-            key = metadata.get(IDEMPOTENCY_KEY)
+        if metadata:
             # Any later entry of a job is that of the key's owner.
-            if key and self._unique_keys and not envelope.first_id:
-                unique = self._unique_keys.name_of(envelope.type, envelope.tenant_id, key)
+            if self._key_name and (key := metadata.get(IDEMPOTENCY_KEY)) and not envelope.first_id:
+                unique = self._key_name(envelope.type, envelope.tenant_id, key)
             if not _OTHER_CONDITIONS.isdisjoint(metadata):
                 job = AdmittedJob(stream_no, type_no, entry, isolated, unique)
                 return self._with_conditions(job, envelope)

@@ -1,5 +1,6 @@
 """Dispatch: grants workers credit and hands jobs over to them."""
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import reduce
@@ -152,13 +153,12 @@ class WorkerHandle:
 
 def _next_frame(jobs: Sequence[AdmittedJob], start: int) -> Sequence[AdmittedJob]:
     """The next jobs that share a frame: at least one, then up to the limits."""
-    size_bytes, stop = 0, start
-    while stop < len(jobs) and stop - start < _FRAME_JOBS:
-        size_bytes += len(jobs[stop].entry.data or b"")
-        if size_bytes > _FRAME_BYTES and stop > start:
-            break
-        stop += 1
-    return jobs[start:stop]
+    frame = jobs[start : start + _FRAME_JOBS]
+    sizes = [len(job.entry.data or b"") for job in frame]
+    if sum(sizes) <= _FRAME_BYTES:
+        return frame
+    fitting = sum(size_bytes <= _FRAME_BYTES for size_bytes in itertools.accumulate(sizes))
+    return frame[: max(1, fitting)]
 
 
 class Dispatcher:
@@ -193,6 +193,11 @@ class Dispatcher:
     def runs_low(self) -> bool:
         """Whether a worker has credit for half of the jobs that it may have in flight."""
         return any(2 * worker.credit >= worker.window > 0 for worker in self.workers)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no job is in flight."""
+        return not any(len(worker.table) for worker in self.workers)
 
     @property
     def jobs_per_s(self) -> float:

@@ -85,7 +85,7 @@ class Intake:
         #: Whether the last call of `renew_leases` claimed entries: they are dispatched in the next tick.
         self.has_claimed = False
         self._is_claims_turn = True
-        # Whether the last call of `finish_claims` dropped entries: they are settled in the next tick.
+        # Whether the last call of `continue_claims` dropped entries: they are settled in the next tick.
         self._has_dropped = False
         #: Completed read cycles. The supervisor restarts a reader whose number does not grow.
         self.cycles = 0
@@ -116,6 +116,8 @@ class Intake:
         )
         #: Jobs by stream number whose idempotency keys are being claimed: neither prefetched nor in flight.
         self._claiming: dict[int, Sequence[AdmittedJob]] = {}
+        # Those of them whose claim is sent after the next settlement.
+        self._unsent: set[int] = set()
         self._read_counts = [ReadCount() for _ in settings.streams]
         # Streams whose pending entries are still being listed, and the last id that was listed.
         self._unlisted: dict[int, bytes] = {}
@@ -137,6 +139,7 @@ class Intake:
         """Start over under a new connection: list all pending entries again, instead of those taken in."""
         self._buffer.clear()
         self._claiming.clear()
+        self._unsent.clear()
         self.rejected.clear()
         self._unlisted = {no: _START for no in range(len(self._streams)) if no not in self._faults}
 
@@ -153,6 +156,7 @@ class Intake:
         self._claims.drop(stream_no)
         self._buffer.discard_stream(stream_no)
         self._claiming.pop(stream_no, None)
+        self._unsent.discard(stream_no)
         self.rejected[:] = [entry for entry in self.rejected if entry.stream_no != stream_no]
         self._marks.clear()
 
@@ -194,7 +198,7 @@ class Intake:
     def must_continue(self) -> bool:
         """Whether the next tick follows at once: it dispatches claimed entries, or continues a listing or
         sweep: one by one, or after the settlement of what it rejected."""
-        if self.has_claimed or self._has_dropped:
+        if self.has_claimed or self._has_dropped or self._claiming:
             return True
         if self.rejected and (self._unlisted or self._claims.under_way):
             return True
@@ -239,11 +243,14 @@ class Intake:
         """Continue the listing of pending entries, then request what the workers have credit for."""
         self.list_pending()
         for stream_no in range(len(self._streams)):
-            capacity = 0 if stream_no in self._faults else self._dispatcher.capacity(stream_no)
+            capacity = 0 if stream_no in self._faults else self._capacity(stream_no)
             with self._faults.guard(stream_no):
                 self._begin_read(stream_no, capacity)
             if capacity <= 0 and not self.flow.sorts_all(stream_no):
                 self._count_cycle()  # all workers are busy: without a read there is progress, too
+
+    def _capacity(self, stream_no: int) -> int:
+        return self._dispatcher.capacity(stream_no) - len(self._claiming.get(stream_no, ()))
 
     def take_waiting(self) -> None:
         """Take jobs out of lanes for the workers' credit, which the streams share.
@@ -285,7 +292,7 @@ class Intake:
         with self._faults.guard(stream_no):
             entries = self._finish_read(stream_no)
             if len(entries) >= _MANY and self._read_counts[stream_no].is_largest and not self.draining:
-                self._begin_read(stream_no, self._dispatcher.capacity(stream_no) - len(entries))
+                self._begin_read(stream_no, self._capacity(stream_no) - len(entries))
             self._admit(stream_no, entries, is_new=True)
         self._marks.clear()
         self._count_cycle()
@@ -328,6 +335,8 @@ class Intake:
     def _admit(
         self, stream_no: int, entries: list[Entry], *, is_new: bool = False, is_taken: bool = False
     ) -> None:
+        if stream_no in self._claiming and not (is_new or is_taken):
+            self._finish_claim(stream_no)  # one claim of a stream at a time
         if self._marks.poison:
             entries = [entry for entry in entries if not self._reject_poison(stream_no, entry)]
         if len(entries) == 1:
@@ -337,8 +346,11 @@ class Intake:
         jobs, cancelled = self._cancels.reject(jobs)
         rejected += cancelled
         batches = self._admission.take_batches()
-        if is_new and not (rejected or batches) and self._screening.begin(stream_no, jobs):
-            self._claiming[stream_no] = jobs
+        if is_new and stream_no in self._claiming:  # the server was claiming while these were checked
+            self._finish_claim(stream_no)
+        has_keys = any(job.unique for job in jobs)
+        if has_keys and is_new and not (rejected or batches):
+            self._begin_claim(stream_no, jobs)
         else:
             jobs, dropped = self._screen(stream_no, jobs, is_new=is_new, is_taken=is_taken)
             rejected += dropped
@@ -373,23 +385,48 @@ class Intake:
             jobs = self.flow.divert(stream_no, jobs, is_new=is_new, in_series=in_series)
         return jobs, dropped
 
-    def finish_claims(self) -> None:
-        """Prefetch the jobs whose keys are claimed. The claim was sent before the settlement of this tick, so
-        its reply has come with that one: it takes no round trip of its own."""
+    def _begin_claim(self, stream_no: int, jobs: Sequence[AdmittedJob]) -> None:
+        """Claim the keys of new jobs, few at once and many after the next settlement.
+
+        The server claims many while the reader dispatches other jobs and checks the next answer. The workers
+        have jobs meanwhile. If the settlement came after such a claim, the reader would wait for both.
+        """
+        self._claiming[stream_no] = jobs
+        if len(jobs) < _MANY or self._dispatcher.is_idle:
+            self._screening.begin(stream_no, jobs)
+        else:
+            self._unsent.add(stream_no)
+
+    def continue_claims(self) -> None:
+        """After a settlement: prefetch the jobs whose keys were claimed before it, and begin other claims.
+
+        The replies to claims have come with that to the settlement: they take no round trip of their own.
+        """
         self._has_dropped = False
-        for stream_no, jobs in list(self._claiming.items()):
-            del self._claiming[stream_no]
-            self._marks.mark_answer(stream_no)
-            if len(jobs) == 1:
-                self._marks.mark(stream_no, jobs[0].entry.id)
+        for stream_no in list(self._claiming):
             with self._faults.guard(stream_no):
-                # Requests to cancel may have been read since the claim began.
-                jobs, cancelled = self._cancels.reject(jobs)
-                jobs, dropped = self._screen(stream_no, jobs, is_new=True, is_begun=True)
-                self.rejected += cancelled + dropped
-                self._has_dropped = self._has_dropped or bool(dropped or cancelled)
-                self._buffer.extend(jobs)
-            self._marks.clear()
+                if stream_no in self._unsent:
+                    self._unsent.remove(stream_no)
+                    self._screening.begin(stream_no, self._claiming[stream_no])
+                else:
+                    self._finish_claim(stream_no)
+        self._marks.clear()
+
+    def _finish_claim(self, stream_no: int) -> None:
+        jobs = self._claiming[stream_no]
+        if stream_no in self._unsent:
+            self._unsent.remove(stream_no)
+            self._screening.begin(stream_no, jobs)
+        self._marks.mark_answer(stream_no)
+        if len(jobs) == 1:
+            self._marks.mark(stream_no, jobs[0].entry.id)
+        # Requests to cancel may have been read since the claim began.
+        jobs, cancelled = self._cancels.reject(jobs)
+        jobs, dropped = self._screen(stream_no, jobs, is_new=True, is_begun=True)
+        del self._claiming[stream_no]
+        self.rejected += cancelled + dropped
+        self._has_dropped = self._has_dropped or bool(dropped or cancelled)
+        self._buffer.extend(jobs)
 
     def _register(self, stream_no: int, batches: dict[bytes, str]) -> None:
         """Let the store count the end of these entries in their batches, before any of them can end."""

@@ -148,7 +148,7 @@ class Reader:
             self._refresh_pauses()
         self._intake.refresh(now)
         self._settle(now)
-        self._intake.finish_claims()
+        self._intake.continue_claims()
         self._reclaim_exited_workers()
         self._log_slowdowns()
         if not self._intake.draining:

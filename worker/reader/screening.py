@@ -30,12 +30,9 @@ class Screening:
         #: The earliest time at which a prefetched job expires (unix seconds).
         self._wall_next_expiry_s = math.inf
 
-    def begin(self, stream_no: int, jobs: Sequence[AdmittedJob]) -> bool:
-        """Begin to claim the keys of jobs, so that the store does it meanwhile; False if they have none."""
-        keys = _keys(jobs)
-        if keys:
-            self._store.begin_claim(self._streams[stream_no], keys, self._window_s)
-        return bool(keys)
+    def begin(self, stream_no: int, jobs: Sequence[AdmittedJob]) -> None:
+        """Begin to claim the keys of jobs, so that the store does it meanwhile."""
+        self._store.begin_claim(self._streams[stream_no], _keys(jobs), self._window_s)
 
     def screen(
         self, stream_no: int, jobs: Sequence[AdmittedJob], *, is_taken: bool, is_begun: bool
