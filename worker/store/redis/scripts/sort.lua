@@ -8,6 +8,21 @@
 check_batches()
 local refused, at, added = {}, 5, {}
 redis.call('HINCRBY', ready, 'n', 0) -- without memory, or with a key of another type, it ends here
+-- One look at all entries: lane by lane, their ids are in no order. Ids of unequal length would only cost more looks.
+local low, high, jobs_in_all = nil, nil, 0
+while at <= #ARGV do
+  local last = at + 1 + 2 * tonumber(ARGV[at + 1])
+  for i = at + 2, last, 2 do
+    local id = ARGV[i]
+    low, high = low and low < id and low or id, high and high > id and high or id
+    jobs_in_all = jobs_in_all + 1
+  end
+  at = last + 1
+end
+for _, row in ipairs(low and redis.call('XPENDING', KEYS[1], ARGV[1], low, high, jobs_in_all, ARGV[2]) or {}) do
+  own[row[1]] = true
+end
+at = 5
 while at <= #ARGV do
   local name, last = ARGV[at], at + 1 + 2 * tonumber(ARGV[at + 1])
   local ids, jobs = {}, {}
