@@ -263,6 +263,31 @@ class TestTurns:
             cost[json.loads(entry.data or b"")["tenant_id"]] += len(entry.data or b"")
         assert all(abs(share / cost.total() - 1 / 8) < 0.05 / 8 for share in cost.values()), cost
 
+    @pytest.mark.parametrize("count", [1, 7, 1000])
+    def test_the_order_does_not_depend_on_how_many_are_taken_at_once(self, world: World, count: int) -> None:
+        store = reader(world)
+        kinds = [("t1", "9"), ("t1", "5"), ("t2", "3"), ("t3", "5")]
+        jobs = [
+            (f"{tenant}-{priority}-{n}", tenant, priority, 100 * (n % 4 + 1))
+            for n in range(20)
+            for tenant, priority in kinds
+        ]
+        data = {name: job(name, tenant, priority=p, size=size) for name, tenant, p, size in jobs}
+        add(world, store, *data.values())
+        ran: list[str] = []
+        while entries := take(store, count):
+            ran += names(entries)
+
+        lanes = {kind: [name for name in data if name.startswith("-".join(kind) + "-")] for kind in kinds}
+        tags, expected = {kind: (0.0, 10 - int(kind[1]), kind[0]) for kind in kinds}, []
+        while lanes:
+            kind = min(lanes, key=lambda kind: tags[kind])
+            expected.append(name := lanes[kind].pop(0))
+            tags[kind] = (tags[kind][0] + len(data[name]) / 2 ** int(kind[1]), *tags[kind][1:])
+            if not lanes[kind]:
+                del lanes[kind]
+        assert ran == expected
+
     def test_a_weight_multiplies_the_share(self, world: World) -> None:
         store = reader(world)
         limit(world, store, weights={"t1": 3.0})

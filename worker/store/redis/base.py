@@ -58,11 +58,11 @@ class RedisStoreBase:
         """
         return self._examined(self._connection(stream).call(commands))
 
-    def begin(self, stream: str, commands: Sequence[Command]) -> Begun:
+    def begin_call(self, stream: str, commands: Sequence[Command]) -> Begun:
         """Send a few commands to the server of a stream without waiting. Raises `StoreUnavailable`."""
         return self._connection(stream).begin(commands)
 
-    def finish(self, begun: Begun) -> list[Reply]:
+    def finish_call(self, begun: Begun) -> list[Reply]:
         """The replies to commands that were begun, as of `call`; it waits for those that have not come."""
         return self._examined(begun.connection.finish(begun))
 

@@ -258,7 +258,7 @@ class RedisReaderStore(RedisStoreBase):
         """The server claims the keys while the caller does other things, even other calls."""
         calls = list(key_calls(keys, window_s))
         commands = [self._claim_command(source, call) for call in calls]
-        self._claims[source] = calls, self.begin(source.stream, commands)
+        self._claims[source] = calls, self.begin_call(source.stream, commands)
 
     def finish_claim(self, source: Source) -> dict[bytes, bytes]:
         """Takes the reply at once if it came with that of a later call."""
@@ -266,7 +266,7 @@ class RedisReaderStore(RedisStoreBase):
             return {}
         calls, begun = self._claims.pop(source)
         owners: dict[bytes, bytes] = {}
-        for call, reply in zip(calls, self.finish(begun), strict=True):
+        for call, reply in zip(calls, self.finish_call(begun), strict=True):
             found = self._recovered(source, reply, partial(self._claim_command, source, call))
             owners |= {call[0][number - 1][0]: by for number, by in zip(found[::2], found[1::2], strict=True)}
         return owners
