@@ -70,17 +70,7 @@ BELOW: dict[str, set[str]] = {
     "reaper": {*IPC, "store", "cron.enqueuer", "batches"},
     "supervision": IPC,
     "admin": {*CORE, "store", "telemetry", "producer", "cron.enqueuer", "batches"},
-    "cli": {
-        *CORE,
-        "store",
-        "telemetry",
-        "producer",
-        "producer_batch",
-        "cron.enqueuer",
-        "batches",
-        "admin",
-        "cancel",
-    },
+    "cli": {*ADMIN, "producer_batch", "admin", "cancel", "cli.web"},
     "web": {
         *CORE,
         "store",
