@@ -1,7 +1,8 @@
 """Language model client: extracts findings of a chapter through an OpenAI-compatible endpoint."""
 
-# orjson does not read an object inside other text.
 import functools
+
+# orjson does not read an object inside other text.
 import json
 import logging
 import os
