@@ -1,10 +1,8 @@
 """promtool checks the rules, and a real Prometheus with these rules scrapes a running service."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from jobworker.worker.supervision.pdeathsig import tied_to_us
 from support.redis_servers import free_port
 from support.service import STREAM, Service, eventually, handlers, service
 from support.tools import why_missing
@@ -81,8 +80,7 @@ def prometheus(scraped: Service, tmp_path: Path) -> Iterator[str]:
                f"--storage.tsdb.path={tmp_path}/data", f"--web.listen-address=127.0.0.1:{port}"]  # fmt: skip
     log = tmp_path / "prometheus.log"
     with log.open("wb") as out:
-        tether = [sys.executable, "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
-        process = subprocess.Popen([*tether, *command], stdout=out, stderr=out, cwd=tmp_path)
+        process = subprocess.Popen([*tied_to_us(), *command], stdout=out, stderr=out, cwd=tmp_path)
     try:
         url = f"http://127.0.0.1:{port}"
         eventually(lambda: process.poll() is not None or is_ready(url), saying=log.read_text)

@@ -1,5 +1,6 @@
 """A rebuild resumes where its killed worker stopped, while jobs write and others search."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
 NAME, ALIAS = "story_segments", "z_novel_story_segments"
 SCOPE: dict[str, Any] = {"tenant_id": "t", "project_id": "p"}
 ROWS = 6000
+#: Between two searches: one after the other without a pause would only use the processor.
+PAUSE_S = 0.02
 #: Ten of these seconds are a wait for searches on the old collection.
 REBUILT_WITHIN_S = 120.0
 
@@ -48,9 +51,10 @@ def test_a_rebuild_survives_a_worker_kill_and_keeps_concurrent_writes(tmp_path: 
         changed = {f"r{number:06d}": f"changed {number}" for number in range(0, ROWS, 97)}
         one.enqueue("embedding_batch", {"ids": list(changed), "texts": list(changed.values())}, **SCOPE)
         searched = 0
-        while one.unfinished() and searched < 10_000:
+        while one.unfinished() and searched < 5_000:
             assert store.search(NAME, query, limit=5, **SCOPE)
             searched += 1
+            time.sleep(PAUSE_S)
         one.wait_until_drained(REBUILT_WITHIN_S)
         assert len(pids) == 2
         assert one.dead_letters() == []

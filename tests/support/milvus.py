@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jobworker.handlers.vectors.milvus.store import VectorStoreError, open_vectors
+from jobworker.worker.supervision.pdeathsig import tied_to_us
 from support.redis_servers import free_port
 
 # Imports of the engine take a few seconds on a busy machine of two cores.
@@ -50,13 +51,7 @@ class LiteServer:
         self.port_file.unlink(missing_ok=True)
         token_file = stem.with_name(f"{stem.name}.token")
         token_file.write_text(TOKEN)
-        command = [
-            sys.executable,
-            "-m",
-            "jobworker.worker.supervision.pdeathsig",
-            str(os.getpid()),
-            sys.executable,
-        ]
+        command = [*tied_to_us(), sys.executable]
         command += [*program, "--data-dir", str(data_dir), "--port-file", str(self.port_file)]
         command += ["--port", str(port), "--token-file", str(token_file), *arguments]
         with self.log.open("ab") as log:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
+from jobworker.worker.supervision.pdeathsig import tied_to_us
 from support.toys import EVENTS_FILE, FOLDER_VARIABLE, Event, read_event
 
 COMMAND = Path(sys.executable).parent / "jobworker-supervise"
@@ -121,11 +122,10 @@ class Service:
         descriptor instead of the log file.
         """
         self._log.restart()
-        tether = [sys.executable, "-P", "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
         shell = ["/bin/sh", "-c", f'exec "$0" "$@" {redirections}'] if redirections else []
         with self._log.path.open("ab") as log:
             self._popen = subprocess.Popen(
-                [*tether, *shell, str(COMMAND), *self._arguments], stdin=subprocess.DEVNULL, stdout=log,
+                [*tied_to_us(), *shell, str(COMMAND), *self._arguments], stdin=subprocess.DEVNULL, stdout=log,
                 stderr=log if stderr is None else stderr, cwd=self.cwd, env=self._environment,
             )  # fmt: skip
 

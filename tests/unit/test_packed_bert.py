@@ -1,5 +1,6 @@
 """The unpadded forward pass gives the vectors of the model itself, for each family that it computes."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -7,8 +8,8 @@ import pytest
 from jobworker.handlers.encoder.packed_bert import PackedBert, packed_bert
 from jobworker.handlers.encoder.precision_check import min_cosine
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+# Not imported here: each process of the suite imports all files.
+pytestmark = pytest.mark.skipif(not find_spec("torch"), reason="torch: not installed (extra `embedded`)")
 
 PAD, VOCABULARY, WINDOW, HIDDEN = 1, 50, 40, 32
 # Lengths differ, one window has one token, and one has the padding token in the middle of its text.
@@ -17,6 +18,8 @@ WINDOWS = [[0, 7, 8, 9, 2], [4], [0, 11, PAD, 12, 13, 2], list(range(5, 45))]
 
 def attend(query: Any, key: Any, value: Any, starts: Any, _: Any, *longest: int) -> Any:
     """What `varlen_attn` of torch computes, which needs a GPU."""
+    import torch
+
     parts = []
     for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         window = (one[start:end].transpose(0, 1) for one in (query, key, value))
@@ -26,6 +29,9 @@ def attend(query: Any, key: Any, value: Any, starts: Any, _: Any, *longest: int)
 
 def model(family: str, **options: Any) -> Any:
     """A small model whose weights and biases are all random."""
+    import torch
+    import transformers
+
     config = transformers.AutoConfig.for_model(
         family,
         vocab_size=VOCABULARY,
@@ -45,19 +51,25 @@ def model(family: str, **options: Any) -> Any:
     return core
 
 
-class Mean(torch.nn.Module):  # type: ignore[misc]
-    """Mean pooling."""
+def mean_pooling() -> Any:
+    import torch
 
-    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
-        mask = features["attention_mask"][..., None]
-        return features | {"sentence_embedding": (features["token_embeddings"] * mask).sum(1) / mask.sum(1)}
+    class Mean(torch.nn.Module):
+        def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+            mask = features["attention_mask"][..., None]
+            mean = (features["token_embeddings"] * mask).sum(1) / mask.sum(1)
+            return features | {"sentence_embedding": mean}
+
+    return Mean()
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta"])
 def test_vectors_are_those_of_the_model_itself(family: str) -> None:
+    import torch
+
     core = model(family)
     with torch.inference_mode():
-        found = PackedBert(core, attend).embed(WINDOWS, [Mean()], {"task": "document"})
+        found = PackedBert(core, attend).embed(WINDOWS, [mean_pooling()], {"task": "document"})
         alone = [core(input_ids=torch.tensor([window])).last_hidden_state.mean(1) for window in WINDOWS]
     assert min_cosine(found.numpy(), torch.cat(alone).numpy()) > 0.99999
 
@@ -72,4 +84,4 @@ def test_a_model_that_it_does_not_compute_is_left_to_its_own_modules(
     class First:
         auto_model = model(family, **options)
 
-    assert packed_bert([First(), Mean()]) is None
+    assert packed_bert([First(), mean_pooling()]) is None

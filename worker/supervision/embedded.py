@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +16,7 @@ from ..errors import ConfigurationError, Exit
 from ..extension import extension, how_to_install, imported
 from ..host.data_dir import HOST, DataDir, free_port, kept_secret, private_folder, socket_path, write_private
 from ..settings import Settings
+from .pdeathsig import tied_to_us
 from .process import Command, RestartBackoff
 
 #: A probe answers at once or not at all: both are on this machine.
@@ -295,9 +295,8 @@ class Stores:
             kept.backoff.record_exit(now, was_ready=False, lived_s=0.0)
 
     def _start(self, store: Embedded, now: float) -> Command:
-        tether = [sys.executable, "-P", "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
         assert self._data is not None
-        return Command(store.name, [*tether, *store.command()], [self._data.lock_fd], now)
+        return Command(store.name, [*tied_to_us(), *store.command()], [self._data.lock_fd], now)
 
     def stop(self) -> None:
         """Ask all to end, then make them."""

@@ -1,8 +1,7 @@
 """Parent-death signal: the kernel kills a process when its parent exits, for any cause.
 
-As a program, ``python -m jobworker.worker.supervision.pdeathsig PARENT_PID COMMAND ...`` sets the signal,
-starts a new session (a Ctrl-C in the terminal does not reach it) and execs the command. The setting
-survives exec.
+As a program, ``python pdeathsig.py PARENT_PID COMMAND ...`` sets the signal, starts a new session (a Ctrl-C
+in the terminal does not reach it) and execs the command. The setting survives exec.
 """
 
 import ctypes
@@ -24,6 +23,15 @@ def tie_to_parent(parent_pid: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent_pid:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tied_to_us() -> list[str]:
+    """The words before a command that make the kernel kill it when this process exits.
+
+    The file runs alone, without ``site``: ``-m`` would import the package first, which costs more than the
+    start of the interpreter.
+    """
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid())]
 
 
 def become_subreaper() -> None:
