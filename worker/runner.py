@@ -17,7 +17,7 @@ from .handler import BoundHandler
 from .health_check import HealthChecks
 from .ipc.channel import READY, STOPPING, Channel, JobFrame, OutcomeFrame
 from .ipc.control import ControlSocket, Ready
-from .ipc.inflight import FAILED, STARTED, SUCCEEDED
+from .ipc.inflight import FAILED, SUCCEEDED
 from .outcome import Failure
 from .telemetry.current_job import current
 from .telemetry.failure import error_text, failure_of
@@ -73,6 +73,7 @@ class Runner:
         self._channel = channel
         self._states = channel.table.states
         self._rows = len(self._states)
+        self._begin_row = channel.table.begin
         self._control = control
         self._handlers = handlers
         self._parse = payload_parser(
@@ -172,6 +173,8 @@ class Runner:
             try:
                 envelope = self._parse(data)
             except (MalformedJob, ValueError, RecursionError) as error:
+                if not self._begin(row):
+                    continue
                 self._fail(row, Failure(f"MalformedJob: {why_malformed(error)}", malformed=True))
                 self._channel.finished += 1
                 self._unflushed_since = self._unflushed_since or self._mono_s()
@@ -312,8 +315,10 @@ class Runner:
         waited_s: list[float] = []
         while queue and queue[0].envelope.type == type_name and started <= flush_at and not self.stop:
             job = queue.popleft()
-            waited_s += _waited_s(job.envelope, started + wall_ahead_s)
             ended = self._run_one(handler, job, started)
+            if ended is None:
+                continue
+            waited_s += _waited_s(job.envelope, started + wall_ahead_s)
             took_s.append(ended - started)
             started = ended
         current.jobs = ()
@@ -323,14 +328,23 @@ class Runner:
         self._waits[type_name].extend(waited_s)
         self._batches.add(1, len(took_s))
 
-    def _run_one(self, handler: BoundHandler, queued: QueuedJob, started: float) -> float:
-        """Run a job; returns the time of its end."""
+    def _begin(self, row: int) -> bool:
+        """Mark a row STARTED; False if its job must not run: the reader has it back, or gets it back."""
+        if self._begin_row(row):
+            return True
+        if self._unflushed_since is None:
+            self._unflushed_since = self._mono_s()
+        return False
+
+    def _run_one(self, handler: BoundHandler, queued: QueuedJob, started: float) -> float | None:
+        """Run a job; returns the time of its end, or None if the reader has it back."""
         limit_s = self._limit_s(handler, queued.envelope)
         if handler.max_timeout_s:
             self._allow_progress(handler, limit_s, (queued.envelope,))
         self._channel.set_running(started, started + limit_s)
         at, entered = queued.row % self._rows, generation()
-        self._states[at] = STARTED
+        if not self._begin(queued.row):
+            return None
         try:
             current.jobs = job = self._job(queued)
             handler.handle(job)
@@ -350,14 +364,16 @@ class Runner:
 
     def _run_batch(self, handler: BoundHandler, batch: list[QueuedJob]) -> None:
         assert handler.handle_batch is not None
-        jobs = [self._job(queued) for queued in batch]
         started = self._mono_s()
         limits_s = [self._limit_s(handler, queued.envelope) for queued in batch]
         limit_s = min(sum(limits_s), max(handler.batch_timeout_s, *limits_s))
         self._allow_progress(handler, limit_s, [queued.envelope for queued in batch])
         self._channel.set_running(started, started + limit_s)
-        self._channel.table.mark([queued.row for queued in batch], STARTED)
-        current.jobs = jobs
+        batch = [queued for queued in batch if self._begin(queued.row)]
+        if not batch:
+            self._channel.set_running(0.0, 0.0)
+            return
+        current.jobs = jobs = [self._job(queued) for queued in batch]
         outcomes = self._outcomes(handler.handle_batch, jobs)
         current.jobs = ()
         # One exception often fails all jobs of a batch; its traceback is formatted once.
@@ -399,8 +415,10 @@ class Runner:
         queued = list(self._queue)
         self._queue.clear()
         for job in queued:
-            if job.envelope.type == type_name:
+            if job.envelope.type == type_name and self._begin(job.row):
                 self._fail(job.row, failure)
+            elif job.envelope.type == type_name:
+                continue
             else:
                 self._queue.append(job)
 

@@ -1,18 +1,20 @@
 """The in-flight table compared with a model, and its use by a new reader."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
+from jobworker.worker.ipc import inflight
 from jobworker.worker.ipc.channel import READY, Channel
 from jobworker.worker.ipc.control import ControlSocket
 from jobworker.worker.ipc.inflight import (
     FAILED,
     QUEUED,
+    RETURNED,
     ROWS,
     SETTLED,
     STARTED,
@@ -125,6 +127,67 @@ def test_the_whole_table_can_be_in_use_over_its_end() -> None:
     full.settle(rows)
     full.advance()
     assert (len(full), full.tail) == (0, ROWS // 2 + ROWS)
+
+
+class Between:
+    """In place of the lock between a store and a load: the other side acts there."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self._act: Callable[[], object] | None = act
+
+    def __enter__(self) -> None:
+        act, self._act = self._act, None  # the other side passes here, too
+        if act:
+            act()
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def one_queued() -> InFlight:
+    made = table()
+    made.write([0], [0], [0], [False], [b"1-0"])
+    made.head += 1
+    return made
+
+
+@pytest.mark.parametrize("order", ["worker first", "reader first", "reader in between", "worker in between"])
+def test_a_job_that_is_asked_back_while_it_starts_belongs_to_one_side(
+    order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = one_queued()
+    begun: list[bool] = []
+    taken: list[list[int]] = []
+    begin, take_back = lambda: begun.append(rows.begin(0)), lambda: taken.append(rows.take_back([0]))
+    if order == "worker first":
+        begin()
+        take_back()
+    elif order == "reader first":
+        take_back()
+        begin()
+    elif order == "reader in between":
+        monkeypatch.setattr(inflight, "_fence", Between(take_back))
+        begin()
+    else:
+        monkeypatch.setattr(inflight, "_fence", Between(begin))
+        take_back()
+    came_back = rows.state(0) == RETURNED and not rows.is_taken_back(0)
+    assert [begun[0], bool(taken[0]), came_back].count(True) == 1, "exactly one side has it"
+    assert [job.entry_id for job in rows.unsettled()] == ([] if taken[0] else [b"1-0"])
+
+
+def test_a_reused_row_is_not_asked_back() -> None:
+    rows = one_queued()
+    assert rows.take_back([0]) == [0]
+    assert rows.queued() == []
+    assert not rows.begin(0)
+    rows.mark([0], SETTLED)
+    rows.advance()
+    for _ in range(ROWS):
+        rows.write([0], [0], [0], [False], [b"2-0"])
+        rows.head += 1
+        assert rows.begin(rows.head - 1)
+        rows.mark([rows.head - 1], SETTLED)
+        rows.advance()
 
 
 def test_a_row_more_than_the_table_has_is_refused() -> None:

@@ -6,24 +6,36 @@ from the frames that are still in the ring and from ``taken``, the row after the
 took out. From then on only the state byte changes:
 
     QUEUED -> STARTED -> SUCCEEDED | FAILED     by the worker
-    SUCCEEDED | FAILED -> SETTLED               by the reader, once the store has settled it
+    QUEUED -> STARTED -> RETURNED               by the worker, if the reader has asked for the job back
+    SUCCEEDED | FAILED | RETURNED -> SETTLED    by the reader, once the store has settled it
 
 If either of the two dies, the other one (or its successor) knows which jobs were started.
+
+The reader takes back jobs that wait behind a long one, without an answer of the worker, which is busy. A
+second byte of the row is the reader's: 0, ASKED, TAKEN_BACK. The worker writes STARTED, then reads it; the
+reader writes ASKED, then reads the state. So at least one of the two sees what the other wrote. A reader
+that still sees QUEUED owns the job: the worker will return the row without a run. A reader that sees STARTED
+waits: the worker runs the job or returns it.
 """
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-QUEUED, STARTED, SUCCEEDED, FAILED, SETTLED = 1, 2, 3, 4, 5
+QUEUED, STARTED, SUCCEEDED, FAILED, SETTLED, RETURNED = 1, 2, 3, 4, 5, 6
+#: The reader's byte of a row: it has asked for the job back; it has it back, and the row is no job in flight.
+ASKED, TAKEN_BACK = 1, 2
 
 #: Most jobs that one worker can have in flight. Enough that a worker of no-op jobs never runs dry between two
 #: ticks of the reader. The credit that the reader really grants is far smaller where jobs are slow.
 ROWS = 4096
 #: Longest entry id: two 64-bit numbers in decimal and a dash.
 _ID_BYTES = 41
-#: State, type number, stream number, deaths and isolation: one byte each, then the id.
-TABLE_BYTES = ROWS * (5 + _ID_BYTES)
+#: State, type number, stream number, deaths, isolation and the reader's byte, one each, then the id.
+TABLE_BYTES = ROWS * (6 + _ID_BYTES)
+#: Taking a lock is an instruction that orders a store before the loads that follow it.
+_fence = threading.Lock()
 
 _SUCCEEDED_RUN = re.compile(bytes([SUCCEEDED]) + b"+")
 
@@ -61,7 +73,8 @@ class InFlight:
         self._stream_nos = area[2 * ROWS : 3 * ROWS]
         self._deaths = area[3 * ROWS : 4 * ROWS]
         self._isolated = area[4 * ROWS : 5 * ROWS]
-        self._ids = area[5 * ROWS : TABLE_BYTES]
+        self._asked = area[5 * ROWS : 6 * ROWS]
+        self._ids = area[6 * ROWS : TABLE_BYTES]
 
     @property
     def tail(self) -> int:
@@ -101,6 +114,7 @@ class InFlight:
             self._isolated[to:end] = bytes(isolated[start:stop])
             padded = b"".join([entry_id.ljust(_ID_BYTES, b"\0") for entry_id in ids[start:stop]])
             self._ids[to * _ID_BYTES : end * _ID_BYTES] = padded
+            self._asked[to:end] = bytes(stop - start)
             self.states[to:end] = bytes([QUEUED]) * (stop - start)
 
     def job(self, row: int) -> InFlightJob:
@@ -143,8 +157,52 @@ class InFlight:
                 yield range(first + run.start(), first + run.end())
 
     def unsettled(self) -> list[InFlightJob]:
-        """The jobs that are not settled, oldest first."""
-        return [self.job(row) for row in range(self.tail, self.head) if self.state(row) != SETTLED]
+        """The jobs that are not settled, oldest first; without those that were taken back."""
+        return [
+            self.job(row)
+            for row in range(self.tail, self.head)
+            if self.state(row) != SETTLED and self._asked[row % ROWS] != TAKEN_BACK
+        ]
+
+    def begin(self, row: int) -> bool:
+        """Mark a row STARTED; False if its job must not run: the reader has asked for it back (worker)."""
+        at = row % ROWS
+        self.states[at] = STARTED
+        with _fence:
+            if not self._asked[at]:
+                return True
+        self.states[at] = RETURNED
+        return False
+
+    def take_back(self, rows: Sequence[int]) -> list[int]:
+        """Ask for jobs back; returns the rows that the worker will not run. Others stay in flight."""
+        for row in rows:
+            self._asked[row % ROWS] = ASKED
+        with _fence:
+            taken = [row for row in rows if self.states[row % ROWS] == QUEUED]
+        for row in taken:
+            self._asked[row % ROWS] = TAKEN_BACK
+        return taken
+
+    def queued(self) -> list[InFlightJob]:
+        """The jobs that are not started and that the reader has not asked for, oldest first (reader)."""
+        return [
+            self.job(row)
+            for row in range(self.tail, self.head)
+            if self.state(row) == QUEUED and not self._asked[row % ROWS]
+        ]
+
+    def asked(self) -> list[int]:
+        """Rows that the reader has asked for and that are not settled (reader)."""
+        return [
+            row
+            for row in range(self.tail, self.head)
+            if self._asked[row % ROWS] and self.state(row) != SETTLED
+        ]
+
+    def is_taken_back(self, row: int) -> bool:
+        """Whether the reader has the job of a row back."""
+        return self._asked[row % ROWS] == TAKEN_BACK
 
     def started(self) -> list[InFlightJob]:
         """The running jobs, for any process that shares the table.

@@ -9,7 +9,7 @@ import msgspec
 
 from ..ipc.channel import READY, Channel, JobFrame
 from ..ipc.control import WorkerExited
-from ..ipc.inflight import ROWS
+from ..ipc.inflight import ROWS, InFlightJob
 from ..keys import Source
 from ..telemetry import trace
 from .admission import AdmittedJob
@@ -20,6 +20,8 @@ from .prefetch import PrefetchBuffer
 _QUEUE_S = 0.2
 #: The same while a backlog is sorted: an urgent job, or one of another tenant, waits behind these jobs only.
 _SORTED_QUEUE_S = 0.01
+#: A job that has run for this long (seconds) holds up what is queued behind it: its worker gets no more.
+_LONG_S = 0.5
 #: Interval at which a worker's rate is measured (seconds).
 _MEASURE_EVERY_S = 0.05
 #: Most bytes and jobs of one frame: with small frames a worker starts while the next frame is encoded.
@@ -57,6 +59,10 @@ class WorkerHandle:
         #: Time in which it finishes the jobs that its credit covers (seconds).
         self.queue_s = _QUEUE_S
         self._restore_head()
+        #: Whether its running job takes long. Then it gets no more jobs, and may lose those behind that one.
+        self.held_up = False
+        #: Whether jobs were asked back that it has not passed over yet.
+        self.has_asked = bool(self.table.asked())
         self.reserved = self.has_exclusive_job or self.runs_suspect
         channel.wake_worker()
 
@@ -84,7 +90,7 @@ class WorkerHandle:
     @property
     def credit(self) -> int:
         """Number of jobs that it may get now."""
-        if not self.accepts_jobs:
+        if not self.accepts_jobs or self.held_up:
             return 0
         window = max(2 * self.channel.batch_hint, int(self._jobs_per_s * self.queue_s))
         return max(0, min(window, ROWS) - len(self.table))
@@ -92,6 +98,23 @@ class WorkerHandle:
     def supports(self, type_no: int) -> bool:
         """Whether the worker runs jobs of this type."""
         return not self.channel.unsupported_types >> type_no & 1
+
+    def may_queue(self, type_no: int) -> bool:
+        """Whether a job of this type may be queued on the worker behind others."""
+        return self.supports(type_no) and not self.is_exclusive(type_no)
+
+    def note_running(self, mono_now_s: float) -> None:
+        """Note whether the running job takes long."""
+        is_running = self.channel.mono_deadline_s > 0.0
+        self.held_up = is_running and mono_now_s - self.channel.mono_since_s >= _LONG_S
+
+    def take_back(self, jobs: Sequence[InFlightJob]) -> list[InFlightJob]:
+        """Take unstarted jobs back; returns those that this worker will not run."""
+        if not jobs:
+            return []
+        self.has_asked = True
+        taken = set(self.table.take_back([job.row for job in jobs]))
+        return [job for job in jobs if job.row in taken]
 
     def is_exclusive(self, type_no: int) -> bool:
         """Whether no other job is queued on the worker before or after one of this type."""

@@ -356,7 +356,7 @@ class Intake:
             self._held.discard(stream_no, lost)
 
     def claim_in_turn(self) -> None:
-        """In turns claim before new jobs use up the workers' credit: neither waits for the end of the other."""
+        """In turns claim before new jobs use up the workers' credit: neither waits until the other ends."""
         if self._is_claims_turn and not self.draining:
             self._claim_all()
 

@@ -232,6 +232,16 @@ class ReaderStore(Protocol):
     def release(self, source: Source, ids: Sequence[bytes]) -> None:
         """Make entries claimable at once by any reader. Their last delivery is not counted."""
 
+    def hand_back(self, source: Source, ids: Sequence[bytes]) -> int:
+        """Give entries that were not started back to the stream, atomically each; returns their number.
+
+        They get new ids at its end, so an idle reader takes them at once. Ids that are not ours any more are
+        left out.
+        """
+
+    def idle_readers(self, source: Source) -> int:
+        """Number of other consumers that own no entry and whose service lives."""
+
     def fetch(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
         """The ``data`` of entries; an id that is gone from the stream is left out."""
 

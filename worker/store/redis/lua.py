@@ -10,10 +10,10 @@ Command = Sequence[Argument]
 
 #: Scripts that act for a reader: they check its epoch and the ownership of entries first.
 _EPOCH_SCRIPTS = frozenset(
-    {"settle", "set_deaths", "renew", "release", "claim", "renew_name", "sort", "take"}
+    {"settle", "set_deaths", "renew", "release", "claim", "renew_name", "sort", "take", "hand_back"}
 )
 #: Scripts that use the record of the service that owns a consumer's name.
-_NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lost"})
+_NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lost", "find_idle"})
 #: Scripts that move jobs into lanes or out of them, or that end jobs which hold slots.
 _FLOW_SCRIPTS = frozenset({"sort", "take", "settle", "configure", "mend_slots"})
 

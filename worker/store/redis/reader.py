@@ -170,6 +170,21 @@ class RedisReaderStore(RedisStoreBase):
         for some in chunks(ids):
             self._run(source, "release", [], [round(RELEASED_IDLE_S * 1000), *some])
 
+    def hand_back(self, source: Source, ids: Sequence[bytes]) -> int:
+        """One script per 1,000 entries or 8 MiB, whichever is reached first."""
+        done = given = 0
+        while done < len(ids):
+            some = ids[done : done + SCRIPT_IDS]
+            looked_at, given_now = self._run(source, "hand_back", [], [SCRIPT_BYTES, *some])
+            done += looked_at
+            given += given_now
+        return given
+
+    def idle_readers(self, source: Source) -> int:
+        two_keys = [source.stream, self.fence_key(source.stream)]
+        command = script("find_idle", two_keys, source.group, self._consumer)
+        return int(self._send(source, lambda: command))
+
     def fetch(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
         """One script per 1,000 entries or 8 MiB, whichever is reached first."""
         bodies: dict[bytes, bytes | None] = {}
