@@ -101,3 +101,12 @@ class StampBatch(_Stamping):
         for job in jobs:
             self._stamps.write(job.id, mono_ns)
         return [None] * len(jobs)
+
+
+class Uneven(_Stamping):
+    """`Stamp` whose jobs take 10 ms, and each hundredth 5 s."""
+
+    def handle(self, job: Any) -> None:
+        """Note the start, then sleep."""
+        self._stamps.write(job.id, time.monotonic_ns())
+        time.sleep(5.0 if int(job.id.removeprefix("bench-")) % 100 == 0 else 0.01)  # simulated work

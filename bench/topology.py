@@ -5,6 +5,9 @@ exits with 1 if a job is lost.
 
 lost host: a host reads all jobs and falls silent. Two other services take its jobs over once its leases have
 expired, while new jobs arrive at a steady rate.
+
+uneven jobs: two services share a backlog of short jobs, of which each hundredth takes 5 s. Jobs behind a
+long one must not wait while the other service is idle.
 """
 
 import json
@@ -14,8 +17,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +35,7 @@ _NEW_PER_S = 200
 #: Number of the first new job: the lost host has those below.
 _FIRST_NEW = 10_000_000
 _READ_AT_ONCE = 1000
+TRIALS = ("lost host", "uneven jobs")
 _POLL_S = 0.05
 
 
@@ -38,8 +43,9 @@ class Trial(NamedTuple):
     """Figures of one trial; times in seconds.
 
     ``lost`` jobs never started, ``repeated`` started more than once. ``silence``: from the loss to the first
-    job that was taken over. ``done``: from the loss to the last one. ``per_s``: jobs per second in between.
-    ``new_p50`` and ``new_max``: time that a new job waited meanwhile. ``shares``: jobs by surviving service.
+    job that was taken over, or the longest time without a start. ``done``: from the loss, or the release of
+    the backlog, to the last start. ``per_s``: jobs per second in between. ``new_p50`` and ``new_max``: time
+    that a new job waited meanwhile. ``shares``: jobs by service.
     """
 
     name: str
@@ -49,8 +55,8 @@ class Trial(NamedTuple):
     silence: float
     done: float
     per_s: float
-    new_p50: float
-    new_max: float
+    new_p50: float | None
+    new_max: float | None
     shares: list[int]
 
 
@@ -113,12 +119,7 @@ def lost_host(url: str, jobs: int, lease_s: float, procs: int, limit_s: float) -
         backlog.fill(jobs + 1)  # all but the last
         paths = [folder / name for name in ("a", "b")]
         for path in paths:
-            stack.enter_context(
-                service(
-                    url, backlog, STAMP, procs, BENCH_STAMPS=str(path),
-                    JOBWORKER_INSTANCE=path.name, JOBWORKER_LEASE=str(lease_s),
-                )
-            )  # fmt: skip
+            stack.enter_context(_service(url, backlog, STAMP, procs, path, lease_s))
         owned, died_ns = LostHost(url, Source(backlog.stream, backlog.group), lease_s).take(client)
         if owned != jobs:
             raise RuntimeError("the lost host did not get all jobs")
@@ -128,6 +129,37 @@ def lost_host(url: str, jobs: int, lease_s: float, procs: int, limit_s: float) -
         new_jobs.stop()
         _wait(lambda: _is_settled(client, backlog, new_too=True), limit_s)
         return _judge(jobs, [path.read_text().splitlines() for path in paths], new_jobs.added_ns, died_ns)
+
+
+def _service(
+    url: str, backlog: Backlog, handler: str, procs: int, path: Path, lease_s: float
+) -> AbstractContextManager[int]:
+    """A service that records its starts in a file, after which it is named."""
+    stamps, instance = str(path), path.name
+    return service(
+        url, backlog, handler, procs,
+        BENCH_STAMPS=stamps, JOBWORKER_INSTANCE=instance, JOBWORKER_LEASE=str(lease_s),
+    )  # fmt: skip
+
+
+def uneven_jobs(url: str, jobs: int, procs: int, limit_s: float) -> Trial:
+    """Short and long jobs on two services."""
+    with ExitStack() as stack:
+        client = stack.enter_context(connect(url))
+        backlog = Backlog(client)
+        stack.callback(backlog.close)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        backlog.fill(jobs)
+        paths = [folder / name for name in ("a", "b")]
+        for path in paths:
+            stack.enter_context(_service(url, backlog, "bench_handlers:Uneven", procs, path, 30.0))
+        released_ns = time.monotonic_ns()
+        backlog.release(jobs)
+        _wait(lambda: _is_settled(client, backlog, new_too=True), limit_s)
+        trial = _judge(jobs, [path.read_text().splitlines() for path in paths], {}, released_ns)
+        starts = sorted(int(line.split()[1]) for path in paths for line in path.read_text().splitlines())
+        gaps = [later - earlier for earlier, later in pairwise([released_ns, *starts])]
+        return trial._replace(name="uneven jobs", silence=round(max(gaps) / 1e9, 2))
 
 
 def _is_settled(client: Any, backlog: Backlog, *, new_too: bool = False) -> bool:
@@ -168,8 +200,8 @@ def _judge(jobs: int, starts: list[list[str]], added_ns: dict[int, int], died_ns
         silence=round((taken[0] - died_ns) / 1e9, 2) if taken else -1.0,
         done=round((taken[-1] - died_ns) / 1e9, 2) if taken else -1.0,
         per_s=round(len(taken) / span_s) if span_s else 0,
-        new_p50=round(statistics.median(waits), 4) if waits else -1.0,
-        new_max=round(max(waits), 3) if waits else -1.0,
+        new_p50=round(statistics.median(waits), 4) if waits else None,
+        new_max=round(max(waits), 3) if waits else None,
         shares=shares,
     )
 
@@ -180,23 +212,33 @@ def _print(trials: list[Trial], facts: dict[str, Any]) -> None:
     rows = [tuple(head.split("|"))]
     for one in trials:
         cells = (one.jobs, one.lost, one.repeated, one.silence, one.done, one.per_s, one.new_p50, one.new_max)
-        rows.append((one.name, *map(str, cells), " : ".join(map(str, one.shares))))
+        shown = ["-" if cell is None else str(cell) for cell in cells]
+        rows.append((one.name, *shown, " : ".join(map(str, one.shares))))
     print(table(rows))
 
 
 @click.command(context_settings={"show_default": True})
 @click.option("--url", default="", help="Server; none starts a Valkey for the trials.")
+@click.option("--trial", "names", type=click.Choice(TRIALS), multiple=True, default=TRIALS)
 @click.option("--jobs", default=100_000, help="Jobs of the lost host.")
 @click.option("--lease", "lease_s", default=3.0, help="Lease of all services (seconds).")
 @click.option("--procs", default=1, help="Workers of each surviving service.")
+@click.option("--uneven", default=600, help="Jobs of the trial of uneven jobs.")
 @click.option("--limit", "limit_s", default=LIMIT_S, help="End a trial after so many seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def main(url: str, jobs: int, lease_s: float, procs: int, limit_s: float, as_json: bool) -> None:
-    """Count the jobs of services on several hosts while one of them is lost."""
+def main(
+    url: str, names: Sequence[str], jobs: int, lease_s: float, procs: int, uneven: int, limit_s: float,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Count the jobs of services on several hosts."""
     with server(url) as at:
         with connect(at) as client:
             facts = host_facts(client)
-        trials = [lost_host(at, jobs, lease_s, procs, limit_s)]
+        run = {
+            "lost host": lambda: lost_host(at, jobs, lease_s, procs, limit_s),
+            "uneven jobs": lambda: uneven_jobs(at, uneven, procs, limit_s),
+        }
+        trials = [run[name]() for name in names]
     if as_json:
         print(json.dumps({"host": facts, "trials": [one._asdict() for one in trials]}, indent=2))
     else:
