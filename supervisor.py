@@ -16,7 +16,7 @@ import setproctitle
 from jobworker.worker.config_tables import ConfigTables
 from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
-from jobworker.worker.extension import extension, require_extras
+from jobworker.worker.extension import CopySize, extension, imported, require_extras
 from jobworker.worker.keys import Holder
 from jobworker.worker.options import (
     ENV_PREFIX,
@@ -27,6 +27,7 @@ from jobworker.worker.options import (
 )
 from jobworker.worker.process_env import prepare_process
 from jobworker.worker.settings import Settings, parse_address
+from jobworker.worker.supervision.device_copies import CopyPlan, copies_status, fit_copies
 from jobworker.worker.supervision.embedded import Stores, needed
 from jobworker.worker.supervision.forkserver import ForkServer
 from jobworker.worker.supervision.health import Health, HealthServer
@@ -67,8 +68,12 @@ class Supervisor:
     `StatusMailbox`.
     """
 
-    def __init__(self, settings: Settings, data: DataDir | None, stores: Stores) -> None:
+    def __init__(
+        self, settings: Settings, data: DataDir | None, stores: Stores, copy_size: CopySize | None = None
+    ) -> None:
         self._settings = settings
+        self._copy_size = copy_size
+        self._copy_plan: CopyPlan | None = None
         self._data = data
         self._stores = stores
         self._metrics = PrometheusCollector()
@@ -156,6 +161,8 @@ class Supervisor:
     def _start_processes(self, now: float) -> None:
         """Start the processes: the stores are up."""
         self._announce()
+        # Now, because the memory that the embedded stores take is not free.
+        self._settings, self._copy_plan = fit_copies(self._settings, self._copy_size)
         self._processes.start(self._stores.fill(self._settings), now)
 
     def _announce(self) -> None:
@@ -263,6 +270,7 @@ class Supervisor:
         store = self._stores.endpoints().get("redis_url", self._settings.redis_url)
         return {
             **service_status(self._settings, store),
+            "device_copies": copies_status(self._copy_plan),
             "ready": health.live and health.ready,
             "reasons": health.reasons,
             "transient_reasons": self._processes.transient_reasons(),
@@ -365,7 +373,8 @@ def _supervise(settings: Settings, queue: SignalQueue) -> tuple[Exit, bool]:
     data = _open_data_dir(settings) if servers else None
     stores = Stores(settings, data, [make(data) for make in servers] if data else [])
     with _instance_lock(settings) as holder:
-        supervisor = Supervisor(replace(settings, holder=holder), data, stores)
+        copy_size: CopySize | None = imported(extension().copy_size)(settings)
+        supervisor = Supervisor(replace(settings, holder=holder), data, stores, copy_size)
         return supervisor.run(queue), supervisor.start_again
 
 

@@ -18,7 +18,8 @@ from hosts import cpu_s
 #: Share of each kind in 268 faults, and the promised limit of its recovery in seconds. A swallowed connection
 #: adds the 8 s after which a silent connection is closed.
 KINDS: dict[str, tuple[int, float]] = {
-    "worker": (150, 2.0), "reader": (20, 2.0), "reaper": (15, 2.0), "supervisor": (15, 5.0),
+    "worker": (135, 2.0), "reader": (20, 2.0), "reaper": (15, 2.0), "supervisor": (15, 5.0),
+    "forkserver": (10, 3.0), "guard": (5, 2.0),
     "pair": (10, 5.0), "stop": (10, 2.0), "redis": (10, 3.0), "cut": (6, 3.0), "stall": (3, 3.0),
     "swallow": (3, 10.0), "slow": (3, 3.0), "client-kill": (5, 3.0), "script-flush": (2, 3.0),
     "busy": (3, 3.0), "readonly": (3, 3.0), "oom": (2, 3.0), "hup": (4, 2.0), "term": (4, 5.0),
@@ -178,7 +179,7 @@ def _role(role: str) -> Callable[[World], InjectedFault]:
 
 def _pair(world: World) -> InjectedFault:
     """Kill two roles within 0.1 s."""
-    first, second = world.rng.sample(["worker", "reader", "reaper", "supervisor", "worker"], 2)
+    first, second = world.rng.sample(["worker", "reader", "reaper", "supervisor", "forkserver", "worker"], 2)
     mono_s = time.monotonic()
     world.kill(first)
     time.sleep(world.rng.uniform(0, 0.1))  # the interval is part of the fault
@@ -190,7 +191,7 @@ def _pair(world: World) -> InjectedFault:
 
 def _stop(world: World) -> InjectedFault:
     """SIGSTOP and SIGCONT; a worker is at times stopped past its job's timeout, and so killed."""
-    role = world.rng.choice(["worker", "reader", "reaper", "supervisor"])
+    role = world.rng.choice(["worker", "reader", "reaper", "supervisor", "forkserver"])
     _, pids = world.pids(role)
     pid = world.rng.choice(pids)
     _send(pid, signal.SIGSTOP)
@@ -296,6 +297,8 @@ FAULTS: dict[str, Callable[[World], InjectedFault]] = {
     "reader": _role("reader"),
     "reaper": _role("reaper"),
     "supervisor": _role("supervisor"),
+    "forkserver": _role("forkserver"),
+    "guard": _role("guard"),
     "pair": _pair,
     "stop": _stop,
     "redis": _redis,

@@ -141,7 +141,8 @@ class Service:
         return self._process.pid
 
     def roles(self) -> dict[str, list[int]]:
-        """Process ids of the running roles: ``supervisor``, ``reader``, ``reaper`` and ``worker``."""
+        """Process ids of the running roles: ``supervisor``, ``forkserver``, ``guard``, ``reader``,
+        ``reaper`` and ``worker``."""
         if self._process.poll() is not None:
             return {}
         return roles_of(self._process.pid)

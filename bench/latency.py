@@ -3,8 +3,14 @@
 One job each 20 ms. A job's clock starts just before its XADD is sent. It stops in the first line of the
 handler, or when the bare loop's client returns the entry. All processes of a host share that clock. Each
 consumer has a stream of its own and is measured alone; with --repeat they take turns.
+
+With --trace the service is measured alone and also stamps each hand-over of a job, from process to process
+(see ``handover/sitecustomize.py``): the report says where the time goes.
 """
 
+import bisect
+import itertools
+import statistics
 import sys
 import tempfile
 import time
@@ -76,6 +82,63 @@ def _read(stamps: Path) -> dict[str, int]:
     return started
 
 
+#: The hand-overs of a job in their order, and what ends with each.
+STEPS = {
+    "reader_woke": "the server has stored the job, the reader's select has returned",
+    "reader_parsed": "the answer is received and parsed",
+    "reader_admitted": "the header is checked",
+    "reader_pushed": "the job is in the worker's ring, the worker is woken",
+    "worker_woke": "the worker's select has returned",
+    "worker_decoded": "the job is decoded and validated",
+    "started": "the handler runs its first line",
+    "worker_finished": "the handler has ended, the outcome is in the ring",
+    "reader_collected": "the reader has the outcome",
+    "reader_settled": "the server has acknowledged the job",
+}
+
+
+def trace(url: str, jobs: int, procs: int) -> dict[str, Any]:
+    """Median microseconds that end with each hand-over, by the name of the step."""
+    with connect(url) as client, tempfile.TemporaryDirectory() as folder:
+        facts, backlog = host_facts(client), Backlog(client)
+        stamps, handovers = Path(folder) / "stamps", Path(folder) / "handovers"
+        stamps.touch()
+        site = str(Path(__file__).parent / "handover")
+        paths = {"BENCH_STAMPS": str(stamps), "BENCH_HANDOVERS": str(handovers), "PYTHONPATH": site}
+        try:
+            with service(url, backlog, STAMP, procs, 0, **paths):
+                sent = _send(client, backlog.stream, WARM_UP_JOBS + jobs)
+                started = started_ns(stamps, len(sent))
+        finally:
+            backlog.close()
+        found = [line.split() for line in handovers.read_text().splitlines()]
+    steps = step_us(sent, started, [(step, int(mono_ns)) for step, mono_ns in found])
+    return {"bench": "latency", "host": facts, "jobs": jobs, "procs": procs, "steps_us": steps}
+
+
+def step_us(sent: dict[str, int], started: dict[str, int], stamps: list[tuple[str, int]]) -> dict[str, float]:
+    """Median microseconds between the hand-overs: the first stamp of each step after the one before it.
+
+    A job without one of its stamps before the next job was sent counts for the steps that it has.
+    """
+    times: dict[str, list[int]] = {step: [] for step in STEPS}
+    for step, mono_ns in stamps:
+        times[step].append(mono_ns)
+    times["started"] = list(started.values())
+    for found in times.values():
+        found.sort()
+    took: dict[str, list[float]] = {step: [] for step in STEPS}
+    bounds = [*sent.values()][WARM_UP_JOBS:]
+    for at, until in itertools.pairwise(bounds):
+        last = at
+        for step in STEPS:
+            index = bisect.bisect_left(times[step], last)
+            if index < len(times[step]) and times[step][index] < until:
+                took[step].append((times[step][index] - last) / 1000)
+                last = times[step][index]
+    return {step: round(statistics.median(us), 1) for step, us in took.items() if us}
+
+
 def percentiles(sorted_ms: list[float]) -> dict[str, float]:
     """Nearest-rank percentiles and the maximum, in milliseconds."""
     found = {f"p{p}": sorted_ms[max(0, -(-p * len(sorted_ms) // 100) - 1)] for p in _PERCENTILES}
@@ -118,17 +181,32 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n".join([format_facts(report["host"]), how, table(rows)])
 
 
+def format_trace(report: dict[str, Any]) -> str:
+    """The steps as a table, with the time since the XADD was sent."""
+    rows, since_us = [("us", "since XADD", "until")], 0.0
+    for step, us in report["steps_us"].items():
+        since_us += us
+        rows.append((f"{us:.0f}", f"{since_us:.0f}", STEPS[step]))
+    how = f"medians of {report['jobs']} jobs, {report['procs']} workers, of the service alone"
+    return "\n".join([format_facts(report["host"]), how, table(rows)])
+
+
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True)
 @click.option("--procs", type=click.IntRange(1), default=2, show_default=True, help="Workers of the service.")
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Runs of each.")
+@click.option("--trace", "traced", is_flag=True, help="Where the time of one job goes, step by step.")
 @click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a new Valkey]")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
-def main(seconds: float, procs: int, repeat: int, redis_url: str, as_json: bool) -> None:
+def main(seconds: float, procs: int, repeat: int, traced: bool, redis_url: str, as_json: bool) -> None:
     """Measure and print."""
     with server(redis_url) as url:
-        report = measure(url, seconds, procs, repeat)
-    print(safe_json(report) if as_json else format_report(report))
+        if traced:
+            report = trace(url, max(2, round(seconds / EVERY_S)), procs)
+        else:
+            report = measure(url, seconds, procs, repeat)
+    in_words = format_trace if traced else format_report
+    print(safe_json(report) if as_json else in_words(report))
 
 
 if __name__ == "__main__":

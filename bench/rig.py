@@ -215,7 +215,7 @@ def start(command: list[str], extra: dict[str, str], stdout: int | None = None) 
     paths = [
         str(_FOLDER),
         str(_FOLDER / "peers"),
-        *filter(None, [os.environ.get("PYTHONPATH")]),
+        *filter(None, [extra.get("PYTHONPATH"), os.environ.get("PYTHONPATH")]),
     ]  # path of the handlers
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     return subprocess.Popen(

@@ -32,7 +32,7 @@ OPTIONS = [
             "package:<module>.  [default: the model of the 'embedded' extra, else BAAI/bge-m3]", ""),
     option("--device", "auto, cpu, cuda, or cuda:0,cuda:1.", "auto"),
     option("--model-copies", "Workers that hold the model, of each GPU or of the CPU; the others run "
-            "other types.  [default: 2, on a CPU one a core]", 0, Count(0)),
+            "other types.  [default: 2, on a CPU one a core, fewer where memory is short]", 0, Count(0)),
     option("--dtype", "What the model computes in; auto takes the fastest that gives its vectors.", "auto",
             click.Choice(["auto", "fp32", "bf16", "fp16"])),
     option("--long-text", "What becomes of a text longer than the model's window.", "windows",

@@ -1,6 +1,6 @@
 """What a handler's author and a producer in Python use; everything else is the service's own."""
 
-from .devices import NO_DEVICE, device_for_slot, visible_gpus
+from .devices import NO_DEVICE, device_for_slot, device_names, visible_gpus
 from .envelope import Job
 from .errors import ConfigurationError, Fenced, PermanentError, RateLimited, StoreUnavailable, Unavailable
 from .handler import BatchHandler, Handler, JobHandler
@@ -27,6 +27,7 @@ __all__ = [
     "Unavailable",
     "UnknownDestination",
     "device_for_slot",
+    "device_names",
     "job",
     "report_progress",
     "span",

@@ -72,7 +72,9 @@ def _main(
     link = ControlSocket(socket.socket(fileno=control_fd))
     settings = settings_class().from_json(settings_json)
     if role == "worker":
-        settings = replace(settings, device=_place(settings, slot))
+        device = _place(settings, slot)
+        threads = settings.threads if device == NO_DEVICE else settings.device_threads or settings.threads
+        settings = replace(settings, device=device, threads=threads)
     name = role if role != "worker" else f"worker {slot}"
     setproctitle.setproctitle(f"jobworker: {name} [{settings.instance}]")
     logs.configure(name, settings, os.environ)

@@ -48,11 +48,16 @@ def device_for_slot(device: str, slot: int, gpus: int, copies: int = 0) -> str:
     the CPU, with 0 for as many as help. A GPU that is named but not visible stays: its first use reports
     what is missing.
     """
+    names = device_names(device, gpus)
+    most = max(LEAST_COPIES, cores()) if names == ["cpu"] else LEAST_COPIES
+    return names[slot % len(names)] if slot < (copies or most) * len(names) else NO_DEVICE
+
+
+def device_names(device: str, gpus: int) -> list[str]:
+    """The devices that ``device`` names where ``gpus`` are visible: `cpu`, `cuda:N`, or `none` alone."""
     everything = ",".join(f"cuda:{number}" for number in range(max(1, gpus)))
     named = "cpu" if device == "auto" and not gpus else device
-    places = (everything if named in ("auto", "cuda") else named).split(",")
-    most = max(LEAST_COPIES, cores()) if places == ["cpu"] else LEAST_COPIES
-    return places[slot % len(places)] if slot < (copies or most) * len(places) else NO_DEVICE
+    return (everything if named in ("auto", "cuda") else named).split(",")
 
 
 def _torch_version() -> str:

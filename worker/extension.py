@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from .errors import ConfigurationError
 from .keys import Source
 
-__all__ = ["Extension", "Metric", "Progress", "Source", "create", "extension", "imported"]
+__all__ = ["CopySize", "Extension", "Metric", "Progress", "Source", "create", "extension", "imported"]
 
 #: The package whose ``EXTENSION`` the engine uses.
 _PACKAGE = "jobworker.handlers"
@@ -40,6 +40,20 @@ class Progress(NamedTuple):
     facts: Mapping[str, Any]
 
 
+class CopySize(NamedTuple):
+    """Memory in bytes of what each worker with a device loads: of the host, and of a GPU (0 if there is none,
+    or if its free memory is unknown).
+
+    ``shared_bytes`` is needed once, ``each_bytes`` by every copy. ``card_free_bytes``: of the GPU with the
+    least free memory.
+    """
+
+    shared_bytes: int
+    each_bytes: int
+    card_each_bytes: int = 0
+    card_free_bytes: int = 0
+
+
 @dataclass(frozen=True)
 class Extension:
     """The built-in job types.
@@ -53,6 +67,9 @@ class Extension:
     - ``endpoints``: settings that ``endpoints.json`` repeats.
     - ``progress``: ``module:function`` from the URL of the job store to the `Progress` of each long job.
     - ``doctor``: module with further checks of `jobworker doctor`: its ``OPTIONS`` and ``findings``.
+    - ``copy_size``: ``module:function`` from the settings to the `CopySize` of what workers with a device
+      load, None if nothing or if its size is unknown; ``copied``: what it is, in words; ``copies_option``:
+      sets the number of these workers.
     - ``needs``: handler -> modules of the extra that it needs; ``extra``: the name of that extra.
     - ``packages``: whose versions `jobworker doctor` shows.
     """
@@ -69,6 +86,9 @@ class Extension:
     endpoints: tuple[str, ...]
     progress: str
     doctor: str
+    copy_size: str
+    copied: str
+    copies_option: str
     needs: Mapping[str, tuple[str, ...]]
     extra: str
     packages: tuple[str, ...]

@@ -55,8 +55,9 @@ class Handler(Protocol):
     - ``timeout``: seconds a job may take (default: the service's ``--job-timeout``).
     - ``max_timeout``: with this, each `report_progress` starts the timeout again, at most until this many
       seconds after the start.
-    - ``healthy()``: raises while something that the handler needs does not answer. A sync one is called in a
-      thread of its own; if it does not return within 5 s, jobs of the type wait until it does.
+    - ``healthy()``: raises while something that the handler needs does not answer. It is called in a thread
+      of its own; if it does not return within 5 s, jobs of the type wait until it does. An async one is
+      cancelled then; one that blocks the event loop keeps the jobs of all async handlers waiting.
     - ``alone = True``: its jobs may take minutes, so no other job waits behind one in the same worker.
     - ``needs_device = True``: only workers with a device run it (``--device``).
     - ``exact_numbers = True``: numbers with a fraction in its payloads are ``decimal.Decimal``, not float.
@@ -161,6 +162,12 @@ class BoundHandler:
             _handle_of(name or "handle", handle, loop) if handle else _alone(self.handle_batch)
         )
         self.healthy_is_async = healthy is not None and _is(inspect.iscoroutinefunction, healthy)
+        #: Whether any of its calls needs the worker's loop.
+        self.is_async = any(
+            _is(inspect.iscoroutinefunction, method)
+            for method in (handle, batch, healthy)
+            if method is not None
+        )
         check = _with_deadline(healthy) if healthy is not None and self.healthy_is_async else healthy
         self.healthy: Callable[[], object] | None = _call_of("healthy", check, loop) if check else None
         #: The same number for all types that one handler object serves.

@@ -8,13 +8,19 @@ from .handler import HEALTHY_WITHIN_S, BoundHandler
 from .telemetry.failure import error_text
 
 _NO_ANSWER = f"healthy() has not returned within {HEALTHY_WITHIN_S:g} s"
+_LOOP_IS_BUSY = f"an async {_NO_ANSWER} and blocks the loop of all async handlers of the worker"
+#: In place of a handler's number, for the loop; `id` returns no negative number.
+_LOOP = -1
+#: An async one is cancelled after its deadline; it gets this long to end.
+_CANCEL_WITHIN_S = 1.0
 
 
 class HealthChecks:
     """Calls ``healthy()`` of handlers.
 
-    A sync one runs in a daemon thread, because nothing can interrupt it. A call that exceeds the deadline
-    continues there, and its handler gets no second call and no job until it returns.
+    Each runs in a daemon thread, because nothing can interrupt code that blocks. A call that exceeds the
+    deadline continues there, and its handler gets no second call and no job until it returns. An async one
+    runs on the worker's loop: one that blocks keeps the jobs of all async handlers waiting.
     """
 
     def __init__(self, handlers: Iterable[BoundHandler], within_s: float = HEALTHY_WITHIN_S) -> None:
@@ -40,31 +46,34 @@ class HealthChecks:
         """Why the handler must not get a job now; empty if it may."""
         if not self._unfinished:
             return ""
-        call = self._unfinished.get(handler.instance)
-        if call is None:
-            return ""
-        if call.is_alive():
+        if self._runs(handler.instance):
             return _NO_ANSWER
-        del self._unfinished[handler.instance]
-        return ""
+        return _LOOP_IS_BUSY if handler.is_async and self._runs(_LOOP) else ""
+
+    def _runs(self, number: int) -> bool:
+        call = self._unfinished.get(number)
+        if call is not None and not call.is_alive():
+            del self._unfinished[number]
+            return False
+        return call is not None
 
     def _check(self, handler: BoundHandler) -> str:
         if error := self.unfinished(handler):
             return error
         assert handler.healthy is not None
-        if handler.healthy_is_async:  # it shares the loop of this thread, and has a deadline there
-            return _text(_error_of(handler.healthy))
         call = _Call(handler.healthy)
         call.start()
-        call.join(self._within_s)
+        call.join(self._within_s + (_CANCEL_WITHIN_S if handler.healthy_is_async else 0.0))
         if call.is_alive():
             self._unfinished[handler.instance] = call
+            if handler.healthy_is_async:
+                self._unfinished[_LOOP] = call
             return _NO_ANSWER
         return _text(call.error)
 
 
 class _Call(threading.Thread):
-    """One call of a sync ``healthy()``; ``error`` is what it raised."""
+    """One call of ``healthy()``; ``error`` is what it raised."""
 
     def __init__(self, healthy: Callable[[], object]) -> None:
         super().__init__(name="healthy", daemon=True)

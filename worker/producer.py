@@ -31,6 +31,7 @@ from .envelope import (
 )
 from .errors import MalformedJob, StoreUnavailable
 from .extension import extension
+from .keys import base_stream, is_derived
 from .safe_text import is_unicode
 from .settings import MAX_PAYLOAD_BYTES
 from .store.announcements import Announcement, stream_for, suggestion
@@ -210,6 +211,7 @@ class Producer:
                 job = _new_job(item)
                 id, data = encode_job(job, self._wall_now_s())
                 to = _named_stream(job, stream) or self._home_of(job.type)
+                _refuse_derived(to)
                 self._check_destination(job.type, to)
                 ids.append(id)
                 self._put(waiting, to, job, data)
@@ -361,6 +363,18 @@ def _named_stream(job: NewJob, default: str | None) -> str:
             _check_text("stream", name)
             return name
     return ""
+
+
+@lru_cache(maxsize=_MAX_CHECKED)  # an error is not kept
+def _refuse_derived(stream: str) -> None:
+    """Raises ValueError for a key of the service: a job would damage its records, and never run."""
+    if is_derived(stream):
+        base = base_stream(stream)
+        other = f"stream {base!r:.600}" if base != stream else "a stream that a service reads"
+        raise ValueError(
+            f"stream {stream!r:.600} is a key in which the service keeps records: send the job to {other}, "
+            "with a delay if it is to run later; jobworker dlq requeue sends dead letters back"
+        )
 
 
 def home_stream(type: str) -> str:

@@ -40,6 +40,8 @@ class Settings:
     device: str = "auto"
     #: Workers of each device that run types that need it; 0: as many as help.
     device_copies: int = 0
+    #: Threads of a worker with a device; 0: as many as every worker has.
+    device_threads: int = 0
     streams: tuple[Source, ...] = field(default_factory=lambda: extension().streams)
     handlers: dict[str, str] = field(default_factory=dict)
     #: Modules whose handlers are in ``handlers`` too.

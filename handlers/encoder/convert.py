@@ -16,16 +16,13 @@ import torch
 from jobworker.worker.cgroup import usable_cpus
 
 from .base import Purpose, batch_arrays
-from .converted_models import Card, Weight
+from .converted_models import SHARE_FROM_BYTES, Card, Weight
 from .find_model import ModelSource, check_unchanged
 from .openvino import REFERENCE, TOKENIZER
 from .openvino_session import MODEL, PRECISION, WEIGHTS, OpenVinoSession, openvino, supported_dtypes
 from .precision_check import MIN_SPEEDUP, SENTENCES, fastest_s, is_exact
 from .torch import TorchEncoder, rope_types
 
-# With fewer bytes of matrices, they stay inside the graph: each process then has its own copy in the
-# processor's layout and is faster by 2 or 3 % (bench/engines.py). With more, memory matters more.
-SHARE_FROM_BYTES = 128 * 1024 * 1024
 # Smaller matrices stay in the graph: the gain is less than the overhead of an input.
 MATRIX_BYTES = 64 * 1024
 # Length of the text that shows whether the graph holds for other lengths than those of the trace.

@@ -31,6 +31,9 @@ FORMAT = 2
 #: Packages that decide what a converted model computes, or whether a model can be converted.
 CONVERTED_BY = ("openvino", "sentence-transformers", "tokenizers", "torch", "transformers")
 CARD = "card.json"
+# With fewer bytes of matrices, they stay inside the graph: each process then has its own copy in the
+# processor's layout and is faster by 2 or 3 % (bench/engines.py). With more, memory matters more.
+SHARE_FROM_BYTES = 128 * 1024 * 1024
 # The supervisor gives a worker 600 s to start; a model of 2 GiB was converted within one minute.
 CONVERT_WITHIN_S = 540.0
 # Interval between two tries for the lock of a conversion.
@@ -81,10 +84,25 @@ class Card(msgspec.Struct, kw_only=True):
 
 def folder_name(source: ModelSource) -> str:
     """Name of the folder for a revision of a model, versions of the packages and a type of processor."""
+    return _name(source.name, source.revision)
+
+
+def was_converted(model: str) -> bool:
+    """Whether any revision of a model was converted for this processor and these packages.
+
+    False if a revision could not be. Reads no file of the model, whose revision takes long to compute.
+    """
+    for card in (card for root in cache_folders() for card in root.glob(f"{_name(model, '*')}/{CARD}")):
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            return not Card.read(card.parent).error
+    return False
+
+
+def _name(model: str, revision: str) -> str:
     parts = (FORMAT, *map(_version, CONVERTED_BY), _processor())
     platform_hash = hashlib.blake2b(repr(parts).encode(), digest_size=4).hexdigest()
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", source.name)[-60:].strip("-.")
-    return f"{slug}-{source.revision}-{platform_hash}"
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", model)[-60:].strip("-.")
+    return f"{slug}-{revision}-{platform_hash}"
 
 
 def _version(package: str) -> str:

@@ -45,9 +45,19 @@ def default_model() -> str:
     return SMALL_MODEL if installed else LARGE_MODEL
 
 
+def model_folders(model: str) -> list[Path]:
+    """The folder of a model, and those of the models of which it loads files. Raises ModelError."""
+    folder = _own_folder(model)
+    return [folder, *map(_folder, _referenced(folder))]
+
+
+def _own_folder(model: str) -> Path:
+    return _packaged_folder(model.partition(":")[2]) if model.startswith("package:") else _folder(model)
+
+
 def find_model(model: str) -> ModelSource:
     """Find the folder of a model. Raises ModelError."""
-    folder = _packaged_folder(model.partition(":")[2]) if model.startswith("package:") else _folder(model)
+    folder = _own_folder(model)
     if not _is_model(folder):
         raise ModelError(
             f"model {model}: {folder} has neither modules.json nor config.json: name the folder of a model"

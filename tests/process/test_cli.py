@@ -13,6 +13,9 @@ from click.testing import CliRunner
 
 from jobworker.handlers.jobstore.open import open_rebuilds
 from jobworker.worker.cli import main
+from jobworker.worker.cron_table import CronTable, digest, encode_table
+from jobworker.worker.store.cron import StoredTable
+from jobworker.worker.store.redis.operator import OperatorStore
 from support.operator import COMMAND, COMMAND_S, Terminal, findings, run, run_json
 from support.redis_servers import RedisServer
 from support.service import STREAM, eventually
@@ -38,6 +41,12 @@ def jobs(store: RedisServer, stream: str = STREAM) -> list[Any]:
 
 
 class TestDeadLetters:
+    def test_nothing_is_older_than_the_clock(self, store: RedisServer) -> None:
+        letter(store, "j1")
+        for age in ("999999999w", "1e300"):
+            assert run_json(store, "dlq", "list", "--older-than", age)["dead_letters"] == []
+            assert len(run_json(store, "dlq", "list", "--newer-than", age)["dead_letters"]) == 1
+
     def test_they_are_listed_newest_first_and_filtered(self, store: RedisServer) -> None:
         for number in range(5):
             letter(store, f"j{number}", "poison" if number % 2 else "timeout", tenant=f"t{number}")
@@ -327,7 +336,7 @@ class TestDoctor:
         assert "jobworker doctor names the key" in enqueue.stderr
         assert STREAM in stats.stdout
         assert "stream:audit:log" in stats.stdout
-        assert "stream stream:memory:update: the job store refused" in stats.stderr
+        assert "stream stream:memory:update: key stream:memory:update is a string" in stats.stderr
 
     def test_each_problem_is_named_with_its_remedy(self, store: RedisServer) -> None:
         client, stream, group = store.client, STREAM, "cg-gen-worker"
@@ -391,7 +400,8 @@ class TestBrokenKeys:
         assert refused.startswith("dead letters of stream:audit:log: ")
         told = run(broken, "dlq", *verb, code=1)
         assert "j1" in told.stdout
-        assert "jobworker doctor names the key" in told.stderr
+        assert "key dlq:stream:audit:log is a string, not a stream" in told.stderr
+        assert "repair it by RENAME dlq:stream:audit:log dlq:stream:audit:log:damaged" in told.stderr
 
     def test_bulk_operations_process_the_others(self, broken: RedisServer) -> None:
         answer = run_json(broken, "dlq", "requeue", "--all", code=1)
@@ -410,4 +420,21 @@ class TestBrokenKeys:
         assert [one["state"] for one in answer["found"]] == ["dead"]
         assert (answer["complete"], len(answer["refused"])) == (False, 3)
         told = run(broken, "explain", "nowhere", code=1)
-        assert told.stderr.count("jobworker doctor names the key") == 3
+        assert told.stderr.count("repair it by RENAME") == 3
+
+    def test_cron_tables_of_the_others_are_listed_and_paused(self, broken: RedisServer) -> None:
+        store = OperatorStore(broken.url)
+        table = CronTable("nightly", "0 3 * * *", "audit", STREAM)
+        stored = StoredTable(table.name, table.rule, encode_table(table))
+        store.cron_publish(STREAM, "host/a", digest([table]), [stored])
+        store.close()
+        broken.client.set("cron:stream:audit:log", "no hash")
+        answer = run_json(broken, "cron", "list", code=1)
+        assert [one["name"] for one in answer["cron"]] == ["nightly"]
+        (refused,) = answer["refused"]
+        assert "RENAME cron:stream:audit:log cron:stream:audit:log:damaged" in refused
+        told = run(broken, "cron", "list", code=1)
+        assert ("nightly" in told.stdout, "RENAME cron:" in told.stderr) == (True, True)
+        assert run_json(broken, "cron", "pause", "nightly")["paused"] == ["nightly"]
+        assert run_json(broken, "cron", "resume", "nightly", code=1)["resumed"] == {"nightly": True}
+        assert "RENAME cron:" in run(broken, "cron", "run", "other", code=2).stderr

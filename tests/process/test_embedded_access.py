@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,10 +18,12 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 
+from jobworker.handlers import BUILTIN
 from jobworker.handlers.vectors.milvus.embedded import EmbeddedMilvus
 from jobworker.handlers.vectors.milvus.store import VectorStoreError, open_vectors
 from jobworker.worker.data_dir import DataDir
 from jobworker.worker.supervision.embedded import EmbeddedValkey
+from support.operator import findings
 from support.service import Service, eventually, service
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
@@ -222,3 +225,16 @@ def test_who_takes_the_port_of_a_store_that_is_down_is_sent_no_secret(
     after = urlsplit(endpoints(embedded)[name])
     assert (after.username, after.password) == (before.username, before.password)
     assert embedded.dead_letters() == []
+
+
+@pytest.mark.parametrize("lost", ["valkey", "valkey/appendonlydir"])
+def test_a_folder_of_a_store_that_is_deleted_is_reported(tmp_path: Path, lost: str) -> None:
+    with service(tmp_path, {"audit": BUILTIN["audit"]}, procs=1) as one:
+        shutil.rmtree(one.data_dir / lost)
+        eventually(lambda: not one.is_ready(), WITHIN_S, "the service notices")
+        (reason,) = json.loads(one.get("/readyz")[1])["reasons"]
+        assert f"the folder {one.data_dir / lost} was deleted or replaced" in reason
+        assert "restart the service" in reason
+        assert len(one.logged("embedded.folder_lost")) == 1
+        found = findings(one, "--metrics-url", one.url, code=1)["wrong"]
+        assert any(str(one.data_dir / lost) in line for line in found)

@@ -97,6 +97,18 @@ def test_a_named_stream_overrides_the_route(bench: Bench) -> None:
     assert len(bench.jobs("s:2")) == 1
 
 
+@pytest.mark.parametrize("prefix", ["retry", "dlq", "deaths", "fence", "ready", "cron"])
+def test_a_key_of_the_service_is_no_stream(bench: Bench, prefix: str) -> None:
+    for name in (f"{prefix}:jobs:mail", f"{prefix}:{{jobs:mail}}"):
+        with pytest.raises(ValueError, match="send the job to stream 'jobs:mail'"):
+            bench.producer.enqueue("audit", {}, stream=name)
+        with pytest.raises(ValueError, match="send the job to stream 'jobs:mail'"):
+            bench.producer.enqueue_many([{"type": "audit", "delay": 5}], stream=name)
+        assert not bench.raw(name)
+    with pytest.raises(ValueError, match="send the job to a stream that a service reads"):
+        bench.producer.enqueue("audit", {}, stream="jobworker:paused")
+
+
 def test_many_jobs_keep_their_order(bench: Bench) -> None:
     jobs = ({"type": "audit" if i % 3 else "noop", "payload": i} for i in range(2500))
     assert len(bench.producer.enqueue_many(jobs)) == 2500

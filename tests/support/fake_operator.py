@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from jobworker.worker.keys import Source
+from jobworker.worker.keys import Source, dead_letter_key, retry_key
 from jobworker.worker.store.announcements import Announcement
 from jobworker.worker.store.cron import CronHash, parse_cron_hash
 from jobworker.worker.store.operator import (
@@ -19,7 +19,7 @@ from jobworker.worker.store.operator import (
     Scheduled,
     order_of,
 )
-from jobworker.worker.store.ports import Depths, Entry
+from jobworker.worker.store.ports import Depths, Entry, KeyFault
 
 SOURCE = Source("stream:test", "cg-test")
 #: The clock of the fake store (unix seconds).
@@ -56,6 +56,14 @@ class FakeOperatorStore:
         self.cron: dict[str, CronHash] = {}
         self.requeued: list[tuple[str, bytes]] = []
         self.announced: list[Announcement] = []
+
+    retry_key, dead_key = staticmethod(retry_key), staticmethod(dead_letter_key)
+
+    def key_faults(self, source: Source) -> list[KeyFault]:
+        return []
+
+    def pause_faults(self) -> list[KeyFault]:
+        return []
 
     def read_up_to(self, last_delivered: bytes, idle_s: float = 0.0, consumer: str = "host/blue") -> None:
         """Let the group of `SOURCE` have delivered the entries up to an id."""

@@ -49,6 +49,15 @@ def test_throughput_measures_service_and_bare_loop_in_one_run() -> None:
     assert bare["server_commands"] == pytest.approx(0.02, abs=0.02)
 
 
+def test_a_trace_names_every_hand_over_of_a_job() -> None:
+    steps = report("latency.py", "--trace", "--seconds", "0.4", "--procs", "1")["steps_us"]
+    assert list(steps) == [
+        "reader_woke", "reader_parsed", "reader_admitted", "reader_pushed", "worker_woke", "worker_decoded",
+        "started", "worker_finished", "reader_collected", "reader_settled",
+    ]  # fmt: skip
+    assert all(us > 0 for us in steps.values())
+
+
 def test_latency_reports_percentiles_of_service_and_bare_loop() -> None:
     measured = report("latency.py", "--seconds", "0.4", "--procs", "1")
     assert measured["jobs"] == 20

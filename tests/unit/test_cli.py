@@ -171,8 +171,11 @@ def test_the_list_of_verbs_has_one_uncut_line_for_each() -> None:
 
 def test_an_age_is_an_option_in_seconds() -> None:
     assert Age().convert("15m", None, None) == 900.0
-    with pytest.raises(click.BadParameter, match="write 90s, 15m, 2h or 7d"):
-        Age().convert("soon", None, None)
+    assert Age().convert("1h30m", None, None) == 5400.0
+    assert Age().convert("100w", None, None) == 60_480_000.0  # longer than any option of the service
+    for text in ("soon", "-1"):
+        with pytest.raises(click.BadParameter, match=r"is not a duration.*such as 30, 0\.5s"):
+            Age().convert(text, None, None)
 
 
 def test_an_empty_id_is_refused() -> None:

@@ -21,6 +21,7 @@ def waiting(rig: ReaderRig) -> int:
 
 def flood(rig: ReaderRig, jobs: int = 500, **fields: Any) -> None:
     rig.add(*(f"flood-{number}" for number in range(jobs)), **{"tenant_id": "flood", **fields})
+    rig.advance(1.1)  # the rate of the workers is known
     rig.advance(1.1)  # the backlog is noticed
 
 

@@ -3,12 +3,14 @@
 import asyncio
 import contextvars
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from jobworker.worker import Job, PermanentError
+from jobworker.worker.health_check import HealthChecks
 from jobworker.worker.ipc.inflight import FAILED, STARTED, SUCCEEDED
 from jobworker.worker.outcome import Failure
 from jobworker.worker.telemetry.current_job import current, current_log_fields
@@ -221,3 +223,42 @@ def test_a_hanging_async_check_of_health_is_cancelled(
     worker.run()
     assert worker.reports()[-1].trouble == "t: TimeoutError: healthy() has not returned within 0.05 s"
     assert done == ["0"]
+
+
+def test_an_async_check_of_health_that_blocks_stops_async_types_alone(make_rig: Make) -> None:
+    answers, done, calls = threading.Event(), [], []
+
+    class Blocking(Async):
+        async def healthy(self) -> None:
+            calls.append("healthy")
+            answers.wait(WITHIN_S)
+
+    async def work(job: Job) -> None:
+        done.append(job.id)
+
+    plain = Single()
+    worker = make_rig(t=Blocking(work), a=Async(work), o=plain)
+    worker.runner._health = HealthChecks(worker.runner._handlers.values(), within_s=0.05)
+    try:
+        for _ in range(2):
+            worker.runner._check_health()
+        worker.runner.report()
+        assert worker.reports()[-1].trouble == "t: healthy() has not returned within 5 s"
+        assert calls == ["healthy"], "no second call beside the first"
+        worker.dispatch("t", "a", "o")
+        while worker.states()[2] != SUCCEEDED:
+            worker.runner.run_once(0.1)
+        assert worker.states() == [FAILED, FAILED, SUCCEEDED]
+        assert all(failure.unavailable for failure in worker.failures().values())
+    finally:
+        answers.set()
+    for thread in threading.enumerate():
+        if thread.name == "healthy":
+            thread.join(WITHIN_S)
+    worker.dispatch("t", "a")
+    while worker.states()[-2:] != [SUCCEEDED, SUCCEEDED]:
+        worker.runner.run_once(0.1)
+    assert done == ["3", "4"]
+    worker.runner._check_health()
+    worker.runner.report()
+    assert worker.reports()[-1].trouble is None

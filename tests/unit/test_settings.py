@@ -16,6 +16,7 @@ from jobworker import handlers
 from jobworker.handlers.settings import HandlerSettings
 from jobworker.supervisor import main as service
 from jobworker.worker.cli import main as tool
+from jobworker.worker.durations import InvalidDuration
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.extension import extension
 from jobworker.worker.keys import Source
@@ -291,15 +292,37 @@ def test_every_duration_takes_units(
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("5m", 300), ("1h30m", 5400), ("1m500ms", 60.5), ("2d", 172_800), ("1w", 604_800)]
-)
+    ("text", "seconds"), [("5m", 300), ("1h30m", 5400), ("1m500ms", 60.5), ("2d", 172_800), ("1w", 604_800),
+                          ("90", 90), ("90s", 90), ("1.5m", 90), (" 2h ", 7200)],
+)  # fmt: skip
 def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "m", "5x", "5 m", "1.2.3s", "1.2.3", "s5", "5m5", "-5m", "."])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "m",
+        "5x",
+        "5 m",
+        "1.2.3s",
+        "1.2.3",
+        "s5",
+        "5m5",
+        "-5m",
+        ".",
+        "-1",
+        "-1e3",
+        "h",
+        "1y",
+        "2 h",
+        "inf",
+        "1e999",
+    ],
+)
 def test_what_is_no_duration_says_so(text: str) -> None:
-    with pytest.raises(ValueError, match=r"not a (duration|number)"):
+    with pytest.raises(InvalidDuration, match=r"not a (duration|number).*: say a duration such as 30"):
         parse_duration(text)
 
 

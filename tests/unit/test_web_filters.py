@@ -3,7 +3,7 @@
 import pytest
 
 from jobworker.worker.admin.dead_letters import Cursor
-from jobworker.worker.admin.words import InvalidAge
+from jobworker.worker.durations import InvalidDuration
 from jobworker.worker.web.filters import DeadFilter, format_cursor, parse_cursor
 
 
@@ -22,7 +22,7 @@ def test_letters_written_after_the_question_are_excluded() -> None:
 
 
 def test_an_invalid_age_is_refused() -> None:
-    with pytest.raises(InvalidAge):
+    with pytest.raises(InvalidDuration):
         DeadFilter(older="soon").letter_filter(1.0)
 
 

@@ -1,4 +1,4 @@
-"""Ages, durations, display width and control characters in what operators read."""
+"""Durations, display width and control characters in what operators read."""
 
 import json
 import math
@@ -11,29 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.worker.admin.words import (
-    InvalidAge,
     columns,
     format_duration,
     format_latency,
     pad,
-    parse_age,
     pluralise,
     strip_control,
 )
 from jobworker.worker.safe_text import safe_json
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("7d", 604800), ("1w", 604800)]
-)
-def test_an_age_is_read(text: str, seconds: float) -> None:
-    assert parse_age(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "h", "-1", "1y", "2 h", "inf"])
-def test_an_invalid_age_is_refused_with_examples(text: str) -> None:
-    with pytest.raises(InvalidAge, match="write 90s, 15m, 2h or 7d"):
-        parse_age(text)
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,19 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..cron import cron_job
 from ..cron_schedule import GRACE_S, next_tick, parse_schedule
 from ..cron_table import CronTable, decode_table, digest
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, StoreRefused
 from ..extension import extension
 from ..keys import Source
 from ..store.announcements import STOPPED_AFTER_S, Announcement, suggestion
 from ..store.cron import CronHash, CronPause, LastRun
 from .find_job import JobFinder
+from .refusals import refusal
 from .words import format_duration
 
 if TYPE_CHECKING:  # the client library takes a while to load
@@ -37,20 +39,30 @@ class CronEntry(NamedTuple):
 
 
 class CronHashes(NamedTuple):
-    """What the store keeps for some streams, at a time of its clock (unix seconds)."""
+    """What the store keeps for some streams, at a time of its clock (unix seconds).
+
+    ``refused``: the streams whose key the store refuses, each with the key and its repair in words.
+    """
 
     hashes: dict[str, CronHash]
     wall_now_s: float
+    refused: dict[str, str]
 
 
 def read_cron(store: "OperatorStore", streams: Iterable[str]) -> CronHashes:
     """The cron tables of the streams."""
-    hashes, wall_now_s = {}, 0.0
+    found = CronHashes({}, 0.0, {})
     for stream in streams:
-        hashes[stream] = store.cron_hash(stream)
-        if hashes[stream].tables:
-            wall_now_s = store.wall_now_s(stream)
-    return CronHashes(hashes, wall_now_s)
+        try:
+            found.hashes[stream] = store.cron_hash(stream)
+        except StoreRefused as error:
+            found.refused[stream] = refusal(
+                f"cron tables of {stream}", error, partial(store.cron_faults, stream)
+            )
+            continue
+        if found.hashes[stream].tables:
+            found = found._replace(wall_now_s=store.wall_now_s(stream))
+    return found
 
 
 def cron_entries(found: CronHashes) -> list[CronEntry]:
@@ -119,7 +131,7 @@ def manual_job(table: CronTable, wall_now_s: float) -> tuple[str, bytes]:
 
 def last_state(store: "OperatorStore", source: Source, entry: CronEntry) -> str:
     """The state of the last job, such as ``running`` or ``dead``; ``finished`` also if it is in no place any
-    more, empty if there was none or not all places were searched."""
+    more, empty if there was none or not all places were searched. Raises `StoreRefused`."""
     if entry.last is None:
         return ""
     finder = JobFinder(store, [source], [], _SCAN_LIMIT)

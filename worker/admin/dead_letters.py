@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -21,6 +22,7 @@ from ..errors import MalformedJob, StoreRefused
 from ..store.operator import START, order_of, walk
 from ..store.ports import Entry
 from .identity import read_identity, read_malformed_identity
+from .refusals import faults_of, refusal
 
 if TYPE_CHECKING:  # the client library takes a while to load
     from ..store.redis.operator import OperatorStore
@@ -136,11 +138,6 @@ def read_letter(stream: str, entry: Entry) -> Letter:
     )  # fmt: skip
 
 
-def refusal(what: str, error: StoreRefused) -> str:
-    """That the store refuses a part of a deployment, in words."""
-    return f"{what}: {error}; jobworker doctor names the key and its repair"
-
-
 def _decode_raw(text: str) -> bytes:
     """The bytes of a job that is kept as base64; empty if it is damaged."""
     try:
@@ -209,7 +206,11 @@ class DeadLetterQueue:
         except StoreRefused as error:
             if not self._leaves_out_refused:
                 raise
-            self.refused[stream] = refusal(f"dead letters of {stream}", error)
+            self.refused[stream] = refusal(
+                f"dead letters of {stream}",
+                error,
+                partial(faults_of, self.store, stream, self.store.dead_key),
+            )
 
     def get(self, cursor: Cursor) -> Letter | None:
         """The letter at a cursor; None if it was requeued or deleted."""
@@ -248,7 +249,7 @@ class DeadLetterQueue:
             already_shown = ranks[stream] <= ranks.get(cursor.stream, -1)
             return cursor.id if already_shown else _next_id(cursor.id)
         newest_s = self.filter.before_wall_s
-        return START if math.isinf(newest_s) else b"%d-0" % (int(newest_s * 1000) + 1)
+        return START if math.isinf(newest_s) else b"%d-0" % (max(0, int(newest_s * 1000)) + 1)
 
     def _scan_stream(self, stream: str, start: bytes) -> Iterator[Letter]:
         with self.guard(stream):

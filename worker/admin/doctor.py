@@ -4,7 +4,8 @@ No function here does input or output.
 """
 
 import shlex
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any
 
 from ..extension import extension
 from ..keys import OTHER_GROUP, Source
@@ -243,9 +244,28 @@ def service_findings(services: Sequence[Service], default_metrics: bool, version
             says = f"jobs of type {job_type} kill worker after worker, so their tenants are slowed down"
             advice = "read crashes.slowed in the log for the tenant, then: jobworker dlq list"
             yield Finding("wrong", service.consumer, says, advice)
+        yield from _copies(service, status.get("device_copies") or {})
         if status.get("version") != version:
             says = f"its version is {status.get('version')}, the version of this tool is {version}"
             yield Finding("note", service.consumer, says)
+
+
+def _copies(service: Service, plan: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether the memory of a service is enough for the copies that it loads."""
+    if not plan:
+        return
+    copied, option = extension().copied, extension().copies_option
+    numbers = f"{plan['free_mib']} MiB were free at its start, a copy needs {plan['copy_mib']} MiB" + (
+        f" and all together {plan['shared_mib']} MiB" if plan["shared_mib"] else ""
+    )
+    if plan["exceeds"]:
+        says = f"{plan['copies']} copies of {copied} need more memory than there is: {numbers}"
+        yield Finding("wrong", service.consumer, says,
+                      f"lower {option} or --procs, or give it more memory")  # fmt: skip
+    elif plan["limited"]:
+        says = f"the memory allows {plan['copies']} of {plan['wanted']} copies of {copied}: {numbers}"
+        yield Finding("note", service.consumer, says,
+                      f"give it more memory, or set {option}")  # fmt: skip
 
 
 def host_findings(facts: HostFacts) -> Iterator[Finding]:

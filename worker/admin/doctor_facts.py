@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..cgroup import free_memory_bytes
-from ..errors import StoreRefused
 from ..extension import extension
 from ..keys import Source
 from ..settings import cores
@@ -80,14 +79,13 @@ def read_store_facts(url: str, table: StreamTable, services: Sequence[Service]) 
 def _read_cron(store: "RedisFacts", sources: Sequence[Source]) -> tuple[CronHashes, list[KeyFault]]:
     """The cron tables of the streams whose keys are in order, and the faults of the others."""
     faults = {source.stream: store.cron_faults(source.stream) for source in sources}
-    usable = [stream for stream, found in faults.items() if not found]
-    every = [fault for found in faults.values() for fault in found]
-    try:
-        return read_cron(store, usable), every
-    except StoreRefused as error:
+    found = read_cron(store, [stream for stream, wrong in faults.items() if not wrong])
+    every = [fault for wrong in faults.values() for fault in wrong]
+    if found.refused:
+        problem = f"cannot be read for {', '.join(found.refused)}"
         repair = "allow the user of this tool ~cron:* in the ACL"
-        fault = KeyFault("cron:*", f"cannot be read ({error})", repair, blocks=False)
-        return CronHashes({}, 0.0), [*every, fault]
+        every.append(KeyFault("cron:*", problem, repair, blocks=False))
+    return found, every
 
 
 def _versions() -> dict[str, str]:

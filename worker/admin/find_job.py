@@ -12,9 +12,10 @@ from ..extension import extension, imported
 from ..keys import Source
 from ..store.announcements import Announcement, suggestion
 from ..store.operator import GroupState, LanePlace, Lease, Pause, order_of, walk
-from ..store.ports import RELEASED_IDLE_S, Entry
-from .dead_letters import read_letter, refusal
+from ..store.ports import RELEASED_IDLE_S, Entry, KeyFault
+from .dead_letters import read_letter
 from .identity import JobIdentity, read_identity
+from .refusals import faults_of, refusal
 from .status_client import Service, handled_types
 
 if TYPE_CHECKING:  # the client library takes a while to load
@@ -86,13 +87,13 @@ class JobFinder:
         locations: list[JobLocation] = []
         for source in self._sources:
             self.searched.append(source.stream)
-            for name, search in self._searches(source, id):
-                with self._note_refusal(name):
+            for name, key_of, search in self._searches(source, id):
+                with self._note_refusal(name, partial(faults_of, self._store, source.stream, key_of)):
                     locations += search()
         for source in () if locations else self._other_sources():
             self.searched.append(source.stream)
             with suppress(StoreUnavailable):  # the key may have another type
-                locations += [one for _, search in self._searches(source, id) for one in search()]
+                locations += [one for *_, search in self._searches(source, id) for one in search()]
         locations = _unfinished_first(locations)
         for one in locations:
             if one.state == "finished":
@@ -105,10 +106,10 @@ class JobFinder:
         `StoreRefused` if one of the places cannot be read."""
         self._read_context()
         self.searched.append(source.stream)
-        return _unfinished_first([one for _, search in self._searches(source, id) for one in search()])
+        return _unfinished_first([one for *_, search in self._searches(source, id) for one in search()])
 
     def _read_context(self) -> None:
-        with self._note_refusal("paused types"):
+        with self._note_refusal("paused types", self._store.pause_faults):
             self._pauses = {pause.kind: pause for pause in self._store.pauses()}
         self._now_s = self._store.wall_now_s(self._sources[0].stream)
         self._announcements = self._store.announcements()
@@ -127,22 +128,24 @@ class JobFinder:
             "The job store keeps no further record"
         )
 
-    def _searches(self, source: Source, id: str) -> list[tuple[str, Callable[[], list[JobLocation]]]]:
-        """The places of a stream, each with its name and its search."""
-        stream = source.stream
+    def _searches(
+        self, source: Source, id: str
+    ) -> list[tuple[str, Callable[[str], str], Callable[[], list[JobLocation]]]]:
+        """The places of a stream, each with its name, the function that gives its key, and its search."""
+        stream, store = source.stream, self._store
         return [
-            (f"stream {stream}", partial(self._search_stream, source, id)),
-            (f"retries of {stream}", partial(self._search_retries, stream, id)),
-            (f"dead letters of {stream}", partial(self._search_dead_letters, stream, id)),
+            (f"stream {stream}", str, partial(self._search_stream, source, id)),
+            (f"retries of {stream}", store.retry_key, partial(self._search_retries, stream, id)),
+            (f"dead letters of {stream}", store.dead_key, partial(self._search_dead_letters, stream, id)),
         ]
 
     @contextmanager
-    def _note_refusal(self, what: str) -> Iterator[None]:
+    def _note_refusal(self, what: str, read_faults: Callable[[], list[KeyFault]]) -> Iterator[None]:
         """Note that the store refuses ``what`` if it does; the rest of the block is left out."""
         try:
             yield
         except StoreRefused as error:
-            self.refused.append(refusal(what, error))
+            self.refused.append(refusal(what, error, read_faults))
             self.incomplete.append(what)
 
     def _other_sources(self) -> list[Source]:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import StoreRefused, StoreUnavailable
 from ..keys import Source
 from ..store.operator import START, LaneCounts, Pause
-from ..store.ports import Depths, ReaperStore
+from ..store.ports import Depths, KeyFault, ReaperStore
 from .cron import CronEntry, cron_entries, read_cron
-from .dead_letters import Letter, read_letter, refusal
+from .dead_letters import Letter, read_letter
 from .deployment import Deployment, StreamTable
 from .identity import read_identity
+from .refusals import refusal
 from .status_client import Service
 
 if TYPE_CHECKING:  # the client library takes a while to load
@@ -119,18 +120,18 @@ class OverviewPoller:
         overview.wall_s = self._store.wall_now_s(sources[0].stream)
         letters: list[Letter] = []
         for source in sources:
-            with _note_refusal(overview, f"stream {source.stream}"):
+            with _note_refusal(overview, f"stream {source.stream}", partial(self._store.key_faults, source)):
                 depths = self._depth_store.depths(source)
                 overview.streams.append((source, depths))
                 if depths.waiting:
                     overview.lanes[source.stream] = self._store.lane_counts(source.stream)
                 letters += self._newest_letters(source.stream)
         overview.letters = sorted(letters, key=lambda letter: letter.wall_s, reverse=True)[:_MAX_LETTERS]
-        with _note_refusal(overview, "paused types"):
+        with _note_refusal(overview, "paused types", self._store.pause_faults):
             overview.pauses = self._store.pauses()
-        with _note_refusal(overview, "cron tables"):
-            streams = [source.stream for source in sources]
-            overview.cron = cron_entries(read_cron(self._store, streams))
+        cron = read_cron(self._store, [source.stream for source in sources])
+        overview.cron = cron_entries(cron)
+        overview.refused += cron.refused.values()
 
     def _add_rates(self, overview: Overview, now_s: float) -> None:
         """Totals over all services, and rates since the last snapshot. A restarted service counts from 0, so
@@ -232,12 +233,12 @@ def _duration_bounds(services: Iterable[Service]) -> Mapping[str, list[float]]:
 
 
 @contextmanager
-def _note_refusal(overview: Overview, what: str) -> Iterator[None]:
+def _note_refusal(overview: Overview, what: str, read_faults: Callable[[], list[KeyFault]]) -> Iterator[None]:
     """Note that the store refuses ``what`` if it does; the rest of the block is left out."""
     try:
         yield
     except StoreRefused as error:
-        overview.refused.append(refusal(what, error))
+        overview.refused.append(refusal(what, error, read_faults))
 
 
 def _counters(status: dict[str, Any]) -> Counter[tuple[str, str]]:

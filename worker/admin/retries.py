@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from ..errors import StoreRefused
 from ..store.operator import Scheduled
-from .dead_letters import refusal
 from .identity import JobIdentity, read_identity
+from .refusals import faults_of, refusal
 
 if TYPE_CHECKING:  # the client library takes a while to load
     from ..store.redis.operator import OperatorStore
@@ -84,7 +85,11 @@ class RetrySet:
             except StoreRefused as error:
                 if self.refused is None:
                     raise
-                self.refused[stream] = refusal(f"retries of {stream}", error)
+                self.refused[stream] = refusal(
+                    f"retries of {stream}",
+                    error,
+                    partial(faults_of, self.store, stream, self.store.retry_key),
+                )
 
     def make_due_now(self, *, dry_run: bool = False) -> int:
         """Skip the remaining backoff. Returns how many jobs it was skipped for; in a dry run, how many

@@ -1,24 +1,9 @@
-"""Text for terminals and pages: ages, durations, plurals, display width, and no control characters."""
+"""Text for terminals and pages: durations, plurals, display width, and no control characters."""
 
-import re
 import unicodedata
 from itertools import accumulate
 
 from ..safe_text import CONTROL
-
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-
-
-class InvalidAge(ValueError):
-    """The text is not an age such as ``15m``."""
-
-
-def parse_age(text: str) -> float:
-    """``90``, ``90s``, ``15m``, ``2h``, ``7d`` or ``1w``, in seconds. Raises `InvalidAge`."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw]?)", text)
-    if match is None:
-        raise InvalidAge(f"{text!r} is not an age: write 90s, 15m, 2h or 7d")
-    return float(match[1]) * _UNITS_S[match[2] or "s"]
 
 
 def strip_control(text: str, width: int = 0) -> str:

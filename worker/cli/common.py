@@ -1,5 +1,6 @@
 """Shared parts of the ``jobworker`` verbs: options that name a deployment, exit codes, output."""
 
+import math
 import re
 import shlex
 import sys
@@ -18,11 +19,12 @@ from ..admin.deployment import (
     require_store_url,
     stopped_service,
 )
-from ..admin.words import columns, pad, parse_age, strip_control
+from ..admin.words import columns, pad, strip_control
 from ..endpoints import read_endpoints
 from ..errors import ConfigurationError, Exit, StoreRefused, StoreUnavailable
 from ..extension import extension
 from ..options import CONFIG_OF_SERVICE, CONFIG_PATH, DATA_DIR, ENV_PREFIX, REDIS_URL, ExplicitOption
+from ..quantities import Duration
 from ..safe_text import escape_control, safe_json
 from ..settings import without_credentials
 from ..store.announcements import suggestion
@@ -86,19 +88,13 @@ def _discard_output() -> None:
             sys.stdout.close()
 
 
-class Age(click.ParamType[float]):
-    """``90``, ``90s``, ``15m``, ``2h``, ``7d`` or ``1w``, as seconds."""
+class Age(Duration):
+    """How long ago something was, in seconds: any duration."""
 
     name = "age"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Seconds. Raises `click.BadParameter`."""
-        if isinstance(value, float):
-            return value
-        try:
-            return parse_age(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+    def __init__(self) -> None:
+        super().__init__(0.0, math.inf)
 
 
 class JobType(click.ParamType[str]):

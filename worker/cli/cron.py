@@ -1,11 +1,13 @@
 """``jobworker cron``: list, run, pause and resume cron tables."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..admin.cron import (
     CronEntry,
+    CronHashes,
     cron_entries,
     cron_sources,
     differing_hosts,
@@ -16,8 +18,10 @@ from ..admin.cron import (
     select_entries,
 )
 from ..admin.deployment import StreamTable
+from ..admin.refusals import refusal
 from ..admin.words import format_duration, strip_control
 from ..cron_table import tick_text
+from ..errors import ConfigurationError, StoreRefused
 from ..keys import Source
 from .common import (
     AS_JSON,
@@ -26,6 +30,7 @@ from .common import (
     CliGroup,
     echo_json,
     echo_unread_streams,
+    exit_if_refused,
     print_table,
     verb,
     with_deployment,
@@ -64,6 +69,8 @@ def list_tables(url: str, streams: tuple[str, ...], as_json: bool) -> None:
     \b
     jobworker cron list
     jobworker cron list --json
+
+    Exit code 1: the store refuses a key of one of the streams. The tables of the others are listed.
     """
     from ..store.redis.operator import OperatorStore
 
@@ -72,11 +79,14 @@ def list_tables(url: str, streams: tuple[str, ...], as_json: bool) -> None:
     echo_unread_streams(store, list(sources) if streams else [])
     found = read_cron(store, sources)
     entries = cron_entries(found)
-    states = [last_state(store, sources[entry.table.stream], entry) for entry in entries]
+    refused = dict(found.refused)
+    states = [_state(store, sources[entry.table.stream], entry, refused) for entry in entries]
     differing = differing_hosts(found)
     if as_json:
         rows = [_to_json(entry, state) for entry, state in zip(entries, states, strict=True)]
-        echo_json({"cron": rows, "other_files": sorted({service for _, service, _ in differing})})
+        echo_json({"cron": rows, "other_files": sorted({service for _, service, _ in differing}),
+                   "refused": list(refused.values())})  # fmt: skip
+        exit_if_refused(refused.values())
         return
     _print(entries, states, found.wall_now_s)
     for text in late_entries(entries):
@@ -84,6 +94,27 @@ def list_tables(url: str, streams: tuple[str, ...], as_json: bool) -> None:
     for stream, service, _ in differing:
         text = f"{service} has other tables for {stream} in its file: {with_deployment('jobworker doctor')}"
         click.echo(strip_control(text), err=True)
+    exit_if_refused(refused.values())
+
+
+def _state(store: "OperatorStore", source: Source, entry: CronEntry, refused: dict[str, str]) -> str:
+    """As `last_state`; empty, with a line in ``refused``, if the store refuses a key of the stream."""
+    try:
+        return last_state(store, source, entry)
+    except StoreRefused as error:
+        what = f"jobs of {source.stream}"
+        refused[source.stream] = refusal(what, error, partial(store.key_faults, source))
+        return ""
+
+
+def _select(found: CronHashes, names: tuple[str, ...]) -> list[CronEntry]:
+    """As `select_entries`; an unknown name may belong to a stream whose tables cannot be read."""
+    try:
+        return select_entries(cron_entries(found), names)
+    except ConfigurationError as error:
+        if not found.refused:
+            raise
+        raise ConfigurationError("; ".join([str(error), *found.refused.values()])) from None
 
 
 def _print(entries: list[CronEntry], states: list[str], wall_now_s: float) -> None:
@@ -145,7 +176,7 @@ def run_now(url: str, names: tuple[str, ...], streams: tuple[str, ...], as_json:
     found = read_cron(store, [source.stream for source in _sources(store, streams)])
     producer = RedisProducerStore(url)
     ids = {}
-    for entry in select_entries(cron_entries(found), names):
+    for entry in _select(found, names):
         id, data = manual_job(entry.table, found.wall_now_s)
         producer.add(entry.table.stream, [data])
         ids[entry.table.name] = id
@@ -173,7 +204,7 @@ def pause(url: str, names: tuple[str, ...], note: str, streams: tuple[str, ...],
 
     store = OperatorStore(url)
     found = read_cron(store, [source.stream for source in _sources(store, streams)])
-    for entry in select_entries(cron_entries(found), names):
+    for entry in _select(found, names):
         store.cron_pause(entry.table.stream, entry.table.name, note)
     if as_json:
         echo_json({"paused": names})
@@ -195,17 +226,24 @@ def resume(
     \b
     jobworker cron resume nightly
 
-    Exit code 1: one of the tables was not paused.
+    Exit code 1: one of the tables was not paused, or a stream's cron key cannot be used.
     """
     from ..store.redis.operator import OperatorStore
 
     store = OperatorStore(url)
     # By the pauses and not by the tables: a table that was removed from the file keeps its pause.
-    every = _sources(store, streams)
-    resumed = {name: sum(store.cron_resume(one.stream, name) for one in every) > 0 for name in names}
+    resumed, refused = dict.fromkeys(names, False), {}
+    for source in _sources(store, streams):
+        try:
+            for name in names:
+                resumed[name] |= store.cron_resume(source.stream, name)
+        except StoreRefused as error:
+            what = f"cron tables of {source.stream}"
+            refused[source.stream] = refusal(what, error, partial(store.cron_faults, source.stream))
     if as_json:
-        echo_json({"resumed": resumed})
+        echo_json({"resumed": resumed, "refused": list(refused.values())})
     for name, was_paused in resumed.items() if not as_json else ():
         click.echo(f"{strip_control(name)} {'resumed' if was_paused else 'was not paused'}")
+    exit_if_refused(refused.values())
     if not all(resumed.values()):
         context.exit(BAD_NEWS)

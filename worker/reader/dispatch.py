@@ -90,10 +90,14 @@ class WorkerHandle:
     @property
     def credit(self) -> int:
         """Number of jobs that it may get now."""
+        return max(0, self.window - len(self.table))
+
+    @property
+    def window(self) -> int:
+        """Number of jobs that it may have in flight now."""
         if not self.accepts_jobs or self.held_up:
             return 0
-        window = max(2 * self.channel.batch_hint, int(self._jobs_per_s * self.queue_s))
-        return max(0, min(window, ROWS) - len(self.table))
+        return min(max(2 * self.channel.batch_hint, int(self._jobs_per_s * self.queue_s)), ROWS)
 
     def supports(self, type_no: int) -> bool:
         """Whether the worker runs jobs of this type."""
@@ -207,6 +211,11 @@ class Dispatcher:
     def credit(self) -> int:
         """Number of jobs that the workers can take; 0 while the prefetch buffer is full."""
         return 0 if self.buffer.full else sum(worker.credit for worker in self.workers)
+
+    @property
+    def runs_low(self) -> bool:
+        """Whether a worker has credit for half of the jobs that it may have in flight."""
+        return any(2 * worker.credit >= worker.window > 0 for worker in self.workers)
 
     @property
     def jobs_per_s(self) -> float:

@@ -4,6 +4,7 @@ While little waits and no limit applies, entries pass straight to the prefetch b
 """
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -22,7 +23,7 @@ _CHECK_EVERY_S = 1.0
 #: A backlog is sorted if it takes longer than this to run (seconds), so no job waits longer behind others.
 _WINDOW_S = 1.0
 #: Backlogs that are not sorted, and that are always sorted, whatever the rate (jobs).
-_SMALL_BACKLOG, _LARGE_BACKLOG = 128, 4096
+_SMALL_BACKLOG, _LARGE_BACKLOG = 128, 65_536
 #: Interval at which a take is repeated after one that found no job within the limits: another host may have
 #: ended one.
 _TAKE_AGAIN_S = 0.1
@@ -54,6 +55,9 @@ class FlowControl:
         self._buffer = dispatcher.buffer
         self._states = [_FlowState() for _ in self._streams]
         self._mono_checked_s = 0.0
+        # The last two measured rates of all workers: one may fall between two groups of outcomes. Before
+        # the first, no backlog is known to be long.
+        self._rates = (math.inf, math.inf)
         #: Limits and weights of the configuration file that are not on the server yet.
         self.file = context.settings.flow
         self._rules = context.lane_rules
@@ -66,6 +70,8 @@ class FlowControl:
         if mono_now_s - self._mono_checked_s < _CHECK_EVERY_S and not at_once:
             return
         self._mono_checked_s = mono_now_s
+        if not at_once:
+            self._rates = (self._rates[1], self._dispatcher.jobs_per_s)
         for stream_no in range(len(self._streams)):
             if stream_no not in self._faults:
                 with self._faults.guard(stream_no):
@@ -111,8 +117,7 @@ class FlowControl:
 
     def _window(self) -> float:
         """Number of jobs that may wait unsorted."""
-        in_window = self._dispatcher.jobs_per_s * _WINDOW_S
-        return min(_LARGE_BACKLOG, max(_SMALL_BACKLOG, in_window))
+        return min(_LARGE_BACKLOG, max(_SMALL_BACKLOG, max(self._rates) * _WINDOW_S))
 
     def _sort_prefetched(self, stream_no: int) -> None:
         """Limits have changed: prefetched jobs without the slots that they need now must wait for them."""

@@ -222,7 +222,12 @@ class Intake:
                 self._count_cycle()  # all workers are busy: without a read there is progress, too
 
     def take_waiting(self) -> None:
-        """Take jobs out of lanes for the workers' credit, which the streams share."""
+        """Take jobs out of lanes for the workers' credit, which the streams share.
+
+        Quick jobs are taken many at a time: a step of the server for each would take longer than the job.
+        """
+        if not self._dispatcher.runs_low:
+            return
         wanted = [stream_no for stream_no in self.flow.wanted() if stream_no not in self._unlisted]
         shares = {one: -(-self._dispatcher.capacity(one) // len(wanted)) for one in wanted}
         for stream_no, share in shares.items():
@@ -356,7 +361,7 @@ class Intake:
             self._held.discard(stream_no, lost)
 
     def claim_in_turn(self) -> None:
-        """In turns claim before new jobs use up the workers' credit: neither waits until the other ends."""
+        """In turns claim before new jobs use up the workers' credit, so that neither waits for the other."""
         if self._is_claims_turn and not self.draining:
             self._claim_all()
 

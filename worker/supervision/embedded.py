@@ -22,6 +22,7 @@ from .process import Command, RestartBackoff
 #: A probe answers at once or not at all: both are on this machine.
 _PROBE_TIMEOUT_S = 1.0
 _SOCKET_NAME = "valkey.sock"
+_AOF_FOLDER = "appendonlydir"
 
 
 class EmbeddedValkey:
@@ -65,12 +66,17 @@ class EmbeddedValkey:
         lines = [
             f"bind {HOST}", f"port {self._port}", f"dir {quoted(str(self._dir))}",
             f"requirepass {quoted(self._password)}",
-            "appendonly yes", "appendfsync everysec", 'save ""', "maxmemory-policy noeviction",
+            "appendonly yes", f"appenddirname {_AOF_FOLDER}", "appendfsync everysec", 'save ""',
+            "maxmemory-policy noeviction",
             f"unixsocket {quoted(self._socket)}", "unixsocketperm 700",
             "daemonize no", f"logfile {quoted(str(self._dir / 'valkey.log'))}",
         ]  # fmt: skip
         write_private(config, "\n".join(lines) + "\n")
         return [self._binary, escaped_pattern(str(config))]
+
+    def folders(self) -> list[Path]:
+        """Where it keeps its data: its own folder, and the one that it makes for the append-only files."""
+        return [self._dir, self._dir / _AOF_FOLDER]
 
     def remove_socket(self) -> None:
         """Remove its Unix socket, which a killed server leaves."""
@@ -127,6 +133,9 @@ class Embedded(Protocol):
     def endpoints(self) -> dict[str, str]:
         """Addresses for tools on this machine. They may hold secrets, and change at a restart."""
 
+    def folders(self) -> list[Path]:
+        """Where it keeps its data; they exist from its first answer on."""
+
     def remove_socket(self) -> None:
         """Remove its Unix socket, which a killed server leaves."""
 
@@ -175,7 +184,20 @@ class _Kept:
         self.store = store
         self.process: Command | None = None
         self.backoff = RestartBackoff()
-        self.asked_at = 0.0
+        #: Folders of its data, with device and inode as they were when it became ready.
+        self.folders: dict[Path, tuple[int, int] | None] = {}
+
+    def lost_folders(self) -> list[Path]:
+        """The folders that were deleted or replaced since it became ready: it writes to deleted files."""
+        return [path for path, before in self.folders.items() if before and _identity(path) != before]
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class Stores:
@@ -186,6 +208,7 @@ class Stores:
         self._kept = [_Kept(store) for store in stores]
         self._mono_give_up_s = time.monotonic() + settings.connect_timeout_s
         self._was_ready = False
+        self._logged_lost: set[str] = set()
 
     def fill(self, settings: Settings) -> Settings:
         """The settings with the addresses of the embedded servers. They hold secrets: never log them."""
@@ -208,20 +231,35 @@ class Stores:
         return self._was_ready
 
     def reasons(self) -> list[str]:
-        """Which stores do not answer now, and whether their folder is gone."""
-        lost = []
-        if self._data and not self._data.is_in_place():
-            lost = [
-                f"the data directory {self._data.path} was deleted or replaced: its stores lose their data"
-            ]
-        return lost + [
+        """Which stores do not answer now, and which folders are gone."""
+        return self._lost() + [
             f"{k.store.name} is starting" for k in self._kept if not (k.process and k.process.ready)
         ]
+
+    def _lost(self) -> list[str]:
+        if self._data and not self._data.is_in_place():
+            return [
+                f"the data directory {self._data.path} was deleted or replaced: its stores lose their data"
+            ]
+        return [
+            f"the folder {path} was deleted or replaced: {kept.store.name} loses its data when it stops. "
+            "Stop the producers, let the jobs finish, then restart the service"
+            for kept in self._kept
+            for path in kept.lost_folders()[:1]  # the others are inside
+        ]
+
+    def _log_lost(self) -> None:
+        """Log each loss once."""
+        lost = set(self._lost())
+        for text in sorted(lost - self._logged_lost):
+            log.error("embedded.folder_lost", extra={"error": text})
+        self._logged_lost = lost
 
     def turn(self, mono_now_s: float) -> Exit | None:
         """Hold each store up; an exit code where one could not be brought up at the service's start."""
         for kept in self._kept:
             self._keep_up(kept, mono_now_s)
+        self._log_lost()
         if not self._was_ready:
             self._was_ready = all(kept.process and kept.process.ready for kept in self._kept)
             if not self._was_ready and mono_now_s > self._mono_give_up_s:
@@ -244,6 +282,7 @@ class Stores:
             kept.process = None
         elif not process.ready and kept.store.answers():
             process.ready = True
+            kept.folders = {path: _identity(path) for path in kept.store.folders()}
             log.info("embedded.ready", extra={"store": kept.store.name})
 
     def _restart(self, kept: _Kept, now: float) -> None:

@@ -20,7 +20,7 @@ from .access import Access, TooManyFailures
 from .background import BackgroundTask, TooManyTasks
 from .filters import DeadFilter, format_cursor
 from .guard import COOKIE
-from .pages import SCAN_LIMIT, Site
+from .pages import SCAN_LIMIT, Site, named_refusal
 
 log = logging.getLogger("jobworker.web")
 
@@ -153,7 +153,7 @@ class Actions:
                 bulk = BulkOperation(queue)
                 task.total = queue.count()
                 (bulk.requeue if operation == "requeue" else bulk.purge)(on_scanned=task.add_scanned)
-            return _outcome(operation, bulk)
+            return "; ".join([_outcome(operation, bulk), *queue.refused.values()])
 
         title = {"requeue": "Requeue dead letters", "purge": "Delete dead letters"}[operation]
         return self._start_task(title, back, run)
@@ -193,7 +193,8 @@ class Actions:
             with self._site.store() as store:
                 retries = self._site.retries(store, type, tenant)
                 moved = (retries.with_id(id) if id else retries).make_due_now()
-            return f"{moved} due now" if moved else "No job was waiting any more."
+            says = f"{moved} due now" if moved else "No job was waiting any more."
+            return "; ".join([says, *(retries.refused or {}).values()])
 
         return self._start_task("Retry now", _local_path(first_value(form, "back")), run)
 
@@ -219,7 +220,7 @@ class Actions:
         return await run_in_threadpool(self._change_pauses, change)
 
     def _change_pauses(self, change: Callable[[OperatorStore], None]) -> Response:
-        with self._site.store() as store:
+        with self._site.store() as store, named_refusal("paused types", store.pause_faults):
             change(store)
         self._site.history.refresh()
         return RedirectResponse("/queues", 303)

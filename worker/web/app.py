@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from ..admin.words import InvalidAge
+from ..durations import InvalidDuration
 from ..errors import StoreRefused, StoreUnavailable
 from ..telemetry.log import redacted
 from .access import Access
@@ -72,8 +72,8 @@ def _error_pages(site: Site) -> dict[Any, Callable[[Request, Exception], Respons
         what = "refuses a key" if isinstance(error, StoreRefused) else "does not answer"
         return error_page(request, 503, f"The job store {what}: {redacted(str(error))}")
 
-    def invalid_age(request: Request, error: Exception) -> Response:
-        assert isinstance(error, InvalidAge)
+    def invalid_duration(request: Request, error: Exception) -> Response:
+        assert isinstance(error, InvalidDuration)
         return error_page(request, 400, str(error))
 
-    return {HTTPException: refused, StoreUnavailable: unavailable, InvalidAge: invalid_age}
+    return {HTTPException: refused, StoreUnavailable: unavailable, InvalidDuration: invalid_duration}

@@ -9,7 +9,7 @@ from typing import Self
 from urllib.parse import urlencode
 
 from ..admin.dead_letters import Cursor, LetterFilter
-from ..admin.words import parse_age
+from ..durations import parse_duration
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class DeadFilter:
         return cls(**{field.name: value_of(field.name).strip() for field in fields(cls)})
 
     def letter_filter(self, wall_now_s: float) -> LetterFilter:
-        """The conditions, limited to letters that existed at `wall_now_s`. Raises `InvalidAge`."""
+        """The conditions, limited to letters that existed at `wall_now_s`. Raises `InvalidDuration`."""
         conditions = LetterFilter(
             reasons=_set_of(self.reason), types=_set_of(self.type), tenants=_set_of(self.tenant),
             error=self.error,
@@ -60,7 +60,7 @@ def _set_of(value: str) -> frozenset[str]:
 
 
 def _age(text: str) -> float | None:
-    return parse_age(text) if text else None
+    return parse_duration(text) if text else None
 
 
 def parse_cursor(text: str, streams: list[str]) -> Cursor | None:

@@ -3,9 +3,10 @@
 import base64
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -18,13 +19,18 @@ from ..admin.dead_letters import Cursor, DeadLetterQueue, Letter, LetterFilter
 from ..admin.deployment import StreamTable
 from ..admin.find_job import OVERDUE_S, SILENT_S, JobFinder, JobLocation
 from ..admin.overview import Overview
+from ..admin.refusals import faults_of, refusal
 from ..admin.retries import RetrySet
 from ..admin.status_client import Service
 from ..admin.tenants import WaitingTenants, waiting_tenants
+from ..errors import StoreRefused
 from ..keys import Source
 from ..outcome import Reason
 from ..safe_text import safe_json
+from ..store.operator import GroupState
+from ..store.ports import KeyFault
 from ..store.redis.operator import OperatorStore
+from ..telemetry.log import redacted
 from .background import BackgroundTasks
 from .filters import DeadFilter, format_cursor, parse_cursor
 from .history import History
@@ -76,8 +82,10 @@ class Site:
 
     def dead_letters(self, store: OperatorStore, filter: DeadFilter, wall_now_s: float) -> DeadLetterQueue:
         """The dead letters that a filter selects. Raises `HTTPException` for an unknown stream and
-        `InvalidAge`."""
-        return DeadLetterQueue(store, self.streams_of(filter), filter.letter_filter(wall_now_s))
+        `InvalidDuration`."""
+        return DeadLetterQueue(
+            store, self.streams_of(filter), filter.letter_filter(wall_now_s), leave_out_refused=True
+        )
 
     def streams_of(self, filter: DeadFilter) -> list[str]:
         """The streams that a filter selects. Raises `HTTPException` for an unknown one."""
@@ -95,7 +103,11 @@ class Site:
     def retries(self, store: OperatorStore, type: str, tenant: str) -> RetrySet:
         """The waiting retries of a type and a tenant; an empty string selects all."""
         return RetrySet(
-            store, self.streams, types=frozenset({type} - {""}), tenants=frozenset({tenant} - {""})
+            store,
+            self.streams,
+            types=frozenset({type} - {""}),
+            tenants=frozenset({tenant} - {""}),
+            refused={},
         )
 
 
@@ -132,12 +144,13 @@ class Pages:
     def queues(self, request: Request) -> Response:
         """Streams with their consumers, job types with their pauses."""
         with self._site.store() as store:
-            groups = {source: store.group(source) for source in self._site.sources}
+            groups, refused = _read_groups(store, self._site.sources)
             tenants = self._tenants(store)
         return self._snapshot_page(
             request,
             "queues.html",
             groups=groups,
+            refused=refused,
             silent_s=SILENT_S,
             tenants=tenants,
             max_tenants=_MAX_TENANTS,
@@ -172,7 +185,8 @@ class Pages:
             now_s = store.wall_now_s(self._site.streams[0])
         return self._site.renderer.page(
             request, "retries.html", page=page, wanted=wanted, offset=offset, wall_now_s=now_s,
-            overdue_s=OVERDUE_S, job_types=_job_types(self._site.history.latest),
+            refused=list((retries.refused or {}).values()), overdue_s=OVERDUE_S,
+            job_types=_job_types(self._site.history.latest),
         )  # fmt: skip
 
     def dead(self, request: Request) -> Response:
@@ -186,14 +200,19 @@ class Pages:
             count = queue.count()
         return self._site.renderer.page(
             request, "dead.html", page=page, filter=filter, after=after, count=count, wall_now_s=now_s,
-            streams=self._site.streams, reasons=list(Reason), cursor_of=_cursor_of,
-            format_cursor=format_cursor, job_types=_job_types(self._site.history.latest),
+            refused=list(queue.refused.values()), streams=self._site.streams, reasons=list(Reason),
+            cursor_of=_cursor_of, format_cursor=format_cursor,
+            job_types=_job_types(self._site.history.latest),
         )  # fmt: skip
 
     def letter(self, request: Request) -> Response:
         """One dead letter in full."""
         cursor = self._site.cursor(request.query_params.get("at", ""))
-        with self._site.store() as store:
+        what = f"dead letters of {cursor.stream}"
+        with (
+            self._site.store() as store,
+            named_refusal(what, partial(faults_of, store, cursor.stream, store.dead_key)),
+        ):
             letter = DeadLetterQueue(store, self._site.streams, LetterFilter()).get(cursor)
             now_s = store.wall_now_s(cursor.stream)
         if letter is None:
@@ -244,6 +263,28 @@ class Pages:
                 404, "There is no such task: it was started before the last restart of this page."
             )
         return self._site.renderer.page(request, "task.html", task=task)
+
+
+@contextmanager
+def named_refusal(what: str, read_faults: Callable[[], Sequence[KeyFault]]) -> Iterator[None]:
+    """An error page that names the key, where the store refuses the only one that the block needs."""
+    try:
+        yield
+    except StoreRefused as error:
+        raise HTTPException(503, redacted(refusal(what, error, read_faults))) from error
+
+
+def _read_groups(
+    store: OperatorStore, sources: list[Source]
+) -> tuple[dict[Source, GroupState | None], list[str]]:
+    """The groups of the streams, except of those whose keys the store refuses, which are described."""
+    groups, refused = {}, []
+    for source in sources:
+        try:
+            groups[source] = store.group(source)
+        except StoreRefused as error:
+            refused.append(refusal(f"stream {source.stream}", error, partial(store.key_faults, source)))
+    return groups, refused
 
 
 def _cursor_of(letter: Letter) -> Cursor:

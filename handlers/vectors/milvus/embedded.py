@@ -2,6 +2,7 @@
 
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 from jobworker.handlers import NEEDS_VECTORS
 from jobworker.worker import ConfigurationError
@@ -42,6 +43,10 @@ class EmbeddedMilvus:
     def endpoints(self) -> dict[str, str]:
         """Its address for tools."""
         return {"milvus_uri": self.url}
+
+    def folders(self) -> list[Path]:
+        """Where it keeps its data."""
+        return [self._dir]
 
     def remove_socket(self) -> None:
         """Remove its Unix socket, which a killed server leaves."""
