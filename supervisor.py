@@ -100,7 +100,9 @@ class Supervisor:
     def _listen(self) -> HealthServer:
         address = parse_address(self._settings.metrics_addr)
         try:
-            return HealthServer(address, self._metrics, self.health, self._mailbox.request)
+            return HealthServer(
+                address, self._metrics, self.health, self._mailbox.request, self._processes.batches.request
+            )
         except OSError as error:
             raise ConfigurationError(
                 f"--metrics-addr {self._settings.metrics_addr}: cannot listen there: "
@@ -125,6 +127,7 @@ class Supervisor:
             now = time.monotonic()
             self._health, self._mono_last_tick_s = self._assess(), now
             self._mailbox.answer(self._status)
+            self._processes.pass_questions()
             for number in queue.take():
                 if (code := self._handle_signal(number)) is not None:
                     return code
@@ -369,11 +372,12 @@ def _supervise(settings: Settings, queue: SignalQueue) -> tuple[Exit, bool]:
     """Run the service; returns its exit code, and whether it is to be started again."""
     log.info("supervisor.starting", extra={"settings": settings.public()})
     require_extras(settings.handlers)
+    # First, because the time limits of the stores' start begin below.
+    copy_size: CopySize | None = imported(extension().copy_size)(settings)
     servers = needed(settings)
     data = _open_data_dir(settings) if servers else None
     stores = Stores(settings, data, [make(data) for make in servers] if data else [])
     with _instance_lock(settings) as holder:
-        copy_size: CopySize | None = imported(extension().copy_size)(settings)
         supervisor = Supervisor(replace(settings, holder=holder), data, stores, copy_size)
         return supervisor.run(queue), supervisor.start_again
 

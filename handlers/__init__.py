@@ -3,6 +3,8 @@
 from jobworker.worker.extension import Extension, Metric, Source
 
 _WRITE_BACK = "jobworker.handlers.summaries.handler:WriteBack"
+_ENTITIES = "jobworker.handlers.embedding.handler:EntityUpsert"
+_DELETE = "jobworker.handlers.erasure.handler:VectorsDelete"
 
 #: Type -> where its handler is.
 BUILTIN = {
@@ -10,6 +12,8 @@ BUILTIN = {
     "index_rebuild": "jobworker.handlers.rebuild.handler:IndexRebuild",
     "summary_write_back": _WRITE_BACK,
     "memory_update": _WRITE_BACK,
+    "entity_upsert": _ENTITIES,
+    "vectors_delete": _DELETE,
     "audit": "jobworker.handlers.audit.handler:Archive",
 }
 
@@ -27,6 +31,8 @@ NEEDS_VECTORS = frozenset(
         "jobworker.handlers.embedding.handler:EmbeddingBatch",
         "jobworker.handlers.rebuild.handler:IndexRebuild",
         _WRITE_BACK,
+        _ENTITIES,
+        _DELETE,
     }
 )
 
@@ -47,6 +53,8 @@ EXTENSION = Extension(
         "index_rebuild": _STORY,
         "summary_write_back": _MEMORY,
         "memory_update": _MEMORY,
+        "entity_upsert": _MEMORY,
+        "vectors_delete": _MEMORY,
         "audit": _AUDIT,
     },
     settings="jobworker.handlers.settings:HandlerSettings",
@@ -55,6 +63,7 @@ EXTENSION = Extension(
     endpoints=("milvus_uri",),
     progress="jobworker.handlers.rebuild.progress:read_progress",
     doctor="jobworker.handlers.doctor",
+    verbs=("jobworker.handlers.erasure.verbs:add_to",),
     copy_size="jobworker.handlers.copy_size:copy_size",
     copied="the model",
     copies_option="--model-copies",
@@ -76,6 +85,8 @@ EXTENSION = Extension(
         "z_novel_llm_repairs_total": Metric(
             "counter", "Answers that were no answer and were asked for again"
         ),
+        "z_novel_scopes_erased_total": Metric("counter", "Deletions that were done"),
+        "z_novel_erased_rows_total": Metric("counter", "Rows that deletions removed"),
         "z_novel_audit_entries_total": Metric("counter", "Events that were archived"),
         "z_novel_audit_duplicates_total": Metric("counter", "Events that the archive had already"),
         "z_novel_rebuilds_done_total": Metric("counter", "Collections that were rebuilt"),

@@ -22,7 +22,7 @@ OPTIONS = (
     click.option("--milvus-prefix", cls=ExplicitOption, default="z_novel_",
                  envvar=f"{ENV_PREFIX}_MILVUS_PREFIX", help="Prefix of the collection names."),
     click.option("--milvus-uri", cls=ExplicitOption, default="", envvar=f"{ENV_PREFIX}_MILVUS_URI",
-                 help="With --model: compare it with the collections there."),
+                 help="Milvus of the deployment; doctor compares --model with its collections."),
     click.option("--device", cls=ExplicitOption, default="auto", envvar=f"{ENV_PREFIX}_DEVICE",
                  help="With --model."),
     click.option("--configured-model", cls=ExplicitOption, hidden=True, default="",
@@ -38,12 +38,12 @@ def findings(options: Mapping[str, str], endpoints: Mapping[str, Any]) -> Iterat
     if options["model"] != _NO_MODEL:
         if options["milvus_uri"]:
             parse_http_url(options["milvus_uri"], "--milvus-uri", "http://milvus.example:19530")
-        milvus = _milvus(options["milvus_uri"], str(endpoints.get("milvus_uri", "")))
+        milvus = milvus_access(options["milvus_uri"], str(endpoints.get("milvus_uri", "")))
         model = options["model"] or options["configured_model"]
         yield from _model(model, options["device"], milvus, options["milvus_prefix"])
 
 
-def _milvus(given: str, found: str) -> tuple[str, str]:
+def milvus_access(given: str, found: str) -> tuple[str, str]:
     """Uri and token. The uri of an embedded store holds its own, and clients would prefer the other."""
     embedded = not given and urlsplit(found).password is not None
     return given or found, "" if embedded else os.environ.get(f"{ENV_PREFIX}_MILVUS_TOKEN", "")

@@ -24,6 +24,8 @@ class HandlerSettings(Settings):
     dtype: str = "auto"
     #: 0: no cache. In settings of their own, as tests make them, nothing is put on the disk.
     cache_bytes: int = 0
+    #: Longer than the longest time between the creation of a job and its last try.
+    tombstone_ttl_s: float = 30 * 86_400.0
     summary_chars: int = 100
     llm_url: str = ""
     llm_model: str = ""

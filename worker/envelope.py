@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from itertools import accumulate
 from typing import Annotated, Any, NamedTuple
 
@@ -52,6 +52,9 @@ OWN_FIELDS_BYTES = 64
 #: Least and largest timeout that a job can set. Each timeout costs a worker, and its successor may need long
 #: to start; and a job that hangs must not occupy a worker for ever.
 MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.1, 86_400.0
+#: Metadata field that names the batch in which a job is counted.
+BATCH_FIELD = "batch_id"
+_BATCH_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 #: No job is tried so often; a count beyond is a mistake or an attack on arithmetic.
 _MOST_TRIES = 1_000_000
 
@@ -321,6 +324,34 @@ def fresh_job(data: bytes) -> bytes:
     for name in own:
         del members[name]
     return msgspec.json.encode(members)
+
+
+class _Member(msgspec.Struct):
+    metadata: dict[str, str] | None = None
+
+
+_member = msgspec.json.Decoder(_Member)
+
+
+def batch_of(data: bytes) -> str:
+    """The batch of a job that was not checked; empty if it has none, or the bytes are no job."""
+    if BATCH_FIELD.encode() not in data:
+        return ""
+    try:
+        return batch_in(_member.decode(data).metadata)
+    except (ValueError, RecursionError):
+        return ""
+
+
+def batch_in(metadata: Mapping[str, str] | None) -> str:
+    """The batch that metadata name; empty if there is none, or it cannot be the id of a batch."""
+    id = metadata.get(BATCH_FIELD, "") if metadata else ""
+    return id if is_batch_id(id) else ""
+
+
+def is_batch_id(text: str) -> bool:
+    """Whether a text may be the id of a batch: it is part of keys and URLs."""
+    return _BATCH_ID.fullmatch(text) is not None
 
 
 def is_oversized(data: bytes, max_payload: int) -> bool:

@@ -71,6 +71,7 @@ class Extension:
       load, None if nothing or if its size is unknown; ``copied``: what it is, in words; ``copies_option``:
       sets the number of these workers.
     - ``needs``: handler -> modules of the extra that it needs; ``extra``: the name of that extra.
+    - ``verbs``: functions ``module:name`` that add commands to the group of `jobworker`.
     - ``packages``: whose versions `jobworker doctor` shows.
     """
 
@@ -92,6 +93,7 @@ class Extension:
     needs: Mapping[str, tuple[str, ...]]
     extra: str
     packages: tuple[str, ...]
+    verbs: tuple[str, ...] = ()
 
 
 @cache

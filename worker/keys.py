@@ -81,9 +81,25 @@ def cron_key(stream: str, *, cluster: bool = False) -> str:
     return _derived("cron", stream, cluster)
 
 
+def batch_key(stream: str, id: str, *, cluster: bool = False) -> str:
+    """Hash: a batch's counters on the stream and, on its home stream, its record (see
+    ``prelude_batch.lua``)."""
+    return f"{_derived('batch', stream, cluster)}/{id}"
+
+
+def batches_key(stream: str, part: str, *, cluster: bool = False) -> str:
+    """What is kept for all batches of a stream: ``jobs``, ``due``, ``open`` and ``finished`` (see
+    ``prelude_batch.lua``)."""
+    return f"{_derived('batches', stream, cluster)}/{part}"
+
+
 def base_stream(key: str) -> str:
     """The stream that a derived key belongs to; any other key itself."""
-    for prefix in ("retry:", "dlq:", "deaths:", "fence:", "ready:", "cron:"):
+    prefixes = ["retry:", "dlq:", "deaths:", "fence:", "ready:", "cron:"]
+    if key.startswith(("batch:", "batches:")) and "/" in key:
+        prefixes += ["batch:", "batches:"]
+        key = key.rpartition("/")[0]
+    for prefix in prefixes:
         if key.startswith(prefix):
             stream = key.removeprefix(prefix)
             return stream[1:-1] if stream.startswith("{") and stream.endswith("}") else stream

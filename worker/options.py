@@ -181,6 +181,8 @@ _WORK = [
     option("--retry-initial", "Backoff = initial * multiplier ** retry count (seconds).", 1.0, SECONDS),
     option("--retry-max", "Longest backoff (seconds).", 60.0, SECONDS),
     option("--retry-multiplier", "Growth of the backoff.", 2.0, Number(1, 1000)),
+    option("--batch-ttl", "How long the counts of a finished batch are kept (seconds, or 7d).",
+            7 * 24 * 3600.0, Duration(0.1)),
     option("--retry-jitter", "Share by which a backoff is spread either way.", 0.1, Number(0, 1)),
 ]  # fmt: skip
 _STORES = [
@@ -213,7 +215,7 @@ _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 #: A type's number and a stream's take a byte in the in-flight table.
 _MOST_KINDS = 255
 #: Options whose settings carry the unit in their name.
-_SECONDS = ("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "linger")
+_SECONDS = ("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "linger", "batch_ttl")
 
 
 def _extended() -> Any:
@@ -232,7 +234,7 @@ def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _FIRST = ("redis-url", "data-dir", "procs", "app", "handler", "stream", "instance", "metrics-addr", "config")
 #: Groups of the other options of the engine; those of the built-in types follow.
 _GROUPS = {
-    "Work": ("no-builtin-handlers", "reload", "job-timeout", "linger", "max-payload"),
+    "Work": ("no-builtin-handlers", "reload", "job-timeout", "linger", "max-payload", "batch-ttl"),
     "Worker replacement": ("max-rss", "max-jobs", "max-age", "drain-timeout"),
     "Retries": ("max-retries", "retry-initial", "retry-multiplier", "retry-max", "retry-jitter"),
     "Stores": ("valkey-port", "connect-timeout", "lease"),

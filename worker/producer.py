@@ -21,20 +21,24 @@ import orjson
 
 from .endpoints import only_stream, store_url
 from .envelope import (
+    BATCH_FIELD,
     MAX_METADATA_ENTRIES,
     MAX_METADATA_KEY_CHARS,
     MAX_METADATA_VALUE_CHARS,
     MAX_NAME_CHARS,
     MAX_NESTING,
+    is_batch_id,
     nesting_of,
     read_envelope,
 )
 from .errors import MalformedJob, StoreUnavailable
 from .extension import extension
 from .keys import base_stream, is_derived
+from .producer_batch import OpenBatch, PreparedJob
 from .safe_text import is_unicode
 from .settings import MAX_PAYLOAD_BYTES
 from .store.announcements import Announcement, stream_for, suggestion
+from .store.batches import BatchJob
 from .store.ports import ProducerStore
 
 #: Jobs held back for one pipeline: enough to hide the round trip, little to lose when it fails.
@@ -203,18 +207,68 @@ class Producer:
         """
         return self._send(jobs, stream)
 
+    def batch(
+        self,
+        tenant_id: str = "",
+        *,
+        on_complete: NewJob | Mapping[str, Any] | None = None,
+        name: str = "",
+        id: str | None = None,
+    ) -> OpenBatch:
+        """Open a batch: jobs that are counted together. Use it as a context manager.
+
+        When the batch is closed and all its jobs have ended, done or dead-lettered, the job ``on_complete``
+        is enqueued once, with the counts in its metadata. Its fields are those of `NewJob` except ``id`` and
+        ``delay``. ``tenant_id`` is that of the callback and of jobs that name none. ``name`` is for people.
+        A batch of the same ``id`` that has not finished is continued.
+
+        Raises `ValueError` for a wrong argument and for a batch that has finished, and `StoreUnavailable`.
+        """
+        id = os.urandom(16).hex() if id is None else id
+        if not isinstance(id, str) or not is_batch_id(id):
+            raise ValueError(f"id {id!r:.80}: a batch has at most 64 letters, digits, '_', '.', ':' or '-'")
+        if tenant_id:
+            _check_tenant("tenant_id", tenant_id)
+        if name:
+            _check_text("name", name)
+        fields, home = {"name": name.encode(), "tenant_id": tenant_id.encode()}, ""
+        if on_complete is not None:
+            prepared = self._prepare_callback(_new_job(on_complete), id, tenant_id)
+            home, fields["on_complete"] = prepared.stream, prepared.job.data
+
+        def prepare(item: NewJob | Mapping[str, Any], stream: str | None) -> PreparedJob:
+            job = _new_job(item)
+            metadata = {**(job.metadata or {}), BATCH_FIELD: id}
+            return self._prepare(
+                job._replace(tenant_id=job.tenant_id or tenant_id, metadata=metadata), stream
+            )
+
+        return OpenBatch(id, home, extension().streams[0].stream, fields, self._stores.borrow, prepare)
+
+    def _prepare_callback(self, job: NewJob, batch: str, tenant_id: str) -> PreparedJob:
+        if job.id is not None or job.delay is not None:
+            raise ValueError("on_complete: the batch gives the job its id, and it cannot have a delay")
+        if job.metadata and job.metadata.get(BATCH_FIELD) == batch:
+            raise ValueError("on_complete: the callback cannot be a job of its own batch")
+        return self._prepare(job._replace(tenant_id=job.tenant_id or tenant_id), None)
+
+    def _prepare(self, job: NewJob, stream: str | None) -> PreparedJob:
+        """Check and encode a job, and find its stream."""
+        id, data = encode_job(job, self._wall_now_s())
+        to = _named_stream(job, stream) or self._home_of(job.type)
+        _refuse_derived(to)
+        self._check_destination(job.type, to)
+        delay_s = _seconds("delay", job.delay) if job.delay is not None and job.delay != 0 else 0.0
+        return PreparedJob(id, to, BatchJob(data, delay_s))
+
     def _send(self, jobs: Iterable[NewJob | Mapping[str, Any]], stream: str | None) -> list[str]:
         ids: list[str] = []
         waiting: dict[str, list[bytes]] = {}
         try:
             for item in jobs:
-                job = _new_job(item)
-                id, data = encode_job(job, self._wall_now_s())
-                to = _named_stream(job, stream) or self._home_of(job.type)
-                _refuse_derived(to)
-                self._check_destination(job.type, to)
+                id, to, (data, delay_s) = self._prepare(_new_job(item), stream)
                 ids.append(id)
-                self._put(waiting, to, job, data)
+                self._put(waiting, to, data, delay_s)
         finally:
             # Also after an error: the jobs before it were accepted, and their order stands.
             for name, batch in waiting.items():
@@ -278,7 +332,7 @@ class Producer:
             if name not in known:
                 # The level is that of the caller of `enqueue` or `enqueue_many`.
                 text = f"no service of this deployment {verb} {name!r:.600}: {suggestion(name, known)}"
-                warnings.warn(text, UnknownDestination, stacklevel=4)
+                warnings.warn(text, UnknownDestination, stacklevel=5)
 
     def _note_services(self, services: list[Announcement]) -> None:
         if not services:  # no service has run yet: it finds the job when it starts
@@ -291,10 +345,10 @@ class Producer:
         except StoreUnavailable:  # sending the job reports it
             return []
 
-    def _put(self, waiting: dict[str, list[bytes]], stream: str, job: NewJob, data: bytes) -> None:
-        if job.delay is not None and job.delay != 0:
+    def _put(self, waiting: dict[str, list[bytes]], stream: str, data: bytes, delay_s: float) -> None:
+        if delay_s:
             with self._stores.borrow() as store:
-                store.schedule(stream, data, _seconds("delay", job.delay))
+                store.schedule(stream, data, delay_s)
             return
         batch = waiting.setdefault(stream, [])
         batch.append(data)
@@ -407,8 +461,13 @@ def _check_names(id: str, job: NewJob) -> None:
     _check_text("id", id)
     _check_text("type", job.type)
     for field, value in (("tenant_id", job.tenant_id), ("project_id", job.project_id)):
-        if not isinstance(value, str) or (value and not _TENANT.fullmatch(value)):
-            raise ValueError(f"{field} {value!r:.80} does not match {_TENANT.pattern}")
+        if not isinstance(value, str) or value:
+            _check_tenant(field, value)
+
+
+def _check_tenant(field: str, value: Any) -> None:
+    if not isinstance(value, str) or not _TENANT.fullmatch(value):
+        raise ValueError(f"{field} {value!r:.80} does not match {_TENANT.pattern}")
 
 
 def _check_metadata(metadata: Mapping[Any, Any]) -> None:

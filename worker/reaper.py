@@ -1,4 +1,4 @@
-"""The reaper role: promotes due retries, enqueues cron jobs, trims streams, counts jobs.
+"""The reaper role: promotes due retries, enqueues cron jobs, finishes batches, trims streams, counts jobs.
 
 It also removes idle consumers, and announces the types and streams of this service in the job store.
 
@@ -12,9 +12,10 @@ import select
 import time
 from collections.abc import Callable, Iterable
 
+from .batches import BatchFinisher, batch_facts
 from .cron import CronEnqueuer
 from .errors import StoreUnavailable
-from .ipc.control import ControlSocket, Drain, Ready, SetCron
+from .ipc.control import BatchShown, ControlSocket, Drain, Ready, SetCron, ShowBatch
 from .keys import OTHER_GROUP, Source, consumer_name
 from .settings import Settings
 from .store.announcements import RENEW_INTERVAL_S
@@ -49,6 +50,7 @@ class Reaper:
         control: ControlSocket,
         *,
         mono_s: Callable[[], float] = time.monotonic,
+        wall_s: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
         self._store = store
@@ -62,6 +64,9 @@ class Reaper:
         self._faults = StreamFaults(store, settings.streams, self._metrics.gauge, "reaper", rng, mono_s)
         self._known_groups: set[tuple[str, str]] = set()
         self._cron = CronEnqueuer(store, settings, self._metrics, mono_s)
+        self._batches = BatchFinisher(store, settings, self._metrics, mono_s, wall_s)
+        #: By stream number: where the next page of entries that belong to batches begins.
+        self._mend_cursors = [b"0"] * len(settings.streams)
         self._mono_counted_s = -_COUNT_INTERVAL_S
         self._mono_announced_s = -RENEW_INTERVAL_S
         self._mono_trimmed_s = mono_s()
@@ -91,6 +96,7 @@ class Reaper:
             self._faults.resume(stream_no)
         sleep_s = min(map(self._promote, range(len(self._settings.streams))), default=_POLL_INTERVAL_S)
         sleep_s = min(sleep_s, self._cron.run_once(self._faults.isolated))
+        self._finish_batches()
         if mono_now_s - self._mono_counted_s >= _COUNT_INTERVAL_S:
             self._mono_counted_s = mono_now_s
             self._count()
@@ -124,6 +130,11 @@ class Reaper:
                         else min(_POLL_INTERVAL_S, max(0.0, next_due_s))
                     )
         return _POLL_INTERVAL_S
+
+    def _finish_batches(self) -> None:
+        for stream_no, source in enumerate(self._settings.streams):
+            with self._faults.guard(stream_no):
+                self._batches.run_once(source.stream)
 
     def _count(self) -> None:
         for stream_no, source in enumerate(self._settings.streams):
@@ -160,12 +171,27 @@ class Reaper:
                 trimmed = self._store.trim(source.stream)
                 if freed := self._store.mend_slots(source):
                     log.warning("slots.freed", extra={"stream": source.stream, "entries": freed})
+                self._mend_batches(stream_no, source)
                 removed = self._store.remove_idle_consumers(source, own_name, idle_ms)
                 if trimmed or removed:
                     log.debug(
                         "stream.trimmed",
                         extra={"stream": source.stream, "trimmed": trimmed, "consumers": removed},
                     )
+
+    def _mend_batches(self, stream_no: int, source: Source) -> None:
+        self._mend_cursors[stream_no], gone = self._store.mend_batches(source, self._mend_cursors[stream_no])
+        if gone:
+            log.warning("batch.entries_deleted", extra={"stream": source.stream, "entries": gone})
+
+    def _show_batch(self, request: ShowBatch) -> None:
+        """Answer a question of an HTTP client."""
+        try:
+            batch = self._batches.find(request.id)
+            body, error = (batch_facts(batch) if batch else None), ""
+        except StoreUnavailable as failure:
+            body, error = None, str(failure)
+        self._control.send(BatchShown(request.number, body, error))
 
     def _back_off(self, error: StoreUnavailable) -> float:
         if self._error is None:
@@ -183,6 +209,8 @@ class Reaper:
                         return True
                     case SetCron(tables):
                         self._cron.set_tables(tables)
+                    case ShowBatch():
+                        self._show_batch(received[0])
         except EOFError:
             return True
         return False

@@ -50,6 +50,8 @@ class Settings:
     reload: bool = False
     metrics_addr: str = "127.0.0.1:9464"
     lease_s: float = 30.0
+    #: Time for which a finished batch is kept.
+    batch_ttl_s: float = 7 * 24 * 3600.0
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     max_deaths: int = 3
     max_payload: int = MAX_PAYLOAD_BYTES

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from .admin.dead_letters import Letter, read_letter
+from .batches import Batch, find_batch
 from .cron_config import parse_cron_tables
 from .envelope import Job, job_of, read_payload
 from .errors import MalformedPayload
@@ -132,7 +133,10 @@ class Harness:
         # Slowing down after worker deaths would only make tests wait.
         self._reader = Reader(self._store, self.settings, control, mono_s=clock, rng=rng, slow_crashes=False)
         self._to_reaper, control = self._control_pair()
-        self._reaper = Reaper(MemoryStore(self._server), self.settings, control, mono_s=clock, rng=rng)
+        reaper_store = MemoryStore(self._server)
+        self._reaper = Reaper(
+            reaper_store, self.settings, control, mono_s=clock, wall_s=self.wall_now_s, rng=rng
+        )
         self._generation = 0
         self._worker: Runner | None = self._start_worker(first)
         self._to_reader.send(SyncDone())
@@ -204,6 +208,10 @@ class Harness:
             for source in self.settings.streams
             for number, data in enumerate(self._server.dead_letters(source.stream))
         ]
+
+    def batch(self, id: str) -> Batch | None:
+        """A batch with its counts; None if there is none of this id."""
+        return find_batch(self._store, [source.stream for source in self.settings.streams], id)
 
     @property
     def unfinished(self) -> int:

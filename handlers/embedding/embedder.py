@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,8 @@ from jobworker.worker import PermanentError
 
 from ..encoder.base import Encoder, Plan, UnsuitableText, Vectors
 from ..encoder.unknown_tokens import UnknownTokens
-from .vector_cache import Key, VectorCache, cache_key
+from ..jobstore.usage import Usage
+from .vector_cache import CachedVector, Key, NewVector, Origin, VectorCache, cache_key
 
 log = logging.getLogger("jobworker.embed")
 
@@ -25,10 +27,11 @@ RATE_FROM_BYTES = 2_000
 
 
 class EmbedRequest(NamedTuple):
-    """The texts of one job."""
+    """The texts of one job; `origins`, one a text, are for the cache."""
 
     tenant_id: str
     texts: Sequence[str]
+    origins: Sequence[Origin]
 
 
 @dataclass
@@ -36,26 +39,31 @@ class Prepared:
     """Result of the cache lookup and the tokeniser, for a part of a batch.
 
     A job is named by its index in the batch, a text by its index in `texts` (the texts of all jobs in order).
-    `jobs_of_texts` and `keys` have one entry a text; `keys` is empty without a cache. `plan` covers the texts
-    in `uncached`; it is None if the tokeniser failed for another reason than a text's length.
+    `jobs_of_texts`, `origins` and `keys` have one entry a text; `keys` is empty without a cache. `plan`
+    covers the texts in `uncached`; it is None if the tokeniser failed, but not for the length of a text.
     """
 
     requests: Mapping[int, EmbedRequest]
     jobs_of_texts: list[int]
     texts: list[str]
+    origins: list[Origin]
     keys: list[Key]
-    cached: dict[Key, Vectors]
+    cached: dict[Key, CachedVector]
     uncached: list[int]
     plan: Plan | None
     failed: dict[int, Exception]
 
 
 class Computed(NamedTuple):
-    """Vectors, shape (texts, dim), or the error of each job; `cache_entries` are new ones."""
+    """Vectors, shape (texts, dim), or the error of each job; `cache_entries` are new ones.
+
+    `usage`: what the texts of each tenant cost.
+    """
 
     vectors: dict[int, Vectors]
     failed: dict[int, Exception]
-    cache_entries: list[tuple[Key, Vectors]]
+    cache_entries: list[NewVector]
+    usage: Mapping[str, Usage] = MappingProxyType({})
 
 
 class Embedder:
@@ -78,8 +86,8 @@ class Embedder:
             (encoder.revision, str(encoder.dim), str(encoder.max_tokens), long_text, "document")
         )
         self._unknown_tokens = UnknownTokens(encoder.name, encoder.unknown_id)
-        self._forward_s = 0.0
-        encoder.counters["forward_seconds"] = 0.0
+        # Several job types share an encoder.
+        encoder.counters.setdefault("forward_seconds", 0.0)
         #: Recent rate of the model, bytes of text a second.
         self.rate_bytes_s = FIRST_RATE_BYTES_S
 
@@ -87,12 +95,13 @@ class Embedder:
         """Look up every text in the cache and tokenise the others; keys are job indexes."""
         jobs_of_texts = [job for job, request in requests.items() for _ in request.texts]
         texts = [text for request in requests.values() for text in request.texts]
+        origins = [origin for request in requests.values() for origin in request.origins]
         keys: list[Key] = []
-        prepared = Prepared(requests, jobs_of_texts, texts, keys, {}, [], None, {})
+        prepared = Prepared(requests, jobs_of_texts, texts, origins, keys, {}, [], None, {})
         if self._cache:
             tenants = [request.tenant_id for request in requests.values() for _ in request.texts]
             keys += map(cache_key, tenants, [self._identity] * len(texts), texts)
-            prepared.cached = self._cache.lookup(keys)
+            prepared.cached = self._cache.lookup(keys, origins)
         prepared.uncached = [i for i in range(len(texts)) if not keys or keys[i] not in prepared.cached]
         self._tokenize(prepared)
         return prepared
@@ -115,6 +124,8 @@ class Embedder:
         """Run the forward pass. If it fails, run it job by job, so that only the jobs at fault fail."""
         failed = dict(prepared.failed)
         vectors: dict[int, Vectors] = {}
+        tokens = _tokens_of(prepared)
+        forward_s = self._encoder.counters["forward_seconds"]
         remaining = {prepared.jobs_of_texts[index] for index in prepared.uncached}
         if prepared.plan is not None:
             try:
@@ -126,14 +137,14 @@ class Embedder:
                 log.warning("embed.batch_split", extra={"jobs": len(remaining), "error": str(error)})
         for job in remaining:
             self._compute_job(prepared, job, vectors, failed)
-        return _computed(prepared, vectors, failed)
+        took_s = self._encoder.counters["forward_seconds"] - forward_s
+        return _computed(prepared, vectors, failed, tokens, took_s)
 
     def _forward(self, prepared: Prepared, plan: Plan) -> Vectors:
         started_s = self._mono_s()
         vectors = self._encoder.forward(plan)
         took_s = self._mono_s() - started_s
-        self._forward_s += took_s
-        self._encoder.counters["forward_seconds"] = self._forward_s
+        self._encoder.counters["forward_seconds"] += took_s
         size = sum(_utf8_bytes(prepared.texts[index]) for index in prepared.uncached)
         if size >= RATE_FROM_BYTES and took_s > 0:
             self.rate_bytes_s += RATE_WEIGHT * (size / took_s - self.rate_bytes_s)
@@ -164,10 +175,10 @@ def divide(request: EmbedRequest, part_bytes: float) -> Iterator[EmbedRequest]:
     for stop, text in enumerate(request.texts, 1):
         filled += _utf8_bytes(text)
         if filled >= part_bytes:
-            yield request._replace(texts=request.texts[start:stop])
+            yield request._replace(texts=request.texts[start:stop], origins=request.origins[start:stop])
             start, filled = stop, 0
     if start < len(request.texts):
-        yield request._replace(texts=request.texts[start:])
+        yield request._replace(texts=request.texts[start:], origins=request.origins[start:])
 
 
 def size_bytes(request: EmbedRequest) -> int:
@@ -175,16 +186,52 @@ def size_bytes(request: EmbedRequest) -> int:
     return sum(map(_utf8_bytes, request.texts))
 
 
-def _computed(prepared: Prepared, vectors: dict[int, Vectors], failed: dict[int, Exception]) -> Computed:
+def _tokens_of(prepared: Prepared) -> dict[int, int]:
+    """The tokens of each text that the model is given; empty if they are not known yet."""
+    tokens = dict.fromkeys(prepared.uncached, 0)
+    if prepared.plan is not None:
+        for window, owner in zip(prepared.plan.windows, prepared.plan.owners, strict=True):
+            tokens[prepared.uncached[owner]] += len(window)
+    return tokens
+
+
+def _computed(
+    prepared: Prepared,
+    vectors: dict[int, Vectors],
+    failed: dict[int, Exception],
+    tokens: Mapping[int, int],
+    took_s: float,
+) -> Computed:
     """Join computed vectors (by text index) and cached ones, job by job."""
     by_job: dict[int, list[Vectors]] = {job: [] for job in prepared.requests if job not in failed}
     for index, job in enumerate(prepared.jobs_of_texts):
         if job in by_job:
             vector = vectors.get(index)
-            by_job[job].append(prepared.cached[prepared.keys[index]] if vector is None else vector)
+            by_job[job].append(prepared.cached[prepared.keys[index]].vector if vector is None else vector)
     stacked = {job: np.stack(of_job) for job, of_job in by_job.items()}
-    entries = [(prepared.keys[index], vector) for index, vector in vectors.items()] if prepared.keys else []
-    return Computed(stacked, failed, entries)
+    entries = [
+        NewVector(prepared.keys[index], vector, prepared.origins[index], tokens[index])
+        for index, vector in (vectors.items() if prepared.keys else ())
+    ]
+    return Computed(stacked, failed, entries, _usage(prepared, vectors, tokens, took_s))
+
+
+def _usage(
+    prepared: Prepared, vectors: Mapping[int, Vectors], tokens: Mapping[int, int], took_s: float
+) -> dict[str, Usage]:
+    """What was spent for each tenant; the time is divided by tokens."""
+    usage: dict[str, Usage] = {}
+    us_a_token = 1e6 * took_s / max(1, sum(tokens[index] for index in vectors))
+    for index, job in enumerate(prepared.jobs_of_texts):
+        tenant_id = prepared.requests[job].tenant_id
+        if index in vectors:
+            one = Usage(embedded_tokens=tokens[index], model_us=round(tokens[index] * us_a_token))
+        elif prepared.keys and (cached := prepared.cached.get(prepared.keys[index])):
+            one = Usage(spared_tokens=cached.tokens)
+        else:
+            continue
+        usage[tenant_id] = usage.get(tenant_id, Usage()) + one
+    return usage
 
 
 def _utf8_bytes(text: str) -> int:

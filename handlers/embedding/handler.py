@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,25 +15,27 @@ from jobworker.worker import Job, PermanentError, report_progress, span
 from ..encoder.base import Encoder, Vectors
 from ..encoder.load import load_from_settings
 from ..jobstore.fence import Fence
-from ..jobstore.open import open_fence
+from ..jobstore.open import open_erasures, open_fence
+from ..jobstore.usage import Usage, UsageMeter, open_usages
 from ..settings import HandlerSettings
 from ..vectors.attribution import Attribution
 from ..vectors.open import open_store
 from ..vectors.ports import (
+    AnyRow,
     CollectionUnavailable,
-    Row,
     SuspectStoreError,
     TransientStoreError,
     VectorStore,
     VectorStoreError,
     WriteRefused,
 )
-from ..vectors.schema import DEFAULT_COLLECTION, owner
+from ..vectors.schema import DEFAULT_COLLECTION, ENTITIES_COLLECTION, owner
 from ..vectors.versioned_writer import VersionedRows, VersionedWriter
+from .cache_erasures import CacheErasures
 from .embedder import Computed, Embedder, EmbedRequest, Prepared, divide, size_bytes
-from .payload import EmbedPayload
+from .payload import EmbedPayload, EntityPayload, Payload
 from .pipeline import run_pipeline
-from .vector_cache import VectorCache
+from .vector_cache import Origin, VectorCache
 
 log = logging.getLogger("jobworker.embed")
 
@@ -54,7 +56,7 @@ CACHE_FILE = "embedding-cache.sqlite3"
 
 
 # A job is named by its index in the batch, which is also that of its outcome.
-_Payloads = dict[int, EmbedPayload]
+_Payloads = dict[int, Payload]
 _Group = dict[int, VersionedRows]
 _Outcomes = list[BaseException | None]
 
@@ -106,6 +108,9 @@ class EmbeddingBatch:
     batch_timeout = 120.0
     # A job of 8 MiB takes minutes or hours; each pass and each write starts the timeout again.
     max_timeout = 12 * 3600.0
+    #: Collection that `setup` creates, and the parser of a payload.
+    collection = DEFAULT_COLLECTION
+    parse: Callable[[Job, str], Payload] = staticmethod(EmbedPayload.parse)
 
     def __init__(
         self, encoder: Encoder | None = None, store: VectorStore | None = None, fence: Fence | None = None
@@ -133,10 +138,14 @@ class EmbeddingBatch:
         fence = self._given_fence or open_fence(settings.redis_url)
         self._writer = VersionedWriter(self._store, fence, prefix=self._prefix, model=self._encoder.name)
         self.counters = self._encoder.counters
-        self._embedder = Embedder(
-            self._encoder, _open_cache(settings, self._encoder), long_text=settings.long_text
-        )
-        self._ensure(DEFAULT_COLLECTION)
+        cache = _open_cache(settings, self._encoder)
+        self._embedder = Embedder(self._encoder, cache, long_text=settings.long_text)
+        if cache is not None and settings.redis_url:
+            erasures = open_erasures(settings.redis_url)
+            CacheErasures(cache, erasures, kept_s=settings.tombstone_ttl_s).start()
+        self._usage = UsageMeter(open_usages(settings.redis_url))
+        for collection in dict.fromkeys((DEFAULT_COLLECTION, self.collection)):
+            self._ensure(collection)
         fields = {"model": self._encoder.name, "revision": self._encoder.revision, "dim": self._encoder.dim}
         log.info("embed.ready", extra={**fields, "max_tokens": self._encoder.max_tokens, "pid": os.getpid()})
 
@@ -153,7 +162,7 @@ class EmbeddingBatch:
     def handle_batch(self, jobs: Sequence[Job]) -> list[BaseException | None]:
         """Embed several jobs at once; one outcome a job, in order."""
         outcomes: _Outcomes = [None] * len(jobs)
-        payloads = _parse_all(jobs, outcomes, self._prefix)
+        payloads = self._parse_all(jobs, outcomes)
         if payloads:
             batch = _Batch(jobs, payloads, outcomes, Attribution(self._store))
             run_pipeline(
@@ -163,15 +172,29 @@ class EmbeddingBatch:
                 partial(self._finish, batch),
             )
             batch.fail_unfinished()
+            self._usage.flush()
             self.max_batch_bytes = int(_clamp(self._embedder.rate_bytes_s * BATCH_S, *BATCH_BYTES))
         return outcomes
+
+    def _parse_all(self, jobs: Sequence[Job], outcomes: _Outcomes) -> _Payloads:
+        """The payloads with texts; a job with an invalid payload gets its outcome."""
+        payloads: _Payloads = {}
+        for index, job in enumerate(jobs):
+            try:
+                payload = self.parse(job, self._prefix)
+            except PermanentError as error:
+                outcomes[index] = error
+            else:
+                if payload.ids:
+                    payloads[index] = payload
+        return payloads
 
     def _chunks(self, payloads: _Payloads) -> list[dict[int, EmbedRequest]]:
         """The jobs in order, divided into chunks of some forward passes each.
 
         A chunk holds one part of a job that takes longer than a part, and all texts of any other job.
         """
-        requests = {index: EmbedRequest(one.tenant_id, one.texts) for index, one in payloads.items()}
+        requests = {index: _request(one) for index, one in payloads.items()}
         max_bytes = self._embedder.rate_bytes_s * CHUNK_S
         limit = max(
             MIN_CHUNK_BYTES, min(max_bytes, sum(map(size_bytes, requests.values())) / CHUNKS_PER_BATCH)
@@ -203,6 +226,7 @@ class EmbeddingBatch:
         """Write the vectors to the cache and the store; the rows of several jobs share requests."""
         self._embedder.save_to_cache(computed)
         for part in computed:
+            self._usage.add(part.usage)
             for index, vectors in part.vectors.items():
                 batch.unwritten.setdefault(index, []).append(vectors)
         groups: dict[str, _Group] = {}
@@ -243,6 +267,9 @@ class EmbeddingBatch:
             with span("upsert", jobs, collection=collection, rows=rows):
                 self._ensure(collection)
                 self._writer.write(collection, list(group.values()))
+            for versioned in group.values():
+                tenant_id, _ = owner(versioned.rows[0])
+                self._usage.add({tenant_id: Usage(rows=len(versioned.rows))})
         except VectorStoreError as error:
             # It may have been dropped: the next try ensures it again.
             self._ensured_collections.discard(collection)
@@ -257,6 +284,20 @@ class EmbeddingBatch:
             self._ensured_collections.add(collection)
 
 
+class EntityUpsert(EmbeddingBatch):
+    """Handler of `entity_upsert`: one vector an entity, of its name and description. Promises as above."""
+
+    collection = ENTITIES_COLLECTION
+    parse: Callable[[Job, str], Payload] = staticmethod(EntityPayload.parse)
+
+
+def _request(payload: Payload) -> EmbedRequest:
+    places = zip(payload.chapter_ids, payload.ids, strict=True)
+    scope = (payload.tenant_id, payload.project_id)
+    origins = [Origin(*scope, chapter_id, row_id, payload.created_us) for chapter_id, row_id in places]
+    return EmbedRequest(payload.tenant_id, payload.texts, origins)
+
+
 def _open_cache(settings: HandlerSettings, encoder: Encoder) -> VectorCache | None:
     if not settings.cache_bytes:
         return None
@@ -266,20 +307,6 @@ def _open_cache(settings: HandlerSettings, encoder: Encoder) -> VectorCache | No
 
 def _clamp(number: float, least: float, most: float) -> float:
     return max(least, min(number, most))
-
-
-def _parse_all(jobs: Sequence[Job], outcomes: _Outcomes, prefix: str) -> _Payloads:
-    """The payloads with texts; a job with an invalid payload gets its outcome."""
-    payloads = {}
-    for index, job in enumerate(jobs):
-        try:
-            payload = EmbedPayload.parse(job, prefix)
-        except PermanentError as error:
-            outcomes[index] = error
-        else:
-            if payload.ids:
-                payloads[index] = payload
-    return payloads
 
 
 def _take_rows(batch: _Batch, index: int) -> VersionedRows | None:
@@ -299,14 +326,14 @@ def _take_rows(batch: _Batch, index: int) -> VersionedRows | None:
     part = payload.part(start, stop)
     rows = part.rows(np.concatenate(vectors))
     _log_clipped(batch.jobs[index], part, rows)
-    return VersionedRows(batch.jobs[index].id, rows, payload.version, payload.replace)
+    job = batch.jobs[index]
+    return VersionedRows(job.id, rows, payload.version, payload.replace, f"{job.stream}/{job.entry_id}")
 
 
-def _log_clipped(job: Job, payload: EmbedPayload, rows: Sequence[Row]) -> None:
-    for row, text in zip(rows, payload.texts, strict=True):
-        if len(row.text_content) < len(text):
-            fields = {"job_id": job.id, "row_id": row.id, "chars": len(text), "stored": len(row.text_content)}
-            log.warning("embed.text_clipped", extra={**fields, "hint": "the vector covers the whole text"})
+def _log_clipped(job: Job, payload: Payload, rows: Sequence[AnyRow]) -> None:
+    for row_id, chars, stored in payload.clipped_chars(rows):
+        fields = {"job_id": job.id, "row_id": row_id, "chars": chars, "stored": stored}
+        log.warning("embed.text_clipped", extra={**fields, "hint": "the vector covers the whole text"})
 
 
 def _ids_clash(group: _Group) -> bool:

@@ -1,18 +1,63 @@
-"""The payload of `embedding_batch`: validation of its fields, and the rows built from it."""
+"""The payloads of `embedding_batch` and `entity_upsert`: validation of fields, and the rows made of them."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, Self
 
 from jobworker.worker import Job, PermanentError
 from jobworker.worker.safe_text import is_unicode
 
-from ..vectors.ports import Row, Vector
-from ..vectors.schema import DEFAULT_COLLECTION, ID, INT64_MAX, INT64_MIN, clip, plain_name, shown
+from ..jobstore.erasures import created_us
+from ..vectors.ports import AnyRow, EntityRow, Row, Vector
+from ..vectors.schema import (
+    DEFAULT_COLLECTION,
+    ENTITIES_COLLECTION,
+    ID,
+    INT64_MAX,
+    INT64_MIN,
+    PROFILE_PREFIX,
+    clip,
+    entity_row_id,
+    plain_name,
+    shown,
+)
 
-# Limit of the collection's VARCHAR field, which Milvus counts in UTF-8 bytes.
+# Limits of the collections' VARCHAR fields, which Milvus counts in UTF-8 bytes.
 SEGMENT_TYPE_LIMIT_BYTES = 32
+NAME_LIMIT_BYTES = 256
 # All vectors of a job are in memory at once: 200 MB at 1024 dimensions. No chapter comes near this number.
 MAX_TEXTS = 50_000
+
+
+class Payload(Protocol):
+    """A valid payload of a job type that embeds texts. `chapter_ids` has one entry a text, "" for none."""
+
+    @property
+    def tenant_id(self) -> str: ...
+    @property
+    def project_id(self) -> str: ...
+    @property
+    def collection(self) -> str: ...
+    @property
+    def ids(self) -> list[str]: ...
+    @property
+    def texts(self) -> list[str]: ...
+    @property
+    def chapter_ids(self) -> list[str]: ...
+    @property
+    def version(self) -> int | None: ...
+    @property
+    def replace(self) -> bool: ...
+    @property
+    def created_us(self) -> int: ...
+
+    def part(self, start: int, stop: int) -> "Payload":
+        """The payload with some of its texts."""
+
+    def rows(self, vectors: Vector) -> Sequence[AnyRow]:
+        """Rows from vectors of shape (texts, dim); a text too long for its field is clipped."""
+
+    def clipped_chars(self, rows: Sequence[AnyRow]) -> list[tuple[str, int, int]]:
+        """Of the rows whose text was clipped: id, characters of the text, characters stored."""
 
 
 class EmbedPayload(NamedTuple):
@@ -31,6 +76,7 @@ class EmbedPayload(NamedTuple):
     segment_types: list[str]
     version: int | None
     replace: bool
+    created_us: int = 0
 
     @classmethod
     def parse(cls, job: Job, prefix: str) -> "EmbedPayload":
@@ -57,10 +103,10 @@ class EmbedPayload(NamedTuple):
             _optional(payload, "segment_types", ids, _segment_type, ""),
             None if version is None else _check("version", version, _int64),
             _replace(payload),
+            created_us(job),
         )
 
     def part(self, start: int, stop: int) -> "EmbedPayload":
-        """The payload with some of its texts."""
         part = slice(start, stop)
         return self._replace(
             ids=self.ids[part],
@@ -70,8 +116,10 @@ class EmbedPayload(NamedTuple):
             segment_types=self.segment_types[part],
         )
 
+    def clipped_chars(self, rows: Sequence[Any]) -> list[tuple[str, int, int]]:
+        return _clipped([(row.id, row.text_content) for row in rows], self.texts)
+
     def rows(self, vectors: Vector) -> list[Row]:
-        """Rows from vectors of shape (texts, dim); a text too long for its field is clipped."""
         columns = zip(
             self.ids,
             vectors,
@@ -92,9 +140,96 @@ class EmbedPayload(NamedTuple):
                 segment_type,
                 clip(text),
                 self.version or 0,
+                self.created_us,
             )
             for id_, vector, chapter, story_time, segment_type, text in columns
         ]
+
+
+def _clipped(rows: Sequence[tuple[str, str]], texts: Sequence[str]) -> list[tuple[str, int, int]]:
+    pairs = zip(rows, texts, strict=True)
+    return [(id_, len(text), len(kept)) for (id_, kept), text in pairs if len(kept) < len(text)]
+
+
+class EntityPayload(NamedTuple):
+    """A valid payload of `entity_upsert`: columns of equal length, one entry an entity.
+
+    With `replace`, older entities of the project that such jobs wrote are removed.
+    """
+
+    tenant_id: str
+    project_id: str
+    entity_ids: list[str]
+    names: list[str]
+    entity_types: list[str]
+    descriptions: list[str]
+    version: int | None
+    replace: bool
+    created_us: int
+
+    @classmethod
+    def parse(cls, job: Job, prefix: str) -> Self:
+        """As `EmbedPayload.parse`."""
+        payload = job.payload
+        if not isinstance(payload, dict):
+            raise PermanentError(f"payload must be an object, not {shown(payload)}")
+        for field, owner in (("tenant_id", job.tenant_id), ("project_id", job.project_id)):
+            _check_owner(field, owner, payload.get(field))
+        entities = _column(payload, "entities", None, _object)
+        version = payload.get("version")
+        replace = _check("replace", _value(payload, "replace", False), _bool)
+        if replace and (version is None or not entities):
+            raise PermanentError("replace needs version and at least one entity")
+        return cls(
+            job.tenant_id,
+            job.project_id,
+            _members(entities, "entity_id", _id),
+            _members(entities, "name", _name),
+            _members(entities, "entity_type", _optional_type),
+            _members(entities, "description", _optional_text),
+            None if version is None else _check("version", version, _int64),
+            replace,
+            created_us(job),
+        )
+
+    @property
+    def collection(self) -> str:
+        return ENTITIES_COLLECTION
+
+    @property
+    def ids(self) -> list[str]:
+        owner = (self.tenant_id, self.project_id)
+        return [entity_row_id(*owner, id_, PROFILE_PREFIX) for id_ in self.entity_ids]
+
+    @property
+    def texts(self) -> list[str]:
+        """What is embedded: the same as a rebuild embeds from the row."""
+        pairs = zip(self.names, self.descriptions, strict=True)
+        return ["\n".join(filter(None, pair)) for pair in pairs]
+
+    @property
+    def chapter_ids(self) -> list[str]:
+        return [""] * len(self.entity_ids)
+
+    def part(self, start: int, stop: int) -> "EntityPayload":
+        part = slice(start, stop)
+        return self._replace(
+            entity_ids=self.entity_ids[part],
+            names=self.names[part],
+            entity_types=self.entity_types[part],
+            descriptions=self.descriptions[part],
+        )
+
+    def rows(self, vectors: Vector) -> list[EntityRow]:
+        columns = (self.ids, vectors, self.entity_ids, self.entity_types, self.names, self.descriptions)
+        owner, last = (self.tenant_id, self.project_id), (self.version or 0, self.created_us)
+        return [
+            EntityRow(id_, vector, *owner, entity_id, kind, name, clip(description), *last)
+            for id_, vector, entity_id, kind, name, description in zip(*columns, strict=True)
+        ]
+
+    def clipped_chars(self, rows: Sequence[Any]) -> list[tuple[str, int, int]]:
+        return _clipped([(row.id, row.description) for row in rows], self.descriptions)
 
 
 def _replace(payload: dict[str, Any]) -> bool:
@@ -186,3 +321,26 @@ def _int64(value: Any) -> str | None:
 
 def _bool(value: Any) -> str | None:
     return None if isinstance(value, bool) else "true or false"
+
+
+def _object(value: Any) -> str | None:
+    return None if isinstance(value, dict) else "an object"
+
+
+def _name(value: Any) -> str | None:
+    valid = isinstance(value, str) and is_unicode(value) and 0 < len(value.encode()) <= NAME_LIMIT_BYTES
+    return None if valid else f"a string of 1 to {NAME_LIMIT_BYTES} bytes"
+
+
+def _optional_text(value: Any) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _optional_type(value: Any) -> str | None:
+    return None if value is None else _segment_type(value)
+
+
+def _members(entities: list[dict[str, Any]], field: str, rule: _Rule) -> list[str]:
+    """One field of every entity; Go encodes an absent text as null or ""."""
+    values = ((index, one.get(field)) for index, one in enumerate(entities))
+    return [_check(f"entities[{index}].{field}", value, rule) or "" for index, value in values]

@@ -12,15 +12,16 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NewType, TypeVar
+from typing import Any, NamedTuple, NewType, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..file_lock import lock_file
+from ..jobstore.erasures import chapter_name, id_name, owner_names
 
 log = logging.getLogger("jobworker.cache")
 
@@ -28,15 +29,17 @@ Vector = NDArray[np.float32]
 T = TypeVar("T")
 
 # A file with another layout is replaced.
-LAYOUT = 2
+LAYOUT = 3
 # Three vectors of 1024 dimensions fill a page to seven eighths; at 4096 bytes each would take two pages.
 PAGE_BYTES = 16_384
 # SQLite's write-ahead log: written back at half of this size and truncated to it.
 WAL_BYTES = 8 * 1024 * 1024
 # With less, the log would take most of the space.
 MIN_LIMIT_BYTES = 2 * WAL_BYTES
-# A row without its vector: key (in table and index), checksum, lengths.
-ROW_OVERHEAD_BYTES = 72
+# A row without its vector: key and origin (each in table and index), tokens, checksum, lengths.
+ROW_OVERHEAD_BYTES = 144
+# Rows that one transaction deletes; other workers wait for it.
+ERASED_AT_ONCE = 500
 # An entry of the index of keys, and a mark of a used row, in pages that are half full.
 INDEX_ENTRY_BYTES, MARK_BYTES = 96, 24
 # Rows in use that are moved away from the end where rows are evicted: in one write, which bounds its time,
@@ -58,8 +61,47 @@ _CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 #: Hash keyed by the tenant, so that no tenant can find out what texts another one has.
 Key = NewType("Key", bytes)
-# As stored: whether it is in the older half, key, value.
-_Entry = tuple[bool, Key, object]
+# As stored: whether it is in the older half, key, value, origin, tokens.
+_Entry = tuple[bool, Key, object, object, object]
+# Bytes of each of the three parts of an origin.
+_PART_BYTES = 8
+
+
+class Origin(NamedTuple):
+    """The text that a vector is of: its row, and when the job was created (unix microseconds)."""
+
+    tenant_id: str = ""
+    project_id: str = ""
+    chapter_id: str = ""
+    row_id: str = ""
+    created_us: int = 0
+
+    @property
+    def stored(self) -> bytes:
+        """Digests of tenant, project and chapter: a prefix covers all of a tenant or project."""
+        return _digests(self.tenant_id, self.project_id, self.chapter_id)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tombstones that cover it."""
+        owner = (self.tenant_id, self.project_id)
+        return (*owner_names(*owner), chapter_name(*owner, self.chapter_id), id_name(*owner, self.row_id))
+
+
+class NewVector(NamedTuple):
+    """A vector to store, and the tokens that the model was given for it."""
+
+    key: Key
+    vector: Vector
+    origin: Origin = Origin()
+    tokens: int = 0
+
+
+class CachedVector(NamedTuple):
+    """A stored vector, and the tokens that it spares the model."""
+
+    vector: Vector
+    tokens: int
 
 
 def cache_key(tenant_id: str, identity: str, text: str) -> Key:
@@ -92,35 +134,64 @@ class VectorCache:
         self._path, self._dim, self._mono_s = path, dim, mono_s
         self._limit_bytes = max(limit_bytes, MIN_LIMIT_BYTES) - WAL_BYTES
         self._counters = counters
-        counters |= {"embedding_cache_hits": 0, "embedding_cache_misses": 0}
+        for name in ("embedding_cache_hits", "embedding_cache_misses"):
+            counters.setdefault(name, 0)
         self._lock = threading.Lock()
         self._file: _CacheFile | None = None
         self._paused_until_s = 0.0
         self._recently_used: set[Key] = set()
+        # Entries that texts of several chapters or projects share: what covers all of them.
+        self._shared: dict[Key, bytes] = {}
 
-    def lookup(self, keys: Sequence[Key]) -> dict[Key, Vector]:
-        """The valid vectors among those of `keys`; counts hits and misses."""
+    def lookup(self, keys: Sequence[Key], origins: Sequence[Origin] = ()) -> dict[Key, CachedVector]:
+        """The valid vectors among those of `keys`; counts hits and misses. `origins`: one a key."""
         vectors = {}
         entries: list[_Entry] = self._attempt(lambda file: file.read(list(set(keys))), [])
-        for is_old, key, value in entries:
+        asking = {key: origin.stored for key, origin in zip(keys, origins, strict=False)}
+        for is_old, key, value, origin, tokens in entries:
             if (vector := _decode(key, value, self._dim)) is not None:
-                vectors[key] = vector
+                vectors[key] = CachedVector(vector, tokens if isinstance(tokens, int) else 0)
                 if is_old:
                     self._recently_used.add(key)
+                if isinstance(origin, bytes) and (both := _common(origin, asking.get(key, origin))) != origin:
+                    self._shared[key] = both
         hits = sum(key in vectors for key in keys)
         self._counters["embedding_cache_hits"] += hits
         self._counters["embedding_cache_misses"] += len(keys) - hits
         return vectors
 
-    def put(self, vectors: Iterable[tuple[Key, Vector]]) -> None:
-        """Store vectors, replacing those of the same key; evicts first. Skips vectors that are not finite."""
+    def put(self, vectors: Iterable[tuple[Any, ...]]) -> None:
+        """Store vectors (`NewVector`), replacing those of the same key; evicts first.
+
+        Skips vectors that are not finite, and those whose origin was deleted after the job was created.
+        """
         max_rows = self._limit_bytes // 2 // _row_bytes(self._dim)
-        rows = [(key, _encode(key, vector)) for key, vector in vectors if np.isfinite(vector).all()][
-            :max_rows
-        ]
+        entries = (NewVector(*entry) for entry in vectors)
+        rows = [_Row.of(entry) for entry in entries if np.isfinite(entry.vector).all()][:max_rows]
         used, self._recently_used = list(self._recently_used), set()
-        if rows or used:
-            self._attempt(lambda file: file.write(rows, used, _row_bytes(self._dim)), None)
+        shared, self._shared = self._shared, {}
+        if rows or used or shared:
+            self._attempt(lambda file: file.write(rows, used, shared, _row_bytes(self._dim)), None)
+
+    def position(self) -> tuple[str, float] | None:
+        """What `move_on` was given last: where the reading of deletions stopped, and when (unix seconds).
+
+        ``("", 0.0)`` for a new file; None if the file cannot be read now.
+        """
+        return self._attempt(lambda file: file.position(), None)
+
+    def move_on(self, position: str, wall_now_s: float) -> None:
+        """Note how far the log of deletions was read."""
+        self._attempt(lambda file: file.move_on(position, wall_now_s), None)
+
+    def erase(self, names: Sequence[str], cutoff_us: int) -> bool:
+        """Delete the vectors of scopes, by the names of their tombstones; from now on `put` refuses those of
+        jobs that were created at `cutoff_us` or earlier. False if the file could not be changed."""
+        return self._attempt(lambda file: file.erase(names, cutoff_us), False)
+
+    def clear(self) -> bool:
+        """Delete all vectors. False if the file could not be changed."""
+        return self._attempt(lambda file: file.delete_where("1"), False)
 
     def close(self) -> None:
         """Close the file; the next call opens it again."""
@@ -154,6 +225,21 @@ class VectorCache:
         self._file = None
 
 
+class _Row(NamedTuple):
+    """A row of the table, and the origin that decides whether it may be stored."""
+
+    key: Key
+    value: bytes
+    origin: bytes
+    tokens: int
+    created_as: Origin
+
+    @classmethod
+    def of(cls, entry: NewVector) -> "_Row":
+        key, origin = entry.key, entry.origin
+        return cls(key, _encode(key, entry.vector), origin.stored, entry.tokens, origin)
+
+
 class _CacheFile:
     """The open database file. Most methods may raise sqlite3.Error."""
 
@@ -183,9 +269,16 @@ class _CacheFile:
         # A file with another layout is left as it is: it may have no room for a further table.
         if not self._number("PRAGMA user_version"):
             self._db.execute(
-                "CREATE TABLE IF NOT EXISTS vectors"
-                " (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, value BLOB NOT NULL)"
+                "CREATE TABLE IF NOT EXISTS vectors (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE,"
+                " value BLOB NOT NULL, origin BLOB NOT NULL, tokens INTEGER NOT NULL)"
             )
+            self._db.execute("CREATE INDEX IF NOT EXISTS origins ON vectors (origin)")
+            # Tombstones of deletions, and how far their log was read.
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS erased (name BLOB PRIMARY KEY, cutoff_us INTEGER NOT NULL)"
+                " WITHOUT ROWID"
+            )
+            self._db.execute("CREATE TABLE IF NOT EXISTS log (position TEXT NOT NULL, read_s REAL NOT NULL)")
             # Ids of rows that were used since they were written.
             self._db.execute("CREATE TABLE IF NOT EXISTS used (id INTEGER PRIMARY KEY)")
             self._db.execute(f"PRAGMA user_version = {LAYOUT}")
@@ -203,8 +296,9 @@ class _CacheFile:
         for start in range(0, len(keys), KEYS_PER_QUERY):
             part = keys[start : start + KEYS_PER_QUERY]
             marks = ",".join("?" * len(part))
-            rows = self._db.execute(f"SELECT id, key, value FROM vectors WHERE key IN ({marks})", part)
-            entries += [(id_ < old_below, Key(key), value) for id_, key, value in rows]
+            columns = "id, key, value, origin, tokens"
+            rows = self._db.execute(f"SELECT {columns} FROM vectors WHERE key IN ({marks})", part)
+            entries += [(id_ < old_below, Key(key), *rest) for id_, key, *rest in rows]
         return entries
 
     def _old_below(self) -> int:
@@ -213,8 +307,14 @@ class _CacheFile:
             return 0
         return self._number("SELECT min(id) / 2 + max(id) / 2 FROM vectors")
 
-    def write(self, rows: Sequence[tuple[Key, bytes]], used: Sequence[Key], row_bytes: int) -> None:
+    def write(
+        self, rows: "Sequence[_Row]", used: Sequence[Key], shared: Mapping[Key, bytes], row_bytes: int
+    ) -> None:
         """Mark `used`, make room for `rows`, insert them. A failure in between costs only some entries."""
+        if shared:
+            with self._transaction():
+                change = "UPDATE vectors SET origin = ? WHERE key = ?"
+                self._db.executemany(change, [(origin, key) for key, origin in shared.items()])
         if used:
             mark = "INSERT OR IGNORE INTO used (id) SELECT id FROM vectors WHERE key = ?"
             with self._transaction():
@@ -243,13 +343,13 @@ class _CacheFile:
         nth_used = self._number("SELECT id FROM used ORDER BY id LIMIT 1 OFFSET ?", at_once)
         last = min(last, nth_used or last)
         moved = self._db.execute(
-            "SELECT key, value FROM vectors JOIN used USING (id) WHERE id <= ?", (last,)
+            "SELECT key, value, origin, tokens FROM vectors JOIN used USING (id) WHERE id <= ?", (last,)
         ).fetchall()
         self._delete_until(last)
         self._put(moved)
         return len(moved)
 
-    def _insert(self, rows: Sequence[tuple[Key, bytes]], row_bytes: int, spare_bytes: int) -> None:
+    def _insert(self, rows: "Sequence[_Row]", row_bytes: int, spare_bytes: int) -> None:
         """Insert; if there is no room, delete the oldest rows first, used or not."""
         with self._transaction():
             excess = self._excess_bytes(len(rows), row_bytes)
@@ -257,7 +357,54 @@ class _CacheFile:
                 self._oldest(excess + spare_bytes, row_bytes)
             ):
                 excess, spare_bytes = self._excess_bytes(len(rows), row_bytes), 0
-            self._put(rows)
+            # In the transaction: a deletion comes before it and is seen, or after it and deletes the rows.
+            self._put([row[:4] for row in self._not_erased(rows)])
+
+    def _not_erased(self, rows: "Sequence[_Row]") -> "Sequence[_Row]":
+        if not self._number("SELECT count(*) FROM (SELECT 1 FROM erased LIMIT 1)"):
+            return rows
+        query = "SELECT count(*) FROM erased WHERE name IN (?, ?, ?, ?) AND cutoff_us >= ?"
+        return [
+            row
+            for row in rows
+            if not self._number(query, *map(_digest, row.created_as.names), row.created_as.created_us)
+        ]
+
+    def erase(self, names: Sequence[str], cutoff_us: int) -> bool:
+        """Tombstones first, then the vectors, some at a time. Free pages are overwritten."""
+        tombstone = (
+            "INSERT INTO erased (name, cutoff_us) VALUES (?, ?)"
+            " ON CONFLICT (name) DO UPDATE SET cutoff_us = max(cutoff_us, excluded.cutoff_us)"
+        )
+        with self._transaction():
+            self._db.executemany(tombstone, [(_digest(_covering(name)), cutoff_us) for name in names])
+        for name in names:
+            for first, last in _origins_of(name):
+                self.delete_where("origin BETWEEN ? AND ?", first, last)
+        return True
+
+    def delete_where(self, condition: str, *values: bytes) -> bool:
+        """Delete the vectors that a condition of this file selects."""
+        self._db.execute("PRAGMA secure_delete = ON")
+        page = f"SELECT id FROM vectors WHERE {condition} LIMIT {ERASED_AT_ONCE}"
+        while ids := [row[0] for row in self._db.execute(page, values)]:
+            with self._transaction():
+                for table in ("used", "vectors"):
+                    self._db.executemany(f"DELETE FROM {table} WHERE id = ?", [(id_,) for id_ in ids])
+        self._db.execute("PRAGMA secure_delete = OFF")
+        # The log holds copies of deleted pages. While another worker reads it, it stays until a later write.
+        with suppress(sqlite3.OperationalError):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return True
+
+    def position(self) -> tuple[str, float]:
+        row = self._db.execute("SELECT position, read_s FROM log").fetchone()
+        return (row[0].decode(), float(row[1])) if row else ("", 0.0)
+
+    def move_on(self, position: str, wall_now_s: float) -> None:
+        with self._transaction():
+            self._db.execute("DELETE FROM log")
+            self._db.execute("INSERT INTO log (position, read_s) VALUES (?, ?)", (position, wall_now_s))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -279,8 +426,9 @@ class _CacheFile:
         self._db.execute("DELETE FROM used WHERE id <= ?", (last,))
         return self._db.execute("DELETE FROM vectors WHERE id <= ?", (last,)).rowcount
 
-    def _put(self, rows: Sequence[tuple[Key, bytes]]) -> None:
-        self._db.executemany("INSERT OR REPLACE INTO vectors (key, value) VALUES (?, ?)", rows)
+    def _put(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        columns = "(key, value, origin, tokens) VALUES (?, ?, ?, ?)"
+        self._db.executemany(f"INSERT OR REPLACE INTO vectors {columns}", rows)
 
     def _excess_bytes(self, rows: int, row_bytes: int) -> int:
         """Bytes by which `rows` more exceed the limit. Partly free pages do not count as free."""
@@ -294,7 +442,7 @@ class _CacheFile:
         free = self._number("PRAGMA freelist_count")
         return (self._number("PRAGMA page_count") - free) * PAGE_BYTES
 
-    def _number(self, query: str, *values: int) -> int:
+    def _number(self, query: str, *values: int | bytes) -> int:
         """The number that a query gives; 0 if it is null or there is no row."""
         row = self._db.execute(query, values).fetchone()
         return int(row[0] or 0) if row else 0
@@ -368,6 +516,38 @@ def _decode(key: Key, value: object, dim: int) -> Vector | None:
 
 def _checksum(key: Key, data: bytes) -> bytes:
     return hashlib.blake2b(data, key=key, digest_size=CHECKSUM_BYTES).digest()
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=_PART_BYTES).digest()
+
+
+def _digests(*names: str) -> bytes:
+    """A digest of the first name, of the first two, and so on."""
+    return b"".join(_digest("/".join(names[: stop + 1])) for stop in range(len(names)))
+
+
+def _common(one: bytes, other: bytes) -> bytes:
+    """The parts that two origins share; the rest is zero."""
+    shared = 0
+    while shared < len(one) and one[: shared + _PART_BYTES] == other[: shared + _PART_BYTES]:
+        shared += _PART_BYTES
+    return one[:shared].ljust(len(one), b"\0")
+
+
+def _covering(name: str) -> str:
+    """The tombstone of the chapter, where single rows of it were deleted."""
+    return f"c/{name[2:]}" if name.startswith("k/") else name
+
+
+def _origins_of(name: str) -> list[tuple[bytes, bytes]]:
+    """Ranges of origins that a deletion covers: its own, and those that texts beyond it share."""
+    kind, *parts = name.split("/")
+    if kind == "i":
+        return []  # it is deleted with its chapter
+    own, full = _digests(*parts), 3 * _PART_BYTES
+    shared = [own[:stop].ljust(full, b"\0") for stop in range(_PART_BYTES, len(own), _PART_BYTES)]
+    return [(own.ljust(full, b"\0"), own.ljust(full, b"\xff")), *((one, one) for one in shared)]
 
 
 def _row_bytes(dim: int) -> int:

@@ -16,9 +16,12 @@ LEASE_MS = 90_000
 class WriteIntent(NamedTuple):
     """Request of one job for admission.
 
-    `token` is unique to this attempt, `owner` common to all attempts of the job. `held`: ids and chapters
-    that no other writer may write meanwhile, empty for a write without a version. `ids`: every row of the
-    write. `model`: the model of its vectors, empty for any.
+    - `token` is unique to this attempt, `owner` common to all attempts of the job.
+    - `ids`: every row of the write. `held`: ids and chapters that no other writer may write meanwhile, empty
+      for a write without a version. `model`: the model of its vectors, empty for any.
+    - `tenant_id`, `project_id`, `created_us` (when the job was created, unix microseconds) and `chapters` are
+      compared with the tombstones of deletions; without a tenant nothing is compared.
+    - `delivery` names the entry that is run: another attempt with it means that the one before has died.
     """
 
     collection: str
@@ -28,18 +31,26 @@ class WriteIntent(NamedTuple):
     held: tuple[str, ...] = ()
     chapters: tuple[str, ...] = ()
     model: str = ""
+    tenant_id: str = ""
+    project_id: str = ""
+    created_us: int = 0
+    delivery: str = ""
 
 
 class WriteAdmission(NamedTuple):
-    """Answer to a request: `in` (admitted), `held` (another job holds one of its ids or chapters), `closed`
-    (no write is admitted now), or `model` (the collection was rebuilt with another model).
+    """Answer to a request: `in` (admitted), `held` (another job holds one of its ids or chapters), `hold`
+    (a deletion runs there: ask again and hold the ids), `closed` (no write is admitted now), or `model` (the
+    collection was rebuilt with another model).
 
-    `min_versions`: the tombstones, by chapter: the version that last replaced it.
+    `min_versions`: the tombstones, by chapter: the version that last replaced it. `erased`: the scopes of the
+    write, as `handlers.jobstore.erasures` names them, that were deleted after its job was created; not with
+    `closed` and `model`.
     """
 
-    verdict: Literal["in", "held", "closed", "model"]
+    verdict: Literal["in", "held", "hold", "closed", "model"]
     min_versions: Mapping[str, int] = {}
     model: str = ""
+    erased: frozenset[str] = frozenset()
 
 
 class Fence(Protocol):
@@ -53,8 +64,15 @@ class Fence(Protocol):
     ) -> None:
         """Record, before rows are removed, the minimum versions of the held chapters and the ids `gone`."""
 
-    def release(self, intents: Sequence[WriteIntent]) -> None:
-        """End finished writes. A write whose request may still run on the server is left to its lease."""
+    def adopt(self, collection: str) -> None:
+        """As `Erasures.adopt`: before the first write to a collection that a job names."""
+
+    def release(self, intents: Sequence[WriteIntent]) -> list[bool]:
+        """End finished writes; whether each was still admitted."""
+
+    def abandon(self, intents: Sequence[WriteIntent]) -> None:
+        """Leave writes to their leases, whose requests may still run on the server: not even another attempt
+        of the delivery ends them."""
 
     def close(self) -> None:
         """Drop the connection."""

@@ -4,15 +4,24 @@ from typing import NamedTuple
 
 #: Set: full names of the collections that were ever rebuilt.
 REBUILT_KEY = "jobworker:rebuilt"
+#: Stream: every deletion, for the vector caches of all hosts and for new collections.
+ERASURES_KEY = "jobworker:erasures"
+#: Set: full names of the collections that jobs of users have named.
+COLLECTIONS_KEY = "jobworker:collections"
 
 
 class WritesKeys(NamedTuple):
     """Keys of the write admission of one collection. One hash tag puts them in one slot of a cluster.
 
-    Each field's name is part of its key. `writers`: hash token -> end of its lease in ms. `held`: hash id or
-    chapter -> end of the lease, owner. `floors`: hash chapter -> minimum version (tombstone). `rebuild`: hash
-    with the state of a rebuild. `journal`: set of ids written while a rebuild runs. `doing`: set of those
-    that the rebuild processes now.
+    Each field's name is part of its key.
+
+    - `writers`: hash token -> end of its lease in ms; `attempts`: hash delivery -> latest token, creation.
+    - `held`: hash id or chapter -> end of the lease, owner.
+    - `floors`: hash chapter -> minimum version (tombstone of a replaced chapter).
+    - `rebuild`: hash with the state of a rebuild; `journal`: set of ids written while one runs; `doing`: set
+      of those that the rebuild processes now.
+    - `erased`: ZSET of deleted scopes by time in us (tombstones of deletions); `erasing`: hash scope -> end
+      of the lease of the deletion that runs, 1 if it is exclusive, owner.
     """
 
     writers: str
@@ -21,11 +30,19 @@ class WritesKeys(NamedTuple):
     rebuild: str
     journal: str
     doing: str
+    attempts: str
+    erased: str
+    erasing: str
 
 
 def writes_keys(collection: str) -> WritesKeys:
     """The keys of a collection by its full name."""
     return WritesKeys(*(f"writes:{{{collection}}}:{field}" for field in WritesKeys._fields))
+
+
+def usage_key(day: str) -> str:
+    """Hash: counters of tenants on a day."""
+    return f"jobworker:usage:{day}"
 
 
 def record_key(kind: str, tenant_id: str, project_id: str, id: str) -> str:

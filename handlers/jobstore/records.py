@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
+from .erasures import Scope
+
 
 class RecordKey(NamedTuple):
     """Key of a record. `kind` is `summary` (`id` is a chapter's) or `entity`."""
@@ -20,10 +22,20 @@ class RecordKey(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A stored record: the version of the chapter that it was made from, and its texts by name."""
+    """A stored record: the version of the chapter that it was made from, its texts by name, and when the
+    newest job that stored it was created (unix microseconds, 0 for unknown)."""
 
     version: int
     fields: Mapping[str, str]
+    created_us: int = 0
+
+
+class FoundRecords(NamedTuple):
+    """Records of a scope: summaries, entities, and the chapters that mention entities."""
+
+    summaries: Sequence[RecordKey]
+    entities: Sequence[RecordKey]
+    mentioning: Sequence[RecordKey]
 
 
 class Put(NamedTuple):
@@ -40,8 +52,10 @@ class Put(NamedTuple):
 class Records(Protocol):
     """Port of records. Every method raises StoreUnavailable where the job store does not answer."""
 
-    def put(self, key: RecordKey, version: int, fields: Mapping[str, str], updated_at: str) -> Put:
-        """Store a record in one step, unless a newer version is stored.
+    def put(
+        self, key: RecordKey, version: int, fields: Mapping[str, str], updated_at: str, created_us: int = 0
+    ) -> Put:
+        """Store a record in one step, unless a newer version is stored. `created_us`: of its job.
 
         An equal version is replaced. Versions of different chapters are not compared: a field `chapter_id`
         says which one the record was made from, and another chapter's record is replaced.
@@ -55,6 +69,16 @@ class Records(Protocol):
 
     def mentioned(self, chapter: RecordKey) -> list[str]:
         """The ids of all entities that any version of this chapter mentioned, sorted."""
+
+    def find(self, scope: Scope) -> FoundRecords:
+        """The records of a tenant, a project, or chapters: their summaries, and the entities whose record was
+        made from one of them. Rows have none."""
+
+    def discard(self, key: RecordKey, cutoff_us: int) -> bool:
+        """Delete a record, unless a job created after `cutoff_us` has stored it; True if it is gone."""
+
+    def discard_mentions(self, chapter: RecordKey) -> None:
+        """Forget which entities a chapter mentioned."""
 
     def close(self) -> None:
         """Drop the connection."""

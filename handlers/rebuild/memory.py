@@ -7,7 +7,7 @@ import numpy as np
 
 from ..vectors import schema as schemas
 from ..vectors.memory import MemoryVectors, cosine
-from ..vectors.ports import AnyRow, PermanentStoreError, Vector
+from ..vectors.ports import PermanentStoreError, Vector
 from .ports import RawRow
 
 
@@ -17,7 +17,7 @@ class MemoryShadow:
     def __init__(self, store: MemoryVectors) -> None:
         self._store = store
         self._live: dict[str, str] = {}
-        self._rows: dict[str, dict[str, AnyRow]] = {}
+        self._rows = store.copies
         self._dims: dict[str, int] = {}
         self._marks: dict[str, str] = {}
 

@@ -25,9 +25,6 @@ SEARCH_EF = 128
 STRONG = {"consistency_level": "Strong"}
 # A real server took 100 s for an index of 100,000 rows; the caller's lease is longer.
 BUILD_TIMEOUT_S = 600.0
-# While Milvus replaces a growing segment by a sealed one, reads miss rows, even with strong consistency.
-# Seen on 2.3.5: for up to about 2 s, and up to 19 rows of 20.
-READ_LAG_S = 5.0
 # Milvus clears an alias from the caches of its proxies before it alters the alias (rootcoord's
 # alterAliasTask). A request in between caches the old collection again, so later writes go there and are
 # lost with it. This was seen on 2.3.5 in 1 of 11 rebuilds under load. A second alter after this pause clears
@@ -46,7 +43,7 @@ class MilvusShadow:
         self._admin = CollectionAdmin(milvus, named=named)
 
     def max_read_lag_s(self) -> float:
-        return 0.0 if self._milvus.server().lite else READ_LAG_S
+        return self._milvus.max_read_lag_s()
 
     def live_collection(self, name: str) -> str:
         alias = self._full(name)
@@ -79,10 +76,8 @@ class MilvusShadow:
 
     def page(self, collection: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[RawRow]:
         where = filters.after(after)
-        # A server orders the rows of a limited query; Lite does so only for an iterator.
-        order = {"iterator": "True"} if self._milvus.server().lite else {}
         try:
-            rows = self._query(collection, where, fields, limit=limit, **order)
+            rows = self._query(collection, where, fields, **self._milvus.ordered(limit))
         except VectorStoreError as error:
             # Rows may be longer than on earlier pages: half of them may fit into one answer.
             if limit == 1 or "RESOURCE_EXHAUSTED" not in str(error):

@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,6 +55,7 @@ OLD_SEARCHES_S = 10.0
 INDEX_WITHIN_S = 3600.0
 # Rows whose neighbours are compared with an exact search, neighbours of each, and the lowest recall accepted.
 SAMPLE_ROWS, NEIGHBOURS, MIN_RECALL = 100, 10, 0.95
+MEASURE_TRIES = 5
 REPORT_EVERY_S = 5.0
 
 #: New vectors for rows, one a row, in order.
@@ -111,6 +112,8 @@ class Rebuild:
         self._mono_reported_s = -REPORT_EVERY_S
         #: Ids in the journal whose rows a read of the live collection did not return.
         self._missing: set[str] = set()
+        #: Number of reads that this process announced.
+        self._reads = 0
         #: Rows that this process wrote to the new collection, those of the journal included.
         self.rows_written = 0
 
@@ -211,15 +214,22 @@ class Rebuild:
             return
         mono_start_s, copied_before = self._clock.mono_s(), int(self._fields["copied"])
         limit = MIN_PAGE_ROWS
-        while rows := self._shadow.page(source, self._fields["cursor"], limit):
+        while rows := self._read(self._shadow.page, source, self._fields["cursor"], limit):
             mono_page_s = self._clock.mono_s()
             self._write(rows)
             limit = next_page_rows(rows, self._clock.mono_s() - mono_page_s)
             copied = int(self._fields["copied"]) + len(rows)
             sample = thin_sample([*filter(None, self._fields["sample"].split(",")), rows[0]["id"]])
-            self._save(cursor=rows[-1]["id"], copied=str(copied), sample=",".join(sample))
+            self._save(cursor=rows[-1]["id"], copied=str(copied), sample=",".join(sample), reading="")
             self._report_progress(copied, copied - copied_before, mono_start_s)
-        self._save(phase="verify")
+        self._save(phase="verify", reading="")
+
+    def _read(self, read: Callable[..., list[RawRow]], *arguments: Any) -> list[RawRow]:
+        """Read rows to copy. They are announced first: a deletion waits until they are written, and then
+        deletes them from the new collection too."""
+        self._reads += 1
+        self._save(reading=str(self._reads))
+        return read(*arguments)
 
     def _write(self, rows: Sequence[RawRow]) -> None:
         if self._request.model:
@@ -256,7 +266,7 @@ class Rebuild:
         self._copy_changes(REMAINING_ROWS)
         self._shadow.flush(target)
         self._wait_for_index()
-        recall = self.measure_recall(target, self._fields["sample"].split(","))
+        recall = self._settled_recall(target)
         fields = {
             "collection": self._request.alias,
             "target": target,
@@ -267,6 +277,15 @@ class Rebuild:
             self.discard()
             raise PermanentError(f"{target}: recall@{NEIGHBOURS} is {recall:.3f}, less than {MIN_RECALL}")
         self._save(phase="settle", recall=f"{recall:.4f}")
+
+    def _settled_recall(self, target: str) -> float:
+        """The recall, measured again while a deletion removes rows: those would count as not found."""
+        for _ in range(MEASURE_TRIES):
+            rows = self._shadow.count(target)
+            recall = self.measure_recall(target, self._fields["sample"].split(","))
+            if recall >= MIN_RECALL or self._shadow.count(target) == rows:
+                break
+        return recall
 
     def _wait_for_index(self) -> None:
         give_up_at = self._clock.mono_s() + INDEX_WITHIN_S
@@ -342,9 +361,10 @@ class Rebuild:
 
     def _copy_rows(self, ids: Sequence[str]) -> None:
         """Copy rows from the live collection; ids that it does not return are kept in `_missing`."""
-        rows = self._shadow.fetch(self._fields["source"], ids)
+        rows = self._read(self._shadow.fetch, self._fields["source"], ids)
         if rows:
             self._write(rows)
+        self._save(reading="")
         self._missing.update(ids)
         self._missing.difference_update(row["id"] for row in rows)
 

@@ -14,23 +14,23 @@ from jobworker.worker import Job, PermanentError, StoreUnavailable, Unavailable,
 
 from ..encoder.base import Encoder, UnsuitableText
 from ..encoder.load import load_from_settings
-from ..jobstore.fence import Fence
+from ..jobstore.erasures import id_name
+from ..jobstore.fence import Fence, WriteIntent
 from ..jobstore.open import open_fence, open_records
-from ..jobstore.records import Record, RecordKey, Records
+from ..jobstore.records import Put, Record, RecordKey, Records
 from ..settings import HandlerSettings
 from ..vectors.attribution import Attribution
 from ..vectors.open import open_store
 from ..vectors.ports import AnyRow, EntityRow, Row, SuspectStoreError, Vector, VectorStore
-from ..vectors.schema import DEFAULT_COLLECTION, clip
+from ..vectors.schema import DEFAULT_COLLECTION, ENTITIES_COLLECTION, SUMMARY_PREFIX, clip, entity_row_id
 from ..vectors.versioned_writer import VersionedWriter
 from .extract import Sentence, select_sentences, shorten, split_sentences
-from .payload import SUMMARY_PREFIX, ChapterPayload
+from .payload import ChapterPayload
 from .projection import ProjectedRecord, Projection
 from .sinks import ChapterFindings, EntityUpdate, Findings, SummarySink, open_sink
 
 log = logging.getLogger("jobworker.summaries")
 
-ENTITIES = "entity_profiles"
 #: Limits of fields that Milvus counts in UTF-8 bytes.
 _NAME_BYTES, _TYPE_BYTES = 256, 32
 #: Jobs whose findings of the language model are cached, for retries after a later failure.
@@ -94,11 +94,13 @@ class WriteBack:
         self._store = self._given_store or open_store(settings)
         self._records = self._given_records or open_records(settings.redis_url)
         fence = self._given_fence or open_fence(settings.redis_url)
-        writer = VersionedWriter(self._store, fence, prefix=settings.milvus_prefix, model=self._encoder.name)
-        self._projection = Projection(self._records, writer, self._build_rows)
+        self._writer = VersionedWriter(
+            self._store, fence, prefix=settings.milvus_prefix, model=self._encoder.name
+        )
+        self._projection = Projection(self._records, self._writer, self._build_rows)
         self._source = self._given_model or _open_model(settings)
         self._sink = self._given_sink or open_sink(settings)
-        for collection in (DEFAULT_COLLECTION, ENTITIES):
+        for collection in (DEFAULT_COLLECTION, ENTITIES_COLLECTION):
             self._store.ensure_collection(collection, self._encoder.dim)
         if self._source is not None:
             # One mapping for the metrics of both.
@@ -119,7 +121,7 @@ class WriteBack:
         """
         chapter = ChapterPayload.parse(job)
         try:
-            self._store_chapter(job.id, chapter)
+            self._store_chapter(job, chapter)
         except StoreUnavailable as error:
             raise Unavailable(str(error)) from error
         except UnsuitableText as error:
@@ -127,35 +129,31 @@ class WriteBack:
         except SuspectStoreError as error:
             raise Attribution(self._store).attribute(error) from error
 
-    def _store_chapter(self, job_id: str, chapter: ChapterPayload) -> None:
+    def _store_chapter(self, job: Job, chapter: ChapterPayload) -> None:
         key = RecordKey("summary", chapter.tenant_id, chapter.project_id, chapter.chapter_id)
         stored = self._records.get(key)
         if stored is not None and stored.version > chapter.chapter_version:
-            self._skip_stale(job_id, key, chapter, stored.version)
+            self._skip_stale(job, key, chapter, stored.version)
             return
         with span("summarise", characters=len(chapter.content)):
-            findings = self._findings(job_id, chapter)
-        put = self._records.put(key, chapter.chapter_version, {"summary": findings.summary}, _now())
-        if put.verdict == "foreign":
-            raise PermanentError(
-                f"summary of {chapter.chapter_id}: the key belongs to another tenant or project"
-            )
+            findings = self._findings(job.id, chapter)
+        put = self._put_records(job, key, chapter, findings)
+        if put is None:
+            log.info("summary.erased_skipped", extra={"job_id": job.id, "chapter_id": chapter.chapter_id})
+            return
         if put.verdict == "older":
-            self._skip_stale(job_id, key, chapter, put.record.version if put.record else 0)
+            self._skip_stale(job, key, chapter, put.record.version if put.record else 0)
             return
         self.counters["summaries_stored"] += put.verdict == "stored"
-        self._records.mention(key, [entity_id(update.name) for update in findings.entity_updates])
-        for update in findings.entity_updates:
-            self._put_entity(chapter, update)
-        self._update_rows(job_id, key)
+        self._update_rows(job, key)
         self._sink.store(
             ChapterFindings(
                 chapter.tenant_id, chapter.project_id, chapter.chapter_id, chapter.chapter_version, findings
             )
         )
-        self._findings_cache.pop((job_id, chapter.chapter_version, chapter.chapter_id), None)
+        self._findings_cache.pop((job.id, chapter.chapter_version, chapter.chapter_id), None)
 
-    def _skip_stale(self, job_id: str, key: RecordKey, chapter: ChapterPayload, version: int) -> None:
+    def _skip_stale(self, job: Job, key: RecordKey, chapter: ChapterPayload, version: int) -> None:
         """Store nothing, since a newer version is stored; but update its row, because its job may have been
         killed between record and row."""
         self.counters["summaries_outdated"] += 1
@@ -164,19 +162,21 @@ class WriteBack:
             "version": version,
             "stale_version": chapter.chapter_version,
         }
-        log.info("summary.stale_skipped", extra={"job_id": job_id, **fields})
-        self._update_rows(job_id, key)
+        log.info("summary.stale_skipped", extra={"job_id": job.id, **fields})
+        self._update_rows(job, key)
 
-    def _update_rows(self, job_id: str, key: RecordKey) -> None:
+    def _update_rows(self, job: Job, key: RecordKey) -> None:
         """Update the chapter's row and those of all entities that any version of it mentioned.
 
         All of them, because a killed job may have left an outdated row, and the model may find other entities
         in the next try.
         """
         mentioned = (key._replace(kind="entity", id=id_) for id_ in self._records.mentioned(key))
-        entities = [ProjectedRecord(entity, ENTITIES) for entity in mentioned]
+        entities = [ProjectedRecord(entity, ENTITIES_COLLECTION) for entity in mentioned]
         with span("upsert", collection=DEFAULT_COLLECTION):
-            self._projection.update(job_id, [ProjectedRecord(key, DEFAULT_COLLECTION), *entities])
+            self._projection.update(
+                job.id, _delivery(job), [ProjectedRecord(key, DEFAULT_COLLECTION), *entities]
+            )
 
     # ---- the summary
 
@@ -204,6 +204,51 @@ class WriteBack:
 
     # ---- records and rows
 
+    def _put_records(
+        self, job: Job, key: RecordKey, chapter: ChapterPayload, findings: Findings
+    ) -> Put | None:
+        """Store summary and entities; None if the chapter was deleted after the job was created.
+
+        A deletion waits until the records are stored, and then deletes them.
+        """
+        ids = [entity_id(update.name) for update in findings.entity_updates]
+        intent = WriteIntent(
+            "", "", f"{job.id}@records", (SUMMARY_PREFIX + chapter.chapter_id,),
+            chapters=("/".join((*key[1:3], chapter.chapter_id)),),
+            tenant_id=key.tenant_id, project_id=key.project_id, created_us=chapter.created_us,
+            delivery=_delivery(job),
+        )  # fmt: skip
+        row_ids = {id_: entity_row_id(*key[1:3], id_) for id_ in ids}
+        of_entities = intent._replace(ids=tuple(row_ids.values()))
+        with (
+            self._writer.admitted(DEFAULT_COLLECTION, intent) as erased,
+            self._writer.admitted(ENTITIES_COLLECTION, of_entities) as erased_entities,
+        ):
+            if erased:
+                return None
+            put = self._put_summary(key, chapter, findings)
+            if put.verdict == "older":
+                return put
+            single = {id_name(*key[1:3], row_id) for row_id in row_ids.values()}
+            kept = [
+                update
+                for update, id_ in zip(findings.entity_updates, ids, strict=True)
+                if erased_entities <= single - {id_name(*key[1:3], row_ids[id_])}
+            ]
+            self._records.mention(key, [entity_id(update.name) for update in kept])
+            for update in kept:
+                self._put_entity(chapter, update)
+            return put
+
+    def _put_summary(self, key: RecordKey, chapter: ChapterPayload, findings: Findings) -> Put:
+        fields = {"summary": findings.summary}
+        put = self._records.put(key, chapter.chapter_version, fields, _now(), chapter.created_us)
+        if put.verdict == "foreign":
+            raise PermanentError(
+                f"summary of {chapter.chapter_id}: the key belongs to another tenant or project"
+            )
+        return put
+
     def _put_entity(self, chapter: ChapterPayload, update: EntityUpdate) -> None:
         """Store an entity's profile, unless a later version of the chapter has stored one."""
         key = RecordKey("entity", chapter.tenant_id, chapter.project_id, entity_id(update.name))
@@ -213,7 +258,8 @@ class WriteBack:
             "description": update.description,
             "chapter_id": chapter.chapter_id,
         }
-        if self._records.put(key, chapter.chapter_version, fields, _now()).verdict == "foreign":
+        put = self._records.put(key, chapter.chapter_version, fields, _now(), chapter.created_us)
+        if put.verdict == "foreign":
             raise PermanentError(f"entity {key.id}: the key belongs to another tenant or project")
 
     def _build_rows(self, records: Sequence[tuple[ProjectedRecord, Record]]) -> list[AnyRow]:
@@ -256,15 +302,14 @@ def _summary_row(key: RecordKey, record: Record, vector: Vector) -> Row:
         segment_type="summary",
         text_content=clip(record.fields.get("summary", "")),
         version=record.version,
+        created_us=record.created_us,
     )
 
 
 def _entity_row(key: RecordKey, record: Record, vector: Vector) -> EntityRow:
-    """The row id includes tenant and project: unlike chapter ids, names repeat across projects."""
-    scope = "/".join((key.tenant_id, key.project_id, key.id))
     fields = record.fields
     return EntityRow(
-        "entity:" + hashlib.blake2b(scope.encode(), digest_size=16).hexdigest(),
+        entity_row_id(key.tenant_id, key.project_id, key.id),
         vector,
         key.tenant_id,
         key.project_id,
@@ -273,7 +318,12 @@ def _entity_row(key: RecordKey, record: Record, vector: Vector) -> EntityRow:
         name=clip(fields.get("name", ""), _NAME_BYTES),
         description=clip(fields.get("description", "")),
         version=record.version,
+        created_us=record.created_us,
     )
+
+
+def _delivery(job: Job) -> str:
+    return f"{job.stream}/{job.entry_id}"
 
 
 def _now() -> str:

@@ -4,10 +4,9 @@ from typing import Any, NamedTuple, Self
 
 from jobworker.worker import Job, PermanentError
 
-from ..vectors.schema import ID, INT64_MAX, INT64_MIN, shown
+from ..jobstore.erasures import created_us
+from ..vectors.schema import ID, INT64_MAX, INT64_MIN, SUMMARY_PREFIX, shown
 
-#: Prefix of a row's id; the chapter's id follows.
-SUMMARY_PREFIX = "summary:"
 #: The rest of the 64 characters of a row's id.
 CHAPTER_ID_CHARS = 64 - len(SUMMARY_PREFIX)
 #: About a hundred times a long chapter; the vectors of its sentences still fit into memory.
@@ -23,6 +22,7 @@ class ChapterPayload(NamedTuple):
     chapter_version: int
     content: str
     summary: str
+    created_us: int
 
     @classmethod
     def parse(cls, job: Job) -> Self:
@@ -39,7 +39,8 @@ class ChapterPayload(NamedTuple):
         if not content.strip() and not summary:
             raise PermanentError("payload has neither a summary nor a content to make one from")
         chapter_id, version = _chapter_id(payload), _version(payload)
-        return cls(job.tenant_id, job.project_id, chapter_id, version, content, summary)
+        owner = (job.tenant_id, job.project_id)
+        return cls(*owner, chapter_id, version, content, summary, created_us(job))
 
 
 def _check_owner(field: str, envelope: str, payload: Any) -> None:

@@ -34,8 +34,8 @@ class Projection:
     def __init__(self, records: Records, writer: VersionedWriter, build_rows: BuildRows) -> None:
         self._records, self._writer, self._build_rows = records, writer, build_rows
 
-    def update(self, owner: str, projected: Sequence[ProjectedRecord]) -> None:
-        """Bring the rows up to their records; `owner` is the job id, for logs and rebuilds.
+    def update(self, owner: str, delivery: str, projected: Sequence[ProjectedRecord]) -> None:
+        """Bring the rows up to their records; `owner` is the job id, `delivery` the entry that is run.
 
         Repeatable. Raises TransientStoreError if the records keep changing, and the errors of the stores.
         """
@@ -43,19 +43,21 @@ class Projection:
         for _ in range(_MAX_ROUNDS):
             if not outdated:
                 return
-            self._write(owner, outdated)
+            self._write(owner, delivery, outdated)
             now = {item: self._records.get(item.key) for item in outdated}
             outdated = {
                 i: record for i, record in now.items() if record is not None and record != outdated[i]
             }
         raise TransientStoreError("summaries: the records changed each time that their rows were written")
 
-    def _write(self, owner: str, outdated: dict[ProjectedRecord, Record]) -> None:
+    def _write(self, owner: str, delivery: str, outdated: dict[ProjectedRecord, Record]) -> None:
         rows = self._build_rows(list(outdated.items()))
         by_collection: dict[str, list[AnyRow]] = {}
         for item, row in zip(outdated, rows, strict=True):
             by_collection.setdefault(item.collection, []).append(row)
         for collection, collection_rows in by_collection.items():
             # Without a version, since the record has decided which one is newest. The minimum version of a
-            # replaced chapter applies to its texts, not to its summary.
-            self._writer.write(collection, [VersionedRows(owner, collection_rows)])
+            # replaced chapter applies to its texts, not to its summary. Each row is a write of its own: the
+            # records may be of jobs before and after a deletion.
+            writes = [VersionedRows(owner, [row], delivery=f"{delivery}/{row.id}") for row in collection_rows]
+            self._writer.write(collection, writes)

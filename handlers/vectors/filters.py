@@ -6,6 +6,7 @@ If the server supports template parameters, the values are passed separately fro
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from ..jobstore.erasures import Scope
 from .schema import check_id
 
 
@@ -62,6 +63,17 @@ def of_scope(tenant_id: str, project_id: str) -> Filter:
 def of_ids(ids: Iterable[str]) -> Filter:
     """Rows by id, of any tenant; Milvus reads them directly by primary key."""
     return Filter([Condition("id", "in", [check_id("id", value) for value in ids])])
+
+
+def of_erased(scope: Scope) -> Filter:
+    """Rows of a scope, without its ids."""
+    conditions = [Condition("tenant_id", "==", check_id("tenant_id", scope.tenant_id))]
+    if scope.project_id:
+        conditions.append(Condition("project_id", "==", check_id("project_id", scope.project_id)))
+    if scope.chapter_ids:
+        chapters = [check_id("chapter_id", value) for value in scope.chapter_ids]
+        conditions.append(Condition("chapter_id", "in", chapters))
+    return Filter(conditions)
 
 
 def of_chapter(chapter_id: str) -> Filter:

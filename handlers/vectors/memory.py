@@ -6,9 +6,10 @@ from typing import Literal
 
 import numpy as np
 
+from ..jobstore.erasures import Scope
 from . import filters
 from . import schema as schemas
-from .ports import AnyHit, AnyRow, PermanentStoreError, Vector
+from .ports import AnyHit, AnyRow, PermanentStoreError, StoredRow, Vector
 
 
 class MemoryVectors:
@@ -19,6 +20,8 @@ class MemoryVectors:
         self._lock = threading.Lock()
         self._dims: dict[str, int] = {}
         self._rows: dict[str, dict[str, AnyRow]] = {}
+        #: Rows of the collections of rebuilds, by full name.
+        self.copies: dict[str, dict[str, AnyRow]] = {}
 
     def ping(self) -> None:
         """Never fails."""
@@ -87,6 +90,27 @@ class MemoryVectors:
         rows = self._rows_of(name, tenant_id, project_id)
         return {row.id: row.version for row in rows if getattr(row, "chapter_id", None) == chapter_id}
 
+    def scan(self, name: str, scope: Scope, after: str, limit: int) -> list[StoredRow]:
+        self._dim(name)
+        with self._lock:
+            rows = sorted(self._rows[self._full(name)].values(), key=lambda row: row.id)
+        found = [schemas.stored_row(row._asdict()) for row in rows if row.id > after and _is_in(row, scope)]
+        return found[:limit]
+
+    def erase_copy(self, collection: str, scope: Scope, cutoff_us: int) -> int:
+        rows = self.copies.get(collection, {})
+        with self._lock:
+            old = [row.id for row in rows.values() if _is_in(row, scope) and row.created_us <= cutoff_us]
+            for id_ in old:
+                del rows[id_]
+        return len(old)
+
+    def collections(self) -> list[str]:
+        return [name.removeprefix(self._prefix) for name in self._rows if name.startswith(self._prefix)]
+
+    def max_read_lag_s(self) -> float:
+        return 0.0
+
     def delete(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> None:
         deleted = self.get(name, ids, tenant_id=tenant_id, project_id=project_id)
         with self._lock:
@@ -120,6 +144,15 @@ class MemoryVectors:
         with self._lock:
             rows = list(self._rows[self._full(name)].values())
         return [row for row in rows if schemas.owner(row) == (tenant_id, project_id)]
+
+
+def _is_in(row: AnyRow, scope: Scope) -> bool:
+    return (
+        row.tenant_id == scope.tenant_id
+        and scope.project_id in ("", row.project_id)
+        and (not scope.chapter_ids or getattr(row, "chapter_id", "") in scope.chapter_ids)
+        and (not scope.ids or row.id in scope.ids)
+    )
 
 
 def cosine(left: Vector, right: Vector) -> float:

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from jobworker.worker import PermanentError
 
+from ..jobstore.erasures import Scope
+
 Vector = NDArray[np.float32]
 
 
@@ -49,8 +51,9 @@ class PermanentStoreError(VectorStoreError, PermanentError):
 class Row(NamedTuple):
     """One row of `story_segments`; `vector` has shape (dim,), float32.
 
-    `version` is stored if the collection permits dynamic fields, as all collections created here do. It tells
-    which version of a text the row belongs to.
+    `version` and `created_us` are stored if the collection permits dynamic fields, as all collections created
+    here do. They tell which version of a text the row belongs to, and when its job was created (unix
+    microseconds, 0 for unknown).
     """
 
     id: str
@@ -62,6 +65,7 @@ class Row(NamedTuple):
     segment_type: str = ""
     text_content: str = ""
     version: int = 0
+    created_us: int = 0
 
 
 class EntityRow(NamedTuple):
@@ -76,6 +80,17 @@ class EntityRow(NamedTuple):
     name: str = ""
     description: str = ""
     version: int = 0
+    created_us: int = 0
+
+
+class StoredRow(NamedTuple):
+    """What a deletion needs to know of a row; a field that the collection lacks is empty."""
+
+    id: str
+    project_id: str
+    chapter_id: str
+    entity_id: str
+    created_us: int
 
 
 AnyRow = Row | EntityRow
@@ -164,6 +179,22 @@ class VectorStore(Protocol):
         self, name: str, chapter_id: str, *, tenant_id: str, project_id: str
     ) -> dict[str, int]:
         """Id -> version of all rows of a chapter, including every finished write."""
+
+    def scan(self, name: str, scope: Scope, after: str, limit: int) -> list[StoredRow]:
+        """The next rows of a scope after the id `after`, in the order of ids, with every finished write.
+
+        It may return fewer than `limit`; it returns none only at the end.
+        """
+
+    def erase_copy(self, collection: str, scope: Scope, cutoff_us: int) -> int:
+        """Delete the rows of a scope that were created until `cutoff_us` from a collection by its full name,
+        which a rebuild fills or has replaced; returns how many. Without an effect if it does not exist."""
+
+    def collections(self) -> list[str]:
+        """Plain names of all collections with the prefix that can hold rows of tenants."""
+
+    def max_read_lag_s(self) -> float:
+        """For how many seconds reads may miss existing rows; 0.0 if they never do."""
 
     def delete(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> None:
         """Delete the rows of one tenant and project with these ids; missing ids are no error."""

@@ -1,5 +1,6 @@
 """Schemas of the collections; validation of ids, names and rows; division of rows into requests."""
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -8,10 +9,16 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from ..graphemes import Graphemes
-from .ports import AnyHit, AnyRow, EntityHit, EntityRow, Hit, PermanentStoreError, Row
+from .ports import AnyHit, AnyRow, EntityHit, EntityRow, Hit, PermanentStoreError, Row, StoredRow
 
 #: Collection of a job that names none.
 DEFAULT_COLLECTION = "story_segments"
+#: Collection of entities.
+ENTITIES_COLLECTION = "entity_profiles"
+#: Prefix of the id of a summary's row; the chapter's id follows.
+SUMMARY_PREFIX = "summary:"
+#: Prefix of the id of an entity's row: of one that `entity_upsert` writes, and of one found in a chapter.
+PROFILE_PREFIX, FOUND_PREFIX = "profile:", "entity:"
 #: Bytes of a text column, the largest VARCHAR of Milvus.
 TEXT_LIMIT_BYTES = 65_535
 
@@ -64,12 +71,18 @@ SEGMENTS = _schema(
 ENTITIES = _schema(
     EntityRow, EntityHit, ("entity_id", 64), ("entity_type", 32), ("name", 256), ("description", 65535)
 )
-SCHEMAS = {"story_segments": SEGMENTS, "entity_profiles": ENTITIES}
+SCHEMAS = {DEFAULT_COLLECTION: SEGMENTS, ENTITIES_COLLECTION: ENTITIES}
 
 
 def schema_of(name: str) -> Schema:
     """The schema of a collection; a collection with a name of the job's choice is like `story_segments`."""
     return SCHEMAS.get(name, SEGMENTS)
+
+
+def entity_row_id(tenant_id: str, project_id: str, entity_id: str, prefix: str = FOUND_PREFIX) -> str:
+    """Id of an entity's row. It includes tenant and project: unlike chapter ids, names repeat there."""
+    scope = "/".join((tenant_id, project_id, entity_id))
+    return prefix + hashlib.blake2b(scope.encode(), digest_size=16).hexdigest()
 
 
 def shown(value: object, limit_chars: int = SHOWN_CHARS) -> str:
@@ -266,6 +279,14 @@ def row_of(schema: Schema, answer: dict[str, Any]) -> AnyRow:
     fields = _present(answer, schema.row_fields)
     fields["vector"] = np.asarray(fields["vector"], dtype=np.float32)
     return schema.row(**fields)
+
+
+def stored_row(answer: Mapping[str, Any]) -> StoredRow:
+    """What a deletion reads of a row, from the server's response."""
+    id_, project, chapter, entity = (
+        str(answer.get(field) or "") for field in ("id", "project_id", "chapter_id", "entity_id")
+    )
+    return StoredRow(id_, project, chapter, entity, int(answer.get("created_us") or 0))
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -1,21 +1,23 @@
 """Versioned upserts: an older version never overwrites rows of a newer one and never restores removed rows.
 
 Every write to a collection uses this module, with or without a version: a rebuild learns from the fence which
-rows change meanwhile.
+rows change meanwhile, and work that is older than a deletion is not stored.
 """
 
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from jobworker.worker import StoreUnavailable, report_progress
 
+from ..jobstore.erasures import Scope, chapter_name, id_name, owner_names
 from ..jobstore.fence import Fence, WriteAdmission, WriteIntent
 from . import schema as schemas
-from .ports import AnyRow, CollectionUnavailable, TransientStoreError, VectorStore
+from .ports import AnyRow, CollectionUnavailable, EntityRow, TransientStoreError, VectorStore
 
 log = logging.getLogger("jobworker.versions")
 
@@ -29,6 +31,9 @@ POLL_S = 0.02
 # After this timeout the waiting job is retried later, so that it does not block the worker.
 WAIT_S = 20.0
 
+# Stands for a chapter where entities of a project are replaced; no id contains it.
+PROFILES = "*"
+
 
 class Contended(Exception):
     """Another job held the same rows or chapters for too long: worth a retry."""
@@ -37,14 +42,16 @@ class Contended(Exception):
 class VersionedRows(NamedTuple):
     """The rows that one job writes. With `version` None nothing is compared: the last write wins.
 
-    `owner` names the job, and is the same in every retry. With `replace`, rows of the same chapters are
-    removed after the write, if they have an older version and an id that is not in `rows`.
+    `owner` names the job, and is the same in every retry. All rows belong to one tenant and project. With
+    `replace`, rows of the same chapters are removed after the write, if they have an older version and an id
+    that is not in `rows`. `delivery` names the stream entry that is run, if the job has one.
     """
 
     owner: str
     rows: Sequence[AnyRow]
     version: int | None = None
     replace: bool = False
+    delivery: str = ""
 
 
 class VersionedWriter:
@@ -65,14 +72,19 @@ class VersionedWriter:
     ) -> None:
         self._store, self._fence, self._prefix, self._model = store, fence, prefix, model
         self._mono_s, self._sleep = mono_s, sleep
+        self._adopted: set[str] = set()
 
     def write(self, collection: str, jobs: Sequence[VersionedRows]) -> None:
-        """Write the rows of several jobs; silently leaves out rows that a newer version has superseded.
+        """Write the rows of several jobs; silently leaves out rows that a newer version has superseded, and
+        those that were deleted after their job was created.
 
         Raises the errors of the store, TransientStoreError if the job store does not answer or the collection
         stays closed, Contended if other jobs hold the same rows for too long. Repeat the whole call then:
         some rows may be stored.
         """
+        if collection not in schemas.SCHEMAS and collection not in self._adopted:
+            self._call_fence(lambda: self._fence.adopt(self._prefix + collection))
+            self._adopted.add(collection)
         waiting = [self._pending_write(collection, rows) for rows in jobs if rows.rows]
         give_up_at = self._mono_s() + WAIT_S
         while waiting:
@@ -82,28 +94,61 @@ class VersionedWriter:
             if admitted:
                 self._write_admitted(collection, [write for write in waiting if write in admitted])
                 waiting = [write for write in waiting if write not in admitted]
-            elif self._mono_s() > give_up_at:
+            erased = [write for write in waiting if not write.job.rows]
+            if erased:
+                self._release(erased)
+                waiting = [write for write in waiting if write not in erased]
+            if admitted or erased or any(write.admission.verdict == "hold" for write in waiting):
+                continue
+            if self._mono_s() > give_up_at:
                 raise _timeout_error(collection, waiting)
-            else:
-                self._sleep(POLL_S)
+            self._sleep(POLL_S)
+
+    @contextmanager
+    def admitted(self, collection: str, intent: WriteIntent) -> Iterator[frozenset[str]]:
+        """Admit a change of records that belong to rows; gives the scopes of it that were deleted.
+
+        `intent` needs no collection, token and model. Raises as `write` does, and the errors of the body.
+        """
+        intent = intent._replace(collection=self._prefix + collection, token=os.urandom(8).hex())
+        write = _PendingWrite(VersionedRows(intent.owner, ()), intent)
+        give_up_at = self._mono_s() + WAIT_S
+        while not self._admit(collection, [write]):
+            if write.admission.verdict == "hold":
+                continue
+            if self._mono_s() > give_up_at:
+                raise _timeout_error(collection, [write])
+            self._sleep(POLL_S)
+        try:
+            yield write.admission.erased
+        except StoreUnavailable:
+            self._abandon([write])
+            raise
+        except BaseException:
+            self._release([write])
+            raise
+        self._release([write])
 
     def _pending_write(self, collection: str, job: VersionedRows) -> "_PendingWrite":
         ids = tuple(dict.fromkeys(row.id for row in job.rows))
         chapters = {_chapter_name(row): None for row in job.rows if _chapter_id(row)}
         versioned = job.version is not None
-        held = (*(f"i/{id_}" for id_ in ids), *(f"c/{chapter}" for chapter in chapters)) if versioned else ()
-        return _PendingWrite(
-            job,
-            WriteIntent(
-                self._prefix + collection,
-                os.urandom(8).hex(),
-                f"{job.owner}@{job.version}",
-                ids,
-                held,
-                tuple(chapters) if versioned else (),
-                self._model,
-            ),
+        held = (*_held_ids(ids), *(f"c/{chapter}" for chapter in chapters)) if versioned else ()
+        tenant, project = schemas.owner(job.rows[0])
+        intent = WriteIntent(
+            self._prefix + collection,
+            os.urandom(8).hex(),
+            f"{job.owner}@{job.version}",
+            ids,
+            held,
+            tuple(chapters),
+            self._model,
+            tenant,
+            project,
+            min(row.created_us for row in job.rows),
+            job.delivery,
         )
+        return _PendingWrite(job, intent)
 
     def _admit(self, collection: str, writes: Sequence["_PendingWrite"]) -> list["_PendingWrite"]:
         admissions = self._call_fence(lambda: self._fence.admit([write.intent for write in writes]))
@@ -116,21 +161,55 @@ class VersionedWriter:
                     f"{write.intent.collection} was rebuilt with the model {admission.model}, this service "
                     f"embeds with {self._model}: start it with --model {admission.model}"
                 )
+            write.leave_out_erased()
+            if admission.verdict == "hold":
+                write.intent = write.intent._replace(held=_held_ids(write.intent.ids))
         return [write for write in writes if write.admission.verdict == "in"]
 
     def _write_admitted(self, collection: str, writes: Sequence["_PendingWrite"]) -> None:
         """Write, then release. After an error that leaves a request under way, the lease has to expire."""
+        rows = {write.intent.token: len(write.job.rows) for write in writes}
         try:
             _WriteRound(self, collection, writes).run()
         except (TransientStoreError, Contended):
+            self._abandon(writes)
             raise
         except BaseException:
             self._release(writes)
             raise
-        self._release(writes)
+        for write, still_admitted in zip(writes, self._release(writes), strict=True):
+            if not still_admitted or len(write.job.rows) < rows[write.intent.token]:
+                self._remove_erased(collection, write.all_rows)
 
-    def _release(self, writes: Sequence["_PendingWrite"]) -> None:
-        self._call_fence(lambda: self._fence.release([write.intent for write in writes]))
+    def _release(self, writes: Sequence["_PendingWrite"]) -> list[bool]:
+        return self._call_fence(lambda: self._fence.release([write.intent for write in writes]))
+
+    def _abandon(self, writes: Sequence["_PendingWrite"]) -> None:
+        with suppress(StoreUnavailable):
+            self._fence.abandon([write.intent for write in writes])
+
+    def _remove_erased(self, collection: str, rows: Sequence[AnyRow]) -> None:
+        """Remove the rows of a write that a deletion may not have waited for: its lease was over."""
+        write = self._pending_write(collection, VersionedRows(f"late-{os.urandom(8).hex()}", rows))
+        write.intent = write.intent._replace(held=_held_ids(write.intent.ids), model="")
+        give_up_at = self._mono_s() + WAIT_S
+        while not self._admit(collection, [write]):
+            if self._mono_s() > give_up_at:
+                raise _timeout_error(collection, [write])
+            self._sleep(POLL_S)
+        kept = {row.id for row in write.job.rows}
+        ids = tuple(row.id for row in rows if row.id not in kept)
+        tenant, project = schemas.owner(rows[0])
+        after = ""
+        while ids and (
+            page := self._store.scan(
+                collection, Scope(tenant, project, ids=ids), after, schemas.MAX_REQUEST_ROWS
+            )
+        ):
+            late = [row.id for row in page if row.created_us <= write.intent.created_us]
+            self._store.delete(collection, late, tenant_id=tenant, project_id=project)
+            after = page[-1].id
+        self._release([write])
 
     def _call_fence(self, call: Callable[[], T]) -> T:
         try:
@@ -146,6 +225,20 @@ class _PendingWrite:
     job: VersionedRows
     intent: WriteIntent
     admission: WriteAdmission = field(default_factory=lambda: WriteAdmission("closed"))
+    all_rows: Sequence[AnyRow] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.all_rows = self.job.rows
+
+    def leave_out_erased(self) -> None:
+        """Keep the rows that no deletion after the creation of the job names."""
+        erased = self.admission.erased
+        if not erased:
+            return
+        rows = [row for row in self.job.rows if erased.isdisjoint(_erasable_as(row))]
+        if left_out := len(self.job.rows) - len(rows):
+            log.info("rows.erased_skipped", extra={"owner": self.job.owner, "rows": left_out})
+            self.job = self.job._replace(rows=rows)
 
 
 class _WriteRound:
@@ -161,11 +254,18 @@ class _WriteRound:
         # One request a call, so that the lease can be renewed in between.
         for request in schemas.requests(rows):
             self._renew_lease()
-            self._store.upsert(self._collection, request)
+            self._store.upsert(self._collection, self._not_erased(request))
             report_progress()
         for write in self._writes:
             if write.job.replace:
                 self._remove_older(write)
+
+    def _not_erased(self, rows: Sequence[AnyRow]) -> Sequence[AnyRow]:
+        """The rows that no deletion has named meanwhile: it waits for this write."""
+        if not any(write.admission.erased for write in self._writes):
+            return rows
+        left = {id(row) for write in self._writes for row in write.job.rows}
+        return [row for row in rows if id(row) in left]
 
     def _renew_lease(self) -> None:
         """Renew the lease before it expires. Raises Contended if it was lost and others may be writing."""
@@ -209,9 +309,13 @@ class _WriteRound:
                 continue
             scope: Any = {"tenant_id": tenant, "project_id": project}
             self._renew_lease()
-            stored = self._store.chapter_versions(self._collection, chapter, **scope)
+            stored = (
+                self._profile_versions(tenant, project)
+                if chapter == PROFILES
+                else self._store.chapter_versions(self._collection, chapter, **scope)
+            )
             # The summary is a row of the chapter too, with a version of its own.
-            preserved = written | {f"summary:{chapter}"}
+            preserved = written | {schemas.SUMMARY_PREFIX + chapter}
             older = [id_ for id_, its in stored.items() if its < version and id_ not in preserved]
             self._record_removal(write, older, {name: version})
             if older:
@@ -221,18 +325,48 @@ class _WriteRound:
                 # Removed rows are recorded before and after, like written ones.
                 self._record_removal(write, older, {})
 
+    def _profile_versions(self, tenant_id: str, project_id: str) -> dict[str, int]:
+        """As `chapter_versions`, of the entities of a project that were sent and not found in chapters."""
+        after, versions = "", dict[str, int]()
+        while page := self._store.scan(
+            self._collection, Scope(tenant_id, project_id), after, schemas.MAX_REQUEST_ROWS
+        ):
+            ids = [row.id for row in page if row.id.startswith(schemas.PROFILE_PREFIX)]
+            versions |= self._store.versions(
+                self._collection, ids, tenant_id=tenant_id, project_id=project_id
+            )
+            after = page[-1].id
+        return versions
+
     def _record_removal(self, write: _PendingWrite, ids: Sequence[str], min_versions: dict[str, int]) -> None:
         fence = self._writer._fence
         self._writer._call_fence(lambda: fence.record_removal(write.intent, ids, min_versions))
 
 
 def _chapter_id(row: AnyRow) -> str:
-    return getattr(row, "chapter_id", "")
+    """The chapter, or what takes its place: entities that were sent are replaced together."""
+    if isinstance(row, EntityRow):
+        return PROFILES if row.id.startswith(schemas.PROFILE_PREFIX) else ""
+    return row.chapter_id
 
 
 def _chapter_name(row: AnyRow) -> str:
     """Name of a chapter that is unique among all tenants; no id contains a slash."""
     return f"{row.tenant_id}/{row.project_id}/{_chapter_id(row)}"
+
+
+def _erasable_as(row: AnyRow) -> tuple[str, ...]:
+    """Names of the tombstones that cover a row."""
+    scope = schemas.owner(row)
+    return (
+        *owner_names(*scope),
+        id_name(*scope, row.id),
+        *([chapter_name(*scope, _chapter_id(row))] if _chapter_id(row) else ()),
+    )
+
+
+def _held_ids(ids: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"i/{id_}" for id_ in ids)
 
 
 def _chapters(rows: Sequence[AnyRow]) -> dict[str, tuple[str, str, str]]:

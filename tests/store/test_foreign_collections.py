@@ -106,11 +106,24 @@ def test_a_collection_that_can_hold_the_rows_is_used_as_it_is(store: MilvusVecto
     for name, (changes, dynamic) in USABLE.items():
         assert make(store, name, changes, dynamic), name
         store.ensure_collection(name, DIM)
-        row = Row("a", np.ones(DIM, np.float32), "t", "p", story_time=7, text_content="text", version=5)
+        row = Row(
+            "a",
+            np.ones(DIM, np.float32),
+            "t",
+            "p",
+            story_time=7,
+            text_content="text",
+            version=5,
+            created_us=9,
+        )
         store.upsert(name, [row])
         (found,) = store.get(name, ["a"], strong=True, **SCOPE)
         takes_version = dynamic or "version" in changes
-        assert (found[2:4], found[5], found[7:]) == (("t", "p"), 7, ("text", 5 if takes_version else 0))
+        assert (found[2:4], found[5], found[7:]) == (
+            ("t", "p"),
+            7,
+            ("text", 5 if takes_version else 0, 9 if dynamic else 0),
+        )
         assert store.versions(name, ["a"], **SCOPE) == {"a": 5 if takes_version else 0}
 
 

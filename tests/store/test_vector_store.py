@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobworker.handlers.jobstore.erasures import Scope
 from jobworker.handlers.vectors import schema as schemas
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.milvus.errors import Verdict, classify
@@ -27,6 +28,7 @@ from jobworker.handlers.vectors.milvus.store import (
     VectorStore,
     open_vectors,
 )
+from jobworker.handlers.vectors.ports import StoredRow
 from jobworker.worker import PermanentError
 from support.milvus import lite_server, wait_until
 from support.redis_servers import free_port
@@ -207,6 +209,31 @@ def test_delete_takes_only_what_it_names(store: VectorStore, tenant: str) -> Non
     assert rows[1].id not in [hit.id for hit in find(store, rows[1].vector, tenant)]
 
 
+def test_a_deletion_finds_the_rows_of_its_scope_page_by_page(store: VectorStore, tenant: str) -> None:
+    rows = rows_of(tenant, 7, chapter_id="c1", created_us=2**50)
+    rows[5] = rows[5]._replace(chapter_id="c2", created_us=0)
+    rows[6] = rows[6]._replace(project_id="q")
+    store.upsert(NAME, rows)
+    ids = ids_of(rows)
+
+    def scan(*of: Any) -> list[StoredRow]:
+        found: list[StoredRow] = []
+        while page := store.scan(NAME, Scope(tenant, *of), found[-1].id if found else "", 2):
+            found += page
+        return found
+
+    assert scan("p", ("c1",)) == [StoredRow(id_, "p", "c1", "", 2**50) for id_ in ids[:5]]
+    assert [row.id for row in scan("p")] == ids[:6]
+    assert scan()[5:] == [StoredRow(ids[5], "p", "c2", "", 0), StoredRow(ids[6], "q", "c1", "", 2**50)]
+    assert [row.id for row in scan("p", (), (ids[3], "absent", ids[0], ids[4], ids[6]))] == [
+        ids[0],
+        ids[3],
+        ids[4],
+    ]
+    assert scan("r") == []
+    assert NAME in store.collections()
+
+
 def test_versions_are_read_by_id_and_by_chapter_of_one_project_only(store: VectorStore, tenant: str) -> None:
     rows = rows_of(tenant, 4, chapter_id="c1")
     rows = [row._replace(version=version) for row, version in zip(rows, (0, -3, 2**63 - 1, 5), strict=True)]
@@ -363,6 +390,8 @@ def test_entities_have_their_own_shape_and_many_may_make_the_collection(
     scope: dict[str, Any] = {"tenant_id": tenant, "project_id": "p"}
     found = stores[1].get("entity_profiles", ["e:1"], strong=True, **scope)
     assert plain(found[0]) == plain(row)
+    assert stores[1].scan("entity_profiles", Scope(tenant), "", 5) == [StoredRow("e:1", "p", "", "hero", 0)]
+    assert stores[3].collections() == ["entity_profiles"]
     hits = stores[2].search("entity_profiles", row.vector, strong=True, **scope)
     assert hits[0][2:] == ("名" * 85, "a hero", "hero", "person")
     with pytest.raises(PermanentStoreError, match="name has 258 bytes"):

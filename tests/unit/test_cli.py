@@ -81,7 +81,7 @@ class TestConfigurationFileOfTheService:
     def test_it_names_the_deployment(self, path: tuple[str, ...], file: Path) -> None:
         needs = {"enqueue": ["audit"], "explain": ["x"], "show": ["x"], "resume": ["x"],
                  "run": ["x"], "pause": ["x"], "set": ["x", "--concurrency=1"], "clear": ["x"],
-                 "now": ["--all"], "requeue": ["--all"],
+                 "now": ["--all"], "requeue": ["--all"], "erase": ["--tenant", "x", "--yes"],
                  "purge": ["--all", "--yes"]}  # fmt: skip
         command = [*path, *needs.get(path[-1], [])]
         for given, environment in (["--config", str(file)], {}), ([], {"JOBWORKER_CONFIG": str(file)}):

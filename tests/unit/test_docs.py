@@ -155,6 +155,12 @@ def test_the_test_of_the_page_on_cron_passes() -> None:
     names["test_a_report_each_night"]()
 
 
+def test_the_test_of_the_page_on_batches_passes() -> None:
+    names: dict[str, Any] = {}
+    exec(block_with("docs/batches.md", "class ImportDone"), names)
+    names["test_an_import_calls_back"]()
+
+
 def test_the_idempotent_handler_writes_one_file_for_each_job_and_only_in_its_folder(tmp_path: Path) -> None:
     names: dict[str, type] = {}
     exec(block_with("docs/handlers.md", "class Save"), names)

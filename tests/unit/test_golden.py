@@ -12,7 +12,7 @@ from jobworker.worker.store.ports import Entry
 GOLDEN = sorted((Path(__file__).resolve().parents[1] / "golden").glob("*.json"))
 FIELDS = ["id", "type", "tenant_id", "project_id", "payload", "metadata", "created_at"]
 KINDS = {kind: n for n, kind in enumerate(["embedding_batch", "index_rebuild", "summary_write_back"])}
-ALL_KINDS = KINDS | {"memory_update": 3, "audit": 4}
+ALL_KINDS = KINDS | {"memory_update": 3, "audit": 4, "entity_upsert": 5, "vectors_delete": 6}
 
 
 @pytest.fixture(params=GOLDEN, ids=lambda path: path.stem)

@@ -10,8 +10,9 @@ import zstandard
 
 from jobworker.handlers import BUILTIN
 from jobworker.handlers.audit.handler import Archive
-from jobworker.handlers.embedding.handler import EmbeddingBatch
+from jobworker.handlers.embedding.handler import EmbeddingBatch, EntityUpsert
 from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.erasure.handler import VectorsDelete
 from jobworker.handlers.jobstore.memory_fence import MemoryFence
 from jobworker.handlers.jobstore.memory_records import MemoryRecords
 from jobworker.handlers.jobstore.records import RecordKey
@@ -87,11 +88,28 @@ def archives(world: World, job: Job) -> None:
     assert [line[name] for name in ("id", "tenant_id", "payload")] == [job.id, job.tenant_id, job.payload]
 
 
+def stores_entities(world: World, job: Job) -> None:
+    world.run(EntityUpsert(world.encoder, world.store, world.fence), job)
+    rows = world.store._rows["z_novel_entity_profiles"].values()
+    assert [(row.name, row.version) for row in rows] == [("林冲", 3), ("𠮷野", 3)]
+
+
+def deletes(world: World, job: Job) -> None:
+    for name in ("story_segments", "entity_profiles"):
+        world.store.ensure_collection(name, 8)
+    row = Row("a", world.encoder.encode(["x"])[0], job.tenant_id, job.project_id, "ch-1")
+    world.store.upsert(NAME, [row, row._replace(id="b", chapter_id="ch-3")])
+    world.run(VectorsDelete(world.store, world.fence, world.fence, world.records), job)
+    assert [row.id for row in world.rows(job, "a", "b")] == ["b"]
+
+
 RUNS: dict[str, Callable[[World, Job], None]] = {
     "embedding_batch": embeds,
     "index_rebuild": rebuilds,
     "summary_write_back": summarises,
     "memory_update": summarises,
+    "entity_upsert": stores_entities,
+    "vectors_delete": deletes,
     "audit": archives,
 }
 

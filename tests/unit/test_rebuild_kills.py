@@ -10,8 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobworker.handlers.encoder.base import DummyEncoder
+from jobworker.handlers.erasure.erase import Busy
+from jobworker.handlers.erasure.handler import VectorsDelete
 from jobworker.handlers.jobstore.fence import WriteIntent
+from jobworker.handlers.jobstore.memory_records import MemoryRecords
+from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.vectors.ports import Row, TransientStoreError
+from jobworker.worker import Fenced, Job, Unavailable
 from support.rebuild_world import ALIAS, NAME, OLD, Killed, LaggingReads, World, count_steps, kill_at
 
 pytestmark = pytest.mark.usefixtures("small_pages")
@@ -174,3 +179,48 @@ def test_a_retry_resumes_after_an_outage() -> None:
     )
     assert copied[0] == "20"
     world.check()
+
+
+def erase(world: World) -> None:
+    """Delete the rows whose job was created long ago: all but those of `keep`."""
+    handler = VectorsDelete(
+        world.store, world.fence, world.fence, MemoryRecords(), lambda: world.now_s, world.sleep
+    )
+    handler.setup(HandlerSettings())
+    job = Job("e", "vectors_delete", "t", "p", {"all": True}, {}, "", "s", "1-0", 0)
+    handler.handle(job)
+    world.expected.clear()
+
+
+def rows_anywhere(world: World) -> int:
+    return sum(map(len, world.shadow._rows.values())) + sum(map(len, world.store._rows.values()))
+
+
+def test_rows_deleted_at_any_step_of_a_rebuild_do_not_come_back() -> None:
+    """The rebuild is suspended at that step, until the deletion is done."""
+    for step in range(0, count_steps(World(30)), 2):
+        world, count = World(30), itertools.count()
+
+        def around(name: str, before: bool, world: World = world, count: Any = count, at: int = step) -> None:
+            if next(count) == at:
+                with contextlib.suppress(Busy, Unavailable):
+                    erase(world)
+
+        with contextlib.suppress(Fenced):
+            world.rebuild(around=around)
+        with contextlib.suppress(Busy, Unavailable):
+            erase(world)
+        assert rows_anywhere(world) == 0, step
+
+
+def test_a_deletion_after_the_kill_of_a_rebuild_empties_its_copy_at_once() -> None:
+    for step in range(count_steps(World(30))):
+        world = World(30)
+        with pytest.raises(Killed):
+            world.rebuild(around=kill_at(step))
+        if world.fence.state(ALIAS).get("phase") == "switch":
+            continue  # the next try of the rebuild, or of the deletion, comes first
+        erase(world)
+        assert rows_anywhere(world) == 0, step
+        world.rebuild()
+        world.check()

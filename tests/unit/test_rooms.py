@@ -53,27 +53,29 @@ BELOW: dict[str, set[str]] = {
     "store": CORE,
     "telemetry": CORE,
     "ipc": IPC,
-    "producer": {*CORE, "store", "telemetry"},
+    "producer_batch": {*CORE, "store"},
+    "producer": {*CORE, "store", "telemetry", "producer_batch"},
     "scripted_redis": {"store"},
     "worker": {*CORE, "telemetry", "producer"},
     "reader": {*IPC, "store"},
     "health_check": {*CORE, "telemetry", "fork_guard"},
     "runner": {*IPC, "health_check", "fork_guard"},
     "cron": {*CORE, "store", "telemetry", "producer"},
+    "batches": {*CORE, "store", "telemetry", "producer"},
     "cron_config": {*CORE, "store", "producer"},
     "config_tables": {*CORE, "cron_config"},
-    "reaper": {*IPC, "store", "cron"},
+    "reaper": {*IPC, "store", "cron", "batches"},
     "supervision": IPC,
-    "admin": {*CORE, "store", "telemetry", "producer", "cron"},
-    "cli": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
-    "web": {*CORE, "store", "telemetry", "producer", "cron", "admin"},
+    "admin": {*CORE, "store", "telemetry", "producer", "cron", "batches"},
+    "cli": {*CORE, "store", "telemetry", "producer", "producer_batch", "cron", "batches", "admin"},
+    "web": {*CORE, "store", "telemetry", "producer", "cron", "batches", "admin"},
     "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision", "fork_guard"},
     "preload": {*IPC, "store", "reader", "runner", "reaper", "supervision", "boot"},
-    "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin", "cron_config"},
+    "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin", "cron_config", "batches"},
 }
 #: Command modules import their face when they are called: `jobworker web` starts the page.
 BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}
-JOB_TYPES = {"embedding", "rebuild", "summaries", "audit"}
+JOB_TYPES = {"embedding", "rebuild", "summaries", "audit", "erasure"}
 SHARED_BELOW = {
     "jobstore": set(),
     "vectors": {"jobstore", "graphemes"},
@@ -82,7 +84,7 @@ SHARED_BELOW = {
 #: What handlers may import of the engine besides the names in worker/__init__.py.
 PUBLIC = {
     *("scripted_redis", "testing", "extension", "options", "quantities", "urls", "data_dir", "cgroup"),
-    "safe_text",
+    *("safe_text", "cli"),
 }
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")

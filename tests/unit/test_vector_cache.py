@@ -15,14 +15,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobworker.handlers.embedding.cache_erasures import CacheErasures
 from jobworker.handlers.embedding.vector_cache import (
     MIN_LIMIT_BYTES,
     PAUSE_S,
     WAL_BYTES,
     Key,
+    Origin,
     VectorCache,
     cache_key,
 )
+from jobworker.handlers.jobstore.erasures import Published
+from jobworker.handlers.jobstore.memory_fence import MemoryFence
 
 DIM = 16
 
@@ -74,7 +78,7 @@ def test_vectors_are_read_back_bit_identical_and_lookups_are_counted(cache: Vect
     found = other.lookup([one, three, two, one])
     other.close()
     assert set(found) == {one, two}
-    assert found[two].tobytes() == vector(2).tobytes()
+    assert found[two].vector.tobytes() == vector(2).tobytes()
     assert counters == {"embedded_tokens": 7, "embedding_cache_hits": 3, "embedding_cache_misses": 1}
 
 
@@ -93,7 +97,7 @@ def test_a_later_vector_replaces_the_earlier(cache: VectorCache) -> None:
     (one,) = keys("one")
     cache.put([(one, vector(1))])
     cache.put([(one, vector(2))])
-    assert np.array_equal(cache.lookup([one])[one], vector(2))
+    assert np.array_equal(cache.lookup([one])[one].vector, vector(2))
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
@@ -126,11 +130,11 @@ def test_a_damaged_entry_is_a_miss_and_the_next_put_replaces_it(
     cache.put([(one, vector(1)), (two, vector(2))])
     edit(path, sql, one)
     found = cache.lookup([one, two])
-    assert np.array_equal(found[two], vector(2))
-    assert one not in found or np.array_equal(found[one], vector(1))
+    assert np.array_equal(found[two].vector, vector(2))
+    assert one not in found or np.array_equal(found[one].vector, vector(1))
     clock.now += PAUSE_S
     cache.put([(one, vector(3))])
-    assert np.array_equal(cache.lookup([one])[one], vector(3))
+    assert np.array_equal(cache.lookup([one])[one].vector, vector(3))
 
 
 def test_one_dimension_never_gets_the_others_vectors(cache: VectorCache, path: Path) -> None:
@@ -173,7 +177,7 @@ def test_a_damaged_file_is_replaced(
         cache.put([(key, vector(round_)) for key in many])
         clock.now += PAUSE_S
     cache.put([(many[0], vector(9))])
-    assert np.array_equal(cache.lookup(many[:1])[many[0]], vector(9))
+    assert np.array_equal(cache.lookup(many[:1])[many[0]].vector, vector(9))
 
 
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(parents=True), lambda path: path.parent.touch()])
@@ -311,7 +315,7 @@ def test_threads_share_a_cache(cache: VectorCache) -> None:
         for start in range(first, 200, 4):
             key = texts[start]
             cache.put([(key, vector(start))])
-            if not np.array_equal(cache.lookup([key])[key], vector(start)):
+            if not np.array_equal(cache.lookup([key])[key].vector, vector(start)):
                 wrong.append(key)
 
     threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
@@ -357,3 +361,102 @@ def test_killed_while_writing_it_leaves_a_file_that_is_read(path: Path) -> None:
 
 def test_the_log_is_within_the_limit() -> None:
     assert WAL_BYTES < MIN_LIMIT_BYTES
+
+
+def stored(path: Path) -> int:
+    with sqlite3.connect(path) as db:
+        return int(db.execute("SELECT count(*) FROM vectors").fetchone()[0])
+
+
+#: Tenant, project, chapter, row of each entry, by the name of its text.
+ORIGINS = {
+    "a": Origin("t", "p", "c1", "r1", 10),
+    "b": Origin("t", "p", "c2", "r2", 10),
+    "no chapter": Origin("t", "p", "", "r3", 10),
+    "q": Origin("t", "q", "c1", "r4", 10),
+    "u": Origin("u", "p", "c1", "r5", 10),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [
+        ("t/t", {"a", "b", "no chapter", "q"}),
+        ("p/t/p", {"a", "b", "no chapter"}),
+        ("c/t/p/c1", {"a"}),
+        ("k/t/p/c1", {"a"}),
+        ("k/t/p/", {"no chapter"}),
+        ("i/t/p/r1", set()),
+    ],
+)
+def test_a_deletion_takes_the_vectors_of_its_scope_and_keeps_older_jobs_out(
+    cache: VectorCache, path: Path, name: str, gone: set[str]
+) -> None:
+    by_text = dict(zip(ORIGINS, keys(*ORIGINS), strict=True))
+
+    def put(created_us: int) -> None:
+        cache.put(
+            [(by_text[text], vector(1), o._replace(created_us=created_us), 3) for text, o in ORIGINS.items()]
+        )
+
+    def left() -> set[str]:
+        found = cache.lookup(list(by_text.values()))
+        return {text for text, key in by_text.items() if key in found}
+
+    put(10)
+    assert cache.erase([name], 20)
+    assert left() == set(ORIGINS) - gone
+    assert stored(path) == len(left())
+    put(20)
+    assert left() == set(ORIGINS) - gone, "a late retry of an older job"
+    put(21)
+    assert left() == set(ORIGINS)
+
+
+@pytest.mark.parametrize(
+    ("name", "gone"), [("c/t/p/c1", True), ("c/t/p/c9", True), ("p/t/other", True), ("p/u/p", False)]
+)
+def test_a_vector_that_several_chapters_share_goes_with_each_of_them(
+    cache: VectorCache, name: str, gone: bool
+) -> None:
+    shared, other = keys("shared", "other")
+    cache.put([(shared, vector(1), Origin("t", "p", "c1", "r", 30), 3), (other, vector(2))])
+    cache.lookup([shared], [Origin("t", "p", "c9", "r9")])
+    cache.put([])
+    if name.startswith("p/"):
+        cache.lookup([shared], [Origin("t", "other", "c9", "r9")])
+        cache.put([])
+    cache.erase([name], 20)
+    assert set(cache.lookup([shared, other])) == ({other} if gone else {shared, other})
+
+
+def test_a_cache_follows_the_log_of_deletions_from_where_any_worker_stopped(
+    cache: VectorCache, path: Path
+) -> None:
+    fence, now = MemoryFence(), [1000.0]
+    follower = CacheErasures(cache, fence, kept_s=100.0, wall_s=lambda: now[0])
+    entries = [
+        (key, vector(1), origin, 3) for key, origin in zip(keys(*ORIGINS), ORIGINS.values(), strict=True)
+    ]
+    follower.apply()
+    cache.put(entries)
+    fence.publish(Published(("c/t/p/c1",), 20), 1)
+    follower.apply()
+    assert stored(path) == 4
+    other = VectorCache(path, DIM, MIN_LIMIT_BYTES, {})
+    fence.publish(Published(("p/t/p",), 20), 1)
+    CacheErasures(other, fence, kept_s=100.0, wall_s=lambda: now[0]).apply()
+    assert stored(path) == 2
+    assert [one.position() for one in (cache, other)] == [("2", 1000.0)] * 2
+    other.close()
+    now[0] += 95
+    follower.apply()
+    assert stored(path) == 0, "the log may have lost deletions meanwhile"
+
+
+def test_deleted_vectors_are_no_longer_in_the_file(cache: VectorCache, path: Path) -> None:
+    (key,) = keys("secret")
+    cache.put([(key, vector(1), ORIGINS["a"], 3), (keys("x")[0], vector(2))])
+    assert cache.erase(["c/t/p/c1"], 20)
+    files = b"".join(file.read_bytes() for file in path.parent.iterdir() if file.is_file())
+    assert np.asarray(vector(1), "<f4").tobytes() not in files

@@ -2,8 +2,9 @@
 
 import click
 
+from ..extension import extension, imported
 from ..process_env import prepare_process
-from . import cron, dlq, doctor, enqueue, explain, limit, pause, retry, stats, top, url, web
+from . import batch, cron, dlq, doctor, enqueue, explain, limit, pause, retry, stats, top, url, web
 from .common import CliGroup
 
 
@@ -20,6 +21,7 @@ def main() -> None:
     jobworker stats                            queued, pending, retrying and dead jobs
     jobworker dlq requeue --reason timeout     send dead letters again
     jobworker cron list                        what is enqueued by a schedule, and when next
+    jobworker batch show import-7              how far is the import?
     jobworker stats --config /etc/jobworker/jobworker.toml
     jobworker VERB --help                      more, with examples
     eval "$(_JOBWORKER_COMPLETE=bash_source jobworker)"    Tab completes verbs and options (also zsh, fish)
@@ -32,7 +34,10 @@ def main() -> None:
 
 for module in (top, enqueue, stats, explain, pause, doctor, url, web):
     module.add_to(main)
+for target in extension().verbs:
+    imported(target)(main)
 main.add_command(dlq.dlq)
 main.add_command(retry.retry)
 main.add_command(limit.limit)
 main.add_command(cron.cron)
+main.add_command(batch.batch)

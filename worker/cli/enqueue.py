@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import msgspec
@@ -21,6 +21,7 @@ from ..extension import extension
 from ..flow import HIGHEST_PRIORITY
 from ..options import ExplicitOption
 from ..producer import NewJob, Producer, UnknownDestination
+from ..producer_batch import OpenBatch
 from ..quantities import Count, Duration
 from ..safe_text import escape_control
 from .common import (
@@ -67,6 +68,10 @@ _OPTIONS = [
                  help="Timeout (seconds, or 5m), from 0.1 s to 24 h."),
     click.option("--count", type=Count(1), default=1, show_default=True,
                  help="Number of times to send it."),
+    click.option("--batch", default="", metavar="ID",
+                 help="Count the jobs together in the batch of this id, and close it after the last."),
+    click.option("--on-complete", type=JobType(), default="", metavar="TYPE",
+                 help="With --batch: the type of a job to be enqueued when all of its jobs have ended."),
     click.option("--json", "as_json", is_flag=True, help='Print {"ids": [...]}.'),
 ]  # fmt: skip
 
@@ -74,7 +79,7 @@ _OPTIONS = [
 def enqueue(
     url: str, type: str, payload: str, lines: str | None, tenant: str, project: str, stream: str | None,
     job_id: str | None, priority: int | None, delay: float | None, timeout: float | None, count: int,
-    as_json: bool,
+    batch: str, on_complete: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Send a job of TYPE, or one for each line of --lines.
 
@@ -85,20 +90,24 @@ def enqueue(
     \b
     jobworker enqueue shout --tenant t001 --payload '{"text": "hello"}'
     jobworker enqueue --lines jobs.jsonl
+    jobworker enqueue --lines jobs.jsonl --batch import-7 --on-complete import_done
     jobworker enqueue audit --lines - < events.jsonl      # lines like {"payload": {"who": "me"}}
     """
     metadata = None if priority is None else {"priority": str(priority)}
+    if on_complete and not batch:
+        raise click.UsageError("--on-complete needs --batch ID")
+    into = _BatchOptions(batch, on_complete, tenant)
     defaults = NewJob(type, None, tenant, project, stream, job_id, metadata, delay, timeout)
     if lines is not None:
         if job_id is not None or count != 1 or payload != "{}":
             raise click.UsageError(
                 "--lines gives payloads and ids itself: leave out --payload, --id and --count"
             )
-        ids = _send_lines(url, lines, defaults)
+        ids = _send_lines(url, lines, defaults, into)
     elif not type:
         raise click.UsageError("give a TYPE of job, or --lines FILE")
     else:
-        ids = _send(url, defaults._replace(payload=_payload(payload)), count)
+        ids = _send(url, defaults._replace(payload=_payload(payload)), count, into)
     if as_json:
         echo_json({"ids": ids})
     elif len(ids) == 1:
@@ -130,10 +139,30 @@ def _fault(error: ValueError) -> str:
     return f"nested too deeply: {text}" if " limit " in text else text
 
 
-def _send(url: str, job: NewJob, count: int) -> list[str]:
+class _BatchOptions(NamedTuple):
+    """The batch to send into, if any: its id, the type of its callback, its tenant."""
+
+    id: str
+    on_complete: str
+    tenant: str
+
+
+@contextmanager
+def _sender(url: str, into: _BatchOptions) -> Iterator[Producer | OpenBatch]:
+    """Sends jobs, alone or into a batch, which is closed at the end unless an error ends the block."""
+    with _echoed_warnings(), Producer(url) as producer, _echoed_guesses(producer):
+        if not into.id:
+            yield producer
+            return
+        callback = NewJob(into.on_complete) if into.on_complete else None
+        with producer.batch(into.tenant, on_complete=callback, id=into.id) as batch:
+            yield batch
+
+
+def _send(url: str, job: NewJob, count: int, into: _BatchOptions) -> list[str]:
     """Send a job `count` times; the ids."""
     ids: list[str] = []
-    with _echoed_warnings(), Producer(url) as producer, _echoed_guesses(producer):
+    with _sender(url, into) as producer:
         hidden = count < _BATCH_SIZE or not is_terminal(sys.stderr)
         with click.progressbar(length=count, label="enqueued", file=sys.stderr, hidden=hidden) as bar:
             for start in range(0, count, _BATCH_SIZE):
@@ -192,8 +221,8 @@ def _how_to_continue(path: str, stored: int) -> str:
         return f"{lines}: send the lines from {stored + 1} on again"
     options = [
         f" --{name} {shlex.quote(str(value))}"
-        for name in ("tenant", "project", "stream", "delay", "timeout")
-        if (value := click.get_current_context().params.get(name))
+        for name in ("tenant", "project", "stream", "delay", "timeout", "batch", "on-complete")
+        if (value := click.get_current_context().params.get(name.replace("-", "_")))
     ]
     job_type = click.get_current_context().params.get("type")
     command = (
@@ -202,7 +231,7 @@ def _how_to_continue(path: str, stored: int) -> str:
     return f"{lines}; send the others: tail -n +{stored + 1} {shlex.quote(path)} | {with_deployment(command)}"
 
 
-def _send_lines(url: str, path: str, defaults: NewJob) -> list[str]:
+def _send_lines(url: str, path: str, defaults: NewJob, into: _BatchOptions) -> list[str]:
     """Send one job per line; the ids. Raises ValueError for the first invalid line; the lines before it
     were sent. Every error says which lines are stored and how to send the others."""
     ids: list[str] = []
@@ -210,9 +239,7 @@ def _send_lines(url: str, path: str, defaults: NewJob) -> list[str]:
     size = 0 if path == "-" else os.path.getsize(path)
     with (
         nullcontext(standard_input("--lines -")) if path == "-" else open(path, "rb") as file,
-        _echoed_warnings(),
-        Producer(url) as producer,
-        _echoed_guesses(producer),
+        _sender(url, into) as producer,
     ):
         hidden = not size or not is_terminal(sys.stderr)
         with click.progressbar(length=size, label="enqueued", file=sys.stderr, hidden=hidden) as bar:
@@ -230,7 +257,7 @@ def _send_lines(url: str, path: str, defaults: NewJob) -> list[str]:
     return ids
 
 
-def _send_batch(producer: Producer, jobs: Iterator[tuple[int, NewJob]]) -> list[str]:
+def _send_batch(producer: Producer | OpenBatch, jobs: Iterator[tuple[int, NewJob]]) -> list[str]:
     number = 0
 
     def remember_number() -> Iterator[NewJob]:

@@ -75,6 +75,21 @@ class SetCron(msgspec.Struct, tag=True, frozen=True):
     tables: tuple[CronTable, ...]
 
 
+class ShowBatch(msgspec.Struct, tag=True, frozen=True):
+    """To the reaper: look a batch up. The answer has the same number."""
+
+    number: int
+    id: str
+
+
+class BatchShown(msgspec.Struct, tag=True, frozen=True):
+    """From the reaper: a batch (None: there is no such batch), or why the store does not answer."""
+
+    number: int
+    batch: dict[str, Any] | None
+    error: str = ""
+
+
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """From a child: it is set up and running."""
 
@@ -121,6 +136,8 @@ Message = (
     | Drain
     | Configure
     | SetCron
+    | ShowBatch
+    | BatchShown
     | Ready
     | HeldElsewhere
     | StartFailed

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ..envelope import DeadJob, Header, is_oversized, read_header
+from ..envelope import DeadJob, Header, batch_in, batch_of, is_oversized, read_header
 from ..errors import MalformedJob
 from ..outcome import Reason
 from ..store.ports import Entry
@@ -49,6 +49,15 @@ class Admission:
         self._max_payload = max_payload
         self._max_deaths = max_deaths
         self._scratch = bytearray()
+        #: Batches of checked entries, by entry id, until they are taken.
+        self._batches: dict[bytes, str] = {}
+
+    def take_batches(self) -> dict[bytes, str]:
+        """The batches of the entries that were checked since the last call, by entry id."""
+        found = self._batches
+        if found:
+            self._batches = {}
+        return found
 
     def check_all(
         self, stream_no: int, entries: Iterable[Entry]
@@ -71,11 +80,14 @@ class Admission:
             return _reject(stream_no, entry, Reason.MALFORMED, "MalformedJob: the entry has no field 'data'")
         if is_oversized(data, self._max_payload):
             error = f"OversizedJob: {len(data)} bytes, at most {self._max_payload} are taken"
+            self._note_batch(entry.id, batch_of(data))
             return _reject(stream_no, entry, Reason.OVERSIZED, error)
         try:
             envelope = read_header(data, self._scratch)
         except MalformedJob as malformed:
             return _reject(stream_no, entry, Reason.MALFORMED, f"MalformedJob: {malformed}")
+        if envelope.metadata:
+            self._note_batch(entry.id, batch_in(envelope.metadata))
         type_no = self._type_nos.get(envelope.type)
         if type_no is None:
             error = f"UnknownType: no handler for {envelope.type!r}; known: {', '.join(self._type_nos)}"
@@ -86,6 +98,10 @@ class Admission:
             return _reject(stream_no, entry, Reason.POISON, error, envelope)
         isolated = deaths > 0 or deliveries >= ISOLATED_FROM_DELIVERIES
         return _new(AdmittedJob, (stream_no, type_no, entry, isolated))
+
+    def _note_batch(self, entry_id: bytes, batch: str) -> None:
+        if batch:
+            self._batches[entry_id] = batch
 
 
 class _Tenant(msgspec.Struct):

@@ -309,13 +309,26 @@ class Intake:
         if len(entries) == 1:
             self._marks.mark(stream_no, entries[0].id)
         admitted, rejected = self._admission.check_all(stream_no, entries)
+        batches = self._admission.take_batches()
+        runnable = admitted if is_taken else self.flow.divert(stream_no, admitted, is_new=is_new)
+        if batches:
+            # Jobs that were sorted into lanes are registered when they are taken out.
+            kept = [job.entry.id for job in runnable] + [one.job.entry_id for one in rejected]
+            self._register(stream_no, {id: batches[id] for id in kept if id in batches})
         self.rejected += rejected
-        self._buffer.extend(admitted if is_taken else self.flow.divert(stream_no, admitted, is_new=is_new))
+        self._buffer.extend(runnable)
         if entries and (is_new or is_taken):
             self._is_claims_turn = True
         if entries and not is_taken:
             self._read_counts[stream_no].learn(entries)
         self._marks.unmark()
+
+    def _register(self, stream_no: int, batches: dict[bytes, str]) -> None:
+        """Let the store count the end of these entries in their batches, before any of them can end."""
+        source = self._streams[stream_no]
+        unknown = self._store.register_batches(source, batches) if batches else ()
+        for batch in sorted(unknown):
+            log.warning("batch.unknown", extra={"batch": batch, "stream": source.stream})
 
     def _reject_poison(self, stream_no: int, entry: Entry) -> bool:
         """Reject an entry that made readers exit, without parsing it; False if it did not."""

@@ -94,9 +94,9 @@ class SettlementBatch:
         return {
             no: Settlement(
                 streams[no],
-                self.done[no] + self.missing[no],
+                self.done[no],
                 self.retries[no],
-                self.dead[no],
+                self.dead[no] + [Dead(id, b"") for id in self.missing[no]],
                 sure,
                 self.put_back.get(no, ()),
                 versions[no],

@@ -14,6 +14,7 @@ from ..errors import StoreRefused
 from ..flow import FlowConfig
 from ..keys import Source
 from .announcements import Announcement
+from .batches import BatchProducerStore, BatchStore
 from .cron import CronStore
 
 #: Idle time (seconds) that a released entry shows: above any lease. Servers refuse times before 1970.
@@ -38,7 +39,8 @@ class Retry(NamedTuple):
 
 
 class Dead(NamedTuple):
-    """Settlement of one entry by a dead letter: the letter's JSON."""
+    """Settlement of one entry by a dead letter: the letter's JSON. Empty: the entry is gone from the stream,
+    and there is nothing to keep."""
 
     id: bytes
     data: bytes
@@ -275,6 +277,12 @@ class ReaderStore(Protocol):
         They are those whose turn it is, within the limits.
         """
 
+    def register_batches(self, source: Source, batches: Mapping[bytes, str]) -> set[str]:
+        """Record the batches of pending entries, by entry id, so that their end is counted.
+
+        Returns the batches that have no record: their jobs are not counted. Safe to repeat.
+        """
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         """The ids of entries that hold slots of limits."""
 
@@ -282,8 +290,8 @@ class ReaderStore(Protocol):
         """Drop every connection."""
 
 
-class ReaperStore(CronStore, Protocol):
-    """Maintenance of streams: due retries, trimming, idle consumers, depths, cron."""
+class ReaperStore(CronStore, BatchStore, Protocol):
+    """Maintenance of streams: due retries, trimming, idle consumers, depths, cron, batches."""
 
     def promote(self, stream: str, limit: int) -> Promotion:
         """Move at most ``limit`` due retries into the stream, in one atomic step."""
@@ -296,6 +304,12 @@ class ReaperStore(CronStore, Protocol):
 
     def mend_slots(self, source: Source) -> int:
         """Free the slots of entries that are no longer pending; returns the number of these entries."""
+
+    def mend_batches(self, source: Source, cursor: bytes) -> tuple[bytes, int]:
+        """Count the jobs of batches whose entries were deleted by hand as dead. It looks at a page of them.
+
+        Returns the cursor of the next call (``b"0"``: from the start), and the number of these entries.
+        """
 
     def depths(self, source: Source) -> Depths:
         """Count entries, retries and dead letters."""
@@ -311,7 +325,7 @@ class ReaperStore(CronStore, Protocol):
         """Drop every connection."""
 
 
-class ProducerStore(Protocol):
+class ProducerStore(BatchProducerStore, Protocol):
     """Enqueueing of jobs."""
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:

@@ -74,13 +74,13 @@ def fit_copies(settings: Settings, size: CopySize | None) -> tuple[Settings, Cop
     if size is None or not free_bytes:
         return settings, None
     plan = plan_copies(settings, size, free_bytes, gpus)
-    if plan.limited:
-        log.warning("device.copies_limited", extra={**plan._asdict(), "hint": (
-            f"give the service more memory, or set {extension().copies_option}"
-        )})  # fmt: skip
     if plan.exceeds:
         log.warning("device.copies_exceed_memory", extra={**plan._asdict(), "hint": (
-            f"lower {extension().copies_option}, or give the service more memory"
+            f"lower {extension().copies_option} or --procs, or give the service more memory"
+        )})  # fmt: skip
+    elif plan.limited:
+        log.warning("device.copies_limited", extra={**plan._asdict(), "hint": (
+            f"give the service more memory, or set {extension().copies_option}"
         )})  # fmt: skip
     if not plan.limited:
         return settings, plan

@@ -1,4 +1,4 @@
-"""HTTP server of the supervisor for /metrics, /healthz, /readyz and /status; runs in its own threads."""
+"""HTTP server of the supervisor: /metrics, /healthz, /readyz, /status, /batches; runs in its own threads."""
 
 import resource
 import socket
@@ -7,9 +7,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from ..safe_text import safe_json
 from ..telemetry.prometheus import CONTENT_TYPE, PrometheusCollector
+from .batch_mailbox import BatchAnswer
 
 #: Open connections. Above this the oldest one is closed, first among those without a complete request.
 _MAX_CONNECTIONS = 32
@@ -41,9 +43,13 @@ class HealthServer:
         metrics: PrometheusCollector,
         health: Callable[[], Health],
         status: Callable[[], dict[str, Any] | None] = lambda: None,
+        batch: Callable[[str], BatchAnswer | None] = lambda id: None,
     ) -> None:
-        """``status`` returns the body of /status, or None if the supervisor does not answer in time."""
-        callbacks = {"health": staticmethod(health), "status": staticmethod(status)}
+        """``status`` returns the body of /status, ``batch`` that of /batches/ID; None if the service does not
+        answer in time."""
+        callbacks = {
+            "health": staticmethod(health), "status": staticmethod(status), "batch": staticmethod(batch),
+        }  # fmt: skip
         handler = type("Handler", (_Handler,), {"metrics": metrics, **callbacks})
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         server = type("Server", (_Server,), {"address_family": family})
@@ -125,6 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
     metrics: PrometheusCollector
     health: Callable[[], Health]
     status: Callable[[], dict[str, Any] | None]
+    batch: Callable[[str], BatchAnswer | None]
     timeout = _CLIENT_TIMEOUT_S
     server_version = "jobworker"
 
@@ -144,8 +151,20 @@ class _Handler(BaseHTTPRequestHandler):
                 status = self.status()
                 error = {"error": "the supervisor did not answer within 2 s; try again"}
                 self._answer(200 if status else 503, "application/json", _json_line(status or error))
+            case path if path.startswith("/batches/"):
+                self._answer_batch(unquote(path.removeprefix("/batches/")))
             case _:
-                self._answer(404, "text/plain", b"try /metrics, /healthz, /readyz or /status\n")
+                self._answer(404, "text/plain", b"try /metrics, /healthz, /readyz, /status or /batches/ID\n")
+
+    def _answer_batch(self, id: str) -> None:
+        answer = self.batch(id)
+        if answer is None or answer.error:
+            error = answer.error if answer else "the service did not answer within 2 s; try again"
+            self._answer(503, "application/json", _json_line({"error": error}))
+        elif answer.batch is None:
+            self._answer(404, "application/json", _json_line({"error": f"no batch has the id {id[:80]}"}))
+        else:
+            self._answer(200, "application/json", _json_line(answer.batch))
 
     def _answer_json(self, ok: bool, health: Health) -> None:
         body = {"ok": ok, "reasons": health.reasons, **health.details}

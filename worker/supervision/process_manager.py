@@ -15,6 +15,7 @@ from ..flow import FlowConfig
 from ..ipc.channel import READY, STARTING, STOPPING, Channel
 from ..ipc.control import (
     Attach,
+    BatchShown,
     Configure,
     Drain,
     ExitReclaimed,
@@ -24,6 +25,7 @@ from ..ipc.control import (
     Report,
     Retire,
     SetCron,
+    ShowBatch,
     StartFailed,
     SyncDone,
     WorkerExited,
@@ -33,6 +35,7 @@ from ..settings import Settings, cores
 from ..store_advice import store_advice
 from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.prometheus import PrometheusCollector
+from .batch_mailbox import BatchAnswer, BatchMailbox
 from .forkserver import ForkServer
 from .process import Child, ProcessExit, RestartBackoff
 from .process_groups import ProcessGroups
@@ -93,6 +96,8 @@ class ProcessManager:
         self._to_restart: deque[tuple[Slot, int]] = deque()
         #: Increases while the reader completes read cycles; the watchdog of systemd follows it.
         self.progress = 0
+        #: Questions about batches, which the reaper answers.
+        self.batches = BatchMailbox()
         self._exit_code: Exit | None = None
         self._was_complete = False
         self._draining = False
@@ -118,6 +123,12 @@ class ProcessManager:
         self._settings = replace(self._settings, cron=tables)
         if self._reaper.child is not None:
             self._reaper.child.send(SetCron(tables))
+
+    def pass_questions(self) -> None:
+        """Pass questions about batches to the reaper."""
+        for number, id in self.batches.take().items():
+            if self._reaper.child is not None:
+                self._reaper.child.send(ShowBatch(number, id))
 
     def tick(self, now: float) -> Exit | None:
         """Take one step towards the desired state. Returns an exit code if that state is out of reach."""
@@ -178,6 +189,8 @@ class ProcessManager:
                 self._exited.pop((slot, generation))[1].close()
             case HeldElsewhere():
                 self._handle_held_name(message, now)
+            case BatchShown(number, batch, error):
+                self.batches.answer(number, BatchAnswer(batch, error))
             case StartFailed(error, exit_code):
                 child.trouble = error
                 # This ends the service at its first start, and whenever no later attempt can succeed.

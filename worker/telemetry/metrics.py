@@ -65,6 +65,10 @@ METRICS = {
     "z_novel_cron_late_seconds": Metric(
         "gauge", "Time for which a tick of a cron table has been due and not taken", ("name",)
     ),
+    "z_novel_batches_open": Metric("gauge", "Batches that have not finished, by home stream", ("stream",)),
+    "z_novel_batches_finished_total": Metric(
+        "counter", "Batches whose jobs have all ended, by home stream", ("stream",)
+    ),
     "z_novel_paused": Metric("gauge", "1 while a type is paused by an operator", ("task_type",)),
 }
 

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from ..admin.batches import ended_since, list_batches
 from ..admin.dead_letters import Cursor, DeadLetterQueue, Letter, LetterFilter
 from ..admin.deployment import StreamTable
 from ..admin.find_job import OVERDUE_S, SILENT_S, JobFinder, JobLocation
@@ -42,6 +43,8 @@ _PAGE_ROWS = 50
 SCAN_LIMIT = 20_000
 #: Tenants shown, and the interval of counting them, which reads megabytes from the store.
 _MAX_TENANTS, _COUNT_TENANTS_EVERY_S = 20, 10.0
+#: Batches shown, and for how long finished ones are.
+_MAX_BATCHES, _BATCHES_SINCE_S = 50, 24 * 3600.0
 #: Largest scan that a visitor may ask for: about a minute on one connection.
 _MAX_SCAN = 5_000_000
 #: Longest number in an address: Redis takes no larger ones as positions.
@@ -146,14 +149,17 @@ class Pages:
         with self._site.store() as store:
             groups, refused = _read_groups(store, self._site.sources)
             tenants = self._tenants(store)
+            batches, refused_batches = list_batches(store, self._site.streams, _MAX_BATCHES)
+        since_s = self._site.history.latest.wall_s - _BATCHES_SINCE_S
         return self._snapshot_page(
             request,
             "queues.html",
             groups=groups,
-            refused=refused,
+            refused=[*refused, *refused_batches],
             silent_s=SILENT_S,
             tenants=tenants,
             max_tenants=_MAX_TENANTS,
+            batches=[batch for batch in batches if ended_since(batch, since_s)],
         )
 
     def _tenants(self, store: OperatorStore) -> WaitingTenants:

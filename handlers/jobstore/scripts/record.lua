@@ -2,14 +2,14 @@
 -- Called by RedisRecords.put. Atomic: an older version must not replace a newer one that is stored meanwhile.
 -- KEYS[1] hash
 -- ARGV[1] owner, empty where the key's name is unambiguous   ARGV[2] chapter version   ARGV[3] time of the change
--- ARGV[4...] field, value, field, value, ...; the field `chapter_id` names the chapter of the version
+-- ARGV[4] creation of the job in us   ARGV[5...] field, value, field, value, ...; the field `chapter_id` names the chapter of the version
 -- Returns {'foreign'}, or {'stored' | 'same' | 'older', field, value, ...} with the record that is stored now.
 local has, new = {}, {}
 local flat = redis.call('HGETALL', KEYS[1])
 for i = 1, #flat, 2 do
   has[flat[i]] = flat[i + 1]
 end
-for i = 4, #ARGV, 2 do
+for i = 5, #ARGV, 2 do
   new[ARGV[i]] = ARGV[i + 1]
 end
 
@@ -47,12 +47,19 @@ if #flat > 0 then
     same = same and has[field] == value
   end
   if same then
-    return answer('same', flat)
+    -- A deletion that an older job precedes must leave what a newer job stored as well.
+    if tonumber(ARGV[4]) > (tonumber(has.created_us) or 0) then
+      redis.call('HSET', KEYS[1], 'created_us', ARGV[4])
+    end
+    return answer('same', redis.call('HGETALL', KEYS[1]))
   end
   redis.call('DEL', KEYS[1])
 end
 
-redis.call('HSET', KEYS[1], 'chapter_version', ARGV[2], 'updated_at', ARGV[3], unpack(ARGV, 4))
+redis.call('HSET', KEYS[1], 'chapter_version', ARGV[2], 'updated_at', ARGV[3], unpack(ARGV, 5))
+if ARGV[4] ~= '0' then
+  redis.call('HSET', KEYS[1], 'created_us', ARGV[4])
+end
 if ARGV[1] ~= '' then
   redis.call('HSET', KEYS[1], 'owner', ARGV[1])
 end

@@ -29,6 +29,9 @@ GRPC_OPTIONS = {
 }
 # A health check should be fast, but a busy server needs a few seconds.
 PING_TIMEOUT_S = 3.0
+# While Milvus replaces a growing segment by a sealed one, reads miss rows, even with strong consistency.
+# Seen on 2.3.5: for up to about 2 s, and up to 19 rows of 20.
+READ_LAG_S = 5.0
 # Causes of an error that are looked at.
 _MAX_CAUSES = 8
 # The default depends on the Milvus version; all of them permit 64.
@@ -80,6 +83,15 @@ class MilvusClientHandle:
         """The kind of server; connects first if necessary. Raises VectorStoreError, as `call` does."""
         self.call("connect", lambda client: None)
         return self._server
+
+    def ordered(self, limit: int) -> dict[str, Any]:
+        """Arguments of a query for the first rows in the order of ids; connects and raises like `server`."""
+        # A server orders the rows of a limited query; Lite does so only for an iterator.
+        return {"limit": limit, **({"iterator": "True"} if self.server().lite else {})}
+
+    def max_read_lag_s(self) -> float:
+        """For how many seconds strong reads may miss existing rows; connects and raises like `server`."""
+        return 0.0 if self.server().lite else READ_LAG_S
 
     def filter_arguments(self, where: Filter) -> dict[str, Any]:
         """A filter in the form that the server supports; connects and raises like `server`."""

@@ -121,6 +121,22 @@ class CollectionAdmin:
             return list(response["aliases"])
         return list((self.describe(name) or {}).get("aliases", ()))
 
+    def plain_names(self, prefix: str) -> list[str]:
+        """Names of all collections that have the prefix and tenants, without the prefix: of aliases, if any.
+
+        A collection that a rebuild fills has no alias and is left out.
+        """
+        collections = self._milvus.call(
+            "collections", lambda client: client.list_collections(timeout=self._timeout_s)
+        )
+        names = set()
+        for collection in collections:
+            fields = {field["name"] for field in (self.describe(collection) or {"fields": []})["fields"]}
+            if {"id", "tenant_id", "project_id"} <= fields:
+                names.update(self.aliases(collection) or [collection])
+        plain = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
+        return sorted(name for name in plain if name and not schemas.NUMBERED.search(name))
+
     def _create_collection(self, target: str, schema: schemas.Schema, dim: int, mark: str) -> None:
         server = self._milvus.server()
         partition_key = not self._named and server.keeps_partition_keys

@@ -14,6 +14,10 @@ PARTITION_KEY_SINCE = (2, 4)
 TEMPLATES_SINCE = (2, 5)
 # 2.3 lists the aliases in the answer of describe_collection.
 LISTS_ALIASES_SINCE = (2, 4)
+#: Fields of rows without which a collection of another program can be used.
+OPTIONAL = frozenset({"version", "created_us"})
+#: Fields that group rows; each collection of the service has one of them.
+GROUPING = frozenset({"chapter_id", "entity_id"})
 #: Property with a collection's mark on Milvus Lite, which does not store descriptions.
 MARK = "jobworker.made"
 
@@ -52,11 +56,11 @@ class Server(NamedTuple):
 class CollectionInfo(NamedTuple):
     """Cached part of a collection's description.
 
-    `takes_version`: rows may carry a version. `max_bytes`: limits of the VARCHAR fields.
+    `lacks`: fields of rows that it does not store. `max_bytes`: limits of the VARCHAR fields.
     """
 
     dim: int
-    takes_version: bool
+    lacks: frozenset[str]
     max_bytes: Mapping[str, int]
 
     @classmethod
@@ -73,8 +77,9 @@ class CollectionInfo(NamedTuple):
             for name, field in fields.items()
             if field["type"] == VARCHAR and "max_length" in field["params"]
         }
-        takes_version = bool(description.get("enable_dynamic_field")) or "version" in fields
-        return cls(int(vector["params"]["dim"]), takes_version, max_bytes)
+        is_dynamic = bool(description.get("enable_dynamic_field"))
+        lacks = frozenset() if is_dynamic else (OPTIONAL | GROUPING) - fields.keys()
+        return cls(int(vector["params"]["dim"]), lacks, max_bytes)
 
 
 def check_fields(alias: str, schema: Schema, description: dict[str, Any]) -> None:
@@ -94,8 +99,11 @@ def check_fields(alias: str, schema: Schema, description: dict[str, Any]) -> Non
             faults.append(f"no field `{name}`")
         elif name in fields and fields[name]["type"] not in types:
             faults.append(f"field `{name}` is no {'VARCHAR' if VARCHAR in types else 'integer'}")
-    if "version" in fields and fields["version"]["type"] != max(INTEGERS):
-        faults.append("field `version` is no INT64")
+    faults += [
+        f"field `{name}` is no INT64"
+        for name in sorted(OPTIONAL & fields.keys())
+        if fields[name]["type"] != max(INTEGERS)
+    ]
     if faults:
         raise PermanentStoreError(
             f"collection {alias} cannot hold the rows of this service: {'; '.join(faults)}"
@@ -104,7 +112,7 @@ def check_fields(alias: str, schema: Schema, description: dict[str, Any]) -> Non
 
 def check_no_other_field(alias: str, schema: Schema, description: dict[str, Any]) -> None:
     """Raise PermanentStoreError if a row needs a value for a field that this service does not know."""
-    filled = {field.name for field in schema.fields} | {"vector", "version"}
+    filled = {field.name for field in schema.fields} | {"vector", *OPTIONAL}
     others = [field["name"] for field in description["fields"] if _is_required(field)]
     unknown = [name for name in others if name not in filled]
     if unknown:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
+from ...jobstore.erasures import Scope
 from .. import filters
 from .. import schema as schemas
 from ..filters import EVERYTHING, Filter
@@ -27,6 +28,7 @@ from ..ports import (
     Hit,
     PermanentStoreError,
     Row,
+    StoredRow,
     TransientStoreError,
     Vector,
     VectorStore,
@@ -60,6 +62,10 @@ Partitions = Literal["key", "named"]
 SEARCH_EF = 128
 # 200 rows with the longest texts and 4096 dimensions stay below 64 MiB, the limit of a response.
 MAX_READ_ROWS = 200
+# What a deletion reads of a row.
+SCANNED = ("id", "tenant_id", "project_id", "chapter_id", "entity_id", "created_us")
+# Rows of one page of a deletion.
+SCAN_ROWS = 1000
 # No row has this id, because ids hold no slash.
 NO_ROW_ID = "jobworker/probe"
 
@@ -138,7 +144,7 @@ class MilvusVectors:
         schema, info = schemas.schema_of(name), self._info(name)
         where = filters.of_scope(tenant_id, project_id)
         wanted = list(dict.fromkeys(ids))
-        fields = [field for field in schema.row_fields if field != "version" or info.takes_version]
+        fields = [field for field in schema.row_fields if field not in info.lacks]
         rows_by_id: dict[str, AnyRow] = {}
         for part in schemas.chunks(wanted, MAX_READ_ROWS):
             by_id = filters.of_ids(part)
@@ -161,10 +167,57 @@ class MilvusVectors:
         return self._versions(name, where, tenant_id, project_id)
 
     def _versions(self, name: str, where: Filter, tenant_id: str, project_id: str) -> dict[str, int]:
-        fields = ["id", "tenant_id", "project_id", *(["version"] if self._info(name).takes_version else [])]
+        lacks = self._info(name).lacks
+        fields = [one for one in ("id", "tenant_id", "project_id", "version") if one not in lacks]
         rows = self._query(name, where, fields, strong=True)
         own = (row for row in rows if (row["tenant_id"], row["project_id"]) == (tenant_id, project_id))
         return {row["id"]: int(row.get("version", 0)) for row in own}
+
+    def scan(self, name: str, scope: Scope, after: str, limit: int) -> list[StoredRow]:
+        lacks = self._info(name).lacks
+        if scope.chapter_ids and "chapter_id" in lacks:
+            return []
+        fields = [field for field in SCANNED if field not in lacks]
+        return _first_page(
+            lambda where, **more: self._query(name, where, fields, strong=True, **more),
+            scope,
+            after,
+            self._milvus.ordered(limit),
+        )
+
+    def erase_copy(self, collection: str, scope: Scope, cutoff_us: int) -> int:
+        description = self._collections.describe(collection)
+        if description is None:
+            return 0
+        lacks = CollectionInfo.of(description).lacks
+        if scope.chapter_ids and "chapter_id" in lacks:
+            return 0
+        options = {"timeout": self._timeout_s, "output_fields": [one for one in SCANNED if one not in lacks]}
+
+        def query(where: Filter, **more: Any) -> list[dict[str, Any]]:
+            more |= options | consistency(True) | self._milvus.filter_arguments(where)
+            return self._milvus.call(collection, lambda client: client.query(collection, **more))
+
+        erased, after, order = 0, "", self._milvus.ordered(SCAN_ROWS)
+        while page := _first_page(query, scope, after, order):
+            old = [row.id for row in page if row.created_us <= cutoff_us]
+            for part in schemas.chunks(old, schemas.MAX_REQUEST_ROWS):
+                where = self._milvus.filter_arguments(filters.of_ids(part))
+                self._milvus.call(
+                    collection,
+                    lambda client, where=where: client.delete(  # type: ignore[misc]
+                        collection, timeout=self._timeout_s, **where
+                    ),
+                )
+            erased += len(old)
+            after = page[-1].id
+        return erased
+
+    def collections(self) -> list[str]:
+        return self._collections.plain_names(self._prefix)
+
+    def max_read_lag_s(self) -> float:
+        return self._milvus.max_read_lag_s()
 
     def delete(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> None:
         where = filters.of_scope(tenant_id, project_id)
@@ -186,7 +239,7 @@ class MilvusVectors:
     # ---- reading and writing
 
     def _query(
-        self, name: str, where: Filter, fields: list[str], *, strong: bool = False
+        self, name: str, where: Filter, fields: list[str], *, strong: bool = False, **more: Any
     ) -> list[dict[str, Any]]:
         return self._call(
             name,
@@ -196,6 +249,7 @@ class MilvusVectors:
                 timeout=self._timeout_s,
                 **self._milvus.filter_arguments(where),
                 **consistency(strong),
+                **more,
             ),
         )
 
@@ -208,12 +262,12 @@ class MilvusVectors:
             schemas.check_owners(name, part, owners)
 
     def _upsert_request(self, name: str, rows: Sequence[AnyRow], partition: str | None) -> None:
-        drop_version = not self._info(name).takes_version
+        lacks = self._info(name).lacks
         data = [row._asdict() for row in rows]
         for row in data:
             row["vector"] = np.asarray(row["vector"], dtype=np.float32)
-            if drop_version:
-                del row["version"]
+            for field in lacks:
+                row.pop(field, None)
         self._call(
             name,
             lambda client: client.upsert(
@@ -303,6 +357,24 @@ class MilvusVectors:
     def _forget(self, name: str) -> None:
         self._infos.pop(name, None)
         self._seen_partitions = {pair for pair in self._seen_partitions if pair[0] != name}
+
+
+def _first_page(
+    query: Callable[..., list[dict[str, Any]]], scope: Scope, after: str, order: dict[str, Any]
+) -> list[StoredRow]:
+    """The next rows of a scope after an id; a page of ids without a row is passed over."""
+    pages: Iterator[list[dict[str, Any]]]
+    if scope.ids:
+        ids = sorted(id_ for id_ in scope.ids if id_ > after)
+        pages = (query(filters.of_ids(part)) for part in schemas.chunks(ids, order["limit"]))
+    else:
+        pages = iter([query(filters.after(after) & filters.of_erased(scope), **order)])
+    for page in pages:
+        own = [row for row in page if row["tenant_id"] == scope.tenant_id]
+        rows = [schemas.stored_row(row) for row in own if scope.project_id in ("", row["project_id"])]
+        if rows:
+            return sorted(rows)
+    return []
 
 
 def consistency(strong: bool) -> dict[str, str]:

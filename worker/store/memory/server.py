@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ...errors import StoreRefused
 from ...keys import Holder
 from ..ports import Entry, KeyFault
+from .batch_counts import MemoryBatches
 from .lanes import MemoryLanes
 
 #: Time that a read may take beyond its block time before the store counts as unavailable.
@@ -52,9 +53,10 @@ class NameRecord:
 
 @dataclass
 class Stream:
-    """A stream with its groups, retries, dead letters, fences and lanes."""
+    """A stream with its groups, retries, dead letters, fences, lanes and batches."""
 
     lanes: MemoryLanes
+    batches: MemoryBatches
     entries: dict[bytes, bytes | None] = field(default_factory=dict)
     last_id: tuple[int, int] = (0, 0)
     groups: dict[str, Group] = field(default_factory=dict)
@@ -151,7 +153,7 @@ class MemoryServer:
     def stream(self, name: str) -> Stream:
         """The stream of this name; it is created if it is missing."""
         if name not in self._streams:
-            self._streams[name] = Stream(MemoryLanes(self.wall_now_s))
+            self._streams[name] = Stream(MemoryLanes(self.wall_now_s), MemoryBatches(self.wall_now_s))
         return self._streams[name]
 
     def append(self, name: str, data: bytes | None) -> bytes:

@@ -12,6 +12,7 @@ from ...keys import (
     PAUSED_KEY,
     Holder,
     Source,
+    batches_key,
     dead_letter_key,
     deaths_key,
     fence_key,
@@ -34,6 +35,7 @@ from ..ports import (
     TakenJobs,
     WaitingJob,
 )
+from .batches import MemoryBatchStore
 from .cron import MemoryCronStore
 from .server import Group, MemoryServer, NameRecord, PendingEntry, Read, Stream, order
 
@@ -45,7 +47,7 @@ def _id_of(outcome: Retry | Dead | PutBack | bytes) -> bytes:
     return outcome if isinstance(outcome, bytes) else outcome.id
 
 
-class MemoryStore(MemoryCronStore):
+class MemoryStore(MemoryCronStore, MemoryBatchStore):
     """`ReaderStore`, `ReaperStore` and `ProducerStore` over one `MemoryServer`.
 
     The ports document the methods.
@@ -203,6 +205,7 @@ class MemoryStore(MemoryCronStore):
             for id in own:
                 data = stream.entries[id]
                 self._forget(stream, group, id)
+                stream.batches.leave([id])
                 self._server.append(source.stream, data)
             return len(own)
 
@@ -222,7 +225,8 @@ class MemoryStore(MemoryCronStore):
     def key_faults(self, source: Source) -> list[KeyFault]:
         stream = source.stream
         derived = (fence_key(stream), deaths_key(stream), retry_key(stream), dead_letter_key(stream))
-        return self._server.faults(stream, *derived, ready_key(stream))
+        of_batches = [batches_key(stream, part) for part in ("jobs", "due")]
+        return self._server.faults(stream, *derived, ready_key(stream), *of_batches)
 
     def pause_faults(self) -> list[KeyFault]:
         return self._server.faults(PAUSED_KEY)
@@ -252,7 +256,7 @@ class MemoryStore(MemoryCronStore):
     def sort(self, source: Source, version: int, lanes: Mapping[bytes, Sequence[WaitingJob]]) -> set[bytes]:
         with self._server.lock:
             stream, group = self._fenced(source), self._group(source)
-            self._server.check(ready_key(source.stream))
+            self._check_batches(source.stream, ready_key(source.stream))
             refused: set[bytes] = set()
             for name, jobs in lanes.items():
                 own = [job for job in jobs if self._owns(group, job.id)]
@@ -262,6 +266,7 @@ class MemoryStore(MemoryCronStore):
                 for job in own:
                     del group.leases[job.id]
                     stream.lanes.release(job.id)
+                stream.batches.leave(job.id for job in own)
             return refused
 
     def take(self, source: Source, types: Iterable[str], count: int) -> TakenJobs:
@@ -287,6 +292,32 @@ class MemoryStore(MemoryCronStore):
 
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         return set(ids) & self._server.stream(source.stream).lanes.slots.keys()
+
+    # -- batches
+
+    def register_batches(self, source: Source, batches: Mapping[bytes, str]) -> set[str]:
+        with self._server.lock:
+            stream, group = self._fenced(source), self._group(source)
+            self._check_batches(source.stream)
+            known = {batch for batch in batches.values() if stream.batches.get(batch) is not None}
+            for id, batch in batches.items():
+                if batch in known and self._owns(group, id):
+                    stream.batches.members[id] = batch
+            for batch in known:
+                stream.batches.touch(batch)
+            return set(batches.values()) - known
+
+    def mend_batches(self, source: Source, cursor: bytes) -> tuple[bytes, int]:
+        with self._server.lock:
+            self._check_batches(source.stream)
+            stream = self._server.stream(source.stream)
+            pending = {id for group in stream.groups.values() for id in group.leases}
+            gone = [id for id in stream.batches.members if id not in pending and id not in stream.entries]
+            stream.batches.leave(gone, "dead")
+            return b"0", len(gone)
+
+    def _check_batches(self, stream: str, *keys: str) -> None:
+        self._server.check(*keys, *(batches_key(stream, part) for part in ("jobs", "due")))
 
     def mend_slots(self, source: Source) -> int:
         with self._server.lock:
@@ -439,7 +470,7 @@ class MemoryStore(MemoryCronStore):
         for key, outcomes in kinds:
             try:
                 if outcomes:
-                    self._server.check(key, deaths_key(stream), ready_key(stream))
+                    self._check_batches(stream, key, deaths_key(stream), ready_key(stream))
                 refused.update(_id_of(one) for one in outcomes if not self._settle_one(source, one, version))
             except StoreRefused as error:
                 unsettled.update(map(_id_of, outcomes))
@@ -453,14 +484,20 @@ class MemoryStore(MemoryCronStore):
             return False
         if isinstance(outcome, Retry):
             self._server.schedule(source.stream, outcome.data, outcome.delay_s)
+            stream.batches.leave([id])
         elif isinstance(outcome, Dead):
-            stream.dead.append(outcome.data)
+            if outcome.data:
+                stream.dead.append(outcome.data)
+            stream.batches.leave([id], "dead")
         elif isinstance(outcome, PutBack):
             stream.lanes.wait_for(outcome.key, Lane.decode(outcome.lane).type, outcome.wait_s)
             stream.lanes.put(outcome.lane, [outcome.job], version, in_front=True)
             del group.leases[id]
             stream.lanes.release(id)
+            stream.batches.leave([id])
             return True
+        else:
+            stream.batches.leave([id], "done")
         self._forget(stream, group, id)
         if len(stream.lanes) and len(stream.groups) == 1:  # trimming cannot pass the entries that wait
             stream.entries.pop(id, None)

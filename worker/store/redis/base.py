@@ -19,6 +19,8 @@ from .lua import Command, LuaScripts, script
 SCRIPT_IDS = 1000
 #: Bytes of jobs per script or pipeline: bounds the server's memory when jobs are megabytes.
 SCRIPT_BYTES = 8 * 1024 * 1024
+#: Keys that are hashed to reach every server of a cluster.
+PROBES = 2000
 #: Errors that need another address: the data has moved, this server is a replica now, or it has lost its
 #: replicas, as a master that a failover has replaced.
 _MOVED = ("MOVED", "ASK", "CLUSTERDOWN", "MASTERDOWN")
@@ -68,6 +70,18 @@ class RedisStoreBase:
         """Run one command; raises `StoreUnavailable` or `Fenced` for an error reply."""
         return checked(self.call(stream, [command])[0])
 
+    def one_key_a_server(self) -> list[str]:
+        """A key for each server, so that a command with it reaches the server; one without a cluster.
+
+        Raises `StoreUnavailable`.
+        """
+        if not self._endpoint.cluster:
+            return [""]
+        try:
+            return list({self._endpoint.node(str(number)): str(number) for number in range(PROBES)}.values())
+        except Exception as error:  # a cluster that cannot be reached fails in many ways
+            raise unavailable(error, "the cluster did not answer") from error
+
     def _connection(self, stream: str) -> PipelinedConnection:
         try:
             node = self._endpoint.node(stream)
@@ -108,6 +122,8 @@ class RedisStoreBase:
             self.retry_key(stream): "zset",
             dead_key: "stream",
             self.ready_key(stream): "hash",
+            keys.batches_key(stream, "jobs", cluster=self._endpoint.cluster): "hash",
+            keys.batches_key(stream, "due", cluster=self._endpoint.cluster): "hash",
         }
         replies = dict(zip(types, self.call(stream, [("TYPE", key) for key in types]), strict=True))
         faults = type_faults(types, replies, cluster=self._endpoint.cluster)

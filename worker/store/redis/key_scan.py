@@ -1,6 +1,6 @@
 """Search of a job store's keys for streams: on every server, within a bounded number of calls."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from redis.exceptions import ResponseError
@@ -11,22 +11,19 @@ from ..operator import FoundStreams
 _SCAN_KEYS, _SCAN_CALLS = 1000, 200
 #: Streams that are returned.
 _MAX_FOUND = 200
-#: Keys that are hashed to reach every server of a cluster.
-_PROBES = 2000
 
 
 def find_streams(
-    node_of: Callable[[str], str], one: Callable[[str, Any], Any], stream_of: Callable[[str], str]
+    servers: Iterable[str], one: Callable[[str, Any], Any], stream_of: Callable[[str], str]
 ) -> FoundStreams:
     """Names of all streams, and of the streams that retry sets and dead letters belong to.
 
-    ``node_of`` gives the server of a key, ``one`` runs a command there, ``stream_of`` is the inverse of the
+    ``servers`` has a key for each server, ``one`` runs a command there, ``stream_of`` is the inverse of the
     names of derived keys.
     """
     names: set[str] = set()
     complete = True
-    servers = {node_of(str(number)): str(number) for number in range(_PROBES)}
-    for key in servers.values():
+    for key in servers:
         for options in (("TYPE", "stream"), ("MATCH", "retry:*", "TYPE", "zset")):
             try:
                 for page in _scan(one, key, options):

@@ -10,12 +10,32 @@ Command = Sequence[Argument]
 
 #: Scripts that act for a reader: they check its epoch and the ownership of entries first.
 _EPOCH_SCRIPTS = frozenset(
-    {"settle", "set_deaths", "renew", "release", "claim", "renew_name", "sort", "take", "hand_back"}
+    {
+        *("settle", "set_deaths", "renew", "release", "claim", "renew_name", "sort", "take"),
+        *("batch_register", "hand_back"),
+    }
 )
 #: Scripts that use the record of the service that owns a consumer's name.
 _NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lost", "find_idle"})
 #: Scripts that move jobs into lanes or out of them, or that end jobs which hold slots.
 _FLOW_SCRIPTS = frozenset({"sort", "take", "settle", "configure", "mend_slots"})
+
+#: Scripts that count the jobs of batches.
+_BATCH_SCRIPTS = frozenset(
+    {
+        *(
+            "hand_back",
+            "settle",
+            "sort",
+            "batch_register",
+            "batch_open",
+            "batch_close",
+            "batch_finish",
+            "batch_sweep",
+        ),
+        "batch_mend",
+    }
+)
 
 
 class LuaScripts:
@@ -48,5 +68,10 @@ class LuaScripts:
 #: The scripts of the engine itself.
 script = LuaScripts(
     files("jobworker.worker.store.redis") / "scripts",
-    {"prelude_epoch": _EPOCH_SCRIPTS, "prelude_name": _NAME_SCRIPTS, "prelude_flow": _FLOW_SCRIPTS},
+    {
+        "prelude_epoch": _EPOCH_SCRIPTS,
+        "prelude_name": _NAME_SCRIPTS,
+        "prelude_flow": _FLOW_SCRIPTS,
+        "prelude_batch": _BATCH_SCRIPTS,
+    },
 )

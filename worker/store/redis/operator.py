@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 from redis.exceptions import ResponseError
 
+from ...envelope import batch_of
 from ...flow import FlowConfig
 from ...keys import PAUSED_KEY, SERVICES_KEY, Source, base_stream
 from ..announcements import Announcement
@@ -34,6 +35,7 @@ from .base import (
     is_no_stream,
     pairs,
 )
+from .batches import RedisBatchStore
 from .blocking_read import data_of
 from .connection import Reply
 from .cron import RedisCronStore
@@ -44,7 +46,7 @@ from .lua import Command, script
 _HOLDER = b"/holder/"
 
 
-class OperatorStore(RedisCronStore):
+class OperatorStore(RedisCronStore, RedisBatchStore):
     """The streams, retries, dead letters and pauses of a deployment.
 
     It takes no consumer's name, so it may run beside any service. Every call raises `StoreUnavailable` when
@@ -76,12 +78,16 @@ class OperatorStore(RedisCronStore):
 
         False for a letter that was gone already; its job is not added then.
         """
-        both = [stream, self.dead_key(stream)]
         moved: list[bool] = []
         for part in chunks_by_size(jobs, lambda pair: len(pair[1])):
-            replies = self.call(stream, [script("requeue", both, id, job) for id, job in part])
+            replies = self.call(stream, [self._requeue(stream, id, job) for id, job in part])
             moved += [bool(checked(reply)) for reply in replies]
         return moved
+
+    def _requeue(self, stream: str, id: bytes, job: bytes) -> Command:
+        batch = batch_of(job)
+        of_batch = [self.batch_key(stream, batch)] if batch else []
+        return script("requeue", [stream, self.dead_key(stream), *of_batch], id, job)
 
     def purge(self, stream: str, ids: Sequence[bytes]) -> int:
         """Delete dead letters; returns how many still existed."""
@@ -154,7 +160,7 @@ class OperatorStore(RedisCronStore):
     def find_streams(self) -> FoundStreams:
         """Every stream of the store, whether a service reads it or not. The scan is bounded."""
         return find_streams(
-            self._endpoint.node, lambda key, command: self.call(key, [command])[0], base_stream
+            self.one_key_a_server(), lambda key, command: self.call(key, [command])[0], base_stream
         )
 
     # -- where a job is

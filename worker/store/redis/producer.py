@@ -4,11 +4,12 @@ from collections.abc import Iterable
 
 from ... import keys
 from ..announcements import Announcement
-from .base import RedisStoreBase, announcements_in, checked, chunks_by_size
+from .base import announcements_in, checked, chunks_by_size
+from .batches import RedisBatchStore
 from .lua import script
 
 
-class RedisProducerStore(RedisStoreBase):
+class RedisProducerStore(RedisBatchStore):
     """`ProducerStore` on Redis."""
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:

@@ -11,7 +11,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 from ...errors import NameHeld, StoreRefused
 from ...flow import FlowConfig
 from ...keys import NO_HOLDER, PAUSED_KEY, Holder, Source
-from ..ports import RELEASED_IDLE_S, Backlog, Entry, Settled, Settlement, TakenJobs, WaitingJob
+from ..ports import RELEASED_IDLE_S, Backlog, Dead, Entry, Settled, Settlement, TakenJobs, WaitingJob
 from . import lanes
 from .base import (
     SCRIPT_BYTES,
@@ -231,6 +231,13 @@ class RedisReaderStore(RedisStoreBase):
         reply = self._run(source, "take", more_keys, [most, lanes.TAKE_BYTES, lanes.OUTDATED_IDS, *types])
         return lanes.taken(reply, partial(self._deaths, source))
 
+    def register_batches(self, source: Source, batches: Mapping[bytes, str]) -> set[str]:
+        unknown: set[str] = set()
+        for some in chunks(_in_order(list(batches))):
+            arguments = [value for id in some for value in (id, batches[id])]
+            unknown.update(id.decode() for id in self._run(source, "batch_register", [], arguments))
+        return unknown
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         slots = lanes.slots_key(self._ready(source))
         held = [self.one(source.stream, ("HMGET", slots, *some)) for some in chunks(ids)]
@@ -255,7 +262,7 @@ class RedisReaderStore(RedisStoreBase):
         if gone:
             fields = {"entries": len(gone), "stream": source.stream}
             log.error("entry.deleted_while_pending", extra=fields)
-            (settled,) = self.settle([Settlement(source, done=gone)])
+            (settled,) = self.settle([Settlement(source, dead=[Dead(id, b"") for id in gone])])
             if settled.error:
                 raise settled.error
         return [

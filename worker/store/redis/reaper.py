@@ -10,7 +10,8 @@ from ...errors import StoreRefused
 from ...keys import SERVICES_KEY, Source
 from ..announcements import encode
 from ..ports import Depths, Promotion
-from .base import SCRIPT_BYTES, announcements_in, checked, is_no_group, is_no_stream, pairs
+from .base import SCRIPT_BYTES, SCRIPT_IDS, announcements_in, checked, is_no_group, is_no_stream, pairs
+from .batches import RedisBatchStore
 from .connection import Reply
 from .cron import RedisCronStore
 from .lua import script
@@ -23,7 +24,7 @@ _TRIM_ENTRIES = 10_000
 _TRIM_CALLS = 20
 
 
-class RedisReaperStore(RedisCronStore):
+class RedisReaperStore(RedisCronStore, RedisBatchStore):
     """`ReaperStore` on Redis."""
 
     _warned_not_announced = False
@@ -68,6 +69,11 @@ class RedisReaperStore(RedisCronStore):
     def mend_slots(self, source: Source) -> int:
         command = script("mend_slots", [source.stream, self.ready_key(source.stream)], source.group)
         return int(self.one(source.stream, command))
+
+    def mend_batches(self, source: Source, cursor: bytes) -> tuple[bytes, int]:
+        two_keys = [source.stream, self.ready_key(source.stream)]
+        next_cursor, gone = self.one(source.stream, script("batch_mend", two_keys, cursor, SCRIPT_IDS))
+        return next_cursor, gone
 
     def depths(self, source: Source) -> Depths:
         """If the server does not know the lag, the lag is the number of entries

@@ -1,14 +1,16 @@
 -- Settles entries: acknowledges each and, in the same step, schedules a retry, adds a dead letter or puts it back to wait.
--- Called by RedisReaderStore.settle, after prelude_epoch.lua and prelude_flow.lua. Atomic: a job is never in two places or
--- in none, its slots are free when it has ended, and a reader that lost an entry changes nothing.
+-- Called by RedisReaderStore.settle, after prelude_epoch.lua, prelude_flow.lua and prelude_batch.lua. Atomic: a job is never
+-- in two places or in none, its slots are free and its batch counts it when it has ended, and a reader that lost an entry
+-- changes nothing.
 -- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] retry ZSET  KEYS[4] dead-letter stream  KEYS[5] deaths hash
 -- KEYS[6] ready hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch
 -- ARGV[4] number of ids done   ARGV[5] number of retries   ARGV[6] number of dead
 -- ARGV[7] 1 if no other consumer can have taken an id that is done; then refusals of these are not looked for
 -- ARGV[8] version of the limits by which lanes were chosen
--- ARGV[9...] the ids done, then (id, delay in s, job) for each retry, then (id, letter) for each dead, then for each job
--- that waits (id, lane, cost, key, ms): it is the first of its lane again, and the key waits
+-- ARGV[9...] the ids done, then (id, delay in s, job) for each retry, then (id, letter) for each dead, where an entry
+-- with an empty letter ends without one, then for each job that waits (id, lane, cost, key, ms): it is the first of its lane
+-- again, and the key waits
 -- Returns the ids that were refused because they were not pending for this consumer.
 local done, retries, dead = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local refused, at = {}, 9 + done
@@ -52,6 +54,7 @@ end
 -- A key of another type ends the script here, before any write.
 redis.call('HLEN', KEYS[5])
 redis.call('HLEN', ready)
+local has_batches = check_batches()
 
 -- Commands that may fail with OOM come first, and each entry is finished before the next begins:
 -- a script that fails has settled some entries wholly and left the others as they were.
@@ -65,6 +68,7 @@ for _ = 1, retries do
   if owned(id) then
     schedule(string.format('%.6f', now + tonumber(ARGV[at + 1])), id, ARGV[at + 2])
     acknowledge(id)
+    leave_batches({ id })
   else
     refused[#refused + 1] = id
   end
@@ -73,8 +77,11 @@ end
 for _ = 1, dead do
   local id = ARGV[at]
   if owned(id) then
-    redis.call('XADD', KEYS[4], '*', 'data', ARGV[at + 1])
+    if ARGV[at + 1] ~= '' then
+      redis.call('XADD', KEYS[4], '*', 'data', ARGV[at + 1])
+    end
     acknowledge(id)
+    leave_batches({ id }, 'dead')
   else
     refused[#refused + 1] = id
   end
@@ -88,6 +95,7 @@ while at <= #ARGV do
     count_jobs({ [ARGV[at + 1]] = 1 })
     redis.call('XACK', KEYS[1], ARGV[1], id)
     own[id] = false
+    leave_batches({ id })
     wait_for(key, read_lane(ARGV[at + 1]).type, ms)
     release_slots({ id })
   else
@@ -119,6 +127,9 @@ if done > 0 and is_only_owner() then
   if redis.call('EXISTS', KEYS[5]) == 1 then
     redis.call('HDEL', KEYS[5], unpack(ARGV, 9, 8 + done))
   end
+  if has_batches then
+    leave_batches(acknowledged or { unpack(ARGV, 9, 8 + done) }, 'done')
+  end
   if redis.call('EXISTS', ready, ready .. '/slots') > 0 then
     finish(acknowledged or { unpack(ARGV, 9, 8 + done) })
   end
@@ -139,6 +150,7 @@ if #finished > 0 then
   if redis.call('EXISTS', KEYS[5]) == 1 then
     redis.call('HDEL', KEYS[5], unpack(finished))
   end
+  leave_batches(finished, 'done')
   finish(finished)
 end
 return refused

@@ -1,10 +1,11 @@
 -- Moves pending entries of the caller into lanes: their bytes stay in the stream, their ids wait for a turn.
--- Called by RedisReaderStore.sort, after prelude_epoch.lua and prelude_flow.lua. Atomic: a job is pending or in a lane,
--- never in both or neither.
+-- Called by RedisReaderStore.sort, after prelude_epoch.lua, prelude_flow.lua and prelude_batch.lua. Atomic: a job is pending
+-- or in a lane, never in both or neither.
 -- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] ready hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch   ARGV[4] version of the limits by which the lanes were chosen
 -- ARGV[5...] for each lane: its name, number of jobs, then id and cost in bytes of each job
 -- Returns the ids that were not pending for this consumer.
+check_batches()
 local refused, at, added = {}, 5, {}
 redis.call('HINCRBY', ready, 'n', 0) -- without memory, or with a key of another type, it ends here
 while at <= #ARGV do
@@ -25,6 +26,7 @@ while at <= #ARGV do
     added[name] = (added[name] or 0) + #jobs
     redis.call('XACK', KEYS[1], ARGV[1], unpack(ids))
     release_slots(ids)
+    leave_batches(ids)
   end
   at = last + 1
 end

@@ -1,0 +1,116 @@
+"""A batch while a producer fills it."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from .store.batches import BatchJob, BatchProducerStore
+
+#: Jobs held back for one script: enough to hide the round trip, little to lose when it fails.
+_PART_JOBS = 1000
+
+
+class PreparedJob(NamedTuple):
+    """A job that was checked and encoded, and its stream."""
+
+    id: str
+    stream: str
+    job: BatchJob
+
+
+class OpenBatch:
+    """A batch to which jobs can be added; made by `Producer.batch`.
+
+    As a context manager it is closed at the end of the block, but not after an error: an incomplete batch
+    must not call back. `Producer.batch` with the same ``id`` opens it again. One thread uses an object; other
+    threads and processes may open the same batch. Methods raise as `Producer.enqueue` does, and `ValueError`
+    if the batch has finished.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        home: str,
+        default_home: str,
+        fields: Mapping[str, bytes],
+        borrow: Callable[[], AbstractContextManager[BatchProducerStore]],
+        prepare: Callable[[Any, str | None], PreparedJob],
+    ) -> None:
+        """``home`` is empty if the first job decides; ``default_home`` is for a batch without jobs.
+        ``prepare`` gets a job and the stream of jobs that name none."""
+        #: The id, for ``jobworker batch show`` and ``GET /batches/ID``.
+        self.id = id
+        self._home = ""
+        self._default_home = default_home
+        self._fields = dict(fields)
+        self._borrow = borrow
+        self._prepare = prepare
+        self._streams: set[str] = set()
+        if home:
+            self._open(home)
+
+    def enqueue(self, type: str, payload: Any, **options: Any) -> str:
+        """Enqueue one job of the batch, as `Producer.enqueue` does; returns its id."""
+        prepared = self._prepare({"type": type, "payload": payload, **options}, None)
+        self._add(prepared.stream, [prepared.job])
+        return prepared.id
+
+    def enqueue_many(self, jobs: Iterable[Any], *, stream: str | None = None) -> list[str]:
+        """Enqueue many jobs of the batch, as `Producer.enqueue_many` does; returns their ids in order."""
+        ids: list[str] = []
+        waiting: dict[str, list[BatchJob]] = {}
+        try:
+            for item in jobs:
+                prepared = self._prepare(item, stream)
+                ids.append(prepared.id)
+                part = waiting.setdefault(prepared.stream, [])
+                part.append(prepared.job)
+                if len(part) >= _PART_JOBS:
+                    self._add(prepared.stream, waiting.pop(prepared.stream))
+        finally:
+            # Also after an error: the jobs before it were accepted, and their order stands.
+            for name, part in waiting.items():
+                self._add(name, part)
+        return ids
+
+    def close(self) -> None:
+        """Make the number of jobs final. The batch finishes when all of them have ended."""
+        if not self._home:
+            self._open(self._default_home)
+        with self._borrow() as store:
+            if not store.batch_close(self._home, self.id):
+                raise ValueError(f"batch {self.id} is gone: it was deleted, or its time was over")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+
+    def _open(self, home: str) -> None:
+        self._write_record(home, self._fields)
+        self._home = home
+        self._streams.add(home)
+
+    def _add(self, stream: str, jobs: list[BatchJob]) -> None:
+        if not self._home:
+            self._open(stream)
+        if stream not in self._streams:
+            # Before the first job: the reaper must not overlook a stream.
+            self._write_record(self._home, {f"stream/{stream}": b"1"})
+            self._streams.add(stream)
+        with self._borrow() as store:
+            if not store.batch_add(stream, self.id, "" if stream == self._home else self._home, jobs):
+                raise self._finished()
+
+    def _write_record(self, home: str, fields: Mapping[str, bytes]) -> None:
+        with self._borrow() as store:
+            if not store.batch_open(home, self.id, fields):
+                raise self._finished()
+
+    def _finished(self) -> ValueError:
+        return ValueError(f"batch {self.id} has finished: give the next one an id of its own")
