@@ -17,7 +17,7 @@ LIMIT_S = 110.0
 #: The default kinds of a run.
 ALL = {
     "worker", "reader", "reaper", "supervisor", "pair", "stop", "redis", "cut", "stall", "swallow", "slow",
-    "client-kill", "script-flush", "busy", "readonly", "oom", "hup", "term",
+    "client-kill", "script-flush", "busy", "readonly", "oom", "hup", "term", "forkserver", "guard",
 }  # fmt: skip
 
 pytestmark = [pytest.mark.chaos, pytest.mark.process]
