@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.extension import CopySize, extension, imported, require_extras
 from jobworker.worker.keys import Holder
+from jobworker.worker.listening import listen, url_of
 from jobworker.worker.options import (
     ENV_PREFIX,
     config_file,
@@ -78,7 +80,9 @@ class Supervisor:
         self._stores = stores
         self._metrics = PrometheusCollector()
         server = ForkServer(f"jobworker: forkserver [{settings.instance}]", Process.uncollected)
-        self._processes = ProcessManager(settings, self._metrics, server)
+        self._api_listener = self._listen_api()
+        api_fd = self._api_listener.fileno() if self._api_listener else None
+        self._processes = ProcessManager(settings, self._metrics, server, api_fd=api_fd)
         self._guard = GroupGuard(server, f"jobworker: guard [{settings.instance}]")
         self._mono_last_tick_s = time.monotonic()
         self._mono_stop_by_s: float | None = None
@@ -109,6 +113,17 @@ class Supervisor:
                 f"{error.strerror or error}; give another address, or port 0 for any free one"
             ) from error
 
+    def _listen_api(self) -> socket.socket | None:
+        """Socket of the role ``api``. It stays open here: clients of a restarting api wait."""
+        if not self._settings.serve_addr:
+            return None
+        option = "--serve-addr"
+        return listen(parse_address(self._settings.serve_addr, option), option)
+
+    def _close_api_listener(self) -> None:
+        if self._api_listener is not None:
+            self._api_listener.close()
+
     def run(self, queue: SignalQueue) -> Exit:
         """Run until a stop signal or a fatal error. No child is left, also after an exception."""
         try:
@@ -120,9 +135,12 @@ class Supervisor:
             self._guard.close()
             self._stores.stop()
             self._server.close()
+            self._close_api_listener()
 
     def _run(self, queue: SignalQueue) -> Exit:
         log.info("health.listening", extra={"metrics_url": self._server.url, "pid": os.getpid()})
+        if self._api_listener is not None:
+            log.info("api.listening", extra={"serve_url": url_of(self._api_listener)})
         while True:
             now = time.monotonic()
             self._health, self._mono_last_tick_s = self._assess(), now
@@ -174,6 +192,8 @@ class Supervisor:
             return
         given = {name: getattr(self._settings, name) for name in ("redis_url", *extension().endpoints)}
         found = {**given, **self._stores.endpoints(), "metrics_url": self._server.url, "pid": os.getpid()}
+        if self._api_listener is not None and self._mono_stop_by_s is None:
+            found["serve_url"] = url_of(self._api_listener)
         if found != self._announced:
             self._data.announce(found)
             self._announced = found
@@ -231,6 +251,7 @@ class Supervisor:
         log.info("drain.begun", extra={"signal": cause, "timeout_s": timeout_s})
         notify(STOPPING="1")
         self._processes.drain()
+        self._close_api_listener()  # clients are refused at once, also while jobs still run
 
     def _continue_drain(self, now: float) -> Exit | None:
         assert self._mono_stop_by_s is not None
@@ -371,7 +392,7 @@ def _take_instance(lock: InstanceLock, instance: str) -> None:
 def _supervise(settings: Settings, queue: SignalQueue) -> tuple[Exit, bool]:
     """Run the service; returns its exit code, and whether it is to be started again."""
     log.info("supervisor.starting", extra={"settings": settings.public()})
-    require_extras(settings.handlers)
+    require_extras(settings.handlers, serves=bool(settings.serve_addr))
     # First, because the time limits of the stores' start begin below.
     copy_size: CopySize | None = imported(extension().copy_size)(settings)
     servers = needed(settings)

@@ -4,7 +4,6 @@ Each part has a stream of its own. All jobs have the same size, so shares of job
 measured while every tenant has jobs waiting.
 """
 
-import json
 import sys
 import tempfile
 import time
@@ -13,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import orjson
 from hosts import format_facts, host_facts, table
 from latency import percentiles, started_ns
 from rig import LIMIT_S, STAMP, Backlog, Client, connect, job, paced, say, server, service
 
 from jobworker.worker.flow import LaneRules, read_flow_header
 from jobworker.worker.keys import Source, ready_key
+from jobworker.worker.safe_text import safe_json
 from jobworker.worker.store.ports import Settlement, WaitingJob
 from jobworker.worker.store.redis.reader import RedisReaderStore
 
@@ -137,7 +138,7 @@ def _delays_ms(load: Load, backlog: Backlog, kind: str) -> list[float]:
     sent: dict[str, int] = {}
     for number in paced(_OTHERS, _EVERY_S):
         data = tenant_job(number, "other", kind)
-        sent[json.loads(data)["id"]] = time.monotonic_ns()
+        sent[orjson.loads(data)["id"]] = time.monotonic_ns()
         load.client.xadd(backlog.stream, {"data": data})
     give_up_at = time.monotonic() + LIMIT_S
     while True:
@@ -244,7 +245,7 @@ def main(jobs: int, procs: int, work_ms: float, seconds: float, redis_url: str, 
     """Measure and print."""
     with server(redis_url) as url:
         report = measure(url, jobs, procs, work_ms, seconds)
-    print(json.dumps(report) if as_json else format_report(report))
+    print(safe_json(report) if as_json else format_report(report))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ uneven jobs: two services share a backlog of short jobs, of which each hundredth
 long one must not wait while the other service is idle.
 """
 
-import json
 import statistics
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from hosts import format_facts, host_facts, table
 from rig import LIMIT_S, STAMP, Backlog, connect, job, say, server, service
 
 from jobworker.worker.keys import Holder, Source
+from jobworker.worker.safe_text import safe_json
 from jobworker.worker.store.redis.reader import RedisReaderStore
 
 #: New jobs per second while the jobs of the lost host are taken over.
@@ -240,7 +240,7 @@ def main(
         }
         trials = [run[name]() for name in names]
     if as_json:
-        print(json.dumps({"host": facts, "trials": [one._asdict() for one in trials]}, indent=2))
+        print(safe_json({"host": facts, "trials": [one._asdict() for one in trials]}))
     else:
         _print(trials, facts)
     sys.exit(1 if any(one.lost for one in trials) else 0)

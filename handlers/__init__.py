@@ -69,6 +69,8 @@ EXTENSION = Extension(
     copies_option="--model-copies",
     needs=dict.fromkeys(NEEDS_VECTORS, ("numpy", "pymilvus", "sentence_transformers", "torch")),
     extra="embedding",
+    api="jobworker.handlers.api.role:run",
+    api_needs=("numpy", "sentence_transformers", "starlette", "torch", "uvicorn"),
     packages=("torch", "sentence-transformers", "pymilvus", "milvus-lite"),
     metrics={
         "z_novel_embedded_tokens_total": Metric("counter", "Model tokens that were embedded"),

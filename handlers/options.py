@@ -40,6 +40,8 @@ OPTIONS = [
     option("--token-budget", "Tokens, padding included, of one forward pass.", 65536, Count(512)),
     option("--cache", "off, or the most disk that vectors of texts seen before may take, below --data-dir.",
             "1GiB", Size(_LEAST_CACHE_BYTES, _MOST_CACHE_BYTES, off=True)),
+    option("--serve-model-name", "Further name by which clients of --serve-addr may call the model; "
+            "repeatable.", multiple=True),
     option("--tombstone-ttl", "How long work that is older than a deletion is kept out (days: 30d).",
             30 * 86_400.0, SECONDS),
     option("--summary-chars", "Longest summary of a chapter that is made here, in characters.", 100,
@@ -60,7 +62,7 @@ FIRST = ("milvus-uri", "model")
 #: Groups of the help text, beside the options that it shows first.
 GROUPS = {
     "Milvus": ("milvus-token", "milvus-prefix", "milvus-partitions", "tombstone-ttl"),
-    "Model": ("device", "model-copies", "dtype", "long-text", "token-budget", "cache"),
+    "Model": ("serve-model-name", "device", "model-copies", "dtype", "long-text", "token-budget", "cache"),
     "Summaries": (
         "summary-chars", "llm-url", "llm-model", "llm-key-file", "llm-timeout", "summary-sink",
         "postgres-dsn",
@@ -83,6 +85,7 @@ def fields_of(values: dict[str, Any]) -> dict[str, Any]:
     if sink not in ("", "postgres") and not _TARGET.fullmatch(sink):
         raise ConfigurationError(f"--summary-sink {sink!r}: must be postgres or module:Class")
     return {
+        "serve_model_names": tuple(values.pop("serve_model_name")),
         "cache_bytes": values.pop("cache"),
         "tombstone_ttl_s": values.pop("tombstone_ttl"),
         "device": parse_device(values.pop("device")),

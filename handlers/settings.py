@@ -12,7 +12,7 @@ class HandlerSettings(Settings):
 
     secret_urls: ClassVar[tuple[str, ...]] = ("redis_url", "milvus_uri", "llm_url", "postgres_dsn")
     secret_tokens: ClassVar[tuple[str, ...]] = ("milvus_token",)
-    secret_files: ClassVar[tuple[str, ...]] = ("llm_key_file",)
+    secret_files: ClassVar[tuple[str, ...]] = ("serve_token_file", "llm_key_file")
 
     milvus_uri: str = ""
     milvus_token: str = ""
@@ -24,6 +24,7 @@ class HandlerSettings(Settings):
     dtype: str = "auto"
     #: 0: no cache. In settings of their own, as tests make them, nothing is put on the disk.
     cache_bytes: int = 0
+    serve_model_names: tuple[str, ...] = ()
     #: Longer than the longest time between the creation of a job and its last try.
     tombstone_ttl_s: float = 30 * 86_400.0
     summary_chars: int = 100

@@ -2,10 +2,19 @@
 
 from .devices import NO_DEVICE, device_for_slot, device_names, visible_gpus
 from .envelope import Job
-from .errors import ConfigurationError, Fenced, PermanentError, RateLimited, StoreUnavailable, Unavailable
+from .errors import (
+    ConfigurationError,
+    Fenced,
+    JobCancelled,
+    PermanentError,
+    RateLimited,
+    StoreUnavailable,
+    Unavailable,
+)
 from .handler import BatchHandler, Handler, JobHandler
 from .job_function import job
 from .producer import NewJob, Producer, UnknownDestination
+from .results import CancelOutcome, JobResult, Returned
 from .settings import Settings
 from .telemetry.current_job import report_progress
 from .telemetry.trace import span
@@ -13,15 +22,19 @@ from .telemetry.trace import span
 __all__ = [
     "NO_DEVICE",
     "BatchHandler",
+    "CancelOutcome",
     "ConfigurationError",
     "Fenced",
     "Handler",
     "Job",
+    "JobCancelled",
     "JobHandler",
+    "JobResult",
     "NewJob",
     "PermanentError",
     "Producer",
     "RateLimited",
+    "Returned",
     "Settings",
     "StoreUnavailable",
     "Unavailable",

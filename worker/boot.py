@@ -14,9 +14,11 @@ from pathlib import Path
 
 import setproctitle
 
+from .api_role import ApiLink
 from .devices import LEAST_COPIES, NO_DEVICE, device_for_slot, set_pools, visible_gpus
 from .errors import ConfigurationError, Exit, JobworkerError
 from .event_loop import EventLoop
+from .extension import extension, imported
 from .fork_guard import ForkGuard
 from .handler import BoundHandler, load_handlers
 from .ipc.channel import MASKED_TYPES, Channel
@@ -25,7 +27,8 @@ from .ipc.crash_marks import CrashMarks
 from .keys import consumer_name
 from .outcome import MAX_ERROR_CHARS
 from .safe_text import text_of
-from .settings import Settings, settings_class
+from .scheduling import make_room, run_soon
+from .settings import Settings, cores, settings_class
 from .supervision.pdeathsig import tie_to_parent
 from .telemetry import log as logs
 from .telemetry import trace
@@ -115,6 +118,8 @@ def _run(role: str, settings: Settings, link: ControlSocket, fds: Sequence[int])
             _run_reader(settings, link, CrashMarks(*fds))
         case "reaper":
             _run_reaper(settings, link)
+        case "api":
+            _run_api(settings, link, *fds)
         case _:
             _run_worker(settings, link, Channel(*fds))
 
@@ -144,12 +149,27 @@ def _run_reaper(settings: Settings, link: ControlSocket) -> None:
     Reaper(RedisReaperStore(settings.redis_url), settings, link).run()
 
 
+def _run_api(settings: Settings, link: ControlSocket, listener_fd: int) -> None:
+    _go_first_when_memory_is_short()
+    run_soon()
+    # A question is short, and workers make room for it. A second thread on the same core gains nothing.
+    settings = replace(settings, threads=max(1, cores() // 2), device=_place(settings, 0))
+    set_pools(settings.threads)
+    run = imported(extension().api)
+    run(settings, ApiLink(link), socket.socket(fileno=listener_fd))
+    trace.close()
+    logging.shutdown()
+    os._exit(0)  # as a worker
+
+
 def _run_worker(settings: Settings, link: ControlSocket, channel: Channel) -> None:
     from .runner import Runner
 
     if channel.stop_requested:  # the signal may have come before it had an effect
         signal.raise_signal(signal.SIGTERM)
     _go_first_when_memory_is_short()
+    if settings.serve_addr:
+        make_room()
     set_pools(settings.threads)
     handlers = _set_up(settings, link)
     if handlers is None:

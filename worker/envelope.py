@@ -44,10 +44,16 @@ LAST_ERROR_FIELD = "jobworker_last_error"
 #: Longest such error, in characters. The payload limit counts it, so it must be short.
 MAX_LAST_ERROR_CHARS = 500
 
+#: Member of a job with start conditions that was moved: the id of its first entry.
+FIRST_ID_FIELD = "jobworker_first_id"
+#: Member of a job with start conditions that an operator has requeued.
+REQUEUED_FIELD = "jobworker_requeued"
+
 #: Members that the service adds to a job for its retries.
-OWN_FIELDS = ("retry_count", "deaths", LAST_ERROR_FIELD)
-#: Allowance for the first two beyond the payload limit; with seven digits each they take 39 bytes.
-OWN_FIELDS_BYTES = 64
+OWN_FIELDS = ("retry_count", "deaths", LAST_ERROR_FIELD, FIRST_ID_FIELD, REQUEUED_FIELD)
+#: Allowance for all but the error beyond the payload limit. The counters take 39 bytes with seven digits
+#: each, the others at most 92.
+OWN_FIELDS_BYTES = 144
 
 #: Least and largest timeout that a job can set. Each timeout costs a worker, and its successor may need long
 #: to start; and a job that hangs must not occupy a worker for ever.
@@ -62,6 +68,7 @@ _MOST_TRIES = 1_000_000
 _NULL = msgspec.Raw(b"null")
 
 _Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
+_FirstId = Annotated[str, msgspec.Meta(pattern=r"\A([0-9]{1,20}-[0-9]{1,20})?\Z")]
 _RequiredName = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
 _Metadata = Annotated[
     dict[
@@ -85,12 +92,29 @@ class Header(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     retry_count: Annotated[int, msgspec.Meta(ge=0, le=_MOST_TRIES)] = 0
     timeout: Annotated[float, msgspec.Meta(gt=0)] | None = None
     deaths: Annotated[int, msgspec.Meta(ge=0, le=_MOST_TRIES)] = 0
+    first_id: _FirstId = msgspec.field(default="", name=FIRST_ID_FIELD)
+    requeued: bool = msgspec.field(default=False, name=REQUEUED_FIELD)
 
 
 class Envelope(Header, frozen=True, gc=False, omit_defaults=True):
     """A job on the wire with its payload. Fields that are not named here survive a retry untouched."""
 
     payload: Any = None
+
+
+class Cancellation:
+    """How a process learns that jobs which it runs were cancelled; both None outside a worker."""
+
+    __slots__ = ("of_all", "of_job")
+
+    def __init__(self) -> None:
+        #: Whether a job was cancelled.
+        self.of_job: Callable[[Job], bool] | None = None
+        #: Whether all running jobs were cancelled.
+        self.of_all: Callable[[], bool] | None = None
+
+
+cancellation = Cancellation()
 
 
 class Job(msgspec.Struct, frozen=True, gc=False):
@@ -106,6 +130,14 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     stream: str
     entry_id: str
     retry_count: int
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether an operator or the producer cancelled the job while it ran.
+
+        A handler that sees it raises `JobCancelled`, or returns if the work is done all the same.
+        """
+        return cancellation.of_job is not None and cancellation.of_job(self)
 
     @property
     def key(self) -> str:
@@ -287,13 +319,18 @@ def job_of(envelope: Header, stream: str, entry_id: str) -> Job:
     )
 
 
-def with_retry(data: bytes, retry_count: int, deaths: int, error: str = "", max_bytes: int = 0) -> bytes:
+def with_retry(
+    data: bytes, retry_count: int, deaths: int, error: str = "", max_bytes: int = 0, first_id: str = ""
+) -> bytes:
     """The same job with a new retry count; every other member keeps its bytes and its place.
 
-    ``error`` is added for people who ask why the job waits, unless the job would exceed ``max_bytes``.
+    ``error`` is added for people who ask why the job waits, unless the job would exceed ``max_bytes``. A job
+    with start conditions needs its ``first_id``.
     """
     members = _members.decode(data)
     members.pop(LAST_ERROR_FIELD, None)
+    if first_id:
+        members[FIRST_ID_FIELD] = msgspec.Raw(b'"%s"' % first_id.encode())
     members["retry_count"] = msgspec.Raw(b"%d" % retry_count)
     if deaths:
         members["deaths"] = msgspec.Raw(b"%d" % deaths)
@@ -303,6 +340,27 @@ def with_retry(data: bytes, retry_count: int, deaths: int, error: str = "", max_
     members[LAST_ERROR_FIELD] = msgspec.Raw(orjson.dumps(error[:MAX_LAST_ERROR_CHARS]))
     explained = msgspec.json.encode(members)
     return explained if len(explained) <= max_bytes else retry
+
+
+def with_first_id(data: bytes, first_id: str) -> bytes:
+    """The same job with the id of its first entry."""
+    members = _members.decode(data)
+    members[FIRST_ID_FIELD] = msgspec.Raw(b'"%s"' % first_id.encode())
+    return msgspec.json.encode(members)
+
+
+def requeued_job(data: bytes, original_id: str) -> bytes:
+    """A dead letter's job with start conditions, to be run again. ``original_id`` is the letter's entry.
+
+    The id of its first entry is kept, because a newer job may have replaced it since.
+    """
+    members = _members.decode(data)
+    first_id = members.get(FIRST_ID_FIELD, msgspec.Raw(b'"%s"' % original_id.encode()))
+    for name in OWN_FIELDS:
+        members.pop(name, None)
+    members[FIRST_ID_FIELD] = first_id
+    members[REQUEUED_FIELD] = msgspec.Raw(b"true")
+    return msgspec.json.encode(members)
 
 
 def without_last_error(data: bytes) -> bytes:

@@ -32,6 +32,12 @@ class Unavailable(JobworkerError):
     transient = True
 
 
+class JobCancelled(JobworkerError):
+    """Raised by a handler that saw `Job.cancelled`: the job is settled as cancelled, not retried.
+
+    For a job that was not cancelled it is a failed try."""
+
+
 class RateLimited(JobworkerError):
     """Raised by a handler: a dependency takes no more for now. The job waits for ``after_s`` seconds, and so
     do the other jobs of its type with the same ``key``; no retry is used up.

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .envelope import cancellation
 from .fork_guard import ForkGuard
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("jobworker.event_loop")
 
 T = TypeVar("T")
+
+#: Interval at which a running coroutine is cancelled if its jobs were cancelled (seconds).
+_CHECK_EVERY_S = 0.2
 
 
 class EventLoop:
@@ -25,6 +29,8 @@ class EventLoop:
 
     def __init__(self) -> None:
         self._runner: asyncio.Runner | None = None
+        # The coroutine that runs and was not cancelled.
+        self._coroutine: Coroutine[Any, Any, Any] | None = None
 
     def run(self, coroutine: Coroutine[Any, Any, T], *, keep_tasks: bool = False) -> T:
         """Run the coroutine and return its result; what it raises passes through.
@@ -39,7 +45,11 @@ class EventLoop:
             coroutine.close()
             raise RuntimeError("async handlers cannot run inside a running event loop: use a plain function")
         # Not asyncio.run's default factory, which would make this loop the thread's current one.
-        runner = self._runner = self._runner or asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        runner = self._runner
+        if runner is None:
+            runner = self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+            self._check_again(runner)
+        self._coroutine = coroutine
         earlier = asyncio.all_tasks(runner.get_loop())
         try:
             with ForkGuard():  # a child must not close the loop: it shares the parent's epoll
@@ -48,11 +58,31 @@ class EventLoop:
             self.close()  # or asyncio reports at the interpreter's end that nothing retrieved the exception
             raise
         except BaseException:
+            self._coroutine = None
             self._end_tasks(runner, earlier)
             raise
+        self._coroutine = None
         if not keep_tasks:
             self._end_tasks(runner, earlier)
         return result
+
+    def _check_again(self, runner: "asyncio.Runner") -> None:
+        """Look for cancelled jobs now and, while the loop runs, again and again."""
+        self.cancel_if_asked()
+        runner.get_loop().call_later(_CHECK_EVERY_S, self._check_again, runner)
+
+    def cancel_if_asked(self) -> None:
+        """Cancel the running coroutine once if all jobs that it runs were cancelled."""
+        import asyncio
+
+        if self._runner is None or self._coroutine is None:
+            return
+        if cancellation.of_all is None or not cancellation.of_all():
+            return
+        for task in asyncio.all_tasks(self._runner.get_loop()):
+            if task.get_coro() is self._coroutine:
+                task.cancel("the job was cancelled")
+        self._coroutine = None
 
     def _end_tasks(self, runner: "asyncio.Runner", earlier: "set[asyncio.Task[Any]]") -> None:
         import asyncio

@@ -71,6 +71,7 @@ class Extension:
       load, None if nothing or if its size is unknown; ``copied``: what it is, in words; ``copies_option``:
       sets the number of these workers.
     - ``needs``: handler -> modules of the extra that it needs; ``extra``: the name of that extra.
+    - ``api``: ``module:function`` that runs the role of ``--serve-addr``; ``api_needs``: modules for it.
     - ``verbs``: functions ``module:name`` that add commands to the group of `jobworker`.
     - ``packages``: whose versions `jobworker doctor` shows.
     """
@@ -92,6 +93,8 @@ class Extension:
     copies_option: str
     needs: Mapping[str, tuple[str, ...]]
     extra: str
+    api: str
+    api_needs: tuple[str, ...]
     packages: tuple[str, ...]
     verbs: tuple[str, ...] = ()
 
@@ -110,11 +113,16 @@ def imported(target: str) -> Any:
     return getattr(import_module(module), name)
 
 
-def require_extras(handlers: Mapping[str, str]) -> None:
+def require_extras(handlers: Mapping[str, str], *, serves: bool = False) -> None:
     """Check that the libraries of the built-in handlers are installed; imports none of them.
 
-    ``handlers``: type -> ``module:Class``. Raises `ConfigurationError`.
+    ``handlers``: type -> ``module:Class``; ``serves``: whether ``--serve-addr`` is given. Raises
+    `ConfigurationError`.
     """
+    if serves and (missing := [one for one in extension().api_needs if not _is_installed(one)]):
+        raise ConfigurationError(
+            f"--serve-addr needs {missing[0]}, which is not installed: {how_to_install(extension().extra)}"
+        )
     needs, extra = extension().needs, extension().extra
     for job_type, target in handlers.items():
         for module in needs.get(target, ()):

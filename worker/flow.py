@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from .conditions import SERIES, series_of
 from .errors import ConfigurationError
 
 #: Priority of a job that names none, or none that counts.
@@ -91,8 +92,13 @@ class Lane(NamedTuple):
     type: str
     priority: int
     tenant_id: str
-    #: Keys of limits: name, ``=``, value.
+    #: Keys of limits: name, ``=``, value. The key of a series is the last one.
     limit_keys: tuple[str, ...] = ()
+
+    @property
+    def series(self) -> str:
+        """The series whose jobs wait in the lane, one at a time; empty if the jobs are in none."""
+        return self.limit_keys[-1] if self.limit_keys and self.limit_keys[-1].startswith(SERIES) else ""
 
     def encode(self) -> bytes:
         """Name of the lane in the store (see ``prelude_flow.lua``)."""
@@ -143,8 +149,10 @@ class LaneRules:
     def name_of(self, job: FlowHeader) -> bytes:
         """Name of the lane of a job."""
         parts = (job.type, priority_of(job.metadata), job.tenant_id)
-        if job.type in self._limits:
-            keys = tuple(f"{one.name}={one.value(job)}" for one in self._limits[job.type])
+        series = series_of(job.type, job.tenant_id, job.metadata)
+        if series or job.type in self._limits:
+            limits = self._limits.get(job.type, ())
+            keys = (*(f"{one.name}={one.value(job)}" for one in limits), *([series] if series else []))
             return Lane(*parts, keys).encode()
         if (name := self._plain.get(parts)) is None:
             if len(self._plain) >= 10_000:

@@ -19,6 +19,7 @@ from .errors import ConfigurationError, PermanentError
 from .event_loop import EventLoop
 from .extension import extension, instance_of, load
 from .job_function import FunctionHandler, job_type_of
+from .results import Outcome, Returned
 from .settings import Settings
 from .telemetry.handler_counters import is_taken
 
@@ -47,7 +48,7 @@ class Handler(Protocol):
 
     - ``setup(settings)``: once, before the first job; raise here and the service does not start.
     - ``handle_batch(jobs)``: several jobs at once, at most ``max_batch`` (default 32); returns one outcome
-      a job, in order: None, or the exception that this job failed with.
+      a job, in order: None, `Returned` with its result, or the exception that this job failed with.
     - ``max_batch_bytes``: the most bytes (of JSON) that go together, a single larger job aside; looked at
       before each batch, so that it may change.
     - ``batch_timeout``: seconds for all jobs of a batch (or the longest of their own limits); without it
@@ -67,12 +68,15 @@ class Handler(Protocol):
     event loop, which the worker keeps between jobs.
     """
 
-    def handle(self, job: Job) -> Awaitable[None] | None:
-        """Run one job: return, or raise. `PermanentError` means that a retry is of no use."""
+    def handle(self, job: Job) -> object:
+        """Run one job: return, or raise. `PermanentError` means that a retry is of no use.
+
+        What it returns is kept as the result of a job that asks for it.
+        """
 
 
-#: What a batch gives back: one outcome a job, in order: None, or the exception that this job failed with.
-Outcomes = Sequence[BaseException | None]
+#: What a batch gives back: one outcome a job, in order.
+Outcomes = Sequence[Outcome]
 
 
 class HandlerMembers:
@@ -110,7 +114,7 @@ class JobHandler(HandlerMembers, ABC):
     """Typed base of a handler that runs one job at a time."""
 
     @abstractmethod
-    def handle(self, job: Job) -> Awaitable[None] | None:
+    def handle(self, job: Job) -> object:
         """Run one job: return, or raise. May be ``async def``."""
 
 
@@ -180,13 +184,16 @@ class BoundHandler:
         return float(getattr(self._handler, "max_batch_bytes", math.inf))
 
 
-def _alone(batch: Any) -> Callable[[Job], None]:
+def _alone(batch: Any) -> Callable[[Job], object]:
     """``handle`` for a handler that has only ``handle_batch``."""
 
-    def handle(job: Job) -> None:
+    def handle(job: Job) -> object:
         (outcome,) = batch([job])
+        if isinstance(outcome, Returned):
+            return outcome.value
         if outcome is not None:
             raise outcome
+        return None
 
     return handle
 
@@ -216,25 +223,26 @@ def _handle_of(name: str, method: Callable[[Job], object], loop: EventLoop) -> C
     if _is(inspect.iscoroutinefunction, method):
         return _call_of(name, method, loop)
 
-    def handle(job: Job) -> None:
+    def handle(job: Job) -> object:
         if (result := method(job)) is not None:
             _refuse_unrun(name, result)
+        return result
 
     return handle
 
 
 def _batch_of(
     name: str, method: Callable[[Sequence[Job]], object], loop: EventLoop
-) -> Callable[[Sequence[Job]], Sequence[BaseException | None]]:
-    """``handle_batch`` with its answer checked: one outcome a job, each None or an exception."""
+) -> Callable[[Sequence[Job]], Outcomes]:
+    """``handle_batch`` with its answer checked: one outcome a job, each None, `Returned` or an exception."""
     call = _call_of(name, method, loop, is_batch=True)
 
-    def handle_batch(jobs: Sequence[Job]) -> Sequence[BaseException | None]:
+    def handle_batch(jobs: Sequence[Job]) -> Outcomes:
         outcomes = call(jobs)
         if not isinstance(outcomes, Sequence) or isinstance(outcomes, str | bytes):
             raise PermanentError(
                 f"{name} returned {type(outcomes).__name__}: return a list with one outcome a job, "
-                "each None or an exception; [None] * len(jobs) if all succeeded"
+                "each None, Returned(value) or an exception; [None] * len(jobs) if all succeeded"
             )
         if len(outcomes) != len(jobs):
             raise PermanentError(f"{name}: {len(outcomes)} outcomes for {len(jobs)} jobs")
@@ -245,11 +253,11 @@ def _batch_of(
 
 
 def _batch_of_valid(
-    validate: Callable[[Job], object], batch: Callable[[Sequence[Job]], Sequence[BaseException | None]]
-) -> Callable[[Sequence[Job]], Sequence[BaseException | None]]:
+    validate: Callable[[Job], object], batch: Callable[[Sequence[Job]], Outcomes]
+) -> Callable[[Sequence[Job]], Outcomes]:
     """``handle_batch`` that is called with the jobs whose payload is valid, and fails the others."""
 
-    def handle_batch(jobs: Sequence[Job]) -> Sequence[BaseException | None]:
+    def handle_batch(jobs: Sequence[Job]) -> Outcomes:
         refused: dict[int, Exception] = {}
         for number, job in enumerate(jobs):
             try:
@@ -265,9 +273,7 @@ def _batch_of_valid(
     return handle_batch
 
 
-def _outcomes_of(
-    batch: Callable[[Sequence[Job]], Sequence[BaseException | None]], jobs: Sequence[Job]
-) -> Sequence[BaseException | None]:
+def _outcomes_of(batch: Callable[[Sequence[Job]], Outcomes], jobs: Sequence[Job]) -> Outcomes:
     """One outcome for each job, also if the handler raises."""
     try:
         return batch(jobs) if jobs else []
@@ -277,11 +283,12 @@ def _outcomes_of(
         return [error] * len(jobs)
 
 
-def _outcome(name: str, given: object) -> BaseException | None:
-    if given is None or isinstance(given, BaseException):
+def _outcome(name: str, given: object) -> Outcome:
+    if given is None or isinstance(given, BaseException | Returned):
         return given
     return PermanentError(
-        f"{name} returned {type(given).__name__} as this job's outcome: return None or an exception"
+        f"{name} returned {type(given).__name__} as this job's outcome: return None, Returned(value) or an "
+        "exception"
     )
 
 

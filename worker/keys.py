@@ -81,6 +81,11 @@ def cron_key(stream: str, *, cluster: bool = False) -> str:
     return _derived("cron", stream, cluster)
 
 
+def result_key(stream: str, job_id: str, *, cluster: bool = False) -> str:
+    """String: the kept result of a job, as JSON (see ``results.py``)."""
+    return f"{_derived('result', stream, cluster)}/{job_id}"
+
+
 def batch_key(stream: str, id: str, *, cluster: bool = False) -> str:
     """Hash: a batch's counters on the stream and, on its home stream, its record (see
     ``prelude_batch.lua``)."""

@@ -11,6 +11,7 @@ import msgspec
 from click.core import ParameterSource
 
 from .app import app_handlers, parse_app
+from .bearer_tokens import read_tokens
 from .config_file import misspelt_variables, read_config
 from .errors import ConfigurationError
 from .extension import extension
@@ -25,7 +26,7 @@ from .settings import (
     parse_source,
     settings_class,
 )
-from .urls import parse_redis_url
+from .urls import is_loopback, parse_redis_url
 
 ENV_PREFIX = "JOBWORKER"
 #: Key of the configuration file's absolute path in the `meta` of the service's context.
@@ -36,10 +37,18 @@ CONFIG_PATH = "jobworker.config"
 SECONDS = Duration(0.001)
 
 #: Variables that the verbs and the built-in types read beside those of the service's options.
-_OF_OTHER_PROGRAMS = (f"{ENV_PREFIX}_METRICS_URL", f"{ENV_PREFIX}_WEB_", f"{ENV_PREFIX}_LLM_KEY")
+_OF_OTHER_PROGRAMS = (
+    f"{ENV_PREFIX}_METRICS_URL",
+    f"{ENV_PREFIX}_WEB_",
+    f"{ENV_PREFIX}_LLM_KEY",
+    f"{ENV_PREFIX}_SERVE_URL",
+    f"{ENV_PREFIX}_SERVE_TOKEN",
+    f"{ENV_PREFIX}_SERVE_CLIENT_",
+)
 #: Options of the service's file that the verbs of `jobworker` use: option -> parameter.
 _OF_VERBS = {
     "redis-url": "redis_url", "data-dir": "data_dir", "stream": "streams", "metrics-addr": "metrics_addr",
+    "serve-addr": "serve_addr",
 }  # fmt: skip
 
 
@@ -184,6 +193,8 @@ _WORK = [
     option("--batch-ttl", "How long the counts of a finished batch are kept (seconds, or 7d).",
             7 * 24 * 3600.0, Duration(0.1)),
     option("--retry-jitter", "Share by which a backoff is spread either way.", 0.1, Number(0, 1)),
+    option("--unique-window", "Time in which one of several jobs with the same type, tenant and "
+            "idempotency_key runs (seconds, or 1h); 0 runs all.", 86_400.0, Duration()),
 ]  # fmt: skip
 _STORES = [
     REDIS_URL,
@@ -198,6 +209,14 @@ _SERVICE = [
     CONFIG,
     option("--metrics-addr", "Where /metrics, /healthz and /readyz are served; port 0 picks one.",
             "127.0.0.1:9464"),
+    option("--serve-addr", "HOST:PORT where questions are answered over HTTP: /v1/embeddings, /embed and "
+            "/v1/search; port 0 picks one.  [default: not served]", ""),
+    option("--serve-token-file", "File with the bearer tokens of its clients, TOKEN or TENANT TOKEN a line; "
+            "needed beyond loopback.", "", click.Path(dir_okay=False)),
+    option("--cancel-grace", "How long a cancelled job may run on before its worker is ended (seconds).",
+            10.0, Duration()),
+    option("--result-ttl", "How long the result of a job that asks for it is kept (seconds, or 1h).", 3600.0,
+            SECONDS),
     option("--drain-timeout", "How long TERM waits for running jobs (seconds).", 30.0,
             Duration()),
     option("--instance", "Part of the consumer's name; two services on a host need two.  "
@@ -215,7 +234,11 @@ _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 #: A type's number and a stream's take a byte in the in-flight table.
 _MOST_KINDS = 255
 #: Options whose settings carry the unit in their name.
-_SECONDS = ("lease", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "linger", "batch_ttl")
+_SECONDS = (
+    *("lease", "unique_window", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "linger"),
+    *("cancel_grace", "result_ttl"),
+    "batch_ttl",
+)
 
 
 def _extended() -> Any:
@@ -234,9 +257,20 @@ def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _FIRST = ("redis-url", "data-dir", "procs", "app", "handler", "stream", "instance", "metrics-addr", "config")
 #: Groups of the other options of the engine; those of the built-in types follow.
 _GROUPS = {
-    "Work": ("no-builtin-handlers", "reload", "job-timeout", "linger", "max-payload", "batch-ttl"),
+    "Work": (
+        "no-builtin-handlers",
+        "reload",
+        "job-timeout",
+        "cancel-grace",
+        "result-ttl",
+        "linger",
+        "max-payload",
+        "unique-window",
+        "batch-ttl",
+    ),
     "Worker replacement": ("max-rss", "max-jobs", "max-age", "drain-timeout"),
     "Retries": ("max-retries", "retry-initial", "retry-multiplier", "retry-max", "retry-jitter"),
+    "Questions over HTTP": ("serve-addr", "serve-token-file"),
     "Stores": ("valkey-port", "connect-timeout", "lease"),
 }
 _LOGS = {"Logs": ("log-level", "log-format", "log-limit")}
@@ -267,6 +301,7 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
     values = dict(options)
     _check_texts(values)
     parse_address(values["metrics_addr"])
+    _check_serve(values["serve_addr"], values["serve_token_file"])
     values["redis_url"] = _checked_redis_url(values["redis_url"])
     handlers = {} if values.pop("no_builtin_handlers") else dict(extension().handlers)
     given = dict(parse_handler(text) for text in values.pop("handler"))
@@ -301,6 +336,19 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
         return settings_class().from_json(settings.to_json())
     except msgspec.MsgspecError as error:
         raise ConfigurationError(f"an option has a value of the wrong kind: {error}") from error
+
+
+def _check_serve(address: str, token_file: str) -> None:
+    """Raises `ConfigurationError` for a wrong address or token file, and for an open port without tokens."""
+    if token_file:
+        read_tokens(token_file)
+        if not address:
+            raise ConfigurationError("--serve-token-file needs --serve-addr")
+    if address and not is_loopback(parse_address(address, "--serve-addr")[0]) and not token_file:
+        raise ConfigurationError(
+            f"--serve-addr {address} is reachable from other machines and needs --serve-token-file; make a "
+            "token with: openssl rand -hex 24"
+        )
 
 
 def _checked_redis_url(text: str) -> str:

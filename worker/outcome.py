@@ -42,6 +42,15 @@ class Reason(StrEnum):
     MALFORMED = "malformed"
     UNKNOWN_TYPE = "unknown_type"
     OVERSIZED = "oversized"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+class Drop(StrEnum):
+    """Why a job is acknowledged without being run; part of a metric's name."""
+
+    DUPLICATE = "duplicate"
+    SUPERSEDED = "superseded"
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
@@ -59,6 +68,10 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
     #: The job must wait for this long (seconds), with all jobs of ``wait_key``; None: it failed.
     wait_s: float | None = None
     wait_key: str = ""
+    #: The worker did not start the job, because it was cancelled.
+    cancelled: bool = False
+    #: The job was not run, because its latest start has passed.
+    expired: bool = False
 
 
 class TryAgain(msgspec.Struct, frozen=True):
@@ -81,6 +94,8 @@ def after_failure(
     tries = retry_count + deaths
     if failure.malformed:
         return GiveUp(Reason.MALFORMED)
+    if failure.expired:
+        return GiveUp(Reason.EXPIRED)
     if failure.permanent:
         return GiveUp(Reason.PERMANENT)
     if tries >= policy.max_retries:

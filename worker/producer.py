@@ -9,7 +9,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self
 import msgspec
 import orjson
 
+from .conditions import EXPIRES_AT, NOT_BEFORE, parse_time
 from .endpoints import only_stream, store_url
 from .envelope import (
     BATCH_FIELD,
@@ -35,10 +36,10 @@ from .errors import MalformedJob, StoreUnavailable
 from .extension import extension
 from .keys import base_stream, is_derived
 from .producer_batch import OpenBatch, PreparedJob
+from .results import KEEP_RESULT, CancelOutcome, JobResult, decode_result
 from .safe_text import is_unicode
 from .settings import MAX_PAYLOAD_BYTES
 from .store.announcements import Announcement, stream_for, suggestion
-from .store.batches import BatchJob
 from .store.ports import ProducerStore
 
 #: Jobs held back for one pipeline: enough to hide the round trip, little to lose when it fails.
@@ -52,6 +53,9 @@ _CHECK_INTERVAL_S = 5.0
 #: How long a type is sent to the stream that a registered service named (seconds).
 _ROUTE_LIFETIME_S = 60.0
 
+#: First and longest pause between two looks for a result (seconds).
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
+
 #: Longest delay and timeout, a hundred years: the sum with the store's clock stays exact.
 _MAX_SECONDS = 3_155_760_000
 
@@ -63,6 +67,10 @@ _TENANT = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
 
 
+#: A point in time as callers give it.
+Time = datetime | str | float
+
+
 class UnknownDestination(UserWarning):
     """No service of the deployment runs the job's type, or reads its stream: probably a typing error.
 
@@ -72,7 +80,12 @@ class UnknownDestination(UserWarning):
 
 
 class NewJob(NamedTuple):
-    """A job to be enqueued. ``delay`` and ``timeout`` are seconds; ``stream`` and ``id`` None are chosen."""
+    """A job to be enqueued. ``delay`` and ``timeout`` are seconds; ``stream`` and ``id`` None are chosen.
+
+    ``run_at`` and ``expires_at`` are times: RFC 3339, unix seconds, or a `datetime` with a time zone.
+
+    With ``keep_result``, what its handler returns is kept for `Producer.result`.
+    """
 
     type: str
     payload: Any = None
@@ -83,6 +96,9 @@ class NewJob(NamedTuple):
     metadata: Mapping[str, str] | None = None
     delay: float | None = None
     timeout: float | None = None
+    run_at: Time | None = None
+    expires_at: Time | None = None
+    keep_result: bool = False
 
 
 class _Route(NamedTuple):
@@ -184,16 +200,37 @@ class Producer:
         metadata: Mapping[str, str] | None = None,
         delay: float | None = None,
         timeout: float | None = None,
+        run_at: Time | None = None,
+        expires_at: Time | None = None,
+        keep_result: bool = False,
     ) -> str:
-        """Put one job on its stream, or let it wait ``delay`` seconds first; returns its id.
+        """Put one job on its stream; returns its id.
 
-        A service counts a ``timeout`` below 0.1 s as 0.1 s, and one above 24 h as 24 h.
+        It starts after ``delay`` seconds, or not before ``run_at``. If it has not started by ``expires_at``
+        it is dead-lettered. Both times are RFC 3339, unix seconds, or a `datetime` with a time zone; they are
+        sent in ``metadata``. A service counts a ``timeout`` below 0.1 s as 0.1 s, and one above 24 h as 24 h.
+
+        With ``keep_result``, `result` returns what the handler returned; ``id`` must be unique in its stream
+        then.
 
         When this returns the store has acknowledged the job. Raises `ValueError` for a job that the service
         would refuse, `StoreUnavailable` when the store did not answer: the job may have been taken then, and
         enqueuing it again under the same id is the safe thing to do.
         """
-        job = NewJob(type, payload, tenant_id, project_id, stream, id, metadata, delay, timeout)
+        job = NewJob(
+            type,
+            payload,
+            tenant_id,
+            project_id,
+            stream,
+            id,
+            metadata,
+            delay,
+            timeout,
+            run_at,
+            expires_at,
+            keep_result,
+        )
         return self._send([job], None)[0]
 
     def enqueue_many(
@@ -206,6 +243,69 @@ class Producer:
         not be enqueued may have been, so give them ids of your own if you mean to try again.
         """
         return self._send(jobs, stream)
+
+    def result(self, id: str, timeout: float, *, stream: str | Sequence[str] | None = None) -> JobResult:
+        """Wait until a job that was enqueued with ``keep_result`` has ended, at most ``timeout`` seconds.
+
+        Without ``stream`` (one name or several), the streams of all registered services are looked at. Raises
+        `TimeoutError` if there is no result by then, `StoreUnavailable` as the store does, and `ValueError`
+        for a record that is damaged.
+        """
+        _check_text("id", id)
+        if (
+            isinstance(timeout, bool)
+            or not isinstance(timeout, int | float)
+            or not 0 <= timeout <= _MAX_SECONDS
+        ):
+            raise ValueError(f"timeout is {timeout!r:.80}: a number of seconds from 0 on is needed")
+        streams = self._streams_of(stream)
+        give_up_s = time.monotonic() + timeout
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            with self._stores.borrow() as store:
+                for name in streams:
+                    if (record := store.result(name, id)) is not None:
+                        return decode_result(record)
+            left_s = give_up_s - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError(f"job {id} has no result after {timeout:g} s")
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(_LONGEST_PAUSE_S, 1.5 * pause_s)
+
+    def cancel(self, id: str, *, stream: str | None = None, discard: bool = False) -> CancelOutcome:
+        """Cancel a job: remove it if it waits, or ask the service that runs it to end it.
+
+        A cancelled job becomes a dead letter, or is dropped with ``discard``. The job is searched for: at
+        most 100,000 entries and retries of each stream are read. Raises `StoreUnavailable` as the store does.
+        """
+        from .cancel import (
+            SCAN_LIMIT,
+            Canceller,
+            JobFilter,
+            outcome_of,
+        )  # few programs cancel
+
+        _check_text("id", id)
+        streams = self._streams_of(stream)
+        with self._stores.borrow() as store:
+            search = Canceller(
+                store, streams, JobFilter(frozenset([id])), by="producer", discard=discard,
+                scan_limit=SCAN_LIMIT, wall_now_s=self._wall_now_s,
+            )  # fmt: skip
+            return outcome_of(list(search.run()))
+
+    def _streams_of(self, stream: str | Sequence[str] | None) -> list[str]:
+        """The streams in which a job may be."""
+        if stream is not None:
+            names = [stream] if isinstance(stream, str) else list(stream)
+            for name in names:
+                _check_text("stream", name)
+            return names
+        with self._stores.borrow() as store:
+            announced = [name for one in store.announcements() for name in one.streams]
+        routes = [route.stream for route in self._routes.values()]
+        own = [self._own_stream] if self._own_stream else []
+        return list(dict.fromkeys([*announced, *own, *routes, *(one.stream for one in extension().streams)]))
 
     def batch(
         self,
@@ -234,7 +334,7 @@ class Producer:
         fields, home = {"name": name.encode(), "tenant_id": tenant_id.encode()}, ""
         if on_complete is not None:
             prepared = self._prepare_callback(_new_job(on_complete), id, tenant_id)
-            home, fields["on_complete"] = prepared.stream, prepared.job.data
+            home, fields["on_complete"] = prepared.stream, prepared.data
 
         def prepare(item: NewJob | Mapping[str, Any], stream: str | None) -> PreparedJob:
             job = _new_job(item)
@@ -258,17 +358,19 @@ class Producer:
         to = _named_stream(job, stream) or self._home_of(job.type)
         _refuse_derived(to)
         self._check_destination(job.type, to)
-        delay_s = _seconds("delay", job.delay) if job.delay is not None and job.delay != 0 else 0.0
-        return PreparedJob(id, to, BatchJob(data, delay_s))
+        return PreparedJob(id, to, data)
 
     def _send(self, jobs: Iterable[NewJob | Mapping[str, Any]], stream: str | None) -> list[str]:
         ids: list[str] = []
         waiting: dict[str, list[bytes]] = {}
         try:
             for item in jobs:
-                id, to, (data, delay_s) = self._prepare(_new_job(item), stream)
+                id, to, data = self._prepare(_new_job(item), stream)
                 ids.append(id)
-                self._put(waiting, to, data, delay_s)
+                batch = waiting.setdefault(to, [])
+                batch.append(data)
+                if len(batch) >= _BATCH_JOBS:
+                    self._flush(to, batch)
         finally:
             # Also after an error: the jobs before it were accepted, and their order stands.
             for name, batch in waiting.items():
@@ -345,16 +447,6 @@ class Producer:
         except StoreUnavailable:  # sending the job reports it
             return []
 
-    def _put(self, waiting: dict[str, list[bytes]], stream: str, data: bytes, delay_s: float) -> None:
-        if delay_s:
-            with self._stores.borrow() as store:
-                store.schedule(stream, data, delay_s)
-            return
-        batch = waiting.setdefault(stream, [])
-        batch.append(data)
-        if len(batch) >= _BATCH_JOBS:
-            self._flush(stream, batch)
-
     def _flush(self, stream: str, batch: list[bytes]) -> None:
         some = batch.copy()
         batch.clear()
@@ -367,7 +459,7 @@ def encode_job(job: NewJob, wall_now_s: float) -> tuple[str, bytes]:
     """The job's id and its JSON, checked by the rules that the service reads it by. Raises ValueError."""
     id = job.id if job.id is not None else os.urandom(16).hex()
     _check_names(id, job)
-    metadata = _metadata(job)
+    metadata = _with_times(_metadata(job), job, wall_now_s)
     if metadata is not None:
         _check_metadata(metadata)
     wire: dict[str, Any] = {"id": id, "type": job.type}
@@ -440,11 +532,46 @@ def _metadata(job: NewJob) -> dict[str, str] | None:
     """Metadata of the job, with the caller's span if the caller makes traces. Raises ValueError."""
     if job.metadata is not None and not isinstance(job.metadata, Mapping):
         raise ValueError(f"metadata maps text to text, it cannot be {job.metadata!r:.80}")
+    metadata = None if job.metadata is None else dict(job.metadata)
     if "opentelemetry.sdk.trace" in sys.modules:
         from .telemetry.otel_context import with_traceparent  # only then: it needs the library
 
-        return with_traceparent(job.metadata)
-    return None if job.metadata is None else dict(job.metadata)
+        metadata = with_traceparent(metadata)
+    if not isinstance(job.keep_result, bool):
+        raise ValueError(f"keep_result is {job.keep_result!r:.80}: True or False is needed")
+    return {**(metadata or {}), KEEP_RESULT: "true"} if job.keep_result else metadata
+
+
+def _with_times(metadata: dict[str, str] | None, job: NewJob, wall_now_s: float) -> dict[str, str] | None:
+    """Metadata with the job's times. Raises ValueError for times that no service could read."""
+    times: dict[str, str] = {}
+    delay_s = None if job.delay is None or job.delay == 0 else _seconds("delay", job.delay)
+    if delay_s is not None and job.run_at is not None:
+        raise ValueError("give delay or run_at, not both")
+    if delay_s is not None:
+        times[NOT_BEFORE] = _rfc3339(wall_now_s + delay_s)
+    if job.run_at is not None:
+        times[NOT_BEFORE] = _checked_time("run_at", job.run_at)
+    if job.expires_at is not None:
+        times[EXPIRES_AT] = _checked_time("expires_at", job.expires_at)
+    for key in (NOT_BEFORE, EXPIRES_AT):
+        if metadata and metadata.get(key):
+            _checked_time(f"metadata.{key}", metadata[key])
+    return {**(metadata or {}), **times} if times else metadata
+
+
+def _checked_time(field: str, value: Any) -> str:
+    """A time as the wire has it. Raises ValueError."""
+    if isinstance(value, datetime):
+        value = value.isoformat()
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{field} is {value!r:.80}: give RFC 3339, unix seconds or a datetime")
+    text = value if isinstance(value, str) else f"{value:.6f}"
+    try:
+        parse_time(text)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+    return text
 
 
 def _check_text(field: str, value: Any) -> None:

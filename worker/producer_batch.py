@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from .store.batches import BatchJob, BatchProducerStore
+from .store.batches import BatchProducerStore
 
 #: Jobs held back for one script: enough to hide the round trip, little to lose when it fails.
 _PART_JOBS = 1000
@@ -16,7 +16,7 @@ class PreparedJob(NamedTuple):
 
     id: str
     stream: str
-    job: BatchJob
+    data: bytes
 
 
 class OpenBatch:
@@ -53,19 +53,19 @@ class OpenBatch:
     def enqueue(self, type: str, payload: Any, **options: Any) -> str:
         """Enqueue one job of the batch, as `Producer.enqueue` does; returns its id."""
         prepared = self._prepare({"type": type, "payload": payload, **options}, None)
-        self._add(prepared.stream, [prepared.job])
+        self._add(prepared.stream, [prepared.data])
         return prepared.id
 
     def enqueue_many(self, jobs: Iterable[Any], *, stream: str | None = None) -> list[str]:
         """Enqueue many jobs of the batch, as `Producer.enqueue_many` does; returns their ids in order."""
         ids: list[str] = []
-        waiting: dict[str, list[BatchJob]] = {}
+        waiting: dict[str, list[bytes]] = {}
         try:
             for item in jobs:
                 prepared = self._prepare(item, stream)
                 ids.append(prepared.id)
                 part = waiting.setdefault(prepared.stream, [])
-                part.append(prepared.job)
+                part.append(prepared.data)
                 if len(part) >= _PART_JOBS:
                     self._add(prepared.stream, waiting.pop(prepared.stream))
         finally:
@@ -96,7 +96,7 @@ class OpenBatch:
         self._home = home
         self._streams.add(home)
 
-    def _add(self, stream: str, jobs: list[BatchJob]) -> None:
+    def _add(self, stream: str, jobs: list[bytes]) -> None:
         if not self._home:
             self._open(stream)
         if stream not in self._streams:

@@ -169,6 +169,7 @@ class Reaper:
         for stream_no, source in enumerate(self._settings.streams):
             with self._faults.guard(stream_no):
                 trimmed = self._store.trim(source.stream)
+                self._store.forget_keys(source.stream)
                 if freed := self._store.mend_slots(source):
                     log.warning("slots.freed", extra={"stream": source.stream, "entries": freed})
                 self._mend_batches(stream_no, source)
@@ -201,7 +202,10 @@ class Reaper:
 
     def _drain_requested(self, sleep_s: float) -> bool:
         """Sleep, or less if the supervisor sends a message. True if it says drain or has exited."""
-        select.select([self._control], [], [], sleep_s)
+        # Not select(): it takes no descriptor above 1,023.
+        waiter = select.poll()
+        waiter.register(self._control, select.POLLIN)
+        waiter.poll(sleep_s * 1000)
         try:
             while (received := self._control.receive()) is not None:
                 match received[0]:

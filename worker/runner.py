@@ -1,5 +1,6 @@
 """Worker role: takes jobs from the ring, runs their handlers, reports outcomes."""
 
+import logging
 import math
 import time
 from collections import deque
@@ -10,19 +11,32 @@ from typing import NamedTuple
 
 import msgspec
 
-from .envelope import MAX_TIMEOUT_S, MIN_TIMEOUT_S, Header, Job, job_of, payload_parser, why_malformed
+from .conditions import EXPIRES_AT, expires_s
+from .envelope import (
+    MAX_TIMEOUT_S,
+    MIN_TIMEOUT_S,
+    Header,
+    Job,
+    cancellation,
+    job_of,
+    payload_parser,
+    why_malformed,
+)
 from .errors import MalformedJob, MalformedPayload, PermanentError
 from .fork_guard import ForkGuard, generation, leave_if_forked
-from .handler import BoundHandler
+from .handler import BoundHandler, Outcomes
 from .health_check import HealthChecks
-from .ipc.channel import READY, STOPPING, Channel, JobFrame, OutcomeFrame
+from .ipc.channel import READY, STOPPING, Channel, JobFrame, KeptValue, OutcomeFrame
 from .ipc.control import ControlSocket, Ready
 from .ipc.inflight import FAILED, SUCCEEDED
 from .outcome import Failure
-from .telemetry.current_job import current
+from .results import KEEP_RESULT, Returned, encode_value, is_kept
+from .telemetry.current_job import current, log_fields
 from .telemetry.failure import error_text, failure_of
 from .telemetry.handler_counters import HandlerCounters
 from .telemetry.metrics import MetricsBuffer
+
+log = logging.getLogger("jobworker.runner")
 
 #: Longest delay of the reader's wake-up while there are more jobs to run. It lets a stream of tiny jobs share
 #: one wake-up and one settlement, and is short against real work of a handler.
@@ -37,6 +51,8 @@ _ROOM_WITHIN_S = 60.0
 _AHEAD_BYTES = 32 * 1024 * 1024
 #: Shortest timeout of poll(), which rounds up. A shorter rest of the linger time is not waited for.
 _SHORTEST_POLL_S = 0.001
+#: Outcome of a job that was cancelled before it started.
+_CANCELLED = Failure("JobCancelled: it was cancelled before it started", cancelled=True)
 
 
 class QueuedJob(NamedTuple):
@@ -72,6 +88,7 @@ class Runner:
         self._stop = False
         self._channel = channel
         self._states = channel.table.states
+        self._cancelled = channel.table.cancelled
         self._rows = len(self._states)
         self._begin_row = channel.table.begin
         self._control = control
@@ -207,6 +224,7 @@ class Runner:
             return
         self._set_batch_hint(handler.max_batch)
         current.extend_deadline = self._extend_deadline
+        cancellation.of_job, cancellation.of_all = self._is_cancelled, self._are_all_cancelled
         try:
             if handler.handle_batch is None:
                 self._run_singly(handler)
@@ -216,12 +234,25 @@ class Runner:
                     return
                 self._run_batch(handler, self._take_batch(handler))
         finally:
-            current.extend_deadline = None
+            current.extend_deadline = cancellation.of_job = cancellation.of_all = None
         self._set_batch_hint(handler.max_batch)
         if self._unflushed_since is not None and (
             not self._queue or self._mono_s() - self._unflushed_since > _FLUSH_AFTER_S
         ):
             self._flush_outcomes()
+
+    def _is_cancelled(self, job: Job) -> bool:
+        """Whether a running job was cancelled. It may be called in another thread."""
+        if not self._channel.has_cancels:
+            return False
+        return any(
+            self._channel.table.is_cancelled(row.row)
+            for row in self._channel.table.started()
+            if (self._streams[row.stream_no], row.entry_id.decode()) == (job.stream, job.entry_id)
+        )
+
+    def _are_all_cancelled(self) -> bool:
+        return self._channel.has_cancels and self._channel.table.runs_only_cancelled()
 
     def _set_batch_hint(self, jobs: int) -> None:
         """Tell the reader how many jobs to prefetch for this worker: about two batches.
@@ -267,6 +298,8 @@ class Runner:
             if queued.envelope.type != handler.type_name:
                 others.append(queued)
                 continue
+            if self._is_expired(queued):
+                continue
             size_bytes += queued.size_bytes
             if batch and size_bytes > most_bytes:
                 others.append(queued)
@@ -274,6 +307,18 @@ class Runner:
             batch.append(queued)
         self._queue.extendleft(reversed(others))
         return batch
+
+    def _is_expired(self, queued: QueuedJob) -> bool:
+        """Fail a job whose latest start passed while it was queued; False if it may start."""
+        metadata = queued.envelope.metadata
+        if not metadata or EXPIRES_AT not in metadata or expires_s(queued.envelope) > self._wall_s():
+            return False
+        if not self._begin(queued.row):
+            return True  # the reader has it back, or gets it back
+        self._fail(queued.row, Failure(f"ExpiredJob: not started by {metadata[EXPIRES_AT]}", expired=True))
+        self._channel.finished += 1
+        self._unflushed_since = self._unflushed_since or self._mono_s()
+        return True
 
     def _limit_s(self, handler: BoundHandler, envelope: Header) -> float:
         if envelope.timeout is None:
@@ -315,6 +360,8 @@ class Runner:
         waited_s: list[float] = []
         while queue and queue[0].envelope.type == type_name and started <= flush_at and not self.stop:
             job = queue.popleft()
+            if self._is_expired(job):
+                continue
             ended = self._run_one(handler, job, started)
             if ended is None:
                 continue
@@ -338,16 +385,22 @@ class Runner:
 
     def _run_one(self, handler: BoundHandler, queued: QueuedJob, started: float) -> float | None:
         """Run a job; returns the time of its end, or None if the reader has it back."""
+        at = queued.row % self._rows
+        if self._cancelled[at]:
+            if not self._begin(queued.row):
+                return None
+            self._fail(queued.row, _CANCELLED)
+            return started
         limit_s = self._limit_s(handler, queued.envelope)
         if handler.max_timeout_s:
             self._allow_progress(handler, limit_s, (queued.envelope,))
         self._channel.set_running(started, started + limit_s)
-        at, entered = queued.row % self._rows, generation()
+        entered = generation()
         if not self._begin(queued.row):
             return None
         try:
             current.jobs = job = self._job(queued)
-            handler.handle(job)
+            result = handler.handle(job)
             leave_if_forked(entered)
         except (SystemExit, KeyboardInterrupt) as error:
             leave_if_forked(entered, error)
@@ -359,11 +412,19 @@ class Runner:
             if failure.unavailable:
                 self._return_queued(handler.type_name, failure)
         else:
-            self._states[at] = SUCCEEDED
+            # Without a call for jobs that do not ask: this is done once a job.
+            if (metadata := queued.envelope.metadata) and KEEP_RESULT in metadata and is_kept(metadata):
+                self._keep(queued, result)
+            else:
+                self._states[at] = SUCCEEDED
         return self._mono_s()
 
     def _run_batch(self, handler: BoundHandler, batch: list[QueuedJob]) -> None:
         assert handler.handle_batch is not None
+        if self._channel.has_cancels:
+            batch = self._without_cancelled(batch)
+        if not batch:  # all have expired or were cancelled
+            return
         started = self._mono_s()
         limits_s = [self._limit_s(handler, queued.envelope) for queued in batch]
         limit_s = min(sum(limits_s), max(handler.batch_timeout_s, *limits_s))
@@ -376,15 +437,7 @@ class Runner:
         current.jobs = jobs = [self._job(queued) for queued in batch]
         outcomes = self._outcomes(handler.handle_batch, jobs)
         current.jobs = ()
-        # One exception often fails all jobs of a batch; its traceback is formatted once.
-        failures = {id(outcome): _failure_of(outcome) for outcome in outcomes if outcome is not None}
-        for queued, outcome in zip(batch, outcomes, strict=True):
-            if outcome is None:
-                self._states[queued.row % self._rows] = SUCCEEDED
-            else:
-                self._fail(queued.row, failures[id(outcome)])
-        if None not in outcomes and all(failure.unavailable for failure in failures.values()):
-            self._return_queued(handler.type_name, failures[id(outcomes[0])])
+        self._report_batch(handler, batch, outcomes)
         self._channel.set_running(0.0, 0.0)
         if self._unflushed_since is None:
             self._unflushed_since = started
@@ -393,9 +446,31 @@ class Runner:
             handler.type_name, [queued.envelope for queued in batch], self._mono_s() - started
         )
 
-    def _outcomes(
-        self, handle_batch: Callable[[Sequence[Job]], Sequence[BaseException | None]], jobs: list[Job]
-    ) -> Sequence[BaseException | None]:
+    def _without_cancelled(self, batch: list[QueuedJob]) -> list[QueuedJob]:
+        """The jobs of a batch that were not cancelled; the others are reported."""
+        cancelled = [queued for queued in batch if self._cancelled[queued.row % self._rows]]
+        for queued in cancelled:
+            if self._begin(queued.row):
+                self._fail(queued.row, _CANCELLED)
+        if cancelled:
+            self._channel.finished += len(cancelled)
+            self._unflushed_since = self._unflushed_since or self._mono_s()
+        return [queued for queued in batch if queued not in cancelled]
+
+    def _report_batch(self, handler: BoundHandler, batch: list[QueuedJob], outcomes: Outcomes) -> None:
+        # One exception often fails all jobs of a batch; its traceback is formatted once.
+        failures = {id(one): _failure_of(one) for one in outcomes if isinstance(one, BaseException)}
+        for queued, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                self._fail(queued.row, failures[id(outcome)])
+            elif is_kept(queued.envelope.metadata):
+                self._keep(queued, outcome.value if isinstance(outcome, Returned) else None)
+            else:
+                self._states[queued.row % self._rows] = SUCCEEDED
+        if all(id(one) in failures for one in outcomes) and all(one.unavailable for one in failures.values()):
+            self._return_queued(handler.type_name, failures[id(outcomes[0])])
+
+    def _outcomes(self, handle_batch: Callable[[Sequence[Job]], Outcomes], jobs: list[Job]) -> Outcomes:
         """One outcome for each job, also if the handler raises."""
         try:
             with ForkGuard():
@@ -423,15 +498,29 @@ class Runner:
                 self._queue.append(job)
 
     def _fail(self, row: int, failure: Failure) -> None:
-        """Mark the row FAILED, then push the failure: a reader that sees the frame may reuse the row."""
-        self._states[row % self._rows] = FAILED
-        frame = msgspec.msgpack.encode(OutcomeFrame(row, failure))
+        self._report_frame(OutcomeFrame(row, failure))
+
+    def _keep(self, queued: QueuedJob, result: object) -> None:
+        """Report a success whose result is kept. A result that cannot be kept is no failure: the work is
+        done."""
+        value, error = b"null", ""
+        try:
+            value = encode_value(result)
+        except ValueError as refused:
+            error = str(refused)
+            log.warning("result.dropped", extra={**log_fields(queued.envelope), "error": error})
+        self._report_frame(OutcomeFrame(queued.row, None, KeptValue(queued.envelope.id, value, error)))
+
+    def _report_frame(self, outcome: OutcomeFrame) -> None:
+        """Mark the row FAILED, then push the frame: a reader that sees the frame may reuse the row."""
+        self._states[outcome.row % self._rows] = FAILED
+        frame = msgspec.msgpack.encode(outcome)
         give_up_at = self._mono_s() + _ROOM_WITHIN_S
         while not self._channel.outcomes.push(frame):
             self._channel.wake_reader()
             if self._mono_s() > give_up_at:
                 raise TimeoutError("the reader does not settle outcomes")
-            time.sleep(0.001)  # the ring is full of failures; the reader releases them without a wake-up
+            time.sleep(0.001)  # the ring is full of frames; the reader releases them without a wake-up
 
     def _flush_outcomes(self) -> None:
         if self._unflushed_since is not None:

@@ -30,7 +30,7 @@ class Settings:
     #: file.
     secret_urls: ClassVar[tuple[str, ...]] = ("redis_url",)
     secret_tokens: ClassVar[tuple[str, ...]] = ()
-    secret_files: ClassVar[tuple[str, ...]] = ()
+    secret_files: ClassVar[tuple[str, ...]] = ("serve_token_file",)
 
     procs: int = 1
     redis_url: str = ""
@@ -49,15 +49,23 @@ class Settings:
     #: Restart the workers when a source file changes.
     reload: bool = False
     metrics_addr: str = "127.0.0.1:9464"
+    #: Where the role ``api`` answers questions over HTTP; empty: there is no such role.
+    serve_addr: str = ""
+    serve_token_file: str = ""
     lease_s: float = 30.0
     #: Time for which a finished batch is kept.
     batch_ttl_s: float = 7 * 24 * 3600.0
+    #: Time for which an idempotency key is taken; 0: keys do not count.
+    unique_window_s: float = 86_400.0
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     max_deaths: int = 3
     max_payload: int = MAX_PAYLOAD_BYTES
     drain_timeout_s: float = 30.0
     connect_timeout_s: float = 30.0
     job_timeout_s: float = 300.0
+    #: How long a cancelled job may run on before its worker is ended.
+    cancel_grace_s: float = 10.0
+    result_ttl_s: float = 3600.0
     max_rss_mib: int = 0
     max_jobs: int = 0
     max_age_s: float = 0.0

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, Self
 from .admin.dead_letters import Letter, read_letter
 from .batches import Batch, find_batch
 from .cron_config import parse_cron_tables
-from .envelope import Job, job_of, read_payload
+from .envelope import Job, cancellation, job_of, read_payload
 from .errors import MalformedPayload
 from .event_loop import EventLoop
 from .extension import Metric
-from .handler import BoundHandler, set_up
+from .handler import BoundHandler, Outcomes, set_up
 from .ipc.channel import Channel
 from .ipc.control import Attach, ControlSocket, Drain, Report, SyncDone, WorkerExited
 from .job_function import FunctionHandler, job_type_of
@@ -27,6 +27,7 @@ from .outcome import RetryPolicy
 from .producer import Producer
 from .reader.reader import Reader
 from .reaper import Reaper
+from .results import CancelOutcome, JobResult
 from .runner import Runner
 from .settings import Settings
 from .store.memory.server import MemoryServer
@@ -43,6 +44,10 @@ _WALL_START_S = 1_767_345_600.0
 _LIMIT_S = 60.0
 #: Rounds without a change after which nothing is left to run: a role sees another's work a round later.
 _QUIET_ROUNDS = 3
+#: Time until a service has noticed that jobs were cancelled.
+_NOTICE_S = 1.0
+#: Cause of the end of a worker whose job was cancelled.
+_CANCELLED = "its jobs were cancelled, and the grace time is over"
 #: Step of the clock while jobs are unfinished: probes of an open circuit breaker become due.
 _STEP_S = 1.0
 #: Without jitter retries wait exactly 2, 4 and 8 seconds.
@@ -77,13 +82,18 @@ class _Store(MemoryStore):
         self.completed: list[Job] = []
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
-        all_bodies = [self.fetch(one.source, one.done) for one in settlements]
+        all_bodies = [self.fetch(one.source, _done(one)) for one in settlements]
         results = super().settle(settlements)
         for one, bodies, result in zip(settlements, all_bodies, results, strict=True):
-            for id in one.done:
+            for id in _done(one):
                 if id not in result.refused and (data := bodies.get(id)) is not None:
                     self.completed.append(_job(data, one.source.stream, id.decode()))
         return results
+
+
+def _done(settlement: Settlement) -> list[bytes]:
+    """The entries whose jobs succeeded, also those whose result is kept."""
+    return [*settlement.done, *(one.id for one in settlement.kept)]
 
 
 class Harness:
@@ -91,9 +101,10 @@ class Harness:
 
     ``handlers`` maps types to handler classes (one object a worker, as in the service), to objects or to
     functions with `job`; a list of such functions will do, for each has its type. Of the ``settings``, these
-    have an effect: streams, retry, max_payload, max_deaths and job_timeout_s. The default settings have no
-    jitter. ``cron`` are tables with the keys of ``[[cron]]`` in the configuration file; `advance` enqueues
-    their jobs. Errors of a handler's ``setup`` are raised here, and `ValueError` for a wrong table.
+    have an effect: streams, retry, max_payload, max_deaths, job_timeout_s, unique_window_s, cancel_grace_s
+    and result_ttl_s. The default settings have no jitter. ``cron`` are tables with the keys of ``[[cron]]``
+    in the configuration file; `advance` enqueues their jobs. Errors of a handler's ``setup`` are raised here,
+    and `ValueError` for a wrong table.
     """
 
     def __init__(
@@ -131,7 +142,10 @@ class Harness:
         clock, rng = self.mono_now_s, random.Random(0)
         self._to_reader, control = self._control_pair()
         # Slowing down after worker deaths would only make tests wait.
-        self._reader = Reader(self._store, self.settings, control, mono_s=clock, rng=rng, slow_crashes=False)
+        wall = self.wall_now_s
+        self._reader = Reader(
+            self._store, self.settings, control, mono_s=clock, wall_s=wall, rng=rng, slow_crashes=False
+        )
         self._to_reaper, control = self._control_pair()
         reaper_store = MemoryStore(self._server)
         self._reaper = Reaper(
@@ -155,11 +169,13 @@ class Harness:
     def advance(self, seconds: float) -> None:
         """Advance the clock and run everything that becomes due, each at its time.
 
-        Inside a handler the call simulates work: the worker is killed if it exceeds the job's timeout.
+        Inside a handler the call simulates work: the worker is killed if it exceeds the job's timeout, or its
+        job was cancelled and the grace time is over.
         """
         if self._working:
+            self._look_for_cancelled()
             self._elapsed_s += seconds
-            return self._check_timeout()
+            return self._check_limits()
         end_s = self._elapsed_s + seconds
         self.run()
         while self._elapsed_s < end_s:
@@ -180,6 +196,29 @@ class Harness:
                 raise TimeoutError(f"jobs do not end: {len(self.batches)} calls of handlers so far")
 
     # -- jobs
+
+    def cancel(self, id: str, *, discard: bool = False) -> CancelOutcome:
+        """As `Producer.cancel`; a handler may call it too, for its own job."""
+        outcome = self.producer.cancel(id, discard=discard)
+        if self._working:
+            self._look_for_cancelled()
+        else:
+            self._elapsed_s += _NOTICE_S
+            self.run()
+        return outcome
+
+    def result(self, id: str) -> JobResult:
+        """The kept result of a job, after everything that can run now has run. Raises `TimeoutError` if it
+        has none."""
+        if not self._working:
+            self.run()
+        return self.producer.result(id, 0)
+
+    def _look_for_cancelled(self) -> None:
+        """Let the reader find what was cancelled, as it does each second while a handler runs."""
+        if any(self._server.stream(source.stream).cancels for source in self.settings.streams):
+            self._reader.refresh()
+            self._loop.cancel_if_asked()
 
     def send(self, data: bytes | None, stream: str | None = None) -> None:
         """Append raw bytes to a stream, as any program can; None is an entry without the field ``data``."""
@@ -314,6 +353,7 @@ class Harness:
         self._to_reader.send(WorkerExited(0, self._generation, cause, charge, timed_out, {}))
         self._worker = None
         current.jobs, current.extend_deadline = (), None  # of the killed worker
+        cancellation.of_job = cancellation.of_all = None
         self._loop.close()
         self._channel.close()
 
@@ -329,16 +369,20 @@ class Harness:
         self._working = True
         try:
             self._worker.run_once(0.0)
-        except _WorkerKilled:
+        except _WorkerKilled as killed:
+            cancelled = str(killed) == _CANCELLED
             limit_s = self._channel.mono_deadline_s - self._channel.mono_since_s
-            self._end_worker(f"SIGKILL (timeout of {limit_s:.6g} s)", charge=True, timed_out=True)
+            cause = f"SIGKILL ({_CANCELLED if cancelled else f'timeout of {limit_s:.6g} s'})"
+            self._end_worker(cause, charge=not cancelled, timed_out=not cancelled)
         except SystemExit as leaving:
             self._end_worker(f"exit {leaving.code or 0}", charge=True)
         finally:
             self._working = False
 
-    def _check_timeout(self) -> None:
+    def _check_limits(self) -> None:
         deadline_s = self._channel.mono_deadline_s
+        if self._channel.is_cancel_overdue(self.mono_now_s()):
+            raise _WorkerKilled(_CANCELLED)
         if deadline_s and self.mono_now_s() > deadline_s:
             raise _WorkerKilled("the job exceeded its timeout")
 
@@ -374,10 +418,10 @@ class Harness:
             bound.handle_batch = self._recorded_batch(bound.handle_batch)
 
     def _recorded(self, handle: Callable[[Job], object]) -> Callable[[Job], object]:
-        def recorded(job: Job) -> None:
+        def recorded(job: Job) -> object:
             self.batches.append([job])
             try:
-                handle(job)
+                return handle(job)
             except MalformedPayload:
                 self.batches.pop()  # the function was not called
                 raise
@@ -388,9 +432,9 @@ class Harness:
         return recorded
 
     def _recorded_batch(
-        self, handle_batch: Callable[[Sequence[Job]], Sequence[BaseException | None]]
-    ) -> Callable[[Sequence[Job]], Sequence[BaseException | None]]:
-        def recorded(jobs: Sequence[Job]) -> Sequence[BaseException | None]:
+        self, handle_batch: Callable[[Sequence[Job]], Outcomes]
+    ) -> Callable[[Sequence[Job]], Outcomes]:
+        def recorded(jobs: Sequence[Job]) -> Outcomes:
             self.batches.append(list(jobs))
             try:
                 outcomes = handle_batch(jobs)
@@ -401,7 +445,9 @@ class Harness:
             self.batches[-1:] = [called] if called else []
             pairs = zip(jobs, outcomes, strict=True)
             self.raised += [
-                Raised(job, error) for job, error in pairs if error is not None and not _is_malformed(error)
+                Raised(job, error)
+                for job, error in pairs
+                if isinstance(error, BaseException) and not _is_malformed(error)
             ]
             return outcomes
 
@@ -431,5 +477,5 @@ def _by_type(functions: Iterable[Callable[..., Any]]) -> dict[str, Any]:
     return found
 
 
-def _is_malformed(error: BaseException | None) -> bool:
+def _is_malformed(error: object) -> bool:
     return isinstance(error, MalformedPayload)

@@ -6,7 +6,7 @@ Errors name the part that is wrong and never show a password.
 import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, ip_address
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -22,6 +22,8 @@ _EXAMPLES = (
     "redis://host:6379/0, rediss://…, unix:///path, redis+sentinel://host:26379,host:26379/master/0 or "
     "redis+cluster://host:6379,host:6379"
 )
+#: A name or an IPv6 address in brackets, and a port.
+_HOST_HEADER = re.compile(r"(?:\[(?P<address>[^\[\]]*)\]|(?P<name>[^:\[\]]*))(?::[0-9]{1,5})?")
 _DEFAULT_PORT = {"single": 6379, "cluster": 6379, "sentinel": 26379, "unix": 0}
 _HOST = re.compile(r"[\w.-]{1,255}")
 _TRUE, _FALSE = ("1", "true", "yes", "y", "on", "t"), ("0", "false", "no", "n", "off", "f")
@@ -255,3 +257,17 @@ def _is_ipv6(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a Host header or an address is a loopback name.
+
+    A page without a token refuses other names: they belong to a site whose name was pointed at this machine
+    (DNS rebinding).
+    """
+    in_header = _HOST_HEADER.fullmatch(host)
+    name = (in_header["address"] or in_header["name"] or "") if in_header else host
+    try:
+        return name.lower() == "localhost" or ip_address(name).is_loopback
+    except ValueError:
+        return False

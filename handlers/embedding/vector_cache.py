@@ -36,8 +36,8 @@ PAGE_BYTES = 16_384
 WAL_BYTES = 8 * 1024 * 1024
 # With less, the log would take most of the space.
 MIN_LIMIT_BYTES = 2 * WAL_BYTES
-# A row without its vector: key and origin (each in table and index), tokens, checksum, lengths.
-ROW_OVERHEAD_BYTES = 144
+# A row without its vector: key and origin (each in table and index), tokens, time, checksum, lengths.
+ROW_OVERHEAD_BYTES = 152
 # Rows that one transaction deletes; other workers wait for it.
 ERASED_AT_ONCE = 500
 # An entry of the index of keys, and a mark of a used row, in pages that are half full.
@@ -63,6 +63,7 @@ _CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 Key = NewType("Key", bytes)
 # As stored: whether it is in the older half, key, value, origin, tokens.
 _Entry = tuple[bool, Key, object, object, object]
+_COLUMNS = "key, value, origin, tokens, created_us"
 # Bytes of each of the three parts of an origin.
 _PART_BYTES = 8
 
@@ -185,8 +186,8 @@ class VectorCache:
         self._attempt(lambda file: file.move_on(position, wall_now_s), None)
 
     def erase(self, names: Sequence[str], cutoff_us: int) -> bool:
-        """Delete the vectors of scopes, by the names of their tombstones; from now on `put` refuses those of
-        jobs that were created at `cutoff_us` or earlier. False if the file could not be changed."""
+        """Delete the vectors of scopes, by the names of their tombstones, that are of jobs created at
+        `cutoff_us` or earlier; from now on `put` refuses these. False if the file could not be changed."""
         return self._attempt(lambda file: file.erase(names, cutoff_us), False)
 
     def clear(self) -> bool:
@@ -226,18 +227,20 @@ class VectorCache:
 
 
 class _Row(NamedTuple):
-    """A row of the table, and the origin that decides whether it may be stored."""
+    """A row of the table, and the names of the tombstones that keep it out."""
 
     key: Key
     value: bytes
     origin: bytes
     tokens: int
-    created_as: Origin
+    created_us: int
+    names: tuple[str, ...]
 
     @classmethod
     def of(cls, entry: NewVector) -> "_Row":
         key, origin = entry.key, entry.origin
-        return cls(key, _encode(key, entry.vector), origin.stored, entry.tokens, origin)
+        value = _encode(key, entry.vector)
+        return cls(key, value, origin.stored, entry.tokens, origin.created_us, origin.names)
 
 
 class _CacheFile:
@@ -246,7 +249,10 @@ class _CacheFile:
     def __init__(self, path: Path, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         # Vectors reveal their texts: for the service's user only. SQLite gives its log the same mode.
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        # A file that exists must not be opened here: to close it would drop the locks of other connections of
+        # this process, and the next process that ends would delete the log under all others.
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         self.inode = path.stat().st_ino
         self._db = sqlite3.connect(
             path, timeout=BUSY_MS / 1000, isolation_level=None, check_same_thread=False
@@ -270,7 +276,8 @@ class _CacheFile:
         if not self._number("PRAGMA user_version"):
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS vectors (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE,"
-                " value BLOB NOT NULL, origin BLOB NOT NULL, tokens INTEGER NOT NULL)"
+                " value BLOB NOT NULL, origin BLOB NOT NULL, tokens INTEGER NOT NULL,"
+                " created_us INTEGER NOT NULL)"
             )
             self._db.execute("CREATE INDEX IF NOT EXISTS origins ON vectors (origin)")
             # Tombstones of deletions, and how far their log was read.
@@ -343,7 +350,7 @@ class _CacheFile:
         nth_used = self._number("SELECT id FROM used ORDER BY id LIMIT 1 OFFSET ?", at_once)
         last = min(last, nth_used or last)
         moved = self._db.execute(
-            "SELECT key, value, origin, tokens FROM vectors JOIN used USING (id) WHERE id <= ?", (last,)
+            f"SELECT {_COLUMNS} FROM vectors JOIN used USING (id) WHERE id <= ?", (last,)
         ).fetchall()
         self._delete_until(last)
         self._put(moved)
@@ -358,17 +365,13 @@ class _CacheFile:
             ):
                 excess, spare_bytes = self._excess_bytes(len(rows), row_bytes), 0
             # In the transaction: a deletion comes before it and is seen, or after it and deletes the rows.
-            self._put([row[:4] for row in self._not_erased(rows)])
+            self._put([row[:5] for row in self._not_erased(rows)])
 
     def _not_erased(self, rows: "Sequence[_Row]") -> "Sequence[_Row]":
         if not self._number("SELECT count(*) FROM (SELECT 1 FROM erased LIMIT 1)"):
             return rows
         query = "SELECT count(*) FROM erased WHERE name IN (?, ?, ?, ?) AND cutoff_us >= ?"
-        return [
-            row
-            for row in rows
-            if not self._number(query, *map(_digest, row.created_as.names), row.created_as.created_us)
-        ]
+        return [row for row in rows if not self._number(query, *map(_digest, row.names), row.created_us)]
 
     def erase(self, names: Sequence[str], cutoff_us: int) -> bool:
         """Tombstones first, then the vectors, some at a time. Free pages are overwritten."""
@@ -380,10 +383,10 @@ class _CacheFile:
             self._db.executemany(tombstone, [(_digest(_covering(name)), cutoff_us) for name in names])
         for name in names:
             for first, last in _origins_of(name):
-                self.delete_where("origin BETWEEN ? AND ?", first, last)
+                self.delete_where("origin BETWEEN ? AND ? AND created_us <= ?", first, last, cutoff_us)
         return True
 
-    def delete_where(self, condition: str, *values: bytes) -> bool:
+    def delete_where(self, condition: str, *values: bytes | int) -> bool:
         """Delete the vectors that a condition of this file selects."""
         self._db.execute("PRAGMA secure_delete = ON")
         page = f"SELECT id FROM vectors WHERE {condition} LIMIT {ERASED_AT_ONCE}"
@@ -427,8 +430,7 @@ class _CacheFile:
         return self._db.execute("DELETE FROM vectors WHERE id <= ?", (last,)).rowcount
 
     def _put(self, rows: Sequence[tuple[Any, ...]]) -> None:
-        columns = "(key, value, origin, tokens) VALUES (?, ?, ?, ?)"
-        self._db.executemany(f"INSERT OR REPLACE INTO vectors {columns}", rows)
+        self._db.executemany(f"INSERT OR REPLACE INTO vectors ({_COLUMNS}) VALUES (?, ?, ?, ?, ?)", rows)
 
     def _excess_bytes(self, rows: int, row_bytes: int) -> int:
         """Bytes by which `rows` more exceed the limit. Partly free pages do not count as free."""

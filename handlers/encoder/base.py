@@ -106,6 +106,10 @@ class Encoder(Protocol):
     #: Running totals: `embedded_tokens` (with special tokens, without padding) and `truncated_tokens`.
     counters: dict[str, float]
 
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of one pass, padding included."""
+
     def tokenize(self, texts: Sequence[str], purpose: Purpose = "document") -> Plan:
         """Tokenise texts and divide long ones into windows.
 
@@ -148,6 +152,11 @@ class WindowedEncoder(ABC):
         #: Whether padding would change the vectors, so that all windows of a batch have the same length.
         self._equal_lengths = False
         self._row_limits = RowLimits()
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of one pass, padding included."""
+        return self._budget
 
     @abstractmethod
     def _tokenize(self, texts: Sequence[str], purpose: Purpose) -> Sequence[Tokens]:

@@ -163,10 +163,9 @@ class _Erasure:
 
     def run(self) -> Erased:
         request, scope = self._request, self._request.scope
-        full_names = tuple(map(self._full, request.collections))
         # Published before the collections are listed: a collection that is adopted meanwhile finds it.
         names = scope_of(ENTITIES_COLLECTION, scope).names
-        self._erasures.publish(Published(names, request.cutoff_us, full_names), self._eraser.ttl_ms)
+        self._publish(names)
         existing = self._eraser.collections(request)
         self._publish_cached(existing)
         self._exclude({name: scope_of(name, scope) for name in self._tombstoned(existing)}, existing)
@@ -265,8 +264,13 @@ class _Erasure:
             for row in page
         }
         if chapters:
-            names = tuple(cache_name(*owner, chapter_id) for chapter_id in sorted(chapters))
-            self._erasures.publish(Published(names, self._request.cutoff_us), self._eraser.ttl_ms)
+            self._publish(tuple(cache_name(*owner, chapter_id) for chapter_id in sorted(chapters)))
+
+    def _publish(self, names: tuple[str, ...]) -> None:
+        # `*`: every collection with the prefix of this service.
+        collections = tuple(map(self._full, self._request.collections or ("*",)))
+        published = Published(names, self._request.cutoff_us, collections)
+        self._erasures.publish(published, self._eraser.ttl_ms)
 
     def _sweep(self, name: str, scope: Scope) -> None:
         """Delete old rows until no read finds one, for as long as reads may miss some."""

@@ -64,8 +64,8 @@ def erase(
         raise ConfigurationError("name a tenant by --tenant")
     whose = f"tenant {tenant}" + (f", project {project}" if project else " with all its projects")
     if dry_run:
-        uri = milvus_uri or str(deployment.endpoints.get("milvus_uri", ""))
-        found = _count(deployment.url, uri, milvus_prefix, tenant, project)
+        access = doctor.milvus_access(milvus_uri, str(deployment.endpoints.get("milvus_uri", "")))
+        found = _count(deployment.url, access, milvus_prefix, tenant, project)
         if as_json:
             echo_json(found)
         else:
@@ -82,8 +82,8 @@ def erase(
         click.echo(f"enqueued {id_}; follow it with: jobworker explain {id_}")
 
 
-def _count(redis_url: str, milvus_uri: str, prefix: str, tenant: str, project: str) -> dict[str, Any]:
-    """What a deletion of the scope finds now."""
+def _count(redis_url: str, access: tuple[str, str], prefix: str, tenant: str, project: str) -> dict[str, Any]:
+    """What a deletion of the scope finds now. `access`: address and token of Milvus."""
     from ..jobstore.erasures import Scope
     from ..jobstore.open import open_erasures, open_fence, open_records
     from ..settings import HandlerSettings
@@ -91,11 +91,11 @@ def _count(redis_url: str, milvus_uri: str, prefix: str, tenant: str, project: s
     from ..vectors.schema import check_id
     from .erase import Eraser, EraseRequest
 
+    milvus_uri, token = access
     if not milvus_uri:
         raise ConfigurationError("--dry-run counts rows: give --milvus-uri, or the --data-dir of the service")
     parse_http_url(milvus_uri, "--milvus-uri", "http://milvus.example:19530")
     scope = Scope(check_id("--tenant", tenant), project and check_id("--project", project))
-    _, token = doctor.milvus_access(milvus_uri, milvus_uri)
     store = open_store(HandlerSettings(milvus_uri=milvus_uri, milvus_token=token, milvus_prefix=prefix))
     parts = (open_fence(redis_url), open_erasures(redis_url), open_records(redis_url))
     eraser = Eraser(store, *parts, prefix=prefix, ttl_ms=0)

@@ -116,13 +116,21 @@ class Erasures(Protocol):
 class Published(NamedTuple):
     """One entry of the log of deletions.
 
-    `names`: of tombstones, or of parts of the cache (`cache_name`). `collections`: full names, empty for all.
+    `names`: of tombstones, or of parts of the cache (`cache_name`). `collections`: full names, or a prefix
+    with `*` behind it for all that begin so.
     """
 
     names: tuple[str, ...]
     cutoff_us: int
-    collections: tuple[str, ...] = ()
+    collections: tuple[str, ...]
     id: str = ""
+
+    def concerns(self, collection: str) -> bool:
+        """Whether the deletion covers a collection (full name)."""
+        return any(
+            collection.startswith(one[:-1]) if one.endswith("*") else collection == one
+            for one in self.collections
+        )
 
 
 def created_us(job: Job) -> int:

@@ -216,7 +216,7 @@ class MemoryFence:
             erased = self._of(collection).erased
             self._adopted.add(collection)
             for one in self._published:
-                if not one.collections or collection in one.collections:
+                if one.concerns(collection):
                     erased |= {name: max(one.cutoff_us, erased.get(name, 0)) for name in one.names}
 
     def adopted(self) -> list[str]:

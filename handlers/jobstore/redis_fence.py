@@ -169,7 +169,7 @@ class RedisFence(ScriptedRedis):
         while page:
             for one in page:
                 after = one.id
-                if not one.collections or collection in one.collections:
+                if one.concerns(collection):
                     scored = [part for name in one.names for part in (one.cutoff_us, name)]
                     self.one(on.erased, ("ZADD", on.erased, "GT", *scored))
             page = self.published(after)

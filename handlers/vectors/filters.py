@@ -7,31 +7,39 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ..jobstore.erasures import Scope
-from .schema import check_id
+from .ports import SearchFilter
+from .schema import check_id, check_int64, check_segment_type
 
 
 class Condition(NamedTuple):
-    """Condition on one field; `operator` is `==`, `>` or `in`, and only `in` has a list of values."""
+    """Condition on one field; `operator` is `==`, `>`, `>=`, `<=` or `in`; only `in` has a list of values."""
 
     field: str
     operator: str
-    value: str | list[str]
+    value: str | int | list[str]
 
     @property
     def literal(self) -> str:
-        """Filter text with the quoted value; no character that `check_id` permits needs escaping."""
+        """Filter text with the quoted value; no character that the checks permit needs escaping."""
+        if isinstance(self.value, int):
+            return f"{self.field} {self.operator} {self.value}"
         values = [self.value] if isinstance(self.value, str) else self.value
         quoted = ", ".join(f'"{value}"' for value in values)
         return f"{self.field} {self.operator} {f'[{quoted}]' if self.operator == 'in' else quoted}"
 
     @property
+    def parameter(self) -> str:
+        """Name of its template parameter: the two bounds of a range are on one field."""
+        return self.field + {">=": "_from", "<=": "_to"}.get(self.operator, "")
+
+    @property
     def template(self) -> str:
-        """Filter text with a template parameter named after the field."""
-        return f"{self.field} {self.operator} {{{self.field}}}"
+        """Filter text with the template parameter."""
+        return f"{self.field} {self.operator} {{{self.parameter}}}"
 
 
 class Filter(tuple[Condition, ...]):
-    """Conjunction of conditions, each on another field; `a & b` joins two filters."""
+    """Conjunction of conditions with different parameters; `a & b` joins two filters."""
 
     def __and__(self, other: "Filter") -> "Filter":
         return Filter((*self, *other))
@@ -42,7 +50,7 @@ class Filter(tuple[Condition, ...]):
             return {"filter": " and ".join(one.literal for one in self)}
         return {
             "filter": " and ".join(one.template for one in self),
-            "filter_params": {one.field: one.value for one in self},
+            "filter_params": {one.parameter: one.value for one in self},
         }
 
 
@@ -84,3 +92,21 @@ def of_chapter(chapter_id: str) -> Filter:
 def after(id_: str) -> Filter:
     """Rows whose id is greater than `id_`; all rows if it is empty."""
     return Filter([Condition("id", ">", check_id("id", id_) if id_ else "")])
+
+
+def of_search(where: SearchFilter) -> Filter:
+    """Rows that a search may find, of any tenant."""
+    conditions = []
+    if where.chapter_ids:
+        chapters = [check_id("chapter_id", value) for value in where.chapter_ids]
+        conditions.append(Condition("chapter_id", "in", chapters))
+    if where.segment_types:
+        types = [check_segment_type(value) for value in where.segment_types]
+        conditions.append(Condition("segment_type", "in", types))
+    if where.story_time_from is not None:
+        conditions.append(
+            Condition("story_time", ">=", check_int64("story_time_from", where.story_time_from))
+        )
+    if where.story_time_to is not None:
+        conditions.append(Condition("story_time", "<=", check_int64("story_time_to", where.story_time_to)))
+    return Filter(conditions)

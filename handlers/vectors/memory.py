@@ -9,7 +9,17 @@ import numpy as np
 from ..jobstore.erasures import Scope
 from . import filters
 from . import schema as schemas
-from .ports import AnyHit, AnyRow, PermanentStoreError, StoredRow, Vector
+from .ports import (
+    NO_FILTER,
+    AnyHit,
+    AnyRow,
+    CollectionMissing,
+    PermanentStoreError,
+    Row,
+    SearchFilter,
+    StoredRow,
+    Vector,
+)
 
 
 class MemoryVectors:
@@ -61,10 +71,14 @@ class MemoryVectors:
         project_id: str,
         limit: int = 5,
         strong: bool = False,
+        where: SearchFilter = NO_FILTER,
     ) -> list[AnyHit]:
+        schemas.check_search_fields(name, where)
+        filters.of_search(where)
         schema = schemas.schema_of(name)
         query = schemas.check_vector(vector, self._dim(name))
-        scored = [(cosine(query, row.vector), row) for row in self._rows_of(name, tenant_id, project_id)]
+        rows = self._rows_of(name, tenant_id, project_id)
+        scored = [(cosine(query, row.vector), row) for row in rows if is_within(row, where)]
         scored.sort(key=lambda pair: -pair[0])
         return [
             schema.hit(row.id, score, *(getattr(row, field) for field in schema.hit_fields[2:]))
@@ -117,6 +131,10 @@ class MemoryVectors:
             for row in deleted:
                 self._rows[self._full(name)].pop(row.id, None)
 
+    def collection_behind(self, name: str) -> str:
+        self._dim(name)
+        return self._full(name)
+
     def count(self, name: str) -> int:
         self._dim(name)
         return len(self._rows[self._full(name)])
@@ -131,7 +149,7 @@ class MemoryVectors:
         try:
             return self._dims[self._full(name)]
         except KeyError:
-            raise PermanentStoreError(f"collection {self._full(name)} does not exist") from None
+            raise CollectionMissing(f"collection {self._full(name)} does not exist") from None
 
     def _check_partition(self, tenant_id: str, project_id: str) -> None:
         if self._named:
@@ -144,6 +162,18 @@ class MemoryVectors:
         with self._lock:
             rows = list(self._rows[self._full(name)].values())
         return [row for row in rows if schemas.owner(row) == (tenant_id, project_id)]
+
+
+def is_within(row: AnyRow, where: SearchFilter) -> bool:
+    """Whether a filter permits a row."""
+    if not isinstance(row, Row):
+        return where == NO_FILTER
+    return (
+        (not where.chapter_ids or row.chapter_id in where.chapter_ids)
+        and (not where.segment_types or row.segment_type in where.segment_types)
+        and (where.story_time_from is None or row.story_time >= where.story_time_from)
+        and (where.story_time_to is None or row.story_time <= where.story_time_to)
+    )
 
 
 def _is_in(row: AnyRow, scope: Scope) -> bool:

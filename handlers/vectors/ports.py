@@ -48,6 +48,25 @@ class PermanentStoreError(VectorStoreError, PermanentError):
         self.ids = tuple(ids)
 
 
+class CollectionMissing(PermanentStoreError):
+    """The collection does not exist."""
+
+
+class SearchFilter(NamedTuple):
+    """Rows that a search may find: of one of these chapters, of one of these types, and in the time range.
+
+    An empty tuple or None sets no limit. Only collections of segments have these fields.
+    """
+
+    chapter_ids: tuple[str, ...] = ()
+    segment_types: tuple[str, ...] = ()
+    story_time_from: int | None = None
+    story_time_to: int | None = None
+
+
+NO_FILTER = SearchFilter()
+
+
 class Row(NamedTuple):
     """One row of `story_segments`; `vector` has shape (dim,), float32.
 
@@ -104,6 +123,7 @@ class Hit(NamedTuple):
     text_content: str = ""
     chapter_id: str = ""
     segment_type: str = ""
+    story_time: int = 0
 
 
 class EntityHit(NamedTuple):
@@ -158,6 +178,7 @@ class VectorStore(Protocol):
         project_id: str,
         limit: int = 5,
         strong: bool = False,
+        where: SearchFilter = NO_FILTER,
     ) -> list[AnyHit]:
         """The rows of one tenant and project nearest to `vector` (dim,), the nearest first.
 
@@ -198,6 +219,12 @@ class VectorStore(Protocol):
 
     def delete(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> None:
         """Delete the rows of one tenant and project with these ids; missing ids are no error."""
+
+    def collection_behind(self, name: str) -> str:
+        """Full name of the collection that answers now: the name itself is an alias.
+
+        Raises CollectionMissing.
+        """
 
     def count(self, name: str) -> int:
         """Number of rows of all tenants, including every finished write (slow)."""

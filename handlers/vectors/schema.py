@@ -9,7 +9,18 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from ..graphemes import Graphemes
-from .ports import AnyHit, AnyRow, EntityHit, EntityRow, Hit, PermanentStoreError, Row, StoredRow
+from .ports import (
+    NO_FILTER,
+    AnyHit,
+    AnyRow,
+    EntityHit,
+    EntityRow,
+    Hit,
+    PermanentStoreError,
+    Row,
+    SearchFilter,
+    StoredRow,
+)
 
 #: Collection of a job that names none.
 DEFAULT_COLLECTION = "story_segments"
@@ -25,6 +36,8 @@ TEXT_LIMIT_BYTES = 65_535
 T = TypeVar("T")
 
 ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
+# A part of a filter, which has no escapes that every server reads alike.
+SEGMENT_TYPE = re.compile(r"[^\"'\\\x00-\x1f\x7f{}]{1,32}")
 # Collection names that Milvus accepts; the limit of 200 leaves room for the numbered suffix.
 COLLECTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}", re.ASCII)
 # Suffix of the collections behind an alias, which a job must not be able to name.
@@ -102,6 +115,31 @@ def check_id(what: str, value: object) -> str:
     if isinstance(value, str) and ID.fullmatch(value):
         return value
     raise PermanentStoreError(f"{what} {shown(value)} does not match {ID.pattern}")
+
+
+def check_segment_type(value: object) -> str:
+    """Return `value` if a search can filter by it; else raise PermanentStoreError."""
+    if isinstance(value, str) and SEGMENT_TYPE.fullmatch(value):
+        return value
+    raise PermanentStoreError(
+        f"segment_type {shown(value)}: a filter takes 1 to 32 characters without quotes, backslashes and "
+        "control characters"
+    )
+
+
+def check_int64(what: str, value: object) -> int:
+    """Return `value` if it is a 64-bit integer; else raise PermanentStoreError."""
+    if isinstance(value, int) and not isinstance(value, bool) and INT64_MIN <= value <= INT64_MAX:
+        return value
+    raise PermanentStoreError(f"{what} {shown(value)} is not a 64-bit integer")
+
+
+def check_search_fields(name: str, where: SearchFilter) -> None:
+    """Raise PermanentStoreError if the rows of a collection lack a field of the filter."""
+    if where != NO_FILTER and schema_of(name) is not SEGMENTS:
+        raise PermanentStoreError(
+            f"{name}: its rows have no chapter, segment type or story time to filter by"
+        )
 
 
 def check_collection(name: str) -> str:

@@ -119,7 +119,7 @@ def test_verbs_page_http_and_metrics_show_a_batch(tmp_path: Path, store: RedisSe
         eventually(lambda: run_json(store, "batch", "show", "import-8")["state"] == "finished")
         (finished,) = eventually(lambda: one.logged("batch.finished"))
         assert (finished["batch"], finished["completed"], finished["dead"]) == ("import-8", 2, 1)
-        assert one.metric("z_novel_batches_finished_total", stream=STREAM) == 1
+        eventually(lambda: one.metric("z_novel_batches_finished_total", stream=STREAM) == 1, 40.0)
 
 
 def test_lines_are_sent_into_a_batch_and_an_interrupted_command_is_continued(

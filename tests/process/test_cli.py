@@ -25,6 +25,11 @@ pytestmark = pytest.mark.process
 DLQ = f"dlq:{STREAM}"
 
 
+def delay(store: RedisServer, id: str, kind: str, stream: str, due_s: float = 4e9) -> None:
+    """Put a delayed job where a service moves it."""
+    store.client.zadd(f"retry:{stream}", {json.dumps({"id": id, "type": kind}): due_s})
+
+
 def letter(store: RedisServer, id: str, reason: str = "exhausted", **more: Any) -> str:
     """Write a dead letter as the service does; its id."""
     tenant = more.pop("tenant", "t1")
@@ -112,7 +117,7 @@ class TestDeadLetters:
         assert [job["id"] for job in jobs(store)] == ["j1"]
         answer = run_json(store, "dlq", "purge", "--yes", "j2", "missing", code=1)
         assert (answer["purged"], answer["missing"]) == (1, ["missing"])
-        run(store, "enqueue", "audit", "--id", "later", "--delay", "60")
+        delay(store, "later", "audit", "stream:audit:log")
         answer = run_json(store, "retry", "now", "later", "missing", code=1)
         assert (answer["hastened"], answer["missing"]) == (1, ["missing"])
 
@@ -216,7 +221,8 @@ class TestEnqueue:
 
     def test_delayed_lines_are_scheduled(self, store: RedisServer) -> None:
         run(store, "enqueue", "audit", "--lines", "-", "--delay", "60", stdin="{}\n{}\n")
-        assert store.client.zcard("retry:stream:audit:log") == 2
+        assert all("not_before" in job["metadata"] for job in jobs(store, "stream:audit:log"))
+        assert len(jobs(store, "stream:audit:log")) == 2
 
     def test_the_error_names_the_missing_argument(self, store: RedisServer) -> None:
         assert "TYPE" in run(store, "enqueue", code=2).stderr
@@ -269,10 +275,8 @@ class TestExplainWithoutAService:
         assert run_json(store, "explain", entry)["found"][0]["state"] == "finished"
 
     def test_an_overdue_retry_is_reported(self, store: RedisServer) -> None:
-        (id,) = run_json(store, "enqueue", "audit", "--delay", "0.01")["ids"]
-        key = "retry:stream:audit:log"
-        store.client.zadd(key, {store.client.zrange(key, 0, 0)[0]: 1.0})
-        assert "overdue" in run_json(store, "explain", id)["found"][0]["why"]
+        delay(store, "late", "audit", "stream:audit:log", due_s=1.0)
+        assert "overdue" in run_json(store, "explain", "late")["found"][0]["why"]
 
     def test_the_progress_of_a_rebuild_is_given(self, store: RedisServer) -> None:
         stream, group = "stream:story:gen", "cg-gen-worker"
@@ -387,7 +391,7 @@ class TestBrokenKeys:
     @pytest.fixture
     def broken(self, store: RedisServer) -> RedisServer:
         letter(store, "j1")
-        run(store, "enqueue", "embedding_batch", "--id", "later", "--delay", "60")
+        delay(store, "later", "embedding_batch", "stream:story:gen")
         for key in ("dlq:stream:audit:log", "retry:stream:audit:log", "stream:memory:update"):
             store.client.set(key, "no stream")
         return store

@@ -14,9 +14,9 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from jobworker.worker.cron_table import CronTable, digest, encode_table
+from jobworker.worker.http_server import MAX_CONNECTIONS
 from jobworker.worker.store.cron import StoredTable
 from jobworker.worker.store.redis.operator import OperatorStore
-from jobworker.worker.web.server import MAX_CONNECTIONS
 from support.operator import COMMAND_S, run
 from support.redis_servers import RedisServer
 from support.service import STREAM, eventually
@@ -460,6 +460,20 @@ class TestActions:
         assert store.client.hlen("jobworker:paused") == 0
         answer = guarded.act("/types/resume", {"type": "nosuch"})
         assert (answer.status, "is not paused, so nothing changed" in answer.body) == (404, True)
+
+    def test_a_job_is_cancelled(self, guarded: Page, store: RedisServer) -> None:
+        entry = store.client.xadd(STREAM, {"data": '{"id": "c1", "type": "audit"}'}).decode()
+        page = guarded.get("/job?id=c1").body
+        assert f'name="id" value="{entry}"' in page
+        assert ">Cancel<" in page
+        answer = guarded.act("/job/cancel", {"id": entry, "stream": STREAM, "back": "/job?id=c1"})
+        assert "it is a dead letter now" in finish(guarded, answer.headers["location"])
+        assert store.client.xlen(STREAM) == 0
+        (fields,) = [fields for _, fields in store.client.xrange(DLQ)]
+        assert json.loads(fields[b"data"])["reason"] == "cancelled"
+        assert guarded.act("/job/cancel", {"id": "", "stream": STREAM}).status == 400
+        answer = guarded.act("/job/cancel", {"id": "c1", "stream": STREAM})
+        assert "was not found any more" in finish(guarded, answer.headers["location"])
 
 
 def test_the_page_loads_neither_torch_nor_a_vector_client() -> None:

@@ -11,7 +11,8 @@ from jobworker.handlers.jobstore.memory_fence import MemoryFence
 from jobworker.handlers.jobstore.redis_fence import RedisFence
 from support.job_worlds import MemoryWorld, RedisWorld, World
 from support.milvus import start_lite, start_real, why_no_real_milvus
-from support.redis_servers import RedisServer, running
+from support.redis_servers import RedisServer, free_port, require, running
+from support.service import eventually
 from support.tools import REAL_MILVUS
 
 
@@ -44,6 +45,35 @@ def any_server(
 @pytest.fixture
 def world(any_server: RedisServer | None) -> Iterator[World]:
     world: World = MemoryWorld() if any_server is None else RedisWorld(any_server)
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module", params=["memory", "redis7", "valkey", "cluster"])
+def any_store(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[], World]]:
+    """Makes worlds on any store, a Redis Cluster of one node among them."""
+    if request.param == "memory":
+        yield MemoryWorld
+        return
+    cluster = request.param == "cluster"
+    # Its own bus port: the usual one is 10,000 higher, which no high port has room for.
+    options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())] if cluster else []
+    name = "valkey" if cluster else request.param
+    server = RedisServer(require(name), tmp_path_factory.mktemp(request.param), options=options).start()
+    try:
+        if cluster:
+            server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+            eventually(lambda: server.client.cluster("info")["cluster_state"] == "ok")
+        yield lambda: RedisWorld(server, cluster=cluster)
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def any_world(any_store: Callable[[], World]) -> Iterator[World]:
+    world = any_store()
     yield world
     world.close()
 

@@ -149,8 +149,8 @@ def test_minimum_versions_of_the_scope_are_forgotten(fence: Any) -> None:
 
 def test_a_collection_that_is_adopted_has_the_tombstones_of_earlier_deletions(fence: Any) -> None:
     for number in range(120):
-        fence.publish(Published((f"p/t/p{number}",), CUTOFF), HOUR_MS)
-    fence.publish(Published(("p/t/p",), CUTOFF, ("z_other",)), HOUR_MS)
+        fence.publish(Published((f"p/t/p{number}",), CUTOFF, ("z_*",)), HOUR_MS)
+    fence.publish(Published(("p/t/p",), CUTOFF, ("z_other", "z_other*")), HOUR_MS)
     fence.publish(Published(("t/u",), CUTOFF, (NAME, "z_other")), HOUR_MS)
     fence.adopt(NAME)
     fence.adopt(NAME)
@@ -163,7 +163,7 @@ def test_a_collection_that_is_adopted_has_the_tombstones_of_earlier_deletions(fe
 def test_what_is_published_is_read_from_where_a_reader_stopped(fence: Any) -> None:
     assert fence.published("") == []
     names = tuple(f"i/t/p/{number}" for number in range(2500))
-    fence.publish(Published(names, 7), HOUR_MS)
+    fence.publish(Published(names, 7, ("*",)), HOUR_MS)
     first = fence.published("")
     assert [name for one in first for name in one.names] == list(names)
     fence.publish(Published(("t/t",), 8, ("z_a",)), HOUR_MS)

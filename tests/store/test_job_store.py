@@ -193,9 +193,9 @@ class TestPromotion:
         assert [e.data for e in read(store)] == [b"again"]
 
     def test_the_soonest_retries_are_promoted_first_up_to_the_limit(self, world: World) -> None:
-        producer, reaper = world.producer(), world.reaper()
+        reaper = world.reaper()
         for job, delay_s in ((b"c", 0.6), (b"a", 0.2), (b"b", 0.4), (b"later", 60)):
-            producer.schedule(S.stream, job, delay_s)
+            world.schedule(S.stream, job, delay_s)
         world.pass_time(0.8)
         assert reaper.promote(S.stream, 2).moved == 2
         rest = reaper.promote(S.stream, 50)
@@ -209,9 +209,8 @@ class TestPromotion:
         assert world.reaper().promote(S.stream, 10) == (0, None)
 
     def test_two_reapers_move_each_job_once(self, world: World) -> None:
-        producer = world.producer()
         for i in range(50):
-            producer.schedule(S.stream, b"%d" % i, 0.0)
+            world.schedule(S.stream, b"%d" % i, 0.0)
         moved: list[int] = []
         reapers = [world.reaper(), world.reaper()]
         threads = [
@@ -328,12 +327,6 @@ class TestProducing:
         store = world.reader("a")
         store.acquire([S])
         assert [e.data for e in read(store, count=5000)] == jobs
-
-    def test_equal_jobs_can_wait_side_by_side(self, world: World) -> None:
-        producer = world.producer()
-        for _ in range(3):
-            producer.schedule(S.stream, b"{}", 0.0)
-        assert world.reaper().promote(S.stream, 10).moved == 3
 
     def test_a_deleted_stream_is_read_again_from_its_start(self, world: World) -> None:
         store, ids = given(world, b"1")

@@ -72,7 +72,7 @@ class TestBrokenKeys:
 
     def test_a_stream_of_another_type_refuses_every_call(self, world: World) -> None:
         store, ids = given(world, b"1")
-        world.producer().schedule(S.stream, b"due", 0)
+        world.schedule(S.stream, b"due", 0)
         world.break_key(S.stream)
         for call in (
             lambda: store.acquire([S]),

@@ -182,7 +182,7 @@ class TestLeases:
     def test_handed_back_entries_are_read_by_another_at_once(self, world: World) -> None:
         old, (a, b, c) = given(world, b"1", b"2", b"3", consumer="a")
         settle(old, [Settlement(S, [c])])
-        assert old.hand_back(S, [a, c, UNKNOWN]) == 1
+        assert old.hand_back(S, {a: b"1", c: b"3", UNKNOWN: b"x"}) == 1
         assert pending(old) == [b]
         new = world.reader("b")
         new.acquire([S])
@@ -193,7 +193,7 @@ class TestLeases:
         old, (a,) = given(world, b"1", consumer="a")
         world.reader("a").acquire([S])
         with pytest.raises(Fenced):
-            old.hand_back(S, [a])
+            old.hand_back(S, {a: b"1"})
         assert world.length(S.stream) == 1
 
     def test_a_living_reader_without_entries_is_idle(self, world: World) -> None:

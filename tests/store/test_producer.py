@@ -116,11 +116,21 @@ def test_many_jobs_keep_their_order(bench: Bench) -> None:
     assert [job["payload"] for job in bench.jobs("stream:audit:log")] == [i for i in range(2500) if i % 3]
 
 
-def test_a_delayed_job_waits(bench: Bench) -> None:
-    bench.producer.enqueue("noop", {}, delay=30, id="later")
-    assert bench.jobs() == []
-    (job,) = bench.server.waiting("stream:story:gen")
-    assert read_envelope(job).id == "later"
+def test_times_are_sent_in_the_metadata(bench: Bench) -> None:
+    noon = datetime(2026, 1, 2, 12, tzinfo=UTC)
+    for times in (
+        {"delay": 30},
+        {"run_at": noon, "expires_at": noon.timestamp() + 0.5},
+        {"run_at": "2026-01-02T13:00:00+01:00", "metadata": {"priority": "9"}},
+        {"delay": 0, "metadata": {"expires_at": "1767348000"}},
+    ):
+        bench.producer.enqueue("noop", {}, **times)
+    assert [job.get("metadata") for job in bench.jobs()] == [
+        {"not_before": "2026-01-02T10:00:30.123Z"},
+        {"not_before": "2026-01-02T12:00:00+00:00", "expires_at": "1767355200.500000"},
+        {"priority": "9", "not_before": "2026-01-02T13:00:00+01:00"},
+        {"expires_at": "1767348000"},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -237,6 +247,13 @@ def test_a_payload_is_sent_as_json(bench: Bench, payload: Any, sent: bytes) -> N
         {"timeout": True},
         {"delay": -1},
         {"delay": "5"},
+        {"run_at": "tomorrow"},
+        {"run_at": "2026-01-02T10:00:00"},
+        {"run_at": datetime(2026, 1, 2)},
+        {"run_at": 1767348000, "delay": 5},
+        {"expires_at": -1},
+        {"expires_at": True},
+        {"metadata": {"not_before": "soon"}},
         {"type": ""},
         {"type": None},
         {"typo": 1},
@@ -281,8 +298,8 @@ def test_on_a_real_server(kind: str, tmp_path: Path) -> None:
         ids = producer.enqueue_many(NewJob("noop", i) for i in range(3000))
         producer.enqueue("noop", "late", delay=0.5)
         entries = server.client.xrange("stream:story:gen")
-        assert [json.loads(fields[b"data"])["id"] for _, fields in entries[1:]] == ids
-        assert server.client.zcard("retry:stream:story:gen") == 1
+        assert [json.loads(fields[b"data"])["id"] for _, fields in entries[1:-1]] == ids
+        assert "not_before" in json.loads(entries[-1][1][b"data"])["metadata"]
 
 
 #: Parent and child enqueue by the same producer, each waiting for the other before every job.

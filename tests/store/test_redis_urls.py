@@ -104,7 +104,7 @@ class TestUrls:
                 store.begin_read(source, 10, 0)
             ids = {source: [entry.id for entry in store.finish_read(source)] for source in (S, two)}
             assert settle(store, [Settlement(source, done) for source, done in ids.items()]) == set()
-            producer.schedule("stream:delayed", b"{}", 60)
+            server.client.zadd("retry:{stream:delayed}", {b"{}": 2e9})
             operator = OperatorStore(url)
             found = operator.find_streams()
             assert found == (["stream:delayed", "stream:first", "stream:test", "stream:two"], True)

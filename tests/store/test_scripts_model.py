@@ -19,10 +19,11 @@ from hypothesis.stateful import (
 from jobworker.worker import keys
 from jobworker.worker.errors import Fenced
 from jobworker.worker.keys import Source
-from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
+from jobworker.worker.store.ports import Dead, Entry, Kept, Retry, Settlement
 from jobworker.worker.store.redis.producer import RedisProducerStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from jobworker.worker.store.redis.reaper import RedisReaperStore
+from support.job_worlds import schedule
 from support.redis_servers import RedisServer, running
 
 S = Source("stream:model", "cg-model")
@@ -88,7 +89,7 @@ class ScriptsMachine(RuleBasedStateMachine):
 
     @rule(job=JOBS, delay_s=DELAYS)
     def schedule(self, job: list[bytes], delay_s: float) -> None:
-        self.producer.schedule(S.stream, job[0], delay_s)
+        schedule(self.client, S.stream, job[0], delay_s)
         (self.later if delay_s else self.due).append(job[0])
 
     @precondition(lambda self: self.new)
@@ -106,20 +107,27 @@ class ScriptsMachine(RuleBasedStateMachine):
     def settle(self, name: str, delay_s: float, data: st.DataObject) -> None:
         ids = self.some_ids(data)
         kinds = data.draw(
-            st.lists(st.sampled_from("DRX"), min_size=len(ids), max_size=len(ids)), label="kinds"
+            st.lists(st.sampled_from("DRXK"), min_size=len(ids), max_size=len(ids)), label="kinds"
         )
-        of = {kind: [id for id, k in zip(ids, kinds, strict=True) if k == kind] for kind in "DRX"}
+        of = {kind: [id for id, k in zip(ids, kinds, strict=True) if k == kind] for kind in "DRXK"}
         job_of = {id: self.held[id].job if id in self.held else b"none" for id in ids}
         settlement = Settlement(
             S,
             of["D"],
             [Retry(id, delay_s, job_of[id]) for id in of["R"]],
-            [Dead(id, job_of[id]) for id in of["X"]],
+            [Dead(id, job_of[id], None, id.decode(), b"dead") for id in of["X"]],
+            kept=[Kept(id, id.decode(), b"kept") for id in of["K"]],
         )
-        ((refused, unsettled, _),) = self.readers[name].settle([settlement])
+        self.client.delete(*(keys.result_key(S.stream, id.decode()) for id in ids))
+        ((refused, unsettled, *_),) = self.readers[name].settle([settlement])
         assert not unsettled
         not_mine = {id for id in ids if not self.mine(name, id)}
         assert refused == not_mine
+        results = {id: self.client.get(keys.result_key(S.stream, id.decode())) for id in ids}
+        assert results == {
+            id: None if id in not_mine or kind in "DR" else b"dead" if kind == "X" else b"kept"
+            for id, kind in zip(ids, kinds, strict=True)
+        }
         for id in set(ids) - not_mine:
             self.forget(id)
         (self.later if delay_s else self.due).extend(job_of[id] for id in of["R"] if id not in refused)

@@ -16,6 +16,7 @@ from jobworker.worker.store.operator import (
     LanePlace,
     Lease,
     Pause,
+    Rivals,
     Scheduled,
     order_of,
 )
@@ -49,9 +50,13 @@ class FakeOperatorStore:
         self.streams: dict[str, list[Entry]] = defaultdict(list)
         self.groups: dict[str, GroupState] = {}
         self.leased: dict[bytes, Lease] = {}
+        #: Pending entries that were cancelled.
+        self.cancelled: set[bytes] = set()
         self.scheduled: dict[str, list[Scheduled]] = defaultdict(list)
         #: Entry id -> place of a job that was sorted.
         self.lanes: dict[bytes, LanePlace] = {}
+        #: Entry id -> jobs that have its keys.
+        self.known_rivals: dict[bytes, Rivals] = {}
         self.paused: list[Pause] = []
         self.cron: dict[str, CronHash] = {}
         self.requeued: list[tuple[str, bytes]] = []
@@ -109,6 +114,9 @@ class FakeOperatorStore:
     def lane_place(self, stream: str, entry: Entry) -> LanePlace | None:
         return self.lanes.get(entry.id)
 
+    def rivals(self, stream: str, entry: Entry) -> Rivals:
+        return self.known_rivals.get(entry.id, Rivals())
+
     def find_streams(self) -> FoundStreams:
         names = {*self.streams, *self.scheduled, *self.letters}
         return FoundStreams(sorted(names), True)
@@ -130,6 +138,9 @@ class FakeOperatorStore:
 
     def lease(self, source: Source, id: bytes) -> Lease | None:
         return self.leased.get(id)
+
+    def cancel_is_asked(self, stream: str, id: bytes) -> bool:
+        return id in self.cancelled
 
     def depths(self, source: Source) -> Depths:
         return Depths(0, 0, 0, 0, 0.0, 0)

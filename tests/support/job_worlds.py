@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from jobworker.worker import keys
 from jobworker.worker.keys import NO_HOLDER, Holder
@@ -24,6 +24,13 @@ def settle(store: ReaderStore, settlements: Sequence[Settlement]) -> set[bytes]:
     return {id for result in results for id in result.refused}
 
 
+def schedule(client: Any, stream: str, job: bytes, delay_s: float) -> None:
+    """Put a job into the retry ZSET; an equal one that waits already is kept."""
+    seconds, microseconds = client.time()
+    while not client.zadd(keys.retry_key(stream), {job: seconds + microseconds / 1e6 + delay_s}, nx=True):
+        job += b" "
+
+
 class World(Protocol):
     """A store that is empty at first, and what an outsider can do to it."""
 
@@ -31,6 +38,7 @@ class World(Protocol):
     def reaper(self) -> ReaperStore: ...
     def producer(self) -> ProducerStore: ...
     def pass_time(self, seconds: float) -> None: ...
+    def schedule(self, stream: str, job: bytes, delay_s: float) -> None: ...
     def dead_letters(self, stream: str) -> list[bytes]: ...
     def waiting(self, stream: str) -> list[bytes]: ...
     def length(self, stream: str) -> int: ...
@@ -67,6 +75,9 @@ class MemoryWorld:
     def pass_time(self, seconds: float) -> None:
         self._wall_s += seconds
 
+    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
+        self._server.schedule(stream, job, delay_s)
+
     def dead_letters(self, stream: str) -> list[bytes]:
         return self._server.dead_letters(stream)
 
@@ -100,37 +111,43 @@ class MemoryWorld:
 
 
 class RedisWorld:
-    """A real server, emptied first."""
+    """A real server, emptied first; it may be a cluster of one node."""
 
-    def __init__(self, server: RedisServer) -> None:
+    def __init__(self, server: RedisServer, *, cluster: bool = False) -> None:
         self.server = server
+        self._cluster = cluster
+        self._url = f"redis+cluster://127.0.0.1:{server.port}" if cluster else server.url
         self._client = server.client
         self._client.flushall()
         self._stores: list[RedisReaderStore | RedisReaperStore | RedisProducerStore] = []
 
     def reader(self, consumer: str, holder: Holder = NO_HOLDER) -> RedisReaderStore:
-        store = RedisReaderStore(self.server.url, consumer, holder=holder)
+        store = RedisReaderStore(self._url, consumer, holder=holder)
         self._stores.append(store)
         return store
 
     def reaper(self) -> ReaperStore:
-        store = RedisReaperStore(self.server.url)
+        store = RedisReaperStore(self._url)
         self._stores.append(store)
         return store
 
     def producer(self) -> ProducerStore:
-        store = RedisProducerStore(self.server.url)
+        store = RedisProducerStore(self._url)
         self._stores.append(store)
         return store
 
     def pass_time(self, seconds: float) -> None:
         time.sleep(seconds)  # idle times and due times are by the server's own clock
 
+    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
+        schedule(self._client, stream, job, delay_s)
+
     def dead_letters(self, stream: str) -> list[bytes]:
-        return [fields[b"data"] for _, fields in self._client.xrange(keys.dead_letter_key(stream))]
+        key = keys.dead_letter_key(stream, cluster=self._cluster)
+        return [fields[b"data"] for _, fields in self._client.xrange(key)]
 
     def waiting(self, stream: str) -> list[bytes]:
-        return list(self._client.zrange(keys.retry_key(stream), 0, -1))
+        return list(self._client.zrange(keys.retry_key(stream, cluster=self._cluster), 0, -1))
 
     def length(self, stream: str) -> int:
         return int(self._client.xlen(stream))

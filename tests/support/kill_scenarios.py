@@ -165,21 +165,24 @@ class Flagging:
     def __init__(self, ran: memoryview, fails: bool) -> None:
         self._ran, self._fails = ran, fails
 
-    def handle(self, job: object) -> None:
+    def handle(self, job: object) -> str:
         self._ran[0] += 1
         if self._fails:
             raise ValueError("told to")
+        return "done"
 
 
-def arrivals(start: int, count: int) -> list[AdmittedJob]:
+def arrivals(start: int, count: int, keeps: bool = False) -> list[AdmittedJob]:
     return [
-        AdmittedJob(i % 3, i % 2, Entry(b"%d-%d" % (10**12 + i, i), job(i), 1, i % 4), i % 4 > 0)
+        AdmittedJob(i % 3, i % 2, Entry(b"%d-%d" % (10**12 + i, i), job(i, keeps), 1, i % 4), i % 4 > 0)
         for i in range(start, start + count)
     ]
 
 
-def job(i: int) -> bytes:
-    return b'{"id":"job-%d","type":"%s","payload":"%s"}' % (i, [b"even", b"odd"][i % 2], b"p" * i)
+def job(i: int, keeps: bool = False) -> bytes:
+    metadata = b',"metadata":{"keep_result":"true"}' if keeps else b""
+    kind = [b"even", b"odd"][i % 2]
+    return b'{"id":"job-%d","type":"%s","payload":"%s"%s}' % (i, kind, b"p" * i, metadata)
 
 
 def held(i: int) -> InFlightJob:
@@ -191,7 +194,7 @@ def held(i: int) -> InFlightJob:
     )
 
 
-def desk(fails: bool = False, waiting: int = 0) -> Desk:
+def desk(fails: bool = False, waiting: int = 0, keeps: bool = False) -> Desk:
     """Nothing was handed out yet but ``waiting`` jobs; the next row is `FIRST_ROW`."""
     channel = Channel.create(1024)
     channel.phase = READY
@@ -205,7 +208,7 @@ def desk(fails: bool = False, waiting: int = 0) -> Desk:
     runner = Runner(channel, links[1], handlers, ["s0", "s1", "s2"])
     runner._lookahead = 100
     made = Desk(channel, WorkerHandle(0, 0, channel, 0.0), runner, ran, links)
-    assert made.lane.dispatch(arrivals(0, waiting)) == waiting
+    assert made.lane.dispatch(arrivals(0, waiting, keeps)) == waiting
     return made
 
 
@@ -261,11 +264,11 @@ def take() -> int:
     return kills
 
 
-def run_one(fails: bool) -> int:
-    """The state byte never says less than what happened, and a failure's frame never comes before it."""
+def run_one(fails: bool, keeps: bool = False) -> int:
+    """The state byte never says less than what happened, and a frame never comes before it."""
 
     def prepare() -> Desk:
-        made = desk(fails, waiting=2)
+        made = desk(fails, 2, keeps)
         made.runner._pull_frames()
         return made
 
@@ -273,7 +276,7 @@ def run_one(fails: bool) -> int:
         made.runner._run_next()
 
     kills = 0
-    outcome = FAILED if fails else SUCCEEDED
+    outcome = FAILED if fails or keeps else SUCCEEDED
     for made, ended in every_kill(prepare, act, {"runner.py", "ring.py", "outcome.py"}):
         kills += not ended
         state, ran = made.channel.table.state(FIRST_ROW), made.ran[0]
@@ -286,9 +289,12 @@ def run_one(fails: bool) -> int:
             assert ran
         if frames:
             assert state == FAILED, "a frame whose row does not say FAILED is passed over"
-            assert [(f.row, f.failure.error) for f in frames] == [(FIRST_ROW, "ValueError: told to")]
+            assert [f.row for f in frames] == [FIRST_ROW]
+            failure, kept = frames[0].failure, frames[0].kept
+            assert (failure and failure.error) == ("ValueError: told to" if fails else None)
+            assert (kept and (kept.job_id, kept.value)) == (("job-0", b'"done"') if keeps else None)
         if ended:
-            assert (state, len(frames)) == (outcome, int(fails))
+            assert (state, len(frames)) == (outcome, int(fails or keeps))
         assert made.channel.table.state(FIRST_ROW + 1) == QUEUED
         made.close(made.successor())
     return kills
@@ -334,6 +340,7 @@ SCENARIOS: dict[str, Callable[[], int]] = {
     "take": take,
     "run_succeeding": lambda: run_one(False),
     "run_failing": lambda: run_one(True),
+    "run_keeping": lambda: run_one(False, keeps=True),
     "settle": settle,
 }
 

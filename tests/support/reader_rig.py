@@ -94,6 +94,7 @@ class ReaderRig:
             self.settings,
             self._reader_end,
             mono_s=lambda: 1000.0 + self.now_s,
+            wall_s=self.server.wall_now_s,
             rng=random.Random(0),
         )
         self.workers: list[FakeWorker] = []
@@ -215,6 +216,11 @@ class ReaderRig:
         self._reader_end.close()
         for worker in self.workers:
             worker.channel.close()
+        if self._crashed:  # a process that ends closes its descriptors
+            for handle in self.reader._dispatcher.workers:
+                handle.channel.close()
+            self.reader._selector.close()
+            self.reader._marks.close()
 
 
 @contextlib.contextmanager

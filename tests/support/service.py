@@ -35,7 +35,7 @@ GROUPS = {STREAM: GROUP, "stream:memory:update": "cg-mem-writer", "stream:audit:
 
 T = TypeVar("T")
 
-_TITLE = re.compile(r"jobworker: (supervisor|reader|reaper|guard|forkserver|worker \d+) \[")
+_TITLE = re.compile(r"jobworker: (supervisor|reader|reaper|guard|forkserver|api|worker \d+) \[")
 
 
 def eventually(look: Callable[[], T], within_s: float = SOON_S, saying: object = "") -> T:

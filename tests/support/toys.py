@@ -19,7 +19,7 @@ from multiprocessing import shared_memory
 from pathlib import Path
 from typing import NamedTuple
 
-from jobworker.worker import Job, PermanentError
+from jobworker.worker import Job, JobCancelled, PermanentError
 
 #: The environment variable that names the folder; the service's children inherit it.
 FOLDER_VARIABLE = "TOYS_DIR"
@@ -277,6 +277,42 @@ class AsyncHang:
                 re.match(r"(a+)+$", "a" * 64 + "b")  # 2 ** 64 steps, none of which lets another thread run
             await asyncio.Event().wait()
         record("end", [job])
+
+
+class Answer:
+    """Returns ``payload.answer``, or fails for good with ``payload.error``."""
+
+    def handle(self, job: Job) -> object:
+        record("start", [job])
+        if "error" in job.payload:
+            raise PermanentError(job.payload["error"])
+        record("end", [job])
+        return job.payload["answer"]
+
+
+class Watchful(Gate):
+    """Waits at ``payload.gate``, and ends early once it sees that it was cancelled."""
+
+    def work(self, job: Job) -> None:
+        give_up_at = time.monotonic() + GATE_LIMIT_S
+        while not (folder() / job.payload["gate"]).exists():
+            if job.cancelled:
+                record("saw", [job])
+                raise JobCancelled("it was told to stop")
+            if time.monotonic() > give_up_at:
+                raise TimeoutError("the gate was never opened")
+            time.sleep(0.005)
+
+
+class AsyncWatchful(AsyncGate):
+    """The same on the worker's event loop: it is cancelled where it awaits."""
+
+    async def handle(self, job: Job) -> None:
+        try:
+            await super().handle(job)
+        except asyncio.CancelledError:
+            record("saw", [job])
+            raise
 
 
 class Yielding:

@@ -73,6 +73,17 @@ def test_a_job_of_an_unknown_type_counts_as_dead(harness: Harness) -> None:
     assert counts(harness, batch.id) == (1, 0, 1, "finished")
 
 
+def test_jobs_that_are_not_run_count_too(harness: Harness) -> None:
+    with harness.producer.batch("t1") as batch:
+        for _ in range(2):
+            batch.enqueue("toy", "", metadata={"idempotency_key": "a"})
+            batch.enqueue("toy", "", metadata={"supersede_key": "b"}, delay=5)
+        batch.enqueue("toy", "", delay=20, expires_at=harness.wall_now_s() + 10)
+    harness.advance(60)
+    assert counts(harness, batch.id) == (5, 4, 1, "finished")
+    assert len(harness.batches) == 2
+
+
 def test_jobs_that_wait_in_lanes_are_counted_at_their_end(harness: Harness) -> None:
     with harness.producer.batch("t1") as batch:
         batch.enqueue_many({"type": "toy", "payload": "succeed"} for _ in range(600))

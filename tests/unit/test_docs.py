@@ -1,6 +1,7 @@
 """The documentation is correct: its examples run, its options exist, its links work."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -203,9 +204,11 @@ def test_the_handler_and_the_tests_of_the_page_on_handlers_run(tmp_path: Path) -
 def test_the_producers_of_the_pages_send_jobs(server: MemoryServer) -> None:
     exec(block_with("README.md", "Producer("), {})
     payload = {"tenant_id": "t001", "project_id": "p123", "ids": ["s1"], "texts": ["It rained."]}
-    exec(block_with("docs/producers.md", "Producer("), {"payload": payload})
-    assert len(server.entries("stream:story:gen")) == 4
-    assert len(server.waiting("stream:story:gen")) == 1
+    exec(block_with("docs/producers.md", "enqueue_many("), {"payload": payload})
+    assert len(server.entries("stream:story:gen")) == 7
+    exec(block_with("docs/producers.md", "supersede_key"), {"payload": payload})
+    (saved,) = server.entries("stream:memory:update").values()
+    assert json.loads(saved or b"")["metadata"].keys() == {"supersede_key", "not_before"}
 
 
 def test_the_sink_of_the_page_on_summaries_is_a_class() -> None:

@@ -9,6 +9,7 @@ import pytest
 from jobworker.handlers.rebuild.milvus import open_shadow
 from jobworker.handlers.vectors import filters
 from jobworker.handlers.vectors.milvus.store import PermanentStoreError, VectorStore, open_vectors
+from jobworker.handlers.vectors.ports import SearchFilter
 from support.recent_milvus import DIM, recent_milvus
 
 NAME = "story_segments"
@@ -106,3 +107,39 @@ def test_what_is_no_id_makes_no_filter(text: str) -> None:
     if text:
         with pytest.raises(PermanentStoreError):
             filters.after(text)
+
+
+WHERE = SearchFilter(("c1", "c2"), ("scene",), 1, 9)
+
+
+def test_a_search_filter_in_both_forms() -> None:
+    where = filters.of_search(WHERE)
+    assert where.arguments(templates=False) == {
+        "filter": 'chapter_id in ["c1", "c2"] and segment_type in ["scene"] '
+        "and story_time >= 1 and story_time <= 9"
+    }
+    assert where.arguments(templates=True) == {
+        "filter": "chapter_id in {chapter_id} and segment_type in {segment_type} "
+        "and story_time >= {story_time_from} and story_time <= {story_time_to}",
+        "filter_params": {
+            "chapter_id": ["c1", "c2"], "segment_type": ["scene"], "story_time_from": 1, "story_time_to": 9,
+        },
+    }  # fmt: skip
+    assert filters.of_search(SearchFilter()) == filters.EVERYTHING
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        SearchFilter(chapter_ids=('c" or id > "',)),
+        SearchFilter(segment_types=('x" or id > "',)),
+        SearchFilter(segment_types=("x\\",)),
+        SearchFilter(segment_types=("{x}",)),
+        SearchFilter(segment_types=("",)),
+        SearchFilter(story_time_from=1 << 63),
+        SearchFilter(story_time_to=True),
+    ],
+)
+def test_a_value_that_could_leave_its_place_is_refused(where: SearchFilter) -> None:
+    with pytest.raises(PermanentStoreError):
+        filters.of_search(where)

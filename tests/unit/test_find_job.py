@@ -10,7 +10,7 @@ from jobworker.worker.admin.status_client import Service
 from jobworker.worker.envelope import with_retry
 from jobworker.worker.keys import Source
 from jobworker.worker.store.announcements import Announcement
-from jobworker.worker.store.operator import LanePlace, Lease, Pause, Scheduled
+from jobworker.worker.store.operator import LanePlace, Lease, Pause, Rivals, Scheduled
 from jobworker.worker.store.ports import RELEASED_IDLE_S, Entry
 from support.fake_operator import NOW_S, SOURCE, FakeOperatorStore, job, letter
 
@@ -171,6 +171,32 @@ class TestRetrying:
         store.scheduled[SOURCE.stream] = [Scheduled(NOW_S + 60, job("r", deaths=1))]
         assert find(store, "r").state == "retrying"
 
+    def test_a_job_says_until_when_it_is_delayed(self, store: Any) -> None:
+        data = job("r", metadata={"not_before": f"{NOW_S + 60}"})
+        store.scheduled[SOURCE.stream] = [Scheduled(NOW_S + 60, data)]
+        location = find(store, "r")
+        assert location.why == "delayed until 10060.0: its delayed start is in 60.0 s"
+        store.scheduled.clear()
+        store.streams[SOURCE.stream] += [Entry(b"6-0", data)]
+        location = find(store, "r")
+        assert (location.state, location.facts["not_before"]) == ("queued", "10060.0")
+        assert location.why.endswith("then it is delayed until 10060.0")
+
+
+class TestReplaced:
+    def test_a_duplicate_names_the_job_that_ran(self, store: Any) -> None:
+        store.known_rivals[b"2-0"] = Rivals(owner=b"1-0", newest=b"3-0")
+        location = find(store, "j2")
+        assert (location.state, location.facts["duplicate_of"]) == ("finished", "1-0")
+        assert location.why == "not run: a duplicate of the job in entry 1-0, by its idempotency_key"
+
+    def test_a_superseded_job_names_the_newer_one(self, store: Any) -> None:
+        store.known_rivals[b"2-0"] = Rivals(newest=b"3-0")
+        location = find(store, "j2")
+        assert (location.state, location.facts["superseded_by"]) == ("finished", "3-0")
+        assert "the job in entry 3-0 has the same supersede_key and is newer" in location.why
+        assert "after a success" not in location.why
+
 
 class TestDead:
     @pytest.mark.parametrize("id", ["j", "9-0", "77-0"])
@@ -284,6 +310,7 @@ def announce(store: Any, types: set[str], *sources: Source) -> None:
         ("audit/tenant=t1", "limit audit/tenant is reached for t1; 7 jobs"),
         ("audit/global=", "limit audit/global is reached; 7 jobs"),
         ("=audit", "a handler asked jobs of its type to wait"),
+        ("~=0123", "another job with its supersede_key runs; 7 jobs"),
     ],
 )
 def test_a_sorted_job_is_queued_and_says_what_it_waits_for(

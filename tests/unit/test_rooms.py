@@ -20,8 +20,8 @@ DOORS = {
     "prometheus_client": ["worker/telemetry/prometheus.py"],
     "opentelemetry": ["worker/telemetry/otel.py", "worker/telemetry/otel_context.py"],
     "pydantic": ["worker/payload_types.py"],
-    "starlette": ["worker/web/*.py"],
-    "uvicorn": ["worker/web/server.py"],
+    "starlette": ["worker/web/*.py", "handlers/api/*.py"],
+    "uvicorn": ["worker/http_server.py"],
     "jinja2": ["worker/web/rendering.py"],
     "pymilvus": ["handlers/vectors/milvus/*.py", "handlers/rebuild/milvus.py"],
     "milvus_lite": ["handlers/vectors/milvus/lite_server.py"],
@@ -41,20 +41,25 @@ CORE = {
     *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
     *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing", "store_advice"),
-    *("cron_schedule", "cron_table", "durations", "flow"),
+    *("cron_schedule", "cron_table", "durations", "flow", "conditions", "results"),
+    *("bearer_tokens", "listening"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
     **dict.fromkeys(CORE, CORE),
     # A counter of a handler must not have the name of a metric.
     "handler": {*CORE, "telemetry"},
+    "http_server": set(),
+    "scheduling": set(),
+    "api_role": IPC,
     "fork_guard": {"telemetry"},
     "event_loop": {*CORE, "fork_guard"},
     "store": CORE,
     "telemetry": CORE,
     "ipc": IPC,
+    "cancel": {*CORE, "store"},
     "producer_batch": {*CORE, "store"},
-    "producer": {*CORE, "store", "telemetry", "producer_batch"},
+    "producer": {*CORE, "store", "telemetry", "producer_batch", "cancel"},
     "scripted_redis": {"store"},
     "worker": {*CORE, "telemetry", "producer"},
     "reader": {*IPC, "store"},
@@ -67,9 +72,11 @@ BELOW: dict[str, set[str]] = {
     "reaper": {*IPC, "store", "cron", "batches"},
     "supervision": IPC,
     "admin": {*CORE, "store", "telemetry", "producer", "cron", "batches"},
-    "cli": {*CORE, "store", "telemetry", "producer", "producer_batch", "cron", "batches", "admin"},
-    "web": {*CORE, "store", "telemetry", "producer", "cron", "batches", "admin"},
-    "boot": {*IPC, "store", "reader", "runner", "reaper", "supervision", "fork_guard"},
+    "cli": {*CORE, "store", "telemetry", "producer", "producer_batch", "cron", "batches", "admin", "cancel"},
+    "web": {*CORE, "store", "telemetry", "producer", "cron", "batches", "admin", "cancel", "http_server"},
+    "boot": {
+        *(*IPC, "api_role", "scheduling", "store", "reader", "runner", "reaper", "supervision", "fork_guard"),
+    },
     "preload": {*IPC, "store", "reader", "runner", "reaper", "supervision", "boot"},
     "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin", "cron_config", "batches"},
 }
@@ -80,18 +87,19 @@ SHARED_BELOW = {
     "jobstore": set(),
     "vectors": {"jobstore", "graphemes"},
     "encoder": {"vectors", "file_lock", "graphemes"},
+    "api": {"vectors", "encoder", "jobstore"},
 }
 #: What handlers may import of the engine besides the names in worker/__init__.py.
 PUBLIC = {
     *("scripted_redis", "testing", "extension", "options", "quantities", "urls", "data_dir", "cgroup"),
-    *("safe_text", "cli"),
+    *("safe_text", "cli", "api_role", "bearer_tokens", "http_server"),
 }
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")
 COMPOSERS = {"boot", "preload", "testing", "producer", "scripted_redis", "admin", "cli", "web"}
 #: Decisions without input or output: they import each other, the standard library, msgspec and orjson.
 PURE = {
-    *("worker." + name for name in ("envelope", "outcome", "keys", "errors", "flow")),
+    *("worker." + name for name in ("envelope", "outcome", "keys", "errors", "flow", "conditions")),
     *("handlers." + name for name in ("encoder.packing", "encoder.segmenter", "graphemes")),
 }
 #: The top level's names; imported bare they would find another project's, or nothing once installed.

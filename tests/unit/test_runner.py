@@ -97,7 +97,10 @@ def test_an_outcome_that_is_no_exception_fails_its_own_job_for_good(
     worker.dispatch(*"ttt")
     worker.run()
     assert worker.states() == [SUCCEEDED, FAILED, FAILED]
-    says = "PermanentError: handle_batch returned {} as this job's outcome: return None or an exception"
+    says = (
+        "PermanentError: handle_batch returned {} as this job's outcome: return None, "
+        "Returned(value) or an exception"
+    )
     assert worker.errors() == {
         1: Failure(says.format("bool"), permanent=True),
         2: Failure(says.format("type"), permanent=True),
@@ -270,7 +273,7 @@ def test_a_handler_that_exits_leaves_no_noise_behind() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
 
 
-@pytest.mark.parametrize("name", ["run_succeeding", "run_failing"])
+@pytest.mark.parametrize("name", ["run_succeeding", "run_failing", "run_keeping"])
 def test_killed_at_any_instruction(name: str) -> None:
     assert int(programs.run("kill_scenarios", name)) > 100
 

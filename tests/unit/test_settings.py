@@ -92,6 +92,7 @@ OPTIONS: dict[str, tuple[str, Callable[[Settings], object], object, object]] = {
     "retry-max": ("600", lambda s: s.retry.max_s, 60.0, 600.0),
     "retry-multiplier": ("1", lambda s: s.retry.multiplier, 2.0, 1.0),
     "retry-jitter": ("0", lambda s: s.retry.jitter, 0.1, 0.0),
+    "unique-window": ("3600", lambda s: s.unique_window_s, 86_400.0, 3600.0),
     "max-payload": ("2048", lambda s: s.max_payload, 8 * 1024 * 1024, 2048),
     "drain-timeout": ("0", lambda s: s.drain_timeout_s, 30.0, 0.0),
     "connect-timeout": ("1.5", lambda s: s.connect_timeout_s, 30.0, 1.5),

@@ -411,6 +411,8 @@ def test_a_deletion_takes_the_vectors_of_its_scope_and_keeps_older_jobs_out(
     assert left() == set(ORIGINS) - gone, "a late retry of an older job"
     put(21)
     assert left() == set(ORIGINS)
+    assert cache.erase([name], 20)
+    assert left() == set(ORIGINS), "newer work stays, when the deletion is applied again"
 
 
 @pytest.mark.parametrize(
@@ -420,7 +422,7 @@ def test_a_vector_that_several_chapters_share_goes_with_each_of_them(
     cache: VectorCache, name: str, gone: bool
 ) -> None:
     shared, other = keys("shared", "other")
-    cache.put([(shared, vector(1), Origin("t", "p", "c1", "r", 30), 3), (other, vector(2))])
+    cache.put([(shared, vector(1), Origin("t", "p", "c1", "r", 20), 3), (other, vector(2))])
     cache.lookup([shared], [Origin("t", "p", "c9", "r9")])
     cache.put([])
     if name.startswith("p/"):
@@ -440,11 +442,11 @@ def test_a_cache_follows_the_log_of_deletions_from_where_any_worker_stopped(
     ]
     follower.apply()
     cache.put(entries)
-    fence.publish(Published(("c/t/p/c1",), 20), 1)
+    fence.publish(Published(("c/t/p/c1",), 20, ("*",)), 1)
     follower.apply()
     assert stored(path) == 4
     other = VectorCache(path, DIM, MIN_LIMIT_BYTES, {})
-    fence.publish(Published(("p/t/p",), 20), 1)
+    fence.publish(Published(("p/t/p",), 20, ("*",)), 1)
     CacheErasures(other, fence, kept_s=100.0, wall_s=lambda: now[0]).apply()
     assert stored(path) == 2
     assert [one.position() for one in (cache, other)] == [("2", 1000.0)] * 2
@@ -460,3 +462,19 @@ def test_deleted_vectors_are_no_longer_in_the_file(cache: VectorCache, path: Pat
     assert cache.erase(["c/t/p/c1"], 20)
     files = b"".join(file.read_bytes() for file in path.parent.iterdir() if file.is_file())
     assert np.asarray(vector(1), "<f4").tobytes() not in files
+
+
+def test_a_second_cache_of_a_process_keeps_the_locks_of_the_first(cache: VectorCache, path: Path) -> None:
+    """Without them a process that ends takes itself for the last one and deletes the log under the others."""
+    one, two = keys("one", "two")
+    cache.put([(one, vector(1))])
+    second = VectorCache(path, DIM, MIN_LIMIT_BYTES, {})
+    second.put([(two, vector(2))])
+    second.close()
+    read = (
+        "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute('SELECT 1 FROM used'); db.close()"
+    )
+    subprocess.run([sys.executable, "-c", read, str(path)], check=True)
+    assert path.with_name(f"{path.name}-wal").exists()
+    cache.put([(one, vector(3))])
+    assert stored(path) == 2

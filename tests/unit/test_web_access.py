@@ -3,7 +3,8 @@
 import pytest
 
 from jobworker.worker.errors import ConfigurationError
-from jobworker.worker.web.access import SESSION_S, Access, TooManyFailures, is_loopback, is_same_origin
+from jobworker.worker.urls import is_loopback
+from jobworker.worker.web.access import SESSION_S, Access, TooManyFailures, is_same_origin
 
 TOKEN = "0123456789abcdef"
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import msgspec
 
-from ..envelope import fresh_job, read_envelope
+from ..conditions import requeued
+from ..envelope import read_envelope
 from ..errors import MalformedJob, StoreRefused
 from ..store.operator import START, order_of, walk
 from ..store.ports import Entry
@@ -320,10 +321,14 @@ class BulkOperation:
                 if letter.task is None:
                     self.skipped += 1
                     on_skipped(letter)
-            jobs = [(letter.id, letter.task) for letter in letters if letter.task is not None]
+            jobs = [
+                (letter.id, requeued(letter.task, letter.original_id))
+                for letter in letters
+                if letter.task is not None
+            ]
             if self.dry_run:
                 return len(jobs), 0
-            sent = self.queue.store.requeue(stream, [(id, fresh_job(task)) for id, task in jobs])
+            sent = self.queue.store.requeue(stream, jobs)
             return sum(sent), len(sent) - sum(sent)
 
         self._run(send, batch_sizes, on_scanned)

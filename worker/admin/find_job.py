@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..errors import StoreRefused, StoreUnavailable
+from ..conditions import NOT_BEFORE, SERIES, parse_time
+from ..envelope import read_header
+from ..errors import MalformedJob, StoreRefused, StoreUnavailable
 from ..extension import extension, imported
 from ..keys import Source
 from ..store.announcements import Announcement, suggestion
@@ -33,6 +35,8 @@ _MAX_OTHERS = 50
 _RETRY_PAGE = 200
 #: States of a job that may have begun and has not ended.
 _UNDER_WAY = frozenset({"running", "pending", "retrying"})
+#: Facts of a job that was perhaps not run, because another one was.
+_RIVALS = frozenset({"duplicate_of", "superseded_by"})
 #: Details of a dead letter that show where the handler was.
 _TRACES = ("traceback", "stack")
 _ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}")
@@ -96,7 +100,7 @@ class JobFinder:
                 locations += [one for *_, search in self._searches(source, id) for one in search()]
         locations = _unfinished_first(locations)
         for one in locations:
-            if one.state == "finished":
+            if one.state == "finished" and not one.facts.keys() & _RIVALS:
                 one.why += self._how_it_ended(one, by_entry=bool(_ENTRY_ID.fullmatch(id)))
         self._add_progress([one for one in locations if one.state in _UNDER_WAY])
         return locations
@@ -206,11 +210,34 @@ class JobFinder:
         if lease is None and (place := self._lane_place(source.stream, entry)):
             return self._waiting(place, location)
         if lease is None:
-            location.state = "finished"
-            location.why = f"acknowledged in group {source.group}"
-            return location
+            return self._finished(source, entry, location)
         location.facts |= {"deliveries": lease.deliveries, "deaths": entry.deaths + job.deaths}
-        return self._pending(lease, location)
+        self._pending(lease, location)
+        if self._store.cancel_is_asked(source.stream, entry.id):
+            location.facts["cancelled"] = True
+            location.why += "; it was cancelled, so the service that has it ends it"
+        return location
+
+    def _finished(self, source: Source, entry: Entry, location: JobLocation) -> JobLocation:
+        """An acknowledged entry. Its job was perhaps not run, because another one was."""
+        location.state = "finished"
+        location.why = f"acknowledged in group {source.group}"
+        try:
+            owner, newest = self._store.rivals(source.stream, entry)
+        except MalformedJob:
+            return location
+        if owner:
+            location.facts["duplicate_of"] = owner.decode()
+            location.why = (
+                f"not run: a duplicate of the job in entry {owner.decode()}, by its idempotency_key"
+            )
+        elif newest:
+            location.facts["superseded_by"] = newest.decode()
+            location.why += (
+                f"; the job in entry {newest.decode()} has the same supersede_key and is newer: it replaced "
+                "this one, unless this one ran before"
+            )
+        return location
 
     def _lane_place(self, stream: str, entry: Entry) -> LanePlace | None:
         try:
@@ -227,6 +254,8 @@ class JobFinder:
             location.why = f"{self._paused(location.type)}; {position}"
         elif place.blocked_by is None:
             location.why = f"sorted: waits for the turn of its tenant and priority; {position}"
+        elif place.blocked_by.startswith(SERIES):
+            location.why = f"another job with its supersede_key runs; {position}"
         elif place.blocked_by.startswith("="):
             location.why = f"a handler asked jobs of its type to wait (RateLimited); {position}"
         else:
@@ -259,7 +288,18 @@ class JobFinder:
             location.why = f"{unhandled}; {position}"
         else:
             location.why = f"waits for its turn; {position}"
+        if until := self._delayed_until(entry.data):
+            location.facts["not_before"] = until
+            location.why += f"; then it is delayed until {until}"
         return location
+
+    def _delayed_until(self, data: bytes | None) -> str:
+        """The earliest start of a job as its producer wrote it; empty if that has passed."""
+        try:
+            text = (read_header(data or b"").metadata or {}).get(NOT_BEFORE, "")
+            return text if text and parse_time(text) > self._now_s else ""
+        except (MalformedJob, ValueError):
+            return ""
 
     def _count_ahead(self, stream: str, group: GroupState, id: bytes) -> tuple[int, bool]:
         """The number of undelivered entries before this one, and whether it is exact. Counting stops at the
@@ -355,6 +395,9 @@ class JobFinder:
         in_s = due_wall_s - self._now_s
         what = "its delayed start" if job.is_delayed else "the next try"
         why = f"{what} is in {max(0.0, in_s):.1f} s"
+        until = self._delayed_until(data) if job.is_delayed else ""
+        if until:
+            why = f"delayed until {until}: {why}"
         if in_s < -OVERDUE_S:
             why = f"{what} is {-in_s:.0f} s overdue: no running service promotes jobs of this stream"
         elif job.type in self._pauses:

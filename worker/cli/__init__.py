@@ -4,7 +4,24 @@ import click
 
 from ..extension import extension, imported
 from ..process_env import prepare_process
-from . import batch, cron, dlq, doctor, enqueue, explain, limit, pause, retry, stats, top, url, web
+from . import (
+    batch,
+    cancel,
+    cron,
+    dlq,
+    doctor,
+    enqueue,
+    explain,
+    limit,
+    pause,
+    result,
+    retry,
+    search,
+    stats,
+    top,
+    url,
+    web,
+)
 from .common import CliGroup
 
 
@@ -32,7 +49,7 @@ def main() -> None:
     prepare_process()
 
 
-for module in (top, enqueue, stats, explain, pause, doctor, url, web):
+for module in (top, enqueue, stats, explain, result, cancel, pause, search, doctor, url, web):
     module.add_to(main)
 for target in extension().verbs:
     imported(target)(main)

@@ -52,8 +52,8 @@ _OPTIONS = [
     click.option("--payload", default="{}", show_default=True, help="JSON, @FILE, or - for standard input."),
     click.option("--lines", type=click.Path(exists=True, allow_dash=True, dir_okay=False), metavar="FILE",
                  help="One JSON object per line (- for standard input): type, payload, tenant_id, "
-                 "project_id, id, stream, metadata, delay, timeout. TYPE and the options are "
-                 "the defaults of a line."),
+                 "project_id, id, stream, metadata, delay, run_at, expires_at, timeout, keep_result. TYPE "
+                 "and the options are the defaults of a line."),
     click.option("--tenant", default="", help="Tenant of the job."),
     click.option("--project", default="", help="Project of the tenant."),
     click.option("--stream", cls=ExplicitOption, default=None, shell_complete=complete_streams,
@@ -64,8 +64,12 @@ _OPTIONS = [
     click.option("--priority", type=Count(0, HIGHEST_PRIORITY),
                  help="0 to 10; higher is more urgent.  [default: 5]"),
     click.option("--delay", type=Duration(), help="Run it this much later (seconds, or 15m)."),
+    click.option("--run-at", metavar="TIME",
+                 help="Run it not before this time: RFC 3339 or unix seconds."),
+    click.option("--expires-at", metavar="TIME", help="Dead-letter it if it has not started by this time."),
     click.option("--timeout", type=Duration(MIN_TIMEOUT_S, MAX_TIMEOUT_S),
                  help="Timeout (seconds, or 5m), from 0.1 s to 24 h."),
+    click.option("--keep-result", is_flag=True, help="Keep what its handler returns: see jobworker result."),
     click.option("--count", type=Count(1), default=1, show_default=True,
                  help="Number of times to send it."),
     click.option("--batch", default="", metavar="ID",
@@ -78,14 +82,15 @@ _OPTIONS = [
 
 def enqueue(
     url: str, type: str, payload: str, lines: str | None, tenant: str, project: str, stream: str | None,
-    job_id: str | None, priority: int | None, delay: float | None, timeout: float | None, count: int,
-    batch: str, on_complete: str, as_json: bool,
+    job_id: str | None, priority: int | None, delay: float | None, run_at: str | None,
+    expires_at: str | None, timeout: float | None, keep_result: bool, count: int, batch: str,
+    on_complete: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Send a job of TYPE, or one for each line of --lines.
 
     Exit code 0: the job store has accepted every job. After an interruption some jobs were sent. A file that
-    is sent again runs its jobs again, also under the same ids: the service does not deduplicate. Idempotent
-    handlers then leave one effect if each line has its own id.
+    is sent again runs its jobs again, also under the same ids, unless their metadata has an idempotency_key.
+    Idempotent handlers then leave one effect if each line has its own id.
 
     \b
     jobworker enqueue shout --tenant t001 --payload '{"text": "hello"}'
@@ -97,7 +102,9 @@ def enqueue(
     if on_complete and not batch:
         raise click.UsageError("--on-complete needs --batch ID")
     into = _BatchOptions(batch, on_complete, tenant)
-    defaults = NewJob(type, None, tenant, project, stream, job_id, metadata, delay, timeout)
+    defaults = NewJob(
+        type, None, tenant, project, stream, job_id, metadata, delay, timeout, run_at, expires_at, keep_result
+    )
     if lines is not None:
         if job_id is not None or count != 1 or payload != "{}":
             raise click.UsageError(
@@ -221,9 +228,14 @@ def _how_to_continue(path: str, stored: int) -> str:
         return f"{lines}: send the lines from {stored + 1} on again"
     options = [
         f" --{name} {shlex.quote(str(value))}"
-        for name in ("tenant", "project", "stream", "delay", "timeout", "batch", "on-complete")
+        for name in (
+            *("tenant", "project", "stream", "delay", "run-at", "expires-at", "timeout", "batch"),
+            "on-complete",
+        )
         if (value := click.get_current_context().params.get(name.replace("-", "_")))
     ]
+    if click.get_current_context().params.get("keep_result"):
+        options.append(" --keep-result")
     job_type = click.get_current_context().params.get("type")
     command = (
         f"jobworker enqueue --lines -{''.join(options)}{f' {shlex.quote(job_type)}' if job_type else ''}"

@@ -17,8 +17,8 @@ def add_to(main: click.Group) -> None:
 
 
 def _names() -> list[str]:
-    """``redis``, ``metrics`` and the stores of the built-in types."""
-    return ["redis", *(_short(field) for field in extension().endpoints), "metrics"]
+    """``redis``, ``metrics``, ``serve`` and the stores of the built-in types."""
+    return ["redis", *(_short(field) for field in extension().endpoints), "metrics", "serve"]
 
 
 def _short(field: str) -> str:
@@ -55,4 +55,7 @@ def _addresses(deployment: Deployment) -> dict[str, str]:
     for field in extension().endpoints:
         if address := deployment.endpoints.get(field):
             found[_short(field)] = str(address)
-    return found | {"metrics": deployment.metrics_urls[0]}
+    found["metrics"] = deployment.metrics_urls[0]
+    if api := deployment.endpoints.get("serve_url"):
+        found["serve"] = str(api)
+    return found

@@ -6,6 +6,7 @@ import sys
 import click
 
 from ..admin.deployment import Deployment
+from ..admin.search_client import SearchClient, read_serve_token
 from ..errors import ConfigurationError
 from ..extension import how_to_install
 from ..options import ENV_PREFIX, ExplicitOption
@@ -28,6 +29,8 @@ def add_to(main: click.Group) -> None:
                      help="Allow requeue, delete, retry now, pause and resume; needs a token."),
         click.option("--show-payloads", is_flag=True, envvar=f"{ENV_PREFIX}_WEB_SHOW_PAYLOADS",
                      help="Show the payloads of jobs too (tenants' texts)."),
+        click.option("--serve-url", cls=ExplicitOption, default="", envvar=f"{ENV_PREFIX}_SERVE_URL",
+                     help="API for the search page.  [default: that of the service of --data-dir]"),
         click.option("--interval", type=Duration(0.2), default=2.0, show_default=True,
                      help="Seconds between two snapshots of the deployment."),
     )):  # fmt: skip
@@ -37,7 +40,7 @@ def add_to(main: click.Group) -> None:
 
 def web(
     deployment: Deployment, streams: tuple[str, ...], listen: str, token_file: str, allow_actions: bool,
-    show_payloads: bool, interval: float,
+    show_payloads: bool, serve_url: str, interval: float,
 ) -> None:  # fmt: skip
     """Serve the operator's web page.
 
@@ -57,5 +60,7 @@ def web(
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"the page needs {error.name}: {how_to_install('web')}") from error
     log.set_up("web", "info", "text" if is_terminal(sys.stderr) else "json")
-    options = Options(listen, token_file, allow_actions, show_payloads, interval)
+    api_url = serve_url or str(deployment.endpoints.get("serve_url", ""))
+    search = SearchClient(api_url, read_serve_token("")) if api_url else None
+    options = Options(listen, token_file, allow_actions, show_payloads, interval, search)
     serve(deployment, streams, options, lambda url: click.echo(f"serving {url} (pid {os.getpid()})"))

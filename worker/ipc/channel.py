@@ -23,11 +23,23 @@ class JobFrame(msgspec.Struct, array_like=True, gc=False):
     jobs: list[tuple[int, bytes, bytes]]
 
 
+class KeptValue(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What a job that asks for its result has returned, as JSON; ``error`` says why it is not kept."""
+
+    job_id: str
+    value: bytes
+    error: str = ""
+
+
 class OutcomeFrame(msgspec.Struct, array_like=True, gc=False):
-    """Failure of one job, from the worker. A success has no frame: it is a state byte in the table."""
+    """Failure of one job, or a result that is kept, from the worker.
+
+    Any other success has no frame: it is a state byte in the table.
+    """
 
     row: int
-    failure: Failure
+    failure: Failure | None
+    kept: KeptValue | None = None
 
 
 class Woken(NamedTuple):
@@ -38,7 +50,7 @@ class Woken(NamedTuple):
 
 
 _HEADER_BYTES = 4096
-#: Size of the outcome ring. It takes failures only. The largest, with its traceback, is 48 KiB.
+#: Size of the outcome ring. A failure with its traceback has at most 48 KiB, a kept result 256 KiB.
 _OUTCOME_BYTES = 1 << 20
 #: Room beside the largest job: for the fields of its retries. A frame of small jobs with a few bytes for each
 #: may be larger, too (see dispatch).
@@ -46,10 +58,10 @@ _FRAME_SLACK_BYTES = 320 * 1024
 
 (
     _JOBS_HEAD, _JOBS_TAIL, _OUT_HEAD, _OUT_TAIL, _TABLE_TAIL, _TABLE_TAKEN, _PHASE, _BATCH_HINT, _FINISHED,
-    _UNSUPPORTED, _EXCLUSIVE, _STOP,
-) = range(12)  # fmt: skip
+    _UNSUPPORTED, _EXCLUSIVE, _STOP, _CANCELS,
+) = range(13)  # fmt: skip
 # From here on the words are floats: seconds of the monotonic clock, which all processes of a host share.
-_DEADLINE, _HEARTBEAT, _STARTED = range(16, 19)
+_DEADLINE, _HEARTBEAT, _STARTED, _CANCEL_BY = range(16, 20)
 
 STARTING, READY, STOPPING = 0, 1, 2
 #: Types that a worker's bitmasks cover: the first 64, one bit for each in a word of 64 bits.
@@ -145,6 +157,30 @@ class Channel:
         """Ask the worker to stop; no handler can block or ignore this, as it can SIGTERM (supervisor)."""
         self._words[_STOP] = 1
         self.wake_worker()
+
+    @property
+    def has_cancels(self) -> bool:
+        """Whether any row of the table was marked cancelled (written by the reader)."""
+        return bool(self._words[_CANCELS])
+
+    def cancel(self, row: int) -> None:
+        """Mark the job of a row cancelled (reader)."""
+        self.table.cancel(row)
+        self._words[_CANCELS] = 1
+
+    @property
+    def mono_cancel_by_s(self) -> float:
+        """Time by which cancelled jobs that run must have ended; 0.0 while none runs (reader)."""
+        return float(self._times[_CANCEL_BY])
+
+    @mono_cancel_by_s.setter
+    def mono_cancel_by_s(self, mono_s: float) -> None:
+        self._times[_CANCEL_BY] = mono_s
+
+    def is_cancel_overdue(self, mono_now_s: float) -> bool:
+        """Whether the worker runs cancelled jobs only, and their grace time is over."""
+        by_s = self.mono_cancel_by_s
+        return bool(by_s) and mono_now_s > by_s and self.table.runs_only_cancelled()
 
     @property
     def finished(self) -> int:

@@ -9,6 +9,9 @@ took out. From then on only the state byte changes:
     QUEUED -> STARTED -> RETURNED               by the worker, if the reader has asked for the job back
     SUCCEEDED | FAILED | RETURNED -> SETTLED    by the reader, once the store has settled it
 
+FAILED means that a frame in the outcome ring says how the job ended: it failed, or it succeeded and its
+result is kept. Beside the state, the reader may mark a row cancelled at any time.
+
 If either of the two dies, the other one (or its successor) knows which jobs were started.
 
 The reader takes back jobs that wait behind a long one, without an answer of the worker, which is busy. A
@@ -32,8 +35,9 @@ ASKED, TAKEN_BACK = 1, 2
 ROWS = 4096
 #: Longest entry id: two 64-bit numbers in decimal and a dash.
 _ID_BYTES = 41
-#: State, type number, stream number, deaths, isolation and the reader's byte, one each, then the id.
-TABLE_BYTES = ROWS * (6 + _ID_BYTES)
+#: State, type number, stream number, deaths, isolation, cancellation and the byte of the reader that asks for
+#: the job back, one each, then the id.
+TABLE_BYTES = ROWS * (7 + _ID_BYTES)
 #: Taking a lock is an instruction that orders a store before the loads that follow it.
 _fence = threading.Lock()
 
@@ -73,8 +77,9 @@ class InFlight:
         self._stream_nos = area[2 * ROWS : 3 * ROWS]
         self._deaths = area[3 * ROWS : 4 * ROWS]
         self._isolated = area[4 * ROWS : 5 * ROWS]
-        self._asked = area[5 * ROWS : 6 * ROWS]
-        self._ids = area[6 * ROWS : TABLE_BYTES]
+        self.cancelled = area[5 * ROWS : 6 * ROWS]
+        self._asked = area[6 * ROWS : 7 * ROWS]
+        self._ids = area[7 * ROWS : TABLE_BYTES]
 
     @property
     def tail(self) -> int:
@@ -112,6 +117,7 @@ class InFlight:
             self._type_nos[to:end] = bytes(type_nos[start:stop])
             self._deaths[to:end] = bytes(deaths[start:stop])
             self._isolated[to:end] = bytes(isolated[start:stop])
+            self.cancelled[to:end] = bytes(stop - start)
             padded = b"".join([entry_id.ljust(_ID_BYTES, b"\0") for entry_id in ids[start:stop]])
             self._ids[to * _ID_BYTES : end * _ID_BYTES] = padded
             self._asked[to:end] = bytes(stop - start)
@@ -139,6 +145,19 @@ class InFlight:
     def state(self, row: int) -> int:
         """State of a row."""
         return int(self.states[row % ROWS])
+
+    def is_cancelled(self, row: int) -> bool:
+        """Whether the job of a row was cancelled."""
+        return bool(self.cancelled[row % ROWS])
+
+    def cancel(self, row: int) -> None:
+        """Mark the job of a row cancelled (reader)."""
+        self.cancelled[row % ROWS] = 1
+
+    def runs_only_cancelled(self) -> bool:
+        """Whether jobs run, and all of them were cancelled; for any process that shares the table."""
+        started = self.started()
+        return bool(started) and all(self.is_cancelled(job.row) for job in started)
 
     def mark(self, rows: Iterable[int], state: int) -> None:
         """Set the state of rows (worker: STARTED and the outcomes; reader: SETTLED)."""

@@ -1,13 +1,22 @@
 """Admission: validates an entry and decides whether it runs, runs isolated, or is rejected."""
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import msgspec
 
+from ..conditions import (
+    CONDITION_KEYS,
+    EXPIRES_AT,
+    IDEMPOTENCY_KEY,
+    Conditions,
+    UniqueKeys,
+    read_conditions,
+)
 from ..envelope import DeadJob, Header, batch_in, batch_of, is_oversized, read_header
 from ..errors import MalformedJob
-from ..outcome import Reason
+from ..outcome import Drop, Reason
 from ..store.ports import Entry
 
 #: Unsettled deliveries from which a job runs isolated: the hosts that took it may have died from it.
@@ -20,31 +29,51 @@ READER_DIED = "ReaderDied: the reader ended while it read this job, so no other 
 
 
 class AdmittedJob(NamedTuple):
-    """A job that may run. ``isolated``: it may have killed a worker, so it runs alone."""
+    """A job that may run. ``isolated``: it may have killed a worker, so it runs alone.
+
+    ``unique`` is the name of its idempotency key, if it has to be claimed. ``conditions`` are None where it
+    has none, or they were checked when it was first admitted.
+    """
 
     stream_no: int
     type_no: int
     entry: Entry
     isolated: bool
+    unique: str = ""
+    conditions: Conditions | None = None
 
 
 class RejectedEntry(NamedTuple):
-    """An entry that never reaches a worker and becomes a dead letter."""
+    """An entry that never reaches a worker: it becomes a dead letter, or is dropped if the reason is a
+    `Drop`."""
 
     stream_no: int
     job: DeadJob
 
 
+_OTHER_CONDITIONS = CONDITION_KEYS - {IDEMPOTENCY_KEY}
+
 _new = tuple.__new__  # a named tuple's own constructor takes four times as long, once per job
 
 
 class Admission:
-    """Admission rules: size, wire format, type and history of an entry.
+    """Admission rules: size, wire format, type, history and latest start of an entry.
 
-    ``type_nos`` maps the type names to their numbers; ``max_payload`` is in bytes.
+    ``type_nos`` maps the type names to their numbers; ``max_payload`` is in bytes. ``unique``: whether
+    idempotency keys count.
     """
 
-    def __init__(self, type_nos: Mapping[str, int], max_payload: int, max_deaths: int) -> None:
+    def __init__(
+        self,
+        type_nos: Mapping[str, int],
+        max_payload: int,
+        max_deaths: int,
+        *,
+        unique: bool = True,
+        wall_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._unique_keys = UniqueKeys() if unique else None
+        self._wall_s = wall_s
         self._type_nos = type_nos
         self._max_payload = max_payload
         self._max_deaths = max_deaths
@@ -97,7 +126,26 @@ class Admission:
             error = f"PoisonJob: {deaths} workers died under it, {deliveries} deliveries without an end"
             return _reject(stream_no, entry, Reason.POISON, error, envelope)
         isolated = deaths > 0 or deliveries >= ISOLATED_FROM_DELIVERIES
-        return _new(AdmittedJob, (stream_no, type_no, entry, isolated))
+        unique = ""
+        if metadata := envelope.metadata:
+            key = metadata.get(IDEMPOTENCY_KEY)
+            # Any later entry of a job is that of the key's owner.
+            if key and self._unique_keys and not envelope.first_id:
+                unique = self._unique_keys.name_of(envelope.type, envelope.tenant_id, key)
+            if not _OTHER_CONDITIONS.isdisjoint(metadata):
+                job = AdmittedJob(stream_no, type_no, entry, isolated, unique)
+                return self._with_conditions(job, envelope)
+        return _new(AdmittedJob, (stream_no, type_no, entry, isolated, unique, None))
+
+    def _with_conditions(self, job: AdmittedJob, envelope: Header) -> AdmittedJob | RejectedEntry:
+        try:
+            conditions = read_conditions(envelope, job.entry.id)
+        except MalformedJob as malformed:
+            error = f"MalformedJob: {malformed}"
+            return _reject(job.stream_no, job.entry, Reason.MALFORMED, error, envelope)
+        if max(conditions.due_s, self._wall_s()) >= conditions.expires_s:
+            return reject_expired(job, envelope)
+        return job._replace(conditions=conditions)
 
     def _note_batch(self, entry_id: bytes, batch: str) -> None:
         if batch:
@@ -124,8 +172,20 @@ def reject_unread(stream_no: int, entry: Entry) -> RejectedEntry:
     return _reject(stream_no, entry, Reason.POISON, READER_DIED)
 
 
+def reject_expired(job: AdmittedJob, envelope: Header) -> RejectedEntry:
+    """Reject a job whose latest start has passed."""
+    latest = (envelope.metadata or {}).get(EXPIRES_AT)
+    return _reject(job.stream_no, job.entry, Reason.EXPIRED, f"ExpiredJob: not started by {latest}", envelope)
+
+
+def drop(job: AdmittedJob, why: Drop, by: bytes) -> RejectedEntry:
+    """Drop a job in favour of another one; ``by`` is the id of that one's first entry."""
+    assert job.entry.data is not None, "an admitted job has data"
+    return _reject(job.stream_no, job.entry, why, by.decode(errors="replace"), read_header(job.entry.data))
+
+
 def _reject(
-    stream_no: int, entry: Entry, reason: Reason, error: str, envelope: Header | None = None
+    stream_no: int, entry: Entry, reason: Reason | Drop, error: str, envelope: Header | None = None
 ) -> RejectedEntry:
     dead_job = DeadJob(entry.data, entry.id, reason, error, envelope, entry.deaths)
     return RejectedEntry(stream_no, dead_job)

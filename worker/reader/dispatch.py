@@ -148,7 +148,7 @@ class WorkerHandle:
 
     def _push(self, frame: Sequence[AdmittedJob]) -> bool:
         """Write the rows, push the jobs, move the head over the rows: in this order (see `inflight`)."""
-        stream_nos, type_nos, entries, isolated = zip(*frame, strict=True)
+        stream_nos, type_nos, entries, isolated, _, _ = zip(*frame, strict=True)
         ids, bodies, _, deaths = zip(*entries, strict=True)
         if any(deaths):
             deaths = tuple(min(count, _MAX_STORED_DEATHS) for count in deaths)

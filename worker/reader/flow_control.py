@@ -13,6 +13,7 @@ import msgspec
 from ..flow import LaneRules, read_flow_header
 from ..store.ports import Entry, WaitingJob
 from .admission import AdmittedJob
+from .cancellation import Cancellations
 from .context import ReaderContext
 from .dispatch import Dispatcher
 
@@ -45,7 +46,8 @@ class _FlowState:
 class FlowControl:
     """Sorts entries of each stream into lanes and takes jobs out of them. Methods raise as the store does."""
 
-    def __init__(self, context: ReaderContext, dispatcher: Dispatcher) -> None:
+    def __init__(self, context: ReaderContext, dispatcher: Dispatcher, cancels: Cancellations) -> None:
+        self._cancels = cancels
         self._store = context.store
         self._streams = context.settings.streams
         self._type_names = tuple(context.settings.handlers)
@@ -65,10 +67,10 @@ class FlowControl:
 
     # -- state of the store
 
-    def refresh(self, mono_now_s: float, *, at_once: bool = False) -> None:
-        """Count waiting jobs and read changed limits, if it is time."""
+    def refresh(self, mono_now_s: float, *, at_once: bool = False) -> bool:
+        """If it is time, count waiting jobs, and read changed limits and cancelled entries; else False."""
         if mono_now_s - self._mono_checked_s < _CHECK_EVERY_S and not at_once:
-            return
+            return False
         self._mono_checked_s = mono_now_s
         if not at_once:
             self._rates = (self._rates[1], self._dispatcher.jobs_per_s)
@@ -80,6 +82,7 @@ class FlowControl:
         if not self._faults.isolated:
             self.file = None
         self._dispatcher.is_sorted = any(state.sorts_all for state in self._states)
+        return True
 
     def _apply_file(self, stream_no: int) -> None:
         """Store the file's limits and weights once: a restart does not undo later changes by operators."""
@@ -92,6 +95,7 @@ class FlowControl:
     def _check(self, stream_no: int) -> None:
         state, source = self._states[stream_no], self._streams[stream_no]
         backlog = self._store.backlog(source)
+        self._cancels.refresh(stream_no, backlog.cancels, backlog.cancelled)
         if backlog.version != self._rules[stream_no][1]:
             config = self._store.flow_config(source)
             self._rules[stream_no] = LaneRules(config.limits), config.version
@@ -113,7 +117,7 @@ class FlowControl:
             else:
                 log.info("backlog.ended", extra=fields)
         state.sorts_all = sorts_all
-        state.waiting = sum(backlog.waiting.values())
+        state.waiting = sum(backlog.waiting.values()) + backlog.in_series
 
     def _window(self) -> float:
         """Number of jobs that may wait unsorted."""
@@ -139,17 +143,25 @@ class FlowControl:
         """Whether all new entries of a stream are sorted, so that reading needs no credit of workers."""
         return self._states[stream_no].sorts_all
 
-    def divert(self, stream_no: int, jobs: Sequence[AdmittedJob], *, is_new: bool) -> Sequence[AdmittedJob]:
+    def divert(
+        self, stream_no: int, jobs: Sequence[AdmittedJob], *, is_new: bool, in_series: bool = False
+    ) -> Sequence[AdmittedJob]:
         """Sort the jobs that must wait for their turn; returns the others.
 
         Jobs that are not new were delivered before: they wait only if they lack the slots of a limit.
+        ``in_series``: whether jobs may have a supersede key. These take turns within their series.
         """
         state = self._states[stream_no]
         limited = self._limited(stream_no)
-        if not jobs or not (limited or (is_new and state.sorts_all)):
+        sorts_all = is_new and state.sorts_all
+        if not jobs or not (limited or sorts_all or in_series):
             return jobs
         must_wait = [
-            job for job in jobs if (is_new and state.sorts_all) or self._type_names[job.type_no] in limited
+            job
+            for job in jobs
+            if sorts_all
+            or self._type_names[job.type_no] in limited
+            or (job.conditions is not None and job.conditions.series)
         ]
         if must_wait and not is_new:
             with_slots = {job.entry.id for job in self._with_slots(stream_no, must_wait)}
@@ -176,7 +188,7 @@ class FlowControl:
     def _sort(self, stream_no: int, jobs: Iterable[AdmittedJob]) -> None:
         state, (rules, version) = self._states[stream_no], self._rules[stream_no]
         lanes: defaultdict[bytes, list[WaitingJob]] = defaultdict(list)
-        for _, _, (entry_id, data, _, _), _ in jobs:
+        for _, _, (entry_id, data, _, _), _, _, _ in jobs:
             assert data is not None, "an admitted job has data"
             lanes[rules.name_of(read_flow_header(data))].append(WaitingJob(entry_id, len(data)))
         refused = self._store.sort(self._streams[stream_no], version, lanes)

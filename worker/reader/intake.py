@@ -9,11 +9,13 @@ from ..envelope import OVERSIZED_KEPT_BYTES, OWN_FIELDS_BYTES
 from ..errors import AnswerTooLarge, Fenced, StoreRefused, StoreUnavailable
 from ..ipc.crash_marks import SKIP_FETCH_AT_STRIKES
 from ..store.ports import Entry
-from .admission import Admission, RejectedEntry, reject_unread
+from .admission import Admission, AdmittedJob, RejectedEntry, reject_unread
+from .cancellation import Cancellations
 from .claims import Claims
 from .context import ReaderContext
 from .dispatch import Dispatcher
 from .flow_control import FlowControl
+from .screening import Screening, has_series
 
 log = logging.getLogger("jobworker.reader")
 
@@ -68,9 +70,9 @@ class Intake:
 
     Lists the entries that are pending for this consumer before it reads any new one, so no entry is lost or
     taken twice. Requests new entries only for credit of the workers. `rejected` collects the entries that
-    become dead letters with the next settlement. A crash mark covers everything that it reads (see
-    `crash_marks`). Methods raise as the store does, except `StoreRefused`; `begin_listing` then starts over.
-    Of an isolated stream nothing is read or prefetched, but its leases are renewed.
+    become dead letters, or are dropped, with the next settlement. A crash mark covers everything that it
+    reads (see `crash_marks`). Methods raise as the store does, except `StoreRefused`; `begin_listing` then
+    starts over. Of an isolated stream nothing is read or prefetched, but its leases are renewed.
     """
 
     def __init__(
@@ -99,9 +101,17 @@ class Intake:
         self._dispatcher = dispatcher
         self._buffer = dispatcher.buffer
         self._selector = selector
-        self.flow = FlowControl(context, dispatcher)
+        self._cancels = Cancellations(context, dispatcher)
+        self.flow = FlowControl(context, dispatcher, self._cancels)
         type_nos = {name: type_no for type_no, name in enumerate(settings.handlers)}
-        self._admission = Admission(type_nos, settings.max_payload, settings.max_deaths)
+        self._screening = Screening(context, self._buffer)
+        self._admission = Admission(
+            type_nos,
+            settings.max_payload,
+            settings.max_deaths,
+            unique=settings.unique_window_s > 0,
+            wall_s=context.wall_s,
+        )
         self._read_counts = [ReadCount() for _ in settings.streams]
         # Streams whose pending entries are still being listed, and the last id that was listed.
         self._unlisted: dict[int, bytes] = {}
@@ -111,6 +121,11 @@ class Intake:
         # that were listed may not.
         self._mono_all_renewed_s = -math.inf
         self._mono_renewed_s = self._lost_leases.mono_renewed_s = context.mono_s()
+
+    def refresh(self, mono_now_s: float, *, at_once: bool = False) -> None:
+        """If it is time, look at what changed in the store: backlogs, limits, cancelled jobs."""
+        if self.flow.refresh(mono_now_s, at_once=at_once):
+            self.rejected += self._cancels.enforce()
 
     # -- pending entries of this consumer
 
@@ -308,15 +323,25 @@ class Intake:
             entries = [entry for entry in entries if not self._reject_poison(stream_no, entry)]
         if len(entries) == 1:
             self._marks.mark(stream_no, entries[0].id)
-        admitted, rejected = self._admission.check_all(stream_no, entries)
+        jobs: Sequence[AdmittedJob]
+        jobs, rejected = self._admission.check_all(stream_no, entries)
+        jobs, cancelled = self._cancels.reject(jobs)
+        rejected += cancelled
         batches = self._admission.take_batches()
-        runnable = admitted if is_taken else self.flow.divert(stream_no, admitted, is_new=is_new)
+        in_series = False
+        conditional = [job for job in jobs if job.conditions is not None]
+        if conditional or any(job.unique for job in jobs):
+            in_series = has_series(conditional)
+            jobs, dropped = self._screening.screen(stream_no, jobs, is_taken=is_taken)
+            rejected += dropped
+        if not is_taken:
+            jobs = self.flow.divert(stream_no, jobs, is_new=is_new, in_series=in_series)
         if batches:
-            # Jobs that were sorted into lanes are registered when they are taken out.
-            kept = [job.entry.id for job in runnable] + [one.job.entry_id for one in rejected]
+            # Jobs that wait in lanes or for their time are registered when they come from there.
+            kept = [job.entry.id for job in jobs] + [one.job.entry_id for one in rejected]
             self._register(stream_no, {id: batches[id] for id in kept if id in batches})
         self.rejected += rejected
-        self._buffer.extend(runnable)
+        self._buffer.extend(jobs)
         if entries and (is_new or is_taken):
             self._is_claims_turn = True
         if entries and not is_taken:
@@ -339,6 +364,10 @@ class Intake:
             entry = entry._replace(data=entry.data[:OVERSIZED_KEPT_BYTES])
         self.rejected.append(reject_unread(stream_no, entry))
         return True
+
+    def reject_expired(self) -> None:
+        """Reject the prefetched jobs whose latest start has passed."""
+        self.rejected += self._screening.take_expired()
 
     # -- leases
 

@@ -70,6 +70,7 @@ class Reader:
         *,
         marks: CrashMarks | None = None,
         mono_s: Callable[[], float] = time.monotonic,
+        wall_s: Callable[[], float] = time.time,
         rng: random.Random | None = None,
         slow_crashes: bool = True,
     ) -> None:
@@ -81,7 +82,7 @@ class Reader:
         self._marks = marks or CrashMarks.create()
         self._mono_s = mono_s
         self._rng = rng or random.Random()
-        context = ReaderContext.create(store, settings, self._marks, self._rng, mono_s)
+        context = ReaderContext.create(store, settings, self._marks, self._rng, mono_s, wall_s)
         self._metrics, self._faults = context.metrics, context.faults
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
@@ -147,7 +148,7 @@ class Reader:
         self._renew_name(now)
         if now - self._pauses_refreshed_at >= _PAUSES_EVERY_S:
             self._refresh_pauses()
-        self._intake.flow.refresh(now)
+        self._intake.refresh(now)
         self._settle(now)
         self._reclaim_exited_workers()
         self._log_slowdowns()
@@ -155,11 +156,17 @@ class Reader:
             self._rebalancer.run()
             self._intake.claim_in_turn()
             self._intake.take_waiting()
+            self._intake.reject_expired()
             self._dispatcher.dispatch(now)
             self._intake.request_more()
         self._intake.renew_leases(now)
         self._wait(0.0 if self._intake.must_continue else self._intake.flow.sleep_s(sleep_s))
         self._intake.check_reads()
+
+    def refresh(self) -> None:
+        """Look at once at what changed in the store, such as cancelled jobs."""
+        if self._connected:
+            self._intake.refresh(self._mono_s(), at_once=True)
 
     # -- jobs
 
@@ -243,7 +250,7 @@ class Reader:
                     worker_or_none.retired = True
             case Configure(flow):
                 self._intake.flow.file = flow
-                self._intake.flow.refresh(self._mono_s(), at_once=True) if self._connected else None
+                self.refresh()
             case SyncDone():
                 self._synced = True
             case Drain():
@@ -278,7 +285,7 @@ class Reader:
         self._first_renewals.clear()
         self._intake.begin_listing()
         self._refresh_pauses()
-        self._intake.flow.refresh(self._mono_s(), at_once=True)
+        self._intake.refresh(self._mono_s(), at_once=True)
         # Before any entry is read: a crash caused by an entry must not look like a failed start.
         self._control.send(Ready())
         self._intake.list_pending()

@@ -9,8 +9,11 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from ..conditions import has_keys
+from ..envelope import read_header, with_first_id
 from ..errors import StoreUnavailable
 from ..ipc.inflight import RETURNED, SETTLED, InFlightJob
+from ..store.ports import Entry
 from .admission import AdmittedJob
 from .context import ReaderContext
 from .dispatch import Dispatcher, WorkerHandle
@@ -98,17 +101,19 @@ class Rebalancer:
                 continue
             with self._faults.guard(stream_no):
                 if self._store.idle_readers(source):
-                    ids = [job.entry.id for job in waiting]
-                    self._buffer.discard(stream_no, set(ids))
+                    jobs = list(waiting)
                     for worker, some in rows.items():
                         own = [row for row in some if row.stream_no == stream_no]
-                        ids += [row.entry_id for row in worker.take_back(own)]
-                    self._give(stream_no, ids)
+                        fetched = {job.entry.id: job for job in self._fetch(own)}
+                        taken = worker.take_back([row for row in own if row.entry_id in fetched])
+                        jobs += [fetched[row.entry_id] for row in taken]
+                    self._buffer.discard(stream_no, {job.entry.id for job in waiting})
+                    self._give(stream_no, jobs)
 
-    def _give(self, stream_no: int, ids: Sequence[bytes]) -> None:
+    def _give(self, stream_no: int, jobs: Sequence[AdmittedJob]) -> None:
         source = self._streams[stream_no]
         try:
-            given = self._store.hand_back(source, ids)
+            given = self._store.hand_back(source, {job.entry.id: _as_moved(job.entry) for job in jobs})
         except StoreUnavailable:  # a full server still takes acknowledgements: do not disturb it again soon
             self._mono_asked_s = self._mono_s() + _AFTER_FAILURE_S
             raise
@@ -135,6 +140,15 @@ class Rebalancer:
                 bodies = {(stream_no, entry_id): data for entry_id, data in found.items() if data is not None}
                 jobs += runnable_jobs(some, bodies)
         return jobs
+
+
+def _as_moved(entry: Entry) -> bytes:
+    """The job for its new entry: one that is compared with others keeps the id of its first entry."""
+    data = entry.data or b""
+    header = read_header(data)
+    if not has_keys(header) or header.first_id:
+        return data
+    return with_first_id(data, entry.id.decode())
 
 
 def _movable(worker: WorkerHandle) -> list[InFlightJob]:

@@ -3,11 +3,13 @@
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import NamedTuple
 
 import msgspec
 
+from ..conditions import expires_s, has_keys, unique_bucket, unique_name
 from ..envelope import DeadJob, Header, dead_letter, read_header, with_retry
 from ..errors import Fenced, StoreUnavailable
 from ..flow import read_flow_header, tenant_key
@@ -15,8 +17,10 @@ from ..ipc.channel import OutcomeFrame
 from ..ipc.control import WorkerExited
 from ..ipc.inflight import FAILED, QUEUED, RETURNED, SETTLED, STARTED, SUCCEEDED, InFlightJob
 from ..keys import Source
-from ..outcome import Failure, GiveUp, Reason, after_failure
-from ..store.ports import Dead, Entry, PutBack, Retry, Settled, Settlement, WaitingJob
+from ..outcome import Drop, Failure, GiveUp, Reason, TryAgain, after_failure
+from ..results import CANCELLED, DEAD, encode_result, is_kept
+from ..results import SUCCEEDED as RESULT_SUCCEEDED
+from ..store.ports import Dead, Entry, Kept, OwnedKey, PutBack, Retry, Settled, Settlement, WaitingJob
 from ..telemetry import trace
 from ..telemetry.current_job import log_fields
 from .admission import AdmittedJob, RejectedEntry, reject_unread
@@ -24,7 +28,7 @@ from .circuit_breaker import CircuitBreakers
 from .context import ReaderContext
 from .crash_breaker import CrashKey
 from .dispatch import WorkerHandle
-from .held_outcomes import FailedJob
+from .held_outcomes import FailedJob, KeptJob
 
 log = logging.getLogger("jobworker.settlement")
 
@@ -42,12 +46,19 @@ class DeferredJob(NamedTuple):
 
 
 class _Outcomes(NamedTuple):
-    """Unsettled outcomes of one worker: runs of succeeded rows, failures by row, and the ring's new tail."""
+    """Unsettled outcomes of one worker: runs of succeeded rows, failures and successes with a result by row,
+    and the ring's new tail."""
 
     worker: WorkerHandle
     succeeded: list[range]
     failed: list[FailedJob]
+    kept: list[KeptJob]
     tail: int | None
+
+    @property
+    def framed(self) -> list[InFlightJob]:
+        """The rows whose outcome was in a frame."""
+        return [*(job.row for job in self.failed), *(job.row for job in self.kept)]
 
 
 class Reclaimed(NamedTuple):
@@ -66,14 +77,21 @@ class SettlementBatch:
         self.done_types: dict[int, list[int]] = defaultdict(list)
         #: Failed jobs whose entry is gone from the stream. They are acknowledged, too.
         self.missing: dict[int, list[bytes]] = defaultdict(list)
+        #: Entries that are acknowledged in favour of other jobs.
+        self.dropped: dict[int, list[bytes]] = defaultdict(list)
         self.retries: dict[int, list[Retry]] = defaultdict(list)
         self.dead: dict[int, list[Dead]] = defaultdict(list)
         #: Jobs that wait in their lanes again.
         self.put_back: dict[int, list[PutBack]] = defaultdict(list)
+        #: Jobs that succeeded and whose result is kept.
+        self.kept: dict[int, list[Kept]] = defaultdict(list)
+        #: Cancelled entries that end with this batch.
+        self.cancelled: dict[int, list[bytes]] = defaultdict(list)
         #: Metrics to count for an entry that did not succeed, once it is settled.
         self.counts: dict[tuple[int, bytes], list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
-        #: The failed jobs by stream number and entry id.
+        #: The failed jobs, and those that succeeded with a result, by stream number and entry id.
         self.failed: dict[tuple[int, bytes], FailedJob] = {}
+        self.kept_jobs: dict[tuple[int, bytes], KeptJob] = {}
         #: Types whose dependencies answer: a job succeeded, or failed for a reason of its own.
         self.answered_types: set[int] = set()
         #: Jobs that were the only ones in a worker that died.
@@ -84,13 +102,15 @@ class SettlementBatch:
     @property
     def has_ended(self) -> bool:
         """Whether any job is settled."""
-        return bool(self.done or self.missing or self.retries or self.dead or self.put_back)
+        all_kinds = (self.done, self.missing, self.dropped, self.retries, self.dead, self.put_back, self.kept)
+        return any(all_kinds)
 
     def settlements(
-        self, streams: Sequence[Source], versions: Mapping[int, int], *, sure: bool
+        self, streams: Sequence[Source], versions: Mapping[int, int], result_ttl_s: float, *, sure: bool
     ) -> dict[int, Settlement]:
         """One settlement for each stream that has outcomes, by stream number."""
-        touched = sorted({*self.done, *self.missing, *self.retries, *self.dead, *self.put_back})
+        outcomes = (self.done, self.missing, self.dropped, self.retries, self.dead, self.put_back, self.kept)
+        touched = {stream_no for one in outcomes for stream_no in one}
         return {
             no: Settlement(
                 streams[no],
@@ -100,8 +120,11 @@ class SettlementBatch:
                 sure,
                 self.put_back.get(no, ()),
                 versions[no],
+                self.dropped.get(no, ()),
+                self.kept.get(no, ()),
+                result_ttl_s,
             )
-            for no in touched
+            for no in sorted(touched)
         }
 
 
@@ -130,11 +153,13 @@ class Settler:
         self._held = context.held
         self._lane_rules = context.lane_rules
         self._lost_leases = context.lost_leases
+        self._cancels = context.cancels
         # Outcomes that were perhaps settled already: the answer was lost, or an earlier reader died.
         self._unsure: set[tuple[int, bytes]] = set()
         self._breakers = breakers
         self._crashes = breakers.crashes
         self._mono_s = context.mono_s
+        self._wall_s = context.wall_s
         self._wall_now = wall_now
         self._decoder = msgspec.msgpack.Decoder(OutcomeFrame)
 
@@ -143,7 +168,7 @@ class Settler:
     def settle(self, workers: Sequence[WorkerHandle], rejected: Sequence[RejectedEntry]) -> SettlementBatch:
         """Settle all outcomes of these workers and the held ones, and dead-letter the rejected entries."""
         batch = SettlementBatch()
-        if not (rejected or self._held.done or self._held.failed or any(len(one.table) for one in workers)):
+        if not (rejected or self._held.stream_nos() or any(len(one.table) for one in workers)):
             # An idle service: a new job waits for the end of this tick.
             self._unsure.clear()
             for worker in workers:
@@ -154,8 +179,10 @@ class Settler:
             for run in one.succeeded:
                 self._acknowledge(batch, one.worker, run)
         for one in outcomes:
-            for job in one.failed:
-                self._crashes.record_survival(job.row.stream_no, [job.row.entry_id])
+            for row in one.framed:
+                self._crashes.record_survival(row.stream_no, [row.entry_id])
+            for job in one.kept:
+                self._keep(batch, job)
         held = self._acknowledge_held(batch)
         self._settle_failures(batch, [*held, *(job for one in outcomes for job in one.failed)])
         for entry in rejected:
@@ -171,18 +198,22 @@ class Settler:
 
     def _collect(self, worker: WorkerHandle) -> _Outcomes:
         succeeded = list(worker.table.succeeded())
-        failed, end = [], None
+        failed, kept, end = [], [], None
         for frame, tail in worker.channel.outcomes.frames():
             outcome = self._decoder.decode(frame)
             end = tail
             if worker.table.state(outcome.row) == FAILED:  # an earlier reader may have settled it
                 row, name = worker.table.job(outcome.row), self._worker_name(worker)
-                failed.append(FailedJob(row, outcome.failure, name))
+                if outcome.failure is not None:
+                    failed.append(FailedJob(row, outcome.failure, name))
+                elif outcome.kept is not None:
+                    kept.append(KeptJob(row, outcome.kept))
+        outcomes = _Outcomes(worker, succeeded, failed, kept, end)
         if worker.is_new:
             worker.is_new = False
             rows = [worker.table.job(row) for run in succeeded for row in run]
-            self._unsure.update(row.key for row in (*rows, *(job.row for job in failed)))
-        return _Outcomes(worker, succeeded, failed, end)
+            self._unsure.update(row.key for row in (*rows, *outcomes.framed))
+        return outcomes
 
     def _acknowledge(self, batch: SettlementBatch, worker: WorkerHandle, run: range) -> None:
         stream_nos, type_nos, ids = worker.table.columns(run)
@@ -206,7 +237,19 @@ class Settler:
             done = self._held.done.get(stream_no, {})
             batch.done[stream_no] += done.keys()
             batch.done_types[stream_no] += done.values()
+            for job in self._held.kept.get(stream_no, {}).values():
+                self._keep(batch, job)
         return [job for stream_no in resumed for job in self._held.failed.get(stream_no, {}).values()]
+
+    def _keep(self, batch: SettlementBatch, job: KeptJob) -> None:
+        """Acknowledge a job and keep its result."""
+        row, kept = job.row, job.kept
+        batch.answered_types.add(row.type_no)
+        batch.kept_jobs[row.key] = job
+        type_name = self._type_names[row.type_no]
+        batch.counts[row.key].append(("z_novel_jobs_completed_total", (type_name,)))
+        record = encode_result(RESULT_SUCCEEDED, self._now_text(), value=kept.value, error=kept.error)
+        batch.kept[row.stream_no].append(Kept(row.entry_id, kept.job_id, record))
 
     def _settle_failures(self, batch: SettlementBatch, jobs: Sequence[FailedJob]) -> None:
         """Settle failed jobs. Their bytes are fetched from the stream again, because few jobs fail."""
@@ -221,13 +264,17 @@ class Settler:
 
     def _settle_failure(self, batch: SettlementBatch, job: FailedJob, data: bytes | None) -> None:
         row, failure = job.row, job.failure
+        if data is not None and (failure.cancelled or row.key in self._cancels):
+            self._cancel(batch, job, data)
+            return
         if data is not None and failure.unavailable and self._breakers.is_within_grace(row.type_no, row.key):
             batch.deferred.append(DeferredJob(_runnable(row, data), failure))
             return
         if data is not None and failure.wait_s is not None and row.key not in self._marks.poison:
             self._put_back(batch, job, data)
             return
-        batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
+        if not failure.expired:
+            batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
         if data is None:
             log.error("entry.missing", extra={"entry_id": row.entry_id.decode()})
             batch.missing[row.stream_no].append(row.entry_id)
@@ -261,6 +308,8 @@ class Settler:
         if failure.timed_out:
             batch.worker_deaths.append(CrashKey(row.type_no, envelope.tenant_id))
         decision = after_failure(failure, envelope.retry_count, row.deaths, self._settings.retry, self._rng)
+        if isinstance(decision, TryAgain) and self._wall_s() + decision.delay_s >= expires_s(envelope):
+            decision = GiveUp(Reason.EXPIRED)
         fields = {**log_fields(envelope), "retry_count": envelope.retry_count, "error": failure.error}
         if failure.traceback:
             fields["exception"] = failure.traceback
@@ -273,7 +322,8 @@ class Settler:
         self._trace("retry", envelope, row, failure.error, delay_s=decision.delay_s)
         batch.counts[row.key].append(("z_novel_jobs_retried_total", (envelope.type,)))
         deaths, max_payload = envelope.deaths + row.deaths, self._settings.max_payload
-        retry = with_retry(data, decision.retry_count, deaths, failure.error, max_payload)
+        first_id = "" if envelope.first_id or not has_keys(envelope) else row.entry_id.decode()
+        retry = with_retry(data, decision.retry_count, deaths, failure.error, max_payload, first_id)
         batch.retries[row.stream_no].append(Retry(row.entry_id, decision.delay_s, retry))
 
     def _trace(
@@ -282,12 +332,60 @@ class Settler:
         stream = self._streams[row.stream_no].stream
         trace.settled(what, envelope, stream, row.entry_id, error=error, **attributes)
 
+    # -- cancelled jobs
+
+    def _cancel(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> None:
+        """Settle a job that was cancelled, instead of a retry."""
+        row = job.row
+        self._marks.mark(row.stream_no, row.entry_id, settling=True)
+        details = {**(job.details or {}), **_traceback(job.failure)}
+        dead_job = DeadJob(
+            *(data, row.entry_id, Reason.CANCELLED, job.failure.error, read_header(data)), row.deaths,
+            details or None,
+        )  # fmt: skip
+        self._settle_cancelled(batch, RejectedEntry(row.stream_no, dead_job), job.worker)
+
+    def _settle_cancelled(self, batch: SettlementBatch, rejected: RejectedEntry, worker: str) -> None:
+        """Make a cancelled job a dead letter, or drop it, as the request to cancel it says."""
+        stream_no, job = rejected
+        envelope = job.envelope
+        assert envelope is not None, "only a valid job is cancelled"
+        is_kept_letter = self._cancels.get((stream_no, job.entry_id), True)
+        log.info("job.cancelled", extra={
+            **log_fields(envelope), "error": job.error, "dead_letter": is_kept_letter,
+        })  # fmt: skip
+        counts = batch.counts[stream_no, job.entry_id]
+        counts.append(("z_novel_jobs_cancelled_total", (envelope.type,)))
+        batch.cancelled[stream_no].append(job.entry_id)
+        if is_kept_letter:
+            self._add_dead_letter(batch, rejected, envelope.type, worker)
+        else:
+            key, record = self._owned_key(job), self._result_of(job)
+            dropped = Dead(job.entry_id, b"", key, envelope.id, record)
+            batch.dead[stream_no].append(dropped)
+
+    def _end_cancels(self, batch: SettlementBatch, others: set[tuple[int, bytes]]) -> None:
+        """Forget requests to cancel jobs that have ended: all of the batch but ``others``."""
+        for stream_no, entry_ids in batch.cancelled.items():
+            ids = [entry_id for entry_id in entry_ids if (stream_no, entry_id) not in others]
+            for entry_id in ids:
+                self._cancels.pop((stream_no, entry_id), None)
+            if ids:
+                # The outcomes are settled: an error must not repeat them. The requests expire.
+                with suppress(StoreUnavailable):
+                    self._store.end_cancels(self._streams[stream_no], ids)
+
     # -- dead letters
 
     def _settle_rejected(self, batch: SettlementBatch, rejected: RejectedEntry) -> None:
         stream_no, job = rejected
         self._marks.mark(stream_no, job.entry_id, settling=True)
         envelope = job.envelope
+        if isinstance(job.reason, Drop):
+            return self._drop(batch, rejected)
+        if job.reason == Reason.CANCELLED:
+            self._settle_cancelled(batch, rejected, self._worker_name(None))
+            return
         log.error("job.rejected", extra={
             "stream": self._streams[stream_no].stream, "entry_id": job.entry_id.decode(),
             "reason": job.reason, "error": job.error, **(log_fields(envelope) if envelope else {}),
@@ -295,13 +393,25 @@ class Settler:
         type_name = envelope.type if envelope and envelope.type in self._type_names else _UNKNOWN_TYPE
         self._add_dead_letter(batch, rejected, type_name, self._worker_name(None))
 
+    def _drop(self, batch: SettlementBatch, dropped: RejectedEntry) -> None:
+        """Acknowledge a job in favour of another one."""
+        stream_no, job = dropped
+        assert job.envelope is not None
+        fields = {"stream": self._streams[stream_no].stream, "entry_id": job.entry_id.decode()}
+        fields |= {"by": job.error, **log_fields(job.envelope)}
+        if job.reason == Drop.DUPLICATE:
+            log.info("job.duplicate", extra=fields)
+        else:
+            log.info("job.superseded", extra=fields)
+        name = f"z_novel_jobs_{job.reason}_total"
+        batch.counts[stream_no, job.entry_id].append((name, (job.envelope.type,)))
+        batch.dropped[stream_no].append(job.entry_id)
+
     def _dead_letter(
         self, batch: SettlementBatch, job: FailedJob, data: bytes, reason: Reason, envelope: Header
     ) -> None:
         row = job.row
-        details = job.details
-        if job.failure.traceback:
-            details = {**(details or {}), "traceback": job.failure.traceback}
+        details = {**(job.details or {}), **_traceback(job.failure)} or job.details
         dead_job = DeadJob(*(data, row.entry_id, reason, job.failure.error, envelope), row.deaths, details)
         type_name = self._type_names[row.type_no]
         self._add_dead_letter(batch, RejectedEntry(row.stream_no, dead_job), type_name, job.worker)
@@ -320,16 +430,38 @@ class Settler:
     ) -> None:
         stream_no, job = rejected
         batch.counts[stream_no, job.entry_id].append(("z_novel_jobs_dead_total", (type_name, job.reason)))
-        failed_at = self._wall_now().isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        letter = dead_letter(job, stream=self._streams[stream_no].stream, worker=worker, failed_at=failed_at)
-        batch.dead[stream_no].append(Dead(job.entry_id, letter))
+        stream = self._streams[stream_no].stream
+        letter = dead_letter(job, stream=stream, worker=worker, failed_at=self._now_text())
+        job_id = job.envelope.id if job.envelope else ""
+        batch.dead[stream_no].append(
+            Dead(job.entry_id, letter, self._owned_key(job), job_id, self._result_of(job))
+        )
+
+    def _result_of(self, job: DeadJob) -> bytes:
+        """The record of a job that is given up or cancelled; empty if it does not ask for its result."""
+        if job.envelope is None or not is_kept(job.envelope.metadata):
+            return b""
+        state = CANCELLED if job.reason == Reason.CANCELLED else DEAD
+        return encode_result(state, self._now_text(), error=job.error, reason=job.reason)
+
+    def _now_text(self) -> str:
+        return self._wall_now().isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+    def _owned_key(self, job: DeadJob) -> OwnedKey | None:
+        """The idempotency key that a dead letter frees, if the job owns it."""
+        window_s = self._settings.unique_window_s
+        if job.envelope is None or not window_s or not (name := unique_name(job.envelope)):
+            return None
+        first_id = job.envelope.first_id.encode() or job.entry_id
+        return OwnedKey(unique_bucket(first_id, window_s), name, first_id)
 
     # -- the store
 
     def _commit(self, batch: SettlementBatch) -> None:
         """Settle the batch in the store, then count its outcomes: they are final now."""
         versions = {stream_no: version for stream_no, (_, version) in self._lane_rules.items()}
-        settlements = batch.settlements(self._streams, versions, sure=self._has_fresh_leases())
+        ttl_s = self._settings.result_ttl_s
+        settlements = batch.settlements(self._streams, versions, ttl_s, sure=self._has_fresh_leases())
         sent = {no: settlement for no, settlement in settlements.items() if no not in self._faults}
         results = self._send(sent) if sent else []
         unsettled: set[tuple[int, bytes]] = set()
@@ -339,12 +471,14 @@ class Settler:
             if result.error:
                 self._faults.isolate(stream_no, result.error)
             lost = self._lost(stream_no, sent[stream_no], result)
-            unsettled.update((stream_no, entry_id) for entry_id in result.unsettled)
+            unsettled.update((stream_no, entry_id) for entry_id in result.unsettled | result.cancelled.keys())
+            self._cancels.update({(stream_no, id): keeps for id, keeps in result.cancelled.items()})
             uncounted.update((stream_no, entry_id) for entry_id in lost)
             self._count_done(batch, stream_no, lost | result.unsettled)
         for stream_no in settlements.keys() - sent:
             unsettled.update((stream_no, entry_id) for entry_id in settlements[stream_no].ids)
         self._hold(batch, unsettled)
+        self._end_cancels(batch, unsettled | uncounted)
         for key, counts in batch.counts.items():
             for name, labels in counts if key not in unsettled and key not in uncounted else ():
                 self._metrics.count(name, labels)
@@ -372,8 +506,9 @@ class Settler:
             return result.refused
         ids = set(settlement.ids)
         lost = {entry_id for entry_id in result.refused if (stream_no, entry_id) not in self._unsure}
-        self._lost_leases.record_settlement(stream_no, lost, ids - result.unsettled)
-        self._unsure.difference_update((stream_no, entry_id) for entry_id in ids - result.unsettled)
+        settled = ids - result.unsettled - result.cancelled.keys()
+        self._lost_leases.record_settlement(stream_no, lost, settled)
+        self._unsure.difference_update((stream_no, entry_id) for entry_id in settled)
         return lost
 
     def _hold(self, batch: SettlementBatch, unsettled: set[tuple[int, bytes]]) -> None:
@@ -385,6 +520,8 @@ class Settler:
                     self._held.done[stream_no][entry_id] = type_no
         for key in unsettled & batch.failed.keys():
             self._held.failed[key[0]][key[1]] = batch.failed[key]
+        for key in unsettled & batch.kept_jobs.keys():
+            self._held.kept[key[0]][key[1]] = batch.kept_jobs[key]
 
     def _count_done(self, batch: SettlementBatch, stream_no: int, others: set[bytes]) -> None:
         """Count the jobs that are completed: all but ``others``."""
@@ -400,8 +537,8 @@ class Settler:
         worker = outcomes.worker
         for run in outcomes.succeeded:
             worker.record_settled(run)
-        for job in outcomes.failed:
-            worker.record_settled(range(job.row.row, job.row.row + 1))
+        for row in outcomes.framed:
+            worker.record_settled(range(row.row, row.row + 1))
         if outcomes.tail is not None:
             worker.channel.outcomes.release(outcomes.tail)
         worker.table.advance()
@@ -437,10 +574,15 @@ class Settler:
         if not exit_.charge:
             unstarted, started = sorted(unstarted + started), []
         bodies = self._fetch(rows)
-        batch, isolated = SettlementBatch(), []
+        batch, isolated, name = SettlementBatch(), [], self._worker_name(worker)
+        cancelled = [row for row in rows if row.key in self._cancels or worker.table.is_cancelled(row.row)]
+        if cancelled:
+            unstarted = [row for row in unstarted if row not in cancelled]
+            started = [row for row in started if row not in cancelled]
+            failure = Failure(f"JobCancelled: {exit_.cause}", cancelled=True)
+            self._settle_failures(batch, [FailedJob(row, failure, name, exit_.details) for row in cancelled])
         if exit_.timed_out and len(started) == 1:
             failure = Failure(f"TimeoutError: {exit_.cause}", timed_out=True)
-            name = self._worker_name(worker)
             self._settle_failures(batch, [FailedJob(started[0], failure, name, exit_.details)])
         else:
             isolated = self._charge_deaths(batch, worker, exit_, started, bodies)
@@ -506,6 +648,10 @@ class Settler:
             return False
         self._dead_letter(batch, job, data, Reason.POISON, envelope)
         return True
+
+
+def _traceback(failure: Failure) -> dict[str, object]:
+    return {"traceback": failure.traceback} if failure.traceback else {}
 
 
 def _runnable(row: InFlightJob, data: bytes) -> AdmittedJob:

@@ -19,13 +19,6 @@ PAGE = 500
 _MAX_DIGITS = 15
 
 
-class BatchJob(NamedTuple):
-    """A job of a batch for the store: its JSON, and the seconds that it waits first (0: none)."""
-
-    data: bytes
-    delay_s: float = 0.0
-
-
 class StreamBatch(NamedTuple):
     """What one stream keeps of a batch. Times are unix seconds of the store's clock.
 
@@ -81,7 +74,7 @@ class BatchProducerStore(Protocol):
         False if the batch has finished.
         """
 
-    def batch_add(self, stream: str, id: str, home: str, jobs: Sequence[BatchJob]) -> bool:
+    def batch_add(self, stream: str, id: str, home: str, jobs: Sequence[bytes]) -> bool:
         """Enqueue jobs and add them to the total, in one atomic step for each 1,000 jobs or 8 MiB.
 
         ``home`` is empty on the home stream. False, without effect, if the batch has finished.

@@ -34,6 +34,14 @@ class LanePlace(NamedTuple):
     blocked_by: str | None
 
 
+class Rivals(NamedTuple):
+    """First entries of the job that owns an entry's idempotency key, and of the newest job with its supersede
+    key; empty where that is the entry's own job, or unknown."""
+
+    owner: bytes = b""
+    newest: bytes = b""
+
+
 class Scheduled(NamedTuple):
     """A job in the retry ZSET, due at a unix time (seconds, the store's clock)."""
 

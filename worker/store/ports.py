@@ -8,6 +8,7 @@ is a bug. No call waits longer than the store's timeout.
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from ..errors import StoreRefused
@@ -38,12 +39,60 @@ class Retry(NamedTuple):
     data: bytes
 
 
+class OwnedKey(NamedTuple):
+    """An idempotency key: its bucket and name, and the first entry of the job that may own it."""
+
+    bucket: str
+    name: str
+    first_id: bytes
+
+
 class Dead(NamedTuple):
-    """Settlement of one entry by a dead letter: the letter's JSON. Empty: the entry is gone from the stream,
-    and there is nothing to keep."""
+    """Settlement of one entry by a dead letter: the letter's JSON.
+
+    Empty: none is made, because the entry is gone from the stream, or its job was cancelled and is dropped.
+    ``key`` is freed if the job owns it. ``result`` is the record that is kept as the result of job
+    ``job_id``; empty: none is.
+    """
 
     id: bytes
     data: bytes
+    key: OwnedKey | None = None
+    job_id: str = ""
+    result: bytes = b""
+
+
+class Kept(NamedTuple):
+    """Settlement of one entry as done, with the record that is kept as the result of job ``job_id``."""
+
+    id: bytes
+    job_id: str
+    result: bytes
+
+
+class Candidate(NamedTuple):
+    """A job that may not run before the store has compared it with others (see `conditions`).
+
+    ``data`` is the job as it waits in the retry ZSET until ``due_s`` (unix seconds); empty if it is due.
+    """
+
+    id: bytes
+    first_id: bytes
+    series: str = ""
+    due_s: float = 0.0
+    data: bytes = b""
+
+
+class Screened(NamedTuple):
+    """Jobs that may not run, by entry id.
+
+    ``superseded`` names the first entry of the job that runs instead. ``delayed`` were moved into the retry
+    ZSET. ``lost`` are not ours any more.
+    """
+
+    superseded: dict[bytes, bytes]
+    delayed: set[bytes]
+    lost: set[bytes]
 
 
 class WaitingJob(NamedTuple):
@@ -83,13 +132,19 @@ class TakenJobs(NamedTuple):
 class Backlog(NamedTuple):
     """Jobs of a stream that are not delivered yet (``lag``), jobs in lanes by type, version of the limits.
 
-    Handlers asked jobs of ``asked_types`` to wait.
+    Handlers asked jobs of ``asked_types`` to wait. ``in_series`` counts the jobs in lanes that have a
+    supersede key; ``waiting`` counts the others.
+    ``cancels`` is another number after each new entry of `ReaderStore.cancels`; ``cancelled`` counts the jobs
+    of the stream that were cancelled while they waited.
     """
 
     lag: int
     waiting: dict[str, int]
     version: int
     asked_types: frozenset[str]
+    in_series: int = 0
+    cancels: int = 0
+    cancelled: int = 0
 
 
 class Settlement(NamedTuple):
@@ -106,12 +161,22 @@ class Settlement(NamedTuple):
     put_back: Sequence[PutBack] = ()
     #: Version of the limits by which the lanes of ``put_back`` were chosen.
     version: int = 0
+    #: Entries that are acknowledged without having been run.
+    dropped: Sequence[bytes] = ()
+    kept: Sequence[Kept] = ()
+    result_ttl_s: float = 3600.0
 
     @property
     def ids(self) -> list[bytes]:
         """The ids of all its entries."""
-        others = [one.id for one in self.retries], [one.id for one in self.dead]
-        return [*self.done, *itertools.chain(*others, (one.id for one in self.put_back))]
+        others = (
+            self.dropped,
+            [one.id for one in self.retries],
+            [one.id for one in self.dead],
+            [one.id for one in self.put_back],
+            [one.id for one in self.kept],
+        )
+        return [*self.done, *itertools.chain(*others)]
 
 
 class Settled(NamedTuple):
@@ -119,12 +184,15 @@ class Settled(NamedTuple):
 
     ``refused``: ids that were not ours any more. They were acknowledged already or belong to another
     consumer, and nothing was done for them. ``unsettled``: ids for which the store refused the step with
-    ``error``, because of the stream's keys; they are as they were before.
+    ``error``, because of the stream's keys; they are as they were before. ``cancelled``: ids that should have
+    been retried or put back, but were cancelled; they are as they were before, too. The value is that of
+    `ReaderStore.cancels`.
     """
 
     refused: set[bytes]
     unsettled: set[bytes]
     error: StoreRefused | None = None
+    cancelled: Mapping[bytes, bool] = {}
 
 
 class KeyFault(NamedTuple):
@@ -234,10 +302,10 @@ class ReaderStore(Protocol):
     def release(self, source: Source, ids: Sequence[bytes]) -> None:
         """Make entries claimable at once by any reader. Their last delivery is not counted."""
 
-    def hand_back(self, source: Source, ids: Sequence[bytes]) -> int:
+    def hand_back(self, source: Source, jobs: Mapping[bytes, bytes]) -> int:
         """Give entries that were not started back to the stream, atomically each; returns their number.
 
-        They get new ids at its end, so an idle reader takes them at once. Ids that are not ours any more are
+        ``jobs`` has the JSON of each by its id. They get new ids at its end, so an idle reader takes them at once. Ids that are not ours any more are
         left out.
         """
 
@@ -277,10 +345,31 @@ class ReaderStore(Protocol):
         They are those whose turn it is, within the limits.
         """
 
+    def cancels(self, source: Source) -> dict[bytes, bool]:
+        """Entries that were cancelled, perhaps ended since, and whether each becomes a dead letter."""
+
+    def end_cancels(self, source: Source, ids: Sequence[bytes]) -> None:
+        """Forget cancelled entries that have ended."""
+
     def register_batches(self, source: Source, batches: Mapping[bytes, str]) -> set[str]:
         """Record the batches of pending entries, by entry id, so that their end is counted.
 
         Returns the batches that have no record: their jobs are not counted. Safe to repeat.
+        """
+
+    def claim_keys(
+        self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
+    ) -> dict[bytes, bytes]:
+        """Claim idempotency keys atomically: first entry of each job and name of its key.
+
+        Returns the owner's first entry for each entry whose key another job owns: one that was sent less than
+        ``window_s`` before. A repeated call returns the same.
+        """
+
+    def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
+        """Compare jobs with others of their supersede keys, and delay those that are not due.
+
+        Each job is decided atomically, and a repeated call decides the same.
         """
 
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
@@ -301,6 +390,9 @@ class ReaperStore(CronStore, BatchStore, Protocol):
 
     def remove_idle_consumers(self, source: Source, keep: str, idle_ms: int) -> int:
         """Delete consumers other than ``keep`` that own nothing and were idle for ``idle_ms``, atomically."""
+
+    def forget_keys(self, stream: str) -> int:
+        """Delete idempotency keys whose window has passed, by buckets; returns the number of buckets."""
 
     def mend_slots(self, source: Source) -> int:
         """Free the slots of entries that are no longer pending; returns the number of these entries."""
@@ -325,14 +417,68 @@ class ReaperStore(CronStore, BatchStore, Protocol):
         """Drop every connection."""
 
 
-class ProducerStore(BatchProducerStore, Protocol):
-    """Enqueueing of jobs."""
+class CancelRequest(NamedTuple):
+    """A job that is to be cancelled.
+
+    ``entry_id`` is empty for a job of the retry ZSET, which ``data`` names. If the job waits, ``letter``
+    becomes a dead letter and ``result`` the result of ``job_id``, unless they are empty; and the idempotency
+    key ``unique`` is free again, if the job with the entry ``first_id`` owns it.
+    """
+
+    entry_id: bytes
+    data: bytes
+    letter: bytes = b""
+    job_id: str = ""
+    result: bytes = b""
+    unique: str = ""
+    first_id: bytes = b""
+
+
+class CancelReply(IntEnum):
+    """What `CancelStore.cancel` did with one job."""
+
+    #: It has ended, or it is in another place by now.
+    GONE = 0
+    #: It waited in the stream or in a lane, and was removed.
+    REMOVED = 1
+    #: It waited in the retry ZSET, and was removed.
+    UNSCHEDULED = 2
+    #: A service has it: that ends it.
+    ASKED = 3
+
+
+class CancelStore(Protocol):
+    """Cancellation of jobs, by producers and operators."""
+
+    def stream_page(self, stream: str, after: bytes, count: int) -> list[Entry]:
+        """A page of the stream, finished entries too, oldest first, after an id."""
+
+    def last_id(self, stream: str) -> bytes:
+        """The id of the newest entry; ``0-0`` for a stream that does not exist."""
+
+    def retry_page(self, stream: str, start: int, count: int) -> list[bytes]:
+        """A page of the retry ZSET, soonest first, from a rank on."""
+
+    def cancel(
+        self, stream: str, requests: Sequence[CancelRequest], *, result_ttl_s: float, dry_run: bool = False
+    ) -> list[CancelReply]:
+        """Cancel jobs, each in one atomic step; with ``dry_run``, only say what would be done."""
+
+    def announcements(self) -> list[Announcement]:
+        """As `ProducerStore.announcements`."""
+
+    def close(self) -> None:
+        """Drop every connection."""
+
+
+class ProducerStore(BatchProducerStore, CancelStore, Protocol):
+    """Enqueueing of jobs, their results and their cancellation."""
+
+    def result(self, stream: str, job_id: str) -> bytes | None:
+        """The kept result of a job; None if there is none."""
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
         """Append jobs in order, pipelined; returns how many the store acknowledged."""
-
-    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        """Put a job into the retry ZSET; the reaper moves it into the stream when it is due."""
 
     def announcements(self) -> list[Announcement]:
         """What the services of the deployment handle; empty if unknown."""

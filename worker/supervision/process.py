@@ -267,11 +267,12 @@ class ForkedProcess(Process):
 
 
 class Child(ForkedProcess):
-    """A reader, reaper or worker with its control socket; a worker also has a channel."""
+    """A reader, reaper, api or worker with its control socket; a worker also has a channel."""
 
     def __init__(
         self, server: ForkServer, role: str, slot_no: int, generation: int, settings: Settings,
         mono_now_s: float, channel: Channel | None = None, marks: CrashMarks | None = None,
+        listener_fd: int | None = None,
     ) -> None:  # fmt: skip
         self.role = role
         self.slot_no = slot_no
@@ -304,7 +305,8 @@ class Child(ForkedProcess):
             self.control, theirs = ControlSocket.pair()
             undo.callback(self.control.close)
             with theirs:
-                fds = channel.fds if channel else (marks.fd,) if marks else ()
+                fds: tuple[int, ...] = channel.fds if channel else (marks.fd,) if marks else ()
+                fds += () if listener_fd is None else (listener_fd,)
                 passed = [PassedFd(fd) for fd in (theirs.fileno(), self.blackbox_fd, *fds)]
                 name = role if channel is None else f"{role} {slot_no}"
                 arguments = (role, slot_no, settings.to_json(), *passed)

@@ -80,7 +80,10 @@ class ProcessManager:
         metrics: PrometheusCollector,
         server: ForkServer,
         new_child: Callable[..., Child] = Child,
+        *,
+        api_fd: int | None = None,
     ) -> None:
+        """``api_fd``: listening socket of the role ``api``; None: there is no such role."""
         self._settings = settings
         self._metrics = metrics
         self._server = server
@@ -88,7 +91,9 @@ class ProcessManager:
         self._reader = Slot("reader")
         self._reaper = Slot("reaper")
         self._workers = [Slot("worker", number) for number in range(settings.procs)]
-        self._slots = [self._reader, self._reaper, *self._workers]
+        self._api = None if api_fd is None else Slot("api")
+        self._api_fd = api_fd
+        self._slots = [self._reader, self._reaper, *self._workers, *filter(None, [self._api])]
         self._groups = ProcessGroups()
         self._marks = CrashMarks.create()
         self._exited: dict[tuple[int, int], tuple[WorkerExited, Channel]] = {}
@@ -265,7 +270,8 @@ class ProcessManager:
             slot.unexpected_exits += 1
             slot.backoff.record_exit(now, was_ready=child.ready, lived_s=now - child.mono_started_s)
         if child.channel is not None:
-            charge = not expected and not exited.with_forkserver  # no job is to blame for that
+            # No job is to blame for the exit of the forkserver; one that was cancelled is not charged.
+            charge = not expected and not exited.with_forkserver and child.kill_cause != "cancelled"
             self._record_exit(child, child.channel, exited, charge=charge)
         elif slot is self._reader:
             self._count_reader_death(child, exited)
@@ -335,7 +341,10 @@ class ProcessManager:
                 raise
             self._send_to_reader(Attach(child.slot_no, child.generation), channel.fds)
             return child
-        child = new_child(marks=self._marks if slot is self._reader else None)
+        child = new_child(
+            marks=self._marks if slot is self._reader else None,
+            listener_fd=self._api_fd if slot is self._api else None,
+        )
         child.stopping = self._draining
         if slot is self._reader:
             self._resync_reader(child)
@@ -404,7 +413,7 @@ class ProcessManager:
             child.kill(signal.SIGKILL)
 
     def _kill_cause(self, child: Child, now: float) -> str:
-        """The limit that the child exceeds: ``boot``, ``stuck``, ``timeout`` or ``rss``; empty if none."""
+        """The limit that the child exceeds: boot, stuck, timeout, cancelled or rss; empty if none."""
         if not child.ready:
             return "boot" if now - child.mono_started_s > _SETUP_TIMEOUT_S else ""
         if child.channel is None:
@@ -413,6 +422,8 @@ class ProcessManager:
         if deadline:
             if now > deadline:
                 return "timeout"
+            if child.channel.is_cancel_overdue(now):
+                return "cancelled"
             return "rss" if self._exceeds_rss(child) else ""
         # A worker without a job that neither takes one nor exits.
         idle = child.channel.phase in (READY, STOPPING)
@@ -423,6 +434,8 @@ class ProcessManager:
         match child.kill_cause:
             case "timeout" if channel.mono_deadline_s:
                 return f"timeout of {channel.mono_deadline_s - channel.mono_since_s:.6g} s"
+            case "cancelled":
+                return f"its jobs were cancelled, and ran for {self._settings.cancel_grace_s:.6g} s more"
             case "rss":
                 return f"rss above {self._settings.max_rss_mib} MiB"
             case "boot":
@@ -457,8 +470,12 @@ class ProcessManager:
     def restart_workers(self) -> None:
         """Replace every worker, one by one. Each is stopped only when its successor is ready.
 
-        Failed starts before it do not count: the successors have other code.
+        Failed starts before it do not count: the successors have other code. The api is restarted at once:
+        its socket stays open, so no client is refused.
         """
+        if self._api is not None and self._api.child is not None:
+            self._api.child.stopping = True
+            self._api.child.send(Drain())
         for slot in self._workers:
             slot.backoff = RestartBackoff()
         self._to_restart = deque((slot, slot.generation) for slot in self._workers)
@@ -515,8 +532,9 @@ class ProcessManager:
         """Let running jobs finish and read nothing new."""
         self._draining = True
         self._send_to_reader(Drain())
-        if self._reaper.child:
-            self._reaper.child.send(Drain())
+        for slot in filter(None, (self._reaper, self._api)):
+            if slot.child:
+                slot.child.send(Drain())
         for child in self._children():
             if child.channel is not None:
                 child.stop()
@@ -565,10 +583,10 @@ class ProcessManager:
         return [reason for slot in self._slots for reason in slot.reasons()]
 
     def transient_reasons(self) -> list[str]:
-        """The reasons that pass without an operator: a worker restarts while others are ready."""
+        """The reasons that pass without an operator: a worker or the api restarts while workers are ready."""
         if not any(slot.child and slot.child.ready for slot in self._workers):
             return []
-        return [reason for slot in self._workers if slot.is_restarting() for reason in slot.reasons()]
+        return [reason for slot in self._slots if slot.is_restarting() for reason in slot.reasons()]
 
     def warnings(self) -> list[str]:
         """Faults that stop only a part of the work, such as an isolated stream."""

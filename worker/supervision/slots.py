@@ -35,9 +35,9 @@ class Slot:
         return reasons
 
     def is_restarting(self) -> bool:
-        """Whether this is a worker that starts and has not failed at it: no operator is needed."""
+        """Whether this is a worker or the api that starts and has not failed at it: no operator is needed."""
         is_starting = self.child is None or not self.child.ready
-        return self.role == "worker" and is_starting and not self.backoff.exits_before_ready
+        return self.role in ("worker", "api") and is_starting and not self.backoff.exits_before_ready
 
 
 def state(child: Child | None) -> str:

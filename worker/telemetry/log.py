@@ -122,7 +122,9 @@ def secrets_of(settings: Settings, environment: Mapping[str, str]) -> set[str]:
             secrets |= {value, *(part.partition("=")[2].strip() for part in value.split(","))}
     for name in settings.secret_files:
         if path := str(getattr(settings, name)):
-            secrets.add(_content(path))
+            # A file of several secrets has one at the end of each line.
+            text = _content(path)
+            secrets |= {text, *(line.split()[-1] for line in text.splitlines() if line.strip())}
     return secrets | {unquote(secret) for secret in secrets}
 
 

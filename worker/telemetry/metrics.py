@@ -27,6 +27,18 @@ METRICS = {
     "z_novel_jobs_limited_total": Metric(
         "counter", "Jobs that a handler put back with RateLimited", ("task_type",)
     ),
+    "z_novel_jobs_cancelled_total": Metric(
+        "counter", "Cancelled jobs that a service had prefetched or ran", ("task_type",)
+    ),
+    "z_novel_jobs_cancelled_waiting": Metric(
+        "gauge", "Jobs of the stream that were cancelled while they waited, ever", ("stream",)
+    ),
+    "z_novel_jobs_duplicate_total": Metric(
+        "counter", "Jobs that were not run because another one had their idempotency key", ("task_type",)
+    ),
+    "z_novel_jobs_superseded_total": Metric(
+        "counter", "Jobs that were not run because a newer one had their supersede key", ("task_type",)
+    ),
     "z_novel_jobs_waiting": Metric("gauge", "Jobs that wait, by place: stream, lanes", ("stream", "place")),
     "z_novel_jobs_retried_total": Metric("counter", "Retries that were scheduled", ("task_type",)),
     "z_novel_jobs_dead_total": Metric("counter", "Jobs that were given up", ("task_type", "reason")),
@@ -65,6 +77,16 @@ METRICS = {
     "z_novel_cron_late_seconds": Metric(
         "gauge", "Time for which a tick of a cron table has been due and not taken", ("name",)
     ),
+    "z_novel_api_requests_total": Metric(
+        "counter", "Requests of the HTTP API that were answered", ("path", "status")
+    ),
+    "z_novel_api_request_seconds": Metric(
+        "histogram", "Time of a request of the HTTP API", ("path",), SECONDS
+    ),
+    "z_novel_api_batch_requests": Metric(
+        "histogram", "Requests that went through the model together", (), BATCH_SIZES
+    ),
+    "z_novel_api_waiting_tokens": Metric("gauge", "Tokens of requests that wait for the model or are in it"),
     "z_novel_batches_open": Metric("gauge", "Batches that have not finished, by home stream", ("stream",)),
     "z_novel_batches_finished_total": Metric(
         "counter", "Batches whose jobs have all ended, by home stream", ("stream",)

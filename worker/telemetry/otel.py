@@ -24,6 +24,7 @@ from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode,
 from ..envelope import Header, Job, read_header
 from ..errors import ConfigurationError
 from ..handler import BoundHandler
+from ..results import Outcome
 from ..settings import Settings
 from .log import redacted
 from .otel_context import derived_trace_id, sent_by, stable_hash
@@ -32,7 +33,7 @@ from .trace import Attributes
 #: Time to send the remaining spans when the process exits. A collector that is down must not delay a drain.
 _CLOSE_TIMEOUT_S = 2.0
 
-_Batch = Callable[[Sequence[Job]], Sequence[BaseException | None]]
+_Batch = Callable[[Sequence[Job]], Sequence[Outcome]]
 
 
 class _Ids(RandomIdGenerator):
@@ -99,19 +100,19 @@ class Spans:
         if handler.handle_batch is not None:
             handler.handle_batch = partial(self._handle_batch, handler.handle_batch)
 
-    def _handle(self, handle: Callable[[Job], object], job: Job) -> None:
+    def _handle(self, handle: Callable[[Job], object], job: Job) -> object:
         with self._process([job]) as (span,):
             token = contexts.attach(api.set_span_in_context(span))
             try:
-                handle(job)
+                return handle(job)
             finally:
                 contexts.detach(token)
 
-    def _handle_batch(self, handle: _Batch, jobs: Sequence[Job]) -> Sequence[BaseException | None]:
+    def _handle_batch(self, handle: _Batch, jobs: Sequence[Job]) -> Sequence[Outcome]:
         with self._process(jobs) as spans:
             outcomes = handle(jobs)
             for span, outcome in zip(spans, outcomes, strict=True):
-                if outcome is not None:
+                if isinstance(outcome, BaseException):
                     _fail(span, outcome)
             return outcomes
 

@@ -2,12 +2,10 @@
 
 import hashlib
 import hmac
-import re
 import secrets
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from ipaddress import ip_address
 from typing import NamedTuple
 
 from ..errors import ConfigurationError
@@ -18,8 +16,6 @@ SESSION_S = 12 * 3600.0
 MIN_TOKEN_CHARS = 16
 #: Wrong tokens that one address may send in this time.
 _MAX_FAILURES, _FAILURE_WINDOW_S = 10, 60.0
-#: A name or an IPv6 address in brackets, and a port.
-_HOST_HEADER = re.compile(r"(?:\[(?P<address>[^\[\]]*)\]|(?P<name>[^:\[\]]*))(?::[0-9]{1,5})?")
 #: Limits on memory. More sessions or addresses are an attack; the oldest are dropped.
 _MAX_SESSIONS, _MAX_ADDRESSES = 1000, 1000
 
@@ -89,20 +85,6 @@ def is_same_origin(headers: Mapping[str, str], host: str) -> bool:
     if origin is not None:
         return origin.partition("://")[2] == host != ""
     return headers.get("sec-fetch-site") == "same-origin"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a Host header or an address is a loopback name.
-
-    A page without a token refuses other names: they belong to a site whose name was pointed at this machine
-    (DNS rebinding).
-    """
-    in_header = _HOST_HEADER.fullmatch(host)
-    name = (in_header["address"] or in_header["name"] or "") if in_header else host
-    try:
-        return name.lower() == "localhost" or ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 def _digest(text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Forms that change something: log in and out, requeue, delete, retry now, pause and resume.
+"""Forms that change something: log in and out, requeue, delete, retry now, cancel, pause and resume.
 
 An action needs ``--allow-actions``, a session and the session's CSRF token in the form.
 """
@@ -15,6 +15,8 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from ..admin.dead_letters import BulkOperation, Cursor, DeadLetterQueue, SelectedLetters
+from ..cancel import Canceller, JobFilter, outcome_of
+from ..results import CancelOutcome
 from ..store.redis.operator import OperatorStore
 from .access import Access, TooManyFailures
 from .background import BackgroundTask, TooManyTasks
@@ -29,6 +31,13 @@ _MAX_FORM_BYTES = 256 * 1024
 _MAX_FORM_FIELDS = 1000
 #: Operations on dead letters, and the participle of each for its outcome.
 _OPERATIONS = {"requeue": "requeued", "purge": "deleted"}
+#: Outcome of a cancellation in words.
+_CANCELLED = {
+    CancelOutcome.CANCELLED: "The job waited and was removed: it is a dead letter now.",
+    CancelOutcome.REQUESTED: "The service that has the job was asked to end it.",
+    CancelOutcome.ENDED: "The job had ended already.",
+    CancelOutcome.UNKNOWN: "The job was not found any more.",
+}
 
 Form = dict[str, list[str]]
 
@@ -197,6 +206,22 @@ class Actions:
             return "; ".join([says, *(retries.refused or {}).values()])
 
         return self._start_task("Retry now", _local_path(first_value(form, "back")), run)
+
+    async def cancel(self, request: Request) -> Response:
+        """Cancel one job of a stream; it becomes a dead letter."""
+        form = await self._read_action(request)
+        id, stream = first_value(form, "id"), first_value(form, "stream")
+        if not id or not stream:
+            raise HTTPException(400, "The form names no job.")
+        _log_action(request, "cancel", id=id, stream=stream)
+
+        def run(task: BackgroundTask) -> str:
+            with self._site.store() as store:
+                selected = JobFilter(frozenset([id]))
+                search = Canceller(store, [stream], selected, by="operator", scan_limit=SCAN_LIMIT)
+                return _CANCELLED[outcome_of(list(search.run()))]
+
+        return self._start_task("Cancel a job", _local_path(first_value(form, "back")), run)
 
     async def pause(self, request: Request) -> Response:
         """Pause a job type."""

@@ -8,7 +8,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .access import Access, is_loopback, is_same_origin
+from ..urls import is_loopback
+from .access import Access, is_same_origin
 
 COOKIE = "jobworker_session"
 #: Paths that need no session: the login form with its files, and the health check.

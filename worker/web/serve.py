@@ -3,31 +3,31 @@
 import logging
 import os
 import signal
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..admin.deployment import Deployment, StreamTable
 from ..admin.overview import open_poller
+from ..admin.search_client import SearchClient
 from ..errors import ConfigurationError
+from ..http_server import BoundedServer, config
+from ..listening import listen, url_of
 from ..settings import parse_address
 from ..store.redis.operator import OperatorStore
-from .access import Access, is_loopback
+from ..urls import is_loopback
+from .access import Access
 from .app import application
 from .background import BackgroundTasks
 from .history import History
 from .pages import Site
 from .rendering import Renderer
-from .server import BoundedServer, config
 
 TOKEN_VARIABLE = "JOBWORKER_WEB_TOKEN"
 #: A person waits for the page: a slower store gets an error page.
 _STORE_TIMEOUT_S = 5.0
 #: Time for requests in progress at the end. Only a search through millions of entries takes longer.
 _DRAIN_S = 3
-#: Connections waiting to be accepted: enough for the browsers of a few people.
-_BACKLOG = 128
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Options:
     allow_actions: bool
     show_payloads: bool
     interval_s: float
+    search: SearchClient | None = None
 
 
 def read_token(path: str) -> str:
@@ -76,7 +77,7 @@ def serve(
     token = read_token(options.token_file)
     address = check(options, token)
     access = Access(token)
-    listener = _listen(address)
+    listener = listen(address, "--listen")
     table = StreamTable(streams)
     if streams:  # an unknown group is an error of the start
         table.sources(OperatorStore(deployment.url, timeout_s=_STORE_TIMEOUT_S))
@@ -85,11 +86,12 @@ def serve(
         allow_actions=options.allow_actions,
         show_payloads=options.show_payloads,
         requires_token=access.requires_token,
+        search_page=(("/search", "Search"),) if options.search else (),
     )
     site = Site(
         table, history, BackgroundTasks(), renderer,
         lambda: OperatorStore(deployment.url, timeout_s=_STORE_TIMEOUT_S),
-        deployment.answering_services, options.show_payloads,
+        deployment.answering_services, options.show_payloads, options.search,
     )  # fmt: skip
     server = BoundedServer(config(application(site, access, allow_actions=options.allow_actions), _DRAIN_S))
     # Its INFO events are about uvicorn itself.
@@ -100,28 +102,8 @@ def serve(
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the program that started this one may have blocked them
     history.start()
     try:
-        on_listening(_url(listener))
+        on_listening(url_of(listener))
         server.run(sockets=[listener])
     finally:
         history.close()
         listener.close()
-
-
-def _listen(address: tuple[str, int]) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise ConfigurationError(
-            f"--listen {address[0]}:{address[1]}: cannot listen there: {error.strerror or error}"
-        ) from error
-    listener.listen(_BACKLOG)
-    return listener
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

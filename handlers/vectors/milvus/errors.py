@@ -4,6 +4,7 @@ from collections.abc import Collection
 from enum import Enum
 
 from ..ports import (
+    CollectionMissing,
     CollectionUnavailable,
     PermanentStoreError,
     SuspectStoreError,
@@ -132,7 +133,7 @@ class NotLoaded(CollectionUnavailable):
     """The collection is not loaded; a server reports this for a while after a restart, too."""
 
 
-class NoCollection(PermanentStoreError):
+class NoCollection(CollectionMissing):
     """The collection or alias does not exist."""
 
 

@@ -21,13 +21,16 @@ from .. import filters
 from .. import schema as schemas
 from ..filters import EVERYTHING, Filter
 from ..ports import (
+    NO_FILTER,
     AnyHit,
     AnyRow,
+    CollectionMissing,
     EntityHit,
     EntityRow,
     Hit,
     PermanentStoreError,
     Row,
+    SearchFilter,
     StoredRow,
     TransientStoreError,
     Vector,
@@ -93,7 +96,7 @@ class MilvusVectors:
     def upsert(self, name: str, rows: Sequence[AnyRow]) -> None:
         if not rows:
             return
-        dim = self._dim(name, rows)
+        dim = self._dim(name, *(row.vector for row in rows))
         checked = schemas.check_rows(name, rows, dim, self._info(name).max_bytes)
         self._check_owners(name, checked)
         for partition, group in self._by_partition(name, checked):
@@ -114,10 +117,12 @@ class MilvusVectors:
         project_id: str,
         limit: int = 5,
         strong: bool = False,
+        where: SearchFilter = NO_FILTER,
     ) -> list[AnyHit]:
         schema = schemas.schema_of(name)
-        where = filters.of_scope(tenant_id, project_id)
-        data = [schemas.check_vector(vector, self._dim(name)).tolist()]
+        schemas.check_search_fields(name, where)
+        rows = filters.of_scope(tenant_id, project_id) & filters.of_search(where)
+        data = [schemas.check_vector(vector, self._dim(name, vector)).tolist()]
         ef = max(SEARCH_EF, schemas.check_limit(limit))
         partitions = self._partitions_to_search(name, tenant_id, project_id)
         if partitions == []:
@@ -132,7 +137,7 @@ class MilvusVectors:
                 search_params={"metric_type": "COSINE", "params": {"ef": ef}},
                 partition_names=partitions,
                 timeout=self._timeout_s,
-                **self._milvus.filter_arguments(where),
+                **self._milvus.filter_arguments(rows),
                 **consistency(strong),
             ),
         )
@@ -229,6 +234,9 @@ class MilvusVectors:
                     self._full(name), timeout=self._timeout_s, **self._milvus.filter_arguments(both)
                 ),
             )
+
+    def collection_behind(self, name: str) -> str:
+        return str(self._description(name)["collection_name"])
 
     def count(self, name: str) -> int:
         return int(self._query(name, EVERYTHING, ["count(*)"], strong=True)[0]["count(*)"])
@@ -327,15 +335,18 @@ class MilvusVectors:
         return self._infos[name]
 
     def _describe(self, name: str) -> CollectionInfo:
+        return CollectionInfo.of(self._description(name))
+
+    def _description(self, name: str) -> dict[str, Any]:
         description = self._collections.describe(self._full(name))
         if description is None:
-            raise PermanentStoreError(f"collection {self._full(name)} does not exist")
-        return CollectionInfo.of(description)
+            raise CollectionMissing(f"collection {self._full(name)} does not exist")
+        return description
 
-    def _dim(self, name: str, rows: Sequence[AnyRow] = ()) -> int:
-        """The dimension of a collection; reads it again if rows have another one, as after a rebuild."""
+    def _dim(self, name: str, *vectors: Vector) -> int:
+        """The dimension of a collection; reads it again if vectors have another one, as after a rebuild."""
         dim = self._info(name).dim
-        if any(np.shape(row.vector) != (dim,) for row in rows):
+        if any(np.shape(vector) != (dim,) for vector in vectors):
             self._infos[name] = self._describe(name)
         return self._infos[name].dim
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from ...keys import batches_key
-from ..batches import MAX_FINISHED, OPEN_S, PAGE, BatchJob, DueBatch, StreamBatch, Sweep, parse_batch
+from ..batches import MAX_FINISHED, OPEN_S, PAGE, DueBatch, StreamBatch, Sweep, parse_batch
 from .batch_counts import MemoryBatches, add
 from .server import MemoryServer
 
@@ -38,7 +38,7 @@ class MemoryBatchStore:
             batches.touch(id)
             return True
 
-    def batch_add(self, stream: str, id: str, home: str, jobs: Sequence[BatchJob]) -> bool:
+    def batch_add(self, stream: str, id: str, home: str, jobs: Sequence[bytes]) -> bool:
         with self._server.lock:
             self._server.check(stream)
             batches = self._batches(stream)
@@ -46,10 +46,7 @@ class MemoryBatchStore:
             if b"finished" in record:
                 return False
             for job in jobs:
-                if job.delay_s > 0:
-                    self._server.schedule(stream, job.data, job.delay_s)
-                else:
-                    self._server.append(stream, job.data)
+                self._server.append(stream, job)
             add(record, "total", len(jobs))
             if home:
                 record.setdefault(b"home", home.encode())

@@ -4,8 +4,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from ...conditions import SERIES
 from ...flow import FlowConfig, Lane, Limit, tenant_key, type_key
 from ..ports import WaitingJob
+from .conditions import MemoryConditions
+
+#: Flows of one kind: the type, and whether the lanes are those of series.
+_Queue = tuple[str, bool]
+_ONE_AT_A_TIME = Limit("~", "", "", concurrency=1)
 
 
 @dataclass
@@ -17,6 +23,11 @@ class WaitingLane:
     parked_by: str | None = None
     parked_tag: float = 0.0
     outdated: bool = False
+
+    @property
+    def queue(self) -> _Queue:
+        """The queue that gives the lane its turns."""
+        return self.lane.type, bool(self.lane.series)
 
     @property
     def flow(self) -> tuple[int, str]:
@@ -33,7 +44,8 @@ class WaitingLane:
 class MemoryLanes:
     """Waiting jobs, slots and limits of one stream. ``wall_now_s`` is the server's clock (unix seconds)."""
 
-    def __init__(self, wall_now_s: Callable[[], float]) -> None:
+    def __init__(self, wall_now_s: Callable[[], float], conditions: MemoryConditions) -> None:
+        self._conditions = conditions
         self.config = FlowConfig()
         self.lanes: dict[bytes, WaitingLane] = {}
         #: Entry id -> the limit keys of which the running job holds a slot.
@@ -41,8 +53,8 @@ class MemoryLanes:
         self._wall_now_s = wall_now_s
         self._virtual_time = 0.0
         self._finish: dict[tuple[int, str], float] = {}
-        #: Type and flow -> start tag.
-        self._tags: dict[tuple[str, tuple[int, str]], float] = {}
+        #: Queue and flow -> start tag.
+        self._tags: dict[tuple[_Queue, tuple[int, str]], float] = {}
         self._starts: dict[str, list[float]] = {}
         self._until: dict[str, float] = {}
         self._asked: dict[str, float] = {}
@@ -51,11 +63,17 @@ class MemoryLanes:
         return sum(len(one.jobs) for one in self.lanes.values())
 
     def by_type(self) -> dict[str, int]:
-        """Number of waiting jobs by type."""
+        """Number of waiting jobs by type, without those of series."""
         counts: Counter[str] = Counter()
         for one in self.lanes.values():
-            counts[one.lane.type] += len(one.jobs)
+            if not one.lane.series:
+                counts[one.lane.type] += len(one.jobs)
         return dict(counts)
+
+    @property
+    def in_series(self) -> int:
+        """Number of waiting jobs of series."""
+        return sum(len(one.jobs) for one in self.lanes.values() if one.lane.series)
 
     def ids(self) -> set[bytes]:
         """Entries that wait."""
@@ -74,6 +92,18 @@ class MemoryLanes:
         elif is_new:
             waiting.outdated = True
 
+    def remove(self, id: bytes) -> bool:
+        """Remove a job from its lane; False if it waits in none."""
+        for name, one in list(self.lanes.items()):
+            for job in one.jobs:
+                if job.id == id:
+                    one.jobs.remove(job)
+                    if not one.jobs:
+                        del self.lanes[name]
+                        self._close(one)
+                    return True
+        return False
+
     def take_outdated(self, count: int) -> list[WaitingJob]:
         """Remove jobs whose limits have changed."""
         taken: list[WaitingJob] = []
@@ -89,8 +119,13 @@ class MemoryLanes:
         self._wake_due()
         taken: list[WaitingJob] = []
         while len(taken) < count and (waiting := self._next(types)):
+            if waiting.lane.series and self._conditions.is_superseded(
+                waiting.lane.series, waiting.jobs[0].id
+            ):
+                taken.append(self._pop(waiting))
+                continue
             key = next((key for key in self._keys(waiting.lane) if self._wait_s(key) != 0.0), None)
-            start = max(self._tags[waiting.lane.type, waiting.flow], self._virtual_time)
+            start = max(self._tags[waiting.queue, waiting.flow], self._virtual_time)
             if key is not None:
                 waiting.parked_by, waiting.parked_tag = key, start
                 self._close(waiting)
@@ -144,38 +179,44 @@ class MemoryLanes:
 
     # -- turns
 
-    def _open_lanes(self, type_name: str, flow: tuple[int, str]) -> list[WaitingLane]:
+    def _open_lanes(self, queue: _Queue, flow: tuple[int, str]) -> list[WaitingLane]:
         return [
             one
             for one in self.lanes.values()
-            if (one.lane.type, one.flow) == (type_name, flow) and not one.outdated and one.parked_by is None
+            if (one.queue, one.flow) == (queue, flow) and not one.outdated and one.parked_by is None
         ]
 
     def _open(self, waiting: WaitingLane) -> None:
         start = max(self._virtual_time, self._finish.get(waiting.flow, 0.0))
-        self._tags.setdefault((waiting.lane.type, waiting.flow), start)
+        self._tags.setdefault((waiting.queue, waiting.flow), start)
 
     def _close(self, waiting: WaitingLane) -> None:
-        if not self._open_lanes(waiting.lane.type, waiting.flow):
-            self._tags.pop((waiting.lane.type, waiting.flow), None)
+        if not self._open_lanes(waiting.queue, waiting.flow):
+            self._tags.pop((waiting.queue, waiting.flow), None)
 
     def _next(self, types: set[str]) -> WaitingLane | None:
         """The lane whose turn it is."""
-        while queues := [(tag, flow, name) for (name, flow), tag in self._tags.items() if name in types]:
-            tag, flow, type_name = min(queues)
+        while queues := [
+            (tag, flow, queue) for (queue, flow), tag in self._tags.items() if queue[0] in types
+        ]:
+            tag, flow, queue = min(queues)
             finish = self._finish.get(flow, 0.0)
             if finish > max(tag, self._virtual_time):  # it was served in another type
-                self._tags[type_name, flow] = finish
+                self._tags[queue, flow] = finish
             else:
-                return min(self._open_lanes(type_name, flow), key=lambda one: one.arrived)
+                return min(self._open_lanes(queue, flow), key=lambda one: one.arrived)
         return None
+
+    def _pop(self, waiting: WaitingLane) -> WaitingJob:
+        job = waiting.jobs.popleft()
+        if not waiting.jobs:
+            del self.lanes[waiting.lane.encode()]
+            self._close(waiting)
+        return job
 
     def _serve(self, waiting: WaitingLane, start: float) -> WaitingJob:
         lane = waiting.lane
-        job = waiting.jobs.popleft()
-        if not waiting.jobs:
-            del self.lanes[lane.encode()]
-            self._close(waiting)
+        job = self._pop(waiting)
         if lane.limit_keys:
             self.slots[job.id] = lane.limit_keys
         for key in lane.limit_keys:
@@ -184,8 +225,8 @@ class MemoryLanes:
         finish = start + max(1, job.cost) / weight
         self._finish[waiting.flow] = finish
         self._virtual_time = start
-        if (lane.type, waiting.flow) in self._tags:
-            self._tags[lane.type, waiting.flow] = finish
+        if (waiting.queue, waiting.flow) in self._tags:
+            self._tags[waiting.queue, waiting.flow] = finish
         return job
 
     # -- limits
@@ -194,6 +235,8 @@ class MemoryLanes:
         return (type_key(lane.type), tenant_key(lane.type, lane.tenant_id), *lane.limit_keys)
 
     def _limit(self, key: str) -> Limit | None:
+        if key.startswith(SERIES):
+            return _ONE_AT_A_TIME
         return next((one for one in self.config.limits if one.name == key.partition("=")[0]), None)
 
     def _wait_s(self, key: str) -> float | None:

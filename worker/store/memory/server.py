@@ -10,6 +10,7 @@ from ...errors import StoreRefused
 from ...keys import Holder
 from ..ports import Entry, KeyFault
 from .batch_counts import MemoryBatches
+from .conditions import MemoryConditions
 from .lanes import MemoryLanes
 
 #: Time that a read may take beyond its block time before the store counts as unavailable.
@@ -53,10 +54,11 @@ class NameRecord:
 
 @dataclass
 class Stream:
-    """A stream with its groups, retries, dead letters, fences, lanes and batches."""
+    """A stream with its groups, retries, dead letters, fences, lanes, batches and keys of jobs."""
 
     lanes: MemoryLanes
     batches: MemoryBatches
+    conditions: MemoryConditions
     entries: dict[bytes, bytes | None] = field(default_factory=dict)
     last_id: tuple[int, int] = (0, 0)
     groups: dict[str, Group] = field(default_factory=dict)
@@ -66,6 +68,13 @@ class Stream:
     #: (due time in unix seconds, order of arrival, job)
     retries: list[tuple[float, int, bytes]] = field(default_factory=list)
     dead: list[bytes] = field(default_factory=list)
+    #: Pending entries that were cancelled, and whether each becomes a dead letter.
+    cancels: dict[bytes, bool] = field(default_factory=dict)
+    #: Number of requests to cancel pending entries, and of cancelled jobs that waited.
+    cancel_requests: int = 0
+    cancelled: int = 0
+    #: Job id -> expiry (unix seconds) and record of its result.
+    results: dict[str, tuple[float, bytes]] = field(default_factory=dict)
     #: Fields of the hash of cron tables.
     cron: dict[bytes, bytes] = field(default_factory=dict)
 
@@ -153,7 +162,9 @@ class MemoryServer:
     def stream(self, name: str) -> Stream:
         """The stream of this name; it is created if it is missing."""
         if name not in self._streams:
-            self._streams[name] = Stream(MemoryLanes(self.wall_now_s), MemoryBatches(self.wall_now_s))
+            conditions = MemoryConditions(self.wall_now_s)
+            batches = MemoryBatches(self.wall_now_s)
+            self._streams[name] = Stream(MemoryLanes(self.wall_now_s, conditions), batches, conditions)
         return self._streams[name]
 
     def append(self, name: str, data: bytes | None) -> bytes:
@@ -174,6 +185,19 @@ class MemoryServer:
         with self.lock:
             self._arrivals += 1
             self.stream(name).retries.append((self.wall_now_s() + delay_s, self._arrivals, job))
+
+    def keep_result(self, name: str, job_id: str, record: bytes, ttl_s: float) -> None:
+        """Keep the result of a job for some time."""
+        self.stream(name).results[job_id] = (self.wall_now_s() + ttl_s, record)
+
+    def hasten(self, name: str, mark: bytes) -> None:
+        """Make the scheduled job that contains these bytes due now."""
+        with self.lock:
+            retries = self.stream(name).retries
+            retries[:] = [
+                (min(due_s, self.wall_now_s()) if mark in job else due_s, number, job)
+                for due_s, number, job in retries
+            ]
 
     def new_epoch(self) -> int:
         """An epoch that no reader has had."""

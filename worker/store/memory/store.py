@@ -23,19 +23,23 @@ from ..announcements import Announcement, encode, parse
 from ..ports import (
     RELEASED_IDLE_S,
     Backlog,
+    Candidate,
     Dead,
     Depths,
     Entry,
+    Kept,
     KeyFault,
     Promotion,
     PutBack,
     Retry,
+    Screened,
     Settled,
     Settlement,
     TakenJobs,
     WaitingJob,
 )
 from .batches import MemoryBatchStore
+from .cancel import MemoryCancelStore
 from .cron import MemoryCronStore
 from .server import Group, MemoryServer, NameRecord, PendingEntry, Read, Stream, order
 
@@ -43,11 +47,14 @@ from .server import Group, MemoryServer, NameRecord, PendingEntry, Read, Stream,
 _OUTDATED_JOBS = 500
 
 
-def _id_of(outcome: Retry | Dead | PutBack | bytes) -> bytes:
+_Outcome = Retry | Dead | PutBack | Kept | bytes
+
+
+def _id_of(outcome: _Outcome) -> bytes:
     return outcome if isinstance(outcome, bytes) else outcome.id
 
 
-class MemoryStore(MemoryCronStore, MemoryBatchStore):
+class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
     """`ReaderStore`, `ReaperStore` and `ProducerStore` over one `MemoryServer`.
 
     The ports document the methods.
@@ -198,15 +205,14 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore):
                 lease = self._group(source).leases[id]
                 lease.deliveries = max(0, lease.deliveries - 1)
 
-    def hand_back(self, source: Source, ids: Sequence[bytes]) -> int:
+    def hand_back(self, source: Source, jobs: Mapping[bytes, bytes]) -> int:
         with self._server.lock:
             stream, group = self._fenced(source), self._group(source)
-            own = [id for id in ids if self._owns(group, id)]
+            own = [id for id in jobs if self._owns(group, id)]
             for id in own:
-                data = stream.entries[id]
                 self._forget(stream, group, id)
                 stream.batches.leave([id])
-                self._server.append(source.stream, data)
+                self._server.append(source.stream, jobs[id])
             return len(own)
 
     def idle_readers(self, source: Source) -> int:
@@ -242,9 +248,9 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore):
             self._server.check(source.stream, ready_key(source.stream))
             stream, group = self._server.stream(source.stream), self._group(source)
             lag = sum(order(id) > group.last_delivered for id in stream.entries)
-            return Backlog(
-                lag, stream.lanes.by_type(), stream.lanes.config.version, stream.lanes.asked_types()
-            )
+            lanes = stream.lanes
+            facts = lag, lanes.by_type(), lanes.config.version, lanes.asked_types()
+            return Backlog(*facts, lanes.in_series, stream.cancel_requests, stream.cancelled)
 
     def flow_config(self, source: Source) -> FlowConfig:
         return self._server.stream(source.stream).lanes.config
@@ -290,6 +296,59 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore):
                 entries.append(self._pending_entry(stream, group, job.id))
         return entries
 
+    def cancels(self, source: Source) -> dict[bytes, bool]:
+        with self._server.lock:
+            return dict(self._server.stream(source.stream).cancels)
+
+    def end_cancels(self, source: Source, ids: Sequence[bytes]) -> None:
+        with self._server.lock:
+            for id in ids:
+                self._server.stream(source.stream).cancels.pop(id, None)
+
+    # -- idempotency and supersede keys
+
+    def claim_keys(
+        self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
+    ) -> dict[bytes, bytes]:
+        with self._server.lock:
+            conditions = self._fenced(source).conditions
+            self._server.check(ready_key(source.stream))
+            window_ms = max(1, round(window_s * 1000))
+            found = {id: conditions.claim(name, id, window_ms) for id, name in keys}
+            return {id: owner for id, owner in found.items() if owner is not None}
+
+    def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
+        with self._server.lock:
+            self._fenced(source)
+            self._check_batches(source.stream, deaths_key(source.stream), ready_key(source.stream))
+            screened = Screened({}, set(), set())
+            for one in sorted(candidates, key=lambda one: order(one.first_id), reverse=True):
+                self._screen_one(source, one, screened)
+            return screened
+
+    def _screen_one(self, source: Source, claim: Candidate, screened: Screened) -> None:
+        stream, group = self._server.stream(source.stream), self._group(source)
+        conditions = stream.conditions
+        if not self._owns(group, claim.id):
+            screened.lost.add(claim.id)
+            return
+        if claim.series:
+            due_s = claim.due_s if claim.data else 0.0
+            newer, replaced = conditions.lead(claim.series, claim.id, claim.first_id, due_s)
+            if replaced:
+                self._server.hasten(source.stream, b'"jobworker_first_id":"%s"' % replaced)
+            if newer:
+                screened.superseded[claim.id] = newer
+                return
+        if claim.data:
+            delay_s = claim.due_s - self._server.wall_now_s()
+            self._server.schedule(source.stream, claim.data, delay_s)
+            self._forget(stream, group, claim.id)
+            stream.batches.leave([claim.id])
+            if len(stream.lanes) and len(stream.groups) == 1:
+                stream.entries.pop(claim.id, None)
+            screened.delayed.add(claim.id)
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         return set(ids) & self._server.stream(source.stream).lanes.slots.keys()
 
@@ -318,6 +377,10 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore):
 
     def _check_batches(self, stream: str, *keys: str) -> None:
         self._server.check(*keys, *(batches_key(stream, part) for part in ("jobs", "due")))
+
+    def forget_keys(self, stream: str) -> int:
+        with self._server.lock:
+            return self._server.stream(stream).conditions.forget()
 
     def mend_slots(self, source: Source) -> int:
         with self._server.lock:
@@ -388,9 +451,6 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore):
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
         return sum(1 for job in jobs if self._server.append(stream, job))
 
-    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        self._server.schedule(stream, job, delay_s)
-
     def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
         with self._server.lock:
             now_s = self._server.wall_now_s()
@@ -456,28 +516,39 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore):
         return Entry(id, stream.entries[id], group.leases[id].deliveries, stream.deaths.get(id, 0))
 
     def _settle(self, settlement: Settlement) -> Settled:
-        source, done, retries, dead, _, put_back, version = settlement
+        source, done, retries, dead, _, put_back, _, dropped, kept, _ = settlement
         stream = source.stream
         refused: set[bytes] = set()
+        cancelled: dict[bytes, bool] = {}
         unsettled: set[bytes] = set()
         refusal: StoreRefused | None = None
-        kinds: tuple[tuple[str, Sequence[Retry | Dead | PutBack | bytes]], ...] = (
-            (stream, done),
+        kinds: tuple[tuple[str, Sequence[_Outcome]], ...] = (
+            (stream, [*done, *dropped]),
             (retry_key(stream), retries),
             (dead_letter_key(stream), dead),
+            (stream, kept),
             (ready_key(stream), put_back),
         )
         for key, outcomes in kinds:
             try:
                 if outcomes:
                     self._check_batches(stream, key, deaths_key(stream), ready_key(stream))
-                refused.update(_id_of(one) for one in outcomes if not self._settle_one(source, one, version))
+                cancelled |= self._cancelled(source, outcomes)
+                left = [one for one in outcomes if _id_of(one) not in cancelled]
+                refused.update(_id_of(one) for one in left if not self._settle_one(settlement, one))
             except StoreRefused as error:
                 unsettled.update(map(_id_of, outcomes))
                 refusal = error
-        return Settled(refused, unsettled, refusal)
+        return Settled(refused, unsettled, refusal, cancelled)
 
-    def _settle_one(self, source: Source, outcome: bytes | Retry | Dead | PutBack, version: int) -> bool:
+    def _cancelled(self, source: Source, outcomes: Sequence[_Outcome]) -> dict[bytes, bool]:
+        """The entries that must neither be retried nor wait, because they were cancelled."""
+        stream, group = self._server.stream(source.stream), self._group(source)
+        ids = [one.id for one in outcomes if isinstance(one, Retry | PutBack)]
+        return {id: stream.cancels[id] for id in ids if id in stream.cancels and self._owns(group, id)}
+
+    def _settle_one(self, settlement: Settlement, outcome: _Outcome) -> bool:
+        source = settlement.source
         stream, group = self._fenced(source), self._group(source)
         id = _id_of(outcome)
         if not self._owns(group, id):
@@ -488,10 +559,19 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore):
         elif isinstance(outcome, Dead):
             if outcome.data:
                 stream.dead.append(outcome.data)
+            if outcome.result:
+                ttl_s = settlement.result_ttl_s
+                self._server.keep_result(source.stream, outcome.job_id, outcome.result, ttl_s)
+            if outcome.key:
+                stream.conditions.free(outcome.key)
             stream.batches.leave([id], "dead")
+        elif isinstance(outcome, Kept):
+            ttl_s = settlement.result_ttl_s
+            self._server.keep_result(source.stream, outcome.job_id, outcome.result, ttl_s)
+            stream.batches.leave([id], "done")
         elif isinstance(outcome, PutBack):
             stream.lanes.wait_for(outcome.key, Lane.decode(outcome.lane).type, outcome.wait_s)
-            stream.lanes.put(outcome.lane, [outcome.job], version, in_front=True)
+            stream.lanes.put(outcome.lane, [outcome.job], settlement.version, in_front=True)
             del group.leases[id]
             stream.lanes.release(id)
             stream.batches.leave([id])

@@ -111,6 +111,9 @@ class RedisStoreBase:
     def ready_key(self, stream: str) -> str:
         return keys.ready_key(stream, cluster=self._endpoint.cluster)
 
+    def result_key(self, stream: str, job_id: str) -> str:
+        return keys.result_key(stream, job_id, cluster=self._endpoint.cluster)
+
     def key_faults(self, source: Source) -> list[KeyFault]:
         """The keys of a stream that cannot be worked with: of another type, full, or forbidden."""
         stream = source.stream

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ... import keys
-from ..batches import MAX_FINISHED, OPEN_S, PAGE, BatchJob, DueBatch, StreamBatch, Sweep, parse_batch
+from ..batches import MAX_FINISHED, OPEN_S, PAGE, DueBatch, StreamBatch, Sweep, parse_batch
 from .base import RedisStoreBase, checked, chunks_by_size, pairs
 from .lua import script
 
@@ -38,11 +38,10 @@ class RedisBatchStore(RedisStoreBase):
         flat: list[Any] = [part for field in fields.items() for part in field]
         return bool(self.one(stream, script("batch_open", two_keys, id, *flat)))
 
-    def batch_add(self, stream: str, id: str, home: str, jobs: Sequence[BatchJob]) -> bool:
-        all_keys = [stream, self.retry_key(stream), self.batch_key(stream, id)]
-        for part in chunks_by_size(jobs, lambda job: len(job.data)):
-            flat = [value for job in part for value in (job.delay_s, job.data)]
-            if not self.one(stream, script("batch_add", all_keys, home, OPEN_S, *flat)):
+    def batch_add(self, stream: str, id: str, home: str, jobs: Sequence[bytes]) -> bool:
+        two_keys = [stream, self.batch_key(stream, id)]
+        for part in chunks_by_size(jobs, len):
+            if not self.one(stream, script("batch_add", two_keys, home, OPEN_S, *part)):
                 return False
         return True
 

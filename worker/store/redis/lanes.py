@@ -26,20 +26,25 @@ def slots_key(ready: str) -> str:
     return f"{ready}/slots"
 
 
+def cancels_key(ready: str) -> str:
+    """Hash: pending entry that was cancelled -> whether it becomes a dead letter (1 or 0)."""
+    return f"{ready}/cancels"
+
+
 def backlog_commands(source: Source, ready: str) -> list[Command]:
     """Commands that count waiting jobs."""
     return [
         ("XINFO", "GROUPS", source.stream),
         ("XLEN", source.stream),
         ("HGETALL", ready),
-        ("HGET", f"{ready}/config", "version"),
+        ("HMGET", f"{ready}/config", "version", "cancels", "cancelled"),
         ("SMEMBERS", f"{ready}/asked"),
     ]
 
 
 def backlog(source: Source, replies: Sequence[Reply]) -> Backlog:
     """Their result. If the server does not know the lag, it is the number of entries that are not pending."""
-    groups, length, waiting, version, asked = replies
+    groups, length, waiting, config, asked = replies
     lag = 0
     for facts in () if is_no_stream(groups) else map(pairs, checked(groups)):
         if facts[b"name"] == source.group.encode():
@@ -51,7 +56,11 @@ def backlog(source: Source, replies: Sequence[Reply]) -> Backlog:
         if field.startswith(b"type/")
     }
     asked_types = frozenset(name.decode(errors="replace") for name in checked(asked))
-    return Backlog(lag, by_type, int(checked(version) or 0), asked_types)
+    version, cancels, cancelled = (int(number or 0) for number in checked(config))
+    in_series = sum(
+        int(count) for field, count in pairs(checked(waiting)).items() if field.startswith(b"series/")
+    )
+    return Backlog(lag, by_type, version, asked_types, in_series, cancels, cancelled)
 
 
 def config_commands(ready: str) -> list[Command]:

@@ -11,29 +11,36 @@ Command = Sequence[Argument]
 #: Scripts that act for a reader: they check its epoch and the ownership of entries first.
 _EPOCH_SCRIPTS = frozenset(
     {
-        *("settle", "set_deaths", "renew", "release", "claim", "renew_name", "sort", "take"),
-        *("batch_register", "hand_back"),
+        "settle",
+        "set_deaths",
+        "renew",
+        "release",
+        "claim",
+        "renew_name",
+        "sort",
+        "take",
+        "screen",
+        "claim_keys",
+        "batch_register",
+        "hand_back",
     }
 )
 #: Scripts that use the record of the service that owns a consumer's name.
 _NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lost", "find_idle"})
 #: Scripts that move jobs into lanes or out of them, or that end jobs which hold slots.
-_FLOW_SCRIPTS = frozenset({"sort", "take", "settle", "configure", "mend_slots"})
+_FLOW_SCRIPTS = frozenset(
+    {"sort", "take", "settle", "configure", "mend_slots", "screen", "claim_keys", "cancel"}
+)
+#: Scripts that compare entry ids.
+_ID_SCRIPTS = frozenset({"trim", "cancel"})
+#: Scripts that compare jobs with others of their idempotency and supersede keys.
+_CONDITION_SCRIPTS = frozenset({"screen", "claim_keys", "take", "settle"})
 
 #: Scripts that count the jobs of batches.
 _BATCH_SCRIPTS = frozenset(
     {
-        *(
-            "hand_back",
-            "settle",
-            "sort",
-            "batch_register",
-            "batch_open",
-            "batch_close",
-            "batch_finish",
-            "batch_sweep",
-        ),
-        "batch_mend",
+        *("settle", "sort", "batch_register", "batch_open", "batch_close", "batch_finish", "batch_sweep"),
+        *("batch_mend", "cancel", "screen", "hand_back"),
     }
 )
 
@@ -71,7 +78,11 @@ script = LuaScripts(
     {
         "prelude_epoch": _EPOCH_SCRIPTS,
         "prelude_name": _NAME_SCRIPTS,
+        "prelude_ids": _ID_SCRIPTS,
         "prelude_flow": _FLOW_SCRIPTS,
         "prelude_batch": _BATCH_SCRIPTS,
+        "prelude_conditions": _CONDITION_SCRIPTS,
+        "prelude_cancel": frozenset({"settle", "cancel"}),
+        "prelude_results": frozenset({"settle"}),
     },
 )

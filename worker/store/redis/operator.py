@@ -21,6 +21,7 @@ from ..operator import (
     LanePlace,
     Lease,
     Pause,
+    Rivals,
     Scheduled,
 )
 from ..ports import Entry
@@ -37,6 +38,8 @@ from .base import (
 )
 from .batches import RedisBatchStore
 from .blocking_read import data_of
+from .cancel import RedisCancelStore
+from .conditions import rivals
 from .connection import Reply
 from .cron import RedisCronStore
 from .key_scan import find_streams
@@ -46,7 +49,7 @@ from .lua import Command, script
 _HOLDER = b"/holder/"
 
 
-class OperatorStore(RedisCronStore, RedisBatchStore):
+class OperatorStore(RedisCronStore, RedisBatchStore, RedisCancelStore):
     """The streams, retries, dead letters and pauses of a deployment.
 
     It takes no consumer's name, so it may run beside any service. Every call raises `StoreUnavailable` when
@@ -151,6 +154,10 @@ class OperatorStore(RedisCronStore, RedisBatchStore):
         blocked = [key for key, score in zip(keys, scores, strict=True) if checked(score) is not None]
         return LanePlace(int(rank), next(iter(blocked), None))
 
+    def rivals(self, stream: str, entry: Entry) -> Rivals:
+        """The jobs that run instead of an entry's. Raises `MalformedJob` for an entry that is no job."""
+        return rivals(lambda command: self.one(stream, command), self.ready_key(stream), entry)
+
     # -- services and streams
 
     def announcements(self) -> list[Announcement]:
@@ -164,6 +171,10 @@ class OperatorStore(RedisCronStore, RedisBatchStore):
         )
 
     # -- where a job is
+
+    def cancel_is_asked(self, stream: str, id: bytes) -> bool:
+        """Whether a pending entry was cancelled, and the service that has it was asked to end it."""
+        return bool(self.one(stream, ("HEXISTS", lanes.cancels_key(self.ready_key(stream)), id)))
 
     def exists(self, stream: str) -> bool:
         """Whether the store has the stream's key."""

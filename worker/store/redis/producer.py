@@ -6,10 +6,10 @@ from ... import keys
 from ..announcements import Announcement
 from .base import announcements_in, checked, chunks_by_size
 from .batches import RedisBatchStore
-from .lua import script
+from .cancel import RedisCancelStore
 
 
-class RedisProducerStore(RedisBatchStore):
+class RedisProducerStore(RedisBatchStore, RedisCancelStore):
     """`ProducerStore` on Redis."""
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
@@ -21,8 +21,9 @@ class RedisProducerStore(RedisBatchStore):
                 added += 1
         return added
 
-    def schedule(self, stream: str, job: bytes, delay_s: float) -> None:
-        self.one(stream, script("schedule", [self.retry_key(stream)], delay_s, job))
+    def result(self, stream: str, job_id: str) -> bytes | None:
+        found = self.one(stream, ("GET", self.result_key(stream, job_id)))
+        return None if found is None else bytes(found)
 
     def announcements(self) -> list[Announcement]:
         return announcements_in(self.call(keys.SERVICES_KEY, [("HGETALL", keys.SERVICES_KEY)])[0])

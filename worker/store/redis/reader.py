@@ -11,7 +11,18 @@ from redis.exceptions import NoPermissionError, ResponseError
 from ...errors import NameHeld, StoreRefused
 from ...flow import FlowConfig
 from ...keys import NO_HOLDER, PAUSED_KEY, Holder, Source
-from ..ports import RELEASED_IDLE_S, Backlog, Dead, Entry, Settled, Settlement, TakenJobs, WaitingJob
+from ..ports import (
+    RELEASED_IDLE_S,
+    Backlog,
+    Candidate,
+    Dead,
+    Entry,
+    Screened,
+    Settled,
+    Settlement,
+    TakenJobs,
+    WaitingJob,
+)
 from . import lanes
 from .base import (
     SCRIPT_BYTES,
@@ -25,6 +36,7 @@ from .base import (
     pairs,
 )
 from .blocking_read import BlockingRead, GroupMissing
+from .conditions import add_screened, key_calls, screen_calls
 from .connection import Reply
 from .lua import Command, script
 
@@ -145,11 +157,13 @@ class RedisReaderStore(RedisStoreBase):
     def _settled(self, result: Settled, part: Settlement, reply: Reply) -> Settled:
         """The result of a settlement with that of one more part."""
         try:
-            refused = self._recovered(part.source, reply, partial(self._settlement, part))
+            reported = self._recovered(part.source, reply, partial(self._settlement, part))
         except StoreRefused as error:
             error = error.with_traceback(None)  # it would hold the settlement
-            return Settled(result.refused, result.unsettled.union(part.ids), error)
-        return result._replace(refused=result.refused.union(refused))
+            return result._replace(unsettled=result.unsettled.union(part.ids), error=error)
+        cancelled = {id[2:]: id[1:2] == b"1" for id in reported if id.startswith(b"!")}
+        refused = result.refused.union(id for id in reported if not id.startswith(b"!"))
+        return result._replace(refused=refused, cancelled={**result.cancelled, **cancelled})
 
     def set_deaths(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:
         charged: dict[bytes, int] = {}
@@ -170,14 +184,11 @@ class RedisReaderStore(RedisStoreBase):
         for some in chunks(ids):
             self._run(source, "release", [], [round(RELEASED_IDLE_S * 1000), *some])
 
-    def hand_back(self, source: Source, ids: Sequence[bytes]) -> int:
+    def hand_back(self, source: Source, jobs: Mapping[bytes, bytes]) -> int:
         """One script per 1,000 entries or 8 MiB, whichever is reached first."""
-        done = given = 0
-        while done < len(ids):
-            some = ids[done : done + SCRIPT_IDS]
-            looked_at, given_now = self._run(source, "hand_back", [], [SCRIPT_BYTES, *some])
-            done += looked_at
-            given += given_now
+        given = 0
+        for some in chunks_by_size(jobs.items(), lambda pair: len(pair[1])):
+            given += self._run(source, "hand_back", [], [part for pair in some for part in pair])
         return given
 
     def idle_readers(self, source: Source) -> int:
@@ -231,12 +242,39 @@ class RedisReaderStore(RedisStoreBase):
         reply = self._run(source, "take", more_keys, [most, lanes.TAKE_BYTES, lanes.OUTDATED_IDS, *types])
         return lanes.taken(reply, partial(self._deaths, source))
 
+    def cancels(self, source: Source) -> dict[bytes, bool]:
+        found = pairs(self.one(source.stream, ("HGETALL", lanes.cancels_key(self._ready(source)))))
+        return {id: keeps == b"1" for id, keeps in found.items()}
+
+    def end_cancels(self, source: Source, ids: Sequence[bytes]) -> None:
+        for some in chunks(ids):
+            self.one(source.stream, ("HDEL", lanes.cancels_key(self._ready(source)), *some))
+
     def register_batches(self, source: Source, batches: Mapping[bytes, str]) -> set[str]:
         unknown: set[str] = set()
         for some in chunks(_in_order(list(batches))):
             arguments = [value for id in some for value in (id, batches[id])]
             unknown.update(id.decode() for id in self._run(source, "batch_register", [], arguments))
         return unknown
+
+    def claim_keys(
+        self, source: Source, keys: Sequence[tuple[bytes, str]], window_s: float
+    ) -> dict[bytes, bytes]:
+        """At most 1,000 keys a script."""
+        owners: dict[bytes, bytes] = {}
+        for some, arguments in key_calls(keys, window_s):
+            reply = self._run(source, "claim_keys", [self._ready(source)], arguments)
+            owners |= {some[number - 1][0]: by for number, by in zip(reply[::2], reply[1::2], strict=True)}
+        return owners
+
+    def screen(self, source: Source, candidates: Sequence[Candidate]) -> Screened:
+        """At most 1,000 jobs or 8 MiB a script."""
+        stream = source.stream
+        more_keys = [self.retry_key(stream), self.deaths_key(stream), self._ready(source)]
+        screened = Screened({}, set(), set())
+        for some, arguments in screen_calls(candidates):
+            add_screened(some, self._run(source, "screen", more_keys, arguments), screened)
+        return screened
 
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         slots = lanes.slots_key(self._ready(source))
@@ -352,14 +390,16 @@ class RedisReaderStore(RedisStoreBase):
 
     def _settlement(self, part: Settlement) -> Command:
         source, stream = part.source, part.source.stream
-        counts = [len(part.done), len(part.retries), len(part.dead)]
-        arguments: list[Any] = [*counts, int(part.sure), part.version, *part.done]
+        done = [*part.done, *part.dropped]
+        counts = [len(done), len(part.retries), len(part.dead)]
+        arguments: list[Any] = [*counts, int(part.sure), part.version, *done]
         for retry in part.retries:
             arguments += (retry.id, retry.delay_s, retry.data)
         for dead in part.dead:
-            arguments += dead
+            arguments += dead.id, dead.data, *(dead.key or ("", "", ""))
         for job, lane, key, wait_s in part.put_back:
             arguments += (job.id, lane, job.cost, key, round(wait_s * 1000))
+        arguments += self._results(part)
         more_keys = [
             self.retry_key(stream),
             self.dead_key(stream),
@@ -367,6 +407,18 @@ class RedisReaderStore(RedisStoreBase):
             self._ready(source),
         ]
         return self._reader_script(source, "settle", more_keys, arguments)
+
+    def _results(self, part: Settlement) -> list[Any]:
+        """The end of the arguments: see prelude_results.lua."""
+        stream = part.source.stream
+        arguments: list[Any] = []
+        for kept in part.kept:
+            arguments += (kept.id, self.result_key(stream, kept.job_id), kept.result, 1)
+        for dead in part.dead:
+            if dead.result:
+                arguments += (dead.id, self.result_key(stream, dead.job_id), dead.result, 0)
+        number = len(arguments) // 4
+        return [*arguments, max(1, round(part.result_ttl_s * 1000)), number] if number else [0]
 
 
 def _is_entry_id(field: bytes) -> bool:
@@ -386,13 +438,17 @@ def _in_order(ids: Sequence[bytes]) -> list[bytes]:
 
 def _parts(settlement: Settlement) -> Iterator[Settlement]:
     """The settlement in parts of one kind, at most 1,000 ids and 8 MiB."""
-    source, done, retries, dead, sure, put_back, version = settlement
+    source, done, retries, dead, sure, put_back, version, dropped, kept, result_ttl_s = settlement
     for ids in chunks(_in_order(done)):
         yield Settlement(source, done=ids, sure=sure)
+    for ids in chunks(_in_order(dropped)):
+        yield Settlement(source, dropped=ids)
     for some in chunks_by_size(retries, lambda retry: len(retry.data)):
         yield Settlement(source, retries=some)
-    for letters in chunks_by_size(dead, lambda letter: len(letter.data)):
-        yield Settlement(source, dead=letters)
+    for letters in chunks_by_size(dead, lambda letter: len(letter.data) + len(letter.result)):
+        yield Settlement(source, dead=letters, result_ttl_s=result_ttl_s)
+    for results in chunks_by_size(kept, lambda one: len(one.result)):
+        yield Settlement(source, kept=results, result_ttl_s=result_ttl_s)
     for some_back in chunks_by_size(put_back, lambda job: len(job.lane)):
         yield Settlement(source, put_back=some_back, version=version)
 

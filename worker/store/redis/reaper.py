@@ -66,6 +66,9 @@ class RedisReaperStore(RedisCronStore, RedisBatchStore):
         if outdated:
             self.call(SERVICES_KEY, [("HDEL", SERVICES_KEY, *outdated)])
 
+    def forget_keys(self, stream: str) -> int:
+        return int(self.one(stream, script("forget_keys", [self.ready_key(stream)])))
+
     def mend_slots(self, source: Source) -> int:
         command = script("mend_slots", [source.stream, self.ready_key(source.stream)], source.group)
         return int(self.one(source.stream, command))

@@ -4,6 +4,7 @@
 --   heads   ZSET lane -> arrival (ms) of its first job: every lane
 --   flows/<type>   ZSET flow -> start tag: the flows that have a lane which may be served
 --   lanes/<type>/<flow>   ZSET lane -> arrival of its first job: these lanes, where the type has limits
+--   series_flows/<type>, series_lanes/<type>/<flow>   the same for lanes of one series each, whose jobs run one at a time
 --   finish   ZSET flow -> finish tag, while it is above the virtual time
 --   tenants   ZSET tenant -> waiting jobs   weights   HASH tenant -> weight
 --   config   HASH: version and limits   old   SET of lanes whose limits have changed
@@ -12,7 +13,7 @@
 --   asked   SET of types with such a key
 --   parked/<key>   ZSET lane -> tag: lanes that wait for a key   timers   ZSET key -> time (ms) at which one is woken
 -- A flow is a tenant and a priority: '<10 - priority>/<length>/<tenant>'. A lane's name is '<length>/<type>/<flow>', then
--- its limit keys as a JSON list, if it has any.
+-- its limit keys as a JSON list, if it has any. A series is the limit key '~=<digest>' (see conditions.py).
 local ready = KEYS[#KEYS]
 
 local lanes_read = {}
@@ -25,11 +26,15 @@ local function read_lane(name)
     local rank, tenant_length, tenant_at = name:match('^(%d+)/(%d+)/()', flow_at)
     local stop = tenant_at + tenant_length
     local keys = #name >= stop and cjson.decode(name:sub(stop)) or {}
-    local flow = name:sub(flow_at, stop - 1)
+    local flow, series = name:sub(flow_at, stop - 1), nil
+    for _, key in ipairs(keys) do
+      series = key:sub(1, 2) == '~=' and key or series
+    end
+    local kind = series and '/series_' or '/'
     lane = {
       type = type, priority = 10 - rank, tenant = name:sub(tenant_at, stop - 1), flow = flow, keys = keys,
-      jobs = ready .. '/jobs/' .. name, flows = ready .. '/flows/' .. type,
-      lanes = #keys > 0 and ready .. '/lanes/' .. name:sub(1, stop - 1),
+      series = series, jobs = ready .. '/jobs/' .. name, flows = ready .. kind .. 'flows/' .. type,
+      lanes = #keys > 0 and ready .. kind .. 'lanes/' .. name:sub(1, stop - 1),
     }
     lanes_read[name] = lane
   end
@@ -98,7 +103,7 @@ local function count_jobs(by_lane)
   local fields, tenants, all = {}, {}, 0
   for name, number in pairs(by_lane) do
     local lane = read_lane(name)
-    for _, field in ipairs({ 'type/' .. lane.type, 'priority/' .. lane.priority }) do
+    for _, field in ipairs({ (lane.series and 'series/' or 'type/') .. lane.type, 'priority/' .. lane.priority }) do
       fields[field] = (fields[field] or 0) + number
     end
     tenants[lane.tenant] = (tenants[lane.tenant] or 0) + number

@@ -1,17 +1,19 @@
 -- Settles entries: acknowledges each and, in the same step, schedules a retry, adds a dead letter or puts it back to wait.
--- Called by RedisReaderStore.settle, after prelude_epoch.lua, prelude_flow.lua and prelude_batch.lua. Atomic: a job is never
--- in two places or in none, its slots are free and its batch counts it when it has ended, and a reader that lost an entry
--- changes nothing.
+-- Called by RedisReaderStore.settle, after prelude_epoch.lua, prelude_flow.lua, prelude_conditions.lua, prelude_batch.lua,
+-- prelude_cancel.lua and prelude_results.lua. Atomic: a job is never in two places or in none, its slots are free, its batch
+-- counts it and its result is kept when it has ended, and a reader that lost an entry changes nothing.
 -- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] retry ZSET  KEYS[4] dead-letter stream  KEYS[5] deaths hash
 -- KEYS[6] ready hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch
 -- ARGV[4] number of ids done   ARGV[5] number of retries   ARGV[6] number of dead
 -- ARGV[7] 1 if no other consumer can have taken an id that is done; then refusals of these are not looked for
 -- ARGV[8] version of the limits by which lanes were chosen
--- ARGV[9...] the ids done, then (id, delay in s, job) for each retry, then (id, letter) for each dead, where an entry
--- with an empty letter ends without one, then for each job that waits (id, lane, cost, key, ms): it is the first of its lane
--- again, and the key waits
--- Returns the ids that were refused because they were not pending for this consumer.
+-- ARGV[9...] the ids done, then (id, delay in s, job) for each retry, then for each dead (id, letter, bucket of its
+-- idempotency key or '', key, first entry): an entry with an empty letter ends without one, and the key is free again; then
+-- for each job that waits (id, lane, cost, key, ms): it is the first of its lane again, and the key waits; then
+-- the results (see prelude_results.lua)
+-- Returns the ids that were refused because they were not pending for this consumer. An id behind '!' and a digit is still
+-- pending: it was cancelled, so it is neither retried nor put back; the digit is its field of the hash of cancels.
 local done, retries, dead = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local refused, at = {}, 9 + done
 local ended = {}
@@ -65,7 +67,10 @@ if retries > 0 then
 end
 for _ = 1, retries do
   local id = ARGV[at]
-  if owned(id) then
+  local flag = owned(id) and cancelled(id)
+  if flag then
+    refused[#refused + 1] = '!' .. flag .. id
+  elseif owned(id) then
     schedule(string.format('%.6f', now + tonumber(ARGV[at + 1])), id, ARGV[at + 2])
     acknowledge(id)
     leave_batches({ id })
@@ -80,17 +85,34 @@ for _ = 1, dead do
     if ARGV[at + 1] ~= '' then
       redis.call('XADD', KEYS[4], '*', 'data', ARGV[at + 1])
     end
+    if ARGV[at + 2] ~= '' then
+      free_unique(ARGV[at + 2], ARGV[at + 3], ARGV[at + 4])
+    end
+    keep_result(id)
     acknowledge(id)
     leave_batches({ id }, 'dead')
   else
     refused[#refused + 1] = id
   end
-  at = at + 2
+  at = at + 5
+end
+
+for _, id in ipairs(succeeded) do
+  if owned(id) then
+    keep_result(id)
+    acknowledge(id)
+    leave_batches({ id }, 'done')
+  else
+    refused[#refused + 1] = id
+  end
 end
 
 while at <= #ARGV do
   local id, key, ms = ARGV[at], ARGV[at + 3], tonumber(ARGV[at + 4])
-  if owned(id) then
+  local flag = owned(id) and cancelled(id)
+  if flag then
+    refused[#refused + 1] = '!' .. flag .. id
+  elseif owned(id) then
     put_jobs(ARGV[at + 1], { id .. ' ' .. ARGV[at + 2] }, true, ARGV[8])
     count_jobs({ [ARGV[at + 1]] = 1 })
     redis.call('XACK', KEYS[1], ARGV[1], id)

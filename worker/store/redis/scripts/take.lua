@@ -1,7 +1,8 @@
 -- Takes the jobs whose turn it is out of their lanes and makes them pending for the caller, by start-time fair queueing:
 -- the flow with the lowest start tag is served, and its next tag is higher by cost / weight.
--- Called by RedisReaderStore.take, after prelude_epoch.lua and prelude_flow.lua. Atomic: a job is in a lane or pending, and
--- a limit is checked and used in one step.
+-- Called by RedisReaderStore.take, after prelude_epoch.lua, prelude_flow.lua and prelude_conditions.lua. Atomic: a job is in
+-- a lane or pending, and a limit is checked and used in one step. Superseded jobs are taken whatever the limits are, so that
+-- the caller can drop them.
 -- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] deaths hash  KEYS[4] ready hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch   ARGV[4] most jobs   ARGV[5] bytes after which to stop
 -- ARGV[6] most jobs of lanes whose limits have changed   ARGV[7...] types that the caller runs now
@@ -50,6 +51,7 @@ for _, limit in ipairs(cjson.decode(redis.call('HGET', ready .. '/config', 'limi
   limits[limit.name] = limit
   is_limited[limit.type] = true
 end
+limits['~'] = { concurrency = 1 } -- of each series
 local has_waits = redis.call('EXISTS', ready .. '/until') == 1
 
 -- Returns whether a key has room for one more job and, where only time helps, when (ms).
@@ -123,20 +125,26 @@ for _, key in ipairs(redis.call('ZRANGEBYSCORE', ready .. '/timers', '-inf', now
 end
 
 local heads = {}
-local function look(type)
-  local lowest = redis.call('ZRANGE', ready .. '/flows/' .. type, 0, 0, 'WITHSCORES')
-  heads[type] = #lowest > 0 and { lowest[1], tonumber(lowest[2]) } or nil
+local function look(flows)
+  local lowest = redis.call('ZRANGE', flows, 0, 0, 'WITHSCORES')
+  heads[flows] = #lowest > 0 and { lowest[1], tonumber(lowest[2]) } or nil
 end
+-- Type and kind of each key of flows.
+local types, kinds = {}, {}
 for i = 7, #ARGV do
-  look(ARGV[i])
+  for _, kind in ipairs({ '/', '/series_' }) do
+    local flows = ready .. kind .. 'flows/' .. ARGV[i]
+    types[flows], kinds[flows] = ARGV[i], kind
+    look(flows)
+  end
 end
 
-local function next_type()
+local function next_flows()
   local best
-  for type, head in pairs(heads) do
+  for flows, head in pairs(heads) do
     local other = best and heads[best]
     if not other or head[2] < other[2] or (head[2] == other[2] and head[1] < other[1]) then
-      best = type
+      best = flows
     end
   end
   return best
@@ -178,10 +186,12 @@ local function weight(lane)
   return own * 2 ^ lane.priority
 end
 
-local function serve(name, lane, start)
+local function serve(name, lane, start, superseded)
   local jobs, first = take_out(name, 1)
   local finish = start
-  if jobs[1] then
+  if jobs[1] and superseded then
+    ids[#ids + 1] = jobs[1]:match('^%S+')
+  elseif jobs[1] then
     local id, cost = jobs[1]:match('^(%S+) (%d+)')
     ids[#ids + 1] = id
     bytes = bytes - tonumber(cost)
@@ -201,27 +211,37 @@ local function serve(name, lane, start)
   wake_others(lane)
 end
 
+local function has_superseded_job(lane)
+  local first = lane.series and redis.call('LINDEX', lane.jobs, 0)
+  return first and is_superseded(lane.series, first:match('^%S+'))
+end
+
 local taken = 0
 while taken < most and bytes > 0 and looks > 0 do
-  local type = next_type()
-  if not type then
+  local flows = next_flows()
+  if not flows then
     break
   end
-  local flow, start = heads[type][1], math.max(heads[type][2], now_virtual())
+  local type, kind = types[flows], kinds[flows]
+  local flow, start = heads[flows][1], math.max(heads[flows][2], now_virtual())
   local finish = finish_of(flow)
   local name = #type .. '/' .. type .. '/' .. flow
-  if is_limited[type] then
-    name = redis.call('ZRANGE', ready .. '/lanes/' .. name, 0, 0)[1]
+  if is_limited[type] or kind == '/series_' then
+    name = redis.call('ZRANGE', ready .. kind .. 'lanes/' .. name, 0, 0)[1]
   end
   if not name then
-    redis.call('ZREM', ready .. '/flows/' .. type, flow)
+    redis.call('ZREM', flows, flow)
     looks = looks - 1
   elseif finish > start then -- it was served in another type
-    redis.call('ZADD', ready .. '/flows/' .. type, tag(finish), flow)
+    redis.call('ZADD', flows, tag(finish), flow)
     looks = looks - 1
   else
     local lane = read_lane(name)
-    local key, at = blocked_by(lane)
+    local superseded = has_superseded_job(lane)
+    local key, at
+    if not superseded then
+      key, at = blocked_by(lane)
+    end
     if key then
       close_lane(name)
       redis.call('ZADD', ready .. '/parked/' .. key, tag(start), name)
@@ -231,11 +251,11 @@ while taken < most and bytes > 0 and looks > 0 do
       wake_others(lane, key)
       looks = looks - 1
     else
-      serve(name, lane, start)
+      serve(name, lane, start, superseded)
       taken = #ids - sorted_again
     end
   end
-  look(type)
+  look(flows)
 end
 
 for name, number in pairs(left_by_lane) do

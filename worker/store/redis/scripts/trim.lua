@@ -1,21 +1,8 @@
 -- Deletes the entries that every group of the stream has read and acknowledged, and that do not wait in a lane.
--- Called by RedisReaperStore.trim. Atomic: no group may be created between the comparison and the deletion.
+-- Called by RedisReaperStore.trim, after prelude_ids.lua. Atomic: no group may be created between the comparison and the deletion.
 -- KEYS[1] stream  KEYS[2] ready hash
 -- ARGV[1] about how many at most in one call
 -- Returns the number of deleted entries; 0 for a stream without a group.
-
--- Ids are compared as text: a sequence has 64 bits and a Lua number holds 53.
-local function less(a, b)
-  local a_ms, a_seq = a:match('(%d+)-(%d+)')
-  local b_ms, b_seq = b:match('(%d+)-(%d+)')
-  if a_ms == b_ms then
-    a_ms, b_ms = a_seq, b_seq
-  end
-  if #a_ms ~= #b_ms then
-    return #a_ms < #b_ms
-  end
-  return a_ms < b_ms
-end
 
 local function following(id)
   local ms, seq = id:match('(%d+)-(%d+)')

@@ -1,10 +1,12 @@
 """uvicorn with limits against slow clients, and an end within a fixed time."""
 
 import asyncio
+import contextlib
 import os
 import threading
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import h11
 import uvicorn
@@ -24,12 +26,14 @@ class BoundedProtocol(H11Protocol):
     A connection beyond the limit is closed at once.
     """
 
+    max_connections: ClassVar[int] = MAX_CONNECTIONS
+    request_within_s: ClassVar[float] = REQUEST_WITHIN_S
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline of the first request."""
         super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS:
+        if len(self.connections) > self.max_connections:
             transport.abort()
         else:
             self._start()
@@ -49,7 +53,8 @@ class BoundedProtocol(H11Protocol):
 
     def _start(self) -> None:
         if self._deadline is None:
-            self._deadline = asyncio.get_running_loop().call_later(REQUEST_WITHIN_S, self.transport.abort)
+            loop = asyncio.get_running_loop()
+            self._deadline = loop.call_later(self.request_within_s, self.transport.abort)
 
     def _stop(self) -> None:
         if self._deadline is not None:
@@ -68,9 +73,24 @@ class BoundedServer(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def config(application: Any, drain_s: int) -> uvicorn.Config:
+class SupervisedServer(uvicorn.Server):
+    """Server in a process of the service: the supervisor stops it, so signals of a terminal do not."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield
+
+    def stop(self) -> None:
+        """Accept no more connections, finish the requests in progress, end."""
+        self.should_exit = True
+
+
+def config(
+    application: Any, drain_s: int, protocol: type[BoundedProtocol] = BoundedProtocol
+) -> uvicorn.Config:
     """Settings of the server."""
     return uvicorn.Config(
         application, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
-        http=BoundedProtocol, timeout_graceful_shutdown=drain_s,
+        http=protocol, timeout_graceful_shutdown=drain_s,
     )  # fmt: skip

@@ -1,0 +1,1 @@
+"""HTTP API: embeddings and search for clients that ask."""

@@ -1,0 +1,237 @@
+"""Dynamic batching: requests that wait while a pass runs go through the model together in the next one."""
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from ..encoder.base import Encoder, Plan, Purpose, UnsuitableText, Vectors
+from .errors import ApiError
+
+log = logging.getLogger("jobworker.api")
+
+#: Tokens that may wait, and tokens of one request, in passes: a few seconds of work on any device.
+QUEUED_PASSES = 16
+#: Shorter texts are tokenised at once: another thread costs more than these take (0.1 ms).
+INLINE_CHARS = 4096
+#: Rate before the first measurement (tokens a second), and the weight of the latest pass in the average.
+FIRST_RATE, RATE_WEIGHT = 2000.0, 0.2
+#: Longest time that a client is asked to wait before its next try.
+MAX_RETRY_AFTER_S = 30
+
+
+class _Work:
+    """One part of a request: it goes through the model as a whole."""
+
+    __slots__ = ("future", "plan", "tokens")
+
+    def __init__(self, plan: Plan, tokens: int, future: "asyncio.Future[Vectors]") -> None:
+        self.plan, self.tokens, self.future = plan, tokens, future
+
+
+class EmbeddedTexts(NamedTuple):
+    """Vectors of shape (texts, dim), and the tokens that went through the model."""
+
+    vectors: Vectors
+    tokens: int
+
+
+class Batcher:
+    """A model with a queue; one thread runs its passes.
+
+    Without a queue a request starts at once: nothing waits for company. A large request is divided into parts
+    of one pass each, which take turns with other requests. Create and call it in the event loop.
+    """
+
+    def __init__(
+        self, encoder: Encoder, *, on_batch: Callable[[int, int], None] = lambda requests, tokens: None
+    ) -> None:
+        """``on_batch`` gets the number of requests and of tokens of each pass, in the loop's thread."""
+        self.encoder = encoder
+        self.pass_tokens = encoder.pass_tokens
+        self.max_tokens = QUEUED_PASSES * self.pass_tokens
+        self._on_batch = on_batch
+        self._loop = asyncio.get_running_loop()
+        self._tokenizing = asyncio.Lock()
+        self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
+        self._changed = threading.Condition()
+        self._queue: deque[_Work] = deque()
+        self._closed = False
+        #: Tokens that were admitted and are not computed yet. Only the loop's thread changes it.
+        self.waiting_tokens = 0
+        self._rate = FIRST_RATE
+        self._mono_pass_s = 0.0
+        threading.Thread(target=self._run, name="model", daemon=True).start()
+
+    async def embed(self, texts: Sequence[str], purpose: Purpose) -> EmbeddedTexts:
+        """Embed texts. Raises ApiError: 400 for unsuitable texts, 413 for too many tokens, 429 for a full
+        queue, 500 if the model fails."""
+        plan = await self._tokenize(texts, purpose)
+        sizes = [len(window) for window in plan.windows]
+        tokens = sum(sizes)
+        self._admit(tokens)
+        parts = []
+        try:
+            for part in divide(plan, self.pass_tokens):
+                parts.append(await self._submit(part))
+        finally:
+            self.waiting_tokens -= tokens
+        return EmbeddedTexts(parts[0] if len(parts) == 1 else np.concatenate(parts), tokens)
+
+    async def _tokenize(self, texts: Sequence[str], purpose: Purpose) -> Plan:
+        try:
+            async with self._tokenizing:  # the encoder takes one call at a time
+                if sum(map(len, texts)) <= INLINE_CHARS:
+                    return self.encoder.tokenize(texts, purpose)
+                return await self._loop.run_in_executor(
+                    self._tokenizer_thread, self.encoder.tokenize, texts, purpose
+                )
+        except UnsuitableText as error:
+            raise ApiError(400, str(error), code="unsuitable_text", param="input") from error
+
+    def _admit(self, tokens: int) -> None:
+        if tokens > self.max_tokens:
+            raise ApiError(413, f"{tokens} tokens; a request may have {self.max_tokens}: divide it")
+        if self.waiting_tokens and self.waiting_tokens + tokens > self.max_tokens:
+            retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(self.waiting_tokens / self._rate)))
+            raise ApiError(429, "too many tokens wait already", retry_after_s=retry_after_s)
+        self.waiting_tokens += tokens
+
+    async def _submit(self, plan: Plan) -> Vectors:
+        work = _Work(plan, sum(map(len, plan.windows)), self._loop.create_future())
+        with self._changed:
+            self._queue.append(work)
+            self._changed.notify()
+        return await work.future
+
+    def pass_s(self) -> float:
+        """Seconds for which the current pass has been running; 0.0 while the model is idle."""
+        since = self._mono_pass_s
+        return time.monotonic() - since if since else 0.0
+
+    def close(self) -> None:
+        """End the threads after the current pass."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._tokenizer_thread.shutdown(wait=False)
+
+    # -- the model's thread
+
+    def _run(self) -> None:
+        while works := self._take():
+            self._mono_pass_s = started_s = time.monotonic()
+            outcomes = self._compute(works)
+            self._mono_pass_s = 0.0
+            took_s = time.monotonic() - started_s
+            try:
+                self._loop.call_soon_threadsafe(self._deliver, works, outcomes, took_s)
+            except RuntimeError:  # the loop was closed: the process ends
+                return
+
+    def _take(self) -> list[_Work]:
+        """The next works that fit into a pass, all of one purpose; empty at the end."""
+        with self._changed:
+            while True:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if self._closed:
+                    return []
+                if works := self._gather():
+                    return works
+
+    def _gather(self) -> list[_Work]:
+        works: list[_Work] = []
+        tokens = 0
+        while self._queue:
+            work = self._queue[0]
+            full = tokens + work.tokens > self.pass_tokens
+            if works and (full or work.plan.purpose != works[0].plan.purpose):
+                break
+            self._queue.popleft()
+            if not work.future.cancelled():  # its deadline has passed
+                works.append(work)
+                tokens += work.tokens
+        return works
+
+    def _compute(self, works: Sequence[_Work]) -> list[Vectors | Exception]:
+        """One outcome a work. If the pass fails, each work runs alone: only the one at fault fails."""
+        try:
+            vectors = self.encoder.forward(merge([work.plan for work in works]))
+        except Exception as error:
+            if len(works) > 1:
+                return [outcome for work in works for outcome in self._compute([work])]
+            log.error("api.pass_failed", extra={"error": str(error), "texts": works[0].plan.texts})
+            return [error]
+        stops = np.cumsum([work.plan.texts for work in works])
+        return list(np.split(vectors, stops[:-1]))
+
+    # -- the loop's thread again
+
+    def _deliver(
+        self, works: Sequence[_Work], outcomes: Sequence[Vectors | Exception], took_s: float
+    ) -> None:
+        tokens = sum(work.tokens for work in works)
+        if took_s > 0:
+            self._rate += RATE_WEIGHT * (tokens / took_s - self._rate)
+        self._on_batch(len(works), tokens)
+        for work, outcome in zip(works, outcomes, strict=True):
+            if work.future.done():
+                continue
+            if isinstance(outcome, Exception):
+                work.future.set_exception(ApiError(500, "the model failed on this request"))
+            else:
+                work.future.set_result(outcome)
+
+
+def merge(plans: Sequence[Plan]) -> Plan:
+    """The texts of several plans of one purpose, in order, as one plan."""
+    if len(plans) == 1:
+        return plans[0]
+    merged = Plan(sum(plan.texts for plan in plans), [], [], [], 0, plans[0].purpose)
+    first, truncated = 0, 0
+    for plan in plans:
+        merged.windows.extend(plan.windows)
+        merged.owners.extend(first + owner for owner in plan.owners)
+        merged.weights.extend(plan.weights)
+        first += plan.texts
+        truncated += plan.truncated_tokens
+    return Plan(merged.texts, merged.windows, merged.owners, merged.weights, truncated, merged.purpose)
+
+
+def divide(plan: Plan, tokens: int) -> Iterator[Plan]:
+    """A plan in parts of whole texts, in order, of at most ``tokens`` each; a longer text is one part."""
+    if sum(map(len, plan.windows)) <= tokens or plan.texts == 1:
+        yield plan
+        return
+    start = filled = 0
+    first_text = 0
+    truncated = plan.truncated_tokens
+    for stop in range(1, len(plan.windows) + 1):
+        filled += len(plan.windows[stop - 1])
+        at_end = stop == len(plan.windows)
+        if not at_end and plan.owners[stop] == plan.owners[stop - 1]:
+            continue
+        next_tokens = 0 if at_end else _text_tokens(plan, stop)
+        if at_end or filled + next_tokens > tokens:
+            texts = plan.owners[stop - 1] + 1 - first_text
+            owners = [owner - first_text for owner in plan.owners[start:stop]]
+            # Counted once, with the first part.
+            yield Plan(
+                texts, plan.windows[start:stop], owners, plan.weights[start:stop], truncated, plan.purpose
+            )
+            start, filled, first_text, truncated = stop, 0, first_text + texts, 0
+
+
+def _text_tokens(plan: Plan, start: int) -> int:
+    """Tokens of the text whose first window is at ``start``."""
+    stop = start
+    while stop < len(plan.owners) and plan.owners[stop] == plan.owners[start]:
+        stop += 1
+    return sum(map(len, plan.windows[start:stop]))

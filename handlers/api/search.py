@@ -1,0 +1,167 @@
+"""Search of the HTTP API: embeds the question with the model of the collection that answers it."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from jobworker.worker import StoreUnavailable
+
+from ..vectors.ports import (
+    AnyHit,
+    CollectionMissing,
+    PermanentStoreError,
+    SearchFilter,
+    Vector,
+    VectorStore,
+    VectorStoreError,
+)
+from ..vectors.schema import check_id, plain_name, shown
+from .errors import ApiError
+from .models import Models
+from .payloads import MAX_HITS, SearchRequest
+
+log = logging.getLogger("jobworker.api")
+
+T = TypeVar("T")
+
+#: Requests to the stores at once: each waits mostly.
+THREADS = 8
+#: Tries of a search during which a rebuild switches the collection: a second switch takes minutes.
+TRIES = 3
+RETRY_AFTER_S = 2
+
+
+class Answering(NamedTuple):
+    """Model of the collection that answers now (empty: the service's own), and the one that comes next."""
+
+    model: str
+    next_model: str = ""
+    target: str = ""
+
+
+class Searcher:
+    """Answers `SearchRequest`s.
+
+    ``open_store``: opens the vector store at the first search; None if the service has none.
+    ``rebuild_state``: gives the fields of the rebuild of a collection by its full name.
+    """
+
+    def __init__(
+        self,
+        open_store: Callable[[], VectorStore] | None,
+        rebuild_state: Callable[[str], Mapping[str, str]],
+        models: Models,
+        prefix: str,
+    ) -> None:
+        self._open_store, self._rebuild_state = open_store, rebuild_state
+        self._models, self._prefix = models, prefix
+        self._threads = ThreadPoolExecutor(THREADS, "search")
+        self._state_lock, self._open_lock = threading.Lock(), threading.Lock()
+        self._opened: VectorStore | None = None
+
+    async def warm_up(self) -> None:
+        """Import the store's client, which takes most of a second, before the first search."""
+        if self._open_store is not None:
+            await self._in_thread(self._store)
+
+    async def search(self, asked: SearchRequest) -> dict[str, Any]:
+        """The answer of ``/v1/search``. Raises ApiError."""
+        try:
+            name = _check(asked, self._prefix)
+            where = SearchFilter(
+                tuple(asked.chapter_ids), tuple(asked.segment_types), asked.story_time_from,
+                asked.story_time_to,
+            )  # fmt: skip
+            hits, model = await self._find(asked, name, where)
+        except CollectionMissing as error:
+            raise ApiError(404, str(error), code="collection_not_found", param="collection") from error
+        except PermanentStoreError as error:
+            raise ApiError(400, str(error)) from error
+        except (VectorStoreError, StoreUnavailable) as error:
+            log.warning("api.store_unavailable", extra={"error": str(error)})
+            raise ApiError(503, "the store does not answer", retry_after_s=RETRY_AFTER_S) from error
+        least = asked.min_score
+        results = [hit._asdict() for hit in hits if least is None or hit.score >= least]
+        return {"object": "list", "results": results, "collection": name, "model": model}
+
+    async def _find(
+        self, asked: SearchRequest, name: str, where: SearchFilter
+    ) -> tuple[Sequence[AnyHit], str]:
+        """The hits, and the model of the question; empty where the request brought its vector."""
+        if asked.vector is not None:
+            return await self._hits(asked, name, where, np.asarray(asked.vector, np.float32)), ""
+        alias = self._prefix + name
+        for _ in range(TRIES):
+            answering = await self._in_thread(self._answering, name, alias)
+            self._models.preload(answering.next_model)
+            model = self._models.of_collection(answering.model)
+            vectors, _ = await model.embed([asked.query], "query")
+            try:
+                hits = await self._hits(asked, name, where, vectors[0])
+            except PermanentStoreError:
+                if await self._in_thread(self._answering, name, alias) == answering:
+                    raise
+                continue
+            if await self._in_thread(self._answering, name, alias) == answering:
+                return hits, model.encoder.name
+        raise ApiError(503, "the collection is being exchanged", retry_after_s=RETRY_AFTER_S)
+
+    async def _hits(
+        self, asked: SearchRequest, name: str, where: SearchFilter, vector: Vector
+    ) -> Sequence[AnyHit]:
+        return await self._in_thread(
+            lambda: self._store().search(
+                name, vector, tenant_id=asked.tenant_id, project_id=asked.project_id, limit=asked.limit,
+                where=where,
+            )
+        )  # fmt: skip
+
+    def _store(self) -> VectorStore:
+        if self._open_store is None:
+            raise ApiError(404, "this service has no vector store: give it --milvus-uri", code="no_store")
+        with self._open_lock:
+            if self._opened is None:
+                self._opened = self._open_store()
+            return self._opened
+
+    def _answering(self, name: str, alias: str) -> Answering:
+        """The model of the live collection, by what the last rebuild recorded."""
+        with self._state_lock:
+            state = self._rebuild_state(alias)
+        phase, live = state.get("phase", "done"), state.get("live_model", "")
+        target, new, old = state.get("target", ""), state.get("model", ""), state.get("model_before", "")
+        if phase == "switch" and new:
+            # The alias is moved in this phase, and `live_model` is the new one already.
+            on_target = self._store().collection_behind(name) == target
+            return Answering(new if on_target else old, new, target)
+        return Answering(live, "" if phase == "done" else new, target)
+
+    async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
+
+    def close(self) -> None:
+        """End the threads after their present requests."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _check(asked: SearchRequest, prefix: str) -> str:
+    """The plain name of the collection. Raises ApiError and PermanentStoreError."""
+    check_id("tenant_id", asked.tenant_id)
+    check_id("project_id", asked.project_id)
+    if not 1 <= asked.limit <= MAX_HITS:
+        raise ApiError(400, f"limit {asked.limit} is not between 1 and {MAX_HITS}", param="limit")
+    if (asked.vector is None) == (not asked.query):
+        raise ApiError(400, "give either query or vector", param="query")
+    if asked.vector is not None and len(asked.vector) > 32768:
+        raise ApiError(400, f"vector of {len(asked.vector)} numbers", param="vector")
+    if len(asked.chapter_ids) > MAX_HITS or len(asked.segment_types) > MAX_HITS:
+        raise ApiError(400, f"at most {MAX_HITS} chapter_ids and segment_types")
+    name = plain_name(asked.collection, prefix)
+    if asked.min_score is not None and not -1 <= asked.min_score <= 1:
+        raise ApiError(400, f"min_score {shown(asked.min_score)} is not between -1 and 1", param="min_score")
+    return name

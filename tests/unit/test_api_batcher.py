@@ -1,0 +1,29 @@
+"""Plans of requests are joined into passes and divided again without a change of the vectors."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobworker.handlers.api.batcher import divide, merge
+from jobworker.handlers.encoder.base import DummyEncoder
+
+TEXTS = st.lists(st.text("ab. ", max_size=40), min_size=1, max_size=12)
+
+
+@given(TEXTS, st.integers(1, 60))
+def test_parts_hold_every_text_once_and_in_order(texts: list[str], tokens: int) -> None:
+    encoder = DummyEncoder(4, max_tokens=10)
+    plan = encoder.tokenize(texts)
+    parts = list(divide(plan, tokens))
+    assert merge(parts) == plan
+    assert all(part.texts == 1 or sum(map(len, part.windows)) <= tokens for part in parts)
+    together = np.concatenate([encoder.forward(part) for part in parts])
+    assert np.array_equal(together, encoder.forward(plan))
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=5))
+def test_a_joined_plan_gives_the_vectors_of_its_parts(requests: list[list[str]]) -> None:
+    encoder = DummyEncoder(4, max_tokens=10)
+    plans = [encoder.tokenize(texts) for texts in requests]
+    alone = np.concatenate([encoder.forward(plan) for plan in plans])
+    assert np.array_equal(encoder.forward(merge(plans)), alone)

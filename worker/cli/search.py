@@ -1,0 +1,98 @@
+"""``jobworker search``: ask a collection a question, through the API of a service."""
+
+import sys
+from typing import Any
+
+import click
+
+from ..admin.search_client import TOKEN_VARIABLE, SearchClient, SearchRefused, find_api, read_serve_token
+from ..admin.words import strip_control
+from ..errors import ConfigurationError
+from ..options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, ExplicitOption
+from ..quantities import Count, Number
+from .common import AS_JSON, BAD_NEWS, echo_json
+
+#: Characters of a row's text that are shown; --json has all of it.
+_TEXT_CHARS = 300
+#: A 64-bit integer, as the field in Milvus.
+_STORY_TIME = Count(-(1 << 63), (1 << 63) - 1)
+
+
+def add_to(main: click.Group) -> None:
+    """Add the verb to ``jobworker``."""
+    command: Any = search
+    for option in reversed((
+        click.argument("query"),
+        click.option("--tenant", required=True, cls=ExplicitOption, help="Tenant whose rows are searched."),
+        click.option("--project", required=True, cls=ExplicitOption, help="Project of the tenant."),
+        click.option("--collection", default="story_segments", show_default=True, cls=ExplicitOption,
+                     help="Collection, with or without its prefix."),
+        click.option("--limit", type=Count(1, 200), default=5, show_default=True, help="Most rows."),
+        click.option("--chapter", "chapters", multiple=True, help="Only this chapter; repeatable."),
+        click.option("--segment-type", "types", multiple=True, help="Only this segment type; repeatable."),
+        click.option("--from", "time_from", type=_STORY_TIME, help="Story time of the first row."),
+        click.option("--to", "time_to", type=_STORY_TIME, help="Story time of the last row."),
+        click.option("--min-score", type=Number(-1, 1), help="Least cosine."),
+        click.option("--serve-url", default="", envvar=f"{ENV_PREFIX}_SERVE_URL", show_envvar=True,
+                     cls=ExplicitOption,
+                     help="API of the service.  [default: that of the service of --data-dir]"),
+        click.option("--token-file", default="", type=click.Path(dir_okay=False), cls=ExplicitOption,
+                     envvar=f"{ENV_PREFIX}_SERVE_CLIENT_TOKEN_FILE",
+                     help=f"File with the token.  [default: {TOKEN_VARIABLE}]"),
+        click.option("--serve-addr", hidden=True, default="", envvar=f"{ENV_PREFIX}_SERVE_ADDR",
+                     cls=ExplicitOption),
+        AS_JSON, DATA_DIR, CONFIG_OF_SERVICE,
+    )):  # fmt: skip
+        command = option(command)
+    main.command()(command)
+
+
+def search(
+    query: str, tenant: str, project: str, collection: str, limit: int, chapters: tuple[str, ...],
+    types: tuple[str, ...], time_from: int | None, time_to: int | None, min_score: float | None,
+    serve_url: str, token_file: str, serve_addr: str, as_json: bool, data_dir: str,
+) -> None:  # fmt: skip
+    """Search a collection for the rows nearest to QUERY.
+
+    The service must run with --serve-addr. It embeds the question with the model of the collection.
+
+    \b
+    jobworker search "Who kept the lamp?" --tenant t001 --project p123
+    jobworker search "Who kept the lamp?" --tenant t001 --project p123 --chapter c7 --min-score 0.3 --json
+
+    Exit code 1: nothing was found, or the service refused the search.
+    """
+    url = find_api(serve_url, data_dir, serve_addr)
+    if not url:
+        raise ConfigurationError(
+            "which service? Start it with --serve-addr and give its --data-dir here, or give --serve-url"
+        )
+    asked = {
+        "query": query, "tenant_id": tenant, "project_id": project, "collection": collection, "limit": limit,
+        "chapter_ids": chapters, "segment_types": types, "story_time_from": time_from,
+        "story_time_to": time_to, "min_score": min_score,
+    }  # fmt: skip
+    try:
+        found = SearchClient(url, read_serve_token(token_file)).search(asked)
+    except SearchRefused as error:
+        click.echo(f"jobworker: {strip_control(str(error))}", err=True)
+        sys.exit(BAD_NEWS)
+    if as_json:
+        echo_json({"results": found.rows, "model": found.model, "collection": found.collection})
+    else:
+        _print(found.rows)
+    if not found.rows:
+        sys.exit(BAD_NEWS)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        click.echo("nothing was found", err=True)
+    for row in rows:
+        places = [
+            f"{name} {row[name]}" for name in ("chapter_id", "segment_type", "story_time") if row.get(name)
+        ]
+        click.echo(strip_control("  ".join([f"{row['score']:.3f}", str(row["id"]), *places])))
+        text = " ".join(str(row.get("text_content") or row.get("description") or "").split())
+        cut = text if len(text) <= _TEXT_CHARS else text[:_TEXT_CHARS] + "…"
+        click.echo(f"       {strip_control(cut)}")
