@@ -111,12 +111,9 @@ class TestCounts:
         store, other = reader(world), reader(world, name="b")
         id = fill(world, 2)
         first, second = admit(store)
-        assert (
-            store.hand_back(
-                S, {second: json.dumps({"id": "x", "type": "a", "metadata": {"batch": id}}).encode()}
-            )
-            == 1
-        )
+        data = store.fetch(S, [second])[second]
+        assert data is not None
+        assert store.hand_back(S, {second: data}) == 1
         world.reaper().mend_batches(S, b"0")
         assert counts(world.reaper(), id) == (2, 0, 0, "closed")
         settle(store, [Settlement(S, [first])])

@@ -6,6 +6,7 @@ from contextlib import ExitStack, closing
 
 import pytest
 
+from jobworker.worker.envelope import read_header
 from jobworker.worker.ipc.control import Attach
 from jobworker.worker.ipc.inflight import RETURNED, STARTED
 from jobworker.worker.keys import Holder
@@ -102,6 +103,22 @@ def test_jobs_are_handed_back_while_another_host_is_idle(rig: ReaderRig) -> None
     rig.tick()
     assert rig.pending == 3, "those of the other host"
     assert rig.metric("z_novel_jobs_completed_total", "a") == 1
+
+
+def test_a_job_with_a_key_that_is_handed_back_is_no_duplicate_of_itself(rig: ReaderRig) -> None:
+    other = idle_host(rig)
+    worker = rig.workers[0]
+    rig.add("long")
+    rig.add("keyed", metadata={"idempotency_key": "k"})
+    rig.tick()
+    assert worker.take() == ["long", "keyed"]
+    worker.run_long("long", rig.mono_s)
+    (queued,) = rig.reader._dispatcher.workers[0].table.queued()
+    for _ in range(4):
+        rig.advance(1.0)
+    other.begin_read(SOURCE, 10, 0)
+    (entry,) = other.finish_read(SOURCE)
+    assert read_header(entry.data or b"").first_id == queued.entry_id.decode()
 
 
 def test_without_an_idle_host_jobs_stay(rig: ReaderRig) -> None:

@@ -305,8 +305,8 @@ class ReaderStore(Protocol):
     def hand_back(self, source: Source, jobs: Mapping[bytes, bytes]) -> int:
         """Give entries that were not started back to the stream, atomically each; returns their number.
 
-        ``jobs`` has the JSON of each by its id. They get new ids at its end, so an idle reader takes them at once. Ids that are not ours any more are
-        left out.
+        ``jobs`` has the JSON of each by its id. They get new ids at the end of the stream, so an idle reader
+        takes them at once. Ids that are not ours any more are left out.
         """
 
     def idle_readers(self, source: Source) -> int:
