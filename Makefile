@@ -3,7 +3,8 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Three processes keep two cores busy: a third of the time, a test waits for a server and uses no processor.
+# Three processes keep two cores busy: a third of the time, a test waits for a server and uses no processor. A fourth
+# made tests that wait for processes fail.
 # --no-loadscope-reorder keeps the order of tests/conftest.py: long tests first, so that all processes end together.
 PYTEST := $(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 

@@ -19,8 +19,19 @@ from typing import Any
 
 import click
 from chaos_events import START, EventLog
-from chaos_faults import DESTRUCTIVE, FAULTS, HOST, KINDS, InjectedFault, World, excused_promises, schedule
-from chaos_load import Producer, plan
+from chaos_faults import (
+    DESTRUCTIVE,
+    FAULTS,
+    HOST,
+    KILLS,
+    KINDS,
+    InjectedFault,
+    World,
+    excused_promises,
+    schedule,
+)
+from chaos_limits import check_limits
+from chaos_load import LIMITS, Producer, plan
 from chaos_oracle import judge
 from chaos_proxy import Proxy
 from chaos_report import format_report, quick, recoveries, verdict_of
@@ -61,8 +72,10 @@ class Run:
         self._event_log = EventLog(folder)
         url = f"redis://127.0.0.1:{self._proxy.port}/0"
         procs = -(-options["procs"] // options["services"])
+        config = folder / "jobworker.toml"
+        config.write_text(LIMITS if options["limits"] else "")
         self._services = [
-            Service(folder, f"chaos-{number}", url, procs, options["lease"])
+            Service(folder, f"chaos-{number}", url, procs, options["lease"], config)
             for number in range(options["services"])
         ]
         self._world = World(
@@ -92,9 +105,13 @@ class Run:
         taken_over = len(self._services) > 1
         uncounted = sum(s.ends_supervisor or (taken_over and s.kind == "stop") for s in self._injected)
         verdict = judge(self._producer.ledger, self._event_log, self._server.client, uncounted)
+        excused = excused_promises(self._options["faults"])
+        if self._options["limits"]:
+            check_limits(verdict, self._producer.ledger, self._event_log.read(), self._strict())
+            if taken_over and {HOST, "stop"} & set(self._options["faults"]):
+                excused.add("over_limit")  # a service that is stopped past its lease runs jobs of others
         facts = host_facts(self._server.client)
         rest |= self._end()
-        excused = excused_promises(self._options["faults"])
         rows = recoveries(self._injected, self._options["lease"])
         return {
             "seed": self._options["seed"],
@@ -108,6 +125,10 @@ class Run:
             "refusals": self._producer.ledger.refusals,
             "host": facts,
         }
+
+    def _strict(self) -> bool:
+        """Whether a killed job keeps its slot until it starts again: no job times out in this run."""
+        return set(self._options["faults"]) <= KILLS
 
     def _await_ready(self) -> None:
         give_up_at = time.monotonic() + LIMIT_S
@@ -195,6 +216,23 @@ def _kinds(_: click.Context, __: click.Parameter, text: str) -> list[str]:
     return kinds
 
 
+def run_once(options: dict[str, Any], prefix: str, *, keep: bool) -> dict[str, Any]:
+    """Run in a new folder, which is deleted unless it is to be kept; returns the report."""
+    print(f"seed {options['seed']}", file=sys.stderr, flush=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    try:
+        run = Run(folder, options)
+        try:
+            return run()
+        finally:
+            run.close()
+    finally:
+        if keep:
+            print(f"kept {folder}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @click.command(help=__doc__)
 @click.option("--jobs", default=20_000, show_default=True, type=click.IntRange(10))
 @click.option("--kills", default=268, show_default=True, type=click.IntRange(1), help="Faults of all kinds.")
@@ -214,6 +252,8 @@ def _kinds(_: click.Context, __: click.Parameter, text: str) -> list[str]:
     "--services", default=1, show_default=True, type=click.IntRange(1), help="Services on this host."
 )
 @click.option("--lease", default=10.0, show_default=True, type=click.FloatRange(1), help="Seconds.")
+@click.option("--limits/--no-limits", default=True, show_default=True,
+              help="Limits of both job types, so that jobs wait in lanes.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the tables.")
 @click.option("--keep", is_flag=True, help="Keep the folder with logs and events, and print its name.")
 def main(as_json: bool, keep: bool, **options: Any) -> None:
@@ -222,19 +262,7 @@ def main(as_json: bool, keep: bool, **options: Any) -> None:
         options["seed"] = random.SystemRandom().randrange(10**6)
     if HOST in options["faults"] and options["services"] < 2:
         raise click.UsageError(f"{HOST} needs --services 2: another service must claim the jobs")
-    print(f"seed {options['seed']}", file=sys.stderr, flush=True)
-    folder = Path(tempfile.mkdtemp(prefix="jobworker-chaos"))
-    try:
-        run = Run(folder, options)
-        try:
-            report = run()
-        finally:
-            run.close()
-    finally:
-        if keep:
-            print(f"kept {folder}", file=sys.stderr)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+    report = run_once(options, "jobworker-chaos", keep=keep)
     print(safe_json(report) if as_json else format_report(report))
     sys.exit(0 if report["pass"] else 1)
 

@@ -26,6 +26,8 @@ KINDS: dict[str, tuple[int, float]] = {
 }  # fmt: skip
 #: Loss of a host for longer than the lease; needs a second service. The promised limit is lease + 5 s.
 HOST = "host"
+#: Kinds that only kill processes of a service.
+KILLS = frozenset({"worker", "reader", "reaper", "supervisor", "forkserver", "guard", "pair"})
 HOST_MARGIN_S = 5.0
 #: Opt-in faults that break promises by their nature, with these promises and the limit in seconds. A
 #: recreated group delivers its whole stream again; the entries of a deleted stream are lost.

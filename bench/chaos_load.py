@@ -28,6 +28,23 @@ _REFUSED_PAUSE_S = 0.1
 #: Socket timeout of the producer.
 _ANSWER_WITHIN_S = 5.0
 
+#: Jobs of a tenant with the type ONE that run at once, and starts of the type MANY in a second.
+AT_ONCE, STARTS = 2, 100
+#: Configuration file of the services: with it, jobs of both types go through lanes.
+LIMITS = f"""
+[[limit]]
+type = "{ONE}"
+key = "tenant"
+concurrency = {AT_ONCE}
+
+[[limit]]
+type = "{MANY}"
+rate = "{STARTS}/s"
+
+[weights]
+t01 = 3
+"""
+
 Fields = dict[bytes, bytes]
 Client = Any
 
@@ -39,6 +56,8 @@ class Planned(NamedTuple):
     fate: str
     effect: str
     fields: Fields
+    kind: str = ""
+    tenant: str = ""
 
 
 def plan(jobs: int, rng: random.Random) -> list[Planned]:
@@ -59,17 +78,19 @@ def _planned(id: str, fate: str, number: int, rng: random.Random) -> Planned:
         return Planned(id, *_MALFORMED[number % len(_MALFORMED)](id))
     kind = MANY if rng.random() < _MANY_SHARE else ONE
     tenant = "t00" if rng.random() < 0.5 else f"t{rng.randrange(1, _TENANTS):02d}"
-    return _job(id, fate, kind, tenant, f"chapter {rng.randrange(10**9)}: 風雪夜歸人")
+    text = f"chapter {rng.randrange(10**9)}: 風雪夜歸人"
+    return _job(id, fate, kind, tenant, text, priority=number % 11)
 
 
-def _job(id: str, fate: str, kind: str, tenant: str, text: str) -> Planned:
+def _job(id: str, fate: str, kind: str, tenant: str, text: str, priority: int = 5) -> Planned:
     wire = {"id": id, "type": kind, "tenant_id": tenant, "project_id": "p1",
-            "payload": {"fate": fate, "text": text}, "metadata": {"request_id": id},
+            "payload": {"fate": fate, "text": text},
+            "metadata": {"request_id": id, "priority": str(priority)},
             "created_at": "2026-01-02T10:00:00.123Z"}  # fmt: skip
     succeeds = fate in ("ok", "flaky")
     return Planned(
         id, fate, effect_key(tenant, id, text) if succeeds else "",
-        {b"data": orjson.dumps(wire)},
+        {b"data": orjson.dumps(wire)}, kind, tenant,
     )  # fmt: skip
 
 

@@ -50,6 +50,10 @@ class Verdict:
     poison_starts: dict[int, int] = field(default_factory=dict)
     poison_starts_over: list[str] = field(default_factory=list)
     retries_early: list[str] = field(default_factory=list)
+    over_limit: list[str] = field(default_factory=list)
+    over_rate: list[str] = field(default_factory=list)
+    most_at_once: int = 0
+    dead_ids: set[str] = field(default_factory=set)
     repeated: int = 0
     repeated_jobs: int = 0
     cut_off: list[str] = field(default_factory=list)
@@ -134,6 +138,7 @@ def _check_letters(
     verdict: Verdict, ledger: Ledger, letters: Sequence[Letter], cut_off: Counter[str]
 ) -> None:
     verdict.dead_letters = len(letters)
+    verdict.dead_ids = {letter.id for letter in letters}
     counts = Counter(letter.id for letter in letters)
     verdict.letters_repeated = sorted(id for id, count in counts.items() if count > 1)
     for letter in letters:

@@ -53,7 +53,9 @@ def quick(rows: dict[str, dict[str, Any]]) -> bool:
 
 def verdict_of(verdict: Verdict) -> dict[str, Any]:
     """The verdict as plain values."""
-    return {"safe": verdict.safe, **asdict(verdict)}
+    values = asdict(verdict)
+    del values["dead_ids"]
+    return {"safe": verdict.safe, **values}
 
 
 def format_report(report: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ _REST_WITHIN_S = 120.0
 
 
 def unfinished(client: Any) -> dict[str, int]:
-    """Number of undelivered, pending and scheduled jobs and of recorded deaths, by stream; empty if idle."""
+    """Number of undelivered, pending, sorted and scheduled jobs and of recorded deaths, by stream."""
     found: dict[str, int] = {}
     for stream in (STREAM, PROBE_STREAM):
         group = next((g for g in client.xinfo_groups(stream) if g["name"] == GROUP.encode()), None)
@@ -26,6 +26,7 @@ def unfinished(client: Any) -> dict[str, int]:
         after = b"(" + group["last-delivered-id"]
         found[f"{stream} undelivered"] = len(client.xrange(stream, after, "+", count=1000))
         found[f"{stream} pending"] = group["pending"]
+        found[f"{stream} in lanes"] = int(client.hget(f"ready:{stream}", "n") or 0)
         found[f"{stream} scheduled"] = client.zcard(f"retry:{stream}")
         found[f"{stream} deaths"] = client.hlen(f"deaths:{stream}")
     return {where: count for where, count in found.items() if count}

@@ -81,7 +81,9 @@ class Exit(NamedTuple):
 class Service:
     """Supervisor with its roles, restarted when it ends, as by a service manager."""
 
-    def __init__(self, folder: Path, name: str, redis_url: str, procs: int, lease_s: float) -> None:
+    def __init__(
+        self, folder: Path, name: str, redis_url: str, procs: int, lease_s: float, config: Path
+    ) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
         port = free_port()
@@ -94,6 +96,7 @@ class Service:
             f"--handler={PROBE}=chaos_handlers:One", *streams,
             f"--metrics-addr=127.0.0.1:{port}", f"--instance={name}", f"--lease={lease_s}",
             "--retry-initial=0.1", "--retry-max=2", "--log-format=json", f"--data-dir={folder}",
+            f"--config={config}",
         ]  # fmt: skip
         paths = [str(_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
         clean = {k: v for k, v in os.environ.items() if not k.startswith("JOBWORKER_")}

@@ -224,7 +224,7 @@ def _print(trials: list[Trial], facts: dict[str, Any]) -> None:
 @click.option("--lease", "lease_s", default=3.0, help="Lease of all services (seconds).")
 @click.option("--procs", default=1, help="Workers of each surviving service.")
 @click.option("--uneven", default=600, help="Jobs of the trial of uneven jobs.")
-@click.option("--limit", "limit_s", default=LIMIT_S, help="End a trial after so many seconds.")
+@click.option("--limit", "limit_s", default=LIMIT_S, help="Longest time of a trial, in seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def main(
     url: str, names: Sequence[str], jobs: int, lease_s: float, procs: int, uneven: int, limit_s: float,

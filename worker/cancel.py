@@ -109,10 +109,10 @@ class Canceller:
         The retries are looked at before and after the stream: a job may leave one for the other meanwhile.
         """
         for stream in self._streams:
-            yield from self._cancel_retries(stream)
-            yield from self._cancel_entries(stream)
-            if not self._dry_run:
+            if not self._dry_run:  # which would count each retry twice
                 yield from self._cancel_retries(stream)
+            yield from self._cancel_entries(stream)
+            yield from self._cancel_retries(stream)
 
     def _cancel_entries(self, stream: str) -> Iterator[CancelledJob]:
         entries = self._bounded(stream, self._entries(stream))

@@ -6,7 +6,7 @@ nothing.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -17,7 +17,18 @@ from typing import Any, NamedTuple
 from .errors import ConfigurationError
 from .keys import Source
 
-__all__ = ["CopySize", "Extension", "Metric", "Progress", "Source", "create", "extension", "imported"]
+__all__ = [
+    "CopySize",
+    "Extension",
+    "Metric",
+    "Progress",
+    "Render",
+    "Source",
+    "WebPage",
+    "create",
+    "extension",
+    "imported",
+]
 
 #: The package whose ``EXTENSION`` the engine uses.
 _PACKAGE = "jobworker.handlers"
@@ -54,6 +65,25 @@ class CopySize(NamedTuple):
     card_free_bytes: int = 0
 
 
+#: Renders a template to a response of Starlette. Arguments: the request, the template's name, the HTTP
+#: status, and the template's variables as keywords.
+Render = Callable[..., Any]
+
+
+class WebPage(NamedTuple):
+    """A page of `jobworker web` for GET requests.
+
+    - ``name``: its entry in the menu; an empty one is not shown.
+    - ``templates``: folder of its templates, which may extend ``base.html``.
+    - ``answer``: makes the response to a request of Starlette, in a thread.
+    """
+
+    path: str
+    name: str
+    templates: Path
+    answer: Callable[[Any, Render], Any]
+
+
 @dataclass(frozen=True)
 class Extension:
     """The built-in job types.
@@ -73,6 +103,7 @@ class Extension:
     - ``needs``: handler -> modules of the extra that it needs; ``extra``: the name of that extra.
     - ``api``: ``module:function`` that runs the role of ``--serve-addr``; ``api_needs``: modules for it.
     - ``verbs``: functions ``module:name`` that add commands to the group of `jobworker`.
+    - ``pages``: functions ``module:name`` from the URL of the API, empty if none is known, to a `WebPage`.
     - ``packages``: whose versions `jobworker doctor` shows.
     """
 
@@ -97,6 +128,7 @@ class Extension:
     api_needs: tuple[str, ...]
     packages: tuple[str, ...]
     verbs: tuple[str, ...] = ()
+    pages: tuple[str, ...] = ()
 
 
 @cache

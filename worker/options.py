@@ -209,8 +209,8 @@ _SERVICE = [
     CONFIG,
     option("--metrics-addr", "Where /metrics, /healthz and /readyz are served; port 0 picks one.",
             "127.0.0.1:9464"),
-    option("--serve-addr", "HOST:PORT where questions are answered over HTTP: /v1/embeddings, /embed and "
-            "/v1/search; port 0 picks one.  [default: not served]", ""),
+    option("--serve-addr", "HOST:PORT where questions are answered over HTTP; port 0 picks one.  "
+            "[default: not served]", ""),
     option("--serve-token-file", "File with the bearer tokens of its clients, TOKEN or TENANT TOKEN a line; "
             "needed beyond loopback.", "", click.Path(dir_okay=False)),
     option("--cancel-grace", "How long a cancelled job may run on before its worker is ended (seconds).",

@@ -32,6 +32,8 @@ _POLL_INTERVAL_S = 0.5
 _PROMOTE_BATCH = 200
 _COUNT_INTERVAL_S = 2.0
 _TRIM_INTERVAL_S = 10.0
+#: Most characters of a tenant in a label: the length of a report is limited.
+_TENANT_CHARS = 128
 #: A consumer of another service without pending entries is removed after so much silence (in leases).
 _IDLE_CONSUMER_LEASES = 20
 
@@ -142,6 +144,8 @@ class Reaper:
                 depths = self._store.depths(source)
                 for name, labels, value in _gauges(source.stream, source.group, depths):
                     self._metrics.gauge(name, labels, value)
+                ages_s = {name[:_TENANT_CHARS]: age_s for name, age_s in depths.tenant_ages_s.items()}
+                self._metrics.replace("z_novel_tenant_waiting_seconds", (source.stream,), ages_s)
                 self._warn_of_groups(source, depths.other_groups)
 
     def _warn_of_groups(self, source: Source, others: Iterable[str]) -> None:

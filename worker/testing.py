@@ -393,7 +393,9 @@ class Harness:
                 if isinstance(report := received[0], Report):
                     for name, labels, by in report.counts:
                         self._counts[name, labels] = self._counts.get((name, labels), 0.0) + by
-                    self._counts |= {(name, labels): value for name, labels, value in report.gauges}
+                    self._counts |= {
+                        (name, labels): value for name, labels, value in report.gauges if value is not None
+                    }
 
     def _state(self) -> Any:
         """A value that changes with every step of a job."""

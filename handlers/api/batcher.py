@@ -72,7 +72,7 @@ class Batcher:
 
     async def embed(self, texts: Sequence[str], purpose: Purpose) -> EmbeddedTexts:
         """Embed texts. Raises ApiError: 400 for unsuitable texts, 413 for too many tokens, 429 for a full
-        queue, 500 if the model fails."""
+        queue, 500 if the model fails, 503 if it was replaced."""
         plan = await self._tokenize(texts, purpose)
         sizes = [len(window) for window in plan.windows]
         tokens = sum(sizes)
@@ -88,6 +88,7 @@ class Batcher:
     async def _tokenize(self, texts: Sequence[str], purpose: Purpose) -> Plan:
         try:
             async with self._tokenizing:  # the encoder takes one call at a time
+                self._check_open()
                 if sum(map(len, texts)) <= INLINE_CHARS:
                     return self.encoder.tokenize(texts, purpose)
                 return await self._loop.run_in_executor(
@@ -106,10 +107,15 @@ class Batcher:
 
     async def _submit(self, plan: Plan) -> Vectors:
         work = _Work(plan, sum(map(len, plan.windows)), self._loop.create_future())
+        self._check_open()
         with self._changed:
             self._queue.append(work)
             self._changed.notify()
         return await work.future
+
+    def _check_open(self) -> None:
+        if self._closed:  # only the loop's thread closes
+            raise ApiError(503, "the model was replaced by another", code="model_loading", retry_after_s=1)
 
     def pass_s(self) -> float:
         """Seconds for which the current pass has been running; 0.0 while the model is idle."""
@@ -117,7 +123,7 @@ class Batcher:
         return time.monotonic() - since if since else 0.0
 
     def close(self) -> None:
-        """End the threads after the current pass."""
+        """End the threads after the requests that were admitted."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -137,14 +143,14 @@ class Batcher:
                 return
 
     def _take(self) -> list[_Work]:
-        """The next works that fit into a pass, all of one purpose; empty at the end."""
+        """The next works that fit into a pass, all of one purpose; empty after the last, once closed."""
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._queue or self._closed)
-                if self._closed:
-                    return []
                 if works := self._gather():
                     return works
+                if self._closed:
+                    return []
 
     def _gather(self) -> list[_Work]:
         works: list[_Work] = []

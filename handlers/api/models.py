@@ -79,16 +79,18 @@ class Models:
         if not model or model == self._own:
             return self.own
         if model not in self._batchers:
-            self.preload(model)
+            self._begin(model)
             raise _loading(f"the model {model} of this collection")
         return self._batchers[model]
 
     def preload(self, model: str) -> None:
-        """Begin to load a model that will be needed soon."""
-        if not model or model in self._batchers or model in self._loading or not self._own:
-            return
-        task = asyncio.get_running_loop().create_task(self._load_other(model))
-        self._loading[model] = task
+        """Begin to load a model that will be needed soon, unless it would replace one that is needed now."""
+        if model and self._own and len(self._batchers.keys() | self._loading.keys()) < MAX_MODELS:
+            self._begin(model)
+
+    def _begin(self, model: str) -> None:
+        if model not in self._batchers and model not in self._loading:
+            self._loading[model] = asyncio.get_running_loop().create_task(self._load_other(model))
 
     async def _load_other(self, model: str) -> None:
         try:

@@ -138,7 +138,7 @@ def created_us(job: Job) -> int:
 
     Retries, delays and requeued dead letters keep `created_at`. It counts only up to the time of the stream
     entry, which the server's clock gave, so that a producer's fast clock does not make old work new. The
-    entry's time stands in for a missing or invalid one.
+    entry's time replaces a missing or invalid one.
     """
     entry_ms = job.entry_id.partition("-")[0]
     entered_us = int(entry_ms) * 1000 if entry_ms.isdecimal() else 0

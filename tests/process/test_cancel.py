@@ -163,6 +163,7 @@ def test_a_filter_ends_jobs_wherever_they_are(tmp_path: Path, store: RedisServer
         one.enqueue("sleep", {"s": 30}, tenant_id="stop")
         Producer(store.url).enqueue("noop", {}, tenant_id="stop", stream=STREAM, delay=600)
         eventually(lambda: store.client.hget(f"ready:{STREAM}", "n"), saying="sorted")
+        eventually(lambda: store.client.zcard(f"retry:{STREAM}") == 1, saying="delayed")
         would = run_json(one, "cancel", "--tenant", "stop", "--dry-run")
         assert would["cancelled"] + would["requested"] == 802
         run(one, "cancel", "--tenant", "stop", code=2)

@@ -45,6 +45,22 @@ def jobs(store: RedisServer, stream: str = STREAM) -> list[Any]:
     return [json.loads(fields[b"data"]) for _, fields in store.client.xrange(stream)]
 
 
+class TestWeights:
+    def test_weights_are_set_and_cleared_and_limits_stay(self, store: RedisServer) -> None:
+        store.client.xgroup_create(STREAM, "cg-test", mkstream=True)
+        run_json(store, "limit", "set", "audit", "--concurrency", "2")
+        run_json(store, "weight", "set", "t1", "3")
+        run_json(store, "weight", "set", "t2", "0.5")
+        assert run_json(store, "weight", "list")["streams"][STREAM] == {"t1": 3.0, "t2": 0.5}
+        assert "t1" in run(store, "weight", "list").stdout
+        run(store, "weight", "set", "t1", "0", code=2)
+        assert run_json(store, "weight", "clear", "t1")["cleared"] == {"t1": True}
+        run(store, "weight", "clear", "t1", code=1)
+        listed = run_json(store, "limit", "list")["streams"][STREAM]
+        assert listed["weights"] == {"t2": 0.5}
+        assert listed["now"] == [{"name": "audit/global", "running": 0, "waiting": 0, "keys": {}}]
+
+
 class TestDeadLetters:
     def test_nothing_is_older_than_the_clock(self, store: RedisServer) -> None:
         letter(store, "j1")

@@ -26,8 +26,8 @@ def test_another_tenant_does_not_wait_for_a_flood(tmp_path: Path, store: RedisSe
         (stats,) = [row for row in run_json(one, "stats")["streams"] if row["stream"] == STREAM]
         assert stats["waiting"] > 0
         waiting = one.enqueue("sleep", {"s": 0.0}, tenant_id="flood")
-        found = eventually(lambda: run_json(one, "explain", waiting)["found"])
-        assert "ahead" in found[0]["why"]
+        # The reader has it for a moment before it sorts it.
+        eventually(lambda: "ahead" in str(run_json(one, "explain", waiting)["found"]), saying="it waits")
 
 
 def test_a_backlog_is_run_once_though_every_role_is_killed(tmp_path: Path, store: RedisServer) -> None:

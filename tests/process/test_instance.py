@@ -95,12 +95,12 @@ def test_a_service_that_stopped_as_asked_leaves_its_name_to_any_other(tmp_path: 
 
 
 def test_a_name_whose_holder_cannot_be_proven_dead_is_waited_for(tmp_path: Path, url: str) -> None:
-    first = another(tmp_path, "first", url, lease=4)
+    first = another(tmp_path, "first", url, lease=8)
     with ending(first):
         first.start()
         first.kill()
         # The wait is longer than the time in which a store must answer, which this one does.
-        with running(another(tmp_path, "second", url, lease=4, connect_timeout=1)) as second:
+        with running(another(tmp_path, "second", url, lease=8, connect_timeout=4)) as second:
             (waited,) = second.logged("instance.name_lost")
             assert f"pid {first.pid}" in waited["error"]
             second.wait_for_end(second.enqueue("noop"))

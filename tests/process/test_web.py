@@ -14,12 +14,16 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from jobworker.worker.cron_table import CronTable, digest, encode_table
+from jobworker.worker.flow import FlowConfig, Lane, Limit
 from jobworker.worker.http_server import MAX_CONNECTIONS
+from jobworker.worker.keys import Source
 from jobworker.worker.store.cron import StoredTable
+from jobworker.worker.store.ports import WaitingJob
 from jobworker.worker.store.redis.operator import OperatorStore
+from jobworker.worker.store.redis.reader import RedisReaderStore
 from support.operator import COMMAND_S, run
 from support.redis_servers import RedisServer
-from support.service import STREAM, eventually
+from support.service import GROUP, STREAM, eventually
 from support.web import TOKEN, Page, page, start
 
 pytestmark = pytest.mark.process
@@ -144,6 +148,30 @@ class TestPages:
 
         eventually(shown)
         assert open_page.get("/healthz").body == "ok\n"
+
+    def test_sorted_jobs_and_limits_are_shown(self, open_page: Page, store: RedisServer) -> None:
+        operator, reader = OperatorStore(store.url), RedisReaderStore(store.url, "host/blue")
+        source = Source(STREAM, GROUP)
+        reader.acquire([source])
+        limit = Limit("audit/tenant", "audit", "tenant", concurrency=1)
+        assert operator.configure(STREAM, FlowConfig(limits=(limit,)))
+        for _ in range(3):
+            store.client.xadd(STREAM, {"data": json.dumps({"type": "audit", "tenant_id": "<b>"})})
+        reader.begin_read(source, 10, 0)
+        jobs = [WaitingJob(entry.id, 10) for entry in reader.finish_read(source)]
+        reader.sort(source, 1, {Lane("audit", 7, "<b>", ("audit/tenant=<b>",)).encode(): jobs})
+        assert len(reader.take(source, ["audit"], 10).entries) == 1
+        for one in (operator, reader):
+            one.close()
+
+        def body() -> str:
+            text = open_page.get("/queues").body
+            return text if "<h2>Limits</h2>" in text else ""
+
+        shown = eventually(body)
+        assert "2 of priority 7" in shown
+        assert re.search(r'<code>&lt;b&gt;</code></td><td class="n" data-label="Waiting">2<', shown)
+        assert re.search(r'data-label="Running">1</td><td class="n" data-label="Waiting">2<', shown)
 
     def test_cron_tables_are_shown_with_their_next_tick(self, open_page: Page, store: RedisServer) -> None:
         tables = [
@@ -489,8 +517,8 @@ def test_without_its_libraries_the_error_names_the_extra(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    for module in ("serve", "server"):
-        monkeypatch.delitem(sys.modules, f"jobworker.worker.web.{module}", raising=False)
+    for module in ("web.serve", "http_server"):
+        monkeypatch.delitem(sys.modules, f"jobworker.worker.{module}", raising=False)
     assert "pip install '.[web]'" in run(server, "web", "--listen", "127.0.0.1:0", code=2).stderr
 
 

@@ -11,9 +11,9 @@ from jobworker.handlers.jobstore.memory_fence import MemoryFence
 from jobworker.handlers.jobstore.redis_fence import RedisFence
 from support.job_worlds import MemoryWorld, RedisWorld, World
 from support.milvus import start_lite, start_real, why_no_real_milvus
-from support.redis_servers import RedisServer, free_port, require, running
-from support.service import eventually
+from support.redis_servers import RedisServer, running
 from support.tools import REAL_MILVUS
+from support.topologies import cluster
 
 
 @pytest.fixture(scope="module", params=["redis7", "valkey"])
@@ -57,18 +57,13 @@ def any_store(
     if request.param == "memory":
         yield MemoryWorld
         return
-    cluster = request.param == "cluster"
-    # Its own bus port: the usual one is 10,000 higher, which no high port has room for.
-    options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())] if cluster else []
-    name = "valkey" if cluster else request.param
-    server = RedisServer(require(name), tmp_path_factory.mktemp(request.param), options=options).start()
-    try:
-        if cluster:
-            server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
-            eventually(lambda: server.client.cluster("info")["cluster_state"] == "ok")
-        yield lambda: RedisWorld(server, cluster=cluster)
-    finally:
-        server.stop()
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "cluster":
+        with cluster(folder, masters=1) as nodes:
+            yield lambda: RedisWorld(nodes.servers[0], cluster=True)
+    else:
+        with running(request.param, folder) as server:
+            yield lambda: RedisWorld(server)
 
 
 @pytest.fixture

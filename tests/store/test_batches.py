@@ -29,17 +29,15 @@ from jobworker.worker.store.ports import (
     Settlement,
     WaitingJob,
 )
-from jobworker.worker.store.redis.base import RedisStoreBase
-from jobworker.worker.store.redis.connection import Reply
-from jobworker.worker.store.redis.lua import Command
 from jobworker.worker.store.redis.operator import OperatorStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from jobworker.worker.store.redis.reaper import RedisReaperStore
 from jobworker.worker.telemetry.metrics import MetricsBuffer
+from support.doomed_store import DoomedStore, Killed
 from support.job_store_steps import OTHER, S, read
 from support.job_worlds import RedisWorld, World, settle
-from support.redis_servers import RedisServer, free_port, require
 from support.service import SOON_S, eventually
+from support.topologies import cluster
 
 SETTINGS = Settings(streams=(S, OTHER), host="h", instance="i")
 LANE = Lane("a", 5, "t1").encode()
@@ -427,31 +425,11 @@ class TestOnServers:
         assert redis_world.server.client.keys("batch*") == []
 
 
-class Killed(BaseException):
-    """A role is killed."""
-
-
-class _Doomed(RedisStoreBase):
-    """Store of a role that may be killed before and after each of its commands."""
-
-    rng = random.Random(0)
-
-    def call(self, stream: str, commands: Sequence[Command]) -> list[Reply]:
-        self._maybe_die()
-        replies = super().call(stream, commands)
-        self._maybe_die()
-        return replies
-
-    def _maybe_die(self) -> None:
-        if self.rng.random() < 0.05:
-            raise Killed
-
-
-class _DoomedReader(_Doomed, RedisReaderStore):
+class _DoomedReader(DoomedStore, RedisReaderStore):
     """A reader's."""
 
 
-class _DoomedReaper(_Doomed, RedisReaperStore):
+class _DoomedReaper(DoomedStore, RedisReaperStore):
     """A reaper's."""
 
 
@@ -541,13 +519,8 @@ def test_counts_are_exact_though_readers_and_reapers_are_killed_between_all_comm
 
 
 def test_on_a_cluster_a_batch_is_in_the_slots_of_its_streams(tmp_path: Path) -> None:
-    # Its own bus port: the usual one is 10,000 higher, which no high port has room for.
-    options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
-    server = RedisServer(require("valkey"), tmp_path, options=options).start()
-    try:
-        server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
-        url = f"redis+cluster://127.0.0.1:{server.port}"
-        eventually(lambda: server.client.cluster("info")["cluster_state"] == "ok")
+    with cluster(tmp_path, masters=1) as nodes:
+        url = nodes.url()
         store, reaper, operator = RedisReaderStore(url, "a"), RedisReaperStore(url), OperatorStore(url)
         store.acquire([S, OTHER])
         with Producer(url) as sender, sender.batch(on_complete=DONE) as batch:
@@ -570,5 +543,3 @@ def test_on_a_cluster_a_batch_is_in_the_slots_of_its_streams(tmp_path: Path) -> 
         assert operator.find_streams().names == sorted([S.stream, OTHER.stream])
         for one in (store, reaper, operator):
             one.close()
-    finally:
-        server.stop()

@@ -114,6 +114,23 @@ def test_the_last_job_of_the_lanes_leaves_no_key_behind(redis_world: RedisWorld)
     assert taken(store) == ["j2"]
 
 
+def test_a_job_behind_younger_ones_leaves_no_mark(redis_world: RedisWorld) -> None:
+    store, _ = given(redis_world)
+    redis_world.producer().add(S.stream, [job("old")])
+    store.begin_read(S, 10, 0)
+    (old,) = store.finish_read(S)
+    redis_world.pass_time(0.05)
+    redis_world.producer().add(S.stream, [job("young")])
+    sort(store)
+    lane = LaneRules().name_of(read_flow_header(old.data or b""))
+    assert store.sort(S, 0, {lane: [WaitingJob(old.id, len(old.data or b""))]}) == set()
+    late = f"ready:{S.stream}/late"
+    assert redis_world.server.client.zrange(late, 0, -1) == [old.id]
+    cancel(redis_world, "old", discard=True)
+    assert redis_world.server.client.exists(late) == 0
+    assert taken(store) == ["young"]
+
+
 def test_a_lane_that_waits_for_a_limit_is_left(any_world: World) -> None:
     store, _ = given(any_world)
     limits = (Limit("a/tenant", "a", "tenant", 1, 0, 0),)

@@ -27,8 +27,7 @@ from jobworker.worker.store.ports import (
 from jobworker.worker.store.redis.producer import RedisProducerStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from support.job_worlds import RedisWorld, World, settle
-from support.redis_servers import RedisServer, free_port, require
-from support.service import eventually
+from support.topologies import cluster
 
 S = Source("stream:test", "cg-test")
 WINDOW_S = 3600.0
@@ -341,12 +340,9 @@ class TestSupersedeKeys:
 
 
 def test_on_a_cluster_all_keys_are_in_the_slot_of_their_stream(tmp_path: Path) -> None:
-    options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
-    server = RedisServer(require("valkey"), tmp_path, options=options).start()
-    try:
-        server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
-        url = f"redis+cluster://127.0.0.1:{server.port}"
-        eventually(lambda: server.client.cluster("info")["cluster_state"] == "ok")
+    with cluster(tmp_path, masters=1) as nodes:
+        (server,) = nodes.servers
+        url = nodes.url()
         store, producer = RedisReaderStore(url, "a"), RedisProducerStore(url)
         store.acquire([S])
         metadata: dict[str, Any] = {"idempotency_key": "k", "supersede_key": "c7"}
@@ -359,5 +355,3 @@ def test_on_a_cluster_all_keys_are_in_the_slot_of_their_stream(tmp_path: Path) -
         assert len(keys) == 2  # bucket, newest of the series
         store.close()
         producer.close()
-    finally:
-        server.stop()

@@ -1,10 +1,8 @@
 """Cron tables in every job store: publication, ticks that are taken once, pauses, damaged keys."""
 
-import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
@@ -16,14 +14,13 @@ from jobworker.worker.errors import StoreRefused
 from jobworker.worker.keys import Source, cron_key
 from jobworker.worker.settings import Settings
 from jobworker.worker.store.cron import CronStore, StoredTable, Taken, TickJob
-from jobworker.worker.store.redis.connection import Reply
-from jobworker.worker.store.redis.lua import Command
 from jobworker.worker.store.redis.operator import OperatorStore
 from jobworker.worker.store.redis.reaper import RedisReaperStore
 from jobworker.worker.telemetry.metrics import MetricsBuffer
+from support.doomed_store import DoomedStore, Killed
 from support.job_worlds import RedisWorld, World
-from support.redis_servers import RedisServer, free_port, require
 from support.service import SOON_S, eventually
+from support.topologies import cluster
 
 S = Source("stream:test", "cg-test")
 NIGHTLY = CronTable("nightly", "0 3 * * *", "report", S.stream)
@@ -140,30 +137,14 @@ class TestTaking:
         assert store.cron_take(S.stream, version, tick).outcome is Taken.DONE
 
 
-class Killed(BaseException):
-    """A host is killed."""
-
-
-class _Doomed(RedisReaperStore):
-    """Store of a host that may be killed before and after each of its commands."""
-
-    rng = random.Random(0)
-
-    def call(self, stream: str, commands: Sequence[Command]) -> list[Reply]:
-        self._maybe_die()
-        replies = super().call(stream, commands)
-        self._maybe_die()
-        return replies
-
-    def _maybe_die(self) -> None:
-        if self.rng.random() < 0.05:
-            raise Killed
+class _DoomedReaper(DoomedStore, RedisReaperStore):
+    """A reaper's."""
 
 
 def _live_and_die(url: str, settings: Settings, done: threading.Event, kills: list[str]) -> None:
     """A host that starts again whenever it was killed."""
     while not done.is_set():
-        store = _Doomed(url)
+        store = _DoomedReaper(url)
         host = CronEnqueuer(store, settings, MetricsBuffer(), time.monotonic)
         try:
             while not done.wait(min(0.01, host.run_once())):
@@ -208,13 +189,9 @@ def test_two_hosts_that_are_killed_between_all_commands_take_each_tick_once(redi
 
 
 def test_on_a_cluster_the_tables_are_in_the_slot_of_their_stream(tmp_path: Path) -> None:
-    # Its own bus port: the usual one is 10,000 higher, which no high port has room for.
-    options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
-    server = RedisServer(require("valkey"), tmp_path, options=options).start()
-    try:
-        server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
-        url = f"redis+cluster://127.0.0.1:{server.port}"
-        eventually(lambda: server.client.cluster("info")["cluster_state"] == "ok")
+    with cluster(tmp_path, masters=1) as nodes:
+        (server,) = nodes.servers
+        url = nodes.url()
         streams = (S, Source("stream:two", "cg"))
         tables = tuple(CronTable(one.stream[-3:], "@every 1s", "report", one.stream) for one in streams)
         store = RedisReaperStore(url)
@@ -233,5 +210,3 @@ def test_on_a_cluster_the_tables_are_in_the_slot_of_their_stream(tmp_path: Path)
         assert operator.cron_resume("stream:two", "two")
         for one in (operator, store):
             one.close()
-    finally:
-        server.stop()

@@ -95,7 +95,7 @@ class TestMoves:
         assert taken.waiting == 1
 
     def test_taking_from_no_lanes_gives_nothing(self, world: World) -> None:
-        assert reader(world).take(S, TYPES, 10) == ([], [], 0, None)
+        assert reader(world).take(S, TYPES, 10) == ([], [], 0, None, {})
 
     def test_each_job_is_taken_once_by_two_hosts(self, world: World) -> None:
         one, two = reader(world, "one"), reader(world, "two")
@@ -139,6 +139,55 @@ class TestMoves:
         world.delete_entry(S.stream, entries[0].id)
         assert names(take(store)) == ["2"]
         assert waiting(store) == 0
+
+    def test_the_oldest_job_of_each_of_the_ten_largest_tenants_is_known(self, world: World) -> None:
+        store = reader(world)
+        add(world, store, *(job(f"{tenant}", f"t{tenant}") for tenant in range(12)))
+        world.pass_time(0.05)
+        add(world, store, *(job(f"{tenant}-2", f"t{tenant}", priority="9") for tenant in range(2, 12)))
+        ages_s = world.reaper().depths(S).tenant_ages_s
+        assert sorted(ages_s) == sorted(f"t{tenant}" for tenant in range(2, 12))
+        assert min(ages_s.values()) >= 0.04, "the oldest job of a tenant counts"
+        done(store, take(store))
+        assert world.reaper().depths(S).tenant_ages_s == {}
+
+    def test_jobs_out_of_order_in_their_lane_are_not_trimmed(self, world: World) -> None:
+        """A reader that was lost had old entries; they are sorted behind younger ones."""
+        store = reader(world)
+        world.producer().add(S.stream, [job(f"old {n}") for n in range(3)])
+        old = read(store)
+        world.pass_time(0.05)
+        add(world, store, *(job(f"young {n}") for n in range(2)))
+        world.pass_time(0.05)
+        sort(store, old)
+        world.pass_time(0.05)
+        add(world, store, job("last"))
+        ran = []
+        for _ in range(6):
+            taken = take(store, 1)
+            done(store, taken)
+            world.reaper().trim(S.stream)
+            ran += names(taken)
+        assert ran == ["young 0", "young 1", "old 0", "old 1", "old 2", "last"]
+
+    def test_a_job_that_was_put_back_is_not_trimmed(self, world: World) -> None:
+        store = reader(world)
+        add(world, store, *(job(f"{n}") for n in range(3)))
+        world.pass_time(0.05)
+        add(world, store, *(job(f"{n}") for n in range(3, 6)))
+        first = take(store, 3)
+        lane = Lane("a", 5, "t1").encode()
+        for entry in first:
+            put_back = PutBack(WaitingJob(entry.id, 1), lane, tenant_key("b", "t1"), 60.0)
+            version = store.flow_config(S).version
+            assert settle(store, [Settlement(S, put_back=[put_back], version=version)]) == set()
+        ran = []
+        for _ in range(6):
+            world.reaper().trim(S.stream)
+            taken = take(store, 1)
+            done(store, taken)
+            ran += names(taken)
+        assert sorted(ran) == [f"{n}" for n in range(6)]
 
     def test_a_job_that_another_host_runs_is_not_taken_from_it(self, world: World) -> None:
         """A group that was created again delivers entries that wait in lanes, too."""
@@ -267,6 +316,24 @@ class TestConcurrency:
         assert take(store) == []
         done(store, [entry for entry in first if names([entry]) == ["1"]])
         assert names(take(store)) == ["2"]
+
+    def test_a_job_that_waited_for_a_limit_is_counted_once(self, world: World) -> None:
+        store = reader(world)
+        limit(world, store, Limit("a/tenant", "a", "tenant", concurrency=2))
+        add(world, store, *(job(f"{n}", tenant) for tenant in ("t1", "t2", "t3") for n in range(2)))
+        add(world, store, job("2", "t1"), job("3", "t1"), job("1", type="b"))
+        taken = store.take(S, TYPES, 100)
+        assert (len(taken.entries), dict(taken.limited)) == (7, {})
+        counted = Counter[str]()
+        entries = taken.entries
+        while entries:
+            done(store, entries)
+            again = store.take(S, TYPES, 1)
+            entries = again.entries
+            counted.update(again.limited)
+        assert counted == {"a": 2}, "the third and fourth job of the first tenant"
+        add(world, store, job("5", "t1"))
+        assert store.take(S, TYPES, 1).limited == {}, "its lane was empty"
 
     @pytest.mark.parametrize("outcome", ["retry", "dead", "put back", "sort"])
     def test_each_end_of_a_job_gives_its_slot_back(self, world: World, outcome: str) -> None:

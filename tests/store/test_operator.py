@@ -11,9 +11,10 @@ import pytest
 from jobworker.worker.admin.dead_letters import LetterFilter, read_letter
 from jobworker.worker.envelope import fresh_job
 from jobworker.worker.errors import StoreUnavailable
+from jobworker.worker.flow import FlowConfig, Lane, Limit
 from jobworker.worker.keys import Source
-from jobworker.worker.store.operator import START, walk
-from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement
+from jobworker.worker.store.operator import START, LanePlace, walk
+from jobworker.worker.store.ports import Dead, Entry, Retry, Settlement, WaitingJob
 from jobworker.worker.store.redis.operator import OperatorStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from jobworker.worker.store.redis.server_facts import RedisFacts
@@ -182,6 +183,23 @@ class TestPauses:
         finally:
             reader.close()
             redis_world.server.client.acl_deluser("narrow")
+
+
+class TestLanes:
+    def test_a_job_whose_limits_changed_is_found_until_it_is_sorted_again(
+        self, redis_world: RedisWorld, operator: OperatorStore
+    ) -> None:
+        one, two = (b'{"type": "a", "tenant_id": "t", "id": "%d"}' % number for number in (1, 2))
+        reader, ids = delivered(redis_world, one, two)
+        first, second = (Entry(id, data) for id, data in zip(ids, (one, two), strict=True))
+        lane = Lane("a", 5, "t").encode()
+        assert operator.lane_place(S.stream, first) is None
+        reader.sort(S, 0, {lane: [WaitingJob(entry.id, len(one)) for entry in (first, second)]})
+        assert operator.lane_place(S.stream, second) == LanePlace(1, None)
+        limit = Limit("a/tenant", "a", "tenant", concurrency=1)
+        assert operator.configure(S.stream, FlowConfig(limits=(limit,)))
+        assert operator.lane_place(S.stream, second) == LanePlace(1, None, is_outdated=True)
+        assert operator.lane_place(S.stream, Entry(b"1-1", one)) is None
 
 
 class TestWhereAJobIs:

@@ -74,6 +74,8 @@ class TestRefusals:
             "retry:stream:test",
             "dlq:stream:test",
             "ready:stream:test",
+            "batches:stream:test/due",
+            "batches:stream:test/jobs",
         }
         assert "ACL SETUSER <user> ~deaths:stream:test" in {fault.repair for fault in store.key_faults(S)}
         store.close()

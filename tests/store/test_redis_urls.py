@@ -26,6 +26,7 @@ from jobworker.worker.store.redis.reaper import RedisReaperStore
 from support.job_store_steps import S, given, read, retry_until_available
 from support.job_worlds import RedisWorld, settle
 from support.redis_servers import RedisServer, free_port, require
+from support.topologies import cluster
 
 
 def run_one_job(url: str) -> None:
@@ -87,12 +88,9 @@ class TestUrls:
             server.stop()
 
     def test_cluster_keeps_derived_keys_in_the_streams_slot(self, tmp_path: Path) -> None:
-        # Its own bus port: the usual one is 10,000 higher, which no high port has room for.
-        options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
-        server = RedisServer(require("valkey"), tmp_path, options=options).start()
-        try:
-            server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
-            url = f"redis+cluster://127.0.0.1:{server.port}"
+        with cluster(tmp_path, masters=1) as nodes:
+            (server,) = nodes.servers
+            url = nodes.url()
             retry_until_available(lambda: RedisProducerStore(url).add("stream:first", [b"1"]))
             run_one_job(url)
             assert server.client.xlen("dlq:{stream:test}") == 1
@@ -114,8 +112,6 @@ class TestUrls:
             with pytest.raises(StoreUnavailable, match=r"must begin with redis\+cluster://"):
                 plain.acquire([S])
             plain.close()
-        finally:
-            server.stop()
 
     def test_sentinel_leads_to_the_master(self, redis_world: RedisWorld, tmp_path: Path) -> None:
         config = tmp_path / "sentinel.conf"
@@ -246,6 +242,6 @@ class TestSearchForStreams:
             calls.append(command)
             return [b"7", [b"stream:%d" % len(calls)]]  # a cursor that never ends
 
-        found = find_streams(lambda key: "one server", one, base_stream)
+        found = find_streams(["one server"], one, base_stream)
         assert (len(found.names), found.complete) == (200, False)
         assert len(calls) < 500

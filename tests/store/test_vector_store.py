@@ -144,7 +144,7 @@ def test_search_gives_the_nearest_first(store: VectorStore, tenant: str) -> None
     cosines = {row.id: float(row.vector @ rows[3].vector) for row in rows}
     assert [hit.id for hit in hits] == sorted(cosines, key=cosines.__getitem__, reverse=True)[:4]
     assert [hit.score for hit in hits] == pytest.approx([cosines[hit.id] for hit in hits], abs=1e-5)
-    assert hits[0][2:] == ("text 3", "c1", "summary")
+    assert hits[0][2:] == ("text 3", "c1", "summary", 0)
 
 
 def test_a_second_upsert_replaces(store: VectorStore, tenant: str) -> None:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from jobworker.worker.flow import FlowConfig
 from jobworker.worker.keys import Source, dead_letter_key, retry_key
 from jobworker.worker.store.announcements import Announcement
 from jobworker.worker.store.cron import CronHash, parse_cron_hash
@@ -113,6 +114,9 @@ class FakeOperatorStore:
 
     def lane_place(self, stream: str, entry: Entry) -> LanePlace | None:
         return self.lanes.get(entry.id)
+
+    def flow_config(self, stream: str) -> FlowConfig:
+        return FlowConfig()
 
     def rivals(self, stream: str, entry: Entry) -> Rivals:
         return self.known_rivals.get(entry.id, Rivals())

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jobworker.handlers.api.errors import ApiError
 from jobworker.handlers.encoder.base import DummyEncoder, Plan, Purpose
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.ports import EntityRow, Row, TransientStoreError
@@ -215,10 +216,12 @@ def test_at_most_two_models_are_kept() -> None:
 
     async def scenario(world: World) -> None:
         for name in others:
-            world.models.preload(name)
+            with pytest.raises(ApiError, match="loaded"):
+                world.models.of_collection(name)
             while name not in world.models._batchers:
                 await asyncio.sleep(0.01)  # the model is loaded in a thread
-            assert set(world.models._batchers) == {"dummy:8", name}
+            world.models.preload("d")
+            assert set(world.models._batchers) == {"dummy:8", name}, "no model in use makes room"
         vectors = (await world.models.of_collection("c").embed(["one"], "query")).vectors
         assert np.allclose(vectors, others["c"].encode(["one"], "query"))
 

@@ -72,7 +72,8 @@ def test_without_a_deployment_the_error_says_how_to_name_one(
     needs = {"enqueue": ["audit"], "explain": ["x"], "cancel": ["x"], "result": ["x"],
              "show": ["x"], "resume": ["x"], "run": ["x"],
              "pause": ["x"], "set": ["x", "--concurrency=1"], "clear": ["x"]}  # fmt: skip
-    result = CliRunner().invoke(main, [*path, *needs.get(path[-1], [])], env={"JOBWORKER_REDIS_URL": None})
+    command = [*path, *(["x", "3"] if path == ("weight", "set") else needs.get(path[-1], []))]
+    result = CliRunner().invoke(main, command, env={"JOBWORKER_REDIS_URL": None})
     assert result.exit_code == 2
     assert "JOBWORKER_REDIS_URL" in result.output
 
@@ -90,7 +91,7 @@ class TestConfigurationFileOfTheService:
                  "run": ["x"], "pause": ["x"], "set": ["x", "--concurrency=1"], "clear": ["x"],
                  "now": ["--all"], "requeue": ["--all"], "erase": ["--tenant", "x", "--yes"],
                  "purge": ["--all", "--yes"], "cancel": ["x"], "result": ["x"]}  # fmt: skip
-        command = [*path, *needs.get(path[-1], [])]
+        command = [*path, *(["x", "3"] if path == ("weight", "set") else needs.get(path[-1], []))]
         for given, environment in (["--config", str(file)], {}), ([], {"JOBWORKER_CONFIG": str(file)}):
             result = CliRunner().invoke(main, [*command, *given], env=environment)
             assert "127.0.0.1:1" in result.output, "it tried the store of the file"

@@ -321,5 +321,7 @@ def test_a_sorted_job_is_queued_and_says_what_it_waits_for(
     assert found.state == "queued"
     assert says in found.why
     assert found.facts["ahead_in_lane"] == 7
+    store.lanes[b"2-0"] = LanePlace(7, None, is_outdated=True)
+    assert "limits have changed" in find(store, "j2").why
     store.paused = [Pause("audit", NOW_S - 5.0, "")]
     assert "is paused" in find(store, "j2").why

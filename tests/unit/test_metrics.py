@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.worker.telemetry.metrics import SECONDS, Histogram, MetricsBuffer
+from jobworker.worker.telemetry.prometheus import PrometheusCollector
 
 
 def test_a_count_is_reported_once() -> None:
@@ -43,6 +44,21 @@ def test_a_report_that_could_not_be_sent_goes_with_the_next() -> None:
     assert sorted(delta.gauges) == expected, "the newer value of a gauge wins"
     ((_, _, counts, total),) = delta.histograms
     assert (sum(counts), total) == (2, 12.0)
+
+
+def test_gauges_that_are_replaced_delete_the_others_also_after_a_report_that_was_not_sent() -> None:
+    buffer, collector = MetricsBuffer(), PrometheusCollector()
+    name = "z_novel_tenant_waiting_seconds"
+    buffer.replace(name, ("s",), {"t1": 1.0, "t2": 2.0})
+    buffer.replace(name, ("other",), {"t2": 5.0})
+    collector.put(buffer.take().gauges)
+    buffer.replace(name, ("s",), {"t3": 3.0})
+    unsent = buffer.take()
+    buffer.put_back(unsent)
+    buffer.replace(name, ("s",), {"t1": 4.0})
+    collector.put(buffer.take().gauges)
+    found = {(one["stream"], one["tenant_id"]): one["value"] for one in collector.totals(name)[name]}
+    assert found == {("s", "t1"): 4.0, ("other", "t2"): 5.0}
 
 
 @given(st.lists(st.one_of(st.sampled_from(SECONDS), st.floats(0, 400))))

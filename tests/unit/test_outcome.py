@@ -59,6 +59,7 @@ def test_a_count_above_the_limit_is_used_up() -> None:
 def test_the_reasons_have_the_documented_names() -> None:
     assert {str(reason) for reason in Reason} == {
         "exhausted", "permanent", "timeout", "poison", "malformed", "unknown_type", "oversized", "expired",
+        "cancelled",
     }  # fmt: skip
 
 

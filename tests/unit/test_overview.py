@@ -141,12 +141,12 @@ def test_the_names_of_a_snapshot_in_json_are_stable() -> None:
     store.paused = [Pause("audit", 5.0, "disk full")]
     one = to_json(poller(store, [[service("http://a", 1), SILENT]]).snapshot())
     assert list(one) == [
-        "streams", "services", "totals", "rates", "p95_s", "paused", "failures", "refused", "trouble",
-        "cron",
+        "streams", "services", "totals", "rates", "p95_s", "paused", "failures", "lanes", "limits", "refused",
+        "trouble", "cron",
     ]  # fmt: skip
     assert list(one["streams"][0]) == [
         "stream", "group", "queued", "pending", "retrying", "dead", "oldest_age_s", "lag", "waiting",
-        "other_groups",
+        "other_groups", "tenant_ages_s",
     ]  # fmt: skip
     assert one["paused"] == [{"kind": "audit", "wall_since_s": 5.0, "note": "disk full"}]
     assert one["services"][1] == {"url": "http://b", "trouble": "refused"}

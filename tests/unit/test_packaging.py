@@ -70,10 +70,10 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         for file in (ROOT / room).rglob("*")
         if file.suffix in {".py", ".lua"} or file.name == "py.typed"
     }
-    page = ROOT / "worker" / "web"
+    page, api = ROOT / "worker" / "web", ROOT / "handlers" / "api"
     code |= {
         f"jobworker/{file.relative_to(ROOT).as_posix()}"
-        for folder in (page / "templates", page / "static")
+        for folder in (page / "templates", page / "static", api / "templates")
         for file in folder.rglob("*")
         if file.is_file()
     }

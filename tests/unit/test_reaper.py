@@ -11,13 +11,14 @@ from contextlib import contextmanager
 import pytest
 
 from jobworker.worker.errors import StoreUnavailable
+from jobworker.worker.flow import Lane
 from jobworker.worker.ipc.control import ControlSocket, Drain, Message, Ready, Report
 from jobworker.worker.keys import Source, retry_key
 from jobworker.worker.reaper import Reaper
 from jobworker.worker.settings import Settings
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore
-from jobworker.worker.store.ports import Promotion, Settlement
+from jobworker.worker.store.ports import Promotion, Settlement, WaitingJob
 
 SOURCE = Source("stream:test", "cg-test")
 SETTINGS = Settings(streams=(SOURCE,), host="here", instance="blue", lease_s=1.0)
@@ -130,6 +131,30 @@ def test_it_reports_depths_and_ends_when_told_to_drain(world: World) -> None:
     assert gauges["z_novel_jobs_queued"] == 1
     assert gauges["z_novel_retry_scheduled"] == 1
     assert gauges["z_novel_dlq_length"] == 0
+
+
+def test_it_reports_how_long_the_largest_tenants_wait_until_they_do_not(world: World) -> None:
+    store = MemoryStore(world.server, "one")
+    store.acquire([SOURCE])
+    world.server.append(SOURCE.stream, b"{}")
+    store.begin_read(SOURCE, 1, 0)
+    (entry,) = store.finish_read(SOURCE)
+    lane = Lane("shout", 5, "t" * 200)
+    assert store.sort(SOURCE, 0, {lane.encode(): [WaitingJob(entry.id, 2)]}) == set()
+    reaper = world.reaper()
+    world.now_s += 7
+    assert tenant_gauges(world, reaper) == [((SOURCE.stream,), None), ((SOURCE.stream, "t" * 128), 7.0)]
+    store.take(SOURCE, ["shout"], 1)
+    world.now_s += 7
+    assert tenant_gauges(world, reaper) == [((SOURCE.stream,), None)]
+
+
+def tenant_gauges(world: World, reaper: Reaper) -> list[tuple[tuple[str, ...], float | None]]:
+    reaper.run_once(world.now_s)
+    reaper.report()
+    report = next_message(world.control)
+    assert isinstance(report, Report)
+    return [gauge[1:] for gauge in report.gauges if gauge[0] == "z_novel_tenant_waiting_seconds"]
 
 
 def test_it_ends_with_the_supervisor(world: World) -> None:

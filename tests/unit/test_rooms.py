@@ -92,7 +92,7 @@ SHARED_BELOW = {
 #: What handlers may import of the engine besides the names in worker/__init__.py.
 PUBLIC = {
     *("scripted_redis", "testing", "extension", "options", "quantities", "urls", "data_dir", "cgroup"),
-    *("safe_text", "cli", "api_role", "bearer_tokens", "http_server"),
+    *("safe_text", "cli", "api_role", "bearer_tokens", "http_server", "endpoints"),
 }
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")

@@ -6,12 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.worker.admin.dead_letters import read_letter
+from jobworker.worker.admin.limits import LimitState
 from jobworker.worker.admin.overview import Overview
 from jobworker.worker.admin.status_client import Service
 from jobworker.worker.admin.words import columns
 from jobworker.worker.cli.screen import lines
+from jobworker.worker.flow import Limit
 from jobworker.worker.keys import Source
-from jobworker.worker.store.operator import Pause
+from jobworker.worker.store.operator import LaneCounts, Pause
 from jobworker.worker.store.ports import Depths, Entry
 
 S = Source("stream:story:gen", "cg-gen-worker")
@@ -57,6 +59,19 @@ def test_everything_is_on_80_columns() -> None:
         assert wanted in text, wanted
     assert not [line for line in page[1:] if line.endswith("…") and "WorkerDied" not in line]
     assert len(page) <= 22, "all of it fits a terminal of 24 lines"
+
+
+def test_sorted_jobs_and_limits_are_shown() -> None:
+    overview = snapshot()
+    overview.streams = [(S, Depths(312, 8, 2, 5, 90.0, 12, 300, (), {"t1": 75.0}))]
+    overview.lanes = {S.stream: LaneCounts(300, {9: 10, 5: 290}, {"t1": 299, "": 1}, {}, {})}
+    limit = Limit("audit/tenant", "audit", "tenant", concurrency=4, starts=100, per_ms=60_000)
+    overview.limits = [LimitState(S.stream, limit, 3, 250, {})]
+    rows = [line.text.split() for line in lines(overview, 79)]
+    assert ["t1", "299", "75", "s"] in rows
+    assert ["no", "tenant", "1", "-"] in rows
+    assert ["all", "300", "by", "priority", "9:", "10,", "5:", "290"] in rows
+    assert ["audit/tenant", "4", "100/min", "3", "250"] in rows
 
 
 def test_problems_of_a_service_and_open_circuits_are_at_the_top_of_80_columns() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from jobworker.handlers.embedding.embedder import Embedder, EmbedRequest
+from jobworker.handlers.embedding.vector_cache import Origin
 from jobworker.handlers.encoder.base import DummyEncoder
 from jobworker.handlers.encoder.find_model import SMALL_MODEL
 from jobworker.handlers.encoder.load import load_encoder
@@ -20,7 +21,7 @@ def hints(caplog: pytest.LogCaptureFixture, encoder: Any, batches: Sequence[list
     embedder = Embedder(encoder, None, long_text="windows")
     with caplog.at_level(logging.WARNING):
         for texts in batches:
-            embedder.prepare({0: EmbedRequest("t001", texts)})
+            embedder.prepare({0: EmbedRequest("t001", texts, [Origin()] * len(texts))})
     found = [vars(one) for one in caplog.records if one.message == "embed.unknown_tokens"]
     assert all("--model BAAI/bge-m3" in one["hint"] and one["model"] == encoder.name for one in found)
     return [one["share"] for one in found]

@@ -252,6 +252,8 @@ class JobFinder:
         position = f"{place.ahead} jobs of its tenant, type and priority ahead of it"
         if location.type in self._pauses:
             location.why = f"{self._paused(location.type)}; {position}"
+        elif place.is_outdated:
+            location.why = f"limits have changed: it is sorted again within seconds; {position}"
         elif place.blocked_by is None:
             location.why = f"sorted: waits for the turn of its tenant and priority; {position}"
         elif place.blocked_by.startswith(SERIES):

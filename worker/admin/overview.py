@@ -16,6 +16,7 @@ from .cron import CronEntry, cron_entries, read_cron
 from .dead_letters import Letter, read_letter
 from .deployment import Deployment, StreamTable
 from .identity import read_identity
+from .limits import LimitState, limit_states
 from .refusals import refusal
 from .status_client import Service
 
@@ -60,6 +61,7 @@ class Overview:
     rates: dict[str, dict[str, float]] | None = None
     p95_s: dict[str, dict[str, float]] = field(default_factory=dict)
     lanes: dict[str, LaneCounts] = field(default_factory=dict)
+    limits: list[LimitState] = field(default_factory=list)
     pauses: list[Pause] = field(default_factory=list)
     cron: list[CronEntry] = field(default_factory=list)
     letters: list[Letter] = field(default_factory=list)
@@ -123,8 +125,7 @@ class OverviewPoller:
             with _note_refusal(overview, f"stream {source.stream}", partial(self._store.key_faults, source)):
                 depths = self._depth_store.depths(source)
                 overview.streams.append((source, depths))
-                if depths.waiting:
-                    overview.lanes[source.stream] = self._store.lane_counts(source.stream)
+                self._add_lanes(overview, source.stream, depths.waiting)
                 letters += self._newest_letters(source.stream)
         overview.letters = sorted(letters, key=lambda letter: letter.wall_s, reverse=True)[:_MAX_LETTERS]
         with _note_refusal(overview, "paused types", self._store.pause_faults):
@@ -132,6 +133,14 @@ class OverviewPoller:
         cron = read_cron(self._store, [source.stream for source in sources])
         overview.cron = cron_entries(cron)
         overview.refused += cron.refused.values()
+
+    def _add_lanes(self, overview: Overview, stream: str, waiting: int) -> None:
+        config = self._store.flow_config(stream)
+        if waiting or config.limits:
+            counts = self._store.lane_counts(stream)
+            overview.limits += limit_states(stream, config, counts)
+            if waiting:
+                overview.lanes[stream] = counts
 
     def _add_rates(self, overview: Overview, now_s: float) -> None:
         """Totals over all services, and rates since the last snapshot. A restarted service counts from 0, so

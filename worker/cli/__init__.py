@@ -16,11 +16,11 @@ from . import (
     pause,
     result,
     retry,
-    search,
     stats,
     top,
     url,
     web,
+    weight,
 )
 from .common import CliGroup
 
@@ -49,12 +49,13 @@ def main() -> None:
     prepare_process()
 
 
-for module in (top, enqueue, stats, explain, result, cancel, pause, search, doctor, url, web):
+for module in (top, enqueue, stats, explain, result, cancel, pause, doctor, url, web):
     module.add_to(main)
 for target in extension().verbs:
     imported(target)(main)
 main.add_command(dlq.dlq)
 main.add_command(retry.retry)
 main.add_command(limit.limit)
+main.add_command(weight.weight)
 main.add_command(cron.cron)
 main.add_command(batch.batch)

@@ -195,6 +195,11 @@ def echo_json(value: Any) -> None:
     click.echo(safe_json(value, _to_json))
 
 
+def echo_line(text: str, *, err: bool = False) -> None:
+    """Print a line without control characters."""
+    click.echo(strip_control(text), err=err)
+
+
 def _to_json(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")

@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from ..admin.deployment import StreamTable
+from ..admin.limits import LimitState, limit_states
 from ..admin.words import strip_control
 from ..flow import FlowConfig, Limit, parse_limits
 from ..quantities import Count
@@ -34,25 +35,30 @@ def limit() -> None:
     """
 
 
-def _open(url: str, streams: Sequence[str]) -> tuple["OperatorStore", list[str]]:
+def open_store(url: str, streams: Sequence[str]) -> tuple["OperatorStore", list[str]]:
+    """The store, and the names of the streams."""
     from ..store.redis.operator import OperatorStore
 
     store = OperatorStore(url)
     return store, list(StreamTable(streams, need_group=False).names(store))
 
 
-def _change(
-    store: "OperatorStore", stream: str, change: Callable[[Sequence[Limit]], Sequence[Limit]]
-) -> bool:
-    """Replace the limits of a stream; whether they changed."""
+def change_config(store: "OperatorStore", stream: str, change: Callable[[FlowConfig], FlowConfig]) -> None:
+    """Replace limits and weights of a stream."""
     for _ in range(_TRIES):
         present = store.flow_config(stream)
-        limits = tuple(change(present.limits))
-        if limits == present.limits:
-            return False
-        if store.configure(stream, msgspec.structs.replace(present, limits=limits)):
-            return True
+        new = change(present)
+        if new == present or store.configure(stream, new):
+            return
     raise click.ClickException(f"the limits of {stream} keep changing; try again")
+
+
+def _change(
+    store: "OperatorStore", stream: str, change: Callable[[Sequence[Limit]], Sequence[Limit]]
+) -> None:
+    change_config(
+        store, stream, lambda config: msgspec.structs.replace(config, limits=tuple(change(config.limits)))
+    )
 
 
 @verb(limit, "list")
@@ -61,25 +67,43 @@ def _change(
 def list_(url: str, streams: tuple[str, ...], as_json: bool) -> None:
     """List the limits and weights by stream.
 
+    RUNNING: jobs of the type that a service has taken and not settled. WAITING: jobs in lanes that wait for
+    the limit.
+
     \b
     jobworker limit list
     """
-    store, names = _open(url, streams)
+    store, names = open_store(url, streams)
     configs = {name: store.flow_config(name) for name in names}
+    states = {name: limit_states(name, one, store.lane_counts(name)) for name, one in configs.items()}
     if as_json:
-        return echo_json({"streams": {name: msgspec.to_builtins(one) for name, one in configs.items()}})
-    rows = [_row(name, one) for name, config in configs.items() for one in config.limits]
+        return echo_json({"streams": {name: _to_json(one, states[name]) for name, one in configs.items()}})
+    rows = [_row(one) for of_stream in states.values() for one in of_stream]
     if rows:
-        print_table(["STREAM", "NAME", "TYPE", "KEY", "CONCURRENCY>", "RATE>"], rows)
+        print_table(["STREAM", "NAME", "TYPE", "KEY", "CONCURRENCY>", "RATE>", "RUNNING>", "WAITING>"], rows)
     else:
         click.echo("no limits")
     for name, config in configs.items():
         _echo_weights(name, config)
 
 
-def _row(stream: str, one: Limit) -> list[str]:
-    cells = [stream, one.name, one.type, one.key, str(one.concurrency or "-"), one.rate or "-"]
-    return [strip_control(cell) for cell in cells]
+def _to_json(config: FlowConfig, states: Sequence[LimitState]) -> dict[str, Any]:
+    now = [
+        {
+            "name": one.limit.name,
+            "running": one.running,
+            "waiting": one.waiting,
+            "keys": {value: {"running": busy[0], "waiting": busy[1]} for value, busy in one.busy.items()},
+        }
+        for one in states
+    ]
+    return {**msgspec.to_builtins(config), "now": now}
+
+
+def _row(state: LimitState) -> list[str]:
+    one = state.limit
+    cells = [state.stream, one.name, one.type, one.key, str(one.concurrency or "-"), one.rate or "-"]
+    return [strip_control(cell) for cell in (*cells, str(state.running), str(state.waiting))]
 
 
 def _echo_weights(stream: str, config: FlowConfig) -> None:
@@ -107,7 +131,7 @@ def set_(
     """
     given = {"type": type, "key": key, "concurrency": concurrency, "rate": rate, "name": name}
     (new,) = parse_limits([{field: value for field, value in given.items() if value is not None}])
-    store, names = _open(url, streams)
+    store, names = open_store(url, streams)
     for stream in names:
         _change(store, stream, lambda limits: [*(one for one in limits if one.name != new.name), new])
     if as_json:
@@ -128,7 +152,7 @@ def clear(url: str, names: tuple[str, ...], streams: tuple[str, ...], as_json: b
     \b
     jobworker limit clear shout/tenant
     """
-    store, stream_names = _open(url, streams)
+    store, stream_names = open_store(url, streams)
     found = {one.name for stream in stream_names for one in store.flow_config(stream).limits}
     for stream in stream_names:
         _change(store, stream, lambda limits: [one for one in limits if one.name not in names])

@@ -27,7 +27,8 @@ class ScreenLine(NamedTuple):
 def lines(overview: Overview, width: int) -> list[ScreenLine]:
     """All lines of the page, each cut to the width."""
     body = [
-        *_head(overview), *_streams(overview), *_types(overview), *_workers(overview),
+        *_head(overview), *_streams(overview), *_lanes(overview), *_limits(overview), *_types(overview),
+        *_workers(overview),
         *_dead_letters(overview),
     ]  # fmt: skip
     return [ScreenLine(strip_control(line.text, width), line.style) for line in body]
@@ -85,6 +86,32 @@ def _streams(overview: Overview) -> Iterator[ScreenLine]:
         yield ScreenLine(
             _row((source.stream, _NAME_COLUMNS), *((str(number), -9) for number in numbers), (oldest, -9))
         )
+
+
+def _lanes(overview: Overview) -> Iterator[ScreenLine]:
+    ages_s = {source.stream: depths.tenant_ages_s for source, depths in overview.streams}
+    for stream, counts in overview.lanes.items():
+        yield ScreenLine("")
+        yield ScreenLine(_row(("TENANT", _NAME_COLUMNS), ("SORTED", -9), ("OLDEST", -9), (stream, 0)), "head")
+        by_priority = ", ".join(f"{number}: {count}" for number, count in counts.by_priority.items())
+        yield ScreenLine(
+            _row(("all", _NAME_COLUMNS), (str(counts.waiting), -9), (f"by priority {by_priority}", 0))
+        )
+        for tenant, count in counts.largest_tenants.items():
+            age_s = ages_s.get(stream, {}).get(tenant)
+            oldest = "-" if age_s is None else format_duration(age_s)
+            yield ScreenLine(_row((tenant or "no tenant", _NAME_COLUMNS), (str(count), -9), (oldest, -9)))
+
+
+def _limits(overview: Overview) -> Iterator[ScreenLine]:
+    if not overview.limits:
+        return
+    yield ScreenLine("")
+    names = ("AT ONCE", "RATE", "RUNNING", "WAITING")
+    yield ScreenLine(_row(("LIMIT", _NAME_COLUMNS), *((name, -9) for name in names)), "head")
+    for _, limit, running, waiting, _ in overview.limits:
+        cells = (str(limit.concurrency or "-"), limit.rate or "-", str(running), str(waiting))
+        yield ScreenLine(_row((limit.name, _NAME_COLUMNS), *((cell, -9) for cell in cells)))
 
 
 def _types(overview: Overview) -> Iterator[ScreenLine]:

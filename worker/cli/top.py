@@ -88,6 +88,11 @@ def to_json(overview: Overview) -> dict[str, Any]:
             {key: value for key, value in asdict(letter).items() if key not in ("task", "raw", "details")}
             for letter in overview.letters
         ],
+        "lanes": {stream: counts._asdict() for stream, counts in overview.lanes.items()},
+        "limits": [
+            {"stream": one.stream, "name": one.limit.name, "running": one.running, "waiting": one.waiting}
+            for one in overview.limits
+        ],
         "refused": [redacted(text) for text in overview.refused],
         "trouble": redacted(overview.error),
         "cron": [

@@ -6,7 +6,6 @@ import sys
 import click
 
 from ..admin.deployment import Deployment
-from ..admin.search_client import SearchClient, read_serve_token
 from ..errors import ConfigurationError
 from ..extension import how_to_install
 from ..options import ENV_PREFIX, ExplicitOption
@@ -61,6 +60,5 @@ def web(
         raise ConfigurationError(f"the page needs {error.name}: {how_to_install('web')}") from error
     log.set_up("web", "info", "text" if is_terminal(sys.stderr) else "json")
     api_url = serve_url or str(deployment.endpoints.get("serve_url", ""))
-    search = SearchClient(api_url, read_serve_token("")) if api_url else None
-    options = Options(listen, token_file, allow_actions, show_payloads, interval, search)
+    options = Options(listen, token_file, allow_actions, show_payloads, interval, api_url)
     serve(deployment, streams, options, lambda url: click.echo(f"serving {url} (pid {os.getpid()})"))

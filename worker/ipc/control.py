@@ -14,7 +14,7 @@ import msgspec
 from ..cron_table import CronTable
 from ..flow import FlowConfig
 from ..telemetry.line_writer import take_dropped_lines
-from ..telemetry.metrics import MetricsBuffer
+from ..telemetry.metrics import Gauge, MetricsBuffer
 
 #: Longest message. Reports and stack dumps are cut to stay well below.
 MAX_MESSAGE_BYTES = 128 * 1024
@@ -120,7 +120,7 @@ class Report(msgspec.Struct, tag=True, frozen=True):
     """
 
     counts: list[tuple[str, tuple[str, ...], float]] = []
-    gauges: list[tuple[str, tuple[str, ...], float]] = []
+    gauges: list[Gauge] = []
     histograms: list[tuple[str, tuple[str, ...], list[int], float]] = []
     trouble: str | None = None
     progress: int = 0

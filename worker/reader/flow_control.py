@@ -52,6 +52,7 @@ class FlowControl:
         self._streams = context.settings.streams
         self._type_names = tuple(context.settings.handlers)
         self._faults = context.faults
+        self._metrics = context.metrics
         self._mono_s = context.mono_s
         self._dispatcher = dispatcher
         self._buffer = dispatcher.buffer
@@ -211,6 +212,8 @@ class FlowControl:
         state, source = self._states[stream_no], self._streams[stream_no]
         taken = self._store.take(source, self._runnable_types(), count)
         state.waiting = taken.waiting
+        for name, number in taken.limited.items():
+            self._metrics.count("z_novel_jobs_limited_total", (name,), number)
         if taken.outdated:
             self._check(stream_no)
             jobs = (

@@ -18,20 +18,25 @@ _PAGE_BYTES = 2 * 1024 * 1024
 
 
 class LaneCounts(NamedTuple):
-    """Jobs of a stream that wait in lanes: by priority, of the ten tenants with the most; and running jobs by
-    limit key."""
+    """Jobs of a stream that wait in lanes: by priority, of the ten tenants with the most, by the limit key
+    that they wait for (``parked``); and running jobs by limit key."""
 
     waiting: int
     by_priority: dict[int, int]
     largest_tenants: dict[str, int]
     running: dict[str, int]
+    parked: dict[str, int]
 
 
 class LanePlace(NamedTuple):
-    """A job's place in its lane: jobs of the lane before it, and the key for which the lane waits, if any."""
+    """A job's place in its lane: jobs of the lane before it, and the key for which the lane waits, if any.
+
+    ``is_outdated``: limits have changed since, and a reader will sort the lane again.
+    """
 
     ahead: int
     blocked_by: str | None
+    is_outdated: bool = False
 
 
 class Rivals(NamedTuple):

@@ -20,6 +20,8 @@ from .cron import CronStore
 
 #: Idle time (seconds) that a released entry shows: above any lease. Servers refuse times before 1970.
 RELEASED_IDLE_S = 30 * 24 * 3600.0
+#: Tenants that are shown by themselves: those with the most waiting jobs.
+LARGEST_TENANTS = 10
 
 
 class Entry(NamedTuple):
@@ -121,12 +123,14 @@ class TakenJobs(NamedTuple):
 
     The limits of ``outdated`` have changed: they must be sorted again. ``waiting`` counts the jobs that still
     wait, ``due_s`` is the time until one of them may start (None: only another event lets one start).
+    ``limited`` counts by type those of ``entries`` whose lane a limit has blocked since it was last empty.
     """
 
     entries: list[Entry]
     outdated: list[Entry]
     waiting: int
     due_s: float | None
+    limited: Mapping[str, int] = {}
 
 
 class Backlog(NamedTuple):
@@ -218,6 +222,8 @@ class Depths(NamedTuple):
     """Queue depths of one stream and group; ages are seconds.
 
     ``queued`` counts the undelivered entries (``lag``) and the jobs in lanes (``waiting``).
+    ``tenant_ages_s`` has the age of the oldest job in lanes of the `LARGEST_TENANTS` with the most jobs
+    there.
     """
 
     queued: int
@@ -228,6 +234,7 @@ class Depths(NamedTuple):
     lag: int
     waiting: int = 0
     other_groups: tuple[str, ...] = ()
+    tenant_ages_s: Mapping[str, float] = {}
 
 
 class ReaderStore(Protocol):

@@ -5,7 +5,7 @@ imports this file.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ..extension import Metric, extension
@@ -25,7 +25,7 @@ METRICS = {
     "z_novel_jobs_completed_total": Metric("counter", "Jobs that were acknowledged", ("task_type",)),
     "z_novel_jobs_failed_total": Metric("counter", "Tries that failed", ("task_type",)),
     "z_novel_jobs_limited_total": Metric(
-        "counter", "Jobs that a handler put back with RateLimited", ("task_type",)
+        "counter", "Jobs that waited for a limit, or that a handler put back with RateLimited", ("task_type",)
     ),
     "z_novel_jobs_cancelled_total": Metric(
         "counter", "Cancelled jobs that a service had prefetched or ran", ("task_type",)
@@ -40,6 +40,11 @@ METRICS = {
         "counter", "Jobs that were not run because a newer one had their supersede key", ("task_type",)
     ),
     "z_novel_jobs_waiting": Metric("gauge", "Jobs that wait, by place: stream, lanes", ("stream", "place")),
+    "z_novel_tenant_waiting_seconds": Metric(
+        "gauge",
+        "Age of the oldest job in lanes, of the ten tenants with the most jobs there",
+        ("stream", "tenant_id"),
+    ),
     "z_novel_jobs_retried_total": Metric("counter", "Retries that were scheduled", ("task_type",)),
     "z_novel_jobs_dead_total": Metric("counter", "Jobs that were given up", ("task_type", "reason")),
     "z_novel_job_duration_seconds": Metric("histogram", "Time a try took", ("task_type",), SECONDS),
@@ -84,9 +89,9 @@ METRICS = {
         "histogram", "Time of a request of the HTTP API", ("path",), SECONDS
     ),
     "z_novel_api_batch_requests": Metric(
-        "histogram", "Requests that went through the model together", (), BATCH_SIZES
+        "histogram", "Requests that were computed together", (), BATCH_SIZES
     ),
-    "z_novel_api_waiting_tokens": Metric("gauge", "Tokens of requests that wait for the model or are in it"),
+    "z_novel_api_waiting_tokens": Metric("gauge", "Tokens of requests that wait or are being computed"),
     "z_novel_batches_open": Metric("gauge", "Batches that have not finished, by home stream", ("stream",)),
     "z_novel_batches_finished_total": Metric(
         "counter", "Batches whose jobs have all ended, by home stream", ("stream",)
@@ -103,6 +108,10 @@ def all_metrics() -> dict[str, Metric]:
 Labels = tuple[str, ...]
 
 
+#: A gauge. None deletes every series of the name whose labels begin with these.
+Gauge = tuple[str, Labels, float | None]
+
+
 class Delta(NamedTuple):
     """Changes since the last delta.
 
@@ -110,7 +119,7 @@ class Delta(NamedTuple):
     """
 
     counts: list[tuple[str, Labels, float]]
-    gauges: list[tuple[str, Labels, float]]
+    gauges: list[Gauge]
     histograms: list[tuple[str, Labels, list[int], float]]
 
     def __bool__(self) -> bool:
@@ -160,7 +169,7 @@ class MetricsBuffer:
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, Labels], float] = {}
-        self._gauges: dict[tuple[str, Labels], float] = {}
+        self._gauges: dict[tuple[str, Labels], float | None] = {}
         self._histograms: dict[tuple[str, Labels], Histogram] = {}
 
     def count(self, name: str, labels: Labels = (), by: float = 1) -> None:
@@ -171,6 +180,14 @@ class MetricsBuffer:
     def gauge(self, name: str, labels: Labels, value: float) -> None:
         """Set a gauge."""
         self._gauges[name, labels] = value
+
+    def replace(self, name: str, prefix: Labels, values: Mapping[str, float]) -> None:
+        """Set the gauges whose labels are ``prefix`` and one more; those of other values are deleted."""
+        for key in [key for key in self._gauges if key[0] == name and key[1][: len(prefix)] == prefix]:
+            del self._gauges[key]
+        self._gauges[name, prefix] = None
+        for label, value in values.items():
+            self._gauges[name, (*prefix, label)] = value
 
     def histogram(self, name: str, labels: Labels = ()) -> Histogram:
         """The histogram to add to. The same object stays valid after `take`."""

@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from ..extension import Metric
-from .metrics import Labels, all_metrics
+from .metrics import Gauge, Labels, all_metrics
 
 #: Content type of `PrometheusCollector.page`.
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -65,12 +65,20 @@ class PrometheusCollector(Collector):
             return False
         return name in self._values or len(self._values) < len(self._metrics) + MAX_HANDLER_COUNTERS
 
-    def put(self, gauges: Iterable[tuple[str, Labels, float]]) -> None:
-        """Set gauges."""
+    def put(self, gauges: Iterable[Gauge]) -> None:
+        """Set gauges, or delete those without a value."""
         with self._lock:
             for name, labels, value in gauges:
-                if self._is(name, labels, "gauge"):
+                if value is None:
+                    self._delete_gauges(name, tuple(labels))
+                elif self._is(name, labels, "gauge"):
                     self._values[name][tuple(labels)] = value
+
+    def _delete_gauges(self, name: str, prefix: Labels) -> None:
+        metric = self._metrics.get(name)
+        if metric is not None and metric.kind == "gauge":
+            kept = {key: one for key, one in self._values[name].items() if key[: len(prefix)] != prefix}
+            self._values[name] = kept
 
     def merge(self, histograms: Iterable[tuple[str, Labels, list[int], float]]) -> None:
         """Add to histograms: one count per bucket (the last is above all bounds) and the sum."""

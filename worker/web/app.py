@@ -1,6 +1,6 @@
 """ASGI application of the page: routes, middleware and error pages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from starlette.staticfiles import StaticFiles
 
 from ..durations import InvalidDuration
 from ..errors import StoreRefused, StoreUnavailable
+from ..extension import WebPage
 from ..telemetry.log import redacted
 from .access import Access
 from .actions import Actions
@@ -22,11 +23,14 @@ from .guard import Guard
 from .pages import Pages, Site
 
 
-def application(site: Site, access: Access, *, allow_actions: bool) -> Starlette:
-    """Build the application. Without a token all actions are refused, even with `allow_actions`."""
+def application(site: Site, access: Access, more: Iterable[WebPage], *, allow_actions: bool) -> Starlette:
+    """Build the application, with ``more`` pages beside its own.
+
+    Without a token all actions are refused, even with `allow_actions`.
+    """
     pages, actions = Pages(site), Actions(site, access, allow_actions and access.requires_token)
     return Starlette(
-        routes=_routes(pages, actions),
+        routes=[*_routes(pages, actions), *(_route(site, page) for page in more)],
         middleware=[Middleware(Guard, access=access)],
         exception_handlers=_error_pages(site),
     )
@@ -43,7 +47,6 @@ def _routes(pages: Pages, actions: Actions) -> list[BaseRoute]:
         Route("/dead", pages.dead),
         Route("/dead/letter", pages.letter),
         Route("/job", pages.job),
-        Route("/search", pages.search),
         Route("/dead/progress/{number}", pages.task),
         Route("/healthz", pages.health),
         Route("/login", actions.login_form),
@@ -57,6 +60,16 @@ def _routes(pages: Pages, actions: Actions) -> list[BaseRoute]:
         Route("/types/resume", actions.resume, methods=["POST"]),
         Mount("/static", StaticFiles(directory=Path(__file__).with_name("static"))),
     ]
+
+
+def _route(site: Site, page: WebPage) -> Route:
+    """The route of a page of the extension. Starlette calls it in a thread."""
+
+    def answer(request: Request) -> Response:
+        response: Response = page.answer(request, site.renderer.page)
+        return response
+
+    return Route(page.path, answer)
 
 
 def _error_pages(site: Site) -> dict[Any, Callable[[Request, Exception], Response]]:

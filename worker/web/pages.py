@@ -22,7 +22,6 @@ from ..admin.find_job import OVERDUE_S, SILENT_S, JobFinder, JobLocation
 from ..admin.overview import Overview
 from ..admin.refusals import faults_of, refusal
 from ..admin.retries import RetrySet
-from ..admin.search_client import SearchClient, SearchRefused
 from ..admin.status_client import Service
 from ..admin.tenants import WaitingTenants, waiting_tenants
 from ..errors import StoreRefused
@@ -42,8 +41,6 @@ from .rendering import Renderer
 _PAGE_ROWS = 50
 #: Entries scanned for one page, and in each place for a job at first: about a second.
 SCAN_LIMIT = 20_000
-#: Rows of a search.
-_SEARCH_ROWS = 20
 #: Tenants shown, and the interval of counting them, which reads megabytes from the store.
 _MAX_TENANTS, _COUNT_TENANTS_EVERY_S = 20, 10.0
 #: Batches shown, and for how long finished ones are.
@@ -57,7 +54,7 @@ _MAX_DIGITS = 18
 @dataclass(frozen=True)
 class Site:
     """What the pages are made of. ``open_store`` opens a connection for one request; ``fetch_services``
-    fetches the status of the services that answer. ``search`` is None if no API is known."""
+    fetches the status of the services that answer."""
 
     table: StreamTable
     history: History
@@ -66,7 +63,6 @@ class Site:
     open_store: Callable[[], OperatorStore]
     fetch_services: Callable[[], list[Service]]
     show_payloads: bool
-    search: SearchClient | None = None
 
     @property
     def sources(self) -> list[Source]:
@@ -264,27 +260,6 @@ class Pages:
             return None, None
         entry = store.entry(location.stream, entry_id.encode())
         return None, _payload(entry.data, None) if entry else None
-
-    def search(self, request: Request) -> Response:
-        """Rows of a tenant and project that are nearest to a question."""
-        if self._site.search is None:
-            raise HTTPException(404, "No service with --serve-addr is known here: give --serve-url.")
-        names = ("query", "tenant", "project", "collection", "chapter")
-        asked = {name: request.query_params.get(name, "").strip() for name in names}
-        found, error = None, ""
-        if asked["query"]:
-            body = {
-                "query": asked["query"], "tenant_id": asked["tenant"], "project_id": asked["project"],
-                "collection": asked["collection"] or "story_segments", "limit": _SEARCH_ROWS,
-                "chapter_ids": [asked["chapter"]] if asked["chapter"] else [],
-            }  # fmt: skip
-            try:
-                found = self._site.search.search(body)
-            except SearchRefused as refused:
-                error = str(refused)
-        return self._site.renderer.page(
-            request, "search.html", 200 if not error else 502, asked=asked, found=found, error=error
-        )
 
     def task(self, request: Request) -> Response:
         """Progress and outcome of a background task."""

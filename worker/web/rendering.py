@@ -1,6 +1,7 @@
 """Jinja templates, their filters and their globals. No other file imports Jinja."""
 
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -59,12 +60,13 @@ def _version() -> str:
 
 
 class Renderer:
-    """Renders templates. The keyword arguments are globals of every template."""
+    """Renders templates. ``more_folders`` have templates of further pages; the keyword arguments are globals
+    of every template."""
 
-    def __init__(self, **template_globals: Any) -> None:
-        folder = Path(__file__).with_name("templates")
+    def __init__(self, more_folders: Sequence[Path], **template_globals: Any) -> None:
+        folders = [Path(__file__).with_name("templates"), *more_folders]
         self._templates = Environment(
-            loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, finalize=_finalize,
+            loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined, finalize=_finalize,
             trim_blocks=True, lstrip_blocks=True, auto_reload=False,
         )  # fmt: skip
         self._templates.filters |= {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..admin.deployment import Deployment, StreamTable
 from ..admin.overview import open_poller
-from ..admin.search_client import SearchClient
 from ..errors import ConfigurationError
+from ..extension import extension, imported
 from ..http_server import BoundedServer, config
 from ..listening import listen, url_of
 from ..settings import parse_address
@@ -32,14 +32,14 @@ _DRAIN_S = 3
 
 @dataclass(frozen=True)
 class Options:
-    """Options of ``jobworker web``."""
+    """Options of ``jobworker web``. ``api_url`` is empty if no API is known."""
 
     listen: str
     token_file: str
     allow_actions: bool
     show_payloads: bool
     interval_s: float
-    search: SearchClient | None = None
+    api_url: str = ""
 
 
 def read_token(path: str) -> str:
@@ -82,18 +82,21 @@ def serve(
     if streams:  # an unknown group is an error of the start
         table.sources(OperatorStore(deployment.url, timeout_s=_STORE_TIMEOUT_S))
     history = History(open_poller(deployment, table).snapshot, options.interval_s)
+    more = [imported(target)(options.api_url) for target in extension().pages]
     renderer = Renderer(
+        [page.templates for page in more],
         allow_actions=options.allow_actions,
         show_payloads=options.show_payloads,
         requires_token=access.requires_token,
-        search_page=(("/search", "Search"),) if options.search else (),
+        more_pages=tuple((page.path, page.name) for page in more if page.name),
     )
     site = Site(
         table, history, BackgroundTasks(), renderer,
         lambda: OperatorStore(deployment.url, timeout_s=_STORE_TIMEOUT_S),
-        deployment.answering_services, options.show_payloads, options.search,
+        deployment.answering_services, options.show_payloads,
     )  # fmt: skip
-    server = BoundedServer(config(application(site, access, allow_actions=options.allow_actions), _DRAIN_S))
+    app = application(site, access, more, allow_actions=options.allow_actions)
+    server = BoundedServer(config(app, _DRAIN_S))
     # Its INFO events are about uvicorn itself.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     # uvicorn raises the signal again after its shutdown: the default handler would change the exit code.

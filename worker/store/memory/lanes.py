@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ...conditions import SERIES
 from ...flow import FlowConfig, Lane, Limit, tenant_key, type_key
-from ..ports import WaitingJob
+from ..ports import LARGEST_TENANTS, WaitingJob
 from .conditions import MemoryConditions
 
 #: Flows of one kind: the type, and whether the lanes are those of series.
@@ -16,13 +16,17 @@ _ONE_AT_A_TIME = Limit("~", "", "", concurrency=1)
 
 @dataclass
 class WaitingLane:
-    """A lane and its jobs. ``parked_by`` is the key that it waits for. ``outdated``: its limits changed."""
+    """A lane and its jobs. ``parked_by`` is the key that it waits for. ``outdated``: its limits changed.
+
+    ``limited``: a limit has blocked it.
+    """
 
     lane: Lane
     jobs: deque[WaitingJob] = field(default_factory=deque)
     parked_by: str | None = None
     parked_tag: float = 0.0
     outdated: bool = False
+    limited: bool = False
 
     @property
     def queue(self) -> _Queue:
@@ -58,6 +62,8 @@ class MemoryLanes:
         self._starts: dict[str, list[float]] = {}
         self._until: dict[str, float] = {}
         self._asked: dict[str, float] = {}
+        #: Jobs of the last `take` that waited for a limit, by type.
+        self.taken_limited: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return sum(len(one.jobs) for one in self.lanes.values())
@@ -78,6 +84,16 @@ class MemoryLanes:
     def ids(self) -> set[bytes]:
         """Entries that wait."""
         return {job.id for one in self.lanes.values() for job in one.jobs}
+
+    def oldest_by_tenant(self) -> dict[str, float]:
+        """Arrival (unix seconds) of the oldest job of each of the tenants with the most jobs."""
+        numbers: Counter[str] = Counter()
+        oldest_ms: dict[str, int] = {}
+        for one in self.lanes.values():
+            tenant = one.lane.tenant_id
+            numbers[tenant] += len(one.jobs)
+            oldest_ms[tenant] = min(oldest_ms.get(tenant, one.arrived[0]), one.arrived[0])
+        return {tenant: oldest_ms[tenant] / 1000 for tenant, _ in numbers.most_common(LARGEST_TENANTS)}
 
     def put(self, name: bytes, jobs: Iterable[WaitingJob], version: int, *, in_front: bool = False) -> None:
         """Add jobs to a lane."""
@@ -117,6 +133,7 @@ class MemoryLanes:
     def take(self, types: set[str], count: int) -> list[WaitingJob]:
         """Remove the jobs whose turn it is, and let them hold their slots."""
         self._wake_due()
+        self.taken_limited.clear()
         taken: list[WaitingJob] = []
         while len(taken) < count and (waiting := self._next(types)):
             if waiting.lane.series and self._conditions.is_superseded(
@@ -128,9 +145,12 @@ class MemoryLanes:
             start = max(self._tags[waiting.queue, waiting.flow], self._virtual_time)
             if key is not None:
                 waiting.parked_by, waiting.parked_tag = key, start
+                waiting.limited |= self._limit(key) is not None and not key.startswith(SERIES)
                 self._close(waiting)
             else:
                 taken.append(self._serve(waiting, start))
+                if waiting.limited:
+                    self.taken_limited[waiting.lane.type] += 1
             for other in waiting.lane.limit_keys:
                 if other != key and self._wait_s(other) == 0.0:
                     self._wake(other)

@@ -282,7 +282,8 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
             outdated = stream.lanes.take_outdated(_OUTDATED_JOBS)
             jobs = stream.lanes.take(set(types), count)
             lists = [self._give_lease(source, one) for one in (jobs, outdated)]
-            return TakenJobs(lists[0], lists[1], len(stream.lanes), stream.lanes.due_s())
+            limited = dict(stream.lanes.taken_limited)
+            return TakenJobs(lists[0], lists[1], len(stream.lanes), stream.lanes.due_s(), limited)
 
     def _give_lease(self, source: Source, jobs: Sequence[WaitingJob]) -> list[Entry]:
         """Make jobs pending for this consumer. Entries that were deleted meanwhile are dropped."""
@@ -444,7 +445,12 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
             age_s = 0.0 if first_ms is None else max(0.0, self._server.wall_now_s() - first_ms / 1000)
             others = tuple(name for name in stream.groups if name != source.group)
             counts = (len(new) + len(waiting), len(group.leases), len(stream.retries), len(stream.dead))
-            return Depths(*counts, age_s, len(new), len(waiting), others)
+            wall_now_s = self._server.wall_now_s()
+            ages_s = {
+                tenant: max(0.0, wall_now_s - wall_s)
+                for tenant, wall_s in stream.lanes.oldest_by_tenant().items()
+            }
+            return Depths(*counts, age_s, len(new), len(waiting), others, ages_s)
 
     # -- producer
 

@@ -1,6 +1,7 @@
 """Commands and replies of the lanes in which jobs wait (see ``prelude_flow.lua`` for their keys)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -8,7 +9,7 @@ import msgspec
 from ...flow import FlowConfig, Lane, LaneRules, Limit, read_flow_header, tenant_key, type_key
 from ...keys import Source
 from ..operator import LaneCounts
-from ..ports import Backlog, Entry, TakenJobs, WaitingJob
+from ..ports import LARGEST_TENANTS, Backlog, Entry, TakenJobs, WaitingJob
 from .base import SCRIPT_IDS, checked, is_no_stream, pairs
 from .connection import Reply
 from .lua import Argument, Command, script
@@ -17,6 +18,10 @@ from .lua import Argument, Command, script
 TAKE_BYTES = 4 * 1024 * 1024
 #: Jobs of lanes with changed limits that one call of take.lua returns, to be sorted again.
 OUTDATED_IDS = 500
+#: Lanes that are looked at to find the oldest job of each large tenant, and those of one page.
+_MAX_HEADS, _HEADS_PAGE = 10_000, 1000
+#: Keys of limits whose waiting jobs are counted.
+_MAX_PARKED_KEYS = 1000
 
 _limits = msgspec.json.Decoder(tuple[Limit, ...])
 
@@ -116,25 +121,68 @@ def sort_arguments(lanes: Mapping[bytes, Sequence[WaitingJob]]) -> Iterator[list
 
 def taken(reply: Sequence[Any], deaths_of: Callable[[bytes, bytes | None], int]) -> TakenJobs:
     """The result of take.lua."""
-    waiting, due_ms, outdated = reply[:3]
-    rows = zip(reply[3::3], reply[4::3], reply[5::3], strict=True)
+    waiting, due_ms, outdated, limited = reply[:4]
+    rows = zip(reply[4::3], reply[5::3], reply[6::3], strict=True)
     entries = [Entry(id, data, 1, deaths_of(id, deaths)) for id, data, deaths in rows]
     due_s = None if due_ms < 0 else due_ms / 1000
-    return TakenJobs(entries[outdated:], entries[:outdated], waiting, due_s)
+    by_type = {name.decode(errors="replace"): count for name, count in pairs(limited).items()}
+    return TakenJobs(entries[outdated:], entries[:outdated], waiting, due_s, by_type)
+
+
+def oldest_by_tenant(ready: str, one: Callable[[Command], Any]) -> dict[str, float]:
+    """Arrival (unix seconds) of the oldest job in lanes of each of the tenants with the most jobs there.
+
+    ``one`` sends a command. Lanes are looked at from the oldest on, at most 10,000. A tenant whose lanes are
+    all younger gets the arrival of the last one.
+    """
+    largest = one(("ZRANGE", f"{ready}/tenants", 0, LARGEST_TENANTS - 1, "REV"))
+    found: dict[str, float] = {}
+    missing = {tenant.decode(errors="replace") for tenant in largest}
+    arrived_s = None
+    for start in range(0, _MAX_HEADS, _HEADS_PAGE):
+        if not missing:
+            break
+        heads = one(("ZRANGE", f"{ready}/heads", start, start + _HEADS_PAGE - 1, "WITHSCORES"))
+        for name, arrived_ms in zip(heads[::2], heads[1::2], strict=True):
+            tenant, arrived_s = Lane.decode(name).tenant_id, float(arrived_ms) / 1000
+            if tenant in missing:
+                found[tenant] = arrived_s
+                missing.remove(tenant)
+        if len(heads) < 2 * _HEADS_PAGE:
+            break
+    return found | ({} if arrived_s is None else dict.fromkeys(missing, arrived_s))
 
 
 def counts_commands(ready: str) -> list[Command]:
     """Commands that count jobs in lanes."""
     return [
         ("HGETALL", ready),
-        ("ZRANGE", f"{ready}/tenants", 0, 9, "REV", "WITHSCORES"),
+        ("ZRANGE", f"{ready}/tenants", 0, LARGEST_TENANTS - 1, "REV", "WITHSCORES"),
         ("HGETALL", f"{ready}/running"),
+        ("ZRANGE", f"{ready}/timers", 0, _MAX_PARKED_KEYS - 1),
     ]
 
 
-def counts(replies: Sequence[Reply]) -> LaneCounts:
+def parked_jobs(
+    ready: str, replies: Sequence[Reply], call: Callable[[Sequence[Command]], Sequence[Reply]]
+) -> dict[str, int]:
+    """Jobs that wait for a key: a key at its limit has running jobs or a timer. ``replies`` are those of
+    `counts_commands`, ``call`` sends commands. At most some thousand lanes are counted."""
+    keys = sorted({*pairs(checked(replies[2])), *checked(replies[3])})[:_MAX_PARKED_KEYS]
+    lanes_key = f"{ready}/parked/".encode()
+    found = call([("ZRANGE", lanes_key + key, 0, _MAX_PARKED_KEYS - 1) for key in keys]) if keys else ()
+    parked = [(key, lane) for key, lanes in zip(keys, found, strict=True) for lane in checked(lanes)]
+    parked = parked[:_MAX_HEADS]
+    lengths = call([("LLEN", jobs_key(ready, lane)) for _, lane in parked]) if parked else ()
+    numbers: Counter[str] = Counter()
+    for (key, _), length in zip(parked, lengths, strict=True):
+        numbers[key.decode(errors="replace")] += int(checked(length))
+    return dict(numbers)
+
+
+def counts(replies: Sequence[Reply], parked: dict[str, int]) -> LaneCounts:
     """Their result."""
-    fields, tenants, running = (pairs(checked(reply)) for reply in replies)
+    fields, tenants, running = (pairs(checked(reply)) for reply in replies[:3])
     by_priority = {
         int(field.removeprefix(b"priority/")): int(count)
         for field, count in fields.items()
@@ -145,6 +193,7 @@ def counts(replies: Sequence[Reply]) -> LaneCounts:
         dict(sorted(by_priority.items(), reverse=True)),
         {tenant.decode(errors="replace"): int(count) for tenant, count in tenants.items()},
         {key.decode(errors="replace"): int(count) for key, count in running.items()},
+        parked,
     )
 
 
@@ -158,6 +207,12 @@ def whereabouts(entry: Entry, config: FlowConfig) -> tuple[bytes, bytes]:
     one."""
     data = entry.data or b""
     return LaneRules(config.limits).name_of(read_flow_header(data)), b"%s %d" % (entry.id, len(data))
+
+
+def siblings(name: bytes, others: Iterable[bytes]) -> list[bytes]:
+    """The lanes of the same type, priority and tenant, whatever their limits are."""
+    own = Lane.decode(name)._replace(limit_keys=())
+    return [other for other in others if Lane.decode(other)._replace(limit_keys=()) == own]
 
 
 def keys_of(name: bytes) -> list[str]:

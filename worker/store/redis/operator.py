@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import orjson
@@ -140,7 +141,9 @@ class OperatorStore(RedisCronStore, RedisBatchStore, RedisCancelStore):
 
     def lane_counts(self, stream: str) -> LaneCounts:
         """Count the jobs that wait in lanes."""
-        return lanes.counts(self.call(stream, lanes.counts_commands(self.ready_key(stream))))
+        ready = self.ready_key(stream)
+        replies = self.call(stream, lanes.counts_commands(ready))
+        return lanes.counts(replies, lanes.parked_jobs(ready, replies, partial(self.call, stream)))
 
     def lane_place(self, stream: str, entry: Entry) -> LanePlace | None:
         """The place of an entry in its lane; None where it waits in none."""
@@ -148,11 +151,19 @@ class OperatorStore(RedisCronStore, RedisBatchStore, RedisCancelStore):
         name, job = lanes.whereabouts(entry, self.flow_config(stream))
         rank = self.one(stream, ("LPOS", lanes.jobs_key(ready, name), job))
         if rank is None:
-            return None
+            return self._outdated_place(stream, name, job)
         keys = lanes.keys_of(name)
         scores = self.call(stream, [("ZSCORE", f"{ready}/parked/{key}", name) for key in keys])
         blocked = [key for key, score in zip(keys, scores, strict=True) if checked(score) is not None]
         return LanePlace(int(rank), next(iter(blocked), None))
+
+    def _outdated_place(self, stream: str, name: bytes, job: bytes) -> LanePlace | None:
+        """The place in a lane of former limits, which readers have not sorted again yet."""
+        ready = self.ready_key(stream)
+        outdated = lanes.siblings(name, self.one(stream, ("SMEMBERS", f"{ready}/old")))
+        commands = [("LPOS", lanes.jobs_key(ready, one), job) for one in outdated]
+        ranks = map(checked, self.call(stream, commands) if commands else ())
+        return next((LanePlace(int(rank), None, True) for rank in ranks if rank is not None), None)
 
     def rivals(self, stream: str, entry: Entry) -> Rivals:
         """The jobs that run instead of an entry's. Raises `MalformedJob` for an entry that is no job."""

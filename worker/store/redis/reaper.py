@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from redis.exceptions import ResponseError
@@ -10,6 +11,7 @@ from ...errors import StoreRefused
 from ...keys import SERVICES_KEY, Source
 from ..announcements import encode
 from ..ports import Depths, Promotion
+from . import lanes
 from .base import SCRIPT_BYTES, SCRIPT_IDS, announcements_in, checked, is_no_group, is_no_stream, pairs
 from .batches import RedisBatchStore
 from .connection import Reply
@@ -53,8 +55,7 @@ class RedisReaperStore(RedisCronStore, RedisBatchStore):
 
     def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
         """A refusal is logged once: only warnings of producers depend on it."""
-        seconds, microseconds = self.one(SERVICES_KEY, ("TIME",))
-        now_s = int(seconds) + int(microseconds) / 1e6
+        now_s = _wall_s(self.one(SERVICES_KEY, ("TIME",)))
         record = encode(types, sources, now_s)
         stored, found = self.call(
             SERVICES_KEY, [("HSET", SERVICES_KEY, service, record), ("HGETALL", SERVICES_KEY)]
@@ -115,7 +116,15 @@ class RedisReaperStore(RedisCronStore, RedisBatchStore):
             lag=lag,
             waiting=in_lanes,
             other_groups=_names_of_others(source.group, groups),
+            tenant_ages_s=self._tenant_ages(stream, checked(now)) if in_lanes else {},
         )
+
+    def _tenant_ages(self, stream: str, now: Sequence[bytes]) -> dict[str, float]:
+        try:
+            arrived = lanes.oldest_by_tenant(self.ready_key(stream), partial(self.one, stream))
+        except (StoreRefused, ValueError):  # another program has damaged a key
+            return {}
+        return {tenant: max(0.0, _wall_s(now) - wall_s) for tenant, wall_s in arrived.items()}
 
 
 def _length(reply: Reply) -> int:
@@ -144,6 +153,10 @@ def _names_of_others(group: str, reply: Reply) -> tuple[str, ...]:
 
 
 def _age_s(id: bytes, now: Sequence[bytes]) -> float:
-    """Age of an entry by the server's clock; `now` is the reply of TIME: seconds, microseconds."""
-    wall_now_s = int(now[0]) + int(now[1]) / 1e6
-    return max(0.0, wall_now_s - int(id.split(b"-")[0]) / 1000)
+    """Age of an entry by the server's clock; `now` is the reply of TIME."""
+    return max(0.0, _wall_s(now) - int(id.split(b"-")[0]) / 1000)
+
+
+def _wall_s(now: Sequence[bytes]) -> float:
+    """Unix seconds of a reply of TIME: seconds, microseconds."""
+    return int(now[0]) + int(now[1]) / 1e6

@@ -89,7 +89,7 @@ if pending(id) then
   return ASKED
 end
 
--- The job as it stands in its lane: 'id, blank, cost'.
+-- The item of the job in its lane: 'id, blank, cost'.
 local item
 for i = 1, #entry[2], 2 do
   if entry[2][i] == 'data' then
@@ -128,6 +128,7 @@ end
 local function leave(name)
   local waiting = read_lane(name)
   redis.call('LREM', waiting.jobs, 1, item)
+  forget_late(item:match('^%S+'))
   local first = redis.call('LINDEX', waiting.jobs, 0)
   if first then
     redis.call('ZADD', ready .. '/heads', arrival(first), name)
@@ -136,13 +137,14 @@ local function leave(name)
     end
   else
     redis.call('ZREM', ready .. '/heads', name)
+    forget_lane(name)
     park_no_more(name)
     if redis.call('SREM', ready .. '/old', name) == 0 then
       close_lane(name)
     end
   end
   if count_jobs({ [name] = -1 }) <= 0 then
-    redis.call('DEL', ready, ready .. '/finish', ready .. '/tenants', ready .. '/timers')
+    forget_all()
   end
 end
 

@@ -5,19 +5,6 @@
 --   newest/<series>   STRING 'first entry, entry, due time in s' of the newest job of a series (see conditions.py)
 -- A job's first entry names it: retries and delayed jobs get new entries, and keep the id of the first one.
 
--- Ids are compared as text: a sequence has 64 bits and a Lua number holds 53.
-local function is_older(a, b)
-  local a_ms, a_seq = a:match('(%d+)-(%d+)')
-  local b_ms, b_seq = b:match('(%d+)-(%d+)')
-  if a_ms == b_ms then
-    a_ms, b_ms = a_seq, b_seq
-  end
-  if #a_ms ~= #b_ms then
-    return #a_ms < #b_ms
-  end
-  return a_ms < b_ms
-end
-
 local function unique_bucket(number)
   return ready .. '/unique/' .. number
 end

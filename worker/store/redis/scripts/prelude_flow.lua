@@ -11,6 +11,9 @@
 --   slots   HASH entry id -> limit keys that the running job holds   running   HASH limit key -> running jobs
 --   starts/<limit key>   LIST of the times (ms) of the last starts   until   HASH key -> time (ms) until which it waits
 --   asked   SET of types with such a key
+--   late   ZSET entry id -> its arrival: jobs behind a younger one in their lane, or put back in front of a lane
+--   newest   HASH lane -> arrival of its youngest job, while that is not its last one
+--   limited   SET of lanes that a limit has blocked since they were last empty
 --   parked/<key>   ZSET lane -> tag: lanes that wait for a key   timers   ZSET key -> time (ms) at which one is woken
 -- A flow is a tenant and a priority: '<10 - priority>/<length>/<tenant>'. A lane's name is '<length>/<type>/<flow>', then
 -- its limit keys as a JSON list, if it has any. A series is the limit key '~=<digest>' (see conditions.py).
@@ -97,6 +100,18 @@ local function wake(key)
   return #woken > 0
 end
 
+-- What is kept of a lane that is empty now, and of all lanes when none has a job.
+local function forget_lane(name)
+  redis.call('HDEL', ready .. '/newest', name)
+  redis.call('SREM', ready .. '/limited', name)
+end
+
+local function forget_all()
+  for _, part in ipairs({ '', '/finish', '/tenants', '/timers', '/limited', '/late', '/newest' }) do
+    redis.call('DEL', ready .. part)
+  end
+end
+
 -- Counts jobs that came to lanes, or left them (negative numbers): a table by lane. Returns the number of all waiting
 -- jobs.
 local function count_jobs(by_lane)
@@ -120,6 +135,48 @@ local function count_jobs(by_lane)
   return redis.call('HINCRBY', ready, 'n', all)
 end
 
+local has_late
+local function any_late()
+  if has_late == nil then
+    has_late = redis.call('EXISTS', ready .. '/late') == 1
+  end
+  return has_late
+end
+
+-- A job that leaves its lane.
+local function forget_late(id)
+  if any_late() then
+    redis.call('ZREM', ready .. '/late', id)
+  end
+end
+
+-- Arrival of the youngest job of a lane but its last ones, which were just added.
+local function youngest(name, added)
+  local last = redis.call('LINDEX', read_lane(name).jobs, -1 - added)
+  local kept = any_late() and redis.call('HGET', ready .. '/newest', name)
+  return math.max(last and tonumber(arrival(last)) or 0, tonumber(kept or 0))
+end
+
+-- Trimming may not pass jobs that are older than the first of their lane: entries that a lost reader had, or that were put
+-- back. `newest` is the arrival of the youngest job before them.
+local function note_late(name, jobs, newest)
+  local found = false
+  for _, job in ipairs(jobs) do
+    local at = tonumber(arrival(job))
+    if at < newest then
+      redis.call('ZADD', ready .. '/late', at, job:match('^%S+'))
+      found, has_late = true, true
+    else
+      newest = at
+    end
+  end
+  if found then
+    redis.call('HSET', ready .. '/newest', name, string.format('%.0f', newest))
+  elseif any_late() then
+    redis.call('HDEL', ready .. '/newest', name)
+  end
+end
+
 -- Adds jobs to a lane: a list of 'id, blank, cost'. The command that may fail with OOM comes first. The caller counts them.
 -- A caller that did not know the present limits adds to a lane that is sorted again.
 local current_version, has_old
@@ -129,6 +186,12 @@ local function put_jobs(name, jobs, in_front, version)
     has_old = redis.call('EXISTS', ready .. '/old') == 1
   end
   local is_new = redis.call(in_front and 'LPUSH' or 'RPUSH', read_lane(name).jobs, unpack(jobs)) == #jobs
+  if in_front and not is_new then
+    redis.call('ZADD', ready .. '/late', arrival(jobs[1]), jobs[1]:match('^%S+'))
+    has_late = true
+  elseif not in_front then
+    note_late(name, jobs, is_new and 0 or youngest(name, #jobs))
+  end
   if is_new then
     arrivals[name] = arrival(jobs[1])
     redis.call('ZADD', ready .. '/heads', arrivals[name], name)

@@ -1,6 +1,7 @@
 -- Compares jobs with others of their supersede keys, and moves those that are not due into the retry ZSET.
--- Called by RedisReaderStore.screen, after prelude_epoch.lua, prelude_flow.lua, prelude_batch.lua and prelude_conditions.lua.
--- Atomic: of two jobs with one key that several hosts read at once, one runs; a delayed job is pending or in the ZSET.
+-- Called by RedisReaderStore.screen, after prelude_epoch.lua, prelude_ids.lua, prelude_flow.lua, prelude_batch.lua and
+-- prelude_conditions.lua. Atomic: of two jobs with one key that several hosts read at once, one runs; a delayed job is
+-- pending or in the ZSET.
 -- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] retry ZSET  KEYS[4] deaths hash
 -- KEYS[5] ready hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch   ARGV[4] ms for which the newest job of a series is known, from its due
@@ -35,7 +36,7 @@ end
 -- Makes the job the newest of its series. Returns the first entry of a newer one.
 local function lead(series, id, first, due)
   local newest_first, newest_id, newest_due = newest_of(series)
-  if newest_first and is_older(first, newest_first) then
+  if newest_first and less(first, newest_first) then
     return newest_first
   end
   local keep_ms = tonumber(ARGV[4]) + math.max(0, math.ceil((tonumber(due) - now) * 1000))

@@ -7,7 +7,8 @@
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch   ARGV[4] most jobs   ARGV[5] bytes after which to stop
 -- ARGV[6] most jobs of lanes whose limits have changed   ARGV[7...] types that the caller runs now
 -- Returns the number of waiting jobs, ms until a lane may be woken (-1: none), the number of jobs that must be sorted
--- again, then id, data and deaths of each job: first those to be sorted, then those to be run.
+-- again, a list of type and number of jobs to be run that waited for a limit, then id, data and deaths of each job: first
+-- those to be sorted, then those to be run.
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local most, bytes, again = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -16,7 +17,16 @@ local looks = 1000
 local ids, names, sorted_again = {}, {}, 0
 redis.call('HLEN', KEYS[3])
 if redis.call('EXISTS', ready) == 0 then
-  return { 0, -1, 0 }
+  return { 0, -1, 0, {} }
+end
+
+-- Lanes in which all jobs count as limited: a limit blocked the lane since it was last empty.
+local limited_lanes, has_limited = {}, redis.call('EXISTS', ready .. '/limited') == 1
+local function was_limited(name)
+  if limited_lanes[name] == nil then
+    limited_lanes[name] = has_limited and redis.call('SISMEMBER', ready .. '/limited', name) == 1
+  end
+  return limited_lanes[name]
 end
 
 -- Jobs that leave their lanes, as negative numbers.
@@ -27,6 +37,12 @@ local function take_out(name, number)
   left_by_lane[name] = (left_by_lane[name] or 0) - #jobs
   local first = redis.call('LINDEX', lane.jobs, 0)
   arrivals[name] = first and arrival(first)
+  for _, job in ipairs(jobs) do
+    forget_late(job:match('^%S+'))
+  end
+  if not first and (has_limited or any_late()) then
+    forget_lane(name)
+  end
   return jobs, first
 end
 
@@ -186,7 +202,9 @@ local function weight(lane)
   return own * 2 ^ lane.priority
 end
 
+local waited_for_limits = {}
 local function serve(name, lane, start, superseded)
+  local counts = was_limited(name)
   local jobs, first = take_out(name, 1)
   local finish = start
   if jobs[1] and superseded then
@@ -199,6 +217,9 @@ local function serve(name, lane, start, superseded)
     finish = start + math.max(1, tonumber(cost)) / weight(lane)
     finishes[lane.flow] = finish
     virtual_time = start
+    if counts then
+      waited_for_limits[lane.type] = (waited_for_limits[lane.type] or 0) + 1
+    end
   end
   if not first then
     close_lane(name)
@@ -245,6 +266,10 @@ while taken < most and bytes > 0 and looks > 0 do
     if key then
       close_lane(name)
       redis.call('ZADD', ready .. '/parked/' .. key, tag(start), name)
+      if limits[key:match('^[^=]*')] and key:sub(1, 1) ~= '~' then
+        redis.call('SADD', ready .. '/limited', name)
+        limited_lanes[name], has_limited = true, true
+      end
       if at then
         redis.call('ZADD', ready .. '/timers', at, key)
       end
@@ -270,7 +295,7 @@ for name, number in pairs(left_by_lane) do
 end
 local waiting = count_jobs(left_by_lane)
 if waiting <= 0 then
-  redis.call('DEL', ready, ready .. '/finish', ready .. '/tenants', ready .. '/timers')
+  forget_all()
 elseif virtual_time then
   redis.call('HSET', ready, 'v', tag(virtual_time))
   for flow, finish in pairs(finishes) do
@@ -283,7 +308,11 @@ end
 
 local due = redis.call('ZRANGE', ready .. '/timers', 0, 0, 'WITHSCORES')
 local due_ms = #due > 0 and math.max(0, tonumber(due[2]) - now) or -1
-local reply = { waiting, due_ms, sorted_again }
+local reply = { waiting, due_ms, sorted_again, {} }
+for type, number in pairs(waited_for_limits) do
+  table.insert(reply[4], type)
+  table.insert(reply[4], number)
+end
 if #ids == 0 then
   return reply
 end

@@ -36,9 +36,11 @@ end
 if not min_id then
   return 0
 end
-local waiting = redis.call('ZRANGE', KEYS[2] .. '/heads', 0, 0, 'WITHSCORES')[2]
-if waiting and less(string.format('%.0f-0', waiting), min_id) then
-  min_id = string.format('%.0f-0', waiting)
+for _, part in ipairs({ '/heads', '/late' }) do
+  local waiting = redis.call('ZRANGE', KEYS[2] .. part, 0, 0, 'WITHSCORES')[2]
+  if waiting and less(string.format('%.0f-0', waiting), min_id) then
+    min_id = string.format('%.0f-0', waiting)
+  end
 end
 -- Whole nodes first, because they are freed at once; part of a node only when no whole one is left.
 local dropped = redis.call('XTRIM', KEYS[1], 'MINID', '~', min_id, 'LIMIT', ARGV[1])

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from ..endpoints import read_endpoints
-from ..errors import ConfigurationError
-from ..urls import parse_http_url
+from jobworker.worker import ConfigurationError
+from jobworker.worker.endpoints import read_endpoints
+from jobworker.worker.urls import parse_http_url
 
 TOKEN_VARIABLE = "JOBWORKER_SERVE_TOKEN"
 #: The API answers within 25 s, if only with an error.

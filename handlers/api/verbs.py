@@ -1,16 +1,16 @@
-"""``jobworker search``: ask a collection a question, through the API of a service."""
+"""Verb of `jobworker` for the HTTP API: ask a collection a question."""
 
 import sys
 from typing import Any
 
 import click
 
-from ..admin.search_client import TOKEN_VARIABLE, SearchClient, SearchRefused, find_api, read_serve_token
-from ..admin.words import strip_control
-from ..errors import ConfigurationError
-from ..options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, ExplicitOption
-from ..quantities import Count, Number
-from .common import AS_JSON, BAD_NEWS, echo_json
+from jobworker.worker import ConfigurationError
+from jobworker.worker.cli.common import AS_JSON, BAD_NEWS, echo_json, echo_line
+from jobworker.worker.options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, ExplicitOption
+from jobworker.worker.quantities import Count, Number
+
+from .client import TOKEN_VARIABLE, SearchClient, SearchRefused, find_api, read_serve_token
 
 #: Characters of a row's text that are shown; --json has all of it.
 _TEXT_CHARS = 300
@@ -75,7 +75,7 @@ def search(
     try:
         found = SearchClient(url, read_serve_token(token_file)).search(asked)
     except SearchRefused as error:
-        click.echo(f"jobworker: {strip_control(str(error))}", err=True)
+        echo_line(f"jobworker: {error}", err=True)
         sys.exit(BAD_NEWS)
     if as_json:
         echo_json({"results": found.rows, "model": found.model, "collection": found.collection})
@@ -92,7 +92,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         places = [
             f"{name} {row[name]}" for name in ("chapter_id", "segment_type", "story_time") if row.get(name)
         ]
-        click.echo(strip_control("  ".join([f"{row['score']:.3f}", str(row["id"]), *places])))
+        echo_line("  ".join([f"{row['score']:.3f}", str(row["id"]), *places]))
         text = " ".join(str(row.get("text_content") or row.get("description") or "").split())
         cut = text if len(text) <= _TEXT_CHARS else text[:_TEXT_CHARS] + "…"
-        click.echo(f"       {strip_control(cut)}")
+        echo_line(f"       {cut}")
