@@ -28,7 +28,7 @@ from .handler import BoundHandler, Outcomes
 from .health_check import HealthChecks
 from .ipc.channel import READY, STOPPING, Channel, JobFrame, KeptValue, OutcomeFrame
 from .ipc.control import ControlSocket, Ready
-from .ipc.inflight import FAILED, SUCCEEDED
+from .ipc.inflight import FAILED, STARTED, SUCCEEDED
 from .outcome import Failure
 from .results import KEEP_RESULT, Returned, encode_value, is_kept
 from .telemetry.current_job import current, log_fields
@@ -89,6 +89,7 @@ class Runner:
         self._channel = channel
         self._states = channel.table.states
         self._cancelled = channel.table.cancelled
+        self._asked = channel.table.asked
         self._rows = len(self._states)
         self._begin_row = channel.table.begin
         self._control = control
@@ -396,7 +397,8 @@ class Runner:
             self._allow_progress(handler, limit_s, (queued.envelope,))
         self._channel.set_running(started, started + limit_s)
         entered = generation()
-        if not self._begin(queued.row):
+        self._states[at] = STARTED
+        if self._asked[at] and not self._begin(queued.row):  # `_begin` costs a call for each job
             return None
         try:
             current.jobs = job = self._job(queued)

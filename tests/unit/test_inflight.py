@@ -1,14 +1,13 @@
 """The in-flight table compared with a model, and its use by a new reader."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from jobworker.worker.ipc import inflight
 from jobworker.worker.ipc.channel import READY, Channel
 from jobworker.worker.ipc.control import ControlSocket
 from jobworker.worker.ipc.inflight import (
@@ -129,20 +128,6 @@ def test_the_whole_table_can_be_in_use_over_its_end() -> None:
     assert (len(full), full.tail) == (0, ROWS // 2 + ROWS)
 
 
-class Between:
-    """In place of the lock between a store and a load: the other side acts there."""
-
-    def __init__(self, act: Callable[[], object]) -> None:
-        self._act: Callable[[], object] | None = act
-
-    def __enter__(self) -> None:
-        act, self._act = self._act, None  # the other side passes here, too
-        if act:
-            act()
-
-    def __exit__(self, *_: object) -> None: ...
-
-
 def one_queued() -> InFlight:
     made = table()
     made.write([0], [0], [0], [False], [b"1-0"])
@@ -150,35 +135,31 @@ def one_queued() -> InFlight:
     return made
 
 
-@pytest.mark.parametrize("order", ["worker first", "reader first", "reader in between", "worker in between"])
-def test_a_job_that_is_asked_back_while_it_starts_belongs_to_one_side(
-    order: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("begins", ["before it is asked for", "before it is taken", "while it is taken", "later"])
+def test_a_job_that_is_asked_back_while_it_starts_belongs_to_one_side(begins: str) -> None:
     rows = one_queued()
-    begun: list[bool] = []
-    taken: list[list[int]] = []
-    begin, take_back = lambda: begun.append(rows.begin(0)), lambda: taken.append(rows.take_back([0]))
-    if order == "worker first":
-        begin()
-        take_back()
-    elif order == "reader first":
-        take_back()
-        begin()
-    elif order == "reader in between":
-        monkeypatch.setattr(inflight, "_fence", Between(take_back))
-        begin()
-    else:
-        monkeypatch.setattr(inflight, "_fence", Between(begin))
-        take_back()
+    begun = []
+    if begins == "before it is asked for":
+        begun.append(rows.begin(0))
+    rows.ask_back([0])
+    if begins == "before it is taken":
+        begun.append(rows.begin(0))
+    if begins == "while it is taken":
+        rows.state = lambda row, state=rows.state: (state(row), begun.append(rows.begin(row)))[0]  # type: ignore[method-assign]
+    taken = rows.take_back([0])
+    vars(rows).pop("state", None)
+    if begins == "later":
+        begun.append(rows.begin(0))
     came_back = rows.state(0) == RETURNED and not rows.is_taken_back(0)
-    assert [begun[0], bool(taken[0]), came_back].count(True) == 1, "exactly one side has it"
-    assert [job.entry_id for job in rows.unsettled()] == ([] if taken[0] else [b"1-0"])
+    assert [begun[0], bool(taken), came_back].count(True) == 1, "exactly one side has it"
+    assert [job.entry_id for job in rows.unsettled()] == ([] if taken else [b"1-0"])
 
 
 def test_a_reused_row_is_not_asked_back() -> None:
     rows = one_queued()
-    assert rows.take_back([0]) == [0]
+    rows.ask_back([0])
     assert rows.queued() == []
+    assert rows.take_back([0]) == [0]
     assert not rows.begin(0)
     rows.mark([0], SETTLED)
     rows.advance()

@@ -15,14 +15,14 @@ result is kept. Beside the state, the reader may mark a row cancelled at any tim
 If either of the two dies, the other one (or its successor) knows which jobs were started.
 
 The reader takes back jobs that wait behind a long one, without an answer of the worker, which is busy. A
-second byte of the row is the reader's: 0, ASKED, TAKEN_BACK. The worker writes STARTED, then reads it; the
-reader writes ASKED, then reads the state. So at least one of the two sees what the other wrote. A reader
-that still sees QUEUED owns the job: the worker will return the row without a run. A reader that sees STARTED
-waits: the worker runs the job or returns it.
+second byte of the row is the reader's: 0, ASKED, TAKEN_BACK. The worker writes STARTED, then reads it, and
+returns the row if the byte is set. The reader writes ASKED, and reads the state no earlier than `SETTLES_S`
+later: a row that is still QUEUED is its own, because a worker that starts it from then on sees ASKED. A
+processor may delay the store of STARTED past the load that follows it, but only for microseconds, and a
+switch to another process ends that delay. So the pause replaces a memory barrier at each start of a job.
 """
 
 import re
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -38,8 +38,9 @@ _ID_BYTES = 41
 #: State, type number, stream number, deaths, isolation, cancellation and the byte of the reader that asks for
 #: the job back, one each, then the id.
 TABLE_BYTES = ROWS * (7 + _ID_BYTES)
-#: Taking a lock is an instruction that orders a store before the loads that follow it.
-_fence = threading.Lock()
+#: Between the request for a job and the look whether it has started (seconds): far longer than a store of one
+#: processor takes to be seen by another one.
+SETTLES_S = 0.05
 
 _SUCCEEDED_RUN = re.compile(bytes([SUCCEEDED]) + b"+")
 
@@ -78,7 +79,7 @@ class InFlight:
         self._deaths = area[3 * ROWS : 4 * ROWS]
         self._isolated = area[4 * ROWS : 5 * ROWS]
         self.cancelled = area[5 * ROWS : 6 * ROWS]
-        self._asked = area[6 * ROWS : 7 * ROWS]
+        self.asked = area[6 * ROWS : 7 * ROWS]
         self._ids = area[7 * ROWS : TABLE_BYTES]
 
     @property
@@ -120,7 +121,7 @@ class InFlight:
             self.cancelled[to:end] = bytes(stop - start)
             padded = b"".join([entry_id.ljust(_ID_BYTES, b"\0") for entry_id in ids[start:stop]])
             self._ids[to * _ID_BYTES : end * _ID_BYTES] = padded
-            self._asked[to:end] = bytes(stop - start)
+            self.asked[to:end] = bytes(stop - start)
             self.states[to:end] = bytes([QUEUED]) * (stop - start)
 
     def job(self, row: int) -> InFlightJob:
@@ -180,27 +181,28 @@ class InFlight:
         return [
             self.job(row)
             for row in range(self.tail, self.head)
-            if self.state(row) != SETTLED and self._asked[row % ROWS] != TAKEN_BACK
+            if self.state(row) != SETTLED and self.asked[row % ROWS] != TAKEN_BACK
         ]
 
     def begin(self, row: int) -> bool:
         """Mark a row STARTED; False if its job must not run: the reader has asked for it back (worker)."""
         at = row % ROWS
         self.states[at] = STARTED
-        with _fence:
-            if not self._asked[at]:
-                return True
+        if not self.asked[at]:
+            return True
         self.states[at] = RETURNED
         return False
 
-    def take_back(self, rows: Sequence[int]) -> list[int]:
-        """Ask for jobs back; returns the rows that the worker will not run. Others stay in flight."""
+    def ask_back(self, rows: Iterable[int]) -> None:
+        """Ask for jobs that are not started. `take_back` may follow after `SETTLES_S` (reader)."""
         for row in rows:
-            self._asked[row % ROWS] = ASKED
-        with _fence:
-            taken = [row for row in rows if self.states[row % ROWS] == QUEUED]
+            self.asked[row % ROWS] = ASKED
+
+    def take_back(self, rows: Iterable[int]) -> list[int]:
+        """Take jobs that were asked for; returns the rows that the worker will not run (reader)."""
+        taken = [row for row in rows if self.state(row) == QUEUED]
         for row in taken:
-            self._asked[row % ROWS] = TAKEN_BACK
+            self.asked[row % ROWS] = TAKEN_BACK
         return taken
 
     def queued(self) -> list[InFlightJob]:
@@ -208,20 +210,20 @@ class InFlight:
         return [
             self.job(row)
             for row in range(self.tail, self.head)
-            if self.state(row) == QUEUED and not self._asked[row % ROWS]
+            if self.state(row) == QUEUED and not self.asked[row % ROWS]
         ]
 
-    def asked(self) -> list[int]:
+    def asked_back(self) -> list[int]:
         """Rows that the reader has asked for and that are not settled (reader)."""
         return [
             row
             for row in range(self.tail, self.head)
-            if self._asked[row % ROWS] and self.state(row) != SETTLED
+            if self.asked[row % ROWS] and self.state(row) != SETTLED
         ]
 
     def is_taken_back(self, row: int) -> bool:
         """Whether the reader has the job of a row back."""
-        return self._asked[row % ROWS] == TAKEN_BACK
+        return self.asked[row % ROWS] == TAKEN_BACK
 
     def started(self) -> list[InFlightJob]:
         """The running jobs, for any process that shares the table.

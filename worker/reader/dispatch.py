@@ -9,7 +9,7 @@ import msgspec
 
 from ..ipc.channel import READY, Channel, JobFrame
 from ..ipc.control import WorkerExited
-from ..ipc.inflight import ROWS, InFlightJob
+from ..ipc.inflight import QUEUED, ROWS, SETTLES_S, InFlightJob
 from ..keys import Source
 from ..telemetry import trace
 from .admission import AdmittedJob
@@ -62,7 +62,8 @@ class WorkerHandle:
         #: Whether its running job takes long. Then it gets no more jobs, and may lose those behind that one.
         self.held_up = False
         #: Whether jobs were asked back that it has not passed over yet.
-        self.has_asked = bool(self.table.asked())
+        self.has_asked = bool(self.table.asked_back())
+        self._asked_at = mono_now_s
         self.reserved = self.has_exclusive_job or self.runs_suspect
         channel.wake_worker()
 
@@ -112,13 +113,18 @@ class WorkerHandle:
         is_running = self.channel.mono_deadline_s > 0.0
         self.held_up = is_running and mono_now_s - self.channel.mono_since_s >= _LONG_S
 
-    def take_back(self, jobs: Sequence[InFlightJob]) -> list[InFlightJob]:
-        """Take unstarted jobs back; returns those that this worker will not run."""
-        if not jobs:
+    def ask_back(self, jobs: Sequence[InFlightJob], mono_now_s: float) -> None:
+        """Ask for unstarted jobs back."""
+        if jobs:
+            self.table.ask_back([job.row for job in jobs])
+            self.has_asked, self._asked_at = True, mono_now_s
+
+    def asked_unstarted(self, mono_now_s: float) -> list[InFlightJob]:
+        """The jobs that were asked back and are not started, once it is time to take them."""
+        if not self.has_asked or mono_now_s - self._asked_at < SETTLES_S:
             return []
-        self.has_asked = True
-        taken = set(self.table.take_back([job.row for job in jobs]))
-        return [job for job in jobs if job.row in taken]
+        rows = [row for row in self.table.asked_back() if not self.table.is_taken_back(row)]
+        return [self.table.job(row) for row in rows if self.table.state(row) == QUEUED]
 
     def is_exclusive(self, type_no: int) -> bool:
         """Whether no other job is queued on the worker before or after one of this type."""

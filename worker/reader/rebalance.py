@@ -55,22 +55,23 @@ class Rebalancer:
         if now - self._mono_looked_s < _LOOK_EVERY_S:
             return
         self._mono_looked_s = now
+        self._take_back(now)
         held_up = [one for one in self._dispatcher.workers if one.held_up and not one.exited]
         if not held_up or self._buffer.crashes.watching:
             return
         others = [one for one in self._dispatcher.workers if one.credit]
         if others:
-            self._move_to(others, held_up)
+            self._ask_for(others, held_up, now)
         elif now - self._mono_asked_s >= _ASK_EVERY_S:
             self._mono_asked_s = now
-            self._hand_back(held_up)
+            self._hand_back(held_up, now)
 
     def _collect_returned(self) -> None:
         """Free the rows that workers passed over, and queue the jobs that were only asked for until then."""
         for worker in self._dispatcher.workers:
             if not worker.has_asked:
                 continue
-            asked = worker.table.asked()
+            asked = worker.table.asked_back()
             passed = [row for row in asked if worker.table.state(row) == RETURNED]
             came_back = [worker.table.job(row) for row in passed if not worker.table.is_taken_back(row)]
             self._buffer.requeue(self._fetch(came_back))
@@ -78,37 +79,44 @@ class Rebalancer:
             worker.table.advance()
             worker.has_asked = len(passed) < len(asked)
 
-    def _move_to(self, others: Sequence[WorkerHandle], held_up: Sequence[WorkerHandle]) -> None:
-        """Queue jobs of held-up workers again, in front, as many as other workers of this host can take."""
-        room = sum(worker.credit for worker in others)
-        for worker in held_up:
-            rows = [
-                row for row in _movable(worker) if any(one.may_queue(row.type_no) for one in others)
-            ][:room]  # fmt: skip
-            jobs = {job.entry.id: job for job in self._fetch(rows)}
-            taken = worker.take_back([row for row in rows if row.entry_id in jobs])
-            self._buffer.requeue([jobs[row.entry_id] for row in taken])
-            room -= len(taken)
+    def _take_back(self, mono_now_s: float) -> None:
+        """Queue the jobs again, in front, that were asked for and are not started."""
+        for worker in self._dispatcher.workers:
+            jobs = {job.entry.id: job for job in self._fetch(worker.asked_unstarted(mono_now_s))}
+            rows = [row for row in worker.asked_unstarted(mono_now_s) if row.entry_id in jobs]
+            taken = set(worker.table.take_back([row.row for row in rows]))
+            self._buffer.requeue([jobs[row.entry_id] for row in rows if row.row in taken])
 
-    def _hand_back(self, held_up: Sequence[WorkerHandle]) -> None:
-        """Give what waits here back to the streams on which another host is idle."""
+    def _ask_for(
+        self, others: Sequence[WorkerHandle], held_up: Sequence[WorkerHandle], mono_now_s: float
+    ) -> None:
+        """Ask held-up workers for as many jobs as other workers of this host can take."""
+        room = sum(worker.credit for worker in others) - len(self._buffer.ready)
+        for worker in held_up:
+            rows = [row for row in _movable(worker) if any(one.may_queue(row.type_no) for one in others)]
+            worker.ask_back(rows[: max(0, room)], mono_now_s)
+            room -= len(rows)
+
+    def _hand_back(self, held_up: Sequence[WorkerHandle], mono_now_s: float) -> None:
+        """Give what waits here back to the streams on which another host is idle.
+
+        Jobs that workers have queued are asked for: they are in the prefetch buffer at the next look.
+        """
         for stream_no, source in enumerate(self._streams):
             if stream_no in self._faults or self._flow.sorts_all(stream_no) or self._store.is_reading(source):
                 continue  # a read under way would get the jobs back
-            rows = {one: [row for row in _movable(one) if self._may_leave(row)] for one in held_up}
+            queued = {one: self._may_leave(one, stream_no) for one in held_up}
             waiting = [job for job in self._buffer.ready if self._may_leave_buffer(job, stream_no)]
-            if not waiting and not any(row.stream_no == stream_no for some in rows.values() for row in some):
+            if not waiting and not any(queued.values()):
                 continue
             with self._faults.guard(stream_no):
                 if self._store.idle_readers(source):
-                    jobs = list(waiting)
-                    for worker, some in rows.items():
-                        own = [row for row in some if row.stream_no == stream_no]
-                        fetched = {job.entry.id: job for job in self._fetch(own)}
-                        taken = worker.take_back([row for row in own if row.entry_id in fetched])
-                        jobs += [fetched[row.entry_id] for row in taken]
+                    for worker, rows in queued.items():
+                        worker.ask_back(rows, mono_now_s)
+                    if any(queued.values()):
+                        self._mono_asked_s = mono_now_s - _ASK_EVERY_S  # give them at the next look
                     self._buffer.discard(stream_no, {job.entry.id for job in waiting})
-                    self._give(stream_no, jobs)
+                    self._give(stream_no, waiting)
 
     def _give(self, stream_no: int, jobs: Sequence[AdmittedJob]) -> None:
         source = self._streams[stream_no]
@@ -120,8 +128,12 @@ class Rebalancer:
         if given:
             log.info("jobs.handed_back", extra={"entries": given, "stream": source.stream})
 
-    def _may_leave(self, row: InFlightJob) -> bool:
-        return not self._flow.is_limited(row.stream_no, row.type_no)
+    def _may_leave(self, worker: WorkerHandle, stream_no: int) -> list[InFlightJob]:
+        return [
+            row
+            for row in _movable(worker)
+            if row.stream_no == stream_no and not self._flow.is_limited(stream_no, row.type_no)
+        ]
 
     def _may_leave_buffer(self, job: AdmittedJob, stream_no: int) -> bool:
         is_fresh = job.stream_no == stream_no and not job.isolated and not job.entry.deaths
