@@ -104,9 +104,10 @@ class StampBatch(_Stamping):
 
 
 class Uneven(_Stamping):
-    """`Stamp` whose jobs take 10 ms, and each hundredth 5 s."""
+    """`Stamp` whose jobs take 10 ms, and six 5 s, close together."""
 
     def handle(self, job: Any) -> None:
         """Note the start, then sleep."""
         self._stamps.write(job.id, time.monotonic_ns())
-        time.sleep(5.0 if int(job.id.removeprefix("bench-")) % 100 == 0 else 0.01)  # simulated work
+        is_long = int(job.id.removeprefix("bench-")) in range(100, 112, 2)
+        time.sleep(5.0 if is_long else 0.01)  # simulated work

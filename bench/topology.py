@@ -223,7 +223,7 @@ def _print(trials: list[Trial], facts: dict[str, Any]) -> None:
 @click.option("--jobs", default=100_000, help="Jobs of the lost host.")
 @click.option("--lease", "lease_s", default=3.0, help="Lease of all services (seconds).")
 @click.option("--procs", default=1, help="Workers of each surviving service.")
-@click.option("--uneven", default=600, help="Jobs of the trial of uneven jobs.")
+@click.option("--uneven", default=300, help="Jobs of the trial of uneven jobs.")
 @click.option("--limit", "limit_s", default=LIMIT_S, help="Longest time of a trial, in seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def main(

@@ -135,7 +135,9 @@ def one_queued() -> InFlight:
     return made
 
 
-@pytest.mark.parametrize("begins", ["before it is asked for", "before it is taken", "while it is taken", "later"])
+@pytest.mark.parametrize(
+    "begins", ["before it is asked for", "before it is taken", "while it is taken", "later"]
+)
 def test_a_job_that_is_asked_back_while_it_starts_belongs_to_one_side(begins: str) -> None:
     rows = one_queued()
     begun = []
