@@ -1,25 +1,54 @@
 """The producer's side of the job store on Redis."""
 
+import secrets
 from collections.abc import Iterable
 
 from ... import keys
+from ...errors import StoreUnavailable
 from ..announcements import Announcement
 from .base import announcements_in, checked, chunks_by_size
 from .batches import RedisBatchStore
 from .cancel import RedisCancelStore
+from .connection import Reply
+
+#: Jobs of one call that may be sent again: the server keeps the last 100 ids of a producer, for 100 s, unless
+#: its configuration says otherwise.
+_RESENT_JOBS = 100
 
 
 class RedisProducerStore(RedisBatchStore, RedisCancelStore):
-    """`ProducerStore` on Redis."""
+    """`ProducerStore` on Redis.
+
+    From Redis 8.6 a few jobs are sent a second time if the answer is lost: the server knows those it has.
+    """
+
+    _producer_id = ""
+    _sent = 0
 
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
         """When it raises, some of the jobs may be in the stream."""
         added = 0
         for part in chunks_by_size(jobs, len):
-            for reply in self.call(stream, [("XADD", stream, "*", keys.DATA_FIELD, job) for job in part]):
+            for reply in self._add_part(stream, part):
                 checked(reply)
                 added += 1
         return added
+
+    def _add_part(self, stream: str, jobs: list[bytes]) -> list[Reply]:
+        if len(jobs) > _RESENT_JOBS or not self.features(stream).idempotent_add:
+            return self.call(stream, [("XADD", stream, "*", keys.DATA_FIELD, job) for job in jobs])
+        self._producer_id = self._producer_id or secrets.token_hex(8)
+        first, self._sent = self._sent, self._sent + len(jobs)
+        commands = [
+            ("XADD", stream, "IDMP", self._producer_id, number, "*", keys.DATA_FIELD, job)
+            for number, job in enumerate(jobs, first)
+        ]
+        try:
+            return self.call(stream, commands)
+        except StoreUnavailable:
+            if not self.features(stream).idempotent_add:
+                raise
+            return self.call(stream, commands)
 
     def result(self, stream: str, job_id: str) -> bytes | None:
         found = self.one(stream, ("GET", self.result_key(stream, job_id)))
