@@ -119,7 +119,7 @@ def lost_host(url: str, jobs: int, lease_s: float, procs: int, limit_s: float) -
 def shared_backlog(
     name: str, url: str, handler: str, jobs: int, procs: Sequence[int], limit_s: float, **environment: str
 ) -> Trial:
-    """A backlog that is released at once to services with so many workers each."""
+    """A backlog that is released at once to services with these numbers of workers."""
     with ExitStack() as stack:
         client = stack.enter_context(connect(url))
         backlog = Backlog(client)

@@ -22,7 +22,14 @@ from jobworker.worker.errors import StoreUnavailable
 from jobworker.worker.store.redis.producer import RedisProducerStore
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from support.topologies import MASTER_NAME, Cluster, SentinelGroup, cluster, sentinel_group, silent_server
+from support.topologies import (  # type: ignore[import-not-found] # tests are not checked
+    MASTER_NAME,
+    Cluster,
+    SentinelGroup,
+    cluster,
+    sentinel_group,
+    silent_server,
+)
 
 _NEW_PER_S = 200
 #: Load before and after the event (seconds).

@@ -83,7 +83,7 @@ def recording_service(
     """A service that records its starts in a file, after which it is named."""
     stamps, instance, lease = str(path), path.name, str(lease_s)
     own = {"BENCH_STAMPS": stamps, "JOBWORKER_INSTANCE": instance, "JOBWORKER_LEASE": lease}
-    return service(url, place, handler, procs, **own, **environment)
+    return service(url, place, handler, procs, 0, **own, **environment)
 
 
 def wait(is_over: Callable[[], bool], limit_s: float) -> None:
