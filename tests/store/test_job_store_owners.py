@@ -196,6 +196,15 @@ class TestLeases:
             old.hand_back(S, {a: b"1"})
         assert world.length(S.stream) == 1
 
+    def test_no_reader_is_idle_while_the_stream_has_work_for_it(self, world: World) -> None:
+        busy, _ = given(world, b"1", consumer="a")
+        other = world.reader("b")
+        other.acquire([S])
+        world.producer().add(S.stream, [b"2"])
+        assert busy.idle_readers(S) == 0
+        settle(other, [Settlement(S, [entry.id for entry in read(other)])])
+        assert busy.idle_readers(S) == 1
+
     def test_a_living_reader_without_entries_is_idle(self, world: World) -> None:
         busy, _ = given(world, b"1", consumer="a")
         other = world.reader("b", Holder("t1", "pid 1", 0.3))

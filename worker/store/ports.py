@@ -317,7 +317,7 @@ class ReaderStore(Protocol):
         """
 
     def idle_readers(self, source: Source) -> int:
-        """Number of other consumers that own no entry and whose service lives."""
+        """Number of other consumers without an entry whose service lives; 0 while entries are undelivered."""
 
     def fetch(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
         """The ``data`` of entries; an id that is gone from the stream is left out."""

@@ -219,6 +219,8 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
         with self._server.lock:
             self._server.check(source.stream, fence_key(source.stream))
             stream, group = self._server.stream(source.stream), self._group(source)
+            if any(order(id) > group.last_delivered for id in stream.entries):
+                return 0
             busy = {lease.consumer for lease in group.leases.values()} | {self._consumer}
             return sum(name not in busy and self._left_s(stream, name) > 0 for name in group.consumers)
 
