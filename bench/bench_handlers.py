@@ -101,3 +101,13 @@ class StampBatch(_Stamping):
         for job in jobs:
             self._stamps.write(job.id, mono_ns)
         return [None] * len(jobs)
+
+
+class Uneven(_Stamping):
+    """`Stamp` whose jobs take 10 ms, and six 5 s, close together."""
+
+    def handle(self, job: Any) -> None:
+        """Note the start, then sleep."""
+        self._stamps.write(job.id, time.monotonic_ns())
+        is_long = int(job.id.removeprefix("bench-")) in range(100, 112, 2)
+        time.sleep(5.0 if is_long else 0.01)  # simulated work

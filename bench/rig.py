@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import redis
 
@@ -60,6 +60,15 @@ def server(url: str) -> Iterator[str]:
             yield url
         finally:
             end(process, signal.SIGTERM)
+
+
+class Place(Protocol):
+    """A stream and its group."""
+
+    @property
+    def stream(self) -> str: ...
+    @property
+    def group(self) -> str: ...
 
 
 class Backlog:
@@ -156,7 +165,7 @@ def job(number: int) -> bytes:
 
 @contextmanager
 def service(
-    url: str, backlog: Backlog, handler: str, procs: int, port: int = 0, **environment: str
+    url: str, backlog: Place, handler: str, procs: int, port: int = 0, **environment: str
 ) -> Iterator[int]:
     """A ready service on the backlog's stream; yields the supervisor's process id.
 

@@ -89,7 +89,9 @@ class Runner:
         self._channel = channel
         self._states = channel.table.states
         self._cancelled = channel.table.cancelled
+        self._asked = channel.table.asked
         self._rows = len(self._states)
+        self._begin_row = channel.table.begin
         self._control = control
         self._handlers = handlers
         self._parse = payload_parser(
@@ -189,6 +191,8 @@ class Runner:
             try:
                 envelope = self._parse(data)
             except (MalformedJob, ValueError, RecursionError) as error:
+                if not self._begin(row):
+                    continue
                 self._fail(row, Failure(f"MalformedJob: {why_malformed(error)}", malformed=True))
                 self._channel.finished += 1
                 self._unflushed_since = self._unflushed_since or self._mono_s()
@@ -310,6 +314,8 @@ class Runner:
         metadata = queued.envelope.metadata
         if not metadata or EXPIRES_AT not in metadata or expires_s(queued.envelope) > self._wall_s():
             return False
+        if not self._begin(queued.row):
+            return True  # the reader has it back, or gets it back
         self._fail(queued.row, Failure(f"ExpiredJob: not started by {metadata[EXPIRES_AT]}", expired=True))
         self._channel.finished += 1
         self._unflushed_since = self._unflushed_since or self._mono_s()
@@ -357,8 +363,10 @@ class Runner:
             job = queue.popleft()
             if self._is_expired(job):
                 continue
-            waited_s += _waited_s(job.envelope, started + wall_ahead_s)
             ended = self._run_one(handler, job, started)
+            if ended is None:
+                continue
+            waited_s += _waited_s(job.envelope, started + wall_ahead_s)
             took_s.append(ended - started)
             started = ended
         current.jobs = ()
@@ -368,10 +376,20 @@ class Runner:
         self._waits[type_name].extend(waited_s)
         self._batches.add(1, len(took_s))
 
-    def _run_one(self, handler: BoundHandler, queued: QueuedJob, started: float) -> float:
-        """Run a job; returns the time of its end."""
+    def _begin(self, row: int) -> bool:
+        """Mark a row STARTED; False if its job must not run: the reader has it back, or gets it back."""
+        if self._begin_row(row):
+            return True
+        if self._unflushed_since is None:
+            self._unflushed_since = self._mono_s()
+        return False
+
+    def _run_one(self, handler: BoundHandler, queued: QueuedJob, started: float) -> float | None:
+        """Run a job; returns the time of its end, or None if the reader has it back."""
         at = queued.row % self._rows
         if self._cancelled[at]:
+            if not self._begin(queued.row):
+                return None
             self._fail(queued.row, _CANCELLED)
             return started
         limit_s = self._limit_s(handler, queued.envelope)
@@ -380,6 +398,8 @@ class Runner:
         self._channel.set_running(started, started + limit_s)
         entered = generation()
         self._states[at] = STARTED
+        if self._asked[at] and not self._begin(queued.row):  # `_begin` costs a call for each job
+            return None
         try:
             current.jobs = job = self._job(queued)
             result = handler.handle(job)
@@ -407,14 +427,16 @@ class Runner:
             batch = self._without_cancelled(batch)
         if not batch:  # all have expired or were cancelled
             return
-        jobs = [self._job(queued) for queued in batch]
         started = self._mono_s()
         limits_s = [self._limit_s(handler, queued.envelope) for queued in batch]
         limit_s = min(sum(limits_s), max(handler.batch_timeout_s, *limits_s))
         self._allow_progress(handler, limit_s, [queued.envelope for queued in batch])
         self._channel.set_running(started, started + limit_s)
-        self._channel.table.mark([queued.row for queued in batch], STARTED)
-        current.jobs = jobs
+        batch = [queued for queued in batch if self._begin(queued.row)]
+        if not batch:
+            self._channel.set_running(0.0, 0.0)
+            return
+        current.jobs = jobs = [self._job(queued) for queued in batch]
         outcomes = self._outcomes(handler.handle_batch, jobs)
         current.jobs = ()
         self._report_batch(handler, batch, outcomes)
@@ -430,7 +452,8 @@ class Runner:
         """The jobs of a batch that were not cancelled; the others are reported."""
         cancelled = [queued for queued in batch if self._cancelled[queued.row % self._rows]]
         for queued in cancelled:
-            self._fail(queued.row, _CANCELLED)
+            if self._begin(queued.row):
+                self._fail(queued.row, _CANCELLED)
         if cancelled:
             self._channel.finished += len(cancelled)
             self._unflushed_since = self._unflushed_since or self._mono_s()
@@ -469,8 +492,10 @@ class Runner:
         queued = list(self._queue)
         self._queue.clear()
         for job in queued:
-            if job.envelope.type == type_name:
+            if job.envelope.type == type_name and self._begin(job.row):
                 self._fail(job.row, failure)
+            elif job.envelope.type == type_name:
+                continue
             else:
                 self._queue.append(job)
 

@@ -31,6 +31,22 @@ def long_and_short(one: Service, count: int) -> tuple[str, list[str]]:
     return ids[300], ids
 
 
+def test_jobs_behind_a_long_one_run_once_on_the_idle_host(tmp_path: Path, store: RedisServer) -> None:
+    busy, idle = host(tmp_path, store, "busy"), host(tmp_path, store, "idle")
+    with ending(busy), ending(idle):
+        busy.start()
+        gate, ids = long_and_short(busy, 360)
+        idle.start()
+        eventually(lambda: len(busy.events("end")) + len(idle.events("end")) == len(ids) - 1, TAKEN_OVER_S)
+        assert not busy.events("end", gate), "while the long one runs"
+        assert busy.logged("jobs.handed_back") or idle.events("end"), "they came from the other host"
+        busy.open_gate("go")
+        busy.wait_until_drained()
+        starts = Counter(event.id for one in (busy, idle) for event in one.events("start"))
+        assert starts == Counter(ids), "each started once"
+        assert busy.terminate() == idle.terminate() == 0
+
+
 def test_all_jobs_of_a_killed_host_run_soon_after_its_lease(tmp_path: Path, store: RedisServer) -> None:
     lost, other = host(tmp_path, store, "lost"), host(tmp_path, store, "other")
     with ending(lost), ending(other):

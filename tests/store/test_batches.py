@@ -105,6 +105,19 @@ class TestCounts:
         settle(store, [Settlement(S, [*admit(store), fourth.id])])
         assert counts(reaper, id) == (4, 3, 1, "closed")
 
+    def test_a_job_that_was_handed_back_counts_at_its_end_alone(self, world: World) -> None:
+        store, other = reader(world), reader(world, name="b")
+        id = fill(world, 2)
+        first, second = admit(store)
+        data = store.fetch(S, [second])[second]
+        assert data is not None
+        assert store.hand_back(S, {second: data}) == 1
+        world.reaper().mend_batches(S, b"0")
+        assert counts(world.reaper(), id) == (2, 0, 0, "closed")
+        settle(store, [Settlement(S, [first])])
+        settle(other, [Settlement(S, admit(other))])
+        assert counts(world.reaper(), id) == (2, 2, 0, "closed")
+
     @pytest.mark.parametrize("sure", [True, False])
     def test_an_entry_counts_once(self, world: World, sure: bool) -> None:
         """The answer to a settlement may be lost; then it is sent again."""

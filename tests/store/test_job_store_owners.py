@@ -179,6 +179,42 @@ class TestLeases:
         world.delete_stream(S.stream)
         assert not store.has_lost(S, 0)
 
+    def test_handed_back_entries_are_read_by_another_at_once(self, world: World) -> None:
+        old, (a, b, c) = given(world, b"1", b"2", b"3", consumer="a")
+        settle(old, [Settlement(S, [c])])
+        assert old.hand_back(S, {a: b"1", c: b"3", UNKNOWN: b"x"}) == 1
+        assert pending(old) == [b]
+        new = world.reader("b")
+        new.acquire([S])
+        assert [(entry.data, entry.deliveries) for entry in read(new)] == [(b"1", 1)]
+        assert settle(old, [Settlement(S, [a])]) == {a}, "it is under a new id"
+
+    def test_a_fenced_reader_hands_nothing_back(self, world: World) -> None:
+        old, (a,) = given(world, b"1", consumer="a")
+        world.reader("a").acquire([S])
+        with pytest.raises(Fenced):
+            old.hand_back(S, {a: b"1"})
+        assert world.length(S.stream) == 1
+
+    def test_no_reader_is_idle_while_the_stream_has_work_for_it(self, world: World) -> None:
+        busy, _ = given(world, b"1", consumer="a")
+        other = world.reader("b")
+        other.acquire([S])
+        world.producer().add(S.stream, [b"2"])
+        assert busy.idle_readers(S) == 0
+        settle(other, [Settlement(S, [entry.id for entry in read(other)])])
+        assert busy.idle_readers(S) == 1
+
+    def test_a_living_reader_without_entries_is_idle(self, world: World) -> None:
+        busy, _ = given(world, b"1", consumer="a")
+        other = world.reader("b", Holder("t1", "pid 1", 0.3))
+        assert busy.idle_readers(S) == 0
+        other.acquire([S])
+        assert busy.idle_readers(S) == 1
+        assert other.idle_readers(S) == 0
+        world.pass_time(0.4)
+        assert busy.idle_readers(S) == 0, "its service is gone"
+
     def test_renewed_entries_cannot_be_claimed(self, world: World) -> None:
         old, (a, b) = given(world, b"1", b"2", consumer="a")
         new = world.reader("b")

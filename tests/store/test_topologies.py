@@ -4,11 +4,12 @@ import logging
 import select
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from jobworker.worker.errors import StoreUnavailable
+from jobworker.worker.errors import StoreRefused, StoreUnavailable
 from jobworker.worker.store.ports import Settlement
 from jobworker.worker.store.redis.producer import RedisProducerStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
@@ -163,6 +164,31 @@ class TestCluster:
             retry_until_available(lambda: producer.add(S.stream, [b"2"]))
             assert [entry.data for entry in read(store)] == [b"2"]
             assert "group.recreated" not in caplog.text
+            store.close()
+            producer.close()
+
+    @pytest.mark.parametrize("kind", ["redis7", "valkey"])
+    def test_a_slot_on_its_way_is_no_fault_of_its_stream(self, kind: str, tmp_path: Path) -> None:
+        with cluster(tmp_path, kind) as made:
+            store, producer = reader(made.url()), RedisProducerStore(made.url())
+            producer.add(S.stream, [b"1"])
+            (first,) = read(store)
+            (target,) = [one for one in made.masters if one is not made.owner(S.stream)]
+            with ThreadPoolExecutor() as threads:
+                with made.moving_slot(S.stream, target):
+                    adding = threads.submit(producer.add, S.stream, [b"2"])
+                    for use in (
+                        lambda: read(store),
+                        lambda: store.settle([Settlement(S, [first.id])]),
+                        lambda: store.renew_name([S]),
+                    ):
+                        with pytest.raises(StoreUnavailable) as caught:
+                            use()
+                        assert not isinstance(caught.value, StoreRefused), "a refusal isolates the stream"
+                    assert not adding.done(), "it waits for the end of the move"
+                assert adding.result(SOON_S) == 1
+            retry_until_available(lambda: store.settle([Settlement(S, [first.id])]))
+            assert [entry.data for entry in read(store)] == [b"2"]
             store.close()
             producer.close()
 

@@ -49,6 +49,20 @@ class FakeWorker:
         """Mark jobs as started."""
         self.channel.table.mark([self._rows[job_id] for job_id in job_ids], STARTED)
 
+    def run_long(self, job_id: str, mono_since_s: float) -> None:
+        """Start a job that runs since then and does not end soon."""
+        assert self.begin(job_id) == [job_id]
+        self.channel.set_running(mono_since_s, mono_since_s + 3600.0)
+
+    def begin(self, *job_ids: str) -> list[str]:
+        """Start jobs as a worker does; returns those that the reader has not asked back."""
+        return [job_id for job_id in job_ids if self.channel.table.begin(self._rows[job_id])]
+
+    def end_long(self, job_id: str) -> None:
+        """The long job succeeds."""
+        self.succeed(job_id)
+        self.channel.set_running(0.0, 0.0)
+
     def succeed(self, *job_ids: str) -> None:
         """Finish jobs successfully."""
         self.channel.table.mark([self._rows[job_id] for job_id in job_ids], SUCCEEDED)
@@ -132,6 +146,11 @@ class ReaderRig:
         """Run cycles: one reads, the next settles and dispatches; several follow from each other."""
         for _ in range(cycles):
             self.reader.run_once(0.0)
+
+    @property
+    def mono_s(self) -> float:
+        """The reader's clock."""
+        return 1000.0 + self.now_s
 
     def advance(self, seconds: float) -> None:
         """Advance the clock, then run cycles."""

@@ -80,7 +80,10 @@ class RedisServer:
     def use_sentinel(self, config: Path, bind: Sequence[str] = ("127.0.0.1",)) -> None:
         """Run as a sentinel with this configuration file; before `start`."""
         binary = self._command[0]
-        self._command = [binary, str(config), "--sentinel", "--port", str(self.port), "--bind", *bind]
+        self._command = [
+            binary, str(config), "--sentinel", "--port", str(self.port), "--bind", *bind,
+            "--logfile", str(self.folder / "server.log"),
+        ]  # fmt: skip
 
     def start(self) -> "RedisServer":
         """Start it and wait until it has loaded its data and answers."""

@@ -179,6 +179,12 @@ class Cluster:
 
     def move_slot(self, key: str, target: RedisServer) -> None:
         """Move the slot of a key with all its keys to another master."""
+        with self.moving_slot(key, target):
+            pass
+
+    @contextmanager
+    def moving_slot(self, key: str, target: RedisServer) -> Iterator[None]:
+        """As `move_slot`. In between all keys have moved, and the slot still belongs to its old master."""
         source = self.owner(key)
         slot = str(source.client.execute_command("CLUSTER", "KEYSLOT", key))
         ids = {one: one.client.execute_command("CLUSTER", "MYID").decode() for one in (source, target)}
@@ -187,6 +193,7 @@ class Cluster:
         while found := source.client.execute_command("CLUSTER", "GETKEYSINSLOT", slot, "100"):
             arguments = ["127.0.0.1", str(target.port), "", "0", "5000", "KEYS", *found]
             source.client.execute_command("MIGRATE", *arguments)
+        yield
         for server in (target, source, *self.masters):
             server.client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[target])
 

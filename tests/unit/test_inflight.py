@@ -13,6 +13,7 @@ from jobworker.worker.ipc.control import ControlSocket
 from jobworker.worker.ipc.inflight import (
     FAILED,
     QUEUED,
+    RETURNED,
     ROWS,
     SETTLED,
     STARTED,
@@ -125,6 +126,51 @@ def test_the_whole_table_can_be_in_use_over_its_end() -> None:
     full.settle(rows)
     full.advance()
     assert (len(full), full.tail) == (0, ROWS // 2 + ROWS)
+
+
+def one_queued() -> InFlight:
+    made = table()
+    made.write([0], [0], [0], [False], [b"1-0"])
+    made.head += 1
+    return made
+
+
+@pytest.mark.parametrize(
+    "begins", ["before it is asked for", "before it is taken", "while it is taken", "later"]
+)
+def test_a_job_that_is_asked_back_while_it_starts_belongs_to_one_side(begins: str) -> None:
+    rows = one_queued()
+    begun = []
+    if begins == "before it is asked for":
+        begun.append(rows.begin(0))
+    rows.ask_back([0])
+    if begins == "before it is taken":
+        begun.append(rows.begin(0))
+    if begins == "while it is taken":
+        rows.state = lambda row, state=rows.state: (state(row), begun.append(rows.begin(row)))[0]  # type: ignore[method-assign]
+    taken = rows.take_back([0])
+    vars(rows).pop("state", None)
+    if begins == "later":
+        begun.append(rows.begin(0))
+    came_back = rows.state(0) == RETURNED and not rows.is_taken_back(0)
+    assert [begun[0], bool(taken), came_back].count(True) == 1, "exactly one side has it"
+    assert [job.entry_id for job in rows.unsettled()] == ([] if taken else [b"1-0"])
+
+
+def test_a_reused_row_is_not_asked_back() -> None:
+    rows = one_queued()
+    rows.ask_back([0])
+    assert rows.queued() == []
+    assert rows.take_back([0]) == [0]
+    assert not rows.begin(0)
+    rows.mark([0], SETTLED)
+    rows.advance()
+    for _ in range(ROWS):
+        rows.write([0], [0], [0], [False], [b"2-0"])
+        rows.head += 1
+        assert rows.begin(rows.head - 1)
+        rows.mark([rows.head - 1], SETTLED)
+        rows.advance()
 
 
 def test_a_row_more_than_the_table_has_is_refused() -> None:

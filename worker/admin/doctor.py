@@ -47,6 +47,8 @@ def server_findings(name: str, facts: ServerFacts) -> Iterator[Finding]:
     yield Finding(
         "ok", name, f"{product} {version} {mode}, answers in {facts.round_trip_s * 1000:.1f} ms".strip()
     )
+    if facts.newer_commands:
+        yield Finding("ok", name, f"newer commands are used: {', '.join(facts.newer_commands)}")
     if facts.round_trip_s > _MAX_ROUND_TRIP_S:
         yield Finding("wrong", name, "slow to answer", "run the service near its store; look at SLOWLOG GET")
     if info.get("role") == "slave":

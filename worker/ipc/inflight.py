@@ -6,27 +6,41 @@ from the frames that are still in the ring and from ``taken``, the row after the
 took out. From then on only the state byte changes:
 
     QUEUED -> STARTED -> SUCCEEDED | FAILED     by the worker
-    SUCCEEDED | FAILED -> SETTLED               by the reader, once the store has settled it
+    QUEUED -> STARTED -> RETURNED               by the worker, if the reader has asked for the job back
+    SUCCEEDED | FAILED | RETURNED -> SETTLED    by the reader, once the store has settled it
 
 FAILED means that a frame in the outcome ring says how the job ended: it failed, or it succeeded and its
 result is kept. Beside the state, the reader may mark a row cancelled at any time.
 
 If either of the two dies, the other one (or its successor) knows which jobs were started.
+
+The reader takes back jobs that wait behind a long one, without an answer of the worker, which is busy. A
+second byte of the row is the reader's: 0, ASKED, TAKEN_BACK. The worker writes STARTED, then reads it, and
+returns the row if the byte is set. The reader writes ASKED, and reads the state no earlier than `SETTLES_S`
+later: a row that is still QUEUED is its own, because a worker that starts it from then on sees ASKED. A
+processor may delay the store of STARTED past the load that follows it, but only for microseconds, and a
+switch to another process ends that delay. So the pause replaces a memory barrier at each start of a job.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-QUEUED, STARTED, SUCCEEDED, FAILED, SETTLED = 1, 2, 3, 4, 5
+QUEUED, STARTED, SUCCEEDED, FAILED, SETTLED, RETURNED = 1, 2, 3, 4, 5, 6
+#: The reader's byte of a row: it has asked for the job back; it has it back, and the row is no job in flight.
+ASKED, TAKEN_BACK = 1, 2
 
 #: Most jobs that one worker can have in flight. Enough that a worker of no-op jobs never runs dry between two
 #: ticks of the reader. The credit that the reader really grants is far smaller where jobs are slow.
 ROWS = 4096
 #: Longest entry id: two 64-bit numbers in decimal and a dash.
 _ID_BYTES = 41
-#: State, type number, stream number, deaths, isolation and cancellation: one byte each, then the id.
-TABLE_BYTES = ROWS * (6 + _ID_BYTES)
+#: State, type number, stream number, deaths, isolation, cancellation and the byte of the reader that asks for
+#: the job back, one each, then the id.
+TABLE_BYTES = ROWS * (7 + _ID_BYTES)
+#: Between the request for a job and the look whether it has started (seconds): far longer than a store of one
+#: processor takes to be seen by another one.
+SETTLES_S = 0.05
 
 _SUCCEEDED_RUN = re.compile(bytes([SUCCEEDED]) + b"+")
 
@@ -65,7 +79,8 @@ class InFlight:
         self._deaths = area[3 * ROWS : 4 * ROWS]
         self._isolated = area[4 * ROWS : 5 * ROWS]
         self.cancelled = area[5 * ROWS : 6 * ROWS]
-        self._ids = area[6 * ROWS : TABLE_BYTES]
+        self.asked = area[6 * ROWS : 7 * ROWS]
+        self._ids = area[7 * ROWS : TABLE_BYTES]
 
     @property
     def tail(self) -> int:
@@ -106,6 +121,7 @@ class InFlight:
             self.cancelled[to:end] = bytes(stop - start)
             padded = b"".join([entry_id.ljust(_ID_BYTES, b"\0") for entry_id in ids[start:stop]])
             self._ids[to * _ID_BYTES : end * _ID_BYTES] = padded
+            self.asked[to:end] = bytes(stop - start)
             self.states[to:end] = bytes([QUEUED]) * (stop - start)
 
     def job(self, row: int) -> InFlightJob:
@@ -161,8 +177,53 @@ class InFlight:
                 yield range(first + run.start(), first + run.end())
 
     def unsettled(self) -> list[InFlightJob]:
-        """The jobs that are not settled, oldest first."""
-        return [self.job(row) for row in range(self.tail, self.head) if self.state(row) != SETTLED]
+        """The jobs that are not settled, oldest first; without those that were taken back."""
+        return [
+            self.job(row)
+            for row in range(self.tail, self.head)
+            if self.state(row) != SETTLED and self.asked[row % ROWS] != TAKEN_BACK
+        ]
+
+    def begin(self, row: int) -> bool:
+        """Mark a row STARTED; False if its job must not run: the reader has asked for it back (worker)."""
+        at = row % ROWS
+        self.states[at] = STARTED
+        if not self.asked[at]:
+            return True
+        self.states[at] = RETURNED
+        return False
+
+    def ask_back(self, rows: Iterable[int]) -> None:
+        """Ask for jobs that are not started. `take_back` may follow after `SETTLES_S` (reader)."""
+        for row in rows:
+            self.asked[row % ROWS] = ASKED
+
+    def take_back(self, rows: Iterable[int]) -> list[int]:
+        """Take jobs that were asked for; returns the rows that the worker will not run (reader)."""
+        taken = [row for row in rows if self.state(row) == QUEUED]
+        for row in taken:
+            self.asked[row % ROWS] = TAKEN_BACK
+        return taken
+
+    def queued(self) -> list[InFlightJob]:
+        """The jobs that are not started and that the reader has not asked for, oldest first (reader)."""
+        return [
+            self.job(row)
+            for row in range(self.tail, self.head)
+            if self.state(row) == QUEUED and not self.asked[row % ROWS]
+        ]
+
+    def asked_back(self) -> list[int]:
+        """Rows that the reader has asked for and that are not settled (reader)."""
+        return [
+            row
+            for row in range(self.tail, self.head)
+            if self.asked[row % ROWS] and self.state(row) != SETTLED
+        ]
+
+    def is_taken_back(self, row: int) -> bool:
+        """Whether the reader has the job of a row back."""
+        return self.asked[row % ROWS] == TAKEN_BACK
 
     def started(self) -> list[InFlightJob]:
         """The running jobs, for any process that shares the table.

@@ -10,7 +10,7 @@ import msgspec
 
 from ..ipc.channel import READY, Channel, JobFrame
 from ..ipc.control import WorkerExited
-from ..ipc.inflight import ROWS
+from ..ipc.inflight import QUEUED, ROWS, SETTLES_S, InFlightJob
 from ..keys import Source
 from ..telemetry import trace
 from .admission import AdmittedJob
@@ -21,6 +21,8 @@ from .prefetch import PrefetchBuffer
 _QUEUE_S = 0.2
 #: The same while a backlog is sorted: an urgent job, or one of another tenant, waits behind these jobs only.
 _SORTED_QUEUE_S = 0.01
+#: A job that has run for this long (seconds) holds up what is queued behind it: its worker gets no more.
+_LONG_S = 0.5
 #: Interval at which a worker's rate is measured (seconds).
 _MEASURE_EVERY_S = 0.05
 #: Most bytes and jobs of one frame: with small frames a worker starts while the next frame is encoded.
@@ -58,6 +60,11 @@ class WorkerHandle:
         #: Time in which it finishes the jobs that its credit covers (seconds).
         self.queue_s = _QUEUE_S
         self._restore_head()
+        #: Whether its running job takes long. Then it gets no more jobs, and may lose those behind that one.
+        self.held_up = False
+        #: Whether jobs were asked back that it has not passed over yet.
+        self.has_asked = bool(self.table.asked_back())
+        self._asked_at = mono_now_s
         self.reserved = self.has_exclusive_job or self.runs_suspect
         channel.wake_worker()
 
@@ -90,13 +97,35 @@ class WorkerHandle:
     @property
     def window(self) -> int:
         """Number of jobs that it may have in flight now."""
-        if not self.accepts_jobs:
+        if not self.accepts_jobs or self.held_up:
             return 0
         return min(max(2 * self.channel.batch_hint, int(self._jobs_per_s * self.queue_s)), ROWS)
 
     def supports(self, type_no: int) -> bool:
         """Whether the worker runs jobs of this type."""
         return not self.channel.unsupported_types >> type_no & 1
+
+    def may_queue(self, type_no: int) -> bool:
+        """Whether a job of this type may be queued on the worker behind others."""
+        return self.supports(type_no) and not self.is_exclusive(type_no)
+
+    def note_running(self, mono_now_s: float) -> None:
+        """Note whether the running job takes long."""
+        is_running = self.channel.mono_deadline_s > 0.0
+        self.held_up = is_running and mono_now_s - self.channel.mono_since_s >= _LONG_S
+
+    def ask_back(self, jobs: Sequence[InFlightJob], mono_now_s: float) -> None:
+        """Ask for unstarted jobs back."""
+        if jobs:
+            self.table.ask_back([job.row for job in jobs])
+            self.has_asked, self._asked_at = True, mono_now_s
+
+    def asked_unstarted(self, mono_now_s: float) -> list[InFlightJob]:
+        """The jobs that were asked back and are not started, once it is time to take them."""
+        if not self.has_asked or mono_now_s - self._asked_at < SETTLES_S:
+            return []
+        rows = [row for row in self.table.asked_back() if not self.table.is_taken_back(row)]
+        return [self.table.job(row) for row in rows if self.table.state(row) == QUEUED]
 
     def is_exclusive(self, type_no: int) -> bool:
         """Whether no other job is queued on the worker before or after one of this type."""

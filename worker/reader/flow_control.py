@@ -173,6 +173,10 @@ class FlowControl:
         waiting_ids = {job.entry.id for job in must_wait}
         return [job for job in jobs if job.entry.id not in waiting_ids]
 
+    def is_limited(self, stream_no: int, type_no: int) -> bool:
+        """Whether jobs of a type hold slots of limits."""
+        return self._type_names[type_no] in self._limited(stream_no)
+
     def _limited(self, stream_no: int) -> frozenset[str]:
         """Types whose jobs must be taken out of lanes."""
         return self._rules[stream_no][0].limited_types | self._states[stream_no].asked_types

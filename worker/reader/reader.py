@@ -39,6 +39,7 @@ from .context import ReaderContext
 from .dispatch import Dispatcher, WorkerHandle
 from .intake import Intake
 from .prefetch import PrefetchBuffer
+from .rebalance import Rebalancer
 from .settlement import Settler
 
 log = logging.getLogger("jobworker.reader")
@@ -90,6 +91,7 @@ class Reader:
         self._dispatcher = Dispatcher(settings.streams, self._buffer)
         self._intake = Intake(context, self._dispatcher, self._selector)
         self._settler = Settler(context, self._breakers)
+        self._rebalancer = Rebalancer(context, self._dispatcher, self._intake.flow)
         self._synced = False
         self._connected = False
         self._trouble: str | None = None
@@ -152,6 +154,7 @@ class Reader:
         self._reclaim_exited_workers()
         self._log_slowdowns()
         if not self._intake.draining:
+            self._rebalancer.run()
             self._intake.claim_in_turn()
             self._intake.take_waiting()
             self._intake.reject_expired()

@@ -15,7 +15,7 @@ from ..errors import Fenced, StoreUnavailable
 from ..flow import read_flow_header, tenant_key
 from ..ipc.channel import OutcomeFrame
 from ..ipc.control import WorkerExited
-from ..ipc.inflight import FAILED, QUEUED, SETTLED, STARTED, SUCCEEDED, InFlightJob
+from ..ipc.inflight import FAILED, QUEUED, RETURNED, SETTLED, STARTED, SUCCEEDED, InFlightJob
 from ..keys import Source
 from ..outcome import Drop, Failure, GiveUp, Reason, TryAgain, after_failure
 from ..results import CANCELLED, DEAD, encode_result, is_kept
@@ -570,7 +570,7 @@ class Settler:
         rows = worker.table.unsettled()
         assert all(worker.table.state(row.row) != SUCCEEDED for row in rows)
         started = [row for row in rows if worker.table.state(row.row) in (STARTED, FAILED)]
-        unstarted = [row for row in rows if worker.table.state(row.row) == QUEUED]
+        unstarted = [row for row in rows if worker.table.state(row.row) in (QUEUED, RETURNED)]
         if not exit_.charge:
             unstarted, started = sorted(unstarted + started), []
         bodies = self._fetch(rows)
@@ -592,7 +592,7 @@ class Settler:
             self._crashes.record_death(key, self._mono_s())
         worker.table.mark([row.row for row in rows], SETTLED)
         worker.table.advance()
-        return Reclaimed(_runnable_jobs(unstarted, bodies), isolated)
+        return Reclaimed(runnable_jobs(unstarted, bodies), isolated)
 
     def _charge_deaths(
         self, batch: SettlementBatch, worker: WorkerHandle, exit_: WorkerExited,
@@ -660,6 +660,6 @@ def _runnable(row: InFlightJob, data: bytes) -> AdmittedJob:
     return AdmittedJob(row.stream_no, row.type_no, entry, row.isolated or row.deaths > 0)
 
 
-def _runnable_jobs(rows: Iterable[InFlightJob], bodies: Bodies) -> list[AdmittedJob]:
+def runnable_jobs(rows: Iterable[InFlightJob], bodies: Bodies) -> list[AdmittedJob]:
     """Jobs of rows; entries that are gone from their stream are left out."""
     return [_runnable(row, data) for row in rows if (data := bodies.get(row.key)) is not None]

@@ -10,12 +10,13 @@ from .ports import KeyFault
 
 class ServerFacts(NamedTuple):
     """One server: INFO and CONFIG by name (empty where this user has no permission), the lead of its clock
-    over ours and its round trip (seconds)."""
+    over ours and its round trip (seconds), and which of its newer commands are used."""
 
     info: dict[str, str]
     config: dict[str, str]
     skew_s: float
     round_trip_s: float
+    newer_commands: Sequence[str] = ()
 
 
 class StreamFacts(NamedTuple):

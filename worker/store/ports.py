@@ -309,6 +309,16 @@ class ReaderStore(Protocol):
     def release(self, source: Source, ids: Sequence[bytes]) -> None:
         """Make entries claimable at once by any reader. Their last delivery is not counted."""
 
+    def hand_back(self, source: Source, jobs: Mapping[bytes, bytes]) -> int:
+        """Give entries that were not started back to the stream, atomically each; returns their number.
+
+        ``jobs`` has the JSON of each by its id. They get new ids at the end of the stream, so an idle reader
+        takes them at once. Ids that are not ours any more are left out.
+        """
+
+    def idle_readers(self, source: Source) -> int:
+        """Number of other consumers without an entry whose service lives; 0 while entries are undelivered."""
+
     def fetch(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
         """The ``data`` of entries; an id that is gone from the stream is left out."""
 

@@ -206,6 +206,25 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
                 lease = self._group(source).leases[id]
                 lease.deliveries = max(0, lease.deliveries - 1)
 
+    def hand_back(self, source: Source, jobs: Mapping[bytes, bytes]) -> int:
+        with self._server.lock:
+            stream, group = self._fenced(source), self._group(source)
+            own = [id for id in jobs if self._owns(group, id)]
+            for id in own:
+                self._forget(stream, group, id)
+                stream.batches.leave([id])
+                self._server.append(source.stream, jobs[id])
+            return len(own)
+
+    def idle_readers(self, source: Source) -> int:
+        with self._server.lock:
+            self._server.check(source.stream, fence_key(source.stream))
+            stream, group = self._server.stream(source.stream), self._group(source)
+            if any(order(id) > group.last_delivered for id in stream.entries):
+                return 0
+            busy = {lease.consumer for lease in group.leases.values()} | {self._consumer}
+            return sum(name not in busy and self._left_s(stream, name) > 0 for name in group.consumers)
+
     def fetch(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
         with self._server.lock:
             self._server.check(source.stream)

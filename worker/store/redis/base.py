@@ -12,6 +12,7 @@ from ..announcements import Announcement, parse
 from ..ports import KeyFault
 from .connect import Endpoint, endpoint, unavailable
 from .connection import Begun, PipelinedConnection, Reply
+from .features import Features
 from .key_faults import concerns_one_stream, full_fault, is_full, type_faults
 from .lua import Command, LuaScripts, script
 
@@ -79,6 +80,10 @@ class RedisStoreBase:
     def one(self, stream: str, command: Command) -> Reply:
         """Run one command; raises `StoreUnavailable` or `Fenced` for an error reply."""
         return checked(self.call(stream, [command])[0])
+
+    def features(self, stream: str) -> Features:
+        """Newer commands of the server of a stream. Raises `StoreUnavailable`."""
+        return self._connection(stream).features()
 
     def one_key_a_server(self) -> list[str]:
         """A key for each server, so that a command with it reaches the server; one without a cluster.

@@ -13,6 +13,7 @@ from ...errors import AnswerTooLarge, StoreRefused, StoreUnavailable
 from ...keys import DATA_FIELD, Source
 from ..ports import Entry
 from .connect import Connection, Endpoint, MeteredSocket, has_ended, unavailable
+from .features import features_of, server_info
 from .key_faults import concerns_one_stream
 
 #: The server checks blocked clients ten times a second, so its answer comes a moment after BLOCK is over.
@@ -20,6 +21,8 @@ _BLOCK_MARGIN_S = 1.0
 #: A larger answer of several entries is dropped. The sizes of entries are unknown before they come, and each
 #: may be as large as the server allows (512 MB).
 _ANSWER_BYTES = 64 * 1024 * 1024
+#: Limit of the server, where it has one: it sends at least one entry, and may send one beyond the limit.
+_SERVER_ANSWER_BYTES = _ANSWER_BYTES // 2
 
 
 #: A read that was blocked while its stream was deleted. UNBLOCKED alone has other causes, such as a failover.
@@ -43,6 +46,7 @@ class BlockingRead:
         self._consumer = consumer
         self._timeout_s = timeout_s
         self._connection: Connection | None = None
+        self._sized_reads = False
         self._mono_deadline_s: float | None = None
 
     @property
@@ -105,6 +109,8 @@ class BlockingRead:
 
     def _command(self, count: int, block_ms: int) -> list[str | int]:
         command: list[str | int] = ["XREADGROUP", "GROUP", self._source.group, self._consumer, "COUNT", count]
+        if self._sized_reads:
+            command += ["MAXSIZE", _SERVER_ANSWER_BYTES]
         if block_ms > 0:  # for the server, BLOCK 0 means without end
             command += ["BLOCK", block_ms]
         return [*command, "STREAMS", self._source.stream, ">"]
@@ -114,6 +120,7 @@ class BlockingRead:
             self.drop()
             self._connection = self._endpoint.connection(self._source.stream)
             self._connection.connect()
+            self._sized_reads = features_of(server_info(self._connection) or b"").sized_reads
         return self._connection
 
     def _reply(self, wait_s: float) -> Any:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from ...errors import StoreUnavailable
 from .connect import Connection, Endpoint, has_ended, require_version, unavailable
+from .features import Features, features_of, server_info
 from .lua import Command, LuaScripts
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class PipelinedConnection:
         self._connection: Connection | None = None
         # Commands whose replies have not come, oldest first.
         self._begun: deque[Begun] = deque()
+        self._features = Features()
 
     def call(self, commands: Sequence[Command]) -> list[Reply]:
         """Send the commands; returns one reply for each, an error reply as a value at its index.
@@ -97,6 +99,14 @@ class PipelinedConnection:
         self._endpoint.forget()
         return unavailable(error, "the job store did not answer")
 
+    def features(self) -> Features:
+        """Newer commands of the server; connects if need be. Raises as `call` does."""
+        try:
+            self._ready()
+        except (RedisError, OSError) as error:
+            raise self._lost(error) from error
+        return self._features
+
     def close(self) -> None:
         """Drop the connection; the next call opens another. Replies that have not come are lost."""
         self._begun.clear()
@@ -124,7 +134,7 @@ class PipelinedConnection:
             connection = self._endpoint.connection(self._key)
             connection.connect()
             try:
-                _check_version(connection)
+                self._features = _inspect(connection)
             except BaseException:
                 connection.disconnect()
                 raise
@@ -147,9 +157,11 @@ def _replies(connection: Connection, count: int) -> Iterator[Reply]:
             yield error
 
 
-def _check_version(connection: Connection) -> None:
-    connection.send_command("INFO", "server")
-    try:
-        require_version(connection.read_response(disable_decoding=True))
-    except NoPermissionError:
+def _inspect(connection: Connection) -> Features:
+    """Check the version of the server; returns its features."""
+    info = server_info(connection)
+    if info is None:
         log.warning("server.version_unknown", extra={"hint": "this user may not run INFO"})
+        return Features()
+    require_version(info)
+    return features_of(info)

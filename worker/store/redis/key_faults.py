@@ -4,20 +4,24 @@ from collections.abc import Mapping
 
 import orjson
 from redis.exceptions import (
+    AskError,
     ClusterError,
     ExecAbortError,
-    MovedError,
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
     ResponseError,
+    TryAgainError,
 )
 
 from ..ports import KeyFault
 from .connection import Reply
 
+#: Redirections of a cluster: the command was not run, because the slot of its keys moved or moves now. The
+#: client library takes the code off their text.
+_REDIRECTIONS = (AskError, TryAgainError)  # MovedError is an AskError
 #: Errors of a whole server, or of a reader's name, by class and by first word. Any other concerns a stream.
-_OF_THE_SERVER = (ReadOnlyError, OutOfMemoryError, ClusterError, ExecAbortError, MovedError)
+_OF_THE_SERVER = (ReadOnlyError, OutOfMemoryError, ClusterError, ExecAbortError, *_REDIRECTIONS)
 _SERVER_CODES = frozenset(
     {
         *("OOM", "READONLY", "MISCONF", "NOREPLICAS", "BUSY", "LOADING", "TRYAGAIN", "NOAUTH", "MASTERDOWN"),
@@ -33,6 +37,11 @@ def concerns_one_stream(reply: Exception) -> bool:
     if not isinstance(reply, ResponseError) or isinstance(reply, _OF_THE_SERVER):
         return False
     return str(reply).partition(" ")[0] not in _SERVER_CODES
+
+
+def was_redirected(reply: Reply) -> bool:
+    """Whether a command was not run because its slot is on another node, or moves to one now."""
+    return isinstance(reply, _REDIRECTIONS)
 
 
 def type_faults(types: Mapping[str, str], replies: Mapping[str, Reply], *, cluster: bool) -> list[KeyFault]:

@@ -22,10 +22,11 @@ _EPOCH_SCRIPTS = frozenset(
         "screen",
         "claim_keys",
         "batch_register",
+        "hand_back",
     }
 )
 #: Scripts that use the record of the service that owns a consumer's name.
-_NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lost"})
+_NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lost", "find_idle"})
 #: Scripts that move jobs into lanes or out of them, or that end jobs which hold slots.
 _FLOW_SCRIPTS = frozenset({"sort", "take", "settle", "configure", "mend_slots", "screen", "cancel"})
 #: Scripts that compare entry ids.
@@ -36,7 +37,7 @@ _CONDITION_SCRIPTS = frozenset({"screen", "take", "settle"})
 _BATCH_SCRIPTS = frozenset(
     {
         *("settle", "sort", "batch_register", "batch_open", "batch_close", "batch_finish", "batch_sweep"),
-        *("batch_mend", "cancel", "screen"),
+        *("batch_mend", "cancel", "screen", "hand_back"),
     }
 )
 

@@ -186,6 +186,18 @@ class RedisReaderStore(RedisStoreBase):
         for some in chunks(ids):
             self._run(source, "release", [], [round(RELEASED_IDLE_S * 1000), *some])
 
+    def hand_back(self, source: Source, jobs: Mapping[bytes, bytes]) -> int:
+        """One script per 1,000 entries or 8 MiB, whichever is reached first."""
+        given = 0
+        for some in chunks_by_size(jobs.items(), lambda pair: len(pair[1])):
+            given += self._run(source, "hand_back", [], [part for pair in some for part in pair])
+        return given
+
+    def idle_readers(self, source: Source) -> int:
+        two_keys = [source.stream, self.fence_key(source.stream)]
+        command = script("find_idle", two_keys, source.group, self._consumer)
+        return int(self._send(source, lambda: command))
+
     def fetch(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
         """One script per 1,000 entries or 8 MiB, whichever is reached first."""
         bodies: dict[bytes, bytes | None] = {}

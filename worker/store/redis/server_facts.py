@@ -9,6 +9,7 @@ from ...errors import StoreRefused
 from ...keys import Source
 from ..facts import ServerFacts, StreamFacts
 from .base import checked, is_no_group, pairs
+from .features import features_of
 from .operator import OperatorStore
 
 #: Oldest pending entries that are looked up in the stream: a producer that trims deletes the oldest first.
@@ -34,6 +35,7 @@ class RedisFacts(OperatorStore):
             {} if isinstance(config, Exception) else _decoded(config),
             server_wall_s - (wall_started_s + round_trip_s / 2),
             round_trip_s,
+            [] if isinstance(info, Exception) else features_of(info).names,
         )
 
     def stream(self, source: Source) -> StreamFacts:
