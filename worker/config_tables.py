@@ -30,7 +30,7 @@ class ConfigTables(msgspec.Struct, frozen=True):
             return cls()
         try:
             found = tomllib.loads(Path(path).read_text("utf-8"))
-            cron = parse_cron_tables(found.get("cron", []), [source.stream for source in settings.streams])
+            cron = parse_cron_tables(found.get("cron", []), settings.logical_streams)
             flow = parse_flow({name: found[name] for name in ("limit", "weights") if name in found})
         except (OSError, ValueError, RecursionError, ConfigurationError) as error:
             raise ConfigurationError(f"{path}: {error or 'nested too deeply'}") from error

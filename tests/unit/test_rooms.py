@@ -42,7 +42,7 @@ CORE = {
     *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
     *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing", "store_advice"),
     *("cron_schedule", "cron_table", "durations", "flow", "conditions", "results"),
-    *("bearer_tokens", "listening"),
+    *("bearer_tokens", "listening", "shards"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 BELOW: dict[str, set[str]] = {
@@ -69,7 +69,8 @@ BELOW: dict[str, set[str]] = {
     "batches": {*CORE, "store", "telemetry", "producer"},
     "cron_config": {*CORE, "store", "producer"},
     "config_tables": {*CORE, "cron_config"},
-    "reaper": {*IPC, "store", "cron", "batches"},
+    "forwarding": {*CORE, "store", "telemetry"},
+    "reaper": {*IPC, "store", "cron", "batches", "forwarding"},
     "supervision": IPC,
     "admin": {*CORE, "store", "telemetry", "producer", "cron", "batches"},
     "cli": {*CORE, "store", "telemetry", "producer", "producer_batch", "cron", "batches", "admin", "cancel"},
@@ -99,7 +100,7 @@ ADAPTERS = ("worker.store.redis", "worker.store.memory")
 COMPOSERS = {"boot", "preload", "testing", "producer", "scripted_redis", "admin", "cli", "web"}
 #: Decisions without input or output: they import each other, the standard library, msgspec and orjson.
 PURE = {
-    *("worker." + name for name in ("envelope", "outcome", "keys", "errors", "flow", "conditions")),
+    *("worker." + name for name in ("envelope", "outcome", "keys", "errors", "flow", "conditions", "shards")),
     *("handlers." + name for name in ("encoder.packing", "encoder.segmenter", "graphemes")),
 }
 #: The top level's names; imported bare they would find another project's, or nothing once installed.

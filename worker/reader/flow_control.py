@@ -6,7 +6,7 @@ While little waits and no limit applies, entries pass straight to the prefetch b
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -46,8 +46,16 @@ class _FlowState:
 class FlowControl:
     """Sorts entries of each stream into lanes and takes jobs out of them. Methods raise as the store does."""
 
-    def __init__(self, context: ReaderContext, dispatcher: Dispatcher, cancels: Cancellations) -> None:
+    def __init__(
+        self,
+        context: ReaderContext,
+        dispatcher: Dispatcher,
+        cancels: Cancellations,
+        unread: Container[int] = (),
+    ) -> None:
+        """Of the streams ``unread`` no new entries are read, however many there are."""
         self._cancels = cancels
+        self._unread = unread
         self._store = context.store
         self._streams = context.settings.streams
         self._type_names = tuple(context.settings.handlers)
@@ -106,7 +114,7 @@ class FlowControl:
             count for name, count in backlog.waiting.items() if name not in self._limited(stream_no)
         )
         state.asked_types = backlog.asked_types
-        sorts_all = unlimited or backlog.lag > self._window()
+        sorts_all = unlimited or (backlog.lag > self._window() and stream_no not in self._unread)
         if sorts_all != state.sorts_all:
             fields = {
                 "stream": source.stream,

@@ -31,7 +31,7 @@ _FLOW_SCRIPTS = frozenset(
     {"sort", "take", "settle", "configure", "mend_slots", "screen", "claim_keys", "cancel"}
 )
 #: Scripts that compare entry ids.
-_ID_SCRIPTS = frozenset({"trim", "cancel", "screen"})
+_ID_SCRIPTS = frozenset({"trim", "cancel", "screen", "forward_take", "forward_add", "forward_done"})
 #: Scripts that compare jobs with others of their idempotency and supersede keys.
 _CONDITION_SCRIPTS = frozenset({"screen", "claim_keys", "take", "settle"})
 #: Scripts that count the jobs of batches.
