@@ -67,8 +67,8 @@ class UnknownGroup(ConfigurationError):
 class StreamTable:
     """The streams that a verb looks at: those of --stream and their shards.
 
-    Without any, those of the services that the job store has registered, running or stopped lately; the default
-    ones if no service is registered."""
+    Without any, those of the services that the job store has registered, running or stopped lately; the
+    default ones if no service is registered."""
 
     def __init__(self, streams: Sequence[str], *, need_group: bool = True) -> None:
         """Raises `ConfigurationError` for an invalid stream. A stream of a registered service may be given
