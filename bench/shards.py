@@ -39,7 +39,7 @@ _STREAM, _GROUP, _HOLD = "jobworker-bench:shards", "bench", "hold"
 #: Enough that each shard gets about as many jobs.
 _TENANTS = 1000
 _AT_ONCE = 1000
-_POLL_S = 0.05
+_POLL_S = 0.02
 _SHARDS = 3
 #: Time between two events of the part ``moves``, and before the first (seconds).
 _EVERY_S = 6.0

@@ -79,8 +79,10 @@ class RedisForwardStore(RedisBatchStore):
         return watch.begin(1, _WATCH_MS)
 
     def end_watch(self, stream: str) -> None:
+        watch = self._watches.get(stream)  # closed with all others after an error of any of them
         with suppress(GroupMissing):  # the stream was deleted, or has moved
-            self._watches[stream].finish()
+            if watch is not None:
+                watch.finish()
 
     def used_shards(self, stream: str) -> set[int]:
         fields = self.one(stream, ("HKEYS", self.shards_key(stream)))

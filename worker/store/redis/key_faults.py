@@ -4,20 +4,22 @@ from collections.abc import Mapping
 
 import orjson
 from redis.exceptions import (
+    AskError,
     ClusterError,
     ExecAbortError,
-    MovedError,
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
     ResponseError,
+    TryAgainError,
 )
 
 from ..ports import KeyFault
 from .connection import Reply
 
 #: Errors of a whole server, or of a reader's name, by class and by first word. Any other concerns a stream.
-_OF_THE_SERVER = (ReadOnlyError, OutOfMemoryError, ClusterError, ExecAbortError, MovedError)
+#: MOVED and ASK close all connections; TRYAGAIN ends with the move of its slot.
+_OF_THE_SERVER = (ReadOnlyError, OutOfMemoryError, ClusterError, ExecAbortError, AskError, TryAgainError)
 _SERVER_CODES = frozenset(
     {
         *("OOM", "READONLY", "MISCONF", "NOREPLICAS", "BUSY", "LOADING", "TRYAGAIN", "NOAUTH", "MASTERDOWN"),
