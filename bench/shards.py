@@ -86,7 +86,7 @@ class Moves(NamedTuple):
 
 
 def drain(masters: int, jobs: int, procs: int, quota: float) -> Drain:
-    """Let a service finish jobs that wait on so many masters, each with a shard if there are several."""
+    """Let a service finish jobs that wait on ``masters`` servers, each with a shard if there are several."""
     shards = masters if masters > 1 else 0
     names = shard_names(_STREAM, shards) if shards else (_STREAM,)
     with nodes(masters) as cluster, ExitStack() as stack:
