@@ -52,6 +52,10 @@ class Node:
         text = self.client.execute_command("CLUSTER", "INFO")
         return text if isinstance(text, dict) else dict(line.split(":") for line in text.decode().split())
 
+    def connected_replicas(self) -> int:
+        """Replicas that follow this server."""
+        return int(self.client.info("replication")["connected_slaves"])
+
     def cpu_s(self) -> float:
         """CPU time of the server."""
         info = self.client.info("cpu")
@@ -77,8 +81,7 @@ class Nodes:
         for number, node in enumerate(self.replicas):
             node.client.execute_command("CLUSTER", "REPLICATE", self.masters[number % masters].id)
         self._wait(lambda node: node.state()["cluster_state"] == "ok")
-        for node in self.masters if replicas else ():
-            _until(lambda node=node: node.client.info("replication")["connected_slaves"] == replicas)
+        _until(lambda: all(node.connected_replicas() == replicas for node in self.masters))
 
     @property
     def url(self) -> str:

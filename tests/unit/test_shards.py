@@ -2,13 +2,26 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from jobworker.worker.config_tables import ConfigTables
+from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.forwarding import Forwarder
 from jobworker.worker.keys import Source
+from jobworker.worker.producer import Producer
+from jobworker.worker.results import SUCCEEDED, encode_result
 from jobworker.worker.settings import Settings
-from jobworker.worker.shards import logical_stream, shard_count, shard_names, shard_number, spread
+from jobworker.worker.shards import (
+    logical_stream,
+    shard_count,
+    shard_names,
+    shard_number,
+    shard_number_of,
+    spread,
+)
 from jobworker.worker.store.faults import StreamFaults
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore
@@ -140,3 +153,33 @@ def test_a_batch_counts_its_jobs_in_shards() -> None:
     world.store.begin_read(Source(shard, PLAIN.group), 1, 0)
     world.store.finish_read(Source(shard, PLAIN.group))
     assert world.store.register_batches(Source(shard, PLAIN.group), {entry_id: "b1"}) == set()
+
+
+def test_a_producer_sends_to_the_shards_of_running_services_and_finds_results_there() -> None:
+    world = World()
+    producer = Producer(store=world.store, wall_now_s=world.mono_s)
+    world.store.announce("host/a", ["noop"], spread([PLAIN], [2, 3]), shards=3)
+    for tenant in ("t1", "t2", "t3", "t4", "t5"):
+        producer.enqueue("noop", None, tenant_id=tenant, id=tenant, stream=PLAIN.stream)
+    assert world.found(3) == Counter(["t1", "t2", "t3", "t4", "t5"])
+    shard = shard_names(PLAIN.stream, 3)[shard_number(3, "t1", "", None)]
+    (data, *_) = world.server.entries(shard).values()
+    assert shard_number_of(3, data)[0] == shard_number(3, json.loads(data or b"")["tenant_id"], "", None)
+    world.server.keep_result(shard, "t1", encode_result(SUCCEEDED, "", value=b"7"), 60.0)
+    assert producer.result("t1", 0, stream=PLAIN.stream).value == 7
+    with pytest.raises(ValueError, match="send the job to stream 'stream:test'"):
+        producer.enqueue("noop", None, stream=shard)
+    world.now_s += 300
+    with Producer(store=world.store, wall_now_s=world.mono_s) as late:
+        late.enqueue("noop", None, tenant_id="t1", id="late", stream=PLAIN.stream)
+    assert len(world.server.entries(PLAIN.stream)) == 1, "no service runs that would announce shards"
+
+
+@pytest.mark.parametrize("key", ["project", "global"])
+def test_limits_that_span_shards_are_refused(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "jobworker.toml"
+    file.write_text(f'[[limit]]\ntype = "noop"\nkey = "{key}"\nconcurrency = 2\n')
+    settings = Settings(config_file=str(file), shards=2)
+    with pytest.raises(ConfigurationError, match=f"key tenant.*noop/{key}"):
+        ConfigTables.load(settings)
+    assert ConfigTables.load(replace(settings, shards=0)).flow
