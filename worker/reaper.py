@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from .batches import BatchFinisher, batch_facts
-from .cron import CronEnqueuer
+from .cron.enqueuer import CronEnqueuer
 from .errors import StoreUnavailable
 from .forwarding import Forwarder
 from .ipc.control import BatchShown, ControlSocket, Drain, Ready, SetCron, ShowBatch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.worker.config_tables import ConfigTables
+from jobworker.worker.config.tables import ConfigTables
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.forwarding import Forwarder
 from jobworker.worker.keys import Source

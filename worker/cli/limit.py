@@ -10,8 +10,8 @@ import msgspec
 from ..admin.deployment import StreamTable
 from ..admin.limits import LimitState, limit_states
 from ..admin.words import strip_control
+from ..config.quantities import Count
 from ..flow import FlowConfig, Limit, parse_limits
-from ..quantities import Count
 from ..shards import shard_count
 from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, JobType, echo_json, print_table, verb
 
