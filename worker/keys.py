@@ -81,6 +81,12 @@ def cron_key(stream: str, *, cluster: bool = False) -> str:
     return _derived("cron", stream, cluster)
 
 
+def shards_key(stream: str, *, cluster: bool = False) -> str:
+    """Hash. Of a stream that is spread: the number of shards, what was moved into them, and their owners (see
+    ``forward_take.lua``, ``share_shards.lua``). Of a shard: the last entry that was moved into it."""
+    return _derived("shards", stream, cluster)
+
+
 def result_key(stream: str, job_id: str, *, cluster: bool = False) -> str:
     """String: the kept result of a job, as JSON (see ``results.py``)."""
     return f"{_derived('result', stream, cluster)}/{job_id}"
@@ -100,7 +106,7 @@ def batches_key(stream: str, part: str, *, cluster: bool = False) -> str:
 
 def base_stream(key: str) -> str:
     """The stream that a derived key belongs to; any other key itself."""
-    prefixes = ["retry:", "dlq:", "deaths:", "fence:", "ready:", "cron:"]
+    prefixes = ["retry:", "dlq:", "deaths:", "fence:", "ready:", "cron:", "shards:"]
     if key.startswith(("batch:", "batches:")) and "/" in key:
         prefixes += ["batch:", "batches:"]
         key = key.rpartition("/")[0]

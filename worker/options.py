@@ -16,6 +16,7 @@ from .errors import ConfigurationError
 from .extension import extension
 from .functions.app import app_handlers, parse_app
 from .http.bearer_tokens import read_tokens
+from .keys import Source
 from .outcome import RetryPolicy
 from .settings import (
     MAX_PAYLOAD_BYTES,
@@ -26,6 +27,7 @@ from .settings import (
     parse_source,
     settings_class,
 )
+from .shards import MOST_SHARDS, spread
 from .urls import is_loopback, parse_redis_url
 
 ENV_PREFIX = "JOBWORKER"
@@ -170,6 +172,10 @@ _WORK = [
     option("--procs", "Worker processes.  [default: number of cores]", cores, Count(1, 512)),
     option("--stream", "NAME=GROUP to read; repeatable, replaces the default table.",
             [f"{s.stream}={s.group}" for s in extension().streams], multiple=True),
+    option("--shards", "Spread each stream over this number of streams in different slots of a Redis "
+            "Cluster, by tenant; 0 for none.", 0, Count(0, MOST_SHARDS)),
+    option("--drain-shards", "An earlier number of --shards, whose jobs are still run; repeatable.",
+            None, Count(1, MOST_SHARDS), multiple=True),
     option("--handler", "TYPE=module:Class to run a type by; repeatable, adds to or replaces the builtin.",
             multiple=True),
     option("--app", "Module whose @job functions and handler classes to run; repeatable.", multiple=True),
@@ -271,7 +277,7 @@ _GROUPS = {
     "Worker replacement": ("max-rss", "max-jobs", "max-age", "drain-timeout"),
     "Retries": ("max-retries", "retry-initial", "retry-multiplier", "retry-max", "retry-jitter"),
     "Questions over HTTP": ("serve-addr", "serve-token-file"),
-    "Stores": ("valkey-port", "connect-timeout", "lease"),
+    "Stores": ("valkey-port", "connect-timeout", "lease", "shards", "drain-shards"),
 }
 _LOGS = {"Logs": ("log-level", "log-format", "log-limit")}
 
@@ -314,8 +320,8 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
         raise ConfigurationError(
             "no handler: give --app MODULE or --handler TYPE=module:Class, or drop --no-builtin-handlers"
         )
-    if len(handlers) > _MOST_KINDS or len(values["stream"]) > _MOST_KINDS:
-        raise ConfigurationError(f"at most {_MOST_KINDS} types and as many streams")
+    if len(handlers) > _MOST_KINDS:
+        raise ConfigurationError(f"at most {_MOST_KINDS} types")
     retry = RetryPolicy(
         values.pop("max_retries"), values.pop("retry_initial"), values.pop("retry_max"),
         values.pop("retry_multiplier"), values.pop("retry_jitter"),
@@ -326,6 +332,7 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
     sources = tuple(parse_source(text) for text in values.pop("stream"))
     if twice := {source.stream for source in sources if [s.stream for s in sources].count(source.stream) > 1}:
         raise ConfigurationError(f"--stream: {', '.join(sorted(twice))} is given twice")
+    sources = _with_shards(sources, values["shards"], values["drain_shards"])
     values["log_format"] = values["log_format"] or ("text" if on_terminal else "json")
     if values["instance"] is None:
         del values["instance"]
@@ -336,6 +343,24 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
         return settings_class().from_json(settings.to_json())
     except msgspec.MsgspecError as error:
         raise ConfigurationError(f"an option has a value of the wrong kind: {error}") from error
+
+
+def _with_shards(sources: tuple[Source, ...], shards: int, drained: tuple[int, ...]) -> tuple[Source, ...]:
+    """The streams with their shards. Raises `ConfigurationError`."""
+    if shards in drained:
+        raise ConfigurationError(f"--drain-shards {shards}: this is the present number of --shards")
+    counts = [count for count in dict.fromkeys([shards, *drained]) if count]
+    tagged = [source.stream for source in sources if "{" in source.stream]
+    if counts and tagged:
+        raise ConfigurationError(
+            f"--shards: {', '.join(tagged)} has a hash tag: all shards would be in one slot"
+        )
+    spread_out = spread(sources, counts)
+    if len(spread_out) > _MOST_KINDS:
+        raise ConfigurationError(
+            f"at most {_MOST_KINDS} streams; {len(sources)} streams with their shards are {len(spread_out)}"
+        )
+    return spread_out
 
 
 def _check_serve(address: str, token_file: str) -> None:

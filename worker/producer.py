@@ -39,7 +39,8 @@ from .producer_batch import OpenBatch, PreparedJob
 from .results import KEEP_RESULT, CancelOutcome, JobResult, decode_result
 from .safe_text import is_unicode
 from .settings import MAX_PAYLOAD_BYTES
-from .store.announcements import Announcement, stream_for, suggestion
+from .shards import logical_stream, shard_count, shard_names, shard_number
+from .store.announcements import Announcement, shards_in_use, stream_for, suggestion
 from .store.ports import ProducerStore
 
 #: Jobs held back for one pipeline: enough to hide the round trip, little to lose when it fails.
@@ -52,6 +53,9 @@ _MAX_CHECKED = 1000
 _CHECK_INTERVAL_S = 5.0
 #: How long a type is sent to the stream that a registered service named (seconds).
 _ROUTE_LIFETIME_S = 60.0
+
+#: How long a producer goes by a number of shards (seconds).
+_SHARDS_LIFETIME_S = 30.0
 
 #: First and longest pause between two looks for a result (seconds).
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
@@ -183,6 +187,10 @@ class Producer:
         self._mono_next_check_s = 0.0
         #: Streams of types that are not built in.
         self._routes: dict[str, _Route] = {}
+        #: Announced services, by which jobs are sent to shards, and the number of shards of each stream.
+        self._services: list[Announcement] = []
+        self._shard_counts: dict[str, int] = {}
+        self._mono_next_shards_s = 0.0
         #: The environment is not for a store of the caller's own, such as that of a test.
         self._own_stream = only_stream() if store is None else ""
         #: Types that were sent to the default stream because no service was registered.
@@ -300,9 +308,10 @@ class Producer:
             names = [stream] if isinstance(stream, str) else list(stream)
             for name in names:
                 _check_text("stream", name)
-            return names
         with self._stores.borrow() as store:
-            announced = [name for one in store.announcements() for name in one.streams]
+            announced = [source.stream for one in store.announcements() for source in one.sources]
+        if stream is not None:
+            return list(dict.fromkeys([*names, *(one for one in announced if logical_stream(one) in names)]))
         routes = [route.stream for route in self._routes.values()]
         own = [self._own_stream] if self._own_stream else []
         return list(dict.fromkeys([*announced, *own, *routes, *(one.stream for one in extension().streams)]))
@@ -358,7 +367,22 @@ class Producer:
         to = _named_stream(job, stream) or self._home_of(job.type)
         _refuse_derived(to)
         self._check_destination(job.type, to)
-        return PreparedJob(id, to, data)
+        return PreparedJob(id, self._shard_of(to, id, job), data)
+
+    def _shard_of(self, stream: str, id: str, job: NewJob) -> str:
+        """The shard of a job, or the stream itself where no running service spreads it."""
+        if time.monotonic() >= self._mono_next_shards_s:
+            self._mono_next_shards_s = time.monotonic() + _SHARDS_LIFETIME_S
+            self._services = self._announced_services()
+            self._shard_counts.clear()
+        count = self._shard_counts.get(stream)
+        if count is None:
+            count = shards_in_use(self._services, stream, self._wall_now_s())
+            if len(self._shard_counts) < _MAX_CHECKED:
+                self._shard_counts[stream] = count
+        if not count:
+            return stream
+        return shard_names(stream, count)[shard_number(count, job.tenant_id, id, job.metadata)]
 
     def _send(self, jobs: Iterable[NewJob | Mapping[str, Any]], stream: str | None) -> list[str]:
         ids: list[str] = []
@@ -514,8 +538,8 @@ def _named_stream(job: NewJob, default: str | None) -> str:
 @lru_cache(maxsize=_MAX_CHECKED)  # an error is not kept
 def _refuse_derived(stream: str) -> None:
     """Raises ValueError for a key of the service: a job would damage its records, and never run."""
-    if is_derived(stream):
-        base = base_stream(stream)
+    if is_derived(stream) or shard_count(stream):
+        base = logical_stream(base_stream(stream))
         other = f"stream {base!r:.600}" if base != stream else "a stream that a service reads"
         raise ValueError(
             f"stream {stream!r:.600} is a key in which the service keeps records: send the job to {other}, "

@@ -1,12 +1,14 @@
 """The reaper role: promotes due retries, enqueues cron jobs, finishes batches, trims streams, counts jobs.
 
-It also removes idle consumers, and announces the types and streams of this service in the job store.
+It also moves entries into shards, removes idle consumers, and announces the types and streams of this
+service in the job store.
 
 It does not recover jobs of dead workers: the reader does. Reapers of several hosts may run at once, because
 each step is atomic in the store.
 """
 
 import logging
+import math
 import random
 import select
 import time
@@ -15,13 +17,15 @@ from collections.abc import Callable, Iterable
 from .batches import BatchFinisher, batch_facts
 from .cron.enqueuer import CronEnqueuer
 from .errors import StoreUnavailable
+from .forwarding import Forwarder
 from .ipc.control import BatchShown, ControlSocket, Drain, Ready, SetCron, ShowBatch
 from .keys import OTHER_GROUP, Source, consumer_name
 from .settings import Settings
+from .shards import logical_stream
 from .store.announcements import RENEW_INTERVAL_S
 from .store.backoff import ReconnectBackoff
 from .store.faults import StreamFaults
-from .store.ports import Depths, ReaperStore
+from .store.ports import Depths, ReaperStore, sum_depths
 from .telemetry.metrics import MetricsBuffer
 
 log = logging.getLogger("jobworker.reaper")
@@ -69,6 +73,9 @@ class Reaper:
         self._batches = BatchFinisher(store, settings, self._metrics, mono_s, wall_s)
         #: By stream number: where the next page of entries that belong to batches begins.
         self._mend_cursors = [b"0"] * len(settings.streams)
+        self._forwarder = Forwarder(store, settings, self._metrics, self._faults, mono_s)
+        #: When the other duties are due again, while entries are moved into shards in between.
+        self._mono_due_s = -math.inf
         self._mono_counted_s = -_COUNT_INTERVAL_S
         self._mono_announced_s = -RENEW_INTERVAL_S
         self._mono_trimmed_s = mono_s()
@@ -94,6 +101,14 @@ class Reaper:
 
     def run_once(self, mono_now_s: float) -> float:
         """Run one cycle; returns seconds until the next. Raises `StoreUnavailable`."""
+        if not self._forwarder.is_active:
+            return self._run_duties(mono_now_s)
+        if mono_now_s >= self._mono_due_s:
+            self._mono_due_s = mono_now_s + self._run_duties(mono_now_s)
+        more = self._forwarder.run_once()
+        return 0.0 if more else max(0.0, self._mono_due_s - self._mono_s())
+
+    def _run_duties(self, mono_now_s: float) -> float:
         for stream_no in self._faults.due() if self._faults.isolated else ():
             self._faults.resume(stream_no)
         sleep_s = min(map(self._promote, range(len(self._settings.streams))), default=_POLL_INTERVAL_S)
@@ -116,7 +131,7 @@ class Reaper:
 
     def report(self) -> None:
         """Send the supervisor metrics, error and warnings."""
-        warnings = [*self._faults.warnings(), *self._cron.warnings()]
+        warnings = [*self._faults.warnings(), *self._cron.warnings(), *self._forwarder.warnings()]
         self._control.report(self._metrics, self._error, warnings=warnings)
 
     def _promote(self, stream_no: int) -> float:
@@ -139,14 +154,20 @@ class Reaper:
                 self._batches.run_once(source.stream)
 
     def _count(self) -> None:
+        """Report the depths; those of shards count for the stream that they belong to."""
+        found: dict[Source, list[Depths]] = {}
         for stream_no, source in enumerate(self._settings.streams):
             with self._faults.guard(stream_no):
                 depths = self._store.depths(source)
-                for name, labels, value in _gauges(source.stream, source.group, depths):
-                    self._metrics.gauge(name, labels, value)
-                ages_s = {name[:_TENANT_CHARS]: age_s for name, age_s in depths.tenant_ages_s.items()}
-                self._metrics.replace("z_novel_tenant_waiting_seconds", (source.stream,), ages_s)
+                logical = Source(logical_stream(source.stream), source.group)
+                found.setdefault(logical, []).append(depths)
                 self._warn_of_groups(source, depths.other_groups)
+        for source, parts in found.items():
+            depths = sum_depths(parts)
+            for name, labels, value in _gauges(source.stream, source.group, depths):
+                self._metrics.gauge(name, labels, value)
+            ages_s = {name[:_TENANT_CHARS]: age_s for name, age_s in depths.tenant_ages_s.items()}
+            self._metrics.replace("z_novel_tenant_waiting_seconds", (source.stream,), ages_s)
 
     def _warn_of_groups(self, source: Source, others: Iterable[str]) -> None:
         """Warn once of each further group of a stream."""
@@ -165,11 +186,12 @@ class Reaper:
 
     def _announce(self) -> None:
         service = consumer_name(self._settings.host, self._settings.instance)
-        self._store.announce(service, self._settings.handlers, self._settings.streams)
+        self._store.announce(service, self._settings.handlers, self._settings.streams, self._settings.shards)
 
     def _trim(self) -> None:
         own_name = consumer_name(self._settings.host, self._settings.instance)
         idle_ms = int(self._settings.lease_s * 1000 * _IDLE_CONSUMER_LEASES)
+        self._forwarder.check_used()
         for stream_no, source in enumerate(self._settings.streams):
             with self._faults.guard(stream_no):
                 trimmed = self._store.trim(source.stream)
@@ -209,6 +231,8 @@ class Reaper:
         # Not select(): it takes no descriptor above 1,023.
         waiter = select.poll()
         waiter.register(self._control, select.POLLIN)
+        for fd in self._forwarder.descriptors:
+            waiter.register(fd, select.POLLIN)
         waiter.poll(sleep_s * 1000)
         try:
             while (received := self._control.receive()) is not None:

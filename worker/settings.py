@@ -14,6 +14,7 @@ from .flow import FlowConfig
 from .host.cgroup import usable_cpus
 from .keys import NO_HOLDER, Holder, Source, is_derived
 from .outcome import RetryPolicy
+from .shards import shard_count
 
 #: Default limit of one entry; larger ones are refused before they are parsed.
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
@@ -43,6 +44,10 @@ class Settings:
     #: Threads of a worker with a device; 0: as many as every worker has.
     device_threads: int = 0
     streams: tuple[Source, ...] = field(default_factory=lambda: extension().streams)
+    #: Number of shards of each stream, which are in ``streams`` too; 0: jobs are read from the stream itself.
+    shards: int = 0
+    #: Earlier numbers of shards, whose jobs are still run.
+    drain_shards: tuple[int, ...] = ()
     handlers: dict[str, str] = field(default_factory=dict)
     #: Modules whose handlers are in ``handlers`` too.
     apps: tuple[str, ...] = ()
@@ -84,6 +89,18 @@ class Settings:
     flow: FlowConfig | None = None
     cron: tuple[CronTable, ...] = ()
 
+    @property
+    def spread_streams(self) -> tuple[int, ...]:
+        """Numbers of the streams whose new entries are moved into shards."""
+        if not self.shards:
+            return ()
+        return tuple(no for no, source in enumerate(self.streams) if not shard_count(source.stream))
+
+    @property
+    def logical_streams(self) -> list[str]:
+        """Names of the streams that jobs are sent to; shards are left out."""
+        return [source.stream for source in self.streams if not shard_count(source.stream)]
+
     def to_json(self) -> bytes:
         """For a child of the service; it holds the secrets too, so it goes over a pipe only."""
         return msgspec.json.encode(self)
@@ -106,7 +123,7 @@ def parse_source(text: str) -> Source:
         raise ConfigurationError(
             f"--stream {text!r}: say NAME=GROUP, for example stream:story:gen=cg-gen-worker"
         )
-    if is_derived(stream):
+    if is_derived(stream) or shard_count(stream):
         raise ConfigurationError(
             f"--stream {text!r}: the service keeps its own records under this name; give the jobs' stream"
         )

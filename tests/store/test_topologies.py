@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from redis.exceptions import AskError, MovedError, TryAgainError
 
 from jobworker.worker.errors import StoreRefused, StoreUnavailable
 from jobworker.worker.store.ports import Settlement
+from jobworker.worker.store.redis.key_faults import concerns_one_stream
 from jobworker.worker.store.redis.producer import RedisProducerStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from support.job_store_steps import SOON_S, S, read, retry_until_available
@@ -39,6 +41,14 @@ def reader(url: str) -> RedisReaderStore:
     store = RedisReaderStore(url, "host/a")
     store.acquire([S])
     return store
+
+
+@pytest.mark.parametrize(
+    "error", [AskError("7 127.0.0.1:1"), MovedError("7 127.0.0.1:1"), TryAgainError("x")]
+)
+def test_a_slot_that_moves_is_no_fault_of_its_keys(error: Exception) -> None:
+    """All connections are closed then, so all streams must start over."""
+    assert not concerns_one_stream(error)
 
 
 class TestSentinel:

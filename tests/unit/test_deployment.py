@@ -11,6 +11,7 @@ from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.extension import extension
 from jobworker.worker.host.endpoints import read_endpoints
 from jobworker.worker.keys import Source
+from jobworker.worker.shards import spread
 from jobworker.worker.store.announcements import Announcement
 from support.fake_operator import FakeOperatorStore
 
@@ -43,6 +44,11 @@ def test_a_default_or_registered_stream_needs_no_group() -> None:
         StreamTable(["a"]).sources(store())
     with pytest.raises(ConfigurationError, match="NAME=GROUP"):
         StreamTable([""])
+
+
+def test_a_stream_is_meant_with_its_shards() -> None:
+    streams = spread([Source("a", "g"), Source("b", "g")], [2])
+    assert StreamTable(["a"]).sources(store(*streams)) == list(streams[:3])
 
 
 def test_the_endpoints_are_those_that_the_service_wrote(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ DOORS = {
 CORE = {
     *("errors", "keys", "settings", "devices", "envelope", "outcome", "event_loop", "handler", "options"),
     *("extension", "safe_text", "urls", "store_advice", "flow", "conditions", "results"),
-    *("config", "cron", "functions", "host", "http"),
+    *("config", "cron", "functions", "host", "http", "shards"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
 ADMIN = {*CORE, "store", "telemetry", "producer", "cron.enqueuer", "batches"}
@@ -67,7 +67,8 @@ BELOW: dict[str, set[str]] = {
     "batches": {*CORE, "store", "telemetry", "producer"},
     "cron.config": {*CORE, "store", "producer"},
     "config.tables": {*CORE, "cron.config"},
-    "reaper": {*IPC, "store", "cron.enqueuer", "batches"},
+    "forwarding": {*CORE, "store", "telemetry"},
+    "reaper": {*IPC, "store", "cron.enqueuer", "batches", "forwarding"},
     "supervision": IPC,
     "admin": {*CORE, "store", "telemetry", "producer", "cron.enqueuer", "batches"},
     "cli": {*ADMIN, "producer_batch", "admin", "cancel", "cli.web"},
@@ -107,7 +108,7 @@ ADAPTERS = ("worker.store.redis", "worker.store.memory")
 COMPOSERS = {"boot", "preload", "testing", "producer", "scripted_redis", "admin", "cli", "web"}
 #: Decisions without input or output: they import each other, the standard library, msgspec and orjson.
 PURE = {
-    *("worker." + name for name in ("envelope", "outcome", "keys", "errors", "flow", "conditions")),
+    *("worker." + name for name in ("envelope", "outcome", "keys", "errors", "flow", "conditions", "shards")),
     *("handlers." + name for name in ("encoder.packing", "encoder.segmenter", "graphemes")),
 }
 #: The top level's names; imported bare they would find another project's, or nothing once installed.

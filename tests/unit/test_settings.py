@@ -156,6 +156,21 @@ def test_streams_given_replace_the_table(program: Program) -> None:
     assert found == (Source("a", "g"), Source("stream:with=equals", "h"))
 
 
+def test_shards_follow_their_stream_and_those_that_cannot_be_are_refused(program: Program) -> None:
+    own = ("--stream", "a=g", "--stream", "b=g", "--shards", "2", "--drain-shards", "1")
+    settings = program.settings_of(*own)
+    assert settings.logical_streams == ["a", "b"]
+    assert [len(settings.streams), settings.spread_streams] == [8, (0, 4)]
+    assert program.settings_of("--drain-shards", "2").spread_streams == ()
+    for arguments, says in (
+        (("--shards", "2", "--drain-shards", "2"), "present number"),
+        (("--stream", "{a}b=g", "--shards", "2"), "hash tag"),
+        (("--shards", "64", "--drain-shards", "63"), "at most 255 streams"),
+        (("--stream", f"{settings.streams[1].stream}=g"), "keeps its own records"),
+    ):
+        assert says in str(program.run(*arguments).exception)
+
+
 def test_handlers_given_add_and_replace(program: Program) -> None:
     found = program.settings_of("--handler", "audit=mine:Audit", "--handler", "shout=mine:Shout").handlers
     assert found == {**handlers.BUILTIN, "audit": "mine:Audit", "shout": "mine:Shout"}

@@ -9,6 +9,7 @@ from ..errors import ConfigurationError
 from ..extension import extension
 from ..keys import Source
 from ..settings import parse_source
+from ..shards import logical_stream
 from ..store.announcements import suggestion
 from .status_client import Service, fetch_all_statuses
 
@@ -64,14 +65,18 @@ class UnknownGroup(ConfigurationError):
 
 
 class StreamTable:
-    """The streams that a verb looks at: those of --stream; without any, those of the services that the job
-    store has registered, running or stopped lately; the default ones if no service is registered."""
+    """The streams that a verb looks at: those of --stream and their shards.
+
+    Without any, those of the services that the job store has registered, running or stopped lately; the
+    default ones if no service is registered."""
 
     def __init__(self, streams: Sequence[str], *, need_group: bool = True) -> None:
         """Raises `ConfigurationError` for an invalid stream. A stream of a registered service may be given
         without its group, and so may any stream unless `need_group`; its group is empty then."""
         self._need_group = need_group
         self._given = [_parse_source(text) for text in streams]
+        #: The given streams with their groups and shards, once they are known.
+        self._complete: list[Source] = []
         #: The answer of the last call of `sources`.
         self.latest = self._given or list(extension().streams)
 
@@ -82,14 +87,17 @@ class StreamTable:
         return self.latest
 
     def _find(self, store: "OperatorStore") -> list[Source]:
-        if self._given and all(source.group for source in self._given):
-            return self._given
+        if self._complete:
+            return self._complete
         registered = list(dict.fromkeys(source for one in store.announcements() for source in one.sources))
         if not self._given:
             return registered or list(extension().streams)
         groups = dict([*extension().streams, *registered])
-        self._given = [self._with_group(source, groups) for source in self._given]
-        return self._given
+        given = [self._with_group(source, groups) for source in self._given]
+        names = {source.stream for source in given}
+        shards = [one for one in registered if logical_stream(one.stream) in names]
+        self._complete = list(dict.fromkeys([*given, *shards]))
+        return self._complete
 
     def names(self, store: "OperatorStore") -> list[str]:
         """The names of `sources`, each once."""

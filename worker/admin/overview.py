@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreRefused, StoreUnavailable
 from ..keys import Source
+from ..shards import logical_stream
 from ..store.operator import START, LaneCounts, Pause
-from ..store.ports import Depths, KeyFault, ReaperStore
+from ..store.ports import Depths, KeyFault, ReaperStore, sum_depths
 from .cron import CronEntry, cron_entries, read_cron
 from .dead_letters import Letter, read_letter
 from .deployment import Deployment, StreamTable
 from .identity import read_identity
-from .limits import LimitState, limit_states
+from .limits import LimitState, limit_states, sum_lanes, sum_limits
 from .refusals import refusal
 from .status_client import Service
 
@@ -51,7 +52,7 @@ class Overview:
     last minute, in seconds; a name is missing where no job started or finished. ``lanes`` has the streams of
     which jobs wait in lanes. ``job_ids`` are by stream and
     entry id. ``refused`` says which streams the store refused; their part of the snapshot is missing.
-    ``error`` says why the store did not answer; its whole part is empty then.
+    ``error`` says why the store did not answer; its whole part is empty then. Shards count for their stream.
     """
 
     wall_s: float
@@ -121,12 +122,15 @@ class OverviewPoller:
         sources = self._fetch_sources()
         overview.wall_s = self._store.wall_now_s(sources[0].stream)
         letters: list[Letter] = []
+        found: dict[Source, list[Depths]] = {}
         for source in sources:
             with _note_refusal(overview, f"stream {source.stream}", partial(self._store.key_faults, source)):
                 depths = self._depth_store.depths(source)
-                overview.streams.append((source, depths))
+                found.setdefault(Source(logical_stream(source.stream), source.group), []).append(depths)
                 self._add_lanes(overview, source.stream, depths.waiting)
                 letters += self._newest_letters(source.stream)
+        overview.streams = [(source, sum_depths(parts)) for source, parts in found.items()]
+        overview.limits = sum_limits(overview.limits)
         overview.letters = sorted(letters, key=lambda letter: letter.wall_s, reverse=True)[:_MAX_LETTERS]
         with _note_refusal(overview, "paused types", self._store.pause_faults):
             overview.pauses = self._store.pauses()
@@ -138,9 +142,11 @@ class OverviewPoller:
         config = self._store.flow_config(stream)
         if waiting or config.limits:
             counts = self._store.lane_counts(stream)
-            overview.limits += limit_states(stream, config, counts)
+            name = logical_stream(stream)
+            overview.limits += limit_states(name, config, counts)
             if waiting:
-                overview.lanes[stream] = counts
+                before = overview.lanes.get(name)
+                overview.lanes[name] = counts if before is None else sum_lanes(before, counts)
 
     def _add_rates(self, overview: Overview, now_s: float) -> None:
         """Totals over all services, and rates since the last snapshot. A restarted service counts from 0, so

@@ -12,6 +12,7 @@ from ..admin.limits import LimitState, limit_states
 from ..admin.words import strip_control
 from ..config.quantities import Count
 from ..flow import FlowConfig, Limit, parse_limits
+from ..shards import shard_count
 from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, JobType, echo_json, print_table, verb
 
 if TYPE_CHECKING:  # the client library takes a while to load
@@ -132,6 +133,11 @@ def set_(
     given = {"type": type, "key": key, "concurrency": concurrency, "rate": rate, "name": name}
     (new,) = parse_limits([{field: value for field, value in given.items() if value is not None}])
     store, names = open_store(url, streams)
+    if key != "tenant" and any(map(shard_count, names)):
+        raise click.ClickException(
+            f"--key {key}: the streams have shards, which only share limits with --key tenant: all jobs of a "
+            "tenant are in one shard"
+        )
     for stream in names:
         _change(store, stream, lambda limits: [*(one for one in limits if one.name != new.name), new])
     if as_json:

@@ -30,8 +30,14 @@ class ConfigTables(msgspec.Struct, frozen=True):
             return cls()
         try:
             found = tomllib.loads(Path(path).read_text("utf-8"))
-            cron = parse_cron_tables(found.get("cron", []), [source.stream for source in settings.streams])
+            cron = parse_cron_tables(found.get("cron", []), settings.logical_streams)
             flow = parse_flow({name: found[name] for name in ("limit", "weights") if name in found})
         except (OSError, ValueError, RecursionError, ConfigurationError) as error:
             raise ConfigurationError(f"{path}: {error or 'nested too deeply'}") from error
+        uneven = [limit.name for limit in flow.limits if limit.key != "tenant"] if flow else []
+        if uneven and (settings.shards or settings.drain_shards):
+            raise ConfigurationError(
+                f"{path}: --shards goes only with limits of key tenant, whose jobs are in one shard; drop "
+                f"{', '.join(uneven)}, or do without --shards"
+            )
         return cls(cron, flow)

@@ -219,6 +219,13 @@ class Dispatcher:
         return 0 if self.buffer.full else sum(worker.credit for worker in self.workers)
 
     @property
+    def has_idle_worker(self) -> bool:
+        """Whether a worker has nothing to do, and nothing waits for it."""
+        if self.buffer.full or self.buffer.ready:
+            return False
+        return any(worker.accepts_jobs and not len(worker.table) for worker in self.workers)
+
+    @property
     def runs_low(self) -> bool:
         """Whether a worker has credit for half of the jobs that it may have in flight."""
         return any(2 * worker.credit >= worker.window > 0 for worker in self.workers)

@@ -6,11 +6,13 @@ While little waits and no limit applies, entries pass straight to the prefetch b
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import msgspec
 
-from ..flow import LaneRules, read_flow_header
+from ..flow import FlowConfig, LaneRules, read_flow_header
+from ..keys import Source
+from ..shards import logical_stream, shard_count
 from ..store.ports import Entry, WaitingJob
 from .admission import AdmittedJob
 from .cancellation import Cancellations
@@ -39,6 +41,8 @@ class _FlowState:
         self.waiting = 0
         #: Types of which handlers asked jobs to wait.
         self.asked_types: frozenset[str] = frozenset()
+        #: Whether limits and weights were looked for that a shard gets from its stream.
+        self.has_inherited = False
         #: No take before this time, unless an event may have made room.
         self.mono_take_s = 0.0
 
@@ -46,8 +50,16 @@ class _FlowState:
 class FlowControl:
     """Sorts entries of each stream into lanes and takes jobs out of them. Methods raise as the store does."""
 
-    def __init__(self, context: ReaderContext, dispatcher: Dispatcher, cancels: Cancellations) -> None:
+    def __init__(
+        self,
+        context: ReaderContext,
+        dispatcher: Dispatcher,
+        cancels: Cancellations,
+        unread: Container[int] = (),
+    ) -> None:
+        """Of the streams ``unread`` no new entries are read, however many there are."""
         self._cancels = cancels
+        self._unread = unread
         self._store = context.store
         self._streams = context.settings.streams
         self._type_names = tuple(context.settings.handlers)
@@ -96,9 +108,14 @@ class FlowControl:
     def _check(self, stream_no: int) -> None:
         state, source = self._states[stream_no], self._streams[stream_no]
         backlog = self._store.backlog(source)
+        if not backlog.version and not state.has_inherited:
+            self._inherit(stream_no)
+            backlog = self._store.backlog(source)
+        state.has_inherited = True
         self._cancels.refresh(stream_no, backlog.cancels, backlog.cancelled)
         if backlog.version != self._rules[stream_no][1]:
             config = self._store.flow_config(source)
+            self._check_limits(source.stream, config)
             self._rules[stream_no] = LaneRules(config.limits), config.version
             log.info("limits.changed", extra={"stream": source.stream, "version": config.version})
             self._sort_prefetched(stream_no)
@@ -106,7 +123,7 @@ class FlowControl:
             count for name, count in backlog.waiting.items() if name not in self._limited(stream_no)
         )
         state.asked_types = backlog.asked_types
-        sorts_all = unlimited or backlog.lag > self._window()
+        sorts_all = unlimited or (backlog.lag > self._window() and stream_no not in self._unread)
         if sorts_all != state.sorts_all:
             fields = {
                 "stream": source.stream,
@@ -119,6 +136,22 @@ class FlowControl:
                 log.info("backlog.ended", extra=fields)
         state.sorts_all = sorts_all
         state.waiting = sum(backlog.waiting.values()) + backlog.in_series
+
+    def _inherit(self, stream_no: int) -> None:
+        """Give a new shard the limits and weights that were set for its stream."""
+        source = self._streams[stream_no]
+        stream = Source(logical_stream(source.stream), source.group)
+        if stream != source:
+            config = self._store.flow_config(stream)
+            if config.version:
+                self._store.configure(source, msgspec.structs.replace(config, version=0))
+
+    def _check_limits(self, stream: str, config: FlowConfig) -> None:
+        """Say that a limit holds in each shard by itself, if it spans tenants."""
+        uneven = [limit.name for limit in config.limits if limit.key != "tenant"]
+        if uneven and shard_count(stream):
+            hint = "only limits of key tenant are exact with shards: clear the others"
+            log.error("limits.per_shard", extra={"stream": stream, "limits": uneven, "hint": hint})
 
     def _window(self) -> float:
         """Number of jobs that may wait unsorted."""

@@ -16,6 +16,7 @@ from .context import ReaderContext
 from .dispatch import Dispatcher
 from .flow_control import FlowControl
 from .screening import Screening, has_series
+from .shard_leases import ShardLeases
 
 log = logging.getLogger("jobworker.reader")
 
@@ -103,8 +104,9 @@ class Intake:
         self._dispatcher = dispatcher
         self._buffer = dispatcher.buffer
         self._selector = selector
+        self._shards = ShardLeases(context, dispatcher)
         self._cancels = Cancellations(context, dispatcher)
-        self.flow = FlowControl(context, dispatcher, self._cancels)
+        self.flow = FlowControl(context, dispatcher, self._cancels, self._shards.spread)
         type_nos = {name: type_no for type_no, name in enumerate(settings.handlers)}
         self._screening = Screening(context, self._buffer)
         self._admission = Admission(
@@ -129,7 +131,8 @@ class Intake:
         self._mono_renewed_s = self._lost_leases.mono_renewed_s = context.mono_s()
 
     def refresh(self, mono_now_s: float, *, at_once: bool = False) -> None:
-        """If it is time, look at what changed in the store: backlogs, limits, cancelled jobs."""
+        """If it is time, look at what changed in the store: backlogs, limits, cancelled jobs, own shards."""
+        self._shards.refresh(mono_now_s)
         if self.flow.refresh(mono_now_s, at_once=at_once):
             self.rejected += self._cancels.enforce()
 
@@ -242,7 +245,7 @@ class Intake:
     def request_more(self) -> None:
         """Continue the listing of pending entries, then request what the workers have credit for."""
         self.list_pending()
-        for stream_no in range(len(self._streams)):
+        for stream_no in self._shards.readable():
             capacity = 0 if stream_no in self._faults else self._capacity(stream_no)
             with self._faults.guard(stream_no):
                 self._begin_read(stream_no, capacity)
@@ -259,7 +262,8 @@ class Intake:
         """
         if not self._dispatcher.runs_low:
             return
-        wanted = [stream_no for stream_no in self.flow.wanted() if stream_no not in self._unlisted]
+        readable = self._shards.readable() | self._shards.spread  # of which jobs may be in lanes
+        wanted = [one for one in self.flow.wanted() if one in readable and one not in self._unlisted]
         shares = {one: -(-self._dispatcher.capacity(one) // len(wanted)) for one in wanted}
         for stream_no, share in shares.items():
             if share > 0:
@@ -291,7 +295,13 @@ class Intake:
         self._marks.mark_answer(stream_no)
         with self._faults.guard(stream_no):
             entries = self._finish_read(stream_no)
-            if len(entries) >= _MANY and self._read_counts[stream_no].is_largest and not self.draining:
+            is_owned = stream_no in self._shards.readable()
+            if (
+                is_owned
+                and len(entries) >= _MANY
+                and self._read_counts[stream_no].is_largest
+                and not self.draining
+            ):
                 self._begin_read(stream_no, self._capacity(stream_no) - len(entries))
             self._admit(stream_no, entries, is_new=True)
         self._marks.clear()
@@ -539,6 +549,7 @@ class Intake:
 
     def release_unstarted(self) -> None:
         """Before exit: make prefetched entries and the instance's name available to any host at once."""
+        self._shards.leave()
         for stream_no, source in enumerate(self._streams):
             try:
                 claiming = self._claiming.get(stream_no, ())

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from ..keys import Source
+from ..shards import MOST_SHARDS, shard_names
 
 #: Interval of renewals (seconds), and the age at which the service counts as stopped: two renewals missed.
 RENEW_INTERVAL_S, STOPPED_AFTER_S = 30.0, 90.0
@@ -21,12 +22,14 @@ _MAX_BYTES = 512 * 1024
 
 class Announcement(NamedTuple):
     """Types and streams of one service, renewed at a unix time (seconds, the store's clock). ``sources`` keep
-    the order of its --stream table."""
+    the order of its --stream table; shards follow their stream. ``shards`` is the number of shards of each
+    stream, 0 for none."""
 
     service: str
     types: frozenset[str]
     sources: tuple[Source, ...]
     wall_renewed_s: float
+    shards: int = 0
 
     @property
     def streams(self) -> set[str]:
@@ -55,11 +58,19 @@ def stream_for(
     return candidates[0].sources[0].stream if candidates else None
 
 
-class _Record(msgspec.Struct):
+def shards_in_use(announcements: Iterable[Announcement], stream: str, wall_now_s: float) -> int:
+    """Over how many shards a producer spreads a stream: the most that a running service reads; 0 for none."""
+    running = (one for one in announcements if 0 < one.shards <= MOST_SHARDS and one.is_running(wall_now_s))
+    counts = (one.shards for one in running if one.streams.issuperset(shard_names(stream, one.shards)))
+    return max(counts, default=0)
+
+
+class _Record(msgspec.Struct, omit_defaults=True):
     types: list[str]
     #: Stream -> consumer group.
     streams: dict[str, str]
     renewed: float
+    shards: int = 0
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -74,9 +85,9 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 _decode = msgspec.json.Decoder(_Record).decode
 
 
-def encode(types: Iterable[str], sources: Iterable[Source], wall_now_s: float) -> bytes:
+def encode(types: Iterable[str], sources: Iterable[Source], wall_now_s: float, shards: int = 0) -> bytes:
     """The record of one service."""
-    return msgspec.json.encode(_Record(sorted(types), dict(sources), round(wall_now_s, 3)))
+    return msgspec.json.encode(_Record(sorted(types), dict(sources), round(wall_now_s, 3), shards))
 
 
 def parse(records: Mapping[bytes, bytes]) -> list[Announcement]:
@@ -89,5 +100,5 @@ def parse(records: Mapping[bytes, bytes]) -> list[Announcement]:
             continue
         name = service.decode(errors="replace")
         sources = tuple(Source(*pair) for pair in record.streams.items())
-        found.append(Announcement(name, frozenset(record.types), sources, record.renewed))
+        found.append(Announcement(name, frozenset(record.types), sources, record.renewed, record.shards))
     return found

@@ -17,6 +17,7 @@ from ..keys import Source
 from .announcements import Announcement
 from .batches import BatchProducerStore, BatchStore
 from .cron import CronStore
+from .forwarding import ForwardStore
 
 #: Idle time (seconds) that a released entry shows: above any lease. Servers refuse times before 1970.
 RELEASED_IDLE_S = 30 * 24 * 3600.0
@@ -237,6 +238,25 @@ class Depths(NamedTuple):
     tenant_ages_s: Mapping[str, float] = {}
 
 
+def sum_depths(parts: Sequence[Depths]) -> Depths:
+    """The depths of streams that count as one, at least one; the age is that of the oldest job."""
+    ages_s: dict[str, float] = {}
+    for part in parts:
+        for tenant, age_s in part.tenant_ages_s.items():
+            ages_s[tenant] = max(age_s, ages_s.get(tenant, 0.0))
+    return Depths(
+        queued=sum(part.queued for part in parts),
+        pending=sum(part.pending for part in parts),
+        retrying=sum(part.retrying for part in parts),
+        dead=sum(part.dead for part in parts),
+        oldest_age_s=max(part.oldest_age_s for part in parts),
+        lag=sum(part.lag for part in parts),
+        waiting=sum(part.waiting for part in parts),
+        other_groups=tuple(dict.fromkeys(name for part in parts for name in part.other_groups)),
+        tenant_ages_s=ages_s,
+    )
+
+
 class ReaderStore(Protocol):
     """A consumer group as its reader uses it."""
 
@@ -388,6 +408,12 @@ class ReaderStore(Protocol):
         Each job is decided atomically, and a repeated call decides the same.
         """
 
+    def share_shards(self, stream: str, lease_s: float, count: int) -> set[int]:
+        """Take a share of a stream's shards for a time, beside the other readers; returns their numbers.
+
+        They say which shards a reader serves first, not who runs a job. With ``lease_s`` 0 the reader leaves.
+        """
+
     def slot_holders(self, source: Source, ids: Sequence[bytes]) -> set[bytes]:
         """The ids of entries that hold slots of limits."""
 
@@ -395,7 +421,7 @@ class ReaderStore(Protocol):
         """Drop every connection."""
 
 
-class ReaperStore(CronStore, BatchStore, Protocol):
+class ReaperStore(CronStore, BatchStore, ForwardStore, Protocol):
     """Maintenance of streams: due retries, trimming, idle consumers, depths, cron, batches."""
 
     def promote(self, stream: str, limit: int) -> Promotion:
@@ -422,7 +448,9 @@ class ReaperStore(CronStore, BatchStore, Protocol):
     def depths(self, source: Source) -> Depths:
         """Count entries, retries and dead letters."""
 
-    def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
+    def announce(
+        self, service: str, types: Iterable[str], sources: Iterable[Source], shards: int = 0
+    ) -> None:
         """Record what a service handles, and delete outdated records of others. Best effort: a store that
         refuses is not an error."""
 

@@ -33,6 +33,9 @@ METRICS = {
     "z_novel_jobs_cancelled_waiting": Metric(
         "gauge", "Jobs of the stream that were cancelled while they waited, ever", ("stream",)
     ),
+    "z_novel_jobs_forwarded_total": Metric(
+        "counter", "Jobs of a stream that were moved into its shards", ("stream",)
+    ),
     "z_novel_jobs_duplicate_total": Metric(
         "counter", "Jobs that were not run because another one had their idempotency key", ("task_type",)
     ),

@@ -28,6 +28,7 @@ from ..errors import StoreRefused
 from ..keys import Source
 from ..outcome import Reason
 from ..safe_text import safe_json
+from ..shards import logical_stream
 from ..store.operator import GroupState
 from ..store.ports import KeyFault
 from ..store.redis.operator import OperatorStore
@@ -74,6 +75,11 @@ class Site:
         """Their names, each once."""
         return list(dict.fromkeys(source.stream for source in self.sources))
 
+    @property
+    def logical_streams(self) -> list[str]:
+        """The names without those of shards."""
+        return list(dict.fromkeys(map(logical_stream, self.streams)))
+
     @contextmanager
     def store(self) -> Iterator[OperatorStore]:
         """A store for one request: a store serves one thread at a time."""
@@ -92,9 +98,10 @@ class Site:
 
     def streams_of(self, filter: DeadFilter) -> list[str]:
         """The streams that a filter selects. Raises `HTTPException` for an unknown one."""
-        if filter.stream and filter.stream not in self.streams:
+        chosen = [one for one in self.streams if filter.stream in ("", one, logical_stream(one))]
+        if not chosen:
             raise HTTPException(400, f"This page does not show a stream {filter.stream!r}.")
-        return [filter.stream] if filter.stream else self.streams
+        return chosen
 
     def cursor(self, text: str) -> Cursor:
         """The position of a letter from a link or a form. Raises `HTTPException` if it is invalid."""
@@ -206,7 +213,7 @@ class Pages:
             count = queue.count()
         return self._site.renderer.page(
             request, "dead.html", page=page, filter=filter, after=after, count=count, wall_now_s=now_s,
-            refused=list(queue.refused.values()), streams=self._site.streams, reasons=list(Reason),
+            refused=list(queue.refused.values()), streams=self._site.logical_streams, reasons=list(Reason),
             cursor_of=_cursor_of, format_cursor=format_cursor,
             job_types=_job_types(self._site.history.latest),
         )  # fmt: skip

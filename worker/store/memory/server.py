@@ -53,6 +53,19 @@ class NameRecord:
 
 
 @dataclass
+class ForwardState:
+    """What was moved into shards, and by whom; of a shard, the last entry of each stream that it has."""
+
+    by: str = ""
+    wall_until_s: float = 0.0
+    shards: int = 0
+    taken: bytes = b"0-0"
+    moved: bytes = b"0-0"
+    used: set[int] = field(default_factory=set)
+    noted: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass
 class Stream:
     """A stream with its groups, retries, dead letters, fences, lanes, batches and keys of jobs."""
 
@@ -77,6 +90,7 @@ class Stream:
     results: dict[str, tuple[float, bytes]] = field(default_factory=dict)
     #: Fields of the hash of cron tables.
     cron: dict[bytes, bytes] = field(default_factory=dict)
+    forwarding: ForwardState = field(default_factory=ForwardState)
 
 
 class Read:

@@ -41,6 +41,7 @@ from ..ports import (
 from .batches import MemoryBatchStore
 from .cancel import MemoryCancelStore
 from .cron import MemoryCronStore
+from .forwarding import MemoryForwardStore
 from .server import Group, MemoryServer, NameRecord, PendingEntry, Read, Stream, order
 
 #: Jobs of lanes with changed limits that one call returns, to be sorted again.
@@ -54,7 +55,7 @@ def _id_of(outcome: _Outcome) -> bytes:
     return outcome if isinstance(outcome, bytes) else outcome.id
 
 
-class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
+class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore, MemoryForwardStore):
     """`ReaderStore`, `ReaperStore` and `ProducerStore` over one `MemoryServer`.
 
     The ports document the methods.
@@ -466,10 +467,12 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
     def add(self, stream: str, jobs: Iterable[bytes]) -> int:
         return sum(1 for job in jobs if self._server.append(stream, job))
 
-    def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
+    def announce(
+        self, service: str, types: Iterable[str], sources: Iterable[Source], shards: int = 0
+    ) -> None:
         with self._server.lock:
             now_s = self._server.wall_now_s()
-            self._server.services[service.encode()] = encode(types, sources, now_s)
+            self._server.services[service.encode()] = encode(types, sources, now_s, shards)
             for one in self.announcements():
                 if one.is_outdated(now_s):
                     del self._server.services[one.service.encode()]
@@ -624,6 +627,8 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore):
         groups = stream.groups.values()
         open_ids = [order(lease) for group in groups for lease in group.leases]
         open_ids += map(order, stream.lanes.ids())
+        moves = stream.forwarding
+        open_ids += (id for id in map(order, stream.entries) if order(moves.moved) < id <= order(moves.taken))
         return all(order(id) <= group.last_delivered for group in groups) and order(id) < min(
             open_ids, default=(order(id)[0] + 1, 0)
         )

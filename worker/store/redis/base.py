@@ -126,6 +126,9 @@ class RedisStoreBase:
     def ready_key(self, stream: str) -> str:
         return keys.ready_key(stream, cluster=self._endpoint.cluster)
 
+    def shards_key(self, stream: str) -> str:
+        return keys.shards_key(stream, cluster=self._endpoint.cluster)
+
     def result_key(self, stream: str, job_id: str) -> str:
         return keys.result_key(stream, job_id, cluster=self._endpoint.cluster)
 
@@ -140,6 +143,7 @@ class RedisStoreBase:
             self.retry_key(stream): "zset",
             dead_key: "stream",
             self.ready_key(stream): "hash",
+            self.shards_key(stream): "hash",
             keys.batches_key(stream, "jobs", cluster=self._endpoint.cluster): "hash",
             keys.batches_key(stream, "due", cluster=self._endpoint.cluster): "hash",
         }

@@ -18,7 +18,7 @@ from ..ports import KeyFault
 from .connection import Reply
 
 #: Redirections of a cluster: the command was not run, because the slot of its keys moved or moves now. The
-#: client library takes the code off their text.
+#: client library takes the code off their text. MOVED and ASK close all connections.
 _REDIRECTIONS = (AskError, TryAgainError)  # MovedError is an AskError
 #: Errors of a whole server, or of a reader's name, by class and by first word. Any other concerns a stream.
 _OF_THE_SERVER = (ReadOnlyError, OutOfMemoryError, ClusterError, ExecAbortError, *_REDIRECTIONS)

@@ -30,7 +30,7 @@ _NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lo
 #: Scripts that move jobs into lanes or out of them, or that end jobs which hold slots.
 _FLOW_SCRIPTS = frozenset({"sort", "take", "settle", "configure", "mend_slots", "screen", "cancel"})
 #: Scripts that compare entry ids.
-_ID_SCRIPTS = frozenset({"trim", "cancel", "screen"})
+_ID_SCRIPTS = frozenset({"trim", "cancel", "screen", "forward_take", "forward_add", "forward_done"})
 #: Scripts that compare jobs with others of their idempotency and supersede keys.
 _CONDITION_SCRIPTS = frozenset({"screen", "take", "settle"})
 #: Scripts that count the jobs of batches.

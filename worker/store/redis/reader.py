@@ -105,6 +105,11 @@ class RedisReaderStore(RedisStoreBase):
         read = self._reads.get(source)
         return read is not None and read.under_way
 
+    def share_shards(self, stream: str, lease_s: float, count: int) -> set[int]:
+        key = self.shards_key(stream)
+        command = script("share_shards", [key], self._consumer, round(lease_s * 1000), count)
+        return set(self.one(stream, command))
+
     def abandon_read(self, source: Source) -> None:
         if read := self._reads.pop(source, None):
             read.drop()

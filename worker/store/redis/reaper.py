@@ -13,9 +13,9 @@ from ..announcements import encode
 from ..ports import Depths, Promotion
 from . import lanes
 from .base import SCRIPT_BYTES, SCRIPT_IDS, announcements_in, checked, is_no_group, is_no_stream, pairs
-from .batches import RedisBatchStore
 from .connection import Reply
 from .cron import RedisCronStore
+from .forwarding import RedisForwardStore
 from .lua import script
 
 log = logging.getLogger("jobworker.reaper")
@@ -26,7 +26,7 @@ _TRIM_ENTRIES = 10_000
 _TRIM_CALLS = 20
 
 
-class RedisReaperStore(RedisCronStore, RedisBatchStore):
+class RedisReaperStore(RedisCronStore, RedisForwardStore):
     """`ReaperStore` on Redis."""
 
     _warned_not_announced = False
@@ -39,9 +39,10 @@ class RedisReaperStore(RedisCronStore, RedisBatchStore):
 
     def trim(self, stream: str) -> int:
         """A long backlog takes several calls."""
+        all_keys = [stream, self.ready_key(stream), self.shards_key(stream)]
         total = 0
         for _ in range(_TRIM_CALLS):
-            deleted = self.one(stream, script("trim", [stream, self.ready_key(stream)], _TRIM_ENTRIES))
+            deleted = self.one(stream, script("trim", all_keys, _TRIM_ENTRIES))
             total += deleted
             if deleted < _TRIM_ENTRIES // 2:
                 break
@@ -53,10 +54,12 @@ class RedisReaperStore(RedisCronStore, RedisBatchStore):
         reply = self.call(source.stream, [command])[0]
         return 0 if is_no_group(reply) else int(checked(reply))
 
-    def announce(self, service: str, types: Iterable[str], sources: Iterable[Source]) -> None:
+    def announce(
+        self, service: str, types: Iterable[str], sources: Iterable[Source], shards: int = 0
+    ) -> None:
         """A refusal is logged once: only warnings of producers depend on it."""
         now_s = _wall_s(self.one(SERVICES_KEY, ("TIME",)))
-        record = encode(types, sources, now_s)
+        record = encode(types, sources, now_s, shards)
         stored, found = self.call(
             SERVICES_KEY, [("HSET", SERVICES_KEY, service, record), ("HGETALL", SERVICES_KEY)]
         )

@@ -1,6 +1,7 @@
--- Deletes the entries that every group of the stream has read and acknowledged, and that do not wait in a lane.
+-- Deletes the entries that every group of the stream has read and acknowledged, and that neither wait in a lane
+-- nor for their move into a shard.
 -- Called by RedisReaperStore.trim, after prelude_ids.lua. Atomic: no group may be created between the comparison and the deletion.
--- KEYS[1] stream  KEYS[2] ready hash
+-- KEYS[1] stream  KEYS[2] ready hash  KEYS[3] shards hash (see forward_take.lua)
 -- ARGV[1] about how many at most in one call
 -- Returns the number of deleted entries; 0 for a stream without a group.
 
@@ -41,6 +42,10 @@ for _, part in ipairs({ '/heads', '/late' }) do
   if waiting and less(string.format('%.0f-0', waiting), min_id) then
     min_id = string.format('%.0f-0', waiting)
   end
+end
+local moved, taken = unpack(redis.call('HMGET', KEYS[3], 'moved', 'taken'))
+if moved and taken and less(moved, taken) and less(following(moved), min_id) then
+  min_id = following(moved)
 end
 -- Whole nodes first, because they are freed at once; part of a node only when no whole one is left.
 local dropped = redis.call('XTRIM', KEYS[1], 'MINID', '~', min_id, 'LIMIT', ARGV[1])

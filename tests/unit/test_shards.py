@@ -1,0 +1,185 @@
+"""Shards: their names, the shard of a job, and the move of entries into them on the store in memory."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jobworker.worker.config.tables import ConfigTables
+from jobworker.worker.errors import ConfigurationError
+from jobworker.worker.forwarding import Forwarder
+from jobworker.worker.keys import Source
+from jobworker.worker.producer import Producer
+from jobworker.worker.results import SUCCEEDED, encode_result
+from jobworker.worker.settings import Settings
+from jobworker.worker.shards import (
+    logical_stream,
+    shard_count,
+    shard_names,
+    shard_number,
+    shard_number_of,
+    spread,
+)
+from jobworker.worker.store.faults import StreamFaults
+from jobworker.worker.store.memory.server import MemoryServer
+from jobworker.worker.store.memory.store import MemoryStore
+from jobworker.worker.telemetry.metrics import MetricsBuffer
+
+PLAIN = Source("stream:test", "cg-test")
+
+
+def job(id: str, tenant: str = "", **metadata: str) -> bytes:
+    return json.dumps({"id": id, "type": "noop", "tenant_id": tenant, "metadata": metadata}).encode()
+
+
+def test_names_are_spread_over_all_slots_and_say_where_they_belong() -> None:
+    from redis.crc import key_slot
+
+    for count in (1, 2, 3, 7, 64):
+        names = shard_names(PLAIN.stream, count)
+        assert [key_slot(name.encode()) * count // 16384 for name in names] == list(range(count))
+        assert {(logical_stream(name), shard_count(name)) for name in names} == {(PLAIN.stream, count)}
+
+
+@pytest.mark.parametrize(
+    "name", ["stream:test", "a:shard-3.0.x", "a:shard-3.5.0", "a:shard-0.0.0", ":shard-", "a:shard-2.0.9999"]
+)
+def test_other_names_are_no_shards(name: str) -> None:
+    assert (logical_stream(name), shard_count(name)) == (name, 0)
+
+
+def test_a_tenant_has_one_shard_and_jobs_without_one_are_spread_unless_they_are_compared() -> None:
+    assert len({shard_number(5, "t001", str(id), None) for id in range(50)}) == 1
+    assert len({shard_number(5, f"t{tenant}", "a", None) for tenant in range(50)}) == 5
+    assert len({shard_number(5, "", str(id), {}) for id in range(50)}) == 5
+    assert len({shard_number(5, "", str(id), {"supersede_key": str(id)}) for id in range(50)}) == 1
+
+
+class World:
+    """A stream that is spread, and forwarders of several hosts; time passes by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 1_767_345_600.0
+        self.server = MemoryServer(lambda: self.now_s)
+        self.store = MemoryStore(self.server, "here/a")
+        self.store.acquire([PLAIN])
+
+    def forwarder(self, shards: int, *drain: int, host: str = "here") -> Forwarder:
+        counts = [count for count in (shards, *drain) if count]
+        streams = spread([PLAIN], counts)
+        settings = Settings(streams=streams, shards=shards, drain_shards=drain, host=host, instance="a")
+        metrics = MetricsBuffer()
+        faults = StreamFaults(self.store, streams, metrics.gauge, "reaper", None, self.mono_s)  # type: ignore[arg-type]
+        return Forwarder(MemoryStore(self.server), settings, metrics, faults, self.mono_s)
+
+    def mono_s(self) -> float:
+        return self.now_s
+
+    def send(self, *jobs: bytes) -> None:
+        self.store.add(PLAIN.stream, jobs)
+
+    def found(self, shards: int) -> Counter[str]:
+        """How often each job is in the shards."""
+        entries = [
+            e for name in shard_names(PLAIN.stream, shards) for e in self.server.entries(name).values()
+        ]
+        return Counter(json.loads(entry)["id"] for entry in entries if entry)
+
+
+def test_entries_are_moved_once_in_the_order_of_their_tenant() -> None:
+    world = World()
+    world.send(*(job(f"{number:03}", f"t{number % 7}") for number in range(100)))
+    assert not world.forwarder(3).run_once()
+    assert world.found(3) == Counter(f"{number:03}" for number in range(100))
+    assert world.server.entries(PLAIN.stream) == {}
+    for name in shard_names(PLAIN.stream, 3):
+        ids = [json.loads(data or b"")["id"] for data in world.server.entries(name).values()]
+        assert ids == sorted(ids)
+
+
+def test_one_host_moves_at_a_time_and_another_follows_when_it_is_gone() -> None:
+    world = World()
+    first, second = world.forwarder(2, host="one"), world.forwarder(2, host="two")
+    first.run_once()
+    world.send(job("a", "t1"))
+    second.run_once()
+    assert not world.found(2)
+    world.now_s += 3
+    second.run_once()
+    assert world.found(2) == {"a": 1}
+
+
+def test_a_number_of_shards_that_is_not_read_any_more_is_said_until_it_is_drained_and_empty() -> None:
+    world = World()
+    world.send(job("a", "t1"))
+    world.forwarder(2).run_once()
+    without = world.forwarder(0)
+    without.check_used()
+    assert without.warnings() == [
+        "stream stream:test has shards that this service does not read: give --drain-shards 2"
+    ]
+    draining = world.forwarder(3, 2)
+    draining.check_used()
+    world.now_s += 300
+    draining.check_used()
+    assert world.store.used_shards(PLAIN.stream) == {2}, "a job waits"
+    for name in shard_names(PLAIN.stream, 2):
+        source = Source(name, PLAIN.group)
+        world.store.acquire([source])
+        world.store.begin_read(source, 10, 0)
+        for entry in world.store.finish_read(source):
+            world.server.delete_entry(name, entry.id)
+            world.server.stream(name).groups[PLAIN.group].leases.clear()
+    draining.check_used()
+    assert world.store.used_shards(PLAIN.stream) == {2}, "a producer may send another one"
+    world.now_s += 300
+    draining.check_used()
+    without.check_used()
+    assert (world.store.used_shards(PLAIN.stream), without.warnings()) == (set(), [])
+
+
+def test_a_batch_counts_its_jobs_in_shards() -> None:
+    world = World()
+    world.store.batch_open(PLAIN.stream, "b1", {"name": b""})
+    world.store.batch_add(PLAIN.stream, "b1", "", [job("a", "t1", batch_id="b1")])
+    world.forwarder(2).run_once()
+    record = world.store.batch_hash(PLAIN.stream, "b1")
+    assert record is not None
+    (shard,) = record.streams
+    (entry_id,) = world.server.entries(shard)
+    world.store.acquire([Source(shard, PLAIN.group)])
+    world.store.begin_read(Source(shard, PLAIN.group), 1, 0)
+    world.store.finish_read(Source(shard, PLAIN.group))
+    assert world.store.register_batches(Source(shard, PLAIN.group), {entry_id: "b1"}) == set()
+
+
+def test_a_producer_sends_to_the_shards_of_running_services_and_finds_results_there() -> None:
+    world = World()
+    producer = Producer(store=world.store, wall_now_s=world.mono_s)
+    world.store.announce("host/a", ["noop"], spread([PLAIN], [2, 3]), shards=3)
+    for tenant in ("t1", "t2", "t3", "t4", "t5"):
+        producer.enqueue("noop", None, tenant_id=tenant, id=tenant, stream=PLAIN.stream)
+    assert world.found(3) == Counter(["t1", "t2", "t3", "t4", "t5"])
+    shard = shard_names(PLAIN.stream, 3)[shard_number(3, "t1", "", None)]
+    (data, *_) = world.server.entries(shard).values()
+    assert shard_number_of(3, data)[0] == shard_number(3, json.loads(data or b"")["tenant_id"], "", None)
+    world.server.keep_result(shard, "t1", encode_result(SUCCEEDED, "", value=b"7"), 60.0)
+    assert producer.result("t1", 0, stream=PLAIN.stream).value == 7
+    with pytest.raises(ValueError, match="send the job to stream 'stream:test'"):
+        producer.enqueue("noop", None, stream=shard)
+    world.now_s += 300
+    with Producer(store=world.store, wall_now_s=world.mono_s) as late:
+        late.enqueue("noop", None, tenant_id="t1", id="late", stream=PLAIN.stream)
+    assert len(world.server.entries(PLAIN.stream)) == 1, "no service runs that would announce shards"
+
+
+@pytest.mark.parametrize("key", ["project", "global"])
+def test_limits_that_span_shards_are_refused(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "jobworker.toml"
+    file.write_text(f'[[limit]]\ntype = "noop"\nkey = "{key}"\nconcurrency = 2\n')
+    settings = Settings(config_file=str(file), shards=2)
+    with pytest.raises(ConfigurationError, match=f"key tenant.*noop/{key}"):
+        ConfigTables.load(settings)
+    assert ConfigTables.load(replace(settings, shards=0)).flow
