@@ -71,6 +71,9 @@ METRICS = {
         "gauge", "Jobs that wait for a retry or were enqueued with a delay", ("stream",)
     ),
     "z_novel_read_cycles_total": Metric("counter", "Reads that the store answered, or was spared"),
+    "z_novel_settlements_unreplicated_total": Metric(
+        "counter", "Jobs whose settlement fewer replicas than --wait-replicas had in time", ("stream",)
+    ),
     "z_novel_leases_taken_over_total": Metric(
         "counter", "Jobs taken over from a service that has fallen silent", ("stream",)
     ),
