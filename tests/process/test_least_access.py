@@ -43,7 +43,7 @@ def use_every_verb(url: str, metrics_url: str, finished: str, dead: list[str]) -
     verb(url, "stats", "--stream", STREAM, "--json")
     verb(url, "explain", finished, "--stream", STREAM)
     verb(url, "result", finished, "--stream", STREAM)
-    verb(url, "doctor", *beside, "--json", code=1)  # dead letters, and a server without an append-only file
+    verb(url, "doctor", *beside, "--json", code=1)  # it has dead letters
     verb(url, "dlq", "list", "--stream", STREAM)
     verb(url, "dlq", "show", dead[0], "--stream", STREAM)
     verb(url, "dlq", "requeue", dead[0], "--stream", STREAM)
@@ -93,5 +93,6 @@ def test_it_is_enough_for_a_service_and_every_verb(tmp_path: Path) -> None:
             for id in dead:
                 eventually(lambda id=id: id in verb(url, "dlq", "list", "--stream", STREAM))
             use_every_verb(url, one.logged("health.listening")[0]["metrics_url"], finished, dead)
-        refused = [entry for entry in server.client.acl_log() if entry["reason"] != "auth"]
+        # Redis 7.0 does not know CLIENT SETINFO, so the file cannot allow it. The client ignores a refusal.
+        refused = [one for one in server.client.acl_log() if one["object"] != "client|setinfo"]
         assert not refused

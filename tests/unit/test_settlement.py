@@ -558,5 +558,5 @@ def test_outcomes_without_their_replicas_are_settled_and_counted(rig: ReaderRig)
     rig.tick()
     worker.succeed(*worker.take())
     rig.tick()
-    assert rig.pending() == 0
+    assert rig.pending == 0
     assert rig.metric("z_novel_settlements_unreplicated_total", SOURCE.stream) == 1
