@@ -101,3 +101,14 @@ class StampBatch(_Stamping):
         for job in jobs:
             self._stamps.write(job.id, mono_ns)
         return [None] * len(jobs)
+
+
+class Sleep:
+    """Sleeps for BENCH_SLEEP_S seconds and does nothing else."""
+
+    def __init__(self) -> None:
+        self._sleep_s = float(os.environ["BENCH_SLEEP_S"])
+
+    def handle(self, job: Any) -> None:
+        """Sleep."""
+        time.sleep(self._sleep_s)  # the job of this handler

@@ -1,4 +1,4 @@
-"""--wait-replicas on a real master and replica: what a replica has not confirmed is reported, and not lost."""
+"""--wait-replicas with a real replica: what it has not confirmed is reported, and not lost."""
 
 import os
 import signal
