@@ -108,7 +108,9 @@ def _run(case: Case, costs: Costs, stretch: float, jobs: int) -> Result:
         # The host that can take the next job first, and its turn at the server.
         host = min(range(case.hosts), key=lambda one: _may_read(readers[one], started[one], ahead))
         master = number % case.masters
-        masters[master] = max(masters[master], _may_read(readers[host], started[host], ahead)) + server_s
+        # A reader asks for the next jobs while it works on these.
+        room_s = started[host][0] if len(started[host]) == ahead else 0.0
+        masters[master] = max(masters[master], room_s) + server_s
         readers[host] = max(readers[host], masters[master]) + reader_s
         pool = workers[host]
         worker = min(range(case.workers), key=pool.__getitem__)
