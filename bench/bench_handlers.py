@@ -111,3 +111,14 @@ class Uneven(_Stamping):
         self._stamps.write(job.id, time.monotonic_ns())
         is_long = int(job.id.removeprefix("bench-")) in range(100, 112, 2)
         time.sleep(5.0 if is_long else 0.01)  # simulated work
+
+
+class Sleep:
+    """Sleeps for BENCH_SLEEP_S seconds and does nothing else."""
+
+    def __init__(self) -> None:
+        self._sleep_s = float(os.environ["BENCH_SLEEP_S"])
+
+    def handle(self, job: Any) -> None:
+        """Sleep."""
+        time.sleep(self._sleep_s)  # the job of this handler

@@ -110,9 +110,11 @@ class Backlog:
 
     @property
     def drained(self) -> bool:
-        """Whether all jobs are delivered and acknowledged: lag and pending entries are 0."""
+        """Whether all jobs are delivered and acknowledged: lag, pending entries and jobs in lanes are 0."""
         group = self._group_info()
-        return bool(group["last-delivered-id"] == self.last_id and group["pending"] == 0)
+        if group["last-delivered-id"] != self.last_id or group["pending"]:
+            return False
+        return not int(self._client.hget(f"ready:{self.stream}", "n") or 0)
 
     @property
     def all_read(self) -> bool:

@@ -28,8 +28,8 @@ from jobworker.worker.safe_text import safe_json
 _BARE_PROCESSES = 2
 #: Poll interval: well below one percent of any useful measurement.
 _POLL_S = 0.005
-#: Own commands between the two INFO readings, without the polls: INFO, and five of the release.
-_OWN_COMMANDS = 6
+#: Own commands between the two INFO readings, without the polls: INFO, five of the release, a look at lanes.
+_OWN_COMMANDS = 7
 
 Roles = dict[str, list[int]]
 Consumers = Callable[[Backlog], AbstractContextManager[Roles]]

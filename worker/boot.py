@@ -138,7 +138,9 @@ def _run_reader(settings: Settings, link: ControlSocket, marks: CrashMarks) -> N
     from .store.redis.reader import RedisReaderStore
 
     consumer = consumer_name(settings.host, settings.instance)
-    store = RedisReaderStore(settings.redis_url, consumer, holder=settings.holder)
+    store = RedisReaderStore(
+        settings.redis_url, consumer, holder=settings.holder, wait_replicas=settings.wait_replicas
+    )
     Reader(store, settings, link, marks=marks).run()
 
 

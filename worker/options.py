@@ -210,6 +210,8 @@ _STORES = [
     option("--connect-timeout", "How long to wait for the stores at start (seconds).", 30.0, SECONDS),
     option("--lease", "Time after which the jobs of a lost host are claimed by others (seconds, or 1m).",
             30.0, Duration(0.1)),
+    option("--wait-replicas", "Replicas of Redis that confirm each settlement (WAIT, at most 1 s); what is "
+            "not confirmed is counted and logged.", 0, Count(0, 100)),
 ]  # fmt: skip
 _SERVICE = [
     CONFIG,
@@ -277,7 +279,7 @@ _GROUPS = {
     "Worker replacement": ("max-rss", "max-jobs", "max-age", "drain-timeout"),
     "Retries": ("max-retries", "retry-initial", "retry-multiplier", "retry-max", "retry-jitter"),
     "Questions over HTTP": ("serve-addr", "serve-token-file"),
-    "Stores": ("valkey-port", "connect-timeout", "lease", "shards", "drain-shards"),
+    "Stores": ("valkey-port", "connect-timeout", "lease", "wait-replicas", "shards", "drain-shards"),
 }
 _LOGS = {"Logs": ("log-level", "log-format", "log-limit")}
 

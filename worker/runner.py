@@ -112,6 +112,7 @@ class Runner:
         self._waits = {
             name: self._metrics.histogram("z_novel_job_wait_seconds", (name,)) for name in handlers
         }
+        self._busy_s = dict.fromkeys(handlers, 0.0)
         self._batches = self._metrics.histogram("z_novel_batch_jobs")
         self._counters = HandlerCounters({name: handler.counters for name, handler in handlers.items()})
         self._unflushed_since: float | None = None
@@ -373,6 +374,7 @@ class Runner:
         self._channel.set_running(0.0, 0.0)
         self._channel.finished += len(took_s)
         self._durations[type_name].extend(took_s)
+        self._busy_s[type_name] += sum(took_s)
         self._waits[type_name].extend(waited_s)
         self._batches.add(1, len(took_s))
 
@@ -531,6 +533,7 @@ class Runner:
 
     def _record_metrics(self, type_name: str, envelopes: Sequence[Header], took_s: float) -> None:
         self._durations[type_name].add(took_s, len(envelopes))
+        self._busy_s[type_name] += took_s
         self._batches.add(len(envelopes))
         started_wall_s = self._wall_s() - took_s
         waits_s = [_waited_s(envelope, started_wall_s) for envelope in envelopes]
@@ -544,6 +547,10 @@ class Runner:
         self._reported_at = self._mono_s()
         for name, by in self._counters.take():
             self._metrics.count(name, (), by)
+        for type_name, busy_s in self._busy_s.items():
+            if busy_s:
+                self._metrics.count("z_novel_worker_busy_seconds_total", (type_name,), busy_s)
+                self._busy_s[type_name] = 0.0
         self._control.report(self._metrics, self._trouble)
 
 

@@ -58,6 +58,8 @@ class Settings:
     serve_addr: str = ""
     serve_token_file: str = ""
     lease_s: float = 30.0
+    #: Replicas that are to have a settlement before its jobs count as done; 0: it is not waited for.
+    wait_replicas: int = 0
     #: Time for which a finished batch is kept.
     batch_ttl_s: float = 7 * 24 * 3600.0
     #: Time for which an idempotency key is taken; 0: keys do not count.

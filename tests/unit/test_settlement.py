@@ -546,3 +546,17 @@ def test_outcomes_that_a_dead_reader_had_settled_are_no_lost_leases() -> None:
             assert counted(second) == {"completed": 1}
             second.control.send(WorkerExited(0, 1, "end of test", False, details={}))
             second.drain()
+
+
+def test_outcomes_without_their_replicas_are_settled_and_counted(rig: ReaderRig) -> None:
+    (worker,) = rig.workers
+    settle = rig.store.settle
+    rig.store.settle = lambda all_of_them: [  # type: ignore[method-assign]
+        one._replace(is_replicated=False) for one in settle(all_of_them)
+    ]
+    rig.add("j1")
+    rig.tick()
+    worker.succeed(*worker.take())
+    rig.tick()
+    assert rig.pending == 0
+    assert rig.metric("z_novel_settlements_unreplicated_total", SOURCE.stream) == 1

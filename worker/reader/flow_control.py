@@ -135,6 +135,7 @@ class FlowControl:
             else:
                 log.info("backlog.ended", extra=fields)
         state.sorts_all = sorts_all
+        self._metrics.replace("z_novel_lane_jobs", (source.stream,), backlog.waiting)
         state.waiting = sum(backlog.waiting.values()) + backlog.in_series
 
     def _inherit(self, stream_no: int) -> None:

@@ -470,6 +470,8 @@ class Settler:
             self._held.clear(stream_no)
             if result.error:
                 self._faults.isolate(stream_no, result.error)
+            if not result.is_replicated:
+                self._report_unreplicated(stream_no, len(sent[stream_no].ids))
             lost = self._lost(stream_no, sent[stream_no], result)
             unsettled.update((stream_no, entry_id) for entry_id in result.unsettled | result.cancelled.keys())
             self._cancels.update({(stream_no, id): keeps for id, keeps in result.cancelled.items()})
@@ -483,6 +485,15 @@ class Settler:
             for name, labels in counts if key not in unsettled and key not in uncounted else ():
                 self._metrics.count(name, labels)
         batch.deferred = [one for one in batch.deferred if one.job.stream_no not in self._faults]
+
+    def _report_unreplicated(self, stream_no: int, jobs: int) -> None:
+        """Fewer replicas than --wait-replicas have a settlement. A failover now would run its jobs again."""
+        stream = self._streams[stream_no].stream
+        self._metrics.count("z_novel_settlements_unreplicated_total", (stream,), jobs)
+        log.warning(
+            "settle.not_replicated",
+            extra={"stream": stream, "jobs": jobs, "replicas": self._settings.wait_replicas},
+        )
 
     def _has_fresh_leases(self) -> bool:
         """Whether no other consumer can have claimed what is in flight, and no outcome was sent before."""

@@ -191,13 +191,15 @@ class Settled(NamedTuple):
     consumer, and nothing was done for them. ``unsettled``: ids for which the store refused the step with
     ``error``, because of the stream's keys; they are as they were before. ``cancelled``: ids that should have
     been retried or put back, but were cancelled; they are as they were before, too. The value is that of
-    `ReaderStore.cancels`.
+    `ReaderStore.cancels`. ``is_replicated`` is False if fewer replicas than asked for have it in time; it is
+    valid all the same.
     """
 
     refused: set[bytes]
     unsettled: set[bytes]
     error: StoreRefused | None = None
     cancelled: Mapping[bytes, bool] = {}
+    is_replicated: bool = True
 
 
 class KeyFault(NamedTuple):

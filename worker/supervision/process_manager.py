@@ -42,6 +42,7 @@ from .process_groups import ProcessGroups
 from .signals import SignalQueue
 from .slots import Slot, state
 from .status import child_status
+from .work_estimate import WorkEstimate
 
 log = logging.getLogger("jobworker.process_manager")
 
@@ -103,6 +104,7 @@ class ProcessManager:
         self.progress = 0
         #: Questions about batches, which the reaper answers.
         self.batches = BatchMailbox()
+        self._work = WorkEstimate()
         self._exit_code: Exit | None = None
         self._was_complete = False
         self._draining = False
@@ -154,6 +156,7 @@ class ProcessManager:
             self._mono_gauged_s = now
             self._metrics.put(("z_novel_workers", (state,), n) for state, n in self.states().items())
             self._metrics.add([("z_novel_log_lines_dropped_total", (), take_dropped_lines())])
+            self._metrics.put(self._work.gauges(self._metrics))
         self._check_startup(now)
         return self._exit_code
 
@@ -213,6 +216,7 @@ class ProcessManager:
         self._metrics.add(report.counts)
         self._metrics.put(report.gauges)
         self._metrics.merge(report.histograms)
+        self._work.record(report.counts, report.histograms)
         child.trouble = report.trouble
         child.warnings = report.warnings
 

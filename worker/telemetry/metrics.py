@@ -43,6 +43,19 @@ METRICS = {
         "counter", "Jobs that were not run because a newer one had their supersede key", ("task_type",)
     ),
     "z_novel_jobs_waiting": Metric("gauge", "Jobs that wait, by place: stream, lanes", ("stream", "place")),
+    "z_novel_lane_jobs": Metric(
+        "gauge",
+        "Jobs in lanes by type, without those of series",
+        ("stream", "task_type"),
+    ),
+    "z_novel_work_waiting_seconds": Metric(
+        "gauge",
+        "Time that one worker would need for the jobs that wait",
+        ("stream",),
+    ),
+    "z_novel_worker_busy_seconds_total": Metric(
+        "counter", "Time that workers spent in handlers", ("task_type",)
+    ),
     "z_novel_tenant_waiting_seconds": Metric(
         "gauge",
         "Age of the oldest job in lanes, of the ten tenants with the most jobs there",
@@ -61,6 +74,9 @@ METRICS = {
         "gauge", "Jobs that wait for a retry or were enqueued with a delay", ("stream",)
     ),
     "z_novel_read_cycles_total": Metric("counter", "Reads that the store answered, or was spared"),
+    "z_novel_settlements_unreplicated_total": Metric(
+        "counter", "Jobs whose settlement fewer replicas than --wait-replicas had in time", ("stream",)
+    ),
     "z_novel_leases_taken_over_total": Metric(
         "counter", "Jobs taken over from a service that has fallen silent", ("stream",)
     ),

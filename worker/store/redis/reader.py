@@ -42,6 +42,8 @@ from .lua import Command, script
 
 log = logging.getLogger(__name__)
 
+#: How long a settlement waits for replicas. The reader does nothing else meanwhile.
+_REPLICAS_TIMEOUT_S = 1.0
 #: Most characters of a text in another service's record: they are logged and shown.
 _RECORD_CHARS = 256
 
@@ -53,10 +55,12 @@ class RedisReaderStore(RedisStoreBase):
     """
 
     def __init__(
-        self, url: str, consumer: str, *, holder: Holder = NO_HOLDER, timeout_s: float = 5.0
-    ) -> None:
+        self, url: str, consumer: str, *, holder: Holder = NO_HOLDER, timeout_s: float = 5.0,
+        wait_replicas: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(url, timeout_s=timeout_s)
         self._consumer = consumer
+        self._wait_replicas = wait_replicas
         self._holder = holder
         self._epochs: dict[Source, bytes] = {}
         self._reads: dict[Source, BlockingRead] = {}
@@ -151,14 +155,20 @@ class RedisReaderStore(RedisStoreBase):
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         """Acknowledgements, retries and dead letters take one step each, so that a
-        key that refuses one kind does not stop the others; more than 1,000 ids or 8 MiB take several."""
+        key that refuses one kind does not stop the others; more than 1,000 ids or 8 MiB take several.
+        With ``wait_replicas`` one WAIT follows them on their connection."""
         results = [Settled(set(), set()) for _ in settlements]
         all_parts = [(number, part) for number, one in enumerate(settlements) for part in _parts(one)]
         for parts in self._by_node(all_parts):
             commands = [self._settlement(part) for _, part in parts]
+            if self._wait_replicas:
+                commands.append(("WAIT", self._wait_replicas, round(_REPLICAS_TIMEOUT_S * 1000)))
             replies = self.call(parts[0][1].source.stream, commands)
-            for (number, part), reply in zip(parts, replies, strict=True):
+            for (number, part), reply in zip(parts, replies[: len(parts)], strict=True):
                 results[number] = self._settled(results[number], part, reply)
+            if self._wait_replicas and _too_few(replies[-1], self._wait_replicas):
+                for number in {number for number, _ in parts}:
+                    results[number] = results[number]._replace(is_replicated=False)
         return results
 
     def _settled(self, result: Settled, part: Settlement, reply: Reply) -> Settled:
@@ -443,6 +453,11 @@ class RedisReaderStore(RedisStoreBase):
                 arguments += (dead.id, self.result_key(stream, dead.job_id), dead.result, 0)
         number = len(arguments) // 4
         return [*arguments, max(1, round(part.result_ttl_s * 1000)), number] if number else [0]
+
+
+def _too_few(reply: Reply, wanted: int) -> bool:
+    """Whether WAIT says that fewer replicas have the commands before it; also if the server refuses WAIT."""
+    return isinstance(reply, Exception) or int(reply) < wanted
 
 
 def _is_entry_id(field: bytes) -> bool:
