@@ -16,7 +16,7 @@ from jobworker.worker.extension import extension
 
 from .importer import ImportStopped
 from .jobs import JOB_TYPE, RejectedLine, Target, digest_head
-from .lines import Read, read_json_lines, read_text
+from .lines import LineRead, read_json_lines, read_text
 
 _CHUNK_BYTES = 1024 * 1024
 #: Left-out lines that are printed, and that the report names.
@@ -38,7 +38,7 @@ class BookFile:
             found.update(chunk)
         self.digest = found.hexdigest()
 
-    def reads(self) -> Iterator[Read]:
+    def reads(self) -> Iterator[LineRead]:
         """Chapters, rows and faults, from the start."""
         self._file.seek(0)
         return read_text(self._file) if self._plain_text else read_json_lines(self._file)

@@ -9,7 +9,7 @@ from ..encoder.segmenter import cut
 _PARAGRAPH_END = re.compile(r"[\r\n\u0085\u2028\u2029]+")
 
 
-class _Characters(Sequence[tuple[int, int]]):
+class _CharacterOffsets(Sequence[tuple[int, int]]):
     """Offsets for `cut` in which each character is a token; takes no memory for each."""
 
     def __init__(self, count: int) -> None:
@@ -45,6 +45,6 @@ def _pieces(text: str, limit_chars: int) -> Iterator[str]:
     """Paragraphs, and the parts of those that are longer than a segment."""
     for paragraph in _PARAGRAPH_END.split(text):
         whole = paragraph.strip()
-        for start, stop in cut(whole, _Characters(len(whole)), limit_chars):
+        for start, stop in cut(whole, _CharacterOffsets(len(whole)), limit_chars):
             if piece := whole[start:stop].strip():
                 yield piece

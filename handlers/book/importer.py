@@ -35,7 +35,7 @@ class Pace(NamedTuple):
     stalled_after_s: float = 600.0
 
 
-class Progress(NamedTuple):
+class ImportProgress(NamedTuple):
     """How far an import is. ``offset``: bytes of the file whose jobs are in the batch."""
 
     offset: int
@@ -70,7 +70,7 @@ class Importer:
         batch: OpenBatch,
         pace: Pace,
         *,
-        show: Callable[[Progress], None],
+        show: Callable[[ImportProgress], None],
         reject: Callable[[RejectedLine], None],
         mono_s: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -205,4 +205,4 @@ class Importer:
             self._sleep(POLL_S)  # a store that is down sends no event
 
     def _show_progress(self) -> None:
-        self._show(Progress(self._offset, self.tally.jobs, self._counts))
+        self._show(ImportProgress(self._offset, self.tally.jobs, self._counts))

@@ -10,7 +10,7 @@ import orjson
 from jobworker.worker import NewJob
 
 from .cutter import segments
-from .lines import Chapter, Fault, Read, RowLine
+from .lines import Chapter, Fault, LineRead, RowLine
 
 JOB_TYPE = "embedding_batch"
 #: The rules of this file and of the cutter: a change of them makes other jobs of the same book.
@@ -76,7 +76,7 @@ def segment_id(target: Target, chapter_id: str, number: int) -> str:
     return f"seg:{hashlib.blake2b(scope.encode(), digest_size=16).hexdigest()}:{number:05d}"
 
 
-def jobs_of(reads: Iterable[Read], target: Target) -> Iterator[BookJob | RejectedLine]:
+def jobs_of(reads: Iterable[LineRead], target: Target) -> Iterator[BookJob | RejectedLine]:
     """The jobs of a book in the order of its lines: one for each chapter, and one for some rows.
 
     A chapter that comes twice is left out the second time, because it would overwrite the first.

@@ -68,7 +68,7 @@ class Fault(NamedTuple):
 Piece = Chapter | RowLine | Fault
 
 
-class Read(NamedTuple):
+class LineRead(NamedTuple):
     """What was read, the line itself (empty if it is too long), and the bytes of the file up to its end."""
 
     piece: Piece
@@ -76,7 +76,7 @@ class Read(NamedTuple):
     offset: int
 
 
-class _Line(msgspec.Struct):
+class _BookLine(msgspec.Struct):
     """The fields of a line; others are ignored."""
 
     id: _Id | None = None
@@ -88,24 +88,24 @@ class _Line(msgspec.Struct):
     version: _Int64 | None = None
 
 
-class _Raw(NamedTuple):
+class _RawLine(NamedTuple):
     number: int
     data: bytes
     too_long: bool
     offset: int
 
 
-def read_json_lines(file: BinaryIO) -> Iterator[Read]:
+def read_json_lines(file: BinaryIO) -> Iterator[LineRead]:
     """Chapters and rows of a file with one JSON object a line. Empty lines are passed over."""
-    decoder = msgspec.json.Decoder(_Line)
+    decoder = msgspec.json.Decoder(_BookLine)
     for line in _lines(file):
         if line.too_long:
-            yield Read(Fault(line.number, f"longer than {MAX_LINE_BYTES} bytes"), b"", line.offset)
+            yield LineRead(Fault(line.number, f"longer than {MAX_LINE_BYTES} bytes"), b"", line.offset)
         elif line.data.strip():
-            yield Read(_parse(line, decoder), line.data, line.offset)
+            yield LineRead(_parse(line, decoder), line.data, line.offset)
 
 
-def _parse(line: _Raw, decoder: "msgspec.json.Decoder[_Line]") -> Piece:
+def _parse(line: _RawLine, decoder: "msgspec.json.Decoder[_BookLine]") -> Piece:
     try:
         found = decoder.decode(line.data)
         return _piece(line.number, found)
@@ -113,7 +113,7 @@ def _parse(line: _Raw, decoder: "msgspec.json.Decoder[_Line]") -> Piece:
         return Fault(line.number, str(error) or "nested too deeply")
 
 
-def _piece(number: int, found: _Line) -> Piece:
+def _piece(number: int, found: _BookLine) -> Piece:
     """Raises ValueError with the field at fault."""
     if found.text is None:
         raise ValueError("it has no text")
@@ -132,7 +132,7 @@ def _piece(number: int, found: _Line) -> Piece:
     return Chapter(number, found.chapter_id, found.title or "", found.text, kind, time, found.version)
 
 
-def read_text(file: BinaryIO) -> Iterator[Read]:
+def read_text(file: BinaryIO) -> Iterator[LineRead]:
     """Chapters of a plain text in UTF-8, which begin at lines such as "第三章 …" or "Chapter 3".
 
     They get the ids c1, c2, … in their order, and the text before the first heading gets c0. A heading
@@ -145,18 +145,18 @@ def read_text(file: BinaryIO) -> Iterator[Read]:
             text = line.data.decode()
         except UnicodeDecodeError as error:
             reason = f"no UTF-8 ({error.reason} at byte {error.start}); convert the file with iconv"
-            yield Read(Fault(line.number, reason), line.data, line.offset)
+            yield LineRead(Fault(line.number, reason), line.data, line.offset)
             continue
         if len(text) <= _HEADING_CHARS and HEADING.fullmatch(text):
             if chapter.filled:
-                yield Read(chapter.piece(), b"", offset)
+                yield LineRead(chapter.piece(), b"", offset)
             number = chapter.number + (1 if chapter.filled or not chapter.number else 0)
             chapter = _OpenChapter(line.number, number, text.strip())
         else:
             chapter.add(text, too_long=line.too_long)
         offset = line.offset
     if chapter.filled:
-        yield Read(chapter.piece(), b"", offset)
+        yield LineRead(chapter.piece(), b"", offset)
 
 
 class _OpenChapter:
@@ -183,7 +183,7 @@ class _OpenChapter:
         return Chapter(self._line, f"c{self.number}", self._title, "".join(self._parts), "", 0, None)
 
 
-def _lines(file: BinaryIO) -> Iterator[_Raw]:
+def _lines(file: BinaryIO) -> Iterator[_RawLine]:
     """The lines of a file; of one that is too long only its number, with data empty."""
     number, offset = 0, 0
     while data := file.readline(MAX_LINE_BYTES + 1):
@@ -194,4 +194,4 @@ def _lines(file: BinaryIO) -> Iterator[_Raw]:
             offset += len(data)
         if number == 1:
             data = data.removeprefix(_BOM)
-        yield _Raw(number, b"" if too_long else data, too_long, offset)
+        yield _RawLine(number, b"" if too_long else data, too_long, offset)

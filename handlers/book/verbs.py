@@ -21,7 +21,7 @@ from jobworker.worker.quantities import Count, Duration
 
 from .. import doctor
 from .book_file import BookFile, Rejects, open_book
-from .importer import Importer, ImportStopped, Pace, Progress, Tally
+from .importer import Importer, ImportStopped, Pace, ImportProgress, Tally
 from .jobs import RejectedLine, Target, jobs_of
 from .progress import count_shown, share_shown
 from .rate import Rate
@@ -151,7 +151,7 @@ def _send(
     error = ""
     with Producer(url) as producer, share_shown("imported") as show:
 
-        def show_progress(now: Progress) -> None:
+        def show_progress(now: ImportProgress) -> None:
             ended = now.counts.ended / max(1, now.counts.total)
             share = ended * (now.offset / max(1, book.size))
             dead = f", {now.counts.dead} dead" if now.counts.dead else ""

@@ -88,7 +88,7 @@ SHARED_BELOW = {
     "vectors": {"jobstore", "graphemes"},
     "encoder": {"vectors", "file_lock", "graphemes"},
     "api": {"vectors", "encoder", "jobstore"},
-    "book": {"vectors", "encoder"},
+    "book": {"vectors", "encoder", "doctor"},
 }
 #: What handlers may import of the engine besides the names in worker/__init__.py.
 PUBLIC = {
