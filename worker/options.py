@@ -10,13 +10,13 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from .app import app_handlers, parse_app
-from .bearer_tokens import read_tokens
-from .config_file import misspelt_variables, read_config
+from .config.file import misspelt_variables, read_config
+from .config.quantities import MAX_COUNT, Count, Duration, Number, Size
 from .errors import ConfigurationError
 from .extension import extension
+from .functions.app import app_handlers, parse_app
+from .http.bearer_tokens import read_tokens
 from .outcome import RetryPolicy
-from .quantities import MAX_COUNT, Count, Duration, Number, Size
 from .settings import (
     MAX_PAYLOAD_BYTES,
     Settings,
@@ -211,8 +211,8 @@ _SERVICE = [
             "127.0.0.1:9464"),
     option("--serve-addr", "HOST:PORT where questions are answered over HTTP; port 0 picks one.  "
             "[default: not served]", ""),
-    option("--serve-token-file", "File with the bearer tokens of its clients, TOKEN, TENANT TOKEN or TENANT/PROJECT TOKEN a line; "
-            "needed beyond loopback.", "", click.Path(dir_okay=False)),
+    option("--serve-token-file", "File with the bearer tokens of its clients: TOKEN, TENANT TOKEN or "
+            "TENANT/PROJECT TOKEN a line; needed beyond loopback.", "", click.Path(dir_okay=False)),
     option("--cancel-grace", "How long a cancelled job may run on before its worker is ended (seconds).",
             10.0, Duration()),
     option("--result-ttl", "How long the result of a job that asks for it is kept (seconds, or 1h).", 3600.0,

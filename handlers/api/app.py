@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from jobworker.worker.api_role import ApiLink, part
 from jobworker.worker.api_role import request as request_span
-from jobworker.worker.bearer_tokens import TokenHolder
+from jobworker.worker.http.bearer_tokens import TokenHolder
 
 from .access import ApiAccess, require_scope
 from .errors import ApiError, openai_body, tei_body

@@ -21,7 +21,7 @@ from jobworker.worker.quantities import Count, Duration
 
 from .. import doctor
 from .book_file import BookFile, Rejects, open_book
-from .importer import Importer, ImportStopped, Pace, ImportProgress, Tally
+from .importer import Importer, ImportProgress, ImportStopped, Pace, Tally
 from .jobs import RejectedLine, Target, jobs_of
 from .progress import count_shown, share_shown
 from .rate import Rate
