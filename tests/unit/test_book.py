@@ -193,7 +193,7 @@ class World:
         self.on_sleep()
 
     def run(self, pace: Pace, die_after: int = 10**9, close: bool = True) -> tuple[Importer, OpenBatch]:
-        """One run of the importer, which ends after so many lines as if it was killed."""
+        """One run of the importer, which ends after `die_after` lines as if it was killed."""
         with open_book(str(self.path), TARGET) as book:
             batch = book.open_batch(self.producer, TARGET, "", "")
             importer = Importer(
