@@ -16,8 +16,8 @@ from jobworker.worker.cli.common import (
     standard_input,
     verb_on_deployment,
 )
-from jobworker.worker.options import CONFIG_OF_SERVICE, DATA_DIR, REDIS_URL, ExplicitOption
 from jobworker.worker.config.quantities import Count, Duration
+from jobworker.worker.options import CONFIG_OF_SERVICE, DATA_DIR, REDIS_URL, ExplicitOption
 
 from .. import doctor
 from .book_file import BookFile, Rejects, open_book
