@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## list the targets
 	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-run: venv ## set up, start the service, embed the sample novel, answer one question
+run: venv ## set up, start the service, embed the sample novel, ask the search API one question
 	@$(BIN)/python samples/main_job.py $(ARGS)
 
 test: lint types suite ## set up, then lint, types and all tests: what CI runs

@@ -3,10 +3,13 @@
 Parts: ``idle`` asks one question after another. ``clients`` lets several clients ask at once, with
 ``--peer URL`` also of another server with OpenAI's form, in turns. ``bulk`` asks at a fixed rate while jobs
 with chapters wait, and measures the share of the processor time that the questions take from the jobs.
+``kills`` kills the role, on the idle service and beside the full queue, and measures the time to the next
+vector.
 """
 
 import asyncio
 import os
+import signal
 import statistics
 import sys
 import time
@@ -36,6 +39,9 @@ _QUESTION = (
 _WARM = 30
 #: Window of the comparison with and without questions. Workers report twice a second.
 _WINDOW_S = 8.0
+_POLL_S = 0.01
+#: Longer than the time after which a role counts as healthy.
+_BETWEEN_KILLS_S = 7.0
 
 Report = dict[str, Any]
 
@@ -161,6 +167,34 @@ def bulk(
     return took_s, {"tokens_per_s": medians, "api_cpu_share": statistics.median(shares)}
 
 
+def mended(url: str, served: Running, kills: int) -> list[float]:
+    """Seconds from each ``kill -9`` of the role to the next vector."""
+    found = []
+    for number in range(kills):
+        if number:
+            time.sleep(_BETWEEN_KILLS_S)  # a role that ends again soon is started later
+        (pid,) = roles_of(served.supervisor_pid)["api"]
+        os.kill(pid, signal.SIGKILL)
+        found.append(asyncio.run(_next_vector(url)))
+        say(f"kill {number + 1}/{kills}: {found[-1]:.2f} s")
+    return found
+
+
+async def _next_vector(url: str) -> float:
+    began = time.perf_counter()
+    while time.perf_counter() - began < LIMIT_S:
+        asker = Asker(url, "")
+        try:
+            await asker.ask(0)
+            return time.perf_counter() - began
+        except (OSError, EOFError, RuntimeError):
+            # A connection of the killed process, or the model is being loaded.
+            await asyncio.sleep(_POLL_S)
+        finally:
+            asker.close()
+    raise RuntimeError(f"no vector within {LIMIT_S:g} s after a kill")
+
+
 def _tokens(served: Running) -> float:
     return served.metric("z_novel_embedded_tokens_total")
 
@@ -177,7 +211,7 @@ def clients_in_turns(urls: dict[str, tuple[str, str]], clients: int, rounds: int
 
 def measure(
     file: Path | None, count: int, procs: int, model: str, *, questions: int, rate: float, rounds: int,
-    window_s: float, clients: int, peer: tuple[str, str] | None,
+    window_s: float, clients: int, kills: int, peer: tuple[str, str] | None,
 ) -> Report:  # fmt: skip
     """Measure all parts with one service."""
     texts = take_segments(chapters(file), count)
@@ -185,11 +219,16 @@ def measure(
     with serving(texts, procs, model) as (url, served):
         ms: dict[str, list[float]] = {"idle": asyncio.run(one_by_one(url, "", questions))}
         say("idle: done")
+        mended_s = {"idle": mended(url, served, kills)}
         urls = {"jobworker": (url, "")} | ({"peer": peer} if peer else {})
         report["questions_per_s"] = clients_in_turns(urls, clients, rounds, window_s)
         ms["beside a full queue"], report["bulk"] = bulk(
             url, served, len(jobs(texts)), rate=rate, rounds=rounds, window_s=window_s
         )
+        mended_s["beside a full queue"] = mended(url, served, kills)
+        if served.backlog.drained:
+            raise RuntimeError("the queue is empty: give more --count")
+    report["mended_s"] = mended_s
     report["ms"] = {name: percentiles(sorted(one * 1000 for one in found)) for name, found in ms.items()}
     report |= {"rate": rate, "questions": questions, "clients": clients}
     return report
@@ -210,6 +249,12 @@ def format_report(report: Report) -> str:
     lines += [
         f"{report['clients']} clients at once: {name} {value:,.0f} questions/s"
         for name, value in report["questions_per_s"].items()
+    ]
+    lines += [
+        f"from kill -9 of the role to the next vector, {len(found)} kills, {name}: "
+        f"{min(found):.2f} to {max(found):.2f} s"
+        for name, found in report["mended_s"].items()
+        if found
     ]
     return "\n".join(lines)
 
@@ -259,17 +304,24 @@ def format_report(report: Report) -> str:
     help="Seconds of one turn.",
 )
 @click.option("--clients", type=click.IntRange(1), default=16, show_default=True, help="Clients at once.")
+@click.option(
+    "--kills",
+    type=click.IntRange(0),
+    default=4,
+    show_default=True,
+    help="Kills of the role, idle and beside the queue each.",
+)
 @click.option("--peer", help="Another server for the clients, http://host:port/v1.")
 @click.option("--peer-model", default="", help="The model's name there.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the tables.")
 def main(
     file: Path | None, count: int, model: str, procs: int, questions: int, rate: float, rounds: int,
-    window_s: float, clients: int, peer: str | None, peer_model: str, as_json: bool,
+    window_s: float, clients: int, kills: int, peer: str | None, peer_model: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure and print."""
     report = measure(
         file, count, procs, model or default_model(), questions=questions, rate=rate, rounds=rounds,
-        window_s=window_s, clients=clients, peer=(peer, peer_model) if peer else None,
+        window_s=window_s, clients=clients, kills=kills, peer=(peer, peer_model) if peer else None,
     )  # fmt: skip
     print(safe_json(report) if as_json else format_report(report))
 

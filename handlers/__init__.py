@@ -63,7 +63,11 @@ EXTENSION = Extension(
     endpoints=("milvus_uri",),
     progress="jobworker.handlers.rebuild.progress:read_progress",
     doctor="jobworker.handlers.doctor",
-    verbs=("jobworker.handlers.erasure.verbs:add_to", "jobworker.handlers.api.verbs:add_to"),
+    verbs=(
+        "jobworker.handlers.erasure.verbs:add_to",
+        "jobworker.handlers.api.verbs:add_to",
+        "jobworker.handlers.book.verbs:add_to",
+    ),
     pages=("jobworker.handlers.api.page:search_page",),
     copy_size="jobworker.handlers.copy_size:copy_size",
     copied="the model",

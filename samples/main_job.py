@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,9 +16,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from jobworker.handlers.encoder.load import load_encoder
-from jobworker.handlers.vectors.milvus.store import open_vectors
-from jobworker.handlers.vectors.ports import Hit
+from jobworker.handlers.api.client import SearchClient, SearchRefused
 from jobworker.worker import Producer
 
 NOVEL = Path(__file__).parent / "novel"
@@ -66,6 +63,7 @@ def service(data_dir: Path, procs: int) -> Iterator[dict[str, Any]]:
     log = data_dir / "service.log"
     command = Path(sys.executable).with_name("jobworker-supervise")
     options = ["--procs", str(procs), "--data-dir", str(data_dir), "--metrics-addr", "127.0.0.1:0"]
+    options += ["--serve-addr", "127.0.0.1:0"]
     with log.open("wb") as log_file:
         # A process group of its own: Ctrl-C ends this program only, which then stops the service.
         process = subprocess.Popen([command, *options], stdout=log_file, stderr=log_file, process_group=0)
@@ -86,13 +84,19 @@ def service(data_dir: Path, procs: int) -> Iterator[dict[str, Any]]:
 
 
 def wait_ready(process: subprocess.Popen[bytes], data_dir: Path, log: Path) -> dict[str, Any]:
-    """Wait until ``/readyz`` answers 200; returns the endpoints of the service."""
+    """Wait until the service and its API are ready; returns the endpoints of the service."""
     give_up_at = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < give_up_at:
         if process.poll() is not None:
             raise Failed(f"the service did not start; the end of {log}:\n{log.read_text()[-2000:]}")
         listening = endpoints(data_dir)
-        if listening.get("pid") == process.pid and is_ready(listening["metrics_url"]):
+        ours = listening.get("pid") == process.pid and "serve_url" in listening
+        # /readyz: every worker has its model and the stores answer. /health: the API has its model.
+        if (
+            ours
+            and answers(f"{listening['metrics_url']}/readyz")
+            and answers(f"{listening['serve_url']}/health")
+        ):
             return listening
         time.sleep(POLL_S)  # the health page sends no event
     raise Failed(f"the service was not ready after {READY_WITHIN_S:.0f} s; its log: {log}")
@@ -107,10 +111,10 @@ def endpoints(data_dir: Path) -> dict[str, Any]:
     return listening if isinstance(listening, dict) else {}
 
 
-def is_ready(url: str) -> bool:
-    """Whether every worker has its model and the stores answer."""
+def answers(url: str) -> bool:
+    """Whether a page answers with 200."""
     try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=10):
+        with urllib.request.urlopen(url, timeout=10):
             return True
     except (urllib.error.URLError, TimeoutError):
         return False
@@ -155,19 +159,18 @@ def watch(url: str, jobs: int, done_before: int) -> None:
                 time.sleep(POLL_S)  # the metrics page sends no event
 
 
-def answer(milvus_uri: str, question: str) -> None:
-    """Embed the question with the service's model, and print the nearest passages."""
-    vector = load_encoder(device="cpu", threads=os.cpu_count() or 1).encode([question], "query")[0]
-    with contextlib.closing(open_vectors(milvus_uri)) as store:
-        hits = store.search(
-            "story_segments", vector, tenant_id=TENANT, project_id=PROJECT, limit=HITS, strong=True
-        )
-    if not hits:
+def answer(serve_url: str, question: str) -> None:
+    """Ask the service's own API (POST /v1/search), and print the nearest passages."""
+    asked = {"query": question, "tenant_id": TENANT, "project_id": PROJECT, "limit": HITS}
+    try:
+        rows = SearchClient(serve_url).search(asked).rows
+    except SearchRefused as error:
+        raise Failed(f"the search failed: {error}") from error
+    if not rows:
         raise Failed("the search found nothing")
-    for hit in hits:
-        assert isinstance(hit, Hit), "story_segments holds segments"
-        print(f"\n   {hit.score:.3f}  {hit.id}")
-        print(textwrap.fill(hit.text_content, 100, initial_indent="   | ", subsequent_indent="   | "))
+    for row in rows:
+        print(f"\n   {row['score']:.3f}  {row['id']}")
+        print(textwrap.fill(row["text_content"], 100, initial_indent="   | ", subsequent_indent="   | "))
     print(flush=True)
 
 
@@ -187,8 +190,8 @@ def main_job(data_dir: Path, procs: int, question: str) -> None:
         jobs = enqueue(at["redis_url"], novel)
         say(f"enqueued the sample novel: {len(novel)} passages in {jobs} jobs")
         watch(at["metrics_url"], jobs, done_before)
-        say(f"question: {question}")
-        answer(at["milvus_uri"], question)
+        say(f"question to {at['serve_url']}/v1/search: {question}")
+        answer(at["serve_url"], question)
     say(f"done in {time.monotonic() - mono_start_s:.1f} s; the data and the log stay in {data_dir}")
 
 

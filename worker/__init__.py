@@ -14,6 +14,7 @@ from .errors import (
 from .functions.job_function import job
 from .handler import BatchHandler, Handler, JobHandler
 from .producer import NewJob, Producer, UnknownDestination
+from .producer_batch import BatchCounts, BatchFinished, OpenBatch
 from .results import CancelOutcome, JobResult, Returned
 from .settings import Settings
 from .telemetry.current_job import report_progress
@@ -21,6 +22,8 @@ from .telemetry.trace import span
 
 __all__ = [
     "NO_DEVICE",
+    "BatchCounts",
+    "BatchFinished",
     "BatchHandler",
     "CancelOutcome",
     "ConfigurationError",
@@ -31,6 +34,7 @@ __all__ = [
     "JobHandler",
     "JobResult",
     "NewJob",
+    "OpenBatch",
     "PermanentError",
     "Producer",
     "RateLimited",

@@ -6,6 +6,9 @@ from .errors import Exit
 from .ipc.control import ControlSocket, Drain, Ready, StartFailed
 from .outcome import MAX_ERROR_CHARS
 from .telemetry.metrics import MetricsBuffer
+from .telemetry.trace import part, request
+
+__all__ = ["ApiLink", "part", "request"]
 
 log = logging.getLogger("jobworker.api")
 

@@ -40,9 +40,7 @@ class Batch(NamedTuple):
     @property
     def state(self) -> str:
         """``open`` while jobs may be added, then ``closed``, then ``finished``."""
-        if self.record.wall_finished_s is not None:
-            return "finished"
-        return "open" if self.record.wall_closed_s is None else "closed"
+        return self.record.state
 
     @property
     def callback_id(self) -> str:

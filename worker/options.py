@@ -219,8 +219,8 @@ _SERVICE = [
             "127.0.0.1:9464"),
     option("--serve-addr", "HOST:PORT where questions are answered over HTTP; port 0 picks one.  "
             "[default: not served]", ""),
-    option("--serve-token-file", "File with the bearer tokens of its clients, TOKEN or TENANT TOKEN a line; "
-            "needed beyond loopback.", "", click.Path(dir_okay=False)),
+    option("--serve-token-file", "File with the bearer tokens of its clients: TOKEN, TENANT TOKEN or "
+            "TENANT/PROJECT TOKEN a line; needed beyond loopback.", "", click.Path(dir_okay=False)),
     option("--cancel-grace", "How long a cancelled job may run on before its worker is ended (seconds).",
             10.0, Duration()),
     option("--result-ttl", "How long the result of a job that asks for it is kept (seconds, or 1h).", 3600.0,

@@ -323,15 +323,19 @@ class Producer:
         on_complete: NewJob | Mapping[str, Any] | None = None,
         name: str = "",
         id: str | None = None,
+        stream: str = "",
     ) -> OpenBatch:
         """Open a batch: jobs that are counted together. Use it as a context manager.
 
         When the batch is closed and all its jobs have ended, done or dead-lettered, the job ``on_complete``
         is enqueued once, with the counts in its metadata. Its fields are those of `NewJob` except ``id`` and
         ``delay``. ``tenant_id`` is that of the callback and of jobs that name none. ``name`` is for people.
-        A batch of the same ``id`` that has not finished is continued.
+        A batch of the same ``id`` that has not finished is continued. Its record is on the stream of
+        ``on_complete``, else on ``stream``, else on that of its first job; only in the last case it is
+        created with that job.
 
-        Raises `ValueError` for a wrong argument and for a batch that has finished, and `StoreUnavailable`.
+        Raises `ValueError` for a wrong argument, its subclass `BatchFinished` for a batch that has finished,
+        and `StoreUnavailable`.
         """
         id = os.urandom(16).hex() if id is None else id
         if not isinstance(id, str) or not is_batch_id(id):
@@ -340,7 +344,10 @@ class Producer:
             _check_tenant("tenant_id", tenant_id)
         if name:
             _check_text("name", name)
-        fields, home = {"name": name.encode(), "tenant_id": tenant_id.encode()}, ""
+        if stream:
+            _check_text("stream", stream)
+            _refuse_derived(stream)
+        fields, home = {"name": name.encode(), "tenant_id": tenant_id.encode()}, stream
         if on_complete is not None:
             prepared = self._prepare_callback(_new_job(on_complete), id, tenant_id)
             home, fields["on_complete"] = prepared.stream, prepared.data

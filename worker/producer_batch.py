@@ -19,13 +19,41 @@ class PreparedJob(NamedTuple):
     data: bytes
 
 
+class BatchFinished(ValueError):
+    """The batch has finished: it takes no more jobs."""
+
+
+class BatchCounts(NamedTuple):
+    """How far a batch is: its jobs over all streams. ``wall_created_s``: unix seconds of the store's clock.
+
+    ``state`` is ``open`` while jobs may be added, then ``closed``, then ``finished``.
+    """
+
+    total: int
+    done: int
+    dead: int
+    state: str
+    name: str
+    wall_created_s: float
+
+    @property
+    def ended(self) -> int:
+        """Jobs that are done or dead."""
+        return self.done + self.dead
+
+    @property
+    def left(self) -> int:
+        """Jobs that have not ended."""
+        return max(0, self.total - self.ended)
+
+
 class OpenBatch:
     """A batch to which jobs can be added; made by `Producer.batch`.
 
     As a context manager it is closed at the end of the block, but not after an error: an incomplete batch
     must not call back. `Producer.batch` with the same ``id`` opens it again. One thread uses an object; other
-    threads and processes may open the same batch. Methods raise as `Producer.enqueue` does, and `ValueError`
-    if the batch has finished.
+    threads and processes may open the same batch. Methods raise as `Producer.enqueue` does, and
+    `BatchFinished`, a `ValueError`, if the batch has finished.
     """
 
     def __init__(
@@ -82,6 +110,19 @@ class OpenBatch:
             if not store.batch_close(self._home, self.id):
                 raise ValueError(f"batch {self.id} is gone: it was deleted, or its time was over")
 
+    def counts(self) -> BatchCounts:
+        """How far the batch is. Raises `ValueError` for a batch that has no record (yet)."""
+        with self._borrow() as store:
+            record = store.batch_hash(self._home, self.id) if self._home else None
+            if record is None:
+                raise ValueError(f"batch {self.id} has no record")
+            others = [store.batch_hash(stream, self.id) for stream in record.streams]
+        parts = [record, *(one for one in others if one is not None)]
+        return BatchCounts(
+            sum(one.total or 0 for one in parts), sum(one.done for one in parts),
+            sum(one.dead for one in parts), record.state, record.name, record.wall_created_s or 0.0,
+        )  # fmt: skip
+
     def __enter__(self) -> Self:
         return self
 
@@ -112,5 +153,5 @@ class OpenBatch:
             if not store.batch_open(home, self.id, fields):
                 raise self._finished()
 
-    def _finished(self) -> ValueError:
-        return ValueError(f"batch {self.id} has finished: give the next one an id of its own")
+    def _finished(self) -> BatchFinished:
+        return BatchFinished(f"batch {self.id} has finished: give the next one an id of its own")

@@ -72,7 +72,9 @@ class ApiAccess:
             log.info("api.tokens_reloaded")
 
 
-def require_tenant(holder: TokenHolder, tenant_id: str) -> None:
-    """Raises ApiError 403 if the token is for another tenant."""
+def require_scope(holder: TokenHolder, tenant_id: str, project_id: str) -> None:
+    """Raises ApiError 403 if the token is for another tenant or project."""
     if holder.tenant and holder.tenant != tenant_id:
         raise ApiError(403, "this token is for another tenant", param="tenant_id")
+    if holder.project and holder.project != project_id:
+        raise ApiError(403, "this token is for another project", param="project_id")

@@ -14,10 +14,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from jobworker.worker.api_role import ApiLink
+from jobworker.worker.api_role import ApiLink, part
+from jobworker.worker.api_role import request as request_span
 from jobworker.worker.http.bearer_tokens import TokenHolder
 
-from .access import ApiAccess, require_tenant
+from .access import ApiAccess, require_scope
 from .errors import ApiError, openai_body, tei_body
 from .models import Models
 from .payloads import (
@@ -94,18 +95,26 @@ class Api:
         async def endpoint(request: Request) -> Response:
             mono_start_s = time.monotonic()
             call = Call(request)
-            try:
-                response = _json(await self._answer(call, handler))
-            except ApiError as error:
-                call.facts["error"] = error.message
-                response = _json(error_body(error), error.status, error.headers())
-            except ClientDisconnect:
-                call.facts["error"] = "the client closed the connection"
-                response = Response(status_code=499)
+            facts: dict[str, Any] = {"http.request.method": method, "http.route": path}
+            with request_span(f"{method} {path}", request.headers, facts):
+                response = await self._respond(call, handler, error_body)
+                facts |= {"http.response.status_code": response.status_code, **call.facts}
+                if call.tenant:
+                    facts["tenant_id"] = call.tenant
             self._record(path, call, response.status_code, time.monotonic() - mono_start_s)
             return response
 
         return Route(path, endpoint, methods=[method])
+
+    async def _respond(self, call: Call, handler: _Handler, error_body: _ErrorBody) -> Response:
+        try:
+            return _json(await self._answer(call, handler))
+        except ApiError as error:
+            call.facts["error"] = error.message
+            return _json(error_body(error), error.status, error.headers())
+        except ClientDisconnect:
+            call.facts["error"] = "the client closed the connection"
+            return Response(status_code=499)
 
     async def _answer(self, call: Call, handler: _Handler) -> Any:
         try:
@@ -163,7 +172,8 @@ class Api:
         self._models.check_name(asked.model)
         texts = texts_of(asked.input, "input")
         check_dimensions(asked.dimensions, model.encoder.dim, self._models.shorter)
-        vectors, tokens = await model.embed(texts, asked.input_type or "document")
+        with part("embed", texts=len(texts)):
+            vectors, tokens = await model.embed(texts, asked.input_type or "document")
         call.facts |= {"texts": len(texts), "tokens": tokens}
         vectors = shortened(vectors, asked.dimensions)
         return embeddings_body(vectors, asked.encoding_format, asked.model or self._models.names()[0], tokens)
@@ -173,7 +183,8 @@ class Api:
         model = self._models.own
         texts, purpose = texts_of(asked.inputs, "inputs"), purpose_of_prompt(asked.prompt_name)
         check_dimensions(asked.dimensions, model.encoder.dim, self._models.shorter)
-        vectors, tokens = await model.embed(texts, purpose)
+        with part("embed", texts=len(texts)):
+            vectors, tokens = await model.embed(texts, purpose)
         call.facts |= {"texts": len(texts), "tokens": tokens}
         vectors = shortened(vectors, asked.dimensions, normalise=asked.normalize)
         return unit_length(vectors) if asked.normalize else vectors
@@ -181,7 +192,7 @@ class Api:
     async def _search(self, call: Call, holder: TokenHolder) -> Any:
         asked = parse(await self._body(call.request), SearchRequest)
         call.tenant = asked.tenant_id[:64]
-        require_tenant(holder, asked.tenant_id)
+        require_scope(holder, asked.tenant_id, asked.project_id)
         found = await self._searcher.search(asked)
         call.facts |= {"hits": len(found["results"]), "collection": found["collection"]}
         return found

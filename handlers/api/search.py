@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from jobworker.worker import StoreUnavailable
+from jobworker.worker.api_role import part
 
 from ..vectors.ports import (
     AnyHit,
@@ -100,7 +101,8 @@ class Searcher:
             answering = await self._in_thread(self._answering, name, alias)
             self._models.preload(answering.next_model)
             model = self._models.of_collection(answering.model)
-            vectors, _ = await model.embed([asked.query], "query")
+            with part("embed", texts=1):
+                vectors, _ = await model.embed([asked.query], "query")
             try:
                 hits = await self._hits(asked, name, where, vectors[0])
             except PermanentStoreError:
@@ -114,12 +116,13 @@ class Searcher:
     async def _hits(
         self, asked: SearchRequest, name: str, where: SearchFilter, vector: Vector
     ) -> Sequence[AnyHit]:
-        return await self._in_thread(
-            lambda: self._store().search(
-                name, vector, tenant_id=asked.tenant_id, project_id=asked.project_id, limit=asked.limit,
-                where=where,
-            )
-        )  # fmt: skip
+        with part("search", collection=name):
+            return await self._in_thread(
+                lambda: self._store().search(
+                    name, vector, tenant_id=asked.tenant_id, project_id=asked.project_id, limit=asked.limit,
+                    where=where,
+                )
+            )  # fmt: skip
 
     def _store(self) -> VectorStore:
         if self._open_store is None:

@@ -111,6 +111,13 @@ class MemoryVectors:
         found = [schemas.stored_row(row._asdict()) for row in rows if row.id > after and _is_in(row, scope)]
         return found[:limit]
 
+    def page(
+        self, name: str, *, tenant_id: str, project_id: str, after: str, limit: int, vectors: bool
+    ) -> list[AnyRow]:
+        rows = sorted(self._rows_of(name, tenant_id, project_id), key=lambda row: row.id)
+        found = [row for row in rows if row.id > after][:limit]
+        return found if vectors else [row._replace(vector=schemas.NO_VECTOR) for row in found]
+
     def erase_copy(self, collection: str, scope: Scope, cutoff_us: int) -> int:
         rows = self.copies.get(collection, {})
         with self._lock:

@@ -207,6 +207,16 @@ class VectorStore(Protocol):
         It may return fewer than `limit`; it returns none only at the end.
         """
 
+    def page(
+        self, name: str, *, tenant_id: str, project_id: str, after: str, limit: int, vectors: bool
+    ) -> list[AnyRow]:
+        """The next rows of one tenant and project after the id `after`, in the order of ids, with every
+        finished write.
+
+        It may return fewer than `limit`; it returns none only at the end. Without `vectors` those of the rows
+        have shape (0,).
+        """
+
     def erase_copy(self, collection: str, scope: Scope, cutoff_us: int) -> int:
         """Delete the rows of a scope that were created until `cutoff_us` from a collection by its full name,
         which a rebuild fills or has replaced; returns how many. Without an effect if it does not exist."""

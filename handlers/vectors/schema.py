@@ -33,6 +33,9 @@ PROFILE_PREFIX, FOUND_PREFIX = "profile:", "entity:"
 #: Bytes of a text column, the largest VARCHAR of Milvus.
 TEXT_LIMIT_BYTES = 65_535
 
+#: Vector of a row that was read without it.
+NO_VECTOR = np.empty(0, np.float32)
+
 T = TypeVar("T")
 
 ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
@@ -315,7 +318,7 @@ def _present(entity: Any, fields: Sequence[str]) -> dict[str, Any]:
 def row_of(schema: Schema, answer: dict[str, Any]) -> AnyRow:
     """A row from the server's response."""
     fields = _present(answer, schema.row_fields)
-    fields["vector"] = np.asarray(fields["vector"], dtype=np.float32)
+    fields["vector"] = np.asarray(fields.get("vector", NO_VECTOR), dtype=np.float32)
     return schema.row(**fields)
 
 

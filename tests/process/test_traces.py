@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from support.api import ApiClient
 from support.collector import Collector, collecting
 from support.service import Service, eventually, handlers, service
 
@@ -33,7 +34,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, 
     with (
         collecting() as (collector, url),
         service(tmp_path_factory.mktemp("traced"), KINDS, environment=environment(url), procs=1,
-                retry_initial=0.05, max_retries=2) as one,
+                retry_initial=0.05, max_retries=2, serve_addr="127.0.0.1:0", model="dummy:8") as one,
     ):  # fmt: skip
         yield one, collector
 
@@ -61,6 +62,22 @@ def test_a_producers_trace_goes_on_through_reader_worker_model_and_store(
     assert {headers["api-key"] for headers in collector.headers} == {KEY}
     assert b"dark night" not in collector.raw
     assert KEY not in one.log_text
+
+
+def test_a_request_of_the_api_continues_the_trace_of_its_caller(traced: tuple[Service, Collector]) -> None:
+    one, collector = traced
+    trace_id = "22" * 16
+    answer = ApiClient(one).post(
+        "/v1/embeddings", {"input": "a private text"}, traceparent=f"00-{trace_id}-{SENDER}-01"
+    )
+    assert answer.status == 200
+    spans = eventually(lambda: collector.of(trace_id), saying=one.log)
+    request = spans["POST /v1/embeddings"]
+    assert request.parent_id == SENDER
+    assert spans["embed"].parent_id == request.span_id
+    assert request.attributes["http.response.status_code"] == 200
+    assert request.resource["jobworker.role"] == "api"
+    assert b"a private text" not in collector.raw
 
 
 def test_all_tries_of_a_job_are_in_the_trace_that_its_producer_names(

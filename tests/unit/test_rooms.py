@@ -59,7 +59,7 @@ BELOW: dict[str, set[str]] = {
     "producer_batch": {*CORE, "store"},
     "producer": {*CORE, "store", "telemetry", "producer_batch", "cancel"},
     "scripted_redis": {"store"},
-    "worker": {*CORE, "telemetry", "producer"},
+    "worker": {*CORE, "telemetry", "producer", "producer_batch"},
     "reader": {*IPC, "store"},
     "health_check": {*CORE, "telemetry", "fork_guard"},
     "runner": {*IPC, "health_check", "fork_guard"},
@@ -97,6 +97,7 @@ SHARED_BELOW = {
     "vectors": {"jobstore", "graphemes"},
     "encoder": {"vectors", "file_lock", "graphemes"},
     "api": {"vectors", "encoder", "jobstore"},
+    "book": {"vectors", "encoder", "doctor"},
 }
 #: What handlers may import of the engine besides the names in worker/__init__.py.
 PUBLIC = {

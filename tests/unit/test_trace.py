@@ -309,3 +309,33 @@ def test_with_traces_off_no_library_is_imported_and_no_handler_changes() -> None
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_a_request_of_the_api_continues_the_trace_of_its_caller(exporter: InMemorySpanExporter) -> None:
+    """Also while another request is answered."""
+
+    async def ask(name: str, headers: dict[str, str], status: int) -> None:
+        facts: dict[str, Any] = {"http.route": name}
+        with trace.request(f"POST {name}", headers, facts):
+            await asyncio.sleep(0)
+            with trace.part(f"embed {name}", texts=2):
+                await asyncio.sleep(0)
+            facts |= {"http.response.status_code": status, "tokens": 7, "error": "a fault"}
+
+    async def both() -> None:
+        await asyncio.gather(ask("/a", TRACEPARENT, 200), ask("/b", {}, 503))
+
+    asyncio.run(both())
+    spans = sent(exporter)
+    first, second = spans["POST /a"], spans["POST /b"]
+    assert first.context is not None
+    assert f"{first.context.trace_id:032x}" == TRACE
+    assert parent_id(first) == int(SENDER, 16)
+    assert parent_id(spans["embed /a"]) == first.context.span_id
+    assert (parent_id(second), second.status.status_code) == (None, StatusCode.ERROR)
+    assert second.context is not None
+    assert parent_id(spans["embed /b"]) == second.context.span_id
+    assert first.status.status_code is StatusCode.UNSET
+    assert first.attributes is not None
+    assert first.attributes["http.response.status_code"] == 200
+    assert first.attributes["jobworker.tokens"] == 7

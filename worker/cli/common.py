@@ -145,8 +145,7 @@ def verb(group: click.Group, name: str | None = None) -> Callable[[Callable[...,
     def decorate(command: Callable[..., None]) -> click.Command:
         @wraps(command)
         def with_url(redis_url: str, data_dir: str, **options: Any) -> None:
-            endpoints = {} if redis_url else _endpoints_of(data_dir)
-            command(require_store_url(redis_url or str(endpoints.get("redis_url", ""))), **options)
+            command(find_store(redis_url, data_dir), **options)
 
         return group.command(name)(CONFIG_OF_SERVICE(REDIS_URL(DATA_DIR(with_url))))
 
@@ -173,6 +172,15 @@ def verb_on_deployment(group: click.Group) -> Callable[[Callable[..., None]], cl
         return group.command()(with_deployment)
 
     return decorate
+
+
+def find_store(redis_url: str, data_dir: str) -> str:
+    """The url of the store: the given one, else that of the service of the data directory.
+
+    Raises `ConfigurationError` if neither names one.
+    """
+    endpoints = {} if redis_url else _endpoints_of(data_dir)
+    return require_store_url(redis_url or str(endpoints.get("redis_url", "")))
 
 
 def _endpoints_of(data_dir: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Bearer tokens of HTTP clients: the file that lists them, and which tenant a token is for."""
+"""Bearer tokens of HTTP clients: the file that lists them, and which tenant and project a token is for."""
 
 import hashlib
 import os
@@ -14,57 +14,63 @@ from ..errors import ConfigurationError
 MIN_TOKEN_CHARS = 16
 #: Largest file that is read: ten thousand tenants.
 _MAX_BYTES = 4 * 1024 * 1024
-_TENANT = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
+_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
 #: What a header can carry.
 _TOKEN = re.compile(r"[!-~]+", re.ASCII)
 _OPTION = "--serve-token-file"
 
 
 class TokenHolder(NamedTuple):
-    """Owner of a valid token; ``tenant`` is empty if the token is for all tenants."""
+    """Owner of a valid token. ``tenant`` is empty if the token is for all tenants, ``project`` if it is for
+    all projects of the tenant."""
 
     tenant: str
+    project: str = ""
 
 
 class BearerTokens:
     """Tokens by their hash, so that the time of a look-up tells nothing about a token."""
 
-    def __init__(self, tenants: Mapping[bytes, str]) -> None:
-        self._tenants = dict(tenants)
+    def __init__(self, holders: Mapping[bytes, TokenHolder]) -> None:
+        self._holders = dict(holders)
 
     def holder(self, authorization: str) -> TokenHolder | None:
         """The owner of the token in an Authorization header; None if it is missing or unknown."""
         scheme, _, token = authorization.strip().partition(" ")
         if scheme.lower() != "bearer":
             return None
-        tenant = self._tenants.get(_digest(token.strip()))
-        return None if tenant is None else TokenHolder(tenant)
+        return self._holders.get(_digest(token.strip()))
 
 
 def read_tokens(path: str) -> BearerTokens:
-    """Tokens of a file: ``TOKEN`` or ``TENANT TOKEN`` a line; empty lines and lines with # are skipped.
+    """Tokens of a file: ``TOKEN``, ``TENANT TOKEN`` or ``TENANT/PROJECT TOKEN`` a line; empty lines and lines
+    with # are skipped.
 
     Raises `ConfigurationError` for a file that other users may read or write, and for a wrong line, which it
     names by its number only.
     """
-    tenants: dict[bytes, str] = {}
+    holders: dict[bytes, TokenHolder] = {}
     for number, line in enumerate(_read_private(Path(path)).splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
-        tenant, token = ("", words[0]) if len(words) == 1 else (words[0], words[-1])
-        if len(words) > 2 or (tenant and not _TENANT.fullmatch(tenant)):
-            raise ConfigurationError(f"{_OPTION} {path}, line {number}: say TOKEN, or TENANT TOKEN")
+        token = words[-1]
+        holder = TokenHolder("") if len(words) == 1 else TokenHolder(*words[0].split("/", 1))
+        names = words[0].split("/") if len(words) == 2 else []
+        if len(words) > 2 or len(names) > 2 or not all(map(_ID.fullmatch, names)):
+            raise ConfigurationError(
+                f"{_OPTION} {path}, line {number}: say TOKEN, TENANT TOKEN or TENANT/PROJECT TOKEN"
+            )
         if len(token) < MIN_TOKEN_CHARS or not _TOKEN.fullmatch(token):
             raise ConfigurationError(
                 f"{_OPTION} {path}, line {number}: a token has {MIN_TOKEN_CHARS} or more printable ASCII "
                 "characters; make one with: openssl rand -hex 24"
             )
-        if tenants.setdefault(_digest(token), tenant) != tenant:
-            raise ConfigurationError(f"{_OPTION} {path}, line {number}: this token has two tenants")
-    if not tenants:
+        if holders.setdefault(_digest(token), holder) != holder:
+            raise ConfigurationError(f"{_OPTION} {path}, line {number}: this token has two owners")
+    if not holders:
         raise ConfigurationError(f"{_OPTION} {path}: the file holds no token")
-    return BearerTokens(tenants)
+    return BearerTokens(holders)
 
 
 def _read_private(path: Path) -> str:

@@ -40,6 +40,13 @@ class StreamBatch(NamedTuple):
     callback: str = ""
     error: str = ""
 
+    @property
+    def state(self) -> str:
+        """``open`` while jobs may be added, then ``closed``, then ``finished``."""
+        if self.wall_finished_s is not None:
+            return "finished"
+        return "open" if self.wall_closed_s is None else "closed"
+
 
 class DueBatch(NamedTuple):
     """A batch that the reaper must look at. ``mark`` changes when one of its jobs ends."""
@@ -67,6 +74,9 @@ class BatchFinder(Protocol):
 
 class BatchProducerStore(Protocol):
     """Batches as a producer fills them."""
+
+    def batch_hash(self, stream: str, id: str) -> StreamBatch | None:
+        """As `BatchFinder`'s."""
 
     def batch_open(self, stream: str, id: str, fields: Mapping[str, bytes]) -> bool:
         """Create the record of a batch on its home stream, or add missing fields to it.

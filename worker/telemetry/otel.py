@@ -33,6 +33,9 @@ from .trace import Attributes
 #: Time to send the remaining spans when the process exits. A collector that is down must not delay a drain.
 _CLOSE_TIMEOUT_S = 2.0
 
+#: The least HTTP status that is an error of the server.
+_SERVER_ERROR = 500
+
 _Batch = Callable[[Sequence[Job]], Sequence[Outcome]]
 
 
@@ -152,6 +155,29 @@ class Spans:
             if token is not None:
                 contexts.detach(token)
 
+    # -- api
+
+    @contextmanager
+    def request(self, name: str, headers: Mapping[str, str], facts: Attributes) -> Iterator[None]:
+        """Make the span of an HTTP request below the caller's. It is the current span of the task."""
+        span = self._tracer.start_span(name, _below(sent_by(headers)), SpanKind.SERVER)
+        token = contexts.attach(api.set_span_in_context(span))
+        try:
+            with _ending([span]):
+                yield
+                span.set_attributes(_plain_values(facts))
+                if int(facts.get("http.response.status_code", 0)) >= _SERVER_ERROR:
+                    span.set_status(Status(StatusCode.ERROR, redacted(str(facts.get("error", "")))))
+        finally:
+            contexts.detach(token)
+
+    @contextmanager
+    def part(self, name: str, attributes: Attributes) -> Iterator[None]:
+        """Make a span below the current one of the task."""
+        span = self._tracer.start_span(name, attributes=_redacted_values(attributes))
+        with _ending([span]):
+            yield
+
     def _queue(self, job: Job | Header, stream: str, entry_id: str) -> SpanContext:
         """Context of the reader's ``queue`` span for this entry, derived from the entry id."""
         sender = sent_by(job.metadata or {})
@@ -230,6 +256,12 @@ def _job_attributes(job: Job | Header, stream: str, entry_id: str) -> dict[str, 
         if value := (job.metadata or {}).get(name):
             attributes[f"jobworker.{name}"] = value
     return attributes
+
+
+def _plain_values(facts: Attributes) -> dict[str, str | int | float]:
+    """Names of OpenTelemetry's own as they are, all others behind the prefix of this project."""
+    own = {name: value for name, value in facts.items() if name.startswith("http.")}
+    return {**own, **_redacted_values({name: facts[name] for name in facts if name not in own})}
 
 
 def _redacted_values(attributes: Attributes) -> dict[str, str | int | float]:

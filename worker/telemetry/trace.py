@@ -31,6 +31,14 @@ class Tracing(Protocol):
     def span(self, name: str, jobs: Sequence[Job], attributes: Attributes) -> AbstractContextManager[object]:
         """A named part of running these jobs."""
 
+    def request(
+        self, name: str, headers: Mapping[str, str], facts: Attributes
+    ) -> AbstractContextManager[object]:
+        """An HTTP request, below the span that its headers name. ``facts`` are read at its end."""
+
+    def part(self, name: str, attributes: Attributes) -> AbstractContextManager[object]:
+        """A named part of the request that the calling task answers."""
+
     def close(self) -> None:
         """Send the remaining spans, within about two seconds."""
 
@@ -93,6 +101,19 @@ def span(
         running = current.jobs if isinstance(current.jobs, Sequence) else [current.jobs]
         jobs = [job for job in running if isinstance(job, Job)]
     return _tracing.span(name, jobs, attributes)
+
+
+def request(name: str, headers: Mapping[str, str], facts: Attributes) -> AbstractContextManager[object]:
+    """Context manager for an HTTP request; it ends below the caller's span, if ``headers`` name one.
+
+    ``facts`` become attributes at its end. A ``http.response.status_code`` of 500 or more marks it as failed.
+    """
+    return _NO_SPAN if _tracing is None else _tracing.request(name, headers, facts)
+
+
+def part(name: str, **attributes: str | int | float) -> AbstractContextManager[object]:
+    """Context manager for a named part of the request that this task answers."""
+    return _NO_SPAN if _tracing is None else _tracing.part(name, attributes)
 
 
 def close() -> None:

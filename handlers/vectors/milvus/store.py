@@ -190,6 +190,23 @@ class MilvusVectors:
             self._milvus.ordered(limit),
         )
 
+    def page(
+        self, name: str, *, tenant_id: str, project_id: str, after: str, limit: int, vectors: bool
+    ) -> list[AnyRow]:
+        schema, lacks = schemas.schema_of(name), self._info(name).lacks
+        left_out = {*lacks, *(() if vectors else ("vector",))}
+        fields = [field for field in schema.row_fields if field not in left_out]
+        where = filters.after(after) & filters.of_scope(tenant_id, project_id)
+        try:
+            rows = self._query(name, where, fields, strong=True, **self._milvus.ordered(limit))
+        except VectorStoreError as error:
+            # Rows may be longer than on earlier pages: half of them may fit into one answer.
+            if limit == 1 or "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            scope = {"tenant_id": tenant_id, "project_id": project_id}
+            return self.page(name, **scope, after=after, limit=limit // 2, vectors=vectors)
+        return sorted((schemas.row_of(schema, row) for row in rows), key=lambda row: row.id)
+
     def erase_copy(self, collection: str, scope: Scope, cutoff_us: int) -> int:
         description = self._collections.describe(collection)
         if description is None:

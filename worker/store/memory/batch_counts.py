@@ -22,7 +22,7 @@ class MemoryBatches:
 
     def get(self, id: str) -> dict[bytes, bytes] | None:
         """The hash of a batch; None if there is none, or its time is over."""
-        if id in self._hashes and self._expires.get(id, self._wall_now_s()) < self._wall_now_s():
+        if self._expires.get(id, float("inf")) < self._wall_now_s():
             self.drop(id)
         return self._hashes.get(id)
 

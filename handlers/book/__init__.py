@@ -1,0 +1,1 @@
+"""Books in files: import of chapters and rows, export of a project's rows."""
