@@ -163,7 +163,7 @@ class Api:
         self._models.check_name(asked.model)
         texts = texts_of(asked.input, "input")
         check_dimensions(asked.dimensions, model.encoder.dim, self._models.shorter)
-        vectors, tokens = await model.embed(texts, asked.input_type or "document")
+        vectors, tokens, _ = await model.embed(texts, asked.input_type or "document")
         call.facts |= {"texts": len(texts), "tokens": tokens}
         vectors = shortened(vectors, asked.dimensions)
         return embeddings_body(vectors, asked.encoding_format, asked.model or self._models.names()[0], tokens)
@@ -173,7 +173,7 @@ class Api:
         model = self._models.own
         texts, purpose = texts_of(asked.inputs, "inputs"), purpose_of_prompt(asked.prompt_name)
         check_dimensions(asked.dimensions, model.encoder.dim, self._models.shorter)
-        vectors, tokens = await model.embed(texts, purpose)
+        vectors, tokens, _ = await model.embed(texts, purpose)
         call.facts |= {"texts": len(texts), "tokens": tokens}
         vectors = shortened(vectors, asked.dimensions, normalise=asked.normalize)
         return unit_length(vectors) if asked.normalize else vectors
@@ -183,7 +183,11 @@ class Api:
         call.tenant = asked.tenant_id[:64]
         require_tenant(holder, asked.tenant_id)
         found = await self._searcher.search(asked)
-        call.facts |= {"hits": len(found["results"]), "collection": found["collection"]}
+        call.facts |= {
+            "hits": len(found["results"]),
+            "collection": found["collection"],
+            "mode": found["mode"],
+        }
         return found
 
     async def _list_models(self, call: Call, holder: TokenHolder) -> Any:

@@ -1,7 +1,7 @@
 """Sparse vectors of bge-m3 and models like it: a weight for each token of a text, by a head of one layer.
 
-Formula of FlagEmbedding (`EncoderOnlyEmbedderM3Model`): relu of a linear layer over the last hidden states; of
-a token that occurs several times, the largest weight counts; special tokens have none.
+Formula of FlagEmbedding (`EncoderOnlyEmbedderM3Model`): relu of a linear layer over the last hidden states.
+The largest weight of a token counts; special tokens have none.
 """
 
 import logging
@@ -106,7 +106,7 @@ def sparse_vectors(
     dropped: Iterable[int],
     texts: int,
 ) -> list[SparseVector]:
-    """One vector a text. `weights`: those of the tokens of all windows in order; `owners`: text of a window."""
+    """One vector a text. `weights`: of the tokens of all windows in order; `owners`: text of each window."""
     ids = np.concatenate([np.asarray(window, np.int64) for window in windows])
     texts_of = np.repeat(np.asarray(owners, np.int64), [len(window) for window in windows])
     kept = (weights > 0) & np.isfinite(weights) & ~np.isin(ids, list(dropped))

@@ -10,8 +10,7 @@ import pytest
 from jobworker.handlers.encoder.find_model import find_model
 from jobworker.handlers.encoder.packed_bert import PackedBert
 from jobworker.handlers.encoder.sparse import NOTHING, has_head, sparse_vectors
-from support.tiny_models import HIDDEN, add_sparse_head, tiny_model, tiny_tokenizer
-from unit.test_packed_bert import attend
+from support.tiny_models import HIDDEN, add_sparse_head, attend, tiny_model, tiny_tokenizer
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sentence_transformers")
@@ -24,7 +23,7 @@ TEXTS = [
 
 
 def reference(folder: Path, text: str, kind: str) -> dict[int, float]:
-    """FlagEmbedding: relu(linear(last hidden state)); the largest weight of each token; special ones dropped."""
+    """FlagEmbedding: relu(linear(last state)); the largest weight of each token; special ones dropped."""
     from transformers import AutoModel
 
     core = AutoModel.from_pretrained(folder).eval()
