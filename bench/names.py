@@ -26,7 +26,8 @@ import numpy as np
 from jobworker.handlers.encoder.base import Encoder
 from jobworker.handlers.encoder.find_model import default_model, find_model
 from jobworker.handlers.encoder.load import load_encoder
-from jobworker.handlers.encoder.sparse import SparseVector, has_head
+from jobworker.handlers.encoder.sparse_head import has_head
+from jobworker.handlers.sparse_vector import SparseVector
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.ports import Row
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..encoder.base import Embedded, Encoder, Plan, Purpose, UnsuitableText, Vectors, embed
-from ..encoder.sparse import SparseVector
+from ..encoder.base import Encoded, Encoder, Plan, Purpose, UnsuitableText, Vectors, embed
+from ..sparse_vector import SparseVector
 from .errors import ApiError
 
 log = logging.getLogger("jobworker.api")
@@ -34,7 +34,7 @@ class _Work:
 
     __slots__ = ("future", "plan", "sparse", "tokens")
 
-    def __init__(self, plan: Plan, tokens: int, sparse: bool, future: "asyncio.Future[Embedded]") -> None:
+    def __init__(self, plan: Plan, tokens: int, sparse: bool, future: "asyncio.Future[Encoded]") -> None:
         self.plan, self.tokens, self.sparse, self.future = plan, tokens, sparse, future
 
 
@@ -115,7 +115,7 @@ class Batcher:
             raise ApiError(429, "too many tokens wait already", retry_after_s=retry_after_s)
         self.waiting_tokens += tokens
 
-    async def _submit(self, plan: Plan, sparse: bool) -> Embedded:
+    async def _submit(self, plan: Plan, sparse: bool) -> Encoded:
         work = _Work(plan, sum(map(len, plan.windows)), sparse, self._loop.create_future())
         self._check_open()
         with self._changed:
@@ -176,7 +176,7 @@ class Batcher:
                 tokens += work.tokens
         return works
 
-    def _compute(self, works: Sequence[_Work]) -> list[Embedded | Exception]:
+    def _compute(self, works: Sequence[_Work]) -> list[Encoded | Exception]:
         """One outcome a work. If the pass fails, each work runs alone: only the one at fault fails."""
         try:
             sparse = any(work.sparse for work in works)
@@ -188,14 +188,14 @@ class Batcher:
             return [error]
         stops = np.cumsum([work.plan.texts for work in works]).tolist()
         return [
-            Embedded(vectors[start:stop], of_texts and of_texts[start:stop])
+            Encoded(vectors[start:stop], of_texts and of_texts[start:stop])
             for start, stop in pairwise([0, *stops])
         ]
 
     # -- the loop's thread again
 
     def _deliver(
-        self, works: Sequence[_Work], outcomes: Sequence[Embedded | Exception], took_s: float
+        self, works: Sequence[_Work], outcomes: Sequence[Encoded | Exception], took_s: float
     ) -> None:
         tokens = sum(work.tokens for work in works)
         if took_s > 0:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jobworker.worker import StoreUnavailable
 
-from ..encoder.sparse import SparseVector
+from ..sparse_vector import SparseVector
 from ..vectors.ports import (
     AnyHit,
     CollectionMissing,

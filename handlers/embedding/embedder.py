@@ -11,10 +11,10 @@ import numpy as np
 
 from jobworker.worker import PermanentError
 
-from ..encoder.base import Embedded, Encoder, Plan, UnsuitableText, Vectors, embed
-from ..encoder.sparse import SparseVector
+from ..encoder.base import Encoded, Encoder, Plan, UnsuitableText, Vectors, embed
 from ..encoder.unknown_tokens import UnknownTokens
 from ..jobstore.usage import Usage
+from ..sparse_vector import SparseVector
 from .vector_cache import CachedVector, Key, NewVector, Origin, VectorCache, cache_key
 
 log = logging.getLogger("jobworker.embed")
@@ -68,7 +68,7 @@ class Computed(NamedTuple):
     `usage`: what the texts of each tenant cost.
     """
 
-    vectors: dict[int, Embedded]
+    vectors: dict[int, Encoded]
     failed: dict[int, Exception]
     cache_entries: list[NewVector]
     usage: Mapping[str, Usage] = MappingProxyType({})
@@ -153,7 +153,7 @@ class Embedder:
         took_s = self._encoder.counters["forward_seconds"] - forward_s
         return _computed(prepared, vectors, failed, tokens, took_s, self._sparse)
 
-    def _forward(self, prepared: Prepared, plan: Plan) -> Embedded:
+    def _forward(self, prepared: Prepared, plan: Plan) -> Encoded:
         started_s = self._mono_s()
         vectors = embed(self._encoder, plan, sparse=self._sparse)
         took_s = self._mono_s() - started_s
@@ -209,7 +209,7 @@ def _tokens_of(prepared: Prepared) -> dict[int, int]:
     return tokens
 
 
-def _texts(embedded: Embedded) -> list[_Text]:
+def _texts(embedded: Encoded) -> list[_Text]:
     if embedded.sparse is None:
         return [_Text(vector, None) for vector in embedded.vectors]
     return [_Text(*pair) for pair in zip(embedded.vectors, embedded.sparse, strict=True)]
@@ -231,7 +231,7 @@ def _computed(
         if job in by_job:
             by_job[job].append(vectors.get(index) or prepared.cached[prepared.keys[index]])
     stacked = {
-        job: Embedded(
+        job: Encoded(
             np.stack([one.vector for one in of_job]),
             [one.sparse for one in of_job if one.sparse] if sparse else None,
         )

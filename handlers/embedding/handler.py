@@ -12,7 +12,7 @@ import numpy as np
 
 from jobworker.worker import Job, PermanentError, report_progress, span
 
-from ..encoder.base import Embedded, Encoder
+from ..encoder.base import Encoded, Encoder
 from ..encoder.load import load_from_settings
 from ..jobstore.fence import Fence
 from ..jobstore.open import open_erasures, open_fence
@@ -71,7 +71,7 @@ class _Batch:
     payloads: _Payloads
     outcomes: _Outcomes
     attribution: Attribution
-    unwritten: dict[int, list[Embedded]] = field(default_factory=dict)
+    unwritten: dict[int, list[Encoded]] = field(default_factory=dict)
     written: dict[int, int] = field(default_factory=dict)
     store_errors: dict[str, Exception] = field(default_factory=dict)
 
@@ -139,7 +139,7 @@ class EmbeddingBatch:
         self._writer = VersionedWriter(self._store, fence, prefix=self._prefix, model=self._encoder.name)
         self.counters = self._encoder.counters
         cache = _open_cache(settings, self._encoder)
-        self._sparse = wanted_sparse(settings, self._encoder)
+        self._sparse = wanted_sparse(settings, of_model=self._encoder.has_sparse)
         self._embedder = Embedder(
             self._encoder,
             cache,

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple, NewType, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..encoder.sparse import SparseVector
 from ..file_lock import lock_file
 from ..jobstore.erasures import chapter_name, id_name, owner_names
+from ..sparse_vector import SparseVector
 
 log = logging.getLogger("jobworker.cache")
 

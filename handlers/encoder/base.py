@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from jobworker.worker import report_progress
 
+from ..sparse_vector import SparseVector
 from .packing import RowLimits, pack, run_batches
 from .precision_check import SENTENCES
 from .segmenter import Offsets, cut
-from .sparse import SparseVector, sparse_vectors
+from .sparse_head import sparse_vectors
 from .window_format import WindowFormat
 
 T = TypeVar("T")
@@ -90,7 +91,7 @@ class Plan:
     purpose: Purpose
 
 
-class Embedded(NamedTuple):
+class Encoded(NamedTuple):
     """Vectors of texts, shape (texts, dim), and their sparse vectors; None if they were not asked for."""
 
     vectors: Vectors
@@ -129,7 +130,7 @@ class Encoder(Protocol):
     def forward(self, plan: Plan) -> Vectors:
         """One vector a text, shape (plan.texts, dim), in the order of the texts."""
 
-    def forward_both(self, plan: Plan) -> Embedded:
+    def forward_both(self, plan: Plan) -> Encoded:
         """As `forward`, with the sparse vectors of the same pass; only if `has_sparse`."""
 
     def encode(self, texts: Sequence[str], purpose: Purpose = "document") -> Vectors:
@@ -290,12 +291,12 @@ class WindowedEncoder(ABC):
             return np.zeros((0, self.dim), np.float32)
         return self._merged(self._embed(plan.windows, plan.purpose), plan)
 
-    def forward_both(self, plan: Plan) -> Embedded:
+    def forward_both(self, plan: Plan) -> Encoded:
         if not plan.texts:
-            return Embedded(np.zeros((0, self.dim), np.float32), [])
+            return Encoded(np.zeros((0, self.dim), np.float32), [])
         windows, weights = self._embed_both(plan.windows, plan.purpose)
         sparse = sparse_vectors(plan.windows, plan.owners, weights, self._dropped, plan.texts)
-        return Embedded(self._merged(windows, plan), sparse)
+        return Encoded(self._merged(windows, plan), sparse)
 
     def _merged(self, windows: Vectors, plan: Plan) -> Vectors:
         """Vectors of texts from those of their windows; counts the tokens."""
@@ -362,11 +363,11 @@ def _by_window(
     return [row[-length:] if left else row[:length] for row, length in zip(weights, lengths, strict=True)]
 
 
-def embed(encoder: Encoder, plan: Plan, *, sparse: bool) -> Embedded:
+def embed(encoder: Encoder, plan: Plan, *, sparse: bool) -> Encoded:
     """Vectors of a plan; with `sparse` also the sparse ones, if the model gives them."""
     if sparse and encoder.has_sparse:
         return encoder.forward_both(plan)
-    return Embedded(encoder.forward(plan), None)
+    return Encoded(encoder.forward(plan), None)
 
 
 def merge_windows(vectors: Vectors, plan: Plan, *, normalise: bool) -> Vectors:

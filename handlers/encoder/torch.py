@@ -27,7 +27,7 @@ from .model_input import TRIAL_WORDS, ModelInput, learn_input, observe
 from .packed_bert import MAX_POOLED, PackedBert, packed_bert
 from .packing import MIN_PADDING_TOKENS, is_out_of_memory, pack, pack_unpadded
 from .precision_check import MIN_SPEEDUP, SENTENCES, Dtype, dtypes_to_try, fastest_s, is_exact, min_cosine
-from .sparse import SparseHead
+from .sparse_head import SparseHead
 from .unknown_tokens import unknown_token_id
 
 log = logging.getLogger("jobworker.model")

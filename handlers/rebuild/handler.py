@@ -9,7 +9,7 @@ from jobworker.worker import Job, PermanentError, StoreUnavailable, Unavailable
 from ..encoder.base import Encoder, UnsuitableText, embed
 from ..encoder.find_model import ModelError, default_model, find_model
 from ..encoder.load import load_from_settings
-from ..encoder.sparse import has_head
+from ..encoder.sparse_head import has_head
 from ..jobstore.fence import Rebuilds
 from ..jobstore.open import open_rebuilds
 from ..settings import HandlerSettings

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ..encoder.sparse import SparseVector
+from ..sparse_vector import SparseVector
 from ..vectors import filters
 from ..vectors import schema as schemas
 from ..vectors.filters import EVERYTHING, Filter

@@ -100,7 +100,7 @@ class WriteBack:
         self._projection = Projection(self._records, self._writer, self._build_rows)
         self._source = self._given_model or _open_model(settings)
         self._sink = self._given_sink or open_sink(settings)
-        sparse = wanted_sparse(settings, self._encoder)
+        sparse = wanted_sparse(settings, of_model=self._encoder.has_sparse)
         self._gives_sparse = self._store.supported_sparse(sparse) == "model"
         for collection in (DEFAULT_COLLECTION, ENTITIES_COLLECTION):
             self._store.ensure_collection(collection, self._encoder.dim, sparse)

@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from ..encoder.sparse import NOTHING, SparseVector
 from ..jobstore.erasures import Scope
+from ..sparse_vector import NOTHING, SparseVector
 from . import filters, fusion
 from . import schema as schemas
 from .ports import (

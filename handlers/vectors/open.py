@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 
-from ..encoder.base import Encoder
-from ..encoder.sparse import SparseVector
 from ..settings import HandlerSettings
+from ..sparse_vector import SparseVector
 from .ports import AnyRow, SparseKind, VectorStore
 
 
-def wanted_sparse(settings: HandlerSettings, encoder: Encoder) -> SparseKind:
+def wanted_sparse(settings: HandlerSettings, *, of_model: bool) -> SparseKind:
     """Sparse vectors of new collections: those of the model if it gives them, else the store's BM25."""
     if settings.sparse == "off":
         return "none"
-    return "model" if encoder.has_sparse else "bm25"
+    return "model" if of_model else "bm25"
 
 
 def with_sparse(rows: Sequence[AnyRow], sparse: Sequence[SparseVector]) -> list[AnyRow]:

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from jobworker.worker import PermanentError
 
-from ..encoder.sparse import SparseVector
 from ..jobstore.erasures import Scope
+from ..sparse_vector import SparseVector
 
 #: Where the sparse vectors of a collection come from: nowhere, the model, or the store's BM25.
 SparseKind = Literal["none", "model", "bm25"]

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from jobworker.handlers.encoder.base import DummyEncoder
-from jobworker.handlers.encoder.sparse import SparseVector
 from jobworker.handlers.jobstore.open import open_fence
 from jobworker.handlers.rebuild import handler as rebuild_handler
 from jobworker.handlers.rebuild import rebuild
 from jobworker.handlers.rebuild.handler import IndexRebuild
 from jobworker.handlers.rebuild.milvus import open_shadow
 from jobworker.handlers.settings import HandlerSettings
+from jobworker.handlers.sparse_vector import SparseVector
 from jobworker.handlers.vectors import schema as scalars
 from jobworker.handlers.vectors.milvus.store import Row, VectorStoreError, open_vectors
 from jobworker.handlers.vectors.ports import PermanentStoreError, TransientStoreError

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.handlers.encoder.sparse import SparseVector
 from jobworker.handlers.jobstore.erasures import Scope
+from jobworker.handlers.sparse_vector import SparseVector
 from jobworker.handlers.vectors import schema as schemas
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.milvus.errors import Verdict, classify

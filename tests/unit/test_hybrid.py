@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jobworker.handlers.embedding.handler import EmbeddingBatch
-from jobworker.handlers.encoder.sparse import NOTHING
 from jobworker.handlers.rebuild.handler import embed_rows, sparse_of_rows
 from jobworker.handlers.settings import HandlerSettings
+from jobworker.handlers.sparse_vector import NOTHING
 from jobworker.handlers.vectors.fusion import fuse
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.ports import Row, SparseKind

@@ -30,6 +30,7 @@ DOORS = {
         "handlers/encoder/base.py",
         "handlers/encoder/torch.py",
         "handlers/encoder/packed_bert.py",
+        "handlers/encoder/sparse_head.py",
         "handlers/encoder/convert.py",
     ],
     "sentence_transformers": ["handlers/encoder/torch.py", "handlers/encoder/convert.py"],

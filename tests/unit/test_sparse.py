@@ -9,7 +9,8 @@ import pytest
 
 from jobworker.handlers.encoder.find_model import find_model
 from jobworker.handlers.encoder.packed_bert import PackedBert
-from jobworker.handlers.encoder.sparse import NOTHING, has_head, sparse_vectors
+from jobworker.handlers.encoder.sparse_head import has_head, sparse_vectors
+from jobworker.handlers.sparse_vector import NOTHING
 from support.tiny_models import HIDDEN, add_sparse_head, attend, tiny_model, tiny_tokenizer
 
 torch = pytest.importorskip("torch")

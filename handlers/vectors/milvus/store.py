@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from ...encoder.sparse import SparseVector
 from ...jobstore.erasures import Scope
+from ...sparse_vector import SparseVector
 from .. import filters, fusion
 from .. import schema as schemas
 from ..filters import EVERYTHING, Filter

@@ -7,10 +7,12 @@ The largest weight of a token counts; special tokens have none.
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..sparse_vector import NOTHING, SparseVector
 
 log = logging.getLogger("jobworker.model")
 
@@ -18,27 +20,6 @@ log = logging.getLogger("jobworker.model")
 HEAD_FILES = ("sparse_linear.pt", "sparse_linear.safetensors")
 # A model in one file may hold it under these names.
 WHOLE_MODEL, PREFIX = "model.safetensors", "sparse_linear."
-
-
-class SparseVector(NamedTuple):
-    """Weights (float32, above 0) of token ids (uint32, ascending); both have the same length."""
-
-    ids: NDArray[np.uint32]
-    weights: NDArray[np.float32]
-
-    def as_dict(self) -> dict[int, float]:
-        """Id -> weight."""
-        return dict(zip(self.ids.tolist(), self.weights.tolist(), strict=True))
-
-    @classmethod
-    def of(cls, weights: dict[int, float]) -> "SparseVector":
-        """From id -> weight."""
-        ids = np.array(sorted(weights), np.uint32)
-        return cls(ids, np.array([weights[id_] for id_ in ids.tolist()], np.float32))
-
-
-#: The sparse vector of a text without a token that counts.
-NOTHING = SparseVector(np.zeros(0, np.uint32), np.zeros(0, np.float32))
 
 
 def has_head(folder: Path) -> bool:
