@@ -31,7 +31,8 @@ from jobworker.handlers.sparse_vector import SparseVector
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.ports import Row
 
-_NAME, _SCOPE = "story_segments", {"tenant_id": "t", "project_id": "p"}
+_NAME = "story_segments"
+_SCOPE: Any = {"tenant_id": "t", "project_id": "p"}
 _AT = 10
 _QUESTIONS = 200
 _SEGMENT_CHARS = 90

@@ -94,9 +94,9 @@ BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}
 JOB_TYPES = {"embedding", "rebuild", "summaries", "audit", "erasure"}
 SHARED_BELOW = {
     "jobstore": set(),
-    "vectors": {"jobstore", "graphemes"},
-    "encoder": {"vectors", "file_lock", "graphemes"},
-    "api": {"vectors", "encoder", "jobstore"},
+    "vectors": {"jobstore", "graphemes", "sparse_vector"},
+    "encoder": {"vectors", "file_lock", "graphemes", "sparse_vector"},
+    "api": {"vectors", "encoder", "jobstore", "sparse_vector"},
 }
 #: What handlers may import of the engine besides the names in worker/__init__.py.
 PUBLIC = {
