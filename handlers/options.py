@@ -35,6 +35,9 @@ OPTIONS = [
             "other types.  [default: 2, on a CPU one a core, fewer where memory is short]", 0, Count(0)),
     option("--dtype", "What the model computes in; auto takes the fastest that gives its vectors.", "auto",
             click.Choice(["auto", "fp32", "bf16", "fp16"])),
+    option("--sparse", "Sparse vectors, which find names, where model and store have them; on: also on "
+            "Milvus Lite, where such searches are slow.", "auto",
+            click.Choice(["auto", "on", "off"])),
     option("--long-text", "What becomes of a text longer than the model's window.", "windows",
             click.Choice(["windows", "truncate", "reject"])),
     option("--token-budget", "Tokens, padding included, of one forward pass.", 65536, Count(512)),
@@ -62,7 +65,9 @@ FIRST = ("milvus-uri", "model")
 #: Groups of the help text, beside the options that it shows first.
 GROUPS = {
     "Milvus": ("milvus-token", "milvus-prefix", "milvus-partitions", "tombstone-ttl"),
-    "Model": ("serve-model-name", "device", "model-copies", "dtype", "long-text", "token-budget", "cache"),
+    "Model": (
+        "serve-model-name", "device", "model-copies", "dtype", "sparse", "long-text", "token-budget", "cache",
+    ),
     "Summaries": (
         "summary-chars", "llm-url", "llm-model", "llm-key-file", "llm-timeout", "summary-sink",
         "postgres-dsn",

@@ -22,6 +22,7 @@ class HandlerSettings(Settings):
     long_text: str = "windows"
     token_budget: int = 65536
     dtype: str = "auto"
+    sparse: str = "auto"
     #: 0: no cache. In settings of their own, as tests make them, nothing is put on the disk.
     cache_bytes: int = 0
     serve_model_names: tuple[str, ...] = ()

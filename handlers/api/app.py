@@ -173,7 +173,7 @@ class Api:
         texts = texts_of(asked.input, "input")
         check_dimensions(asked.dimensions, model.encoder.dim, self._models.shorter)
         with part("embed", texts=len(texts)):
-            vectors, tokens = await model.embed(texts, asked.input_type or "document")
+            vectors, tokens, _ = await model.embed(texts, asked.input_type or "document")
         call.facts |= {"texts": len(texts), "tokens": tokens}
         vectors = shortened(vectors, asked.dimensions)
         return embeddings_body(vectors, asked.encoding_format, asked.model or self._models.names()[0], tokens)
@@ -184,7 +184,7 @@ class Api:
         texts, purpose = texts_of(asked.inputs, "inputs"), purpose_of_prompt(asked.prompt_name)
         check_dimensions(asked.dimensions, model.encoder.dim, self._models.shorter)
         with part("embed", texts=len(texts)):
-            vectors, tokens = await model.embed(texts, purpose)
+            vectors, tokens, _ = await model.embed(texts, purpose)
         call.facts |= {"texts": len(texts), "tokens": tokens}
         vectors = shortened(vectors, asked.dimensions, normalise=asked.normalize)
         return unit_length(vectors) if asked.normalize else vectors
@@ -194,7 +194,11 @@ class Api:
         call.tenant = asked.tenant_id[:64]
         require_scope(holder, asked.tenant_id, asked.project_id)
         found = await self._searcher.search(asked)
-        call.facts |= {"hits": len(found["results"]), "collection": found["collection"]}
+        call.facts |= {
+            "hits": len(found["results"]),
+            "collection": found["collection"],
+            "mode": found["mode"],
+        }
         return found
 
     async def _list_models(self, call: Call, holder: TokenHolder) -> Any:

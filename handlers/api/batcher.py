@@ -8,11 +8,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from ..encoder.base import Encoder, Plan, Purpose, UnsuitableText, Vectors
+from ..encoder.base import Encoded, Encoder, Plan, Purpose, UnsuitableText, Vectors, embed
+from ..sparse_vector import SparseVector
 from .errors import ApiError
 
 log = logging.getLogger("jobworker.api")
@@ -30,17 +32,18 @@ MAX_RETRY_AFTER_S = 30
 class _Work:
     """One part of a request: it goes through the model as a whole."""
 
-    __slots__ = ("future", "plan", "tokens")
+    __slots__ = ("future", "plan", "sparse", "tokens")
 
-    def __init__(self, plan: Plan, tokens: int, future: "asyncio.Future[Vectors]") -> None:
-        self.plan, self.tokens, self.future = plan, tokens, future
+    def __init__(self, plan: Plan, tokens: int, sparse: bool, future: "asyncio.Future[Encoded]") -> None:
+        self.plan, self.tokens, self.sparse, self.future = plan, tokens, sparse, future
 
 
 class EmbeddedTexts(NamedTuple):
-    """Vectors of shape (texts, dim), and the tokens that went through the model."""
+    """Vectors of shape (texts, dim), tokens that went through the model, and sparse vectors if asked for."""
 
     vectors: Vectors
     tokens: int
+    sparse: list[SparseVector] | None = None
 
 
 class Batcher:
@@ -70,9 +73,12 @@ class Batcher:
         self._mono_pass_s = 0.0
         threading.Thread(target=self._run, name="model", daemon=True).start()
 
-    async def embed(self, texts: Sequence[str], purpose: Purpose) -> EmbeddedTexts:
-        """Embed texts. Raises ApiError: 400 for unsuitable texts, 413 for too many tokens, 429 for a full
-        queue, 500 if the model fails, 503 if it was replaced."""
+    async def embed(self, texts: Sequence[str], purpose: Purpose, *, sparse: bool = False) -> EmbeddedTexts:
+        """Embed texts; `sparse`: also the sparse vectors, if the model gives them.
+
+        Raises ApiError: 400 for unsuitable texts, 413 for too many tokens, 429 for a full queue, 500 if the
+        model fails, 503 if it was replaced.
+        """
         plan = await self._tokenize(texts, purpose)
         sizes = [len(window) for window in plan.windows]
         tokens = sum(sizes)
@@ -80,10 +86,14 @@ class Batcher:
         parts = []
         try:
             for part in divide(plan, self.pass_tokens):
-                parts.append(await self._submit(part))
+                parts.append(await self._submit(part, sparse))
         finally:
             self.waiting_tokens -= tokens
-        return EmbeddedTexts(parts[0] if len(parts) == 1 else np.concatenate(parts), tokens)
+        vectors = np.concatenate([part.vectors for part in parts]) if len(parts) > 1 else parts[0].vectors
+        both = sparse and self.encoder.has_sparse
+        return EmbeddedTexts(
+            vectors, tokens, [one for part in parts for one in part.sparse or ()] if both else None
+        )
 
     async def _tokenize(self, texts: Sequence[str], purpose: Purpose) -> Plan:
         try:
@@ -105,8 +115,8 @@ class Batcher:
             raise ApiError(429, "too many tokens wait already", retry_after_s=retry_after_s)
         self.waiting_tokens += tokens
 
-    async def _submit(self, plan: Plan) -> Vectors:
-        work = _Work(plan, sum(map(len, plan.windows)), self._loop.create_future())
+    async def _submit(self, plan: Plan, sparse: bool) -> Encoded:
+        work = _Work(plan, sum(map(len, plan.windows)), sparse, self._loop.create_future())
         self._check_open()
         with self._changed:
             self._queue.append(work)
@@ -166,22 +176,26 @@ class Batcher:
                 tokens += work.tokens
         return works
 
-    def _compute(self, works: Sequence[_Work]) -> list[Vectors | Exception]:
+    def _compute(self, works: Sequence[_Work]) -> list[Encoded | Exception]:
         """One outcome a work. If the pass fails, each work runs alone: only the one at fault fails."""
         try:
-            vectors = self.encoder.forward(merge([work.plan for work in works]))
+            sparse = any(work.sparse for work in works)
+            vectors, of_texts = embed(self.encoder, merge([work.plan for work in works]), sparse=sparse)
         except Exception as error:
             if len(works) > 1:
                 return [outcome for work in works for outcome in self._compute([work])]
             log.error("api.pass_failed", extra={"error": str(error), "texts": works[0].plan.texts})
             return [error]
-        stops = np.cumsum([work.plan.texts for work in works])
-        return list(np.split(vectors, stops[:-1]))
+        stops = np.cumsum([work.plan.texts for work in works]).tolist()
+        return [
+            Encoded(vectors[start:stop], of_texts and of_texts[start:stop])
+            for start, stop in pairwise([0, *stops])
+        ]
 
     # -- the loop's thread again
 
     def _deliver(
-        self, works: Sequence[_Work], outcomes: Sequence[Vectors | Exception], took_s: float
+        self, works: Sequence[_Work], outcomes: Sequence[Encoded | Exception], took_s: float
     ) -> None:
         tokens = sum(work.tokens for work in works)
         if took_s > 0:

@@ -24,11 +24,16 @@ class SearchRefused(Exception):
 
 
 class Found(NamedTuple):
-    """Rows of a search, the nearest first, each with its score, and the model that embedded the question."""
+    """Rows of a search, the best first, each with its score, and the model that embedded the question.
+
+    `mode` is dense or hybrid; `note` says why it is dense, if something else was asked for.
+    """
 
     rows: list[dict[str, Any]]
     model: str
     collection: str
+    mode: str = "dense"
+    note: str = ""
 
 
 class SearchClient(NamedTuple):
@@ -63,7 +68,8 @@ def _found(url: str, status: int, body: bytes) -> Found:
     try:
         answer = orjson.loads(body)
         if status == 200:
-            return Found(list(answer["results"]), str(answer["model"]), str(answer["collection"]))
+            how = str(answer.get("mode", "dense")), str(answer.get("note", ""))
+            return Found(list(answer["results"]), str(answer["model"]), str(answer["collection"]), *how)
         reason = str(answer["error"]["message"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
         raise SearchRefused(f"{url} is no API of jobworker: HTTP status {status}") from None

@@ -54,6 +54,7 @@ class SearchRequest(msgspec.Struct):
     story_time_from: int | None = None
     story_time_to: int | None = None
     min_score: float | None = None
+    mode: Literal["auto", "dense", "hybrid"] = "auto"
 
 
 def parse(body: bytes, kind: type[T]) -> T:

@@ -60,7 +60,7 @@ class _Role:
         )
         searcher = Searcher(
             partial(open_store, settings) if settings.milvus_uri else None,
-            open_rebuilds(settings.redis_url).state, models, settings.milvus_prefix,
+            open_rebuilds(settings.redis_url).state, models, settings.milvus_prefix, settings.sparse,
         )  # fmt: skip
         access = ApiAccess(settings.serve_token_file)
         api = Api(models, searcher, access, self._link, max_body_bytes=settings.max_payload)

@@ -12,11 +12,13 @@ import numpy as np
 from jobworker.worker import StoreUnavailable
 from jobworker.worker.api_role import part
 
+from ..sparse_vector import SparseVector
 from ..vectors.ports import (
     AnyHit,
     CollectionMissing,
     PermanentStoreError,
     SearchFilter,
+    SparseKind,
     Vector,
     VectorStore,
     VectorStoreError,
@@ -45,9 +47,20 @@ class Answering(NamedTuple):
     target: str = ""
 
 
+class _Found(NamedTuple):
+    """Hits; the model of the question, empty where the request brought a vector; and how they were found."""
+
+    hits: Sequence[AnyHit]
+    model: str
+    mode: str = "dense"
+    #: Why names were not looked for.
+    note: str = ""
+
+
 class Searcher:
     """Answers `SearchRequest`s.
 
+    ``sparse``: the option of that name.
     ``open_store``: opens the vector store at the first search; None if the service has none.
     ``rebuild_state``: gives the fields of the rebuild of a collection by its full name.
     """
@@ -58,7 +71,9 @@ class Searcher:
         rebuild_state: Callable[[str], Mapping[str, str]],
         models: Models,
         prefix: str,
+        sparse: str = "auto",
     ) -> None:
+        self._sparse = sparse
         self._open_store, self._rebuild_state = open_store, rebuild_state
         self._models, self._prefix = models, prefix
         self._threads = ThreadPoolExecutor(THREADS, "search")
@@ -78,7 +93,7 @@ class Searcher:
                 tuple(asked.chapter_ids), tuple(asked.segment_types), asked.story_time_from,
                 asked.story_time_to,
             )  # fmt: skip
-            hits, model = await self._find(asked, name, where)
+            found = await self._find(asked, name, where)
         except CollectionMissing as error:
             raise ApiError(404, str(error), code="collection_not_found", param="collection") from error
         except PermanentStoreError as error:
@@ -87,42 +102,80 @@ class Searcher:
             log.warning("api.store_unavailable", extra={"error": str(error)})
             raise ApiError(503, "the store does not answer", retry_after_s=RETRY_AFTER_S) from error
         least = asked.min_score
-        results = [hit._asdict() for hit in hits if least is None or hit.score >= least]
-        return {"object": "list", "results": results, "collection": name, "model": model}
+        results = [hit._asdict() for hit in found.hits if least is None or hit.score >= least]
+        answer = {"object": "list", "results": results, "collection": name, "model": found.model}
+        return answer | {"mode": found.mode} | ({"note": found.note} if found.note else {})
 
-    async def _find(
-        self, asked: SearchRequest, name: str, where: SearchFilter
-    ) -> tuple[Sequence[AnyHit], str]:
-        """The hits, and the model of the question; empty where the request brought its vector."""
+    async def _find(self, asked: SearchRequest, name: str, where: SearchFilter) -> _Found:
         if asked.vector is not None:
-            return await self._hits(asked, name, where, np.asarray(asked.vector, np.float32)), ""
+            hits = await self._hits(asked, name, where, np.asarray(asked.vector, np.float32))
+            note = "" if asked.mode == "dense" else "a vector has no words: give query"
+            return _Found(hits, "", note=note)
         alias = self._prefix + name
         for _ in range(TRIES):
             answering = await self._in_thread(self._answering, name, alias)
             self._models.preload(answering.next_model)
             model = self._models.of_collection(answering.model)
+            kind, note = await self._in_thread(self._lexical, asked, name, model.encoder.has_sparse)
             with part("embed", texts=1):
-                vectors, _ = await model.embed([asked.query], "query")
+                vectors, _, sparse = await model.embed([asked.query], "query", sparse=kind == "model")
+            lexical = asked.query if kind == "bm25" else sparse[0] if sparse else None
             try:
-                hits = await self._hits(asked, name, where, vectors[0])
+                hits = await self._hits(asked, name, where, vectors[0], lexical)
             except PermanentStoreError:
-                if await self._in_thread(self._answering, name, alias) == answering:
+                if not await self._changed(name, alias, answering, kind):
                     raise
                 continue
             if await self._in_thread(self._answering, name, alias) == answering:
-                return hits, model.encoder.name
+                return _Found(hits, model.encoder.name, "hybrid" if lexical else "dense", note)
         raise ApiError(503, "the collection is being exchanged", retry_after_s=RETRY_AFTER_S)
 
+    def _lexical(self, asked: SearchRequest, name: str, model_is_sparse: bool) -> tuple[SparseKind, str]:
+        """By which sparse vectors names are looked for; `none` with the reason, if it was not asked for."""
+        if asked.mode == "dense":
+            return "none", ""
+        if self._sparse == "off":
+            return "none", "sparse vectors are switched off (--sparse off)"
+        kind = self._store().sparse_kind(name)
+        if kind == "model" and not model_is_sparse:
+            return "none", "the model gives no sparse vectors"
+        if kind == "none":
+            return kind, self._why_none(model_is_sparse)
+        return kind, ""
+
+    def _why_none(self, model_is_sparse: bool) -> str:
+        wanted: SparseKind = "model" if model_is_sparse else "bm25"
+        if self._store().supported_sparse(wanted) != "none":
+            return "the collection has no sparse vectors: rebuild it"
+        if model_is_sparse:
+            return "the store has no sparse vectors, or they are slow there (--sparse on)"
+        return "the model gives no sparse vectors, and the store has no BM25 (Milvus 2.5 or later)"
+
+    async def _changed(self, name: str, alias: str, answering: Answering, kind: SparseKind) -> bool:
+        """Whether another collection answers now than the one that refused a search."""
+        if await self._in_thread(self._answering, name, alias) != answering:
+            return True
+        return kind != "none" and kind != await self._in_thread(
+            lambda: self._store().sparse_kind(name, fresh=True)
+        )
+
     async def _hits(
-        self, asked: SearchRequest, name: str, where: SearchFilter, vector: Vector
+        self,
+        asked: SearchRequest,
+        name: str,
+        where: SearchFilter,
+        vector: Vector,
+        lexical: SparseVector | str | None = None,
     ) -> Sequence[AnyHit]:
+        def search() -> Sequence[AnyHit]:
+            scope: Any = {"tenant_id": asked.tenant_id, "project_id": asked.project_id}
+            scope |= {"limit": asked.limit, "where": where}
+            if lexical:
+                return self._store().hybrid_search(name, vector, lexical, **scope)
+            return self._store().search(name, vector, **scope)
+
         with part("search", collection=name):
-            return await self._in_thread(
-                lambda: self._store().search(
-                    name, vector, tenant_id=asked.tenant_id, project_id=asked.project_id, limit=asked.limit,
-                    where=where,
-                )
-            )  # fmt: skip
+            return await self._in_thread(search)
 
     def _store(self) -> VectorStore:
         if self._open_store is None:

@@ -33,6 +33,9 @@ def add_to(main: click.Group) -> None:
         click.option("--from", "time_from", type=_STORY_TIME, help="Story time of the first row."),
         click.option("--to", "time_to", type=_STORY_TIME, help="Story time of the last row."),
         click.option("--min-score", type=Number(-1, 1), help="Least cosine."),
+        click.option("--mode", type=click.Choice(["auto", "dense", "hybrid"]), default="auto",
+                     show_default=True,
+                     help="hybrid finds names better; auto takes it where the collection has it."),
         click.option("--serve-url", default="", envvar=f"{ENV_PREFIX}_SERVE_URL", show_envvar=True,
                      cls=ExplicitOption,
                      help="API of the service.  [default: that of the service of --data-dir]"),
@@ -50,7 +53,7 @@ def add_to(main: click.Group) -> None:
 def search(
     query: str, tenant: str, project: str, collection: str, limit: int, chapters: tuple[str, ...],
     types: tuple[str, ...], time_from: int | None, time_to: int | None, min_score: float | None,
-    serve_url: str, token_file: str, serve_addr: str, as_json: bool, data_dir: str,
+    mode: str, serve_url: str, token_file: str, serve_addr: str, as_json: bool, data_dir: str,
 ) -> None:  # fmt: skip
     """Search a collection for the rows nearest to QUERY.
 
@@ -70,7 +73,7 @@ def search(
     asked = {
         "query": query, "tenant_id": tenant, "project_id": project, "collection": collection, "limit": limit,
         "chapter_ids": chapters, "segment_types": types, "story_time_from": time_from,
-        "story_time_to": time_to, "min_score": min_score,
+        "story_time_to": time_to, "min_score": min_score, "mode": mode,
     }  # fmt: skip
     try:
         found = SearchClient(url, read_serve_token(token_file)).search(asked)
@@ -78,9 +81,12 @@ def search(
         echo_line(f"jobworker: {error}", err=True)
         sys.exit(BAD_NEWS)
     if as_json:
-        echo_json({"results": found.rows, "model": found.model, "collection": found.collection})
+        said = {"model": found.model, "collection": found.collection, "mode": found.mode}
+        echo_json({"results": found.rows, **said, **({"note": found.note} if found.note else {})})
     else:
         _print(found.rows)
+        if found.note:
+            echo_line(f"mode: {found.mode} ({found.note})", err=True)
     if not found.rows:
         sys.exit(BAD_NEWS)
 

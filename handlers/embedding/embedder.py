@@ -11,9 +11,10 @@ import numpy as np
 
 from jobworker.worker import PermanentError
 
-from ..encoder.base import Encoder, Plan, UnsuitableText, Vectors
+from ..encoder.base import Encoded, Encoder, Plan, UnsuitableText, Vectors, embed
 from ..encoder.unknown_tokens import UnknownTokens
 from ..jobstore.usage import Usage
+from ..sparse_vector import SparseVector
 from .vector_cache import CachedVector, Key, NewVector, Origin, VectorCache, cache_key
 
 log = logging.getLogger("jobworker.embed")
@@ -54,13 +55,20 @@ class Prepared:
     failed: dict[int, Exception]
 
 
+class _Text(NamedTuple):
+    """Vectors of one text."""
+
+    vector: Vectors
+    sparse: SparseVector | None
+
+
 class Computed(NamedTuple):
     """Vectors, shape (texts, dim), or the error of each job; `cache_entries` are new ones.
 
     `usage`: what the texts of each tenant cost.
     """
 
-    vectors: dict[int, Vectors]
+    vectors: dict[int, Encoded]
     failed: dict[int, Exception]
     cache_entries: list[NewVector]
     usage: Mapping[str, Usage] = MappingProxyType({})
@@ -79,11 +87,15 @@ class Embedder:
         cache: VectorCache | None,
         *,
         long_text: str,
+        sparse: bool = False,
         mono_s: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`sparse`: compute and cache sparse vectors too, if the model gives them."""
         self._encoder, self._cache, self._mono_s = encoder, cache, mono_s
+        self._sparse = sparse and encoder.has_sparse
+        kinds = ("document", "sparse") if self._sparse else ("document",)
         self._identity = "\0".join(
-            (encoder.revision, str(encoder.dim), str(encoder.max_tokens), long_text, "document")
+            (encoder.revision, str(encoder.dim), str(encoder.max_tokens), long_text, *kinds)
         )
         self._unknown_tokens = UnknownTokens(encoder.name, encoder.unknown_id)
         # Several job types share an encoder.
@@ -123,13 +135,14 @@ class Embedder:
     def compute(self, prepared: Prepared) -> Computed:
         """Run the forward pass. If it fails, run it job by job, so that only the jobs at fault fail."""
         failed = dict(prepared.failed)
-        vectors: dict[int, Vectors] = {}
+        vectors: dict[int, _Text] = {}
         tokens = _tokens_of(prepared)
         forward_s = self._encoder.counters["forward_seconds"]
         remaining = {prepared.jobs_of_texts[index] for index in prepared.uncached}
         if prepared.plan is not None:
             try:
-                vectors = dict(zip(prepared.uncached, self._forward(prepared, prepared.plan), strict=True))
+                texts = _texts(self._forward(prepared, prepared.plan))
+                vectors = dict(zip(prepared.uncached, texts, strict=True))
                 remaining = set()
             except Exception as error:
                 if len(prepared.requests) == 1:
@@ -138,11 +151,11 @@ class Embedder:
         for job in remaining:
             self._compute_job(prepared, job, vectors, failed)
         took_s = self._encoder.counters["forward_seconds"] - forward_s
-        return _computed(prepared, vectors, failed, tokens, took_s)
+        return _computed(prepared, vectors, failed, tokens, took_s, self._sparse)
 
-    def _forward(self, prepared: Prepared, plan: Plan) -> Vectors:
+    def _forward(self, prepared: Prepared, plan: Plan) -> Encoded:
         started_s = self._mono_s()
-        vectors = self._encoder.forward(plan)
+        vectors = embed(self._encoder, plan, sparse=self._sparse)
         took_s = self._mono_s() - started_s
         self._encoder.counters["forward_seconds"] += took_s
         size = sum(_utf8_bytes(prepared.texts[index]) for index in prepared.uncached)
@@ -151,17 +164,18 @@ class Embedder:
         return vectors
 
     def _compute_job(
-        self, prepared: Prepared, job: int, vectors: dict[int, Vectors], failed: dict[int, Exception]
+        self, prepared: Prepared, job: int, vectors: dict[int, _Text], failed: dict[int, Exception]
     ) -> None:
         own = [index for index in prepared.uncached if prepared.jobs_of_texts[index] == job]
         try:
-            computed = self._encoder.encode([prepared.texts[index] for index in own])
+            plan = self._encoder.tokenize([prepared.texts[index] for index in own])
+            computed = embed(self._encoder, plan, sparse=self._sparse)
         except UnsuitableText as error:
             failed[job] = PermanentError(str(error))
         except Exception as error:
             failed[job] = error
         else:
-            vectors |= zip(own, computed, strict=True)
+            vectors |= zip(own, _texts(computed), strict=True)
 
     def save_to_cache(self, computed: Sequence[Computed]) -> None:
         """Cache the vectors that were not cached before."""
@@ -195,29 +209,43 @@ def _tokens_of(prepared: Prepared) -> dict[int, int]:
     return tokens
 
 
+def _texts(embedded: Encoded) -> list[_Text]:
+    if embedded.sparse is None:
+        return [_Text(vector, None) for vector in embedded.vectors]
+    return [_Text(*pair) for pair in zip(embedded.vectors, embedded.sparse, strict=True)]
+
+
 def _computed(
     prepared: Prepared,
-    vectors: dict[int, Vectors],
+    vectors: dict[int, _Text],
     failed: dict[int, Exception],
     tokens: Mapping[int, int],
     took_s: float,
+    sparse: bool,
 ) -> Computed:
     """Join computed vectors (by text index) and cached ones, job by job."""
-    by_job: dict[int, list[Vectors]] = {job: [] for job in prepared.requests if job not in failed}
+    by_job: dict[int, list[_Text | CachedVector]] = {
+        job: [] for job in prepared.requests if job not in failed
+    }
     for index, job in enumerate(prepared.jobs_of_texts):
         if job in by_job:
-            vector = vectors.get(index)
-            by_job[job].append(prepared.cached[prepared.keys[index]].vector if vector is None else vector)
-    stacked = {job: np.stack(of_job) for job, of_job in by_job.items()}
+            by_job[job].append(vectors.get(index) or prepared.cached[prepared.keys[index]])
+    stacked = {
+        job: Encoded(
+            np.stack([one.vector for one in of_job]),
+            [one.sparse for one in of_job if one.sparse] if sparse else None,
+        )
+        for job, of_job in by_job.items()
+    }
     entries = [
-        NewVector(prepared.keys[index], vector, prepared.origins[index], tokens[index])
-        for index, vector in (vectors.items() if prepared.keys else ())
+        NewVector(prepared.keys[index], one.vector, prepared.origins[index], tokens[index], one.sparse)
+        for index, one in (vectors.items() if prepared.keys else ())
     ]
     return Computed(stacked, failed, entries, _usage(prepared, vectors, tokens, took_s))
 
 
 def _usage(
-    prepared: Prepared, vectors: Mapping[int, Vectors], tokens: Mapping[int, int], took_s: float
+    prepared: Prepared, vectors: Mapping[int, _Text], tokens: Mapping[int, int], took_s: float
 ) -> dict[str, Usage]:
     """What was spent for each tenant; the time is divided by tokens."""
     usage: dict[str, Usage] = {}

@@ -12,14 +12,14 @@ import numpy as np
 
 from jobworker.worker import Job, PermanentError, report_progress, span
 
-from ..encoder.base import Encoder, Vectors
+from ..encoder.base import Encoded, Encoder
 from ..encoder.load import load_from_settings
 from ..jobstore.fence import Fence
 from ..jobstore.open import open_erasures, open_fence
 from ..jobstore.usage import Usage, UsageMeter, open_usages
 from ..settings import HandlerSettings
 from ..vectors.attribution import Attribution
-from ..vectors.open import open_store
+from ..vectors.open import open_store, wanted_sparse, with_sparse
 from ..vectors.ports import (
     AnyRow,
     CollectionUnavailable,
@@ -71,7 +71,7 @@ class _Batch:
     payloads: _Payloads
     outcomes: _Outcomes
     attribution: Attribution
-    unwritten: dict[int, list[Vectors]] = field(default_factory=dict)
+    unwritten: dict[int, list[Encoded]] = field(default_factory=dict)
     written: dict[int, int] = field(default_factory=dict)
     store_errors: dict[str, Exception] = field(default_factory=dict)
 
@@ -139,7 +139,13 @@ class EmbeddingBatch:
         self._writer = VersionedWriter(self._store, fence, prefix=self._prefix, model=self._encoder.name)
         self.counters = self._encoder.counters
         cache = _open_cache(settings, self._encoder)
-        self._embedder = Embedder(self._encoder, cache, long_text=settings.long_text)
+        self._sparse = wanted_sparse(settings, of_model=self._encoder.has_sparse)
+        self._embedder = Embedder(
+            self._encoder,
+            cache,
+            long_text=settings.long_text,
+            sparse=self._store.supported_sparse(self._sparse) == "model",
+        )
         if cache is not None and settings.redis_url:
             erasures = open_erasures(settings.redis_url)
             CacheErasures(cache, erasures, kept_s=settings.tombstone_ttl_s).start()
@@ -280,7 +286,7 @@ class EmbeddingBatch:
 
     def _ensure(self, collection: str) -> None:
         if collection not in self._ensured_collections:
-            self._store.ensure_collection(collection, self._encoder.dim)
+            self._store.ensure_collection(collection, self._encoder.dim, self._sparse)
             self._ensured_collections.add(collection)
 
 
@@ -315,16 +321,19 @@ def _take_rows(batch: _Batch, index: int) -> VersionedRows | None:
     A job with `replace` is written as a whole: its rows take the place of others.
     """
     payload, start = batch.payloads[index], batch.written.get(index, 0)
-    stop = start + sum(map(len, batch.unwritten[index]))
+    stop = start + sum(len(part.vectors) for part in batch.unwritten[index])
     failed = batch.outcomes[index] is not None
     if payload.replace and stop < len(payload.texts) and not failed:
         return None
-    vectors = batch.unwritten.pop(index)
+    parts = batch.unwritten.pop(index)
     if failed:
         return None
     batch.written[index] = stop
     part = payload.part(start, stop)
-    rows = part.rows(np.concatenate(vectors))
+    rows = with_sparse(
+        part.rows(np.concatenate([one.vectors for one in parts])),
+        [sparse for one in parts for sparse in one.sparse or ()],
+    )
     _log_clipped(batch.jobs[index], part, rows)
     job = batch.jobs[index]
     return VersionedRows(job.id, rows, payload.version, payload.replace, f"{job.stream}/{job.entry_id}")

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ..file_lock import lock_file
 from ..jobstore.erasures import chapter_name, id_name, owner_names
+from ..sparse_vector import SparseVector
 
 log = logging.getLogger("jobworker.cache")
 
@@ -96,13 +97,15 @@ class NewVector(NamedTuple):
     vector: Vector
     origin: Origin = Origin()
     tokens: int = 0
+    sparse: SparseVector | None = None
 
 
 class CachedVector(NamedTuple):
-    """A stored vector, and the tokens that it spares the model."""
+    """A stored vector, the tokens that it spares the model, and its sparse vector, empty if it has none."""
 
     vector: Vector
     tokens: int
+    sparse: SparseVector
 
 
 def cache_key(tenant_id: str, identity: str, text: str) -> Key:
@@ -150,8 +153,9 @@ class VectorCache:
         entries: list[_Entry] = self._attempt(lambda file: file.read(list(set(keys))), [])
         asking = {key: origin.stored for key, origin in zip(keys, origins, strict=False)}
         for is_old, key, value, origin, tokens in entries:
-            if (vector := _decode(key, value, self._dim)) is not None:
-                vectors[key] = CachedVector(vector, tokens if isinstance(tokens, int) else 0)
+            if (decoded := _decode(key, value, self._dim)) is not None:
+                vector, sparse = decoded
+                vectors[key] = CachedVector(vector, tokens if isinstance(tokens, int) else 0, sparse)
                 if is_old:
                     self._recently_used.add(key)
                 if isinstance(origin, bytes) and (both := _common(origin, asking.get(key, origin))) != origin:
@@ -166,13 +170,16 @@ class VectorCache:
 
         Skips vectors that are not finite, and those whose origin was deleted after the job was created.
         """
-        max_rows = self._limit_bytes // 2 // _row_bytes(self._dim)
         entries = (NewVector(*entry) for entry in vectors)
-        rows = [_Row.of(entry) for entry in entries if np.isfinite(entry.vector).all()][:max_rows]
+        rows = [_Row.of(entry) for entry in entries if np.isfinite(entry.vector).all()]
+        # Sparse vectors differ in size; a wrong estimate evicts in more steps, or more at once.
+        longest = max((len(row.value) for row in rows), default=CHECKSUM_BYTES + 4 * self._dim)
+        row_bytes = longest + ROW_OVERHEAD_BYTES
+        rows = rows[: self._limit_bytes // 2 // row_bytes]
         used, self._recently_used = list(self._recently_used), set()
         shared, self._shared = self._shared, {}
         if rows or used or shared:
-            self._attempt(lambda file: file.write(rows, used, shared, _row_bytes(self._dim)), None)
+            self._attempt(lambda file: file.write(rows, used, shared, row_bytes), None)
 
     def position(self) -> tuple[str, float] | None:
         """What `move_on` was given last: where the reading of deletions stopped, and when (unix seconds).
@@ -239,7 +246,7 @@ class _Row(NamedTuple):
     @classmethod
     def of(cls, entry: NewVector) -> "_Row":
         key, origin = entry.key, entry.origin
-        value = _encode(key, entry.vector)
+        value = _encode(key, entry.vector, entry.sparse)
         return cls(key, value, origin.stored, entry.tokens, origin.created_us, origin.names)
 
 
@@ -502,18 +509,26 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _encode(key: Key, vector: Vector) -> bytes:
+def _encode(key: Key, vector: Vector, sparse: SparseVector | None) -> bytes:
+    """Checksum, dense vector; ids and weights of the sparse one behind it."""
     data = np.asarray(vector, "<f4").tobytes()
+    if sparse is not None:
+        data += np.asarray(sparse.ids, "<u4").tobytes() + np.asarray(sparse.weights, "<f4").tobytes()
     return _checksum(key, data) + data
 
 
-def _decode(key: Key, value: object, dim: int) -> Vector | None:
-    """The vector; None if the value is not the one that was written under this key."""
-    if not isinstance(value, bytes) or len(value) != CHECKSUM_BYTES + 4 * dim:
+def _decode(key: Key, value: object, dim: int) -> tuple[Vector, SparseVector] | None:
+    """The vectors; None if the value is not the one that was written under this key."""
+    size = len(value) - CHECKSUM_BYTES - 4 * dim if isinstance(value, bytes) else -1
+    if not isinstance(value, bytes) or size < 0 or size % 8:
         return None
     checksum, data = value[:CHECKSUM_BYTES], value[CHECKSUM_BYTES:]
-    vector = np.frombuffer(data, "<f4").astype(np.float32)
-    return vector if checksum == _checksum(key, data) and np.isfinite(vector).all() else None
+    vector = np.frombuffer(data, "<f4", dim).astype(np.float32)
+    if checksum != _checksum(key, data) or not np.isfinite(vector).all():
+        return None
+    ids = np.frombuffer(data, "<u4", size // 8, 4 * dim).astype(np.uint32)
+    weights = np.frombuffer(data, "<f4", size // 8, 4 * dim + size // 2).astype(np.float32)
+    return vector, SparseVector(ids, weights)
 
 
 def _checksum(key: Key, data: bytes) -> bytes:
@@ -550,7 +565,3 @@ def _origins_of(name: str) -> list[tuple[bytes, bytes]]:
     own, full = _digests(*parts), 3 * _PART_BYTES
     shared = [own[:stop].ljust(full, b"\0") for stop in range(_PART_BYTES, len(own), _PART_BYTES)]
     return [(own.ljust(full, b"\0"), own.ljust(full, b"\xff")), *((one, one) for one in shared)]
-
-
-def _row_bytes(dim: int) -> int:
-    return 4 * dim + CHECKSUM_BYTES + ROW_OVERHEAD_BYTES

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from jobworker.worker import report_progress
 
+from ..sparse_vector import SparseVector
 from .packing import RowLimits, pack, run_batches
 from .precision_check import SENTENCES
 from .segmenter import Offsets, cut
+from .sparse_head import sparse_vectors
 from .window_format import WindowFormat
 
 T = TypeVar("T")
@@ -89,6 +91,13 @@ class Plan:
     purpose: Purpose
 
 
+class Encoded(NamedTuple):
+    """Vectors of texts, shape (texts, dim), and their sparse vectors; None if they were not asked for."""
+
+    vectors: Vectors
+    sparse: list[SparseVector] | None
+
+
 class Encoder(Protocol):
     """Port to an embedding model.
 
@@ -103,6 +112,8 @@ class Encoder(Protocol):
     max_tokens: int
     #: Token of unknown words and characters; None if the tokenizer has none.
     unknown_id: int | None
+    #: Whether the model gives sparse vectors too.
+    has_sparse: bool
     #: Running totals: `embedded_tokens` (with special tokens, without padding) and `truncated_tokens`.
     counters: dict[str, float]
 
@@ -118,6 +129,9 @@ class Encoder(Protocol):
 
     def forward(self, plan: Plan) -> Vectors:
         """One vector a text, shape (plan.texts, dim), in the order of the texts."""
+
+    def forward_both(self, plan: Plan) -> Encoded:
+        """As `forward`, with the sparse vectors of the same pass; only if `has_sparse`."""
 
     def encode(self, texts: Sequence[str], purpose: Purpose = "document") -> Vectors:
         """`tokenize`, then `forward`. A text of one window gets what `SentenceTransformer.encode_document`
@@ -142,11 +156,14 @@ class WindowedEncoder(ABC):
     dim: int
     max_tokens: int
     unknown_id: int | None = None
+    has_sparse = False
 
     def __init__(self, long_text: LongText) -> None:
         self.counters: dict[str, float] = {"embedded_tokens": 0, "truncated_tokens": 0}
         self._long_text = long_text
         self._formats: dict[Purpose, WindowFormat] = {}
+        #: Special tokens, which have no weight in a sparse vector.
+        self._dropped: frozenset[int] = frozenset()
         #: Tokens of one pass.
         self._budget = TOKEN_BUDGET
         #: Whether padding would change the vectors, so that all windows of a batch have the same length.
@@ -170,10 +187,52 @@ class WindowedEncoder(ABC):
         """The indices of windows of these lengths, grouped into passes."""
         return pack(lengths, self._budget, MAX_ROWS, equal_lengths=self._equal_lengths)
 
+    def _embed_both(
+        self, windows: Sequence[list[int]], purpose: Purpose
+    ) -> tuple[Vectors, NDArray[np.float32]]:
+        """As `_embed`, and the weight of each token of all windows in order; only if `has_sparse`."""
+        raise NotImplementedError
+
     def _embed_in_batches(
         self, windows: Sequence[list[int]], embed: Callable[[list[list[int]]], Any]
     ) -> Vectors:
         """`_embed` in the batches of `_batches`, or smaller ones if memory is short."""
+        arrays = self._in_batches(windows, embed, self._to_numpy)
+        vectors = np.empty((len(windows), arrays[0][1].shape[1]), np.float32)
+        for batch, rows in arrays:
+            vectors[batch] = rows
+        return vectors
+
+    def _embed_both_in_batches(
+        self, windows: Sequence[list[int]], embed: Callable[[list[list[int]]], tuple[Any, Any]]
+    ) -> tuple[Vectors, NDArray[np.float32]]:
+        """`_embed_both` in such batches. `embed` gives vectors, and weights of tokens: flat in the order of
+        the windows, or padded as `batch_arrays` pads."""
+        arrays = self._in_batches(windows, embed, self._both_to_numpy)
+        vectors = np.empty((len(windows), arrays[0][1][0].shape[1]), np.float32)
+        weights: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(windows)
+        for batch, (rows, of_tokens) in arrays:
+            vectors[batch] = rows
+            parts = _by_window(of_tokens, [len(windows[index]) for index in batch], left=self._pads_left)
+            for index, part in zip(batch, parts, strict=True):
+                weights[index] = part
+        return vectors, np.concatenate(weights)
+
+    @property
+    def _pads_left(self) -> bool:
+        """Whether the padding is in front."""
+        return False
+
+    def _both_to_numpy(self, both: tuple[Any, Any]) -> tuple[Vectors, NDArray[np.float32]]:
+        return self._to_numpy(both[0]), self._to_numpy(both[1])
+
+    def _in_batches(
+        self,
+        windows: Sequence[list[int]],
+        embed: Callable[[list[list[int]]], Any],
+        to_numpy: Callable[[Any], T],
+    ) -> list[tuple[list[int], T]]:
+        """Indices of the windows of each batch, and its result."""
         lengths = [len(window) for window in windows]
         batches = run_batches(
             lengths,
@@ -185,11 +244,7 @@ class WindowedEncoder(ABC):
         # All passes are queued before the first result is read, so that a GPU computes one while the CPU
         # prepares the next.
         parts = list(_reporting(batches))
-        arrays = list(_reporting((batch, self._to_numpy(rows)) for batch, rows in parts))
-        vectors = np.empty((len(windows), arrays[0][1].shape[1]), np.float32)
-        for batch, rows in arrays:
-            vectors[batch] = rows
-        return vectors
+        return list(_reporting((batch, to_numpy(result)) for batch, result in parts))
 
     def _to_numpy(self, rows: Any) -> Vectors:
         """The result of a pass as an array; waits for a device that computes asynchronously."""
@@ -234,7 +289,17 @@ class WindowedEncoder(ABC):
     def forward(self, plan: Plan) -> Vectors:
         if not plan.texts:
             return np.zeros((0, self.dim), np.float32)
-        windows = self._embed(plan.windows, plan.purpose)
+        return self._merged(self._embed(plan.windows, plan.purpose), plan)
+
+    def forward_both(self, plan: Plan) -> Encoded:
+        if not plan.texts:
+            return Encoded(np.zeros((0, self.dim), np.float32), [])
+        windows, weights = self._embed_both(plan.windows, plan.purpose)
+        sparse = sparse_vectors(plan.windows, plan.owners, weights, self._dropped, plan.texts)
+        return Encoded(self._merged(windows, plan), sparse)
+
+    def _merged(self, windows: Vectors, plan: Plan) -> Vectors:
+        """Vectors of texts from those of their windows; counts the tokens."""
         normalises = self._formats[plan.purpose].normalises
         vectors = self._finish(merge_windows(windows, plan, normalise=normalises), plan.purpose)
         self.counters["embedded_tokens"] += sum(map(len, plan.windows))
@@ -287,6 +352,22 @@ def batch_arrays(
         ids[row, columns] = window
         mask[row, columns] = 1
     return ids, mask
+
+
+def _by_window(
+    weights: NDArray[np.float32], lengths: Sequence[int], *, left: bool
+) -> Sequence[NDArray[np.float32]]:
+    """The weights of the tokens of each window, from a flat array or a padded one."""
+    if weights.ndim == 1:
+        return np.split(weights, np.cumsum(lengths)[:-1])
+    return [row[-length:] if left else row[:length] for row, length in zip(weights, lengths, strict=True)]
+
+
+def embed(encoder: Encoder, plan: Plan, *, sparse: bool) -> Encoded:
+    """Vectors of a plan; with `sparse` also the sparse ones, if the model gives them."""
+    if sparse and encoder.has_sparse:
+        return encoder.forward_both(plan)
+    return Encoded(encoder.forward(plan), None)
 
 
 def merge_windows(vectors: Vectors, plan: Plan, *, normalise: bool) -> Vectors:

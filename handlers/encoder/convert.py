@@ -41,13 +41,15 @@ class _TraceableModel(torch.nn.Module):
     def __init__(self, encoder: TorchEncoder) -> None:
         super().__init__()
         self._model, self._input = encoder._model, encoder._inputs["document"]
+        self._head = encoder._head
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
         features = {"input_ids": input_ids, "attention_mask": attention_mask, **self._input.extras}
         if "token_type_ids" in self._input.tensors:
             features["token_type_ids"] = torch.zeros_like(input_ids)
-        vectors: torch.Tensor = self._model(features, task="document")["sentence_embedding"]
-        return vectors
+        features = self._model(features, task="document")
+        vectors = features["sentence_embedding"]
+        return (vectors, self._head(features["token_embeddings"])) if self._head else vectors
 
 
 def convert(source: ModelSource, target: Path) -> None:
@@ -78,6 +80,8 @@ def _convert(encoder: TorchEncoder, target: Path) -> Card:
         pad_id=own.pad_id,
         pads_left=own.pads_left,
         equal_lengths=encoder._equal_lengths,
+        has_sparse=encoder.has_sparse,
+        dropped=sorted(encoder._dropped),
         weights=_extract_matrices(graph, target / WEIGHTS),
     )
     openvino.save_model(graph, target / MODEL, compress_to_fp16=False)

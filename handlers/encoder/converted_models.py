@@ -27,7 +27,7 @@ log = logging.getLogger("jobworker.model")
 
 # Part of the folder's name. Increase it when the files of a folder or the sentences of the precision check
 # change.
-FORMAT = 2
+FORMAT = 3
 #: Packages that decide what a converted model computes, or whether a model can be converted.
 CONVERTED_BY = ("openvino", "sentence-transformers", "tokenizers", "torch", "transformers")
 CARD = "card.json"
@@ -67,6 +67,9 @@ class Card(msgspec.Struct, kw_only=True):
     pads_left: bool = False
     #: Whether padding would change the vectors.
     equal_lengths: bool = False
+    #: Whether the graph has a second output, the weight of each token; special tokens that get none.
+    has_sparse: bool = False
+    dropped: list[int] = []
     #: By name of the graph's input.
     weights: dict[str, Weight] = {}
     #: Dtypes that pass the precision check, the fastest on this processor first.

@@ -33,6 +33,7 @@ class OpenVinoEncoder(WindowedEncoder):
         self.max_tokens, self.dim = card.formats["document"].max_tokens, card.dim
         self._equal_lengths = card.equal_lengths
         self._budget = token_budget
+        self.has_sparse, self._dropped = card.has_sparse, frozenset(card.dropped)
 
     @classmethod
     def load(
@@ -79,6 +80,13 @@ class OpenVinoEncoder(WindowedEncoder):
 
     def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
         return self._embed_in_batches(windows, lambda batch: self._session(*self._arrays(batch)))
+
+    def _embed_both(self, windows: Sequence[list[int]], purpose: Purpose) -> tuple[Vectors, Vectors]:
+        return self._embed_both_in_batches(windows, lambda batch: self._session.both(*self._arrays(batch)))
+
+    @property
+    def _pads_left(self) -> bool:
+        return self._card.pads_left
 
     def _arrays(self, windows: Sequence[list[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return batch_arrays(windows, self._card.pad_id, left=self._card.pads_left)

@@ -39,8 +39,18 @@ class OpenVinoSession:
         self._request.set_tensor("input_ids", openvino.Tensor(ids, shared_memory=True))
         self._request.set_tensor("attention_mask", openvino.Tensor(mask, shared_memory=True))
         self._request.infer()
+        return self._output(0)
+
+    def both(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Vectors, and the weights of tokens, shape (rows, tokens), of a model with a sparse head."""
+        vectors = self(ids, mask)
+        return vectors, self._output(1)
+
+    def _output(self, number: int) -> NDArray[np.float32]:
         # Copied, because the request reuses its output buffer for the next batch.
-        return np.array(self._request.get_output_tensor(0).data, np.float32)
+        return np.array(self._request.get_output_tensor(number).data, np.float32)
 
 
 def supported_dtypes() -> frozenset[str]:

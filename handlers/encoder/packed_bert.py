@@ -62,6 +62,18 @@ class PackedBert:
         `modules` are those of the sentence-transformer after the first one, such as the pooling; `extras` are
         the entries of their input that are no tensors.
         """
+        return self._embed(windows, modules, extras)[0]
+
+    def embed_both(
+        self, windows: Sequence[list[int]], modules: Sequence[Any], extras: dict[str, Any], head: Any
+    ) -> tuple[Any, Any]:
+        """As `embed`, and what `head` gives for the hidden states: one number a token, without padding."""
+        vectors, hidden = self._embed(windows, modules, extras)
+        return vectors, head(hidden)
+
+    def _embed(
+        self, windows: Sequence[list[int]], modules: Sequence[Any], extras: dict[str, Any]
+    ) -> tuple[Any, Any]:
         import torch
 
         lengths = np.asarray([len(window) for window in windows])
@@ -86,7 +98,7 @@ class PackedBert:
         features = extras | {"token_embeddings": tokens, "attention_mask": mask}
         for module in modules:
             features = module(features)
-        return features["sentence_embedding"]
+        return features["sentence_embedding"], hidden
 
     def _forward(self, ids: Any, positions: Any, starts: Any, longest: int) -> Any:
         """Hidden states of the last layer, shape (tokens, hidden)."""

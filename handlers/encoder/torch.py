@@ -27,6 +27,7 @@ from .model_input import TRIAL_WORDS, ModelInput, learn_input, observe
 from .packed_bert import MAX_POOLED, PackedBert, packed_bert
 from .packing import MIN_PADDING_TOKENS, is_out_of_memory, pack, pack_unpadded
 from .precision_check import MIN_SPEEDUP, SENTENCES, Dtype, dtypes_to_try, fastest_s, is_exact, min_cosine
+from .sparse_head import SparseHead
 from .unknown_tokens import unknown_token_id
 
 log = logging.getLogger("jobworker.model")
@@ -65,6 +66,7 @@ class TorchEncoder(WindowedEncoder):
         self._refusals: dict[Purpose, str] = {}
         self._inputs: dict[Purpose, ModelInput] = {}
         self._positions = UNLIMITED
+        self._head: SparseHead | None = None
         #: Computes the first module without padding, in half precision on a GPU.
         self._packed: PackedBert | None = None
         #: Tokens of padding that cost less than another pass.
@@ -81,6 +83,18 @@ class TorchEncoder(WindowedEncoder):
         self.unknown_id = unknown_token_id(self._inputs["document"].tokenizer)
         if model.device.type == "cpu":
             self._budget = cpu_budget(token_budget, self.dim)
+        self._read_head()
+
+    def _read_head(self) -> None:
+        """Use the model's sparse head, if it has one that fits its hidden states."""
+        document = self._inputs["document"]
+        if document.is_flat or "query" in self._refusals:
+            return
+        config = getattr(getattr(document.modules[0], "auto_model", None), "config", None)
+        hidden = getattr(config, "hidden_size", 0)
+        self._head = SparseHead.read(self._source.folder, hidden, self._model.device)
+        self.has_sparse = self._head is not None
+        self._dropped = special_ids(document)
 
     def _learn(self, purpose: Purpose) -> None:
         """Learn how the model takes texts of a purpose, then compare with the model itself."""
@@ -276,6 +290,13 @@ class TorchEncoder(WindowedEncoder):
     def _embed(self, windows: Sequence[list[int]], purpose: Purpose) -> Vectors:
         return self._embed_in_batches(windows, lambda batch: self._pass(batch, purpose))
 
+    def _embed_both(self, windows: Sequence[list[int]], purpose: Purpose) -> tuple[Vectors, Vectors]:
+        return self._embed_both_in_batches(windows, lambda batch: self._pass_both(batch, purpose))
+
+    @property
+    def _pads_left(self) -> bool:
+        return self._inputs["document"].pads_left
+
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
         if self._packed:
             return pack_unpadded(lengths, self._budget, MAX_PACKED_ROWS, MAX_POOLED * self._budget)
@@ -295,6 +316,17 @@ class TorchEncoder(WindowedEncoder):
             if self._packed:
                 return self._packed.embed(windows, own.modules[1:], own.extras)
             return self._model(self._features(windows, purpose), task=purpose)["sentence_embedding"]
+
+    def _pass_both(self, windows: Sequence[list[int]], purpose: Purpose) -> tuple[Any, Any]:
+        import torch
+
+        assert self._head
+        own = self._inputs[purpose]
+        with torch.inference_mode():
+            if self._packed:
+                return self._packed.embed_both(windows, own.modules[1:], own.extras, self._head)
+            features = self._model(self._features(windows, purpose), task=purpose)
+            return features["sentence_embedding"], self._head(features["token_embeddings"])
 
     def _to_numpy(self, rows: Any) -> Vectors:
         vectors: Vectors = rows.float().cpu().numpy()
@@ -323,6 +355,14 @@ class TorchEncoder(WindowedEncoder):
             arrays["token_type_ids"] = np.zeros_like(ids)
         device = self._model.device
         return own.extras | {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
+
+
+def special_ids(own: ModelInput) -> frozenset[int]:
+    """Tokens that a model puts around texts, and those of unknown words and padding."""
+    source = getattr(own.modules[0], "tokenizer", None)
+    names = ("cls_token_id", "sep_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+    named = (getattr(source, name, None) for name in names)
+    return frozenset([*own.form.prefix, *own.form.suffix, *(one for one in named if one is not None)])
 
 
 def position_limit(model: Any, purpose: Purpose, own: ModelInput) -> int:

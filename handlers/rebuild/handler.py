@@ -1,20 +1,21 @@
 """Handler of `index_rebuild`: rebuilds a collection and its vector index, by default without downtime."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 from jobworker.worker import Job, PermanentError, StoreUnavailable, Unavailable
 
-from ..encoder.base import Encoder, UnsuitableText
-from ..encoder.find_model import ModelError
+from ..encoder.base import Encoder, UnsuitableText, embed
+from ..encoder.find_model import ModelError, default_model, find_model
 from ..encoder.load import load_from_settings
+from ..encoder.sparse_head import has_head
 from ..jobstore.fence import Rebuilds
 from ..jobstore.open import open_rebuilds
 from ..settings import HandlerSettings
-from ..vectors.ports import Vector
 from ..vectors.schema import plain_name, shown
 from .ports import RawRow, ShadowStore
-from .rebuild import LEASE_MS, Clock, NewModel, Rebuild, RebuildRequest
+from .rebuild import LEASE_MS, Clock, NewModel, NewSparse, Rebuild, RebuildRequest
 
 # In place, each step takes up to 10 minutes; until the end, no write and no other rebuild may start.
 IN_PLACE_MS = 25 * 60 * 1000
@@ -95,9 +96,10 @@ class IndexRebuild:
             lease = self._rebuilds.begin(alias, entry, LEASE_MS)
             if isinstance(lease, str):
                 raise RebuildBusy(f"{alias} is being rebuilt by the job at {lease}")
-            request = RebuildRequest(
-                job.id, entry, payload.collection, alias, self._load_model(payload.model)
-            )
+            encoder = self._load_model(payload.model)
+            model = NewModel(encoder.name, encoder.dim, partial(embed_rows, encoder)) if encoder else None
+            sparse = partial(self._new_sparse, encoder, lease.fields.get("live_model", ""))
+            request = RebuildRequest(job.id, entry, payload.collection, alias, model, sparse)
             rebuild = Rebuild(request, self._shadow, self._rebuilds, lease, self._clock)
             try:
                 if payload.mode == "shadow":
@@ -123,19 +125,49 @@ class IndexRebuild:
         finally:
             self._rebuilds.save(request.alias, epoch, {}, lease_ms=LEASE_MS, shut_ms=0)
 
-    def _load_model(self, name: str) -> NewModel | None:
+    def _load_model(self, name: str) -> Encoder | None:
         if not name:
             return None
         try:
-            encoder = load_from_settings(self._settings, name)
+            return load_from_settings(self._settings, name)
         except ModelError as error:
             raise PermanentError(str(error)) from error
-        return NewModel(encoder.name, encoder.dim, lambda rows: embed_rows(encoder, rows))
+
+    def _new_sparse(self, encoder: Encoder | None, live_model: str, live: str) -> NewSparse:
+        """Sparse vectors of the new collection; `live` is the full name of the old one.
+
+        `encoder` is the model of all new vectors. Without one rows keep theirs, and the model of the live
+        collection adds sparse vectors if they have none.
+        """
+        if self._settings.sparse == "off":
+            return NewSparse()
+        supported = self._shadow.supported_sparse
+        if encoder is None and supported("model") == "model" and self._has_head(live_model):
+            if self._shadow.sparse_kind(live) == "model":
+                return NewSparse("model")
+            own = load_from_settings(self._settings, live_model)
+            if own.has_sparse:
+                return NewSparse("model", partial(sparse_of_rows, own))
+        return NewSparse(supported("model" if encoder and encoder.has_sparse else "bm25"))
+
+    def _has_head(self, model: str) -> bool:
+        try:
+            return has_head(find_model(model or self._settings.model or default_model()).folder)
+        except ModelError:
+            return False  # a model without a folder
 
 
-def embed_rows(encoder: Encoder, rows: Sequence[RawRow]) -> Sequence[Vector]:
+def embed_rows(encoder: Encoder, rows: Sequence[RawRow]) -> Sequence[RawRow]:
     """New vectors for rows, from the text that is stored with each."""
-    return list(encoder.encode([embedded_text(row) for row in rows]))
+    vectors, sparse = embed(encoder, encoder.tokenize([embedded_text(row) for row in rows]), sparse=True)
+    if sparse is None:
+        return [{"vector": vector} for vector in vectors]
+    return [{"vector": vector, "sparse": one} for vector, one in zip(vectors, sparse, strict=True)]
+
+
+def sparse_of_rows(encoder: Encoder, rows: Sequence[RawRow]) -> Sequence[RawRow]:
+    """Sparse vectors for rows, from the text that is stored with each; they keep their dense ones."""
+    return [{"sparse": row["sparse"]} for row in embed_rows(encoder, rows)]
 
 
 def embedded_text(row: RawRow) -> str:
@@ -154,4 +186,5 @@ def _open_shadow(settings: HandlerSettings) -> ShadowStore:
         token=settings.milvus_token or None,
         prefix=settings.milvus_prefix,
         named=settings.milvus_partitions == "named",
+        sparse_on_lite=settings.sparse == "on",
     )

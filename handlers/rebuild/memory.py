@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..vectors import schema as schemas
-from ..vectors.memory import MemoryVectors, cosine
-from ..vectors.ports import PermanentStoreError, Vector
+from ..vectors.memory import MemoryVectors
+from ..vectors.ports import PermanentStoreError, SparseKind, Vector
 from .ports import RawRow
 
 
@@ -19,6 +19,7 @@ class MemoryShadow:
         self._live: dict[str, str] = {}
         self._rows = store.copies
         self._dims: dict[str, int] = {}
+        self._sparse: dict[str, SparseKind] = {}
         self._marks: dict[str, str] = {}
 
     def max_read_lag_s(self) -> float:
@@ -30,6 +31,7 @@ class MemoryShadow:
             raise PermanentStoreError(f"collection {alias} does not exist")
         collection = self._live.get(alias) or self._first_collection(alias)
         self._rows[collection], self._dims[collection] = self._store._rows[alias], self._store._dims[alias]
+        self._sparse[collection] = self._store._sparse.get(alias, "none")
         return collection
 
     def exists(self, collection: str) -> bool:
@@ -41,18 +43,25 @@ class MemoryShadow:
     def dim(self, collection: str) -> int:
         return self._dims[collection]
 
+    def sparse_kind(self, collection: str) -> SparseKind:
+        return self._sparse.get(collection, "none")
+
+    def supported_sparse(self, kind: SparseKind) -> SparseKind:
+        return self._store.supported_sparse(kind)
+
     def _first_collection(self, alias: str) -> str:
         names = (f"{alias}_v{number}" for number in itertools.count(1))
         collection = self._live[alias] = next(name for name in names if not self.exists(name))
         self._marks[collection] = alias
         return collection
 
-    def create(self, name: str, collection: str, dim: int, mark: str) -> bool:
+    def create(self, name: str, collection: str, dim: int, mark: str, sparse: SparseKind = "none") -> bool:
         if self.exists(collection) and self.mark(collection) != mark:
             return False
         self._marks[collection] = mark
         self._rows.setdefault(collection, {})
         self._dims.setdefault(collection, dim)
+        self._sparse.setdefault(collection, sparse)
         return True
 
     def page(self, collection: str, after: str, limit: int, fields: Sequence[str] = ("*",)) -> list[RawRow]:
@@ -86,7 +95,7 @@ class MemoryShadow:
 
     def search(self, collection: str, vectors: Sequence[Vector], limit: int) -> list[list[tuple[str, float]]]:
         return [
-            sorted(((id_, cosine(vector, row.vector)) for id_, row in self._rows[collection].items()),
+            sorted(((id_, schemas.cosine(vector, row.vector)) for id_, row in self._rows[collection].items()),
                    key=lambda hit: -hit[1])[:limit]
             for vector in vectors
         ]  # fmt: skip
@@ -95,6 +104,7 @@ class MemoryShadow:
         alias = self._store._full(name)
         self._live[alias] = collection
         self._store._rows[alias], self._store._dims[alias] = self._rows[collection], self._dims[collection]
+        self._store._sparse[alias] = self.sparse_kind(collection)
 
     def drop(self, collection: str, mark: str) -> bool:
         if not self.exists(collection):

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from ..sparse_vector import SparseVector
 from ..vectors import filters
 from ..vectors import schema as schemas
 from ..vectors.filters import EVERYTHING, Filter
 from ..vectors.milvus.collections import CollectionAdmin, create_if_missing, import_client
 from ..vectors.milvus.errors import NoCollection, NotLoaded
 from ..vectors.milvus.server_info import CollectionInfo, check_fields
-from ..vectors.ports import PermanentStoreError, Vector, VectorStoreError
+from ..vectors.milvus.store import NO_WEIGHTS
+from ..vectors.ports import PermanentStoreError, SparseKind, Vector, VectorStoreError
 from .ports import RawRow
 
 if TYPE_CHECKING:
@@ -37,7 +39,12 @@ IN_PLACE_TRIES = 5
 class MilvusShadow:
     """`ShadowStore` on a Milvus server or Milvus Lite; `named`: every tenant and project has a partition."""
 
-    def __init__(self, milvus: "MilvusClientHandle", *, prefix: str, named: bool) -> None:
+    def __init__(
+        self, milvus: "MilvusClientHandle", *, prefix: str, named: bool, sparse_on_lite: bool = False
+    ) -> None:
+        self._sparse_on_lite = sparse_on_lite
+        #: By full name, whose collection never gets another one.
+        self._kinds: dict[str, SparseKind] = {}
         self._milvus, self._prefix, self._named = milvus, prefix, named
         self._timeout_s = milvus.timeout_s
         self._admin = CollectionAdmin(milvus, named=named)
@@ -65,8 +72,17 @@ class MilvusShadow:
     def dim(self, collection: str) -> int:
         return CollectionInfo.of(self._describe(collection)).dim
 
-    def create(self, name: str, collection: str, dim: int, mark: str) -> bool:
-        if not self._admin.create(collection, schemas.schema_of(name), dim, mark):
+    def sparse_kind(self, collection: str) -> SparseKind:
+        if collection not in self._kinds:
+            self._kinds[collection] = CollectionInfo.of(self._describe(collection)).sparse
+        return self._kinds[collection]
+
+    def supported_sparse(self, kind: SparseKind) -> SparseKind:
+        return kind if kind == "none" else self._milvus.server().sparse(kind, on_lite=self._sparse_on_lite)
+
+    def create(self, name: str, collection: str, dim: int, mark: str, sparse: SparseKind = "none") -> bool:
+        self._kinds.pop(collection, None)
+        if not self._admin.create(collection, schemas.schema_of(name), dim, mark, sparse):
             return False
         if self._named:
             for partition in self._partitions(self._full(name)) - self._partitions(collection):
@@ -107,8 +123,9 @@ class MilvusShadow:
         )
 
     def upsert(self, collection: str, rows: Sequence[RawRow]) -> None:
+        kind = self.sparse_kind(collection)
         for partition, part in self._requests(collection, rows):
-            data = [row | {"vector": np.asarray(row["vector"], dtype=np.float32)} for row in part]
+            data = [_as_stored(row, kind) for row in part]
             self._milvus.call(
                 collection,
                 lambda client, data=data, partition=partition: client.upsert(  # type: ignore[misc]
@@ -150,10 +167,17 @@ class MilvusShadow:
         self._milvus.call(collection, lambda client: client.flush(collection, timeout=BUILD_TIMEOUT_S))
 
     def unindexed_rows(self, collection: str) -> int:
-        index = self._milvus.call(
-            collection, lambda client: client.describe_index(collection, "vector", timeout=self._timeout_s)
-        )
-        return int((index or {}).get("pending_index_rows", 0))
+        fields = ["vector", *(["sparse"] if self.sparse_kind(collection) != "none" else [])]
+        pending = []
+        for field in fields:
+            index = self._milvus.call(
+                collection,
+                lambda client, field=field: client.describe_index(  # type: ignore[misc]
+                    collection, field, timeout=self._timeout_s
+                ),
+            )
+            pending.append(int((index or {}).get("pending_index_rows", 0)))
+        return max(pending)
 
     def search(self, collection: str, vectors: Sequence[Vector], limit: int) -> list[list[tuple[str, float]]]:
         results = self._when_loaded(
@@ -161,6 +185,7 @@ class MilvusShadow:
             lambda client: client.search(
                 collection,
                 data=[vector.tolist() for vector in vectors],
+                anns_field="vector",
                 limit=limit,
                 search_params={"metric_type": "COSINE", "params": {"ef": max(SEARCH_EF, limit)}},
                 timeout=self._timeout_s,
@@ -254,8 +279,23 @@ class MilvusShadow:
         return schemas.check_collection(self._prefix + name)
 
 
+def _as_stored(row: RawRow, kind: SparseKind) -> RawRow:
+    data = row | {"vector": np.asarray(row["vector"], dtype=np.float32)}
+    sparse = data.pop("sparse", None)
+    if kind == "model":
+        data["sparse"] = (sparse.as_dict() if isinstance(sparse, SparseVector) else sparse) or NO_WEIGHTS
+    return data
+
+
 def open_shadow(
-    uri: str, *, token: str | None, prefix: str, named: bool, timeout_s: float = 30.0
+    uri: str,
+    *,
+    token: str | None,
+    prefix: str,
+    named: bool,
+    timeout_s: float = 30.0,
+    sparse_on_lite: bool = False,
 ) -> MilvusShadow:
     """Open the store at `uri`; it connects at the first call."""
-    return MilvusShadow(import_client().MilvusClientHandle(uri, token, timeout_s), prefix=prefix, named=named)
+    milvus = import_client().MilvusClientHandle(uri, token, timeout_s)
+    return MilvusShadow(milvus, prefix=prefix, named=named, sparse_on_lite=sparse_on_lite)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ..vectors.ports import Vector
+from ..vectors.ports import SparseKind, Vector
 
 #: A whole row by field name, as the store gives it, with the fields that this program does not know.
 RawRow = dict[str, Any]
@@ -38,7 +38,13 @@ class ShadowStore(Protocol):
     def dim(self, collection: str) -> int:
         """The dimension of its vectors."""
 
-    def create(self, name: str, collection: str, dim: int, mark: str) -> bool:
+    def sparse_kind(self, collection: str) -> SparseKind:
+        """Where the sparse vectors of a collection come from."""
+
+    def supported_sparse(self, kind: SparseKind) -> SparseKind:
+        """The kind, or `none` where the store lacks it or a search by it is slow."""
+
+    def create(self, name: str, collection: str, dim: int, mark: str, sparse: SparseKind = "none") -> bool:
         """Create a loaded collection with the schema and partitions of the live one; repeatable.
 
         False, without a change, if the name is an alias or a collection with another mark.
@@ -54,7 +60,7 @@ class ShadowStore(Protocol):
         """The rows with these ids; ids without a row are left out."""
 
     def upsert(self, collection: str, rows: Sequence[RawRow]) -> None:
-        """Write rows under their ids."""
+        """Write rows under their ids, without the field `sparse` where the collection does not take it."""
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
         """Delete rows by id, of any tenant."""

@@ -20,7 +20,7 @@ import numpy as np
 from jobworker.worker import PermanentError
 
 from ..jobstore.fence import RebuildLease, Rebuilds
-from ..vectors.ports import Vector
+from ..vectors.ports import SparseKind
 from .ports import RawRow, ShadowStore
 from .recall import TrueScores
 
@@ -58,8 +58,8 @@ SAMPLE_ROWS, NEIGHBOURS, MIN_RECALL = 100, 10, 0.95
 MEASURE_TRIES = 5
 REPORT_EVERY_S = 5.0
 
-#: New vectors for rows, one a row, in order.
-Embed = Callable[[Sequence[RawRow]], Sequence[Vector]]
+#: New fields for rows (`vector`, `sparse`), one mapping a row, in order.
+Embed = Callable[[Sequence[RawRow]], Sequence[RawRow]]
 
 
 class NewModel(NamedTuple):
@@ -70,11 +70,19 @@ class NewModel(NamedTuple):
     embed: Embed
 
 
+class NewSparse(NamedTuple):
+    """Sparse vectors of the new collection; `embed` gives those of its rows. None: rows keep theirs."""
+
+    kind: SparseKind = "none"
+    embed: Embed | None = None
+
+
 class RebuildRequest(NamedTuple):
     """One collection to rebuild, and the job that asks for it.
 
     `entry` is this delivery of the job, `job_id` stays the same over retries. `name` is the plain name,
-    `alias` the name with the prefix. Without `model`, vectors are copied.
+    `alias` the name with the prefix. Without `model`, vectors are copied. `sparse` gets the full name of
+    the live collection.
     """
 
     job_id: str
@@ -82,6 +90,7 @@ class RebuildRequest(NamedTuple):
     name: str
     alias: str
     model: NewModel | None = None
+    sparse: Callable[[str], NewSparse] = lambda collection: NewSparse()
 
 
 class Clock(NamedTuple):
@@ -112,6 +121,7 @@ class Rebuild:
         self._mono_reported_s = -REPORT_EVERY_S
         #: Ids in the journal whose rows a read of the live collection did not return.
         self._missing: set[str] = set()
+        self._new_sparse: NewSparse | None = None
         #: Number of reads that this process announced.
         self._reads = 0
         #: Rows that this process wrote to the new collection, those of the journal included.
@@ -156,8 +166,13 @@ class Rebuild:
         return interrupted and self._phase == "done"
 
     def _is_resumable(self) -> bool:
-        """Whether there is an unfinished rebuild for the same model whose new collection still exists."""
+        """Whether there is an unfinished rebuild for the same model whose new collection still exists.
+
+        Its sparse vectors are of the same kind, too: rows that are copied already have them or not.
+        """
         if self._phase == "done" or self._fields.get("model", "") != self._model_name:
+            return False
+        if self._phase == "fill" and self._fields.get("sparse", "none") != self._sparse().kind:
             return False
         target = self._fields["target"]
         if self._phase == "fill" and not self._fields["cursor"] and not self._shadow.exists(target):
@@ -188,11 +203,12 @@ class Rebuild:
         source = self._shadow.live_collection(self._request.name)
         target = next_collection(self._request.alias, source, self._shadow.exists)
         mark = f"made by jobworker for {self._request.alias}, {os.urandom(8).hex()}"
+        self._new_sparse = self._request.sparse(source)
         # Recorded before the collection is created: after a kill, the next process recognises it by its mark.
         self._save(
             phase="fill", entry=self._request.entry, job=self._request.job_id, model=self._model_name,
             source=source, source_mark=self._shadow.mark(source) or "", target=target, mark=mark, cursor="",
-            copied="0", total=str(self._shadow.count(source)), sample="",
+            sparse=self._new_sparse.kind, copied="0", total=str(self._shadow.count(source)), sample="",
             model_before=self._fields.get("live_model", ""), journal=True,
         )  # fmt: skip
         fields = {"collection": self._request.alias, "target": target, "source": source}
@@ -209,7 +225,8 @@ class Rebuild:
         """Copy page by page in the order of ids; the cursor is the last id that was copied."""
         source, target = self._fields["source"], self._fields["target"]
         dim = self._request.model.dim if self._request.model else self._shadow.dim(source)
-        if not self._shadow.create(self._request.name, target, dim, self._fields.get("mark", "")):
+        kind = self._sparse().kind
+        if not self._shadow.create(self._request.name, target, dim, self._fields.get("mark", ""), kind):
             self._start()
             return
         mono_start_s, copied_before = self._clock.mono_s(), int(self._fields["copied"])
@@ -231,19 +248,24 @@ class Rebuild:
         self._save(reading=str(self._reads))
         return read(*arguments)
 
+    def _sparse(self) -> NewSparse:
+        if self._new_sparse is None:
+            self._new_sparse = self._request.sparse(self._fields["source"])
+        return self._new_sparse
+
     def _write(self, rows: Sequence[RawRow]) -> None:
-        if self._request.model:
-            rows = self._embed(rows, self._request.model)
+        embed = self._request.model.embed if self._request.model else self._sparse().embed
+        if embed:
+            rows = self._embed(rows, embed)
         self._shadow.upsert(self._fields["target"], rows)
         self.rows_written += len(rows)
 
-    def _embed(self, rows: Sequence[RawRow], model: NewModel) -> list[RawRow]:
+    def _embed(self, rows: Sequence[RawRow], embed: Embed) -> list[RawRow]:
         """The rows with new vectors. The lease is renewed in between: a large model on a CPU needs minutes
         for a page."""
         embedded: list[RawRow] = []
         for part in split_by_chars(rows, EMBED_CHARS):
-            vectors = model.embed(part)
-            embedded += [row | {"vector": vector} for row, vector in zip(part, vectors, strict=True)]
+            embedded += [row | fields for row, fields in zip(part, embed(part), strict=True)]
             self._save()
         return embedded
 

@@ -12,7 +12,7 @@ import msgspec
 
 from jobworker.worker import Job, PermanentError, StoreUnavailable, Unavailable, span
 
-from ..encoder.base import Encoder, UnsuitableText
+from ..encoder.base import Encoder, UnsuitableText, embed
 from ..encoder.load import load_from_settings
 from ..jobstore.erasures import id_name
 from ..jobstore.fence import Fence, WriteIntent
@@ -20,7 +20,7 @@ from ..jobstore.open import open_fence, open_records
 from ..jobstore.records import Put, Record, RecordKey, Records
 from ..settings import HandlerSettings
 from ..vectors.attribution import Attribution
-from ..vectors.open import open_store
+from ..vectors.open import open_store, wanted_sparse, with_sparse
 from ..vectors.ports import AnyRow, EntityRow, Row, SuspectStoreError, Vector, VectorStore
 from ..vectors.schema import DEFAULT_COLLECTION, ENTITIES_COLLECTION, SUMMARY_PREFIX, clip, entity_row_id
 from ..vectors.versioned_writer import VersionedWriter
@@ -100,8 +100,10 @@ class WriteBack:
         self._projection = Projection(self._records, self._writer, self._build_rows)
         self._source = self._given_model or _open_model(settings)
         self._sink = self._given_sink or open_sink(settings)
+        sparse = wanted_sparse(settings, of_model=self._encoder.has_sparse)
+        self._gives_sparse = self._store.supported_sparse(sparse) == "model"
         for collection in (DEFAULT_COLLECTION, ENTITIES_COLLECTION):
-            self._store.ensure_collection(collection, self._encoder.dim)
+            self._store.ensure_collection(collection, self._encoder.dim, sparse)
         if self._source is not None:
             # One mapping for the metrics of both.
             self._source.counters = self.counters = self.counters | self._source.counters
@@ -263,13 +265,15 @@ class WriteBack:
             raise PermanentError(f"entity {key.id}: the key belongs to another tenant or project")
 
     def _build_rows(self, records: Sequence[tuple[ProjectedRecord, Record]]) -> list[AnyRow]:
-        vectors = self._encoder.encode([_embedded_text(item.key, record) for item, record in records])
-        return [
+        plan = self._encoder.tokenize([_embedded_text(item.key, record) for item, record in records])
+        vectors, sparse = embed(self._encoder, plan, sparse=self._gives_sparse)
+        rows = [
             _summary_row(item.key, record, vector)
             if item.key.kind == "summary"
             else _entity_row(item.key, record, vector)
             for (item, record), vector in zip(records, vectors, strict=True)
         ]
+        return with_sparse(rows, sparse or [])
 
 
 def _spread(sentences: list[Sentence]) -> list[Sentence]:

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from ..jobstore.erasures import Scope
-from . import filters
+from ..sparse_vector import NOTHING, SparseVector
+from . import filters, fusion
 from . import schema as schemas
 from .ports import (
     NO_FILTER,
@@ -17,6 +18,7 @@ from .ports import (
     PermanentStoreError,
     Row,
     SearchFilter,
+    SparseKind,
     StoredRow,
     Vector,
 )
@@ -29,6 +31,7 @@ class MemoryVectors:
         self._prefix, self._named = prefix, partitions == "named"
         self._lock = threading.Lock()
         self._dims: dict[str, int] = {}
+        self._sparse: dict[str, SparseKind] = {}
         self._rows: dict[str, dict[str, AnyRow]] = {}
         #: Rows of the collections of rebuilds, by full name.
         self.copies: dict[str, dict[str, AnyRow]] = {}
@@ -36,8 +39,9 @@ class MemoryVectors:
     def ping(self) -> None:
         """Never fails."""
 
-    def ensure_collection(self, name: str, dim: int) -> None:
+    def ensure_collection(self, name: str, dim: int, sparse: SparseKind = "none") -> None:
         with self._lock:
+            self._sparse.setdefault(self._full(name), self.supported_sparse(sparse))
             actual_dim = self._dims.setdefault(self._full(name), dim)
             self._rows.setdefault(self._full(name), {})
         if actual_dim != dim:
@@ -78,18 +82,51 @@ class MemoryVectors:
         schema = schemas.schema_of(name)
         query = schemas.check_vector(vector, self._dim(name))
         rows = self._rows_of(name, tenant_id, project_id)
-        scored = [(cosine(query, row.vector), row) for row in rows if is_within(row, where)]
+        scored = [(schemas.cosine(query, row.vector), row) for row in rows if is_within(row, where)]
         scored.sort(key=lambda pair: -pair[0])
         return [
             schema.hit(row.id, score, *(getattr(row, field) for field in schema.hit_fields[2:]))
             for score, row in scored[: schemas.check_limit(limit)]
         ]
 
+    def sparse_kind(self, name: str, *, fresh: bool = False) -> SparseKind:
+        self._dim(name)
+        return self._sparse.get(self._full(name), "none")
+
+    def supported_sparse(self, kind: SparseKind) -> SparseKind:
+        # It has no BM25.
+        return kind if kind == "model" else "none"
+
+    def hybrid_search(
+        self,
+        name: str,
+        vector: Vector,
+        lexical: SparseVector | str,
+        *,
+        tenant_id: str,
+        project_id: str,
+        limit: int = 5,
+        where: SearchFilter = NO_FILTER,
+    ) -> list[AnyHit]:
+        if self.sparse_kind(name) != "model" or isinstance(lexical, str):
+            raise PermanentStoreError(f"collection {self._full(name)} has no such sparse vectors")
+        dense = self.search(
+            name, vector, tenant_id=tenant_id, project_id=project_id, limit=16384, where=where
+        )
+        asked = lexical.as_dict()
+        rows = [row for row in self._rows_of(name, tenant_id, project_id) if is_within(row, where)]
+        scores = {row.id: _product(asked, row.sparse or NOTHING) for row in rows}
+        named = sorted((id_ for id_, score in scores.items() if score > 0), key=lambda id_: -scores[id_])
+        most = fusion.candidates(schemas.check_limit(limit))
+        hits = {hit.id: hit for hit in dense}
+        rankings = ([hit.id for hit in dense[:most]], named[:most])
+        return [hits[id_] for id_ in fusion.fuse(rankings, limit)]
+
     def get(
         self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str, strong: bool = False
     ) -> list[AnyRow]:
         wanted = [schemas.check_id("id", row_id) for row_id in dict.fromkeys(ids)]
-        own = {row.id: row for row in self._rows_of(name, tenant_id, project_id)}
+        own = {row.id: row._replace(sparse=None) for row in self._rows_of(name, tenant_id, project_id)}
         return [own[row_id] for row_id in wanted if row_id in own]
 
     def versions(self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str) -> dict[str, int]:
@@ -192,7 +229,5 @@ def _is_in(row: AnyRow, scope: Scope) -> bool:
     )
 
 
-def cosine(left: Vector, right: Vector) -> float:
-    """Cosine of two vectors of the same shape; 0 if one of them is zero."""
-    lengths = float(np.linalg.norm(left) * np.linalg.norm(right))
-    return float(np.dot(left, right)) / lengths if lengths else 0.0
+def _product(asked: dict[int, float], sparse: SparseVector) -> float:
+    return sum(asked.get(id_, 0.0) * weight for id_, weight in sparse.as_dict().items())

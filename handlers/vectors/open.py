@@ -1,7 +1,24 @@
-"""Factory of the vector store that the settings name."""
+"""Factory of the vector store that the settings name, and the sparse vectors that they want."""
+
+from collections.abc import Sequence
 
 from ..settings import HandlerSettings
-from .ports import VectorStore
+from ..sparse_vector import SparseVector
+from .ports import AnyRow, SparseKind, VectorStore
+
+
+def wanted_sparse(settings: HandlerSettings, *, of_model: bool) -> SparseKind:
+    """Sparse vectors of new collections: those of the model if it gives them, else the store's BM25."""
+    if settings.sparse == "off":
+        return "none"
+    return "model" if of_model else "bm25"
+
+
+def with_sparse(rows: Sequence[AnyRow], sparse: Sequence[SparseVector]) -> list[AnyRow]:
+    """The rows with a sparse vector each; `sparse` is empty if there are none."""
+    if not sparse:
+        return list(rows)
+    return [row._replace(sparse=one) for row, one in zip(rows, sparse, strict=True)]
 
 
 def open_store(settings: HandlerSettings) -> VectorStore:
@@ -14,4 +31,5 @@ def open_store(settings: HandlerSettings) -> VectorStore:
         token=settings.milvus_token or None,
         prefix=settings.milvus_prefix,
         partitions="named" if settings.milvus_partitions == "named" else "key",
+        sparse_on_lite=settings.sparse == "on",
     )

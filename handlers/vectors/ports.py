@@ -1,7 +1,7 @@
 """Port to a vector store: rows, hits, errors and the protocol. Imports no store and nothing heavy."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +9,10 @@ from numpy.typing import NDArray
 from jobworker.worker import PermanentError
 
 from ..jobstore.erasures import Scope
+from ..sparse_vector import SparseVector
 
+#: Where the sparse vectors of a collection come from: nowhere, the model, or the store's BM25.
+SparseKind = Literal["none", "model", "bm25"]
 Vector = NDArray[np.float32]
 
 
@@ -72,7 +75,8 @@ class Row(NamedTuple):
 
     `version` and `created_us` are stored if the collection permits dynamic fields, as all collections created
     here do. They tell which version of a text the row belongs to, and when its job was created (unix
-    microseconds, 0 for unknown).
+    microseconds, 0 for unknown). `sparse` is written to a collection with sparse vectors of the
+    model, and never read back.
     """
 
     id: str
@@ -85,6 +89,7 @@ class Row(NamedTuple):
     text_content: str = ""
     version: int = 0
     created_us: int = 0
+    sparse: SparseVector | None = None
 
 
 class EntityRow(NamedTuple):
@@ -100,6 +105,7 @@ class EntityRow(NamedTuple):
     description: str = ""
     version: int = 0
     created_us: int = 0
+    sparse: SparseVector | None = None
 
 
 class StoredRow(NamedTuple):
@@ -151,8 +157,10 @@ class VectorStore(Protocol):
     def ping(self) -> None:
         """Return if the store answers within a few seconds, else raise TransientStoreError."""
 
-    def ensure_collection(self, name: str, dim: int) -> None:
-        """Create the collection, its index and its alias if missing, and load it. Safe in many processes.
+    def ensure_collection(self, name: str, dim: int, sparse: SparseKind = "none") -> None:
+        """Create the collection, its indexes and its alias if missing, and load it. Safe in many processes.
+
+        A new collection gets the field `sparse` for this kind, as far as the store supports it.
 
         Raises PermanentStoreError if it exists with another dimension than `dim`, or with fields that cannot
         hold the rows of this service.
@@ -183,6 +191,32 @@ class VectorStore(Protocol):
         """The rows of one tenant and project nearest to `vector` (dim,), the nearest first.
 
         `strong` includes every finished write of any process; slower on a Milvus server.
+        """
+
+    def sparse_kind(self, name: str, *, fresh: bool = False) -> SparseKind:
+        """Sparse vectors of the collection that answers now. Raises CollectionMissing.
+
+        Another process may have rebuilt it within the last seconds, unless `fresh`.
+        """
+
+    def supported_sparse(self, kind: SparseKind) -> SparseKind:
+        """The kind, or `none` where the store lacks it or a search by it is slow."""
+
+    def hybrid_search(
+        self,
+        name: str,
+        vector: Vector,
+        lexical: SparseVector | str,
+        *,
+        tenant_id: str,
+        project_id: str,
+        limit: int = 5,
+        where: SearchFilter = NO_FILTER,
+    ) -> list[AnyHit]:
+        """As `search`, in the order of both ranks fused (`fusion`); the score of a hit is its cosine.
+
+        `lexical`: the sparse vector of the question, for the kind `bm25` its text. Raises PermanentStoreError
+        if the collection has no such vectors.
         """
 
     def get(

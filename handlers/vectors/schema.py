@@ -20,6 +20,7 @@ from .ports import (
     Row,
     SearchFilter,
     StoredRow,
+    Vector,
 )
 
 #: Collection of a job that names none.
@@ -65,7 +66,10 @@ class Scalar(NamedTuple):
 
 
 class Schema(NamedTuple):
-    """Scalar fields of a collection, and the types of its rows and hits."""
+    """Scalar fields of a collection, and the types of its rows and hits.
+
+    `row_fields`: those that are read.
+    """
 
     fields: tuple[Scalar, ...]
     row: Callable[..., AnyRow]
@@ -73,12 +77,18 @@ class Schema(NamedTuple):
     row_fields: tuple[str, ...]
     hit_fields: tuple[str, ...]
 
+    @property
+    def named_in(self) -> str:
+        """The field of which a store computes BM25."""
+        return "text_content" if self.row is Row else "name"
+
 
 def _schema(row: type[AnyRow], hit: type[AnyHit], *fields: tuple[str, int | None]) -> Schema:
     """A schema: id, tenant and project, then `fields`."""
     common = (("id", 64), ("tenant_id", 64), ("project_id", 64))
     scalars = tuple(Scalar(*field) for field in (*common, *fields))
-    return Schema(scalars, row, hit, row._fields, hit._fields)
+    read = tuple(field for field in row._fields if field != "sparse")
+    return Schema(scalars, row, hit, read, hit._fields)
 
 
 SEGMENTS = _schema(
@@ -225,6 +235,8 @@ def check_row(schema: Schema, row: AnyRow, dim: int) -> None:
     for what in ("id", "tenant_id", "project_id"):
         check_id(what, getattr(row, what))
     check_vector(row.vector, dim)
+    if row.sparse is not None and not np.isfinite(row.sparse.weights).all():
+        raise PermanentStoreError("sparse vector holds NaN or infinity")
     for field in schema.fields:
         check_scalar(field, getattr(row, field.name))
     check_scalar(Scalar("version", None), row.version)
@@ -290,7 +302,8 @@ def check_owners(name: str, rows: Sequence[AnyRow], owners: dict[str, tuple[str,
 def row_bytes(row: AnyRow) -> int:
     """Upper bound of the bytes of a row on the wire."""
     texts = sum(len(value.encode()) for value in row if isinstance(value, str))
-    return int(row.vector.size) * 4 + texts + ROW_OVERHEAD_BYTES
+    sparse = 8 * len(row.sparse.ids) if row.sparse else 0
+    return int(row.vector.size) * 4 + sparse + texts + ROW_OVERHEAD_BYTES
 
 
 def requests(
@@ -336,10 +349,18 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[start : start + size]
 
 
-def hit_of(schema: Schema, answer: dict[str, Any]) -> AnyHit:
-    """A hit from the server's response."""
+def hit_of(schema: Schema, answer: dict[str, Any], cosine_to: Vector | None = None) -> AnyHit:
+    """A hit from the server's response; its score is the server's, or the cosine to a vector."""
     fields = _present(answer["entity"], schema.hit_fields[2:])
-    return schema.hit(id=answer["id"], score=float(answer["distance"]), **fields)
+    distance = answer["distance"]
+    score = float(distance) if cosine_to is None else cosine(cosine_to, answer["entity"]["vector"])
+    return schema.hit(id=answer["id"], score=score, **fields)
+
+
+def cosine(left: Any, right: Any) -> float:
+    """Cosine of two vectors of the same shape; 0 if one of them is zero."""
+    lengths = float(np.linalg.norm(left) * np.linalg.norm(right))
+    return float(np.dot(left, right)) / lengths if lengths else 0.0
 
 
 def clip(text: str, limit_bytes: int = TEXT_LIMIT_BYTES) -> str:

@@ -1,6 +1,7 @@
 """Rebuilds on Milvus Lite and Milvus 2.3.5 while clients search and write."""
 
 import contextlib
+import dataclasses
 import threading
 import time
 import uuid
@@ -13,16 +14,19 @@ import pytest
 
 from jobworker.handlers.encoder.base import DummyEncoder
 from jobworker.handlers.jobstore.open import open_fence
+from jobworker.handlers.rebuild import handler as rebuild_handler
 from jobworker.handlers.rebuild import rebuild
 from jobworker.handlers.rebuild.handler import IndexRebuild
 from jobworker.handlers.rebuild.milvus import open_shadow
 from jobworker.handlers.settings import HandlerSettings
+from jobworker.handlers.sparse_vector import SparseVector
 from jobworker.handlers.vectors import schema as scalars
 from jobworker.handlers.vectors.milvus.store import Row, VectorStoreError, open_vectors
 from jobworker.handlers.vectors.ports import PermanentStoreError, TransientStoreError
 from jobworker.handlers.vectors.versioned_writer import VersionedRows, VersionedWriter
 from jobworker.worker import Job, PermanentError
 from support.redis_servers import running
+from support.sparse_encoder import SparseDummy
 
 NAME = "story_segments"
 SCOPE: dict[str, Any] = {"tenant_id": "t", "project_id": "p"}
@@ -56,8 +60,8 @@ class World:
         self.shadow = open_shadow(uri, token=None, prefix=self.prefix, named=partitions == "named")
         self.alias = self.prefix + NAME
 
-    def open(self) -> Any:
-        return open_vectors(self.settings.milvus_uri, prefix=self.prefix, partitions=self.partitions)
+    def open(self, **more: Any) -> Any:
+        return open_vectors(self.settings.milvus_uri, prefix=self.prefix, partitions=self.partitions, **more)
 
     def writer(self, store: Any, model: str = "") -> VersionedWriter:
         return VersionedWriter(store, open_fence(self.settings.redis_url), prefix=self.prefix, model=model)
@@ -199,6 +203,34 @@ def test_a_rebuild_loses_no_row_and_fails_no_search(world: World) -> None:
     world.check(expected)
     assert world.shadow.live_collection(NAME) == f"{world.alias}_v2"
     assert not world.shadow.exists(f"{world.alias}_v1")
+
+
+def test_a_rebuild_adds_sparse_vectors_while_clients_search_and_write(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = SparseDummy(DIM)
+    monkeypatch.setattr(rebuild_handler, "load_from_settings", lambda settings, model: encoder)
+    monkeypatch.setattr(IndexRebuild, "_has_head", lambda handler, model: True)
+    world.settings = dataclasses.replace(world.settings, sparse="on")
+    kind = world.open(sparse_on_lite=True).supported_sparse("model")
+    world.writer(world.store).write(NAME, [VersionedRows("first", world.rows(0, 600))])
+    assert len(world.store.search(NAME, ENCODER.encode(["first 5"])[0], strong=True, **SCOPE)) == 5
+    with users(world) as (faults, searches, newest):
+        world.rebuild()
+    assert not faults, faults[:3]
+    assert min(searches[0], len(newest)) > 5
+    world.check({row.id: row.text_content for row in world.rows(0, 600)} | newest)
+    # It knows the collection as it was.
+    vectors, sparse = encoder.forward_both(encoder.tokenize(["宝玉"]))
+    assert sparse
+    world.store.upsert(NAME, [Row("late", -vectors[0], "t", "p", text_content="宝玉", sparse=sparse[0])])
+    assert world.store.sparse_kind(NAME, fresh=True) == kind
+    if kind == "model":
+        found = world.store.hybrid_search(NAME, vectors[0], sparse[0], **SCOPE, limit=60)
+        assert "late" in [hit.id for hit in found]
+        old = SparseVector.of({ord("t"): 1.0, ord("9"): 1.0})
+        found = world.store.hybrid_search(NAME, vectors[0], old, **SCOPE, limit=100)
+        assert sum("9" in hit.text_content for hit in found) > 50
 
 
 def test_rows_are_embedded_again_with_another_dimension(world: World) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.handlers.jobstore.erasures import Scope
+from jobworker.handlers.sparse_vector import SparseVector
 from jobworker.handlers.vectors import schema as schemas
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.milvus.errors import Verdict, classify
@@ -28,7 +29,7 @@ from jobworker.handlers.vectors.milvus.store import (
     VectorStore,
     open_vectors,
 )
-from jobworker.handlers.vectors.ports import StoredRow
+from jobworker.handlers.vectors.ports import SearchFilter, StoredRow
 from jobworker.worker import PermanentError
 from support.milvus import lite_server, wait_until
 from support.redis_servers import free_port
@@ -618,3 +619,70 @@ def test_requests_keep_both_limits_and_the_order(sizes: list[int], max_rows: int
         assert len(batch) == 1 or sum(map(schemas.row_bytes, batch)) <= max_bytes
     for left, right in pairwise(cut):
         assert len(left) == max_rows or sum(map(schemas.row_bytes, [*left, right[0]])) > max_bytes
+
+
+# ---- sparse vectors
+
+
+def sparse_row(id_: str, tenant: str, axis: int, weights: dict[int, float], **more: Any) -> Row:
+    vector = np.zeros(DIM, np.float32)
+    vector[axis] = 1
+    sparse = SparseVector.of(weights)
+    return Row(id_, vector, tenant, "p", "c1", 1, "scene", id_, sparse=sparse)._replace(**more)
+
+
+@pytest.mark.parametrize("backend", ["memory", "lite"])
+def test_a_hybrid_search_fuses_the_ranks_of_both_vectors(
+    backends: Backends, backend: str, tenant: str
+) -> None:
+    store: Any = MemoryVectors(prefix="s_")
+    if backend != "memory":
+        store = open_vectors(backends.uri(backend), prefix="s_", sparse_on_lite=True)
+    store.ensure_collection(NAME, DIM, "model")
+    assert store.sparse_kind(NAME) == "model"
+    rows = [
+        sparse_row("named", tenant, 3, {7: 0.9, 8: 0.1}),
+        sparse_row("near", tenant, 0, {9: 0.5}),
+        sparse_row("both", tenant, 0, {7: 0.2}, vector=np.array([0.9, 0.4, *[0] * 6], np.float32)),
+        sparse_row("silent", tenant, 5, {}),
+        sparse_row("unweighed", tenant, 6, {}, sparse=None),
+        sparse_row("elsewhere", tenant, 0, {7: 1.0}, project_id="q"),
+    ]
+    store.upsert(NAME, [row._replace(id=f"{tenant}:{row.id}") for row in rows])
+    question, scope = rows[1].vector, {"tenant_id": tenant, "project_id": "p"}
+    asked = SparseVector.of({7: 1.0})
+    wait_until(lambda: len(store.search(NAME, question, **scope, limit=9, strong=True)) == 5, 20, "rows")
+    hits = store.hybrid_search(NAME, question, asked, **scope, limit=9)
+    found = [hit.id.removeprefix(f"{tenant}:") for hit in hits]
+    assert (set(found[:2]), found[2]) == ({"both", "named"}, "near")
+    assert "elsewhere" not in found
+    assert {hit.id: pytest.approx(hit.score, abs=1e-5) for hit in hits} == {
+        hit.id: hit.score for hit in store.search(NAME, question, **scope, limit=9)
+    }
+    assert store.hybrid_search(NAME, question, SparseVector.of({}), **scope, limit=1)[0].id.endswith("near")
+    assert [row.id for row in store.get(NAME, [f"{tenant}:silent"], **scope)] == [f"{tenant}:silent"]
+    only = store.hybrid_search(NAME, question, asked, **scope, where=SearchFilter(chapter_ids=("c2",)))
+    assert only == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_with_sparse_vectors_fit_a_collection_without_them(
+    backends: Backends, backend: str, tenant: str
+) -> None:
+    store = backends.store(backend, "key")
+    assert store.sparse_kind(NAME) == "none"
+    store.upsert(NAME, [sparse_row(f"{tenant}:x", tenant, 0, {7: 0.9})])
+    (row,) = store.get(NAME, [f"{tenant}:x"], tenant_id=tenant, project_id="p", strong=True)
+    assert row.sparse is None
+    with pytest.raises(PermanentStoreError):
+        store.hybrid_search(NAME, row.vector, SparseVector.of({7: 1.0}), tenant_id=tenant, project_id="p")
+
+
+@pytest.mark.parametrize(
+    ("version", "lite", "kinds"),
+    [("v2.3.5", False, "none none"), ("v2.4.1", False, "model none"), ("v2.6.0", False, "model bm25"),
+     ("milvus_lite 3.2.2", True, "none none"), ("cloud", False, "model bm25")],
+)  # fmt: skip
+def test_a_server_has_the_kinds_of_its_version(version: str, lite: bool, kinds: str) -> None:
+    server = Server(version, lite=lite)
+    assert " ".join([server.sparse("model"), server.sparse("bm25")]) == kinds

@@ -16,8 +16,12 @@ class RecentMilvus(milvus_pb2_grpc.MilvusServiceServicer):
 
     def __init__(self, version: str) -> None:
         self.version = version
-        #: All requests with a filter: search, query, delete.
+        #: All requests with a filter: search, query, delete; those of a hybrid search one by one.
         self.requests: list[Any] = []
+        #: Parameters by which hybrid searches fuse ranks.
+        self.rank_params: list[dict[str, str]] = []
+        #: Whether collections have BM25 vectors.
+        self.bm25 = False
 
     def Connect(self, request: Any, context: Any) -> Any:
         info = common_pb2.ServerInfo(build_tags=self.version)
@@ -34,8 +38,13 @@ class RecentMilvus(milvus_pb2_grpc.MilvusServiceServicer):
         key = schema_pb2.FieldSchema(
             fieldID=100, name="id", data_type=schema_pb2.DataType.VarChar, is_primary_key=True
         )
+        words = schema_pb2.FieldSchema(
+            fieldID=102, name="sparse", data_type=schema_pb2.DataType.SparseFloatVector,
+            is_function_output=True,
+        )  # fmt: skip
+        fields = [key, vector, *([words] if self.bm25 else [])]
         schema = schema_pb2.CollectionSchema(
-            name=request.collection_name, fields=[key, vector], enable_dynamic_field=True
+            name=request.collection_name, fields=fields, enable_dynamic_field=True
         )
         return milvus_pb2.DescribeCollectionResponse(schema=schema, collection_name=request.collection_name)
 
@@ -47,6 +56,11 @@ class RecentMilvus(milvus_pb2_grpc.MilvusServiceServicer):
 
     def Search(self, request: Any, context: Any) -> Any:
         self.requests.append(request)
+        return milvus_pb2.SearchResults(results=schema_pb2.SearchResultData(num_queries=1, topks=[0]))
+
+    def HybridSearch(self, request: Any, context: Any) -> Any:
+        self.requests.extend(request.requests)
+        self.rank_params.append({pair.key: pair.value for pair in request.rank_params})
         return milvus_pb2.SearchResults(results=schema_pb2.SearchResultData(num_queries=1, topks=[0]))
 
     def Delete(self, request: Any, context: Any) -> Any:

@@ -52,6 +52,34 @@ def tiny_model(
     return folder
 
 
+def add_sparse_head(folder: Path, form: str = "sparse_linear.pt", *, hidden: int = HIDDEN) -> Path:
+    """Give a model a sparse head like that of bge-m3, in a pickle, in safetensors or in the model's file."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(11)
+    head = {"weight": torch.randn(1, hidden) * 0.3, "bias": torch.tensor([2.5])}
+    if form.endswith(".pt"):
+        torch.save(head, folder / form)
+    elif form == "model.safetensors":
+        whole = load_file(folder / form) | {f"sparse_linear.{name}": one for name, one in head.items()}
+        save_file(whole, folder / form, {"format": "pt"})
+    else:
+        save_file(head, folder / form)
+    return folder
+
+
+def attend(query: Any, key: Any, value: Any, starts: Any, _: Any, *longest: int) -> Any:
+    """What `varlen_attn` of torch computes, which needs a GPU."""
+    import torch
+
+    parts = []
+    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        window = (one[start:end].transpose(0, 1) for one in (query, key, value))
+        parts.append(torch.nn.functional.scaled_dot_product_attention(*window).transpose(0, 1))
+    return torch.cat(parts)
+
+
 def tiny_tokenizer(kind: str) -> Any:
     """The tokenizer of the tiny models of `kind`."""
     from tokenizers import Tokenizer

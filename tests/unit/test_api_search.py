@@ -137,6 +137,9 @@ def test_a_service_without_a_store_says_so() -> None:
 
 def test_a_store_that_does_not_answer_gets_503() -> None:
     class Down(Store):
+        def sparse_kind(self, name: str, *, fresh: bool = False) -> Any:
+            return "none"
+
         def search(self, *arguments: Any, **more: Any) -> Any:
             raise TransientStoreError("secret-host: connection refused")
 

@@ -95,15 +95,15 @@ def test_every_field_of_the_payload_reaches_its_row() -> None:
     )
     embed.handle(job(given_payload))
     first, second = rows(store, "a", "b")
-    assert first[2:-1] == ("t001", "p123", "c1", -5, "scene", "text of a", 7)
-    assert second[2:-1] == ("t001", "p123", "", 2**63 - 1, "", "text of b", 7)
+    assert first[2:-2] == ("t001", "p123", "c1", -5, "scene", "text of a", 7)
+    assert second[2:-2] == ("t001", "p123", "", 2**63 - 1, "", "text of b", 7)
     assert np.array_equal(first.vector, DummyEncoder(8).encode(["text of a"])[0])
 
 
 def test_the_minimal_payload_of_the_go_producers_is_enough() -> None:
     embed, store = handler()
     embed.handle(job(payload("a", tenant_id="t001", project_id="p123", chapter_ids=None)))
-    assert rows(store, "a")[0][4:-1] == ("", 0, "", "text of a", 0)
+    assert rows(store, "a")[0][4:-2] == ("", 0, "", "text of a", 0)
 
 
 def test_running_a_job_twice_leaves_the_same_rows() -> None:

@@ -1,5 +1,6 @@
 """Filters as a server receives them: template parameters from Milvus 2.5 on, quoted ids before."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 
 from jobworker.handlers.rebuild.milvus import open_shadow
 from jobworker.handlers.vectors import filters
+from jobworker.handlers.vectors import schema as schemas
+from jobworker.handlers.vectors.milvus.client import collection_options
 from jobworker.handlers.vectors.milvus.store import PermanentStoreError, VectorStore, open_vectors
 from jobworker.handlers.vectors.ports import SearchFilter
 from support.recent_milvus import DIM, recent_milvus
@@ -64,6 +67,41 @@ def test_values_go_beside_the_text_where_the_server_takes_them(
     (request,) = server.requests
     assert filter_of(request) == text
     assert values_of(request) == values
+
+
+def test_both_parts_of_a_hybrid_search_are_kept_to_the_tenant() -> None:
+    with recent_milvus("v2.5.4") as (uri, server):
+        server.bm25 = True
+        store = open_vectors(uri, timeout_s=5)
+        assert store.sparse_kind(NAME) == "bm25"
+        store.hybrid_search(NAME, np.ones(DIM, np.float32), "谁是宝玉", **SCOPE)
+        store.close()
+    dense, words = server.requests
+    for request in (dense, words):
+        assert filter_of(request) == "tenant_id == {tenant_id} and project_id == {project_id}"
+        assert values_of(request) == WHOSE
+    assert "谁是宝玉".encode() in words.placeholder_group
+    params = [{pair.key: pair.value for pair in one.search_params} for one in (dense, words)]
+    assert [(one["anns_field"], one["metric_type"]) for one in params] == [
+        ("vector", "COSINE"),
+        ("sparse", "BM25"),
+    ]
+    (fused,) = server.rank_params
+    assert (fused["strategy"], json.loads(fused["params"])) == ("rrf", {"k": 60})
+
+
+@pytest.mark.parametrize("name", ["story_segments", "entity_profiles"])
+def test_a_new_collection_has_words_where_the_server_splits_them(name: str) -> None:
+    schema = schemas.schema_of(name)
+    options = collection_options(schema, DIM, partition_key=True, mark="m", lite=False, sparse="bm25")
+    layout = options["schema"].to_dict()
+    (function,) = layout["functions"]
+    assert (function["input_field_names"], function["output_field_names"]) == ([schema.named_in], ["sparse"])
+    (named,) = [field for field in layout["fields"] if field.get("params", {}).get("enable_analyzer")]
+    assert (named["name"], json.loads(named["params"]["analyzer_params"])) == (
+        schema.named_in,
+        {"type": "chinese"},
+    )
 
 
 def test_an_older_server_gets_quoted_ids() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from jobworker.handlers.encoder.packed_bert import PackedBert, packed_bert
 from jobworker.handlers.encoder.precision_check import min_cosine
+from support.tiny_models import attend
 
 # Not imported here: each process of the suite imports all files.
 pytestmark = pytest.mark.skipif(not find_spec("torch"), reason="torch: not installed (extra `embedded`)")
@@ -14,17 +15,6 @@ pytestmark = pytest.mark.skipif(not find_spec("torch"), reason="torch: not insta
 PAD, VOCABULARY, WINDOW, HIDDEN = 1, 50, 40, 32
 # Lengths differ, one window has one token, and one has the padding token in the middle of its text.
 WINDOWS = [[0, 7, 8, 9, 2], [4], [0, 11, PAD, 12, 13, 2], list(range(5, 45))]
-
-
-def attend(query: Any, key: Any, value: Any, starts: Any, _: Any, *longest: int) -> Any:
-    """What `varlen_attn` of torch computes, which needs a GPU."""
-    import torch
-
-    parts = []
-    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        window = (one[start:end].transpose(0, 1) for one in (query, key, value))
-        parts.append(torch.nn.functional.scaled_dot_product_attention(*window).transpose(0, 1))
-    return torch.cat(parts)
 
 
 def model(family: str, **options: Any) -> Any:

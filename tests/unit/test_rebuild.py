@@ -122,7 +122,7 @@ def test_a_slow_model_keeps_the_lease_and_gets_small_pages(monkeypatch: pytest.M
     def slow(encoder: Any, records: Any) -> Any:
         world.sleep(3.0 * len(records))
         taken.append(world.fence.begin(ALIAS, "s/9-9", 1000))
-        return OLD.encode([embedded_text(record) for record in records])
+        return [{"vector": one} for one in OLD.encode([embedded_text(record) for record in records])]
 
     def around(name: str, before: bool) -> None:
         if name == "upsert" and before:

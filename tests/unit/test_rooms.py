@@ -30,6 +30,7 @@ DOORS = {
         "handlers/encoder/base.py",
         "handlers/encoder/torch.py",
         "handlers/encoder/packed_bert.py",
+        "handlers/encoder/sparse_head.py",
         "handlers/encoder/convert.py",
     ],
     "sentence_transformers": ["handlers/encoder/torch.py", "handlers/encoder/convert.py"],
@@ -94,9 +95,9 @@ BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}
 JOB_TYPES = {"embedding", "rebuild", "summaries", "audit", "erasure"}
 SHARED_BELOW = {
     "jobstore": set(),
-    "vectors": {"jobstore", "graphemes"},
-    "encoder": {"vectors", "file_lock", "graphemes"},
-    "api": {"vectors", "encoder", "jobstore"},
+    "vectors": {"jobstore", "graphemes", "sparse_vector"},
+    "encoder": {"vectors", "file_lock", "graphemes", "sparse_vector"},
+    "api": {"vectors", "encoder", "jobstore", "sparse_vector"},
     "book": {"vectors", "encoder", "doctor"},
 }
 #: What handlers may import of the engine besides the names in worker/__init__.py.

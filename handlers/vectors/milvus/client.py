@@ -7,11 +7,13 @@ from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import grpc
-from pymilvus import DataType, MilvusClient
+from pymilvus import AnnSearchRequest, DataType, Function, FunctionType, MilvusClient, RRFRanker
 from pymilvus.exceptions import MilvusException
 
 from .. import schema as schemas
 from ..filters import Filter
+from ..fusion import RRF_K
+from ..ports import SparseKind
 from .errors import ERROR_CLASSES, REFUSING_STATUSES, classify
 from .server_info import MARK, Server
 
@@ -37,6 +39,8 @@ _MAX_CAUSES = 8
 # The default depends on the Milvus version; all of them permit 64.
 NUM_PARTITIONS = 64
 INDEX = {"index_type": "HNSW", "metric_type": "COSINE", "params": {"M": 16, "efConstruction": 200}}
+# The server's own analyser: words of Chinese (jieba), lower case, no punctuation.
+ANALYSER = {"type": "chinese"}
 
 LITE_NOTE = (
     "16 buckets for the partition key, filters without templates, NaN and VARCHAR limits checked by this "
@@ -161,7 +165,13 @@ def detect_server(client: Any, timeout_s: float) -> Server:
 
 
 def collection_options(
-    schema: schemas.Schema, dim: int, *, partition_key: bool, mark: str, lite: bool
+    schema: schemas.Schema,
+    dim: int,
+    *,
+    partition_key: bool,
+    mark: str,
+    lite: bool,
+    sparse: SparseKind = "none",
 ) -> dict[str, Any]:
     """Options of `create_collection`; `partition_key` makes the tenant the partition key.
 
@@ -170,8 +180,14 @@ def collection_options(
     # `version` is a dynamic field: other writers would have to fill a fixed column.
     layout = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=True, description=mark)
     for field in schema.fields:
-        layout.add_field(field.name, **field_options(field, partition_key=partition_key))
+        is_analysed = sparse == "bm25" and field.name == schema.named_in
+        analysed = {"enable_analyzer": True, "analyzer_params": ANALYSER} if is_analysed else {}
+        layout.add_field(field.name, **field_options(field, partition_key=partition_key), **analysed)
     layout.add_field("vector", datatype=DataType.FLOAT_VECTOR, dim=dim)
+    if sparse != "none":
+        layout.add_field("sparse", datatype=DataType.SPARSE_FLOAT_VECTOR)
+    if sparse == "bm25":
+        layout.add_function(Function("bm25", FunctionType.BM25, [schema.named_in], ["sparse"]))
     # Milvus Lite does not store descriptions; a Milvus server may refuse an unknown property.
     options: dict[str, Any] = {"schema": layout, "consistency_level": "Bounded"}
     if lite:
@@ -196,3 +212,24 @@ def index_options() -> Any:
     params = MilvusClient.prepare_index_params()
     params.add_index("vector", index_name="vector", **INDEX)
     return params
+
+
+def sparse_index_options(sparse: SparseKind) -> Any:
+    """Parameters of the index of sparse vectors."""
+    params = MilvusClient.prepare_index_params()
+    metric = "BM25" if sparse == "bm25" else "IP"
+    params.add_index("sparse", index_name="sparse", index_type="SPARSE_INVERTED_INDEX", metric_type=metric)
+    return params
+
+
+def hybrid_arguments(
+    dense: list[float], lexical: dict[int, float] | str, ef: int, candidates: int, filter_: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of `hybrid_search`; `filter_` has those of a filter."""
+    metric = "BM25" if isinstance(lexical, str) else "IP"
+    where = {"expr": filter_["filter"], "expr_params": filter_.get("filter_params")}
+    by_vector = AnnSearchRequest(
+        [dense], "vector", {"metric_type": "COSINE", "params": {"ef": ef}}, candidates, **where
+    )
+    by_words = AnnSearchRequest([lexical], "sparse", {"metric_type": metric}, candidates, **where)
+    return {"reqs": [by_vector, by_words], "ranker": RRFRanker(RRF_K)}

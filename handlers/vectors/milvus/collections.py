@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .. import schema as schemas
-from ..ports import TransientStoreError, VectorStoreError
+from ..ports import SparseKind, TransientStoreError, VectorStoreError
 from .errors import NoCollection
-from .server_info import check_usable, mark_of
+from .server_info import CollectionInfo, check_usable, mark_of
 
 if TYPE_CHECKING:
     from .client import MilvusClientHandle
@@ -44,16 +44,18 @@ class CollectionAdmin:
     def __init__(self, milvus: "MilvusClientHandle", *, named: bool) -> None:
         self._milvus, self._timeout_s, self._named = milvus, milvus.timeout_s, named
 
-    def ensure(self, alias: str, schema: schemas.Schema, dim: int) -> dict[str, Any]:
+    def ensure(
+        self, alias: str, schema: schemas.Schema, dim: int, sparse: SparseKind = "none"
+    ) -> dict[str, Any]:
         """Create, check and load a collection and its alias; returns the server's description."""
         description = self.describe(alias)
         if description is None:
-            self._create(alias, schema, dim)
+            self._create(alias, schema, dim, sparse)
             description = self.describe(alias)
         if description is None:
             raise TransientStoreError(f"collection {alias} was created but is not visible yet")
         check_usable(alias, schema, description, dim, named=self._named, server=self._milvus.server())
-        create_if_missing(lambda: self.has_index(alias), lambda: self.create_index(alias))
+        self._index(alias, CollectionInfo.of(description).sparse)
         self.load(alias)
         return description
 
@@ -67,12 +69,12 @@ class CollectionAdmin:
             return None
         return description
 
-    def _create(self, alias: str, schema: schemas.Schema, dim: int) -> None:
+    def _create(self, alias: str, schema: schemas.Schema, dim: int, sparse: SparseKind) -> None:
         """Create collection, index and alias if missing. Each step tolerates other workers that start."""
         target = next(
             name
             for name in (f"{alias}_v{number}" for number in itertools.count(1))
-            if self.create(name, schema, dim, f"made by jobworker for {alias}")
+            if self.create(name, schema, dim, f"made by jobworker for {alias}", sparse)
         )
         create_if_missing(
             lambda: self.describe(alias) is not None,
@@ -81,8 +83,10 @@ class CollectionAdmin:
             ),
         )
 
-    def create(self, target: str, schema: schemas.Schema, dim: int, mark: str) -> bool:
-        """Create a collection and its index unless they exist. False if another program uses the name.
+    def create(
+        self, target: str, schema: schemas.Schema, dim: int, mark: str, sparse: SparseKind = "none"
+    ) -> bool:
+        """Create a collection and its indexes unless they exist. False if another program uses the name.
 
         Raises TransientStoreError if another program created the collection at the same moment.
         """
@@ -90,7 +94,7 @@ class CollectionAdmin:
         if not existed:
             create_if_missing(
                 lambda: self.describe(target) is not None,
-                lambda: self._create_collection(target, schema, dim, mark),
+                lambda: self._create_collection(target, schema, dim, mark, sparse),
             )
         if self.mark(target) != mark:
             if not existed:
@@ -101,8 +105,22 @@ class CollectionAdmin:
                 "collection.name_taken", extra={"collection": target, "hint": "the next number is used"}
             )
             return False
-        create_if_missing(lambda: self.has_index(target), lambda: self.create_index(target))
+        self._index(target, self.sparse_kind(target) if existed else sparse)
         return True
+
+    def sparse_kind(self, name: str) -> SparseKind:
+        """Where the sparse vectors of a collection come from; `none` if it does not exist."""
+        description = self.describe(name)
+        return "none" if description is None else CollectionInfo.of(description).sparse
+
+    def _index(self, name: str, sparse: SparseKind) -> None:
+        """Create the missing indexes."""
+        create_if_missing(lambda: self.has_index(name), lambda: self.create_index(name))
+        if sparse != "none":
+            params = import_client().sparse_index_options(sparse)
+            create_if_missing(
+                lambda: self.has_index(name, "sparse"), lambda: self._create_index(name, params)
+            )
 
     def mark(self, name: str) -> str | None:
         """The mark of a collection; None if it does not exist or `name` is an alias."""
@@ -137,24 +155,28 @@ class CollectionAdmin:
         plain = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
         return sorted(name for name in plain if name and not schemas.NUMBERED.search(name))
 
-    def _create_collection(self, target: str, schema: schemas.Schema, dim: int, mark: str) -> None:
+    def _create_collection(
+        self, target: str, schema: schemas.Schema, dim: int, mark: str, sparse: SparseKind
+    ) -> None:
         server = self._milvus.server()
         partition_key = not self._named and server.keeps_partition_keys
         options = import_client().collection_options(
-            schema, dim, partition_key=partition_key, mark=mark, lite=server.lite
+            schema, dim, partition_key=partition_key, mark=mark, lite=server.lite, sparse=sparse
         )
         self._run(target, lambda client: client.create_collection(target, timeout=self._timeout_s, **options))
 
-    def has_index(self, name: str) -> bool:
+    def has_index(self, name: str, field: str = "vector") -> bool:
         """Whether the vectors have an index."""
         indexes = self._milvus.call(
-            name, lambda client: client.list_indexes(name, "vector", timeout=self._timeout_s)
+            name, lambda client: client.list_indexes(name, field, timeout=self._timeout_s)
         )
         return bool(indexes)
 
     def create_index(self, name: str) -> None:
         """Create the index of the vectors."""
-        params = import_client().index_options()
+        self._create_index(name, import_client().index_options())
+
+    def _create_index(self, name: str, params: Any) -> None:
         self._run(name, lambda client: client.create_index(name, params, timeout=self._timeout_s))
 
     def load(self, name: str) -> None:

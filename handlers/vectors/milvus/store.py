@@ -11,13 +11,15 @@ Milvus server may answer the read with slightly old data; a strongly consistent 
 2.3.5.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from ...jobstore.erasures import Scope
-from .. import filters
+from ...sparse_vector import SparseVector
+from .. import filters, fusion
 from .. import schema as schemas
 from ..filters import EVERYTHING, Filter
 from ..ports import (
@@ -31,7 +33,9 @@ from ..ports import (
     PermanentStoreError,
     Row,
     SearchFilter,
+    SparseKind,
     StoredRow,
+    SuspectStoreError,
     TransientStoreError,
     Vector,
     VectorStore,
@@ -69,6 +73,11 @@ MAX_READ_ROWS = 200
 SCANNED = ("id", "tenant_id", "project_id", "chapter_id", "entity_id", "created_us")
 # Rows of one page of a deletion.
 SCAN_ROWS = 1000
+# A rebuild of another process may have switched the alias: the kind of sparse vectors is read again then.
+KIND_FRESH_S = 5.0
+# Stands for a sparse vector without a weight, which servers refuse. In the vocabularies of BERT, RoBERTa and
+# XLM-R id 0 is a special token, so no question has it.
+NO_WEIGHTS = {0: 1e-6}
 # No row has this id, because ids hold no slash.
 NO_ROW_ID = "jobworker/probe"
 
@@ -76,12 +85,22 @@ NO_ROW_ID = "jobworker/probe"
 class MilvusVectors:
     """`VectorStore` on Milvus; connects at its first call, in the calling process."""
 
-    def __init__(self, milvus: "MilvusClientHandle", *, prefix: str, partitions: Partitions) -> None:
+    def __init__(
+        self,
+        milvus: "MilvusClientHandle",
+        *,
+        prefix: str,
+        partitions: Partitions,
+        sparse_on_lite: bool = False,
+        mono_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sparse_on_lite, self._mono_s = sparse_on_lite, mono_s
         self._milvus, self._timeout_s = milvus, milvus.timeout_s
         self._prefix, self._named = prefix, partitions == "named"
         self._collections = CollectionAdmin(milvus, named=self._named)
         self._infos: dict[str, CollectionInfo] = {}
-        self._ensured: dict[str, int] = {}
+        self._mono_described_s: dict[str, float] = {}
+        self._ensured: dict[str, tuple[int, SparseKind]] = {}
         self._seen_partitions: set[tuple[str, str]] = set()
 
     # ---- the port
@@ -89,9 +108,10 @@ class MilvusVectors:
     def ping(self) -> None:
         self._milvus.ping()
 
-    def ensure_collection(self, name: str, dim: int) -> None:
-        description = self._collections.ensure(self._full(name), schemas.schema_of(name), dim)
-        self._infos[name], self._ensured[name] = CollectionInfo.of(description), dim
+    def ensure_collection(self, name: str, dim: int, sparse: SparseKind = "none") -> None:
+        kind = self.supported_sparse(sparse)
+        description = self._collections.ensure(self._full(name), schemas.schema_of(name), dim, kind)
+        self._infos[name], self._ensured[name] = CollectionInfo.of(description), (dim, sparse)
 
     def upsert(self, name: str, rows: Sequence[AnyRow]) -> None:
         if not rows:
@@ -132,6 +152,7 @@ class MilvusVectors:
             lambda client: client.search(
                 self._full(name),
                 data=data,
+                anns_field="vector",
                 limit=limit,
                 output_fields=list(schema.hit_fields[2:]),
                 search_params={"metric_type": "COSINE", "params": {"ef": ef}},
@@ -142,6 +163,60 @@ class MilvusVectors:
             ),
         )
         return [schemas.hit_of(schema, hit) for hit in hits[0]]
+
+    def sparse_kind(self, name: str, *, fresh: bool = False) -> SparseKind:
+        now = self._mono_s()
+        if fresh or now > self._mono_described_s.get(name, -KIND_FRESH_S) + KIND_FRESH_S:
+            self._infos[name], self._mono_described_s[name] = self._describe(name), now
+        return self._info(name).sparse
+
+    def supported_sparse(self, kind: SparseKind) -> SparseKind:
+        return kind if kind == "none" else self._milvus.server().sparse(kind, on_lite=self._sparse_on_lite)
+
+    def hybrid_search(
+        self,
+        name: str,
+        vector: Vector,
+        lexical: SparseVector | str,
+        *,
+        tenant_id: str,
+        project_id: str,
+        limit: int = 5,
+        where: SearchFilter = NO_FILTER,
+    ) -> list[AnyHit]:
+        schema, kind = schemas.schema_of(name), self._info(name).sparse
+        if kind != ("bm25" if isinstance(lexical, str) else "model"):
+            raise PermanentStoreError(f"collection {self._full(name)} has no such sparse vectors")
+        if not (lexical if isinstance(lexical, str) else len(lexical.ids)):
+            return self.search(
+                name, vector, tenant_id=tenant_id, project_id=project_id, limit=limit, where=where
+            )
+        schemas.check_search_fields(name, where)
+        rows = filters.of_scope(tenant_id, project_id) & filters.of_search(where)
+        dense = schemas.check_vector(vector, self._dim(name, vector))
+        most = fusion.candidates(schemas.check_limit(limit))
+        partitions = self._partitions_to_search(name, tenant_id, project_id)
+        if partitions == []:
+            return []
+        arguments = import_client().hybrid_arguments(
+            dense.tolist(),
+            lexical if isinstance(lexical, str) else lexical.as_dict(),
+            max(SEARCH_EF, most),
+            most,
+            self._milvus.filter_arguments(rows),
+        )
+        hits = self._call(
+            name,
+            lambda client: client.hybrid_search(
+                self._full(name),
+                limit=limit,
+                output_fields=[*schema.hit_fields[2:], "vector"],
+                partition_names=partitions,
+                timeout=self._timeout_s,
+                **arguments,
+            ),
+        )
+        return [schemas.hit_of(schema, hit, cosine_to=dense) for hit in hits[0]]
 
     def get(
         self, name: str, ids: Sequence[str], *, tenant_id: str, project_id: str, strong: bool = False
@@ -287,12 +362,20 @@ class MilvusVectors:
             schemas.check_owners(name, part, owners)
 
     def _upsert_request(self, name: str, rows: Sequence[AnyRow], partition: str | None) -> None:
-        lacks = self._info(name).lacks
-        data = [row._asdict() for row in rows]
-        for row in data:
-            row["vector"] = np.asarray(row["vector"], dtype=np.float32)
-            for field in lacks:
-                row.pop(field, None)
+        info = self._info(name)
+        try:
+            self._upsert_as(info, name, rows, partition)
+        except (PermanentStoreError, SuspectStoreError):
+            # A rebuild of another process may have given the collection the field `sparse`, or taken it.
+            self._infos[name] = self._describe(name)
+            if self._infos[name].sparse == info.sparse:
+                raise
+            self._upsert_as(self._infos[name], name, rows, partition)
+
+    def _upsert_as(
+        self, info: CollectionInfo, name: str, rows: Sequence[AnyRow], partition: str | None
+    ) -> None:
+        data = [_as_stored(row, info) for row in rows]
         self._call(
             name,
             lambda client: client.upsert(
@@ -379,12 +462,24 @@ class MilvusVectors:
             self._forget(name)
             if name not in self._ensured:
                 raise
-            self.ensure_collection(name, self._ensured[name])
+            self.ensure_collection(name, *self._ensured[name])
         return self._milvus.call(name, action)
 
     def _forget(self, name: str) -> None:
         self._infos.pop(name, None)
         self._seen_partitions = {pair for pair in self._seen_partitions if pair[0] != name}
+
+
+def _as_stored(row: AnyRow, info: CollectionInfo) -> dict[str, Any]:
+    """The row in the form of the client, without fields that the collection lacks."""
+    data = row._asdict()
+    data["vector"] = np.asarray(row.vector, dtype=np.float32)
+    sparse = data.pop("sparse")
+    for field in info.lacks:
+        data.pop(field, None)
+    if info.sparse == "model":
+        data["sparse"] = (sparse.as_dict() if sparse else None) or NO_WEIGHTS
+    return data
 
 
 def _first_page(
@@ -417,10 +512,12 @@ def open_vectors(
     prefix: str = "z_novel_",
     partitions: Partitions = "key",
     timeout_s: float = 30.0,
+    sparse_on_lite: bool = False,
 ) -> VectorStore:
     """The vector store at `uri` (http(s)://host:port); it connects at its first call.
 
-    `timeout_s` is that of each request. Call this in the process that uses the store.
+    `timeout_s` is that of each request; `sparse_on_lite`: new collections get sparse vectors on Milvus Lite
+    too, where searches by them are slow. Call this in the process that uses the store.
     """
     milvus = import_client().MilvusClientHandle(uri, token, timeout_s)
-    return MilvusVectors(milvus, prefix=prefix, partitions=partitions)
+    return MilvusVectors(milvus, prefix=prefix, partitions=partitions, sparse_on_lite=sparse_on_lite)
