@@ -286,7 +286,7 @@ def run_once(options: dict[str, Any], prefix: str, *, keep: bool) -> dict[str, A
 @click.option("--limits/--no-limits", default=True, show_default=True,
               help="Limits of both job types, so that jobs wait in lanes.")  # fmt: skip
 @click.option("--flow/--no-flow", default=True, show_default=True,
-              help="Keys, delays, cancellations, results, batches and cron, each with its oracle.")  # fmt: skip
+              help="Keys, delays, cancellations, results, batches and cron tables.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the tables.")
 @click.option("--keep", is_flag=True, help="Keep the folder with logs and events, and print its name.")
 def main(as_json: bool, keep: bool, **options: Any) -> None:

@@ -173,7 +173,8 @@ class FlowWorld:
         self.effects = {id: [id] for id in ("k1", "s2", "delay", "keep", "m1", "c2")}
         for id, flow in (
             ("k1", {"key": "k"}), ("k2", {"key": "k"}), ("s1", {"series": "s"}), ("s2", {"series": "s"}),
-            ("delay", {"delay_s": 1.0}), ("keep", {"keep": True}), ("c1", {"cancel": True}), ("c2", {"cancel": True}),
+            ("delay", {"delay_s": 1.0}), ("keep", {"keep": True}),
+            ("c1", {"cancel": True}), ("c2", {"cancel": True}),
             ("m1", {"batch": "b1"}), ("m2", {"batch": "b1"}),
         ):  # fmt: skip
             self.ledger.planned[id] = load.Planned(id, "ok", id, {}, "chaos_one", "t1", load.Flow(**flow))
