@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import orjson
@@ -75,7 +76,7 @@ def _mark(
     if name == "delay":
         return Flow(delay_s=rng.uniform(0.1, _LONGEST_S)), job.tenant
     if name in ("cancel", "keep"):
-        return Flow(**{name: True}), job.tenant
+        return Flow(cancel=name == "cancel", keep=name == "keep"), job.tenant
     # Groups are of one type and tenant.
     of_kind = f"{name}/{job.kind}"
     group, tenant, left = groups.get(of_kind, ("", "", 0))
@@ -84,7 +85,8 @@ def _mark(
         left = _WITH_KEY if name == "key" else rng.randint(2, _IN_SERIES)
     groups[of_kind] = (group, tenant, left - 1)
     delay_s = rng.choice([0.0, rng.uniform(0.1, _LONGEST_S)]) if name == "series" else 0.0
-    return Flow(**{name: group}, delay_s=delay_s), tenant
+    flow = Flow(key=group) if name == "key" else Flow(series=group, delay_s=delay_s)
+    return flow, tenant
 
 
 def _marked(job: Planned, flow: Flow, tenant: str) -> Planned:
@@ -123,7 +125,7 @@ class FlowSender:
         """Enqueue jobs of batches. One step adds them with their count, so a lost answer is made up for."""
         for batch in dict.fromkeys(job.flow.batch for job in jobs):
             members = [job for job in jobs if job.flow.batch == batch]
-            self._until_answered(lambda batch=batch: self._open(batch))
+            self._until_answered(partial(self._open, batch))
             before = self._total(batch)
             while self._total(batch) == before:
                 datas = [self.stamp(job)[b"data"] for job in members]
@@ -134,7 +136,7 @@ class FlowSender:
             self._ledger.confirmed |= {job.id: "" for job in members}
             self._left[batch] -= len(members)
             if not self._left[batch]:
-                self._until_answered(lambda batch=batch: self._store.batch_close(STREAM, batch))
+                self._until_answered(partial(self._store.batch_close, STREAM, batch))
 
     def _open(self, batch: str) -> None:
         done = {"id": "", "type": PROBE, "tenant_id": "batch", "payload": {"fate": "ok", "text": batch}}

@@ -147,7 +147,7 @@ def test_a_lane_that_waits_for_a_limit_is_left(any_world: World) -> None:
 
 
 def test_a_woken_lane_that_is_emptied_leaves_its_room_to_another(any_world: World) -> None:
-    # A slot that becomes free wakes one lane. If that lane has no job left at its turn, the next one must start.
+    # A slot that becomes free wakes one lane. If that lane has no job left at its turn, another must start.
     store, _ = given(any_world)
     limits = (Limit("a/tenant", "a", "tenant", 1, 0, 0),)
     assert store.configure(S, FlowConfig(0, limits, {}))
