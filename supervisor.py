@@ -14,12 +14,13 @@ from typing import Any
 import click
 import setproctitle
 
-from jobworker.worker.config_tables import ConfigTables
-from jobworker.worker.data_dir import DataDir
+from jobworker.worker.config.tables import ConfigTables
 from jobworker.worker.errors import ConfigurationError, Exit
 from jobworker.worker.extension import CopySize, extension, imported, require_extras
+from jobworker.worker.host.data_dir import DataDir
+from jobworker.worker.host.process_env import prepare_process
+from jobworker.worker.http.listening import listen, url_of
 from jobworker.worker.keys import Holder
-from jobworker.worker.listening import listen, url_of
 from jobworker.worker.options import (
     ENV_PREFIX,
     config_file,
@@ -27,7 +28,6 @@ from jobworker.worker.options import (
     settings_from,
     unknown_variables,
 )
-from jobworker.worker.process_env import prepare_process
 from jobworker.worker.settings import Settings, parse_address
 from jobworker.worker.supervision.device_copies import CopyPlan, copies_status, fit_copies
 from jobworker.worker.supervision.embedded import Stores, needed

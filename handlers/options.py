@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from jobworker.worker import NO_DEVICE, ConfigurationError
+from jobworker.worker.config.quantities import Count, Size
 from jobworker.worker.options import SECONDS, option
-from jobworker.worker.quantities import Count, Size
 from jobworker.worker.urls import parse_http_url
 
 #: In less the log of the cache's database would not leave room for vectors.

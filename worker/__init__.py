@@ -11,8 +11,8 @@ from .errors import (
     StoreUnavailable,
     Unavailable,
 )
+from .functions.job_function import job
 from .handler import BatchHandler, Handler, JobHandler
-from .job_function import job
 from .producer import NewJob, Producer, UnknownDestination
 from .results import CancelOutcome, JobResult, Returned
 from .settings import Settings

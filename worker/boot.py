@@ -21,13 +21,13 @@ from .event_loop import EventLoop
 from .extension import extension, imported
 from .fork_guard import ForkGuard
 from .handler import BoundHandler, load_handlers
+from .host.scheduling import make_room, run_soon
 from .ipc.channel import MASKED_TYPES, Channel
 from .ipc.control import ControlSocket, StartFailed
 from .ipc.crash_marks import CrashMarks
 from .keys import consumer_name
 from .outcome import MAX_ERROR_CHARS
 from .safe_text import text_of
-from .scheduling import make_room, run_soon
 from .settings import Settings, cores, settings_class
 from .supervision.pdeathsig import tie_to_parent
 from .telemetry import log as logs

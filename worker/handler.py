@@ -18,7 +18,7 @@ from .envelope import Job
 from .errors import ConfigurationError, PermanentError
 from .event_loop import EventLoop
 from .extension import extension, instance_of, load
-from .job_function import FunctionHandler, job_type_of
+from .functions.job_function import FunctionHandler, job_type_of
 from .results import Outcome, Returned
 from .settings import Settings
 from .telemetry.handler_counters import is_taken

@@ -10,13 +10,13 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from .app import app_handlers, parse_app
-from .bearer_tokens import read_tokens
-from .config_file import misspelt_variables, read_config
+from .config.file import misspelt_variables, read_config
+from .config.quantities import MAX_COUNT, Count, Duration, Number, Size
 from .errors import ConfigurationError
 from .extension import extension
+from .functions.app import app_handlers, parse_app
+from .http.bearer_tokens import read_tokens
 from .outcome import RetryPolicy
-from .quantities import MAX_COUNT, Count, Duration, Number, Size
 from .settings import (
     MAX_PAYLOAD_BYTES,
     Settings,

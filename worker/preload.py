@@ -16,7 +16,7 @@ import setproctitle
 
 from . import boot, reaper, runner
 from .devices import device_for_slot, visible_gpus
-from .process_env import open_standard_streams
+from .host.process_env import open_standard_streams
 from .reader import reader
 from .settings import settings_class
 from .store.redis import reader as reader_store

@@ -20,7 +20,6 @@ import msgspec
 import orjson
 
 from .conditions import EXPIRES_AT, NOT_BEFORE, parse_time
-from .endpoints import only_stream, store_url
 from .envelope import (
     BATCH_FIELD,
     MAX_METADATA_ENTRIES,
@@ -34,6 +33,7 @@ from .envelope import (
 )
 from .errors import MalformedJob, StoreUnavailable
 from .extension import extension
+from .host.endpoints import only_stream, store_url
 from .keys import base_stream, is_derived
 from .producer_batch import OpenBatch, PreparedJob
 from .results import KEEP_RESULT, CancelOutcome, JobResult, decode_result

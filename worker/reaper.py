@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from .batches import BatchFinisher, batch_facts
-from .cron import CronEnqueuer
+from .cron.enqueuer import CronEnqueuer
 from .errors import StoreUnavailable
 from .ipc.control import BatchShown, ControlSocket, Drain, Ready, SetCron, ShowBatch
 from .keys import OTHER_GROUP, Source, consumer_name

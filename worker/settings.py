@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Self
 
 import msgspec
 
-from .cgroup import usable_cpus
-from .cron_table import CronTable
+from .cron.table import CronTable
 from .errors import ConfigurationError
 from .extension import extension, imported
 from .flow import FlowConfig
+from .host.cgroup import usable_cpus
 from .keys import NO_HOLDER, Holder, Source, is_derived
 from .outcome import RetryPolicy
 

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple, Self
 
 from .admin.dead_letters import Letter, read_letter
 from .batches import Batch, find_batch
-from .cron_config import parse_cron_tables
+from .cron.config import parse_cron_tables
 from .envelope import Job, cancellation, job_of, read_payload
 from .errors import MalformedPayload
 from .event_loop import EventLoop
 from .extension import Metric
+from .functions.job_function import FunctionHandler, job_type_of
 from .handler import BoundHandler, Outcomes, set_up
 from .ipc.channel import Channel
 from .ipc.control import Attach, ControlSocket, Drain, Report, SyncDone, WorkerExited
-from .job_function import FunctionHandler, job_type_of
 from .outcome import RetryPolicy
 from .producer import Producer
 from .reader.reader import Reader

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from starlette.requests import Request
 
 from jobworker.worker import ConfigurationError
-from jobworker.worker.bearer_tokens import BearerTokens, TokenHolder, read_tokens
+from jobworker.worker.http.bearer_tokens import BearerTokens, TokenHolder, read_tokens
 from jobworker.worker.urls import is_loopback
 
 from .errors import ApiError

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from jobworker.worker.api_role import ApiLink
-from jobworker.worker.bearer_tokens import TokenHolder
+from jobworker.worker.http.bearer_tokens import TokenHolder
 
 from .access import ApiAccess, require_tenant
 from .errors import ApiError, openai_body, tei_body

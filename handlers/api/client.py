@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from jobworker.worker import ConfigurationError
-from jobworker.worker.endpoints import read_endpoints
+from jobworker.worker.host.endpoints import read_endpoints
 from jobworker.worker.urls import parse_http_url
 
 TOKEN_VARIABLE = "JOBWORKER_SERVE_TOKEN"

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from jobworker.worker import ConfigurationError
 from jobworker.worker.api_role import ApiLink
-from jobworker.worker.http_server import BoundedProtocol, SupervisedServer, config
+from jobworker.worker.http.server import BoundedProtocol, SupervisedServer, config
 
 from ..encoder.load import load_from_settings
 from ..jobstore.open import open_rebuilds

@@ -7,8 +7,8 @@ import click
 
 from jobworker.worker import ConfigurationError
 from jobworker.worker.cli.common import AS_JSON, BAD_NEWS, echo_json, echo_line
+from jobworker.worker.config.quantities import Count, Number
 from jobworker.worker.options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, ExplicitOption
-from jobworker.worker.quantities import Count, Number
 
 from .client import TOKEN_VARIABLE, SearchClient, SearchRefused, find_api, read_serve_token
 

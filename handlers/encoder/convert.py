@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from jobworker.worker.cgroup import usable_cpus
+from jobworker.worker.host.cgroup import usable_cpus
 
 from .base import Purpose, batch_arrays
 from .converted_models import SHARE_FROM_BYTES, Card, Weight

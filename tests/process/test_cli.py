@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from jobworker.handlers.jobstore.open import open_rebuilds
 from jobworker.worker.cli import main
-from jobworker.worker.cron_table import CronTable, digest, encode_table
+from jobworker.worker.cron.table import CronTable, digest, encode_table
 from jobworker.worker.store.cron import StoredTable
 from jobworker.worker.store.redis.operator import OperatorStore
 from support.operator import COMMAND, COMMAND_S, Terminal, findings, run, run_json

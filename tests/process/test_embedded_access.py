@@ -21,7 +21,7 @@ import redis
 from jobworker.handlers import BUILTIN
 from jobworker.handlers.vectors.milvus.embedded import EmbeddedMilvus
 from jobworker.handlers.vectors.milvus.store import VectorStoreError, open_vectors
-from jobworker.worker.data_dir import DataDir
+from jobworker.worker.host.data_dir import DataDir
 from jobworker.worker.supervision.embedded import EmbeddedValkey
 from support.operator import findings
 from support.service import Service, eventually, service

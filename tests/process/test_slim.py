@@ -49,7 +49,7 @@ def test_every_module_of_the_engine_can_be_imported(slim: dict[str, str]) -> Non
     code = """
 import importlib, pkgutil
 import jobworker.handlers, jobworker.handlers.audit.handler, jobworker.supervisor, jobworker.worker
-optional = ("worker.web.", "worker.cli.web", "worker.http_server", "worker.telemetry.otel")
+optional = ("worker.web.", "worker.cli.web", "worker.http.server", "worker.telemetry.otel")
 for found in pkgutil.walk_packages(jobworker.worker.__path__, "jobworker.worker."):
     if not any(name in found.name for name in optional):
         importlib.import_module(found.name)

@@ -13,9 +13,9 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 
-from jobworker.worker.cron_table import CronTable, digest, encode_table
+from jobworker.worker.cron.table import CronTable, digest, encode_table
 from jobworker.worker.flow import FlowConfig, Lane, Limit
-from jobworker.worker.http_server import MAX_CONNECTIONS
+from jobworker.worker.http.server import MAX_CONNECTIONS
 from jobworker.worker.keys import Source
 from jobworker.worker.store.cron import StoredTable
 from jobworker.worker.store.ports import WaitingJob

@@ -8,8 +8,8 @@ from pathlib import Path
 import orjson
 import pytest
 
-from jobworker.worker.cron import CronEnqueuer
-from jobworker.worker.cron_table import CronTable, digest, encode_table
+from jobworker.worker.cron.enqueuer import CronEnqueuer
+from jobworker.worker.cron.table import CronTable, digest, encode_table
 from jobworker.worker.errors import StoreRefused
 from jobworker.worker.keys import Source, cron_key
 from jobworker.worker.settings import Settings

@@ -16,9 +16,9 @@ import msgspec
 import orjson
 import pytest
 
-from jobworker.worker.endpoints import read_endpoints, store_url
 from jobworker.worker.envelope import MAX_NESTING, read_envelope, read_header
 from jobworker.worker.errors import ConfigurationError, StoreUnavailable
+from jobworker.worker.host.endpoints import read_endpoints, store_url
 from jobworker.worker.keys import Source
 from jobworker.worker.producer import NewJob, Producer, UnknownDestination
 from jobworker.worker.store.announcements import encode

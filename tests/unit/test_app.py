@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.worker.app import AppListing, app_handlers, checked_handlers, list_app, parse_app
 from jobworker.worker.errors import ConfigurationError
+from jobworker.worker.functions.app import AppListing, app_handlers, checked_handlers, list_app, parse_app
 
 HEAD = "from jobworker.worker import Job, JobHandler, job\n"
 SHOUT = HEAD + "@job('shout')\ndef shout(payload: str) -> None: ...\n"
@@ -149,7 +149,7 @@ def test_a_name_that_is_no_module_is_refused_with_an_example(text: str, hint: st
 def test_importing_ends_with_a_message_when_it_takes_too_long(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobworker.worker.app._IMPORT_WITHIN_S", 0.5)
+    monkeypatch.setattr("jobworker.worker.functions.app._IMPORT_WITHIN_S", 0.5)
     write(folder, slow="import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(900)\n")
     assert "importing slow takes longer than" in errors_of("slow")
     file = folder / "pid"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.worker.bearer_tokens import read_tokens
 from jobworker.worker.errors import ConfigurationError
+from jobworker.worker.http.bearer_tokens import read_tokens
 
 TOKEN = "a-token-long-enough"
 

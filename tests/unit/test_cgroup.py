@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.worker.cgroup import free_memory_bytes, usable_cpus
+from jobworker.worker.host.cgroup import free_memory_bytes, usable_cpus
 
 GIB = 1 << 30
 V2 = "30 23 0:26 {root} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"

@@ -7,8 +7,8 @@ from typing import Any
 import orjson
 import pytest
 
-from jobworker.worker.cron import CronEnqueuer
-from jobworker.worker.cron_table import CronTable
+from jobworker.worker.cron.enqueuer import CronEnqueuer
+from jobworker.worker.cron.table import CronTable
 from jobworker.worker.errors import StoreUnavailable
 from jobworker.worker.ipc.control import ControlSocket, SetCron
 from jobworker.worker.keys import Source, cron_key

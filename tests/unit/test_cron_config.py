@@ -7,10 +7,10 @@ from pathlib import Path
 import orjson
 import pytest
 
-from jobworker.worker.config_tables import ConfigTables
-from jobworker.worker.cron import tick_job
-from jobworker.worker.cron_config import parse_cron_tables
-from jobworker.worker.cron_table import CronTable, decode_table, digest, encode_table
+from jobworker.worker.config.tables import ConfigTables
+from jobworker.worker.cron.config import parse_cron_tables
+from jobworker.worker.cron.enqueuer import tick_job
+from jobworker.worker.cron.table import CronTable, decode_table, digest, encode_table
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.keys import Source
 from jobworker.worker.settings import Settings

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.worker.cron_schedule import (
+from jobworker.worker.cron.schedule import (
     GRACE_S,
     MAX_COUNTED,
     DueTicks,

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from jobworker.worker.cli import main
-from jobworker.worker.data_dir import DataDir, kept_secret, private_folder, write_private
-from jobworker.worker.endpoints import DEFAULT_DATA_DIR, read_endpoints, store_url
 from jobworker.worker.errors import ConfigurationError, Exit
+from jobworker.worker.host.data_dir import DataDir, kept_secret, private_folder, write_private
+from jobworker.worker.host.endpoints import DEFAULT_DATA_DIR, read_endpoints, store_url
 from jobworker.worker.settings import Settings
 from jobworker.worker.supervision.embedded import EmbeddedValkey, Stores, escaped_pattern, quoted
 from jobworker.worker.supervision.instance import InstanceLock

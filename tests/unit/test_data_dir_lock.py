@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobworker.supervisor import _describe_holder, _open_data_dir
-from jobworker.worker.data_dir import DataDir
 from jobworker.worker.errors import ConfigurationError
+from jobworker.worker.host.data_dir import DataDir
 from jobworker.worker.settings import Settings
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from jobworker.worker.admin.deployment import Deployment, StreamTable, require_store_url
-from jobworker.worker.endpoints import read_endpoints
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.extension import extension
+from jobworker.worker.host.endpoints import read_endpoints
 from jobworker.worker.keys import Source
 from jobworker.worker.store.announcements import Announcement
 from support.fake_operator import FakeOperatorStore

@@ -18,7 +18,7 @@ import jobworker.worker
 from jobworker.supervisor import main as service
 from jobworker.worker import Job, Producer
 from jobworker.worker.cli import main as tool
-from jobworker.worker.cron_config import parse_cron_tables
+from jobworker.worker.cron.config import parse_cron_tables
 from jobworker.worker.extension import extension
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore

@@ -15,8 +15,8 @@ import pydantic
 import pytest
 
 from jobworker.worker import ConfigurationError, Job, PermanentError, Settings, job
+from jobworker.worker.functions.job_function import FunctionHandler
 from jobworker.worker.handler import BoundHandler, load_handlers
-from jobworker.worker.job_function import FunctionHandler
 from jobworker.worker.testing import Harness
 
 

@@ -15,8 +15,8 @@ from jobworker.handlers.encoder.find_model import ModelError
 from jobworker.handlers.settings import HandlerSettings
 from jobworker.worker.admin import doctor
 from jobworker.worker.admin.status_client import Service
-from jobworker.worker.cgroup import free_memory_bytes
 from jobworker.worker.extension import CopySize
+from jobworker.worker.host.cgroup import free_memory_bytes
 from jobworker.worker.settings import Settings
 from jobworker.worker.supervision import device_copies
 from jobworker.worker.supervision.device_copies import copies_status, fit_copies, plan_copies

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from jobworker.worker.process_env import exempt_loopback_from_proxies
+from jobworker.worker.host.process_env import exempt_loopback_from_proxies
 
 #: Opens a file after `open_standard_streams` and tells its number, and whether the streams can be written.
 PROGRAM = """
 import os, sys
-from jobworker.worker.process_env import open_standard_streams
+from jobworker.worker.host.process_env import open_standard_streams
 open_standard_streams()
 fd = os.open(os.devnull, os.O_RDONLY)
 print("out"); print("err", file=sys.stderr); sys.stderr.isatty(); sys.stdin and sys.stdin.read()

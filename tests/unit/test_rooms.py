@@ -19,13 +19,13 @@ DOORS = {
     "valkey": [],
     "prometheus_client": ["worker/telemetry/prometheus.py"],
     "opentelemetry": ["worker/telemetry/otel.py", "worker/telemetry/otel_context.py"],
-    "pydantic": ["worker/payload_types.py"],
+    "pydantic": ["worker/functions/payload_types.py"],
     "starlette": ["worker/web/*.py", "handlers/api/*.py"],
-    "uvicorn": ["worker/http_server.py"],
+    "uvicorn": ["worker/http/server.py"],
     "jinja2": ["worker/web/rendering.py"],
     "pymilvus": ["handlers/vectors/milvus/*.py", "handlers/rebuild/milvus.py"],
     "milvus_lite": ["handlers/vectors/milvus/lite_server.py"],
-    "cronsim": ["worker/cron_schedule.py"],
+    "cronsim": ["worker/cron/schedule.py"],
     "torch": [
         "handlers/encoder/base.py",
         "handlers/encoder/torch.py",
@@ -38,19 +38,17 @@ DOORS = {
 
 #: Each room and the rooms that it may import. A file directly under worker/ is a room of its own.
 CORE = {
-    *("errors", "keys", "settings", "devices", "data_dir", "envelope", "outcome"),
-    *("event_loop", "handler", "options", "extension", "quantities", "config_file", "safe_text", "endpoints"),
-    *("urls", "process_env", "cgroup", "payload_types", "job_function", "app", "app_listing", "store_advice"),
-    *("cron_schedule", "cron_table", "durations", "flow", "conditions", "results"),
-    *("bearer_tokens", "listening"),
+    *("errors", "keys", "settings", "devices", "envelope", "outcome", "event_loop", "handler", "options"),
+    *("extension", "safe_text", "urls", "store_advice", "flow", "conditions", "results"),
+    *("config", "cron", "functions", "host", "http"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
+ADMIN = {*CORE, "store", "telemetry", "producer", "cron.enqueuer", "batches"}
 BELOW: dict[str, set[str]] = {
     **dict.fromkeys(CORE, CORE),
     # A counter of a handler must not have the name of a metric.
     "handler": {*CORE, "telemetry"},
-    "http_server": set(),
-    "scheduling": set(),
+    "http.server": set(),
     "api_role": IPC,
     "fork_guard": {"telemetry"},
     "event_loop": {*CORE, "fork_guard"},
@@ -65,20 +63,30 @@ BELOW: dict[str, set[str]] = {
     "reader": {*IPC, "store"},
     "health_check": {*CORE, "telemetry", "fork_guard"},
     "runner": {*IPC, "health_check", "fork_guard"},
-    "cron": {*CORE, "store", "telemetry", "producer"},
+    "cron.enqueuer": {*CORE, "store", "telemetry", "producer"},
     "batches": {*CORE, "store", "telemetry", "producer"},
-    "cron_config": {*CORE, "store", "producer"},
-    "config_tables": {*CORE, "cron_config"},
-    "reaper": {*IPC, "store", "cron", "batches"},
+    "cron.config": {*CORE, "store", "producer"},
+    "config.tables": {*CORE, "cron.config"},
+    "reaper": {*IPC, "store", "cron.enqueuer", "batches"},
     "supervision": IPC,
-    "admin": {*CORE, "store", "telemetry", "producer", "cron", "batches"},
-    "cli": {*CORE, "store", "telemetry", "producer", "producer_batch", "cron", "batches", "admin", "cancel"},
-    "web": {*CORE, "store", "telemetry", "producer", "cron", "batches", "admin", "cancel", "http_server"},
+    "admin": {*CORE, "store", "telemetry", "producer", "cron.enqueuer", "batches"},
+    "cli": {*ADMIN, "producer_batch", "admin", "cancel", "cli.web"},
+    "web": {
+        *CORE,
+        "store",
+        "telemetry",
+        "producer",
+        "cron.enqueuer",
+        "batches",
+        "admin",
+        "cancel",
+        "http.server",
+    },
     "boot": {
-        *(*IPC, "api_role", "scheduling", "store", "reader", "runner", "reaper", "supervision", "fork_guard"),
+        *(*IPC, "api_role", "store", "reader", "runner", "reaper", "supervision", "fork_guard"),
     },
     "preload": {*IPC, "store", "reader", "runner", "reaper", "supervision", "boot"},
-    "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin", "cron_config", "batches"},
+    "testing": {*IPC, "store", "reader", "runner", "reaper", "producer", "admin", "cron.config", "batches"},
 }
 #: Command modules import their face when they are called: `jobworker web` starts the page.
 BELOW["cli.web"] = {*BELOW["cli"], "cli", "web"}
@@ -91,8 +99,8 @@ SHARED_BELOW = {
 }
 #: What handlers may import of the engine besides the names in worker/__init__.py.
 PUBLIC = {
-    *("scripted_redis", "testing", "extension", "options", "quantities", "urls", "data_dir", "cgroup"),
-    *("safe_text", "cli", "api_role", "bearer_tokens", "http_server", "endpoints"),
+    *("scripted_redis", "testing", "extension", "options", "urls", "safe_text", "cli", "api_role"),
+    *("config", "host", "http"),
 }
 #: Roles and the reader know the store by its ports only; these compose adapters.
 ADAPTERS = ("worker.store.redis", "worker.store.memory")
@@ -142,14 +150,15 @@ def is_module(name: str) -> bool:
 
 
 def engine_room(module: str) -> str:
-    """The room of a module of worker/: a folder, or the file itself."""
+    """The room of a module of worker/: a folder, or a file with rules of its own."""
     parts = module.split(".")
-    return "worker" if len(parts) == 1 else parts[1]
+    file = ".".join(parts[1:3])
+    return "worker" if len(parts) == 1 else file if file in BELOW else parts[1]
 
 
 def points_up_in_worker(module: str, name: str) -> bool:
     own, other = engine_room(module), engine_room(name)
-    allowed = BELOW.get(".".join(module.split(".")[1:3])) or BELOW.get(own, set())
+    allowed = BELOW.get(own, set())
     known = is_module(f"worker.{other}") or other == "worker"
     # `from .. import keys` names the package on the way to one of its files.
     return known and name != "worker" and other != own and other not in allowed

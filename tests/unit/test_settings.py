@@ -16,13 +16,13 @@ from jobworker import handlers
 from jobworker.handlers.settings import HandlerSettings
 from jobworker.supervisor import main as service
 from jobworker.worker.cli import main as tool
-from jobworker.worker.durations import InvalidDuration
+from jobworker.worker.config.durations import InvalidDuration
+from jobworker.worker.config.quantities import Count, Duration, Number, Size, parse_duration
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.extension import extension
 from jobworker.worker.keys import Source
 from jobworker.worker.options import ENV_PREFIX, service_options, settings_from, unknown_variables
 from jobworker.worker.outcome import RetryPolicy
-from jobworker.worker.quantities import Count, Duration, Number, Size, parse_duration
 from jobworker.worker.settings import (
     Settings,
     cores,

@@ -3,7 +3,7 @@
 import pytest
 
 from jobworker.worker.admin.dead_letters import Cursor
-from jobworker.worker.durations import InvalidDuration
+from jobworker.worker.config.durations import InvalidDuration
 from jobworker.worker.web.filters import DeadFilter, format_cursor, parse_cursor
 
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..cron import cron_job
-from ..cron_schedule import GRACE_S, next_tick, parse_schedule
-from ..cron_table import CronTable, decode_table, digest
+from ..cron.enqueuer import cron_job
+from ..cron.schedule import GRACE_S, next_tick, parse_schedule
+from ..cron.table import CronTable, decode_table, digest
 from ..errors import ConfigurationError, StoreRefused
 from ..extension import extension
 from ..keys import Source

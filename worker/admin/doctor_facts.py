@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..cgroup import free_memory_bytes
 from ..extension import extension
+from ..host.cgroup import free_memory_bytes
 from ..keys import Source
 from ..settings import cores
 from ..store.facts import ServerFacts, StreamFacts

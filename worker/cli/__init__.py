@@ -3,7 +3,7 @@
 import click
 
 from ..extension import extension, imported
-from ..process_env import prepare_process
+from ..host.process_env import prepare_process
 from . import (
     batch,
     cancel,

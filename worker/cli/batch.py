@@ -7,7 +7,7 @@ import click
 
 from ..admin.deployment import StreamTable
 from ..admin.words import format_duration, strip_control
-from ..quantities import Count
+from ..config.quantities import Count
 from .common import (
     AS_JSON,
     BAD_NEWS,

@@ -10,7 +10,7 @@ import click
 from ..admin.deployment import StreamTable
 from ..admin.words import pluralise, strip_control
 from ..cancel import SCAN_LIMIT, CancelledJob, Canceller, JobFilter, outcome_of
-from ..quantities import Count
+from ..config.quantities import Count
 from ..results import CancelOutcome
 from .common import (
     AS_JSON,

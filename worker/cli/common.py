@@ -20,11 +20,11 @@ from ..admin.deployment import (
     stopped_service,
 )
 from ..admin.words import columns, pad, strip_control
-from ..endpoints import read_endpoints
+from ..config.quantities import Duration
 from ..errors import ConfigurationError, Exit, StoreRefused, StoreUnavailable
 from ..extension import extension
+from ..host.endpoints import read_endpoints
 from ..options import CONFIG_OF_SERVICE, CONFIG_PATH, DATA_DIR, ENV_PREFIX, REDIS_URL, ExplicitOption
-from ..quantities import Duration
 from ..safe_text import escape_control, safe_json
 from ..settings import without_credentials
 from ..store.announcements import suggestion

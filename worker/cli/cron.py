@@ -20,7 +20,7 @@ from ..admin.cron import (
 from ..admin.deployment import StreamTable
 from ..admin.refusals import refusal
 from ..admin.words import format_duration, strip_control
-from ..cron_table import tick_text
+from ..cron.table import tick_text
 from ..errors import ConfigurationError, StoreRefused
 from ..keys import Source
 from .common import (

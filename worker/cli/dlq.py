@@ -14,8 +14,8 @@ import orjson
 from ..admin.dead_letters import BATCH_SIZE, BulkOperation, DeadLetterQueue, Letter, LetterFilter
 from ..admin.deployment import StreamTable
 from ..admin.words import format_duration, pluralise, strip_control
+from ..config.quantities import MAX_COUNT, Count, Number
 from ..outcome import Reason
-from ..quantities import MAX_COUNT, Count, Number
 from .common import (
     AS_JSON,
     BAD_NEWS,

@@ -15,6 +15,7 @@ import msgspec
 import orjson
 
 from ..admin.words import strip_control
+from ..config.quantities import Count, Duration
 from ..envelope import MAX_TIMEOUT_S, MIN_TIMEOUT_S
 from ..errors import StoreUnavailable
 from ..extension import extension
@@ -22,7 +23,6 @@ from ..flow import HIGHEST_PRIORITY
 from ..options import ExplicitOption
 from ..producer import NewJob, Producer, UnknownDestination
 from ..producer_batch import OpenBatch
-from ..quantities import Count, Duration
 from ..safe_text import escape_control
 from .common import (
     MAX_IDS_NAMED,

@@ -9,8 +9,8 @@ import click
 from ..admin.deployment import Deployment, StreamTable
 from ..admin.find_job import JobFinder, JobLocation
 from ..admin.words import strip_control
+from ..config.quantities import Count
 from ..errors import ConfigurationError
-from ..quantities import Count
 from .common import (
     AS_JSON,
     BAD_NEWS,

@@ -10,8 +10,8 @@ import msgspec
 from ..admin.deployment import StreamTable
 from ..admin.limits import LimitState, limit_states
 from ..admin.words import strip_control
+from ..config.quantities import Count
 from ..flow import FlowConfig, Limit, parse_limits
-from ..quantities import Count
 from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, JobType, echo_json, print_table, verb
 
 if TYPE_CHECKING:  # the client library takes a while to load

@@ -10,7 +10,7 @@ import click
 from ..admin.deployment import StreamTable
 from ..admin.retries import RetrySet, ScheduledRetry
 from ..admin.words import format_duration, pluralise, strip_control
-from ..quantities import Count
+from ..config.quantities import Count
 from .common import (
     AS_JSON,
     BAD_NEWS,

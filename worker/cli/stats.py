@@ -8,8 +8,8 @@ import click
 from ..admin.deployment import Deployment, StreamTable
 from ..admin.overview import Overview, open_poller
 from ..admin.words import format_duration, pluralise, strip_control
+from ..config.quantities import Duration
 from ..errors import StoreUnavailable
-from ..quantities import Duration
 from ..store.operator import LaneCounts
 from ..telemetry.log import redacted
 from .common import (

@@ -16,8 +16,8 @@ import click
 from ..admin.deployment import Deployment, StreamTable
 from ..admin.overview import Overview, open_poller
 from ..admin.words import format_duration
+from ..config.quantities import Duration
 from ..errors import StoreUnavailable
-from ..quantities import Duration
 from ..telemetry.log import redacted
 from .common import AS_JSON, STREAMS, echo_json, is_terminal, verb_on_deployment
 from .screen import ScreenLine, lines

@@ -6,10 +6,10 @@ import sys
 import click
 
 from ..admin.deployment import Deployment
+from ..config.quantities import Duration
 from ..errors import ConfigurationError
 from ..extension import how_to_install
 from ..options import ENV_PREFIX, ExplicitOption
-from ..quantities import Duration
 from ..telemetry import log
 from .common import STREAMS, is_terminal, verb_on_deployment
 

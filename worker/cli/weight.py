@@ -6,8 +6,8 @@ import click
 import msgspec
 
 from ..admin.words import strip_control
+from ..config.quantities import Number
 from ..flow import parse_weights
-from ..quantities import Number
 from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, echo_json, print_table, verb
 from .limit import change_config, open_store
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from ..cron_table import CronTable
+from ..cron.table import CronTable
 from ..flow import FlowConfig
 from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.metrics import Gauge, MetricsBuffer

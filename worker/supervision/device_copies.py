@@ -9,9 +9,9 @@ import logging
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ..cgroup import free_memory_bytes
 from ..devices import NO_DEVICE, device_for_slot, device_names, visible_gpus
 from ..extension import CopySize, extension
+from ..host.cgroup import free_memory_bytes
 from ..ipc.channel import MASKED_TYPES
 from ..settings import Settings, cores
 

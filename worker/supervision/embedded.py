@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..data_dir import HOST, DataDir, free_port, kept_secret, private_folder, socket_path, write_private
 from ..errors import ConfigurationError, Exit
 from ..extension import extension, how_to_install, imported
+from ..host.data_dir import HOST, DataDir, free_port, kept_secret, private_folder, socket_path, write_private
 from ..settings import Settings
 from .process import Command, RestartBackoff
 

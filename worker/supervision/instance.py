@@ -13,7 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..data_dir import open_own, safe_folder
+from ..host.data_dir import open_own, safe_folder
 from ..keys import Holder
 from ..settings import Settings
 

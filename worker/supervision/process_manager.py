@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..cron_table import CronTable
+from ..cron.table import CronTable
 from ..errors import Exit
 from ..flow import FlowConfig
 from ..ipc.channel import READY, STARTING, STOPPING, Channel

@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterable
 from enum import Enum
 
-from ..app import AppListing, checked_handlers, listing_command, read_listing
 from ..errors import ConfigurationError
+from ..functions.app import AppListing, checked_handlers, listing_command, read_listing
 from ..settings import Settings
 from .process import Command
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from ..durations import InvalidDuration
+from ..config.durations import InvalidDuration
 from ..errors import StoreRefused, StoreUnavailable
 from ..extension import WebPage
 from ..telemetry.log import redacted

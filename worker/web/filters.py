@@ -9,7 +9,7 @@ from typing import Self
 from urllib.parse import urlencode
 
 from ..admin.dead_letters import Cursor, LetterFilter
-from ..durations import parse_duration
+from ..config.durations import parse_duration
 
 
 @dataclass(frozen=True)

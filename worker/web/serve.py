@@ -11,8 +11,8 @@ from ..admin.deployment import Deployment, StreamTable
 from ..admin.overview import open_poller
 from ..errors import ConfigurationError
 from ..extension import extension, imported
-from ..http_server import BoundedServer, config
-from ..listening import listen, url_of
+from ..http.listening import listen, url_of
+from ..http.server import BoundedServer, config
 from ..settings import parse_address
 from ..store.redis.operator import OperatorStore
 from ..urls import is_loopback

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jobworker.handlers import NEEDS_VECTORS
 from jobworker.worker import ConfigurationError
-from jobworker.worker.data_dir import HOST, DataDir, free_port, kept_secret, private_folder, socket_path
 from jobworker.worker.extension import how_to_install
+from jobworker.worker.host.data_dir import HOST, DataDir, free_port, kept_secret, private_folder, socket_path
 
 from ...settings import HandlerSettings
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
 
 FILE_NAME = "endpoints.json"
 DEFAULT_DATA_DIR = "./jobworker-data"

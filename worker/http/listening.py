@@ -2,7 +2,7 @@
 
 import socket
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
 
 #: Connections waiting to be accepted: enough while a server process is replaced.
 _BACKLOG = 128

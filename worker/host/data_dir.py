@@ -14,8 +14,8 @@ from typing import Any
 
 import orjson
 
+from ..errors import ConfigurationError
 from .endpoints import FILE_NAME, parse_endpoints
-from .errors import ConfigurationError
 
 #: Embedded servers listen on this address, for tools, and on Unix sockets, for the service.
 HOST = "127.0.0.1"

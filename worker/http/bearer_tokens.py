@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
 
 #: A shorter token could be guessed: nothing limits the tries of a client.
 MIN_TOKEN_CHARS = 16

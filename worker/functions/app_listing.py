@@ -1,7 +1,7 @@
 """Child that imports the modules of ``--app`` and lists their handlers, so that the supervisor does not.
 
-``python -m jobworker.worker.app_listing FD APPS OTHERS`` writes an `AppListing` to the descriptor. APPS and
-OTHERS are JSON lists of modules.
+``python -m jobworker.worker.functions.app_listing FD APPS OTHERS`` writes an `AppListing` to the descriptor.
+APPS and OTHERS are JSON lists of modules.
 """
 
 import inspect
@@ -19,10 +19,10 @@ from types import ModuleType
 import msgspec
 import orjson
 
+from ..errors import ConfigurationError
+from ..extension import search_current_folder
+from ..handler import BatchHandler, BoundHandler, JobHandler
 from .app import AppListing
-from .errors import ConfigurationError
-from .extension import search_current_folder
-from .handler import BatchHandler, BoundHandler, JobHandler
 from .job_function import FunctionHandler, check_job_type, job_type_of
 
 #: Frames of a failed import that are shown: the user's own, innermost.
@@ -33,7 +33,7 @@ _INSTALLED = (
     site.getusersitepackages() + os.sep,
     *{sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")},
 )
-_OURS = str(Path(__file__).resolve().parents[1]) + os.sep
+_OURS = str(Path(__file__).resolve().parents[2]) + os.sep
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
 
-from .durations import MAX_DURATION_S, parse_duration
+from ..config.durations import MAX_DURATION_S, parse_duration
 
 #: A tick that is later than this (seconds) was missed. Restarts of a service take less.
 GRACE_S = 60

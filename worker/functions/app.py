@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 import orjson
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
 
 #: Longest import of the app's modules, also with torch on a slow disk.
 _IMPORT_WITHIN_S = 60.0
@@ -103,7 +103,7 @@ def listing_command(apps: Sequence[str], others: Sequence[str], fd: int) -> list
     """The command that writes an `AppListing` to a descriptor; it ends with this process."""
     tied = [sys.executable, "-P", "-m", "jobworker.worker.supervision.pdeathsig", str(os.getpid())]
     return [
-        *tied, sys.executable, "-P", "-m", "jobworker.worker.app_listing", str(fd),
+        *tied, sys.executable, "-P", "-m", "jobworker.worker.functions.app_listing", str(fd),
         orjson.dumps([*apps]).decode(), orjson.dumps([*others]).decode(),
     ]  # fmt: skip
 

@@ -15,10 +15,10 @@ from uuid import UUID
 import msgspec
 from msgspec.structs import force_setattr
 
-from .envelope import MAX_NAME_CHARS, Job
-from .errors import ConfigurationError
+from ..envelope import MAX_NAME_CHARS, Job
+from ..errors import ConfigurationError
+from ..settings import Settings
 from .payload_types import PayloadReader, payload_reader
-from .settings import Settings
 
 #: Attribute of a decorated function.
 _MARK = "__jobworker_job__"

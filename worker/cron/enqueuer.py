@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from .cron_schedule import DueTicks, Schedule, due_ticks, next_tick, parse_schedule
-from .cron_table import CronTable, decode_table, digest, encode_table, tick_text
-from .errors import StoreRefused
-from .keys import consumer_name
-from .producer import NewJob, encode_job
-from .settings import Settings
-from .store.cron import CronStore, StoredTable, Taken, TickJob
-from .telemetry.metrics import MetricsBuffer
+from ..errors import StoreRefused
+from ..keys import consumer_name
+from ..producer import NewJob, encode_job
+from ..settings import Settings
+from ..store.cron import CronStore, StoredTable, Taken, TickJob
+from ..telemetry.metrics import MetricsBuffer
+from .schedule import DueTicks, Schedule, due_ticks, next_tick, parse_schedule
+from .table import CronTable, decode_table, digest, encode_table, tick_text
 
 log = logging.getLogger("jobworker.cron")
 

@@ -4,11 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .cron_schedule import parse_schedule
-from .cron_table import CronTable, encode_table
-from .envelope import read_header
-from .producer import NewJob, encode_job, home_stream
-from .store.announcements import suggestion
+from ..envelope import read_header
+from ..producer import NewJob, encode_job, home_stream
+from ..store.announcements import suggestion
+from .schedule import parse_schedule
+from .table import CronTable, encode_table
 
 #: Most bytes of all tables as JSON: they are sent to the reaper in one message.
 _MAX_BYTES = 64 * 1024

@@ -6,11 +6,11 @@ from typing import Self
 
 import msgspec
 
-from .cron_config import parse_cron_tables
-from .cron_table import CronTable
-from .errors import ConfigurationError
-from .flow import FlowConfig, parse_flow
-from .settings import Settings
+from ..cron.config import parse_cron_tables
+from ..cron.table import CronTable
+from ..errors import ConfigurationError
+from ..flow import FlowConfig, parse_flow
+from ..settings import Settings
 
 
 class ConfigTables(msgspec.Struct, frozen=True):

@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from .envelope import exact_number
-from .errors import ConfigurationError, MalformedPayload
+from ..envelope import exact_number
+from ..errors import ConfigurationError, MalformedPayload
 
 #: Errors of one payload that are named; a list of a million wrong items has as many.
 _NAMED_ERRORS = 5

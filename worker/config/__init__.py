@@ -1,0 +1,1 @@
+"""The configuration file: its options and tables, durations and quantities."""

@@ -1,0 +1,1 @@
+"""Cron tables: their configuration, schedules, and the enqueuer that the reaper runs."""

@@ -1,0 +1,1 @@
+"""HTTP servers of the service: sockets, bearer tokens, uvicorn with limits."""
