@@ -58,8 +58,9 @@ def with_flow(jobs: Sequence[Planned], rng: random.Random) -> list[Planned]:
     marked = []
     for number, job in enumerate(jobs):
         block = number // _BLOCK
-        batch = f"b{block:04d}" if block in batches and job.kind else ""
         flow, tenant = _mark(job, number, groups, rng)
+        # Jobs of batches are sent in another way, so the order of a series would not be known.
+        batch = f"b{block:04d}" if block in batches and job.kind and not flow.series else ""
         marked.append(_marked(job, flow._replace(batch=batch), tenant) if batch or flow != Flow() else job)
     return marked
 
@@ -132,7 +133,7 @@ class FlowSender:
                 try:
                     self._store.batch_add(STREAM, batch, "", datas)
                 except StoreUnavailable:
-                    time.sleep(_REFUSED_PAUSE_S)  # nobody says when it accepts jobs again
+                    time.sleep(_REFUSED_PAUSE_S)  # no event says when it accepts jobs again
             self._ledger.confirmed |= {job.id: "" for job in members}
             self._left[batch] -= len(members)
             if not self._left[batch]:
@@ -153,7 +154,7 @@ class FlowSender:
                 call()
                 return
             except StoreUnavailable:
-                time.sleep(_REFUSED_PAUSE_S)  # nobody says when it answers again
+                time.sleep(_REFUSED_PAUSE_S)  # no event says when it answers again
 
     def cancel(self, jobs: Sequence[Planned]) -> None:
         """Cancel the jobs that are to be cancelled, and record what the store said of each."""
@@ -190,7 +191,7 @@ def stop_cron(url: str, within_s: float) -> dict[str, tuple[int, int]]:
         except StoreUnavailable:
             if time.monotonic() > give_up_at:
                 raise
-            time.sleep(_REFUSED_PAUSE_S)  # nobody says when it answers again
+            time.sleep(_REFUSED_PAUSE_S)  # no event says when it answers again
         finally:
             store.close()
 

@@ -147,8 +147,9 @@ def _check_series(
         if not seen.ledger.unanswered.isdisjoint(ids):
             continue  # which one is the newest is not known
         verdict.count_flow("series")
-        newest = ids[-1]  # in the order of sending, which is that of the stream
-        if newest in seen.ledger.confirmed and newest not in dead and newest not in seen.effects:
+        ids.sort(key=lambda id: [int(part) for part in seen.ledger.confirmed[id].split("-")])
+        newest = ids[-1]
+        if newest not in dead and newest not in seen.effects:
             verdict.series_lost.append(newest)
         for number, id in enumerate(ids):
             newer = [start_s for one in ids[number + 1 :] for start_s in starts[one]]

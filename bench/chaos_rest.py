@@ -16,7 +16,8 @@ _REST_WITHIN_S = 120.0
 
 
 def unfinished(client: Any) -> dict[str, int]:
-    """Number of undelivered, pending, sorted and scheduled jobs and of recorded deaths, by stream."""
+    """Number of undelivered, pending, sorted and scheduled jobs, of recorded deaths and of batches that have not
+    called back, by stream."""
     found: dict[str, int] = {}
     for stream in (STREAM, PROBE_STREAM):
         group = next((g for g in client.xinfo_groups(stream) if g["name"] == GROUP.encode()), None)
@@ -29,6 +30,7 @@ def unfinished(client: Any) -> dict[str, int]:
         found[f"{stream} in lanes"] = int(client.hget(f"ready:{stream}", "n") or 0)
         found[f"{stream} scheduled"] = client.zcard(f"retry:{stream}")
         found[f"{stream} deaths"] = client.hlen(f"deaths:{stream}")
+        found[f"{stream} batches"] = client.zcard(f"batches:{stream}/open")
     return {where: count for where, count in found.items() if count}
 
 

@@ -178,7 +178,7 @@ class FlowWorld:
             ("m1", {"batch": "b1"}), ("m2", {"batch": "b1"}),
         ):  # fmt: skip
             self.ledger.planned[id] = load.Planned(id, "ok", id, {}, "chaos_one", "t1", load.Flow(**flow))
-            self.ledger.confirmed[id] = ""
+            self.ledger.confirmed[id] = f"1-{len(self.ledger.confirmed)}"
         self.ledger.wall_due_s = {"delay": 105.0}
         self.ledger.batches = {"b1": 2}
         self.ledger.cancels = {"c1": "cancelled", "c2": "requested"}
