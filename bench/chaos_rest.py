@@ -16,8 +16,8 @@ _REST_WITHIN_S = 120.0
 
 
 def unfinished(client: Any) -> dict[str, int]:
-    """Number of undelivered, pending, sorted and scheduled jobs, of recorded deaths and of batches that have not
-    called back, by stream."""
+    """Number of undelivered, pending, sorted and scheduled jobs, of recorded deaths and of
+    unfinished batches, by stream."""
     found: dict[str, int] = {}
     for stream in (STREAM, PROBE_STREAM):
         group = next((g for g in client.xinfo_groups(stream) if g["name"] == GROUP.encode()), None)
