@@ -157,6 +157,55 @@ def test_a_retry_before_its_backoff_is_reported(world: World) -> None:
     assert world.broken() == {"retries_early"}
 
 
+class MovingJob:
+    """A server on which a job moves between any two calls: scheduled, undelivered, pending, scheduled again."""
+
+    def __init__(self, place: int) -> None:
+        self._place = place
+        self._replies: list[Any] | None = None
+
+    def pipeline(self, transaction: bool) -> "MovingJob":
+        self._replies = [] if transaction else None
+        return self
+
+    def execute(self) -> list[Any]:
+        replies, self._replies = self._replies, None
+        self._place += 1
+        assert replies is not None
+        return replies
+
+    def _answer(self, *by_place: Any) -> Any:
+        reply = by_place[self._place % 3]
+        if self._replies is None:
+            self._place += 1
+        else:
+            self._replies.append(reply)
+        return reply
+
+    def xinfo_groups(self, stream: str) -> Any:
+        groups = [[{"name": b"chaos", "pending": n, "last-delivered-id": b"5-0"}] for n in (0, 0, 1)]
+        return self._answer(*groups)
+
+    def xrevrange(self, stream: str, count: int) -> Any:
+        return self._answer([(b"4-0", {})], [(b"6-0", {})], [(b"5-0", {})])
+
+    def hget(self, key: str, field: str) -> Any:
+        return self._answer(None, None, None)
+
+    def hlen(self, key: str) -> Any:
+        return self._answer(0, 0, 0)
+
+    def zcard(self, key: str) -> Any:
+        return self._answer(int(key.startswith("retry:")), 0, 0)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_job_that_moves_while_it_is_looked_for_is_found(world: World, place: int) -> None:
+    rest = importlib.import_module("chaos_rest")
+    found = rest.unfinished(MovingJob(place))
+    assert {where.split()[0] for where in found} == {"chaos:jobs", "chaos:probes"}
+
+
 class FlowWorld:
     """A run of flow control without fault, which tests change."""
 

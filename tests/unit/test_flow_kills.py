@@ -15,8 +15,8 @@ import pytest
 
 from jobworker.worker.batches import BatchFinisher, find_batch
 from jobworker.worker.cancel import Canceller, JobFilter
-from jobworker.worker.cron import CronEnqueuer
-from jobworker.worker.cron_table import CronTable
+from jobworker.worker.cron.enqueuer import CronEnqueuer
+from jobworker.worker.cron.table import CronTable
 from jobworker.worker.flow import FlowConfig, Limit
 from jobworker.worker.outcome import Failure
 from jobworker.worker.producer import Producer
