@@ -19,8 +19,8 @@ def unfinished(client: Any) -> dict[str, int]:
     """Number of undelivered (1 for some), pending, sorted and scheduled jobs, of recorded deaths and of
     unfinished batches, by stream.
 
-    All of a stream are read in one transaction: a job moves from place to place meanwhile, and would be missed
-    in each.
+    All of a stream are read in one transaction: a job moves from place to place meanwhile, and could be
+    missed in each.
     """
     found: dict[str, int] = {}
     for stream in (STREAM, PROBE_STREAM):

@@ -158,7 +158,7 @@ def test_a_retry_before_its_backoff_is_reported(world: World) -> None:
 
 
 class MovingJob:
-    """A server on which a job moves between any two calls: scheduled, undelivered, pending, scheduled again."""
+    """A server on which a job moves between any two calls: scheduled, undelivered, pending, scheduled."""
 
     def __init__(self, place: int) -> None:
         self._place = place
