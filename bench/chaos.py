@@ -30,9 +30,11 @@ from chaos_faults import (
     excused_promises,
     schedule,
 )
+from chaos_flow import CRON, FlowSender, cron_cursors, stop_cron, with_flow
+from chaos_flow_oracle import Seen, Watcher, check_flow
 from chaos_limits import check_limits
-from chaos_load import LIMITS, Producer, plan
-from chaos_oracle import judge
+from chaos_load import LIMITS, Ledger, Producer, plan
+from chaos_oracle import Verdict, judge, letters_of
 from chaos_proxy import Proxy
 from chaos_report import format_report, quick, recoveries, verdict_of
 from chaos_rest import (
@@ -45,6 +47,7 @@ from chaos_rest import (
 )  # fmt: skip
 from chaos_world import LIMIT_S, POLL_S, Server, Service
 from hosts import host_facts
+from rig import connect
 from tqdm import tqdm
 
 from jobworker.worker.safe_text import safe_json
@@ -68,12 +71,17 @@ class Run:
         self._server = Server(folder / "server")
         self._server.start()
         self._proxy = Proxy(self._server.port)
-        self._producer = Producer(self._server.url, self._jobs)
+        ledger, sender = Ledger(), None
+        if options["flow"]:
+            self._jobs = with_flow(self._jobs, random.Random(options["seed"]))
+            sender = FlowSender(self._server.url, ledger, self._jobs)
+            self._watcher = Watcher(connect(self._server.url), ledger)
+        self._producer = Producer(self._server.url, self._jobs, ledger, sender)
         self._event_log = EventLog(folder)
         url = f"redis://127.0.0.1:{self._proxy.port}/0"
         procs = -(-options["procs"] // options["services"])
         config = folder / "jobworker.toml"
-        config.write_text(LIMITS if options["limits"] else "")
+        config.write_text((LIMITS if options["limits"] else "") + (CRON if options["flow"] else ""))
         self._services = [
             Service(folder, f"chaos-{number}", url, procs, options["lease"], config)
             for number in range(options["services"])
@@ -95,9 +103,11 @@ class Run:
         self._await_ready()
         self._warm_up()
         before = descriptors(self._services)
+        first_ticks = self._begin_flow()
         self._producer.start()
         self._inject_faults()
         self._producer.finish(LIMIT_S)
+        ticks = stop_cron(self._server.url, LIMIT_S) if self._options["flow"] else {}
         rest: dict[str, Any] = {"unfinished": await_rest(self._server.client, self._services)}
         rest["rings not empty"] = rings_not_empty(self._services)
         rest["descriptors leaked"] = leaked_descriptors(before, self._services)
@@ -105,11 +115,14 @@ class Run:
         taken_over = len(self._services) > 1
         uncounted = sum(s.ends_supervisor or (taken_over and s.kind == "stop") for s in self._injected)
         verdict = judge(self._producer.ledger, self._event_log, self._server.client, uncounted)
+        if self._options["flow"]:
+            self._check_flow(verdict, {name: (first_ticks[name], *ticks[name]) for name in ticks})
         excused = excused_promises(self._options["faults"])
         if self._options["limits"]:
             check_limits(verdict, self._producer.ledger, self._event_log.read(), self._strict())
             if taken_over and {HOST, "stop"} & set(self._options["faults"]):
-                excused.add("over_limit")  # a service that is stopped past its lease runs jobs of others
+                # A service that is stopped past its lease runs jobs of others.
+                excused |= {"over_limit", "series_disorder"}
         facts = host_facts(self._server.client)
         rest |= self._end()
         rows = recoveries(self._injected, self._options["lease"])
@@ -125,6 +138,24 @@ class Run:
             "refusals": self._producer.ledger.refusals,
             "host": facts,
         }
+
+    def _begin_flow(self) -> dict[str, int]:
+        """Look at the stream from now on; returns the last tick of each cron table."""
+        if not self._options["flow"]:
+            return {}
+        self._watcher.start()
+        return cron_cursors(self._server.url)
+
+    def _check_flow(self, verdict: Verdict, ticks: dict[str, tuple[int, int, int]]) -> None:
+        ledger, client = self._producer.ledger, self._server.client
+        self._watcher.finish(LIMIT_S)
+        events, effects = self._event_log.read(), self._event_log.effects()
+        offset_s = time.time() - time.monotonic()
+        letters = letters_of(client, ledger)
+        check_flow(
+            verdict,
+            Seen(ledger, events, effects, letters, self._watcher, client, ticks, offset_s, self._world.oom),
+        )
 
     def _strict(self) -> bool:
         """Whether a killed job keeps its slot until it starts again: no job times out in this run."""
@@ -254,6 +285,8 @@ def run_once(options: dict[str, Any], prefix: str, *, keep: bool) -> dict[str, A
 @click.option("--lease", default=10.0, show_default=True, type=click.FloatRange(1), help="Seconds.")
 @click.option("--limits/--no-limits", default=True, show_default=True,
               help="Limits of both job types, so that jobs wait in lanes.")  # fmt: skip
+@click.option("--flow/--no-flow", default=True, show_default=True,
+              help="Keys, delays, cancellations, results, batches and cron tables.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the tables.")
 @click.option("--keep", is_flag=True, help="Keep the folder with logs and events, and print its name.")
 def main(as_json: bool, keep: bool, **options: Any) -> None:

@@ -5,7 +5,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import redis
@@ -72,6 +72,8 @@ class World:
     rng: random.Random
     lease_s: float
     probes: int = 0
+    #: Begin and end of each time in which the server had no memory (monotonic seconds).
+    oom: list[tuple[float, float]] = field(default_factory=list)
 
     def probe(self, *, by_retry: bool = False) -> frozenset[str]:
         """Send a job that no other job delays: on a stream of its own, or as a due retry."""
@@ -125,7 +127,7 @@ class World:
             if consumer["name"].decode().endswith(f"/{service.name}") and consumer["pending"]:
                 rows = self.server.client.xpending_range(STREAM, GROUP, "-", "+", 1000, consumer["name"])
                 found |= {ids.get(row["message_id"].decode(), "") for row in rows}
-        return {id for id in found if id and self.ledger.planned[id].effect}
+        return {id for id in found if id and self.ledger.planned[id].must_run}
 
     def kill(self, role: str) -> int:
         """SIGKILL a process of a role and wait for its end; returns its process id."""
@@ -166,7 +168,7 @@ def _worker(world: World) -> InjectedFault:
     mono_s = time.monotonic()
     pid = world.kill("worker")
     held = world.event_log.running().get(pid, set())
-    awaited = {id for id in held if world.ledger.planned[id].effect}
+    awaited = {id for id in held if id in world.ledger.planned and world.ledger.planned[id].must_run}
     return InjectedFault("worker", mono_s, frozenset(awaited), detail="" if awaited else "idle")
 
 
@@ -247,6 +249,8 @@ def _temporary(
         finally:
             switch(world, False)
         mono_s = time.monotonic()
+        if kind == "oom":
+            world.oom.append((mono_s - length_s, mono_s))
         awaited = world.probe() | world.probe(by_retry=True)
         return InjectedFault(kind, mono_s, awaited, detail=f"{length_s:.1f} s", busiest=busiest)
 

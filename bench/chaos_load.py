@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 import redis
@@ -49,6 +49,18 @@ Fields = dict[bytes, bytes]
 Client = Any
 
 
+class Flow(NamedTuple):
+    """What a job asks of flow control: names of its idempotency key, its series and its batch, a delay, and
+    whether it is cancelled and its result is kept."""
+
+    key: str = ""
+    series: str = ""
+    batch: str = ""
+    delay_s: float = 0.0
+    cancel: bool = False
+    keep: bool = False
+
+
 class Planned(NamedTuple):
     """Planned job; ``effect`` is the key of its effect, empty if it must not succeed."""
 
@@ -58,6 +70,12 @@ class Planned(NamedTuple):
     fields: Fields
     kind: str = ""
     tenant: str = ""
+    flow: Flow = Flow()
+
+    @property
+    def must_run(self) -> bool:
+        """Whether it succeeds, whatever other jobs do, and is not cancelled."""
+        return bool(self.effect) and not (self.flow.key or self.flow.series or self.flow.cancel)
 
 
 def plan(jobs: int, rng: random.Random) -> list[Planned]:
@@ -116,20 +134,44 @@ _MALFORMED: Sequence[Any] = (
 
 @dataclass
 class Ledger:
-    """Sent jobs: ``confirmed`` maps ids to entry ids; ``unanswered`` ones may or may not be stored."""
+    """Sent jobs: ``confirmed`` maps ids to entry ids; ``unanswered`` ones may or may not be stored.
+
+    ``wall_due_s``: earliest starts (unix seconds); ``batches``: numbers of jobs; ``cancels``: what the store
+    said of a cancelled job, and ``mono_cancelled_s``, when. ``mono_sent_s``: when a job was first sent.
+    """
 
     planned: dict[str, Planned] = field(default_factory=dict)
     confirmed: dict[str, str] = field(default_factory=dict)
     unanswered: set[str] = field(default_factory=set)
     refusals: int = 0
+    wall_due_s: dict[str, float] = field(default_factory=dict)
+    batches: dict[str, int] = field(default_factory=dict)
+    cancels: dict[str, str] = field(default_factory=dict)
+    mono_cancelled_s: dict[str, float] = field(default_factory=dict)
+    mono_sent_s: dict[str, float] = field(default_factory=dict)
+
+
+class Sender(Protocol):
+    """Sends jobs in other ways than the producer does, see `chaos_flow`."""
+
+    def stamp(self, job: Planned) -> Fields: ...
+    def send(self, jobs: Sequence[Planned]) -> None: ...
+    def cancel(self, jobs: Sequence[Planned]) -> None: ...
+    def close(self) -> None: ...
 
 
 class Producer(threading.Thread):
-    """Thread that sends bursts directly to the server, and continues after errors."""
+    """Thread that sends bursts directly to the server, and continues after errors.
 
-    def __init__(self, url: str, jobs: Sequence[Planned]) -> None:
+    With a ``sender``, that one sends the jobs of batches, and cancels jobs after each burst.
+    """
+
+    def __init__(
+        self, url: str, jobs: Sequence[Planned], ledger: Ledger, sender: Sender | None = None
+    ) -> None:
         super().__init__(name="producer", daemon=True)
-        self.ledger = Ledger()
+        self.ledger = ledger
+        self._sender = sender
         self._client: Client = redis.Redis.from_url(
             url, socket_timeout=_ANSWER_WITHIN_S, protocol=2, retry=None, retry_on_error=[]
         )
@@ -143,13 +185,11 @@ class Producer(threading.Thread):
     def run(self) -> None:
         """Send bursts until `finish`."""
         while count := self._bursts.get():
-            batch: list[Planned] = []
-            for planned in self._next(count):
-                batch.append(planned)
-                if len(batch) == _AT_ONCE:
-                    self._send(batch)
-                    batch = []
-            self._send(batch)
+            burst = list(self._next(count))
+            for first in range(0, len(burst), _AT_ONCE):
+                self._send(burst[first : first + _AT_ONCE])
+            if self._sender:
+                self._sender.cancel(burst)
 
     def finish(self, within_s: float) -> None:
         """Wait until all bursts are sent. Raises TimeoutError."""
@@ -158,6 +198,8 @@ class Producer(threading.Thread):
         if self.is_alive():
             raise TimeoutError("the producer could not send its jobs")
         self._client.close()
+        if self._sender:
+            self._sender.close()
 
     def _next(self, count: int) -> Iterator[Planned]:
         for _ in range(count):
@@ -168,6 +210,12 @@ class Producer(threading.Thread):
 
     def _send(self, batch: list[Planned]) -> None:
         """Send until each job is confirmed, or the connection breaks before the answer."""
+        self.ledger.planned |= {planned.id: planned for planned in batch}
+        self.ledger.mono_sent_s |= dict.fromkeys((planned.id for planned in batch), time.monotonic())
+        members = [planned for planned in batch if planned.flow.batch]
+        if self._sender and members:
+            self._sender.send(members)
+            batch = [planned for planned in batch if not planned.flow.batch]
         while batch:
             batch = self._try(batch)
             if batch:
@@ -177,10 +225,9 @@ class Producer(threading.Thread):
 
     def _try(self, batch: list[Planned]) -> list[Planned]:
         """Send once; returns the jobs that the server refused, and so does not have."""
-        self.ledger.planned |= {planned.id: planned for planned in batch}
         pipe = self._client.pipeline(transaction=False)
         for planned in batch:
-            pipe.xadd(STREAM, planned.fields)
+            pipe.xadd(STREAM, self._sender.stamp(planned) if self._sender else planned.fields)
         try:
             replies = pipe.execute(raise_on_error=False)
         except redis.RedisError:

@@ -38,7 +38,7 @@ def main(kills: int, seed: int | None, as_json: bool, keep: bool) -> None:
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     options = {
         "seed": seed, "jobs": kills * _JOBS_PER_KILL, "kills": kills, "faults": _FAULTS, "duration": 0.0,
-        "procs": _PROCS, "services": _SERVICES, "lease": _LEASE_S, "limits": True,
+        "procs": _PROCS, "services": _SERVICES, "lease": _LEASE_S, "limits": True, "flow": False,
     }  # fmt: skip
     found = run_once(options, "jobworker-limits", keep=keep)
     report = summary(found, kills)

@@ -18,6 +18,8 @@ MAX_RESULT_BYTES = 256 * 1024
 
 #: States of a result.
 SUCCEEDED, DEAD, CANCELLED = "succeeded", "dead", "cancelled"
+#: States of a job that was not run, because of another one (see `Drop` in `outcome`).
+DUPLICATE, SUPERSEDED = "duplicate", "superseded"
 
 #: msgspec writes these: with Z for UTC, and with the private fields of dataclasses.
 _OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_NON_STR_KEYS
@@ -39,7 +41,8 @@ class CancelOutcome(StrEnum):
 class JobResult(msgspec.Struct, frozen=True, omit_defaults=False):
     """How a job ended.
 
-    ``state`` is succeeded, dead (given up for ``reason``) or cancelled. ``value`` is what the handler
+    ``state`` is succeeded, dead (given up for ``reason``), cancelled, or the reason why another job ran
+    instead: duplicate or superseded; ``error`` names that one's entry. ``value`` is what the handler
     returned; if it succeeded and ``error`` is not empty, the value could not be kept for that reason.
     """
 

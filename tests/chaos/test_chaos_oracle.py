@@ -3,6 +3,7 @@
 import base64
 import importlib
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,208 @@ def test_a_retry_before_its_backoff_is_reported(world: World) -> None:
     world.lines[:0] = [f"start {GOOD} 0 7 0.80", f"fail {GOOD} 0 7 0.85"]
     world.lines[2:4] = [f"start {GOOD} 1 7 0.90", f"end {GOOD} 1 7 0.95"]
     assert world.broken() == {"retries_early"}
+
+
+class MovingJob:
+    """A server on which a job moves between any two calls: scheduled, undelivered, pending, scheduled."""
+
+    def __init__(self, place: int) -> None:
+        self._place = place
+        self._replies: list[Any] | None = None
+
+    def pipeline(self, transaction: bool) -> "MovingJob":
+        self._replies = [] if transaction else None
+        return self
+
+    def execute(self) -> list[Any]:
+        replies, self._replies = self._replies, None
+        self._place += 1
+        assert replies is not None
+        return replies
+
+    def _answer(self, *by_place: Any) -> Any:
+        reply = by_place[self._place % 3]
+        if self._replies is None:
+            self._place += 1
+        else:
+            self._replies.append(reply)
+        return reply
+
+    def xinfo_groups(self, stream: str) -> Any:
+        groups = [[{"name": b"chaos", "pending": n, "last-delivered-id": b"5-0"}] for n in (0, 0, 1)]
+        return self._answer(*groups)
+
+    def xrevrange(self, stream: str, count: int) -> Any:
+        return self._answer([(b"4-0", {})], [(b"6-0", {})], [(b"5-0", {})])
+
+    def hget(self, key: str, field: str) -> Any:
+        return self._answer(None, None, None)
+
+    def hlen(self, key: str) -> Any:
+        return self._answer(0, 0, 0)
+
+    def zcard(self, key: str) -> Any:
+        return self._answer(int(key.startswith("retry:")), 0, 0)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_job_that_moves_while_it_is_looked_for_is_found(world: World, place: int) -> None:
+    rest = importlib.import_module("chaos_rest")
+    found = rest.unfinished(MovingJob(place))
+    assert {where.split()[0] for where in found} == {"chaos:jobs", "chaos:probes"}
+
+
+class FlowWorld:
+    """A run of flow control without fault, which tests change."""
+
+    def __init__(self, world: World) -> None:
+        self.flow, self.checks = map(importlib.import_module, ("chaos_flow", "chaos_flow_oracle"))
+        load = self._load = world.load
+        self._world = world
+        self.ledger = load.Ledger()
+        self.records = {
+            "batch:chaos:jobs/b1": {b"total": b"2", b"done": b"1", b"dead": b"1", b"finished": b"9"}
+        }
+        self.results = {"result:chaos:jobs/keep": b'{"state":"succeeded"}'}
+        self.letters = [("c1", "cancelled"), ("m2", "permanent")]
+        self.effects = {id: [id] for id in ("k1", "s2", "delay", "keep", "m1", "c2")}
+        for id, flow in (
+            ("k1", {"key": "k"}), ("k2", {"key": "k"}), ("s1", {"series": "s"}), ("s2", {"series": "s"}),
+            ("delay", {"delay_s": 1.0}), ("keep", {"keep": True}),
+            ("c1", {"cancel": True}), ("c2", {"cancel": True}),
+            ("m1", {"batch": "b1"}), ("m2", {"batch": "b1"}),
+        ):  # fmt: skip
+            self.ledger.planned[id] = load.Planned(id, "ok", id, {}, "chaos_one", "t1", load.Flow(**flow))
+            self.ledger.confirmed[id] = f"1-{len(self.ledger.confirmed)}"
+        self.ledger.wall_due_s = {"delay": 105.0}
+        self.ledger.batches = {"b1": 2}
+        self.ledger.cancels = {"c1": "cancelled", "c2": "requested"}
+        self.ledger.mono_cancelled_s = {"c1": 5.0, "c2": 5.0}
+        self.ledger.mono_sent_s = dict.fromkeys(self.ledger.planned, 1.0)
+        self.starts = {id: [6.0] for id in (*self.effects, "m2", "batch:b1")}
+        self.watcher = self.checks.Watcher(self, self.ledger)
+        self.watcher.enqueued["batch:b1"] = 1
+        self.cron = {"each-second": (100, 102, 103)}
+        for tick in (101, 102):
+            self.add_tick(tick)
+        self.oom: list[tuple[float, float]] = []
+
+    def add_tick(self, wall_s: int, times: int = 1) -> None:
+        """A tick that was enqueued and ran."""
+        id = self.checks._tick_id("each-second", wall_s)
+        self.starts[id] = [6.0]
+        self.watcher.enqueued[id] = times
+
+    def get(self, key: str) -> bytes | None:
+        return self.results.get(key)
+
+    def hgetall(self, key: str) -> dict[bytes, bytes]:
+        return self.records.get(key, {})
+
+    def broken(self) -> list[str]:
+        """Names of the broken promises."""
+        event = self._world.events_module.Event
+        events = [
+            event(what, id, 0, 7, start_s)
+            for id, starts in self.starts.items()
+            for start_s in starts
+            for what in ("start", *(["end"] if id in self.effects else []))
+        ]
+        letters = [self._world.oracle.Letter(id, reason, 0) for id, reason in self.letters]
+        verdict = self._world.oracle.Verdict()
+        seen = self.checks.Seen(
+            self.ledger, events, self.effects, letters, self.watcher, self, self.cron, 100.0, self.oom
+        )
+        self.checks.check_flow(verdict, seen)
+        return verdict.broken()  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def flow(world: World) -> FlowWorld:
+    return FlowWorld(world)
+
+
+def test_a_run_of_flow_control_without_fault_is_safe(flow: FlowWorld) -> None:
+    assert flow.broken() == []
+    flow.starts["s1"] = [1.0]  # before the newer one
+    flow.add_tick(103)  # between the last look at the table and its pause
+    assert flow.broken() == []
+
+
+def test_jobs_with_one_key_that_ran_both_or_neither_are_reported(flow: FlowWorld) -> None:
+    flow.effects["k2"] = ["k2"]
+    flow.starts["k2"] = [7.0]
+    assert flow.broken() == ["key_doubled"]
+    flow.oom = [(0.5, 2.0)]
+    assert flow.broken() == [], "the keys could not be kept"
+    flow.oom = []
+    for id in ("k1", "k2"):
+        del flow.effects[id]
+    assert flow.broken() == ["key_lost"]
+
+
+def test_a_lost_or_late_job_of_a_series_is_reported(flow: FlowWorld) -> None:
+    flow.starts["s1"] = [6.5]
+    assert flow.broken() == ["series_disorder"]
+    del flow.starts["s1"], flow.effects["s2"]
+    assert flow.broken() == ["series_lost"]
+
+
+def test_a_job_that_starts_before_its_time_is_reported(flow: FlowWorld) -> None:
+    flow.starts["delay"] = [4.9]
+    assert flow.broken() == ["started_early"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda flow: flow.starts.update(c1=[5.5]),
+        lambda flow: flow.letters.remove(("c1", "cancelled")),
+        lambda flow: flow.letters.append(("c1", "cancelled")),
+        lambda flow: flow.effects.pop("c2"),
+    ],
+)
+def test_a_cancelled_job_that_runs_or_is_lost_is_reported(flow: FlowWorld, change: Any) -> None:
+    change(flow)
+    assert flow.broken() == ["cancel_wrong"]
+
+
+def test_a_missing_or_wrong_result_is_reported(flow: FlowWorld) -> None:
+    flow.results["result:chaos:jobs/keep"] = b'{"state":"dead"}'
+    assert flow.broken() == ["results_wrong"]
+    flow.results.clear()
+    assert flow.broken() == ["results_wrong"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda flow: flow.records["batch:chaos:jobs/b1"].update({b"done": b"2"}),
+        lambda flow: flow.records["batch:chaos:jobs/b1"].pop(b"finished"),
+        lambda flow: flow.watcher.enqueued.update(["batch:b1"]),
+        lambda flow: flow.starts.pop("batch:b1"),
+        lambda flow: flow.watcher.wrong.append("3 of 2"),
+    ],
+)
+def test_a_wrong_count_or_a_second_callback_is_reported(flow: FlowWorld, change: Any) -> None:
+    change(flow)
+    assert flow.broken() == ["batch_wrong"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda flow: flow.add_tick(102, times=2),
+        lambda flow: flow.add_tick(104),
+        lambda flow: flow.starts.pop(flow.checks._tick_id("each-second", 101)),
+    ],
+)
+def test_a_tick_that_is_missing_doubled_or_invented_is_reported(flow: FlowWorld, change: Any) -> None:
+    change(flow)
+    assert flow.broken() == ["cron_wrong"]
+
+
+def test_every_mark_is_in_a_plan(flow: FlowWorld) -> None:
+    jobs = flow.flow.with_flow(flow._load.plan(1500, random.Random(7)), random.Random(7))
+    for mark in ("key", "series", "batch", "delay_s", "cancel", "keep"):
+        assert sum(bool(getattr(job.flow, mark)) for job in jobs) > 20, mark

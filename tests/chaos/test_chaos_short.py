@@ -20,6 +20,9 @@ ALL = {
     "client-kill", "script-flush", "busy", "readonly", "oom", "hup", "term", "forkserver", "guard",
 }  # fmt: skip
 
+#: What flow control must be seen to do.
+FLOW = {"keys", "series", "delayed", "cancel cancelled", "cancel requested", "results", "batches", "ticks"}
+
 pytestmark = [pytest.mark.chaos, pytest.mark.process]
 
 
@@ -48,6 +51,8 @@ def test_no_kind_of_fault_loses_or_duplicates_a_job() -> None:
     report = chaos("--jobs", "1500", "--kills", "24", "--seed", "7")
     assert report["recovery"].keys() == ALL
     assert report["jobs"]["confirmed"] >= 1400
+    seen = report["jobs"]["flow_counts"]
+    assert seen.keys() >= FLOW, seen
     assert_promises_kept(report)
 
 

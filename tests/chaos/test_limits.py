@@ -25,11 +25,12 @@ class Oracle:
         self.ledger = self.load.Ledger()
 
     def verdict(self, *lines: str, strict: bool = True, kind: str = "chaos_one", dead: str = "") -> Any:
-        """The verdict on lines "what id pid seconds"."""
+        """The verdict on lines "what id pid seconds", with a retry count at the end for some."""
         events = []
-        for what, id, pid, mono_s in (line.split() for line in lines):
+        for what, id, pid, mono_s, *retries in (line.split() for line in lines):
             self.ledger.planned[id] = self.load.Planned(id, "ok", "", {}, kind, "t1")
-            events.append(self.events.Event(what, id, 0, int(pid), float(mono_s)))
+            retry_count = int(retries[0]) if retries else 0
+            events.append(self.events.Event(what, id, retry_count, int(pid), float(mono_s)))
         verdict = self.oracle.Verdict(dead_ids={dead})
         self.limits.check_limits(verdict, self.ledger, events, strict)
         return verdict
@@ -63,6 +64,18 @@ def test_a_killed_job_keeps_its_slot_until_it_starts_again(oracle: Oracle) -> No
     assert oracle.verdict(*killed, *again, strict=False).over_limit == []
     assert oracle.verdict(*killed, dead="a").over_limit == [], "it was given up"
     assert oracle.verdict(*killed).over_limit == ["t1: 3 at once"], "it holds its slot still"
+
+
+def test_a_try_that_timed_out_keeps_no_slot(oracle: Oracle) -> None:
+    lines = ["start a 1 1.0", "start b 2 3.0", "start c 3 3.0", "end b 2 3.5", "end c 3 3.5"]
+    assert oracle.verdict(*lines, "start a 4 4.0 1", "end a 4 4.1 1").over_limit == []
+
+
+def test_a_first_job_that_waits_long_for_a_worker_breaks_no_rate(oracle: Oracle) -> None:
+    late = [f"start j{n} 1 4.0" for n in range(500)]
+    assert oracle.verdict(*late, kind="chaos_many").over_rate
+    oracle.ledger.mono_sent_s["j0"] = 0.0
+    assert oracle.verdict(*late, kind="chaos_many").over_rate == []
 
 
 def test_a_job_that_two_processes_run_counts_twice(oracle: Oracle) -> None:

@@ -146,6 +146,21 @@ def test_a_lane_that_waits_for_a_limit_is_left(any_world: World) -> None:
     assert taken(store) == ["j3"]
 
 
+def test_a_woken_lane_that_is_emptied_leaves_its_room_to_another(any_world: World) -> None:
+    # A slot that becomes free wakes one lane. If that lane has no job left at its turn, another must start.
+    store, _ = given(any_world)
+    limits = (Limit("a/tenant", "a", "tenant", 1, 0, 0),)
+    assert store.configure(S, FlowConfig(0, limits, {}))
+    prioritised = [job(f"j{priority}", metadata={"priority": str(priority)}) for priority in (9, 7, 2)]
+    any_world.producer().add(S.stream, prioritised)
+    sort(store, limits)
+    assert taken(store) == ["j9"]
+    assert taken(store) == [], "both other lanes are parked"
+    settle(store, [Settlement(S, done=pending(store))])
+    assert outcomes(cancel(any_world, "j7")) == {"j7": "cancelled"}
+    assert taken(store) == ["j2"]
+
+
 def test_a_job_whose_limits_have_changed_is_removed_from_its_lane(any_world: World) -> None:
     store, _ = given(any_world)
     any_world.producer().add(S.stream, [job("j0"), job("j1")])

@@ -72,6 +72,20 @@ class TestDeadLetters:
         assert bodies(redis_world)[before:] == [b"job a", b"job b"]
         assert redis_world.dead_letters(S.stream) == [b"c"]
 
+    def test_a_job_of_a_wrong_stream_is_requeued_to_another_one(
+        self, redis_world: RedisWorld, operator: OperatorStore
+    ) -> None:
+        given_up(redis_world, b"a", b"b")
+        a, _ = [entry.id for entry in operator.dead_after(S.stream, START, 9)]
+        before = redis_world.length(S.stream)
+        job = b'{"id":"a","type":"t","metadata":{"batch_id":"b1"}}'
+        assert operator.requeue(S.stream, [(a, job)], "stream:right") == [True]
+        assert operator.requeue(S.stream, [(a, job)], "stream:right") == [False]
+        assert [fields[b"data"] for _, fields in redis_world.server.client.xrange("stream:right")] == [job]
+        assert redis_world.length(S.stream) == before
+        assert redis_world.dead_letters(S.stream) == [b"b"]
+        redis_world.server.client.delete("stream:right")
+
     def test_two_operators_at_once_requeue_each_job_once(
         self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:

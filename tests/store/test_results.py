@@ -43,6 +43,16 @@ def test_results_are_kept_with_the_acknowledgement(any_world: World) -> None:
     assert result_of(any_world, "j3") is None
 
 
+def test_the_result_of_a_dropped_job_replaces_none(any_world: World) -> None:
+    reader, (first, second, third) = delivered(any_world, "j1", "j1", "j2")
+    ran, dropped = (encode_result(state, AT) for state in (SUCCEEDED, "duplicate"))
+    late = [Kept(second.id, "j1", dropped, is_dropped=True), Kept(third.id, "j2", dropped, is_dropped=True)]
+    settle(reader, [Settlement(SOURCE, kept=[Kept(first.id, "j1", ran)]), Settlement(SOURCE, kept=late)])
+    assert any_world.reaper().depths(SOURCE).pending == 0
+    states = [getattr(result_of(any_world, id), "state", None) for id in ("j1", "j2")]
+    assert states == ["succeeded", "duplicate"]
+
+
 def test_a_dead_letter_keeps_its_reason_as_the_result(any_world: World) -> None:
     reader, (first, second) = delivered(any_world, "j1", "j2")
     record = encode_result(DEAD, AT, error="ValueError: no", reason="exhausted")

@@ -89,7 +89,7 @@ class FakeOperatorStore:
     def dead_after(self, stream: str, after: bytes, count: int) -> list[Entry]:
         return [one for one in self.letters.get(stream, []) if order_of(one.id) > order_of(after)][:count]
 
-    def requeue(self, stream: str, jobs: Sequence[tuple[bytes, bytes]]) -> list[bool]:
+    def requeue(self, stream: str, jobs: Sequence[tuple[bytes, bytes]], to: str = "") -> list[bool]:
         there = {one.id for one in self.letters[stream]}
         self.requeued += [(stream, id) for id, _ in jobs if id in there]
         return [id in there for id, _ in jobs]

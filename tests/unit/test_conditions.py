@@ -83,6 +83,26 @@ class TestUnique:
         assert harness.metric("z_novel_jobs_duplicate_total", "save") == 2
         assert harness.metric("z_novel_jobs_completed_total", "save") == 1
 
+    def test_a_duplicate_that_asks_for_its_result_says_so(self, harness: Harness, saves: Saves) -> None:
+        asks = {**ONE_KEY, "keep_result": "true"}
+        first = harness.enqueue("save", "v1", metadata=asks)
+        second = harness.enqueue("save", "v2", metadata=asks)
+        assert harness.result(first).state == "succeeded"
+        found = harness.result(second)
+        assert (found.state, found.value, found.reason) == ("duplicate", None, "duplicate")
+
+    def test_a_job_that_is_sent_twice_with_one_id_has_the_result_of_its_run(
+        self, harness: Harness, saves: Saves
+    ) -> None:
+        asks = {**ONE_KEY, "keep_result": "true"}
+        harness.producer.enqueue("save", "v1", id="j1", metadata=asks)
+        saves.during["v1"] = lambda: harness.producer.enqueue("save", "v2", id="j1", metadata=asks)
+        harness.run()
+        harness.producer.enqueue("save", "v3", id="j1", metadata=asks)
+        harness.run()
+        assert saves.ran == ["v1"]
+        assert harness.result("j1").state == "succeeded"
+
     def test_it_runs_after_the_window(self, make: Callable[..., Harness], saves: Saves) -> None:
         one = make(unique_window_s=60.0)
         for _ in range(2):
@@ -145,6 +165,24 @@ class TestUnique:
 
 
 class TestSupersede:
+    def test_a_replaced_job_that_asks_for_its_result_says_so(self, harness: Harness, saves: Saves) -> None:
+        asks = {**CHAPTER, "keep_result": "true"}
+        ids = harness.producer.enqueue_many({"type": "save", "payload": n, "metadata": asks} for n in (1, 2))
+        harness.run()
+        assert [harness.result(id).state for id in ids] == ["superseded", "succeeded"]
+
+    def test_a_cancelled_job_stays_the_newest(self, harness: Harness, saves: Saves) -> None:
+        # Its predecessors were replaced when it arrived. A later job runs as ever.
+        harness.enqueue("save", "v1", metadata=CHAPTER, delay=10)
+        second = harness.enqueue("save", "v2", metadata=CHAPTER, delay=20)
+        harness.run()
+        assert harness.cancel(second) == "cancelled"
+        harness.advance(60)
+        assert saves.ran == []
+        harness.enqueue("save", "v3", metadata=CHAPTER)
+        harness.run()
+        assert saves.ran == ["v3"]
+
     def test_jobs_that_wait_are_replaced_and_counted(self, harness: Harness, saves: Saves) -> None:
         for payload in range(50):
             harness.enqueue("save", payload, metadata=CHAPTER)

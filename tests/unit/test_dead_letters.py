@@ -114,9 +114,9 @@ def test_letters_that_disappear_during_an_operation_are_counted_as_gone() -> Non
 
 def test_a_requeued_job_that_fails_again_is_not_requeued_by_the_same_operation() -> None:
     class FailingAgain(FakeOperatorStore):
-        def requeue(self, stream: str, jobs: Any) -> list[bool]:
+        def requeue(self, stream: str, jobs: Any, to: str = "") -> list[bool]:
             self.letters[stream] += [letter(f"{9 + len(self.requeued)}-0")]
-            return super().requeue(stream, jobs)
+            return super().requeue(stream, jobs, to)
 
     store: Any = FailingAgain({"a": [letter("1-0"), letter("2-0")]})
     operation = BulkOperation(DeadLetterQueue(store, ["a"], LetterFilter()))

@@ -52,6 +52,12 @@ class TestQueued:
         assert "waits for its turn; 2 queued ahead of it" in location.why
         assert find(store, "5-0").facts["entry_id"] == "5-0"
 
+    def test_the_batch_of_a_job_is_named(self, store: Any) -> None:
+        member = b'{"id":"j6","type":"audit","metadata":{"batch_id":"import-7"}}'
+        store.streams[SOURCE.stream].append(Entry(b"6-0", member))
+        assert find(store, "j6").facts["batch"] == "import-7"
+        assert "batch" not in find(store, "j5").facts
+
     def test_a_count_that_the_scan_limit_ends_is_not_exact(self, store: Any) -> None:
         more = [Entry(b"%d-0" % n, job(f"j{n}")) for n in range(6, 40)]
         store.streams[SOURCE.stream] += more

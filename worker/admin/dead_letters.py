@@ -298,8 +298,9 @@ class SelectedLetters(DeadLetterQueue):
 class BulkOperation:
     """Requeues or purges every letter of a queue, in batches, and counts the results."""
 
-    def __init__(self, queue: DeadLetterQueue, *, dry_run: bool = False) -> None:
+    def __init__(self, queue: DeadLetterQueue, *, dry_run: bool = False, to: str = "") -> None:
         self.queue = queue
+        self._to = to
         self.dry_run = dry_run
         #: Letters that were processed; that had disappeared before; that hold no job and were left.
         self.done = self.gone = self.skipped = 0
@@ -310,7 +311,7 @@ class BulkOperation:
         on_scanned: Callable[[int], None] = lambda _: None,
         on_skipped: Callable[[Letter], None] = lambda _: None,
     ) -> None:
-        """Send the jobs again with their counters reset.
+        """Send the jobs again with their counters reset, to their stream or the one of ``to``.
 
         `batch_sizes` yields the size of each batch and may block, which limits the rate. `on_skipped` gets
         each letter that holds no job; such letters are left.
@@ -328,7 +329,7 @@ class BulkOperation:
             ]
             if self.dry_run:
                 return len(jobs), 0
-            sent = self.queue.store.requeue(stream, jobs)
+            sent = self.queue.store.requeue(stream, jobs, self._to)
             return sum(sent), len(sent) - sum(sent)
 
         self._run(send, batch_sizes, on_scanned)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..conditions import NOT_BEFORE, SERIES, parse_time
-from ..envelope import read_header
+from ..envelope import batch_of, read_header
 from ..errors import MalformedJob, StoreRefused, StoreUnavailable
 from ..extension import extension, imported
 from ..keys import Source
@@ -204,6 +204,7 @@ class JobFinder:
         job = read_identity(entry.data)
         location = JobLocation("", source.stream, "", job.id, job.type, job.tenant_id)
         location.facts = {"entry_id": entry.id.decode(), "retry_count": job.retry_count, **_last_error(job)}
+        location.facts |= _batch(entry.data)
         if group is None or order_of(entry.id) > order_of(group.last_delivered):
             return self._queued(source, group, entry, location)
         lease = self._store.lease(source, entry.id)
@@ -410,7 +411,7 @@ class JobFinder:
             why += f"; the last one failed: {job.last_error}"
         facts = {
             "due_in_s": round(in_s, 3) + 0.0, "retry_count": job.retry_count, "deaths": job.deaths,
-            **_last_error(job),
+            **_last_error(job), **_batch(data),
         }  # fmt: skip
         state = "delayed" if job.is_delayed else "retrying"
         return JobLocation(state, stream, why, job.id, job.type, job.tenant_id, facts)
@@ -428,6 +429,7 @@ class JobFinder:
                     "failed_at": letter.failed_at, "retry_count": letter.retry_count,
                     "deaths": letter.deaths, "worker": letter.worker, "original_id": letter.original_id,
                 }  # fmt: skip
+                facts |= _batch(letter.task)
                 facts |= {
                     name: (letter.details or {})[name] for name in _TRACES if name in (letter.details or {})
                 }
@@ -451,6 +453,11 @@ def _time_left(limit_in_s: float) -> str:
 
 def _last_error(job: JobIdentity) -> dict[str, str]:
     return {"last_error": job.last_error} if job.last_error else {}
+
+
+def _batch(data: bytes | None) -> dict[str, str]:
+    batch = batch_of(data or b"")
+    return {"batch": batch} if batch else {}
 
 
 def _mentions(entry: Entry, id: str) -> bool:

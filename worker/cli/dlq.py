@@ -15,6 +15,7 @@ from ..admin.dead_letters import BATCH_SIZE, BulkOperation, DeadLetterQueue, Let
 from ..admin.deployment import StreamTable
 from ..admin.words import format_duration, pluralise, strip_control
 from ..config.quantities import MAX_COUNT, Count, Number
+from ..keys import is_derived
 from ..outcome import Reason
 from .common import (
     AS_JSON,
@@ -268,11 +269,14 @@ class _Report:
 @_filter_options
 @click.option("--all", "all_of_them", is_flag=True, help="Every dead letter of the streams.")
 @click.option("--rate", type=Number(0.001, MAX_COUNT), help="At most this many a second.")
+@click.option("--to", "to_stream", default="", metavar="STREAM",
+              help="Send them to another stream, because they were sent to a wrong one.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only count them.")
 @AS_JSON
 def requeue(
-    url: str, all_of_them: bool, rate: float | None, dry_run: bool, as_json: bool, **selection: Any
-) -> None:
+    url: str, all_of_them: bool, rate: float | None, to_stream: str, dry_run: bool, as_json: bool,
+    **selection: Any,
+) -> None:  # fmt: skip
     """Send dead letters again, with their retries reset to 0.
 
     The new jobs keep their ids and payloads. Each letter is moved in one atomic step: an interruption
@@ -283,12 +287,17 @@ def requeue(
     jobworker dlq requeue 1767348000123-0
     jobworker dlq requeue --reason timeout --newer-than 2h --dry-run
     jobworker dlq requeue --all --rate 100
+    jobworker dlq requeue --stream wrong --all --to stream:story:gen
 
     Exit code 1: one of the given ids was not found or holds no readable job.
     """
     queue = _SelectedByOptions(url, **selection)
     queue.require_filter(all_of_them)
-    operation = BulkOperation(queue, dry_run=dry_run)
+    if is_derived(to_stream):
+        raise click.UsageError(f"--to {to_stream!r:.80} is a key that belongs to a stream, and no stream")
+    if to_stream:
+        echo_unread_streams(queue.store, [to_stream])
+    operation = BulkOperation(queue, dry_run=dry_run, to=to_stream)
     report = _Report("requeued", queue, operation)
     sizes = _batch_sizes(None if dry_run else rate)
     report.run(lambda on_scanned: operation.requeue(sizes, on_scanned, report.skipped))

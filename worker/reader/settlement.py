@@ -405,7 +405,22 @@ class Settler:
             log.info("job.superseded", extra=fields)
         name = f"z_novel_jobs_{job.reason}_total"
         batch.counts[stream_no, job.entry_id].append((name, (job.envelope.type,)))
-        batch.dropped[stream_no].append(job.entry_id)
+        if record := self._result_of_dropped(stream_no, job):
+            batch.kept[stream_no].append(Kept(job.entry_id, job.envelope.id, record, is_dropped=True))
+        else:
+            batch.dropped[stream_no].append(job.entry_id)
+
+    def _result_of_dropped(self, stream_no: int, job: DeadJob) -> bytes:
+        """The record of a job that gives way to another one; empty if it does not ask for its result."""
+        if job.envelope is None or not is_kept(job.envelope.metadata):
+            return b""
+        other, data = job.error.encode(), None
+        with self._faults.guard(stream_no):
+            data = self._store.fetch(self._streams[stream_no], [other]).get(other)
+        if data is not None and read_header(data).id == job.envelope.id:
+            return b""  # it was sent twice with one id: the result of the one that runs is that of both
+        error = f"not run: {job.reason}, the job in entry {job.error} took its place"
+        return encode_result(job.reason, self._now_text(), error=error, reason=job.reason)
 
     def _dead_letter(
         self, batch: SettlementBatch, job: FailedJob, data: bytes, reason: Reason, envelope: Header

@@ -66,11 +66,15 @@ class Dead(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Settlement of one entry as done, with the record that is kept as the result of job ``job_id``."""
+    """Settlement of one entry as done, with the record that is kept as the result of job ``job_id``.
+
+    ``is_dropped``: the job was not run, and a result that is there already is kept instead.
+    """
 
     id: bytes
     job_id: str
     result: bytes
+    is_dropped: bool = False
 
 
 class Candidate(NamedTuple):

@@ -584,8 +584,9 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore, MemoryFo
                 stream.conditions.free(outcome.key)
             stream.batches.leave([id], "dead")
         elif isinstance(outcome, Kept):
-            ttl_s = settlement.result_ttl_s
-            self._server.keep_result(source.stream, outcome.job_id, outcome.result, ttl_s)
+            if not (outcome.is_dropped and self.result(source.stream, outcome.job_id)):
+                ttl_s = settlement.result_ttl_s
+                self._server.keep_result(source.stream, outcome.job_id, outcome.result, ttl_s)
             stream.batches.leave([id], "done")
         elif isinstance(outcome, PutBack):
             stream.lanes.wait_for(outcome.key, Lane.decode(outcome.lane).type, outcome.wait_s)

@@ -10,6 +10,7 @@ import orjson
 from redis.exceptions import ResponseError
 
 from ...envelope import batch_of
+from ...errors import ConfigurationError
 from ...flow import FlowConfig
 from ...keys import PAUSED_KEY, SERVICES_KEY, Source, base_stream
 from ..announcements import Announcement
@@ -77,21 +78,25 @@ class OperatorStore(RedisCronStore, RedisBatchStore, RedisCancelStore):
         end = "+" if before == START else b"(" + before
         return self._page(stream, ("XREVRANGE", self.dead_key(stream), end, "-", "COUNT", count))
 
-    def requeue(self, stream: str, jobs: Sequence[tuple[bytes, bytes]]) -> list[bool]:
-        """Move dead letters into their stream: ``(letter's id, job)``, each in one atomic step.
+    def requeue(self, stream: str, jobs: Sequence[tuple[bytes, bytes]], to: str = "") -> list[bool]:
+        """Move dead letters into their stream, or ``to`` another: ``(letter's id, job)``, each in one atomic
+        step.
 
-        False for a letter that was gone already; its job is not added then.
+        False for a letter that was gone already; its job is not added then. Raises `ConfigurationError` for
+        another stream of a Redis Cluster: it is in another slot.
         """
+        if to and self._endpoint.cluster:
+            raise ConfigurationError("a Redis Cluster cannot move a job to another stream in one step")
         moved: list[bool] = []
         for part in chunks_by_size(jobs, lambda pair: len(pair[1])):
-            replies = self.call(stream, [self._requeue(stream, id, job) for id, job in part])
+            replies = self.call(stream, [self._requeue(stream, id, job, to) for id, job in part])
             moved += [bool(checked(reply)) for reply in replies]
         return moved
 
-    def _requeue(self, stream: str, id: bytes, job: bytes) -> Command:
-        batch = batch_of(job)
+    def _requeue(self, stream: str, id: bytes, job: bytes, to: str) -> Command:
+        batch = "" if to else batch_of(job)  # its counts are those of one stream: it stays dead there
         of_batch = [self.batch_key(stream, batch)] if batch else []
-        return script("requeue", [stream, self.dead_key(stream), *of_batch], id, job)
+        return script("requeue", [to or stream, self.dead_key(stream), *of_batch], id, job)
 
     def purge(self, stream: str, ids: Sequence[bytes]) -> int:
         """Delete dead letters; returns how many still existed."""

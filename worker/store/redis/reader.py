@@ -447,7 +447,12 @@ class RedisReaderStore(RedisStoreBase):
         stream = part.source.stream
         arguments: list[Any] = []
         for kept in part.kept:
-            arguments += (kept.id, self.result_key(stream, kept.job_id), kept.result, 1)
+            arguments += (
+                kept.id,
+                self.result_key(stream, kept.job_id),
+                kept.result,
+                2 if kept.is_dropped else 1,
+            )
         for dead in part.dead:
             if dead.result:
                 arguments += (dead.id, self.result_key(stream, dead.job_id), dead.result, 0)

@@ -142,6 +142,10 @@ local function leave(name)
     if redis.call('SREM', ready .. '/old', name) == 0 then
       close_lane(name)
     end
+    -- The lane may have been woken for room of its keys that it does not use now.
+    for _, key in ipairs(waiting.keys) do
+      wake(key)
+    end
   end
   if count_jobs({ [name] = -1 }) <= 0 then
     forget_all()

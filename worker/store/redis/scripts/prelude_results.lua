@@ -1,12 +1,13 @@
 -- Prelude of settle.lua (see lua.py): takes the results off the end of ARGV.
 -- The last of ARGV is their number; if that is not 0, before it their lifetime in ms, and before that for each result:
--- entry id, key, record, 1 if the job succeeded. A job that succeeded is one of succeeded; others are dead letters too.
+-- entry id, key, record, and 1 if the job succeeded, 2 if it was dropped, else 0. The first two are in succeeded; others are
+-- dead letters too. The job that a dropped one gave way to may have the same id, so its result stays.
 local results, succeeded, lifetime_ms = {}, {}, nil
 for number = tonumber(table.remove(ARGV)), 1, -1 do
   lifetime_ms = lifetime_ms or table.remove(ARGV)
-  local has_succeeded, record, key, id = table.remove(ARGV), table.remove(ARGV), table.remove(ARGV), table.remove(ARGV)
-  results[id] = { key, record }
-  if has_succeeded == '1' then
+  local kind, record, key, id = table.remove(ARGV), table.remove(ARGV), table.remove(ARGV), table.remove(ARGV)
+  results[id] = { key, record, kind == '2' }
+  if kind ~= '0' then
     table.insert(succeeded, 1, id)
   end
 end
@@ -15,6 +16,7 @@ end
 local function keep_result(id)
   local result = results[id]
   if result then
-    redis.call('SET', result[1], result[2], 'PX', lifetime_ms)
+    local is_dropped = result[3]
+    redis.call('SET', result[1], result[2], 'PX', lifetime_ms, unpack(is_dropped and { 'NX' } or {}))
   end
 end

@@ -1,4 +1,4 @@
--- Moves one dead letter back into the stream as a job.
+-- Moves one dead letter back into its stream, or into another one, as a job.
 -- Called by OperatorStore.requeue. Atomic: two operators must not both enqueue it, and it must not get lost.
 -- KEYS[1] stream   KEYS[2] dead-letter stream   KEYS[3] hash of the job's batch, if it has one
 -- ARGV[1] id of the dead letter   ARGV[2] job
