@@ -13,7 +13,8 @@ from .errors import (
 )
 from .functions.job_function import job
 from .handler import BatchHandler, Handler, JobHandler
-from .producer import NewJob, Producer, UnknownDestination
+from .new_job import NewJob
+from .producer import Producer, UnknownDestination
 from .producer_batch import BatchCounts, BatchFinished, OpenBatch
 from .results import CancelOutcome, JobResult, Returned
 from .settings import Settings

@@ -15,7 +15,7 @@ import orjson
 
 from .envelope import BATCH_FIELD, is_batch_id
 from .errors import StoreRefused
-from .producer import NewJob, encode_job
+from .new_job import NewJob, encode_job
 from .settings import Settings
 from .store.batches import BatchFinder, BatchStore, DueBatch, StreamBatch
 from .telemetry.metrics import MetricsBuffer

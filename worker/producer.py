@@ -1,44 +1,28 @@
 """Producer: puts jobs on their streams, from Python."""
 
 # orjson writes null for NaN and infinities, which must be refused.
-import json
 import os
-import re
-import sys
 import time
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import msgspec
-import orjson
-
-from .conditions import EXPIRES_AT, NOT_BEFORE, parse_time
 from .envelope import (
     BATCH_FIELD,
-    MAX_METADATA_ENTRIES,
-    MAX_METADATA_KEY_CHARS,
-    MAX_METADATA_VALUE_CHARS,
-    MAX_NAME_CHARS,
-    MAX_NESTING,
     is_batch_id,
-    nesting_of,
-    read_envelope,
 )
-from .errors import MalformedJob, StoreUnavailable
+from .errors import StoreUnavailable
 from .extension import extension
 from .host.endpoints import only_stream, store_url
 from .keys import base_stream, is_derived
+from .new_job import MAX_SECONDS, NewJob, Time, check_tenant, check_text, encode_job, new_job
 from .producer_batch import OpenBatch, PreparedJob
-from .results import KEEP_RESULT, CancelOutcome, JobResult, decode_result
-from .safe_text import is_unicode
-from .settings import MAX_PAYLOAD_BYTES
+from .results import CancelOutcome, JobResult, decode_result
 from .shards import logical_stream, shard_count, shard_names, shard_number
 from .store.announcements import Announcement, shards_in_use, stream_for, suggestion
 from .store.ports import ProducerStore
@@ -60,20 +44,6 @@ _SHARDS_LIFETIME_S = 30.0
 #: First and longest pause between two looks for a result (seconds).
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
 
-#: Longest delay and timeout, a hundred years: the sum with the store's clock stays exact.
-_MAX_SECONDS = 3_155_760_000
-
-#: Brackets from which on a job is read back to see whether it nests too deeply: far below any limit.
-_NESTING_LOOKED_AT = 200
-
-_TENANT = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-#: msgspec writes these: with Z for UTC, and with the private fields of dataclasses.
-_OPTIONS = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
-
-
-#: A point in time as callers give it.
-Time = datetime | str | float
-
 
 class UnknownDestination(UserWarning):
     """No service of the deployment runs the job's type, or reads its stream: probably a typing error.
@@ -81,28 +51,6 @@ class UnknownDestination(UserWarning):
     The job is sent all the same. With ``warnings.simplefilter("error", UnknownDestination)`` it is not sent,
     and the warning is raised.
     """
-
-
-class NewJob(NamedTuple):
-    """A job to be enqueued. ``delay`` and ``timeout`` are seconds; ``stream`` and ``id`` None are chosen.
-
-    ``run_at`` and ``expires_at`` are times: RFC 3339, unix seconds, or a `datetime` with a time zone.
-
-    With ``keep_result``, what its handler returns is kept for `Producer.result`.
-    """
-
-    type: str
-    payload: Any = None
-    tenant_id: str = ""
-    project_id: str = ""
-    stream: str | None = None
-    id: str | None = None
-    metadata: Mapping[str, str] | None = None
-    delay: float | None = None
-    timeout: float | None = None
-    run_at: Time | None = None
-    expires_at: Time | None = None
-    keep_result: bool = False
 
 
 class _Route(NamedTuple):
@@ -259,11 +207,11 @@ class Producer:
         `TimeoutError` if there is no result by then, `StoreUnavailable` as the store does, and `ValueError`
         for a record that is damaged.
         """
-        _check_text("id", id)
+        check_text("id", id)
         if (
             isinstance(timeout, bool)
             or not isinstance(timeout, int | float)
-            or not 0 <= timeout <= _MAX_SECONDS
+            or not 0 <= timeout <= MAX_SECONDS
         ):
             raise ValueError(f"timeout is {timeout!r:.80}: a number of seconds from 0 on is needed")
         streams = self._streams_of(stream)
@@ -293,7 +241,7 @@ class Producer:
             outcome_of,
         )  # few programs cancel
 
-        _check_text("id", id)
+        check_text("id", id)
         streams = self._streams_of(stream)
         with self._stores.borrow() as store:
             search = Canceller(
@@ -307,7 +255,7 @@ class Producer:
         if stream is not None:
             names = [stream] if isinstance(stream, str) else list(stream)
             for name in names:
-                _check_text("stream", name)
+                check_text("stream", name)
         with self._stores.borrow() as store:
             announced = [source.stream for one in store.announcements() for source in one.sources]
         if stream is not None:
@@ -341,19 +289,19 @@ class Producer:
         if not isinstance(id, str) or not is_batch_id(id):
             raise ValueError(f"id {id!r:.80}: a batch has at most 64 letters, digits, '_', '.', ':' or '-'")
         if tenant_id:
-            _check_tenant("tenant_id", tenant_id)
+            check_tenant("tenant_id", tenant_id)
         if name:
-            _check_text("name", name)
+            check_text("name", name)
         if stream:
-            _check_text("stream", stream)
+            check_text("stream", stream)
             _refuse_derived(stream)
         fields, home = {"name": name.encode(), "tenant_id": tenant_id.encode()}, stream
         if on_complete is not None:
-            prepared = self._prepare_callback(_new_job(on_complete), id, tenant_id)
+            prepared = self._prepare_callback(new_job(on_complete), id, tenant_id)
             home, fields["on_complete"] = prepared.stream, prepared.data
 
         def prepare(item: NewJob | Mapping[str, Any], stream: str | None) -> PreparedJob:
-            job = _new_job(item)
+            job = new_job(item)
             metadata = {**(job.metadata or {}), BATCH_FIELD: id}
             return self._prepare(
                 job._replace(tenant_id=job.tenant_id or tenant_id, metadata=metadata), stream
@@ -396,7 +344,7 @@ class Producer:
         waiting: dict[str, list[bytes]] = {}
         try:
             for item in jobs:
-                id, to, data = self._prepare(_new_job(item), stream)
+                id, to, data = self._prepare(new_job(item), stream)
                 ids.append(id)
                 batch = waiting.setdefault(to, [])
                 batch.append(data)
@@ -486,34 +434,6 @@ class Producer:
                 store.add(stream, some)
 
 
-def encode_job(job: NewJob, wall_now_s: float) -> tuple[str, bytes]:
-    """The job's id and its JSON, checked by the rules that the service reads it by. Raises ValueError."""
-    id = job.id if job.id is not None else os.urandom(16).hex()
-    _check_names(id, job)
-    metadata = _with_times(_metadata(job), job, wall_now_s)
-    if metadata is not None:
-        _check_metadata(metadata)
-    wire: dict[str, Any] = {"id": id, "type": job.type}
-    if job.tenant_id:
-        wire["tenant_id"] = job.tenant_id
-    if job.project_id:
-        wire["project_id"] = job.project_id
-    wire["payload"] = job.payload
-    if metadata is not None:
-        wire["metadata"] = metadata
-    wire["created_at"] = _rfc3339(wall_now_s)
-    if job.timeout is not None:
-        wire["timeout"] = _seconds("timeout", job.timeout)
-    data = _wire_json(wire)
-    # A service with the default limit would dead-letter it at once.
-    if len(data) > MAX_PAYLOAD_BYTES:
-        raise ValueError(f"job {id} is {len(data)} bytes of JSON, more than {MAX_PAYLOAD_BYTES}")
-    brackets = data.count(b"[") + data.count(b"{")
-    if isinstance(job.payload, orjson.Fragment) or brackets > _NESTING_LOOKED_AT:
-        _check_readable(id, data)
-    return id, data
-
-
 def _redis(url: str) -> ProducerStore:
     # Imported late: a caller with a store of its own needs no client library.
     from .store.redis.producer import RedisProducerStore
@@ -521,23 +441,11 @@ def _redis(url: str) -> ProducerStore:
     return RedisProducerStore(url or store_url())
 
 
-def _new_job(item: NewJob | Mapping[str, Any]) -> NewJob:
-    if isinstance(item, NewJob):
-        return item
-    if not isinstance(item, Mapping):
-        raise ValueError(f"a job is a NewJob or a mapping with its fields, not {item!r:.80}")
-    if unknown := [field for field in item if field not in NewJob._fields]:
-        raise ValueError(f"a job has no field {', '.join(sorted(map(repr, unknown))):.200}")
-    if "type" not in item:
-        raise ValueError("a job needs a type")
-    return NewJob(**item)
-
-
 def _named_stream(job: NewJob, default: str | None) -> str:
     """The stream that the caller names; empty if the type decides. Raises ValueError."""
     for name in (job.stream, default):
         if name is not None and name != "":
-            _check_text("stream", name)
+            check_text("stream", name)
             return name
     return ""
 
@@ -552,156 +460,3 @@ def _refuse_derived(stream: str) -> None:
             f"stream {stream!r:.600} is a key in which the service keeps records: send the job to {other}, "
             "with a delay if it is to run later; jobworker dlq requeue sends dead letters back"
         )
-
-
-def home_stream(type: str) -> str:
-    """The stream of a job that names none: that of its type, else the first default stream."""
-    return extension().stream_of_type.get(type, extension().streams[0].stream)
-
-
-def _metadata(job: NewJob) -> dict[str, str] | None:
-    """Metadata of the job, with the caller's span if the caller makes traces. Raises ValueError."""
-    if job.metadata is not None and not isinstance(job.metadata, Mapping):
-        raise ValueError(f"metadata maps text to text, it cannot be {job.metadata!r:.80}")
-    metadata = None if job.metadata is None else dict(job.metadata)
-    if "opentelemetry.sdk.trace" in sys.modules:
-        from .telemetry.otel_context import with_traceparent  # only then: it needs the library
-
-        metadata = with_traceparent(metadata)
-    if not isinstance(job.keep_result, bool):
-        raise ValueError(f"keep_result is {job.keep_result!r:.80}: True or False is needed")
-    return {**(metadata or {}), KEEP_RESULT: "true"} if job.keep_result else metadata
-
-
-def _with_times(metadata: dict[str, str] | None, job: NewJob, wall_now_s: float) -> dict[str, str] | None:
-    """Metadata with the job's times. Raises ValueError for times that no service could read."""
-    times: dict[str, str] = {}
-    delay_s = None if job.delay is None or job.delay == 0 else _seconds("delay", job.delay)
-    if delay_s is not None and job.run_at is not None:
-        raise ValueError("give delay or run_at, not both")
-    if delay_s is not None:
-        times[NOT_BEFORE] = _rfc3339(wall_now_s + delay_s)
-    if job.run_at is not None:
-        times[NOT_BEFORE] = _checked_time("run_at", job.run_at)
-    if job.expires_at is not None:
-        times[EXPIRES_AT] = _checked_time("expires_at", job.expires_at)
-    for key in (NOT_BEFORE, EXPIRES_AT):
-        if metadata and metadata.get(key):
-            _checked_time(f"metadata.{key}", metadata[key])
-    return {**(metadata or {}), **times} if times else metadata
-
-
-def _checked_time(field: str, value: Any) -> str:
-    """A time as the wire has it. Raises ValueError."""
-    if isinstance(value, datetime):
-        value = value.isoformat()
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{field} is {value!r:.80}: give RFC 3339, unix seconds or a datetime")
-    text = value if isinstance(value, str) else f"{value:.6f}"
-    try:
-        parse_time(text)
-    except ValueError as error:
-        raise ValueError(f"{field}: {error}") from None
-    return text
-
-
-def _check_text(field: str, value: Any) -> None:
-    """Any text that a service accepts: not empty, bounded, and valid in UTF-8."""
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{field} is {value!r:.80}: a text that is not empty is needed")
-    if len(value) > MAX_NAME_CHARS:
-        raise ValueError(f"{field} {value!r:.80} has {len(value)} characters, more than {MAX_NAME_CHARS}")
-    if not is_unicode(value):
-        raise ValueError(f"{field} {value!r:.80} has half a surrogate pair")
-
-
-def _check_names(id: str, job: NewJob) -> None:
-    _check_text("id", id)
-    _check_text("type", job.type)
-    for field, value in (("tenant_id", job.tenant_id), ("project_id", job.project_id)):
-        if not isinstance(value, str) or value:
-            _check_tenant(field, value)
-
-
-def _check_tenant(field: str, value: Any) -> None:
-    if not isinstance(value, str) or not _TENANT.fullmatch(value):
-        raise ValueError(f"{field} {value!r:.80} does not match {_TENANT.pattern}")
-
-
-def _check_metadata(metadata: Mapping[Any, Any]) -> None:
-    if len(metadata) > MAX_METADATA_ENTRIES:
-        raise ValueError(f"metadata has {len(metadata)} entries, more than {MAX_METADATA_ENTRIES}")
-    for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise ValueError(f"metadata maps text to text, not {key!r:.80} to {value!r:.80}")
-        if len(key) > MAX_METADATA_KEY_CHARS or len(value) > MAX_METADATA_VALUE_CHARS:
-            raise ValueError(
-                f"metadata {key!r:.80}: a key has at most {MAX_METADATA_KEY_CHARS} characters "
-                f"and a value {MAX_METADATA_VALUE_CHARS}"
-            )
-        if not is_unicode(key) or not is_unicode(value):
-            raise ValueError(f"metadata {key!r:.80} has half a surrogate pair")
-
-
-def _check_readable(id: str, data: bytes) -> None:
-    try:
-        read_envelope(data)
-    except MalformedJob as error:
-        raise ValueError(f"job {id} would be refused: {error}") from None
-    if (levels := nesting_of(data)) > MAX_NESTING:
-        raise ValueError(f"job {id} has {levels} levels of lists and objects, more than {MAX_NESTING}")
-
-
-def _wire_json(wire: dict[str, Any]) -> bytes:
-    """The JSON of a job. Raises ValueError for a payload that JSON cannot hold."""
-    payload = wire["payload"]
-    try:
-        try:
-            data = orjson.dumps(wire, _fragment, _OPTIONS)
-        except orjson.JSONEncodeError:
-            # It refuses integers beyond 64 bits, keys that are numbers, and 255 levels. msgspec says what
-            # else may be wrong.
-            data = orjson.dumps({**wire, "payload": _fragment(payload)}, option=orjson.OPT_NON_STR_KEYS)
-            payload = msgspec.to_builtins(payload, enc_hook=_checked)
-        if b"null" in data:
-            _refuse_nan(payload)
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"the payload is no JSON: {error}") from None
-    return data
-
-
-def _fragment(value: Any) -> orjson.Fragment:
-    """What msgspec takes and orjson does not: structs, sets, bytes, `msgspec.Raw`, ..."""
-    data = msgspec.json.encode(value)
-    msgspec.json.decode(data)  # a `msgspec.Raw` may hold anything
-    return orjson.Fragment(data)
-
-
-def _builtins(value: Any) -> Any:
-    return None if isinstance(value, orjson.Fragment) else msgspec.to_builtins(value, enc_hook=_checked)
-
-
-def _checked(value: Any) -> None:
-    """A `msgspec.Raw` in a payload: `_fragment` has seen that it holds no NaN."""
-
-
-_refuse_nan = json.JSONEncoder(allow_nan=False, default=_builtins).encode
-
-
-def _seconds(field: str, value: float) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value <= _MAX_SECONDS:
-        raise ValueError(
-            f"{field} is {value!r:.80}: a number of seconds above 0 is needed, at most {_MAX_SECONDS:,}"
-        )
-    return value
-
-
-def _rfc3339(wall_s: float) -> str:
-    second, ms = divmod(int(wall_s * 1000), 1000)
-    return f"{_rfc3339_second(second)}.{ms:03d}Z"
-
-
-@lru_cache(maxsize=1)  # thousands of jobs share a second
-def _rfc3339_second(wall_s: int) -> str:
-    return datetime.fromtimestamp(wall_s, UTC).strftime("%Y-%m-%dT%H:%M:%S")

@@ -20,7 +20,8 @@ from jobworker.worker.envelope import MAX_NESTING, read_envelope, read_header
 from jobworker.worker.errors import ConfigurationError, StoreUnavailable
 from jobworker.worker.host.endpoints import read_endpoints, store_url
 from jobworker.worker.keys import Source
-from jobworker.worker.producer import NewJob, Producer, UnknownDestination
+from jobworker.worker.new_job import NewJob
+from jobworker.worker.producer import Producer, UnknownDestination
 from jobworker.worker.store.announcements import encode
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore

@@ -10,7 +10,8 @@ import pytest
 
 from jobworker.worker import BatchHandler, Job, JobHandler, JobResult, PermanentError, Returned, job
 from jobworker.worker.errors import JobCancelled
-from jobworker.worker.producer import NewJob, Producer, encode_job
+from jobworker.worker.new_job import NewJob, encode_job
+from jobworker.worker.producer import Producer
 from jobworker.worker.results import MAX_RESULT_BYTES, decode_result, encode_result, encode_value, is_kept
 from jobworker.worker.settings import Settings
 from jobworker.worker.testing import Harness

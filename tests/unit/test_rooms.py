@@ -40,7 +40,7 @@ DOORS = {
 #: Each room and the rooms that it may import. A file directly under worker/ is a room of its own.
 CORE = {
     *("errors", "keys", "settings", "devices", "envelope", "outcome", "event_loop", "handler", "options"),
-    *("extension", "safe_text", "urls", "store_advice", "flow", "conditions", "results"),
+    *("extension", "safe_text", "urls", "store_advice", "flow", "conditions", "results", "new_job"),
     *("config", "cron", "functions", "host", "http", "shards"),
 }
 IPC = {*CORE, "telemetry", "ipc"}
@@ -49,6 +49,8 @@ BELOW: dict[str, set[str]] = {
     **dict.fromkeys(CORE, CORE),
     # A counter of a handler must not have the name of a metric.
     "handler": {*CORE, "telemetry"},
+    # A job carries the span of its producer.
+    "new_job": {*CORE, "telemetry"},
     "http.server": set(),
     "api_role": IPC,
     "fork_guard": {"telemetry"},
@@ -64,9 +66,9 @@ BELOW: dict[str, set[str]] = {
     "reader": {*IPC, "store"},
     "health_check": {*CORE, "telemetry", "fork_guard"},
     "runner": {*IPC, "health_check", "fork_guard"},
-    "cron.enqueuer": {*CORE, "store", "telemetry", "producer"},
-    "batches": {*CORE, "store", "telemetry", "producer"},
-    "cron.config": {*CORE, "store", "producer"},
+    "cron.enqueuer": {*CORE, "store", "telemetry"},
+    "batches": {*CORE, "store", "telemetry"},
+    "cron.config": {*CORE, "store"},
     "config.tables": {*CORE, "cron.config"},
     "forwarding": {*CORE, "store", "telemetry"},
     "reaper": {*IPC, "store", "cron.enqueuer", "batches", "forwarding"},

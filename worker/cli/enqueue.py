@@ -20,8 +20,9 @@ from ..envelope import MAX_TIMEOUT_S, MIN_TIMEOUT_S
 from ..errors import StoreUnavailable
 from ..extension import extension
 from ..flow import HIGHEST_PRIORITY
+from ..new_job import NewJob
 from ..options import ExplicitOption
-from ..producer import NewJob, Producer, UnknownDestination
+from ..producer import Producer, UnknownDestination
 from ..producer_batch import OpenBatch
 from ..safe_text import escape_control
 from .common import (

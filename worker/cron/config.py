@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..envelope import read_header
-from ..producer import NewJob, encode_job, home_stream
+from ..new_job import NewJob, encode_job, home_stream
 from ..store.announcements import suggestion
 from .schedule import parse_schedule
 from .table import CronTable, encode_table

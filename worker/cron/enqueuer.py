@@ -12,7 +12,7 @@ import orjson
 
 from ..errors import StoreRefused
 from ..keys import consumer_name
-from ..producer import NewJob, encode_job
+from ..new_job import NewJob, encode_job
 from ..settings import Settings
 from ..store.cron import CronStore, StoredTable, Taken, TickJob
 from ..telemetry.metrics import MetricsBuffer
