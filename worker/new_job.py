@@ -1,4 +1,4 @@
-"""A new job: its fields, their checks, and the JSON that goes on a stream."""
+"""A new job: its fields, their checks, and the JSON on the wire."""
 
 # orjson writes null for NaN and infinities, which must be refused.
 import json

@@ -327,9 +327,7 @@ class Producer:
     def _shard_of(self, stream: str, id: str, job: NewJob) -> str:
         """The shard of a job, or the stream itself where no running service spreads it."""
         if time.monotonic() >= self._mono_next_shards_s:
-            self._mono_next_shards_s = time.monotonic() + _SHARDS_LIFETIME_S
-            self._services = self._announced_services()
-            self._shard_counts.clear()
+            self._note_services(self._announced_services())
         count = self._shard_counts.get(stream)
         if count is None:
             count = shards_in_use(self._services, stream, self._wall_now_s())
@@ -416,6 +414,9 @@ class Producer:
                 warnings.warn(text, UnknownDestination, stacklevel=5)
 
     def _note_services(self, services: list[Announcement]) -> None:
+        self._services = services
+        self._shard_counts.clear()
+        self._mono_next_shards_s = time.monotonic() + _SHARDS_LIFETIME_S
         if not services:  # no service has run yet: it finds the job when it starts
             self._mono_next_check_s = time.monotonic() + _CHECK_INTERVAL_S
 
