@@ -7,21 +7,13 @@ local idle = 0
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return idle
 end
-for _, flat in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
-  local group = {}
-  for i = 1, #flat, 2 do
-    group[flat[i]] = flat[i + 1]
-  end
+for _, group in ipairs(facts_of(redis.call('XINFO', 'GROUPS', KEYS[1]))) do
   local after = '(' .. group['last-delivered-id']
   if group['name'] == ARGV[1] and redis.call('XRANGE', KEYS[1], after, '+', 'COUNT', 1)[1] then
     return idle
   end
 end
-for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
-  local consumer = {}
-  for i = 1, #flat, 2 do
-    consumer[flat[i]] = flat[i + 1]
-  end
+for _, consumer in ipairs(facts_of(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1]))) do
   local name = consumer['name']
   if name ~= ARGV[2] and consumer['pending'] == 0 and live_record(name, redis.call('HGET', KEYS[2], name)) then
     idle = idle + 1

@@ -19,11 +19,7 @@ end
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return 0
 end
-for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
-  local consumer = {}
-  for i = 1, #flat, 2 do
-    consumer[flat[i]] = flat[i + 1]
-  end
+for _, consumer in ipairs(facts_of(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1]))) do
   local name = consumer['name']
   if name ~= ARGV[2] and consumer['pending'] > 0 and not live_record(name, redis.call('HGET', KEYS[2], name)) then
     -- A consumer is at most as idle as its entries.

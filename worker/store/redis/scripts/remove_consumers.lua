@@ -16,11 +16,7 @@ end
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return removed
 end
-for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
-  local consumer = {}
-  for i = 1, #flat, 2 do
-    consumer[flat[i]] = flat[i + 1]
-  end
+for _, consumer in ipairs(facts_of(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1]))) do
   local name = consumer['name']
   local is_idle = consumer['pending'] == 0 and consumer['idle'] >= idle_ms
   if name ~= ARGV[2] and is_idle and is_abandoned(name) then
