@@ -8,7 +8,6 @@ Milvus does.
 """
 
 import collections
-import json
 import math
 import random
 import re
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 import click
 import numpy as np
+import orjson
 
 from jobworker.handlers.encoder.base import Encoder
 from jobworker.handlers.encoder.find_model import default_model, find_model
@@ -75,7 +75,7 @@ def read_text(path: Path, names: Path | None) -> tuple[list[str], list[str]]:
     """Segments of a text (JSON lines: their strings), and its names: given, or those who speak in it."""
     whole = path.read_text("utf-8")
     if path.suffix == ".jsonl":
-        lines = (json.loads(line) for line in whole.splitlines() if line.strip())
+        lines = (orjson.loads(line) for line in whole.splitlines() if line.strip())
         whole = "\n".join(max(map(str, line.values()), key=len) for line in lines)
     texts, segment = [], ""
     for sentence in re.findall(r"[^。！？\n]+[。！？\n]*", whole):
@@ -147,7 +147,7 @@ def with_made_head(model: str, folder: Path) -> str:
     source = find_model(model or default_model()).folder
     for path in source.iterdir():
         (folder / path.name).symlink_to(path)
-    hidden = json.loads((source / "config.json").read_bytes())["hidden_size"]
+    hidden = orjson.loads((source / "config.json").read_bytes())["hidden_size"]
     torch.save({"weight": torch.zeros(1, hidden), "bias": torch.ones(1)}, folder / "sparse_linear.pt")
     return str(folder)
 
@@ -241,7 +241,7 @@ def main(
         "chars": int(np.mean([len(one) for one in texts])),
     }  # fmt: skip
     if as_json:
-        click.echo(json.dumps(report, ensure_ascii=False))
+        click.echo(orjson.dumps(report).decode())
         return
     for name, value in report.items():
         click.echo(f"{name:>14}  {value}")

@@ -9,7 +9,6 @@ more processors than it has, all of their costs grow by the same factor.
 others with the model. --costs takes the costs from the JSON of throughput.py or from such a report.
 """
 
-import json
 import re
 import statistics
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import orjson
 from hosts import format_facts, host_facts, machine_facts, roles_of, table
 from rig import NOOP, Backlog, connect, free_port, say, server, service
 from throughput import Drain, Roles, drain, median
@@ -226,7 +226,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 def read_costs(path: str) -> Costs:
     """Costs from a report of this program or of throughput.py. Raises `click.UsageError`."""
-    report = json.loads(Path(path).read_text("utf-8"))
+    report = orjson.loads(Path(path).read_bytes())
     if report.get("bench") == "simulate":
         return Costs(**report["costs"])
     if report.get("bench") != "throughput":
@@ -263,7 +263,7 @@ def main(
     if is_measured:
         with server(redis_url) as url:
             report = compare(url, seconds, repeat)
-        print(json.dumps(report) if as_json else format_report(report))
+        print(orjson.dumps(report).decode() if as_json else format_report(report))
         return
     if path is None:
         raise click.UsageError("give --costs REPORT.json, or --measure")
@@ -271,7 +271,7 @@ def main(
     case = Case(count, workers, job_s, job_s * cpu_share, cores, masters)
     found = simulate(case, read_costs(path))
     if as_json:
-        print(json.dumps(asdict(found)))
+        print(orjson.dumps(asdict(found)).decode())
         return
     busy = ", ".join(f"{stage} {share:.0%}" for stage, share in found.busy.items())
     day = found.jobs_per_s * 86_400

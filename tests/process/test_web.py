@@ -517,7 +517,7 @@ def test_without_its_libraries_the_error_names_the_extra(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    for module in ("web.serve", "http_server"):
+    for module in ("web.serve", "http.server"):
         monkeypatch.delitem(sys.modules, f"jobworker.worker.{module}", raising=False)
     assert "pip install '.[web]'" in run(server, "web", "--listen", "127.0.0.1:0", code=2).stderr
 

@@ -74,6 +74,7 @@ class TestRefusals:
             "retry:stream:test",
             "dlq:stream:test",
             "ready:stream:test",
+            "shards:stream:test",
             "batches:stream:test/due",
             "batches:stream:test/jobs",
         }

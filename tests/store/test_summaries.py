@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobworker.handlers.encoder.base import DummyEncoder, Purpose, Vectors
+from jobworker.handlers.encoder.base import DummyEncoder, Plan, Purpose
 from jobworker.handlers.jobstore.memory_fence import MemoryFence
 from jobworker.handlers.jobstore.memory_records import MemoryRecords
 from jobworker.handlers.jobstore.open import open_fence, open_records
@@ -124,9 +124,9 @@ class Counting(DummyEncoder):
         super().__init__(DIM)
         self.lengths: list[int] = []
 
-    def encode(self, texts: Sequence[str], purpose: Purpose = "document") -> Vectors:
+    def tokenize(self, texts: Sequence[str], purpose: Purpose = "document") -> Plan:
         self.lengths += map(len, texts)
-        return super().encode(texts, purpose)
+        return super().tokenize(texts, purpose)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ CHECKED = ("worker", "handlers", "scripts", "bench", "examples")
 REASONS = {
     "worker/safe_text.py": "shows integers beyond 64 bits and unpaired surrogates, which orjson refuses",
     "worker/envelope.py": "sees a key that stands twice",
-    "worker/producer.py": "refuses NaN, for which orjson writes null",
+    "worker/new_job.py": "refuses NaN, for which orjson writes null",
     "worker/telemetry/log.py": "knows a secret in the form with escaped letters",
     "worker/admin/identity.py": "reads the members before the place that cannot be read",
     "handlers/summaries/secret_mask.py": "knows a secret in the form with escaped letters",
