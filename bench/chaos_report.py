@@ -64,7 +64,9 @@ def format_report(report: dict[str, Any]) -> str:
     for kind, row in report["recovery"].items():
         cells = ("faults", "measured", "missed", "p50_s", "p99_s", "max_s", "limit_s", "cpu_max")
         rows.append((kind, *("-" if row[cell] is None else str(row[cell]) for cell in cells)))
-    counts = [("", ""), *((name, _shown(value)) for name, value in report["jobs"].items())]
+    jobs = report["jobs"] | {f"seen: {name}": seen for name, seen in report["jobs"]["flow_counts"].items()}
+    del jobs["flow_counts"]
+    counts = [("", ""), *((name, _shown(value)) for name, value in jobs.items())]
     rest = [(name, _shown(value)) for name, value in report["rest"].items()]
     lines = [table(rows), table(counts), table([("at rest", ""), *rest])]
     lines.append(f"seed {report['seed']}, {report['took_s']} s: {'PASS' if report['pass'] else 'FAIL'}")
