@@ -17,6 +17,7 @@ from jobworker.worker.cli.common import (
     verb,
     verb_on_deployment,
 )
+from jobworker.worker.safe_text import escape_control
 from jobworker.worker.urls import parse_http_url
 
 from .. import doctor
@@ -88,6 +89,7 @@ def _count(redis_url: str, access: tuple[str, str], prefix: str, tenant: str, pr
     from ..jobstore.open import open_erasures, open_fence, open_records
     from ..settings import HandlerSettings
     from ..vectors.open import open_store
+    from ..vectors.ports import VectorStoreError
     from ..vectors.schema import check_id
     from .erase import Eraser, EraseRequest
 
@@ -99,7 +101,10 @@ def _count(redis_url: str, access: tuple[str, str], prefix: str, tenant: str, pr
     store = open_store(HandlerSettings(milvus_uri=milvus_uri, milvus_token=token, milvus_prefix=prefix))
     parts = (open_fence(redis_url), open_erasures(redis_url), open_records(redis_url))
     eraser = Eraser(store, *parts, prefix=prefix, ttl_ms=0)
-    return eraser.count(EraseRequest("dry run", scope, 0))._asdict()
+    try:
+        return eraser.count(EraseRequest("dry run", scope, 0))._asdict()
+    except VectorStoreError as error:
+        raise click.ClickException(f"the rows cannot be counted: {escape_control(str(error))}") from error
 
 
 _SINCE = click.option(

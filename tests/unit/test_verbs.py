@@ -23,7 +23,7 @@ from jobworker.handlers.jobstore.usage import (
 )
 from jobworker.handlers.vectors import open as open_module
 from jobworker.handlers.vectors.memory import MemoryVectors
-from jobworker.handlers.vectors.ports import Row
+from jobworker.handlers.vectors.ports import Row, TransientStoreError
 from jobworker.worker import StoreUnavailable
 from jobworker.worker.cli import main
 from support.redis_servers import RedisServer, running
@@ -145,3 +145,15 @@ def test_the_cache_and_the_model_are_counted_for_their_tenant(server: RedisServe
     (used,) = RedisUsages(server.url).read([day_of(time.time())]).values()
     assert used.embedded_tokens == used.spared_tokens == handler.counters["embedded_tokens"] > 0
     assert used.rows == 4
+
+
+def test_a_dry_run_without_milvus_says_why(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Away(MemoryVectors):
+        def scan(self, *_: object, **__: object) -> Any:
+            raise TransientStoreError("no answer from milvus.example")
+
+    store = Away()
+    store.ensure_collection("story_segments", 2)
+    monkeypatch.setattr(open_module, "open_store", lambda settings: store)
+    done = run(server, "erase", "--tenant", "t", "--dry-run", "--milvus-uri", "http://milvus.example", code=1)
+    assert "the rows cannot be counted: no answer from milvus.example" in done.output
