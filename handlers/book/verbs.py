@@ -160,7 +160,7 @@ def _send(
         batch = book.open_batch(producer, target, batch_id, on_complete)
         importer = Importer(batch, pace, show=show_progress, reject=rejects.add)
         if target.replace and target.version is None:
-            target = target._replace(version=int(importer.counts.wall_created_s * 1000))
+            target = target._replace(version=round(importer.counts.wall_created_s * 1000))
         try:
             importer.send(jobs_of(book.reads(), target))
             book.check_unchanged()

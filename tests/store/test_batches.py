@@ -363,6 +363,13 @@ class TestOnServers:
         assert counts(reaper, "import-7") == (2, 2, 0, "finished")
         assert [job["id"] for job in jobs_in(store)] == ["batch:import-7"]
 
+    def test_the_time_of_creation_has_milliseconds(self, redis_world: RedisWorld) -> None:
+        """Imports that follow each other within a second get different versions by it."""
+        with producer(redis_world).batch("t1") as batch:
+            batch.enqueue("a", None, stream=S.stream)
+        written = redis_world.server.client.hget(batch_key(S.stream, batch.id), "created")
+        assert written.partition(b".")[2].isdigit()
+
     def test_a_total_that_is_set_at_the_end(self, redis_world: RedisWorld) -> None:
         store, reaper, client = reader(redis_world), redis_world.reaper(), redis_world.server.client
         client.hset(batch_key(S.stream, "b"), "name", "Import")

@@ -186,6 +186,14 @@ def test_fields_that_other_programs_wrote_are_read_leniently() -> None:
     assert found.name == "\ufffd"
 
 
+@pytest.mark.parametrize(
+    ("written", "read"), [(b"12.345", 12.345), (b"12", 12.0), (b"1e999", 0.0), (b"nan", 0.0)]
+)
+def test_a_time_has_milliseconds(written: bytes, read: float) -> None:
+    """Two imports of a book within a second have different versions by it."""
+    assert parse_batch({b"created": written}).wall_created_s == read
+
+
 class TestQuestions:
     def test_each_thread_gets_its_answer(self) -> None:
         mailbox, answers = BatchMailbox(), dict[str, BatchAnswer | None]()

@@ -5,6 +5,7 @@ the callback goes to the home stream, so that one step finishes the batch and en
 fields are listed in ``prelude_batch.lua``.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -139,4 +140,8 @@ def _time(value: bytes | None) -> float | None:
     """Unix seconds. A field of any other form is set, too: a Go producer may write ``closed 1``."""
     if value is None:
         return None
-    return float(_count(value) or 0)
+    try:
+        seconds = float(value)
+    except ValueError:
+        return 0.0
+    return seconds if 0 <= seconds < math.inf else 0.0

@@ -33,7 +33,7 @@ class MemoryBatchStore:
             record = batches.create(id)
             if b"finished" in record:
                 return False
-            for name, value in {"created": self._now(), **fields}.items():
+            for name, value in {"created": b"%.3f" % self._server.wall_now_s(), **fields}.items():
                 record.setdefault(name.encode(), value)
             batches.touch(id)
             return True

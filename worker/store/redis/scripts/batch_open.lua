@@ -8,7 +8,9 @@ check_batches()
 if redis.call('HEXISTS', KEYS[1], 'finished') == 1 then
   return 0
 end
-redis.call('HSETNX', KEYS[1], 'created', redis.call('TIME')[1])
+-- To the millisecond: batches that follow each other are told apart by it.
+local time = redis.call('TIME')
+redis.call('HSETNX', KEYS[1], 'created', string.format('%d.%03d', time[1], math.floor(time[2] / 1000)))
 for i = 2, #ARGV, 2 do
   redis.call('HSETNX', KEYS[1], ARGV[i], ARGV[i + 1])
 end
