@@ -270,3 +270,8 @@ def test_jobs_of_any_allowed_size_fit_into_frames(max_payload: int) -> None:
 @pytest.mark.parametrize("name", ["hand_one_frame", "hand_three_frames", "take", "settle"])
 def test_killed_at_any_instruction(name: str) -> None:
     assert int(programs.run("kill_scenarios", name)) > 50
+
+
+def test_no_job_runs_twice_though_its_worker_is_stopped_while_it_is_asked_back() -> None:
+    ran, taken, returned = map(int, programs.run("hand_back").split())
+    assert min(ran, taken, returned) > 0

@@ -6,9 +6,10 @@ from contextlib import ExitStack, closing
 
 import pytest
 
+from jobworker.worker.cancel import Canceller, JobFilter
 from jobworker.worker.envelope import read_header
 from jobworker.worker.ipc.control import Attach
-from jobworker.worker.keys import Holder
+from jobworker.worker.keys import Holder, Source
 from jobworker.worker.store.memory.store import MemoryStore
 from support.reader_rig import SOURCE, FakeWorker, ReaderRig, reader_rig
 
@@ -162,3 +163,36 @@ def test_a_new_reader_finds_jobs_that_the_last_one_had_just_taken_back() -> None
         second.tick()
         assert second.pending == 0
         second.crash()
+
+
+def test_a_job_is_not_taken_back_sooner_because_the_store_was_slow(rig: ReaderRig) -> None:
+    idle_host(rig)
+    held_up(rig, "long", "1")
+    idle_readers = rig.store.idle_readers
+
+    def slow(source: Source) -> bool:
+        rig.now_s += 0.3
+        return bool(idle_readers(source))
+
+    rig.store.idle_readers = slow  # type: ignore[method-assign]
+    rig.advance(1.0)
+    (asked,) = (table := rig.reader._dispatcher.workers[0].table).asked_back()
+    assert not table.is_taken_back(asked), "it was asked for a moment ago"
+    rig.advance(0.3)
+    assert table.is_taken_back(asked)
+
+
+@pytest.mark.parametrize("passed_over", [False, True])
+def test_a_job_that_is_cancelled_while_it_comes_back_does_not_run(rig: ReaderRig, passed_over: bool) -> None:
+    busy = held_up(rig, "long", "1", "2")
+    other = rig.attach(4)
+    rig.tick()
+    rig.advance(1.0)
+    list(Canceller(rig.store, [SOURCE.stream], JobFilter(frozenset(["1"])), by="me").run())
+    rig.reader.refresh()
+    if passed_over:
+        busy.end_long("long")
+        assert busy.begin("1", "2") == []
+    rig.advance(0.6)
+    assert busy.take() + other.take() == ["2"]
+    assert [letter["reason"] for letter in rig.letters] == ["cancelled"]

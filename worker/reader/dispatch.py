@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from operator import or_
 
@@ -114,11 +114,11 @@ class WorkerHandle:
         is_running = self.channel.mono_deadline_s > 0.0
         self.held_up = is_running and mono_now_s - self.channel.mono_since_s >= _LONG_S
 
-    def ask_back(self, jobs: Sequence[InFlightJob], mono_now_s: float) -> None:
-        """Ask for unstarted jobs back."""
+    def ask_back(self, jobs: Sequence[InFlightJob], mono_s: Callable[[], float]) -> None:
+        """Ask for unstarted jobs back. The clock is read last: this process may pause before it asks."""
         if jobs:
             self.table.ask_back([job.row for job in jobs])
-            self.has_asked, self._asked_at = True, mono_now_s
+            self.has_asked, self._asked_at = True, mono_s()
 
     def asked_unstarted(self, mono_now_s: float) -> list[InFlightJob]:
         """The jobs that were asked back and are not started, once it is time to take them."""

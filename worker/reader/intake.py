@@ -491,6 +491,8 @@ class Intake:
         if lost:
             self._buffer.discard(stream_no, lost)
             self._held.discard(stream_no, lost)
+            if claiming := self._claiming.get(stream_no):
+                self._claiming[stream_no] = [job for job in claiming if job.entry.id not in lost]
 
     def claim_in_turn(self) -> None:
         """In turns claim before new jobs use up the workers' credit, so that neither waits for the other."""
@@ -546,6 +548,12 @@ class Intake:
         if renewed_s_ago < self._settings.lease_s / 2 and not self._unlisted:
             return self._lost_leases.in_flight(stream_no)
         return {entry_id for owner_no, entry_id in self._unsettled_keys() if owner_no == stream_no}
+
+    def requeue(self, jobs: Sequence[AdmittedJob]) -> None:
+        """Prefetch jobs again that came back from a worker. One that was cancelled meanwhile is rejected."""
+        jobs, cancelled = self._cancels.reject(jobs)
+        self.rejected += cancelled
+        self._buffer.requeue(list(jobs))
 
     def release_unstarted(self) -> None:
         """Before exit: make prefetched entries and the instance's name available to any host at once."""

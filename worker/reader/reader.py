@@ -91,7 +91,7 @@ class Reader:
         self._dispatcher = Dispatcher(settings.streams, self._buffer)
         self._intake = Intake(context, self._dispatcher, self._selector)
         self._settler = Settler(context, self._breakers)
-        self._rebalancer = Rebalancer(context, self._dispatcher, self._intake.flow)
+        self._rebalancer = Rebalancer(context, self._dispatcher, self._intake.flow, self._intake.requeue)
         self._synced = False
         self._connected = False
         self._trouble: str | None = None

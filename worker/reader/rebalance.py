@@ -7,7 +7,7 @@ prefetch buffer, or of an idle host, which reads them from the stream again.
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..conditions import has_keys
 from ..envelope import read_header, with_first_id
@@ -32,11 +32,17 @@ class Rebalancer:
     """Moves unstarted jobs of held-up workers. No job runs twice by it: see ``ipc/inflight.py``.
 
     Isolated jobs stay where they are, and so do all while jobs of a tenant kill workers. Jobs of types with
-    limits stay on this host, because they hold slots. Methods raise as the store does; jobs that were taken
-    back stay pending then, and the next listing finds them.
+    limits stay on this host, because they hold slots. ``requeue`` gets the jobs that came back. Methods raise
+    as the store does; jobs that were taken back stay pending then, and the next listing finds them.
     """
 
-    def __init__(self, context: ReaderContext, dispatcher: Dispatcher, flow: FlowControl) -> None:
+    def __init__(
+        self,
+        context: ReaderContext,
+        dispatcher: Dispatcher,
+        flow: FlowControl,
+        requeue: Callable[[Sequence[AdmittedJob]], None],
+    ) -> None:
         self._store = context.store
         self._streams = context.settings.streams
         self._faults = context.faults
@@ -44,6 +50,7 @@ class Rebalancer:
         self._dispatcher = dispatcher
         self._buffer = dispatcher.buffer
         self._flow = flow
+        self._requeue = requeue
         self._mono_looked_s = self._mono_asked_s = context.mono_s()
 
     def run(self) -> None:
@@ -61,7 +68,7 @@ class Rebalancer:
             return
         others = [one for one in self._dispatcher.workers if one.credit]
         if others:
-            self._ask_for(others, held_up, now)
+            self._ask_for(others, held_up)
         elif now - self._mono_asked_s >= _ASK_EVERY_S:
             self._mono_asked_s = now
             self._hand_back(held_up, now)
@@ -74,7 +81,7 @@ class Rebalancer:
             asked = worker.table.asked_back()
             passed = [row for row in asked if worker.table.state(row) == RETURNED]
             came_back = [worker.table.job(row) for row in passed if not worker.table.is_taken_back(row)]
-            self._buffer.requeue(self._fetch(came_back))
+            self._requeue(self._fetch(came_back))
             worker.table.mark(passed, SETTLED)
             worker.table.advance()
             worker.has_asked = len(passed) < len(asked)
@@ -85,16 +92,14 @@ class Rebalancer:
             jobs = {job.entry.id: job for job in self._fetch(worker.asked_unstarted(mono_now_s))}
             rows = [row for row in worker.asked_unstarted(mono_now_s) if row.entry_id in jobs]
             taken = set(worker.table.take_back([row.row for row in rows]))
-            self._buffer.requeue([jobs[row.entry_id] for row in rows if row.row in taken])
+            self._requeue([jobs[row.entry_id] for row in rows if row.row in taken])
 
-    def _ask_for(
-        self, others: Sequence[WorkerHandle], held_up: Sequence[WorkerHandle], mono_now_s: float
-    ) -> None:
+    def _ask_for(self, others: Sequence[WorkerHandle], held_up: Sequence[WorkerHandle]) -> None:
         """Ask held-up workers for as many jobs as other workers of this host can take."""
         room = sum(worker.credit for worker in others) - len(self._buffer.ready)
         for worker in held_up:
             rows = [row for row in _movable(worker) if any(one.may_queue(row.type_no) for one in others)]
-            worker.ask_back(rows[: max(0, room)], mono_now_s)
+            worker.ask_back(rows[: max(0, room)], self._mono_s)
             room -= len(rows)
 
     def _hand_back(self, held_up: Sequence[WorkerHandle], mono_now_s: float) -> None:
@@ -112,7 +117,7 @@ class Rebalancer:
             with self._faults.guard(stream_no):
                 if self._store.idle_readers(source):
                     for worker, rows in queued.items():
-                        worker.ask_back(rows, mono_now_s)
+                        worker.ask_back(rows, self._mono_s)
                     if any(queued.values()):
                         self._mono_asked_s = mono_now_s - _ASK_EVERY_S  # give them at the next look
                     self._buffer.discard(stream_no, {job.entry.id for job in waiting})
