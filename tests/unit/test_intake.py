@@ -1,7 +1,7 @@
 """Intake: how much is read, pending entries after a restart, leases and claims, hand-back at the end."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 import pytest
@@ -258,6 +258,27 @@ def test_a_prefetched_job_that_another_host_claimed_is_not_run(rig: ReaderRig) -
     rig.advance(1.0)
     assert rig.workers[0].take() == []
     assert rig.metric("z_novel_leases_lost_total", SOURCE.stream) == 1
+
+
+def test_jobs_that_another_host_claimed_while_their_keys_were_claimed_are_not_run() -> None:
+    with reader_rig(batch_hint=200, lease_s=LEASE_S) as rig:
+        other, begin_claim = rig.other_host(), rig.store.begin_claim
+        lost: set[str] = set()
+
+        def slow(source: Source, keys: Sequence[tuple[bytes, str]], window_s: float) -> None:
+            begin_claim(source, keys, window_s)
+            if len(keys) >= 64:  # many are claimed while the reader does other things
+                found = {entry.id: entry.data or b"" for entry in other.claim(source, 0, 1000, b"0-0")[1]}
+                lost.update(json.loads(found[id])["id"] for id, _ in keys)
+
+        rig.store.begin_claim = slow  # type: ignore[method-assign]
+        for number in range(200):
+            rig.add(str(number), metadata={"idempotency_key": str(number)})
+        for _ in range(20):
+            rig.now_s += LEASE_S / 2  # each tick renews the leases
+            rig.tick(1)
+        assert len(lost) >= 64, "their keys were claimed beside other work"
+        assert not lost.intersection(rig.workers[0].take())
 
 
 def test_a_drained_reader_hands_back_what_was_not_started_at_once() -> None:

@@ -1,11 +1,13 @@
 """The worker's loop in one process: which jobs run, how they fail, and what the reader is told."""
 
+import itertools
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import msgspec
@@ -15,8 +17,9 @@ from jobworker.worker import Job, PermanentError, Unavailable, report_progress
 from jobworker.worker.health_check import HealthChecks
 from jobworker.worker.ipc.channel import READY, STARTING, STOPPING, OutcomeFrame, clear_eventfd
 from jobworker.worker.ipc.control import Ready
-from jobworker.worker.ipc.inflight import FAILED, QUEUED, STARTED, SUCCEEDED
+from jobworker.worker.ipc.inflight import FAILED, QUEUED, RETURNED, STARTED, SUCCEEDED, InFlight
 from jobworker.worker.outcome import Failure
+from jobworker.worker.runner import Runner
 from support import programs
 from support.runner_rig import WITHIN_S, Batch, Make, Single
 
@@ -368,3 +371,59 @@ def test_an_exit_in_the_check_of_health_ends_the_worker(make_rig: Make) -> None:
     worker = make_rig(t=handler)
     with pytest.raises(SystemExit):
         worker.runner._check_health()
+
+
+#: The functions between the choice of a job and the call of its handler.
+_STARTING = {one.__code__ for one in (Runner._run_one, Runner._run_batch, Runner._begin, InFlight.begin)}
+
+
+def act_at(number: int, act: Callable[[], object], call: Callable[[], object]) -> bool:
+    """Call, and act before that instruction of the functions that start a job; False if there are fewer."""
+    left = number
+
+    def inside(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if event == "opcode":
+            if left == 0:
+                act()
+            left -= 1
+        return inside
+
+    def entered(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code not in _STARTING:
+            return None
+        frame.f_trace_opcodes = True
+        return inside
+
+    before = sys.gettrace()
+    sys.settrace(entered)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return left < 0
+
+
+@pytest.mark.parametrize("kind", [Single, Batch])
+def test_a_worker_that_is_stopped_at_any_instruction_while_its_job_is_taken_back_agrees_with_the_reader(
+    kind: Any, make_rig: Make
+) -> None:
+    """While it is stopped, the reader asks for the job, waits, and takes it if it is not started."""
+    outcomes = set()
+    for number in itertools.count():
+        handler = kind()
+        worker = make_rig(t=handler)
+        worker.dispatch("t")
+        table, taken = worker.channel.table, list[int]()
+
+        def ask_and_take(table: InFlight = table, taken: list[int] = taken) -> None:
+            table.ask_back([0])
+            taken += table.take_back([0])
+
+        acted = act_at(number, ask_and_take, lambda worker=worker: worker.runner.run_once(0.0))  # type: ignore[misc]
+        came_back = table.state(0) == RETURNED and not taken
+        assert [bool(handler.log), bool(taken), came_back].count(True) == 1, number
+        outcomes.add((bool(handler.log), bool(taken), came_back))
+        if not acted:
+            break
+    assert outcomes == {(True, False, False), (False, True, False), (False, False, True)}
