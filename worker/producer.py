@@ -280,7 +280,7 @@ class Producer:
         ``delay``. ``tenant_id`` is that of the callback and of jobs that name none. ``name`` is for people.
         A batch of the same ``id`` that has not finished is continued. Its record is on the stream of
         ``on_complete``, else on ``stream``, else on that of its first job; only in the last case it is
-        created with that job.
+        created with that job. It is never in a shard: the number of shards may change.
 
         Raises `ValueError` for a wrong argument, its subclass `BatchFinished` for a batch that has finished,
         and `StoreUnavailable`.
@@ -298,7 +298,7 @@ class Producer:
         fields, home = {"name": name.encode(), "tenant_id": tenant_id.encode()}, stream
         if on_complete is not None:
             prepared = self._prepare_callback(new_job(on_complete), id, tenant_id)
-            home, fields["on_complete"] = prepared.stream, prepared.data
+            home, fields["on_complete"] = logical_stream(prepared.stream), prepared.data
 
         def prepare(item: NewJob | Mapping[str, Any], stream: str | None) -> PreparedJob:
             job = new_job(item)

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from .shards import logical_stream
 from .store.batches import BatchProducerStore
 
 #: Jobs held back for one script: enough to hide the round trip, little to lose when it fails.
@@ -139,7 +140,7 @@ class OpenBatch:
 
     def _add(self, stream: str, jobs: list[bytes]) -> None:
         if not self._home:
-            self._open(stream)
+            self._open(logical_stream(stream))  # a later number of shards must find it
         if stream not in self._streams:
             # Before the first job: the reaper must not overlook a stream.
             self._write_record(self._home, {f"stream/{stream}": b"1"})

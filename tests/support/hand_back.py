@@ -29,7 +29,7 @@ def work(table: InFlight) -> None:
 
 
 def ask_and_take(table: InFlight, worker: int, rng: random.Random) -> set[int]:
-    """Ask for jobs near the worker's place until it has passed all; stop the worker for the pause at times."""
+    """Ask for jobs near the place of the worker, and take them; stop the worker meanwhile at times."""
     taken: set[int] = set()
     asked: deque[tuple[float, list[int]]] = deque()
     while table.state(JOBS - 1) == QUEUED or asked:

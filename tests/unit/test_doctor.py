@@ -11,6 +11,7 @@ from jobworker.worker.admin.find_job import OVERDUE_S, SILENT_S
 from jobworker.worker.admin.finding import Finding
 from jobworker.worker.admin.names import Names, UnreadStream, name_findings
 from jobworker.worker.admin.status_client import Service
+from jobworker.worker.shards import shard_names
 from jobworker.worker.store.facts import ServerFacts, StreamFacts
 from jobworker.worker.store.operator import Consumer, Pause
 from jobworker.worker.store.ports import KeyFault
@@ -206,6 +207,11 @@ class TestNames:
         assert (found.level, found.subject) == ("wrong", "stream:b")
         assert found.says == "no running service reads this stream; 3 jobs wait and 2 are scheduled"
         assert found.do.startswith("did you mean 'stream:a'? restart a service of these jobs with --stream ")
+
+    def test_a_shard_without_reader_is_drained(self) -> None:
+        unread = [UnreadStream(shard_names("stream:a", 2)[1], 3, 0)]
+        (found,) = name_findings(self.NONE._replace(unread=unread))
+        assert found.do == "restart the services of stream:a with --drain-shards 2"
 
     def test_a_type_without_handler_is_wrong(self) -> None:
         (found,) = name_findings(self.NONE._replace(waiting=Counter({("stream:a", "audti"): 2})))

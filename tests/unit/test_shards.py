@@ -2,17 +2,20 @@
 
 import json
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobworker.worker.config.tables import ConfigTables
 from jobworker.worker.errors import ConfigurationError
+from jobworker.worker.flow import FlowConfig, Limit
 from jobworker.worker.forwarding import Forwarder
 from jobworker.worker.keys import Source
 from jobworker.worker.producer import Producer
-from jobworker.worker.results import SUCCEEDED, encode_result
+from jobworker.worker.results import SUCCEEDED, CancelOutcome, encode_result
 from jobworker.worker.settings import Settings
 from jobworker.worker.shards import (
     logical_stream,
@@ -26,6 +29,7 @@ from jobworker.worker.store.faults import StreamFaults
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore
 from jobworker.worker.telemetry.metrics import MetricsBuffer
+from support.reader_rig import SOURCE, ReaderRig
 
 PLAIN = Source("stream:test", "cg-test")
 
@@ -173,6 +177,46 @@ def test_a_producer_sends_to_the_shards_of_running_services_and_finds_results_th
     with Producer(store=world.store, wall_now_s=world.mono_s) as late:
         late.enqueue("noop", None, tenant_id="t1", id="late", stream=PLAIN.stream)
     assert len(world.server.entries(PLAIN.stream)) == 1, "no service runs that would announce shards"
+
+
+@pytest.mark.parametrize("on_complete", [None, {"type": "noop", "stream": PLAIN.stream}])
+def test_a_batch_is_continued_after_the_number_of_shards_has_changed(on_complete: Any) -> None:
+    world = World()
+    for shards in (2, 3):
+        world.store.announce("host/a", ["noop"], spread([PLAIN], [shards]), shards=shards)
+        with Producer(store=world.store, wall_now_s=world.mono_s) as producer:
+            batch = producer.batch("t1", id="b1", on_complete=on_complete)
+            jobs = [{"type": "noop", "tenant_id": f"t{number}"} for number in range(10)]
+            batch.enqueue_many(jobs, stream=PLAIN.stream)
+    assert batch.counts().total == 20
+    batch.close()
+    assert world.store.batch_ids(PLAIN.stream, 10) == ["b1"]
+
+
+def test_a_job_in_a_shard_is_cancelled_by_the_name_of_its_stream() -> None:
+    world = World()
+    world.store.announce("host/a", ["noop"], spread([PLAIN], [2]), shards=2)
+    for name in shard_names(PLAIN.stream, 2):
+        world.store.acquire([Source(name, PLAIN.group)])
+    producer = Producer(store=world.store, wall_now_s=world.mono_s)
+    for tenant in ("t1", "t2", "t3", "t4"):
+        producer.enqueue("noop", None, tenant_id=tenant, id=tenant, stream=PLAIN.stream)
+    assert producer.cancel("t1", stream=PLAIN.stream) == CancelOutcome.CANCELLED
+    assert world.found(2) == Counter(["t2", "t3", "t4"])
+
+
+def test_new_shards_have_the_limits_and_weights_of_their_stream() -> None:
+    limit = Limit("a/tenant", "a", key="tenant", concurrency=2)
+    with closing(ReaderRig(streams=spread([SOURCE], [2]), shards=2)) as rig:
+        rig.store.configure(SOURCE, FlowConfig(0, (limit,), {"t1": 3.0}))
+        rig.sync()
+        for name in shard_names(SOURCE.stream, 2):
+            config = rig.store.flow_config(Source(name, SOURCE.group))
+            assert (config.limits, config.weights) == ((limit,), {"t1": 3.0})
+        shard = Source(name, SOURCE.group)
+        assert rig.store.configure(shard, FlowConfig(config.version, (), {}))
+        rig.advance(1.1)
+        assert rig.store.flow_config(shard).limits == (), "what is changed later stays"
 
 
 @pytest.mark.parametrize("key", ["project", "global"])

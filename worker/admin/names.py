@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..errors import StoreRefused, StoreUnavailable
 from ..extension import extension
 from ..keys import Source
+from ..shards import logical_stream, shard_count
 from ..store.announcements import suggestion
 from ..store.operator import START, sample, walk
 from .dead_letters import read_letter
@@ -131,11 +132,8 @@ def name_findings(names: Names) -> Iterator[Finding]:
     for stream in names.unread[:_MAX_FINDINGS]:
         jobs = [f"{stream.waiting} jobs wait"] if stream.waiting else []
         jobs += [f"{stream.scheduled} are scheduled"] if stream.scheduled else []
-        group = dict(extension().streams).get(stream.name, "workers")
-        option = f"--stream {shlex.quote(f'{stream.name}={group}')}"
-        do = f"restart a service of these jobs with {option} beside its other --stream: it then runs them"
-        yield Finding("wrong", stream.name, f"no running service reads this stream; {' and '.join(jobs)}",
-                      f"{suggestion(stream.name, names.streams)} {do}")  # fmt: skip
+        says = f"no running service reads this stream; {' and '.join(jobs)}"
+        yield Finding("wrong", stream.name, says, _reading(stream.name, names))
     if len(names.unread) > _MAX_FINDINGS:
         more = len(names.unread) - _MAX_FINDINGS
         yield Finding("wrong", "streams", f"{more} more streams with jobs that no service reads", "as above")
@@ -143,6 +141,16 @@ def name_findings(names: Names) -> Iterator[Finding]:
         yield Finding("note", "streams", "not all keys of the store were searched for streams without reader")
     if names.types:
         yield from _type_findings(names)
+
+
+def _reading(name: str, names: Names) -> str:
+    """What to do for a stream that no service reads. A shard has the group of its stream."""
+    if count := shard_count(name):
+        return f"restart the services of {logical_stream(name)} with --drain-shards {count}"
+    group = dict(extension().streams).get(name, "workers")
+    option = f"--stream {shlex.quote(f'{name}={group}')}"
+    do = f"restart a service of these jobs with {option} beside its other --stream: it then runs them"
+    return f"{suggestion(name, names.streams)} {do}"
 
 
 def _type_findings(names: Names) -> Iterator[Finding]:
