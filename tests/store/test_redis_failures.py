@@ -147,6 +147,20 @@ class TestFailures:
         (entry,) = read(store)
         assert settle(store, [Settlement(S, [entry.id])]) == set()
 
+    def test_a_claim_of_keys_whose_reply_is_lost_may_be_repeated(self, redis_world: RedisWorld) -> None:
+        store, (a, b) = given(redis_world, b"1", b"2")
+        store.begin_claim(S, [(a, "key")], 60.0)
+        store.backlog(S)  # its reply comes behind that to the claim
+        redis_world.server.client.client_kill_filter(_type="normal", skipme=True)
+        assert store.finish_claim(S) == {}, "the reply came before"
+        store.begin_claim(S, [(a, "key"), (b, "key")], 60.0)
+        for connection in store._connections.values():
+            connection.close()  # as after another call that failed
+        with pytest.raises(StoreUnavailable):
+            store.finish_claim(S)
+        assert store.finish_claim(S) == {}, "nothing is under way"
+        assert store.claim_keys(S, [(a, "key"), (b, "key")], 60.0) == {b: a}
+
     def test_killed_connections_are_replaced(self, redis_world: RedisWorld) -> None:
         store, ids = given(redis_world, b"1")
         fd = store.begin_read(S, 10, 60_000)
