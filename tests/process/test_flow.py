@@ -34,7 +34,7 @@ def test_a_backlog_is_run_once_though_every_role_is_killed(tmp_path: Path, store
     with hosts(tmp_path, store, "one", "two") as services:
         jobs = services[0].enqueue_many(
             {"type": "sleep", "tenant_id": f"t{number % 7}", "payload": {"s": 0.005}}
-            for number in range(1500)
+            for number in range(3000)
         )
         eventually(lambda: store.client.hget(f"ready:{STREAM}", "n"), saying="sorted")
         for service in services:
