@@ -15,7 +15,7 @@ from .functions.job_function import job
 from .handler import BatchHandler, Handler, JobHandler
 from .new_job import NewJob
 from .producer import Producer, UnknownDestination
-from .producer_batch import BatchCounts, BatchFinished, OpenBatch
+from .producer_batch import BatchChanged, BatchCounts, BatchFinished, OpenBatch
 from .results import CancelOutcome, JobResult, Returned
 from .settings import Settings
 from .telemetry.current_job import report_progress
@@ -23,6 +23,7 @@ from .telemetry.trace import span
 
 __all__ = [
     "NO_DEVICE",
+    "BatchChanged",
     "BatchCounts",
     "BatchFinished",
     "BatchHandler",

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from .shards import logical_stream
-from .store.batches import BatchProducerStore
+from .store.batches import Added, BatchProducerStore
 
 #: Jobs held back for one script: enough to hide the round trip, little to lose when it fails.
 _PART_JOBS = 1000
@@ -22,6 +22,10 @@ class PreparedJob(NamedTuple):
 
 class BatchFinished(ValueError):
     """The batch has finished: it takes no more jobs."""
+
+
+class BatchChanged(ValueError):
+    """The batch has another number of jobs than expected: another producer fills it."""
 
 
 class BatchCounts(NamedTuple):
@@ -76,6 +80,8 @@ class OpenBatch:
         self._borrow = borrow
         self._prepare = prepare
         self._streams: set[str] = set()
+        #: Jobs on each stream, as last seen or added.
+        self._totals: dict[str, int] = {}
         if home:
             self._open(home)
 
@@ -85,8 +91,15 @@ class OpenBatch:
         self._add(prepared.stream, [prepared.data])
         return prepared.id
 
-    def enqueue_many(self, jobs: Iterable[Any], *, stream: str | None = None) -> list[str]:
-        """Enqueue many jobs of the batch, as `Producer.enqueue_many` does; returns their ids in order."""
+    def enqueue_many(
+        self, jobs: Iterable[Any], *, stream: str | None = None, expected_total: int | None = None
+    ) -> list[str]:
+        """Enqueue many jobs of the batch, as `Producer.enqueue_many` does; returns their ids in order.
+
+        Give ``expected_total``, the jobs that the batch has now, where two producers may fill the batch with
+        the same jobs. The step that enqueues compares it, and the later producer gets `BatchChanged`: none of
+        its jobs from that step on are enqueued. Jobs on other streams are those that `counts` saw last.
+        """
         ids: list[str] = []
         waiting: dict[str, list[bytes]] = {}
         try:
@@ -96,11 +109,14 @@ class OpenBatch:
                 part = waiting.setdefault(prepared.stream, [])
                 part.append(prepared.data)
                 if len(part) >= _PART_JOBS:
-                    self._add(prepared.stream, waiting.pop(prepared.stream))
+                    expected_total = self._add(prepared.stream, waiting.pop(prepared.stream), expected_total)
+        except BatchChanged:
+            waiting.clear()  # the other producer sends them
+            raise
         finally:
             # Also after an error: the jobs before it were accepted, and their order stands.
             for name, part in waiting.items():
-                self._add(name, part)
+                expected_total = self._add(name, part, expected_total)
         return ids
 
     def close(self) -> None:
@@ -117,8 +133,10 @@ class OpenBatch:
             record = store.batch_hash(self._home, self.id) if self._home else None
             if record is None:
                 raise ValueError(f"batch {self.id} has no record")
-            others = [store.batch_hash(stream, self.id) for stream in record.streams]
-        parts = [record, *(one for one in others if one is not None)]
+            others = {stream: store.batch_hash(stream, self.id) for stream in record.streams}
+        parts = [record, *(one for one in others.values() if one is not None)]
+        self._totals = {name: one.total or 0 for name, one in others.items() if one is not None}
+        self._totals[self._home] = record.total or 0
         return BatchCounts(
             sum(one.total or 0 for one in parts), sum(one.done for one in parts),
             sum(one.dead for one in parts), record.state, record.name, record.wall_created_s or 0.0,
@@ -138,16 +156,27 @@ class OpenBatch:
         self._home = home
         self._streams.add(home)
 
-    def _add(self, stream: str, jobs: list[bytes]) -> None:
+    def _add(self, stream: str, jobs: list[bytes], expected_total: int | None = None) -> int | None:
+        """Add jobs; returns the total that is expected after them."""
         if not self._home:
             self._open(logical_stream(stream))  # a later number of shards must find it
         if stream not in self._streams:
             # Before the first job: the reaper must not overlook a stream.
             self._write_record(self._home, {f"stream/{stream}": b"1"})
             self._streams.add(stream)
+        on_others = sum(count for name, count in self._totals.items() if name != stream)
+        expected = None if expected_total is None else expected_total - on_others
         with self._borrow() as store:
-            if not store.batch_add(stream, self.id, "" if stream == self._home else self._home, jobs):
-                raise self._finished()
+            home = "" if stream == self._home else self._home
+            added = store.batch_add(stream, self.id, home, jobs, expected)
+        if added is Added.FINISHED:
+            raise self._finished()
+        if added is Added.OTHER_TOTAL:
+            raise BatchChanged(
+                f"batch {self.id} does not have the expected {expected_total} jobs: another producer fills it"
+            )
+        self._totals[stream] = self._totals.get(stream, 0) + len(jobs)
+        return None if expected_total is None else expected_total + len(jobs)
 
     def _write_record(self, home: str, fields: Mapping[str, bytes]) -> None:
         with self._borrow() as store:

@@ -2,14 +2,15 @@
 
 The job store counts the jobs of a batch in the step that enqueues them, and a book always gives the same jobs
 in the same order. So the number of jobs in the batch says where an import continues that was killed or that
-lost its connection, and no job is sent twice.
+lost its connection, and no job is sent twice. The same step compares that number with the one that the
+importer expects, so of two importers one is refused before it sends a job twice.
 """
 
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
-from jobworker.worker import BatchCounts, NewJob, OpenBatch, StoreUnavailable
+from jobworker.worker import BatchChanged, BatchCounts, NewJob, OpenBatch, StoreUnavailable
 
 from .jobs import BookJob, RejectedLine
 
@@ -60,7 +61,7 @@ class Tally:
 
 
 class Importer:
-    """Sends the jobs of a book into a batch, and follows it. One importer of a book runs at a time.
+    """Sends the jobs of a book into a batch, and follows it. Of two importers of a book, one is stopped.
 
     ``show`` gets the progress about twice a second, and ``reject`` each line that is left out.
     """
@@ -143,22 +144,44 @@ class Importer:
                 self._wait(min(POLL_S, early_s))
             segments = sum(one.segments for one in part)
             self._mono_due_s = max(self._mono_due_s, self._mono_s()) + segments / self._pace.rate
-        first, mono_began_s = self._sent, self._mono_s()
-        while (done := self._sent - first) < len(part):
-            jobs = [self._job(one, self._sent + at) for at, one in enumerate(part[done:])]
-            try:
-                self._batch.enqueue_many(jobs)
-                self._sent = first + len(part)
-            except StoreUnavailable as error:
-                if self._mono_s() - mono_began_s > self._pace.stalled_after_s:
-                    raise ImportStopped(f"the job store takes no jobs ({error})") from error
-                self._wait()  # a server that hung may still carry the call out
-                self._look()
-                self._check_total(first, first + len(part))
-                self._sent = self._counts.total
+        self._enqueue(part)
         self._counts = self._counts._replace(total=self._sent)
         self._offset = part[-1].offset
         self._show_progress()
+
+    def _enqueue(self, part: list[BookJob]) -> None:
+        """Add a part to the batch, whatever of it earlier calls have added. Raises `ImportStopped`."""
+        first, mono_began_s = self._sent, self._mono_s()
+        last, unsure = first + len(part), False
+        while self._sent < last:
+            jobs = [self._job(one, self._sent + at) for at, one in enumerate(part[self._sent - first :])]
+            try:
+                self._batch.enqueue_many(jobs, expected_total=self._sent)
+                self._sent = last
+                continue
+            except StoreUnavailable as error:
+                if self._mono_s() - mono_began_s > self._pace.stalled_after_s:
+                    raise ImportStopped(f"the job store takes no jobs ({error})") from error
+                unsure = True
+                self._wait()
+                self._look()
+            except BatchChanged as error:
+                self._look()
+                # A server that hung may have carried out the call that failed.
+                if self._counts.total >= first and not (unsure and self._counts.total <= last):
+                    raise self._other_import() from error
+                unsure = False
+            if self._counts.total > last:
+                raise self._other_import()
+            self._check_total(first, last)
+            self._sent = self._counts.total
+
+    def _other_import(self) -> ImportStopped:
+        return ImportStopped(
+            f"another import of this file is under way: batch {self._batch.id} has {self._counts.total} jobs "
+            f"and not {self._sent}. No job was sent twice. Once that import has ended, the same command "
+            "continues"
+        )
 
     def _check_total(self, least: int, most: int) -> None:
         """Raises `ImportStopped` if the batch has fewer or more jobs than it can have."""

@@ -5,7 +5,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from jobworker.worker.errors import StoreRefused
 from jobworker.worker.flow import Lane
 from jobworker.worker.keys import Source, batch_key, batches_key
 from jobworker.worker.producer import Producer
+from jobworker.worker.producer_batch import BatchChanged
 from jobworker.worker.settings import Settings
 from jobworker.worker.store.batches import DueBatch
 from jobworker.worker.store.ports import (
@@ -104,6 +105,23 @@ class TestCounts:
         reaper.promote(S.stream, 10)
         settle(store, [Settlement(S, [*admit(store), fourth.id])])
         assert counts(reaper, id) == (4, 3, 1, "closed")
+
+    def test_jobs_are_added_only_to_the_expected_total(self, world: World) -> None:
+        def jobs(count: int, source: Source = S) -> Iterator[dict[str, object]]:
+            return ({"type": "a", "stream": source.stream} for _ in range(count))
+
+        first, second = (producer(world).batch(id="b", stream=S.stream) for _ in range(2))
+        first.enqueue_many(jobs(2100), expected_total=0)
+        for wrong in (0, 2099, 2101):
+            with pytest.raises(BatchChanged, match=f"expected {wrong} jobs"):
+                second.enqueue_many(jobs(1), expected_total=wrong)
+        assert second.counts().total == 2100
+        second.enqueue_many(jobs(3, OTHER), expected_total=2100)
+        first.counts()
+        first.enqueue_many(jobs(2, OTHER), expected_total=2103)
+        with pytest.raises(BatchChanged):
+            second.enqueue_many(jobs(2, OTHER), expected_total=2103)
+        assert second.counts().total == 2105
 
     def test_a_job_that_was_handed_back_counts_at_its_end_alone(self, world: World) -> None:
         store, other = reader(world), reader(world, name="b")

@@ -16,6 +16,7 @@ from jobworker.handlers.book.importer import Importer, ImportStopped, Pace
 from jobworker.handlers.book.jobs import BookJob, RejectedLine, Target, jobs_of, segment_id
 from jobworker.handlers.book.lines import Chapter, Fault, Piece, RowLine, read_json_lines, read_text
 from jobworker.worker import ConfigurationError, OpenBatch, Producer, StoreUnavailable
+from jobworker.worker.store.batches import Added
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore
 
@@ -161,9 +162,16 @@ class Store(MemoryStore):
 
     def __init__(self, server: MemoryServer) -> None:
         super().__init__(server)
-        self.fail_before = self.fail_after = 0
+        self.fail_before = self.fail_after = self.hang = 0
+        self._hung: list[Any] = []
 
-    def batch_add(self, *arguments: Any) -> bool:
+    def batch_add(self, *arguments: Any) -> Added:
+        while self._hung:
+            super().batch_add(*self._hung.pop())
+        if self.hang:
+            self.hang -= 1
+            self._hung.append(arguments)
+            raise StoreUnavailable("hung")
         if self.fail_before:
             self.fail_before -= 1
             raise StoreUnavailable("before")
@@ -251,9 +259,10 @@ def test_an_importer_that_was_killed_continues_and_sends_each_job_once(
     assert ids == [f"{batch.id}:{n}" for n in range(250)]
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 0), (0, 1), (3, 2)])
-def test_a_store_that_fails_gets_each_job_once(world: World, before: int, after: int) -> None:
-    world.store.fail_before, world.store.fail_after = before, after
+@pytest.mark.parametrize(("before", "after", "hang"), [(1, 0, 0), (0, 1, 0), (3, 2, 0), (0, 0, 1), (1, 1, 2)])
+def test_a_store_that_fails_gets_each_job_once(world: World, before: int, after: int, hang: int) -> None:
+    """A call that hung is carried out before the next one."""
+    world.store.fail_before, world.store.fail_after, world.store.hang = before, after, hang
     world.run(QUICK)
     assert world.chapters() == ALL
 
@@ -333,6 +342,30 @@ def test_two_imports_at_once_are_noticed(world: World) -> None:
     batch.enqueue("embedding_batch", {"ids": [], "texts": []}, project_id="p1")
     with pytest.raises(ImportStopped, match="251 jobs"):
         importer.send(jobs_of(read_json_lines(io.BytesIO(b"")), TARGET))
+
+
+@pytest.mark.parametrize("first_sends", [100, 200])
+def test_of_two_machines_one_is_refused_and_no_job_is_left_out(world: World, first_sends: int) -> None:
+    copy = world.path.with_name("copy.jsonl")  # with a lock of its own, as on another machine
+    copy.write_bytes(world.path.read_bytes())
+    with open_book(str(copy), TARGET) as book:
+        batch = book.open_batch(world.producer, TARGET, "", "")
+        second = Importer(batch, QUICK, show=lambda _: None, reject=lambda _: None, sleep=world.sleep)
+        with pytest.raises(KeyboardInterrupt):
+            world.run(QUICK, die_after=first_sends)
+        with pytest.raises(ImportStopped, match=f"another import .* has {first_sends} jobs and not 0"):
+            second.send(jobs_of(book.reads(), TARGET))
+    world.run(QUICK)
+    assert world.chapters() == ALL
+
+
+def test_a_total_that_the_store_lost_stops_the_import(world: World) -> None:
+    importer, batch = world.run(QUICK, die_after=10**9, close=False)
+    record = world.server.stream(STREAM).batches.get(batch.id)
+    assert record is not None
+    record[b"total"] = b"100"
+    with pytest.raises(ImportStopped, match="has lost entries"):
+        importer.send(one for one in made(chapter_lines(300)))
 
 
 def test_a_file_that_is_changed_meanwhile_is_not_closed(world: World) -> None:

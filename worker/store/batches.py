@@ -7,6 +7,7 @@ fields are listed in ``prelude_batch.lua``.
 
 import math
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 #: Seconds for which a batch that has not finished is kept after its last change.
@@ -63,6 +64,15 @@ class Sweep(NamedTuple):
     next_rank: int
 
 
+class Added(IntEnum):
+    """What became of jobs that were to be added to a batch. Only with ``YES`` were all of them enqueued."""
+
+    #: The total differs from the expected one.
+    OTHER_TOTAL = -1
+    FINISHED = 0
+    YES = 1
+
+
 class BatchFinder(Protocol):
     """Reading of batches."""
 
@@ -85,10 +95,13 @@ class BatchProducerStore(Protocol):
         False if the batch has finished.
         """
 
-    def batch_add(self, stream: str, id: str, home: str, jobs: Sequence[bytes]) -> bool:
+    def batch_add(
+        self, stream: str, id: str, home: str, jobs: Sequence[bytes], total: int | None = None
+    ) -> Added:
         """Enqueue jobs and add them to the total, in one atomic step for each 1,000 jobs or 8 MiB.
 
-        ``home`` is empty on the home stream. False, without effect, if the batch has finished.
+        ``home`` is empty on the home stream. A step without effect ends the call: the batch has finished, or
+        the stream does not count ``total`` jobs of it (None: any number) and those of earlier steps.
         """
 
     def batch_close(self, stream: str, id: str) -> bool:

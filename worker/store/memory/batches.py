@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from ...keys import batches_key
-from ..batches import MAX_FINISHED, OPEN_S, PAGE, DueBatch, StreamBatch, Sweep, parse_batch
+from ..batches import MAX_FINISHED, OPEN_S, PAGE, Added, DueBatch, StreamBatch, Sweep, parse_batch
 from .batch_counts import MemoryBatches, add
 from .server import MemoryServer
 
@@ -38,20 +38,24 @@ class MemoryBatchStore:
             batches.touch(id)
             return True
 
-    def batch_add(self, stream: str, id: str, home: str, jobs: Sequence[bytes]) -> bool:
+    def batch_add(
+        self, stream: str, id: str, home: str, jobs: Sequence[bytes], total: int | None = None
+    ) -> Added:
         with self._server.lock:
             self._server.check(stream)
             batches = self._batches(stream)
             record = batches.create(id)
             if b"finished" in record:
-                return False
+                return Added.FINISHED
+            if total is not None and int(record.get(b"total", b"0")) != total:
+                return Added.OTHER_TOTAL
             for job in jobs:
                 self._server.append(stream, job)
             add(record, "total", len(jobs))
             if home:
                 record.setdefault(b"home", home.encode())
             batches.keep(id, OPEN_S)
-            return True
+            return Added.YES
 
     def batch_close(self, stream: str, id: str) -> bool:
         with self._server.lock:

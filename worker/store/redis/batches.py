@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ... import keys
-from ..batches import MAX_FINISHED, OPEN_S, PAGE, DueBatch, StreamBatch, Sweep, parse_batch
+from ..batches import MAX_FINISHED, OPEN_S, PAGE, Added, DueBatch, StreamBatch, Sweep, parse_batch
 from .base import RedisStoreBase, checked, chunks_by_size, pairs
 from .lua import script
 
@@ -38,12 +38,18 @@ class RedisBatchStore(RedisStoreBase):
         flat: list[Any] = [part for field in fields.items() for part in field]
         return bool(self.one(stream, script("batch_open", two_keys, id, *flat)))
 
-    def batch_add(self, stream: str, id: str, home: str, jobs: Sequence[bytes]) -> bool:
+    def batch_add(
+        self, stream: str, id: str, home: str, jobs: Sequence[bytes], total: int | None = None
+    ) -> Added:
         two_keys = [stream, self.batch_key(stream, id)]
+        sent = 0
         for part in chunks_by_size(jobs, len):
-            if not self.one(stream, script("batch_add", two_keys, home, OPEN_S, *part)):
-                return False
-        return True
+            expected = "" if total is None else total + sent
+            added = Added(self.one(stream, script("batch_add", two_keys, home, OPEN_S, expected, *part)))
+            if added is not Added.YES:
+                return added
+            sent += len(part)
+        return Added.YES
 
     def batch_close(self, stream: str, id: str) -> bool:
         two_keys = [self.batch_key(stream, id), self.dead_key(stream)]
