@@ -97,7 +97,10 @@ def _count(redis_url: str, access: tuple[str, str], prefix: str, tenant: str, pr
     if not milvus_uri:
         raise ConfigurationError("--dry-run counts rows: give --milvus-uri, or the --data-dir of the service")
     parse_http_url(milvus_uri, "--milvus-uri", "http://milvus.example:19530")
-    scope = Scope(check_id("--tenant", tenant), project and check_id("--project", project))
+    try:
+        scope = Scope(check_id("--tenant", tenant), project and check_id("--project", project))
+    except VectorStoreError as error:
+        raise ConfigurationError(str(error)) from error
     store = open_store(HandlerSettings(milvus_uri=milvus_uri, milvus_token=token, milvus_prefix=prefix))
     parts = (open_fence(redis_url), open_erasures(redis_url), open_records(redis_url))
     eraser = Eraser(store, *parts, prefix=prefix, ttl_ms=0)

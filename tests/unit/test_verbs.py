@@ -157,3 +157,9 @@ def test_a_dry_run_without_milvus_says_why(server: RedisServer, monkeypatch: pyt
     monkeypatch.setattr(open_module, "open_store", lambda settings: store)
     done = run(server, "erase", "--tenant", "t", "--dry-run", "--milvus-uri", "http://milvus.example", code=1)
     assert "the rows cannot be counted: no answer from milvus.example" in done.output
+
+
+@pytest.mark.parametrize("scope", [("--tenant", "a b"), ("--tenant", "t", "--project", "p p")])
+def test_a_dry_run_names_an_id_that_no_row_can_have(server: RedisServer, scope: tuple[str, ...]) -> None:
+    done = run(server, "erase", *scope, "--dry-run", "--milvus-uri", "http://milvus.example", code=2)
+    assert f"{scope[-2]} '{scope[-1]}' does not match" in done.output
