@@ -183,8 +183,8 @@ class _Erasure:
             self._discard(found)
         self._exclusive = False
         self._renew(always=True)
+        self._sweep(scopes)
         for name, part in scopes.items():
-            self._sweep(name, part)
             self._sweep_copies(name, part)
         self._discard(found)
         for collection in {tombstones.collection: None for tombstones in self._tombstones}:
@@ -272,16 +272,23 @@ class _Erasure:
         published = Published(names, self._request.cutoff_us, collections)
         self._erasures.publish(published, self._eraser.ttl_ms)
 
-    def _sweep(self, name: str, scope: Scope) -> None:
-        """Delete old rows until no read finds one, for as long as reads may miss some."""
+    def _sweep(self, scopes: Mapping[str, Scope]) -> None:
+        """Delete old rows until no read finds one, for as long as reads may miss some.
+
+        All collections wait together: the time does not grow with their number.
+        """
         lag_s = self._store.max_read_lag_s()
-        trusted_at = self._mono_s() + lag_s
-        while True:
-            if self._sweep_once(name, scope):
-                trusted_at = self._mono_s() + lag_s
-            elif self._mono_s() >= trusted_at:
-                return
-            else:
+        trusted_at = dict.fromkeys(scopes, self._mono_s() + lag_s)
+        while trusted_at:
+            erased = 0
+            for name in list(trusted_at):
+                began_s = self._mono_s()
+                if found := self._sweep_once(name, scopes[name]):
+                    erased += found
+                    trusted_at[name] = self._mono_s() + lag_s
+                elif began_s >= trusted_at[name]:
+                    del trusted_at[name]
+            if trusted_at and not erased:
                 self._sleep(POLL_S * 10)
 
     def _sweep_once(self, name: str, scope: Scope, wait_s: float = WAIT_S) -> int:

@@ -21,6 +21,20 @@ LITE_START_S = 40.0
 REAL_START_S = 90.0
 UNPACKED = Path(sys.prefix) / "milvus-2.3.5"
 STOP_S = 20.0
+#: The coordinators look for work at intervals, and a new collection waits for several of them. By default most
+#: are 1 s, some 10 s. In ms, but that of `NEXTTARGET` in seconds.
+SHORT_INTERVALS = {
+    "PROXY_TIMETICKINTERVAL": "50",
+    "QUERYCOORD_CHECKINTERVAL": "100",
+    "QUERYCOORD_CHECKSEGMENTINTERVAL": "100",
+    "QUERYCOORD_CHECKCHANNELINTERVAL": "100",
+    "QUERYCOORD_CHECKINDEXINTERVAL": "500",
+    "QUERYCOORD_UPDATENEXTTARGETINTERVAL": "1",
+    "QUERYCOORD_DISTPULLINTERVAL": "50",
+    "QUERYCOORD_CHECKHANDOFFINTERVAL": "200",
+    "INDEXCOORD_SCHEDULER_INTERVAL": "100",
+    "DATACOORD_SEGMENT_ASSIGNMENTEXPIRATION": "500",
+}
 TOKEN = "root:of-these-tests-alone"
 
 
@@ -146,8 +160,9 @@ def start_real(tmp_path: Path) -> Iterator[str]:
     command = [sys.executable, "-c", "from milvus import main; main()", "--data", str(tmp_path / "milvus")]
     with (tmp_path / "milvus.log").open("ab") as log:
         process = subprocess.Popen(
-            [*command, "--proxy-port", str(port)], stdout=log, stderr=log, start_new_session=True
-        )
+            [*command, "--proxy-port", str(port)], stdout=log, stderr=log, start_new_session=True,
+            env=os.environ | SHORT_INTERVALS,
+        )  # fmt: skip
     uri = f"http://127.0.0.1:{port}"
     try:
         wait_until(lambda: process.poll() is not None or answers(uri), REAL_START_S, "Milvus 2.3.5")

@@ -102,6 +102,15 @@ def test_collections_that_are_not_named_keep_their_rows() -> None:
     assert "summary:t:p:c" in world.kept()
 
 
+def test_collections_wait_together_for_reads_that_may_miss_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = filled()
+    monkeypatch.setattr(world.store, "max_read_lag_s", lambda: 5.0)
+    began_s = world.now_s
+    world.erase()
+    assert len(world.store._rows) > 2
+    assert 5.0 <= world.now_s - began_s < 6.0
+
+
 def test_a_collection_that_is_made_later_has_the_tombstones_too() -> None:
     world = filled()
     world.erase()
