@@ -269,7 +269,7 @@ def format_report(report: Report) -> str:
 @click.option(
     "--count",
     type=click.IntRange(1),
-    default=20_000,
+    default=50_000,
     show_default=True,
     help="Segments in the queue; it must not run empty.",
 )
