@@ -8,7 +8,7 @@ from operator import or_
 
 import msgspec
 
-from ..ipc.channel import READY, Channel, JobFrame
+from ..ipc.channel import READY, Channel, JobFrame, job_frames
 from ..ipc.control import WorkerExited
 from ..ipc.inflight import QUEUED, ROWS, SETTLES_S, InFlightJob
 from ..keys import Source
@@ -73,9 +73,8 @@ class WorkerHandle:
 
         ``taken`` is read again after the frames, because the worker may take a frame in between.
         """
-        decoder = msgspec.msgpack.Decoder(JobFrame)
         for frame, _ in self.channel.jobs.frames():
-            decoded = decoder.decode(frame)
+            decoded = job_frames.decode(frame)
             self.table.head = max(self.table.head, decoded.first_row + len(decoded.jobs))
         self.table.head = max(self.table.head, self.table.taken)
 

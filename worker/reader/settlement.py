@@ -7,13 +7,11 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-import msgspec
-
 from ..conditions import expires_s, has_keys, unique_bucket, unique_name
 from ..envelope import DeadJob, Header, dead_letter, read_header, with_retry
 from ..errors import Fenced, StoreUnavailable
 from ..flow import read_flow_header, tenant_key
-from ..ipc.channel import OutcomeFrame
+from ..ipc.channel import outcome_frames
 from ..ipc.control import WorkerExited
 from ..ipc.inflight import FAILED, QUEUED, RETURNED, SETTLED, STARTED, SUCCEEDED, InFlightJob
 from ..outcome import Drop, Failure, GiveUp, Reason, TryAgain, after_failure
@@ -94,7 +92,6 @@ class Settler:
         self._mono_s = context.mono_s
         self._wall_s = context.wall_s
         self._wall_now = wall_now
-        self._decoder = msgspec.msgpack.Decoder(OutcomeFrame)
 
     # -- outcomes
 
@@ -133,7 +130,7 @@ class Settler:
         succeeded = list(worker.table.succeeded())
         failed, kept, end = [], [], None
         for frame, tail in worker.channel.outcomes.frames():
-            outcome = self._decoder.decode(frame)
+            outcome = outcome_frames.decode(frame)
             end = tail
             if worker.table.state(outcome.row) == FAILED:  # an earlier reader may have settled it
                 row, name = worker.table.job(outcome.row), self._worker_name(worker)
