@@ -90,7 +90,7 @@ def test_the_prompt_follows_the_input_type() -> None:
         (b"\xff\xfe", None, "JSON"),
         (b'{"input": ' + b"[" * 50_000, None, "JSON"),
         ([], None, "object"),
-        ({}, None, "input"),
+        ({}, "input", "input"),
         ({"input": None}, "input", "string"),
         ({"input": 5}, "input", "string"),
         ({"input": []}, "input", "at least one"),
