@@ -118,6 +118,19 @@ def test_a_wrong_request_gets_400_in_openais_form(body: Any, param: str | None, 
     in_world(scenario)
 
 
+def test_a_message_quotes_the_beginning_of_a_long_value() -> None:
+    async def scenario(world: World) -> None:
+        answer = await world.post("/v1/embeddings", {"input": "a", "encoding_format": "x" * 50_000})
+        assert (answer.status, answer.json()["error"]["param"]) == (400, "encoding_format")
+        assert "`$.encoding_format`" in answer.json()["error"]["message"]
+        foreign = await world.request("POST", "/v1/embeddings", {"input": "a"}, host="h" * 50_000)
+        assert foreign.status == 421
+        for one in (answer, foreign):
+            assert len(one.body) < 1000
+
+    in_world(scenario)
+
+
 def test_dimensions_that_the_model_was_trained_for() -> None:
     async def scenario(world: World) -> None:
         world.models.shorter = (4,)
