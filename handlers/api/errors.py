@@ -2,7 +2,6 @@
 
 from typing import Any
 
-
 #: Longest message. It may quote a value of the request, which may have megabytes, and is logged too.
 MAX_MESSAGE_CHARS = 600
 #: Of a longer one, what its end keeps: the name of a field.
