@@ -147,7 +147,8 @@ def _run_reaper(settings: Settings, link: ControlSocket) -> None:
     from .reaper import Reaper
     from .store.redis.reaper import RedisReaperStore
 
-    Reaper(RedisReaperStore(settings.redis_url), settings, link).run()
+    store = RedisReaperStore(settings.redis_url, wait_replicas=settings.wait_replicas)
+    Reaper(store, settings, link).run()
 
 
 def _run_api(settings: Settings, link: ControlSocket, listener_fd: int) -> None:

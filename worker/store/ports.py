@@ -503,6 +503,8 @@ class CancelReply(IntEnum):
     UNSCHEDULED = 2
     #: A service has it: that ends it.
     ASKED = 3
+    #: It is on its way into a shard: only there it can be cancelled.
+    MOVING = 4
 
 
 class CancelStore(Protocol):
