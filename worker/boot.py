@@ -147,8 +147,7 @@ def _run_reaper(settings: Settings, link: ControlSocket) -> None:
     from .reaper import Reaper
     from .store.redis.reaper import RedisReaperStore
 
-    store = RedisReaperStore(settings.redis_url, wait_replicas=settings.wait_replicas)
-    Reaper(store, settings, link).run()
+    Reaper(RedisReaperStore(settings.redis_url), settings, link).run()
 
 
 def _run_api(settings: Settings, link: ControlSocket, listener_fd: int) -> None:
@@ -199,8 +198,7 @@ def _run_worker(settings: Settings, link: ControlSocket, channel: Channel) -> No
 
 def _go_first_when_memory_is_short() -> None:
     """The kernel ends the largest process, which may be an embedded store; of ours, a worker costs least."""
-    # Not by Path, for which a worker copies 0.2 MB of the forkserver's pages. Suppressed: a kernel or container
-    # that does not offer it.
+    # Suppressed: a kernel or container that does not offer it. With Path a worker copies more shared pages.
     with suppress(OSError), open("/proc/self/oom_score_adj", "wb", 0) as file:
         file.write(_OOM_SCORE_ADJ)
 
