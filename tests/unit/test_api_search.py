@@ -127,6 +127,40 @@ def test_entities_have_no_chapter_to_filter_by() -> None:
     in_world(scenario, encoder=encoder, store=store)
 
 
+WRONG = {
+    "tenant_id": 't1" or tenant_id != "', "project_id": "", "query": " \n", "vector": [0.0] * DIM,
+    "limit": 201, "chapter_ids": ["c0", 'c"] or true or chapter_id in ["'], "segment_types": ["{x}"],
+    "collection": "no such", "story_time_from": 1 << 70, "story_time_to": -(1 << 64), "min_score": 1.01,
+}  # fmt: skip
+
+
+def test_a_wrong_field_is_named() -> None:
+    encoder = DummyEncoder(DIM)
+
+    async def scenario(world: World) -> None:
+        for field, value in WRONG.items():
+            question = {} if field == "vector" else {"query": "x"}
+            answer = await world.post("/v1/search", {**SCOPE, **question, field: value})
+            assert (answer.status, answer.json()["error"]["param"]) == (400, field), answer
+        for vector in ([], [1.0] * (DIM + 1)):
+            answer = await world.post("/v1/search", {**SCOPE, "vector": vector})
+            assert (answer.status, answer.json()["error"]["param"]) == (400, "vector"), answer
+
+    in_world(scenario, encoder=encoder, store=filled(encoder))
+
+
+@pytest.mark.parametrize("length", [1e-300, 1e-40, 1e39, 1e300])
+def test_the_length_of_a_vector_does_not_matter(length: float) -> None:
+    encoder = DummyEncoder(DIM)
+
+    async def scenario(world: World) -> None:
+        vector = [float(x) * length for x in encoder.encode(["three"])[0]]
+        (row,) = (await search(world, vector=vector, limit=1))["results"]
+        assert (row["id"], row["score"]) == ("t1:2", pytest.approx(1))
+
+    in_world(scenario, encoder=encoder, store=filled(encoder))
+
+
 def test_a_service_without_a_store_says_so() -> None:
     async def scenario(world: World) -> None:
         answer = await world.post("/v1/search", {**SCOPE, "query": "a"})

@@ -3,7 +3,7 @@
 import contextlib
 import select
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ...errors import Fenced, NameHeld, StoreRefused, StoreUnavailable
 from ...flow import FlowConfig, Lane
@@ -37,6 +37,7 @@ from ..ports import (
     Settlement,
     TakenJobs,
     WaitingJob,
+    do_nothing,
 )
 from .batches import MemoryBatchStore
 from .cancel import MemoryCancelStore
@@ -184,7 +185,10 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore, MemoryFo
                 for lease in group.leases.values()
             )
 
-    def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
+    def settle(
+        self, settlements: Sequence[Settlement], meanwhile: Callable[[], None] = do_nothing
+    ) -> list[Settled]:
+        meanwhile()
         with self._server.lock:
             return [self._settle(settlement) for settlement in settlements]
 
