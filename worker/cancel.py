@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from .conditions import unique_name
 from .envelope import DeadJob, Header, dead_letter, read_header
-from .errors import MalformedJob
+from .errors import MalformedJob, StoreUnavailable
 from .outcome import Reason
 from .results import CANCELLED, CancelOutcome, encode_result, is_kept
 from .store.operator import order_of, walk
@@ -34,6 +34,9 @@ _OUTCOMES = {
     CancelReply.UNSCHEDULED: CancelOutcome.CANCELLED,
     CancelReply.ASKED: CancelOutcome.REQUESTED,
 }
+#: How long a move into a shard is waited for, and the interval between two looks (seconds). If the service
+#: that moves entries is lost, another one continues after 2 s.
+_MOVE_LIMIT_S, _MOVE_PAUSE_S = 10.0, 0.05
 
 
 class JobFilter(NamedTuple):
@@ -98,6 +101,8 @@ class Canceller:
         self._scan_limit = scan_limit
         self._result_ttl_s = result_ttl_s
         self._wall_now_s = wall_now_s
+        #: Ids of jobs that are on their way into a shard.
+        self._moving: set[str] = set()
         #: Entries and retries that were looked at.
         self.scanned = 0
         #: Names of streams that were not looked at to their end.
@@ -107,7 +112,24 @@ class Canceller:
         """Cancel, and return each job that matched; one that has ended is returned if its entry is left.
 
         The retries are looked at before and after the stream: a job may leave one for the other meanwhile.
+        Those that are on their way into a shard are looked for again, until they have arrived. Raises
+        `StoreUnavailable` if they do not.
         """
+        yield from self._look()
+        mono_give_up_s = time.monotonic() + _MOVE_LIMIT_S
+        while self._moving:
+            if time.monotonic() > mono_give_up_s:
+                some = ", ".join(sorted(self._moving)[:3])
+                raise StoreUnavailable(
+                    f"jobs are on their way into shards and do not arrive, such as {some:.300}: see whether "
+                    "a service with --shards runs, and try again"
+                )
+            time.sleep(_MOVE_PAUSE_S)  # the store sends no event
+            self._selected = JobFilter(ids=frozenset(self._moving))
+            self._moving = set()
+            yield from self._look()
+
+    def _look(self) -> Iterator[CancelledJob]:
         for stream in self._streams:
             if not self._dry_run:  # which would count each retry twice
                 yield from self._cancel_retries(stream)
@@ -163,12 +185,16 @@ class Canceller:
             return []
         requests = [self._request(stream, entry, header) for entry, header in jobs]
         replies = self._store.cancel(stream, requests, result_ttl_s=self._result_ttl_s, dry_run=self._dry_run)
+        self._moving.update(
+            header.id for (_, header), reply in zip(jobs, replies, strict=True) if reply == CancelReply.MOVING
+        )
         return [
             CancelledJob(
                 stream, entry.id.decode(), header.id, header.type, header.tenant_id, _OUTCOMES[reply]
             )
             for (entry, header), reply in zip(jobs, replies, strict=True)
-            if entry.id or reply != CancelReply.GONE  # a retry that left its set is found elsewhere
+            # A retry that left its set, and a job that is moved, are found elsewhere.
+            if reply != CancelReply.MOVING and (entry.id or reply != CancelReply.GONE)
         ]
 
     def _request(self, stream: str, entry: Entry, header: Header) -> CancelRequest:

@@ -128,7 +128,9 @@ class Forwarder:
             by_shard[names[number]].append(entry)
             self._count_in_shard(stream, names[number], metadata)
         for shard, entries in by_shard.items():
-            self._store.forward_add(shard, stream, entries)
+            if not self._store.forward_add(shard, stream, entries):
+                extra = {"stream": shard, "jobs": len(entries), "replicas": self._settings.wait_replicas}
+                log.warning("move.not_replicated", extra=extra)
 
     def _count_in_shard(self, stream: str, shard: str, metadata: Mapping[str, str]) -> None:
         """Let the shard count the end of a batch's job. Its own stream keeps it in the total."""

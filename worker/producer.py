@@ -1,6 +1,7 @@
 """Producer: puts jobs on their streams, from Python."""
 
 # orjson writes null for NaN and infinities, which must be refused.
+import math
 import os
 import time
 import warnings
@@ -21,7 +22,7 @@ from .extension import extension
 from .host.endpoints import only_stream, store_url
 from .keys import base_stream, is_derived
 from .new_job import MAX_SECONDS, NewJob, Time, check_tenant, check_text, encode_job, new_job
-from .producer_batch import OpenBatch, PreparedJob
+from .producer_batch import SHARDS_LIFETIME_S, HeldJobs, OpenBatch, PreparedJob
 from .results import CancelOutcome, JobResult, decode_result
 from .shards import logical_stream, shard_count, shard_names, shard_number
 from .store.announcements import Announcement, shards_in_use, stream_for, suggestion
@@ -38,8 +39,8 @@ _CHECK_INTERVAL_S = 5.0
 #: How long a type is sent to the stream that a registered service named (seconds).
 _ROUTE_LIFETIME_S = 60.0
 
-#: How long a producer goes by a number of shards (seconds).
-_SHARDS_LIFETIME_S = 30.0
+#: Interval at which a wait for a result looks for new streams, such as shards of another number (seconds).
+_STREAMS_LIFETIME_S = 5.0
 
 #: First and longest pause between two looks for a result (seconds).
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
@@ -214,10 +215,11 @@ class Producer:
             or not 0 <= timeout <= MAX_SECONDS
         ):
             raise ValueError(f"timeout is {timeout!r:.80}: a number of seconds from 0 on is needed")
-        streams = self._streams_of(stream)
         give_up_s = time.monotonic() + timeout
-        pause_s = _FIRST_PAUSE_S
+        pause_s, look_s = _FIRST_PAUSE_S, -math.inf
         while True:
+            if time.monotonic() - look_s >= _STREAMS_LIFETIME_S:
+                streams, look_s = self._streams_of(stream), time.monotonic()
             with self._stores.borrow() as store:
                 for name in streams:
                     if (record := store.result(name, id)) is not None:
@@ -339,19 +341,19 @@ class Producer:
 
     def _send(self, jobs: Iterable[NewJob | Mapping[str, Any]], stream: str | None) -> list[str]:
         ids: list[str] = []
-        waiting: dict[str, list[bytes]] = {}
+        waiting: dict[str, HeldJobs] = {}
         try:
             for item in jobs:
                 id, to, data = self._prepare(new_job(item), stream)
                 ids.append(id)
-                batch = waiting.setdefault(to, [])
-                batch.append(data)
-                if len(batch) >= _BATCH_JOBS:
-                    self._flush(to, batch)
+                held = waiting.get(to) or waiting.setdefault(to, HeldJobs())
+                held.jobs.append(data)
+                if len(held.jobs) >= _BATCH_JOBS:
+                    self._flush(to, waiting.pop(to))
         finally:
             # Also after an error: the jobs before it were accepted, and their order stands.
-            for name, batch in waiting.items():
-                self._flush(name, batch)
+            for name, held in waiting.items():
+                self._flush(name, held)
         return ids
 
     def close(self) -> None:
@@ -416,7 +418,7 @@ class Producer:
     def _note_services(self, services: list[Announcement]) -> None:
         self._services = services
         self._shard_counts.clear()
-        self._mono_next_shards_s = time.monotonic() + _SHARDS_LIFETIME_S
+        self._mono_next_shards_s = time.monotonic() + SHARDS_LIFETIME_S
         if not services:  # no service has run yet: it finds the job when it starts
             self._mono_next_check_s = time.monotonic() + _CHECK_INTERVAL_S
 
@@ -427,12 +429,9 @@ class Producer:
         except StoreUnavailable:  # sending the job reports it
             return []
 
-    def _flush(self, stream: str, batch: list[bytes]) -> None:
-        some = batch.copy()
-        batch.clear()
-        if some:
-            with self._stores.borrow() as store:
-                store.add(stream, some)
+    def _flush(self, stream: str, held: HeldJobs) -> None:
+        with self._stores.borrow() as store:
+            store.add(held.destination(stream), held.jobs)
 
 
 def _redis(url: str) -> ProducerStore:

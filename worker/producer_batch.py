@@ -1,5 +1,6 @@
-"""A batch while a producer fills it."""
+"""Jobs on their way into the store, and a batch while a producer fills it."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -10,6 +11,8 @@ from .store.batches import Added, BatchProducerStore
 
 #: Jobs held back for one script: enough to hide the round trip, little to lose when it fails.
 _PART_JOBS = 1000
+#: How long a producer goes by a number of shards (seconds).
+SHARDS_LIFETIME_S = 30.0
 
 
 class PreparedJob(NamedTuple):
@@ -18,6 +21,23 @@ class PreparedJob(NamedTuple):
     id: str
     stream: str
     data: bytes
+
+
+class HeldJobs:
+    """Jobs that wait for their pipeline."""
+
+    def __init__(self) -> None:
+        self.jobs: list[bytes] = []
+        self._mono_since_s = time.monotonic()
+
+    def destination(self, stream: str) -> str:
+        """Where to send jobs that were meant for a stream or shard.
+
+        A caller may take minutes between two jobs, and services may not read the shard any more. They always
+        read the stream that it belongs to.
+        """
+        is_old = time.monotonic() - self._mono_since_s > SHARDS_LIFETIME_S
+        return logical_stream(stream) if is_old else stream
 
 
 class BatchFinished(ValueError):
@@ -98,25 +118,27 @@ class OpenBatch:
 
         Give ``expected_total``, the jobs that the batch has now, where two producers may fill the batch with
         the same jobs. The step that enqueues compares it, and the later producer gets `BatchChanged`: none of
-        its jobs from that step on are enqueued. Jobs on other streams are those that `counts` saw last.
+        its jobs from that step on are enqueued. Jobs on other streams are those that `counts` saw last. These
+        jobs are never sent to shards: two producers may know of different numbers of them.
         """
         ids: list[str] = []
-        waiting: dict[str, list[bytes]] = {}
+        waiting: dict[str, HeldJobs] = {}
         try:
             for item in jobs:
                 prepared = self._prepare(item, stream)
                 ids.append(prepared.id)
-                part = waiting.setdefault(prepared.stream, [])
-                part.append(prepared.data)
-                if len(part) >= _PART_JOBS:
-                    expected_total = self._add(prepared.stream, waiting.pop(prepared.stream), expected_total)
+                to = prepared.stream if expected_total is None else logical_stream(prepared.stream)
+                held = waiting.get(to) or waiting.setdefault(to, HeldJobs())
+                held.jobs.append(prepared.data)
+                if len(held.jobs) >= _PART_JOBS:
+                    expected_total = self._flush(to, waiting.pop(to), expected_total)
         except BatchChanged:
             waiting.clear()  # the other producer sends them
             raise
         finally:
             # Also after an error: the jobs before it were accepted, and their order stands.
-            for name, part in waiting.items():
-                expected_total = self._add(name, part, expected_total)
+            for name, held in waiting.items():
+                expected_total = self._flush(name, held, expected_total)
         return ids
 
     def close(self) -> None:
@@ -155,6 +177,9 @@ class OpenBatch:
         self._write_record(home, self._fields)
         self._home = home
         self._streams.add(home)
+
+    def _flush(self, stream: str, held: HeldJobs, expected_total: int | None) -> int | None:
+        return self._add(held.destination(stream), held.jobs, expected_total)
 
     def _add(self, stream: str, jobs: list[bytes], expected_total: int | None = None) -> int | None:
         """Add jobs; returns the total that is expected after them."""

@@ -8,6 +8,8 @@ import pytest
 from jobworker.worker.keys import Source
 from jobworker.worker.shards import shard_names
 from jobworker.worker.store.forwarding import Forwarding, ForwardStore
+from jobworker.worker.store.ports import CancelReply, CancelRequest
+from jobworker.worker.store.redis.operator import OperatorStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from jobworker.worker.store.redis.reaper import RedisReaperStore
 from support.job_store_steps import S, read, readable
@@ -86,6 +88,19 @@ def test_another_number_of_shards_counts_for_entries_that_are_not_taken_yet(any_
     assert store.used_shards(S.stream) == {3}
 
 
+def test_an_entry_that_is_moved_is_neither_cancelled_nor_ended(any_world: World) -> None:
+    reader, store, producer = any_world.reader("a"), any_world.reaper(), any_world.producer()
+    reader.acquire([S])
+    producer.add(S.stream, [b"{}", b"{}"])
+    part = take(store, count=1)
+    (id,) = (entry.id for entry in part.entries)
+    request = CancelRequest(id, b"{}", b"letter")
+    assert producer.cancel(S.stream, [request], result_ttl_s=1.0) == [CancelReply.MOVING]
+    finish(store, part)
+    assert producer.cancel(S.stream, [request], result_ttl_s=1.0) == [CancelReply.GONE]
+    assert any_world.dead_letters(S.stream) == []
+
+
 class TestServers:
     """What the store in memory does not do."""
 
@@ -105,8 +120,11 @@ class TestServers:
             redis_server.client.xadd(S.stream, {"other": "x" * 100, "data": "d"})
         redis_server.client.xadd(S.stream, {"other": "x"})
         moved = 0
+        operator = OperatorStore(redis_server.url)
         while (part := take(store, by="two", count=1000)).entries:
+            assert operator.is_moving(S.stream, part.entries[0].id)
             finish(store, part)
+            assert not operator.is_moving(S.stream, part.entries[0].id)
             moved += len(part.entries)
         assert moved == 2501
         assert redis_server.client.xlen(S.stream) == 0

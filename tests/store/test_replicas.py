@@ -5,9 +5,11 @@ import signal
 from pathlib import Path
 
 from jobworker.worker.keys import Source
+from jobworker.worker.store.forwarding import ForwardEntry
 from jobworker.worker.store.ports import Settlement
 from jobworker.worker.store.redis.producer import RedisProducerStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
+from jobworker.worker.store.redis.reaper import RedisReaperStore
 from support.redis_servers import RedisServer, require
 from support.topologies import eventually
 
@@ -22,6 +24,8 @@ def test_a_settlement_without_its_replica_is_valid_and_reported(tmp_path: Path) 
         require("valkey"), tmp_path / "replica", options=["--replicaof", "127.0.0.1", str(master.port)]
     )
     reader = RedisReaderStore(master.url, "one", wait_replicas=1)
+    reaper = RedisReaperStore(master.url, wait_replicas=1)
+    moved = [ForwardEntry(b"%d-0" % number, b"data", b"{}") for number in (1, 2)]
     try:
         master.start()
         replica.start()
@@ -35,7 +39,11 @@ def test_a_settlement_without_its_replica_is_valid_and_reported(tmp_path: Path) 
         assert settled.is_replicated
         assert replica.client.xpending(S.stream, S.group)["pending"] == 2
 
+        assert reaper.forward_add("shard", S.stream, moved[:1])
+        assert replica.client.xlen("shard") == 1
+
         os.kill(replica.pid, signal.SIGSTOP)
+        assert not reaper.forward_add("shard", S.stream, moved)
         (settled,) = reader.settle([Settlement(S, done=[second])])
         assert not settled.is_replicated
         assert (settled.refused, settled.unsettled) == (set(), set())
@@ -47,5 +55,6 @@ def test_a_settlement_without_its_replica_is_valid_and_reported(tmp_path: Path) 
         assert settled.is_replicated
     finally:
         reader.close()
+        reaper.close()
         replica.stop()
         master.stop()

@@ -143,6 +143,10 @@ class FakeOperatorStore:
     def lease(self, source: Source, id: bytes) -> Lease | None:
         return self.leased.get(id)
 
+    def is_moving(self, stream: str, id: bytes) -> bool:
+        """No stream is spread."""
+        return False
+
     def cancel_is_asked(self, stream: str, id: bytes) -> bool:
         return id in self.cancelled
 

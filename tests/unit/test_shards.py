@@ -1,6 +1,7 @@
 """Shards: their names, the shard of a job, and the move of entries into them on the store in memory."""
 
 import json
+import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
@@ -15,6 +16,7 @@ from jobworker.worker.flow import FlowConfig, Limit
 from jobworker.worker.forwarding import Forwarder
 from jobworker.worker.keys import Source
 from jobworker.worker.producer import Producer
+from jobworker.worker.producer_batch import BatchChanged
 from jobworker.worker.results import SUCCEEDED, CancelOutcome, encode_result
 from jobworker.worker.settings import Settings
 from jobworker.worker.shards import (
@@ -203,6 +205,61 @@ def test_a_job_in_a_shard_is_cancelled_by_the_name_of_its_stream() -> None:
         producer.enqueue("noop", None, tenant_id=tenant, id=tenant, stream=PLAIN.stream)
     assert producer.cancel("t1", stream=PLAIN.stream) == CancelOutcome.CANCELLED
     assert world.found(2) == Counter(["t2", "t3", "t4"])
+
+
+def test_a_job_that_is_moved_is_cancelled_in_its_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    mover = world.forwarder(2)
+    world.store.announce("host/a", ["noop"], spread([PLAIN], [2]), shards=2)
+    world.send(job("1", "t1"), job("2", "t2"))
+    assert world.store.forward_take(PLAIN, "here/a", 0.0, 2, 10)
+    monkeypatch.setattr(time, "sleep", lambda _: mover.run_once())
+    producer = Producer(store=world.store, wall_now_s=world.mono_s)
+    assert producer.cancel("1", stream=PLAIN.stream) == CancelOutcome.CANCELLED
+    assert world.found(2) == Counter(["2"])
+
+
+def test_a_wait_for_a_result_follows_the_job_into_new_shards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    world.store.announce("host/a", ["noop"], spread([PLAIN], [2]), shards=2)
+    shard = shard_names(PLAIN.stream, 3)[0]
+
+    def change(_: float) -> None:
+        world.store.announce("host/a", ["noop"], spread([PLAIN], [3, 2]), shards=3)
+        world.server.keep_result(shard, "1", encode_result(SUCCEEDED, "", value=b"7"), 60.0)
+
+    monkeypatch.setattr(time, "sleep", change)
+    monkeypatch.setattr("jobworker.worker.producer._STREAMS_LIFETIME_S", 0.0)
+    producer = Producer(store=world.store, wall_now_s=world.mono_s)
+    assert producer.result("1", 20, stream=PLAIN.stream).value == 7
+
+
+def test_of_two_producers_that_know_other_numbers_of_shards_one_fills_a_batch() -> None:
+    world = World()
+    jobs = [{"type": "noop", "tenant_id": f"t{number}"} for number in range(10)]
+    batches = []
+    for shards in (2, 3):
+        world.store.announce("host/a", ["noop"], spread([PLAIN], [shards]), shards=shards)
+        producer = Producer(store=world.store, wall_now_s=world.mono_s)
+        batches.append(producer.batch("t1", id="b1", stream=PLAIN.stream))
+        batches[-1].enqueue_many([], expected_total=0)
+        producer.enqueue("noop", None, stream=PLAIN.stream)  # notes the number of shards
+    batches[0].enqueue_many(jobs, stream=PLAIN.stream, expected_total=0)
+    with pytest.raises(BatchChanged):
+        batches[1].enqueue_many(jobs, stream=PLAIN.stream, expected_total=0)
+    assert batches[1].counts().total == 10
+
+
+def test_jobs_that_were_held_back_for_long_are_sent_to_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    world.store.announce("host/a", ["noop"], spread([PLAIN], [2]), shards=2)
+    producer = Producer(store=world.store, wall_now_s=world.mono_s)
+    monkeypatch.setattr("jobworker.worker.producer_batch.SHARDS_LIFETIME_S", -1.0)
+    producer.enqueue("noop", None, stream=PLAIN.stream)
+    producer.batch("t1", id="b1").enqueue_many([{"type": "noop"}], stream=PLAIN.stream)
+    assert len(world.server.entries(PLAIN.stream)) == 2, "services may not read the shards any more"
 
 
 def test_new_shards_have_the_limits_and_weights_of_their_stream() -> None:

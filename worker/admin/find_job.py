@@ -210,6 +210,9 @@ class JobFinder:
         lease = self._store.lease(source, entry.id)
         if lease is None and (place := self._lane_place(source.stream, entry)):
             return self._waiting(place, location)
+        if lease is None and self._store.is_moving(source.stream, entry.id):
+            location.state, location.why = "queued", "on its way into its shard"
+            return location
         if lease is None:
             return self._finished(source, entry, location)
         location.facts |= {"deliveries": lease.deliveries, "deaths": entry.deaths + job.deaths}

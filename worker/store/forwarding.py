@@ -37,8 +37,11 @@ class ForwardStore(BatchProducerStore, Protocol):
         None while another host moves entries, or before a reader has created the group.
         """
 
-    def forward_add(self, shard: str, stream: str, entries: Sequence[ForwardEntry]) -> None:
-        """Append entries of a stream to a shard, except those that it has; in the order of their ids."""
+    def forward_add(self, shard: str, stream: str, entries: Sequence[ForwardEntry]) -> bool:
+        """Append entries of a stream to a shard, except those that it has; in the order of their ids.
+
+        Whether as many replicas as the service waits for have them.
+        """
 
     def forward_done(self, stream: str, ids: Sequence[bytes]) -> None:
         """All these entries are in their shards: the next ones can be moved."""

@@ -52,7 +52,8 @@ class MemoryCancelStore:
             order(id) > group.last_delivered for group in stream.groups.values()
         )
         if not is_unread and id not in stream.lanes.ids():
-            return CancelReply.GONE
+            moving = order(stream.forwarding.moved) < order(id) <= order(stream.forwarding.taken)
+            return CancelReply.MOVING if moving else CancelReply.GONE
         if not dry_run:
             self._record(name, request, ttl_s)
             stream.lanes.remove(id)

@@ -33,7 +33,7 @@ class MemoryForwardStore:
             entries = [ForwardEntry(id, *_field(stream.entries[id])) for id in ids[:count]]
             return Forwarding(state.shards, state.taken, entries)
 
-    def forward_add(self, shard: str, stream: str, entries: Sequence[ForwardEntry]) -> None:
+    def forward_add(self, shard: str, stream: str, entries: Sequence[ForwardEntry]) -> bool:
         with self._server.lock:
             self._server.check(shard)
             noted = self._server.stream(shard).forwarding.noted
@@ -41,6 +41,7 @@ class MemoryForwardStore:
                 if order(noted.get(stream, b"0-0")) < order(entry.id):
                     self._server.append(shard, entry.value if entry.field == DATA_FIELD else None)
                     noted[stream] = entry.id
+            return True
 
     def forward_done(self, stream: str, ids: Sequence[bytes]) -> None:
         with self._server.lock:

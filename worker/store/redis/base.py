@@ -18,6 +18,8 @@ from .lua import Command, LuaScripts, script
 
 #: Ids per script: the server runs nothing else meanwhile, and 1,000 take 1 to 3 ms.
 SCRIPT_IDS = 1000
+#: How long a caller waits for replicas. It does nothing else meanwhile.
+_REPLICAS_TIMEOUT_S = 1.0
 #: Bytes of jobs per script or pipeline: bounds the server's memory when jobs are megabytes.
 SCRIPT_BYTES = 8 * 1024 * 1024
 #: Keys that are hashed to reach every server of a cluster.
@@ -168,6 +170,16 @@ def checked(reply: Reply) -> Reply:
         raise Fenced(str(reply))
     text = f"the job store refused: {type(reply).__name__}: {reply}"
     raise (StoreRefused if concerns_one_stream(reply) else StoreUnavailable)(text) from reply
+
+
+def wait_command(replicas: int) -> list[Command]:
+    """The command that waits for replicas, behind others of its connection; none for 0 replicas."""
+    return [("WAIT", replicas, round(_REPLICAS_TIMEOUT_S * 1000))] if replicas else []
+
+
+def too_few(reply: Reply, wanted: int) -> bool:
+    """Whether WAIT says that fewer replicas have the commands before it; also if the server refuses WAIT."""
+    return isinstance(reply, Exception) or int(reply) < wanted
 
 
 def death_count(value: bytes | None) -> int | None:

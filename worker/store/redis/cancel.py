@@ -32,7 +32,8 @@ class RedisCancelStore(RedisStoreBase):
     ) -> list[CancelReply]:
         ready = self.ready_key(stream)
         config = lanes.flow_config(self.call(stream, lanes.config_commands(ready)))
-        keys = [stream, self.retry_key(stream), self.dead_key(stream), self.deaths_key(stream), ready]
+        keys = [stream, self.retry_key(stream), self.dead_key(stream), self.deaths_key(stream),
+                self.shards_key(stream), ready]  # fmt: skip
         ttl_ms = max(1, round(result_ttl_s * 1000))
 
         def command(request: CancelRequest) -> Command:

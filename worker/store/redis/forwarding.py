@@ -7,7 +7,7 @@ from typing import Any
 from ...keys import DATA_FIELD, Source
 from ...shards import MOST_SHARDS
 from ..forwarding import ForwardEntry, Forwarding
-from .base import SCRIPT_BYTES, SCRIPT_IDS, checked, chunks_by_size
+from .base import SCRIPT_BYTES, SCRIPT_IDS, checked, chunks_by_size, too_few, wait_command
 from .batches import RedisBatchStore
 from .blocking_read import BlockingRead, GroupMissing
 from .lua import script
@@ -38,8 +38,9 @@ class _Watch(BlockingRead):
 class RedisForwardStore(RedisBatchStore):
     """`ForwardStore` on Redis."""
 
-    def __init__(self, url: str, *, timeout_s: float = 5.0) -> None:
+    def __init__(self, url: str, *, timeout_s: float = 5.0, wait_replicas: int = 0) -> None:
         super().__init__(url, timeout_s=timeout_s)
+        self._wait_replicas = wait_replicas
         self._watches: dict[str, _Watch] = {}
 
     def close(self) -> None:
@@ -59,14 +60,17 @@ class RedisForwardStore(RedisBatchStore):
         reply = self.one(source.stream, command)
         return Forwarding(reply[0], reply[1], list(_entries(reply[2]))) if reply else None
 
-    def forward_add(self, shard: str, stream: str, entries: Sequence[ForwardEntry]) -> None:
+    def forward_add(self, shard: str, stream: str, entries: Sequence[ForwardEntry]) -> bool:
+        """With ``wait_replicas`` one WAIT follows on the same connection."""
         two_keys = [shard, self.shards_key(shard)]
         calls = [
             script("forward_add", two_keys, stream, *(argument for entry in part for argument in entry))
             for part in chunks_by_size(entries, lambda entry: len(entry.value))
         ]
-        for reply in self.call(shard, calls):
+        replies = self.call(shard, [*calls, *wait_command(self._wait_replicas)])
+        for reply in replies[: len(calls)]:
             checked(reply)
+        return not self._wait_replicas or not too_few(replies[-1], self._wait_replicas)
 
     def forward_done(self, stream: str, ids: Sequence[bytes]) -> None:
         self.one(stream, script("forward_done", [stream, self.shards_key(stream)], *ids))

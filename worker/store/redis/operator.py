@@ -25,6 +25,7 @@ from ..operator import (
     Pause,
     Rivals,
     Scheduled,
+    order_of,
 )
 from ..ports import Entry
 from . import lanes
@@ -169,6 +170,11 @@ class OperatorStore(RedisCronStore, RedisBatchStore, RedisCancelStore):
         commands = [("LPOS", lanes.jobs_key(ready, one), job) for one in outdated]
         ranks = map(checked, self.call(stream, commands) if commands else ())
         return next((LanePlace(int(rank), None, True) for rank in ranks if rank is not None), None)
+
+    def is_moving(self, stream: str, entry_id: bytes) -> bool:
+        """Whether an entry was taken for the move into a shard, and that is not done."""
+        moved, taken = self.one(stream, ("HMGET", self.shards_key(stream), "moved", "taken"))
+        return bool(moved and taken) and order_of(moved) < order_of(entry_id) <= order_of(taken)
 
     def rivals(self, stream: str, entry: Entry) -> Rivals:
         """The jobs that run instead of an entry's. Raises `MalformedJob` for an entry that is no job."""

@@ -22,6 +22,7 @@ from ..ports import (
     Settlement,
     TakenJobs,
     WaitingJob,
+    do_nothing,
 )
 from . import lanes
 from .base import (
@@ -34,6 +35,8 @@ from .base import (
     death_count,
     is_no_group,
     pairs,
+    too_few,
+    wait_command,
 )
 from .blocking_read import BlockingRead, GroupMissing
 from .conditions import KeyCall, add_screened, key_calls, screen_calls
@@ -42,8 +45,6 @@ from .lua import Command, script
 
 log = logging.getLogger(__name__)
 
-#: How long a settlement waits for replicas. The reader does nothing else meanwhile.
-_REPLICAS_TIMEOUT_S = 1.0
 #: Most characters of a text in another service's record: they are logged and shown.
 _RECORD_CHARS = 256
 
@@ -153,7 +154,9 @@ class RedisReaderStore(RedisStoreBase):
         command = script("find_lost", two_keys, source.group, self._consumer, min_idle_ms)
         return bool(self._send(source, lambda: command))
 
-    def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
+    def settle(
+        self, settlements: Sequence[Settlement], meanwhile: Callable[[], None] = do_nothing
+    ) -> list[Settled]:
         """Acknowledgements, retries and dead letters take one step each, so that a
         key that refuses one kind does not stop the others; more than 1,000 ids or 8 MiB take several.
         With ``wait_replicas`` one WAIT follows them on their connection."""
@@ -161,12 +164,14 @@ class RedisReaderStore(RedisStoreBase):
         all_parts = [(number, part) for number, one in enumerate(settlements) for part in _parts(one)]
         for parts in self._by_node(all_parts):
             commands = [self._settlement(part) for _, part in parts]
-            if self._wait_replicas:
-                commands.append(("WAIT", self._wait_replicas, round(_REPLICAS_TIMEOUT_S * 1000)))
-            replies = self.call(parts[0][1].source.stream, commands)
+            commands += wait_command(self._wait_replicas)
+            begun = self.begin_call(parts[0][1].source.stream, commands)
+            meanwhile()
+            meanwhile = do_nothing
+            replies = self.finish_call(begun)
             for (number, part), reply in zip(parts, replies[: len(parts)], strict=True):
                 results[number] = self._settled(results[number], part, reply)
-            if self._wait_replicas and _too_few(replies[-1], self._wait_replicas):
+            if self._wait_replicas and too_few(replies[-1], self._wait_replicas):
                 for number in {number for number, _ in parts}:
                     results[number] = results[number]._replace(is_replicated=False)
         return results
@@ -458,11 +463,6 @@ class RedisReaderStore(RedisStoreBase):
                 arguments += (dead.id, self.result_key(stream, dead.job_id), dead.result, 0)
         number = len(arguments) // 4
         return [*arguments, max(1, round(part.result_ttl_s * 1000)), number] if number else [0]
-
-
-def _too_few(reply: Reply, wanted: int) -> bool:
-    """Whether WAIT says that fewer replicas have the commands before it; also if the server refuses WAIT."""
-    return isinstance(reply, Exception) or int(reply) < wanted
 
 
 def _is_entry_id(field: bytes) -> bool:

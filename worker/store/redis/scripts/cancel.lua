@@ -1,14 +1,15 @@
 -- Cancels one job: removes it if it waits, or asks the service that has it to end it.
--- Called by RedisCancelStore.cancel, after prelude_ids.lua, prelude_flow.lua, prelude_batch.lua and prelude_cancel.lua.
+-- Called by RedisCancelStore.cancel, after the preludes info, ids, flow, batch and cancel.
 -- Atomic: a job that begins at this moment is either removed or asked, and a removed one has its dead letter and its result,
 -- and counts in its batch.
--- KEYS[1] stream  KEYS[2] retry ZSET  KEYS[3] dead-letter stream  KEYS[4] deaths hash  KEYS[5] ready hash
+-- KEYS[1] stream  KEYS[2] retry ZSET  KEYS[3] dead-letter stream  KEYS[4] deaths hash  KEYS[5] shards hash of the
+-- stream (see forward_take.lua)  KEYS[6] ready hash
 -- ARGV[1] entry id; empty for a job of the retry ZSET   ARGV[2] lane in which the entry may wait, or the job in the ZSET
 -- ARGV[3] dead letter, or empty   ARGV[4] key of the result, or empty   ARGV[5] result   ARGV[6] its lifetime in ms
 -- ARGV[7] how long a request is remembered, in s   ARGV[8] 1: change nothing
 -- ARGV[9] id of its batch, or empty   ARGV[10] name of its idempotency key, or empty   ARGV[11] its first entry
 -- Returns a number of `CancelReply` in worker/store/ports.py.
-local GONE, REMOVED, UNSCHEDULED, ASKED = 0, 1, 2, 3
+local GONE, REMOVED, UNSCHEDULED, ASKED, MOVING = 0, 1, 2, 3, 4
 local id, is_dry = ARGV[1], ARGV[8] == '1'
 
 -- First: without memory it fails, and the job stays.
@@ -48,11 +49,7 @@ if not entry then
 end
 
 local groups, is_unread = {}, false
-for _, flat in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
-  local group = {}
-  for i = 1, #flat, 2 do
-    group[flat[i]] = flat[i + 1]
-  end
+for _, group in ipairs(groups_of(KEYS[1])) do
   groups[#groups + 1] = group['name']
   is_unread = is_unread or less(group['last-delivered-id'], id)
 end
@@ -102,13 +99,19 @@ local function waits_in(name)
   return item and redis.call('LPOS', ready .. '/jobs/' .. name, item)
 end
 
+-- Whether the entry was taken for the move into a shard, and that is not done.
+local function is_moving()
+  local moved, taken = unpack(redis.call('HMGET', KEYS[5], 'moved', 'taken'))
+  return moved and taken and less(moved, id) and not less(taken, id)
+end
+
 local lane = ARGV[2] ~= '' and waits_in(ARGV[2]) and ARGV[2]
 if not lane and not is_unread and #groups > 0 then
   for _, name in ipairs(redis.call('SMEMBERS', ready .. '/old')) do
     lane = lane or waits_in(name) and name
   end
   if not lane then
-    return GONE
+    return is_moving() and MOVING or GONE
   end
 end
 if is_dry then
