@@ -79,7 +79,9 @@ class Supervisor:
         self._data = data
         self._stores = stores
         self._metrics = PrometheusCollector()
-        server = ForkServer(f"jobworker: forkserver [{settings.instance}]", Process.uncollected)
+        server = ForkServer(
+            f"jobworker: forkserver [{settings.instance}]", Process.uncollected, log_level=settings.log_level
+        )
         self._api_listener = self._listen_api()
         api_fd = self._api_listener.fileno() if self._api_listener else None
         self._processes = ProcessManager(settings, self._metrics, server, api_fd=api_fd)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import options
 import orjson
 import zstandard
 from hosts import cpu_s, format_facts, host_facts, roles_of
@@ -106,11 +107,11 @@ def check(folder: Path, entries: int) -> int:
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
 @click.option("--entries", type=click.IntRange(1), default=100_000, show_default=True)
-@click.option("--procs", type=click.IntRange(1), default=2, show_default=True, help="Workers.")
+@options.workers
 @click.option("--kills", type=click.IntRange(0), default=0, show_default=True, help="Workers killed.")
-@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a new Valkey]")
+@options.redis_url
 @click.option("--folder", help="Folder of the archive; selects the disk.  [default: a temporary folder]")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
+@options.as_json
 def main(entries: int, procs: int, kills: int, redis_url: str, folder: str | None, as_json: bool) -> None:
     """Measure and print."""
     with server(redis_url) as url, tempfile.TemporaryDirectory(dir=folder) as data_dir:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import options
 from chaos_events import START, EventLog
 from chaos_faults import (
     DESTRUCTIVE,
@@ -277,7 +278,7 @@ def run_once(options: dict[str, Any], prefix: str, *, keep: bool) -> dict[str, A
 @click.option("--faults", default=",".join(KINDS), callback=_kinds, show_default=True,
               help=f"Kinds, separated by commas. Further kinds: {HOST} (needs --services 2); and "
               f"{', '.join(DESTRUCTIVE)}, which lose or repeat jobs by their nature.")  # fmt: skip
-@click.option("--seed", type=int, default=None, help="Seed of the run to repeat.  [default: random]")
+@options.seed
 @click.option("--procs", default=8, show_default=True, type=click.IntRange(1), help="Workers in all.")
 @click.option(
     "--services", default=1, show_default=True, type=click.IntRange(1), help="Services on this host."
@@ -287,7 +288,7 @@ def run_once(options: dict[str, Any], prefix: str, *, keep: bool) -> dict[str, A
               help="Limits of both job types, so that jobs wait in lanes.")  # fmt: skip
 @click.option("--flow/--no-flow", default=True, show_default=True,
               help="Keys, delays, cancellations, results, batches and cron tables.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the tables.")
+@options.as_json
 @click.option("--keep", is_flag=True, help="Keep the folder with logs and events, and print its name.")
 def main(as_json: bool, keep: bool, **options: Any) -> None:
     """See the help above."""

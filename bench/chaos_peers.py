@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import options
 from chaos_events import END, START, EventLog
 from chaos_load import SHARES, Planned, plan
 from chaos_peer import PEERS, Consumers, Feed, Peer, environment_of
@@ -190,8 +191,8 @@ def _named(_: click.Context, __: click.Parameter, text: str) -> list[Peer]:
     "--pace", default=1.0, show_default=True, type=click.FloatRange(0), help="Seconds for each fault."
 )
 @click.option("--procs", default=8, show_default=True, type=click.IntRange(1), help="Worker processes.")
-@click.option("--seed", type=int, default=None, help="Seed of jobs and faults.  [default: random]")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
+@options.seed
+@options.as_json
 @click.option("--keep", is_flag=True, help="Keep the folders with logs and events, and print their names.")
 def main(peers: list[Peer], as_json: bool, keep: bool, **options: Any) -> None:
     """See the help above."""

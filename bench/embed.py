@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 import numpy as np
+import options
 import orjson
 from embed_models import ONE_GIB, write_model
 from embed_service import end_to_end, memory, recovery
@@ -205,20 +206,10 @@ _PARTS: tuple[str, ...] = ("speed", "memory", "large_memory", "recovery", "edits
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
-@click.option(
-    "--texts",
-    "file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="JSONL with a field `content` a line, one chapter each.  [default: the sample novel]",
-)
+@options.texts
 @click.option("--count", type=click.IntRange(0), default=0, help="Segments; 0 for all of the texts.")
-@click.option("--model", default="", help="Like --model of the service.")
-@click.option(
-    "--procs",
-    type=click.IntRange(1),
-    default=lambda: len(os.sched_getaffinity(0)),
-    help="Workers of the service.  [default: number of cores]",
-)
+@options.model
+@options.worker_a_core
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs of each.")
 @click.option(
     "--infinity",
@@ -235,7 +226,7 @@ _PARTS: tuple[str, ...] = ("speed", "memory", "large_memory", "recovery", "edits
     show_default=True,
     help="What to measure; repeatable.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")  # fmt: skip
+@options.as_json
 def main(
     file: Path | None,
     count: int,

@@ -23,6 +23,7 @@ from typing import Any
 
 import click
 import numpy as np
+import options
 from embed_models import compiled
 from embed_texts import SEGMENT_CHARS, chapters, take_segments
 from hosts import format_facts, machine_facts, table
@@ -255,14 +256,9 @@ def format_report(report: Report) -> str:
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
-@click.option(
-    "--texts",
-    "file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="JSONL with a field `content` a line, one chapter each.  [default: the sample novel]",
-)
+@options.texts
 @click.option("--count", type=click.IntRange(1), default=30, show_default=True, help="Segments of a round.")
-@click.option("--model", default="", help="Like --model of the service.")
+@options.model
 @click.option(
     "--threads",
     type=click.IntRange(1),
@@ -276,7 +272,7 @@ def format_report(report: Report) -> str:
     type=click.Path(file_okay=False, path_type=Path),
     help="Compare with ONNX Runtime too, in a virtual environment in this folder, created if missing.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
+@options.as_json
 def main(
     file: Path | None,
     count: int,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import options
 import orjson
 from hosts import format_facts, host_facts, table
 from latency import percentiles, started_ns
@@ -236,11 +237,11 @@ def format_report(report: dict[str, Any]) -> str:
 @click.option(
     "--jobs", "-n", type=click.IntRange(1000), default=1_000_000, show_default=True, help="Size of the flood."
 )
-@click.option("--procs", type=click.IntRange(1), default=2, show_default=True, help="Workers of the service.")
+@options.workers
 @click.option("--work-ms", type=float, default=5.0, show_default=True, help="How long a job takes.")
 @click.option("--seconds", type=float, default=10.0, show_default=True, help="How long shares are measured.")
-@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a new Valkey]")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the tables.")  # fmt: skip
+@options.redis_url
+@options.as_json
 def main(jobs: int, procs: int, work_ms: float, seconds: float, redis_url: str, as_json: bool) -> None:
     """Measure and print."""
     with server(redis_url) as url:

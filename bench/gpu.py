@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import options
 import torch
 from embed_models import BGE_M3, MINILM, Shape, compiled, write_model
 from embed_service import EMBED, EMBED_WITHOUT_STORE, end_to_end
@@ -326,8 +327,8 @@ def _cells(one: Report, stated: float | None, reached: float) -> tuple[str, ...]
     show_default=True,
     help="Jobs of the whole service, of 4 texts each; 0 leaves it out.",
 )
-@click.option("--procs", type=click.IntRange(1), default=2, show_default=True, help="Workers of the service.")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the tables.")
+@options.workers
+@options.as_json
 def main(
     device: str, layers: int, count: int, repeat: int, product: int, jobs: int, procs: int, as_json: bool
 ) -> None:

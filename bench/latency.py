@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import options
 import orjson
 from hosts import format_facts, host_facts, table
 from rig import LIMIT_S, STAMP, Backlog, bare_loops, connect, job, paced, say, server, service
@@ -193,11 +194,11 @@ def format_trace(report: dict[str, Any]) -> str:
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True)
-@click.option("--procs", type=click.IntRange(1), default=2, show_default=True, help="Workers of the service.")
+@options.workers
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Runs of each.")
 @click.option("--trace", "traced", is_flag=True, help="Where the time of one job goes, step by step.")
-@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a new Valkey]")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
+@options.redis_url
+@options.as_json
 def main(seconds: float, procs: int, repeat: int, traced: bool, redis_url: str, as_json: bool) -> None:
     """Measure and print."""
     with server(redis_url) as url:

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import click
+import options
 from chaos import run_once
 from chaos_load import AT_ONCE, STARTS
 from hosts import format_facts, table
@@ -30,9 +31,9 @@ _COUNTED = {
 
 @click.command(help=__doc__)
 @click.option("--kills", default=200, show_default=True, type=click.IntRange(4))
-@click.option("--seed", type=int, default=None, help="Seed of the run to repeat.  [default: random]")
+@options.seed
 @click.option("--keep", is_flag=True, help="Keep the folder with logs and events, and print its name.")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
+@options.as_json
 def main(kills: int, seed: int | None, as_json: bool, keep: bool) -> None:
     """See the help above."""
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import options
 import orjson
 from hosts import format_facts, host_facts, roles_of, table
 from rig import JOB_TYPE, LIMIT_S, Backlog, connect, job, say, server, service
@@ -130,7 +131,7 @@ def format_report(report: dict[str, Any]) -> str:
 @click.option(
     "--seconds", type=click.FloatRange(1), default=30.0, show_default=True, help="Duration of the hang."
 )
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
+@options.as_json
 def main(jobs: int, large_jobs: int, still_jobs: int, seconds: float, as_json: bool) -> None:
     """Measure and print."""
     report = measure(jobs, large_jobs, still_jobs, seconds)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import click
 import numpy as np
+import options
 import orjson
 
 from jobworker.handlers.encoder.base import Encoder
@@ -204,7 +205,7 @@ def cost(encoder: Encoder, texts: Sequence[str], repeat: int) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--model", default="", help="As of the service.  [default: its default]")
+@options.model
 @click.option("--tiny", is_flag=True, help="A model made in code for this text.")
 @click.option("--made-head", is_flag=True, help="Give the model a head that weighs every token alike.")
 @click.option("--text", type=click.Path(exists=True, path_type=Path), help="Text instead of a made one.")
@@ -213,7 +214,7 @@ def cost(encoder: Encoder, texts: Sequence[str], repeat: int) -> dict[str, Any]:
 @click.option("--seed", default=1, show_default=True)
 @click.option("--repeat", default=15, show_default=True, help="Pairs of passes that are timed.")
 @click.option("--engine", type=click.Choice(["auto", "openvino", "torch"]), default="auto")
-@click.option("--json", "as_json", is_flag=True)
+@options.as_json
 def main(
     model: str, tiny: bool, made_head: bool, text: Path | None, names: Path | None, segments: int, seed: int,
     repeat: int, engine: Any, as_json: bool,

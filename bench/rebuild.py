@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import options
 import orjson
 
 from jobworker.worker.safe_text import safe_json
@@ -346,9 +347,9 @@ def format_report(report: dict[str, Any]) -> str:
 @click.option("--dim", type=click.IntRange(2, 32768), default=384, show_default=True)
 @click.option("--kills", type=click.IntRange(0), default=5, show_default=True)
 @click.option("--in-place/--no-in-place", default=True, show_default=True, help="Also rebuild in place.")
-@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a new Valkey]")
+@options.redis_url
 @click.option("--milvus-uri", default="", envvar="JOBWORKER_MILVUS_URI", help="[default: a new Milvus Lite]")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
+@options.as_json
 def main(
     rows: int, dim: int, kills: int, in_place: bool, redis_url: str, milvus_uri: str, as_json: bool
 ) -> None:

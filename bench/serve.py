@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import click
+import options
 import orjson
 from embed_service import EMBED, Running, running
 from embed_texts import chapters, jobs, take_segments
@@ -260,26 +261,16 @@ def format_report(report: Report) -> str:
 
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
-@click.option(
-    "--texts",
-    "file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="JSONL with a field `content` a line, one chapter each.  [default: the sample novel]",
-)
+@options.texts
 @click.option(
     "--count",
     type=click.IntRange(1),
-    default=20_000,
+    default=50_000,
     show_default=True,
     help="Segments in the queue; it must not run empty.",
 )
-@click.option("--model", default="", help="Like --model of the service.")
-@click.option(
-    "--procs",
-    type=click.IntRange(1),
-    default=lambda: len(os.sched_getaffinity(0)),
-    help="Workers of the service.  [default: number of cores]",
-)
+@options.model
+@options.worker_a_core
 @click.option("--questions", type=click.IntRange(1), default=500, show_default=True, help="Of the idle part.")
 @click.option(
     "--rate",
@@ -313,7 +304,7 @@ def format_report(report: Report) -> str:
 )
 @click.option("--peer", help="Another server for the clients, http://host:port/v1.")
 @click.option("--peer-model", default="", help="The model's name there.")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the tables.")
+@options.as_json
 def main(
     file: Path | None, count: int, model: str, procs: int, questions: int, rate: float, rounds: int,
     window_s: float, clients: int, kills: int, peer: str | None, peer_model: str, as_json: bool,

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import options
 from hosts import cpu_s, format_facts, host_facts, roles_of, table
 from nodes import Nodes, cpu_quota, nodes
 from redis.exceptions import RedisError
@@ -297,7 +298,7 @@ def _print_moves(found: Moves) -> None:
 @click.option("--repeat", default=3, help="Drains of each kind.")
 @click.option("--rate", "per_s", default=200, help="Jobs per second of each producer of the part moves.")
 @click.option("--limit", "limit_s", default=60.0, help="How long the last jobs may take (seconds).")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@options.as_json
 def main(
     part: str, jobs: int, procs: int, quota: float, repeat: int, per_s: int, limit_s: float, as_json: bool
 ) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import options
 import orjson
 from hosts import format_facts, host_facts, machine_facts, roles_of, table
 from rig import NOOP, Backlog, connect, free_port, say, server, service
@@ -253,8 +254,8 @@ def read_costs(path: str) -> Costs:
 )
 @click.option("--seconds", type=click.FloatRange(0.2), default=2.0, show_default=True, help="Of a drain.")
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Drains of a case.")
-@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a new Valkey]")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
+@options.redis_url
+@options.as_json
 def main(
     is_measured: bool, path: str | None, count: int, workers: int, job_ms: float, cpu_share: float,
     cores: int, masters: int, seconds: float, repeat: int, redis_url: str, as_json: bool,

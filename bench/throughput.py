@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
+import options
 from hosts import cpu_s, format_facts, host_facts, roles_of, table
 from rig import LIMIT_S, NOOP, Backlog, bare_loops, connect, job, say, server, service
 
@@ -194,10 +195,10 @@ def format_report(report: dict[str, Any]) -> str:
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
 @click.option("--jobs", "-n", type=click.IntRange(2), default=200_000, show_default=True)
-@click.option("--procs", type=click.IntRange(1), default=2, show_default=True, help="Workers of the service.")
+@options.workers
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs of each.")
-@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a new Valkey]")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
+@options.redis_url
+@options.as_json
 def main(jobs: int, procs: int, repeat: int, redis_url: str, as_json: bool) -> None:
     """Measure and print."""
     with server(redis_url) as url:

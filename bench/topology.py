@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import options
 from hosts import format_facts, host_facts, table
 from rig import LIMIT_S, STAMP, Backlog, connect, job, say, server
 from topology_failover import TRIALS as FAILOVERS
@@ -189,7 +190,7 @@ def _print(trials: list[Trial], facts: dict[str, Any]) -> None:
 @click.option("--uneven", default=300, help="Jobs of the trial of uneven jobs.")
 @click.option("--shared", default=6000, help="Jobs that three hosts with 2, 4 and 8 workers share.")
 @click.option("--limit", "limit_s", default=LIMIT_S, help="Longest time of a trial, in seconds.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@options.as_json
 def main(
     url: str, names: Sequence[str], jobs: int, lease_s: float, procs: int, uneven: int, shared: int,
     limit_s: float, as_json: bool,

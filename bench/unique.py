@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
+import options
 from hosts import format_facts, host_facts, roles_of, table
 from rig import NOOP, Backlog, connect, job, say, server, service
 from throughput import Consumers, Drain, drain, median
@@ -69,10 +70,10 @@ def format_report(report: dict[str, Any]) -> str:
 
 @click.command(help=__doc__.split("\n\n")[0] if __doc__ else None)
 @click.option("--jobs", "-n", type=click.IntRange(2), default=100_000, show_default=True)
-@click.option("--procs", type=click.IntRange(1), default=2, show_default=True, help="Workers of the service.")
+@options.workers
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs of each.")
-@click.option("--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a new Valkey]")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of the table.")
+@options.redis_url
+@options.as_json
 def main(jobs: int, procs: int, repeat: int, redis_url: str, as_json: bool) -> None:
     """Measure and print."""
     with server(redis_url) as url:

@@ -30,6 +30,7 @@ from jobworker.worker.safe_text import safe_json
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 import click
+import options
 from hosts import format_facts, host_facts, roles_of
 from llm_stub import llm_stub
 from rig import LIMIT_S, connect, say
@@ -279,7 +280,7 @@ def show(result: dict[str, Any]) -> None:
 @click.option("--versions", default=20, help="Versions of each chapter; each is sent twice.")
 @click.option("--kills", default=30, help="Worker kills.")
 @click.option("--procs", default=3, help="Workers.")
-@click.option("--seed", type=int, help="Seed of the order and the killed workers.  [default: random]")
+@options.seed
 @click.option(
     "--chapters",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -290,7 +291,7 @@ def show(result: dict[str, Any]) -> None:
 @click.option("--summary-chars", default=100, help="Maximum length of a summary in characters.")
 @click.option("--llm-delay", default=0.0, help="Seconds of an answer of the language model stub.")
 @click.option("--milvus-uri", default="", help="[default: an embedded Milvus Lite]")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
+@options.as_json
 def main(
     stories: int, versions: int, kills: int, procs: int, seed: int | None, chapters: Path | None, limit: int,
     model: str, summary_chars: int, llm_delay: float, milvus_uri: str, as_json: bool,

@@ -1,8 +1,11 @@
 """Set-up of every run: order of tests, no network for models, Hypothesis profile, no child left behind."""
 
+import contextlib
+import gc
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -18,6 +21,9 @@ CHILD_GRACE_S = 5.0
 
 #: Python's own helpers of multiprocessing live as long as the interpreter that started them.
 HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
+
+#: Descriptors that one file of tests may leave open, say those of a library that it is the first to load.
+MOST_LEFT_OPEN = 20
 
 # Children inherit it: a test that reached for a model hub would depend on somebody else's server.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -87,6 +93,43 @@ def living_children() -> dict[int, str]:
         runs = int(after_name[1]) == os.getpid() and after_name[0] not in "ZX"
         if runs and not any(helper in command for helper in HELPERS):
             found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace").strip()
+    return found
+
+
+#: What was open when the tests of the present file began.
+_OPEN_BEFORE = pytest.StashKey[Counter[str]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
+    """Note what is open before the first test of a file."""
+    if _OPEN_BEFORE not in item.config.stash:
+        item.config.stash[_OPEN_BEFORE] = descriptors()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
+    """Fail after a file whose tests leave many descriptors open: select() takes none above 1023."""
+    yield
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    before = item.config.stash[_OPEN_BEFORE]
+    del item.config.stash[_OPEN_BEFORE]
+    if (descriptors() - before).total() > MOST_LEFT_OPEN:
+        gc.collect()
+        left = descriptors() - before
+        assert left.total() <= MOST_LEFT_OPEN, f"{item.path.name} leaves open: {left.most_common(9)}"
+
+
+def descriptors() -> Counter[str]:
+    """What this process has open, by file or kind."""
+    found = Counter[str]()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found[os.readlink(entry)] += 1
     return found
 
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import setproctitle
 
@@ -41,7 +40,7 @@ _SETUP_RETRY_S = 0.5
 #: Process id of the forkserver, which has imported this module before it forked this process.
 _FORKSERVER_PID = os.getpid()
 #: Half of what there is, out of 1000: before any other process of the service, after what asks to go first.
-_OOM_SCORE_ADJ = "500"
+_OOM_SCORE_ADJ = b"500"
 
 
 def main(role: str, slot: int, settings_json: bytes, control_fd: int, blackbox_fd: int, *fds: int) -> None:
@@ -148,8 +147,7 @@ def _run_reaper(settings: Settings, link: ControlSocket) -> None:
     from .reaper import Reaper
     from .store.redis.reaper import RedisReaperStore
 
-    store = RedisReaperStore(settings.redis_url, wait_replicas=settings.wait_replicas)
-    Reaper(store, settings, link).run()
+    Reaper(RedisReaperStore(settings.redis_url), settings, link).run()
 
 
 def _run_api(settings: Settings, link: ControlSocket, listener_fd: int) -> None:
@@ -200,8 +198,9 @@ def _run_worker(settings: Settings, link: ControlSocket, channel: Channel) -> No
 
 def _go_first_when_memory_is_short() -> None:
     """The kernel ends the largest process, which may be an embedded store; of ours, a worker costs least."""
-    with suppress(OSError):  # a kernel or container that does not offer it
-        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJ)
+    # Suppressed: a kernel or container that does not offer it. With Path a worker copies more shared pages.
+    with suppress(OSError), open("/proc/self/oom_score_adj", "wb", 0) as file:
+        file.write(_OOM_SCORE_ADJ)
 
 
 def _mask(flags: Iterable[bool]) -> int:

@@ -14,6 +14,7 @@ LEAST_COPIES = 2
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 # The device of a worker that does not run types which need one.
 NO_DEVICE = "none"
+_GPU = re.compile(r"nvidia\d+")
 
 
 def set_pools(threads: int, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -28,7 +29,7 @@ def set_pools(threads: int, environ: MutableMapping[str, str] = os.environ) -> N
 
 def visible_gpus(environ: Mapping[str, str] = os.environ, dev: Path = Path("/dev")) -> int:
     """How many NVIDIA GPUs this process may use, without asking a driver; 0 for torch's build for CPUs."""
-    there = sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in dev.glob("nvidia*"))
+    there = sum(bool(_GPU.fullmatch(name)) for name in _names_in(dev))
     if not there or _torch_version().endswith("+cpu"):
         return 0
     named = environ.get("CUDA_VISIBLE_DEVICES")
@@ -58,6 +59,13 @@ def device_names(device: str, gpus: int) -> list[str]:
     everything = ",".join(f"cuda:{number}" for number in range(max(1, gpus)))
     named = "cpu" if device == "auto" and not gpus else device
     return (everything if named in ("auto", "cuda") else named).split(",")
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def _torch_version() -> str:

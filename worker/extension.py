@@ -5,6 +5,7 @@ declared in `jobworker.handlers`, as plain values: strings name what is heavy, s
 nothing.
 """
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ def load(target: str, label: str) -> Any:
 
 def search_current_folder() -> None:
     """Let modules in the current directory be imported, after everything that is installed."""
-    if (here := str(Path.cwd())) not in sys.path:
+    if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
 
 

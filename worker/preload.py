@@ -10,7 +10,6 @@ import gc
 import os
 import secrets
 import signal
-from email import parser
 
 import setproctitle
 
@@ -27,12 +26,12 @@ from .supervision.pdeathsig import tie_to_parent
 from .telemetry.log import configure
 
 #: What the roles and the store's client import when they first use it.
-_LAZY = (encodings.idna, parser, secrets)
+_LAZY = (encodings.idna, secrets)
 
 __all__ = ["boot", "guard", "reader", "reader_store", "reaper", "reaper_store", "runner"]
 
 
-def _prepare(parent_pid: int, title: str) -> None:
+def _prepare(parent_pid: int, log_level: str, title: str) -> None:
     """Make this process the forkserver of the supervisor ``parent_pid``."""
     tie_to_parent(parent_pid)
     setproctitle.setproctitle(title)
@@ -44,7 +43,7 @@ def _prepare(parent_pid: int, title: str) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
     # What every child does once is done here, so that it finds the modules imported and the caches filled.
-    settings = settings_class()()
+    settings = settings_class()(log_level=log_level)
     settings.from_json(settings.to_json())
     device_for_slot(settings.device, 0, visible_gpus())
     configure("forkserver", settings, os.environ)
@@ -56,5 +55,5 @@ def _prepare(parent_pid: int, title: str) -> None:
 
 
 if _parent := os.environ.pop(FORKSERVER_VARIABLE, ""):
-    _pid, _, _title = _parent.partition(" ")
-    _prepare(int(_pid), _title)
+    _pid, _level, _title = _parent.split(" ", 2)
+    _prepare(int(_pid), _level, _title)

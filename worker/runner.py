@@ -25,7 +25,7 @@ from .errors import MalformedJob, MalformedPayload, PermanentError
 from .fork_guard import ForkGuard, generation, leave_if_forked
 from .handler import BoundHandler, Outcomes
 from .health_check import HealthChecks
-from .ipc.channel import READY, STOPPING, Channel, JobFrame, KeptValue, OutcomeFrame
+from .ipc.channel import READY, STOPPING, Channel, JobFrame, KeptValue, OutcomeFrame, job_frames
 from .ipc.control import ControlSocket, Ready
 from .ipc.inflight import FAILED, STARTED, SUCCEEDED
 from .outcome import Failure
@@ -103,7 +103,6 @@ class Runner:
         self._wall_s = wall_s
         self._queue: deque[QueuedJob] = deque()
         self._lookahead = max((handler.max_batch for handler in handlers.values()), default=1)
-        self._frames = msgspec.msgpack.Decoder(JobFrame)
         self._metrics = MetricsBuffer()
         self._durations = {
             name: self._metrics.histogram("z_novel_job_duration_seconds", (name,)) for name in handlers
@@ -167,7 +166,7 @@ class Runner:
         if len(self._queue) >= most or ahead_bytes >= most_bytes:
             return
         for frame, tail in self._channel.jobs.frames():
-            decoded = self._frames.decode(frame)
+            decoded = job_frames.decode(frame)
             self._channel.table.taken = decoded.first_row + len(decoded.jobs)
             self._channel.jobs.release(tail)
             self._queue_jobs(decoded)

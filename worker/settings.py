@@ -3,6 +3,7 @@
 import re
 import socket
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, ClassVar, Self
 
 import msgspec
@@ -153,8 +154,13 @@ def parse_address(text: str, option: str = "--metrics-addr") -> tuple[str, int]:
     return found[1].strip("[]"), int(found[2])
 
 
+@cache
 def cores() -> int:
-    """Processors that this process may use, by affinity and CPU quota; the machine may have more."""
+    """Processors that this process may use, by affinity and CPU quota; the machine may have more.
+
+    As of the first call: the forkserver makes it, and a worker that reads the files of the control groups has
+    0.4 MB more of its own.
+    """
     return usable_cpus()
 
 

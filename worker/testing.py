@@ -32,7 +32,7 @@ from .runner import Runner
 from .settings import Settings
 from .store.memory.server import MemoryServer
 from .store.memory.store import MemoryStore
-from .store.ports import Entry, Settled, Settlement
+from .store.ports import Entry, Settled, Settlement, do_nothing
 from .telemetry.current_job import current
 from .telemetry.metrics import all_metrics
 
@@ -81,9 +81,11 @@ class _Store(MemoryStore):
         super().__init__(server, "test")
         self.completed: list[Job] = []
 
-    def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
+    def settle(
+        self, settlements: Sequence[Settlement], meanwhile: Callable[[], None] = do_nothing
+    ) -> list[Settled]:
         all_bodies = [self.fetch(one.source, _done(one)) for one in settlements]
-        results = super().settle(settlements)
+        results = super().settle(settlements, meanwhile)
         for one, bodies, result in zip(settlements, all_bodies, results, strict=True):
             for id in _done(one):
                 if id not in result.refused and (data := bodies.get(id)) is not None:

@@ -26,6 +26,10 @@ _EXAMPLES = (
 _HOST_HEADER = re.compile(r"(?:\[(?P<address>[^\[\]]*)\]|(?P<name>[^:\[\]]*))(?::[0-9]{1,5})?")
 _DEFAULT_PORT = {"single": 6379, "cluster": 6379, "sentinel": 26379, "unix": 0}
 _HOST = re.compile(r"[\w.-]{1,255}")
+# Compiled here and not where they are used: the children of the forkserver share what an import makes.
+_USER_INFO, _AUTHORITY = re.compile(r"[^/]*@"), re.compile(r"[^/?#]*")
+_OPTION = re.compile(r"[a-z0-9_-]{1,40}")
+_NUMBER, _PORT = re.compile(r"[0-9]{1,6}"), re.compile(r"[0-9]{1,5}")
 _TRUE, _FALSE = ("1", "true", "yes", "y", "on", "t"), ("0", "false", "no", "n", "off", "f")
 #: Options of the TLS connection, as redis-py calls them.
 _TLS_TEXTS = ("ssl_ca_certs", "ssl_ca_path", "ssl_ca_data", "ssl_certfile", "ssl_keyfile", "ssl_password",
@@ -123,9 +127,9 @@ def _parse(url: str) -> RedisUrl:
 def _split(kind: str, rest: str) -> tuple[str, str, str, str]:
     """User and password, address, path, options."""
     user_info = ""
-    if kind in ("sentinel", "cluster") and (found := re.match(r"[^/]*@", rest)):
+    if kind in ("sentinel", "cluster") and (found := _USER_INFO.match(rest)):
         user_info, rest = found[0], rest[found.end() :]
-    found = re.match(r"[^/?#]*", rest)
+    found = _AUTHORITY.match(rest)
     assert found is not None
     authority, tail = found[0], rest[found.end() :]
     if "#" in tail:
@@ -156,7 +160,7 @@ def _options(query: str) -> dict[str, str]:
         name = unquote(name).strip().lower()
         if name not in _WITH_EFFECT and name not in _WITHOUT_EFFECT:
             # A text that is no name may be a part of a password.
-            shown = repr(name) if re.fullmatch(r"[a-z0-9_-]{1,40}", name) else "(not shown)"
+            shown = repr(name) if _OPTION.fullmatch(name) else "(not shown)"
             close = get_close_matches(name[:40], [*_WITH_EFFECT, *_WITHOUT_EFFECT], n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"unknown option {shown}{hint}")
@@ -205,7 +209,7 @@ def _place(kind: str, path: str, option: str | None) -> tuple[str, int]:
 
 
 def _database(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,6}", text):
+    if not _NUMBER.fullmatch(text):
         raise ValueError("the database must be a number, such as /0")
     return int(text)
 
@@ -246,7 +250,7 @@ def parse_host(text: str, default_port: int) -> tuple[str, int]:
         port = port if colon else str(default_port)
         if not _HOST.fullmatch(host):
             raise ValueError("a host is missing or holds a character that no host name has")
-    if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+    if not _PORT.fullmatch(port) or not 0 < int(port) < 65536:
         raise ValueError("a port must be a number from 1 to 65535")
     return host, int(port)
 

@@ -42,6 +42,9 @@ DEADLINE_S = 25.0
 #: What a client of a busy or failing dependency waits before it tries again.
 RETRY_AFTER_S = 2
 
+#: Of an address, which a proxy on this machine may state.
+MAX_CLIENT_CHARS = 64
+
 _ErrorBody = Callable[[ApiError], dict[str, Any]]
 
 
@@ -143,7 +146,7 @@ class Api:
                 "path": path,
                 "status": status,
                 "took_ms": round(took_s * 1000, 1),
-                "client": client.host if client else "",
+                "client": client.host[:MAX_CLIENT_CHARS] if client else "",
                 **({"tenant_id": call.tenant} if call.tenant else {}),
                 **call.facts,
             },

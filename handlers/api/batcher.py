@@ -21,6 +21,9 @@ log = logging.getLogger("jobworker.api")
 
 #: Tokens that may wait, and tokens of one request, in passes: a few seconds of work on any device.
 QUEUED_PASSES = 16
+#: Longest texts that may wait for the tokenizer, by the tokens that may wait: natural texts of any script
+#: have fewer bytes a token. The tokenizer takes one call at a time, 2 s a MiB.
+BYTES_PER_TOKEN = 16
 #: Shorter texts are tokenised at once: another thread costs more than these take (0.1 ms).
 INLINE_CHARS = 4096
 #: Rate before the first measurement (tokens a second), and the weight of the latest pass in the average.
@@ -79,16 +82,24 @@ class Batcher:
         Raises ApiError: 400 for unsuitable texts, 413 for too many tokens, 429 for a full queue, 500 if the
         model fails, 503 if it was replaced.
         """
-        plan = await self._tokenize(texts, purpose)
-        sizes = [len(window) for window in plan.windows]
-        tokens = sum(sizes)
-        self._admit(tokens)
+        texts_bytes = sum(len(text.encode()) for text in texts)
+        if texts_bytes > self.max_tokens * BYTES_PER_TOKEN:
+            raise self._too_many(texts_bytes, "bytes", BYTES_PER_TOKEN)
+        admitted = texts_bytes // BYTES_PER_TOKEN
+        self._admit(admitted)
         parts = []
         try:
+            plan = await self._tokenize(texts, purpose)
+            tokens = sum(map(len, plan.windows))
+            if tokens > self.max_tokens:
+                raise self._too_many(tokens, "tokens")
+            if tokens > admitted:
+                self._admit(tokens - admitted, waiting=self.waiting_tokens - admitted)
+                admitted = tokens
             for part in divide(plan, self.pass_tokens):
                 parts.append(await self._submit(part, sparse))
         finally:
-            self.waiting_tokens -= tokens
+            self.waiting_tokens -= admitted
         vectors = np.concatenate([part.vectors for part in parts]) if len(parts) > 1 else parts[0].vectors
         both = sparse and self.encoder.has_sparse
         return EmbeddedTexts(
@@ -97,20 +108,36 @@ class Batcher:
 
     async def _tokenize(self, texts: Sequence[str], purpose: Purpose) -> Plan:
         try:
-            async with self._tokenizing:  # the encoder takes one call at a time
-                self._check_open()
-                if sum(map(len, texts)) <= INLINE_CHARS:
+            await self._tokenizing.acquire()  # the encoder takes one call at a time
+            if self._closed or sum(map(len, texts)) <= INLINE_CHARS:
+                try:
+                    self._check_open()
                     return self.encoder.tokenize(texts, purpose)
-                return await self._loop.run_in_executor(
-                    self._tokenizer_thread, self.encoder.tokenize, texts, purpose
-                )
+                finally:
+                    self._tokenizing.release()
+            call = self._loop.run_in_executor(self._tokenizer_thread, self.encoder.tokenize, texts, purpose)
+            call.add_done_callback(self._tokenized)
+            return await asyncio.shield(call)
         except UnsuitableText as error:
             raise ApiError(400, str(error), code="unsuitable_text", param="input") from error
 
-    def _admit(self, tokens: int) -> None:
-        if tokens > self.max_tokens:
-            raise ApiError(413, f"{tokens} tokens; a request may have {self.max_tokens}: divide it")
-        if self.waiting_tokens and self.waiting_tokens + tokens > self.max_tokens:
+    def _tokenized(self, call: "asyncio.Future[Plan]") -> None:
+        """Let the next request in: the thread may outlast the request's deadline."""
+        self._tokenizing.release()
+        if not call.cancelled():
+            call.exception()  # not logged as never retrieved, if the request has ended
+
+    def _too_many(self, count: int, of_what: str, for_a_token: int = 1) -> ApiError:
+        limit = self.max_tokens * for_a_token
+        return ApiError(413, f"{count} {of_what} of text; a request may have {limit}: divide it")
+
+    def _admit(self, tokens: int, *, waiting: int | None = None) -> None:
+        """Count tokens as waiting. Raises ApiError 429 if others wait already and the queue is full.
+
+        ``waiting``: tokens of other requests, if not all that wait.
+        """
+        waiting = self.waiting_tokens if waiting is None else waiting
+        if waiting and self.waiting_tokens + tokens > self.max_tokens:
             retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(self.waiting_tokens / self._rate)))
             raise ApiError(429, "too many tokens wait already", retry_after_s=retry_after_s)
         self.waiting_tokens += tokens

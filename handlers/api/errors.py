@@ -2,6 +2,11 @@
 
 from typing import Any
 
+#: Longest message. It may quote a value of the request, which may have megabytes, and is logged too.
+MAX_MESSAGE_CHARS = 600
+#: Of a longer one, what its end keeps: the name of a field.
+_END_CHARS = 60
+
 
 class ApiError(Exception):
     """An answer other than 200. ``param`` is the field at fault; ``retry_after_s`` becomes Retry-After."""
@@ -9,6 +14,8 @@ class ApiError(Exception):
     def __init__(
         self, status: int, message: str, *, code: str = "", param: str | None = None, retry_after_s: int = 0
     ) -> None:
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = f"{message[: MAX_MESSAGE_CHARS - _END_CHARS - 1]}…{message[-_END_CHARS:]}"
         super().__init__(message)
         self.status, self.message = status, message
         self.code, self.param = code or _CODES.get(status, "invalid_request"), param

@@ -17,7 +17,7 @@ MAX_TEXTS = 2048
 MAX_HITS = 200
 
 T = TypeVar("T")
-_PATH = re.compile(r" - at `\$\.([A-Za-z_]+)")
+_PATH = re.compile(r" - at `\$\.([A-Za-z_]+)|missing required field `([A-Za-z_]+)`\Z")
 
 
 class EmbeddingsRequest(msgspec.Struct):
@@ -63,7 +63,7 @@ def parse(body: bytes, kind: type[T]) -> T:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         found = _PATH.search(str(error))
-        raise ApiError(400, f"{error}", param=found[1] if found else None) from None
+        raise ApiError(400, f"{error}", param=found[1] or found[2] if found else None) from None
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
 

@@ -40,8 +40,8 @@ class ApiProtocol(BoundedProtocol):
 def run(settings: HandlerSettings, link: ApiLink, listener: socket.socket) -> None:
     """Serve until the supervisor asks to stop. Raises SystemExit 3 if the model cannot be used."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    # Its INFO events are about uvicorn itself.
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # Its other events are about uvicorn itself, or are logged by `BoundedProtocol` with the client.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     asyncio.run(_Role(settings, link).serve(listener))
 
 

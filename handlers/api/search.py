@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,7 +25,14 @@ from ..vectors.ports import (
     VectorStore,
     VectorStoreError,
 )
-from ..vectors.schema import check_id, plain_name, shown
+from ..vectors.schema import (
+    check_id,
+    check_int64,
+    check_search_fields,
+    check_segment_type,
+    plain_name,
+    shown,
+)
 from .errors import ApiError
 from .models import Models
 from .payloads import MAX_HITS, SearchRequest
@@ -93,14 +102,17 @@ class Searcher:
                 tuple(asked.chapter_ids), tuple(asked.segment_types), asked.story_time_from,
                 asked.story_time_to,
             )  # fmt: skip
+            check_search_fields(name, where)
             found = await self._find(asked, name, where)
         except CollectionMissing as error:
-            raise ApiError(404, str(error), code="collection_not_found", param="collection") from error
+            reason = f"{error}: no job has written to it"
+            raise ApiError(404, reason, code="collection_not_found", param="collection") from error
         except PermanentStoreError as error:
             raise ApiError(400, str(error)) from error
         except (VectorStoreError, StoreUnavailable) as error:
             log.warning("api.store_unavailable", extra={"error": str(error)})
-            raise ApiError(503, "the store does not answer", retry_after_s=RETRY_AFTER_S) from error
+            store = "vector" if isinstance(error, VectorStoreError) else "job"
+            raise ApiError(503, f"the {store} store does not answer", retry_after_s=RETRY_AFTER_S) from error
         least = asked.min_score
         results = [hit._asdict() for hit in found.hits if least is None or hit.score >= least]
         answer = {"object": "list", "results": results, "collection": name, "model": found.model}
@@ -108,7 +120,8 @@ class Searcher:
 
     async def _find(self, asked: SearchRequest, name: str, where: SearchFilter) -> _Found:
         if asked.vector is not None:
-            hits = await self._hits(asked, name, where, np.asarray(asked.vector, np.float32))
+            with _at_fault("vector"):
+                hits = await self._hits(asked, name, where, _direction(asked.vector))
             note = "" if asked.mode == "dense" else "a vector has no words: give query"
             return _Found(hits, "", note=note)
         alias = self._prefix + name
@@ -205,19 +218,58 @@ class Searcher:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
+@contextmanager
+def _at_fault(param: str) -> Iterator[None]:
+    """Name the field of which a check or the store says that it is wrong."""
+    try:
+        yield
+    except CollectionMissing:
+        raise
+    except PermanentStoreError as error:
+        raise ApiError(400, str(error), param=param) from error
+
+
+def _direction(vector: Sequence[float]) -> Vector:
+    """A vector of length 1: stores compute lengths in 32 bits, where large and small ones are inf and 0."""
+    numbers = np.asarray(vector, np.float64)
+    largest = np.abs(numbers).max(initial=0.0)
+    if not largest:
+        raise ApiError(400, "vector is empty or all zeros: it has no direction", param="vector")
+    numbers = numbers / largest
+    return np.asarray(numbers / np.linalg.norm(numbers), np.float32)
+
+
 def _check(asked: SearchRequest, prefix: str) -> str:
-    """The plain name of the collection. Raises ApiError and PermanentStoreError."""
-    check_id("tenant_id", asked.tenant_id)
-    check_id("project_id", asked.project_id)
+    """The plain name of the collection. Raises ApiError, which names the field at fault."""
+    for field in ("tenant_id", "project_id"):
+        with _at_fault(field):
+            check_id(field, getattr(asked, field))
     if not 1 <= asked.limit <= MAX_HITS:
         raise ApiError(400, f"limit {asked.limit} is not between 1 and {MAX_HITS}", param="limit")
-    if (asked.vector is None) == (not asked.query):
+    if (asked.vector is None) == (not asked.query.strip()):
         raise ApiError(400, "give either query or vector", param="query")
     if asked.vector is not None and len(asked.vector) > 32768:
         raise ApiError(400, f"vector of {len(asked.vector)} numbers", param="vector")
-    if len(asked.chapter_ids) > MAX_HITS or len(asked.segment_types) > MAX_HITS:
-        raise ApiError(400, f"at most {MAX_HITS} chapter_ids and segment_types")
-    name = plain_name(asked.collection, prefix)
+    _check_filters(asked)
+    with _at_fault("collection"):
+        name = plain_name(asked.collection, prefix)
     if asked.min_score is not None and not -1 <= asked.min_score <= 1:
         raise ApiError(400, f"min_score {shown(asked.min_score)} is not between -1 and 1", param="min_score")
     return name
+
+
+def _check_filters(asked: SearchRequest) -> None:
+    for field, check in (
+        ("chapter_ids", partial(check_id, "chapter_id")),
+        ("segment_types", check_segment_type),
+    ):
+        values = getattr(asked, field)
+        if len(values) > MAX_HITS:
+            raise ApiError(400, f"{field} has {len(values)} values, the limit is {MAX_HITS}", param=field)
+        with _at_fault(field):
+            for value in values:
+                check(value)
+    for field in ("story_time_from", "story_time_to"):
+        if (value := getattr(asked, field)) is not None:
+            with _at_fault(field):
+                check_int64(field, value)

@@ -96,7 +96,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
         click.echo("nothing was found", err=True)
     for row in rows:
         places = [
-            f"{name} {row[name]}" for name in ("chapter_id", "segment_type", "story_time") if row.get(name)
+            f"{name} {row[name]}"
+            for name in ("name", "entity_type", "chapter_id", "segment_type", "story_time")
+            if row.get(name)
         ]
         echo_line("  ".join([f"{row['score']:.3f}", str(row["id"]), *places]))
         text = " ".join(str(row.get("text_content") or row.get("description") or "").split())

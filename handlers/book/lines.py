@@ -109,8 +109,16 @@ def _parse(line: _RawLine, decoder: "msgspec.json.Decoder[_BookLine]") -> Piece:
     try:
         found = decoder.decode(line.data)
         return _piece(line.number, found)
-    except (ValueError, RecursionError) as error:  # msgspec's and UnicodeDecodeError are ValueErrors
-        return Fault(line.number, str(error) or "nested too deeply")
+    except UnicodeDecodeError as error:
+        return Fault(line.number, _not_utf_8(error))
+    except (ValueError, RecursionError) as error:  # msgspec's are ValueErrors
+        reason = str(error) or "nested too deeply"
+        hint = ": give one JSON object a line" if reason.startswith("Expected `object`") else ""
+        return Fault(line.number, reason + hint)
+
+
+def _not_utf_8(error: UnicodeDecodeError) -> str:
+    return f"no UTF-8 ({error.reason} at byte {error.start}); convert the file with iconv"
 
 
 def _piece(number: int, found: _BookLine) -> Piece:
@@ -144,7 +152,10 @@ def read_text(file: BinaryIO) -> Iterator[LineRead]:
         try:
             text = line.data.decode()
         except UnicodeDecodeError as error:
-            reason = f"no UTF-8 ({error.reason} at byte {error.start}); convert the file with iconv"
+            yield LineRead(Fault(line.number, _not_utf_8(error)), line.data, line.offset)
+            continue
+        if "\0" in text:
+            reason = "it has a NUL, as text in UTF-16; convert the file with iconv"
             yield LineRead(Fault(line.number, reason), line.data, line.offset)
             continue
         if len(text) <= _HEADING_CHARS and HEADING.fullmatch(text):

@@ -135,6 +135,11 @@ def usage(url: str, since_s: float, tenant: str, as_json: bool) -> None:
     if as_json:
         echo_json({"from": days[0], "to": days[-1], "tenants": dict(ordered)})
         return
+    if not found:
+        click.echo(
+            f"no usage{f' of {escape_control(tenant)}' if tenant else ''} since {days[0]} (UTC)", err=True
+        )
+        return
     rows = [[name, *(f"{one[counter]:,}" for counter in _COLUMNS)] for name, one in ordered]
     print_table(["TENANT", *(f"{heading}>" for heading in _COLUMNS.values())], rows)
 

@@ -99,7 +99,15 @@ class FakeChild(Child, FakeProcess):
 
     def marks(self) -> CrashMarks:
         """The marks that a reader gets with its role."""
-        return CrashMarks(*self._fds)
+        return CrashMarks(os.dup(*self._fds))
+
+    def release(self) -> None:
+        """Close what a process closes when it ends, and the channel, which the reader may still read."""
+        self.peer.close()
+        for fd in self._fds:
+            os.close(fd)
+        if self.channel is not None and not self.channel._map.closed:
+            self.channel.close()
 
 
 class FakeServer(ForkServer):
@@ -184,4 +192,5 @@ class Service:
         """Release all descriptors."""
         self.manager.kill_all()
         for child in self.all:
-            child.peer.close()
+            child.release()
+        self.manager._marks.close()

@@ -21,7 +21,7 @@ LITE_START_S = 40.0
 REAL_START_S = 90.0
 UNPACKED = Path(sys.prefix) / "milvus-2.3.5"
 STOP_S = 20.0
-#: The coordinators look for work at intervals, and a new collection waits for several of them. By default most
+#: The coordinators look for work at intervals, and a new collection waits for several. By default most
 #: are 1 s, some 10 s. In ms, but that of `NEXTTARGET` in seconds.
 SHORT_INTERVALS = {
     "PROXY_TIMETICKINTERVAL": "50",

@@ -74,6 +74,17 @@ class FakeWorker:
         assert self.channel.outcomes.push(msgspec.msgpack.encode(frame))
 
 
+def release(reader: Reader) -> None:
+    """Close the descriptors of a reader that did not close them: the end of its process would."""
+    if reader._selector.get_map() is None:
+        return
+    reader._store.close()
+    for handle in reader._dispatcher.workers:
+        handle.channel.close()
+    reader._selector.close()
+    reader._marks.close()
+
+
 class ReaderRig:
     """A reader of two types, ``a`` and ``b``, on one stream; the clock is the test's."""
 
@@ -216,11 +227,7 @@ class ReaderRig:
         self._reader_end.close()
         for worker in self.workers:
             worker.channel.close()
-        if self._crashed:  # a process that ends closes its descriptors
-            for handle in self.reader._dispatcher.workers:
-                handle.channel.close()
-            self.reader._selector.close()
-            self.reader._marks.close()
+        release(self.reader)
 
 
 @contextlib.contextmanager

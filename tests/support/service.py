@@ -27,6 +27,8 @@ TESTS = Path(__file__).parent.parent
 READY_WITHIN_S = 30.0
 #: What must happen soon; far above the promised times, for a busy machine makes everything late.
 SOON_S = 20.0
+#: Interval between two looks at first, for how long, and later: a look may cost milliseconds of a processor.
+FAST_LOOK_S, FAST_LOOKS_S, SLOW_LOOK_S = 0.01, 1.0, 0.05
 #: How long the children of a supervisor that was killed may still be there.
 ORPHANS_WITHIN_S = 2.0
 
@@ -41,11 +43,14 @@ _TITLE = re.compile(r"jobworker: (supervisor|reader|reaper|guard|forkserver|api|
 
 def eventually(look: Callable[[], T], within_s: float = SOON_S, saying: object = "") -> T:
     """The first true answer of ``look``; fails with ``saying`` and the last answer when time is over."""
-    give_up_at = time.monotonic() + within_s
+    began = time.monotonic()
     while not (answer := look()):
-        text = saying() if callable(saying) else saying
-        assert time.monotonic() < give_up_at, f"not within {within_s} s: {text} {answer!r}"
-        time.sleep(0.01)  # other processes' state, seen through /proc, HTTP or the store, sends no event
+        waited_s = time.monotonic() - began
+        if waited_s > within_s:
+            text = saying() if callable(saying) else saying
+            raise AssertionError(f"not within {within_s} s: {text} {answer!r}")
+        # Other processes' state, seen through /proc, HTTP or the store, sends no event.
+        time.sleep(FAST_LOOK_S if waited_s < FAST_LOOKS_S else SLOW_LOOK_S)
     return answer
 
 

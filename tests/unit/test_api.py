@@ -90,7 +90,7 @@ def test_the_prompt_follows_the_input_type() -> None:
         (b"\xff\xfe", None, "JSON"),
         (b'{"input": ' + b"[" * 50_000, None, "JSON"),
         ([], None, "object"),
-        ({}, None, "input"),
+        ({}, "input", "input"),
         ({"input": None}, "input", "string"),
         ({"input": 5}, "input", "string"),
         ({"input": []}, "input", "at least one"),
@@ -114,6 +114,19 @@ def test_a_wrong_request_gets_400_in_openais_form(body: Any, param: str | None, 
         assert set(error) == {"message", "type", "param", "code"}
         assert says in error["message"]
         assert (error["type"], error["param"]) == ("invalid_request_error", param)
+
+    in_world(scenario)
+
+
+def test_a_message_quotes_the_beginning_of_a_long_value() -> None:
+    async def scenario(world: World) -> None:
+        answer = await world.post("/v1/embeddings", {"input": "a", "encoding_format": "x" * 50_000})
+        assert (answer.status, answer.json()["error"]["param"]) == (400, "encoding_format")
+        assert "`$.encoding_format`" in answer.json()["error"]["message"]
+        foreign = await world.request("POST", "/v1/embeddings", {"input": "a"}, host="h" * 50_000)
+        assert foreign.status == 421
+        for one in (answer, foreign):
+            assert len(one.body) < 1000
 
     in_world(scenario)
 
@@ -342,10 +355,15 @@ def test_a_changed_token_file_is_read_again(tmp_path: Path, monkeypatch: pytest.
 
         path.write_text(f"t1 {OTHER_TOKEN}\n")
         assert (await status(TOKEN), await status(OTHER_TOKEN)) == (401, 200)
+        path.chmod(0o644)
+        path.write_text(f"{TOKEN}\n")
+        assert (await status(TOKEN), await status(OTHER_TOKEN)) == (401, 200)
+        path.chmod(0o600)
+        assert (await status(TOKEN), await status(OTHER_TOKEN)) == (200, 401)
         path.write_text("short")
-        assert await status(OTHER_TOKEN) == 200
+        assert await status(TOKEN) == 200
         os.unlink(path)
-        assert await status(OTHER_TOKEN) == 200
+        assert await status(TOKEN) == 200
 
     in_world(scenario, token_file=path)
 

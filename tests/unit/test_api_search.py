@@ -10,6 +10,7 @@ from jobworker.handlers.api.errors import ApiError
 from jobworker.handlers.encoder.base import DummyEncoder, Plan, Purpose
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.ports import EntityRow, Row, TransientStoreError
+from jobworker.worker import ConfigurationError
 from support.api import DIM, World, in_world
 
 SCOPE = {"tenant_id": "t1", "project_id": "p1"}
@@ -127,6 +128,40 @@ def test_entities_have_no_chapter_to_filter_by() -> None:
     in_world(scenario, encoder=encoder, store=store)
 
 
+WRONG = {
+    "tenant_id": 't1" or tenant_id != "', "project_id": "", "query": " \n", "vector": [0.0] * DIM,
+    "limit": 201, "chapter_ids": ["c0", 'c"] or true or chapter_id in ["'], "segment_types": ["{x}"],
+    "collection": "no such", "story_time_from": 1 << 70, "story_time_to": -(1 << 64), "min_score": 1.01,
+}  # fmt: skip
+
+
+def test_a_wrong_field_is_named() -> None:
+    encoder = DummyEncoder(DIM)
+
+    async def scenario(world: World) -> None:
+        for field, value in WRONG.items():
+            question = {} if field == "vector" else {"query": "x"}
+            answer = await world.post("/v1/search", {**SCOPE, **question, field: value})
+            assert (answer.status, answer.json()["error"]["param"]) == (400, field), answer
+        for vector in ([], [1.0] * (DIM + 1)):
+            answer = await world.post("/v1/search", {**SCOPE, "vector": vector})
+            assert (answer.status, answer.json()["error"]["param"]) == (400, "vector"), answer
+
+    in_world(scenario, encoder=encoder, store=filled(encoder))
+
+
+@pytest.mark.parametrize("length", [1e-300, 1e-40, 1e39, 1e300])
+def test_the_length_of_a_vector_does_not_matter(length: float) -> None:
+    encoder = DummyEncoder(DIM)
+
+    async def scenario(world: World) -> None:
+        vector = [float(x) * length for x in encoder.encode(["three"])[0]]
+        (row,) = (await search(world, vector=vector, limit=1))["results"]
+        assert (row["id"], row["score"]) == ("t1:2", pytest.approx(1))
+
+    in_world(scenario, encoder=encoder, store=filled(encoder))
+
+
 def test_a_service_without_a_store_says_so() -> None:
     async def scenario(world: World) -> None:
         answer = await world.post("/v1/search", {**SCOPE, "query": "a"})
@@ -229,3 +264,29 @@ def test_at_most_two_models_are_kept() -> None:
         assert np.allclose(vectors, others["c"].encode(["one"], "query"))
 
     in_world(scenario, others=others)
+
+
+def test_a_model_that_cannot_be_loaded_is_not_tried_for_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    class Missing(dict[str, Other]):
+        def __missing__(self, name: str) -> Other:
+            tried.append(name)
+            raise ConfigurationError("the folder does not exist")
+
+    async def scenario(world: World) -> None:
+        world.states[COLLECTION] = {**OLD, "phase": "done", "model": "gone", "live_model": "gone"}
+
+        async def code() -> str:
+            answer = await world.post("/v1/search", {**SCOPE, "query": "two"})
+            assert answer.status == 503
+            return str(answer.json()["error"]["code"])
+
+        assert await code() == "model_loading"
+        while await code() == "model_loading":
+            await asyncio.sleep(0.01)  # the model is loaded in a thread
+        assert (await code(), tried) == ("model_failed", ["gone"])
+        monkeypatch.setattr("jobworker.handlers.api.models.FAILED_RETRY_S", 0.0)
+        assert await code() == "model_loading"
+
+    in_world(scenario, store=Store(), others=Missing())

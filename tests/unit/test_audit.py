@@ -48,9 +48,23 @@ def day_path(folder: Path) -> Path:
     return folder / "audit" / "2026-01-02.jsonl.zst"
 
 
+#: The archives of the running test.
+MADE: list[Archive] = []
+
+
+@pytest.fixture(autouse=True)
+def closed_files() -> Iterator[None]:
+    """Close the files of the days: an archive keeps them open until its process ends."""
+    yield
+    while MADE:
+        for day in MADE.pop()._days.values():
+            day.close()
+
+
 def archive(folder: Path) -> Archive:
     made = Archive()
     made.setup(HandlerSettings(data_dir=str(folder)))
+    MADE.append(made)
     return made
 
 

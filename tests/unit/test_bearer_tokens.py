@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from jobworker.handlers.api.client import SearchClient, SearchRefused, read_serve_token
 from jobworker.worker.errors import ConfigurationError
 from jobworker.worker.http.bearer_tokens import read_tokens
 
@@ -64,3 +65,22 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ConfigurationError):
             read_tokens(str(path))
+
+
+def test_the_token_of_a_client_is_checked_and_never_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert read_serve_token(written(tmp_path, f" {TOKEN}\n")) == TOKEN
+    for text in ("", "tök", f"t1 {TOKEN}", f"# of the service\n{TOKEN}\n", f"{TOKEN}\0"):
+        with pytest.raises(ConfigurationError, match="token") as refused:
+            read_serve_token(written(tmp_path, text))
+        assert not text or text not in str(refused.value)
+        assert TOKEN not in str(refused.value)
+    monkeypatch.setenv("JOBWORKER_SERVE_TOKEN", f"{TOKEN}\n{TOKEN}")
+    with pytest.raises(ConfigurationError, match="JOBWORKER_SERVE_TOKEN"):
+        read_serve_token("")
+
+
+def test_a_question_that_is_not_utf_8_is_refused() -> None:
+    with pytest.raises(SearchRefused, match="UTF-8"):
+        SearchClient("http://127.0.0.1:1").search({"query": "\udcff"})

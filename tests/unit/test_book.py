@@ -78,6 +78,16 @@ def test_headings_divide_a_plain_text() -> None:
     assert fault.line == 2
 
 
+def test_a_file_in_another_encoding_is_named() -> None:
+    for data in ("It rained.\n".encode("utf-16-le"), "下雨了。".encode("gbk")):
+        faults = pieces(data, read_text)
+        assert faults
+        assert all(isinstance(one, Fault) and "iconv" in one.reason for one in faults)
+    (fault,) = pieces('{"chapter_id": "c1", "text": "下雨了。"}'.encode("gbk"))
+    assert isinstance(fault, Fault)
+    assert "iconv" in fault.reason
+
+
 # -- segments
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -23,6 +24,7 @@ from jobworker.worker.settings import Settings
 from jobworker.worker.store.memory.server import MemoryServer
 from jobworker.worker.store.memory.store import MemoryStore
 from jobworker.worker.store.ports import Entry
+from support.reader_rig import release
 
 SOURCE = Source("stream", "group")
 SETTINGS = Settings(streams=(Source("other", "group"), SOURCE), handlers={"noop": "nowhere:Noop"})
@@ -122,7 +124,7 @@ class Bench:
     def read(self, rounds: int = 80) -> bool:
         """Let one reader run; whether it lived. An end is counted as the supervisor does."""
         ours, sock = ControlSocket.pair()
-        marks = CrashMarks(self.marks.fd)
+        marks = CrashMarks(os.dup(self.marks.fd))
         with (
             closing(ours),
             closing(ControlSocket(sock)) as theirs,
@@ -139,6 +141,8 @@ class Bench:
                 self.deaths += 1
                 self.marks.record_death(proven=self.proven)
                 return False
+            finally:
+                release(reader)
 
     def read_until_one_lives(self) -> None:
         while not self.read():

@@ -74,6 +74,24 @@ def test_ready_jobs_are_shared_evenly_and_keep_their_order() -> None:
         assert in_flight(second) == [b"%d-0" % number for number in range(5, 10)]
 
 
+@pytest.mark.parametrize(
+    ("loads", "jobs", "wakes"),
+    [((0, 0), 15, (8, 7)), ((4, 0), 10, (3, 7)), ((0, 15), 3, (3, 0)), ((0, 12, 0), 9, (5, 0, 4))],
+)
+def test_each_worker_is_woken_once_for_its_share(
+    loads: tuple[int, ...], jobs: int, wakes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    woken: list[Channel] = []
+    with dispatcher_of(len(loads)) as dispatcher:
+        for worker, load in zip(dispatcher.workers, loads, strict=True):
+            worker.dispatch([job(number, QUICK) for number in range(load)])
+        monkeypatch.setattr(Channel, "wake_worker", lambda channel: woken.append(channel))
+        dispatch(dispatcher, *[job(number, QUICK) for number in range(100, 100 + jobs)])
+        counts = [len(worker.table) - load for worker, load in zip(dispatcher.workers, loads, strict=True)]
+        assert tuple(counts) == wakes
+        assert len(woken) == sum(map(bool, wakes))
+
+
 def test_a_worker_gets_no_more_than_its_credit() -> None:
     with dispatcher_of(1) as dispatcher:
         assert dispatcher.credit == 16
@@ -90,6 +108,28 @@ def test_a_fast_worker_gets_the_credit_of_a_fifth_of_a_second() -> None:
             settle_all(worker)
             worker.update_rate(tick * 0.125)
         assert worker.credit == 160
+
+
+def test_a_quick_worker_gets_more_before_the_interval_of_measuring_is_over() -> None:
+    with dispatcher_of(1) as dispatcher:
+        (worker,) = dispatcher.workers
+        worker.channel.batch_hint = 1
+        settled, now_s = 0, 0.0
+        while worker.credit == 2:
+            worker.dispatch([job(number, QUICK) for number in range(2)])
+            settle_all(worker)
+            settled, now_s = settled + 2, now_s + 0.001
+            worker.update_rate(now_s)
+        assert (settled, worker.credit) == (8, 400)
+
+
+def test_a_batch_that_ends_soon_after_a_measurement_is_no_rate() -> None:
+    with dispatcher_of(1) as dispatcher:
+        (worker,) = dispatcher.workers
+        worker.dispatch([job(number, QUICK) for number in range(16)])
+        settle_all(worker)
+        worker.update_rate(0.003)
+        assert worker.credit == 16, "two batches of its handler"
 
 
 @pytest.mark.parametrize("state", ["retired", "exited"])

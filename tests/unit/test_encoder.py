@@ -1,5 +1,6 @@
 """Vectors equal the model's own, no text is truncated, and a missing model is a clear error."""
 
+import importlib.util
 import subprocess
 import sys
 import time
@@ -240,6 +241,12 @@ def test_every_batch_is_begun_before_the_first_is_waited_for() -> None:
 
 
 def test_a_broken_model_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("openvino"):
+        from jobworker.handlers.encoder import converted_models
+        from jobworker.handlers.encoder.convert import convert
+
+        # A process of its own, as in a service, would import torch once more.
+        monkeypatch.setattr(converted_models, "_convert_in_subprocess", convert)
     monkeypatch.setenv(
         "XDG_CACHE_HOME", str(tmp_path / "cache")
     )  # that it cannot be converted is noted there

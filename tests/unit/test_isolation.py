@@ -147,9 +147,9 @@ def test_rejected_entries_are_listed_in_bounded_parts(count: int, size: int) -> 
         sizes: list[list[int]] = []
         settle = rig.store.settle
 
-        def watch(settlements: Sequence[Settlement]) -> list[Settled]:
+        def watch(settlements: Sequence[Settlement], meanwhile: Callable[[], None]) -> list[Settled]:
             sizes.append([len(letter.data) for one in settlements for letter in one.dead])
-            return settle(settlements)
+            return settle(settlements, meanwhile)
 
         rig.store.settle = watch  # type: ignore[method-assign]
         rig.attach()

@@ -11,11 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Literary words, and clauses for which the field has a noun: dependency, poison job, a number.
-WORDS = re.compile(
-    r"\b(anew|nobody|whoever|for want of|of late|heed(?:s|ed)?|deeds?|bury|buried|graves?|tales?|behold|"
-    r"what it needs|what cannot work|so many|goes on)\b",
-    re.IGNORECASE,
+LIST = (
+    r"(?:anew|nobody|whoever|for want of|of late|heed(?:s|ed)?|deeds?|bury|buried|graves?|tales?|behold|"
+    r"what it needs|what cannot work|so many|goes on)\b"
 )
+WORDS = re.compile(rf"\b{LIST}", re.IGNORECASE)
+#: A file without a match has no such word: it need not be parsed. An escape may stand right before a word.
+POSSIBLE_WORDS = re.compile(LIST, re.IGNORECASE)
 #: Where such a word is a name of the system, or a text that is only data.
 ALLOWED = re.compile(
     r"reuid=nobody|user (?:postgres or )?nobody|so many as|Nobody had seen the harbour", re.IGNORECASE
@@ -61,8 +63,9 @@ def test_code_speaks_plainly() -> None:
         where = file.relative_to(ROOT).as_posix()
         # Operators read these strings: log events, help texts, errors.
         messages = where.startswith(("worker/", "handlers/")) or where == "supervisor.py"
-        if file != Path(__file__):
-            wrong += found(where, python_prose(file.read_text("utf-8"), messages=messages))
+        source = file.read_text("utf-8")
+        if file != Path(__file__) and POSSIBLE_WORDS.search(re.sub(r"\s+", " ", source)):
+            wrong += found(where, python_prose(source, messages=messages))
     assert not wrong, "\n".join(wrong)
 
 

@@ -5,6 +5,7 @@ import os
 import select
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,6 @@ class Watched:
         self.write("helper.py", "WORD = 1\n")
         self.write("watched.py", SHOUT)
         self.reloader = Reloader(Settings(handlers=HANDLERS, apps=("watched",)))
-        assert self.settle() is None
 
     def write(self, name: str, text: str, age_s: float = 0.0) -> None:
         path = self.folder / name
@@ -42,7 +42,9 @@ class Watched:
             if (restart := self.reloader.tick(self._mono_s)) is not None:
                 return restart
             while (process := self.reloader._process) is not None:
-                select.select([process.pidfd], [], [], 60)
+                ended = select.poll()  # select() takes no descriptor above 1023
+                ended.register(process.pidfd, select.POLLIN)
+                assert ended.poll(60_000)
                 if (restart := self.reloader.tick(self._mono_s)) is not None:
                     return restart
         return None
@@ -61,8 +63,9 @@ def watched(
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO)
     one = Watched(tmp_path, caplog)
-    yield one
-    one.reloader.close()
+    with closing(one.reloader):
+        assert one.settle() is None
+        yield one
 
 
 def test_nothing_is_restarted_while_no_file_changes(watched: Watched) -> None:

@@ -3,7 +3,7 @@
 import base64
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 import pytest
@@ -76,9 +76,9 @@ def test_refusals_are_looked_for_only_once_leases_may_have_expired(
     sure: list[bool] = []
     settle = rig.store.settle
 
-    def noting(settlements: Sequence[Settlement]) -> list[Settled]:
+    def noting(settlements: Sequence[Settlement], meanwhile: Callable[[], None]) -> list[Settled]:
         sure.extend(one.sure for one in settlements)
-        return settle(settlements)
+        return settle(settlements, meanwhile)
 
     monkeypatch.setattr(rig.store, "settle", noting)
     for late_s in (0.0, rig.settings.lease_s * 0.6):
@@ -160,7 +160,7 @@ def test_outcomes_are_settled_once_the_store_answers_again(rig: ReaderRig) -> No
     worker.take()
     settle = rig.store.settle
 
-    def unavailable(settlements: object) -> set[bytes]:
+    def unavailable(*_: object) -> set[bytes]:
         raise StoreUnavailable("away")
 
     rig.store.settle = unavailable  # type: ignore[method-assign]
@@ -509,8 +509,8 @@ def test_outcomes_are_counted_once_where_the_answer_of_their_settlement_was_lost
 ) -> None:
     settle, errors = rig.store.settle, iter([error])
 
-    def lose_an_answer(settlements: Sequence[Settlement]) -> list[Settled]:
-        results = settle(settlements)
+    def lose_an_answer(settlements: Sequence[Settlement], meanwhile: Callable[[], None]) -> list[Settled]:
+        results = settle(settlements, meanwhile)
         if lost := next(errors, None):
             raise lost
         return results
@@ -551,8 +551,8 @@ def test_outcomes_that_a_dead_reader_had_settled_are_no_lost_leases() -> None:
 def test_outcomes_without_their_replicas_are_settled_and_counted(rig: ReaderRig) -> None:
     (worker,) = rig.workers
     settle = rig.store.settle
-    rig.store.settle = lambda all_of_them: [  # type: ignore[method-assign]
-        one._replace(is_replicated=False) for one in settle(all_of_them)
+    rig.store.settle = lambda *arguments: [  # type: ignore[method-assign]
+        one._replace(is_replicated=False) for one in settle(*arguments)
     ]
     rig.add("j1")
     rig.tick()

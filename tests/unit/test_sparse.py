@@ -13,9 +13,6 @@ from jobworker.handlers.encoder.sparse_head import has_head, sparse_vectors
 from jobworker.handlers.sparse_vector import NOTHING
 from support.tiny_models import HIDDEN, add_sparse_head, attend, tiny_model, tiny_tokenizer
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("sentence_transformers")
-
 TEXTS = [
     "The petrel came back on Thursday, the petrel had seen the harbour.",
     "宝玉看罢，笑道：“这个。” unknown",
@@ -23,8 +20,16 @@ TEXTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def torch() -> Any:
+    """Imported by the first test: the import takes seconds, in every process that collects the tests."""
+    pytest.importorskip("sentence_transformers")
+    return pytest.importorskip("torch")
+
+
 def reference(folder: Path, text: str, kind: str) -> dict[int, float]:
     """FlagEmbedding: relu(linear(last state)); the largest weight of each token; special ones dropped."""
+    import torch
     from transformers import AutoModel
 
     core = AutoModel.from_pretrained(folder).eval()
@@ -127,7 +132,7 @@ def test_the_head_may_be_in_safetensors(form: str, tmp_path: Path) -> None:
 @pytest.mark.model
 @pytest.mark.parametrize("fault", ["shape", "not a file of torch", "a pickle of code"])
 def test_a_head_that_cannot_be_used_leaves_the_dense_model(
-    fault: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fault: str, torch: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = add_sparse_head(tiny_model(tmp_path / "m", "xlm-r"), hidden=HIDDEN + 1)
     if fault == "not a file of torch":

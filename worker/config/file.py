@@ -1,6 +1,5 @@
 """The service's TOML file: options by their names, each with a value of the right kind."""
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,6 +23,8 @@ def read_config(path: str, parameters: Sequence[click.Parameter]) -> dict[str, A
 
     Raises `click.BadParameter`, which names the file and the key.
     """
+    import tomllib  # only then: a service keeps in memory what it imports
+
     try:
         table = tomllib.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,12 +1,10 @@
 """The tables of the configuration file that are no options: ``[[cron]]``, ``[[limit]]`` and ``[weights]``."""
 
-import tomllib
 from pathlib import Path
 from typing import Self
 
 import msgspec
 
-from ..cron.config import parse_cron_tables
 from ..cron.table import CronTable
 from ..errors import ConfigurationError
 from ..flow import FlowConfig, parse_flow
@@ -28,6 +26,11 @@ class ConfigTables(msgspec.Struct, frozen=True):
         path = settings.config_file
         if not path:
             return cls()
+        # A service without a file keeps the memory that these take.
+        import tomllib
+
+        from ..cron.config import parse_cron_tables
+
         try:
             found = tomllib.loads(Path(path).read_text("utf-8"))
             cron = parse_cron_tables(found.get("cron", []), settings.logical_streams)

@@ -10,9 +10,6 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, tzinfo
 from itertools import islice, takewhile
 from typing import NamedTuple, Protocol
-from zoneinfo import ZoneInfo
-
-from cronsim import CronSim, CronSimError
 
 from ..config.durations import MAX_DURATION_S, parse_duration
 
@@ -59,6 +56,8 @@ class _Cron:
         self._zone = zone
 
     def ticks(self, after_s: int) -> Iterator[int]:
+        from cronsim import CronSim  # few services have a schedule
+
         for tick in CronSim(self._expression, datetime.fromtimestamp(after_s, self._zone)):
             tick_s = int(tick.timestamp())
             # Started in the second pass of a repeated hour, the library begins with ticks of the first pass.
@@ -71,6 +70,8 @@ def parse_schedule(text: str, zone: str = "UTC") -> Schedule:
 
     Raises ValueError, which says what is wrong.
     """
+    from cronsim import CronSimError
+
     if len(text) > _MAX_CHARS:
         raise ValueError(f"schedule has {len(text)} characters, more than {_MAX_CHARS}")
     timezone = _parse_zone(zone)
@@ -102,6 +103,8 @@ def _parse_interval(text: str) -> int:
 def _parse_zone(name: str) -> tzinfo:
     if name == "UTC":  # also on a machine without time zone data
         return UTC
+    from zoneinfo import ZoneInfo
+
     try:
         if len(name) > _MAX_CHARS:
             raise ValueError(name)

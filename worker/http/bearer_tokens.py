@@ -76,8 +76,7 @@ def read_tokens(path: str) -> BearerTokens:
 def _read_private(path: Path) -> str:
     """The text of a file of this user or root that others may not read."""
     try:
-        # Without O_NONBLOCK, a pipe in its place would block for ever.
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        with open(path, "rb", opener=_open_without_waiting) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
                 raise ConfigurationError(f"{_OPTION} {path}: must be a regular file of this user or of root")
@@ -88,6 +87,11 @@ def _read_private(path: Path) -> str:
             return file.read(_MAX_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{_OPTION} {path}: cannot be read: {error}") from error
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Without O_NONBLOCK, a pipe in place of the file would block for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _digest(token: str) -> bytes:

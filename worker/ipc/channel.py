@@ -42,6 +42,11 @@ class OutcomeFrame(msgspec.Struct, array_like=True, gc=False):
     kept: KeptValue | None = None
 
 
+#: Made once: the children of the forkserver share them.
+job_frames = msgspec.msgpack.Decoder(JobFrame)
+outcome_frames = msgspec.msgpack.Decoder(OutcomeFrame)
+
+
 class Woken(NamedTuple):
     """What ended a wait: there may be jobs, the control socket has a message; neither after the timeout."""
 

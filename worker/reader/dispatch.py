@@ -8,7 +8,7 @@ from operator import or_
 
 import msgspec
 
-from ..ipc.channel import READY, Channel, JobFrame
+from ..ipc.channel import READY, Channel, JobFrame, job_frames
 from ..ipc.control import WorkerExited
 from ..ipc.inflight import QUEUED, ROWS, SETTLES_S, InFlightJob
 from ..keys import Source
@@ -25,6 +25,11 @@ _SORTED_QUEUE_S = 0.01
 _LONG_S = 0.5
 #: Interval at which a worker's rate is measured (seconds).
 _MEASURE_EVERY_S = 0.05
+#: The rate is measured early once a worker has finished this number of its windows, and of jobs: then its
+#: window is far too small. Two windows, because outcomes come in bursts of up to one.
+_EARLY_WINDOWS, _EARLY_JOBS = 2, 8
+#: Not earlier than this: a shorter time is no measure of a rate (seconds).
+_EARLY_S = 0.002
 #: Most bytes and jobs of one frame: with small frames a worker starts while the next frame is encoded.
 _FRAME_BYTES = 256 * 1024
 _FRAME_JOBS = 512
@@ -73,9 +78,8 @@ class WorkerHandle:
 
         ``taken`` is read again after the frames, because the worker may take a frame in between.
         """
-        decoder = msgspec.msgpack.Decoder(JobFrame)
         for frame, _ in self.channel.jobs.frames():
-            decoded = decoder.decode(frame)
+            decoded = job_frames.decode(frame)
             self.table.head = max(self.table.head, decoded.first_row + len(decoded.jobs))
         self.table.head = max(self.table.head, self.table.taken)
 
@@ -97,8 +101,10 @@ class WorkerHandle:
     @property
     def window(self) -> int:
         """Number of jobs that it may have in flight now."""
-        if not self.accepts_jobs or self.held_up:
-            return 0
+        return self._full_window if self.accepts_jobs and not self.held_up else 0
+
+    @property
+    def _full_window(self) -> int:
         return min(max(2 * self.channel.batch_hint, int(self._jobs_per_s * self.queue_s)), ROWS)
 
     def supports(self, type_no: int) -> bool:
@@ -172,9 +178,10 @@ class WorkerHandle:
         self._settled_jobs += len(rows)
 
     def update_rate(self, mono_now_s: float) -> None:
-        """Measure the rate, if the interval is over."""
+        """Measure the rate, if the interval is over or the window turns out to be far too small."""
         elapsed_s = mono_now_s - self._measured_at
-        if elapsed_s >= _MEASURE_EVERY_S:
+        is_early = self._settled_jobs >= max(_EARLY_JOBS, _EARLY_WINDOWS * self._full_window)
+        if elapsed_s >= (_EARLY_S if is_early else _MEASURE_EVERY_S):
             self._jobs_per_s = self._settled_jobs / elapsed_s
             self._settled_jobs = 0
             self._measured_at = mono_now_s
@@ -327,8 +334,8 @@ class Dispatcher:
             workers = [worker for worker in self.workers if worker.credit > 0 and worker not in unmatched]
             if not workers:
                 return
-            share = -(-len(queue) // len(workers))
             worker = min(workers, key=_load)
+            share = _level([_load(one) for one in workers], len(queue)) - _load(worker)
             jobs = self.buffer.take(min(share, worker.credit), worker.channel.unsupported_types)
             if not jobs:
                 unmatched.append(worker)
@@ -366,3 +373,13 @@ class Dispatcher:
 
 def _load(worker: WorkerHandle) -> int:
     return len(worker.table)
+
+
+def _level(loads: Sequence[int], jobs: int) -> int:
+    """The load that the least-loaded workers have after they have shared these jobs."""
+    total, sharing = jobs, 0
+    for load in sorted(loads):
+        if sharing and load * sharing >= total:
+            break
+        total, sharing = total + load, sharing + 1
+    return -(-total // sharing)

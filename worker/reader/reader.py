@@ -97,6 +97,8 @@ class Reader:
         self._trouble: str | None = None
         # Why the paused types cannot be read; empty if they can.
         self._pauses_fault = ""
+        # Stream numbers and descriptors of the reads whose answers have come.
+        self._readable: list[tuple[int, int]] = []
         # Streams whose name was taken at least once.
         self._named: set[int] = set()
         self._backoff = ReconnectBackoff(self._rng)
@@ -150,6 +152,7 @@ class Reader:
             self._refresh_pauses()
         self._intake.refresh(now)
         self._settle(now)
+        self._take_reads()
         self._intake.continue_claims()
         self._reclaim_exited_workers()
         self._log_slowdowns()
@@ -172,9 +175,10 @@ class Reader:
     # -- jobs
 
     def _settle(self, now: float) -> None:
-        """Settle all outcomes and rejected entries; they stay for the next tick if the store fails."""
-        batch = self._settler.settle(self._dispatcher.workers, self._intake.rejected)
-        self._intake.rejected.clear()
+        """Settle all outcomes and rejected entries. If the store fails, outcomes stay for the next tick, and
+        rejected entries are listed again. While the store settles, the answers to reads are taken."""
+        rejected, self._intake.rejected = self._intake.rejected, []
+        batch = self._settler.settle(self._dispatcher.workers, rejected, self._take_reads)
         self._buffer.record_success(batch.answered_types)
         if batch.has_ended:
             self._intake.flow.record_settled(batch.put_back)
@@ -221,14 +225,21 @@ class Reader:
     # -- events
 
     def _wait(self, timeout_s: float) -> None:
-        """Wait for events and handle them."""
+        """Wait for events and handle them; the answers to reads are taken in the next tick."""
+        self._readable.clear()
         for key, _ in self._selector.select(timeout_s):
             if key.data is None:
                 self._receive()
             elif isinstance(key.data, WorkerHandle):
                 clear_eventfd(key.fd)
             else:
-                self._intake.on_read_ready(key.data, key.fd)
+                self._readable.append((key.data, key.fd))
+
+    def _take_reads(self) -> None:
+        """Take the answers to reads that have come."""
+        readable, self._readable = self._readable, []
+        for stream_no, fd in readable:
+            self._intake.on_read_ready(stream_no, fd)
 
     def _receive(self) -> None:
         try:

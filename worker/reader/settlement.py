@@ -7,19 +7,28 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-import msgspec
-
 from ..conditions import expires_s, has_keys, unique_bucket, unique_name
 from ..envelope import DeadJob, Header, dead_letter, read_header, with_retry
 from ..errors import Fenced, StoreUnavailable
 from ..flow import read_flow_header, tenant_key
-from ..ipc.channel import OutcomeFrame
+from ..ipc.channel import outcome_frames
 from ..ipc.control import WorkerExited
 from ..ipc.inflight import FAILED, QUEUED, RETURNED, SETTLED, STARTED, SUCCEEDED, InFlightJob
 from ..outcome import Drop, Failure, GiveUp, Reason, TryAgain, after_failure
 from ..results import CANCELLED, DEAD, encode_result, is_kept
 from ..results import SUCCEEDED as RESULT_SUCCEEDED
-from ..store.ports import Dead, Entry, Kept, OwnedKey, PutBack, Retry, Settled, Settlement, WaitingJob
+from ..store.ports import (
+    Dead,
+    Entry,
+    Kept,
+    OwnedKey,
+    PutBack,
+    Retry,
+    Settled,
+    Settlement,
+    WaitingJob,
+    do_nothing,
+)
 from ..telemetry import trace
 from ..telemetry.current_job import log_fields
 from .admission import AdmittedJob, RejectedEntry, reject_unread
@@ -94,12 +103,17 @@ class Settler:
         self._mono_s = context.mono_s
         self._wall_s = context.wall_s
         self._wall_now = wall_now
-        self._decoder = msgspec.msgpack.Decoder(OutcomeFrame)
 
     # -- outcomes
 
-    def settle(self, workers: Sequence[WorkerHandle], rejected: Sequence[RejectedEntry]) -> SettlementBatch:
-        """Settle all outcomes of these workers and the held ones, and dead-letter the rejected entries."""
+    def settle(
+        self, workers: Sequence[WorkerHandle], rejected: Sequence[RejectedEntry],
+        meanwhile: Callable[[], None] = do_nothing,
+    ) -> SettlementBatch:  # fmt: skip
+        """Settle all outcomes of these workers and the held ones, and dead-letter the rejected entries.
+
+        ``meanwhile`` may be called while the store settles.
+        """
         batch = SettlementBatch()
         if not (rejected or self._held.stream_nos() or any(len(one.table) for one in workers)):
             # An idle service: a new job waits for the end of this tick.
@@ -121,7 +135,7 @@ class Settler:
         for entry in rejected:
             self._settle_rejected(batch, entry)
         self._marks.unmark()
-        self._commit(batch)
+        self._commit(batch, meanwhile)
         for one in outcomes:
             self._release(one)
         if self._unsure:  # what is not in flight any more was never sent again
@@ -133,7 +147,7 @@ class Settler:
         succeeded = list(worker.table.succeeded())
         failed, kept, end = [], [], None
         for frame, tail in worker.channel.outcomes.frames():
-            outcome = self._decoder.decode(frame)
+            outcome = outcome_frames.decode(frame)
             end = tail
             if worker.table.state(outcome.row) == FAILED:  # an earlier reader may have settled it
                 row, name = worker.table.job(outcome.row), self._worker_name(worker)
@@ -405,13 +419,13 @@ class Settler:
 
     # -- the store
 
-    def _commit(self, batch: SettlementBatch) -> None:
+    def _commit(self, batch: SettlementBatch, meanwhile: Callable[[], None] = do_nothing) -> None:
         """Settle the batch in the store, then count its outcomes: they are final now."""
         versions = {stream_no: version for stream_no, (_, version) in self._lane_rules.items()}
         ttl_s = self._settings.result_ttl_s
         settlements = batch.settlements(self._streams, versions, ttl_s, sure=self._has_fresh_leases())
         sent = {no: settlement for no, settlement in settlements.items() if no not in self._faults}
-        results = self._send(sent) if sent else []
+        results = self._send(sent, meanwhile) if sent else []
         unsettled: set[tuple[int, bytes]] = set()
         uncounted: set[tuple[int, bytes]] = set()
         for stream_no, result in zip(sent, results, strict=True):
@@ -448,10 +462,10 @@ class Settler:
         since_s = self._mono_s() - self._lost_leases.mono_renewed_s
         return not self._unsure and not self._faults.isolated and since_s < self._settings.lease_s / 2
 
-    def _send(self, settlements: Mapping[int, Settlement]) -> list[Settled]:
+    def _send(self, settlements: Mapping[int, Settlement], meanwhile: Callable[[], None]) -> list[Settled]:
         """Settle in the store. If the answer is lost, the outcomes may be settled or not."""
         try:
-            return self._store.settle(list(settlements.values()))
+            return self._store.settle(list(settlements.values()), meanwhile)
         except (StoreUnavailable, Fenced):
             self._unsure.update((no, entry_id) for no, one in settlements.items() for entry_id in one.ids)
             raise

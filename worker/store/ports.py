@@ -7,7 +7,7 @@ is a bug. No call waits longer than the store's timeout.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -23,6 +23,10 @@ from .forwarding import ForwardStore
 RELEASED_IDLE_S = 30 * 24 * 3600.0
 #: Tenants that are shown by themselves: those with the most waiting jobs.
 LARGEST_TENANTS = 10
+
+
+def do_nothing() -> None:
+    """Default of callbacks."""
 
 
 class Entry(NamedTuple):
@@ -317,10 +321,14 @@ class ReaderStore(Protocol):
     def has_lost(self, source: Source, min_idle_ms: int) -> bool:
         """Whether a consumer whose name no service holds has entries that can be claimed. A cheap look."""
 
-    def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
+    def settle(
+        self, settlements: Sequence[Settlement], meanwhile: Callable[[], None] = do_nothing
+    ) -> list[Settled]:
         """Settle entries, each entry atomically; returns one result for each settlement.
 
-        `StoreRefused` is not raised: it is in the result of its settlement.
+        ``meanwhile`` is called once while the store settles. It may call other methods, and what it raises is
+        raised: then the entries may be settled or not. `StoreRefused` is not raised: it is in the result of
+        its settlement.
         """
 
     def set_deaths(self, source: Source, deaths: Mapping[bytes, int]) -> dict[bytes, int]:

@@ -24,7 +24,7 @@ from ..extension import imported
 
 #: The module that the forkserver imports. It is named, not imported: the supervisor does not need it.
 _PRELOAD = "jobworker.worker.preload"
-#: For the preloaded module: process id of the supervisor, a space, the process title.
+#: For the preloaded module: process id of the supervisor, log level, process title, separated by spaces.
 FORKSERVER_VARIABLE = "_JOBWORKER_FORKSERVER"
 #: Keeps the working folder out of the forkserver's module path. The value marks the setting as ours.
 SAFE_PATH_VARIABLE, SAFE_PATH = "PYTHONSAFEPATH", "jobworker"
@@ -62,9 +62,10 @@ class ForkServer(forkserver.ForkServer):
     _forkserver_alive_fd: int | None
     _forkserver_address: str | None
 
-    def __init__(self, title: str, uncollected: set[int]) -> None:
+    def __init__(self, title: str, uncollected: set[int], *, log_level: str = "info") -> None:
         super().__init__()
         self._title = title
+        self._log_level = log_level
         self._uncollected = uncollected
         self._address_fd = -1
         self.set_forkserver_preload([_PRELOAD])
@@ -82,7 +83,7 @@ class ForkServer(forkserver.ForkServer):
             _tracker._fd = os.open(
                 os.devnull, os.O_WRONLY
             )  # where a tracker would read: it counts as running
-        parent = f"{os.getpid()} {self._title}"
+        parent = f"{os.getpid()} {self._log_level} {self._title}"
         with _socket_folder(), _environment({FORKSERVER_VARIABLE: parent, SAFE_PATH_VARIABLE: SAFE_PATH}):
             # The mask is inherited: a signal to the group does not end it before it ignores the signal.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)

@@ -3,7 +3,6 @@
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ..settings import Settings
@@ -118,9 +117,11 @@ def service_status(settings: Settings, redis_url: str) -> dict[str, Any]:
 
 
 def _version() -> str:
+    from importlib import metadata  # a tenth of the modules of a supervisor, which few ask for its status
+
     try:
-        return version("jobworker")
-    except PackageNotFoundError:
+        return metadata.version("jobworker")
+    except metadata.PackageNotFoundError:
         return "unknown"
 
 

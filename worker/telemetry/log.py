@@ -359,7 +359,13 @@ def set_up(role: str, level: str, form: str, max_lines: int = DEFAULT_MAX_LINES)
     handler.setFormatter(JsonFormatter(role) if form == "json" else text_formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level.upper())
+    _set_level(root, logging.getLevelNamesMapping()[level.upper()])
     # Libraries log details at INFO that no operator needs.
     for noisy in ("httpx", "sentence_transformers", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+        _set_level(logging.getLogger(noisy), logging.ERROR)
+
+
+def _set_level(logger: logging.Logger, level: int) -> None:
+    # A new level writes to every logger, so a child of the forkserver copies their pages (0.3 MB).
+    if logger.level != level:
+        logger.setLevel(level)

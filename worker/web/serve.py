@@ -97,8 +97,8 @@ def serve(
     )  # fmt: skip
     app = application(site, access, more, allow_actions=options.allow_actions)
     server = BoundedServer(config(app, _DRAIN_S))
-    # Its INFO events are about uvicorn itself.
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # Its other events are about uvicorn itself, or are logged by `BoundedProtocol` with the client.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     # uvicorn raises the signal again after its shutdown: the default handler would change the exit code.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)  # also before uvicorn sets its own

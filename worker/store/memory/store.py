@@ -3,7 +3,7 @@
 import contextlib
 import select
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ...errors import Fenced, NameHeld, StoreRefused, StoreUnavailable
 from ...flow import FlowConfig, Lane
@@ -37,6 +37,7 @@ from ..ports import (
     Settlement,
     TakenJobs,
     WaitingJob,
+    do_nothing,
 )
 from .batches import MemoryBatchStore
 from .cancel import MemoryCancelStore
@@ -184,7 +185,10 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore, MemoryFo
                 for lease in group.leases.values()
             )
 
-    def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
+    def settle(
+        self, settlements: Sequence[Settlement], meanwhile: Callable[[], None] = do_nothing
+    ) -> list[Settled]:
+        meanwhile()
         with self._server.lock:
             return [self._settle(settlement) for settlement in settlements]
 
@@ -421,7 +425,7 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore, MemoryFo
         with self._server.lock:
             self._server.check(stream)
             trimmed = self._server.stream(stream)
-            finished = [id for id in trimmed.entries if self._finished(trimmed, id)] if trimmed.groups else []
+            finished = self._finished(trimmed) if trimmed.groups else []
             for id in finished:
                 del trimmed.entries[id]
             return len(finished)
@@ -623,13 +627,14 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore, MemoryFo
         stream.lanes.release(id)
 
     @staticmethod
-    def _finished(stream: Stream, id: bytes) -> bool:
-        """Whether every group has read and acknowledged the entry and all entries before it."""
+    def _finished(stream: Stream) -> list[bytes]:
+        """The entries that every group has read and acknowledged, with all entries before them."""
         groups = stream.groups.values()
-        open_ids = [order(lease) for group in groups for lease in group.leases]
-        open_ids += map(order, stream.lanes.ids())
-        moves = stream.forwarding
-        open_ids += (id for id in map(order, stream.entries) if order(moves.moved) < id <= order(moves.taken))
-        return all(order(id) <= group.last_delivered for group in groups) and order(id) < min(
-            open_ids, default=(order(id)[0] + 1, 0)
-        )
+        needed = {order(lease) for group in groups for lease in group.leases}
+        needed |= {order(id) for id in stream.lanes.ids()}
+        moved, taken = order(stream.forwarding.moved), order(stream.forwarding.taken)
+        ids = {id: order(id) for id in stream.entries}
+        needed |= {place for place in ids.values() if moved < place <= taken}
+        read_till = min(group.last_delivered for group in groups)
+        first_needed = min(needed, default=(read_till[0] + 1, 0))
+        return [id for id, place in ids.items() if place <= read_till and place < first_needed]

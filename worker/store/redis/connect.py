@@ -17,6 +17,14 @@ from ...errors import AnswerTooLarge, ConfigurationError, StoreUnavailable
 from ...urls import RedisUrl, parse_redis_url
 from .discovery import find_master, living_nodes
 
+try:
+    from redis.driver_info import DriverInfo
+except ImportError:  # before version 7.2, which looks its version up once
+    _DRIVER: dict[str, Any] = {}
+else:
+    # Otherwise each connection looks the version up in the metadata of the installed packages.
+    _DRIVER = {"driver_info": DriverInfo(lib_version=redis.__version__)}
+
 #: Bytes per system call: a batch of some hundred jobs.
 _SOCKET_READ_BYTES = 256 * 1024
 #: TCP keepalive: seconds of silence before the first probe, seconds between probes, number of probes.
@@ -143,6 +151,7 @@ def _limits(timeout_s: float) -> dict[str, Any]:
         "socket_connect_timeout": timeout_s,
         "protocol": 2,
         "client_name": "jobworker",
+        **_DRIVER,
     }
 
 

@@ -27,6 +27,8 @@ _EPOCH_SCRIPTS = frozenset(
 )
 #: Scripts that use the record of the service that owns a consumer's name.
 _NAME_SCRIPTS = frozenset({"acquire", "renew_name", "remove_consumers", "find_lost", "find_idle"})
+#: Scripts that read what XINFO says of groups or consumers.
+_INFO_SCRIPTS = frozenset({"trim", "forward_take", "cancel", "remove_consumers", "find_lost", "find_idle"})
 #: Scripts that move jobs into lanes or out of them, or that end jobs which hold slots.
 _FLOW_SCRIPTS = frozenset({"sort", "take", "settle", "configure", "mend_slots", "screen", "cancel"})
 #: Scripts that compare entry ids.
@@ -74,6 +76,7 @@ script = LuaScripts(
     files("jobworker.worker.store.redis") / "scripts",
     {
         "prelude_epoch": _EPOCH_SCRIPTS,
+        "prelude_info": _INFO_SCRIPTS,
         "prelude_name": _NAME_SCRIPTS,
         "prelude_ids": _ID_SCRIPTS,
         "prelude_flow": _FLOW_SCRIPTS,

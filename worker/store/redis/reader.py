@@ -22,6 +22,7 @@ from ..ports import (
     Settlement,
     TakenJobs,
     WaitingJob,
+    do_nothing,
 )
 from . import lanes
 from .base import (
@@ -153,7 +154,9 @@ class RedisReaderStore(RedisStoreBase):
         command = script("find_lost", two_keys, source.group, self._consumer, min_idle_ms)
         return bool(self._send(source, lambda: command))
 
-    def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
+    def settle(
+        self, settlements: Sequence[Settlement], meanwhile: Callable[[], None] = do_nothing
+    ) -> list[Settled]:
         """Acknowledgements, retries and dead letters take one step each, so that a
         key that refuses one kind does not stop the others; more than 1,000 ids or 8 MiB take several.
         With ``wait_replicas`` one WAIT follows them on their connection."""
@@ -162,7 +165,10 @@ class RedisReaderStore(RedisStoreBase):
         for parts in self._by_node(all_parts):
             commands = [self._settlement(part) for _, part in parts]
             commands += wait_command(self._wait_replicas)
-            replies = self.call(parts[0][1].source.stream, commands)
+            begun = self.begin_call(parts[0][1].source.stream, commands)
+            meanwhile()
+            meanwhile = do_nothing
+            replies = self.finish_call(begun)
             for (number, part), reply in zip(parts, replies[: len(parts)], strict=True):
                 results[number] = self._settled(results[number], part, reply)
             if self._wait_replicas and too_few(replies[-1], self._wait_replicas):

@@ -1,5 +1,5 @@
 -- Cancels one job: removes it if it waits, or asks the service that has it to end it.
--- Called by RedisCancelStore.cancel, after prelude_ids.lua, prelude_flow.lua, prelude_batch.lua and prelude_cancel.lua.
+-- Called by RedisCancelStore.cancel, after the preludes info, ids, flow, batch and cancel.
 -- Atomic: a job that begins at this moment is either removed or asked, and a removed one has its dead letter and its result,
 -- and counts in its batch.
 -- KEYS[1] stream  KEYS[2] retry ZSET  KEYS[3] dead-letter stream  KEYS[4] deaths hash  KEYS[5] shards hash of the
@@ -49,11 +49,7 @@ if not entry then
 end
 
 local groups, is_unread = {}, false
-for _, flat in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
-  local group = {}
-  for i = 1, #flat, 2 do
-    group[flat[i]] = flat[i + 1]
-  end
+for _, group in ipairs(groups_of(KEYS[1])) do
   groups[#groups + 1] = group['name']
   is_unread = is_unread or less(group['last-delivered-id'], id)
 end

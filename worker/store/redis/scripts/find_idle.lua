@@ -1,5 +1,6 @@
 -- Counts the other consumers that own no entry and whose service holds its name: they would start a job at once.
--- Called by RedisReaderStore.idle_readers, after prelude_name.lua. Atomic: names and entries belong together.
+-- Called by RedisReaderStore.idle_readers, after the preludes info and name.
+-- Atomic: names and entries belong together.
 -- KEYS[1] stream  KEYS[2] fence hash
 -- ARGV[1] group   ARGV[2] the caller's consumer
 -- Returns their number; 0 while the group has undelivered entries: an idle one takes those first, or is not ready.
@@ -7,7 +8,7 @@ local idle = 0
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return idle
 end
-for _, group in ipairs(facts_of(redis.call('XINFO', 'GROUPS', KEYS[1]))) do
+for _, group in ipairs(groups_of(KEYS[1])) do
   local after = '(' .. group['last-delivered-id']
   if group['name'] == ARGV[1] and redis.call('XRANGE', KEYS[1], after, '+', 'COUNT', 1)[1] then
     return idle

@@ -1,6 +1,7 @@
 -- Says whether a consumer whose name no service owns any more has entries that another may claim. It looks at the
 -- consumers and at few of their entries, so it costs little beside a sweep through all pending entries.
--- Called by RedisReaderStore.has_lost, after prelude_name.lua. Atomic: a consumer's name and its entries belong together.
+-- Called by RedisReaderStore.has_lost, after the preludes info and name.
+-- Atomic: a consumer's name and its entries belong together.
 -- KEYS[1] stream  KEYS[2] fence hash
 -- ARGV[1] group   ARGV[2] the caller's consumer   ARGV[3] least idle time in ms
 -- Returns 1 or 0.

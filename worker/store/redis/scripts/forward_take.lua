@@ -1,5 +1,6 @@
 -- Takes new entries of a stream for the move into its shards, or returns again those that are not moved yet.
--- Called by RedisForwardStore.forward_take, after prelude_ids.lua. Atomic: an entry is taken for the move or delivered to
+-- Called by RedisForwardStore.forward_take, after the preludes info and ids.
+-- Atomic: an entry is taken for the move or delivered to
 -- a reader of the group, never both.
 -- KEYS[1] stream  KEYS[2] shards hash of the stream: shards, and the number of the last entry that was taken (taken) and
 -- that was moved (moved); shards_of/<number> for each number of shards that was ever used; mover and until (ms): who moves
@@ -20,11 +21,7 @@ if mover and mover ~= ARGV[2] and left_ms > 0 and left_ms <= longest_ms then
 end
 
 local group
-for _, flat in ipairs(redis.call('EXISTS', KEYS[1]) == 1 and redis.call('XINFO', 'GROUPS', KEYS[1]) or {}) do
-  local facts = {}
-  for i = 1, #flat, 2 do
-    facts[flat[i]] = flat[i + 1]
-  end
+for _, facts in ipairs(groups_of(KEYS[1])) do
   if facts['name'] == ARGV[1] then
     group = facts
   end

@@ -40,16 +40,3 @@ local function live_record(consumer, epoch)
     return record, lease_ms - age_ms
   end
 end
-
--- Groups or consumers of a stream, each as a table of its facts.
-local function facts_of(reply)
-  local found = {}
-  for _, flat in ipairs(reply) do
-    local facts = {}
-    for i = 1, #flat, 2 do
-      facts[flat[i]] = flat[i + 1]
-    end
-    table.insert(found, facts)
-  end
-  return found
-end

@@ -1,6 +1,7 @@
 -- Deletes consumers that own no entry, were idle for long, and whose name was not renewed for as long.
 -- Redis 7.0 counts a consumer as idle while its reads find nothing, so only the name tells that its service lives.
--- Called by RedisReaperStore.remove_idle_consumers, after prelude_name.lua. Atomic: deleting a consumer that was given
+-- Called by RedisReaperStore.remove_idle_consumers, after the preludes info and name.
+-- Atomic: deleting a consumer that was given
 -- an entry meanwhile would lose that entry.
 -- KEYS[1] stream  KEYS[2] fence hash
 -- ARGV[1] group   ARGV[2] consumer to keep   ARGV[3] least idle time in ms

@@ -1,6 +1,7 @@
 -- Deletes the entries that every group of the stream has read and acknowledged, and that neither wait in a lane
 -- nor for their move into a shard.
--- Called by RedisReaperStore.trim, after prelude_ids.lua. Atomic: no group may be created between the comparison and the deletion.
+-- Called by RedisReaperStore.trim, after the preludes info and ids. Atomic: no group may be created between
+-- the comparison and the deletion.
 -- KEYS[1] stream  KEYS[2] ready hash  KEYS[3] shards hash (see forward_take.lua)
 -- ARGV[1] about how many at most in one call
 -- Returns the number of deleted entries; 0 for a stream without a group.
@@ -24,11 +25,7 @@ local function first_needed(group)
 end
 
 local min_id
-for _, flat in ipairs(redis.call('EXISTS', KEYS[1]) == 1 and redis.call('XINFO', 'GROUPS', KEYS[1]) or {}) do
-  local group = {}
-  for i = 1, #flat, 2 do
-    group[flat[i]] = flat[i + 1]
-  end
+for _, group in ipairs(groups_of(KEYS[1])) do
   local first = first_needed(group)
   if not min_id or less(first, min_id) then
     min_id = first
