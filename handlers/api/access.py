@@ -55,7 +55,7 @@ class ApiAccess:
             found = os.stat(self._file)
         except OSError:
             return None
-        return found.st_ino, found.st_size, found.st_mtime_ns
+        return found.st_ino, found.st_size, found.st_ctime_ns  # a change of the mode counts
 
     def _reload(self) -> None:
         self._mono_looked_s = self._mono_s()

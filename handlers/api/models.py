@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
@@ -17,6 +18,8 @@ log = logging.getLogger("jobworker.api")
 MAX_MODELS = 2
 #: What a client waits before it tries again while a model is loaded.
 LOADING_RETRY_S = 2
+#: A model that cannot be loaded is tried again after this time, and not for each request.
+FAILED_RETRY_S = 30.0
 
 
 class Models:
@@ -36,6 +39,7 @@ class Models:
         self._names = list(names)
         self._batchers: dict[str, Batcher] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
+        self._mono_failed_s: dict[str, float] = {}
         self._thread = ThreadPoolExecutor(1, "load")
         self._own = ""
         #: Dimensions to which vectors of the own model may be shortened.
@@ -75,11 +79,17 @@ class Models:
             )  # fmt: skip
 
     def of_collection(self, model: str) -> Batcher:
-        """The model of a collection; empty: the own one. Raises ApiError 503 while it is loaded."""
+        """The model of a collection; empty: the own one.
+
+        Raises ApiError 503 while it is loaded, and if it cannot be loaded.
+        """
         if not model or model == self._own:
             return self.own
         if model not in self._batchers:
             self._begin(model)
+            if model not in self._loading:
+                text = f"the model {model} of this collection cannot be loaded; the service's log says why"
+                raise ApiError(503, text, code="model_failed", retry_after_s=int(FAILED_RETRY_S))
             raise _loading(f"the model {model} of this collection")
         return self._batchers[model]
 
@@ -89,7 +99,9 @@ class Models:
             self._begin(model)
 
     def _begin(self, model: str) -> None:
-        if model not in self._batchers and model not in self._loading:
+        failed_s = self._mono_failed_s.get(model, -FAILED_RETRY_S)
+        may_try = time.monotonic() >= failed_s + FAILED_RETRY_S
+        if may_try and model not in self._batchers and model not in self._loading:
             self._loading[model] = asyncio.get_running_loop().create_task(self._load_other(model))
 
     async def _load_other(self, model: str) -> None:
@@ -97,9 +109,11 @@ class Models:
             encoder = await asyncio.get_running_loop().run_in_executor(self._thread, self._load, model)
         except Exception as error:
             log.error("api.model_failed", extra={"model": model, "error": str(error)})
+            self._mono_failed_s[model] = time.monotonic()
             return
         finally:
             del self._loading[model]
+        self._mono_failed_s.pop(model, None)
         others = [name for name in self._batchers if name != self._own]
         for name in others[: len(others) + 2 - MAX_MODELS]:
             self._batchers.pop(name).close()

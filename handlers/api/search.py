@@ -105,7 +105,8 @@ class Searcher:
             check_search_fields(name, where)
             found = await self._find(asked, name, where)
         except CollectionMissing as error:
-            raise ApiError(404, str(error), code="collection_not_found", param="collection") from error
+            reason = f"{error}: no job has written to it"
+            raise ApiError(404, reason, code="collection_not_found", param="collection") from error
         except PermanentStoreError as error:
             raise ApiError(400, str(error)) from error
         except (VectorStoreError, StoreUnavailable) as error:

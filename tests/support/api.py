@@ -69,7 +69,7 @@ class World:
         self.encoder = encoder or DummyEncoder(DIM)
         self.batches: list[int] = []
         self.states: dict[str, dict[str, str]] = {}
-        others = others or {}
+        others = {} if others is None else others
         self.models = Models(
             lambda name: others[name] if name else self.encoder,
             ["served-name"],

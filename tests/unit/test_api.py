@@ -355,10 +355,15 @@ def test_a_changed_token_file_is_read_again(tmp_path: Path, monkeypatch: pytest.
 
         path.write_text(f"t1 {OTHER_TOKEN}\n")
         assert (await status(TOKEN), await status(OTHER_TOKEN)) == (401, 200)
+        path.chmod(0o644)
+        path.write_text(f"{TOKEN}\n")
+        assert (await status(TOKEN), await status(OTHER_TOKEN)) == (401, 200)
+        path.chmod(0o600)
+        assert (await status(TOKEN), await status(OTHER_TOKEN)) == (200, 401)
         path.write_text("short")
-        assert await status(OTHER_TOKEN) == 200
+        assert await status(TOKEN) == 200
         os.unlink(path)
-        assert await status(OTHER_TOKEN) == 200
+        assert await status(TOKEN) == 200
 
     in_world(scenario, token_file=path)
 

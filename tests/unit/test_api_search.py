@@ -10,6 +10,7 @@ from jobworker.handlers.api.errors import ApiError
 from jobworker.handlers.encoder.base import DummyEncoder, Plan, Purpose
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.ports import EntityRow, Row, TransientStoreError
+from jobworker.worker import ConfigurationError
 from support.api import DIM, World, in_world
 
 SCOPE = {"tenant_id": "t1", "project_id": "p1"}
@@ -263,3 +264,29 @@ def test_at_most_two_models_are_kept() -> None:
         assert np.allclose(vectors, others["c"].encode(["one"], "query"))
 
     in_world(scenario, others=others)
+
+
+def test_a_model_that_cannot_be_loaded_is_not_tried_for_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    class Missing(dict[str, Other]):
+        def __missing__(self, name: str) -> Other:
+            tried.append(name)
+            raise ConfigurationError("the folder does not exist")
+
+    async def scenario(world: World) -> None:
+        world.states[COLLECTION] = {**OLD, "phase": "done", "model": "gone", "live_model": "gone"}
+
+        async def code() -> str:
+            answer = await world.post("/v1/search", {**SCOPE, "query": "two"})
+            assert answer.status == 503
+            return str(answer.json()["error"]["code"])
+
+        assert await code() == "model_loading"
+        while await code() == "model_loading":
+            await asyncio.sleep(0.01)  # the model is loaded in a thread
+        assert (await code(), tried) == ("model_failed", ["gone"])
+        monkeypatch.setattr("jobworker.handlers.api.models.FAILED_RETRY_S", 0.0)
+        assert await code() == "model_loading"
+
+    in_world(scenario, store=Store(), others=Missing())

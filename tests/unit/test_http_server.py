@@ -67,6 +67,22 @@ def test_an_answer_that_is_not_taken_in_time_is_given_up() -> None:
     served(scenario)
 
 
+def test_half_requests_do_not_keep_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HastyProtocol, "max_connections", 3)
+    monkeypatch.setattr(HastyProtocol, "request_within_s", SOON_S)
+
+    def scenario(address: tuple[str, int], server: SupervisedServer) -> None:
+        slow = [socket.create_connection(address, SOON_S) for _ in range(6)]
+        for one in slow:
+            one.sendall(REQUEST[:9])
+        assert asked(address, lambda: None) >= ANSWER_BYTES
+        assert len(server.server_state.connections) <= 3
+        for one in slow:
+            one.close()
+
+    served(scenario)
+
+
 def test_bytes_that_are_no_request_are_logged_with_their_client(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "jobworker")
 

@@ -28,7 +28,8 @@ END_WITHIN_S = 4.5
 class BoundedProtocol(H11Protocol):
     """HTTP/1.1 connection that is closed when a request does not arrive or its answer is not taken in time.
 
-    A connection beyond the limit is closed at once.
+    A connection beyond the limit takes the place of the one that has waited longest for the rest of its
+    request; without such a one it is closed at once.
     """
 
     max_connections: ClassVar[int] = MAX_CONNECTIONS
@@ -39,10 +40,13 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline of the first request."""
         super().connection_made(transport)
-        if len(self.connections) > self.max_connections:
+        if len(self.connections) > self.max_connections and (slowest := self._slowest()) is not None:
+            slowest._stop()  # not found again before its end is noticed
+            slowest.transport.abort()
+        elif len(self.connections) > self.max_connections:
             transport.abort()
-        else:
-            self._start()
+            return
+        self._start()
 
     def data_received(self, data: bytes) -> None:
         """Stop the deadline once the request is complete."""
@@ -79,6 +83,10 @@ class BoundedProtocol(H11Protocol):
         self._stop()
         self._stop_reader()
         super().connection_lost(exc)
+
+    def _slowest(self) -> "BoundedProtocol | None":
+        waiting = [one for one in self.connections if isinstance(one, BoundedProtocol) and one._deadline]
+        return min(waiting, key=lambda one: one._deadline.when() if one._deadline else 0.0, default=None)
 
     def _unsent(self) -> int:
         return int(self.transport.get_write_buffer_size())
