@@ -211,8 +211,8 @@ def export(
     access = doctor.milvus_access(milvus_uri, str(endpoints.get("milvus_uri", "")))
     if not access[0]:
         raise ConfigurationError(
-            "which Milvus? Give --milvus-uri (or JOBWORKER_MILVUS_URI), or the --data-dir of a service, without "
-            "the URL of another job store"
+            "which Milvus? Give --milvus-uri (or JOBWORKER_MILVUS_URI), or the --data-dir of a service, "
+            "without the URL of another job store"
         )
     try:
         project_rows = open_project(access, milvus_prefix, collection, tenant, project)
