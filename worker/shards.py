@@ -51,6 +51,12 @@ def shard_count(name: str) -> int:
     return _place(name)[1]
 
 
+def unread_shard_advice(name: str) -> str:
+    """What to do for a shard that no service reads; empty for a stream that is no shard."""
+    stream, count = _place(name)
+    return f"restart the services of {stream} with --drain-shards {count}" if count else ""
+
+
 def _place(name: str) -> tuple[str, int]:
     stream, mark, numbers = name.rpartition(_MARK)
     parts = numbers.split(".")

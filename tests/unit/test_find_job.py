@@ -9,6 +9,7 @@ from jobworker.worker.admin.identity import read_identity
 from jobworker.worker.admin.status_client import Service
 from jobworker.worker.envelope import with_retry
 from jobworker.worker.keys import Source
+from jobworker.worker.shards import shard_names
 from jobworker.worker.store.announcements import Announcement
 from jobworker.worker.store.operator import LanePlace, Lease, Pause, Rivals, Scheduled
 from jobworker.worker.store.ports import RELEASED_IDLE_S, Entry
@@ -265,6 +266,9 @@ class TestMisspeltNames:
         location = find(store, "lost")
         assert (location.state, location.stream) == ("queued", "stream:tset")
         assert location.why == "no service reads this stream: did you mean 'stream:test'?"
+        (shard,) = shard_names("stream:test", 1)
+        store.streams[shard] = [Entry(b"1-0", job("stray"))]
+        assert "restart the services of stream:test with --drain-shards 1" in find(store, "stray").why
 
     def test_a_delayed_job_for_such_a_stream_too(self, store: Any) -> None:
         store.scheduled["stream:tset"] = [Scheduled(NOW_S - 60, job("lost"))]

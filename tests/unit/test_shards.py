@@ -26,6 +26,7 @@ from jobworker.worker.shards import (
     shard_number,
     shard_number_of,
     spread,
+    unread_shard_advice,
 )
 from jobworker.worker.store.faults import StreamFaults
 from jobworker.worker.store.memory.server import MemoryServer
@@ -47,6 +48,7 @@ def test_names_are_spread_over_all_slots_and_say_where_they_belong() -> None:
         names = shard_names(PLAIN.stream, count)
         assert [key_slot(name.encode()) * count // 16384 for name in names] == list(range(count))
         assert {(logical_stream(name), shard_count(name)) for name in names} == {(PLAIN.stream, count)}
+        assert unread_shard_advice(names[0]).endswith(f"of {PLAIN.stream} with --drain-shards {count}")
 
 
 @pytest.mark.parametrize(

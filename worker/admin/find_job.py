@@ -12,6 +12,7 @@ from ..envelope import batch_of, read_header
 from ..errors import MalformedJob, StoreRefused, StoreUnavailable
 from ..extension import extension, imported
 from ..keys import Source
+from ..shards import unread_shard_advice
 from ..store.announcements import Announcement, suggestion
 from ..store.operator import GroupState, LanePlace, Lease, Pause, order_of, walk
 from ..store.ports import RELEASED_IDLE_S, Entry, KeyFault
@@ -275,7 +276,8 @@ class JobFinder:
     ) -> JobLocation:
         location.state = "queued"
         if not source.group:
-            hint = suggestion(source.stream, (one.stream for one in self._sources))
+            known = (one.stream for one in self._sources)
+            hint = unread_shard_advice(source.stream) or suggestion(source.stream, known)
             location.why = f"no service reads this stream: {hint}"
             return location
         if group is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..errors import StoreRefused, StoreUnavailable
 from ..extension import extension
 from ..keys import Source
-from ..shards import logical_stream, shard_count
+from ..shards import unread_shard_advice
 from ..store.announcements import suggestion
 from ..store.operator import START, sample, walk
 from .dead_letters import read_letter
@@ -145,8 +145,8 @@ def name_findings(names: Names) -> Iterator[Finding]:
 
 def _reading(name: str, names: Names) -> str:
     """What to do for a stream that no service reads. A shard has the group of its stream."""
-    if count := shard_count(name):
-        return f"restart the services of {logical_stream(name)} with --drain-shards {count}"
+    if advice := unread_shard_advice(name):
+        return advice
     group = dict(extension().streams).get(name, "workers")
     option = f"--stream {shlex.quote(f'{name}={group}')}"
     do = f"restart a service of these jobs with {option} beside its other --stream: it then runs them"
