@@ -22,7 +22,7 @@ OPTIONS = (
     click.option("--milvus-prefix", cls=ExplicitOption, default="z_novel_",
                  envvar=f"{ENV_PREFIX}_MILVUS_PREFIX", help="Prefix of the collection names."),
     click.option("--milvus-uri", cls=ExplicitOption, default="", envvar=f"{ENV_PREFIX}_MILVUS_URI",
-                 help="Milvus of the deployment; doctor compares --model with its collections."),
+                 help="Milvus of the deployment.  [default: that of the service of --data-dir]"),
     click.option("--device", cls=ExplicitOption, default="auto", envvar=f"{ENV_PREFIX}_DEVICE",
                  help="With --model."),
     click.option("--configured-model", cls=ExplicitOption, hidden=True, default="",

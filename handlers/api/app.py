@@ -78,7 +78,7 @@ class Api:
 
     def application(self) -> Starlette:
         """The ASGI application."""
-        return Starlette(
+        application = Starlette(
             routes=[
                 self._route("/v1/embeddings", self._embeddings),
                 self._route("/embeddings", self._embeddings),
@@ -89,6 +89,9 @@ class Api:
             ],
             exception_handlers={HTTPException: _refused, Exception: _failed},
         )
+        # Behind a proxy with TLS the redirect is to http://, where a client would show its token.
+        application.router.redirect_slashes = False
+        return application
 
     # -- one request
 
@@ -227,7 +230,8 @@ def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
 def _refused(request: Request, error: Exception) -> Response:
     """A path or a method that does not exist."""
     assert isinstance(error, HTTPException)
-    return _json(openai_body(ApiError(error.status_code, error.detail)), error.status_code, error.headers)
+    text = f"{error.detail}: {request.method} {request.scope['path']}"
+    return _json(openai_body(ApiError(error.status_code, text)), error.status_code, error.headers)
 
 
 def _failed(request: Request, error: Exception) -> Response:

@@ -13,8 +13,8 @@ from jobworker.worker.cli.common import (
     echo_json,
     echo_line,
     find_store,
+    service_endpoints,
     standard_input,
-    verb_on_deployment,
 )
 from jobworker.worker.config.quantities import Count, Duration
 from jobworker.worker.options import CONFIG_OF_SERVICE, DATA_DIR, REDIS_URL, ExplicitOption
@@ -76,9 +76,10 @@ def add_to(main: click.Group) -> None:
                      help="Collection, with or without its prefix."),
         click.option("--project", required=True, cls=ExplicitOption, help="Project of the tenant."),
         click.option("--tenant", required=True, cls=ExplicitOption, help="Tenant whose rows are read."),
+        DATA_DIR, REDIS_URL, CONFIG_OF_SERVICE,
     ):  # fmt: skip
         command = option(command)
-    verb_on_deployment(main)(command)
+    main.command()(command)
 
 
 def import_(
@@ -193,8 +194,8 @@ def _print(facts: dict[str, Any]) -> None:
 
 
 def export(
-    deployment: Any, tenant: str, project: str, collection: str, milvus_uri: str, milvus_prefix: str,
-    vectors: bool, out: str,
+    redis_url: str, data_dir: str, tenant: str, project: str, collection: str, milvus_uri: str,
+    milvus_prefix: str, vectors: bool, out: str,
 ) -> None:  # fmt: skip
     """Write the rows of a project as JSON lines, by id.
 
@@ -206,9 +207,13 @@ def export(
     """
     from .export import NoRows, export_rows, open_project
 
-    access = doctor.milvus_access(milvus_uri, str(deployment.endpoints.get("milvus_uri", "")))
+    endpoints = service_endpoints(redis_url, data_dir)
+    access = doctor.milvus_access(milvus_uri, str(endpoints.get("milvus_uri", "")))
     if not access[0]:
-        raise ConfigurationError("give --milvus-uri, or the --data-dir of the service")
+        raise ConfigurationError(
+            "which Milvus? Give --milvus-uri (or JOBWORKER_MILVUS_URI), or the --data-dir of a service, "
+            "without the URL of another job store"
+        )
     try:
         project_rows = open_project(access, milvus_prefix, collection, tenant, project)
         with count_shown("exported") as show:

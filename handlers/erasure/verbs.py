@@ -95,7 +95,10 @@ def _count(redis_url: str, access: tuple[str, str], prefix: str, tenant: str, pr
 
     milvus_uri, token = access
     if not milvus_uri:
-        raise ConfigurationError("--dry-run counts rows: give --milvus-uri, or the --data-dir of the service")
+        raise ConfigurationError(
+            "--dry-run counts rows: give --milvus-uri (or JOBWORKER_MILVUS_URI), or the --data-dir of the "
+            "service, without the URL of another job store"
+        )
     parse_http_url(milvus_uri, "--milvus-uri", "http://milvus.example:19530")
     try:
         scope = Scope(check_id("--tenant", tenant), project and check_id("--project", project))

@@ -159,9 +159,14 @@ def test_another_model_is_refused_and_the_served_names_are_said() -> None:
 
 def test_an_unknown_path_or_method_is_refused_in_openais_form() -> None:
     async def scenario(world: World) -> None:
-        for method, path, status in (("GET", "/v1/embeddings", 405), ("POST", "/v1/chat", 404)):
-            answer = await world.request(method, path)
-            assert answer.status == status
+        unknown = (
+            ("GET", "/v1/embeddings", 405),
+            ("POST", "/v1/chat", 404),
+            ("POST", "/v1/embeddings/", 404),
+        )
+        for method, path, status in unknown:
+            answer = await world.request(method, path, host="[")
+            assert (answer.status, f"{method} {path}" in answer.json()["error"]["message"]) == (status, True)
             assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
     in_world(scenario)

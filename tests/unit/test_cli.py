@@ -79,7 +79,18 @@ def test_without_a_deployment_the_error_says_how_to_name_one(
     command = [*path, *(["x", "3"] if path == ("weight", "set") else needs.get(path[-1], []))]
     result = CliRunner().invoke(main, command, env={"JOBWORKER_REDIS_URL": None})
     assert result.exit_code == 2
-    assert "JOBWORKER_REDIS_URL" in result.output
+    assert ("JOBWORKER_MILVUS_URI" if path == ("export",) else "JOBWORKER_REDIS_URL") in result.output
+
+
+def test_export_and_erase_find_the_milvus_of_a_service_with_a_store_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "endpoints.json").write_text(
+        '{"redis_url": "redis://127.0.0.1:1/0", "milvus_uri": "http://127.0.0.1:2"}'
+    )
+    for words in (["export", *_SCOPE], ["erase", "--tenant=x", "--dry-run"]):
+        words = [*words, "--data-dir", str(tmp_path), "--redis-url"]
+        assert CliRunner().invoke(main, [*words, "redis://127.0.0.1:1/0"]).exit_code == 1
+        other = CliRunner().invoke(main, [*words, "redis://127.0.0.1:3/0"])
+        assert (other.exit_code, "JOBWORKER_MILVUS_URI" in other.output) == (2, True)
 
 
 class TestConfigurationFileOfTheService:

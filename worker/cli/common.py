@@ -160,7 +160,7 @@ def verb_on_deployment(group: click.Group) -> Callable[[Callable[..., None]], cl
         def with_deployment(
             redis_url: str, data_dir: str, metrics_urls: tuple[str, ...], metrics_addr: str, **options: Any
         ) -> None:
-            endpoints = {} if redis_url else _endpoints_of(data_dir)
+            endpoints = service_endpoints(redis_url, data_dir)
             for metrics_url in metrics_urls:
                 parse_http_url(metrics_url, "--metrics-url", f"http://{_METRICS_ADDR}")
             default_url = str(endpoints.get("metrics_url", f"http://{metrics_addr}"))
@@ -181,6 +181,13 @@ def find_store(redis_url: str, data_dir: str) -> str:
     """
     endpoints = {} if redis_url else _endpoints_of(data_dir)
     return require_store_url(redis_url or str(endpoints.get("redis_url", "")))
+
+
+def service_endpoints(redis_url: str, data_dir: str) -> dict[str, Any]:
+    """Addresses of the service of the data directory; none if the url names another store than its own."""
+    if redis_url and redis_url != read_endpoints(data_dir).get("redis_url"):
+        return {}
+    return _endpoints_of(data_dir)
 
 
 def _endpoints_of(data_dir: str) -> dict[str, Any]:
