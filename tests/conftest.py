@@ -23,7 +23,7 @@ CHILD_GRACE_S = 5.0
 HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 
 #: Descriptors that one file of tests may leave open, say those of a library that it is the first to load.
-MOST_LEFT_OPEN = 20
+MOST_LEFT_OPEN = 40
 
 # Children inherit it: a test that reached for a model hub would depend on somebody else's server.
 os.environ["HF_HUB_OFFLINE"] = "1"
