@@ -7,6 +7,10 @@ _BY_TEXT = (
         "the store cannot write to its disk: free space there (--data-dir for the embedded store, else "
         "the disk of its server). It takes jobs again without a restart",
     ),
+    (
+        ("o permissions",),  # it begins a sentence in some versions
+        "the Redis user may not do this: give it the commands and keys of deploy/acl/jobworker.acl",
+    ),
     (("OOM ",), "the store's memory is full: raise maxmemory, and find the backlog with jobworker stats"),
     (
         ("WRONGPASS", "NOAUTH", "invalid username-password", "Authentication", "invalid password"),

@@ -320,6 +320,7 @@ class _Erasure:
                 raise TransientStoreError(f"{self._full(name)} is closed while its index is built")
             if self._mono_s() > give_up_at:
                 raise Busy(f"{self._full(name)}: other jobs hold rows that are to be deleted")
+            self._renew()
             self._sleep(POLL_S)
         tenant_id = self._request.scope.tenant_id
         page = self._store.scan(name, Scope(tenant_id, project_id, ids=tuple(ids)), "", PAGE_ROWS)

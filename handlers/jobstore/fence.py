@@ -39,8 +39,8 @@ class WriteIntent(NamedTuple):
 
 class WriteAdmission(NamedTuple):
     """Answer to a request: `in` (admitted), `held` (another job holds one of its ids or chapters), `hold`
-    (a deletion runs there: ask again and hold the ids), `closed` (no write is admitted now), or `model` (the
-    collection was rebuilt with another model).
+    (a deletion runs there: ask again and hold the ids; never for a write without ids), `closed` (no write is
+    admitted now), or `model` (the collection was rebuilt with another model).
 
     `min_versions`: the tombstones, by chapter: the version that last replaced it. `erased`: the scopes of the
     write, as `handlers.jobstore.erasures` names them, that were deleted after its job was created; not with

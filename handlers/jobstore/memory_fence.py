@@ -64,7 +64,8 @@ class MemoryFence:
         erased = frozenset(name for name in scopes if of.erased.get(name, -1) >= intent.created_us)
         running = [of.erasing[name] for name in scopes if name in of.erasing]
         exclusive = {exclusive for till, exclusive, _ in running if till > now}
-        if intent.token not in of.writers and (True in exclusive or (exclusive and not intent.held)):
+        must_hold = bool(exclusive and intent.ids and not intent.held)
+        if intent.token not in of.writers and (True in exclusive or must_hold):
             return WriteAdmission("held" if True in exclusive else "hold", erased=erased)
         for item in intent.held:
             till, owner = of.held.get(item, (0.0, ""))

@@ -25,8 +25,9 @@ T = TypeVar("T")
 
 # Age at which the lease is renewed: a read and a write of 30 s each still fit into the rest of it.
 RENEW_AFTER_S = 10.0
-# Interval between two tries for admission; a write takes about 10 to 100 ms.
-POLL_S = 0.02
+# Interval between two tries for admission at first: a write takes about 10 to 100 ms. Later the holder is
+# slow or dead, and all waiting workers together would keep the job store busy.
+POLL_S, FAST_POLLS_S, SLOW_POLL_S = 0.02, 1.0, 0.1
 # The death of a worker that was writing is noticed within 2 s, and the retry of its job frees what it held.
 # After this timeout the waiting job is retried later, so that it does not block the worker.
 WAIT_S = 20.0
@@ -102,7 +103,7 @@ class VersionedWriter:
                 continue
             if self._mono_s() > give_up_at:
                 raise _timeout_error(collection, waiting)
-            self._sleep(POLL_S)
+            self._pause(give_up_at)
 
     @contextmanager
     def admitted(self, collection: str, intent: WriteIntent) -> Iterator[frozenset[str]]:
@@ -118,7 +119,7 @@ class VersionedWriter:
                 continue
             if self._mono_s() > give_up_at:
                 raise _timeout_error(collection, [write])
-            self._sleep(POLL_S)
+            self._pause(give_up_at)
         try:
             yield write.admission.erased
         except StoreUnavailable:
@@ -128,6 +129,11 @@ class VersionedWriter:
             self._release([write])
             raise
         self._release([write])
+
+    def _pause(self, mono_give_up_s: float) -> None:
+        """Sleep until the next try for admission."""
+        waited_s = self._mono_s() - (mono_give_up_s - WAIT_S)
+        self._sleep(POLL_S if waited_s < FAST_POLLS_S else SLOW_POLL_S)
 
     def _pending_write(self, collection: str, job: VersionedRows) -> "_PendingWrite":
         ids = tuple(dict.fromkeys(row.id for row in job.rows))
@@ -196,7 +202,7 @@ class VersionedWriter:
         while not self._admit(collection, [write]):
             if self._mono_s() > give_up_at:
                 raise _timeout_error(collection, [write])
-            self._sleep(POLL_S)
+            self._pause(give_up_at)
         kept = {row.id for row in write.job.rows}
         ids = tuple(row.id for row in rows if row.id not in kept)
         tenant, project = schemas.owner(rows[0])

@@ -18,6 +18,7 @@ from support.topologies import Cluster, cluster
 pytestmark = pytest.mark.process
 
 SHARDS = shard_names(STREAM, 3)
+ACCESS = Path(__file__).resolve().parents[2] / "deploy/acl/jobworker.acl"
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +27,21 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield made
 
 
-def host(folder: Path, nodes: Cluster, name: str) -> Service:
+def restrict(nodes: Cluster) -> str:
+    """Give all servers the user of few rights; returns the URL for it."""
+    for server in nodes.servers:
+        server.client.execute_command(
+            "ACL", "SETUSER", *ACCESS.read_text("utf-8").split()[1:], "+client|setinfo"
+        )
+        server.client.execute_command("ACL", "LOG", "RESET")
+    return nodes.url().replace("//", "//jobworker:PASSWORD@")
+
+
+def host(folder: Path, nodes: Cluster, name: str, url: str = "") -> Service:
     (folder / name).mkdir()
     return Service(
-        folder / name, handlers("Noop"), procs=1, redis_url=nodes.url(), instance=name, lease=2.0, shards=3,
-        stream=f"{STREAM}={GROUP}",
+        folder / name, handlers("Noop"), procs=1, redis_url=url or nodes.url(), instance=name, lease=2.0,
+        shards=3, stream=f"{STREAM}={GROUP}",
     )  # fmt: skip
 
 
@@ -72,7 +83,7 @@ def shares(*services: Service) -> list[list[int]]:
 
 
 def test_jobs_of_all_producers_run_through_kills_and_moved_slots(tmp_path: Path, nodes: Cluster) -> None:
-    one, two = host(tmp_path, nodes, "one"), host(tmp_path, nodes, "two")
+    one, two = host(tmp_path, nodes, "one"), host(tmp_path, nodes, "two", restrict(nodes))
     client = redis.RedisCluster("127.0.0.1", nodes.masters[0].port)
     with ending(one), ending(two), Producer(nodes.url()) as producer:
         one.start()
@@ -108,5 +119,6 @@ def test_jobs_of_all_producers_run_through_kills_and_moved_slots(tmp_path: Path,
             nodes, "limit", "set", "noop", "--rate", "1/s", code=1
         )
         assert two.terminate() == 0
+        assert not [line for server in nodes.servers for line in server.client.acl_log()]
         eventually(lambda: sorted(shares(one)[0]) == [0, 1, 2])
     client.close()

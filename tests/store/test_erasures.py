@@ -107,6 +107,9 @@ def test_newer_work_waits_and_then_holds_its_ids(fence: Any) -> None:
     assert verdict(fence, inside._replace(chapters=("t/p/c",))) == "in", "it was admitted before"
     record(fence, "p", ("c",), exclusive=False)
     assert verdict(fence, in_chapter) == "hold"
+    records_only = in_chapter._replace(token="records", ids=())
+    assert verdict(fence, records_only) == "in", "it has nothing to hold"
+    fence.release([records_only])
     assert verdict(fence, in_chapter._replace(held=("i/a",))) == "in"
     sweep = WriteIntent(NAME, "sweep", "e", ("a",), ("i/a",))
     assert verdict(fence, sweep) == "held"

@@ -62,9 +62,10 @@ def closed_files() -> Iterator[None]:
 
 
 def archive(folder: Path) -> Archive:
-    MADE.append(Archive())
-    MADE[-1].setup(HandlerSettings(data_dir=str(folder)))
-    return MADE[-1]
+    made = Archive()
+    made.setup(HandlerSettings(data_dir=str(folder)))
+    MADE.append(made)
+    return made
 
 
 def lines(folder: Path, day: str = "2026-01-02") -> list[dict[str, Any]]:

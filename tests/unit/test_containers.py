@@ -45,6 +45,17 @@ FULL: dict[str, Any] = {
 }  # fmt: skip
 
 
+def test_the_access_list_allows_each_command_of_the_scripts() -> None:
+    allowed = {word[1:] for word in (DEPLOY / "acl/jobworker.acl").read_text().split() if word[0] == "+"}
+    scripts = "".join(
+        path.read_text() for room in ("worker", "handlers") for path in (ROOT / room).rglob("*.lua")
+    )
+    used = {name.lower() for name in re.findall(r"redis\.p?call\('([A-Z]+)'", scripts)}
+    assert len(used) > 40
+    assert used <= {name.partition("|")[0] for name in allowed}
+    assert {"xgroup|setid", "xread", "command"} <= allowed, "with shards, and on a Redis Cluster"
+
+
 @pytest.fixture
 def helm() -> Callable[[str, dict[str, Any]], Any]:
     """Asks Helm's own code, which must not run in this process: see `support/helm_child.py`."""

@@ -120,7 +120,7 @@ def test_a_quick_worker_gets_more_before_the_interval_of_measuring_is_over() -> 
             settle_all(worker)
             settled, now_s = settled + 2, now_s + 0.001
             worker.update_rate(now_s)
-        assert (settled, worker.credit) == (16, 400)
+        assert (settled, worker.credit) == (8, 400)
 
 
 def test_a_batch_that_ends_soon_after_a_measurement_is_no_rate() -> None:

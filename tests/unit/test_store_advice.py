@@ -22,6 +22,10 @@ from jobworker.worker.store_advice import store_advice
         ("OutOfMemoryError: command not allowed when used memory > 'maxmemory'. OOM ", "maxmemory"),
         ("ReadOnlyError: READONLY You can't write against a read only replica.", "master"),
         ('InvalidResponse: Protocol Error: b"<html>"', "not a Redis server"),
+        (
+            "the job store refused: NOPERM User a has no permissions to run the 'xread' command",
+            "jobworker.acl",
+        ),
         ("something else", "--redis-url"),
     ],
 )

@@ -237,7 +237,8 @@ def service_findings(services: Sequence[Service], default_metrics: bool, version
         for reason in status.get("transient_reasons", ()):
             yield Finding("note", service.consumer, str(reason))
         for warning in status.get("warnings", ()):
-            yield Finding("wrong", service.consumer, str(warning), "run the command that it names")
+            do = "run the command that it names" if "repair: " in str(warning) else ""
+            yield Finding("wrong", service.consumer, str(warning), do)
         for job_type in sorted(service.types_with("z_novel_circuit_open")):
             says = f"the circuit breaker of type {job_type} is open: its dependency does not answer"
             yield Finding("wrong", service.consumer, says,

@@ -27,7 +27,7 @@ _LONG_S = 0.5
 _MEASURE_EVERY_S = 0.05
 #: The rate is measured early once a worker has finished this number of its windows, and of jobs: then its
 #: window is far too small. Two windows, because outcomes come in bursts of up to one.
-_EARLY_WINDOWS, _EARLY_JOBS = 2, 16
+_EARLY_WINDOWS, _EARLY_JOBS = 2, 8
 #: Not earlier than this: a shorter time is no measure of a rate (seconds).
 _EARLY_S = 0.002
 #: Most bytes and jobs of one frame: with small frames a worker starts while the next frame is encoded.

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from ..errors import StoreRefused
 from ..keys import Source
+from ..store_advice import store_advice
 from .backoff import ReconnectBackoff
 from .ports import KeyFault
 
@@ -125,11 +126,15 @@ class StreamFaults:
     def _describe(self, stream_no: int, faults: Sequence[KeyFault], error: str) -> None:
         """Say why the stream is isolated, once for each reason."""
         text = describe(faults) or error[:_ERROR_CHARS]
-        if self.isolated.get(stream_no) != text:
+        if not self.isolated.get(stream_no, "").startswith(text):
             self.isolated[stream_no] = text
+            hint = "; ".join(fault.repair for fault in faults)
+            if not faults and "o permissions" in error:
+                hint = store_advice(error)
+                self.isolated[stream_no] = f"{text}. What to do: {hint}"
             log.error("stream.isolated", extra={
                 "stream": self._streams[stream_no].stream, "error": text,
-                "keys": [fault.key for fault in faults], "hint": "; ".join(fault.repair for fault in faults),
+                "keys": [fault.key for fault in faults], "hint": hint,
             })  # fmt: skip
 
     def _report(self, stream_no: int) -> None:

@@ -66,7 +66,7 @@ if ARGV[5] ~= '' and not continues and redis.call('EXISTS', KEYS[8]) == 1 then
       if tonumber(till) > now then
         if exclusive == '1' then
           verdict = 'held'
-        elseif held == 0 then
+        elseif held == 0 and first_id <= #ARGV then -- a write without rows has nothing to hold
           verdict = verdict or 'hold'
         end
       end
