@@ -5,7 +5,7 @@ supervisor and the title, and the import also prepares the process. No module he
 connection, or loads a library that does not survive fork (torch, tokenizers, gRPC).
 """
 
-import encodings.idna
+import codecs
 import gc
 import os
 import secrets
@@ -26,7 +26,7 @@ from .supervision.pdeathsig import tie_to_parent
 from .telemetry.log import configure
 
 #: What the roles and the store's client import when they first use it.
-_LAZY = (encodings.idna, secrets)
+_LAZY = (codecs.lookup("idna"), secrets)
 
 __all__ = ["boot", "guard", "reader", "reader_store", "reaper", "reaper_store", "runner"]
 

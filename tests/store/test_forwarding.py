@@ -7,8 +7,9 @@ import pytest
 
 from jobworker.worker.keys import Source
 from jobworker.worker.shards import shard_names
-from jobworker.worker.store.forwarding import Forwarding, ForwardStore
-from jobworker.worker.store.ports import CancelReply, CancelRequest
+from jobworker.worker.store.batches import Added
+from jobworker.worker.store.forwarding import ForwardEntry, Forwarding, ForwardStore
+from jobworker.worker.store.ports import CancelReply, CancelRequest, Settlement
 from jobworker.worker.store.redis.operator import OperatorStore
 from jobworker.worker.store.redis.reader import RedisReaderStore
 from jobworker.worker.store.redis.reaper import RedisReaperStore
@@ -99,6 +100,20 @@ def test_an_entry_that_is_moved_is_neither_cancelled_nor_ended(any_world: World)
     finish(store, part)
     assert producer.cancel(S.stream, [request], result_ttl_s=1.0) == [CancelReply.GONE]
     assert any_world.dead_letters(S.stream) == []
+
+
+def test_a_shard_counts_the_jobs_of_a_batch_once_it_knows_the_home(any_world: World) -> None:
+    store, shard = any_world.reader("a"), any_world.reaper()
+    store.acquire([SHARD])
+    assert shard.batch_open(S.stream, "b", {"name": b"n"})
+    assert shard.batch_add(SHARD.stream, "b", S.stream, []) is Added.YES
+    shard.forward_add(SHARD.stream, S.stream, [ForwardEntry(b"1-0", b"data", b"{}")])
+    (entry,) = read(store, source=SHARD)
+    assert store.register_batches(SHARD, {entry.id: "b"}) == set()
+    store.settle([Settlement(SHARD, done=[entry.id])])
+    counted = shard.batch_hash(SHARD.stream, "b")
+    assert counted is not None
+    assert (counted.home, counted.done) == (S.stream, 1)
 
 
 class TestServers:

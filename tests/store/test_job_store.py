@@ -108,6 +108,20 @@ class TestPauses:
 
 
 class TestSettling:
+    def test_the_caller_uses_the_store_while_it_settles(self, world: World) -> None:
+        store, (a, b) = given(world, b"a", b"b")
+        found: list[object] = []
+
+        def meanwhile() -> None:
+            world.producer().add(S.stream, [b"c"])
+            found.extend(entry.data for entry in read(store))
+            found.append(store.fetch(S, [b]))
+
+        (settled,) = store.settle([Settlement(S, done=[a])], meanwhile)
+        assert found == [b"c", {b: b"b"}]
+        assert settled.refused == set()
+        assert a not in pending(store)
+
     def test_done_retried_and_dead_jobs_each_go_to_their_key(self, world: World) -> None:
         store, (a, b, c, d) = given(world, b"a", b"b", b"c", b"d")
         refused = settle(store, [Settlement(S, [a], [Retry(b, 60, b"b again")], [Dead(c, b"c is dead")])])

@@ -11,9 +11,10 @@ import pytest
 from jobworker.worker.admin.identity import read_identity
 from jobworker.worker.errors import Fenced, StoreUnavailable
 from jobworker.worker.ipc.control import Attach, ExitReclaimed, WorkerExited
+from jobworker.worker.keys import Source
 from jobworker.worker.outcome import Failure, RetryPolicy
 from jobworker.worker.store.memory.store import MemoryStore
-from jobworker.worker.store.ports import Settled, Settlement
+from jobworker.worker.store.ports import Entry, Settled, Settlement
 from support.reader_rig import SOURCE, ReaderRig, reader_rig
 
 FAILED = Failure("ValueError: no")
@@ -501,6 +502,54 @@ def test_a_job_whose_lease_was_lost_and_claimed_back_is_completed() -> None:
         end(rig, "done")
         assert counted(rig) == {"completed": 1, "lost": 1}
         assert rig.workers[0].take() == [], "it does not run twice here"
+
+
+def test_answers_to_reads_are_taken_while_outcomes_are_settled(
+    rig: ReaderRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    settle, finish_read = rig.store.settle, rig.store.finish_read
+
+    def noting(settlements: Sequence[Settlement], meanwhile: Callable[[], None]) -> list[Settled]:
+        steps.append("settle")
+        results = settle(settlements, meanwhile)
+        steps.append("settled")
+        return results
+
+    rig.add("1")
+    rig.tick()
+    rig.workers[0].take()
+    monkeypatch.setattr(rig.store, "settle", noting)
+    monkeypatch.setattr(
+        rig.store, "finish_read", lambda source: (steps.append("read"), finish_read(source))[1]
+    )
+    rig.server.append(SOURCE.stream, b"not a job")
+    rig.workers[0].succeed("1")
+    rig.tick()
+    assert steps[:3] == ["settle", "read", "settled"]
+    assert [letter["reason"] for letter in rig.letters] == ["malformed"], "it is rejected with the next ones"
+    assert rig.pending == 0
+
+
+def test_a_read_that_fails_while_outcomes_are_settled_repeats_none(rig: ReaderRig) -> None:
+    rig.add("1")
+    rig.tick()
+    rig.workers[0].take()
+    finish_read = rig.store.finish_read
+
+    def away(source: Source) -> list[Entry]:
+        rig.store.finish_read = finish_read  # type: ignore[method-assign]
+        raise StoreUnavailable("away")
+
+    rig.store.finish_read = away  # type: ignore[method-assign]
+    rig.add("2")
+    rig.workers[0].succeed("1")
+    rig.tick()
+    assert rig.pending == 1, "its outcome is not settled"
+    rig.advance(5.0)
+    rig.tick(20)
+    assert counted(rig)["completed"] == 1
+    assert rig.workers[0].take() == ["2"]
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable("no answer"), Fenced("lost")])

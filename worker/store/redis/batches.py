@@ -43,7 +43,8 @@ class RedisBatchStore(RedisStoreBase):
     ) -> Added:
         two_keys = [stream, self.batch_key(stream, id)]
         sent = 0
-        for part in chunks_by_size(jobs, len):
+        # Without jobs too: a shard counts jobs that are moved into it.
+        for part in chunks_by_size(jobs, len) if jobs else [()]:
             expected = "" if total is None else total + sent
             added = Added(self.one(stream, script("batch_add", two_keys, home, OPEN_S, expected, *part)))
             if added is not Added.YES:
