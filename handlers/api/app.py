@@ -134,7 +134,7 @@ class Api:
         except (ApiError, ClientDisconnect):
             raise
         except Exception as error:
-            log.exception("api.request_failed", extra={"path": call.request.url.path})
+            log.exception("api.request_failed", extra={"path": call.request.scope["path"]})
             raise ApiError(500, "an error of the server; its log says more") from error
 
     def _record(self, path: str, call: Call, status: int, took_s: float) -> None:
