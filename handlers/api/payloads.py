@@ -17,7 +17,7 @@ MAX_TEXTS = 2048
 MAX_HITS = 200
 
 T = TypeVar("T")
-_PATH = re.compile(r" - at `\$\.([A-Za-z_]+)|missing required field `([A-Za-z_]+)`\Z")
+_PATH = re.compile(r" - at `\$\.([A-Za-z_]+)|(?:missing required|contains unknown) field `([^`]*)`\Z")
 
 
 class EmbeddingsRequest(msgspec.Struct):
@@ -40,8 +40,12 @@ class EmbedRequestBody(msgspec.Struct):
     dimensions: int | None = None
 
 
-class SearchRequest(msgspec.Struct):
-    """``POST /v1/search``. Lists are alternatives; the bounds of the story time belong to the range."""
+class SearchRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """``POST /v1/search``. Lists are alternatives; the bounds of the story time belong to the range.
+
+    A misspelt filter would filter nothing, so other fields are refused. The requests of the other two may have
+    fields that this service does not know.
+    """
 
     tenant_id: str
     project_id: str

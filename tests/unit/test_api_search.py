@@ -132,6 +132,7 @@ WRONG = {
     "tenant_id": 't1" or tenant_id != "', "project_id": "", "query": " \n", "vector": [0.0] * DIM,
     "limit": 201, "chapter_ids": ["c0", 'c"] or true or chapter_id in ["'], "segment_types": ["{x}"],
     "collection": "no such", "story_time_from": 1 << 70, "story_time_to": -(1 << 64), "min_score": 1.01,
+    "chapter_id": "c0",
 }  # fmt: skip
 
 
