@@ -43,7 +43,7 @@ class EmbedRequestBody(msgspec.Struct):
 class SearchRequest(msgspec.Struct, forbid_unknown_fields=True):
     """``POST /v1/search``. Lists are alternatives; the bounds of the story time belong to the range.
 
-    A misspelt filter would filter nothing, so other fields are refused. The requests of the other two may have
+    A misspelt filter would filter nothing, so other fields are refused. The other two requests may have
     fields that this service does not know.
     """
 

@@ -185,8 +185,13 @@ def find_store(redis_url: str, data_dir: str) -> str:
 
 def service_endpoints(redis_url: str, data_dir: str) -> dict[str, Any]:
     """Addresses of the service of the data directory; none if the url names another store than its own."""
-    if redis_url and redis_url != read_endpoints(data_dir).get("redis_url"):
-        return {}
+    if redis_url:
+        try:
+            own_url = read_endpoints(data_dir).get("redis_url")
+        except ConfigurationError:  # of another user, or not to be trusted: the url says what is meant
+            return {}
+        if redis_url != own_url:
+            return {}
     return _endpoints_of(data_dir)
 
 
