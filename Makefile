@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Three processes keep two cores busy: a third of the time, a test waits for a server and uses no processor. A fourth
 # made tests that wait for processes fail.
 # --no-loadscope-reorder keeps the order of tests/conftest.py: long tests first, so that all processes end together.
-PYTEST := $(BIN)/python -m pytest -n 3 --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 4 --no-loadscope-reorder
 
 # Tests start hundreds of interpreters. Without bytecode on the disk, each of them compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE

@@ -132,6 +132,21 @@ def test_a_batch_that_ends_soon_after_a_measurement_is_no_rate() -> None:
         assert worker.credit == 16, "two batches of its handler"
 
 
+def test_a_worker_that_runs_dry_between_long_ticks_of_sorting_gets_more() -> None:
+    with dispatcher_of(1) as dispatcher:
+        (worker,) = dispatcher.workers
+        worker.channel.batch_hint = 1
+        dispatcher.is_sorted = True
+        given, now_s = [], 0.0
+        for _ in range(30):  # it finishes all that it is given, 40 ms after it was asked for
+            now_s += 0.04
+            dispatcher.buffer.extend([job(number, QUICK) for number in range(worker.credit)])
+            dispatcher.dispatch(now_s)
+            given.append(len(worker.table))
+            settle_all(worker)
+        assert given[-1] > 4 * given[0]
+
+
 @pytest.mark.parametrize("state", ["retired", "exited"])
 def test_a_worker_that_is_leaving_gets_nothing(dispatcher: Dispatcher, state: str) -> None:
     leaving, other = dispatcher.workers

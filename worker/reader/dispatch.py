@@ -21,6 +21,9 @@ from .prefetch import PrefetchBuffer
 _QUEUE_S = 0.2
 #: The same while a backlog is sorted: an urgent job, or one of another tenant, waits behind these jobs only.
 _SORTED_QUEUE_S = 0.01
+#: A tick that sorts may take longer than that. A job is asked for in one tick, dispatched in the next and
+#: settled in the third.
+_TICKS_OF_A_JOB = 3
 #: A job that has run for this long (seconds) holds up what is queued behind it: its worker gets no more.
 _LONG_S = 0.5
 #: Interval at which a worker's rate is measured (seconds).
@@ -60,6 +63,7 @@ class WorkerHandle:
         #: Until its outcomes are collected once: an earlier reader may have settled the first ones.
         self.is_new = True
         self._settled_jobs = 0
+        self._is_dry = self._ran_dry = False
         self._measured_at = mono_now_s
         self._jobs_per_s = 0.0
         #: Time in which it finishes the jobs that its credit covers (seconds).
@@ -87,6 +91,11 @@ class WorkerHandle:
     def jobs_per_s(self) -> float:
         """The rate at its last measurement."""
         return self._jobs_per_s
+
+    @property
+    def ran_dry(self) -> bool:
+        """Whether it had finished all its jobs at a time of that measurement: it could have done more."""
+        return self._ran_dry
 
     @property
     def accepts_jobs(self) -> bool:
@@ -176,6 +185,7 @@ class WorkerHandle:
         """These rows are settled in the store: mark them so, and count them for the rate."""
         self.table.settle(rows)
         self._settled_jobs += len(rows)
+        self._is_dry = self._is_dry or not len(self.table)
 
     def update_rate(self, mono_now_s: float) -> None:
         """Measure the rate, if the interval is over or the window turns out to be far too small."""
@@ -183,7 +193,8 @@ class WorkerHandle:
         is_early = self._settled_jobs >= max(_EARLY_JOBS, _EARLY_WINDOWS * self._full_window)
         if elapsed_s >= (_EARLY_S if is_early else _MEASURE_EVERY_S):
             self._jobs_per_s = self._settled_jobs / elapsed_s
-            self._settled_jobs = 0
+            self._ran_dry = self._is_dry
+            self._settled_jobs, self._is_dry = 0, False
             self._measured_at = mono_now_s
 
 
@@ -215,6 +226,7 @@ class Dispatcher:
         self._lost_slots: dict[int, float] = {}
         self._suspects_from_s = 0.0
         self._openings = 0
+        self._mono_last_s = 0.0
 
     def find(self, slot: int, generation: int) -> WorkerHandle | None:
         """The worker of this slot and generation, or None if it is not attached."""
@@ -266,13 +278,24 @@ class Dispatcher:
         """Hand over what the workers can take now."""
         for worker in self.workers:
             worker.update_rate(mono_now_s)
-            worker.queue_s = _SORTED_QUEUE_S if self.is_sorted else _QUEUE_S
+            worker.queue_s = self._sorted_queue_s(worker, mono_now_s) if self.is_sorted else _QUEUE_S
+        self._mono_last_s = mono_now_s
         if self._crashes.watching or self._lost_slots or len(self.buffer.suspects):
             self._pace_suspects(mono_now_s)
         exclusive_types = (worker.channel.exclusive_types for worker in self.workers)
         self.buffer.set_exclusive_types(reduce(or_, exclusive_types, 0))
         self._dispatch_isolated(self.buffer.isolated, mono_now_s)
         self._dispatch_ready(self.buffer.ready, mono_now_s)
+
+    def _sorted_queue_s(self, worker: WorkerHandle, mono_now_s: float) -> float:
+        """The time that a worker's credit covers while a backlog is sorted.
+
+        The rate of a worker that ran dry is only what it was given, so it gets twice as much: otherwise rate
+        and credit would pull each other down.
+        """
+        ticks_s = _TICKS_OF_A_JOB * (mono_now_s - self._mono_last_s)
+        covered_s = max(_SORTED_QUEUE_S, ticks_s) * (2 if worker.ran_dry else 1)
+        return min(covered_s, _QUEUE_S)
 
     def record_exit(self, worker: WorkerHandle, mono_now_s: float) -> None:
         """A worker died; if it ran a suspect, its slot counts as running one until it is ready again."""
