@@ -50,6 +50,10 @@ def main(kills: int, seed: int | None, as_json: bool, keep: bool) -> None:
 def summary(found: dict[str, Any], kills: int) -> dict[str, Any]:
     """What the report of a chaos run says of limits."""
     jobs = found["jobs"]
+    named = {*_COUNTED.values(), "cut_off"}
+    others = {
+        name: value for name, value in jobs.items() if isinstance(value, list) and value and name not in named
+    }
     return {
         "seed": found["seed"],
         "pass": jobs["safe"] and not found["rest"]["unfinished"],
@@ -58,6 +62,7 @@ def summary(found: dict[str, Any], kills: int) -> dict[str, Any]:
         "limit": {"at once": AT_ONCE, "starts a second": STARTS},
         "most at once": jobs["most_at_once"],
         **{name: jobs[promise] for name, promise in _COUNTED.items()},
+        "other promises broken": others,
         "run again after a kill": jobs["repeated"],
         "unfinished": found["rest"]["unfinished"],
         "took_s": found["took_s"],
