@@ -8,6 +8,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from jobworker.worker.store.redis.reader import RedisReaderStore
 #: Jobs of the small tenant, and their interval.
 _OTHERS, _EVERY_S = 200, 0.05
 _TENANTS = 8
+#: A backlog is sorted within this time; its first jobs run before (seconds).
+_UNSORTED_S = 4.0
 #: Jobs of a read and of a take when the lanes are measured without a service.
 _AT_ONCE = 1000
 
@@ -124,15 +128,25 @@ def flood(load: Load, jobs: int) -> dict[str, Any]:
                 backlog.release(size)
             with load.service(backlog):
                 ready_s = time.monotonic()
-                while size and not backlog.all_read:
-                    time.sleep(0.05)  # a count sends no event
-                    if time.monotonic() - ready_s > LIMIT_S:
-                        raise RuntimeError("the backlog was not sorted")
+                if size:
+                    _wait_until(partial(_all_read, backlog), "the backlog was not sorted")
                 found[f"{name}_sorted_s"] = round(time.monotonic() - ready_s, 2)
                 found[name] = percentiles(sorted(_delays_ms(load, backlog, name)))
         finally:
             backlog.close()
     return found
+
+
+def _all_read(backlog: Backlog) -> bool:
+    return backlog.all_read
+
+
+def _wait_until(done: Callable[[], bool], failure: str) -> None:
+    give_up_at = time.monotonic() + LIMIT_S
+    while not done():
+        time.sleep(0.02)  # counts of the server send no event
+        if time.monotonic() > give_up_at:
+            raise RuntimeError(failure)
 
 
 def _delays_ms(load: Load, backlog: Backlog, kind: str) -> list[float]:
@@ -153,15 +167,15 @@ def _delays_ms(load: Load, backlog: Backlog, kind: str) -> list[float]:
 
 def shares(load: Load, seconds: float, work_ms: float, procs: int) -> dict[str, float]:
     """Share of each tenant in the jobs that start within some seconds, while all have jobs waiting."""
-    each = int(4 * seconds * procs * 1000 / work_ms / _TENANTS)
+    # Four times what is run meanwhile, and what the first tenant loses before the backlog is sorted.
+    each = int((4 * seconds / _TENANTS + _UNSORTED_S) * procs * 1000 / work_ms)
     # Tenant after tenant: in order of arrival, the first one would get everything.
     backlog = Backlog(load.client, lambda number: tenant_job(number, f"t{number // each}", "share"))
     try:
         backlog.fill(each * _TENANTS)
         backlog.release(each * _TENANTS)
         with load.service(backlog):
-            while load.waiting(backlog) < each * _TENANTS * 0.9:
-                time.sleep(0.01)  # a count sends no event
+            _wait_until(partial(_all_read, backlog), "the backlog was not sorted")
             first_ns = time.monotonic_ns()
             time.sleep(seconds)  # the interval that is measured
             last_ns = time.monotonic_ns()
@@ -181,8 +195,7 @@ def throughput(load: Load, jobs: int, work_ms: float, procs: int) -> dict[str, f
         backlog.fill(jobs)
         backlog.release(jobs)
         with load.service(backlog):
-            while load.waiting(backlog) or not backlog.drained:
-                time.sleep(0.02)  # a group sends no event when all is acknowledged
+            _wait_until(lambda: not load.waiting(backlog) and backlog.drained, "the backlog was not drained")
     finally:
         backlog.close()
     at = sorted(ns for one, ns in started_ns(load.stamps, 0).items() if ":all" in one)
