@@ -209,12 +209,12 @@ class JobFinder:
         if group is None or order_of(entry.id) > order_of(group.last_delivered):
             return self._queued(source, group, entry, location)
         lease = self._store.lease(source, entry.id)
-        if lease is None and (place := self._lane_place(source.stream, entry)):
-            return self._waiting(place, location)
-        if lease is None and self._store.is_moving(source.stream, entry.id):
-            location.state, location.why = "queued", "on its way into its shard"
-            return location
         if lease is None:
+            if place := self._lane_place(source.stream, entry):
+                return self._waiting(place, location)
+            if self._store.is_moving(source.stream, entry.id):
+                location.state, location.why = "queued", "on its way into its shard"
+                return location
             return self._finished(source, entry, location)
         location.facts |= {"deliveries": lease.deliveries, "deaths": entry.deaths + job.deaths}
         self._pending(lease, location)

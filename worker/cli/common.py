@@ -185,19 +185,21 @@ def find_store(redis_url: str, data_dir: str) -> str:
 
 def service_endpoints(redis_url: str, data_dir: str) -> dict[str, Any]:
     """Addresses of the service of the data directory; none if the url names another store than its own."""
-    if redis_url:
-        try:
-            own_url = read_endpoints(data_dir).get("redis_url")
-        except ConfigurationError:  # of another user, or not to be trusted: the url says what is meant
-            return {}
-        if redis_url != own_url:
-            return {}
-    return _endpoints_of(data_dir)
+    if not redis_url:
+        return _endpoints_of(data_dir)
+    try:
+        endpoints = read_endpoints(data_dir)
+    except ConfigurationError:  # of another user, or not to be trusted: the url says what is meant
+        return {}
+    return _noted(data_dir, endpoints) if endpoints.get("redis_url") == redis_url else {}
 
 
 def _endpoints_of(data_dir: str) -> dict[str, Any]:
     """As `read_endpoints`. Notes the hint for the case that the store does not answer."""
-    endpoints = read_endpoints(data_dir)
+    return _noted(data_dir, read_endpoints(data_dir))
+
+
+def _noted(data_dir: str, endpoints: dict[str, Any]) -> dict[str, Any]:
     if stopped := stopped_service(data_dir, endpoints):
         click.get_current_context().meta[STOPPED_SERVICE] = stopped
     return endpoints

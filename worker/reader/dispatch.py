@@ -63,7 +63,9 @@ class WorkerHandle:
         #: Until its outcomes are collected once: an earlier reader may have settled the first ones.
         self.is_new = True
         self._settled_jobs = 0
-        self._is_dry = self._ran_dry = False
+        self._is_dry = False
+        #: Whether it had finished all its jobs at some time of the last measurement: it could have done more.
+        self.ran_dry = False
         self._measured_at = mono_now_s
         self._jobs_per_s = 0.0
         #: Time in which it finishes the jobs that its credit covers (seconds).
@@ -91,11 +93,6 @@ class WorkerHandle:
     def jobs_per_s(self) -> float:
         """The rate at its last measurement."""
         return self._jobs_per_s
-
-    @property
-    def ran_dry(self) -> bool:
-        """Whether it had finished all its jobs at a time of that measurement: it could have done more."""
-        return self._ran_dry
 
     @property
     def accepts_jobs(self) -> bool:
@@ -193,7 +190,7 @@ class WorkerHandle:
         is_early = self._settled_jobs >= max(_EARLY_JOBS, _EARLY_WINDOWS * self._full_window)
         if elapsed_s >= (_EARLY_S if is_early else _MEASURE_EVERY_S):
             self._jobs_per_s = self._settled_jobs / elapsed_s
-            self._ran_dry = self._is_dry
+            self.ran_dry = self._is_dry
             self._settled_jobs, self._is_dry = 0, False
             self._measured_at = mono_now_s
 
