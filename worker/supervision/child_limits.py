@@ -1,14 +1,10 @@
 """Limits on children: job timeout, memory, set-up time, and silence of a process that hangs."""
 
-import logging
 import signal
 
 from ..ipc.channel import READY, STARTING, STOPPING, Channel
 from ..settings import Settings
-from .forkserver import ForkServer
 from .process import Child
-
-log = logging.getLogger("jobworker.process_manager")
 
 #: Time between the request for a stack dump (SIGUSR2) and SIGKILL, for a child over its limit.
 _DUMP_S = 0.3
@@ -25,13 +21,11 @@ _SAMPLE_BUSY_EVERY_S, _SAMPLE_IDLE_EVERY_S = 0.1, 2.0
 class ChildLimits:
     """Limits on the children of a service. A child that exceeds one is asked for its stack, then killed."""
 
-    def __init__(self, settings: Settings, server: ForkServer) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._server = server
 
     def enforce(self, child: Child, now: float) -> None:
         """Check all limits of a child; nothing here blocks."""
-        self._check_server(child, now)
         self._sample_memory(child, now)
         self._end_stopped_start(child, now)
         kill_cause = self._kill_cause(child, now)
@@ -44,16 +38,6 @@ class ChildLimits:
             child.kill(signal.SIGUSR2)
         elif now - child.mono_overdue_s > (_DUMP_S if kill_cause != "rss" else 0.0):
             child.kill(signal.SIGKILL)  # a process over its memory limit gets no time to grow further
-
-    def _check_server(self, child: Child, now: float) -> None:
-        """Kill a forkserver that is stuck: it does not report a start or an exit."""
-        if not child.is_unanswered():
-            child.mono_unanswered_s = None
-        elif child.mono_unanswered_s is None:
-            child.mono_unanswered_s = now
-        elif now - child.mono_unanswered_s > STUCK_AFTER_S:
-            log.error("forkserver.stuck", extra={"child": child.name})
-            self._server.kill()
 
     def _sample_memory(self, child: Child, now: float) -> None:
         """Read the peak of its memory: the kernel no longer has it when the process has exited."""

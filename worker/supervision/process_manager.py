@@ -79,7 +79,7 @@ class ProcessManager:
         self._settings = settings
         self._metrics = metrics
         self._server = server
-        self._limits = ChildLimits(settings, server)
+        self._limits = ChildLimits(settings)
         self._new_child = new_child
         self._reader = Slot("reader")
         self._reaper = Slot("reaper")
@@ -139,6 +139,7 @@ class ProcessManager:
         for slot in self._slots:
             self._ensure_child(slot, now)
             for child in slot.children():
+                self._check_server(child, now)
                 self._limits.enforce(child, now)
                 child.flush()
             self._schedule_recycle(slot, now)
@@ -366,7 +367,15 @@ class ProcessManager:
         if self._reader.child is not None:
             self._reader.child.send(message, fds)
 
-    # -- start-up
+    def _check_server(self, child: Child, now: float) -> None:
+        """Kill a forkserver that is stuck: it does not report a start or an exit."""
+        if not child.is_unanswered():
+            child.mono_unanswered_s = None
+        elif child.mono_unanswered_s is None:
+            child.mono_unanswered_s = now
+        elif now - child.mono_unanswered_s > STUCK_AFTER_S:
+            log.error("forkserver.stuck", extra={"child": child.name})
+            self._server.kill()
 
     def _check_startup(self, now: float) -> None:
         """Detect when the service is complete for the first time, or that it will never be."""
