@@ -240,7 +240,7 @@ _SERVICE = [
 #: Control characters, and what Python makes of bytes that are not UTF-8.
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 #: A type's number and a stream's take a byte in the in-flight table.
-_MOST_KINDS = 255
+_MOST_TYPES = 255
 #: Options whose settings carry the unit in their name.
 _SECONDS = (
     *("lease", "unique_window", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "linger"),
@@ -322,8 +322,8 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
         raise ConfigurationError(
             "no handler: give --app MODULE or --handler TYPE=module:Class, or drop --no-builtin-handlers"
         )
-    if len(handlers) > _MOST_KINDS:
-        raise ConfigurationError(f"at most {_MOST_KINDS} types")
+    if len(handlers) > _MOST_TYPES:
+        raise ConfigurationError(f"at most {_MOST_TYPES} types")
     retry = RetryPolicy(
         values.pop("max_retries"), values.pop("retry_initial"), values.pop("retry_max"),
         values.pop("retry_multiplier"), values.pop("retry_jitter"),
@@ -358,9 +358,9 @@ def _with_shards(sources: tuple[Source, ...], shards: int, drained: tuple[int, .
             f"--shards: {', '.join(tagged)} has a hash tag: all shards would be in one slot"
         )
     spread_out = spread(sources, counts)
-    if len(spread_out) > _MOST_KINDS:
+    if len(spread_out) > _MOST_TYPES:
         raise ConfigurationError(
-            f"at most {_MOST_KINDS} streams; {len(sources)} streams with their shards are {len(spread_out)}"
+            f"at most {_MOST_TYPES} streams; {len(sources)} streams with their shards are {len(spread_out)}"
         )
     return spread_out
 
