@@ -212,12 +212,13 @@ class Supervisor:
         return None
 
     def _reload_tables(self) -> None:
-        """Read the tables of the configuration file again; those of before stay where it is wrong."""
+        """Read the tables of the configuration file again; if it is wrong, keep the previous ones."""
         try:
             tables = ConfigTables.load(self._settings)
         except ConfigurationError as error:
             log.error(
-                "tables.rejected", extra={"error": str(error), "hint": "the tables of before stay in force"}
+                "tables.rejected",
+                extra={"error": str(error), "hint": "the service keeps the previous tables"},
             )
             return
         if tables.cron != self._settings.cron:
