@@ -32,6 +32,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Before any test module is imported: some look for their programs at import.
 use_fetched()
 
+# Collection makes many objects that stay: the collector would go through them again and again.
+gc.disable()
+
 # A shell that puts the suite into the background has it ignore interrupts, and so would every child.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -56,6 +59,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         )
 
     items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """From here on, the collector looks only at what tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 class ByFile(LoadFileScheduling):
