@@ -50,6 +50,8 @@ log = logging.getLogger("jobworker.process_manager")
 _DUMP_S = 0.3
 #: Reader and reaper report several times a second, but one call to a slow store may block them for 5 s.
 _STUCK_AFTER_S = 15.0
+#: How long a drain waits for a report of the forkserver when every worker has exited.
+_STUCK_AT_STOP_S = 3.0
 #: Time limit for the set-up of a child. A handler may load gigabytes from a slow disk.
 _SETUP_TIMEOUT_S = 600.0
 #: A worker that is asked to stop during its set-up gets this long: imported code may ignore SIGTERM.
@@ -166,7 +168,8 @@ class ProcessManager:
         poll.register(queue, select.POLLIN)
         for child in self._children():
             poll.register(child.event_fd, select.POLLIN)
-            poll.register(child.control, select.POLLIN)
+            if not child.hung_up:
+                poll.register(child.control, select.POLLIN)
         poll.poll(timeout_s * 1000)
 
     def _children(self) -> Iterator[Child]:
@@ -181,7 +184,9 @@ class ProcessManager:
                 child.mono_last_message_s = now
                 self._handle(child, received[0], now)
         except EOFError:
-            return  # the child has exited or is about to; `_collect` handles it
+            # The child has exited or is about to: `_collect` handles it when the forkserver reports it. Until
+            # then the socket stays readable, and polling it would keep a CPU busy.
+            child.hung_up = True
         except ValueError:  # no message of ours: a handler wrote to the descriptor
             log.error("control.unexpected_message", extra={"child": child.name})
 
@@ -395,9 +400,16 @@ class ProcessManager:
             child.mono_unanswered_s = None
         elif child.mono_unanswered_s is None:
             child.mono_unanswered_s = now
-        elif now - child.mono_unanswered_s > _STUCK_AFTER_S:
+        elif now - child.mono_unanswered_s > self._report_timeout_s:
             log.error("forkserver.stuck", extra={"child": child.name})
             self._server.kill()
+
+    @property
+    def _report_timeout_s(self) -> float:
+        """How long the forkserver may owe a report. Its end is the end of every worker that still runs."""
+        workers = (child for slot in self._workers for child in slot.children())
+        idle = self._draining and all(worker.is_unanswered() for worker in workers)
+        return _STUCK_AT_STOP_S if idle else _STUCK_AFTER_S
 
     def _sample_memory(self, child: Child, now: float) -> None:
         """Read the peak of its memory: the kernel no longer has it when the process has exited."""
