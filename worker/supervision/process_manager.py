@@ -47,6 +47,8 @@ from .work_estimate import WorkEstimate
 
 log = logging.getLogger("jobworker.process_manager")
 
+#: How long a drain waits for a report of the forkserver when every worker has exited.
+_STUCK_AT_STOP_S = 3.0
 #: A child is past its imports, which use a whole CPU, after this time. The rest of its set-up mostly waits.
 _IMPORTS_S = 1.0
 #: Workers that may import at once on a machine with few CPUs.
@@ -159,7 +161,8 @@ class ProcessManager:
         poll.register(queue, select.POLLIN)
         for child in self._children():
             poll.register(child.event_fd, select.POLLIN)
-            poll.register(child.control, select.POLLIN)
+            if not child.hung_up:
+                poll.register(child.control, select.POLLIN)
         poll.poll(timeout_s * 1000)
 
     def _children(self) -> Iterator[Child]:
@@ -174,7 +177,9 @@ class ProcessManager:
                 child.mono_last_message_s = now
                 self._handle(child, received[0], now)
         except EOFError:
-            return  # the child has exited or is about to; `_collect` handles it
+            # The child has exited or is about to: `_collect` handles it when the forkserver reports it. Until
+            # then the socket stays readable, and polling it would keep a CPU busy.
+            child.hung_up = True
         except ValueError:  # no message of ours: a handler wrote to the descriptor
             log.error("control.unexpected_message", extra={"child": child.name})
 
@@ -373,9 +378,16 @@ class ProcessManager:
             child.mono_unanswered_s = None
         elif child.mono_unanswered_s is None:
             child.mono_unanswered_s = now
-        elif now - child.mono_unanswered_s > STUCK_AFTER_S:
+        elif now - child.mono_unanswered_s > self._report_timeout_s:
             log.error("forkserver.stuck", extra={"child": child.name})
             self._server.kill()
+
+    @property
+    def _report_timeout_s(self) -> float:
+        """How long the forkserver may owe a report. Its end is the end of every worker that still runs."""
+        workers = (child for slot in self._workers for child in slot.children())
+        idle = self._draining and all(worker.is_unanswered() for worker in workers)
+        return _STUCK_AT_STOP_S if idle else STUCK_AFTER_S
 
     def _check_startup(self, now: float) -> None:
         """Detect when the service is complete for the first time, or that it will never be."""
