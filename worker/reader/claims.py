@@ -20,7 +20,7 @@ _START = b"0-0"
 class Claims:
     """Sweeps under way, by stream number.
 
-    A sweep starts each third of a lease, and sooner if `look` finds a service whose name has expired. It
+    A sweep starts each third of a lease, and sooner if `has_lost` finds a service whose name has expired. It
     continues in each tick while the workers have credit, so the survivors share the jobs of a lost host by
     their pace. Methods raise as the store does.
     """
@@ -51,15 +51,15 @@ class Claims:
         """End the sweep of a stream."""
         self._cursors.pop(stream_no, None)
 
-    def look_is_due(self) -> bool:
-        """Whether `look` should be called for each stream now; true once an interval."""
+    def is_check_due(self) -> bool:
+        """Whether `has_lost` should be called for each stream now; true once an interval."""
         now = self._mono_s()
         if now - self._mono_looked_s < min(_LOOK_EVERY_S, self._lease_s / 3):
             return False
         self._mono_looked_s = now
         return True
 
-    def look(self, stream_no: int) -> bool:
+    def has_lost(self, stream_no: int) -> bool:
         """Whether a service is gone and leases of it have expired."""
         return self._store.has_lost(self._streams[stream_no], self._idle_ms)
 

@@ -501,13 +501,13 @@ class Intake:
 
     def _finds_lost(self) -> bool:
         """Whether a service is gone: its jobs are claimed without waiting for the next sweep."""
-        if self.draining or self._claims.under_way or not self._claims.look_is_due():
+        if self.draining or self._claims.under_way or not self._claims.is_check_due():
             return False
         found = False
         for stream_no in range(len(self._streams)):
             if stream_no not in self._faults and not found:
                 with self._faults.guard(stream_no):
-                    found = self._claims.look(stream_no)
+                    found = self._claims.has_lost(stream_no)
         return found
 
     def _claim_all(self) -> None:
