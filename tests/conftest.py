@@ -17,7 +17,7 @@ from xdist.scheduler import LoadFileScheduling
 from support.tools import REAL_MILVUS, untested, use_fetched
 
 #: How long a child that was told to end may take to be gone from the process table.
-CHILD_GRACE_S = 5.0
+CHILD_GRACE_S = 20.0
 
 #: Python's own helpers of multiprocessing live as long as the interpreter that started them.
 HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")

@@ -229,10 +229,11 @@ class TestWhereAJobIs:
         reader, (a,) = delivered(redis_world, b"a")
         settle(reader, [Settlement(S, [a])])
         time.sleep(0.5)  # the server counts the idle time
+        began_s = time.monotonic()
         reader.renew_name([S])
         group = operator.group(S)
         assert group is not None
-        assert group.consumers[0].idle_s < 0.4
+        assert group.consumers[0].idle_s < time.monotonic() - began_s + 0.1
         redis_world.server.client.hset("fence:stream:test", "/holder/host/a", '{"renewed": ["x"]}')
         group = operator.group(S)
         assert group is not None
@@ -244,7 +245,7 @@ class TestWhereAJobIs:
         lease = operator.lease(S, a)
         assert lease is not None
         assert (lease.consumer, lease.deliveries) == ("host/a", 1)
-        assert lease.idle_s < 5
+        assert lease.idle_s < 30
         assert operator.entry(S.stream, a) == Entry(a, b"a", deaths=2)
         assert [one.id for one in operator.leases(S, START, 10)] == [a, b]
         settle(reader, [Settlement(S, done=[a])])
