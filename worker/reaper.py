@@ -18,7 +18,7 @@ from .batches import BatchFinisher, batch_facts
 from .cron.enqueuer import CronEnqueuer
 from .errors import StoreUnavailable
 from .forwarding import Forwarder
-from .ipc.control import BatchShown, ControlSocket, Drain, Ready, SetCron, ShowBatch
+from .ipc.control import ALIVE_EVERY_S, BatchShown, ControlSocket, Drain, Ready, SetCron, ShowBatch
 from .keys import OTHER_GROUP, Source, consumer_name
 from .settings import Settings
 from .shards import logical_stream
@@ -132,7 +132,7 @@ class Reaper:
     def report(self) -> None:
         """Send the supervisor metrics, error and warnings."""
         warnings = [*self._faults.warnings(), *self._cron.warnings(), *self._forwarder.warnings()]
-        self._control.report(self._metrics, self._error, warnings=warnings)
+        self._control.report(self._metrics, self._error, warnings=warnings, at_least_every_s=ALIVE_EVERY_S)
 
     def _promote(self, stream_no: int) -> float:
         """Move all due retries of a stream; returns seconds until the next cycle."""
