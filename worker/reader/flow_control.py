@@ -16,13 +16,14 @@ from ..shards import logical_stream, shard_count
 from ..store.ports import Entry, WaitingJob
 from .admission import AdmittedJob
 from .cancellation import Cancellations
-from .context import ReaderContext
+from .context import EARLY, ReaderContext
 from .dispatch import Dispatcher
 
 log = logging.getLogger("jobworker.reader")
 
 #: Interval at which waiting jobs are counted and changed limits are noticed: three short commands a stream.
-_CHECK_EVERY_S = 1.0
+#: Operators are promised that a change counts within a second.
+_CHECK_EVERY_S = 0.9
 #: A backlog is sorted if it takes longer than this to run (seconds), so no job waits longer behind others.
 _WINDOW_S = 1.0
 #: Backlogs that are not sorted, and that are always sorted, whatever the rate (jobs).
@@ -80,9 +81,19 @@ class FlowControl:
 
     # -- state of the store
 
+    @property
+    def mono_due_s(self) -> float:
+        """When `refresh` has something to do, at the latest."""
+        return self._mono_checked_s + _CHECK_EVERY_S
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether jobs wait in lanes."""
+        return any(state.waiting for state in self._states)
+
     def refresh(self, mono_now_s: float, *, at_once: bool = False) -> bool:
         """If it is time, count waiting jobs, and read changed limits and cancelled entries; else False."""
-        if mono_now_s - self._mono_checked_s < _CHECK_EVERY_S and not at_once:
+        if mono_now_s - self._mono_checked_s < _CHECK_EVERY_S * EARLY and not at_once:
             return False
         self._mono_checked_s = mono_now_s
         if not at_once:

@@ -21,7 +21,7 @@ from .shard_leases import ShardLeases
 log = logging.getLogger("jobworker.reader")
 
 #: Block time of a read. It only bounds how soon a silently dead connection is noticed.
-_BLOCK_MS = 2000
+_BLOCK_MS = 1800
 #: Time that an answer may take beyond the block time.
 _ANSWER_MARGIN_S = 2.0
 #: Most entries of one answer: enough to spread the cost of a round trip, and no more than one script takes.
@@ -130,11 +130,30 @@ class Intake:
         self._mono_all_renewed_s = -math.inf
         self._mono_renewed_s = self._lost_leases.mono_renewed_s = context.mono_s()
 
-    def refresh(self, mono_now_s: float, *, at_once: bool = False) -> None:
-        """If it is time, look at what changed in the store: backlogs, limits, cancelled jobs, own shards."""
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do before an event, or the time of `mono_due_s`."""
+        under_way = self._unlisted or self._claiming or self._claims.under_way or self.flow.has_waiting
+        waits_for_repair = self._faults.isolated or self._held.stream_nos()
+        has_jobs = self.rejected or not self._dispatcher.is_idle or not self._buffer.empty
+        return not (under_way or waits_for_repair or has_jobs or self._buffer.crashes.watching)
+
+    @property
+    def mono_due_s(self) -> float:
+        """When the store has to be asked again, or a read has to be answered, at the latest."""
+        leases_due_s = min(self._mono_renewed_s + self._settings.lease_s / 3, self._claims.mono_look_s)
+        return min(self.flow.mono_due_s, self._shards.mono_due_s, leases_due_s, *self._answer_by.values())
+
+    def refresh(self, mono_now_s: float, *, at_once: bool = False) -> bool:
+        """If it is time, look at what changed in the store: backlogs, limits, cancelled jobs, own shards.
+
+        Returns whether it looked at the backlogs.
+        """
         self._shards.refresh(mono_now_s)
-        if self.flow.refresh(mono_now_s, at_once=at_once):
+        has_looked = self.flow.refresh(mono_now_s, at_once=at_once)
+        if has_looked:
             self.rejected += self._cancels.enforce()
+        return has_looked
 
     # -- pending entries of this consumer
 
