@@ -111,6 +111,8 @@ class Reaper:
     def _run_duties(self, mono_now_s: float) -> float:
         for stream_no in self._faults.due() if self._faults.isolated else ():
             self._faults.resume(stream_no)
+        works = [source.stream for no, source in enumerate(self._settings.streams) if no not in self._faults]
+        self._store.ask_due(works, _PROMOTE_BATCH)
         sleep_s = min(map(self._promote, range(len(self._settings.streams))), default=_POLL_INTERVAL_S)
         sleep_s = min(sleep_s, self._cron.run_once(self._faults.isolated))
         self._finish_batches()

@@ -98,11 +98,12 @@ class FlowControl:
         self._mono_checked_s = mono_now_s
         if not at_once:
             self._rates = (self._rates[1], self._dispatcher.jobs_per_s)
-        for stream_no in range(len(self._streams)):
-            if stream_no not in self._faults:
-                with self._faults.guard(stream_no):
-                    self._apply_file(stream_no)
-                    self._check(stream_no)
+        works = [stream_no for stream_no in range(len(self._streams)) if stream_no not in self._faults]
+        self._store.ask_state([self._streams[stream_no] for stream_no in works])
+        for stream_no in works:
+            with self._faults.guard(stream_no):
+                self._apply_file(stream_no)
+                self._check(stream_no)
         if not self._faults.isolated:
             self.file = None
         self._dispatcher.is_sorted = any(state.sorts_all for state in self._states)
