@@ -181,10 +181,11 @@ class ControlSocket:
         warnings: Sequence[str] = (),
         *,
         at_least_every_s: float = math.inf,
-    ) -> None:
+    ) -> bool:
         """Send what is new since the last report. Metrics stay in the buffer while the other side's is full.
 
-        Each report wakes the supervisor, so one without news is sent only every ``at_least_every_s``.
+        Each report wakes the supervisor, so one without news is sent only every ``at_least_every_s``. False
+        if there was nothing to send.
         """
         if dropped := take_dropped_lines():
             metrics.count("z_novel_log_lines_dropped_total", by=dropped)
@@ -192,12 +193,13 @@ class ControlSocket:
         trouble = trouble and trouble[:_WARNING_CHARS]
         now, state = time.monotonic(), (trouble, progress, texts)
         if not metrics and state == self._reported and now - self._mono_reported_s < at_least_every_s:
-            return
+            return False
         delta = metrics.take()
         if self.send(Report(delta.counts, delta.gauges, delta.histograms, trouble, progress, texts)):
             self._reported, self._mono_reported_s = state, now
         else:
             metrics.put_back(delta)
+        return True
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> bool:
         """Send without waiting; False if the other side's buffer is full or the other side has exited.

@@ -10,20 +10,18 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 
 import msgspec
 
+from ..beat import EARLY_S, next_beat_s
 from ..flow import FlowConfig, LaneRules, read_flow_header
 from ..keys import Source
 from ..shards import logical_stream, shard_count
 from ..store.ports import Entry, WaitingJob
 from .admission import AdmittedJob
 from .cancellation import Cancellations
-from .context import EARLY, ReaderContext
+from .context import ReaderContext
 from .dispatch import Dispatcher
 
 log = logging.getLogger("jobworker.reader")
 
-#: Interval at which waiting jobs are counted and changed limits are noticed: three short commands a stream.
-#: Operators are promised that a change counts within a second.
-_CHECK_EVERY_S = 0.9
 #: A backlog is sorted if it takes longer than this to run (seconds), so no job waits longer behind others.
 _WINDOW_S = 1.0
 #: Backlogs that are not sorted, and that are always sorted, whatever the rate (jobs).
@@ -84,7 +82,7 @@ class FlowControl:
     @property
     def mono_due_s(self) -> float:
         """When `refresh` has something to do, at the latest."""
-        return self._mono_checked_s + _CHECK_EVERY_S
+        return next_beat_s(self._mono_checked_s)
 
     @property
     def has_waiting(self) -> bool:
@@ -92,8 +90,8 @@ class FlowControl:
         return any(state.waiting for state in self._states)
 
     def refresh(self, mono_now_s: float, *, at_once: bool = False) -> bool:
-        """If it is time, count waiting jobs, and read changed limits and cancelled entries; else False."""
-        if mono_now_s - self._mono_checked_s < _CHECK_EVERY_S * EARLY and not at_once:
+        """Once a beat, count waiting jobs, and read changed limits and cancelled entries; else False."""
+        if mono_now_s < self.mono_due_s - EARLY_S and not at_once:
             return False
         self._mono_checked_s = mono_now_s
         if not at_once:

@@ -5,6 +5,7 @@ import math
 import selectors
 from collections.abc import Sequence
 
+from ..beat import EARLY_S, next_beat_s
 from ..envelope import OVERSIZED_KEPT_BYTES, OWN_FIELDS_BYTES
 from ..errors import AnswerTooLarge, Fenced, StoreRefused, StoreUnavailable
 from ..ipc.crash_marks import SKIP_FETCH_AT_STRIKES
@@ -20,8 +21,9 @@ from .shard_leases import ShardLeases
 
 log = logging.getLogger("jobworker.reader")
 
-#: Block time of a read. It only bounds how soon a silently dead connection is noticed.
-_BLOCK_MS = 1800
+#: A read blocks until shortly before this beat: the time only bounds how soon a silently dead connection is
+#: noticed.
+_BLOCK_BEATS = 2
 #: Time that an answer may take beyond the block time.
 _ANSWER_MARGIN_S = 2.0
 #: Most entries of one answer: enough to spread the cost of a round trip, and no more than one script takes.
@@ -297,9 +299,11 @@ class Intake:
             capacity = _MOST_ENTRIES
         if capacity > 0 and stream_no not in self._unlisted and not self._store.is_reading(source):
             count = min(capacity, self._read_counts[stream_no].entries)
-            fd = self._store.begin_read(source, count, _BLOCK_MS)
+            now = self._mono_s()
+            block_s = next_beat_s(now, _BLOCK_BEATS) - EARLY_S - now
+            fd = self._store.begin_read(source, count, round(block_s * 1000))
             self._selector.register(fd, selectors.EVENT_READ, stream_no)
-            self._answer_by[stream_no] = self._mono_s() + _BLOCK_MS / 1000 + _ANSWER_MARGIN_S
+            self._answer_by[stream_no] = now + block_s + _ANSWER_MARGIN_S
 
     def on_read_ready(self, stream_no: int, fd: int) -> None:
         """Take the answer of a read whose descriptor became readable.

@@ -288,8 +288,7 @@ class Reader:
             self.report()
 
     def report(self) -> None:
-        """Send the metrics to the supervisor."""
-        self._reported_at = self._mono_s()
+        """Send what is new to the supervisor."""
         for type_no, name in enumerate(self._settings.handlers):
             self._metrics.gauge("z_novel_circuit_open", (name,), float(self._breakers[type_no].open))
             slowed = self._breakers.crashes.slowed(type_no)
@@ -303,7 +302,9 @@ class Reader:
             warnings.append(self._pauses_fault)
         # While jobs are in flight, reports let the supervisor look at the timeouts of the workers.
         every_s = ALIVE_EVERY_S if self._dispatcher.is_idle else 0.0
-        self._control.report(self._metrics, trouble, self._intake.cycles, warnings, at_least_every_s=every_s)
+        progress = self._intake.cycles
+        if self._control.report(self._metrics, trouble, progress, warnings, at_least_every_s=every_s):
+            self._reported_at = self._mono_s()
 
     # -- connection and name
 
