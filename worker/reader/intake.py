@@ -135,10 +135,11 @@ class Intake:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do before an event, or the time of `mono_due_s`."""
+        if not self._dispatcher.is_idle or not self._buffer.empty or self.rejected:
+            return False
         under_way = self._unlisted or self._claiming or self._claims.under_way or self.flow.has_waiting
         waits_for_repair = self._faults.isolated or self._held.stream_nos()
-        has_jobs = self.rejected or not self._dispatcher.is_idle or not self._buffer.empty
-        return not (under_way or waits_for_repair or has_jobs or self._buffer.crashes.watching)
+        return not (under_way or waits_for_repair or self._buffer.crashes.watching)
 
     @property
     def mono_due_s(self) -> float:

@@ -440,7 +440,10 @@ class ProcessManager:
             and all(
                 state(slot.child) in ("idle", "running") and slot.successor is None for slot in self._slots
             )
-            and not any(child.channel.has_jobs for child in self._children() if child.channel is not None)
+            and not any(
+                child.hung_up or (child.channel is not None and child.channel.has_jobs)
+                for child in self._children()
+            )
         )
 
     @property
