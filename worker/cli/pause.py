@@ -19,8 +19,7 @@ if TYPE_CHECKING:  # the client library takes a while to load
     from ..store.redis.operator import OperatorStore
 
 
-#: How long to wait for services to follow a pause (seconds): they read the pauses twice a second and report
-#: once a second.
+#: How long to wait for services to follow a pause (seconds): they read the pauses and report within a second.
 _FOLLOW_TIMEOUT_S, _POLL_S = 3.0, 0.1
 
 

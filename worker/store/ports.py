@@ -360,6 +360,9 @@ class ReaderStore(Protocol):
     def fetch(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
         """The ``data`` of entries; an id that is gone from the stream is left out."""
 
+    def ask_state(self, sources: Iterable[Source]) -> None:
+        """Ask ahead what `backlog` of each source and `paused_types` return: their answers come together."""
+
     def paused_types(self) -> set[str]:
         """The types that an operator has paused, for every reader of the deployment."""
 
@@ -441,6 +444,9 @@ class ReaderStore(Protocol):
 
 class ReaperStore(CronStore, BatchStore, ForwardStore, Protocol):
     """Maintenance of streams: due retries, trimming, idle consumers, depths, cron, batches."""
+
+    def ask_due(self, streams: Iterable[str], limit: int) -> None:
+        """Ask ahead what `promote` and `batch_due` of each stream return: their answers come together."""
 
     def promote(self, stream: str, limit: int) -> Promotion:
         """Move at most ``limit`` due retries into the stream, in one atomic step."""
