@@ -102,21 +102,22 @@ def configure(ready: str, config: FlowConfig) -> Command:
 def sort_arguments(lanes: Mapping[bytes, Sequence[WaitingJob]]) -> Iterator[list[Argument]]:
     """Arguments of sort.lua in parts of at most 1,000 jobs."""
     part: list[Argument] = []
-    room = SCRIPT_IDS
+    ids: list[bytes] = []
     for lane, jobs in lanes.items():
         done = 0
         while done < len(jobs):
-            some = jobs[done : done + room]
-            part += (lane, len(some))
-            for job in some:
-                part += job
+            some = jobs[done : done + SCRIPT_IDS - len(ids)]
             done += len(some)
-            room -= len(some)
-            if not room:
-                yield part
-                part, room = [], SCRIPT_IDS
+            part += (
+                lane,
+                msgspec.msgpack.encode([field for id, cost in some for field in (id.decode(), str(cost))]),
+            )
+            ids += [id for id, _ in some]
+            if len(ids) == SCRIPT_IDS:
+                yield [min(ids), max(ids), len(ids), *part]
+                part, ids = [], []
     if part:
-        yield part
+        yield [min(ids), max(ids), len(ids), *part]
 
 
 def taken(reply: Sequence[Any], deaths_of: Callable[[bytes, bytes | None], int]) -> TakenJobs:
