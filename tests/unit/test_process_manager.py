@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,6 +221,31 @@ class TestExits:
         service.tick(10.0)
         service.tick(20.0)
         assert service.server.exit_code == -signal.SIGKILL
+
+    def test_a_drain_waits_less_for_the_forkserver_when_every_worker_has_exited(
+        self, service: Service
+    ) -> None:
+        service.manager.drain()
+        for slot_no in (0, 1):
+            assert service.server.exit_code is None, "a worker may run a job"
+            service.child("worker", slot_no).unanswered = True
+            service.tick(4.0)
+        service.tick(4.0)
+        assert service.server.exit_code == -signal.SIGKILL
+
+    def test_a_child_that_hung_up_does_not_wake_the_supervisor_again(
+        self, service: Service, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The forkserver may take its time to report the exit."""
+        worker = service.child("worker", 0)
+        worker.peer.close()
+        service.tick()
+        polled = []
+        poll = SimpleNamespace(register=lambda of, _: polled.append(of), poll=lambda _: [])
+        monkeypatch.setattr(process_manager.select, "poll", lambda: poll)
+        service.manager.wait(0.0, queue=None)  # type: ignore[arg-type]
+        assert worker.control not in polled
+        assert service.child("worker", 1).control in polled
 
 
 class TestReaderDeaths:
