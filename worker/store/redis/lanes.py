@@ -124,7 +124,10 @@ def taken(reply: Sequence[Any], deaths_of: Callable[[bytes, bytes | None], int])
     """The result of take.lua."""
     waiting, due_ms, outdated, limited = reply[:4]
     rows = zip(reply[4::3], reply[5::3], reply[6::3], strict=True)
-    entries = [Entry(id, data, 1, deaths_of(id, deaths)) for id, data, deaths in rows]
+    new = tuple.__new__  # a named tuple's own constructor takes four times as long, once per job
+    entries = [
+        new(Entry, (id, data, 1, 0 if deaths is None else deaths_of(id, deaths))) for id, data, deaths in rows
+    ]
     due_s = None if due_ms < 0 else due_ms / 1000
     by_type = {name.decode(errors="replace"): count for name, count in pairs(limited).items()}
     return TakenJobs(entries[outdated:], entries[:outdated], waiting, due_s, by_type)
