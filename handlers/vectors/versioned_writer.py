@@ -38,7 +38,7 @@ ERASING_WAIT_S = 2.0
 # Wait outside the worker: half of the time that the holder was silent, within these limits.
 AGAIN_S = (0.5, 5.0)
 
-# Stands for a chapter where entities of a project are replaced; no id contains it.
+# Used instead of a chapter where entities of a project are replaced; no id contains it.
 PROFILES = "*"
 
 
@@ -188,7 +188,7 @@ class VersionedWriter:
         for write, admission in zip(writes, admissions, strict=True):
             write.admission = admission
             if admission.verdict == "model":
-                # The default collections serve everybody, so a wrong model there is a fault of the service.
+                # The default collections serve all tenants, so a wrong model there is a fault of the service.
                 kind = TransientStoreError if collection in schemas.SCHEMAS else CollectionUnavailable
                 raise kind(
                     f"{write.intent.collection} was rebuilt with the model {admission.model}, this service "

@@ -283,6 +283,8 @@ class Child(ForkedProcess):
         #: Faults that it last reported and that stop only a part of the work.
         self.warnings: list[str] = []
         self.progress = 0
+        #: Whether it has closed its control socket and all its messages were received.
+        self.hung_up = False
         self.mono_last_message_s = mono_now_s
         self.mono_sampled_s = mono_now_s
         #: Since when the forkserver owes an answer about it; None if it does not.
