@@ -88,7 +88,7 @@ def unable_to_save(server: RedisServer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def busy(server: RedisServer) -> Iterator[None]:
-    """A script of somebody else that does not end, until it is killed."""
+    """A script of another client that does not end, until it is killed."""
     with redis.Redis(port=server.port, socket_timeout=NOTICED_WITHIN_S) as other:
         connection = other.connection_pool.make_connection()
         connection.connect()

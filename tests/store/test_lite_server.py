@@ -265,7 +265,7 @@ def test_a_signal_stops_it_cleanly(tmp_path: Path) -> None:
             assert "Traceback" not in server.stderr
     with lite_server(tmp_path / "data") as server:
         store = open_vectors(server.uri)
-        # Loaded without anybody having asked for it.
+        # Loaded although no client asked for it.
         found = store.search(NAME, rows_of(0, 1)[0].vector, tenant_id="tenant", project_id="w", limit=20)
         assert len(found) == 10
         store.close()

@@ -156,7 +156,7 @@ class TestPauses:
     ) -> None:
         operator.pause("audit", "disk full")
         operator.pause("embedding_batch", "")
-        assert [(pause.kind, pause.note) for pause in operator.pauses()] == [
+        assert [(pause.job_type, pause.note) for pause in operator.pauses()] == [
             ("audit", "disk full"),
             ("embedding_batch", ""),
         ]
@@ -176,13 +176,13 @@ class TestPauses:
     ) -> None:
         redis_world.server.client.hset("jobworker:paused", "audit", value)
         (pause,) = operator.pauses()
-        assert (pause.kind, pause.wall_since_s) == ("audit", 0.0)
+        assert (pause.job_type, pause.wall_since_s) == ("audit", 0.0)
 
     def test_a_value_written_by_hand_pauses_too(
         self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         redis_world.server.client.hset("jobworker:paused", "audit", "1")
-        assert [pause.kind for pause in operator.pauses()] == ["audit"]
+        assert [pause.job_type for pause in operator.pauses()] == ["audit"]
         assert redis_world.reader("host/b").paused_types() == {"audit"}
 
     def test_a_user_without_permission_for_pauses_can_read_jobs(self, redis_world: RedisWorld) -> None:

@@ -387,7 +387,7 @@ class Service:
         return eventually(lambda: self.events("end", id), within_s, saying=f"end of {id}")[0]
 
     def open_gate(self, gate: str) -> None:
-        """Let the jobs that wait at a gate go on."""
+        """Let the jobs that wait at a gate continue."""
         (self.toys_dir / gate).touch()
 
 

@@ -113,6 +113,15 @@ class StreamTable:
         return Source(source.stream, group)
 
 
+def with_shards(store: "OperatorStore", stream: str) -> list[str]:
+    """The stream of a name and its registered shards, in the order in which a job passes through them. Raises
+    `StoreUnavailable`."""
+    logical = logical_stream(stream)
+    registered = [source.stream for one in store.announcements() for source in one.sources]
+    shards = [one for one in registered if logical_stream(one) == logical]
+    return list(dict.fromkeys([logical, *shards, stream]))
+
+
 def _parse_source(text: str) -> Source:
     """``NAME=GROUP`` or ``NAME``. Raises `ConfigurationError`."""
     return Source(text, "") if "=" not in text and text.strip() else parse_source(text)

@@ -15,14 +15,15 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from ..admin.dead_letters import BulkOperation, Cursor, DeadLetterQueue, SelectedLetters
-from ..cancel import Canceller, JobFilter, outcome_of
+from ..admin.deployment import with_shards
+from ..cancel import SCAN_LIMIT, Canceller, JobFilter, outcome_of
 from ..results import CancelOutcome
 from ..store.redis.operator import OperatorStore
 from .access import Access, TooManyFailures
 from .background import BackgroundTask, TooManyTasks
 from .filters import DeadFilter, format_cursor
 from .guard import COOKIE
-from .pages import SCAN_LIMIT, Site, named_refusal
+from .pages import Site, named_refusal
 
 log = logging.getLogger("jobworker.web")
 
@@ -208,7 +209,7 @@ class Actions:
         return self._start_task("Retry now", _local_path(first_value(form, "back")), run)
 
     async def cancel(self, request: Request) -> Response:
-        """Cancel one job of a stream; it becomes a dead letter."""
+        """Cancel one job of a stream or of its shards; it becomes a dead letter."""
         form = await self._read_action(request)
         id, stream = first_value(form, "id"), first_value(form, "stream")
         if not id or not stream:
@@ -217,9 +218,13 @@ class Actions:
 
         def run(task: BackgroundTask) -> str:
             with self._site.store() as store:
-                selected = JobFilter(frozenset([id]))
-                search = Canceller(store, [stream], selected, by="operator", scan_limit=SCAN_LIMIT)
-                return _CANCELLED[outcome_of(list(search.run()))]
+                # Since the page was made the job may have been moved into a shard, where its entry is new.
+                streams, selected = with_shards(store, stream), JobFilter(frozenset([id]))
+                search = Canceller(store, streams, selected, by="operator", scan_limit=SCAN_LIMIT)
+                outcome = outcome_of(list(search.run()))
+            if outcome == CancelOutcome.UNKNOWN and search.incomplete:
+                return f"The job was not found among the first {SCAN_LIMIT:,} entries of each stream."
+            return _CANCELLED[outcome]
 
         return self._start_task("Cancel a job", _local_path(first_value(form, "back")), run)
 
