@@ -38,10 +38,15 @@ from jobworker.worker.supervision.pdeathsig import become_subreaper
 from jobworker.worker.supervision.process import Process
 from jobworker.worker.supervision.process_groups import GroupGuard, reap_adopted
 from jobworker.worker.supervision.process_manager import ProcessManager
-from jobworker.worker.supervision.refusal import RefusingCommand, default_format, refuse, require_open_files
 from jobworker.worker.supervision.reloader import Reloader, Restart
 from jobworker.worker.supervision.sd_notify import notify, reloading
 from jobworker.worker.supervision.signals import SignalQueue
+from jobworker.worker.supervision.start_errors import (
+    RefusingCommand,
+    default_format,
+    refuse,
+    require_open_files,
+)
 from jobworker.worker.supervision.status import StatusLine, StatusMailbox, flagged_types, service_status
 from jobworker.worker.telemetry import log as logs
 from jobworker.worker.telemetry.prometheus import PrometheusCollector
@@ -212,12 +217,13 @@ class Supervisor:
         return None
 
     def _reload_tables(self) -> None:
-        """Read the tables of the configuration file again; those of before stay where it is wrong."""
+        """Read the tables of the configuration file again; if it is wrong, keep the previous ones."""
         try:
             tables = ConfigTables.load(self._settings)
         except ConfigurationError as error:
             log.error(
-                "tables.rejected", extra={"error": str(error), "hint": "the tables of before stay in force"}
+                "tables.rejected",
+                extra={"error": str(error), "hint": "the service keeps the previous tables"},
             )
             return
         if tables.cron != self._settings.cron:

@@ -17,7 +17,7 @@ from xdist.scheduler import LoadFileScheduling
 from support.tools import REAL_MILVUS, untested, use_fetched
 
 #: How long a child that was told to end may take to be gone from the process table.
-CHILD_GRACE_S = 5.0
+CHILD_GRACE_S = 20.0
 
 #: Python's own helpers of multiprocessing live as long as the interpreter that started them.
 HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
@@ -25,7 +25,7 @@ HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 #: Descriptors that one file of tests may leave open, say those of a library that it is the first to load.
 MOST_LEFT_OPEN = 40
 
-# Children inherit it: a test that reached for a model hub would depend on somebody else's server.
+# Children inherit it: a test that reached for a model hub would depend on another server.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

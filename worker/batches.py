@@ -22,7 +22,7 @@ from .telemetry.metrics import MetricsBuffer
 
 log = logging.getLogger("jobworker.batches")
 
-#: Interval at which open batches are looked at although no job told of their end (seconds).
+#: Interval at which open batches are checked although no job reported their end (seconds).
 _SWEEP_INTERVAL_S = 10.0
 _MAX_ERROR_CHARS = 300
 

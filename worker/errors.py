@@ -54,7 +54,7 @@ class RateLimited(JobworkerError):
 
 
 class ConfigurationError(JobworkerError):
-    """The service cannot start as it was told to; the message says what to change."""
+    """The service cannot start with this configuration; the message says what to change."""
 
 
 class MalformedJob(JobworkerError):

@@ -46,7 +46,7 @@ class Reaper:
     """Loop of the reaper process.
 
     It survives an unavailable store: it retries with backoff. A stream that the store refuses is isolated;
-    the others go on.
+    the others continue.
     """
 
     def __init__(

@@ -68,9 +68,8 @@ class Runner:
     """Worker role. It runs one job or one batch at a time.
 
     ``stop`` may be set from a signal handler, and the supervisor requests the same in the channel: the
-    running job is finished, no other is started. The state
-    byte in the in-flight table changes before and after each run, so that the reader knows which jobs had
-    started when the worker dies.
+    running job is finished, no other is started. The state byte in the in-flight table changes before and
+    after each run, so that the reader knows which jobs had started when the worker dies.
     """
 
     def __init__(

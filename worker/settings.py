@@ -158,7 +158,7 @@ def parse_address(text: str, option: str = "--metrics-addr") -> tuple[str, int]:
 def cores() -> int:
     """Processors that this process may use, by affinity and CPU quota; the machine may have more.
 
-    Counted once, in the forkserver for all its children: which slots hold the model must not change while the
+    Counted once, in the forkserver for all its children: which slots have a device must not change while the
     service runs, and a worker that reads the files of the control groups has 0.4 MB more of its own. A quota
     that changes later takes effect when the service starts again.
     """

@@ -66,7 +66,7 @@ class ApiAccess:
         try:
             self._tokens = read_tokens(self._file)
         except ConfigurationError as error:
-            hint = "the tokens of before stay valid"
+            hint = "the previous tokens stay valid"
             log.error("api.tokens_rejected", extra={"error": str(error), "hint": hint})
         else:
             log.info("api.tokens_reloaded")

@@ -32,7 +32,7 @@ POLL_S, FAST_POLLS_S, SLOW_POLL_S = 0.02, 1.0, 0.1
 # After this timeout the waiting job is retried later, so that it does not block the worker.
 WAIT_S = 20.0
 
-# Stands for a chapter where entities of a project are replaced; no id contains it.
+# Used instead of a chapter where entities of a project are replaced; no id contains it.
 PROFILES = "*"
 
 
@@ -161,7 +161,7 @@ class VersionedWriter:
         for write, admission in zip(writes, admissions, strict=True):
             write.admission = admission
             if admission.verdict == "model":
-                # The default collections serve everybody, so a wrong model there is a fault of the service.
+                # The default collections serve all tenants, so a wrong model there is a fault of the service.
                 kind = TransientStoreError if collection in schemas.SCHEMAS else CollectionUnavailable
                 raise kind(
                     f"{write.intent.collection} was rebuilt with the model {admission.model}, this service "

@@ -88,7 +88,7 @@ def test_a_silent_client_blocks_neither_other_clients_nor_the_shutdown(service: 
         assert service.get("/healthz")[0] == 200
         closing = threading.Thread(target=service.server.close)
         closing.start()
-        closing.join(5.0)
+        closing.join(30.0)
         assert not closing.is_alive(), "closing waits for a silent client"
     with pytest.raises(OSError):
         socket.create_connection((host, int(port)), timeout=1.0)

@@ -90,7 +90,9 @@ class TestStart:
         worker.peer.send(StartFailed("no such option", Exit.USAGE))
         assert service.tick() == Exit.USAGE
 
-    def test_three_exits_before_ready_end_the_service_at_its_first_start(self, make: Make) -> None:
+    def test_three_exits_before_ready_end_the_service_at_its_first_start(
+        self, make: Make, caplog: pytest.LogCaptureFixture
+    ) -> None:
         service = make(procs=1)
         exits = 0
         for _ in range(9):
@@ -100,6 +102,19 @@ class TestStart:
                 worker.exit("exit 1")
                 exits += 1
         assert (code, exits) == (Exit.BOOT_FAILED, 3)
+        (said,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
+        assert (said.message, vars(said)["child"]) == ("child.start_failed", "worker 0")
+
+    def test_ends_of_the_forkserver_do_not_end_the_first_start(self, make: Make) -> None:
+        """The kernel then kills the children, which says nothing about whether they can start."""
+        service = make(procs=1)
+        for _ in range(9):
+            assert service.tick(2.0) is None
+            for child in service.living():
+                child.exit("SIGKILL", with_forkserver=True)
+        service.tick(2.0)
+        service.complete()
+        assert service.manager.reasons() == []
 
     def test_a_reader_that_does_not_reach_the_store_in_time_ends_the_service(self, make: Make) -> None:
         service = make(connect_timeout_s=30.0)

@@ -278,7 +278,7 @@ def class_names(source: str) -> list[str]:
 
 
 def test_a_class_name_means_one_class() -> None:
-    """A reader who searches for a class finds one; private names of a file are its own."""
+    """A reader who searches for a class finds one."""
     homes = defaultdict(list)
     for file in product_files():
         for name in class_names(file.read_text("utf-8")):

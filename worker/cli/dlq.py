@@ -44,7 +44,7 @@ _BATCHES_PER_S = 10.0
 
 @click.group("dlq", cls=CliGroup)
 def dlq() -> None:
-    """Dead letters: list, show, requeue, purge.
+    """List, show, requeue and purge dead letters.
 
     \b
     jobworker dlq list --reason exhausted --newer-than 2h

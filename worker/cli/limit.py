@@ -24,7 +24,7 @@ _TRIES = 10
 
 @click.group("limit", cls=CliGroup)
 def limit() -> None:
-    """Limits of job types: list, set and clear them.
+    """List, set and clear limits of job types.
 
     A limit says how many jobs run at once and how many start in a time. It holds for all services of the
     deployment within about a second. Running jobs are not stopped.

@@ -73,7 +73,7 @@ def pause(
 def _print_pauses(pauses: Sequence[Pause], now_s: float) -> None:
     rows = [
         [
-            strip_control(one.kind),
+            strip_control(one.job_type),
             format_duration(max(0.0, now_s - one.wall_since_s)),
             strip_control(one.note),
         ]
@@ -156,7 +156,7 @@ def resume(url: str, types: tuple[str, ...], as_json: bool) -> None:
 
 
 def _echo_not_paused(types: list[str], pauses: list[Pause]) -> None:
-    paused = ", ".join(strip_control(pause.kind) for pause in pauses)
+    paused = ", ".join(strip_control(pause.job_type) for pause in pauses)
     hint = f"paused are: {paused}" if paused else "no type is paused"
     for job_type in types:
         click.echo(f"{strip_control(job_type)} was not paused, so nothing changed; {hint}", err=True)
@@ -164,4 +164,4 @@ def _echo_not_paused(types: list[str], pauses: list[Pause]) -> None:
 
 def _to_json(pause: Pause) -> dict[str, str]:
     since = datetime.fromtimestamp(pause.wall_since_s, UTC).isoformat(timespec="milliseconds")
-    return {"type": pause.kind, "since": since.replace("+00:00", "Z"), "note": pause.note}
+    return {"type": pause.job_type, "since": since.replace("+00:00", "Z"), "note": pause.note}

@@ -29,7 +29,7 @@ from .common import (
 
 @click.group("retry", cls=CliGroup)
 def retry() -> None:
-    """Waiting retries: list them, or make them due now.
+    """List scheduled retries, or make them due now.
 
     \b
     jobworker retry list

@@ -14,7 +14,7 @@ from .limit import change_config, open_store
 
 @click.group("weight", cls=CliGroup)
 def weight() -> None:
-    """Weights of tenants: list, set and clear them.
+    """List, set and clear weights of tenants.
 
     A tenant of weight 3 gets three times the share of a tenant of weight 1, while both have jobs in lanes. A
     weight holds for all services of the deployment at once.

@@ -58,7 +58,7 @@ class Reader:
     """Reader role. `run` returns once drained.
 
     A store that does not answer is retried with backoff; in-flight jobs keep running meanwhile. A stream that
-    the store refuses is isolated: the others go on. A reader that lost the instance's name settles nothing
+    the store refuses is isolated: the others continue. A reader that lost the instance's name settles nothing
     until it has the name again.
     """
 

@@ -360,7 +360,7 @@ class ReaderStore(Protocol):
         """The types that an operator has paused, for every reader of the deployment."""
 
     def key_faults(self, source: Source) -> list[KeyFault]:
-        """The keys of a stream that the store cannot work with, as far as they can be told."""
+        """The keys of a stream that the store cannot work with, as far as the store shows them."""
 
     def pause_faults(self) -> list[KeyFault]:
         """As `key_faults`, for the key of the paused types."""

@@ -270,7 +270,9 @@ class ProcessManager:
             })  # fmt: skip
             self._metrics.add([("z_novel_worker_restarts_total", (child.role, cause), 1)])
             slot.unexpected_exits += 1
-            slot.backoff.record_exit(now, was_ready=child.ready, lived_s=now - child.mono_started_s)
+            # A child that ended with the forkserver has not failed to start, ready or not.
+            was_able = child.ready or exited.with_forkserver
+            slot.backoff.record_exit(now, was_ready=was_able, lived_s=now - child.mono_started_s)
         if child.channel is not None:
             # No job is to blame for the exit of the forkserver; one that was cancelled is not charged.
             charge = not expected and not exited.with_forkserver and child.kill_cause != "cancelled"
@@ -401,8 +403,11 @@ class ProcessManager:
                 hint = store_advice(trouble or "")
                 log.critical("store.unreachable", extra={"error": trouble, "hint": hint})
                 self._exit_code = Exit.STORE_UNREACHABLE
-            elif any(slot.backoff.exits_before_ready >= _MAX_START_ATTEMPTS for slot in self._slots):
-                self._exit_code = Exit.BOOT_FAILED
+            for slot in self._slots:
+                if self._exit_code is None and slot.backoff.exits_before_ready >= _MAX_START_ATTEMPTS:
+                    error = f"it exited {_MAX_START_ATTEMPTS} times before it was ready: see child.exited"
+                    log.critical("child.start_failed", extra={"child": slot.name, "error": error})
+                    self._exit_code = Exit.BOOT_FAILED
         elif all(slot.backoff.exits_before_ready >= _CRASH_LOOP_EXITS for slot in self._workers):
             log.critical("crash_loop.detected", extra={"hint": "no worker stays up"})
             self._exit_code = Exit.CRASH_LOOP

@@ -39,7 +39,7 @@ class LineWriter:
 
     def _reset(self) -> None:
         self._changed = threading.Condition()
-        # Each line with 0, a notice with the number of lines that it tells of.
+        # Each line with 0, a notice with the number of lines that it reports.
         self._lines: deque[tuple[bytes, int]] = deque()
         self._waiting_bytes = 0
         self._queued = self._finished = 0
@@ -91,7 +91,7 @@ class LineWriter:
         self._changed.notify_all()
 
     def _drop(self, gap: int = 0) -> None:
-        """Count a lost line, or the lines that a lost notice told of, which are counted already."""
+        """Count a lost line, or the lines that a lost notice reported, which are counted already."""
         self._gap += gap or 1
         self._uncounted += not gap
 
