@@ -521,6 +521,7 @@ class TestActions:
         store.client.delete(SERVICES_KEY)  # else other tests see the streams of this service only
         assert "it is a dead letter now" in finish(guarded, answer.headers["location"])
         assert (store.client.xlen(shard), store.client.xlen(f"dlq:{shard}")) == (0, 1)
+        store.client.delete(SERVICES_KEY)  # other tests look at the built-in streams
 
 
 def test_the_page_loads_neither_torch_nor_a_vector_client() -> None:
