@@ -372,6 +372,15 @@ class TestLimits:
         assert service.child("reader") is not reader
         assert service.restarts() == {("reader", "stuck"): 1}
 
+    def test_a_service_with_a_dispatched_job_is_not_idle(self, service: Service) -> None:
+        """Else its loop would sleep until after the timeout of the job."""
+        assert service.manager.idle
+        jobs = service.channel(service.child("worker", 0)).jobs
+        jobs.push(b"frame")
+        assert not service.manager.idle
+        jobs.release(next(tail for _, tail in jobs.frames()))
+        assert service.manager.idle
+
     def test_an_idle_worker_without_a_heartbeat_is_replaced(self, service: Service) -> None:
         worker = service.child("worker", 0)
         worker.silent = True

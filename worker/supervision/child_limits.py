@@ -8,7 +8,7 @@ from .process import Child
 
 #: Time between the request for a stack dump (SIGUSR2) and SIGKILL, for a child over its limit.
 _DUMP_S = 0.3
-#: Reader and reaper report several times a second, but one call to a slow store may block them for 5 s.
+#: Reader and reaper report every 2 s at least, but one call to a slow store may block them for 5 s.
 STUCK_AFTER_S = 15.0
 #: Time limit for the set-up of a child. A handler may load gigabytes from a slow disk.
 _SETUP_TIMEOUT_S = 600.0

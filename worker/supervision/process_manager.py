@@ -4,7 +4,7 @@ import logging
 import select
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -155,10 +155,15 @@ class ProcessManager:
         self._check_startup(now)
         return self._exit_code
 
-    def wait(self, timeout_s: float, queue: SignalQueue) -> None:
-        """Sleep until a signal, a message or an exit arrives, at most ``timeout_s`` seconds."""
+    def wait(self, timeout_s: float, queue: SignalQueue, more_fds: Iterable[int] = ()) -> None:
+        """Sleep until a signal, a message or an exit arrives, at most ``timeout_s`` seconds.
+
+        It ends also when one of ``more_fds`` is readable.
+        """
         poll = select.poll()
         poll.register(queue, select.POLLIN)
+        for fd in more_fds:
+            poll.register(fd, select.POLLIN)
         for child in self._children():
             poll.register(child.event_fd, select.POLLIN)
             if not child.hung_up:
@@ -434,9 +439,16 @@ class ProcessManager:
 
     @property
     def idle(self) -> bool:
-        """Whether every child is ready and no worker runs a job."""
-        return not self._to_restart and all(
-            state(slot.child) in ("idle", "running") and slot.successor is None for slot in self._slots
+        """Whether every child is ready, and no worker has a job or left subprocesses."""
+        return (
+            not (self._to_restart or self._groups)
+            and all(
+                state(slot.child) in ("idle", "running") and slot.successor is None for slot in self._slots
+            )
+            and not any(
+                child.hung_up or (child.channel is not None and child.channel.has_jobs)
+                for child in self._children()
+            )
         )
 
     @property
