@@ -178,14 +178,14 @@ class BatchFinisher:
             self._mono_sweep_s[stream] = now_s + _SWEEP_INTERVAL_S
         found = self._store.batch_due(stream)
         for due in found:
-            self._look_at(stream, due)
+            self._check_batch(stream, due)
         return bool(found)
 
     def find(self, id: str) -> Batch | None:
         """A batch of this service's streams."""
         return find_batch(self._store, self._streams, id) if is_batch_id(id) else None
 
-    def _look_at(self, stream: str, due: DueBatch) -> None:
+    def _check_batch(self, stream: str, due: DueBatch) -> None:
         try:
             batch = find_batch(self._store, [stream], due.id)
             if batch is not None:

@@ -311,19 +311,9 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
     parse_address(values["metrics_addr"])
     _check_serve(values["serve_addr"], values["serve_token_file"])
     values["redis_url"] = _checked_redis_url(values["redis_url"])
-    handlers = {} if values.pop("no_builtin_handlers") else dict(extension().handlers)
     given = dict(parse_handler(text) for text in values.pop("handler"))
-    given = {name: extension().moved.get(target, target) for name, target in given.items()}
     values["apps"] = tuple(dict.fromkeys(parse_app(text) for text in values.pop("app")))
-    if values["apps"]:
-        handlers |= app_handlers(values["apps"], handlers, given)
-    handlers |= given
-    if not handlers:
-        raise ConfigurationError(
-            "no handler: give --app MODULE or --handler TYPE=module:Class, or drop --no-builtin-handlers"
-        )
-    if len(handlers) > _MOST_TYPES:
-        raise ConfigurationError(f"at most {_MOST_TYPES} types")
+    handlers = _handlers_of(given, values["apps"], builtin=not values.pop("no_builtin_handlers"))
     retry = RetryPolicy(
         values.pop("max_retries"), values.pop("retry_initial"), values.pop("retry_max"),
         values.pop("retry_multiplier"), values.pop("retry_jitter"),
@@ -345,6 +335,22 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
         return settings_class().from_json(settings.to_json())
     except msgspec.MsgspecError as error:
         raise ConfigurationError(f"an option has a value of the wrong kind: {error}") from error
+
+
+def _handlers_of(given: Mapping[str, str], apps: tuple[str, ...], *, builtin: bool) -> dict[str, str]:
+    """Targets of all handlers by job type; ``given`` are those of --handler. Raises `ConfigurationError`."""
+    found = dict(extension().handlers) if builtin else {}
+    given = {name: extension().moved.get(target, target) for name, target in given.items()}
+    if apps:
+        found |= app_handlers(apps, found, given)
+    found |= given
+    if not found:
+        raise ConfigurationError(
+            "no handler: give --app MODULE or --handler TYPE=module:Class, or drop --no-builtin-handlers"
+        )
+    if len(found) > _MOST_TYPES:
+        raise ConfigurationError(f"at most {_MOST_TYPES} types")
+    return found
 
 
 def _with_shards(sources: tuple[Source, ...], shards: int, drained: tuple[int, ...]) -> tuple[Source, ...]:

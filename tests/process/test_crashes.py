@@ -17,10 +17,10 @@ pytestmark = pytest.mark.process
 ROLES = {"supervisor", "forkserver", "guard", "reader", "reaper", "worker 0", "worker 1", "valkey"}
 
 #: Two seconds are promised for a machine that has the time.
-#: This one may be running other suites. A lease is 60 s.
+#: This one may be running other suites. A lease is 30 s.
 RECOVERED_WITHIN_S = 20.0
 #: Five are promised between a restart and the jobs that the killed supervisor left being run again.
-RESTARTED_WITHIN_S = 30.0
+RESTARTED_WITHIN_S = 25.0
 
 
 @pytest.fixture(scope="module")

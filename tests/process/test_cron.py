@@ -113,7 +113,7 @@ def test_hup_reloads_the_tables_and_refuses_a_wrong_one(tmp_path: Path, store: R
 def test_a_service_with_a_wrong_table_does_not_start(tmp_path: Path, text: str, says: str) -> None:
     file = config(tmp_path / "one", text)
     done = subprocess.run(
-        [COMMAND, "--config", file], capture_output=True, text=True, timeout=30, check=False, cwd=tmp_path,
+        [COMMAND, "--config", file], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path,
         env={**os.environ, "JOBWORKER_REDIS_URL": "redis://127.0.0.1:1"},
     )  # fmt: skip
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)

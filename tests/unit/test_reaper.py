@@ -22,7 +22,7 @@ from jobworker.worker.store.ports import Promotion, Settlement, WaitingJob
 
 SOURCE = Source("stream:test", "cg-test")
 SETTINGS = Settings(streams=(SOURCE,), host="here", instance="blue", lease_s=1.0)
-WITHIN_S = 10.0
+WITHIN_S = 30.0
 
 
 class World:

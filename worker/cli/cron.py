@@ -25,7 +25,7 @@ from ..errors import ConfigurationError, StoreRefused
 from ..keys import Source
 from .common import (
     AS_JSON,
-    BAD_NEWS,
+    NEGATIVE_RESULT,
     STREAMS,
     CliGroup,
     echo_json,
@@ -246,4 +246,4 @@ def resume(
         click.echo(f"{strip_control(name)} {'resumed' if was_paused else 'was not paused'}")
     exit_if_refused(refused.values())
     if not all(resumed.values()):
-        context.exit(BAD_NEWS)
+        context.exit(NEGATIVE_RESULT)

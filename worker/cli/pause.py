@@ -13,7 +13,7 @@ from ..admin.words import format_duration, strip_control
 from ..errors import ConfigurationError
 from ..keys import PAUSED_KEY
 from ..store.operator import Pause
-from .common import AS_JSON, BAD_NEWS, JobType, echo_json, print_table, verb, verb_on_deployment
+from .common import AS_JSON, NEGATIVE_RESULT, JobType, echo_json, print_table, verb, verb_on_deployment
 
 if TYPE_CHECKING:  # the client library takes a while to load
     from ..store.redis.operator import OperatorStore
@@ -151,7 +151,7 @@ def resume(url: str, types: tuple[str, ...], as_json: bool) -> None:
             click.echo(f"{strip_control(job_type)} resumed")
     if not all(resumed.values()):
         _echo_not_paused([job_type for job_type in types if not resumed[job_type]], store.pauses())
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)
 
 
 def _echo_not_paused(types: list[str], pauses: list[Pause]) -> None:

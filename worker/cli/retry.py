@@ -13,7 +13,7 @@ from ..admin.words import format_duration, pluralise, strip_control
 from ..config.quantities import Count
 from .common import (
     AS_JSON,
-    BAD_NEWS,
+    NEGATIVE_RESULT,
     STREAMS,
     CliGroup,
     JobType,
@@ -143,4 +143,4 @@ def now(
         click.echo(f"{pluralise(moved, 'job')} {'would be' if dry_run else 'made'} due now")
     exit_if_refused((retries.refused or {}).values())
     if missing:
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)

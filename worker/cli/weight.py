@@ -8,7 +8,7 @@ import msgspec
 from ..admin.words import strip_control
 from ..config.quantities import Number
 from ..flow import parse_weights
-from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, echo_json, print_table, verb
+from .common import AS_JSON, NEGATIVE_RESULT, STREAMS, CliGroup, echo_json, print_table, verb
 from .limit import change_config, open_store
 
 
@@ -105,4 +105,4 @@ def clear(url: str, tenants: tuple[str, ...], streams: tuple[str, ...], as_json:
         text = f"{tenant} has the weight 1" if was_set else f"no weight of {tenant} is set"
         click.echo(strip_control(text))
     if not all(cleared.values()):
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)

@@ -20,7 +20,7 @@ _START = b"0-0"
 class Claims:
     """Sweeps under way, by stream number.
 
-    A sweep starts each third of a lease, and sooner if `look` finds a service whose name has expired. It
+    A sweep starts each third of a lease, and sooner if `has_lost` finds a service whose name has expired. It
     continues in each tick while the workers have credit, so the survivors share the jobs of a lost host by
     their pace. Methods raise as the store does.
     """
@@ -53,19 +53,19 @@ class Claims:
         self._cursors.pop(stream_no, None)
 
     @property
-    def mono_look_s(self) -> float:
-        """When the next look is due, at the latest."""
+    def mono_check_due_s(self) -> float:
+        """When the next check is due, at the latest."""
         return self._mono_looked_s + self._look_every_s
 
-    def look_is_due(self) -> bool:
-        """Whether `look` should be called for each stream now; true once an interval."""
+    def is_check_due(self) -> bool:
+        """Whether `has_lost` should be called for each stream now; true once an interval."""
         now = self._mono_s()
         if now - self._mono_looked_s < self._look_every_s * EARLY:
             return False
         self._mono_looked_s = now
         return True
 
-    def look(self, stream_no: int) -> bool:
+    def has_lost(self, stream_no: int) -> bool:
         """Whether a service is gone and leases of it have expired."""
         return self._store.has_lost(self._streams[stream_no], self._idle_ms)
 

@@ -144,7 +144,7 @@ class Intake:
     @property
     def mono_due_s(self) -> float:
         """When the store has to be asked again, or a read has to be answered, at the latest."""
-        leases_due_s = min(self._mono_renewed_s + self._settings.lease_s / 3, self._claims.mono_look_s)
+        leases_due_s = min(self._mono_renewed_s + self._settings.lease_s / 3, self._claims.mono_check_due_s)
         return min(self.flow.mono_due_s, self._shards.mono_due_s, leases_due_s, *self._answer_by.values())
 
     def refresh(self, mono_now_s: float, *, at_once: bool = False) -> bool:
@@ -525,13 +525,13 @@ class Intake:
 
     def _finds_lost(self) -> bool:
         """Whether a service is gone: its jobs are claimed without waiting for the next sweep."""
-        if self.draining or self._claims.under_way or not self._claims.look_is_due():
+        if self.draining or self._claims.under_way or not self._claims.is_check_due():
             return False
         found = False
         for stream_no in range(len(self._streams)):
             if stream_no not in self._faults and not found:
                 with self._faults.guard(stream_no):
-                    found = self._claims.look(stream_no)
+                    found = self._claims.has_lost(stream_no)
         return found
 
     def _claim_all(self) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..conditions import expires_s, has_keys, unique_bucket, unique_name
 from ..envelope import DeadJob, Header, dead_letter, read_header, with_retry
-from ..flow import read_flow_header, tenant_key
+from ..flow import JOB_KEY, read_flow_header, tenant_key
 from ..ipc.channel import outcome_frames
 from ..ipc.control import WorkerExited
 from ..ipc.inflight import FAILED, QUEUED, RETURNED, SETTLED, STARTED, SUCCEEDED, InFlightJob
@@ -212,7 +212,7 @@ class Settler:
             batch.deferred.append(DeferredJob(_runnable(row, data), failure))
             return
         if data is not None and failure.wait_s is not None and row.key not in self._marks.poison:
-            self._put_back(batch, job, data)
+            (self._delay if failure.wait_key == JOB_KEY else self._put_back)(batch, job, data)
             return
         if not failure.expired:
             batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
@@ -241,6 +241,18 @@ class Settler:
         batch.counts[row.key].append(("z_novel_jobs_limited_total", (header.type,)))
         batch.put_back[row.stream_no].append(PutBack(waiting, rules.name_of(header), key, failure.wait_s))
 
+    def _delay(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> None:
+        """Let a job wait in the set of retries, and no other job. No retry is used up; deaths stay tries."""
+        row, failure = job.row, job.failure
+        assert failure.wait_s is not None
+        self._marks.mark(row.stream_no, row.entry_id, settling=True)
+        batch.answered_types.add(row.type_no)
+        envelope = read_header(data)
+        log.info("job.rate_limited", extra={**log_fields(envelope), "key": JOB_KEY, "wait_s": failure.wait_s})
+        batch.counts[row.key].append(("z_novel_jobs_limited_total", (envelope.type,)))
+        again = TryAgain(envelope.retry_count + row.deaths, failure.wait_s)
+        self._schedule(batch, job, data, envelope, again)
+
     def _retry_or_give_up(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> None:
         row, failure = job.row, job.failure
         if not failure.timed_out and not failure.unavailable:
@@ -262,10 +274,16 @@ class Settler:
         log.warning("job.retry_scheduled", extra={**fields, "delay_s": round(decision.delay_s, 3)})
         self._trace("retry", envelope, row, failure.error, delay_s=decision.delay_s)
         batch.counts[row.key].append(("z_novel_jobs_retried_total", (envelope.type,)))
+        self._schedule(batch, job, data, envelope, decision)
+
+    def _schedule(
+        self, batch: SettlementBatch, job: FailedJob, data: bytes, envelope: Header, again: TryAgain
+    ) -> None:
+        row, error = job.row, job.failure.error
         deaths, max_payload = envelope.deaths + row.deaths, self._settings.max_payload
         first_id = "" if envelope.first_id or not has_keys(envelope) else row.entry_id.decode()
-        retry = with_retry(data, decision.retry_count, deaths, failure.error, max_payload, first_id)
-        batch.retries[row.stream_no].append(Retry(row.entry_id, decision.delay_s, retry))
+        retry = with_retry(data, again.retry_count, deaths, error, max_payload, first_id)
+        batch.retries[row.stream_no].append(Retry(row.entry_id, again.delay_s, retry))
 
     def _trace(
         self, what: str, envelope: Header, row: InFlightJob, error: str, **attributes: str | int | float

@@ -1,9 +1,13 @@
 """Ports of the job store: what reader, reaper and producer ask of it; free of client library types.
 
-Entry ids are bytes in the server's form, ``b"<milliseconds>-<sequence>"``. Every call raises
-`StoreUnavailable` when the store does not answer or refuses for now, its subclass `StoreRefused` when the
-keys of the stream are the reason, and `Fenced` when a newer reader owns this consumer's name. Any other error
-is a bug. No call waits longer than the store's timeout.
+Entry ids are bytes in the server's form, ``b"<milliseconds>-<sequence>"``. No call waits longer than the
+store's timeout. Every call may raise:
+
+- `StoreUnavailable`: the store does not answer or refuses for now;
+- `StoreRefused`, a subclass of it: the keys of the stream are the reason;
+- `Fenced`: a newer reader owns this consumer's name.
+
+Any other error is a bug.
 """
 
 import itertools

@@ -291,7 +291,7 @@ class Child(ForkedProcess):
         self.mono_unanswered_s: float | None = None
         #: When it was found to exceed a limit; None while it does not.
         self.mono_overdue_s: float | None = None
-        #: Why the supervisor kills it: ``timeout``, ``rss``, ``stuck`` or ``boot``.
+        #: Why the supervisor kills it: ``timeout``, ``cancelled``, ``rss``, ``stuck`` or ``boot``.
         self.kill_cause = ""
         #: Whether it used a CPU when it was found overdue.
         self.was_computing = False

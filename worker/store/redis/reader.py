@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import msgspec
 from redis.exceptions import NoPermissionError, ResponseError
 
 from ...errors import NameHeld, StoreRefused
@@ -436,9 +437,9 @@ class RedisReaderStore(RedisStoreBase):
 
     def _settlement(self, part: Settlement) -> Command:
         source, stream = part.source, part.source.stream
-        done = [*part.done, *part.dropped]
-        counts = [len(done), len(part.retries), len(part.dead)]
-        arguments: list[Any] = [*counts, int(part.sure), part.version, *done]
+        done = msgspec.msgpack.encode([id.decode() for id in (*part.done, *part.dropped)])
+        counts = [len(part.retries), len(part.dead)]
+        arguments: list[Any] = [done, *counts, int(part.sure), part.version]
         for retry in part.retries:
             arguments += (retry.id, retry.delay_s, retry.data)
         for dead in part.dead:
