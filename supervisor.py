@@ -38,10 +38,15 @@ from jobworker.worker.supervision.pdeathsig import become_subreaper
 from jobworker.worker.supervision.process import Process
 from jobworker.worker.supervision.process_groups import GroupGuard, reap_adopted
 from jobworker.worker.supervision.process_manager import ProcessManager
-from jobworker.worker.supervision.refusal import RefusingCommand, default_format, refuse, require_open_files
 from jobworker.worker.supervision.reloader import Reloader, Restart
-from jobworker.worker.supervision.sd_notify import notify, reloading
+from jobworker.worker.supervision.sd_notify import is_notified, notify, reloading
 from jobworker.worker.supervision.signals import SignalQueue
+from jobworker.worker.supervision.start_errors import (
+    RefusingCommand,
+    default_format,
+    refuse,
+    require_open_files,
+)
 from jobworker.worker.supervision.status import StatusLine, StatusMailbox, flagged_types, service_status
 from jobworker.worker.telemetry import log as logs
 from jobworker.worker.telemetry.prometheus import PrometheusCollector
@@ -51,9 +56,11 @@ log = logging.getLogger("jobworker.supervisor")
 
 #: How long processes of a service that was just killed may still hold a lock.
 _LOCK_TIMEOUT_S = 5.0
-#: Longest sleep of the loop: the longest delay until an exceeded job timeout is detected. A worker that
-#: starts its first job does not wake the loop.
-_TICK_S, _IDLE_TICK_S = 0.1, 0.25
+#: Longest sleep of the loop: the longest delay until an exceeded job timeout is detected.
+_TICK_S = 0.1
+#: The same without a job, and while all is well. The reader reports when it dispatches jobs, and exits,
+#: signals and HTTP requests wake the loop, too.
+_IDLE_TICK_S, _QUIET_TICK_S = 0.25, 1.0
 #: /healthz reports "not live" when the loop has not run for this long.
 _LIVE_TIMEOUT_S = 10.0
 #: The same signal again within this time is a copy of the first: `timeout` and many other programs signal the
@@ -140,26 +147,36 @@ class Supervisor:
             self._close_api_listener()
 
     def _run(self, queue: SignalQueue) -> Exit:
+        self._mailbox.wake = self._processes.batches.wake = queue.wake
         log.info("health.listening", extra={"metrics_url": self._server.url, "pid": os.getpid()})
         if self._api_listener is not None:
             log.info("api.listening", extra={"serve_url": url_of(self._api_listener)})
         while True:
             now = time.monotonic()
-            self._health, self._mono_last_tick_s = self._assess(), now
+            signals = queue.take()  # before the questions: it takes what woke the loop for them
+            self._mono_last_tick_s = now
             self._mailbox.answer(self._status)
             self._processes.pass_questions()
-            for number in queue.take():
+            for number in signals:
                 if (code := self._handle_signal(number)) is not None:
                     return code
             if (code := self._stores.turn(now)) is not None:
                 return code
             if self._stores.ready and (code := self._tick(now)) is not None:
                 return code
+            if not self._stores.ready or self._mono_stop_by_s is not None:
+                self._health = self._assess()  # else `_report` did
             self._guard.update(self._processes.group_leaders(), now)
             self._metrics.add(self._guard.take_restarts())
             reap_adopted()
-            is_idle = self._reported_ready and self._mono_stop_by_s is None and self._processes.idle
-            self._processes.wait(_IDLE_TICK_S if is_idle else _TICK_S, queue)
+            self._processes.wait(self._tick_s(), queue, self._guard.event_fds)
+
+    def _tick_s(self) -> float:
+        """Longest sleep of the loop now."""
+        if not self._reported_ready or self._mono_stop_by_s is not None or not self._processes.idle:
+            return _TICK_S
+        is_quiet = self._health.ready and self._reloader is None and bool(self._guard.event_fds)
+        return _QUIET_TICK_S if is_quiet else _IDLE_TICK_S
 
     def _tick(self, now: float) -> Exit | None:
         if not self._processes.started:
@@ -212,12 +229,13 @@ class Supervisor:
         return None
 
     def _reload_tables(self) -> None:
-        """Read the tables of the configuration file again; those of before stay where it is wrong."""
+        """Read the tables of the configuration file again; if it is wrong, keep the previous ones."""
         try:
             tables = ConfigTables.load(self._settings)
         except ConfigurationError as error:
             log.error(
-                "tables.rejected", extra={"error": str(error), "hint": "the tables of before stay in force"}
+                "tables.rejected",
+                extra={"error": str(error), "hint": "the service keeps the previous tables"},
             )
             return
         if tables.cron != self._settings.cron:
@@ -277,7 +295,8 @@ class Supervisor:
             self._reported_ready = True
             notify(READY="1")
             log.info("service.ready", extra={"workers": self._settings.procs})
-        self._report_status(health.reasons, now)
+        if is_notified():
+            self._report_status(health.reasons, now)
         if self._progress != self._processes.progress:
             self._progress = self._processes.progress
             notify(WATCHDOG="1")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import orjson
 from chaos_events import END, FAIL, START, Event, EventLog
-from chaos_load import PROBE_STREAM, STREAM, Ledger, Planned
+from chaos_load import PROBE, PROBE_STREAM, STREAM, Ledger, Planned
 
 #: Accepted reasons of a dead letter by fate. A job that always fails and is interrupted by kills may have
 #: several.
@@ -104,12 +104,26 @@ def judge(ledger: Ledger, event_log: EventLog, client: Any, uncounted_deaths: in
 
 
 def letters_of(client: Any, ledger: Ledger) -> list[Letter]:
-    """All dead letters."""
-    by_entry = {entry: id for id, entry in ledger.confirmed.items() if entry}
+    """All dead letters.
+
+    That of a job without a field ``data`` names no job: it is found by its entry, or is that of such a job
+    whose XADD was not answered.
+    """
     found = []
+    unanswered = [
+        id for id in sorted(ledger.unanswered)
+        if ledger.planned[id].fate == "malformed" and b"data" not in ledger.planned[id].fields
+    ]  # fmt: skip
     for stream in (STREAM, PROBE_STREAM):
+        by_entry = {
+            entry: id for id, entry in ledger.confirmed.items()
+            if entry and (ledger.planned[id].kind == PROBE) == (stream == PROBE_STREAM)
+        }  # fmt: skip
         for _, fields in client.xrange(f"dlq:{stream}"):
-            found.append(_letter(orjson.loads(fields[b"data"]), by_entry, ledger.planned))
+            letter = _letter(orjson.loads(fields[b"data"]), by_entry, ledger.planned)
+            if not letter.id and letter.reason == "malformed" and unanswered:
+                letter = letter._replace(id=unanswered.pop())
+            found.append(letter)
     return found
 
 
@@ -117,7 +131,7 @@ def _letter(letter: dict[str, Any], by_entry: dict[str, str], planned: dict[str,
     id = (letter["task"] or {}).get("id", "")
     if not id:
         raw = base64.b64decode(letter.get("raw") or "")
-        id = by_entry.get(letter["original_id"], "") or _named_in(raw, planned)
+        id = _named_in(raw, planned) or by_entry.get(letter["original_id"], "")
     return Letter(id, letter["reason"], letter.get("deaths") or 0)
 
 

@@ -70,7 +70,7 @@ def _model(model: str, device: str, milvus: tuple[str, str], prefix: str) -> Ite
 
 
 def model_findings(model: dict[str, Any], milvus: dict[str, Any] | None) -> Iterator[Found]:
-    """What loading the model came to, and whether its vectors fit the collections."""
+    """Result of loading the model, and whether its vectors fit the collections."""
     if "error" in model:
         yield ("wrong", "model", model["error"], "name one by --model that is on this machine")
     else:

@@ -33,19 +33,19 @@ OPTIONS = [
     option("--device", "auto, cpu, cuda, or cuda:0,cuda:1.", "auto"),
     option("--model-copies", "Workers that hold the model, of each GPU or of the CPU; the others run "
             "other types.  [default: 2, on a CPU one a core, fewer where memory is short]", 0, Count(0)),
-    option("--dtype", "What the model computes in; auto takes the fastest that gives its vectors.", "auto",
-            click.Choice(["auto", "fp32", "bf16", "fp16"])),
+    option("--dtype", "Number format of the model; auto takes the fastest that reproduces its vectors.",
+            "auto", click.Choice(["auto", "fp32", "bf16", "fp16"])),
     option("--sparse", "Sparse vectors, which find names, where model and store have them; on: also on "
             "Milvus Lite, where such searches are slow.", "auto",
             click.Choice(["auto", "on", "off"])),
-    option("--long-text", "What becomes of a text longer than the model's window.", "windows",
+    option("--long-text", "What to do with a text longer than the model's window.", "windows",
             click.Choice(["windows", "truncate", "reject"])),
     option("--token-budget", "Tokens, padding included, of one forward pass.", 65536, Count(512)),
-    option("--cache", "off, or the most disk that vectors of texts seen before may take, below --data-dir.",
+    option("--cache", "off, or the disk space in --data-dir for vectors of texts that were embedded before.",
             "1GiB", Size(_LEAST_CACHE_BYTES, _MOST_CACHE_BYTES, off=True)),
     option("--serve-model-name", "Further name by which clients of --serve-addr may call the model; "
             "repeatable.", multiple=True),
-    option("--tombstone-ttl", "How long work that is older than a deletion is kept out (days: 30d).",
+    option("--tombstone-ttl", "How long a deletion rejects work that is older (days: 30d).",
             30 * 86_400.0, SECONDS),
     option("--summary-chars", "Longest summary of a chapter that is made here, in characters.", 100,
             Count(20, 10_000)),
@@ -54,7 +54,7 @@ OPTIONS = [
     option("--llm-model", "The model's name there.", ""),
     option("--llm-key-file", "File that holds the endpoint's key.", "", click.Path(dir_okay=False)),
     option("--llm-timeout", "Limit of one request to it (seconds, or 2m).", 60.0, SECONDS),
-    option("--summary-sink", "Where else what was found in a chapter goes: postgres, or module:Class.", ""),
+    option("--summary-sink", "Further store for the findings of a chapter: postgres, or module:Class.", ""),
     option("--postgres-dsn", "For --summary-sink postgres; put passwords into the environment or the file.",
             ""),
 ]  # fmt: skip

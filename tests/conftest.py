@@ -17,7 +17,7 @@ from xdist.scheduler import LoadFileScheduling
 from support.tools import REAL_MILVUS, untested, use_fetched
 
 #: How long a child that was told to end may take to be gone from the process table.
-CHILD_GRACE_S = 5.0
+CHILD_GRACE_S = 20.0
 
 #: Python's own helpers of multiprocessing live as long as the interpreter that started them.
 HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
@@ -25,12 +25,15 @@ HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 #: Descriptors that one file of tests may leave open, say those of a library that it is the first to load.
 MOST_LEFT_OPEN = 40
 
-# Children inherit it: a test that reached for a model hub would depend on somebody else's server.
+# Children inherit it: a test that reached for a model hub would depend on another server.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # Before any test module is imported: some look for their programs at import.
 use_fetched()
+
+# Collection makes many objects that stay: the collector would go through them again and again.
+gc.disable()
 
 # A shell that puts the suite into the background has it ignore interrupts, and so would every child.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,16 +43,27 @@ settings.register_profile("jobworker", deadline=None, database=None, print_blob=
 settings.load_profile("jobworker")
 
 
+#: Files whose tests import torch: one process pays the 5 s of CPU for it.
+TORCH = ("test_model_zoo", "test_openvino", "test_encoder", "test_sparse", "test_devices", "test_packed_bert",
+         "test_unknown_tokens", "test_cuda")  # fmt: skip
+TORCH_FILES = frozenset(f"tests/unit/{name}.py" for name in TORCH)
+
 #: Folders and files with the longest tests, the longest first: what starts last must be short.
-LONG_FIRST = ("tests/chaos/", "tests/process/", "tests/unit/test_model_zoo.py", "tests/unit/test_bench.py",
-              "tests/unit/test_openvino.py", "tests/store/", "tests/unit/")  # fmt: skip
+LONG_FIRST = ("tests/chaos/", "tests/process/", "tests/unit/test_bench.py", "tests/store/", "tests/unit/")
+
+
+def file_of(nodeid: str) -> str:
+    """The file of a test."""
+    return nodeid.partition("::")[0]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of a real Milvus first, which mostly wait for it, and long files before short ones."""
+    """Put the tests of a real Milvus first, then those with torch, then long files before short ones."""
 
     def rank(item: pytest.Item) -> int:
         if REAL_MILVUS in item.nodeid:
+            return -2
+        if file_of(item.nodeid) in TORCH_FILES:
             return -1
         return next(
             (at for at, path in enumerate(LONG_FIRST) if item.nodeid.startswith(path)), len(LONG_FIRST)
@@ -58,12 +72,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
+def pytest_collection_finish() -> None:
+    """From here on, the collector looks only at what tests make."""
+    gc.freeze()
+    gc.enable()
+
+
 class ByFile(LoadFileScheduling):
-    """Side by side (`-n 3`), the tests of a file share its servers, and those of a real Milvus that one."""
+    """Side by side (`-n 4`), the tests of a file share its servers, and those of a real Milvus that one."""
 
     def _split_scope(self, nodeid: str) -> str:
         # Its etcd listens on a fixed port: a second one would not start beside it.
-        return REAL_MILVUS if REAL_MILVUS in nodeid else super()._split_scope(nodeid)
+        if REAL_MILVUS in nodeid:
+            return REAL_MILVUS
+        return "torch" if file_of(nodeid) in TORCH_FILES else super()._split_scope(nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:

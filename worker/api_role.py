@@ -3,7 +3,7 @@
 import logging
 
 from .errors import Exit
-from .ipc.control import ControlSocket, Drain, Ready, StartFailed
+from .ipc.control import ALIVE_EVERY_S, ControlSocket, Drain, Ready, StartFailed
 from .outcome import MAX_ERROR_CHARS
 from .telemetry.metrics import MetricsBuffer
 from .telemetry.trace import part, request
@@ -36,7 +36,7 @@ class ApiLink:
 
     def report(self, trouble: str | None = None) -> None:
         """Send the metrics. A process that is ready and does not report for 15 s is restarted."""
-        self._control.report(self.metrics, trouble)
+        self._control.report(self.metrics, trouble, at_least_every_s=ALIVE_EVERY_S)
 
     def stop_requested(self) -> bool:
         """Whether the supervisor asks this process to stop, or has exited."""

@@ -22,7 +22,7 @@ from .telemetry.metrics import MetricsBuffer
 
 log = logging.getLogger("jobworker.batches")
 
-#: Interval at which open batches are looked at although no job told of their end (seconds).
+#: Interval at which open batches are checked although no job reported their end (seconds).
 _SWEEP_INTERVAL_S = 10.0
 _MAX_ERROR_CHARS = 300
 
@@ -168,22 +168,24 @@ class BatchFinisher:
         for stream in self._streams:  # start at 0, so that alerts see the first one as a rise
             self._metrics.count("z_novel_batches_finished_total", (stream,), 0)
 
-    def run_once(self, stream: str) -> None:
-        """Finish what can be finished on one stream."""
+    def run_once(self, stream: str) -> bool:
+        """Finish what can be finished on one stream; whether a batch was due there."""
         now_s = self._mono_s()
         if now_s >= self._mono_sweep_s[stream]:
             swept = self._store.batch_sweep(stream, self._ranks[stream], self._keep_s)
             self._metrics.gauge("z_novel_batches_open", (stream,), swept.open)
             self._ranks[stream] = swept.next_rank
             self._mono_sweep_s[stream] = now_s + _SWEEP_INTERVAL_S
-        for due in self._store.batch_due(stream):
-            self._look_at(stream, due)
+        found = self._store.batch_due(stream)
+        for due in found:
+            self._check_batch(stream, due)
+        return bool(found)
 
     def find(self, id: str) -> Batch | None:
         """A batch of this service's streams."""
         return find_batch(self._store, self._streams, id) if is_batch_id(id) else None
 
-    def _look_at(self, stream: str, due: DueBatch) -> None:
+    def _check_batch(self, stream: str, due: DueBatch) -> None:
         try:
             batch = find_batch(self._store, [stream], due.id)
             if batch is not None:

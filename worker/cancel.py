@@ -115,7 +115,7 @@ class Canceller:
         Those that are on their way into a shard are looked for again, until they have arrived. Raises
         `StoreUnavailable` if they do not.
         """
-        yield from self._look()
+        yield from self._cancel_all()
         mono_give_up_s = time.monotonic() + _MOVE_LIMIT_S
         while self._moving:
             if time.monotonic() > mono_give_up_s:
@@ -127,9 +127,9 @@ class Canceller:
             time.sleep(_MOVE_PAUSE_S)  # the store sends no event
             self._selected = JobFilter(ids=frozenset(self._moving))
             self._moving = set()
-            yield from self._look()
+            yield from self._cancel_all()
 
-    def _look(self) -> Iterator[CancelledJob]:
+    def _cancel_all(self) -> Iterator[CancelledJob]:
         for stream in self._streams:
             if not self._dry_run:  # which would count each retry twice
                 yield from self._cancel_retries(stream)

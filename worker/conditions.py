@@ -115,7 +115,7 @@ def expires_s(job: Header) -> float:
 
 
 def has_keys(job: Header) -> bool:
-    """Whether other jobs may stand for this one, so that its first entry has to be known."""
+    """Whether other jobs may replace this one, so that its first entry has to be known."""
     metadata = job.metadata or {}
     return bool(metadata.get(IDEMPOTENCY_KEY) or metadata.get(SUPERSEDE_KEY))
 

@@ -4,7 +4,7 @@ import base64
 import decimal
 import hashlib
 
-# orjson does not show a key that stands twice.
+# orjson does not show a key that occurs twice.
 import json
 import math
 import re
@@ -198,7 +198,7 @@ def read_header(data: bytes, scratch: bytearray | None = None) -> Header:
     except (ValueError, RecursionError) as error:  # both parsers' errors and bad UTF-8 are ValueErrors
         raise MalformedJob(why_malformed(error)) from None
     if repeated:
-        raise MalformedJob("a field stands twice")
+        raise MalformedJob("a field occurs twice")
     return header
 
 
@@ -283,7 +283,7 @@ def why_malformed(error: Exception) -> str:
 
 
 def _repeats_a_key(data: bytes) -> bool:
-    """Whether a key stands twice at the top level: JSON readers disagree on which copy counts."""
+    """Whether a key occurs twice at the top level: JSON readers disagree on which copy counts."""
     data.decode()  # the parser passes over the strings of fields that it does not know
     members = _members.decode(data)
     punctuation = 4 * len(members) + 1  # two quotes, a colon and a comma or brace each, and the first brace

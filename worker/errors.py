@@ -42,7 +42,7 @@ class RateLimited(JobworkerError):
     """Raised by a handler: a dependency takes no more for now. The job waits for ``after_s`` seconds, and so
     do the other jobs of its type with the same ``key``; no retry is used up.
 
-    ``key``: tenant (the default), global, or the key of a ``[[limit]]`` of the type.
+    ``key``: tenant (the default), global, the key of a ``[[limit]]`` of the type, or job: no other job waits.
     """
 
     def __init__(self, after_s: float, key: str | None = None) -> None:
@@ -54,7 +54,7 @@ class RateLimited(JobworkerError):
 
 
 class ConfigurationError(JobworkerError):
-    """The service cannot start as it was told to; the message says what to change."""
+    """The service cannot start with this configuration; the message says what to change."""
 
 
 class MalformedJob(JobworkerError):

@@ -171,6 +171,10 @@ class LaneRules:
         return tenant_key(job.type, job.tenant_id) if key == "tenant" else None
 
 
+#: Key of `RateLimited` for a job that waits alone.
+JOB_KEY = "job"
+
+
 def type_key(type_name: str) -> str:
     """Key of all jobs of a type; no limit has it, because a limit's name is not empty."""
     return f"={type_name}"

@@ -160,12 +160,12 @@ def _config(callback: Callable[..., None], text: str) -> Callable[[Any], Any]:
 
 
 CONFIG = _config(
-    _read_config, "TOML file with the same names as the options; command line and environment win over it."
+    _read_config, "TOML file with the same names as the options; command line and environment override it."
 )
 CONFIG_OF_SERVICE = _config(
     _read_config_of_service,
-    "The service's own TOML file: its stores, streams and data directory are meant, where neither the "
-    "command line nor the environment names others.",
+    "The service's TOML file, for its stores, streams and data directory; command line and environment "
+    "override it.",
 )
 
 _WORK = [
@@ -182,12 +182,12 @@ _WORK = [
     option("--reload", "For development: restart the workers when a source file of --app or --handler "
             "changes.", False, is_flag=True),
     option("--no-builtin-handlers", "Run only the types given by --app and --handler.", False, is_flag=True),
-    option("--job-timeout", "Limit where neither type nor job names one (seconds, or 5m).", 300.0, SECONDS),
-    option("--linger", "How long an idle worker waits for more jobs where its handler takes several at "
-            "once (seconds). A batch forms while the one before it runs, also with 0.", 0.0,
-            Duration(0, 1)),
-    option("--max-rss", "MiB (or 2GiB) that a worker may hold; one that grows beyond is killed while a job "
-            "runs, and replaced when idle; 0 for no limit.", 0, Size(0, MAX_COUNT, unit_bytes=1 << 20)),
+    option("--job-timeout", "Timeout of a job if neither the job nor its type sets one (seconds, or 5m).",
+            300.0, SECONDS),
+    option("--linger", "How long an idle worker waits to fill a batch (seconds). With 0 the next batch still "
+            "forms while one runs.", 0.0, Duration(0, 1)),
+    option("--max-rss", "MiB (or 2GiB) that a worker may use; a larger one is killed while a job runs, and "
+            "replaced when idle; 0 for no limit.", 0, Size(0, MAX_COUNT, unit_bytes=1 << 20)),
     option("--max-jobs", "Replace a worker after this number of jobs; 0 for never.", 0, Count(0)),
     option("--max-age", "Replace a worker after this time (seconds, or 12h); 0 for never.", 0.0, Duration()),
     option("--max-payload", "Largest job (bytes, or 8MiB); larger ones are dead-lettered unread.",
@@ -221,14 +221,14 @@ _SERVICE = [
             "[default: not served]", ""),
     option("--serve-token-file", "File with the bearer tokens of its clients: TOKEN, TENANT TOKEN or "
             "TENANT/PROJECT TOKEN a line; needed beyond loopback.", "", click.Path(dir_okay=False)),
-    option("--cancel-grace", "How long a cancelled job may run on before its worker is ended (seconds).",
+    option("--cancel-grace", "How long a cancelled job may still run before its worker is killed (seconds).",
             10.0, Duration()),
     option("--result-ttl", "How long the result of a job that asks for it is kept (seconds, or 1h).", 3600.0,
             SECONDS),
     option("--drain-timeout", "How long TERM waits for running jobs (seconds).", 30.0,
             Duration()),
-    option("--instance", "Part of the consumer's name; two services on a host need two.  "
-            "[default: host name]"),
+    option("--instance", "Name of this service, part of its consumer's name; two services on a host need two."
+            "  [default: host name]"),
     option("--log-level", "How much is logged.", "info",
             click.Choice(["debug", "info", "warning", "error"])),
     option("--log-format", "[default: text on a terminal, else json]", None, click.Choice(["json", "text"])),
@@ -240,7 +240,7 @@ _SERVICE = [
 #: Control characters, and what Python makes of bytes that are not UTF-8.
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 #: A type's number and a stream's take a byte in the in-flight table.
-_MOST_KINDS = 255
+_MOST_TYPES = 255
 #: Options whose settings carry the unit in their name.
 _SECONDS = (
     *("lease", "unique_window", "job_timeout", "drain_timeout", "connect_timeout", "max_age", "linger"),
@@ -311,19 +311,9 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
     parse_address(values["metrics_addr"])
     _check_serve(values["serve_addr"], values["serve_token_file"])
     values["redis_url"] = _checked_redis_url(values["redis_url"])
-    handlers = {} if values.pop("no_builtin_handlers") else dict(extension().handlers)
     given = dict(parse_handler(text) for text in values.pop("handler"))
-    given = {name: extension().moved.get(target, target) for name, target in given.items()}
     values["apps"] = tuple(dict.fromkeys(parse_app(text) for text in values.pop("app")))
-    if values["apps"]:
-        handlers |= app_handlers(values["apps"], handlers, given)
-    handlers |= given
-    if not handlers:
-        raise ConfigurationError(
-            "no handler: give --app MODULE or --handler TYPE=module:Class, or drop --no-builtin-handlers"
-        )
-    if len(handlers) > _MOST_KINDS:
-        raise ConfigurationError(f"at most {_MOST_KINDS} types")
+    handlers = _handlers_of(given, values["apps"], builtin=not values.pop("no_builtin_handlers"))
     retry = RetryPolicy(
         values.pop("max_retries"), values.pop("retry_initial"), values.pop("retry_max"),
         values.pop("retry_multiplier"), values.pop("retry_jitter"),
@@ -347,6 +337,22 @@ def settings_from(options: dict[str, Any], on_terminal: bool) -> Settings:
         raise ConfigurationError(f"an option has a value of the wrong kind: {error}") from error
 
 
+def _handlers_of(given: Mapping[str, str], apps: tuple[str, ...], *, builtin: bool) -> dict[str, str]:
+    """Targets of all handlers by job type; ``given`` are those of --handler. Raises `ConfigurationError`."""
+    found = dict(extension().handlers) if builtin else {}
+    given = {name: extension().moved.get(target, target) for name, target in given.items()}
+    if apps:
+        found |= app_handlers(apps, found, given)
+    found |= given
+    if not found:
+        raise ConfigurationError(
+            "no handler: give --app MODULE or --handler TYPE=module:Class, or drop --no-builtin-handlers"
+        )
+    if len(found) > _MOST_TYPES:
+        raise ConfigurationError(f"at most {_MOST_TYPES} types")
+    return found
+
+
 def _with_shards(sources: tuple[Source, ...], shards: int, drained: tuple[int, ...]) -> tuple[Source, ...]:
     """The streams with their shards. Raises `ConfigurationError`."""
     if shards in drained:
@@ -358,9 +364,9 @@ def _with_shards(sources: tuple[Source, ...], shards: int, drained: tuple[int, .
             f"--shards: {', '.join(tagged)} has a hash tag: all shards would be in one slot"
         )
     spread_out = spread(sources, counts)
-    if len(spread_out) > _MOST_KINDS:
+    if len(spread_out) > _MOST_TYPES:
         raise ConfigurationError(
-            f"at most {_MOST_KINDS} streams; {len(sources)} streams with their shards are {len(spread_out)}"
+            f"at most {_MOST_TYPES} streams; {len(sources)} streams with their shards are {len(spread_out)}"
         )
     return spread_out
 

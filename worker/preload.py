@@ -13,6 +13,7 @@ import signal
 
 import setproctitle
 
+from .. import worker
 from . import boot, reaper, runner
 from .devices import device_for_slot, visible_gpus
 from .host.process_env import open_standard_streams
@@ -25,6 +26,8 @@ from .supervision.forkserver import FORKSERVER_VARIABLE, GROUP_SIGNALS, SAFE_PAT
 from .supervision.pdeathsig import tie_to_parent
 from .telemetry.log import configure
 
+#: The public names: handlers use them.
+_PUBLIC = [getattr(worker, name) for name in worker.__all__]
 #: What the roles and the store's client import when they first use it.
 _LAZY = (codecs.lookup("idna"), secrets)
 

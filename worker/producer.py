@@ -351,7 +351,7 @@ class Producer:
                 if len(held.jobs) >= _BATCH_JOBS:
                     self._flush(to, waiting.pop(to))
         finally:
-            # Also after an error: the jobs before it were accepted, and their order stands.
+            # Also after an error: the jobs before it were accepted, in their order.
             for name, held in waiting.items():
                 self._flush(name, held)
         return ids

@@ -136,7 +136,7 @@ class OpenBatch:
             waiting.clear()  # the other producer sends them
             raise
         finally:
-            # Also after an error: the jobs before it were accepted, and their order stands.
+            # Also after an error: the jobs before it were accepted, in their order.
             for name, held in waiting.items():
                 expected_total = self._flush(name, held, expected_total)
         return ids

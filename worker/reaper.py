@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Iterable
 
 from .batches import BatchFinisher, batch_facts
+from .beat import next_beat_s
 from .cron.enqueuer import CronEnqueuer
 from .errors import StoreUnavailable
 from .forwarding import Forwarder
-from .ipc.control import BatchShown, ControlSocket, Drain, Ready, SetCron, ShowBatch
+from .ipc.control import ALIVE_EVERY_S, BatchShown, ControlSocket, Drain, Ready, SetCron, ShowBatch
 from .keys import OTHER_GROUP, Source, consumer_name
 from .settings import Settings
 from .shards import logical_stream
@@ -32,9 +33,12 @@ log = logging.getLogger("jobworker.reaper")
 
 #: Longest sleep: another host may schedule a retry at any moment that is due before those we know.
 _POLL_INTERVAL_S = 0.5
+#: Time without a retry and a batch after which the reaper only wakes at each beat.
+_QUIET_AFTER_S = 10.0
 #: Retries per atomic step: a few ms in which the server runs nothing else.
 _PROMOTE_BATCH = 200
-_COUNT_INTERVAL_S = 2.0
+#: Shorter than two beats, so that every second one counts.
+_COUNT_INTERVAL_S = 1.7
 _TRIM_INTERVAL_S = 10.0
 #: Most characters of a tenant in a label: the length of a report is limited.
 _TENANT_CHARS = 128
@@ -46,7 +50,7 @@ class Reaper:
     """Loop of the reaper process.
 
     It survives an unavailable store: it retries with backoff. A stream that the store refuses is isolated;
-    the others go on.
+    the others continue.
     """
 
     def __init__(
@@ -76,6 +80,8 @@ class Reaper:
         self._forwarder = Forwarder(store, settings, self._metrics, self._faults, mono_s)
         #: When the other duties are due again, while entries are moved into shards in between.
         self._mono_due_s = -math.inf
+        #: From when on there was no retry and no batch for so long that the reaper wakes less often.
+        self._mono_quiet_s = mono_s() + _QUIET_AFTER_S
         self._mono_counted_s = -_COUNT_INTERVAL_S
         self._mono_announced_s = -RENEW_INTERVAL_S
         self._mono_trimmed_s = mono_s()
@@ -111,9 +117,14 @@ class Reaper:
     def _run_duties(self, mono_now_s: float) -> float:
         for stream_no in self._faults.due() if self._faults.isolated else ():
             self._faults.resume(stream_no)
-        sleep_s = min(map(self._promote, range(len(self._settings.streams))), default=_POLL_INTERVAL_S)
-        sleep_s = min(sleep_s, self._cron.run_once(self._faults.isolated))
-        self._finish_batches()
+        works = [source.stream for no, source in enumerate(self._settings.streams) if no not in self._faults]
+        self._store.ask_due(works, _PROMOTE_BATCH)
+        next_due_s = [self._promote(stream_no) for stream_no in range(len(self._settings.streams))]
+        cron_s = self._cron.run_once(self._faults.isolated)
+        if self._finish_batches() or min(next_due_s, default=math.inf) < math.inf or self._faults.isolated:
+            self._mono_quiet_s = mono_now_s + _QUIET_AFTER_S
+        is_quiet = mono_now_s >= self._mono_quiet_s
+        poll_s = next_beat_s(mono_now_s) - mono_now_s if is_quiet else _POLL_INTERVAL_S
         if mono_now_s - self._mono_counted_s >= _COUNT_INTERVAL_S:
             self._mono_counted_s = mono_now_s
             self._count()
@@ -123,7 +134,7 @@ class Reaper:
         if mono_now_s - self._mono_trimmed_s >= _TRIM_INTERVAL_S:
             self._mono_trimmed_s = mono_now_s
             self._trim()
-        return sleep_s
+        return min(poll_s, cron_s, *next_due_s)
 
     def next_cron_s(self) -> float | None:
         """The time of the next tick of a cron table (unix seconds); None where there is none."""
@@ -132,26 +143,25 @@ class Reaper:
     def report(self) -> None:
         """Send the supervisor metrics, error and warnings."""
         warnings = [*self._faults.warnings(), *self._cron.warnings(), *self._forwarder.warnings()]
-        self._control.report(self._metrics, self._error, warnings=warnings)
+        self._control.report(self._metrics, self._error, warnings=warnings, at_least_every_s=ALIVE_EVERY_S)
 
     def _promote(self, stream_no: int) -> float:
-        """Move all due retries of a stream; returns seconds until the next cycle."""
+        """Move all due retries of a stream; returns seconds until the next is due, infinity without any."""
         stream = self._settings.streams[stream_no].stream
         while stream_no not in self._faults:
             with self._faults.guard(stream_no):
                 moved, next_due_s = self._store.promote(stream, _PROMOTE_BATCH)
                 if moved < _PROMOTE_BATCH:
-                    return (
-                        _POLL_INTERVAL_S
-                        if next_due_s is None
-                        else min(_POLL_INTERVAL_S, max(0.0, next_due_s))
-                    )
-        return _POLL_INTERVAL_S
+                    return math.inf if next_due_s is None else max(0.0, next_due_s)
+        return math.inf
 
-    def _finish_batches(self) -> None:
+    def _finish_batches(self) -> bool:
+        """Whether a batch was due."""
+        found = False
         for stream_no, source in enumerate(self._settings.streams):
             with self._faults.guard(stream_no):
-                self._batches.run_once(source.stream)
+                found = self._batches.run_once(source.stream) or found
+        return found
 
     def _count(self) -> None:
         """Report the depths; those of shards count for the stream that they belong to."""

@@ -40,9 +40,10 @@ log = logging.getLogger("jobworker.runner")
 #: Longest delay of the reader's wake-up while there are more jobs to run. It lets a stream of tiny jobs share
 #: one wake-up and one settlement, and is short against real work of a handler.
 _FLUSH_AFTER_S = 0.004
-#: Interval of reports to the supervisor, and longest sleep of an idle worker.
+#: Interval of reports to the supervisor while there is anything to report.
 _REPORT_EVERY_S = 0.5
-#: Interval at which an idle worker checks the dependencies of its handlers.
+#: Interval at which an idle worker checks the dependencies of its handlers, and its longest sleep. Jobs and
+#: the supervisor wake it, and its heartbeat may be 15 s old.
 _HEALTH_EVERY_S = 5.0
 #: Longest wait for room in the outcome ring. Only a reader that is not restarted leaves it full.
 _ROOM_WITHIN_S = 60.0
@@ -68,9 +69,8 @@ class Runner:
     """Worker role. It runs one job or one batch at a time.
 
     ``stop`` may be set from a signal handler, and the supervisor requests the same in the channel: the
-    running job is finished, no other is started. The state
-    byte in the in-flight table changes before and after each run, so that the reader knows which jobs had
-    started when the worker dies.
+    running job is finished, no other is started. The state byte in the in-flight table changes before and
+    after each run, so that the reader knows which jobs had started when the worker dies.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Runner:
         # After the phase, which the reader checks: then a ready worker can really get jobs.
         self._control.send(Ready())
         while not self.stop:
-            self.run_once(_REPORT_EVERY_S)
+            self.run_once(self._sleep_s())
         self._channel.phase = STOPPING
         self._channel.wake_reader()
         self.report()
@@ -147,6 +147,12 @@ class Runner:
         self._channel.phase = READY
         self._channel.wake_reader()
 
+    def _sleep_s(self) -> float:
+        """Time until the next report or check of dependencies. Everything else wakes the worker."""
+        if self._metrics:
+            return _REPORT_EVERY_S
+        return max(0.0, self._health_checked_at + _HEALTH_EVERY_S - self._mono_s())
+
     def run_once(self, sleep_s: float) -> None:
         """One cycle of the loop: run a job or a batch, or wait at most ``sleep_s`` for jobs."""
         now = self._mono_s()
@@ -156,7 +162,7 @@ class Runner:
             self._run_next()
         else:
             self._idle(now, sleep_s)
-        if now - self._reported_at > _REPORT_EVERY_S:
+        if self._mono_s() - self._reported_at >= _REPORT_EVERY_S:
             self.report()
 
     def _pull_frames(self, *, everything: bool = False) -> None:
@@ -200,7 +206,7 @@ class Runner:
 
     def _idle(self, now: float, sleep_s: float) -> None:
         self._flush_outcomes()
-        if now - self._health_checked_at > _HEALTH_EVERY_S:
+        if now - self._health_checked_at >= _HEALTH_EVERY_S:
             self._health_checked_at = now
             self._check_health()
         if self._channel.wait_for_jobs(sleep_s, self._control.fileno()).control:

@@ -158,8 +158,9 @@ def parse_address(text: str, option: str = "--metrics-addr") -> tuple[str, int]:
 def cores() -> int:
     """Processors that this process may use, by affinity and CPU quota; the machine may have more.
 
-    As of the first call: the forkserver makes it, and a worker that reads the files of the control groups has
-    0.4 MB more of its own.
+    Counted once, in the forkserver for all its children: which slots have a device must not change while the
+    service runs, and a worker that reads the files of the control groups has 0.4 MB more of its own. A quota
+    that changes later takes effect when the service starts again.
     """
     return usable_cpus()
 

@@ -1,5 +1,7 @@
 """Advice for a job store that does not answer or refuses: what to check, by the text of its error."""
 
+#: In the text of a refusal by the access list. It begins a sentence in some versions.
+_NO_PERMISSION = "o permissions"
 #: Parts of an error's text, and the advice. The first match counts.
 _BY_TEXT = (
     (
@@ -8,7 +10,7 @@ _BY_TEXT = (
         "the disk of its server). It takes jobs again without a restart",
     ),
     (
-        ("o permissions",),  # it begins a sentence in some versions
+        (_NO_PERMISSION,),
         "the Redis user may not do this: give it the commands and keys of deploy/acl/jobworker.acl",
     ),
     (("OOM ",), "the store's memory is full: raise maxmemory, and find the backlog with jobworker stats"),
@@ -48,3 +50,8 @@ _OTHER = "check --redis-url (JOBWORKER_REDIS_URL): host, port, user and password
 def store_advice(error: str) -> str:
     """What to check, in words."""
     return next((advice for parts, advice in _BY_TEXT if any(part in error for part in parts)), _OTHER)
+
+
+def lacks_permission(error: str) -> bool:
+    """Whether the access list of the store refused a command, by the text of its error."""
+    return _NO_PERMISSION in error

@@ -175,7 +175,7 @@ class Harness:
         job was cancelled and the grace time is over.
         """
         if self._working:
-            self._look_for_cancelled()
+            self._refresh_reader()
             self._elapsed_s += seconds
             return self._check_limits()
         end_s = self._elapsed_s + seconds
@@ -203,7 +203,7 @@ class Harness:
         """As `Producer.cancel`; a handler may call it too, for its own job."""
         outcome = self.producer.cancel(id, discard=discard)
         if self._working:
-            self._look_for_cancelled()
+            self._refresh_reader()
         else:
             self._elapsed_s += _NOTICE_S
             self.run()
@@ -216,7 +216,7 @@ class Harness:
             self.run()
         return self.producer.result(id, 0)
 
-    def _look_for_cancelled(self) -> None:
+    def _refresh_reader(self) -> None:
         """Let the reader find what was cancelled, as it does each second while a handler runs."""
         if any(self._server.stream(source.stream).cancels for source in self.settings.streams):
             self._reader.refresh()

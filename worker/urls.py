@@ -5,7 +5,6 @@ Errors name the part that is wrong and never show a password.
 
 import re
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from ipaddress import IPv6Address, ip_address
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -161,6 +160,8 @@ def _options(query: str) -> dict[str, str]:
         if name not in _WITH_EFFECT and name not in _WITHOUT_EFFECT:
             # A text that is no name may be a part of a password.
             shown = repr(name) if _OPTION.fullmatch(name) else "(not shown)"
+            from difflib import get_close_matches  # only for a mistake: it takes memory of the supervisor
+
             close = get_close_matches(name[:40], [*_WITH_EFFECT, *_WITHOUT_EFFECT], n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"unknown option {shown}{hint}")

@@ -32,7 +32,7 @@ class ApiAccess:
         self._stat: tuple[int, int, int] | None = None
         self._mono_looked_s = mono_s()
         if token_file:
-            self._stat = self._look()
+            self._stat = self._read_stat()
             self._tokens = read_tokens(token_file)
 
     def holder(self, request: Request) -> TokenHolder:
@@ -50,7 +50,7 @@ class ApiAccess:
             raise ApiError(401, "give a valid token: Authorization: Bearer TOKEN")
         return holder
 
-    def _look(self) -> tuple[int, int, int] | None:
+    def _read_stat(self) -> tuple[int, int, int] | None:
         try:
             found = os.stat(self._file)
         except OSError:
@@ -59,14 +59,14 @@ class ApiAccess:
 
     def _reload(self) -> None:
         self._mono_looked_s = self._mono_s()
-        found = self._look()
+        found = self._read_stat()
         if found == self._stat:
             return
         self._stat = found
         try:
             self._tokens = read_tokens(self._file)
         except ConfigurationError as error:
-            hint = "the tokens of before stay valid"
+            hint = "the previous tokens stay valid"
             log.error("api.tokens_rejected", extra={"error": str(error), "hint": hint})
         else:
             log.info("api.tokens_reloaded")

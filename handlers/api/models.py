@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,9 @@ log = logging.getLogger("jobworker.api")
 
 #: Models in memory at once: during a rebuild, the old and the new one.
 MAX_MODELS = 2
+#: A model that a collection needs is kept for this long before another takes its place. Otherwise two
+#: collections of two further models would have each request load a model.
+KEPT_S = 60.0
 #: What a client waits before it tries again while a model is loaded.
 LOADING_RETRY_S = 2
 #: A model that cannot be loaded is tried again after this time, and not for each request.
@@ -33,13 +37,16 @@ class Models:
         load: Callable[[str], Encoder],
         names: Sequence[str],
         on_batch: Callable[[int, int], None],
+        mono_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """``names``: what clients may call the service's own model, beside its own name."""
-        self._load, self._on_batch = load, on_batch
+        self._load, self._on_batch, self._mono_s = load, on_batch, mono_s
         self._names = list(names)
         self._batchers: dict[str, Batcher] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._mono_failed_s: dict[str, float] = {}
+        # Since when models are needed: the first question after a model was loaded, or the last one before.
+        self._mono_needed_s: dict[str, float] = {}
         self._thread = ThreadPoolExecutor(1, "load")
         self._own = ""
         #: Dimensions to which vectors of the own model may be shortened.
@@ -81,17 +88,37 @@ class Models:
     def of_collection(self, model: str) -> Batcher:
         """The model of a collection; empty: the own one.
 
-        Raises ApiError 503 while it is loaded, and if it cannot be loaded.
+        Raises ApiError 503 while it is loaded, if it cannot be loaded, and while others take all the places.
         """
         if not model or model == self._own:
             return self.own
         if model not in self._batchers:
+            self._check_room(model)
+            self._mono_needed_s[model] = self._mono_s()
             self._begin(model)
             if model not in self._loading:
                 text = f"the model {model} of this collection cannot be loaded; the service's log says why"
                 raise ApiError(503, text, code="model_failed", retry_after_s=int(FAILED_RETRY_S))
             raise _loading(f"the model {model} of this collection")
+        self._mono_needed_s.setdefault(model, self._mono_s())
         return self._batchers[model]
+
+    def _check_room(self, model: str) -> None:
+        """Raises ApiError 503 while no model may be dropped for this one."""
+        others = (self._batchers.keys() | self._loading.keys()) - {self._own}
+        if model in others or len(others) < MAX_MODELS - 1:
+            return
+        wait_s = min(self._mono_needed_s.get(other, -KEPT_S) for other in others) + KEPT_S - self._mono_s()
+        if wait_s > 0:
+            fields = {"model": model, "kept": sorted(others), "wait_s": round(wait_s, 1)}
+            log.warning("api.models_full", extra=fields)
+            raise ApiError(
+                503,
+                f"the model {model} of this collection is not loaded: {MAX_MODELS} models are kept, and "
+                f"{', '.join(sorted(others))} is in use; start another service with --model {model}",
+                code="models_full",
+                retry_after_s=math.ceil(wait_s),
+            )
 
     def preload(self, model: str) -> None:
         """Begin to load a model that will be needed soon, unless it would replace one that is needed now."""
@@ -100,7 +127,7 @@ class Models:
 
     def _begin(self, model: str) -> None:
         failed_s = self._mono_failed_s.get(model, -FAILED_RETRY_S)
-        may_try = time.monotonic() >= failed_s + FAILED_RETRY_S
+        may_try = self._mono_s() >= failed_s + FAILED_RETRY_S
         if may_try and model not in self._batchers and model not in self._loading:
             self._loading[model] = asyncio.get_running_loop().create_task(self._load_other(model))
 
@@ -109,14 +136,17 @@ class Models:
             encoder = await asyncio.get_running_loop().run_in_executor(self._thread, self._load, model)
         except Exception as error:
             log.error("api.model_failed", extra={"model": model, "error": str(error)})
-            self._mono_failed_s[model] = time.monotonic()
+            self._mono_failed_s[model] = self._mono_s()
             return
         finally:
             del self._loading[model]
         self._mono_failed_s.pop(model, None)
-        others = [name for name in self._batchers if name != self._own]
+        others = sorted(
+            self._batchers.keys() - {self._own}, key=lambda one: self._mono_needed_s.get(one, 0.0)
+        )
         for name in others[: len(others) + 2 - MAX_MODELS]:
             self._batchers.pop(name).close()
+            self._mono_needed_s.pop(name, None)
         self._batchers[model] = Batcher(encoder, on_batch=self._on_batch)
 
     def waiting_tokens(self) -> int:

@@ -17,6 +17,7 @@ MAX_TEXTS = 2048
 MAX_HITS = 200
 
 T = TypeVar("T")
+_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _PATH = re.compile(r" - at `\$\.([A-Za-z_]+)|(?:missing required|contains unknown) field `([^`]*)`\Z")
 
 
@@ -62,14 +63,25 @@ class SearchRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def parse(body: bytes, kind: type[T]) -> T:
-    """The body of a request. Raises ApiError 400, with the field at fault."""
+    """The body of a request; `null` for an optional field counts as absent.
+
+    Raises ApiError 400, with the field at fault.
+    """
     try:
-        return msgspec.json.decode(body, type=kind)
+        return msgspec.json.decode(_without_nulls(body, kind) if b"null" in body else body, type=kind)
     except msgspec.ValidationError as error:
         found = _PATH.search(str(error))
         raise ApiError(400, f"{error}", param=found[1] or found[2] if found else None) from None
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+
+
+def _without_nulls(body: bytes, kind: type[Any]) -> bytes:
+    """The body without the optional fields that are `null`: clients in typed languages send these."""
+    members = _members.decode(body)
+    optional = {one.name for one in msgspec.structs.fields(kind) if not one.required}
+    nulls = {name for name in optional & members.keys() if bytes(members[name]) == b"null"}
+    return msgspec.json.encode({name: value for name, value in members.items() if name not in nulls})
 
 
 def texts_of(value: Any, field: str) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from jobworker.worker import ConfigurationError
-from jobworker.worker.cli.common import AS_JSON, BAD_NEWS, echo_json, echo_line
+from jobworker.worker.cli.common import AS_JSON, NEGATIVE_RESULT, echo_json, echo_line
 from jobworker.worker.config.quantities import Count, Number
 from jobworker.worker.options import CONFIG_OF_SERVICE, DATA_DIR, ENV_PREFIX, ExplicitOption
 
@@ -79,7 +79,7 @@ def search(
         found = SearchClient(url, read_serve_token(token_file)).search(asked)
     except SearchRefused as error:
         echo_line(f"jobworker: {error}", err=True)
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)
     if as_json:
         said = {"model": found.model, "collection": found.collection, "mode": found.mode}
         echo_json({"results": found.rows, **said, **({"note": found.note} if found.note else {})})
@@ -88,7 +88,7 @@ def search(
         if found.note:
             echo_line(f"mode: {found.mode} ({found.note})", err=True)
     if not found.rows:
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -30,7 +30,7 @@ class BookFile:
 
     def __init__(self, name: str, file: BinaryIO, target: Target, *, plain_text: bool) -> None:
         self.name, self._file, self._plain_text = name, file, plain_text
-        self._stat = self._look()
+        self._stat = self._read_stat()
         self.size = self._stat[0]
         head = digest_head(target, plain_text=plain_text)
         found = hashlib.blake2b(head, digest_size=8)
@@ -45,7 +45,7 @@ class BookFile:
 
     def check_unchanged(self) -> None:
         """Raises `ImportStopped` if the file was changed since it was opened."""
-        if self._look() != self._stat:
+        if self._read_stat() != self._stat:
             raise ImportStopped(f"{self.name} was changed while it was read: import it again")
 
     def open_batch(self, producer: Producer, target: Target, id: str, on_complete: str) -> OpenBatch:
@@ -73,7 +73,7 @@ class BookFile:
             return batch
         raise ConfigurationError("the book was imported too often lately: give a --batch of your own")
 
-    def _look(self) -> tuple[int, int]:
+    def _read_stat(self) -> tuple[int, int]:
         found = os.fstat(self._file.fileno())
         return found.st_size, found.st_mtime_ns
 

@@ -114,14 +114,14 @@ class Importer:
                 self._send(part)
                 part, size, segments = [], 0, 0
         self._send(part)
-        self._look()
+        self._refresh_counts()
         self._check_total(self.tally.jobs, self.tally.jobs)
 
     def close(self) -> None:
         """Make the number of jobs final, once all of them are sent. Raises as `send` does."""
         if self._counts.state == "open":
             self._patiently(self._batch.close)
-            self._look()
+            self._refresh_counts()
 
     def follow(self) -> None:
         """Wait until the batch has finished. Raises `ImportStopped` if no job ends for too long."""
@@ -135,7 +135,7 @@ class Importer:
         if not part:
             return
         if self._mono_s() - self._mono_looked_s > POLL_S:
-            self._look()
+            self._refresh_counts()
         # A part larger than the limit is sent once nothing waits.
         while self._counts.left and self._counts.left + len(part) > self._pace.max_waiting:
             self._wait()
@@ -164,9 +164,9 @@ class Importer:
                     raise ImportStopped(f"the job store takes no jobs ({error})") from error
                 unsure = True
                 self._wait()
-                self._look()
+                self._refresh_counts()
             except BatchChanged as error:
-                self._look()
+                self._refresh_counts()
                 # A server that hung may have carried out the call that failed.
                 if self._counts.total >= first and not (unsure and self._counts.total <= last):
                     raise self._other_import() from error
@@ -200,9 +200,9 @@ class Importer:
 
     def _wait(self, seconds: float = POLL_S) -> None:
         self._sleep(seconds)  # the job store sends no event
-        self._look()
+        self._refresh_counts()
 
-    def _look(self) -> None:
+    def _refresh_counts(self) -> None:
         before = self._counts
         self._counts = self._patiently(self._batch.counts)
         self._mono_looked_s = self._mono_s()

@@ -8,7 +8,7 @@ import click
 from jobworker.worker import ConfigurationError, Producer
 from jobworker.worker.cli.common import (
     AS_JSON,
-    BAD_NEWS,
+    NEGATIVE_RESULT,
     JobType,
     echo_json,
     echo_line,
@@ -120,7 +120,7 @@ def import_(
     else:
         _print(facts)
     if facts["rejected"] or facts.get("dead") or facts.get("error"):
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)
 
 
 def _complain(text: str) -> None:
@@ -220,5 +220,5 @@ def export(
             count = export_rows(project_rows, out, vectors=vectors, show=show)
     except NoRows as error:
         _complain(str(error))
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)
     echo_line(f"{count:,} rows", err=True)

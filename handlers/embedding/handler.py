@@ -30,7 +30,7 @@ from ..vectors.ports import (
     WriteRefused,
 )
 from ..vectors.schema import DEFAULT_COLLECTION, ENTITIES_COLLECTION, owner
-from ..vectors.versioned_writer import VersionedRows, VersionedWriter
+from ..vectors.versioned_writer import Contended, VersionedRows, VersionedWriter
 from .cache_erasures import CacheErasures
 from .embedder import Computed, Embedder, EmbedRequest, Prepared, divide, size_bytes
 from .payload import EmbedPayload, EntityPayload, Payload
@@ -251,7 +251,12 @@ class EmbeddingBatch:
         error = None if clash else self._try_upsert(collection, group, batch)
         split = clash or isinstance(error, PermanentError | SuspectStoreError | WriteRefused)
         for index, rows in group.items():
-            batch.fail(index, self._try_upsert(collection, {index: rows}, batch) if split else error)
+            own = self._try_upsert(collection, {index: rows}, batch) if split else error
+            if isinstance(own, Contended) and not own.concerns(rows):
+                own = None
+            batch.fail(index, own)
+            if own is None:
+                self._usage.add({owner(rows.rows[0])[0]: Usage(rows=len(rows.rows))})
 
     def _try_upsert(self, collection: str, group: _Group, batch: _Batch) -> Exception | None:
         if (error := batch.store_errors.get(collection)) is not None:
@@ -273,9 +278,6 @@ class EmbeddingBatch:
             with span("upsert", jobs, collection=collection, rows=rows):
                 self._ensure(collection)
                 self._writer.write(collection, list(group.values()))
-            for versioned in group.values():
-                tenant_id, _ = owner(versioned.rows[0])
-                self._usage.add({tenant_id: Usage(rows=len(versioned.rows))})
         except VectorStoreError as error:
             # It may have been dropped: the next try ensures it again.
             self._ensured_collections.discard(collection)

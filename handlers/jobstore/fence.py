@@ -42,6 +42,7 @@ class WriteAdmission(NamedTuple):
     (a deletion runs there: ask again and hold the ids; never for a write without ids), `closed` (no write is
     admitted now), or `model` (the collection was rebuilt with another model).
 
+    `silent_s`: with `held` by another job, seconds since that one was last admitted.
     `min_versions`: the tombstones, by chapter: the version that last replaced it. `erased`: the scopes of the
     write, as `handlers.jobstore.erasures` names them, that were deleted after its job was created; not with
     `closed` and `model`.
@@ -51,6 +52,7 @@ class WriteAdmission(NamedTuple):
     min_versions: Mapping[str, int] = {}
     model: str = ""
     erased: frozenset[str] = frozenset()
+    silent_s: float = 0.0
 
 
 class Fence(Protocol):

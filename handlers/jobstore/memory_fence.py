@@ -70,7 +70,7 @@ class MemoryFence:
         for item in intent.held:
             till, owner = of.held.get(item, (0.0, ""))
             if owner != intent.owner and till > now:
-                return WriteAdmission("held", erased=erased)
+                return WriteAdmission("held", erased=erased, silent_s=now + LEASE_MS / 1000 - till)
         till = now + LEASE_MS / 1000
         of.writers[intent.token] = till
         of.attempts[intent.delivery or intent.token] = (intent.token, intent.created_us)

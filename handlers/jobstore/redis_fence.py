@@ -214,10 +214,11 @@ def _admission(intent: WriteIntent, reply: Reply) -> WriteAdmission:
         return WriteAdmission("model", model=reply[1].decode())
     if reply[0] == b"closed":
         return WriteAdmission("closed")
-    verdict, floors, erased = reply
+    verdict, floors, erased, *silent_ms = reply
     names = frozenset(name.decode() for name in erased)
     if verdict != b"in":
-        return WriteAdmission("hold" if verdict == b"hold" else "held", erased=names)
+        silent_s = silent_ms[0] / 1000 if silent_ms else 0.0
+        return WriteAdmission("hold" if verdict == b"hold" else "held", erased=names, silent_s=silent_s)
     min_versions = zip(intent.chapters, floors, strict=True)
     known = {chapter: int(floor) for chapter, floor in min_versions if floor is not None}
     return WriteAdmission("in", known, erased=names)

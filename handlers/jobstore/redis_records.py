@@ -79,7 +79,7 @@ class RedisRecords(ScriptedRedis):
                     break
 
     def _parse(self, kind: str, name: str, scope: Scope) -> RecordKey | None:
-        """The key that a name stands for, if it belongs to the scope.
+        """The key of a name, if it belongs to the scope.
 
         A colon in a tenant or project makes the name ambiguous: then the record says whose it is, for a set
         of mentions the chapter's summary.

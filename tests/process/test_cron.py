@@ -52,8 +52,7 @@ def test_two_services_whose_reapers_are_killed_enqueue_each_tick_once(
             return [event.id for each in (one, two) for event in each.events("start")]
 
         eventually(ids)
-        until_s = time.monotonic() + 12
-        while time.monotonic() < until_s:
+        for _ in range(7):
             for each in (one, two):
                 each.wait_for_successor("reaper", each.kill_role("reaper"))
         kills = sum(len(each.logged("child.exited", child="reaper")) for each in (one, two))
@@ -114,7 +113,7 @@ def test_hup_reloads_the_tables_and_refuses_a_wrong_one(tmp_path: Path, store: R
 def test_a_service_with_a_wrong_table_does_not_start(tmp_path: Path, text: str, says: str) -> None:
     file = config(tmp_path / "one", text)
     done = subprocess.run(
-        [COMMAND, "--config", file], capture_output=True, text=True, timeout=30, check=False, cwd=tmp_path,
+        [COMMAND, "--config", file], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path,
         env={**os.environ, "JOBWORKER_REDIS_URL": "redis://127.0.0.1:1"},
     )  # fmt: skip
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)

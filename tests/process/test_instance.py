@@ -64,16 +64,14 @@ def assert_refused(second: Service, first: Service) -> None:
     assert not first.logged("store.unavailable")
 
 
-def test_the_second_of_two_services_in_one_directory_loses(tmp_path: Path, url: str) -> None:
+def test_the_second_of_two_services_loses_in_one_directory_and_however_the_url_is_spelt(
+    tmp_path: Path, url: str
+) -> None:
     with running(another(tmp_path, "first", url)) as first:
         assert_refused(another(tmp_path, "second", url, data_dir=first.data_dir), first)
-
-
-def test_the_second_of_two_services_loses_however_the_url_is_spelt(tmp_path: Path, url: str) -> None:
-    with running(another(tmp_path, "first", url)) as first:
-        second = another(tmp_path, "second", url.replace("127.0.0.1", "localhost"))
-        assert_refused(second, first)
-        assert f"on host {socket.gethostname()}" in second.log_text
+        third = another(tmp_path, "third", url.replace("127.0.0.1", "localhost"))
+        assert_refused(third, first)
+        assert f"on host {socket.gethostname()}" in third.log_text
 
 
 def test_a_killed_service_has_its_name_back_at_once(tmp_path: Path, url: str) -> None:

@@ -36,14 +36,14 @@ def test_the_largest_jobs_do_not_pile_up_in_the_reader(tmp_path: Path) -> None:
         running("valkey", tmp_path / "redis") as server,
         service(tmp_path / "one", handlers("Crowd", "Batch"), redis_url=server.url) as one,
     ):
-        # After small ones much is asked for at once. Workers that stand still run no job: behind a job that
+        # After small ones much is asked for at once. Stuck workers run no job: behind a job that
         # takes long, the reader would ask for nothing more.
         one.enqueue_many({"type": "batch", "payload": {}} for _ in range(600))
         one.wait_until_drained()
         workers = [role for role in one.roles() if role.startswith("worker")]
         for worker in workers:
             one.kill_role(worker, signal.SIGSTOP)
-        jobs = send_large(one, JOBS // 2)  # fewer: a worker that stands still for 15 s is killed
+        jobs = send_large(one, JOBS // 2)  # fewer: a worker that makes no progress for 15 s is killed
         eventually(lambda: one.client.xpending(STREAM, GROUP)["pending"] >= 8)
         for worker in workers:
             one.kill_role(worker, signal.SIGCONT)

@@ -94,7 +94,7 @@ def prometheus(scraped: Service, tmp_path: Path) -> Iterator[str]:
 def is_ready(url: str) -> bool:
     """Whether this Prometheus answers queries yet."""
     try:
-        with urllib.request.urlopen(f"{url}/-/ready", timeout=5):
+        with urllib.request.urlopen(f"{url}/-/ready", timeout=30):
             return True
     except urllib.error.URLError:
         return False
@@ -103,7 +103,7 @@ def is_ready(url: str) -> bool:
 def asked(url: str, path: str, **parameters: str) -> Any:
     """The ``data`` of an answer of Prometheus; the test fails if it refuses the query."""
     try:
-        with urllib.request.urlopen(f"{url}{path}?{urllib.parse.urlencode(parameters)}", timeout=5) as page:
+        with urllib.request.urlopen(f"{url}{path}?{urllib.parse.urlencode(parameters)}", timeout=30) as page:
             return json.load(page)["data"]
     except urllib.error.HTTPError as error:
         pytest.fail(f"{path} {parameters}: {error.read().decode()}")

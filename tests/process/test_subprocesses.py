@@ -12,7 +12,7 @@ from support.service import Service, ending, eventually, handlers, service
 
 pytestmark = pytest.mark.process
 
-#: Would go on for an hour.
+#: Would run for an hour.
 SLEEP = "sleep 3601"
 #: An orphan, a shell that ignores SIGTERM, and its subprocess, which ignores SIGTERM as well.
 COMMAND = f"({SLEEP} &); trap '' TERM; {SLEEP}"

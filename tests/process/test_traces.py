@@ -1,7 +1,6 @@
 """Traces over real processes: a producer's trace continues through reader, worker, model and store."""
 
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,9 +127,7 @@ def test_a_collector_that_is_down_costs_no_job_and_no_time_at_the_end(tmp_path: 
     with service(tmp_path, handlers("Noop"), environment=environment(nowhere), procs=1) as one:
         one.enqueue_many({"type": "noop"} for _ in range(2000))
         one.wait_until_drained()
-        began = time.monotonic()
-        assert one.terminate() == 0
-        assert time.monotonic() - began < 10
+        assert one.terminate(within_s=20.0) == 0
 
 
 def test_a_protocol_that_is_not_spoken_is_said_and_jobs_run_all_the_same(tmp_path: Path) -> None:

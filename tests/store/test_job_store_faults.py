@@ -35,7 +35,7 @@ DERIVED = {
 
 
 class TestBrokenKeys:
-    """Keys of another type. Each call for the stream is refused or works; other streams go on."""
+    """Keys of another type. Each call for the stream is refused or works; other streams continue."""
 
     @pytest.mark.parametrize("key", DERIVED.values(), ids=DERIVED)
     def test_the_key_and_its_repair_are_named(self, world: World, key: str) -> None:

@@ -7,9 +7,6 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from pymilvus import MilvusClient
-from pymilvus.exceptions import MilvusException
-from pymilvus.grpc_gen import milvus_pb2, milvus_pb2_grpc
 
 from jobworker.handlers.vectors.milvus.store import Row, TransientStoreError, open_vectors
 from support.milvus import LITE_START_S, TOKEN, LiteServer, lite_server
@@ -61,6 +58,8 @@ def rows_in(server: LiteServer) -> int:
 def test_a_caller_without_the_token_lists_reads_and_drops_nothing(
     server: LiteServer, channel: grpc.Channel, headers: list[tuple[str, str]]
 ) -> None:
+    from pymilvus.grpc_gen import milvus_pb2, milvus_pb2_grpc  # here: every process collects this file
+
     stub = milvus_pb2_grpc.MilvusServiceStub(channel)
     calls = {
         "Connect": milvus_pb2.ConnectRequest(),
@@ -101,6 +100,9 @@ def test_a_large_message_without_the_token_is_not_taken_into_memory(
 
 
 def test_pymilvus_gets_in_by_the_token_in_the_uri_or_beside_it_and_not_without(server: LiteServer) -> None:
+    from pymilvus import MilvusClient
+    from pymilvus.exceptions import MilvusException
+
     for client in (MilvusClient(server.uri), MilvusClient(server.open_uri, token=TOKEN)):
         assert f"{TABLE}_v1" in client.list_collections()
         client.close()

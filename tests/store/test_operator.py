@@ -156,7 +156,7 @@ class TestPauses:
     ) -> None:
         operator.pause("audit", "disk full")
         operator.pause("embedding_batch", "")
-        assert [(pause.kind, pause.note) for pause in operator.pauses()] == [
+        assert [(pause.job_type, pause.note) for pause in operator.pauses()] == [
             ("audit", "disk full"),
             ("embedding_batch", ""),
         ]
@@ -176,13 +176,13 @@ class TestPauses:
     ) -> None:
         redis_world.server.client.hset("jobworker:paused", "audit", value)
         (pause,) = operator.pauses()
-        assert (pause.kind, pause.wall_since_s) == ("audit", 0.0)
+        assert (pause.job_type, pause.wall_since_s) == ("audit", 0.0)
 
     def test_a_value_written_by_hand_pauses_too(
         self, redis_world: RedisWorld, operator: OperatorStore
     ) -> None:
         redis_world.server.client.hset("jobworker:paused", "audit", "1")
-        assert [pause.kind for pause in operator.pauses()] == ["audit"]
+        assert [pause.job_type for pause in operator.pauses()] == ["audit"]
         assert redis_world.reader("host/b").paused_types() == {"audit"}
 
     def test_a_user_without_permission_for_pauses_can_read_jobs(self, redis_world: RedisWorld) -> None:
@@ -229,10 +229,11 @@ class TestWhereAJobIs:
         reader, (a,) = delivered(redis_world, b"a")
         settle(reader, [Settlement(S, [a])])
         time.sleep(0.5)  # the server counts the idle time
+        began_s = time.monotonic()
         reader.renew_name([S])
         group = operator.group(S)
         assert group is not None
-        assert group.consumers[0].idle_s < 0.4
+        assert group.consumers[0].idle_s < time.monotonic() - began_s + 0.1
         redis_world.server.client.hset("fence:stream:test", "/holder/host/a", '{"renewed": ["x"]}')
         group = operator.group(S)
         assert group is not None
@@ -244,7 +245,7 @@ class TestWhereAJobIs:
         lease = operator.lease(S, a)
         assert lease is not None
         assert (lease.consumer, lease.deliveries) == ("host/a", 1)
-        assert lease.idle_s < 5
+        assert lease.idle_s < 30
         assert operator.entry(S.stream, a) == Entry(a, b"a", deaths=2)
         assert [one.id for one in operator.leases(S, START, 10)] == [a, b]
         settle(reader, [Settlement(S, done=[a])])

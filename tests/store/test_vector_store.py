@@ -531,10 +531,10 @@ def test_a_dead_server_is_transient_and_its_restart_is_survived(tmp_path: Path, 
     for call in (store.ping, lambda: store.upsert(NAME, rows_of(tenant, 3)), lambda: store.count(NAME)):
         with pytest.raises(TransientStoreError):
             call()
-    assert time.monotonic() - started < 3 * 3 + 3
+    assert time.monotonic() - started < 3 * 3 + 15
     with lite_server(tmp_path / "lite", port=port):
         # The client's channel tries again at its own pace, at most 1 s apart.
-        wait_until(lambda: answered(store), 5, "the store to answer after the restart")
+        wait_until(lambda: answered(store), 30, "the store to answer after the restart")
         assert store.count(NAME) == 2
         store.upsert(NAME, rows_of(tenant, 3))
         assert store.count(NAME) == 3
@@ -547,7 +547,7 @@ def test_a_closed_port_is_transient_within_the_timeout() -> None:
     for call in (store.ping, lambda: store.ensure_collection(NAME, DIM)):
         with pytest.raises(TransientStoreError):
             call()
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 20
 
 
 def test_an_invalid_address_is_permanent() -> None:

@@ -25,7 +25,7 @@ from jobworker.handlers.vectors.ports import (
     TransientStoreError,
 )
 from jobworker.handlers.vectors.schema import MAX_REQUEST_ROWS
-from jobworker.handlers.vectors.versioned_writer import Contended, VersionedRows, VersionedWriter
+from jobworker.handlers.vectors.versioned_writer import Contended, LeaseLost, VersionedRows, VersionedWriter
 from support.redis_servers import free_port
 
 NAME = "story_segments"
@@ -138,6 +138,33 @@ def test_the_wait_for_held_rows_has_a_deadline_and_names_the_job(store: Any, fen
     writer.write(NAME, [versioned(1, "b")])
 
 
+def test_a_write_behind_a_silent_holder_gives_the_worker_back(store: Any) -> None:
+    now = [0.0]
+    fence = MemoryFence(lambda: now[0])
+    writer = VersionedWriter(store, fence, prefix="z_", mono_s=lambda: now[0])
+    intent = WriteIntent("z_" + NAME, "x", "other", ("a",), ("i/a",))
+    fence.admit([intent])
+    now[0] = 3.0
+    stuck, free = versioned(1, "a")._replace(delivery="1"), versioned(1, "b", chapter="d", job="free")
+    free = free._replace(delivery="2")
+    with pytest.raises(Contended) as raised:
+        writer.write(NAME, [stuck, free])
+    assert now[0] == 3.0
+    assert (raised.value.key, raised.value.after_s) == ("job", 1.5)
+    assert (raised.value.concerns(stuck), raised.value.concerns(free)) == (True, False)
+    assert texts(store, "a", "b") == {"b": "b v1"}
+    assert fence.admit([intent._replace(token="y")])[0].verdict == "in", "its next try goes on"
+
+
+def test_a_refused_write_learns_for_how_long_the_holder_is_silent(fence: Any) -> None:
+    holder = WriteIntent("z_" + NAME, "x", "one", ("a",), ("i/a",))
+    fence.admit([holder])
+    time.sleep(0.05)  # the clock is the server's
+    (refused,) = fence.admit([holder._replace(token="y", owner="two")])
+    assert refused.verdict == "held"
+    assert 0.04 <= refused.silent_s < 10
+
+
 def test_the_wait_for_a_closed_collection_has_a_deadline(store: Any, fence: Any) -> None:
     now = [0.0]
     writer = VersionedWriter(
@@ -215,7 +242,7 @@ def test_a_write_that_lost_its_lease_stops() -> None:
     fence = MemoryFence(lambda: now[0])
     store = SlowStore(now, LEASE_MS / 1000 + 1, lambda: answers.append(rival(fence)))
     writer = VersionedWriter(store, fence, prefix="z_", mono_s=lambda: now[0])
-    with pytest.raises(Contended, match="lease"):
+    with pytest.raises(LeaseLost):
         writer.write(NAME, [versioned(1, *(f"r{number}" for number in range(MAX_REQUEST_ROWS + 1)))])
     assert answers == ["in"]
     assert store.count(NAME) == MAX_REQUEST_ROWS, "no request without a lease"

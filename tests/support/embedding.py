@@ -4,13 +4,9 @@ import time
 
 from jobworker.handlers.embedding.handler import EmbeddingBatch
 from jobworker.handlers.encoder.base import DummyEncoder, Plan, Vectors
-from jobworker.handlers.vectors import versioned_writer
 from jobworker.handlers.vectors.memory import MemoryVectors
 
 DIM = 8
-#: Timeout in seconds of a write that waits for another job's. Suspects of a killed worker run one at a time:
-#: the first may wait in vain for the next.
-WAIT_S = 2.0
 
 
 class Embedding(EmbeddingBatch):
@@ -19,7 +15,6 @@ class Embedding(EmbeddingBatch):
     max_batch = 8
 
     def __init__(self) -> None:
-        versioned_writer.WAIT_S = WAIT_S
         super().__init__(DummyEncoder(DIM))
 
 

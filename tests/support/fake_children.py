@@ -39,6 +39,10 @@ class FakeProcess(ForkedProcess):
         self.unanswered = False
         self.closed = False
 
+    @property
+    def event_fd(self) -> int:
+        return -1
+
     def kill(self, number: signal.Signals) -> None:
         """Record the signal; a SIGKILL ends the process."""
         self.signals.append(number)

@@ -13,7 +13,7 @@ S = Source("stream:test", "cg-test")
 OTHER = Source("stream:other", "cg-other")
 UNKNOWN = b"1-1"
 #: How long a test waits for what should come at once.
-SOON_S = 5.0
+SOON_S = 20.0
 
 
 def read(store: ReaderStore, count: int = 100, source: Source = S) -> list[Entry]:

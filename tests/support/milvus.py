@@ -16,11 +16,11 @@ from jobworker.worker.supervision.pdeathsig import tied_to_us
 from support.redis_servers import free_port
 
 # Imports of the engine take a few seconds on a busy machine of two cores.
-LITE_START_S = 40.0
+LITE_START_S = 80.0
 # The first start in an environment unpacks 330 MB of binaries, below it; later ones compare checksums.
 REAL_START_S = 90.0
 UNPACKED = Path(sys.prefix) / "milvus-2.3.5"
-STOP_S = 20.0
+STOP_S = 60.0
 #: The coordinators look for work at intervals, and a new collection waits for several. By default most
 #: are 1 s, some 10 s. In ms, but that of `NEXTTARGET` in seconds.
 SHORT_INTERVALS = {

@@ -9,6 +9,8 @@ from typing import Any
 from .tiny_models import HIDDEN, tiny_model, tiny_tokenizer
 
 Build = Callable[[Path], Any]
+#: A card is text for a hub; writing one takes as long as the model itself.
+NO_CARD: Any = {"create_model_card": False}
 PROMPTS = {"query": "query: ", "document": "passage: "}
 
 
@@ -118,7 +120,9 @@ def modules(*make: Callable[[], Any], **options: Any) -> Build:
         from sentence_transformers import SentenceTransformer
 
         torch.manual_seed(5)
-        SentenceTransformer(modules=[one() for one in make], device="cpu", **options).save(str(folder))
+        SentenceTransformer(modules=[one() for one in make], device="cpu", **options).save(
+            str(folder), **NO_CARD
+        )
 
     return build
 
@@ -214,7 +218,7 @@ def chat_template(**options: Any) -> Build:
         tokenizer = tiny_tokenizer("bert")
         tokenizer.chat_template = CHAT
         tokenizer.save_pretrained(folder)
-        SentenceTransformer(str(folder), device="cpu", **options).save(str(folder))
+        SentenceTransformer(str(folder), device="cpu", **options).save(str(folder), **NO_CARD)
 
     return build
 
@@ -383,21 +387,23 @@ def sparse_encoder(folder: Path) -> None:
     masked = folder.with_suffix(".masked")
     architecture("Bert", head="ForMaskedLM", **SIZES, max_position_embeddings=40)(masked)
     masked_model = Transformer(str(masked), transformer_task="fill-mask")
-    SparseEncoder(modules=[masked_model, SpladePooling()], device="cpu").save(str(folder))
+    SparseEncoder(modules=[masked_model, SpladePooling()], device="cpu").save(str(folder), **NO_CARD)
 
 
 def multi_vector_encoder(folder: Path) -> None:
     from sentence_transformers.multi_vector_encoder import MultiVectorEncoder
 
     bare(folder.with_suffix(".bare"))
-    MultiVectorEncoder(str(folder.with_suffix(".bare")), device="cpu").save_pretrained(str(folder))
+    MultiVectorEncoder(str(folder.with_suffix(".bare")), device="cpu").save_pretrained(str(folder), **NO_CARD)
 
 
 def cross_encoder(folder: Path) -> None:
     from sentence_transformers import CrossEncoder
 
     bare(folder.with_suffix(".bare"))
-    CrossEncoder(str(folder.with_suffix(".bare")), num_labels=1, device="cpu").save_pretrained(str(folder))
+    CrossEncoder(str(folder.with_suffix(".bare")), num_labels=1, device="cpu").save_pretrained(
+        str(folder), **NO_CARD
+    )
 
 
 def bare(folder: Path) -> None:

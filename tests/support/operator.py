@@ -21,7 +21,7 @@ from support.service import Service
 
 COMMAND = Path(sys.executable).parent / "jobworker"
 #: Timeout of a command, on a busy machine.
-COMMAND_S = 30.0
+COMMAND_S = 50.0
 
 
 def url_of(store: RedisServer | Service) -> str:

@@ -52,7 +52,7 @@ def produce(ring: Ring, start: int, stop: int, count: memoryview) -> None:
 
 
 def consume(ring: Ring, expected: int, count: memoryview | None = None) -> int:
-    """Take what is there, which must go on at ``expected``; ``count`` says how many were dealt with."""
+    """Take what is there, which must continue at ``expected``; ``count`` says how many were dealt with."""
     for seen, tail in ring.frames():
         number = number_of(seen)
         assert number == expected, f"frame {number} where {expected} is due"

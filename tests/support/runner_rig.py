@@ -17,7 +17,7 @@ from jobworker.worker.reader.dispatch import WorkerHandle
 from jobworker.worker.runner import Runner
 from jobworker.worker.store.ports import Entry
 
-WITHIN_S = 20.0
+WITHIN_S = 40.0
 
 
 class RunnerRig:

@@ -1,8 +1,10 @@
 """Sentence-transformers models with random weights, a few hundred KiB each, in the tested variants."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 HIDDEN = 32
@@ -27,6 +29,16 @@ def tiny_model(
     dtype: str = "float32",
 ) -> Path:
     """Write a model of `kind` (`bert`, `xlm-r`) with this pooling (`mean`, `cls`) and return its folder."""
+    folder.mkdir(parents=True)
+    for name, content in _saved(kind, dtype).items():
+        (folder / name).write_bytes(content)
+    _modules(folder, pooling, normalise, prompts or {}, include_prompt, window)
+    return folder
+
+
+@functools.cache
+def _saved(kind: str, dtype: str) -> dict[str, bytes]:
+    """Files of a transformer and its tokenizer: a hundred tests ask for the same few."""
     import torch
     from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
 
@@ -40,16 +52,15 @@ def tiny_model(
         "initializer_range": 0.5,
     }
     torch.manual_seed(7)
-    folder.mkdir(parents=True)
     model: Any
     if kind == "bert":
         model = BertModel(BertConfig(**shape, pad_token_id=0))
     else:
         model = XLMRobertaModel(XLMRobertaConfig(**shape, pad_token_id=1, type_vocab_size=1))
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
-    tiny_tokenizer(kind).save_pretrained(folder)
-    _modules(folder, pooling, normalise, prompts or {}, include_prompt, window)
-    return folder
+    with TemporaryDirectory() as folder:
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        tiny_tokenizer(kind).save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def add_sparse_head(folder: Path, form: str = "sparse_linear.pt", *, hidden: int = HIDDEN) -> Path:

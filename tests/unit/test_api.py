@@ -37,6 +37,19 @@ def test_openai_form() -> None:
     in_world(scenario)
 
 
+def test_null_counts_as_absent_where_a_field_is_optional() -> None:
+    optional = dict.fromkeys(("model", "encoding_format", "dimensions", "input_type", "user"))
+
+    async def scenario(world: World) -> None:
+        asked = {"input": "a text with null"}
+        answer = await world.post("/v1/embeddings", asked | optional)
+        assert answer.json() == (await world.post("/v1/embeddings", asked)).json()
+        tei = dict.fromkeys(("normalize", "truncate", "prompt_name", "dimensions"))
+        assert (await world.post("/embed", {"inputs": "one"} | tei)).status == 200
+
+    in_world(scenario)
+
+
 def test_base64_holds_the_same_numbers() -> None:
     async def scenario(world: World) -> None:
         answer = await world.post("/v1/embeddings", {"input": "one", "encoding_format": "base64"})

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jobworker.handlers.api.errors import ApiError
+from jobworker.handlers.api.models import KEPT_S
 from jobworker.handlers.encoder.base import DummyEncoder, Plan, Purpose
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.ports import EntityRow, Row, TransientStoreError
@@ -136,6 +137,22 @@ WRONG = {
 }  # fmt: skip
 
 
+def test_null_counts_as_absent_where_a_field_is_optional() -> None:
+    encoder = DummyEncoder(DIM)
+    optional = (
+        "vector", "collection", "limit", "chapter_ids", "segment_types", "story_time_from", "story_time_to",
+        "min_score", "mode",
+    )  # fmt: skip
+
+    async def scenario(world: World) -> None:
+        assert await search(world, query="two", **dict.fromkeys(optional)) == await search(world, query="two")
+        for field in ("tenant_id", "project_id", "unknown"):
+            answer = await world.post("/v1/search", {**SCOPE, "query": "x", field: None})
+            assert (answer.status, answer.json()["error"]["param"]) == (400, field), answer
+
+    in_world(scenario, encoder=encoder, store=filled(encoder))
+
+
 def test_a_wrong_field_is_named() -> None:
     encoder = DummyEncoder(DIM)
 
@@ -250,17 +267,25 @@ def test_a_search_during_which_the_collection_is_switched_is_repeated() -> None:
     in_world(scenario, encoder=own, store=store, others={"new": new})
 
 
-def test_at_most_two_models_are_kept() -> None:
+def test_at_most_two_models_are_kept_and_take_turns() -> None:
     others = {name: Other(name) for name in ("a", "b", "c")}
 
     async def scenario(world: World) -> None:
+        now = [1000.0]
+        world.models._mono_s = lambda: now[0]
         for name in others:
-            with pytest.raises(ApiError, match="loaded"):
+            with pytest.raises(ApiError, match="is being loaded"):
                 world.models.of_collection(name)
             while name not in world.models._batchers:
                 await asyncio.sleep(0.01)  # the model is loaded in a thread
             world.models.preload("d")
+            now[0] += KEPT_S / 2
+            world.models.of_collection(name)
+            with pytest.raises(ApiError, match="in use") as refused:
+                world.models.of_collection("d")
+            assert (refused.value.code, refused.value.retry_after_s) == ("models_full", KEPT_S / 2)
             assert set(world.models._batchers) == {"dummy:8", name}, "no model in use makes room"
+            now[0] += KEPT_S
         vectors = (await world.models.of_collection("c").embed(["one"], "query")).vectors
         assert np.allclose(vectors, others["c"].encode(["one"], "query"))
 

@@ -10,7 +10,7 @@ import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 #: Timeout in seconds: two starts of the service, one of the server and of two bare loops, on a busy machine.
-LIMIT_S = 60.0
+LIMIT_S = 100.0
 
 pytestmark = pytest.mark.process
 
@@ -47,6 +47,12 @@ def test_throughput_measures_service_and_bare_loop_in_one_run() -> None:
     assert service["cpu_us"].keys() >= {"supervisor", "reader", "reaper", "worker"}
     # A read and an XACK for each hundred jobs: the program's own commands are subtracted.
     assert bare["server_commands"] == pytest.approx(0.02, abs=0.02)
+    sys.path.insert(0, str(BENCH))
+    from throughput import format_report
+
+    table = format_report(measured)  # what is printed without --json
+    assert "service / bare:" in table
+    assert "jobs/s" in table
 
 
 def test_a_trace_names_every_hand_over_of_a_job() -> None:
@@ -102,12 +108,6 @@ def test_serve_reports_the_times_of_questions() -> None:
     assert measured["questions_per_s"]["jobworker"] > 0
     assert 0 < measured["bulk"]["api_cpu_share"] < 1
     assert all(seconds > 0 for (seconds,) in measured["mended_s"].values())
-
-
-def test_the_default_output_is_a_table() -> None:
-    printed = run("throughput.py", "--jobs", "50", "--procs", "1", "--repeat", "1")
-    assert "service / bare:" in printed
-    assert "jobs/s" in printed
 
 
 def test_all_contenders_in_one_command_make_a_report_with_plots(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from jobworker.worker.ipc.control import (
     StartFailed,
     WorkerExited,
 )
+from jobworker.worker.telemetry.metrics import MetricsBuffer
 
 MESSAGES: list[Message] = [
     Attach(0, 7),
@@ -62,6 +63,22 @@ def test_messages_keep_their_order_and_their_borders(ends: tuple[ControlSocket, 
         assert ends[0].send(message)
     received = [ends[1].receive() for _ in MESSAGES]
     assert received == [(message, []) for message in MESSAGES]
+
+
+def test_a_report_without_news_is_not_sent(ends: tuple[ControlSocket, ControlSocket]) -> None:
+    ours, theirs = ends
+    metrics = MetricsBuffer()
+    for trouble in (None, None, "store away", "store away", None):
+        ours.report(metrics, trouble)
+    ours.report(metrics, None, at_least_every_s=60.0)
+    ours.report(metrics, None, at_least_every_s=0.0)
+    metrics.count("z_novel_jobs_failed_total", ("t",))
+    ours.report(metrics, None)
+    received = [theirs.receive() for _ in range(6)]
+    reports = [one[0] for one in received if one and isinstance(one[0], Report)]
+    assert [one.trouble for one in reports] == [None, "store away", None, None, None]
+    assert [len(one.counts) for one in reports] == [0, 0, 0, 0, 1]
+    assert received[-1] is None
 
 
 def test_a_long_message_arrives_whole(ends: tuple[ControlSocket, ControlSocket]) -> None:

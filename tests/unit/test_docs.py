@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Pages elsewhere, whose links and command lines have to be right too.
 OTHERS = [ROOT / "SECURITY.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md"]
 #: Pages that lead a maintainer to files and functions.
-MAPS = [ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md"]
+MAPS = [ROOT / "docs" / "architecture.md", ROOT / "docs" / "internals.md", ROOT / "CONTRIBUTING.md"]
 #: A fenced block: its language (often none) and its text.
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: A command line of ours, behind its environment variables.
@@ -87,6 +87,11 @@ def test_there_are_command_lines_to_look_at() -> None:
 def test_a_command_line_names_verbs_and_options_that_exist(page: str, words: list[str]) -> None:
     given = {word.partition("=")[0] for word in words if word.startswith("-") and len(word) > 1}
     assert given <= options_of(command_of(words)) | {"--help"}
+
+
+def test_the_architecture_is_read_in_one_sitting() -> None:
+    """What describes one feature belongs into internals.md."""
+    assert len((ROOT / "docs" / "architecture.md").read_text().splitlines()) <= 150
 
 
 def test_every_option_of_the_service_is_documented() -> None:

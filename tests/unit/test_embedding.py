@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from jobworker.handlers.embedding.handler import BATCH_BYTES, CACHE_FILE, EmbeddingBatch
 from jobworker.handlers.encoder.base import DummyEncoder, Plan, Purpose, Vectors
+from jobworker.handlers.jobstore.fence import WriteIntent
+from jobworker.handlers.jobstore.memory_fence import MemoryFence
 from jobworker.handlers.settings import HandlerSettings
 from jobworker.handlers.vectors.memory import MemoryVectors
 from jobworker.handlers.vectors.ports import (
@@ -23,6 +26,7 @@ from jobworker.handlers.vectors.ports import (
     TransientStoreError,
     WriteRefused,
 )
+from jobworker.handlers.vectors.versioned_writer import Contended
 from jobworker.worker import Job, PermanentError
 from jobworker.worker.testing import Harness
 
@@ -649,6 +653,19 @@ def test_a_part_that_fails_fails_its_job_only_and_stays_its_outcome(tmp_path: Pa
     outcomes = embed.handle_batch([job(payload("x")), job(bad), job(payload("y"))])
     assert [type(outcome) for outcome in outcomes] == [type(None), RuntimeError, type(None)]
     assert [row.id for row in rows(store, "x", "y")] == ["x", "y"]
+
+
+def test_only_the_job_whose_rows_another_job_holds_waits() -> None:
+    now = [0.0]
+    fence, store = MemoryFence(lambda: now[0]), MemoryVectors()
+    embed = EmbeddingBatch(DummyEncoder(8), store, fence)
+    embed.setup(HandlerSettings())
+    fence.admit([WriteIntent("z_novel_story_segments", "x", "dead job", ("a",), ("i/a",))])
+    now[0] = 3.0
+    held = msgspec.structs.replace(job(payload("a", version=1)), entry_id="1-1")
+    outcomes = embed.handle_batch([held, job(payload("b", version=1))])
+    assert [type(outcome) for outcome in outcomes] == [Contended, type(None)]
+    assert [row.id for row in rows(store, "a", "b")] == ["b"]
 
 
 def test_a_later_text_of_one_id_wins_across_parts() -> None:

@@ -447,7 +447,7 @@ def test_a_field_that_stands_twice_is_found_however_it_is_written(data: bytes) -
     try:
         read_header(data)
     except MalformedJob as error:
-        if str(error) != "a field stands twice":
+        if str(error) != "a field occurs twice":
             return
         twice = True
     else:

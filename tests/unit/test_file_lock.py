@@ -37,4 +37,4 @@ def test_a_waiter_gives_up_at_its_deadline_and_gets_the_lock_of_a_killed_holder(
     finally:
         os.close(fd)
         holder.kill()
-        holder.communicate(timeout=20)
+        holder.communicate(timeout=60)

@@ -30,7 +30,7 @@ NAME = "story_segments"
 
 
 class World:
-    """Stores within this process, and a clock that moves when somebody sleeps."""
+    """Stores within this process, and a clock that moves when a caller sleeps."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.now_s = folder, 0.0

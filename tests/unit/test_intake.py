@@ -295,3 +295,27 @@ def test_a_drained_reader_hands_back_what_was_not_started_at_once() -> None:
     assert [json.loads(entry.data or b"")["id"] for entry in claimed] == ["2", "3"]
     assert [entry.deliveries for entry in claimed] == [1, 1], "the first delivery does not count"
     rig.close()
+
+
+# -- sleep
+
+
+def test_a_reader_without_a_job_sleeps_until_the_store_has_to_be_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with reader_rig() as rig:
+        rig.advance(1.8)
+        waits_s: list[float] = []
+        monkeypatch.setattr(rig.reader, "_wait", waits_s.append)
+        for _ in range(6):
+            rig.now_s += 0.25  # it reports what it has counted, and is due from time to time
+            rig.reader.run_once(60.0)
+        assert 0.25 < max(waits_s) < 1.0, "a pause counts within a second"
+        monkeypatch.undo()
+        rig.add("1")
+        rig.tick()
+        assert rig.workers[0].take() == ["1"]
+        monkeypatch.setattr(rig.reader, "_wait", waits_s.append)
+        rig.reader.run_once(60.0)
+        assert waits_s[-1] <= 0.25, "the supervisor hears of the job"
+        monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""JSON goes through orjson: where the standard library is imported, a reason stands here and beside it."""
+"""JSON goes through orjson: where the standard library is imported, a reason is here and beside it."""
 
 import ast
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ CHECKED = ("worker", "handlers", "scripts", "bench", "examples")
 #: Files that import `json`, and why orjson cannot serve them.
 REASONS = {
     "worker/safe_text.py": "shows integers beyond 64 bits and unpaired surrogates, which orjson refuses",
-    "worker/envelope.py": "sees a key that stands twice",
+    "worker/envelope.py": "sees a key that occurs twice",
     "worker/new_job.py": "refuses NaN, for which orjson writes null",
     "worker/telemetry/log.py": "knows a secret in the form with escaped letters",
     "worker/admin/identity.py": "reads the members before the place that cannot be read",

@@ -61,6 +61,28 @@ def test_gauges_that_are_replaced_delete_the_others_also_after_a_report_that_was
     assert found == {("s", "t1"): 4.0, ("other", "t2"): 5.0}
 
 
+def test_gauges_are_reported_when_they_change() -> None:
+    buffer, collector = MetricsBuffer(), PrometheusCollector()
+    lanes = "z_novel_lane_jobs"
+
+    def report(depth: float, jobs: dict[str, float]) -> int:
+        buffer.gauge("z_novel_dlq_length", ("s",), depth)
+        buffer.replace(lanes, ("s",), jobs)
+        delta = buffer.take()
+        collector.put(delta.gauges)
+        return len(delta.gauges)
+
+    assert report(5, {}) == 2, "a series that an earlier process left is deleted"
+    assert report(5, {}) == 0
+    assert not buffer
+    assert report(6, {"a": 1.0}) == 3
+    buffer.replace(lanes, ("s",), {})
+    unsent = buffer.take()
+    buffer.put_back(unsent)
+    assert report(6, {}) == 1, "what could not be sent is not known to be shown"
+    assert collector.totals(lanes)[lanes] == []
+
+
 @given(st.lists(st.one_of(st.sampled_from(SECONDS), st.floats(0, 400))))
 def test_values_added_together_are_counted_like_values_added_one_by_one(values: list[float]) -> None:
     together, one_by_one = Histogram(SECONDS), Histogram(SECONDS)

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,7 +90,9 @@ class TestStart:
         worker.peer.send(StartFailed("no such option", Exit.USAGE))
         assert service.tick() == Exit.USAGE
 
-    def test_three_exits_before_ready_end_the_service_at_its_first_start(self, make: Make) -> None:
+    def test_three_exits_before_ready_end_the_service_at_its_first_start(
+        self, make: Make, caplog: pytest.LogCaptureFixture
+    ) -> None:
         service = make(procs=1)
         exits = 0
         for _ in range(9):
@@ -99,6 +102,19 @@ class TestStart:
                 worker.exit("exit 1")
                 exits += 1
         assert (code, exits) == (Exit.BOOT_FAILED, 3)
+        (said,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
+        assert (said.message, vars(said)["child"]) == ("child.start_failed", "worker 0")
+
+    def test_ends_of_the_forkserver_do_not_end_the_first_start(self, make: Make) -> None:
+        """The kernel then kills the children, which says nothing about whether they can start."""
+        service = make(procs=1)
+        for _ in range(9):
+            assert service.tick(2.0) is None
+            for child in service.living():
+                child.exit("SIGKILL", with_forkserver=True)
+        service.tick(2.0)
+        service.complete()
+        assert service.manager.reasons() == []
 
     def test_a_reader_that_does_not_reach_the_store_in_time_ends_the_service(self, make: Make) -> None:
         service = make(connect_timeout_s=30.0)
@@ -221,6 +237,31 @@ class TestExits:
         service.tick(20.0)
         assert service.server.exit_code == -signal.SIGKILL
 
+    def test_a_drain_waits_less_for_the_forkserver_when_every_worker_has_exited(
+        self, service: Service
+    ) -> None:
+        service.manager.drain()
+        for slot_no in (0, 1):
+            assert service.server.exit_code is None, "a worker may run a job"
+            service.child("worker", slot_no).unanswered = True
+            service.tick(4.0)
+        service.tick(4.0)
+        assert service.server.exit_code == -signal.SIGKILL
+
+    def test_a_child_that_hung_up_does_not_wake_the_supervisor_again(
+        self, service: Service, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The forkserver may take its time to report the exit."""
+        worker = service.child("worker", 0)
+        worker.peer.close()
+        service.tick()
+        polled = []
+        poll = SimpleNamespace(register=lambda of, _: polled.append(of), poll=lambda _: [])
+        monkeypatch.setattr(process_manager.select, "poll", lambda: poll)
+        service.manager.wait(0.0, queue=None)  # type: ignore[arg-type]
+        assert worker.control not in polled
+        assert service.child("worker", 1).control in polled
+
 
 class TestReaderDeaths:
     """A reader that dies leaves a mark at the entry that it was reading."""
@@ -330,6 +371,15 @@ class TestLimits:
         assert reader.signals == [signal.SIGUSR2, signal.SIGKILL]
         assert service.child("reader") is not reader
         assert service.restarts() == {("reader", "stuck"): 1}
+
+    def test_a_service_with_a_dispatched_job_is_not_idle(self, service: Service) -> None:
+        """Else its loop would sleep until after the timeout of the job."""
+        assert service.manager.idle
+        jobs = service.channel(service.child("worker", 0)).jobs
+        jobs.push(b"frame")
+        assert not service.manager.idle
+        jobs.release(next(tail for _, tail in jobs.frames()))
+        assert service.manager.idle
 
     def test_an_idle_worker_without_a_heartbeat_is_replaced(self, service: Service) -> None:
         worker = service.child("worker", 0)

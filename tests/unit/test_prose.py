@@ -13,14 +13,16 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Literary words, and clauses for which the field has a noun: dependency, poison job, a number.
 LIST = (
     r"(?:anew|nobody|whoever|for want of|of late|heed(?:s|ed)?|deeds?|bury|buried|graves?|tales?|behold|"
-    r"what it needs|what cannot work|so many|goes on)\b"
+    r"what it needs|what cannot work|so many|go(?:es)? on|went on|bids?|of before|anybody|somebody|"
+    r"(?:that|who|which|one|it|also) stands?|comes? to nothing)\b"
 )
 WORDS = re.compile(rf"\b{LIST}", re.IGNORECASE)
 #: A file without a match has no such word: it need not be parsed. An escape may stand right before a word.
 POSSIBLE_WORDS = re.compile(LIST, re.IGNORECASE)
 #: Where such a word is a name of the system, or a text that is only data.
 ALLOWED = re.compile(
-    r"reuid=nobody|user (?:postgres or )?nobody|so many as|Nobody had seen the harbour", re.IGNORECASE
+    r"reuid=nobody|user (?:postgres or )?nobody|so many as|that stands for|Nobody had seen the harbour",
+    re.IGNORECASE,
 )
 CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
@@ -82,7 +84,13 @@ def test_pages_templates_and_scripts_speak_plainly() -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ['"""Begun anew."""', "x = 1  # nobody reads it", 'def f():\n    """What it needs."""']
+    "source",
+    [
+        '"""Begun anew."""',
+        "x = 1  # nobody reads it",
+        "x = 1  # others go on",
+        'def f():\n    """What it needs."""',
+    ],
 )
 def test_a_planted_word_is_seen(source: str) -> None:
     assert found("x.py", python_prose(source, messages=False))

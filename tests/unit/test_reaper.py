@@ -22,7 +22,7 @@ from jobworker.worker.store.ports import Promotion, Settlement, WaitingJob
 
 SOURCE = Source("stream:test", "cg-test")
 SETTINGS = Settings(streams=(SOURCE,), host="here", instance="blue", lease_s=1.0)
-WITHIN_S = 10.0
+WITHIN_S = 30.0
 
 
 class World:
@@ -177,11 +177,11 @@ def test_an_unavailable_store_is_logged_once_reported_and_survived(
 
     world.server.schedule(SOURCE.stream, b"1", 0)
     with caplog.at_level(logging.ERROR), running(world.reaper(Flaky(world.server))):
-        reports = [next_message(world.control) for _ in range(3)]
-        assert next_message(world.control) == Ready()
+        report = next_message(world.control)
+        assert next_message(world.control) == Ready(), "it says the same once"
         last = next_message(world.control)
         world.control.send(Drain())
-    assert [getattr(report, "trouble", None) for report in reports] == ["refused"] * 3
+    assert getattr(report, "trouble", None) == "refused"
     assert isinstance(last, Report)
     assert last.trouble is None
     assert [record.message for record in caplog.records] == ["store.unavailable"]

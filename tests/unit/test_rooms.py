@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import jobworker.worker
+
 ROOT = Path(__file__).resolve().parents[2]
 
 #: A library and the only files that may import it; all other files call those files.
@@ -63,7 +65,8 @@ BELOW: dict[str, set[str]] = {
     "producer": {*CORE, "store", "telemetry", "producer_batch", "cancel"},
     "scripted_redis": {"store"},
     "worker": {*CORE, "telemetry", "producer", "producer_batch"},
-    "reader": {*IPC, "store"},
+    "beat": set(),
+    "reader": {*IPC, "store", "beat"},
     "health_check": {*CORE, "telemetry", "fork_guard"},
     "runner": {*IPC, "health_check", "fork_guard"},
     "cron.enqueuer": {*CORE, "store", "telemetry"},
@@ -71,7 +74,7 @@ BELOW: dict[str, set[str]] = {
     "cron.config": {*CORE, "store"},
     "config.tables": {*CORE, "cron.config"},
     "forwarding": {*CORE, "store", "telemetry"},
-    "reaper": {*IPC, "store", "cron.enqueuer", "batches", "forwarding"},
+    "reaper": {*IPC, "store", "cron.enqueuer", "batches", "forwarding", "beat"},
     "supervision": IPC,
     "admin": {*CORE, "store", "telemetry", "producer", "cron.enqueuer", "batches"},
     "cli": {*ADMIN, "producer_batch", "admin", "cancel", "cli.web"},
@@ -278,7 +281,7 @@ def class_names(source: str) -> list[str]:
 
 
 def test_a_class_name_means_one_class() -> None:
-    """A reader who searches for a class finds one; private names of a file are its own."""
+    """A reader who searches for a class finds one."""
     homes = defaultdict(list)
     for file in product_files():
         for name in class_names(file.read_text("utf-8")):
@@ -349,12 +352,24 @@ def test_what_is_allowed_is_left_alone(path: str, source: str) -> None:
     assert violations(path, source) == []
 
 
+def test_public_names_are_found_when_they_are_used() -> None:
+    """They are imported late, so a wrong entry of the table would be noticed by users first."""
+    use = "from jobworker.worker import *; import jobworker.worker as w"
+    code = f"{use}; print(*set(w.__all__) ^ w._MODULES.keys())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == ("", "")
+    with pytest.raises(AttributeError, match="'Prodcuer'"):
+        getattr(jobworker.worker, "Prodcuer")  # noqa: B009
+
+
 @pytest.mark.parametrize("module", ["jobworker.supervisor", "jobworker.handlers", "jobworker.worker.cli"])
 def test_import_loads_nothing_heavy(module: str) -> None:
     """The supervisor must restart children at once, and own no thread that a child could inherit."""
     heavy = {"torch", "sentence_transformers", "pymilvus", "numpy", "milvus_lite"}
     if module == "jobworker.supervisor":
-        heavy.add("redis")
+        heavy |= {"redis", "jobworker.worker.producer", "jobworker.worker.handler"}
     code = f"import sys, {module}; print(*sorted({heavy!r} & sys.modules.keys()))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False

@@ -85,7 +85,7 @@ def test_no_job_waits_for_company_longer_than_it_may(make_rig: Make, linger_s: f
     began = time.monotonic()
     worker.run()
     assert log == [["0"]]
-    assert least_s <= time.monotonic() - began < least_s + 1
+    assert least_s <= time.monotonic() - began < least_s + 10
 
 
 def test_no_job_waits_where_another_type_is_next_or_one_job_goes_at_a_time(

@@ -573,7 +573,7 @@ def test_outcomes_are_counted_once_where_the_answer_of_their_settlement_was_lost
     rig.tick(20)
     assert counted(rig) == {"completed": 1, "failed": 2, "retried": 1, "dead": 1}
     assert (len(rig.retries), len(rig.letters), rig.pending) == (1, 1, 0)
-    assert rig.reader._settler._unsure == set()
+    assert rig.reader._settler._sender.unsure == set()
 
 
 def test_outcomes_that_a_dead_reader_had_settled_are_no_lost_leases() -> None:

@@ -1,11 +1,13 @@
 """Status line for `systemctl status`, and the hand-over of /status to HTTP threads."""
 
+import select
 import threading
 from typing import Any
 
 import pytest
 
 from jobworker.worker.supervision import status
+from jobworker.worker.supervision.signals import SignalQueue
 from jobworker.worker.supervision.status import StatusLine, StatusMailbox, Totals
 
 
@@ -64,3 +66,16 @@ def test_an_http_thread_gets_a_status_that_the_loop_makes_for_it() -> None:
 def test_a_loop_that_does_not_answer_in_time_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "_ANSWER_TIMEOUT_S", 0.01)
     assert StatusMailbox().request() is None
+
+
+def test_a_request_wakes_the_loop() -> None:
+    mailbox = StatusMailbox()
+    with SignalQueue() as queue:
+        mailbox.wake = queue.wake
+        client = threading.Thread(target=mailbox.request)
+        client.start()
+        assert select.select([queue], [], [], 5.0)[0]
+        assert queue.take() == []
+        mailbox.answer(dict)
+        client.join(5.0)
+    assert not client.is_alive()

@@ -553,6 +553,37 @@ def test_progress_outside_a_worker_does_nothing() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+class Locked:
+    """Handler of jobs that wait for each other once."""
+
+    def __init__(self) -> None:
+        self.tries: list[str] = []
+
+    def handle(self, job: Job) -> None:
+        self.tries.append(job.id)
+        if self.tries.count(job.id) == 1 and job.id == "1":
+            raise RateLimited(30.0, key="job")
+        if self.tries.count(job.id) == 2:
+            raise ValueError("fails")
+
+
+def test_a_job_may_wait_alone_and_uses_no_retry() -> None:
+    handler = Locked()
+    with Harness({"a": handler}, Settings(retry=RetryPolicy(max_retries=1, initial_s=1.0))) as harness:
+        harness.enqueue("a", {}, tenant_id="one", id="1")
+        harness.run()
+        harness.enqueue("a", {}, tenant_id="one", id="2")
+        harness.advance(29.0)
+        assert handler.tries == ["1", "2"], "no other job waits"
+        assert len(harness.retrying) == 1
+        harness.advance(2.0)
+        harness.advance(5.0)
+        assert handler.tries == ["1", "2", "1", "1"], "the only retry is left for a failure"
+        assert sorted(job.id for job in harness.completed) == ["1", "2"]
+        assert harness.dead == []
+        assert harness.metric("z_novel_jobs_limited_total", "a") == 1
+
+
 class Limited:
     """Handler whose dependency takes one job, then asks the rest to wait."""
 

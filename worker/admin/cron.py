@@ -26,7 +26,7 @@ _NO_TABLES = digest([])
 
 
 class CronEntry(NamedTuple):
-    """A table that is in force. ``next_s`` (unix seconds) is None while it is paused or never due again.
+    """An active table. ``next_s`` (unix seconds) is None while it is paused or never due again.
 
     ``late_s``: for how long a tick has been due and not taken.
     """
@@ -93,7 +93,7 @@ def late_entries(entries: Iterable[CronEntry]) -> list[str]:
 
 
 def differing_hosts(found: CronHashes) -> list[tuple[str, str, bool]]:
-    """Running services whose file has other tables than those in force.
+    """Running services whose file differs from the active tables.
 
     Each is a stream, the service's name, and whether its file has no tables for the stream at all.
     """

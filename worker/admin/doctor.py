@@ -194,8 +194,8 @@ def pause_findings(pauses: Sequence[Pause], types: Container[str] = ()) -> Itera
     for pause in pauses:
         note = f" ({pause.note})" if pause.note else ""
         unknown = ", which no service handles: another type may have been meant"
-        says = f"type {pause.kind}{note}{unknown if types and pause.kind not in types else ''}"
-        yield Finding("note", "paused", says, f"jobworker resume {shlex.quote(pause.kind)}")
+        says = f"type {pause.job_type}{note}{unknown if types and pause.job_type not in types else ''}"
+        yield Finding("note", "paused", says, f"jobworker resume {shlex.quote(pause.job_type)}")
 
 
 def cron_findings(found: CronHashes, faults: Sequence[KeyFault] = ()) -> Iterator[Finding]:
@@ -204,7 +204,7 @@ def cron_findings(found: CronHashes, faults: Sequence[KeyFault] = ()) -> Iterato
     entries = cron_entries(found)
     if entries:
         names = ", ".join(entry.table.name for entry in entries[:8])
-        yield Finding("ok", "cron", f"{len(entries)} in force: {names}")
+        yield Finding("ok", "cron", f"{len(entries)} active: {names}")
     for text in late_entries(entries):
         yield Finding("wrong", "cron", text, "start a service that reads its stream")
     for entry in entries:
@@ -213,10 +213,10 @@ def cron_findings(found: CronHashes, faults: Sequence[KeyFault] = ()) -> Iterato
             says = f"{entry.table.name} is paused{note}"
             yield Finding("note", "cron", says, f"jobworker cron resume {entry.table.name}")
     for stream, service, has_none in differing_hosts(found):
-        says = f"{service} has other tables for {stream} in its file than those in force"
+        says = f"{service} has other tables for {stream} in its file than the active ones"
         if has_none:
-            says = f"{service} has no tables for {stream} in its file; those of another service are in force"
-        do = "give every host the same [[cron]] tables and send HUP; the last change is in force"
+            says = f"{service} has no tables for {stream} in its file; those of another service are active"
+        do = "give every host the same [[cron]] tables and send HUP; the last change wins"
         yield Finding("note" if has_none else "wrong", "cron", says, do)
 
 

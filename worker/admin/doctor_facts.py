@@ -37,9 +37,8 @@ class HostFacts(NamedTuple):
 
 
 class StoreFacts(NamedTuple):
-    """The servers of a job store by name (empty for a single one), its streams, the paused types, what is
-    wrong with their key, the names that jobs and services use, the cron tables, and what is wrong with their
-    keys."""
+    """Facts about a job store: servers by name (empty for a single one), streams, paused types, cron tables,
+    and the names that jobs and services use. The faults of keys come with each."""
 
     servers: dict[str, ServerFacts]
     streams: list[StreamFacts]

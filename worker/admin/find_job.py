@@ -115,7 +115,7 @@ class JobFinder:
 
     def _read_context(self) -> None:
         with self._note_refusal("paused types", self._store.pause_faults):
-            self._pauses = {pause.kind: pause for pause in self._store.pauses()}
+            self._pauses = {pause.job_type: pause for pause in self._store.pauses()}
         self._now_s = self._store.wall_now_s(self._sources[0].stream)
         self._announcements = self._store.announcements()
         self._types, _ = handled_types(self._announcements, self._services, self._now_s)

@@ -34,11 +34,11 @@ def main() -> None:
     --config FILE of the service, or the --data-dir of a service on this machine that runs its own store.
 
     \b
-    jobworker doctor                           is anything wrong, and how is it fixed?
+    jobworker doctor                           what is wrong, and how to fix it
     jobworker stats                            queued, pending, retrying and dead jobs
     jobworker dlq requeue --reason timeout     send dead letters again
-    jobworker cron list                        what is enqueued by a schedule, and when next
-    jobworker batch show import-7              how far is the import?
+    jobworker cron list                        cron tables: next and last tick
+    jobworker batch show import-7              how far the import is
     jobworker stats --config /etc/jobworker/jobworker.toml
     jobworker VERB --help                      more, with examples
     eval "$(_JOBWORKER_COMPLETE=bash_source jobworker)"    Tab completes verbs and options (also zsh, fish)

@@ -10,7 +10,7 @@ from ..admin.words import format_duration, strip_control
 from ..config.quantities import Count
 from .common import (
     AS_JSON,
-    BAD_NEWS,
+    NEGATIVE_RESULT,
     STREAMS,
     CliGroup,
     echo_json,
@@ -115,7 +115,7 @@ def show(url: str, id: str, streams: tuple[str, ...], as_json: bool) -> None:
     one = find_batch(store, names, id)
     if one is None:
         click.echo(f"jobworker: there is no batch {strip_control(id)!r:.80}", err=True)
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)
     if as_json:
         return echo_json(batch_facts(one))
     for name, text in _facts(one, store.wall_now_s(one.home)):

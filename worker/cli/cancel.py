@@ -14,7 +14,7 @@ from ..config.quantities import Count
 from ..results import CancelOutcome
 from .common import (
     AS_JSON,
-    BAD_NEWS,
+    NEGATIVE_RESULT,
     STREAMS,
     JobType,
     confirm,
@@ -126,7 +126,7 @@ def _finish_ids(run: Canceller, ids: Sequence[str], dry_run: bool, as_json: bool
         names = name_streams(list(dict.fromkeys(run.incomplete)))
         click.echo(f"scanned {run.scanned} entries, but not all of: {names}; --scan N scans more", err=True)
     if any(one in (CancelOutcome.UNKNOWN, CancelOutcome.ENDED) for one in outcomes.values()):
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)
 
 
 def _to_json(job: CancelledJob) -> dict[str, str]:

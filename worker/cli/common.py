@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # the client library takes a while to load
     from ..store.redis.operator import OperatorStore
 
 #: Exit code of a verb that ran and found something missing or wrong.
-BAD_NEWS = 1
+NEGATIVE_RESULT = 1
 #: The default of the service's --metrics-addr.
 _METRICS_ADDR = "127.0.0.1:9464"
 #: Ids that are named one by one in an error report.
@@ -57,7 +57,7 @@ class CliGroup(click.Group):
         except OSError as error:  # click handles a closed pipe; this is a full disk or an unreadable file
             _discard_output()
             click.echo(f"jobworker: {escape_control(str(error))}", err=True)
-            sys.exit(BAD_NEWS)
+            sys.exit(NEGATIVE_RESULT)
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -281,7 +281,7 @@ def exit_if_refused(refused: Iterable[str]) -> None:
     for text in texts:
         click.echo(f"jobworker: {strip_control(redacted(with_deployment(text)))}", err=True)
     if texts:
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)
 
 
 def name_streams(streams: Sequence[str]) -> str:

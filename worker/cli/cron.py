@@ -25,7 +25,7 @@ from ..errors import ConfigurationError, StoreRefused
 from ..keys import Source
 from .common import (
     AS_JSON,
-    BAD_NEWS,
+    NEGATIVE_RESULT,
     STREAMS,
     CliGroup,
     echo_json,
@@ -62,7 +62,7 @@ def _sources(store: "OperatorStore", streams: tuple[str, ...], *, need_group: bo
 @STREAMS
 @AS_JSON
 def list_tables(url: str, streams: tuple[str, ...], as_json: bool) -> None:
-    """List the cron tables that are in force.
+    """List the active cron tables.
 
     NEXT: the next tick (UTC). LAST: the last tick that was enqueued, and what became of its job.
 
@@ -195,7 +195,7 @@ def run_now(url: str, names: tuple[str, ...], streams: tuple[str, ...], as_json:
 def pause(url: str, names: tuple[str, ...], note: str, streams: tuple[str, ...], as_json: bool) -> None:
     """Pause cron tables, until `jobworker cron resume`.
 
-    Ticks of the pause are dropped, whatever ``missed`` says. A job that was enqueued runs.
+    Ticks during the pause are dropped, also with `missed = "once"`. A job that is enqueued already runs.
 
     \b
     jobworker cron pause nightly --note 'until the import is done'
@@ -246,4 +246,4 @@ def resume(
         click.echo(f"{strip_control(name)} {'resumed' if was_paused else 'was not paused'}")
     exit_if_refused(refused.values())
     if not all(resumed.values()):
-        context.exit(BAD_NEWS)
+        context.exit(NEGATIVE_RESULT)

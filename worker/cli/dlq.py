@@ -19,8 +19,8 @@ from ..keys import is_derived
 from ..outcome import Reason
 from .common import (
     AS_JSON,
-    BAD_NEWS,
     MAX_IDS_NAMED,
+    NEGATIVE_RESULT,
     STREAMS,
     Age,
     CliGroup,
@@ -44,7 +44,7 @@ _BATCHES_PER_S = 10.0
 
 @click.group("dlq", cls=CliGroup)
 def dlq() -> None:
-    """Dead letters: list, show, requeue, purge.
+    """List, show, requeue and purge dead letters.
 
     \b
     jobworker dlq list --reason exhausted --newer-than 2h
@@ -185,7 +185,7 @@ def show(url: str, id: str, payload: bool, streams: tuple[str, ...], as_json: bo
         missing = f"no dead letter {strip_control(id)} of {name_streams(queue.streams)}"
         click.echo(f"{missing}; try: {explain_command(id)}", err=True)
         exit_if_refused(queue.refused.values())
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)
     exit_if_refused(queue.refused.values())
 
 
@@ -262,7 +262,7 @@ class _Report:
             click.echo(f"{operation.done} {would_be}{self._verb_done}{skipped}")
         exit_if_refused(self._queue.refused.values())
         if self._queue.filter.ids and (operation.skipped or self._missing or not operation.done):
-            sys.exit(BAD_NEWS)
+            sys.exit(NEGATIVE_RESULT)
 
 
 @verb(dlq)

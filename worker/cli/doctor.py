@@ -25,7 +25,7 @@ from ..extension import extension
 from ..telemetry.log import redacted
 from .common import (
     AS_JSON,
-    BAD_NEWS,
+    NEGATIVE_RESULT,
     STREAMS,
     echo_json,
     repair_of_store,
@@ -67,7 +67,7 @@ def doctor(deployment: Deployment, streams: tuple[str, ...], as_json: bool, **op
         _print(findings)
         click.echo(f"{wrong} wrong" if wrong else "nothing is wrong", err=True)
     if wrong:
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)
 
 
 def _print(findings: list[Finding]) -> None:

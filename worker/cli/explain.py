@@ -13,7 +13,7 @@ from ..config.quantities import Count
 from ..errors import ConfigurationError
 from .common import (
     AS_JSON,
-    BAD_NEWS,
+    NEGATIVE_RESULT,
     STREAMS,
     echo_json,
     exit_if_refused,
@@ -69,7 +69,7 @@ def explain(deployment: Deployment, id: str, scan: int, streams: tuple[str, ...]
         _print(id, locations, finder)
     exit_if_refused(finder.refused)
     if not locations:
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)
 
 
 def _print(id: str, locations: list[JobLocation], finder: JobFinder) -> None:

@@ -13,7 +13,7 @@ from ..admin.words import strip_control
 from ..config.quantities import Count
 from ..flow import FlowConfig, Limit, parse_limits
 from ..shards import shard_count
-from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, JobType, echo_json, print_table, verb
+from .common import AS_JSON, NEGATIVE_RESULT, STREAMS, CliGroup, JobType, echo_json, print_table, verb
 
 if TYPE_CHECKING:  # the client library takes a while to load
     from ..store.redis.operator import OperatorStore
@@ -24,7 +24,7 @@ _TRIES = 10
 
 @click.group("limit", cls=CliGroup)
 def limit() -> None:
-    """Limits of job types: list, set and clear them.
+    """List, set and clear limits of job types.
 
     A limit says how many jobs run at once and how many start in a time. It holds for all services of the
     deployment within about a second. Running jobs are not stopped.
@@ -168,4 +168,4 @@ def clear(url: str, names: tuple[str, ...], streams: tuple[str, ...], as_json: b
     for name, was_set in cleared.items() if not as_json else ():
         click.echo(strip_control(f"{name} is cleared" if was_set else f"no limit is called {name}"))
     if not all(cleared.values()):
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)

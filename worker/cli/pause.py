@@ -13,14 +13,13 @@ from ..admin.words import format_duration, strip_control
 from ..errors import ConfigurationError
 from ..keys import PAUSED_KEY
 from ..store.operator import Pause
-from .common import AS_JSON, BAD_NEWS, JobType, echo_json, print_table, verb, verb_on_deployment
+from .common import AS_JSON, NEGATIVE_RESULT, JobType, echo_json, print_table, verb, verb_on_deployment
 
 if TYPE_CHECKING:  # the client library takes a while to load
     from ..store.redis.operator import OperatorStore
 
 
-#: How long to wait for services to follow a pause (seconds): they read the pauses twice a second and report
-#: once a second.
+#: How long to wait for services to follow a pause (seconds): they read the pauses and report within a second.
 _FOLLOW_TIMEOUT_S, _POLL_S = 3.0, 0.1
 
 
@@ -73,7 +72,7 @@ def pause(
 def _print_pauses(pauses: Sequence[Pause], now_s: float) -> None:
     rows = [
         [
-            strip_control(one.kind),
+            strip_control(one.job_type),
             format_duration(max(0.0, now_s - one.wall_since_s)),
             strip_control(one.note),
         ]
@@ -152,11 +151,11 @@ def resume(url: str, types: tuple[str, ...], as_json: bool) -> None:
             click.echo(f"{strip_control(job_type)} resumed")
     if not all(resumed.values()):
         _echo_not_paused([job_type for job_type in types if not resumed[job_type]], store.pauses())
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)
 
 
 def _echo_not_paused(types: list[str], pauses: list[Pause]) -> None:
-    paused = ", ".join(strip_control(pause.kind) for pause in pauses)
+    paused = ", ".join(strip_control(pause.job_type) for pause in pauses)
     hint = f"paused are: {paused}" if paused else "no type is paused"
     for job_type in types:
         click.echo(f"{strip_control(job_type)} was not paused, so nothing changed; {hint}", err=True)
@@ -164,4 +163,4 @@ def _echo_not_paused(types: list[str], pauses: list[Pause]) -> None:
 
 def _to_json(pause: Pause) -> dict[str, str]:
     since = datetime.fromtimestamp(pause.wall_since_s, UTC).isoformat(timespec="milliseconds")
-    return {"type": pause.kind, "since": since.replace("+00:00", "Z"), "note": pause.note}
+    return {"type": pause.job_type, "since": since.replace("+00:00", "Z"), "note": pause.note}

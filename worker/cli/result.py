@@ -10,7 +10,7 @@ from ..admin.words import strip_control
 from ..producer import Producer
 from ..results import SUCCEEDED
 from ..safe_text import safe_json
-from .common import AS_JSON, BAD_NEWS, STREAMS, Age, echo_json, explain_command, verb
+from .common import AS_JSON, NEGATIVE_RESULT, STREAMS, Age, echo_json, explain_command, verb
 
 
 def add_to(main: click.Group) -> None:
@@ -46,7 +46,7 @@ def result(url: str, id: str, wait: float, streams: tuple[str, ...], as_json: bo
         except TimeoutError:
             why = "It has not ended, did not ask for its result, or the result has expired"
             click.echo(f"no result of {strip_control(id)}. {why}; try: {explain_command(id)}", err=True)
-            sys.exit(BAD_NEWS)
+            sys.exit(NEGATIVE_RESULT)
     if as_json:
         echo_json({"id": id, "state": found.state, "value": found.value, "error": found.error,
                    "reason": found.reason})  # fmt: skip
@@ -57,4 +57,4 @@ def result(url: str, id: str, wait: float, streams: tuple[str, ...], as_json: bo
         if found.state == SUCCEEDED and not found.error:
             click.echo(strip_control(safe_json(found.value, str)))
     if found.state != SUCCEEDED:
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)

@@ -13,7 +13,7 @@ from ..admin.words import format_duration, pluralise, strip_control
 from ..config.quantities import Count
 from .common import (
     AS_JSON,
-    BAD_NEWS,
+    NEGATIVE_RESULT,
     STREAMS,
     CliGroup,
     JobType,
@@ -29,7 +29,7 @@ from .common import (
 
 @click.group("retry", cls=CliGroup)
 def retry() -> None:
-    """Waiting retries: list them, or make them due now.
+    """List scheduled retries, or make them due now.
 
     \b
     jobworker retry list
@@ -143,4 +143,4 @@ def now(
         click.echo(f"{pluralise(moved, 'job')} {'would be' if dry_run else 'made'} due now")
     exit_if_refused((retries.refused or {}).values())
     if missing:
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)

@@ -59,7 +59,7 @@ def _head(overview: Overview) -> Iterator[ScreenLine]:
     for pause in overview.pauses:
         note = f": {pause.note}" if pause.note else ""
         paused = format_duration(max(0.0, overview.wall_s - pause.wall_since_s))
-        yield ScreenLine(f"{pause.kind} is paused for {paused}{note}", "bad")
+        yield ScreenLine(f"{pause.job_type} is paused for {paused}{note}", "bad")
 
 
 def _open_circuits(overview: Overview) -> set[str]:
@@ -120,7 +120,7 @@ def _types(overview: Overview) -> Iterator[ScreenLine]:
     yield ScreenLine("")
     names = ("DONE/s", "FAILED/s", "RETRIED/s", "DEAD/s", "DONE")
     yield ScreenLine(_row(("TYPE", _NAME_COLUMNS), *((name, -9) for name in names)), "head")
-    waiting = _open_circuits(overview) | {pause.kind for pause in overview.pauses}
+    waiting = _open_circuits(overview) | {pause.job_type for pause in overview.pauses}
     for job_type, totals in sorted(overview.totals.items()):
         rates = (overview.rates or {}).get(job_type)
         cells = [

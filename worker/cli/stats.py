@@ -87,8 +87,8 @@ def _print(overview: Overview) -> None:
     for text in overview.refused:
         click.echo(strip_control(redacted(with_deployment(text))), err=True)
     for pause in overview.pauses:
-        resume = f"jobworker resume {shlex.quote(strip_control(pause.kind))}"
-        click.echo(f"{strip_control(pause.kind)} is paused: {with_deployment(resume)}")
+        resume = f"jobworker resume {shlex.quote(strip_control(pause.job_type))}"
+        click.echo(f"{strip_control(pause.job_type)} is paused: {with_deployment(resume)}")
     for service in (one for one in overview.services if not one.status):
         message = f"no service answers at {service.url}: {strip_control(redacted(service.error))}"
         click.echo(f"{message}; give the url of each service by --metrics-url", err=True)

@@ -82,7 +82,8 @@ def to_json(overview: Overview) -> dict[str, Any]:
         "rates": overview.rates,
         "p95_s": overview.p95_s,
         "paused": [
-            {"kind": one.kind, "wall_since_s": one.wall_since_s, "note": one.note} for one in overview.pauses
+            {"kind": one.job_type, "wall_since_s": one.wall_since_s, "note": one.note}
+            for one in overview.pauses
         ],
         "failures": [
             {key: value for key, value in asdict(letter).items() if key not in ("task", "raw", "details")}

@@ -8,13 +8,13 @@ import msgspec
 from ..admin.words import strip_control
 from ..config.quantities import Number
 from ..flow import parse_weights
-from .common import AS_JSON, BAD_NEWS, STREAMS, CliGroup, echo_json, print_table, verb
+from .common import AS_JSON, NEGATIVE_RESULT, STREAMS, CliGroup, echo_json, print_table, verb
 from .limit import change_config, open_store
 
 
 @click.group("weight", cls=CliGroup)
 def weight() -> None:
-    """Weights of tenants: list, set and clear them.
+    """List, set and clear weights of tenants.
 
     A tenant of weight 3 gets three times the share of a tenant of weight 1, while both have jobs in lanes. A
     weight holds for all services of the deployment at once.
@@ -105,4 +105,4 @@ def clear(url: str, tenants: tuple[str, ...], streams: tuple[str, ...], as_json:
         text = f"{tenant} has the weight 1" if was_set else f"no weight of {tenant} is set"
         click.echo(strip_control(text))
     if not all(cleared.values()):
-        sys.exit(BAD_NEWS)
+        sys.exit(NEGATIVE_RESULT)

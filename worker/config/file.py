@@ -1,7 +1,6 @@
 """The service's TOML file: options by their names, each with a value of the right kind."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,8 @@ def read_config(path: str, parameters: Sequence[click.Parameter]) -> dict[str, A
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean lease?`` for the most similar name; empty if none is similar."""
+    from difflib import get_close_matches  # only for a mistake: it takes memory of the supervisor
+
     close = get_close_matches(name[:_LONGEST_NAME], list(known), n=1)
     return f"; did you mean {close[0]}?" if close else "; see --help for their names"
 
@@ -65,6 +66,8 @@ def misspelt_variables(
     known = set(known)
     for name in sorted(environ):
         if name.startswith(prefix) and name not in known and len(name) <= _LONGEST_NAME:
+            from difflib import get_close_matches  # see `did_you_mean`
+
             close = get_close_matches(name, known, n=1, cutoff=0.9)
             if close:
                 yield name, close[0]

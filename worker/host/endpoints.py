@@ -64,7 +64,7 @@ def read_endpoints(data_dir: str) -> dict[str, Any]:
 
     Raises `ConfigurationError` for a file that this user may not read, or that someone else could have
     written: it decides where jobs and passwords are sent. The service of a folder that the user named may run
-    as another user. That of the default folder may not: anybody who may write into the current folder could
+    as another user. That of the default folder may not: any user who may write into the current folder could
     have put it there.
     """
     path = Path(data_dir, FILE_NAME)

@@ -206,6 +206,11 @@ class Channel:
         """Start of the running jobs; valid while there is a deadline (worker)."""
         return float(self._times[_STARTED])
 
+    @property
+    def has_jobs(self) -> bool:
+        """Whether jobs are in the ring, or were taken out and are not settled."""
+        return not self.jobs.empty() or self.table.taken != self.table.tail
+
     def set_running(self, mono_since_s: float, mono_deadline_s: float) -> None:
         """Publish start and deadline of the running jobs (worker); 0.0 and 0.0: none runs."""
         self._times[_STARTED] = mono_since_s

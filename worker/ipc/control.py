@@ -4,8 +4,10 @@ A SEQPACKET socket keeps each message whole and reports the exit of the other si
 """
 
 import array
+import math
 import os
 import socket
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +23,9 @@ MAX_MESSAGE_BYTES = 128 * 1024
 _MAX_FDS = 16
 #: Most warnings of a report, and most characters of one.
 _WARNINGS, _WARNING_CHARS = 16, 1000
+#: Interval of reports without news (seconds). They show that a process without a heartbeat in shared memory
+#: is alive. Short against the time after which the supervisor calls it stuck.
+ALIVE_EVERY_S = 2.0
 
 
 class Attach(msgspec.Struct, tag=True, frozen=True):
@@ -153,6 +158,8 @@ class ControlSocket:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._reported: tuple[str | None, int, list[str]] | None = None
+        self._mono_reported_s = 0.0
 
     @classmethod
     def pair(cls) -> tuple["ControlSocket", socket.socket]:
@@ -172,15 +179,27 @@ class ControlSocket:
         trouble: str | None,
         progress: int = 0,
         warnings: Sequence[str] = (),
-    ) -> None:
-        """Send the metrics since the last report. They stay in the buffer while the other side's is full."""
+        *,
+        at_least_every_s: float = math.inf,
+    ) -> bool:
+        """Send what is new since the last report. Metrics stay in the buffer while the other side's is full.
+
+        Each report wakes the supervisor, so one without news is sent only every ``at_least_every_s``. False
+        if there was nothing to send.
+        """
         if dropped := take_dropped_lines():
             metrics.count("z_novel_log_lines_dropped_total", by=dropped)
-        delta = metrics.take()
         texts = [text[:_WARNING_CHARS] for text in warnings[:_WARNINGS]]
         trouble = trouble and trouble[:_WARNING_CHARS]
-        if not self.send(Report(delta.counts, delta.gauges, delta.histograms, trouble, progress, texts)):
+        now, state = time.monotonic(), (trouble, progress, texts)
+        if not metrics and state == self._reported and now - self._mono_reported_s < at_least_every_s:
+            return False
+        delta = metrics.take()
+        if self.send(Report(delta.counts, delta.gauges, delta.histograms, trouble, progress, texts)):
+            self._reported, self._mono_reported_s = state, now
+        else:
             metrics.put_back(delta)
+        return True
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> bool:
         """Send without waiting; False if the other side's buffer is full or the other side has exited.

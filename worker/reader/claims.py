@@ -4,13 +4,13 @@ import logging
 from collections import Counter
 
 from ..store.ports import Entry
-from .context import ReaderContext
+from .context import EARLY, ReaderContext
 
 log = logging.getLogger("jobworker.reader")
 
 #: Longest interval between two looks for a service that is gone. Its name expires one lease after its last
 #: heartbeat, so its jobs are taken over this much later at most.
-_LOOK_EVERY_S = 2.0
+_LOOK_EVERY_S = 1.8
 #: Shortest interval between two log lines about one stream: a lost host may have had 100,000 jobs.
 _LOG_EVERY_S = 1.0
 #: Entry id where a sweep starts and ends.
@@ -20,7 +20,7 @@ _START = b"0-0"
 class Claims:
     """Sweeps under way, by stream number.
 
-    A sweep starts each third of a lease, and sooner if `look` finds a service whose name has expired. It
+    A sweep starts each third of a lease, and sooner if `has_lost` finds a service whose name has expired. It
     continues in each tick while the workers have credit, so the survivors share the jobs of a lost host by
     their pace. Methods raise as the store does.
     """
@@ -31,6 +31,7 @@ class Claims:
         self._metrics = context.metrics
         self._mono_s = context.mono_s
         self._lease_s = context.settings.lease_s
+        self._look_every_s = min(_LOOK_EVERY_S, self._lease_s / 3)
         self._cursors: dict[int, bytes] = {}
         self._mono_looked_s = context.mono_s()
         self._unlogged: Counter[int] = Counter()
@@ -51,15 +52,20 @@ class Claims:
         """End the sweep of a stream."""
         self._cursors.pop(stream_no, None)
 
-    def look_is_due(self) -> bool:
-        """Whether `look` should be called for each stream now; true once an interval."""
+    @property
+    def mono_check_due_s(self) -> float:
+        """When the next check is due, at the latest."""
+        return self._mono_looked_s + self._look_every_s
+
+    def is_check_due(self) -> bool:
+        """Whether `has_lost` should be called for each stream now; true once an interval."""
         now = self._mono_s()
-        if now - self._mono_looked_s < min(_LOOK_EVERY_S, self._lease_s / 3):
+        if now - self._mono_looked_s < self._look_every_s * EARLY:
             return False
         self._mono_looked_s = now
         return True
 
-    def look(self, stream_no: int) -> bool:
+    def has_lost(self, stream_no: int) -> bool:
         """Whether a service is gone and leases of it have expired."""
         return self._store.has_lost(self._streams[stream_no], self._idle_ms)
 

@@ -14,6 +14,10 @@ from ..telemetry.metrics import MetricsBuffer
 from .held_outcomes import HeldOutcomes
 from .lost_leases import LostLeases
 
+#: Share of an interval after which what is done once an interval may be done, if the reader is awake for
+#: something else. The intervals are multiples of one another, so that one wake-up serves all.
+EARLY = 0.85
+
 
 @dataclass(frozen=True)
 class ReaderContext:

@@ -10,6 +10,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 
 import msgspec
 
+from ..beat import EARLY_S, next_beat_s
 from ..flow import FlowConfig, LaneRules, read_flow_header
 from ..keys import Source
 from ..shards import logical_stream, shard_count
@@ -21,8 +22,6 @@ from .dispatch import Dispatcher
 
 log = logging.getLogger("jobworker.reader")
 
-#: Interval at which waiting jobs are counted and changed limits are noticed: three short commands a stream.
-_CHECK_EVERY_S = 1.0
 #: A backlog is sorted if it takes longer than this to run (seconds), so no job waits longer behind others.
 _WINDOW_S = 1.0
 #: Backlogs that are not sorted, and that are always sorted, whatever the rate (jobs).
@@ -30,6 +29,8 @@ _SMALL_BACKLOG, _LARGE_BACKLOG = 128, 65_536
 #: Interval at which a take is repeated after one that found no job within the limits: another host may have
 #: ended one.
 _TAKE_AGAIN_S = 0.1
+
+_new = tuple.__new__  # a named tuple's own constructor takes four times as long, once per job
 
 
 class _FlowState:
@@ -80,18 +81,29 @@ class FlowControl:
 
     # -- state of the store
 
+    @property
+    def mono_due_s(self) -> float:
+        """When `refresh` has something to do, at the latest."""
+        return next_beat_s(self._mono_checked_s)
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether jobs wait in lanes."""
+        return any(state.waiting for state in self._states)
+
     def refresh(self, mono_now_s: float, *, at_once: bool = False) -> bool:
-        """If it is time, count waiting jobs, and read changed limits and cancelled entries; else False."""
-        if mono_now_s - self._mono_checked_s < _CHECK_EVERY_S and not at_once:
+        """Once a beat, count waiting jobs, and read changed limits and cancelled entries; else False."""
+        if mono_now_s < self.mono_due_s - EARLY_S and not at_once:
             return False
         self._mono_checked_s = mono_now_s
         if not at_once:
             self._rates = (self._rates[1], self._dispatcher.jobs_per_s)
-        for stream_no in range(len(self._streams)):
-            if stream_no not in self._faults:
-                with self._faults.guard(stream_no):
-                    self._apply_file(stream_no)
-                    self._check(stream_no)
+        works = [stream_no for stream_no in range(len(self._streams)) if stream_no not in self._faults]
+        self._store.ask_state([self._streams[stream_no] for stream_no in works])
+        for stream_no in works:
+            with self._faults.guard(stream_no):
+                self._apply_file(stream_no)
+                self._check(stream_no)
         if not self._faults.isolated:
             self.file = None
         self._dispatcher.is_sorted = any(state.sorts_all for state in self._states)
@@ -191,11 +203,13 @@ class FlowControl:
         sorts_all = is_new and state.sorts_all
         if not jobs or not (limited or sorts_all or in_series):
             return jobs
+        if sorts_all:
+            self._sort(stream_no, jobs)
+            return ()
         must_wait = [
             job
             for job in jobs
-            if sorts_all
-            or self._type_names[job.type_no] in limited
+            if self._type_names[job.type_no] in limited
             or (job.conditions is not None and job.conditions.series)
         ]
         if must_wait and not is_new:
@@ -225,7 +239,8 @@ class FlowControl:
         lanes: defaultdict[bytes, list[WaitingJob]] = defaultdict(list)
         for _, _, (entry_id, data, _, _), _, _, _ in jobs:
             assert data is not None, "an admitted job has data"
-            lanes[rules.name_of(read_flow_header(data))].append(WaitingJob(entry_id, len(data)))
+            waiting = _new(WaitingJob, (entry_id, len(data)))
+            lanes[rules.name_of(read_flow_header(data))].append(waiting)
         refused = self._store.sort(self._streams[stream_no], version, lanes)
         state.waiting += sum(map(len, lanes.values())) - len(refused)
         state.mono_take_s = 0.0

@@ -5,6 +5,7 @@ import math
 import selectors
 from collections.abc import Sequence
 
+from ..beat import EARLY_S, next_beat_s
 from ..envelope import OVERSIZED_KEPT_BYTES, OWN_FIELDS_BYTES
 from ..errors import AnswerTooLarge, Fenced, StoreRefused, StoreUnavailable
 from ..ipc.crash_marks import SKIP_FETCH_AT_STRIKES
@@ -20,8 +21,9 @@ from .shard_leases import ShardLeases
 
 log = logging.getLogger("jobworker.reader")
 
-#: Block time of a read. It only bounds how soon a silently dead connection is noticed.
-_BLOCK_MS = 2000
+#: A read blocks until shortly before this beat: the time only bounds how soon a silently dead connection is
+#: noticed.
+_BLOCK_BEATS = 2
 #: Time that an answer may take beyond the block time.
 _ANSWER_MARGIN_S = 2.0
 #: Most entries of one answer: enough to spread the cost of a round trip, and no more than one script takes.
@@ -130,11 +132,31 @@ class Intake:
         self._mono_all_renewed_s = -math.inf
         self._mono_renewed_s = self._lost_leases.mono_renewed_s = context.mono_s()
 
-    def refresh(self, mono_now_s: float, *, at_once: bool = False) -> None:
-        """If it is time, look at what changed in the store: backlogs, limits, cancelled jobs, own shards."""
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do before an event, or the time of `mono_due_s`."""
+        if not self._dispatcher.is_idle or not self._buffer.empty or self.rejected:
+            return False
+        under_way = self._unlisted or self._claiming or self._claims.under_way or self.flow.has_waiting
+        waits_for_repair = self._faults.isolated or self._held.stream_nos()
+        return not (under_way or waits_for_repair or self._buffer.crashes.watching)
+
+    @property
+    def mono_due_s(self) -> float:
+        """When the store has to be asked again, or a read has to be answered, at the latest."""
+        leases_due_s = min(self._mono_renewed_s + self._settings.lease_s / 3, self._claims.mono_check_due_s)
+        return min(self.flow.mono_due_s, self._shards.mono_due_s, leases_due_s, *self._answer_by.values())
+
+    def refresh(self, mono_now_s: float, *, at_once: bool = False) -> bool:
+        """If it is time, look at what changed in the store: backlogs, limits, cancelled jobs, own shards.
+
+        Returns whether it looked at the backlogs.
+        """
         self._shards.refresh(mono_now_s)
-        if self.flow.refresh(mono_now_s, at_once=at_once):
+        has_looked = self.flow.refresh(mono_now_s, at_once=at_once)
+        if has_looked:
             self.rejected += self._cancels.enforce()
+        return has_looked
 
     # -- pending entries of this consumer
 
@@ -278,9 +300,11 @@ class Intake:
             capacity = _MOST_ENTRIES
         if capacity > 0 and stream_no not in self._unlisted and not self._store.is_reading(source):
             count = min(capacity, self._read_counts[stream_no].entries)
-            fd = self._store.begin_read(source, count, _BLOCK_MS)
+            now = self._mono_s()
+            block_s = next_beat_s(now, _BLOCK_BEATS) - EARLY_S - now
+            fd = self._store.begin_read(source, count, round(block_s * 1000))
             self._selector.register(fd, selectors.EVENT_READ, stream_no)
-            self._answer_by[stream_no] = self._mono_s() + _BLOCK_MS / 1000 + _ANSWER_MARGIN_S
+            self._answer_by[stream_no] = now + block_s + _ANSWER_MARGIN_S
 
     def on_read_ready(self, stream_no: int, fd: int) -> None:
         """Take the answer of a read whose descriptor became readable.
@@ -501,13 +525,13 @@ class Intake:
 
     def _finds_lost(self) -> bool:
         """Whether a service is gone: its jobs are claimed without waiting for the next sweep."""
-        if self.draining or self._claims.under_way or not self._claims.look_is_due():
+        if self.draining or self._claims.under_way or not self._claims.is_check_due():
             return False
         found = False
         for stream_no in range(len(self._streams)):
             if stream_no not in self._faults and not found:
                 with self._faults.guard(stream_no):
-                    found = self._claims.look(stream_no)
+                    found = self._claims.has_lost(stream_no)
         return found
 
     def _claim_all(self) -> None:

@@ -90,6 +90,11 @@ class PrefetchBuffer:
         for parked in self._parked:
             yield from parked
 
+    @property
+    def empty(self) -> bool:
+        """Whether it has no job, also none that is parked."""
+        return next(iter(self), None) is None
+
     def add(self, job: AdmittedJob, mono_due_s: float = 0.0) -> None:
         """Append a job to its queue; a suspect may start from ``mono_due_s`` on."""
         self._largest_bytes = max(self._largest_bytes, len(job.entry.data or b""))

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from ..errors import Fenced, NameHeld, StoreRefused, StoreUnavailable
 from ..ipc.channel import Channel, clear_eventfd
 from ..ipc.control import (
+    ALIVE_EVERY_S,
     Attach,
     Configure,
     ControlSocket,
@@ -35,7 +36,7 @@ from ..store.faults import describe
 from ..store.ports import ReaderStore
 from .admission import AdmittedJob
 from .circuit_breaker import CircuitBreakers
-from .context import ReaderContext
+from .context import EARLY, ReaderContext
 from .dispatch import Dispatcher, WorkerHandle
 from .intake import Intake
 from .prefetch import PrefetchBuffer
@@ -44,12 +45,12 @@ from .settlement import Settler
 
 log = logging.getLogger("jobworker.reader")
 
-#: Interval of reports to the supervisor.
+#: Interval of reports to the supervisor, and longest sleep while there are jobs.
 _REPORT_EVERY_S = 0.25
-#: Interval at which the store is asked for the types that operators have paused: one short answer.
-_PAUSES_EVERY_S = 0.5
+#: Longest sleep without a job. The store is asked more often.
+_IDLE_SLEEP_S = 1.0
 #: Longest interval of renewing the instance's name. Another service needs this long to see that it is in use.
-_RENEW_NAME_EVERY_S = 2.0
+_RENEW_NAME_EVERY_S = 1.8
 #: Interval at which a name that another service holds is tried again.
 _RETRY_NAME_EVERY_S = 0.5
 
@@ -58,7 +59,7 @@ class Reader:
     """Reader role. `run` returns once drained.
 
     A store that does not answer is retried with backoff; in-flight jobs keep running meanwhile. A stream that
-    the store refuses is isolated: the others go on. A reader that lost the instance's name settles nothing
+    the store refuses is isolated: the others continue. A reader that lost the instance's name settles nothing
     until it has the name again.
     """
 
@@ -102,14 +103,15 @@ class Reader:
         # Streams whose name was taken at least once.
         self._named: set[int] = set()
         self._backoff = ReconnectBackoff(self._rng)
-        self._retry_at = self._reported_at = self._pauses_refreshed_at = self._name_renewed_at = 0.0
+        self._renew_name_every_s = min(_RENEW_NAME_EVERY_S, settings.lease_s / 3)
+        self._retry_at = self._reported_at = self._name_renewed_at = 0.0
         # Stream -> renewal of the name by another service, as first observed.
         self._first_renewals: dict[str, str] = {}
 
     def run(self) -> None:
         """Run until drained, then release what was not started."""
         while not self.drained:
-            self.run_once(_REPORT_EVERY_S)
+            self.run_once(_IDLE_SLEEP_S)
         if self._connected:
             self._intake.release_unstarted()
         elif self._trouble:
@@ -127,11 +129,10 @@ class Reader:
     def run_once(self, sleep_s: float) -> None:
         """One cycle of the loop; it waits at most ``sleep_s`` for an event."""
         now = self._mono_s()
-        if now - self._reported_at >= _REPORT_EVERY_S:
-            self.report()
         if now < self._retry_at:
+            self._report_in_time()
             self._detach_idle_workers()
-            return self._wait(min(sleep_s, self._retry_at - now))
+            return self._wait(min(sleep_s, _REPORT_EVERY_S, self._retry_at - now))
         try:
             self._tick(now, sleep_s)
             self._backoff.reset()
@@ -143,14 +144,14 @@ class Reader:
 
     def _tick(self, now: float, sleep_s: float) -> None:
         if not self._synced:
-            return self._wait(sleep_s)
+            self._report_in_time()
+            return self._wait(min(sleep_s, _REPORT_EVERY_S))
         if not self._connected:
             self._connect()
         self._resume_streams()
         self._renew_name(now)
-        if now - self._pauses_refreshed_at >= _PAUSES_EVERY_S:
+        if self._intake.refresh(now):
             self._refresh_pauses()
-        self._intake.refresh(now)
         self._settle(now)
         self._take_reads()
         self._intake.continue_claims()
@@ -164,8 +165,19 @@ class Reader:
             self._dispatcher.dispatch(now)
             self._intake.request_more()
         self._intake.renew_leases(now)
-        self._wait(0.0 if self._intake.must_continue else self._intake.flow.sleep_s(sleep_s))
+        self._report_in_time()
+        self._wait(self._sleep_s(sleep_s))
         self._intake.check_reads()
+
+    def _sleep_s(self, limit_s: float) -> float:
+        """How long it may wait for an event. Without a job, only the store has to be asked in time."""
+        if self._intake.must_continue:
+            return 0.0
+        left_s = min(self._intake.mono_due_s, self._mono_name_due_s) - self._mono_s()
+        sleep_s = min(limit_s, max(0.0, left_s))
+        if self._intake.is_idle and not (self._intake.draining or self._metrics or self._pauses_fault):
+            return sleep_s
+        return self._intake.flow.sleep_s(min(sleep_s, _REPORT_EVERY_S))
 
     def refresh(self) -> None:
         """Look at once at what changed in the store, such as cancelled jobs."""
@@ -271,9 +283,12 @@ class Reader:
             case _:
                 log.error("control.unexpected_message", extra={"message": type(message).__name__})
 
+    def _report_in_time(self) -> None:
+        if self._mono_s() - self._reported_at >= _REPORT_EVERY_S:
+            self.report()
+
     def report(self) -> None:
-        """Send the metrics to the supervisor."""
-        self._reported_at = self._mono_s()
+        """Send what is new to the supervisor."""
         for type_no, name in enumerate(self._settings.handlers):
             self._metrics.gauge("z_novel_circuit_open", (name,), float(self._breakers[type_no].open))
             slowed = self._breakers.crashes.slowed(type_no)
@@ -285,7 +300,11 @@ class Reader:
             trouble = trouble or "; ".join(warnings)
         if self._pauses_fault:
             warnings.append(self._pauses_fault)
-        self._control.report(self._metrics, trouble, self._intake.cycles, warnings)
+        # While jobs are in flight, reports let the supervisor look at the timeouts of the workers.
+        every_s = ALIVE_EVERY_S if self._dispatcher.is_idle else 0.0
+        progress = self._intake.cycles
+        if self._control.report(self._metrics, trouble, progress, warnings, at_least_every_s=every_s):
+            self._reported_at = self._mono_s()
 
     # -- connection and name
 
@@ -341,9 +360,14 @@ class Reader:
                 self._faults.resume(stream_no)
                 self._intake.list_stream(stream_no)
 
+    @property
+    def _mono_name_due_s(self) -> float:
+        """When the instance's name is to be renewed, at the latest."""
+        return self._name_renewed_at + self._renew_name_every_s
+
     def _renew_name(self, now: float) -> None:
         """Renew the instance's name. First in a tick: a reader that was suspended must not read before."""
-        if now - self._name_renewed_at < min(_RENEW_NAME_EVERY_S, self._settings.lease_s / 3):
+        if now - self._name_renewed_at < self._renew_name_every_s * EARLY:
             return
         for stream_no in self._named:
             with self._faults.guard(stream_no):
@@ -387,7 +411,6 @@ class Reader:
 
     def _refresh_pauses(self) -> None:
         """Park the types that an operator has paused, and resume those that are no longer paused."""
-        self._pauses_refreshed_at = self._mono_s()
         try:
             paused = self._store.paused_types()
         except StoreRefused as error:

@@ -1,16 +1,13 @@
 """Settlement: turns outcomes into acknowledgements, retries and dead letters, in one script a stream."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import NamedTuple
 
 from ..conditions import expires_s, has_keys, unique_bucket, unique_name
 from ..envelope import DeadJob, Header, dead_letter, read_header, with_retry
-from ..errors import Fenced, StoreUnavailable
-from ..flow import read_flow_header, tenant_key
+from ..flow import JOB_KEY, read_flow_header, tenant_key
 from ..ipc.channel import outcome_frames
 from ..ipc.control import WorkerExited
 from ..ipc.inflight import FAILED, QUEUED, RETURNED, SETTLED, STARTED, SUCCEEDED, InFlightJob
@@ -24,8 +21,6 @@ from ..store.ports import (
     OwnedKey,
     PutBack,
     Retry,
-    Settled,
-    Settlement,
     WaitingJob,
     do_nothing,
 )
@@ -38,6 +33,7 @@ from .crash_breaker import CrashKey
 from .dispatch import WorkerHandle
 from .held_outcomes import FailedJob, KeptJob
 from .settlement_batch import DeferredJob, SettlementBatch
+from .settlement_sender import SettlementSender
 
 log = logging.getLogger("jobworker.settlement")
 
@@ -94,10 +90,8 @@ class Settler:
         self._faults = context.faults
         self._held = context.held
         self._lane_rules = context.lane_rules
-        self._lost_leases = context.lost_leases
         self._cancels = context.cancels
-        # Outcomes that were perhaps settled already: the answer was lost, or an earlier reader died.
-        self._unsure: set[tuple[int, bytes]] = set()
+        self._sender = SettlementSender(context)
         self._breakers = breakers
         self._crashes = breakers.crashes
         self._mono_s = context.mono_s
@@ -117,7 +111,7 @@ class Settler:
         batch = SettlementBatch()
         if not (rejected or self._held.stream_nos() or any(len(one.table) for one in workers)):
             # An idle service: a new job waits for the end of this tick.
-            self._unsure.clear()
+            self._sender.unsure.clear()
             for worker in workers:
                 worker.is_new = False
             return batch
@@ -135,12 +129,12 @@ class Settler:
         for entry in rejected:
             self._settle_rejected(batch, entry)
         self._marks.unmark()
-        self._commit(batch, meanwhile)
+        self._sender.send(batch, meanwhile)
         for one in outcomes:
             self._release(one)
-        if self._unsure:  # what is not in flight any more was never sent again
+        if self._sender.unsure:  # what is not in flight any more was never sent again
             in_flight = {row.key for one in outcomes for row in one.worker.table.unsettled()}
-            self._unsure &= in_flight | self._held.keys()
+            self._sender.unsure &= in_flight | self._held.keys()
         return batch
 
     def _collect(self, worker: WorkerHandle) -> _Outcomes:
@@ -159,7 +153,7 @@ class Settler:
         if worker.is_new:
             worker.is_new = False
             rows = [worker.table.job(row) for run in succeeded for row in run]
-            self._unsure.update(row.key for row in (*rows, *outcomes.framed))
+            self._sender.unsure.update(row.key for row in (*rows, *outcomes.framed))
         return outcomes
 
     def _acknowledge(self, batch: SettlementBatch, worker: WorkerHandle, run: range) -> None:
@@ -218,7 +212,7 @@ class Settler:
             batch.deferred.append(DeferredJob(_runnable(row, data), failure))
             return
         if data is not None and failure.wait_s is not None and row.key not in self._marks.poison:
-            self._put_back(batch, job, data)
+            (self._delay if failure.wait_key == JOB_KEY else self._put_back)(batch, job, data)
             return
         if not failure.expired:
             batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
@@ -247,6 +241,18 @@ class Settler:
         batch.counts[row.key].append(("z_novel_jobs_limited_total", (header.type,)))
         batch.put_back[row.stream_no].append(PutBack(waiting, rules.name_of(header), key, failure.wait_s))
 
+    def _delay(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> None:
+        """Let a job wait in the set of retries, and no other job. No retry is used up; deaths stay tries."""
+        row, failure = job.row, job.failure
+        assert failure.wait_s is not None
+        self._marks.mark(row.stream_no, row.entry_id, settling=True)
+        batch.answered_types.add(row.type_no)
+        envelope = read_header(data)
+        log.info("job.rate_limited", extra={**log_fields(envelope), "key": JOB_KEY, "wait_s": failure.wait_s})
+        batch.counts[row.key].append(("z_novel_jobs_limited_total", (envelope.type,)))
+        again = TryAgain(envelope.retry_count + row.deaths, failure.wait_s)
+        self._schedule(batch, job, data, envelope, again)
+
     def _retry_or_give_up(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> None:
         row, failure = job.row, job.failure
         if not failure.timed_out and not failure.unavailable:
@@ -268,10 +274,16 @@ class Settler:
         log.warning("job.retry_scheduled", extra={**fields, "delay_s": round(decision.delay_s, 3)})
         self._trace("retry", envelope, row, failure.error, delay_s=decision.delay_s)
         batch.counts[row.key].append(("z_novel_jobs_retried_total", (envelope.type,)))
+        self._schedule(batch, job, data, envelope, decision)
+
+    def _schedule(
+        self, batch: SettlementBatch, job: FailedJob, data: bytes, envelope: Header, again: TryAgain
+    ) -> None:
+        row, error = job.row, job.failure.error
         deaths, max_payload = envelope.deaths + row.deaths, self._settings.max_payload
         first_id = "" if envelope.first_id or not has_keys(envelope) else row.entry_id.decode()
-        retry = with_retry(data, decision.retry_count, deaths, failure.error, max_payload, first_id)
-        batch.retries[row.stream_no].append(Retry(row.entry_id, decision.delay_s, retry))
+        retry = with_retry(data, again.retry_count, deaths, error, max_payload, first_id)
+        batch.retries[row.stream_no].append(Retry(row.entry_id, again.delay_s, retry))
 
     def _trace(
         self, what: str, envelope: Header, row: InFlightJob, error: str, **attributes: str | int | float
@@ -310,17 +322,6 @@ class Settler:
             key, record = self._owned_key(job), self._result_of(job)
             dropped = Dead(job.entry_id, b"", key, envelope.id, record)
             batch.dead[stream_no].append(dropped)
-
-    def _end_cancels(self, batch: SettlementBatch, others: set[tuple[int, bytes]]) -> None:
-        """Forget requests to cancel jobs that have ended: all of the batch but ``others``."""
-        for stream_no, entry_ids in batch.cancelled.items():
-            ids = [entry_id for entry_id in entry_ids if (stream_no, entry_id) not in others]
-            for entry_id in ids:
-                self._cancels.pop((stream_no, entry_id), None)
-            if ids:
-                # The outcomes are settled: an error must not repeat them. The requests expire.
-                with suppress(StoreUnavailable):
-                    self._store.end_cancels(self._streams[stream_no], ids)
 
     # -- dead letters
 
@@ -417,93 +418,7 @@ class Settler:
         first_id = job.envelope.first_id.encode() or job.entry_id
         return OwnedKey(unique_bucket(first_id, window_s), name, first_id)
 
-    # -- the store
-
-    def _commit(self, batch: SettlementBatch, meanwhile: Callable[[], None] = do_nothing) -> None:
-        """Settle the batch in the store, then count its outcomes: they are final now."""
-        versions = {stream_no: version for stream_no, (_, version) in self._lane_rules.items()}
-        ttl_s = self._settings.result_ttl_s
-        settlements = batch.settlements(self._streams, versions, ttl_s, sure=self._has_fresh_leases())
-        sent = {no: settlement for no, settlement in settlements.items() if no not in self._faults}
-        results = self._send(sent, meanwhile) if sent else []
-        unsettled: set[tuple[int, bytes]] = set()
-        uncounted: set[tuple[int, bytes]] = set()
-        for stream_no, result in zip(sent, results, strict=True):
-            self._held.clear(stream_no)
-            if result.error:
-                self._faults.isolate(stream_no, result.error)
-            if not result.is_replicated:
-                self._report_unreplicated(stream_no, len(sent[stream_no].ids))
-            lost = self._lost(stream_no, sent[stream_no], result)
-            unsettled.update((stream_no, entry_id) for entry_id in result.unsettled | result.cancelled.keys())
-            self._cancels.update({(stream_no, id): keeps for id, keeps in result.cancelled.items()})
-            uncounted.update((stream_no, entry_id) for entry_id in lost)
-            self._count_done(batch, stream_no, lost | result.unsettled)
-        for stream_no in settlements.keys() - sent:
-            unsettled.update((stream_no, entry_id) for entry_id in settlements[stream_no].ids)
-        self._hold(batch, unsettled)
-        self._end_cancels(batch, unsettled | uncounted)
-        for key, counts in batch.counts.items():
-            for name, labels in counts if key not in unsettled and key not in uncounted else ():
-                self._metrics.count(name, labels)
-        batch.deferred = [one for one in batch.deferred if one.job.stream_no not in self._faults]
-
-    def _report_unreplicated(self, stream_no: int, jobs: int) -> None:
-        """Fewer replicas than --wait-replicas have a settlement. A failover now would run its jobs again."""
-        stream = self._streams[stream_no].stream
-        self._metrics.count("z_novel_settlements_unreplicated_total", (stream,), jobs)
-        log.warning(
-            "settle.not_replicated",
-            extra={"stream": stream, "jobs": jobs, "replicas": self._settings.wait_replicas},
-        )
-
-    def _has_fresh_leases(self) -> bool:
-        """Whether no other consumer can have claimed what is in flight, and no outcome was sent before."""
-        since_s = self._mono_s() - self._lost_leases.mono_renewed_s
-        return not self._unsure and not self._faults.isolated and since_s < self._settings.lease_s / 2
-
-    def _send(self, settlements: Mapping[int, Settlement], meanwhile: Callable[[], None]) -> list[Settled]:
-        """Settle in the store. If the answer is lost, the outcomes may be settled or not."""
-        try:
-            return self._store.settle(list(settlements.values()), meanwhile)
-        except (StoreUnavailable, Fenced):
-            self._unsure.update((no, entry_id) for no, one in settlements.items() for entry_id in one.ids)
-            raise
-
-    def _lost(self, stream_no: int, settlement: Settlement, result: Settled) -> set[bytes]:
-        """The ids that another consumer has taken over; they are counted as lost leases.
-
-        A refused id whose settlement was sent before is ours: that one has arrived.
-        """
-        if not (result.refused or self._unsure):
-            return result.refused
-        ids = set(settlement.ids)
-        lost = {entry_id for entry_id in result.refused if (stream_no, entry_id) not in self._unsure}
-        settled = ids - result.unsettled - result.cancelled.keys()
-        self._lost_leases.record_settlement(stream_no, lost, settled)
-        self._unsure.difference_update((stream_no, entry_id) for entry_id in settled)
-        return lost
-
-    def _hold(self, batch: SettlementBatch, unsettled: set[tuple[int, bytes]]) -> None:
-        """Keep the outcomes that the store did not take. Rejected entries, and jobs under which workers died,
-        are listed again instead."""
-        for stream_no in {stream_no for stream_no, _ in unsettled}:
-            for entry_id, type_no in zip(batch.done[stream_no], batch.done_types[stream_no], strict=True):
-                if (stream_no, entry_id) in unsettled:
-                    self._held.done[stream_no][entry_id] = type_no
-        for key in unsettled & batch.failed.keys():
-            self._held.failed[key[0]][key[1]] = batch.failed[key]
-        for key in unsettled & batch.kept_jobs.keys():
-            self._held.kept[key[0]][key[1]] = batch.kept_jobs[key]
-
-    def _count_done(self, batch: SettlementBatch, stream_no: int, others: set[bytes]) -> None:
-        """Count the jobs that are completed: all but ``others``."""
-        type_nos = batch.done_types[stream_no]
-        if others:
-            done = zip(batch.done[stream_no], type_nos, strict=True)
-            type_nos = [type_no for entry_id, type_no in done if entry_id not in others]
-        for type_no, count in Counter(type_nos).items():
-            self._metrics.count("z_novel_jobs_completed_total", (self._type_names[type_no],), count)
+    # -- rows of workers
 
     def _release(self, outcomes: _Outcomes) -> None:
         """Release settled rows, then their frames: a successor skips frames whose row is settled."""
@@ -560,7 +475,7 @@ class Settler:
         else:
             isolated = self._charge_deaths(batch, worker, exit_, started, bodies)
         self._marks.unmark()
-        self._commit(batch)
+        self._sender.send(batch)
         for key in batch.worker_deaths:
             self._crashes.record_death(key, self._mono_s())
         worker.table.mark([row.row for row in rows], SETTLED)

@@ -1,4 +1,4 @@
-"""What one tick settles: the outcomes of all workers, sorted by what the store is told of them."""
+"""Settlements of one tick: the outcomes of all workers, by what the store does with them."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -5,16 +5,17 @@ reader with an idle worker, or that owns nothing, reads all shards.
 """
 
 import logging
+import math
 
 from ..errors import Fenced, StoreUnavailable
 from ..shards import shard_names
-from .context import ReaderContext
+from .context import EARLY, ReaderContext
 from .dispatch import Dispatcher
 
 log = logging.getLogger("jobworker.reader")
 
 #: Longest interval between renewals, and number of intervals after which a silent reader's shards are free.
-_RENEW_EVERY_S = 2.0
+_RENEW_EVERY_S = 1.8
 _INTERVALS = 3
 
 
@@ -42,9 +43,14 @@ class ShardLeases:
         self._interval_s = min(_RENEW_EVERY_S, settings.lease_s / 3)
         self._mono_renewed_s = -self._interval_s
 
+    @property
+    def mono_due_s(self) -> float:
+        """When `refresh` has something to do, at the latest."""
+        return self._mono_renewed_s + self._interval_s if self.spread else math.inf
+
     def refresh(self, mono_now_s: float) -> None:
         """If it is time, renew the share and adapt it to the number of readers."""
-        if not self.spread or mono_now_s - self._mono_renewed_s < self._interval_s:
+        if not self.spread or mono_now_s - self._mono_renewed_s < self._interval_s * EARLY:
             return
         self._mono_renewed_s = mono_now_s
         for stream_no, shard_nos in self._shard_nos.items():

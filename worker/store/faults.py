@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ..errors import StoreRefused
 from ..keys import Source
-from ..store_advice import store_advice
+from ..store_advice import lacks_permission, store_advice
 from .backoff import ReconnectBackoff
 from .ports import KeyFault
 
@@ -129,7 +129,7 @@ class StreamFaults:
         if not self.isolated.get(stream_no, "").startswith(text):
             self.isolated[stream_no] = text
             hint = "; ".join(fault.repair for fault in faults)
-            if not faults and "o permissions" in error:
+            if not faults and lacks_permission(error):
                 hint = store_advice(error)
                 self.isolated[stream_no] = f"{text}. What to do: {hint}"
             log.error("stream.isolated", extra={

@@ -83,7 +83,7 @@ class GroupState(NamedTuple):
 class Pause(NamedTuple):
     """A type that an operator paused: since when (unix seconds, the store's clock) and why."""
 
-    kind: str
+    job_type: str
     wall_since_s: float
     note: str
 

@@ -1,9 +1,13 @@
 """Ports of the job store: what reader, reaper and producer ask of it; free of client library types.
 
-Entry ids are bytes in the server's form, ``b"<milliseconds>-<sequence>"``. Every call raises
-`StoreUnavailable` when the store does not answer or refuses for now, its subclass `StoreRefused` when the
-keys of the stream are the reason, and `Fenced` when a newer reader owns this consumer's name. Any other error
-is a bug. No call waits longer than the store's timeout.
+Entry ids are bytes in the server's form, ``b"<milliseconds>-<sequence>"``. No call waits longer than the
+store's timeout. Every call may raise:
+
+- `StoreUnavailable`: the store does not answer or refuses for now;
+- `StoreRefused`, a subclass of it: the keys of the stream are the reason;
+- `Fenced`: a newer reader owns this consumer's name.
+
+Any other error is a bug.
 """
 
 import itertools
@@ -356,11 +360,14 @@ class ReaderStore(Protocol):
     def fetch(self, source: Source, ids: Sequence[bytes]) -> dict[bytes, bytes | None]:
         """The ``data`` of entries; an id that is gone from the stream is left out."""
 
+    def ask_state(self, sources: Iterable[Source]) -> None:
+        """Ask ahead what `backlog` of each source and `paused_types` return: their answers come together."""
+
     def paused_types(self) -> set[str]:
         """The types that an operator has paused, for every reader of the deployment."""
 
     def key_faults(self, source: Source) -> list[KeyFault]:
-        """The keys of a stream that the store cannot work with, as far as they can be told."""
+        """The keys of a stream that the store cannot work with, as far as the store shows them."""
 
     def pause_faults(self) -> list[KeyFault]:
         """As `key_faults`, for the key of the paused types."""
@@ -437,6 +444,9 @@ class ReaderStore(Protocol):
 
 class ReaperStore(CronStore, BatchStore, ForwardStore, Protocol):
     """Maintenance of streams: due retries, trimming, idle consumers, depths, cron, batches."""
+
+    def ask_due(self, streams: Iterable[str], limit: int) -> None:
+        """Ask ahead what `promote` and `batch_due` of each stream return: their answers come together."""
 
     def promote(self, stream: str, limit: int) -> Promotion:
         """Move at most ``limit`` due retries into the stream, in one atomic step."""

@@ -1,6 +1,7 @@
 """Hand-over of questions about batches from HTTP threads to the reaper, which asks the job store."""
 
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 #: How long an HTTP thread waits for the supervisor's loop and the reaper.
@@ -18,6 +19,8 @@ class BatchMailbox:
     """Questions of HTTP threads. The supervisor's loop passes them on, because only it owns the sockets."""
 
     def __init__(self) -> None:
+        #: Wakes the loop, once it runs.
+        self.wake: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         self._number = 0
         #: Question number -> id of the batch; not passed on yet.
@@ -31,6 +34,7 @@ class BatchMailbox:
             self._number += 1
             number = self._number
             self._asked[number], self._answers[number] = id, None
+            self.wake()
             self._changed.wait_for(lambda: self._answers[number] is not None, _ANSWER_TIMEOUT_S)
             self._asked.pop(number, None)
             return self._answers.pop(number)

@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -17,6 +18,8 @@ from .batch_mailbox import BatchAnswer
 _MAX_CONNECTIONS = 32
 #: Descriptors that connections leave to the rest of the supervisor: a child takes up to ten to start.
 _RESERVED_FDS = 64
+#: Longest wait for a connection: the thread has nothing else to do.
+_WAIT_S = 3600.0
 #: The connection of a client that stops sending or reading is closed after this time.
 _CLIENT_TIMEOUT_S = 10.0
 
@@ -54,7 +57,8 @@ class HealthServer:
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         server = type("Server", (_Server,), {"address_family": family})
         self._server = server(address, handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+        serve = partial(self._server.serve_forever, poll_interval=_WAIT_S)
+        self._thread = threading.Thread(target=serve, name="http", daemon=True)
         self._thread.start()
 
     @property
@@ -65,6 +69,8 @@ class HealthServer:
 
     def close(self) -> None:
         """Stop serving and release the port."""
+        with suppress(OSError):
+            self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which then ends
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(_CLIENT_TIMEOUT_S)

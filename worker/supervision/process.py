@@ -283,13 +283,15 @@ class Child(ForkedProcess):
         #: Faults that it last reported and that stop only a part of the work.
         self.warnings: list[str] = []
         self.progress = 0
+        #: Whether it has closed its control socket and all its messages were received.
+        self.hung_up = False
         self.mono_last_message_s = mono_now_s
         self.mono_sampled_s = mono_now_s
         #: Since when the forkserver owes an answer about it; None if it does not.
         self.mono_unanswered_s: float | None = None
         #: When it was found to exceed a limit; None while it does not.
         self.mono_overdue_s: float | None = None
-        #: Why the supervisor kills it: ``timeout``, ``rss``, ``stuck`` or ``boot``.
+        #: Why the supervisor kills it: ``timeout``, ``cancelled``, ``rss``, ``stuck`` or ``boot``.
         self.kill_cause = ""
         #: Whether it used a CPU when it was found overdue.
         self.was_computing = False

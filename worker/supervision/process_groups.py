@@ -101,6 +101,11 @@ class GroupGuard:
         self._protected: Set[int] = frozenset()
         self._restarts: Counter[str] = Counter()
 
+    @property
+    def event_fds(self) -> list[int]:
+        """Descriptor that tells of its exit; empty while it does not run."""
+        return [self._process.event_fd] if self._process is not None else []
+
     def take_restarts(self) -> list[tuple[str, tuple[str, ...], float]]:
         """Unexpected exits since the last call, as counts of z_novel_worker_restarts_total."""
         taken, self._restarts = self._restarts, Counter()

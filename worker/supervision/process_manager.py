@@ -1,10 +1,10 @@
-"""Process manager: starts and restarts children, enforces job timeouts, relays control messages."""
+"""Process manager: starts and restarts children, relays control messages."""
 
 import logging
 import select
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from ..cron.table import CronTable
 from ..errors import Exit
 from ..flow import FlowConfig
-from ..ipc.channel import READY, STARTING, STOPPING, Channel
+from ..ipc.channel import STOPPING, Channel
 from ..ipc.control import (
     Attach,
     BatchShown,
@@ -36,6 +36,7 @@ from ..store_advice import store_advice
 from ..telemetry.line_writer import take_dropped_lines
 from ..telemetry.prometheus import PrometheusCollector
 from .batch_mailbox import BatchAnswer, BatchMailbox
+from .child_limits import STUCK_AFTER_S, ChildLimits
 from .forkserver import ForkServer
 from .process import Child, ProcessExit, RestartBackoff
 from .process_groups import ProcessGroups
@@ -46,14 +47,8 @@ from .work_estimate import WorkEstimate
 
 log = logging.getLogger("jobworker.process_manager")
 
-#: Time between the request for a stack dump (SIGUSR2) and SIGKILL, for a child over its limit.
-_DUMP_S = 0.3
-#: Reader and reaper report several times a second, but one call to a slow store may block them for 5 s.
-_STUCK_AFTER_S = 15.0
-#: Time limit for the set-up of a child. A handler may load gigabytes from a slow disk.
-_SETUP_TIMEOUT_S = 600.0
-#: A worker that is asked to stop during its set-up gets this long: imported code may ignore SIGTERM.
-_STOP_START_WITHIN_S = 5.0
+#: How long a drain waits for a report of the forkserver when every worker has exited.
+_STUCK_AT_STOP_S = 3.0
 #: A child is past its imports, which use a whole CPU, after this time. The rest of its set-up mostly waits.
 _IMPORTS_S = 1.0
 #: Workers that may import at once on a machine with few CPUs.
@@ -61,8 +56,6 @@ _MIN_PARALLEL_STARTS = 2
 #: Consecutive exits before becoming ready, after which we stop restarting: at the first start, and later.
 _MAX_START_ATTEMPTS, _CRASH_LOOP_EXITS = 3, 6
 _GAUGES_EVERY_S = 0.5
-#: Interval of memory samples: while a job runs, which may use up the memory, and otherwise.
-_SAMPLE_BUSY_EVERY_S, _SAMPLE_IDLE_EVERY_S = 0.1, 2.0
 #: Causes that an operator or the kernel (out of memory) can produce at any moment: no proof against an entry.
 _EXTERNAL_CAUSES = frozenset({"SIGKILL", "SIGTERM"})
 
@@ -88,6 +81,7 @@ class ProcessManager:
         self._settings = settings
         self._metrics = metrics
         self._server = server
+        self._limits = ChildLimits(settings)
         self._new_child = new_child
         self._reader = Slot("reader")
         self._reaper = Slot("reaper")
@@ -147,7 +141,8 @@ class ProcessManager:
         for slot in self._slots:
             self._ensure_child(slot, now)
             for child in slot.children():
-                self._enforce_limits(child, now)
+                self._check_server(child, now)
+                self._limits.enforce(child, now)
                 child.flush()
             self._schedule_recycle(slot, now)
         self._groups.tick(now)
@@ -160,13 +155,19 @@ class ProcessManager:
         self._check_startup(now)
         return self._exit_code
 
-    def wait(self, timeout_s: float, queue: SignalQueue) -> None:
-        """Sleep until a signal, a message or an exit arrives, at most ``timeout_s`` seconds."""
+    def wait(self, timeout_s: float, queue: SignalQueue, more_fds: Iterable[int] = ()) -> None:
+        """Sleep until a signal, a message or an exit arrives, at most ``timeout_s`` seconds.
+
+        It ends also when one of ``more_fds`` is readable.
+        """
         poll = select.poll()
         poll.register(queue, select.POLLIN)
+        for fd in more_fds:
+            poll.register(fd, select.POLLIN)
         for child in self._children():
             poll.register(child.event_fd, select.POLLIN)
-            poll.register(child.control, select.POLLIN)
+            if not child.hung_up:
+                poll.register(child.control, select.POLLIN)
         poll.poll(timeout_s * 1000)
 
     def _children(self) -> Iterator[Child]:
@@ -181,7 +182,9 @@ class ProcessManager:
                 child.mono_last_message_s = now
                 self._handle(child, received[0], now)
         except EOFError:
-            return  # the child has exited or is about to; `_collect` handles it
+            # The child has exited or is about to: `_collect` handles it when the forkserver reports it. Until
+            # then the socket stays readable, and polling it would keep a CPU busy.
+            child.hung_up = True
         except ValueError:  # no message of ours: a handler wrote to the descriptor
             log.error("control.unexpected_message", extra={"child": child.name})
 
@@ -272,7 +275,9 @@ class ProcessManager:
             })  # fmt: skip
             self._metrics.add([("z_novel_worker_restarts_total", (child.role, cause), 1)])
             slot.unexpected_exits += 1
-            slot.backoff.record_exit(now, was_ready=child.ready, lived_s=now - child.mono_started_s)
+            # A child that ended with the forkserver has not failed to start, ready or not.
+            was_able = child.ready or exited.with_forkserver
+            slot.backoff.record_exit(now, was_ready=was_able, lived_s=now - child.mono_started_s)
         if child.channel is not None:
             # No job is to blame for the exit of the forkserver; one that was cancelled is not charged.
             charge = not expected and not exited.with_forkserver and child.kill_cause != "cancelled"
@@ -295,9 +300,11 @@ class ProcessManager:
     def _record_exit(self, child: Child, channel: Channel, exited: ProcessExit, *, charge: bool) -> None:
         """Keep the exit of a worker until the reader has reclaimed its jobs, and report it to the reader."""
         timed_out = child.kill_cause == "timeout"
-        cause = f"{exited.cause} ({self._limit(child, channel)})" if child.kill_cause else exited.cause
+        limit = f" ({self._limits.describe(child, channel)})" if child.kill_cause else ""
         details = {"peak_rss_mib": exited.peak_rss_mib, "stack": exited.stack}
-        message = WorkerExited(child.slot_no, child.generation, cause, charge, timed_out, details)
+        message = WorkerExited(
+            child.slot_no, child.generation, exited.cause + limit, charge, timed_out, details
+        )
         self._exited[child.slot_no, child.generation] = (message, channel)
         self._send_to_reader(message)
 
@@ -372,84 +379,22 @@ class ProcessManager:
         if self._reader.child is not None:
             self._reader.child.send(message, fds)
 
-    # -- limits
-
-    def _enforce_limits(self, child: Child, now: float) -> None:
-        self._check_server(child, now)
-        self._sample_memory(child, now)
-        self._end_stopped_start(child, now)
-        kill_cause = self._kill_cause(child, now)
-        if not kill_cause:
-            child.mono_overdue_s = None
-        elif child.mono_overdue_s is None:
-            child.mono_overdue_s = now
-            child.kill_cause = kill_cause
-            child.was_computing = child.is_computing()
-            child.kill(signal.SIGUSR2)
-        elif now - child.mono_overdue_s > (_DUMP_S if kill_cause != "rss" else 0.0):
-            child.kill(signal.SIGKILL)  # a process over its memory limit gets no time to grow further
-
     def _check_server(self, child: Child, now: float) -> None:
         """Kill a forkserver that is stuck: it does not report a start or an exit."""
         if not child.is_unanswered():
             child.mono_unanswered_s = None
         elif child.mono_unanswered_s is None:
             child.mono_unanswered_s = now
-        elif now - child.mono_unanswered_s > _STUCK_AFTER_S:
+        elif now - child.mono_unanswered_s > self._report_timeout_s:
             log.error("forkserver.stuck", extra={"child": child.name})
             self._server.kill()
 
-    def _sample_memory(self, child: Child, now: float) -> None:
-        """Read the peak of its memory: the kernel no longer has it when the process has exited."""
-        is_busy = child.channel is not None and child.channel.mono_deadline_s
-        if now - child.mono_sampled_s > (_SAMPLE_BUSY_EVERY_S if is_busy else _SAMPLE_IDLE_EVERY_S):
-            child.mono_sampled_s = now
-            child.sample_peak()
-
-    def _end_stopped_start(self, child: Child, now: float) -> None:
-        """Kill a worker whose set-up continues although it was asked to stop; it has no job."""
-        if not child.stopping or child.channel is None or child.channel.phase != STARTING:
-            return
-        if child.mono_stopping_s is None:
-            child.mono_stopping_s = now
-        elif now - child.mono_stopping_s > _STOP_START_WITHIN_S:
-            child.killed_by_stop = True
-            child.kill(signal.SIGKILL)
-
-    def _kill_cause(self, child: Child, now: float) -> str:
-        """The limit that the child exceeds: boot, stuck, timeout, cancelled or rss; empty if none."""
-        if not child.ready:
-            return "boot" if now - child.mono_started_s > _SETUP_TIMEOUT_S else ""
-        if child.channel is None:
-            return "stuck" if now - child.mono_last_message_s > _STUCK_AFTER_S else ""
-        deadline = child.channel.mono_deadline_s
-        if deadline:
-            if now > deadline:
-                return "timeout"
-            if child.channel.is_cancel_overdue(now):
-                return "cancelled"
-            return "rss" if self._exceeds_rss(child) else ""
-        # A worker without a job that neither takes one nor exits.
-        idle = child.channel.phase in (READY, STOPPING)
-        return "stuck" if idle and now - child.channel.mono_heartbeat_s > _STUCK_AFTER_S else ""
-
-    def _limit(self, child: Child, channel: Channel) -> str:
-        """The limit that the child exceeded, with its number."""
-        match child.kill_cause:
-            case "timeout" if channel.mono_deadline_s:
-                return f"timeout of {channel.mono_deadline_s - channel.mono_since_s:.6g} s"
-            case "cancelled":
-                return f"its jobs were cancelled, and ran for {self._settings.cancel_grace_s:.6g} s more"
-            case "rss":
-                return f"rss above {self._settings.max_rss_mib} MiB"
-            case "boot":
-                return f"boot of more than {_SETUP_TIMEOUT_S:.0f} s"
-            case "stuck":
-                return f"stuck for {_STUCK_AFTER_S:.0f} s"
-        return child.kill_cause
-
-    def _exceeds_rss(self, child: Child) -> bool:
-        return bool(self._settings.max_rss_mib) and child.rss_mib() > self._settings.max_rss_mib
+    @property
+    def _report_timeout_s(self) -> float:
+        """How long the forkserver may owe a report. Its end is the end of every worker that still runs."""
+        workers = (child for slot in self._workers for child in slot.children())
+        idle = self._draining and all(worker.is_unanswered() for worker in workers)
+        return _STUCK_AT_STOP_S if idle else STUCK_AFTER_S
 
     def _check_startup(self, now: float) -> None:
         """Detect when the service is complete for the first time, or that it will never be."""
@@ -463,8 +408,11 @@ class ProcessManager:
                 hint = store_advice(trouble or "")
                 log.critical("store.unreachable", extra={"error": trouble, "hint": hint})
                 self._exit_code = Exit.STORE_UNREACHABLE
-            elif any(slot.backoff.exits_before_ready >= _MAX_START_ATTEMPTS for slot in self._slots):
-                self._exit_code = Exit.BOOT_FAILED
+            for slot in self._slots:
+                if self._exit_code is None and slot.backoff.exits_before_ready >= _MAX_START_ATTEMPTS:
+                    error = f"it exited {_MAX_START_ATTEMPTS} times before it was ready: see child.exited"
+                    log.critical("child.start_failed", extra={"child": slot.name, "error": error})
+                    self._exit_code = Exit.BOOT_FAILED
         elif all(slot.backoff.exits_before_ready >= _CRASH_LOOP_EXITS for slot in self._workers):
             log.critical("crash_loop.detected", extra={"hint": "no worker stays up"})
             self._exit_code = Exit.CRASH_LOOP
@@ -491,9 +439,16 @@ class ProcessManager:
 
     @property
     def idle(self) -> bool:
-        """Whether every child is ready and no worker runs a job."""
-        return not self._to_restart and all(
-            state(slot.child) in ("idle", "running") and slot.successor is None for slot in self._slots
+        """Whether every child is ready, and no worker has a job or left subprocesses."""
+        return (
+            not (self._to_restart or self._groups)
+            and all(
+                state(slot.child) in ("idle", "running") and slot.successor is None for slot in self._slots
+            )
+            and not any(
+                child.hung_up or (child.channel is not None and child.channel.has_jobs)
+                for child in self._children()
+            )
         )
 
     @property
@@ -523,7 +478,7 @@ class ProcessManager:
         limits = self._settings
         too_old = limits.max_age_s and now - child.mono_started_s > limits.max_age_s
         too_many_jobs = limits.max_jobs and child.channel.finished >= limits.max_jobs
-        too_large = not child.channel.mono_deadline_s and self._exceeds_rss(child)
+        too_large = not child.channel.mono_deadline_s and self._limits.exceeds_rss(child)
         if (too_old or too_many_jobs or too_large) and (slot, child.generation) not in self._to_restart:
             log.info("worker.recycle_due", extra={"child": child.name})
             self._to_restart.append((slot, child.generation))
@@ -573,7 +528,7 @@ class ProcessManager:
         for child in self._children():
             child.kill(signal.SIGKILL)
         for child in self._children():
-            if child.wait(_STUCK_AFTER_S) and child.channel is not None:
+            if child.wait(STUCK_AFTER_S) and child.channel is not None:
                 self._groups.end(child.pid, 0.0)
             child.close()
         self._groups.kill_all()

@@ -68,7 +68,7 @@ class Reloader:
             self._begin_listing(now)
         elif now >= self._mono_next_s:
             self._mono_next_s = now + _POLL_S
-            self._look(now)
+            self._compare(now)
         return None
 
     def close(self) -> None:
@@ -78,8 +78,8 @@ class Reloader:
             self._process.wait(_IMPORT_WITHIN_S)
             self._end_listing(self._process)
 
-    def _look(self, now: float) -> None:
-        """Compare the files; a change counts once they are the same at two looks."""
+    def _compare(self, now: float) -> None:
+        """Compare the files; a change counts once they are the same twice in a row."""
         stamps = _stamps(self._files)
         if stamps == self._files:
             self._unsettled = None

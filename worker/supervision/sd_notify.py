@@ -5,6 +5,11 @@ import socket
 import time
 
 
+def is_notified() -> bool:
+    """Whether systemd, or a program in its place, takes the reports."""
+    return bool(os.environ.get("NOTIFY_SOCKET"))
+
+
 def notify(**fields: str) -> None:
     """Send fields such as ``READY="1"`` or ``STATUS="..."``. Never raises and never blocks."""
     path = os.environ.get("NOTIFY_SOCKET", "")

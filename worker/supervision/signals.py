@@ -2,6 +2,7 @@
 
 import signal
 import socket
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -42,6 +43,11 @@ class SignalQueue:
     def fileno(self) -> int:
         """Descriptor for select and poll."""
         return self._read.fileno()
+
+    def wake(self) -> None:
+        """Make the descriptor readable without a signal (any thread)."""
+        with suppress(OSError):  # full: it is readable; closed: the loop has ended
+            self._write.send(b"\0")
 
     def take(self) -> list[signal.Signals]:
         """Signals received since the last call, in order."""

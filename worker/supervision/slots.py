@@ -13,6 +13,7 @@ class Slot:
     def __init__(self, role: str, number: int = 0) -> None:
         self.role = role
         self.number = number
+        self.name = f"{role} {number}" if role == "worker" else role
         self.generation = 0
         self.child: Child | None = None
         self.successor: Child | None = None
@@ -28,8 +29,7 @@ class Slot:
         """Why this slot is not ready; empty if it is."""
         reasons = []
         if self.child is None or not self.child.ready:
-            worker = f"{self.role} {self.number} is starting"
-            reasons.append(worker if self.role == "worker" else f"no {self.role}")
+            reasons.append(f"{self.name} is starting" if self.role == "worker" else f"no {self.role}")
         if self.child is not None and self.child.trouble:
             reasons.append(f"{self.child.name}: {self.child.trouble}")
         return reasons

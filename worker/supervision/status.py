@@ -9,7 +9,7 @@ from ..settings import Settings
 from ..telemetry.log import redacted
 from .process import Child
 
-#: How long an HTTP thread waits for the supervisor's loop, which runs about ten times a second.
+#: How long an HTTP thread waits for the supervisor's loop, which it wakes.
 _ANSWER_TIMEOUT_S = 2.0
 #: Running jobs that are listed for one worker: a batch may have hundreds.
 _MAX_JOBS_LISTED = 16
@@ -65,6 +65,8 @@ class StatusMailbox:
     """
 
     def __init__(self) -> None:
+        #: Wakes the loop, once it runs.
+        self.wake: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         self._requested = False
         self._answers = 0
@@ -75,6 +77,7 @@ class StatusMailbox:
         with self._changed:
             self._requested = True
             before = self._answers
+            self.wake()
             answered = self._changed.wait_for(lambda: self._answers > before, _ANSWER_TIMEOUT_S)
             return self._status if answered else None
 

@@ -34,18 +34,18 @@ class WorkEstimate:
         """Add what a worker reports."""
         for name, labels, numbers, _ in histograms:
             if name == _DURATION and len(labels) == 1:
-                jobs, (kind,) = sum(numbers), labels
+                jobs, (task_type,) = sum(numbers), labels
                 kept = 0.5 ** (jobs / _HALF_LIFE_JOBS)
-                self._jobs[kind] = self._jobs[kind] * kept + jobs
-                self._busy_s[kind] *= kept
+                self._jobs[task_type] = self._jobs[task_type] * kept + jobs
+                self._busy_s[task_type] *= kept
         for name, labels, by in counts:
             if name == _BUSY and len(labels) == 1 and 0 <= by < math.inf:
                 self._busy_s[labels[0]] += by
 
-    def seconds_per_job(self, kind: str = "") -> float | None:
+    def seconds_per_job(self, task_type: str = "") -> float | None:
         """Worker time of a job of a type, or of one of the recent mix; None before any job was run."""
-        if self._jobs.get(kind):
-            return self._busy_s[kind] / self._jobs[kind]
+        if self._jobs.get(task_type):
+            return self._busy_s[task_type] / self._jobs[task_type]
         jobs = sum(self._jobs.values())
         return sum(self._busy_s.values()) / jobs if jobs else None
 
@@ -59,10 +59,10 @@ class WorkEstimate:
         # Jobs in lanes whose type is counted: the rest of the lanes, and the stream, are of the recent mix.
         by_type: defaultdict[str, float] = defaultdict(float)
         for one in found["z_novel_lane_jobs"]:
-            stream, kind, jobs = str(one["stream"]), str(one["task_type"]), float(one["value"])
+            stream, task_type, jobs = str(one["stream"]), str(one["task_type"]), float(one["value"])
             by_type[stream] += jobs
-            if kind not in blocked:
-                work_s[stream] += jobs * (self.seconds_per_job(kind) or 0.0)
+            if task_type not in blocked:
+                work_s[stream] += jobs * (self.seconds_per_job(task_type) or 0.0)
         waiting: defaultdict[str, float] = defaultdict(float)
         for one in found["z_novel_jobs_waiting"]:
             waiting[str(one["stream"])] += float(one["value"])

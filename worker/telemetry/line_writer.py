@@ -39,7 +39,7 @@ class LineWriter:
 
     def _reset(self) -> None:
         self._changed = threading.Condition()
-        # Each line with 0, a notice with the number of lines that it tells of.
+        # Each line with 0, a notice with the number of lines that it reports.
         self._lines: deque[tuple[bytes, int]] = deque()
         self._waiting_bytes = 0
         self._queued = self._finished = 0
@@ -55,7 +55,7 @@ class LineWriter:
             if self._lines and self._waiting_bytes + len(line) > self._max_bytes:
                 self._drop()
                 return
-            self._tell_gap()
+            self._write_notice()
             self._append(line)
             if not self._blocked:
                 self._blocked = not self._wait_for(self._queued, self._patience_s)
@@ -65,7 +65,7 @@ class LineWriter:
         if self._pid != os.getpid():
             return
         with self._changed:
-            self._tell_gap()
+            self._write_notice()
             self._wait_for(self._queued, _FLUSH_TIMEOUT_S)
 
     def take_dropped(self) -> int:
@@ -79,7 +79,7 @@ class LineWriter:
         self._pid = os.getpid()
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
-    def _tell_gap(self) -> None:
+    def _write_notice(self) -> None:
         if self._gap:
             gap, self._gap = self._gap, 0
             self._append(self._notice(gap), gap)
@@ -91,7 +91,7 @@ class LineWriter:
         self._changed.notify_all()
 
     def _drop(self, gap: int = 0) -> None:
-        """Count a lost line, or the lines that a lost notice told of, which are counted already."""
+        """Count a lost line, or the lines that a lost notice reported, which are counted already."""
         self._gap += gap or 1
         self._uncounted += not gap
 

@@ -184,12 +184,21 @@ class Histogram:
 
 
 class MetricsBuffer:
-    """Metrics of one process between two reports. Its size is bounded by the number of names and labels."""
+    """Metrics of one process between two reports. Its size is bounded by the number of names and labels.
+
+    A gauge is reported when its value changes, so that an idle process has nothing to report.
+    """
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, Labels], float] = {}
         self._gauges: dict[tuple[str, Labels], float | None] = {}
         self._histograms: dict[tuple[str, Labels], Histogram] = {}
+        #: Gauges as they were reported; None for a prefix that was replaced.
+        self._reported: dict[tuple[str, Labels], float | None] = {}
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to report."""
+        return bool(self._counts or self._gauges or any(any(one.counts) for one in self._histograms.values()))
 
     def count(self, name: str, labels: Labels = (), by: float = 1) -> None:
         """Add to a counter."""
@@ -197,16 +206,20 @@ class MetricsBuffer:
         self._counts[key] = self._counts.get(key, 0) + by
 
     def gauge(self, name: str, labels: Labels, value: float) -> None:
-        """Set a gauge."""
-        self._gauges[name, labels] = value
+        """Set a gauge. The name must not be one of `replace`."""
+        key = (name, labels)
+        if key in self._gauges or self._reported.get(key) != value:
+            self._gauges[key] = value
 
     def replace(self, name: str, prefix: Labels, values: Mapping[str, float]) -> None:
         """Set the gauges whose labels are ``prefix`` and one more; those of other values are deleted."""
-        for key in [key for key in self._gauges if key[0] == name and key[1][: len(prefix)] == prefix]:
-            del self._gauges[key]
-        self._gauges[name, prefix] = None
-        for label, value in values.items():
-            self._gauges[name, (*prefix, label)] = value
+        key, new = (name, prefix), {(name, (*prefix, label)): value for label, value in values.items()}
+        if key not in self._gauges and key in self._reported and _below(self._reported, key) == new:
+            return
+        for old in _below(self._gauges, key):
+            del self._gauges[old]
+        self._gauges[key] = None
+        self._gauges |= new
 
     def histogram(self, name: str, labels: Labels = ()) -> Histogram:
         """The histogram to add to. The same object stays valid after `take`."""
@@ -220,15 +233,38 @@ class MetricsBuffer:
             [(*key, value) for key, value in self._gauges.items()],
             [taken for taken in histograms if any(taken[2])],
         )
+        self._forget(delta)
+        self._reported |= self._gauges
         self._counts.clear()
         self._gauges.clear()
         return delta
 
     def put_back(self, delta: Delta) -> None:
         """Undo `take` for a delta that could not be sent; the next one includes it."""
+        self._forget(delta)
         for name, labels, by in delta.counts:
             self.count(name, labels, by)
         for name, labels, value in delta.gauges:
+            self._reported.pop((name, labels), None)
             self._gauges.setdefault((name, labels), value)
         for name, labels, counts, total in delta.histograms:
             self.histogram(name, labels).merge(counts, total)
+
+    def _forget(self, delta: Delta) -> None:
+        """Forget the reported gauges that a delta deletes."""
+        for name, prefix, value in delta.gauges:
+            if value is None:
+                for old in _below(self._reported, (name, prefix)):
+                    del self._reported[old]
+
+
+def _below(
+    gauges: Mapping[tuple[str, Labels], float | None], key: tuple[str, Labels]
+) -> dict[tuple[str, Labels], float | None]:
+    """The gauges of a name whose labels are a prefix and one more."""
+    name, prefix = key
+    return {
+        one: value
+        for one, value in gauges.items()
+        if one[0] == name and len(one[1]) == len(prefix) + 1 and one[1][:-1] == prefix
+    }

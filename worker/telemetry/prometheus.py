@@ -98,11 +98,11 @@ class PrometheusCollector(Collector):
         with self._lock:
             return {
                 name: [
-                    {**dict(zip(metric.labels, labels, strict=True)), "value": value}
+                    {**dict(zip(self._metrics[name].labels, labels, strict=True)), "value": value}
                     for labels, value in self._values[name].items()
                 ]
-                for name, metric in self._metrics.items()
-                if metric.kind != "histogram" and (not names or name in names)
+                for name in names or self._metrics
+                if self._metrics[name].kind != "histogram"
             }
 
     def histograms(self) -> dict[str, dict[str, Any]]:

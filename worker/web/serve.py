@@ -99,10 +99,7 @@ def serve(
     server = BoundedServer(config(app, _DRAIN_S))
     # Its other events are about uvicorn itself, or are logged by `BoundedProtocol` with the client.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    # uvicorn raises the signal again after its shutdown: the default handler would change the exit code.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, server.handle_exit)  # also before uvicorn sets its own
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the program that started this one may have blocked them
+    _handle_signals(server)
     history.start()
     try:
         on_listening(url_of(listener))
@@ -110,3 +107,11 @@ def serve(
     finally:
         history.close()
         listener.close()
+
+
+def _handle_signals(server: BoundedServer) -> None:
+    """End the server on INT and TERM, also before uvicorn sets handlers of its own."""
+    # uvicorn raises the signal again after its shutdown: the default handler would change the exit code.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.handle_exit)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the program that started this one may have blocked them

@@ -7,8 +7,8 @@
 -- ARGV[5] tenant, '' to ignore deletions   ARGV[6] project   ARGV[7] creation of the job in us
 -- ARGV[8] name of the delivery or the token   ARGV[9] number of ids and chapters to hold   ARGV[10] number of chapters
 -- ARGV[11...] the ids and chapters to hold, then the chapters, then the ids of the rows
--- Returns {'closed'}, {'model', the model in use}, {'held' | 'hold', {}, erased scopes}, or
--- {'in', minimum version of each chapter or nil, erased scopes}.
+-- Returns {'closed'}, {'model', the model in use}, {'held' | 'hold', {}, erased scopes},
+-- {'held', {}, erased scopes, ms since the holder was admitted}, or {'in', minimum version of each chapter or nil, erased scopes}.
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local lease, held, chapters = tonumber(ARGV[3]), tonumber(ARGV[9]), tonumber(ARGV[10])
@@ -82,7 +82,7 @@ for i = 11, 10 + held do
   if holder then
     local till, owner = holder:match('^(%d+) (.*)$')
     if owner ~= ARGV[2] and tonumber(till) > now then
-      return {'held', {}, erased}
+      return {'held', {}, erased, now + lease - tonumber(till)}
     end
   end
 end

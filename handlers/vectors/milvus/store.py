@@ -75,7 +75,7 @@ SCANNED = ("id", "tenant_id", "project_id", "chapter_id", "entity_id", "created_
 SCAN_ROWS = 1000
 # A rebuild of another process may have switched the alias: the kind of sparse vectors is read again then.
 KIND_FRESH_S = 5.0
-# Stands for a sparse vector without a weight, which servers refuse. In the vocabularies of BERT, RoBERTa and
+# Replaces a sparse vector without a weight, which servers refuse. In the vocabularies of BERT, RoBERTa and
 # XLM-R id 0 is a special token, so no question has it.
 NO_WEIGHTS = {0: 1e-6}
 # No row has this id, because ids hold no slash.

@@ -245,6 +245,10 @@ class MemoryStore(MemoryCronStore, MemoryBatchStore, MemoryCancelStore, MemoryFo
     def pause_faults(self) -> list[KeyFault]:
         return self._server.faults(PAUSED_KEY)
 
+    def ask_state(self, sources: Iterable[Source]) -> None: ...
+
+    def ask_due(self, streams: Iterable[str], limit: int) -> None: ...
+
     def paused_types(self) -> set[str]:
         self._server.check(PAUSED_KEY)
         return set(self._server.paused)

@@ -1,7 +1,8 @@
 """Base class of the stores on Redis: connections by node, key names, errors in the port's terms."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from redis.exceptions import ClusterCrossSlotError, MovedError, ReadOnlyError, ResponseError
 
@@ -38,6 +39,14 @@ Item = TypeVar("Item")
 _COUNT_DIGITS = 6
 
 
+class Question(NamedTuple):
+    """Commands about a stream (or other key). One topic and stream have the same commands each time."""
+
+    topic: str
+    stream: str
+    commands: Sequence[Command]
+
+
 class RedisStoreBase:
     """One connection per server, key names, and the raw `call`. One thread uses an object."""
 
@@ -47,9 +56,12 @@ class RedisStoreBase:
         self._endpoint: Endpoint = endpoint(url, timeout_s)
         self._timeout_s = timeout_s
         self._connections: dict[str, PipelinedConnection] = {}
+        # By topic and stream: what was asked ahead, and which of the replies are its own.
+        self._asked: dict[tuple[str, str], tuple[Begun, int, int]] = {}
 
     def close(self) -> None:
         """Drop every connection."""
+        self._asked.clear()
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()
@@ -68,6 +80,31 @@ class RedisStoreBase:
     def finish_call(self, begun: Begun) -> list[Reply]:
         """The replies to commands that were begun, as of `call`; it waits for those that have not come."""
         return self._examined(begun.connection.finish(begun))
+
+    def ask_ahead(self, questions: Iterable[Question]) -> None:
+        """Send commands whose replies `answers` takes later. They share a round trip to each server.
+
+        Replies of an earlier call that were not taken are dropped. Raises `StoreUnavailable`.
+        """
+        self._asked.clear()
+        by_node: defaultdict[PipelinedConnection, list[Question]] = defaultdict(list)
+        for question in questions:
+            by_node[self._connection(question.stream)].append(question)
+        for connection, asked in by_node.items():
+            begun = connection.begin([command for one in asked for command in one.commands])
+            start = 0
+            for one in asked:
+                stop = start + len(one.commands)
+                self._asked[one.topic, one.stream] = begun, start, stop
+                start = stop
+
+    def answers(self, question: Question) -> list[Reply]:
+        """As `call`; takes the replies of `ask_ahead` if it asked this."""
+        asked = self._asked.pop((question.topic, question.stream), None)
+        if asked is None:
+            return self.call(question.stream, question.commands)
+        begun, start, stop = asked
+        return self.finish_call(begun)[start:stop]
 
     def _examined(self, replies: list[Reply]) -> list[Reply]:
         if not self._endpoint.cluster and any(isinstance(reply, _CLUSTER_REFUSALS) for reply in replies):

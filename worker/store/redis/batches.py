@@ -5,7 +5,7 @@ from typing import Any
 
 from ... import keys
 from ..batches import MAX_FINISHED, OPEN_S, PAGE, Added, DueBatch, StreamBatch, Sweep, parse_batch
-from .base import RedisStoreBase, checked, chunks_by_size, pairs
+from .base import Question, RedisStoreBase, checked, chunks_by_size, pairs
 from .lua import script
 
 
@@ -58,8 +58,12 @@ class RedisBatchStore(RedisStoreBase):
 
     # -- reaper
 
+    def due_question(self, stream: str) -> Question:
+        """What `batch_due` asks."""
+        return Question("due", stream, [("HSCAN", self.batches_key(stream, "due"), 0, "COUNT", PAGE)])
+
     def batch_due(self, stream: str) -> list[DueBatch]:
-        due = self.one(stream, ("HSCAN", self.batches_key(stream, "due"), 0, "COUNT", PAGE))[1]
+        due = checked(self.answers(self.due_question(stream))[0])[1]
         return [DueBatch(id.decode(errors="replace"), mark) for id, mark in pairs(due).items()]
 
     def batch_seen(self, stream: str, due: DueBatch) -> None:

@@ -38,7 +38,7 @@ def key_calls(keys: Sequence[Key], window_s: float) -> Iterator[KeyCall]:
 
 
 def _parts(keys: Sequence[Key]) -> Iterator[Sequence[Key]]:
-    """Keys in parts that a script takes, in which each name stands once."""
+    """Keys in parts that a script takes, in which each name occurs once."""
     while keys:
         once: Sequence[Key] = keys
         again: list[Key] = []

@@ -120,16 +120,16 @@ class OperatorStore(RedisCronStore, RedisBatchStore, RedisCancelStore):
 
     # -- pauses
 
-    def pause(self, kind: str, note: str) -> None:
+    def pause(self, job_type: str, note: str) -> None:
         """Stop every reader of the deployment from dispatching jobs of a type, until `resume`."""
         # A terminal may pass bytes that are no UTF-8.
         readable = note.encode("utf-8", "replace").decode()
         pause = orjson.dumps({"since": self.wall_now_s(PAUSED_KEY), "note": readable})
-        self.one(PAUSED_KEY, ("HSET", PAUSED_KEY, kind, pause))
+        self.one(PAUSED_KEY, ("HSET", PAUSED_KEY, job_type, pause))
 
-    def resume(self, kind: str) -> bool:
+    def resume(self, job_type: str) -> bool:
         """End a pause; False where the type was not paused."""
-        return bool(self.one(PAUSED_KEY, ("HDEL", PAUSED_KEY, kind)))
+        return bool(self.one(PAUSED_KEY, ("HDEL", PAUSED_KEY, job_type)))
 
     def pauses(self) -> list[Pause]:
         """The paused types, by name."""
@@ -280,10 +280,10 @@ def _finite(value: Any) -> float:
     return number
 
 
-def _pause(kind: bytes, value: bytes) -> Pause:
+def _pause(job_type: bytes, value: bytes) -> Pause:
     """Any value pauses the type, also one that was written with another tool."""
     try:
         pause = orjson.loads(value)
-        return Pause(kind.decode(), _finite(pause["since"]), str(pause.get("note", "")))
+        return Pause(job_type.decode(), _finite(pause["since"]), str(pause.get("note", "")))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return Pause(kind.decode(errors="replace"), 0.0, value.decode(errors="replace"))
+        return Pause(job_type.decode(errors="replace"), 0.0, value.decode(errors="replace"))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import msgspec
 from redis.exceptions import NoPermissionError, ResponseError
 
 from ...errors import NameHeld, StoreRefused
@@ -28,6 +29,7 @@ from . import lanes
 from .base import (
     SCRIPT_BYTES,
     SCRIPT_IDS,
+    Question,
     RedisStoreBase,
     checked,
     chunks,
@@ -47,6 +49,7 @@ log = logging.getLogger(__name__)
 
 #: Most characters of a text in another service's record: they are logged and shown.
 _RECORD_CHARS = 256
+_PAUSED = Question("paused", PAUSED_KEY, [("HKEYS", PAUSED_KEY)])
 
 
 class RedisReaderStore(RedisStoreBase):
@@ -123,6 +126,7 @@ class RedisReaderStore(RedisStoreBase):
         for read in self._reads.values():
             read.drop()
         self._reads.clear()
+        self._asked.clear()
 
     def own_pending(self, source: Source, after: bytes, count: int) -> list[Entry]:
         """Entries that were deleted from the stream are acknowledged; where
@@ -231,8 +235,14 @@ class RedisReaderStore(RedisStoreBase):
             done += looked_up
         return bodies
 
+    def ask_state(self, sources: Iterable[Source]) -> None:
+        self.ask_ahead([*map(self._backlog_question, sources), _PAUSED])
+
+    def _backlog_question(self, source: Source) -> Question:
+        return Question("backlog", source.stream, lanes.backlog_commands(source, self._ready(source)))
+
     def paused_types(self) -> set[str]:
-        reply = self.call(PAUSED_KEY, [("HKEYS", PAUSED_KEY)])[0]
+        reply = self.answers(_PAUSED)[0]
         if isinstance(reply, NoPermissionError):  # an access list from before pauses existed
             if not self._warned_no_pauses:
                 fields = {"key": PAUSED_KEY, "hint": "this user may not read it"}
@@ -242,9 +252,7 @@ class RedisReaderStore(RedisStoreBase):
         return {kind.decode(errors="replace") for kind in checked(reply)}
 
     def backlog(self, source: Source) -> Backlog:
-        return lanes.backlog(
-            source, self.call(source.stream, lanes.backlog_commands(source, self._ready(source)))
-        )
+        return lanes.backlog(source, self.answers(self._backlog_question(source)))
 
     def flow_config(self, source: Source) -> FlowConfig:
         return lanes.flow_config(self.call(source.stream, lanes.config_commands(self._ready(source))))
@@ -429,9 +437,9 @@ class RedisReaderStore(RedisStoreBase):
 
     def _settlement(self, part: Settlement) -> Command:
         source, stream = part.source, part.source.stream
-        done = [*part.done, *part.dropped]
-        counts = [len(done), len(part.retries), len(part.dead)]
-        arguments: list[Any] = [*counts, int(part.sure), part.version, *done]
+        done = msgspec.msgpack.encode([id.decode() for id in (*part.done, *part.dropped)])
+        counts = [len(part.retries), len(part.dead)]
+        arguments: list[Any] = [done, *counts, int(part.sure), part.version]
         for retry in part.retries:
             arguments += (retry.id, retry.delay_s, retry.data)
         for dead in part.dead:

@@ -1,5 +1,6 @@
 """The reaper's side of the job store on Redis."""
 
+import itertools
 import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -12,7 +13,16 @@ from ...keys import SERVICES_KEY, Source
 from ..announcements import encode
 from ..ports import Depths, Promotion
 from . import lanes
-from .base import SCRIPT_BYTES, SCRIPT_IDS, announcements_in, checked, is_no_group, is_no_stream, pairs
+from .base import (
+    SCRIPT_BYTES,
+    SCRIPT_IDS,
+    Question,
+    announcements_in,
+    checked,
+    is_no_group,
+    is_no_stream,
+    pairs,
+)
 from .connection import Reply
 from .cron import RedisCronStore
 from .forwarding import RedisForwardStore
@@ -31,10 +41,17 @@ class RedisReaperStore(RedisCronStore, RedisForwardStore):
 
     _warned_not_announced = False
 
+    def ask_due(self, streams: Iterable[str], limit: int) -> None:
+        pairs_of = ((self._promotion(stream, limit), self.due_question(stream)) for stream in streams)
+        self.ask_ahead(itertools.chain.from_iterable(pairs_of))
+
+    def _promotion(self, stream: str, limit: int) -> Question:
+        command = script("promote", [stream, self.retry_key(stream)], limit, SCRIPT_BYTES)
+        return Question("promote", stream, [command])
+
     def promote(self, stream: str, limit: int) -> Promotion:
         """After 8 MiB of jobs it stops early, with ``next_due_s`` 0."""
-        command = script("promote", [stream, self.retry_key(stream)], limit, SCRIPT_BYTES)
-        moved, next_due_s = self.one(stream, command)
+        moved, next_due_s = checked(self.answers(self._promotion(stream, limit))[0])
         return Promotion(moved, None if next_due_s is None else float(next_due_s))
 
     def trim(self, stream: str) -> int:
@@ -102,8 +119,8 @@ class RedisReaperStore(RedisCronStore, RedisForwardStore):
         group = _group_named(source.group, groups)
         pending = group.get(b"pending", 0)
         last = group.get(b"last-delivered-id", b"0-0")
-        first = self.one(stream, ("XRANGE", stream, b"(" + last, "+", "COUNT", 1))
         lag = group.get(b"lag")
+        first = [] if lag == 0 else self.one(stream, ("XRANGE", stream, b"(" + last, "+", "COUNT", 1))
         if lag is None:
             lag = max(checked(length) - pending, 0) if first else 0
         in_lanes = 0 if isinstance(waiting, ResponseError) else int(waiting or 0)

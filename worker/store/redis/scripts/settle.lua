@@ -5,17 +5,17 @@
 -- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] retry ZSET  KEYS[4] dead-letter stream  KEYS[5] deaths hash
 -- KEYS[6] ready hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch
--- ARGV[4] number of ids done   ARGV[5] number of retries   ARGV[6] number of dead
+-- ARGV[4] the ids done, as one list in msgpack   ARGV[5] number of retries   ARGV[6] number of dead
 -- ARGV[7] 1 if no other consumer can have taken an id that is done; then refusals of these are not looked for
 -- ARGV[8] version of the limits by which lanes were chosen
--- ARGV[9...] the ids done, then (id, delay in s, job) for each retry, then for each dead (id, letter, bucket of its
+-- ARGV[9...] (id, delay in s, job) for each retry, then for each dead (id, letter, bucket of its
 -- idempotency key or '', key, first entry): an entry with an empty letter ends without one, and the key is free again; then
 -- for each job that waits (id, lane, cost, key, ms): it is the first of its lane again, and the key waits; then
 -- the results (see prelude_results.lua)
 -- Returns the ids that were refused because they were not pending for this consumer. An id behind '!' and a digit is still
 -- pending: it was cancelled, so it is neither retried nor put back; the digit is its field of the hash of cancels.
-local done, retries, dead = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local refused, at = {}, 9 + done
+local done, retries, dead = cmsgpack.unpack(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local refused, at = {}, 9
 local ended = {}
 
 local function acknowledge(id)
@@ -133,33 +133,32 @@ local function is_only_owner()
   return owners and #owners == 1 and owners[1][1] == ARGV[2]
 end
 
-if done > 0 and is_only_owner() then
+if #done > 0 and is_only_owner() then
   local acknowledged
   if ARGV[7] == '1' then
-    redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, 9, 8 + done))
+    redis.call('XACK', KEYS[1], ARGV[1], unpack(done))
   else
     -- One by one, because the number of acknowledged ids does not tell which were not pending any more.
     acknowledged = {}
-    for i = 9, 8 + done do
-      local is_ours = redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) == 1
+    for _, id in ipairs(done) do
+      local is_ours = redis.call('XACK', KEYS[1], ARGV[1], id) == 1
       local list = is_ours and acknowledged or refused
-      list[#list + 1] = ARGV[i]
+      list[#list + 1] = id
     end
   end
   if redis.call('EXISTS', KEYS[5]) == 1 then
-    redis.call('HDEL', KEYS[5], unpack(ARGV, 9, 8 + done))
+    redis.call('HDEL', KEYS[5], unpack(done))
   end
   if has_batches then
-    leave_batches(acknowledged or { unpack(ARGV, 9, 8 + done) }, 'done')
+    leave_batches(acknowledged or done, 'done')
   end
   if redis.call('EXISTS', ready, ready .. '/slots') > 0 then
-    finish(acknowledged or { unpack(ARGV, 9, 8 + done) })
+    finish(acknowledged or done)
   end
   return refused
 end
 local finished = {}
-for i = 9, 8 + done do
-  local id = ARGV[i]
+for _, id in ipairs(done) do
   if owned(id) then
     finished[#finished + 1] = id
     own[id] = false

@@ -3,34 +3,25 @@
 -- or in a lane, never in both or neither.
 -- KEYS[1] stream  KEYS[2] fence hash  KEYS[3] ready hash
 -- ARGV[1] group   ARGV[2] consumer   ARGV[3] epoch   ARGV[4] version of the limits by which the lanes were chosen
--- ARGV[5...] for each lane: its name, number of jobs, then id and cost in bytes of each job
+-- ARGV[5] lowest id   ARGV[6] highest id   ARGV[7] number of jobs
+-- ARGV[8...] for each lane: its name, then id and cost in bytes of each job, as one list in msgpack: that takes the caller a
+-- fraction of the time of as many arguments
 -- Returns the ids that were not pending for this consumer.
 check_batches()
-local refused, at, added = {}, 5, {}
+local refused, added = {}, {}
 redis.call('HINCRBY', ready, 'n', 0) -- without memory, or with a key of another type, it ends here
 -- One look at all entries: lane by lane, their ids are in no order. Ids of unequal length would only cost more looks.
-local low, high, jobs_in_all = nil, nil, 0
-while at <= #ARGV do
-  local last = at + 1 + 2 * tonumber(ARGV[at + 1])
-  for i = at + 2, last, 2 do
-    local id = ARGV[i]
-    low, high = low and low < id and low or id, high and high > id and high or id
-    jobs_in_all = jobs_in_all + 1
-  end
-  at = last + 1
-end
-for _, row in ipairs(low and redis.call('XPENDING', KEYS[1], ARGV[1], low, high, jobs_in_all, ARGV[2]) or {}) do
+for _, row in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[5], ARGV[6], ARGV[7], ARGV[2])) do
   own[row[1]] = true
 end
-at = 5
-while at <= #ARGV do
-  local name, last = ARGV[at], at + 1 + 2 * tonumber(ARGV[at + 1])
+for at = 8, #ARGV, 2 do
+  local name, waiting = ARGV[at], cmsgpack.unpack(ARGV[at + 1])
   local ids, jobs = {}, {}
-  for i = at + 2, last, 2 do
-    local id = ARGV[i]
+  for i = 1, #waiting, 2 do
+    local id = waiting[i]
     if owned(id) then
       ids[#ids + 1] = id
-      jobs[#jobs + 1] = id .. ' ' .. ARGV[i + 1]
+      jobs[#jobs + 1] = id .. ' ' .. waiting[i + 1]
       own[id] = false
     else
       refused[#refused + 1] = id
@@ -43,7 +34,6 @@ while at <= #ARGV do
     release_slots(ids)
     leave_batches(ids)
   end
-  at = last + 1
 end
 if count_jobs(added) == 0 then
   redis.call('DEL', ready)

@@ -140,10 +140,84 @@ for _, key in ipairs(redis.call('ZRANGEBYSCORE', ready .. '/timers', '-inf', now
   end
 end
 
-local heads = {}
+-- Where no limit applies, a lane is a flow. Such flows are kept in a binary heap by key, and their new tags are stored
+-- at the end: with many tenants each job has another flow than the one before.
+local heaps, new_tags = {}, {}
+
+local function is_before(flow, other)
+  return flow.tag < other.tag or (flow.tag == other.tag and flow.name < other.name)
+end
+
+local function load_heap(flows)
+  local heap, found = { size = 0 }, redis.call('ZRANGE', flows, 0, most, 'WITHSCORES')
+  for i = 1, #found, 2 do
+    heap.size = heap.size + 1
+    heap[heap.size] = { name = found[i], tag = tonumber(found[i + 1]) }
+  end
+  -- Flows behind this one are not in the heap.
+  heap.last = heap.size > most and heap[heap.size] or nil
+  heaps[flows], new_tags[flows] = heap, {}
+end
+
+local function store_tags(flows)
+  local command = { 'ZADD', flows, 'XX' }
+  for name, finish in pairs(new_tags[flows]) do
+    command[#command + 1] = tag(finish)
+    command[#command + 1] = name
+  end
+  if #command > 3 then
+    redis.call(unpack(command))
+  end
+end
+
+-- Gives the first flow of a heap its next tag; without one, the flow has no job left.
+local function move_first(flows, finish)
+  local heap = heaps[flows]
+  local flow = { name = heap[1].name, tag = finish }
+  new_tags[flows][flow.name] = finish
+  if not finish then
+    flow = heap[heap.size]
+    heap[heap.size] = nil
+    heap.size = heap.size - 1
+    if heap.size == 0 then
+      return
+    end
+  end
+  local at, child = 1, 2
+  while child <= heap.size do
+    if child < heap.size and is_before(heap[child + 1], heap[child]) then
+      child = child + 1
+    end
+    if not is_before(heap[child], flow) then
+      break
+    end
+    heap[at] = heap[child]
+    at, child = child, 2 * child
+  end
+  heap[at] = flow
+end
+
+-- The flow with the lowest tag of each key of flows, and the one after it.
+local heads, seconds = {}, {}
 local function look(flows)
-  local lowest = redis.call('ZRANGE', flows, 0, 1, 'WITHSCORES')
-  heads[flows] = #lowest > 0 and { lowest[1], tonumber(lowest[2]), lowest[3], tonumber(lowest[4]) } or nil
+  local heap = heaps[flows]
+  if not heap then
+    local lowest = redis.call('ZRANGE', flows, 0, 1, 'WITHSCORES')
+    heads[flows] = lowest[1] and { name = lowest[1], tag = tonumber(lowest[2]) }
+    seconds[flows] = lowest[3] and { name = lowest[3], tag = tonumber(lowest[4]) }
+    return
+  end
+  local last = heap.last
+  if last and (heap.size < 2 or is_before(last, heap[1])) then
+    store_tags(flows)
+    load_heap(flows)
+    heap, last = heaps[flows], heaps[flows].last
+  end
+  local second = heap[2]
+  if heap[3] and is_before(heap[3], second) then
+    second = heap[3]
+  end
+  heads[flows], seconds[flows] = heap[1], last and is_before(last, second) and last or second
 end
 -- Type and kind of each key of flows.
 local types, kinds = {}, {}
@@ -151,6 +225,9 @@ for i = 7, #ARGV do
   for _, kind in ipairs({ '/', '/series_' }) do
     local flows = ready .. kind .. 'flows/' .. ARGV[i]
     types[flows], kinds[flows] = ARGV[i], kind
+    if kind == '/' and not is_limited[ARGV[i]] and not has_waits then
+      load_heap(flows)
+    end
     look(flows)
   end
 end
@@ -158,8 +235,7 @@ end
 local function next_flows()
   local best
   for flows, head in pairs(heads) do
-    local other = best and heads[best]
-    if not other or head[2] < other[2] or (head[2] == other[2] and head[1] < other[1]) then
+    if not best or is_before(head, heads[best]) then
       best = flows
     end
   end
@@ -202,43 +278,88 @@ local function weight(lane)
   return own * 2 ^ lane.priority
 end
 
--- The lowest tag of all flows but the first one of a key, and its flow.
+-- The flow with the lowest tag of all but the first one of a key.
 local function rival_of(flows)
-  local flow, lowest = heads[flows][3], heads[flows][4]
+  local rival = seconds[flows]
   for other, head in pairs(heads) do
-    if other ~= flows and (not lowest or head[2] < lowest or (head[2] == lowest and head[1] < flow)) then
-      flow, lowest = head[1], head[2]
+    if other ~= flows and (not rival or is_before(head, rival)) then
+      rival = head
     end
   end
-  return flow, lowest
+  return rival
 end
 
 local waited_for_limits = {}
 
--- Takes the jobs of a lane without keys that come before any other flow's: one step for all of them.
-local typical_cost = 0
-local function serve_run(name, lane, start, rival, bound)
-  local shift = weight(lane)
-  local finish, number = start, 0
-  for _, job in ipairs(redis.call('LRANGE', lane.jobs, 0, math.min(most - #ids + sorted_again, 250) - 1)) do
-    if number > 0 and (bytes <= 0 or bound and (finish > bound or (finish == bound and lane.flow > rival))) then
+-- The first jobs of lanes of heaps; those that are taken leave their lane at the end.
+local runs = {}
+local function read_on(name, at_once)
+  local run = runs[name] or { taken = 0, is_whole = false }
+  local jobs = redis.call('LRANGE', read_lane(name).jobs, #run, #run + at_once - 1)
+  run.is_whole = #jobs < at_once
+  for _, job in ipairs(jobs) do
+    run[#run + 1] = job
+  end
+  runs[name] = run
+  return run
+end
+
+-- Takes the jobs of a lane of a heap that come before any other flow's.
+local function serve_run(flows, name, lane, start, rival)
+  local shift, at_once = weight(lane), rival and 16 or 250
+  local run, finish, taken = runs[name] or read_on(name, at_once), start, #ids - sorted_again
+  local first = run.taken
+  local at, is_due = first, true
+  while is_due do
+    if not run[at + 1] and not run.is_whole then
+      read_on(name, at_once)
+    end
+    if not run[at + 1] then
       break
     end
-    local id, cost = job:match('^(%S+) (%d+)')
+    local id, cost = run[at + 1]:match('^(%S+) (%d+)')
     cost = math.max(1, tonumber(cost))
-    ids[#ids + 1] = id
+    at = at + 1
+    ids[sorted_again + taken + at - first] = id
     bytes = bytes - cost
-    virtual_time, finish, number, typical_cost = finish, finish + cost / shift, number + 1, cost
+    virtual_time, finish = finish, finish + cost / shift
+    is_due = taken + at - first < most and bytes > 0
+      and (not rival or finish < rival.tag or (finish == rival.tag and lane.flow <= rival.name))
   end
+  run.taken = at
   if was_limited(name) then
-    waited_for_limits[lane.type] = (waited_for_limits[lane.type] or 0) + number
+    waited_for_limits[lane.type] = (waited_for_limits[lane.type] or 0) + at - first
   end
-  finishes[lane.flow] = number > 0 and finish or finishes[lane.flow]
-  local _, first = take_out(name, number)
-  if first then
-    redis.call('ZADD', lane.flows, 'XX', tag(finish), lane.flow)
+  finishes[lane.flow] = at > first and finish or finishes[lane.flow]
+  if not run[at + 1] and not run.is_whole then
+    read_on(name, at_once)
+  end
+  if run[at + 1] then
+    move_first(flows, finish)
   else
+    move_first(flows)
     close_lane(name)
+  end
+end
+
+-- Takes the jobs of runs out of their lanes.
+local function end_runs()
+  for name, run in pairs(runs) do
+    local lane, first = read_lane(name), run[run.taken + 1]
+    redis.call('LTRIM', lane.jobs, run.taken, -1)
+    left_by_lane[name] = (left_by_lane[name] or 0) - run.taken
+    arrivals[name] = first and arrival(first)
+    if any_late() then
+      for i = 1, run.taken do
+        forget_late(run[i]:match('^%S+'))
+      end
+    end
+    if not first and (has_limited or any_late()) then
+      forget_lane(name)
+    end
+  end
+  for flows in pairs(heaps) do
+    store_tags(flows)
   end
 end
 
@@ -255,7 +376,7 @@ local function serve(name, lane, start, superseded)
     use_limits(lane, id)
     finish = start + math.max(1, tonumber(cost)) / weight(lane)
     finishes[lane.flow] = finish
-    virtual_time, typical_cost = start, tonumber(cost)
+    virtual_time = start
     if counts then
       waited_for_limits[lane.type] = (waited_for_limits[lane.type] or 0) + 1
     end
@@ -283,7 +404,7 @@ while taken < most and bytes > 0 and looks > 0 do
     break
   end
   local type, kind = types[flows], kinds[flows]
-  local flow, start = heads[flows][1], math.max(heads[flows][2], now_virtual())
+  local flow, start = heads[flows].name, math.max(heads[flows].tag, now_virtual())
   local finish = finish_of(flow)
   local name = #type .. '/' .. type .. '/' .. flow
   if is_limited[type] or kind == '/series_' then
@@ -293,8 +414,15 @@ while taken < most and bytes > 0 and looks > 0 do
     redis.call('ZREM', flows, flow)
     looks = looks - 1
   elseif finish > start then -- it was served in another type
-    redis.call('ZADD', flows, tag(finish), flow)
+    if heaps[flows] then
+      move_first(flows, finish)
+    else
+      redis.call('ZADD', flows, tag(finish), flow)
+    end
     looks = looks - 1
+  elseif heaps[flows] then
+    serve_run(flows, name, read_lane(name), start, rival_of(flows))
+    taken = #ids - sorted_again
   else
     local lane = read_lane(name)
     local superseded = has_superseded_job(lane)
@@ -315,19 +443,14 @@ while taken < most and bytes > 0 and looks > 0 do
       wake_others(lane, key)
       looks = looks - 1
     else
-      local rival, bound = rival_of(flows)
-      local is_run = not lane.lanes and not has_waits and (not bound or start + typical_cost / weight(lane) < bound)
-      if is_run then
-        serve_run(name, lane, start, rival, bound)
-      else
-        serve(name, lane, start, superseded)
-      end
+      serve(name, lane, start, superseded)
       taken = #ids - sorted_again
     end
   end
   look(flows)
 end
 
+end_runs()
 for name, number in pairs(left_by_lane) do
   if number == 0 then
     left_by_lane[name] = nil

@@ -5,7 +5,7 @@ import resource
 import pytest
 
 from jobworker.worker.errors import ConfigurationError
-from jobworker.worker.supervision.refusal import require_open_files
+from jobworker.worker.supervision.start_errors import require_open_files
 
 
 @pytest.mark.parametrize(("allowed", "workers"), [(120, 1), (200, 16)])
