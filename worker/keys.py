@@ -83,7 +83,8 @@ def cron_key(stream: str, *, cluster: bool = False) -> str:
 
 def shards_key(stream: str, *, cluster: bool = False) -> str:
     """Hash. Of a stream that is spread: the number of shards, what was moved into them, and their owners (see
-    ``forward_take.lua``, ``share_shards.lua``). Of a shard: the last entry that was moved into it."""
+    ``forward_take.lua``, ``share_shards.lua``). Of a shard: the last entry that was moved into it;
+    a list beside it has the last ones."""
     return _derived("shards", stream, cluster)
 
 

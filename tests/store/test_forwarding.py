@@ -61,6 +61,23 @@ def test_each_step_may_be_repeated_and_comes_late(any_world: World) -> None:
     assert store.depths(S)[:3] == (0, 0, 0)
 
 
+def test_entries_of_a_promoted_replica_with_a_slow_clock_are_moved_and_no_others(any_world: World) -> None:
+    store = any_world.reaper()
+
+    def add(*entries: tuple[int, bytes]) -> None:
+        parts = [ForwardEntry(b"%d-0" % ms, b"data", value) for ms, value in entries]
+        store.forward_add(SHARD.stream, S.stream, parts)
+
+    add((1000, b"old"), (2000, b"replicated"), (3000, b"not replicated"), (3500, b"nor this"))
+    slow = [(2000, b"replicated"), (2001, b"new"), (3000, b"same id"), (3001, b"later")]
+    for _ in range(2):
+        add(*slow)
+    add((500, b"older than all"), (1000, b"old"), (4000, b"in time"))
+    assert contents(any_world) == [
+        b"old", b"replicated", b"not replicated", b"nor this", b"new", b"same id", b"later", b"in time",
+    ]  # fmt: skip
+
+
 def test_an_entry_goes_to_the_move_or_to_a_reader_and_trimming_keeps_those_in_between(
     any_world: World,
 ) -> None:

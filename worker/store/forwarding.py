@@ -40,6 +40,9 @@ class ForwardStore(BatchProducerStore, Protocol):
     def forward_add(self, shard: str, stream: str, entries: Sequence[ForwardEntry]) -> bool:
         """Append entries of a stream to a shard, except those that it has; in the order of their ids.
 
+        Ids may go back, where a replica with a slow clock became the master: the shard tells new entries with
+        low ids from repeated ones by its last 10,000.
+
         Whether as many replicas as the service waits for have them.
         """
 

@@ -1,5 +1,6 @@
 """The move of entries into shards in memory: the rules of the Lua scripts ``forward_*.lua``."""
 
+from collections import deque
 from collections.abc import Sequence
 
 from ...keys import DATA_FIELD, Source
@@ -36,11 +37,11 @@ class MemoryForwardStore:
     def forward_add(self, shard: str, stream: str, entries: Sequence[ForwardEntry]) -> bool:
         with self._server.lock:
             self._server.check(shard)
-            noted = self._server.stream(shard).forwarding.noted
+            appended = self._server.stream(shard).forwarding.appended[stream]
             for entry in entries:
-                if order(noted.get(stream, b"0-0")) < order(entry.id):
+                if _is_new(appended, entry):
                     self._server.append(shard, entry.value if entry.field == DATA_FIELD else None)
-                    noted[stream] = entry.id
+                    appended.append(entry)
             return True
 
     def forward_done(self, stream: str, ids: Sequence[bytes]) -> None:
@@ -66,6 +67,13 @@ class MemoryForwardStore:
     def share_shards(self, stream: str, lease_s: float, count: int) -> set[int]:
         """One reader owns all shards in memory."""
         return set(range(count)) if lease_s else set()
+
+
+def _is_new(appended: deque[ForwardEntry], entry: ForwardEntry) -> bool:
+    """Whether an entry was not appended before, also if the ids of its stream have gone back."""
+    if not appended or order(appended[-1].id) < order(entry.id):
+        return True
+    return order(appended[0].id) < order(entry.id) and entry not in appended
 
 
 def _field(data: bytes | None) -> tuple[bytes, bytes]:

@@ -3,11 +3,13 @@
 import os
 import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...errors import StoreRefused
 from ...keys import Holder
+from ..forwarding import ForwardEntry
 from ..ports import Entry, KeyFault
 from .batch_counts import MemoryBatches
 from .conditions import MemoryConditions
@@ -15,6 +17,8 @@ from .lanes import MemoryLanes
 
 #: Time that a read may take beyond its block time before the store counts as unavailable.
 _READ_MARGIN_S = 5.0
+#: Entries of a stream that a shard remembers.
+_APPENDED = 10_000
 
 
 def order(id: bytes) -> tuple[int, int]:
@@ -54,7 +58,7 @@ class NameRecord:
 
 @dataclass
 class ForwardState:
-    """What was moved into shards, and by whom; of a shard, the last entry of each stream that it has."""
+    """What was moved into shards, and by whom; of a shard, the last entries of each stream that it has."""
 
     by: str = ""
     wall_until_s: float = 0.0
@@ -62,7 +66,10 @@ class ForwardState:
     taken: bytes = b"0-0"
     moved: bytes = b"0-0"
     used: set[int] = field(default_factory=set)
-    noted: dict[str, bytes] = field(default_factory=dict)
+    #: Stream -> its entries that were appended to this shard lately.
+    appended: defaultdict[str, deque[ForwardEntry]] = field(
+        default_factory=lambda: defaultdict(lambda: deque(maxlen=_APPENDED))
+    )
 
 
 @dataclass

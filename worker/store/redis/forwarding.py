@@ -1,5 +1,6 @@
 """The move of entries into shards on Redis."""
 
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -10,7 +11,7 @@ from ..forwarding import ForwardEntry, Forwarding
 from .base import SCRIPT_BYTES, SCRIPT_IDS, checked, chunks_by_size, too_few, wait_command
 from .batches import RedisBatchStore
 from .blocking_read import BlockingRead, GroupMissing
-from .lua import script
+from .lua import Argument, script
 
 #: Block time of a watch. It only bounds how soon a silently dead connection is noticed.
 _WATCH_MS = 2000
@@ -64,7 +65,9 @@ class RedisForwardStore(RedisBatchStore):
         """With ``wait_replicas`` one WAIT follows on the same connection."""
         two_keys = [shard, self.shards_key(shard)]
         calls = [
-            script("forward_add", two_keys, stream, *(argument for entry in part for argument in entry))
+            script(
+                "forward_add", two_keys, stream, *(argument for entry in part for argument in _checked(entry))
+            )
             for part in chunks_by_size(entries, lambda entry: len(entry.value))
         ]
         replies = self.call(shard, [*calls, *wait_command(self._wait_replicas)])
@@ -96,6 +99,11 @@ class RedisForwardStore(RedisBatchStore):
 
     def forget_shards(self, stream: str, shards: int) -> None:
         self.one(stream, ("HDEL", self.shards_key(stream), f"{_USED}{shards}"))
+
+
+def _checked(entry: ForwardEntry) -> tuple[Argument, ...]:
+    """An entry with a checksum, which tells two entries with the same id from each other."""
+    return entry.id, zlib.crc32(entry.value), entry.field, entry.value
 
 
 def _entries(flat: Sequence[Any]) -> Iterator[ForwardEntry]:
