@@ -518,7 +518,6 @@ class TestActions:
             answer = guarded.act("/job/cancel", {"id": "c1", "stream": STREAM, "back": "/job?id=c1"})
             mover.forward_add(shard, STREAM, part.entries)
             mover.forward_done(STREAM, [one.id for one in part.entries])
-        store.client.delete(SERVICES_KEY)  # else other tests see the streams of this service only
         assert "it is a dead letter now" in finish(guarded, answer.headers["location"])
         assert (store.client.xlen(shard), store.client.xlen(f"dlq:{shard}")) == (0, 1)
         store.client.delete(SERVICES_KEY)  # other tests look at the built-in streams
