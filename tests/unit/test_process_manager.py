@@ -119,6 +119,13 @@ class TestStart:
     def test_a_reader_that_does_not_reach_the_store_in_time_ends_the_service(self, make: Make) -> None:
         service = make(connect_timeout_s=30.0)
         assert service.tick(29.0) is None
+        assert service.tick(2.0) is None, "the reader has said nothing yet"
+        service.child("reader").peer.send(Report(trouble="Connection refused"))
+        assert service.tick() == Exit.STORE_UNREACHABLE
+
+    def test_a_reader_that_never_says_anything_ends_the_service(self, make: Make) -> None:
+        service = make(connect_timeout_s=30.0)
+        assert service.tick(44.0) is None
         assert service.tick(2.0) == Exit.STORE_UNREACHABLE
 
     def test_workers_that_never_become_ready_again_are_a_crash_loop(self, service: Service) -> None:
@@ -165,6 +172,7 @@ class TestInstanceName:
         service.tick(20.0)
         service.child("reader").peer.send(HeldElsewhere("pid 7 on host h", 25.0, False))
         assert service.tick() is None
+        service.child("reader").peer.send(Report(trouble="held by pid 7"))
         assert service.tick(54.0) is None
         assert service.tick(2.0) == Exit.STORE_UNREACHABLE
 

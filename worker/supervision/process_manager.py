@@ -403,8 +403,10 @@ class ProcessManager:
         if not self._was_complete:
             self._was_complete = all(slot.child and slot.child.ready for slot in self._slots)
             reader = self._reader.child
-            if now > self._mono_connect_by_s and not (reader and reader.ready):
-                trouble = reader.trouble if reader else None
+            trouble = reader.trouble if reader else None
+            # On a busy machine a short timeout is over before the reader has said what it met.
+            give_up_s = self._mono_connect_by_s + (STUCK_AFTER_S if trouble is None else 0.0)
+            if now > give_up_s and not (reader and reader.ready):
                 hint = store_advice(trouble or "")
                 log.critical("store.unreachable", extra={"error": trouble, "hint": hint})
                 self._exit_code = Exit.STORE_UNREACHABLE
