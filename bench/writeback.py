@@ -188,9 +188,15 @@ def under_kills(
 
 
 def unfinished(client: Any) -> int:
-    """Number of undelivered and pending jobs."""
+    """Number of jobs that are undelivered, pending or in a lane."""
     (group,) = [g for g in client.xinfo_groups(_STREAM) if g["name"] == _GROUP.encode()]
-    return int(group["pending"]) + len(client.xrange(_STREAM, b"(" + group["last-delivered-id"], "+"))
+    # In one transaction: a job moves from place to place meanwhile, and could be missed in each.
+    pipe = client.pipeline(transaction=True)
+    pipe.xrange(_STREAM, b"(" + group["last-delivered-id"], "+")
+    pipe.xpending(_STREAM, _GROUP)
+    pipe.hget(f"ready:{_STREAM}", "n")
+    undelivered, pending, in_lanes = pipe.execute()
+    return len(undelivered) + int(pending["pending"]) + int(in_lanes or 0)
 
 
 def check(client: Any, store: VectorStore, chapters: int, versions: int) -> list[str]:

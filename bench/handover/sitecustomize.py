@@ -42,7 +42,7 @@ def _wrap_steps() -> None:
     from jobworker.worker.ipc.channel import Channel
     from jobworker.worker.reader.dispatch import WorkerHandle
     from jobworker.worker.reader.intake import Intake
-    from jobworker.worker.reader.settlement import Settler
+    from jobworker.worker.reader.settlement_sender import SettlementSender
     from jobworker.worker.runner import Runner
 
     _wrap(Intake, "on_read_ready", before="reader_woke")
@@ -51,7 +51,7 @@ def _wrap_steps() -> None:
     _wrap(WorkerHandle, "dispatch", after="reader_pushed")
     _wrap(Channel, "wait_for_jobs", after="worker_woke")
     _wrap(Runner, "_run_next", before="worker_decoded", after="worker_finished")
-    _wrap(Settler, "_send", before="reader_collected", after="reader_settled")
+    _wrap(SettlementSender, "_settle", before="reader_collected", after="reader_settled")
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -177,7 +177,7 @@ class _Erasure:
                 scopes[ENTITIES_COLLECTION] = self._exclude_entities(found.entities)
         self._publish_cached(existing)
         for tombstones in self._tombstones:
-            self._erasures.forget(tombstones.collection, scope)
+            self._erasures.forget(tombstones.collection, scope, self._request.cutoff_us)
         if scope.ids:
             # Before the rows, which tell the entities. Of chapters the records tell the rows.
             self._discard(found)

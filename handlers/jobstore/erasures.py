@@ -81,9 +81,9 @@ class Erasures(Protocol):
     def writing(self, collection: str) -> frozenset[str]:
         """Tokens of the writes that are admitted."""
 
-    def forget(self, collection: str, scope: Scope) -> None:
+    def forget(self, collection: str, scope: Scope, cutoff_us: int) -> None:
         """Forget the minimum versions of the chapters of a scope, and who held them. Only while the deletion
-        is exclusive and no older write is admitted."""
+        is exclusive and no older write is admitted. What a job after `cutoff_us` has set stays."""
 
     def finish(self, collection: str, owner: str) -> None:
         """End the deletion of a job: admit newer work as usual again. The tombstones stay.

@@ -15,6 +15,7 @@ class _Collection:
         self.writers: dict[str, float] = {}
         self.held: dict[str, tuple[float, str]] = {}
         self.min_versions: dict[str, int] = {}
+        self.floor_times: dict[str, int] = {}
         self.fields: dict[str, str] = {}
         self.epoch = 0
         self.lease_until = self.closed_until = 0.0
@@ -88,6 +89,9 @@ class MemoryFence:
     ) -> None:
         with self._lock:
             of = self._of(intent.collection)
+            for name, version in min_versions.items():
+                same = of.min_versions.get(name) == version
+                of.floor_times[name] = max(intent.created_us, of.floor_times.get(name, 0) if same else 0)
             of.min_versions |= min_versions
             if of.journal is not None:
                 of.journal |= set(gone)
@@ -184,14 +188,16 @@ class MemoryFence:
             now = self._mono_s()
             return frozenset(token for token, till in self._of(collection).writers.items() if till > now)
 
-    def forget(self, collection: str, scope: Scope) -> None:
+    def forget(self, collection: str, scope: Scope, cutoff_us: int) -> None:
         with self._lock:
             of = self._of(collection)
             prefix = f"{scope.tenant_id}/" + (f"{scope.project_id}/" if scope.project_id else "")
             names = [name for name in of.min_versions if scope.whole and name.startswith(prefix)]
             names += [chapter_name(*scope[:2], id_)[2:] for id_ in scope.chapter_ids]
             for name in names:
-                of.min_versions.pop(name, None)
+                if of.floor_times.get(name, 0) <= cutoff_us:
+                    of.min_versions.pop(name, None)
+                    of.floor_times.pop(name, None)
             for name in list(of.held):
                 if name[2:] in names or (scope.whole and name.startswith(f"c/{prefix}")):
                     del of.held[name]

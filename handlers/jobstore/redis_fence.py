@@ -33,9 +33,8 @@ class RedisFence(ScriptedRedis):
     ) -> None:
         on = keys.writes_keys(intent.collection)
         pairs = [part for chapter, version in min_versions.items() for part in (chapter, str(version))]
-        command = script(
-            "record_removal", [on.floors, on.rebuild, on.journal], len(min_versions), *pairs, *gone
-        )
+        fixed = (len(min_versions), intent.created_us)
+        command = script("record_removal", [on.floors, on.rebuild, on.journal], *fixed, *pairs, *gone)
         self.one(on.rebuild, command)
 
     def release(self, intents: Sequence[WriteIntent]) -> list[bool]:
@@ -114,17 +113,26 @@ class RedisFence(ScriptedRedis):
         now_ms = int(now[0]) * 1000 + int(now[1]) // 1000
         return frozenset(token for token, till in _fields(leases).items() if int(till) > now_ms)
 
-    def forget(self, collection: str, scope: Scope) -> None:
+    def forget(self, collection: str, scope: Scope, cutoff_us: int) -> None:
         on = keys.writes_keys(collection)
         if scope.chapter_ids:
             names = [chapter_name(scope.tenant_id, scope.project_id, id_)[2:] for id_ in scope.chapter_ids]
-            self._remove_fields(on.floors, names)
+            self._forget_floors(on.floors, names, cutoff_us)
             self._remove_fields(on.held, [f"c/{name}" for name in names])
         elif scope.whole:
             prefix = f"{scope.tenant_id}/" + (f"{scope.project_id}/" if scope.project_id else "")
-            for key, pattern in ((on.floors, f"{prefix}*"), (on.held, f"c/{prefix}*")):
-                for names in self._scan_fields(key, pattern):
-                    self._remove_fields(key, names)
+            for names in self._scan_fields(on.floors, f"{prefix}*"):
+                self._forget_floors(on.floors, names, cutoff_us)
+            for names in self._scan_fields(on.held, f"c/{prefix}*"):
+                self._remove_fields(on.held, names)
+
+    def _forget_floors(self, key: str, names: Sequence[str], cutoff_us: int) -> None:
+        """Remove the minimum versions that no job after the deletion has set."""
+        if not names:
+            return
+        times = self.one(key, ("HMGET", key, *(f"@{name}" for name in names)))
+        older = [name for name, time in zip(names, times, strict=True) if int(time or 0) <= cutoff_us]
+        self._remove_fields(key, [field for name in older for field in (name, f"@{name}")])
 
     def _scan_fields(self, key: str, pattern: str) -> Iterator[list[str]]:
         cursor: bytes = b"0"

@@ -33,9 +33,9 @@ WAIT_S = 20.0
 # A job that holds rows and was not admitted again for this long is slow or dead. Who waits for it gives the
 # worker back: only the next try of a dead job frees its rows, and that try may need this worker.
 SILENT_S = 1.0
-# The same for rows that are being deleted.
-ERASING_WAIT_S = 2.0
-# Wait outside the worker: half of the time that the holder was silent, within these limits.
+# The same for rows that are being deleted, which may take minutes, and the wait outside the worker then.
+ERASING_WAIT_S, AFTER_ERASING_S = 1.0, 3.0
+# Wait outside the worker for another holder: half of the time that it was silent, within these limits.
 AGAIN_S = (0.5, 5.0)
 
 # Used instead of a chapter where entities of a project are replaced; no id contains it.
@@ -159,7 +159,7 @@ class VersionedWriter:
         waited_s = self._mono_s() - mono_start_s
         is_stuck = gives_back and all(_is_stuck(write.admission, waited_s) for write in waiting)
         if is_stuck or waited_s > WAIT_S:
-            raise _timeout_error(collection, waiting, waited_s)
+            raise _timeout_error(collection, waiting)
         self._sleep(POLL_S if waited_s < FAST_POLLS_S else SLOW_POLL_S)
 
     def _pending_write(self, collection: str, job: VersionedRows) -> "_PendingWrite":
@@ -415,14 +415,14 @@ def _is_stuck(admission: WriteAdmission, waited_s: float) -> bool:
     return admission.silent_s >= SILENT_S or (not admission.silent_s and waited_s >= ERASING_WAIT_S)
 
 
-def _timeout_error(collection: str, waiting: Sequence[_PendingWrite], waited_s: float) -> Exception:
+def _timeout_error(collection: str, waiting: Sequence[_PendingWrite]) -> Exception:
     if any(write.admission.verdict == "closed" for write in waiting):
         return TransientStoreError(f"{collection} is closed while a rebuild takes its place")
     owners = ", ".join(write.job.owner for write in waiting[:3])
     shortest_s, longest_s = AGAIN_S
-    silent_s = max(waited_s, *(write.admission.silent_s for write in waiting))
+    silent_s = max(write.admission.silent_s for write in waiting)
     return Contended(
         f"{collection}: other jobs hold the same rows ({owners})",
-        max(shortest_s, min(silent_s / 2, longest_s)),
+        max(shortest_s, min(silent_s / 2, longest_s)) if silent_s else AFTER_ERASING_S,
         frozenset(write.job.delivery for write in waiting),
     )

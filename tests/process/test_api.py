@@ -394,7 +394,7 @@ def test_searches_during_a_rebuild_use_the_model_of_the_collection(tmp_path: Pat
             assert row["text_content"] == "text 7"
             assert row["score"] == pytest.approx(1, abs=1e-3)
             seen.add(answer.json()["model"])
-            time.sleep(0.02)  # without a pause, the searches would only use the processor
+            time.sleep(0.1)  # without a pause, the searches would only use the processor
         assert seen == {"dummy:8", "dummy:16"}, (job, one.dead_letters())
         assert later < 20
 

@@ -15,7 +15,7 @@ from jobworker.handlers.embedding.vector_cache import _origins_of
 from jobworker.handlers.jobstore.erasures import Scope
 from jobworker.handlers.vectors.milvus.store import open_vectors
 from support.milvus import lite_server
-from support.service import GROUPS, STREAM, Service, eventually, service
+from support.service import STREAM, Service, eventually, service
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
 
@@ -67,14 +67,6 @@ def add(one: Service, job: tuple[str, bytes]) -> None:
     one.add_raw({"data": job[1]}, job[0])
 
 
-def unfinished(one: Service) -> int:
-    left = 0
-    for stream, name in list(GROUPS.items())[:2]:
-        (group,) = [g for g in one.client.xinfo_groups(stream) if g["name"] == name.encode()]
-        left += int(group["pending"]) + len(one.client.xrange(stream, b"(" + group["last-delivered-id"], "+"))
-    return left
-
-
 def rows_of(uri: str, project: str) -> int:
     store, count = open_vectors(uri), 0
     for name in store.collections():
@@ -124,7 +116,11 @@ def test_nothing_of_a_project_is_left_with_kills_and_200_late_retries(tmp_path: 
                 add(one, (MEMORY, deletion))
         for kill in range(KILLS):
             left = 180 * (KILLS - kill) // (KILLS + 1)
-            eventually(lambda left=left: unfinished(one) <= left, DRAINED_WITHIN_S, f"seed {seed}")  # type: ignore[misc]
+            eventually(
+                lambda left=left: one.unsettled() + one.unsettled(MEMORY) <= left,  # type: ignore[misc]
+                DRAINED_WITHIN_S,
+                f"seed {seed}",
+            )
             workers = eventually(lambda: [role for role in one.roles() if role.startswith("worker")])
             one.kill_role(shuffle.choice(workers))
         one.wait_until_drained(DRAINED_WITHIN_S)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.service import STREAM, TESTS, Service, ending, handlers
+from support.service import STREAM, TESTS, Service, ending, eventually, handlers
 
 pytestmark = pytest.mark.process
 
@@ -76,5 +76,5 @@ def test_an_entry_that_keeps_the_reader_busy_for_ever_does_so_once(tmp_path: Pat
         assert letter["reason"] == "poison"
         one.enqueue("noop", id="after")
         one.wait_for_end("after")
-        assert len(reader_ends(one)) == 1
+        eventually(lambda: len(reader_ends(one)) == 1)
         assert "stuck" in reader_ends(one)[0]

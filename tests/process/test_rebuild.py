@@ -20,7 +20,7 @@ NAME, ALIAS = "story_segments", "z_novel_story_segments"
 SCOPE: dict[str, Any] = {"tenant_id": "t", "project_id": "p"}
 ROWS = 6000
 #: Between two searches: one after the other without a pause would only use the processor.
-PAUSE_S = 0.02
+PAUSE_S = 0.1
 #: Ten of these seconds are a wait for searches on the old collection.
 REBUILT_WITHIN_S = 120.0
 

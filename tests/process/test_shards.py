@@ -9,6 +9,7 @@ import redis
 from click.testing import CliRunner
 
 from jobworker.worker.cli import main
+from jobworker.worker.keys import ready_key
 from jobworker.worker.producer import Producer
 from jobworker.worker.shards import shard_names
 from support.job_store_steps import retry_until_available
@@ -64,12 +65,13 @@ def send_plain(client: "redis.RedisCluster", ids: list[str]) -> None:
 
 
 def unfinished(client: "redis.RedisCluster") -> dict[str, int]:
-    """Undelivered and pending entries of the stream and its shards."""
+    """Entries of the stream and its shards that are undelivered, pending or in lanes."""
     left = {}
     for name in (STREAM, *SHARDS):
         (group,) = client.xinfo_groups(name)
         undelivered = client.xrange(name, f"({group['last-delivered-id'].decode()}")
-        left[name] = group["pending"] + len(undelivered)
+        in_lanes = int(client.hget(ready_key(name, cluster=True), "n") or 0)
+        left[name] = group["pending"] + len(undelivered) + in_lanes
     return {name: count for name, count in left.items() if count}
 
 

@@ -40,11 +40,6 @@ def job(chapter: int, version: int) -> dict[str, Any]:
     return {"id": f"c{chapter}.{version}", "type": kind, "payload": payload, **SCOPE}
 
 
-def unfinished(one: Service) -> int:
-    (group,) = [g for g in one.client.xinfo_groups(STREAM) if g["name"] == GROUP.encode()]
-    return int(group["pending"]) + len(one.client.xrange(STREAM, b"(" + group["last-delivered-id"], "+"))
-
-
 def assert_equal_texts(one: Service, milvus: LiteServer, chapters: int, version: int) -> None:
     store = open_vectors(milvus.uri)
     for chapter in range(chapters):
@@ -66,7 +61,7 @@ def test_the_newest_version_wins_in_any_order_with_workers_killed(tmp_path: Path
         one.enqueue_many(jobs, STREAM)
         for kill in range(kills):
             left = len(jobs) * (kills - kill) // (kills + 1)
-            eventually(lambda left=left: unfinished(one) <= left, DRAINED_WITHIN_S, f"seed {seed}")  # type: ignore[misc]
+            eventually(lambda left=left: one.unsettled() <= left, DRAINED_WITHIN_S, f"seed {seed}")  # type: ignore[misc]
             workers = eventually(lambda: [role for role in one.roles() if role.startswith("worker")])
             one.kill_role(shuffle.choice(workers))
         one.wait_until_drained(DRAINED_WITHIN_S)

@@ -8,7 +8,7 @@ import pytest
 
 from jobworker.handlers.vectors.milvus.store import open_vectors
 from support.milvus import lite_server
-from support.service import GROUP, STREAM, Service, eventually, service
+from support.service import Service, eventually, service
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
 
@@ -41,18 +41,12 @@ def job(chapter: int, version: int, ids: list[str]) -> dict[str, Any]:
     return {"id": f"c{chapter}.{version}", "type": "embedding_batch", "payload": payload, **SCOPE}
 
 
-def unfinished(one: Service) -> int:
-    """Jobs that are not done yet, those that wait for another try left out."""
-    (group,) = [g for g in one.client.xinfo_groups(STREAM) if g["name"] == GROUP.encode()]
-    return int(group["pending"]) + len(one.client.xrange(STREAM, b"(" + group["last-delivered-id"], "+"))
-
-
 def deliver(one: Service, jobs: list[dict[str, Any]], kills: int, shuffle: random.Random) -> None:
     """Enqueue all and kill one worker after each of `kills` equal parts of the work."""
     one.enqueue_many(jobs)
     for kill in range(kills):
         left = len(jobs) * (kills - kill) // (kills + 1)
-        eventually(lambda left=left: unfinished(one) <= left, DRAINED_WITHIN_S, f"{left} jobs left")
+        eventually(lambda left=left: one.unsettled() <= left, DRAINED_WITHIN_S, f"{left} jobs left")
         workers = eventually(lambda: [role for role in one.roles() if role.startswith("worker")])
         one.kill_role(shuffle.choice(workers))
     one.wait_until_drained(DRAINED_WITHIN_S)

@@ -16,7 +16,7 @@ import pytest
 from jobworker.worker.cron.table import CronTable, digest, encode_table
 from jobworker.worker.flow import FlowConfig, Lane, Limit
 from jobworker.worker.http.server import MAX_CONNECTIONS
-from jobworker.worker.keys import Source
+from jobworker.worker.keys import SERVICES_KEY, Source
 from jobworker.worker.shards import shard_names
 from jobworker.worker.store.cron import StoredTable
 from jobworker.worker.store.ports import WaitingJob
@@ -518,8 +518,10 @@ class TestActions:
             answer = guarded.act("/job/cancel", {"id": "c1", "stream": STREAM, "back": "/job?id=c1"})
             mover.forward_add(shard, STREAM, part.entries)
             mover.forward_done(STREAM, [one.id for one in part.entries])
+        store.client.delete(SERVICES_KEY)  # else other tests see the streams of this service only
         assert "it is a dead letter now" in finish(guarded, answer.headers["location"])
         assert (store.client.xlen(shard), store.client.xlen(f"dlq:{shard}")) == (0, 1)
+        store.client.delete(SERVICES_KEY)  # other tests look at the built-in streams
 
 
 def test_the_page_loads_neither_torch_nor_a_vector_client() -> None:

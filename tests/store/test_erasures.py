@@ -140,14 +140,31 @@ def test_minimum_versions_of_the_scope_are_forgotten(fence: Any) -> None:
         (answer,) = fence.admit([write])
         return set(answer.min_versions)
 
-    fence.forget(NAME, Scope("t", "p", ids=("c1",)))
+    fence.forget(NAME, Scope("t", "p", ids=("c1",)), OLD)
     assert left() == set(names)
-    fence.forget(NAME, Scope("t", "p", ("c1",)))
+    fence.forget(NAME, Scope("t", "p", ("c1",)), OLD)
     assert left() == set(names[1:])
-    fence.forget(NAME, Scope("t", "p"))
+    fence.forget(NAME, Scope("t", "p"), OLD)
     assert left() == set(names[2:])
-    fence.forget(NAME, Scope("t"))
+    fence.forget(NAME, Scope("t"), OLD)
     assert left() == {"t2/p/c1"}
+
+
+def test_the_minimum_version_of_newer_work_survives_a_deletion(fence: Any) -> None:
+    """A deletion runs again after a kill; until then newer work of the chapter may have been stored."""
+    names = ("t/p/c1", "t/p/c2", "t/p/c3")
+    older, newer = (intent("w", chapters=names)._replace(created_us=created_us) for created_us in (5, 15))
+    fence.record_removal(newer, [], {"t/p/c1": 8})
+    fence.record_removal(older, [], {"t/p/c1": 8, "t/p/c2": 3})
+    fence.record_removal(newer, [], {"t/p/c3": 2})
+    fence.record_removal(older, [], {"t/p/c3": 4})  # it must not refuse version 3 of newer work
+    for scope in (Scope("t", "p", ("c1", "c2", "c3")), Scope("t")):
+        fence.forget(NAME, scope, 10)
+        (answer,) = fence.admit([newer._replace(tenant_id="")])
+        assert answer.min_versions == {"t/p/c1": 8}
+    fence.forget(NAME, Scope("t"), 15)
+    (answer,) = fence.admit([newer._replace(tenant_id="")])
+    assert answer.min_versions == {}
 
 
 def test_a_collection_that_is_adopted_has_the_tombstones_of_earlier_deletions(fence: Any) -> None:

@@ -350,18 +350,33 @@ class Service:
         return letter
 
     def unfinished(self) -> dict[str, int]:
-        """What is still undelivered, pending or scheduled, by where it is; empty when all is done."""
-        counts = {}
-        for stream, group in GROUPS.items():
-            state = next(g for g in self.client.xinfo_groups(stream) if g["name"] == group.encode())
-            after = b"(" + state["last-delivered-id"]
-            counts[f"{stream} undelivered"] = len(self.client.xrange(stream, after, "+"))
-            counts[f"{stream} pending"] = state["pending"]
-            counts[f"{stream} scheduled"] = self.client.zcard(f"retry:{stream}")
-        return {where: count for where, count in counts.items() if count}
+        """What is undelivered, pending, in a lane or scheduled, by where it is; empty when all is done."""
+        found = [(stream, place, count) for stream in GROUPS for place, count in self._places(stream).items()]
+        return {f"{stream} {place}": count for stream, place, count in found if count}
+
+    def unsettled(self, stream: str = STREAM) -> int:
+        """Number of jobs that are undelivered, pending or in a lane."""
+        return sum(count for place, count in self._places(stream).items() if place != "scheduled")
+
+    def _places(self, stream: str) -> dict[str, int]:
+        def group(groups: list[dict[str, Any]]) -> dict[str, Any]:
+            return next(one for one in groups if one["name"] == GROUPS[stream].encode())
+
+        after = b"(" + group(self.client.xinfo_groups(stream))["last-delivered-id"]
+        # In one transaction: a job moves from place to place meanwhile, and could be missed in each.
+        pipe = self.client.pipeline(transaction=True)
+        pipe.xrange(stream, after, "+")
+        pipe.xinfo_groups(stream)
+        pipe.hget(f"ready:{stream}", "n")
+        pipe.zcard(f"retry:{stream}")
+        undelivered, groups, in_lanes, scheduled = pipe.execute()
+        return {
+            "undelivered": len(undelivered), "pending": group(groups)["pending"],
+            "in lanes": int(in_lanes or 0), "scheduled": scheduled,
+        }  # fmt: skip
 
     def wait_until_drained(self, within_s: float = SOON_S) -> None:
-        """Wait until no job is undelivered, pending or scheduled."""
+        """Wait until no job is undelivered, pending, in a lane or scheduled."""
         eventually(lambda: not self.unfinished(), within_s, lambda: f"unfinished: {self.unfinished()}")
 
     # -- its handlers

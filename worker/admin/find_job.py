@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the client library takes a while to load
 
 #: A consumer that was idle for longer is not reading: a reader blocks for at most 2 s, then reads again.
 SILENT_S = 10.0
-#: A retry that is due for longer is overdue: the reaper promotes due retries twice a second.
+#: A retry that is due for longer is overdue: the reaper promotes due retries every 0.9 s at least.
 OVERDUE_S = 5.0
 #: The default of --lease, for the case that no service answers.
 _DEFAULT_LEASE_S = 30.0
