@@ -91,9 +91,9 @@ def _trial(name: str, url: str, event: Callable[[], object], bar_s: float, lease
         event_ns = time.monotonic_ns()
         event()
         time.sleep(_AFTER_S)  # and after it
+        end_ns = time.monotonic_ns()  # a producer that got no answer since the event is silence too
         load.stop()
         added = load.acknowledged_ns
-        last_ns = max(added.values())
         wait(lambda: added.keys() <= read_starts(paths).counts.keys(), 3 * lease_s + _AFTER_S)
         starts = read_starts(paths)
     waits = [
@@ -106,7 +106,7 @@ def _trial(name: str, url: str, event: Callable[[], object], bar_s: float, lease
         len(added),
         len(added.keys() - starts.counts.keys()),
         starts.repeated,
-        silence=starts.longest_gap_s(event_ns - 10**9, last_ns),
+        silence=starts.longest_gap_s(event_ns - 10**9, end_ns),
         done=round((max(starts.all_ns) - event_ns) / 1e9, 2),
         per_s=round(len(added) / (_BEFORE_S + _AFTER_S)),
         new_p50=round(statistics.median(waits), 4),
