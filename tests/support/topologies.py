@@ -66,7 +66,7 @@ def eventually(happens: Callable[[], Any], limit_s: float = START_LIMIT_S) -> An
 
 
 def has_copy(replica: RedisServer) -> bool:
-    """Whether a replica has its first copy. Its master counts it as connected before, and none promotes it."""
+    """Whether it has its first copy. Before, its master counts it as connected, but it is never promoted."""
     return bool(replica.client.info("replication").get("master_link_status") == "up")
 
 
