@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable
 
 from .batches import BatchFinisher, batch_facts
-from .beat import next_beat_s
 from .cron.enqueuer import CronEnqueuer
 from .errors import StoreUnavailable
 from .forwarding import Forwarder
@@ -28,16 +27,17 @@ from .store.backoff import ReconnectBackoff
 from .store.faults import StreamFaults
 from .store.ports import Depths, ReaperStore, sum_depths
 from .telemetry.metrics import MetricsBuffer
+from .wakeups import next_wakeup_s
 
 log = logging.getLogger("jobworker.reaper")
 
 #: Longest sleep: another host may schedule a retry at any moment that is due before those we know.
 _POLL_INTERVAL_S = 0.5
-#: Time without a retry and a batch after which the reaper only wakes at each beat.
+#: Time without a retry and a batch after which the reaper only wakes at the common wake-ups.
 _QUIET_AFTER_S = 10.0
 #: Retries per atomic step: a few ms in which the server runs nothing else.
 _PROMOTE_BATCH = 200
-#: Shorter than two beats, so that every second one counts.
+#: Shorter than two common wake-ups, so that every second one counts.
 _COUNT_INTERVAL_S = 1.7
 _TRIM_INTERVAL_S = 10.0
 #: Most characters of a tenant in a label: the length of a report is limited.
@@ -124,7 +124,7 @@ class Reaper:
         if self._finish_batches() or min(next_due_s, default=math.inf) < math.inf or self._faults.isolated:
             self._mono_quiet_s = mono_now_s + _QUIET_AFTER_S
         is_quiet = mono_now_s >= self._mono_quiet_s
-        poll_s = next_beat_s(mono_now_s) - mono_now_s if is_quiet else _POLL_INTERVAL_S
+        poll_s = next_wakeup_s(mono_now_s) - mono_now_s if is_quiet else _POLL_INTERVAL_S
         if mono_now_s - self._mono_counted_s >= _COUNT_INTERVAL_S:
             self._mono_counted_s = mono_now_s
             self._count()

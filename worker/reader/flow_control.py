@@ -10,11 +10,11 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 
 import msgspec
 
-from ..beat import EARLY_S, next_beat_s
 from ..flow import FlowConfig, LaneRules, read_flow_header
 from ..keys import Source
 from ..shards import logical_stream, shard_count
 from ..store.ports import Entry, WaitingJob
+from ..wakeups import EARLY_S, next_wakeup_s
 from .admission import AdmittedJob
 from .cancellation import Cancellations
 from .context import ReaderContext
@@ -84,7 +84,7 @@ class FlowControl:
     @property
     def mono_due_s(self) -> float:
         """When `refresh` has something to do, at the latest."""
-        return next_beat_s(self._mono_checked_s)
+        return next_wakeup_s(self._mono_checked_s)
 
     @property
     def has_waiting(self) -> bool:
@@ -92,7 +92,7 @@ class FlowControl:
         return any(state.waiting for state in self._states)
 
     def refresh(self, mono_now_s: float, *, at_once: bool = False) -> bool:
-        """Once a beat, count waiting jobs, and read changed limits and cancelled entries; else False."""
+        """At a common wake-up, count waiting jobs, and read changed limits and cancelled entries; else False."""
         if mono_now_s < self.mono_due_s - EARLY_S and not at_once:
             return False
         self._mono_checked_s = mono_now_s

@@ -5,11 +5,11 @@ import math
 import selectors
 from collections.abc import Sequence
 
-from ..beat import EARLY_S, next_beat_s
 from ..envelope import OVERSIZED_KEPT_BYTES, OWN_FIELDS_BYTES
 from ..errors import AnswerTooLarge, Fenced, StoreRefused, StoreUnavailable
 from ..ipc.crash_marks import SKIP_FETCH_AT_STRIKES
 from ..store.ports import Entry
+from ..wakeups import EARLY_S, next_wakeup_s
 from .admission import Admission, AdmittedJob, RejectedEntry, reject_unread
 from .cancellation import Cancellations
 from .claims import Claims
@@ -21,9 +21,9 @@ from .shard_leases import ShardLeases
 
 log = logging.getLogger("jobworker.reader")
 
-#: A read blocks until shortly before this beat: the time only bounds how soon a silently dead connection is
-#: noticed.
-_BLOCK_BEATS = 2
+#: A read blocks until shortly before this wake-up. The time only bounds how soon a silently dead connection
+#: is noticed.
+_BLOCK_WAKEUPS = 2
 #: Time that an answer may take beyond the block time.
 _ANSWER_MARGIN_S = 2.0
 #: Most entries of one answer: enough to spread the cost of a round trip, and no more than one script takes.
@@ -301,7 +301,7 @@ class Intake:
         if capacity > 0 and stream_no not in self._unlisted and not self._store.is_reading(source):
             count = min(capacity, self._read_counts[stream_no].entries)
             now = self._mono_s()
-            block_s = next_beat_s(now, _BLOCK_BEATS) - EARLY_S - now
+            block_s = next_wakeup_s(now, _BLOCK_WAKEUPS) - EARLY_S - now
             fd = self._store.begin_read(source, count, round(block_s * 1000))
             self._selector.register(fd, selectors.EVENT_READ, stream_no)
             self._answer_by[stream_no] = now + block_s + _ANSWER_MARGIN_S
