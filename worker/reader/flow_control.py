@@ -92,7 +92,7 @@ class FlowControl:
         return any(state.waiting for state in self._states)
 
     def refresh(self, mono_now_s: float, *, at_once: bool = False) -> bool:
-        """At a common wake-up, count waiting jobs, and read changed limits and cancelled entries; else False."""
+        """At a common wake-up, count waiting jobs, read changed limits and cancelled entries; else False."""
         if mono_now_s < self.mono_due_s - EARLY_S and not at_once:
             return False
         self._mono_checked_s = mono_now_s
