@@ -17,8 +17,8 @@ class WritesKeys(NamedTuple):
 
     - `writers`: hash token -> end of its lease in ms; `attempts`: hash delivery -> latest token, creation.
     - `held`: hash id or chapter -> end of the lease, owner.
-    - `floors`: hash chapter -> minimum version (tombstone of a replaced chapter); `@` and chapter -> latest
-      creation (us) of a job that set it.
+    - `floors`: hash chapter -> minimum version (tombstone of a replaced chapter); `/` and chapter -> latest
+      creation (us) of a job that set it. No tenant is empty, so no chapter begins with `/`.
     - `rebuild`: hash with the state of a rebuild; `journal`: set of ids written while one runs; `doing`: set
       of those that the rebuild processes now.
     - `erased`: ZSET of deleted scopes by time in us (tombstones of deletions); `erasing`: hash scope -> end

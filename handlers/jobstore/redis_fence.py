@@ -130,9 +130,9 @@ class RedisFence(ScriptedRedis):
         """Remove the minimum versions that no job after the deletion has set."""
         if not names:
             return
-        times = self.one(key, ("HMGET", key, *(f"@{name}" for name in names)))
+        times = self.one(key, ("HMGET", key, *(f"/{name}" for name in names)))
         older = [name for name, time in zip(names, times, strict=True) if int(time or 0) <= cutoff_us]
-        self._remove_fields(key, [field for name in older for field in (name, f"@{name}")])
+        self._remove_fields(key, [field for name in older for field in (name, f"/{name}")])
 
     def _scan_fields(self, key: str, pattern: str) -> Iterator[list[str]]:
         cursor: bytes = b"0"
