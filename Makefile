@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 # Four processes keep two cores busy: a third of the time, a test waits for a server and uses no processor.
 # --no-loadscope-reorder keeps the order of tests/conftest.py: long tests first, so that all processes end together.
-PYTEST := $(BIN)/python -m pytest -n 4 --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 5 --no-loadscope-reorder
 
 # Tests start hundreds of interpreters. Without bytecode on the disk, each of them compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE

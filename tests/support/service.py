@@ -220,7 +220,7 @@ class Service:
         """Process ids by role: ``supervisor``, ``reader``, ``reaper``, ``worker 0``, ..., and of the embedded
         stores ``valkey`` and ``milvus``.
 
-        While a worker is being exchanged its role belongs to one of the two.
+        While a worker is being replaced its role belongs to one of the two.
         """
         named = {}
         for pid, command in self.everyone().items():
@@ -234,13 +234,18 @@ class Service:
 
     def kill_role(self, role: str, number: signal.Signals = signal.SIGKILL) -> int:
         """Send a role's process a signal; returns its process id."""
-        pid = self.roles()[role]
+        pid = eventually(lambda: self.roles().get(role))  # it may be restarting
         os.kill(pid, number)
         return pid
 
     def wait_for_successor(self, role: str, pid: int) -> int:
         """Wait until another process has the role; returns its process id."""
-        return eventually(lambda: (self.roles().get(role, pid) != pid) and self.roles()[role], saying=role)
+
+        def successor() -> int | None:
+            found = self.roles().get(role)
+            return found if found != pid else None
+
+        return eventually(successor, saying=role)
 
     # -- its log and its HTTP port
 
