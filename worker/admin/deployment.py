@@ -1,7 +1,7 @@
 """The deployment that an operator works on: its job store, its services and its streams."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -89,13 +89,12 @@ class StreamTable:
     def _find(self, store: "OperatorStore") -> list[Source]:
         if self._complete:
             return self._complete
-        registered = list(dict.fromkeys(source for one in store.announcements() for source in one.sources))
+        registered = _registered(store)
         if not self._given:
             return registered or list(extension().streams)
         groups = dict([*extension().streams, *registered])
         given = [self._with_group(source, groups) for source in self._given]
-        names = {source.stream for source in given}
-        shards = [one for one in registered if logical_stream(one.stream) in names]
+        shards = _of_streams(registered, {source.stream for source in given})
         self._complete = list(dict.fromkeys([*given, *shards]))
         return self._complete
 
@@ -114,12 +113,23 @@ class StreamTable:
 
 
 def with_shards(store: "OperatorStore", stream: str) -> list[str]:
-    """The stream of a name and its registered shards, in the order in which a job passes through them. Raises
-    `StoreUnavailable`."""
+    """The stream of a name and its registered shards, in the order in which a job passes through them.
+
+    Raises `StoreUnavailable`.
+    """
     logical = logical_stream(stream)
-    registered = [source.stream for one in store.announcements() for source in one.sources]
-    shards = [one for one in registered if logical_stream(one) == logical]
+    shards = [source.stream for source in _of_streams(_registered(store), {logical})]
     return list(dict.fromkeys([logical, *shards, stream]))
+
+
+def _registered(store: "OperatorStore") -> list[Source]:
+    """What the registered services read, each once."""
+    return list(dict.fromkeys(source for one in store.announcements() for source in one.sources))
+
+
+def _of_streams(registered: Iterable[Source], names: Container[str]) -> list[Source]:
+    """Those of some streams and of their shards."""
+    return [one for one in registered if logical_stream(one.stream) in names]
 
 
 def _parse_source(text: str) -> Source:
