@@ -8,8 +8,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import accumulate
+from operator import attrgetter
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -96,6 +97,26 @@ class Header(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     requeued: bool = msgspec.field(default=False, name=REQUEUED_FIELD)
 
 
+class RouteMetadata(msgspec.Struct, frozen=True, gc=False):
+    """The metadata on which the reader acts before a job starts."""
+
+    idempotency_key: str = ""
+    supersede_key: str | None = None
+    not_before: str | None = None
+    expires_at: str | None = None
+    batch_id: str | None = None
+
+
+class Route(msgspec.Struct, frozen=True, gc=False):
+    """The fields by which the reader hands a job to a worker. All others are not looked at."""
+
+    type: str
+    tenant_id: str = ""
+    metadata: RouteMetadata | None = None
+    deaths: int = 0
+    first_id: str = msgspec.field(default="", name=FIRST_ID_FIELD)
+
+
 class Envelope(Header, frozen=True, gc=False, omit_defaults=True):
     """A job on the wire with its payload. Fields that are not named here survive a retry untouched."""
 
@@ -165,41 +186,73 @@ _LEVELS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NO_BRACKETS = bytes(set(range(256)) - {*_LEVELS, ord('"')})
 _STRING = re.compile(rb'"[^"]*"')
 
-#: Bytes at the start of a job in which its type is looked for.
-_TYPE_WITHIN = 128
+#: Most bytes of jobs whose headers are checked together: the check copies them.
+_TOGETHER_BYTES = 1024 * 1024
 
 _header = msgspec.json.Decoder(Header)
+_decode_header = _header.decode
+_decode_route = msgspec.json.Decoder(Route).decode
 _envelope = msgspec.json.Decoder(Envelope)
 _exact_envelope = msgspec.json.Decoder(Envelope, float_hook=exact_number)
 _payload = msgspec.json.Decoder()
+_exact_payload = msgspec.json.Decoder(float_hook=exact_number)
 #: Members as bytes, to be written as they are: `orjson.Fragment` would need a copy of each.
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_encode_into = msgspec.json.Encoder().encode_into
+_encoder = msgspec.json.Encoder()
+_encode, _encode_lines = _encoder.encode, _encoder.encode_lines
+_timeout_of = attrgetter("timeout")
 
 
-def read_header(data: bytes, scratch: bytearray | None = None) -> Header:
+def read_header(data: bytes) -> Header:
     """Check one job, except for the inside of its payload. `read_payload` checks that, in the worker.
 
-    Passing over a payload takes a quarter of the time of parsing it. A caller of many passes a ``scratch``
-    buffer, which is overwritten each time, to be quicker.
+    Passing over a payload takes a quarter of the time of parsing it.
 
     Raises `MalformedJob` for anything but a JSON object with ``id`` and ``type``, every known field of its
     right kind and length, and no field twice.
     """
-    encoded = bytearray() if scratch is None else scratch
     try:
-        header = _header.decode(data)
-        # Parsing keeps one of each key, so what is as long as its own members holds nothing twice. That
-        # spares compact JSON, which every producer but a person writes, the slow look. A timeout is the one
-        # member that may be written longer than it was: 1e9 becomes 1000000000.0.
-        _encode_into(header, encoded)
-        as_long = header.timeout is None and len(encoded) == len(data)
-        repeated = not as_long and _repeats_a_key(data)
+        header = _decode_header(data)
+        repeated = _repeats_a_field(header, data)
     except (ValueError, RecursionError) as error:  # both parsers' errors and bad UTF-8 are ValueErrors
         raise MalformedJob(why_malformed(error)) from None
     if repeated:
         raise MalformedJob("a field occurs twice")
     return header
+
+
+def read_routes(jobs: Sequence[bytes]) -> list[Route] | None:
+    """The routes of jobs, in less than half of the time of `read_headers`; None if one of them has none.
+
+    What they do not show may be malformed: the worker looks at all of a job before a handler sees it.
+    """
+    try:
+        return [_decode_route(data) for data in jobs]
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_headers(jobs: Sequence[bytes]) -> list[Header] | None:
+    """`read_header` of each of many jobs, in less time; None if it would refuse one of them."""
+    try:
+        headers = [_decode_header(data) for data in jobs]
+        size_bytes = sum(map(len, jobs))
+        together = size_bytes <= _TOGETHER_BYTES and not any(map(_timeout_of, headers))
+        if together and len(_encode_lines(headers)) == size_bytes + len(jobs):
+            return headers  # as in `_repeats_a_field`: none is longer than its members
+        if any(map(_repeats_a_field, headers, jobs)):
+            return None
+    except (ValueError, RecursionError):
+        return None
+    return headers
+
+
+def _repeats_a_field(header: Header, data: bytes) -> bool:
+    # Parsing keeps one of each key, so what is as long as its own members holds nothing twice. That spares
+    # compact JSON, which every producer but a person writes, the slow look. A timeout is the one member that
+    # may be written longer than it was: 1e9 becomes 1000000000.0.
+    as_long = header.timeout is None and len(_encode(header)) == len(data)
+    return not as_long and _repeats_a_key(data)
 
 
 def read_payload(data: bytes, exact_types: Set[str] = frozenset()) -> Envelope:
@@ -216,39 +269,24 @@ def read_payload(data: bytes, exact_types: Set[str] = frozenset()) -> Envelope:
         raise MalformedJob(why_malformed(error)) from None
 
 
-def payload_parser(exact_types: Set[str], raw_types: Set[str] = frozenset()) -> Callable[[bytes], Header]:
-    """`read_payload` for many jobs. It may raise ValueError or RecursionError too.
+def job_parser(
+    exact_types: Set[str], raw_types: Set[str] = frozenset()
+) -> Callable[[Sequence[bytes]], list[Header]]:
+    """A function that parses many jobs with every check, in less time than `read_envelope` for each.
 
-    Payloads of ``raw_types`` stay bytes: their handlers parse them into a type of their own.
+    It raises `MalformedJob`, ValueError or RecursionError if one of them is malformed. ``exact_types`` are
+    those of `read_payload`. Payloads of ``raw_types`` stay bytes: their handlers parse them into a type of
+    their own.
     """
-    parse = _exact_parser(exact_types) if exact_types else _envelope.decode
-    if not raw_types:
-        return parse
+    decode, decode_exact = _payload.decode, _exact_payload.decode
 
-    def parse_others(data: bytes) -> Header:
-        header = _header.decode(data)
-        if header.type in raw_types:
-            return header
-        if header.type in exact_types:
-            return parse(data)
-        # Quicker than parsing the whole job again.
-        force_setattr(header, "payload", _payload.decode(header.payload))
-        return header
-
-    return parse_others
-
-
-def _exact_parser(exact_types: Set[str]) -> Callable[[bytes], Envelope]:
-    marks = [b'"%s"' % name.encode() for name in exact_types]
-
-    def parse(data: bytes) -> Envelope:
-        # Nearly every job names its type early and without escapes: it is parsed once.
-        for mark in marks:
-            if data.find(mark, 0, _TYPE_WITHIN) >= 0:
-                envelope = _exact_envelope.decode(data)
-                return envelope if envelope.type in exact_types else _envelope.decode(data)
-        envelope = _envelope.decode(data)
-        return _exact_envelope.decode(data) if envelope.type in exact_types else envelope
+    def parse(jobs: Sequence[bytes]) -> list[Header]:
+        headers = read_headers(jobs) or [read_header(data) for data in jobs]
+        for header in headers:
+            if header.type not in raw_types:
+                exact = header.type in exact_types
+                force_setattr(header, "payload", (decode_exact if exact else decode)(header.payload))
+        return headers
 
     return parse
 

@@ -18,7 +18,7 @@ from .envelope import (
     Job,
     cancellation,
     job_of,
-    payload_parser,
+    job_parser,
     why_malformed,
 )
 from .errors import MalformedJob, MalformedPayload, PermanentError
@@ -93,7 +93,7 @@ class Runner:
         self._begin_row = channel.table.begin
         self._control = control
         self._handlers = handlers
-        self._parse = payload_parser(
+        self._parse = job_parser(
             {name for name, handler in handlers.items() if handler.exact_numbers},
             {name for name, handler in handlers.items() if handler.validates},
         )
@@ -182,19 +182,22 @@ class Runner:
 
     def _queue_jobs(self, frame: JobFrame) -> None:
         try:
-            # A named tuple's own constructor takes four times as long, once per job.
-            self._queue.extend([
-                tuple.__new__(QueuedJob, (row, stream_no, entry_id, self._parse(data), len(data)))
-                for row, (stream_no, entry_id, data) in enumerate(frame.jobs, frame.first_row)
-            ])  # fmt: skip
+            envelopes = self._parse([data for _, _, data in frame.jobs])
         except (MalformedJob, ValueError, RecursionError):
-            self._queue_valid_jobs(frame)
+            return self._queue_valid_jobs(frame)
+        # A named tuple's own constructor takes four times as long, once per job.
+        self._queue.extend([
+            tuple.__new__(QueuedJob, (row, stream_no, entry_id, envelope, len(data)))
+            for row, ((stream_no, entry_id, data), envelope) in enumerate(
+                zip(frame.jobs, envelopes, strict=True), frame.first_row
+            )
+        ])  # fmt: skip
 
     def _queue_valid_jobs(self, frame: JobFrame) -> None:
-        """Queue the jobs of a frame one by one, and fail those with a malformed payload."""
+        """Queue the jobs of a frame one by one, and fail those that are malformed."""
         for row, (stream_no, entry_id, data) in enumerate(frame.jobs, frame.first_row):
             try:
-                envelope = self._parse(data)
+                (envelope,) = self._parse((data,))
             except (MalformedJob, ValueError, RecursionError) as error:
                 if not self._begin(row):
                     continue

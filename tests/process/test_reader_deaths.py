@@ -13,22 +13,21 @@ from support.service import STREAM, TESTS, Service, ending, eventually, handlers
 
 pytestmark = pytest.mark.process
 
-#: Python runs a module of this name at each start, of the forkserver too. Only the reader uses `read_header`.
+#: Python runs a module of this name at each start, of the forkserver too. Only the reader reads routes.
 FAULT = """
 import os, signal
 if "_JOBWORKER_FORKSERVER" in os.environ:
     from jobworker.worker import envelope
-    from jobworker.worker.reader import admission, settlement
-    real = envelope.read_header
-    def read_header(data, *rest):
+    real = envelope._decode_route
+    def decode_route(data):
         if b"SIGSEGV" in data or b"SIGKILL" in data:
             os.kill(os.getpid(), signal.SIGSEGV if b"SIGSEGV" in data else signal.SIGKILL)
         while b"spin" in data:
             pass
         if b"raise" in data:
             raise RuntimeError("planted")
-        return real(data, *rest)
-    envelope.read_header = admission.read_header = settlement.read_header = read_header
+        return real(data)
+    envelope._decode_route = decode_route
 """
 
 

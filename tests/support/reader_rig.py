@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 
-from jobworker.worker.envelope import read_header
 from jobworker.worker.ipc.channel import READY, Channel, JobFrame, OutcomeFrame
 from jobworker.worker.ipc.control import Attach, ControlSocket, Drain, Message, Report, SyncDone, WorkerExited
 from jobworker.worker.ipc.inflight import FAILED, STARTED, SUCCEEDED
@@ -21,6 +20,13 @@ from jobworker.worker.store.memory.store import MemoryStore
 
 SOURCE = Source("stream", "group")
 WALL_START_S = 1_767_345_600.0
+
+
+class _Id(msgspec.Struct):
+    id: str
+
+
+_ids = msgspec.json.Decoder(_Id)
 
 
 class FakeWorker:
@@ -39,7 +45,7 @@ class FakeWorker:
         for frame, tail in self.channel.jobs.frames():
             decoded = self._decode(frame)
             for row, (_, _, data) in enumerate(decoded.jobs, decoded.first_row):
-                ids.append(read_header(data).id)
+                ids.append(_ids.decode(data).id)  # it may be malformed otherwise
                 self._rows[ids[-1]] = row
             self.channel.table.taken = decoded.first_row + len(decoded.jobs)
             self.channel.jobs.release(tail)

@@ -151,3 +151,53 @@ def test_many_entries_checked_at_once_keep_their_order_and_get_the_same_results(
     assert admitted == [result for result in results if isinstance(result, AdmittedJob)]
     assert rejections == [result for result in results if isinstance(result, RejectedEntry)]
     assert [job.entry.id for job in admitted] == [b"0-0", b"2-0", b"5-0"]
+
+
+def by_route(admission: Admission, *data: bytes) -> list[AdmittedJob | RejectedEntry]:
+    entries = [Entry(b"1-%d" % number, one) for number, one in enumerate(data)]
+    admitted, rejections = admission.check_all(0, entries, by_route=True)
+    return [*admitted, *rejections]
+
+
+UNUSUAL = {
+    "unknown type": b'{"id":"a","type":"new"}',
+    "no type": b'{"id":"a"}',
+    "no JSON": b"{",
+    "deaths": b'{"id":"a","type":"known","deaths":1}',
+    "poison": b'{"id":"a","type":"known","deaths":3}',
+    "first entry": b'{"id":"a","type":"known","metadata":{"idempotency_key":"k"},"jobworker_first_id":"1-0"}',
+    "delayed": b'{"id":"a","type":"known","metadata":{"not_before":"2100-01-01T00:00:00Z"}}',
+    "expired": b'{"id":"a","type":"known","metadata":{"expires_at":"2000-01-01T00:00:00Z"}}',
+    "no time": b'{"id":"a","type":"known","metadata":{"not_before":""}}',
+    "series": b'{"id":"a","type":"known","metadata":{"supersede_key":"s"}}',
+    "wrong kind in the route": b'{"id":"a","type":"known","metadata":{"batch_id":1}}',
+}
+
+
+@pytest.mark.parametrize("data", [KNOWN, *UNUSUAL.values()], ids=["usual", *UNUSUAL.keys()])
+def test_the_route_decides_as_the_whole_header_does(admission: Admission, data: bytes) -> None:
+    assert by_route(admission, data) == [admission.check(0, Entry(b"1-0", data))]
+
+
+def test_the_route_has_the_name_of_an_idempotency_key(admission: Admission) -> None:
+    data = b'{"id":"a","type":"known","tenant_id":"t","metadata":{"priority":"9","idempotency_key":"k"}}'
+    (found,) = by_route(admission, data)
+    assert isinstance(found, AdmittedJob)
+    assert found.unique
+    assert found == admission.check(0, found.entry)
+
+
+def test_the_batch_of_a_job_is_noted_by_its_route(admission: Admission) -> None:
+    by_route(admission, KNOWN, b'{"id":"a","type":"known","metadata":{"batch_id":"b"}}')
+    assert admission.take_batches() == {b"1-1": "b"}
+
+
+def test_what_the_route_does_not_show_is_left_to_the_worker(admission: Admission) -> None:
+    """`job_parser` refuses it, before a handler sees it."""
+    (found,) = by_route(admission, b'{"type":"known","project_id":5}')
+    assert isinstance(found, AdmittedJob)
+
+
+def test_an_oversized_entry_is_rejected_among_others(admission: Admission) -> None:
+    found = by_route(admission, KNOWN, sized(MAX_PAYLOAD + 1), KNOWN)
+    assert [isinstance(one, AdmittedJob) for one in found] == [True, True, False]

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from jobworker.worker import envelope
 from jobworker.worker.envelope import DeadJob
 from jobworker.worker.ipc.channel import READY, Channel, JobFrame, OutcomeFrame
 from jobworker.worker.ipc.control import Attach, ControlSocket, SyncDone
@@ -18,7 +19,7 @@ from jobworker.worker.ipc.crash_marks import POISON_AT_STRIKES, CrashMarks
 from jobworker.worker.ipc.inflight import FAILED, STARTED
 from jobworker.worker.keys import Source
 from jobworker.worker.outcome import Failure
-from jobworker.worker.reader import admission, settlement
+from jobworker.worker.reader import settlement
 from jobworker.worker.reader.reader import Reader
 from jobworker.worker.settings import Settings
 from jobworker.worker.store.memory.server import MemoryServer
@@ -167,10 +168,10 @@ def bench(marks: CrashMarks) -> Iterator[Bench]:
 def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
     """A parser that ends its process at the killer."""
 
-    def read(data: bytes, *rest: Any) -> Any:
+    def read(data: bytes) -> Any:
         if b"killer" in data:
             raise Died
-        return real(data, *rest)
+        return real(data)
 
     return read
 
@@ -184,7 +185,7 @@ def test_an_entry_that_ends_readers_is_dead_lettered_and_the_others_are_run(
 ) -> None:
     """The first death blames an answer of many entries, the second the entry; unless they were kills that
     may have come from outside."""
-    monkeypatch.setattr(admission, "read_header", deadly(admission.read_header))
+    monkeypatch.setattr(envelope, "_decode_route", deadly(envelope._decode_route))
     bench.proven = proven
     bench.add(20)
     bench.read_until_one_lives()
@@ -199,7 +200,7 @@ def test_an_entry_that_ends_readers_is_dead_lettered_and_the_others_are_run(
 
 
 def test_one_that_came_alone_ends_one_reader(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "read_header", deadly(admission.read_header))
+    monkeypatch.setattr(envelope, "_decode_route", deadly(envelope._decode_route))
     bench.server.append(SOURCE.stream, job(KILLER))
     bench.read_until_one_lives()
     assert bench.deaths == 1
@@ -261,7 +262,7 @@ def test_one_that_ends_the_reader_as_its_failure_is_settled(
     for state in (STARTED, FAILED):
         bench.channel.table.states[row] = state
     bench.channel.outcomes.push(msgspec.msgpack.encode(OutcomeFrame(row, Failure("ValueError: no"))))
-    monkeypatch.setattr(settlement, "read_header", deadly(settlement.read_header))
+    monkeypatch.setattr(envelope, "_decode_header", deadly(envelope._decode_header))
     bench.read_until_one_lives()
     assert bench.deaths == 1
     (letter,) = bench.letters()
@@ -273,14 +274,14 @@ def test_readers_that_are_killed_all_the_time_give_nothing_up(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each entry that is parsed is as likely to be hit as any other, and the first ones are hit often."""
-    real, rng = admission.read_header, random.Random(20260102)
+    real, rng = envelope._decode_route, random.Random(20260102)
 
-    def read(data: bytes, *rest: Any) -> Any:
+    def read(data: bytes) -> Any:
         if rng.random() < 0.1:
             raise Died
-        return real(data, *rest)
+        return real(data)
 
-    monkeypatch.setattr(admission, "read_header", read)
+    monkeypatch.setattr(envelope, "_decode_route", read)
     bench.proven = False
     bench.add(300)
     while not bench.read():

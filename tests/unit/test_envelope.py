@@ -22,10 +22,11 @@ from jobworker.worker.envelope import (
     dead_letter,
     fresh_job,
     job_of,
+    job_parser,
     nesting_of,
-    payload_parser,
     read_envelope,
     read_header,
+    read_headers,
     with_retry,
     without_last_error,
 )
@@ -140,6 +141,27 @@ def test_malformed(data: bytes) -> None:
     with pytest.raises(MalformedJob) as caught:
         read_envelope(data)
     assert str(caught.value)
+
+
+@pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_worker_refuses_all_that_is_malformed(data: bytes) -> None:
+    """The reader may have read no more of it than its route."""
+    with pytest.raises((MalformedJob, ValueError, RecursionError)):
+        job_parser(frozenset())([BEGUN + b"}", data])
+
+
+@pytest.mark.parametrize(("data", "as_expected"), ACCEPTED.values(), ids=ACCEPTED.keys())
+def test_a_worker_parses_what_is_valid(data: bytes, as_expected: Callable[[Any], bool]) -> None:
+    first, second = job_parser(frozenset())([BEGUN + b"}", data])
+    assert first.id == "a"
+    assert as_expected(second)
+
+
+def test_of_many_headers_those_that_are_not_compact_are_read_too() -> None:
+    jobs = [b'{ "id": "a", "type": "t" }', BEGUN + b',"timeout":1e9}', BEGUN + b"}"]
+    assert read_headers(jobs) == [read_header(data) for data in jobs]
+    assert read_headers([*jobs, BEGUN + b',"id":"b","timeout":1e9}']) is None
+    assert read_headers([*jobs, b"{"]) is None
 
 
 @pytest.mark.parametrize(("data", "as_expected"), ACCEPTED.values(), ids=ACCEPTED.keys())
@@ -341,7 +363,7 @@ def test_an_entry_without_data_has_nothing_to_keep() -> None:
     ],
 )
 def test_only_types_that_ask_for_exact_numbers_get_them(data: bytes, number: Any) -> None:
-    found = payload_parser(frozenset({"exact", "other"}))(data).payload
+    found = job_parser(frozenset({"exact", "other"}))([data])[0].payload
     assert (type(found), str(found)) == (type(number), str(number))
 
 
@@ -349,7 +371,7 @@ def test_only_types_that_ask_for_exact_numbers_get_them(data: bytes, number: Any
 @pytest.mark.parametrize("exact", [frozenset(), frozenset({"t"}), frozenset({"u"})])
 def test_every_parser_refuses_a_malformed_payload(exact: frozenset[str], payload: bytes) -> None:
     with pytest.raises((MalformedJob, ValueError)):
-        payload_parser(exact)(b'{"id":"a","type":"t","payload":%s}' % payload)
+        job_parser(exact)([b'{"id":"a","type":"t","payload":%s}' % payload])
 
 
 def test_a_jobs_key_names_it_alone_and_is_safe_in_a_path() -> None:

@@ -97,6 +97,22 @@ def test_a_limit_holds_and_the_next_job_starts_when_one_ends() -> None:
         assert [id for worker in rig.workers for id in worker.take()] == ["2"]
 
 
+def test_a_malformed_job_takes_no_turn_when_limits_change() -> None:
+    """Its lane cannot be read: it goes to a worker, which refuses it."""
+    with reader_rig() as rig:
+        rig.server.paused.add("a")
+        rig.advance(1.0)
+        rig.add("1", "2")
+        rig.server.append(SOURCE.stream, b'{"id":"3","type":"a","metadata":{"x":5}}')
+        rig.tick()
+        configure(rig, Limit("one", "a", "tenant", concurrency=1))
+        rig.server.paused.clear()
+        rig.advance(1.1)
+        rig.advance(1.1)
+        assert sorted(rig.workers[0].take()) == ["1", "3"]
+        assert waiting(rig) == 1
+
+
 def test_a_retry_gives_its_slot_back() -> None:
     with reader_rig() as rig:
         configure(rig, Limit("one", "a", "global", concurrency=1))

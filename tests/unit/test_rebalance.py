@@ -117,6 +117,22 @@ def test_a_job_with_a_key_that_is_handed_back_is_no_duplicate_of_itself(rig: Rea
     assert read_header(entry.data or b"").first_id == queued.entry_id.decode()
 
 
+def test_a_malformed_job_is_handed_back_as_it_is(rig: ReaderRig) -> None:
+    """The reader has read its route only; the worker that gets it refuses it."""
+    other = idle_host(rig)
+    worker = rig.workers[0]
+    rig.add("long")
+    data = b'{"id":"1","type":"a","project_id":5}'
+    rig.server.append(SOURCE.stream, data)
+    rig.tick()
+    assert worker.take() == ["long", "1"]
+    worker.run_long("long", rig.mono_s)
+    for _ in range(4):
+        rig.advance(1.0)
+    other.begin_read(SOURCE, 10, 0)
+    assert [entry.data for entry in other.finish_read(SOURCE)] == [data]
+
+
 def test_without_an_idle_host_jobs_stay(rig: ReaderRig) -> None:
     busy = held_up(rig, "long", "1", "2")
     rig.add("theirs")

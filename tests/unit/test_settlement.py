@@ -104,6 +104,47 @@ def test_a_malformed_payload_is_kept_as_it_was(rig: ReaderRig) -> None:
     assert (rig.pending, rig.metric("z_novel_jobs_dead_total", "a", "malformed")) == (0, 1)
 
 
+MALFORMED = b'{"id":"1","type":"a","project_id":5,"metadata":{"idempotency_key":"k"}}'
+
+
+def test_a_job_of_which_a_worker_says_that_it_is_malformed_is_rejected(rig: ReaderRig) -> None:
+    """The reader has read its route only. The idempotency key that it claimed is free again."""
+    rig.server.append(SOURCE.stream, MALFORMED)
+    rig.tick(2)
+    worker = rig.workers[0]
+    assert worker.take() == ["1"]
+    worker.fail("1", Failure("MalformedJob: no", malformed=True))
+    rig.tick()
+    (letter,) = rig.letters
+    assert (letter["reason"], letter["task"]) == ("malformed", None)
+    assert base64.b64decode(letter["raw"]) == MALFORMED
+    assert "project_id" in letter["error"]
+    assert (rig.pending, rig.metric("z_novel_jobs_dead_total", "unknown", "malformed")) == (0, 1)
+    assert rig.metric("z_novel_jobs_failed_total", "a") == 0
+    rig.add("1", metadata={"idempotency_key": "k"})
+    rig.tick(2)
+    assert worker.take() == ["1"]
+
+
+def test_a_worker_that_dies_over_a_malformed_job_does_not_end_the_reader(rig: ReaderRig) -> None:
+    rig.server.append(SOURCE.stream, MALFORMED)
+    rig.tick(2)
+    worker = rig.workers[0]
+    worker.start(*worker.take())
+    rig.exit(worker)
+    rig.tick()
+    assert [letter["reason"] for letter in rig.letters] == ["malformed"]
+    assert rig.pending == 0
+
+
+def test_a_malformed_duplicate_is_rejected_as_malformed(rig: ReaderRig) -> None:
+    rig.add("first", metadata={"idempotency_key": "k"})
+    rig.tick(2)
+    rig.server.append(SOURCE.stream, MALFORMED)
+    rig.tick(3)
+    assert [letter["reason"] for letter in rig.letters] == ["malformed"]
+
+
 def test_a_permanent_failure_is_not_retried(rig: ReaderRig) -> None:
     rig.add("1")
     rig.tick()

@@ -1,8 +1,9 @@
 """Admission: validates an entry and decides whether it runs, runs isolated, or is rejected."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, cast
 
 import msgspec
 
@@ -14,7 +15,18 @@ from ..conditions import (
     UniqueKeys,
     read_conditions,
 )
-from ..envelope import BATCH_FIELD, DeadJob, Header, batch_in, batch_of, is_oversized, read_header
+from ..envelope import (
+    BATCH_FIELD,
+    DeadJob,
+    Header,
+    Route,
+    batch_in,
+    batch_of,
+    is_oversized,
+    read_header,
+    read_headers,
+    read_routes,
+)
 from ..errors import MalformedJob
 from ..outcome import Drop, Reason
 from ..store.ports import Entry
@@ -77,7 +89,6 @@ class Admission:
         self._type_nos = type_nos
         self._max_payload = max_payload
         self._max_deaths = max_deaths
-        self._scratch = bytearray()
         #: Batches of checked entries, by entry id, until they are taken.
         self._batches: dict[bytes, str] = {}
 
@@ -89,22 +100,51 @@ class Admission:
         return found
 
     def check_all(
-        self, stream_no: int, entries: Iterable[Entry]
+        self, stream_no: int, entries: Sequence[Entry], *, by_route: bool = False
     ) -> tuple[list[AdmittedJob], list[RejectedEntry]]:
-        """Check entries of one stream; both lists keep their order."""
-        admitted: list[AdmittedJob] = []
-        rejected: list[RejectedEntry] = []
-        for entry in entries:
-            result = self.check(stream_no, entry)
-            if isinstance(result, AdmittedJob):
-                admitted.append(result)
+        """Check entries of one stream; both lists keep their order.
+
+        ``by_route``: of usual jobs only the route is read, in a third of the time. The worker that gets such
+        a job checks the rest, and its outcome says that it is malformed.
+        """
+        jobs = [data for _, data, _, _ in entries if data is not None and len(data) <= self._max_payload]
+        fit = len(jobs) == len(entries)
+        if fit and by_route and (routes := read_routes(jobs)) is not None:
+            results = self._route_all(stream_no, entries, routes)
+        elif fit and (headers := read_headers(jobs)) is not None:
+            results = list(map(partial(self._decide, stream_no), entries, headers))
+        else:
+            results = [self.check(stream_no, entry) for entry in entries]
+        rejected = [one for one in results if isinstance(one, RejectedEntry)]
+        if not rejected:
+            return cast(list[AdmittedJob], results), rejected
+        return [one for one in results if isinstance(one, AdmittedJob)], rejected
+
+    def _route_all(
+        self, stream_no: int, entries: Sequence[Entry], routes: Sequence[Route]
+    ) -> list[AdmittedJob | RejectedEntry]:
+        type_nos, key_name = self._type_nos, self._key_name
+        results: list[AdmittedJob | RejectedEntry] = []
+        for entry, route in zip(entries, routes, strict=True):
+            _, _, deliveries, deaths = entry
+            type_no, given, unique = type_nos.get(route.type), route.metadata, ""
+            is_usual = type_no is not None and not (deaths or route.deaths or route.first_id)
+            is_usual = is_usual and deliveries < ISOLATED_FROM_DELIVERIES
+            if given is not None:
+                is_usual = is_usual and (
+                    given.supersede_key is given.not_before is given.expires_at is given.batch_id is None
+                )
+                if key_name and given.idempotency_key and is_usual:
+                    unique = key_name(route.type, route.tenant_id, given.idempotency_key)
+            if is_usual:
+                results.append(_new(AdmittedJob, (stream_no, type_no, entry, False, unique, None)))
             else:
-                rejected.append(result)
-        return admitted, rejected
+                results.append(self.check(stream_no, entry))
+        return results
 
     def check(self, stream_no: int, entry: Entry) -> AdmittedJob | RejectedEntry:
         """Check one entry. One that is larger than the limit is not parsed."""
-        _, data, deliveries, entry_deaths = entry
+        data = entry.data
         if data is None:
             return _reject(stream_no, entry, Reason.MALFORMED, "MalformedJob: the entry has no field 'data'")
         if len(data) > self._max_payload and is_oversized(data, self._max_payload):
@@ -112,30 +152,37 @@ class Admission:
             self._note_batch(entry.id, batch_of(data))
             return _reject(stream_no, entry, Reason.OVERSIZED, error)
         try:
-            envelope = read_header(data, self._scratch)
+            header = read_header(data)
         except MalformedJob as malformed:
             return _reject(stream_no, entry, Reason.MALFORMED, f"MalformedJob: {malformed}")
-        metadata = envelope.metadata
+        return self._decide(stream_no, entry, header)
+
+    def _decide(self, stream_no: int, entry: Entry, header: Header) -> AdmittedJob | RejectedEntry:
+        metadata = header.metadata
         if metadata and BATCH_FIELD in metadata:
             self._note_batch(entry.id, batch_in(metadata))
-        type_no = self._type_nos.get(envelope.type)
+        type_no = self._type_nos.get(header.type)
         if type_no is None:
-            error = f"UnknownType: no handler for {envelope.type!r}; known: {', '.join(self._type_nos)}"
-            return _reject(stream_no, entry, Reason.UNKNOWN_TYPE, error, envelope)
-        deaths = entry_deaths + envelope.deaths
+            error = f"UnknownType: no handler for {header.type!r}; known: {', '.join(self._type_nos)}"
+            return _reject(stream_no, entry, Reason.UNKNOWN_TYPE, error, header)
+        _, _, deliveries, entry_deaths = entry
+        deaths = entry_deaths + header.deaths
         if deaths >= self._max_deaths or deliveries > MAX_DELIVERIES:
             error = f"PoisonJob: {deaths} workers died under it, {deliveries} deliveries without an end"
-            return _reject(stream_no, entry, Reason.POISON, error, envelope)
+            return _reject(stream_no, entry, Reason.POISON, error, header)
         isolated = deaths > 0 or deliveries >= ISOLATED_FROM_DELIVERIES
-        unique = ""
-        if metadata:
-            # Any later entry of a job is that of the key's owner.
-            if self._key_name and (key := metadata.get(IDEMPOTENCY_KEY)) and not envelope.first_id:
-                unique = self._key_name(envelope.type, envelope.tenant_id, key)
-            if not _OTHER_CONDITIONS.isdisjoint(metadata):
-                job = AdmittedJob(stream_no, type_no, entry, isolated, unique)
-                return self._with_conditions(job, envelope)
-        return _new(AdmittedJob, (stream_no, type_no, entry, isolated, unique, None))
+        job = AdmittedJob(stream_no, type_no, entry, isolated, self._key_of(header))
+        if metadata and not _OTHER_CONDITIONS.isdisjoint(metadata):
+            return self._with_conditions(job, header)
+        return job
+
+    def _key_of(self, header: Header) -> str:
+        """Name of the idempotency key that the job has to claim; empty if there is none."""
+        key = header.metadata and header.metadata.get(IDEMPOTENCY_KEY)
+        # Any later entry of a job is that of the key's owner.
+        if not key or not self._key_name or header.first_id:
+            return ""
+        return self._key_name(header.type, header.tenant_id, key)
 
     def _with_conditions(self, job: AdmittedJob, envelope: Header) -> AdmittedJob | RejectedEntry:
         try:
@@ -172,6 +219,11 @@ def reject_unread(stream_no: int, entry: Entry) -> RejectedEntry:
     return _reject(stream_no, entry, Reason.POISON, READER_DIED)
 
 
+def reject_malformed(stream_no: int, entry: Entry, error: MalformedJob) -> RejectedEntry:
+    """Reject a job of which only its route was read when it was admitted."""
+    return _reject(stream_no, entry, Reason.MALFORMED, f"MalformedJob: {error}")
+
+
 def reject_expired(job: AdmittedJob, envelope: Header) -> RejectedEntry:
     """Reject a job whose latest start has passed."""
     latest = (envelope.metadata or {}).get(EXPIRES_AT)
@@ -181,7 +233,11 @@ def reject_expired(job: AdmittedJob, envelope: Header) -> RejectedEntry:
 def drop(job: AdmittedJob, why: Drop, by: bytes) -> RejectedEntry:
     """Drop a job in favour of another one; ``by`` is the id of that one's first entry."""
     assert job.entry.data is not None, "an admitted job has data"
-    return _reject(job.stream_no, job.entry, why, by.decode(errors="replace"), read_header(job.entry.data))
+    try:
+        header = read_header(job.entry.data)
+    except MalformedJob as error:
+        return reject_malformed(job.stream_no, job.entry, error)
+    return _reject(job.stream_no, job.entry, why, by.decode(errors="replace"), header)
 
 
 def _reject(

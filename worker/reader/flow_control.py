@@ -182,13 +182,17 @@ class FlowControl:
         must_wait = [job for job in jobs if job.entry.id not in kept]
         if must_wait:
             self._buffer.discard(stream_no, {job.entry.id for job in must_wait})
-            self._sort(stream_no, must_wait)
+            self._buffer.requeue(self._sort(stream_no, must_wait))
 
     # -- into lanes
 
     def sorts_all(self, stream_no: int) -> bool:
         """Whether all new entries of a stream are sorted, so that reading needs no credit of workers."""
         return self._states[stream_no].sorts_all
+
+    def sorts_some(self, stream_no: int) -> bool:
+        """Whether new entries of a stream may have to be sorted."""
+        return self.sorts_all(stream_no) or bool(self._limited(stream_no))
 
     def divert(
         self, stream_no: int, jobs: Sequence[AdmittedJob], *, is_new: bool, in_series: bool = False
@@ -204,8 +208,7 @@ class FlowControl:
         if not jobs or not (limited or sorts_all or in_series):
             return jobs
         if sorts_all:
-            self._sort(stream_no, jobs)
-            return ()
+            return self._sort(stream_no, jobs)
         must_wait = [
             job
             for job in jobs
@@ -217,8 +220,8 @@ class FlowControl:
             must_wait = [job for job in must_wait if job.entry.id not in with_slots]
         if not must_wait:
             return jobs
-        self._sort(stream_no, must_wait)
-        waiting_ids = {job.entry.id for job in must_wait}
+        left = {job.entry.id for job in self._sort(stream_no, must_wait)}
+        waiting_ids = {job.entry.id for job in must_wait} - left
         return [job for job in jobs if job.entry.id not in waiting_ids]
 
     def is_limited(self, stream_no: int, type_no: int) -> bool:
@@ -234,16 +237,24 @@ class FlowControl:
         holders = self._store.slot_holders(self._streams[stream_no], ids) if ids else set()
         return [job for job in jobs if job.entry.id in holders]
 
-    def _sort(self, stream_no: int, jobs: Iterable[AdmittedJob]) -> None:
+    def _sort(self, stream_no: int, jobs: Iterable[AdmittedJob]) -> list[AdmittedJob]:
+        """Put jobs into lanes; returns those that have none, because they are malformed: a worker says so."""
         state, (rules, version) = self._states[stream_no], self._rules[stream_no]
         lanes: defaultdict[bytes, list[WaitingJob]] = defaultdict(list)
-        for _, _, (entry_id, data, _, _), _, _, _ in jobs:
+        malformed: list[AdmittedJob] = []
+        for job in jobs:
+            _, _, (entry_id, data, _, _), _, _, _ = job
             assert data is not None, "an admitted job has data"
-            waiting = _new(WaitingJob, (entry_id, len(data)))
-            lanes[rules.name_of(read_flow_header(data))].append(waiting)
+            try:
+                name = rules.name_of(read_flow_header(data))
+            except ValueError:
+                malformed.append(job)
+                continue
+            lanes[name].append(_new(WaitingJob, (entry_id, len(data))))
         refused = self._store.sort(self._streams[stream_no], version, lanes)
         state.waiting += sum(map(len, lanes.values())) - len(refused)
         state.mono_take_s = 0.0
+        return malformed
 
     # -- out of lanes
 
@@ -268,7 +279,7 @@ class FlowControl:
             jobs = (
                 AdmittedJob(stream_no, 0, entry, False) for entry in taken.outdated if entry.data is not None
             )
-            self._sort(stream_no, jobs)
+            self._buffer.requeue(self._sort(stream_no, jobs))
         elif not taken.entries:
             wait_s = _TAKE_AGAIN_S if taken.due_s is None else min(_TAKE_AGAIN_S, taken.due_s)
             state.mono_take_s = self._mono_s() + wait_s

@@ -9,6 +9,7 @@ from ..envelope import OVERSIZED_KEPT_BYTES, OWN_FIELDS_BYTES
 from ..errors import AnswerTooLarge, Fenced, StoreRefused, StoreUnavailable
 from ..ipc.crash_marks import SKIP_FETCH_AT_STRIKES
 from ..store.ports import Entry
+from ..telemetry import trace
 from ..wakeups import EARLY_S, next_wakeup_s
 from .admission import Admission, AdmittedJob, RejectedEntry, reject_unread
 from .cancellation import Cancellations
@@ -376,7 +377,8 @@ class Intake:
         if len(entries) == 1:
             self._marks.mark(stream_no, entries[0].id)
         jobs: Sequence[AdmittedJob]
-        jobs, rejected = self._admission.check_all(stream_no, entries)
+        by_route = not trace.enabled() and (is_taken or not self.flow.sorts_some(stream_no))
+        jobs, rejected = self._admission.check_all(stream_no, entries, by_route=by_route)
         jobs, cancelled = self._cancels.reject(jobs)
         rejected += cancelled
         batches = self._admission.take_batches()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..conditions import has_keys
 from ..envelope import read_header, with_first_id
-from ..errors import StoreUnavailable
+from ..errors import MalformedJob, StoreUnavailable
 from ..ipc.inflight import RETURNED, SETTLED, InFlightJob
 from ..store.ports import Entry
 from .admission import AdmittedJob
@@ -162,7 +162,10 @@ class Rebalancer:
 def _as_moved(entry: Entry) -> bytes:
     """The job for its new entry: one that is compared with others keeps the id of its first entry."""
     data = entry.data or b""
-    header = read_header(data)
+    try:
+        header = read_header(data)
+    except MalformedJob:  # its worker will say so
+        return data
     if not has_keys(header) or header.first_id:
         return data
     return with_first_id(data, entry.id.decode())

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from ..conditions import expires_s, has_keys, unique_bucket, unique_name
+from ..conditions import expires_s, has_keys, route_key, unique_bucket, unique_name
 from ..envelope import DeadJob, Header, dead_letter, read_header, with_retry
+from ..errors import MalformedJob
 from ..flow import JOB_KEY, read_flow_header, tenant_key
 from ..ipc.channel import outcome_frames
 from ..ipc.control import WorkerExited
@@ -26,7 +27,7 @@ from ..store.ports import (
 )
 from ..telemetry import trace
 from ..telemetry.current_job import log_fields
-from .admission import AdmittedJob, RejectedEntry, reject_unread
+from .admission import AdmittedJob, RejectedEntry, reject_malformed, reject_unread
 from .circuit_breaker import CircuitBreakers
 from .context import ReaderContext
 from .crash_breaker import CrashKey
@@ -214,6 +215,8 @@ class Settler:
         if data is not None and failure.wait_s is not None and row.key not in self._marks.poison:
             (self._delay if failure.wait_key == JOB_KEY else self._put_back)(batch, job, data)
             return
+        if data is not None and failure.malformed and self._reject_malformed(batch, job, data):
+            return
         if not failure.expired:
             batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
         if data is None:
@@ -224,6 +227,20 @@ class Settler:
         else:
             self._marks.mark(row.stream_no, row.entry_id, settling=True)
             self._retry_or_give_up(batch, job, data)
+
+    def _reject_malformed(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> bool:
+        """Reject a job of which only the route was read at its admission; False if it is valid."""
+        row = job.row
+        if row.key in self._marks.poison:
+            return False
+        self._marks.mark(row.stream_no, row.entry_id, settling=True)
+        try:
+            read_header(data)
+        except MalformedJob as error:
+            entry = Entry(row.entry_id, data, deaths=row.deaths)
+            self._settle_rejected(batch, reject_malformed(row.stream_no, entry, error))
+            return True
+        return False
 
     def _put_back(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> None:
         """Let a job wait in its lane, and the jobs of its key with it. No retry is used up."""
@@ -413,9 +430,13 @@ class Settler:
     def _owned_key(self, job: DeadJob) -> OwnedKey | None:
         """The idempotency key that a dead letter frees, if the job owns it."""
         window_s = self._settings.unique_window_s
-        if job.envelope is None or not window_s or not (name := unique_name(job.envelope)):
+        name, first_id = "", job.entry_id
+        if job.envelope is not None:
+            name, first_id = unique_name(job.envelope), job.envelope.first_id.encode() or first_id
+        elif job.reason == Reason.MALFORMED:  # the reader may have claimed the key by the route
+            name = route_key(job.data)
+        if not window_s or not name:
             return None
-        first_id = job.envelope.first_id.encode() or job.entry_id
         return OwnedKey(unique_bucket(first_id, window_s), name, first_id)
 
     # -- rows of workers
@@ -524,7 +545,8 @@ class Settler:
         if row.key in self._marks.poison:
             self._dead_letter_unread(batch, job, data)
             return True
-        self._marks.mark(row.stream_no, row.entry_id, settling=True)
+        if self._reject_malformed(batch, job, data):
+            return True
         envelope = read_header(data)
         deaths = envelope.deaths + row.deaths
         if sole:
