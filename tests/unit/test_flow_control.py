@@ -113,6 +113,24 @@ def test_a_malformed_job_takes_no_turn_when_limits_change() -> None:
         assert waiting(rig) == 1
 
 
+def test_a_short_burst_of_quick_jobs_is_not_sorted() -> None:
+    """To sort a tiny job takes longer than to run it. The rate of a time without jobs does not count."""
+    with reader_rig() as rig:
+        rig.advance(1.1)
+        rig.advance(1.1)
+        for number in range(300):
+            rig.add(*(f"{number}-{one}" for one in range(100)))
+        (worker,) = rig.workers
+        taken: list[str] = []
+        for _ in range(120):
+            taken += worker.take()
+            worker.succeed(*taken[:200])
+            del taken[:200]
+            rig.advance(0.01)
+        assert waiting(rig) == 0
+        assert rig.store.depths(SOURCE).lag > 128
+
+
 def test_a_retry_gives_its_slot_back() -> None:
     with reader_rig() as rig:
         configure(rig, Limit("one", "a", "global", concurrency=1))

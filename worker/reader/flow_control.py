@@ -22,10 +22,11 @@ from .dispatch import Dispatcher
 
 log = logging.getLogger("jobworker.reader")
 
-#: A backlog is sorted if it takes longer than this to run (seconds), so no job waits longer behind others.
-_WINDOW_S = 1.0
-#: Backlogs that are not sorted, and that are always sorted, whatever the rate (jobs).
-_SMALL_BACKLOG, _LARGE_BACKLOG = 128, 65_536
+#: A backlog is sorted if it takes longer than this to run (seconds), so no job waits longer behind others. To
+#: sort a tiny job takes longer than to run it: a shorter backlog is gone sooner if it is not sorted.
+_WINDOW_S = 2.0
+#: A backlog that is not sorted, whatever the rate (jobs).
+_SMALL_BACKLOG = 128
 #: Interval at which a take is repeated after one that found no job within the limits: another host may have
 #: ended one.
 _TAKE_AGAIN_S = 0.1
@@ -71,9 +72,9 @@ class FlowControl:
         self._buffer = dispatcher.buffer
         self._states = [_FlowState() for _ in self._streams]
         self._mono_checked_s = 0.0
-        # The last two measured rates of all workers: one may fall between two groups of outcomes. Before
-        # the first, no backlog is known to be long.
-        self._rates = (math.inf, math.inf)
+        # The last two rates of all workers while there were jobs: one may fall between two groups of
+        # outcomes. Before the first, no backlog is known to be long.
+        self._rates: tuple[float, ...] = ()
         #: Limits and weights of the configuration file that are not on the server yet.
         self.file = context.settings.flow
         self._rules = context.lane_rules
@@ -96,8 +97,9 @@ class FlowControl:
         if mono_now_s < self.mono_due_s - EARLY_S and not at_once:
             return False
         self._mono_checked_s = mono_now_s
-        if not at_once:
-            self._rates = (self._rates[1], self._dispatcher.jobs_per_s)
+        has_jobs = not (self._dispatcher.is_idle and self._buffer.empty)
+        if has_jobs and not at_once:
+            self._rates = (*self._rates, self._dispatcher.jobs_per_s)[-2:]
         works = [stream_no for stream_no in range(len(self._streams)) if stream_no not in self._faults]
         self._store.ask_state([self._streams[stream_no] for stream_no in works])
         for stream_no in works:
@@ -168,7 +170,7 @@ class FlowControl:
 
     def _window(self) -> float:
         """Number of jobs that may wait unsorted."""
-        return min(_LARGE_BACKLOG, max(_SMALL_BACKLOG, max(self._rates) * _WINDOW_S))
+        return max(_SMALL_BACKLOG, max(self._rates, default=math.inf) * _WINDOW_S)
 
     def _sort_prefetched(self, stream_no: int) -> None:
         """Limits have changed: prefetched jobs without the slots that they need now must wait for them."""
