@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Four processes keep two cores busy: a third of the time, a test waits for a server and uses no processor.
+# Five processes keep two cores busy: most of the time, a test waits for a server and uses no processor.
 # --no-loadscope-reorder keeps the order of tests/conftest.py: long tests first, so that all processes end together.
 PYTEST := $(BIN)/python -m pytest -n 5 --no-loadscope-reorder
 

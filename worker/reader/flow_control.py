@@ -249,7 +249,7 @@ class FlowControl:
             assert data is not None, "an admitted job has data"
             try:
                 name = rules.name_of(read_flow_header(data))
-            except ValueError:
+            except (ValueError, RecursionError):
                 malformed.append(job)
                 continue
             lanes[name].append(_new(WaitingJob, (entry_id, len(data))))
