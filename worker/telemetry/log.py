@@ -116,8 +116,9 @@ def secrets_of(settings: Settings, environment: Mapping[str, str]) -> set[str]:
     for name in settings.secret_tokens:
         token = str(getattr(settings, name))
         secrets |= {token, token.partition(":")[2]}
-    for name, value in environment.items():
+    for name in environment:
         if _SECRET_VARIABLE.fullmatch(name):
+            value = environment[name]
             # Headers are a list of name=value. A key or token is the whole value.
             secrets |= {value, *(part.partition("=")[2].strip() for part in value.split(","))}
     for name in settings.secret_files:
@@ -125,7 +126,7 @@ def secrets_of(settings: Settings, environment: Mapping[str, str]) -> set[str]:
             # A file of several secrets has one at the end of each line.
             text = _content(path)
             secrets |= {text, *(line.split()[-1] for line in text.splitlines() if line.strip())}
-    return secrets | {unquote(secret) for secret in secrets}
+    return secrets | {unquote(secret) for secret in secrets if "%" in secret}
 
 
 def _content(path: str) -> str:
