@@ -112,6 +112,22 @@ def test_images_copy_what_exists_and_run_as_a_user_of_their_own(path: Path) -> N
     assert 'ENTRYPOINT ["jobworker-supervise"]' in last, "no shell as PID 1: it would keep the signals"
 
 
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_images_have_the_bytecode_of_the_engine(path: Path, tmp_path: Path) -> None:
+    text = path.read_text("utf-8").replace("\\\n", " ")
+    last = text[text.rindex("\nFROM ") :]
+    before_user = last[: last.index("\nUSER ")]
+    (command,) = re.findall(r"^RUN (PYTHONDONTWRITEBYTECODE=\S+ python .*)$", before_user, re.MULTILINE)
+    environment = {
+        **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": str(tmp_path),
+    }  # fmt: skip
+    subprocess.run(["bash", "-c", command], env=environment, timeout=60, check=True)
+    written = {found.name.partition(".")[0] for found in tmp_path.rglob("*.pyc")}
+    # Of the engine, of its libraries and of Python.
+    assert written >= {"supervisor", "preload", "runner", "cluster", "exposition", "socket"}
+
+
 @pytest.mark.parametrize("values", [PLAIN, FULL], ids=["plain", "full"])
 def test_the_chart_is_valid_for_helm_and_kubernetes(helm: Any, values: dict[str, Any]) -> None:
     report = helm("lint", values)

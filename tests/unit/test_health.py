@@ -42,6 +42,17 @@ def service() -> Iterator[Service]:
     made.server.close()
 
 
+def test_its_start_asks_no_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> str:
+        raise AssertionError("a name server that does not answer would hold up the start")
+
+    for lookup in ("getfqdn", "gethostbyaddr", "getaddrinfo"):
+        monkeypatch.setattr(socket, lookup, fail)
+    server = HealthServer(("0.0.0.0", 0), PrometheusCollector(), lambda: Health(True, True, [], {}))
+    assert server.url.startswith("http://0.0.0.0:")
+    server.close()
+
+
 def test_status_is_503_while_the_supervisor_does_not_answer(service: Service) -> None:
     answers: list[dict[str, object] | None] = [{"children": []}, None]
     service.server.close()

@@ -107,6 +107,36 @@ def test_no_part_of_a_line_contains_a_password(stderr: Callable[[], str], form: 
     assert line.count("***@host") >= 5
 
 
+def test_a_forked_child_keeps_the_handler_that_has_written_nothing() -> None:
+    code = """
+import logging, os
+from jobworker.worker.telemetry import log
+
+def forked(role, limit=100):
+    before = logging.getLogger().handlers[0]
+    if os.fork() == 0:
+        log.set_up(role, "info", "text", limit)
+        (handler,) = logging.getLogger().handlers
+        logging.getLogger("jobworker.x").info("kept" if handler is before else "new")
+        os._exit(0)
+    assert os.wait()[1] == 0
+
+log.set_up("forkserver", "warning", "json", 100)
+forked("one")
+forked("two", limit=7)
+logging.getLogger("jobworker.x").warning("used")
+forked("three")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    first, second, used, third = done.stderr.splitlines()
+    assert first.endswith(" one: kept")
+    assert second.endswith(" two: new"), "another limit"
+    assert json.loads(used)["role"] == "forkserver"
+    assert third.endswith(" three: new"), "its counts and its thread belong to the parent"
+
+
 def test_a_traceback_is_in_the_same_json_line(stderr: Callable[[], str]) -> None:
     logs.set_up("reader", "info", "json")
     try:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -91,6 +92,12 @@ class _Server(ThreadingHTTPServer):
         # Open connections, oldest first, and whether the request is complete.
         self._connections: dict[socket.socket, bool] = {}
         super().__init__(address, handler)
+
+    def server_bind(self) -> None:
+        """Bind without the reverse lookup of `HTTPServer`: a name server that is silent holds it up."""
+        TCPServer.server_bind(self)
+        host, self.server_port = self.server_address[:2]
+        self.server_name = str(host)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. Raises OSError if the process is short of descriptors."""

@@ -47,6 +47,11 @@ class LineWriter:
         self._gap = 0
         self._uncounted = 0
 
+    @property
+    def is_unused(self) -> bool:
+        """Whether no line was put, neither by this process nor by the one that forked it."""
+        return not self._pid
+
     def put(self, line: bytes) -> None:
         """Write a line, now or later; drop it if the buffer is full."""
         if self._pid != os.getpid():

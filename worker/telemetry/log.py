@@ -116,8 +116,9 @@ def secrets_of(settings: Settings, environment: Mapping[str, str]) -> set[str]:
     for name in settings.secret_tokens:
         token = str(getattr(settings, name))
         secrets |= {token, token.partition(":")[2]}
-    for name, value in environment.items():
+    for name in environment:
         if _SECRET_VARIABLE.fullmatch(name):
+            value = environment[name]
             # Headers are a list of name=value. A key or token is the whole value.
             secrets |= {value, *(part.partition("=")[2].strip() for part in value.split(","))}
     for name in settings.secret_files:
@@ -125,7 +126,7 @@ def secrets_of(settings: Settings, environment: Mapping[str, str]) -> set[str]:
             # A file of several secrets has one at the end of each line.
             text = _content(path)
             secrets |= {text, *(line.split()[-1] for line in text.splitlines() if line.strip())}
-    return secrets | {unquote(secret) for secret in secrets}
+    return secrets | {unquote(secret) for secret in secrets if "%" in secret}
 
 
 def _content(path: str) -> str:
@@ -272,10 +273,16 @@ class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
     def __init__(self, max_lines: int) -> None:
         super().__init__(sys.stderr)
+        self._max_lines = max_lines
         self._rate_limit = RateLimitFilter(self._emit_unfiltered, max_lines=max_lines)
         self.addFilter(self._rate_limit)
         self._encoding = str(getattr(sys.stderr, "encoding", None) or "utf-8")
         self._writer = self._open_writer()
+
+    def is_as_new(self, max_lines: int) -> bool:
+        """Whether a new one would be the same: it has written no line, also not before a fork."""
+        is_unused = self._writer is not None and self._writer.is_unused
+        return is_unused and self.stream is sys.stderr and self._max_lines == max_lines
 
     def _open_writer(self) -> LineWriter | None:
         try:
@@ -353,11 +360,13 @@ def set_up(role: str, level: str, form: str, max_lines: int = DEFAULT_MAX_LINES)
 
     ``max_lines`` is that of the log rate limiter.
     """
-    handler = _StderrHandler(max_lines)
+    root = logging.getLogger()
+    # A child of the forkserver keeps its unused handler: a new one would copy more shared pages (0.2 MB).
+    unused = [one for one in root.handlers if isinstance(one, _StderrHandler) and one.is_as_new(max_lines)]
+    handler = unused[0] if unused else _StderrHandler(max_lines)
     on_terminal = bool(sys.stderr and sys.stderr.isatty())
     text_formatter = TextFormatter(role, with_date=not on_terminal)
     handler.setFormatter(JsonFormatter(role) if form == "json" else text_formatter)
-    root = logging.getLogger()
     root.handlers[:] = [handler]
     _set_level(root, logging.getLevelNamesMapping()[level.upper()])
     # Libraries log details at INFO that no operator needs.

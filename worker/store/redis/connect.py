@@ -25,8 +25,8 @@ else:
     # Otherwise each connection looks the version up in the metadata of the installed packages.
     _DRIVER = {"driver_info": DriverInfo(lib_version=redis.__version__)}
 
-#: Bytes per system call: a batch of some hundred jobs.
-_SOCKET_READ_BYTES = 256 * 1024
+#: Bytes per system call, and the size of a buffer that each connection keeps. 256 KiB were not faster.
+_SOCKET_READ_BYTES = 64 * 1024
 #: TCP keepalive: seconds of silence before the first probe, seconds between probes, number of probes.
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 10, 5, 3
 
