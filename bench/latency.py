@@ -98,16 +98,16 @@ STEPS = {
 }
 
 
-def trace(url: str, jobs: int, procs: int) -> dict[str, Any]:
+def trace(url: str, jobs: int, procs: int, window: str) -> dict[str, Any]:
     """Median microseconds that end with each hand-over, by the name of the step."""
     with connect(url) as client, tempfile.TemporaryDirectory() as folder:
         facts, backlog = host_facts(client), Backlog(client)
         stamps, handovers = Path(folder) / "stamps", Path(folder) / "handovers"
         stamps.touch()
         site = str(Path(__file__).parent / "handover")
-        paths = {"BENCH_STAMPS": str(stamps), "BENCH_HANDOVERS": str(handovers), "PYTHONPATH": site}
+        given = {"BENCH_STAMPS": str(stamps), "BENCH_HANDOVERS": str(handovers), "PYTHONPATH": site}
         try:
-            with service(url, backlog, STAMP, procs, 0, **paths):
+            with service(url, backlog, STAMP, procs, 0, **given, JOBWORKER_UNIQUE_WINDOW=window):
                 sent = _send(client, backlog.stream, WARM_UP_JOBS + jobs)
                 started = started_ns(stamps, len(sent))
         finally:
@@ -146,14 +146,16 @@ def percentiles(sorted_ms: list[float]) -> dict[str, float]:
     return {name: round(ms, 3) for name, ms in (found | {"max": sorted_ms[-1]}).items()}
 
 
-def measure(url: str, seconds: float, procs: int, repeat: int) -> dict[str, Any]:
+def measure(url: str, seconds: float, procs: int, repeat: int, window: str) -> dict[str, Any]:
     """Measure service and bare loop in turns; percentiles are over the jobs of all turns."""
     with connect(url) as client:
         facts = host_facts(client)
     jobs = max(1, round(seconds / EVERY_S))
     found: dict[str, list[float]] = {"service": [], "bare": []}
     consumers: dict[str, Consumers] = {
-        "service": lambda backlog, path: service(url, backlog, STAMP, procs, BENCH_STAMPS=path),
+        "service": lambda backlog, path: service(
+            url, backlog, STAMP, procs, BENCH_STAMPS=path, JOBWORKER_UNIQUE_WINDOW=window
+        ),
         "bare": lambda backlog, path: bare_loops(url, backlog, 1, BENCH_STAMPS=path),
     }
     for turn in range(1, repeat + 1):
@@ -166,6 +168,7 @@ def measure(url: str, seconds: float, procs: int, repeat: int) -> dict[str, Any]
         "jobs": jobs,
         "job_bytes": len(job(0)),
         "procs": procs,
+        "unique_window": window,
         "repeat": repeat,
         "every_ms": EVERY_S * 1000,
         "ms": {name: percentiles(sorted(ms)) for name, ms in found.items()},
@@ -197,15 +200,18 @@ def format_trace(report: dict[str, Any]) -> str:
 @options.workers
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Runs of each.")
 @click.option("--trace", "traced", is_flag=True, help="Where the time of one job goes, step by step.")
+@options.unique_window
 @options.redis_url
 @options.as_json
-def main(seconds: float, procs: int, repeat: int, traced: bool, redis_url: str, as_json: bool) -> None:
+def main(
+    seconds: float, procs: int, repeat: int, traced: bool, window: str, redis_url: str, as_json: bool
+) -> None:
     """Measure and print."""
     with server(redis_url) as url:
         if traced:
-            report = trace(url, max(2, round(seconds / EVERY_S)), procs)
+            report = trace(url, max(2, round(seconds / EVERY_S)), procs, window)
         else:
-            report = measure(url, seconds, procs, repeat)
+            report = measure(url, seconds, procs, repeat, window)
     in_words = format_trace if traced else format_report
     print(safe_json(report) if as_json else in_words(report))
 

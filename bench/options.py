@@ -9,6 +9,14 @@ as_json = click.option("--json", "as_json", is_flag=True, help="One line of JSON
 redis_url = click.option(
     "--redis-url", default="", envvar="JOBWORKER_REDIS_URL", help="[default: a new Valkey]"
 )
+unique_window = click.option(
+    "--unique-window",
+    "window",
+    default="86400",
+    show_default=True,
+    metavar="SECONDS",
+    help="Like that of the service. Each job has an idempotency key; with 0 keys do not count.",
+)
 seed = click.option("--seed", type=int, help="Seed of the run to repeat.  [default: random]")
 model = click.option("--model", default="", help="Like --model of the service.")
 texts = click.option(

@@ -113,12 +113,12 @@ def _await_end(backlog: Backlog, meter: Meter) -> None:
         time.sleep(_POLL_S)  # a group has no event that says "all acknowledged"
 
 
-def ours(url: str, procs: int) -> Consumers:
-    """The service with a no-op handler."""
+def ours(url: str, procs: int, window: str) -> Consumers:
+    """The service with a no-op handler; ``window`` is that of idempotency keys in seconds."""
 
     @contextmanager
     def started(backlog: Backlog) -> Any:
-        with service(url, backlog, NOOP, procs) as pid:
+        with service(url, backlog, NOOP, procs, JOBWORKER_UNIQUE_WINDOW=window) as pid:
             yield roles_of(pid)
 
     return started
@@ -151,13 +151,13 @@ def median(drains: list[Drain]) -> Drain:
     )
 
 
-def measure(url: str, jobs: int, procs: int, repeat: int) -> dict[str, Any]:
+def measure(url: str, jobs: int, procs: int, repeat: int, window: str) -> dict[str, Any]:
     """Measure service and bare loop in turns; the report of ``--json``."""
     with connect(url) as client:
         facts = host_facts(client)
     runs: dict[str, list[Drain]] = {"service": [], "bare": []}
     for turn in range(1, repeat + 1):
-        for name, consumers in (("service", ours(url, procs)), ("bare", bare(url))):
+        for name, consumers in (("service", ours(url, procs, window)), ("bare", bare(url))):
             measured = drain(url, jobs, consumers)
             runs[name].append(measured)
             say(f"{turn}/{repeat} {name}: {measured.jobs_per_s:,.0f} jobs/s")
@@ -168,6 +168,7 @@ def measure(url: str, jobs: int, procs: int, repeat: int) -> dict[str, Any]:
         "jobs": jobs,
         "job_bytes": len(job(0)),
         "procs": procs,
+        "unique_window": window,
         "bare_processes": _BARE_PROCESSES,
         "repeat": repeat,
         "median": {name: asdict(drain) for name, drain in medians.items()},
@@ -197,12 +198,13 @@ def format_report(report: dict[str, Any]) -> str:
 @click.option("--jobs", "-n", type=click.IntRange(2), default=200_000, show_default=True)
 @options.workers
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs of each.")
+@options.unique_window
 @options.redis_url
 @options.as_json
-def main(jobs: int, procs: int, repeat: int, redis_url: str, as_json: bool) -> None:
+def main(jobs: int, procs: int, repeat: int, window: str, redis_url: str, as_json: bool) -> None:
     """Measure and print."""
     with server(redis_url) as url:
-        report = measure(url, jobs, procs, repeat)
+        report = measure(url, jobs, procs, repeat, window)
     print(safe_json(report) if as_json else format_report(report))
 
 

@@ -6,30 +6,18 @@ Each job has a key of its own, as jobs of the Go producers have. The services ta
 
 import statistics
 import sys
-from contextlib import contextmanager
 from typing import Any
 
 import click
 import options
-from hosts import format_facts, host_facts, roles_of, table
-from rig import NOOP, Backlog, connect, job, say, server, service
-from throughput import Consumers, Drain, drain, median
+from hosts import format_facts, host_facts, table
+from rig import connect, job, say, server
+from throughput import Drain, drain, median, ours
 
 from jobworker.worker.safe_text import safe_json
 
 #: Windows by the name of their row (seconds).
 _WINDOWS = {"keys off": "0", "keys on": "86400"}
-
-
-def with_window(url: str, procs: int, window: str) -> Consumers:
-    """The service with a no-op handler."""
-
-    @contextmanager
-    def started(backlog: Backlog) -> Any:
-        with service(url, backlog, NOOP, procs, JOBWORKER_UNIQUE_WINDOW=window) as pid:
-            yield roles_of(pid)
-
-    return started
 
 
 def measure(url: str, jobs: int, procs: int, repeat: int) -> dict[str, Any]:
@@ -40,7 +28,7 @@ def measure(url: str, jobs: int, procs: int, repeat: int) -> dict[str, Any]:
     for turn in range(repeat):
         # Which one is first alternates, so that a slow minute of the host falls on both.
         for name in sorted(_WINDOWS, reverse=turn % 2 == 1):
-            measured = drain(url, jobs, with_window(url, procs, _WINDOWS[name]))
+            measured = drain(url, jobs, ours(url, procs, _WINDOWS[name]))
             runs[name].append(measured)
             say(f"{turn + 1}/{repeat} {name}: {measured.jobs_per_s:,.0f} jobs/s")
     ratios = [on.jobs_per_s / off.jobs_per_s for off, on in zip(*runs.values(), strict=True)]
