@@ -100,7 +100,7 @@ class Header(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 class RouteMetadata(msgspec.Struct, frozen=True, gc=False):
     """The metadata on which the reader acts before a job starts."""
 
-    idempotency_key: str = ""
+    idempotency_key: str | None = None
     supersede_key: str | None = None
     not_before: str | None = None
     expires_at: str | None = None
