@@ -160,6 +160,27 @@ def test_a_malformed_job_takes_no_key_from_a_good_one(rig: ReaderRig, more: dict
     assert [letter["reason"] for letter in rig.letters] == ["malformed", "malformed"]
 
 
+def test_a_malformed_job_does_not_occupy_the_probe_of_a_circuit_breaker(rig: ReaderRig) -> None:
+    """It says nothing about the dependency: the next job of the type is the probe at once."""
+    (worker,) = rig.workers
+    rig.add("1")
+    rig.tick()
+    assert worker.take() == ["1"]
+    worker.fail("1", UNAVAILABLE)
+    rig.tick()
+    rig.server.append(SOURCE.stream, MALFORMED.replace(b'"1"', b'"bad"'))
+    rig.add("2")
+    rig.advance(1.1)
+    assert worker.take() == ["1"]
+    worker.fail("1", UNAVAILABLE)
+    rig.tick()
+    rig.advance(2.1)
+    assert worker.take() == ["bad"]
+    worker.fail("bad", Failure("MalformedJob: no", malformed=True))
+    rig.advance(0.1)
+    assert worker.take() == ["2"]
+
+
 def test_a_permanent_failure_is_not_retried(rig: ReaderRig) -> None:
     rig.add("1")
     rig.tick()

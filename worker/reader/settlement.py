@@ -241,6 +241,7 @@ class Settler:
         except MalformedJob as error:
             entry = Entry(row.entry_id, data, deaths=row.deaths)
             self._settle_rejected(batch, reject_malformed(row.stream_no, entry, error))
+            self._breakers[row.type_no].repeat_probe(self._mono_s())
             return True
         return False
 
