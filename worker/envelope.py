@@ -282,10 +282,15 @@ def job_parser(
 
     def parse(jobs: Sequence[bytes]) -> list[Header]:
         headers = read_headers(jobs) or [read_header(data) for data in jobs]
-        for header in headers:
-            if header.type not in raw_types:
-                exact = header.type in exact_types
-                force_setattr(header, "payload", (decode_exact if exact else decode)(header.payload))
+        try:
+            for header in headers:
+                if header.type not in raw_types:
+                    exact = header.type in exact_types
+                    force_setattr(header, "payload", (decode_exact if exact else decode)(header.payload))
+        except (ValueError, RecursionError):
+            for data in jobs:
+                read_payload(data, exact_types)  # its error says where in the job, not where in the payload
+            raise
         return headers
 
     return parse
