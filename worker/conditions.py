@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from .envelope import Header, fresh_job, read_routes, requeued_job
+from .envelope import Header, fresh_job, requeued_job
 from .errors import MalformedJob
 
 NOT_BEFORE, EXPIRES_AT = "not_before", "expires_at"
@@ -92,15 +92,6 @@ def unique_name(job: Header) -> str:
     """The name of a job's idempotency key; empty if it has none that counts."""
     key = (job.metadata or {}).get(IDEMPOTENCY_KEY)
     return UniqueKeys().name_of(job.type, job.tenant_id, key) if key and not job.requeued else ""
-
-
-def route_key(data: bytes | None) -> str:
-    """`unique_name` of a job that is malformed, but not in the fields by which the reader claimed its key."""
-    routes = read_routes([data]) if data is not None else None
-    given = routes[0].metadata if routes else None
-    if not routes or not given or not given.idempotency_key or routes[0].first_id:
-        return ""
-    return UniqueKeys().name_of(routes[0].type, routes[0].tenant_id, given.idempotency_key)
 
 
 def unique_bucket(first_id: bytes, window_s: float) -> str:

@@ -100,7 +100,7 @@ class Header(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 class RouteMetadata(msgspec.Struct, frozen=True, gc=False):
     """The metadata on which the reader acts before a job starts."""
 
-    idempotency_key: str = ""
+    idempotency_key: str | None = None
     supersede_key: str | None = None
     not_before: str | None = None
     expires_at: str | None = None
@@ -282,10 +282,15 @@ def job_parser(
 
     def parse(jobs: Sequence[bytes]) -> list[Header]:
         headers = read_headers(jobs) or [read_header(data) for data in jobs]
-        for header in headers:
-            if header.type not in raw_types:
-                exact = header.type in exact_types
-                force_setattr(header, "payload", (decode_exact if exact else decode)(header.payload))
+        try:
+            for header in headers:
+                if header.type not in raw_types:
+                    exact = header.type in exact_types
+                    force_setattr(header, "payload", (decode_exact if exact else decode)(header.payload))
+        except (ValueError, RecursionError):
+            for data in jobs:
+                read_payload(data, exact_types)  # its error says where in the job, not where in the payload
+            raise
         return headers
 
     return parse

@@ -27,6 +27,7 @@ from jobworker.worker.envelope import (
     read_envelope,
     read_header,
     read_headers,
+    read_payload,
     with_retry,
     without_last_error,
 )
@@ -475,3 +476,13 @@ def test_a_field_that_stands_twice_is_found_however_it_is_written(data: bytes) -
     else:
         twice = False
     assert twice == (len(set(keys)) < len(keys))
+
+
+@pytest.mark.parametrize("payload", [b'{"a":[1,]}', b'{"a":1e400}', b'{"a":"\\ud800"}'])
+def test_a_worker_says_where_in_the_job_a_payload_is_malformed(payload: bytes) -> None:
+    data = BEGUN + b',"payload":%s}' % payload
+    with pytest.raises(MalformedJob) as in_job:
+        read_payload(data)
+    with pytest.raises(MalformedJob) as in_worker:
+        job_parser(frozenset())([data])
+    assert str(in_worker.value) == str(in_job.value)

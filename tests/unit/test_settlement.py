@@ -104,11 +104,12 @@ def test_a_malformed_payload_is_kept_as_it_was(rig: ReaderRig) -> None:
     assert (rig.pending, rig.metric("z_novel_jobs_dead_total", "a", "malformed")) == (0, 1)
 
 
-MALFORMED = b'{"id":"1","type":"a","project_id":5,"metadata":{"idempotency_key":"k"}}'
+MALFORMED = b'{"id":"1","type":"a","project_id":5}'
+MALFORMED_WITH_KEY = b'{"id":"1","type":"a","project_id":5,"metadata":{"idempotency_key":"k"}}'
 
 
 def test_a_job_of_which_a_worker_says_that_it_is_malformed_is_rejected(rig: ReaderRig) -> None:
-    """The reader has read its route only. The idempotency key that it claimed is free again."""
+    """The reader has read its route only."""
     rig.server.append(SOURCE.stream, MALFORMED)
     rig.tick(2)
     worker = rig.workers[0]
@@ -121,9 +122,6 @@ def test_a_job_of_which_a_worker_says_that_it_is_malformed_is_rejected(rig: Read
     assert "project_id" in letter["error"]
     assert (rig.pending, rig.metric("z_novel_jobs_dead_total", "unknown", "malformed")) == (0, 1)
     assert rig.metric("z_novel_jobs_failed_total", "a") == 0
-    rig.add("1", metadata={"idempotency_key": "k"})
-    rig.tick(2)
-    assert worker.take() == ["1"]
 
 
 def test_a_worker_that_dies_over_a_malformed_job_does_not_end_the_reader(rig: ReaderRig) -> None:
@@ -137,12 +135,50 @@ def test_a_worker_that_dies_over_a_malformed_job_does_not_end_the_reader(rig: Re
     assert rig.pending == 0
 
 
-def test_a_malformed_duplicate_is_rejected_as_malformed(rig: ReaderRig) -> None:
-    rig.add("first", metadata={"idempotency_key": "k"})
-    rig.tick(2)
+def test_a_worker_that_is_ended_over_a_malformed_job_does_not_end_the_reader(rig: ReaderRig) -> None:
+    """A worker that waits for room in its outcome ring has started the job and may run into a timeout."""
     rig.server.append(SOURCE.stream, MALFORMED)
-    rig.tick(3)
+    rig.tick(2)
+    worker = rig.workers[0]
+    worker.start(*worker.take())
+    rig.exit(worker, "ran past its timeout", timed_out=True)
+    rig.tick()
     assert [letter["reason"] for letter in rig.letters] == ["malformed"]
+    assert rig.pending == 0
+
+
+@pytest.mark.parametrize("more", [{}, {"keep_result": "1"}], ids=["plain", "keeps its result"])
+def test_a_malformed_job_takes_no_key_from_a_good_one(rig: ReaderRig, more: dict[str, str]) -> None:
+    """A duplicate of it would be dropped, and no job of the key would run."""
+    rig.server.append(SOURCE.stream, MALFORMED_WITH_KEY)
+    rig.add("good", metadata={"idempotency_key": "k", **more})
+    rig.tick()
+    assert rig.workers[0].take() == ["good"]
+    assert [letter["reason"] for letter in rig.letters] == ["malformed"]
+    rig.server.append(SOURCE.stream, MALFORMED_WITH_KEY)
+    rig.tick()
+    assert [letter["reason"] for letter in rig.letters] == ["malformed", "malformed"]
+
+
+def test_a_malformed_job_does_not_occupy_the_probe_of_a_circuit_breaker(rig: ReaderRig) -> None:
+    """It says nothing about the dependency: the next job of the type is the probe at once."""
+    (worker,) = rig.workers
+    rig.add("1")
+    rig.tick()
+    assert worker.take() == ["1"]
+    worker.fail("1", UNAVAILABLE)
+    rig.tick()
+    rig.server.append(SOURCE.stream, MALFORMED.replace(b'"1"', b'"bad"'))
+    rig.add("2")
+    rig.advance(1.1)
+    assert worker.take() == ["1"]
+    worker.fail("1", UNAVAILABLE)
+    rig.tick()
+    rig.advance(2.1)
+    assert worker.take() == ["bad"]
+    worker.fail("bad", Failure("MalformedJob: no", malformed=True))
+    rig.advance(0.1)
+    assert worker.take() == ["2"]
 
 
 def test_a_permanent_failure_is_not_retried(rig: ReaderRig) -> None:

@@ -52,6 +52,11 @@ class CircuitBreaker:
         self._mono_probe_at_s = mono_now_s + _PROBE_LOST_S
         return True
 
+    def repeat_probe(self, mono_now_s: float) -> None:
+        """A job that never reached its handler may have been the probe: another one starts at once."""
+        if self._probing:
+            self._mono_probe_at_s = mono_now_s
+
 
 class CircuitBreakers:
     """Circuit breakers of all types, by type number, and the free retries of single jobs.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from ..conditions import expires_s, has_keys, route_key, unique_bucket, unique_name
+from ..conditions import expires_s, has_keys, unique_bucket, unique_name
 from ..envelope import DeadJob, Header, dead_letter, read_header, with_retry
 from ..errors import MalformedJob
 from ..flow import JOB_KEY, read_flow_header, tenant_key
@@ -215,7 +215,9 @@ class Settler:
         if data is not None and failure.wait_s is not None and row.key not in self._marks.poison:
             (self._delay if failure.wait_key == JOB_KEY else self._put_back)(batch, job, data)
             return
-        if data is not None and failure.malformed and self._reject_malformed(batch, job, data):
+        # A worker that is ended while it reports that a job is malformed leaves another failure.
+        unsure = failure.malformed or failure.timed_out
+        if data is not None and unsure and self._reject_malformed(batch, job, data):
             return
         if not failure.expired:
             batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
@@ -239,6 +241,7 @@ class Settler:
         except MalformedJob as error:
             entry = Entry(row.entry_id, data, deaths=row.deaths)
             self._settle_rejected(batch, reject_malformed(row.stream_no, entry, error))
+            self._breakers[row.type_no].repeat_probe(self._mono_s())
             return True
         return False
 
@@ -430,13 +433,9 @@ class Settler:
     def _owned_key(self, job: DeadJob) -> OwnedKey | None:
         """The idempotency key that a dead letter frees, if the job owns it."""
         window_s = self._settings.unique_window_s
-        name, first_id = "", job.entry_id
-        if job.envelope is not None:
-            name, first_id = unique_name(job.envelope), job.envelope.first_id.encode() or first_id
-        elif job.reason == Reason.MALFORMED:  # the reader may have claimed the key by the route
-            name = route_key(job.data)
-        if not window_s or not name:
+        if job.envelope is None or not window_s or not (name := unique_name(job.envelope)):
             return None
+        first_id = job.envelope.first_id.encode() or job.entry_id
         return OwnedKey(unique_bucket(first_id, window_s), name, first_id)
 
     # -- rows of workers
