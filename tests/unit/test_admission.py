@@ -179,12 +179,23 @@ def test_the_route_decides_as_the_whole_header_does(admission: Admission, data: 
     assert by_route(admission, data) == [admission.check(0, Entry(b"1-0", data))]
 
 
-def test_the_route_has_the_name_of_an_idempotency_key(admission: Admission) -> None:
-    data = b'{"id":"a","type":"known","tenant_id":"t","metadata":{"priority":"9","idempotency_key":"k"}}'
-    (found,) = by_route(admission, data)
+KEYED = b'{"id":"a","type":"known","metadata":{"priority":"9","idempotency_key":"k"}}'
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_job_that_claims_a_key_is_checked_whole(admission: Admission, order: int) -> None:
+    """Also among others: other jobs would be dropped as duplicates of a malformed one."""
+    malformed = KEYED.replace(b'"id":"a"', b'"id":5')
+    found = by_route(admission, *[KNOWN, malformed, KEYED][::order])
+    assert [type(one) for one in found] == [AdmittedJob, AdmittedJob, RejectedEntry]
+    assert {one.unique for one in found if isinstance(one, AdmittedJob)} > {""}
+
+
+def test_where_keys_do_not_count_the_route_decides() -> None:
+    admission = Admission({"known": 0}, MAX_PAYLOAD, MAX_DEATHS, unique=False)
+    (found,) = by_route(admission, KEYED.replace(b'"id":"a"', b'"id":5'))
     assert isinstance(found, AdmittedJob)
-    assert found.unique
-    assert found == admission.check(0, found.entry)
+    assert found.unique == ""
 
 
 def test_the_batch_of_a_job_is_noted_by_its_route(admission: Admission) -> None:

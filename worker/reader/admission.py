@@ -112,8 +112,8 @@ class Admission:
         jobs = [data for _, data, _, _ in entries if data is not None and len(data) <= self._max_payload]
         fit = len(jobs) == len(entries)
         # Producers send keys with all jobs or with none: a look at one job spares reading routes in vain.
-        by_route = by_route and fit and bool(jobs) and _KEY_MEMBER not in jobs[0]
-        if by_route and (routes := read_routes(jobs)) is not None:
+        has_keys = self._key_name is not None and bool(jobs) and _KEY_MEMBER in jobs[0]
+        if by_route and fit and not has_keys and (routes := read_routes(jobs)) is not None:
             results = self._route_all(stream_no, entries, routes)
         elif fit and (headers := read_headers(jobs)) is not None:
             results = list(map(partial(self._decide, stream_no), entries, headers))
@@ -127,7 +127,7 @@ class Admission:
     def _route_all(
         self, stream_no: int, entries: Sequence[Entry], routes: Sequence[Route]
     ) -> list[AdmittedJob | RejectedEntry]:
-        type_nos = self._type_nos
+        type_nos, keys_count = self._type_nos, self._key_name is not None
         results: list[AdmittedJob | RejectedEntry] = []
         for entry, route in zip(entries, routes, strict=True):
             _, _, deliveries, deaths = entry
@@ -136,7 +136,8 @@ class Admission:
             is_usual = is_usual and deliveries < ISOLATED_FROM_DELIVERIES
             if is_usual and given is not None:
                 # A malformed job must not claim a key: other jobs would be dropped as its duplicates.
-                is_usual = given.idempotency_key is given.supersede_key is given.not_before is None
+                is_usual = not (keys_count and given.idempotency_key)
+                is_usual = is_usual and given.supersede_key is given.not_before is None
                 is_usual = is_usual and given.expires_at is given.batch_id is None
             if is_usual:
                 results.append(_new(AdmittedJob, (stream_no, type_no, entry, False, "", None)))
