@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from jobworker.worker.envelope import MAX_NESTING
 from jobworker.worker.flow import FlowConfig, Limit
 from jobworker.worker.outcome import Failure
 from jobworker.worker.wakeups import EARLY_S, next_wakeup_s
@@ -218,3 +219,17 @@ def test_a_burst_just_before_a_look_at_the_backlog_is_not_sorted() -> None:
                 worker.succeed(*worker.take())
             most = max(most, waiting(rig))
         assert (most, rig.store.depths(SOURCE).lag) == (0, 0)
+
+
+def test_no_depth_of_a_payload_ends_the_reader() -> None:
+    """The stack is deeper where a job is sorted than where it is admitted: one depth fits only there."""
+    with reader_rig() as rig:
+        configure(rig, Limit("one", "a", "tenant", concurrency=1))
+        rig.advance(1.1)
+        rig.advance(1.1)
+        for depth in range(MAX_NESTING, 1000):
+            data = b'{"id":"%d","type":"a","payload":%s%s}' % (depth, b"[" * depth, b"]" * depth)
+            rig.server.append(SOURCE.stream, data)
+            rig.tick(2)
+        assert {letter["reason"] for letter in rig.letters} == {"malformed"}
+        assert waiting(rig) > 0

@@ -257,7 +257,7 @@ class FlowControl:
             assert data is not None, "an admitted job has data"
             try:
                 name = rules.name_of(read_flow_header(data))
-            except ValueError:
+            except (ValueError, RecursionError):  # the stack is deeper here than at the admission
                 malformed.append(job)
                 continue
             lanes[name].append(_new(WaitingJob, (entry_id, len(data))))
