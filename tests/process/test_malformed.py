@@ -122,7 +122,7 @@ def test_jobs_with_huge_names_are_refused_and_others_are_run(tmp_path: Path) -> 
         letters = one.dead_letters()
         assert [letter["reason"] for letter in letters] == ["malformed"] * len(bad)
         sent = [json.loads(base64.b64decode(letter["raw"])) for letter in letters]
-        assert [job["id"] for job in sent] == bad
+        assert sorted(job["id"] for job in sent) == sorted(bad)
         assert all(len(letter["error"]) < 200 for letter in letters)
         assert one.roles()["reader"] == reader
         assert max(map(len, one.log_text.splitlines())) < 100_000

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from jobworker.worker.envelope import MAX_NESTING
 from jobworker.worker.flow import FlowConfig, Limit
 from jobworker.worker.outcome import Failure
+from jobworker.worker.wakeups import EARLY_S, next_wakeup_s
 from support.reader_rig import SOURCE, ReaderRig, reader_rig
 
 
@@ -21,6 +23,7 @@ def waiting(rig: ReaderRig) -> int:
 
 def flood(rig: ReaderRig, jobs: int = 500, **fields: Any) -> None:
     rig.add(*(f"flood-{number}" for number in range(jobs)), **{"tenant_id": "flood", **fields})
+    rig.advance(1.1)  # the jobs are read
     rig.advance(1.1)  # the rate of the workers is known
     rig.advance(1.1)  # the backlog is noticed
 
@@ -200,3 +203,33 @@ def test_a_drain_leaves_waiting_jobs_in_their_lanes(limits: tuple[Limit, ...]) -
         assert before > 400
         rig.drain()
         assert waiting(rig) == before
+
+
+def test_a_burst_just_before_a_look_at_the_backlog_is_not_sorted() -> None:
+    """No job has ended then: that is not the rate of the workers."""
+    with reader_rig() as rig:
+        rig.now_s = next_wakeup_s(rig.mono_s) - EARLY_S - 0.005 - 1000.0
+        rig.add(*(str(number) for number in range(1000)))
+        rig.tick()
+        (worker,) = rig.workers
+        most = 0
+        for number in range(100):
+            rig.advance(0.001)
+            if number > 6:
+                worker.succeed(*worker.take())
+            most = max(most, waiting(rig))
+        assert (most, rig.store.depths(SOURCE).lag) == (0, 0)
+
+
+def test_no_depth_of_a_payload_ends_the_reader() -> None:
+    """The stack is deeper where a job is sorted than where it is admitted: one depth fits only there."""
+    with reader_rig() as rig:
+        configure(rig, Limit("one", "a", "tenant", concurrency=1))
+        rig.advance(1.1)
+        rig.advance(1.1)
+        for depth in range(MAX_NESTING, 1000):
+            data = b'{"id":"%d","type":"a","payload":%s%s}' % (depth, b"[" * depth, b"]" * depth)
+            rig.server.append(SOURCE.stream, data)
+            rig.tick(2)
+        assert {letter["reason"] for letter in rig.letters} == {"malformed"}
+        assert waiting(rig) > 0

@@ -69,7 +69,6 @@ def test_workers_report_their_time_and_readers_the_lanes(make_rig: Make) -> None
     assert counts["z_novel_worker_busy_seconds_total"] > 0
     with reader_rig(batch_hint=1) as rig:
         rig.add(*(f"job-{number}" for number in range(500)))
-        rig.advance(1.1)
-        rig.advance(1.1)
-        rig.advance(1.1)
+        for _ in range(4):
+            rig.advance(1.1)
         assert rig.metric("z_novel_lane_jobs", SOURCE.stream, "a") > 400

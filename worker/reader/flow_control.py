@@ -75,6 +75,8 @@ class FlowControl:
         # The last two rates of all workers while there were jobs: one may fall between two groups of
         # outcomes. Before the first, no backlog is known to be long.
         self._rates: tuple[float, ...] = ()
+        # Whether there were jobs at the last look.
+        self._had_jobs = False
         #: Limits and weights of the configuration file that are not on the server yet.
         self.file = context.settings.flow
         self._rules = context.lane_rules
@@ -97,9 +99,8 @@ class FlowControl:
         if mono_now_s < self.mono_due_s - EARLY_S and not at_once:
             return False
         self._mono_checked_s = mono_now_s
-        has_jobs = not (self._dispatcher.is_idle and self._buffer.empty)
-        if has_jobs and not at_once:
-            self._rates = (*self._rates, self._dispatcher.jobs_per_s)[-2:]
+        if not at_once:
+            self._note_rate()
         works = [stream_no for stream_no in range(len(self._streams)) if stream_no not in self._faults]
         self._store.ask_state([self._streams[stream_no] for stream_no in works])
         for stream_no in works:
@@ -110,6 +111,13 @@ class FlowControl:
             self.file = None
         self._dispatcher.is_sorted = any(state.sorts_all for state in self._states)
         return True
+
+    def _note_rate(self) -> None:
+        had_jobs, rate = self._had_jobs, self._dispatcher.jobs_per_s
+        self._had_jobs = not (self._dispatcher.is_idle and self._buffer.empty)
+        # The first jobs may have come just now: that none of them has ended is not the rate of the workers.
+        if self._had_jobs and (had_jobs or rate):
+            self._rates = (*self._rates, rate)[-2:]
 
     def _apply_file(self, stream_no: int) -> None:
         """Store the file's limits and weights once: a restart does not undo later changes by operators."""
@@ -249,7 +257,7 @@ class FlowControl:
             assert data is not None, "an admitted job has data"
             try:
                 name = rules.name_of(read_flow_header(data))
-            except (ValueError, RecursionError):
+            except (ValueError, RecursionError):  # the stack is deeper here than at the admission
                 malformed.append(job)
                 continue
             lanes[name].append(_new(WaitingJob, (entry_id, len(data))))
