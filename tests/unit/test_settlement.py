@@ -9,6 +9,7 @@ from contextlib import closing
 import pytest
 
 from jobworker.worker.admin.identity import read_identity
+from jobworker.worker.envelope import MAX_NESTING
 from jobworker.worker.errors import Fenced, StoreUnavailable
 from jobworker.worker.ipc.control import Attach, ExitReclaimed, WorkerExited
 from jobworker.worker.keys import Source
@@ -686,3 +687,25 @@ def test_outcomes_without_their_replicas_are_settled_and_counted(rig: ReaderRig)
     rig.tick()
     assert rig.pending == 0
     assert rig.metric("z_novel_settlements_unreplicated_total", SOURCE.stream) == 1
+
+
+@pytest.mark.parametrize("end", [b"}", b" }"], ids=["compact", "spaced"])
+def test_no_depth_of_a_payload_ends_the_reader_when_the_job_fails(rig: ReaderRig, end: bytes) -> None:
+    """Where a job is settled less of the stack is left than where it was admitted."""
+    (worker,) = rig.workers
+    failed = 0
+    for depth in range(MAX_NESTING, 1000):
+        data = b'{"id":"%d","type":"a","payload":%s%s' % (depth, b"[" * depth, b"]" * depth)
+        rig.server.append(SOURCE.stream, data + end)
+        rig.tick(2)
+        try:
+            taken = worker.take()
+        except RecursionError:  # too deep for the rig: it is in a stack of its own
+            break
+        for id in taken:
+            worker.fail(id, FAILED)
+            failed += 1
+        rig.tick(2)
+    assert failed > 0
+    assert {letter["reason"] for letter in rig.letters} <= {"malformed"}
+    assert len(rig.letters) + len(rig.retries) >= failed

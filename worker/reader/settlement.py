@@ -212,12 +212,12 @@ class Settler:
         if data is not None and failure.unavailable and self._breakers.is_within_grace(row.type_no, row.key):
             batch.deferred.append(DeferredJob(_runnable(row, data), failure))
             return
+        # Whatever failed: a worker that is ended while it reports a malformed job leaves another failure, and
+        # a worker parses deeper payloads than the reader if its stack has more room.
+        if data is not None and self._reject_malformed(batch, job, data):
+            return
         if data is not None and failure.wait_s is not None and row.key not in self._marks.poison:
             (self._delay if failure.wait_key == JOB_KEY else self._put_back)(batch, job, data)
-            return
-        # A worker that is ended while it reports that a job is malformed leaves another failure.
-        unsure = failure.malformed or failure.timed_out
-        if data is not None and unsure and self._reject_malformed(batch, job, data):
             return
         if not failure.expired:
             batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
@@ -302,7 +302,14 @@ class Settler:
         row, error = job.row, job.failure.error
         deaths, max_payload = envelope.deaths + row.deaths, self._settings.max_payload
         first_id = "" if envelope.first_id or not has_keys(envelope) else row.entry_id.decode()
-        retry = with_retry(data, again.retry_count, deaths, error, max_payload, first_id)
+        try:
+            retry = with_retry(data, again.retry_count, deaths, error, max_payload, first_id)
+        except RecursionError:  # the stack is deeper here than where the header was read
+            too_deep = reject_malformed(
+                row.stream_no, Entry(row.entry_id, data, deaths=row.deaths), MalformedJob("nested too deeply")
+            )
+            self._settle_rejected(batch, too_deep)
+            return
         batch.retries[row.stream_no].append(Retry(row.entry_id, again.delay_s, retry))
 
     def _trace(
