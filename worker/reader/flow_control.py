@@ -72,8 +72,8 @@ class FlowControl:
         self._buffer = dispatcher.buffer
         self._states = [_FlowState() for _ in self._streams]
         self._mono_checked_s = 0.0
-        # The last two rates of all workers while there were jobs: one may fall between two groups of
-        # outcomes. Before the first, no backlog is known to be long.
+        # The last two rates of all workers since there are jobs: one may fall between two groups of outcomes.
+        # Before the first, no backlog is known to be long.
         self._rates: tuple[float, ...] = ()
         # Whether there were jobs at the last look.
         self._had_jobs = False
@@ -113,11 +113,14 @@ class FlowControl:
         return True
 
     def _note_rate(self) -> None:
-        had_jobs, rate = self._had_jobs, self._dispatcher.jobs_per_s
+        """Note how fast the workers are, if there have been jobs since the last look: a rate of the first
+        moments is far too low."""
+        had_jobs = self._had_jobs
         self._had_jobs = not (self._dispatcher.is_idle and self._buffer.empty)
-        # The first jobs may have come just now: that none of them has ended is not the rate of the workers.
-        if self._had_jobs and (had_jobs or rate):
-            self._rates = (*self._rates, rate)[-2:]
+        if not self._had_jobs:
+            self._rates = ()
+        elif had_jobs:
+            self._rates = (*self._rates, self._dispatcher.jobs_per_s)[-2:]
 
     def _apply_file(self, stream_no: int) -> None:
         """Store the file's limits and weights once: a restart does not undo later changes by operators."""
