@@ -58,8 +58,8 @@ class Ours:
     def running(self, procs: int, **environment: str) -> Iterator[list[int]]:
         """A ready service."""
         # The others have no idempotency keys, so those of the jobs do not count here.
-        environment = {"JOBWORKER_UNIQUE_WINDOW": "0", **environment}
-        with service(self._url, self._backlog, self._handler, procs, 0, **environment) as pid:
+        given = {"JOBWORKER_UNIQUE_WINDOW": "0", **environment}
+        with service(self._url, self._backlog, self._handler, procs, 0, **given) as pid:
             yield [pid]
 
     @property

@@ -105,9 +105,9 @@ def trace(url: str, jobs: int, procs: int, window: str) -> dict[str, Any]:
         stamps, handovers = Path(folder) / "stamps", Path(folder) / "handovers"
         stamps.touch()
         site = str(Path(__file__).parent / "handover")
-        given = {"BENCH_STAMPS": str(stamps), "BENCH_HANDOVERS": str(handovers), "PYTHONPATH": site}
+        paths = {"BENCH_STAMPS": str(stamps), "BENCH_HANDOVERS": str(handovers), "PYTHONPATH": site}
         try:
-            with service(url, backlog, STAMP, procs, 0, **given, JOBWORKER_UNIQUE_WINDOW=window):
+            with service(url, backlog, STAMP, procs, 0, **paths, JOBWORKER_UNIQUE_WINDOW=window):
                 sent = _send(client, backlog.stream, WARM_UP_JOBS + jobs)
                 started = started_ns(stamps, len(sent))
         finally:

@@ -212,72 +212,77 @@ class Settler:
         if data is not None and failure.unavailable and self._breakers.is_within_grace(row.type_no, row.key):
             batch.deferred.append(DeferredJob(_runnable(row, data), failure))
             return
-        # Whatever failed: a worker that is ended while it reports a malformed job leaves another failure, and
-        # a worker parses deeper payloads than the reader if its stack has more room.
-        if data is not None and self._reject_malformed(batch, job, data):
-            return
-        if data is not None and failure.wait_s is not None and row.key not in self._marks.poison:
-            (self._delay if failure.wait_key == JOB_KEY else self._put_back)(batch, job, data)
-            return
-        if not failure.expired:
-            batch.counts[row.key].append(("z_novel_jobs_failed_total", (self._type_names[row.type_no],)))
         if data is None:
+            self._count_failed(batch, job)
             log.error("entry.missing", extra={"entry_id": row.entry_id.decode()})
             batch.missing[row.stream_no].append(row.entry_id)
         elif row.key in self._marks.poison:
+            self._count_failed(batch, job)
             self._dead_letter_unread(batch, job, data)
+        elif (header := self._header_of(batch, job, data)) is None:
+            return
+        elif failure.wait_s is not None:
+            (self._delay if failure.wait_key == JOB_KEY else self._put_back)(batch, job, data, header)
         else:
-            self._marks.mark(row.stream_no, row.entry_id, settling=True)
-            self._retry_or_give_up(batch, job, data)
+            self._count_failed(batch, job)
+            self._retry_or_give_up(batch, job, data, header)
 
-    def _reject_malformed(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> bool:
-        """Reject a job of which only the route was read at its admission; False if it is valid."""
+    def _count_failed(self, batch: SettlementBatch, job: FailedJob) -> None:
+        if not job.failure.expired:
+            counts = batch.counts[job.row.key]
+            counts.append(("z_novel_jobs_failed_total", (self._type_names[job.row.type_no],)))
+
+    def _header_of(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> Header | None:
+        """The header of a job; None if it is malformed, which its admission by the route did not see. Then it
+        is rejected.
+
+        Any failure may be that of a malformed job: a worker that is ended while it reports one leaves another
+        failure, and a worker parses deeper payloads than the reader if its stack has more room.
+        """
         row = job.row
-        if row.key in self._marks.poison:
-            return False
         self._marks.mark(row.stream_no, row.entry_id, settling=True)
         try:
-            read_header(data)
+            return read_header(data)
         except MalformedJob as error:
-            entry = Entry(row.entry_id, data, deaths=row.deaths)
-            self._settle_rejected(batch, reject_malformed(row.stream_no, entry, error))
+            self._reject_malformed(batch, job, data, error)
             self._breakers[row.type_no].repeat_probe(self._mono_s())
-            return True
-        return False
+            return None
 
-    def _put_back(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> None:
+    def _reject_malformed(
+        self, batch: SettlementBatch, job: FailedJob, data: bytes, error: MalformedJob
+    ) -> None:
+        entry = Entry(job.row.entry_id, data, deaths=job.row.deaths)
+        self._settle_rejected(batch, reject_malformed(job.row.stream_no, entry, error))
+
+    def _put_back(self, batch: SettlementBatch, job: FailedJob, data: bytes, envelope: Header) -> None:
         """Let a job wait in its lane, and the jobs of its key with it. No retry is used up."""
         row, failure = job.row, job.failure
         assert failure.wait_s is not None
-        self._marks.mark(row.stream_no, row.entry_id, settling=True)
         batch.answered_types.add(row.type_no)
         header = read_flow_header(data)
         rules, _ = self._lane_rules[row.stream_no]
         key = rules.wait_key(header, failure.wait_key) or tenant_key(header.type, header.tenant_id)
-        log.info(
-            "job.rate_limited", extra={**log_fields(read_header(data)), "key": key, "wait_s": failure.wait_s}
-        )
+        log.info("job.rate_limited", extra={**log_fields(envelope), "key": key, "wait_s": failure.wait_s})
         waiting = WaitingJob(row.entry_id, len(data))
         batch.counts[row.key].append(("z_novel_jobs_limited_total", (header.type,)))
         batch.put_back[row.stream_no].append(PutBack(waiting, rules.name_of(header), key, failure.wait_s))
 
-    def _delay(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> None:
+    def _delay(self, batch: SettlementBatch, job: FailedJob, data: bytes, envelope: Header) -> None:
         """Let a job wait in the set of retries, and no other job. No retry is used up; deaths stay tries."""
         row, failure = job.row, job.failure
         assert failure.wait_s is not None
-        self._marks.mark(row.stream_no, row.entry_id, settling=True)
         batch.answered_types.add(row.type_no)
-        envelope = read_header(data)
         log.info("job.rate_limited", extra={**log_fields(envelope), "key": JOB_KEY, "wait_s": failure.wait_s})
         batch.counts[row.key].append(("z_novel_jobs_limited_total", (envelope.type,)))
         again = TryAgain(envelope.retry_count + row.deaths, failure.wait_s)
         self._schedule(batch, job, data, envelope, again)
 
-    def _retry_or_give_up(self, batch: SettlementBatch, job: FailedJob, data: bytes) -> None:
+    def _retry_or_give_up(
+        self, batch: SettlementBatch, job: FailedJob, data: bytes, envelope: Header
+    ) -> None:
         row, failure = job.row, job.failure
         if not failure.timed_out and not failure.unavailable:
             batch.answered_types.add(row.type_no)
-        envelope = read_header(data)
         if failure.timed_out:
             batch.worker_deaths.append(CrashKey(row.type_no, envelope.tenant_id))
         decision = after_failure(failure, envelope.retry_count, row.deaths, self._settings.retry, self._rng)
@@ -305,11 +310,7 @@ class Settler:
         try:
             retry = with_retry(data, again.retry_count, deaths, error, max_payload, first_id)
         except RecursionError:  # the stack is deeper here than where the header was read
-            too_deep = reject_malformed(
-                row.stream_no, Entry(row.entry_id, data, deaths=row.deaths), MalformedJob("nested too deeply")
-            )
-            self._settle_rejected(batch, too_deep)
-            return
+            return self._reject_malformed(batch, job, data, MalformedJob("nested too deeply"))
         batch.retries[row.stream_no].append(Retry(row.entry_id, again.delay_s, retry))
 
     def _trace(
@@ -551,9 +552,8 @@ class Settler:
         if row.key in self._marks.poison:
             self._dead_letter_unread(batch, job, data)
             return True
-        if self._reject_malformed(batch, job, data):
+        if (envelope := self._header_of(batch, job, data)) is None:
             return True
-        envelope = read_header(data)
         deaths = envelope.deaths + row.deaths
         if sole:
             batch.worker_deaths.append(CrashKey(row.type_no, envelope.tenant_id))
